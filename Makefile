@@ -1,0 +1,106 @@
+# Everything that is done with Mercato from a checkout. `make` alone lists it.
+# Needs GNU make and Python >= 3.11 with venv; everything else is installed into .venv, from pinned hashes, once.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+PY := $(VENV)/bin/python
+RUN := $(PY) -m
+PIP := $(RUN) pip --quiet --disable-pip-version-check
+# Arguments for the program behind a target: make up ARGS="--port 9000", make test ARGS="-k checkout".
+ARGS ?=
+# Test processes; a file's tests stay together, so that they share its fixtures.
+WORKERS ?= 2
+# The interpreter to build .venv with; empty: the first suitable one of CANDIDATES.
+PYTHON ?=
+CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
+
+export PIP_USER := 0
+
+# True for an interpreter that can build .venv. It is run, not looked up: a pyenv shim exists and yet may not work.
+SUITABLE := import sys, venv, ensurepip; ensurepip.version(); raise SystemExit(sys.version_info < (3, 11))
+# True when .venv works and serves this folder: not after its interpreter vanished, nor in a copy of the checkout,
+# whose .venv would silently run the code of the original.
+SERVES_HERE := import importlib.util as u, os; s = u.find_spec("mercato"); \
+	raise SystemExit(s is None or not os.path.samefile(os.path.dirname(s.origin), "mercato"))
+BROKEN := $(shell [ -x $(PY) ] && $(PY) -I -c '$(SERVES_HERE)' 2>/dev/null || echo broken)
+
+.PHONY: help
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: up
+up: $(VENV)/.runtime ## start the shop on this machine (ARGS="--port 9000")
+	@exec $(VENV)/bin/mercato up $(ARGS)
+
+.PHONY: setup
+setup: $(VENV)/.runtime ## install what the shop needs to run into .venv
+	@echo "Ready. The command line is $(VENV)/bin/mercato"
+
+.PHONY: test
+test: $(VENV)/.dev ## run every test (ARGS="-k checkout")
+	@$(RUN) pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+.PHONY: check
+check: $(VENV)/.dev ## format, lint, types, import rules, slices and fast tests: before each commit
+	@$(RUN) ruff format --check --quiet . || { echo "Unformatted files: run make format"; exit 1; }
+	@$(RUN) ruff check --quiet .
+	@$(VENV)/bin/basedpyright --pythonpath $(PY)
+	@$(VENV)/bin/lint-imports --no-logo
+	@$(RUN) pytest -q -n $(WORKERS) --dist loadfile -m "not slow and not postgres"
+
+.PHONY: format
+format: $(VENV)/.dev ## format the code and mend what the linter can mend by itself
+	@$(RUN) ruff check --fix-only --quiet .
+	@$(RUN) ruff format --quiet .
+
+.PHONY: lock
+lock: $(VENV)/.dev ## recompile the pins in requirements/ (ARGS=--upgrade for newer versions)
+	@$(call compile,runtime,--extra embedded)
+	@$(call compile,dev,--extra embedded --extra dev --constraint requirements/runtime.txt)
+	@$(call compile,bench,--extra embedded --extra bench --constraint requirements/runtime.txt)
+
+.PHONY: clean
+clean: ## remove .venv, the local shop's data in .mercato, and caches
+	@[ ! -e .mercato ] || [ ! -x $(PY) ] || $(RUN) mercato.chassis.supervisor --remove .mercato || true
+	@rm -rf .mercato $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis .schemathesis .coverage*
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+# --- Installation -----------------------------------------------------------------------------------------------
+# A stamp is written last, so that an interrupted installation is never taken for a complete one.
+
+$(VENV)/.runtime: requirements/runtime.txt pyproject.toml $(BROKEN)
+	@rm -f $(VENV)/.runtime $(VENV)/.dev
+	@$(if $(BROKEN),$(make_venv))
+	@$(call install,runtime)
+	@$(PIP) install --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.runtime
+	@rm -f $@
+	@$(call install,dev)
+	@touch $@
+
+.PHONY: broken
+broken:
+
+define make_venv
+for candidate in $(CANDIDATES); do \
+	if "$$candidate" -c '$(SUITABLE)' >/dev/null 2>&1; then \
+		echo "creating $(VENV) with $$("$$candidate" --version) ..."; \
+		exec "$$candidate" -m venv --clear $(VENV); \
+	fi; \
+done; \
+echo "Mercato needs Python 3.11 or newer with its venv module: install it (Debian, Ubuntu: apt install python3 python3-venv)" \
+	"or name one: make PYTHON=/path/to/python3 (tried: $(CANDIDATES))." >&2; \
+exit 1
+endef
+
+install = echo "installing $$(grep -c == requirements/$(1).txt) packages for $(1) (once) ..."; \
+	$(PIP) install --require-hashes --requirement requirements/$(1).txt
+
+compile = echo "compiling requirements/$(1).txt ..."; $(VENV)/bin/uv pip compile pyproject.toml requirements/build.in $(2) \
+	--universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet \
+	--output-file requirements/$(1).txt $(ARGS)

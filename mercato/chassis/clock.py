@@ -1,0 +1,36 @@
+"""Time and randomness as things that are passed in, so that a test can own them."""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    def monotonic(self) -> float:
+        """Seconds of a clock that only goes forward; for deadlines and durations inside one process."""
+        ...
+
+    def now(self) -> datetime.datetime:
+        """The wall clock, in UTC. Never for deciding a deadline that another process or the database also judges."""
+        ...
+
+
+class Randomness(Protocol):
+    def token(self, length_bytes: int) -> bytes:
+        """Bytes that nobody can guess."""
+        ...
+
+
+class SystemClock:
+    monotonic = staticmethod(time.monotonic)
+
+    def now(self) -> datetime.datetime:
+        return datetime.datetime.now(datetime.UTC)
+
+
+class SystemRandomness:
+    def token(self, length_bytes: int) -> bytes:
+        return secrets.token_bytes(length_bytes)

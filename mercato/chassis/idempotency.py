@@ -1,0 +1,148 @@
+"""Idempotency keys: a request that comes again gets the answer of the first time, and nothing is done twice.
+
+A service that takes keys has this table in its own database (`TABLE` in its first migration), and uses it inside the
+transaction of the change itself:
+
+    recall    before any work: the answers that are there already
+    claim     first statement of the transaction: takes the keys; a simultaneous twin waits here until we are done
+    remember  last statement: stores the answers
+
+Because claim, change and answer commit together, there is no row "in progress" that a crash could leave behind: a
+crash leaves nothing, and the client's retry runs as if it were the first. Answers are kept for a day; what must never
+happen twice, even later, has a unique key of its own in the service's table.
+
+Keys belong to whoever sent them (`principal`) and to one operation: others may use the same key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from .contract import Actor, IdempotencyKeyReused
+from .db import Row, Tx
+
+KEPT_HOURS: Final = 24
+REAPED_AT_ONCE: Final = 1_000
+
+TABLE: Final = """
+    CREATE TABLE idempotency (
+        principal text NOT NULL,
+        operation text NOT NULL,
+        key text NOT NULL,
+        fingerprint bytea NOT NULL,
+        answer bytea,
+        expires_at timestamptz NOT NULL,
+        CONSTRAINT idempotency_pkey PRIMARY KEY (principal, operation, key),
+        CONSTRAINT idempotency_key_is_printable CHECK (key ~ '^[\\x21-\\x7e]{1,255}$')
+    )
+"""
+EXPIRY_INDEX: Final = "CREATE INDEX idempotency_expires_at_idx ON idempotency (expires_at)"
+
+
+class Keyed(msgspec.Struct, frozen=True):
+    """Whose key, which key, and for which request. Two requests with one fingerprint are the same request."""
+
+    principal: str
+    key: str
+    fingerprint: bytes
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        return self.principal, self.key
+
+
+class StoredRow(Row):
+    principal: str
+    key: str
+    fingerprint: bytes
+    answer: bytes | None
+
+
+class ClaimedRow(Row):
+    principal: str
+    key: str
+
+
+def principal_of(actor: Actor) -> str:
+    return f"{actor.role}:{actor.id}"
+
+
+async def recall(tx: Tx, operation: str, wanted: Sequence[Keyed]) -> list[bytes | IdempotencyKeyReused | None]:
+    """For each key, in order: the stored answer, or that it belongs to another request, or None when it is new."""
+    rows = await tx.fetch(
+        StoredRow,
+        """
+        SELECT i.principal, i.key, i.fingerprint, i.answer
+          FROM unnest($2::text[], $3::text[]) AS w (principal, key)
+          JOIN idempotency i ON i.principal = w.principal AND i.operation = $1 AND i.key = w.key
+         WHERE i.answer IS NOT NULL
+        """,
+        operation,
+        [w.principal for w in wanted],
+        [w.key for w in wanted],
+    )
+    stored = {(r.principal, r.key): r for r in rows}
+    found: list[bytes | IdempotencyKeyReused | None] = []
+    for keyed in wanted:
+        row = stored.get(keyed.identity)
+        if row is None:
+            found.append(None)
+        else:
+            found.append(row.answer if row.fingerprint == keyed.fingerprint else IdempotencyKeyReused())
+    return found
+
+
+async def claim(tx: Tx, operation: str, wanted: Sequence[Keyed]) -> set[tuple[str, str]]:
+    """Takes keys; gives the identities of those that are ours now. The others were taken by a twin that committed.
+
+    Raises `LockTimeout` when a twin is not done within the time that we are willing to wait.
+    """
+    await tx.execute("SET LOCAL lock_timeout = '2s'")
+    # In key order: two batches that share keys in different orders would wait for each other for ever.
+    rows = await tx.fetch(
+        ClaimedRow,
+        """
+        INSERT INTO idempotency (principal, operation, key, fingerprint, expires_at)
+        SELECT w.principal, $1, w.key, w.fingerprint, now() + make_interval(hours => $5)
+          FROM unnest($2::text[], $3::text[], $4::bytea[]) AS w (principal, key, fingerprint)
+         ORDER BY w.principal, w.key
+            ON CONFLICT ON CONSTRAINT idempotency_pkey DO NOTHING
+        RETURNING principal, key
+        """,
+        operation,
+        [w.principal for w in wanted],
+        [w.key for w in wanted],
+        [w.fingerprint for w in wanted],
+        KEPT_HOURS,
+    )
+    return {(r.principal, r.key) for r in rows}
+
+
+async def remember(tx: Tx, operation: str, done: Sequence[Keyed], answers: Sequence[bytes]) -> None:
+    """Stores the answers of keys that this transaction has claimed."""
+    await tx.execute(
+        """
+        UPDATE idempotency i
+           SET answer = d.answer
+          FROM unnest($2::text[], $3::text[], $4::bytea[]) AS d (principal, key, answer)
+         WHERE i.principal = d.principal AND i.operation = $1 AND i.key = d.key
+        """,
+        operation,
+        [d.principal for d in done],
+        [d.key for d in done],
+        list(answers),
+    )
+
+
+async def reap(tx: Tx) -> int:
+    """Deletes a bounded number of answers that are past their day; gives how many."""
+    return await tx.execute(
+        """
+        DELETE FROM idempotency
+         WHERE ctid IN (SELECT ctid FROM idempotency WHERE expires_at < now() LIMIT $1 FOR UPDATE SKIP LOCKED)
+        """,
+        REAPED_AT_ONCE,
+    )

@@ -1,0 +1,97 @@
+"""Migrations: what brings the database of a service to the newest version.
+
+A service's `migrations/` holds Alembic revisions `0001_what.py`, `0002_what.py`, ... in one line, forward only, each a
+list of plain SQL statements. Alembic turns the missing ones into SQL; our own driver runs it, one transaction a
+revision, so that no second driver is needed. Where nothing is missing Alembic is not even imported (0.7 s).
+
+Processes that start together wait for each other by polling `pg_try_advisory_lock`: the blocking form would deadlock
+with a `CREATE INDEX CONCURRENTLY`, which waits for every older transaction, the one that waits for the lock included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # see db.py
+
+LOCK_KEY: Final = 0x6D657263  # "merc"
+LOCK_SECONDS: Final = 60.0
+LOCK_POLL_SECONDS: Final = 0.1
+
+
+class MigrationError(Exception):
+    """A sentence for the operator: the database is newer than this program, or somebody holds the lock for ever."""
+
+
+async def migrate(dsn: str, folder: Path) -> Sequence[str]:
+    """Brings a database to the newest revision in `folder`; gives the revisions that were run, in order.
+
+    Raises `MigrationError`; errors of a statement as the driver's. A revision that fails leaves nothing behind.
+    """
+    known = revisions(folder)
+    connection: Any = await asyncpg.connect(dsn)  # pyright: ignore[reportUnknownMemberType]
+    try:
+        if await _current(connection) == known[-1]:
+            return []
+        async with _lock(connection):
+            # Only now is it certain: another process may have migrated while this one waited.
+            current = await _current(connection)
+            if current is not None and current not in known:
+                raise MigrationError(
+                    f"the database is at revision {current}, which this version of mercato does not know; "
+                    "it was used by a newer one: install that"
+                )
+            missing = known[known.index(current) + 1 :] if current else known
+            for revision in missing:
+                await connection.execute(_sql(folder, current, revision))
+                current = revision
+            return missing
+    finally:
+        await connection.close()
+
+
+def revisions(folder: Path) -> list[str]:
+    """The revisions of a folder, oldest first. The name of the file begins with it."""
+    return sorted(path.stem.partition("_")[0] for path in folder.glob("[0-9]*_*.py"))
+
+
+async def _current(connection: Any) -> str | None:
+    if await connection.fetchval("SELECT to_regclass('alembic_version')") is None:
+        return None
+    return await connection.fetchval("SELECT version_num FROM alembic_version")
+
+
+@asynccontextmanager
+async def _lock(connection: Any) -> AsyncGenerator[None]:
+    deadline = asyncio.get_running_loop().time() + LOCK_SECONDS
+    while not await connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK_KEY):
+        if asyncio.get_running_loop().time() > deadline:
+            raise MigrationError(f"another process has been migrating this database for {LOCK_SECONDS:.0f} s; end it")
+        await asyncio.sleep(LOCK_POLL_SECONDS)
+    try:
+        yield
+    finally:
+        await connection.execute("SELECT pg_advisory_unlock($1)", LOCK_KEY)
+
+
+def _sql(folder: Path, current: str | None, revision: str) -> str:
+    """The SQL of one revision, from BEGIN to COMMIT, its row in `alembic_version` included."""
+    from alembic.command import upgrade
+    from alembic.config import Config
+
+    output = io.StringIO()
+    config = Config(output_buffer=output)
+    config.set_main_option("script_location", _literal(Path(__file__).with_name("alembic_environment")))
+    config.set_main_option("version_locations", _literal(folder))
+    config.set_main_option("path_separator", "newline")
+    upgrade(config, f"{current or 'base'}:{revision}", sql=True)
+    return output.getvalue()
+
+
+def _literal(path: Path) -> str:
+    return str(path).replace("%", "%%")  # the configuration would interpolate it

@@ -1,0 +1,153 @@
+"""What a service is made of, and what hosts it.
+
+`build(env)` in a service's `app.py` takes an `Env` and gives a `Service`. A `Host` (one a process; tests make their
+own) makes the `Env`s, builds the services that it hosts, opens their databases, runs their loops, and closes
+everything in the opposite order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Literal, Protocol, TypeVar
+
+import msgspec
+import structlog
+
+from .clock import Clock, Randomness, SystemClock, SystemRandomness
+from .contract import Contract
+from .db import Database
+from .rpc import Connector, Server, Transport
+from .telemetry import Telemetry
+from .transports.local import LocalTransport
+from .transports.wire import WireTransport
+
+C = TypeVar("C", bound=Contract)
+TransportName = Literal["local", "wire"]
+
+log = structlog.stdlib.get_logger("mercato.service")
+
+
+class Clients(Protocol):
+    """Gives the client of a service. How it reaches that service is the host's business."""
+
+    def __call__(self, contract: type[C]) -> C: ...
+
+
+class Env(msgspec.Struct, frozen=True):
+    """What a service is given. It takes nothing from anywhere else."""
+
+    database: Database
+    client: Clients
+    clock: Clock
+    randomness: Randomness
+    telemetry: Telemetry
+    derive_key: Callable[[str], bytes]
+    """32 secret bytes for a purpose, the same in every process of this shop."""
+
+
+class Service(msgspec.Struct, frozen=True):
+    """A built service, ready to be opened."""
+
+    server: Server
+    database: Database
+    loops: tuple[Callable[[], Awaitable[None]], ...] = ()
+    """Run for as long as the service is open, and cancelled before it closes."""
+    seed_demo: Callable[[], Awaitable[bool]] | None = None
+    """Puts the demo data into an empty database. False, and nothing done, where there is anything already."""
+    close: Callable[[], None] | None = None
+    """Frees what the service itself holds, such as threads."""
+
+
+Build = Callable[[Env], Service]
+
+
+def key_deriver(secret: bytes) -> Callable[[str], bytes]:
+    """Keys for many purposes out of one secret (HMAC-SHA256 of the purpose; RFC 5869 calls this step expand)."""
+    return lambda purpose: hmac.digest(secret, f"mercato/{purpose}".encode(), hashlib.sha256)
+
+
+class Host:
+    """The services of one process. `builds` and `dsns` are by service name."""
+
+    def __init__(
+        self,
+        builds: Mapping[str, Build],
+        dsns: Mapping[str, str],
+        *,
+        secret: bytes,
+        transport: TransportName = "local",
+        clock: Clock | None = None,
+        randomness: Randomness | None = None,
+        telemetry: Telemetry | None = None,
+        pool_size: int = 6,
+    ) -> None:
+        self.clock = clock or SystemClock()
+        self.telemetry = telemetry or Telemetry()
+        self.services: dict[str, Service] = {}
+        self._servers: dict[str, Server] = {}
+        self._transport: Transport = (
+            LocalTransport(self._servers) if transport == "local" else WireTransport(self._servers, self.clock)
+        )
+        self._connector = Connector(self.clock, self.telemetry)
+        self._clients: dict[str, Contract] = {}
+        self._loops: list[asyncio.Task[None]] = []
+        for name, build in builds.items():
+            database = Database(dsns[name], name, self.telemetry, size=pool_size)
+            env = Env(
+                database=database,
+                client=self.client,
+                clock=self.clock,
+                randomness=randomness or SystemRandomness(),
+                telemetry=self.telemetry,
+                derive_key=key_deriver(secret),
+            )
+            self.services[name] = build(env)
+            self._servers[name] = self.services[name].server
+
+    def client(self, contract: type[C]) -> C:
+        """The client of a service; the same object for everybody in this process, so that all their calls coalesce."""
+        if contract.service not in self._clients:
+            self._clients[contract.service] = self._connector.client(contract, self._transport)
+        client = self._clients[contract.service]
+        assert isinstance(client, contract)
+        return client
+
+    async def open(self) -> None:
+        """Opens all databases, then starts the loops. Raises `Unavailable` naming the service, and leaves nothing open."""
+        try:
+            for service in self.services.values():
+                await service.database.open()
+        except BaseException:
+            await self.close()
+            raise
+        for name, service in self.services.items():
+            self._loops += [asyncio.create_task(_forever(name, loop)) for loop in service.loops]
+
+    async def close(self) -> None:
+        """Ends the loops, lets batches land, closes what the services hold."""
+        for task in self._loops:
+            task.cancel()
+        await asyncio.gather(*self._loops, return_exceptions=True)
+        await self._connector.close()
+        for service in reversed(self.services.values()):
+            with contextlib.ExitStack() as held:
+                if service.close:
+                    held.callback(service.close)
+                await service.database.close()
+
+
+LOOP_PAUSE_SECONDS = 1.0
+
+
+async def _forever(name: str, loop: Callable[[], Awaitable[None]]) -> None:
+    """Runs a loop of a service; one that fails is logged and starts again after a pause."""
+    while True:
+        try:
+            await loop()
+        except Exception:  # an edge: a background loop must not end because one round failed
+            log.exception("loop_failed", service=name)
+        await asyncio.sleep(LOOP_PAUSE_SECONDS)

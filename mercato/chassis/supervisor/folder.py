@@ -1,0 +1,208 @@
+"""The data folder: one owner at a time, and the secret that it keeps.
+
+Everything that an embedded Mercato stores lives below one folder. `DataFolder.open` takes it for this process: an
+exclusive `flock` on `<data>/lock` that the kernel gives back on any kind of death, so there is no stale lock to
+clean up and none to believe in. What is written in the file only tells a second owner whom it is up against.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import time
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+SECRET_BYTES = 32
+OWNER_BYTES_MAX = 4096
+OWNER_WAIT_SECONDS = 0.2
+
+
+class SupervisorError(Exception):
+    """What is supervised cannot start or go on: one sentence that names the path and the way out."""
+
+
+class DataFolderBusy(SupervisorError):
+    """Another process owns the data folder; `pid` and `url` are its own words, None when it has not written them."""
+
+    def __init__(self, path: Path, pid: int | None, url: str | None) -> None:
+        self.pid = pid
+        self.url = url
+        who = "another Mercato" if pid is None else f"the Mercato with pid {pid} at {url}"
+        super().__init__(f"{path} is in use by {who}: stop that one, or choose another data folder.")
+
+
+class Owner(msgspec.Struct, frozen=True):
+    """What the lock file says about the process that holds it; `started` is RFC 3339, UTC."""
+
+    pid: int
+    url: str
+    started: str
+
+
+class DataFolder:
+    """An open data folder, owned by this process until `close()` or its death."""
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self._lock: int | None = lock
+
+    @classmethod
+    def open(cls, path: Path, url: str) -> DataFolder:
+        """Take the folder for this process, creating it (mode 0700) when it does not exist; its parent must.
+
+        `url` is where this process can be found; whoever comes second is told.
+        Raises DataFolderBusy, or SupervisorError when the folder cannot be used.
+        """
+        path = Path(os.path.abspath(path))
+        with explained(path):
+            _create(path)
+            lock = _lock(path)
+            try:
+                _sign(lock, url)
+            except BaseException:
+                os.close(lock)
+                raise
+        return cls(path, lock)
+
+    def secret(self) -> bytes:
+        """The 32 random bytes of this folder, made on first use. Raises SupervisorError when they were damaged."""
+        file = self.path / "secret"
+        with explained(self.path):
+            if not file.exists():
+                write_atomically(file, secrets.token_bytes(SECRET_BYTES))
+            found = file.read_bytes()
+        if len(found) != SECRET_BYTES:
+            # A new one would lock the owner out of everything that was derived from the old one: never in silence.
+            raise SupervisorError(
+                f"{file} holds {len(found)} bytes instead of {SECRET_BYTES}: restore it from a backup, "
+                f"or remove {self.path} to start anew."
+            )
+        return found
+
+    def close(self) -> None:
+        """Give the folder back. The lock file stays: removing it would let two owners lock two different files."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _create(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def _lock(path: Path) -> int:
+    file = path / "lock"
+    while True:
+        # Close-on-exec (Python's default): a child that kept the descriptor would keep the lock after our death.
+        lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_still(lock, file):
+                return lock
+            os.close(lock)
+        except BlockingIOError:
+            owner = _read_owner(lock)
+            os.close(lock)
+            raise DataFolderBusy(path, owner and owner.pid, owner and owner.url) from None
+        except BaseException:
+            os.close(lock)
+            raise
+
+
+def _is_still(lock: int, file: Path) -> bool:
+    """Whether the locked file is the one that others will open: the folder may have been deleted between the two."""
+    try:
+        return os.path.samestat(os.fstat(lock), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _read_owner(lock: int) -> Owner | None:
+    """Who holds the lock; waits a moment for one that has taken it and not signed yet."""
+    deadline = time.monotonic() + OWNER_WAIT_SECONDS
+    while True:
+        try:
+            return msgspec.json.decode(os.pread(lock, OWNER_BYTES_MAX, 0), type=Owner)
+        except msgspec.DecodeError:
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.01)
+
+
+def _sign(lock: int, url: str) -> None:
+    owner = Owner(pid=os.getpid(), url=url, started=datetime.now(UTC).isoformat(timespec="seconds"))
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, msgspec.json.encode(owner) + b"\n", 0)
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Replace `file` (mode 0600) so that after any crash it holds the old content or the new, never a part.
+
+    For the owner of the folder only: the temporary name is fixed, so that a crash leaves one leftover at most.
+    """
+    new = file.with_name(file.name + ".new")
+    new.unlink(missing_ok=True)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(descriptor)
+    new.rename(file)
+    sync_folder(file.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder (a rename, a new file) survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def explained(path: Path) -> Generator[None]:
+    """Turn an OSError about what is in `path` into a SupervisorError that says what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        raise SupervisorError(_sentence(path, error)) from error
+
+
+def _sentence(path: Path, error: OSError) -> str:
+    match error.errno:
+        case errno.ENOENT if error.filename in (None, str(path)):
+            return f"{path} cannot be created because {path.parent} does not exist: create that, or choose another."
+        case errno.ENOTDIR | errno.EEXIST | errno.ELOOP:
+            return f"{error.filename or path} is not what it must be ({error.strerror}): move it, or choose another."
+        case errno.ENOSPC | errno.EDQUOT:
+            return f"The disk that holds {path} is full: free some space, or choose a data folder on another disk."
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return f"{error.filename or path} may not be written by this user ({error.strerror}): change that, " \
+                   "or choose another data folder."  # fmt: skip
+        case errno.ENOLCK | errno.EOPNOTSUPP:
+            return f"{path} is on a file system without locks: choose a data folder on a local disk."
+        case _:
+            return f"{path} cannot be used ({error}): repair it, or choose another data folder."

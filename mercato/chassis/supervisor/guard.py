@@ -1,0 +1,230 @@
+"""Runs one command, and ends it when the process that asked for it goes away, however that happens.
+
+`python -I -S guard.py UID GID COMMAND...` (`-` `-` to stay who we are). A server whose owner dies by SIGKILL would live
+on; this process stands between the two and sees it:
+
+    owner ── stdin, stdout ──► guard (own session) ──► command (own process group) ──► its children
+
+- Standard input is a pipe from the owner. Its end means "the owner is gone" or "stop", which are the same to us:
+  SIGINT to the command (PostgreSQL: fast shutdown), SIGQUIT after 3 s (immediate), SIGKILL a second later.
+- Standard output goes to the owner: `pid N` first, and last how the command ended. The command itself writes both its
+  outputs to our standard error.
+- If the guard is killed, the kernel sends SIGQUIT to the command (PR_SET_PDEATHSIG).
+- If the command is killed, its children become ours (PR_SET_CHILD_SUBREAPER; PostgreSQL's each have a process group of
+  their own, so no signal to a group would find them) and are ended before we say that it ended.
+
+The last two are Linux; elsewhere the owner cleans up when it sees the guard or the server gone. The exit status is the
+command's, or 128 + the signal that ended it. Standard library only, one thread, small: it must start at once, and
+nothing that breaks in the product may break it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Seconds after the request to stop, and what is then sent. The owner waits for five in all.
+ESCALATION = ((0.0, signal.SIGINT), (3.0, signal.SIGQUIT), (4.0, signal.SIGKILL))
+ORPHANS_QUIT_SECONDS = 0.3
+ORPHANS_KILL_SECONDS = 0.8
+OWNER_POLL_SECONDS = 1.0
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+IS_LINUX = sys.platform.startswith("linux")
+
+
+class Guard:
+    """The command, the pipe from the owner, and how far stopping has come."""
+
+    def __init__(self, command: list[str], ids: tuple[int, int] | None) -> None:
+        self._owner = os.getppid()
+        self._stop_asked_at: float | None = None
+        self._signals_sent = 0
+        self._wake = _wake_on_signals(self._ask_stop)
+        self._poll = select.poll()
+        self._poll.register(0, select.POLLIN)
+        self._poll.register(self._wake, select.POLLIN)
+        self.pid = _spawn(command, ids)
+
+    def run(self) -> int:
+        """Wait until the command has ended, by itself or by us; returns its wait status."""
+        while (status := self._reap()) is None:
+            self._escalate()
+            self._wait()
+        _end_orphans()
+        return status
+
+    def _ask_stop(self) -> None:
+        if self._stop_asked_at is None:
+            self._stop_asked_at = time.monotonic()
+
+    def _wait(self) -> None:
+        for descriptor, _ in self._poll.poll(self._patience_seconds() * 1000):
+            if descriptor == self._wake:
+                os.read(self._wake, 512)
+            elif not _read_input():
+                self._poll.unregister(0)
+                self._ask_stop()
+        # A process that the owner forked may hold our pipe open after the owner's death: its pid tells all the same.
+        if os.getppid() != self._owner:
+            self._ask_stop()
+
+    def _patience_seconds(self) -> float:
+        if self._stop_asked_at is None or self._signals_sent == len(ESCALATION):
+            return OWNER_POLL_SECONDS
+        return max(0.0, self._stop_asked_at + ESCALATION[self._signals_sent][0] - time.monotonic())
+
+    def _escalate(self) -> None:
+        """Send what is due. The command cannot have been reaped yet, so its pid is nobody else's."""
+        while (
+            self._stop_asked_at is not None
+            and self._signals_sent < len(ESCALATION)
+            and time.monotonic() >= self._stop_asked_at + ESCALATION[self._signals_sent][0]
+        ):
+            number = ESCALATION[self._signals_sent][1]
+            self._signals_sent += 1
+            # The group: a postmaster is alone in its own, but initdb has helpers there that it would first wait for.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+
+    def _reap(self) -> int | None:
+        """The command's wait status, or None while it runs; buries what else has become our child."""
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid in (0, self.pid):
+                return status if pid else None
+
+
+def _wake_on_signals(ask_stop: Callable[[], None]) -> int:
+    """A descriptor that becomes readable on each signal that concerns us, so that one poll waits for everything."""
+
+    def ask(_number: int, _frame: object) -> None:
+        ask_stop()
+
+    def wake_only(_number: int, _frame: object) -> None:
+        """The signal has done its work by waking us."""
+
+    wake, waker = os.pipe()
+    os.set_blocking(wake, False)
+    os.set_blocking(waker, False)
+    signal.set_wakeup_fd(waker)
+    signal.signal(signal.SIGCHLD, wake_only)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, ask)
+    return wake
+
+
+def _read_input() -> bytes:
+    try:
+        return os.read(0, 512)
+    except OSError:
+        return b""
+
+
+def _spawn(command: list[str], ids: tuple[int, int] | None) -> int:
+    """Start the command as a child; returns its pid. One that cannot run says why and exits with 127."""
+    libc = ctypes.CDLL(None) if IS_LINUX else None  # Loaded before the fork: the child should do little.
+    if libc is not None:
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    guard = os.getpid()
+    pid = os.fork()
+    if pid:
+        # The child does the same: whoever comes first, the group exists before anybody signals it.
+        with contextlib.suppress(OSError):
+            os.setpgid(pid, pid)
+        return pid
+    try:
+        _become(command, ids, guard, libc)
+    except BaseException as error:
+        os.write(2, f"FATAL:  {command[0]} cannot be run: {error}\n".encode())
+    finally:
+        os._exit(127)
+
+
+def _become(command: list[str], ids: tuple[int, int] | None, guard: int, libc: ctypes.CDLL | None) -> None:
+    os.setpgid(0, 0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    # Not the owner's pipe: a backend that outlived us would keep it open, and the owner would not see us gone.
+    os.dup2(2, 1)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and what is ignored stays so over exec.
+    if ids is not None:
+        os.setgroups([])
+        os.setgid(ids[1])
+        os.setuid(ids[0])
+    if libc is not None:
+        # After the change of user, which clears it. And a guard that died before this line sent nothing: look.
+        libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGQUIT), 0, 0, 0)
+    if os.getppid() != guard:
+        return
+    os.execv(command[0], command)  # noqa: S606  # No shell: that is the point of a list.
+
+
+def _end_orphans() -> None:
+    """End the children that the command left to us: SIGQUIT first, then SIGKILL until none is left."""
+    started = time.monotonic()
+    sent = None
+    while _has_children():
+        elapsed = time.monotonic() - started
+        if elapsed > ORPHANS_KILL_SECONDS:
+            return
+        number = signal.SIGQUIT if elapsed < ORPHANS_QUIT_SECONDS else signal.SIGKILL
+        if number != sent or number == signal.SIGKILL:
+            sent = number
+            for pid in _children():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        time.sleep(0.01)
+
+
+def _has_children() -> bool:
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return False
+    return True
+
+
+def _children() -> list[int]:
+    """Our children, by the parent that each process's stat names (`pid (name) state parent ...`)."""
+    found: list[int] = []
+    for entry in os.listdir("/proc") if IS_LINUX else []:
+        if entry.isdigit():
+            with contextlib.suppress(OSError, IndexError), open(f"/proc/{entry}/stat", "rb") as stat:
+                if int(stat.read().rpartition(b")")[2].split()[1]) == os.getpid():
+                    found.append(int(entry))
+    return found
+
+
+def _say(line: str) -> None:
+    """Tell the owner; one that is gone needs no telling."""
+    with contextlib.suppress(OSError):
+        os.write(1, line.encode() + b"\n")
+
+
+def main() -> int:
+    """Run the command of our arguments under guard; returns the exit status."""
+    uid, gid, *command = sys.argv[1:]
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    guard = Guard(command, None if uid == "-" else (int(uid), int(gid)))
+    _say(f"pid {guard.pid}")
+    code = os.waitstatus_to_exitcode(guard.run())
+    if code < 0:
+        _say(f"was killed by {signal.Signals(-code).name}")
+        return 128 - code
+    _say(f"exited with code {code}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""How a batch reaches its service: one method, `send`, many implementations."""

@@ -1,0 +1,54 @@
+"""Everything in one process, but as if it were not: the transport that finds what only a network would.
+
+Every batch and every answer is really encoded and decoded, the remaining time travels instead of a clock reading, and
+each request that may be repeated (`safe`, or `keyed` with a key) is sent twice. A test that passes `local` and fails `wire`
+has found a message that does not survive encoding, or an operation whose promise to be repeatable is false.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..batching import Outcome
+from ..clock import Clock
+from ..codec import decode_outcomes, decode_requests, encode_outcomes, encode_requests
+from ..contract import Context, Operation, Retry, ServiceError
+from ..rpc import Server
+
+
+class WireTransport:
+    """Sends to the servers of this process through bytes. See the top of this file."""
+
+    def __init__(self, servers: Mapping[str, Server], clock: Clock) -> None:
+        self._servers = servers
+        self._clock = clock
+
+    async def send(
+        self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context]
+    ) -> Sequence[Outcome]:
+        outcomes = await self._over_and_back(operation, requests, contexts)
+        again = [i for i, request in enumerate(requests) if operation.repeatable(request)]
+        if again:
+            second = await self._over_and_back(operation, [requests[i] for i in again], [contexts[i] for i in again])
+            for i, outcome in zip(again, second, strict=True):
+                _agree(operation, outcomes[i], outcome)
+        return outcomes
+
+    async def _over_and_back(
+        self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context]
+    ) -> list[Outcome]:
+        sent = encode_requests(requests, contexts, self._clock.monotonic())
+        return decode_outcomes(operation, await self._far_side(operation, sent))
+
+    async def _far_side(self, operation: Operation[Any, Any], sent: bytes) -> bytes:
+        """What a server process does with the bytes of a batch."""
+        requests, contexts = decode_requests(operation, sent, self._clock.monotonic())
+        return encode_outcomes(await self._servers[operation.service].dispatch(operation, requests, contexts))
+
+
+def _agree(operation: Operation[Any, Any], first: Outcome, second: Outcome) -> None:
+    """A keyed request that was done must be done when it comes again. What a read says may change in between."""
+    if operation.retry is Retry.KEYED and not isinstance(first, ServiceError) and isinstance(second, ServiceError):
+        raise AssertionError(f"{operation.full_name} is not repeatable: done first, then {second!r}")
+

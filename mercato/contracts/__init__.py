@@ -1,0 +1,1 @@
+"""What each service offers: one file a service."""

@@ -1,0 +1,135 @@
+"""Products: the catalogue, and the only source of prices."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, Final, Literal
+
+from msgspec import Meta
+
+from ..chassis.contract import MAX_ID, Contract, Kind, Message, Retry, ServiceError, batched, single
+from .money import MAX_MINOR
+from .roles import EVERYBODY, SIGNED_IN, STAFF_ONLY
+
+ProductId = Annotated[int, Meta(ge=1, le=MAX_ID)]
+Sku = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", examples=["HEAD-100"])]
+Name = Annotated[str, Meta(min_length=1, max_length=200, examples=["Headphones"])]
+Description = Annotated[str, Meta(max_length=10_000)]
+Category = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9-]*$", examples=["audio"])]
+PriceMinor = Annotated[int, Meta(ge=0, le=MAX_MINOR)]
+Currency = Annotated[str, Meta(pattern=r"^[A-Z]{3}$", examples=["USD"])]
+
+Status = Literal["active", "archived"]
+Sort = Literal["id", "name", "-name", "price", "-price", "newest", "relevance"]
+
+PAGE_LIMIT: Final = 200
+
+
+class Product(Message):
+    id: ProductId
+    sku: str
+    name: str
+    description: str
+    price_minor: int
+    currency: str
+    category: str
+    status: Status
+    created_at: datetime.datetime
+    updated_at: datetime.datetime
+    version: int
+
+
+class CreateProduct(Message):
+    sku: Sku
+    name: Name
+    price_minor: PriceMinor
+    currency: Currency
+    category: Category
+    description: Description = ""
+
+
+class GetProduct(Message):
+    id: ProductId
+
+
+class UpdateProduct(Message):
+    """Changes what is given. With `version`, only if the product still has it."""
+
+    id: ProductId
+    version: int | None = None
+    sku: Sku | None = None
+    name: Name | None = None
+    price_minor: PriceMinor | None = None
+    currency: Currency | None = None
+    category: Category | None = None
+    description: Description | None = None
+
+
+class ArchiveProduct(Message):
+    """Takes a product out of the catalogue: it can be read by its id, but not found, quoted or ordered."""
+
+    id: ProductId
+    version: int | None = None
+
+
+class SearchProducts(Message):
+    """Active products, a page at a time. `text` is what a person types into a search box (words, "phrases", -not).
+
+    `after` is the `next_after` of the page before; it belongs to the same filters and sort. Price filters compare
+    products of `currency` only.
+    """
+
+    text: Annotated[str, Meta(max_length=200)] | None = None
+    category: str | None = None
+    currency: Currency | None = None
+    min_price_minor: PriceMinor | None = None
+    max_price_minor: PriceMinor | None = None
+    sort: Sort = "id"
+    after: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
+
+
+class ProductPage(Message):
+    products: tuple[Product, ...]
+    next_after: str | None = None
+    """The `after` of the next page; None on the last."""
+
+
+class QuoteProduct(Message):
+    id: ProductId
+
+
+class Quote(Message):
+    """What a product is called and costs at this moment, for an order to keep."""
+
+    id: ProductId
+    sku: str
+    name: str
+    price_minor: int
+    currency: str
+
+
+class ProductNotFound(ServiceError, code="products.not_found", kind=Kind.NOT_FOUND):
+    sentence = "There is no product {product_id}."
+    product_id: int
+
+
+class ProductArchived(ServiceError, code="products.archived", kind=Kind.CONFLICT):
+    sentence = "Product {product_id} is not for sale any more."
+    product_id: int
+
+
+class SkuTaken(ServiceError, code="products.sku_taken", kind=Kind.CONFLICT):
+    sentence = "There is a product with the sku {sku} already."
+    sku: str
+
+
+class Products(Contract, name="products"):
+    """The catalogue. Everybody may read it; staff may change it."""
+
+    create = single(CreateProduct, Product, allow=STAFF_ONLY)
+    get = batched(GetProduct, Product, allow=EVERYBODY, retry=Retry.SAFE)
+    update = single(UpdateProduct, Product, allow=STAFF_ONLY)
+    archive = single(ArchiveProduct, Product, allow=STAFF_ONLY)
+    search = single(SearchProducts, ProductPage, allow=EVERYBODY, retry=Retry.SAFE)
+    quote = batched(QuoteProduct, Quote, allow=SIGNED_IN, retry=Retry.SAFE)

@@ -1,0 +1,159 @@
+"""Users: accounts, who they are, and how they prove it."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, Final
+
+from msgspec import Meta
+
+from ..chassis.contract import MAX_ID, Contract, Empty, Kind, Message, Retry, ServiceError, batched, single
+from .roles import EVERYBODY, SIGNED_IN, STAFF_ONLY, Role
+
+UserId = Annotated[int, Meta(ge=1, le=MAX_ID)]
+Email = Annotated[str, Meta(min_length=3, max_length=254, examples=["alice@example.com"])]
+Name = Annotated[str, Meta(min_length=1, max_length=200, examples=["Alice"])]
+Password = Annotated[str, Meta(max_length=256)]
+"""At most 256 characters, so that nobody makes us hash a book. How good one must be is a rule of the service."""
+RefreshToken = Annotated[str, Meta(max_length=256)]
+Version = Annotated[int, Meta(ge=1, le=MAX_ID)]
+
+PAGE_LIMIT: Final = 200
+
+
+class User(Message):
+    id: UserId
+    email: str
+    name: str
+    role: Role
+    created_at: datetime.datetime
+    updated_at: datetime.datetime
+    version: int
+
+
+class Register(Message):
+    email: Email
+    name: Name
+    password: Password
+
+
+class SignIn(Message):
+    email: Email
+    password: Password
+
+
+class Tokens(Message):
+    """A session's tokens. The access token is a JWT; the refresh token is good for one use."""
+
+    access_token: str
+    refresh_token: str
+    token_type: str
+    expires_in: int
+    """Seconds until the access token expires."""
+    user: User
+
+
+class Refresh(Message):
+    refresh_token: RefreshToken
+
+
+class SignOut(Message):
+    refresh_token: RefreshToken
+
+
+class GetUser(Message):
+    id: UserId
+
+
+class ListUsers(Message):
+    """Users by ascending id, those after `after`."""
+
+    after: Annotated[int, Meta(ge=0, le=MAX_ID)] = 0
+    limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
+    role: Role | None = None
+
+
+class UserPage(Message):
+    users: tuple[User, ...]
+    next_after: int | None = None
+    """The `after` of the next page; None on the last."""
+
+
+class UpdateProfile(Message):
+    """Changes what is given. With `version`, only if the account still has it."""
+
+    id: UserId
+    version: Version | None = None
+    email: Email | None = None
+    name: Name | None = None
+
+
+class ChangePassword(Message):
+    """Ends the account's sessions, except the one that `refresh_token` belongs to."""
+
+    id: UserId
+    current_password: Password
+    new_password: Password
+    refresh_token: RefreshToken | None = None
+
+
+class SetRole(Message):
+    id: UserId
+    role: Role
+    version: Version | None = None
+
+
+class PublicKeys(Message):
+    """A JSON Web Key Set (RFC 7517) with the public keys that access tokens are signed with, and what tokens say."""
+
+    keys: tuple[dict[str, str], ...]
+    issuer: str
+    audience: str
+
+
+class UserNotFound(ServiceError, code="users.not_found", kind=Kind.NOT_FOUND):
+    sentence = "There is no user {user_id}."
+    user_id: int
+
+
+class EmailTaken(ServiceError, code="users.email_taken", kind=Kind.CONFLICT):
+    sentence = "There is an account with this e-mail address already."
+
+
+class WrongCredentials(ServiceError, code="users.wrong_credentials", kind=Kind.UNAUTHENTICATED):
+    """The same answer for an unknown e-mail and a wrong password."""
+
+    sentence = "E-mail or password is wrong."
+
+
+class SessionEnded(ServiceError, code="users.session_ended", kind=Kind.UNAUTHENTICATED):
+    sentence = "This session has ended; sign in again."
+
+
+class LastStaffMember(ServiceError, code="users.last_staff_member", kind=Kind.REFUSED):
+    """Nobody would be left who could make somebody staff."""
+
+    sentence = "User {user_id} is the last member of staff; make somebody else staff first."
+    user_id: int
+
+
+class TooManyHashes(ServiceError, code="users.too_many_sign_ins", kind=Kind.TOO_MANY):
+    """The bounded queue in front of the password hashes is full."""
+
+    sentence = "Too many people are signing in right now; try again in a moment."
+    retry_after_s: int | None = 2
+
+
+class Users(Contract, name="users"):
+    """Accounts, credentials, sessions, roles. Customers see and change only themselves."""
+
+    register = single(Register, User, allow=EVERYBODY)
+    sign_in = single(SignIn, Tokens, allow=EVERYBODY)
+    refresh = single(Refresh, Tokens, allow=EVERYBODY)
+    sign_out = single(SignOut, Empty, allow=EVERYBODY, retry=Retry.SAFE)
+    get = batched(GetUser, User, allow=SIGNED_IN, retry=Retry.SAFE)
+    list = single(ListUsers, UserPage, allow=STAFF_ONLY, retry=Retry.SAFE)
+    update_profile = single(UpdateProfile, User, allow=SIGNED_IN)
+    change_password = single(ChangePassword, Empty, allow=SIGNED_IN)
+    set_role = single(SetRole, User, allow=STAFF_ONLY)
+    keys = single(Empty, PublicKeys, allow=EVERYBODY, retry=Retry.SAFE)

@@ -1,0 +1,395 @@
+"""The API as an ASGI application: from bytes to a row of the table, and from its answer to bytes.
+
+What happens to a request, in this order; each step may refuse:
+
+    1. find the row          unknown path 404, unknown method 405 with Allow
+    2. who asks              address of an open shop 403, token 401, role 403, rate 429
+    3. what is asked         content type 415, size 413, JSON, path, query and headers 400, all wrong fields at once
+    4. call the operation    its errors become problems
+    5. answer
+
+Everything that can be decided before the first request is decided in `_Compiled`, once a row.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from typing import Any, Final
+from urllib.parse import parse_qsl, urlencode
+
+import msgspec
+import structlog
+
+from mercato.chassis.clock import Clock
+from mercato.chassis.contract import (
+    MAX_ID,
+    Actor,
+    Call,
+    Context,
+    FieldError,
+    Forbidden,
+    Internal,
+    InvalidRequest,
+    Operation,
+    ServiceError,
+    current,
+)
+from mercato.chassis.telemetry import Telemetry
+from mercato.gateway import idempotency, problems
+from mercato.gateway.auth import Gatekeeper
+from mercato.gateway.rates import RateLimiter
+from mercato.gateway.route import Ask, Page, Route
+from mercato.gateway.validation import decode_body, decode_query, invalid
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+REQUEST_SECONDS: Final = 10.0
+MAX_REQUEST_ID: Final = 128
+
+JSON: Final = (b"content-type", b"application/json")
+
+log = structlog.stdlib.get_logger("mercato.gateway")
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its request was complete. Nobody is there to be answered."""
+
+
+class Gateway:
+    """The table as an ASGI application. `fallback` gets what is not in the table: pages, health, metrics."""
+
+    def __init__(
+        self,
+        routes: Sequence[Route],
+        *,
+        client: Callable[[Operation[Any, Any]], Call[Any, Any]],
+        gatekeeper: Gatekeeper,
+        telemetry: Telemetry,
+        clock: Clock,
+        fallback: Asgi,
+        request_seconds: float = REQUEST_SECONDS,
+    ) -> None:
+        self._table = Table([_Compiled(route, client(route.operation), telemetry) for route in routes])
+        self._gatekeeper = gatekeeper
+        self._telemetry = telemetry
+        self._clock = clock
+        self._fallback = fallback
+        self._seconds = request_seconds
+        self._rates = RateLimiter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        started = time.perf_counter()
+        picked = _Picked(scope["headers"])
+        trace_id, request_id = picked.ids()
+        found, numbers = self._table.find(scope["method"], scope["path"], scope["query_string"])
+        route = found if isinstance(found, _Compiled) else None
+        try:
+            if route is None:
+                if not isinstance(found, ServiceError):
+                    self._gatekeeper.check_address(picked.host, picked.origin)
+                    return await self._fallback(scope, receive, send)
+                raise found
+            status, headers, body = await self._serve(route, numbers, scope, receive, picked, trace_id, request_id)
+        except ServiceError as error:
+            status, headers, body = problems.render(error, trace_id)
+        except ClientGone:
+            return None
+        except Exception as error:  # an edge: whatever went wrong, the client gets an answer and the log the cause
+            log.error("request_failed", trace_id=trace_id, path=scope["path"], exc_info=error)
+            status, headers, body = problems.render(Internal(operation=scope["path"]), trace_id)
+        headers.append((b"x-request-id", request_id.encode()))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+        self._note(route, status, time.perf_counter() - started)
+        return None
+
+    async def _serve(
+        self,
+        route: _Compiled,
+        numbers: Mapping[str, str],
+        scope: Scope,
+        receive: Receive,
+        picked: _Picked,
+        trace_id: str,
+        request_id: str,
+    ) -> tuple[int, Headers, bytes]:
+        actor = await self._admit(route, scope, picked, trace_id, request_id)
+        ask = await route.ask(actor, numbers, scope, receive, picked)
+        deadline = self._clock.monotonic() + self._seconds
+        current.set(Context(actor, deadline, trace_id, request_id))
+        return route.respond(await route.call(route.request(ask)), scope)
+
+    async def _admit(
+        self, route: _Compiled, scope: Scope, picked: _Picked, trace_id: str, request_id: str
+    ) -> Actor:
+        """Who asks, if they may."""
+        gatekeeper = self._gatekeeper
+        gatekeeper.check_address(picked.host, picked.origin)
+        if picked.authorization is None:
+            actor = gatekeeper.nobody()
+        else:
+            # Verifying may ask the users service for its keys; that is a call like any other.
+            deadline = self._clock.monotonic() + self._seconds
+            current.set(Context(gatekeeper.nobody(), deadline, trace_id, request_id))
+            actor = await gatekeeper.actor(picked.authorization)
+        if actor.role not in route.roles:
+            raise _refused(actor, route)
+        if route.limits.per_second is not None:
+            client = scope.get("client")
+            self._rates.check(route.name, route.limits, actor, client[0] if client else "")
+        return actor
+
+    def _note(self, route: _Compiled | None, status: int, seconds: float) -> None:
+        if route is not None:
+            route.count(status)
+            route.seconds.observe(seconds)
+        else:
+            self._telemetry.requests.labels("none", str(status)).inc()
+
+
+def _refused(actor: Actor, route: _Compiled) -> ServiceError:
+    if actor.role == "anonymous":
+        return problems.SignInFirst()
+    return Forbidden(operation=route.name, role=actor.role)
+
+
+# --------------------------------------------------------------------------------------------------------- headers
+
+_TRACEPARENT: Final = re.compile(rb"^[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?$")
+_REQUEST_ID: Final = re.compile(rb"^[\x21-\x7e]{1,128}$")
+
+
+class _Picked:
+    """The headers that the API looks at, found in one pass."""
+
+    __slots__ = (
+        "authorization", "content_type", "host", "idempotency_key", "if_match", "origin", "request_id", "traceparent",
+    )
+
+    def __init__(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        self.authorization: bytes | None = None
+        self.content_type: bytes | None = None
+        self.host: bytes | None = None
+        self.idempotency_key: bytes | None = None
+        self.if_match: bytes | None = None
+        self.origin: bytes | None = None
+        self.request_id: bytes | None = None
+        self.traceparent: bytes | None = None
+        for name, value in headers:
+            slot = _SLOTS.get(name)
+            if slot is not None:
+                setattr(self, slot, value)
+
+    def ids(self) -> tuple[str, str]:
+        """The trace id (W3C traceparent, else a new one) and the request id (X-Request-Id, else a new one)."""
+        trace_id = None
+        if self.traceparent is not None and (match := _TRACEPARENT.match(self.traceparent)):
+            trace_id = match[1].decode()
+        if not trace_id or trace_id == "0" * 32:
+            trace_id = f"{random.getrandbits(128) or 1:032x}"
+        if self.request_id is not None and _REQUEST_ID.match(self.request_id):
+            return trace_id, self.request_id.decode()
+        return trace_id, f"{random.getrandbits(64):016x}"
+
+
+_SLOTS: Final = {name.replace("_", "-").encode(): name for name in _Picked.__slots__} | {
+    b"x-request-id": "request_id"
+}
+del _SLOTS[b"request-id"]
+
+
+# ----------------------------------------------------------------------------------------------------------- table
+
+
+class Table:
+    """Finds the row of a method and path: fixed paths by one look-up, paths with numbers by their shape."""
+
+    def __init__(self, rows: Sequence[_Compiled]) -> None:
+        self._fixed: dict[str, dict[str, list[_Compiled]]] = {}
+        self._shaped: list[tuple[re.Pattern[str], dict[str, list[_Compiled]]]] = []
+        shapes: dict[str, dict[str, list[_Compiled]]] = {}
+        for row in rows:
+            by_method = self._fixed if "{" not in row.route.path else shapes
+            by_method.setdefault(row.route.path, {}).setdefault(row.route.method, []).append(row)
+        for path, methods in shapes.items():
+            self._shaped.append((re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", path) + r"\Z"), methods))
+
+    def find(
+        self, method: str, path: str, query: bytes
+    ) -> tuple[_Compiled | ServiceError | None, Mapping[str, str]]:
+        """The row and the path's parts by name; an error where the path takes other methods; None where it is unknown."""
+        methods, parts = self._fixed.get(path), _NOTHING
+        if methods is None:
+            for pattern, shaped in self._shaped:
+                if match := pattern.match(path):
+                    methods, parts = shaped, match.groupdict()
+                    break
+            else:
+                return None, _NOTHING
+        rows = methods.get("GET" if method == "HEAD" else method)
+        if rows is None:
+            allowed = sorted(set(methods) | ({"HEAD"} if "GET" in methods else set()))
+            return problems.MethodNotAllowed(path=path, allowed=tuple(allowed)), _NOTHING
+        if len(rows) == 1:
+            return rows[0], parts
+        return next(row for row in rows if row.serves(query)), parts
+
+
+_NOTHING: Final[Mapping[str, Any]] = {}
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+
+
+class _Compiled:
+    """A row, with everything that can be known before a request."""
+
+    def __init__(self, route: Route, call: Call[Any, Any], telemetry: Telemetry) -> None:
+        self.route = route
+        self.call = call
+        self.name = f"{route.method} {route.path}"
+        self.roles = route.roles
+        self.limits = route.limits
+        self.request = route.request
+        self.seconds = telemetry.request_seconds.labels(self.name)
+        self._requests = telemetry.requests
+        self._counters: dict[int, Any] = {}
+        self._decoder = msgspec.json.Decoder(route.body) if route.body else None
+        self._encode = msgspec.json.Encoder().encode
+        self._plain = not (route.etag or route.location or route.replayed)
+
+    def serves(self, query: bytes) -> bool:
+        wanted = self.route.when_query
+        return wanted is None or any(p.partition(b"=")[0] == wanted.encode() for p in query.split(b"&"))
+
+    def count(self, status: int) -> None:
+        counter = self._counters.get(status)
+        if counter is None:
+            counter = self._counters[status] = self._requests.labels(self.name, str(status))
+        counter.inc()
+
+    # ------------------------------------------------------------------------------------------------- what is asked
+
+    async def ask(
+        self, actor: Actor, parts: Mapping[str, str], scope: Scope, receive: Receive, picked: _Picked
+    ) -> Ask:
+        route = self.route
+        body = raw = None
+        if self._decoder is not None:
+            _check_content_type(picked.content_type)
+            raw = await _read_body(receive, self.limits.body_bytes)
+            body = decode_body(self._decoder, raw)
+        path = _numbers(parts) if parts else _NOTHING
+        query = None
+        if route.query is not None:
+            query = decode_query(route.query, scope["query_string"])
+        elif scope["query_string"]:
+            raise invalid(("?", "this takes no query parameters"))
+        key = fingerprint = None
+        if picked.idempotency_key is not None:
+            if not route.idempotency:
+                raise invalid(("header Idempotency-Key", f"{self.name} does not take one"))
+            key = idempotency.key_of(picked.idempotency_key)
+            fingerprint = idempotency.fingerprint(route.method, route.path, parts, scope["query_string"], raw or b"")
+        version = _version(picked.if_match, self) if picked.if_match is not None else None
+        return Ask(actor, path, query, body, version, key, fingerprint or b"")
+
+    # ----------------------------------------------------------------------------------------------- what is answered
+
+    def respond(self, answer: Any, scope: Scope) -> tuple[int, Headers, bytes]:
+        route = self.route
+        shown = route.answer(answer)
+        headers: Headers
+        if shown is None:
+            return 204, [], b""
+        if isinstance(shown, Page):
+            body = self._encode(shown.items)
+            headers = [JSON, (b"content-length", str(len(body)).encode())]
+            if shown.next_query is not None:
+                headers.append((b"link", _next_link(scope, shown.next_query)))
+            return route.status, headers, body
+        body = self._encode(shown)
+        headers = [JSON, (b"content-length", str(len(body)).encode())]
+        if not self._plain:
+            self._add_headers(answer, headers)
+        return route.status, headers, body
+
+    def _add_headers(self, answer: Any, headers: Headers) -> None:
+        route = self.route
+        if route.etag is not None:
+            headers.append((b"etag", f'"{route.etag(answer)}"'.encode()))
+        if route.location is not None:
+            headers.append((b"location", route.location(answer).encode()))
+        if route.replayed is not None and route.replayed(answer):
+            headers.append((b"idempotent-replayed", b"true"))
+
+
+async def _read_body(receive: Receive, limit_bytes: int) -> bytes:
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientGone
+    body: bytes = message.get("body", b"")
+    if message.get("more_body"):
+        chunks, size = [body], len(body)
+        while message.get("more_body"):
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            if size > limit_bytes:
+                break
+        body = b"".join(chunks)
+    if len(body) > limit_bytes:
+        raise problems.BodyTooLarge(limit_bytes=limit_bytes)
+    return body
+
+
+def _check_content_type(value: bytes | None) -> None:
+    if value == b"application/json":
+        return
+    kind, _, parameters = (value or b"").lower().partition(b";")
+    charset = parameters.strip().removeprefix(b"charset=").strip(b'"')
+    if kind.strip() != b"application/json" or charset not in (b"", b"utf-8"):
+        raise problems.UnsupportedMediaType
+
+
+def _numbers(parts: Mapping[str, str]) -> Mapping[str, int]:
+    numbers: dict[str, int] = {}
+    errors: list[FieldError] = []
+    for name, text in parts.items():
+        # A number that is too large for an id is an id that nobody has; what is no number is a mistake.
+        if text.isascii() and text.isdigit():
+            numbers[name] = min(int(text), MAX_ID) if len(text) <= 20 else MAX_ID
+        else:
+            errors.append(FieldError(field=f"path {name}", message="is not a number"))
+    if errors:
+        raise InvalidRequest(errors=tuple(errors))
+    return numbers
+
+
+_ETAG: Final = re.compile(rb'^(?:W/)?"(\d{1,9})"$')
+
+
+def _version(if_match: bytes, row: _Compiled) -> int | None:
+    if not row.route.if_match:
+        raise invalid(("header If-Match", f"{row.name} does not take one"))
+    if if_match == b"*":
+        return None
+    if not (match := _ETAG.match(if_match)):
+        raise invalid(("header If-Match", 'is not one ETag such as "3"'))
+    return int(match[1])
+
+
+def _next_link(scope: Scope, changed: Mapping[str, str]) -> bytes:
+    query = dict(parse_qsl(scope["query_string"].decode("ascii"))) | changed
+    return f'<{scope["path"]}?{urlencode(query)}>; rel="next"'.encode()

@@ -1,0 +1,167 @@
+"""Who asks: from the headers of a request to an `Actor`.
+
+With `--auth required` a request carries an access token (`Authorization: Bearer ...`), or its caller is anonymous and
+may do what anonymous callers may. With `--auth open`, which exists on loopback only, a caller without a token acts as
+staff; then the Host header, and Origin where a browser sends one, must name this shop, so that no web page can drive it.
+
+Tokens are verified with the public keys of the users service (RFC 9068 tokens, EdDSA). A token that was verified is
+remembered until it expires: verifying costs 75 microseconds, looking it up a tenth of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+import msgspec
+from joserfc import jwt
+from joserfc.errors import JoseError
+from joserfc.jwk import KeySet
+
+from mercato.chassis.clock import Clock
+from mercato.chassis.contract import ANONYMOUS, Actor, Unauthenticated
+from mercato.contracts.roles import CUSTOMER, STAFF
+from mercato.contracts.users import PublicKeys
+from mercato.gateway.problems import HostNotAllowed
+
+REMEMBERED_TOKENS: Final = 10_000
+TOKEN_TYPE: Final = "at+jwt"
+KEYS_PAUSE_SECONDS: Final = 10.0
+"""The keys are asked for again, because of an unknown one, at most this often."""
+
+OPEN_ACTOR: Final = Actor(STAFF, 0)
+
+
+class Claims(msgspec.Struct):
+    """What is read from a token. `exp` is a time in seconds since 1970."""
+
+    iss: str
+    aud: str
+    sub: str
+    role: str
+    exp: float
+
+
+class Verifier:
+    """Access tokens to actors. `fetch_keys` asks the users service."""
+
+    def __init__(self, fetch_keys: Callable[[], Awaitable[PublicKeys]], clock: Clock) -> None:
+        self._fetch_keys = fetch_keys
+        self._clock = clock
+        self._keys: PublicKeys | None = None
+        self._key_set: KeySet | None = None
+        self._fetched_at = float("-inf")
+        self._known: dict[str, tuple[Actor, float]] = {}
+
+    async def actor(self, token: str) -> Actor:
+        """Raises `Unauthenticated` for a token that is forged, foreign, expired or not a token."""
+        known = self._known.get(token)
+        if known is not None and known[1] > self._clock.now().timestamp():
+            return known[0]
+        actor, expires_at = self._read(await self._verified(token))
+        if len(self._known) >= REMEMBERED_TOKENS:
+            self._known.clear()
+        self._known[token] = (actor, expires_at)
+        return actor
+
+    async def jwks(self) -> PublicKeys:
+        """The public keys, for others to verify tokens with."""
+        if self._keys is None:
+            await self._fetch()
+        assert self._keys is not None
+        return self._keys
+
+    async def _verified(self, token: str) -> Claims:
+        if self._key_set is None:
+            await self._fetch()
+        try:
+            return self._decode(token)
+        except _UnknownKeyError:
+            # Another process may have begun to sign with a new key. Not at every forged token, though.
+            if self._clock.monotonic() - self._fetched_at < KEYS_PAUSE_SECONDS:
+                raise Unauthenticated(reason=FORGED) from None
+            await self._fetch()
+            try:
+                return self._decode(token)
+            except _UnknownKeyError:
+                raise Unauthenticated(reason=FORGED) from None
+
+    async def _fetch(self) -> None:
+        self._keys = await self._fetch_keys()
+        self._key_set = KeySet.import_key_set({"keys": [dict(key) for key in self._keys.keys]})
+        self._fetched_at = self._clock.monotonic()
+
+    def _decode(self, token: str) -> Claims:
+        assert self._key_set is not None
+        try:
+            decoded = jwt.decode(token, self._key_set, algorithms=["EdDSA", "Ed25519"])
+            if decoded.header.get("typ") != TOKEN_TYPE:
+                raise Unauthenticated(reason=FORGED)
+            return msgspec.convert(decoded.claims, Claims)
+        except JoseError as error:
+            if error.error in ("invalid_key_id", "missing_key"):
+                raise _UnknownKeyError from error
+            raise Unauthenticated(reason=FORGED) from error
+        except (ValueError, TypeError, KeyError, msgspec.ValidationError) as error:
+            raise Unauthenticated(reason=FORGED) from error
+
+    def _read(self, claims: Claims) -> tuple[Actor, float]:
+        keys = self._keys
+        assert keys is not None
+        if claims.iss != keys.issuer or claims.aud != keys.audience or claims.role not in (CUSTOMER, STAFF):
+            raise Unauthenticated(reason=FORGED)
+        if not claims.sub.isascii() or not claims.sub.isdigit():
+            raise Unauthenticated(reason=FORGED)
+        if claims.exp <= self._clock.now().timestamp():
+            raise Unauthenticated(reason="The access token has expired; refresh it, or sign in again.")
+        return Actor(claims.role, int(claims.sub)), claims.exp
+
+
+FORGED: Final = "The access token is not one of this shop."
+
+
+class _UnknownKeyError(Exception):
+    """A token is signed with a key that we do not have."""
+
+
+class Gatekeeper:
+    """Gives the actor of a request. `own_hosts` are the Host values of an open shop; None when tokens are required."""
+
+    def __init__(self, verifier: Verifier, own_hosts: Sequence[str] | None) -> None:
+        self._verifier = verifier
+        self._hosts = frozenset(host.encode() for host in own_hosts) if own_hosts is not None else None
+        self._origins = frozenset(b"http://" + host for host in self._hosts or ())
+        self._nobody = ANONYMOUS if own_hosts is None else OPEN_ACTOR
+
+    @property
+    def open(self) -> bool:
+        return self._hosts is not None
+
+    def check_address(self, host: bytes | None, origin: bytes | None) -> None:
+        """Raises `HostNotAllowed` in an open shop for a request that was meant for, or comes from, elsewhere."""
+        if self._hosts is None:
+            return
+        if host is None or host.lower() not in self._hosts:
+            raise HostNotAllowed(header="Host")
+        if origin is not None and origin.lower() not in self._origins:
+            raise HostNotAllowed(header="Origin")
+
+    def nobody(self) -> Actor:
+        """Who a caller without a token is."""
+        return self._nobody
+
+    async def actor(self, authorization: bytes) -> Actor:
+        """Raises `Unauthenticated`."""
+        scheme, _, token = authorization.decode("latin-1").partition(" ")
+        if scheme.lower() != "bearer" or not token.strip():
+            raise Unauthenticated(reason="The Authorization header must be: Bearer TOKEN.")
+        return await self._verifier.actor(token.strip())
+
+
+def own_hosts(host: str, port: int) -> list[str]:
+    """The Host values under which a shop on loopback is itself."""
+    names = {"localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host}
+    with_port = [f"{name}:{port}" for name in sorted(names)]
+    return with_port + (sorted(names) if port == 80 else [])
+
+

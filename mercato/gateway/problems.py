@@ -1,0 +1,144 @@
+"""Problems (RFC 9457): what an HTTP client hears when something is refused. The only place that knows status codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+
+from mercato.chassis.contract import FieldError, InvalidRequest, Kind, ServiceError
+
+MEDIA_TYPE: Final = b"application/problem+json"
+
+STATUS_OF_KIND: Final[Mapping[Kind, int]] = {
+    Kind.NOT_FOUND: 404,
+    Kind.INVALID: 400,
+    Kind.CONFLICT: 409,
+    Kind.REFUSED: 402,
+    Kind.UNAUTHENTICATED: 401,
+    Kind.FORBIDDEN: 403,
+    Kind.TOO_MANY: 429,
+    Kind.UNAVAILABLE: 503,
+    Kind.DEADLINE: 504,
+    Kind.INTERNAL: 500,
+}
+
+STATUS_OF_CODE: Final[Mapping[str, int]] = {
+    # Where HTTP, or a draft that clients know, has a more exact word than the kind.
+    "stale_version": 412,
+    "idempotency_key_reused": 422,
+    "method_not_allowed": 405,
+    "body_too_large": 413,
+    "unsupported_media_type": 415,
+}
+
+TITLES: Final[Mapping[int, str]] = {
+    400: "The request is not valid",
+    401: "Sign in first",
+    402: "Payment refused",
+    403: "Not allowed",
+    404: "Not found",
+    405: "Method not allowed",
+    409: "This conflicts with what is there",
+    412: "It has changed since",
+    413: "The body is too large",
+    415: "Send JSON",
+    422: "The key belongs to another request",
+    429: "Too many requests",
+    500: "Internal error",
+    503: "Not available right now",
+    504: "Not answered in time",
+}
+
+
+class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The body of a refusal. `details` are the typed details of the error, such as the legal moves of an order."""
+
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str
+    trace_id: str
+    errors: tuple[FieldError, ...] = ()
+    details: dict[str, Any] = {}
+
+
+class RouteNotFound(ServiceError, code="route_not_found", kind=Kind.NOT_FOUND):
+    sentence = "There is nothing at {path}; the API is described at /docs."
+    path: str
+
+
+class MethodNotAllowed(ServiceError, code="method_not_allowed", kind=Kind.INVALID):
+    sentence = "{path} takes {allowed}."
+    path: str
+    allowed: tuple[str, ...]
+
+
+class SignInFirst(ServiceError, code="sign_in_first", kind=Kind.UNAUTHENTICATED):
+    sentence = "This needs a caller who is signed in: POST /login, then send Authorization: Bearer ACCESS_TOKEN."
+
+
+class UnsupportedMediaType(ServiceError, code="unsupported_media_type", kind=Kind.INVALID):
+    sentence = "The body must be JSON, sent with Content-Type: application/json."
+
+
+class BodyTooLarge(ServiceError, code="body_too_large", kind=Kind.INVALID):
+    sentence = "The body may have at most {limit_bytes} bytes."
+    limit_bytes: int
+
+
+class MalformedJson(ServiceError, code="malformed_json", kind=Kind.INVALID):
+    sentence = "The body is not JSON: {reason} at line {line}, column {column} (byte {offset})."
+    reason: str
+    line: int
+    column: int
+    offset: int
+
+
+class HostNotAllowed(ServiceError, code="host_not_allowed", kind=Kind.FORBIDDEN):
+    """Without tokens, only this machine's own names are answered, so that no web page can drive a shop on loopback."""
+
+    sentence = "This shop runs without tokens and answers only requests to its own address; {header} names another."
+    header: str
+
+
+class TooManyRequests(ServiceError, code="too_many_requests", kind=Kind.TOO_MANY):
+    sentence = "Too many requests; try again in {retry_after_s} s."
+
+    def __init__(self, retry_after_s: int) -> None:
+        Exception.__init__(self, f"Too many requests; try again in {retry_after_s} s.")
+        self.retry_after_s = retry_after_s
+
+
+_encode: Final = msgspec.json.Encoder().encode
+
+
+def status_of(error: ServiceError) -> int:
+    return STATUS_OF_CODE.get(error.code) or STATUS_OF_KIND[error.kind]
+
+
+def render(error: ServiceError, trace_id: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Status, headers and body of an error."""
+    status = status_of(error)
+    invalid = isinstance(error, InvalidRequest)
+    problem = Problem(
+        type=f"/docs/problems#{error.code}",
+        title=TITLES[status],
+        status=status,
+        code=error.code,
+        detail=str(error),
+        trace_id=trace_id,
+        errors=error.errors if invalid else (),
+        details={} if invalid else error.details,
+    )
+    body = _encode(problem)
+    headers = [(b"content-type", MEDIA_TYPE), (b"content-length", str(len(body)).encode())]
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", str(error.retry_after_s).encode()))
+    if status == 401:
+        headers.append((b"www-authenticate", b'Bearer realm="mercato"'))
+    if isinstance(error, MethodNotAllowed):
+        headers.append((b"allow", ", ".join(error.allowed).encode()))
+    return status, headers, body

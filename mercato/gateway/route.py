@@ -1,0 +1,90 @@
+"""What a row of the API's table says. The rows are in `routes/`, one file a service; `app.py` answers from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal
+
+import msgspec
+
+from mercato.chassis.contract import Actor, Operation, ServiceError
+from mercato.contracts.roles import EVERYBODY
+
+Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
+
+MAX_BODY_BYTES: Final = 1_048_576
+
+
+class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A JSON body or the query parameters. Unknown fields are refused: a misspelt filter must not be ignored."""
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A JSON answer."""
+
+
+class Ask(msgspec.Struct, gc=False):
+    """A request as a row sees it: who asks, and its parts, checked and typed."""
+
+    actor: Actor
+    path: Mapping[str, int]
+    """The numbers in the path, by name."""
+    query: Any
+    """The row's `query` model, or None."""
+    body: Any
+    """The row's `body` model, or None."""
+    if_match: int | None
+    """The version in If-Match; None where there is none, or `*`."""
+    idempotency_key: str | None
+    fingerprint: bytes
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """`body_bytes`: the largest body. `per_second`, `burst`: how often one caller may; None: as often as they like."""
+
+    body_bytes: int = MAX_BODY_BYTES
+    per_second: int | None = None
+    burst: int = 1
+
+
+class Page(msgspec.Struct, frozen=True):
+    """A page of a collection. `next_query` has the query parameters that change for the next page; None on the last."""
+
+    items: list[Any]
+    next_query: Mapping[str, str] | None = None
+
+
+class Route(msgspec.Struct, frozen=True, kw_only=True):
+    """One row: everything that the API promises about a method and a path.
+
+    `request` makes the operation's request of what was asked; `answer` makes the JSON of the operation's answer: an
+    `Output`, a `Page` for a collection, or None for no body. Both are pure.
+    """
+
+    method: Method
+    path: str
+    operation: Operation[Any, Any]
+    summary: str
+    request: Callable[[Ask], Any]
+    answer: Callable[[Any], Any]
+    output: Any
+    """The type of the JSON answer, for the documentation: what `answer` gives, `list[X]` for a page of X, or None."""
+    roles: frozenset[str] = EVERYBODY
+    status: int = 200
+    query: type[Input] | None = None
+    body: type[Input] | None = None
+    body_example: Mapping[str, Any] | None = None
+    idempotency: bool = False
+    """Whether `Idempotency-Key` is honoured. Where it is not, sending it is refused rather than ignored."""
+    etag: Callable[[Any], int] | None = None
+    """The version of the answer, for its ETag."""
+    if_match: bool = False
+    """Whether `If-Match` is honoured."""
+    location: Callable[[Any], str] | None = None
+    replayed: Callable[[Any], bool] | None = None
+    """Whether the answer is the stored one of an earlier request with the same key."""
+    limits: Limits = Limits()
+    errors: tuple[type[ServiceError], ...] = ()
+    """The operation's own errors, for the documentation."""
+    when_query: str | None = None
+    """This row serves only requests that have this query parameter; its twin without one serves the others."""

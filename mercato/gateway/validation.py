@@ -1,0 +1,183 @@
+"""From bytes to typed input, with every wrong field named at once.
+
+The fast path is one typed decode. Only when it fails is the input looked at field by field; msgspec itself stops at
+the first error.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeVar, Union, cast, get_args, get_origin
+from urllib.parse import parse_qsl
+
+import msgspec
+
+from mercato.chassis.contract import FieldError, InvalidRequest
+from mercato.gateway.problems import MalformedJson
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+ERRORS_LIMIT: Final = 50
+"""So many wrong fields are named; a body of a megabyte can have more."""
+
+QUERY_FIELDS_LIMIT: Final = 50
+
+
+def decode_body(decoder: msgspec.json.Decoder[S], body: bytes) -> S:
+    """The typed body. Raises `MalformedJson` with the position, or `InvalidRequest` with all wrong fields."""
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise _explain_body(decoder.type, body, error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _malformed(body, error) from None
+    except RecursionError:
+        raise MalformedJson(reason="it is nested too deeply", line=1, column=1, offset=0) from None
+
+
+def decode_query(model: type[S], query: bytes) -> S:
+    """The typed query parameters. Raises `InvalidRequest` for wrong, unknown and repeated ones."""
+    try:
+        pairs = parse_qsl(
+            query.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=QUERY_FIELDS_LIMIT
+        )
+    except ValueError:
+        raise invalid(("?", "the query string is not valid, or has too many parameters")) from None
+    given: dict[str, str] = {}
+    repeated = [name for name, _ in pairs if name in given or given.update({name: ""})]
+    given.update(pairs)
+    errors = [FieldError(field=f"?{name}", message="is given more than once") for name in repeated]
+    errors += [
+        FieldError(field=f"?{e.field}", message=e.message) for e in wrong_fields(model, given, "", strict=False)
+    ]
+    if errors:
+        raise InvalidRequest(errors=tuple(errors))
+    return msgspec.convert(given, model, strict=False)
+
+
+def invalid(*errors: tuple[str, str]) -> InvalidRequest:
+    """An `InvalidRequest` of pairs of field and message."""
+    return InvalidRequest(errors=tuple(FieldError(field=field, message=message) for field, message in errors))
+
+
+# ---------------------------------------------------------------------------------------------------- which fields
+
+
+def wrong_fields(model: Any, value: Any, path: str, *, strict: bool = True) -> list[FieldError]:
+    """Every field of `value` that does not fit `model`, at most `ERRORS_LIMIT` of them, in the order of the model."""
+    errors: list[FieldError] = []
+    _collect(model, value, path, strict, errors)
+    return errors[:ERRORS_LIMIT]
+
+
+def _collect(model: Any, value: Any, path: str, strict: bool, errors: list[FieldError]) -> None:
+    if len(errors) >= ERRORS_LIMIT:
+        return
+    try:
+        msgspec.convert(value, model, strict=strict)
+        return
+    except msgspec.ValidationError as error:
+        message = _message(error)
+    model = _without_none(model)
+    if _is_struct(model) and isinstance(value, Mapping):
+        _collect_struct(model, cast(Mapping[str, Any], value), path, strict, errors)
+    elif (item := _item_type(model)) is not None and isinstance(value, Sequence) and not isinstance(value, str):
+        before = len(errors)
+        for i, element in enumerate(cast(Sequence[Any], value)):
+            _collect(item, element, f"{path}[{i}]", strict, errors)
+        if len(errors) == before:  # each element fits: it is the length that does not
+            errors.append(FieldError(field=path, message=message))
+    else:
+        errors.append(FieldError(field=path or "body", message=message))
+
+
+def _collect_struct(
+    model: type[msgspec.Struct], value: Mapping[str, Any], path: str, strict: bool, errors: list[FieldError]
+) -> None:
+    dot = f"{path}." if path else ""
+    fields = msgspec.structs.fields(model)
+    for field in fields:
+        if field.encode_name in value:
+            _collect(field.type, value[field.encode_name], dot + field.encode_name, strict, errors)
+        elif field.required:
+            errors.append(FieldError(field=dot + field.encode_name, message="is missing"))
+    known = {field.encode_name for field in fields}
+    for name in value:
+        if name not in known:
+            errors.append(FieldError(field=_shortened(dot + name), message="is not a known field"))
+
+
+def _is_struct(model: Any) -> bool:
+    return isinstance(model, type) and issubclass(model, msgspec.Struct)
+
+
+def _without_none(model: Any) -> Any:
+    """`X` for `X | None` and for an annotated `X`."""
+    while hasattr(model, "__metadata__"):
+        model = model.__origin__
+    if get_origin(model) in (Union, types.UnionType):
+        options = [option for option in get_args(model) if option is not type(None)]
+        if len(options) == 1:
+            return _without_none(options[0])
+    return model
+
+
+def _item_type(model: Any) -> Any:
+    """`X` for `tuple[X, ...]`."""
+    return get_args(model)[0] if get_origin(model) is tuple else None
+
+
+_PLACE: Final = re.compile(r" - at `[^`]*`$")
+
+
+def _message(error: msgspec.ValidationError) -> str:
+    text = _PLACE.sub("", str(error)).replace("`", "")
+    return text[:1].lower() + text[1:]
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 100 else name[:100] + "..."
+
+
+# ---------------------------------------------------------------------------------------------------------- broken
+
+
+def _explain_body(model: Any, body: bytes, error: msgspec.ValidationError) -> Exception:
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as broken:
+        # The typed decode stopped at a wrong field; further on it is not even JSON.
+        return _malformed(body, broken)
+    except RecursionError:
+        return MalformedJson(reason="it is nested too deeply", line=1, column=1, offset=0)
+    errors = wrong_fields(model, value, "") or [FieldError(field="body", message=_message(error))]
+    return InvalidRequest(errors=tuple(errors))
+
+
+_BYTE: Final = re.compile(r"^JSON is malformed: (.*) \(byte (\d+)\)$")
+
+
+def _malformed(body: bytes, error: Exception) -> MalformedJson:
+    if not body:
+        return MalformedJson(reason="it is empty", line=1, column=1, offset=0)
+    found = _BYTE.match(str(error))
+    if isinstance(error, UnicodeDecodeError):
+        reason, offset = "it is not UTF-8", _first_bad_byte(body)
+    elif found:
+        reason, offset = found[1], int(found[2])
+    else:
+        reason, offset = "it ends too early", len(body)
+    before = body[:offset]
+    line = before.count(b"\n") + 1
+    column = len(before) - (before.rfind(b"\n") + 1) + 1
+    return MalformedJson(reason=reason, line=line, column=column, offset=offset)
+
+
+def _first_bad_byte(body: bytes) -> int:
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return 0

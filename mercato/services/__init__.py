@@ -1,0 +1,1 @@
+"""The services. Each owns its database and knows the others only by their contracts."""

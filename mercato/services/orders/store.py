@@ -1,0 +1,283 @@
+"""Every SQL statement of orders."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from ...chassis.contract import Actor
+from ...chassis.db import Row, Tx
+from ...contracts.orders import Axis, Fulfilment, HistoryEntry, ListOrders, Order, OrderLine, Payment, Status
+
+
+class NewOrder(msgspec.Struct, frozen=True):
+    """An order that is about to be written."""
+
+    user_id: int
+    currency: str
+    total_minor: int
+    lines: tuple[OrderLine, ...]
+    actor: Actor
+    principal: str | None
+    idempotency_key: str | None
+    fingerprint: bytes | None
+
+
+class PlacedRow(Row):
+    id: int
+    created_at: datetime.datetime
+
+
+class OrderRow(Row):
+    id: int
+    user_id: int
+    status: Status
+    payment: Payment
+    fulfilment: Fulfilment
+    currency: str
+    total_minor: int
+    created_at: datetime.datetime
+    updated_at: datetime.datetime
+    version: int
+
+
+class LineRow(Row):
+    order_id: int
+    product_id: int
+    sku: str
+    name: str
+    quantity: int
+    unit_price_minor: int
+
+
+class HistoryRow(Row):
+    version: int
+    axis: Axis
+    before: str | None
+    after: str
+    reason: str
+    actor_role: str
+    actor_id: int
+    at: datetime.datetime
+
+
+class KeyedOrderRow(Row):
+    id: int
+    fingerprint: bytes
+
+
+# ---------------------------------------------------------------------------------------------------------- placing
+
+
+async def insert(tx: Tx, orders: Sequence[NewOrder]) -> list[PlacedRow]:
+    """Writes orders, their lines and the first entry of their history; gives ids and times in the order given."""
+    lines = [(n, position, line) for n, order in enumerate(orders, 1) for position, line in enumerate(order.lines)]
+    return await tx.fetch(
+        PlacedRow,
+        """
+        WITH numbered AS MATERIALIZED (
+            SELECT nextval('orders_id_seq') AS id, o.*
+              FROM unnest($1::bigint[], $2::text[], $3::bigint[], $4::text[], $5::text[], $6::bytea[], $7::text[],
+                          $8::bigint[])
+                   WITH ORDINALITY
+                   AS o (user_id, currency, total_minor, principal, key, fingerprint, actor_role, actor_id, n)
+        ), placed AS (
+            INSERT INTO orders (id, user_id, currency, total_minor, principal, idempotency_key, fingerprint)
+            SELECT id, user_id, currency, total_minor, principal, key, fingerprint FROM numbered
+             ORDER BY principal, key
+        ), lined AS (
+            INSERT INTO order_lines (order_id, product_id, position, sku, name, quantity, unit_price_minor)
+            SELECT o.id, l.product_id, l.position, l.sku, l.name, l.quantity, l.unit_price_minor
+              FROM unnest($9::bigint[], $10::smallint[], $11::bigint[], $12::text[], $13::text[], $14::integer[],
+                          $15::bigint[])
+                   AS l (n, position, product_id, sku, name, quantity, unit_price_minor)
+              JOIN numbered o USING (n)
+        ), noted AS (
+            INSERT INTO order_history (order_id, version, axis, after, actor_role, actor_id)
+            SELECT id, 1, 'status', 'pending', actor_role, actor_id FROM numbered
+        )
+        SELECT id, now() AS created_at FROM numbered ORDER BY n
+        """,
+        [o.user_id for o in orders],
+        [o.currency for o in orders],
+        [o.total_minor for o in orders],
+        [o.principal for o in orders],
+        [o.idempotency_key for o in orders],
+        [o.fingerprint for o in orders],
+        [o.actor.role for o in orders],
+        [o.actor.id for o in orders],
+        [n for n, _, _ in lines],
+        [position for _, position, _ in lines],
+        [line.product_id for _, _, line in lines],
+        [line.sku for _, _, line in lines],
+        [line.name for _, _, line in lines],
+        [line.quantity for _, _, line in lines],
+        [line.unit_price_minor for _, _, line in lines],
+    )
+
+
+async def by_key(tx: Tx, principal: str, key: str) -> KeyedOrderRow | None:
+    """The one order that was ever placed with a key."""
+    return await tx.fetch_one(
+        KeyedOrderRow,
+        "SELECT id, fingerprint FROM orders WHERE principal = $1 AND idempotency_key = $2",
+        principal,
+        key,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+async def get(tx: Tx, ids: Sequence[int]) -> dict[int, Order]:
+    """The orders that exist, by id."""
+    rows = await tx.fetch(
+        OrderRow,
+        """
+        SELECT id, user_id, status, payment, fulfilment, currency, total_minor, created_at, updated_at, version
+          FROM orders
+         WHERE id = ANY($1::bigint[])
+        """,
+        ids,
+    )
+    return await _with_lines(tx, rows)
+
+
+async def get_locked(tx: Tx, order_id: int) -> Order | None:
+    """An order that nobody else moves before this transaction ends."""
+    rows = await tx.fetch(
+        OrderRow,
+        """
+        SELECT id, user_id, status, payment, fulfilment, currency, total_minor, created_at, updated_at, version
+          FROM orders
+         WHERE id = $1
+           FOR NO KEY UPDATE
+        """,
+        order_id,
+    )
+    return (await _with_lines(tx, rows)).get(order_id)
+
+
+async def list_page(tx: Tx, wanted: ListOrders, limit: int) -> list[Order]:
+    """Up to `limit` orders, the newest first."""
+    rows = await tx.fetch(
+        OrderRow,
+        """
+        SELECT id, user_id, status, payment, fulfilment, currency, total_minor, created_at, updated_at, version
+          FROM orders
+         WHERE ($1::bigint IS NULL OR user_id = $1)
+           AND ($2::text IS NULL OR status = $2)
+           AND ($3::text IS NULL OR payment = $3)
+           AND ($4::text IS NULL OR fulfilment = $4)
+           AND ($5::bigint IS NULL OR id < $5)
+         ORDER BY id DESC
+         LIMIT $6
+        """,
+        wanted.user_id,
+        wanted.status,
+        wanted.payment,
+        wanted.fulfilment,
+        wanted.before,
+        limit,
+    )
+    found = await _with_lines(tx, rows)
+    return [found[row.id] for row in rows]
+
+
+async def _with_lines(tx: Tx, rows: Sequence[OrderRow]) -> dict[int, Order]:
+    # A second statement sees the same lines as the first saw orders: lines are written with their order, and for good.
+    lines: dict[int, list[OrderLine]] = {row.id: [] for row in rows}
+    for line in await tx.fetch(
+        LineRow,
+        """
+        SELECT order_id, product_id, sku, name, quantity, unit_price_minor
+          FROM order_lines
+         WHERE order_id = ANY($1::bigint[])
+         ORDER BY order_id, position
+        """,
+        list(lines),
+    ):
+        lines[line.order_id].append(
+            OrderLine(
+                product_id=line.product_id,
+                sku=line.sku,
+                name=line.name,
+                quantity=line.quantity,
+                unit_price_minor=line.unit_price_minor,
+                line_total_minor=line.unit_price_minor * line.quantity,
+            )
+        )
+    return {
+        row.id: Order(
+            id=row.id,
+            user_id=row.user_id,
+            status=row.status,
+            payment=row.payment,
+            fulfilment=row.fulfilment,
+            currency=row.currency,
+            total_minor=row.total_minor,
+            lines=tuple(lines[row.id]),
+            created_at=row.created_at,
+            updated_at=row.updated_at,
+            version=row.version,
+        )
+        for row in rows
+    }
+
+
+async def history(tx: Tx, order_id: int) -> list[HistoryEntry]:
+    rows = await tx.fetch(
+        HistoryRow,
+        """
+        SELECT version, axis, before, after, reason, actor_role, actor_id, at
+          FROM order_history
+         WHERE order_id = $1
+         ORDER BY version
+        """,
+        order_id,
+    )
+    return [HistoryEntry(**msgspec.structs.asdict(row)) for row in rows]
+
+
+# ----------------------------------------------------------------------------------------------------------- moving
+
+MOVE_SQL: Final[dict[Axis, str]] = {
+    "status": """
+        UPDATE orders SET status = $2, version = version + 1, updated_at = now()
+         WHERE id = $1 AND status = ANY($3::text[]) AND version = $4
+        """,
+    "payment": """
+        UPDATE orders SET payment = $2, version = version + 1, updated_at = now()
+         WHERE id = $1 AND payment = ANY($3::text[]) AND version = $4
+        """,
+    "fulfilment": """
+        UPDATE orders SET fulfilment = $2, version = version + 1, updated_at = now()
+         WHERE id = $1 AND fulfilment = ANY($3::text[]) AND version = $4
+        """,
+}
+
+
+async def move(
+    tx: Tx, order: Order, axis: Axis, wanted: str, sources: Sequence[str], *, actor: Actor, reason: str = ""
+) -> bool:
+    """Moves one axis and notes it. False, and nothing done, when the order is not any more as `order` says."""
+    if not await tx.execute(MOVE_SQL[axis], order.id, wanted, sources, order.version):
+        return False
+    await tx.execute(
+        """
+        INSERT INTO order_history (order_id, version, axis, before, after, reason, actor_role, actor_id)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+        """,
+        order.id,
+        order.version + 1,
+        axis,
+        getattr(order, axis),
+        wanted,
+        reason,
+        actor.role,
+        actor.id,
+    )
+    return True

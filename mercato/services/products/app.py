@@ -1,0 +1,24 @@
+"""Builds the products service."""
+
+from __future__ import annotations
+
+import functools
+
+from mercato.chassis.rpc import Server
+from mercato.chassis.service import Env, Service
+from mercato.contracts.products import Products
+
+from . import demo
+from .service import ProductsService
+
+
+def build(env: Env) -> Service:
+    service = ProductsService(env.database)
+    server = Server(Products, env.clock)
+    server.register(Products.create, service.create)
+    server.register(Products.get, service.get)
+    server.register(Products.update, service.update)
+    server.register(Products.archive, service.archive)
+    server.register(Products.search, service.search)
+    server.register(Products.quote, service.quote)
+    return Service(server.complete(), env.database, seed_demo=functools.partial(demo.seed, env.database))

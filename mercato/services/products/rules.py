@@ -1,0 +1,268 @@
+"""What a product may look like, and where a page of the catalogue begins.
+
+Pure. The schema of a message bounds what arrives over HTTP; here stands everything again that the database would
+refuse, so that a caller in the same process hears the same, and all wrong fields at once.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import datetime
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from mercato.chassis.contract import FieldError, InvalidRequest, StaleVersion
+from mercato.contracts.money import DEFAULT_CURRENCY, EXPONENTS, MAX_MINOR
+from mercato.contracts.products import (
+    PAGE_LIMIT,
+    CreateProduct,
+    PriceMinor,
+    ProductId,
+    SearchProducts,
+    Sort,
+    UpdateProduct,
+)
+
+NAME_LENGTH: Final = 200
+DESCRIPTION_LENGTH: Final = 10_000
+TEXT_LENGTH: Final = 200
+TOKEN_LENGTH: Final = 2_048
+"""A cursor holds a name of at most 200 characters: 800 bytes, or 1100 characters of base64, and what is around them."""
+
+NOT_TEXT: Final = "Must be text: no NUL, no lone surrogate."
+
+_SKU: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_CATEGORY: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+_LINE_BREAKS: Final = "\t\n\r"
+
+# ---------------------------------------------------------------------------------------------------------- products
+
+
+def check_product(request: CreateProduct | UpdateProduct) -> None:
+    """Raises `InvalidRequest` with every field that no product may have. A field that is None is not given."""
+    _refuse(_wrong_fields(request))
+
+
+def changes(request: UpdateProduct) -> bool:
+    """Whether anything is to be changed."""
+    return any(getattr(request, field) is not None for field in PRODUCT_FIELDS)
+
+
+def check_version(expected: int | None, actual: int) -> None:
+    """Raises `StaleVersion` where the caller has seen another version; None accepts any."""
+    if expected is not None and expected != actual:
+        raise StaleVersion(expected=expected, actual=actual)
+
+
+def _wrong_fields(request: CreateProduct | UpdateProduct) -> Iterator[FieldError]:
+    for field, wrong in PRODUCT_FIELDS.items():
+        value = getattr(request, field)
+        if value is not None and (message := wrong(value)):
+            yield FieldError(field=field, message=message)
+
+
+def _wrong_sku(sku: str) -> str | None:
+    if _SKU.fullmatch(sku):
+        return None
+    return "Must be 1 to 64 letters, digits, dots, underscores or hyphens, the first a letter or digit."
+
+
+def _wrong_name(name: str) -> str | None:
+    if len(name) > NAME_LENGTH:
+        return f"Must have at most {NAME_LENGTH} characters."
+    if _is_blank(name):
+        return "Must not be blank."
+    return _wrong_characters(name)
+
+
+def _wrong_description(description: str) -> str | None:
+    if len(description) > DESCRIPTION_LENGTH:
+        return f"Must have at most {DESCRIPTION_LENGTH} characters."
+    return _wrong_characters(description, allowed=_LINE_BREAKS)
+
+
+def _wrong_price(price_minor: int) -> str | None:
+    return None if 0 <= price_minor <= MAX_MINOR else f"Must be between 0 and {MAX_MINOR} minor units."
+
+
+def _wrong_currency(currency: str) -> str | None:
+    return None if currency in EXPONENTS else f"Must be a currency that is known here: {', '.join(sorted(EXPONENTS))}."
+
+
+def _wrong_category(category: str) -> str | None:
+    if _CATEGORY.fullmatch(category):
+        return None
+    return "Must be 1 to 64 lower-case letters, digits or hyphens, the first a letter or digit."
+
+
+PRODUCT_FIELDS: Final[Mapping[str, Any]] = {
+    "sku": _wrong_sku,
+    "name": _wrong_name,
+    "price_minor": _wrong_price,
+    "currency": _wrong_currency,
+    "category": _wrong_category,
+    "description": _wrong_description,
+}
+"""The fields of a product that somebody may set, each with what says what is wrong with a value."""
+
+
+def _is_blank(text: str) -> bool:
+    """True without a character that leaves ink: separators (Z) and the invisible (C) do not."""
+    return all(unicodedata.category(character)[0] in "ZC" for character in text)
+
+
+def _wrong_characters(text: str, allowed: str = "") -> str | None:
+    """Control characters (Cc) show nothing and upset terminals; a lone surrogate (Cs) is no text in UTF-8."""
+    for character in text:
+        if character not in allowed and unicodedata.category(character) in ("Cc", "Cs"):
+            return f"Must not contain the character U+{ord(character):04X}."
+    return None
+
+
+def _refuse(errors: Iterator[FieldError]) -> None:
+    if wrong := tuple(errors):
+        raise InvalidRequest(errors=wrong)
+
+
+# ------------------------------------------------------------------------------------------------------------ search
+
+Scope = Literal["all", "category", "text"]
+"""What a search goes through: the catalogue, one category of it, or what has certain words."""
+
+MAX_RELEVANCE: Final = 1e9
+"""More than any rank: ranks stay below 2."""
+
+Key = str | int | float | datetime.datetime | None
+"""What products are sorted by; None where the id alone is."""
+
+
+class Cursor(msgspec.Struct, frozen=True):
+    """A place between two products: right after the one with this key and id, in the order of a sort."""
+
+    key: Key
+    id: int
+
+
+class Search(msgspec.Struct, frozen=True):
+    """A search that can be run: every field has a value that the database takes."""
+
+    scope: Scope
+    sort: Sort
+    text: str | None
+    category: str | None
+    currency: str | None
+    min_price_minor: int
+    max_price_minor: int
+    after: Cursor
+    limit: int
+
+
+BEGINNING: Final[Mapping[Sort, Cursor]] = {
+    "id": Cursor(None, 0),
+    "name": Cursor("", 0),
+    "-name": Cursor("\U0010ffff" * (NAME_LENGTH + 1), 0),
+    "price": Cursor(-1, 0),
+    "-price": Cursor(MAX_MINOR + 1, 0),
+    "newest": Cursor(datetime.datetime.max.replace(tzinfo=datetime.UTC), 0),
+    "relevance": Cursor(MAX_RELEVANCE, 0),
+}
+"""The place before the first product of each sort: with it the first page is a page like any other."""
+
+
+def checked_search(request: SearchProducts) -> Search:
+    """The search that was asked for. Raises `InvalidRequest` with every field that is wrong."""
+    after = _cursor_of(request)
+    _refuse(_wrong_search(request, after))
+    assert after is not None
+    text = request.text if request.text and not request.text.isspace() else None
+    priced = request.min_price_minor is not None or request.max_price_minor is not None
+    return Search(
+        scope="text" if text else "category" if request.category is not None else "all",
+        sort=request.sort,
+        text=text,
+        category=request.category,
+        # Minor units of two currencies do not compare.
+        currency=request.currency or (DEFAULT_CURRENCY if priced else None),
+        min_price_minor=0 if request.min_price_minor is None else request.min_price_minor,
+        max_price_minor=MAX_MINOR if request.max_price_minor is None else request.max_price_minor,
+        after=after,
+        limit=request.limit,
+    )
+
+
+def _wrong_search(request: SearchProducts, after: Cursor | None) -> Iterator[FieldError]:
+    if request.text is not None:
+        if len(request.text) > TEXT_LENGTH:
+            yield FieldError(field="text", message=f"Must have at most {TEXT_LENGTH} characters.")
+        elif not _is_storable(request.text):
+            yield FieldError(field="text", message=NOT_TEXT)
+    if request.sort == "relevance" and (request.text is None or not request.text.strip()):
+        yield FieldError(field="sort", message="Can be relevance only together with a text to search for.")
+    if request.category is not None and not _is_storable(request.category):
+        yield FieldError(field="category", message=NOT_TEXT)
+    if request.currency is not None and (message := _wrong_currency(request.currency)):
+        yield FieldError(field="currency", message=message)
+    for field in ("min_price_minor", "max_price_minor"):
+        price: int | None = getattr(request, field)
+        if price is not None and (message := _wrong_price(price)):
+            yield FieldError(field=field, message=message)
+    if not 1 <= request.limit <= PAGE_LIMIT:
+        yield FieldError(field="limit", message=f"Must be between 1 and {PAGE_LIMIT}.")
+    if after is None:
+        yield FieldError(field="after", message="Must be the next_after of a page with the same sort.")
+
+
+def _is_storable(text: str) -> bool:
+    """Whether PostgreSQL takes this as text."""
+    return not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text)
+
+
+# ----------------------------------------------------------------------------------------------------------- cursors
+
+KEY_TYPES: Final[Mapping[Sort, Any]] = {
+    "id": None,
+    "name": Annotated[str, Meta(max_length=NAME_LENGTH)],
+    "-name": Annotated[str, Meta(max_length=NAME_LENGTH)],
+    "price": PriceMinor,
+    "-price": PriceMinor,
+    "newest": Annotated[datetime.datetime, Meta(tz=True)],
+    "relevance": Annotated[float, Meta(ge=0, le=MAX_RELEVANCE)],
+}
+
+
+def token(sort: Sort, cursor: Cursor) -> str:
+    """The cursor as something that fits in a URL and that nobody is tempted to take apart."""
+    packed = msgspec.json.encode((sort, cursor.key, cursor.id))
+    return base64.urlsafe_b64encode(packed).rstrip(b"=").decode()
+
+
+def parse_token(sort: Sort, given: str) -> Cursor | None:
+    """The cursor in a token; None for a token of another sort, and for what is no token at all."""
+    if len(given) > TOKEN_LENGTH:
+        return None
+    try:
+        packed = base64.b64decode(given + "=" * (-len(given) % 4), altchars=b"-_", validate=True)
+        its_sort, raw_key, product_id = msgspec.json.decode(packed, type=tuple[str, msgspec.Raw, ProductId])
+        if its_sort != sort:
+            return None
+        key: Key = msgspec.json.decode(raw_key, type=KEY_TYPES[sort])
+    except (binascii.Error, ValueError, msgspec.DecodeError):
+        return None
+    return Cursor(key, product_id) if _is_key(key) else None
+
+
+def _cursor_of(request: SearchProducts) -> Cursor | None:
+    return BEGINNING[request.sort] if request.after is None else parse_token(request.sort, request.after)
+
+
+def _is_key(key: Key) -> bool:
+    if isinstance(key, str):
+        return _is_storable(key)
+    # Tokens say UTC. A first day of the year 1 in another zone would lie outside of what a date can be.
+    return not isinstance(key, datetime.datetime) or key.tzinfo is datetime.UTC

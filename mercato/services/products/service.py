@@ -1,0 +1,171 @@
+"""The operations of the products service, in the order of their contract."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Sequence
+from typing import Final
+
+from mercato.chassis import faults
+from mercato.chassis.contract import Batch
+from mercato.chassis.db import Database, Tx, UniqueViolation
+from mercato.contracts.products import (
+    ArchiveProduct,
+    CreateProduct,
+    GetProduct,
+    Product,
+    ProductArchived,
+    ProductNotFound,
+    ProductPage,
+    Quote,
+    QuoteProduct,
+    SearchProducts,
+    SkuTaken,
+    Sort,
+    UpdateProduct,
+)
+
+from . import rules, store
+
+CREATE_BEFORE_COMMIT: Final = "products.create.before_commit"
+CREATE_AFTER_COMMIT: Final = "products.create.after_commit"
+UPDATE_BEFORE_COMMIT: Final = "products.update.before_commit"
+UPDATE_AFTER_COMMIT: Final = "products.update.after_commit"
+ARCHIVE_BEFORE_COMMIT: Final = "products.archive.before_commit"
+ARCHIVE_AFTER_COMMIT: Final = "products.archive.after_commit"
+
+faults.declare(
+    CREATE_BEFORE_COMMIT,
+    CREATE_AFTER_COMMIT,
+    UPDATE_BEFORE_COMMIT,
+    UPDATE_AFTER_COMMIT,
+    ARCHIVE_BEFORE_COMMIT,
+    ARCHIVE_AFTER_COMMIT,
+)
+
+
+class ProductsService:
+    """Implements `Products`. A change locks its product first: what is then decided about it stays true."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def create(self, request: CreateProduct) -> Product:
+        """Raises `InvalidRequest` or `SkuTaken`. Sent twice it creates once: the second hears `SkuTaken`."""
+        rules.check_product(request)
+        with _sku_conflicts(request.sku):
+            async with self._database.transaction() as tx:
+                row = await store.insert(tx, request)
+                await faults.point(CREATE_BEFORE_COMMIT)
+        await faults.point(CREATE_AFTER_COMMIT)
+        return _product(row)
+
+    async def get(self, batch: Batch[GetProduct]) -> Sequence[Product | ProductNotFound]:
+        """Also products that are archived: orders of theirs are still looked at."""
+        async with self._database.read() as tx:
+            rows = await store.by_ids(tx, list({request.id for request in batch}))
+        products = {row.id: _product(row) for row in rows}
+        return [products.get(request.id) or ProductNotFound(product_id=request.id) for request in batch]
+
+    async def update(self, request: UpdateProduct) -> Product:
+        """Raises `InvalidRequest`, `ProductNotFound`, `StaleVersion` or `SkuTaken`.
+
+        Archived products may be changed as well, for one to give up a sku that another needs.
+        """
+        rules.check_product(request)
+        with _sku_conflicts(request.sku):
+            async with self._database.transaction() as tx:
+                row = await self._lock(tx, request.id)
+                rules.check_version(request.version, row.version)
+                if not rules.changes(request):
+                    return _product(row)
+                row = await store.update(tx, request)
+                await faults.point(UPDATE_BEFORE_COMMIT)
+        await faults.point(UPDATE_AFTER_COMMIT)
+        return _product(row)
+
+    async def archive(self, request: ArchiveProduct) -> Product:
+        """Raises `ProductNotFound` or `StaleVersion`.
+
+        One that is archived already stays as it is, whatever version the caller has seen: a caller who never heard the
+        first answer asks again with the version from before.
+        """
+        async with self._database.transaction() as tx:
+            row = await self._lock(tx, request.id)
+            if row.status == "archived":
+                return _product(row)
+            rules.check_version(request.version, row.version)
+            row = await store.archive(tx, request.id)
+            await faults.point(ARCHIVE_BEFORE_COMMIT)
+        await faults.point(ARCHIVE_AFTER_COMMIT)
+        return _product(row)
+
+    async def search(self, request: SearchProducts) -> ProductPage:
+        """Raises `InvalidRequest`. What is created meanwhile may be on a later page, and shifts nothing."""
+        search = rules.checked_search(request)
+        async with self._database.read() as tx:
+            rows = await store.search(tx, search)
+        products = tuple(_product(row) for row in rows[: search.limit])
+        if len(rows) <= search.limit:
+            return ProductPage(products=products)
+        return ProductPage(products=products, next_after=_token_after(search.sort, rows[search.limit - 1]))
+
+    async def quote(self, batch: Batch[QuoteProduct]) -> Sequence[Quote | ProductNotFound | ProductArchived]:
+        async with self._database.read() as tx:
+            rows = await store.quotes(tx, list({request.id for request in batch}))
+        found = {row.id: row for row in rows}
+        return [_quote(request.id, found.get(request.id)) for request in batch]
+
+    async def _lock(self, tx: Tx, product_id: int) -> store.ProductRow:
+        row = await store.lock(tx, product_id)
+        if row is None:
+            raise ProductNotFound(product_id=product_id)
+        return row
+
+
+@contextlib.contextmanager
+def _sku_conflicts(sku: str | None) -> Generator[None]:
+    """The unique key decides, not a look beforehand: of two who take a sku at the same moment one hears so here."""
+    try:
+        yield
+    except UniqueViolation as violation:
+        if violation.constraint != store.SKU_KEY or sku is None:
+            raise
+        raise SkuTaken(sku=sku) from violation
+
+
+def _product(row: store.ProductRow) -> Product:
+    return Product(
+        id=row.id,
+        sku=row.sku,
+        name=row.name,
+        description=row.description,
+        price_minor=row.price_minor,
+        currency=row.currency,
+        category=row.category,
+        status=row.status,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+        version=row.version,
+    )
+
+
+def _quote(product_id: int, row: store.QuoteRow | None) -> Quote | ProductNotFound | ProductArchived:
+    if row is None:
+        return ProductNotFound(product_id=product_id)
+    if row.status == "archived":
+        return ProductArchived(product_id=row.id)
+    return Quote(id=row.id, sku=row.sku, name=row.name, price_minor=row.price_minor, currency=row.currency)
+
+
+def _token_after(sort: Sort, row: store.FoundRow) -> str:
+    keys: dict[Sort, rules.Key] = {
+        "id": None,
+        "name": row.name,
+        "-name": row.name,
+        "price": row.price_minor,
+        "-price": row.price_minor,
+        "newest": row.created_at,
+        "relevance": row.relevance,
+    }
+    return rules.token(sort, rules.Cursor(keys[sort], row.id))

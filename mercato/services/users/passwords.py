@@ -1,0 +1,117 @@
+"""Hashing passwords, without letting that stop the shop.
+
+An Argon2id hash takes a core for some 26 ms and 19 MiB, so it is the cheapest thing to overload a shop with. Hashes
+therefore run on two threads of their own, behind a queue of fifty: who comes then hears `TooManyHashes` at once. Nobody
+is hashed for who is gone or whose deadline has passed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, Protocol, TypeVar
+
+import argon2
+
+from mercato.chassis.clock import Clock, Randomness
+from mercato.chassis.contract import DeadlineExceeded, current
+from mercato.contracts.users import TooManyHashes
+
+T = TypeVar("T")
+
+HASH_THREADS: Final = 2
+HASH_QUEUE_LIMIT: Final = 50
+SALT_BYTES: Final = 16
+
+# The OWASP Password Storage Cheat Sheet's first recommendation for Argon2id.
+MEMORY_KIB: Final = 19_456
+ITERATIONS: Final = 2
+LANES: Final = 1
+
+
+class Hasher(Protocol):
+    """A slow, salted hash. Its methods are called on several threads at once."""
+
+    def hash(self, password: str, salt: bytes) -> str:
+        """The encoded hash: parameters, salt and digest."""
+        ...
+
+    def matches(self, password_hash: str, password: str) -> bool: ...
+
+    def outdated(self, password_hash: str) -> bool:
+        """True for a hash made with other parameters than today's."""
+        ...
+
+
+class Argon2Hasher:
+    """Argon2id."""
+
+    def __init__(self, *, memory_kib: int = MEMORY_KIB, iterations: int = ITERATIONS, lanes: int = LANES) -> None:
+        self._argon2 = argon2.PasswordHasher(
+            time_cost=iterations, memory_cost=memory_kib, parallelism=lanes, salt_len=SALT_BYTES
+        )
+
+    def hash(self, password: str, salt: bytes) -> str:
+        return self._argon2.hash(_as_bytes(password), salt=salt)
+
+    def matches(self, password_hash: str, password: str) -> bool:
+        try:
+            return self._argon2.verify(password_hash, _as_bytes(password))
+        except argon2.exceptions.VerifyMismatchError:
+            return False
+
+    def outdated(self, password_hash: str) -> bool:
+        return self._argon2.check_needs_rehash(password_hash)
+
+
+def _as_bytes(password: str) -> bytes:
+    # A password with half a surrogate pair is never stored, but somebody may try to sign in with one.
+    return password.encode("utf-8", "surrogatepass")
+
+
+class Passwords:
+    """Hashes and checks passwords on threads of its own. Raises `TooManyHashes` and `DeadlineExceeded`."""
+
+    def __init__(self, hasher: Hasher, clock: Clock, randomness: Randomness) -> None:
+        self._hasher = hasher
+        self._clock = clock
+        self._randomness = randomness
+        self._threads = ThreadPoolExecutor(HASH_THREADS, thread_name_prefix="password-hash")
+        self._room = threading.BoundedSemaphore(HASH_THREADS + HASH_QUEUE_LIMIT)
+        # Made like every other hash, so that checking against it takes as long as checking a real one.
+        self._decoy = hasher.hash(randomness.token(SALT_BYTES).hex(), randomness.token(SALT_BYTES))
+
+    async def hash(self, password: str) -> str:
+        salt = self._randomness.token(SALT_BYTES)
+        return await self._run(lambda: self._hasher.hash(password, salt))
+
+    async def matches(self, password_hash: str | None, password: str) -> bool:
+        """Whether the password belongs to the hash. Without a hash the answer is no, after the same work."""
+        matched = await self._run(lambda: self._hasher.matches(password_hash or self._decoy, password))
+        return matched and password_hash is not None
+
+    def outdated(self, password_hash: str) -> bool:
+        return self._hasher.outdated(password_hash)
+
+    def close(self) -> None:
+        """Waits for the hashes that run, and cancels those that wait."""
+        self._threads.shutdown(cancel_futures=True)
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        if not self._room.acquire(blocking=False):
+            raise TooManyHashes
+        call = current.get(None)
+        deadline = call.deadline if call else float("inf")
+        # A future of the pool, because its place is given back when the thread is done (or never began), which for a
+        # caller that went away in the middle is later than its task.
+        future = self._threads.submit(self._if_in_time, work, deadline)
+        future.add_done_callback(lambda _: self._room.release())
+        # Cancelling the caller cancels what has not begun.
+        return await asyncio.wrap_future(future)
+
+    def _if_in_time(self, work: Callable[[], T], deadline: float) -> T:
+        if self._clock.monotonic() >= deadline:
+            raise DeadlineExceeded(operation="users.password_hash")
+        return work()

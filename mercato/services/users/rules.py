@@ -1,0 +1,174 @@
+"""What an account may look like, and who may see and change which. Pure: no I/O, no clock.
+
+Texts are judged after they were put into the form in which they are stored: `stored_email`, `stored_name`,
+`stored_password`. Each `*_problem` is a sentence about what is wrong, or None.
+
+What we take for an e-mail address is narrower than RFC 5321, and on purpose: one `@`, no quoted local part, no spaces
+or invisible characters, a domain of at least two labels (so neither `localhost` nor an address literal). Letters beyond
+ASCII are welcome on both sides. Whether anybody reads there, only a letter can tell.
+"""
+
+from __future__ import annotations
+
+import datetime
+import unicodedata
+from typing import Final
+
+from mercato.chassis.contract import Actor, FieldError
+from mercato.contracts.roles import CUSTOMER
+
+SESSION_LENGTH: Final = datetime.timedelta(days=30)
+"""From signing in; refreshing does not prolong it, so that a stolen session ends some day."""
+
+SESSION_KEPT: Final = datetime.timedelta(days=7)
+"""How long a session that is over stays, for whoever looks into what happened."""
+
+MAX_EMAIL: Final = 254  # RFC 5321 4.5.3.1.3: a path of 256 octets, two of them its brackets
+MAX_LOCAL_PART: Final = 64
+MAX_LABEL: Final = 63
+MAX_NAME: Final = 200
+MIN_PASSWORD: Final = 10
+MAX_PASSWORD: Final = 256
+
+NOT_IN_A_LOCAL_PART: Final = frozenset('"(),:;<>[\\]')
+
+# Those with at least ten characters that open every list of leaked passwords. Shorter ones are refused anyway.
+COMMONEST_PASSWORDS: Final = frozenset(
+    {
+        "0123456789",
+        "0987654321",
+        "1122334455",
+        "123123123123",
+        "1234567890",
+        "12345678900",
+        "12345678910",
+        "123456789a",
+        "1234567891",
+        "1q2w3e4r5t",
+        "1q2w3e4r5t6y",
+        "1qaz2wsx3edc",
+        "9876543210",
+        "abcdefghij",
+        "administrator",
+        "asdfghjkl1",
+        "asdfghjkl;",
+        "changeme123",
+        "football123",
+        "iloveyou123",
+        "letmein1234",
+        "password12",
+        "password123",
+        "password1234",
+        "password12345",
+        "passwordpassword",
+        "q1w2e3r4t5",
+        "q1w2e3r4t5y6",
+        "qazwsxedcrfv",
+        "qwerty1234",
+        "qwerty12345",
+        "qwerty123456",
+        "qwertyuiop",
+        "qwertyuiop123",
+        "unknown123",
+        "welcome123",
+        "zaq12wsxcde3",
+    }
+)
+
+# ------------------------------------------------------------------------------------------------------- who may what
+
+
+def may_see(actor: Actor, user_id: int) -> bool:
+    """Customers see and change only themselves; staff and services see everybody."""
+    return actor.role != CUSTOMER or actor.id == user_id
+
+
+# ---------------------------------------------------------------------------------------------------------- the texts
+
+
+def stored_email(email: str) -> str:
+    """The spelling that was given, without spaces around it, composed (NFC)."""
+    return unicodedata.normalize("NFC", email.strip())
+
+
+def stored_name(name: str) -> str:
+    return unicodedata.normalize("NFC", name.strip())
+
+
+def stored_password(password: str) -> str:
+    """Composed (NFC, as RFC 8265 4.2 asks), so that it is the same from every keyboard. Spaces belong to it."""
+    return unicodedata.normalize("NFC", password)
+
+
+def account_errors(
+    *, email: str | None = None, name: str | None = None, password: str | None = None
+) -> tuple[FieldError, ...]:
+    """Everything that is wrong with what is given; the password is judged together with the e-mail."""
+    problems = {
+        "email": None if email is None else email_problem(email),
+        "name": None if name is None else name_problem(name),
+        "password": None if password is None else password_problem(password, email or ""),
+    }
+    return tuple(FieldError(field=field, message=problem) for field, problem in problems.items() if problem)
+
+
+def email_problem(email: str) -> str | None:
+    if len(email) > MAX_EMAIL:
+        return f"is longer than {MAX_EMAIL} characters"
+    if not email.isprintable() or " " in email:  # of the printable characters, " " is the only space
+        return "must not have spaces, control characters or invisible characters"
+    local, _, domain = email.partition("@")
+    if not local or not domain or "@" in domain:
+        return "must look like name@example.com"
+    if len(local) > MAX_LOCAL_PART:
+        return f"has more than {MAX_LOCAL_PART} characters before the @"
+    if not NOT_IN_A_LOCAL_PART.isdisjoint(local):
+        return "has a character before the @ that is not taken here"
+    if "." not in domain or not all(map(_is_label, domain.split("."))):
+        return "must have a domain such as example.com after the @"
+    return None
+
+
+def _is_label(label: str) -> bool:
+    """A part of a domain name: letters (with their marks), digits and hyphens, no hyphen at either end."""
+    return (
+        0 < len(label) <= MAX_LABEL
+        and not label.startswith("-")
+        and not label.endswith("-")
+        and all(c.isalnum() or c == "-" or unicodedata.category(c).startswith("M") for c in label)
+    )
+
+
+def name_problem(name: str) -> str | None:
+    if len(name) > MAX_NAME:
+        return f"is longer than {MAX_NAME} characters"
+    if _has_control(name):
+        return "must not have control characters or line breaks"
+    if not any(c.isprintable() and not c.isspace() for c in name):
+        return "must not be blank"
+    return None
+
+
+def password_problem(password: str, email: str) -> str | None:
+    """All that is wrong with it at once. `email` is whose password it is going to be."""
+    if _has_control(password):
+        return "must not have control characters"
+    reasons = tuple(_weaknesses(password, email))
+    return "; ".join(reasons) or None
+
+
+def _weaknesses(password: str, email: str) -> list[str]:
+    folded, whose = password.casefold(), email.casefold()
+    weaknesses = {
+        f"must have at least {MIN_PASSWORD} characters": len(password) < MIN_PASSWORD,
+        f"must have at most {MAX_PASSWORD} characters": len(password) > MAX_PASSWORD,
+        "must not be one character repeated": len(set(folded)) == 1,
+        "must not be the e-mail address or its first part": bool(whose) and folded in (whose, whose.partition("@")[0]),
+        "is one of the commonest passwords": folded in COMMONEST_PASSWORDS,
+    }
+    return [reason for reason, holds in weaknesses.items() if holds]
+
+
+def _has_control(text: str) -> bool:
+    """True for control characters, halves of surrogate pairs (neither can be stored as text) and line separators."""
+    return any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)

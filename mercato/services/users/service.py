@@ -1,0 +1,295 @@
+"""The operations of the users service, in the order of the contract, and the clean-up of old sessions.
+
+Hashing and signing happen outside transactions: a hash takes longer than everything else here together. What was read
+before a hash is therefore checked again after it, by the version of the credentials.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Final
+
+import structlog
+
+from mercato.chassis import faults
+from mercato.chassis.clock import Randomness
+from mercato.chassis.contract import (
+    Actor,
+    Batch,
+    Empty,
+    FieldError,
+    Forbidden,
+    InvalidRequest,
+    StaleVersion,
+    current,
+)
+from mercato.chassis.db import Database, Tx, UniqueViolation
+from mercato.contracts.roles import CUSTOMER, STAFF
+from mercato.contracts.users import (
+    ChangePassword,
+    EmailTaken,
+    GetUser,
+    LastStaffMember,
+    ListUsers,
+    PublicKeys,
+    Refresh,
+    Register,
+    SessionEnded,
+    SetRole,
+    SignIn,
+    SignOut,
+    Tokens,
+    TooManyHashes,
+    UpdateProfile,
+    User,
+    UserNotFound,
+    UserPage,
+    Users,
+    WrongCredentials,
+)
+
+from . import rules, store
+from .passwords import Passwords
+from .tokens import ACCESS_TOKEN_LIFE, TOKEN_TYPE, AccessTokens, new_refresh_token, refresh_token_hash
+
+CLEAN_UP_BATCH: Final = 1_000
+CLEAN_UP_PAUSE_SECONDS: Final = 60.0
+
+log = structlog.stdlib.get_logger("mercato.users")
+
+faults.declare(
+    "users.register.after_commit",
+    "users.refresh.before_commit",
+    "users.refresh.after_commit",
+    "users.change_password.before_commit",
+)
+
+
+class UsersService:
+    """What the operations do. Each opens its own transactions."""
+
+    def __init__(self, database: Database, passwords: Passwords, tokens: AccessTokens, randomness: Randomness) -> None:
+        self._database = database
+        self._passwords = passwords
+        self._tokens = tokens
+        self._randomness = randomness
+
+    async def register(self, request: Register) -> User:
+        """A new customer. Raises InvalidRequest, EmailTaken, TooManyHashes."""
+        email, name = rules.stored_email(request.email), rules.stored_name(request.name)
+        password = rules.stored_password(request.password)
+        _refuse(rules.account_errors(email=email, name=name, password=password))
+        password_hash = await self._passwords.hash(password)
+        try:
+            async with self._database.transaction() as tx:
+                added = await store.add_user(tx, email, name)
+                await store.add_credentials(tx, added.id, password_hash)
+        except UniqueViolation as violation:
+            raise _email_taken(violation) from violation
+        await faults.point("users.register.after_commit")
+        return _user(added)
+
+    async def sign_in(self, request: SignIn) -> Tokens:
+        """Starts a session. Raises WrongCredentials, after the same work whatever was wrong, and TooManyHashes."""
+        email, password = rules.stored_email(request.email), rules.stored_password(request.password)
+        credentials = None
+        if rules.email_problem(email) is None:  # what cannot be stored cannot be asked for either
+            async with self._database.read() as tx:
+                credentials = await store.credentials_by_email(tx, email)
+        matches = await self._passwords.matches(credentials.password_hash if credentials else None, password)
+        if credentials is None or not matches:
+            raise WrongCredentials
+        return await self._start_session(credentials, await self._better_hash(credentials, password))
+
+    async def refresh(self, request: Refresh) -> Tokens:
+        """Exchanges a refresh token for new ones, with the role that the user has now. Raises SessionEnded.
+
+        A token that comes a second time has been stolen, by this caller or by the one before: the session ends. A
+        client that lost the answer and tries again hears the same, and signs in again: we cannot tell them apart.
+        """
+        used, refresh_token = refresh_token_hash(request.refresh_token), new_refresh_token(self._randomness)
+        async with self._database.transaction() as tx:
+            session = await store.lock_session(tx, used)
+            user = await self._rotate(tx, session, used, refresh_token_hash(refresh_token)) if session else None
+            await faults.point("users.refresh.before_commit")
+        await faults.point("users.refresh.after_commit")
+        # Outside: raising inside would roll back the end of the session.
+        if session is None or user is None:
+            raise SessionEnded
+        return self._issued(user, session.id, refresh_token)
+
+    async def sign_out(self, request: SignOut) -> Empty:
+        """Ends the session of a refresh token, used or not. Nothing happens where there is none."""
+        async with self._database.transaction() as tx:
+            session = await store.lock_session(tx, refresh_token_hash(request.refresh_token))
+            if session:
+                await store.end_session(tx, session.id, "signed_out")
+        return Empty()
+
+    async def get(self, batch: Batch[GetUser]) -> Sequence[User | UserNotFound]:
+        """To a customer, another's id answers like an unknown one."""
+        visible = [rules.may_see(actor, r.id) for r, actor in zip(batch, batch.actors, strict=True)]
+        async with self._database.read() as tx:
+            rows = await store.users(tx, list({r.id for r, seen in zip(batch, visible, strict=True) if seen}))
+        found = {row.id: _user(row) for row in rows}
+        return [
+            (found.get(r.id) if seen else None) or UserNotFound(user_id=r.id)
+            for r, seen in zip(batch, visible, strict=True)
+        ]
+
+    async def list(self, request: ListUsers) -> UserPage:
+        one_more = request.limit + 1  # tells whether there is another page
+        async with self._database.read() as tx:
+            if request.role is None:
+                rows = await store.page(tx, request.after, one_more)
+            else:
+                rows = await store.page_of_role(tx, request.role, request.after, one_more)
+        shown = tuple(_user(row) for row in rows[: request.limit])
+        return UserPage(users=shown, next_after=shown[-1].id if len(rows) > len(shown) else None)
+
+    async def update_profile(self, request: UpdateProfile) -> User:
+        """Raises UserNotFound, InvalidRequest, EmailTaken, StaleVersion."""
+        if not rules.may_see(current.get().actor, request.id):
+            raise UserNotFound(user_id=request.id)
+        email = None if request.email is None else rules.stored_email(request.email)
+        name = None if request.name is None else rules.stored_name(request.name)
+        _refuse(rules.account_errors(email=email, name=name))
+        try:
+            async with self._database.transaction() as tx:
+                if email is None and name is None:
+                    return await self._expected(tx, request.id, request.version)
+                changed = await store.change_profile(tx, request.id, email, name, request.version)
+                return _user(changed) if changed else await self._expected(tx, request.id, request.version)
+        except UniqueViolation as violation:
+            raise _email_taken(violation) from violation
+
+    async def change_password(self, request: ChangePassword) -> Empty:
+        """One's own alone. Raises UserNotFound, Forbidden, InvalidRequest, WrongCredentials, TooManyHashes."""
+        _only_oneself(current.get().actor, request.id)
+        async with self._database.read() as tx:
+            credentials = await store.credentials_by_user(tx, request.id)
+        if credentials is None:
+            raise UserNotFound(user_id=request.id)
+        password = rules.stored_password(request.new_password)
+        if problem := rules.password_problem(password, credentials.email):
+            raise InvalidRequest(errors=(FieldError(field="new_password", message=problem),))
+        checked = rules.stored_password(request.current_password)
+        if not await self._passwords.matches(credentials.password_hash, checked):
+            raise WrongCredentials
+        await self._replace_password(credentials, await self._passwords.hash(password), request.refresh_token)
+        return Empty()
+
+    async def set_role(self, request: SetRole) -> User:
+        """Sessions show the new role from their next refresh. Raises UserNotFound, StaleVersion, LastStaffMember."""
+        async with self._database.transaction() as tx:
+            # An actor who is no person (the owner of a loopback shop, a command) can make somebody staff again.
+            by_person = current.get().actor.id > 0
+            if by_person and request.role != STAFF and await store.lock_staff(tx) == [request.id]:
+                raise LastStaffMember(user_id=request.id)
+            changed = await store.change_role(tx, request.id, request.role, request.version)
+            return _user(changed) if changed else await self._expected(tx, request.id, request.version)
+
+    async def keys(self, _request: Empty) -> PublicKeys:
+        return self._tokens.public_keys()
+
+    # -------------------------------------------------------------------------------------------------------- clean-up
+
+    async def clean_up_for_ever(self) -> None:
+        while True:
+            await self.clean_up()
+            await asyncio.sleep(CLEAN_UP_PAUSE_SECONDS)
+
+    async def clean_up(self) -> None:
+        """Deletes sessions that have long been over, in short transactions."""
+        for delete in (store.delete_old_refresh_tokens, store.delete_old_sessions):
+            deleted = CLEAN_UP_BATCH
+            while deleted == CLEAN_UP_BATCH:
+                async with self._database.transaction() as tx:
+                    deleted = await delete(tx, rules.SESSION_KEPT, CLEAN_UP_BATCH)
+
+    # ----------------------------------------------------------------------------------------------------------- steps
+
+    async def _better_hash(self, credentials: store.CredentialsRow, password: str) -> str | None:
+        """A hash with today's parameters, where the stored one was made with others."""
+        if not self._passwords.outdated(credentials.password_hash):
+            return None
+        try:
+            return await self._passwords.hash(password)
+        except TooManyHashes:
+            return None  # the old hash is as good as it was yesterday; the next time they sign in will do
+
+    async def _start_session(self, checked: store.CredentialsRow, better_hash: str | None) -> Tokens:
+        refresh_token = new_refresh_token(self._randomness)
+        async with self._database.transaction() as tx:
+            if better_hash:
+                await store.rehash(tx, checked.user_id, checked.version, better_hash)
+            session = await store.start_session(tx, checked.user_id, checked.version, rules.SESSION_LENGTH)
+            if session is None:
+                raise WrongCredentials  # the password was changed while we checked it
+            await store.add_refresh_token(tx, session.id, refresh_token_hash(refresh_token))
+            user = await self._expected(tx, session.user_id, None)
+        return self._issued(user, session.id, refresh_token)
+
+    async def _rotate(self, tx: Tx, session: store.SessionRow, used: bytes, fresh: bytes) -> User | None:
+        """The session's user, with the token replaced; None where it was used before, with the session ended."""
+        if not await store.use_refresh_token(tx, used):
+            await store.end_session(tx, session.id, "token_reused")
+            log.warning("refresh_token_reused", user_id=session.user_id, session_id=session.id)
+            return None
+        await store.add_refresh_token(tx, session.id, fresh)
+        return await self._expected(tx, session.user_id, None)
+
+    async def _replace_password(self, checked: store.CredentialsRow, new_hash: str, refresh_token: str | None) -> None:
+        spared = refresh_token_hash(refresh_token) if refresh_token else b""
+        async with self._database.transaction() as tx:
+            if not await store.change_password(tx, checked.user_id, checked.version, new_hash):
+                raise WrongCredentials  # somebody changed it while we checked it
+            await store.end_sessions(tx, checked.user_id, "password_changed", except_with=spared)
+            await faults.point("users.change_password.before_commit")
+
+    async def _expected(self, tx: Tx, user_id: int, version: int | None) -> User:
+        """The user at the version that the caller has seen. Raises UserNotFound, StaleVersion."""
+        row = await store.user(tx, user_id)
+        if row is None:
+            raise UserNotFound(user_id=user_id)
+        if version is not None and version != row.version:
+            raise StaleVersion(expected=version, actual=row.version)
+        return _user(row)
+
+    def _issued(self, user: User, session_id: int, refresh_token: str) -> Tokens:
+        return Tokens(
+            access_token=self._tokens.sign(user, session_id),
+            refresh_token=refresh_token,
+            token_type=TOKEN_TYPE,
+            expires_in=int(ACCESS_TOKEN_LIFE.total_seconds()),
+            user=user,
+        )
+
+
+def _user(row: store.UserRow) -> User:
+    return User(
+        id=row.id,
+        email=row.email,
+        name=row.name,
+        role=row.role,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+        version=row.version,
+    )
+
+
+def _refuse(errors: tuple[FieldError, ...]) -> None:
+    if errors:
+        raise InvalidRequest(errors=errors)
+
+
+def _email_taken(violation: UniqueViolation) -> Exception:
+    return EmailTaken() if violation.constraint == store.EMAIL_KEY else violation
+
+
+def _only_oneself(actor: Actor, user_id: int) -> None:
+    if actor.role == CUSTOMER and actor.id != user_id:
+        raise UserNotFound(user_id=user_id)
+    if actor.id != user_id:
+        raise Forbidden(operation=Users.change_password.full_name, role=actor.role)

@@ -1,0 +1,396 @@
+"""Every SQL statement of the users service. A function takes `tx` first and returns frozen rows.
+
+Locks are taken in this order: a session before its refresh tokens, credentials before sessions, many rows of one table
+by ascending id.
+"""
+
+from __future__ import annotations
+
+import datetime
+
+from mercato.chassis.db import Row, Tx
+from mercato.contracts.roles import Role
+
+EMAIL_KEY = "users_email_key"
+
+
+class UserRow(Row, frozen=True, gc=False):
+    id: int
+    email: str
+    name: str
+    role: Role
+    created_at: datetime.datetime
+    updated_at: datetime.datetime
+    version: int
+
+
+class CredentialsRow(Row, frozen=True, gc=False):
+    user_id: int
+    email: str
+    password_hash: str
+    version: int
+
+
+class SessionRow(Row, frozen=True, gc=False):
+    id: int
+    user_id: int
+
+
+# ------------------------------------------------------------------------------------------------------------ accounts
+
+
+async def add_user(tx: Tx, email: str, name: str) -> UserRow:
+    """A new customer. Raises UniqueViolation of `EMAIL_KEY`."""
+    row = await tx.fetch_one(
+        UserRow,
+        """
+        INSERT INTO users (email, name)
+        VALUES ($1, $2)
+        RETURNING id, email, name, role, created_at, updated_at, version
+        """,
+        email,
+        name,
+    )
+    assert row is not None, "INSERT without ON CONFLICT gives its row back, or raises"
+    return row
+
+
+async def users(tx: Tx, ids: list[int]) -> list[UserRow]:
+    """Those that exist, in any order."""
+    return await tx.fetch(
+        UserRow,
+        """
+        SELECT id, email, name, role, created_at, updated_at, version
+          FROM users
+         WHERE id = ANY($1::bigint[])
+        """,
+        ids,
+    )
+
+
+async def user(tx: Tx, user_id: int) -> UserRow | None:
+    return next(iter(await users(tx, [user_id])), None)
+
+
+async def page(tx: Tx, after: int, limit: int) -> list[UserRow]:
+    return await tx.fetch(
+        UserRow,
+        """
+        SELECT id, email, name, role, created_at, updated_at, version
+          FROM users
+         WHERE id > $1
+         ORDER BY id
+         LIMIT $2
+        """,
+        after,
+        limit,
+    )
+
+
+async def page_of_role(tx: Tx, role: Role, after: int, limit: int) -> list[UserRow]:
+    # A statement of its own: `$1 IS NULL OR role = $1` would keep the planner from the index over (role, id).
+    return await tx.fetch(
+        UserRow,
+        """
+        SELECT id, email, name, role, created_at, updated_at, version
+          FROM users
+         WHERE role = $1 AND id > $2
+         ORDER BY id
+         LIMIT $3
+        """,
+        role,
+        after,
+        limit,
+    )
+
+
+async def change_profile(
+    tx: Tx, user_id: int, email: str | None, name: str | None, version: int | None
+) -> UserRow | None:
+    """The changed user; None where there is none, or it is not at `version`. Raises UniqueViolation of `EMAIL_KEY`."""
+    return await tx.fetch_one(
+        UserRow,
+        """
+        UPDATE users
+           SET email = coalesce($2, email), name = coalesce($3, name), updated_at = now(), version = version + 1
+         WHERE id = $1 AND version = coalesce($4, version)
+        RETURNING id, email, name, role, created_at, updated_at, version
+        """,
+        user_id,
+        email,
+        name,
+        version,
+    )
+
+
+async def change_role(tx: Tx, user_id: int, role: Role, version: int | None) -> UserRow | None:
+    """The changed user; None where there is none, or it is not at `version`."""
+    return await tx.fetch_one(
+        UserRow,
+        """
+        UPDATE users
+           SET role = $2, updated_at = now(), version = version + 1
+         WHERE id = $1 AND version = coalesce($3, version)
+        RETURNING id, email, name, role, created_at, updated_at, version
+        """,
+        user_id,
+        role,
+        version,
+    )
+
+
+async def lock_staff(tx: Tx) -> list[int]:
+    """The ids of all staff, who stay staff until this transaction ends.
+
+    Two members who take the role from each other at the same time: the second waits here, and then does not find
+    itself in the list that it read before, because PostgreSQL judges a row again once it has its lock.
+    """
+    return await tx.fetch_values(
+        int,
+        """
+        SELECT id
+          FROM users
+         WHERE role = 'staff'
+         ORDER BY id
+           FOR NO KEY UPDATE
+        """,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- credentials
+
+
+async def add_credentials(tx: Tx, user_id: int, password_hash: str) -> None:
+    await tx.execute(
+        """
+        INSERT INTO credentials (user_id, password_hash)
+        VALUES ($1, $2)
+        """,
+        user_id,
+        password_hash,
+    )
+
+
+async def credentials_by_email(tx: Tx, email: str) -> CredentialsRow | None:
+    return await tx.fetch_one(
+        CredentialsRow,
+        """
+        SELECT c.user_id, u.email, c.password_hash, c.version
+          FROM users u
+          JOIN credentials c ON c.user_id = u.id
+         WHERE lower(u.email) = lower($1::text)
+        """,
+        email,
+    )
+
+
+async def credentials_by_user(tx: Tx, user_id: int) -> CredentialsRow | None:
+    return await tx.fetch_one(
+        CredentialsRow,
+        """
+        SELECT c.user_id, u.email, c.password_hash, c.version
+          FROM users u
+          JOIN credentials c ON c.user_id = u.id
+         WHERE u.id = $1
+        """,
+        user_id,
+    )
+
+
+async def rehash(tx: Tx, user_id: int, version: int, password_hash: str) -> None:
+    """Another hash of the same password."""
+    await tx.execute(
+        """
+        UPDATE credentials
+           SET password_hash = $3
+         WHERE user_id = $1 AND version = $2
+        """,
+        user_id,
+        version,
+        password_hash,
+    )
+
+
+async def change_password(tx: Tx, user_id: int, version: int, password_hash: str) -> bool:
+    """False where the password was changed after `version` was read: the one that was checked is not it any more."""
+    changed = await tx.execute(
+        """
+        UPDATE credentials
+           SET password_hash = $3, version = version + 1, changed_at = now()
+         WHERE user_id = $1 AND version = $2
+        """,
+        user_id,
+        version,
+        password_hash,
+    )
+    return changed == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ sessions
+
+
+async def start_session(tx: Tx, user_id: int, version: int, length: datetime.timedelta) -> SessionRow | None:
+    """A new session; None where the password was changed after `version` was read.
+
+    The lock makes a change of password wait for this session, so that it ends this one too, or this wait for it.
+    """
+    return await tx.fetch_one(
+        SessionRow,
+        """
+        INSERT INTO sessions (user_id, expires_at)
+        SELECT user_id, now() + $3::interval
+          FROM credentials
+         WHERE user_id = $1 AND version = $2
+           FOR SHARE
+        RETURNING id, user_id
+        """,
+        user_id,
+        version,
+        length,
+    )
+
+
+async def lock_session(tx: Tx, token_hash: bytes) -> SessionRow | None:
+    """The live session of a refresh token, used or not. Whoever else refreshes or ends it waits."""
+    return await tx.fetch_one(
+        SessionRow,
+        """
+        SELECT s.id, s.user_id
+          FROM refresh_tokens t
+          JOIN sessions s ON s.id = t.session_id
+         WHERE t.hash = $1 AND s.ended_at IS NULL AND s.expires_at > now()
+           FOR NO KEY UPDATE OF s
+        """,
+        token_hash,
+    )
+
+
+async def end_session(tx: Tx, session_id: int, reason: str) -> None:
+    await tx.execute(
+        """
+        UPDATE sessions
+           SET ended_at = now(), end_reason = $2
+         WHERE id = $1 AND ended_at IS NULL
+        """,
+        session_id,
+        reason,
+    )
+
+
+async def end_sessions(tx: Tx, user_id: int, reason: str, *, except_with: bytes) -> None:
+    """Ends all live sessions of a user, except the one whose unused refresh token has the hash `except_with`."""
+    await tx.execute(
+        """
+        WITH ending AS (
+            SELECT s.id
+              FROM sessions s
+             WHERE s.user_id = $1
+               AND s.ended_at IS NULL
+               AND NOT EXISTS (
+                   SELECT FROM refresh_tokens t WHERE t.hash = $3 AND t.session_id = s.id AND t.used_at IS NULL
+               )
+             ORDER BY s.id
+               FOR NO KEY UPDATE OF s
+        )
+        UPDATE sessions s
+           SET ended_at = now(), end_reason = $2
+          FROM ending
+         WHERE s.id = ending.id
+        """,
+        user_id,
+        reason,
+        except_with,
+    )
+
+
+async def add_refresh_token(tx: Tx, session_id: int, token_hash: bytes) -> None:
+    await tx.execute(
+        """
+        INSERT INTO refresh_tokens (hash, session_id)
+        VALUES ($1, $2)
+        """,
+        token_hash,
+        session_id,
+    )
+
+
+async def use_refresh_token(tx: Tx, token_hash: bytes) -> bool:
+    """False where it was used before. The guard decides between two who use it at the same time."""
+    used = await tx.execute(
+        """
+        UPDATE refresh_tokens
+           SET used_at = now()
+         WHERE hash = $1 AND used_at IS NULL
+        """,
+        token_hash,
+    )
+    return used == 1
+
+
+async def delete_old_refresh_tokens(tx: Tx, kept: datetime.timedelta, limit: int) -> int:
+    """Deletes up to `limit` tokens of sessions that have been over for longer than `kept`; says how many."""
+    return await tx.execute(
+        """
+        DELETE FROM refresh_tokens
+         WHERE hash IN (
+            SELECT t.hash
+              FROM sessions s
+              JOIN refresh_tokens t ON t.session_id = s.id
+             WHERE LEAST(s.ended_at, s.expires_at) < now() - $1::interval
+             LIMIT $2
+               FOR UPDATE OF t SKIP LOCKED
+         )
+        """,
+        kept,
+        limit,
+    )
+
+
+async def delete_old_sessions(tx: Tx, kept: datetime.timedelta, limit: int) -> int:
+    """Deletes up to `limit` sessions that have been over for longer than `kept` and have no tokens; says how many."""
+    return await tx.execute(
+        """
+        DELETE FROM sessions
+         WHERE id IN (
+            SELECT s.id
+              FROM sessions s
+             WHERE LEAST(s.ended_at, s.expires_at) < now() - $1::interval
+               AND NOT EXISTS (SELECT FROM refresh_tokens t WHERE t.session_id = s.id)
+             LIMIT $2
+               FOR UPDATE OF s SKIP LOCKED
+         )
+        """,
+        kept,
+        limit,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- demo data
+
+
+async def lock_users(tx: Tx) -> None:
+    """Nobody else adds or changes users until this transaction ends; reading goes on."""
+    await tx.execute("LOCK TABLE users IN SHARE ROW EXCLUSIVE MODE")
+
+
+async def is_empty(tx: Tx) -> bool:
+    return not await tx.fetch_values(int, "SELECT id FROM users LIMIT 1")
+
+
+async def add_demo_users(tx: Tx, ids: list[int], emails: list[str], names: list[str], password_hash: str) -> None:
+    """Customers with given ids, all with the same password."""
+    await tx.execute(
+        """
+        WITH added AS (
+            INSERT INTO users (id, email, name)
+            SELECT * FROM unnest($1::bigint[], $2::text[], $3::text[])
+            RETURNING id
+        )
+        INSERT INTO credentials (user_id, password_hash)
+        SELECT id, $4 FROM added
+        """,
+        ids,
+        emails,
+        names,
+        password_hash,
+    )

@@ -1,0 +1,85 @@
+"""Access tokens (signed, short-lived, read by whoever has the public key) and refresh tokens (random, read by us).
+
+An access token is a JWT as RFC 9068 profiles it: `typ: at+jwt`, so that no other JWT signed by this key passes for one.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import datetime
+import hashlib
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # what joserfc makes keys from
+from joserfc import jwt
+from joserfc.jwk import OKPKey
+from joserfc.jws import JWSRegistry
+
+from mercato.chassis.clock import Clock, Randomness
+from mercato.contracts.users import PublicKeys, User
+
+KEY_PURPOSE: Final = "users/access-token/1"
+"""The number is for the day on which the key must change."""
+
+ISSUER: Final = "mercato"
+AUDIENCE: Final = "mercato"
+ALGORITHM: Final = "EdDSA"
+TOKEN_TYPE: Final = "Bearer"  # noqa: S105  # RFC 6750
+ACCESS_TOKEN_LIFE: Final = datetime.timedelta(minutes=15)
+REFRESH_TOKEN_BYTES: Final = 32
+TOKEN_ID_BYTES: Final = 16
+
+
+class _Algorithms(JWSRegistry):
+    """Ed25519 under its name of RFC 8037, which every JWT library knows.
+
+    RFC 9864 deprecates that name because it does not say which curve; our keys do. joserfc warns at each use of it.
+    """
+
+    algorithms = {ALGORITHM: copy.copy(JWSRegistry.algorithms[ALGORITHM])}  # noqa: RUF012  # declared so by joserfc
+    algorithms[ALGORITHM].security_warning = None
+
+
+class AccessTokens:
+    """Signs access tokens with the Ed25519 key of a seed (32 bytes)."""
+
+    def __init__(self, seed: bytes, clock: Clock, randomness: Randomness) -> None:
+        self._key = OKPKey.import_key(Ed25519PrivateKey.from_private_bytes(seed))
+        self._key_id = self._key.thumbprint()  # RFC 7638
+        self._registry = _Algorithms(algorithms=[ALGORITHM])
+        self._clock = clock
+        self._randomness = randomness
+
+    def sign(self, user: User, session_id: int) -> str:
+        header = {"alg": ALGORITHM, "typ": "at+jwt", "kid": self._key_id}
+        issued_at = int(self._clock.now().timestamp())
+        claims = {
+            "iss": ISSUER,
+            "aud": AUDIENCE,
+            "sub": str(user.id),
+            "role": user.role,
+            "sid": str(session_id),
+            "iat": issued_at,
+            "exp": issued_at + int(ACCESS_TOKEN_LIFE.total_seconds()),
+            "jti": _url_safe(self._randomness.token(TOKEN_ID_BYTES)),
+        }
+        return jwt.encode(header, claims, self._key, registry=self._registry)
+
+    def public_keys(self) -> PublicKeys:
+        public = {name: str(value) for name, value in self._key.as_dict(private=False).items()}
+        described = {**public, "kid": self._key_id, "use": "sig", "alg": ALGORITHM}
+        return PublicKeys(keys=(described,), issuer=ISSUER, audience=AUDIENCE)
+
+
+def new_refresh_token(randomness: Randomness) -> str:
+    return _url_safe(randomness.token(REFRESH_TOKEN_BYTES))
+
+
+def refresh_token_hash(refresh_token: str) -> bytes:
+    """What is stored of a refresh token. A fast hash will do for 256 bits that nobody can guess."""
+    return hashlib.sha256(refresh_token.encode("utf-8", "surrogatepass")).digest()
+
+
+def _url_safe(random: bytes) -> str:
+    return base64.urlsafe_b64encode(random).rstrip(b"=").decode()
