@@ -35,6 +35,7 @@ T = TypeVar("T")
 OLDEST_VERSION: Final = 16
 STATEMENT_SECONDS: Final = 10.0
 CONNECT_SECONDS: Final = 5.0
+PING_SECONDS: Final = 1.0
 ACQUIRE_SECONDS: Final = 5.0
 
 
@@ -139,6 +140,14 @@ class Database:
             await asyncio.wait_for(pool.close(), 2.0)
         except (TimeoutError, *_DRIVER_ERRORS):
             pool.terminate()
+
+    async def answers(self) -> bool:
+        """Whether the database answers now, within a second."""
+        try:
+            async with asyncio.timeout(PING_SECONDS), self.read() as tx:
+                return await tx.fetch_values(int, "SELECT 1") == [1]
+        except (ServiceError, TimeoutError):
+            return False
 
     @contextlib.asynccontextmanager
     async def read(self) -> AsyncGenerator[Tx]:

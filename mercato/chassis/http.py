@@ -37,6 +37,7 @@ from typing import Any, Final, cast
 import httptools
 import msgspec
 import uvicorn
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
@@ -170,11 +171,14 @@ class BoundedProtocol(HttpToolsProtocol):
 
     What it depends on in uvicorn, each pinned by a test (`test_uvicorn_is_the_one_this_was_written_for`):
 
-    - The parser callbacks `on_message_begin`, `on_headers_complete`, `on_body`, `on_message_complete` are extended.
+    - The parser callbacks `on_message_begin` and `on_headers_complete` are extended.
     - `data_received` and `on_response_complete` are replaced: the first answers malformed input in plain text, in the
       middle of another answer if need be; the second arms a timer for every request, where the sweep needs none.
-    - Read and set: `cycle` (`response_started`, `response_complete`, `disconnected`, `keep_alive`, `message_event`,
-      `waiting_for_100_continue`, `send_500_response`), `pipeline`, `flow`, `headers`, `url`, `scope`.
+    - `on_body` and `on_message_complete` are replaced, without the questions about WebSockets: that pays for a part
+      of what the bounds cost.
+    - Read and set: `cycle` (`body`, `more_body`, `message_event`, `response_started`, `response_complete`,
+      `disconnected`, `keep_alive`, `waiting_for_100_continue`, `send_500_response`), `pipeline`, `flow`, `headers`,
+      `url`, `scope`.
     """
 
     # uvicorn sets it to None when the connection is lost, after which nothing arrives.
@@ -287,7 +291,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._phase = HEAD
         self._framing_bytes = 0
-        if not self._answer_is_due():
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:  # pyright: ignore[reportUnnecessaryComparison]
             self._stamped_at = UNSTAMPED
 
     def on_headers_complete(self) -> None:
@@ -358,14 +363,22 @@ class BoundedProtocol(HttpToolsProtocol):
         # A declared length was checked with the head; this is for chunked bodies.
         if self._body_bytes > self._body_limit_bytes:
             raise RequestRefused(self._book.refusals.body_too_large)
-        super().on_body(body)
+        cycle = self.cycle
+        if not cycle.response_complete:
+            cycle.body += body
+            if len(cycle.body) > HIGH_WATER_LIMIT:
+                self.flow.pause_reading()
+            cycle.message_event.set()
 
     def on_message_complete(self) -> None:
         self._phase = IDLE
         self._read_bytes = 0
         if not self.pipeline:
             self._stamped_at = UNSTAMPED
-        super().on_message_complete()
+        cycle = self.cycle
+        if not cycle.response_complete:
+            cycle.more_body = False
+            cycle.message_event.set()
 
     # Answers
 

@@ -127,6 +127,11 @@ class Host:
         for name, service in self.services.items():
             self._loops += [asyncio.create_task(_forever(name, loop)) for loop in service.loops]
 
+    async def ready(self) -> Mapping[str, bool]:
+        """For each service, whether its database answers."""
+        answers = await asyncio.gather(*(service.database.answers() for service in self.services.values()))
+        return dict(zip(self.services, answers, strict=True))
+
     async def close(self) -> None:
         """Ends the loops, lets batches land, closes what the services hold."""
         for task in self._loops:

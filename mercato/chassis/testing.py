@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import itertools
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -27,7 +28,7 @@ from .supervisor import EmbeddedPostgres, remove_cluster
 
 C = TypeVar("C", bound=Contract)
 
-TEST_SECRET: Final = b"a secret that everybody may know" * 1
+TEST_SECRET: Final = b"a secret that everybody may know"
 TEST_CALL_SECONDS: Final = 30.0
 
 
@@ -44,15 +45,15 @@ class Cluster:
     async def start(cls) -> Self:
         folder = Path(tempfile.mkdtemp(prefix="mercato-test-"))
         # The unprivileged user that PostgreSQL runs as under root must be able to pass through.
-        folder.chmod(0o711)
+        folder.chmod(0o755)
+        (folder / "data").mkdir(mode=0o755)
         server = await EmbeddedPostgres.start(folder / "data", password="test-password", progress=_silent)
         return cls(folder, server)
 
     async def stop(self) -> None:
         await self.server.stop()
         remove_cluster(self.folder / "data")
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
+        shutil.rmtree(self.folder)
 
     async def fresh_database(self, service: str, migrations: Path) -> str:
         """The DSN of a migrated, empty database of a service, as the service's own role sees it."""

@@ -71,6 +71,8 @@ class ListUsers(Message):
     after: Annotated[int, Meta(ge=0, le=MAX_ID)] = 0
     limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
     role: Role | None = None
+    id: UserId | None = None
+    """Only this one."""
 
 
 class UserPage(Message):

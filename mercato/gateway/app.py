@@ -90,7 +90,7 @@ class Gateway:
         started = time.perf_counter()
         picked = _Picked(scope["headers"])
         trace_id, request_id = picked.ids()
-        found, numbers = self._table.find(scope["method"], scope["path"], scope["query_string"])
+        found, numbers = self._table.find(scope["method"], scope["path"])
         route = found if isinstance(found, _Compiled) else None
         try:
             if route is None:
@@ -214,18 +214,18 @@ class Table:
     """Finds the row of a method and path: fixed paths by one look-up, paths with numbers by their shape."""
 
     def __init__(self, rows: Sequence[_Compiled]) -> None:
-        self._fixed: dict[str, dict[str, list[_Compiled]]] = {}
-        self._shaped: list[tuple[re.Pattern[str], dict[str, list[_Compiled]]]] = []
-        shapes: dict[str, dict[str, list[_Compiled]]] = {}
+        self._fixed: dict[str, dict[str, _Compiled]] = {}
+        self._shaped: list[tuple[re.Pattern[str], dict[str, _Compiled]]] = []
+        shapes: dict[str, dict[str, _Compiled]] = {}
         for row in rows:
-            by_method = self._fixed if "{" not in row.route.path else shapes
-            by_method.setdefault(row.route.path, {}).setdefault(row.route.method, []).append(row)
+            by_path = self._fixed if "{" not in row.route.path else shapes
+            methods = by_path.setdefault(row.route.path, {})
+            assert row.route.method not in methods, f"two rows for {row.name}"
+            methods[row.route.method] = row
         for path, methods in shapes.items():
             self._shaped.append((re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", path) + r"\Z"), methods))
 
-    def find(
-        self, method: str, path: str, query: bytes
-    ) -> tuple[_Compiled | ServiceError | None, Mapping[str, str]]:
+    def find(self, method: str, path: str) -> tuple[_Compiled | ServiceError | None, Mapping[str, str]]:
         """The row and the path's parts by name; an error where the path takes other methods; None where it is unknown."""
         methods, parts = self._fixed.get(path), _NOTHING
         if methods is None:
@@ -235,13 +235,11 @@ class Table:
                     break
             else:
                 return None, _NOTHING
-        rows = methods.get("GET" if method == "HEAD" else method)
-        if rows is None:
+        row = methods.get("GET" if method == "HEAD" else method)
+        if row is None:
             allowed = sorted(set(methods) | ({"HEAD"} if "GET" in methods else set()))
             return problems.MethodNotAllowed(path=path, allowed=tuple(allowed)), _NOTHING
-        if len(rows) == 1:
-            return rows[0], parts
-        return next(row for row in rows if row.serves(query)), parts
+        return row, parts
 
 
 _NOTHING: Final[Mapping[str, Any]] = {}
@@ -264,12 +262,9 @@ class _Compiled:
         self._requests = telemetry.requests
         self._counters: dict[int, Any] = {}
         self._decoder = msgspec.json.Decoder(route.body) if route.body else None
+        self._no_body = b"{}" if route.body_optional else b""
         self._encode = msgspec.json.Encoder().encode
         self._plain = not (route.etag or route.location or route.replayed)
-
-    def serves(self, query: bytes) -> bool:
-        wanted = self.route.when_query
-        return wanted is None or any(p.partition(b"=")[0] == wanted.encode() for p in query.split(b"&"))
 
     def count(self, status: int) -> None:
         counter = self._counters.get(status)
@@ -285,9 +280,10 @@ class _Compiled:
         route = self.route
         body = raw = None
         if self._decoder is not None:
-            _check_content_type(picked.content_type)
             raw = await _read_body(receive, self.limits.body_bytes)
-            body = decode_body(self._decoder, raw)
+            if raw or not route.body_optional:
+                _check_content_type(picked.content_type)
+            body = decode_body(self._decoder, raw or self._no_body)
         path = _numbers(parts) if parts else _NOTHING
         query = None
         if route.query is not None:

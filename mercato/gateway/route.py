@@ -73,7 +73,10 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     status: int = 200
     query: type[Input] | None = None
     body: type[Input] | None = None
-    body_example: Mapping[str, Any] | None = None
+    body_optional: bool = False
+    """An empty body is the same as `{}`."""
+    examples: Mapping[str, Mapping[str, Any]] = {}
+    """Bodies for the documentation, by what they show."""
     idempotency: bool = False
     """Whether `Idempotency-Key` is honoured. Where it is not, sending it is refused rather than ignored."""
     etag: Callable[[Any], int] | None = None
@@ -86,5 +89,3 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits = Limits()
     errors: tuple[type[ServiceError], ...] = ()
     """The operation's own errors, for the documentation."""
-    when_query: str | None = None
-    """This row serves only requests that have this query parameter; its twin without one serves the others."""

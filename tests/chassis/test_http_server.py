@@ -59,6 +59,7 @@ class App:
         self.paths: list[str] = []
         self.body_bytes_seen = 0
         self.disconnects = 0
+        self.failures: list[Exception] = []
         self.headers: list[tuple[bytes, bytes]] = []
         self.entered = asyncio.Event()
         self.release = asyncio.Event()
@@ -66,7 +67,11 @@ class App:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.paths.append(scope["path"])
         self.entered.set()
-        await getattr(self, scope["path"].strip("/").split("/")[0])(scope, receive, send)
+        try:
+            await getattr(self, scope["path"].strip("/").split("/")[0])(scope, receive, send)
+        except Exception as error:
+            self.failures.append(error)
+            raise
 
     async def answer(self, send: Any, body: bytes) -> None:
         headers = [(b"content-length", str(len(body)).encode())]
@@ -93,6 +98,11 @@ class App:
     async def wait(self, scope: Any, receive: Any, send: Any) -> None:
         await self.release.wait()
         await self.answer(send, b"waited")
+
+    async def wait_and_echo(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.release.wait()
+        await self.echo(scope, receive, send)
+        await self.answer(send, b"too late")
 
     async def early(self, scope: Any, receive: Any, send: Any) -> None:
         await self.answer(send, b"early")
@@ -191,7 +201,7 @@ async def serve(**limits: Any) -> AsyncIterator[Serving]:
     app, stop, ready, refused = App(), asyncio.Event(), asyncio.Event(), list[str]()
     sock = bind("127.0.0.1", 0)
     port = sock.getsockname()[1]
-    options = HttpLimits(**{"drain_seconds": 0.2, **limits})
+    options = msgspec.convert({"drain_seconds": 0.2, **limits}, HttpLimits)
     server = HttpServer(app, limits=options, sockets=[sock], on_ready=ready.set, on_refused=refused.append)
     running = asyncio.create_task(server.run_until(stop))
     try:
@@ -295,10 +305,16 @@ async def test_upgrade_is_answered_as_usual_and_ends_the_connection() -> None:
     async with serve() as serving:
         client = await serving.connect()
         upgrade = GET.replace(b"\r\n\r\n", b"\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n")
-        status, headers, body = await client.ask(upgrade + GET.replace(b"/hello", b"/hello/smuggled"))
-        assert (status, headers["connection"], body) == (200, "close", b"/hello")
+        await client.send(upgrade.replace(b"/hello", b"/wait") + GET.replace(b"/hello", b"/hello/smuggled"))
+        await serving.app.entered.wait()
+        await client.send(b"\x00another protocol")
+        assert await serving.is_usable()
+        serving.app.release.set()
+        status, headers, body = await client.read()
+        assert (status, headers["connection"], body) == (200, "close", b"waited")
         assert await client.rest() == b""
-        assert serving.app.paths == ["/hello"]
+        assert serving.app.paths == ["/wait", "/hello"]
+        assert serving.refused == []
         client.close()
 
 
@@ -355,6 +371,9 @@ async def test_large_body_in_the_same_read_does_not_count_as_header() -> None:
         post = b"POST /echo HTTP/1.1\r\nHost: shop\r\nContent-Length: 5000\r\n\r\n" + b"b" * 5_000
         await client.send(post + post)
         assert [len((await client.read())[2]) for _ in range(2)] == [5_000, 5_000]
+        await client.send(post + GET[:-2])
+        assert len((await client.read())[2]) == 5_000
+        assert (await client.ask(GET[-2:]))[2] == b"/hello"
         client.close()
 
 
@@ -428,12 +447,17 @@ async def test_client_that_never_stops_sending_is_cut_off() -> None:
         client = await serving.connect()
         await client.send(CHUNKED)
 
+        sent_bytes = 0
+
         async def go_on() -> None:
+            nonlocal sent_bytes
             while True:
                 await client.send(b"10000\r\n" + b"c" * 65_536 + b"\r\n")
+                sent_bytes += 65_536
 
         with pytest.raises(ConnectionError):
             await go_on()
+        assert sent_bytes < http.LINGER_BYTES + 64_000_000  # what the kernel may buffer
         await serving.until(lambda: serving.server.open_connections == 0)
         assert await serving.is_usable()
 
@@ -616,6 +640,31 @@ async def test_request_that_trickles_in_times_out(beginning: bytes) -> None:
 
 
 @on_both_loops
+async def test_application_hears_of_the_refusal_while_the_client_still_reads() -> None:
+    async with serve(body_bytes=1_000) as serving:
+        client = await serving.connect()
+        await client.send(CHUNKED)
+        await serving.app.entered.wait()
+        assert (await client.ask(b"7d0\r\n" + b"c" * 2_000 + b"\r\n"))[0] == 413
+        await serving.until(lambda: serving.app.disconnects == 1)
+        assert serving.server.open_connections == 1
+        client.close()
+
+
+@on_both_loops
+async def test_application_that_comes_too_late_is_not_heard_and_does_not_fail() -> None:
+    async with serve(**SHORT) as serving:
+        client = await serving.connect()
+        head = b"POST /wait_and_echo HTTP/1.1\r\nHost: shop\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n"
+        assert (await client.ask(head))[0] == 408
+        serving.app.release.set()
+        await serving.until(lambda: serving.app.disconnects == 1)
+        assert await client.rest() == b""
+        assert serving.app.failures == []
+        client.close()
+
+
+@on_both_loops
 async def test_second_request_of_a_connection_times_out_too() -> None:
     async with serve(**SHORT) as serving:
         client = await serving.connect()
@@ -700,6 +749,8 @@ async def test_turned_away_connections_cannot_pile_up() -> None:
         first = await serving.connect()
         assert (await first.ask(GET))[0] == 200
         many = [await serving.connect() for _ in range(http.LINGERING_CONNECTIONS + 20)]
+        await serving.until(lambda: len(serving.refused) == len(many))
+        assert len(serving.server._book.turned_away) <= http.LINGERING_CONNECTIONS + 1
         for client in many:
             await client.problem(503, "too_many_connections")
         first.close()
@@ -798,6 +849,18 @@ async def test_one_server_listens_on_several_sockets(sockets: list[socket.socket
             client.close()
         stop.set()
         await running
+
+
+@pytest.mark.parametrize("good_first", [True, False])
+@on_both_loops
+async def test_server_that_cannot_listen_everywhere_listens_nowhere(good_first: bool) -> None:
+    good, bad = bind("127.0.0.1", 0), bind("127.0.0.1", 0)
+    port = good.getsockname()[1]
+    bad.close()
+    with pytest.raises((OSError, ValueError)):
+        await HttpServer(App(), sockets=[good, bad] if good_first else [bad, good]).run_until(asyncio.Event())
+    with pytest.raises(ConnectionError):
+        await asyncio.open_connection("127.0.0.1", port)
 
 
 INHERITOR = """

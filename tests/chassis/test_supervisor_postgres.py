@@ -281,6 +281,22 @@ async def test_a_server_and_guard_killed_at_once_leave_nothing(data: Path):
 
 
 @needs_proc
+@pytest.mark.parametrize("survivor", ["guard", "postmaster"])
+async def test_what_survives_the_others_ends_by_itself(data: Path, survivor: str):
+    """No owner cleans up here: the kernel tells the server of its guard's death, the guard ends orphaned backends."""
+    owner = start_owner(data)
+    assert owner.stdout is not None
+    postmaster = int(await asyncio.to_thread(owner.stdout.readline))
+    guard = int(Path(f"/proc/{postmaster}/stat").read_text().rpartition(")")[2].split()[1])
+
+    os.kill(owner.pid, signal.SIGSTOP)
+    os.kill(postmaster if survivor == "guard" else guard, signal.SIGKILL)
+    kill(owner)
+
+    await assert_all_gone(data)
+
+
+@needs_proc
 async def test_owner_guard_and_server_killed_at_once_do_not_block_the_next_start(data: Path):
     owner = start_owner(data)
     assert owner.stdout is not None
@@ -363,6 +379,7 @@ async def test_as_root_unreachable_programs_are_copied(data: Path, monkeypatch: 
     private.chmod(0o700)
     monkeypatch.setattr(place, "find_binaries", lambda: package / "pginstall18" / "bin")
 
+    command = ""
     for _ in range(2):
         async with running(data) as server:
             command = Path(f"/proc/{server.pid}/cmdline").read_text()

@@ -150,15 +150,15 @@ class Cursor(msgspec.Struct, frozen=True):
 
 
 class Search(msgspec.Struct, frozen=True):
-    """A search that can be run: every field has a value that the database takes."""
+    """A search that can be run: the database takes every value. None does not limit."""
 
     scope: Scope
     sort: Sort
     text: str | None
     category: str | None
     currency: str | None
-    min_price_minor: int
-    max_price_minor: int
+    min_price_minor: int | None
+    max_price_minor: int | None
     after: Cursor
     limit: int
 
@@ -189,8 +189,8 @@ def checked_search(request: SearchProducts) -> Search:
         category=request.category,
         # Minor units of two currencies do not compare.
         currency=request.currency or (DEFAULT_CURRENCY if priced else None),
-        min_price_minor=0 if request.min_price_minor is None else request.min_price_minor,
-        max_price_minor=MAX_MINOR if request.max_price_minor is None else request.max_price_minor,
+        min_price_minor=request.min_price_minor,
+        max_price_minor=request.max_price_minor,
         after=after,
         limit=request.limit,
     )

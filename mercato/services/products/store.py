@@ -153,8 +153,9 @@ async def archive(tx: Tx, product_id: int) -> ProductRow:
 
 # Every statement takes the same values: $1 text, $2 category, $3 currency, $4 and $5 the range of prices, $6 the number
 # of rows, $7 and $8 key and id of the cursor. `$n IS NULL` stands for a value that a statement has no use for; it also
-# makes sure that it got none. What decides which index is read is a condition of its own and never an `OR ... IS NULL`,
-# so that a plan is good for every value.
+# makes sure that it got none. What decides which index is read is a condition of its own; what only filters is an
+# `IS NULL OR`, which no index can serve while the values are unknown: a plan made for all values then reads the index
+# of the sort, too, instead of, say, the index of prices for a range that is mostly everything.
 
 _COLUMNS: Final = """
 SELECT id, sku, name, description, price_minor, currency, category, status, created_at, updated_at, version"""
@@ -180,7 +181,9 @@ _SCOPES: Final[Mapping[Scope, str]] = {
 }
 
 _FILTERS: Final = """
-   AND ($3::text IS NULL OR currency = $3) AND price_minor BETWEEN $4 AND $5"""
+   AND ($3::text IS NULL OR currency = $3)
+   AND ($4::bigint IS NULL OR price_minor >= $4)
+   AND ($5::bigint IS NULL OR price_minor <= $5)"""
 
 # The id makes every key unique: no product is skipped or shown twice among equals. Descending sorts descend by id, too,
 # so that each is one index, read in one direction. Names are sorted by code point, ASCII letters without their case:

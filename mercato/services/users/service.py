@@ -183,11 +183,11 @@ class UsersService:
     async def set_role(self, request: SetRole) -> User:
         """Sessions show the new role from their next refresh. Raises UserNotFound, StaleVersion, LastStaffMember."""
         async with self._database.transaction() as tx:
-            # An actor who is no person (the owner of a loopback shop, a command) can make somebody staff again.
-            by_person = current.get().actor.id > 0
-            if by_person and request.role != STAFF and await store.lock_staff(tx) == [request.id]:
-                raise LastStaffMember(user_id=request.id)
+            staff = await store.lock_staff(tx) if request.role != STAFF else []
             changed = await store.change_role(tx, request.id, request.role, request.version)
+            # An actor who is no person (the owner of a loopback shop, a command) can make somebody staff again.
+            if changed and staff == [request.id] and current.get().actor.id:
+                raise LastStaffMember(user_id=request.id)
             return _user(changed) if changed else await self._expected(tx, request.id, request.version)
 
     async def keys(self, _request: Empty) -> PublicKeys:

@@ -1,0 +1,316 @@
+"""`mercato up`: the whole shop on one machine, from one command.
+
+The process that a person starts is the owner of everything: the data folder, PostgreSQL under its guard, the listening
+socket, and the workers when there are more than one. Whatever of these dies without being asked ends the owner, and
+the owner's death, `kill -9` included, ends all of them within five seconds. Nothing has to be cleaned up afterwards:
+the next `up` finds a database that recovers, and every order that was answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import ipaddress
+import os
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+import msgspec
+
+from mercato import topology
+from mercato.chassis import config, faults
+from mercato.chassis.contract import ServiceError
+from mercato.chassis.http import CannotListen, bind
+from mercato.chassis.migrations import MigrationError, migrate
+from mercato.chassis.provision import ProvisionError, provision
+from mercato.chassis.service import Host, key_deriver
+from mercato.chassis.supervisor import DataFolder, EmbeddedPostgres, SupervisorError
+from mercato.chassis.telemetry import Telemetry, configure_logging
+from mercato.cli.progress import Progress, fail
+from mercato.cli.workers import Workers
+from mercato.contracts.roles import STAFF
+from mercato.contracts.users import ListUsers, Register, Users
+
+T = TypeVar("T")
+
+STAFF_EMAIL: Final = "staff@mercato.local"
+SPARE_CONNECTIONS: Final = 20
+"""For the administrator, migrations and a person with psql."""
+
+
+class Options(msgspec.Struct, frozen=True):
+    """The options of `up`, as the command line gives them."""
+
+    host: str
+    port: int
+    data: Path
+    demo: bool
+    workers: int
+    auth: Literal["open", "required"] | None
+    json: bool
+
+
+class CannotStart(Exception):
+    """A sentence for the person who typed the command."""
+
+
+EXPECTED: Final = (
+    CannotStart, CannotListen, MigrationError, ProvisionError, SupervisorError, config.SettingsError,
+)
+"""Failures whose message is all that the person needs."""
+
+
+def run(options: Options) -> int:
+    """Runs the shop until it is asked to stop; gives the exit code."""
+    # Imported here, not above: whoever only reads the help does not wait for it.
+    import uvloop
+
+    try:
+        settings = config.load()
+        configure_logging(settings.log_level)
+        faults.plant_from_environment(settings.faults)
+        is_open = _is_open(options)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_Up(options, settings, is_open).run())
+    except EXPECTED as error:
+        fail(str(error))
+    except ServiceError as error:
+        fail(f"The shop could not start: {error}")
+    except ValueError as error:
+        fail(str(error))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        fail("The disk is full; free some space and start again. Nothing that was acknowledged is lost.")
+    return 1
+
+
+def _is_open(options: Options) -> bool:
+    """Whether callers without a token act as staff."""
+    loopback = _is_loopback(options.host)
+    if options.auth == "open" and not loopback:
+        raise CannotStart(
+            f"--auth open is for loopback only, and {options.host} is reachable from elsewhere: leave it away, "
+            "and tokens are required"
+        )
+    return options.auth == "open" or (options.auth is None and loopback)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+class _Up:
+    """One run of `up`."""
+
+    def __init__(self, options: Options, settings: config.Settings, is_open: bool) -> None:
+        self._options = options
+        self._settings = settings
+        self._open = is_open
+        self._progress = Progress(as_json=options.json)
+        self._stop = asyncio.Event()
+        self._reason: str | None = None
+        """Why the shop ends without having been asked to."""
+
+    async def run(self) -> int:
+        """The steps of a start, each undone in the opposite order at the end."""
+        self._listen_to_signals()
+        async with contextlib.AsyncExitStack() as stack:
+            listener = stack.enter_context(contextlib.closing(bind(self._options.host, self._options.port)))
+            url = _url(self._options.host, listener)
+            folder = stack.enter_context(DataFolder.open(self._options.data, url))
+            secret = self._secret(folder)
+            admin_dsn = await self._unless_stopped(stack.enter_async_context(self._postgres(folder, secret)))
+            dsns = await self._unless_stopped(self._databases(admin_dsn, secret))
+            host = self._host(dsns, secret)
+            await host.open()
+            closing = stack.push_async_callback(host.close)
+            staff_password = await self._unless_stopped(self._populate(host))
+            if self._options.workers == 1:
+                await self._serve_here(host, listener, url, staff_password)
+            else:
+                await host.close()
+                del closing
+                await self._serve_in_workers(dsns, secret, listener, url, staff_password)
+            self._progress.step("stopping")
+        if self._reason is not None:
+            raise CannotStart(self._reason)
+        self._progress.step("stopped")
+        return 0
+
+    # ------------------------------------------------------------------------------------------------------ asked to stop
+
+    def _listen_to_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop.set)
+
+    async def _unless_stopped(self, step: Coroutine[Any, Any, T]) -> T:
+        """The result of a step of the start. A Ctrl-C or the death of PostgreSQL in the middle of it ends the step."""
+        work, stop = asyncio.create_task(step), asyncio.create_task(self._stop.wait())
+        await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if not work.done():
+            work.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await work
+            raise CannotStart(self._reason or "stopped before it was ready")
+        return await work
+
+    def _end(self, reason: str) -> None:
+        self._reason = self._reason or reason
+        self._stop.set()
+
+    # ------------------------------------------------------------------------------------------------------------ database
+
+    def _secret(self, folder: DataFolder) -> bytes:
+        given = self._settings.secret
+        return given.get_secret_value().encode() if given is not None else folder.secret()
+
+    @contextlib.asynccontextmanager
+    async def _postgres(self, folder: DataFolder, secret: bytes) -> AsyncGenerator[str]:
+        """An administrator's DSN: of the server that the environment names, else of an embedded one."""
+        if self._settings.postgres_dsn is not None:
+            yield self._settings.postgres_dsn.get_secret_value()
+            return
+        self._progress.step(f"starting PostgreSQL on {folder.path}")
+        server = await EmbeddedPostgres.start(
+            folder.path,
+            password=key_deriver(secret)("postgres/superuser").hex(),
+            progress=self._progress.step,
+            max_connections=SPARE_CONNECTIONS
+            + self._settings.pool_size * len(topology.SERVICES) * self._options.workers,
+        )
+        watch = asyncio.create_task(self._watch(server))
+        try:
+            self._progress.step(f"PostgreSQL {server.version} is running")
+            yield server.admin_dsn
+        finally:
+            watch.cancel()
+            await server.stop()
+
+    async def _watch(self, server: EmbeddedPostgres) -> None:
+        sentence = await server.died()
+        self._end(f"{sentence.rstrip('.')}; the shop has stopped. Start it again: no acknowledged order is lost")
+
+    async def _databases(self, admin_dsn: str, secret: bytes) -> Mapping[str, str]:
+        """A migrated database for each service; their DSNs."""
+        derive = key_deriver(secret)
+        names = list(topology.SERVICES)
+        dsns = await provision(admin_dsn, names, lambda role: derive(f"postgres/{role}").hex())
+        for name in names:
+            if revisions := await migrate(dsns[name], topology.migrations(name)):
+                self._progress.step(f"migrated the database of {name} to {revisions[-1]}")
+        return dsns
+
+    def _host(self, dsns: Mapping[str, str], secret: bytes) -> Host:
+        return Host(
+            topology.builds(),
+            dsns,
+            secret=secret,
+            transport=self._settings.transport,
+            pool_size=self._settings.pool_size,
+        )
+
+    async def _populate(self, host: Host) -> str | None:
+        """Demo data for an empty shop, and somebody who may run it; the new staff password, where one was made."""
+        if self._options.demo:
+            for name, service in host.services.items():
+                if service.seed_demo and await service.seed_demo():
+                    self._progress.step(f"put demo data into {name}")
+        return None if self._open else await topology.as_the_shop(host, lambda: _ensure_staff(host))
+
+    # ------------------------------------------------------------------------------------------------------------- serving
+
+    async def _serve_here(self, host: Host, listener: socket.socket, url: str, staff_password: str | None) -> None:
+        app = topology.gateway(host, open_to=self._open_to(listener))
+
+        def on_ready() -> None:
+            self._announce(url, staff_password)
+
+        # What the start has left behind is for good: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        await topology.server(app, listener, host.telemetry, on_ready).run_until(self._stop)
+
+    async def _serve_in_workers(
+        self, dsns: Mapping[str, str], secret: bytes, listener: socket.socket, url: str, staff_password: str | None
+    ) -> None:
+        workers = Workers(
+            self._options.workers,
+            listener,
+            dsns=dsns,
+            secret=secret,
+            open_to=self._open_to(listener),
+            settings=self._settings,
+        )
+        async with workers.running(self._end):
+            await self._unless_stopped(workers.ready())
+            self._announce(url, staff_password)
+            await self._stop.wait()
+
+    def _open_to(self, listener: socket.socket) -> tuple[str, int] | None:
+        return (self._options.host, listener.getsockname()[1]) if self._open else None
+
+    def _announce(self, url: str, staff_password: str | None) -> None:
+        say = self._progress.say
+        data = os.path.relpath(self._options.data) if not self._options.data.is_absolute() else self._options.data
+        say()
+        say(f"Mercato is at  {url}")
+        say(f"API docs       {url}/docs")
+        say(f"Data           {data}")
+        if self._open:
+            say("Sign-in        not needed: on this machine callers without a token act as staff (--auth required)")
+        else:
+            say("Sign-in        required: POST /login with e-mail and password gives an access token")
+        if staff_password is not None:
+            say(f"Staff account  {STAFF_EMAIL}  password {staff_password}  (shown this once)")
+            self._progress.event("staff", email=STAFF_EMAIL, password=staff_password)
+        say()
+        for line in _try_it(url, is_open=self._open):
+            say(line)
+        say()
+        self._progress.event("ready", url=url)
+        if not self._options.json:
+            print(f"ready {url}", flush=True)
+        sys.stdout.flush()
+
+
+def _try_it(url: str, *, is_open: bool) -> list[str]:
+    if is_open:
+        return [
+            f"  curl '{url}/users?id=1'",
+            f"  curl -X POST {url}/orders -H 'Content-Type: application/json' \\",
+            "       -d '{\"user_id\": 1, \"product_id\": 100, \"amount\": 99.99}'",
+        ]
+    return [
+        f"  curl {url}/products",
+        f"  curl -X POST {url}/login -H 'Content-Type: application/json' \\",
+        '       -d \'{"email": "alice@example.com", "password": "demo-password"}\'',
+    ]
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    port = listener.getsockname()[1]
+    bare = host.strip("[]")
+    return f"http://[{bare}]:{port}" if ":" in bare else f"http://{bare}:{port}"
+
+
+async def _ensure_staff(host: Host) -> str | None:
+    """Makes the first staff account, with a password that nobody else has ever seen; None where there is staff already."""
+    users = host.client(Users)
+    if (await users.list(ListUsers(role=STAFF, limit=1))).users:
+        return None
+    password = secrets.token_urlsafe(16)
+    await users.register(Register(email=STAFF_EMAIL, name="Staff", password=password, role=STAFF))
+    return password

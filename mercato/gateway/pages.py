@@ -1,0 +1,118 @@
+"""What is not in the table: health, metrics, keys, the API's description and its documentation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from ipaddress import ip_address
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route as PageRoute
+
+from mercato.chassis.contract import Actor, Context, Forbidden, ServiceError, current
+from mercato.chassis.telemetry import Telemetry
+from mercato.contracts.roles import STAFF
+from mercato.gateway import problems
+from mercato.gateway.auth import Gatekeeper, Verifier
+from mercato.gateway.route import Route
+
+KEYS_SECONDS = 5.0
+NO_TRACE = "0" * 32
+
+
+class Pages:
+    """An ASGI application for the paths beside the table."""
+
+    def __init__(
+        self,
+        *,
+        routes: Sequence[Route],
+        gatekeeper: Gatekeeper,
+        verifier: Verifier,
+        telemetry: Telemetry,
+        ready: Callable[[], Awaitable[Mapping[str, bool]]],
+    ) -> None:
+        self._routes = routes
+        self._gatekeeper = gatekeeper
+        self._verifier = verifier
+        self._telemetry = telemetry
+        self._ready = ready
+        self._app = Starlette(
+            routes=[
+                PageRoute("/", self._root),
+                PageRoute("/health/live", self._live),
+                PageRoute("/health/ready", self._readiness),
+                PageRoute("/metrics", self._metrics),
+                PageRoute("/.well-known/jwks.json", self._jwks),
+            ],
+            exception_handlers={HTTPException: _http_problem, ServiceError: _problem},
+        )
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._app(scope, receive, send)
+
+    async def _root(self, _: Request) -> Response:
+        return RedirectResponse("/docs")
+
+    async def _live(self, _: Request) -> Response:
+        return _json({"status": "live"})
+
+    async def _readiness(self, _: Request) -> Response:
+        """200 while every service's database answers, else 503; says which does not."""
+        services = await self._ready()
+        status = "ready" if all(services.values()) else "not_ready"
+        detail = {name: "up" if up else "down" for name, up in services.items()}
+        headers = {} if status == "ready" else {"retry-after": "1"}
+        return _json({"status": status, "services": detail}, 200 if status == "ready" else 503, headers)
+
+    async def _metrics(self, request: Request) -> Response:
+        """For staff, and for a collector on this machine: how much a shop sells is nobody else's business."""
+        await self._require_staff_or_loopback(request)
+        text, content_type = await asyncio.to_thread(self._telemetry.exposition)
+        return Response(text, headers={"content-type": content_type})
+
+    async def _jwks(self, request: Request) -> Response:
+        self._enter(request)
+        keys = await self._verifier.jwks()
+        return _json({"keys": keys.keys}, headers={"cache-control": "public, max-age=300"})
+
+    async def _require_staff_or_loopback(self, request: Request) -> None:
+        if request.client and ip_address(request.client.host).is_loopback:
+            return
+        self._enter(request)
+        authorization = request.headers.get("authorization")
+        actor = (
+            await self._gatekeeper.actor(authorization.encode("latin-1"))
+            if authorization
+            else self._gatekeeper.nobody()
+        )
+        if actor.role != STAFF:
+            raise problems.SignInFirst() if not authorization else Forbidden(operation="metrics", role=actor.role)
+
+    def _enter(self, _: Request) -> None:
+        """What is called from here, such as the users service for its keys, has this long."""
+        deadline = asyncio.get_running_loop().time() + KEYS_SECONDS
+        current.set(Context(Actor("anonymous"), deadline, NO_TRACE, ""))
+
+
+def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json", headers=dict(headers or {}))
+
+
+async def _problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)
+    status, headers, body = problems.render(error, NO_TRACE)
+    return Response(body, status, headers={name.decode(): value.decode() for name, value in headers})
+
+
+async def _http_problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        allowed = tuple(sorted((error.headers or {}).get("Allow", "GET, HEAD").split(", ")))
+        return await _problem(request, problems.MethodNotAllowed(path=request.url.path, allowed=allowed))
+    return await _problem(request, problems.RouteNotFound(path=request.url.path))

@@ -1,0 +1,316 @@
+"""Orders."""
+
+from __future__ import annotations
+
+import datetime
+from decimal import Decimal
+from typing import Annotated, Final
+
+from msgspec import Meta
+
+from mercato.chassis.contract import MAX_ID, FieldError, IdempotencyKeyReused, InvalidRequest, RequestInProgress, StaleVersion
+from mercato.contracts import orders as contract
+from mercato.contracts.money import DEFAULT_CURRENCY, EXPONENTS, MAX_MINOR
+from mercato.contracts.orders import History, Order, OrderPage, Orders, PlacedOrder, PlaceLine
+from mercato.contracts.products import ProductArchived, ProductNotFound
+from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
+from mercato.contracts.users import UserNotFound
+from mercato.gateway.money import Money, money, to_minor, unknown_currency
+from mercato.gateway.route import Ask, Input, Output, Page, Route
+
+Id = Annotated[int, Meta(ge=1, le=MAX_ID)]
+Quantity = Annotated[int, Meta(ge=1, le=contract.QUANTITY_LIMIT)]
+Currency = Annotated[str, Meta(pattern=r"^[A-Z]{3}$", examples=["USD"])]
+
+LARGEST_TOTAL_MINOR: Final = MAX_MINOR * contract.QUANTITY_LIMIT
+
+
+class ItemIn(Input):
+    product_id: Id
+    quantity: Quantity = 1
+
+
+class PlaceOrderIn(Input):
+    """`items`, or the short form of one item: `product_id` and `quantity`."""
+
+    user_id: Id
+    items: Annotated[tuple[ItemIn, ...], Meta(min_length=1, max_length=contract.LINES_LIMIT)] | None = None
+    product_id: Id | None = None
+    quantity: Quantity | None = None
+    amount: Annotated[
+        Decimal, Meta(description="The total that was shown to the buyer; another one is refused.", examples=["99.99"])
+    ] | None = None
+    currency: Currency | None = None
+
+
+class MoveOrderIn(Input):
+    status: contract.Status | None = None
+    fulfilment: contract.Fulfilment | None = None
+
+
+class CancelIn(Input):
+    reason: Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*$")] = ""
+
+
+class OrdersQuery(Input):
+    user_id: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
+    status: contract.Status | None = None
+    payment: contract.Payment | None = None
+    fulfilment: contract.Fulfilment | None = None
+    limit: Annotated[int, Meta(ge=1, le=contract.PAGE_LIMIT)] = 50
+    before: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
+
+
+class ItemOut(Output):
+    product_id: int
+    sku: str
+    name: str
+    quantity: int
+    unit_price: Money
+    line_total: Money
+
+
+class OrderOut(Output):
+    id: int
+    user_id: int
+    status: contract.Status
+    payment: contract.Payment
+    fulfilment: contract.Fulfilment
+    items: list[ItemOut]
+    total: Money
+    created_at: datetime.datetime
+    updated_at: datetime.datetime
+    version: int
+
+
+class HistoryOut(Output):
+    version: int
+    axis: contract.Axis
+    before: str | None
+    after: str
+    reason: str
+    by: str
+    at: datetime.datetime
+
+
+def order_out(order: Order) -> OrderOut:
+    currency = order.currency
+    return OrderOut(
+        id=order.id,
+        user_id=order.user_id,
+        status=order.status,
+        payment=order.payment,
+        fulfilment=order.fulfilment,
+        items=[
+            ItemOut(
+                product_id=line.product_id,
+                sku=line.sku,
+                name=line.name,
+                quantity=line.quantity,
+                unit_price=money(line.unit_price_minor, currency),
+                line_total=money(line.line_total_minor, currency),
+            )
+            for line in order.lines
+        ],
+        total=money(order.total_minor, currency),
+        created_at=order.created_at,
+        updated_at=order.updated_at,
+        version=order.version,
+    )
+
+
+def _placed_out(placed: PlacedOrder) -> OrderOut:
+    return order_out(placed.order)
+
+
+def _page(page: OrderPage) -> Page:
+    following = None if page.next_before is None else {"before": str(page.next_before)}
+    return Page([order_out(order) for order in page.orders], following)
+
+
+def _history_out(history: History) -> Page:
+    return Page(
+        [
+            HistoryOut(
+                version=entry.version,
+                axis=entry.axis,
+                before=entry.before,
+                after=entry.after,
+                reason=entry.reason,
+                by=f"{entry.actor_role} {entry.actor_id}" if entry.actor_id else entry.actor_role,
+                at=entry.at,
+            )
+            for entry in history.entries
+        ]
+    )
+
+
+def _place(ask: Ask) -> contract.PlaceOrder:
+    body: PlaceOrderIn = ask.body
+    errors: list[FieldError] = []
+    lines = _lines(body, errors)
+    amount_minor, currency = _shown_total(body, errors)
+    if errors:
+        raise InvalidRequest(errors=tuple(errors))
+    return contract.PlaceOrder(
+        user_id=body.user_id,
+        lines=lines,
+        expected_total_minor=amount_minor,
+        expected_currency=currency,
+        idempotency_key=ask.idempotency_key,
+        fingerprint=ask.fingerprint,
+    )
+
+
+def _lines(body: PlaceOrderIn, errors: list[FieldError]) -> tuple[PlaceLine, ...]:
+    if body.items is None:
+        if body.product_id is None:
+            errors.append(FieldError(field="items", message="is missing; or give product_id for an order of one item"))
+            return ()
+        return (PlaceLine(product_id=body.product_id, quantity=body.quantity or 1),)
+    if body.product_id is not None or body.quantity is not None:
+        errors.append(FieldError(field="items", message="is one form, product_id and quantity the other; give one"))
+    return tuple(PlaceLine(product_id=item.product_id, quantity=item.quantity) for item in body.items)
+
+
+def _shown_total(body: PlaceOrderIn, errors: list[FieldError]) -> tuple[int | None, str | None]:
+    """What the client showed: minor units and currency, each None where it said nothing."""
+    currency = body.currency
+    if currency is not None and currency not in EXPONENTS:
+        errors.append(FieldError(field="currency", message=unknown_currency(currency)))
+        return None, None
+    if body.amount is None:
+        return None, currency
+    currency = currency or DEFAULT_CURRENCY
+    minor = to_minor(body.amount, currency, LARGEST_TOTAL_MINOR)
+    if isinstance(minor, str):
+        errors.append(FieldError(field="amount", message=minor))
+        return None, currency
+    return minor, currency
+
+
+def _list(ask: Ask) -> contract.ListOrders:
+    query: OrdersQuery = ask.query
+    return contract.ListOrders(
+        user_id=query.user_id,
+        status=query.status,
+        payment=query.payment,
+        fulfilment=query.fulfilment,
+        before=query.before,
+        limit=query.limit,
+    )
+
+
+def _move(ask: Ask) -> contract.MoveOrder:
+    body: MoveOrderIn = ask.body
+    if body.status is None and body.fulfilment is None:
+        missing = FieldError(field="status", message="is missing; give status, fulfilment or both")
+        raise InvalidRequest(errors=(missing,))
+    return contract.MoveOrder(
+        id=ask.path["id"], status=body.status, fulfilment=body.fulfilment, version=ask.if_match
+    )
+
+
+def _version(order: Order) -> int:
+    return order.version
+
+
+ROUTES: Final[tuple[Route, ...]] = (
+    Route(
+        method="POST",
+        path="/orders",
+        operation=Orders.place,
+        summary="Place an order",
+        roles=SIGNED_IN,
+        body=PlaceOrderIn,
+        examples={
+            "several products": {
+                "user_id": 1,
+                "items": [{"product_id": 100, "quantity": 2}, {"product_id": 2, "quantity": 1}],
+            },
+            "one product, with the total that was shown": {"user_id": 1, "product_id": 100, "amount": 99.99},
+        },
+        request=_place,
+        answer=_placed_out,
+        output=OrderOut,
+        status=201,
+        idempotency=True,
+        etag=lambda placed: placed.order.version,
+        location=lambda placed: f"/orders/{placed.order.id}",
+        replayed=lambda placed: placed.replayed,
+        errors=(
+            UserNotFound,
+            ProductNotFound,
+            ProductArchived,
+            contract.PriceChanged,
+            contract.MixedCurrencies,
+            IdempotencyKeyReused,
+            RequestInProgress,
+        ),
+    ),
+    Route(
+        method="GET",
+        path="/orders",
+        operation=Orders.list,
+        summary="Orders, the newest first: your own, or everybody's for staff",
+        roles=SIGNED_IN,
+        query=OrdersQuery,
+        request=_list,
+        answer=_page,
+        output=list[OrderOut],
+    ),
+    Route(
+        method="GET",
+        path="/orders/{id}",
+        operation=Orders.get,
+        summary="One order",
+        roles=SIGNED_IN,
+        request=lambda ask: contract.GetOrder(id=ask.path["id"]),
+        answer=order_out,
+        output=OrderOut,
+        etag=_version,
+        errors=(contract.OrderNotFound,),
+    ),
+    Route(
+        method="PATCH",
+        path="/orders/{id}",
+        operation=Orders.move,
+        summary="Move an order to its next status or fulfilment",
+        roles=STAFF_ONLY,
+        body=MoveOrderIn,
+        examples={"confirm": {"status": "confirmed"}, "ship": {"fulfilment": "shipped"}},
+        request=_move,
+        answer=order_out,
+        output=OrderOut,
+        etag=_version,
+        if_match=True,
+        errors=(contract.OrderNotFound, contract.IllegalMove, StaleVersion),
+    ),
+    Route(
+        method="POST",
+        path="/orders/{id}/cancel",
+        operation=Orders.cancel,
+        summary="Cancel an order: your own before it is shipped, or any for staff",
+        roles=SIGNED_IN,
+        body=CancelIn,
+        body_optional=True,
+        examples={"with a reason": {"reason": "ordered by mistake"}},
+        request=lambda ask: contract.CancelOrder(id=ask.path["id"], reason=ask.body.reason, version=ask.if_match),
+        answer=order_out,
+        output=OrderOut,
+        etag=_version,
+        if_match=True,
+        errors=(contract.OrderNotFound, contract.IllegalMove, StaleVersion),
+    ),
+    Route(
+        method="GET",
+        path="/orders/{id}/history",
+        operation=Orders.history,
+        summary="Every move of an order, in order",
+        roles=SIGNED_IN,
+        request=lambda ask: contract.GetHistory(id=ask.path["id"]),
+        answer=_history_out,
+        output=list[HistoryOut],
+        errors=(contract.OrderNotFound,),
+    ),
+)

@@ -1,0 +1,237 @@
+"""The catalogue."""
+
+from __future__ import annotations
+
+import datetime
+from decimal import Decimal
+from typing import Annotated, Final
+
+from msgspec import Meta
+
+from mercato.chassis.contract import FieldError, InvalidRequest, StaleVersion
+from mercato.contracts import products as contract
+from mercato.contracts.money import DEFAULT_CURRENCY
+from mercato.contracts.products import Product, ProductPage, Products
+from mercato.contracts.roles import STAFF_ONLY
+from mercato.gateway.money import Money, money, to_minor
+from mercato.gateway.route import Ask, Input, Output, Page, Route
+
+Amount = Annotated[Decimal, Meta(description="A JSON string or number, in major units.", examples=["99.99"])]
+
+
+class MoneyIn(Input):
+    amount: Amount
+    currency: contract.Currency = DEFAULT_CURRENCY
+
+
+class CreateProductIn(Input):
+    sku: contract.Sku
+    name: contract.Name
+    price: MoneyIn
+    category: contract.Category
+    description: contract.Description = ""
+
+
+class UpdateProductIn(Input):
+    sku: contract.Sku | None = None
+    name: contract.Name | None = None
+    price: MoneyIn | None = None
+    category: contract.Category | None = None
+    description: contract.Description | None = None
+
+
+class ArchiveIn(Input):
+    pass
+
+
+class ProductsQuery(Input):
+    q: Annotated[str, Meta(max_length=200)] | None = None
+    category: Annotated[str, Meta(max_length=64)] | None = None
+    currency: contract.Currency | None = None
+    min_price: Decimal | None = None
+    max_price: Decimal | None = None
+    sort: contract.Sort | None = None
+    limit: Annotated[int, Meta(ge=1, le=contract.PAGE_LIMIT)] = 50
+    after: Annotated[str, Meta(max_length=1_000)] | None = None
+
+
+class ProductOut(Output):
+    id: int
+    sku: str
+    name: str
+    description: str
+    price: Money
+    category: str
+    status: contract.Status
+    created_at: datetime.datetime
+    updated_at: datetime.datetime
+    version: int
+
+
+def product_out(product: Product) -> ProductOut:
+    return ProductOut(
+        id=product.id,
+        sku=product.sku,
+        name=product.name,
+        description=product.description,
+        price=money(product.price_minor, product.currency),
+        category=product.category,
+        status=product.status,
+        created_at=product.created_at,
+        updated_at=product.updated_at,
+        version=product.version,
+    )
+
+
+def _page(page: ProductPage) -> Page:
+    following = None if page.next_after is None else {"after": page.next_after}
+    return Page([product_out(product) for product in page.products], following)
+
+
+def _minor(field: str, amount: Decimal, currency: str, errors: list[FieldError]) -> int:
+    minor = to_minor(amount, currency)
+    if isinstance(minor, int):
+        return minor
+    errors.append(FieldError(field=field, message=minor))
+    return 0
+
+
+def _checked(errors: list[FieldError]) -> None:
+    if errors:
+        raise InvalidRequest(errors=tuple(errors))
+
+
+def _create(ask: Ask) -> contract.CreateProduct:
+    body: CreateProductIn = ask.body
+    errors: list[FieldError] = []
+    price_minor = _minor("price", body.price.amount, body.price.currency, errors)
+    _checked(errors)
+    return contract.CreateProduct(
+        sku=body.sku,
+        name=body.name,
+        price_minor=price_minor,
+        currency=body.price.currency,
+        category=body.category,
+        description=body.description,
+    )
+
+
+def _update(ask: Ask) -> contract.UpdateProduct:
+    body: UpdateProductIn = ask.body
+    errors: list[FieldError] = []
+    price = body.price
+    price_minor = None if price is None else _minor("price", price.amount, price.currency, errors)
+    _checked(errors)
+    return contract.UpdateProduct(
+        id=ask.path["id"],
+        version=ask.if_match,
+        sku=body.sku,
+        name=body.name,
+        price_minor=price_minor,
+        currency=price.currency if price else None,
+        category=body.category,
+        description=body.description,
+    )
+
+
+def _search(ask: Ask) -> contract.SearchProducts:
+    query: ProductsQuery = ask.query
+    errors: list[FieldError] = []
+    priced = query.min_price is not None or query.max_price is not None
+    # A price without a currency is one of the shop's own.
+    currency = query.currency or (DEFAULT_CURRENCY if priced else None)
+    least = None if query.min_price is None else _minor("?min_price", query.min_price, str(currency), errors)
+    most = None if query.max_price is None else _minor("?max_price", query.max_price, str(currency), errors)
+    _checked(errors)
+    return contract.SearchProducts(
+        text=query.q,
+        category=query.category,
+        currency=currency,
+        min_price_minor=least,
+        max_price_minor=most,
+        sort=query.sort or ("relevance" if query.q else "id"),
+        after=query.after,
+        limit=query.limit,
+    )
+
+
+def _version(product: Product) -> int:
+    return product.version
+
+
+ROUTES: Final[tuple[Route, ...]] = (
+    Route(
+        method="GET",
+        path="/products",
+        operation=Products.search,
+        summary="The catalogue: search (?q=), filter by category and price, sort, page by page",
+        query=ProductsQuery,
+        request=_search,
+        answer=_page,
+        output=list[ProductOut],
+    ),
+    Route(
+        method="POST",
+        path="/products",
+        operation=Products.create,
+        summary="Add a product",
+        roles=STAFF_ONLY,
+        body=CreateProductIn,
+        examples={
+            "a keyboard": {
+                "sku": "KEY-61",
+                "name": "Keyboard",
+                "price": {"amount": "49.90", "currency": "USD"},
+                "category": "computers",
+            }
+        },
+        request=_create,
+        answer=product_out,
+        output=ProductOut,
+        status=201,
+        etag=_version,
+        location=lambda product: f"/products/{product.id}",
+        errors=(contract.SkuTaken,),
+    ),
+    Route(
+        method="GET",
+        path="/products/{id}",
+        operation=Products.get,
+        summary="One product",
+        request=lambda ask: contract.GetProduct(id=ask.path["id"]),
+        answer=product_out,
+        output=ProductOut,
+        etag=_version,
+        errors=(contract.ProductNotFound,),
+    ),
+    Route(
+        method="PATCH",
+        path="/products/{id}",
+        operation=Products.update,
+        summary="Change a product; orders keep the price that they were placed with",
+        roles=STAFF_ONLY,
+        body=UpdateProductIn,
+        examples={"another price": {"price": {"amount": "89.99", "currency": "USD"}}},
+        request=_update,
+        answer=product_out,
+        output=ProductOut,
+        etag=_version,
+        if_match=True,
+        errors=(contract.ProductNotFound, contract.SkuTaken, StaleVersion),
+    ),
+    Route(
+        method="POST",
+        path="/products/{id}/archive",
+        operation=Products.archive,
+        summary="Take a product out of the catalogue",
+        roles=STAFF_ONLY,
+        body=ArchiveIn,
+        body_optional=True,
+        request=lambda ask: contract.ArchiveProduct(id=ask.path["id"], version=ask.if_match),
+        answer=product_out,
+        output=ProductOut,
+        etag=_version,
+        if_match=True,
+        errors=(contract.ProductNotFound, StaleVersion),
+    ),
+)

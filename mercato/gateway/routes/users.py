@@ -1,0 +1,294 @@
+"""Accounts, sessions, profiles."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, Final, Literal
+
+from msgspec import Meta
+
+from mercato.chassis.contract import Empty, StaleVersion
+from mercato.contracts import users as contract
+from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY, Role
+from mercato.contracts.users import Tokens, User, UserPage, Users
+from mercato.gateway.problems import SignInFirst
+from mercato.gateway.route import Ask, Input, Limits, Output, Page, Route
+
+CREDENTIALS: Final = Limits(body_bytes=16_384, per_second=20, burst=40)
+"""Passwords are guessed by trying, and each try costs a hash."""
+
+
+class RegisterIn(Input):
+    email: contract.Email
+    name: contract.Name
+    password: contract.Password
+
+
+class LoginIn(Input):
+    email: contract.Email
+    password: contract.Password
+
+
+class RefreshIn(Input):
+    refresh_token: Annotated[str, Meta(max_length=256)]
+
+
+class ProfileIn(Input):
+    email: contract.Email | None = None
+    name: contract.Name | None = None
+
+
+class PasswordIn(Input):
+    current_password: contract.Password
+    new_password: contract.Password
+
+
+class RoleIn(Input):
+    role: Role
+
+
+class UsersQuery(Input):
+    id: Annotated[int, Meta(ge=1)] | None = None
+    role: Role | None = None
+    limit: Annotated[int, Meta(ge=1, le=contract.PAGE_LIMIT)] = 50
+    after: Annotated[int, Meta(ge=0)] = 0
+
+
+class UserOut(Output):
+    id: int
+    email: str
+    name: str
+    role: Role
+    created_at: datetime.datetime
+    updated_at: datetime.datetime
+    version: int
+
+
+class TokensOut(Output):
+    access_token: str
+    refresh_token: str
+    token_type: Literal["Bearer"]
+    expires_in: int
+    user: UserOut
+
+
+def user_out(user: User) -> UserOut:
+    return UserOut(
+        id=user.id,
+        email=user.email,
+        name=user.name,
+        role=user.role,
+        created_at=user.created_at,
+        updated_at=user.updated_at,
+        version=user.version,
+    )
+
+
+def _tokens_out(tokens: Tokens) -> TokensOut:
+    return TokensOut(
+        access_token=tokens.access_token,
+        refresh_token=tokens.refresh_token,
+        token_type="Bearer",
+        expires_in=tokens.expires_in,
+        user=user_out(tokens.user),
+    )
+
+
+def _page(page: UserPage) -> Page:
+    following = None if page.next_after is None else {"after": str(page.next_after)}
+    return Page([user_out(user) for user in page.users], following)
+
+
+def _nothing(_: Empty) -> None:
+    return None
+
+
+def _me(ask: Ask) -> int:
+    if not ask.actor.id:
+        raise SignInFirst
+    return ask.actor.id
+
+
+def _register(ask: Ask) -> contract.Register:
+    body: RegisterIn = ask.body
+    return contract.Register(email=body.email, name=body.name, password=body.password)
+
+
+def _sign_in(ask: Ask) -> contract.SignIn:
+    body: LoginIn = ask.body
+    return contract.SignIn(email=body.email, password=body.password)
+
+
+def _list(ask: Ask) -> contract.ListUsers:
+    query: UsersQuery = ask.query
+    return contract.ListUsers(after=query.after, limit=query.limit, role=query.role, id=query.id)
+
+
+def _profile(user_id: int, ask: Ask) -> contract.UpdateProfile:
+    body: ProfileIn = ask.body
+    return contract.UpdateProfile(id=user_id, version=ask.if_match, email=body.email, name=body.name)
+
+
+def _password(ask: Ask) -> contract.ChangePassword:
+    body: PasswordIn = ask.body
+    return contract.ChangePassword(
+        id=_me(ask), current_password=body.current_password, new_password=body.new_password
+    )
+
+
+def _version(user: User) -> int:
+    return user.version
+
+
+def _location(user: User) -> str:
+    return f"/users/{user.id}"
+
+
+ROUTES: Final[tuple[Route, ...]] = (
+    Route(
+        method="POST",
+        path="/register",
+        operation=Users.register,
+        summary="Open an account",
+        body=RegisterIn,
+        examples={
+            "a customer": {"email": "carol@example.com", "name": "Carol", "password": "correct horse battery"}
+        },
+        request=_register,
+        answer=user_out,
+        output=UserOut,
+        status=201,
+        location=_location,
+        limits=CREDENTIALS,
+        errors=(contract.EmailTaken, contract.TooManyHashes),
+    ),
+    Route(
+        method="POST",
+        path="/login",
+        operation=Users.sign_in,
+        summary="Sign in: an access token for 15 minutes and a refresh token for one use",
+        body=LoginIn,
+        examples={"Alice of the demo data": {"email": "alice@example.com", "password": "demo-password"}},
+        request=_sign_in,
+        answer=_tokens_out,
+        output=TokensOut,
+        limits=CREDENTIALS,
+        errors=(contract.WrongCredentials, contract.TooManyHashes),
+    ),
+    Route(
+        method="POST",
+        path="/token/refresh",
+        operation=Users.refresh,
+        summary="New tokens for a refresh token; an old one that comes again ends the session",
+        body=RefreshIn,
+        request=lambda ask: contract.Refresh(refresh_token=ask.body.refresh_token),
+        answer=_tokens_out,
+        output=TokensOut,
+        limits=CREDENTIALS,
+        errors=(contract.SessionEnded,),
+    ),
+    Route(
+        method="POST",
+        path="/logout",
+        operation=Users.sign_out,
+        summary="End the session of a refresh token",
+        body=RefreshIn,
+        request=lambda ask: contract.SignOut(refresh_token=ask.body.refresh_token),
+        answer=_nothing,
+        output=None,
+        status=204,
+        limits=CREDENTIALS,
+    ),
+    Route(
+        method="GET",
+        path="/users",
+        operation=Users.list,
+        summary="All users by id, or the one with ?id=",
+        roles=STAFF_ONLY,
+        query=UsersQuery,
+        request=_list,
+        answer=_page,
+        output=list[UserOut],
+    ),
+    Route(
+        method="GET",
+        path="/users/me",
+        operation=Users.get,
+        summary="Your own account",
+        roles=SIGNED_IN,
+        request=lambda ask: contract.GetUser(id=_me(ask)),
+        answer=user_out,
+        output=UserOut,
+        etag=_version,
+    ),
+    Route(
+        method="PATCH",
+        path="/users/me",
+        operation=Users.update_profile,
+        summary="Change your own profile",
+        roles=SIGNED_IN,
+        body=ProfileIn,
+        examples={"a new name": {"name": "Alice Liddell"}},
+        request=lambda ask: _profile(_me(ask), ask),
+        answer=user_out,
+        output=UserOut,
+        etag=_version,
+        if_match=True,
+        errors=(contract.EmailTaken, StaleVersion),
+    ),
+    Route(
+        method="POST",
+        path="/users/me/password",
+        operation=Users.change_password,
+        summary="Change your own password; all your other sessions end",
+        roles=SIGNED_IN,
+        body=PasswordIn,
+        request=_password,
+        answer=_nothing,
+        output=None,
+        status=204,
+        limits=CREDENTIALS,
+        errors=(contract.WrongCredentials, contract.TooManyHashes),
+    ),
+    Route(
+        method="GET",
+        path="/users/{id}",
+        operation=Users.get,
+        summary="One user: yourself, or anybody for staff",
+        roles=SIGNED_IN,
+        request=lambda ask: contract.GetUser(id=ask.path["id"]),
+        answer=user_out,
+        output=UserOut,
+        etag=_version,
+        errors=(contract.UserNotFound,),
+    ),
+    Route(
+        method="PATCH",
+        path="/users/{id}",
+        operation=Users.update_profile,
+        summary="Change a profile: your own, or anybody's for staff",
+        roles=SIGNED_IN,
+        body=ProfileIn,
+        request=lambda ask: _profile(ask.path["id"], ask),
+        answer=user_out,
+        output=UserOut,
+        etag=_version,
+        if_match=True,
+        errors=(contract.UserNotFound, contract.EmailTaken, StaleVersion),
+    ),
+    Route(
+        method="PUT",
+        path="/users/{id}/role",
+        operation=Users.set_role,
+        summary="Make somebody staff or customer; it counts from their next token on",
+        roles=STAFF_ONLY,
+        body=RoleIn,
+        examples={"a new colleague": {"role": "staff"}},
+        request=lambda ask: contract.SetRole(id=ask.path["id"], role=ask.body.role, version=ask.if_match),
+        answer=user_out,
+        output=UserOut,
+        etag=_version,
+        if_match=True,
+        errors=(contract.UserNotFound, StaleVersion),
+    ),
+)

@@ -1,0 +1,97 @@
+"""Which services there are, what this process hosts, and how it reaches the rest.
+
+Everything that knows all services is here. A service is added by a line in `SERVICES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from mercato.chassis.contract import Actor, Call, Contract, Operation, current
+from mercato.chassis.contract import Empty as EmptyRequest
+from mercato.chassis.http import HttpLimits, HttpServer
+from mercato.chassis.rpc import SERVICE_ROLE, acting
+from mercato.chassis.service import Build, Host
+from mercato.chassis.telemetry import Telemetry
+from mercato.contracts.orders import Orders
+from mercato.contracts.products import Products
+from mercato.contracts.users import PublicKeys, Users
+from mercato.gateway.app import Asgi, Gateway
+from mercato.gateway.auth import Gatekeeper, Verifier, own_hosts
+from mercato.gateway.pages import Pages
+from mercato.gateway.routes import ROUTES
+
+T = TypeVar("T")
+
+SERVICES: Final[Mapping[str, type[Contract]]] = {
+    "users": Users,
+    "products": Products,
+    "orders": Orders,
+}
+"""By name; the name is that of the folder in `services/`, of the database and of the role."""
+
+DRAIN_SECONDS: Final = 2.0
+"""Running requests get so long at the end of a process, which as a whole has five seconds."""
+
+
+def builds(names: Sequence[str] = tuple(SERVICES)) -> dict[str, Build]:
+    """The `build` of each service, imported only now: a process imports what it hosts."""
+    return {name: importlib.import_module(f"mercato.services.{name}.app").build for name in names}
+
+
+def migrations(name: str) -> Path:
+    """The folder with the migrations of a service."""
+    return Path(__file__).parent / "services" / name / "migrations"
+
+
+def gateway(host: Host, *, open_to: tuple[str, int] | None) -> Asgi:
+    """The public API over the services of `host`. `open_to`: the address of a shop that asks for no tokens."""
+
+    async def fetch_keys() -> PublicKeys:
+        return await host.client(Users).keys(EmptyRequest())
+
+    verifier = Verifier(fetch_keys, host.clock)
+    gatekeeper = Gatekeeper(verifier, own_hosts(*open_to) if open_to else None)
+    pages = Pages(
+        routes=ROUTES, gatekeeper=gatekeeper, verifier=verifier, telemetry=host.telemetry, ready=host.ready
+    )
+
+    def client(operation: Operation[Any, Any]) -> Call[Any, Any]:
+        return getattr(host.client(SERVICES[operation.service]), operation.name)
+
+    return Gateway(
+        ROUTES,
+        client=client,
+        gatekeeper=gatekeeper,
+        telemetry=host.telemetry,
+        clock=host.clock,
+        fallback=pages,
+    )
+
+
+def server(app: Asgi, listener: socket.socket, telemetry: Telemetry, on_ready: Callable[[], None]) -> HttpServer:
+    """An HTTP server for `app` on a socket that listens already."""
+
+    def count_refusal(code: str) -> None:
+        telemetry.requests_refused.labels(code).inc()
+
+    return HttpServer(
+        app,
+        sockets=[listener],
+        limits=HttpLimits(drain_seconds=DRAIN_SECONDS),
+        on_ready=on_ready,
+        on_refused=count_refusal,
+    )
+
+
+async def as_the_shop(host: Host, call: Callable[[], Awaitable[T]], seconds: float = 30.0) -> T:
+    """Runs a call that nobody asked for, such as a step of the start, with the rights of a service."""
+    token = current.set(acting(Actor(SERVICE_ROLE), clock=host.clock, seconds=seconds))
+    try:
+        return await call()
+    finally:
+        current.reset(token)

@@ -1,0 +1,15 @@
+"""The users service on a fresh database, and the people who call it."""
+
+from __future__ import annotations
+
+import pytest_asyncio
+
+from mercato.chassis.testing import Rig
+from mercato.contracts.users import Users
+from mercato.services.users.app import build
+
+
+@pytest_asyncio.fixture
+async def users(rig: Rig) -> Users:
+    """The client of a users service without anybody in it."""
+    return (await rig.open(users=build)).client(Users)

@@ -1,0 +1,514 @@
+"""Signing in, refreshing, signing out, and what a change of password does to sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import functools
+import io
+import json
+import threading
+from base64 import urlsafe_b64decode
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import structlog
+from joserfc import jws
+from joserfc.jwk import OKPKey
+
+from mercato.chassis import faults
+from mercato.chassis.contract import Actor, Empty, Forbidden, InvalidRequest
+from mercato.chassis.service import Build, Env, Service
+from mercato.chassis.telemetry import configure_logging
+from mercato.chassis.testing import Rig
+from mercato.contracts.users import (
+    ChangePassword,
+    Refresh,
+    Register,
+    SessionEnded,
+    SetRole,
+    SignIn,
+    SignOut,
+    Tokens,
+    User,
+    UserNotFound,
+    Users,
+    WrongCredentials,
+)
+from mercato.services.users.app import build
+from mercato.services.users.passwords import Argon2Hasher, Hasher
+
+ANYBODY = Actor("anonymous")
+STAFF = Actor("staff", 900)
+EMAIL = "alice@example.com"
+PASSWORD = "correct horse"
+NEW_PASSWORD = "battery staple"
+WAIT_SECONDS = 20
+
+
+@pytest_asyncio.fixture
+async def alice(rig: Rig, users: Users) -> User:
+    with rig.acting(ANYBODY):
+        return await users.register(Register(email=EMAIL, name="Alice", password=PASSWORD))
+
+
+async def sign_in(rig: Rig, users: Users, password: str = PASSWORD, email: str = EMAIL) -> Tokens:
+    with rig.acting(ANYBODY):
+        return await users.sign_in(SignIn(email=email, password=password))
+
+
+async def refresh(rig: Rig, users: Users, tokens: Tokens) -> Tokens:
+    with rig.acting(ANYBODY):
+        return await users.refresh(Refresh(refresh_token=tokens.refresh_token))
+
+
+async def sign_out(rig: Rig, users: Users, refresh_token: str) -> Empty:
+    with rig.acting(ANYBODY):
+        return await users.sign_out(SignOut(refresh_token=refresh_token))
+
+
+async def change_password(rig: Rig, users: Users, actor: Actor, user_id: int, **details: Any) -> Empty:
+    request: dict[str, Any] = {"id": user_id, "current_password": PASSWORD, "new_password": NEW_PASSWORD, **details}
+    with rig.acting(actor):
+        return await users.change_password(ChangePassword(**request))
+
+
+async def look(rig: Rig, kind: type[Any], sql: str) -> list[Any]:
+    async with rig.host.services["users"].database.read() as tx:
+        return await tx.fetch_values(kind, sql)
+
+
+async def make_it_so(rig: Rig, sql: str) -> None:
+    async with rig.host.services["users"].database.transaction() as tx:
+        await tx.execute(sql)
+
+
+def part(token: str, place: int) -> dict[str, Any]:
+    """Header (0) or claims (1) of a JWT, read by hand."""
+    encoded = token.split(".")[place]
+    return json.loads(urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)))
+
+
+def session_id(tokens: Tokens) -> int:
+    return int(part(tokens.access_token, 1)["sid"])
+
+
+# ---------------------------------------------------------------------------------------------------------- signing in
+
+
+async def test_whoever_signs_in_gets_tokens(rig: Rig, users: Users, alice: User):
+    tokens = await sign_in(rig, users, email=" ALICE@example.com ")
+
+    assert (tokens.user, tokens.token_type, tokens.expires_in) == (alice, "Bearer", 900)
+
+
+async def test_an_unknown_address_and_a_wrong_password_get_the_same_answer(rig: Rig, users: Users, alice: User):
+    answers: list[str] = []
+    for email, password in [
+        (EMAIL, "wrong password"),
+        (EMAIL, ""),
+        (EMAIL, "wrong\x00password"),
+        ("nobody@example.com", PASSWORD),
+        ("no address", PASSWORD),
+        ("al\x00ice@example.com", PASSWORD),
+    ]:
+        with pytest.raises(WrongCredentials) as refused:
+            await sign_in(rig, users, password, email)
+        answers.append(f"{refused.value} {refused.value.details}")
+
+    assert len(set(answers)) == 1
+    assert await look(rig, int, "SELECT id FROM sessions") == []
+
+
+class CountingHasher(Argon2Hasher):
+    """Counts the work that is done."""
+
+    def __init__(self, **parameters: int) -> None:
+        super().__init__(**parameters)
+        self.checked: list[str] = []
+
+    def matches(self, password_hash: str, password: str) -> bool:
+        self.checked.append(password_hash[: password_hash.rindex("$", 0, 40)])
+        return super().matches(password_hash, password)
+
+
+def build_with(hasher: Hasher) -> Build:
+    @functools.wraps(build)
+    def built(env: Env) -> Service:
+        return build(env, hasher)
+
+    return built
+
+
+async def test_an_unknown_address_costs_the_same_work_as_a_wrong_password(rig: Rig):
+    hasher = CountingHasher()
+    users = (await rig.open(users=build_with(hasher))).client(Users)
+    with rig.acting(ANYBODY):
+        await users.register(Register(email=EMAIL, name="Alice", password=PASSWORD))
+    for email in (EMAIL, "nobody@example.com", "no address"):
+        with pytest.raises(WrongCredentials):
+            await sign_in(rig, users, "wrong password", email)
+
+    assert len(hasher.checked) == 3
+    assert len(set(hasher.checked)) == 1, "the same parameters each time"
+
+
+async def test_signing_in_renews_a_hash_of_former_parameters(rig: Rig, users: Users, alice: User):
+    weak = Argon2Hasher(memory_kib=1_024, iterations=1).hash(PASSWORD, b"0123456789abcdef")
+    await make_it_so(rig, f"UPDATE credentials SET password_hash = '{weak}'")
+
+    await sign_in(rig, users)
+    (renewed,) = await look(rig, str, "SELECT password_hash FROM credentials")
+    assert renewed.startswith("$argon2id$v=19$m=19456,t=2,p=1$")
+
+    await sign_in(rig, users)
+    assert await look(rig, str, "SELECT password_hash FROM credentials") == [renewed]
+
+
+async def test_a_failed_sign_in_renews_nothing(rig: Rig, users: Users, alice: User):
+    weak = Argon2Hasher(memory_kib=1_024, iterations=1).hash(PASSWORD, b"0123456789abcdef")
+    await make_it_so(rig, f"UPDATE credentials SET password_hash = '{weak}'")
+    with pytest.raises(WrongCredentials):
+        await sign_in(rig, users, "wrong password")
+
+    assert await look(rig, str, "SELECT password_hash FROM credentials") == [weak]
+
+
+# ------------------------------------------------------------------------------------------------------- access tokens
+
+
+async def test_an_access_token_says_who_until_when_and_is_signed_by_the_public_key(rig: Rig, users: Users, alice: User):
+    before = int(rig.host.clock.now().timestamp())
+    tokens = await sign_in(rig, users)
+    with rig.acting(ANYBODY):
+        public = await users.keys(Empty())
+
+    (key,) = public.keys
+    assert (key["kty"], key["crv"], key["use"], key["alg"]) == ("OKP", "Ed25519", "sig", "EdDSA")
+    assert "d" not in key
+    assert part(tokens.access_token, 0) == {"alg": "EdDSA", "typ": "at+jwt", "kid": key["kid"]}
+    # "Ed25519" is the other name of the same signature.
+    header, claims, signature = tokens.access_token.split(".")
+    ours = OKPKey.import_key({"kty": "OKP", "crv": "Ed25519", "x": key["x"]})
+    assert ours.thumbprint() == key["kid"]
+    algorithm = jws.JWSRegistry.algorithms["Ed25519"]
+    assert algorithm.verify(f"{header}.{claims}".encode(), urlsafe_b64decode(signature + "=="), ours)
+
+    said = part(tokens.access_token, 1)
+    (started,) = await look(rig, int, "SELECT id FROM sessions")
+    assert (said["iss"], said["aud"]) == (public.issuer, public.audience) == ("mercato", "mercato")
+    assert (said["sub"], said["role"], said["sid"]) == (str(alice.id), "customer", str(started))
+    assert before <= said["iat"] <= int(rig.host.clock.now().timestamp())
+    assert said["exp"] - said["iat"] == 900
+    assert said.keys() == {"iss", "aud", "sub", "role", "sid", "iat", "exp", "jti"}
+
+
+async def test_no_two_tokens_are_the_same(rig: Rig, users: Users, alice: User):
+    tokens = [await sign_in(rig, users), await sign_in(rig, users)]
+
+    assert len({t.access_token for t in tokens}) == len({t.refresh_token for t in tokens}) == 2
+    assert len({part(t.access_token, 1)["jti"] for t in tokens}) == 2
+
+
+async def test_only_the_hash_of_a_refresh_token_is_stored(rig: Rig, users: Users, alice: User):
+    tokens = await sign_in(rig, users)
+    stored = await look(
+        rig, str, "SELECT t::text || s::text || c::text FROM refresh_tokens t, sessions s, credentials c"
+    )
+
+    assert len(stored) == 1
+    assert tokens.refresh_token not in stored[0]
+    assert PASSWORD not in stored[0]
+
+
+async def test_nothing_secret_is_logged(rig: Rig, users: Users, alice: User):
+    stream = io.BytesIO()
+    configure_logging("debug", stream)
+    try:
+        tokens = await sign_in(rig, users)
+        with pytest.raises(WrongCredentials):
+            await sign_in(rig, users, "wrong password")
+        fresh = await refresh(rig, users, tokens)
+        with pytest.raises(SessionEnded):
+            await refresh(rig, users, tokens)
+        await change_password(rig, users, Actor("customer", alice.id), alice.id)
+    finally:
+        structlog.reset_defaults()
+
+    logged = stream.getvalue().decode()
+    assert "refresh_token_reused" in logged, "the log was read"
+    secrets = [PASSWORD, NEW_PASSWORD, "wrong password", tokens.refresh_token, fresh.refresh_token, fresh.access_token]
+    assert [secret for secret in secrets if secret in logged] == []
+
+
+# ---------------------------------------------------------------------------------------------------------- refreshing
+
+
+async def test_a_refresh_gives_new_tokens_of_the_same_session(rig: Rig, users: Users, alice: User):
+    first = await sign_in(rig, users)
+    second = await refresh(rig, users, first)
+    third = await refresh(rig, users, second)
+
+    assert len({first.refresh_token, second.refresh_token, third.refresh_token}) == 3
+    assert part(third.access_token, 1)["sid"] == part(first.access_token, 1)["sid"]
+    assert third.user == alice
+
+
+async def test_a_refresh_token_that_comes_again_ends_the_session(rig: Rig, users: Users, alice: User):
+    first, elsewhere = await sign_in(rig, users), await sign_in(rig, users)
+    second = await refresh(rig, users, first)
+    for tokens in (first, second):
+        with pytest.raises(SessionEnded):
+            await refresh(rig, users, tokens)
+
+    assert await look(rig, str, "SELECT end_reason FROM sessions WHERE ended_at IS NOT NULL") == ["token_reused"]
+    await refresh(rig, users, elsewhere)
+
+
+async def test_of_simultaneous_refreshes_with_a_token_one_wins_and_the_session_ends(
+    rig: Rig, users: Users, alice: User
+):
+    tokens = await sign_in(rig, users)
+    outcomes = await asyncio.gather(*(refresh(rig, users, tokens) for _ in range(5)), return_exceptions=True)
+
+    won = [outcome for outcome in outcomes if isinstance(outcome, Tokens)]
+    assert len(won) == 1
+    assert sum(isinstance(outcome, SessionEnded) for outcome in outcomes) == 4
+    with pytest.raises(SessionEnded):
+        await refresh(rig, users, won[0])
+
+
+@pytest.mark.parametrize("token", ["", "unknown", "\x00", "x" * 256])
+async def test_an_unknown_refresh_token_is_refused(rig: Rig, users: Users, alice: User, token: str):
+    with rig.acting(ANYBODY), pytest.raises(SessionEnded):
+        await users.refresh(Refresh(refresh_token=token))
+
+
+async def test_a_session_ends_thirty_days_after_signing_in_by_the_database_clock(rig: Rig, users: Users, alice: User):
+    tokens = await refresh(rig, users, await sign_in(rig, users))
+    (length,) = await look(rig, datetime.timedelta, "SELECT expires_at - created_at FROM sessions")
+    assert length == datetime.timedelta(days=30)
+
+    await make_it_so(rig, "UPDATE sessions SET expires_at = now()")
+    with pytest.raises(SessionEnded):
+        await refresh(rig, users, tokens)
+
+
+async def test_a_refresh_carries_the_role_that_the_user_has_now(rig: Rig, users: Users, alice: User):
+    tokens = await sign_in(rig, users)
+    with rig.acting(STAFF):
+        await users.set_role(SetRole(id=alice.id, role="staff"))
+    fresh = await refresh(rig, users, tokens)
+
+    assert [part(t.access_token, 1)["role"] for t in (tokens, fresh)] == ["customer", "staff"]
+    assert fresh.user.role == "staff"
+
+
+async def crash(_: str) -> None:
+    raise RuntimeError("the power fails")
+
+
+async def test_a_refresh_that_dies_before_its_commit_did_not_happen(rig: Rig, users: Users, alice: User):
+    tokens = await sign_in(rig, users)
+    remove = faults.plant("users.refresh.before_commit", crash)
+    with pytest.raises(Exception, match="failed"):
+        await refresh(rig, users, tokens)
+    remove()
+
+    assert (await refresh(rig, users, tokens)).user == alice
+
+
+async def test_a_refresh_whose_answer_was_lost_ends_the_session_when_repeated(rig: Rig, users: Users, alice: User):
+    tokens = await sign_in(rig, users)
+    remove = faults.plant("users.refresh.after_commit", crash)
+    with pytest.raises(Exception, match="failed"):
+        await refresh(rig, users, tokens)
+    remove()
+
+    with pytest.raises(SessionEnded):
+        await refresh(rig, users, tokens)
+    assert (await sign_in(rig, users)).user == alice
+
+
+# --------------------------------------------------------------------------------------------------------- signing out
+
+
+async def test_signing_out_ends_the_session_and_may_be_repeated(rig: Rig, users: Users, alice: User):
+    tokens, elsewhere = await sign_in(rig, users), await sign_in(rig, users)
+    for _ in range(2):
+        assert await sign_out(rig, users, tokens.refresh_token) == Empty()
+
+    with pytest.raises(SessionEnded):
+        await refresh(rig, users, tokens)
+    assert await look(rig, str, "SELECT end_reason FROM sessions WHERE ended_at IS NOT NULL") == ["signed_out"]
+    await refresh(rig, users, elsewhere)
+
+
+async def test_signing_out_with_a_used_token_ends_the_session_too(rig: Rig, users: Users, alice: User):
+    first = await sign_in(rig, users)
+    second = await refresh(rig, users, first)
+    await sign_out(rig, users, first.refresh_token)
+
+    with pytest.raises(SessionEnded):
+        await refresh(rig, users, second)
+
+
+async def test_signing_out_of_no_session_is_fine(rig: Rig, users: Users):
+    assert await sign_out(rig, users, "unknown\x00") == Empty()
+
+
+# ----------------------------------------------------------------------------------------------- changing the password
+
+
+async def test_a_new_password_replaces_the_old_one_and_ends_the_sessions(rig: Rig, users: Users, alice: User):
+    tokens = await sign_in(rig, users)
+    await change_password(rig, users, Actor("customer", alice.id), alice.id)
+
+    with pytest.raises(SessionEnded):
+        await refresh(rig, users, tokens)
+    with pytest.raises(WrongCredentials):
+        await sign_in(rig, users)
+    assert (await sign_in(rig, users, NEW_PASSWORD)).user == alice
+
+
+async def test_the_session_that_changes_the_password_goes_on_when_it_shows_its_token(
+    rig: Rig, users: Users, alice: User
+):
+    own, other = await sign_in(rig, users), await sign_in(rig, users)
+    await change_password(rig, users, Actor("customer", alice.id), alice.id, refresh_token=own.refresh_token)
+
+    await refresh(rig, users, own)
+    with pytest.raises(SessionEnded):
+        await refresh(rig, users, other)
+
+
+async def test_a_used_token_keeps_no_session_alive(rig: Rig, users: Users, alice: User):
+    stolen = await sign_in(rig, users)
+    current = await refresh(rig, users, stolen)
+    await change_password(rig, users, Actor("customer", alice.id), alice.id, refresh_token=stolen.refresh_token)
+
+    with pytest.raises(SessionEnded):
+        await refresh(rig, users, current)
+
+
+async def test_the_sessions_of_others_go_on(rig: Rig, users: Users, alice: User):
+    with rig.acting(ANYBODY):
+        await users.register(Register(email="bob@example.com", name="Bob", password=PASSWORD))
+    bobs = await sign_in(rig, users, email="bob@example.com")
+    await change_password(rig, users, Actor("customer", alice.id), alice.id)
+
+    await refresh(rig, users, bobs)
+
+
+async def test_the_current_password_is_asked_for(rig: Rig, users: Users, alice: User):
+    tokens = await sign_in(rig, users)
+    with pytest.raises(WrongCredentials):
+        await change_password(rig, users, Actor("customer", alice.id), alice.id, current_password="wrong password")
+
+    await refresh(rig, users, tokens)
+    await sign_in(rig, users)
+
+
+@pytest.mark.parametrize("weak", ["short", EMAIL, "with\x00a zero"])
+async def test_a_weak_new_password_is_refused(rig: Rig, users: Users, alice: User, weak: str):
+    with pytest.raises(InvalidRequest) as refused:
+        await change_password(rig, users, Actor("customer", alice.id), alice.id, new_password=weak)
+
+    assert [error.field for error in refused.value.errors] == ["new_password"]
+
+
+async def test_nobody_changes_the_password_of_another(rig: Rig, users: Users, alice: User):
+    with pytest.raises(UserNotFound):
+        await change_password(rig, users, Actor("customer", alice.id + 1), alice.id)
+    with pytest.raises(UserNotFound):
+        await change_password(rig, users, Actor("customer", 4711), 4711)
+    with pytest.raises(Forbidden):
+        await change_password(rig, users, STAFF, alice.id)
+
+
+async def test_of_two_changes_with_the_same_current_password_one_succeeds(rig: Rig, users: Users, alice: User):
+    actor, wanted = Actor("customer", alice.id), ("battery staple", "staple battery")
+    outcomes = await asyncio.gather(
+        *(change_password(rig, users, actor, alice.id, new_password=password) for password in wanted),
+        return_exceptions=True,
+    )
+
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["Empty", "WrongCredentials"]
+    winner = wanted[0] if isinstance(outcomes[0], Empty) else wanted[1]
+    assert (await sign_in(rig, users, winner)).user == alice
+
+
+async def test_a_change_that_dies_before_its_commit_changed_nothing(rig: Rig, users: Users, alice: User):
+    tokens = await sign_in(rig, users)
+    remove = faults.plant("users.change_password.before_commit", crash)
+    with pytest.raises(Exception, match="failed"):
+        await change_password(rig, users, Actor("customer", alice.id), alice.id)
+    remove()
+
+    await refresh(rig, users, tokens)
+    await sign_in(rig, users)
+
+
+class PausingHasher(Argon2Hasher):
+    """Stands still after the first check, with the right answer in its hands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matched = threading.Event()
+        self.go_on = threading.Event()
+
+    def matches(self, password_hash: str, password: str) -> bool:
+        matched = super().matches(password_hash, password)
+        if not self.matched.is_set():
+            self.matched.set()
+            assert self.go_on.wait(WAIT_SECONDS)
+        return matched
+
+
+async def test_a_sign_in_with_the_old_password_does_not_outlive_the_change(rig: Rig):
+    """Its password was right when it was checked, and was changed before its session began."""
+    hasher = PausingHasher()
+    users = (await rig.open(users=build_with(hasher))).client(Users)
+    with rig.acting(ANYBODY):
+        alice = await users.register(Register(email=EMAIL, name="Alice", password=PASSWORD))
+    signing_in = asyncio.create_task(sign_in(rig, users))
+    await asyncio.to_thread(hasher.matched.wait, WAIT_SECONDS)
+    await change_password(rig, users, Actor("customer", alice.id), alice.id)
+    hasher.go_on.set()
+
+    with pytest.raises(WrongCredentials):
+        await signing_in
+    assert await look(rig, int, "SELECT id FROM sessions") == []
+
+
+# ------------------------------------------------------------------------------------------------------------ clean-up
+
+
+async def clean_up(rig: Rig, sessions_left: int) -> None:
+    """Runs the service's loop until so many sessions are left."""
+    (loop,) = rig.host.services["users"].loops
+    running = asyncio.ensure_future(loop())
+    try:
+        async with asyncio.timeout(WAIT_SECONDS):
+            while len(await look(rig, int, "SELECT id FROM sessions")) > sessions_left:  # noqa: ASYNC110  # the event is a row
+                await asyncio.sleep(0.01)
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+
+
+async def test_sessions_that_have_long_been_over_are_deleted(rig: Rig, users: Users, alice: User):
+    expired, ended, recent, live = [await refresh(rig, users, await sign_in(rig, users)) for _ in range(4)]
+    for tokens in (ended, recent):
+        await sign_out(rig, users, tokens.refresh_token)
+    long_ago = "now() - interval '8 days'"
+    await make_it_so(rig, f"UPDATE sessions SET expires_at = {long_ago} WHERE id = {session_id(expired)}")
+    await make_it_so(rig, f"UPDATE sessions SET ended_at = {long_ago} WHERE id = {session_id(ended)}")
+
+    await clean_up(rig, sessions_left=2)
+
+    kept = [session_id(recent), session_id(live)]
+    assert await look(rig, int, "SELECT id FROM sessions ORDER BY id") == kept
+    assert await look(rig, int, "SELECT DISTINCT session_id FROM refresh_tokens ORDER BY 1") == kept
+    await refresh(rig, users, live)
