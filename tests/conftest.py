@@ -8,6 +8,7 @@ import pytest
 import pytest_asyncio
 
 from mercato.chassis.testing import Cluster, Rig
+from support.shop import Shop
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -24,7 +25,26 @@ async def rig(cluster: Cluster, request: pytest.FixtureRequest) -> AsyncGenerato
     await made.close()
 
 
+@pytest_asyncio.fixture(scope="session", loop_scope="session", params=["local", "wire"])
+async def open_shop(cluster: Cluster, request: pytest.FixtureRequest) -> AsyncGenerator[Shop]:
+    """A shop without tokens, shared by all tests of a run: a test makes the data that it changes.
+
+    Tests that use it run in the session's event loop: `pytestmark = pytest.mark.asyncio(loop_scope="session")`.
+    """
+    shop = await Shop.start(cluster, request.param)
+    yield shop
+    await shop.close()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session", params=["local", "wire"])
+async def guarded_shop(cluster: Cluster, request: pytest.FixtureRequest) -> AsyncGenerator[Shop]:
+    """The same with tokens required: `await shop.alice()`, `.bob()` and `.staff()` give some."""
+    shop = await Shop.start(cluster, request.param, is_open=False)
+    yield shop
+    await shop.close()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if {"cluster", "rig"} & set(getattr(item, "fixturenames", ())):
+        if {"cluster", "rig", "open_shop", "guarded_shop"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.postgres)

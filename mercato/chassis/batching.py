@@ -24,12 +24,15 @@ Guaranteed
 
 Deadlines cost nothing on the way: one timer per batcher stands at the earliest deadline that was ever armed, looks
 through the entries when it rings (in practice once in ten seconds), and is armed again for the earliest that is left.
+
+A batcher belongs to one event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Protocol
@@ -42,6 +45,9 @@ Outcome = Any
 Send = Callable[[Sequence[Any], Sequence[Context]], Awaitable[Sequence[Outcome]]]
 
 DEFAULT_QUEUE_LIMIT: Final = 10_000
+
+ALARM_RESOLUTION_SECONDS: Final = 0.001
+"""The alarm never sleeps less: a loop whose timers ring a little early (uvloop rounds to milliseconds) would spin."""
 
 
 class Observer(Protocol):
@@ -59,7 +65,9 @@ class Waiter(Protocol):
         """True once nobody waits for the outcome any more."""
         ...
 
-    def settle(self, place: int, outcome: Outcome) -> None: ...
+    def settle(self, place: int, outcome: Outcome) -> None:
+        """Called once for each place."""
+        ...
 
 
 class Lone:
@@ -92,8 +100,6 @@ class Group:
         self.missing = size
 
     def settle(self, place: int, outcome: Outcome) -> None:
-        if self.outcomes[place] is not None:
-            return
         self.outcomes[place] = outcome
         self.missing -= 1
         if self.missing == 0 and not self.future.done():
@@ -125,10 +131,12 @@ class Entry:
 class Flight:
     """A batch on its way. `task` is None only until the task that flies it exists."""
 
-    __slots__ = ("entries", "task")
+    __slots__ = ("abandoned", "entries", "longest_wait_s", "task")
 
-    def __init__(self, entries: list[Entry]) -> None:
+    def __init__(self, entries: list[Entry], longest_wait_s: float) -> None:
         self.entries = entries
+        self.longest_wait_s = longest_wait_s
+        self.abandoned = False
         self.task: asyncio.Task[None] | None = None
 
 
@@ -162,6 +170,8 @@ class Batcher:
         self._flush_scheduled = False
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_at = float("inf")
+        # What runs between calls sees no caller's context. Each batcher has its own: a context cannot be entered twice.
+        self._no_caller = contextvars.Context()
 
     # ------------------------------------------------------------------------------------------------ for callers
 
@@ -199,12 +209,14 @@ class Batcher:
 
     async def close(self) -> None:
         """Lets the flights land, and fails what still waits. For the end of a process, after requests have stopped."""
-        while self._queue:
-            self._queue.popleft().settle(self._unavailable())
-        if tasks := [flight.task for flight in self._flights if flight.task]:
-            await asyncio.wait(tasks)
+        while self._queue or self._flights:
+            while self._queue:
+                self._queue.popleft().settle(self._unavailable())
+            if tasks := [flight.task for flight in self._flights if flight.task]:
+                await asyncio.wait(tasks)
         if self._alarm:
             self._alarm.cancel()
+        self._alarm, self._alarm_at = None, float("inf")
 
     # ------------------------------------------------------------------------------------------------ the machine
 
@@ -217,20 +229,23 @@ class Batcher:
             self._arm(loop, deadline)
         if not self._flush_scheduled and len(self._flights) < self.lanes:
             self._flush_scheduled = True
-            loop.call_soon(self._flush, context=_NO_CALLER)
+            loop.call_soon(self._flush, context=self._no_caller)
 
     def _flush(self) -> None:
         self._flush_scheduled = False
+        self._depart()
+
+    def _depart(self) -> None:
         while self._queue and len(self._flights) < self.lanes:
-            if not (entries := self._board()):
+            if (flight := self._board()) is None:
                 continue
-            flight = Flight(entries)
             self._flights.add(flight)
             # A flight belongs to no caller: it must not see one caller's context, nor end with one caller's task.
             flight.task = asyncio.get_running_loop().create_task(self._fly(flight), context=contextvars.Context())
+            flight.task.add_done_callback(functools.partial(self._give_up, flight), context=self._no_caller)
 
-    def _board(self) -> list[Entry]:
-        """Up to `size` entries that are still worth sending; those whose time is over hear so here."""
+    def _board(self) -> Flight | None:
+        """A flight of up to `size` entries that are still worth sending; those whose time is over hear so here."""
         now, entries = self._monotonic(), list[Entry]()
         while self._queue and len(entries) < self.size:
             entry = self._queue.popleft()
@@ -240,21 +255,20 @@ class Batcher:
                 entry.settle(DeadlineExceeded(operation=self.operation))
                 continue
             entries.append(entry)
-        if entries:
-            self._observer.sent(len(entries), now - entries[0].queued_at)
-        return entries
+        return Flight(entries, now - entries[0].queued_at) if entries else None
 
     async def _fly(self, flight: Flight) -> None:
         entries = flight.entries
         try:
+            self._observer.sent(len(entries), flight.longest_wait_s)
             outcomes = await self._send([e.request for e in entries], [e.context for e in entries])
             if len(outcomes) != len(entries):
                 raise AssertionError(f"{self.operation}: {len(outcomes)} answers to {len(entries)} requests")
         except ServiceError as error:
             self._settle_all(entries, error)
         except Exception as error:  # an edge: whatever the transport did, every caller hears
-            self._observer.failed(error)
             self._settle_all(entries, Internal(operation=self.operation))
+            self._observer.failed(error)
         except BaseException:
             # Cancelled: nobody waits any more, or the process ends.
             self._settle_all(entries, self._unavailable())
@@ -263,8 +277,18 @@ class Batcher:
             for entry, outcome in zip(entries, outcomes, strict=True):
                 entry.settle(outcome)
         finally:
-            self._flights.discard(flight)
-            self._flush()
+            self._land(flight)
+
+    def _land(self, flight: Flight) -> None:
+        self._flights.discard(flight)
+        if not self._flush_scheduled:  # or else what was called in this turn leaves together, at the next
+            self._depart()
+
+    def _give_up(self, flight: Flight, _: asyncio.Task[None]) -> None:
+        """For a flight whose task was cancelled before its first step: such a task runs nothing, not even `finally`."""
+        if flight in self._flights:
+            self._settle_all(flight.entries, self._unavailable())
+            self._land(flight)
 
     def _settle_all(self, entries: Sequence[Entry], error: ServiceError) -> None:
         for entry in entries:
@@ -279,8 +303,8 @@ class Batcher:
         if self._alarm:
             self._alarm.cancel()
         self._alarm_at = deadline
-        delay = max(0.0, deadline - self._monotonic())
-        self._alarm = loop.call_later(delay, self._ring, context=_NO_CALLER)
+        delay = max(ALARM_RESOLUTION_SECONDS, deadline - self._monotonic())
+        self._alarm = loop.call_later(delay, self._ring, context=self._no_caller)
 
     def _ring(self) -> None:
         """Tells everybody whose time is over, gives up flights that nobody waits for, and arms for the next."""
@@ -293,14 +317,12 @@ class Batcher:
             else:
                 left = min(left, entry.context.deadline)
         for flight in self._flights:
-            if flight.task and not any(entry.wanted() for entry in flight.entries):
+            if flight.task and not flight.abandoned and not any(entry.wanted() for entry in flight.entries):
+                flight.abandoned = True  # cancelled once: a second time would hit the roll-back that the first one began
                 flight.task.cancel()
         # What has left the queue's front is dropped when boarding; its back must not keep dead entries either.
         self._queue = deque(entry for entry in self._queue if entry.wanted())
         self._alarm, self._alarm_at = None, float("inf")
         if left < float("inf"):
             self._arm(asyncio.get_running_loop(), left)
-
-
-_NO_CALLER: Final = contextvars.Context()
 

@@ -1,4 +1,7 @@
-"""Requests and outcomes as bytes (MessagePack): what transports carry, and what is stored under an idempotency key."""
+"""Requests and outcomes as bytes (MessagePack): what transports carry, and what is stored under an idempotency key.
+
+One request or outcome that cannot be encoded or decoded is an error of its own, and leaves its neighbours alone.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,23 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
-from .contract import Actor, Context, ErrorMessage, Message, Operation, ServiceError
+import structlog
+
+from .contract import (
+    Actor,
+    Context,
+    ErrorMessage,
+    FieldError,
+    Internal,
+    InvalidRequest,
+    Message,
+    Operation,
+    ServiceError,
+)
 
 A = TypeVar("A", bound=Message)
+
+log = structlog.stdlib.get_logger("mercato.codec")
 
 
 class WireRequest(msgspec.Struct, frozen=True):
@@ -45,20 +62,33 @@ def encode_requests(requests: Sequence[Any], contexts: Sequence[Context], now: f
     )
 
 
-def decode_requests(operation: Operation[Any, Any], sent: bytes, now: float) -> tuple[list[Any], list[Context]]:
-    """A batch that arrived, in order. `now` is the receiver's monotonic clock."""
+def decode_requests(
+    operation: Operation[Any, Any], sent: bytes, now: float
+) -> tuple[list[Any | InvalidRequest], list[Context]]:
+    """A batch that arrived, in order. `now` is the receiver's monotonic clock.
+
+    In the place of a request that does not fit the contract stands what is wrong with it.
+    """
     arrived = _decode_requests(sent)
-    requests = [msgspec.msgpack.decode(r.body, type=operation.request) for r in arrived]
+    requests = [_decode_request(operation, r.body) for r in arrived]
     contexts = [Context(r.actor, now + r.remaining_ms / 1_000, r.trace_id, r.request_id) for r in arrived]
     return requests, contexts
 
 
-def encode_outcomes(outcomes: Sequence[Any]) -> bytes:
-    return _encode([_wired(o) for o in outcomes])
+def _decode_request(operation: Operation[Any, Any], body: msgspec.Raw) -> Any | InvalidRequest:
+    try:
+        return msgspec.msgpack.decode(body, type=operation.request)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$")
+        return InvalidRequest(errors=(FieldError(field=where.strip(".`"), message=what),))
+
+
+def encode_outcomes(operation: Operation[Any, Any], outcomes: Sequence[Any]) -> bytes:
+    return _encode([_wired_or_internal(operation, o) for o in outcomes])
 
 
 def decode_outcomes(operation: Operation[Any, A], answered: bytes) -> list[A | ServiceError]:
-    return [_unwired(operation.answer, o) for o in _decode_outcomes(answered)]
+    return [_unwired_or_internal(operation, o) for o in _decode_outcomes(answered)]
 
 
 def encode_outcome(outcome: Message | ServiceError) -> bytes:
@@ -69,10 +99,26 @@ def decode_outcome(answer: type[A], stored: bytes) -> A | ServiceError:
     return _unwired(answer, _decode_outcome(stored))
 
 
+def _wired_or_internal(operation: Operation[Any, Any], outcome: Any) -> WireOutcome:
+    try:
+        return _wired(outcome)
+    except (TypeError, ValueError, OverflowError) as error:  # what msgspec says of values that it cannot encode
+        log.exception("answer_not_encodable", operation=operation.full_name, reason=repr(error))
+        return _wired(Internal(operation=operation.full_name))
+
+
 def _wired(outcome: Any) -> WireOutcome:
     if isinstance(outcome, ServiceError):
         return WireOutcome(error=ErrorMessage.of(outcome))
     return WireOutcome(msgspec.Raw(_encode(outcome)))
+
+
+def _unwired_or_internal(operation: Operation[Any, A], outcome: WireOutcome) -> A | ServiceError:
+    try:
+        return _unwired(operation.answer, outcome)
+    except msgspec.MsgspecError as error:
+        log.exception("answer_not_decodable", operation=operation.full_name, reason=repr(error))
+        return Internal(operation=operation.full_name)
 
 
 def _unwired(answer: type[A], outcome: WireOutcome) -> A | ServiceError:

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import contextvars
 import enum
+import functools
+import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, ClassVar, Final, Generic, Protocol, Self, TypeVar, cast, get_type_hints, overload
 
@@ -86,13 +88,12 @@ class ServiceError(Exception):
     retry_after_s: int | None = None
     """Seconds after which trying again makes sense; None where that says nothing."""
 
-    _details: ClassVar[type[msgspec.Struct]]
     _by_code: ClassVar[dict[str, type[ServiceError]]] = {}
 
     def __init_subclass__(cls, *, code: str, kind: Kind) -> None:
         super().__init_subclass__()
         cls.code, cls.kind = code, kind
-        own: Mapping[str, Any] = cls.__dict__.get("__annotations__", {})
+        own = inspect.get_annotations(cls)
         cls.fields = (*cls.fields, *(n for n in own if n not in ("sentence", "retry_after_s")))
         assert code not in ServiceError._by_code, f"two errors share the code {code}"
         ServiceError._by_code[code] = cls
@@ -136,16 +137,22 @@ class ErrorMessage(msgspec.Struct, frozen=True, omit_defaults=True):
         return cls(error.code, error.kind, str(error), details, error.retry_after_s)
 
     def to_error(self) -> ServiceError:
-        """The error itself; `RemoteError` with the same code, kind and sentence where this process knows no such code."""
+        """The error itself; `RemoteError` with the same code, kind and sentence where this process does not know it."""
         known = ServiceError._by_code.get(self.code)
-        hints = _field_types(known) if known else {}
-        if known is None or any(n not in self.details and not hasattr(known, n) for n in hints):
+        if known is None or known is RemoteError:
             return RemoteError(self)
-        error = known(**{n: msgspec.convert(v, hints[n]) for n, v in self.details.items() if n in hints})
+        hints = _field_types(known)
+        if any(n not in self.details and not hasattr(known, n) for n in hints):
+            return RemoteError(self)
+        try:
+            error = known(**{n: msgspec.convert(v, hints[n]) for n, v in self.details.items() if n in hints})
+        except msgspec.ValidationError:  # its details have other types where it comes from
+            return RemoteError(self)
         error.retry_after_s = self.retry_after_s
         return error
 
 
+@functools.cache
 def _field_types(error: type[ServiceError]) -> dict[str, Any]:
     return {n: t for n, t in get_type_hints(error).items() if n in error.fields}
 
@@ -323,7 +330,9 @@ class Operation(msgspec.Struct, Generic[Q, A], frozen=True, eq=False):
     def __get__(self, instance: None, owner: type[Contract]) -> Self: ...
     @overload
     def __get__(self, instance: Contract, owner: type[Contract]) -> Call[Q, A]: ...
-    def __get__(self, instance: Contract | None, owner: type[Contract]) -> Self | Call[Q, A]:
+    @overload
+    def __get__(self, instance: object, owner: type[object]) -> Self: ...
+    def __get__(self, instance: object, owner: type[object]) -> Self | Call[Q, A]:
         # Only reached on the class: an instance has the call itself in its __dict__.
         assert instance is None, "a client was made without connecting its operations"
         return self
@@ -387,14 +396,19 @@ class Contract:
 
 
 def schemas(contract: type[Contract]) -> dict[str, Any]:
-    """The JSON schemas of a contract: per operation its request and answer, and the shared components."""
+    """The JSON schemas of a contract: per operation its request and answer, its errors by code, the shared components.
+
+    The errors of a service are those whose code begins with its name.
+    """
+    errors = {c: e for c, e in sorted(ServiceError._by_code.items()) if c.startswith(f"{contract.service}.")}
     messages = [t for o in contract.operations.values() for t in (o.request, o.answer)]
-    references, components = msgspec.json.schema_components(messages, ref_template="#/components/{name}")
-    pairs = iter(references)
+    details = [msgspec.defstruct(e.__name__, list(_field_types(e).items())) for e in errors.values()]
+    references, components = msgspec.json.schema_components((*messages, *details), ref_template="#/components/{name}")
+    parts = iter(references)
     operations = {
         name: {
-            "request": next(pairs),
-            "answer": next(pairs),
+            "request": next(parts),
+            "answer": next(parts),
             "batch": operation.size,
             "deadline_ms": operation.deadline_ms,
             "retry": operation.retry.value,
@@ -402,4 +416,9 @@ def schemas(contract: type[Contract]) -> dict[str, Any]:
         }
         for name, operation in contract.operations.items()
     }
-    return {"service": contract.service, "operations": operations, "components": components}
+    return {
+        "service": contract.service,
+        "operations": operations,
+        "errors": {code: {"kind": error.kind.value, "details": next(parts)} for code, error in errors.items()},
+        "components": components,
+    }

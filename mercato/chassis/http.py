@@ -56,6 +56,8 @@ DRAIN_POLL_SECONDS: Final = 0.02
 # How long a cancelled request may take to unwind after a drain that ran out of time.
 UNWIND_SECONDS: Final = 1.0
 
+CONTINUE: Final = b"HTTP/1.1 100 "
+
 IDLE: Final = 0
 HEAD: Final = 1
 BODY: Final = 2
@@ -164,6 +166,36 @@ class ConnectionBook(ServerState):
     def admitted(self) -> "set[BoundedProtocol]":
         """The open connections, without those that were turned away at the door."""
         return cast("set[BoundedProtocol]", self.connections)
+
+
+class Cork:
+    """The transport as one answer sees it: its head waits for the first piece of its body, and both go together.
+
+    uvicorn writes head and body by themselves, and the loop sends each at once: two system calls and two packets
+    where one does. Sending is a quarter of what a small request costs.
+    """
+
+    __slots__ = ("_held", "_transport", "is_closing")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._held: bytes | None = None
+        self.is_closing = transport.is_closing
+
+    def write(self, data: bytes) -> None:
+        if self._held is None:
+            if data.startswith(CONTINUE):
+                self._transport.write(data)
+            else:
+                self._held = data
+        else:
+            self._transport.write(self._held + data)
+            self._held = b""
+
+    def close(self) -> None:
+        if self._held:
+            self._transport.write(self._held)
+        self._transport.close()
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -303,6 +335,8 @@ class BoundedProtocol(HttpToolsProtocol):
             # A target without a path (`CONNECT host:80`, `GET http://host`) has None where uvicorn expects bytes.
             raise RequestRefused(MALFORMED) from error
         self.cycle.send_500_response = self._answer_internal_error
+        if self.scope["method"] != "HEAD":  # its answer has a head only, which would wait for ever
+            self.cycle.transport = Cork(self.transport)  # pyright: ignore[reportAttributeAccessIssue]  # see Cork
         if self._book.draining:
             # It was half received when the server was told to stop: it is answered, and is the last one.
             self.cycle.keep_alive = False

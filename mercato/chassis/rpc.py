@@ -4,8 +4,8 @@ A `Server` holds the handlers of one service. `dispatch` gives each request of a
 
 1. A request whose actor may not call the operation, or whose deadline has passed, is answered without being started.
 2. The handler gets the rest as one batch.
-3. If it fails unexpectedly and nothing was committed, each request is run again alone, so that one bad request fails
-   alone. If something was committed, nothing is run again.
+3. If it fails unexpectedly and nothing was committed, here or by a call elsewhere that must not be repeated, each
+   request is run again alone, so that one bad request fails alone. Otherwise nothing is run again.
 
 A `Client` connects the operations of a contract to a transport, each through a batcher of its own.
 """
@@ -33,6 +33,7 @@ from .contract import (
     Message,
     Operation,
     Overloaded,
+    Retry,
     ServiceError,
     SingleOperation,
     Unavailable,
@@ -53,12 +54,17 @@ log = structlog.stdlib.get_logger("mercato.rpc")
 class Attempt:
     """What a handler has done so far, as far as running it again is concerned."""
 
-    __slots__ = ("committed", "in_transaction")
+    __slots__ = ("committed", "open_transactions")
 
     def __init__(self) -> None:
-        self.in_transaction = False
+        self.open_transactions = 0
         self.committed = False
-        """True once a commit has succeeded, or its outcome is unknown."""
+        """True once a commit has succeeded, or its outcome is unknown; or once another service was asked for something
+        that it must not be asked for twice."""
+
+    @property
+    def in_transaction(self) -> bool:
+        return self.open_transactions > 0
 
 
 attempt: Final[contextvars.ContextVar[Attempt | None]] = contextvars.ContextVar("attempt", default=None)
@@ -151,9 +157,12 @@ class Server:
         except (Unavailable, Overloaded, DeadlineExceeded) as error:
             return [error.copy() for _ in requests]  # trying one by one would only wait as many times
         except Exception as error:  # an edge: a handler failed
-            if len(requests) == 1 or tried.committed:
-                answer = self._answer_to(error, operation, contexts[0])
-                return [answer.copy() for _ in requests]
+            if len(requests) == 1:
+                return [self._answer_to(error, operation, contexts[0])]
+            if tried.committed:
+                # Whose request it was is not known any more, so that even a refusal is nobody's answer.
+                self._log_failure(error, operation, contexts[0])
+                return [Internal(operation=operation.full_name) for _ in requests]
             log.warning("batch_rerun", operation=operation.full_name, size=len(requests), reason=repr(error))
         outcomes: list[Outcome] = []
         for request, context in zip(requests, contexts, strict=True):
@@ -177,6 +186,10 @@ class Server:
     def _answer_to(self, error: Exception, operation: Operation[Any, Any], context: Context) -> ServiceError:
         if isinstance(error, ServiceError):
             return error
+        self._log_failure(error, operation, context)
+        return Internal(operation=operation.full_name)
+
+    def _log_failure(self, error: Exception, operation: Operation[Any, Any], context: Context) -> None:
         log.error(
             "operation_failed",
             operation=operation.full_name,
@@ -184,7 +197,6 @@ class Server:
             request_id=context.request_id,
             exc_info=error,
         )
-        return Internal(operation=operation.full_name)
 
 
 # ---------------------------------------------------------------------------------------------------------- client
@@ -193,23 +205,32 @@ class Server:
 class BatchedCall:
     """A `Call`: one operation, its batcher, and the context of whoever calls."""
 
-    __slots__ = ("_batcher", "_clock", "_deadline_s")
+    __slots__ = ("_batcher", "_clock", "_deadline_s", "_operation")
 
-    def __init__(self, batcher: Batcher, clock: Clock, deadline_ms: int) -> None:
+    def __init__(self, batcher: Batcher, clock: Clock, operation: Operation[Any, Any]) -> None:
         self._batcher = batcher
         self._clock = clock
-        self._deadline_s = deadline_ms / 1_000
+        self._operation = operation
+        self._deadline_s = operation.deadline_ms / 1_000
 
     def __call__(self, request: Any) -> Awaitable[Any]:
+        if (made := attempt.get()) is not None:
+            self._note(made, (request,))
         return self._batcher.submit(request, self._context())
 
     def many(self, requests: Sequence[Any]) -> Awaitable[Sequence[Outcome]]:
+        if (made := attempt.get()) is not None:
+            self._note(made, requests)
         return self._batcher.submit_many(requests, self._context())
 
+    def _note(self, made: Attempt, requests: Sequence[Any]) -> None:
+        """A handler calls: refused inside a transaction, and remembered if it must not be done twice."""
+        if made.open_transactions:
+            raise RemoteCallInTransactionError(f"{self._operation.full_name} was called inside a transaction")
+        if self._operation.retry is not Retry.SAFE and not all(map(self._operation.repeatable, requests)):
+            made.committed = True
+
     def _context(self) -> Context:
-        made = attempt.get()
-        if made is not None and made.in_transaction:
-            raise RemoteCallInTransactionError(f"{self._batcher.operation} was called inside a transaction")
         context = current.get()
         own_deadline = self._clock.monotonic() + self._deadline_s
         if own_deadline < context.deadline:
@@ -243,13 +264,17 @@ class Connector:
                 queue_limit=self._queue_limit,
             )
             self._batchers.append(batcher)
-            return BatchedCall(batcher, self._clock, operation.deadline_ms)
+            return BatchedCall(batcher, self._clock, operation)
 
         return contract(connect)
 
     async def close(self) -> None:
+        # Again, as long as the last handlers of one service still call another whose batcher was closed before.
+        while busy := [b for b in self._batchers if b.queued or b.in_flight]:
+            for batcher in busy:
+                await batcher.close()
         for batcher in self._batchers:
-            await batcher.close()
+            await batcher.close()  # those at rest have an alarm left
 
 
 def acting(actor: Actor, *, clock: Clock, seconds: float, trace_id: str = "", request_id: str = "") -> Context:

@@ -35,6 +35,8 @@ class Register(Message):
     email: Email
     name: Name
     password: Password
+    role: Role = "customer"
+    """Only staff and services may open an account that is not a customer's."""
 
 
 class SignIn(Message):

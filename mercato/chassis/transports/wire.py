@@ -8,13 +8,14 @@ has found a message that does not survive encoding, or an operation whose promis
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from ..batching import Outcome
 from ..clock import Clock
-from ..codec import decode_outcomes, decode_requests, encode_outcomes, encode_requests
-from ..contract import Context, Operation, Retry, ServiceError
+from ..codec import decode_outcomes, encode_requests
+from ..contract import Context, Kind, Operation, Retry, ServiceError
 from ..rpc import Server
+from .encoded import answer_encoded
 
 
 class WireTransport:
@@ -39,16 +40,18 @@ class WireTransport:
         self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context]
     ) -> list[Outcome]:
         sent = encode_requests(requests, contexts, self._clock.monotonic())
-        return decode_outcomes(operation, await self._far_side(operation, sent))
+        server = self._servers[operation.service]
+        return decode_outcomes(operation, await answer_encoded(server, operation, sent, self._clock))
 
-    async def _far_side(self, operation: Operation[Any, Any], sent: bytes) -> bytes:
-        """What a server process does with the bytes of a batch."""
-        requests, contexts = decode_requests(operation, sent, self._clock.monotonic())
-        return encode_outcomes(await self._servers[operation.service].dispatch(operation, requests, contexts))
+
+_UNKNOWN: Final = (Kind.UNAVAILABLE, Kind.DEADLINE)
+"""Says nothing about what a service did."""
 
 
 def _agree(operation: Operation[Any, Any], first: Outcome, second: Outcome) -> None:
     """A keyed request that was done must be done when it comes again. What a read says may change in between."""
-    if operation.retry is Retry.KEYED and not isinstance(first, ServiceError) and isinstance(second, ServiceError):
+    if operation.retry is not Retry.KEYED or isinstance(first, ServiceError):
+        return
+    if isinstance(second, ServiceError) and second.kind not in _UNKNOWN:
         raise AssertionError(f"{operation.full_name} is not repeatable: done first, then {second!r}")
 

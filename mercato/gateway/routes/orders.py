@@ -44,6 +44,8 @@ class PlaceOrderIn(Input):
 
 
 class MoveOrderIn(Input):
+    """`status`, `fulfilment` or both."""
+
     status: contract.Status | None = None
     fulfilment: contract.Fulfilment | None = None
 
@@ -57,8 +59,8 @@ class OrdersQuery(Input):
     status: contract.Status | None = None
     payment: contract.Payment | None = None
     fulfilment: contract.Fulfilment | None = None
-    limit: Annotated[int, Meta(ge=1, le=contract.PAGE_LIMIT)] = 50
-    before: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
+    limit: Annotated[int, Meta(ge=1, le=contract.PAGE_LIMIT, description="How many at most.")] = 50
+    before: Annotated[int, Meta(ge=1, le=MAX_ID, description="Only ids below this one.")] | None = None
 
 
 class ItemOut(Output):

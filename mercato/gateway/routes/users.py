@@ -48,10 +48,10 @@ class RoleIn(Input):
 
 
 class UsersQuery(Input):
-    id: Annotated[int, Meta(ge=1)] | None = None
+    id: Annotated[int, Meta(ge=1, description="Only this one.")] | None = None
     role: Role | None = None
-    limit: Annotated[int, Meta(ge=1, le=contract.PAGE_LIMIT)] = 50
-    after: Annotated[int, Meta(ge=0)] = 0
+    limit: Annotated[int, Meta(ge=1, le=contract.PAGE_LIMIT, description="How many at most.")] = 50
+    after: Annotated[int, Meta(ge=0, description="Only ids above this one.")] = 0
 
 
 class UserOut(Output):
@@ -181,6 +181,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         operation=Users.refresh,
         summary="New tokens for a refresh token; an old one that comes again ends the session",
         body=RefreshIn,
+        examples={"the token of the last answer": {"refresh_token": "q4Wv0TgC2m9yRzJ1oX7sLkHbN5eUdFa8PiQ3wVtYxGc"}},
         request=lambda ask: contract.Refresh(refresh_token=ask.body.refresh_token),
         answer=_tokens_out,
         output=TokensOut,
@@ -193,6 +194,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         operation=Users.sign_out,
         summary="End the session of a refresh token",
         body=RefreshIn,
+        examples={"the token of the last answer": {"refresh_token": "q4Wv0TgC2m9yRzJ1oX7sLkHbN5eUdFa8PiQ3wVtYxGc"}},
         request=lambda ask: contract.SignOut(refresh_token=ask.body.refresh_token),
         answer=_nothing,
         output=None,
@@ -220,6 +222,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         answer=user_out,
         output=UserOut,
         etag=_version,
+        errors=(SignInFirst,),
     ),
     Route(
         method="PATCH",
@@ -234,7 +237,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         output=UserOut,
         etag=_version,
         if_match=True,
-        errors=(contract.EmailTaken, StaleVersion),
+        errors=(SignInFirst, contract.EmailTaken, StaleVersion),
     ),
     Route(
         method="POST",
@@ -243,12 +246,15 @@ ROUTES: Final[tuple[Route, ...]] = (
         summary="Change your own password; all your other sessions end",
         roles=SIGNED_IN,
         body=PasswordIn,
+        examples={
+            "a better one": {"current_password": "demo-password", "new_password": "correct horse battery staple"}
+        },
         request=_password,
         answer=_nothing,
         output=None,
         status=204,
         limits=CREDENTIALS,
-        errors=(contract.WrongCredentials, contract.TooManyHashes),
+        errors=(SignInFirst, contract.WrongCredentials, contract.TooManyHashes),
     ),
     Route(
         method="GET",
@@ -269,6 +275,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         summary="Change a profile: your own, or anybody's for staff",
         roles=SIGNED_IN,
         body=ProfileIn,
+        examples={"another e-mail address": {"email": "alice.liddell@example.com"}},
         request=lambda ask: _profile(ask.path["id"], ask),
         answer=user_out,
         output=UserOut,
@@ -289,6 +296,6 @@ ROUTES: Final[tuple[Route, ...]] = (
         output=UserOut,
         etag=_version,
         if_match=True,
-        errors=(contract.UserNotFound, StaleVersion),
+        errors=(contract.UserNotFound, contract.LastStaffMember, StaleVersion),
     ),
 )

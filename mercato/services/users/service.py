@@ -25,6 +25,7 @@ from mercato.chassis.contract import (
     current,
 )
 from mercato.chassis.db import Database, Tx, UniqueViolation
+from mercato.chassis.rpc import SERVICE_ROLE
 from mercato.contracts.roles import CUSTOMER, STAFF
 from mercato.contracts.users import (
     ChangePassword,
@@ -76,14 +77,17 @@ class UsersService:
         self._randomness = randomness
 
     async def register(self, request: Register) -> User:
-        """A new customer. Raises InvalidRequest, EmailTaken, TooManyHashes."""
+        """A new account. Raises InvalidRequest, EmailTaken, TooManyHashes, Forbidden."""
+        actor = current.get().actor
+        if request.role != CUSTOMER and actor.role not in (STAFF, SERVICE_ROLE):
+            raise Forbidden(operation=Users.register.full_name, role=actor.role)
         email, name = rules.stored_email(request.email), rules.stored_name(request.name)
         password = rules.stored_password(request.password)
         _refuse(rules.account_errors(email=email, name=name, password=password))
         password_hash = await self._passwords.hash(password)
         try:
             async with self._database.transaction() as tx:
-                added = await store.add_user(tx, email, name)
+                added = await store.add_user(tx, email, name, request.role)
                 await store.add_credentials(tx, added.id, password_hash)
         except UniqueViolation as violation:
             raise _email_taken(violation) from violation
@@ -141,7 +145,9 @@ class UsersService:
     async def list(self, request: ListUsers) -> UserPage:
         one_more = request.limit + 1  # tells whether there is another page
         async with self._database.read() as tx:
-            if request.role is None:
+            if request.id is not None:
+                rows = [row for row in await store.users(tx, [request.id]) if request.role in (None, row.role)]
+            elif request.role is None:
                 rows = await store.page(tx, request.after, one_more)
             else:
                 rows = await store.page_of_role(tx, request.role, request.after, one_more)

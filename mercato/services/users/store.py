@@ -39,17 +39,18 @@ class SessionRow(Row, frozen=True, gc=False):
 # ------------------------------------------------------------------------------------------------------------ accounts
 
 
-async def add_user(tx: Tx, email: str, name: str) -> UserRow:
-    """A new customer. Raises UniqueViolation of `EMAIL_KEY`."""
+async def add_user(tx: Tx, email: str, name: str, role: Role) -> UserRow:
+    """A new account. Raises UniqueViolation of `EMAIL_KEY`."""
     row = await tx.fetch_one(
         UserRow,
         """
-        INSERT INTO users (email, name)
-        VALUES ($1, $2)
+        INSERT INTO users (email, name, role)
+        VALUES ($1, $2, $3)
         RETURNING id, email, name, role, created_at, updated_at, version
         """,
         email,
         name,
+        role,
     )
     assert row is not None, "INSERT without ON CONFLICT gives its row back, or raises"
     return row

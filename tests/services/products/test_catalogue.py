@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import itertools
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -184,7 +185,7 @@ async def test_an_update_without_a_change_leaves_the_product_as_it_is(rig: Rig, 
 
 @pytest.mark.parametrize("change", [{"name": "Other"}, {}])
 async def test_an_update_of_another_version_than_the_actual_changes_nothing(
-    rig: Rig, products: Products, staff: Actor, change: dict[str, str]
+    rig: Rig, products: Products, staff: Actor, change: dict[str, Any]
 ):
     with rig.acting(staff):
         product = await products.create(HEADPHONES)

@@ -315,6 +315,22 @@ async def test_the_demo_leaves_a_shop_alone_in_which_there_is_somebody(rig: Rig,
     assert await seed() is False
 
 
+async def test_the_demo_waits_for_who_is_just_registering_and_then_leaves_the_shop_alone(rig: Rig, users: Users):
+    service = rig.host.services["users"]
+    assert service.seed_demo
+    async with service.database.transaction() as tx:
+        await tx.execute("INSERT INTO users (email, name) VALUES ('carol@example.com', 'Carol')")
+        seeding = asyncio.ensure_future(service.seed_demo())
+        while not seeding.done():
+            if await tx.fetch_values(int, "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'users'::regclass"):
+                break
+            await asyncio.wait([seeding], timeout=0.01)
+
+    assert await seeding is False
+    with rig.acting(STAFF):
+        assert [user.name for user in (await users.list(ListUsers())).users] == ["Carol"]
+
+
 async def test_people_who_register_come_after_the_demo(rig: Rig, users: Users):
     seed = rig.host.services["users"].seed_demo
     assert seed

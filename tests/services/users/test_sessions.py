@@ -9,6 +9,7 @@ import io
 import json
 import threading
 from base64 import urlsafe_b64decode
+from hashlib import sha256
 from typing import Any
 
 import pytest
@@ -211,15 +212,10 @@ async def test_no_two_tokens_are_the_same(rig: Rig, users: Users, alice: User):
     assert len({part(t.access_token, 1)["jti"] for t in tokens}) == 2
 
 
-async def test_only_the_hash_of_a_refresh_token_is_stored(rig: Rig, users: Users, alice: User):
+async def test_of_a_refresh_token_only_the_hash_is_stored(rig: Rig, users: Users, alice: User):
     tokens = await sign_in(rig, users)
-    stored = await look(
-        rig, str, "SELECT t::text || s::text || c::text FROM refresh_tokens t, sessions s, credentials c"
-    )
 
-    assert len(stored) == 1
-    assert tokens.refresh_token not in stored[0]
-    assert PASSWORD not in stored[0]
+    assert await look(rig, bytes, "SELECT hash FROM refresh_tokens") == [sha256(tokens.refresh_token.encode()).digest()]
 
 
 async def test_nothing_secret_is_logged(rig: Rig, users: Users, alice: User):

@@ -1,0 +1,179 @@
+"""Examples for the documentation, made by the code that answers requests.
+
+An answer's example starts as a message of the contract, goes through the row's own `answer`, and is then what a client
+would get; a problem's example is a real error, rendered as errors are. So no example can differ from the API.
+"""
+
+from __future__ import annotations
+
+import datetime
+import types
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Annotated, Any, Final, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from mercato.chassis.contract import ServiceError
+from mercato.gateway import problems
+from mercato.gateway.route import Page, Route
+
+TRACE_ID: Final = "4bf92f3577b34da6a3ce929d0e0e4736"
+"""The example of W3C Trace Context."""
+
+VALUES: Final[Mapping[str, Any]] = {
+    # By the name of a field, or of a message and its field.
+    "access_token": "eyJhbGciOiJFZERTQSIsInR5cCI6ImF0K2p3dCJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl",
+    "actor_id": 1,
+    "actor_role": "customer",
+    "category": "audio",
+    "currency": "USD",
+    "description": "Over-ear headphones with noise cancelling and 30 hours of battery.",
+    "email": "alice@example.com",
+    "expires_in": 900,
+    "name": "Headphones",
+    "password": "correct horse battery",
+    "product_id": 100,
+    "reason": "",
+    "refresh_token": "q4Wv0TgC2m9yRzJ1oX7sLkHbN5eUdFa8PiQ3wVtYxGc",
+    "sku": "HEAD-100",
+    "token_type": "Bearer",
+    "Forbidden.operation": "POST /products",
+    "HistoryEntry.after": "pending",
+    "Order.id": 1001,
+    "Product.id": 100,
+    "User.name": "Alice",
+    "line_total_minor": 9999,
+    "price_minor": 9999,
+    "total_minor": 9999,
+    "unit_price_minor": 9999,
+    # Details of errors.
+    "actual_minor": 9999,
+    "allowed": ["GET", "HEAD"],
+    "current": "pending",
+    "currencies": ["EUR", "USD"],
+    "expected_minor": 8999,
+    "header": "Host",
+    "legal": ["confirmed", "cancelled"],
+    "limit_bytes": 1_048_576,
+    "operation": "orders.place",
+    "order_id": 1001,
+    "path": "/order",
+    "role": "customer",
+    "service": "orders",
+    "wanted": "completed",
+    "FieldError.field": "items[0].quantity",
+    "FieldError.message": "expected int >= 1",
+    "MalformedJson.column": 16,
+    "MalformedJson.line": 3,
+    "MalformedJson.offset": 42,
+    "MalformedJson.reason": "expected ':'",
+    "MethodNotAllowed.path": "/users/1",
+    "StaleVersion.actual": 4,
+    "StaleVersion.expected": 3,
+    "Unauthenticated.reason": "The access token has expired; refresh it, or sign in again.",
+}
+
+AFTERWARDS: Final[Mapping[str, Mapping[str, Any]]] = {
+    # What an operation has made of the thing that it answers with, where the request does not say it.
+    "orders.cancel": {"status": "cancelled"},
+    "products.archive": {"status": "archived"},
+}
+
+
+def bodies(route: Route) -> dict[str, Any]:
+    """Bodies that the row takes, by what they show; at least one. The row must have a body."""
+    assert route.body is not None
+    if route.examples:
+        return {name: dict(body) for name, body in route.examples.items()}
+    return {"all that is required": _value(route.body)}
+
+
+def message(route: Route) -> Any:
+    """An answer of the row's operation, as the contract has it."""
+    after_change = {"version": 2} if route.if_match else {}
+    return msgspec.convert(_value(route.operation.answer, known=after_change), route.operation.answer, strict=False)
+
+
+def answer(route: Route) -> Any:
+    """The JSON that the row answers with, to the first of its examples; None where it answers without a body."""
+    shown = route.answer(message(route))
+    if shown is None:
+        return None
+    json = msgspec.to_builtins(shown.items if isinstance(shown, Page) else shown)
+    if not isinstance(json, dict):
+        return json
+    said = next(iter(bodies(route).values())) if route.body else {}
+    return _told(route, cast(dict[str, Any], json), {**said, **AFTERWARDS.get(route.operation.full_name, {})})
+
+
+def error(kind: type[ServiceError]) -> ServiceError:
+    """An error of this class as a client may meet it."""
+    if kind is problems.TooManyRequests:
+        return problems.TooManyRequests(1)
+    hints = get_type_hints(kind, include_extras=True)
+    details = {name: msgspec.convert(_value(hints[name], name, kind.__name__), hints[name]) for name in kind.fields}
+    return kind(**details)
+
+
+def problem(shown: ServiceError) -> dict[str, Any]:
+    """The body of an error's answer."""
+    _, _, body = problems.render(shown, TRACE_ID)
+    return msgspec.json.decode(body)
+
+
+def _told(route: Route, json: dict[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer with what the request says about it: one that sets a name is answered with that name."""
+    for name in sorted(json.keys() & said.keys()):
+        changed = {**json, name: said[name]}
+        try:
+            msgspec.convert(changed, route.output)
+        except msgspec.ValidationError:
+            continue  # the same word for something else: an order's items are ordered by id and answered in full
+        json = changed
+    return json
+
+
+# ---------------------------------------------------------------------------------------------------------- values
+
+
+def _value(kind: Any, name: str = "", owner: str = "", known: Mapping[str, Any] | None = None) -> Any:
+    """A value of a type, as JSON has it. `name` and `owner` say which field of which message it is for."""
+    for table, key in ((known or {}, name), (VALUES, f"{owner}.{name}"), (VALUES, name)):
+        if key in table:
+            return table[key]
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _annotated(parts[0], parts[1:], name, owner)
+    if origin in (Union, types.UnionType):
+        return None if type(None) in parts else _value(parts[0], name, owner)
+    if origin is Literal:
+        return parts[0]
+    if origin in (tuple, list):
+        return [_value(parts[0], name, owner, known)]
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        # What has a default is left to it.
+        fields = [field for field in msgspec.structs.fields(kind) if field.required]
+        return {field.encode_name: _value(field.type, field.name, kind.__name__, known) for field in fields}
+    return _SIMPLE[origin or kind]
+
+
+def _annotated(kind: Any, metas: tuple[msgspec.Meta, ...], name: str, owner: str) -> Any:
+    for meta in metas:
+        if meta.examples:
+            return meta.examples[0]
+        if meta.ge is not None:
+            return meta.ge
+    return _value(kind, name, owner)
+
+
+_SIMPLE: Final[Mapping[Any, Any]] = {
+    bool: False,
+    bytes: "",
+    datetime.datetime: "2026-01-15T09:30:00Z",
+    Decimal: "99.99",
+    dict: {},
+    float: 1.0,
+    int: 1,
+    str: "text",
+}

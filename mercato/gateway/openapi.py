@@ -1,0 +1,447 @@
+"""The API's description (OpenAPI 3.1), derived from the table of rows, the types of their messages and their errors.
+
+Nothing is written here that the code knows elsewhere: a row that is added, a field, a limit or an error shows up by
+itself. Written by hand are the few paths beside the table (`PAGES`) and the words of the introduction.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, cast, get_origin
+
+import msgspec
+
+from mercato import __version__
+from mercato.chassis.contract import (
+    MAX_ID,
+    Contract,
+    DeadlineExceeded,
+    Forbidden,
+    IdempotencyKeyReused,
+    Internal,
+    InvalidRequest,
+    Overloaded,
+    RequestInProgress,
+    ServiceError,
+    StaleVersion,
+    Unauthenticated,
+    Unavailable,
+)
+from mercato.contracts.roles import ANONYMOUS, CUSTOMER, EVERYBODY
+from mercato.gateway import examples, problems, schemas
+from mercato.gateway.problems import Problem
+from mercato.gateway.route import Route
+
+Json = dict[str, Any]
+
+PAGES_TAG: Final = "shop"
+
+INTRODUCTION: Final = """\
+Everything is JSON over HTTP. Send bodies with `Content-Type: application/json`; fields and query parameters that are \
+not known are refused, so that a misspelt one is never ignored. Answers may get new fields: ignore those that you do \
+not know.
+
+**Money** is a decimal string with its currency (ISO 4217). Ids are integers below 2^53. Times are RFC 3339, in UTC.
+
+**Refusals** are problems (RFC 9457). Decide by `code`, show `detail`, and quote `trace_id` when you ask for help; \
+`errors` names every wrong field at once. All codes are at [/docs/problems](/docs/problems).
+
+**Collections** are arrays. The next page is the address in the header `Link` with `rel="next"`; where there is none, \
+the page is the last.
+
+**Doing it once.** Send an `Idempotency-Key` of your own making with each order. When no answer comes, send the same \
+request with the same key again, as often as you like: it is one order.
+
+**Changing what you have seen.** Answers carry an `ETag`. Send it back in `If-Match`, and the change is made only if \
+nobody else has changed the thing since.
+
+Every GET answers HEAD too."""
+
+TOKENS: Final = """\
+**Signing in.** `POST /login` gives an access token; send it as `Authorization: Bearer ...`."""
+
+NO_TOKENS: Final = """\
+**This shop runs without tokens**, on this machine alone: a caller who sends none acts as staff. A token that is sent \
+counts."""
+
+ROLES: Final[Mapping[frozenset[str], str]] = {
+    EVERYBODY: "Anybody may call this.",
+    EVERYBODY - {ANONYMOUS}: "For callers who are signed in.",
+    EVERYBODY - {ANONYMOUS, CUSTOMER}: "For staff.",
+}
+
+HEADERS: Final[Mapping[str, Json]] = {
+    "ETag": {
+        "description": "The version of what is answered, for If-Match.",
+        "schema": {"type": "string", "pattern": '^"[0-9]+"$', "examples": ['"1"']},
+    },
+    "Idempotent-Replayed": {
+        "description": "There when this is the stored answer of an earlier request with the same key.",
+        "schema": {"const": "true"},
+    },
+    "Link": {
+        "description": "The next page; missing on the last.",
+        "schema": {"type": "string", "pattern": '^<.+>; rel="next"$'},
+    },
+    "Location": {
+        "description": "Where the new thing is.",
+        "schema": {"type": "string", "format": "uri-reference"},
+    },
+    "Retry-After": {
+        "description": "Seconds after which trying again makes sense.",
+        "schema": {"type": "integer", "minimum": 1},
+    },
+    "WWW-Authenticate": {
+        "description": "How to sign in.",
+        "schema": {"type": "string", "examples": ['Bearer realm="mercato"']},
+    },
+    "X-Request-Id": {
+        "description": "The X-Request-Id of the request, or a new one; it is in our logs.",
+        "schema": {"type": "string", "minLength": 1, "maxLength": 128},
+    },
+}
+
+PARAMETERS: Final[Mapping[str, Json]] = {
+    "IdempotencyKey": {
+        "name": "Idempotency-Key",
+        "in": "header",
+        "description": "A name of your own for this request: however often it is sent, it is done once, and answered "
+        "the same. 1 to 255 printable ASCII characters without spaces; use a fresh UUID. Kept for a day.",
+        "schema": {"type": "string", "maxLength": 255, "pattern": '^(?!""$)[!-~]+$'},
+        "example": "0c5ce2f0-9d1c-4f0e-8f0b-6b7c1f8f4f57",
+    },
+    "IfMatch": {
+        "name": "If-Match",
+        "in": "header",
+        "description": "The ETag of what you have seen: the change is made only if it is still so. `*`, or no header: "
+        "whatever it is now.",
+        "schema": {"type": "string", "pattern": r'^(\*|(W/)?"[0-9]{1,9}")$'},
+        "example": '"1"',
+    },
+}
+
+
+def document(routes: Sequence[Route], *, open_shop: bool, server_url: str | None) -> Json:
+    """The OpenAPI document. `open_shop`: callers need no token. `server_url`: where the API is, if that is known."""
+    models = [model for route in routes for model in (route.body, route.query, route.output) if model is not None]
+    references, named = schemas.components([*models, Problem])
+    described = _Described(dict(zip(map(repr, models), references, strict=False)), named, open_shop)
+    paths: dict[str, Json] = {}
+    for route in routes:
+        paths.setdefault(route.path, {})[route.method.lower()] = described.operation(route)
+    for path, page in PAGES.items():
+        paths[path] = {"get": described.page(page)}
+    for route in routes:
+        if route.query is not None:
+            named.pop(route.query.__name__)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Mercato",
+            "version": __version__,
+            "summary": "A shop: users, products, orders.",
+            "description": f"{INTRODUCTION}\n\n{NO_TOKENS if open_shop else TOKENS}",
+            "license": {"name": "Apache License 2.0", "identifier": "Apache-2.0"},
+        },
+        **({"servers": [{"url": server_url}]} if server_url else {}),
+        "tags": _tags(routes),
+        "paths": paths,
+        "components": described.components(),
+    }
+
+
+def operation_id(route: Route) -> str:
+    """A name that stays: `orders.place`; `users.me.get` where the same operation also has a row for oneself."""
+    service, _, name = route.operation.full_name.partition(".")
+    return f"{service}.me.{name}" if "me" in route.path.split("/") else f"{service}.{name}"
+
+
+def errors_of(route: Route, *, open_shop: bool) -> tuple[type[ServiceError], ...]:
+    """Every error that a row can answer with: its own, and those that follow from its properties."""
+    following: list[type[ServiceError]] = [InvalidRequest, Unauthenticated]
+    if open_shop:
+        following.append(problems.HostNotAllowed)
+    elif ANONYMOUS not in route.roles:
+        following.append(problems.SignInFirst)
+    if CUSTOMER not in route.roles:
+        following.append(Forbidden)
+    if route.limits.per_second is not None:
+        following.append(problems.TooManyRequests)
+    if route.body is not None:
+        following += [problems.MalformedJson, problems.BodyTooLarge, problems.UnsupportedMediaType]
+    if route.idempotency:
+        following += [IdempotencyKeyReused, RequestInProgress]
+    if route.if_match:
+        following.append(StaleVersion)
+    following += [Overloaded, Unavailable, DeadlineExceeded, Internal]
+    return tuple(dict.fromkeys((*route.errors, *following)))
+
+
+def _tags(routes: Sequence[Route]) -> list[Json]:
+    """One tag a service, in the order of the table, described by its contract."""
+    tags: dict[str, Json] = {}
+    for route in routes:
+        operation = route.operation
+        contract = next(c for c in Contract.__subclasses__() if c.operations.get(operation.name) is operation)
+        tags[contract.service] = {"name": contract.service, "description": inspect.getdoc(contract) or ""}
+    return [*tags.values(), {"name": PAGES_TAG, "description": "How the shop is, and how to read it."}]
+
+
+# ------------------------------------------------------------------------------------------------------- operations
+
+
+class _Described:
+    """Describes rows and pages, and collects what several of them share."""
+
+    def __init__(self, references: Mapping[str, Json], named: dict[str, Json], open_shop: bool) -> None:
+        self._references = references
+        self._schemas = named
+        self._open_shop = open_shop
+        self._responses: dict[str, Json] = {}
+        self._examples: dict[str, Json] = {}
+        # A connection that is refused before there is a request, such as one that sends too much, has no trace.
+        named["Problem"]["required"].remove("trace_id")
+
+    def components(self) -> Json:
+        return {
+            "schemas": dict(sorted(self._schemas.items())),
+            "responses": dict(sorted(self._responses.items())),
+            "parameters": dict(PARAMETERS),
+            "examples": dict(sorted(self._examples.items())),
+            "headers": dict(HEADERS),
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
+        }
+
+    # ------------------------------------------------------------------------------------------------------- a row
+
+    def operation(self, route: Route) -> Json:
+        described: Json = {
+            "operationId": operation_id(route),
+            "summary": route.summary,
+            "description": _description(route),
+            "tags": [route.operation.service],
+            "security": self._security(route.roles),
+            "x-roles": sorted(route.roles),
+        }
+        if parameters := self._parameters(route):
+            described["parameters"] = parameters
+        if route.body is not None:
+            described["requestBody"] = self._body(route)
+        refusals = self._refusals(errors_of(route, open_shop=self._open_shop))
+        described["responses"] = {str(route.status): self._success(route), **refusals}
+        return described
+
+    def _security(self, roles: frozenset[str]) -> list[Json]:
+        if ANONYMOUS in roles:
+            return []
+        return [{}, {"bearer": []}] if self._open_shop else [{"bearer": []}]
+
+    def _parameters(self, route: Route) -> list[Json]:
+        parameters: list[Json] = [
+            {
+                "name": name,
+                "in": "path",
+                "required": True,
+                "schema": {"type": "integer", "minimum": 1, "maximum": MAX_ID},
+            }
+            for name in re.findall(r"\{(\w+)\}", route.path)
+        ]
+        if route.query is not None:
+            parameters += self._query(self._schemas[route.query.__name__])
+        if route.idempotency:
+            parameters.append({"$ref": "#/components/parameters/IdempotencyKey"})
+        if route.if_match:
+            parameters.append({"$ref": "#/components/parameters/IfMatch"})
+        return parameters
+
+    def _query(self, model: Json) -> list[Json]:
+        required: Sequence[str] = model.get("required", ())
+        parameters: list[Json] = []
+        for name, property_ in cast(Mapping[str, Json], model["properties"]).items():
+            schema = schemas.without_null(property_)
+            words = {"description": schema["description"]} if "description" in schema else {}
+            schema = {key: value for key, value in schema.items() if key != "description"}
+            must = {"required": True} if name in required else {}
+            parameters.append({"name": name, "in": "query", **words, **must, "schema": schema})
+        return parameters
+
+    def _body(self, route: Route) -> Json:
+        shown = {name: {"value": body} for name, body in examples.bodies(route).items()}
+        content = {"schema": self._references[repr(route.body)], "examples": shown}
+        return {"required": not route.body_optional, "content": {"application/json": content}}
+
+    def _success(self, route: Route) -> Json:
+        collection = get_origin(route.output) is list
+        wanted = {
+            "ETag": route.etag is not None,
+            "Idempotent-Replayed": route.replayed is not None,
+            "Link": collection and route.query is not None,
+            "Location": route.location is not None,
+            "X-Request-Id": True,
+        }
+        success: Json = {
+            "description": _SUCCESSES[route.status],
+            "headers": _headers(name for name, there in wanted.items() if there),
+        }
+        if route.output is not None:
+            content = {"schema": self._references[repr(route.output)], "example": examples.answer(route)}
+            success["content"] = {"application/json": content}
+        return success
+
+    # ---------------------------------------------------------------------------------------------------- refusals
+
+    def _refusals(self, kinds: Iterable[type[ServiceError]]) -> Json:
+        """By HTTP status, each a reference: many rows can answer the same."""
+        by_status: dict[int, list[ServiceError]] = {}
+        for error in map(examples.error, kinds):
+            by_status.setdefault(problems.status_of(error), []).append(error)
+        return {
+            str(status): {"$ref": f"#/components/responses/{self._refusal(status, by_status[status])}"}
+            for status in sorted(by_status)
+        }
+
+    def _refusal(self, status: int, errors: Sequence[ServiceError]) -> str:
+        errors = sorted(errors, key=lambda error: error.code)
+        name = "-".join((str(status), *(error.code for error in errors)))
+        if name not in self._responses:
+            retry = any(error.retry_after_s is not None for error in errors)
+            wanted = {"Retry-After": retry, "WWW-Authenticate": status == 401, "X-Request-Id": True}
+            self._responses[name] = {
+                "description": problems.TITLES[status],
+                "headers": _headers(name for name, there in wanted.items() if there),
+                "content": {
+                    problems.MEDIA_TYPE.decode(): {
+                        "schema": {"$ref": "#/components/schemas/Problem"},
+                        "examples": {error.code: self._example(error) for error in errors},
+                    }
+                },
+            }
+        return name
+
+    def _example(self, error: ServiceError) -> Json:
+        if error.code not in self._examples:
+            self._examples[error.code] = {"summary": str(error), "value": examples.problem(error)}
+        return {"$ref": f"#/components/examples/{error.code}"}
+
+    # ------------------------------------------------------------------------------------------------------ a page
+
+    def page(self, page: PageBesideTheTable) -> Json:
+        kinds = [*page.errors, *([problems.HostNotAllowed] if self._open_shop else [])]
+        return {
+            "operationId": page.operation_id,
+            "summary": page.summary,
+            "tags": [PAGES_TAG],
+            "security": [],
+            "x-roles": sorted(EVERYBODY),
+            "responses": {
+                **{str(status): response for status, response in page.responses.items()},
+                **self._refusals(kinds),
+            },
+        }
+
+
+_SUCCESSES: Final = {200: "Done", 201: "Made", 202: "Accepted", 204: "Done; there is nothing to say"}
+
+
+def _headers(names: Iterable[str]) -> Json:
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def _description(route: Route) -> str:
+    """What the row's properties mean for a caller, in sentences."""
+    limits = route.limits
+    sentences = [ROLES.get(route.roles, f"For {' and '.join(sorted(route.roles))}.")]
+    if route.body_optional:
+        sentences.append("The body may be left out.")
+    if limits.per_second is not None:
+        sentences.append(f"Up to {limits.per_second} times a second for one caller, and {limits.burst} at once.")
+    if route.body is not None:
+        sentences.append(f"Bodies have up to {limits.body_bytes:_} bytes.".replace("_", " "))
+    return " ".join(sentences)
+
+
+# ------------------------------------------------------------------------------------------------ beside the table
+
+
+class PageBesideTheTable(msgspec.Struct, frozen=True, kw_only=True):
+    """A path that `pages.py` answers. All are GET."""
+
+    operation_id: str
+    summary: str
+    responses: Mapping[int, Json]
+    errors: tuple[type[ServiceError], ...] = ()
+
+
+def _json_response(description: str, schema: Json, example: Any) -> Json:
+    return {"description": description, "content": {"application/json": {"schema": schema, "example": example}}}
+
+
+def _object(**properties: Json) -> Json:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+_READINESS: Final = _object(
+    status={"type": "string", "enum": ["ready", "not_ready"]},
+    services={"type": "object", "additionalProperties": {"type": "string", "enum": ["up", "down"]}},
+)
+
+PAGES: Final[Mapping[str, PageBesideTheTable]] = {
+    "/health/live": PageBesideTheTable(
+        operation_id="shop.live",
+        summary="Whether this process runs",
+        responses={200: _json_response("It does", _object(status={"const": "live"}), {"status": "live"})},
+    ),
+    "/health/ready": PageBesideTheTable(
+        operation_id="shop.ready",
+        summary="Whether every service can work; says which cannot",
+        responses={
+            200: _json_response("All can", _READINESS, {"status": "ready", "services": {"orders": "up"}}),
+            503: _json_response("Some cannot", _READINESS, {"status": "not_ready", "services": {"orders": "down"}})
+            | {"headers": _headers(["Retry-After"])},
+        },
+    ),
+    "/metrics": PageBesideTheTable(
+        operation_id="shop.metrics",
+        summary="Metrics for Prometheus: for staff, and for a collector on the same machine",
+        responses={
+            200: {
+                "description": "All metrics of this process",
+                "content": {"text/plain": {"schema": {"type": "string"}}},
+            }
+        },
+        errors=(Unauthenticated, problems.SignInFirst, Forbidden),
+    ),
+    "/.well-known/jwks.json": PageBesideTheTable(
+        operation_id="shop.keys",
+        summary="The public keys of access tokens (RFC 7517)",
+        responses={
+            200: _json_response(
+                "The keys",
+                _object(keys={"type": "array", "items": _object(kty={"type": "string"}, kid={"type": "string"})}),
+                {
+                    "keys": [
+                        {
+                            "kty": "OKP",
+                            "crv": "Ed25519",
+                            "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo",
+                            "kid": "1",
+                            "use": "sig",
+                            "alg": "EdDSA",
+                        }
+                    ]
+                },
+            )
+        },
+        errors=(Overloaded, Unavailable, DeadlineExceeded),
+    ),
+    "/openapi.json": PageBesideTheTable(
+        operation_id="shop.openapi",
+        summary="This description (OpenAPI 3.1)",
+        responses={
+            200: _json_response("An OpenAPI document", _object(openapi={"const": "3.1.0"}), {"openapi": "3.1.0"})
+        },
+    ),
+}
+"""The paths beside the table. The documentation's own pages are for people, and not described."""

@@ -1,0 +1,118 @@
+"""JSON schemas (Draft 2020-12) of the messages at the edge: what msgspec says about a type, made exact and readable.
+
+msgspec describes how it encodes; the API's reader wants to know what may be sent and what comes back. So amounts are
+strings or numbers, times have their format, enumerations keep the order in which they are declared (the order of an
+order's life), and every field of an answer is there.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, Literal, cast, get_args, get_origin
+
+import msgspec
+
+from mercato.gateway.route import Output
+
+Schema = dict[str, Any]
+
+REFERENCE: Final = "#/components/schemas/{name}"
+AMOUNT_PATTERN: Final = r"^[0-9]+(\.[0-9]+)?$"
+
+
+def components(models: Sequence[Any]) -> tuple[tuple[Schema, ...], dict[str, Schema]]:
+    """The schema of each model, in order, and what they refer to, by name."""
+    references, raw = msgspec.json.schema_components(models, ref_template=REFERENCE)
+    named = {name: _plain(schema) for name, schema in raw.items()}
+    for struct in {struct: None for model in models for struct in _structs(model)}:
+        schema = named[struct.__name__]
+        _refine(struct, schema)
+        # The name is the key already.
+        schema.pop("title", None)
+    return tuple(_plain(reference) for reference in references), named
+
+
+def without_null(schema: Schema) -> Schema:
+    """The schema for a place that cannot hold null, such as a query parameter: there, nothing is its absence."""
+    kinds = schema.get("type")
+    if not isinstance(kinds, list) or "null" not in kinds:
+        return schema
+    left = [kind for kind in cast(list[str], kinds) if kind != "null"]
+    shown = {**schema, "type": left[0] if len(left) == 1 else left}
+    if "enum" in shown:
+        shown["enum"] = [value for value in shown["enum"] if value is not None]
+    return shown
+
+
+# -------------------------------------------------------------------------------------------------- from the schema
+
+
+def _plain(value: Any) -> Any:
+    """A schema, or a part of one, in its plainest equivalent form."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in cast(Sequence[Any], value)]
+    if not isinstance(value, dict):
+        return value
+    schema = {name: _plain(part) for name, part in cast(Schema, value).items()}
+    if schema.get("format") == "decimal":
+        # `pattern` speaks about strings alone and `minimum` about numbers alone.
+        schema |= {"type": ["string", "number"], "pattern": AMOUNT_PATTERN, "minimum": 0}
+    if isinstance(schema.get("enum"), list) and all(isinstance(value, str) for value in schema["enum"]):
+        schema.setdefault("type", "string")
+    if schema.get("required") == []:
+        del schema["required"]
+    return _nullable(schema)
+
+
+def _nullable(schema: Schema) -> Schema:
+    """`{"type": [X, "null"]}` for an X or null, where X is not a reference. A default of null goes without saying."""
+    if "default" in schema and schema["default"] is None:
+        del schema["default"]
+    options = schema.get("anyOf")
+    if not isinstance(options, list) or len(cast(list[Any], options)) != 2 or {"type": "null"} not in options:
+        return schema
+    option = next(cast(Schema, o) for o in cast(list[Any], options) if o != {"type": "null"})
+    if "type" not in option:
+        return schema
+    kinds: list[str] = option["type"] if isinstance(option["type"], list) else [option["type"]]
+    rest = {name: part for name, part in schema.items() if name != "anyOf"}
+    merged: Schema = {**option, **rest, "type": [*kinds, "null"]}
+    if "enum" in merged:
+        merged["enum"] = [*merged["enum"], None]
+    return merged
+
+
+# --------------------------------------------------------------------------------------------------- from the types
+
+
+def _structs(model: Any) -> Iterator[type[msgspec.Struct]]:
+    """Every struct that a type is made of."""
+    if isinstance(model, type) and issubclass(model, msgspec.Struct):
+        yield model
+        for field in msgspec.structs.fields(model):
+            yield from _structs(field.type)
+    for part in get_args(model):
+        yield from _structs(part)
+
+
+def _refine(struct: type[msgspec.Struct], schema: Schema) -> None:
+    """Adds what the types know and msgspec's schema does not say."""
+    fields = msgspec.structs.fields(struct)
+    for field in fields:
+        shown = schema["properties"][field.encode_name]
+        if datetime.datetime in (field.type, *get_args(field.type)):
+            shown |= {"format": "date-time"}
+        if declared := _literals(field.type):
+            shown["enum"] = [*declared, *([None] if None in shown["enum"] else [])]
+    if issubclass(struct, Output):
+        schema["required"] = [field.encode_name for field in fields]
+
+
+def _literals(kind: Any) -> tuple[Any, ...]:
+    """The values of `Literal[...]`, also inside of `... | None` and `Annotated`, as declared. None: no literal."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    if get_origin(kind) in (list, tuple, dict):
+        return ()
+    return next((found for part in get_args(kind) if (found := _literals(part))), ())
