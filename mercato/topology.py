@@ -48,7 +48,7 @@ def migrations(name: str) -> Path:
     return Path(__file__).parent / "services" / name / "migrations"
 
 
-def gateway(host: Host, *, open_to: tuple[str, int] | None) -> Asgi:
+def gateway(host: Host, *, open_to: tuple[str, int] | None, log_requests: bool = False) -> Asgi:
     """The public API over the services of `host`. `open_to`: the address of a shop that asks for no tokens."""
 
     async def fetch_keys() -> PublicKeys:
@@ -70,6 +70,7 @@ def gateway(host: Host, *, open_to: tuple[str, int] | None) -> Asgi:
         telemetry=host.telemetry,
         clock=host.clock,
         fallback=pages,
+        log_requests=log_requests,
     )
 
 

@@ -157,7 +157,8 @@ class Batcher:
         monotonic: Callable[[], float],
         queue_limit: int = DEFAULT_QUEUE_LIMIT,
     ) -> None:
-        assert size > 0 and lanes > 0 and queue_limit >= size
+        assert min(size, lanes) > 0
+        assert queue_limit >= size
         self.operation = operation
         self.size = size
         self.lanes = lanes
@@ -318,11 +319,12 @@ class Batcher:
                 left = min(left, entry.context.deadline)
         for flight in self._flights:
             if flight.task and not flight.abandoned and not any(entry.wanted() for entry in flight.entries):
-                flight.abandoned = True  # cancelled once: a second time would hit the roll-back that the first one began
+                flight.abandoned = (
+                    True  # cancelled once: a second time would hit the roll-back that the first one began
+                )
                 flight.task.cancel()
         # What has left the queue's front is dropped when boarding; its back must not keep dead entries either.
         self._queue = deque(entry for entry in self._queue if entry.wanted())
         self._alarm, self._alarm_at = None, float("inf")
         if left < float("inf"):
             self._arm(asyncio.get_running_loop(), left)
-

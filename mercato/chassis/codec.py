@@ -6,10 +6,9 @@ One request or outcome that cannot be encoded or decoded is an error of its own,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import msgspec
-
 import structlog
 
 from .contract import (
@@ -42,7 +41,8 @@ class WireRequest(msgspec.Struct, frozen=True):
 class WireOutcome(msgspec.Struct, frozen=True, omit_defaults=True):
     """An answer or an error."""
 
-    body: msgspec.Raw | None = None
+    # Not optional: msgspec decodes a union of Raw and None as None alone.
+    body: msgspec.Raw = msgspec.Raw(b"")
     error: ErrorMessage | None = None
 
 
@@ -56,7 +56,9 @@ def encode_requests(requests: Sequence[Any], contexts: Sequence[Context], now: f
     """A batch on its way. `now` is the sender's monotonic clock: the time that is left travels, not a reading."""
     return _encode(
         [
-            WireRequest(msgspec.Raw(_encode(r)), c.actor, max(0.0, (c.deadline - now) * 1_000), c.trace_id, c.request_id)
+            WireRequest(
+                msgspec.Raw(_encode(r)), c.actor, max(0.0, (c.deadline - now) * 1_000), c.trace_id, c.request_id
+            )
             for r, c in zip(requests, contexts, strict=True)
         ]
     )
@@ -124,4 +126,4 @@ def _unwired_or_internal(operation: Operation[Any, A], outcome: WireOutcome) -> 
 def _unwired(answer: type[A], outcome: WireOutcome) -> A | ServiceError:
     if outcome.error is not None:
         return outcome.error.to_error()
-    return cast(A, msgspec.msgpack.decode(outcome.body or b"", type=answer))
+    return msgspec.msgpack.decode(outcome.body, type=answer)

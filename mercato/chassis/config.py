@@ -30,10 +30,15 @@ class Settings(BaseSettings):
     """How services reach each other; `wire` encodes every message and repeats what may be repeated, for tests."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """`info` logs every request."""
+
     pool_size: Annotated[int, Field(ge=1, le=50)] = 6
     """Database connections of one service in one process, at most."""
     faults: str = ""
     """Faults to plant at start, for crash tests: `orders.place.after_commit=kill`."""
+
+    @property
+    def log_requests(self) -> bool:
+        return self.log_level in ("debug", "info")
 
 
 def load() -> Settings:

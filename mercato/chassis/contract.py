@@ -19,7 +19,20 @@ import enum
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, ClassVar, Final, Generic, Protocol, Self, TypeVar, cast, get_type_hints, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Final,
+    Generic,
+    Protocol,
+    Self,
+    TypeVar,
+    cast,
+    dataclass_transform,
+    get_type_hints,
+    overload,
+)
 
 import msgspec
 
@@ -30,7 +43,17 @@ DEFAULT_DEADLINE_MS: Final = 10_000
 DEFAULT_SINGLE_LANES: Final = 64
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True):
+if TYPE_CHECKING:
+
+    @dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
+    class FrozenMeta(msgspec.StructMeta):
+        """Tells type checkers that what is derived from a frozen struct is frozen as well."""
+
+else:
+    FrozenMeta = msgspec.StructMeta  # a metaclass of our own would double the time that a message takes to make
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, metaclass=FrozenMeta):
     """A request, an answer or a part of one. Frozen; unknown fields are ignored when decoding (additive change)."""
 
 
@@ -40,6 +63,8 @@ class Empty(Message):
 
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
+Q_contra = TypeVar("Q_contra", bound=Message, contravariant=True)
+A_co = TypeVar("A_co", bound=Message, covariant=True)
 
 
 class Kind(enum.StrEnum):
@@ -70,6 +95,9 @@ class Retry(enum.StrEnum):
 # ---------------------------------------------------------------------------------------------------------- errors
 
 
+_errors_by_code: Final[dict[str, type[ServiceError]]] = {}
+
+
 class ServiceError(Exception):
     """An expected refusal, known to the caller by its `code`. It crosses every transport unchanged.
 
@@ -88,20 +116,19 @@ class ServiceError(Exception):
     retry_after_s: int | None = None
     """Seconds after which trying again makes sense; None where that says nothing."""
 
-    _by_code: ClassVar[dict[str, type[ServiceError]]] = {}
-
     def __init_subclass__(cls, *, code: str, kind: Kind) -> None:
         super().__init_subclass__()
         cls.code, cls.kind = code, kind
         own = inspect.get_annotations(cls)
         cls.fields = (*cls.fields, *(n for n in own if n not in ("sentence", "retry_after_s")))
-        assert code not in ServiceError._by_code, f"two errors share the code {code}"
-        ServiceError._by_code[code] = cls
+        assert code not in _errors_by_code, f"two errors share the code {code}"
+        _errors_by_code[code] = cls
 
     def __init__(self, **details: Any) -> None:
         missing = [n for n in self.fields if n not in details and not hasattr(type(self), n)]
         unknown = [n for n in details if n not in self.fields and n != "retry_after_s"]
-        assert not missing and not unknown, f"{type(self).__name__}: missing {missing}, unknown {unknown}"
+        assert not missing, f"{type(self).__name__} misses {missing}"
+        assert not unknown, f"{type(self).__name__} has no {unknown}"
         for name, value in details.items():
             setattr(self, name, value)
         super().__init__(self.sentence.format_map({n: _spoken(getattr(self, n)) for n in self.fields}))
@@ -138,7 +165,7 @@ class ErrorMessage(msgspec.Struct, frozen=True, omit_defaults=True):
 
     def to_error(self) -> ServiceError:
         """The error itself; `RemoteError` with the same code, kind and sentence where this process does not know it."""
-        known = ServiceError._by_code.get(self.code)
+        known = _errors_by_code.get(self.code)
         if known is None or known is RemoteError:
             return RemoteError(self)
         hints = _field_types(known)
@@ -291,20 +318,20 @@ class Batch(tuple[Q, ...]):
 # ------------------------------------------------------------------------------------------- operations, contracts
 
 
-class Call(Protocol[Q, A]):
+class Call(Protocol[Q_contra, A_co]):
     """An operation as a caller sees it."""
 
-    def __call__(self, request: Q) -> Awaitable[A]:
+    def __call__(self, request: Q_contra) -> Awaitable[A_co]:
         """The answer. Raises the operation's errors, `Overloaded`, `Unavailable` or `DeadlineExceeded`."""
         ...
 
-    def many(self, requests: Sequence[Q]) -> Awaitable[Sequence[A | ServiceError]]:
-        """The answers or errors of many requests, in their order. Raises only `Overloaded`, and then none was started."""
+    def many(self, requests: Sequence[Q_contra]) -> Awaitable[Sequence[A_co | ServiceError]]:
+        """The answers or errors of many requests, in order. Raises only `Overloaded`, and then none was started."""
         ...
 
 
 class Operation(msgspec.Struct, Generic[Q, A], frozen=True, eq=False):
-    """One operation of a contract. `size` is the largest batch that its handler takes; a single one takes one request."""
+    """One operation of a contract. `size` is the largest batch that its handler takes; 1 for a single operation."""
 
     request: type[Q]
     answer: type[A]
@@ -400,7 +427,7 @@ def schemas(contract: type[Contract]) -> dict[str, Any]:
 
     The errors of a service are those whose code begins with its name.
     """
-    errors = {c: e for c, e in sorted(ServiceError._by_code.items()) if c.startswith(f"{contract.service}.")}
+    errors = {c: e for c, e in sorted(_errors_by_code.items()) if c.startswith(f"{contract.service}.")}
     messages = [t for o in contract.operations.values() for t in (o.request, o.answer)]
     details = [msgspec.defstruct(e.__name__, list(_field_types(e).items())) for e in errors.values()]
     references, components = msgspec.json.schema_components((*messages, *details), ref_template="#/components/{name}")

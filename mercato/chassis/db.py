@@ -12,6 +12,8 @@ The rules that the rest relies on
       `SET LOCAL` only, locks of a transaction only. A test holds this.
     - Driver errors are translated here: lost or refused connections become `Unavailable`, the rest that a service can
       act on is `UniqueViolation` or `LockTimeout`.
+    - A connection that was lost while nothing had been done on it is replaced once, unseen: after a restart of the
+      server the first batch works. Nothing had been done means: a statement of `read()`, or the BEGIN of a transaction.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import AsyncGenerator, Generator, Sequence
+from typing import Any, Final, NoReturn, TypeVar
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # the driver has no types; this module is the typed seam
 import msgspec
 
-from .contract import ServiceError, Unavailable
-from .rpc import attempt
+from .contract import FrozenMeta, ServiceError, Unavailable
+from .rpc import Attempt, attempt
 from .telemetry import Telemetry
 
 R = TypeVar("R", bound="Row")
@@ -39,7 +41,7 @@ PING_SECONDS: Final = 1.0
 ACQUIRE_SECONDS: Final = 5.0
 
 
-class Row(msgspec.Struct, frozen=True, gc=False):
+class Row(msgspec.Struct, frozen=True, gc=False, metaclass=FrozenMeta):
     """A row as it came from the database. Fields in the order of the columns of the statement that fills it."""
 
 
@@ -55,13 +57,17 @@ class LockTimeout(Exception):
     """Somebody else held a row or key for longer than this transaction was willing to wait."""
 
 
+class RolledBackError(AssertionError):
+    """A statement failed, and the block went on as if it had not: PostgreSQL answered its COMMIT with a roll-back."""
+
+
 class Tx:
     """What a store runs its statements on."""
 
-    __slots__ = ("_connection", "_service", "_writable")
+    __slots__ = ("_lease", "_service", "_writable")
 
-    def __init__(self, connection: Any, service: str, *, writable: bool) -> None:
-        self._connection = connection
+    def __init__(self, lease: _Lease, service: str, *, writable: bool) -> None:
+        self._lease = lease
         self._service = service
         self._writable = writable
 
@@ -88,19 +94,90 @@ class Tx:
         if not self._writable and sql not in _known_reads:
             _check_read(sql)
         try:
-            return await getattr(self._connection, method)(sql, *values)
+            return await getattr(self._lease.connection, method)(sql, *values)
         except _DRIVER_ERRORS as error:
-            raise translated(error, self._service) from error
+            if self._writable or not self._lease.is_lost(error):
+                _raise_translated(error, self._service)
+        await self._lease.renew()
+        try:
+            return await getattr(self._lease.connection, method)(sql, *values)
+        except _DRIVER_ERRORS as error:
+            _raise_translated(error, self._service)
 
 
 _known_reads: Final[set[str]] = set()
-_WRITES: Final = re.compile(r"\b(INSERT|UPDATE|DELETE|MERGE|TRUNCATE|nextval)\b")
+_CHANGES: Final = re.compile(
+    r"\b(INSERT|UPDATE|DELETE|MERGE|TRUNCATE|INTO|CREATE|ALTER|DROP|LOCK|COPY|CALL|DO|SET|nextval|setval)\b",
+    re.IGNORECASE,
+)
+_QUOTED: Final = re.compile(r"'[^']*'|\"[^\"]*\"|--[^\n]*")
 
 
 def _check_read(sql: str) -> None:
     # A change outside `transaction` would commit without being noted, and could then be run a second time.
-    assert not _WRITES.search(sql.replace("FOR UPDATE", "")), f"db.read() does not change anything: {sql}"
+    assert not _CHANGES.search(_QUOTED.sub("", sql)), f"db.read() does not change or lock anything: {sql}"
     _known_reads.add(sql)
+
+
+class _Lease:
+    """A connection of the pool for the time of one block."""
+
+    __slots__ = ("_pool", "_renewed", "_service", "connection")
+
+    def __init__(self, pool: Any, service: str) -> None:
+        self._pool = pool
+        self._service = service
+        self._renewed = False
+        self.connection: Any = None
+
+    async def acquire(self) -> None:
+        try:
+            self.connection = await self._pool.acquire(timeout=ACQUIRE_SECONDS)
+        except _DRIVER_ERRORS as error:
+            # Whatever the reason: without a connection nothing is done, and nothing is the statement's fault.
+            raise Unavailable(service=self._service) from error
+
+    async def release(self) -> None:
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            with contextlib.suppress(*_DRIVER_ERRORS):
+                await self._pool.release(connection)
+
+    def is_lost(self, error: Exception) -> bool:
+        """True where `error` says that the connection is gone, and it may be replaced: once in a block."""
+        return not self._renewed and _lost(error)
+
+    async def renew(self) -> None:
+        """A connection made now: the others of the pool are probably as dead as this one was."""
+        self._renewed = True
+        await self.release()
+        await self._pool.expire_connections()
+        await self.acquire()
+
+    async def begin(self) -> None:
+        try:
+            await self.connection.execute("BEGIN")
+            return
+        except _DRIVER_ERRORS as error:
+            if not self.is_lost(error):
+                _raise_translated(error, self._service)
+        await self.renew()
+        await self._step("BEGIN")
+
+    async def commit(self) -> None:
+        """Raises `RolledBackError` where nothing was committed because a statement before had failed."""
+        if await self._step("COMMIT") != "COMMIT":
+            raise RolledBackError("an error inside the transaction was caught there; nothing was committed")
+
+    async def roll_back(self) -> None:
+        with contextlib.suppress(*_DRIVER_ERRORS):  # a lost connection has rolled back by itself
+            await self.connection.execute("ROLLBACK")
+
+    async def _step(self, sql: str) -> str:
+        try:
+            return await self.connection.execute(sql)
+        except _DRIVER_ERRORS as error:
+            _raise_translated(error, self._service)
 
 
 class Database:
@@ -138,7 +215,7 @@ class Database:
         pool, self._pool = self._pool, None
         try:
             await asyncio.wait_for(pool.close(), 2.0)
-        except (TimeoutError, *_DRIVER_ERRORS):
+        except _DRIVER_ERRORS:
             pool.terminate()
 
     async def answers(self) -> bool:
@@ -152,61 +229,68 @@ class Database:
     @contextlib.asynccontextmanager
     async def read(self) -> AsyncGenerator[Tx]:
         """Statements that change nothing, each seeing what is committed when it starts."""
-        async with self._connection() as connection:
-            yield Tx(connection, self.service, writable=False)
+        async with self._lease() as lease:
+            yield Tx(lease, self.service, writable=False)
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncGenerator[Tx]:
         """Commits at the end of the block, rolls back when the block raises."""
-        made = attempt.get()
-        async with self._connection() as connection:
-            transaction = connection.transaction()
-            await self._step(transaction.start())
-            if made is not None:
-                made.in_transaction = True
-            try:
-                yield Tx(connection, self.service, writable=True)
-            except BaseException:
-                if made is not None:
-                    made.in_transaction = False
-                with contextlib.suppress(*_DRIVER_ERRORS):  # a lost connection has rolled back by itself
-                    await transaction.rollback()
-                raise
-            if made is not None:
-                # Noted before the attempt: when the answer to COMMIT is lost, it may have happened.
-                made.in_transaction, made.committed = False, True
-            await self._step(transaction.commit())
+        with _attempt() as made:
+            async with self._lease() as lease:
+                await lease.begin()
+                made.open_transactions += 1
+                try:
+                    yield Tx(lease, self.service, writable=True)
+                except BaseException:
+                    await lease.roll_back()
+                    raise
+                finally:
+                    made.open_transactions -= 1
+                await self._commit(lease, made)
 
-    async def _step(self, step: Any) -> None:
+    async def _commit(self, lease: _Lease, made: Attempt) -> None:
+        before = made.committed
+        # Noted before it is tried: when the answer to COMMIT is lost, it may have happened.
+        made.committed = True
         try:
-            await step
-        except _DRIVER_ERRORS as error:
-            raise translated(error, self.service) from error
+            await lease.commit()
+        except (RolledBackError, UniqueViolation, asyncpg.IntegrityConstraintViolationError):
+            made.committed = before  # the server has said that it has not
+            raise
 
     @contextlib.asynccontextmanager
-    async def _connection(self) -> AsyncGenerator[Any]:
+    async def _lease(self) -> AsyncGenerator[_Lease]:
         if self._pool is None:
             raise Unavailable(service=self.service)
-        try:
-            connection = await self._pool.acquire(timeout=ACQUIRE_SECONDS)
-        except _DRIVER_ERRORS as error:
-            raise translated(error, self.service) from error
+        lease = _Lease(self._pool, self.service)
+        await lease.acquire()
         self._busy.inc()
         try:
-            yield connection
+            yield lease
         finally:
             self._busy.dec()
-            await self._pool_release(connection)
+            await lease.release()
 
-    async def _pool_release(self, connection: Any) -> None:
-        pool = self._pool
-        if pool is not None:
-            with contextlib.suppress(*_DRIVER_ERRORS):
-                await pool.release(connection)
+
+@contextlib.contextmanager
+def _attempt() -> Generator[Attempt]:
+    """The running attempt; one for this transaction where there is none, as in a loop or a start-up step."""
+    made = attempt.get()
+    if made is not None:
+        yield made
+        return
+    token = attempt.set(made := Attempt())
+    try:
+        yield made
+    finally:
+        attempt.reset(token)
 
 
 async def _leave_as_is(_connection: Any) -> None:
-    """Takes the place of the driver's reset between two uses of a connection. See the top of this file."""
+    """Takes the place of the driver's reset between two uses of a connection. See the top of this file.
+
+    A transaction that a cancelled roll-back left open, the driver still ends by itself.
+    """
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
@@ -216,7 +300,6 @@ _DRIVER_ERRORS: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError,
 # The server is not there, goes away, or has no room: nothing that the statement itself is to blame for.
 _UNAVAILABLE: Final = (
     asyncpg.PostgresConnectionError,
-    asyncpg.InterfaceError,
     asyncpg.OperatorInterventionError,
     asyncpg.InsufficientResourcesError,
     asyncpg.InvalidAuthorizationSpecificationError,
@@ -228,13 +311,38 @@ _UNAVAILABLE: Final = (
     TimeoutError,
 )
 
+_LOST: Final = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.CannotConnectNowError,
+    ConnectionError,
+)
 
-def translated(error: BaseException, service: str) -> Exception:
+# The driver's InterfaceError stands for a connection that is gone as well as for a wrong use of it (a value of the
+# wrong type, two statements at once); only its words tell them apart.
+_GONE: Final = re.compile(r"\bclos(ed|ing)\b|released back to the pool")
+
+
+def translated(error: Exception, service: str) -> Exception:
     """The chassis' own word for a driver's error; the error itself where it is a bug of a statement."""
     if isinstance(error, asyncpg.UniqueViolationError):
         return UniqueViolation(str(getattr(error, "constraint_name", "") or ""))
     if isinstance(error, asyncpg.LockNotAvailableError):
         return LockTimeout(service)
-    if isinstance(error, _UNAVAILABLE):
+    if isinstance(error, _UNAVAILABLE) or _lost(error):
         return Unavailable(service=service)
-    return error if isinstance(error, Exception) else ServiceError()
+    return error
+
+
+def _lost(error: Exception) -> bool:
+    if isinstance(error, asyncpg.InterfaceError):
+        return not isinstance(error, ValueError) and _GONE.search(str(error)) is not None
+    return isinstance(error, _LOST)
+
+
+def _raise_translated(error: Exception, service: str) -> NoReturn:
+    known = translated(error, service)
+    if known is error:
+        raise error
+    raise known from error

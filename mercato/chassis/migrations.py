@@ -2,7 +2,8 @@
 
 A service's `migrations/` holds Alembic revisions `0001_what.py`, `0002_what.py`, ... in one line, forward only, each a
 list of plain SQL statements. Alembic turns the missing ones into SQL; our own driver runs it, one transaction a
-revision, so that no second driver is needed. Where nothing is missing Alembic is not even imported (0.7 s).
+revision (except what stands in an `autocommit_block`), so that no second driver is needed. Where nothing is missing
+Alembic is not even imported (0.7 s).
 
 Processes that start together wait for each other by polling `pg_try_advisory_lock`: the blocking form would deadlock
 with a `CREATE INDEX CONCURRENTLY`, which waits for every older transaction, the one that waits for the lock included.
@@ -11,11 +12,9 @@ with a `CREATE INDEX CONCURRENTLY`, which waits for every older transaction, the
 from __future__ import annotations
 
 import asyncio
-import io
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO, cast
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # see db.py
 
@@ -34,24 +33,27 @@ async def migrate(dsn: str, folder: Path) -> Sequence[str]:
     Raises `MigrationError`; errors of a statement as the driver's. A revision that fails leaves nothing behind.
     """
     known = revisions(folder)
-    connection: Any = await asyncpg.connect(dsn)  # pyright: ignore[reportUnknownMemberType]
+    assert known, f"there are no migrations in {folder}"
+    connection = await cast(Any, asyncpg).connect(dsn)
     try:
         if await _current(connection) == known[-1]:
             return []
-        async with _lock(connection):
-            # Only now is it certain: another process may have migrated while this one waited.
-            current = await _current(connection)
-            if current is not None and current not in known:
-                raise MigrationError(
-                    f"the database is at revision {current}, which this version of mercato does not know; "
-                    "it was used by a newer one: install that"
-                )
-            missing = known[known.index(current) + 1 :] if current else known
-            for revision in missing:
-                await connection.execute(_sql(folder, current, revision))
-                current = revision
-            return missing
+        await _lock(connection)
+        # Only now is it certain: another process may have migrated while this one waited.
+        current = await _current(connection)
+        if current is not None and current not in known:
+            raise MigrationError(
+                f"the database is at revision {current}, which this version of mercato does not know; "
+                "it was used by a newer one: install that"
+            )
+        missing = known[known.index(current) + 1 :] if current else known
+        for revision in missing:
+            for statement in statements(folder, current, revision):
+                await connection.execute(statement)
+            current = revision
+        return missing
     finally:
+        # Gives back the lock, and rolls back a revision that failed.
         await connection.close()
 
 
@@ -66,31 +68,43 @@ async def _current(connection: Any) -> str | None:
     return await connection.fetchval("SELECT version_num FROM alembic_version")
 
 
-@asynccontextmanager
-async def _lock(connection: Any) -> AsyncGenerator[None]:
+async def _lock(connection: Any) -> None:
+    """Waits until nobody else migrates this database; for as long as this connection is open nobody else will."""
     deadline = asyncio.get_running_loop().time() + LOCK_SECONDS
     while not await connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK_KEY):
         if asyncio.get_running_loop().time() > deadline:
             raise MigrationError(f"another process has been migrating this database for {LOCK_SECONDS:.0f} s; end it")
         await asyncio.sleep(LOCK_POLL_SECONDS)
-    try:
-        yield
-    finally:
-        await connection.execute("SELECT pg_advisory_unlock($1)", LOCK_KEY)
 
 
-def _sql(folder: Path, current: str | None, revision: str) -> str:
-    """The SQL of one revision, from BEGIN to COMMIT, its row in `alembic_version` included."""
+class _Statements:
+    """Where Alembic writes SQL to: it gives one statement at a time, so that none has to be cut out of a text."""
+
+    def __init__(self) -> None:
+        self.written: list[str] = []
+
+    def write(self, text: str) -> None:
+        self.written.append(text.strip())
+
+    def flush(self) -> None:
+        pass
+
+
+def statements(folder: Path, current: str | None, revision: str) -> list[str]:
+    """The SQL of the revisions after `current` up to `revision`, from BEGIN to COMMIT.
+
+    Each is run alone: in a text of many, PostgreSQL would refuse a `CREATE INDEX CONCURRENTLY` even after a COMMIT.
+    """
     from alembic.command import upgrade
     from alembic.config import Config
 
-    output = io.StringIO()
-    config = Config(output_buffer=output)
+    output = _Statements()
+    config = Config(output_buffer=cast(TextIO, output))
     config.set_main_option("script_location", _literal(Path(__file__).with_name("alembic_environment")))
     config.set_main_option("version_locations", _literal(folder))
     config.set_main_option("path_separator", "newline")
     upgrade(config, f"{current or 'base'}:{revision}", sql=True)
-    return output.getvalue()
+    return [text for text in output.written if text and not text.startswith("--")]
 
 
 def _literal(path: Path) -> str:

@@ -1,13 +1,14 @@
 """One database and one role for each service, on any PostgreSQL that an administrator's DSN names.
 
 A service's role owns its database and can connect to no other; nobody else can connect to it. Running this again
-changes nothing but a password that is not the one it should be.
+changes nothing but what is not as it should be: a password, or a right that a run cut short did not take away yet.
+Processes that start together wait for each other: PostgreSQL gives up on two that change the same role or rights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # see db.py
@@ -15,6 +16,8 @@ import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # see db.py
 from .db import OLDEST_VERSION
 
 CONNECT_SECONDS: Final = 10.0
+LOCK_KEY: Final = 0x70726F76  # "prov"
+LOCK_SECONDS: Final = 60.0
 
 
 class ProvisionError(Exception):
@@ -31,6 +34,7 @@ async def provision(
     connection = await _connect(admin_dsn)
     try:
         await _require_version(connection)
+        await connection.execute("SELECT pg_advisory_lock($1)", LOCK_KEY, timeout=LOCK_SECONDS)
         dsns: dict[str, str] = {}
         for service in services:
             name = prefix + service
@@ -39,17 +43,23 @@ async def provision(
         return dsns
     except asyncpg.InsufficientPrivilegeError as error:
         raise ProvisionError(
-            f"the role in MERCATO_POSTGRES_DSN may not make roles and databases ({error}); give it CREATEROLE and CREATEDB"
+            f"the role in MERCATO_POSTGRES_DSN may not make roles and databases ({error}); "
+            "give it CREATEROLE and CREATEDB"
         ) from error
-    except (asyncpg.PostgresError, OSError) as error:
+    except TimeoutError as error:
+        raise ProvisionError(
+            f"another process has been making the databases for {LOCK_SECONDS:.0f} s, or the server does not answer; "
+            "try again"
+        ) from error
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
         raise ProvisionError(f"PostgreSQL could not make the databases: {error}") from error
     finally:
-        await connection.close()
+        await connection.close()  # and with it the lock
 
 
 async def _connect(admin_dsn: str) -> Any:
     try:
-        return await asyncpg.connect(admin_dsn, timeout=CONNECT_SECONDS)  # pyright: ignore[reportUnknownMemberType]
+        return await cast(Any, asyncpg).connect(admin_dsn, timeout=CONNECT_SECONDS)
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ProvisionError(
@@ -71,26 +81,20 @@ async def _require_version(connection: Any) -> None:
 async def _ensure(connection: Any, name: str, password: str, dsn: str) -> None:
     role, secret = _identifier(name), _literal(password)
     if not await connection.fetchval("SELECT true FROM pg_roles WHERE rolname = $1", name):
-        await _unless_there(connection, f"CREATE ROLE {role} LOGIN PASSWORD {secret}")
+        await connection.execute(f"CREATE ROLE {role} LOGIN PASSWORD {secret}")
     if not await connection.fetchval("SELECT true FROM pg_database WHERE datname = $1", name):
-        await _unless_there(connection, f"GRANT {role} TO CURRENT_USER")
-        await _unless_there(connection, f"CREATE DATABASE {role} OWNER {role}")
+        await connection.execute(f"GRANT {role} TO CURRENT_USER")
+        await connection.execute(f"CREATE DATABASE {role} OWNER {role}")
+    # Looked at each time: CREATE DATABASE lets everybody in, and knows no transaction that this could be part of.
+    if await connection.fetchval("SELECT has_database_privilege('public', $1, 'CONNECT')", name):
         await connection.execute(f"REVOKE ALL ON DATABASE {role} FROM PUBLIC")
     if not await _opens(dsn):
         await connection.execute(f"ALTER ROLE {role} LOGIN PASSWORD {secret}")
 
 
-async def _unless_there(connection: Any, statement: str) -> None:
-    # Another process may be making the same thing at this moment; then it is there, which is what we want.
-    try:
-        await connection.execute(statement)
-    except (asyncpg.DuplicateObjectError, asyncpg.DuplicateDatabaseError, asyncpg.UniqueViolationError):
-        pass
-
-
 async def _opens(dsn: str) -> bool:
     try:
-        connection: Any = await asyncpg.connect(dsn, timeout=CONNECT_SECONDS)  # pyright: ignore[reportUnknownMemberType]
+        connection = await cast(Any, asyncpg).connect(dsn, timeout=CONNECT_SECONDS)
     except asyncpg.InvalidAuthorizationSpecificationError:
         return False
     await connection.close()
@@ -101,7 +105,9 @@ def service_dsn(admin_dsn: str, name: str, password: str) -> str:
     """The administrator's DSN with the user, password and database of a service."""
     parts = urlsplit(admin_dsn)
     where = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{quote(name)}:{quote(password)}@{where}", path=f"/{quote(name)}"))
+    return urlunsplit(
+        parts._replace(netloc=f"{quote(name, safe='')}:{quote(password, safe='')}@{where}", path=f"/{quote(name)}")
+    )
 
 
 def _without_password(dsn: str) -> str:

@@ -107,7 +107,9 @@ class Server:
     @overload
     def register(self, operation: SingleOperation[Q, A], handler: Callable[[Q], Awaitable[A]]) -> None: ...
     def register(self, operation: Operation[Any, Any], handler: Handler) -> None:
-        assert self.contract.operations.get(operation.name) is operation, f"{operation.full_name} is not of this contract"
+        assert self.contract.operations.get(operation.name) is operation, (
+            f"{operation.full_name} is not of this contract"
+        )
         self._handlers[operation.name] = handler
 
     def complete(self) -> Server:

@@ -78,9 +78,7 @@ class BatchObserver:
 
     def failed(self, error: BaseException) -> None:
         self._failed.inc()
-        structlog.stdlib.get_logger("mercato.batching").error(
-            "batch_failed", operation=self._operation, exc_info=error
-        )
+        structlog.stdlib.get_logger("mercato.batching").error("batch_failed", operation=self._operation, exc_info=error)
 
 
 class Telemetry:

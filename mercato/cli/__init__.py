@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
+from mercato.cli import stopping
+
 
 def main() -> None:
     """What `mercato` runs."""
+    stopping.leave_at_once()
     from mercato.cli.commands import app
 
-    app()
+    try:
+        app()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who read our output has seen enough. Python would try to write the rest once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -5,12 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import App, Parameter, validators
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError, validators
 
 from mercato import __version__
 
+
+def _wrong_usage(error: CycloptsError) -> str:
+    if isinstance(error, UnusedCliTokensError):
+        return f"mercato: Unexpected argument: {' '.join(error.unused_tokens or ())}."
+    return f"mercato: {str(error).strip()}"
+
+
 app = App(
     name="mercato",
+    error_formatter=_wrong_usage,
     help="An e-commerce backend that keeps its promises when processes die.",
     version=__version__,
 )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from typing import Any
-
-from rich.console import Console
 
 
 class Progress:
@@ -15,7 +14,7 @@ class Progress:
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
-        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._dims = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         self._started = time.monotonic()
 
     def step(self, line: str) -> None:
@@ -23,18 +22,18 @@ class Progress:
         if self._as_json:
             self.event("progress", message=line)
         else:
-            seconds = time.monotonic() - self._started
-            self._console.print(f"[dim]{seconds:5.1f} s[/dim]  {_escaped(line)}")
+            seconds = f"{time.monotonic() - self._started:5.1f} s"
+            self.say(f"\033[2m{seconds}\033[0m  {line}" if self._dims else f"{seconds}  {line}")
 
     def event(self, kind: str, **values: Any) -> None:
         """For programs only."""
         if self._as_json:
-            print(json.dumps({"event": kind, **values}), flush=True)
+            _print(json.dumps({"event": kind, **values}))
 
     def say(self, text: str = "") -> None:
         """For people only."""
         if not self._as_json:
-            self._console.print(_escaped(text))
+            _print(text)
 
 
 def fail(message: str) -> None:
@@ -42,5 +41,10 @@ def fail(message: str) -> None:
     print(f"mercato: {message}", file=sys.stderr, flush=True)
 
 
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")
+def _print(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except OSError:
+        # A reader that went away (`mercato up | head -1`), or a log on a full disk, is no reason to end a shop. What is
+        # in the buffer would be tried again for ever, the last time at the end of the process, which would then fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,10 +15,8 @@ import gc
 import ipaddress
 import os
 import secrets
-import signal
 import socket
-import sys
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -26,15 +24,17 @@ import msgspec
 
 from mercato import topology
 from mercato.chassis import config, faults
-from mercato.chassis.contract import ServiceError
-from mercato.chassis.http import CannotListen, bind
+from mercato.chassis.contract import ServiceError, Unavailable
+from mercato.chassis.db import translated
+from mercato.chassis.http import CannotListen, PortTaken, bind
 from mercato.chassis.migrations import MigrationError, migrate
 from mercato.chassis.provision import ProvisionError, provision
 from mercato.chassis.service import Host, key_deriver
 from mercato.chassis.supervisor import DataFolder, EmbeddedPostgres, SupervisorError
-from mercato.chassis.telemetry import Telemetry, configure_logging
+from mercato.chassis.telemetry import configure_logging
+from mercato.cli import stopping
 from mercato.cli.progress import Progress, fail
-from mercato.cli.workers import Workers
+from mercato.cli.workers import WorkerFailed, Workers
 from mercato.contracts.roles import STAFF
 from mercato.contracts.users import ListUsers, Register, Users
 
@@ -61,35 +61,64 @@ class CannotStart(Exception):
     """A sentence for the person who typed the command."""
 
 
+class StoppedEarly(Exception):
+    """Somebody asked it to stop while it was starting. `signal` is how."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(stopping.SENTENCE)
+        self.signal = signal
+
+
 EXPECTED: Final = (
-    CannotStart, CannotListen, MigrationError, ProvisionError, SupervisorError, config.SettingsError,
+    CannotStart,
+    CannotListen,
+    MigrationError,
+    ProvisionError,
+    SupervisorError,
+    WorkerFailed,
+    config.SettingsError,
 )
 """Failures whose message is all that the person needs."""
 
 
 def run(options: Options) -> int:
-    """Runs the shop until it is asked to stop; gives the exit code."""
+    """Runs the shop until it is asked to stop; gives the exit code.
+
+    0 for a shop that was ready and was asked to stop; 1, after one sentence, for one that could not start or had to
+    end; 130 (Ctrl-C) or 143 (SIGTERM) for one that was asked to stop before it was ready.
+    """
     # Imported here, not above: whoever only reads the help does not wait for it.
     import uvloop
 
     try:
         settings = config.load()
         configure_logging(settings.log_level)
-        faults.plant_from_environment(settings.faults)
+        _plant_faults(settings.faults)
         is_open = _is_open(options)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_Up(options, settings, is_open).run())
+    except StoppedEarly as stop:
+        fail(str(stop))
+        return stopping.exit_code(stop.signal)
     except EXPECTED as error:
         fail(str(error))
     except ServiceError as error:
-        fail(f"The shop could not start: {error}")
-    except ValueError as error:
-        fail(str(error))
+        fail(f"the shop could not start: {error}")
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        fail("The disk is full; free some space and start again. Nothing that was acknowledged is lost.")
+        fail("the disk is full; free some space and start again: no acknowledged order is lost")
     return 1
+
+
+def _plant_faults(faults_wanted: str) -> None:
+    if not faults_wanted:
+        return
+    topology.builds()  # a service declares its points when it is imported
+    try:
+        faults.plant_from_environment(faults_wanted)
+    except ValueError as error:
+        raise CannotStart(str(error)) from error
 
 
 def _is_open(options: Options) -> bool:
@@ -119,59 +148,85 @@ class _Up:
         self._open = is_open
         self._progress = Progress(as_json=options.json)
         self._stop = asyncio.Event()
+        self._signal = 0
+        """By which it was asked to stop."""
         self._reason: str | None = None
         """Why the shop ends without having been asked to."""
 
     async def run(self) -> int:
         """The steps of a start, each undone in the opposite order at the end."""
-        self._listen_to_signals()
-        async with contextlib.AsyncExitStack() as stack:
-            listener = stack.enter_context(contextlib.closing(bind(self._options.host, self._options.port)))
-            url = _url(self._options.host, listener)
-            folder = stack.enter_context(DataFolder.open(self._options.data, url))
-            secret = self._secret(folder)
-            admin_dsn = await self._unless_stopped(stack.enter_async_context(self._postgres(folder, secret)))
-            dsns = await self._unless_stopped(self._databases(admin_dsn, secret))
-            host = self._host(dsns, secret)
-            await host.open()
-            closing = stack.push_async_callback(host.close)
-            staff_password = await self._unless_stopped(self._populate(host))
-            if self._options.workers == 1:
-                await self._serve_here(host, listener, url, staff_password)
-            else:
-                await host.close()
-                del closing
-                await self._serve_in_workers(dsns, secret, listener, url, staff_password)
-            self._progress.step("stopping")
+        self._listen_to_requests()
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                await self._run(stack)
+        finally:
+            # Before the loop is closed: there is nobody left to tell.
+            stopping.ignore()
         if self._reason is not None:
             raise CannotStart(self._reason)
         self._progress.step("stopped")
         return 0
 
-    # ------------------------------------------------------------------------------------------------------ asked to stop
+    async def _run(self, stack: contextlib.AsyncExitStack) -> None:
+        listener = stack.enter_context(contextlib.closing(self._listen()))
+        url = _url(self._options.host, listener)
+        folder = stack.enter_context(DataFolder.open(self._options.data, url))
+        secret = self._secret(folder)
+        admin_dsn = await self._unless_stopped(stack.enter_async_context(self._postgres(folder, secret)))
+        dsns = await self._unless_stopped(self._databases(admin_dsn, secret))
+        async with self._hosting(dsns, secret) as host:
+            staff_password = await self._unless_stopped(self._populate(host))
+            if self._options.workers == 1:
+                await self._serve_here(host, listener, url, staff_password)
+        if self._options.workers > 1:
+            await self._serve_in_workers(dsns, secret, listener, url, staff_password)
 
-    def _listen_to_signals(self) -> None:
+    # ---------------------------------------------------------------------------------------------------- asked to stop
+
+    def _listen_to_requests(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._stop.set)
+
+        def ask(number: int) -> None:
+            # The handler interrupts whatever the main thread does; the loop must be told in its own turn.
+            loop.call_soon_threadsafe(self._asked_to_stop, number)
+
+        stopping.tell(ask)
+
+    def _asked_to_stop(self, number: int) -> None:
+        if not self._stop.is_set():
+            self._progress.step("stopping, as soon as the running requests are answered")
+        self._signal = self._signal or number
+        self._stop.set()
 
     async def _unless_stopped(self, step: Coroutine[Any, Any, T]) -> T:
         """The result of a step of the start. A Ctrl-C or the death of PostgreSQL in the middle of it ends the step."""
         work, stop = asyncio.create_task(step), asyncio.create_task(self._stop.wait())
         await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
-        if not work.done():
-            work.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await work
-            raise CannotStart(self._reason or "stopped before it was ready")
-        return await work
+        if not self._stop.is_set():
+            return await work
+        work.cancel()
+        await asyncio.wait({work})
+        if not work.cancelled():
+            work.exception()  # looked at, so that nobody logs it: that the step was ended explains whatever it says
+        raise CannotStart(self._reason) if self._reason else StoppedEarly(self._signal)
 
     def _end(self, reason: str) -> None:
         self._reason = self._reason or reason
         self._stop.set()
 
-    # ------------------------------------------------------------------------------------------------------------ database
+    # -------------------------------------------------------------------------------------------------------- its place
+
+    def _listen(self) -> socket.socket:
+        try:
+            return bind(self._options.host, self._options.port)
+        except PortTaken:
+            # Most likely by the shop that serves this very data: then that is what the person needs to know.
+            if self._options.data.is_dir():
+                DataFolder.open(self._options.data, "(not listening)").close()
+            raise
+
+    # --------------------------------------------------------------------------------------------------------- database
 
     def _secret(self, folder: DataFolder) -> bytes:
         given = self._settings.secret
@@ -209,18 +264,25 @@ class _Up:
         names = list(topology.SERVICES)
         dsns = await provision(admin_dsn, names, lambda role: derive(f"postgres/{role}").hex())
         for name in names:
-            if revisions := await migrate(dsns[name], topology.migrations(name)):
+            if revisions := await _migrated(name, dsns[name]):
                 self._progress.step(f"migrated the database of {name} to {revisions[-1]}")
         return dsns
 
-    def _host(self, dsns: Mapping[str, str], secret: bytes) -> Host:
-        return Host(
+    @contextlib.asynccontextmanager
+    async def _hosting(self, dsns: Mapping[str, str], secret: bytes) -> AsyncGenerator[Host]:
+        """All services, open for the time of the block."""
+        host = Host(
             topology.builds(),
             dsns,
             secret=secret,
             transport=self._settings.transport,
             pool_size=self._settings.pool_size,
         )
+        await self._unless_stopped(host.open())
+        try:
+            yield host
+        finally:
+            await host.close()
 
     async def _populate(self, host: Host) -> str | None:
         """Demo data for an empty shop, and somebody who may run it; the new staff password, where one was made."""
@@ -230,10 +292,10 @@ class _Up:
                     self._progress.step(f"put demo data into {name}")
         return None if self._open else await topology.as_the_shop(host, lambda: _ensure_staff(host))
 
-    # ------------------------------------------------------------------------------------------------------------- serving
+    # ---------------------------------------------------------------------------------------------------------- serving
 
     async def _serve_here(self, host: Host, listener: socket.socket, url: str, staff_password: str | None) -> None:
-        app = topology.gateway(host, open_to=self._open_to(listener))
+        app = topology.gateway(host, open_to=self._open_to(listener), log_requests=self._settings.log_requests)
 
         def on_ready() -> None:
             self._announce(url, staff_password)
@@ -280,10 +342,18 @@ class _Up:
         for line in _try_it(url, is_open=self._open):
             say(line)
         say()
+        say(f"ready {url}")
         self._progress.event("ready", url=url)
-        if not self._options.json:
-            print(f"ready {url}", flush=True)
-        sys.stdout.flush()
+
+
+async def _migrated(name: str, dsn: str) -> Sequence[str]:
+    """Brings the database of a service to the newest revision; gives the revisions that were run."""
+    try:
+        return await migrate(dsn, topology.migrations(name))
+    except Exception as error:  # the driver's, which only the chassis knows by name
+        if isinstance(translated(error, name), Unavailable):
+            raise CannotStart(f"the database of {name} cannot be migrated: {str(error).rstrip('.')}") from error
+        raise
 
 
 def _try_it(url: str, *, is_open: bool) -> list[str]:
@@ -291,7 +361,7 @@ def _try_it(url: str, *, is_open: bool) -> list[str]:
         return [
             f"  curl '{url}/users?id=1'",
             f"  curl -X POST {url}/orders -H 'Content-Type: application/json' \\",
-            "       -d '{\"user_id\": 1, \"product_id\": 100, \"amount\": 99.99}'",
+            '       -d \'{"user_id": 1, "product_id": 100, "amount": 99.99}\'',
         ]
     return [
         f"  curl {url}/products",
@@ -307,7 +377,7 @@ def _url(host: str, listener: socket.socket) -> str:
 
 
 async def _ensure_staff(host: Host) -> str | None:
-    """Makes the first staff account, with a password that nobody else has ever seen; None where there is staff already."""
+    """Makes the first staff account, with a password that nobody has ever seen; None where there is staff already."""
     users = host.client(Users)
     if (await users.list(ListUsers(role=STAFF, limit=1))).users:
         return None

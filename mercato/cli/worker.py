@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -15,21 +16,30 @@ import msgspec
 import uvloop
 
 from mercato import topology
-from mercato.chassis import config, faults
+from mercato.chassis import faults
+from mercato.chassis.contract import ServiceError
 from mercato.chassis.service import Host
-from mercato.chassis.telemetry import configure_logging
-from mercato.cli.workers import Assignment
+from mercato.chassis.telemetry import MULTIPROCESS_VARIABLE, configure_logging
+from mercato.cli.progress import fail
+from mercato.cli.workers import READY_LINE, Assignment
 
 LAST_SECONDS: Final = 4.0
 """An orphan that has not stopped after this is ended, whatever it is doing."""
 
 
 def main() -> None:
+    """Serves until the owner closes the pipe; exits with 1, after a sentence, when it cannot begin."""
     assignment = msgspec.json.decode(sys.stdin.buffer.readline(), type=Assignment)
     configure_logging(assignment.log_level)
-    faults.plant_from_environment(config.load().faults)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(assignment))
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(assignment))
+    except ServiceError as error:
+        fail(f"a worker could not start: {error}")
+        sys.exit(1)
+    finally:
+        # The owner's business, but its last workers may outlive it.
+        shutil.rmtree(os.environ[MULTIPROCESS_VARIABLE], ignore_errors=True)
 
 
 async def _serve(assignment: Assignment) -> None:
@@ -37,8 +47,10 @@ async def _serve(assignment: Assignment) -> None:
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     # A thread of its own: the end of the owner must be noticed even if this loop is busy for ever.
     threading.Thread(target=_follow_owner, args=(loop, stop), daemon=True).start()
+    builds = topology.builds()
+    faults.plant_from_environment(assignment.faults)
     host = Host(
-        topology.builds(),
+        builds,
         assignment.dsns,
         secret=assignment.secret,
         transport=cast(Literal["local", "wire"], assignment.transport),
@@ -46,7 +58,7 @@ async def _serve(assignment: Assignment) -> None:
     )
     await host.open()
     try:
-        app = topology.gateway(host, open_to=assignment.open_to)
+        app = topology.gateway(host, open_to=assignment.open_to, log_requests=assignment.log_requests)
         gc.collect()
         gc.freeze()
         with socket.socket(fileno=assignment.listener) as listener:
@@ -56,13 +68,13 @@ async def _serve(assignment: Assignment) -> None:
 
 
 def _tell_ready() -> None:
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
+    sys.stdout.buffer.write(READY_LINE)
+    sys.stdout.buffer.flush()
 
 
 def _follow_owner(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
     """Waits for the owner's end of the pipe to close: it asks to stop, or it died."""
-    while sys.stdin.buffer.read1():
+    while os.read(0, 1):  # not through `sys.stdin`, whose lock the interpreter needs when it ends
         pass
     loop.call_soon_threadsafe(stop.set)
     threading.Event().wait(LAST_SECONDS)

@@ -17,15 +17,28 @@ import socket
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from mercato.chassis.config import Settings
 from mercato.chassis.telemetry import MULTIPROCESS_VARIABLE
+
+if TYPE_CHECKING:
+    # Reading settings is the owner's business; a worker that imported what that takes would start later.
+    from mercato.chassis.config import Settings
 
 STOP_SECONDS: Final = 3.5
 """After a worker was asked to stop, so long it may take; then it is killed."""
+
+READY_LINE: Final = b"ready\n"
+
+SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  # a folder with a random name is made in it
+"""Where the workers share their metrics, on systems that have it: a mapped file on a full disk ends its process."""
+
+
+class WorkerFailed(Exception):
+    """A sentence about a worker that ended by itself."""
 
 
 class Assignment(msgspec.Struct, frozen=True):
@@ -39,6 +52,8 @@ class Assignment(msgspec.Struct, frozen=True):
     transport: str
     pool_size: int
     log_level: str
+    log_requests: bool
+    faults: str
 
 
 class Workers:
@@ -64,6 +79,8 @@ class Workers:
             transport=settings.transport,
             pool_size=settings.pool_size,
             log_level=settings.log_level,
+            log_requests=settings.log_requests,
+            faults=settings.faults,
         )
         self._processes: list[asyncio.subprocess.Process] = []
         self._stopping = False
@@ -71,7 +88,8 @@ class Workers:
     @contextlib.asynccontextmanager
     async def running(self, on_death: Callable[[str], None]) -> AsyncGenerator[None]:
         """Runs the workers for the time of the block. `on_death` hears a sentence about one that ends by itself."""
-        metrics = tempfile.mkdtemp(prefix="mercato-metrics-")
+        shared = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
+        metrics = tempfile.mkdtemp(prefix="mercato-metrics-", dir=shared)
         watches: list[asyncio.Task[None]] = []
         try:
             for _ in range(self._count):
@@ -87,10 +105,12 @@ class Workers:
             shutil.rmtree(metrics, ignore_errors=True)
 
     async def ready(self) -> None:
-        """Returns when every worker accepts connections."""
+        """Returns when every worker accepts connections. Raises `WorkerFailed` when one ends instead."""
         for process in self._processes:
             assert process.stdout is not None
-            await process.stdout.readline()
+            if await process.stdout.readline() != READY_LINE:
+                await process.wait()
+                raise WorkerFailed(f"{_obituary(process)} before it was ready")
 
     async def _start(self, metrics: str) -> asyncio.subprocess.Process:
         process = await asyncio.create_subprocess_exec(
@@ -109,10 +129,9 @@ class Workers:
         return process
 
     async def _watch(self, process: asyncio.subprocess.Process, on_death: Callable[[str], None]) -> None:
-        code = await process.wait()
+        await process.wait()
         if not self._stopping:
-            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-            on_death(f"worker {process.pid} {how}; the shop has stopped. Start it again: no acknowledged order is lost")
+            on_death(f"{_obituary(process)}; the shop has stopped. Start it again: no acknowledged order is lost")
 
     async def _stop(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdin is not None
@@ -122,3 +141,10 @@ class Workers:
         except TimeoutError:
             process.kill()
             await process.wait()
+
+
+def _obituary(process: asyncio.subprocess.Process) -> str:
+    code = process.returncode
+    assert code is not None
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    return f"worker {process.pid} {how}"

@@ -76,7 +76,8 @@ class SearchProducts(Message):
     """Active products, a page at a time. `text` is what a person types into a search box (words, "phrases", -not).
 
     `after` is the `next_after` of the page before; it belongs to the same filters and sort. Price filters compare
-    products of `currency` only.
+    products of `currency` only, of the default currency where none is given. Names are sorted by code point, ASCII
+    letters without their case. `relevance` needs a `text`.
     """
 
     text: Annotated[str, Meta(max_length=200)] | None = None

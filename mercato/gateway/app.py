@@ -25,6 +25,7 @@ import structlog
 
 from mercato.chassis.clock import Clock
 from mercato.chassis.contract import (
+    ANONYMOUS,
     MAX_ID,
     Actor,
     Call,
@@ -51,7 +52,6 @@ Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 REQUEST_SECONDS: Final = 10.0
-MAX_REQUEST_ID: Final = 128
 
 JSON: Final = (b"content-type", b"application/json")
 
@@ -75,6 +75,7 @@ class Gateway:
         clock: Clock,
         fallback: Asgi,
         request_seconds: float = REQUEST_SECONDS,
+        log_requests: bool = False,
     ) -> None:
         self._table = Table([_Compiled(route, client(route.operation), telemetry) for route in routes])
         self._gatekeeper = gatekeeper
@@ -83,6 +84,7 @@ class Gateway:
         self._fallback = fallback
         self._seconds = request_seconds
         self._rates = RateLimiter()
+        self._log_requests = log_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -95,8 +97,7 @@ class Gateway:
         try:
             if route is None:
                 if not isinstance(found, ServiceError):
-                    self._gatekeeper.check_address(picked.host, picked.origin)
-                    return await self._fallback(scope, receive, send)
+                    return await self._turn_page(scope, receive, send, picked, trace_id, request_id)
                 raise found
             status, headers, body = await self._serve(route, numbers, scope, receive, picked, trace_id, request_id)
         except ServiceError as error:
@@ -109,8 +110,32 @@ class Gateway:
         headers.append((b"x-request-id", request_id.encode()))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
-        self._note(route, status, time.perf_counter() - started)
+        self._note(route, status, time.perf_counter() - started, trace_id, request_id)
         return None
+
+    async def _turn_page(
+        self, scope: Scope, receive: Receive, send: Send, picked: _Picked, trace_id: str, request_id: str
+    ) -> None:
+        """What is not in the table. It answers by itself; request id and count are added on the way."""
+        self._gatekeeper.check_address(picked.host, picked.origin)
+        started, begun = time.perf_counter(), False
+        deadline = self._clock.monotonic() + self._seconds
+        current.set(Context(ANONYMOUS, deadline, trace_id, request_id))
+
+        async def send_noted(message: MutableMapping[str, Any]) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                self._note(None, message["status"], time.perf_counter() - started, trace_id, request_id)
+            await send(message)
+
+        try:
+            await self._fallback(scope, receive, send_noted)
+        except Exception as error:  # an edge: a page that fails in the middle of its answer cannot be given another
+            if not begun:
+                raise
+            log.error("page_failed", trace_id=trace_id, path=scope["path"], exc_info=error)
 
     async def _serve(
         self,
@@ -126,7 +151,11 @@ class Gateway:
         ask = await route.ask(actor, numbers, scope, receive, picked)
         deadline = self._clock.monotonic() + self._seconds
         current.set(Context(actor, deadline, trace_id, request_id))
-        return route.respond(await route.call(route.request(ask)), scope)
+        try:
+            answer = await route.call(route.request(ask))
+        except InvalidRequest as error:
+            raise route.reworded(error) from None
+        return route.respond(answer, scope)
 
     async def _admit(
         self, route: _Compiled, scope: Scope, picked: _Picked, trace_id: str, request_id: str
@@ -148,12 +177,22 @@ class Gateway:
             self._rates.check(route.name, route.limits, actor, client[0] if client else "")
         return actor
 
-    def _note(self, route: _Compiled | None, status: int, seconds: float) -> None:
+    def _note(self, route: _Compiled | None, status: int, seconds: float, trace_id: str, request_id: str) -> None:
         if route is not None:
             route.count(status)
             route.seconds.observe(seconds)
         else:
             self._telemetry.requests.labels("none", str(status)).inc()
+        if self._log_requests:
+            # The row, not the path and its query: those are the client's words, and may hold what no log should.
+            log.info(
+                "request",
+                route=route.name if route else "none",
+                status=status,
+                milliseconds=round(seconds * 1_000, 3),
+                trace_id=trace_id,
+                request_id=request_id,
+            )
 
 
 def _refused(actor: Actor, route: _Compiled) -> ServiceError:
@@ -164,7 +203,7 @@ def _refused(actor: Actor, route: _Compiled) -> ServiceError:
 
 # --------------------------------------------------------------------------------------------------------- headers
 
-_TRACEPARENT: Final = re.compile(rb"^[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?$")
+_TRACEPARENT: Final = re.compile(rb"^(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?$")
 _REQUEST_ID: Final = re.compile(rb"^[\x21-\x7e]{1,128}$")
 
 
@@ -284,7 +323,7 @@ class _Compiled:
             if raw or not route.body_optional:
                 _check_content_type(picked.content_type)
             body = decode_body(self._decoder, raw or self._no_body)
-        path = _numbers(parts) if parts else _NOTHING
+        path = _numbers(parts, scope["path"]) if parts else _NOTHING
         query = None
         if route.query is not None:
             query = decode_query(route.query, scope["query_string"])
@@ -298,6 +337,12 @@ class _Compiled:
             fingerprint = idempotency.fingerprint(route.method, route.path, parts, scope["query_string"], raw or b"")
         version = _version(picked.if_match, self) if picked.if_match is not None else None
         return Ask(actor, path, query, body, version, key, fingerprint or b"")
+
+    def reworded(self, error: InvalidRequest) -> InvalidRequest:
+        """The error with the fields called as the API calls them."""
+        named = self.route.fields
+        errors = (FieldError(field=named.get(e.field, e.field), message=e.message) for e in error.errors)
+        return InvalidRequest(errors=tuple(errors))
 
     # ----------------------------------------------------------------------------------------------- what is answered
 
@@ -359,18 +404,23 @@ def _check_content_type(value: bytes | None) -> None:
         raise problems.UnsupportedMediaType
 
 
-def _numbers(parts: Mapping[str, str]) -> Mapping[str, int]:
+def _numbers(parts: Mapping[str, str], path: str) -> Mapping[str, int]:
     numbers: dict[str, int] = {}
     errors: list[FieldError] = []
     for name, text in parts.items():
-        # A number that is too large for an id is an id that nobody has; what is no number is a mistake.
         if text.isascii() and text.isdigit():
-            numbers[name] = min(int(text), MAX_ID) if len(text) <= 20 else MAX_ID
+            numbers[name] = int(text) if len(text) <= MAX_ID_DIGITS else MAX_ID + 1
         else:
             errors.append(FieldError(field=f"path {name}", message="is not a number"))
     if errors:
         raise InvalidRequest(errors=tuple(errors))
+    # A number that no id can be is not a mistake in the request: there is nothing there.
+    if not all(1 <= number <= MAX_ID for number in numbers.values()):
+        raise problems.RouteNotFound(path=path)
     return numbers
+
+
+MAX_ID_DIGITS: Final = len(str(MAX_ID))
 
 
 _ETAG: Final = re.compile(rb'^(?:W/)?"(\d{1,9})"$')
@@ -387,5 +437,5 @@ def _version(if_match: bytes, row: _Compiled) -> int | None:
 
 
 def _next_link(scope: Scope, changed: Mapping[str, str]) -> bytes:
-    query = dict(parse_qsl(scope["query_string"].decode("ascii"))) | changed
+    query = {**dict(parse_qsl(str(scope["query_string"], "ascii"))), **changed}
     return f'<{scope["path"]}?{urlencode(query)}>; rel="next"'.encode()

@@ -40,7 +40,6 @@ VALUES: Final[Mapping[str, Any]] = {
     "token_type": "Bearer",
     "Forbidden.operation": "POST /products",
     "HistoryEntry.after": "pending",
-    "Order.id": 1001,
     "Product.id": 100,
     "User.name": "Alice",
     "line_total_minor": 9999,
@@ -57,7 +56,7 @@ VALUES: Final[Mapping[str, Any]] = {
     "legal": ["confirmed", "cancelled"],
     "limit_bytes": 1_048_576,
     "operation": "orders.place",
-    "order_id": 1001,
+    "order_id": 1,
     "path": "/order",
     "role": "customer",
     "service": "orders",
@@ -103,8 +102,13 @@ def answer(route: Route) -> Any:
     json = msgspec.to_builtins(shown.items if isinstance(shown, Page) else shown)
     if not isinstance(json, dict):
         return json
-    said = next(iter(bodies(route).values())) if route.body else {}
+    said: Mapping[str, Any] = next(iter(bodies(route).values())) if route.body else {}
     return _told(route, cast(dict[str, Any], json), {**said, **AFTERWARDS.get(route.operation.full_name, {})})
+
+
+def number(route: Route, name: str) -> int:
+    """A number for the path of the row; those of the demo shop are there after its first order."""
+    return getattr(message(route), name, 1)
 
 
 def error(kind: type[ServiceError]) -> ServiceError:
@@ -129,7 +133,7 @@ def _told(route: Route, json: dict[str, Any], said: Mapping[str, Any]) -> dict[s
         try:
             msgspec.convert(changed, route.output)
         except msgspec.ValidationError:
-            continue  # the same word for something else: an order's items are ordered by id and answered in full
+            continue  # the same word for something else: an order's items are asked for by id and answered in full
         json = changed
     return json
 

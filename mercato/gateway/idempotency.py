@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -22,8 +22,9 @@ _ESCAPED: Final = re.compile(rb"\\(.)")
 def key_of(header: bytes) -> str:
     """The key, written bare or as a structured-field string (RFC 8941). Raises `InvalidRequest`."""
     value = header.strip()
-    if quoted := _QUOTED.match(value):
-        value = _ESCAPED.sub(rb"\1", quoted[1])
+    if value.startswith(b'"'):
+        quoted = _QUOTED.match(value)
+        value = _ESCAPED.sub(rb"\1", quoted[1]) if quoted else b""
     if not _BARE.match(value):
         raise invalid(("header Idempotency-Key", "is not 1 to 255 printable ASCII characters without spaces"))
     return value.decode("ascii")
@@ -41,6 +42,14 @@ def fingerprint(method: str, template: str, parts: Mapping[str, str], query: byt
         sorted(parts.items()),
         sorted(parse_qsl(query.decode("latin-1"), keep_blank_values=True)),
         API_VERSION,
-        msgspec.json.decode(body) if body else None,
+        _meaning(body) if body else None,
     )
     return hashlib.sha256(msgspec.json.encode(meaning, order="sorted")).digest()
+
+
+def _meaning(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        # A number beyond what a float or an integer holds, in a field that takes decimals. It counts as it is written.
+        return body

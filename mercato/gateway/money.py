@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 
 from mercato.contracts.money import EXPONENTS, MAX_MINOR
+
+FRACTION_LIMIT: Final = 64
+"""Digits after the point that are looked at; further zeros say nothing, and nobody means them."""
 
 
 class Money(msgspec.Struct, frozen=True):
@@ -41,7 +44,8 @@ def to_minor(amount: Decimal, currency: str, limit_minor: int = MAX_MINOR) -> in
     # Compared by magnitude first: 1E+999999999 must not be written out as an integer.
     if amount.adjusted() > 18 or amount > Decimal(limit_minor).scaleb(-exponent):
         return f"is larger than {decimal_string(limit_minor, exponent)}"
-    if _fraction_digits(amount) > exponent:
+    # Length first: a body has room for a million digits after the point, and looking at each of them takes a while.
+    if int(amount.as_tuple().exponent) < -FRACTION_LIMIT or _fraction_digits(amount) > exponent:
         return f"has more than {exponent} digits after the decimal point, which {currency} does not have"
     return int(amount.scaleb(exponent))
 

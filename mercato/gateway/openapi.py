@@ -32,16 +32,16 @@ from mercato.chassis.contract import (
 from mercato.contracts.roles import ANONYMOUS, CUSTOMER, EVERYBODY
 from mercato.gateway import examples, problems, schemas
 from mercato.gateway.problems import Problem
-from mercato.gateway.route import Route
+from mercato.gateway.route import MAX_BODY_BYTES, Route
 
 Json = dict[str, Any]
 
 PAGES_TAG: Final = "shop"
 
-INTRODUCTION: Final = """\
-Everything is JSON over HTTP. Send bodies with `Content-Type: application/json`; fields and query parameters that are \
-not known are refused, so that a misspelt one is never ignored. Answers may get new fields: ignore those that you do \
-not know.
+INTRODUCTION: Final = f"""\
+Everything is JSON over HTTP. Send bodies of at most {MAX_BODY_BYTES} bytes, with `Content-Type: application/json`. \
+Fields and query parameters that are not known are refused, so that a misspelt one is never ignored. Answers may get \
+new fields: ignore those that you do not know.
 
 **Money** is a decimal string with its currency (ISO 4217). Ids are integers below 2^53. Times are RFC 3339, in UTC.
 
@@ -175,8 +175,11 @@ def errors_of(route: Route, *, open_shop: bool) -> tuple[type[ServiceError], ...
         following += [IdempotencyKeyReused, RequestInProgress]
     if route.if_match:
         following.append(StaleVersion)
-    following += [Overloaded, Unavailable, DeadlineExceeded, Internal]
-    return tuple(dict.fromkeys((*route.errors, *following)))
+    return tuple(dict.fromkeys((*route.errors, *following, *_CALLING)))
+
+
+_CALLING: Final = (Overloaded, Unavailable, DeadlineExceeded, Internal)
+"""What every call of an operation may come to."""
 
 
 def _tags(routes: Sequence[Route]) -> list[Json]:
@@ -245,6 +248,7 @@ class _Described:
                 "in": "path",
                 "required": True,
                 "schema": {"type": "integer", "minimum": 1, "maximum": MAX_ID},
+                "example": examples.number(route, name),
             }
             for name in re.findall(r"\{(\w+)\}", route.path)
         ]
@@ -357,8 +361,8 @@ def _description(route: Route) -> str:
         sentences.append("The body may be left out.")
     if limits.per_second is not None:
         sentences.append(f"Up to {limits.per_second} times a second for one caller, and {limits.burst} at once.")
-    if route.body is not None:
-        sentences.append(f"Bodies have up to {limits.body_bytes:_} bytes.".replace("_", " "))
+    if route.body is not None and limits.body_bytes < MAX_BODY_BYTES:
+        sentences.append(f"The body has at most {limits.body_bytes} bytes.")
     return " ".join(sentences)
 
 
@@ -401,6 +405,7 @@ PAGES: Final[Mapping[str, PageBesideTheTable]] = {
             503: _json_response("Some cannot", _READINESS, {"status": "not_ready", "services": {"orders": "down"}})
             | {"headers": _headers(["Retry-After"])},
         },
+        errors=(Internal,),
     ),
     "/metrics": PageBesideTheTable(
         operation_id="shop.metrics",
@@ -411,7 +416,7 @@ PAGES: Final[Mapping[str, PageBesideTheTable]] = {
                 "content": {"text/plain": {"schema": {"type": "string"}}},
             }
         },
-        errors=(Unauthenticated, problems.SignInFirst, Forbidden),
+        errors=(Unauthenticated, problems.SignInFirst, Forbidden, *_CALLING),
     ),
     "/.well-known/jwks.json": PageBesideTheTable(
         operation_id="shop.keys",
@@ -434,7 +439,7 @@ PAGES: Final[Mapping[str, PageBesideTheTable]] = {
                 },
             )
         },
-        errors=(Overloaded, Unavailable, DeadlineExceeded),
+        errors=_CALLING,
     ),
     "/openapi.json": PageBesideTheTable(
         operation_id="shop.openapi",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from ipaddress import ip_address
 from typing import Any
@@ -14,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route as PageRoute
 
-from mercato.chassis.contract import Actor, Context, Forbidden, ServiceError, current
+from mercato.chassis.contract import Context, Forbidden, Internal, ServiceError, current
 from mercato.chassis.telemetry import Telemetry
 from mercato.contracts.roles import STAFF
 from mercato.gateway import problems
@@ -22,7 +23,6 @@ from mercato.gateway.auth import Gatekeeper, Verifier
 from mercato.gateway.route import Route
 
 KEYS_SECONDS = 5.0
-NO_TRACE = "0" * 32
 
 
 class Pages:
@@ -50,8 +50,10 @@ class Pages:
                 PageRoute("/metrics", self._metrics),
                 PageRoute("/.well-known/jwks.json", self._jwks),
             ],
-            exception_handlers={HTTPException: _http_problem, ServiceError: _problem},
+            exception_handlers={HTTPException: _http_problem, ServiceError: _problem, Exception: _bug},
         )
+        # A redirect to the path without its last slash would name whatever host the client says that we are.
+        self._app.router.redirect_slashes = False
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await self._app(scope, receive, send)
@@ -76,15 +78,15 @@ class Pages:
         text, content_type = await asyncio.to_thread(self._telemetry.exposition)
         return Response(text, headers={"content-type": content_type})
 
-    async def _jwks(self, request: Request) -> Response:
-        self._enter(request)
+    async def _jwks(self, _: Request) -> Response:
+        self._hurry()
         keys = await self._verifier.jwks()
         return _json({"keys": keys.keys}, headers={"cache-control": "public, max-age=300"})
 
     async def _require_staff_or_loopback(self, request: Request) -> None:
         if request.client and ip_address(request.client.host).is_loopback:
             return
-        self._enter(request)
+        self._hurry()
         authorization = request.headers.get("authorization")
         actor = (
             await self._gatekeeper.actor(authorization.encode("latin-1"))
@@ -94,10 +96,11 @@ class Pages:
         if actor.role != STAFF:
             raise problems.SignInFirst() if not authorization else Forbidden(operation="metrics", role=actor.role)
 
-    def _enter(self, _: Request) -> None:
+    def _hurry(self) -> None:
         """What is called from here, such as the users service for its keys, has this long."""
-        deadline = asyncio.get_running_loop().time() + KEYS_SECONDS
-        current.set(Context(Actor("anonymous"), deadline, NO_TRACE, ""))
+        call = current.get()
+        deadline = min(call.deadline, time.monotonic() + KEYS_SECONDS)
+        current.set(Context(call.actor, deadline, call.trace_id, call.request_id))
 
 
 def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -106,8 +109,13 @@ def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = Non
 
 async def _problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
-    status, headers, body = problems.render(error, NO_TRACE)
+    status, headers, body = problems.render(error, current.get().trace_id)
     return Response(body, status, headers={name.decode(): value.decode() for name, value in headers})
+
+
+async def _bug(request: Request, _: Exception) -> Response:
+    # The framework raises the error again after this answer, and the gateway logs it.
+    return await _problem(request, Internal(operation=request.url.path))
 
 
 async def _http_problem(request: Request, error: Exception) -> Response:

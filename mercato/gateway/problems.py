@@ -31,6 +31,8 @@ STATUS_OF_CODE: Final[Mapping[str, int]] = {
     "method_not_allowed": 405,
     "body_too_large": 413,
     "unsupported_media_type": 415,
+    # 402 is for payments that were declined.
+    "users.last_staff_member": 409,
 }
 
 TITLES: Final[Mapping[int, str]] = {

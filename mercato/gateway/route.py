@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, dataclass_transform
 
 import msgspec
 
 from mercato.chassis.contract import Actor, Operation, ServiceError
-from mercato.contracts.roles import EVERYBODY
 
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 MAX_BODY_BYTES: Final = 1_048_576
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
 class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A JSON body or the query parameters. Unknown fields are refused: a misspelt filter must not be ignored."""
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
 class Output(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A JSON answer."""
 
@@ -69,7 +70,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     answer: Callable[[Any], Any]
     output: Any
     """The type of the JSON answer, for the documentation: what `answer` gives, `list[X]` for a page of X, or None."""
-    roles: frozenset[str] = EVERYBODY
+    roles: frozenset[str]
+    """Who may. Without a default: a row that forgets to say so is refused at the start, not open to everybody."""
     status: int = 200
     query: type[Input] | None = None
     body: type[Input] | None = None
@@ -83,6 +85,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """The version of the answer, for its ETag."""
     if_match: bool = False
     """Whether `If-Match` is honoured."""
+    fields: Mapping[str, str] = {}
+    """What the operation calls a field, to what the API calls it, where that differs."""
     location: Callable[[Any], str] | None = None
     replayed: Callable[[Any], bool] | None = None
     """Whether the answer is the stored one of an earlier request with the same key."""

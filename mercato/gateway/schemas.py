@@ -75,7 +75,7 @@ def _nullable(schema: Schema) -> Schema:
     option = next(cast(Schema, o) for o in cast(list[Any], options) if o != {"type": "null"})
     if "type" not in option:
         return schema
-    kinds: list[str] = option["type"] if isinstance(option["type"], list) else [option["type"]]
+    kinds = cast(list[str], option["type"] if isinstance(option["type"], list) else [option["type"]])
     rest = {name: part for name, part in schema.items() if name != "anyOf"}
     merged: Schema = {**option, **rest, "type": [*kinds, "null"]}
     if "enum" in merged:

@@ -49,12 +49,29 @@ def decode_query(model: type[S], query: bytes) -> S:
     repeated = [name for name, _ in pairs if name in given or given.update({name: ""})]
     given.update(pairs)
     errors = [FieldError(field=f"?{name}", message="is given more than once") for name in repeated]
-    errors += [
-        FieldError(field=f"?{e.field}", message=e.message) for e in wrong_fields(model, given, "", strict=False)
-    ]
-    if errors:
-        raise InvalidRequest(errors=tuple(errors))
-    return msgspec.convert(given, model, strict=False)
+    try:
+        asked = msgspec.convert(given, model, strict=False)
+    except msgspec.ValidationError:
+        found = wrong_fields(model, given, "", strict=False)
+        errors += [FieldError(field=f"?{e.field}", message=e.message) for e in found]
+    else:
+        errors += _stretched(asked, given)
+        if not errors:
+            return asked
+    raise InvalidRequest(errors=tuple(errors))
+
+
+def _stretched(asked: msgspec.Struct, given: Mapping[str, str]) -> list[FieldError]:
+    """What msgspec reads into a text and nobody means: `null` would be no filter at all, `1e2` a hundred."""
+    errors: list[FieldError] = []
+    for name, text in given.items():
+        value = getattr(asked, name)
+        if value is None or (isinstance(value, int) and not _INTEGER.match(text)):
+            errors.append(FieldError(field=f"?{name}", message="is not a value that this takes"))
+    return errors
+
+
+_INTEGER: Final = re.compile(r"-?[0-9]+\Z")
 
 
 def invalid(*errors: tuple[str, str]) -> InvalidRequest:
@@ -129,11 +146,16 @@ def _item_type(model: Any) -> Any:
     return get_args(model)[0] if get_origin(model) is tuple else None
 
 
-_PLACE: Final = re.compile(r" - at `[^`]*`$")
+_PLACE: Final = re.compile(r" - at `\$\.?([^`]*)`$")
+
+
+def _place(error: msgspec.ValidationError) -> str:
+    found = _PLACE.search(str(error))
+    return (found and found[1]) or "body"
 
 
 def _message(error: msgspec.ValidationError) -> str:
-    text = _PLACE.sub("", str(error)).replace("`", "")
+    text = _PLACE.sub("", str(error)).replace("`", "").replace(" | null", "")
     return text[:1].lower() + text[1:]
 
 
@@ -147,6 +169,9 @@ def _shortened(name: str) -> str:
 def _explain_body(model: Any, body: bytes, error: msgspec.ValidationError) -> Exception:
     try:
         value = msgspec.json.decode(body)
+    except msgspec.ValidationError:
+        # A number that only a decimal can hold. The typed decode has said where the first wrong field is.
+        return InvalidRequest(errors=(FieldError(field=_place(error), message=_message(error)),))
     except (msgspec.DecodeError, UnicodeDecodeError) as broken:
         # The typed decode stopped at a wrong field; further on it is not even JSON.
         return _malformed(body, broken)

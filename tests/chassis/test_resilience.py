@@ -315,6 +315,7 @@ class BreakerWalk(RuleBasedStateMachine):
         self.refused_since = None
         if before is State.CLOSED:
             return permit
+        assert self.breaker.state is State.HALF_OPEN
         # Never more than one probe: the former has reported, was given up, or its lease is over.
         assert self.probe is None or self.clock.seconds >= self.probe_since + PROBE
         self.probe, self.probe_since = permit, self.clock.seconds

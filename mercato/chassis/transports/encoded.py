@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..batching import Outcome
-from ..clock import Clock
-from ..codec import decode_requests, encode_outcomes
-from ..contract import InvalidRequest, Operation
-from ..rpc import Server
+from mercato.chassis.batching import Outcome
+from mercato.chassis.clock import Clock
+from mercato.chassis.codec import decode_requests, encode_outcomes
+from mercato.chassis.contract import InvalidRequest, Operation
+from mercato.chassis.rpc import Server
 
 
 async def answer_encoded(server: Server, operation: Operation[Any, Any], sent: bytes, clock: Clock) -> bytes:

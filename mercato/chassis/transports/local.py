@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..batching import Outcome
-from ..contract import Context, Operation
-from ..rpc import Server
+from mercato.chassis.batching import Outcome
+from mercato.chassis.contract import Context, Operation
+from mercato.chassis.rpc import Server
 
 
 class LocalTransport:

@@ -1,8 +1,8 @@
 """Everything in one process, but as if it were not: the transport that finds what only a network would.
 
 Every batch and every answer is really encoded and decoded, the remaining time travels instead of a clock reading, and
-each request that may be repeated (`safe`, or `keyed` with a key) is sent twice. A test that passes `local` and fails `wire`
-has found a message that does not survive encoding, or an operation whose promise to be repeatable is false.
+each request that may be repeated (`safe`, or `keyed` with a key) is sent twice. A test that passes `local` and fails
+`wire` has found a message that does not survive encoding, or an operation whose promise to be repeatable is false.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from ..batching import Outcome
-from ..clock import Clock
-from ..codec import decode_outcomes, encode_requests
-from ..contract import Context, Kind, Operation, Retry, ServiceError
-from ..rpc import Server
+from mercato.chassis.batching import Outcome
+from mercato.chassis.clock import Clock
+from mercato.chassis.codec import decode_outcomes, encode_requests
+from mercato.chassis.contract import Context, Kind, Operation, Retry, ServiceError
+from mercato.chassis.rpc import Server
+
 from .encoded import answer_encoded
 
 
@@ -54,4 +55,3 @@ def _agree(operation: Operation[Any, Any], first: Outcome, second: Outcome) -> N
         return
     if isinstance(second, ServiceError) and second.kind not in _UNKNOWN:
         raise AssertionError(f"{operation.full_name} is not repeatable: done first, then {second!r}")
-

@@ -10,11 +10,12 @@ from msgspec import Meta
 
 from mercato.chassis.contract import FieldError, InvalidRequest, StaleVersion
 from mercato.contracts import products as contract
-from mercato.contracts.money import DEFAULT_CURRENCY
+from mercato.contracts.money import DEFAULT_CURRENCY, EXPONENTS
 from mercato.contracts.products import Product, ProductPage, Products
-from mercato.contracts.roles import STAFF_ONLY
-from mercato.gateway.money import Money, money, to_minor
+from mercato.contracts.roles import EVERYBODY, STAFF_ONLY
+from mercato.gateway.money import Money, money, to_minor, unknown_currency
 from mercato.gateway.route import Ask, Input, Output, Page, Route
+from mercato.gateway.validation import invalid
 
 Amount = Annotated[Decimal, Meta(description="A JSON string or number, in major units.", examples=["99.99"])]
 
@@ -102,6 +103,13 @@ def _minor(field: str, amount: Decimal, currency: str, errors: list[FieldError])
     return 0
 
 
+def _price_minor(price: MoneyIn, errors: list[FieldError]) -> int:
+    if price.currency not in EXPONENTS:
+        errors.append(FieldError(field="price.currency", message=unknown_currency(price.currency)))
+        return 0
+    return _minor("price.amount", price.amount, price.currency, errors)
+
+
 def _checked(errors: list[FieldError]) -> None:
     if errors:
         raise InvalidRequest(errors=tuple(errors))
@@ -110,7 +118,7 @@ def _checked(errors: list[FieldError]) -> None:
 def _create(ask: Ask) -> contract.CreateProduct:
     body: CreateProductIn = ask.body
     errors: list[FieldError] = []
-    price_minor = _minor("price", body.price.amount, body.price.currency, errors)
+    price_minor = _price_minor(body.price, errors)
     _checked(errors)
     return contract.CreateProduct(
         sku=body.sku,
@@ -126,7 +134,7 @@ def _update(ask: Ask) -> contract.UpdateProduct:
     body: UpdateProductIn = ask.body
     errors: list[FieldError] = []
     price = body.price
-    price_minor = None if price is None else _minor("price", price.amount, price.currency, errors)
+    price_minor = None if price is None else _price_minor(price, errors)
     _checked(errors)
     return contract.UpdateProduct(
         id=ask.path["id"],
@@ -146,6 +154,8 @@ def _search(ask: Ask) -> contract.SearchProducts:
     priced = query.min_price is not None or query.max_price is not None
     # A price without a currency is one of the shop's own.
     currency = query.currency or (DEFAULT_CURRENCY if priced else None)
+    if currency is not None and currency not in EXPONENTS:
+        raise invalid(("?currency", unknown_currency(currency)))
     least = None if query.min_price is None else _minor("?min_price", query.min_price, str(currency), errors)
     most = None if query.max_price is None else _minor("?max_price", query.max_price, str(currency), errors)
     _checked(errors)
@@ -171,7 +181,9 @@ ROUTES: Final[tuple[Route, ...]] = (
         path="/products",
         operation=Products.search,
         summary="The catalogue: search (?q=), filter by category and price, sort, page by page",
+        roles=EVERYBODY,
         query=ProductsQuery,
+        fields={field: f"?{field}" for field in ("category", "currency", "sort", "limit", "after")} | {"text": "?q"},
         request=_search,
         answer=_page,
         output=list[ProductOut],
@@ -204,6 +216,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         path="/products/{id}",
         operation=Products.get,
         summary="One product",
+        roles=EVERYBODY,
         request=lambda ask: contract.GetProduct(id=ask.path["id"]),
         answer=product_out,
         output=ProductOut,

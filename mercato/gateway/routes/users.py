@@ -7,9 +7,9 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta
 
-from mercato.chassis.contract import Empty, StaleVersion
+from mercato.chassis.contract import MAX_ID, Empty, StaleVersion
 from mercato.contracts import users as contract
-from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY, Role
+from mercato.contracts.roles import EVERYBODY, SIGNED_IN, STAFF_ONLY, Role
 from mercato.contracts.users import Tokens, User, UserPage, Users
 from mercato.gateway.problems import SignInFirst
 from mercato.gateway.route import Ask, Input, Limits, Output, Page, Route
@@ -48,10 +48,10 @@ class RoleIn(Input):
 
 
 class UsersQuery(Input):
-    id: Annotated[int, Meta(ge=1, description="Only this one.")] | None = None
+    id: Annotated[int, Meta(ge=1, le=MAX_ID, description="Only this one.")] | None = None
     role: Role | None = None
     limit: Annotated[int, Meta(ge=1, le=contract.PAGE_LIMIT, description="How many at most.")] = 50
-    after: Annotated[int, Meta(ge=0, description="Only ids above this one.")] = 0
+    after: Annotated[int, Meta(ge=0, le=MAX_ID, description="Only ids above this one.")] = 0
 
 
 class UserOut(Output):
@@ -150,6 +150,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         path="/register",
         operation=Users.register,
         summary="Open an account",
+        roles=EVERYBODY,
         body=RegisterIn,
         examples={
             "a customer": {"email": "carol@example.com", "name": "Carol", "password": "correct horse battery"}
@@ -167,6 +168,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         path="/login",
         operation=Users.sign_in,
         summary="Sign in: an access token for 15 minutes and a refresh token for one use",
+        roles=EVERYBODY,
         body=LoginIn,
         examples={"Alice of the demo data": {"email": "alice@example.com", "password": "demo-password"}},
         request=_sign_in,
@@ -180,6 +182,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         path="/token/refresh",
         operation=Users.refresh,
         summary="New tokens for a refresh token; an old one that comes again ends the session",
+        roles=EVERYBODY,
         body=RefreshIn,
         examples={"the token of the last answer": {"refresh_token": "q4Wv0TgC2m9yRzJ1oX7sLkHbN5eUdFa8PiQ3wVtYxGc"}},
         request=lambda ask: contract.Refresh(refresh_token=ask.body.refresh_token),
@@ -193,6 +196,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         path="/logout",
         operation=Users.sign_out,
         summary="End the session of a refresh token",
+        roles=EVERYBODY,
         body=RefreshIn,
         examples={"the token of the last answer": {"refresh_token": "q4Wv0TgC2m9yRzJ1oX7sLkHbN5eUdFa8PiQ3wVtYxGc"}},
         request=lambda ask: contract.SignOut(refresh_token=ask.body.refresh_token),

@@ -128,6 +128,7 @@ def test_a_token_is_url_safe_and_gives_its_cursor_back_to_its_sort_alone(sort: S
     assert len(made) <= rules.TOKEN_LENGTH
     assert parse_token(sort, made) == cursor
     assert [other for other in SORTS if parse_token(other, made)] == [sort]
+    assert not any(parse_token(sort, made[:4] + junk + made[4:]) for junk in ("!", " ", "\n", "+", "\u0661"))
 
 
 def test_the_longest_name_fits_in_a_token():

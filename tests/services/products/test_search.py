@@ -61,6 +61,7 @@ async def demo_shop(database: Database) -> None:
         ("wireless", {"MOUS-6", "EARB-101"}),
         ("wireless -earbuds", {"MOUS-6"}),
         ("wireless -earbud", {"MOUS-6"}),
+        ("wireless -running", {"EARB-101"}),
         ('"noise cancelling"', {"HEAD-100"}),
         ('"cancelling noise"', set()),
         ("turntable or soundbar", {"TURN-104", "SBAR-105"}),

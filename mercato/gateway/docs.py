@@ -1,0 +1,215 @@
+"""The documentation for people: `/docs` shows `/openapi.json` and calls the API, `/docs/problems` explains refusals.
+
+Everything that the pages need comes from this shop (`docs.html`, `docs.js`, `docs.css`, next to this file); a policy
+forbids browsers to load or call anything else. All is made at start-up and never changes while the process runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import Final
+
+import msgspec
+
+from mercato.chassis import http
+from mercato.chassis.contract import ServiceError
+from mercato.gateway import examples, openapi, problems
+from mercato.gateway.route import Route
+
+POLICY: Final = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HTML: Final = "text/html; charset=utf-8"
+FRESH: Final = "no-cache"
+FOR_EVER: Final = "public, max-age=31536000, immutable"
+"""For what is asked for with the hash of its content in the address."""
+
+WAY_OUT: Final[Mapping[str, str]] = {
+    "body_too_large": "Send less at once.",
+    "deadline_exceeded": "It may or may not have been done. Look, or send it again with the same Idempotency-Key.",
+    "forbidden": "Sign in as somebody who may do this; staff can make others staff.",
+    "host_not_allowed": "Call the address that the shop printed when it started, or start it with tokens required.",
+    "idempotency_key_reused": "Make a new key for each request; send an old key only with exactly its old request.",
+    "internal": "This is a fault of ours. Look for trace_id in the log, or report it.",
+    "internal_error": "This is a fault of ours. Look into the log, or report it.",
+    "invalid_request": "Mend the fields that errors names; the description of the operation says what each may hold.",
+    "malformed_json": "Mend the JSON at the line and column that are named.",
+    "malformed_request": "Check the client: what it sends is not HTTP/1.1.",
+    "method_not_allowed": "Use one of the methods in the header Allow.",
+    "orders.illegal_move": "Make one of the moves in details.legal; where there is none, the order is at its end.",
+    "orders.mixed_currencies": "Place one order for each currency.",
+    "orders.not_found": "Check the id. Somebody else's order answers like one that does not exist.",
+    "orders.price_changed": "Show the new total to the buyer, and place the order again with it. Nothing was ordered.",
+    "overloaded": "Nothing was started: send it again after Retry-After seconds.",
+    "products.archived": "Take the product out of the order.",
+    "products.not_found": "Check the id; GET /products lists what is for sale.",
+    "products.sku_taken": "Choose another sku, or change the product that has this one.",
+    "request_header_too_large": "Send fewer or shorter headers.",
+    "request_in_progress": "Wait a moment, then send the same again: it gets the answer of the first.",
+    "request_timeout": "Send the whole request without pauses.",
+    "route_not_found": "Check the path; /docs has all of them.",
+    "sign_in_first": "POST /login, then send the access token as Authorization: Bearer ACCESS_TOKEN.",
+    "stale_version": "GET it again, look at what has changed, and send the change with the new ETag.",
+    "too_many_connections": "Use fewer connections; keep them open for many requests.",
+    "too_many_pipelined": "Wait for answers before sending more requests on one connection.",
+    "too_many_requests": "Wait for Retry-After seconds.",
+    "unauthenticated": "Get a new access token with POST /token/refresh, or sign in again.",
+    "unavailable": "Send it again after Retry-After seconds, an order with its key; /health/ready says more.",
+    "unsupported_media_type": "Send JSON, with Content-Type: application/json.",
+    "uri_too_long": "Send a shorter path and query.",
+    "users.email_taken": "Sign in, or use another e-mail address.",
+    "users.last_staff_member": "Make somebody else staff first.",
+    "users.not_found": "Check the id. Somebody else's account answers like one that does not exist.",
+    "users.session_ended": "Sign in again with POST /login.",
+    "users.too_many_sign_ins": "Wait for Retry-After seconds.",
+    "users.wrong_credentials": "Check e-mail and password.",
+}
+
+
+class DocsPage(msgspec.Struct, frozen=True):
+    """What a path answers. `headers` go with it; the length is whoever's who sends it."""
+
+    content_type: str
+    body: bytes
+    headers: Mapping[str, str]
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """A problem as `/docs/problems` shows it. `meaning` may be empty, `rows` too: then any request can meet it."""
+
+    code: str
+    status: int
+    sentence: str
+    meaning: str = ""
+    rows: tuple[Route, ...] = ()
+
+
+def pages(routes: Sequence[Route]) -> Mapping[str, DocsPage]:
+    """Every page of the documentation, by path."""
+    script, style = _file("docs.js"), _file("docs.css")
+    version = hashlib.sha256(script + style).hexdigest()[:12]
+    frame = Template(_file("docs.html").decode()).substitute(version=version)
+    return {
+        "/docs": _page(HTML, frame.encode(), FRESH),
+        "/docs/docs.js": _page("text/javascript; charset=utf-8", script, FOR_EVER),
+        "/docs/docs.css": _page("text/css; charset=utf-8", style, FOR_EVER),
+        "/docs/problems": _page(HTML, _problems_page(refusals(routes), version).encode(), FRESH),
+    }
+
+
+def refusals(routes: Sequence[Route]) -> list[Refusal]:
+    """Every problem that the API can answer, by code: of the rows, of the gateway, and of the HTTP server before it."""
+    rows: dict[type[ServiceError], list[Route]] = {}
+    for route in routes:
+        for kind in openapi.errors_of(route, open_shop=False):
+            rows.setdefault(kind, []).append(route)
+    anywhere = (problems.RouteNotFound, problems.MethodNotAllowed, problems.HostNotAllowed)
+    of_errors = [
+        *(_refusal(kind, () if len(used) == len(routes) else used) for kind, used in rows.items()),
+        *(_refusal(kind, ()) for kind in anywhere),
+    ]
+    known = {refusal.code for refusal in of_errors}
+    of_server = [refusal for refusal in _server_refusals() if refusal.code not in known]
+    return sorted([*of_errors, *of_server], key=lambda refusal: refusal.code)
+
+
+def _refusal(kind: type[ServiceError], rows: Iterable[Route]) -> Refusal:
+    error = examples.error(kind)
+    meaning = inspect.cleandoc(kind.__dict__.get("__doc__") or "")
+    return Refusal(error.code, problems.status_of(error), str(error), meaning, tuple(rows))
+
+
+def _server_refusals() -> list[Refusal]:
+    """Those of requests that never become one: the server answers them before the API sees them."""
+    limits = http.LimitRefusals.of(http.HttpLimits())
+    of_limits: list[http.Refusal] = list(msgspec.structs.asdict(limits).values())
+    others = [http.MALFORMED, http.INTERNAL_ERROR, http.TOO_MANY_CONNECTIONS, http.TOO_MANY_PIPELINED]
+    return [Refusal(refusal.code, refusal.status, refusal.detail) for refusal in (*of_limits, *others)]
+
+
+def _file(name: str) -> bytes:
+    return files("mercato.gateway").joinpath(name).read_bytes()
+
+
+def _page(content_type: str, body: bytes, caching: str) -> DocsPage:
+    headers = {
+        "cache-control": caching,
+        "content-security-policy": POLICY,
+        "referrer-policy": "no-referrer",
+        "x-content-type-options": "nosniff",
+    }
+    return DocsPage(content_type, body, headers)
+
+
+# -------------------------------------------------------------------------------------------------------- problems
+
+_PROBLEMS: Final = Template("""\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Problems - Mercato API</title>
+<link rel="icon" href="data:,">
+<link rel="stylesheet" href="/docs/docs.css?v=$version">
+</head>
+<body>
+<a class="skip" href="#main">Skip to the problems</a>
+<header class="bar"><a class="brand" href="/docs">Mercato <span>API</span></a></header>
+<main id="main" class="problems" tabindex="-1">
+<h1>Problems</h1>
+<p>What is refused is answered with a problem (RFC 9457, <code>application/problem+json</code>): <code>code</code> is
+for programs, <code>detail</code> for people, <code>errors</code> names wrong fields, <code>details</code> has what else
+is known, <code>trace_id</code> finds the request in our logs, and <code>type</code> leads to this page. Codes below 500
+are for the caller to mend; 503 and 504 pass; 500 is a fault of ours.</p>
+$articles
+</main>
+</body>
+</html>
+""")
+
+_ARTICLE: Final = Template("""\
+<article id="$code">
+<h2><a href="#$code"><code>$code</code></a> <span class="status s$class_">$status</span></h2>
+$meaning<dl>
+<dt>Says</dt><dd>$sentence</dd>
+<dt>Way out</dt><dd>$way_out</dd>
+<dt>Answered by</dt><dd class="from">$rows</dd>
+</dl>
+</article>""")
+
+
+def _problems_page(shown: Sequence[Refusal], version: str) -> str:
+    return _PROBLEMS.substitute(version=version, articles="\n".join(map(_article, shown)))
+
+
+def _article(refusal: Refusal) -> str:
+    return _ARTICLE.substitute(
+        code=escape(refusal.code),
+        status=refusal.status,
+        class_=refusal.status // 100,
+        meaning=f"<p>{_marked(refusal.meaning)}</p>\n" if refusal.meaning else "",
+        sentence=escape(refusal.sentence),
+        way_out=escape(WAY_OUT.get(refusal.code, "See the description of the operation.")),
+        rows=" ".join(map(_link, refusal.rows)) or "any request",
+    )
+
+
+def _link(route: Route) -> str:
+    return f'<a href="/docs#{openapi.operation_id(route)}">{route.method} {escape(route.path)}</a>'
+
+
+_CODE: Final = re.compile(r"`([^`]+)`")
+
+
+def _marked(text: str) -> str:
+    """HTML of a docstring: its `code` is set apart."""
+    return _CODE.sub(r"<code>\1</code>", escape(text))

@@ -1,0 +1,83 @@
+"""The tour of the README, run as it is written, against a real shop."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.process import Process, data_folder, remove
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+TOUR = README[README.index("## A tour of one minute") : README.index("## The command line")]
+BLOCKS = re.findall(r"```sh\n(.*?)```", TOUR, re.DOTALL)
+
+pytestmark = [
+    pytest.mark.postgres,
+    pytest.mark.skipif(shutil.which("curl") is None, reason="the tour is written for curl, which is not installed"),
+]
+
+
+def commands(block: str) -> list[str]:
+    """The commands of a block, each with the lines that it goes on in."""
+    return [command for command in re.split(r"(?<!\\)\n", block) if command.strip()]
+
+
+def typed(command: str, folder: Path, port: int) -> str:
+    """What a command prints when it is typed in `folder`, with the shop on another port than the README's."""
+    line = command.replace("localhost:8080", f"localhost:{port}").replace("curl ", "curl --silent --show-error ")
+    done = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_tour_does_what_the_readme_says() -> None:
+    with data_folder() as beside:
+        folder, data = beside.parent, beside.with_name(".mercato")
+        try:
+            answers = take_tour(folder, data)
+        finally:
+            remove(data)
+    found, alice, first, again, listed, short, illegal, confirmed, history, after_kill, login = answers
+    assert "Headphones" in [product["name"] for product in found]
+    assert [user["name"] for user in alice] == ["Alice"]
+    assert first["id"] == 1001
+    assert first["total"] == {"amount": "1099.97", "currency": "USD"}
+    assert again == first
+    assert [order["id"] for order in listed] == [1001]
+    assert short["total"]["amount"] == "99.99"
+    assert (illegal["status"], illegal["details"]["legal"]) == (409, ["cancelled", "confirmed"])
+    assert confirmed["status"] == "confirmed"
+    assert [entry["after"] for entry in history] == ["pending", "confirmed"]
+    assert after_kill == confirmed
+    assert login["user"]["name"] == "Alice"
+
+
+def take_tour(folder: Path, data: Path) -> list[Any]:
+    """The answers of all its commands, in order; where it pulls the plug, the shop is started again."""
+    answers: list[Any] = []
+    shop = Process(data, as_json=False)
+    try:
+        shop.ready()
+        port = int(shop.url.rpartition(":")[2])
+        for block in BLOCKS:
+            for command in commands(block):
+                if command.startswith("kill"):
+                    shop.tree()
+                    typed(command, folder, port)
+                    shop.assert_gone()
+                    shop.__exit__()
+                    shop = Process(data, as_json=False, port=port).ready()
+                else:
+                    answers.append(json.loads(typed(command, folder, port)))
+    finally:
+        shop.__exit__()
+    return answers
+
+
+def test_the_readme_has_a_tour() -> None:
+    assert sum(len(commands(block)) for block in BLOCKS) == 12

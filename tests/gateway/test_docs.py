@@ -1,0 +1,151 @@
+"""The documentation's pages: complete, self-contained, and allowed to do no more than they must."""
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from mercato.gateway import docs, openapi
+from mercato.gateway.routes import ROUTES
+
+PAGES = docs.pages(ROUTES)
+HTML_PATHS = ["/docs", "/docs/problems"]
+MAX_TOTAL_BYTES = 96 * 1024
+
+each_html = pytest.mark.parametrize("path", HTML_PATHS)
+
+
+class Elements(HTMLParser):
+    """The elements of a page, with their attributes, and the ids in the order in which they come."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    @property
+    def addresses(self) -> list[str]:
+        return [value for _, a in self.seen for name in ("href", "src") if (value := a.get(name)) is not None]
+
+    @property
+    def ids(self) -> list[str]:
+        return [value for _, a in self.seen if (value := a.get("id")) is not None]
+
+
+def text(path: str) -> str:
+    return PAGES[path].body.decode()
+
+
+def codes_in_the_description() -> set[str]:
+    documents = [openapi.document(ROUTES, open_shop=open_shop, server_url=None) for open_shop in (False, True)]
+    return {code for document in documents for code in document["components"]["examples"]}
+
+
+# ----------------------------------------------------------------------------------------------------------- all pages
+
+
+def test_these_are_the_pages():
+    assert {path: page.content_type.partition(";")[0] for path, page in PAGES.items()} == {
+        "/docs": "text/html",
+        "/docs/docs.js": "text/javascript",
+        "/docs/docs.css": "text/css",
+        "/docs/problems": "text/html",
+    }
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_no_page_speaks_of_another_host(path: str):
+    assert re.findall(r"https?://[^/'\"`\s]+", text(path)) == []
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_browsers_may_load_and_call_this_shop_alone(path: str):
+    policy = dict(part.strip().split(" ", 1) for part in PAGES[path].headers["content-security-policy"].split(";"))
+
+    assert policy["default-src"] == "'none'"
+    assert {policy[name] for name in ("script-src", "style-src", "connect-src")} == {"'self'"}
+    assert PAGES[path].headers["x-content-type-options"] == "nosniff"
+
+
+def test_what_is_sent_stays_small():
+    assert sum(len(page.body) for page in PAGES.values()) < MAX_TOTAL_BYTES
+
+
+@each_html
+def test_a_page_works_under_its_policy(path: str):
+    page = Elements(text(path))
+
+    assert [tag for tag, a in page.seen if tag == "style" or (tag == "script" and "src" not in a)] == []
+    assert [name for _, a in page.seen for name in a if name == "style" or name.startswith("on")] == []
+
+
+@each_html
+def test_a_page_refers_to_what_is_there(path: str):
+    page = Elements(text(path))
+    local = {address.partition("?")[0].partition("#")[0] for address in page.addresses if address.startswith("/")}
+    anchors = {address.removeprefix("#") for address in page.addresses if address.startswith("#")}
+    others = {address for address in page.addresses if not address.startswith(("/", "#"))}
+
+    assert local <= {*PAGES, *openapi.PAGES}
+    assert anchors <= set(page.ids)
+    assert others == {"data:,"}
+
+
+@each_html
+def test_ids_are_unique(path: str):
+    ids = Elements(text(path)).ids
+
+    assert len(ids) == len(set(ids))
+
+
+def test_an_asset_that_is_kept_for_ever_has_its_content_in_its_address():
+    addresses = [address for address in Elements(text("/docs")).addresses if address.startswith("/docs/docs.")]
+
+    assert {address.partition("?")[0] for address in addresses} == {"/docs/docs.js", "/docs/docs.css"}
+    assert all(re.search(r"\?v=[0-9a-f]{12}$", address) for address in addresses)
+    assert "immutable" in PAGES["/docs/docs.js"].headers["cache-control"]
+    assert "immutable" not in PAGES["/docs"].headers["cache-control"]
+
+
+# ---------------------------------------------------------------------------------------------------------- script
+
+
+def test_the_script_keeps_no_token_and_makes_no_markup_of_data():
+    script = text("/docs/docs.js")
+
+    assert [word for word in ("localStorage", "sessionStorage", "indexedDB", "document.cookie") if word in script] == []
+    assert [word for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval(") if word in script] == []
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_the_script_has_no_syntax_error():
+    done = subprocess.run(["node", "--check", "-"], input=PAGES["/docs/docs.js"].body, capture_output=True, timeout=60)
+
+    assert done.returncode == 0, done.stderr.decode()
+
+
+# -------------------------------------------------------------------------------------------------------- problems
+
+
+def test_every_problem_of_the_description_has_its_place():
+    assert codes_in_the_description() <= set(Elements(text("/docs/problems")).ids)
+
+
+def test_every_problem_has_a_status_and_a_way_out():
+    refusals = docs.refusals(ROUTES)
+
+    assert {refusal.code for refusal in refusals} == set(docs.WAY_OUT)
+    assert all(400 <= refusal.status < 600 and refusal.sentence for refusal in refusals)
+    assert len({refusal.code for refusal in refusals}) == len(refusals)
+
+
+def test_links_of_problems_lead_to_operations():
+    links = re.findall(r'href="/docs#([^"]+)"', text("/docs/problems"))
+
+    assert links
+    assert set(links) <= {openapi.operation_id(route) for route in ROUTES}

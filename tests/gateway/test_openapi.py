@@ -1,0 +1,347 @@
+"""The API's description is valid, complete, and true: it comes from the table, and its examples fit its own schemas."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from jsonschema import Draft202012Validator
+from openapi_spec_validator import OpenAPIV31SpecValidator
+
+from mercato.chassis.contract import MAX_ID, Actor
+from mercato.gateway import examples, openapi, problems
+from mercato.gateway.problems import HostNotAllowed, SignInFirst
+from mercato.gateway.route import Ask, Output, Route
+from mercato.gateway.routes import ROUTES
+
+CLOSED = openapi.document(ROUTES, open_shop=False, server_url=None)
+OPEN = openapi.document(ROUTES, open_shop=True, server_url="http://127.0.0.1:8080")
+
+each_route = pytest.mark.parametrize("route", ROUTES, ids=openapi.operation_id)
+each_document = pytest.mark.parametrize("document", [CLOSED, OPEN], ids=["closed", "open"])
+
+
+def described(route: Route, document: dict[str, Any] = CLOSED) -> dict[str, Any]:
+    return document["paths"][route.path][route.method.lower()]
+
+
+def resolved(thing: dict[str, Any], document: dict[str, Any] = CLOSED) -> dict[str, Any]:
+    while "$ref" in thing:
+        target: Any = document
+        for key in thing["$ref"].removeprefix("#/").split("/"):
+            target = target[key]
+        thing = target
+    return thing
+
+
+def validator(schema: dict[str, Any]) -> Draft202012Validator:
+    return Draft202012Validator({"allOf": [schema], "components": CLOSED["components"]})
+
+
+def component(name: str) -> Draft202012Validator:
+    return validator({"$ref": f"#/components/schemas/{name}"})
+
+
+def operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            yield method.upper(), path, operation
+
+
+def contents(operation: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every body that an operation takes or answers with."""
+    for holder in (operation.get("requestBody", {}), *operation["responses"].values()):
+        yield from resolved(holder).get("content", {}).values()
+
+
+# ---------------------------------------------------------------------------------------------------- the document
+
+
+@each_document
+def test_the_document_is_valid(document: dict[str, Any]):
+    errors = [error.message for error in OpenAPIV31SpecValidator(document).iter_errors()]
+
+    assert errors == []
+
+
+@each_document
+def test_it_describes_the_rows_and_the_known_pages_and_nothing_else(document: dict[str, Any]):
+    rows = {(route.method, route.path) for route in ROUTES}
+    pages = {("GET", path) for path in openapi.PAGES}
+
+    assert {(method, path) for method, path, _ in operations(document)} == rows | pages
+
+
+def test_it_survives_json():
+    assert msgspec.json.decode(msgspec.json.encode(OPEN)) == OPEN
+
+
+def test_operation_ids_are_unique():
+    ids = [operation["operationId"] for _, _, operation in operations(CLOSED)]
+
+    assert len(ids) == len(set(ids))
+
+
+def test_every_tag_that_is_used_is_described():
+    tags = {tag["name"]: tag["description"] for tag in CLOSED["tags"]}
+
+    assert all(tags.values())
+    assert {tag for _, _, operation in operations(CLOSED) for tag in operation["tags"]} == set(tags)
+
+
+def test_every_component_is_used():
+    text = msgspec.json.encode(CLOSED).decode()
+    unused = [
+        f"{kind}/{name}"
+        for kind, named in CLOSED["components"].items()
+        for name in named
+        if kind != "securitySchemes" and f"#/components/{kind}/{name}" not in text
+    ]
+
+    assert unused == []
+
+
+def test_the_server_is_named_where_it_is_known():
+    assert OPEN["servers"] == [{"url": "http://127.0.0.1:8080"}]
+    assert "servers" not in CLOSED
+
+
+# --------------------------------------------------------------------------------------------------------- examples
+
+
+@pytest.mark.parametrize("operation", [o for *_, o in operations(CLOSED)], ids=lambda o: o["operationId"])
+def test_every_example_fits_its_own_schema(operation: dict[str, Any]):
+    for content in contents(operation):
+        shown = [resolved(example)["value"] for example in content.get("examples", {}).values()]
+        shown += [content["example"]] if "example" in content else []
+        for example in shown:
+            validator(content["schema"]).validate(example)
+    for parameter in map(resolved, operation.get("parameters", [])):
+        if "example" in parameter:
+            validator(parameter["schema"]).validate(parameter["example"])
+
+
+@each_route
+def test_every_example_of_a_body_makes_a_request_of_the_operation(route: Route):
+    for body in examples.bodies(route).values() if route.body else [None]:
+        query = msgspec.convert({}, route.query) if route.query else None
+        typed = msgspec.convert(body, route.body) if route.body else None
+        ask = Ask(Actor("staff", 1), {"id": 1}, query, typed, None, None, b"")
+
+        assert isinstance(route.request(ask), route.operation.request)
+
+
+@each_route
+def test_every_body_has_an_example(route: Route):
+    body = described(route).get("requestBody")
+
+    assert (body is None) == (route.body is None)
+    assert body is None or body["content"]["application/json"]["examples"]
+
+
+def test_a_body_without_an_example_in_its_row_gets_one_that_is_valid():
+    route = next(route for route in ROUTES if route.path == "/products" and route.body is not None)
+    bare = msgspec.structs.replace(route, examples={})
+
+    (body,) = examples.bodies(bare).values()
+
+    component("CreateProductIn").validate(body)
+    assert msgspec.convert(body, bare.body)
+
+
+def test_an_answer_says_what_its_request_said():
+    create, move, cancel = (
+        next(r for r in ROUTES if openapi.operation_id(r) == name)
+        for name in ("products.create", "orders.move", "orders.cancel")
+    )
+
+    assert examples.answer(create)["price"] == next(iter(create.examples.values()))["price"]
+    assert examples.answer(move)["status"] == "confirmed"
+    assert examples.answer(cancel)["status"] == "cancelled"
+
+
+# ---------------------------------------------------------------------------------------------------------- answers
+
+
+@each_route
+def test_a_row_answers_with_its_status_and_the_headers_that_it_sets(route: Route):
+    success = described(route)["responses"][str(route.status)]
+
+    assert ("content" in success) == (route.output is not None)
+    assert ("ETag" in success["headers"]) == (route.etag is not None)
+    assert ("Location" in success["headers"]) == (route.location is not None)
+    assert ("Idempotent-Replayed" in success["headers"]) == (route.replayed is not None)
+    assert "X-Request-Id" in success["headers"]
+
+
+def test_pages_of_a_collection_have_a_link():
+    success = CLOSED["paths"]["/orders"]["get"]["responses"]["200"]
+
+    assert success["content"]["application/json"]["schema"]["type"] == "array"
+    assert "Link" in success["headers"]
+
+
+@each_route
+@each_document
+def test_every_error_of_a_row_is_at_its_status(route: Route, document: dict[str, Any]):
+    for kind in (*route.errors, *openapi.errors_of(route, open_shop=document is OPEN)):
+        error = examples.error(kind)
+        response = resolved(described(route, document)["responses"][str(problems.status_of(error))], document)
+        example = response["content"]["application/problem+json"]["examples"][kind.code]
+
+        assert resolved(example, document)["value"]["code"] == kind.code
+        assert (error.retry_after_s is None) or "Retry-After" in response["headers"]
+
+
+def test_what_a_row_is_decides_what_it_can_refuse():
+    place = described(next(r for r in ROUTES if r.idempotency))["responses"]
+    update = described(next(r for r in ROUTES if r.if_match))["responses"]
+    limited = described(next(r for r in ROUTES if r.limits.per_second is not None))["responses"]
+    plain = CLOSED["paths"]["/products/{id}"]["get"]["responses"]
+
+    assert {"400", "401", "413", "415", "422", "503", "504"} <= set(place)
+    assert "412" in update
+    assert "429" in limited
+    assert {"403", "412", "413", "415", "422", "429"}.isdisjoint(plain)
+
+
+# ------------------------------------------------------------------------------------------------------------ asking
+
+
+@each_route
+def test_parameters_are_those_of_the_path_the_query_and_the_headers(route: Route):
+    parameters = {p["name"]: p for p in map(resolved, described(route).get("parameters", []))}
+    query = {field.encode_name for field in msgspec.structs.fields(route.query)} if route.query else set()
+
+    assert {name for name, p in parameters.items() if p["in"] == "path"} == ({"id"} if "{id}" in route.path else set())
+    assert {name for name, p in parameters.items() if p["in"] == "query"} == query
+    assert ("Idempotency-Key" in parameters) == route.idempotency
+    assert ("If-Match" in parameters) == route.if_match
+    if "id" in parameters and parameters["id"]["in"] == "path":
+        assert parameters["id"]["schema"] == {"type": "integer", "minimum": 1, "maximum": MAX_ID}
+
+
+def test_query_parameters_have_their_constraints():
+    parameters = {p["name"]: p for p in CLOSED["paths"]["/orders"]["get"]["parameters"]}
+
+    assert parameters["limit"]["schema"] == {"type": "integer", "minimum": 1, "maximum": 200, "default": 50}
+    assert parameters["status"]["schema"]["enum"] == ["pending", "confirmed", "completed", "cancelled"]
+    assert parameters["status"]["schema"]["type"] == "string"  # nothing is the absence of a filter, null is not
+
+
+def test_a_token_is_needed_by_role_and_optional_in_an_open_shop():
+    place = next(r for r in ROUTES if r.path == "/orders" and r.method == "POST")
+    search = next(r for r in ROUTES if r.path == "/products" and r.method == "GET")
+
+    assert described(place)["security"] == [{"bearer": []}]
+    assert described(place, OPEN)["security"] == [{}, {"bearer": []}]
+    assert described(search)["security"] == []
+    assert SignInFirst in openapi.errors_of(place, open_shop=False)
+    assert SignInFirst not in openapi.errors_of(place, open_shop=True)
+    assert HostNotAllowed in openapi.errors_of(place, open_shop=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- schemas
+
+
+def structs(model: Any) -> Iterator[type[msgspec.Struct]]:
+    if isinstance(model, type) and issubclass(model, msgspec.Struct):
+        yield model
+        for field in msgspec.structs.fields(model):
+            yield from structs(field.type)
+    for part in getattr(model, "__args__", ()):
+        yield from structs(part)
+
+
+def test_inputs_refuse_unknown_fields_and_answers_may_get_new_ones():
+    inputs = {struct.__name__ for route in ROUTES for struct in structs(route.body)}
+    outputs = {struct for route in ROUTES for struct in structs(route.output)}
+    named = CLOSED["components"]["schemas"]
+
+    assert all(named[name]["additionalProperties"] is False for name in inputs)
+    assert all("additionalProperties" not in named[struct.__name__] for struct in outputs)
+    assert all(
+        set(named[struct.__name__]["required"]) == set(named[struct.__name__]["properties"])
+        for struct in outputs
+        if issubclass(struct, Output)
+    )
+
+
+@pytest.mark.parametrize(
+    ("amount", "fits"),
+    [
+        ("99.99", True),
+        (12.5, True),
+        (5, True),
+        ("0", True),
+        ("a lot", False),
+        (-1, False),
+        ("-2", False),
+        (None, False),
+    ],
+)
+def test_an_amount_is_a_string_or_a_number(amount: Any, fits: bool):
+    assert component("MoneyIn").is_valid({"amount": amount, "currency": "USD"}) is fits
+
+
+def test_what_may_be_null_may_be_left_out():
+    order = component("PlaceOrderIn")
+
+    assert order.is_valid({"user_id": 1, "product_id": 100})
+    assert order.is_valid({"user_id": 1, "product_id": 100, "items": None, "amount": None, "currency": None})
+    assert not order.is_valid({"user_id": None, "product_id": 100})
+
+
+def test_times_and_enumerations_are_exact():
+    order = CLOSED["components"]["schemas"]["OrderOut"]["properties"]
+
+    assert order["created_at"] == {"type": "string", "format": "date-time"}
+    assert order["status"] == {"type": "string", "enum": ["pending", "confirmed", "completed", "cancelled"]}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"user_id": 1},
+        {"user_id": 0, "product_id": 1},
+        {"user_id": "1", "product_id": 1},
+        {"user_id": 1, "items": []},
+        {"user_id": 1, "items": [{"product_id": 1}] * 100},
+        {"user_id": 1, "items": [{"product_id": 1}] * 101},
+        {"user_id": 1, "items": [{"product_id": 1, "quantity": 10_001}]},
+        {"user_id": 1, "product_id": MAX_ID},
+        {"user_id": 1, "product_id": MAX_ID + 1},
+        {"user_id": 1, "product_id": 1, "currency": "usd"},
+        {"user_id": 1, "product_id": 1, "qty": 2},
+    ],
+)
+def test_schema_and_gateway_agree_on_an_order(body: dict[str, Any]):
+    place = next(route for route in ROUTES if route.path == "/orders" and route.method == "POST")
+    assert place.body is not None
+    try:
+        msgspec.json.decode(msgspec.json.encode(body), type=place.body)
+        taken = True
+    except msgspec.ValidationError:
+        taken = False
+
+    assert component("PlaceOrderIn").is_valid(body) is taken
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "fits"),
+    [
+        ("IfMatch", '"3"', True),
+        ("IfMatch", 'W/"3"', True),
+        ("IfMatch", "*", True),
+        ("IfMatch", "3", False),
+        ("IfMatch", '"3", "4"', False),
+        ("IdempotencyKey", "k", True),
+        ("IdempotencyKey", '"quoted"', True),
+        ("IdempotencyKey", '""', False),
+        ("IdempotencyKey", "two words", False),
+        ("IdempotencyKey", "k" * 256, False),
+    ],
+)
+def test_headers_are_described_as_they_are_read(header: str, value: str, fits: bool):
+    assert validator(CLOSED["components"]["parameters"][header]["schema"]).is_valid(value) is fits

@@ -1,0 +1,156 @@
+"""A client that blocks, for tests of processes: one connection, and nothing between the test and what was sent."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import itertools
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import msgspec
+
+ANSWER_SECONDS = 20.0
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """`json` is None where the body is not JSON."""
+
+    status: int
+    headers: Mapping[str, str]
+    json: Any
+    text: str
+
+
+class Caller:
+    """A client of one shop. Raises OSError or HTTPException when no answer comes."""
+
+    def __init__(self, url: str, token: str | None = None) -> None:
+        address = urlsplit(url)
+        assert address.hostname
+        self.token = token
+        self.connection = http.client.HTTPConnection(address.hostname, address.port, timeout=ANSWER_SECONDS)
+
+    def call(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+        """`body` is sent as JSON; `If_Match="1"` is sent as a header."""
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        if self.token is not None:
+            sent["Authorization"] = f"Bearer {self.token}"
+        if body is not None:
+            sent["Content-Type"] = "application/json"
+        try:
+            self.connection.request(method, path, None if body is None else json.dumps(body), sent)
+            return self.answer()
+        except (OSError, http.client.HTTPException):
+            self.connection.close()
+            raise
+
+    def answer(self) -> Answer:
+        """The answer to what was sent last."""
+        response = self.connection.getresponse()
+        text = response.read().decode()
+        is_json = "json" in response.headers.get("Content-Type", "") and bool(text)
+        names = {name.lower(): value for name, value in response.headers.items()}
+        return Answer(response.status, names, json.loads(text) if is_json else None, text)
+
+    def get(self, path: str, **headers: str) -> Answer:
+        return self.call("GET", path, **headers)
+
+    def post(self, path: str, body: Any = None, **headers: str) -> Answer:
+        return self.call("POST", path, body, **headers)
+
+    def order(self, key: str | None = None, *, user_id: int = 1, product_id: int = 100) -> Answer:
+        """Places an order of one piece."""
+        headers = {} if key is None else {"Idempotency_Key": key}
+        return self.post("/orders", {"user_id": user_id, "product_id": product_id}, **headers)
+
+    def sign_in(self, email: str, password: str) -> Answer:
+        """Further calls come from this account."""
+        reply = self.post("/login", {"email": email, "password": password})
+        assert reply.status == 200, reply.text
+        self.token = reply.json["access_token"]
+        return reply
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
+
+
+class Buyers:
+    """Clients that place orders with keys of their own until they are told to stop; every answer is kept.
+
+    A buyer whose request got no answer, or a 503, tries again with the same key, as the documentation tells clients.
+    """
+
+    _runs = itertools.count(1)
+
+    def __init__(self, caller: Callable[[], Caller], count: int = 4) -> None:
+        self.placed: dict[str, int] = {}
+        self.statuses: Counter[int] = Counter()
+        self.unanswered = 0
+        self.pending: set[str] = set()
+        self._caller = caller
+        self._name = f"load-{next(self._runs)}"
+        self._stopped = threading.Event()
+        self._threads = [threading.Thread(target=self._buy, args=(number,), daemon=True) for number in range(count)]
+
+    def _buy(self, number: int) -> None:
+        with self._caller() as caller:
+            for turn in itertools.count():
+                key = f"{self._name}-{number}-{turn}"
+                self.pending.add(key)
+                while not self._try(caller, key):
+                    if self._stopped.wait(0.02):
+                        return
+                self.pending.discard(key)
+                if self._stopped.is_set():
+                    return
+
+    def _try(self, caller: Caller, key: str) -> bool:
+        try:
+            reply = caller.order(key)
+        except (OSError, http.client.HTTPException):
+            self.unanswered += 1
+            return False
+        self.statuses[reply.status] += 1
+        if reply.status == 201:
+            self.placed[key] = reply.json["id"]
+        return reply.status == 201
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join(ANSWER_SECONDS)
+
+
+def all_order_ids(caller: Caller) -> list[int]:
+    """Every order that the shop has, by following the pages."""
+    found: list[int] = []
+    path: str | None = "/orders?limit=200"
+    while path is not None:
+        reply = caller.get(path)
+        assert reply.status == 200, reply.text
+        found += [order["id"] for order in reply.json]
+        path = _next(reply.headers.get("link", ""))
+    return found
+
+
+def _next(link: str) -> str | None:
+    target, _, relation = link.partition(">; ")
+    if 'rel="next"' not in relation:
+        return None
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(target.removeprefix("<"))
+        return f"{parts.path}?{parts.query}"
+    return None
