@@ -42,6 +42,15 @@ def configure_logging(level: str = "info", stream: BinaryIO | None = None) -> No
         logger_factory=structlog.BytesLoggerFactory(stream or sys.stderr.buffer),
         cache_logger_on_first_use=False,
     )
+    logging.basicConfig(handlers=[_ToStructlog()], level=logging.WARNING, force=True)
+
+
+class _ToStructlog(logging.Handler):
+    """What libraries say through the standard library's logging comes out as the same JSON lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logger = structlog.stdlib.get_logger(record.name)
+        logger.log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info)
 
 
 def _add_call(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -7,7 +7,8 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta
 
-from ..chassis.contract import MAX_ID, Contract, Kind, Message, Retry, ServiceError, batched, single
+from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Retry, ServiceError, batched, single
+
 from .roles import SIGNED_IN, STAFF_ONLY
 
 OrderId = Annotated[int, Meta(ge=1, le=MAX_ID)]
@@ -138,7 +139,7 @@ class OrderNotFound(ServiceError, code="orders.not_found", kind=Kind.NOT_FOUND):
 class PriceChanged(ServiceError, code="orders.price_changed", kind=Kind.CONFLICT):
     """The client showed another total than the catalogue gives. Nothing was ordered."""
 
-    sentence = "The total of this order is {actual_minor} {currency} (minor units), not {expected_minor}."
+    sentence = "The catalogue's total for this order is another one than was shown to the buyer."
     expected_minor: int
     actual_minor: int
     currency: str

@@ -423,7 +423,7 @@ def _numbers(parts: Mapping[str, str], path: str) -> Mapping[str, int]:
 MAX_ID_DIGITS: Final = len(str(MAX_ID))
 
 
-_ETAG: Final = re.compile(rb'^(?:W/)?"(\d{1,9})"$')
+_ETAG: Final = re.compile(rb'^(?:W/)?"([1-9]\d{0,8})"$')
 
 
 def _version(if_match: bytes, row: _Compiled) -> int | None:

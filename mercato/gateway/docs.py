@@ -17,7 +17,7 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis import http
+from mercato.chassis.http import limits as http
 from mercato.chassis.contract import ServiceError
 from mercato.gateway import examples, openapi, problems
 from mercato.gateway.route import Route
@@ -112,7 +112,11 @@ def refusals(routes: Sequence[Route]) -> list[Refusal]:
             rows.setdefault(kind, []).append(route)
     anywhere = (problems.RouteNotFound, problems.MethodNotAllowed, problems.HostNotAllowed)
     of_errors = [
-        *(_refusal(kind, () if len(used) == len(routes) else used) for kind, used in rows.items()),
+        *(
+            _refusal(kind, () if len(used) == len(routes) else used)
+            for kind, used in rows.items()
+            if kind not in anywhere
+        ),
         *(_refusal(kind, ()) for kind in anywhere),
     ]
     known = {refusal.code for refusal in of_errors}

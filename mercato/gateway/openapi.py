@@ -72,6 +72,9 @@ ROLES: Final[Mapping[frozenset[str], str]] = {
     EVERYBODY - {ANONYMOUS, CUSTOMER}: "For staff.",
 }
 
+KEY_PATTERN: Final = r"""^([!#-~][!-~]*|"([!#-\[\]-~]|\\["\\])+")$"""
+"""Bare, or a structured-field string (RFC 8941), as `idempotency.py` reads it."""
+
 HEADERS: Final[Mapping[str, Json]] = {
     "ETag": {
         "description": "The version of what is answered, for If-Match.",
@@ -109,7 +112,7 @@ PARAMETERS: Final[Mapping[str, Json]] = {
         "in": "header",
         "description": "A name of your own for this request: however often it is sent, it is done once, and answered "
         "the same. 1 to 255 printable ASCII characters without spaces; use a fresh UUID. Kept for a day.",
-        "schema": {"type": "string", "maxLength": 255, "pattern": '^(?!""$)[!-~]+$'},
+        "schema": {"type": "string", "maxLength": 255, "pattern": KEY_PATTERN},
         "example": "0c5ce2f0-9d1c-4f0e-8f0b-6b7c1f8f4f57",
     },
     "IfMatch": {
@@ -165,6 +168,8 @@ def errors_of(route: Route, *, open_shop: bool) -> tuple[type[ServiceError], ...
         following.append(problems.HostNotAllowed)
     elif ANONYMOUS not in route.roles:
         following.append(problems.SignInFirst)
+    if "{" in route.path:
+        following.append(problems.RouteNotFound)
     if CUSTOMER not in route.roles:
         following.append(Forbidden)
     if route.limits.per_second is not None:
@@ -340,7 +345,7 @@ class _Described:
             "security": [],
             "x-roles": sorted(EVERYBODY),
             "responses": {
-                **{str(status): response for status, response in page.responses.items()},
+                **{str(status): _with_request_id(response) for status, response in page.responses.items()},
                 **self._refusals(kinds),
             },
         }
@@ -351,6 +356,10 @@ _SUCCESSES: Final = {200: "Done", 201: "Made", 202: "Accepted", 204: "Done; ther
 
 def _headers(names: Iterable[str]) -> Json:
     return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def _with_request_id(response: Json) -> Json:
+    return {**response, "headers": {**response.get("headers", {}), **_headers(["X-Request-Id"])}}
 
 
 def _description(route: Route) -> str:

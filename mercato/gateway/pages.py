@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from ipaddress import ip_address
@@ -18,7 +19,7 @@ from starlette.routing import Route as PageRoute
 from mercato.chassis.contract import Context, Forbidden, Internal, ServiceError, current
 from mercato.chassis.telemetry import Telemetry
 from mercato.contracts.roles import STAFF
-from mercato.gateway import problems
+from mercato.gateway import docs, openapi, problems
 from mercato.gateway.auth import Gatekeeper, Verifier
 from mercato.gateway.route import Route
 
@@ -37,7 +38,6 @@ class Pages:
         telemetry: Telemetry,
         ready: Callable[[], Awaitable[Mapping[str, bool]]],
     ) -> None:
-        self._routes = routes
         self._gatekeeper = gatekeeper
         self._verifier = verifier
         self._telemetry = telemetry
@@ -49,6 +49,8 @@ class Pages:
                 PageRoute("/health/ready", self._readiness),
                 PageRoute("/metrics", self._metrics),
                 PageRoute("/.well-known/jwks.json", self._jwks),
+                PageRoute("/openapi.json", _prepared(_description(routes, open_shop=gatekeeper.open))),
+                *(PageRoute(path, _prepared(page)) for path, page in docs.pages(routes).items()),
             ],
             exception_handlers={HTTPException: _http_problem, ServiceError: _problem, Exception: _bug},
         )
@@ -101,6 +103,23 @@ class Pages:
         call = current.get()
         deadline = min(call.deadline, time.monotonic() + KEYS_SECONDS)
         current.set(Context(call.actor, deadline, call.trace_id, call.request_id))
+
+
+def _description(routes: Sequence[Route], *, open_shop: bool) -> docs.DocsPage:
+    body = msgspec.json.encode(openapi.document(routes, open_shop=open_shop, server_url=None))
+    return docs.DocsPage("application/json", body, {"cache-control": "no-cache"})
+
+
+def _prepared(page: docs.DocsPage) -> Callable[[Request], Awaitable[Response]]:
+    """An endpoint whose answer never changes: made, and compressed, before the first request."""
+    headers = {**page.headers, "content-type": page.content_type, "vary": "accept-encoding"}
+    plain = Response(page.body, headers=headers)
+    packed = Response(gzip.compress(page.body), headers={**headers, "content-encoding": "gzip"})
+
+    async def answer(request: Request) -> Response:
+        return packed if "gzip" in request.headers.get("accept-encoding", "") else plain
+
+    return answer
 
 
 def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -8,6 +8,8 @@ from typing import Any, Final
 import msgspec
 
 from mercato.chassis.contract import FieldError, InvalidRequest, Kind, ServiceError
+from mercato.contracts.money import EXPONENTS
+from mercato.gateway.money import money
 
 MEDIA_TYPE: Final = b"application/problem+json"
 
@@ -114,6 +116,16 @@ class TooManyRequests(ServiceError, code="too_many_requests", kind=Kind.TOO_MANY
         self.retry_after_s = retry_after_s
 
 
+def _shown(details: Mapping[str, Any]) -> dict[str, Any]:
+    """Details for people outside: what is minor units inside (`expected_minor`, `currency`) is money here."""
+    currency = details.get("currency")
+    if currency not in EXPONENTS:
+        return dict(details)
+    minor = {name: value for name, value in details.items() if name.endswith("_minor")}
+    shown = {name.removesuffix("_minor"): money(value, currency) for name, value in minor.items()}
+    return shown | {name: value for name, value in details.items() if name not in minor and name != "currency"}
+
+
 _encode: Final = msgspec.json.Encoder().encode
 
 
@@ -133,7 +145,7 @@ def render(error: ServiceError, trace_id: str) -> tuple[int, list[tuple[bytes, b
         detail=str(error),
         trace_id=trace_id,
         errors=error.errors if invalid else (),
-        details={} if invalid else error.details,
+        details={} if invalid else _shown(error.details),
     )
     body = _encode(problem)
     headers = [(b"content-type", MEDIA_TYPE), (b"content-length", str(len(body)).encode())]

@@ -728,7 +728,6 @@ class Schedule:
         await self.bench.batcher.close()
         self.check()
         self.callers.clear()
-        gc.collect()
         assert self.unexplained == []
 
 

@@ -18,7 +18,6 @@ import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from mercato.chassis import http
 from mercato.chassis.http import (
     BoundedProtocol,
     CannotListen,
@@ -27,6 +26,7 @@ from mercato.chassis.http import (
     HttpServer,
     PortTaken,
     bind,
+    protocol,
     translate,
 )
 
@@ -185,7 +185,7 @@ class Client:
         got, headers, body = await self.read()
         problem = msgspec.json.decode(body)
         assert (got, problem["code"], problem["status"]) == (status, code, status)
-        assert set(problem) == {"type", "title", "status", "code", "detail"}
+        assert set(problem) == {"type", "title", "status", "code", "detail", "trace_id"}
         assert headers["content-type"] == "application/problem+json"
         assert headers["connection"] == "close"
         assert await self.rest() == b""
@@ -457,7 +457,7 @@ async def test_client_that_never_stops_sending_is_cut_off() -> None:
 
         with pytest.raises(ConnectionError):
             await go_on()
-        assert sent_bytes < http.LINGER_BYTES + 64_000_000  # what the kernel may buffer
+        assert sent_bytes < protocol.LINGER_BYTES + 64_000_000  # what the kernel may buffer
         await serving.until(lambda: serving.server.open_connections == 0)
         assert await serving.is_usable()
 
@@ -588,7 +588,7 @@ async def test_flood_of_pipelined_requests_is_refused_after_those_in_the_queue()
         await client.send(GET.replace(b"/hello", b"/wait") + GET * 500)
         await serving.until(lambda: serving.refused == ["too_many_pipelined"])
         serving.app.release.set()
-        for _ in range(1 + http.PIPELINED_REQUESTS):
+        for _ in range(1 + protocol.PIPELINED_REQUESTS):
             assert (await client.read())[0] == 200
         await client.problem(503, "too_many_pipelined")
 
@@ -748,9 +748,9 @@ async def test_turned_away_connections_cannot_pile_up() -> None:
     async with serve(connections=1) as serving:
         first = await serving.connect()
         assert (await first.ask(GET))[0] == 200
-        many = [await serving.connect() for _ in range(http.LINGERING_CONNECTIONS + 20)]
+        many = [await serving.connect() for _ in range(protocol.LINGERING_CONNECTIONS + 20)]
         await serving.until(lambda: len(serving.refused) == len(many))
-        assert len(serving.server._book.turned_away) <= http.LINGERING_CONNECTIONS + 1
+        assert len(serving.server._book.turned_away) <= protocol.LINGERING_CONNECTIONS + 1
         for client in many:
             await client.problem(503, "too_many_connections")
         first.close()

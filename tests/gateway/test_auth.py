@@ -12,11 +12,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from joserfc import jwt
 from joserfc.jwk import OctKey, OKPKey
-from joserfc.jws import JWSRegistry
 
 from mercato.chassis.contract import ANONYMOUS, Actor, Unauthenticated, Unavailable
 from mercato.contracts.users import PublicKeys
-from mercato.gateway.auth import KEYS_PAUSE_SECONDS, OPEN_ACTOR, REMEMBERED_TOKENS, Gatekeeper, Verifier, own_hosts
+from mercato.gateway.auth import ALGORITHMS, KEYS_PAUSE_SECONDS, OPEN_ACTOR, REMEMBERED_TOKENS, Gatekeeper, Verifier, own_hosts
 from mercato.gateway.problems import HostNotAllowed
 
 START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
@@ -67,7 +66,7 @@ class Signer:
         content = {"iss": "mercato", "aud": "shop", "sub": "7", "role": "customer", "exp": exp, **claims}
         headers = {name: value for name, value in headers.items() if value is not None}
         content = {name: value for name, value in content.items() if value is not None}
-        return jwt.encode(headers, content, key, registry=JWSRegistry(algorithms=["EdDSA"]))
+        return jwt.encode(headers, content, key, registry=ALGORITHMS)
 
 
 @pytest.fixture

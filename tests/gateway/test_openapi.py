@@ -5,11 +5,13 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from mercato.chassis.contract import MAX_ID, Actor
-from mercato.gateway import examples, openapi, problems
+from mercato.chassis.contract import MAX_ID, Actor, InvalidRequest
+from mercato.gateway import examples, idempotency, openapi, problems
 from mercato.gateway.problems import HostNotAllowed, SignInFirst
 from mercato.gateway.route import Ask, Output, Route
 from mercato.gateway.routes import ROUTES
@@ -338,10 +340,26 @@ def test_schema_and_gateway_agree_on_an_order(body: dict[str, Any]):
         ("IfMatch", '"3", "4"', False),
         ("IdempotencyKey", "k", True),
         ("IdempotencyKey", '"quoted"', True),
+        ("IdempotencyKey", r'"with \" and \\"', False),
+        ("IdempotencyKey", r'"with\"and\\"', True),
+        ("IdempotencyKey", 'with"inside', True),
         ("IdempotencyKey", '""', False),
+        ("IdempotencyKey", '"open', False),
+        ("IdempotencyKey", r'"with\a"', False),
         ("IdempotencyKey", "two words", False),
         ("IdempotencyKey", "k" * 256, False),
     ],
 )
 def test_headers_are_described_as_they_are_read(header: str, value: str, fits: bool):
     assert validator(CLOSED["components"]["parameters"][header]["schema"]).is_valid(value) is fits
+
+
+@given(st.text(st.characters(codec="ascii"), max_size=20) | st.from_regex(openapi.KEY_PATTERN, fullmatch=True))
+def test_description_and_gateway_agree_on_idempotency_keys(value: str):
+    assume(value == value.strip() and len(value) <= 255)
+    try:
+        read = bool(idempotency.key_of(value.encode()))
+    except InvalidRequest:
+        read = False
+
+    assert validator(CLOSED["components"]["parameters"]["IdempotencyKey"]["schema"]).is_valid(value) is read

@@ -64,8 +64,11 @@ class Process:
         environment: Mapping[str, str] | None = None,
         command: Sequence[str] = (sys.executable, "-m", "mercato.cli"),
         port: int = 0,
+        is_second: bool = False,
     ) -> None:
+        """`is_second`: somebody else serves this data, so that its database is none of this run's business."""
         self.data = data
+        self._is_second = is_second
         self.url = ""
         self.lines: list[str] = []
         self.errors: list[str] = []
@@ -163,7 +166,7 @@ class Process:
         alive = [p for p in self._seen if p.pid != self.pid and processes.process_at(p.pid) == p]
         if self._popen.poll() is None:
             alive.append(_identity(self.pid))
-        return list({*alive, *processes.serving(cluster_of(self.data))})
+        return list({*alive, *([] if self._is_second else processes.serving(cluster_of(self.data)))})
 
     def assert_gone(self) -> None:
         """Nothing is left after the five seconds that are promised."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-from ...chassis import idempotency
-from ...chassis.db import Database
-from ...chassis.rpc import Server
-from ...chassis.service import Env, Service
-from ...contracts.orders import Orders
-from ...contracts.products import Products
-from ...contracts.users import Users
+from mercato.chassis import idempotency
+from mercato.chassis.db import Database
+from mercato.chassis.rpc import Server
+from mercato.chassis.service import Env, Service
+from mercato.contracts.orders import Orders
+from mercato.contracts.products import Products
+from mercato.contracts.users import Users
+
 from .placing import Placing
 from .service import OrdersService
 

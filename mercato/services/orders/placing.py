@@ -17,20 +17,21 @@ import asyncio
 from collections.abc import Sequence
 from typing import Final
 
-from ...chassis import faults, idempotency
-from ...chassis.codec import decode_outcome, encode_outcome
-from ...chassis.contract import (
+from mercato.chassis import faults, idempotency
+from mercato.chassis.codec import decode_outcome, encode_outcome
+from mercato.chassis.contract import (
     Actor,
     Batch,
     IdempotencyKeyReused,
     RequestInProgress,
     ServiceError,
 )
-from ...chassis.db import Database, LockTimeout, Tx, UniqueViolation
-from ...chassis.idempotency import Keyed
-from ...contracts.orders import Order, PlacedOrder, PlaceOrder
-from ...contracts.products import Products, Quote, QuoteProduct
-from ...contracts.users import GetUser, User, UserNotFound, Users
+from mercato.chassis.db import Database, LockTimeout, Tx, UniqueViolation
+from mercato.chassis.idempotency import Keyed
+from mercato.contracts.orders import Order, PlacedOrder, PlaceOrder
+from mercato.contracts.products import Products, Quote, QuoteProduct
+from mercato.contracts.users import GetUser, User, UserNotFound, Users
+
 from . import rules, store
 
 OPERATION: Final = "orders.place"

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from ...chassis.contract import Actor, FieldError, InvalidRequest
-from ...contracts.orders import (
+from mercato.chassis.contract import Actor, FieldError, InvalidRequest
+from mercato.contracts.orders import (
     Axis,
     IllegalMove,
     MixedCurrencies,
@@ -20,8 +20,8 @@ from ...contracts.orders import (
     PlaceOrder,
     PriceChanged,
 )
-from ...contracts.products import Quote
-from ...contracts.roles import CUSTOMER
+from mercato.contracts.products import Quote
+from mercato.contracts.roles import CUSTOMER
 
 Moves = Mapping[str, frozenset[str]]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...chassis import faults
-from ...chassis.contract import Actor, Batch, ServiceError, StaleVersion, current
-from ...chassis.db import Database, Tx
-from ...contracts.orders import (
+from mercato.chassis import faults
+from mercato.chassis.contract import Actor, Batch, ServiceError, StaleVersion, current
+from mercato.chassis.db import Database, Tx
+from mercato.contracts.orders import (
     Axis,
     CancelOrder,
     GetHistory,
@@ -21,7 +21,8 @@ from ...contracts.orders import (
     PlacedOrder,
     PlaceOrder,
 )
-from ...contracts.roles import CUSTOMER
+from mercato.contracts.roles import CUSTOMER
+
 from . import rules, store
 from .placing import Placing
 

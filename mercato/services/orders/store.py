@@ -8,9 +8,9 @@ from typing import Final
 
 import msgspec
 
-from ...chassis.contract import Actor
-from ...chassis.db import Row, Tx
-from ...contracts.orders import Axis, Fulfilment, HistoryEntry, ListOrders, Order, OrderLine, Payment, Status
+from mercato.chassis.contract import Actor
+from mercato.chassis.db import Row, Tx
+from mercato.contracts.orders import Axis, Fulfilment, HistoryEntry, ListOrders, Order, OrderLine, Payment, Status
 
 
 class NewOrder(msgspec.Struct, frozen=True):

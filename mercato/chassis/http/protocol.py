@@ -1,50 +1,30 @@
-"""The HTTP server: uvicorn's httptools protocol with a bound on everything that a client can do to it.
-
-uvicorn parses and answers well, but lets a request take for ever, a header or a body grow without end, and
-answers some abuses in plain text. Here are the parts that close those gaps:
-
-`HttpLimits`       the bounds.
-`bind`             a listening socket, or one sentence that says why not.
-`HttpServer`       listens on sockets, sweeps over its connections four times a second, drains on stop.
-`BoundedProtocol`  one connection: counts what arrives, refuses what crosses a bound.
-`Refusal`          why a request was refused, as an RFC 9457 problem.
-
-A connection is always in one of these phases:
-
-    IDLE ─ first byte ─> HEAD ─ empty line ─> BODY ─ last byte ─> IDLE
-      any of them ─ refused ─> WAITING ─ earlier answers are written ─> LINGERING ─> closed
-
-WAITING exists because of pipelining: the refusal of a second request may not be written into the middle of the
-answer to the first. LINGERING exists because of TCP: closing a socket that still has unread input resets the
-connection, and a reset may destroy the answer before the client has read it. So the sending half is closed, and
-what the client still sends is read and thrown away, for a bounded time.
-
-Guaranteed: an application never receives more than `body_bytes` of a body; a refused request gets one answer, in
-its turn, and is the last of its connection. Deadlines are up to one sweep late and never early: the hot path reads
-no clock, it only forgets the connection's time stamp, and the next sweep sets a new one.
-"""
+"""One connection: `BoundedProtocol`, and the book that the server keeps of all of them."""
 
 import asyncio
-import contextlib
-import errno
 import logging
-import socket
-import time
-from collections.abc import Callable, Iterable, Sequence
-from email.utils import formatdate
+from collections.abc import Callable
 from typing import Any, Final, cast
 
 import httptools
-import msgspec
 import uvicorn
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from .limits import (
+    INTERNAL_ERROR,
+    MALFORMED,
+    TOO_MANY_CONNECTIONS,
+    TOO_MANY_PIPELINED,
+    HttpLimits,
+    LimitRefusals,
+    Refusal,
+    RequestRefused,
+    ignore_refusal,
+)
+
 logger = logging.getLogger(__name__)
 
-SWEEP_SECONDS: Final = 0.25
-LISTEN_BACKLOG: Final = 2_048
 # What a refused client may still send, and how long it may take to read its answer, before it is cut off.
 LINGER_SECONDS: Final = 2.0
 LINGER_BYTES: Final = 4_194_304
@@ -52,9 +32,6 @@ LINGER_BYTES: Final = 4_194_304
 LINGERING_CONNECTIONS: Final = 128
 # Requests of one connection that may wait for their turn. One read can hold ten thousand tiny ones.
 PIPELINED_REQUESTS: Final = 64
-DRAIN_POLL_SECONDS: Final = 0.02
-# How long a cancelled request may take to unwind after a drain that ran out of time.
-UNWIND_SECONDS: Final = 1.0
 
 CONTINUE: Final = b"HTTP/1.1 100 "
 
@@ -65,89 +42,6 @@ WAITING: Final = 3
 LINGERING: Final = 4
 
 UNSTAMPED: Final = -1.0
-
-
-class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What one server grants to its clients."""
-
-    header_bytes: int = 16_384  # request line and headers together; also chunked trailers
-    body_bytes: int = 1_048_576
-    request_seconds: float = 10.0  # from a request's first byte to its last
-    response_grace_seconds: float = 5.0  # an answer may take request_seconds and this, until the client has read it
-    connections: int = 1_024
-    keep_alive_seconds: float = 30.0
-    drain_seconds: float = 3.0
-
-
-class Refusal(msgspec.Struct, frozen=True):
-    """Why a request was refused by the server itself, before or instead of the application."""
-
-    status: int
-    title: str
-    code: str
-    detail: str
-    retry_after_seconds: int | None = None
-
-    def answer(self, default_headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-        """The whole HTTP response: an RFC 9457 problem that announces the end of the connection."""
-        problem = {
-            "type": "about:blank",
-            "title": self.title,
-            "status": self.status,
-            "code": self.code,
-            "detail": self.detail,
-        }
-        body = msgspec.json.encode(problem)
-        lines = [f"HTTP/1.1 {self.status} {self.title}".encode()]
-        lines += [name + b": " + value for name, value in default_headers]
-        lines += [b"content-type: application/problem+json", b"content-length: %d" % len(body), b"connection: close"]
-        if self.retry_after_seconds is not None:
-            lines.append(b"retry-after: %d" % self.retry_after_seconds)
-        return b"\r\n".join([*lines, b"", body])
-
-
-MALFORMED: Final = Refusal(400, "Bad Request", "malformed_request", "The request is not valid HTTP/1.1.")
-INTERNAL_ERROR: Final = Refusal(500, "Internal Server Error", "internal_error", "The request failed unexpectedly.")
-TOO_MANY_CONNECTIONS: Final = Refusal(
-    503, "Service Unavailable", "too_many_connections", "Too many connections are open.", retry_after_seconds=1
-)
-TOO_MANY_PIPELINED: Final = Refusal(
-    503, "Service Unavailable", "too_many_pipelined", "Too many requests wait for earlier answers on this connection."
-)
-
-
-class LimitRefusals(msgspec.Struct, frozen=True):
-    """The refusals whose sentence names a limit."""
-
-    uri_too_long: Refusal
-    headers_too_large: Refusal
-    body_too_large: Refusal
-    request_timeout: Refusal
-
-    @classmethod
-    def of(cls, limits: HttpLimits) -> "LimitRefusals":
-        """Words the refusals for these limits."""
-        header = f"The request line and headers together may be at most {limits.header_bytes} bytes."
-        body = f"The request body may be at most {limits.body_bytes} bytes."
-        late = f"The request was not received completely within {limits.request_seconds:g} seconds."
-        return cls(
-            uri_too_long=Refusal(414, "URI Too Long", "uri_too_long", header),
-            headers_too_large=Refusal(431, "Request Header Fields Too Large", "request_header_too_large", header),
-            body_too_large=Refusal(413, "Content Too Large", "body_too_large", body),
-            request_timeout=Refusal(408, "Request Timeout", "request_timeout", late),
-        )
-
-
-class RequestRefused(Exception):
-    """Raised inside a parser callback: it is what makes the parser stop in the middle of a read."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.code)
-        self.refusal = refusal
-
-
-def ignore_refusal(code: str) -> None:
-    """The default for `on_refused`."""
 
 
 class ConnectionBook(ServerState):
@@ -528,207 +422,3 @@ class BoundedProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
         else:
             self.transport.close()
-
-
-class HttpServer:
-    """Serves one ASGI application on sockets that are already bound.
-
-    uvicorn's own Server is not used: its signal handlers, its ten polls a second and its shutdown (which leaves
-    connections open when the time is over) would all have to be replaced, and a call of `create_server` is the rest.
-
-    `on_ready` is called once, when every socket accepts connections. `on_refused` is called with the code of each
-    refusal, and with `response_timeout` for each answer that was abandoned. The sockets are closed at the end; other
-    processes that inherited them go on accepting.
-    """
-
-    def __init__(
-        self,
-        app: Callable[..., Any],
-        *,
-        sockets: Sequence[socket.socket],
-        limits: HttpLimits | None = None,
-        on_ready: Callable[[], None] | None = None,
-        on_refused: Callable[[str], None] = ignore_refusal,
-        date_header: bool = True,
-    ) -> None:
-        self._sockets = tuple(sockets)
-        self._limits = limits or HttpLimits()
-        self._book = ConnectionBook(self._limits, on_refused)
-        self._on_ready = on_ready
-        self._date_header = date_header
-        self._config = uvicorn.Config(
-            app,
-            http=BoundedProtocol,
-            ws="none",
-            interface="asgi3",
-            lifespan="off",
-            log_config=None,
-            # Above uvicorn's own TRACE level: without a level, it would format two trace lines for each connection.
-            log_level="info",
-            access_log=False,
-            workers=1,  # or it would be read from the environment
-            proxy_headers=False,
-            server_header=False,
-        )
-        self._config.load()
-
-    @property
-    def open_connections(self) -> int:
-        """How many connections are open now, without those that were turned away."""
-        return len(self._book.connections)
-
-    async def run_until(self, stop: asyncio.Event) -> None:
-        """Serves until `stop` is set, then lets running requests finish for up to `drain_seconds`, and returns.
-
-        When it returns or raises, no connection is open and no request is running. Installs no signal handlers.
-        """
-        listeners: list[asyncio.Server] = []
-        self._refresh_date()
-        sweeper = asyncio.create_task(self._sweep_for_ever())
-        try:
-            await self._listen(listeners)
-            if self._on_ready is not None:
-                self._on_ready()
-            await stop.wait()
-            self._stop_accepting(listeners)
-            await self._drain()
-        finally:
-            self._stop_accepting(listeners)
-            sweeper.cancel()
-            await self._force()
-
-    async def _listen(self, listeners: list[asyncio.Server]) -> None:
-        loop = asyncio.get_running_loop()
-
-        def connection() -> BoundedProtocol:
-            return BoundedProtocol(self._config, self._book, {}, loop)
-
-        for sock in self._sockets:
-            # One by one: when a later socket fails, the caller closes those that already accept.
-            listeners.append(  # noqa: PERF401
-                await loop.create_server(connection, sock=sock, backlog=LISTEN_BACKLOG)
-            )
-
-    def _stop_accepting(self, listeners: Iterable[asyncio.Server]) -> None:
-        for listener in listeners:
-            listener.close()
-        for sock in self._sockets:
-            sock.close()
-
-    async def _sweep_for_ever(self) -> None:
-        loop = asyncio.get_running_loop()
-        swept_at, now = loop.time(), 0.0
-        while True:
-            await asyncio.sleep(SWEEP_SECONDS)
-            # A process that was stopped or starved for a while does not blame its clients for it: their bytes may be
-            # waiting in the kernel. So the sweeps' own clock never jumps.
-            elapsed, swept_at = loop.time() - swept_at, loop.time()
-            now += min(elapsed, 2 * SWEEP_SECONDS)
-            self._refresh_date()
-            for connection in (*self._book.admitted, *self._book.turned_away):
-                try:
-                    connection.sweep(now)
-                except Exception:
-                    # One connection in a state that nobody foresaw must not take the deadlines from all the others.
-                    logger.exception("the sweep failed for a connection, which is aborted")
-                    connection.transport.abort()
-
-    def _refresh_date(self) -> None:
-        # RFC 9110 6.6.1 wants a date from a server with a clock; formatting it a few times a second costs nothing.
-        if self._date_header:
-            self._book.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]
-
-    async def _drain(self) -> None:
-        self._book.draining = True
-        loop = asyncio.get_running_loop()
-        drained_at = loop.time() + self._limits.drain_seconds
-        # Polled, so that a running server pays nothing for the day when it is stopped.
-        while self._shut_down_connections() and loop.time() < drained_at:  # noqa: ASYNC110
-            await asyncio.sleep(DRAIN_POLL_SECONDS)
-
-    def _shut_down_connections(self) -> bool:
-        """Asks every connection to end; True while one of them, or a request without one, still has to be waited for.
-
-        Every round asks again: a request that was half received in the last round is running in this one.
-        """
-        for connection in tuple(self._book.admitted):
-            connection.shutdown()
-        return bool(self._book.tasks) or any(not connection.is_lingering for connection in self._book.admitted)
-
-    async def _force(self) -> None:
-        for connection in (*self._book.admitted, *self._book.turned_away):
-            connection.transport.abort()
-        tasks = tuple(self._book.tasks)
-        if tasks:
-            logger.warning("cancelling %d requests that did not finish within the drain", len(tasks))
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks, timeout=UNWIND_SECONDS)
-        # Transports report their end in the next turns of the loop.
-        for _ in range(2):
-            await asyncio.sleep(0)
-
-
-# Sockets
-
-
-class CannotListen(Exception):
-    """A socket cannot listen where it was told to; the message is one sentence that names the way out."""
-
-
-class PortTaken(CannotListen):
-    """Another process listens there."""
-
-
-class PortForbidden(CannotListen):
-    """The port needs a privilege that this process does not have."""
-
-
-class HostUnknown(CannotListen):
-    """The host is not a name or an address of this machine."""
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening TCP socket on the first address of `host`; port 0 takes a free one.
-
-    `host` is a name, an IPv4 address, or an IPv6 address with or without brackets. `::` also takes IPv4 where the
-    system allows it. Raises a `CannotListen`.
-    """
-    if not 0 <= port <= 65_535:
-        raise CannotListen(f"{port} is not a port: choose one from 0 to 65535 with --port.")
-    family, address = resolve(host.removeprefix("[").removesuffix("]"), port)
-    with contextlib.ExitStack() as undo:
-        sock = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
-        # So that a restart does not wait for the old process's connections to time out.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind(address)
-            # Here and not later: of two processes that only bound the port, the second one to listen would fail.
-            sock.listen(LISTEN_BACKLOG)
-        except OSError as error:
-            raise translate(error, host, port) from error
-        sock.setblocking(False)
-        undo.pop_all()
-        return sock
-
-
-def resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
-    """The address family and the address of `host`; raises `HostUnknown`."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (socket.gaierror, UnicodeError) as error:
-        raise HostUnknown(f"The host {host!r} is unknown: choose another with --host.") from error
-    family, _, _, _, address = found[0]
-    return family, address
-
-
-def translate(error: OSError, host: str, port: int) -> CannotListen:
-    """What the operating system said, in the words of the one who has to act on it."""
-    where = f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
-    if error.errno == errno.EADDRINUSE:
-        return PortTaken(f"{where} is taken by another process: stop it, or choose another port with --port.")
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return PortForbidden(f"{where} needs a privilege: choose a port from 1024 upwards with --port.")
-    if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-        return HostUnknown(f"{host} is not an address of this machine: choose another with --host.")
-    return CannotListen(f"Cannot listen on {where}: {error.strerror}.")

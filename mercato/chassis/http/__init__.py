@@ -1,0 +1,44 @@
+"""The HTTP server: uvicorn's httptools protocol with a bound on everything that a client can do to it.
+
+uvicorn parses and answers well, but lets a request take for ever, a header or a body grow without end, and
+answers some abuses in plain text. Here are the parts that close those gaps:
+
+`HttpLimits`       the bounds.
+`bind`             a listening socket, or one sentence that says why not.
+`HttpServer`       listens on sockets, sweeps over its connections four times a second, drains on stop.
+`BoundedProtocol`  one connection: counts what arrives, refuses what crosses a bound.
+`Refusal`          why a request was refused, as an RFC 9457 problem.
+
+A connection is always in one of these phases:
+
+    IDLE ─ first byte ─> HEAD ─ empty line ─> BODY ─ last byte ─> IDLE
+      any of them ─ refused ─> WAITING ─ earlier answers are written ─> LINGERING ─> closed
+
+WAITING exists because of pipelining: the refusal of a second request may not be written into the middle of the
+answer to the first. LINGERING exists because of TCP: closing a socket that still has unread input resets the
+connection, and a reset may destroy the answer before the client has read it. So the sending half is closed, and
+what the client still sends is read and thrown away, for a bounded time.
+
+Guaranteed: an application never receives more than `body_bytes` of a body; a refused request gets one answer, in
+its turn, and is the last of its connection. Deadlines are up to one sweep late and never early: the hot path reads
+no clock, it only forgets the connection's time stamp, and the next sweep sets a new one.
+"""
+
+from .limits import HttpLimits, Refusal
+from .listening import CannotListen, HostUnknown, PortForbidden, PortTaken, bind, translate
+from .protocol import BoundedProtocol, ConnectionBook
+from .server import HttpServer
+
+__all__ = [
+    "BoundedProtocol",
+    "CannotListen",
+    "ConnectionBook",
+    "HostUnknown",
+    "HttpLimits",
+    "HttpServer",
+    "PortForbidden",
+    "PortTaken",
+    "Refusal",
+    "bind",
+    "translate",
+]

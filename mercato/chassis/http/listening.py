@@ -1,0 +1,70 @@
+"""A listening socket, or one sentence that says why not."""
+
+import contextlib
+import errno
+import socket
+from typing import Any, Final
+
+LISTEN_BACKLOG: Final = 2_048
+
+
+class CannotListen(Exception):
+    """A socket cannot listen where it was told to; the message is one sentence that names the way out."""
+
+
+class PortTaken(CannotListen):
+    """Another process listens there."""
+
+
+class PortForbidden(CannotListen):
+    """The port needs a privilege that this process does not have."""
+
+
+class HostUnknown(CannotListen):
+    """The host is not a name or an address of this machine."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening TCP socket on the first address of `host`; port 0 takes a free one.
+
+    `host` is a name, an IPv4 address, or an IPv6 address with or without brackets. `::` also takes IPv4 where the
+    system allows it. Raises a `CannotListen`.
+    """
+    if not 0 <= port <= 65_535:
+        raise CannotListen(f"{port} is not a port: choose one from 0 to 65535 with --port.")
+    family, address = resolve(host.removeprefix("[").removesuffix("]"), port)
+    with contextlib.ExitStack() as undo:
+        sock = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
+        # So that a restart does not wait for the old process's connections to time out.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(address)
+            # Here and not later: of two processes that only bound the port, the second one to listen would fail.
+            sock.listen(LISTEN_BACKLOG)
+        except OSError as error:
+            raise translate(error, host, port) from error
+        sock.setblocking(False)
+        undo.pop_all()
+        return sock
+
+
+def resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    """The address family and the address of `host`; raises `HostUnknown`."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as error:
+        raise HostUnknown(f"The host {host!r} is unknown: choose another with --host.") from error
+    family, _, _, _, address = found[0]
+    return family, address
+
+
+def translate(error: OSError, host: str, port: int) -> CannotListen:
+    """What the operating system said, in the words of the one who has to act on it."""
+    where = f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+    if error.errno == errno.EADDRINUSE:
+        return PortTaken(f"{where} is taken by another process: stop it, or choose another port with --port.")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return PortForbidden(f"{where} needs a privilege: choose a port from 1024 upwards with --port.")
+    if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+        return HostUnknown(f"{host} is not an address of this machine: choose another with --host.")
+    return CannotListen(f"Cannot listen on {where}: {error.strerror}.")

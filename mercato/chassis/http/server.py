@@ -1,0 +1,161 @@
+"""The server: listens on sockets, sweeps over its connections, drains on stop."""
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterable, Sequence
+from email.utils import formatdate
+from typing import Any, Final
+
+import uvicorn
+
+from .limits import HttpLimits, ignore_refusal
+from .listening import LISTEN_BACKLOG
+from .protocol import BoundedProtocol, ConnectionBook
+
+logger = logging.getLogger(__name__)
+
+SWEEP_SECONDS: Final = 0.25
+DRAIN_POLL_SECONDS: Final = 0.02
+# How long a cancelled request may take to unwind after a drain that ran out of time.
+UNWIND_SECONDS: Final = 1.0
+
+
+class HttpServer:
+    """Serves one ASGI application on sockets that are already bound.
+
+    uvicorn's own Server is not used: its signal handlers, its ten polls a second and its shutdown (which leaves
+    connections open when the time is over) would all have to be replaced, and a call of `create_server` is the rest.
+
+    `on_ready` is called once, when every socket accepts connections. `on_refused` is called with the code of each
+    refusal, and with `response_timeout` for each answer that was abandoned. The sockets are closed at the end; other
+    processes that inherited them go on accepting.
+    """
+
+    def __init__(
+        self,
+        app: Callable[..., Any],
+        *,
+        sockets: Sequence[socket.socket],
+        limits: HttpLimits | None = None,
+        on_ready: Callable[[], None] | None = None,
+        on_refused: Callable[[str], None] = ignore_refusal,
+        date_header: bool = True,
+    ) -> None:
+        self._sockets = tuple(sockets)
+        self._limits = limits or HttpLimits()
+        self._book = ConnectionBook(self._limits, on_refused)
+        self._on_ready = on_ready
+        self._date_header = date_header
+        self._config = uvicorn.Config(
+            app,
+            http=BoundedProtocol,
+            ws="none",
+            interface="asgi3",
+            lifespan="off",
+            log_config=None,
+            # Above uvicorn's own TRACE level: without a level, it would format two trace lines for each connection.
+            log_level="info",
+            access_log=False,
+            workers=1,  # or it would be read from the environment
+            proxy_headers=False,
+            server_header=False,
+        )
+        self._config.load()
+
+    @property
+    def open_connections(self) -> int:
+        """How many connections are open now, without those that were turned away."""
+        return len(self._book.connections)
+
+    async def run_until(self, stop: asyncio.Event) -> None:
+        """Serves until `stop` is set, then lets running requests finish for up to `drain_seconds`, and returns.
+
+        When it returns or raises, no connection is open and no request is running. Installs no signal handlers.
+        """
+        listeners: list[asyncio.Server] = []
+        self._refresh_date()
+        sweeper = asyncio.create_task(self._sweep_for_ever())
+        try:
+            await self._listen(listeners)
+            if self._on_ready is not None:
+                self._on_ready()
+            await stop.wait()
+            self._stop_accepting(listeners)
+            await self._drain()
+        finally:
+            self._stop_accepting(listeners)
+            sweeper.cancel()
+            await self._force()
+
+    async def _listen(self, listeners: list[asyncio.Server]) -> None:
+        loop = asyncio.get_running_loop()
+
+        def connection() -> BoundedProtocol:
+            return BoundedProtocol(self._config, self._book, {}, loop)
+
+        for sock in self._sockets:
+            # One by one: when a later socket fails, the caller closes those that already accept.
+            listeners.append(  # noqa: PERF401
+                await loop.create_server(connection, sock=sock, backlog=LISTEN_BACKLOG)
+            )
+
+    def _stop_accepting(self, listeners: Iterable[asyncio.Server]) -> None:
+        for listener in listeners:
+            listener.close()
+        for sock in self._sockets:
+            sock.close()
+
+    async def _sweep_for_ever(self) -> None:
+        loop = asyncio.get_running_loop()
+        swept_at, now = loop.time(), 0.0
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            # A process that was stopped or starved for a while does not blame its clients for it: their bytes may be
+            # waiting in the kernel. So the sweeps' own clock never jumps.
+            elapsed, swept_at = loop.time() - swept_at, loop.time()
+            now += min(elapsed, 2 * SWEEP_SECONDS)
+            self._refresh_date()
+            for connection in (*self._book.admitted, *self._book.turned_away):
+                try:
+                    connection.sweep(now)
+                except Exception:
+                    # One connection in a state that nobody foresaw must not take the deadlines from all the others.
+                    logger.exception("the sweep failed for a connection, which is aborted")
+                    connection.transport.abort()
+
+    def _refresh_date(self) -> None:
+        # RFC 9110 6.6.1 wants a date from a server with a clock; formatting it a few times a second costs nothing.
+        if self._date_header:
+            self._book.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]
+
+    async def _drain(self) -> None:
+        self._book.draining = True
+        loop = asyncio.get_running_loop()
+        drained_at = loop.time() + self._limits.drain_seconds
+        # Polled, so that a running server pays nothing for the day when it is stopped.
+        while self._shut_down_connections() and loop.time() < drained_at:  # noqa: ASYNC110
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+
+    def _shut_down_connections(self) -> bool:
+        """Asks every connection to end; True while one of them, or a request without one, still has to be waited for.
+
+        Every round asks again: a request that was half received in the last round is running in this one.
+        """
+        for connection in tuple(self._book.admitted):
+            connection.shutdown()
+        return bool(self._book.tasks) or any(not connection.is_lingering for connection in self._book.admitted)
+
+    async def _force(self) -> None:
+        for connection in (*self._book.admitted, *self._book.turned_away):
+            connection.transport.abort()
+        tasks = tuple(self._book.tasks)
+        if tasks:
+            logger.warning("cancelling %d requests that did not finish within the drain", len(tasks))
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=UNWIND_SECONDS)
+        # Transports report their end in the next turns of the loop.
+        for _ in range(2):
+            await asyncio.sleep(0)

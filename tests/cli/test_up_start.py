@@ -1,0 +1,270 @@
+"""The first minutes with `mercato up`: what it says, what it makes, and how its database is kept from others."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from mercato import __version__
+from mercato.topology import SERVICES
+from support.caller import Caller
+from support.process import (
+    ROOT,
+    Process,
+    clean_environment,
+    data_folder,
+    socket_folder_of,
+    wait_until,
+)
+
+HEAVY = ("alembic", "asyncpg", "pydantic", "sqlalchemy", "starlette", "uvicorn", "uvloop")
+AS_ROOT = os.geteuid() == 0
+
+
+@pytest.fixture(scope="module")
+def shop() -> Iterator[Process]:
+    """The first start in a new folder, as a person sees it."""
+    with data_folder() as folder, Process(folder, as_json=False) as process:
+        yield process.ready()
+        process.stop()
+
+
+def test_says_what_a_newcomer_needs_and_ready_last(shop: Process):
+    text = "\n".join(shop.lines)
+
+    assert shop.lines[-1] == f"ready {shop.url}"
+    assert f"{shop.url}/docs" in text
+    assert str(shop.data) in text
+    assert "callers without a token act as staff" in text
+    assert shop.errors == []
+
+
+def test_shows_progress_from_nothing_to_a_filled_shop(shop: Process):
+    text = "\n".join(shop.lines)
+
+    for words in ("creating a database", "PostgreSQL 18", "migrated the database of orders", "demo data into products"):
+        assert words in text
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_printed_curl_lines_work_as_they_are(shop: Process):
+    text = "\n".join(shop.lines)
+    commands = re.findall(r"^  (curl (?:.*\\\n)?.*)$", text, re.MULTILINE)
+
+    answers = [subprocess.check_output(["/bin/sh", "-c", f"{command} -s -w ' %{{http_code}}'"]) for command in commands]
+
+    assert [answer.split()[-1] for answer in answers] == [b"200", b"201"]
+
+
+def test_a_second_up_on_the_same_data_names_the_running_one(shop: Process):
+    with Process(shop.data, is_second=True) as second:
+        sentence = second.refusal()
+
+    assert f"pid {shop.pid} at {shop.url}" in sentence
+
+
+def test_a_second_up_on_the_same_data_and_port_names_the_running_one(shop: Process):
+    with Process(shop.data, port=int(shop.url.rpartition(":")[2]), is_second=True) as second:
+        sentence = second.refusal()
+
+    assert f"pid {shop.pid} at {shop.url}" in sentence
+
+
+async def test_each_service_has_a_database_and_a_plain_role_of_its_own(shop: Process):
+    connection = await asyncpg.connect(shop.dsn("users"))
+    try:
+        roles = await connection.fetch(
+            """
+            SELECT d.datname, r.rolname, r.rolsuper, r.rolcreatedb, r.rolcreaterole
+              FROM pg_database d JOIN pg_roles r ON r.oid = d.datdba WHERE d.datname LIKE 'mercato_%' ORDER BY 1
+            """
+        )
+    finally:
+        await connection.close()
+
+    expected = [(f"mercato_{name}", f"mercato_{name}", False, False, False) for name in sorted(SERVICES)]
+    assert [tuple(role) for role in roles] == expected
+
+
+async def test_nobody_gets_in_without_the_right_password(shop: Process):
+    folder = str(socket_folder_of(shop.data))
+
+    for user in ("mercato", "mercato_orders"):
+        with pytest.raises(asyncpg.InvalidPasswordError):
+            await asyncpg.connect(user=user, password="guessed", host=folder, database="mercato_orders")
+
+
+def test_the_socket_is_in_a_private_folder_of_an_unprivileged_user(shop: Process):
+    postmaster = shop.tree().postmaster
+    assert postmaster is not None
+    status = socket_folder_of(shop.data).stat()
+
+    assert stat.S_IMODE(status.st_mode) == 0o700
+    assert status.st_uid == Path(f"/proc/{postmaster.pid}").stat().st_uid
+    assert status.st_uid != 0
+
+
+def test_postgres_listens_on_no_port(shop: Process):
+    postmaster = shop.tree().postmaster
+    assert postmaster is not None
+    inodes = {os.readlink(f"/proc/{postmaster.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{postmaster.pid}/fd")}
+    listening = [
+        line.split()[9]
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+        if line.split()[3] == "0A"
+    ]
+
+    assert not {f"socket:[{inode}]" for inode in listening} & inodes
+
+
+def test_a_second_start_migrates_nothing_and_json_is_one_object_a_line(data: Path):
+    with Process(data) as first:
+        first.ready().stop()
+    importtime = (sys.executable, "-X", "importtime", "-m", "mercato.cli")
+    with Process(data, command=importtime) as second:
+        second.ready()
+        events = second.events
+        second.signal(signal.SIGTERM)
+        assert second.exit_code() == 0
+        imported = {line.rpartition("|")[2].strip() for line in second.errors}
+
+    assert events[-1] == {"event": "ready", "url": second.url}
+    assert {event["event"] for event in events} == {"progress", "ready"}
+    assert not [event for event in events if "migrated" in event.get("message", "") or "demo" in event.get("message", "")]
+    assert "asyncpg" in imported
+    assert not imported & {"alembic", "sqlalchemy"}
+
+
+def test_a_reader_that_goes_away_does_not_end_the_shop(data: Path):
+    port = free_port()
+    command = [sys.executable, "-m", "mercato.cli", "up", "--port", str(port), "--data", str(data)]
+    shop = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment())
+    assert shop.stdout is not None
+    assert shop.stderr is not None
+    try:
+        shop.stdout.readline()
+        shop.stdout.close()  # mercato up | head -1
+
+        wait_until(lambda: answers(port), 60.0)
+        shop.terminate()
+
+        assert shop.wait(5) == 0
+        assert shop.stderr.read() == b""
+    finally:
+        shop.terminate()
+        shop.wait(10)
+        shop.stderr.close()
+
+
+def test_an_ipv6_address_gives_a_url_that_works(data: Path):
+    if not has_ipv6():
+        pytest.skip("no IPv6 on this machine")
+    with Process(data, "--host", "::1", "--no-demo") as shop, shop.ready().caller() as caller:
+        assert shop.url.startswith("http://[::1]:")
+        assert caller.get("/products").status == 200
+        shop.stop()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["up", "--help"], ["--version"], []])
+def test_help_and_version_import_nothing_heavy(arguments: list[str]):
+    code = f"""if True:
+        import atexit, sys
+        sys.argv = ["mercato", *{arguments!r}]
+        atexit.register(lambda: sys.stderr.write(" ".join(sorted(set(sys.modules) & set({HEAVY!r})))))
+        from mercato.cli import main
+        main()
+    """
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean_environment()
+    )
+
+    assert answer.stderr == ""
+    assert (__version__ if "--version" in arguments else "Usage: mercato") in answer.stdout
+
+
+def test_the_help_of_up_lists_every_option():
+    command = [sys.executable, "-m", "mercato.cli", "up", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env=clean_environment()).stdout
+
+    for option in ("--host", "--port", "--data", "--no-demo", "--workers", "--auth", "--json"):
+        assert option in text
+
+
+@pytest.mark.skipif(not AS_ROOT, reason="everything else here is that test then")
+def test_an_ordinary_user_runs_all_of_it(tmp_path: Path):
+    uid = pwd.getpwnam("nobody").pw_uid
+    home = Path("/tmp") / f"mercato-test-home-{os.getpid()}"
+    home.mkdir(mode=0o700)
+    try:
+        os.chown(home, uid, uid)
+        command = ordinary_command(uid, tmp_path)
+        with Process(home / "data", command=command, environment={"HOME": str(home)}) as shop:
+            shop.ready()
+            owners = {Path(f"/proc/{process.pid}").stat().st_uid for process in shop.tree().all}
+            with shop.caller() as caller:
+                assert caller.order().status == 201
+            shop.stop()
+        assert owners == {uid}
+        assert (home / "data" / "postgres" / "PG_VERSION").exists()
+    finally:
+        shutil.rmtree(home)
+
+
+def ordinary_command(uid: int, tmp_path: Path) -> list[str]:
+    """The command line as that user; where a folder of root's is in the way, with what it needs mounted elsewhere."""
+    become = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]
+    if shutil.which("setpriv") is None or shutil.which("unshare") is None:
+        pytest.skip("needs setpriv and unshare")
+    library = Path(asyncpg.__file__).parents[1]
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    script = f"""
+        set -e
+        mount -t tmpfs -o mode=755 none /mnt
+        mkdir /mnt/python /mnt/library /mnt/mercato
+        mount --bind {sys.base_prefix} /mnt/python
+        mount --bind {library} /mnt/library
+        mount --bind {ROOT} /mnt/mercato
+        export PYTHONPATH=/mnt/mercato:/mnt/library LD_LIBRARY_PATH=/mnt/python/lib
+        cd /
+        exec {" ".join(become)} /mnt/python/bin/{version} -m mercato.cli "$@"
+    """
+    trial = subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False)
+    if trial.returncode != 0:
+        pytest.skip("mounting is not permitted here")
+    return ["unshare", "-m", "/bin/sh", "-c", script, "sh"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def answers(port: int) -> bool:
+    try:
+        with Caller(f"http://127.0.0.1:{port}") as caller:
+            return caller.get("/health/ready").status == 200
+    except OSError:
+        return False
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True

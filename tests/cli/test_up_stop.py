@@ -1,0 +1,199 @@
+"""How `mercato up` ends when it is asked to: what runs is finished, nothing is left, within five seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from support.caller import Answer, Caller
+from support.process import POLL_SECONDS, Process, data_folder, wait_until
+
+STOPPED_EARLY = ["mercato: stopped before it was ready"]
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_a_request_that_is_half_received_is_answered(data: Path, workers: str):
+    body = json.dumps({"user_id": 1, "product_id": 100}).encode()
+    with Process(data, "--workers", workers) as shop, shop.ready().caller() as caller:
+        assert caller.get("/users?id=1").status == 200  # connected, and accepted by a worker
+        connection = caller.connection
+        connection.putrequest("POST", "/orders")
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", str(len(body)))
+        connection.endheaders(body[:9])
+        assert caller_is_heard(shop)
+
+        shop.interrupt()
+        wait_until(lambda: refuses_connections(shop.url), 2.0)
+        connection.send(body[9:])
+
+        assert caller.answer().status == 201
+        assert shop.exit_code() == 0
+        shop.assert_gone()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_request_that_waits_for_the_database_is_answered(data: Path, workers: str):
+    with Process(data, "--workers", workers) as shop:
+        shop.ready()
+        with locked(shop, "orders") as lock:
+            order = InBackground(shop)
+            lock.wait_for_a_waiter()
+            shop.signal(signal.SIGTERM)
+            wait_until(lambda: refuses_connections(shop.url), 2.0)
+        answer = order.answer()
+
+        assert answer.status == 201
+        assert shop.exit_code() == 0
+        shop.assert_gone()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_request_that_never_ends_does_not_hold_it_up(data: Path, workers: str):
+    with Process(data, "--workers", workers) as shop:
+        shop.ready()
+        with locked(shop, "orders") as lock:
+            InBackground(shop)
+            lock.wait_for_a_waiter()
+            shop.signal(signal.SIGTERM)
+
+            assert shop.exit_code() == 0
+        shop.assert_gone()
+        assert "Traceback" not in shop.output
+
+
+def test_ctrl_c_again_and_again_is_harmless(data: Path):
+    with Process(data) as shop:
+        shop.ready()
+        while True:
+            shop.interrupt()
+            try:
+                code = shop.exit_code(POLL_SECONDS)
+                break
+            except AssertionError:
+                pass
+
+        assert code == 0
+        assert shop.errors == []
+        shop.assert_gone()
+
+
+def test_a_closed_terminal_stops_it_too(data: Path):
+    with Process(data) as shop:
+        shop.ready().signal(signal.SIGHUP)
+
+        assert shop.exit_code() == 0
+        shop.assert_gone()
+
+
+def test_ctrl_c_at_any_moment_of_a_start_ends_it_with_one_line():
+    moments = ["", "starting PostgreSQL", "creating a database", "is running", "migrated the database of users"]
+    with data_folder() as folder:
+        for moment in moments:
+            with Process(folder, as_json=False) as shop:
+                wait_until(lambda: takes_signals(shop), 10.0)
+                shop.says(moment) if moment else None
+                shop.tree()
+                shop.interrupt()
+
+                assert shop.exit_code() == 130, (moment, shop.output)
+                assert shop.errors == STOPPED_EARLY, moment
+                shop.assert_gone()
+        with Process(folder) as shop:
+            shop.ready().stop()
+
+
+@pytest.mark.parametrize("delay_seconds", [0.2, 0.5])
+def test_sigterm_while_workers_start_ends_it_with_one_line(data: Path, delay_seconds: float):
+    with Process(data, "--workers", "3") as shop:
+        wait_until(lambda: len(shop.tree().workers) == 3, 60.0)
+        time.sleep(delay_seconds)
+        shop.signal(signal.SIGTERM)
+
+        assert shop.exit_code() == 143, shop.output
+        assert shop.errors == STOPPED_EARLY
+        shop.assert_gone()
+
+
+def takes_signals(shop: Process) -> bool:
+    """Whether the command has begun to listen to signals; before that it is the interpreter that is interrupted."""
+    status = Path(f"/proc/{shop.pid}/status").read_text()
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught >> (signal.SIGHUP - 1) & 1)
+
+
+def caller_is_heard(shop: Process) -> bool:
+    """Any answered request after something was sent means that it has been read by then, near enough."""
+    with shop.caller() as other:
+        return other.get("/health/live").status == 200
+
+
+def refuses_connections(url: str) -> bool:
+    try:
+        with Caller(url) as caller:
+            caller.connection.connect()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+class InBackground:
+    """An order that is being placed by a thread."""
+
+    def __init__(self, shop: Process) -> None:
+        self._answers: list[Answer] = []
+        self._caller = shop.caller()
+        self._thread = threading.Thread(target=self._place, daemon=True)
+        self._thread.start()
+
+    def _place(self) -> None:
+        try:
+            with self._caller as caller:
+                self._answers.append(caller.order())
+        except (OSError, http.client.HTTPException):
+            pass
+
+    def answer(self) -> Answer:
+        self._thread.join(10)
+        assert self._answers, "no answer came"
+        return self._answers[0]
+
+
+class Lock:
+    """A lock on a table that somebody else holds, seen from a second connection."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, connection: asyncpg.Connection) -> None:
+        self._loop = loop
+        self._connection = connection
+
+    def wait_for_a_waiter(self) -> None:
+        wait_until(lambda: bool(self._ask("SELECT true FROM pg_locks WHERE NOT granted LIMIT 1")), 10.0)
+
+    def _ask(self, sql: str) -> object:
+        return self._loop.run_until_complete(self._connection.fetchval(sql))
+
+
+@contextmanager
+def locked(shop: Process, service: str) -> Iterator[Lock]:
+    """Keeps everybody from the table of a service for the time of the block."""
+    loop = asyncio.new_event_loop()
+    connection = loop.run_until_complete(asyncpg.connect(shop.dsn(service)))
+    try:
+        loop.run_until_complete(connection.execute(f"BEGIN; LOCK TABLE {service}"))
+        yield Lock(loop, connection)
+    finally:
+        connection.terminate()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()

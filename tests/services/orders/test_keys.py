@@ -1,0 +1,383 @@
+"""Idempotency keys of placing: one key, one order, for ever, whatever dies in between."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+import pytest
+from services.orders.world import ALICE, BOB, MUG, STAFF, World, mugs, quote
+
+from mercato.chassis import idempotency
+from mercato.chassis.contract import (
+    Actor,
+    IdempotencyKeyReused,
+    Internal,
+    RequestInProgress,
+    ServiceError,
+    Unavailable,
+)
+from mercato.chassis.faults import Fault
+from mercato.contracts.orders import MoveOrder, PlacedOrder, PriceChanged
+from mercato.contracts.products import ProductNotFound
+
+Plant = Callable[[str, Fault], Callable[[], None]]
+
+
+async def fail(_point: str) -> None:
+    raise RuntimeError("the power fails here")
+
+
+async def try_place(world: World, *, key: str = "key", fingerprint: bytes = b"mugs", actor: Actor = ALICE) -> object:
+    """The answer or the error, as a client hears it."""
+    with world.acting(actor):
+        try:
+            return await world.orders.place(mugs(key=key, fingerprint=fingerprint, user_id=1))
+        except ServiceError as error:
+            return error
+
+
+def order_ids(outcomes: object) -> list[int]:
+    assert isinstance(outcomes, list | tuple)
+    return [outcome.order.id for outcome in outcomes if isinstance(outcome, PlacedOrder)]
+
+
+# --------------------------------------------------------------------------------------------------------- the answer
+
+
+async def test_a_second_place_with_the_same_key_hears_the_first_answer(world: World):
+    with world.acting(ALICE):
+        first = await world.orders.place(mugs(key="key"))
+        again = await world.orders.place(mugs(key="key"))
+
+    assert not first.replayed
+    assert again.replayed
+    assert again.order == first.order
+    assert await world.count("orders") == 1
+
+
+async def test_a_replay_is_the_order_as_it_was_placed(world: World):
+    placed = await world.place(mugs(key="key"))
+    with world.acting(STAFF):
+        await world.orders.move(MoveOrder(id=placed.id, status="confirmed"))
+    world.products.quotes[MUG] = quote(MUG, 77_777)
+    world.users.known = set()
+
+    assert await world.place(mugs(key="key")) == placed
+
+
+async def test_the_same_key_with_another_request_is_refused(world: World):
+    await world.place(mugs(key="key", fingerprint=b"one"))
+
+    assert isinstance(await try_place(world, fingerprint=b"another"), IdempotencyKeyReused)
+    assert await world.count("orders") == 1
+
+
+async def test_keys_of_different_principals_are_different_keys(world: World):
+    with world.acting(ALICE):
+        alices = world.orders.place(mugs(key="key"))
+    with world.acting(BOB):
+        bobs = world.orders.place(mugs(key="key", fingerprint=b"bob", user_id=2))
+    with world.acting(STAFF):
+        staffs = world.orders.place(mugs(key="key", fingerprint=b"staff"))
+    with world.acting(Actor("staff", ALICE.id)):
+        others = world.orders.place(mugs(key="key", fingerprint=b"other"))
+
+    placed = await asyncio.gather(alices, bobs, staffs, others)
+
+    assert len(set(order_ids(placed))) == 4
+
+
+async def test_orders_without_a_key_are_each_their_own(world: World):
+    assert len(set(order_ids(await world.place_many([mugs(), mugs(), mugs()])))) == 3
+
+
+async def test_refusals_are_not_stored(world: World):
+    request = msgspec.structs.replace(mugs(key="key"), expected_total_minor=1_000)
+    outcomes = await world.place_many([request])
+    assert [type(outcome) for outcome in outcomes] == [PriceChanged]
+    assert await world.count("idempotency") == 0
+
+    world.products.quotes[MUG] = quote(MUG, 1_000)
+    outcomes = await world.place_many([request])
+
+    assert [type(outcome) for outcome in outcomes] == [PlacedOrder]
+
+
+# -------------------------------------------------------------------------------------------------- twins in a batch
+
+
+async def test_twins_in_one_batch_are_one_order(world: World):
+    outcomes = await world.place_many([mugs(key="a"), mugs(key="b"), mugs(key="a"), mugs(), mugs(key="a")])
+
+    ids = order_ids(outcomes)
+    assert ids[0] == ids[2] == ids[4]
+    assert len(set(ids)) == 3
+    assert [outcome.replayed for outcome in outcomes if isinstance(outcome, PlacedOrder)] == [
+        False,
+        False,
+        True,
+        False,
+        True,
+    ] or world.rig.transport == "wire"
+    assert await world.count("orders") == 3
+
+
+async def test_a_twin_with_another_request_in_one_batch_is_refused(world: World):
+    outcomes = await world.place_many([mugs(key="a"), mugs(2, key="a", fingerprint=b"two")])
+
+    assert [type(outcome) for outcome in outcomes] == [PlacedOrder, IdempotencyKeyReused]
+    assert await world.count("orders") == 1
+
+
+async def test_twins_of_a_stored_answer_are_judged_by_what_is_stored_not_by_who_comes_first(world: World):
+    placed = await world.place(mugs(key="a"))
+
+    outcomes = await world.place_many([mugs(key="a", fingerprint=b"two"), mugs(key="a"), mugs(key="a")])
+
+    assert [type(outcome) for outcome in outcomes] == [IdempotencyKeyReused, PlacedOrder, PlacedOrder]
+    assert order_ids(outcomes) == [placed.id, placed.id]
+
+
+async def test_twins_that_are_refused_hear_it_each_as_an_error_of_its_own(world: World):
+    world.products.quotes.clear()
+
+    outcomes = await world.place_many([mugs(key="a"), mugs(key="a")])
+
+    assert [type(outcome) for outcome in outcomes] == [ProductNotFound] * 2
+    assert outcomes[0] is not outcomes[1]
+
+
+# ---------------------------------------------------------------------------------------------- twins in two processes
+
+
+async def test_twenty_twins_in_two_processes_are_one_order(world: World):
+    elsewhere = await world.another_process()
+    with world.acting(ALICE):
+        placed = await asyncio.gather(
+            *((world.orders if n % 2 else elsewhere).place(mugs(key="key")) for n in range(20))
+        )
+
+    assert len(set(order_ids(placed))) == 1
+    assert await world.count("orders") == 1
+    assert await world.count("order_lines") == 1
+
+
+async def test_many_shared_keys_in_two_processes_in_opposite_orders_do_not_deadlock(world: World):
+    elsewhere = await world.another_process()
+    requests = [mugs(key=f"key-{n}") for n in range(64)]
+    with world.acting(ALICE):
+        here, there = await asyncio.gather(
+            world.orders.place.many(requests), elsewhere.place.many(list(reversed(requests)))
+        )
+
+    assert order_ids(list(here)) == list(reversed(order_ids(list(there))))
+    assert await world.count("orders") == 64
+
+
+async def test_a_twin_waits_for_the_first_and_hears_its_answer(world: World, plant: Plant):
+    reached, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold(_point: str) -> None:
+        reached.set()
+        await go_on.wait()
+
+    elsewhere = await world.another_process()
+    lift = plant("orders.place.before_commit", hold)
+    with world.acting(ALICE):
+        first = asyncio.ensure_future(world.orders.place(mugs(key="key")))
+        await reached.wait()
+        lift()
+        twin = asyncio.ensure_future(elsewhere.place(mugs(key="key")))
+        other = asyncio.ensure_future(elsewhere.place(mugs(key="key", fingerprint=b"other")))
+        await world.until_waiting()
+        go_on.set()
+        placed = [await first, await twin]
+
+    assert len(set(order_ids(placed))) == 1
+    with pytest.raises(IdempotencyKeyReused):
+        await other
+
+
+async def test_a_key_that_stays_held_is_in_progress_and_fails_alone(world: World):
+    holder = await world.connection()
+    held = holder.transaction()
+    await held.start()
+    await holder.execute(
+        """
+        INSERT INTO idempotency (principal, operation, key, fingerprint, expires_at)
+        VALUES ('customer:1', 'orders.place', 'held', '', now())
+        """
+    )
+
+    outcomes = await world.place_many([mugs(key="a"), mugs(key="held"), mugs(), mugs(key="b")])
+
+    assert [type(outcome) for outcome in outcomes] == [PlacedOrder, RequestInProgress, PlacedOrder, PlacedOrder]
+    assert isinstance(outcomes[1], ServiceError)
+    assert outcomes[1].retry_after_s == 1
+    await held.rollback()
+    assert isinstance(await try_place(world, key="held"), PlacedOrder)
+
+
+# -------------------------------------------------------------------------------------------------------------- crashes
+
+
+async def test_a_crash_before_the_commit_leaves_nothing_and_the_retry_places_one(world: World, plant: Plant):
+    lift = plant("orders.place.before_commit", fail)
+
+    assert isinstance(await try_place(world), Internal)
+    for table in ("orders", "order_lines", "order_history", "idempotency"):
+        assert await world.count(table) == 0
+
+    lift()
+    assert isinstance(await try_place(world), PlacedOrder)
+    assert await world.count("orders") == 1
+
+
+async def test_a_connection_that_dies_before_the_commit_leaves_nothing(world: World, plant: Plant):
+    killer = await world.connection()
+
+    async def kill(_point: str) -> None:
+        await killer.execute(
+            """
+            SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+             WHERE datname = current_database() AND state = 'idle in transaction'
+            """
+        )
+
+    lift = plant("orders.place.before_commit", kill)
+    assert isinstance(await try_place(world), Unavailable)
+    assert await world.count("orders") == await world.count("idempotency") == 0
+
+    lift()
+    placed = await try_place(world)
+    assert isinstance(placed, PlacedOrder)
+    assert await world.count("orders") == 1
+
+
+@pytest.mark.parametrize("cut", ["before", "after"])
+async def test_when_nobody_knows_whether_the_commit_happened_the_retry_gives_one_order(world: World, cut: str):
+    cable = await world.cable()
+    orders = await world.another_process(cable.dsn)
+    cable.cut = cut
+    with world.acting(ALICE):
+        with pytest.raises(Unavailable):
+            await orders.place(mugs(key="key"))
+        cable.cut = None
+        placed = await orders.place(mugs(key="key"))
+
+    assert cable.cuts == 1 if cut == "after" else cable.cuts
+    assert await world.values("SELECT id FROM orders") == [placed.order.id]
+    assert placed.replayed == (cut == "after") or world.rig.transport == "wire"
+
+
+async def test_a_batch_whose_commit_is_unknown_is_not_run_again(world: World):
+    cable = await world.cable()
+    orders = await world.another_process(cable.dsn)
+    cable.cut = "after"
+    with world.acting(ALICE):
+        outcomes = await orders.place.many([mugs(), mugs(), mugs()])
+
+    assert [type(outcome) for outcome in outcomes] == [Unavailable] * 3
+    assert await world.count("orders") == 3
+
+
+# ------------------------------------------------------------------------------------------------ after the stored day
+
+
+async def reap(world: World) -> int:
+    """As if a day had passed."""
+    connection = await world.connection()
+    await connection.execute("UPDATE idempotency SET expires_at = now() - interval '1 second'")
+    async with world.database.transaction() as tx:
+        return await idempotency.reap(tx)
+
+
+async def test_a_key_finds_its_order_after_the_stored_answer_is_gone(world: World):
+    with world.acting(ALICE):
+        placed = await world.orders.place(mugs(3, key="key"))
+    with world.acting(STAFF):
+        await world.orders.move(MoveOrder(id=placed.order.id, status="confirmed"))
+    assert await reap(world) == 1
+
+    with world.acting(ALICE):
+        again = await world.orders.place(mugs(3, key="key"))
+
+    assert again.replayed
+    assert again.order == placed.order  # as it was placed, and not as it is now
+    assert await world.count("orders") == 1
+
+
+async def test_another_request_is_refused_after_the_stored_answer_is_gone_and_the_right_one_is_not(world: World):
+    placed = await world.place(mugs(key="key"))
+    await reap(world)
+
+    assert isinstance(await try_place(world, fingerprint=b"other"), IdempotencyKeyReused)
+    again = await try_place(world)
+
+    assert isinstance(again, PlacedOrder)
+    assert again.order == placed
+
+
+async def test_an_old_key_is_found_although_product_and_user_are_gone(world: World):
+    placed = await world.place(mugs(key="key"))
+    await reap(world)
+    world.products.quotes.clear()
+    world.users.known = set()
+
+    again = await try_place(world)
+
+    assert isinstance(again, PlacedOrder)
+    assert again.order == placed
+
+
+async def test_an_old_key_does_not_make_its_neighbours_run_alone(world: World):
+    old = await world.place(mugs(key="old"))
+    await reap(world)
+    world.products.sizes.clear()
+
+    outcomes = await world.place_many([mugs(key=f"k{n}") for n in range(10)] + [mugs(key="old")])
+
+    assert order_ids(outcomes)[-1] == old.id
+    assert [type(outcome) for outcome in outcomes] == [PlacedOrder] * 11
+    assert len(world.products.sizes) <= world.safely()
+    assert len(set(await world.values("SELECT xmin::text FROM orders WHERE id <> $1", old.id))) == 1
+
+
+async def test_the_reaper_deletes_a_bounded_number_and_never_an_answer_before_its_day(world: World):
+    connection = await world.connection()
+    await connection.execute(
+        """
+        INSERT INTO idempotency (principal, operation, key, fingerprint, expires_at)
+        SELECT 'customer:1', 'orders.place', 'old-' || n, '', now() - interval '1 hour' FROM generate_series(1, 1500) n
+        """
+    )
+    await world.place(mugs(key="young"))
+    ages = await world.values("SELECT extract(epoch FROM expires_at - now())::float8 FROM idempotency WHERE key = 'young'")
+    async with world.database.transaction() as tx:
+        first = await idempotency.reap(tx)
+    async with world.database.transaction() as tx:
+        second = await idempotency.reap(tx)
+
+    assert 23.9 * 3_600 < ages[0] <= 24 * 3_600
+    # The service's own loop may have taken some at its start; what counts is the bound, and what is left.
+    assert max(first, second) <= idempotency.REAPED_AT_ONCE
+    assert await world.values("SELECT key FROM idempotency WHERE expires_at > now()") == ["young"]
+    assert first + second == 1_500
+
+
+async def test_the_service_reaps_by_itself(world: World):
+    connection = await world.connection()
+    await connection.execute(
+        """
+        INSERT INTO idempotency (principal, operation, key, fingerprint, expires_at)
+        SELECT 'customer:1', 'orders.place', 'old-' || n, '', now() - interval '1 hour' FROM generate_series(1, 2500) n
+        """
+    )
+    await world.another_process()
+
+    async def reaped() -> bool:
+        return await world.count("idempotency") == 0
+
+    await world.until(reaped)

@@ -1,0 +1,369 @@
+"""Placing orders through the contract: what is kept of the catalogue, what is refused, and what a batch costs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from services.orders.world import ALICE, BOB, LAMP, MUG, STAFF, World, mugs, quote
+
+from mercato.chassis.contract import (
+    Actor,
+    Forbidden,
+    Internal,
+    InvalidRequest,
+    ServiceError,
+    Unavailable,
+)
+from mercato.chassis.faults import Fault
+from mercato.chassis.testing import Rig
+from mercato.contracts.money import MAX_MINOR
+from mercato.contracts.orders import (
+    LINES_LIMIT,
+    QUANTITY_LIMIT,
+    GetOrder,
+    MixedCurrencies,
+    Orders,
+    PlacedOrder,
+    PlaceLine,
+    PlaceOrder,
+    PriceChanged,
+)
+from mercato.contracts.products import (
+    ArchiveProduct,
+    CreateProduct,
+    ProductArchived,
+    ProductNotFound,
+    Products,
+    UpdateProduct,
+)
+from mercato.contracts.users import Register, UserNotFound, Users
+from mercato.services.orders.app import build
+from mercato.services.products.app import build as build_products
+from mercato.services.users.app import build as build_users
+
+
+def of(*product_ids: int, **fields: object) -> PlaceOrder:
+    return PlaceOrder(user_id=1, lines=tuple(PlaceLine(product_id=i) for i in product_ids), **fields)
+
+
+async def fail(_point: str) -> None:
+    raise RuntimeError("the power fails here")
+
+
+# ------------------------------------------------------------------------------------- with the real users, products
+
+
+async def test_an_order_keeps_what_the_catalogue_said_when_it_was_placed(rig: Rig):
+    await rig.open(users=build_users, products=build_products, orders=build)
+    orders, users, products = rig.client(Orders), rig.client(Users), rig.client(Products)
+    with rig.acting(STAFF):
+        alice = await users.register(Register(email="alice@example.com", name="Alice", password="a good long password"))
+        mug = await products.create(
+            CreateProduct(sku="MUG", name="Mug", price_minor=1_250, currency="EUR", category="kitchen")
+        )
+        lamp = await products.create(
+            CreateProduct(sku="LAMP", name="Lamp", price_minor=9_999, currency="EUR", category="light")
+        )
+    with rig.acting(Actor("customer", alice.id)):
+        lines = (PlaceLine(product_id=lamp.id, quantity=3), PlaceLine(product_id=mug.id))
+        placed = (await orders.place(PlaceOrder(user_id=alice.id, lines=lines))).order
+    with rig.acting(STAFF):
+        await products.update(UpdateProduct(id=lamp.id, name="Old lamp", price_minor=1, currency="USD"))
+        await products.archive(ArchiveProduct(id=mug.id))
+        read = await orders.get(GetOrder(id=placed.id))
+        with pytest.raises(ProductArchived):
+            await orders.place(PlaceOrder(user_id=alice.id, lines=(PlaceLine(product_id=mug.id),)))
+
+    assert read == placed
+    assert [(line.sku, line.name, line.quantity, line.unit_price_minor) for line in read.lines] == [
+        ("LAMP", "Lamp", 3, 9_999),
+        ("MUG", "Mug", 1, 1_250),
+    ]
+    assert [line.line_total_minor for line in read.lines] == [29_997, 1_250]
+    assert (read.total_minor, read.currency) == (31_247, "EUR")
+
+
+# ---------------------------------------------------------------------------------------------------------- one order
+
+
+async def test_a_new_order_is_where_every_order_begins(world: World):
+    with world.acting(ALICE):
+        placed = await world.orders.place(mugs(2))
+
+    order = placed.order
+    assert not placed.replayed
+    assert (order.status, order.payment, order.fulfilment, order.version) == ("pending", "unpaid", "unfulfilled", 1)
+    assert (order.user_id, order.total_minor, order.currency) == (ALICE.id, 2_500, "USD")
+    assert order.created_at == order.updated_at
+    assert order.created_at.utcoffset() is not None
+    assert order.id > 1_000
+
+
+async def test_quantity_is_one_where_nothing_is_said(world: World):
+    order = await world.place(of(MUG, LAMP))
+
+    assert [line.quantity for line in order.lines] == [1, 1]
+
+
+async def test_lines_keep_the_order_of_the_request(world: World):
+    forth, back = await world.place(of(MUG, LAMP)), await world.place(of(LAMP, MUG))
+    with world.acting(ALICE):
+        read = [await world.orders.get(GetOrder(id=order.id)) for order in (forth, back)]
+
+    assert [[line.product_id for line in order.lines] for order in read] == [[MUG, LAMP], [LAMP, MUG]]
+
+
+async def test_the_largest_order_does_not_overflow(world: World):
+    world.products.quotes = {i: quote(i, MAX_MINOR) for i in range(1, LINES_LIMIT + 1)}
+    lines = tuple(PlaceLine(product_id=i, quantity=QUANTITY_LIMIT) for i in world.products.quotes)
+
+    order = await world.place(PlaceOrder(user_id=1, lines=lines))
+    with world.acting(ALICE):
+        read = await world.orders.get(GetOrder(id=order.id))
+
+    assert read.total_minor == LINES_LIMIT * QUANTITY_LIMIT * MAX_MINOR
+    assert read == order
+
+
+async def test_a_free_product_can_be_ordered(world: World):
+    world.products.quotes[MUG] = quote(MUG, 0)
+
+    assert (await world.place(of(MUG, expected_total_minor=0))).total_minor == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+async def refusal(world: World, request: PlaceOrder, actor: Actor = ALICE) -> ServiceError:
+    with pytest.raises(ServiceError) as refused:
+        await world.place(request, actor)
+    assert await world.count("orders") == await world.count("order_lines") == await world.count("order_history") == 0
+    return refused.value
+
+
+async def test_an_unknown_user_cannot_order(world: World):
+    refused = await refusal(world, mugs(user_id=404), STAFF)
+
+    assert isinstance(refused, UserNotFound)
+    assert refused.user_id == 404
+
+
+async def test_another_customer_is_like_an_unknown_one(world: World):
+    for_bob, for_nobody = await refusal(world, mugs(user_id=2)), await refusal(world, mugs(user_id=404))
+
+    assert isinstance(for_bob, UserNotFound)
+    assert isinstance(for_nobody, UserNotFound)
+    assert (for_bob.user_id, for_nobody.user_id) == (2, 404)
+    assert world.users.sizes == []  # nor does the time that it takes tell who exists
+
+
+async def test_an_unknown_product_is_named(world: World):
+    refused = await refusal(world, of(MUG, 404, LAMP))
+
+    assert isinstance(refused, ProductNotFound)
+    assert refused.product_id == 404
+
+
+async def test_an_archived_product_is_named(world: World):
+    world.products.quotes[LAMP] = ProductArchived(product_id=LAMP)
+
+    refused = await refusal(world, of(MUG, LAMP))
+
+    assert isinstance(refused, ProductArchived)
+    assert refused.product_id == LAMP
+
+
+async def test_a_product_stands_in_one_line(world: World):
+    refused = await refusal(world, of(MUG, LAMP, MUG, MUG))
+
+    assert isinstance(refused, InvalidRequest)
+    assert [error.field for error in refused.errors] == ["items[2].product_id", "items[3].product_id"]
+    assert world.products.sizes == []
+
+
+async def test_one_order_has_one_currency(world: World):
+    world.products.quotes[LAMP] = quote(LAMP, 1, "EUR")
+
+    refused = await refusal(world, of(MUG, LAMP))
+
+    assert isinstance(refused, MixedCurrencies)
+    assert refused.currencies == ("EUR", "USD")
+
+
+async def test_another_total_than_was_shown_is_refused(world: World):
+    refused = await refusal(world, of(MUG, expected_total_minor=1_249))
+
+    assert isinstance(refused, PriceChanged)
+    assert (refused.expected_minor, refused.actual_minor, refused.currency) == (1_249, 1_250, "USD")
+
+
+@pytest.mark.parametrize("shown", [{}, {"expected_total_minor": 1_250}])
+async def test_another_currency_than_was_shown_is_refused(world: World, shown: dict[str, int]):
+    refused = await refusal(world, of(MUG, expected_currency="EUR", **shown))
+
+    assert isinstance(refused, PriceChanged)
+    assert (refused.actual_minor, refused.currency, refused.expected_currency) == (1_250, "USD", "EUR")
+    assert "1250 EUR" in str(refused)
+    assert "1250 USD" in str(refused)
+
+
+async def test_the_total_that_was_shown_is_accepted(world: World):
+    assert (await world.place(of(MUG, expected_total_minor=1_250, expected_currency="USD"))).total_minor == 1_250
+
+
+async def test_staff_order_for_others_and_nobody_orders_unknown(world: World):
+    assert (await world.place(mugs(user_id=2), STAFF)).user_id == 2
+    with pytest.raises(Forbidden):
+        await world.place(mugs(), Actor("anonymous"))
+
+
+# ------------------------------------------------------------------------------------------------------------ batches
+
+
+async def test_good_and_bad_requests_of_a_batch_settle_each_by_itself(world: World):
+    world.products.quotes[3] = ProductArchived(product_id=3)
+    world.products.quotes[4] = quote(4, 1, "JPY")
+
+    outcomes = await world.place_many(
+        [
+            mugs(1),
+            mugs(user_id=404),
+            of(404),
+            mugs(2),
+            of(3),
+            of(MUG, 4),
+            of(MUG, MUG),
+            of(MUG, expected_total_minor=1),
+            mugs(3),
+        ],
+        STAFF,
+    )
+
+    kinds = [type(outcome) for outcome in outcomes]
+    assert kinds == [
+        PlacedOrder,
+        UserNotFound,
+        ProductNotFound,
+        PlacedOrder,
+        ProductArchived,
+        MixedCurrencies,
+        InvalidRequest,
+        PriceChanged,
+        PlacedOrder,
+    ]
+    placed = [outcome.order for outcome in outcomes if isinstance(outcome, PlacedOrder)]
+    assert [order.total_minor for order in placed] == [1_250, 2_500, 3_750]
+    assert [order.id for order in placed] == sorted(order.id for order in placed)
+    assert await world.count("orders") == 3
+    with world.acting(STAFF):
+        assert await world.orders.get.many([GetOrder(id=order.id) for order in placed]) == placed
+
+
+async def test_each_refusal_is_an_error_of_its_own(world: World):
+    outcomes = await world.place_many([of(404), of(404)])
+
+    assert outcomes[0] is not outcomes[1]
+
+
+async def test_requests_of_several_actors_in_one_batch_are_judged_each_by_its_own(world: World):
+    with world.acting(ALICE):
+        own, others = world.orders.place(mugs()), world.orders.place(mugs(user_id=2))
+    with world.acting(BOB):
+        bobs = world.orders.place(mugs(user_id=2))
+    with world.acting(STAFF):
+        staffs = world.orders.place(mugs(user_id=2))
+
+    outcomes = await asyncio.gather(own, others, bobs, staffs, return_exceptions=True)
+
+    assert [getattr(getattr(outcome, "order", None), "user_id", None) for outcome in outcomes] == [1, None, 2, 2]
+    assert isinstance(outcomes[1], UserNotFound)
+    actors = await world.values("SELECT actor_role || ':' || actor_id FROM order_history ORDER BY order_id")
+    assert actors == ["customer:1", "customer:2", "staff:9"]
+
+
+async def test_a_batch_is_one_call_to_users_one_to_products_and_one_transaction(world: World):
+    world.users.known = set(range(1, 257))
+    world.products.quotes = {i: quote(i, i) for i in range(1, 513)}
+    requests = [
+        PlaceOrder(user_id=i, lines=(PlaceLine(product_id=i), PlaceLine(product_id=i + 256))) for i in range(1, 257)
+    ]
+
+    outcomes = await world.place_many(requests, STAFF)
+
+    assert all(isinstance(outcome, PlacedOrder) for outcome in outcomes)
+    assert world.users.sizes == [256] * world.safely()
+    assert world.products.sizes == [512] * world.safely()
+    assert len(set(await world.values("SELECT xmin::text FROM orders"))) == 1
+    assert len(set(await world.values("SELECT xmin::text FROM order_lines"))) == 1
+
+
+async def test_the_largest_batch_is_looked_up_in_pieces_that_fit_the_queue(world: World):
+    world.products.quotes = {i: quote(i, 1) for i in range(1, 12_001)}
+    requests = [
+        PlaceOrder(user_id=1, lines=tuple(PlaceLine(product_id=n * 100 + i) for i in range(1, 101))) for n in range(120)
+    ]
+
+    outcomes = await world.place_many(requests)
+
+    assert [type(outcome) for outcome in outcomes] == [PlacedOrder] * 120
+    assert await world.count("order_lines") == 12_000
+
+
+async def test_nothing_is_asked_for_a_batch_that_is_refused_without_asking(world: World):
+    outcomes = await world.place_many([of(MUG, MUG), mugs(user_id=2)])
+
+    assert [type(outcome) for outcome in outcomes] == [InvalidRequest, UserNotFound]
+    assert world.users.sizes == world.products.sizes == []
+
+
+@pytest.mark.parametrize("who", ["users", "products"])
+async def test_without_users_or_products_every_order_of_a_batch_hears_so(world: World, who: str):
+    getattr(world, who).failure = Unavailable(service=who)
+
+    outcomes = await world.place_many([mugs(), mugs(2), mugs(key="k"), of(LAMP)])
+
+    assert [type(outcome) for outcome in outcomes] == [Unavailable] * 4
+    assert {outcome.service for outcome in outcomes if isinstance(outcome, Unavailable)} == {who}
+    assert await world.count("orders") == await world.count("idempotency") == 0
+
+
+async def test_without_its_database_every_order_of_a_batch_hears_so(world: World):
+    await world.rig.cluster.execute(f'DROP DATABASE "{world.dsn.partition("?")[0].rpartition("/")[2]}" WITH (FORCE)')
+
+    outcomes = await world.place_many([mugs(), mugs(2, key="k")])
+
+    assert [type(outcome) for outcome in outcomes] == [Unavailable] * 2
+
+
+async def test_a_request_that_the_database_refuses_fails_alone(world: World):
+    world.products.quotes[LAMP] = quote(LAMP, -1)  # against a constraint: as if products had a bug
+
+    outcomes = await world.place_many([mugs(1), of(LAMP), mugs(2)])
+
+    assert [type(outcome) for outcome in outcomes] == [PlacedOrder, Internal, PlacedOrder]
+    assert await world.count("orders") == 2
+
+
+async def test_a_crash_after_the_commit_is_not_run_again(world: World, plant: Callable[[str, Fault], object]):
+    plant("orders.place.after_commit", fail)
+
+    outcomes = await world.place_many([mugs(), mugs()])
+
+    assert [type(outcome) for outcome in outcomes] == [Internal, Internal]
+    assert await world.count("orders") == 2
+
+
+async def test_the_first_entry_of_the_history_says_who_placed_it(world: World):
+    order = await world.place(mugs(user_id=1), STAFF)
+
+    entries = await world.values(
+        """
+        SELECT format('%s %s %s %s %s %s %s', version, axis, before, after, reason, actor_role, actor_id)
+          FROM order_history WHERE order_id = $1
+        """,
+        order.id,
+    )
+
+    assert entries == ["1 status  pending  staff 9"]

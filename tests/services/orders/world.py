@@ -1,0 +1,321 @@
+"""An orders service whose buyers and catalogue a test owns, any number of hosts on its database, and a cable to cut."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import itertools
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import Any, Final, TypeVar, cast
+from urllib.parse import parse_qs, urlsplit
+
+import asyncpg
+
+from mercato.chassis.contract import Actor, Batch, ServiceError
+from mercato.chassis.db import Database
+from mercato.chassis.rpc import Server
+from mercato.chassis.service import Env, Host, Service
+from mercato.chassis.testing import TEST_SECRET, Rig, migrations_folder
+from mercato.contracts.orders import GetOrder, MoveOrder, Order, Orders, PlacedOrder, PlaceLine, PlaceOrder
+from mercato.contracts.products import ProductNotFound, Products, Quote, QuoteProduct
+from mercato.contracts.users import GetUser, User, UserNotFound, Users
+from mercato.services.orders import app
+from mercato.services.orders.store import OrderRow
+
+T = TypeVar("T")
+
+ALICE: Final = Actor("customer", 1)
+BOB: Final = Actor("customer", 2)
+STAFF: Final = Actor("staff", 9)
+EPOCH: Final = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+MUG: Final = 1
+LAMP: Final = 2
+POLLS: Final = 1_000
+POLL_SECONDS: Final = 0.01
+
+PATHS: Final = {
+    ("status", "pending"): (),
+    ("status", "confirmed"): (("status", "confirmed"),),
+    ("status", "completed"): (("status", "confirmed"), ("status", "completed")),
+    ("status", "cancelled"): (("status", "cancelled"),),
+    ("fulfilment", "unfulfilled"): (("status", "confirmed"),),
+    ("fulfilment", "shipped"): (("status", "confirmed"), ("fulfilment", "shipped")),
+    ("fulfilment", "delivered"): (("status", "confirmed"), ("fulfilment", "shipped"), ("fulfilment", "delivered")),
+    ("fulfilment", "returned"): (
+        ("status", "confirmed"),
+        ("fulfilment", "shipped"),
+        ("fulfilment", "delivered"),
+        ("fulfilment", "returned"),
+    ),
+}
+"""The moves that bring a new order to a state."""
+
+
+class FakeUsers:
+    """Everybody in `known` exists. `sizes` are those of the batches that came."""
+
+    def __init__(self) -> None:
+        self.known = {ALICE.id, BOB.id}
+        self.failure: ServiceError | None = None
+        self.sizes: list[int] = []
+
+    def build(self, env: Env) -> Service:
+        server = Server(Users, env.clock)
+        server.register(Users.get, self.get)
+        return Service(server, env.database)
+
+    async def get(self, batch: Batch[GetUser]) -> Sequence[User | ServiceError]:
+        self.sizes.append(len(batch))
+        if self.failure:
+            raise self.failure.copy()
+        return [self._user(request.id) for request in batch]
+
+    def _user(self, user_id: int) -> User | ServiceError:
+        if user_id not in self.known:
+            return UserNotFound(user_id=user_id)
+        return User(
+            id=user_id,
+            email=f"{user_id}@example.com",
+            name=str(user_id),
+            role="customer",
+            created_at=EPOCH,
+            updated_at=EPOCH,
+            version=1,
+        )
+
+
+class FakeProducts:
+    """What is in `quotes` is for sale. `sizes` are those of the batches that came."""
+
+    def __init__(self) -> None:
+        self.quotes: dict[int, Quote | ServiceError] = {MUG: quote(MUG, 1_250), LAMP: quote(LAMP, 4_999)}
+        self.failure: ServiceError | None = None
+        self.before_answer: Callable[[], Awaitable[None]] | None = None
+        self.sizes: list[int] = []
+
+    def build(self, env: Env) -> Service:
+        server = Server(Products, env.clock)
+        server.register(Products.quote, self.quote)
+        return Service(server, env.database)
+
+    async def quote(self, batch: Batch[QuoteProduct]) -> Sequence[Quote | ServiceError]:
+        self.sizes.append(len(batch))
+        if self.failure:
+            raise self.failure.copy()
+        if self.before_answer:
+            await self.before_answer()
+        return [self.quotes.get(request.id) or ProductNotFound(product_id=request.id) for request in batch]
+
+
+def quote(product_id: int, price_minor: int, currency: str = "USD") -> Quote:
+    return Quote(
+        id=product_id, sku=f"SKU-{product_id}", name=f"Thing {product_id}", price_minor=price_minor, currency=currency
+    )
+
+
+def mugs(quantity: int = 1, *, key: str | None = None, fingerprint: bytes = b"mugs", user_id: int = 1) -> PlaceOrder:
+    """An order of mugs. The same `fingerprint` means the same request."""
+    return PlaceOrder(
+        user_id=user_id,
+        lines=(PlaceLine(product_id=MUG, quantity=quantity),),
+        idempotency_key=key,
+        fingerprint=fingerprint if key else b"",
+    )
+
+
+class World:
+    """An orders service and the two that it asks."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.users = FakeUsers()
+        self.products = FakeProducts()
+        self.acting = rig.acting
+        self._closing = contextlib.AsyncExitStack()
+        self._numbers = itertools.count(1)
+
+    async def open(self) -> World:
+        self.dsn = self.rig.dsns["orders"] = await self.rig.cluster.fresh_database(
+            "orders", migrations_folder(app.build)
+        )
+        self.rig.dsns["users"] = self.rig.dsns["products"] = self.dsn  # the fakes have no tables
+        await self.rig.open(users=self.users.build, products=self.products.build, orders=app.build)
+        self.orders = self.rig.client(Orders)
+        self.database: Database = self.rig.host.services["orders"].database
+        return self
+
+    async def close(self) -> None:
+        await self._closing.aclose()
+
+    async def another_process(self, dsn: str | None = None) -> Orders:
+        """The client of a second host, as in a process of its own, on the same database."""
+        host = Host(
+            {"users": self.users.build, "products": self.products.build, "orders": app.build},
+            {**self.rig.dsns, "orders": dsn or self.dsn},
+            secret=TEST_SECRET,
+            transport=self.rig.transport,
+        )
+        await host.open()
+        self._closing.push_async_callback(host.close)
+        return host.client(Orders)
+
+    async def connection(self) -> Any:
+        """A connection of the test's own, to look into tables and to hold locks by hand."""
+        made = await cast(Any, asyncpg).connect(self.dsn)
+        self._closing.push_async_callback(made.close)
+        return made
+
+    async def cable(self) -> Cable:
+        made = Cable(self.dsn)
+        await made.open()
+        self._closing.push_async_callback(made.close)
+        return made
+
+    # ------------------------------------------------------------------------------------------------ shorthands
+
+    async def place(self, request: PlaceOrder | None = None, actor: Actor = ALICE) -> Order:
+        with self.acting(actor):
+            return (await self.orders.place(request or mugs())).order
+
+    async def place_many(
+        self, requests: Sequence[PlaceOrder], actor: Actor = ALICE
+    ) -> Sequence[PlacedOrder | ServiceError]:
+        with self.acting(actor):
+            return await self.orders.place.many(requests)
+
+    async def placed_in(self, axis: str, state: str) -> Order:
+        """A new order of Alice's that staff have moved to a state."""
+        order = await self.place()
+        with self.acting(STAFF):
+            for moved, to in PATHS[axis, state]:
+                await self.orders.move(MoveOrder(id=order.id, **{moved: to}))
+            return await self.orders.get(GetOrder(id=order.id))
+
+    async def count(self, table: str) -> int:
+        return (await self.values(f"SELECT count(*) FROM {table}"))[0]
+
+    async def values(self, sql: str, *values: object) -> list[Any]:
+        async with self.database.read() as tx:
+            return await tx.fetch_values(object, sql, *values)
+
+    async def raw(self, order_id: int) -> OrderRow:
+        async with self.database.read() as tx:
+            row = await tx.fetch_one(
+                OrderRow,
+                """
+                SELECT id, user_id, status, payment, fulfilment, currency, total_minor, created_at, updated_at, version
+                  FROM orders WHERE id = $1
+                """,
+                order_id,
+            )
+        assert row
+        return row
+
+    def safely(self, calls: int = 1) -> int:
+        """How often a safe operation arrives that is called so often: `wire` sends it twice."""
+        return calls * (2 if self.rig.transport == "wire" else 1)
+
+    async def until(self, holds: Callable[[], Awaitable[object]]) -> None:
+        for _ in range(POLLS):
+            if await holds():
+                return
+            await asyncio.sleep(POLL_SECONDS)
+        raise AssertionError("what the test waits for does not happen")
+
+    async def until_waiting(self, statements: int = 1) -> None:
+        """Waits until so many statements in this database wait for a lock."""
+
+        async def waiting() -> bool:
+            return (
+                await self.values(
+                    """
+                    SELECT count(*) FROM pg_stat_activity
+                     WHERE datname = current_database() AND wait_event_type = 'Lock'
+                    """
+                )
+            )[0] >= statements
+
+        await self.until(waiting)
+
+
+@contextlib.asynccontextmanager
+async def opened(rig: Rig) -> AsyncGenerator[World]:
+    world = await World(rig).open()
+    try:
+        yield world
+    finally:
+        await world.close()
+
+
+class Cable:
+    """The connection between a service and PostgreSQL, which a test cuts at a COMMIT.
+
+    `cut` is "before" (the server never hears it) or "after" (it has committed, and its answer is lost); None cuts
+    nothing.
+    """
+
+    def __init__(self, dsn: str) -> None:
+        self._target = urlsplit(dsn)
+        self.cut: str | None = None
+        self.cuts = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        port = self._listener.sockets[0].getsockname()[1]
+        user = self._target.netloc.rpartition("@")[0]
+        self.dsn = f"postgresql://{user}@127.0.0.1:{port}{self._target.path}?sslmode=disable"
+
+    async def close(self) -> None:
+        self._listener.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        self._tasks.add(task)
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            far_reader, far_writer = await self._reach()
+            try:
+                await self._carry(reader, writer, far_reader, far_writer)
+            finally:
+                writer.transport.abort()
+                far_writer.transport.abort()
+
+    async def _reach(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        folder = parse_qs(self._target.query).get("host", [""])[0]
+        if folder.startswith("/"):
+            port = parse_qs(self._target.query).get("port", ["5432"])[0]
+            return await asyncio.open_unix_connection(f"{folder}/.s.PGSQL.{port}")
+        return await asyncio.open_connection(self._target.hostname, self._target.port)
+
+    async def _carry(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        far_reader: asyncio.StreamReader,
+        far_writer: asyncio.StreamWriter,
+    ) -> None:
+        back = asyncio.create_task(self._pump(far_reader, writer))
+        try:
+            while data := await reader.read(65_536):
+                if not (self.cut and data.endswith(b"COMMIT\x00")):
+                    far_writer.write(data)
+                    continue
+                self.cuts += 1
+                if self.cut == "after":
+                    back.cancel()
+                    await asyncio.gather(back, return_exceptions=True)
+                    far_writer.write(data)
+                    assert b"COMMIT" in await far_reader.read(1_024)
+                return
+        finally:
+            back.cancel()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65_536):
+            writer.write(data)
+        writer.close()
