@@ -11,8 +11,9 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import random
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Literal, Protocol, TypeVar
+from typing import Final, Literal, Protocol, TypeVar
 
 import msgspec
 import structlog
@@ -20,6 +21,7 @@ import structlog
 from .clock import Clock, Randomness, SystemClock, SystemRandomness
 from .contract import Contract
 from .db import Database
+from .resilience import Breaker, BreakingTransport, State
 from .rpc import Connector, Server, Transport
 from .telemetry import Telemetry
 from .transports.local import LocalTransport
@@ -62,6 +64,10 @@ class Service(msgspec.Struct, frozen=True):
     """Frees what the service itself holds, such as threads."""
 
 
+BREAKER_OPEN_SECONDS: Final = 1.0
+"""A database that restarts is back within a second or so; a shop should not refuse orders for longer than it must."""
+BREAKER_LONGEST_OPEN_SECONDS: Final = 30.0
+
 Build = Callable[[Env], Service]
 
 
@@ -89,9 +95,11 @@ class Host:
         self.telemetry = telemetry or Telemetry()
         self.services: dict[str, Service] = {}
         self._servers: dict[str, Server] = {}
-        self._transport: Transport = (
+        self._breakers: dict[str, Breaker] = {}
+        carrier: Transport = (
             LocalTransport(self._servers) if transport == "local" else WireTransport(self._servers, self.clock)
         )
+        self._transport = BreakingTransport(carrier, self._breaker)
         self._connector = Connector(self.clock, self.telemetry)
         self._clients: dict[str, Contract] = {}
         self._loops: list[asyncio.Task[None]] = []
@@ -115,6 +123,25 @@ class Host:
         client = self._clients[contract.service]
         assert isinstance(client, contract)
         return client
+
+    def _breaker(self, service: str) -> Breaker:
+        """The breaker in front of a service: everybody in this process learns from everybody's failures."""
+        breaker = self._breakers.get(service)
+        if breaker is None:
+            gauge = self.telemetry.breaker_open.labels(service)
+
+            def show(state: State) -> None:
+                gauge.set(0 if state is State.CLOSED else 1)
+
+            breaker = self._breakers[service] = Breaker(
+                service,
+                clock=self.clock,
+                jitter=random.random,
+                open_seconds=BREAKER_OPEN_SECONDS,
+                longest_open_seconds=BREAKER_LONGEST_OPEN_SECONDS,
+                on_change=show,
+            )
+        return breaker
 
     async def open(self) -> None:
         """Opens all databases, then starts the loops. Raises `Unavailable` naming the service, and leaves nothing open."""

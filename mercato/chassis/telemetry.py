@@ -140,6 +140,14 @@ class Telemetry:
             multiprocess_mode="livesum",
         )
 
+        self.breaker_open = prometheus_client.Gauge(
+            "mercato_breaker_open",
+            "1 while calls to a service are refused because it does not answer.",
+            ["service"],
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+
     def batches(self, operation: str) -> BatchObserver:
         return BatchObserver(self, operation)
 

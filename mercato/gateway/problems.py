@@ -119,7 +119,7 @@ class TooManyRequests(ServiceError, code="too_many_requests", kind=Kind.TOO_MANY
 def _shown(details: Mapping[str, Any]) -> dict[str, Any]:
     """Details for people outside: what is minor units inside (`expected_minor`, `currency`) is money here."""
     currency = details.get("currency")
-    if currency not in EXPONENTS:
+    if not isinstance(currency, str) or currency not in EXPONENTS:
         return dict(details)
     minor = {name: value for name, value in details.items() if name.endswith("_minor")}
     shown = {name.removesuffix("_minor"): money(value, currency) for name, value in minor.items()}
