@@ -56,6 +56,14 @@ format: $(VENV)/.dev ## format the code and mend what the linter can mend by its
 	@$(RUN) ruff check --fix-only --quiet .
 	@$(RUN) ruff format --quiet .
 
+.PHONY: schemas
+schemas: $(VENV)/.dev ## commit to the contracts as they are now, after an additive change
+	@$(PY) tests/contracts/update_schemas.py
+
+.PHONY: bench
+bench: $(VENV)/.dev ## load POST /orders with wrk and check every answer (ARGS="--workers 2")
+	@$(PY) bench/orders.py $(ARGS)
+
 .PHONY: lock
 lock: $(VENV)/.dev ## recompile the pins in requirements/ (ARGS=--upgrade for newer versions)
 	@$(call compile,runtime,--extra embedded)

@@ -39,6 +39,7 @@ STATEMENT_SECONDS: Final = 10.0
 CONNECT_SECONDS: Final = 5.0
 PING_SECONDS: Final = 1.0
 ACQUIRE_SECONDS: Final = 5.0
+CLOSE_SECONDS: Final = 2.0
 
 
 class Row(msgspec.Struct, frozen=True, gc=False, metaclass=FrozenMeta):
@@ -209,12 +210,12 @@ class Database:
             raise translated(error, self.service) from error
 
     async def close(self) -> None:
-        """Waits for what runs, then closes; after two seconds it no longer waits."""
+        """Waits for what runs, then closes; after `CLOSE_SECONDS` it no longer waits."""
         if self._pool is None:
             return
         pool, self._pool = self._pool, None
         try:
-            await asyncio.wait_for(pool.close(), 2.0)
+            await asyncio.wait_for(pool.close(), CLOSE_SECONDS)
         except _DRIVER_ERRORS:
             pool.terminate()
 

@@ -21,6 +21,8 @@ import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # see db.py
 LOCK_KEY: Final = 0x6D657263  # "merc"
 LOCK_SECONDS: Final = 60.0
 LOCK_POLL_SECONDS: Final = 0.1
+TABLE_LOCK_TIMEOUT: Final = "10s"
+"""A revision that waits for a busy table makes everybody else wait behind it: then rather none, and another try."""
 
 
 class MigrationError(Exception):
@@ -47,6 +49,7 @@ async def migrate(dsn: str, folder: Path) -> Sequence[str]:
                 "it was used by a newer one: install that"
             )
         missing = known[known.index(current) + 1 :] if current else known
+        await connection.execute("SELECT set_config('lock_timeout', $1, false)", TABLE_LOCK_TIMEOUT)
         for revision in missing:
             for statement in statements(folder, current, revision):
                 await connection.execute(statement)

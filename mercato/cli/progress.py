@@ -37,8 +37,8 @@ class Progress:
 
 
 def fail(message: str) -> None:
-    """The one sentence with which a command ends that could not do its work."""
-    print(f"mercato: {message}", file=sys.stderr, flush=True)
+    """The one sentence, on one line, with which a command ends that could not do its work."""
+    print(f"mercato: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 def _print(line: str) -> None:

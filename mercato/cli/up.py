@@ -33,6 +33,7 @@ from mercato.chassis.service import Host, key_deriver
 from mercato.chassis.supervisor import DataFolder, EmbeddedPostgres, SupervisorError
 from mercato.chassis.telemetry import configure_logging
 from mercato.cli import stopping
+from mercato.cli.hosting import hosted
 from mercato.cli.progress import Progress, fail
 from mercato.cli.workers import WorkerFailed, Workers
 from mercato.contracts.roles import STAFF
@@ -174,7 +175,9 @@ class _Up:
         secret = self._secret(folder)
         admin_dsn = await self._unless_stopped(stack.enter_async_context(self._postgres(folder, secret)))
         dsns = await self._unless_stopped(self._databases(admin_dsn, secret))
-        async with self._hosting(dsns, secret) as host:
+        async with contextlib.AsyncExitStack() as hosting:
+            opening = hosting.enter_async_context(hosted(self._host(dsns, secret)))
+            host = await self._unless_stopped(opening)
             staff_password = await self._unless_stopped(self._populate(host))
             if self._options.workers == 1:
                 await self._serve_here(host, listener, url, staff_password)
@@ -268,21 +271,14 @@ class _Up:
                 self._progress.step(f"migrated the database of {name} to {revisions[-1]}")
         return dsns
 
-    @contextlib.asynccontextmanager
-    async def _hosting(self, dsns: Mapping[str, str], secret: bytes) -> AsyncGenerator[Host]:
-        """All services, open for the time of the block."""
-        host = Host(
+    def _host(self, dsns: Mapping[str, str], secret: bytes) -> Host:
+        return Host(
             topology.builds(),
             dsns,
             secret=secret,
             transport=self._settings.transport,
             pool_size=self._settings.pool_size,
         )
-        await self._unless_stopped(host.open())
-        try:
-            yield host
-        finally:
-            await host.close()
 
     async def _populate(self, host: Host) -> str | None:
         """Demo data for an empty shop, and somebody who may run it; the new staff password, where one was made."""
@@ -320,6 +316,8 @@ class _Up:
             await self._unless_stopped(workers.ready())
             self._announce(url, staff_password)
             await self._stop.wait()
+            # Theirs they close themselves. While this one is open, the kernel would go on accepting for nobody.
+            listener.close()
 
     def _open_to(self, listener: socket.socket) -> tuple[str, int] | None:
         return (self._options.host, listener.getsockname()[1]) if self._open else None
@@ -339,7 +337,7 @@ class _Up:
             say(f"Staff account  {STAFF_EMAIL}  password {staff_password}  (shown this once)")
             self._progress.event("staff", email=STAFF_EMAIL, password=staff_password)
         say()
-        for line in _try_it(url, is_open=self._open):
+        for line in _try_it(url, is_open=self._open, has_demo=self._options.demo):
             say(line)
         say()
         say(f"ready {url}")
@@ -356,18 +354,16 @@ async def _migrated(name: str, dsn: str) -> Sequence[str]:
         raise
 
 
-def _try_it(url: str, *, is_open: bool) -> list[str]:
-    if is_open:
-        return [
-            f"  curl '{url}/users?id=1'",
-            f"  curl -X POST {url}/orders -H 'Content-Type: application/json' \\",
-            '       -d \'{"user_id": 1, "product_id": 100, "amount": 99.99}\'',
-        ]
-    return [
-        f"  curl {url}/products",
-        f"  curl -X POST {url}/login -H 'Content-Type: application/json' \\",
-        '       -d \'{"email": "alice@example.com", "password": "demo-password"}\'',
-    ]
+def _try_it(url: str, *, is_open: bool, has_demo: bool) -> list[str]:
+    """Two commands that work as they are, in this very shop."""
+    look = f"  curl '{url}/users?id=1'" if is_open and has_demo else f"  curl {url}/products"
+    if not has_demo:
+        path, body = "register", '{"email": "you@example.com", "name": "You", "password": "a long enough password"}'
+    elif is_open:
+        path, body = "orders", '{"user_id": 1, "product_id": 100, "amount": 99.99}'
+    else:
+        path, body = "login", '{"email": "alice@example.com", "password": "demo-password"}'
+    return [look, f"  curl -X POST {url}/{path} -H 'Content-Type: application/json' \\", f"       -d '{body}'"]
 
 
 def _url(host: str, listener: socket.socket) -> str:

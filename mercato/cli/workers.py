@@ -117,6 +117,7 @@ class Workers:
             sys.executable,
             "-m",
             "mercato.cli.worker",
+            metrics,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             pass_fds=[self._listener.fileno()],

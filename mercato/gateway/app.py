@@ -88,7 +88,7 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return
+            return None
         started = time.perf_counter()
         picked = _Picked(scope["headers"])
         trace_id, request_id = picked.ids()
@@ -265,7 +265,7 @@ class Table:
             self._shaped.append((re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", path) + r"\Z"), methods))
 
     def find(self, method: str, path: str) -> tuple[_Compiled | ServiceError | None, Mapping[str, str]]:
-        """The row and the path's parts by name; an error where the path takes other methods; None where it is unknown."""
+        """The row and the path's parts by name; an error where the path takes other methods; None for unknown paths."""
         methods, parts = self._fixed.get(path), _NOTHING
         if methods is None:
             for pattern, shaped in self._shaped:

@@ -2,7 +2,7 @@
 
 With `--auth required` a request carries an access token (`Authorization: Bearer ...`), or its caller is anonymous and
 may do what anonymous callers may. With `--auth open`, which exists on loopback only, a caller without a token acts as
-staff; then the Host header, and Origin where a browser sends one, must name this shop, so that no web page can drive it.
+staff; then Host, and Origin where a browser sends one, must name this shop, so that no web page can drive it.
 
 Tokens are verified with the public keys of the users service (RFC 9068 tokens, EdDSA). A token that was verified is
 remembered until it expires: verifying costs 75 microseconds, looking it up a tenth of one.
@@ -27,7 +27,7 @@ from mercato.contracts.users import PublicKeys
 from mercato.gateway.problems import HostNotAllowed
 
 REMEMBERED_TOKENS: Final = 10_000
-TOKEN_TYPE: Final = "at+jwt"
+TOKEN_TYPE: Final = "at+jwt"  # noqa: S105  # RFC 9068
 KEYS_PAUSE_SECONDS: Final = 10.0
 """The keys are asked for again, because of an unknown one, at most this often."""
 
@@ -178,5 +178,3 @@ def own_hosts(host: str, port: int) -> list[str]:
     names = {"localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host}
     with_port = [f"{name}:{port}" for name in sorted(names)]
     return with_port + (sorted(names) if port == 80 else [])
-
-

@@ -1,4 +1,4 @@
-"""Money at the edge: a decimal string and a currency, never a float. Inside it is minor units (`contracts/money.py`)."""
+"""Money at the edge: a decimal string and a currency, never a float. Inside: minor units (`contracts/money.py`)."""
 
 from __future__ import annotations
 

@@ -121,9 +121,8 @@ def _collect_struct(
         elif field.required:
             errors.append(FieldError(field=dot + field.encode_name, message="is missing"))
     known = {field.encode_name for field in fields}
-    for name in value:
-        if name not in known:
-            errors.append(FieldError(field=_shortened(dot + name), message="is not a known field"))
+    unknown = (name for name in value if name not in known)
+    errors += [FieldError(field=_shortened(dot + name), message="is not a known field") for name in unknown]
 
 
 def _is_struct(model: Any) -> bool:

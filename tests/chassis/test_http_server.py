@@ -30,6 +30,9 @@ from mercato.chassis.http import (
     translate,
 )
 
+# Half a minute of waiting for time-outs: not for the fast tests.
+pytestmark = pytest.mark.slow
+
 BOUND_SECONDS = 15.0
 GET = b"GET /hello HTTP/1.1\r\nHost: shop\r\n\r\n"
 CHUNKED = b"POST /echo HTTP/1.1\r\nHost: shop\r\nTransfer-Encoding: chunked\r\n\r\n"

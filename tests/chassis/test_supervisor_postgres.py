@@ -26,7 +26,7 @@ import pytest
 from mercato.chassis.supervisor import EmbeddedPostgres, SupervisorError, place, remove_cluster
 from mercato.chassis.supervisor.place import PLACES, read_record
 
-pytestmark = pytest.mark.asyncio
+pytestmark = [pytest.mark.asyncio, pytest.mark.postgres]
 
 ROOT = Path(__file__).parents[2]
 AS_ROOT = os.geteuid() == 0

@@ -60,12 +60,23 @@ def test_shows_progress_from_nothing_to_a_filled_shop(shop: Process):
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_printed_curl_lines_work_as_they_are(shop: Process):
-    text = "\n".join(shop.lines)
-    commands = re.findall(r"^  (curl (?:.*\\\n)?.*)$", text, re.MULTILINE)
+    assert run_curl_lines(shop) == ["200", "201"]
 
-    answers = [subprocess.check_output(["/bin/sh", "-c", f"{command} -s -w ' %{{http_code}}'"]) for command in commands]
 
-    assert [answer.split()[-1] for answer in answers] == [b"200", b"201"]
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_printed_curl_lines_of_an_empty_guarded_shop_work_too():
+    with data_folder() as folder, Process(folder, "--no-demo", "--auth", "required", as_json=False) as shop:
+        assert run_curl_lines(shop.ready()) == ["200", "201"]
+        with shop.caller() as caller:
+            assert caller.get("/products").json == []
+        shop.stop()
+
+
+def run_curl_lines(shop: Process) -> list[str]:
+    """The status of each answer."""
+    commands = re.findall(r"^  (curl (?:.*\\\n)?.*)$", "\n".join(shop.lines), re.MULTILINE)
+    full = [f"{command} -s -w ' %{{http_code}}'" for command in commands]
+    return [subprocess.check_output(["/bin/sh", "-c", line], text=True).split()[-1] for line in full]
 
 
 def test_a_second_up_on_the_same_data_names_the_running_one(shop: Process):
@@ -143,7 +154,9 @@ def test_a_second_start_migrates_nothing_and_json_is_one_object_a_line(data: Pat
 
     assert events[-1] == {"event": "ready", "url": second.url}
     assert {event["event"] for event in events} == {"progress", "ready"}
-    assert not [event for event in events if "migrated" in event.get("message", "") or "demo" in event.get("message", "")]
+    assert not [
+        event for event in events if "migrated" in event.get("message", "") or "demo" in event.get("message", "")
+    ]
     assert "asyncpg" in imported
     assert not imported & {"alembic", "sqlalchemy"}
 

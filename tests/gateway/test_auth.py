@@ -15,7 +15,15 @@ from joserfc.jwk import OctKey, OKPKey
 
 from mercato.chassis.contract import ANONYMOUS, Actor, Unauthenticated, Unavailable
 from mercato.contracts.users import PublicKeys
-from mercato.gateway.auth import ALGORITHMS, KEYS_PAUSE_SECONDS, OPEN_ACTOR, REMEMBERED_TOKENS, Gatekeeper, Verifier, own_hosts
+from mercato.gateway.auth import (
+    ALGORITHMS,
+    KEYS_PAUSE_SECONDS,
+    OPEN_ACTOR,
+    REMEMBERED_TOKENS,
+    Gatekeeper,
+    Verifier,
+    own_hosts,
+)
 from mercato.gateway.problems import HostNotAllowed
 
 START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
@@ -116,15 +124,15 @@ async def test_a_token_of_this_shop_says_who_asks(verifier: Verifier, signer: Si
     ],
     ids=str,
 )
-async def test_a_token_with_other_claims_is_refused(
-    verifier: Verifier, signer: Signer, claims: dict[str, Any]
-) -> None:
+async def test_a_token_with_other_claims_is_refused(verifier: Verifier, signer: Signer, claims: dict[str, Any]) -> None:
     token = signer.sign(**claims)
     with pytest.raises(Unauthenticated):
         await verifier.actor(token)
 
 
-@pytest.mark.parametrize("header", [{"typ": "JWT"}, {"typ": None}, {"kid": "another"}, {"typ": "application/at+jwt"}], ids=str)
+@pytest.mark.parametrize(
+    "header", [{"typ": "JWT"}, {"typ": None}, {"kid": "another"}, {"typ": "application/at+jwt"}], ids=str
+)
 async def test_a_token_with_another_header_is_refused(
     verifier: Verifier, signer: Signer, header: dict[str, Any]
 ) -> None:
@@ -143,7 +151,12 @@ async def test_a_token_of_another_key_is_refused_also_under_our_key_id(verifier:
 async def test_a_token_that_nobody_signed_is_refused(verifier: Verifier, signer: Signer) -> None:
     header, claims, _ = signer.sign().split(".")
     unsigned = plain({"alg": "none", "typ": "at+jwt", "kid": signer.key.thumbprint()})
-    for token in (f"{unsigned}.{claims}.", f"{unsigned}.{claims}.{'A' * 86}", f"{header}.{claims}.", f"{header}.{claims}"):
+    for token in (
+        f"{unsigned}.{claims}.",
+        f"{unsigned}.{claims}.{'A' * 86}",
+        f"{header}.{claims}.",
+        f"{header}.{claims}",
+    ):
         with pytest.raises(Unauthenticated):
             await verifier.actor(token)
 
@@ -182,9 +195,7 @@ async def test_a_token_ends_with_its_time_also_when_it_is_remembered(
         await verifier.actor(token)
 
 
-async def test_a_new_key_is_fetched_when_a_token_names_it(
-    verifier: Verifier, signer: Signer, clock: FakeClock
-) -> None:
+async def test_a_new_key_is_fetched_when_a_token_names_it(verifier: Verifier, signer: Signer, clock: FakeClock) -> None:
     old = signer.sign()
     await verifier.actor(old)
     signer.rotate()
@@ -251,7 +262,16 @@ def test_an_open_shop_answers_to_its_own_names(verifier: Verifier, host: bytes) 
 
 @pytest.mark.parametrize(
     "host",
-    [None, b"", b"evil.example", b"evil.example:8080", b"localhost", b"localhost:80", b"localhost:8080.evil.example", b"127.0.0.2:8080"],
+    [
+        None,
+        b"",
+        b"evil.example",
+        b"evil.example:8080",
+        b"localhost",
+        b"localhost:80",
+        b"localhost:8080.evil.example",
+        b"127.0.0.2:8080",
+    ],
 )
 def test_an_open_shop_answers_to_no_other_name(verifier: Verifier, host: bytes | None) -> None:
     with pytest.raises(HostNotAllowed):
@@ -260,7 +280,15 @@ def test_an_open_shop_answers_to_no_other_name(verifier: Verifier, host: bytes |
 
 @pytest.mark.parametrize(
     "origin",
-    [b"", b"null", b"http://evil.example", b"https://localhost:8080", b"http://localhost:3000", b"http://localhost:8080.evil", b"localhost:8080"],
+    [
+        b"",
+        b"null",
+        b"http://evil.example",
+        b"https://localhost:8080",
+        b"http://localhost:3000",
+        b"http://localhost:8080.evil",
+        b"localhost:8080",
+    ],
 )
 def test_an_open_shop_takes_nothing_from_a_page_of_another_origin(verifier: Verifier, origin: bytes) -> None:
     with pytest.raises(HostNotAllowed):

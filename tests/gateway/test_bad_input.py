@@ -82,7 +82,9 @@ def broken(name: str, raw: bytes) -> Case:
 def sent_as(name: str, content_type: str | None) -> Case:
     headers = {} if content_type is None else {"Content-Type": content_type}
     raw = json.dumps(ORDER).encode()
-    return Case(f"sent as {name}", "POST", "/orders", raw=raw, headers=headers, status=415, code="unsupported_media_type")
+    return Case(
+        f"sent as {name}", "POST", "/orders", raw=raw, headers=headers, status=415, code="unsupported_media_type"
+    )
 
 
 def query(name: str, path: str, *fields: str) -> Case:
@@ -130,7 +132,15 @@ CASES = [
     sent_as("another charset", "application/json; charset=latin-1"),
     sent_as("a list of types", "application/json, text/plain"),
     sent_as("almost JSON", "application/jsonp"),
-    Case("body too large", "POST", "/orders", raw=b" " * (MAX_BODY_BYTES + 1), headers=JSON, status=413, code="body_too_large"),
+    Case(
+        "body too large",
+        "POST",
+        "/orders",
+        raw=b" " * (MAX_BODY_BYTES + 1),
+        headers=JSON,
+        status=413,
+        code="body_too_large",
+    ),
     Case("credentials too large", "POST", "/login", raw=b" " * 16_385, headers=JSON, status=413, code="body_too_large"),
     # Orders.
     wrong("order: nothing in it", "POST", "/orders", {}, "user_id"),
@@ -160,9 +170,17 @@ CASES = [
     order("quantity 10^30", item(10**30), "items[0].quantity"),
     order("quantity as text", item("1"), "items[0].quantity"),
     wrong("order: short form without product", "POST", "/orders", {"user_id": 1, "quantity": 2}, "items"),
-    wrong("order: short form, quantity 0", "POST", "/orders", {"user_id": 1, "product_id": 1, "quantity": 0}, "quantity"),
-    order("everything wrong", {"user_id": 0, "items": [line(-1)], "x": 1, "currency": "usd"},
-          "user_id", "items[0].product_id", "x", "currency"),
+    wrong(
+        "order: short form, quantity 0", "POST", "/orders", {"user_id": 1, "product_id": 1, "quantity": 0}, "quantity"
+    ),
+    order(
+        "everything wrong",
+        {"user_id": 0, "items": [line(-1)], "x": 1, "currency": "usd"},
+        "user_id",
+        "items[0].product_id",
+        "x",
+        "currency",
+    ),
     order("unknown currency", {"currency": "XXX", "amount": "1"}, "currency"),
     order("lower-case currency", {"currency": "usd"}, "currency"),
     order("currency with a line break", {"currency": "USD\n"}, "currency"),
@@ -181,24 +199,72 @@ CASES = [
     order("amount of 10^5000", {"amount": "1" + "0" * 5_000}, "amount"),
     order("amount 1e999999", {"amount": "1e999999"}, "amount"),
     order("amount with too large an exponent", {"amount": "1e9999999999999999999"}, "amount"),
-    Case("order: amount 1e999", "POST", "/orders", headers=JSON, fields=frozenset({"amount"}),
-         raw=b'{"user_id": 1, "product_id": 100, "amount": 1e999}'),
-    Case("order: amount 1e999 with a key", "POST", "/orders", headers={**JSON, "Idempotency-Key": "k"},
-         raw=b'{"user_id": 1, "product_id": 100, "amount": 1e999}', fields=frozenset({"amount"})),
-    Case("order: amount of 5000 digits with a key", "POST", "/orders", headers={**JSON, "Idempotency-Key": "k"},
-         raw=b'{"user_id": 1, "product_id": 100, "amount": ' + b"9" * 5_000 + b"}", fields=frozenset({"amount"})),
-    Case("order: amount of a million digits", "POST", "/orders", headers=JSON, fields=frozenset({"amount"}),
-         raw=b'{"user_id": 1, "product_id": 100, "amount": "0.' + b"1" * 1_000_000 + b'"}'),
-    Case("order: the last of two equal names counts", "POST", "/orders", headers=JSON, fields=frozenset({"user_id"}),
-         raw=b'{"user_id": 1, "items": [{"product_id": 100}], "user_id": 0}'),
-    Case("order: another price", "POST", "/orders", {**ORDER, "amount": "1.00"}, status=409, code="orders.price_changed"),
-    Case("order: another currency", "POST", "/orders", {**ORDER, "currency": "EUR"}, status=409, code="orders.price_changed"),
+    Case(
+        "order: amount 1e999",
+        "POST",
+        "/orders",
+        headers=JSON,
+        fields=frozenset({"amount"}),
+        raw=b'{"user_id": 1, "product_id": 100, "amount": 1e999}',
+    ),
+    Case(
+        "order: amount 1e999 with a key",
+        "POST",
+        "/orders",
+        headers={**JSON, "Idempotency-Key": "k"},
+        raw=b'{"user_id": 1, "product_id": 100, "amount": 1e999}',
+        fields=frozenset({"amount"}),
+    ),
+    Case(
+        "order: amount of 5000 digits with a key",
+        "POST",
+        "/orders",
+        headers={**JSON, "Idempotency-Key": "k"},
+        raw=b'{"user_id": 1, "product_id": 100, "amount": ' + b"9" * 5_000 + b"}",
+        fields=frozenset({"amount"}),
+    ),
+    Case(
+        "order: amount of a million digits",
+        "POST",
+        "/orders",
+        headers=JSON,
+        fields=frozenset({"amount"}),
+        raw=b'{"user_id": 1, "product_id": 100, "amount": "0.' + b"1" * 1_000_000 + b'"}',
+    ),
+    Case(
+        "order: the last of two equal names counts",
+        "POST",
+        "/orders",
+        headers=JSON,
+        fields=frozenset({"user_id"}),
+        raw=b'{"user_id": 1, "items": [{"product_id": 100}], "user_id": 0}',
+    ),
+    Case(
+        "order: another price", "POST", "/orders", {**ORDER, "amount": "1.00"}, status=409, code="orders.price_changed"
+    ),
+    Case(
+        "order: another currency",
+        "POST",
+        "/orders",
+        {**ORDER, "currency": "EUR"},
+        status=409,
+        code="orders.price_changed",
+    ),
     nothing("user of an order", "POST", "/orders", "users.not_found", {**ORDER, "user_id": UNKNOWN_ID}),
     nothing("product of an order", "POST", "/orders", "products.not_found", {**ORDER, "items": [line(UNKNOWN_ID)]}),
     # Products.
     wrong("product: nothing in it", "POST", "/products", {}, "sku", "name", "price", "category"),
-    wrong("product: all wrong", "POST", "/products", {"sku": "", "name": 1, "price": "9.99", "category": "A", "id": 1},
-          "sku", "name", "price", "category", "id"),
+    wrong(
+        "product: all wrong",
+        "POST",
+        "/products",
+        {"sku": "", "name": 1, "price": "9.99", "category": "A", "id": 1},
+        "sku",
+        "name",
+        "price",
+        "category",
+        "id",
+    ),
     price("negative", -1),
     price("with three digits", "1.234"),
     price("boolean", False),
@@ -221,7 +287,9 @@ CASES = [
     product("NUL in the description", {"description": NUL}, "description"),
     product("category with a capital", {"category": "Audio"}, "category"),
     product("category with a NUL", {"category": NUL}, "category"),
-    Case("product: sku taken", "POST", "/products", {**PRODUCT, "sku": "HEAD-100"}, status=409, code="products.sku_taken"),
+    Case(
+        "product: sku taken", "POST", "/products", {**PRODUCT, "sku": "HEAD-100"}, status=409, code="products.sku_taken"
+    ),
     wrong("product change: NUL in the name", "PATCH", "/products/100", {"name": NUL}, "name"),
     wrong("product change: price", "PATCH", "/products/100", {"price": {"amount": "0.001"}}, "price.amount"),
     wrong("product change: unknown field", "PATCH", "/products/100", {"status": "archived"}, "status"),
@@ -247,38 +315,101 @@ CASES = [
     account("password with a NUL", {"password": PASSWORD + "\x00"}, "password"),
     account("a thousand emoji as the password", {"password": EMOJI[:1_000]}, "password"),
     Case("account: 10k emoji", "POST", "/register", {**ACCOUNT, "name": EMOJI}, status=413, code="body_too_large"),
-    Case("account: e-mail taken", "POST", "/register", {**ACCOUNT, "email": "ALICE@Example.COM"}, status=409,
-         code="users.email_taken"),
-    Case("login: unknown e-mail", "POST", "/login", {"email": "no@example.com", "password": PASSWORD}, status=401,
-         code="users.wrong_credentials"),
-    Case("login: wrong password", "POST", "/login", {"email": "alice@example.com", "password": "no"}, status=401,
-         code="users.wrong_credentials"),
-    Case("login: NUL in the e-mail", "POST", "/login", {"email": NUL, "password": NUL}, status=401,
-         code="users.wrong_credentials"),
+    Case(
+        "account: e-mail taken",
+        "POST",
+        "/register",
+        {**ACCOUNT, "email": "ALICE@Example.COM"},
+        status=409,
+        code="users.email_taken",
+    ),
+    Case(
+        "login: unknown e-mail",
+        "POST",
+        "/login",
+        {"email": "no@example.com", "password": PASSWORD},
+        status=401,
+        code="users.wrong_credentials",
+    ),
+    Case(
+        "login: wrong password",
+        "POST",
+        "/login",
+        {"email": "alice@example.com", "password": "no"},
+        status=401,
+        code="users.wrong_credentials",
+    ),
+    Case(
+        "login: NUL in the e-mail",
+        "POST",
+        "/login",
+        {"email": NUL, "password": NUL},
+        status=401,
+        code="users.wrong_credentials",
+    ),
     wrong("login: an object as e-mail", "POST", "/login", {"email": {"$gt": ""}, "password": []}, "email", "password"),
-    Case("refresh: unknown token", "POST", "/token/refresh", {"refresh_token": NUL}, status=401, code="users.session_ended"),
+    Case(
+        "refresh: unknown token",
+        "POST",
+        "/token/refresh",
+        {"refresh_token": NUL},
+        status=401,
+        code="users.session_ended",
+    ),
     wrong("refresh: overlong token", "POST", "/token/refresh", {"refresh_token": "x" * 257}, "refresh_token"),
     wrong("logout: no token", "POST", "/logout", {}, "refresh_token"),
     wrong("profile: NUL in the name", "PATCH", "/users/1", {"name": NUL}, "name"),
     wrong("profile: e-mail and name", "PATCH", "/users/1", {"email": "x", "name": ""}, "email", "name"),
     wrong("profile: a role", "PATCH", "/users/1", {"role": "staff"}, "role"),
-    Case("profile: e-mail of another", "PATCH", "/users/1", {"email": "Bob@Example.com"}, status=409, code="users.email_taken"),
+    Case(
+        "profile: e-mail of another",
+        "PATCH",
+        "/users/1",
+        {"email": "Bob@Example.com"},
+        status=409,
+        code="users.email_taken",
+    ),
     wrong("role: unknown", "PUT", "/users/1/role", {"role": "owner"}, "role"),
     wrong("role: service", "PUT", "/users/1/role", {"role": "service"}, "role"),
     wrong("role: missing", "PUT", "/users/1/role", {}, "role"),
     nothing("user to change", "PATCH", f"/users/{UNKNOWN_ID}", "users.not_found", {"name": "x"}),
     # Headers.
     *(
-        Case(f"If-Match {name}", "PATCH", "/products/100", {"name": "x"}, headers={"If-Match": value},
-             fields=frozenset({"header If-Match"}))
+        Case(
+            f"If-Match {name}",
+            "PATCH",
+            "/products/100",
+            {"name": "x"},
+            headers={"If-Match": value},
+            fields=frozenset({"header If-Match"}),
+        )
         for name, value in {
-            "without quotes": "3", "no number": '"abc"', "zero": '"0"', "negative": '"-1"', "a list": '"1", "2"', "empty": "",
-            "too large": '"99999999999999999999"', "half quoted": '"3',
+            "without quotes": "3",
+            "no number": '"abc"',
+            "zero": '"0"',
+            "negative": '"-1"',
+            "a list": '"1", "2"',
+            "empty": "",
+            "too large": '"99999999999999999999"',
+            "half quoted": '"3',
         }.items()
     ),
-    Case("If-Match stale", "PATCH", "/products/100", {"name": "x"}, headers={"If-Match": '"999"'}, status=412, code="stale_version"),
-    Case("If-Match where none is taken", "GET", "/products/100", headers={"If-Match": '"1"'},
-         fields=frozenset({"header If-Match"})),
+    Case(
+        "If-Match stale",
+        "PATCH",
+        "/products/100",
+        {"name": "x"},
+        headers={"If-Match": '"999"'},
+        status=412,
+        code="stale_version",
+    ),
+    Case(
+        "If-Match where none is taken",
+        "GET",
+        "/products/100",
+        headers={"If-Match": '"1"'},
+        fields=frozenset({"header If-Match"}),
+    ),
     # Where nothing is, and how it may not be asked.
     nothing("path", "GET", "/nothing", "route_not_found"),
     nothing("path behind a row", "GET", "/orders/1/lines", "route_not_found"),
@@ -294,12 +425,25 @@ CASES = [
     *(
         nothing(f"{where} {name}", "GET", f"/{where}/{number}", "route_not_found")
         for where in ("users", "products", "orders")
-        for name, number in {"0": 0, "2^53": 2**53, "2^63": 2**63, "10^30": 10**30, "of 4000 digits": "9" * 4_000}.items()
+        for name, number in {
+            "0": 0,
+            "2^53": 2**53,
+            "2^63": 2**63,
+            "10^30": 10**30,
+            "of 4000 digits": "9" * 4_000,
+        }.items()
     ),
     *(
         query(f"{where} with {name} for an id", f"/{where}/{text}", "path id")
         for where in ("users", "products", "orders")
-        for name, text in {"-1": "-1", "a word": "x", "1.5": "1.5", "1e3": "1e3", "NUL": "1%00", "Arabic digits": quote("\u0661")}.items()
+        for name, text in {
+            "-1": "-1",
+            "a word": "x",
+            "1.5": "1.5",
+            "1e3": "1e3",
+            "NUL": "1%00",
+            "Arabic digits": quote("\u0661"),
+        }.items()
     ),
     # Query parameters.
     query("limit 0", "/orders?limit=0", "?limit"),
@@ -311,8 +455,17 @@ CASES = [
     query("unknown where none are", "/orders/1?expand=items", "?"),
     query("repeated", "/orders?status=pending&status=confirmed", "?status"),
     query("null", "/orders?user_id=null", "?user_id"),
-    query("everything", "/orders?user_id=x&status=lost&payment=a&fulfilment=b&limit=0&before=0&x=1",
-          "?user_id", "?status", "?payment", "?fulfilment", "?limit", "?before", "?x"),
+    query(
+        "everything",
+        "/orders?user_id=x&status=lost&payment=a&fulfilment=b&limit=0&before=0&x=1",
+        "?user_id",
+        "?status",
+        "?payment",
+        "?fulfilment",
+        "?limit",
+        "?before",
+        "?x",
+    ),
     query("id 0", "/users?id=0", "?id"),
     query("id no number", "/users?id=one", "?id"),
     query("id 2^53", f"/users?id={2**53}", "?id"),
@@ -339,7 +492,7 @@ CASES = [
     query("not UTF-8", "/products?q=%ff", "?"),
     query("too many", "/products?" + "&".join(f"a{i}=1" for i in range(60)), "?"),
     Case("body on GET", "GET", "/products?limit=0", raw=b'{"limit": 1}', headers=JSON, fields=frozenset({"?limit"})),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -376,7 +529,16 @@ async def test_a_body_on_get_is_not_looked_at(open_shop: Shop) -> None:
     assert (reply.status, reply.json["id"]) == (200, 100)
 
 
-@pytest.mark.parametrize("name", ["\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627", "\u2600\ufe0f" * 50, "Zoë \u200d\U0001f469", "'; DROP TABLE products; --", "%s{name}\\u0000"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
+        "\u2600\ufe0f" * 50,
+        "Zoë \u200d\U0001f469",
+        "'; DROP TABLE products; --",
+        "%s{name}\\u0000",
+    ],
+)
 async def test_odd_text_that_is_text_comes_back_as_it_was(open_shop: Shop, name: str) -> None:
     made = await Things.of(open_shop, await somebody(open_shop))
     path = f"/products/{made.product.id}"
@@ -411,7 +573,7 @@ async def test_an_illegal_move_names_the_legal_ones_and_moves_nothing(
     assert (await open_shop.get(path)).body == before.body
 
 
-# ------------------------------------------------------------------------------------------------- what nobody thought of
+# ----------------------------------------------------------------------------------------- what nobody thought of
 
 WITH_BODY = [route for route in ROUTES if route.body is not None]
 WITH_QUERY = [route for route in ROUTES if route.method == "GET"]
@@ -422,10 +584,14 @@ scalars = (
     | st.integers(-(2**70), 2**70)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=20)
-    | st.sampled_from(["", NUL, RTL, "\U0001f600" * 300, "1e999", "NaN", "-1", "USD", "null", "customer", "pending", 2**53, 10**30])
+    | st.sampled_from(
+        ["", NUL, RTL, "\U0001f600" * 300, "1e999", "NaN", "-1", "USD", "null", "customer", "pending", 2**53, 10**30]
+    )
 )
 anything = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
 )
 
 
@@ -475,7 +641,9 @@ def assert_answered(reply: Reply) -> None:
 
 
 async def tell(shop: Shop, route: Route, things: Things, raw: bytes) -> None:
-    assert_answered(await send(shop, route.method, things.path(route), raw=raw, headers=JSON, token=things.person.token))
+    assert_answered(
+        await send(shop, route.method, things.path(route), raw=raw, headers=JSON, token=things.person.token)
+    )
 
 
 def named(route: Route) -> str:
@@ -511,7 +679,9 @@ async def test_no_bytes_break_a_row(guarded_shop: Shop, route: Route, raw: bytes
 PARAMETERS = sorted({f.encode_name for r in ROUTES if r.query for f in msgspec.structs.fields(r.query)})
 texts = st.text(st.characters(codec="utf-8"), max_size=20) | scalars.map(str)
 query_strings = st.lists(st.tuples(st.sampled_from(PARAMETERS) | texts, texts), max_size=4).map(
-    lambda pairs: "&".join(f"{quote(name.encode('utf-8', 'replace'))}={quote(value.encode('utf-8', 'replace'))}" for name, value in pairs)
+    lambda pairs: "&".join(
+        f"{quote(name.encode('utf-8', 'replace'))}={quote(value.encode('utf-8', 'replace'))}" for name, value in pairs
+    )
 )
 
 
@@ -531,8 +701,12 @@ async def test_no_query_or_path_breaks_a_row(
 
 
 @fuzz(60)
-@given(name=st.sampled_from(["If-Match", "Idempotency-Key", "Authorization", "Content-Type", "traceparent", "X-Request-Id"]),
-       value=st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=60))  # fmt: skip
+@given(
+    name=st.sampled_from(
+        ["If-Match", "Idempotency-Key", "Authorization", "Content-Type", "traceparent", "X-Request-Id"]
+    ),
+    value=st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=60),
+)
 async def test_no_header_breaks_a_row(open_shop: Shop, name: str, value: str) -> None:
     body = json.dumps({**ORDER, "user_id": UNKNOWN_ID}).encode()
     reply = await open_shop.post("/orders", raw=body, headers={**JSON, name: value})
@@ -558,7 +732,9 @@ async def test_no_bytes_on_a_connection_break_the_server(open_shop: Shop, line: 
 CANARY = "canary-5d41402abc4b2a76"
 
 
-async def test_no_secret_shows_up_in_an_answer_or_in_the_log(guarded_shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_secret_shows_up_in_an_answer_or_in_the_log(
+    guarded_shop: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
     written = io.BytesIO()
     telemetry.configure_logging("debug", written)
     try:
@@ -566,8 +742,10 @@ async def test_no_secret_shows_up_in_an_answer_or_in_the_log(guarded_shop: Shop,
             replies, tokens = await life_with_secrets(guarded_shop, await somebody(guarded_shop))
     finally:
         structlog.reset_defaults()
-    said = b"\n".join([*(reply.body + repr(reply.headers).encode() for reply in replies), (await guarded_shop.get("/metrics")).body])
-    # The server keeps no access log; pytest, which listens to every logger, makes uvicorn believe that somebody reads it.
+    said = b"\n".join(
+        [*(reply.body + repr(reply.headers).encode() for reply in replies), (await guarded_shop.get("/metrics")).body]
+    )
+    # The server keeps no access log; pytest, which listens to every logger, makes uvicorn believe that one is read.
     heard = [record.getMessage() for record in caplog.records if record.name != "uvicorn.access"]
     logged = written.getvalue() + "\n".join(heard).encode()
     assert b"a planted failure" in logged, "the test would not notice anything"
@@ -577,10 +755,17 @@ async def test_no_secret_shows_up_in_an_answer_or_in_the_log(guarded_shop: Shop,
 
 
 async def life_with_secrets(shop: Shop, person: Person) -> tuple[list[Reply], list[str]]:
-    """Everything that can be said about a password and its tokens; the answers that may not hold them, and the tokens."""
+    """All that one can say with a password and its tokens; the answers that may not hold them, and the tokens."""
     password = f"{CANARY} password"
-    replies = [await send(shop, "POST", "/users/me/password", token=person.token,
-                          body={"current_password": PASSWORD, "new_password": password})]  # fmt: skip
+    replies = [
+        await send(
+            shop,
+            "POST",
+            "/users/me/password",
+            token=person.token,
+            body={"current_password": PASSWORD, "new_password": password},
+        )
+    ]
     login = await send(shop, "POST", "/login", {"email": person.email, "password": password})
     assert login.status == 200
     access, refresh = login.json["access_token"], login.json["refresh_token"]
@@ -594,8 +779,16 @@ async def life_with_secrets(shop: Shop, person: Person) -> tuple[list[Reply], li
         ("POST", "/login", {"raw": f"email=x&password={password}".encode(), "headers": JSON}),
         ("POST", "/register", {"body": {"email": person.email, "name": "x", "password": password}}),
         ("POST", "/register", {"body": {"email": "x", "name": "", "password": password}}),
-        ("POST", "/users/me/password", {"body": {"current_password": f"{CANARY} no", "new_password": f"{CANARY} new"}, "token": access}),
-        ("POST", "/users/me/password", {"body": {"current_password": password, "new_password": CANARY[:7]}, "token": access}),
+        (
+            "POST",
+            "/users/me/password",
+            {"body": {"current_password": f"{CANARY} no", "new_password": f"{CANARY} new"}, "token": access},
+        ),
+        (
+            "POST",
+            "/users/me/password",
+            {"body": {"current_password": password, "new_password": CANARY[:7]}, "token": access},
+        ),
         ("POST", "/token/refresh", {"body": {"refresh_token": refresh}}),
         ("POST", "/token/refresh", {"body": {"refresh_token": [fresh["refresh_token"]]}}),
         ("POST", "/logout", {"body": {"refresh_token": fresh["refresh_token"]}}),

@@ -38,7 +38,21 @@ def test_a_key_is_bare_or_quoted(header: bytes, key: str) -> None:
 
 @pytest.mark.parametrize(
     "header",
-    [b"", b'""', b"a b", b'"a b"', b'"abc', b'"a"b"', b'"a\\b"', b"x" * 256, b"\xc3\xa9", b"a\tb", b"a\x00b", b'"', b'"\\"'],
+    [
+        b"",
+        b'""',
+        b"a b",
+        b'"a b"',
+        b'"abc',
+        b'"a"b"',
+        b'"a\\b"',
+        b"x" * 256,
+        b"\xc3\xa9",
+        b"a\tb",
+        b"a\x00b",
+        b'"',
+        b'"\\"',
+    ],
 )
 def test_what_is_no_key_is_refused(header: bytes) -> None:
     with pytest.raises(InvalidRequest) as refused:
@@ -69,7 +83,10 @@ def test_other_bodies_have_other_fingerprints(one: dict[str, Any], other: dict[s
 
 def test_whatever_makes_another_request_counts() -> None:
     body = b'{"a": 1}'
-    assert len({of(body), of(body, path={"id": "1"}), of(body, query=b"a=1"), of(body, method="PUT"), of(b""), of(b"{}")}) == 6
+    assert (
+        len({of(body), of(body, path={"id": "1"}), of(body, query=b"a=1"), of(body, method="PUT"), of(b""), of(b"{}")})
+        == 6
+    )
     assert of(body, query=b"a=1&b=2") == of(body, query=b"b=2&a=1")
 
 

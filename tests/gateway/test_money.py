@@ -37,7 +37,14 @@ def test_an_amount_has_the_digits_of_its_currency(minor: int, currency: str, sho
 
 @pytest.mark.parametrize(
     ("amount", "currency", "minor"),
-    [("99.99", "USD", 9999), ("1E+2", "USD", 10_000), ("5", "JPY", 5), ("5.000", "JPY", 5), ("1.5000", "USD", 150), ("-0", "USD", 0)],
+    [
+        ("99.99", "USD", 9999),
+        ("1E+2", "USD", 10_000),
+        ("5", "JPY", 5),
+        ("5.000", "JPY", 5),
+        ("1.5000", "USD", 150),
+        ("-0", "USD", 0),
+    ],
 )
 def test_an_amount_may_be_written_in_more_than_one_way(amount: str, currency: str, minor: int) -> None:
     assert to_minor(Decimal(amount), currency) == minor

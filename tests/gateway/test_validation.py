@@ -168,7 +168,7 @@ def test_a_filter_that_says_null_is_refused_rather_than_ignored(query: bytes) ->
     assert wrong_in_query(query)
 
 
-@pytest.mark.parametrize("text", ["1e2", "5.0", "+5", " 5", "5 ", "0x5", "٥", "1_0", "", "05", "5\n", "9" * 5_000])
+@pytest.mark.parametrize("text", ["1e2", "5.0", "+5", " 5", "5 ", "0x5", "\u0665", "1_0", "", "05", "5\n", "9" * 5_000])
 def test_a_number_is_written_in_digits(text: str) -> None:
     assert wrong_in_query(urlencode({"limit": text}).encode()).keys() == {"?limit"}
 

@@ -129,7 +129,8 @@ async def state_of(shop: Shop) -> dict[str, str]:
             tables = await tx.fetch_values(str, "SELECT tablename::text FROM pg_tables WHERE schemaname = 'public'")
             for table in tables:
                 [digest] = await tx.fetch_values(
-                    str, f"SELECT count(*) || coalesce(md5(string_agg(t::text, '' ORDER BY t::text)), '') FROM {table} t"
+                    str,
+                    f"SELECT count(*) || coalesce(md5(string_agg(t::text, '' ORDER BY t::text)), '') FROM {table} t",
                 )
                 digests[f"{name}.{table}"] = digest
     return digests
@@ -152,8 +153,8 @@ class SameDatabases:
 def without_ids(reply: Reply, *ids: int) -> tuple[int, dict[str, str], str]:
     """An answer without what may differ between two things that the caller may not see: ids, and who asked when."""
     body = reply.body.decode().replace(reply.json.get("trace_id", "-"), "TRACE") if reply.json else ""
-    for id in ids:
-        body = body.replace(str(id), "ID")
+    for known in ids:
+        body = body.replace(str(known), "ID")
     hidden = {"date", "x-request-id", "content-length"}
     return reply.status, {name: value for name, value in reply.headers.items() if name not in hidden}, body
 

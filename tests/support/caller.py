@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import itertools
 import json
@@ -135,14 +134,19 @@ class Buyers:
 
 
 def all_order_ids(caller: Caller) -> list[int]:
-    """Every order that the shop has, by following the pages."""
-    found: list[int] = []
-    path: str | None = "/orders?limit=200"
-    while path is not None:
-        reply = caller.get(path)
+    """Every order that the shop has."""
+    return [order["id"] for order in everything(caller, "/orders?limit=200")]
+
+
+def everything(caller: Caller, path: str) -> list[Any]:
+    """All that a collection has, by following the links to the next page."""
+    found: list[Any] = []
+    following: str | None = path
+    while following is not None:
+        reply = caller.get(following)
         assert reply.status == 200, reply.text
-        found += [order["id"] for order in reply.json]
-        path = _next(reply.headers.get("link", ""))
+        found += reply.json
+        following = _next(reply.headers.get("link", ""))
     return found
 
 
@@ -150,7 +154,5 @@ def _next(link: str) -> str | None:
     target, _, relation = link.partition(">; ")
     if 'rel="next"' not in relation:
         return None
-    with contextlib.suppress(ValueError):
-        parts = urlsplit(target.removeprefix("<"))
-        return f"{parts.path}?{parts.query}"
-    return None
+    parts = urlsplit(target.removeprefix("<"))
+    return f"{parts.path}?{parts.query}"

@@ -109,12 +109,19 @@ class Process:
 
     def says(self, words: str) -> None:
         """Waits for a line of standard output with these words."""
-        self.wait_for(lambda: any(words in line for line in self.lines), words)
+        self.wait_for(lambda: self.has_line(words), words)
+
+    def has_line(self, words: str) -> bool:
+        return any(words in line for line in self.lines)
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
-        with self._progress:
-            came = self._progress.wait_for(lambda: condition() or self._popen.poll() is not None, READY_SECONDS)
-            assert condition(), f"{what!r} did not come ({'ended' if came else 'in time'}): {self.output}"
+        end = time.monotonic() + READY_SECONDS
+        while not condition():
+            # Looked at before the condition: what was said last is still read after the end.
+            ended = not self.is_running and not any(reader.is_alive() for reader in self._readers)
+            assert condition() or (not ended and time.monotonic() < end), f"{what!r} did not come: {self.output}"
+            with self._progress:
+                self._progress.wait(POLL_SECONDS)
 
     def _find_url(self) -> str | None:
         for line in reversed(self.lines):
@@ -132,6 +139,11 @@ class Process:
     @property
     def output(self) -> str:
         return "\n".join([*self.lines, *self.errors])
+
+    @property
+    def complaints(self) -> list[str]:
+        """What it has said on standard error to the person who started it: all but the logs."""
+        return [line for line in self.errors if not line.startswith("{")]
 
     def caller(self, token: str | None = None) -> Caller:
         """A client of this shop with a connection of its own."""
@@ -159,6 +171,10 @@ class Process:
         )
         self._seen.update(tree.all)
         return tree
+
+    @property
+    def is_running(self) -> bool:
+        return self._popen.poll() is None
 
     @property
     def left(self) -> list[Identity]:
@@ -199,17 +215,17 @@ class Process:
     def refusal(self) -> str:
         """Waits for a start that fails as it should: exit code 1, one sentence, no traceback, nothing left."""
         assert self.exit_code(READY_SECONDS) == 1, self.output
-        assert len(self.errors) == 1, self.output
-        assert self.errors[0].startswith("mercato: "), self.output
+        assert len(self.complaints) == 1, self.output
+        assert self.complaints[0].startswith("mercato: "), self.output
         assert not self.left
-        return self.errors[0].removeprefix("mercato: ")
+        return self.complaints[0].removeprefix("mercato: ")
 
     def stop(self) -> None:
         """The usual end: SIGTERM, exit code 0, no complaint, nothing left, within five seconds."""
         self.signal(signal.SIGTERM)
         code = self.exit_code()
         assert code == 0, self.output
-        assert self.errors == [], self.output
+        assert self.complaints == [], self.output
         self.assert_gone()
 
     def __enter__(self) -> Self:
@@ -237,6 +253,41 @@ class Process:
         password = key_deriver((self.data / "secret").read_bytes())("postgres/superuser").hex()
         where = urllib.parse.urlencode({"host": str(socket_folder_of(self.data)), "port": 5432})
         return f"postgresql://mercato:{password}@/mercato_{service}?{where}"
+
+
+class Keeper:
+    """Keeps a shop running from test to test, so that the start after one crash is the start before the next."""
+
+    def __init__(self, data: Path) -> None:
+        self._data = data
+        self._wanted: tuple[tuple[str, ...], Mapping[str, str]] = ((), {})
+        self._shop: Process | None = None
+
+    def shop(self, *options: str, **environment: str) -> Process:
+        """The running shop if it was started like this, else one that is."""
+        wanted = (options, environment)
+        if self._shop is None or self._wanted != wanted or not self._shop.is_running:
+            self.forget()
+            self._shop, self._wanted = Process(self._data, *options, environment=environment), wanted
+            self._shop.ready()
+        return self._shop
+
+    def stop(self) -> None:
+        """Ends it as a person would, and looks how it ends."""
+        if self._shop is not None and self._shop.is_running:
+            self._shop.stop()
+
+    def forget(self) -> None:
+        """Ends it in any case; it may have ended by itself."""
+        if self._shop is not None:
+            with self._shop:
+                self._shop = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.forget()
 
 
 # ------------------------------------------------------------------------------------------------------------- folders

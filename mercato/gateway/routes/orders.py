@@ -8,7 +8,14 @@ from typing import Annotated, Final
 
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, FieldError, IdempotencyKeyReused, InvalidRequest, RequestInProgress, StaleVersion
+from mercato.chassis.contract import (
+    MAX_ID,
+    FieldError,
+    IdempotencyKeyReused,
+    InvalidRequest,
+    RequestInProgress,
+    StaleVersion,
+)
 from mercato.contracts import orders as contract
 from mercato.contracts.money import DEFAULT_CURRENCY, EXPONENTS, MAX_MINOR
 from mercato.contracts.orders import History, Order, OrderPage, Orders, PlacedOrder, PlaceLine
@@ -37,9 +44,13 @@ class PlaceOrderIn(Input):
     items: Annotated[tuple[ItemIn, ...], Meta(min_length=1, max_length=contract.LINES_LIMIT)] | None = None
     product_id: Id | None = None
     quantity: Quantity | None = None
-    amount: Annotated[
-        Decimal, Meta(description="The total that was shown to the buyer; another one is refused.", examples=["99.99"])
-    ] | None = None
+    amount: (
+        Annotated[
+            Decimal,
+            Meta(description="The total that was shown to the buyer; another one is refused.", examples=["99.99"]),
+        ]
+        | None
+    ) = None
     currency: Currency | None = None
 
 
@@ -208,9 +219,7 @@ def _move(ask: Ask) -> contract.MoveOrder:
     if body.status is None and body.fulfilment is None:
         missing = FieldError(field="status", message="is missing; give status, fulfilment or both")
         raise InvalidRequest(errors=(missing,))
-    return contract.MoveOrder(
-        id=ask.path["id"], status=body.status, fulfilment=body.fulfilment, version=ask.if_match
-    )
+    return contract.MoveOrder(id=ask.path["id"], status=body.status, fulfilment=body.fulfilment, version=ask.if_match)
 
 
 def _version(order: Order) -> int:

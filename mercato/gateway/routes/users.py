@@ -88,7 +88,7 @@ def _tokens_out(tokens: Tokens) -> TokensOut:
     return TokensOut(
         access_token=tokens.access_token,
         refresh_token=tokens.refresh_token,
-        token_type="Bearer",
+        token_type="Bearer",  # noqa: S106  # RFC 6750
         expires_in=tokens.expires_in,
         user=user_out(tokens.user),
     )

@@ -2,13 +2,18 @@
 
 One batch runs through these steps; each settles some of its requests, and the next sees what is left:
 
-1. recall    A key that was used before has its answer already, or belongs to another request.
-2. look up   One call to users and one to products for the whole batch: does the buyer exist, what does it cost.
-3. write     One transaction: claim the keys, write orders, lines and history, store the answers under the keys.
-4. echo      Further requests with a key of this same batch hear what the first with that key heard.
+1. recall    A key that was used within a day has its answer already, or belongs to another request.
+2. judge     What is refused without asking anybody: another's order, a product twice.
+3. look up   One call to users and one to products for the whole batch: does the buyer exist, what does it cost.
+4. write     One transaction: claim the keys, write orders, lines and history, store the answers under the keys.
+5. echo      Further requests with a key of this same batch hear what the first with that key heard, or that it belongs
+             to that other request.
 
-Refusals of step 2 (unknown user or product, another price) are not stored: nothing was begun, and the same key may be
-sent again when the reason is gone. What step 3 commits is the order; a crash before leaves nothing at all.
+Refusals of steps 2 and 3 (unknown user or product, another price) are not stored: nothing was begun, and the same key
+may be sent again when the reason is gone. What step 4 commits is the order; a crash before leaves nothing at all.
+
+A key whose stored answer is past its day still has its order. Nobody looks for it on the way of a new order: it shows
+where a request with a key is refused, or where the unique key of orders refuses the write. Only then is it looked up.
 """
 
 from __future__ import annotations
@@ -35,6 +40,8 @@ from mercato.contracts.users import GetUser, User, UserNotFound, Users
 from . import rules, store
 
 OPERATION: Final = "orders.place"
+QUOTED_AT_ONCE: Final = 4_096
+"""A batch of long orders can name more products than the queue of an operation holds; two lanes of this fit."""
 
 faults.declare("orders.place.before_commit", "orders.place.after_commit")
 
@@ -55,6 +62,16 @@ class Attempted:
         self.order: store.NewOrder | None = None
         self.outcome: Outcome | None = None
 
+    def replay(self, order: Order, fingerprint: bytes) -> None:
+        """Settles it with what its key did, for the request with `fingerprint`."""
+        assert self.keyed
+        mine = self.keyed.fingerprint == fingerprint
+        self.outcome = PlacedOrder(order=order, replayed=True) if mine else IdempotencyKeyReused()
+
+    def settled(self) -> Outcome:
+        assert self.outcome is not None, "a step left a request without an answer"
+        return self.outcome
+
 
 class Placing:
     """Places orders. Asks users and products by their contracts, and writes to the database of orders."""
@@ -68,11 +85,12 @@ class Placing:
         attempts = [Attempted(request, actor) for request, actor in zip(batch, batch.actors, strict=True)]
         firsts, echoes = _split_twins(attempts)
         await self._recall(firsts)
+        _judge(_open(firsts))
         await self._look_up(_open(firsts))
+        await self._recall_orders([a for a in firsts if isinstance(a.outcome, ServiceError)])
         await self._write(_open(firsts))
-        for attempted, first in echoes:
-            attempted.outcome = _echo(attempted, first)
-        return [attempted.outcome for attempted in attempts if attempted.outcome is not None]
+        await self._echo(echoes)
+        return [attempted.settled() for attempted in attempts]
 
     # ------------------------------------------------------------------------------------------------- 1. recall
 
@@ -81,7 +99,18 @@ class Placing:
             async with self._database.read() as tx:
                 await _settle_from_store(tx, keyed)
 
-    # ------------------------------------------------------------------------------------------------ 2. look up
+    async def _recall_orders(self, attempts: Sequence[Attempted]) -> None:
+        """Settles those whose key has made an order already, though its answer is past its day."""
+        keys = [a.keyed for a in attempts if a.keyed and not isinstance(a.outcome, IdempotencyKeyReused)]
+        if not keys:
+            return
+        async with self._database.read() as tx:
+            found = await store.by_keys(tx, [k.principal for k in keys], [k.key for k in keys])
+        for attempted in attempts:
+            if attempted.keyed and (old := found.get(attempted.keyed.identity)):
+                attempted.replay(old.order, old.fingerprint)
+
+    # ------------------------------------------------------------------------------------------------ 3. look up
 
     async def _look_up(self, attempts: Sequence[Attempted]) -> None:
         """Turns each request into a priced order, or settles it with the reason why not."""
@@ -90,8 +119,7 @@ class Placing:
         user_ids = list({a.request.user_id for a in attempts})
         product_ids = list({line.product_id for a in attempts for line in a.request.lines})
         users, quotes = await asyncio.gather(
-            self._users.get.many([GetUser(id=i) for i in user_ids]),
-            self._products.quote.many([QuoteProduct(id=i) for i in product_ids]),
+            self._users.get.many([GetUser(id=i) for i in user_ids]), self._quotes(product_ids)
         )
         users_by_id = dict(zip(user_ids, users, strict=True))
         quotes_by_id = dict(zip(product_ids, quotes, strict=True))
@@ -102,21 +130,39 @@ class Placing:
             else:
                 attempted.order = order
 
-    # -------------------------------------------------------------------------------------------------- 3. write
+    async def _quotes(self, product_ids: Sequence[int]) -> Sequence[Quote | ServiceError]:
+        wanted = [QuoteProduct(id=i) for i in product_ids]
+        quotes: list[Quote | ServiceError] = []
+        for start in range(0, len(wanted), QUOTED_AT_ONCE):
+            quotes += await self._products.quote.many(wanted[start : start + QUOTED_AT_ONCE])
+        return quotes
+
+    # -------------------------------------------------------------------------------------------------- 4. write
 
     async def _write(self, attempts: Sequence[Attempted]) -> None:
+        try:
+            await self._try_to_write(attempts)
+        except UniqueViolation:
+            await self._recall_orders(_open(attempts))
+            left = _open(attempts)
+            if len(left) == len(attempts):
+                raise  # it was not the key of an old order
+            await self._try_to_write(left)
+        except LockTimeout:
+            if len(attempts) > 1:
+                raise  # the chassis runs each alone; then it is clear whose key is held
+            attempts[0].outcome = RequestInProgress()
+
+    async def _try_to_write(self, attempts: Sequence[Attempted]) -> None:
         if not attempts:
             return
-        try:
-            async with self._database.transaction() as tx:
-                await self._claim(tx, [a for a in attempts if a.keyed])
-                if claimed := _open(attempts):
-                    await _insert(tx, claimed)
-                await faults.point("orders.place.before_commit")
-        except (LockTimeout, UniqueViolation) as error:
-            if len(attempts) > 1:
-                raise  # the chassis runs each alone; then it is clear whose key it was
-            await self._settle_collision(attempts[0], error)
+        async with self._database.transaction() as tx:
+            await self._claim(tx, [a for a in attempts if a.keyed])
+            placed = _open(attempts)
+            answers = await _insert(tx, placed) if placed else []
+            await faults.point("orders.place.before_commit")
+        for attempted, answer in zip(placed, answers, strict=True):
+            attempted.outcome = answer
         await faults.point("orders.place.after_commit")
 
     async def _claim(self, tx: Tx, keyed: Sequence[Attempted]) -> None:
@@ -127,40 +173,37 @@ class Placing:
         if taken := [a for a in keyed if a.keyed and a.keyed.identity not in ours]:
             await _settle_from_store(tx, taken)
 
-    async def _settle_collision(self, attempted: Attempted, error: LockTimeout | UniqueViolation) -> None:
-        keyed = attempted.keyed
-        assert keyed is not None, f"only keys collide: {error}"
-        if isinstance(error, LockTimeout):
-            attempted.outcome = RequestInProgress()
-            return
-        # The stored answer is past its day, the order is not: the key finds it for ever.
-        async with self._database.read() as tx:
-            row = await store.by_key(tx, keyed.principal, keyed.key)
-            assert row is not None, f"not a key of an order: {error}"
-            if row.fingerprint != keyed.fingerprint:
-                attempted.outcome = IdempotencyKeyReused()
-            else:
-                order = (await store.get(tx, [row.id]))[row.id]
-                attempted.outcome = PlacedOrder(order=order, replayed=True)
+    # --------------------------------------------------------------------------------------------------- 5. echo
+
+    async def _echo(self, echoes: Sequence[tuple[Attempted, Attempted]]) -> None:
+        for attempted, first in echoes:
+            _echo_one(attempted, first)
+        # Where the first was refused because its key is another request's, a further one may be that request.
+        if asking := _open([attempted for attempted, _ in echoes]):
+            await self._recall(asking)
+            await self._recall_orders(_open(asking))
 
 
 async def _settle_from_store(tx: Tx, attempts: Sequence[Attempted]) -> None:
     found = await idempotency.recall(tx, OPERATION, [a.keyed for a in attempts if a.keyed])
     for attempted, stored in zip(attempts, found, strict=True):
         if isinstance(stored, bytes):
-            attempted.outcome = _replayed(decode_outcome(PlacedOrder, stored))
+            placed = decode_outcome(PlacedOrder, stored)
+            assert isinstance(placed, PlacedOrder), "refusals are not stored"
+            attempted.outcome = PlacedOrder(order=placed.order, replayed=True)
         elif stored is not None:
             attempted.outcome = stored
 
 
-async def _insert(tx: Tx, attempts: Sequence[Attempted]) -> None:
+async def _insert(tx: Tx, attempts: Sequence[Attempted]) -> list[PlacedOrder]:
     orders = [a.order for a in attempts if a.order]
-    placed = await store.insert(tx, orders)
-    for attempted, order, row in zip(attempts, orders, placed, strict=True):
-        attempted.outcome = PlacedOrder(order=_as_placed(order, row))
-    if done := [a for a in attempts if a.keyed]:
-        answers = [encode_outcome(a.outcome) for a in done if a.outcome]
-        await idempotency.remember(tx, OPERATION, [a.keyed for a in done if a.keyed], answers)
+    rows = await store.insert(tx, orders)
+    answers = [PlacedOrder(order=_written(order, row)) for order, row in zip(orders, rows, strict=True)]
+    done = [(a.keyed, answer) for a, answer in zip(attempts, answers, strict=True) if a.keyed]
+    if done:
+        stored = [encode_outcome(answer) for _, answer in done]
+        await idempotency.remember(tx, OPERATION, [keyed for keyed, _ in done], stored)
+    return answers
 
 
 # ----------------------------------------------------------------------------------------------------------- details
@@ -187,29 +230,35 @@ def _split_twins(attempts: Sequence[Attempted]) -> tuple[list[Attempted], list[t
     return firsts, echoes
 
 
-def _echo(attempted: Attempted, first: Attempted) -> Outcome:
-    assert attempted.keyed and first.keyed and first.outcome is not None
-    if attempted.keyed.fingerprint != first.keyed.fingerprint:
-        return IdempotencyKeyReused()
-    return _replayed(first.outcome)
+def _echo_one(attempted: Attempted, first: Attempted) -> None:
+    assert attempted.keyed
+    assert first.keyed
+    heard = first.settled()
+    if isinstance(heard, PlacedOrder):
+        attempted.replay(heard.order, first.keyed.fingerprint)
+    elif attempted.keyed.fingerprint == first.keyed.fingerprint:
+        attempted.outcome = heard.copy()
+    elif not isinstance(heard, IdempotencyKeyReused):
+        attempted.outcome = IdempotencyKeyReused()  # it ran at the same time with another request
 
 
-def _replayed(outcome: Outcome) -> Outcome:
-    return outcome if isinstance(outcome, ServiceError) else PlacedOrder(order=outcome.order, replayed=True)
+def _judge(attempts: Sequence[Attempted]) -> None:
+    for attempted in attempts:
+        request = attempted.request
+        if rules.may_see(attempted.actor, request.user_id):
+            attempted.outcome = rules.check_lines(request.lines)
+        else:
+            attempted.outcome = UserNotFound(user_id=request.user_id)
 
 
 def _prepare(
     attempted: Attempted, users: dict[int, User | ServiceError], quotes: dict[int, Quote | ServiceError]
 ) -> store.NewOrder | ServiceError:
     """The order as it will be written, or the first reason why it will not be."""
-    request, actor = attempted.request, attempted.actor
-    if not rules.may_see(actor, request.user_id):
-        return UserNotFound(user_id=request.user_id)
+    request = attempted.request
     user = users[request.user_id]
     if isinstance(user, ServiceError):
         return user.copy()
-    if wrong := rules.check_lines(request.lines):
-        return wrong
     known: dict[int, Quote] = {}
     for line in request.lines:
         quote = quotes[line.product_id]
@@ -229,14 +278,14 @@ def _prepare(
         currency=currency,
         total_minor=total_minor,
         lines=lines,
-        actor=actor,
+        actor=attempted.actor,
         principal=keyed.principal if keyed else None,
         idempotency_key=keyed.key if keyed else None,
         fingerprint=keyed.fingerprint if keyed else None,
     )
 
 
-def _as_placed(order: store.NewOrder, row: store.PlacedRow) -> Order:
+def _written(order: store.NewOrder, row: store.PlacedRow) -> Order:
     return Order(
         id=row.id,
         user_id=order.user_id,

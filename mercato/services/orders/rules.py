@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
+import msgspec
+
 from mercato.chassis.contract import Actor, FieldError, InvalidRequest
 from mercato.contracts.orders import (
     Axis,
@@ -67,6 +69,18 @@ SHIPPABLE: Final = frozenset({"confirmed", "completed"})
 
 PLACED: Final[Mapping[Axis, str]] = {"status": "pending", "payment": "unpaid", "fulfilment": "unfulfilled"}
 """Where every order begins."""
+
+
+def as_placed(order: Order) -> Order:
+    """An order as it was when it was placed. Lines, total and currency stay as they were written."""
+    return msgspec.structs.replace(
+        order,
+        status=PLACED["status"],
+        payment=PLACED["payment"],
+        fulfilment=PLACED["fulfilment"],
+        version=1,
+        updated_at=order.created_at,
+    )
 
 
 def sources(axis: Axis, wanted: str) -> list[str]:

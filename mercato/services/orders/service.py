@@ -102,7 +102,7 @@ class OrdersService:
         sources = rules.sources(axis, wanted)
         moved = await store.move(tx, order, axis, wanted, sources, actor=current.get().actor, reason=reason)
         assert moved, "the row is locked: nobody can have moved it in between"
-        return (await store.get(tx, [order.id]))[order.id]
+        return moved
 
 
 def _visible(order: Order | None, order_id: int, actor: Actor) -> Order | ServiceError:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 from collections.abc import Sequence
 from typing import Final
 
 import msgspec
 
-from mercato.chassis.contract import Actor
+from mercato.chassis.contract import MAX_ID, Actor
 from mercato.chassis.db import Row, Tx
 from mercato.contracts.orders import Axis, Fulfilment, HistoryEntry, ListOrders, Order, OrderLine, Payment, Status
+
+from . import rules
+
+ABOVE_ALL_IDS: Final = MAX_ID + 1
 
 
 class NewOrder(msgspec.Struct, frozen=True):
@@ -64,8 +69,22 @@ class HistoryRow(Row):
     at: datetime.datetime
 
 
-class KeyedOrderRow(Row):
-    id: int
+class MovedRow(Row):
+    version: int
+    updated_at: datetime.datetime
+
+
+class KeyedRow(Row):
+    order_id: int
+    principal: str
+    key: str
+    fingerprint: bytes
+
+
+class KeyedOrder(msgspec.Struct, frozen=True):
+    """What was placed with a key, and for which request."""
+
+    order: Order
     fingerprint: bytes
 
 
@@ -119,14 +138,28 @@ async def insert(tx: Tx, orders: Sequence[NewOrder]) -> list[PlacedRow]:
     )
 
 
-async def by_key(tx: Tx, principal: str, key: str) -> KeyedOrderRow | None:
-    """The one order that was ever placed with a key."""
-    return await tx.fetch_one(
-        KeyedOrderRow,
-        "SELECT id, fingerprint FROM orders WHERE principal = $1 AND idempotency_key = $2",
-        principal,
-        key,
+async def by_keys(tx: Tx, principals: Sequence[str], keys: Sequence[str]) -> dict[tuple[str, str], KeyedOrder]:
+    """The one order that was ever placed with each key, as it was placed, by principal and key."""
+    # One look at the index for each key: a join that was planned when the shop was new would read all orders.
+    rows = await tx.fetch(
+        KeyedRow,
+        """
+        SELECT o.id AS order_id, o.principal, o.idempotency_key AS key, o.fingerprint
+          FROM unnest($1::text[], $2::text[]) AS w (principal, key)
+         CROSS JOIN LATERAL (
+            SELECT id, principal, idempotency_key, fingerprint
+              FROM orders
+             WHERE principal = w.principal AND idempotency_key = w.key AND idempotency_key IS NOT NULL
+             LIMIT 1
+         ) o
+        """,
+        principals,
+        keys,
     )
+    orders = await get(tx, [row.order_id for row in rows]) if rows else {}
+    return {
+        (row.principal, row.key): KeyedOrder(rules.as_placed(orders[row.order_id]), row.fingerprint) for row in rows
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -161,27 +194,47 @@ async def get_locked(tx: Tx, order_id: int) -> Order | None:
     return (await _with_lines(tx, rows)).get(order_id)
 
 
+def _list_statements() -> dict[Filters, str]:
+    """One statement for each combination of filters.
+
+    The states stand in it as constants. With `($1 IS NULL OR status = $1)` PostgreSQL soon makes one plan for all
+    values, reads orders from the newest on and filters: the whole table for a customer with one order. With a constant
+    it knows how rare a state is, also in a plan that is made once.
+    """
+    statuses, payments, fulfilments = ([None, *rules.AXES[axis]] for axis in ("status", "payment", "fulfilment"))
+    return {
+        (by_user, status, payment, fulfilment): "".join(
+            (
+                """
+                SELECT id, user_id, status, payment, fulfilment, currency, total_minor, created_at, updated_at, version
+                  FROM orders
+                 WHERE id < $1""",
+                " AND user_id = $3" if by_user else "",
+                f" AND status = '{status}'" if status else "",
+                f" AND payment = '{payment}'" if payment else "",
+                f" AND fulfilment = '{fulfilment}'" if fulfilment else "",
+                " ORDER BY id DESC LIMIT $2",
+            )
+        )
+        for by_user, status, payment, fulfilment in itertools.product((False, True), statuses, payments, fulfilments)
+    }
+
+
+Filters = tuple[bool, str | None, str | None, str | None]
+"""Whether by user; and by which status, payment, fulfilment."""
+
+LIST_SQL: Final[dict[Filters, str]] = _list_statements()
+
+
 async def list_page(tx: Tx, wanted: ListOrders, limit: int) -> list[Order]:
     """Up to `limit` orders, the newest first."""
+    by_user = wanted.user_id is not None
     rows = await tx.fetch(
         OrderRow,
-        """
-        SELECT id, user_id, status, payment, fulfilment, currency, total_minor, created_at, updated_at, version
-          FROM orders
-         WHERE ($1::bigint IS NULL OR user_id = $1)
-           AND ($2::text IS NULL OR status = $2)
-           AND ($3::text IS NULL OR payment = $3)
-           AND ($4::text IS NULL OR fulfilment = $4)
-           AND ($5::bigint IS NULL OR id < $5)
-         ORDER BY id DESC
-         LIMIT $6
-        """,
-        wanted.user_id,
-        wanted.status,
-        wanted.payment,
-        wanted.fulfilment,
-        wanted.before,
+        LIST_SQL[by_user, wanted.status, wanted.payment, wanted.fulfilment],
+        ABOVE_ALL_IDS if wanted.before is None else wanted.before,
         limit,
+        *((wanted.user_id,) if by_user else ()),
     )
     found = await _with_lines(tx, rows)
     return [found[row.id] for row in rows]
@@ -245,39 +298,42 @@ async def history(tx: Tx, order_id: int) -> list[HistoryEntry]:
 # ----------------------------------------------------------------------------------------------------------- moving
 
 MOVE_SQL: Final[dict[Axis, str]] = {
-    "status": """
-        UPDATE orders SET status = $2, version = version + 1, updated_at = now()
-         WHERE id = $1 AND status = ANY($3::text[]) AND version = $4
-        """,
-    "payment": """
-        UPDATE orders SET payment = $2, version = version + 1, updated_at = now()
-         WHERE id = $1 AND payment = ANY($3::text[]) AND version = $4
-        """,
-    "fulfilment": """
-        UPDATE orders SET fulfilment = $2, version = version + 1, updated_at = now()
-         WHERE id = $1 AND fulfilment = ANY($3::text[]) AND version = $4
-        """,
+    axis: """
+        WITH moved AS (
+            UPDATE orders
+               SET AXIS = $2, version = version + 1, updated_at = greatest(updated_at, clock_timestamp())
+             WHERE id = $1 AND AXIS = ANY($3::text[]) AND version = $4
+            RETURNING id, version, updated_at
+        ), noted AS (
+            INSERT INTO order_history (order_id, version, axis, before, after, reason, actor_role, actor_id, at)
+            SELECT id, version, 'AXIS', $5::text, $2, $6::text, $7::text, $8::bigint, updated_at FROM moved
+        )
+        SELECT version, updated_at FROM moved
+        """.replace("AXIS", axis)
+    for axis in rules.AXES
 }
+# The time is not that of the transaction's start: who waited for the lock began before what it waited for.
 
 
 async def move(
     tx: Tx, order: Order, axis: Axis, wanted: str, sources: Sequence[str], *, actor: Actor, reason: str = ""
-) -> bool:
-    """Moves one axis and notes it. False, and nothing done, when the order is not any more as `order` says."""
-    if not await tx.execute(MOVE_SQL[axis], order.id, wanted, sources, order.version):
-        return False
-    await tx.execute(
-        """
-        INSERT INTO order_history (order_id, version, axis, before, after, reason, actor_role, actor_id)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
-        """,
+) -> Order | None:
+    """Moves one axis and notes it; gives the order as it is now.
+
+    None, and nothing done, when the order is not any more as `order` says.
+    """
+    moved = await tx.fetch_one(
+        MovedRow,
+        MOVE_SQL[axis],
         order.id,
-        order.version + 1,
-        axis,
-        getattr(order, axis),
         wanted,
+        sources,
+        order.version,
+        getattr(order, axis),
         reason,
         actor.role,
         actor.id,
     )
-    return True
+    if moved is None:
+        return None
+    return msgspec.structs.replace(order, **{axis: wanted}, version=moved.version, updated_at=moved.updated_at)

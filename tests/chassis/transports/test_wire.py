@@ -25,8 +25,18 @@ from mercato.chassis.contract import (
 from mercato.chassis.rpc import Server, Transport
 from mercato.chassis.transports.wire import WireTransport
 
-from .conformance import CUSTOMER, Ask, Conformance, Refused, Said, Stage, Things, Unencodable, numbers, said
+from .conformance import CUSTOMER, Ask, Conformance, Refused, Said, Stage, Things, said
 from .planted import COUNT, counting
+
+
+class Unencodable(msgspec.Struct):
+    """No message at all: what a handler with a mistake may give."""
+
+    thing: object
+
+
+def numbers(batches: Sequence[Sequence[Ask]]) -> list[list[int]]:
+    return [[request.number for request in batch] for batch in batches]
 
 
 class TestWire(Conformance):
@@ -48,7 +58,9 @@ class TestWire(Conformance):
 
     async def test_keyed_operations_run_twice_with_a_key_and_once_without(self, stage: Stage):
         with stage.acting(CUSTOMER):
-            await stage.things.put.many([Ask(number=1, idempotency_key="a"), Ask(number=2), Ask(number=3, idempotency_key="b")])
+            await stage.things.put.many(
+                [Ask(number=1, idempotency_key="a"), Ask(number=2), Ask(number=3, idempotency_key="b")]
+            )
         assert numbers(stage.service.batches) == [[1, 2, 3], [1, 3]]
 
     async def test_operations_that_must_not_be_repeated_run_once(self, stage: Stage):
@@ -109,7 +121,9 @@ class TestWire(Conformance):
 def test_an_error_whose_details_have_changed_elsewhere_keeps_what_it_says():
     newer = ErrorMessage("things.refused", Kind.REFUSED, "Thing A7 is refused.", {"number": "A7"})
     missing = ErrorMessage("things.refused", Kind.REFUSED, "A thing is refused.", {})
-    sent = msgspec.msgpack.encode([{"error": newer}, {"error": missing}, {"error": ErrorMessage("remote", Kind.INVALID, "?")}])
+    sent = msgspec.msgpack.encode(
+        [{"error": newer}, {"error": missing}, {"error": ErrorMessage("remote", Kind.INVALID, "?")}]
+    )
     first, second, third = decode_outcomes(Things.read, sent)
     for error, sentence in ((first, newer.message), (second, missing.message), (third, "?")):
         assert isinstance(error, RemoteError)

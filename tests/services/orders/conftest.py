@@ -6,11 +6,11 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 
 import pytest
 import pytest_asyncio
-from services.orders.world import World, opened
 
 from mercato.chassis import faults
 from mercato.chassis.faults import Fault
 from mercato.chassis.testing import Rig
+from services.orders.world import World, opened
 
 
 @pytest_asyncio.fixture

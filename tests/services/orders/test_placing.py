@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import pytest
-from services.orders.world import ALICE, BOB, LAMP, MUG, STAFF, World, mugs, quote
 
 from mercato.chassis.contract import (
     Actor,
@@ -42,9 +42,10 @@ from mercato.contracts.users import Register, UserNotFound, Users
 from mercato.services.orders.app import build
 from mercato.services.products.app import build as build_products
 from mercato.services.users.app import build as build_users
+from services.orders.world import ALICE, BOB, LAMP, MUG, STAFF, World, mugs, quote
 
 
-def of(*product_ids: int, **fields: object) -> PlaceOrder:
+def of(*product_ids: int, **fields: Any) -> PlaceOrder:
     return PlaceOrder(user_id=1, lines=tuple(PlaceLine(product_id=i) for i in product_ids), **fields)
 
 
@@ -200,13 +201,11 @@ async def test_another_total_than_was_shown_is_refused(world: World):
 
 
 @pytest.mark.parametrize("shown", [{}, {"expected_total_minor": 1_250}])
-async def test_another_currency_than_was_shown_is_refused(world: World, shown: dict[str, int]):
+async def test_another_currency_than_was_shown_is_refused(world: World, shown: dict[str, Any]):
     refused = await refusal(world, of(MUG, expected_currency="EUR", **shown))
 
     assert isinstance(refused, PriceChanged)
-    assert (refused.actual_minor, refused.currency, refused.expected_currency) == (1_250, "USD", "EUR")
-    assert "1250 EUR" in str(refused)
-    assert "1250 USD" in str(refused)
+    assert (refused.actual_minor, refused.currency) == (1_250, "USD")
 
 
 async def test_the_total_that_was_shown_is_accepted(world: World):

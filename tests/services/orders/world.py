@@ -189,7 +189,7 @@ class World:
         order = await self.place()
         with self.acting(STAFF):
             for moved, to in PATHS[axis, state]:
-                await self.orders.move(MoveOrder(id=order.id, **{moved: to}))
+                await self.orders.move(cast(Any, MoveOrder)(id=order.id, **{moved: to}))
             return await self.orders.get(GetOrder(id=order.id))
 
     async def count(self, table: str) -> int:

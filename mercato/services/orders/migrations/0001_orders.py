@@ -32,7 +32,8 @@ def upgrade() -> None:
             CONSTRAINT orders_fulfilment_known CHECK (
                 fulfilment IN ('unfulfilled', 'shipped', 'delivered', 'returned')),
             CONSTRAINT orders_total_not_negative CHECK (total_minor >= 0),
-            CONSTRAINT orders_version_positive CHECK (version >= 1)
+            CONSTRAINT orders_version_positive CHECK (version >= 1),
+            CONSTRAINT orders_key_whole CHECK (num_nulls(principal, idempotency_key, fingerprint) IN (0, 3))
         )
         """
     )

@@ -1,0 +1,66 @@
+"""What a worker does: it serves on the listening socket of its owner, until its lifeline ends."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+import socket
+import sys
+from typing import Literal, cast
+
+import msgspec
+import uvloop
+
+from mercato import topology
+from mercato.chassis import faults
+from mercato.chassis.contract import ServiceError
+from mercato.chassis.service import Host
+from mercato.chassis.telemetry import configure_logging
+from mercato.cli.hosting import hosted
+from mercato.cli.progress import fail
+from mercato.cli.worker import Lifeline
+from mercato.cli.workers import READY_LINE, Assignment
+
+
+def run(line: bytes, lifeline: Lifeline) -> int:
+    """Serves as `line`, an encoded `Assignment`, says; gives the exit code."""
+    assignment = msgspec.json.decode(line, type=Assignment)
+    configure_logging(assignment.log_level)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(assignment, lifeline))
+    except ServiceError as error:
+        fail(f"a worker could not start: {error}")
+        return 1
+    return 0
+
+
+async def _serve(assignment: Assignment, lifeline: Lifeline) -> None:
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+
+    def ask_to_stop() -> None:
+        loop.call_soon_threadsafe(stop.set)
+
+    builds = topology.builds()
+    faults.plant_from_environment(assignment.faults)
+    host = Host(
+        builds,
+        assignment.dsns,
+        secret=assignment.secret,
+        transport=cast(Literal["local", "wire"], assignment.transport),
+        pool_size=assignment.pool_size,
+    )
+    async with hosted(host):
+        lifeline.on_end(ask_to_stop)
+        app = topology.gateway(host, open_to=assignment.open_to, log_requests=assignment.log_requests)
+        gc.collect()
+        gc.freeze()
+        with socket.socket(fileno=assignment.listener) as listener:
+            await topology.server(app, listener, host.telemetry, _tell_ready).run_until(stop)
+
+
+def _tell_ready() -> None:
+    sys.stdout.buffer.write(READY_LINE)
+    sys.stdout.buffer.flush()

@@ -1,0 +1,117 @@
+"""A disk that is full: before the first start, and under a running shop."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import http.client
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.caller import Answer, Buyers, Caller, all_order_ids
+from support.process import Process, remove, wait_until
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a small disk")
+
+WAIT_SECONDS = 30.0
+
+
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    """A disk of its own for a data folder, in memory; `resize` changes how big it is."""
+    folder = Path(tempfile.mkdtemp(prefix="mercato-test-disk-"))
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m,mode=755", "none", folder], check=False)
+    if mounted.returncode != 0:
+        folder.rmdir()
+        pytest.skip("mounting is not permitted here")
+    try:
+        (folder / "data").mkdir(mode=0o755)
+        yield folder
+        resize(folder, "512m")
+        remove(folder / "data")
+    finally:
+        subprocess.run(["umount", folder], check=True)
+        folder.rmdir()
+
+
+def resize(disk: Path, size: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True)
+
+
+@pytest.mark.parametrize("size", ["1m", "40m"])  # not enough for initdb, or not for our databases
+def test_a_first_start_on_a_full_disk_is_refused_and_works_with_space(disk: Path, size: str):
+    resize(disk, size)
+    with Process(disk / "data") as shop:
+        sentence = shop.refusal()
+    assert "full" in sentence or os.strerror(errno.ENOSPC) in sentence
+    assert sorted(path.name for path in (disk / "data").glob("*.new-*")) == []
+
+    resize(disk, "512m")
+    with Process(disk / "data") as shop, shop.ready().caller() as caller:
+        assert caller.order().status == 201
+        shop.stop()
+
+
+def test_a_disk_that_fills_up_loses_no_order(disk: Path):
+    """It goes on with 503 and recovers, or stops with one sentence; the next start finds every order in any case."""
+    resize(disk, "512m")
+    ballast = disk / "ballast"
+    with Process(disk / "data") as shop:
+        shop.ready()
+        with Buyers(shop.caller, count=2) as buyers:
+            wait_until(lambda: len(buyers.placed) >= 20, WAIT_SECONDS)
+            with ballast.open("wb") as stream, contextlib.suppress(OSError):
+                stream.truncate(0)
+                while True:
+                    stream.write(bytes(1 << 20))
+            wait_until(
+                lambda: buyers.statuses[503] > 3 or not shop.is_running, WAIT_SECONDS, lambda: str(buyers.statuses)
+            )
+            refused = ask(shop.caller())
+            ballast.unlink()
+            if refused is not None and refused.status == 503:
+                assert int(refused.headers["retry-after"]) >= 1
+            placed = len(buyers.placed)
+            wait_until(lambda: len(buyers.placed) > placed or not shop.is_running, WAIT_SECONDS)
+        if shop.is_running:
+            shop.stop()
+        else:
+            assert len(shop.complaints) == 1, shop.output
+            shop.assert_gone()
+    assert set(buyers.statuses) <= {201, 503}
+
+    with Process(disk / "data") as shop, shop.ready().caller() as caller:
+        assert set(buyers.placed.values()) <= set(all_order_ids(caller))
+        shop.stop()
+
+
+def test_a_start_on_a_disk_that_has_filled_up_is_refused_and_works_with_space(disk: Path):
+    resize(disk, "512m")
+    with Process(disk / "data") as shop, shop.ready().caller() as caller:
+        order_id = caller.order().json["id"]
+        shop.stop()
+    used = shutil.disk_usage(disk).used
+    resize(disk, str(used))
+    with Process(disk / "data") as shop:
+        wait_until(lambda: not shop.is_running or shop.has_line("ready"), WAIT_SECONDS)
+        if not shop.is_running:
+            assert "full" in shop.refusal()
+    resize(disk, "512m")
+
+    with Process(disk / "data") as shop, shop.ready().caller() as caller:
+        assert caller.get(f"/orders/{order_id}").status == 200
+        shop.stop()
+
+
+def ask(caller: Caller) -> Answer | None:
+    try:
+        with caller:
+            return caller.order()
+    except (OSError, http.client.HTTPException):
+        return None

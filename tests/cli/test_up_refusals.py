@@ -1,0 +1,130 @@
+"""What `mercato up` says when it cannot start: one sentence that names the cause, no traceback, nothing broken."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from support.old_server import OldServer
+from support.process import Process, wait_until
+
+UNWRITABLE = "/sys/kernel" if os.geteuid() == 0 else "/etc"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--port", "x"], "--port"),
+        (["--port", "65536"], "--port"),
+        (["--workers", "0"], "--workers"),
+        (["--auth", "maybe"], "--auth"),
+        (["--frobnicate"], "--frobnicate"),
+        (["elsewhere"], "elsewhere"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path: Path, options: list[str], words: str):
+    with Process(tmp_path / "data", *options) as process:
+        assert process.exit_code(60) == 2
+
+        assert len(process.complaints) == 1, process.output
+        assert process.complaints[0].startswith("mercato: ")
+        assert words in process.complaints[0]
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"MERCATO_POOL_SIZE": "x"}, "MERCATO_POOL_SIZE"),
+        ({"MERCATO_TRANSPORT": "pigeon"}, "MERCATO_TRANSPORT"),
+        ({"MERCATO_SECRET": "short"}, "MERCATO_SECRET"),
+        ({"MERCATO_FAULTS": "no.such.point=kill"}, "no.such.point"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path: Path, environment: Mapping[str, str], words: str):
+    with Process(tmp_path / "data", environment=environment) as process:
+        assert words in process.refusal()
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--host", "0.0.0.0", "--auth", "open"], "loopback"),
+        (["--host", "no.such.host.invalid"], "--host"),
+        (["--host", "192.0.2.1"], "--host"),
+    ],
+)
+def test_a_wrong_address_is_named(tmp_path: Path, options: list[str], words: str):
+    with Process(tmp_path / "data", *options) as process:
+        assert words in process.refusal()
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_taken_port_is_named(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with Process(tmp_path / "data", port=port) as process:
+            sentence = process.refusal()
+
+    assert f"127.0.0.1:{port} is taken" in sentence
+    assert "--port" in sentence
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_data_path_that_is_a_file_is_left_as_it_is(tmp_path: Path):
+    (tmp_path / "data").write_text("precious")
+    with Process(tmp_path / "data") as process:
+        assert str(tmp_path / "data") in process.refusal()
+
+    assert (tmp_path / "data").read_text() == "precious"
+
+
+@pytest.mark.parametrize("data", [f"{UNWRITABLE}/mercato", "/no/such/folder/data"])
+def test_a_data_folder_that_cannot_be_made_is_named(data: str):
+    with Process(Path(data)) as process:
+        sentence = process.refusal()
+
+    assert data in sentence
+    assert "choose another" in sentence
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        "garbage",
+        "postgresql://admin:hunter2@127.0.0.1:1/postgres",
+        "postgresql://admin:hunter2@no.such.host.invalid/postgres",
+        "postgresql://admin:hunter2@127.0.0.1:notaport/postgres",
+    ],
+)
+def test_a_wrong_dsn_is_named_without_its_password(tmp_path: Path, dsn: str):
+    with Process(tmp_path / "data", environment={"MERCATO_POSTGRES_DSN": dsn}) as process:
+        assert "MERCATO_POSTGRES_DSN" in process.refusal()
+        assert "hunter2" not in process.output
+
+
+def test_an_old_postgres_is_refused_by_its_version(tmp_path: Path):
+    with OldServer() as server, Process(tmp_path / "data", environment={"MERCATO_POSTGRES_DSN": server.dsn}) as process:
+        sentence = process.refusal()
+
+    assert "PostgreSQL 15.4" in sentence
+    assert "16 or newer" in sentence
+
+
+def test_ctrl_c_while_a_server_does_not_answer(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        dsn = f"postgresql://admin:secret@127.0.0.1:{silent.getsockname()[1]}/postgres"
+        with Process(tmp_path / "data", environment={"MERCATO_POSTGRES_DSN": dsn}) as process:
+            silent.settimeout(60)
+            connection, _ = silent.accept()
+            with connection:
+                process.interrupt()
+
+                assert process.exit_code() == 130
+                assert process.complaints == ["mercato: stopped before it was ready"]
+    wait_until(lambda: not process.left, 1.0)

@@ -1,0 +1,88 @@
+"""`mercato up --workers 3`: three processes, one shop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.caller import Buyers, all_order_ids
+from support.process import Identity, Process, wait_until
+
+ORDERS = 300
+
+
+@pytest.fixture(scope="module")
+def shop(data: Path) -> Iterator[Process]:
+    with Process(data, "--workers", "3") as process:
+        yield process.ready()
+        process.stop()
+
+
+def test_there_are_three(shop: Process):
+    assert len(shop.tree().workers) == 3
+
+
+def test_requests_spread_over_all_of_them(shop: Process):
+    with Buyers(shop.caller, count=24) as buyers:
+        wait_until(lambda: len(buyers.placed) >= ORDERS, 60.0)
+        clients = client_sockets(int(shop.url.rpartition(":")[2]))
+        connected = [len(clients & descriptors(worker)) for worker in shop.tree().workers]
+
+    assert sum(connected) >= 24
+    assert sum(count > 0 for count in connected) >= 2, connected
+
+
+def test_the_metrics_are_those_of_all_together(shop: Process):
+    before = requests_counted(shop)
+    for _ in range(20):
+        with shop.caller() as caller:  # each on a connection of its own, so that several workers answer
+            assert caller.get("/products?limit=1").status == 200
+    counts = {requests_counted(shop) for _ in range(10)}
+
+    assert counts == {before + 20}
+
+
+def test_all_show_the_same_orders(shop: Process):
+    callers = [shop.caller() for _ in range(12)]
+    for caller in callers:
+        caller.get("/health/live")  # all connected at once, hence by several workers
+    order_id = callers[0].order().json["id"]
+
+    assert all(caller.get(f"/orders/{order_id}").status == 200 for caller in callers)
+    assert len({tuple(all_order_ids(caller)) for caller in callers[:4]}) == 1
+    for caller in callers:
+        caller.connection.close()
+
+
+def requests_counted(shop: Process) -> int:
+    with shop.caller() as caller:
+        text = caller.get("/metrics").text
+    return sum(
+        int(float(line.rpartition(" ")[2]))
+        for line in text.splitlines()
+        if line.startswith("mercato_http_requests_total")
+        and re.search(r'route="[^"]*(products\.search|/products)"', line)
+    )
+
+
+def descriptors(process: Identity) -> set[str]:
+    found: set[str] = set()
+    for entry in Path(f"/proc/{process.pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.add(os.readlink(entry))
+    return found
+
+
+def client_sockets(port: int) -> set[str]:
+    """The connections that were accepted on a port."""
+    found: set[str] = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if int(fields[1].rpartition(":")[2], 16) == port and fields[3] == "01":
+            found.add(f"socket:[{fields[9]}]")
+    return found

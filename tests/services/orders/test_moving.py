@@ -1,0 +1,382 @@
+"""Moving orders along their axes, cancelling them, and their history."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mercato.chassis.contract import Actor, Forbidden, Internal, StaleVersion
+from mercato.chassis.faults import Fault
+from mercato.chassis.rpc import attempt
+from mercato.contracts.orders import (
+    Axis,
+    CancelOrder,
+    GetHistory,
+    GetOrder,
+    HistoryEntry,
+    IllegalMove,
+    MoveOrder,
+    Order,
+    OrderNotFound,
+)
+from mercato.services.orders import rules, store
+from services.orders.world import ALICE, BOB, STAFF, World
+
+MOVED_BY_STAFF: tuple[Axis, ...] = ("status", "fulfilment")
+ALL_PAIRS = [
+    (axis, before, after)
+    for axis in MOVED_BY_STAFF
+    for before, after in itertools.product(rules.AXES[axis], rules.AXES[axis])
+]
+
+
+async def fail(_point: str) -> None:
+    raise RuntimeError("the power fails here")
+
+
+async def history(world: World, order_id: int, actor: Actor = STAFF) -> tuple[HistoryEntry, ...]:
+    with world.acting(actor):
+        return (await world.orders.history(GetHistory(id=order_id))).entries
+
+
+async def move(world: World, order_id: int, **fields: Any) -> Order:
+    with world.acting(STAFF):
+        return await world.orders.move(MoveOrder(id=order_id, **fields))
+
+
+async def cancel(world: World, order_id: int, actor: Actor, **fields: Any) -> Order:
+    with world.acting(actor):
+        return await world.orders.cancel(CancelOrder(id=order_id, **fields))
+
+
+# ------------------------------------------------------------------------------------------------------- all the pairs
+
+
+@pytest.mark.parametrize(("axis", "before", "after"), ALL_PAIRS)
+async def test_each_pair_of_states_is_legal_or_refused_with_the_legal_ones(
+    world: World, axis: Axis, before: str, after: str
+):
+    order = await world.placed_in(axis, before)
+    entries = await history(world, order.id)
+
+    if after in rules.AXES[axis][before]:
+        moved = await move(world, order.id, **{axis: after})
+        assert (getattr(moved, axis), moved.version) == (after, order.version + 1)
+        last = (await history(world, order.id))[-1]
+        assert (last.axis, last.before, last.after, last.version) == (axis, before, after, moved.version)
+        assert (last.actor_role, last.actor_id, last.at) == ("staff", STAFF.id, moved.updated_at)
+    elif after == before:
+        assert await move(world, order.id, **{axis: after}) == order  # a move that comes again is harmless
+        assert await history(world, order.id) == entries
+    else:
+        with pytest.raises(IllegalMove) as refused:
+            await move(world, order.id, **{axis: after})
+        assert (refused.value.axis, refused.value.current, refused.value.wanted) == (axis, before, after)
+        assert set(refused.value.legal) == rules.AXES[axis][before]
+        assert refused.value.order_id == order.id
+        assert await history(world, order.id) == entries
+
+
+@pytest.mark.parametrize(
+    ("axis", "before", "after"),
+    [(axis, before, after) for axis, moves in rules.AXES.items() for before, after in itertools.product(moves, moves)],
+)
+async def test_the_guard_of_the_update_lets_exactly_the_legal_moves_through(
+    world: World, axis: Axis, before: str, after: str
+):
+    """Of all three axes, also the one that no operation moves yet; and without the check in front of it."""
+    order = await world.place()
+    connection = await world.connection()
+    await connection.execute(f"UPDATE orders SET {axis} = $2 WHERE id = $1", order.id, before)
+    with world.acting(STAFF):
+        order = await world.orders.get(GetOrder(id=order.id))
+
+    async with world.database.transaction() as tx:
+        moved = await store.move(tx, order, axis, after, rules.sources(axis, after), actor=STAFF)
+
+    assert (moved is not None) == (after in rules.AXES[axis][before])
+    assert getattr(await world.raw(order.id), axis) == (after if moved else before)
+    assert await world.count("order_history") == (2 if moved else 1)
+
+
+async def test_a_move_of_an_order_that_has_changed_since_does_nothing(world: World):
+    order = await world.place()
+    await move(world, order.id, status="confirmed")
+
+    async with world.database.transaction() as tx:
+        assert await store.move(tx, order, "status", "cancelled", ["pending", "confirmed"], actor=STAFF) is None
+
+    assert (await world.raw(order.id)).version == 2
+    assert await world.count("order_history") == 2
+
+
+# -------------------------------------------------------------------------------------------------------------- moving
+
+
+@pytest.mark.parametrize("status", ["pending", "cancelled"])
+async def test_goods_move_only_for_confirmed_orders(world: World, status: str):
+    order = await world.placed_in("status", status)
+
+    with pytest.raises(IllegalMove) as refused:
+        await move(world, order.id, fulfilment="shipped")
+
+    assert (refused.value.axis, refused.value.legal) == ("fulfilment", ())
+
+
+async def test_both_axes_move_together_status_first(world: World):
+    order = await world.place()
+
+    moved = await move(world, order.id, status="confirmed", fulfilment="shipped")
+
+    assert (moved.status, moved.fulfilment, moved.version) == ("confirmed", "shipped", 3)
+    with world.acting(ALICE):
+        assert await world.orders.get(GetOrder(id=order.id)) == moved
+    assert [(e.version, e.axis, e.after) for e in await history(world, order.id)] == [
+        (1, "status", "pending"),
+        (2, "status", "confirmed"),
+        (3, "fulfilment", "shipped"),
+    ]
+
+
+async def test_of_two_axes_both_move_or_none(world: World):
+    order = await world.place()
+
+    with pytest.raises(IllegalMove):
+        await move(world, order.id, status="confirmed", fulfilment="delivered")
+
+    assert (await world.raw(order.id)).status == "pending"
+    assert await world.count("order_history") == 1
+
+
+async def test_a_move_keeps_lines_total_and_owner(world: World):
+    order = await world.place()
+
+    moved = await move(world, order.id, status="confirmed")
+
+    assert (moved.lines, moved.total_minor, moved.user_id) == (order.lines, order.total_minor, order.user_id)
+    assert moved.created_at == order.created_at
+    assert moved.updated_at > order.updated_at
+
+
+async def test_a_version_that_is_not_the_orders_is_stale(world: World):
+    order = await world.place()
+    await move(world, order.id, status="confirmed", version=1)
+
+    with pytest.raises(StaleVersion) as stale:
+        await move(world, order.id, fulfilment="shipped", version=1)
+    with pytest.raises(StaleVersion):
+        await cancel(world, order.id, ALICE, version=1)
+
+    assert (stale.value.expected, stale.value.actual) == (1, 2)
+    assert (await move(world, order.id, fulfilment="shipped", version=2)).version == 3
+
+
+async def test_of_two_moves_at_once_one_wins(world: World):
+    order = await world.place()
+    elsewhere = await world.another_process()
+    with world.acting(STAFF):
+        outcomes = await asyncio.gather(
+            world.orders.move(MoveOrder(id=order.id, status="confirmed", version=1)),
+            elsewhere.cancel(CancelOrder(id=order.id, version=1)),
+            return_exceptions=True,
+        )
+
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["Order", "StaleVersion"]
+    assert (await world.raw(order.id)).version == 2
+    assert await world.count("order_history") == 2
+
+
+async def test_who_waited_for_a_move_sees_it_and_history_goes_forward(
+    world: World, plant: Callable[[str, Fault], Callable[[], None]]
+):
+    order = await world.place()
+    elsewhere = await world.another_process()
+    reached, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold(_point: str) -> None:
+        reached.set()
+        await go_on.wait()
+
+    lift = plant("orders.move.before_commit", hold)
+    with world.acting(STAFF):
+        first = asyncio.ensure_future(world.orders.move(MoveOrder(id=order.id, status="confirmed")))
+        await reached.wait()
+        lift()
+        second = asyncio.ensure_future(elsewhere.move(MoveOrder(id=order.id, fulfilment="shipped")))
+        await world.until_waiting()
+        go_on.set()
+        moved = [await first, await second]
+
+    assert [(order.version, order.status, order.fulfilment) for order in moved] == [
+        (2, "confirmed", "unfulfilled"),
+        (3, "confirmed", "shipped"),
+    ]
+    times = [entry.at for entry in await history(world, order.id)]
+    assert times == sorted(times)
+
+
+async def test_times_go_forward_for_who_began_earlier_and_waited(world: World):
+    order = await world.place()
+    async with world.database.transaction() as tx:
+        await tx.execute("SELECT now()")  # this transaction begins before the next one, and moves after it
+        moved = await asyncio.create_task(move_in_task(world, order.id))
+        later = await store.move(tx, moved, "fulfilment", "shipped", ["unfulfilled"], actor=STAFF)
+
+    assert later
+    assert later.updated_at >= moved.updated_at
+
+
+async def move_in_task(world: World, order_id: int) -> Order:
+    attempt.set(None)  # as somebody else, who is in no transaction
+    return await move(world, order_id, status="confirmed")
+
+
+async def test_a_crash_before_the_commit_of_a_move_leaves_nothing(
+    world: World, plant: Callable[[str, Fault], Callable[[], None]]
+):
+    order = await world.place()
+    lift = plant("orders.move.before_commit", fail)
+    with pytest.raises(Internal):
+        await move(world, order.id, status="confirmed", fulfilment="shipped")
+    with pytest.raises(Internal):
+        await cancel(world, order.id, ALICE)
+    assert (await world.raw(order.id)).version == 1
+    assert await world.count("order_history") == 1
+
+    lift()
+    assert (await cancel(world, order.id, ALICE)).version == 2
+
+
+async def test_a_move_whose_answer_was_lost_is_harmless_when_it_comes_again(
+    world: World, plant: Callable[[str, Fault], Callable[[], None]]
+):
+    order = await world.place()
+    lift = plant("orders.move.after_commit", fail)
+    with pytest.raises(Internal):
+        await move(world, order.id, status="confirmed")
+    lift()
+
+    assert (await move(world, order.id, status="confirmed")).version == 2
+    assert await world.count("order_history") == 2
+
+
+async def test_only_staff_move(world: World):
+    order = await world.place()
+    with world.acting(ALICE), pytest.raises(Forbidden):
+        await world.orders.move(MoveOrder(id=order.id, status="confirmed"))
+
+
+async def test_an_unknown_order_cannot_be_moved(world: World):
+    with pytest.raises(OrderNotFound) as unknown:
+        await move(world, 404, status="confirmed")
+
+    assert unknown.value.order_id == 404
+
+
+# ------------------------------------------------------------------------------------------------------------- cancel
+
+
+@pytest.mark.parametrize("status", ["pending", "confirmed"])
+@pytest.mark.parametrize("actor", [ALICE, STAFF])
+async def test_owner_and_staff_cancel_what_has_not_been_shipped(world: World, status: str, actor: Actor):
+    order = await world.placed_in("status", status)
+
+    cancelled = await cancel(world, order.id, actor, reason="ordered by mistake")
+
+    assert (cancelled.status, cancelled.version) == ("cancelled", order.version + 1)
+    last = (await history(world, order.id))[-1]
+    assert (last.before, last.after, last.reason) == (status, "cancelled", "ordered by mistake")
+    assert (last.actor_role, last.actor_id) == (actor.role, actor.id)
+
+
+async def test_another_customer_hears_what_he_hears_of_an_unknown_order(world: World):
+    order = await world.place()
+
+    with pytest.raises(OrderNotFound) as others:
+        await cancel(world, order.id, BOB)
+    with pytest.raises(OrderNotFound) as others_with_version:
+        await cancel(world, order.id, BOB, version=77)
+    with pytest.raises(OrderNotFound) as unknown:
+        await cancel(world, order.id + 1, BOB)
+
+    assert others.value.details == others_with_version.value.details == {"order_id": order.id}
+    assert unknown.value.details == {"order_id": order.id + 1}
+    assert (await world.raw(order.id)).status == "pending"
+
+
+async def test_a_customer_cannot_cancel_what_was_shipped_staff_can(world: World):
+    order = await world.placed_in("fulfilment", "shipped")
+
+    with pytest.raises(IllegalMove) as refused:
+        await cancel(world, order.id, ALICE)
+
+    assert (refused.value.current, refused.value.wanted, refused.value.legal) == ("confirmed", "cancelled", ())
+    assert (await cancel(world, order.id, STAFF)).status == "cancelled"
+
+
+async def test_a_completed_order_cannot_be_cancelled(world: World):
+    order = await world.placed_in("status", "completed")
+
+    for actor in (ALICE, STAFF):
+        with pytest.raises(IllegalMove):
+            await cancel(world, order.id, actor)
+
+
+async def test_a_repeated_cancel_is_harmless(world: World):
+    order = await world.place()
+    once = await cancel(world, order.id, ALICE, reason="first")
+
+    assert await cancel(world, order.id, ALICE, reason="second") == once
+    assert await cancel(world, order.id, STAFF) == once
+    assert [entry.reason for entry in await history(world, order.id)] == ["", "first"]
+
+
+async def test_cancels_at_once_in_two_processes_are_one(world: World):
+    order = await world.place()
+    elsewhere = await world.another_process()
+    with world.acting(ALICE):
+        cancelled = await asyncio.gather(
+            *((world.orders if n % 2 else elsewhere).cancel(CancelOrder(id=order.id)) for n in range(10))
+        )
+
+    assert {order.version for order in cancelled} == {2}
+    assert await world.count("order_history") == 2
+
+
+# ---------------------------------------------------------------------------------------------------- get and history
+
+
+async def test_orders_are_read_by_owner_and_staff_and_anothers_is_like_unknown(world: World):
+    order = await world.place()
+    with world.acting(ALICE):
+        own = world.orders.get(GetOrder(id=order.id))
+    with world.acting(STAFF):
+        staffs = world.orders.get(GetOrder(id=order.id))
+    with world.acting(BOB):
+        others = world.orders.get(GetOrder(id=order.id))
+        unknown = world.orders.get(GetOrder(id=404))
+
+    outcomes = await asyncio.gather(own, staffs, others, unknown, return_exceptions=True)
+
+    assert outcomes[:2] == [order, order]
+    assert [type(outcome) for outcome in outcomes[2:]] == [OrderNotFound, OrderNotFound]
+    assert [getattr(outcome, "order_id", None) for outcome in outcomes[2:]] == [order.id, 404]
+
+
+async def test_a_history_is_read_by_owner_and_staff_and_anothers_is_like_unknown(world: World):
+    order = await world.place()
+    await move(world, order.id, status="confirmed")
+
+    assert await history(world, order.id, ALICE) == await history(world, order.id, STAFF)
+    assert [(e.before, e.after) for e in await history(world, order.id)] == [
+        (None, "pending"),
+        ("pending", "confirmed"),
+    ]
+    for order_id in (order.id, 404):
+        with pytest.raises(OrderNotFound) as unknown:
+            await history(world, order_id, BOB)
+        assert unknown.value.details == {"order_id": order_id}
