@@ -56,9 +56,7 @@ def gateway(host: Host, *, open_to: tuple[str, int] | None, log_requests: bool =
 
     verifier = Verifier(fetch_keys, host.clock)
     gatekeeper = Gatekeeper(verifier, own_hosts(*open_to) if open_to else None)
-    pages = Pages(
-        routes=ROUTES, gatekeeper=gatekeeper, verifier=verifier, telemetry=host.telemetry, ready=host.ready
-    )
+    pages = Pages(routes=ROUTES, gatekeeper=gatekeeper, verifier=verifier, telemetry=host.telemetry, ready=host.ready)
 
     def client(operation: Operation[Any, Any]) -> Call[Any, Any]:
         return getattr(host.client(SERVICES[operation.service]), operation.name)

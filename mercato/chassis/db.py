@@ -296,7 +296,14 @@ async def _leave_as_is(_connection: Any) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- errors
 
-_DRIVER_ERRORS: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+# The driver's InternalClientError is what a statement meets on a connection that the server ended in this very moment.
+_DRIVER_ERRORS: Final = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+)
 
 # The server is not there, goes away, or has no room: nothing that the statement itself is to blame for.
 _UNAVAILABLE: Final = (
@@ -308,6 +315,7 @@ _UNAVAILABLE: Final = (
     asyncpg.ObjectNotInPrerequisiteStateError,
     asyncpg.ReadOnlySQLTransactionError,
     asyncpg.PostgresIOError,
+    asyncpg.InternalClientError,
     OSError,
     TimeoutError,
 )
@@ -317,6 +325,7 @@ _LOST: Final = (
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
     asyncpg.CannotConnectNowError,
+    asyncpg.InternalClientError,
     ConnectionError,
 )
 

@@ -144,7 +144,7 @@ class Host:
         return breaker
 
     async def open(self) -> None:
-        """Opens all databases, then starts the loops. Raises `Unavailable` naming the service, and leaves nothing open."""
+        """Opens all databases, then starts the loops. Raises `Unavailable`, and leaves nothing open."""
         try:
             for service in self.services.values():
                 await service.database.open()

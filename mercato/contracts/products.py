@@ -7,7 +7,8 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta
 
-from ..chassis.contract import MAX_ID, Contract, Kind, Message, Retry, ServiceError, batched, single
+from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Retry, ServiceError, batched, single
+
 from .money import MAX_MINOR
 from .roles import EVERYBODY, SIGNED_IN, STAFF_ONLY
 

@@ -7,7 +7,8 @@ from typing import Annotated, Final
 
 from msgspec import Meta
 
-from ..chassis.contract import MAX_ID, Contract, Empty, Kind, Message, Retry, ServiceError, batched, single
+from mercato.chassis.contract import MAX_ID, Contract, Empty, Kind, Message, Retry, ServiceError, batched, single
+
 from .roles import EVERYBODY, SIGNED_IN, STAFF_ONLY, Role
 
 UserId = Annotated[int, Meta(ge=1, le=MAX_ID)]

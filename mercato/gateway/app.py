@@ -157,9 +157,7 @@ class Gateway:
             raise route.reworded(error) from None
         return route.respond(answer, scope)
 
-    async def _admit(
-        self, route: _Compiled, scope: Scope, picked: _Picked, trace_id: str, request_id: str
-    ) -> Actor:
+    async def _admit(self, route: _Compiled, scope: Scope, picked: _Picked, trace_id: str, request_id: str) -> Actor:
         """Who asks, if they may."""
         gatekeeper = self._gatekeeper
         gatekeeper.check_address(picked.host, picked.origin)
@@ -211,7 +209,14 @@ class _Picked:
     """The headers that the API looks at, found in one pass."""
 
     __slots__ = (
-        "authorization", "content_type", "host", "idempotency_key", "if_match", "origin", "request_id", "traceparent",
+        "authorization",
+        "content_type",
+        "host",
+        "idempotency_key",
+        "if_match",
+        "origin",
+        "request_id",
+        "traceparent",
     )
 
     def __init__(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
@@ -240,9 +245,7 @@ class _Picked:
         return trace_id, f"{random.getrandbits(64):016x}"
 
 
-_SLOTS: Final = {name.replace("_", "-").encode(): name for name in _Picked.__slots__} | {
-    b"x-request-id": "request_id"
-}
+_SLOTS: Final = {name.replace("_", "-").encode(): name for name in _Picked.__slots__} | {b"x-request-id": "request_id"}
 del _SLOTS[b"request-id"]
 
 
@@ -313,9 +316,7 @@ class _Compiled:
 
     # ------------------------------------------------------------------------------------------------- what is asked
 
-    async def ask(
-        self, actor: Actor, parts: Mapping[str, str], scope: Scope, receive: Receive, picked: _Picked
-    ) -> Ask:
+    async def ask(self, actor: Actor, parts: Mapping[str, str], scope: Scope, receive: Receive, picked: _Picked) -> Ask:
         route = self.route
         body = raw = None
         if self._decoder is not None:

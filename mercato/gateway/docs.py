@@ -17,8 +17,8 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis.http import limits as http
 from mercato.chassis.contract import ServiceError
+from mercato.chassis.http import limits as http
 from mercato.gateway import examples, openapi, problems
 from mercato.gateway.route import Route
 

@@ -146,7 +146,7 @@ class Serving:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(BOUND_SECONDS):
-            while not condition():  # noqa: ASYNC110  # what is waited for raises no event
+            while not condition():  # what is waited for raises no event
                 await asyncio.sleep(0.01)
 
     async def is_usable(self) -> bool:

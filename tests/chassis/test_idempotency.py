@@ -115,15 +115,15 @@ async def test_a_twin_that_waits_too_long_gives_up_and_leaves_nothing(database: 
 
 async def test_batches_with_the_same_keys_in_other_orders_do_not_deadlock(database: Database):
     """Both stop at "m", which a third one holds. Taken as they come, each would then wait for what the other has."""
+    twins: list[asyncio.Task[set[tuple[str, str]]]] = []
     with pytest.raises(KeyError):
         async with database.transaction() as tx:
             await idempotency.claim(tx, OPERATION, [keyed("m")])
-            first = asyncio.create_task(do(database, [keyed("a"), keyed("m"), keyed("b")]))
-            await waits_for_a_lock(database)
-            second = asyncio.create_task(do(database, [keyed("b"), keyed("m"), keyed("a")]))
-            await waits_for_a_lock(database, both=True)
+            for order in ("amb", "bma"):
+                twins.append(asyncio.create_task(do(database, [keyed(key) for key in order])))
+                await waits_for_a_lock(database, count=len(twins))
             raise KeyError
-    assert [len(ours) for ours in await asyncio.gather(first, second)] == [3, 0]
+    assert [len(ours) for ours in await asyncio.gather(*twins)] == [3, 0]
 
 
 async def test_who_dies_between_claim_and_commit_leaves_nothing(database: Database):
@@ -181,15 +181,15 @@ async def test_deleting_takes_a_bounded_number_and_passes_over_what_others_hold(
     assert await count(database) == 0
 
 
-async def waits_for_a_lock(database: Database, *, both: bool = False) -> None:
-    """Returns when one statement, or two, wait for a lock. Asked on a connection of its own: the pool may be in use."""
+async def waits_for_a_lock(database: Database, *, count: int = 1) -> None:
+    """Returns when so many statements wait for a lock. Asked on a connection of its own: the pool may be in use."""
     connection = await asyncpg.connect(database._dsn)
     try:
         for _ in range(1_000):
             waiting = await connection.fetchval(
                 "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
             )
-            if waiting >= 1 + both:
+            if waiting >= count:
                 return
             await asyncio.sleep(0.005)
     finally:

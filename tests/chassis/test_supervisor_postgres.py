@@ -1,7 +1,7 @@
 """The embedded PostgreSQL: whoever is killed, nothing lives on, nothing is lost, and the next start works."""
 
 # The loop may block here: nothing else runs on it. And what is waited for, processes, tells nobody when it ends.
-# ruff: noqa: ASYNC110, ASYNC220, ASYNC221, ASYNC240
+# ruff: noqa: ASYNC220, ASYNC221, ASYNC240
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support.process import Process, data_folder, remove
 
 README = (Path(__file__).parents[2] / "README.md").read_text()

@@ -46,20 +46,28 @@ class ArchiveIn(Input):
 
 
 class ProductsQuery(Input):
-    q: Annotated[
-        str, Meta(max_length=200, description='What a person types into a search box: words, "phrases", -not these.')
-    ] | None = None
+    q: (
+        Annotated[
+            str,
+            Meta(max_length=200, description='What a person types into a search box: words, "phrases", -not these.'),
+        ]
+        | None
+    ) = None
     category: Annotated[str, Meta(max_length=64)] | None = None
     currency: contract.Currency | None = None
     min_price: Annotated[Decimal, Meta(description="In major units.")] | None = None
     max_price: Annotated[Decimal, Meta(description="In major units.")] | None = None
-    sort: Annotated[
-        contract.Sort, Meta(description="`-` is descending; `relevance` needs `q`, and is then the default.")
-    ] | None = None
+    sort: (
+        Annotated[contract.Sort, Meta(description="`-` is descending; `relevance` needs `q`, and is then the default.")]
+        | None
+    ) = None
     limit: Annotated[int, Meta(ge=1, le=contract.PAGE_LIMIT, description="How many at most.")] = 50
-    after: Annotated[
-        str, Meta(max_length=1_000, description="From the Link of the page before; for the same filters and sort.")
-    ] | None = None
+    after: (
+        Annotated[
+            str, Meta(max_length=1_000, description="From the Link of the page before; for the same filters and sort.")
+        ]
+        | None
+    ) = None
 
 
 class ProductOut(Output):

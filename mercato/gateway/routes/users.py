@@ -131,9 +131,7 @@ def _profile(user_id: int, ask: Ask) -> contract.UpdateProfile:
 
 def _password(ask: Ask) -> contract.ChangePassword:
     body: PasswordIn = ask.body
-    return contract.ChangePassword(
-        id=_me(ask), current_password=body.current_password, new_password=body.new_password
-    )
+    return contract.ChangePassword(id=_me(ask), current_password=body.current_password, new_password=body.new_password)
 
 
 def _version(user: User) -> int:
@@ -152,9 +150,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         summary="Open an account",
         roles=EVERYBODY,
         body=RegisterIn,
-        examples={
-            "a customer": {"email": "carol@example.com", "name": "Carol", "password": "correct horse battery"}
-        },
+        examples={"a customer": {"email": "carol@example.com", "name": "Carol", "password": "correct horse battery"}},
         request=_register,
         answer=user_out,
         output=UserOut,

@@ -487,7 +487,7 @@ async def clean_up(rig: Rig, sessions_left: int) -> None:
     running = asyncio.ensure_future(loop())
     try:
         async with asyncio.timeout(WAIT_SECONDS):
-            while len(await look(rig, int, "SELECT id FROM sessions")) > sessions_left:  # noqa: ASYNC110  # the event is a row
+            while len(await look(rig, int, "SELECT id FROM sessions")) > sessions_left:  # the event is a row
                 await asyncio.sleep(0.01)
     finally:
         running.cancel()
