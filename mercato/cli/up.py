@@ -37,7 +37,7 @@ from mercato.cli.hosting import hosted
 from mercato.cli.progress import Progress, fail
 from mercato.cli.workers import WorkerFailed, Workers
 from mercato.contracts.roles import STAFF
-from mercato.contracts.users import ListUsers, Register, Users
+from mercato.contracts.users import EmailTaken, ListUsers, Register, Users
 
 T = TypeVar("T")
 
@@ -374,9 +374,21 @@ def _url(host: str, listener: socket.socket) -> str:
 
 async def _ensure_staff(host: Host) -> str | None:
     """Makes the first staff account, with a password that nobody has ever seen; None where there is staff already."""
-    users = host.client(Users)
-    if (await users.list(ListUsers(role=STAFF, limit=1))).users:
+    if await _has_staff(host):
         return None
     password = secrets.token_urlsafe(16)
-    await users.register(Register(email=STAFF_EMAIL, name="Staff", password=password, role=STAFF))
+    try:
+        await host.client(Users).register(Register(email=STAFF_EMAIL, name="Staff", password=password, role=STAFF))
+    except EmailTaken:
+        # By another machine that starts on the same server at this moment, and has told its person the password.
+        if await _has_staff(host):
+            return None
+        raise CannotStart(
+            f"there is no staff account, and {STAFF_EMAIL}, which it would get, is the e-mail address of a customer: "
+            "start with --auth open on loopback, and give somebody the role staff (PUT /users/ID/role)"
+        ) from None
     return password
+
+
+async def _has_staff(host: Host) -> bool:
+    return bool((await host.client(Users).list(ListUsers(role=STAFF, limit=1))).users)

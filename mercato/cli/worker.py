@@ -19,8 +19,8 @@ LAST_SECONDS: Final = 4.0
 class Lifeline:
     """The pipe from the owner. Its end means that the owner asks to stop, or that it died."""
 
-    def __init__(self, metrics: str) -> None:
-        self._owner = os.getppid()
+    def __init__(self, owner: int, metrics: str) -> None:
+        self._owner = owner
         self._metrics = metrics
         self._lock = threading.Lock()
         self._listener: Callable[[], None] | None = None
@@ -57,7 +57,7 @@ class Lifeline:
 
 def main() -> None:
     """Serves until the owner closes the pipe; exits with 1, after a sentence, when it cannot begin."""
-    lifeline = Lifeline(metrics=sys.argv[1])
+    lifeline = Lifeline(owner=int(sys.argv[1]), metrics=sys.argv[2])
     assignment = sys.stdin.buffer.readline()
     lifeline.follow()
     from mercato.cli import serving

@@ -117,6 +117,7 @@ class Workers:
             sys.executable,
             "-m",
             "mercato.cli.worker",
+            str(os.getpid()),
             metrics,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from mercato.cli.up import STAFF_EMAIL
 from support.process import Process, data_folder
 
 
@@ -49,3 +50,18 @@ def test_an_open_shop_takes_an_anonymous_caller_for_staff(data: Path):
         assert caller.get("/orders").status == 200
         assert caller.order().status == 201
         shop.stop()
+
+
+def test_a_customer_with_the_address_of_staff_is_not_taken_for_staff():
+    with data_folder() as data:
+        with Process(data) as shop, shop.ready().caller() as caller:
+            account = {"email": STAFF_EMAIL, "name": "Mallory", "password": "a long enough password"}
+            user_id = caller.post("/register", account).json["id"]
+            shop.stop()
+        with Process(data, "--auth", "required") as shop:
+            assert STAFF_EMAIL in shop.refusal()
+        with Process(data) as shop, shop.ready().caller() as caller:
+            assert caller.call("PUT", f"/users/{user_id}/role", {"role": "staff"}).status == 200
+            shop.stop()
+        with Process(data, "--auth", "required") as shop:
+            shop.ready().stop()

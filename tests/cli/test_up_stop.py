@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 
 from support.caller import Answer, Caller
-from support.process import POLL_SECONDS, Process, data_folder, wait_until
+from support.process import POLL_SECONDS, Process, command_line, data_folder, wait_until
 
 STOPPED_EARLY = ["mercato: stopped before it was ready"]
 
@@ -125,9 +125,12 @@ def test_sigterm_while_workers_start_ends_it_with_one_line(data: Path):
 def test_a_kill_while_workers_start_leaves_nothing(data: Path):
     with Process(data, "--workers", "3") as shop:
         wait_until(lambda: len(shop.tree().workers) == 3, 60.0)
+        metrics = Path(command_line(shop.tree().workers[0].pid).split()[-1])
+        assert metrics.is_dir()
         shop.kill()
 
         shop.assert_gone()
+    assert not metrics.exists()
 
 
 def takes_signals(shop: Process) -> bool:
