@@ -12,6 +12,7 @@ from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Retry, Ser
 from .roles import SIGNED_IN, STAFF_ONLY
 
 OrderId = Annotated[int, Meta(ge=1, le=MAX_ID)]
+Version = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 Status = Literal["pending", "confirmed", "completed", "cancelled"]
 Payment = Literal["unpaid", "authorized", "paid", "partially_refunded", "refunded", "failed", "voided"]
@@ -83,7 +84,7 @@ class ListOrders(Message):
     status: Status | None = None
     payment: Payment | None = None
     fulfilment: Fulfilment | None = None
-    before: int | None = None
+    before: OrderId | None = None
     limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
 
 
@@ -99,13 +100,13 @@ class MoveOrder(Message):
     id: OrderId
     status: Status | None = None
     fulfilment: Fulfilment | None = None
-    version: int | None = None
+    version: Version | None = None
 
 
 class CancelOrder(Message):
     id: OrderId
     reason: Annotated[str, Meta(max_length=500)] = ""
-    version: int | None = None
+    version: Version | None = None
 
 
 class GetHistory(Message):
@@ -141,8 +142,9 @@ class PriceChanged(ServiceError, code="orders.price_changed", kind=Kind.CONFLICT
 
     sentence = "The catalogue's total for this order is another one than was shown to the buyer."
     expected_minor: int
+    expected_currency: str
     actual_minor: int
-    currency: str
+    actual_currency: str
 
 
 class MixedCurrencies(ServiceError, code="orders.mixed_currencies", kind=Kind.CONFLICT):

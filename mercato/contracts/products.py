@@ -13,6 +13,7 @@ from .money import MAX_MINOR
 from .roles import EVERYBODY, SIGNED_IN, STAFF_ONLY
 
 ProductId = Annotated[int, Meta(ge=1, le=MAX_ID)]
+Version = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Sku = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", examples=["HEAD-100"])]
 Name = Annotated[str, Meta(min_length=1, max_length=200, examples=["Headphones"])]
 Description = Annotated[str, Meta(max_length=10_000)]
@@ -57,7 +58,7 @@ class UpdateProduct(Message):
     """Changes what is given. With `version`, only if the product still has it."""
 
     id: ProductId
-    version: int | None = None
+    version: Version | None = None
     sku: Sku | None = None
     name: Name | None = None
     price_minor: PriceMinor | None = None
@@ -70,7 +71,7 @@ class ArchiveProduct(Message):
     """Takes a product out of the catalogue: it can be read by its id, but not found, quoted or ordered."""
 
     id: ProductId
-    version: int | None = None
+    version: Version | None = None
 
 
 class SearchProducts(Message):

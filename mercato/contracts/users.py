@@ -135,7 +135,7 @@ class SessionEnded(ServiceError, code="users.session_ended", kind=Kind.UNAUTHENT
     sentence = "This session has ended; sign in again."
 
 
-class LastStaffMember(ServiceError, code="users.last_staff_member", kind=Kind.REFUSED):
+class LastStaffMember(ServiceError, code="users.last_staff_member", kind=Kind.CONFLICT):
     """Nobody would be left who could make somebody staff."""
 
     sentence = "User {user_id} is the last member of staff; make somebody else staff first."

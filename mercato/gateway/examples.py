@@ -47,10 +47,12 @@ VALUES: Final[Mapping[str, Any]] = {
     "total_minor": 9999,
     "unit_price_minor": 9999,
     # Details of errors.
+    "actual_currency": "USD",
     "actual_minor": 9999,
     "allowed": ["GET", "HEAD"],
     "current": "pending",
     "currencies": ["EUR", "USD"],
+    "expected_currency": "USD",
     "expected_minor": 8999,
     "header": "Host",
     "legal": ["confirmed", "cancelled"],

@@ -8,7 +8,6 @@ from typing import Any, Final
 import msgspec
 
 from mercato.chassis.contract import FieldError, InvalidRequest, Kind, ServiceError
-from mercato.contracts.money import EXPONENTS
 from mercato.gateway.money import money
 
 MEDIA_TYPE: Final = b"application/problem+json"
@@ -33,8 +32,6 @@ STATUS_OF_CODE: Final[Mapping[str, int]] = {
     "method_not_allowed": 405,
     "body_too_large": 413,
     "unsupported_media_type": 415,
-    # 402 is for payments that were declined.
-    "users.last_staff_member": 409,
 }
 
 TITLES: Final[Mapping[int, str]] = {
@@ -117,13 +114,15 @@ class TooManyRequests(ServiceError, code="too_many_requests", kind=Kind.TOO_MANY
 
 
 def _shown(details: Mapping[str, Any]) -> dict[str, Any]:
-    """Details for people outside: what is minor units inside (`expected_minor`, `currency`) is money here."""
-    currency = details.get("currency")
-    if not isinstance(currency, str) or currency not in EXPONENTS:
-        return dict(details)
-    minor = {name: value for name, value in details.items() if name.endswith("_minor")}
-    shown = {name.removesuffix("_minor"): money(value, currency) for name, value in minor.items()}
-    return shown | {name: value for name, value in details.items() if name not in minor and name != "currency"}
+    """Details for people outside: what is minor units inside (`total_minor`, `total_currency`) is money here."""
+    shown: dict[str, Any] = {}
+    for name, value in details.items():
+        subject, _, unit = name.rpartition("_")
+        if unit == "minor" and f"{subject}_currency" in details:
+            shown[subject] = money(value, details[f"{subject}_currency"])
+        elif unit != "currency" or f"{subject}_minor" not in details:
+            shown[name] = value
+    return shown
 
 
 _encode: Final = msgspec.json.Encoder().encode

@@ -118,6 +118,7 @@ class BoundedProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.access_log = False  # uvicorn asks the global loggers, which others may have changed since
         assert isinstance(server_state, ConnectionBook), "BoundedProtocol needs the limits: serve it with HttpServer"
         self._book = server_state
         self._header_limit_bytes = server_state.limits.header_bytes

@@ -41,6 +41,8 @@ class ProfileIn(Input):
 class PasswordIn(Input):
     current_password: contract.Password
     new_password: contract.Password
+    refresh_token: contract.RefreshToken | None = None
+    """The one of the session to keep; without it every session ends."""
 
 
 class RoleIn(Input):
@@ -131,7 +133,12 @@ def _profile(user_id: int, ask: Ask) -> contract.UpdateProfile:
 
 def _password(ask: Ask) -> contract.ChangePassword:
     body: PasswordIn = ask.body
-    return contract.ChangePassword(id=_me(ask), current_password=body.current_password, new_password=body.new_password)
+    return contract.ChangePassword(
+        id=_me(ask),
+        current_password=body.current_password,
+        new_password=body.new_password,
+        refresh_token=body.refresh_token,
+    )
 
 
 def _version(user: User) -> int:
@@ -243,7 +250,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="POST",
         path="/users/me/password",
         operation=Users.change_password,
-        summary="Change your own password; all your other sessions end",
+        summary="Change your own password; every session ends but the one whose refresh token is given",
         roles=SIGNED_IN,
         body=PasswordIn,
         examples={

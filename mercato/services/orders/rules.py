@@ -158,5 +158,9 @@ def check_total(request: PlaceOrder, actual_minor: int, currency: str) -> PriceC
     shown, shown_currency = request.expected_total_minor, request.expected_currency
     if (shown is None or shown == actual_minor) and (shown_currency is None or shown_currency == currency):
         return None
-    expected = actual_minor if shown is None else shown
-    return PriceChanged(expected_minor=expected, actual_minor=actual_minor, currency=currency)
+    return PriceChanged(
+        expected_minor=actual_minor if shown is None else shown,
+        expected_currency=shown_currency or currency,
+        actual_minor=actual_minor,
+        actual_currency=currency,
+    )

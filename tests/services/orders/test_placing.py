@@ -197,7 +197,7 @@ async def test_another_total_than_was_shown_is_refused(world: World):
     refused = await refusal(world, of(MUG, expected_total_minor=1_249))
 
     assert isinstance(refused, PriceChanged)
-    assert (refused.expected_minor, refused.actual_minor, refused.currency) == (1_249, 1_250, "USD")
+    assert (refused.expected_minor, refused.actual_minor, refused.actual_currency) == (1_249, 1_250, "USD")
 
 
 @pytest.mark.parametrize("shown", [{}, {"expected_total_minor": 1_250}])
@@ -205,7 +205,7 @@ async def test_another_currency_than_was_shown_is_refused(world: World, shown: d
     refused = await refusal(world, of(MUG, expected_currency="EUR", **shown))
 
     assert isinstance(refused, PriceChanged)
-    assert (refused.actual_minor, refused.currency) == (1_250, "USD")
+    assert (refused.actual_minor, refused.actual_currency) == (1_250, "USD")
 
 
 async def test_the_total_that_was_shown_is_accepted(world: World):
