@@ -1,8 +1,8 @@
 """What tests of services stand on: a real PostgreSQL, fresh databases, and a host without HTTP.
 
 A `Cluster` is one embedded PostgreSQL for a whole run of tests. It migrates a template of each service's database
-once; a fresh database is a copy of it (tens of milliseconds). A `Rig` is one process worth of services on such
-databases, over one of the transports.
+once; a fresh database is a copy of it, or one that an earlier test has used and that was emptied. A `Rig` is one
+process worth of services on such databases, over one of the transports.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar, cast
 
@@ -39,6 +39,9 @@ class Cluster:
         self.folder = folder
         self.server = server
         self._templates: dict[str, str] = {}
+        self._shapes: dict[str, str] = {}
+        self._free: dict[str, list[str]] = {}
+        self._lent: dict[str, str] = {}
         self._numbers = itertools.count(1)
 
     @classmethod
@@ -59,14 +62,28 @@ class Cluster:
     async def fresh_database(self, service: str, migrations: Path) -> str:
         """The DSN of a migrated, empty database of a service, as the service's own role sees it."""
         template = await self._template(service, migrations)
-        copy = f"{template}_{os.getpid()}_{next(self._numbers)}"
-        await self._admin(f'CREATE DATABASE "{copy}" TEMPLATE "{template}" OWNER "{template}"')
-        await self._admin(f'REVOKE ALL ON DATABASE "{copy}" FROM PUBLIC')
+        if self._free[template]:
+            name = self._free[template].pop()
+        else:
+            name = f"{template}_{os.getpid()}_{next(self._numbers)}"
+            await self._admin(f'CREATE DATABASE "{name}" TEMPLATE "{template}" OWNER "{template}"')
+            await self._admin(f'REVOKE ALL ON DATABASE "{name}" FROM PUBLIC')
+        self._lent[name] = template
         user_and_password = service_dsn(self.server.admin_dsn, template, _password(template))
-        return user_and_password.replace(f"/{template}?", f"/{copy}?")
+        return user_and_password.replace(f"/{template}?", f"/{name}?")
 
-    async def drop_database(self, dsn: str) -> None:
+    async def release_database(self, dsn: str) -> None:
+        """Takes a database back. It is emptied for the next test; one whose schema was changed is dropped."""
         name = dsn.partition("?")[0].rpartition("/")[2]
+        template = self._lent.pop(name, None)
+        if template is None:
+            return  # two rigs had it, and the other has brought it back
+        try:
+            if await self._emptied(name) == self._shapes[template]:
+                self._free[template].append(name)
+                return
+        except (asyncpg.PostgresError, OSError):
+            pass  # a test has locked it, or made it unreachable
         await self._admin(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
 
     async def execute(self, statement: str) -> None:
@@ -77,15 +94,62 @@ class Cluster:
         if service not in self._templates:
             dsns = await provision(self.server.admin_dsn, [service], _password, prefix="test_")
             await migrate(dsns[service], migrations)
-            self._templates[service] = f"test_{service}"
+            template = self._templates[service] = f"test_{service}"
+            self._free[template] = []
+            self._shapes[template] = await self._emptied(template)
         return self._templates[service]
 
+    async def _emptied(self, database: str) -> str:
+        """Empties all tables of a database, and gives a digest of its schema."""
+        async with self._connected(database) as connection:
+            await connection.execute(_EMPTY)
+            return await connection.fetchval(_SHAPE)
+
     async def _admin(self, statement: str) -> None:
-        connection = await cast(Any, asyncpg).connect(self.server.admin_dsn)
-        try:
+        async with self._connected("postgres") as connection:
             await connection.execute(statement)
+
+    @contextlib.asynccontextmanager
+    async def _connected(self, database: str) -> AsyncGenerator[Any]:
+        dsn = self.server.admin_dsn.replace("/postgres?", f"/{database}?")
+        connection = await cast(Any, asyncpg).connect(dsn)
+        try:
+            yield connection
         finally:
             await connection.close()
+
+
+_EMPTY: Final = """
+    SET lock_timeout = '2s';
+    DO $$
+    DECLARE names text;
+    BEGIN
+        SELECT string_agg(format('%I', tablename), ', ') INTO names
+          FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'alembic_version';
+        IF names IS NOT NULL THEN
+            EXECUTE 'TRUNCATE ' || names || ' RESTART IDENTITY CASCADE';
+        END IF;
+    END $$
+"""
+
+_SHAPE: Final = """
+    SELECT md5(coalesce(string_agg(part, ',' ORDER BY part), ''))
+      FROM (
+        SELECT format('column %s %s %s %s', attrelid::regclass, attname, atttypid, attnotnull)
+          FROM pg_attribute JOIN pg_class c ON c.oid = attrelid
+         WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'S') AND attnum > 0
+        UNION ALL
+        SELECT format('constraint %s %s', conname, pg_get_constraintdef(oid))
+          FROM pg_constraint WHERE connamespace = 'public'::regnamespace
+        UNION ALL
+        SELECT indexdef FROM pg_indexes WHERE schemaname = 'public'
+        UNION ALL
+        SELECT format('trigger %s', tgname) FROM pg_trigger WHERE NOT tgisinternal
+        UNION ALL
+        SELECT format('setting %s', setconfig) FROM pg_db_role_setting
+         WHERE setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())
+      ) AS schema (part)
+"""
 
 
 class Rig:
@@ -122,7 +186,7 @@ class Rig:
         if hasattr(self, "host"):
             await self.host.close()
         for dsn in self.dsns.values():
-            await self.cluster.drop_database(dsn)
+            await self.cluster.release_database(dsn)
 
 
 def migrations_folder(build: Callable[..., Any]) -> Path:

@@ -53,7 +53,7 @@ async def opened(dsn: str, size: int = 4) -> AsyncGenerator[Database]:
 async def dsn(cluster: Cluster) -> AsyncGenerator[str]:
     made = await cluster.fresh_database("things", MIGRATIONS)
     yield made
-    await cluster.drop_database(made)
+    await cluster.release_database(made)
 
 
 @pytest_asyncio.fixture

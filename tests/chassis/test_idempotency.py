@@ -31,7 +31,7 @@ async def database(cluster: Cluster) -> AsyncGenerator[Database]:
     await made.open()
     yield made
     await made.close()
-    await cluster.drop_database(dsn)
+    await cluster.release_database(dsn)
 
 
 def keyed(key: str, principal: str = "customer:1", fingerprint: bytes = b"one") -> Keyed:

@@ -58,7 +58,7 @@ def folder(tmp_path: Path) -> Path:
 async def dsn(cluster: Cluster) -> AsyncGenerator[str]:
     dsns = await provision(cluster.server.admin_dsn, ["migrating"], lambda role: "p", prefix="empty_")
     yield dsns["migrating"]
-    await cluster.drop_database(dsns["migrating"])
+    await cluster.execute("DROP DATABASE empty_migrating WITH (FORCE)")
 
 
 async def ask(dsn: str, query: str) -> Any:

@@ -106,7 +106,7 @@ async def problems_of(cluster: Cluster, service: str, source: str, module: Modul
     try:
         return len(found), await problems(dsn, found)
     finally:
-        await cluster.drop_database(dsn)
+        await cluster.release_database(dsn)
 
 
 @pytest.mark.parametrize(("service", "name"), MODULES, ids=[name for _, name in MODULES])

@@ -146,8 +146,8 @@ class SameDatabases:
     async def fresh_database(self, service: str, migrations: Path) -> str:
         return self._dsns[service]
 
-    async def drop_database(self, dsn: str) -> None:
-        await self._cluster.drop_database(dsn)
+    async def release_database(self, dsn: str) -> None:
+        await self._cluster.release_database(dsn)
 
 
 def without_ids(reply: Reply, *ids: int) -> tuple[int, dict[str, str], str]:

@@ -138,7 +138,7 @@ async def filled(cluster: Cluster) -> AsyncGenerator[Any]:
     await connection.execute("ANALYZE orders")
     yield connection
     await connection.close()
-    await cluster.drop_database(dsn)
+    await cluster.release_database(dsn)
 
 
 @pytest.mark.parametrize("mode", ["force_generic_plan", "force_custom_plan"])
