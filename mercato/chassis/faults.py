@@ -38,7 +38,11 @@ def plant(name: str, fault: Fault) -> Callable[[], None]:
     if name not in POINTS:
         raise KeyError(f"no fault point is called {name!r}")
     _planted[name] = fault
-    return lambda: _planted.pop(name, None) and None
+
+    def remove() -> None:
+        _planted.pop(name, None)
+
+    return remove
 
 
 async def kill(_: str) -> None:
