@@ -37,7 +37,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Protocol
 
-from .contract import Context, DeadlineExceeded, Internal, Overloaded, ServiceError, Unavailable
+from .contract import Context, DeadlineExceeded, Internal, OutcomeUnknown, Overloaded, ServiceError, Unavailable
 
 Outcome = Any
 """An answer message, or a `ServiceError`."""
@@ -271,8 +271,8 @@ class Batcher:
             self._settle_all(entries, Internal(operation=self.operation))
             self._observer.failed(error)
         except BaseException:
-            # Cancelled: nobody waits any more, or the process ends.
-            self._settle_all(entries, self._unavailable())
+            # Cancelled: nobody waits any more, or the process ends. The service may have done it all the same.
+            self._settle_all(entries, OutcomeUnknown(operation=self.operation))
             raise
         else:
             for entry, outcome in zip(entries, outcomes, strict=True):
@@ -319,9 +319,8 @@ class Batcher:
                 left = min(left, entry.context.deadline)
         for flight in self._flights:
             if flight.task and not flight.abandoned and not any(entry.wanted() for entry in flight.entries):
-                flight.abandoned = (
-                    True  # cancelled once: a second time would hit the roll-back that the first one began
-                )
+                # Cancelled once: a second time would hit the roll-back that the first one began
+                flight.abandoned = True
                 flight.task.cancel()
         # What has left the queue's front is dropped when boarding; its back must not keep dead entries either.
         self._queue = deque(entry for entry in self._queue if entry.wanted())

@@ -220,6 +220,13 @@ class DeadlineExceeded(ServiceError, code="deadline_exceeded", kind=Kind.DEADLIN
     operation: str
 
 
+class OutcomeUnknown(ServiceError, code="outcome_unknown", kind=Kind.DEADLINE):
+    """The connection was lost at the very commit, or the process ended in the middle: it may have been done."""
+
+    sentence = "Whether {operation} was done is not known: look, or send it again with the same key."
+    operation: str
+
+
 class Internal(ServiceError, code="internal", kind=Kind.INTERNAL):
     """A bug. The cause is in the log of the process that ran the operation, under the same trace id."""
 

@@ -68,7 +68,8 @@ class ClaimedRow(Row):
 
 
 def principal_of(actor: Actor) -> str:
-    return f"{actor.role}:{actor.id}"
+    """Whose key it is: the account's, whatever its role is by now; the role's where there is no account."""
+    return f"user:{actor.id}" if actor.id else actor.role
 
 
 async def recall(tx: Tx, operation: str, wanted: Sequence[Keyed]) -> list[bytes | IdempotencyKeyReused | None]:

@@ -32,6 +32,7 @@ from .contract import (
     Internal,
     Message,
     Operation,
+    OutcomeUnknown,
     Overloaded,
     Retry,
     ServiceError,
@@ -157,7 +158,8 @@ class Server:
             assert len(outcomes) == len(requests), f"{len(outcomes)} answers to {len(requests)} requests"
             return outcomes
         except (Unavailable, Overloaded, DeadlineExceeded) as error:
-            return [error.copy() for _ in requests]  # trying one by one would only wait as many times
+            # Trying one by one would only wait as many times.
+            return [_unless_committed(error, tried, operation).copy() for _ in requests]
         except Exception as error:  # an edge: a handler failed
             if len(requests) == 1:
                 return [self._answer_to(error, operation, contexts[0])]
@@ -165,7 +167,7 @@ class Server:
                 # Whose request it was is not known any more, so that even a refusal is nobody's answer.
                 self._log_failure(error, operation, contexts[0])
                 return [Internal(operation=operation.full_name) for _ in requests]
-            log.warning("batch_rerun", operation=operation.full_name, size=len(requests), reason=repr(error))
+            log.warning("batch_rerun", operation=operation.full_name, size=len(requests), reason=type(error).__name__)
         outcomes: list[Outcome] = []
         for request, context in zip(requests, contexts, strict=True):
             outcomes.extend(await self.dispatch(operation, [request], [context]))
@@ -173,9 +175,12 @@ class Server:
 
     async def _run_one(self, operation: Operation[Any, Any], request: Any, context: Context) -> Outcome:
         current.set(context)
-        attempt.set(Attempt())
+        tried = Attempt()
+        attempt.set(tried)
         try:
             return await self._handlers[operation.name](request)
+        except (Unavailable, Overloaded, DeadlineExceeded) as error:
+            return _unless_committed(error, tried, operation)
         except Exception as error:  # an edge: a handler failed
             return self._answer_to(error, operation, context)
 
@@ -199,6 +204,11 @@ class Server:
             request_id=context.request_id,
             exc_info=error,
         )
+
+
+def _unless_committed(error: ServiceError, tried: Attempt, operation: Operation[Any, Any]) -> ServiceError:
+    """`error`, which says that trying again is safe; that is not true once something was, or may be, committed."""
+    return OutcomeUnknown(operation=operation.full_name) if tried.committed else error
 
 
 # ---------------------------------------------------------------------------------------------------------- client

@@ -30,7 +30,7 @@ def up(
     host: str = "127.0.0.1",
     port: Annotated[int, Parameter(validator=validators.Number(gte=0, lte=65_535))] = 8080,
     data: Path = Path(".mercato"),
-    demo: bool = True,
+    demo: bool | None = None,
     workers: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=64))] = 1,
     auth: Literal["open", "required"] | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
@@ -48,7 +48,7 @@ def up(
     data
         The folder of the shop's data; made when it is not there.
     demo
-        Put demo users and products into an empty shop.
+        Put demo users and products, whose passwords everybody knows, into an empty shop. [default: on loopback only]
     workers
         How many processes serve requests.
     auth

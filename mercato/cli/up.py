@@ -14,9 +14,9 @@ import errno
 import gc
 import ipaddress
 import os
-import secrets
 import socket
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from base64 import urlsafe_b64encode
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -52,7 +52,7 @@ class Options(msgspec.Struct, frozen=True):
     host: str
     port: int
     data: Path
-    demo: bool
+    demo: bool | None
     workers: int
     auth: Literal["open", "required"] | None
     json: bool
@@ -145,6 +145,7 @@ class _Up:
 
     def __init__(self, options: Options, settings: config.Settings, is_open: bool) -> None:
         self._options = options
+        self._has_demo = _is_loopback(options.host) if options.demo is None else options.demo
         self._settings = settings
         self._open = is_open
         self._progress = Progress(as_json=options.json)
@@ -178,11 +179,11 @@ class _Up:
         async with contextlib.AsyncExitStack() as hosting:
             opening = hosting.enter_async_context(hosted(self._host(dsns, secret)))
             host = await self._unless_stopped(opening)
-            staff_password = await self._unless_stopped(self._populate(host))
+            await self._unless_stopped(self._populate(host, secret))
             if self._options.workers == 1:
-                await self._serve_here(host, listener, url, staff_password)
+                await self._serve_here(host, listener, url)
         if self._options.workers > 1:
-            await self._serve_in_workers(dsns, secret, listener, url, staff_password)
+            await self._serve_in_workers(dsns, secret, listener, url)
 
     # ---------------------------------------------------------------------------------------------------- asked to stop
 
@@ -280,21 +281,27 @@ class _Up:
             pool_size=self._settings.pool_size,
         )
 
-    async def _populate(self, host: Host) -> str | None:
-        """Demo data for an empty shop, and somebody who may run it; the new staff password, where one was made."""
-        if self._options.demo:
+    async def _populate(self, host: Host, secret: bytes) -> None:
+        """Demo data for an empty shop, and somebody who may run it."""
+        if self._has_demo:
             for name, service in host.services.items():
                 if service.seed_demo and await service.seed_demo():
                     self._progress.step(f"put demo data into {name}")
-        return None if self._open else await topology.as_the_shop(host, lambda: _ensure_staff(host))
+        if not self._open:
+            password = urlsafe_b64encode(key_deriver(secret)("users/first-staff-password")).decode()[:22]
+            await topology.as_the_shop(host, lambda: _ensure_staff(host, password, self._tell_staff))
+
+    def _tell_staff(self, password: str) -> None:
+        self._progress.say(f"Staff account  {STAFF_EMAIL}  password {password}  (shown this once)")
+        self._progress.event("staff", email=STAFF_EMAIL, password=password)
 
     # ---------------------------------------------------------------------------------------------------------- serving
 
-    async def _serve_here(self, host: Host, listener: socket.socket, url: str, staff_password: str | None) -> None:
+    async def _serve_here(self, host: Host, listener: socket.socket, url: str) -> None:
         app = topology.gateway(host, open_to=self._open_to(listener), log_requests=self._settings.log_requests)
 
         def on_ready() -> None:
-            self._announce(url, staff_password)
+            self._announce(url)
 
         # What the start has left behind is for good: the collector need not look at it again.
         gc.collect()
@@ -302,7 +309,7 @@ class _Up:
         await topology.server(app, listener, host.telemetry, on_ready).run_until(self._stop)
 
     async def _serve_in_workers(
-        self, dsns: Mapping[str, str], secret: bytes, listener: socket.socket, url: str, staff_password: str | None
+        self, dsns: Mapping[str, str], secret: bytes, listener: socket.socket, url: str
     ) -> None:
         workers = Workers(
             self._options.workers,
@@ -314,7 +321,7 @@ class _Up:
         )
         async with workers.running(self._end):
             await self._unless_stopped(workers.ready())
-            self._announce(url, staff_password)
+            self._announce(url)
             await self._stop.wait()
             # Theirs they close themselves. While this one is open, the kernel would go on accepting for nobody.
             listener.close()
@@ -322,7 +329,7 @@ class _Up:
     def _open_to(self, listener: socket.socket) -> tuple[str, int] | None:
         return (self._options.host, listener.getsockname()[1]) if self._open else None
 
-    def _announce(self, url: str, staff_password: str | None) -> None:
+    def _announce(self, url: str) -> None:
         say = self._progress.say
         data = os.path.relpath(self._options.data) if not self._options.data.is_absolute() else self._options.data
         say()
@@ -333,11 +340,8 @@ class _Up:
             say("Sign-in        not needed: on this machine callers without a token act as staff (--auth required)")
         else:
             say("Sign-in        required: POST /login with e-mail and password gives an access token")
-        if staff_password is not None:
-            say(f"Staff account  {STAFF_EMAIL}  password {staff_password}  (shown this once)")
-            self._progress.event("staff", email=STAFF_EMAIL, password=staff_password)
         say()
-        for line in _try_it(url, is_open=self._open, has_demo=self._options.demo):
+        for line in _try_it(url, is_open=self._open, has_demo=self._has_demo):
             say(line)
         say()
         say(f"ready {url}")
@@ -372,22 +376,25 @@ def _url(host: str, listener: socket.socket) -> str:
     return f"http://[{bare}]:{port}" if ":" in bare else f"http://{bare}:{port}"
 
 
-async def _ensure_staff(host: Host) -> str | None:
-    """Makes the first staff account, with a password that nobody has ever seen; None where there is staff already."""
+async def _ensure_staff(host: Host, password: str, tell: Callable[[str], None]) -> None:
+    """Makes the first staff account, unless there is staff already.
+
+    The password is told before the account is made: told afterwards, a crash in between would leave an account that
+    nobody can use. It is derived from the shop's secret, so that two machines that start at once tell the same.
+    """
     if await _has_staff(host):
-        return None
-    password = secrets.token_urlsafe(16)
+        return
+    tell(password)
     try:
         await host.client(Users).register(Register(email=STAFF_EMAIL, name="Staff", password=password, role=STAFF))
     except EmailTaken:
-        # By another machine that starts on the same server at this moment, and has told its person the password.
+        # By another machine that starts on the same server at this moment, and has told its person the same.
         if await _has_staff(host):
-            return None
+            return
         raise CannotStart(
             f"there is no staff account, and {STAFF_EMAIL}, which it would get, is the e-mail address of a customer: "
             "start with --auth open on loopback, and give somebody the role staff (PUT /users/ID/role)"
         ) from None
-    return password
 
 
 async def _has_staff(host: Host) -> bool:

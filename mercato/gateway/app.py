@@ -4,7 +4,7 @@ What happens to a request, in this order; each step may refuse:
 
     1. find the row          unknown path 404, unknown method 405 with Allow
     2. who asks              address of an open shop 403, token 401, role 403, rate 429
-    3. what is asked         content type 415, size 413, JSON, path, query and headers 400, all wrong fields at once
+    3. what is asked         size 413, content type 415, JSON, path, query and headers 400, all wrong fields at once
     4. call the operation    its errors become problems
     5. answer
 
@@ -105,7 +105,7 @@ class Gateway:
         except ClientGone:
             return None
         except Exception as error:  # an edge: whatever went wrong, the client gets an answer and the log the cause
-            log.error("request_failed", trace_id=trace_id, path=scope["path"], exc_info=error)
+            log.error("request_failed", trace_id=trace_id, route=route.name if route else "none", exc_info=error)
             status, headers, body = problems.render(Internal(operation=scope["path"]), trace_id)
         headers.append((b"x-request-id", request_id.encode()))
         await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -117,7 +117,7 @@ class Gateway:
         self, scope: Scope, receive: Receive, send: Send, picked: _Picked, trace_id: str, request_id: str
     ) -> None:
         """What is not in the table. It answers by itself; request id and count are added on the way."""
-        self._gatekeeper.check_address(picked.host, picked.origin)
+        self._gatekeeper.check_address(picked.host, picked.origin, picked.forwarded)
         started, begun = time.perf_counter(), False
         deadline = self._clock.monotonic() + self._seconds
         current.set(Context(ANONYMOUS, deadline, trace_id, request_id))
@@ -135,7 +135,7 @@ class Gateway:
         except Exception as error:  # an edge: a page that fails in the middle of its answer cannot be given another
             if not begun:
                 raise
-            log.error("page_failed", trace_id=trace_id, path=scope["path"], exc_info=error)
+            log.error("page_failed", trace_id=trace_id, exc_info=error)
 
     async def _serve(
         self,
@@ -160,8 +160,8 @@ class Gateway:
     async def _admit(self, route: _Compiled, scope: Scope, picked: _Picked, trace_id: str, request_id: str) -> Actor:
         """Who asks, if they may."""
         gatekeeper = self._gatekeeper
-        gatekeeper.check_address(picked.host, picked.origin)
-        if picked.authorization is None:
+        gatekeeper.check_address(picked.host, picked.origin, picked.forwarded)
+        if picked.authorization is None or route.ignores_token:
             actor = gatekeeper.nobody()
         else:
             # Verifying may ask the users service for its keys; that is a call like any other.
@@ -211,6 +211,7 @@ class _Picked:
     __slots__ = (
         "authorization",
         "content_type",
+        "forwarded",
         "host",
         "idempotency_key",
         "if_match",
@@ -222,6 +223,7 @@ class _Picked:
     def __init__(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
         self.authorization: bytes | None = None
         self.content_type: bytes | None = None
+        self.forwarded: bytes | None = None
         self.host: bytes | None = None
         self.idempotency_key: bytes | None = None
         self.if_match: bytes | None = None
@@ -245,7 +247,12 @@ class _Picked:
         return trace_id, f"{random.getrandbits(64):016x}"
 
 
-_SLOTS: Final = {name.replace("_", "-").encode(): name for name in _Picked.__slots__} | {b"x-request-id": "request_id"}
+_SLOTS: Final = {name.replace("_", "-").encode(): name for name in _Picked.__slots__} | {
+    b"x-request-id": "request_id",
+    b"x-forwarded-for": "forwarded",
+    b"x-real-ip": "forwarded",
+    b"via": "forwarded",
+}
 del _SLOTS[b"request-id"]
 
 
@@ -298,6 +305,7 @@ class _Compiled:
         self.call = call
         self.name = f"{route.method} {route.path}"
         self.roles = route.roles
+        self.ignores_token = route.ignores_token
         self.limits = route.limits
         self.request = route.request
         self.seconds = telemetry.request_seconds.labels(self.name)

@@ -152,10 +152,12 @@ class Gatekeeper:
     def open(self) -> bool:
         return self._hosts is not None
 
-    def check_address(self, host: bytes | None, origin: bytes | None) -> None:
+    def check_address(self, host: bytes | None, origin: bytes | None, forwarded: bytes | None = None) -> None:
         """Raises `HostNotAllowed` in an open shop for a request that was meant for, or comes from, elsewhere."""
         if self._hosts is None:
             return
+        if forwarded is not None:  # a proxy on this machine would make staff of the whole world
+            raise HostNotAllowed(header="what a proxy has added")
         if host is None or host.lower() not in self._hosts:
             raise HostNotAllowed(header="Host")
         if origin is not None and origin.lower() not in self._origins:

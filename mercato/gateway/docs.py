@@ -37,6 +37,7 @@ WAY_OUT: Final[Mapping[str, str]] = {
     "forbidden": "Sign in as somebody who may do this; staff can make others staff.",
     "host_not_allowed": "Call the address that the shop printed when it started, or start it with tokens required.",
     "idempotency_key_reused": "Make a new key for each request; send an old key only with exactly its old request.",
+    "outcome_unknown": "It may or may not have been done. Look, or send it again with the same Idempotency-Key.",
     "internal": "This is a fault of ours. Look for trace_id in the log, or report it.",
     "internal_error": "This is a fault of ours. Look into the log, or report it.",
     "invalid_request": "Mend the fields that errors names; the description of the operation says what each may hold.",

@@ -22,6 +22,7 @@ from mercato.chassis.contract import (
     IdempotencyKeyReused,
     Internal,
     InvalidRequest,
+    OutcomeUnknown,
     Overloaded,
     RequestInProgress,
     ServiceError,
@@ -111,7 +112,8 @@ PARAMETERS: Final[Mapping[str, Json]] = {
         "name": "Idempotency-Key",
         "in": "header",
         "description": "A name of your own for this request: however often it is sent, it is done once, and answered "
-        "the same. 1 to 255 printable ASCII characters without spaces; use a fresh UUID. Kept for a day.",
+        "the same. 1 to 255 printable ASCII characters without spaces; use a fresh UUID. One order for a "
+        "key, for ever.",
         "schema": {"type": "string", "maxLength": 255, "pattern": KEY_PATTERN},
         "example": "0c5ce2f0-9d1c-4f0e-8f0b-6b7c1f8f4f57",
     },
@@ -163,7 +165,7 @@ def operation_id(route: Route) -> str:
 
 def errors_of(route: Route, *, open_shop: bool) -> tuple[type[ServiceError], ...]:
     """Every error that a row can answer with: its own, and those that follow from its properties."""
-    following: list[type[ServiceError]] = [InvalidRequest, Unauthenticated]
+    following: list[type[ServiceError]] = [InvalidRequest] if route.ignores_token else [InvalidRequest, Unauthenticated]
     if open_shop:
         following.append(problems.HostNotAllowed)
     elif ANONYMOUS not in route.roles:
@@ -183,7 +185,7 @@ def errors_of(route: Route, *, open_shop: bool) -> tuple[type[ServiceError], ...
     return tuple(dict.fromkeys((*route.errors, *following, *_CALLING)))
 
 
-_CALLING: Final = (Overloaded, Unavailable, DeadlineExceeded, Internal)
+_CALLING: Final = (Overloaded, Unavailable, DeadlineExceeded, OutcomeUnknown, Internal)
 """What every call of an operation may come to."""
 
 

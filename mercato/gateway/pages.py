@@ -86,7 +86,8 @@ class Pages:
         return _json({"keys": keys.keys}, headers={"cache-control": "public, max-age=300"})
 
     async def _require_staff_or_loopback(self, request: Request) -> None:
-        if request.client and ip_address(request.client.host).is_loopback:
+        proxied = any(name in request.headers for name in ("forwarded", "x-forwarded-for", "x-real-ip", "via"))
+        if request.client and ip_address(request.client.host).is_loopback and not proxied:
             return
         self._hurry()
         authorization = request.headers.get("authorization")

@@ -72,6 +72,9 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """The type of the JSON answer, for the documentation: what `answer` gives, `list[X]` for a page of X, or None."""
     roles: frozenset[str]
     """Who may. Without a default: a row that forgets to say so is refused at the start, not open to everybody."""
+    ignores_token: bool = False
+    """For the rows that give tokens: one that has expired must not keep its owner from a new one, and accounts of an
+    attacker's own must not multiply how often a password may be guessed."""
     status: int = 200
     query: type[Input] | None = None
     body: type[Input] | None = None

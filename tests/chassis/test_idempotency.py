@@ -80,7 +80,8 @@ async def test_a_key_belongs_to_whoever_sent_it_and_to_one_operation(database: D
     assert await recall(database, keyed("a", principal="customer:2")) == [None]
     assert await recall(database, keyed("a"), operation="things.other") == [None]
     assert await do(database, [keyed("a", principal="customer:2")]) == {("customer:2", "a")}
-    assert principal_of(Actor("customer", 1)) != principal_of(Actor("staff", 1))
+    assert principal_of(Actor("customer", 1)) != principal_of(Actor("customer", 2))
+    assert principal_of(Actor("customer", 1)) == principal_of(Actor("staff", 1)), "who is promoted keeps their keys"
 
 
 async def test_a_twin_waits_and_hears_the_answer_of_the_first(database: Database):

@@ -291,3 +291,21 @@ async def test_callers_at_the_same_moment_are_not_mixed_up(guarded_shop: Shop) -
     )
     seen = [reply.status for reply in replies]
     assert seen == [200 if person is other else 404 for person in people for other in people]
+
+
+@pytest.mark.parametrize("path", ["/login", "/logout", "/token/refresh"])
+async def test_a_bad_token_does_not_keep_its_owner_from_a_new_one(guarded_shop: Shop, path: str) -> None:
+    reply = await guarded_shop.post(path, {}, token="abc")
+    assert_problem(reply, 400, "invalid_request")
+
+
+@pytest.mark.parametrize("header", ["X-Forwarded-For", "X-Real-IP", "Via"])
+async def test_an_open_shop_does_not_answer_through_a_proxy(open_shop: Shop, header: str) -> None:
+    for path in ("/users", "/docs"):
+        assert_problem(await open_shop.get(path, headers={header: "203.0.113.7"}), 403, "host_not_allowed")
+
+
+async def test_metrics_are_not_for_whoever_comes_through_a_proxy(guarded_shop: Shop) -> None:
+    assert (await guarded_shop.get("/metrics")).status == 200
+    reply = await guarded_shop.get("/metrics", headers={"X-Forwarded-For": "203.0.113.7"})
+    assert_problem(reply, 401, "sign_in_first")

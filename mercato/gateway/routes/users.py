@@ -153,6 +153,7 @@ ROUTES: Final[tuple[Route, ...]] = (
     Route(
         method="POST",
         path="/register",
+        ignores_token=True,
         operation=Users.register,
         summary="Open an account",
         roles=EVERYBODY,
@@ -169,6 +170,7 @@ ROUTES: Final[tuple[Route, ...]] = (
     Route(
         method="POST",
         path="/login",
+        ignores_token=True,
         operation=Users.sign_in,
         summary="Sign in: an access token for 15 minutes and a refresh token for one use",
         roles=EVERYBODY,
@@ -183,6 +185,7 @@ ROUTES: Final[tuple[Route, ...]] = (
     Route(
         method="POST",
         path="/token/refresh",
+        ignores_token=True,
         operation=Users.refresh,
         summary="New tokens for a refresh token; an old one that comes again ends the session",
         roles=EVERYBODY,
@@ -197,6 +200,7 @@ ROUTES: Final[tuple[Route, ...]] = (
     Route(
         method="POST",
         path="/logout",
+        ignores_token=True,
         operation=Users.sign_out,
         summary="End the session of a refresh token",
         roles=EVERYBODY,

@@ -15,9 +15,9 @@ from mercato.chassis.contract import (
     Actor,
     IdempotencyKeyReused,
     Internal,
+    OutcomeUnknown,
     RequestInProgress,
     ServiceError,
-    Unavailable,
 )
 from mercato.chassis.faults import Fault
 from mercato.contracts.orders import MoveOrder, PlacedOrder, PriceChanged
@@ -83,12 +83,20 @@ async def test_keys_of_different_principals_are_different_keys(world: World):
         bobs = world.orders.place(mugs(key="key", fingerprint=b"bob", user_id=2))
     with world.acting(STAFF):
         staffs = world.orders.place(mugs(key="key", fingerprint=b"staff"))
-    with world.acting(Actor("staff", ALICE.id)):
+    with world.acting(Actor("staff", 77)):
         others = world.orders.place(mugs(key="key", fingerprint=b"other"))
 
     placed = await asyncio.gather(alices, bobs, staffs, others)
 
     assert len(set(order_ids(placed))) == 4
+
+
+async def test_who_is_promoted_keeps_their_keys(world: World):
+    with world.acting(ALICE):
+        first = await world.orders.place(mugs(key="key"))
+    with world.acting(Actor("staff", ALICE.id)):
+        again = await world.orders.place(mugs(key="key"))
+    assert (again.replayed, again.order) == (True, first.order)
 
 
 async def test_orders_without_a_key_are_each_their_own(world: World):
@@ -192,7 +200,7 @@ async def hold_key(world: World, key: str) -> Any:
     await connection.execute(
         """
         INSERT INTO idempotency (principal, operation, key, fingerprint, expires_at)
-        VALUES ('customer:1', 'orders.place', $1, '', now())
+        VALUES ('user:1', 'orders.place', $1, '', now())
         """,
         key,
     )
@@ -277,7 +285,7 @@ async def test_when_nobody_knows_whether_the_commit_happened_the_retry_gives_one
     orders = await world.another_process(cable.dsn)
     cable.cut = cut
     with world.acting(ALICE):
-        with pytest.raises(Unavailable):
+        with pytest.raises(OutcomeUnknown):
             await orders.place(mugs(key="key"))
         cable.cut = None
         placed = await orders.place(mugs(key="key"))
@@ -294,7 +302,7 @@ async def test_a_batch_whose_commit_is_unknown_is_not_run_again(world: World):
     with world.acting(ALICE):
         outcomes = await orders.place.many([mugs(), mugs(), mugs()])
 
-    assert [type(outcome) for outcome in outcomes] == [Unavailable] * 3
+    assert [type(outcome) for outcome in outcomes] == [OutcomeUnknown] * 3
     assert await world.count("orders") == 3
 
 
@@ -365,7 +373,7 @@ async def test_the_reaper_deletes_a_bounded_number_and_never_an_answer_before_it
     await connection.execute(
         """
         INSERT INTO idempotency (principal, operation, key, fingerprint, expires_at)
-        SELECT 'customer:1', 'orders.place', 'old-' || n, '', now() - interval '1 hour' FROM generate_series(1, 1500) n
+        SELECT 'user:1', 'orders.place', 'old-' || n, '', now() - interval '1 hour' FROM generate_series(1, 1500) n
         """
     )
     await world.place(mugs(key="young"))
@@ -389,7 +397,7 @@ async def test_the_service_reaps_by_itself(world: World):
     await connection.execute(
         """
         INSERT INTO idempotency (principal, operation, key, fingerprint, expires_at)
-        SELECT 'customer:1', 'orders.place', 'old-' || n, '', now() - interval '1 hour' FROM generate_series(1, 2500) n
+        SELECT 'user:1', 'orders.place', 'old-' || n, '', now() - interval '1 hour' FROM generate_series(1, 2500) n
         """
     )
     await world.another_process()
