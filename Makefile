@@ -68,12 +68,11 @@ bench: $(VENV)/.dev ## load POST /orders with wrk and check every answer (ARGS="
 lock: $(VENV)/.dev ## recompile the pins in requirements/ (ARGS=--upgrade for newer versions)
 	@$(call compile,runtime,--extra embedded)
 	@$(call compile,dev,--extra embedded --extra dev --constraint requirements/runtime.txt)
-	@$(call compile,bench,--extra embedded --extra bench --constraint requirements/runtime.txt)
 
 .PHONY: clean
 clean: ## remove .venv, the local shop's data in .mercato, and caches
 	@[ ! -e .mercato ] || [ ! -x $(PY) ] || $(RUN) mercato.chassis.supervisor --remove .mercato || true
-	@rm -rf .mercato $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis .schemathesis .coverage*
+	@rm -rf .mercato $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage*
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # --- Installation -----------------------------------------------------------------------------------------------
