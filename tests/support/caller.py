@@ -84,7 +84,7 @@ class Caller:
 class Buyers:
     """Clients that place orders with keys of their own until they are told to stop; every answer is kept.
 
-    A buyer whose request got no answer, or a 503, tries again with the same key, as the documentation tells clients.
+    A buyer whose request got no answer, a 503 or a 504, tries again with the same key, as documented.
     """
 
     _runs = itertools.count(1)
