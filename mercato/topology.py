@@ -17,8 +17,12 @@ from mercato.chassis.http import HttpLimits, HttpServer
 from mercato.chassis.rpc import SERVICE_ROLE, acting
 from mercato.chassis.service import Build, Host
 from mercato.chassis.telemetry import Telemetry
+from mercato.contracts.events import Events
+from mercato.contracts.inventory import Inventory
 from mercato.contracts.orders import Orders
+from mercato.contracts.payments import Payments
 from mercato.contracts.products import Products
+from mercato.contracts.sandbox import Sandbox
 from mercato.contracts.users import PublicKeys, Users
 from mercato.gateway.app import Asgi, Gateway
 from mercato.gateway.auth import Gatekeeper, Verifier, own_hosts
@@ -30,7 +34,11 @@ T = TypeVar("T")
 SERVICES: Final[Mapping[str, type[Contract]]] = {
     "users": Users,
     "products": Products,
+    "inventory": Inventory,
+    "sandbox": Sandbox,
+    "payments": Payments,
     "orders": Orders,
+    "events": Events,
 }
 """By name; the name is that of the folder in `services/`, of the database and of the role."""
 
@@ -48,15 +56,31 @@ def migrations(name: str) -> Path:
     return Path(__file__).parent / "services" / name / "migrations"
 
 
-def gateway(host: Host, *, open_to: tuple[str, int] | None, log_requests: bool = False) -> Asgi:
-    """The public API over the services of `host`. `open_to`: the address of a shop that asks for no tokens."""
+def gateway(
+    host: Host,
+    *,
+    open_to: tuple[str, int] | None,
+    log_requests: bool = False,
+    details: Callable[[], Mapping[str, Any]] = dict,
+) -> Asgi:
+    """The public API over the services of `host`. `open_to`: the address of a shop that asks for no tokens.
+
+    `details` is told by `/health/ready` besides.
+    """
 
     async def fetch_keys() -> PublicKeys:
         return await host.client(Users).keys(EmptyRequest())
 
     verifier = Verifier(fetch_keys, host.clock)
     gatekeeper = Gatekeeper(verifier, own_hosts(*open_to) if open_to else None)
-    pages = Pages(routes=ROUTES, gatekeeper=gatekeeper, verifier=verifier, telemetry=host.telemetry, ready=host.ready)
+    pages = Pages(
+        routes=ROUTES,
+        gatekeeper=gatekeeper,
+        verifier=verifier,
+        telemetry=host.telemetry,
+        ready=host.ready,
+        details=details,
+    )
 
     def client(operation: Operation[Any, Any]) -> Call[Any, Any]:
         return getattr(host.client(SERVICES[operation.service]), operation.name)

@@ -5,6 +5,8 @@ Every variable begins with `MERCATO_`. A wrong one ends the start with a sentenc
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, ValidationError
@@ -33,12 +35,20 @@ class Settings(BaseSettings):
 
     pool_size: Annotated[int, Field(ge=1, le=50)] = 6
     """Database connections of one service in one process, at most."""
+    audit_seconds: Annotated[float, Field(ge=0)] = 300.0
+    """How often the shop checks its own books, all its processes together; 0: never."""
     faults: str = ""
     """Faults to plant at start, for crash tests: `orders.place.after_commit=kill`."""
 
     @property
     def log_requests(self) -> bool:
         return self.log_level in ("debug", "info")
+
+
+def service_options(services: Iterable[str]) -> dict[str, str]:
+    """The variables that belong to services: `MERCATO_<SERVICE>_<OPTION>`. Each service reads its own."""
+    prefixes = tuple(f"MERCATO_{service.upper()}_" for service in services)
+    return {name: value for name, value in os.environ.items() if name.startswith(prefixes) and value}
 
 
 def load() -> Settings:

@@ -42,6 +42,19 @@ ACQUIRE_SECONDS: Final = 5.0
 CLOSE_SECONDS: Final = 2.0
 
 
+_SETTINGS: Final = {
+    # Batches are short statements that are run very often: compiling them costs more than it saves.
+    "jit": "off",
+    # They find their rows by keys. A plan is made once for a connection, perhaps when the table was new and reading all
+    # of it was the cheapest way; it must not stay so when there are a million rows.
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    # A process that was stopped in the middle of a transaction must not hold others up for ever.
+    "idle_in_transaction_session_timeout": "10s",
+}
+
+
 class Row(msgspec.Struct, frozen=True, gc=False, metaclass=FrozenMeta):
     """A row as it came from the database. Fields in the order of the columns of the statement that fills it."""
 
@@ -203,8 +216,7 @@ class Database:
                 command_timeout=STATEMENT_SECONDS,
                 max_inactive_connection_lifetime=0,
                 reset=_leave_as_is,
-                # Batches are short statements that are run very often: compiling them costs more than it saves.
-                server_settings={"jit": "off", "application_name": f"mercato-{self.service}"},
+                server_settings={**_SETTINGS, "application_name": f"mercato-{self.service}"},
             )
         except _DRIVER_ERRORS as error:
             raise translated(error, self.service) from error

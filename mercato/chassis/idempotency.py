@@ -16,16 +16,18 @@ Keys belong to whoever sent them (`principal`) and to one operation: others may 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Final
 
 import msgspec
 
 from .contract import Actor, IdempotencyKeyReused
-from .db import Row, Tx
+from .db import Database, Row, Tx
 
 KEPT_HOURS: Final = 24
 REAPED_AT_ONCE: Final = 1_000
+REAP_EVERY_SECONDS: Final = 60.0
 
 # The pattern has no {1,255}: PostgreSQL would unroll it, and matching it would cost more than writing the row.
 TABLE: Final = """
@@ -128,6 +130,20 @@ async def claim(tx: Tx, operation: str, wanted: Sequence[Keyed]) -> set[tuple[st
     return {(r.principal, r.key) for r in rows}
 
 
+async def claim_one(tx: Tx, operation: str, keyed: Keyed) -> bytes | None:
+    """Takes one key: None when it is ours now, else the answer that its first request has got.
+
+    Raises `IdempotencyKeyReused` where that was another request, and `LockTimeout` as `claim` does.
+    """
+    if keyed.identity in await claim(tx, operation, [keyed]):
+        return None
+    [found] = await recall(tx, operation, [keyed])
+    if isinstance(found, IdempotencyKeyReused):
+        raise found
+    assert found is not None, "who claims a key remembers its answer in the same transaction"
+    return found
+
+
 async def remember(tx: Tx, operation: str, done: Sequence[Keyed], answers: Sequence[bytes]) -> None:
     """Stores the answers of keys that this transaction has claimed."""
     await tx.execute(
@@ -156,3 +172,12 @@ async def reap(tx: Tx) -> int:
         """,
         REAPED_AT_ONCE,
     )
+
+
+async def reap_forever(database: Database) -> None:
+    """The loop of a service that takes keys: deletes answers that are past their day, a bounded number a transaction."""
+    while True:
+        async with database.transaction() as tx:
+            deleted = await reap(tx)
+        if deleted < REAPED_AT_ONCE:
+            await asyncio.sleep(REAP_EVERY_SECONDS)

@@ -12,8 +12,9 @@ A `Client` connects the operations of a contract to a transport, each through a 
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from typing import Any, Final, Protocol, TypeVar, overload
 
 import structlog
@@ -287,6 +288,17 @@ class Connector:
                 await batcher.close()
         for batcher in self._batchers:
             await batcher.close()  # those at rest have an alarm left
+
+
+@contextlib.contextmanager
+def as_service() -> Generator[None]:
+    """What is called in this block, the service asks for itself, not for whoever called it; until the same deadline."""
+    call = current.get()
+    token = current.set(Context(Actor(SERVICE_ROLE), call.deadline, call.trace_id, call.request_id))
+    try:
+        yield
+    finally:
+        current.reset(token)
 
 
 def acting(actor: Actor, *, clock: Clock, seconds: float, trace_id: str = "", request_id: str = "") -> Context:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import hmac
 import random
@@ -21,6 +22,9 @@ import structlog
 from .clock import Clock, Randomness, SystemClock, SystemRandomness
 from .contract import Contract
 from .db import Database
+from .events import Subscription
+from .inbox import LocalBus, reap_forever
+from .relay import Relay
 from .resilience import Breaker, BreakingTransport, State
 from .rpc import Connector, Server, Transport
 from .telemetry import Telemetry
@@ -28,6 +32,7 @@ from .transports.local import LocalTransport
 from .transports.wire import WireTransport
 
 C = TypeVar("C", bound=Contract)
+S = TypeVar("S", bound=msgspec.Struct)
 TransportName = Literal["local", "wire"]
 
 log = structlog.stdlib.get_logger("mercato.service")
@@ -37,6 +42,40 @@ class Clients(Protocol):
     """Gives the client of a service. How it reaches that service is the host's business."""
 
     def __call__(self, contract: type[C]) -> C: ...
+
+
+class OptionsReader(Protocol):
+    """Reads the options of one service into a struct of its own, whose defaults hold for what nobody has set."""
+
+    def __call__(self, kind: type[S]) -> S: ...
+
+
+class OptionError(Exception):
+    """A sentence that names the variable and what is wrong with it."""
+
+
+def option_reader(service: str, given: Mapping[str, str]) -> OptionsReader:
+    """The options of `service` out of environment variables: `MERCATO_INVENTORY_HOLD_SECONDS` is its `hold_seconds`.
+
+    What it gives raises `OptionError` for a value that does not fit.
+    """
+    prefix = f"MERCATO_{service.upper()}_"
+    own = {name.removeprefix(prefix).lower(): value for name, value in given.items() if name.startswith(prefix)}
+
+    def read(kind: type[S]) -> S:
+        known = {field.name: field.type for field in msgspec.structs.fields(kind)}
+        if unknown := sorted(own.keys() - known.keys()):
+            names = ", ".join(prefix + name.upper() for name in sorted(known))
+            raise OptionError(f"There is no setting {prefix}{unknown[0].upper()}; {service} has {names}.")
+        values: dict[str, object] = {}
+        for name, value in own.items():
+            try:
+                values[name] = msgspec.convert(value, known[name], strict=False)
+            except msgspec.ValidationError as error:
+                raise OptionError(f"The setting {prefix}{name.upper()} is not valid: {error}.") from None
+        return kind(**values)
+
+    return read
 
 
 class Env(msgspec.Struct, frozen=True):
@@ -49,6 +88,8 @@ class Env(msgspec.Struct, frozen=True):
     telemetry: Telemetry
     derive_key: Callable[[str], bytes]
     """32 secret bytes for a purpose, the same in every process of this shop."""
+    options: OptionsReader
+    """`env.options(Options)`: what the operator has set for this service."""
 
 
 class Service(msgspec.Struct, frozen=True):
@@ -58,6 +99,10 @@ class Service(msgspec.Struct, frozen=True):
     database: Database
     loops: tuple[Callable[[], Awaitable[None]], ...] = ()
     """Run for as long as the service is open, and cancelled before it closes."""
+    has_outbox: bool = False
+    """Whether its database has an outbox, which the host then relays."""
+    subscriptions: tuple[Subscription, ...] = ()
+    """What it wants to hear. Their consumers have names of their own in the whole shop."""
     seed_demo: Callable[[], Awaitable[bool]] | None = None
     """Puts the demo data into an empty database. False, and nothing done, where there is anything already."""
     close: Callable[[], None] | None = None
@@ -90,6 +135,7 @@ class Host:
         randomness: Randomness | None = None,
         telemetry: Telemetry | None = None,
         pool_size: int = 6,
+        options: Mapping[str, str] | None = None,
     ) -> None:
         self.clock = clock or SystemClock()
         self.telemetry = telemetry or Telemetry()
@@ -103,6 +149,7 @@ class Host:
         self._connector = Connector(self.clock, self.telemetry)
         self._clients: dict[str, Contract] = {}
         self._loops: list[asyncio.Task[None]] = []
+        self._relays: list[Relay] = []
         for name, build in builds.items():
             database = Database(dsns[name], name, self.telemetry, size=pool_size)
             env = Env(
@@ -112,6 +159,7 @@ class Host:
                 randomness=randomness or SystemRandomness(),
                 telemetry=self.telemetry,
                 derive_key=key_deriver(secret),
+                options=option_reader(name, options or {}),
             )
             self.services[name] = build(env)
             self._servers[name] = self.services[name].server
@@ -153,6 +201,23 @@ class Host:
             raise
         for name, service in self.services.items():
             self._loops += [asyncio.create_task(_forever(name, loop)) for loop in service.loops]
+        self._relay_events()
+
+    def _relay_events(self) -> None:
+        """Starts a relay for each outbox. Where nobody listens there is none: events wait for those who do."""
+        services = self.services.items()
+        subscribers = [(wanted, service.database) for _, service in services for wanted in service.subscriptions]
+        if not subscribers:
+            return
+        bus = LocalBus(subscribers, self.telemetry)
+        self._relays = [
+            Relay(name, service.database, bus, self.telemetry) for name, service in services if service.has_outbox
+        ]
+        self._loops += [asyncio.create_task(relay.run()) for relay in self._relays]
+        for name, service in services:
+            if consumers := [wanted.consumer for wanted in service.subscriptions if wanted.has_inbox]:
+                reap = functools.partial(reap_forever, service.database, consumers)
+                self._loops.append(asyncio.create_task(_forever(name, reap)))
 
     async def ready(self) -> Mapping[str, bool]:
         """For each service, whether its database answers."""
@@ -164,6 +229,7 @@ class Host:
         for task in self._loops:
             task.cancel()
         await asyncio.gather(*self._loops, return_exceptions=True)
+        await asyncio.gather(*(relay.release() for relay in self._relays), return_exceptions=True)
         await self._connector.close()
         for service in reversed(self.services.values()):
             with contextlib.ExitStack() as held:

@@ -148,6 +148,63 @@ class Telemetry:
             multiprocess_mode="livemax",
         )
 
+        self.outbox_lag_seconds = prometheus_client.Gauge(
+            "mercato_outbox_lag_seconds",
+            "Age of the oldest event that not every consumer has taken.",
+            ["service"],
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self.outbox_lag_events = prometheus_client.Gauge(
+            "mercato_outbox_lag_events",
+            "Events that not every consumer has taken; counted up to ten thousand.",
+            ["service"],
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self.events_delivered = prometheus_client.Counter(
+            "mercato_events_delivered", "Events that had their effect.", ["consumer"], registry=registry
+        )
+        self.events_retried = prometheus_client.Counter(
+            "mercato_events_retried", "Tries that failed, and will be repeated.", ["consumer"], registry=registry
+        )
+        self.events_dead = prometheus_client.Counter(
+            "mercato_events_dead", "Events that were given up; they can be replayed.", ["consumer"], registry=registry
+        )
+
+        self.saga_fenced = prometheus_client.Counter(
+            "mercato_saga_fenced",
+            "Saves of a driver that were refused because somebody else had taken its saga over.",
+            ["service"],
+            registry=registry,
+        )
+        self.saga_taken_over = prometheus_client.Counter(
+            "mercato_saga_taken_over", "Sagas that a sweeper went on with.", ["service"], registry=registry
+        )
+        self.saga_retried = prometheus_client.Counter(
+            "mercato_saga_retried", "Steps that have to be tried again.", ["service"], registry=registry
+        )
+
+        self._named: dict[str, prometheus_client.Counter | prometheus_client.Gauge] = {}
+
+    def counter(self, name: str, meaning: str, *labels: str) -> prometheus_client.Counter:
+        """The counter of this name, which the first who asks for it makes. For what only one service counts."""
+        made = self._named.get(name)
+        if made is None:
+            made = self._named[name] = prometheus_client.Counter(name, meaning, labels, registry=self.registry)
+        assert isinstance(made, prometheus_client.Counter), f"{name} is a gauge"
+        return made
+
+    def gauge(self, name: str, meaning: str, *labels: str) -> prometheus_client.Gauge:
+        """The gauge of this name, which the first who asks for it makes. Of several workers, the latest word counts."""
+        made = self._named.get(name)
+        if made is None:
+            made = self._named[name] = prometheus_client.Gauge(
+                name, meaning, labels, registry=self.registry, multiprocess_mode="mostrecent"
+            )
+        assert isinstance(made, prometheus_client.Gauge), f"{name} is a counter"
+        return made
+
     def batches(self, operation: str) -> BatchObserver:
         return BatchObserver(self, operation)
 

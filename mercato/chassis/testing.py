@@ -13,7 +13,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar, cast
 
@@ -155,9 +155,11 @@ _SHAPE: Final = """
 class Rig:
     """The services that a test opens, over one transport. `open` once, `close` at the end."""
 
-    def __init__(self, cluster: Cluster, transport: TransportName) -> None:
+    def __init__(self, cluster: Cluster, transport: TransportName, options: Mapping[str, str] | None = None) -> None:
         self.cluster = cluster
         self.transport: TransportName = transport
+        self.options = dict(options or {})
+        """As the operator would set them: `MERCATO_INVENTORY_HOLD_SECONDS`. Read when the rig is opened."""
         self.dsns: dict[str, str] = {}
         self.host: Host
 
@@ -166,7 +168,7 @@ class Rig:
         for name, build in builds.items():
             if name not in self.dsns:
                 self.dsns[name] = await self.cluster.fresh_database(name, migrations_folder(build))
-        self.host = Host(builds, self.dsns, secret=TEST_SECRET, transport=self.transport)
+        self.host = Host(builds, self.dsns, secret=TEST_SECRET, transport=self.transport, options=self.options)
         await self.host.open()
         return self
 

@@ -63,6 +63,36 @@ def up(
 
 
 @app.command
+def audit(
+    *,
+    data: Path = Path(".mercato"),
+    dsn: str | None = None,
+    settled: Annotated[float, Parameter(validator=validators.Number(gte=0))] = 60.0,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Check that no order is lost or doubled, no card is charged twice, nothing is oversold.
+
+    Copies the databases of a shop, running or not, and asks every invariant of the copies. Changes nothing. Exits with
+    0 if all hold, 1 if any does not, 2 if it could not be asked.
+
+    Parameters
+    ----------
+    data
+        The folder of the shop's data.
+    dsn
+        An administrator's DSN of the shop's server, where that is not the embedded one. [env: MERCATO_POSTGRES_DSN]
+    settled
+        Leave out what was touched within so many seconds, where services must agree that are still at work. 0 for a
+        shop that stands still: everything must have come to its end.
+    json
+        Tell what was found as one JSON document.
+    """
+    from mercato.cli.audit import Options, audit_shop
+
+    return audit_shop(Options(data=data, dsn=dsn, settled=settled, json=json))
+
+
+@app.command
 def openapi() -> int:
     """Print the OpenAPI document of the API."""
     import json

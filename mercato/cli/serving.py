@@ -13,6 +13,7 @@ import msgspec
 import uvloop
 
 from mercato import topology
+from mercato.audit.background import Background
 from mercato.chassis import faults
 from mercato.chassis.contract import ServiceError
 from mercato.chassis.service import Host
@@ -51,14 +52,24 @@ async def _serve(assignment: Assignment, lifeline: Lifeline) -> None:
         secret=assignment.secret,
         transport=cast(Literal["local", "wire"], assignment.transport),
         pool_size=assignment.pool_size,
+        options=assignment.options,
     )
     async with hosted(host):
         lifeline.on_end(ask_to_stop)
-        app = topology.gateway(host, open_to=assignment.open_to, log_requests=assignment.log_requests)
+        background = Background(
+            assignment.admin_dsn, assignment.dsns, host.telemetry, every_seconds=assignment.audit_seconds
+        )
+        app = topology.gateway(
+            host,
+            open_to=assignment.open_to,
+            log_requests=assignment.log_requests,
+            details=background.details,
+        )
         gc.collect()
         gc.freeze()
         with socket.socket(fileno=assignment.listener) as listener:
-            await topology.server(app, listener, host.telemetry, _tell_ready).run_until(stop)
+            async with background.running():
+                await topology.server(app, listener, host.telemetry, _tell_ready).run_until(stop)
 
 
 def _tell_ready() -> None:

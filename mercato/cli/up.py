@@ -23,13 +23,14 @@ from typing import Any, Final, Literal, TypeVar
 import msgspec
 
 from mercato import topology
+from mercato.audit.background import Background
 from mercato.chassis import config, faults
 from mercato.chassis.contract import ServiceError, Unavailable
 from mercato.chassis.db import translated
 from mercato.chassis.http import CannotListen, PortTaken, bind
 from mercato.chassis.migrations import MigrationError, migrate
 from mercato.chassis.provision import ProvisionError, provision
-from mercato.chassis.service import Host, key_deriver
+from mercato.chassis.service import Host, OptionError, key_deriver
 from mercato.chassis.supervisor import DataFolder, EmbeddedPostgres, SupervisorError
 from mercato.chassis.telemetry import configure_logging
 from mercato.cli import stopping
@@ -77,6 +78,7 @@ EXPECTED: Final = (
     ProvisionError,
     SupervisorError,
     WorkerFailed,
+    OptionError,
     config.SettingsError,
 )
 """Failures whose message is all that the person needs."""
@@ -181,9 +183,10 @@ class _Up:
             host = await self._unless_stopped(opening)
             await self._unless_stopped(self._populate(host, secret))
             if self._options.workers == 1:
-                await self._serve_here(host, listener, url)
+                background = Background(admin_dsn, dsns, host.telemetry, every_seconds=self._settings.audit_seconds)
+                await self._serve_here(host, background, listener, url)
         if self._options.workers > 1:
-            await self._serve_in_workers(dsns, secret, listener, url)
+            await self._serve_in_workers(admin_dsn, dsns, secret, listener, url)
 
     # ---------------------------------------------------------------------------------------------------- asked to stop
 
@@ -279,6 +282,7 @@ class _Up:
             secret=secret,
             transport=self._settings.transport,
             pool_size=self._settings.pool_size,
+            options=config.service_options(topology.SERVICES),
         )
 
     async def _populate(self, host: Host, secret: bytes) -> None:
@@ -297,8 +301,13 @@ class _Up:
 
     # ---------------------------------------------------------------------------------------------------------- serving
 
-    async def _serve_here(self, host: Host, listener: socket.socket, url: str) -> None:
-        app = topology.gateway(host, open_to=self._open_to(listener), log_requests=self._settings.log_requests)
+    async def _serve_here(self, host: Host, background: Background, listener: socket.socket, url: str) -> None:
+        app = topology.gateway(
+            host,
+            open_to=self._open_to(listener),
+            log_requests=self._settings.log_requests,
+            details=background.details,
+        )
 
         def on_ready() -> None:
             self._announce(url)
@@ -306,18 +315,21 @@ class _Up:
         # What the start has left behind is for good: the collector need not look at it again.
         gc.collect()
         gc.freeze()
-        await topology.server(app, listener, host.telemetry, on_ready).run_until(self._stop)
+        async with background.running():
+            await topology.server(app, listener, host.telemetry, on_ready).run_until(self._stop)
 
     async def _serve_in_workers(
-        self, dsns: Mapping[str, str], secret: bytes, listener: socket.socket, url: str
+        self, admin_dsn: str, dsns: Mapping[str, str], secret: bytes, listener: socket.socket, url: str
     ) -> None:
         workers = Workers(
             self._options.workers,
             listener,
+            admin_dsn=admin_dsn,
             dsns=dsns,
             secret=secret,
             open_to=self._open_to(listener),
             settings=self._settings,
+            options=config.service_options(topology.SERVICES),
         )
         async with workers.running(self._end):
             await self._unless_stopped(workers.ready())

@@ -46,6 +46,8 @@ class Assignment(msgspec.Struct, frozen=True):
 
     listener: int
     """The file descriptor of the listening socket."""
+    admin_dsn: str
+    """For audits, which make a database of their own."""
     dsns: Mapping[str, str]
     secret: bytes
     open_to: tuple[str, int] | None
@@ -53,7 +55,10 @@ class Assignment(msgspec.Struct, frozen=True):
     pool_size: int
     log_level: str
     log_requests: bool
+    audit_seconds: float
     faults: str
+    options: Mapping[str, str]
+    """What the operator has set for single services."""
 
 
 class Workers:
@@ -64,15 +69,18 @@ class Workers:
         count: int,
         listener: socket.socket,
         *,
+        admin_dsn: str,
         dsns: Mapping[str, str],
         secret: bytes,
         open_to: tuple[str, int] | None,
         settings: Settings,
+        options: Mapping[str, str],
     ) -> None:
         self._count = count
         self._listener = listener
         self._assignment = Assignment(
             listener=listener.fileno(),
+            admin_dsn=admin_dsn,
             dsns=dict(dsns),
             secret=secret,
             open_to=open_to,
@@ -80,7 +88,9 @@ class Workers:
             pool_size=settings.pool_size,
             log_level=settings.log_level,
             log_requests=settings.log_requests,
+            audit_seconds=settings.audit_seconds,
             faults=settings.faults,
+            options=options,
         )
         self._processes: list[asyncio.subprocess.Process] = []
         self._stopping = False

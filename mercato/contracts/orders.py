@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import datetime
-from typing import Annotated, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from msgspec import Meta
 
 from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Retry, ServiceError, batched, single
 
+from .inventory import ShortLine
+from .payments import Method
+from .payments import Payment as PaymentRecord
 from .roles import SIGNED_IN, STAFF_ONLY
 
 OrderId = Annotated[int, Meta(ge=1, le=MAX_ID)]
@@ -18,6 +21,7 @@ Status = Literal["pending", "confirmed", "completed", "cancelled"]
 Payment = Literal["unpaid", "authorized", "paid", "partially_refunded", "refunded", "failed", "voided"]
 Fulfilment = Literal["unfulfilled", "shipped", "delivered", "returned"]
 Axis = Literal["status", "payment", "fulfilment"]
+CancelCode = Literal["requested", "out_of_stock", "payment_declined", "payment_lost", "expired", "stock_lost"]
 
 LINES_LIMIT: Final = 100
 QUANTITY_LIMIT: Final = 10_000
@@ -32,6 +36,9 @@ class PlaceLine(Message):
 class PlaceOrder(Message):
     """One order. Prices come from the catalogue; `expected_total_minor` is what the client showed to the buyer.
 
+    With `payment_method` it goes on to `paid`, or is cancelled with a reason. Without one it waits, its stock held,
+    until it is paid or its time is over.
+
     With `idempotency_key`, whoever asks gets one order for one key, for ever: the same answer for the same
     `fingerprint` of the request, `IdempotencyKeyReused` for another.
     """
@@ -42,6 +49,7 @@ class PlaceOrder(Message):
     expected_currency: str | None = None
     idempotency_key: str | None = None
     fingerprint: bytes = b""
+    payment_method: Method | None = None
 
 
 class OrderLine(Message):
@@ -51,6 +59,20 @@ class OrderLine(Message):
     quantity: int
     unit_price_minor: int
     line_total_minor: int
+    returned: int = 0
+    """How many of `quantity` have come back."""
+
+
+class CancelReason(Message):
+    """Why an order was cancelled, and what a person or a program can make of it."""
+
+    code: CancelCode
+    message: str = ""
+    """In the words of whoever cancelled it."""
+    provider_code: str | None = None
+    """The payment provider's, such as `insufficient_funds`."""
+    lines: tuple[ShortLine, ...] = ()
+    """Which lines there was not enough of, and how much there was."""
 
 
 class Order(Message):
@@ -65,6 +87,9 @@ class Order(Message):
     created_at: datetime.datetime
     updated_at: datetime.datetime
     version: int
+    refunded_minor: int = 0
+    reason: CancelReason | None = None
+    """Of a cancelled order."""
 
 
 class PlacedOrder(Message):
@@ -107,6 +132,114 @@ class CancelOrder(Message):
     id: OrderId
     reason: Annotated[str, Meta(max_length=500)] = ""
     version: Version | None = None
+
+
+class AwaitOrder(Message):
+    """Waits until nothing is under way for the order: it is paid, cancelled, or waits for its payment itself."""
+
+    id: OrderId
+    wait_ms: Annotated[int, Meta(ge=0, le=60_000)]
+
+
+class PayOrder(Message):
+    """Pays an order that is not paid yet. `expected_total_minor` is what the client thinks is due.
+
+    With an `idempotency_key` a repetition joins the first: it hears of the payment that the first one began.
+    """
+
+    id: OrderId
+    method: Method = "sandbox:ok"
+    capture: bool = True
+    """False: the amount is reserved, and taken when `capture` is called."""
+    expected_total_minor: int | None = None
+    expected_currency: str | None = None
+    idempotency_key: str | None = None
+    fingerprint: bytes = b""
+
+
+class PaidOrder(Message):
+    payment: PaymentRecord
+    """`pending` where the provider's answer is still not known when the time is over."""
+    replayed: bool = False
+
+
+class MovePayment(Message):
+    """Captures or voids the payment of an order that waits for that."""
+
+    payment_id: OrderId
+
+
+class RefundOrder(Message):
+    """Gives back all that is left of what was paid, or `amount_minor` of it. Once for each key, for ever."""
+
+    payment_id: OrderId
+    idempotency_key: str
+    fingerprint: bytes = b""
+    amount_minor: Annotated[int, Meta(ge=1)] | None = None
+    currency: str | None = None
+    reason: Annotated[str, Meta(max_length=500)] = ""
+
+
+class ReturnLine(Message):
+    product_id: Annotated[int, Meta(ge=1, le=MAX_ID)]
+    quantity: Annotated[int, Meta(ge=1, le=QUANTITY_LIMIT)]
+
+
+class ReturnOrder(Message):
+    """Takes goods of a delivered order back: they are on the shelf again, and what they cost is refunded.
+
+    Without `lines`, everything that has not come back yet. Once for each key, for ever.
+    """
+
+    id: OrderId
+    idempotency_key: str
+    fingerprint: bytes = b""
+    lines: Annotated[tuple[ReturnLine, ...], Meta(max_length=LINES_LIMIT)] = ()
+    reason: Annotated[str, Meta(max_length=500)] = ""
+
+
+RefundStatus = Literal["pending", "succeeded", "declined"]
+
+
+class Refund(Message):
+    """One refund, with the goods that came back for it, if any. `pending` until the provider's answer is known."""
+
+    id: str
+    order_id: int
+    lines: tuple[ReturnLine, ...]
+    amount_minor: int
+    currency: str
+    status: RefundStatus
+    code: str | None
+    """Why it was declined."""
+    reason: str
+    replayed: bool = False
+
+
+class TimelineEntry(Message):
+    """One step, of whichever part of the shop."""
+
+    at: datetime.datetime
+    part: Literal["order", "stock", "money", "saga"]
+    what: str
+    """`status confirmed`, `held`, `authorize`, `checkout reserve`."""
+    outcome: str
+    """What came of it: `succeeded`, `declined insufficient_funds`, `retried`."""
+    attempts: int
+    took_ms: int | None
+    """Where it is known when it began."""
+    by: str
+    detail: str
+
+
+class Timeline(Message):
+    """By time."""
+
+    entries: tuple[TimelineEntry, ...]
+
+
+class GetTimeline(Message):
+    id: OrderId
 
 
 class GetHistory(Message):
@@ -163,8 +296,80 @@ class IllegalMove(ServiceError, code="orders.illegal_move", kind=Kind.CONFLICT):
     legal: tuple[str, ...]
 
 
+class AmountNotDue(ServiceError, code="orders.amount_not_due", kind=Kind.CONFLICT):
+    """The client wants to pay another amount than is due. Nothing was charged."""
+
+    sentence = "Another amount is due for order {order_id}."
+    order_id: int
+    expected_minor: int
+    expected_currency: str
+    due_minor: int
+    due_currency: str
+
+
+class PaymentInProgress(ServiceError, code="orders.payment_in_progress", kind=Kind.CONFLICT):
+    sentence = "A payment or refund of order {order_id} is under way; try again in a moment."
+    order_id: int
+    retry_after_s: int | None = 1
+
+
+class PaymentDeclined(ServiceError, code="orders.payment_declined", kind=Kind.REFUSED):
+    """No money has moved. The order can be paid in another way, as long as it waits."""
+
+    sentence = "The payment of order {order_id} was declined: {provider_code}."
+    order_id: int
+    payment_id: int
+    provider_code: str
+
+
+class OrderCancelled(ServiceError, code="orders.cancelled", kind=Kind.CONFLICT):
+    """What was asked for cannot be done any more. `reason` is why it was cancelled."""
+
+    sentence = "Order {order_id} is cancelled: {reason}."
+    order_id: int
+    reason: str
+
+
+class NothingToRefund(ServiceError, code="orders.nothing_to_refund", kind=Kind.CONFLICT):
+    """More was asked for than is left of what was paid."""
+
+    sentence = "Order {order_id} has {left_minor} (minor units of {currency}) left to refund, not {wanted_minor}."
+    order_id: int
+    wanted_minor: int
+    left_minor: int
+    currency: str
+
+
+class NotReturnable(ServiceError, code="orders.not_returnable", kind=Kind.CONFLICT):
+    """`left`: how many of the product were delivered and have not come back yet."""
+
+    sentence = "Order {order_id} has {left} of product {product_id} that could come back, not {wanted}."
+    order_id: int
+    product_id: int
+    wanted: int
+    left: int
+
+
+class OrderChanged(Message):
+    """`order.placed`, and `order.<state>` for each state that an axis of the order reaches: the order as it is then."""
+
+    order_id: int
+    user_id: int
+    status: Status
+    payment: Payment
+    fulfilment: Fulfilment
+    currency: str
+    total_minor: int
+    refunded_minor: int
+    version: int
+    reason: CancelReason | None = None
+
+
 class Orders(Contract, name="orders"):
-    """Orders and their history. Customers place, see and cancel their own; staff see and move all."""
+    """Orders, their history, and what is to be done for them. What happens to stock and money is decided here.
+
+    Customers place, see, pay and cancel their own; staff see and move all.
+    """
 
     place = batched(PlaceOrder, PlacedOrder, allow=SIGNED_IN, size=256, retry=Retry.KEYED)
     get = batched(GetOrder, Order, allow=SIGNED_IN, retry=Retry.SAFE)
@@ -172,3 +377,30 @@ class Orders(Contract, name="orders"):
     move = single(MoveOrder, Order, allow=STAFF_ONLY)
     cancel = single(CancelOrder, Order, allow=SIGNED_IN)
     history = single(GetHistory, History, allow=SIGNED_IN, retry=Retry.SAFE)
+    settled = single(AwaitOrder, Order, allow=SIGNED_IN, lanes=1_024, deadline_ms=70_000, retry=Retry.SAFE)
+    timeline = single(GetTimeline, Timeline, allow=SIGNED_IN, retry=Retry.SAFE)
+    pay = single(PayOrder, PaidOrder, allow=SIGNED_IN, lanes=256, retry=Retry.KEYED)
+    capture = single(MovePayment, PaidOrder, allow=STAFF_ONLY)
+    void = single(MovePayment, PaidOrder, allow=STAFF_ONLY)
+    refund = single(RefundOrder, Refund, allow=STAFF_ONLY, retry=Retry.KEYED)
+    take_back = single(ReturnOrder, Refund, allow=STAFF_ONLY, retry=Retry.KEYED)
+
+    events: ClassVar = {
+        f"order.{state}": OrderChanged
+        for state in (
+            "placed",
+            "confirmed",
+            "completed",
+            "cancelled",
+            "authorized",
+            "paid",
+            "failed",
+            "voided",
+            "partially_refunded",
+            "refunded",
+            "shipped",
+            "delivered",
+            "returned",
+            "partially_returned",
+        )
+    }

@@ -39,6 +39,8 @@ class Product(Message):
     created_at: datetime.datetime
     updated_at: datetime.datetime
     version: int
+    in_stock: bool = False
+    """Whether there was any of it when inventory last told. Not part of the version: buyers change it, not staff."""
 
 
 class CreateProduct(Message):

@@ -13,3 +13,5 @@ STAFF: Final = "staff"
 EVERYBODY: Final = frozenset({ANONYMOUS, CUSTOMER, STAFF})
 SIGNED_IN: Final = frozenset({CUSTOMER, STAFF})
 STAFF_ONLY: Final = frozenset({STAFF})
+SERVICES_ONLY: Final[frozenset[str]] = frozenset()
+"""Nobody from outside: what services ask of each other."""

@@ -77,7 +77,7 @@ class Gateway:
         request_seconds: float = REQUEST_SECONDS,
         log_requests: bool = False,
     ) -> None:
-        self._table = Table([_Compiled(route, client(route.operation), telemetry) for route in routes])
+        self._table = Table([_Compiled(route, client, telemetry) for route in routes])
         self._gatekeeper = gatekeeper
         self._telemetry = telemetry
         self._clock = clock
@@ -155,7 +155,11 @@ class Gateway:
             answer = await route.call(route.request(ask))
         except InvalidRequest as error:
             raise route.reworded(error) from None
-        return route.respond(answer, scope)
+        if ask.wait_ms is None:
+            return route.respond(answer, scope)
+        current.set(Context(actor, deadline + ask.wait_ms / 1_000, trace_id, request_id))
+        status, headers, body = route.respond(await route.waited(answer, ask.wait_ms), scope)
+        return status, [*headers, (b"preference-applied", f"wait={ask.wait_ms // 1_000}".encode())], body
 
     async def _admit(self, route: _Compiled, scope: Scope, picked: _Picked, trace_id: str, request_id: str) -> Actor:
         """Who asks, if they may."""
@@ -216,6 +220,7 @@ class _Picked:
         "idempotency_key",
         "if_match",
         "origin",
+        "prefer",
         "request_id",
         "traceparent",
     )
@@ -228,6 +233,7 @@ class _Picked:
         self.idempotency_key: bytes | None = None
         self.if_match: bytes | None = None
         self.origin: bytes | None = None
+        self.prefer: bytes | None = None
         self.request_id: bytes | None = None
         self.traceparent: bytes | None = None
         for name, value in headers:
@@ -300,9 +306,12 @@ _NOTHING: Final[Mapping[str, Any]] = {}
 class _Compiled:
     """A row, with everything that can be known before a request."""
 
-    def __init__(self, route: Route, call: Call[Any, Any], telemetry: Telemetry) -> None:
+    def __init__(
+        self, route: Route, client: Callable[[Operation[Any, Any]], Call[Any, Any]], telemetry: Telemetry
+    ) -> None:
         self.route = route
-        self.call = call
+        self.call = client(route.operation)
+        self._wait_call = client(route.wait.operation) if route.wait else None
         self.name = f"{route.method} {route.path}"
         self.roles = route.roles
         self.ignores_token = route.ignores_token
@@ -344,8 +353,22 @@ class _Compiled:
                 raise invalid(("header Idempotency-Key", f"{self.name} does not take one"))
             key = idempotency.key_of(picked.idempotency_key)
             fingerprint = idempotency.fingerprint(route.method, route.path, parts, scope["query_string"], raw or b"")
+        elif route.idempotency_required:
+            raise problems.IdempotencyKeyMissing(operation=self.name)
         version = _version(picked.if_match, self) if picked.if_match is not None else None
-        return Ask(actor, path, query, body, version, key, fingerprint or b"")
+        wait_ms = _wait_ms(picked.prefer) if picked.prefer is not None and route.wait is not None else None
+        return Ask(actor, path, query, body, version, key, fingerprint or b"", wait_ms)
+
+    async def waited(self, answer: Any, wait_ms: int) -> Any:
+        """The answer after having waited for what the row waits for, or as it was where that cannot be had."""
+        wait, call = self.route.wait, self._wait_call
+        assert wait is not None
+        assert call is not None
+        try:
+            return wait.answer(answer, await call(wait.request(answer, wait_ms)))
+        except ServiceError as error:
+            log.warning("wait_failed", route=self.name, reason=error.code)
+            return answer
 
     def reworded(self, error: InvalidRequest) -> InvalidRequest:
         """The error with the fields called as the API calls them."""
@@ -375,8 +398,8 @@ class _Compiled:
 
     def _add_headers(self, answer: Any, headers: Headers) -> None:
         route = self.route
-        if route.etag is not None:
-            headers.append((b"etag", f'"{route.etag(answer)}"'.encode()))
+        if route.etag is not None and (version := route.etag(answer)) is not None:
+            headers.append((b"etag", f'"{version}"'.encode()))
         if route.location is not None:
             headers.append((b"location", route.location(answer).encode()))
         if route.replayed is not None and route.replayed(answer):
@@ -443,6 +466,20 @@ def _version(if_match: bytes, row: _Compiled) -> int | None:
     if not (match := _ETAG.match(if_match)):
         raise invalid(("header If-Match", 'is not one ETag such as "3"'))
     return int(match[1])
+
+
+WAIT_LIMIT_SECONDS: Final = 60
+_WAIT: Final = re.compile(rb"(?:^|[,;])\s*wait\s*=\s*([^,;\s]*)", re.IGNORECASE)
+
+
+def _wait_ms(prefer: bytes) -> int | None:
+    """The milliseconds of `wait`, at most a minute. None where only other preferences are named: nobody knows them."""
+    if not (match := _WAIT.search(prefer)):
+        return None
+    seconds = match[1].strip(b'"')
+    if not seconds.isdigit():
+        raise invalid(("header Prefer", "wait is not a whole number of seconds, as in wait=5"))
+    return min(int(seconds[:6]), WAIT_LIMIT_SECONDS) * 1_000
 
 
 def _next_link(scope: Scope, changed: Mapping[str, str]) -> bytes:

@@ -107,15 +107,33 @@ HEADERS: Final[Mapping[str, Json]] = {
     },
 }
 
+_IDEMPOTENCY_KEY: Final[Json] = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "schema": {"type": "string", "maxLength": 255, "pattern": KEY_PATTERN},
+    "example": "0c5ce2f0-9d1c-4f0e-8f0b-6b7c1f8f4f57",
+}
+
 PARAMETERS: Final[Mapping[str, Json]] = {
     "IdempotencyKey": {
-        "name": "Idempotency-Key",
-        "in": "header",
+        **_IDEMPOTENCY_KEY,
         "description": "A name of your own for this request: however often it is sent, it is done once, and answered "
         "the same. 1 to 255 printable ASCII characters without spaces; use a fresh UUID. One order for a "
         "key, for ever.",
-        "schema": {"type": "string", "maxLength": 255, "pattern": KEY_PATTERN},
-        "example": "0c5ce2f0-9d1c-4f0e-8f0b-6b7c1f8f4f57",
+    },
+    "RequiredIdempotencyKey": {
+        **_IDEMPOTENCY_KEY,
+        "required": True,
+        "description": "A name of your own for this request: however often it is sent, it is done once, and never "
+        "again. 1 to 255 printable ASCII characters without spaces; use a fresh UUID.",
+    },
+    "Prefer": {
+        "name": "Prefer",
+        "in": "header",
+        "description": "`wait=N`: answer when the order is paid or refused, at the latest after N seconds (at most 60). "
+        "Without it, the answer comes as soon as the order is durable.",
+        "schema": {"type": "string"},
+        "example": "wait=5",
     },
     "IfMatch": {
         "name": "If-Match",
@@ -180,6 +198,8 @@ def errors_of(route: Route, *, open_shop: bool) -> tuple[type[ServiceError], ...
         following += [problems.MalformedJson, problems.BodyTooLarge, problems.UnsupportedMediaType]
     if route.idempotency:
         following += [IdempotencyKeyReused, RequestInProgress]
+    if route.idempotency_required:
+        following.append(problems.IdempotencyKeyMissing)
     if route.if_match:
         following.append(StaleVersion)
     return tuple(dict.fromkeys((*route.errors, *following, *_CALLING)))
@@ -262,7 +282,10 @@ class _Described:
         if route.query is not None:
             parameters += self._query(self._schemas[route.query.__name__])
         if route.idempotency:
-            parameters.append({"$ref": "#/components/parameters/IdempotencyKey"})
+            name = "RequiredIdempotencyKey" if route.idempotency_required else "IdempotencyKey"
+            parameters.append({"$ref": f"#/components/parameters/{name}"})
+        if route.wait:
+            parameters.append({"$ref": "#/components/parameters/Prefer"})
         if route.if_match:
             parameters.append({"$ref": "#/components/parameters/IfMatch"})
         return parameters

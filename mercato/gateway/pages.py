@@ -37,11 +37,14 @@ class Pages:
         verifier: Verifier,
         telemetry: Telemetry,
         ready: Callable[[], Awaitable[Mapping[str, bool]]],
+        details: Callable[[], Mapping[str, Any]],
     ) -> None:
+        """`details`: what `/health/ready` tells besides, whatever it is worth."""
         self._gatekeeper = gatekeeper
         self._verifier = verifier
         self._telemetry = telemetry
         self._ready = ready
+        self._details = details
         self._app = Starlette(
             routes=[
                 PageRoute("/", self._root),
@@ -72,7 +75,8 @@ class Pages:
         status = "ready" if all(services.values()) else "not_ready"
         detail = {name: "up" if up else "down" for name, up in services.items()}
         headers = {} if status == "ready" else {"retry-after": "1"}
-        return _json({"status": status, "services": detail}, 200 if status == "ready" else 503, headers)
+        body = {"status": status, "services": detail, **self._details()}
+        return _json(body, 200 if status == "ready" else 503, headers)
 
     async def _metrics(self, request: Request) -> Response:
         """For staff, and for a collector on this machine: how much a shop sells is nobody else's business."""

@@ -98,6 +98,13 @@ class MalformedJson(ServiceError, code="malformed_json", kind=Kind.INVALID):
     offset: int
 
 
+class IdempotencyKeyMissing(ServiceError, code="idempotency_key_missing", kind=Kind.INVALID):
+    """Without a key, a request that is sent again because no answer came would be done twice."""
+
+    sentence = "{operation} needs the header Idempotency-Key."
+    operation: str
+
+
 class HostNotAllowed(ServiceError, code="host_not_allowed", kind=Kind.FORBIDDEN):
     """Without tokens, only this machine's own names are answered, so that no web page can drive a shop on loopback."""
 
@@ -114,12 +121,16 @@ class TooManyRequests(ServiceError, code="too_many_requests", kind=Kind.TOO_MANY
 
 
 def _shown(details: Mapping[str, Any]) -> dict[str, Any]:
-    """Details for people outside: what is minor units inside (`total_minor`, `total_currency`) is money here."""
+    """Details for people outside: what is minor units inside is money here.
+
+    The currency of `total_minor` is in `total_currency`, or in `currency` where one is for all.
+    """
     shown: dict[str, Any] = {}
     for name, value in details.items():
         subject, _, unit = name.rpartition("_")
-        if unit == "minor" and f"{subject}_currency" in details:
-            shown[subject] = money(value, details[f"{subject}_currency"])
+        currency = details.get(f"{subject}_currency", details.get("currency"))
+        if unit == "minor" and currency is not None:
+            shown[subject] = money(value, currency)
         elif unit != "currency" or f"{subject}_minor" not in details:
             shown[name] = value
     return shown

@@ -38,6 +38,8 @@ class Ask(msgspec.Struct, gc=False):
     """The version in If-Match; None where there is none, or `*`."""
     idempotency_key: str | None
     fingerprint: bytes
+    wait_ms: int | None
+    """How long the client would wait (`Prefer: wait=N`); None where it did not say so."""
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -53,6 +55,18 @@ class Page(msgspec.Struct, frozen=True):
 
     items: list[Any]
     next_query: Mapping[str, str] | None = None
+
+
+class Wait(msgspec.Struct, frozen=True):
+    """What `Prefer: wait=N` (RFC 7240) waits for, once the row's own operation has answered.
+
+    `operation` gets what `request` makes of that answer and the milliseconds to wait; `answer` makes the row's answer
+    out of both. Where waiting fails, the row's own answer stands: it is true.
+    """
+
+    operation: Operation[Any, Any]
+    request: Callable[[Any, int], Any]
+    answer: Callable[[Any, Any], Any]
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,8 +98,12 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """Bodies for the documentation, by what they show."""
     idempotency: bool = False
     """Whether `Idempotency-Key` is honoured. Where it is not, sending it is refused rather than ignored."""
-    etag: Callable[[Any], int] | None = None
-    """The version of the answer, for its ETag."""
+    idempotency_required: bool = False
+    """Whether a request without `Idempotency-Key` is refused: doing it twice by accident would do harm."""
+    wait: Wait | None = None
+    """Whether `Prefer: wait=N` is honoured, and how."""
+    etag: Callable[[Any], int | None] | None = None
+    """The version of the answer, for its ETag; None where there is no version yet that a change could name."""
     if_match: bool = False
     """Whether `If-Match` is honoured."""
     fields: Mapping[str, str] = {}

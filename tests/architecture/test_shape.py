@@ -15,9 +15,10 @@ REQUIRED_FILES = ("app.py", "service.py", "store.py", "rules.py")
 MAX_LINES = 600
 # What has no noun is not ready to be shared.
 EMPTY_NAMES = {"base", "common", "helper", "helpers", "manager", "managers", "misc", "util", "utils"}
-# The chassis keeps the tables of its own (outbox, inbox, sagas); a service's SQL stands in these alone.
+# The chassis keeps the tables of its own (outbox, inbox, sagas), and the audit consists of queries over all of them; a
+# service's SQL stands in these alone.
 SQL_MODULES = {"store.py", "demo.py"}
-SQL_FOLDERS = {"migrations", "chassis"}
+SQL_FOLDERS = {"migrations", "chassis", "audit"}
 # A verb alone is an HTTP method or prose, so the second word is looked at too.
 SQL = re.compile(r"\s*(SELECT\s|INSERT\s+INTO\s|UPDATE\s+\w|DELETE\s+FROM\s|WITH\s+\w|CREATE\s+\w)")
 

@@ -56,8 +56,15 @@ class Shop:
         self._tokens: dict[str, str] = {}
 
     @classmethod
-    async def start(cls, cluster: Cluster, transport: TransportName = "local", *, is_open: bool = True) -> Self:
-        rig = Rig(cluster, transport)
+    async def start(
+        cls,
+        cluster: Cluster,
+        transport: TransportName = "local",
+        *,
+        is_open: bool = True,
+        options: Mapping[str, str] | None = None,
+    ) -> Self:
+        rig = Rig(cluster, transport, options)
         await rig.open(**topology.builds())
         for service in rig.host.services.values():
             if service.seed_demo:

@@ -5,6 +5,13 @@ from __future__ import annotations
 from typing import Final
 
 from mercato.gateway.route import Route
-from mercato.gateway.routes import orders, products, users
+from mercato.gateway.routes import events, inventory, orders, payments, products, users
 
-ROUTES: Final[tuple[Route, ...]] = (*users.ROUTES, *products.ROUTES, *orders.ROUTES)
+ROUTES: Final[tuple[Route, ...]] = (
+    *users.ROUTES,
+    *products.ROUTES,
+    *inventory.ROUTES,
+    *orders.ROUTES,
+    *payments.ROUTES,
+    *events.ROUTES,
+)

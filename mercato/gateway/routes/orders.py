@@ -6,6 +6,7 @@ import datetime
 from decimal import Decimal
 from typing import Annotated, Final
 
+import msgspec
 from msgspec import Meta
 
 from mercato.chassis.contract import (
@@ -18,16 +19,29 @@ from mercato.chassis.contract import (
 )
 from mercato.contracts import orders as contract
 from mercato.contracts.money import DEFAULT_CURRENCY, EXPONENTS, MAX_MINOR
-from mercato.contracts.orders import History, Order, OrderPage, Orders, PlacedOrder, PlaceLine
+from mercato.contracts.orders import (
+    CancelReason,
+    History,
+    Order,
+    OrderPage,
+    Orders,
+    PlacedOrder,
+    PlaceLine,
+    Refund,
+    ReturnLine,
+    Timeline,
+)
+from mercato.contracts.payments import Method
 from mercato.contracts.products import ProductArchived, ProductNotFound
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
 from mercato.contracts.users import UserNotFound
 from mercato.gateway.money import Money, money, to_minor, unknown_currency
-from mercato.gateway.route import Ask, Input, Output, Page, Route
+from mercato.gateway.route import Ask, Input, Output, Page, Route, Wait
 
 Id = Annotated[int, Meta(ge=1, le=MAX_ID)]
 Quantity = Annotated[int, Meta(ge=1, le=contract.QUANTITY_LIMIT)]
 Currency = Annotated[str, Meta(pattern=r"^[A-Z]{3}$", examples=["USD"])]
+Reason = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*$")]
 
 LARGEST_TOTAL_MINOR: Final = MAX_MINOR * contract.QUANTITY_LIMIT
 
@@ -52,6 +66,7 @@ class PlaceOrderIn(Input):
         | None
     ) = None
     currency: Currency | None = None
+    payment_method: Method | None = None
 
 
 class MoveOrderIn(Input):
@@ -62,7 +77,19 @@ class MoveOrderIn(Input):
 
 
 class CancelIn(Input):
-    reason: Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*$")] = ""
+    reason: Reason = ""
+
+
+class ReturnItemIn(Input):
+    product_id: Id
+    quantity: Quantity
+
+
+class ReturnIn(Input):
+    """What comes back; without `items`, everything that has not come back yet."""
+
+    items: Annotated[tuple[ReturnItemIn, ...], Meta(min_length=1, max_length=contract.LINES_LIMIT)] | None = None
+    reason: Reason = ""
 
 
 class OrdersQuery(Input):
@@ -81,6 +108,22 @@ class ItemOut(Output):
     quantity: int
     unit_price: Money
     line_total: Money
+    returned: int
+
+
+class ShortItemOut(Output):
+    product_id: int
+    requested: int
+    available: int
+
+
+class ReasonOut(Output):
+    """Why an order was cancelled. `items`: what there was not enough of."""
+
+    code: contract.CancelCode
+    message: str
+    provider_code: str | None
+    items: list[ShortItemOut]
 
 
 class OrderOut(Output):
@@ -91,6 +134,8 @@ class OrderOut(Output):
     fulfilment: contract.Fulfilment
     items: list[ItemOut]
     total: Money
+    refunded: Money
+    reason: ReasonOut | None
     created_at: datetime.datetime
     updated_at: datetime.datetime
     version: int
@@ -122,18 +167,75 @@ def order_out(order: Order) -> OrderOut:
                 quantity=line.quantity,
                 unit_price=money(line.unit_price_minor, currency),
                 line_total=money(line.line_total_minor, currency),
+                returned=line.returned,
             )
             for line in order.lines
         ],
         total=money(order.total_minor, currency),
+        refunded=money(order.refunded_minor, currency),
+        reason=None if order.reason is None else _reason_out(order.reason),
         created_at=order.created_at,
         updated_at=order.updated_at,
         version=order.version,
     )
 
 
+def _reason_out(reason: CancelReason) -> ReasonOut:
+    return ReasonOut(
+        code=reason.code,
+        message=reason.message,
+        provider_code=reason.provider_code,
+        items=[
+            ShortItemOut(product_id=line.product_id, requested=line.requested, available=line.available)
+            for line in reason.lines
+        ],
+    )
+
+
 def _placed_out(placed: PlacedOrder) -> OrderOut:
     return order_out(placed.order)
+
+
+class ReturnedOut(Output):
+    product_id: int
+    quantity: int
+
+
+class RefundOut(Output):
+    id: str
+    order_id: int
+    items: list[ReturnedOut]
+    amount: Money
+    status: contract.RefundStatus
+    code: str | None
+    reason: str
+
+
+class TimelineOut(Output):
+    at: datetime.datetime
+    part: str
+    what: str
+    outcome: str
+    attempts: int
+    took_ms: int | None
+    by: str
+    detail: str
+
+
+def refund_out(refund: Refund) -> RefundOut:
+    return RefundOut(
+        id=refund.id,
+        order_id=refund.order_id,
+        items=[ReturnedOut(product_id=line.product_id, quantity=line.quantity) for line in refund.lines],
+        amount=money(refund.amount_minor, refund.currency),
+        status=refund.status,
+        code=refund.code,
+        reason=refund.reason,
+    )
+
+
+def _timeline_out(timeline: Timeline) -> Page:
+    return Page([TimelineOut(**msgspec.structs.asdict(entry)) for entry in timeline.entries])
 
 
 def _page(page: OrderPage) -> Page:
@@ -162,7 +264,7 @@ def _place(ask: Ask) -> contract.PlaceOrder:
     body: PlaceOrderIn = ask.body
     errors: list[FieldError] = []
     lines = _lines(body, errors)
-    amount_minor, currency = _shown_total(body, errors)
+    amount_minor, currency = shown_total(body.amount, body.currency, errors)
     if errors:
         raise InvalidRequest(errors=tuple(errors))
     return contract.PlaceOrder(
@@ -172,6 +274,19 @@ def _place(ask: Ask) -> contract.PlaceOrder:
         expected_currency=currency,
         idempotency_key=ask.idempotency_key,
         fingerprint=ask.fingerprint,
+        payment_method=body.payment_method,
+    )
+
+
+def _return(ask: Ask) -> contract.ReturnOrder:
+    body: ReturnIn = ask.body
+    assert ask.idempotency_key is not None
+    return contract.ReturnOrder(
+        id=ask.path["id"],
+        idempotency_key=ask.idempotency_key,
+        fingerprint=ask.fingerprint,
+        lines=tuple(ReturnLine(product_id=item.product_id, quantity=item.quantity) for item in body.items or ()),
+        reason=body.reason,
     )
 
 
@@ -186,16 +301,17 @@ def _lines(body: PlaceOrderIn, errors: list[FieldError]) -> tuple[PlaceLine, ...
     return tuple(PlaceLine(product_id=item.product_id, quantity=item.quantity) for item in body.items)
 
 
-def _shown_total(body: PlaceOrderIn, errors: list[FieldError]) -> tuple[int | None, str | None]:
+def shown_total(
+    amount: Decimal | None, currency: str | None, errors: list[FieldError]
+) -> tuple[int | None, str | None]:
     """What the client showed: minor units and currency, each None where it said nothing."""
-    currency = body.currency
     if currency is not None and currency not in EXPONENTS:
         errors.append(FieldError(field="currency", message=unknown_currency(currency)))
         return None, None
-    if body.amount is None:
+    if amount is None:
         return None, currency
     currency = currency or DEFAULT_CURRENCY
-    minor = to_minor(body.amount, currency, LARGEST_TOTAL_MINOR)
+    minor = to_minor(amount, currency, LARGEST_TOTAL_MINOR)
     if isinstance(minor, str):
         errors.append(FieldError(field="amount", message=minor))
         return None, currency
@@ -240,12 +356,18 @@ ROUTES: Final[tuple[Route, ...]] = (
                 "items": [{"product_id": 100, "quantity": 2}, {"product_id": 2, "quantity": 1}],
             },
             "one product, with the total that was shown": {"user_id": 1, "product_id": 100, "amount": 99.99},
+            "paid at once": {"user_id": 1, "product_id": 100, "payment_method": "sandbox:ok"},
         },
         request=_place,
         answer=_placed_out,
         output=OrderOut,
         status=201,
         idempotency=True,
+        wait=Wait(
+            operation=Orders.settled,
+            request=lambda placed, wait_ms: contract.AwaitOrder(id=placed.order.id, wait_ms=wait_ms),
+            answer=lambda placed, order: PlacedOrder(order=order, replayed=placed.replayed),
+        ),
         etag=lambda placed: placed.order.version,
         location=lambda placed: f"/orders/{placed.order.id}",
         replayed=lambda placed: placed.replayed,
@@ -295,7 +417,13 @@ ROUTES: Final[tuple[Route, ...]] = (
         output=OrderOut,
         etag=_version,
         if_match=True,
-        errors=(contract.OrderNotFound, contract.IllegalMove, StaleVersion),
+        errors=(
+            contract.OrderNotFound,
+            contract.IllegalMove,
+            contract.OrderCancelled,
+            contract.PaymentInProgress,
+            StaleVersion,
+        ),
     ),
     Route(
         method="POST",
@@ -311,7 +439,36 @@ ROUTES: Final[tuple[Route, ...]] = (
         output=OrderOut,
         etag=_version,
         if_match=True,
-        errors=(contract.OrderNotFound, contract.IllegalMove, StaleVersion),
+        errors=(contract.OrderNotFound, contract.IllegalMove, contract.PaymentInProgress, StaleVersion),
+    ),
+    Route(
+        method="POST",
+        path="/orders/{id}/returns",
+        operation=Orders.take_back,
+        summary="Take goods of a delivered order back: on the shelf, and refunded",
+        roles=STAFF_ONLY,
+        body=ReturnIn,
+        body_optional=True,
+        examples={"one of them": {"items": [{"product_id": 100, "quantity": 1}], "reason": "does not fit"}},
+        request=_return,
+        answer=refund_out,
+        output=RefundOut,
+        status=201,
+        idempotency=True,
+        idempotency_required=True,
+        replayed=lambda refund: refund.replayed,
+        errors=(contract.OrderNotFound, contract.IllegalMove, contract.NotReturnable),
+    ),
+    Route(
+        method="GET",
+        path="/orders/{id}/timeline",
+        operation=Orders.timeline,
+        summary="Every step of an order: its moves, its stock, its money, by time",
+        roles=SIGNED_IN,
+        request=lambda ask: contract.GetTimeline(id=ask.path["id"]),
+        answer=_timeline_out,
+        output=list[TimelineOut],
+        errors=(contract.OrderNotFound,),
     ),
     Route(
         method="GET",

@@ -81,6 +81,7 @@ class ProductOut(Output):
     created_at: datetime.datetime
     updated_at: datetime.datetime
     version: int
+    in_stock: bool
 
 
 def product_out(product: Product) -> ProductOut:
@@ -95,6 +96,7 @@ def product_out(product: Product) -> ProductOut:
         created_at=product.created_at,
         updated_at=product.updated_at,
         version=product.version,
+        in_stock=product.in_stock,
     )
 
 

@@ -2,27 +2,61 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import Final
+import functools
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
 
 from mercato.chassis import idempotency
-from mercato.chassis.db import Database
 from mercato.chassis.rpc import Server
+from mercato.chassis.saga import Runner
 from mercato.chassis.service import Env, Service
+from mercato.contracts.inventory import Inventory
 from mercato.contracts.orders import Orders
+from mercato.contracts.payments import Payments
 from mercato.contracts.products import Products
 from mercato.contracts.users import Users
 
+from .checkout import CheckoutSteps
+from .paying import Paying
 from .placing import Placing
+from .refunding import Refunding
 from .service import OrdersService
+from .timeline import Tracing
 
-REAP_EVERY_SECONDS: Final = 60.0
+
+class Options(msgspec.Struct, frozen=True):
+    """What an operator may set: `MERCATO_ORDERS_LEASE_SECONDS` and so on."""
+
+    lease_seconds: Annotated[float, Meta(ge=0.5, le=600)] = 5.0
+    """How long after the death of a process another one goes on with its orders."""
+    sweep_seconds: Annotated[float, Meta(ge=0.05, le=60)] = 0.5
+    """How often a process looks for such orders."""
+    payment_seconds: Annotated[float, Meta(ge=1, le=30 * 86_400)] = 900.0
+    """How long an order waits for another payment after one was declined. Before the first one, the hold decides."""
 
 
 def build(env: Env) -> Service:
     """The orders service. Everything that it is made of is made here."""
-    placing = Placing(env.database, users=env.client(Users), products=env.client(Products))
-    service = OrdersService(env.database, placing)
+    options = env.options(Options)
+    database, inventory, payments = env.database, env.client(Inventory), env.client(Payments)
+    runner = Runner(
+        database,
+        clock=env.clock,
+        telemetry=env.telemetry,
+        lease_seconds=options.lease_seconds,
+        sweep_seconds=options.sweep_seconds,
+    )
+    CheckoutSteps(database, runner, inventory=inventory, payments=payments, window_s=options.payment_seconds)
+    service = OrdersService(
+        database,
+        runner,
+        placing=Placing(database, runner, users=env.client(Users), products=env.client(Products)),
+        paying=Paying(database, runner, payments),
+        refunding=Refunding(database, runner, inventory=inventory, payments=payments),
+        tracing=Tracing(database, inventory=inventory, payments=payments),
+    )
     server = Server(Orders, env.clock)
     server.register(Orders.place, service.place)
     server.register(Orders.get, service.get)
@@ -30,17 +64,16 @@ def build(env: Env) -> Service:
     server.register(Orders.move, service.move)
     server.register(Orders.cancel, service.cancel)
     server.register(Orders.history, service.history)
-
-    async def reap_answers() -> None:
-        await _reap_answers(env.database)
-
-    return Service(server=server.complete(), database=env.database, loops=(reap_answers,))
-
-
-async def _reap_answers(database: Database) -> None:
-    """Deletes stored answers that are past their day, a bounded number a transaction."""
-    while True:
-        async with database.transaction() as tx:
-            deleted = await idempotency.reap(tx)
-        if deleted < idempotency.REAPED_AT_ONCE:
-            await asyncio.sleep(REAP_EVERY_SECONDS)
+    server.register(Orders.settled, service.settled)
+    server.register(Orders.timeline, service.timeline)
+    server.register(Orders.pay, service.pay)
+    server.register(Orders.capture, service.capture)
+    server.register(Orders.void, service.void)
+    server.register(Orders.refund, service.refund)
+    server.register(Orders.take_back, service.take_back)
+    return Service(
+        server=server.complete(),
+        database=database,
+        loops=(functools.partial(idempotency.reap_forever, database), *runner.loops),
+        has_outbox=True,
+    )

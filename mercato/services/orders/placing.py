@@ -5,7 +5,8 @@ One batch runs through these steps; each settles some of its requests, and the n
 1. recall    A key that was used within a day has its answer already, or belongs to another request.
 2. judge     What is refused without asking anybody: another's order, a product twice.
 3. look up   One call to users and one to products for the whole batch: does the buyer exist, what does it cost.
-4. write     One transaction: claim the keys, write orders, lines and history, store the answers under the keys.
+4. write     One transaction: claim the keys, write orders, lines, history, the sagas that will carry them on and the
+             events that tell of them, store the answers under the keys. Then the sagas are driven (`checkout.py`).
 5. echo      Further requests with a key of this same batch hear what the first with that key heard, or that it belongs
              to that other request.
 
@@ -22,7 +23,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Final
 
-from mercato.chassis import faults, idempotency
+from mercato.chassis import faults, idempotency, saga
 from mercato.chassis.codec import decode_outcome, encode_outcome
 from mercato.chassis.contract import (
     Actor,
@@ -33,11 +34,13 @@ from mercato.chassis.contract import (
 )
 from mercato.chassis.db import Database, LockTimeout, Tx, UniqueViolation
 from mercato.chassis.idempotency import Keyed
+from mercato.chassis.saga import Runner, Saga
 from mercato.contracts.orders import Order, PlacedOrder, PlaceOrder
 from mercato.contracts.products import Products, Quote, QuoteProduct
 from mercato.contracts.users import GetUser, User, UserNotFound, Users
 
 from . import rules, store
+from .steps import CHECKOUT, Checkout, encoded
 
 OPERATION: Final = "orders.place"
 QUOTED_AT_ONCE: Final = 4_096
@@ -76,8 +79,9 @@ class Attempted:
 class Placing:
     """Places orders. Asks users and products by their contracts, and writes to the database of orders."""
 
-    def __init__(self, database: Database, users: Users, products: Products) -> None:
+    def __init__(self, database: Database, runner: Runner, *, users: Users, products: Products) -> None:
         self._database = database
+        self._runner = runner
         self._users = users
         self._products = products
 
@@ -156,14 +160,19 @@ class Placing:
     async def _try_to_write(self, attempts: Sequence[Attempted]) -> None:
         if not attempts:
             return
+        await self._runner.room()
         async with self._database.transaction() as tx:
             await self._claim(tx, [a for a in attempts if a.keyed])
             placed = _open(attempts)
             answers = await _insert(tx, placed) if placed else []
+            checkouts = [_checkout(a.request, answer.order) for a, answer in zip(placed, answers, strict=True)]
+            if checkouts:
+                await saga.start(tx, checkouts, self._runner.lease_seconds)
             await faults.point("orders.place.before_commit")
         for attempted, answer in zip(placed, answers, strict=True):
             attempted.outcome = answer
         await faults.point("orders.place.after_commit")
+        self._runner.drive(checkouts)
 
     async def _claim(self, tx: Tx, keyed: Sequence[Attempted]) -> None:
         """Takes the keys. Who comes second, waited for the first here, and hears its answer."""
@@ -199,11 +208,20 @@ async def _insert(tx: Tx, attempts: Sequence[Attempted]) -> list[PlacedOrder]:
     orders = [a.order for a in attempts if a.order]
     rows = await store.insert(tx, orders)
     answers = [PlacedOrder(order=_written(order, row)) for order, row in zip(orders, rows, strict=True)]
+    await store.tell_placed(tx, [answer.order for answer in answers])
     done = [(a.keyed, answer) for a, answer in zip(attempts, answers, strict=True) if a.keyed]
     if done:
         stored = [encode_outcome(answer) for _, answer in done]
         await idempotency.remember(tx, OPERATION, [keyed for keyed, _ in done], stored)
     return answers
+
+
+def _checkout(request: PlaceOrder, order: Order) -> Saga:
+    """The saga of a new order, at its first step."""
+    state = Checkout()
+    if request.payment_method is not None:
+        state = Checkout(paying=True, method=request.payment_method, attempt=1, with_order=True)
+    return Saga((order.id, CHECKOUT, ""), "reserve", encoded(state), memo=order)
 
 
 # ----------------------------------------------------------------------------------------------------------- details

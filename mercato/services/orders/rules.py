@@ -16,11 +16,15 @@ from mercato.contracts.orders import (
     Axis,
     IllegalMove,
     MixedCurrencies,
+    NothingToRefund,
+    NotReturnable,
     Order,
     OrderLine,
     PlaceLine,
     PlaceOrder,
     PriceChanged,
+    RefundOrder,
+    ReturnLine,
 )
 from mercato.contracts.products import Quote
 from mercato.contracts.roles import CUSTOMER
@@ -44,9 +48,10 @@ STATUS: Final[Moves] = _moves(
 PAYMENT: Final[Moves] = _moves(
     {
         "unpaid": {"authorized", "failed"},
-        "authorized": {"paid", "voided"},
+        # From authorized to refunded: it was captured while the order was being cancelled.
+        "authorized": {"paid", "voided", "refunded"},
         "paid": {"partially_refunded", "refunded"},
-        "partially_refunded": {"refunded"},
+        "partially_refunded": {"partially_refunded", "refunded"},
         "refunded": set(),
         "failed": set(),
         "voided": set(),
@@ -67,6 +72,11 @@ AXES: Final[Mapping[Axis, Moves]] = {"status": STATUS, "payment": PAYMENT, "fulf
 SHIPPABLE: Final = frozenset({"confirmed", "completed"})
 """Goods move only for an order that was confirmed and is not cancelled."""
 
+CANCELLABLE: Final = frozenset({"unfulfilled"})
+"""What has left the house is not cancelled: it comes back, and is refunded (`take_back`)."""
+
+REFUNDABLE: Final = frozenset({"paid", "partially_refunded"})
+
 PLACED: Final[Mapping[Axis, str]] = {"status": "pending", "payment": "unpaid", "fulfilment": "unfulfilled"}
 """Where every order begins."""
 
@@ -80,6 +90,9 @@ def as_placed(order: Order) -> Order:
         fulfilment=PLACED["fulfilment"],
         version=1,
         updated_at=order.created_at,
+        refunded_minor=0,
+        reason=None,
+        lines=tuple(msgspec.structs.replace(line, returned=0) for line in order.lines),
     )
 
 
@@ -92,7 +105,13 @@ def legal_moves(order: Order, axis: Axis) -> tuple[str, ...]:
     """Where this order can go next on an axis."""
     if axis == "fulfilment" and order.status not in SHIPPABLE:
         return ()
-    return tuple(sorted(AXES[axis][getattr(order, axis)]))
+    moves = AXES[axis][getattr(order, axis)]
+    if order.payment == "authorized":
+        # The money is promised, not taken: until it is, nothing is sent and nothing is closed.
+        moves = moves - {"shipped", "completed"}
+    if axis == "status" and order.fulfilment not in CANCELLABLE:
+        moves = moves - {"cancelled"}
+    return tuple(sorted(moves))
 
 
 def check_move(order: Order, axis: Axis, wanted: str) -> None:
@@ -102,11 +121,78 @@ def check_move(order: Order, axis: Axis, wanted: str) -> None:
         raise IllegalMove(order_id=order.id, axis=axis, current=getattr(order, axis), wanted=wanted, legal=legal)
 
 
-def check_cancel(order: Order, actor: Actor) -> None:
-    """A customer cancels what has not been shipped; staff cancel whatever the status allows. Raises `IllegalMove`."""
-    if actor.role == CUSTOMER and order.fulfilment != "unfulfilled":
-        raise IllegalMove(order_id=order.id, axis="status", current=order.status, wanted="cancelled", legal=())
-    check_move(order, "status", "cancelled")
+def assert_declared(order: Order, status: str | None, payment: str | None, fulfilment: str | None) -> None:
+    """The last look before a move is written: what the tables above do not have does not happen."""
+    wanted_by_axis: Mapping[Axis, str | None] = {"status": status, "payment": payment, "fulfilment": fulfilment}
+    for axis, wanted in wanted_by_axis.items():
+        before: str = getattr(order, axis)
+        declared = wanted is None or wanted in AXES[axis][before]
+        assert declared, f"order {order.id}: {axis} does not go from {before} to {wanted}"
+
+
+def event_of(before: Order, after: Order, again: Axis | None = None) -> str:
+    """What a move is told as: by its first axis that has changed, or reached the same state `again`."""
+    for axis in AXES:
+        if axis == again == "fulfilment":
+            return "order.partially_returned"
+        if axis == again or getattr(before, axis) != getattr(after, axis):
+            return f"order.{getattr(after, axis)}"
+    raise AssertionError(f"order {before.id} has not moved")
+
+
+def check_refund(order: Order, request: RefundOrder, left_minor: int) -> int:
+    """How much is to be given back. Raises `IllegalMove`, `InvalidRequest` or `NothingToRefund`."""
+    if order.payment not in REFUNDABLE:
+        raise IllegalMove(
+            order_id=order.id,
+            axis="payment",
+            current=order.payment,
+            wanted="refunded",
+            legal=legal_moves(order, "payment"),
+        )
+    if request.currency is not None and request.currency != order.currency:
+        wrong = FieldError(field="currency", message=f"is not that of the order, {order.currency}")
+        raise InvalidRequest(errors=(wrong,))
+    amount = left_minor if request.amount_minor is None else request.amount_minor
+    if not 0 < amount <= left_minor:
+        raise NothingToRefund(order_id=order.id, wanted_minor=amount, left_minor=left_minor, currency=order.currency)
+    return amount
+
+
+def not_returned(order: Order) -> tuple[ReturnLine, ...]:
+    """Everything that was sold and has not come back."""
+    return tuple(
+        ReturnLine(product_id=line.product_id, quantity=line.quantity - line.returned)
+        for line in order.lines
+        if line.quantity > line.returned
+    )
+
+
+def check_return(order: Order, lines: Sequence[ReturnLine]) -> None:
+    """Raises `IllegalMove` where nothing was delivered, `InvalidRequest` or `NotReturnable` for a line."""
+    check_move(order, "fulfilment", "returned")
+    left = {line.product_id: line.quantity - line.returned for line in order.lines}
+    if errors := _repeated([line.product_id for line in lines]):
+        raise InvalidRequest(errors=errors)
+    for line in lines:
+        if line.quantity > left.get(line.product_id, 0):
+            raise NotReturnable(
+                order_id=order.id,
+                product_id=line.product_id,
+                wanted=line.quantity,
+                left=left.get(line.product_id, 0),
+            )
+
+
+def is_all(order: Order, lines: Sequence[ReturnLine]) -> bool:
+    """Whether nothing is left once these have come back."""
+    return sum(line.quantity for line in lines) == sum(line.quantity - line.returned for line in order.lines)
+
+
+def worth(order: Order, lines: Sequence[ReturnLine]) -> int:
+    """What these goods of the order cost, in minor units."""
+    prices = {line.product_id: line.unit_price_minor for line in order.lines}
+    return sum(prices[line.product_id] * line.quantity for line in lines)
 
 
 def may_see(actor: Actor, user_id: int) -> bool:
@@ -116,14 +202,19 @@ def may_see(actor: Actor, user_id: int) -> bool:
 
 def check_lines(lines: Sequence[PlaceLine]) -> InvalidRequest | None:
     """A product stands in one line of an order: stock is reserved by order and product."""
+    errors = _repeated([line.product_id for line in lines])
+    return InvalidRequest(errors=errors) if errors else None
+
+
+def _repeated(product_ids: Sequence[int]) -> tuple[FieldError, ...]:
     first: dict[int, int] = {}
     errors: list[FieldError] = []
-    for i, line in enumerate(lines):
-        j = first.setdefault(line.product_id, i)
+    for i, product_id in enumerate(product_ids):
+        j = first.setdefault(product_id, i)
         if j != i:
-            message = f"product {line.product_id} stands in items[{j}] already; give one item with the whole quantity"
+            message = f"product {product_id} stands in items[{j}] already; give one item with the whole quantity"
             errors.append(FieldError(field=f"items[{i}].product_id", message=message))
-    return InvalidRequest(errors=tuple(errors)) if errors else None
+    return tuple(errors)
 
 
 def priced(lines: Sequence[PlaceLine], quotes: Mapping[int, Quote]) -> tuple[OrderLine, ...]:

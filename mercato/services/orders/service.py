@@ -5,26 +5,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mercato.chassis import faults
-from mercato.chassis.contract import Actor, Batch, ServiceError, StaleVersion, current
+from mercato.chassis.contract import Actor, Batch, ServiceError, current
 from mercato.chassis.db import Database, Tx
+from mercato.chassis.saga import Runner, Saga
 from mercato.contracts.orders import (
+    AwaitOrder,
     Axis,
     CancelOrder,
     GetHistory,
     GetOrder,
+    GetTimeline,
     History,
     ListOrders,
     MoveOrder,
+    MovePayment,
     Order,
     OrderNotFound,
     OrderPage,
+    PaidOrder,
+    PayOrder,
     PlacedOrder,
     PlaceOrder,
+    Refund,
+    RefundOrder,
+    ReturnOrder,
+    Timeline,
 )
 from mercato.contracts.roles import CUSTOMER
 
 from . import rules, store
+from .paying import Paying, check_version
 from .placing import Placing
+from .refunding import Refunding
+from .timeline import Tracing
 
 faults.declare("orders.move.before_commit", "orders.move.after_commit")
 
@@ -32,9 +45,22 @@ faults.declare("orders.move.before_commit", "orders.move.after_commit")
 class OrdersService:
     """See `contracts/orders.py` for what each operation promises."""
 
-    def __init__(self, database: Database, placing: Placing) -> None:
+    def __init__(
+        self,
+        database: Database,
+        runner: Runner,
+        *,
+        placing: Placing,
+        paying: Paying,
+        refunding: Refunding,
+        tracing: Tracing,
+    ) -> None:
         self._database = database
+        self._runner = runner
         self._placing = placing
+        self._paying = paying
+        self._refunding = refunding
+        self._tracing = tracing
 
     async def place(self, batch: Batch[PlaceOrder]) -> Sequence[PlacedOrder | ServiceError]:
         return await self._placing.place(batch)
@@ -60,28 +86,38 @@ class OrdersService:
         return OrderPage(orders=page, next_before=page[-1].id if len(orders) > request.limit else None)
 
     async def move(self, request: MoveOrder) -> Order:
-        wanted: list[tuple[Axis, str]] = []
-        if request.status is not None:
-            wanted.append(("status", request.status))
-        if request.fulfilment is not None:
-            wanted.append(("fulfilment", request.fulfilment))
+        """Status and fulfilment by hand. Confirming and cancelling, which concern stock and money, are of checkout."""
+        version = request.version
+        if request.status == "cancelled":
+            order = await self._paying.cancel(CancelOrder(id=request.id, version=version))
+        elif request.status == "confirmed":
+            order = await self._paying.confirm(request.id, version)
+        else:
+            return await self._move(request, version)
+        if request.fulfilment is None:
+            return order
+        return await self._move(MoveOrder(id=request.id, fulfilment=request.fulfilment), None)
+
+    async def _move(self, request: MoveOrder, version: int | None) -> Order:
+        returning: Saga | None = None
         async with self._database.transaction() as tx:
-            order = await self._locked(tx, request.id, request.version)
-            for axis, state in wanted:
-                order = await self._move(tx, order, axis, state)
+            order = await self._locked(tx, request.id)
+            check_version(order, version)
+            if request.status is not None:
+                order = await _move_one(tx, order, "status", store.Move(order, status=request.status))
+            if request.fulfilment == "returned" and order.fulfilment != "returned":
+                returning = await self._refunding.take_back_rest(tx, order)
+                [order] = (await store.get(tx, [order.id])).values()
+            elif request.fulfilment is not None:
+                order = await _move_one(tx, order, "fulfilment", store.Move(order, fulfilment=request.fulfilment))
             await faults.point("orders.move.before_commit")
         await faults.point("orders.move.after_commit")
+        if returning is not None:
+            self._runner.drive([returning])
         return order
 
     async def cancel(self, request: CancelOrder) -> Order:
-        async with self._database.transaction() as tx:
-            order = await self._locked(tx, request.id, request.version)
-            if order.status != "cancelled":
-                rules.check_cancel(order, current.get().actor)
-            order = await self._move(tx, order, "status", "cancelled", request.reason)
-            await faults.point("orders.move.before_commit")
-        await faults.point("orders.move.after_commit")
-        return order
+        return await self._paying.cancel(request)
 
     async def history(self, request: GetHistory) -> History:
         async with self._database.read() as tx:
@@ -89,20 +125,48 @@ class OrdersService:
             _raise_if_error(_visible(order, request.id, current.get().actor))
             return History(entries=tuple(await store.history(tx, request.id)))
 
-    async def _locked(self, tx: Tx, order_id: int, version: int | None) -> Order:
-        order = _raise_if_error(_visible(await store.get_locked(tx, order_id), order_id, current.get().actor))
-        if version is not None and version != order.version:
-            raise StaleVersion(expected=version, actual=order.version)
-        return order
+    async def settled(self, request: AwaitOrder) -> Order:
+        await self._seen(request.id)
+        await self._paying.rest(request.id, request.wait_ms / 1_000)
+        return await self._seen(request.id)
 
-    async def _move(self, tx: Tx, order: Order, axis: Axis, wanted: str, reason: str = "") -> Order:
-        if getattr(order, axis) == wanted:
-            return order  # a retry of a move whose answer was lost
-        rules.check_move(order, axis, wanted)
-        sources = rules.sources(axis, wanted)
-        moved = await store.move(tx, order, axis, wanted, sources, actor=current.get().actor, reason=reason)
-        assert moved, "the row is locked: nobody can have moved it in between"
-        return moved
+    async def timeline(self, request: GetTimeline) -> Timeline:
+        await self._seen(request.id)
+        return await self._tracing.timeline(request.id)
+
+    async def pay(self, request: PayOrder) -> PaidOrder:
+        return await self._paying.pay(request)
+
+    async def capture(self, request: MovePayment) -> PaidOrder:
+        return await self._paying.capture(request)
+
+    async def void(self, request: MovePayment) -> PaidOrder:
+        return await self._paying.void(request)
+
+    async def refund(self, request: RefundOrder) -> Refund:
+        return await self._refunding.refund(request)
+
+    async def take_back(self, request: ReturnOrder) -> Refund:
+        return await self._refunding.take_back(request)
+
+    async def _seen(self, order_id: int) -> Order:
+        async with self._database.read() as tx:
+            order = (await store.get(tx, [order_id])).get(order_id)
+        return _raise_if_error(_visible(order, order_id, current.get().actor))
+
+    async def _locked(self, tx: Tx, order_id: int) -> Order:
+        return _raise_if_error(_visible(await store.get_locked(tx, order_id), order_id, current.get().actor))
+
+
+async def _move_one(tx: Tx, order: Order, axis: Axis, move: store.Move) -> Order:
+    """The move of a locked order along one axis."""
+    wanted: str = getattr(move, axis)
+    if getattr(order, axis) == wanted:
+        return order  # a retry of a move whose answer was lost
+    rules.check_move(order, axis, wanted)
+    [moved] = await store.move(tx, [move], current.get().actor)
+    assert moved, "the row is locked: nobody can have moved it in between"
+    return moved
 
 
 def _visible(order: Order | None, order_id: int, actor: Actor) -> Order | ServiceError:

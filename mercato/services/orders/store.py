@@ -9,9 +9,22 @@ from typing import Final
 
 import msgspec
 
+from mercato.chassis import events
 from mercato.chassis.contract import MAX_ID, Actor
 from mercato.chassis.db import Row, Tx
-from mercato.contracts.orders import Axis, Fulfilment, HistoryEntry, ListOrders, Order, OrderLine, Payment, Status
+from mercato.contracts.orders import (
+    Axis,
+    CancelReason,
+    Fulfilment,
+    HistoryEntry,
+    ListOrders,
+    Order,
+    OrderChanged,
+    OrderLine,
+    Payment,
+    ReturnLine,
+    Status,
+)
 
 from . import rules
 
@@ -47,6 +60,9 @@ class OrderRow(Row):
     created_at: datetime.datetime
     updated_at: datetime.datetime
     version: int
+    refunded_minor: int
+    refund_pending_minor: int
+    reason: str | None
 
 
 class LineRow(Row):
@@ -56,6 +72,7 @@ class LineRow(Row):
     name: str
     quantity: int
     unit_price_minor: int
+    returned: int
 
 
 class HistoryRow(Row):
@@ -67,11 +84,6 @@ class HistoryRow(Row):
     actor_role: str
     actor_id: int
     at: datetime.datetime
-
-
-class MovedRow(Row):
-    version: int
-    updated_at: datetime.datetime
 
 
 class KeyedRow(Row):
@@ -107,13 +119,14 @@ async def insert(tx: Tx, orders: Sequence[NewOrder]) -> list[PlacedRow]:
             INSERT INTO orders (id, user_id, currency, total_minor, principal, idempotency_key, fingerprint)
             SELECT id, user_id, currency, total_minor, principal, key, fingerprint FROM numbered
              ORDER BY principal, key
+        ), ids AS MATERIALIZED (
+            SELECT array_agg(id ORDER BY n) AS by_n FROM numbered
         ), lined AS (
             INSERT INTO order_lines (order_id, product_id, position, sku, name, quantity, unit_price_minor)
-            SELECT o.id, l.product_id, l.position, l.sku, l.name, l.quantity, l.unit_price_minor
+            SELECT (SELECT by_n FROM ids)[l.n], l.product_id, l.position, l.sku, l.name, l.quantity, l.unit_price_minor
               FROM unnest($9::bigint[], $10::smallint[], $11::bigint[], $12::text[], $13::text[], $14::integer[],
                           $15::bigint[])
                    AS l (n, position, product_id, sku, name, quantity, unit_price_minor)
-              JOIN numbered o USING (n)
         ), noted AS (
             INSERT INTO order_history (order_id, version, axis, after, actor_role, actor_id)
             SELECT id, 1, 'status', 'pending', actor_role, actor_id FROM numbered
@@ -170,7 +183,8 @@ async def get(tx: Tx, ids: Sequence[int]) -> dict[int, Order]:
     rows = await tx.fetch(
         OrderRow,
         """
-        SELECT id, user_id, status, payment, fulfilment, currency, total_minor, created_at, updated_at, version
+        SELECT id, user_id, status, payment, fulfilment, currency, total_minor, created_at, updated_at, version,
+               refunded_minor, refund_pending_minor, reason
           FROM orders
          WHERE id = ANY($1::bigint[])
         """,
@@ -184,7 +198,8 @@ async def get_locked(tx: Tx, order_id: int) -> Order | None:
     rows = await tx.fetch(
         OrderRow,
         """
-        SELECT id, user_id, status, payment, fulfilment, currency, total_minor, created_at, updated_at, version
+        SELECT id, user_id, status, payment, fulfilment, currency, total_minor, created_at, updated_at, version,
+               refunded_minor, refund_pending_minor, reason
           FROM orders
          WHERE id = $1
            FOR NO KEY UPDATE
@@ -206,7 +221,8 @@ def _list_statements() -> dict[Filters, str]:
         (by_user, status, payment, fulfilment): "".join(
             (
                 """
-                SELECT id, user_id, status, payment, fulfilment, currency, total_minor, created_at, updated_at, version
+                SELECT id, user_id, status, payment, fulfilment, currency, total_minor, created_at, updated_at, version,
+                       refunded_minor, refund_pending_minor, reason
                   FROM orders
                  WHERE id < $1""",
                 " AND user_id = $3" if by_user else "",
@@ -241,12 +257,13 @@ async def list_page(tx: Tx, wanted: ListOrders, limit: int) -> list[Order]:
 
 
 async def _with_lines(tx: Tx, rows: Sequence[OrderRow]) -> dict[int, Order]:
-    # A second statement sees the same lines as the first saw orders: lines are written with their order, and for good.
+    # A second statement sees the same lines as the first saw orders: lines are written with their order, and for good;
+    # but how many have come back may be newer.
     lines: dict[int, list[OrderLine]] = {row.id: [] for row in rows}
     for line in await tx.fetch(
         LineRow,
         """
-        SELECT order_id, product_id, sku, name, quantity, unit_price_minor
+        SELECT order_id, product_id, sku, name, quantity, unit_price_minor, returned
           FROM order_lines
          WHERE order_id = ANY($1::bigint[])
          ORDER BY order_id, position
@@ -261,6 +278,7 @@ async def _with_lines(tx: Tx, rows: Sequence[OrderRow]) -> dict[int, Order]:
                 quantity=line.quantity,
                 unit_price_minor=line.unit_price_minor,
                 line_total_minor=line.unit_price_minor * line.quantity,
+                returned=line.returned,
             )
         )
     return {
@@ -276,6 +294,8 @@ async def _with_lines(tx: Tx, rows: Sequence[OrderRow]) -> dict[int, Order]:
             created_at=row.created_at,
             updated_at=row.updated_at,
             version=row.version,
+            refunded_minor=row.refunded_minor,
+            reason=None if row.reason is None else msgspec.json.decode(row.reason, type=CancelReason),
         )
         for row in rows
     }
@@ -297,43 +317,187 @@ async def history(tx: Tx, order_id: int) -> list[HistoryEntry]:
 
 # ----------------------------------------------------------------------------------------------------------- moving
 
-MOVE_SQL: Final[dict[Axis, str]] = {
-    axis: """
+
+class Move(msgspec.Struct, frozen=True):
+    """A move of one order along one or more axes, from where `order` is. None: this axis stays."""
+
+    order: Order
+    status: Status | None = None
+    payment: Payment | None = None
+    fulfilment: Fulfilment | None = None
+    reason: CancelReason | None = None
+    note: str = ""
+    """For the history, in the words of whoever moves it."""
+    actor: Actor | None = None
+    """Who moves this one, where it is somebody else than who moves the others."""
+    again: Axis | None = None
+    """The axis of which a further part reaches the state that the order is in: one more partial refund or return."""
+    refunded_minor: int = 0
+    """Given back with this move."""
+    pending_minor: int = 0
+    """How much of `refunded_minor` was announced before (`announce_refund`)."""
+
+
+class MovedRow(Row):
+    id: int
+    version: int
+    updated_at: datetime.datetime
+    fulfilment: Fulfilment
+    refunded_minor: int
+
+
+async def move(tx: Tx, moves: Sequence[Move], actor: Actor) -> list[Order | None]:
+    """Moves orders, notes it, and tells it; gives them as they are now, in order.
+
+    None, and nothing done, for one that is not any more where its move starts. An order stands in one move at most. The
+    caller holds the lock of each order's saga, or of the order itself. Only declared moves are made.
+    """
+    for wanted in moves:
+        rules.assert_declared(wanted.order, wanted.status, wanted.payment, wanted.fulfilment)
+    rows = await tx.fetch(
+        MovedRow,
+        """
         WITH moved AS (
-            UPDATE orders
-               SET AXIS = $2, version = version + 1, updated_at = greatest(updated_at, clock_timestamp())
-             WHERE id = $1 AND AXIS = ANY($3::text[]) AND version = $4
-            RETURNING id, version, updated_at
+            UPDATE orders o
+               SET status = w.status,
+                   payment = w.payment,
+                   fulfilment = CASE WHEN w.fulfilment <> w.was_fulfilment THEN w.fulfilment ELSE o.fulfilment END,
+                   reason = coalesce(w.reason, o.reason),
+                   refunded_minor = o.refunded_minor + w.refunded_minor,
+                   refund_pending_minor = o.refund_pending_minor - w.pending_minor,
+                   version = o.version + 1,
+                   -- Not the time of the transaction's start: who waited for the lock began before what it waited for.
+                   updated_at = greatest(o.updated_at, clock_timestamp())
+              FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[],
+                          $8::text[], $9::bigint[], $10::bigint[], $11::text[], $12::text[], $13::text[], $14::bigint[])
+                   AS w (id, was_status, status, was_payment, payment, was_fulfilment, fulfilment, reason,
+                         refunded_minor, pending_minor, note, again, actor_role, actor_id)
+             WHERE o.id = w.id AND o.status = w.was_status AND o.payment = w.was_payment
+               -- Goods are shipped while nobody looks: that does not stand in the way of money.
+               AND (o.fulfilment = w.was_fulfilment OR w.fulfilment = w.was_fulfilment)
+            RETURNING o.id, o.version, o.updated_at, o.fulfilment, o.refunded_minor, o.status, o.payment,
+                      w.was_status, w.was_payment, w.was_fulfilment, w.note, w.again, w.actor_role, w.actor_id
         ), noted AS (
             INSERT INTO order_history (order_id, version, axis, before, after, reason, actor_role, actor_id, at)
-            SELECT id, version, 'AXIS', $5::text, $2, $6::text, $7::text, $8::bigint, updated_at FROM moved
+            SELECT m.id, m.version, a.axis, a.before, a.after, m.note, m.actor_role, m.actor_id, m.updated_at
+              FROM moved m
+             CROSS JOIN LATERAL (
+                VALUES ('status', m.was_status, m.status),
+                       ('payment', m.was_payment, m.payment),
+                       ('fulfilment', m.was_fulfilment, m.fulfilment)
+             ) AS a (axis, before, after)
+             WHERE a.before <> a.after OR a.axis = m.again
         )
-        SELECT version, updated_at FROM moved
-        """.replace("AXIS", axis)
-    for axis in rules.AXES
-}
-# The time is not that of the transaction's start: who waited for the lock began before what it waited for.
-
-
-async def move(
-    tx: Tx, order: Order, axis: Axis, wanted: str, sources: Sequence[str], *, actor: Actor, reason: str = ""
-) -> Order | None:
-    """Moves one axis and notes it; gives the order as it is now.
-
-    None, and nothing done, when the order is not any more as `order` says.
-    """
-    moved = await tx.fetch_one(
-        MovedRow,
-        MOVE_SQL[axis],
-        order.id,
-        wanted,
-        sources,
-        order.version,
-        getattr(order, axis),
-        reason,
-        actor.role,
-        actor.id,
+        SELECT id, version, updated_at, fulfilment, refunded_minor FROM moved
+        """,
+        [m.order.id for m in moves],
+        [m.order.status for m in moves],
+        [m.status or m.order.status for m in moves],
+        [m.order.payment for m in moves],
+        [m.payment or m.order.payment for m in moves],
+        [m.order.fulfilment for m in moves],
+        [m.fulfilment or m.order.fulfilment for m in moves],
+        [None if m.reason is None else msgspec.json.encode(m.reason).decode() for m in moves],
+        [m.refunded_minor for m in moves],
+        [m.pending_minor for m in moves],
+        [m.note for m in moves],
+        [m.again for m in moves],
+        [(m.actor or actor).role for m in moves],
+        [(m.actor or actor).id for m in moves],
     )
-    if moved is None:
-        return None
-    return msgspec.structs.replace(order, **{axis: wanted}, version=moved.version, updated_at=moved.updated_at)
+    moved = {row.id: row for row in rows}
+    orders = [_moved(m, moved[m.order.id]) if m.order.id in moved else None for m in moves]
+    told = [_event(rules.event_of(m.order, now, m.again), now) for m, now in zip(moves, orders, strict=True) if now]
+    await events.emit(tx, told)
+    return orders
+
+
+def _event(type_: str, order: Order) -> events.Outgoing:
+    data = OrderChanged(
+        order_id=order.id,
+        user_id=order.user_id,
+        status=order.status,
+        payment=order.payment,
+        fulfilment=order.fulfilment,
+        currency=order.currency,
+        total_minor=order.total_minor,
+        refunded_minor=order.refunded_minor,
+        version=order.version,
+        reason=order.reason,
+    )
+    return events.Outgoing(type=type_, subject="order", subject_id=order.id, version=order.version, data=data)
+
+
+async def tell_placed(tx: Tx, orders: Sequence[Order]) -> None:
+    """Writes the first event of each order."""
+    await events.emit(tx, [_event("order.placed", order) for order in orders])
+
+
+# --------------------------------------------------------------------------------------------------- refunds, returns
+
+
+async def announce_refund(tx: Tx, order_id: int, amount_minor: int) -> bool:
+    """Sets aside what is about to be refunded. False, and nothing done, where so much is not left.
+
+    Two refunds that are asked for at once cannot have the same money: the second sees what the first has set aside.
+    """
+    return bool(
+        await tx.execute(
+            """
+            UPDATE orders
+               SET refund_pending_minor = refund_pending_minor + $2
+             WHERE id = $1 AND refunded_minor + refund_pending_minor + $2 <= total_minor
+            """,
+            order_id,
+            amount_minor,
+        )
+    )
+
+
+async def forget_refund(tx: Tx, order_id: int, amount_minor: int) -> None:
+    """Takes back what was set aside for a refund that the provider has declined."""
+    await tx.execute(
+        "UPDATE orders SET refund_pending_minor = refund_pending_minor - $2 WHERE id = $1", order_id, amount_minor
+    )
+
+
+async def refundable(tx: Tx, order_id: int) -> int:
+    """What is left of an order's total that was neither refunded nor is about to be, in minor units."""
+    left = await tx.fetch_values(
+        int, "SELECT total_minor - refunded_minor - refund_pending_minor FROM orders WHERE id = $1", order_id
+    )
+    return left[0]
+
+
+async def refund_is_pending(tx: Tx, order_id: int) -> bool:
+    return (await tx.fetch_values(bool, "SELECT refund_pending_minor > 0 FROM orders WHERE id = $1", order_id))[0]
+
+
+async def take_back(tx: Tx, order_id: int, lines: Sequence[ReturnLine]) -> bool:
+    """Counts goods as returned. False where any line has not so many left: then the caller rolls back."""
+    changed = await tx.execute(
+        """
+        UPDATE order_lines l
+           SET returned = l.returned + w.quantity
+          FROM unnest($2::bigint[], $3::integer[]) AS w (product_id, quantity)
+         WHERE l.order_id = $1 AND l.product_id = w.product_id AND l.returned + w.quantity <= l.quantity
+        """,
+        order_id,
+        [line.product_id for line in lines],
+        [line.quantity for line in lines],
+    )
+    return changed == len(lines)
+
+
+def _moved(wanted: Move, row: MovedRow) -> Order:
+    order = wanted.order
+    return msgspec.structs.replace(
+        order,
+        status=wanted.status or order.status,
+        payment=wanted.payment or order.payment,
+        fulfilment=row.fulfilment,
+        reason=wanted.reason or order.reason,
+        refunded_minor=row.refunded_minor,
+        version=row.version,
+        updated_at=row.updated_at,
+    )

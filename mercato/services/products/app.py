@@ -9,6 +9,7 @@ from mercato.chassis.service import Env, Service
 from mercato.contracts.products import Products
 
 from . import demo
+from .consumers import IN_STOCK
 from .service import ProductsService
 
 
@@ -21,4 +22,9 @@ def build(env: Env) -> Service:
     server.register(Products.archive, service.archive)
     server.register(Products.search, service.search)
     server.register(Products.quote, service.quote)
-    return Service(server.complete(), env.database, seed_demo=functools.partial(demo.seed, env.database))
+    return Service(
+        server.complete(),
+        env.database,
+        subscriptions=(IN_STOCK,),
+        seed_demo=functools.partial(demo.seed, env.database),
+    )

@@ -147,6 +147,7 @@ def _product(row: store.ProductRow) -> Product:
         created_at=row.created_at,
         updated_at=row.updated_at,
         version=row.version,
+        in_stock=row.in_stock,
     )
 
 

@@ -27,6 +27,7 @@ class ProductRow(Row, frozen=True, gc=False):
     created_at: datetime.datetime
     updated_at: datetime.datetime
     version: int
+    in_stock: bool
 
 
 class FoundRow(ProductRow, frozen=True, gc=False):
@@ -51,7 +52,8 @@ async def insert(tx: Tx, product: CreateProduct) -> ProductRow:
         """
         INSERT INTO products (sku, name, description, price_minor, currency, category)
         VALUES ($1, $2, $3, $4, $5, $6)
-        RETURNING id, sku, name, description, price_minor, currency, category, status, created_at, updated_at, version
+        RETURNING id, sku, name, description, price_minor, currency, category, status, created_at, updated_at, version,
+                  in_stock
         """,
         product.sku,
         product.name,
@@ -69,7 +71,8 @@ async def by_ids(tx: Tx, ids: Sequence[int]) -> list[ProductRow]:
     return await tx.fetch(
         ProductRow,
         """
-        SELECT id, sku, name, description, price_minor, currency, category, status, created_at, updated_at, version
+        SELECT id, sku, name, description, price_minor, currency, category, status, created_at, updated_at, version,
+               in_stock
           FROM products
          WHERE id = ANY($1::bigint[])
         """,
@@ -95,7 +98,8 @@ async def lock(tx: Tx, product_id: int) -> ProductRow | None:
     return await tx.fetch_one(
         ProductRow,
         """
-        SELECT id, sku, name, description, price_minor, currency, category, status, created_at, updated_at, version
+        SELECT id, sku, name, description, price_minor, currency, category, status, created_at, updated_at, version,
+               in_stock
           FROM products
          WHERE id = $1
            FOR UPDATE
@@ -119,7 +123,8 @@ async def update(tx: Tx, change: UpdateProduct) -> ProductRow:
                updated_at = now(),
                version = version + 1
          WHERE id = $1
-        RETURNING id, sku, name, description, price_minor, currency, category, status, created_at, updated_at, version
+        RETURNING id, sku, name, description, price_minor, currency, category, status, created_at, updated_at, version,
+                  in_stock
         """,
         change.id,
         change.sku,
@@ -141,12 +146,39 @@ async def archive(tx: Tx, product_id: int) -> ProductRow:
         UPDATE products
            SET status = 'archived', updated_at = now(), version = version + 1
          WHERE id = $1 AND status = 'active'
-        RETURNING id, sku, name, description, price_minor, currency, category, status, created_at, updated_at, version
+        RETURNING id, sku, name, description, price_minor, currency, category, status, created_at, updated_at, version,
+                  in_stock
         """,
         product_id,
     )
     assert row is not None, f"product {product_id} was not locked before, or is archived"
     return row
+
+
+# ------------------------------------------------------------------------------------------------------------- stock
+
+
+async def note_stock(tx: Tx, product_ids: Sequence[int], in_stock: Sequence[bool], versions: Sequence[int]) -> int:
+    """Notes whether there is any of each product; gives how many of these news were new.
+
+    `versions` are those of the levels. News that are older than those noted change nothing, in whatever order they come.
+    """
+    # Locked in the order of ids first: two who note the same products in different orders would wait for each other.
+    return await tx.execute(
+        """
+        WITH locked AS MATERIALIZED (
+            SELECT id FROM products WHERE id = ANY($1::bigint[]) ORDER BY id FOR NO KEY UPDATE
+        )
+        UPDATE products p
+           SET in_stock = n.in_stock, stock_version = n.version
+          FROM locked
+          JOIN unnest($1::bigint[], $2::boolean[], $3::bigint[]) AS n (id, in_stock, version) USING (id)
+         WHERE p.id = locked.id AND p.stock_version < n.version
+        """,
+        product_ids,
+        in_stock,
+        versions,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ search
@@ -158,7 +190,7 @@ async def archive(tx: Tx, product_id: int) -> ProductRow:
 # of the sort, too, instead of, say, the index of prices for a range that is mostly everything.
 
 _COLUMNS: Final = """
-SELECT id, sku, name, description, price_minor, currency, category, status, created_at, updated_at, version"""
+SELECT id, sku, name, description, price_minor, currency, category, status, created_at, updated_at, version, in_stock"""
 
 _SCOPES: Final[Mapping[Scope, str]] = {
     "all": """, 0::real AS relevance

@@ -1,4 +1,7 @@
-"""An orders service whose buyers and catalogue a test owns, any number of hosts on its database, and a cable to cut."""
+"""An orders service whose buyers and catalogue a test owns, any number of hosts on its database, and a cable to cut.
+
+Stock and money are real: inventory, payments and the sandbox, each on a database of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import asyncio
 import contextlib
 import datetime
 import itertools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar, cast
 from urllib.parse import parse_qs, urlsplit
 
@@ -15,13 +18,16 @@ import asyncpg
 from mercato.chassis.contract import Actor, Batch, ServiceError
 from mercato.chassis.db import Database
 from mercato.chassis.rpc import Server
-from mercato.chassis.service import Env, Host, Service
+from mercato.chassis.service import Build, Env, Host, Service
 from mercato.chassis.testing import TEST_SECRET, Rig, migrations_folder
 from mercato.contracts.orders import GetOrder, MoveOrder, Order, Orders, PlacedOrder, PlaceLine, PlaceOrder
 from mercato.contracts.products import ProductNotFound, Products, Quote, QuoteProduct
 from mercato.contracts.users import GetUser, User, UserNotFound, Users
+from mercato.services.inventory import app as inventory
 from mercato.services.orders import app
 from mercato.services.orders.store import OrderRow
+from mercato.services.payments import app as payments
+from mercato.services.sandbox import app as sandbox
 
 T = TypeVar("T")
 
@@ -33,6 +39,7 @@ MUG: Final = 1
 LAMP: Final = 2
 POLLS: Final = 1_000
 POLL_SECONDS: Final = 0.01
+PLENTY: Final = 1_000_000
 
 PATHS: Final = {
     ("status", "pending"): (),
@@ -140,7 +147,8 @@ class World:
             "orders", migrations_folder(app.build)
         )
         self.rig.dsns["users"] = self.rig.dsns["products"] = self.dsn  # the fakes have no tables
-        await self.rig.open(users=self.users.build, products=self.products.build, orders=app.build)
+        await self.rig.open(**self.builds)
+        await self.stock({MUG: PLENTY, LAMP: PLENTY})
         self.orders = self.rig.client(Orders)
         self.database: Database = self.rig.host.services["orders"].database
         return self
@@ -148,21 +156,46 @@ class World:
     async def close(self) -> None:
         await self._closing.aclose()
 
+    @property
+    def builds(self) -> dict[str, Build]:
+        return {
+            "users": self.users.build,
+            "products": self.products.build,
+            "inventory": inventory.build,
+            "sandbox": sandbox.build,
+            "payments": payments.build,
+            "orders": app.build,
+        }
+
+    async def stock(self, on_hand: Mapping[int, int]) -> None:
+        """Puts so many pieces of products that nobody has counted yet on the shelf."""
+        connection = await self.connection("inventory")
+        for product_id, pieces in on_hand.items():
+            await connection.execute(
+                """
+                WITH level AS (INSERT INTO levels (product_id, on_hand) VALUES ($1, $2))
+                INSERT INTO movements (product_id, kind, delta, actor_role, actor_id) VALUES ($1, 'receipt', $2, 'staff', 9)
+                """,
+                product_id,
+                pieces,
+            )
+
     async def another_process(self, dsn: str | None = None) -> Orders:
         """The client of a second host, as in a process of its own, on the same database."""
         host = Host(
-            {"users": self.users.build, "products": self.products.build, "orders": app.build},
+            self.builds,
             {**self.rig.dsns, "orders": dsn or self.dsn},
             secret=TEST_SECRET,
             transport=self.rig.transport,
+            options=self.rig.options,
         )
         await host.open()
         self._closing.push_async_callback(host.close)
         return host.client(Orders)
 
-    async def connection(self) -> Any:
+    async def connection(self, service: str = "orders") -> Any:
         """A connection of the test's own, to look into tables and to hold locks by hand."""
-        made = await cast(Any, asyncpg).connect(self.dsn)
+        made = await cast(Any, asyncpg).connect(self.rig.dsns[service])
         self._closing.push_async_callback(made.close)
         return made
 
@@ -204,7 +237,8 @@ class World:
             row = await tx.fetch_one(
                 OrderRow,
                 """
-                SELECT id, user_id, status, payment, fulfilment, currency, total_minor, created_at, updated_at, version
+                SELECT id, user_id, status, payment, fulfilment, currency, total_minor, created_at, updated_at, version,
+                       refunded_minor, refund_pending_minor, reason
                   FROM orders WHERE id = $1
                 """,
                 order_id,

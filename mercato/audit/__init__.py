@@ -1,0 +1,1 @@
+"""What must always hold, asked of copies of all databases."""

@@ -1,0 +1,350 @@
+"""Every SQL statement of a relay: the publisher's side of events. Tables and words are in `events.py`.
+
+Three states of an outbox row: fresh (nobody has been offered it), owed (not everybody has taken it, `outbox_retries`
+says who has not), published (all have). Only the holder of the lease changes states, in a transaction that begins with
+`renew`: that statement locks the row of the lease, so that these transactions run one after the other, and a process
+that has lost the lease without noticing changes nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from .db import Row, Tx
+from .events import KEPT_DAYS, Event
+
+LEASE_SECONDS: Final = 5.0
+BATCH: Final = 500
+RUN: Final = 50
+"""So many events that were held back follow the first of their subject at once."""
+REAPED_AT_ONCE: Final = 1_000
+LAG_COUNT_LIMIT: Final = 10_000
+
+
+class Debt(msgspec.Struct, frozen=True, gc=False):
+    """An event that a consumer has not taken. `wait_s` until the next try; None: held back behind an earlier one."""
+
+    event: Event
+    consumer: str
+    tries: int
+    wait_s: float | None
+    error: str
+
+    @property
+    def line(self) -> Line:
+        """Whom it waits in one line with."""
+        return self.consumer, self.event.subject, self.event.subject_id
+
+
+Line = tuple[str, str, int]
+"""A consumer, and the subject whose events it gets one after the other."""
+
+
+class LineRow(Row):
+    consumer: str
+    subject: str
+    subject_id: int
+
+    @property
+    def line(self) -> Line:
+        return self.consumer, self.subject, self.subject_id
+
+
+class DueRow(Row):
+    """An event that is owed, and to whom."""
+
+    consumer: str
+    tries: int
+    source: str
+    id: int
+    type: str
+    subject: str
+    subject_id: int
+    version: int
+    data: str
+    at: datetime.datetime
+
+    def event(self) -> Event:
+        return Event(
+            self.source, self.id, self.type, self.subject, self.subject_id, self.version, self.data, self.at
+        )  # fmt: skip
+
+
+class LagRow(Row):
+    count: int
+    """At most `LAG_COUNT_LIMIT`."""
+    age_s: float
+
+
+# ------------------------------------------------------------------------------------------------------------ lease
+
+
+async def is_led_by_another(tx: Tx, holder: str) -> bool:
+    """A look that locks nothing, for those who wait: taking the lease is tried only when it can be had."""
+    return bool(
+        await tx.fetch_values(
+            str, "SELECT name FROM relays WHERE holder <> $1 AND leased_until >= clock_timestamp()", holder
+        )
+    )
+
+
+async def take_lead(tx: Tx, holder: str) -> bool:
+    """Takes the lease, or renews it. The database's clock judges, the same for all who want it."""
+    # No wait for the disk, here and in `renew`: a lease or mark that a power failure takes back costs duplicates only.
+    await tx.execute("SET LOCAL synchronous_commit = off")
+    taken = await tx.execute(
+        """
+        INSERT INTO relays (name, holder, leased_until)
+        VALUES ('outbox', $1, clock_timestamp() + make_interval(secs => $2))
+            ON CONFLICT ON CONSTRAINT relays_pkey DO UPDATE
+           SET holder = excluded.holder, leased_until = excluded.leased_until
+         WHERE relays.holder = excluded.holder OR relays.leased_until < clock_timestamp()
+        """,
+        holder,
+        LEASE_SECONDS,
+    )
+    return taken == 1
+
+
+async def renew(tx: Tx, holder: str) -> bool:
+    """Makes sure that the lease is still ours, and stays ours until this transaction ends. False: it is not."""
+    held = await tx.fetch_values(
+        str,
+        """
+        UPDATE relays
+           SET leased_until = clock_timestamp() + make_interval(secs => $2)
+         WHERE name = 'outbox' AND holder = $1
+        RETURNING set_config('synchronous_commit', 'off', true)
+        """,
+        holder,
+        LEASE_SECONDS,
+    )
+    return bool(held)
+
+
+async def release(tx: Tx, holder: str) -> None:
+    """Gives the lease back, so that the next process need not wait for its end."""
+    await tx.execute("DELETE FROM relays WHERE holder = $1", holder)
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+async def fresh(tx: Tx, source: str) -> list[Event]:
+    """Up to `BATCH` events that nobody has been offered, the oldest first."""
+    return await tx.fetch(
+        Event,
+        """
+        SELECT $1::text AS source, id, type, subject, subject_id, version, data, at
+          FROM outbox
+         WHERE published_at IS NULL AND NOT owed
+         ORDER BY id
+         LIMIT $2
+        """,
+        source,
+        BATCH,
+    )
+
+
+async def is_indebted(tx: Tx) -> bool:
+    """Whether anything is owed to anybody."""
+    return (await tx.fetch_values(bool, "SELECT EXISTS (SELECT FROM outbox_retries)"))[0]
+
+
+async def waiting_lines(tx: Tx, events: Sequence[Event], consumers: Sequence[str]) -> set[Line]:
+    """The consumers that have not taken an earlier event of a subject of these."""
+    subjects = list({(event.subject, event.subject_id) for event in events})
+    rows = await tx.fetch(
+        LineRow,
+        """
+        SELECT c.consumer, s.subject, s.subject_id
+          FROM unnest($1::text[], $2::bigint[]) AS s (subject, subject_id)
+         CROSS JOIN unnest($3::text[]) AS c (consumer)
+         CROSS JOIN LATERAL (
+            SELECT event_id
+              FROM outbox_retries
+             WHERE consumer = c.consumer AND subject = s.subject AND subject_id = s.subject_id
+             ORDER BY event_id
+             LIMIT 1
+         ) owed
+        """,
+        [subject for subject, _ in subjects],
+        [subject_id for _, subject_id in subjects],
+        consumers,
+    )
+    return {row.line for row in rows}
+
+
+async def due(tx: Tx, source: str, consumers: Sequence[str]) -> list[DueRow]:
+    """Up to `BATCH` events that are owed and whose time has come, in order, each with what was held back behind it."""
+    # Cut by id: of each line a beginning is left.
+    return await tx.fetch(
+        DueRow,
+        """
+        SELECT r.consumer, r.tries, $1::text AS source, o.id, o.type, o.subject, o.subject_id, o.version, o.data, o.at
+          FROM (
+            SELECT consumer, subject, subject_id, event_id
+              FROM outbox_retries
+             WHERE consumer = ANY($2::text[]) AND retry_at <= clock_timestamp()
+             ORDER BY retry_at
+             LIMIT $3
+          ) AS first
+         CROSS JOIN LATERAL (
+            SELECT event_id, consumer, tries
+              FROM outbox_retries
+             WHERE consumer = first.consumer AND subject = first.subject AND subject_id = first.subject_id
+               AND event_id >= first.event_id
+             ORDER BY event_id
+             LIMIT $4
+         ) r
+          JOIN outbox o ON o.id = r.event_id
+         ORDER BY o.id
+         LIMIT $3
+        """,
+        source,
+        consumers,
+        BATCH,
+        RUN,
+    )
+
+
+async def lag(tx: Tx) -> LagRow:
+    """How many events are not published, and the age of the oldest in seconds."""
+    rows = await tx.fetch(
+        LagRow,
+        """
+        WITH waiting AS (
+            (SELECT id FROM outbox WHERE published_at IS NULL AND NOT owed ORDER BY id LIMIT $1)
+            UNION
+            (SELECT event_id FROM outbox_retries ORDER BY event_id LIMIT $1)
+            ORDER BY id
+            LIMIT $1
+        )
+        SELECT count(*) AS count,
+               coalesce(
+                   extract(epoch FROM clock_timestamp() - (SELECT at FROM outbox WHERE id = min(waiting.id))), 0
+               )::float8 AS age_s
+          FROM waiting
+        """,
+        LAG_COUNT_LIMIT,
+    )
+    return rows[0]
+
+
+# --------------------------------------------------------------------------------------------------------- settling
+
+
+async def publish(tx: Tx, ids: Sequence[int]) -> None:
+    """Marks events that everybody has taken at once."""
+    await tx.execute("UPDATE outbox SET published_at = clock_timestamp() WHERE id = ANY($1::bigint[])", ids)
+
+
+async def owe(tx: Tx, debts: Sequence[Debt]) -> None:
+    """Writes down who has not taken what; of a debt that is known already, the new try. `debts` in the order of ids."""
+    # Whether something is before it in its line is asked here, not when the event was read: what was before it may have
+    # been taken since, and then nobody would come back to give this one its turn.
+    await tx.execute(
+        """
+        INSERT INTO outbox_retries (event_id, consumer, subject, subject_id, tries, retry_at, error)
+        SELECT d.event_id, d.consumer, d.subject, d.subject_id, d.tries,
+               CASE WHEN d.is_first AND NOT EXISTS (
+                   SELECT FROM outbox_retries r
+                    WHERE r.consumer = d.consumer AND r.subject = d.subject AND r.subject_id = d.subject_id
+                      AND r.event_id < d.event_id
+               ) THEN clock_timestamp() + make_interval(secs => coalesce(d.wait_s, 0)) ELSE 'infinity' END,
+               d.error
+          FROM unnest($1::bigint[], $2::text[], $3::text[], $4::bigint[], $5::integer[], $6::boolean[], $7::float8[],
+                      $8::text[])
+               AS d (event_id, consumer, subject, subject_id, tries, is_first, wait_s, error)
+            ON CONFLICT ON CONSTRAINT outbox_retries_pkey DO UPDATE
+           SET tries = excluded.tries, retry_at = excluded.retry_at, error = excluded.error
+        """,
+        [d.event.id for d in debts],
+        [d.consumer for d in debts],
+        [d.event.subject for d in debts],
+        [d.event.subject_id for d in debts],
+        [d.tries for d in debts],
+        _firsts(debts),
+        [d.wait_s for d in debts],
+        [d.error for d in debts],
+    )
+    await tx.execute(
+        "UPDATE outbox SET owed = true WHERE id = ANY($1::bigint[]) AND NOT owed", list({d.event.id for d in debts})
+    )
+
+
+def _firsts(debts: Sequence[Debt]) -> list[bool]:
+    """For each, whether no other of its line is before it in `debts`: a statement does not see its own rows."""
+    seen: set[Line] = set()
+    return [debt.line not in seen and not seen.add(debt.line) for debt in debts]
+
+
+async def strike_out(tx: Tx, paid: Sequence[tuple[Event, str]]) -> None:
+    """Takes off the list what consumers have taken."""
+    await tx.execute(
+        """
+        DELETE FROM outbox_retries r
+         USING unnest($1::bigint[], $2::text[]) AS p (event_id, consumer)
+         WHERE r.event_id = p.event_id AND r.consumer = p.consumer
+        """,
+        [event.id for event, _ in paid],
+        [consumer for _, consumer in paid],
+    )
+
+
+async def give_turns(tx: Tx, paid: Sequence[tuple[Event, str]]) -> None:
+    """Lets the next of each line that has moved be due."""
+    lines = list({(consumer, event.subject, event.subject_id) for event, consumer in paid})
+    await tx.execute(
+        """
+        UPDATE outbox_retries r
+           SET retry_at = clock_timestamp()
+          FROM unnest($1::text[], $2::text[], $3::bigint[]) AS l (consumer, subject, subject_id)
+         CROSS JOIN LATERAL (
+            SELECT event_id
+              FROM outbox_retries
+             WHERE consumer = l.consumer AND subject = l.subject AND subject_id = l.subject_id
+             ORDER BY event_id
+             LIMIT 1
+         ) next
+         WHERE r.event_id = next.event_id AND r.consumer = l.consumer AND r.retry_at = 'infinity'
+        """,
+        [consumer for consumer, _, _ in lines],
+        [subject for _, subject, _ in lines],
+        [subject_id for _, _, subject_id in lines],
+    )
+
+
+async def publish_paid(tx: Tx, ids: Sequence[int]) -> None:
+    """Marks those of the events that are owed to nobody any more."""
+    await tx.execute(
+        """
+        UPDATE outbox o
+           SET published_at = clock_timestamp()
+         WHERE id = ANY($1::bigint[]) AND NOT EXISTS (SELECT FROM outbox_retries r WHERE r.event_id = o.id)
+        """,
+        ids,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- retention
+
+
+async def reap(tx: Tx) -> int:
+    """Deletes a bounded number of events that were published long ago; gives how many.
+
+    It looks at the oldest alone: what nobody could publish for as long stays, and everything behind it with it.
+    """
+    return await tx.execute(
+        """
+        DELETE FROM outbox
+         WHERE id IN (SELECT id FROM outbox ORDER BY id LIMIT $1)
+           AND published_at < now() - make_interval(days => $2)
+        """,
+        REAPED_AT_ONCE,
+        KEPT_DAYS,
+    )

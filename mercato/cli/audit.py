@@ -1,0 +1,102 @@
+"""`mercato audit`: asks whether everything that must hold in this shop does, and says where it does not."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from mercato.audit.checking import Finding, Report, audit
+from mercato.cli.databases import reached, run
+from mercato.cli.progress import Progress
+
+HOLDS: Final = 0
+VIOLATED: Final = 1
+FAILED: Final = 2
+"""Exit codes. 2: it could not be asked."""
+
+WIDTH: Final = 118
+
+
+class Options(msgspec.Struct, frozen=True):
+    """The options of `audit`, as the command line gives them."""
+
+    data: Path
+    dsn: str | None
+    settled: float
+    json: bool
+
+
+def audit_shop(options: Options) -> int:
+    """Audits a shop, running or not; gives the exit code."""
+    return run(lambda: _audit(options), failure=FAILED)
+
+
+async def _audit(options: Options) -> int:
+    progress = Progress(as_json=False)
+
+    def tell(line: str) -> None:
+        # One document is promised to programs: they get nothing else.
+        if not options.json:
+            progress.step(line)
+
+    async with reached(options.data, options.dsn, tell) as databases:
+        report = await audit(databases.admin_dsn, databases.dsns, settled_seconds=options.settled, progress=tell)
+    if options.json:
+        progress.say(document(report))
+    else:
+        progress.say()
+        progress.say("\n".join(_lines(report)))
+    return VIOLATED if report.violated else HOLDS
+
+
+def document(report: Report) -> str:
+    """The report as one JSON document."""
+    return msgspec.json.encode(
+        {
+            "holds": not report.violated,
+            "taken_at": report.taken_at,
+            "settled_seconds": report.settled_seconds,
+            "copied_rows": report.copied_rows,
+            "invariants": report.findings,
+        },
+        enc_hook=str,
+    ).decode()
+
+
+def _lines(report: Report) -> Iterator[str]:
+    """A table for people, with the first rows of each violation behind it."""
+    group = None
+    for finding in report.findings:
+        if finding.group != group:
+            group = finding.group
+            yield f"{group}"
+        yield from _line(finding)
+    for finding in report.violated:
+        yield ""
+        yield f"{finding.name}  {finding.title}: {finding.violations} times that it does not, such as"
+        yield from (f"    {_row(row)}" for row in finding.rows)
+    yield ""
+    yield _verdict(report)
+
+
+def _line(finding: Finding) -> Iterator[str]:
+    state = f"{finding.violations} VIOLATED" if finding.violations else "holds"
+    first, *rest = textwrap.wrap(finding.title, WIDTH - 22)
+    yield f"  {finding.name:<4}{state:>13}   {first}"
+    yield from (f"{'':22}{line}" for line in rest)
+
+
+def _row(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {'-' if value is None else value}" for name, value in row.items())
+
+
+def _verdict(report: Report) -> str:
+    asked, rows = len(report.findings), report.copied_rows
+    at = report.taken_at.strftime("%Y-%m-%d %H:%M:%S UTC")
+    if not report.violated:
+        return f"All {asked} invariants hold ({rows} rows, as of {at})."
+    return f"{len(report.violated)} of {asked} invariants do not hold ({rows} rows, as of {at})."

@@ -1,0 +1,176 @@
+"""Reaching the databases of a shop from the command line, whether the shop runs at the moment or not.
+
+A running shop keeps its server; a command connects to it beside the shop. Where nothing runs on a data folder, the
+command owns the folder and its PostgreSQL for as long as it needs them, and leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+import traceback
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlencode
+
+import msgspec
+
+from mercato import topology
+from mercato.chassis import config
+from mercato.chassis.copying import CopyError, located
+from mercato.chassis.service import key_deriver
+from mercato.chassis.supervisor import DataFolder, DataFolderBusy, EmbeddedPostgres, SupervisorError
+from mercato.chassis.supervisor.folder import SECRET_BYTES, explained
+from mercato.chassis.supervisor.place import PLACES, read_record
+from mercato.chassis.supervisor.postgres import PORT, ROLE
+from mercato.cli import stopping
+from mercato.cli.progress import fail
+
+OWN_URL: Final = "(a command that looks at its databases)"
+"""How a command signs the lock of a folder on which no shop runs."""
+OTHER_COMMAND_SECONDS: Final = 600.0
+OTHER_COMMAND_POLL_SECONDS: Final = 0.2
+
+
+class Databases(msgspec.Struct, frozen=True):
+    """Where the databases of a shop are. Who connects is the administrator, who may read and write all of them."""
+
+    admin_dsn: str
+    dsns: Mapping[str, str]
+    """By service."""
+
+
+class Unreachable(Exception):
+    """A sentence for the person who typed the command: what is not there, and the way out."""
+
+
+EXPECTED: Final = (Unreachable, CopyError, SupervisorError, config.SettingsError)
+"""Failures whose message is all that the person needs."""
+
+
+@contextlib.asynccontextmanager
+async def reached(data: Path, dsn: str | None, progress: Callable[[str], None]) -> AsyncGenerator[Databases]:
+    """The databases of the shop in the folder `data`, or on the server that `dsn` names, for the time of the block.
+
+    `dsn` is an administrator's; where it is None, that of MERCATO_POSTGRES_DSN counts. `progress` gets a line for
+    people about what takes time. Raises one of `EXPECTED`.
+    """
+    settings = config.load()
+    if dsn is None and settings.postgres_dsn is not None:
+        dsn = settings.postgres_dsn.get_secret_value()
+    if dsn is not None:
+        yield await _located(dsn)
+        return
+    async with _server(data, settings, progress) as admin_dsn:
+        yield await _located(admin_dsn)
+
+
+def run(command: Callable[[], Coroutine[Any, Any, int]], *, failure: int = 1) -> int:
+    """Runs a command that reaches databases; gives its exit code, or `failure` after one sentence.
+
+    Ctrl-C and SIGTERM cancel it, so that what it has started is ended; the exit code is then 128 + the signal's number.
+    """
+    import uvloop
+
+    signals: list[int] = []
+
+    async def cancellable() -> int:
+        loop = asyncio.get_running_loop()
+        work = asyncio.create_task(command())
+
+        def stop(number: int) -> None:
+            signals.append(number)
+            loop.call_soon_threadsafe(work.cancel)
+
+        stopping.tell(stop)
+        try:
+            return await work
+        finally:
+            stopping.ignore()
+
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(cancellable())
+    except asyncio.CancelledError:
+        fail("stopped before it was done")
+        return stopping.exit_code(signals[0])
+    except EXPECTED as error:
+        fail(str(error))
+    except Exception:  # an edge: an exit code says what a command has found, and a bug has found nothing
+        traceback.print_exc()
+    return failure
+
+
+async def _located(admin_dsn: str) -> Databases:
+    return Databases(admin_dsn, await located(admin_dsn, list(topology.SERVICES)))
+
+
+@contextlib.asynccontextmanager
+async def _server(data: Path, settings: config.Settings, progress: Callable[[str], None]) -> AsyncGenerator[str]:
+    """An administrator's DSN of the embedded server: the running shop's, else one for the time of the block."""
+    data = _shop_in(data)
+    password = key_deriver(_secret(data, settings))("postgres/superuser").hex()
+    folder = await _own(data)
+    if folder is None:
+        where = urlencode({"host": str(_socket_folder(data)), "port": PORT})
+        yield f"postgresql://{ROLE}:{password}@/postgres?{where}"
+        return
+    with folder:
+        progress(f"starting PostgreSQL on {data}")
+        server = await EmbeddedPostgres.start(data, password=password, progress=progress)
+        try:
+            yield server.admin_dsn
+        finally:
+            await server.stop()
+
+
+def _shop_in(data: Path) -> Path:
+    """The whole path of a folder with a shop. Looks without touching: to take the lock of a folder would make it."""
+    data = Path(os.path.abspath(data))
+    if not data.is_dir() or not (data / "lock").exists():
+        raise Unreachable(f"there is no shop in {data}: name its folder with --data, or its server with --dsn")
+    if not read_record(data).initialized:
+        raise Unreachable(
+            f"the shop in {data} has no database of its own, or not yet: "
+            "wait until it is ready, or name its server with --dsn"
+        )
+    return data
+
+
+async def _own(data: Path) -> DataFolder | None:
+    """The folder, taken for this process; None while a shop runs on it. Another command is waited for.
+
+    The server of another command ends with that command, in the middle of whatever we would do on it.
+    """
+    end = time.monotonic() + OTHER_COMMAND_SECONDS
+    while True:
+        try:
+            return DataFolder.open(data, OWN_URL)
+        except DataFolderBusy as busy:
+            if busy.url != OWN_URL:
+                return None
+            if time.monotonic() > end:
+                raise
+        await asyncio.sleep(OTHER_COMMAND_POLL_SECONDS)
+
+
+def _secret(data: Path, settings: config.Settings) -> bytes:
+    if settings.secret is not None:
+        return settings.secret.get_secret_value().encode()
+    with explained(data):
+        found = (data / "secret").read_bytes()
+    if len(found) != SECRET_BYTES:
+        raise Unreachable(f"{data / 'secret'} is damaged: restore it from a backup")
+    return found
+
+
+def _socket_folder(data: Path) -> Path:
+    """Where the running server of this folder listens."""
+    record = read_record(data)
+    if record.socket_folder is not None:
+        return Path(record.socket_folder)
+    home = PLACES / record.place if record.outside and record.place is not None else data
+    return home / "socket"

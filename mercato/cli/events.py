@@ -1,0 +1,253 @@
+"""`mercato events`: read the feed, list dead letters, replay them.
+
+All of it goes to the databases directly, so that it works while the shop runs and while it does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from mercato import topology
+from mercato.chassis import config, inbox
+from mercato.chassis.contract import Unavailable
+from mercato.chassis.db import Database
+from mercato.chassis.events import Subscription
+from mercato.chassis.inbox import DeadLetter, ReplayFailed
+from mercato.chassis.service import Host, OptionError
+from mercato.chassis.telemetry import Telemetry, configure_logging
+from mercato.cli import databases
+from mercato.cli.databases import Databases, Unreachable
+from mercato.cli.progress import fail
+from mercato.contracts.events import PAGE_LIMIT, TYPES_LIMIT, EventType, FeedEntry, ListEvents
+from mercato.services.events import store
+from mercato.services.events.service import EventsService
+
+FOLLOW_SECONDS: Final = 0.5
+LAST: Final = 20
+"""So many entries are shown where nobody says from where on."""
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Which shop: its data folder, or an administrator's DSN."""
+
+    data: Path
+    dsn: str | None
+
+
+class Consumer(msgspec.Struct, frozen=True):
+    """A consumer whose dead letters can be read and replayed."""
+
+    database: Database
+    subscription: Subscription
+
+    @property
+    def name(self) -> str:
+        return self.subscription.consumer
+
+
+# ------------------------------------------------------------------------------------------------------------ tail
+
+
+def tail(place: Place, *, after: int | None, types: str, follow: bool, as_json: bool) -> int:
+    """Prints entries of the feed, the oldest first; gives the exit code."""
+    return databases.run(lambda: _tail(place, after, types, follow=follow, as_json=as_json))
+
+
+async def _tail(place: Place, after: int | None, types: str, *, follow: bool, as_json: bool) -> int:
+    wanted = _types(types)
+    async with _reached(place) as found, _opened(found, "events") as database:
+        position = await _start(database, wanted) if after is None else after
+        try:
+            async for entry in _entries(database, position, wanted, follow=follow):
+                print(_json(entry) if as_json else _line(entry), flush=True)
+        except asyncio.CancelledError:
+            if not follow:
+                raise
+            # Ctrl-C is how following ends.
+    return 0
+
+
+async def _entries(database: Database, after: int, types: tuple[str, ...], *, follow: bool) -> AsyncIterator[FeedEntry]:
+    feed = EventsService(database)
+    while True:
+        page = await feed.list(ListEvents(after=after, limit=PAGE_LIMIT, types=types))
+        for entry in page.entries:
+            yield entry
+        after = page.next_after
+        if page.is_full:
+            continue
+        if not follow:
+            return
+        await asyncio.sleep(FOLLOW_SECONDS)
+
+
+async def _start(database: Database, types: tuple[str, ...]) -> int:
+    async with database.read() as tx:
+        if types:
+            return await store.before_last_of_types(tx, LAST, types)
+        return await store.before_last(tx, LAST)
+
+
+def _types(text: str) -> tuple[EventType, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if len(names) > TYPES_LIMIT:
+        raise Unreachable(f"--types takes at most {TYPES_LIMIT} types")
+    try:
+        return msgspec.convert(names, tuple[EventType, ...])
+    except msgspec.ValidationError:
+        raise Unreachable(f"{text!r} are not types of events: give names such as order.paid, with commas") from None
+
+
+def _json(shown: Any) -> str:
+    return msgspec.json.encode(shown).decode()
+
+
+def _line(entry: FeedEntry) -> str:
+    when = entry.at.strftime("%Y-%m-%d %H:%M:%S")
+    data = json.dumps(entry.data, ensure_ascii=False)
+    return f"{entry.position:>8}  {when}  {entry.type:<24}  {entry.subject} v{entry.version}  {data}"
+
+
+# ------------------------------------------------------------------------------------------------------------ dead
+
+
+def dead(place: Place, *, as_json: bool) -> int:
+    """Prints the dead letters of all consumers; gives the exit code."""
+    return databases.run(lambda: _dead(place, as_json=as_json))
+
+
+async def _dead(place: Place, *, as_json: bool) -> int:
+    count = 0
+    async with _reached(place) as found, _consumers(found) as consumers:
+        for consumer in consumers:
+            async for letter in _letters(consumer):
+                count += 1
+                print(_json_letter(letter) if as_json else _letter_line(letter))
+    if not count and not as_json:
+        print("there are no dead letters")
+    return 0
+
+
+async def _letters(consumer: Consumer) -> AsyncIterator[DeadLetter]:
+    after = ("", 0)
+    while True:
+        async with consumer.database.read() as tx:
+            letters = await inbox.dead_letters(tx, consumer.name, after)
+        for letter in letters:
+            yield letter
+        if len(letters) < inbox.DEAD_LISTED:
+            return
+        after = (letters[-1].source, letters[-1].event_id)
+
+
+def _id(letter: DeadLetter) -> str:
+    return f"{letter.source}:{letter.event_id}"
+
+
+def _json_letter(letter: DeadLetter) -> str:
+    return _json({"id": _id(letter), **msgspec.structs.asdict(letter)})
+
+
+def _letter_line(letter: DeadLetter) -> str:
+    what = f"{letter.type}  {letter.subject} {letter.subject_id} v{letter.version}"
+    when = letter.at.strftime("%Y-%m-%d %H:%M:%S")
+    error = " ".join(letter.error.split())
+    return f"{_id(letter)}  {letter.consumer}  {what}  given up {when} after {letter.tries} tries: {error}"
+
+
+# ---------------------------------------------------------------------------------------------------------- replay
+
+
+def replay(place: Place, ids: Sequence[str], *, all_: bool) -> int:
+    """Lets consumers take their dead letters; gives 1 where one could not be taken, or is not there."""
+    return databases.run(lambda: _replay(place, ids, all_=all_))
+
+
+async def _replay(place: Place, ids: Sequence[str], *, all_: bool) -> int:
+    if all_ == bool(ids):
+        raise Unreachable("name the events to replay, as `mercato events dead` shows them; or give --all")
+    wanted = set(ids)
+    missing, taken, failed = set(ids), 0, 0
+    async with _reached(place) as found, _consumers(found) as consumers:
+        for consumer in consumers:
+            # One after the other, by id: the events of a subject in their order.
+            async for letter in _letters(consumer):
+                if not all_ and _id(letter) not in wanted:
+                    continue
+                missing.discard(_id(letter))
+                if await _replayed(consumer, letter):
+                    taken += 1
+                else:
+                    failed += 1
+    for id_ in sorted(missing):
+        fail(f"there is no dead letter {id_}: `mercato events dead` lists them")
+    print(f"{taken} taken, {failed} failed again")
+    return 1 if failed or missing else 0
+
+
+async def _replayed(consumer: Consumer, letter: DeadLetter) -> bool:
+    try:
+        if await inbox.replay(consumer.database, consumer.subscription, letter.source, letter.event_id):
+            print(f"{_id(letter)}  {consumer.name}  taken", flush=True)
+    except ReplayFailed as error:
+        fail(f"{consumer.name} still cannot take {_id(letter)}: {error}")
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------- databases
+
+
+@contextlib.asynccontextmanager
+async def _reached(place: Place) -> AsyncGenerator[Databases]:
+    """The databases; one that goes away in the middle is a sentence."""
+    configure_logging("error")
+    try:
+        async with databases.reached(place.data, place.dsn, _tell) as found:
+            yield found
+    except Unavailable as error:
+        raise Unreachable(f"{error} Has the shop been stopped? Try again.") from error
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.asynccontextmanager
+async def _opened(found: Databases, service: str) -> AsyncGenerator[Database]:
+    database = Database(found.dsns[service], service, Telemetry(), size=1)
+    await database.open()
+    try:
+        yield database
+    finally:
+        await database.close()
+
+
+@contextlib.asynccontextmanager
+async def _consumers(found: Databases) -> AsyncGenerator[list[Consumer]]:
+    """Every consumer of the shop, with its handler. The services are built, not run: nothing of theirs is started."""
+    try:
+        host = Host(
+            topology.builds(),
+            found.dsns,
+            secret=b"",  # a handler has no use for it
+            pool_size=1,
+            options=config.service_options(topology.SERVICES),
+        )
+    except OptionError as error:
+        raise Unreachable(str(error)) from error
+    try:
+        consumers = [Consumer(s.database, wanted) for s in host.services.values() for wanted in s.subscriptions]
+        for database in {consumer.database.service: consumer.database for consumer in consumers}.values():
+            await database.open()
+        yield consumers
+    finally:
+        await host.close()

@@ -1,0 +1,58 @@
+"""Events: everything that has become true in the shop, in one feed."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, Any, Final
+
+from msgspec import Meta
+
+from mercato.chassis.contract import Contract, Message, Retry, single
+
+from .roles import STAFF_ONLY
+
+PAGE_LIMIT: Final = 500
+TYPES_LIMIT: Final = 20
+
+EventType = Annotated[str, Meta(pattern=r"^[a-z]+\.[a-z_]+$", max_length=64, examples=["order.paid"])]
+
+
+class FeedEntry(Message):
+    position: int
+    """Where it stands in the feed: the cursor of a reader that has read it."""
+    id: str
+    """Of the event, the same at every delivery: `orders:17`."""
+    type: str
+    subject: str
+    """What it is about: `order 1001`, `payment 1001`, `product 100`, `reservation 1001` (by order)."""
+    version: int
+    """Of the subject, rising."""
+    data: Any
+    at: datetime.datetime
+    """When it became true."""
+
+
+class ListEvents(Message):
+    """Entries by ascending position, those after `after`; of `types` only, where there are any.
+
+    Positions are given in the order of commits, one writer at a time: a reader that goes on from its last position
+    never misses an entry. The entries of one subject are in the order in which they happened.
+    """
+
+    after: Annotated[int, Meta(ge=0)] = 0
+    limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 100
+    types: Annotated[tuple[EventType, ...], Meta(max_length=TYPES_LIMIT)] = ()
+
+
+class EventPage(Message):
+    entries: tuple[FeedEntry, ...]
+    next_after: int
+    """The `after` of the next page. Behind the last entry it is what was asked for: ask again later."""
+    is_full: bool = False
+    """Whether there are as many entries as were asked for, so that there may be more."""
+
+
+class Events(Contract, name="events"):
+    """The feed. It is kept for seven days."""
+
+    list = single(ListEvents, EventPage, allow=STAFF_ONLY, retry=Retry.SAFE)

@@ -1,0 +1,254 @@
+"""Inventory: how much there is of each product, who has reserved it, and why it changed."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, ClassVar, Final, Literal
+
+from msgspec import Meta
+
+from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Retry, ServiceError, batched, single
+
+from .roles import EVERYBODY, SERVICES_ONLY, STAFF_ONLY
+
+OrderId = Annotated[int, Meta(ge=1, le=MAX_ID)]
+ProductId = Annotated[int, Meta(ge=1, le=MAX_ID)]
+Version = Annotated[int, Meta(ge=1, le=MAX_ID)]
+"""Rises with every batch that changes a level: on a product that everybody buys, hundreds of times a second."""
+
+ReservationState = Literal["held", "committed", "released", "expired"]
+MovementKind = Literal["receipt", "adjustment", "sale", "return"]
+
+ON_HAND_LIMIT: Final = 10**9
+"""Pieces of one product: below 2^31, and far above what one shop keeps."""
+QUANTITY_LIMIT: Final = 10_000
+LINES_LIMIT: Final = 100
+PAGE_LIMIT: Final = 200
+
+OnHand = Annotated[int, Meta(ge=0, le=ON_HAND_LIMIT)]
+Reason = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00]*$")]
+
+
+class StockLine(Message):
+    """So many pieces of a product. A product stands in one line of a request."""
+
+    product_id: ProductId
+    quantity: Annotated[int, Meta(ge=1, le=QUANTITY_LIMIT)]
+
+
+class ReserveStock(Message):
+    """Holds all lines of an order, or none.
+
+    Once for each order: asked again, the answer is the reservation as it is by now. `for_payment` takes away the
+    expiry: its payment begins, and from then on only a commit or a release ends it. A reservation that was held without
+    it and has not expired yet becomes such a one; the lines must be those of the first time.
+    """
+
+    order_id: OrderId
+    lines: Annotated[tuple[StockLine, ...], Meta(min_length=1, max_length=LINES_LIMIT)]
+    for_payment: bool
+    idempotency_key: str
+    """Of whoever asks, for the transport; what makes it happen once is the order."""
+
+
+class Reservation(Message):
+    """All lines of an order are in the same state."""
+
+    order_id: OrderId
+    state: ReservationState
+    lines: tuple[StockLine, ...]
+    expires_in_s: float | None
+    """By the clock of inventory's database, when the answer was made; None where it does not expire."""
+
+
+class CommitStock(Message):
+    """The goods of a held reservation are sold: they leave `on_hand`. Done once for each order."""
+
+    order_id: OrderId
+    idempotency_key: str
+
+
+class ReleaseStock(Message):
+    """Gives back what is held for an order. Done once for each order; nothing happens to one that is not held.
+
+    For an order that has no reservation it leaves a released one, so that a reserve that is still on its way, from a
+    process that was taken for dead, finds the door closed.
+    """
+
+    order_id: OrderId
+    idempotency_key: str
+
+
+class ReturnStock(Message):
+    """Puts goods of a committed reservation back on the shelf. Done once for each `reference`."""
+
+    order_id: OrderId
+    lines: Annotated[tuple[StockLine, ...], Meta(min_length=1, max_length=LINES_LIMIT)]
+    reference: Annotated[str, Meta(min_length=1, max_length=100)]
+    """What the goods come back with: unique within the order."""
+    idempotency_key: str
+
+
+class Level(Message):
+    product_id: ProductId
+    on_hand: int
+    """Pieces on the shelf, the reserved ones included."""
+    reserved: int
+    available: int
+    """`on_hand - reserved`: what can still be promised to somebody."""
+    updated_at: datetime.datetime | None
+    """None for a product that nobody has ever counted."""
+    version: int
+    """0 for a product that nobody has ever counted."""
+
+
+class GetLevel(Message):
+    product_id: ProductId
+
+
+class SetLevel(Message):
+    """What was counted. With `version`, only if the level still has it."""
+
+    product_id: ProductId
+    on_hand: OnHand
+    reason: Reason = "counted"
+    version: Version | None = None
+
+
+class AdjustLevel(Message):
+    """So many pieces more, or fewer. Once for each `idempotency_key`, for ever."""
+
+    product_id: ProductId
+    delta: Annotated[int, Meta(ge=-ON_HAND_LIMIT, le=ON_HAND_LIMIT)]
+    reason: Reason
+    idempotency_key: str
+    fingerprint: bytes = b""
+
+
+class AdjustedLevel(Message):
+    level: Level
+    """As it was right after this adjustment, also when the answer is replayed within a day; as it is by then later."""
+    replayed: bool = False
+
+
+class ListLevels(Message):
+    """Levels by ascending product, those after `after`; with `below`, those with fewer available pieces than that."""
+
+    below: Annotated[int, Meta(ge=1, le=ON_HAND_LIMIT)] | None = None
+    after: ProductId | None = None
+    limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
+
+
+class LevelPage(Message):
+    levels: tuple[Level, ...]
+    next_after: int | None = None
+    """The `after` of the next page; None on the last."""
+
+
+class TraceStock(Message):
+    order_id: OrderId
+
+
+class StockStep(Message):
+    """One thing that happened to the stock of an order."""
+
+    what: Literal["held", "committed", "released", "expired", "returned"]
+    lines: tuple[StockLine, ...]
+    at: datetime.datetime
+
+
+class StockTrace(Message):
+    """In the order in which it happened."""
+
+    steps: tuple[StockStep, ...]
+
+
+class ShortLine(Message):
+    product_id: int
+    requested: int
+    available: int
+
+
+class OutOfStock(ServiceError, code="inventory.out_of_stock", kind=Kind.CONFLICT):
+    """Nothing was reserved. `lines` has those that there is not enough of, and how much there is."""
+
+    sentence = "There is not enough in stock for order {order_id}."
+    order_id: int
+    lines: tuple[ShortLine, ...]
+
+
+class ReservationClosed(ServiceError, code="inventory.reservation_closed", kind=Kind.CONFLICT):
+    """What was asked for needs a held reservation (`return`: a committed one), and this one is not, or is not any more.
+
+    `state` is None where there is no reservation.
+    """
+
+    sentence = "The stock of order {order_id} is {state}."
+    order_id: int
+    state: ReservationState | None
+
+
+class BelowReserved(ServiceError, code="inventory.below_reserved", kind=Kind.CONFLICT):
+    """A level cannot sink below what is reserved: those pieces are promised."""
+
+    sentence = "Product {product_id} cannot have {wanted} pieces: {reserved} are reserved for orders."
+    product_id: int
+    wanted: int
+    reserved: int
+
+
+class ReturnTooLarge(ServiceError, code="inventory.return_too_large", kind=Kind.CONFLICT):
+    sentence = "Order {order_id} cannot return {quantity} of product {product_id}: {left} of what was sold are left."
+    order_id: int
+    product_id: int
+    quantity: int
+    left: int
+
+
+class StockMoved(Message):
+    """`stock.held`, `stock.committed`, `stock.released`, `stock.expired`, `stock.returned`: the stock of one order."""
+
+    order_id: int
+    lines: tuple[StockLine, ...]
+
+
+class StockLevelSet(Message):
+    """`stock.adjusted`: somebody counted, received or wrote off."""
+
+    product_id: int
+    delta: int
+    on_hand: int
+    reason: str
+
+
+class StockAvailability(Message):
+    """`stock.available`, `stock.exhausted`: the last available piece was taken, or the first one came."""
+
+    product_id: int
+    version: int
+    """Of the level: a consumer that has seen a later one ignores this."""
+
+
+class Inventory(Contract, name="inventory"):
+    """Stock. Orders reserves, commits and releases; staff count and adjust; everybody may look."""
+
+    reserve = batched(ReserveStock, Reservation, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
+    commit = batched(CommitStock, Reservation, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
+    release = batched(ReleaseStock, Reservation, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
+    restock = batched(ReturnStock, Reservation, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
+    set = single(SetLevel, Level, allow=STAFF_ONLY)
+    adjust = single(AdjustLevel, AdjustedLevel, allow=STAFF_ONLY, retry=Retry.KEYED)
+    levels = batched(GetLevel, Level, allow=EVERYBODY, retry=Retry.SAFE)
+    list = single(ListLevels, LevelPage, allow=STAFF_ONLY, retry=Retry.SAFE)
+    trace = single(TraceStock, StockTrace, allow=STAFF_ONLY, retry=Retry.SAFE)
+
+    events: ClassVar = {
+        "stock.held": StockMoved,
+        "stock.committed": StockMoved,
+        "stock.released": StockMoved,
+        "stock.expired": StockMoved,
+        "stock.returned": StockMoved,
+        "stock.adjusted": StockLevelSet,
+        "stock.available": StockAvailability,
+        "stock.exhausted": StockAvailability,
+    }

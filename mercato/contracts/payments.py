@@ -1,0 +1,244 @@
+"""Payments: what was paid for an order, and what has been asked of the provider for it."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, ClassVar, Final, Literal
+
+from msgspec import Meta
+
+from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Retry, ServiceError, batched, single
+
+from .roles import SERVICES_ONLY, SIGNED_IN, STAFF_ONLY
+from .sandbox import METHOD_PATTERN
+
+PaymentId = Annotated[int, Meta(ge=1, le=MAX_ID)]
+OrderId = Annotated[int, Meta(ge=1, le=MAX_ID)]
+Attempt = Annotated[int, Meta(ge=1, le=10_000)]
+Method = Annotated[str, Meta(pattern=METHOD_PATTERN, examples=["sandbox:ok"])]
+"""A token of the provider, with the provider's name before the colon. Card numbers never come here."""
+
+Status = Literal["pending", "failed", "authorized", "voided", "captured", "partially_refunded", "refunded"]
+OperationKind = Literal["authorize", "capture", "void", "refund"]
+OperationStatus = Literal["intent", "unknown", "succeeded", "declined"]
+
+PAGE_LIMIT: Final = 200
+
+
+class Payment(Message):
+    """One attempt to pay one order. Amounts in minor units of `currency`.
+
+    `pending` until the provider's answer is known; `failed` when it declined; `voided` when the authorization was given
+    back, or ran out before it was captured (`code`).
+    """
+
+    id: PaymentId
+    order_id: int
+    attempt: int
+    """1 for an order's first payment. An order has at most one that is alive: not failed, voided or refunded."""
+    user_id: int
+    method: str
+    currency: str
+    amount_minor: int
+    authorized_minor: int
+    captured_minor: int
+    refunded_minor: int
+    status: Status
+    code: str | None
+    """The provider's code of a failed payment, such as `insufficient_funds`."""
+    created_at: datetime.datetime
+    updated_at: datetime.datetime
+    version: int
+
+
+class AuthorizePayment(Message):
+    """Reserves an order's total with the provider. Once for each order and attempt.
+
+    Asked again, it goes on where it stopped, with the provider's key of the first time, or gives the payment as it is
+    by now. A declined one is an answer too: a payment with the status `failed`.
+    """
+
+    order_id: OrderId
+    attempt: Attempt
+    user_id: int
+    amount_minor: Annotated[int, Meta(ge=0)]
+    currency: str
+    method: Method
+    idempotency_key: str
+
+
+class CapturePayment(Message):
+    """Takes what was authorized. Once; declined (`authorization_expired`) is a payment with the status `voided`."""
+
+    order_id: OrderId
+    attempt: Attempt
+    idempotency_key: str
+
+
+class VoidPayment(Message):
+    """Gives an authorization back, or finds out first whether there is one. Once.
+
+    For an attempt that was never begun it leaves a voided payment, so that an authorize that is still on its way, from
+    a process that was taken for dead, finds the door closed. A captured payment stays captured: it is refunded instead.
+    `user_id`, `amount_minor` and `currency` are what authorize was, or would have been, asked with.
+    """
+
+    order_id: OrderId
+    attempt: Attempt
+    user_id: int
+    amount_minor: Annotated[int, Meta(ge=0)]
+    currency: str
+    method: Method
+    idempotency_key: str
+
+
+class RefundPayment(Message):
+    """Gives captured money back. Once for each `reference`."""
+
+    order_id: OrderId
+    attempt: Attempt
+    amount_minor: Annotated[int, Meta(ge=1)]
+    reference: Annotated[str, Meta(min_length=1, max_length=60, pattern=r"^[\x21-\x7e]+$")]
+    """What the money is given back for: unique within the order."""
+    idempotency_key: str
+
+
+class GetPayment(Message):
+    id: PaymentId
+
+
+class ListPayments(Message):
+    """Payments by descending id, those before `before`. Customers get their own, whatever they ask for."""
+
+    order_id: OrderId | None = None
+    user_id: int | None = None
+    before: PaymentId | None = None
+    limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
+
+
+class PaymentPage(Message):
+    payments: tuple[Payment, ...]
+    next_before: int | None = None
+    """The `before` of the next page; None on the last."""
+
+
+class TracePayments(Message):
+    order_id: OrderId
+
+
+class PaymentStep(Message):
+    """One operation that the provider was asked for."""
+
+    payment_id: int
+    kind: OperationKind
+    amount_minor: int
+    currency: str
+    status: OperationStatus
+    code: str | None
+    calls: int
+    """How often the provider was asked, always with the same key."""
+    began_at: datetime.datetime
+    settled_at: datetime.datetime | None
+    """When the outcome became known; None while it is not."""
+
+
+class PaymentTrace(Message):
+    """In the order in which they began."""
+
+    steps: tuple[PaymentStep, ...]
+
+
+class PaymentNotFound(ServiceError, code="payments.not_found", kind=Kind.NOT_FOUND):
+    sentence = "There is no payment {payment_id}."
+    payment_id: int
+
+
+class AttemptNotFound(ServiceError, code="payments.attempt_not_found", kind=Kind.NOT_FOUND):
+    sentence = "Order {order_id} has no payment {attempt}."
+    order_id: int
+    attempt: int
+
+
+class OutcomePending(ServiceError, code="payments.outcome_pending", kind=Kind.UNAVAILABLE):
+    """The provider was asked, and its answer is not known. Asking again goes on with the same key."""
+
+    sentence = "The outcome of {operation} for order {order_id} is not known yet."
+    operation: str
+    order_id: int
+    retry_after_s: int | None = 1
+
+
+class AnotherPaymentLive(ServiceError, code="payments.another_live", kind=Kind.CONFLICT):
+    """An order has one live payment at a time."""
+
+    sentence = "Order {order_id} has another payment that is alive."
+    order_id: int
+
+
+class PaymentStateConflict(ServiceError, code="payments.state_conflict", kind=Kind.CONFLICT):
+    """The payment is not where that operation starts."""
+
+    sentence = "Payment {payment_id} is {status}: it cannot be {wanted}."
+    payment_id: int
+    status: str
+    wanted: str
+
+
+class RefundTooLarge(ServiceError, code="payments.refund_too_large", kind=Kind.CONFLICT):
+    sentence = "Payment {payment_id} has {left_minor} {currency} (minor units) left to refund, not {wanted_minor}."
+    payment_id: int
+    wanted_minor: int
+    left_minor: int
+    currency: str
+
+
+class RefundDeclined(ServiceError, code="payments.refund_declined", kind=Kind.REFUSED):
+    """The provider does not give the money back, and will not; another `reference` is another try."""
+
+    sentence = "The provider has declined the refund of payment {payment_id}: {reason}."
+    payment_id: int
+    reason: str
+
+
+class RefundReferenceReused(ServiceError, code="payments.refund_reference_reused", kind=Kind.CONFLICT):
+    """What a refund is for stands for one amount."""
+
+    sentence = "{reference} was used for a refund of {amount_minor} {currency} (minor units), not {wanted_minor}."
+    reference: str
+    amount_minor: int
+    wanted_minor: int
+    currency: str
+
+
+class PaymentChanged(Message):
+    """`payment.authorized`, `.failed`, `.captured`, `.voided`, `.refunded`: the payment as it is after it."""
+
+    payment_id: int
+    order_id: int
+    status: Status
+    code: str | None
+    currency: str
+    amount_minor: int
+    captured_minor: int
+    refunded_minor: int
+    version: int
+
+
+class Payments(Contract, name="payments"):
+    """Money. Orders decides what happens to it; customers see their own payments, staff all."""
+
+    authorize = batched(AuthorizePayment, Payment, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
+    capture = batched(CapturePayment, Payment, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
+    void = batched(VoidPayment, Payment, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
+    refund = batched(RefundPayment, Payment, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
+    get = batched(GetPayment, Payment, allow=SIGNED_IN, retry=Retry.SAFE)
+    list = single(ListPayments, PaymentPage, allow=SIGNED_IN, retry=Retry.SAFE)
+    trace = single(TracePayments, PaymentTrace, allow=STAFF_ONLY, retry=Retry.SAFE)
+
+    events: ClassVar = {
+        "payment.authorized": PaymentChanged,
+        "payment.failed": PaymentChanged,
+        "payment.captured": PaymentChanged,
+        "payment.voided": PaymentChanged,
+        "payment.refunded": PaymentChanged,
+    }

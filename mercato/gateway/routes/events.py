@@ -1,0 +1,92 @@
+"""The feed of events."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, Any, Final
+
+from msgspec import Meta
+
+from mercato.chassis.contract import MAX_ID
+from mercato.contracts import events as contract
+from mercato.contracts.events import EventPage, Events, ListEvents
+from mercato.contracts.roles import STAFF_ONLY
+from mercato.gateway.route import Ask, Input, Output, Page, Route
+from mercato.gateway.validation import invalid
+
+# One or more of `contract.EventType`, with commas between.
+TYPES_PATTERN: Final = r"^[a-z]{1,31}\.[a-z_]{1,32}(,[a-z]{1,31}\.[a-z_]{1,32})*$"
+
+
+class EventsQuery(Input):
+    after: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=MAX_ID,
+            description="Only positions behind this one. To follow the feed, ask again with the last position that you "
+            "have read, also when there was no Link to a next page.",
+        ),
+    ] = 0
+    limit: Annotated[int, Meta(ge=1, le=contract.PAGE_LIMIT, description="How many at most.")] = 100
+    types: (
+        Annotated[
+            str,
+            Meta(
+                pattern=TYPES_PATTERN,
+                max_length=contract.TYPES_LIMIT * 65,
+                description=f"Only events of these types: up to {contract.TYPES_LIMIT}, with commas between.",
+                examples=["order.placed,order.paid"],
+            ),
+        ]
+        | None
+    ) = None
+
+
+class EventOut(Output):
+    position: Annotated[int, Meta(description="Rises; a later event never comes before one that you have read.")]
+    id: Annotated[str, Meta(description="The same at every delivery of this event.")]
+    type: str
+    subject: Annotated[str, Meta(description="What it is about. Its events are in the order in which they happened.")]
+    version: int
+    data: Any
+    at: datetime.datetime
+
+
+def _list(ask: Ask) -> ListEvents:
+    query: EventsQuery = ask.query
+    types = tuple(query.types.split(",")) if query.types else ()
+    if len(types) > contract.TYPES_LIMIT:
+        raise invalid(("?types", f"has more than {contract.TYPES_LIMIT} types"))
+    return ListEvents(after=query.after, limit=query.limit, types=types)
+
+
+def _page(page: EventPage) -> Page:
+    shown = [
+        EventOut(
+            position=entry.position,
+            id=entry.id,
+            type=entry.type,
+            subject=entry.subject,
+            version=entry.version,
+            data=entry.data,
+            at=entry.at,
+        )
+        for entry in page.entries
+    ]
+    return Page(shown, {"after": str(page.next_after)} if page.is_full else None)
+
+
+ROUTES: Final[tuple[Route, ...]] = (
+    Route(
+        method="GET",
+        path="/events",
+        operation=Events.list,
+        summary="What has become true in the shop, in the order in which it became known; kept for seven days",
+        roles=STAFF_ONLY,
+        query=EventsQuery,
+        request=_list,
+        answer=_page,
+        output=list[EventOut],
+    ),
+)

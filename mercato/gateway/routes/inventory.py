@@ -1,0 +1,164 @@
+"""Stock: what is there of each product, as everybody may see it and as staff count it."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, Final
+
+from msgspec import Meta
+
+from mercato.chassis.contract import MAX_ID, IdempotencyKeyReused, RequestInProgress, StaleVersion
+from mercato.contracts import inventory as contract
+from mercato.contracts.inventory import AdjustedLevel, Inventory, Level, LevelPage
+from mercato.contracts.products import ProductNotFound
+from mercato.contracts.roles import EVERYBODY, STAFF_ONLY
+from mercato.gateway.route import Ask, Input, Output, Page, Route
+
+Delta = Annotated[
+    int,
+    Meta(
+        ge=-contract.ON_HAND_LIMIT,
+        le=contract.ON_HAND_LIMIT,
+        description="So many pieces more; fewer, where it is negative. Not 0.",
+        examples=[12],
+    ),
+]
+
+
+class SetStockIn(Input):
+    on_hand: contract.OnHand
+    reason: contract.Reason = "counted"
+
+
+class AdjustStockIn(Input):
+    delta: Delta
+    reason: contract.Reason
+
+
+class StockQuery(Input):
+    below: (
+        Annotated[
+            int,
+            Meta(ge=1, le=contract.ON_HAND_LIMIT, description="Only products with fewer available pieces than this."),
+        ]
+        | None
+    ) = None
+    limit: Annotated[int, Meta(ge=1, le=contract.PAGE_LIMIT, description="How many at most.")] = 50
+    after: Annotated[int, Meta(ge=1, le=MAX_ID, description="Only products with ids above this one.")] | None = None
+
+
+class StockOut(Output):
+    product_id: int
+    on_hand: int
+    reserved: int
+    available: int
+    updated_at: datetime.datetime | None
+    version: int
+
+
+def stock_out(level: Level) -> StockOut:
+    return StockOut(
+        product_id=level.product_id,
+        on_hand=level.on_hand,
+        reserved=level.reserved,
+        available=level.available,
+        updated_at=level.updated_at,
+        version=level.version,
+    )
+
+
+def _page(page: LevelPage) -> Page:
+    following = None if page.next_after is None else {"after": str(page.next_after)}
+    return Page([stock_out(level) for level in page.levels], following)
+
+
+def _adjusted_out(adjusted: AdjustedLevel) -> StockOut:
+    return stock_out(adjusted.level)
+
+
+def _version(level: Level) -> int | None:
+    return level.version or None  # 0: nobody has ever counted it
+
+
+def _set(ask: Ask) -> contract.SetLevel:
+    body: SetStockIn = ask.body
+    return contract.SetLevel(product_id=ask.path["id"], on_hand=body.on_hand, reason=body.reason, version=ask.if_match)
+
+
+def _adjust(ask: Ask) -> contract.AdjustLevel:
+    body: AdjustStockIn = ask.body
+    assert ask.idempotency_key is not None, "the row requires one"
+    return contract.AdjustLevel(
+        product_id=ask.path["id"],
+        delta=body.delta,
+        reason=body.reason,
+        idempotency_key=ask.idempotency_key,
+        fingerprint=ask.fingerprint,
+    )
+
+
+def _list(ask: Ask) -> contract.ListLevels:
+    query: StockQuery = ask.query
+    return contract.ListLevels(below=query.below, after=query.after, limit=query.limit)
+
+
+ROUTES: Final[tuple[Route, ...]] = (
+    Route(
+        method="GET",
+        path="/products/{id}/stock",
+        operation=Inventory.levels,
+        summary="How much there is of a product",
+        roles=EVERYBODY,
+        request=lambda ask: contract.GetLevel(product_id=ask.path["id"]),
+        answer=stock_out,
+        output=StockOut,
+        etag=_version,
+        errors=(ProductNotFound,),
+    ),
+    Route(
+        method="PUT",
+        path="/products/{id}/stock",
+        operation=Inventory.set,
+        summary="Say how much there is of a product, as it was counted",
+        roles=STAFF_ONLY,
+        body=SetStockIn,
+        examples={"counted": {"on_hand": 240}},
+        request=_set,
+        answer=stock_out,
+        output=StockOut,
+        etag=_version,
+        if_match=True,
+        errors=(ProductNotFound, contract.BelowReserved, StaleVersion),
+    ),
+    Route(
+        method="POST",
+        path="/products/{id}/stock/adjustments",
+        operation=Inventory.adjust,
+        summary="Receive pieces of a product, or write them off",
+        roles=STAFF_ONLY,
+        body=AdjustStockIn,
+        examples={
+            "received": {"delta": 12, "reason": "delivery 4711"},
+            "written off": {"delta": -1, "reason": "broken in transit"},
+        },
+        request=_adjust,
+        answer=_adjusted_out,
+        output=StockOut,
+        idempotency=True,
+        idempotency_required=True,
+        etag=lambda adjusted: adjusted.level.version,
+        replayed=lambda adjusted: adjusted.replayed,
+        errors=(ProductNotFound, contract.BelowReserved, IdempotencyKeyReused, RequestInProgress),
+    ),
+    Route(
+        method="GET",
+        path="/stock",
+        operation=Inventory.list,
+        summary="How much there is of each product, or of those that run out (?below=)",
+        roles=STAFF_ONLY,
+        query=StockQuery,
+        request=_list,
+        answer=_page,
+        output=list[StockOut],
+    ),
+)

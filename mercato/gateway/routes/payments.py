@@ -1,0 +1,239 @@
+"""Payments. What a person may see of them is theirs to answer; what is to happen to them, orders decides."""
+
+from __future__ import annotations
+
+import datetime
+from decimal import Decimal
+from typing import Annotated, Final
+
+from msgspec import Meta
+
+from mercato.chassis.contract import MAX_ID, FieldError, IdempotencyKeyReused, InvalidRequest, RequestInProgress
+from mercato.contracts import orders
+from mercato.contracts import payments as contract
+from mercato.contracts.orders import Orders, PaidOrder
+from mercato.contracts.payments import Method, Payment, PaymentPage, Payments
+from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
+from mercato.gateway.money import Money, money
+from mercato.gateway.route import Ask, Input, Output, Page, Route
+from mercato.gateway.routes.orders import Currency, Id, Reason, RefundOut, refund_out, shown_total
+
+
+class PayIn(Input):
+    """Pays an order that is not paid yet."""
+
+    order_id: Id
+    amount: (
+        Annotated[
+            Decimal,
+            Meta(description="What the client thinks is due; another amount is refused.", examples=["99.99"]),
+        ]
+        | None
+    ) = None
+    currency: Currency | None = None
+    payment_method: Method = "sandbox:ok"
+    capture: Annotated[
+        bool, Meta(description="false: only reserve the amount; POST /payments/{id}/capture takes it later.")
+    ] = True
+
+
+class RefundIn(Input):
+    """Without `amount`, all that is left."""
+
+    amount: Annotated[Decimal, Meta(examples=["10.00"])] | None = None
+    currency: Currency | None = None
+    reason: Reason = ""
+
+
+class PaymentsQuery(Input):
+    order_id: Id | None = None
+    user_id: Id | None = None
+    limit: Annotated[int, Meta(ge=1, le=contract.PAGE_LIMIT, description="How many at most.")] = 50
+    before: Annotated[int, Meta(ge=1, le=MAX_ID, description="Only ids below this one.")] | None = None
+
+
+class PaymentOut(Output):
+    id: int
+    order_id: int
+    user_id: int
+    payment_method: str
+    status: contract.Status
+    code: str | None
+    amount: Money
+    captured: Money
+    refunded: Money
+    created_at: datetime.datetime
+    updated_at: datetime.datetime
+    version: int
+
+
+def payment_out(payment: Payment) -> PaymentOut:
+    currency = payment.currency
+    return PaymentOut(
+        id=payment.id,
+        order_id=payment.order_id,
+        user_id=payment.user_id,
+        payment_method=payment.method,
+        status=payment.status,
+        code=payment.code,
+        amount=money(payment.amount_minor, currency),
+        captured=money(payment.captured_minor, currency),
+        refunded=money(payment.refunded_minor, currency),
+        created_at=payment.created_at,
+        updated_at=payment.updated_at,
+        version=payment.version,
+    )
+
+
+def _paid_out(paid: PaidOrder) -> PaymentOut:
+    return payment_out(paid.payment)
+
+
+def _page(page: PaymentPage) -> Page:
+    following = None if page.next_before is None else {"before": str(page.next_before)}
+    return Page([payment_out(payment) for payment in page.payments], following)
+
+
+def _pay(ask: Ask) -> orders.PayOrder:
+    body: PayIn = ask.body
+    errors: list[FieldError] = []
+    amount_minor, currency = shown_total(body.amount, body.currency, errors)
+    if errors:
+        raise InvalidRequest(errors=tuple(errors))
+    return orders.PayOrder(
+        id=body.order_id,
+        method=body.payment_method,
+        capture=body.capture,
+        expected_total_minor=amount_minor,
+        expected_currency=currency,
+        idempotency_key=ask.idempotency_key,
+        fingerprint=ask.fingerprint,
+    )
+
+
+def _list(ask: Ask) -> contract.ListPayments:
+    query: PaymentsQuery = ask.query
+    return contract.ListPayments(order_id=query.order_id, user_id=query.user_id, before=query.before, limit=query.limit)
+
+
+def _refund(ask: Ask) -> orders.RefundOrder:
+    body: RefundIn = ask.body
+    errors: list[FieldError] = []
+    amount_minor, currency = shown_total(body.amount, body.currency, errors)
+    if amount_minor == 0:
+        errors.append(FieldError(field="amount", message="is nothing"))
+    if errors:
+        raise InvalidRequest(errors=tuple(errors))
+    assert ask.idempotency_key is not None
+    return orders.RefundOrder(
+        payment_id=ask.path["id"],
+        idempotency_key=ask.idempotency_key,
+        fingerprint=ask.fingerprint,
+        amount_minor=amount_minor,
+        currency=currency,
+        reason=body.reason,
+    )
+
+
+def _version(payment: Payment) -> int:
+    return payment.version
+
+
+ROUTES: Final[tuple[Route, ...]] = (
+    Route(
+        method="POST",
+        path="/payments",
+        operation=Orders.pay,
+        summary="Pay an order that is not paid yet",
+        roles=SIGNED_IN,
+        body=PayIn,
+        examples={
+            "with the amount that is due": {"order_id": 1001, "amount": 99.99, "payment_method": "sandbox:ok"},
+            "reserve now, capture later": {"order_id": 1001, "capture": False},
+        },
+        request=_pay,
+        answer=_paid_out,
+        output=PaymentOut,
+        status=201,
+        idempotency=True,
+        etag=lambda paid: paid.payment.version,
+        location=lambda paid: f"/payments/{paid.payment.id}",
+        replayed=lambda paid: paid.replayed,
+        fields={"id": "order_id", "method": "payment_method"},
+        errors=(
+            orders.OrderNotFound,
+            orders.AmountNotDue,
+            orders.PaymentDeclined,
+            orders.OrderCancelled,
+            orders.IllegalMove,
+            orders.PaymentInProgress,
+            IdempotencyKeyReused,
+            RequestInProgress,
+        ),
+    ),
+    Route(
+        method="GET",
+        path="/payments",
+        operation=Payments.list,
+        summary="Payments, the newest first: your own, or everybody's for staff",
+        roles=SIGNED_IN,
+        query=PaymentsQuery,
+        request=_list,
+        answer=_page,
+        output=list[PaymentOut],
+    ),
+    Route(
+        method="GET",
+        path="/payments/{id}",
+        operation=Payments.get,
+        summary="One payment",
+        roles=SIGNED_IN,
+        request=lambda ask: contract.GetPayment(id=ask.path["id"]),
+        answer=payment_out,
+        output=PaymentOut,
+        etag=_version,
+        errors=(contract.PaymentNotFound,),
+    ),
+    Route(
+        method="POST",
+        path="/payments/{id}/refunds",
+        operation=Orders.refund,
+        summary="Give money back: all that is left, or a part",
+        roles=STAFF_ONLY,
+        body=RefundIn,
+        body_optional=True,
+        examples={"a part": {"amount": 10.00, "reason": "scratched"}},
+        request=_refund,
+        answer=refund_out,
+        output=RefundOut,
+        status=201,
+        idempotency=True,
+        idempotency_required=True,
+        replayed=lambda refund: refund.replayed,
+        errors=(contract.PaymentNotFound, orders.IllegalMove, orders.NothingToRefund),
+    ),
+    Route(
+        method="POST",
+        path="/payments/{id}/capture",
+        operation=Orders.capture,
+        summary="Take the money of a payment that was only reserved",
+        roles=STAFF_ONLY,
+        request=lambda ask: orders.MovePayment(payment_id=ask.path["id"]),
+        answer=_paid_out,
+        output=PaymentOut,
+        etag=lambda paid: paid.payment.version,
+        errors=(contract.PaymentNotFound, orders.IllegalMove, orders.PaymentDeclined),
+    ),
+    Route(
+        method="POST",
+        path="/payments/{id}/void",
+        operation=Orders.void,
+        summary="Give a reserved amount back, and cancel its order",
+        roles=STAFF_ONLY,
+        request=lambda ask: orders.MovePayment(payment_id=ask.path["id"]),
+        answer=_paid_out,
+        output=PaymentOut,
+        etag=lambda paid: paid.payment.version,
+        errors=(contract.PaymentNotFound, orders.IllegalMove, orders.PaymentInProgress),
+    ),
+)

@@ -1,0 +1,13 @@
+"""How the feed names things. Pure."""
+
+from __future__ import annotations
+
+
+def event_id(source: str, id: int) -> str:
+    """`orders:17`: unique in the shop, and the same at every delivery."""
+    return f"{source}:{id}"
+
+
+def subject(kind: str, id: int) -> str:
+    """`order 1001`."""
+    return f"{kind} {id}"

@@ -1,0 +1,60 @@
+"""Makes the inventory service out of what the host gives."""
+
+from __future__ import annotations
+
+import functools
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta
+
+from mercato.chassis import idempotency
+from mercato.chassis.rpc import Server
+from mercato.chassis.service import Env, Service
+from mercato.contracts.inventory import Inventory
+from mercato.contracts.products import Products
+
+from . import demo
+from .counting import Counting
+from .reserving import Reserving
+from .service import InventoryService
+
+LONGEST_HOLD_SECONDS: Final = 30 * 86_400
+LONGEST_PAUSE_SECONDS: Final = 3_600
+
+
+class Options(msgspec.Struct, frozen=True):
+    """What an operator may set: `MERCATO_INVENTORY_HOLD_SECONDS`, `MERCATO_INVENTORY_EXPIRE_EVERY_SECONDS`."""
+
+    hold_seconds: Annotated[float, Meta(gt=0, le=LONGEST_HOLD_SECONDS)] = 900.0
+    """Stock is held so long for an order whose payment has not begun."""
+    expire_every_seconds: Annotated[float, Meta(gt=0, le=LONGEST_PAUSE_SECONDS)] = 1.0
+    """The pause between two looks for reservations whose time is over."""
+
+
+def build(env: Env) -> Service:
+    """The inventory service. Everything that it is made of is made here."""
+    options = env.options(Options)
+    products = env.client(Products)
+    reserving = Reserving(env.database, options.hold_seconds)
+    service = InventoryService(env.database, products, reserving, Counting(env.database, products))
+    server = Server(Inventory, env.clock)
+    server.register(Inventory.reserve, service.reserve)
+    server.register(Inventory.commit, service.commit)
+    server.register(Inventory.release, service.release)
+    server.register(Inventory.restock, service.restock)
+    server.register(Inventory.set, service.set)
+    server.register(Inventory.adjust, service.adjust)
+    server.register(Inventory.levels, service.levels)
+    server.register(Inventory.list, service.list)
+    server.register(Inventory.trace, service.trace)
+    return Service(
+        server=server.complete(),
+        database=env.database,
+        loops=(
+            functools.partial(reserving.expire_forever, options.expire_every_seconds),
+            functools.partial(idempotency.reap_forever, env.database),
+        ),
+        has_outbox=True,
+        seed_demo=functools.partial(demo.seed, env.database),
+    )

@@ -1,0 +1,35 @@
+"""The stock of the demo shop: more of everything than anybody will buy."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mercato.chassis import faults
+from mercato.chassis.contract import Actor
+from mercato.chassis.db import Database
+from mercato.chassis.rpc import SERVICE_ROLE
+
+from . import store
+from .rules import Books, Movement
+
+SEED_BEFORE_COMMIT: Final = "inventory.seed.before_commit"
+
+PRODUCT_IDS: Final = (*range(1, 15), *range(100, 106), *range(200, 205))
+"""The ids of the demo catalogue."""
+PIECES: Final = 1_000_000
+
+faults.declare(SEED_BEFORE_COMMIT)
+
+
+async def seed(database: Database) -> bool:
+    """Fills the shelves, all of them or none. False where there is any level."""
+    async with database.transaction() as tx:
+        if not await store.keep_levels(tx):
+            return False
+        await store.open_levels(tx, PRODUCT_IDS)
+        books = Books(await store.lock_levels(tx, PRODUCT_IDS))
+        for product_id in PRODUCT_IDS:
+            books.count(Movement(product_id, "receipt", PIECES, Actor(SERVICE_ROLE), reason="demo"))
+        await store.write(tx, books.close())
+        await faults.point(SEED_BEFORE_COMMIT)
+    return True

@@ -1,0 +1,50 @@
+"""Builds the payments service: the only place that constructs its objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mercato.chassis.rpc import Server
+from mercato.chassis.service import Env, Service
+from mercato.contracts.payments import Payments
+from mercato.contracts.sandbox import Sandbox
+
+from .charging import Charging
+from .provider import Provider, SandboxProvider
+from .reconciling import Reconciling
+from .service import Options, PaymentsService
+
+
+def build(env: Env, providers: Mapping[str, Provider] | None = None) -> Service:
+    """The payments service. Tests pass `providers` of their own, by what methods have before the colon."""
+    if providers is None:
+        providers = {"sandbox": SandboxProvider(env.client(Sandbox))}
+    options = env.options(Options)
+    charging = Charging(env.database, providers)
+    reconciling = Reconciling(
+        env.database,
+        providers,
+        charging,
+        env.telemetry,
+        period_seconds=options.reconcile_seconds,
+        lag_seconds=options.statement_lag_seconds,
+    )
+    service = PaymentsService(env.database, charging, reconciling, options, env.clock)
+    return Service(
+        server=_server(env, service),
+        database=env.database,
+        loops=(service.sweep_for_ever, service.reconcile_for_ever),
+        has_outbox=True,
+    )
+
+
+def _server(env: Env, service: PaymentsService) -> Server:
+    server = Server(Payments, env.clock)
+    server.register(Payments.authorize, service.authorize)
+    server.register(Payments.capture, service.capture)
+    server.register(Payments.void, service.void)
+    server.register(Payments.refund, service.refund)
+    server.register(Payments.get, service.get)
+    server.register(Payments.list, service.list)
+    server.register(Payments.trace, service.trace)
+    return server.complete()

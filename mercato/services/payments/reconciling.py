@@ -1,0 +1,204 @@
+"""Our books against the provider's statement, in both directions, for ever.
+
+A round, of which there is one a period in the whole shop (a row with a lease says whose turn it is):
+
+1. Read the statement from where the last round ended, a page at a time. Each line of it is compared with our
+   operation of the same key, and each operation of ours that has its place on the page with the page.
+2. At its end: operations of ours that were done long ago must have been on it by now.
+3. Look again at the mismatches that are open: what is right by now is resolved.
+
+What is safe to repair is repaired at once (`rules.Repair`); the rest is a row in `mismatches` and a number in
+`mercato_reconciliation_mismatches`, which says that somebody has to look. A round may be done twice, or half: every
+repair is done once whoever does it, and the place in the statement moves only when a page is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import structlog
+
+from mercato.chassis import faults
+from mercato.chassis.contract import ServiceError
+from mercato.chassis.db import Database
+from mercato.chassis.telemetry import Telemetry
+
+from . import rules, store
+from .charging import Charging
+from .provider import Page, Provider
+from .rules import Listed, Outcome, Unknown
+from .store import KnownRow, Reported
+
+PAGES_A_ROUND: Final = 100
+COMPARED_AT_ONCE: Final = 500
+
+faults.declare("payments.reconcile.before_cursor_commit", "payments.reconcile.after_cursor_commit")
+
+log = structlog.stdlib.get_logger("mercato.payments")
+
+Theirs = Mapping[str, Listed]
+Ours = Mapping[str, KnownRow]
+
+
+class Reconciling:
+    """`period_seconds` between two rounds; `lag_seconds` after which an operation must be on the statement."""
+
+    def __init__(
+        self,
+        database: Database,
+        providers: Mapping[str, Provider],
+        charging: Charging,
+        telemetry: Telemetry,
+        *,
+        period_seconds: float,
+        lag_seconds: float,
+    ) -> None:
+        self._database = database
+        self._providers = providers
+        self._charging = charging
+        self._period_seconds = period_seconds
+        self._lag_seconds = lag_seconds
+        self._open = telemetry.gauge(
+            "mercato_reconciliation_mismatches", "Differences with a provider's statement that are open.", "kind"
+        )
+        self._repaired = telemetry.counter(
+            "mercato_reconciliation_repaired", "Differences with a provider's statement that were repaired.", "kind"
+        )
+
+    async def round(self) -> bool:
+        """Compares with each provider whose turn is ours; says whether there was any."""
+        turns = [await self._round_with(name, provider) for name, provider in self._providers.items()]
+        return any(turns)
+
+    async def _round_with(self, name: str, provider: Provider) -> bool:
+        async with self._database.transaction() as tx:
+            after = await store.take_cursor(tx, name, self._period_seconds)
+        if after is None:
+            return False
+        try:
+            await self._read_on(name, provider, after)
+            await self._look_again(name, provider)
+        except ServiceError as error:
+            log.warning("reconciliation_put_off", provider=name, reason=str(error))
+        async with self._database.read() as tx:
+            counts = await store.count_mismatches(tx)
+        for kind in rules.MISMATCHES:
+            self._open.labels(kind).set(counts.get(kind, 0))
+        return True
+
+    # ----------------------------------------------------------------------------------------------- the statement
+
+    async def _read_on(self, name: str, provider: Provider, after: int) -> None:
+        for _ in range(PAGES_A_ROUND):
+            page = await _statement(provider, after)
+            await self._compare_page(name, provider, after, page)
+            async with self._database.transaction() as tx:
+                await store.move_cursor(tx, name, after, page.next_after)
+                await faults.point("payments.reconcile.before_cursor_commit")
+            await faults.point("payments.reconcile.after_cursor_commit")
+            after = page.next_after
+            if page.is_last:
+                await self._compare_beyond(name, provider, after)
+                return
+
+    async def _compare_page(self, name: str, provider: Provider, after: int, page: Page) -> None:
+        theirs = {listed.key: listed for listed in page.operations}
+        async with self._database.read() as tx:
+            ours = await store.known_by_keys(tx, list(theirs))
+            placed = await store.known_between(tx, name, after, page.next_after, COMPARED_AT_ONCE)
+        await self._compare(name, theirs, ours)
+        await self._ask_for(name, provider, {key: row for key, row in placed.items() if key not in theirs})
+
+    async def _compare_beyond(self, name: str, provider: Provider, after: int) -> None:
+        async with self._database.read() as tx:
+            beyond = await store.known_beyond(tx, name, after, self._lag_seconds, COMPARED_AT_ONCE)
+        await self._ask_for(name, provider, beyond)
+
+    async def _ask_for(self, name: str, provider: Provider, ours: Ours) -> None:
+        """Compares operations of ours that were not where they should be: the provider has the last word on each."""
+        theirs, doubtful = await _look_up(provider, list(ours))
+        await self._compare(name, theirs, {key: row for key, row in ours.items() if key not in doubtful})
+
+    async def _look_again(self, name: str, provider: Provider) -> None:
+        async with self._database.read() as tx:
+            open_ = await store.open_mismatches(tx, name, COMPARED_AT_ONCE)
+            keys = [mismatch.key for mismatch in open_]
+            ours = await store.known_by_keys(tx, keys)
+        if not open_:
+            return
+        theirs, doubtful = await _look_up(provider, keys)
+        changed = [
+            m for m in open_ if m.key not in doubtful and rules.compare(theirs.get(m.key), ours.get(m.key)) != m.kind
+        ]
+        async with self._database.transaction() as tx:
+            await store.resolve(tx, changed)
+        keys = {mismatch.key for mismatch in changed}
+        # What is wrong in another way now is found, or repaired, as if it were new.
+        await self._compare(
+            name, {k: theirs[k] for k in keys & theirs.keys()}, {k: ours[k] for k in keys & ours.keys()}
+        )
+
+    # ------------------------------------------------------------------------------------------------ differences
+
+    async def _compare(self, name: str, theirs: Theirs, ours: Ours) -> None:
+        outcomes: dict[int, Outcome] = {}
+        charges: dict[int, int] = {}
+        mismatches: list[Reported] = []
+        for key in sorted(theirs.keys() | ours.keys()):
+            listed, known = theirs.get(key), ours.get(key)
+            match rules.compare(listed, known):
+                case "outcome_recorded":
+                    assert listed
+                    assert known
+                    outcomes[known.id] = listed.outcome
+                case "authorization_voided":
+                    assert listed
+                    assert listed.charge_id is not None
+                    assert known
+                    charges[known.payment_id] = listed.charge_id
+                case None:
+                    pass
+                case kind:
+                    mismatches.append(Reported(kind, key, _told(listed, known)))
+        await self._repair(outcomes, charges)
+        await self._report(name, mismatches)
+
+    async def _repair(self, outcomes: Mapping[int, Outcome], charges: Mapping[int, int]) -> None:
+        if outcomes:
+            self._repaired.labels("outcome_recorded").inc(await self._charging.record_outcomes(outcomes))
+        if charges:
+            self._repaired.labels("authorization_voided").inc(await self._charging.give_back(charges))
+
+    async def _report(self, name: str, mismatches: Sequence[Reported]) -> None:
+        if not mismatches:
+            return
+        for mismatch in mismatches:
+            log.error("reconciliation_mismatch", kind=mismatch.kind, key=mismatch.key, detail=mismatch.detail)
+        async with self._database.transaction() as tx:
+            await store.report(tx, name, mismatches)
+
+
+async def _statement(provider: Provider, after: int) -> Page:
+    await faults.point("payments.reconcile.before_call")
+    page = await provider.statement(after)
+    await faults.point("payments.reconcile.after_call")
+    return page
+
+
+async def _look_up(provider: Provider, keys: Sequence[str]) -> tuple[dict[str, Listed], set[str]]:
+    """What the provider has of each key, and the keys of which it does not say now."""
+    found = dict(zip(keys, await provider.look_up(keys), strict=True)) if keys else {}
+    return (
+        {key: listed for key, listed in found.items() if isinstance(listed, Listed)},
+        {key for key, listed in found.items() if isinstance(listed, Unknown)},
+    )
+
+
+def _told(theirs: Listed | None, ours: KnownRow | None) -> str:
+    """Both sides in a sentence. No method and no card is in it."""
+    bank = (
+        f"{theirs.kind} {theirs.amount_minor} {theirs.currency} {theirs.code or 'succeeded'}" if theirs else "nothing"
+    )
+    own = f"{ours.kind} {ours.amount_minor} {ours.currency} {ours.status}" if ours else "nothing"
+    return f"the provider has {bank}, we have {own}"

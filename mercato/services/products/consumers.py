@@ -1,0 +1,32 @@
+"""What products hears from inventory: whether there is anything left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from mercato.chassis.db import Tx
+from mercato.chassis.events import Event, Subscription
+from mercato.contracts.inventory import StockAvailability
+
+from . import store
+
+AVAILABLE: Final = "stock.available"
+EXHAUSTED: Final = "stock.exhausted"
+
+
+async def note_stock(tx: Tx, events: Sequence[Event]) -> None:
+    """The newest news of each product count; later ones that are noted already stay."""
+    newest: dict[int, tuple[int, bool]] = {}
+    for event in events:
+        told = msgspec.json.decode(event.data, type=StockAvailability)
+        news = (told.version, event.type == AVAILABLE)
+        newest[told.product_id] = max(newest.get(told.product_id, news), news)
+    product_ids = list(newest)
+    versions = [version for version, _ in newest.values()]
+    await store.note_stock(tx, product_ids, [in_stock for _, in_stock in newest.values()], versions)
+
+
+IN_STOCK: Final = Subscription(consumer="products.in_stock", types=frozenset({AVAILABLE, EXHAUSTED}), handle=note_stock)

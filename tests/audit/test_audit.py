@@ -1,0 +1,172 @@
+"""The audit as a whole, on real databases: what it reads, what it leaves, what it does beside others."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, cast
+
+import asyncpg
+import pytest
+import pytest_asyncio
+
+from audit.world import build, client_history
+from mercato.audit.checking import audit
+from mercato.chassis.copying import SCRATCH, CopyError, Table, copied, located, with_database
+from mercato.chassis.testing import Cluster
+
+
+@pytest_asyncio.fixture
+async def dsns(cluster: Cluster) -> AsyncGenerator[Mapping[str, str]]:
+    made = await build(cluster)
+    yield made
+    for dsn in made.values():
+        await cluster.release_database(dsn)
+
+
+@contextlib.asynccontextmanager
+async def connected(dsn: str) -> AsyncGenerator[Any]:
+    connection = await cast(Any, asyncpg).connect(dsn)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def schemas(cluster: Cluster) -> set[str]:
+    """Of the scratch database, but for PostgreSQL's own."""
+    async with connected(with_database(cluster.server.admin_dsn, SCRATCH)) as connection:
+        names = await connection.fetch("SELECT nspname FROM pg_namespace WHERE nspname !~ '^pg_'")
+    return {row["nspname"] for row in names} - {"information_schema", "public"}
+
+
+async def violated(cluster: Cluster, dsns: Mapping[str, str], **options: Any) -> list[str]:
+    report = await audit(cluster.server.admin_dsn, dsns, **options)
+    return [finding.name for finding in report.violated]
+
+
+async def test_a_right_shop_passes_and_nothing_is_left(cluster: Cluster, dsns: Mapping[str, str]):
+    lines: list[str] = []
+
+    report = await audit(cluster.server.admin_dsn, dsns, history=client_history(), progress=lines.append)
+
+    assert report.violated == ()
+    assert report.copied_rows > 100
+    assert {finding.group for finding in report.findings} == {
+        "money", "stock", "orders", "idempotency", "events", "clients"
+    }  # fmt: skip
+    assert "copying orders" in lines
+    assert await schemas(cluster) == set()
+
+
+async def test_a_violation_in_the_real_databases_is_found(cluster: Cluster, dsns: Mapping[str, str]):
+    async with connected(dsns["inventory"]) as connection:
+        await connection.execute("UPDATE levels SET on_hand = on_hand + 1 WHERE product_id = 1")
+
+    assert await violated(cluster, dsns) == ["S2"]
+
+
+async def test_without_the_clients_only_the_databases_are_asked(cluster: Cluster, dsns: Mapping[str, str]):
+    report = await audit(cluster.server.admin_dsn, dsns)
+
+    assert "clients" not in {finding.group for finding in report.findings}
+
+
+async def test_what_was_touched_just_now_is_judged_when_the_shop_stands_still(
+    cluster: Cluster, dsns: Mapping[str, str]
+):
+    async with connected(dsns["orders"]) as connection:
+        await connection.execute("UPDATE orders SET refunded_minor = 50, updated_at = now() WHERE id = 1")
+
+    assert await violated(cluster, dsns, settled_seconds=60) == []
+    assert await violated(cluster, dsns, settled_seconds=0) == ["M5"]
+
+
+async def test_two_audits_at_once_queue(cluster: Cluster, dsns: Mapping[str, str]):
+    reports = await asyncio.gather(*(audit(cluster.server.admin_dsn, dsns) for _ in range(3)))
+
+    assert [report.violated for report in reports] == [(), (), ()]
+
+
+async def test_an_audit_that_is_cancelled_leaves_nothing_and_holds_up_nobody(cluster: Cluster, dsns: Mapping[str, str]):
+    copying = asyncio.Event()
+
+    def tell(line: str) -> None:
+        if line == "copying payments":
+            copying.set()
+
+    running = asyncio.create_task(audit(cluster.server.admin_dsn, dsns, progress=tell))
+    await copying.wait()
+    running.cancel()
+    await asyncio.wait({running})
+
+    assert running.cancelled()
+    assert await violated(cluster, dsns) == []
+    assert await schemas(cluster) == set()
+
+
+async def test_a_database_of_another_version_is_named(cluster: Cluster, dsns: Mapping[str, str]):
+    async with connected(dsns["orders"]) as connection:
+        await connection.execute("ALTER TABLE sagas RENAME COLUMN tries TO attempts")
+
+    with pytest.raises(CopyError, match="the database of orders is of another version"):
+        await audit(cluster.server.admin_dsn, dsns)
+
+
+async def test_a_server_that_is_not_there_is_named_without_its_password(tmp_path: Any):
+    dsn = f"postgresql://admin:hunter2@/postgres?host={tmp_path}&port=5432"
+
+    with pytest.raises(CopyError, match="cannot be reached") as refusal:
+        await located(dsn, ["orders"])
+
+    assert "hunter2" not in str(refusal.value)
+
+
+async def test_a_server_without_the_shop_is_named(cluster: Cluster):
+    with pytest.raises(CopyError, match=r"has no database nobody_orders: start a shop on that server once") as refusal:
+        await located(cluster.server.admin_dsn, ["orders"], prefix="nobody_")
+
+    assert "test-password" not in str(refusal.value)
+
+
+async def test_copies_of_one_database_are_one_snapshot_while_others_write(cluster: Cluster, dsns: Mapping[str, str]):
+    """A writer moves pieces from one table to the other all the time; in each copy they add up."""
+    async with connected(dsns["inventory"]) as connection:
+        await connection.execute("CREATE TABLE here AS SELECT 0 AS pieces FROM generate_series(1, 20000)")
+        await connection.execute("CREATE TABLE there AS SELECT 0 AS pieces FROM generate_series(1, 20000)")
+        moved = await move_until_copied(cluster, dsns["inventory"], rounds=3)
+        await connection.execute("DROP TABLE here, there")
+
+    assert moved
+
+
+async def move_until_copied(cluster: Cluster, dsn: str, rounds: int) -> int:
+    moves, done = 0, asyncio.Event()
+
+    async def move() -> None:
+        nonlocal moves
+        async with connected(dsn) as writer:
+            while not done.is_set():
+                async with writer.transaction():
+                    await writer.execute("INSERT INTO here VALUES (1)")
+                    await writer.execute("INSERT INTO there VALUES (-1)")
+                moves += 1
+
+    writing = asyncio.create_task(move())
+    try:
+        for _ in range(rounds):
+            await copy_and_add(cluster, dsn)
+    finally:
+        done.set()
+        await writing
+    return moves
+
+
+async def copy_and_add(cluster: Cluster, dsn: str) -> None:
+    tables = (Table("here", ("pieces",)), Table("there", ("pieces",)))
+    async with copied(cluster.server.admin_dsn, {"stock": dsn}, {"stock": tables}, progress=print) as copies:
+        [row] = await copies.fetch(
+            "SELECT (SELECT sum(pieces) FROM stock.here) + (SELECT sum(pieces) FROM stock.there) AS sum"
+        )
+        assert row["sum"] == 0

@@ -1,0 +1,88 @@
+"""The audit that a running shop makes of itself: one process does it, all show what was found."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, cast
+
+import asyncpg
+import pytest_asyncio
+
+from audit.world import build
+from mercato.audit.background import Background
+from mercato.chassis.copying import SCRATCH, ensured
+from mercato.chassis.telemetry import Telemetry
+from mercato.chassis.testing import Cluster
+
+HOUR = 3600.0
+
+
+@pytest_asyncio.fixture
+async def dsns(cluster: Cluster) -> AsyncGenerator[Mapping[str, str]]:
+    made = await build(cluster)
+    await execute(await ensured(cluster.server.admin_dsn, SCRATCH), "DROP TABLE IF EXISTS last_audit")
+    yield made
+    for dsn in made.values():
+        await cluster.release_database(dsn)
+
+
+async def execute(dsn: str, statement: str) -> None:
+    connection = await cast(Any, asyncpg).connect(dsn)
+    await connection.execute(statement)
+    await connection.close()
+
+
+def process(cluster: Cluster, dsns: Mapping[str, str], every_seconds: float = HOUR) -> tuple[Background, Telemetry]:
+    telemetry = Telemetry()
+    return Background(cluster.server.admin_dsn, dsns, telemetry, every_seconds=every_seconds), telemetry
+
+
+async def test_one_of_all_processes_audits_and_all_show_it(cluster: Cluster, dsns: Mapping[str, str]):
+    await execute(dsns["inventory"], "UPDATE levels SET on_hand = on_hand + 1")
+    processes = [process(cluster, dsns) for _ in range(3)]
+
+    turns = await asyncio.gather(*(background.turn() for background, _ in processes))
+    again = [await background.turn() for background, _ in processes]
+
+    assert sorted(turns) == [False, False, True]
+    assert again == [False, False, False]
+    for background, telemetry in processes:
+        assert background.details()["audit"]["violations"] == {"S2": 2}
+        text = telemetry.exposition()[0].decode()
+        assert 'mercato_audit_violations{invariant="S2"} 2.0' in text
+        assert 'mercato_audit_violations{invariant="M1"} 0.0' in text
+        assert "mercato_audit_timestamp_seconds 1." in text
+
+
+async def test_what_was_mended_is_gone_after_the_next_audit(cluster: Cluster, dsns: Mapping[str, str]):
+    background, _ = process(cluster, dsns, every_seconds=0.001)
+    assert background.details() == {}
+    await execute(dsns["inventory"], "UPDATE levels SET on_hand = on_hand + 1")
+    await background.turn()
+    await execute(dsns["inventory"], "UPDATE levels SET on_hand = on_hand - 1")
+
+    assert await background.turn()
+
+    assert background.details()["audit"]["violations"] == {}
+
+
+async def test_it_goes_on_after_a_turn_that_failed_and_ends_when_it_is_told(cluster: Cluster, dsns: Mapping[str, str]):
+    background, _ = process(cluster, dsns, every_seconds=0.1)
+    async with background.running():
+        await execute(dsns["orders"], "ALTER TABLE sagas RENAME TO epics")
+        await asyncio.sleep(1)
+        assert background.details() == {}
+        await execute(dsns["orders"], "ALTER TABLE epics RENAME TO sagas")
+        async with asyncio.timeout(30):
+            while not background.details():
+                await asyncio.sleep(0.05)
+
+    assert background.details()["audit"]["violations"] == {}
+    assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
+
+
+async def test_with_no_seconds_it_never_audits(cluster: Cluster, dsns: Mapping[str, str]):
+    background, _ = process(cluster, dsns, every_seconds=0)
+    async with background.running():
+        assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []

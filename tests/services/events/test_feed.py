@@ -1,0 +1,131 @@
+"""The feed: complete for whoever reads on from the last position, each event once, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+
+import pytest
+
+from mercato.chassis.contract import Actor, Forbidden
+from mercato.chassis.db import Row
+from mercato.chassis.faults import Fault
+from mercato.contracts.events import Events, ListEvents
+from mercato.services.events import rules, store
+from mercato.services.events.service import BEFORE_COMMIT
+from services.events.world import AT, Feed, event
+
+
+async def test_an_empty_feed_gives_the_cursor_back(feed: Feed):
+    page = await feed.page(after=7)
+    assert (page.entries, page.next_after, page.is_full) == ((), 7, False)
+
+
+async def test_an_entry_tells_everything_about_its_event(feed: Feed):
+    await feed.write(event(17, subject_id=1001, data='{"order_id":1001,"items":[{"quantity":2}]}'))
+    [entry] = await feed.entries()
+    assert entry.position >= 1
+    assert (entry.id, entry.type, entry.subject) == ("orders:17", "order.placed", "order 1001")
+    assert (entry.version, entry.at) == (17, AT)
+    assert entry.data == {"order_id": 1001, "items": [{"quantity": 2}]}
+
+
+async def test_pages_follow_each_other_without_gap_or_repetition(feed: Feed):
+    await feed.write(*(event(n) for n in range(1, 8)))
+    first = await feed.page(limit=3)
+    assert [entry.id for entry in first.entries] == ["orders:1", "orders:2", "orders:3"]
+    assert first.is_full
+    last = await feed.page(after=first.next_after, limit=5)
+    assert [entry.id for entry in last.entries] == ["orders:4", "orders:5", "orders:6", "orders:7"]
+    assert not last.is_full
+    assert last.next_after == last.entries[-1].position
+
+
+async def test_an_event_that_comes_again_is_not_written_again(feed: Feed):
+    await feed.write(event(1), event(2))
+    await feed.write(event(2), event(3), event(1, source="payments"))
+    assert await feed.ids() == ["orders:1", "orders:2", "orders:3", "payments:1"]
+
+
+async def test_types_choose_and_keep_the_order(feed: Feed):
+    types = ["order.placed", "order.paid", "payment.captured", "order.placed", "order.cancelled", "order.paid"]
+    await feed.write(*(event(n, type=each) for n, each in enumerate(types, 1)))
+    assert await feed.ids(types=["order.paid"]) == ["orders:2", "orders:6"]
+    wanted = ["order.paid", "order.placed", "order.paid"]
+    assert await feed.ids(types=wanted) == ["orders:1", "orders:2", "orders:4", "orders:6"]
+    assert await feed.ids(types=wanted, limit=1) == ["orders:1", "orders:2", "orders:4", "orders:6"]
+    assert await feed.ids(types=["nobody.knows"]) == []
+
+
+async def test_the_feed_is_for_staff(feed: Feed):
+    with feed.rig.acting(Actor("customer", 1)), pytest.raises(Forbidden):
+        await feed.rig.client(Events).list(ListEvents())
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_a_reader_never_misses_what_concurrent_writers_commit(
+    feed: Feed, plant: Callable[[str, Fault], None], seed: int
+):
+    """Writers hold their commits back for different times, so that positions would become visible out of order."""
+    chance = random.Random(seed)
+
+    async def hesitate(_: str) -> None:
+        await asyncio.sleep(chance.choice([0, 0, 0.002, 0.01]))
+
+    plant(BEFORE_COMMIT, hesitate)
+
+    async def write(source: str) -> None:
+        for n in range(1, 31, 3):
+            await feed.write(*(event(each, source=source) for each in range(n, n + 3)))
+
+    async def read(writing: asyncio.Future[list[None]]) -> list[str]:
+        seen: list[str] = []
+        after = 0
+        while True:
+            is_last = writing.done()
+            page = await feed.page(after=after, limit=7)
+            seen += [entry.id for entry in page.entries]
+            after = page.next_after
+            if is_last and not page.entries:
+                return seen
+
+    sources = ("orders", "payments", "inventory")
+    writing = asyncio.ensure_future(asyncio.gather(*(write(source) for source in sources)))
+    seen = await read(writing)
+    await writing
+    for source in sources:
+        assert [each for each in seen if each.startswith(source)] == [rules.event_id(source, n) for n in range(1, 31)]
+    assert len(seen) == 90
+
+
+async def test_old_entries_are_deleted_and_new_ones_stay(feed: Feed):
+    await feed.write(*(event(n) for n in range(1, 6)))
+    async with feed.database.transaction() as tx:
+        await tx.execute("UPDATE feed SET received_at = now() - interval '8 days' WHERE event_id <= 3")
+        assert await store.reap(tx) == 3
+    assert await feed.ids() == ["orders:4", "orders:5"]
+
+
+class PlanRow(Row):
+    line: str
+
+
+async def test_a_rare_type_is_found_without_reading_the_feed(feed: Feed):
+    await feed.write(*(event(n, type="order.paid" if n == 400 else "order.placed") for n in range(1, 401)))
+    async with feed.database.transaction() as tx:
+        plan = await tx.fetch(
+            PlanRow,
+            """
+            EXPLAIN (ANALYZE, TIMING OFF, COSTS OFF)
+            SELECT f.position
+              FROM unnest(ARRAY['order.paid']) AS w (type)
+             CROSS JOIN LATERAL (
+                SELECT position FROM feed WHERE type = w.type AND position > 0 ORDER BY position LIMIT 100
+             ) f
+             ORDER BY f.position LIMIT 100
+            """,
+        )
+    text = "\n".join(row.line for row in plan)
+    assert "feed_type_position_idx" in text
+    assert "Rows Removed by Filter" not in text

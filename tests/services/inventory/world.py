@@ -1,0 +1,268 @@
+"""An inventory service whose catalogue a test owns, any number of hosts on its database, and looks into its tables."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import itertools
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import Any, Final, cast
+
+import asyncpg
+
+from mercato.chassis.contract import Actor, Batch, ServiceError
+from mercato.chassis.db import Database
+from mercato.chassis.rpc import SERVICE_ROLE, Server
+from mercato.chassis.service import Env, Service
+from mercato.chassis.testing import Rig, migrations_folder
+from mercato.contracts.inventory import (
+    CommitStock,
+    GetLevel,
+    Inventory,
+    Level,
+    ReleaseStock,
+    Reservation,
+    ReserveStock,
+    ReturnStock,
+    SetLevel,
+    StockLine,
+)
+from mercato.contracts.products import GetProduct, Product, ProductNotFound, Products
+from mercato.services.inventory import app
+
+STAFF: Final = Actor("staff", 9)
+SHOP: Final = Actor(SERVICE_ROLE)
+EPOCH: Final = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+MUG: Final = 1
+LAMP: Final = 2
+UNKNOWN: Final = 999
+POLLS: Final = 1_000
+POLL_SECONDS: Final = 0.01
+
+SOUND: Final = {
+    "S1 bounds": "SELECT product_id FROM levels WHERE on_hand < 0 OR reserved < 0 OR reserved > on_hand",
+    "S2 on_hand is the sum of the movements": """
+        SELECT l.product_id FROM levels l
+          LEFT JOIN (SELECT product_id, sum(delta) AS q FROM movements GROUP BY 1) m USING (product_id)
+         WHERE l.on_hand <> coalesce(m.q, 0)
+        """,
+    "S3 reserved is what is held": """
+        SELECT l.product_id FROM levels l
+          LEFT JOIN (SELECT product_id, sum(quantity) AS q FROM reservation_lines JOIN reservations USING (order_id)
+                      WHERE state = 'held' GROUP BY 1) r USING (product_id)
+         WHERE l.reserved <> coalesce(r.q, 0)
+        """,
+    "S4 never oversold": """
+        SELECT id FROM (SELECT id, sum(delta) OVER (PARTITION BY product_id ORDER BY id) AS run FROM movements) t
+         WHERE run < 0
+        """,
+    "S7 each committed line was sold once": """
+        SELECT l.order_id FROM reservation_lines l JOIN reservations r USING (order_id)
+          LEFT JOIN movements m ON m.order_id = l.order_id AND m.product_id = l.product_id AND m.kind = 'sale'
+         GROUP BY l.order_id, l.product_id, l.quantity, r.state
+        HAVING count(m.id) <> (CASE r.state WHEN 'committed' THEN 1 ELSE 0 END)
+            OR coalesce(sum(-m.delta), 0) <> (CASE r.state WHEN 'committed' THEN l.quantity ELSE 0 END)
+        """,
+    "what came back is what the lines say": """
+        SELECT l.order_id FROM reservation_lines l
+          LEFT JOIN (SELECT order_id, product_id, sum(delta) AS q FROM movements WHERE kind = 'return' GROUP BY 1, 2) m
+         USING (order_id, product_id)
+         WHERE l.returned <> coalesce(m.q, 0)
+        """,
+    "held, sold and over reservations have lines": """
+        SELECT order_id FROM reservations r
+         WHERE state <> 'released' AND NOT EXISTS (SELECT FROM reservation_lines WHERE order_id = r.order_id)
+        """,
+    "events of a subject rise": """
+        SELECT id
+          FROM (SELECT id, version, subject, lag(version) OVER (PARTITION BY subject, subject_id ORDER BY id) AS p
+                  FROM outbox) t
+         WHERE version < p OR (version = p AND subject = 'reservation')
+        """,
+}
+"""What holds at every moment, as queries that find what contradicts it."""
+
+
+class FakeProducts:
+    """What is in `known` is in the catalogue. `asked` are the ids that somebody asked for."""
+
+    def __init__(self) -> None:
+        self.known = set(range(1, 31))
+        self.asked: list[int] = []
+        self.failure: ServiceError | None = None
+
+    def build(self, env: Env) -> Service:
+        server = Server(Products, env.clock)
+        server.register(Products.get, self.get)
+        return Service(server, env.database)
+
+    async def get(self, batch: Batch[GetProduct]) -> Sequence[Product | ServiceError]:
+        if self.failure:
+            raise self.failure.copy()
+        self.asked += [request.id for request in batch]
+        return [_product(r.id) if r.id in self.known else ProductNotFound(product_id=r.id) for r in batch]
+
+
+def _product(product_id: int) -> Product:
+    return Product(
+        id=product_id,
+        sku=f"SKU-{product_id}",
+        name=f"Thing {product_id}",
+        description="",
+        price_minor=100,
+        currency="USD",
+        category="things",
+        status="active",
+        created_at=EPOCH,
+        updated_at=EPOCH,
+        version=1,
+    )
+
+
+def lines(**quantities: int) -> tuple[StockLine, ...]:
+    """`lines(mug=2, lamp=1)`; other products by number: `lines(p7=1)`."""
+    ids = {"mug": MUG, "lamp": LAMP}
+    return tuple(StockLine(product_id=ids.get(n) or int(n[1:]), quantity=q) for n, q in quantities.items())
+
+
+def reserve(order_id: int, *, for_payment: bool = False, **quantities: int) -> ReserveStock:
+    return ReserveStock(
+        order_id=order_id, lines=lines(**quantities), for_payment=for_payment, idempotency_key=f"reserve:{order_id}"
+    )
+
+
+class World:
+    """An inventory service, and the products that it asks."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.products = FakeProducts()
+        self.acting = rig.acting
+        self._closing = contextlib.AsyncExitStack()
+        self._numbers = itertools.count(1)
+
+    async def open(self) -> World:
+        self.dsn = self.rig.dsns["inventory"] = await self.rig.cluster.fresh_database(
+            "inventory", migrations_folder(app.build)
+        )
+        self.rig.dsns["products"] = self.dsn  # the fake has no tables
+        await self.rig.open(products=self.products.build, inventory=app.build)
+        self.inventory = self.rig.client(Inventory)
+        self.database: Database = self.rig.host.services["inventory"].database
+        return self
+
+    async def close(self) -> None:
+        await self._closing.aclose()
+
+    async def another_rig(self) -> Rig:
+        """A second rig on the same databases, as another process would be."""
+        made = Rig(self.rig.cluster, self.rig.transport, self.rig.options)
+        made.dsns = dict(self.rig.dsns)
+        await made.open(products=self.products.build, inventory=app.build)
+        self._closing.push_async_callback(made.host.close)
+        return made
+
+    async def connection(self) -> Any:
+        """A connection of the test's own, to look into tables and to hold locks by hand."""
+        made = await cast(Any, asyncpg).connect(self.dsn)
+        self._closing.push_async_callback(made.close)
+        return made
+
+    # ------------------------------------------------------------------------------------------------ shorthands
+
+    async def stock(self, **quantities: int) -> None:
+        with self.acting(STAFF):
+            for line in lines(**quantities):
+                await self.inventory.set(SetLevel(product_id=line.product_id, on_hand=line.quantity))
+
+    async def level(self, product_id: int = MUG) -> Level:
+        with self.acting(STAFF):
+            return await self.inventory.levels(GetLevel(product_id=product_id))
+
+    async def pieces(self, product_id: int = MUG) -> tuple[int, int]:
+        """On hand, reserved."""
+        level = await self.level(product_id)
+        assert level.available == level.on_hand - level.reserved
+        return level.on_hand, level.reserved
+
+    async def reserve(self, order_id: int, *, for_payment: bool = False, **quantities: int) -> Reservation:
+        with self.acting(SHOP):
+            return await self.inventory.reserve(reserve(order_id, for_payment=for_payment, **quantities))
+
+    async def reserve_many(self, *requests: ReserveStock) -> Sequence[Reservation | ServiceError]:
+        with self.acting(SHOP):
+            return await self.inventory.reserve.many(requests)
+
+    async def commit(self, order_id: int) -> Reservation:
+        with self.acting(SHOP):
+            return await self.inventory.commit(CommitStock(order_id=order_id, idempotency_key=f"commit:{order_id}"))
+
+    async def release(self, order_id: int) -> Reservation:
+        with self.acting(SHOP):
+            return await self.inventory.release(ReleaseStock(order_id=order_id, idempotency_key=f"release:{order_id}"))
+
+    async def restock(self, order_id: int, reference: str = "return 1", **quantities: int) -> Reservation:
+        request = ReturnStock(
+            order_id=order_id, lines=lines(**quantities), reference=reference, idempotency_key=f"{order_id}:{reference}"
+        )
+        with self.acting(SHOP):
+            return await self.inventory.restock(request)
+
+    async def let_time_pass(self, order_id: int) -> None:
+        """Moves the end of a hold into the past, by the database's clock."""
+        await (await self.connection()).execute(
+            "UPDATE reservations SET expires_at = now() - interval '1 second' WHERE order_id = $1", order_id
+        )
+
+    async def values(self, sql: str, *values: object) -> list[Any]:
+        async with self.database.read() as tx:
+            return await tx.fetch_values(object, sql, *values)
+
+    async def states(self) -> dict[int, str]:
+        rows = await (await self.connection()).fetch("SELECT order_id, state FROM reservations")
+        return {row["order_id"]: row["state"] for row in rows}
+
+    async def movements(self, product_id: int = MUG) -> list[tuple[str, int]]:
+        rows = await (await self.connection()).fetch(
+            "SELECT kind, delta FROM movements WHERE product_id = $1 ORDER BY id", product_id
+        )
+        return [(row["kind"], row["delta"]) for row in rows]
+
+    async def told(self, subject: str, subject_id: int) -> list[tuple[str, int]]:
+        """Types and versions of the events of a subject."""
+        rows = await (await self.connection()).fetch(
+            "SELECT type, version FROM outbox WHERE subject = $1 AND subject_id = $2 ORDER BY id", subject, subject_id
+        )
+        return [(row["type"], row["version"]) for row in rows]
+
+    async def unsound(self) -> dict[str, list[Any]]:
+        """What contradicts itself in the tables. Empty, or something is badly wrong."""
+        found = {name: await self.values(sql) for name, sql in SOUND.items()}
+        return {name: rows for name, rows in found.items() if rows}
+
+    async def until(self, holds: Callable[[], Awaitable[object]]) -> None:
+        for _ in range(POLLS):
+            if await holds():
+                return
+            await asyncio.sleep(POLL_SECONDS)
+        raise AssertionError("what the test waits for does not happen")
+
+    async def until_waiting(self, statements: int = 1) -> None:
+        """Waits until so many statements in this database wait for a lock."""
+        sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+
+        async def waiting() -> bool:
+            return (await self.values(sql))[0] >= statements
+
+        await self.until(waiting)
+
+
+@contextlib.asynccontextmanager
+async def opened(rig: Rig) -> AsyncGenerator[World]:
+    world = await World(rig).open()
+    try:
+        yield world
+        assert await world.unsound() == {}
+    finally:
+        await world.close()

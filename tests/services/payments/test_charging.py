@@ -1,0 +1,366 @@
+"""Authorize, capture, void and refund through the contract, with the bank's own ledger as the witness."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from mercato.chassis.contract import InvalidRequest, ServiceError
+from mercato.contracts.payments import (
+    AnotherPaymentLive,
+    AttemptNotFound,
+    OutcomePending,
+    Payment,
+    Payments,
+    PaymentStateConflict,
+    RefundReferenceReused,
+    RefundTooLarge,
+)
+from services.payments.world import World, again, capture, refund, void
+
+NEIGHBOURS = 6
+
+
+def statuses(answers: object) -> list[str]:
+    assert isinstance(answers, list)
+    return [a.status if isinstance(a, Payment) else type(a).__name__ for a in answers]
+
+
+# -------------------------------------------------------------------------------------------------------- authorize
+
+
+async def test_an_authorized_payment_holds_the_amount_and_takes_nothing(world: World):
+    payment = await world.payments.authorize(world.authorization(amount=1_250))
+
+    assert (payment.status, payment.code, payment.version) == ("authorized", None, 2)
+    assert (payment.amount_minor, payment.authorized_minor, payment.captured_minor) == (1_250, 1_250, 0)
+    assert payment.updated_at >= payment.created_at
+    assert await world.ours("SELECT count(*) FROM ledger_entries") == [(0,)]
+    assert await world.bank("SELECT order_id, authorized_minor, state FROM charges") == [
+        (payment.order_id, 1_250, "open")
+    ]
+
+
+async def test_an_attempt_is_authorized_once(world: World):
+    request = world.authorization()
+
+    first, second = await world.payments.authorize(request), await world.payments.authorize(request)
+
+    assert second == first
+    assert await world.bank("SELECT count(*) FROM charges") == [(1,)]
+    assert await world.bank("SELECT key FROM operations") == [(f"{first.id}:authorize",)]
+
+
+async def test_what_was_stored_first_stands(world: World):
+    request = world.authorization(amount=700)
+    first = await world.payments.authorize(request)
+
+    other = await world.payments.authorize(again(request, amount_minor=900, method="sandbox:declined"))
+
+    assert other == first
+
+
+@pytest.mark.parametrize(
+    ("method", "code"),
+    [("sandbox:declined", "card_declined"), ("sandbox:insufficient_funds", "insufficient_funds")],
+)
+async def test_a_declined_card_is_an_answer_and_the_next_attempt_is_open(world: World, method: str, code: str):
+    request = world.authorization(method)
+
+    failed = await world.payments.authorize(request)
+    next_one = await world.payments.authorize(again(request, attempt=2, method="sandbox:ok"))
+
+    assert (failed.status, failed.code) == ("failed", code)
+    assert await world.payments.authorize(request) == failed
+    assert (next_one.status, next_one.attempt) == ("authorized", 2)
+
+
+async def test_an_order_has_one_live_payment(world: World):
+    request = world.authorization()
+    await world.payments.authorize(request)
+
+    with pytest.raises(AnotherPaymentLive):
+        await world.payments.authorize(again(request, attempt=2))
+    assert await world.bank("SELECT count(*) FROM charges") == [(1,)]
+
+
+async def test_two_attempts_at_the_same_moment_leave_one_payment(world: World):
+    other, request = await world.another_process(), world.authorization()
+
+    answers = await asyncio.gather(
+        world.payments.authorize(request),
+        other.authorize(again(request, attempt=2)),
+        return_exceptions=True,
+    )
+
+    assert sorted(type(answer).__name__ for answer in answers) == ["AnotherPaymentLive", "Payment"]
+    assert await world.bank("SELECT count(*) FROM charges") == [(1,)]
+
+
+async def test_two_attempts_in_one_batch_leave_the_first(world: World):
+    request = world.authorization()
+
+    answers = await world.payments.authorize.many([request, again(request, attempt=2)])
+
+    assert statuses(list(answers)) == ["authorized", "AnotherPaymentLive"]
+
+
+async def test_one_attempt_from_two_processes_at_once_opens_one_charge(world: World):
+    other = await world.another_process()
+    requests = [world.authorization() for _ in range(20)]
+
+    ours, theirs = await asyncio.gather(
+        world.payments.authorize.many(requests), other.authorize.many(list(reversed(requests)))
+    )
+
+    assert statuses(list(ours)) == statuses(list(theirs)) == ["authorized"] * 20
+    assert await world.bank("SELECT count(*), count(DISTINCT order_id) FROM charges") == [(20, 20)]
+    assert await world.differences() == set()
+
+
+async def test_the_index_of_live_payments_is_a_lock_of_its_own(world: World):
+    payment = await world.authorized()
+
+    with pytest.raises(Exception, match="payments_one_live_an_order"):
+        await world.ours(
+            """
+            INSERT INTO payments (order_id, attempt, user_id, method, currency, amount_minor)
+            VALUES ($1, 2, 1, 'sandbox:ok', 'EUR', 1)
+            """,
+            payment.order_id,
+        )
+
+
+async def test_one_bad_request_does_not_fail_its_neighbours(world: World):
+    requests = [world.authorization() for _ in range(NEIGHBOURS)]
+    requests[2] = again(requests[2], method="sandbox:declined")
+    requests[4] = again(requests[0], attempt=2)
+
+    answers = await world.payments.authorize.many(requests)
+
+    wanted = ["authorized"] * NEIGHBOURS
+    wanted[2], wanted[4] = "failed", "AnotherPaymentLive"
+    assert statuses(list(answers)) == wanted
+
+
+async def test_a_method_without_a_provider_is_refused_and_leaves_nothing(world: World):
+    with pytest.raises(InvalidRequest):
+        await world.payments.authorize(world.authorization("paper:ok"))
+    assert await world.ours("SELECT id FROM payments") == []
+
+
+# ---------------------------------------------------------------------------------------------------------- capture
+
+
+async def test_captured_money_is_in_the_ledger(world: World):
+    payment = await world.captured(1_250)
+
+    assert (payment.status, payment.captured_minor, payment.version) == ("captured", 1_250, 3)
+    assert await world.ours("SELECT account, side, amount_minor, currency FROM ledger_entries ORDER BY side") == [
+        ("sales", "credit", 1_250, "EUR"),
+        ("provider", "debit", 1_250, "EUR"),
+    ]
+    assert await world.ours("SELECT account, balance_minor FROM accounts ORDER BY account") == [
+        ("provider", 1_250),
+        ("sales", -1_250),
+    ]
+    assert await world.differences() == set()
+
+
+async def test_a_payment_is_captured_once(world: World):
+    payment = await world.authorized()
+    other = await world.another_process()
+
+    answers = await asyncio.gather(*(c.capture(capture(payment)) for c in (world.payments, other) for _ in range(3)))
+
+    assert {a.captured_minor for a in answers} == {1_000}
+    assert await world.taken() == {"authorize": 1, "capture": 1}
+
+
+async def test_a_free_order_is_paid_without_an_entry(world: World):
+    payment = await world.captured(0)
+
+    assert (payment.status, payment.captured_minor) == ("captured", 0)
+    assert await world.ours("SELECT count(*) FROM ledger_entries") == [(0,)]
+    with pytest.raises(RefundTooLarge):
+        await world.payments.refund(refund(payment, 1))
+
+
+async def test_an_authorization_that_ran_out_is_void(world: World):
+    payment = await world.authorized("sandbox:capture_expired")
+
+    voided = await world.payments.capture(capture(payment))
+
+    assert (voided.status, voided.code, voided.captured_minor) == ("voided", "authorization_expired", 0)
+    assert await world.payments.capture(capture(payment)) == voided
+    assert await world.payments.void(void(payment)) == voided
+    assert (await world.payments.authorize(world.authorization(order_id=payment.order_id, attempt=2))).attempt == 2
+
+
+async def test_only_what_is_authorized_is_captured(world: World):
+    failed = await world.authorized("sandbox:declined")
+    voided = await world.payments.void(void(await world.authorized()))
+
+    with pytest.raises(PaymentStateConflict):
+        await world.payments.capture(capture(failed))
+    with pytest.raises(PaymentStateConflict):
+        await world.payments.capture(capture(voided))
+    with pytest.raises(AttemptNotFound):
+        await world.payments.capture(capture(world.authorization()))
+
+
+async def test_balances_hold_more_than_64_bits(world: World):
+    for _ in range(3):
+        await world.captured(2**62)
+
+    assert await world.ours("SELECT balance_minor FROM accounts WHERE account = 'provider'") == [(3 * 2**62,)]
+
+
+# ------------------------------------------------------------------------------------------------------------- void
+
+
+async def test_a_void_gives_the_authorization_back(world: World):
+    payment = await world.authorized()
+
+    voided = await world.payments.void(void(payment))
+
+    assert (voided.status, voided.code) == ("voided", None)
+    assert await world.payments.void(void(payment)) == voided
+    assert await world.bank("SELECT state FROM charges") == [("voided",)]
+
+
+async def test_a_late_authorize_finds_the_door_closed(world: World):
+    request = world.authorization()
+
+    tombstone = await world.payments.void(void(request))
+    late = await world.payments.authorize(request)
+
+    assert (tombstone.status, tombstone.authorized_minor, tombstone.amount_minor) == ("voided", 0, 1_000)
+    assert late == tombstone
+    assert await world.bank("SELECT count(*) FROM operations") == [(0,)]
+    assert await world.ours("SELECT type, version FROM outbox") == [("payment.voided", 1)]
+
+
+async def test_void_and_authorize_at_the_same_moment_leave_nothing_open(world: World):
+    other = await world.another_process()
+    requests = [world.authorization() for _ in range(20)]
+
+    await asyncio.gather(
+        world.payments.authorize.many(requests), other.void.many([void(request) for request in reversed(requests)])
+    )
+
+    assert await world.ours("SELECT DISTINCT status FROM payments") == [("voided",)]
+    assert await world.bank("SELECT count(*) FROM charges WHERE state <> 'voided'") == [(0,)]
+
+
+async def test_captured_money_stays_captured(world: World):
+    payment = await world.captured()
+
+    assert await world.payments.void(void(payment)) == payment
+    assert await world.taken() == {"authorize": 1, "capture": 1}
+
+
+async def test_of_capture_and_void_at_the_same_moment_one_happens(world: World):
+    other = await world.another_process()
+    payments = [await world.authorized() for _ in range(8)]
+
+    captures, voids = await asyncio.gather(
+        world.payments.capture.many([capture(p) for p in payments]), other.void.many([void(p) for p in payments])
+    )
+
+    for captured, voided in zip(captures, voids, strict=True):
+        assert isinstance(voided, Payment)
+        if isinstance(captured, Payment):
+            assert captured.status == voided.status == "captured"
+        else:
+            assert (type(captured), voided.status) == (PaymentStateConflict, "voided")
+    assert await world.differences() == set()
+
+
+# ----------------------------------------------------------------------------------------------------------- refund
+
+
+async def test_money_is_given_back_in_parts(world: World):
+    payment = await world.captured(1_000)
+
+    part = await world.payments.refund(refund(payment, 400, "one"))
+    rest = await world.payments.refund(refund(payment, 600, "two"))
+
+    assert (part.status, part.refunded_minor) == ("partially_refunded", 400)
+    assert (rest.status, rest.refunded_minor) == ("refunded", 1_000)
+    assert await world.ours("SELECT account, balance_minor FROM accounts ORDER BY account") == [
+        ("provider", 0),
+        ("refunds", 1_000),
+        ("sales", -1_000),
+    ]
+    assert await world.bank("SELECT refunded_minor FROM charges") == [(1_000,)]
+
+
+async def test_a_reference_is_refunded_once(world: World):
+    payment = await world.captured()
+    request = refund(payment, 400)
+
+    first, second = await world.payments.refund(request), await world.payments.refund(request)
+
+    assert first.refunded_minor == second.refunded_minor == 400
+    assert await world.taken() == {"authorize": 1, "capture": 1, "refund": 1}
+    with pytest.raises(RefundReferenceReused):
+        await world.payments.refund(refund(payment, 500))
+
+
+async def test_more_than_was_captured_is_never_refunded(world: World):
+    payment = await world.captured(1_000)
+    await world.payments.refund(refund(payment, 700, "one"))
+
+    with pytest.raises(RefundTooLarge) as refused:
+        await world.payments.refund(refund(payment, 301, "two"))
+    assert refused.value.left_minor == 300
+
+
+async def test_refunds_at_the_same_moment_share_what_there_is(world: World):
+    payment, other = await world.captured(1_000), await world.another_process()
+
+    async def give_back(client: Payments, prefix: str) -> list[Payment | ServiceError]:
+        return list(await client.refund.many([refund(payment, 300, f"{prefix}-{n}") for n in range(3)]))
+
+    ours, theirs = await asyncio.gather(give_back(world.payments, "a"), give_back(other, "b"))
+    answers = ours + theirs
+
+    assert sorted(type(answer).__name__ for answer in answers) == ["Payment"] * 3 + ["RefundTooLarge"] * 3
+    assert await world.bank("SELECT refunded_minor FROM charges") == [(900,)]
+    assert await world.differences() == set()
+
+
+async def test_a_refund_whose_outcome_is_not_known_counts(world: World):
+    payment = await world.payments.capture(capture(await world.authorized()))
+    await world.ours("UPDATE payments SET method = 'sandbox:lost_answer'")
+    await world.bank("UPDATE charges SET method = 'sandbox:lost_answer'")
+    with pytest.raises(OutcomePending):
+        await world.payments.refund(refund(payment, 600, "one"))
+
+    if world.rig.transport == "local":  # over `wire` the second call has settled it
+        assert (await world.steps())[-1] == ("refund", "unknown")
+    with pytest.raises(RefundTooLarge):
+        await world.payments.refund(refund(payment, 500, "two"))
+    assert (await world.payments.refund(refund(payment, 600, "one"))).refunded_minor == 600
+
+
+async def test_only_captured_money_is_refunded(world: World):
+    with pytest.raises(PaymentStateConflict):
+        await world.payments.refund(refund(await world.authorized(), 1))
+
+
+# ----------------------------------------------------------------------------------------------------------- events
+
+
+async def test_each_change_is_told_once_in_order(world: World):
+    payment = await world.captured(1_000)
+    await world.payments.refund.many([refund(payment, 400, "one"), refund(payment, 600, "two")])
+
+    assert await world.ours("SELECT type, version FROM outbox WHERE subject_id = $1 ORDER BY id", payment.id) == [
+        ("payment.authorized", 2),
+        ("payment.captured", 3),
+        ("payment.refunded", 4),
+        ("payment.refunded", 5),
+    ]

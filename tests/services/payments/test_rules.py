@@ -1,0 +1,296 @@
+"""The rules of payments: a machine that crashes, repeats and reorders at every step, and the tables themselves."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from mercato.chassis.contract import Actor
+from mercato.contracts.payments import OperationKind, OperationStatus, Status
+from mercato.services.payments import rules, store
+from mercato.services.payments.rules import Ask, Declined, Goal, Listed, Outcome, Succeeded, Unknown
+
+AMOUNT = 100
+GOALS = st.sampled_from(["authorize", "capture", "void"]).map(lambda kind: Goal(kind)) | st.builds(
+    Goal, st.just("refund"), st.sampled_from(["a", "b", "c"]), st.sampled_from([40, 60, 100])
+)
+
+
+class Payment(msgspec.Struct, frozen=True):
+    id: int = 1
+    currency: str = "EUR"
+    amount_minor: int = AMOUNT
+    authorized_minor: int = 0
+    captured_minor: int = 0
+    refunded_minor: int = 0
+    status: Status = "pending"
+    code: str | None = None
+    charge_id: int | None = None
+    version: int = 1
+
+
+class Operation(msgspec.Struct, frozen=True):
+    kind: OperationKind
+    reference: str
+    amount_minor: int
+    status: OperationStatus = "intent"
+    code: str | None = None
+
+    @property
+    def key(self) -> str:
+        return rules.key_of(1, self.kind, self.reference)
+
+
+class Bank:
+    """A provider that does each key once. It is written apart from ours, on purpose."""
+
+    def __init__(self, *, declines: bool, expires: bool) -> None:
+        self.declines, self.expires = declines, expires
+        self.done: dict[str, Outcome] = {}
+        self.state = "none"
+        self.captured = self.refunded = self.captures = self.opened = 0
+
+    def hear(self, operation: Operation) -> Outcome:
+        if operation.key not in self.done:
+            code = getattr(self, operation.kind)(operation.amount_minor)
+            self.done[operation.key] = Declined(code) if code else Succeeded(len(self.done) + 1, 1)
+        return self.done[operation.key]
+
+    def authorize(self, _amount: int) -> str | None:
+        if self.declines:
+            return "card_declined"
+        self.state, self.opened = "open", self.opened + 1
+        return None
+
+    def capture(self, amount: int) -> str | None:
+        if self.state != "open":
+            return f"already_{self.state}"
+        if self.expires:
+            self.state = "expired"
+            return "authorization_expired"
+        self.state, self.captured, self.captures = "captured", amount, self.captures + 1
+        return None
+
+    def void(self, _amount: int) -> str | None:
+        if self.state != "open":
+            return "authorization_expired" if self.state == "expired" else f"already_{self.state}"
+        self.state = "voided"
+        return None
+
+    def refund(self, amount: int) -> str | None:
+        if amount > self.captured - self.refunded:
+            return "amount_too_large"
+        self.refunded += amount
+        return None
+
+
+class Machine(RuleBasedStateMachine):
+    """One payment. `calls` are on their way to the bank, `answers` on their way back: both may be lost, repeated, late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.payment = Payment()
+        self.operations: dict[str, Operation] = {}
+        self.calls: list[str] = []
+        self.answers: list[tuple[str, Outcome]] = []
+        self.bank = Bank(declines=False, expires=False)
+
+    @precondition(lambda self: not self.operations)
+    @rule(declines=st.booleans(), expires=st.booleans())
+    def choose_a_card(self, declines: bool, expires: bool) -> None:
+        self.bank = Bank(declines=declines, expires=expires)
+
+    @precondition(lambda self: not self.operations)
+    @rule()
+    def void_before_it_begins(self) -> None:
+        self.payment = Payment(status="voided")
+
+    @rule(goal=GOALS)
+    def want(self, goal: Goal) -> None:
+        """Part 1: a transaction. Nothing but the intent is left if the power fails after it."""
+        step = rules.next_step(goal, self.payment, self.operations.values())
+        if isinstance(step, Ask):
+            operation = Operation(step.kind, step.reference, step.amount_minor)
+            known = self.operations.setdefault(operation.key, operation)
+            assert known.status in rules.OPEN, "what is settled is not asked for again"
+            self.calls.append(operation.key)
+
+    @precondition(lambda self: self.calls)
+    @rule(data=st.data(), twice=st.booleans())
+    def the_bank_hears(self, data: st.DataObject, twice: bool) -> None:
+        key = data.draw(st.sampled_from(self.calls))
+        if not twice:
+            self.calls.remove(key)
+        self.answers.append((key, self.bank.hear(self.operations[key])))
+
+    @precondition(lambda self: self.calls)
+    @rule(data=st.data())
+    def a_call_is_lost(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(self.calls))
+        self.calls.remove(key)
+        self.answers.append((key, Unknown()))
+
+    @precondition(lambda self: self.answers)
+    @rule(data=st.data(), twice=st.booleans())
+    def an_answer_is_recorded(self, data: st.DataObject, twice: bool) -> None:
+        answer = data.draw(st.sampled_from(self.answers))
+        if not twice:
+            self.answers.remove(answer)
+        self.record(*answer)
+
+    @precondition(lambda self: self.answers)
+    @rule(data=st.data())
+    def an_answer_is_lost(self, data: st.DataObject) -> None:
+        self.answers.remove(data.draw(st.sampled_from(self.answers)))
+
+    @rule()
+    def everybody_dies(self) -> None:
+        """What was in memory is gone; what is on its way to the bank may still arrive."""
+        self.answers.clear()
+
+    @rule()
+    def the_sweeper_asks_again(self) -> None:
+        self.calls += [key for key, operation in self.operations.items() if operation.status in rules.OPEN]
+
+    def record(self, key: str, outcome: Outcome) -> None:
+        """Part 3: a transaction, guarded by what the operation is."""
+        operation = self.operations[key]
+        if operation.status not in rules.OPEN:
+            return
+        code = outcome.code if isinstance(outcome, Declined) else None
+        self.operations[key] = msgspec.structs.replace(operation, status=store.status_of(outcome), code=code)
+        if not isinstance(outcome, Unknown):
+            self.payment = rules.settle(self.payment, operation, outcome)
+
+    @invariant()
+    def nothing_is_done_twice(self) -> None:
+        assert self.bank.opened <= 1
+        assert self.bank.captures <= 1
+        assert self.bank.refunded <= self.bank.captured <= AMOUNT
+
+    @invariant()
+    def we_never_say_more_than_the_bank_has_done(self) -> None:
+        assert self.payment.captured_minor <= self.bank.captured
+        assert self.payment.refunded_minor <= self.bank.refunded
+        assert self.payment.status != "voided" or self.bank.state in ("none", "voided", "expired")
+
+    @invariant()
+    def capture_and_void_are_not_both_open(self) -> None:
+        open_ = {o.kind for o in self.operations.values() if o.status in rules.OPEN}
+        assert not {"capture", "void"} <= open_
+
+    def teardown(self) -> None:
+        """Once faults stop, asking again with the same keys brings both sides together."""
+        for key, operation in list(self.operations.items()):
+            self.record(key, self.bank.hear(operation))
+        assert all(o.status not in rules.OPEN for o in self.operations.values())
+        assert (self.payment.captured_minor, self.payment.refunded_minor) == (self.bank.captured, self.bank.refunded)
+        expected = {"open": "authorized", "voided": "voided", "expired": "voided"}
+        if self.bank.state in expected:
+            assert self.payment.status == expected[self.bank.state]
+
+
+TestPayments = Machine.TestCase
+TestPayments.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_each_state_of_the_contract_has_its_moves():
+    assert set(rules.MOVES) == set(get_args(Status))
+    assert set(rules.EVENTS) == set(get_args(Status)) - {"pending"}
+
+
+OPERATIONS = st.builds(Operation, st.sampled_from(get_args(OperationKind)), st.just(""), st.integers(1, AMOUNT))
+OUTCOMES = st.sampled_from([Succeeded(1, 7), Declined("card_declined"), Declined("authorization_expired"), Unknown()])
+
+
+@given(st.sampled_from(get_args(Status)), OPERATIONS, OUTCOMES)
+def test_an_outcome_moves_along_the_table_or_not_at_all(status: Status, operation: Operation, outcome: Outcome):
+    taken = AMOUNT if status in rules.CAPTURED else 0
+    payment = Payment(status=status, captured_minor=taken, authorized_minor=AMOUNT, charge_id=7, version=3)
+    if status == "refunded":
+        payment = msgspec.structs.replace(payment, refunded_minor=AMOUNT)
+        if operation.kind == "refund":
+            return  # the bank gives nothing back that is not there
+
+    after = rules.settle(payment, operation, outcome)
+
+    if after is payment:
+        return
+    assert after.status in rules.MOVES[status]
+    assert after.version == payment.version + 1
+    assert not isinstance(outcome, Unknown)
+
+
+def test_a_charge_of_a_payment_that_is_closed_is_remembered():
+    payment = Payment(status="voided", version=4)
+
+    after = rules.settle(payment, Operation("authorize", "", AMOUNT), Succeeded(1, 7))
+
+    assert (after.status, after.version, after.charge_id) == ("voided", 4, 7)
+
+
+@given(st.sampled_from(get_args(OperationKind)), st.integers(0, 10**12))
+def test_entries_balance_and_there_are_none_for_nothing(kind: OperationKind, amount: int):
+    entries = rules.entries(kind, amount)
+
+    assert sum(minor if side == "debit" else -minor for _, side, minor in entries) == 0
+    assert bool(entries) == (amount > 0 and kind in ("capture", "refund"))
+
+
+@pytest.mark.parametrize(("role", "id_", "sees"), [("customer", 1, True), ("customer", 2, False), ("staff", 2, True)])
+def test_customers_see_their_own(role: str, id_: int, sees: bool):
+    assert rules.may_see(Actor(role, id_), 1) == sees
+
+
+class Ours(msgspec.Struct, frozen=True):
+    kind: OperationKind = "capture"
+    amount_minor: int = AMOUNT
+    currency: str = "EUR"
+    status: OperationStatus = "succeeded"
+    payment_status: Status = "captured"
+    has_void: bool = False
+
+
+def listed(**changes: Any) -> Listed:
+    same = Listed(
+        provider_id=1, key="1:capture", kind="capture", charge_id=7, amount_minor=AMOUNT, currency="EUR", code=None
+    )
+    return msgspec.structs.replace(same, **changes)
+
+
+AUTHORIZED = Ours(kind="authorize", payment_status="voided")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "expected"),
+    [
+        (listed(), Ours(), None),
+        (None, Ours(status="intent"), None),
+        (None, Ours(status="declined"), None),
+        (None, Ours(), "not_at_the_provider"),
+        (listed(), None, "not_in_our_books"),
+        (listed(code="declined"), None, None),
+        (listed(), Ours(status="unknown"), "outcome_recorded"),
+        (listed(code="declined"), Ours(status="intent"), "outcome_recorded"),
+        (listed(amount_minor=1), Ours(), "other_amount"),
+        (listed(amount_minor=1), Ours(status="intent"), "other_amount"),
+        (listed(currency="USD"), Ours(), "other_amount"),
+        (listed(kind="refund"), Ours(), "other_amount"),
+        (listed(), Ours(status="declined"), "other_outcome"),
+        (listed(code="declined"), Ours(), "other_outcome"),
+        (listed(code="declined"), Ours(status="declined"), None),
+        (listed(kind="authorize"), AUTHORIZED, "authorization_voided"),
+        (listed(kind="authorize"), msgspec.structs.replace(AUTHORIZED, has_void=True), None),
+        (listed(kind="authorize"), msgspec.structs.replace(AUTHORIZED, payment_status="captured"), None),
+    ],
+)
+def test_what_a_line_of_the_statement_says(theirs: Listed | None, ours: Ours | None, expected: str | None):
+    assert rules.compare(theirs, ours) == expected

@@ -1,0 +1,237 @@
+"""Payments with the bank behind it, and the books of both, read without either."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from typing import Any, Final, cast
+
+import asyncpg
+import msgspec
+
+from mercato.chassis.contract import Actor
+from mercato.chassis.service import Env, Host, Service
+from mercato.chassis.testing import TEST_SECRET, Rig, migrations_folder
+from mercato.contracts.payments import AuthorizePayment, CapturePayment, Payment, Payments, RefundPayment, VoidPayment
+from mercato.contracts.sandbox import Sandbox
+from mercato.services.payments import app
+from mercato.services.payments.charging import Charging
+from mercato.services.payments.provider import SandboxProvider
+from mercato.services.payments.reconciling import Reconciling
+from mercato.services.sandbox.app import build as build_sandbox
+
+SERVICE: Final = Actor("service")
+ALICE: Final = Actor("customer", 1)
+BOB: Final = Actor("customer", 2)
+STAFF: Final = Actor("staff", 9)
+POLLS: Final = 1_000
+POLL_SECONDS: Final = 0.01
+NEVER_SECONDS: Final = "86400"
+
+INVARIANTS: Final = {
+    "M1 entries of an operation add up to nothing": """
+        SELECT operation_id FROM ledger_entries GROUP BY operation_id, currency
+        HAVING sum(CASE side WHEN 'debit' THEN amount_minor ELSE -amount_minor END) <> 0
+        """,
+    "M2 a balance is the sum of its entries": """
+        SELECT a.account FROM accounts a LEFT JOIN (
+            SELECT account, currency, sum(CASE side WHEN 'debit' THEN amount_minor ELSE -amount_minor END) AS s
+              FROM ledger_entries GROUP BY 1, 2) e USING (account, currency)
+         WHERE a.balance_minor <> coalesce(e.s, 0)
+        """,
+    "M9 a payment's money is that of its operations": """
+        SELECT p.id FROM payments p LEFT JOIN (
+            SELECT payment_id,
+                   coalesce(sum(amount_minor) FILTER (WHERE kind = 'capture'), 0) AS captured,
+                   coalesce(sum(amount_minor) FILTER (WHERE kind = 'refund'), 0) AS refunded
+              FROM operations WHERE status = 'succeeded' GROUP BY 1) o ON o.payment_id = p.id
+         WHERE (p.captured_minor, p.refunded_minor) <> (coalesce(o.captured, 0), coalesce(o.refunded, 0))
+        """,
+    "entries are those of the captures and refunds that succeeded": """
+        SELECT o.id FROM operations o FULL JOIN (
+            SELECT operation_id, sum(amount_minor) FILTER (WHERE side = 'debit') AS amount
+              FROM ledger_entries GROUP BY 1) e ON e.operation_id = o.id
+         WHERE coalesce(e.amount, 0) <> CASE WHEN o.status = 'succeeded' AND o.kind IN ('capture', 'refund')
+                                             THEN o.amount_minor ELSE 0 END
+        """,
+    "E7 each version has its event": """
+        SELECT p.id FROM payments p LEFT JOIN outbox e
+            ON (e.subject, e.subject_id, e.version) = ('payment', p.id, p.version)
+         WHERE e.id IS NULL AND p.status <> 'pending'
+        """,
+    "events of a payment rise": """
+        SELECT subject_id FROM (
+            SELECT subject_id, version, lag(version) OVER (PARTITION BY subject_id ORDER BY id) AS before FROM outbox) e
+         WHERE version <= before
+        """,
+}
+"""Each finds what contradicts it in our books alone (reliability: M1, M2, M9, E7)."""
+
+
+class World:
+    """`payments` is the client. `charging` and `reconciling` are on the same database, for rounds by hand."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self._orders = itertools.count(1)
+        self._closing = contextlib.AsyncExitStack()
+        rig.options = {
+            "MERCATO_PAYMENTS_SWEEP_SECONDS": NEVER_SECONDS,
+            "MERCATO_PAYMENTS_RECONCILE_SECONDS": NEVER_SECONDS,
+            "MERCATO_SANDBOX_STATEMENT_DELAY_SECONDS": "0",
+            **rig.options,
+        }
+
+    def build(self, env: Env) -> Service:
+        """The service as it is, of which a test also runs the inner parts."""
+        providers = {"sandbox": SandboxProvider(env.client(Sandbox))}
+        self.telemetry = env.telemetry
+        self.charging = Charging(env.database, providers)
+        self.reconciling = Reconciling(
+            env.database, providers, self.charging, env.telemetry, period_seconds=0.0, lag_seconds=0.0
+        )
+        return app.build(env)
+
+    async def open(self) -> None:
+        # The test's own parts are built by a module that is not the service's: its database is looked up by hand.
+        self.rig.dsns["payments"] = await self.rig.cluster.fresh_database("payments", migrations_folder(app.build))
+        await self.rig.open(sandbox=build_sandbox, payments=self.build)
+        self.payments = self.rig.client(Payments)
+        self.sandbox = self.rig.client(Sandbox)
+
+    async def close(self) -> None:
+        await self._closing.aclose()
+
+    async def another_process(self) -> Payments:
+        """The client of a second host on the same databases."""
+        host = Host(
+            {"sandbox": build_sandbox, "payments": app.build},
+            self.rig.dsns,
+            secret=TEST_SECRET,
+            transport=self.rig.transport,
+            options=self.rig.options,
+        )
+        await host.open()
+        self._closing.push_async_callback(host.close)
+        return host.client(Payments)
+
+    @contextlib.contextmanager
+    def calling(self) -> Generator[None]:
+        with self.rig.acting(SERVICE):
+            yield
+
+    # ---------------------------------------------------------------------------------------------------- requests
+
+    def authorization(
+        self, method: str = "sandbox:ok", amount: int = 1_000, *, attempt: int = 1, order_id: int = 0, user_id: int = 1
+    ) -> AuthorizePayment:
+        """Of a new order, unless one is named."""
+        order_id = order_id or next(self._orders)
+        return AuthorizePayment(
+            order_id=order_id,
+            attempt=attempt,
+            user_id=user_id,
+            amount_minor=amount,
+            currency="EUR",
+            method=method,
+            idempotency_key=f"{order_id}:{attempt}:authorize",
+        )
+
+    async def authorized(self, method: str = "sandbox:ok", amount: int = 1_000) -> Payment:
+        return await self.payments.authorize(self.authorization(method, amount))
+
+    async def captured(self, amount: int = 1_000) -> Payment:
+        return await self.payments.capture(capture(await self.authorized(amount=amount)))
+
+    # ------------------------------------------------------------------------------------------------------- books
+
+    async def ours(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
+        return await rows(self.rig.dsns["payments"], sql, *values)
+
+    async def bank(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
+        return await rows(self.rig.dsns["sandbox"], sql, *values)
+
+    async def steps(self) -> list[tuple[str, str]]:
+        """Our operations: kind and status, in the order in which they began."""
+        return [(kind, status) for kind, status in await self.ours("SELECT kind, status FROM operations ORDER BY id")]
+
+    async def taken(self) -> dict[str, int]:
+        """How often each kind of operation has succeeded at the bank."""
+        return dict(await self.bank("SELECT kind, count(*) FROM operations WHERE status = 'succeeded' GROUP BY kind"))
+
+    async def violations(self) -> dict[str, int]:
+        """What contradicts an invariant of our books."""
+        found = {name: await self.ours(sql) for name, sql in INVARIANTS.items()}
+        return {name: len(wrong) for name, wrong in found.items() if wrong}
+
+    async def differences(self) -> set[tuple[Any, ...]]:
+        """What only one side says was done: kind, amount, currency and key (reliability: M4)."""
+        done = "SELECT key, kind, amount_minor, currency FROM operations WHERE status = 'succeeded'"
+        return set(await self.ours(done)) ^ set(await self.bank(done))
+
+    async def until(self, holds: Callable[[], Awaitable[object]]) -> None:
+        for _ in range(POLLS):
+            if await holds():
+                return
+            await asyncio.sleep(POLL_SECONDS)
+        raise AssertionError("what the test waits for does not happen")
+
+    async def age(self, hours: float) -> None:
+        """Lets time pass for all operations that are open."""
+        await self.ours(
+            """
+            UPDATE operations SET began_at = began_at - make_interval(mins => $1),
+                   asked_at = asked_at - make_interval(mins => $1)
+             WHERE status IN ('intent', 'unknown')
+            """,
+            int(hours * 60),
+        )
+
+
+def capture(payment: Payment | AuthorizePayment) -> CapturePayment:
+    return CapturePayment(
+        order_id=payment.order_id, attempt=payment.attempt, idempotency_key=f"{payment.order_id}:capture"
+    )
+
+
+def void(payment: Payment | AuthorizePayment) -> VoidPayment:
+    return VoidPayment(
+        order_id=payment.order_id,
+        attempt=payment.attempt,
+        user_id=payment.user_id,
+        amount_minor=payment.amount_minor,
+        currency=payment.currency,
+        method=payment.method,
+        idempotency_key=f"{payment.order_id}:void",
+    )
+
+
+def refund(payment: Payment, amount: int, reference: str = "return-1") -> RefundPayment:
+    return RefundPayment(
+        order_id=payment.order_id,
+        attempt=payment.attempt,
+        amount_minor=amount,
+        reference=reference,
+        idempotency_key=f"{payment.order_id}:refund:{reference}",
+    )
+
+
+def again(request: AuthorizePayment, **changes: Any) -> AuthorizePayment:
+    """The same request, but for what is named."""
+    return msgspec.structs.replace(request, **changes)
+
+
+async def rows(dsn: str, sql: str, *values: object) -> list[tuple[Any, ...]]:
+    async with connected(dsn) as connection:
+        return [tuple(row) for row in await connection.fetch(sql, *values)]
+
+
+@contextlib.asynccontextmanager
+async def connected(dsn: str) -> AsyncGenerator[Any]:
+    connection = await cast(Any, asyncpg).connect(dsn)
+    try:
+        yield connection
+    finally:
+        await connection.close()
