@@ -13,6 +13,9 @@ PIP := $(RUN) pip --quiet --disable-pip-version-check
 ARGS ?=
 # Test processes; a file's tests stay together, so that they share its fixtures.
 WORKERS ?= 2
+# How long `make chaos` strikes, and the seed of a run to see again.
+SECONDS ?= 60
+SEED ?=
 # The interpreter to build .venv with; empty: the first suitable one of CANDIDATES.
 PYTHON ?=
 CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
@@ -63,6 +66,10 @@ schemas: $(VENV)/.dev ## commit to the contracts as they are now, after an addit
 .PHONY: bench
 bench: $(VENV)/.dev ## load POST /orders with wrk and check every answer (ARGS="--workers 2")
 	@$(PY) bench/orders.py $(ARGS)
+
+.PHONY: chaos
+chaos: $(VENV)/.dev ## kill a loaded shop at random, then audit it (SECONDS=60 SEED= ARGS="--json")
+	@$(RUN) bench.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 .PHONY: lock
 lock: $(VENV)/.dev ## recompile the pins in requirements/ (ARGS=--upgrade for newer versions)

@@ -1,10 +1,13 @@
 """`POST /orders` under load: is it fast, and is every answer true?
 
-    .venv/bin/python bench/orders.py [--seconds 10] [--connections 128] [--workers 1]
+    .venv/bin/python bench/orders.py [--seconds 10] [--connections 128] [--workers 1] [--pay sandbox:ok] [--one-product]
 
 Starts a PostgreSQL and a shop of its own in a temporary folder, loads it with wrk, and prints the rate, the latency,
 the CPU time of the shop and of PostgreSQL for each order, and the mean batch. Ends with code 1 if any answer was not
 201, or if the table does not hold exactly as many new orders as were answered. Needs wrk.
+
+With `--pay`, each order names a payment method, and the rate is that of orders that were paid, until the last one is.
+Products are spread over the demo catalogue; with `--one-product`, every order is for the same.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -27,15 +31,22 @@ import asyncpg
 from mercato.chassis.supervisor import EmbeddedPostgres, remove_cluster
 
 SCRIPT = """
+local products = { %(products)s }
 wrk.method = "POST"
-wrk.body = '{"user_id": 1, "product_id": 100}'
 wrk.headers["Content-Type"] = "application/json"
+request = function()
+  local product = products[math.random(#products)]
+  return wrk.format(nil, nil, nil, '{"user_id": 1, "product_id": ' .. product .. '%(payment)s}')
+end
 done = function(summary)
   local e = summary.errors
-  io.write(string.format("answers %d errors %d\\n", summary.requests,
+  io.write(string.format("answers %%d errors %%d\\n", summary.requests,
     e.status + e.read + e.write + e.timeout + e.connect))
 end
 """
+SPREAD = (*range(1, 15), *range(100, 106), *range(200, 205))
+"""The demo catalogue: a million pieces of each."""
+REST_SECONDS = 120.0
 
 
 async def main() -> int:
@@ -66,6 +77,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=int, default=10)
     parser.add_argument("--connections", type=int, default=128)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--pay", metavar="METHOD", help="a payment method for every order, such as sandbox:ok")
+    parser.add_argument("--one-product", action="store_true", help="every order is for product 100")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser.parse_args()
 
@@ -74,10 +87,17 @@ async def _measure(options: argparse.Namespace, folder: Path, server: EmbeddedPo
     shop, url = await _start(options, folder, server.admin_dsn)
     try:
         script = folder / "post.lua"
-        script.write_text(SCRIPT)
+        payment = f', "payment_method": "{options.pay}"' if options.pay else ""
+        products = "100" if options.one_product else ", ".join(map(str, SPREAD))
+        script.write_text(SCRIPT % {"products": products, "payment": payment})
         await _wrk(url, script, seconds=2, connections=8)  # warms caches and prepared statements
+        await _rest(server.admin_dsn)
         before, batches, cpu = await _orders(server.admin_dsn), _batches(url), _cpu(shop.pid, server.pid)
+        paid_before, began = await _paid(server.admin_dsn), time.monotonic()
         out = await _wrk(url, script, options.seconds, options.connections)
+        await _rest(server.admin_dsn)
+        until_rest = time.monotonic() - began
+        paid = await _paid(server.admin_dsn) - paid_before
         after, more_batches, more_cpu = await _orders(server.admin_dsn), _batches(url), _cpu(shop.pid, server.pid)
     finally:
         shop.send_signal(signal.SIGTERM)
@@ -88,6 +108,7 @@ async def _measure(options: argparse.Namespace, folder: Path, server: EmbeddedPo
         "orders_per_second": float(re.findall(r"Requests/sec: *([\d.]+)", out)[0]),
         "p50": re.findall(r"50% *(\S+)", out)[0],
         "p99": re.findall(r"99% *(\S+)", out)[0],
+        **({"paid": paid, "paid_per_second": round(paid / until_rest, 1)} if options.pay else {}),
         "answers": answers,
         "not_201": errors,
         "new_rows": after - before,
@@ -98,7 +119,8 @@ async def _measure(options: argparse.Namespace, folder: Path, server: EmbeddedPo
     print(json.dumps(figures) if options.json else "\n".join(f"{k:<22} {v}" for k, v in figures.items()))
     # wrk stops in the middle of requests: those may be in the table and not among the answers, one a connection.
     unanswered = after - before - answers
-    return 0 if errors == 0 and 0 <= unanswered <= options.connections else 1
+    all_paid = not options.pay or paid == after - before
+    return 0 if errors == 0 and 0 <= unanswered <= options.connections and all_paid else 1
 
 
 async def _start(options: argparse.Namespace, folder: Path, dsn: str) -> tuple[asyncio.subprocess.Process, str]:
@@ -126,9 +148,26 @@ async def _wrk(url: str, script: Path, seconds: int, connections: int) -> str:
 
 
 async def _orders(dsn: str) -> int:
+    return await _count(dsn, "SELECT count(*) FROM orders")
+
+
+async def _paid(dsn: str) -> int:
+    return await _count(dsn, "SELECT count(*) FROM orders WHERE payment = 'paid'")
+
+
+async def _rest(dsn: str) -> None:
+    """Waits until nothing is under way: every checkout is finished, or waits for a payment."""
+    end = time.monotonic() + REST_SECONDS
+    while await _count(dsn, "SELECT count(*) FROM sagas WHERE wake_at IS NOT NULL AND step <> 'awaiting'"):
+        if time.monotonic() > end:
+            raise SystemExit(f"orders are still under way after {REST_SECONDS:.0f} s")
+        await asyncio.sleep(0.1)
+
+
+async def _count(dsn: str, sql: str) -> int:
     connection: Any = await asyncpg.connect(dsn.replace("/postgres?", "/mercato_orders?"))
     try:
-        return await connection.fetchval("SELECT count(*) FROM orders")
+        return await connection.fetchval(sql)
     finally:
         await connection.close()
 

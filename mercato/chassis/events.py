@@ -48,7 +48,8 @@ OUTBOX: Final = """
 """
 # What nobody has been offered yet, and nothing else: a consumer that is down for a day leaves a million unpublished
 # rows that are owed to it, and the relay must not walk over them to find the new ones.
-OUTBOX_INDEX: Final = "CREATE INDEX outbox_fresh_idx ON outbox (id) WHERE published_at IS NULL AND NOT owed"
+# `owed` is false in all of it; it stands in front so that no other index has the order that the relay asks for.
+OUTBOX_INDEX: Final = "CREATE INDEX outbox_fresh_idx ON outbox (owed, id) WHERE published_at IS NULL AND NOT owed"
 
 # `relays`: who relays this outbox, until when.
 # `outbox_retries`: what is owed, an event and a consumer that has not taken it. Of a consumer and a subject only the

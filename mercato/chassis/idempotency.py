@@ -175,7 +175,7 @@ async def reap(tx: Tx) -> int:
 
 
 async def reap_forever(database: Database) -> None:
-    """The loop of a service that takes keys: deletes answers that are past their day, a bounded number a transaction."""
+    """The loop of a service that takes keys: deletes answers past their day, a bounded number a transaction."""
     while True:
         async with database.transaction() as tx:
             deleted = await reap(tx)

@@ -134,6 +134,17 @@ async def release(tx: Tx, holder: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
+async def plan_for_backlog(tx: Tx) -> None:
+    """First in a transaction that reads what waits: takes it from an index that has its order, up to the limit.
+
+    There is seldom anything, so that reading all of it and sorting looks cheapest; the plan is then kept, and a backlog
+    of a million events would be read for each batch of it.
+    """
+    await tx.execute(
+        "SELECT set_config('enable_sort', 'off', true), set_config('enable_incremental_sort', 'off', true)"
+    )
+
+
 async def fresh(tx: Tx, source: str) -> list[Event]:
     """Up to `BATCH` events that nobody has been offered, the oldest first."""
     return await tx.fetch(
@@ -142,7 +153,7 @@ async def fresh(tx: Tx, source: str) -> list[Event]:
         SELECT $1::text AS source, id, type, subject, subject_id, version, data, at
           FROM outbox
          WHERE published_at IS NULL AND NOT owed
-         ORDER BY id
+         ORDER BY owed, id
          LIMIT $2
         """,
         source,
@@ -218,7 +229,7 @@ async def lag(tx: Tx) -> LagRow:
         LagRow,
         """
         WITH waiting AS (
-            (SELECT id FROM outbox WHERE published_at IS NULL AND NOT owed ORDER BY id LIMIT $1)
+            (SELECT id FROM outbox WHERE published_at IS NULL AND NOT owed ORDER BY owed, id LIMIT $1)
             UNION
             (SELECT event_id FROM outbox_retries ORDER BY event_id LIMIT $1)
             ORDER BY id

@@ -184,7 +184,8 @@ class Relay:
             self._show_lag(outbox.LagRow(0, 0.0))  # whoever leads tells
             return self._pace.lead_s
         self._leads.set()
-        async with self._database.read() as tx:
+        async with self._database.transaction() as tx:
+            await outbox.plan_for_backlog(tx)
             self._show_lag(await outbox.lag(tx))
         return self._pace.lead_s
 
@@ -196,7 +197,8 @@ class Relay:
 
     async def _offer(self) -> float:
         """Offers the next fresh events to everybody who wants them."""
-        async with self._database.read() as tx:
+        async with self._database.transaction() as tx:
+            await outbox.plan_for_backlog(tx)
             events = await outbox.fresh(tx, self._source)
             if not events:
                 return self._pace.idle_s
@@ -240,7 +242,8 @@ class Relay:
     async def _collect(self) -> float:
         """Offers again what is due."""
         names = [recipient.name for recipient in self._bus.recipients]
-        async with self._database.read() as tx:
+        async with self._database.transaction() as tx:
+            await outbox.plan_for_backlog(tx)
             due = await outbox.due(tx, self._source, names)
         if not due:
             return self._pace.idle_s

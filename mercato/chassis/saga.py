@@ -4,7 +4,7 @@ The parts
     A saga is a row in its service's database: which step is next, and what the steps must remember (`state`, JSON).
     A step calls other services, and then saves, in one transaction with its own change, what came of it and what is
     next. Every call carries a key that is derived from the saga: running, retrying and resuming are the same code.
-    A `Runner` drives the sagas of one process, many at a time: those at the same step go through it as one batch.
+    A `Runner` (`runner.py`) drives the sagas of one process, many at a time: those at the same step are one batch.
 
 Who drives
     Whoever starts a saga drives it at once, under a lease (`wake_at`), renewed while it works. A saga whose lease is
@@ -19,28 +19,19 @@ A saga is in one of these states
 
 Guaranteed
     - A step runs at least once; what it saves happens once.
-    - A step that fails is tried again for ever, with pauses that grow to `LONGEST_PAUSE_SECONDS`.
+    - A step that fails is tried again for ever, with pauses that grow.
     - One saga that fails does not hold up those that share its batch: they are tried again, each alone.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import datetime
-import random
-from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
-import structlog
 
-from .clock import Clock
-from .contract import Actor, Context, ServiceError, current
-from .db import Database, Row, Tx
-from .rpc import SERVICE_ROLE
-from .telemetry import Telemetry
+from .db import Row, Tx
 
 # `wake_at`: from when on anybody may take the saga over. It is the only thing that is looked for.
 TABLES: Final = (
@@ -77,19 +68,6 @@ TABLES: Final = (
     )
     """,
 )
-
-BATCH_SIZE: Final = 256
-LANES: Final = 4
-"""Batches that a process drives at once. A batch spends its time waiting for one database after another."""
-BACKLOG_LIMIT: Final = 2_000
-"""Sagas that one process has started and not finished. Who would start more waits (`Runner.room`)."""
-STEP_SECONDS: Final = 4.0
-"""The deadline of the calls of one step: shorter than a lease, so that a step that hangs is given up before."""
-SWEPT_AT_ONCE: Final = 1_000
-FIRST_PAUSE_SECONDS: Final = 0.1
-LONGEST_PAUSE_SECONDS: Final = 30.0
-
-log = structlog.stdlib.get_logger("mercato.saga")
 
 Key = tuple[int, str, str]
 """Subject, kind and reference."""
@@ -399,213 +377,3 @@ async def steps(tx: Tx, subject_id: int) -> list[StepRow]:
 def _saga(row: SagaRow) -> Saga:
     key = (row.subject_id, row.kind, row.reference)
     return Saga(key, row.step, row.state, epoch=row.epoch, version=row.version, tries=row.tries)
-
-
-# ---------------------------------------------------------------------------------------------------------- the runner
-
-Step = Callable[[Sequence[Saga]], Awaitable[None]]
-"""Takes sagas that are at the same step, and saves what came of it by `Runner.save`."""
-
-Decided = Sequence[tuple[Saga, Next]]
-
-
-class Runner:
-    """Drives the sagas of one service in this process. `loops` run for as long as the service is open."""
-
-    def __init__(
-        self,
-        database: Database,
-        *,
-        clock: Clock,
-        telemetry: Telemetry,
-        lease_seconds: float = 5.0,
-        sweep_seconds: float = 0.5,
-    ) -> None:
-        self.lease_seconds = lease_seconds
-        self.loops = (self._sweep, *(self._lane for _ in range(LANES)))
-        self._database = database
-        self._steps: dict[tuple[str, str], Step] = {}
-        self._clock = clock
-        self._sweep_seconds = sweep_seconds
-        self._queue: deque[Saga] = deque()
-        self._busy: dict[Key, Saga] = {}
-        """Those of this process, queued or in a lane."""
-        self._lanes: deque[asyncio.Future[None]] = deque()
-        """Lanes with nothing to do."""
-        self._wanting: deque[asyncio.Future[None]] = deque()
-        """Those who wait for room."""
-        self._waiters: dict[Key, list[asyncio.Future[None]]] = {}
-        self._renewed_at = clock.monotonic()
-        self._fenced = telemetry.saga_fenced.labels(database.service)
-        self._taken = telemetry.saga_taken_over.labels(database.service)
-        self._retried = telemetry.saga_retried.labels(database.service)
-
-    def register(self, kind: str, steps: Mapping[str, Step]) -> None:
-        """The code of each step of a kind of saga, by its name. A step without code is one that nothing wakes."""
-        self._steps.update({(kind, step): code for step, code in steps.items()})
-
-    async def room(self) -> None:
-        """Returns when this process may start more. What is started faster than it is finished must wait somewhere."""
-        while len(self._busy) >= BACKLOG_LIMIT:
-            waiting = asyncio.get_running_loop().create_future()
-            self._wanting.append(waiting)
-            await waiting
-
-    def drive(self, sagas: Sequence[Saga]) -> None:
-        """Drives sagas whose rows are committed with our lease, as soon as a lane is free."""
-        for saga in sagas:
-            self._busy[saga.key] = saga
-        self._queue.extend(sagas)
-        for _ in range(min(len(self._lanes), -(-len(self._queue) // BATCH_SIZE))):
-            _wake(self._lanes)
-
-    async def at_rest(self, key: Key, resting: Sequence[str], seconds: float) -> None:
-        """Returns when a saga is on its way nowhere, whoever drives it, or when the time is over."""
-        end = self._clock.monotonic() + seconds
-        while (left := end - self._clock.monotonic()) > 0:
-            if key in self._busy:
-                waiter = asyncio.get_running_loop().create_future()
-                self._waiters.setdefault(key, []).append(waiter)
-                await asyncio.wait([waiter], timeout=left)
-                if not waiter.done():
-                    return
-            async with self._database.read() as tx:
-                if not await is_running(tx, key, resting):
-                    return
-            if key not in self._busy:  # another process drives it, or it waits for its next try
-                await asyncio.sleep(min(left, POLL_SECONDS))
-
-    @contextlib.asynccontextmanager
-    async def saving(self, decided: Decided) -> AsyncGenerator[tuple[Tx, Decided]]:
-        """A transaction in which what steps have come to is saved; gives those sagas whose change is to be made in it.
-
-        The others were taken over meanwhile. After the commit, each saga is where it has come to.
-        """
-        async with self._database.transaction() as tx:
-            kept = await save(tx, decided, self.lease_seconds)
-            yield tx, [(saga, came_to) for saga, came_to in decided if saga.key in kept]
-        for saga, came_to in decided:
-            if saga.key in kept:
-                saga.advance(came_to)
-            else:
-                saga.live = False
-        if fenced := len(decided) - len(kept):
-            self._fenced.inc(fenced)
-            log.warning("saga_fenced", service=self._database.service, count=fenced)
-
-    # ---------------------------------------------------------------------------------------------------------- loops
-
-    async def _lane(self) -> None:
-        while True:
-            while not self._queue:
-                resting = asyncio.get_running_loop().create_future()
-                self._lanes.append(resting)
-                await resting
-            batch = [self._queue.popleft() for _ in range(min(BATCH_SIZE, len(self._queue)))]
-            try:
-                await self._drive_batch(batch)
-            finally:
-                self._leave(batch)
-
-    async def _sweep(self) -> None:
-        """Keeps the leases of what this process drives, and takes over what nobody drives any more."""
-        while True:
-            await self._renew()
-            taken = await self._take_over()
-            if len(taken) < SWEPT_AT_ONCE:
-                await asyncio.sleep(self._sweep_seconds)
-
-    async def _renew(self) -> None:
-        now = self._clock.monotonic()
-        if not self._busy or now - self._renewed_at < self.lease_seconds / 3:
-            return
-        self._renewed_at = now
-        async with self._database.transaction() as tx:
-            await renew(tx, list(self._busy.values()), self.lease_seconds)
-
-    async def _take_over(self) -> Sequence[Saga]:
-        room = min(SWEPT_AT_ONCE, BACKLOG_LIMIT - len(self._busy))
-        if room <= 0:
-            return ()
-        async with self._database.transaction() as tx:
-            taken = await take_over(tx, room, self.lease_seconds)
-        if taken:
-            self._taken.inc(len(taken))
-            # One that we are busy with ourselves has lost its lease while we stood still: the new epoch counts.
-            self.drive(taken)
-        return taken
-
-    # ---------------------------------------------------------------------------------------------------------- driving
-
-    async def _drive_batch(self, batch: Sequence[Saga]) -> None:
-        """Takes a batch as far as it goes. One that fails goes on later; the others are not held up by it."""
-        try:
-            await self._drive_through(batch)
-            return
-        except ServiceError as error:  # what a step called, or its database, does not answer
-            outcome = error.code
-        except Exception as error:  # an edge: whatever went wrong, the sagas are there and are tried again
-            left = [saga for saga in batch if saga.live]
-            if len(left) > 1:
-                log.warning("saga_batch_rerun", size=len(left), reason=type(error).__name__)
-                for saga in left:
-                    saga.memo = None
-                    await self._drive_batch([saga])
-                return
-            log.error("saga_failed", sagas=[saga.key for saga in left], exc_info=error)
-            outcome = "failed"
-        await self._postpone([saga for saga in batch if saga.live], outcome)
-
-    async def _drive_through(self, batch: Sequence[Saga]) -> None:
-        while live := [saga for saga in batch if saga.live]:
-            by_step: dict[tuple[str, str], list[Saga]] = {}
-            for saga in live:
-                by_step.setdefault((saga.kind, saga.step), []).append(saga)
-            for where, sagas in by_step.items():
-                self._act()
-                await self._steps[where](sagas)
-
-    def _act(self) -> None:
-        """What the steps call, they call for the shop, and have so long."""
-        trace_id = f"{random.getrandbits(128):032x}"
-        deadline = self._clock.monotonic() + STEP_SECONDS
-        current.set(Context(Actor(SERVICE_ROLE), deadline, trace_id, ""))
-
-    async def _postpone(self, sagas: Sequence[Saga], outcome: str) -> None:
-        """Notes that a try was in vain. Where even that fails, the lease runs out, and the sweeper comes."""
-        for saga in sagas:
-            saga.memo = None
-        try:
-            async with self.saving([(saga, self.again(saga, outcome)) for saga in sagas]):
-                pass
-        except Exception as failure:  # an edge, as above
-            log.warning("saga_postponed_unsaved", count=len(sagas), reason=type(failure).__name__)
-
-    def again(self, saga: Saga, outcome: str) -> Next:
-        """The same step once more, after a pause that doubles with every try and is different for each saga."""
-        self._retried.inc()
-        pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(saga.tries, 20))
-        wake_s = pause * (0.5 + random.random())
-        return Next(saga.step, saga.state, outcome, wake_s=wake_s, tries=saga.tries + 1)
-
-    def _leave(self, batch: Sequence[Saga]) -> None:
-        for saga in batch:
-            if self._busy.get(saga.key) is saga:  # not one that was taken over again meanwhile
-                del self._busy[saga.key]
-            for waiter in self._waiters.pop(saga.key, ()):
-                if not waiter.done():
-                    waiter.set_result(None)
-        for _ in range(min(len(self._wanting), len(batch))):
-            _wake(self._wanting)
-
-
-POLL_SECONDS: Final = 0.1
-"""How often somebody who waits for a saga that another process drives looks at it."""
-
-
-def _wake(sleepers: deque[asyncio.Future[None]]) -> None:
-    while sleepers:
-        sleeper = sleepers.popleft()
-        if not sleeper.done():
-            sleeper.set_result(None)
-            return

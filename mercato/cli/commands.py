@@ -92,6 +92,96 @@ def audit(
     return audit_shop(Options(data=data, dsn=dsn, settled=settled, json=json))
 
 
+events = App(name="events", help="Read the feed of events, and replay those that a consumer could not take.")
+app.command(events)
+
+
+@events.command
+def tail(
+    *,
+    after: Annotated[int, Parameter(validator=validators.Number(gte=0))] | None = None,
+    types: str = "",
+    follow: bool = False,
+    json: Annotated[bool, Parameter(negative="")] = False,
+    data: Path = Path(".mercato"),
+    dsn: str | None = None,
+) -> int:
+    """Print what has become true in the shop, the oldest first.
+
+    Parameters
+    ----------
+    after
+        Only positions behind this one. [default: the last 20 entries]
+    types
+        Only events of these types, with commas between: order.placed,order.paid
+    follow
+        Go on with what comes, until Ctrl-C.
+    json
+        Print one JSON object a line.
+    data
+        The folder of the shop's data.
+    dsn
+        An administrator's DSN of the shop's server, where that is not the embedded one. [env: MERCATO_POSTGRES_DSN]
+    """
+    from mercato.cli.events import Place
+    from mercato.cli.events import tail as run
+
+    return run(Place(data, dsn), after=after, types=types, follow=follow, as_json=json)
+
+
+@events.command
+def dead(
+    *,
+    json: Annotated[bool, Parameter(negative="")] = False,
+    data: Path = Path(".mercato"),
+    dsn: str | None = None,
+) -> int:
+    """List the events that a consumer could not take, and why.
+
+    Parameters
+    ----------
+    json
+        Print one JSON object a line.
+    data
+        The folder of the shop's data.
+    dsn
+        An administrator's DSN of the shop's server, where that is not the embedded one. [env: MERCATO_POSTGRES_DSN]
+    """
+    from mercato.cli.events import Place
+    from mercato.cli.events import dead as run
+
+    return run(Place(data, dsn), as_json=json)
+
+
+@events.command
+def replay(
+    *ids: str,
+    all: Annotated[bool, Parameter(negative="")] = False,
+    data: Path = Path(".mercato"),
+    dsn: str | None = None,
+) -> int:
+    """Let consumers take what they could not take before, once its cause is mended.
+
+    Each is taken and struck off the list in one transaction: whatever happens meanwhile, the command can be repeated.
+    Exits with 1 if one could not be taken again.
+
+    Parameters
+    ----------
+    ids
+        The events, as `mercato events dead` shows them: orders:17
+    all
+        All of them.
+    data
+        The folder of the shop's data.
+    dsn
+        An administrator's DSN of the shop's server, where that is not the embedded one. [env: MERCATO_POSTGRES_DSN]
+    """
+    from mercato.cli.events import Place
+    from mercato.cli.events import replay as run
+
+    return run(Place(data, dsn), ids, all_=all)
+
+
 @app.command
 def openapi() -> int:
     """Print the OpenAPI document of the API."""

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from typing import ClassVar
 
+import msgspec
 import pytest
 import pytest_asyncio
 
 from chassis.event_world import (
     NO_RETRIES,
+    QUICK,
     SOURCE,
     EventWorld,
     Taker,
@@ -26,7 +29,7 @@ from mercato.chassis.contract import Unavailable
 from mercato.chassis.events import TRIES, Event, Subscription, emit
 from mercato.chassis.faults import Fault
 from mercato.chassis.inbox import LocalBus, ReplayFailed, dead_letters, replay
-from mercato.chassis.relay import Delivery, Outcome
+from mercato.chassis.relay import Delivery, Outcome, Recipient, Relay
 from mercato.chassis.testing import Cluster
 
 
@@ -336,6 +339,30 @@ async def test_a_consumer_that_is_down_loses_nothing_and_keeps_nobody_waiting(wo
     await in_order(world.left)
     assert sorted(await world.left.ids()) == list(range(1, 10))
     assert await dead_ids(world.left) == []
+
+
+class BusyBus:
+    """A bus of one consumer that is down, and that counts how often it is asked."""
+
+    recipients: ClassVar = [Recipient("far")]
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def deliver(self, consumer: str, deliveries: Sequence[Delivery]) -> Sequence[Outcome]:
+        self.asked += 1
+        return [Outcome("down", "it does not answer") for _ in deliveries]
+
+
+async def test_a_consumer_that_is_down_is_not_asked_again_for_every_new_event(world: EventWorld):
+    """To ask one that does not answer takes seconds, and the others would wait as long."""
+    bus = BusyBus()
+    slow = msgspec.structs.replace(QUICK, failed_s=3_600.0)
+    async with world.relaying(Relay(SOURCE, world.publisher, bus, world.telemetry, pace=slow)):
+        for n in range(1, 6):
+            await world.emit(n)
+            await until(lambda count=n: owes(world, count), "it is owed")
+    assert bus.asked <= 2  # once with a new event, once by who collects
 
 
 async def test_the_publishers_database_may_go_and_come_back(world: EventWorld):

@@ -65,8 +65,12 @@ class Process:
         command: Sequence[str] = (sys.executable, "-m", "mercato.cli"),
         port: int = 0,
         is_second: bool = False,
+        has_input: bool = False,
     ) -> None:
-        """`is_second`: somebody else serves this data, so that its database is none of this run's business."""
+        """`is_second`: somebody else serves this data, so that its database is none of this run's business.
+
+        `has_input`: the command reads what `tell` says; otherwise its standard input is empty.
+        """
         self.data = data
         self._is_second = is_second
         self.url = ""
@@ -76,7 +80,7 @@ class Process:
         self._progress = threading.Condition()
         self._popen = subprocess.Popen(
             [*command, "up", "--port", str(port), "--data", str(data), *(["--json"] if as_json else []), *options],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if has_input else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -110,6 +114,13 @@ class Process:
     def says(self, words: str) -> None:
         """Waits for a line of standard output with these words."""
         self.wait_for(lambda: self.has_line(words), words)
+
+    def tell(self, line: str) -> None:
+        """Writes a line to its standard input; one that has died does not hear it."""
+        assert self._popen.stdin is not None, "it was started without an input"
+        with contextlib.suppress(BrokenPipeError):
+            self._popen.stdin.write(line + "\n")
+            self._popen.stdin.flush()
 
     def has_line(self, words: str) -> bool:
         return any(words in line for line in self.lines)
@@ -242,17 +253,26 @@ class Process:
         self._popen.wait()
         for reader in self._readers:
             reader.join(GONE_SECONDS)
-        for stream in (self._popen.stdout, self._popen.stderr):
-            assert stream is not None
-            stream.close()
+        for stream in (self._popen.stdin, self._popen.stdout, self._popen.stderr):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
 
     # ---------------------------------------------------------------------------------------------------- its database
 
     def dsn(self, service: str) -> str:
         """Of the database of a service, as the administrator."""
+        return self._dsn(f"mercato_{service}")
+
+    @property
+    def admin_dsn(self) -> str:
+        """Of the server itself."""
+        return self._dsn("postgres")
+
+    def _dsn(self, database: str) -> str:
         password = key_deriver((self.data / "secret").read_bytes())("postgres/superuser").hex()
         where = urllib.parse.urlencode({"host": str(socket_folder_of(self.data)), "port": 5432})
-        return f"postgresql://mercato:{password}@/mercato_{service}?{where}"
+        return f"postgresql://mercato:{password}@/{database}?{where}"
 
 
 class Keeper:

@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from mercato.chassis import idempotency
 from mercato.chassis.rpc import Server
-from mercato.chassis.saga import Runner
+from mercato.chassis.runner import Runner
 from mercato.chassis.service import Env, Service
 from mercato.contracts.inventory import Inventory
 from mercato.contracts.orders import Orders

@@ -24,7 +24,8 @@ from mercato.chassis import faults
 from mercato.chassis.contract import Actor, Message, ServiceError
 from mercato.chassis.db import Database
 from mercato.chassis.rpc import SERVICE_ROLE
-from mercato.chassis.saga import Next, Runner, Saga
+from mercato.chassis.runner import Runner
+from mercato.chassis.saga import Next, Saga
 from mercato.contracts.inventory import (
     CommitStock,
     Inventory,

@@ -17,7 +17,8 @@ from mercato.chassis.contract import OutcomeUnknown, RequestInProgress, StaleVer
 from mercato.chassis.db import Database, LockTimeout, Tx
 from mercato.chassis.idempotency import Keyed
 from mercato.chassis.rpc import as_service
-from mercato.chassis.saga import Next, Runner
+from mercato.chassis.runner import Runner
+from mercato.chassis.saga import Next
 from mercato.contracts.orders import (
     AmountNotDue,
     Axis,

@@ -34,7 +34,8 @@ from mercato.chassis.contract import (
 )
 from mercato.chassis.db import Database, LockTimeout, Tx, UniqueViolation
 from mercato.chassis.idempotency import Keyed
-from mercato.chassis.saga import Runner, Saga
+from mercato.chassis.runner import Runner
+from mercato.chassis.saga import Saga
 from mercato.contracts.orders import Order, PlacedOrder, PlaceOrder
 from mercato.contracts.products import Products, Quote, QuoteProduct
 from mercato.contracts.users import GetUser, User, UserNotFound, Users

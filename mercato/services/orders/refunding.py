@@ -18,7 +18,8 @@ from mercato.chassis.contract import IdempotencyKeyReused, RequestInProgress, cu
 from mercato.chassis.db import Database, LockTimeout, Tx
 from mercato.chassis.idempotency import Keyed
 from mercato.chassis.rpc import as_service
-from mercato.chassis.saga import Next, Runner, Saga
+from mercato.chassis.runner import Runner
+from mercato.chassis.saga import Next, Saga
 from mercato.contracts.inventory import Inventory, ReturnStock, StockLine
 from mercato.contracts.orders import (
     Order,

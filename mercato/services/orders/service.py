@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from mercato.chassis import faults
 from mercato.chassis.contract import Actor, Batch, ServiceError, current
 from mercato.chassis.db import Database, Tx
-from mercato.chassis.saga import Runner, Saga
+from mercato.chassis.runner import Runner
+from mercato.chassis.saga import Saga
 from mercato.contracts.orders import (
     AwaitOrder,
     Axis,

@@ -51,7 +51,7 @@ CLOSED: Final[Collection[Status]] = frozenset({"failed", "voided"})
 """No money was taken, and none will be: an authorization that the provider still holds for it is to be given back."""
 
 AUTHORIZATION_GONE: Final = frozenset({"authorization_expired", "charge_voided", "already_voided"})
-"""A void that is declined with one of these has nothing left to give back."""
+"""An operation that is declined with one of these says that the provider holds nothing any more."""
 
 EVENTS: Final[Mapping[Status, str]] = {
     "authorized": "payment.authorized",
@@ -337,6 +337,8 @@ class Ours(Protocol):
     @property
     def payment_status(self) -> Status: ...
     @property
+    def payment_code(self) -> str | None: ...
+    @property
     def has_void(self) -> bool: ...
 
 
@@ -362,5 +364,5 @@ def compare(theirs: Listed | None, ours: Ours | None) -> Repair | Mismatch | Non
     if ours.status in OPEN:
         return "outcome_recorded"
     if done and ours.kind == "authorize" and ours.payment_status in CLOSED:
-        return None if ours.has_void else "authorization_voided"
+        return None if ours.has_void or ours.payment_code in AUTHORIZATION_GONE else "authorization_voided"
     return None if done == (ours.status == "succeeded") else "other_outcome"

@@ -68,6 +68,7 @@ class KnownRow(Row):
     currency: str
     status: OperationStatus
     payment_status: Status
+    payment_code: str | None
     has_void: bool
     """Whether its payment has a void, in whatever state."""
 
@@ -468,6 +469,7 @@ async def move_cursor(tx: Tx, provider: str, before: int, after: int) -> None:
 KNOWN_SQL: Final[dict[str, str]] = {
     by: """
         SELECT o.id, o.payment_id, o.kind, o.key, o.amount_minor, o.currency, o.status, p.status AS payment_status,
+               p.code AS payment_code,
                EXISTS (SELECT FROM operations v WHERE v.payment_id = o.payment_id AND v.kind = 'void') AS has_void
           FROM operations o
           JOIN payments p ON p.id = o.payment_id

@@ -161,7 +161,7 @@ async def archive(tx: Tx, product_id: int) -> ProductRow:
 async def note_stock(tx: Tx, product_ids: Sequence[int], in_stock: Sequence[bool], versions: Sequence[int]) -> int:
     """Notes whether there is any of each product; gives how many of these news were new.
 
-    `versions` are those of the levels. News that are older than those noted change nothing, in whatever order they come.
+    `versions` are those of the levels. News older than those noted change nothing, in whatever order they come.
     """
     # Locked in the order of ids first: two who note the same products in different orders would wait for each other.
     return await tx.execute(

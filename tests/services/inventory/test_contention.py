@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 from mercato.chassis.contract import ServiceError
+from mercato.chassis.testing import Cluster, Rig
 from mercato.contracts.inventory import (
     CommitStock,
     Inventory,
@@ -19,7 +20,7 @@ from mercato.contracts.inventory import (
 )
 from mercato.services.inventory import store
 from mercato.services.inventory.rules import Change, Shift
-from services.inventory.world import LAMP, MUG, SHOP, World, reserve
+from services.inventory.world import LAMP, MUG, SHOP, World, opened, reserve
 
 
 async def test_two_hundred_buyers_of_fifty_pieces_get_fifty(world: World):
@@ -60,7 +61,15 @@ async def test_carts_in_opposite_orders_do_not_wait_for_each_other_for_ever(worl
     assert await deadlocks(world) == 0
 
 
-async def test_everything_at_once_about_the_same_orders_ends_each_of_them_once(world: World):
+async def test_everything_at_once_about_the_same_orders_ends_each_of_them_once(cluster: Cluster):
+    """Over `local` alone: `wire` would send a reserve again after somebody else's release, and call that a failure."""
+    rig = Rig(cluster, "local")
+    async with opened(rig) as world:
+        await hurry_about_the_same_orders(world)
+    await rig.close()
+
+
+async def hurry_about_the_same_orders(world: World) -> None:
     other = await world.another_rig()
     await world.stock(mug=30, lamp=30)
     clients = [world.inventory, other.client(Inventory)]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from mercato.chassis import idempotency
+from mercato.chassis.codec import encode_outcome
 from mercato.chassis.contract import (
     ANONYMOUS,
     Actor,
@@ -174,6 +175,27 @@ async def test_many_with_one_key_at_once_adjust_once(world: World):
     assert all(isinstance(h, AdjustedLevel | RequestInProgress) for h in heard)
     assert sum(not h.replayed for h in done) == 1
     assert (await world.level()).on_hand == 5
+
+
+async def test_who_waits_for_a_twin_hears_its_answer(world: World):
+    level = await count(world, 5)
+    request = adjusting(3)
+    holder = await world.connection()
+    async with holder.transaction():
+        await holder.execute(
+            """
+            INSERT INTO idempotency (principal, operation, key, fingerprint, answer, expires_at)
+            VALUES ('user:9', 'inventory.adjust', 'key', $1, $2, now() + interval '1 hour')
+            """,
+            request.fingerprint,
+            encode_outcome(AdjustedLevel(level=level)),
+        )
+        waiting = asyncio.create_task(adjust(world, request))
+        await world.until_waiting()
+    heard = await waiting
+
+    assert (heard.level, heard.replayed) == (level, True)
+    assert await world.movements() == [("receipt", 5)]
 
 
 async def test_a_key_that_is_being_used_for_too_long_is_in_progress(world: World):

@@ -86,6 +86,19 @@ def test_a_level_that_ends_as_it_was_has_not_changed():
     assert [event.type for event in plan.events] == ["stock.expired", "stock.held"]
 
 
+def test_a_refused_order_stays_refused_in_its_batch_also_when_pieces_come_back():
+    """Its first answer may have ended the order already: nothing may be held for it after that."""
+    books = Books([level(1, 2, 2)], [standing(7, expires_in_s=-1.0, mug=2)], [Standing(8, "held", 1, 10.0)])
+    ask = ReserveStock(order_id=8, lines=lines(mug=2), for_payment=True, idempotency_key="8")
+    first = books.reserve(ask)
+    books.reserve(msgspec.structs.replace(ask, order_id=7))  # it is over, and gives its pieces back
+    again = books.reserve(ask)
+
+    assert isinstance(first, OutOfStock)
+    assert isinstance(again, OutOfStock)
+    assert books.close().refused == (8,)
+
+
 @pytest.mark.parametrize(
     ("before", "delta", "told"),
     [

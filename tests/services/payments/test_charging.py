@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 
 from mercato.chassis.contract import InvalidRequest, ServiceError
+from mercato.chassis.faults import Fault
 from mercato.contracts.payments import (
     AnotherPaymentLive,
     AttemptNotFound,
@@ -18,6 +20,7 @@ from mercato.contracts.payments import (
     RefundTooLarge,
 )
 from services.payments.world import World, again, capture, refund, void
+from support.overlap import Overlap
 
 NEIGHBOURS = 6
 
@@ -330,6 +333,21 @@ async def test_refunds_at_the_same_moment_share_what_there_is(world: World):
     assert sorted(type(answer).__name__ for answer in answers) == ["Payment"] * 3 + ["RefundTooLarge"] * 3
     assert await world.bank("SELECT refunded_minor FROM charges") == [(900,)]
     assert await world.differences() == set()
+
+
+async def test_the_second_of_two_refunds_waits_for_what_the_first_has_promised(
+    world: World, plant: Callable[[str, Fault], Callable[[], None]]
+):
+    payment, other = await world.captured(1_000), await world.another_process()
+    plant("payments.refund.before_intent_commit", Overlap(world.rig.dsns["payments"]))
+
+    answers = await asyncio.gather(
+        world.payments.refund(refund(payment, 600, "one")),
+        other.refund(refund(payment, 600, "two")),
+        return_exceptions=True,
+    )
+
+    assert sorted(type(answer).__name__ for answer in answers) == ["Payment", "RefundTooLarge"]
 
 
 async def test_a_refund_whose_outcome_is_not_known_counts(world: World):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import pytest
 
-from mercato.chassis import faults
 from mercato.chassis.contract import ServiceError
 from mercato.chassis.faults import Fault
 from mercato.chassis.testing import Rig
@@ -87,10 +87,8 @@ async def test_a_sweeper_that_dies_is_taken_over_by_the_next(world: World, plant
     remove()
     await world.age(hours=1)
     remove = plant(f"payments.sweep.{place}", fail)
-    try:
+    with contextlib.suppress(RuntimeError):  # of a call or a record: then each is tried alone, and given up
         await world.charging.sweep(QUIET_SECONDS)
-    except RuntimeError:
-        pass
     remove()
     await world.age(hours=1)
 
@@ -101,23 +99,24 @@ async def test_a_sweeper_that_dies_is_taken_over_by_the_next(world: World, plant
 
 
 async def test_a_process_that_hangs_with_the_answer_in_its_hand_is_passed(world: World, plant: Plant):
-    hanging = asyncio.Event()
+    hanging, over = asyncio.Event(), asyncio.Event()
 
-    async def hang(point: str) -> None:
+    async def hang(_point: str) -> None:
         hanging.set()
-        await faults.hang(point)
+        await over.wait()
 
     remove = plant("payments.authorize.after_call", hang)
     request = world.authorization()
-    stuck = asyncio.create_task(world.payments.authorize(request))  # pyright: ignore[reportArgumentType]
+    stuck = asyncio.ensure_future(world.payments.authorize(request))
     await hanging.wait()
     remove()
     await world.age(hours=1)
 
     await world.charging.sweep(QUIET_SECONDS)
-    stuck.cancel()
-
     assert (await world.payments.authorize(request)).status == "authorized"
+    stuck.cancel()
+    over.set()
+
     assert await world.taken() == {"authorize": 1}
 
 
@@ -140,6 +139,25 @@ async def test_a_zombie_that_records_late_changes_nothing(world: World, plant: P
 
     assert await zombie == captured
     assert await world.ours("SELECT type FROM outbox ORDER BY id") == [("payment.authorized",), ("payment.captured",)]
+
+
+async def test_an_answer_that_never_came_does_not_undo_what_others_know(world: World, plant: Plant):
+    reached, wake = asyncio.Event(), asyncio.Event()
+
+    async def sleep(_point: str) -> None:
+        if not reached.is_set():
+            reached.set()
+            await wake.wait()
+
+    plant("payments.authorize.after_call", sleep)
+    other, request = await world.another_process(), world.authorization("sandbox:lost_answer")
+    zombie = asyncio.ensure_future(world.payments.authorize(request))
+    await reached.wait()
+    await other.authorize(request)
+    wake.set()
+    await asyncio.gather(zombie, return_exceptions=True)
+
+    assert await world.steps() == [("authorize", "succeeded")]
 
 
 # ----------------------------------------------------------------------------------------------------- lost answers
@@ -241,6 +259,18 @@ async def test_an_operation_that_somebody_is_busy_with_is_left_alone(world: Worl
     assert await world.charging.sweep(QUIET_SECONDS) == 0
 
 
+async def test_two_sweepers_do_not_ask_for_the_same(world: World, plant: Plant):
+    remove = plant("payments.authorize.before_call", fail)
+    with pytest.raises(ServiceError):
+        await world.authorized()
+    remove()
+    await world.age(hours=1)
+    plant("payments.sweep.before_call", fail)
+
+    assert await world.charging.sweep(QUIET_SECONDS) == 1  # it dies with the lease in its hand
+    assert await world.charging.sweep(QUIET_SECONDS) == 0
+
+
 async def test_an_operation_that_cannot_be_recorded_does_not_hold_back_the_others(world: World, plant: Plant):
     payments = [await world.authorized() for _ in range(3)]
     remove = plant("payments.capture.before_call", fail)
@@ -306,7 +336,7 @@ async def test_in_a_storm_every_payment_is_settled_and_every_card_is_charged_onc
     assert await world.violations() == {}
 
 
-async def _until_all(world: World, call: Callable[..., Awaitable[object]], requests: list[object]) -> list[Payment]:
+async def _until_all(world: World, call: Callable[..., Awaitable[object]], requests: Sequence[object]) -> list[Payment]:
     """Asks again for what is pending, and lets the sweeper do the same."""
     done: dict[int, Payment] = {}
     while left := [n for n in range(len(requests)) if n not in done]:

@@ -12,6 +12,7 @@ from mercato.chassis.faults import Fault
 from mercato.chassis.testing import Rig
 from mercato.contracts.sandbox import ChargeUnknown, ListOperations, LookUpOperation, OperationUnknown, SandboxKeyReused
 from services.sandbox.world import Bank, told
+from support.overlap import Overlap
 
 
 async def test_an_authorization_opens_one_charge_for_its_key(bank: Bank):
@@ -158,6 +159,31 @@ async def test_one_key_for_two_charges_at_the_same_moment_is_one_operation(bank:
 
     assert sorted(isinstance(answer, SandboxKeyReused) for answer in answers) == [False, True]
     assert await bank.rows("SELECT sum(captured_minor) FROM charges") == [(1_000,)]
+
+
+async def test_refunds_at_the_same_moment_see_each_other(bank: Bank, plant: Callable[[str, Fault], None]):
+    other, charge_id = await bank.another_process(), await bank.captured(1_000)
+    plant("sandbox.refund.before_commit", Overlap(bank.rig.dsns["sandbox"]))
+
+    answers = await asyncio.gather(
+        bank.sandbox.refund(bank.refund(charge_id, 600)), other.refund(bank.refund(charge_id, 600))
+    )
+
+    assert sorted(answer.status for answer in answers) == ["declined", "succeeded"]
+    assert await bank.rows("SELECT refunded_minor FROM charges") == [(600,)]
+
+
+async def test_the_index_of_captures_is_a_lock_of_its_own(bank: Bank):
+    charge_id = await bank.captured()
+
+    with pytest.raises(Exception, match="operations_one_capture_a_charge"):
+        await bank.rows(
+            """
+            INSERT INTO operations (key, kind, charge_id, order_id, amount_minor, currency, method, status)
+            VALUES ('again', 'capture', $1, 7, 1000, 'EUR', 'sandbox:ok', 'succeeded')
+            """,
+            charge_id,
+        )
 
 
 async def test_power_that_fails_before_the_commit_leaves_nothing(bank: Bank, plant: Callable[[str, Fault], None]):

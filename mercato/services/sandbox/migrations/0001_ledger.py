@@ -50,6 +50,13 @@ def upgrade() -> None:
         """
     )
     op.execute("CREATE INDEX operations_charge_id_idx ON operations (charge_id)")
+    # The second lock against a card that is charged twice, whatever the code above it does.
+    op.execute(
+        """
+        CREATE UNIQUE INDEX operations_one_capture_a_charge
+            ON operations (charge_id) WHERE kind = 'capture' AND status = 'succeeded'
+        """
+    )
     op.execute("CREATE INDEX operations_ready_at_idx ON operations (ready_at) WHERE status = 'processing'")
     # A first call that did nothing leaves a trace here alone, so that the second one is known to be the second.
     op.execute(

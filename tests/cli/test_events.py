@@ -1,0 +1,213 @@
+"""`mercato events` as an operator uses it beside a running shop, by its folder and by its DSN."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import asyncpg
+import pytest
+
+from mercato import topology
+from mercato.chassis.migrations import migrate
+from mercato.chassis.provision import provision
+from mercato.chassis.service import key_deriver
+from mercato.chassis.supervisor import DataFolder, EmbeddedPostgres
+from mercato.services.events.app import CONSUMER
+from mercato.services.products.consumers import IN_STOCK
+from support.process import clean_environment, data_folder
+
+T = TypeVar("T")
+
+STOCK_CONSUMER = IN_STOCK.consumer
+SECONDS = 60
+AT = "2026-01-15T09:30:00+00:00"
+
+
+class RunningShop:
+    """What `mercato up` holds on to while a shop runs: the folder and its server, in an event loop of their own."""
+
+    def __init__(self, data: Path, runner: asyncio.Runner, server: EmbeddedPostgres) -> None:
+        self.data = data
+        self.dsn = server.admin_dsn
+        self._runner = runner
+
+    def execute(self, service: str, statement: str, *values: object) -> list[Any]:
+        async def run() -> list[Any]:
+            connection = await cast(Any, asyncpg).connect(self.dsn.replace("/postgres?", f"/mercato_{service}?"))
+            try:
+                return await connection.fetch(statement, *values)
+            finally:
+                await connection.close()
+
+        return self._runner.run(run())
+
+    def put_entry(self, id: int, type: str = "order.placed") -> None:
+        self.execute(
+            "events",
+            f"""
+            INSERT INTO feed (source, event_id, type, subject, subject_id, version, data, at)
+            VALUES ('orders', $1, $2, 'order', 1001, 1, '{{"order_id": 1001}}', '{AT}')
+            """,
+            id,
+            type,
+        )
+
+    def put_dead_letter(self, service: str, consumer: str, id: int, data: str = "{}") -> None:
+        self.execute(
+            service,
+            f"""
+            INSERT INTO dead_letters (
+                consumer, source, event_id, type, subject, subject_id, version, data, event_at, error, tries)
+            VALUES ($1, 'inventory', $2, 'stock.available', 'product', 7, 1, $3, '{AT}', E'Cannot: of two\\nlines', 5)
+            """,
+            consumer,
+            id,
+            data,
+        )
+
+    def feed_ids(self) -> list[str]:
+        rows = self.execute("events", "SELECT source, event_id FROM feed ORDER BY position")
+        return [f"{source}:{event_id}" for source, event_id in rows]
+
+    def clear(self) -> None:
+        self.execute("events", "TRUNCATE feed, dead_letters RESTART IDENTITY")
+        self.execute("products", "TRUNCATE dead_letters")
+
+
+def mercato(*options: str) -> list[str]:
+    return [sys.executable, "-m", "mercato.cli", "events", *options]
+
+
+def run(*options: str) -> tuple[int, list[str], str]:
+    """The exit code, the lines of the output, and what was said on standard error."""
+    done = subprocess.run(
+        mercato(*options),
+        capture_output=True, text=True, timeout=SECONDS, cwd="/", env=clean_environment(), check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+@pytest.fixture(scope="module")
+def made() -> Generator[RunningShop]:
+    with data_folder() as data, asyncio.Runner() as runner, DataFolder.open(data, "http://127.0.0.1:8080") as folder:
+        password = key_deriver(folder.secret())("postgres/superuser").hex()
+        server = runner.run(EmbeddedPostgres.start(folder.path, password=password, progress=print))
+        try:
+            runner.run(make_databases(server.admin_dsn))
+            yield RunningShop(data, runner, server)
+        finally:
+            runner.run(server.stop())
+
+
+async def make_databases(admin_dsn: str) -> None:
+    dsns = await provision(admin_dsn, list(topology.SERVICES), lambda role: f"password of {role}")
+    for name, dsn in dsns.items():
+        await migrate(dsn, topology.migrations(name))
+
+
+@pytest.fixture
+def shop(made: RunningShop) -> RunningShop:
+    made.clear()
+    return made
+
+
+def test_tail_shows_the_last_entries_for_people_and_for_programs(shop: RunningShop):
+    for n in range(1, 26):
+        shop.put_entry(n, "order.paid" if n % 5 == 0 else "order.placed")
+    code, lines, said = run("tail", "--data", str(shop.data))
+    assert (code, said, len(lines)) == (0, "", 20)
+    assert lines[0].split() == [
+        "6",
+        "2026-01-15",
+        "09:30:00",
+        "order.placed",
+        "order",
+        "1001",
+        "v1",
+        '{"order_id":',
+        "1001}",
+    ]
+    code, lines, _ = run("tail", "--after", "10", "--types", "order.paid", "--json", "--dsn", shop.dsn)
+    assert code == 0
+    entries = [json.loads(line) for line in lines]
+    assert [(entry["position"], entry["id"]) for entry in entries] == [
+        (15, "orders:15"),
+        (20, "orders:20"),
+        (25, "orders:25"),
+    ]
+    assert entries[0]["data"] == {"order_id": 1001}
+    _, lines, _ = run("tail", "--types", "order.paid", "--json", "--dsn", shop.dsn)
+    assert len(lines) == 5
+
+
+def test_tail_follows_until_it_is_interrupted(shop: RunningShop):
+    shop.put_entry(1)
+    running = subprocess.Popen(
+        mercato("tail", "--follow", "--json", "--data", str(shop.data)),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/", env=clean_environment(),
+    )  # fmt: skip
+    try:
+        assert running.stdout
+        assert json.loads(running.stdout.readline())["id"] == "orders:1"
+        shop.put_entry(2)
+        assert json.loads(running.stdout.readline())["id"] == "orders:2"
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=SECONDS)
+    finally:
+        running.kill()
+        running.communicate()
+    assert (running.returncode, said) == (0, "")
+
+
+def test_dead_letters_are_listed_with_their_reason(shop: RunningShop):
+    assert run("dead", "--data", str(shop.data)) == (0, ["there are no dead letters"], "")
+    assert run("dead", "--json", "--data", str(shop.data)) == (0, [], "")
+    shop.put_dead_letter("events", CONSUMER, 3)
+    shop.put_dead_letter("products", STOCK_CONSUMER, 4)
+    code, lines, _ = run("dead", "--data", str(shop.data))
+    assert (code, len(lines)) == (0, 2)
+    assert "inventory:3" in "".join(lines)
+    assert all("after 5 tries: Cannot: of two lines" in line for line in lines)
+    _, lines, _ = run("dead", "--json", "--data", str(shop.data))
+    letters = {letter["id"]: letter for letter in map(json.loads, lines)}
+    assert letters["inventory:4"]["consumer"] == STOCK_CONSUMER
+    assert letters["inventory:3"]["error"] == "Cannot: of two\nlines"
+
+
+def test_a_replay_takes_what_it_can_and_keeps_the_rest(shop: RunningShop):
+    shop.put_dead_letter("events", CONSUMER, 3)
+    shop.put_dead_letter("events", CONSUMER, 5)
+    shop.put_dead_letter("products", STOCK_CONSUMER, 4, data="not even JSON")
+    code, lines, said = run("replay", "inventory:3", "inventory:99", "--data", str(shop.data))
+    assert (code, lines[-1]) == (1, "1 taken, 0 failed again")
+    assert said.strip() == "mercato: there is no dead letter inventory:99: `mercato events dead` lists them"
+    assert shop.feed_ids() == ["inventory:3"]
+    code, lines, said = run("replay", "--all", "--data", str(shop.data))
+    assert (code, lines[-1]) == (1, "1 taken, 1 failed again")
+    assert f"{STOCK_CONSUMER} still cannot take inventory:4" in said
+    assert shop.feed_ids() == ["inventory:3", "inventory:5"]
+    _, lines, _ = run("dead", "--json", "--data", str(shop.data))
+    assert [json.loads(line)["id"] for line in lines] == ["inventory:4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("replay",), "name the events to replay"),
+        (("tail", "--types", "Order"), "are not types of events"),
+        (("tail", "--types", ",".join(f"a.{chr(97 + n)}" for n in range(21))), "at most 20 types"),
+        (("dead", "--data", "/nowhere"), "there is no shop in /nowhere"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_sentence(options: tuple[str, ...], sentence: str):
+    code, lines, said = run(*options)
+    assert (code, lines) == (1, [])
+    assert said.count("\n") == 1
+    assert sentence in said

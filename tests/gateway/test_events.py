@@ -1,0 +1,96 @@
+"""GET /events: what staff read of the feed over HTTP, page after page, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+import pytest
+
+from gateway.world import assert_problem, new_order, somebody, staff_token
+from support.shop import Reply, Shop
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+POLLS = 1_000
+POLL_SECONDS = 0.02
+
+
+async def told(shop: Shop, order_id: int, query: str = "") -> list[dict[str, object]]:
+    """The entries about an order, once it is in the feed."""
+    for _ in range(POLLS):
+        entries = [e for e in await all_entries(shop, query) if e["subject"] == f"order {order_id}"]
+        if entries:
+            return entries
+        await asyncio.sleep(POLL_SECONDS)
+    pytest.fail("the order never came into the feed")
+
+
+async def all_entries(shop: Shop, query: str = "") -> list[dict[str, object]]:
+    """Follows the Link of each page to the last."""
+    found: list[dict[str, object]] = []
+    path = f"/events?limit=50{query}"
+    while True:
+        reply = await shop.get(path, token=await staff_token(shop))
+        assert reply.status == 200, reply.body
+        found += reply.json
+        link = reply.headers.get("link")
+        if link is None:
+            return found
+        match = re.fullmatch(r'<(/events\?[^>]+)>; rel="next"', link)
+        assert match, link
+        path = match[1]
+
+
+async def test_a_placed_order_is_in_the_feed(open_shop: Shop):
+    person = await somebody(open_shop)
+    order_id = await new_order(open_shop, person.id)
+    entries = await told(open_shop, order_id, "&types=order.placed")
+    assert len(entries) == 1
+    assert set(entries[0]) == {"position", "id", "type", "subject", "version", "data", "at"}
+    assert str(entries[0]["id"]).startswith("orders:")
+    assert (entries[0]["type"], entries[0]["version"]) == ("order.placed", 1)
+
+
+async def test_pages_have_a_link_while_they_are_full_and_positions_rise(open_shop: Shop):
+    person = await somebody(open_shop)
+    orders = [await new_order(open_shop, person.id) for _ in range(3)]
+    await told(open_shop, orders[-1])
+    positions = [int(str(entry["position"])) for entry in await all_entries(open_shop)]
+    assert positions == sorted(set(positions))
+    first = await open_shop.get("/events?limit=2", token=await staff_token(open_shop))
+    assert len(first.json) == 2
+    assert first.headers["link"] == f'</events?limit=2&after={first.json[-1]["position"]}>; rel="next"'
+    behind = await open_shop.get("/events?after=9007199254740991", token=await staff_token(open_shop))
+    assert (behind.json, behind.headers.get("link")) == ([], None)
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [
+        ("after=-1", "?after"),
+        ("after=x", "?after"),
+        ("after=9007199254740992", "?after"),
+        ("limit=0", "?limit"),
+        ("limit=501", "?limit"),
+        ("types=", "?types"),
+        ("types=order", "?types"),
+        ("types=Order.Paid", "?types"),
+        ("types=order.paid,", "?types"),
+        ("types=order.paid&types=order.placed", "?types"),
+        ("types=" + ",".join(["order.paid"] * 21), "?types"),
+        ("types=order." + "a" * 60, "?types"),
+        ("type=order.paid", "?type"),
+    ],
+)
+async def test_a_query_of_another_shape_is_refused(open_shop: Shop, query: str, field: str):
+    reply: Reply = await open_shop.get(f"/events?{query}", token=await staff_token(open_shop))
+    assert_problem(reply, 400, "invalid_request")
+    assert reply.wrong_fields == {field}
+
+
+async def test_the_feed_is_for_staff_alone(guarded_shop: Shop):
+    assert_problem(await guarded_shop.get("/events"), 401, "sign_in_first")
+    person = await somebody(guarded_shop)
+    assert_problem(await guarded_shop.get("/events", token=person.token), 403, "forbidden")
+    assert (await guarded_shop.get("/events", token=await guarded_shop.staff())).status == 200
