@@ -19,8 +19,6 @@ from .events import KEPT_DAYS, Event
 
 LEASE_SECONDS: Final = 5.0
 BATCH: Final = 500
-RUN: Final = 50
-"""So many events that were held back follow the first of their subject at once."""
 REAPED_AT_ONCE: Final = 1_000
 LAG_COUNT_LIMIT: Final = 10_000
 
@@ -52,6 +50,15 @@ class LineRow(Row):
     @property
     def line(self) -> Line:
         return self.consumer, self.subject, self.subject_id
+
+
+class HeadRow(Row):
+    """The first event of a line."""
+
+    consumer: str
+    subject: str
+    subject_id: int
+    event_id: int
 
 
 class DueRow(Row):
@@ -190,37 +197,55 @@ async def waiting_lines(tx: Tx, events: Sequence[Event], consumers: Sequence[str
     return {row.line for row in rows}
 
 
-async def due(tx: Tx, source: str, consumers: Sequence[str]) -> list[DueRow]:
-    """Up to `BATCH` events that are owed and whose time has come, in order, each with what was held back behind it."""
-    # Cut by id: of each line a beginning is left.
+async def due_heads(tx: Tx, consumers: Sequence[str]) -> list[HeadRow]:
+    """Up to `BATCH` lines of each consumer whose first event is due: one that is down must not take all the room."""
+    # Not `clock_timestamp()`, with which all that is held back would be read to find that it is not due.
     return await tx.fetch(
+        HeadRow,
+        """
+        SELECT h.consumer, h.subject, h.subject_id, h.event_id
+          FROM unnest($1::text[]) AS c (consumer)
+         CROSS JOIN LATERAL (
+            SELECT consumer, subject, subject_id, event_id
+              FROM outbox_retries
+             WHERE consumer = c.consumer AND retry_at <= now()
+             ORDER BY retry_at
+             LIMIT $2
+         ) h
+        """,
+        consumers,
+        BATCH,
+    )
+
+
+async def due(tx: Tx, source: str, heads: Sequence[HeadRow]) -> list[DueRow]:
+    """The events at the heads of lines with those that are held back behind them, by id. Few lines go further."""
+    # Sorted here: asked for an order, the planner might read the whole outbox in that order.
+    rows = await tx.fetch(
         DueRow,
         """
         SELECT r.consumer, r.tries, $1::text AS source, o.id, o.type, o.subject, o.subject_id, o.version, o.data, o.at
-          FROM (
-            SELECT consumer, subject, subject_id, event_id
-              FROM outbox_retries
-             WHERE consumer = ANY($2::text[]) AND retry_at <= clock_timestamp()
-             ORDER BY retry_at
-             LIMIT $3
-          ) AS first
+          FROM unnest($2::text[], $3::text[], $4::bigint[], $5::bigint[]) AS h (consumer, subject, subject_id, event_id)
          CROSS JOIN LATERAL (
             SELECT event_id, consumer, tries
               FROM outbox_retries
-             WHERE consumer = first.consumer AND subject = first.subject AND subject_id = first.subject_id
-               AND event_id >= first.event_id
+             WHERE consumer = h.consumer AND subject = h.subject AND subject_id = h.subject_id
+               AND event_id >= h.event_id
              ORDER BY event_id
-             LIMIT $4
+             LIMIT $6
          ) r
-          JOIN outbox o ON o.id = r.event_id
-         ORDER BY o.id
-         LIMIT $3
+         CROSS JOIN LATERAL (
+            SELECT id, type, subject, subject_id, version, data, at FROM outbox WHERE id = r.event_id LIMIT 1
+         ) o
         """,
         source,
-        consumers,
-        BATCH,
-        RUN,
+        [head.consumer for head in heads],
+        [head.subject for head in heads],
+        [head.subject_id for head in heads],
+        [head.event_id for head in heads],
+        max(1, BATCH // len(heads)),
     )
+    return sorted(rows, key=lambda row: row.id)
 
 
 async def lag(tx: Tx) -> LagRow:
@@ -230,12 +255,10 @@ async def lag(tx: Tx) -> LagRow:
         """
         WITH waiting AS (
             (SELECT id FROM outbox WHERE published_at IS NULL AND NOT owed ORDER BY owed, id LIMIT $1)
-            UNION
-            (SELECT event_id FROM outbox_retries ORDER BY event_id LIMIT $1)
-            ORDER BY id
-            LIMIT $1
+            UNION ALL
+            (SELECT id FROM outbox WHERE published_at IS NULL AND owed ORDER BY owed, id LIMIT $1)
         )
-        SELECT count(*) AS count,
+        SELECT least(count(*), $1) AS count,
                coalesce(
                    extract(epoch FROM clock_timestamp() - (SELECT at FROM outbox WHERE id = min(waiting.id))), 0
                )::float8 AS age_s
@@ -299,11 +322,14 @@ async def strike_out(tx: Tx, paid: Sequence[tuple[Event, str]]) -> None:
     await tx.execute(
         """
         DELETE FROM outbox_retries r
-         USING unnest($1::bigint[], $2::text[]) AS p (event_id, consumer)
-         WHERE r.event_id = p.event_id AND r.consumer = p.consumer
+         USING unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[]) AS p (consumer, subject, subject_id, event_id)
+         WHERE r.consumer = p.consumer AND r.subject = p.subject AND r.subject_id = p.subject_id
+           AND r.event_id = p.event_id
         """,
-        [event.id for event, _ in paid],
         [consumer for _, consumer in paid],
+        [event.subject for event, _ in paid],
+        [event.subject_id for event, _ in paid],
+        [event.id for event, _ in paid],
     )
 
 
@@ -316,13 +342,13 @@ async def give_turns(tx: Tx, paid: Sequence[tuple[Event, str]]) -> None:
            SET retry_at = clock_timestamp()
           FROM unnest($1::text[], $2::text[], $3::bigint[]) AS l (consumer, subject, subject_id)
          CROSS JOIN LATERAL (
-            SELECT event_id
+            SELECT ctid, retry_at
               FROM outbox_retries
              WHERE consumer = l.consumer AND subject = l.subject AND subject_id = l.subject_id
              ORDER BY event_id
              LIMIT 1
          ) next
-         WHERE r.event_id = next.event_id AND r.consumer = l.consumer AND r.retry_at = 'infinity'
+         WHERE r.ctid = next.ctid AND next.retry_at = 'infinity'
         """,
         [consumer for consumer, _, _ in lines],
         [subject for _, subject, _ in lines],

@@ -244,21 +244,23 @@ class Relay:
         names = [recipient.name for recipient in self._bus.recipients]
         async with self._database.transaction() as tx:
             await outbox.plan_for_backlog(tx)
-            due = await outbox.due(tx, self._source, names)
-        if not due:
-            return self._pace.idle_s
+            heads = await outbox.due_heads(tx, names)
+            if not heads:
+                return self._pace.idle_s
+            due = await outbox.due(tx, self._source, heads)
         by_consumer: dict[str, list[Delivery]] = {}
         for row in due:
             by_consumer.setdefault(row.consumer, []).append(Delivery(row.event(), row.tries))
         await faults.point(BEFORE_DELIVER)
         outcomes = await _all([self._deliver(name, owed) for name, owed in by_consumer.items()])
         await faults.point(AFTER_DELIVER)
-        await self._settle(by_consumer, dict(zip(by_consumer, outcomes, strict=True)))
+        is_moving = await self._settle(by_consumer, dict(zip(by_consumer, outcomes, strict=True)))
         if self._down:
             return self._pace.failed_s
-        return 0.0 if len(due) == outbox.BATCH else self._pace.gather_s
+        return 0.0 if is_moving else self._pace.gather_s
 
-    async def _settle(self, owed: Mapping[str, Sequence[Delivery]], outcomes: Mapping[str, Sequence[Outcome]]) -> None:
+    async def _settle(self, owed: Mapping[str, Sequence[Delivery]], outcomes: Mapping[str, Sequence[Outcome]]) -> bool:
+        """Writes down what became of debts. True where one was paid: its line can go on at once."""
         paid: list[tuple[Event, str]] = []
         failed: list[Debt] = []
         for name, deliveries in owed.items():
@@ -268,7 +270,7 @@ class Relay:
             tried = [delivery for delivery, outcome in pairs if outcome.kind == "failed"]
             failed += self._unpaid(name, tried, [outcome for _, outcome in pairs if outcome.kind == "failed"])
         if not paid and not failed:
-            return
+            return False
         async with self._database.transaction() as tx:
             if not await outbox.renew(tx, self._holder):
                 raise LeaseLostError
@@ -282,6 +284,7 @@ class Relay:
                 await outbox.publish_paid(tx, [event.id for event, _ in paid])
             await faults.point(BEFORE_MARK_COMMIT)
         await faults.point(AFTER_MARK_COMMIT)
+        return bool(paid)
 
     # --------------------------------------------------------------------------------------------------------- deliver
 

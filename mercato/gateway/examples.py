@@ -119,6 +119,9 @@ VALUES: Final[Mapping[str, Any]] = {
     "Unauthenticated.reason": "The access token has expired; refresh it, or sign in again.",
 }
 
+FIRST_MADE_ID: Final = 1001
+"""Below are those of the demo data."""
+
 AFTERWARDS: Final[Mapping[str, Mapping[str, Any]]] = {
     # What an operation has made of the thing that it answers with, where the request does not say it.
     "orders.cancel": {"status": "cancelled"},
@@ -154,7 +157,8 @@ def answer(route: Route) -> Any:
 
 def number(route: Route, name: str) -> int:
     """A number for the path of the row; those of the demo shop are there after its first order."""
-    return getattr(message(route), name, 1)
+    found = getattr(message(route), name, 1)
+    return found if isinstance(found, int) else FIRST_MADE_ID  # a refund has a name, and is of an order or payment
 
 
 def error(kind: type[ServiceError]) -> ServiceError:

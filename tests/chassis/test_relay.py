@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from typing import ClassVar
 
 import msgspec
 import pytest
@@ -344,9 +343,8 @@ async def test_a_consumer_that_is_down_loses_nothing_and_keeps_nobody_waiting(wo
 class BusyBus:
     """A bus of one consumer that is down, and that counts how often it is asked."""
 
-    recipients: ClassVar = [Recipient("far")]
-
     def __init__(self) -> None:
+        self.recipients = [Recipient("far")]
         self.asked = 0
 
     async def deliver(self, consumer: str, deliveries: Sequence[Delivery]) -> Sequence[Outcome]:

@@ -128,7 +128,8 @@ def test_every_example_of_a_body_makes_a_request_of_the_operation(route: Route):
     for body in examples.bodies(route).values() if route.body else [None]:
         query = msgspec.convert({}, route.query) if route.query else None
         typed = msgspec.convert(body, route.body) if route.body else None
-        ask = Ask(Actor("staff", 1), {"id": 1}, query, typed, None, None, b"")
+        key = "a-key" if route.idempotency_required else None
+        ask = Ask(Actor("staff", 1), {"id": 1}, query, typed, None, key, b"", None)
 
         assert isinstance(route.request(ask), route.operation.request)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import msgspec
 
 from mercato import topology
 from mercato.chassis.testing import Cluster
-from mercato.contracts.orders import Orders, PlaceLine, PlaceOrder
+from mercato.contracts.orders import AwaitOrder, Orders, PayOrder, PlaceLine, PlaceOrder
 from mercato.contracts.products import CreateProduct, Product, Products
 from mercato.contracts.roles import CUSTOMER, Role
 from mercato.contracts.users import Register, Users
@@ -62,6 +63,15 @@ async def new_order(shop: Shop, user_id: int, product_id: int = 100) -> int:
     return placed.order.id
 
 
+async def new_payment(shop: Shop, user_id: int) -> int:
+    """A payment that was authorized, and may be captured or voided."""
+    order_id, orders = await new_order(shop, user_id), shop.rig.client(Orders)
+    held = AwaitOrder(id=order_id, wait_ms=10_000)
+    await topology.as_the_shop(shop.rig.host, lambda: orders.settled(held))
+    paid = await topology.as_the_shop(shop.rig.host, lambda: orders.pay(PayOrder(id=order_id, capture=False)))
+    return paid.payment.id
+
+
 async def staff_token(shop: Shop) -> str | None:
     """What a caller needs to act as staff; None in an open shop."""
     return None if shop.is_open else await shop.staff()
@@ -76,14 +86,21 @@ class Things(msgspec.Struct, frozen=True):
     person: Person
     product: Product
     order_id: int
+    payment_id: int
 
     @classmethod
     async def of(cls, shop: Shop, person: Person) -> Things:
-        return cls(person, await new_product(shop), await new_order(shop, person.id))
+        payment_id = await new_payment(shop, person.id)
+        return cls(person, await new_product(shop), await new_order(shop, person.id), payment_id)
 
     def path(self, route: Route) -> str:
         """The row's path with the id of a thing that exists."""
-        ids = {"users": self.person.id, "products": self.product.id, "orders": self.order_id}
+        ids = {
+            "users": self.person.id,
+            "products": self.product.id,
+            "orders": self.order_id,
+            "payments": self.payment_id,
+        }
         return route.path.replace("{id}", str(ids[route.path.split("/")[1]])) if "{" in route.path else route.path
 
     def body(self, route: Route) -> dict[str, Any] | None:
@@ -114,6 +131,17 @@ class Things(msgspec.Struct, frozen=True):
             },
             "PATCH /orders/{id}": {"status": "confirmed", "fulfilment": "shipped"},
             "POST /orders/{id}/cancel": {"reason": "changed my mind"},
+            "POST /orders/{id}/returns": {"items": [{"product_id": 100, "quantity": 1}], "reason": "does not fit"},
+            "PUT /products/{id}/stock": {"on_hand": 10, "reason": "counted"},
+            "POST /products/{id}/stock/adjustments": {"delta": 5, "reason": "delivery"},
+            "POST /payments": {
+                "order_id": self.order_id,
+                "amount": "99.99",
+                "currency": "USD",
+                "payment_method": "sandbox:ok",
+                "capture": True,
+            },
+            "POST /payments/{id}/refunds": {"amount": "9.99", "currency": "USD", "reason": "scratched"},
         }
         return None if route.body is None else bodies[f"{route.method} {route.path}"]
 
@@ -121,19 +149,48 @@ class Things(msgspec.Struct, frozen=True):
 # ------------------------------------------------------------------------------------------------------ state
 
 
+BACKGROUND = {"relays", "reconciliation"}
+"""Tables in which the shop notes what it is doing by itself."""
+
+
 async def state_of(shop: Shop) -> dict[str, str]:
-    """A digest of every row of every table, by service and table: equal when nothing was changed."""
+    """A digest of every row of every table, by service and table: equal when nothing was changed.
+
+    Waits until nothing is under way: what was placed is carried on, and told, in the background.
+    """
+    await _at_rest(shop)
     digests: dict[str, str] = {}
     for name, service in shop.rig.host.services.items():
         async with service.database.read() as tx:
             tables = await tx.fetch_values(str, "SELECT tablename::text FROM pg_tables WHERE schemaname = 'public'")
-            for table in tables:
+            for table in set(tables) - BACKGROUND:
                 [digest] = await tx.fetch_values(
                     str,
                     f"SELECT count(*) || coalesce(md5(string_agg(t::text, '' ORDER BY t::text)), '') FROM {table} t",
                 )
                 digests[f"{name}.{table}"] = digest
     return digests
+
+
+async def _at_rest(shop: Shop) -> None:
+    for _ in range(1_000):
+        if not await _is_busy(shop):
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("the shop does not come to rest")
+
+
+async def _is_busy(shop: Shop) -> bool:
+    for service in shop.rig.host.services.values():
+        if not service.has_outbox:
+            continue
+        async with service.database.read() as tx:
+            if await tx.fetch_values(int, "SELECT 1 FROM outbox WHERE published_at IS NULL LIMIT 1"):
+                return True
+    async with shop.rig.host.services["orders"].database.read() as tx:
+        return bool(
+            await tx.fetch_values(int, "SELECT 1 FROM sagas WHERE wake_at IS NOT NULL AND step <> 'awaiting' LIMIT 1")
+        )
 
 
 class SameDatabases:

@@ -1,4 +1,4 @@
-"""Crashes at the points of the bank, and of what finishes and compares what it was asked for. See `support/crashing.py`."""
+"""Crashes at the points of the bank, and of what finishes and compares what it did. See `support/crashing.py`."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ import http.client
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Self, cast
 
@@ -232,7 +232,7 @@ class Shop:
             await connection.execute(statement, *values)
 
     @contextlib.asynccontextmanager
-    async def _connected(self, service: str) -> Any:
+    async def _connected(self, service: str) -> AsyncGenerator[Any]:
         connection = await cast(Any, asyncpg).connect(self.process.dsn(service), timeout=5)
         try:
             yield connection

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from mercato.chassis import faults
 from mercato.chassis.contract import Actor, Batch, ServiceError, current
 from mercato.chassis.db import Database, Tx
@@ -89,6 +91,8 @@ class OrdersService:
     async def move(self, request: MoveOrder) -> Order:
         """Status and fulfilment by hand. Confirming and cancelling, which concern stock and money, are of checkout."""
         version = request.version
+        if request.status in ("cancelled", "confirmed") and request.fulfilment is not None:
+            await self._check_both(request)
         if request.status == "cancelled":
             order = await self._paying.cancel(CancelOrder(id=request.id, version=version))
         elif request.status == "confirmed":
@@ -98,6 +102,14 @@ class OrdersService:
         if request.fulfilment is None:
             return order
         return await self._move(MoveOrder(id=request.id, fulfilment=request.fulfilment), None)
+
+    async def _check_both(self, request: MoveOrder) -> None:
+        """Both axes move or none: the second is judged before the first, which commits by itself, has moved."""
+        order = await self._seen(request.id)
+        assert request.status is not None
+        after = msgspec.structs.replace(order, status=request.status)
+        if request.fulfilment is not None and request.fulfilment != order.fulfilment:
+            rules.check_move(after, "fulfilment", request.fulfilment)
 
     async def _move(self, request: MoveOrder, version: int | None) -> Order:
         returning: Saga | None = None

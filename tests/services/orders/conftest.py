@@ -9,7 +9,7 @@ import pytest_asyncio
 
 from mercato.chassis import faults
 from mercato.chassis.faults import Fault
-from mercato.chassis.testing import Rig
+from mercato.chassis.testing import Cluster, Rig
 from services.orders.world import World, opened
 
 
@@ -17,6 +17,20 @@ from services.orders.world import World, opened
 async def world(rig: Rig) -> AsyncGenerator[World]:
     async with opened(rig) as made:
         yield made
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session", params=["local", "wire"])
+async def busy_world(cluster: Cluster, request: pytest.FixtureRequest) -> AsyncGenerator[World]:
+    """A world that many tests share, each with products and orders of its own: opening one takes longer than a test.
+
+    Tests that use it run in the session's event loop: `pytestmark = pytest.mark.asyncio(loop_scope="session")`.
+    """
+    rig = Rig(cluster, request.param)
+    try:
+        async with opened(rig, orders_lease_seconds=1.0, orders_sweep_seconds=0.1) as made:
+            yield made
+    finally:
+        await rig.close()
 
 
 @pytest.fixture

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
-from typing import get_args
+from typing import cast, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mercato.chassis.contract import Actor
+from mercato.chassis.contract import Actor, InvalidRequest
 from mercato.contracts.money import MAX_MINOR
 from mercato.contracts.orders import (
     LINES_LIMIT,
@@ -18,10 +18,15 @@ from mercato.contracts.orders import (
     Fulfilment,
     IllegalMove,
     MixedCurrencies,
+    NothingToRefund,
+    NotReturnable,
     Order,
+    OrderLine,
     Payment,
     PlaceLine,
     PlaceOrder,
+    RefundOrder,
+    ReturnLine,
     Status,
 )
 from mercato.contracts.products import Quote
@@ -67,15 +72,21 @@ def test_each_state_of_the_contract_has_its_moves_and_there_are_no_others(axis: 
 
 
 @pytest.mark.parametrize("axis", STATES)
-def test_each_state_is_reached_from_where_an_order_begins_and_none_is_reached_again(axis: Axis):
+def test_each_state_is_reached_from_where_an_order_begins_and_none_is_left_and_reached_again(axis: Axis):
     moves = rules.AXES[axis]
 
     def after(state: str, path: tuple[str, ...]) -> set[str]:
         assert state not in path, "a circle"
-        return {state}.union(*(after(following, (*path, state)) for following in moves[state]))
+        following = moves[state] - {state}  # one more part of the same
+        return {state}.union(*(after(reached, (*path, state)) for reached in following))
 
     assert after(rules.PLACED[axis], ()) == set(moves)
     assert rules.sources(axis, rules.PLACED[axis]) == []
+
+
+def test_only_a_partial_refund_may_be_repeated():
+    again = {(axis, state) for axis, moves in rules.AXES.items() for state in moves if state in moves[state]}
+    assert again == {("payment", "partially_refunded")}
 
 
 @pytest.mark.parametrize("axis", STATES)
@@ -107,16 +118,110 @@ def test_goods_move_only_for_orders_that_are_confirmed_and_not_cancelled(order: 
     assert not rules.legal_moves(order, "fulfilment") or order.status in ("confirmed", "completed")
 
 
-@given(orders, ACTORS)
-def test_who_may_cancel(order: Order, actor: Actor):
-    open_status = order.status in ("pending", "confirmed")
-    may = open_status and (actor.role != "customer" or order.fulfilment == "unfulfilled")
+@given(orders)
+def test_what_is_open_and_has_not_left_the_house_can_be_cancelled(order: Order):
+    may = order.status in ("pending", "confirmed") and order.fulfilment == "unfulfilled"
+
+    assert ("cancelled" in rules.legal_moves(order, "status")) == may
+
+
+@given(orders)
+def test_nothing_is_sent_or_closed_while_its_money_is_only_promised(order: Order):
+    if order.payment == "authorized":
+        assert "completed" not in rules.legal_moves(order, "status")
+        assert "shipped" not in rules.legal_moves(order, "fulfilment")
+
+
+@given(orders, st.data())
+def test_what_is_not_declared_is_never_written(order: Order, data: st.DataObject):
+    wanted = {axis: data.draw(st.none() | st.sampled_from(states)) for axis, states in STATES.items()}
+    declared = all(
+        after is None or after in rules.AXES[cast(Axis, axis)][getattr(order, axis)] for axis, after in wanted.items()
+    )
+
+    if declared:
+        rules.assert_declared(order, **wanted)
+    else:
+        with pytest.raises(AssertionError):
+            rules.assert_declared(order, **wanted)
+
+
+# ---------------------------------------------------------------------------------------------------- refunds, returns
+
+
+@given(
+    orders,
+    st.none() | st.integers(1, 12),
+    st.none() | st.sampled_from(["USD", "EUR"]),
+    st.integers(0, 10),
+)
+def test_a_refund_is_what_is_left_or_a_part_of_it(order: Order, amount: int | None, currency: str | None, left: int):
+    request = RefundOrder(payment_id=1, idempotency_key="key", amount_minor=amount, currency=currency)
+    wanted = left if amount is None else amount
+    may = order.payment in ("paid", "partially_refunded") and currency in (None, "USD") and 0 < wanted <= left
 
     if may:
-        rules.check_cancel(order, actor)
+        assert rules.check_refund(order, request, left) == wanted
     else:
-        with pytest.raises(IllegalMove):
-            rules.check_cancel(order, actor)
+        with pytest.raises((IllegalMove, InvalidRequest, NothingToRefund)):
+            rules.check_refund(order, request, left)
+
+
+sold = st.builds(lambda quantity, returned: (quantity, min(quantity, returned)), st.integers(1, 5), st.integers(0, 5))
+
+
+@given(st.lists(sold, min_size=1, max_size=4), st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), max_size=4))
+def test_what_was_sold_and_has_not_come_back_may_come_back(pieces: list[tuple[int, int]], back: list[tuple[int, int]]):
+    order = delivered(pieces)
+    lines = [ReturnLine(product_id=i, quantity=quantity) for i, quantity in back]
+    left = {line.product_id: line.quantity - line.returned for line in order.lines}
+    once = len({line.product_id for line in lines}) == len(lines)
+    may = once and all(line.quantity <= left.get(line.product_id, 0) for line in lines)
+
+    if may:
+        rules.check_return(order, lines)
+        assert rules.worth(order, lines) == sum(line.quantity * 100 * line.product_id for line in lines)
+        assert rules.is_all(order, lines) == (sum(line.quantity for line in lines) == sum(left.values()))
+    else:
+        with pytest.raises((InvalidRequest, NotReturnable)):
+            rules.check_return(order, lines)
+
+
+@given(st.lists(sold, min_size=1, max_size=4))
+def test_all_that_is_left_may_come_back_and_is_all(pieces: list[tuple[int, int]]):
+    order = delivered(pieces)
+    rest = rules.not_returned(order)
+
+    rules.check_return(order, rest)
+    assert rules.is_all(order, rest)
+
+
+def delivered(pieces: list[tuple[int, int]]) -> Order:
+    """A delivered order; product n costs n hundred."""
+    return Order(
+        id=1001,
+        user_id=1,
+        status="confirmed",
+        payment="paid",
+        fulfilment="delivered",
+        currency="USD",
+        total_minor=sum(quantity * 100 * i for i, (quantity, _) in enumerate(pieces, 1)),
+        lines=tuple(
+            OrderLine(
+                product_id=i,
+                sku=f"SKU-{i}",
+                name=f"Thing {i}",
+                quantity=quantity,
+                unit_price_minor=100 * i,
+                line_total_minor=quantity * 100 * i,
+                returned=returned,
+            )
+            for i, (quantity, returned) in enumerate(pieces, 1)
+        ),
+        created_at=EPOCH,
+        updated_at=EPOCH,
+        version=5,
+    )
 
 
 @given(ACTORS, st.integers(0, 3))

@@ -14,13 +14,27 @@ from typing import Any, Final, TypeVar, cast
 from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
+import msgspec
 
 from mercato.chassis.contract import Actor, Batch, ServiceError
 from mercato.chassis.db import Database
 from mercato.chassis.rpc import Server
 from mercato.chassis.service import Build, Env, Host, Service
 from mercato.chassis.testing import TEST_SECRET, Rig, migrations_folder
-from mercato.contracts.orders import GetOrder, MoveOrder, Order, Orders, PlacedOrder, PlaceLine, PlaceOrder
+from mercato.contracts.orders import (
+    AwaitOrder,
+    GetHistory,
+    GetOrder,
+    MoveOrder,
+    Order,
+    Orders,
+    PaidOrder,
+    PayOrder,
+    PlacedOrder,
+    PlaceLine,
+    PlaceOrder,
+)
+from mercato.contracts.payments import ListPayments, Payment, Payments
 from mercato.contracts.products import ProductNotFound, Products, Quote, QuoteProduct
 from mercato.contracts.users import GetUser, User, UserNotFound, Users
 from mercato.services.inventory import app as inventory
@@ -40,6 +54,8 @@ LAMP: Final = 2
 POLLS: Final = 1_000
 POLL_SECONDS: Final = 0.01
 PLENTY: Final = 1_000_000
+MUG_MINOR: Final = 1_250
+SETTLED_MS: Final = 20_000
 
 PATHS: Final = {
     ("status", "pending"): (),
@@ -96,7 +112,7 @@ class FakeProducts:
     """What is in `quotes` is for sale. `sizes` are those of the batches that came."""
 
     def __init__(self) -> None:
-        self.quotes: dict[int, Quote | ServiceError] = {MUG: quote(MUG, 1_250), LAMP: quote(LAMP, 4_999)}
+        self.quotes: dict[int, Quote | ServiceError] = {MUG: quote(MUG, MUG_MINOR), LAMP: quote(LAMP, 4_999)}
         self.failure: ServiceError | None = None
         self.before_answer: Callable[[], Awaitable[None]] | None = None
         self.sizes: list[int] = []
@@ -131,6 +147,26 @@ def mugs(quantity: int = 1, *, key: str | None = None, fingerprint: bytes = b"mu
     )
 
 
+def basket(*lines: tuple[int, int], **fields: Any) -> PlaceOrder:
+    """An order of Alice's of so many pieces of some products."""
+    return PlaceOrder(
+        user_id=ALICE.id, lines=tuple(PlaceLine(product_id=i, quantity=quantity) for i, quantity in lines), **fields
+    )
+
+
+class Bank(msgspec.Struct, frozen=True):
+    """What the bank has done for one order. Amounts in minor units."""
+
+    captures: int
+    captured_minor: int
+    refunded_minor: int
+    open_charges: int
+
+    @property
+    def net_minor(self) -> int:
+        return self.captured_minor - self.refunded_minor
+
+
 class World:
     """An orders service and the two that it asks."""
 
@@ -140,9 +176,12 @@ class World:
         self.products = FakeProducts()
         self.acting = rig.acting
         self._closing = contextlib.AsyncExitStack()
-        self._numbers = itertools.count(1)
+        self._eyes: dict[str, Any] = {}
+        self._product_ids = itertools.count(5_001)
 
-    async def open(self) -> World:
+    async def open(self, **options: object) -> World:
+        """`options` as an operator sets them: `inventory_hold_seconds=1`."""
+        self.rig.options.update({f"MERCATO_{name.upper()}": str(value) for name, value in options.items()})
         self.dsn = self.rig.dsns["orders"] = await self.rig.cluster.fresh_database(
             "orders", migrations_folder(app.build)
         )
@@ -169,12 +208,13 @@ class World:
 
     async def stock(self, on_hand: Mapping[int, int]) -> None:
         """Puts so many pieces of products that nobody has counted yet on the shelf."""
-        connection = await self.connection("inventory")
+        connection = await self._looking("inventory")
         for product_id, pieces in on_hand.items():
             await connection.execute(
                 """
                 WITH level AS (INSERT INTO levels (product_id, on_hand) VALUES ($1, $2))
-                INSERT INTO movements (product_id, kind, delta, actor_role, actor_id) VALUES ($1, 'receipt', $2, 'staff', 9)
+                INSERT INTO movements (product_id, kind, delta, actor_role, actor_id)
+                VALUES ($1, 'receipt', $2, 'staff', 9)
                 """,
                 product_id,
                 pieces,
@@ -217,6 +257,46 @@ class World:
         with self.acting(actor):
             return await self.orders.place.many(requests)
 
+    async def settled(self, order_id: int, wait_ms: int = SETTLED_MS) -> Order:
+        """An order for which nothing is under way any more."""
+        with self.acting(STAFF):
+            return await self.orders.settled(AwaitOrder(id=order_id, wait_ms=wait_ms))
+
+    async def new_product(self, pieces: int = PLENTY, price_minor: int = MUG_MINOR) -> int:
+        """A product of the test's own, so many pieces of which are on the shelf."""
+        product_id = next(self._product_ids)
+        self.products.quotes[product_id] = quote(product_id, price_minor)
+        await self.stock({product_id: pieces})
+        return product_id
+
+    async def checked_out(self, method: str | None, *lines: tuple[int, int], **fields: Any) -> Order:
+        """An order of Alice's with this payment method, when its checkout has come to rest."""
+        return await self.settled((await self.place(basket(*lines, payment_method=method, **fields))).id)
+
+    async def delivered(self, method: str | None, *lines: tuple[int, int]) -> Order:
+        """An order that has come to its buyer."""
+        order = await self.checked_out(method, *lines)
+        with self.acting(STAFF):
+            if method is None:
+                await self.orders.move(MoveOrder(id=order.id, status="confirmed"))
+            await self.orders.move(MoveOrder(id=order.id, fulfilment="shipped"))
+            return await self.orders.move(MoveOrder(id=order.id, fulfilment="delivered"))
+
+    async def payments(self, order_id: int) -> tuple[Payment, ...]:
+        """The payments of an order, the newest first."""
+        with self.acting(STAFF):
+            return (await self.rig.client(Payments).list(ListPayments(order_id=order_id))).payments
+
+    async def pay(self, order_id: int, method: str = "sandbox:ok", actor: Actor = ALICE, **fields: Any) -> PaidOrder:
+        with self.acting(actor):
+            return await self.orders.pay(PayOrder(id=order_id, method=method, **fields))
+
+    async def history(self, order_id: int) -> list[tuple[str, str | None, str]]:
+        """Axis, before, after; in order."""
+        with self.acting(STAFF):
+            entries = (await self.orders.history(GetHistory(id=order_id))).entries
+        return [(entry.axis, entry.before, entry.after) for entry in entries]
+
     async def placed_in(self, axis: str, state: str) -> Order:
         """A new order of Alice's that staff have moved to a state."""
         order = await self.place()
@@ -224,6 +304,46 @@ class World:
             for moved, to in PATHS[axis, state]:
                 await self.orders.move(cast(Any, MoveOrder)(id=order.id, **{moved: to}))
             return await self.orders.get(GetOrder(id=order.id))
+
+    # ------------------------------------------------------------------------------------------ what others have of it
+
+    async def bank(self, order_id: int) -> Bank:
+        """What the bank's own books say of an order."""
+        connection = await self._looking("sandbox")
+        row = await connection.fetchrow(
+            """
+            SELECT count(*) FILTER (WHERE kind = 'capture' AND status = 'succeeded') AS captures,
+                   coalesce(sum(amount_minor) FILTER (WHERE kind = 'capture' AND status = 'succeeded'), 0)::bigint
+                       AS captured_minor,
+                   coalesce(sum(amount_minor) FILTER (WHERE kind = 'refund' AND status = 'succeeded'), 0)::bigint
+                       AS refunded_minor,
+                   (SELECT count(*) FROM charges WHERE order_id = $1 AND state = 'open') AS open_charges
+              FROM operations WHERE order_id = $1
+            """,
+            order_id,
+        )
+        return Bank(**row)
+
+    async def shelf(self, product_id: int = MUG) -> tuple[int, int]:
+        """How many pieces of a product there are, and how many of them are reserved."""
+        row = await (await self._looking("inventory")).fetchrow(
+            "SELECT on_hand, reserved FROM levels WHERE product_id = $1", product_id
+        )
+        return row["on_hand"], row["reserved"]
+
+    async def reservation(self, order_id: int) -> str | None:
+        """The state of an order's stock."""
+        connection = await self._looking("inventory")
+        return await connection.fetchval("SELECT state FROM reservations WHERE order_id = $1", order_id)
+
+    async def saga(self, order_id: int, kind: str = "checkout") -> list[str]:
+        """At which steps the sagas of an order are."""
+        return await self.values("SELECT step FROM sagas WHERE subject_id = $1 AND kind = $2", order_id, kind)
+
+    async def _looking(self, service: str) -> Any:
+        if service not in self._eyes:
+            self._eyes[service] = await self.connection(service)
+        return self._eyes[service]
 
     async def count(self, table: str) -> int:
         return (await self.values(f"SELECT count(*) FROM {table}"))[0]
@@ -274,8 +394,8 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def opened(rig: Rig) -> AsyncGenerator[World]:
-    world = await World(rig).open()
+async def opened(rig: Rig, **options: object) -> AsyncGenerator[World]:
+    world = await World(rig).open(**options)
     try:
         yield world
     finally:

@@ -9,7 +9,6 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    op.execute("SET LOCAL lock_timeout = '5s'")
     # `stock_version` is that of the newest news: news that come late change nothing.
     op.execute(
         """
