@@ -161,7 +161,7 @@ class Refunding:
             await faults.point("refund.refund.before_call")
             try:
                 await self._payments.refund(_refund(order_id, refund.reference, giving))
-            except (RefundTooLarge, PaymentStateConflict) as error:
+            except (RefundDeclined, RefundTooLarge, PaymentStateConflict) as error:
                 code = error.code
             await faults.point("refund.refund.after_call")
         done = Next("done", _with_code(giving, code), "given back" if code is None else f"declined {code}")

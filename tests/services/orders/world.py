@@ -366,6 +366,12 @@ class World:
         assert row
         return row
 
+    def counted(self, name: str) -> float:
+        """What a counter of the orders service has come to, as the metrics show it."""
+        value = self.rig.host.telemetry.registry.get_sample_value(f"{name}_total", {"service": "orders"})
+        assert value is not None, name
+        return value
+
     def safely(self, calls: int = 1) -> int:
         """How often a safe operation arrives that is called so often: `wire` sends it twice."""
         return calls * (2 if self.rig.transport == "wire" else 1)

@@ -1,0 +1,453 @@
+"""Paying what was ordered without a payment: once, whatever comes twice, at once or too late."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mercato.chassis.contract import Forbidden, IdempotencyKeyReused, RequestInProgress, ServiceError
+from mercato.chassis.faults import Fault
+from mercato.chassis.testing import Rig
+from mercato.contracts.orders import (
+    AmountNotDue,
+    AwaitOrder,
+    CancelReason,
+    GetTimeline,
+    IllegalMove,
+    MoveOrder,
+    MovePayment,
+    Order,
+    OrderCancelled,
+    OrderNotFound,
+    PaidOrder,
+    PaymentDeclined,
+    PaymentInProgress,
+    PayOrder,
+)
+from mercato.contracts.payments import Payment
+from services.orders.world import ALICE, BOB, MUG, MUG_MINOR, STAFF, Bank, World, opened
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+Plant = Callable[[str, Fault], Callable[[], None]]
+
+ONE_CAPTURE = Bank(captures=1, captured_minor=MUG_MINOR, refunded_minor=0, open_charges=0)
+NO_MONEY = Bank(captures=0, captured_minor=0, refunded_minor=0, open_charges=0)
+
+
+async def awaiting(world: World) -> tuple[Order, int]:
+    """An order that waits for its payment, and its product, of which there are ten."""
+    product_id = await world.new_product(10)
+    return await world.checked_out(None, (product_id, 1)), product_id
+
+
+async def outcome_of(paying: Any) -> PaidOrder | ServiceError:
+    try:
+        return await paying
+    except ServiceError as error:
+        return error
+
+
+async def move(world: World, order_id: int, **fields: Any) -> Order:
+    with world.acting(STAFF):
+        return await world.orders.move(MoveOrder(id=order_id, **fields))
+
+
+async def capture(world: World, payment: Payment) -> Payment:
+    with world.acting(STAFF):
+        return (await world.orders.capture(MovePayment(payment_id=payment.id))).payment
+
+
+async def void(world: World, payment: Payment) -> Payment:
+    with world.acting(STAFF):
+        return (await world.orders.void(MovePayment(payment_id=payment.id))).payment
+
+
+# -------------------------------------------------------------------------------------------------------------- paying
+
+
+@pytest.mark.parametrize("actor", [ALICE, STAFF])
+async def test_who_waits_is_paid_and_the_answer_is_the_payment(busy_world: World, actor: Any):
+    order, product_id = await awaiting(busy_world)
+
+    paid = await busy_world.pay(order.id, actor=actor, expected_total_minor=MUG_MINOR, expected_currency="USD")
+
+    payment = paid.payment
+    assert (payment.order_id, payment.attempt, payment.status) == (order.id, 1, "captured")
+    assert (payment.captured_minor, payment.user_id) == (MUG_MINOR, ALICE.id)
+    now = await busy_world.settled(order.id)
+    assert (now.status, now.payment) == ("confirmed", "paid")
+    assert await busy_world.bank(order.id) == ONE_CAPTURE
+    assert await busy_world.shelf(product_id) == (9, 0)
+
+
+@pytest.mark.parametrize(
+    "shown", [{"expected_total_minor": MUG_MINOR - 1}, {"expected_total_minor": 0}, {"expected_currency": "EUR"}]
+)
+async def test_another_amount_than_is_due_is_refused_and_nothing_is_charged(busy_world: World, shown: dict[str, Any]):
+    order, _ = await awaiting(busy_world)
+
+    with pytest.raises(AmountNotDue) as refused:
+        await busy_world.pay(order.id, **shown)
+
+    assert (refused.value.due_minor, refused.value.due_currency) == (MUG_MINOR, "USD")
+    assert await busy_world.saga(order.id) == ["awaiting"]
+    assert await busy_world.payments(order.id) == ()
+
+
+async def test_who_pays_twice_at_once_pays_once(busy_world: World):
+    order, _ = await awaiting(busy_world)
+    elsewhere = await busy_world.another_process()
+
+    with busy_world.acting(ALICE):
+        outcomes = await asyncio.gather(
+            *(outcome_of((busy_world.orders, elsewhere)[n % 2].pay(PayOrder(id=order.id))) for n in range(6))
+        )
+
+    assert [type(o) for o in outcomes].count(PaidOrder) == 1
+    assert {type(o) for o in outcomes} <= {PaidOrder, PaymentInProgress, IllegalMove}
+    assert len(await busy_world.payments(order.id)) == 1
+    assert await busy_world.bank(order.id) == ONE_CAPTURE
+
+
+async def test_a_paid_order_is_not_paid_again(busy_world: World):
+    order, _ = await awaiting(busy_world)
+    await busy_world.pay(order.id)
+
+    with pytest.raises(IllegalMove) as refused:
+        await busy_world.pay(order.id)
+
+    assert (refused.value.axis, refused.value.current) == ("payment", "paid")
+    assert await busy_world.bank(order.id) == ONE_CAPTURE
+
+
+async def test_while_a_payment_is_under_way_there_is_no_other(busy_world: World):
+    order, _ = await awaiting(busy_world)
+    with busy_world.acting(ALICE):
+        slow = asyncio.ensure_future(busy_world.orders.pay(PayOrder(id=order.id, method="sandbox:slow:1000")))
+
+    async def is_paying() -> bool:
+        return await busy_world.saga(order.id) == ["reserve"]
+
+    await busy_world.until(is_paying)
+    with pytest.raises(PaymentInProgress):
+        await busy_world.pay(order.id)
+
+    assert (await slow).payment.status == "captured"
+    assert await busy_world.bank(order.id) == ONE_CAPTURE
+
+
+# ---------------------------------------------------------------------------------------------------------------- keys
+
+
+async def test_a_key_that_comes_again_hears_of_the_same_payment(busy_world: World):
+    order, _ = await awaiting(busy_world)
+
+    first = await busy_world.pay(order.id, idempotency_key=f"pay-{order.id}", fingerprint=b"one")
+    again = await busy_world.pay(order.id, idempotency_key=f"pay-{order.id}", fingerprint=b"one")
+
+    assert again.replayed
+    assert again.payment == first.payment
+    assert await busy_world.bank(order.id) == ONE_CAPTURE
+
+
+async def test_a_key_of_another_request_is_refused(busy_world: World):
+    order, _ = await awaiting(busy_world)
+    await busy_world.pay(order.id, idempotency_key=f"pay-{order.id}", fingerprint=b"one")
+
+    with pytest.raises(IdempotencyKeyReused):
+        await busy_world.pay(order.id, idempotency_key=f"pay-{order.id}", fingerprint=b"other")
+
+
+async def test_a_declined_payment_is_heard_of_again_with_its_key(busy_world: World):
+    order, _ = await awaiting(busy_world)
+    key = {"idempotency_key": f"pay-{order.id}", "fingerprint": b"one"}
+    refused = [await outcome_of(busy_world.pay(order.id, "sandbox:declined", **key)) for _ in range(2)]
+
+    assert [type(error) for error in refused] == [PaymentDeclined, PaymentDeclined]
+    assert len(await busy_world.payments(order.id)) == 1
+
+
+async def test_twins_in_two_processes_are_one_payment(busy_world: World):
+    order, _ = await awaiting(busy_world)
+    elsewhere = await busy_world.another_process()
+    request = PayOrder(id=order.id, idempotency_key=f"pay-{order.id}", fingerprint=b"one")
+
+    with busy_world.acting(ALICE):
+        outcomes = await asyncio.gather(
+            *(outcome_of((busy_world.orders, elsewhere)[n % 2].pay(request)) for n in range(10))
+        )
+
+    ids = {outcome.payment.id for outcome in outcomes if isinstance(outcome, PaidOrder)}
+    assert len(ids) == 1
+    assert {type(outcome) for outcome in outcomes} <= {PaidOrder, RequestInProgress}
+    assert await busy_world.bank(order.id) == ONE_CAPTURE
+
+
+async def test_a_refusal_is_not_stored_under_the_key(busy_world: World):
+    order, _ = await awaiting(busy_world)
+    key = {"idempotency_key": f"pay-{order.id}", "fingerprint": b"one"}
+    with pytest.raises(AmountNotDue):
+        await busy_world.pay(order.id, expected_total_minor=1, **key)
+
+    assert (await busy_world.pay(order.id, expected_total_minor=MUG_MINOR, **key)).payment.status == "captured"
+
+
+# ------------------------------------------------------------------------------------------------------------ declined
+
+
+async def test_who_is_declined_may_pay_in_another_way(busy_world: World):
+    order, product_id = await awaiting(busy_world)
+
+    with pytest.raises(PaymentDeclined) as declined:
+        await busy_world.pay(order.id, "sandbox:insufficient_funds")
+    waiting = await busy_world.settled(order.id)
+    held = await busy_world.shelf(product_id)
+    paid = await busy_world.pay(order.id)
+
+    assert declined.value.provider_code == "insufficient_funds"
+    assert (waiting.status, waiting.payment) == ("pending", "unpaid")
+    assert held == (10, 1)
+    assert (paid.payment.attempt, paid.payment.status) == (2, "captured")
+    payments = await busy_world.payments(order.id)
+    assert [(p.attempt, p.status) for p in payments] == [(2, "captured"), (1, "failed")]
+    assert payments[1].id == declined.value.payment_id
+    assert await busy_world.bank(order.id) == ONE_CAPTURE
+
+
+async def test_a_cancelled_order_cannot_be_paid(busy_world: World):
+    order, _ = await awaiting(busy_world)
+    await move(busy_world, order.id, status="cancelled")
+
+    with pytest.raises(OrderCancelled) as refused:
+        await busy_world.pay(order.id)
+
+    assert refused.value.reason == "requested"
+    assert await busy_world.payments(order.id) == ()
+
+
+# -------------------------------------------------------------------------------------------------------------- expiry
+
+
+async def test_an_order_that_nobody_pays_expires_and_frees_its_stock(rig: Rig):
+    async with opened(rig, inventory_hold_seconds=0.5, orders_sweep_seconds=0.05) as world:
+        order = await world.checked_out(None, (MUG, 1))
+        assert (await world.raw(order.id)).status == "pending"
+
+        async def is_over() -> bool:
+            return await world.saga(order.id) == ["done"]
+
+        await world.until(is_over)
+        expired = await world.settled(order.id)
+        assert (expired.status, expired.payment) == ("cancelled", "unpaid")
+        assert expired.reason == CancelReason(code="expired")
+        assert (await world.shelf())[1] == 0
+        with pytest.raises(OrderCancelled) as refused:
+            await world.pay(order.id)
+        assert refused.value.reason == "expired"
+
+
+async def test_who_pays_at_the_last_moment_keeps_the_stock(rig: Rig):
+    """From when its payment begins, a hold does not expire."""
+    async with opened(rig, inventory_hold_seconds=1.0, inventory_expire_every_seconds=0.1) as world:
+        order = await world.checked_out(None, (MUG, 1))
+
+        paid = await outcome_of(world.pay(order.id, "sandbox:slow:1200"))
+
+        now = await world.settled(order.id)
+        if isinstance(paid, PaidOrder):
+            assert (now.status, now.payment) == ("confirmed", "paid")
+        else:  # a machine that is busy with other things was not in time
+            assert isinstance(paid, OrderCancelled)
+        assert (await world.bank(order.id)).captures == (now.payment == "paid")
+        assert await world.reservation(order.id) == ("committed" if now.payment == "paid" else "expired")
+
+
+async def test_after_a_declined_payment_an_order_waits_for_its_window_and_expires(rig: Rig):
+    async with opened(rig, orders_payment_seconds=1.0, orders_sweep_seconds=0.05) as world:
+        order = await world.checked_out(None, (MUG, 1))
+        with pytest.raises(PaymentDeclined):
+            await world.pay(order.id, "sandbox:declined")
+
+        async def is_over() -> bool:
+            return await world.saga(order.id) == ["done"]
+
+        await world.until(is_over)
+        assert (await world.settled(order.id)).reason == CancelReason(code="expired")
+        assert (await world.shelf())[1] == 0
+        assert await world.bank(order.id) == NO_MONEY
+
+
+# ---------------------------------------------------------------------------------------------------- capture and void
+
+
+async def test_an_amount_that_is_only_reserved_is_taken_when_staff_say_so(busy_world: World):
+    order, product_id = await awaiting(busy_world)
+    reserved = (await busy_world.pay(order.id, capture=False)).payment
+    waiting = await busy_world.settled(order.id)
+    with pytest.raises(IllegalMove):
+        await move(busy_world, order.id, fulfilment="shipped")
+
+    captured = await capture(busy_world, reserved)
+    again = await capture(busy_world, reserved)
+
+    assert (reserved.status, waiting.status, waiting.payment) == ("authorized", "confirmed", "authorized")
+    assert (captured.status, captured.captured_minor) == ("captured", MUG_MINOR)
+    assert again == captured
+    assert (await busy_world.settled(order.id)).payment == "paid"
+    assert await busy_world.bank(order.id) == ONE_CAPTURE
+    assert await busy_world.shelf(product_id) == (9, 0)
+    assert (await move(busy_world, order.id, fulfilment="shipped")).fulfilment == "shipped"
+
+
+async def test_captures_at_once_in_two_processes_are_one(busy_world: World):
+    order, _ = await awaiting(busy_world)
+    reserved = (await busy_world.pay(order.id, capture=False)).payment
+    elsewhere = await busy_world.another_process()
+
+    with busy_world.acting(STAFF):
+        taken = await asyncio.gather(
+            *((busy_world.orders, elsewhere)[n % 2].capture(MovePayment(payment_id=reserved.id)) for n in range(6))
+        )
+
+    assert {paid.payment.status for paid in taken} == {"captured"}
+    assert await busy_world.bank(order.id) == ONE_CAPTURE
+
+
+async def test_an_amount_that_is_given_back_cancels_its_order(busy_world: World):
+    order, product_id = await awaiting(busy_world)
+    reserved = (await busy_world.pay(order.id, capture=False)).payment
+
+    voided = await void(busy_world, reserved)
+    again = await void(busy_world, reserved)
+
+    assert voided.status == "voided"
+    assert again == voided
+    now = await busy_world.settled(order.id)
+    assert (now.status, now.payment) == ("cancelled", "voided")
+    assert await busy_world.bank(order.id) == NO_MONEY
+    assert await busy_world.shelf(product_id) == (10, 0)
+    with pytest.raises(IllegalMove):
+        await capture(busy_world, reserved)
+
+
+async def test_an_authorization_that_has_run_out_cancels_its_order(busy_world: World):
+    order, product_id = await awaiting(busy_world)
+    reserved = (await busy_world.pay(order.id, "sandbox:capture_expired", capture=False)).payment
+
+    with pytest.raises(PaymentDeclined) as declined:
+        await capture(busy_world, reserved)
+
+    now = await busy_world.settled(order.id)
+    assert declined.value.provider_code == "authorization_expired"
+    assert (now.status, now.payment) == ("cancelled", "voided")
+    assert now.reason == CancelReason(code="payment_lost", provider_code="authorization_expired")
+    assert await busy_world.bank(order.id) == NO_MONEY
+    assert await busy_world.shelf(product_id) == (10, 0)
+
+
+async def test_what_is_captured_cannot_be_voided(busy_world: World):
+    order, _ = await awaiting(busy_world)
+    paid = (await busy_world.pay(order.id)).payment
+
+    with pytest.raises(IllegalMove):
+        await void(busy_world, paid)
+
+    assert await busy_world.bank(order.id) == ONE_CAPTURE
+
+
+async def test_only_staff_capture_and_void(busy_world: World):
+    order, _ = await awaiting(busy_world)
+    reserved = (await busy_world.pay(order.id, capture=False)).payment
+
+    with busy_world.acting(ALICE):
+        for operation in (busy_world.orders.capture, busy_world.orders.void):
+            with pytest.raises(Forbidden):
+                await operation(MovePayment(payment_id=reserved.id))
+
+
+# ---------------------------------------------------------------------------------------------------------- on account
+
+
+async def test_what_is_confirmed_on_account_is_sold_and_paid_later(busy_world: World):
+    order, product_id = await awaiting(busy_world)
+
+    confirmed = await move(busy_world, order.id, status="confirmed")
+    sold = await busy_world.shelf(product_id)
+    await move(busy_world, order.id, fulfilment="shipped")
+    with pytest.raises(PaymentDeclined):
+        await busy_world.pay(order.id, "sandbox:declined")
+    still = await busy_world.settled(order.id)
+    await busy_world.pay(order.id)
+
+    assert (confirmed.status, confirmed.payment) == ("confirmed", "unpaid")
+    assert sold == (9, 0)
+    assert (still.status, still.payment, still.fulfilment) == ("confirmed", "unpaid", "shipped")
+    now = await busy_world.settled(order.id)
+    assert (now.status, now.payment, now.fulfilment) == ("confirmed", "paid", "shipped")
+    assert await busy_world.bank(order.id) == ONE_CAPTURE
+    assert await busy_world.shelf(product_id) == (9, 0)
+
+
+async def test_an_order_that_there_is_nothing_for_is_not_confirmed_by_hand(busy_world: World):
+    product_id = await busy_world.new_product(0)
+    order = await busy_world.checked_out(None, (product_id, 1))
+
+    with pytest.raises(IllegalMove):
+        await move(busy_world, order.id, status="confirmed")
+
+
+async def test_the_history_says_who_confirmed_it(busy_world: World):
+    order, _ = await awaiting(busy_world)
+    await move(busy_world, order.id, status="confirmed")
+
+    rows = await busy_world.values(
+        "SELECT actor_role || ' ' || actor_id FROM order_history WHERE order_id = $1 ORDER BY version", order.id
+    )
+    assert rows == ["customer 1", "staff 9"]
+
+
+# ------------------------------------------------------------------------------------------------------------ strangers
+
+
+async def test_another_customers_order_is_like_unknown(busy_world: World):
+    order, _ = await awaiting(busy_world)
+
+    for order_id in (order.id, 404):
+        with busy_world.acting(BOB):
+            for asked in (
+                busy_world.orders.pay(PayOrder(id=order_id)),
+                busy_world.orders.settled(AwaitOrder(id=order_id, wait_ms=1)),
+                busy_world.orders.timeline(GetTimeline(id=order_id)),
+            ):
+                with pytest.raises(OrderNotFound) as unknown:
+                    await asked
+                assert unknown.value.details == {"order_id": order_id}
+    assert await busy_world.payments(order.id) == ()
+
+
+# -------------------------------------------------------------------------------------------------------------- crashes
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_crash_around_the_commit_of_a_payment_is_one_payment_when_it_comes_again(
+    busy_world: World, plant: Plant, when: str
+):
+    order, _ = await awaiting(busy_world)
+
+    async def fail(_point: str) -> None:
+        raise RuntimeError("the power fails here")
+
+    lift = plant(f"orders.pay.{when}_commit", fail)
+    key = {"idempotency_key": f"pay-{order.id}", "fingerprint": b"one"}
+    assert isinstance(await outcome_of(busy_world.pay(order.id, **key)), ServiceError)
+    lift()
+
+    paid = await busy_world.pay(order.id, **key)
+
+    assert paid.replayed == (when == "after") or busy_world.rig.transport == "wire"
+    assert paid.payment.status == "captured"
+    assert await busy_world.bank(order.id) == ONE_CAPTURE
