@@ -43,7 +43,7 @@ from bench.chaos.verdict import CONVERGENCE_SECONDS, Verdict, judge  # noqa: E40
 from support.process import clean_environment, remove  # noqa: E402
 
 DEMO_PASSWORD: Final = "demo-password"
-VISITORS: Final = 32
+VISITORS: Final = 48
 """People in the shop at once."""
 STARTING_SECONDS: Final = 60.0
 BAR: Final = 30

@@ -20,7 +20,7 @@ SHORT: Final = (201, 202, 203, 204)
 SHORT_PIECES: Final = 25
 GOOD: Final = ("sandbox:ok", "sandbox:ok", "sandbox:lost_answer", "sandbox:error_then_ok", "sandbox:slow:200")
 BAD: Final = ("sandbox:declined", "sandbox:insufficient_funds", "sandbox:capture_expired")
-LOOKS: Final = 12
+LOOKS: Final = 8
 """How often somebody looks for what has become of an order before they lose interest."""
 
 
@@ -116,6 +116,15 @@ class Visit:
         await self._insist(self._who, "POST", "/orders", body, key=key)
         await self._settled(_shown(first))
 
+    async def orders_for_everybody(self) -> None:
+        """Several at once, so that what the shop does becomes batches."""
+        methods = [self._rng.choice((*GOOD, *BAD)) for _ in range(self._rng.randint(5, 15))]
+        bodies = [(self._basket(method), self._key()) for method in methods]
+        orders = await asyncio.gather(
+            *(self._insist(self._who, "POST", "/orders", body, key=key) for body, key in bodies)
+        )
+        await self._settled(_shown(orders[-1]), looks=3)
+
     async def counts_stock(self) -> None:
         product_id, key = self._rng.choice(SHORT), self._key()
         body = {"delta": self._rng.choice((-1, 1, 2, 3)), "reason": "chaos"}
@@ -204,7 +213,7 @@ class Visit:
             order = _shown(reply) or order
             if order["status"] == "cancelled" or order["payment"] not in ("unpaid", "authorized"):
                 break
-            await asyncio.sleep(self._rng.uniform(0.02, 0.06) * (look + 1))
+            await asyncio.sleep(self._rng.uniform(0.05, 0.1) * (look + 1))
         return order
 
     async def _insist(self, who: Who, method: str, route: str, body: Any = None, **options: Any) -> Reply | None:
@@ -224,6 +233,7 @@ LIVES: Final[dict[Callable[[Visit], Awaitable[None]], int]] = {
     Visit.pays_later: 14,
     Visit.reserves_the_amount_first: 6,
     Visit.never_pays: 8,
+    Visit.orders_for_everybody: 25,
     Visit.sends_everything_twice: 8,
     Visit.uses_a_key_again: 4,
     Visit.counts_stock: 6,

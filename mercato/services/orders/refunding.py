@@ -31,7 +31,14 @@ from mercato.contracts.orders import (
     ReturnLine,
     ReturnOrder,
 )
-from mercato.contracts.payments import GetPayment, Payments, PaymentStateConflict, RefundPayment, RefundTooLarge
+from mercato.contracts.payments import (
+    GetPayment,
+    PaymentStateConflict,
+    Payments,
+    RefundDeclined,
+    RefundPayment,
+    RefundTooLarge,
+)
 
 from . import rules, store
 from .checkout import SHOP

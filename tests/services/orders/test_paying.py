@@ -10,7 +10,6 @@ import pytest
 
 from mercato.chassis.contract import Forbidden, IdempotencyKeyReused, RequestInProgress, ServiceError
 from mercato.chassis.faults import Fault
-from mercato.chassis.testing import Rig
 from mercato.contracts.orders import (
     AmountNotDue,
     AwaitOrder,
@@ -28,7 +27,7 @@ from mercato.contracts.orders import (
     PayOrder,
 )
 from mercato.contracts.payments import Payment
-from services.orders.world import ALICE, BOB, MUG, MUG_MINOR, STAFF, Bank, World, opened
+from services.orders.world import ALICE, BOB, MUG_MINOR, STAFF, Bank, World
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -227,58 +226,6 @@ async def test_a_cancelled_order_cannot_be_paid(busy_world: World):
 
     assert refused.value.reason == "requested"
     assert await busy_world.payments(order.id) == ()
-
-
-# -------------------------------------------------------------------------------------------------------------- expiry
-
-
-async def test_an_order_that_nobody_pays_expires_and_frees_its_stock(rig: Rig):
-    async with opened(rig, inventory_hold_seconds=0.5, orders_sweep_seconds=0.05) as world:
-        order = await world.checked_out(None, (MUG, 1))
-        assert (await world.raw(order.id)).status == "pending"
-
-        async def is_over() -> bool:
-            return await world.saga(order.id) == ["done"]
-
-        await world.until(is_over)
-        expired = await world.settled(order.id)
-        assert (expired.status, expired.payment) == ("cancelled", "unpaid")
-        assert expired.reason == CancelReason(code="expired")
-        assert (await world.shelf())[1] == 0
-        with pytest.raises(OrderCancelled) as refused:
-            await world.pay(order.id)
-        assert refused.value.reason == "expired"
-
-
-async def test_who_pays_at_the_last_moment_keeps_the_stock(rig: Rig):
-    """From when its payment begins, a hold does not expire."""
-    async with opened(rig, inventory_hold_seconds=1.0, inventory_expire_every_seconds=0.1) as world:
-        order = await world.checked_out(None, (MUG, 1))
-
-        paid = await outcome_of(world.pay(order.id, "sandbox:slow:1200"))
-
-        now = await world.settled(order.id)
-        if isinstance(paid, PaidOrder):
-            assert (now.status, now.payment) == ("confirmed", "paid")
-        else:  # a machine that is busy with other things was not in time
-            assert isinstance(paid, OrderCancelled)
-        assert (await world.bank(order.id)).captures == (now.payment == "paid")
-        assert await world.reservation(order.id) == ("committed" if now.payment == "paid" else "expired")
-
-
-async def test_after_a_declined_payment_an_order_waits_for_its_window_and_expires(rig: Rig):
-    async with opened(rig, orders_payment_seconds=1.0, orders_sweep_seconds=0.05) as world:
-        order = await world.checked_out(None, (MUG, 1))
-        with pytest.raises(PaymentDeclined):
-            await world.pay(order.id, "sandbox:declined")
-
-        async def is_over() -> bool:
-            return await world.saga(order.id) == ["done"]
-
-        await world.until(is_over)
-        assert (await world.settled(order.id)).reason == CancelReason(code="expired")
-        assert (await world.shelf())[1] == 0
-        assert await world.bank(order.id) == NO_MONEY
 
 
 # ---------------------------------------------------------------------------------------------------- capture and void

@@ -9,7 +9,7 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    # Constants as defaults: no row is rewritten. The checks are validated by the next revision, without stopping writes.
+    # Constants as defaults: no row is rewritten. The next revision validates the checks, without stopping writes.
     op.execute(
         """
         ALTER TABLE orders
