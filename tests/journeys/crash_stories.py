@@ -32,6 +32,10 @@ def expect(answer: Answer, *statuses: int) -> Any:
     return answer.json
 
 
+def slug(key: str) -> str:
+    return key.replace(".", "-").replace("_", "-")
+
+
 # -------------------------------------------------------------------------------------------------------------- buying
 
 
@@ -253,9 +257,9 @@ def settled(caller: Caller, begun: Begun) -> None:
 
 def product(caller: Caller, key: str) -> int:
     """The product of this key, which is also its category."""
-    price = {"amount": "10.00", "currency": "USD"}
-    expect(caller.post("/products", {"sku": key, "name": "Lamp", "price": price, "category": key}), 201, 409)
-    [found] = everything(caller, f"/products?category={key}")
+    price, category = {"amount": "10.00", "currency": "USD"}, slug(key)
+    expect(caller.post("/products", {"sku": category, "name": "Lamp", "price": price, "category": category}), 201, 409)
+    [found] = everything(caller, f"/products?category={category}")
     return found["id"]
 
 
@@ -311,7 +315,7 @@ def archive(caller: Caller, product_id: int) -> None:
 
 
 def email_of(key: str) -> str:
-    return f"{key.replace('_', '-')}@example.com"
+    return f"{slug(key)}@example.com"
 
 
 def register(caller: Caller, key: str) -> None:
@@ -515,7 +519,12 @@ STOCK: Final = (
     *around("inventory.set", "commit", count_stock),
     *around("inventory.adjust", "commit", receive_stock),
 )
-STOCK_SETTINGS: Final = {"MERCATO_INVENTORY_HOLD_SECONDS": "1"}
+STOCK_SETTINGS: Final = {
+    "MERCATO_INVENTORY_HOLD_SECONDS": "1",
+    # A hold that is over is mostly ended by inventory itself before orders, whose turn it is next, gives it back.
+    "MERCATO_INVENTORY_EXPIRE_EVERY_SECONDS": "0.02",
+    "MERCATO_ORDERS_SWEEP_SECONDS": "0.5",
+}
 EVENTS: Final = (
     *around("relay", "deliver", buy),
     *around("relay", "mark_commit", hear_of_stock),

@@ -54,7 +54,14 @@ QUICKLY: Final[Mapping[str, str]] = {
 """Leases and pauses of a shop that is in a hurry. What they mean is the same."""
 
 NO_ANSWER: Final = (OSError, http.client.HTTPException)
-DATABASE_AWAY: Final = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError)
+# The driver is not at its best when the server dies in the middle of its words.
+DATABASE_AWAY: Final = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
 
 # Whatever is still under way, by the database that knows it.
 UNREST: Final[Mapping[str, str]] = {
@@ -237,7 +244,8 @@ class Shop:
         try:
             yield connection
         finally:
-            await connection.close(timeout=5)
+            with contextlib.suppress(*DATABASE_AWAY):
+                await connection.close(timeout=5)
 
     # ------------------------------------------------------------------------------------------------------------ rest
 

@@ -33,8 +33,8 @@ from mercato.contracts.orders import (
 )
 from mercato.contracts.payments import (
     GetPayment,
-    PaymentStateConflict,
     Payments,
+    PaymentStateConflict,
     RefundDeclined,
     RefundPayment,
     RefundTooLarge,
