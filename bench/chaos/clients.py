@@ -23,8 +23,8 @@ from mercato.audit.history import ClientOperation, Outcome
 
 ANSWER_SECONDS: Final = 12.0
 CONNECT_SECONDS: Final = 1.0
-FIRST_PAUSE_SECONDS: Final = 0.05
-LONGEST_PAUSE_SECONDS: Final = 0.8
+FIRST_PAUSE_SECONDS: Final = 0.2
+LONGEST_PAUSE_SECONDS: Final = 1.0
 
 UNSTORED: Final = frozenset({400, 401, 403, 404, 405, 409, 412, 413, 415})
 """Refusals before anything was begun: the key is as good as new, and the same request may be answered otherwise."""
@@ -97,7 +97,7 @@ class Clients:
             reply = await self.send(who, method, route, body, key=key, wait=wait, seconds=seconds, **where)
             if reply is not None and reply.outcome == "final":
                 if route == "/orders" and method == "POST":
-                    self.retries[tries] += 1
+                    self.retries[tries - (hasty and tries > 0)] += 1
                 return reply
             if self.given_up.is_set():
                 return None

@@ -99,7 +99,7 @@ class Pace(msgspec.Struct, frozen=True):
     """How often a relay looks, in seconds. After a full batch it looks at once."""
 
     idle_s: float = 0.2
-    gather_s: float = 0.05
+    gather_s: float = 0.15
     """After a batch that was not full: so that under load a few large batches go out, not many small ones."""
     failed_s: float = 1.0
     """After a round that failed, and between two attempts on a consumer that is down."""

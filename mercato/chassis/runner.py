@@ -24,7 +24,7 @@ from .saga import Key, Next, Saga, is_running, renew, save, take_over
 from .telemetry import Telemetry
 
 BATCH_SIZE: Final = 256
-LANES: Final = 4
+LANES: Final = 2
 """Batches that a process drives at once. A batch spends its time waiting for one database after another."""
 BACKLOG_LIMIT: Final = 2_000
 """Sagas that one process has started and not finished. Who would start more waits (`Runner.room`)."""
@@ -155,8 +155,10 @@ class Runner:
         if not self._busy or now - self._renewed_at < self.lease_seconds / 3:
             return
         self._renewed_at = now
+        # Those that wait for a time, or were lost, may still stand in a batch that goes on.
+        driven = [saga for saga in self._busy.values() if saga.live]
         async with self._database.transaction() as tx:
-            await renew(tx, list(self._busy.values()), self.lease_seconds)
+            await renew(tx, driven, self.lease_seconds)
 
     async def _take_over(self) -> Sequence[Saga]:
         room = min(SWEPT_AT_ONCE, BACKLOG_LIMIT - len(self._busy))

@@ -337,16 +337,20 @@ async def take_over(tx: Tx, limit: int, lease_seconds: float) -> list[Saga]:
 
 
 async def renew(tx: Tx, sagas: Sequence[Saga], lease_seconds: float) -> None:
-    """Prolongs the leases of sagas that this process is still busy with; not of those that were taken over."""
+    """Prolongs the leases of sagas that this process is still busy with; not of those that were taken over.
+
+    Nor of those that were saved since the caller looked (`version`): their `wake_at` may be the time that they wait for.
+    """
     await tx.execute(
         """
         UPDATE sagas s
-           SET wake_at = now() + make_interval(secs => $5)
+           SET wake_at = now() + make_interval(secs => $6)
           FROM (
             SELECT s.subject_id, s.kind, s.reference
-              FROM unnest($1::bigint[], $2::text[], $3::text[], $4::integer[]) AS w (subject_id, kind, reference, epoch)
+              FROM unnest($1::bigint[], $2::text[], $3::text[], $4::integer[], $5::integer[])
+                   AS w (subject_id, kind, reference, epoch, version)
               JOIN sagas s USING (subject_id, kind, reference)
-             WHERE s.epoch = w.epoch AND s.wake_at IS NOT NULL
+             WHERE s.epoch = w.epoch AND s.version = w.version AND s.wake_at IS NOT NULL
              ORDER BY s.subject_id, s.kind, s.reference
                FOR NO KEY UPDATE OF s SKIP LOCKED
           ) held
@@ -356,6 +360,7 @@ async def renew(tx: Tx, sagas: Sequence[Saga], lease_seconds: float) -> None:
         [s.kind for s in sagas],
         [s.reference for s in sagas],
         [s.epoch for s in sagas],
+        [s.version for s in sagas],
         lease_seconds,
     )
 

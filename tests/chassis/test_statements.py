@@ -23,7 +23,7 @@ import msgspec
 import pytest
 
 import mercato
-from mercato.chassis import idempotency
+from mercato.chassis import events, idempotency, inbox, outbox, saga
 from mercato.chassis.db import Row
 from mercato.chassis.migrations import revisions, statements
 from mercato.chassis.testing import Cluster
@@ -35,7 +35,12 @@ METHODS = {"fetch": 1, "fetch_one": 1, "fetch_values": 1, "execute": 0}
 SERVICES = sorted(path.parent.name for path in (PACKAGE / "services").glob("*/store.py"))
 MODULES = [
     *((service, f"mercato.services.{service}.store") for service in SERVICES),
-    ("orders", idempotency.__name__),  # the tables of the chassis are in the databases of those that use them
+    # The tables of the chassis are in the databases of those that use them.
+    ("orders", idempotency.__name__),
+    ("orders", saga.__name__),
+    ("orders", events.__name__),
+    ("orders", outbox.__name__),
+    ("products", inbox.__name__),
 ]
 
 

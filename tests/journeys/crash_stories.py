@@ -494,6 +494,10 @@ PAYMENTS: Final = (
     *parts("payments.void", void_by_hand),
     *parts("payments.refund", refund),
 )
+PAYMENTS_SETTINGS: Final = {
+    # So that after a crash the checkout comes to the same point again, before the sweeper does it in another way.
+    "MERCATO_PAYMENTS_SWEEP_SECONDS": "5",
+}
 BANK: Final = (
     *around("sandbox.authorize", "commit", buy_declined),
     *around("sandbox.capture", "commit", buy_with_errors),

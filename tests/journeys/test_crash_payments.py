@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from journeys.crash_stories import PAYMENTS
+from journeys.crash_stories import PAYMENTS, PAYMENTS_SETTINGS
 from support.crashing import Crash, Shop, crash_and_recover
 from support.process import data_folder
 
 
 @pytest.fixture(scope="module")
 def shop() -> Iterator[Shop]:
-    with data_folder() as data, Shop(data) as made:
+    with data_folder() as data, Shop(data, PAYMENTS_SETTINGS) as made:
         yield made
 
 

@@ -121,6 +121,8 @@ async def test_products_are_searched_and_filtered(open_shop: Shop) -> None:
 
 async def ordered(shop: Shop, person: Person) -> str:
     product = await new_product(shop, price_minor=10_00)
+    path, staff = f"/products/{product.id}/stock", await staff_token(shop)
+    assert (await shop.put(path, {"on_hand": 3}, token=staff)).status == 200
     items = [{"product_id": 100, "quantity": 1}, {"product_id": product.id, "quantity": 3}]
     reply = await shop.post("/orders", {"user_id": person.id, "items": items}, token=person.token)
     assert (reply.status, reply.json["total"]["amount"]) == (201, "129.99")

@@ -88,6 +88,8 @@ UNREST: Final[Mapping[str, str]] = {
     "sandbox": "SELECT format('the bank is at %s', key) FROM operations WHERE status = 'processing'",
 }
 
+AUTHORIZED: Final = "SELECT order_id FROM payments WHERE status IN ('pending', 'authorized')"
+
 NO_SETTINGS: Final[Mapping[str, str]] = {}
 
 _numbers = itertools.count(1)
@@ -222,7 +224,7 @@ class Shop:
 
         async def fetch() -> list[Any]:
             async with self._connected(service) as connection:
-                return [record[0] for record in await connection.fetch(query, *values)]
+                return await _column(connection, query, *values)
 
         return asyncio.run(fetch())
 
@@ -276,8 +278,10 @@ class Shop:
         for service, query in UNREST.items():
             if service not in connections:
                 connections[service] = await stack.enter_async_context(self._connected(service))
-            found += [record[0] for record in await connections[service].fetch(query)]
-        return found
+            found += await _column(connections[service], query)
+        wanted = await _column(connections["payments"], AUTHORIZED)
+        held = await _column(connections["sandbox"], "SELECT order_id FROM charges WHERE state = 'open'")
+        return [*found, *(f"the bank holds money for order {order_id}" for order_id in held if order_id not in wanted)]
 
     def assert_correct(self) -> None:
         """Every invariant of the shop holds, of what is there now."""
@@ -285,6 +289,11 @@ class Shop:
         report = asyncio.run(audit(self.process.admin_dsn, dsns, settled_seconds=0))
         assert report.copied_rows > 0
         assert not report.violated, "\n".join(map(str, report.violated))
+
+
+async def _column(connection: Any, query: str, *values: object) -> list[Any]:
+    """The first."""
+    return [record[0] for record in await connection.fetch(query, *values)]
 
 
 # ----------------------------------------------------------------------------------------------------------- the trial

@@ -96,11 +96,11 @@ def after_reserve(
             return TryAgain(answer.code)
         case Reservation():
             pass
+    if state.paying:  # also an order that was confirmed on account, and is paid later
+        return None
     if state.on_account:
         return Decision("settle", "confirmed", state, running=True, status="confirmed")
-    if not state.paying:
-        return Decision("awaiting", "held", state, wake_s=answer.expires_in_s or window_s)
-    return None
+    return Decision("awaiting", "held", state, wake_s=answer.expires_in_s or window_s)
 
 
 def after_authorize(

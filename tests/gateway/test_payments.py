@@ -1,0 +1,298 @@
+"""Payments over HTTP: pay, capture, void, refund, take back; and what only their owner and staff may see."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import pytest
+
+from gateway.world import UNKNOWN_ID, Person, assert_problem, new_product, somebody, staff_token, unique
+from mercato.contracts.products import Product
+from support.shop import Reply, Shop
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+PRICE: Final = {"amount": "99.99", "currency": "USD"}
+NOTHING: Final = {"amount": "0.00", "currency": "USD"}
+
+
+async def stocked(shop: Shop, pieces: int = 10) -> Product:
+    product = await new_product(shop)
+    reply = await shop.put(f"/products/{product.id}/stock", {"on_hand": pieces}, token=await staff_token(shop))
+    assert reply.status == 200, reply.body
+    return product
+
+
+async def placed(shop: Shop, person: Person | None = None, **fields: Any) -> Reply:
+    """An order of one piece of a product of its own, when nothing is under way for it any more."""
+    person = person or await somebody(shop)
+    body = {"user_id": person.id, "product_id": (await stocked(shop)).id, **fields}
+    reply = await shop.post("/orders", body, headers={"Prefer": "wait=20"}, token=person.token)
+    assert reply.status == 201, reply.body
+    return reply
+
+
+async def pay(shop: Shop, order: Reply, token: str | None = None, key: str | None = None, **fields: Any) -> Reply:
+    headers = {} if key is None else {"Idempotency-Key": key}
+    return await shop.post("/payments", {"order_id": order.json["id"], **fields}, headers=headers, token=token)
+
+
+async def order_of(shop: Shop, order: Reply, token: str | None = None) -> Any:
+    return (await shop.get(f"/orders/{order.json['id']}", token=token)).json
+
+
+# -------------------------------------------------------------------------------------------------------------- paying
+
+
+async def test_an_order_is_paid(open_shop: Shop) -> None:
+    order = await placed(open_shop)
+
+    paid = await pay(open_shop, order, amount="99.99", currency="USD")
+
+    assert paid.status == 201, paid.body
+    assert paid.headers["location"] == f"/payments/{paid.json['id']}"
+    assert {name: paid.json[name] for name in ("order_id", "status", "amount", "captured", "refunded", "code")} == {
+        "order_id": order.json["id"],
+        "status": "captured",
+        "amount": PRICE,
+        "captured": PRICE,
+        "refunded": NOTHING,
+        "code": None,
+    }
+    now = await order_of(open_shop, order)
+    assert (now["status"], now["payment"]) == ("confirmed", "paid")
+    assert (await open_shop.get(paid.headers["location"])).json == paid.json
+    assert (await open_shop.get(f"/payments?order_id={order.json['id']}")).json == [paid.json]
+
+
+async def test_an_order_with_a_method_is_paid_when_its_answer_is_waited_for(open_shop: Shop) -> None:
+    order = await placed(open_shop, payment_method="sandbox:ok")
+
+    assert (order.json["status"], order.json["payment"]) == ("confirmed", "paid")
+
+
+async def test_an_order_that_was_declined_says_why(open_shop: Shop) -> None:
+    order = await placed(open_shop, payment_method="sandbox:insufficient_funds")
+
+    assert (order.json["status"], order.json["payment"]) == ("cancelled", "failed")
+    assert (order.json["reason"]["code"], order.json["reason"]["provider_code"]) == (
+        "payment_declined",
+        "insufficient_funds",
+    )
+
+
+async def test_an_order_that_there_is_not_enough_for_says_what_is_short(open_shop: Shop) -> None:
+    product = await stocked(open_shop, 1)
+    body = {"user_id": 1, "product_id": product.id, "quantity": 3}
+
+    order = await open_shop.post("/orders", body, headers={"Prefer": "wait=20"})
+
+    assert order.json["status"] == "cancelled"
+    assert order.json["reason"]["code"] == "out_of_stock"
+    assert order.json["reason"]["items"] == [{"product_id": product.id, "requested": 3, "available": 1}]
+
+
+async def test_another_amount_than_is_due_is_409_with_what_is_due(open_shop: Shop) -> None:
+    order = await placed(open_shop)
+
+    refused = await pay(open_shop, order, amount="99.98")
+
+    assert_problem(refused, 409, "orders.amount_not_due")
+    assert (await order_of(open_shop, order))["payment"] == "unpaid"
+
+
+async def test_a_declined_payment_is_402_and_the_order_can_be_paid_in_another_way(open_shop: Shop) -> None:
+    order = await placed(open_shop)
+
+    declined = await pay(open_shop, order, payment_method="sandbox:declined")
+    paid = await pay(open_shop, order)
+
+    assert_problem(declined, 402, "orders.payment_declined")
+    assert declined.json["provider_code"] == "card_declined"
+    assert paid.status == 201
+    payments = (await open_shop.get(f"/payments?order_id={order.json['id']}")).json
+    assert [payment["status"] for payment in payments] == ["captured", "failed"]
+
+
+async def test_a_paid_or_cancelled_order_is_not_paid(open_shop: Shop) -> None:
+    order = await placed(open_shop, payment_method="sandbox:ok")
+    cancelled = await placed(open_shop)
+    await open_shop.post(f"/orders/{cancelled.json['id']}/cancel", {})
+
+    assert_problem(await pay(open_shop, order), 409, "orders.illegal_move")
+    assert_problem(await pay(open_shop, cancelled), 409, "orders.cancelled")
+
+
+@pytest.mark.parametrize(
+    ("fields", "wrong"),
+    [
+        ({"order_id": "one"}, "order_id"),
+        ({"amount": "much"}, "amount"),
+        ({"amount": "1.001"}, "amount"),
+        ({"currency": "XXX"}, "currency"),
+        ({"payment_method": "4111 1111 1111 1111"}, "payment_method"),
+        ({"capture": "yes"}, "capture"),
+    ],
+)
+async def test_what_is_not_valid_is_400_and_named(open_shop: Shop, fields: dict[str, Any], wrong: str) -> None:
+    reply = await open_shop.post("/payments", {"order_id": 1001, **fields})
+
+    assert reply.status in (400, 422), reply.body
+    assert wrong in reply.wrong_fields, reply.body
+
+
+# ---------------------------------------------------------------------------------------------------------------- keys
+
+
+async def test_a_key_that_comes_again_hears_of_the_same_payment(open_shop: Shop) -> None:
+    order, key = await placed(open_shop), unique("pay")
+
+    first = await pay(open_shop, order, key=key)
+    again = await pay(open_shop, order, key=key)
+    other = await pay(open_shop, order, key=key, amount="99.99")
+
+    assert (first.status, again.status) == (201, 201)
+    assert again.body == first.body
+    assert again.headers["idempotent-replayed"] == "true"
+    assert_problem(other, 422, "idempotency_key_reused")
+    assert len((await open_shop.get(f"/payments?order_id={order.json['id']}")).json) == 1
+
+
+# ---------------------------------------------------------------------------------------------------- capture and void
+
+
+async def test_an_amount_is_reserved_and_taken_later(open_shop: Shop) -> None:
+    order = await placed(open_shop)
+    reserved = await pay(open_shop, order, capture=False)
+    early = await open_shop.patch(f"/orders/{order.json['id']}", {"fulfilment": "shipped"})
+
+    captured = await open_shop.post(f"/payments/{reserved.json['id']}/capture")
+
+    assert (reserved.status, reserved.json["status"]) == (201, "authorized")
+    assert_problem(early, 409, "orders.illegal_move")
+    assert (captured.status, captured.json["status"], captured.json["captured"]) == (200, "captured", PRICE)
+    assert (await order_of(open_shop, order))["payment"] == "paid"
+
+
+async def test_an_amount_is_reserved_and_given_back(open_shop: Shop) -> None:
+    order = await placed(open_shop)
+    reserved = await pay(open_shop, order, capture=False)
+
+    voided = await open_shop.post(f"/payments/{reserved.json['id']}/void")
+    captured = await open_shop.post(f"/payments/{reserved.json['id']}/capture")
+
+    assert (voided.status, voided.json["status"]) == (200, "voided")
+    assert_problem(captured, 409, "orders.illegal_move")
+    now = await order_of(open_shop, order)
+    assert (now["status"], now["payment"]) == ("cancelled", "voided")
+
+
+# ------------------------------------------------------------------------------------------------- refunds and returns
+
+
+async def refund(shop: Shop, payment: Reply, body: Any = None, key: str | None = None) -> Reply:
+    headers = {"Idempotency-Key": key or unique("refund")}
+    return await shop.post(f"/payments/{payment.json['id']}/refunds", body, headers=headers)
+
+
+async def test_a_payment_is_given_back_in_parts(open_shop: Shop) -> None:
+    order = await placed(open_shop)
+    payment = await pay(open_shop, order)
+
+    part = await refund(open_shop, payment, {"amount": "10.00", "reason": "scratched"})
+    too_much = await refund(open_shop, payment, {"amount": "90.00"})
+    rest = await refund(open_shop, payment)
+
+    assert (part.status, part.json["status"], part.json["amount"]["amount"]) == (201, "succeeded", "10.00")
+    assert_problem(too_much, 409, "orders.nothing_to_refund")
+    assert rest.json["amount"]["amount"] == "89.99"
+    now = await order_of(open_shop, order)
+    assert (now["payment"], now["refunded"]) == ("refunded", PRICE)
+
+
+async def test_a_refund_needs_a_key_and_is_one_for_it(open_shop: Shop) -> None:
+    payment = await pay(open_shop, await placed(open_shop))
+    key = unique("refund")
+
+    without = await open_shop.post(f"/payments/{payment.json['id']}/refunds", {"amount": "10.00"})
+    first = await refund(open_shop, payment, {"amount": "10.00"}, key)
+    again = await refund(open_shop, payment, {"amount": "10.00"}, key)
+    other = await refund(open_shop, payment, {"amount": "20.00"}, key)
+
+    assert without.status == 400
+    assert again.body == first.body
+    assert again.headers["idempotent-replayed"] == "true"
+    assert_problem(other, 422, "idempotency_key_reused")
+    assert (await open_shop.get(f"/payments/{payment.json['id']}")).json["refunded"]["amount"] == "10.00"
+
+
+async def test_goods_come_back_and_what_they_cost_is_refunded(open_shop: Shop) -> None:
+    order = await placed(open_shop, quantity=3, payment_method="sandbox:ok")
+    path = f"/orders/{order.json['id']}"
+    [item] = order.json["items"]
+    early = await open_shop.post(f"{path}/returns", {}, headers={"Idempotency-Key": unique("return")})
+    for state in ("shipped", "delivered"):
+        assert (await open_shop.patch(path, {"fulfilment": state})).status == 200
+    back = {"items": [{"product_id": item["product_id"], "quantity": 1}], "reason": "too big"}
+
+    returned = await open_shop.post(f"{path}/returns", back, headers={"Idempotency-Key": unique("return")})
+    too_many = await open_shop.post(
+        f"{path}/returns",
+        {"items": [{"product_id": item["product_id"], "quantity": 3}]},
+        headers={"Idempotency-Key": unique("return")},
+    )
+
+    assert_problem(early, 409, "orders.illegal_move")
+    assert (returned.status, returned.json["amount"], returned.json["status"]) == (201, PRICE, "succeeded")
+    assert_problem(too_many, 409, "orders.not_returnable")
+    now = await order_of(open_shop, order)
+    assert (now["payment"], now["refunded"], now["items"][0]["returned"]) == ("partially_refunded", PRICE, 1)
+    assert (await open_shop.get(f"/products/{item['product_id']}/stock")).json["on_hand"] == 8
+
+
+async def test_the_timeline_tells_of_every_part(open_shop: Shop) -> None:
+    order = await placed(open_shop, payment_method="sandbox:ok")
+
+    reply = await open_shop.get(f"/orders/{order.json['id']}/timeline")
+
+    assert reply.status == 200
+    assert {entry["part"] for entry in reply.json} == {"order", "stock", "money", "saga"}
+
+
+# --------------------------------------------------------------------------------------------------------------- access
+
+
+async def test_unknown_orders_and_payments_are_404(open_shop: Shop) -> None:
+    assert_problem(await open_shop.post("/payments", {"order_id": UNKNOWN_ID}), 404, "orders.not_found")
+    assert_problem(await open_shop.get(f"/payments/{UNKNOWN_ID}"), 404, "payments.not_found")
+    assert_problem(await open_shop.post(f"/payments/{UNKNOWN_ID}/capture"), 404, "payments.not_found")
+    assert (await open_shop.get(f"/payments?order_id={UNKNOWN_ID}")).json == []
+
+
+async def test_customers_pay_and_see_their_own_and_others_are_like_unknown(guarded_shop: Shop) -> None:
+    owner, stranger = await somebody(guarded_shop), await somebody(guarded_shop)
+    order = await placed(guarded_shop, owner)
+
+    others = await pay(guarded_shop, order, stranger.token)
+    paid = await pay(guarded_shop, order, owner.token)
+    path = f"/payments/{paid.json['id']}"
+
+    assert_problem(others, 404, "orders.not_found")
+    assert paid.status == 201
+    assert (await guarded_shop.get(path, token=owner.token)).status == 200
+    assert_problem(await guarded_shop.get(path, token=stranger.token), 404, "payments.not_found")
+    assert (await guarded_shop.get(f"/payments?order_id={order.json['id']}", token=stranger.token)).json == []
+    assert len((await guarded_shop.get("/payments", token=owner.token)).json) == 1
+    assert_problem(
+        await guarded_shop.get(f"/orders/{order.json['id']}/timeline", token=stranger.token), 404, "orders.not_found"
+    )
+
+
+@pytest.mark.parametrize("what", ["capture", "void", "refunds"])
+async def test_only_staff_capture_void_and_refund(guarded_shop: Shop, what: str) -> None:
+    owner = await somebody(guarded_shop)
+    paid = await pay(guarded_shop, await placed(guarded_shop, owner), owner.token)
+    path, headers = f"/payments/{paid.json['id']}/{what}", {"Idempotency-Key": unique("key")}
+
+    assert (await guarded_shop.post(path, headers=headers, token=owner.token)).status == 403
+    assert (await guarded_shop.post(path, headers=headers)).status == 401
