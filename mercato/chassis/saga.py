@@ -339,7 +339,7 @@ async def take_over(tx: Tx, limit: int, lease_seconds: float) -> list[Saga]:
 async def renew(tx: Tx, sagas: Sequence[Saga], lease_seconds: float) -> None:
     """Prolongs the leases of sagas that this process is still busy with; not of those that were taken over.
 
-    Nor of those that were saved since the caller looked (`version`): their `wake_at` may be the time that they wait for.
+    Nor of those that were saved since the caller looked (`version`): `wake_at` may be what they wait for.
     """
     await tx.execute(
         """

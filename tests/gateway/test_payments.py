@@ -108,7 +108,7 @@ async def test_a_declined_payment_is_402_and_the_order_can_be_paid_in_another_wa
     paid = await pay(open_shop, order)
 
     assert_problem(declined, 402, "orders.payment_declined")
-    assert declined.json["provider_code"] == "card_declined"
+    assert declined.json["details"]["provider_code"] == "card_declined"
     assert paid.status == 201
     payments = (await open_shop.get(f"/payments?order_id={order.json['id']}")).json
     assert [payment["status"] for payment in payments] == ["captured", "failed"]

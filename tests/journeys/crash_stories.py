@@ -509,9 +509,10 @@ BANK: Final = (
     *around("payments.sweep", "record_commit", nothing, settled, prepare=slow_order),
     *around("payments.reconcile", "call", nothing, settled, prepare=slow_order),
     *around("payments.reconcile", "cursor_commit", nothing, settled, prepare=slow_order),
-    *around("payments.reconcile", "intent_commit", read_statement_again, settled, prepare=unwanted_authorization),
-    Crash("payments.reconcile.before_record_commit", nothing, settled, slow_order, RECONCILED_FIRST),
-    Crash("payments.reconcile.after_record_commit", read_statement_again, settled, unwanted_authorization),
+    *around("payments.reconcile", "record_commit", nothing, settled, prepare=slow_order, environment=RECONCILED_FIRST),
+    *around("payments.give_back", "intent_commit", read_statement_again, settled, prepare=unwanted_authorization),
+    *around("payments.give_back", "call", read_statement_again, settled, prepare=unwanted_authorization),
+    *around("payments.give_back", "record_commit", read_statement_again, settled, prepare=unwanted_authorization),
 )
 STOCK: Final = (
     *around("inventory.reserve", "commit", buy),

@@ -42,6 +42,7 @@ from .steps import CHECKOUT, RESTING, Checkout, Decision
 PAY: Final = "orders.pay"
 ANSWER_SECONDS: Final = 8.0
 """Who asks hears of the end, or after so long how far it has come: below the ten seconds of a request."""
+HOLDING_SECONDS: Final = 2.0
 
 faults.declare(
     *(f"orders.{what}.{when}_commit" for what in ("pay", "cancel", "confirm") for when in ("before", "after"))
@@ -71,6 +72,8 @@ class Paying:
 
     async def pay(self, request: PayOrder) -> PaidOrder:
         begun = _Begun()
+        # The stock of an order that was just placed is being held at this moment; that takes no time to speak of.
+        await self.rest(request.id, HOLDING_SECONDS)
         try:
             await self._redirect(request.id, "pay", functools.partial(_begin_payment, request, begun))
         except LockTimeout:
@@ -107,7 +110,7 @@ class Paying:
 
     async def confirm(self, order_id: int, version: int | None) -> Order:
         """Sells an order without a payment: it will be paid later, or elsewhere. Raises `OrderCancelled`."""
-        await self.rest(order_id)  # the stock of an order that was just placed is being held at this moment
+        await self.rest(order_id, HOLDING_SECONDS)  # as in `pay`
         await self._redirect(order_id, "confirm", functools.partial(_confirm, version))
         await self.rest(order_id)
         async with self._database.read() as tx:

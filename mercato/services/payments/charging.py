@@ -59,10 +59,11 @@ PLACES: Final = (
     "before_record_commit",
     "after_record_commit",
 )
-FLOWS: Final = (*KINDS, "sweep", "reconcile")
+FLOWS: Final = (*KINDS, "sweep", "give_back")
 """Who goes through the three parts: the operations, what takes over after a crash, what repairs."""
 
 faults.declare(*(f"payments.{flow}.{place}" for flow in FLOWS for place in PLACES))
+faults.declare("payments.reconcile.before_record_commit", "payments.reconcile.after_record_commit")
 
 log = structlog.stdlib.get_logger("mercato.payments")
 
@@ -292,10 +293,10 @@ class Charging:
             await store.write_payments(tx, [p for p in voidless if p is not payments[p.id]])
             voids = [_new(p, Ask("void", "", p.amount_minor)) for p in voidless]
             steps = [Step(o, closed[o.payment_id]) for o in await store.begin_operations(tx, voids)]
-            await faults.point("payments.reconcile.before_intent_commit")
-        await faults.point("payments.reconcile.after_intent_commit")
-        outcomes = await self._ask("reconcile", steps)
-        await self._record("reconcile", steps, outcomes)
+            await faults.point("payments.give_back.before_intent_commit")
+        await faults.point("payments.give_back.after_intent_commit")
+        outcomes = await self._ask("give_back", steps)
+        await self._record("give_back", steps, outcomes)
         return sum(isinstance(outcome, Succeeded) for outcome in outcomes.values())
 
 

@@ -33,7 +33,12 @@ from .store import KnownRow, Reported
 PAGES_A_ROUND: Final = 100
 COMPARED_AT_ONCE: Final = 500
 
-faults.declare("payments.reconcile.before_cursor_commit", "payments.reconcile.after_cursor_commit")
+faults.declare(
+    "payments.reconcile.before_call",
+    "payments.reconcile.after_call",
+    "payments.reconcile.before_cursor_commit",
+    "payments.reconcile.after_cursor_commit",
+)
 
 log = structlog.stdlib.get_logger("mercato.payments")
 

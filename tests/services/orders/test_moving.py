@@ -326,6 +326,7 @@ async def test_a_move_whose_answer_was_lost_is_harmless_when_it_comes_again(
     with pytest.raises(Internal):
         await move(world, order.id, fulfilment="shipped")
     lift()
+    assert (await world.values("SELECT type FROM outbox ORDER BY id"))[-1] == "order.shipped"
 
     assert (await move(world, order.id, fulfilment="shipped")).version == 3
     assert await world.count("order_history") == 3

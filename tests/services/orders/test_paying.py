@@ -163,7 +163,7 @@ async def test_a_key_of_another_request_is_refused(busy_world: World):
 
 async def test_a_declined_payment_is_heard_of_again_with_its_key(busy_world: World):
     order, _ = await awaiting(busy_world)
-    key = {"idempotency_key": f"pay-{order.id}", "fingerprint": b"one"}
+    key: dict[str, Any] = {"idempotency_key": f"pay-{order.id}", "fingerprint": b"one"}
     refused = [await outcome_of(busy_world.pay(order.id, "sandbox:declined", **key)) for _ in range(2)]
 
     assert [type(error) for error in refused] == [PaymentDeclined, PaymentDeclined]
@@ -188,7 +188,7 @@ async def test_twins_in_two_processes_are_one_payment(busy_world: World):
 
 async def test_a_refusal_is_not_stored_under_the_key(busy_world: World):
     order, _ = await awaiting(busy_world)
-    key = {"idempotency_key": f"pay-{order.id}", "fingerprint": b"one"}
+    key: dict[str, Any] = {"idempotency_key": f"pay-{order.id}", "fingerprint": b"one"}
     with pytest.raises(AmountNotDue):
         await busy_world.pay(order.id, expected_total_minor=1, **key)
 
@@ -389,7 +389,7 @@ async def test_a_crash_around_the_commit_of_a_payment_is_one_payment_when_it_com
         raise RuntimeError("the power fails here")
 
     lift = plant(f"orders.pay.{when}_commit", fail)
-    key = {"idempotency_key": f"pay-{order.id}", "fingerprint": b"one"}
+    key: dict[str, Any] = {"idempotency_key": f"pay-{order.id}", "fingerprint": b"one"}
     assert isinstance(await outcome_of(busy_world.pay(order.id, **key)), ServiceError)
     lift()
 

@@ -354,6 +354,18 @@ async def test_a_crash_after_the_commit_is_not_run_again(world: World, plant: Ca
     assert await world.count("orders") == 2
 
 
+async def test_what_is_committed_is_told_and_carried_on_though_the_power_fails_right_after(
+    world: World, plant: Callable[[str, Fault], object]
+):
+    plant("orders.place.after_commit", fail)
+
+    await world.place_many([mugs(), mugs()])
+
+    ids = await world.values("SELECT id FROM orders ORDER BY id")
+    assert await world.values("SELECT subject_id FROM outbox WHERE type = 'order.placed' ORDER BY subject_id") == ids
+    assert await world.values("SELECT subject_id FROM sagas ORDER BY subject_id") == ids
+
+
 async def test_the_first_entry_of_the_history_says_who_placed_it(world: World):
     order = await world.place(mugs(user_id=1), STAFF)
 

@@ -17,7 +17,9 @@ from services.payments.world import World, capture, void
 
 Plant = Callable[[str, Fault], Callable[[], None]]
 
-RECONCILE_POINTS = sorted(point for point in faults.POINTS if point.startswith("payments.reconcile."))
+RECONCILE_POINTS = sorted(
+    point for point in faults.POINTS if point.startswith(("payments.reconcile.", "payments.give_back."))
+)
 
 
 async def fail(_point: str) -> None:
@@ -205,7 +207,7 @@ async def test_a_round_that_dies_anywhere_is_done_again(world: World, plant: Pla
 
 
 def test_every_point_of_the_reconciliation_is_among_those():
-    assert len(RECONCILE_POINTS) == 8
+    assert len(RECONCILE_POINTS) == 12
 
 
 async def test_one_process_compares_at_a_time(world: World):
