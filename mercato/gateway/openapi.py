@@ -130,8 +130,8 @@ PARAMETERS: Final[Mapping[str, Json]] = {
     "Prefer": {
         "name": "Prefer",
         "in": "header",
-        "description": "`wait=N`: answer when the order is paid or refused, after N seconds at the latest (at most 60). "
-        "Without it, the answer comes as soon as the order is durable.",
+        "description": "`wait=N`: answer when the order is paid or refused, after N seconds at the latest, of which "
+        "there can be 60. Without it, the answer comes as soon as the order is durable.",
         "schema": {"type": "string"},
         "example": "wait=5",
     },

@@ -376,7 +376,8 @@ async def move(tx: Tx, moves: Sequence[Move], actor: Actor) -> list[Order | None
                -- Goods are shipped while nobody looks: that does not stand in the way of money.
                AND (o.fulfilment = w.was_fulfilment OR w.fulfilment = w.was_fulfilment)
             RETURNING o.id, o.version, o.updated_at, o.fulfilment, o.refunded_minor, o.status, o.payment,
-                      w.was_status, w.was_payment, w.was_fulfilment, w.note, w.again, w.actor_role, w.actor_id
+                      w.was_status, w.was_payment, w.was_fulfilment, w.fulfilment AS wanted_fulfilment, w.note,
+                      w.again, w.actor_role, w.actor_id
         ), noted AS (
             INSERT INTO order_history (order_id, version, axis, before, after, reason, actor_role, actor_id, at)
             SELECT m.id, m.version, a.axis, a.before, a.after, m.note, m.actor_role, m.actor_id, m.updated_at
@@ -384,7 +385,8 @@ async def move(tx: Tx, moves: Sequence[Move], actor: Actor) -> list[Order | None
              CROSS JOIN LATERAL (
                 VALUES ('status', m.was_status, m.status),
                        ('payment', m.was_payment, m.payment),
-                       ('fulfilment', m.was_fulfilment, m.fulfilment)
+                       -- What was shipped meanwhile is noted already, by whoever shipped it.
+                       ('fulfilment', m.was_fulfilment, m.wanted_fulfilment)
              ) AS a (axis, before, after)
              WHERE a.before <> a.after OR a.axis = m.again
         )

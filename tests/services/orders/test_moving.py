@@ -152,6 +152,10 @@ async def test_goods_that_are_shipped_meanwhile_do_not_stand_in_the_way_of_money
 
     assert moved
     assert (moved.fulfilment, moved.payment, moved.version) == ("shipped", "authorized", 4)
+    assert [(e.version, e.axis, e.after) for e in await history(world, order.id)][2:] == [
+        (3, "fulfilment", "shipped"),
+        (4, "payment", "authorized"),
+    ]
 
 
 async def test_one_move_along_two_axes_is_one_version_and_two_entries(world: World):

@@ -406,10 +406,32 @@ class CheckoutMachine(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------------------------------------------- drivers
 
+    @precondition(lambda self: self.drivers)
+    @rule(calls=st.integers(1, 4), times=st.sampled_from([1, 1, 1, 2]), loses=st.booleans())
+    def go_on(self, calls: int, times: int, loses: bool) -> None:
+        """Whoever came last makes its next calls, perhaps twice, or saves; the last answer may be lost."""
+        for n in range(1, calls + 1):
+            if self.drivers:
+                self._go_on(self.drivers[-1], times, loses=loses and n == calls)
+
+    @precondition(lambda self: len(self.drivers) > 1)
+    @rule(data=st.data(), times=st.sampled_from([1, 2]))
+    def go_on_late(self, data: st.DataObject, times: int) -> None:
+        """Any driver goes on, however late it is."""
+        self._go_on(data.draw(st.sampled_from(self.drivers)), times, loses=False)
+
+    def _go_on(self, driver: Driver, times: int, *, loses: bool) -> None:
+        self.till.loses = loses
+        if not driver.go_on(times):
+            self.drivers.remove(driver)
+        self.till.loses = False
+
     @precondition(lambda self: self.step not in RESTING)
-    @rule()
-    def take_over(self) -> None:
-        """A lease has run out; who had it may be dead, or not."""
+    @rule(dies=st.booleans())
+    def take_over(self, dies: bool) -> None:
+        """A lease has run out; who had it is dead, or is not."""
+        if dies and self.drivers:
+            self.drivers.pop()
         self.epoch += 1
         self.drivers.append(Driver(self))
 
@@ -419,21 +441,6 @@ class CheckoutMachine(RuleBasedStateMachine):
         """The time that the order waits for its payment is over."""
         self.epoch += 1
         self.drivers.append(Driver(self))
-
-    @precondition(lambda self: self.drivers)
-    @rule(data=st.data(), times=st.sampled_from([1, 1, 1, 2]), loses=st.booleans())
-    def go_on(self, data: st.DataObject, times: int, loses: bool) -> None:
-        """Any driver, however late it is, makes its next call, perhaps twice, or saves."""
-        driver = data.draw(st.sampled_from(self.drivers))
-        self.till.loses = loses and data.draw(st.booleans())
-        if not driver.go_on(times):
-            self.drivers.remove(driver)
-        self.till.loses = False
-
-    @precondition(lambda self: self.drivers)
-    @rule(data=st.data())
-    def die(self, data: st.DataObject) -> None:
-        self.drivers.remove(data.draw(st.sampled_from(self.drivers)))
 
     def save(self, driver: Driver) -> bool:
         """What a step has come to, unless its driver has lost the saga. Gives whether it drives on."""
@@ -498,13 +505,17 @@ class CheckoutMachine(RuleBasedStateMachine):
         state = msgspec.structs.replace(self.state, capture=True)
         self.redirect(Decision("settle", "capture asked for", state, running=True))
 
-    @rule()
-    def hold_runs_out(self) -> None:
+    @precondition(lambda self: self.shelf.state == "held")
+    @rule(is_seen=st.booleans())
+    def hold_runs_out(self, is_seen: bool) -> None:
+        """Seen by inventory itself, or only by whoever asks next."""
         self.shelf.let_time_pass()
+        if is_seen:
+            self.shelf.expire()
 
     @rule()
-    def expire_stock(self) -> None:
-        self.shelf.expire()
+    def time_passes(self) -> None:
+        """An order at its end has nothing left to happen to it."""
 
     # ---------------------------------------------------------------------------------------------------- invariants
 
