@@ -34,7 +34,8 @@ SWEPT_AT_ONCE: Final = 1_000
 FIRST_PAUSE_SECONDS: Final = 0.1
 LONGEST_PAUSE_SECONDS: Final = 30.0
 POLL_SECONDS: Final = 0.1
-"""How often somebody who waits for a saga that another process drives looks at it."""
+LONGEST_POLL_SECONDS: Final = 1.0
+"""How often somebody who waits for a saga that another process drives, or that waits itself, looks at it: ever less."""
 
 log = structlog.stdlib.get_logger("mercato.saga")
 
@@ -96,7 +97,7 @@ class Runner:
 
     async def at_rest(self, key: Key, resting: Sequence[str], seconds: float) -> None:
         """Returns when a saga is on its way nowhere, whoever drives it, or when the time is over."""
-        end = self._clock.monotonic() + seconds
+        end, pause = self._clock.monotonic() + seconds, POLL_SECONDS
         while (left := end - self._clock.monotonic()) > 0:
             if key in self._busy:
                 waiter = asyncio.get_running_loop().create_future()
@@ -108,7 +109,8 @@ class Runner:
                 if not await is_running(tx, key, resting):
                     return
             if key not in self._busy:  # another process drives it, or it waits for its next try
-                await asyncio.sleep(min(left, POLL_SECONDS))
+                await asyncio.sleep(min(left, pause))
+                pause = min(2 * pause, LONGEST_POLL_SECONDS)
 
     @contextlib.asynccontextmanager
     async def saving(self, decided: Decided) -> AsyncGenerator[tuple[Tx, Decided]]:
@@ -118,9 +120,9 @@ class Runner:
         """
         async with self._database.transaction() as tx:
             kept = await save(tx, decided, self.lease_seconds)
-            yield tx, [(saga, came_to) for saga, came_to in decided if saga.key in kept]
+            yield tx, [(saga, came_to) for saga, came_to in decided if (saga.key, saga.epoch) in kept]
         for saga, came_to in decided:
-            if saga.key in kept:
+            if (saga.key, saga.epoch) in kept:
                 saga.advance(came_to)
             else:
                 saga.live = False
@@ -137,8 +139,11 @@ class Runner:
                 self._lanes.append(resting)
                 await resting
             batch = [self._queue.popleft() for _ in range(min(BATCH_SIZE, len(self._queue)))]
+            for saga in batch:
+                # One that lost its lease in the queue may have been taken over by ourselves, and stand here twice.
+                saga.live = self._busy.get(saga.key) is saga
             try:
-                await self._drive_batch(batch)
+                await self._drive_batch([saga for saga in batch if saga.live])
             finally:
                 self._leave(batch)
 
@@ -178,9 +183,6 @@ class Runner:
         """Takes a batch as far as it goes. One that fails goes on later; the others are not held up by it."""
         try:
             await self._drive_through(batch)
-            return
-        except ServiceError as error:  # what a step called, or its database, does not answer
-            outcome = error.code
         except Exception as error:  # an edge: whatever went wrong, the sagas are there and are tried again
             left = [saga for saga in batch if saga.live]
             if len(left) > 1:
@@ -190,8 +192,7 @@ class Runner:
                     await self._drive_batch([saga])
                 return
             log.error("saga_failed", sagas=[saga.key for saga in left], exc_info=error)
-            outcome = "failed"
-        await self._postpone([saga for saga in batch if saga.live], outcome)
+            await self._postpone(left, "failed")
 
     async def _drive_through(self, batch: Sequence[Saga]) -> None:
         while live := [saga for saga in batch if saga.live]:
@@ -199,10 +200,13 @@ class Runner:
             for saga in live:
                 by_step.setdefault((saga.kind, saga.step), []).append(saga)
             for where, sagas in by_step.items():
-                self._act()
-                await self._steps[where](sagas)
+                self.act()
+                try:
+                    await self._steps[where](sagas)
+                except ServiceError as error:  # what a step called, or its database, does not answer
+                    await self._postpone([saga for saga in sagas if saga.live], error.code)
 
-    def _act(self) -> None:
+    def act(self) -> None:
         """What the steps call, they call for the shop, and have so long."""
         trace_id = f"{random.getrandbits(128):032x}"
         deadline = self._clock.monotonic() + STEP_SECONDS
@@ -216,6 +220,8 @@ class Runner:
             async with self.saving([(saga, self.again(saga, outcome)) for saga in sagas]):
                 pass
         except Exception as failure:  # an edge, as above
+            for saga in sagas:
+                saga.live = False
             log.warning("saga_postponed_unsaved", count=len(sagas), reason=type(failure).__name__)
 
     def again(self, saga: Saga, outcome: str) -> Next:

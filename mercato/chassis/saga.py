@@ -246,8 +246,8 @@ async def is_running(tx: Tx, key: Key, resting: Sequence[str]) -> bool:
     return row is not None and row.running
 
 
-async def save(tx: Tx, saved: Sequence[tuple[Saga, Next]], lease_seconds: float) -> set[Key]:
-    """Writes what steps have come to; gives the keys of those that were written.
+async def save(tx: Tx, saved: Sequence[tuple[Saga, Next]], lease_seconds: float) -> set[tuple[Key, int]]:
+    """Writes what steps have come to; gives key and epoch of those that were written.
 
     The others have been taken over meanwhile (`epoch`), or were saved by a commit whose answer was lost (`version`):
     their change must not be made. So this is the first statement of the transaction, and the caller changes only what
@@ -308,7 +308,7 @@ async def save(tx: Tx, saved: Sequence[tuple[Saga, Next]], lease_seconds: float)
         [s.version for s, _ in saved],
         lease_seconds,
     )
-    return {(row.subject_id, row.kind, row.reference) for row in rows}
+    return {((row.subject_id, row.kind, row.reference), row.epoch) for row in rows}
 
 
 async def take_over(tx: Tx, limit: int, lease_seconds: float) -> list[Saga]:

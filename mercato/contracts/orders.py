@@ -150,7 +150,7 @@ class PayOrder(Message):
     id: OrderId
     method: Method = "sandbox:ok"
     capture: bool = True
-    """False: the amount is reserved, and taken when `capture` is called."""
+    """False: the amount is reserved, and taken when `capture` is called. For staff."""
     expected_total_minor: int | None = None
     expected_currency: str | None = None
     idempotency_key: str | None = None
@@ -313,6 +313,13 @@ class PaymentInProgress(ServiceError, code="orders.payment_in_progress", kind=Ki
     retry_after_s: int | None = 1
 
 
+class NotPayable(ServiceError, code="orders.not_payable", kind=Kind.CONFLICT):
+    """It was sold on account, and what is left to pay is less than its total."""
+
+    sentence = "Goods of order {order_id} have come back; it cannot be paid as a whole any more."
+    order_id: int
+
+
 class PaymentDeclined(ServiceError, code="orders.payment_declined", kind=Kind.REFUSED):
     """No money has moved. The order can be paid in another way, as long as it waits."""
 
@@ -392,6 +399,7 @@ class Orders(Contract, name="orders"):
             "confirmed",
             "completed",
             "cancelled",
+            "unpaid",
             "authorized",
             "paid",
             "failed",

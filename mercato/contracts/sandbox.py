@@ -37,7 +37,7 @@ METHOD_PATTERN: Final = (
     r"^sandbox:(ok|declined|insufficient_funds|lost_answer|error_then_ok|capture_expired|slow:[0-9]{1,5})$"
 )
 PAGE_LIMIT: Final = 500
-DEADLINE_MS: Final = 5_000
+DEADLINE_MS: Final = 2_500
 """Shorter than the deadlines of those who ask: a bank that hangs leaves them the time to write down that it did."""
 
 

@@ -52,6 +52,7 @@ WAY_OUT: Final[Mapping[str, str]] = {
     "orders.mixed_currencies": "Place one order for each currency.",
     "orders.not_found": "Check the id. Somebody else's order answers like one that does not exist.",
     "orders.not_returnable": "GET /orders/{id} says how many were bought, and how many have come back (returned).",
+    "orders.not_payable": "Settle what is left with the customer: part of the goods has come back.",
     "orders.nothing_to_refund": "Refund at most details.left; where it is nothing, all was given back already.",
     "orders.payment_declined": "No money has moved. Pay with another method, as long as the order waits.",
     "orders.payment_in_progress": "Wait a moment and look at the order: a payment or refund is just being made.",

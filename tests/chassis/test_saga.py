@@ -467,13 +467,46 @@ async def test_a_driver_that_comes_back_from_the_dead_changes_nothing_and_is_cou
     assert await world.effects() == every_effect(1)
 
 
+async def test_one_that_a_process_takes_over_from_itself_is_driven_once(world: SagaWorld):
+    """It lost its lease while it stood in the queue, because the process stood still."""
+    driver = world.driver(lease_seconds=60)
+    driver.runner.drive(await world.started())
+    await world.expire_leases()
+    sweep, *_ = driver.runner.loops
+    driver.loops = [asyncio.create_task(sweep())]
+
+    async def is_taken_over() -> bool:
+        return (await world.standing()).epoch == 2
+
+    await until(is_taken_over)
+    driver.loops += [asyncio.create_task(loop()) for loop in driver.runner.loops[1:]]
+    await world.until_done()
+
+    assert driver.batches == [("fetch", 1), ("bring", 1)]
+    assert await world.effects() == every_effect(1)
+
+
+async def test_of_two_that_have_the_same_saga_only_the_last_saves(world: SagaWorld):
+    [old] = await world.started()
+    async with world.database.transaction() as tx:
+        new = await saga.seize(tx, old.key, 60)
+    assert new
+
+    runner = world.driver().runner
+    both = [(old, Next("late", "", "late")), (new, Next("bring", "f", "went well"))]
+    async with runner.saving(both) as (_, kept):
+        assert [each for each, _ in kept] == [new]
+
+    assert ((await world.standing()).step, old.step, new.step) == ("bring", "fetch", "bring")
+
+
 async def test_who_seizes_a_saga_has_it_and_its_driver_has_not(world: SagaWorld):
     [mine] = await world.started()
     async with world.database.transaction() as tx:
         seized = await saga.seize(tx, mine.key, 60)
         assert seized
         kept = await saga.save(tx, [(seized, Next("elsewhere", "", "sent away"))], 60)
-    assert kept == {mine.key}
+    assert kept == {(mine.key, 2)}
 
     async with world.database.transaction() as tx:
         assert await saga.save(tx, [(mine, Next("bring", "", "late"))], 60) == set()
@@ -497,7 +530,7 @@ async def test_a_save_whose_commit_was_not_heard_of_is_not_made_again(world: Sag
     [mine] = await world.started()
     came_to = Next("bring", "f", "went well", running=True)
     async with world.database.transaction() as tx:
-        assert await saga.save(tx, [(mine, came_to)], 60) == {mine.key}
+        assert await saga.save(tx, [(mine, came_to)], 60) == {(mine.key, 1)}
     # The driver has heard of no answer, and has not moved on: it saves as before.
 
     async with world.database.transaction() as tx:

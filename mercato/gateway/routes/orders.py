@@ -457,7 +457,12 @@ ROUTES: Final[tuple[Route, ...]] = (
         idempotency=True,
         idempotency_required=True,
         replayed=lambda refund: refund.replayed,
-        errors=(contract.OrderNotFound, contract.IllegalMove, contract.NotReturnable),
+        errors=(
+            contract.OrderNotFound,
+            contract.IllegalMove,
+            contract.NotReturnable,
+            contract.PaymentInProgress,
+        ),
     ),
     Route(
         method="GET",

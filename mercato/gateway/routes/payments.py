@@ -33,7 +33,7 @@ class PayIn(Input):
     currency: Currency | None = None
     payment_method: Method = "sandbox:ok"
     capture: Annotated[
-        bool, Meta(description="false: only reserve the amount; POST /payments/{id}/capture takes it later.")
+        bool, Meta(description="false, for staff: only reserve the amount; POST /payments/{id}/capture takes it later.")
     ] = True
 
 
@@ -167,6 +167,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             orders.OrderCancelled,
             orders.IllegalMove,
             orders.PaymentInProgress,
+            orders.NotPayable,
             IdempotencyKeyReused,
             RequestInProgress,
         ),
@@ -210,7 +211,12 @@ ROUTES: Final[tuple[Route, ...]] = (
         idempotency=True,
         idempotency_required=True,
         replayed=lambda refund: refund.replayed,
-        errors=(contract.PaymentNotFound, orders.IllegalMove, orders.NothingToRefund),
+        errors=(
+            contract.PaymentNotFound,
+            orders.IllegalMove,
+            orders.NothingToRefund,
+            orders.PaymentInProgress,
+        ),
     ),
     Route(
         method="POST",

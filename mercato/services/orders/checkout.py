@@ -40,6 +40,7 @@ from mercato.contracts.payments import (
     AuthorizePayment,
     CapturePayment,
     Payments,
+    RefundDeclined,
     RefundPayment,
     VoidPayment,
 )
@@ -129,7 +130,11 @@ class CheckoutSteps:
         paid = [work for work in works if work.state.attempt]
         await self._undo("void", self._payments.void.many, paid, _void, _keep_payment)
         captured = [work for work in paid if work.payment and _left_minor(work.payment)]
-        await self._undo("refund", self._payments.refund.many, captured, _refund, _keep_payment)
+        for work, answer in await self._ask("refund", self._payments.refund.many, captured, _refund):
+            if not isinstance(answer, ServiceError):
+                work.payment = answer
+            elif not isinstance(answer, RefundDeclined):  # declined for good: the stock goes back all the same
+                work.decision = TryAgain(answer.code)
         sold: list[Work] = []
 
         def keep_sold(work: Work, reservation: Reservation) -> None:

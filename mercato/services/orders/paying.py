@@ -13,7 +13,14 @@ from typing import Final, NoReturn
 import msgspec
 
 from mercato.chassis import faults, idempotency, saga
-from mercato.chassis.contract import OutcomeUnknown, RequestInProgress, StaleVersion, current
+from mercato.chassis.contract import (
+    Forbidden,
+    OutcomeUnknown,
+    RequestInProgress,
+    ServiceError,
+    StaleVersion,
+    current,
+)
 from mercato.chassis.db import Database, LockTimeout, Tx
 from mercato.chassis.idempotency import Keyed
 from mercato.chassis.rpc import as_service
@@ -25,6 +32,7 @@ from mercato.contracts.orders import (
     CancelOrder,
     IllegalMove,
     MovePayment,
+    NotPayable,
     Order,
     OrderCancelled,
     OrderNotFound,
@@ -35,6 +43,7 @@ from mercato.contracts.orders import (
 )
 from mercato.contracts.payments import GetPayment, ListPayments, Payments
 from mercato.contracts.payments import Payment as PaymentRecord
+from mercato.contracts.roles import CUSTOMER
 
 from . import rules, steps, store
 from .steps import CHECKOUT, RESTING, Checkout, Decision
@@ -72,17 +81,15 @@ class Paying:
 
     async def pay(self, request: PayOrder) -> PaidOrder:
         begun = _Begun()
-        # The stock of an order that was just placed is being held at this moment; that takes no time to speak of.
-        await self.rest(request.id, HOLDING_SECONDS)
+        await self._until_held(request.id)
         try:
             await self._redirect(request.id, "pay", functools.partial(_begin_payment, request, begun))
         except LockTimeout:
             raise RequestInProgress from None
         await self.rest(request.id)
         payment = await self._payment(request.id, begun.attempt)
-        if payment.status == "failed":
-            code = payment.code or payment.status
-            raise PaymentDeclined(order_id=request.id, payment_id=payment.id, provider_code=code)
+        if payment.status in ("failed", "voided"):
+            raise await self._refusal(payment)
         return PaidOrder(payment=payment, replayed=begun.replayed)
 
     async def capture(self, request: MovePayment) -> PaidOrder:
@@ -92,9 +99,7 @@ class Paying:
         await self.rest(payment.order_id)
         captured = await self._get(request.payment_id)
         if captured.status == "voided":  # it ran out before
-            raise PaymentDeclined(
-                order_id=payment.order_id, payment_id=payment.id, provider_code=captured.code or captured.status
-            )
+            raise await self._refusal(captured)
         return PaidOrder(payment=captured)
 
     async def void(self, request: MovePayment) -> PaidOrder:
@@ -110,7 +115,7 @@ class Paying:
 
     async def confirm(self, order_id: int, version: int | None) -> Order:
         """Sells an order without a payment: it will be paid later, or elsewhere. Raises `OrderCancelled`."""
-        await self.rest(order_id, HOLDING_SECONDS)  # as in `pay`
+        await self._until_held(order_id)
         await self._redirect(order_id, "confirm", functools.partial(_confirm, version))
         await self.rest(order_id)
         async with self._database.read() as tx:
@@ -120,6 +125,13 @@ class Paying:
         if order.status == "pending":
             raise OutcomeUnknown(operation="orders.move")
         return order
+
+    async def _until_held(self, order_id: int) -> None:
+        """Waits for the stock of an order that was just placed: it is being held at this moment."""
+        async with self._database.read() as tx:
+            found = await saga.find(tx, (order_id, CHECKOUT, ""))
+        if found and found.step == "reserve" and not msgspec.json.decode(found.state, type=Checkout).paying:
+            await self.rest(order_id, HOLDING_SECONDS)
 
     async def rest(self, order_id: int, seconds: float = ANSWER_SECONDS) -> None:
         """Returns when nothing is under way for the checkout of an order, or when the time is over."""
@@ -162,6 +174,16 @@ class Paying:
         with as_service():
             return await self._payments.get(GetPayment(id=payment_id))
 
+    async def _refusal(self, payment: PaymentRecord) -> ServiceError:
+        """Why a payment came to nothing: the provider declined it, or its order ended before it was made."""
+        async with self._database.read() as tx:
+            order = (await store.get(tx, [payment.order_id]))[payment.order_id]
+        reason = order.reason
+        if reason is not None and reason.code not in ("payment_declined", "payment_lost"):
+            return OrderCancelled(order_id=order.id, reason=reason.code)
+        code = payment.code or (reason.provider_code if reason else None) or payment.status
+        return PaymentDeclined(order_id=order.id, payment_id=payment.id, provider_code=code)
+
     async def _payment(self, order_id: int, attempt: int) -> PaymentRecord:
         with as_service():
             page = await self._payments.list(ListPayments(order_id=order_id, limit=200))
@@ -196,6 +218,10 @@ async def _begin_payment(request: PayOrder, begun: _Begun, tx: Tx, standing: Sta
             begun.attempt, begun.replayed = int(stored), True
             return None
     order, state = standing.order, standing.state
+    actor = current.get().actor
+    if not request.capture and actor.role == CUSTOMER:
+        # Stock that is sold and not paid for, for as long as somebody likes: staff decide that.
+        raise Forbidden(operation="orders.pay without capture", role=actor.role)
     _check_due(order, request)
     _check_payable(standing)
     begun.attempt = state.attempt + 1
@@ -215,6 +241,8 @@ def _check_payable(standing: Standing) -> None:
         _raise_illegal(order, "payment", "paid")
     if standing.step not in ("awaiting", "done"):
         raise PaymentInProgress(order_id=order.id)
+    if any(line.returned for line in order.lines):
+        raise NotPayable(order_id=order.id)
 
 
 def _check_due(order: Order, request: PayOrder) -> None:
@@ -244,7 +272,7 @@ async def _capture(payment: PaymentRecord, _tx: Tx, standing: Standing) -> Decis
 
 async def _void(payment: PaymentRecord, _tx: Tx, standing: Standing) -> Decision | None:
     order = standing.order
-    if payment.status == "voided":
+    if payment.status == "voided" or (order.status == "cancelled" and payment.attempt == standing.state.attempt):
         return None  # a repetition
     if order.payment != "authorized" or payment.attempt != standing.state.attempt:
         _raise_illegal(order, "payment", "voided")
@@ -254,9 +282,9 @@ async def _void(payment: PaymentRecord, _tx: Tx, standing: Standing) -> Decision
 
 async def _cancel(message: str, version: int | None, tx: Tx, standing: Standing) -> Decision | None:
     order = standing.order
-    check_version(order, version)
     if order.status == "cancelled":
         return None  # a retry of one whose answer was lost
+    check_version(order, version)
     rules.check_move(order, "status", "cancelled")
     if await store.refund_is_pending(tx, order.id):
         raise PaymentInProgress(order_id=order.id)
@@ -265,9 +293,9 @@ async def _cancel(message: str, version: int | None, tx: Tx, standing: Standing)
 
 async def _confirm(version: int | None, _tx: Tx, standing: Standing) -> Decision | None:
     order = standing.order
-    check_version(order, version)
     if order.status == "confirmed":
         return None
+    check_version(order, version)
     rules.check_move(order, "status", "confirmed")
     if standing.step != "awaiting":
         raise PaymentInProgress(order_id=order.id)

@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from mercato.chassis import faults, idempotency, saga
-from mercato.chassis.contract import IdempotencyKeyReused, RequestInProgress, current
+from mercato.chassis.contract import IdempotencyKeyReused, RequestInProgress, ServiceError, current
 from mercato.chassis.db import Database, LockTimeout, Tx
 from mercato.chassis.idempotency import Keyed
 from mercato.chassis.rpc import as_service
@@ -25,6 +25,7 @@ from mercato.contracts.orders import (
     Order,
     OrderNotFound,
     Payment,
+    PaymentInProgress,
     Refund,
     RefundOrder,
     RefundStatus,
@@ -107,6 +108,17 @@ class Refunding:
         asked = _asked("orders.take_back", request.idempotency_key, request.fingerprint)
         return await self._begin(request.id, asked, begin)
 
+    async def hold_still(self, tx: Tx, order_id: int) -> None:
+        """Keeps a checkout from moving, before its order is locked: money that is given back must not be on its way.
+
+        Raises `OrderNotFound`, and `PaymentInProgress` for one that is under way.
+        """
+        checkout = await saga.lock(tx, (order_id, CHECKOUT, ""))
+        if checkout is None:
+            raise OrderNotFound(order_id=order_id)
+        if checkout.step not in ("done", "awaiting", "authorized"):
+            raise PaymentInProgress(order_id=order_id)
+
     async def take_back_rest(self, tx: Tx, order: Order) -> Saga:
         """The return of all that is left, in the caller's transaction, after which the caller has it driven."""
         return await self._start(tx, (order.id, REFUND, REST), await self._take_back(tx, order, (), ""))
@@ -136,9 +148,9 @@ class Refunding:
 
     async def _begin_once(self, tx: Tx, key: saga.Key, asked: Asked, begin: Begin) -> Saga | None:
         """None where the key has begun its refund long ago, and only its stored answer is past its day."""
+        await self.hold_still(tx, key[0])
         order = await store.get_locked(tx, key[0])
-        if order is None:
-            raise OrderNotFound(order_id=key[0])
+        assert order is not None, "it has a checkout"
         if (old := await saga.find(tx, key)) is not None:
             if msgspec.json.decode(old.state, type=Giving).fingerprint != asked.keyed.fingerprint.hex():
                 raise IdempotencyKeyReused
@@ -155,8 +167,13 @@ class Refunding:
 
     async def _give_back(self, sagas: Sequence[Saga]) -> None:
         # One after the other: there are few, and two of one order would stand in each other's way.
-        for giving_back in sagas:
-            await self._give_one_back(giving_back, msgspec.json.decode(giving_back.state, type=Giving))
+        for refund in sagas:
+            self._runner.act()
+            try:
+                await self._give_one_back(refund, msgspec.json.decode(refund.state, type=Giving))
+            except ServiceError as error:  # the next one is another order's
+                async with self._runner.saving([(refund, self._runner.again(refund, f"retried {error.code}"))]):
+                    pass
 
     async def _give_one_back(self, refund: Saga, giving: Giving) -> None:
         order_id, code = refund.subject_id, None

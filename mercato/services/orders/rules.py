@@ -48,8 +48,9 @@ STATUS: Final[Moves] = _moves(
 PAYMENT: Final[Moves] = _moves(
     {
         "unpaid": {"authorized", "failed"},
-        # From authorized to refunded: it was captured while the order was being cancelled.
-        "authorized": {"paid", "voided", "refunded"},
+        # To refunded: it was captured while the order was being cancelled. To unpaid: the authorization of an order
+        # that was sold on account ran out; the order stays sold.
+        "authorized": {"paid", "voided", "refunded", "unpaid"},
         "paid": {"partially_refunded", "refunded"},
         "partially_refunded": {"partially_refunded", "refunded"},
         "refunded": set(),
@@ -107,8 +108,8 @@ def legal_moves(order: Order, axis: Axis) -> tuple[str, ...]:
         return ()
     moves = AXES[axis][getattr(order, axis)]
     if order.payment == "authorized":
-        # The money is promised, not taken: until it is, nothing is sent and nothing is closed.
-        moves = moves - {"shipped", "completed"}
+        # The money is promised, not taken: until it is, nothing is sent, nothing comes back, and nothing is closed.
+        moves = moves - {"shipped", "returned", "completed"}
     if axis == "status" and order.fulfilment not in CANCELLABLE:
         moves = moves - {"cancelled"}
     return tuple(sorted(moves))

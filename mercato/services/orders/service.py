@@ -114,6 +114,8 @@ class OrdersService:
     async def _move(self, request: MoveOrder, version: int | None) -> Order:
         returning: Saga | None = None
         async with self._database.transaction() as tx:
+            if request.fulfilment == "returned":
+                await self._refunding.hold_still(tx, request.id)
             order = await self._locked(tx, request.id)
             check_version(order, version)
             if request.status is not None:

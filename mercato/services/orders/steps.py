@@ -35,6 +35,9 @@ CHECKOUT: Final = "checkout"
 
 Step = Literal["reserve", "awaiting", "settle", "authorized", "unwind", "done"]
 
+ATTEMPTS_LIMIT: Final = 10
+"""Payments that may be declined before an order is given up: each keeps its stock from others for a while."""
+
 RESTING: Final = ("awaiting",)
 """Where a checkout waits for a person, though a time is set for it. `authorized` and `done` wait without one."""
 
@@ -117,7 +120,7 @@ def after_authorize(
 
 
 def _declined(order: Order, state: Checkout, code: str, window_s: float) -> Decision:
-    if state.with_order:
+    if order.status == "pending" and (state.with_order or state.attempt >= ATTEMPTS_LIMIT):
         return _cancelled(order, state, "payment_declined", payment="failed", provider_code=code)
     # The stock stays held, so that the buyer can pay in another way.
     left = msgspec.structs.replace(state, paying=False)
@@ -146,6 +149,10 @@ def after_capture(order: Order, state: Checkout, answer: PaymentRecord | Service
     if isinstance(answer, ServiceError):
         return TryAgain(answer.code)
     if answer.status in ("voided", "failed"):
+        if state.on_account:
+            # It was sold before it was paid, and perhaps sent: it stays sold, and unpaid.
+            left = msgspec.structs.replace(state, paying=False)
+            return Decision("done", f"declined {answer.code or answer.status}", left, payment="unpaid")
         return _cancelled(order, state, "payment_lost", payment="voided", provider_code=answer.code)
     if answer.captured_minor < order.total_minor:
         return TryAgain("payments.outcome_pending")
@@ -165,6 +172,9 @@ def cancelled_by(order: Order, state: Checkout, message: str) -> Decision:
 
 def after_unwind(order: Order, state: Checkout, payment: PaymentRecord | None) -> Decision:
     """Everything is undone; `payment` is the one that was made, as it is now."""
+    if payment and payment.captured_minor > payment.refunded_minor:
+        # The provider does not give it back, and has said so for good: that is for people to settle.
+        return Decision("done", "refund declined", state, refunded_minor=0)
     became: Payment | None = None
     refunded_minor = 0
     if order.payment in ("authorized", "paid", "partially_refunded"):

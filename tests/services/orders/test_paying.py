@@ -18,6 +18,7 @@ from mercato.contracts.orders import (
     IllegalMove,
     MoveOrder,
     MovePayment,
+    NotPayable,
     Order,
     OrderCancelled,
     OrderNotFound,
@@ -25,8 +26,11 @@ from mercato.contracts.orders import (
     PaymentDeclined,
     PaymentInProgress,
     PayOrder,
+    ReturnLine,
+    ReturnOrder,
 )
 from mercato.contracts.payments import Payment
+from mercato.services.orders import steps
 from services.orders.world import ALICE, BOB, MUG_MINOR, STAFF, Bank, World
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -233,7 +237,7 @@ async def test_a_cancelled_order_cannot_be_paid(busy_world: World):
 
 async def test_an_amount_that_is_only_reserved_is_taken_when_staff_say_so(busy_world: World):
     order, product_id = await awaiting(busy_world)
-    reserved = (await busy_world.pay(order.id, capture=False)).payment
+    reserved = (await busy_world.pay(order.id, actor=STAFF, capture=False)).payment
     waiting = await busy_world.settled(order.id)
     with pytest.raises(IllegalMove):
         await move(busy_world, order.id, fulfilment="shipped")
@@ -252,7 +256,7 @@ async def test_an_amount_that_is_only_reserved_is_taken_when_staff_say_so(busy_w
 
 async def test_captures_at_once_in_two_processes_are_one(busy_world: World):
     order, _ = await awaiting(busy_world)
-    reserved = (await busy_world.pay(order.id, capture=False)).payment
+    reserved = (await busy_world.pay(order.id, actor=STAFF, capture=False)).payment
     elsewhere = await busy_world.another_process()
 
     with busy_world.acting(STAFF):
@@ -266,7 +270,7 @@ async def test_captures_at_once_in_two_processes_are_one(busy_world: World):
 
 async def test_an_amount_that_is_given_back_cancels_its_order(busy_world: World):
     order, product_id = await awaiting(busy_world)
-    reserved = (await busy_world.pay(order.id, capture=False)).payment
+    reserved = (await busy_world.pay(order.id, actor=STAFF, capture=False)).payment
 
     voided = await void(busy_world, reserved)
     again = await void(busy_world, reserved)
@@ -283,7 +287,7 @@ async def test_an_amount_that_is_given_back_cancels_its_order(busy_world: World)
 
 async def test_an_authorization_that_has_run_out_cancels_its_order(busy_world: World):
     order, product_id = await awaiting(busy_world)
-    reserved = (await busy_world.pay(order.id, "sandbox:capture_expired", capture=False)).payment
+    reserved = (await busy_world.pay(order.id, "sandbox:capture_expired", STAFF, capture=False)).payment
 
     with pytest.raises(PaymentDeclined) as declined:
         await capture(busy_world, reserved)
@@ -308,7 +312,7 @@ async def test_what_is_captured_cannot_be_voided(busy_world: World):
 
 async def test_only_staff_capture_and_void(busy_world: World):
     order, _ = await awaiting(busy_world)
-    reserved = (await busy_world.pay(order.id, capture=False)).payment
+    reserved = (await busy_world.pay(order.id, actor=STAFF, capture=False)).payment
 
     with busy_world.acting(ALICE):
         for operation in (busy_world.orders.capture, busy_world.orders.void):
@@ -398,3 +402,70 @@ async def test_a_crash_around_the_commit_of_a_payment_is_one_payment_when_it_com
     assert paid.replayed == (when == "after") or busy_world.rig.transport == "wire"
     assert paid.payment.status == "captured"
     assert await busy_world.bank(order.id) == ONE_CAPTURE
+
+
+@pytest.mark.parametrize("how_far", [{}, {"fulfilment": "shipped"}, {"status": "completed"}])
+async def test_what_was_sold_on_account_stays_sold_when_its_payment_is_lost(busy_world: World, how_far: dict[str, str]):
+    order, product_id = await awaiting(busy_world)
+    await move(busy_world, order.id, status="confirmed")
+    if how_far:
+        await move(busy_world, order.id, **how_far)
+
+    with pytest.raises(PaymentDeclined) as declined:
+        await busy_world.pay(order.id, "sandbox:capture_expired")
+
+    now = await busy_world.settled(order.id)
+    assert declined.value.provider_code == "authorization_expired"
+    assert (now.status, now.payment) == (how_far.get("status", "confirmed"), "unpaid")
+    assert await busy_world.shelf(product_id) == (9, 0)
+    await busy_world.pay(order.id)
+    assert (await busy_world.settled(order.id)).payment == "paid"
+
+
+async def test_what_has_come_back_is_not_paid_any_more(busy_world: World):
+    product_id = await busy_world.new_product(10)
+    order = await busy_world.delivered(None, (product_id, 2))
+    with busy_world.acting(STAFF):
+        lines = (ReturnLine(product_id=product_id, quantity=1),)
+        await busy_world.orders.take_back(ReturnOrder(id=order.id, idempotency_key="back", lines=lines))
+
+    with pytest.raises(NotPayable):
+        await busy_world.pay(order.id)
+
+    assert await busy_world.bank(order.id) == NO_MONEY
+
+
+async def test_stock_is_not_sold_to_a_customer_without_taking_the_money(busy_world: World):
+    order, product_id = await awaiting(busy_world)
+
+    with pytest.raises(Forbidden):
+        await busy_world.pay(order.id, actor=ALICE, capture=False)
+
+    assert await busy_world.shelf(product_id) == (10, 1)
+    assert await busy_world.bank(order.id) == NO_MONEY
+
+
+async def test_a_payment_that_came_too_late_is_told_that_the_order_is_cancelled(busy_world: World):
+    order, _ = await awaiting(busy_world)
+    stock = await busy_world.connection("inventory")
+    await stock.execute("UPDATE reservations SET expires_at = now() - interval '1 s' WHERE order_id = $1", order.id)
+
+    with pytest.raises(OrderCancelled) as cancelled:
+        await busy_world.pay(order.id)
+
+    assert cancelled.value.reason == "expired"
+    assert await busy_world.bank(order.id) == NO_MONEY
+
+
+async def test_an_order_whose_payments_are_declined_again_and_again_is_given_up(busy_world: World):
+    order, product_id = await awaiting(busy_world)
+
+    for _ in range(steps.ATTEMPTS_LIMIT):
+        with pytest.raises(PaymentDeclined):
+            await busy_world.pay(order.id, "sandbox:declined")
+
+    now = await busy_world.settled(order.id)
+    assert now.status == "cancelled"
+    assert now.reason
+    assert now.reason.code == "payment_declined"
+    assert await busy_world.shelf(product_id) == (10, 0)

@@ -145,7 +145,7 @@ async def test_another_currency_is_refused(busy_world: World):
 
 async def test_what_was_not_paid_is_not_given_back(busy_world: World):
     order = await busy_world.checked_out(None, (await busy_world.new_product(10), 1))
-    reserved = (await busy_world.pay(order.id, capture=False)).payment
+    reserved = (await busy_world.pay(order.id, actor=STAFF, capture=False)).payment
 
     with pytest.raises(IllegalMove) as refused:
         await refund(busy_world, reserved.id)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Mapping
 from typing import Final, TypeVar
 
 import msgspec
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -46,6 +47,8 @@ WINDOW_S: Final = 900.0
 HOLD_S: Final = 600.0
 RESTING: Final = ("awaiting", "authorized", "done")
 METHODS: Final = ("sandbox:ok", "sandbox:declined", "sandbox:capture_expired")
+CALLS: Final = st.integers(0, 6)
+"""How many calls and saves whoever came last makes meanwhile: from one end of a checkout to the other."""
 TRIES: Final = 60
 """More steps than any checkout takes from anywhere to its end."""
 
@@ -406,19 +409,23 @@ class CheckoutMachine(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------------------------------------------- drivers
 
-    @precondition(lambda self: self.drivers)
-    @rule(calls=st.integers(1, 4), times=st.sampled_from([1, 1, 1, 2]), loses=st.booleans())
+    @rule(calls=st.integers(1, 6), times=st.sampled_from([1, 1, 1, 2]), loses=st.booleans())
     def go_on(self, calls: int, times: int, loses: bool) -> None:
         """Whoever came last makes its next calls, perhaps twice, or saves; the last answer may be lost."""
-        for n in range(1, calls + 1):
-            if self.drivers:
-                self._go_on(self.drivers[-1], times, loses=loses and n == calls)
+        self._last_goes_on(calls - 1, times)
+        if self.drivers:
+            self._go_on(self.drivers[-1], times, loses=loses)
 
     @precondition(lambda self: len(self.drivers) > 1)
     @rule(data=st.data(), times=st.sampled_from([1, 2]))
     def go_on_late(self, data: st.DataObject, times: int) -> None:
         """Any driver goes on, however late it is."""
         self._go_on(data.draw(st.sampled_from(self.drivers)), times, loses=False)
+
+    def _last_goes_on(self, calls: int, times: int = 1) -> None:
+        for _ in range(calls):
+            if self.drivers:
+                self._go_on(self.drivers[-1], times, loses=False)
 
     def _go_on(self, driver: Driver, times: int, *, loses: bool) -> None:
         self.till.loses = loses
@@ -427,9 +434,12 @@ class CheckoutMachine(RuleBasedStateMachine):
         self.till.loses = False
 
     @precondition(lambda self: self.step not in RESTING)
-    @rule(dies=st.booleans())
-    def take_over(self, dies: bool) -> None:
+    @rule(meanwhile=CALLS, dies=st.booleans())
+    def take_over(self, meanwhile: int, dies: bool) -> None:
         """A lease has run out; who had it is dead, or is not."""
+        self._last_goes_on(meanwhile)
+        if self.step in RESTING:
+            return
         if dies and self.drivers:
             self.drivers.pop()
         self.epoch += 1
@@ -481,17 +491,20 @@ class CheckoutMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.step in ("awaiting", "done") and self.order.payment == "unpaid")
     @precondition(lambda self: self.order.status != "cancelled")
-    @rule(method=st.sampled_from(METHODS), capture=st.booleans())
-    def pay(self, method: str, capture: bool) -> None:
+    @rule(method=st.sampled_from(METHODS), capture=st.booleans(), then=CALLS)
+    def pay(self, method: str, capture: bool, then: int) -> None:
         paying = msgspec.structs.replace(
             self.state, paying=True, method=method, attempt=self.state.attempt + 1, capture=capture, with_order=False
         )
         self.redirect(Decision("reserve", "payment asked for", paying, running=True))
+        self._last_goes_on(then)
 
     @precondition(lambda self: "cancelled" in rules.legal_moves(self.order, "status"))
-    @rule()
-    def cancel(self) -> None:
-        self.redirect(steps.cancelled_by(self.order, self.state, "no more"))
+    @rule(meanwhile=CALLS)
+    def cancel(self, meanwhile: int) -> None:
+        self._last_goes_on(meanwhile)
+        if "cancelled" in rules.legal_moves(self.order, "status"):
+            self.redirect(steps.cancelled_by(self.order, self.state, "no more"))
 
     @precondition(lambda self: self.step == "awaiting" and self.order.status == "pending")
     @rule()
@@ -505,17 +518,13 @@ class CheckoutMachine(RuleBasedStateMachine):
         state = msgspec.structs.replace(self.state, capture=True)
         self.redirect(Decision("settle", "capture asked for", state, running=True))
 
-    @precondition(lambda self: self.shelf.state == "held")
-    @rule(is_seen=st.booleans())
-    def hold_runs_out(self, is_seen: bool) -> None:
+    @rule(meanwhile=CALLS, is_seen=st.booleans())
+    def hold_runs_out(self, meanwhile: int, is_seen: bool) -> None:
         """Seen by inventory itself, or only by whoever asks next."""
+        self._last_goes_on(meanwhile)
         self.shelf.let_time_pass()
         if is_seen:
             self.shelf.expire()
-
-    @rule()
-    def time_passes(self) -> None:
-        """An order at its end has nothing left to happen to it."""
 
     # ---------------------------------------------------------------------------------------------------- invariants
 
@@ -532,6 +541,10 @@ class CheckoutMachine(RuleBasedStateMachine):
         sold = sum(line.quantity - line.returned for line in lines) if self.shelf.state == "committed" else 0
         held = sum(line.quantity for line in lines) if self.shelf.state == "held" else 0
         assert (level.on_hand, level.reserved) == (self.on_hand - sold, held)
+
+    @invariant()
+    def stock_is_not_lost_while_somebody_pays(self) -> None:
+        assert self.order.reason is None or self.order.reason.code != "stock_lost"
 
     @invariant()
     def what_the_order_says_of_money_the_bank_says_too(self) -> None:
@@ -619,7 +632,7 @@ def new_order(quantity: int) -> Order:
 
 TestCheckout = CheckoutMachine.TestCase
 TestCheckout.settings = settings(
-    max_examples=100,
+    max_examples=120,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
@@ -629,18 +642,73 @@ TestCheckout.settings = settings(
 # ------------------------------------------------------------------------------------------------------ by themselves
 
 
-def test_the_same_answer_gives_the_same_decision():
-    """A step that runs a second time after a crash comes to the same end."""
+def placed(method: str | None) -> CheckoutMachine:
+    """An order of one of five pieces, whose driver has not begun."""
     machine = CheckoutMachine()
-    machine.place(5, "sandbox:ok", 1)
-    first = [machine.shelf.reserve(1, for_payment=True) for _ in range(2)]
-    decisions = [steps.after_reserve(machine.order, machine.state, answer, WINDOW_S) for answer in first]
-    assert decisions == [None, None]
-    paid = [machine.till.reach(Goal("authorize"), 1, machine.opening(machine.state, "pending")) for _ in range(2)]
-    authorized = [steps.after_authorize(machine.order, machine.state, answer, WINDOW_S) for answer in paid]
-    assert authorized[0] == authorized[1]
-    machine.drivers = []
-    machine.step = "awaiting"
+    machine.place(on_hand=5, method=method, quantity=1)
+    return machine
+
+
+def assert_at(machine: CheckoutMachine, step: Step, status: str, payment: str) -> None:
+    assert (machine.step, machine.order.status, machine.order.payment) == (step, status, payment)
+    machine.no_card_is_charged_twice()
+    machine.stock_is_neither_lost_nor_invented()
+    machine.what_the_order_says_of_money_the_bank_says_too()
+    machine.what_is_at_rest_is_whole()
+
+
+def test_what_was_confirmed_on_account_is_paid_later():
+    machine = placed(None)
+    machine.go_on(calls=2, times=1, loses=False)
+    assert_at(machine, "awaiting", "pending", "unpaid")
+    machine.confirm_on_account()
+    machine.go_on(calls=6, times=1, loses=False)
+    assert_at(machine, "done", "confirmed", "unpaid")
+
+    machine.pay(method="sandbox:ok", capture=True, then=6)
+
+    assert_at(machine, "done", "confirmed", "paid")
+
+
+@pytest.mark.parametrize("calls", [2, 5])
+def test_a_lost_answer_is_asked_for_again_with_the_same_key(calls: int):
+    """That of the authorization, and that of the capture."""
+    machine = placed("sandbox:ok")
+    machine.go_on(calls=calls, times=1, loses=True)
+    machine.go_on(calls=1, times=1, loses=False)  # it saves that it does not know
+    assert machine.drivers == []
+
+    machine.take_over(meanwhile=0, dies=False)
+    machine.go_on(calls=6, times=1, loses=False)
+
+    assert_at(machine, "done", "confirmed", "paid")
+    assert machine.bank.captures == 1
+    assert len(machine.bank.charges) == 1
+
+
+@pytest.mark.parametrize("calls", range(1, 5))
+def test_a_hold_does_not_run_out_while_somebody_pays(calls: int):
+    machine = placed("sandbox:ok")
+    machine.hold_runs_out(meanwhile=calls, is_seen=True)
+    machine.go_on(calls=6, times=1, loses=False)
+
+    assert_at(machine, "done", "confirmed", "paid")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("calls", range(8))
+def test_a_cancel_at_any_moment_leaves_nothing_whoever_calls_late(calls: int, method: str):
+    machine = placed(method)
+    late = machine.drivers[0]
+    machine.cancel(meanwhile=calls)
+    machine.go_on(calls=6, times=2, loses=False)
+    assert machine.order.status == "cancelled"
+    machine.assert_whole()
+
+    while late in machine.drivers and late.go_on(1):
+        pass
+
+    machine.assert_whole()
 
 
 def test_what_a_checkout_remembers_comes_back_as_it_was():
