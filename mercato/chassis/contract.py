@@ -450,9 +450,10 @@ def schemas(contract: type[Contract]) -> dict[str, Any]:
         }
         for name, operation in contract.operations.items()
     }
-    return {
+    described = {
         "service": contract.service,
         "operations": operations,
         "errors": {code: {"kind": error.kind.value, "details": next(parts)} for code, error in errors.items()},
         "components": components,
     }
+    return msgspec.json.decode(msgspec.json.encode(described))  # a default that is a tuple is a list in JSON

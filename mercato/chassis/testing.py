@@ -51,7 +51,7 @@ class Cluster:
         folder.chmod(0o755)  # noqa: ASYNC240  # nothing else runs yet
         (folder / "data").mkdir(mode=0o755)
         password = "test-password"  # noqa: S105  # of a server that nobody but this run can reach
-        server = await EmbeddedPostgres.start(folder / "data", password=password, progress=_silent)
+        server = await EmbeddedPostgres.start(folder / "data", password=password, progress=_silent, max_connections=400)
         return cls(folder, server)
 
     async def stop(self) -> None:

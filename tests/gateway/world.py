@@ -90,8 +90,10 @@ class Things(msgspec.Struct, frozen=True):
 
     @classmethod
     async def of(cls, shop: Shop, person: Person) -> Things:
-        payment_id = await new_payment(shop, person.id)
-        return cls(person, await new_product(shop), await new_order(shop, person.id), payment_id)
+        payment_id, order_id = await new_payment(shop, person.id), await new_order(shop, person.id)
+        held = AwaitOrder(id=order_id, wait_ms=10_000)
+        await topology.as_the_shop(shop.rig.host, lambda: shop.rig.client(Orders).settled(held))
+        return cls(person, await new_product(shop), order_id, payment_id)
 
     def path(self, route: Route) -> str:
         """The row's path with the id of a thing that exists."""

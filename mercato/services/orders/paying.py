@@ -260,7 +260,8 @@ def _check_due(order: Order, request: PayOrder) -> None:
 
 async def _capture(payment: PaymentRecord, _tx: Tx, standing: Standing) -> Decision | None:
     order = standing.order
-    if payment.status in ("captured", "partially_refunded", "refunded"):
+    paid = order.payment in ("paid", "partially_refunded", "refunded") and payment.attempt == standing.state.attempt
+    if paid or payment.status in ("captured", "partially_refunded", "refunded"):
         return None  # a repetition
     if standing.step == "settle":
         return None  # it is being captured at this moment

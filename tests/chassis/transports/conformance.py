@@ -39,6 +39,7 @@ from mercato.chassis.contract import (
 )
 from mercato.chassis.rpc import Connector, Server, Transport, attempt
 from mercato.chassis.telemetry import Telemetry
+from mercato.contracts.inventory import ShortLine
 
 SIZE = 16
 CALL_SECONDS = 30.0
@@ -213,6 +214,9 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
 
 
 st.register_type_strategy(FieldError, st.builds(FieldError, field=st.text(), message=st.text()))
+st.register_type_strategy(
+    ShortLine, st.builds(ShortLine, product_id=values(int), requested=values(int), available=values(int))
+)
 
 
 class Conformance:
