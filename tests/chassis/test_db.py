@@ -511,7 +511,8 @@ SETTINGS = "SELECT name, setting FROM pg_settings ORDER BY name"
 CONNECTIONS_OF_THEIR_OWN = {"migrations.py", "provision.py", "testing.py", "copying.py"}
 
 SESSION_STATE = re.compile(
-    r"^\s*(SET\s+(?!LOCAL\b)\w+|LISTEN\s|PREPARE\s|LOAD\s)|pg_(try_)?advisory_lock|set_config(?!\([^)]*, true\))|CREATE\s+(TEMP|TEMPORARY)\b"
+    r"^\s*(SET\s+(?!LOCAL\b)\w+|LISTEN\s|PREPARE\s|LOAD\s)|pg_(try_)?advisory_lock"
+    r"|set_config(?!\([^)]*, true\))|CREATE\s+(TEMP|TEMPORARY)\b"
     r"|WITH\s+HOLD",
     re.IGNORECASE,
 )

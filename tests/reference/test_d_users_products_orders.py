@@ -146,6 +146,7 @@ async def test_a_second_order_does_not_overwrite_the_first(guarded_shop: Shop) -
 
 async def test_an_order_keeps_the_price_that_it_was_placed_with(open_shop: Shop) -> None:
     product = await new_product(open_shop, price_minor=10_00)
+    assert (await open_shop.put(f"/products/{product.id}/stock", {"on_hand": 1})).status == 200
     placed = await open_shop.post("/orders", {"user_id": 1, "product_id": product.id})
     price = {"amount": "20.00", "currency": "USD"}
     assert (await open_shop.patch(f"/products/{product.id}", {"price": price})).status == 200

@@ -9,7 +9,7 @@ For each point, on one data folder:
 3. After a death in recovery it is started without the fault, and must come to rest. The client, who never got an
    answer, does what is documented: the same again, with the same keys. Everything has happened once, and an audit of
    all databases finds nothing.
-4. Where 2 has killed it, the same once more with a recovery that nobody disturbs.
+4. With `CAMPAIGN=full`: where 2 has killed it, the same once more with a recovery that nobody disturbs.
 
 To be at rest means that no order, payment, event or operation of the bank is on its way anywhere.
 """
@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import http.client
 import itertools
+import os
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
@@ -34,6 +35,7 @@ from mercato.audit.checking import audit
 from support.caller import Caller
 from support.process import ROOT, Process
 
+ONCE_AS_WELL: Final = os.environ.get("CAMPAIGN") == "full"
 CONVERGED_SECONDS: Final = 15.0
 """The promise: so long after a start, nothing of what a crash has interrupted is under way."""
 REACHED_SECONDS: Final = 10.0
@@ -302,7 +304,7 @@ async def _column(connection: Any, query: str, *values: object) -> list[Any]:
 def crash_and_recover(shop: Shop, crash: Crash) -> None:
     """The four steps above."""
     runs = list(_run_into(shop, crash))
-    if _dies_in_recovery(shop, crash):
+    if _dies_in_recovery(shop, crash) and ONCE_AS_WELL:
         _assert_recovers(shop, crash, runs)
         runs = list(_run_into(shop, crash))
     _assert_recovers(shop, crash, runs)
