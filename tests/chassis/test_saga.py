@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
@@ -657,13 +658,16 @@ async def test_two_processes_that_take_each_others_sagas_over_do_each_step_once(
     drivers = [world.driver(name, 0.3) for name in ("first", "second")]
     turns = itertools.count()
 
-    async def stumble(_step: str, _sagas: Sequence[Saga]) -> None:
+    async def is_taken_over(mine: Saga) -> bool:
+        await world.expire_leases()
+        return (await world.standing(mine.subject_id)).epoch > mine.epoch
+
+    async def stumble(_step: str, sagas: Sequence[Saga]) -> None:
         turn = next(turns)
         if turn % 5 == 1:
             raise RuntimeError("stumbled")
         if turn % 7 == 2:
-            await world.expire_leases()
-            await asyncio.sleep(0.1)  # and somebody takes them over
+            await until(functools.partial(is_taken_over, sagas[0]))
 
     for driver in drivers:
         driver.during = stumble
