@@ -192,7 +192,7 @@ FORGED = {
     "an unknown key id": minted({"kid": "another"}, {}),
     "no algorithm": f"{part({'alg': 'none', 'typ': 'at+jwt'})}.{minted({}, {}).split('.')[1]}.",
     "no signature": minted({}, {}).rpartition(".")[0] + ".",
-    "no token": "abc",
+    "no token": "not-a-token",
 }
 
 

@@ -252,7 +252,7 @@ def settle(payment: P, operation: OperationState, outcome: Outcome) -> P:
         case "capture", Succeeded() if payment.status == "authorized":
             return _moved(payment, "captured", captured_minor=operation.amount_minor)
         case "capture", Declined(code=code) if payment.status == "authorized":
-            # Without it there is no money. What the provider may still hold, the reconciliation gives back.
+            # Without it there is no money. An authorization that the provider still holds runs out by itself.
             return _moved(payment, "voided", code=code)
         case "void", Succeeded() if payment.status == "authorized":
             return _moved(payment, "voided")
