@@ -88,7 +88,9 @@ class Paying:
             raise RequestInProgress from None
         await self.rest(request.id)
         payment = await self._payment(request.id, begun.attempt)
-        if payment.status in ("failed", "voided"):
+        # A payment that was made, and given back since, is what its key has to tell.
+        was_made = begun.replayed and payment.authorized_minor > 0 and payment.code is None
+        if payment.status in ("failed", "voided") and not was_made:
             raise await self._refusal(payment)
         return PaidOrder(payment=payment, replayed=begun.replayed)
 
