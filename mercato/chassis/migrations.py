@@ -112,3 +112,27 @@ def statements(folder: Path, current: str | None, revision: str) -> list[str]:
 
 def _literal(path: Path) -> str:
     return str(path).replace("%", "%%")  # the configuration would interpolate it
+
+
+# ----------------------------------------------------------------------------------------------------- for revisions
+
+
+def append_only(table: str) -> Sequence[str]:
+    """The statements after which rows of a table can be inserted, and never changed or deleted, by whatever code.
+
+    The trigger is one of statements that change or delete: an insert pays nothing. TRUNCATE stays: tests empty their
+    databases with it, and nobody does so by mistake.
+    """
+    return (
+        f"""
+        CREATE FUNCTION {table}_stay() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            RAISE EXCEPTION '% of % is refused: its rows stay as they were written', TG_OP, TG_TABLE_NAME
+                USING ERRCODE = 'restrict_violation';
+        END $$
+        """,
+        f"""
+        CREATE TRIGGER {table}_stay BEFORE UPDATE OR DELETE ON {table}
+            FOR EACH STATEMENT EXECUTE FUNCTION {table}_stay()
+        """,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import asyncpg
 import pytest
 
 from mercato.chassis import idempotency
@@ -249,6 +250,15 @@ async def test_a_crash_at_the_commit_and_a_retry_come_to_the_same(
         await act()
     lift()
     await act()
+
+    assert await world.movements() == [("receipt", 5)]
+
+
+@pytest.mark.parametrize("statement", ["UPDATE movements SET delta = 9", "DELETE FROM movements"])
+async def test_what_has_moved_stays_as_it_was_written(world: World, statement: str):
+    await count(world, 5)
+    with pytest.raises(asyncpg.RestrictViolationError, match="movements"):
+        await (await world.connection()).execute(statement)
 
     assert await world.movements() == [("receipt", 5)]
 

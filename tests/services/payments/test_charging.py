@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import asyncpg
 import pytest
 
 from mercato.chassis.contract import InvalidRequest, ServiceError
@@ -169,6 +170,15 @@ async def test_captured_money_is_in_the_ledger(world: World):
         ("sales", -1_250),
     ]
     assert await world.differences() == set()
+
+
+@pytest.mark.parametrize("statement", ["UPDATE ledger_entries SET amount_minor = 1", "DELETE FROM ledger_entries"])
+async def test_what_is_in_the_ledger_stays_as_it_was_written(world: World, statement: str):
+    await world.captured(1_250)
+    with pytest.raises(asyncpg.RestrictViolationError, match="ledger_entries"):
+        await world.ours(statement)
+
+    assert await world.ours("SELECT amount_minor FROM ledger_entries") == [(1_250,), (1_250,)]
 
 
 async def test_a_payment_is_captured_once(world: World):

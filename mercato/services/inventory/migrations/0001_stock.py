@@ -3,6 +3,7 @@
 from alembic import op
 
 from mercato.chassis import events, idempotency
+from mercato.chassis.migrations import append_only
 
 revision = "0001"
 down_revision = None
@@ -75,6 +76,8 @@ def upgrade() -> None:
         )
         """
     )
+    for statement in append_only("movements"):
+        op.execute(statement)
     # What must happen once: the sale of a line, and each return of it.
     op.execute("CREATE UNIQUE INDEX movements_sale_once ON movements (order_id, product_id) WHERE kind = 'sale'")
     op.execute(

@@ -3,6 +3,7 @@
 from alembic import op
 
 from mercato.chassis import events
+from mercato.chassis.migrations import append_only
 
 revision = "0001"
 down_revision = None
@@ -104,6 +105,8 @@ def upgrade() -> None:
         )
         """
     )
+    for statement in append_only("ledger_entries"):
+        op.execute(statement)
     # Where the comparison with each provider's statement has come to, and who is at it until when.
     op.execute(
         """
