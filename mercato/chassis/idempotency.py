@@ -6,6 +6,7 @@ transaction of the change itself:
     recall    before any work: the answers that are there already
     claim     first statement of the transaction: takes the keys; a simultaneous twin waits here until we are done
     remember  last statement: stores the answers
+    release   instead of it: gives back keys whose requests were refused after all, beside others that were not
 
 Because claim, change and answer commit together, there is no row "in progress" that a crash could leave behind: a
 crash leaves nothing, and the client's retry runs as if it were the first. Answers are kept for a day; what must never
@@ -160,6 +161,25 @@ async def remember(tx: Tx, operation: str, done: Sequence[Keyed], answers: Seque
         [d.principal for d in done],
         [d.key for d in done],
         list(answers),
+    )
+
+
+async def release(tx: Tx, operation: str, refused: Sequence[Keyed]) -> None:
+    """Gives back keys that this transaction has claimed. A twin that waits for one takes it after the commit."""
+    await tx.execute(
+        """
+        DELETE FROM idempotency
+         WHERE ctid IN (
+            SELECT claimed.ctid
+              FROM unnest($2::text[], $3::text[]) AS r (principal, key)
+             CROSS JOIN LATERAL (
+                SELECT ctid FROM idempotency WHERE principal = r.principal AND operation = $1 AND key = r.key LIMIT 1
+             ) claimed
+         )
+        """,
+        operation,
+        [r.principal for r in refused],
+        [r.key for r in refused],
     )
 
 

@@ -99,7 +99,11 @@ class Level(Message):
     updated_at: datetime.datetime | None
     """None for a product that nobody has ever counted."""
     version: int
-    """0 for a product that nobody has ever counted."""
+    """0 for a product that nobody has ever counted.
+
+    Requests that are served together make one new version of a level. Where two of them concern one product, each is
+    answered with the pieces that were there right after it, and all that have changed it with that one version.
+    """
 
 
 class GetLevel(Message):
@@ -107,7 +111,11 @@ class GetLevel(Message):
 
 
 class SetLevel(Message):
-    """What was counted. With `version`, only if the level still has it."""
+    """What was counted. With `version`, only if the level still has it.
+
+    The answer is the level right after this request, at the version that its batch makes of it (see `Level.version`).
+    Of two with one `version` in one batch the second is stale, if the first has changed anything.
+    """
 
     product_id: ProductId
     on_hand: OnHand
@@ -116,7 +124,7 @@ class SetLevel(Message):
 
 
 class AdjustLevel(Message):
-    """So many pieces more, or fewer. Once for each `idempotency_key`, for ever."""
+    """So many pieces more, or fewer. Once for each `idempotency_key`, for ever; one that was refused leaves it free."""
 
     product_id: ProductId
     delta: Annotated[int, Meta(ge=-ON_HAND_LIMIT, le=ON_HAND_LIMIT)]
@@ -127,7 +135,10 @@ class AdjustLevel(Message):
 
 class AdjustedLevel(Message):
     level: Level
-    """As it was right after this adjustment, also when the answer is replayed within a day; as it is by then later."""
+    """As it was right after this adjustment, also when the answer is replayed within a day; as it is by then later.
+
+    At the version that its batch made of it: see `Level.version`.
+    """
     replayed: bool = False
 
 
@@ -236,8 +247,8 @@ class Inventory(Contract, name="inventory"):
     commit = batched(CommitStock, Reservation, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
     release = batched(ReleaseStock, Reservation, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
     restock = batched(ReturnStock, Reservation, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
-    set = single(SetLevel, Level, allow=STAFF_ONLY)
-    adjust = single(AdjustLevel, AdjustedLevel, allow=STAFF_ONLY, retry=Retry.KEYED)
+    set = batched(SetLevel, Level, allow=STAFF_ONLY, size=256)
+    adjust = batched(AdjustLevel, AdjustedLevel, allow=STAFF_ONLY, size=256, retry=Retry.KEYED)
     levels = batched(GetLevel, Level, allow=EVERYBODY, retry=Retry.SAFE)
     list = single(ListLevels, LevelPage, allow=STAFF_ONLY, retry=Retry.SAFE)
     trace = single(TraceStock, StockTrace, allow=STAFF_ONLY, retry=Retry.SAFE)

@@ -106,6 +106,17 @@ async def test_when_the_first_rolls_back_the_twin_does_it(database: Database):
     assert await twin == {("customer:1", "a")}
 
 
+async def test_a_key_that_is_given_back_is_taken_by_the_twin_that_waits(database: Database):
+    async with database.transaction() as tx:
+        await idempotency.claim(tx, OPERATION, [keyed("a"), keyed("b")])
+        twin = asyncio.create_task(do(database, [keyed("a", fingerprint=b"two"), keyed("b")]))
+        await waits_for_a_lock(database)
+        await idempotency.release(tx, OPERATION, [keyed("a")])
+        await idempotency.remember(tx, OPERATION, [keyed("b")], [b"first"])
+    assert await twin == {("customer:1", "a")}
+    assert await recall(database, keyed("a", fingerprint=b"two"), keyed("b")) == [b"answera", b"first"]
+
+
 async def test_a_twin_that_waits_too_long_gives_up_and_leaves_nothing(database: Database):
     async with database.transaction() as tx:
         await idempotency.claim(tx, OPERATION, [keyed("a")])

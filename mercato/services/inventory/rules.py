@@ -127,16 +127,16 @@ def check_lines(lines: Sequence[StockLine]) -> InvalidRequest | None:
     return InvalidRequest(errors=errors) if errors else None
 
 
-def check_delta(delta: int) -> None:
-    """Raises `InvalidRequest`."""
+def check_delta(delta: int) -> InvalidRequest | None:
     if delta == 0:
-        raise InvalidRequest(errors=(FieldError(field="delta", message="is 0: that changes nothing"),))
+        return InvalidRequest(errors=(FieldError(field="delta", message="is 0: that changes nothing"),))
+    return None
 
 
-def check_version(expected: int | None, actual: int) -> None:
-    """Raises `StaleVersion`."""
+def check_version(expected: int | None, actual: int) -> StaleVersion | None:
     if expected is not None and expected != actual:
-        raise StaleVersion(expected=expected, actual=actual)
+        return StaleVersion(expected=expected, actual=actual)
+    return None
 
 
 def never_counted(product_id: int) -> Level:
@@ -288,14 +288,29 @@ class Books:
 
     # ---------------------------------------------------------------------------------------------------------- levels
 
-    def count(self, movement: Movement) -> None:
-        """What somebody counted, received or wrote off. Raises `BelowReserved`; beyond the limit `InvalidRequest`."""
+    def level(self, product_id: int) -> Level:
+        """As it is by now. One that was counted in this batch has the version that the batch will make of it."""
+        before = self._level(product_id)
+        on_hand, reserved = before.on_hand + self._on_hand[product_id], before.reserved + self._reserved[product_id]
+        return Level(
+            product_id=product_id,
+            on_hand=on_hand,
+            reserved=reserved,
+            available=on_hand - reserved,
+            updated_at=before.updated_at,
+            version=before.version + 1 if product_id in self._counted else before.version,
+        )
+
+    def count(self, movement: Movement) -> Level:
+        """What somebody counted, received or wrote off; gives the level as it is then.
+
+        Raises `BelowReserved`; beyond the limit `InvalidRequest`.
+        """
         product_id = movement.product_id
-        level = self._level(product_id)
-        wanted = level.on_hand + self._on_hand[product_id] + movement.delta
-        reserved = level.reserved + self._reserved[product_id]
-        if wanted < reserved:
-            raise BelowReserved(product_id=product_id, wanted=wanted, reserved=reserved)
+        level = self.level(product_id)
+        wanted = level.on_hand + movement.delta
+        if wanted < level.reserved:
+            raise BelowReserved(product_id=product_id, wanted=wanted, reserved=level.reserved)
         if wanted > ON_HAND_LIMIT:
             message = f"would make {wanted} pieces; {ON_HAND_LIMIT} is the most"
             raise InvalidRequest(errors=(FieldError(field="delta", message=message),))
@@ -303,7 +318,8 @@ class Books:
         self._counted.add(product_id)
         self._movements.append(movement)
         told = StockLevelSet(product_id=product_id, delta=movement.delta, on_hand=wanted, reason=movement.reason)
-        self._tell_level("stock.adjusted", level, told)
+        self._tell_level("stock.adjusted", self._level(product_id), told)
+        return self.level(product_id)
 
     def _level(self, product_id: int) -> Level:
         return self._before.get(product_id) or never_counted(product_id)
@@ -324,6 +340,8 @@ class Books:
 
     def close(self) -> Plan:
         """Everything that has changed. A level that is as it was before the batch has not."""
+        uncounted = [i for i, level in self._before.items() if level.version == 0 and i not in self._counted]
+        assert not uncounted, f"levels of {uncounted} were made for nothing: version 0 is never committed"
         shifts = self._shifts()
         self._tell_of_availability(shifts)
         return Plan(

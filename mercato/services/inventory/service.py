@@ -53,11 +53,11 @@ class InventoryService:
     async def restock(self, batch: Batch[ReturnStock]) -> Sequence[Reservation | ServiceError]:
         return await self._reserving.restock(batch)
 
-    async def set(self, request: SetLevel) -> Level:
-        return await self._counting.set(request)
+    async def set(self, batch: Batch[SetLevel]) -> Sequence[Level | ServiceError]:
+        return await self._counting.set(batch)
 
-    async def adjust(self, request: AdjustLevel) -> AdjustedLevel:
-        return await self._counting.adjust(request)
+    async def adjust(self, batch: Batch[AdjustLevel]) -> Sequence[AdjustedLevel | ServiceError]:
+        return await self._counting.adjust(batch)
 
     async def levels(self, batch: Batch[GetLevel]) -> Sequence[Level | ServiceError]:
         """A product that nobody has ever counted has nothing; whether there is such a product, products knows."""

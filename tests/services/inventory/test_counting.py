@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import asyncpg
 import pytest
@@ -18,23 +18,26 @@ from mercato.chassis.contract import (
     Internal,
     InvalidRequest,
     RequestInProgress,
+    ServiceError,
     StaleVersion,
     Unavailable,
 )
 from mercato.chassis.faults import Fault
+from mercato.chassis.testing import Cluster, Rig
 from mercato.contracts.inventory import (
     ON_HAND_LIMIT,
     AdjustedLevel,
     AdjustLevel,
     BelowReserved,
     GetLevel,
+    Inventory,
     Level,
     ListLevels,
     SetLevel,
 )
 from mercato.contracts.products import ProductNotFound
 from mercato.services.inventory import demo
-from services.inventory.world import LAMP, MUG, STAFF, UNKNOWN, World
+from services.inventory.world import LAMP, MUG, STAFF, UNKNOWN, World, opened
 
 Plant = Callable[[str, Fault], Callable[[], None]]
 
@@ -52,6 +55,34 @@ async def adjust(world: World, request: AdjustLevel, actor: Actor = STAFF) -> Ad
 async def count(world: World, on_hand: int, version: int | None = None) -> Level:
     with world.acting(STAFF):
         return await world.inventory.set(SetLevel(product_id=MUG, on_hand=on_hand, version=version))
+
+
+async def adjust_many(world: World, *requests: AdjustLevel) -> Sequence[AdjustedLevel | ServiceError]:
+    """One batch."""
+    with world.acting(STAFF):
+        return await world.inventory.adjust.many(requests)
+
+
+async def count_many(world: World, *requests: SetLevel) -> Sequence[Level | ServiceError]:
+    """One batch."""
+    with world.acting(STAFF):
+        return await world.inventory.set.many(requests)
+
+
+def counting(on_hand: int, version: int | None = None, *, product_id: int = MUG) -> SetLevel:
+    return SetLevel(product_id=product_id, on_hand=on_hand, version=version)
+
+
+async def let_a_day_pass(world: World) -> None:
+    """All stored answers are gone."""
+    await (await world.connection()).execute("UPDATE idempotency SET expires_at = now() - interval '1 hour'")
+    async with world.database.transaction() as tx:
+        assert await idempotency.reap(tx) > 0
+
+
+async def transactions(world: World) -> int:
+    """In how many transactions everything that has moved was written."""
+    return (await world.values("SELECT count(DISTINCT xmin::text) FROM movements"))[0]
 
 
 # --------------------------------------------------------------------------------------------------------------- set
@@ -108,9 +139,10 @@ async def test_promised_pieces_are_not_counted_away(world: World):
 
 
 async def test_of_two_first_counts_at_once_both_are_told_and_one_is_last(world: World):
+    other = await world.another_rig()
+    clients = [world.inventory, other.client(Inventory)]
     with world.acting(STAFF):
-        counts = [SetLevel(product_id=MUG, on_hand=n) for n in (3, 4)]
-        levels = await asyncio.gather(*(world.inventory.set(c) for c in counts))
+        levels = await asyncio.gather(*(c.set(counting(n)) for c, n in zip(clients, (3, 4), strict=True)))
 
     assert sorted(level.version for level in levels) == [1, 2]
     assert sum(delta for _, delta in await world.movements()) == (await world.level()).on_hand
@@ -153,9 +185,7 @@ async def test_keys_belong_to_whoever_sent_them(world: World):
 
 async def test_a_key_is_used_once_for_ever_also_when_its_answer_is_gone(world: World):
     await adjust(world, adjusting(5))
-    await (await world.connection()).execute("UPDATE idempotency SET expires_at = now() - interval '1 hour'")
-    async with world.database.transaction() as tx:
-        assert await idempotency.reap(tx) == 1
+    await let_a_day_pass(world)
     await count(world, 8)
     with pytest.raises(IdempotencyKeyReused):
         await adjust(world, adjusting(6))
@@ -261,6 +291,222 @@ async def test_what_has_moved_stays_as_it_was_written(world: World, statement: s
         await (await world.connection()).execute(statement)
 
     assert await world.movements() == [("receipt", 5)]
+
+
+# ----------------------------------------------------------------------------------------------------------- batches
+
+
+async def test_thousands_are_counted_a_batch_at_a_time_and_not_one_by_one(world: World):
+    world.products.known = set(range(1, 513))
+    heard = await count_many(world, *(counting(i, product_id=i) for i in range(1, 513)))
+    more = await adjust_many(world, *(adjusting(1, f"k{i}", product_id=i) for i in range(1, 513)))
+
+    assert [level.on_hand for level in heard if isinstance(level, Level)] == list(range(1, 513))
+    assert [m.level.on_hand for m in more if isinstance(m, AdjustedLevel)] == list(range(2, 514))
+    assert await transactions(world) == 4
+
+
+async def test_each_count_of_a_batch_has_its_own_answer_or_its_own_error(world: World):
+    await world.stock(mug=5, p3=9)
+    await world.reserve(7, mug=3)
+    heard = await count_many(
+        world,
+        counting(2),
+        counting(8, product_id=LAMP),
+        counting(1, product_id=UNKNOWN),
+        counting(4, version=2, product_id=4),
+        counting(7, version=9, product_id=3),
+        counting(6, version=1, product_id=3),
+        counting(0, product_id=5),
+    )
+
+    assert [type(h) for h in heard] == [BelowReserved, Level, ProductNotFound, StaleVersion, StaleVersion, Level, Level]
+    assert [(h.product_id, h.on_hand, h.version) for h in heard if isinstance(h, Level)] == [
+        (LAMP, 8, 1), (3, 6, 2), (5, 0, 1)
+    ]  # fmt: skip
+    assert [(h.expected, h.actual) for h in heard if isinstance(h, StaleVersion)] == [(2, 0), (9, 1)]
+    assert await transactions(world) == 3, "two before, and one for the batch"
+    assert await world.values("SELECT product_id FROM levels ORDER BY 1") == [MUG, LAMP, 3, 5]
+    assert await world.pieces() == (5, 3)
+
+
+async def test_each_adjustment_of_a_batch_has_its_own_answer_or_its_own_error(world: World):
+    await adjust(world, adjusting(1, "used"))
+    heard = await adjust_many(
+        world,
+        adjusting(4, "a"),
+        adjusting(-9, "b"),
+        adjusting(1, "c", product_id=UNKNOWN),
+        adjusting(0, "d"),
+        adjusting(9, "used"),
+        adjusting(1, "used"),
+        adjusting(-1, "e", product_id=3),
+        adjusting(ON_HAND_LIMIT, "f"),
+        adjusting(2, "g", product_id=LAMP),
+    )
+
+    assert [type(h) for h in heard] == [
+        AdjustedLevel, BelowReserved, ProductNotFound, InvalidRequest, IdempotencyKeyReused, AdjustedLevel,
+        BelowReserved, InvalidRequest, AdjustedLevel,
+    ]  # fmt: skip
+    assert [(h.level.on_hand, h.replayed) for h in heard if isinstance(h, AdjustedLevel)] == [
+        (5, False), (1, True), (2, False)
+    ]  # fmt: skip
+    assert await world.movements() == [("receipt", 1), ("receipt", 4)]
+    assert await transactions(world) == 2, "one before, and one for the batch"
+    assert await world.values("SELECT product_id FROM levels ORDER BY 1") == [MUG, LAMP]
+    assert await world.values("SELECT key FROM idempotency ORDER BY 1") == ["a", "g", "used"]
+
+
+async def test_a_key_that_was_refused_in_a_batch_is_free_again(world: World):
+    refused, _ = await adjust_many(world, adjusting(-9, "key"), adjusting(5, "other"))
+    assert isinstance(refused, BelowReserved)
+    assert not (await adjust(world, adjusting(-4, "key"))).replayed
+
+
+async def test_each_request_of_a_batch_is_its_own_callers(world: World):
+    heard = await asyncio.gather(*(adjust(world, adjusting(5), Actor("staff", i)) for i in (1, 2, 1)))
+
+    assert [(h.level.on_hand, h.replayed) for h in heard] == [(5, False), (10, False), (5, True)]
+    assert await world.values("SELECT actor_id FROM movements ORDER BY id") == [1, 2]
+    assert await transactions(world) == 1
+
+
+async def test_twins_in_one_batch_adjust_once(world: World):
+    first, twin, other, neighbour = await adjust_many(
+        world, adjusting(5), adjusting(5), adjusting(6), adjusting(2, "another")
+    )
+
+    assert isinstance(first, AdjustedLevel)
+    assert isinstance(twin, AdjustedLevel)
+    assert (twin.level, first.replayed, twin.replayed) == (first.level, False, True)
+    assert isinstance(other, IdempotencyKeyReused)
+    assert isinstance(neighbour, AdjustedLevel)
+    assert (first.level.on_hand, neighbour.level.on_hand) == (5, 7)
+    assert await world.movements() == [("receipt", 5), ("receipt", 2)]
+    assert await adjust(world, adjusting(5)) == twin
+
+
+async def test_twins_in_one_batch_are_refused_alike(world: World):
+    heard = await adjust_many(world, adjusting(-1), adjusting(-1), adjusting(5))
+
+    assert [type(h) for h in heard] == [BelowReserved, BelowReserved, IdempotencyKeyReused]
+    assert heard[0] is not heard[1]
+    assert await world.movements() == []
+
+
+async def test_two_counts_of_one_product_in_one_batch_make_one_version(world: World):
+    first, second, same = await count_many(world, counting(5), counting(3), counting(3))
+
+    assert isinstance(first, Level)
+    assert isinstance(second, Level)
+    assert (first.on_hand, first.available, first.version) == (5, 5, 1)
+    assert (second.on_hand, second.available, second.version) == (3, 3, 1)
+    assert first.updated_at == second.updated_at
+    assert same == second == await world.level()
+    assert await world.movements() == [("receipt", 5), ("adjustment", -2)]
+    assert await world.told("product", MUG) == [("stock.adjusted", 1), ("stock.adjusted", 1), ("stock.available", 1)]
+
+
+async def test_two_adjustments_of_one_product_in_one_batch_see_what_the_first_has_left(world: World):
+    await world.stock(mug=2)
+    await world.reserve(7, mug=1)
+    more, fewer, too_many = await adjust_many(world, adjusting(3, "a"), adjusting(-2, "b"), adjusting(-3, "c"))
+
+    assert isinstance(more, AdjustedLevel)
+    assert isinstance(fewer, AdjustedLevel)
+    assert (more.level.on_hand, more.level.available, more.level.version) == (5, 4, 3)
+    assert (fewer.level.on_hand, fewer.level.available, fewer.level.version) == (3, 2, 3)
+    assert fewer.level == await world.level()
+    assert isinstance(too_many, BelowReserved)
+    assert (too_many.wanted, too_many.reserved) == (0, 1)
+
+
+async def test_of_two_counts_of_one_version_in_one_batch_the_second_is_stale(world: World):
+    seen = await count(world, 5)
+    same, first, second = await count_many(
+        world, counting(5, version=1), counting(4, version=1), counting(6, version=1)
+    )
+
+    assert same == seen, "it has changed nothing, and what comes after it has not happened yet"
+    assert isinstance(first, Level)
+    assert isinstance(second, StaleVersion)
+    assert (first.on_hand, first.version) == (4, 2)
+    assert (second.expected, second.actual) == (1, 2)
+    assert await world.level() == first
+
+
+@pytest.mark.parametrize("counted", [False, True])
+async def test_batches_in_opposite_orders_do_not_wait_for_each_other_for_ever(world: World, counted: bool):
+    """Both come to the lamp, which a third one holds. Taken as they come, each would then wait for what the other has.
+
+    PostgreSQL would end one of them, and its requests would run one by one, in transactions of their own.
+    """
+    if counted:
+        await count_many(world, *(counting(1, product_id=i) for i in (MUG, LAMP, 3)))
+    before = await transactions(world)
+    holder = await world.connection()
+    held = holder.transaction()
+    await held.start()
+    await holder.execute(
+        "SELECT 1 FROM levels WHERE product_id = 2 FOR UPDATE"
+        if counted
+        else "INSERT INTO levels (product_id) VALUES (2)"
+    )
+    sets = asyncio.create_task(count_many(world, *(counting(7, product_id=i) for i in (MUG, LAMP, 3))))
+    await world.until_waiting(1)
+    adjusts = asyncio.create_task(adjust_many(world, *(adjusting(2, f"k{i}", product_id=i) for i in (3, LAMP, MUG))))
+    await world.until_waiting(2)
+    await held.rollback()
+    heard = [*(await sets), *(await adjusts)]
+
+    assert [h for h in heard if isinstance(h, ServiceError)] == []
+    assert await transactions(world) == before + 2
+
+
+async def test_a_key_used_longer_than_a_day_ago_is_known_inside_a_batch(world: World):
+    await adjust(world, adjusting(5, "old"))
+    await let_a_day_pass(world)
+    new, reused, old, twin = await adjust_many(
+        world, adjusting(2, "new"), adjusting(6, "old"), adjusting(5, "old"), adjusting(5, "old")
+    )
+
+    assert isinstance(new, AdjustedLevel)
+    assert isinstance(reused, IdempotencyKeyReused)
+    assert old == twin == AdjustedLevel(level=new.level, replayed=True), "as it is by then"
+    assert new.level.on_hand == 7
+    assert await adjust(world, adjusting(5, "old")) == old
+    assert await world.movements() == [("receipt", 5), ("receipt", 2)]
+
+
+async def test_the_key_of_an_old_adjustment_starts_no_level_elsewhere(world: World):
+    await adjust(world, adjusting(5, "old"))
+    await let_a_day_pass(world)
+    elsewhere, _ = await adjust_many(world, adjusting(5, "old", product_id=LAMP), adjusting(1, "new"))
+
+    assert isinstance(elsewhere, IdempotencyKeyReused)
+    assert await world.values("SELECT product_id FROM levels") == [MUG]
+
+
+async def test_a_key_that_is_being_used_for_too_long_holds_up_no_neighbour(cluster: Cluster):
+    """Over `local` alone: each time that the key is waited for takes seconds, and `wire` would do so twice as often."""
+    rig = Rig(cluster, "local")
+    async with opened(rig) as world:
+        holder = await world.connection()
+        async with holder.transaction():
+            await holder.execute(
+                """
+                INSERT INTO idempotency (principal, operation, key, fingerprint, expires_at)
+                VALUES ('user:9', 'inventory.adjust', 'key', '', now() + interval '1 hour')
+                """
+            )
+            held, neighbour = await adjust_many(world, adjusting(5), adjusting(2, "another"))
+            await holder.execute("DELETE FROM idempotency WHERE key = 'key'")
+
+        assert isinstance(held, RequestInProgress)
+        assert isinstance(neighbour, AdjustedLevel)
+        assert await world.movements() == [("receipt", 2)]
+    await rig.close()
 
 
 # ----------------------------------------------------------------------------------------------------- levels, list
