@@ -153,6 +153,22 @@ class SagaWorld:
         async with self.database.transaction() as tx:
             await tx.execute(sql)
 
+    async def until_waiting(self, count: int) -> None:
+        """Waits until so many statements wait for a lock."""
+
+        async def are_waiting() -> bool:
+            async with self.database.read() as tx:
+                [waiting] = await tx.fetch_values(
+                    int,
+                    """
+                    SELECT count(*) FROM pg_stat_activity
+                     WHERE datname = current_database() AND wait_event_type = 'Lock'
+                    """,
+                )
+            return waiting >= count
+
+        await until(are_waiting)
+
     async def expire_leases(self) -> None:
         """As if their holders had been silent for long."""
         await self.execute("UPDATE sagas SET wake_at = now() - interval '1 second' WHERE wake_at IS NOT NULL")
@@ -559,15 +575,30 @@ async def test_those_of_a_batch_that_were_not_taken_over_are_saved(world: SagaWo
 async def test_batches_that_share_sagas_in_opposite_orders_do_not_deadlock(world: SagaWorld):
     sagas = await world.started(20, 60)
 
-    async def save_all(some: Sequence[Saga]) -> int:
-        async with world.database.transaction() as tx:
-            return len(await saga.save(tx, [(each, Next("bring", "", "went well")) for each in some], 60))
-
     for _ in range(5):
-        saved = await asyncio.gather(save_all(sagas), save_all(sagas[::-1]))
+        saved = await asyncio.gather(save_all(world, sagas), save_all(world, sagas[::-1]))
         assert sorted(saved) == [0, 20]
         for each in sagas:
             each.version += 1
+
+
+async def test_batches_that_meet_in_the_middle_do_not_wait_for_each_other(world: SagaWorld):
+    """Somebody holds the middle one. Locked as they come, each batch would then have what the other waits for."""
+    sagas = await world.started(3, 60)
+    saving: list[asyncio.Task[int]] = []
+    async with world.database.transaction() as tx:
+        await saga.lock(tx, sagas[1].key)
+        for some in (sagas, sagas[::-1]):
+            saving.append(asyncio.create_task(save_all(world, some)))
+            await world.until_waiting(len(saving))
+
+    assert await asyncio.gather(*saving) == [3, 0]
+
+
+async def save_all(world: SagaWorld, some: Sequence[Saga]) -> int:
+    """How many were saved."""
+    async with world.database.transaction() as tx:
+        return len(await saga.save(tx, [(each, Next("bring", "", "went well")) for each in some], 60))
 
 
 # -------------------------------------------------------------------------------------------------------------- resting

@@ -6,6 +6,9 @@ import asyncio
 from collections import Counter
 from typing import Any
 
+import asyncpg
+import pytest
+
 from mercato.chassis.contract import ServiceError
 from mercato.chassis.testing import Cluster, Rig
 from mercato.contracts.inventory import (
@@ -35,6 +38,25 @@ async def test_two_hundred_buyers_of_fifty_pieces_get_fifty(world: World):
     assert Counter(type(h) for h in heard) == {Reservation: 50, OutOfStock: 150}
     assert await world.pieces() == (50, 50)
     assert [what for what, _ in await world.told("product", MUG)].count("stock.exhausted") == 1
+
+
+async def test_two_who_come_for_the_last_piece_at_the_same_moment_are_not_both_promised_it(world: World):
+    """Both have come as far as its level before either may go on: what they could read there is true for one alone."""
+    other = await world.another_rig()
+    await world.stock(mug=1)
+    holder = await world.connection()
+    async with holder.transaction():
+        await holder.execute("SELECT 1 FROM levels FOR NO KEY UPDATE")
+        with world.acting(SHOP):
+            calls = [
+                asyncio.ensure_future(client.reserve(reserve(order_id, mug=1)))
+                for order_id, client in ((7, world.inventory), (8, other.client(Inventory)))
+            ]
+        await world.until_waiting(2)
+    heard = await asyncio.gather(*calls, return_exceptions=True)
+
+    assert Counter(type(h) for h in heard) == {Reservation: 1, OutOfStock: 1}
+    assert await world.pieces() == (1, 1)
 
 
 async def test_carts_in_opposite_orders_do_not_wait_for_each_other_for_ever(world: World):
@@ -138,6 +160,14 @@ async def test_pieces_are_taken_only_where_there_are_so_many_whatever_the_caller
         await store.shift_levels(tx, [Shift(LAMP, 0, -3)])
 
 
+async def test_the_check_of_levels_is_a_lock_of_its_own(world: World):
+    """Whatever writes there, and however: no more is promised than there is."""
+    await world.stock(mug=3)
+
+    with pytest.raises(asyncpg.CheckViolationError, match="levels_reserved_within_on_hand"):
+        await (await world.connection()).execute("UPDATE levels SET reserved = 4")
+
+
 async def test_a_reservation_that_was_changed_by_somebody_else_is_not_changed(world: World):
     await world.stock(mug=3)
     await world.reserve(7, mug=1)
@@ -165,6 +195,37 @@ async def test_locks_are_taken_in_ascending_order(world: World):
             await world.until_waiting()
             assert await free(world, table, key) == [2, 3]
         assert await task == ([1, 2, 3], [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "lock"),
+    [
+        ("reservations", "order_id", store.lock_reservations),
+        ("levels", "product_id", store.lock_levels),
+    ],
+    ids=["reservations", "levels"],
+)
+async def test_who_names_the_same_rows_the_other_way_round_waits_and_does_not_deadlock(
+    world: World, table: str, key: str, lock: Any
+):
+    """Somebody holds the middle one. Locked as they are named, each of the two would have what the other waits for."""
+    await world.stock(mug=3, lamp=3, p3=3)
+    for order_id in (1, 2, 3):
+        await world.reserve(order_id, mug=1)
+
+    async def lock_all(ids: list[int]) -> int:
+        async with world.database.transaction() as tx:
+            return len(await lock(tx, ids))
+
+    holder = await world.connection()
+    locking: list[asyncio.Task[int]] = []
+    async with holder.transaction():
+        await holder.execute(f"SELECT 1 FROM {table} WHERE {key} = 2 FOR UPDATE")
+        for ids in ([1, 2, 3], [3, 2, 1]):
+            locking.append(asyncio.create_task(lock_all(ids)))
+            await world.until_waiting(len(locking))
+
+    assert await asyncio.gather(*locking) == [3, 3]
 
 
 async def free(world: World, table: str, key: str) -> list[Any]:
