@@ -32,7 +32,7 @@ BROKEN := $(shell [ -x $(PY) ] && $(PY) -I -c '$(SERVES_HERE)' 2>/dev/null || ec
 
 .PHONY: help
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: up
 up: $(VENV)/.runtime ## start the shop on this machine (ARGS="--port 9000")
@@ -70,6 +70,10 @@ bench: $(VENV)/.dev ## load POST /orders with wrk and check every answer (ARGS="
 .PHONY: chaos
 chaos: $(VENV)/.dev ## kill a loaded shop at random, then audit it (SECONDS=60 SEED= ARGS="--json")
 	@$(RUN) bench.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+.PHONY: safeguards
+safeguards: $(VENV)/.dev ## take each safeguard away in a copy, and see a test miss it (ARGS="inbox", ARGS=--list)
+	@$(RUN) bench.safeguards $(ARGS)
 
 .PHONY: lock
 lock: $(VENV)/.dev ## recompile the pins in requirements/ (ARGS=--upgrade for newer versions)

@@ -1,0 +1,198 @@
+"""The table of safeguards fits the code and the tests that there are, and what nothing misses is called so."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import pytest
+
+from bench.safeguards.__main__ import main
+from bench.safeguards.table import INBOX, SAFEGUARDS, Edit, Safeguard
+from bench.safeguards.trial import CannotTell, Heard, edited, judge
+from bench.safeguards.witness import Seen
+from support.process import ROOT, clean_environment, command_line, process_table
+
+RED: Final = "tests/test_it.py::test_red"
+GREEN: Final = "tests/test_it.py::test_green"
+GUARD: Final = Safeguard("guard", "Nobody is at the gate.", (), red=(RED,), green=GREEN)
+OF_FAULTS: Final = "tests/chassis/test_faults.py"
+IDLE: Final = Safeguard(
+    "idle",
+    "A sentence is gone, and no test reads it.",
+    (Edit("mercato/chassis/faults.py", "Named fault points: places where a test lets the power fail.", ""),),
+    red=(f"{OF_FAULTS}::test_a_planted_fault_happens_until_it_is_removed",),
+    green=f"{OF_FAULTS}::test_nothing_can_be_planted_where_nobody_declared_a_point",
+)
+MISSED: Final = Seen("call", "AssertionError", "assert 2 == 1")
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize("safeguard", SAFEGUARDS, ids=lambda safeguard: safeguard.name)
+def test_what_is_taken_away_is_there_and_what_is_left_is_code(safeguard: Safeguard):
+    for file, text in edited(safeguard, ROOT).items():
+        assert text != (ROOT / file).read_text()
+        ast.parse(text)
+
+
+def test_every_named_test_exists():
+    tests = sorted({test for safeguard in SAFEGUARDS for test in (*safeguard.red, safeguard.green)})
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *tests],
+        cwd=ROOT,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_safeguard_has_a_name_of_its_own_and_tests_that_miss_it():
+    assert [name for name, count in Counter(s.name for s in SAFEGUARDS).items() if count > 1] == []
+    assert [s.name for s in SAFEGUARDS if not s.edits or not s.red or s.green in s.red] == []
+
+
+@pytest.mark.parametrize("text", ["", "guard guard", None])
+def test_an_edit_that_does_not_fit_is_named_with_its_file(tmp_path: Path, text: str | None):
+    if text is not None:
+        (tmp_path / "gate.py").write_text(text)
+    broken = Safeguard("at-the-gate", "", (Edit("gate.py", "guard", ""),), red=(RED,), green=GREEN)
+
+    with pytest.raises(CannotTell, match=r"at-the-gate: .* times in gate\.py, not once"):
+        edited(broken, tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------- the verdict
+
+
+@pytest.mark.parametrize(
+    ("red", "green", "wrong"),
+    [
+        (Seen(), Seen(), "test_red passes without it"),
+        (Seen("setup", "Unavailable", "no database"), Seen(), "test_red failed in its setup with no database"),
+        (Seen("call", "NameError", "no `rows`"), Seen(), "test_red failed in its call with no `rows`"),
+        (Seen("teardown", "AssertionError", "left over"), Seen(), "test_red failed in its teardown"),
+        (Seen("skipped", "Skipped", "not today"), Seen(), "test_red was skipped"),
+        (MISSED, MISSED, "test_green fails as well"),
+    ],
+)
+def test_what_does_not_count_as_missed_says_why(red: Seen, green: Seen, wrong: str):
+    finding = judge(GUARD, Heard("", {RED: red, GREEN: green}, 1.0))
+
+    assert not finding.missed
+    assert wrong in finding.wrong
+
+
+def test_a_test_that_fails_because_of_it_has_missed_it():
+    finding = judge(GUARD, Heard("", {RED: MISSED, GREEN: Seen()}, 1.0))
+
+    assert finding.missed
+    assert finding.said == {RED: "assert 2 == 1"}
+
+
+def test_a_run_that_says_nothing_is_no_verdict():
+    finding = judge(GUARD, Heard("the tests did not end.", {}, 1.0))
+
+    assert (finding.missed, finding.wrong) == (False, "the tests did not end.")
+
+
+def test_a_name_that_there_is_not_is_an_error_of_one_sentence(capsys: pytest.CaptureFixture[str]):
+    assert main(["inbox", "moat"]) == 2
+
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("safeguards: There is no safeguard 'moat'; there are inbox, ")
+    assert said.err.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ real runs
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """Where a command has its temporary files. Its path is short: there are sockets below it."""
+    folder = Path(tempfile.mkdtemp(prefix="safe-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def command(temporary: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "bench.safeguards", *arguments],
+        cwd=ROOT,
+        env={**clean_environment(), "TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def assert_nothing_is_left(temporary: Path) -> None:
+    assert list(temporary.iterdir()) == []
+    assert [line for pid in process_table() if str(temporary) in (line := command_line(pid))] == []
+
+
+@pytest.mark.slow
+def test_the_command_takes_a_safeguard_away_and_finds_it_missed(temporary: Path):
+    before = (ROOT / INBOX).read_text()
+
+    with command(temporary, "--json", "inbox") as process:
+        out, err = process.communicate()
+
+    assert process.returncode == 0, out + err
+    result = json.loads(out)
+    assert result["ok"]
+    [inbox] = result["safeguards"]
+    assert inbox["wrong"] == ""
+    assert len(inbox["said"]) == 2
+    assert (ROOT / INBOX).read_text() == before
+    assert_nothing_is_left(temporary)
+
+
+@pytest.mark.slow
+def test_a_safeguard_that_nothing_misses_is_a_failure(capsys: pytest.CaptureFixture[str]):
+    assert main(["--json"], (IDLE,)) == 1
+
+    result = json.loads(capsys.readouterr().out)
+    assert not result["ok"]
+    assert "passes without it" in result["safeguards"][0]["wrong"]
+
+
+@pytest.mark.slow
+def test_a_test_that_cannot_be_run_with_everything_in_place_proves_nothing(capsys: pytest.CaptureFixture[str]):
+    lost = msgspec.structs.replace(IDLE, red=(f"{OF_FAULTS}::test_that_nobody_has_written",))
+
+    assert main(["--json"], (lost,)) == 2
+
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "With all safeguards in place, not all tests ran" in said.err
+
+
+@pytest.mark.slow
+def test_who_stops_it_finds_no_file_and_no_process(temporary: Path):
+    with command(temporary, "inbox") as process:
+        assert process.stdout
+        while "[ 1/1]" not in (line := process.stdout.readline()):
+            assert line, "it ended before it had begun"
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate()
+
+    assert (process.returncode, err.strip()) == (130, "stopped")
+    assert_nothing_is_left(temporary)
