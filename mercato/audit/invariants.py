@@ -146,8 +146,9 @@ MONEY: Final = (
         "M5",
         "money",
         "settled",
-        "What the bank has taken for an order, less what it gave back, is what the order says",
-        # A refund that is under way may have happened at the bank or not: between the two, both are right.
+        "What the bank has taken for an order, less what it gave back, is what the order says; nothing, if cancelled",
+        # A refund that is under way may have happened at the bank or not: between the two, both are right. What the
+        # bank did after `taken_at` is left out: its copy may be a moment younger than that of the orders.
         """
         SELECT o.id AS order_id, o.status, o.payment, coalesce(b.net_minor, 0) AS bank_minor, o.kept_minor
           FROM (
@@ -160,11 +161,13 @@ MONEY: Final = (
                    sum(CASE kind WHEN 'capture' THEN amount_minor WHEN 'refund' THEN -amount_minor ELSE 0 END)
                    AS net_minor
               FROM sandbox.operations
-             WHERE status = 'succeeded'
+             CROSS JOIN audit.clock c
+             WHERE status = 'succeeded' AND created_at <= c.taken_at
              GROUP BY order_id
           ) b ON b.order_id = o.id
          WHERE o.settled
-           AND coalesce(b.net_minor, 0) NOT BETWEEN o.kept_minor - o.refund_pending_minor AND o.kept_minor
+           AND (coalesce(b.net_minor, 0) NOT BETWEEN o.kept_minor - o.refund_pending_minor AND o.kept_minor
+                OR (o.status = 'cancelled' AND b.net_minor <> 0))
         """,
     ),
     Invariant(
@@ -427,7 +430,8 @@ ORDERS: Final = (
         "orders",
         "settled",
         "Every order comes to an end, and so does what is done for it, unless it waits for its payment",
-        # Ten tries of a step are more than a minute. A wait for a payment ends when its time is over: `wake_at`.
+        # Trying in vain touches the saga, moving touches the order: ten tries since its last move are too many. A wait
+        # for a payment ends when its time is over: `wake_at`.
         """
         SELECT o.id AS order_id, o.status, s.kind, s.step, s.tries, s.wake_at, o.refund_pending_minor
           FROM orders.orders o
@@ -435,14 +439,17 @@ ORDERS: Final = (
          CROSS JOIN audit.clock c
          WHERE o.status = 'pending'
            AND NOT coalesce(s.step = 'awaiting' AND s.wake_at > least(c.settled_before, c.taken_at), false)
-           AND (greatest(o.updated_at, s.updated_at) < c.settled_before OR s.tries >= 10)
+           AND o.updated_at < c.settled_before AND (s.tries >= 10 OR coalesce(s.updated_at < c.settled_before, true))
         UNION ALL
         SELECT s.subject_id, o.status, s.kind, s.step, s.tries, s.wake_at, o.refund_pending_minor
           FROM orders.sagas s
           LEFT JOIN orders.orders o ON o.id = s.subject_id
          CROSS JOIN audit.clock c
-         WHERE s.wake_at IS NOT NULL AND s.step <> 'awaiting'
-           AND (s.updated_at < c.settled_before OR s.tries >= 10)
+         WHERE CASE WHEN s.wake_at IS NOT NULL THEN s.step <> 'awaiting' OR o.status <> 'pending'
+                    -- Nobody will wake it: it must have come to its end, or wait for staff to capture.
+                    ELSE s.step NOT IN ('awaiting', 'authorized', 'done')
+                         OR (s.kind = 'checkout' AND s.step = 'done' AND o.payment = 'authorized') END
+           AND (s.updated_at < c.settled_before OR (s.tries >= 10 AND o.updated_at < c.settled_before))
            AND NOT (s.kind = 'checkout' AND coalesce(o.status = 'pending', false))
         UNION ALL
         SELECT o.id, o.status, NULL, NULL, NULL, NULL, o.refund_pending_minor
@@ -569,13 +576,17 @@ EVENTS: Final = (
         "E7",
         "events",
         "always",
-        "Every move of an order was told",
+        "Every move of an order was told, along each of its axes",
         """
-        SELECT DISTINCT h.order_id, h.version
+        SELECT h.order_id, h.version, h.axis, h.after
           FROM orders.order_history h
           JOIN audit.orders o ON o.id = h.order_id AND h.at >= o.checkout_since
          CROSS JOIN audit.clock c
-          LEFT JOIN orders.outbox e ON e.subject = 'order' AND e.subject_id = h.order_id AND e.version = h.version
+          LEFT JOIN orders.outbox e
+            ON e.subject = 'order' AND e.subject_id = h.order_id AND e.version = h.version
+           AND e.type = CASE WHEN h.before IS NULL THEN 'order.placed'
+                             WHEN h.axis = 'fulfilment' AND h.before = h.after THEN 'order.partially_returned'
+                             ELSE 'order.' || h.after END
          WHERE h.at > c.sure_after AND e.id IS NULL
         """,
     ),

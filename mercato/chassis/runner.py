@@ -29,7 +29,7 @@ LANES: Final = 2
 BACKLOG_LIMIT: Final = 2_000
 """Sagas that one process has started and not finished. Who would start more waits (`Runner.room`)."""
 STEP_SECONDS: Final = 4.0
-"""The deadline of the calls of one step: shorter than a lease, so that a step that hangs is given up before."""
+"""The deadline of the calls of one step. A lease may run out meanwhile: then somebody else does the same step."""
 SWEPT_AT_ONCE: Final = 1_000
 FIRST_PAUSE_SECONDS: Final = 0.1
 LONGEST_PAUSE_SECONDS: Final = 30.0
@@ -40,7 +40,7 @@ LONGEST_POLL_SECONDS: Final = 1.0
 log = structlog.stdlib.get_logger("mercato.saga")
 
 Step = Callable[[Sequence[Saga]], Awaitable[None]]
-"""Takes sagas that are at the same step, and saves what came of it by `Runner.save`."""
+"""Takes sagas that are at the same step, and saves what came of it by `Runner.saving`."""
 
 Decided = Sequence[tuple[Saga, Next]]
 
@@ -70,7 +70,8 @@ class Runner:
         """Lanes with nothing to do."""
         self._wanting: deque[asyncio.Future[None]] = deque()
         """Those who wait for room."""
-        self._waiters: dict[Key, list[asyncio.Future[None]]] = {}
+        self._waiters: dict[Key, list[asyncio.Future[Next | None]]] = {}
+        """Who waits for a saga of this process to leave it: where it has come to, or None where it was lost."""
         self._renewed_at = clock.monotonic()
         self._fenced = telemetry.saga_fenced.labels(database.service)
         self._taken = telemetry.saga_taken_over.labels(database.service)
@@ -100,10 +101,10 @@ class Runner:
         end, pause = self._clock.monotonic() + seconds, POLL_SECONDS
         while (left := end - self._clock.monotonic()) > 0:
             if key in self._busy:
-                waiter = asyncio.get_running_loop().create_future()
+                waiter: asyncio.Future[Next | None] = asyncio.get_running_loop().create_future()
                 self._waiters.setdefault(key, []).append(waiter)
                 await asyncio.wait([waiter], timeout=left)
-                if not waiter.done():
+                if not waiter.done() or _rests(waiter.result(), resting):
                     return
             async with self._database.read() as tx:
                 if not await is_running(tx, key, resting):
@@ -124,8 +125,11 @@ class Runner:
         for saga, came_to in decided:
             if (saga.key, saga.epoch) in kept:
                 saga.advance(came_to)
+                if not saga.live:
+                    self._let_go(saga, came_to)
             else:
                 saga.live = False
+                self._let_go(saga, None)
         if fenced := len(decided) - len(kept):
             self._fenced.inc(fenced)
             log.warning("saga_fenced", service=self._database.service, count=fenced)
@@ -145,7 +149,8 @@ class Runner:
             try:
                 await self._drive_batch([saga for saga in batch if saga.live])
             finally:
-                self._leave(batch)
+                for saga in batch:
+                    self._let_go(saga, None)
 
     async def _sweep(self) -> None:
         """Keeps the leases of what this process drives, and takes over what nobody drives any more."""
@@ -159,11 +164,10 @@ class Runner:
         now = self._clock.monotonic()
         if not self._busy or now - self._renewed_at < self.lease_seconds / 3:
             return
-        self._renewed_at = now
-        # Those that wait for a time, or were lost, may still stand in a batch that goes on.
-        driven = [saga for saga in self._busy.values() if saga.live]
         async with self._database.transaction() as tx:
-            await renew(tx, driven, self.lease_seconds)
+            # One that could not even be postponed may still stand in a batch that goes on.
+            await renew(tx, [saga for saga in self._busy.values() if saga.live], self.lease_seconds)
+        self._renewed_at = now
 
     async def _take_over(self) -> Sequence[Saga]:
         room = min(SWEPT_AT_ONCE, BACKLOG_LIMIT - len(self._busy))
@@ -231,15 +235,19 @@ class Runner:
         wake_s = pause * (0.5 + random.random())
         return Next(saga.step, saga.state, outcome, wake_s=wake_s, tries=saga.tries + 1)
 
-    def _leave(self, batch: Sequence[Saga]) -> None:
-        for saga in batch:
-            if self._busy.get(saga.key) is saga:  # not one that was taken over again meanwhile
-                del self._busy[saga.key]
-            for waiter in self._waiters.pop(saga.key, ()):
-                if not waiter.done():
-                    waiter.set_result(None)
-        for _ in range(min(len(self._wanting), len(batch))):
-            _wake(self._wanting)
+    def _let_go(self, saga: Saga, came_to: Next | None) -> None:
+        """Its driver is done with it, at once: who waits for it does not wait for the others of its batch."""
+        if self._busy.get(saga.key) is not saga:  # it was taken over again meanwhile
+            return
+        del self._busy[saga.key]
+        for waiter in self._waiters.pop(saga.key, ()):
+            if not waiter.done():
+                waiter.set_result(came_to)
+        _wake(self._wanting)
+
+
+def _rests(came_to: Next | None, resting: Sequence[str]) -> bool:
+    return came_to is not None and (came_to.wake_s is None or came_to.step in resting)
 
 
 def _wake(sleepers: deque[asyncio.Future[None]]) -> None:

@@ -24,7 +24,7 @@ from .contract import Contract
 from .db import Database
 from .events import Subscription
 from .inbox import LocalBus, reap_forever
-from .relay import Relay
+from .relay import NOT_ITS_FAULT, Relay
 from .resilience import Breaker, BreakingTransport, State
 from .rpc import Connector, Server, Transport
 from .telemetry import Telemetry
@@ -246,6 +246,8 @@ async def _forever(name: str, loop: Callable[[], Awaitable[None]]) -> None:
     while True:
         try:
             await loop()
+        except NOT_ITS_FAULT as error:  # the database, or who was asked, is away: no trace tells more than that
+            log.warning("loop_waits", service=name, reason=str(error) or type(error).__name__)
         except Exception:  # an edge: a background loop must not end because one round failed
             log.exception("loop_failed", service=name)
         await asyncio.sleep(LOOP_PAUSE_SECONDS)

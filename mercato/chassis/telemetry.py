@@ -185,25 +185,16 @@ class Telemetry:
             "mercato_saga_retried", "Steps that have to be tried again.", ["service"], registry=registry
         )
 
-        self._named: dict[str, prometheus_client.Counter | prometheus_client.Gauge] = {}
-
-    def counter(self, name: str, meaning: str, *labels: str) -> prometheus_client.Counter:
-        """The counter of this name, which the first who asks for it makes. For what only one service counts."""
-        made = self._named.get(name)
-        if made is None:
-            made = self._named[name] = prometheus_client.Counter(name, meaning, labels, registry=self.registry)
-        assert isinstance(made, prometheus_client.Counter), f"{name} is a gauge"
-        return made
-
-    def gauge(self, name: str, meaning: str, *labels: str) -> prometheus_client.Gauge:
-        """The gauge of this name, which the first who asks for it makes. Of several workers, the latest word counts."""
-        made = self._named.get(name)
-        if made is None:
-            made = self._named[name] = prometheus_client.Gauge(
-                name, meaning, labels, registry=self.registry, multiprocess_mode="mostrecent"
-            )
-        assert isinstance(made, prometheus_client.Gauge), f"{name} is a counter"
-        return made
+        self.reconciled = prometheus_client.Counter(
+            "mercato_reconciliation_repaired", "What was wrong, and was put right.", ["kind"], registry=registry
+        )
+        self.mismatches = prometheus_client.Gauge(
+            "mercato_reconciliation_mismatches",
+            "What is wrong, and waits for somebody to look at it.",
+            ["kind"],
+            registry=registry,
+            multiprocess_mode="mostrecent",
+        )
 
     def batches(self, operation: str) -> BatchObserver:
         return BatchObserver(self, operation)

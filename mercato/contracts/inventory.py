@@ -99,11 +99,7 @@ class Level(Message):
     updated_at: datetime.datetime | None
     """None for a product that nobody has ever counted."""
     version: int
-    """0 for a product that nobody has ever counted.
-
-    Requests that are served together make one new version of a level. Where two of them concern one product, each is
-    answered with the pieces that were there right after it, and all that have changed it with that one version.
-    """
+    """0 for a product that nobody has ever counted. Each count makes one; orders that come together make one."""
 
 
 class GetLevel(Message):
@@ -111,11 +107,7 @@ class GetLevel(Message):
 
 
 class SetLevel(Message):
-    """What was counted. With `version`, only if the level still has it.
-
-    The answer is the level right after this request, at the version that its batch makes of it (see `Level.version`).
-    Of two with one `version` in one batch the second is stale, if the first has changed anything.
-    """
+    """What was counted. With `version`, only if the level still has it. The answer is the level right after it."""
 
     product_id: ProductId
     on_hand: OnHand
@@ -135,10 +127,7 @@ class AdjustLevel(Message):
 
 class AdjustedLevel(Message):
     level: Level
-    """As it was right after this adjustment, also when the answer is replayed within a day; as it is by then later.
-
-    At the version that its batch made of it: see `Level.version`.
-    """
+    """As it was right after this adjustment, also when the answer is replayed within a day; as it is by then later."""
     replayed: bool = False
 
 

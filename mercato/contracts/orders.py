@@ -314,9 +314,9 @@ class PaymentInProgress(ServiceError, code="orders.payment_in_progress", kind=Ki
 
 
 class NotPayable(ServiceError, code="orders.not_payable", kind=Kind.CONFLICT):
-    """It was sold on account, and what is left to pay is less than its total."""
+    """It was sold on account, and goods of it have come back; or staff confirmed it before shops reserved stock."""
 
-    sentence = "Goods of order {order_id} have come back; it cannot be paid as a whole any more."
+    sentence = "Order {order_id} cannot be paid as a whole: goods of it have come back, or it was sold without stock."
     order_id: int
 
 
@@ -358,7 +358,10 @@ class NotReturnable(ServiceError, code="orders.not_returnable", kind=Kind.CONFLI
 
 
 class OrderChanged(Message):
-    """`order.placed`, and `order.<state>` for each state that an axis of the order reaches: the order as it is then."""
+    """`order.placed`, and `order.<state>` for each state that an axis of the order reaches: the order as it is then.
+
+    A move along two axes at once is told as two events of one version.
+    """
 
     order_id: int
     user_id: int

@@ -136,6 +136,21 @@ PLANTED: dict[str, dict[str, str]] = {
     },
     "M5": {
         "an order claims a refund": "UPDATE orders.orders SET refunded_minor = 50 WHERE id = 1",
+        "kept for an order that is cancelled": """
+            UPDATE orders.orders SET payment = 'paid', refunded_minor = 0 WHERE id = 5;
+            DELETE FROM orders.order_history WHERE order_id = 5 AND after = 'paid';
+            UPDATE orders.order_history SET after = 'paid', before = 'authorized' WHERE after = 'refunded';
+            UPDATE orders.order_history SET version = 3 WHERE order_id = 5 AND version = 4;
+            UPDATE orders.orders SET version = 3 WHERE id = 5;
+            UPDATE orders.outbox SET version = 3 WHERE subject_id = 5 AND type = 'order.cancelled';
+            DELETE FROM sandbox.operations WHERE order_id = 5 AND kind = 'refund';
+            DELETE FROM payments.ledger_entries WHERE operation_id IN (
+                SELECT id FROM payments.operations WHERE payment_id = 5 AND kind = 'refund');
+            DELETE FROM payments.operations WHERE payment_id = 5 AND kind = 'refund';
+            UPDATE payments.payments SET refunded_minor = 0 WHERE id = 5;
+            UPDATE payments.accounts SET balance_minor = balance_minor - 100 WHERE account = 'refunds';
+            UPDATE payments.accounts SET balance_minor = balance_minor + 100 WHERE account = 'provider';
+        """,
         "an order does not know what was refunded": "UPDATE orders.orders SET refunded_minor = 99 WHERE id = 5",
     },
     "M6": {
@@ -155,14 +170,14 @@ PLANTED: dict[str, dict[str, str]] = {
         "paid": charge(90, 1, "open", 9) + bank_and_books(90, 1, "authorize", 9, payment=1, charge=90),
     },
     "M9": {
-        "everywhere": bank_and_books(90, 5, "refund", 10, payment=5, charge=5)
+        "everywhere": bank_and_books(90, 2, "refund", 710, payment=2, charge=2)
         + """
             INSERT INTO payments.ledger_entries
-            VALUES (90, 'refunds', 'debit', 10, 'USD'), (90, 'provider', 'credit', 10, 'USD');
-            UPDATE payments.accounts SET balance_minor = balance_minor + 10 WHERE account = 'refunds';
-            UPDATE payments.accounts SET balance_minor = balance_minor - 10 WHERE account = 'provider';
-            UPDATE payments.payments SET refunded_minor = refunded_minor + 10 WHERE id = 5;
-            UPDATE orders.orders SET refunded_minor = refunded_minor + 10 WHERE id = 5;
+            VALUES (90, 'refunds', 'debit', 710, 'USD'), (90, 'provider', 'credit', 710, 'USD');
+            UPDATE payments.accounts SET balance_minor = balance_minor + 710 WHERE account = 'refunds';
+            UPDATE payments.accounts SET balance_minor = balance_minor - 710 WHERE account = 'provider';
+            UPDATE payments.payments SET refunded_minor = refunded_minor + 710 WHERE id = 2;
+            UPDATE orders.orders SET refunded_minor = refunded_minor + 710 WHERE id = 2;
         """,
         "more is authorized than asked for": "UPDATE payments.payments SET authorized_minor = 501 WHERE id = 3",
         "more is about to be refunded": """
@@ -225,7 +240,8 @@ PLANTED: dict[str, dict[str, str]] = {
     },
     "O2": {
         "a move from elsewhere": """
-            UPDATE orders.order_history SET after = 'failed' WHERE order_id = 1 AND version = 2 AND axis = 'payment'
+            UPDATE orders.order_history SET after = 'failed' WHERE order_id = 1 AND version = 2 AND axis = 'payment';
+            UPDATE orders.outbox SET type = 'order.failed' WHERE subject_id = 1 AND type = 'order.authorized';
         """,
         "a version is missing": """
             UPDATE orders.order_history SET version = 3 WHERE order_id = 6 AND version = 2;
@@ -244,6 +260,12 @@ PLANTED: dict[str, dict[str, str]] = {
         "nobody ever begins": "DELETE FROM orders.sagas WHERE subject_id = 4",
         "tried in vain": f"{TRIED_IN_VAIN}, step = 'reserve' WHERE subject_id = 4",
         "confirmed and not captured": "UPDATE orders.sagas SET step = 'capture', wake_at = now() WHERE subject_id = 6",
+        "sold, and waiting": "UPDATE orders.sagas SET step = 'awaiting', wake_at = 'infinity' WHERE subject_id = 6",
+        "left in the middle": "UPDATE orders.sagas SET step = 'settle' WHERE subject_id = 6",
+        "authorized, and left": """
+            UPDATE orders.orders SET payment = 'authorized', version = 3 WHERE id = 6;
+            INSERT INTO orders.order_history VALUES (6, 3, 'payment', 'unpaid', 'authorized', '-infinity');
+        """,
         "captured in vain": f"{TRIED_IN_VAIN}, step = 'capture', wake_at = now() WHERE subject_id = 6",
         "a refund is forgotten": "UPDATE orders.orders SET refund_pending_minor = 10 WHERE id = 1",
     },
@@ -302,6 +324,10 @@ PLANTED: dict[str, dict[str, str]] = {
         "a move was not told": """
             DELETE FROM orders.outbox WHERE subject_id = 6 AND version = 2;
             DELETE FROM events.feed WHERE source = 'orders' AND subject_id = 6 AND version = 2;
+        """,
+        "one of its axes was not told": """
+            DELETE FROM orders.outbox WHERE subject_id = 1 AND type = 'order.authorized';
+            DELETE FROM events.feed WHERE source = 'orders' AND subject_id = 1 AND type = 'order.authorized';
         """,
     },
     "O5": {

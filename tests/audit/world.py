@@ -112,7 +112,10 @@ Event = tuple[int, str, str, int, int]
 
 def outboxes() -> dict[str, list[Event]]:
     orders = [
-        (order, version, moves) for order, versions in HISTORY.items() for version, moves in enumerate(versions, 1)
+        (told(*move), order, version)
+        for order, versions in HISTORY.items()
+        for version, moves in enumerate(versions, 1)
+        for move in moves
     ]
     stock = [(type_, subject, id_, version) for _, _, type_, subject, id_, version in STOCK_NEWS]
     for order, state, _ in RESERVATIONS:
@@ -122,13 +125,17 @@ def outboxes() -> dict[str, list[Event]]:
     money = [(f"payment.{kind}", "payment", payment, n)
              for payment, *_, operations in PAYMENTS for n, (kind, *_) in enumerate(operations, 2)]  # fmt: skip
     return {
-        "orders": [
-            (n, "order.placed" if version == 1 else f"order.{moves[0][2]}", "order", order, version)
-            for n, (order, version, moves) in enumerate(orders, 1)
-        ],
+        "orders": [(n, type_, "order", order, version) for n, (type_, order, version) in enumerate(orders, 1)],
         "inventory": [(n, *event) for n, event in enumerate(stock, 1)],
         "payments": [(n, *event) for n, event in enumerate(money, 1)],
     }
+
+
+def told(axis: str, before: str | None, after: str) -> str:
+    """The type of the event that a move makes."""
+    if before is None:
+        return "order.placed"
+    return "order.partially_returned" if axis == "fulfilment" and before == after else f"order.{after}"
 
 
 async def build(cluster: Cluster) -> dict[str, str]:

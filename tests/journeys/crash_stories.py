@@ -252,6 +252,25 @@ def settled(caller: Caller, begun: Begun) -> None:
     assert len(payments_of(caller, begun.order_id)) == 1, order
 
 
+def forgotten_order(shop: Shop, key: str) -> int:
+    """An order that is being paid for, and whose saga somebody has put to sleep."""
+    with shop.caller() as caller:
+        order_id = place(caller, key)
+    asleep = """
+        UPDATE sagas SET step = 'done', wake_at = NULL, updated_at = '-infinity'
+         WHERE subject_id = $1 AND step = 'awaiting'
+        RETURNING 1
+    """
+    shop.until("orders", asleep, order_id)
+    return order_id
+
+
+def carried_on(caller: Caller, order_id: int) -> None:
+    """Its hold has an end again, and it can be paid."""
+    pay(caller, f"forgotten-{order_id}", order_id=order_id)
+    await_order(caller, order_id, status="confirmed", payment="paid")
+
+
 # --------------------------------------------------------------------------------------------------------------- stock
 
 
@@ -487,6 +506,7 @@ CHECKOUT: Final = (
     *around("refund.restock", "call", take_back),
     *around("refund.refund", "call", refund),
     *around("refund.save", "commit", take_back),
+    *around("orders.reconcile", "commit", nothing, carried_on, prepare=forgotten_order),
 )
 PAYMENTS: Final = (
     *parts("payments.authorize", buy),

@@ -9,13 +9,16 @@ import msgspec
 from msgspec import Meta
 
 from mercato.chassis import idempotency
+from mercato.chassis.rounds import Rounds
 from mercato.chassis.rpc import Server
 from mercato.chassis.service import Env, Service
 from mercato.contracts.inventory import Inventory
+from mercato.contracts.orders import Orders
 from mercato.contracts.products import Products
 
 from . import demo
 from .counting import Counting
+from .reconciling import Reconciling
 from .reserving import Reserving
 from .service import InventoryService
 
@@ -24,12 +27,16 @@ LONGEST_PAUSE_SECONDS: Final = 3_600
 
 
 class Options(msgspec.Struct, frozen=True):
-    """What an operator may set: `MERCATO_INVENTORY_HOLD_SECONDS`, `MERCATO_INVENTORY_EXPIRE_EVERY_SECONDS`."""
+    """What an operator may set: `MERCATO_INVENTORY_HOLD_SECONDS` and so on."""
 
     hold_seconds: Annotated[float, Meta(gt=0, le=LONGEST_HOLD_SECONDS)] = 900.0
     """Stock is held so long for an order whose payment has not begun."""
     expire_every_seconds: Annotated[float, Meta(gt=0, le=LONGEST_PAUSE_SECONDS)] = 1.0
     """The pause between two looks for reservations whose time is over."""
+    reconcile_seconds: Annotated[float, Meta(gt=0, le=LONGEST_PAUSE_SECONDS)] = 60.0
+    """The pause between two looks for stock that is held for nobody."""
+    quiet_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 600.0
+    """How long a hold without an end must have stood before orders is asked about it."""
 
 
 def build(env: Env) -> Service:
@@ -37,6 +44,9 @@ def build(env: Env) -> Service:
     options = env.options(Options)
     products = env.client(Products)
     reserving = Reserving(env.database, options.hold_seconds)
+    reconciling = Reconciling(
+        env.database, env.client(Orders), reserving, env.telemetry, env.clock, quiet_seconds=options.quiet_seconds
+    )
     service = InventoryService(env.database, products, reserving, Counting(env.database, products))
     server = Server(Inventory, env.clock)
     server.register(Inventory.reserve, service.reserve)
@@ -53,6 +63,7 @@ def build(env: Env) -> Service:
         database=env.database,
         loops=(
             functools.partial(reserving.expire_forever, options.expire_every_seconds),
+            Rounds(reconciling.look, options.reconcile_seconds).run,
             functools.partial(idempotency.reap_forever, env.database),
         ),
         has_outbox=True,

@@ -1,8 +1,8 @@
 """What staff say that there is, a batch at a time: set (counted), adjust (received, written off).
 
 Both ask products once for all that a batch names. Then one transaction locks the levels, enters each request into the
-books in the order of the batch, and writes what has come of it: one new version of each level, however many requests
-have changed it. A request that is refused leaves nothing, and its neighbours never hear of it.
+books in the order of the batch, and writes what has come of it at once. A request that is refused leaves nothing, and
+its neighbours never hear of it.
 
 An adjustment is made once for its key. These steps each settle some of a batch, and the next sees what is left:
 
@@ -247,13 +247,10 @@ def _counted(books: Books, movement: Movement) -> Level | ServiceError:
 
 
 def _as_written(outcome: Level | ServiceError, written: Mapping[int, Level]) -> Level | ServiceError:
-    """What the books have answered, with the time of the change; who changed nothing may have come before it."""
-    if isinstance(outcome, ServiceError):
+    """What the books have answered, with the time of the change where there was any before it."""
+    if isinstance(outcome, ServiceError) or outcome.updated_at is not None or outcome.version == 0:
         return outcome
-    level = written.get(outcome.product_id)
-    if level is None or level.version != outcome.version:
-        return outcome
-    return msgspec.structs.replace(outcome, updated_at=level.updated_at)
+    return msgspec.structs.replace(outcome, updated_at=written[outcome.product_id].updated_at)
 
 
 # --------------------------------------------------------------------------------------------------------------- keys

@@ -83,12 +83,16 @@ class Reserving:
         return outcomes
 
     async def release(self, batch: Batch[ReleaseStock]) -> Sequence[Outcome]:
-        order_ids = {request.order_id for request in batch}
+        return await self.release_orders([request.order_id for request in batch])
+
+    async def release_orders(self, order_ids: Sequence[int]) -> Sequence[Reservation]:
+        """One reservation for each, in order: as it is by now, whoever released it."""
+        wanted = set(order_ids)
         async with self._database.transaction() as tx:
-            buried = await store.bury(tx, list(order_ids))
-            standing = await store.lock_reservations(tx, order_ids - {reservation.order_id for reservation in buried})
+            buried = await store.bury(tx, list(wanted))
+            standing = await store.lock_reservations(tx, wanted - {reservation.order_id for reservation in buried})
             books = await _open_books(tx, [*buried, *standing])
-            outcomes = [books.release(request.order_id) for request in batch]
+            outcomes = [books.release(order_id) for order_id in order_ids]
             await store.write(tx, books.close())
             await faults.point("inventory.release.before_commit")
         await faults.point("inventory.release.after_commit")

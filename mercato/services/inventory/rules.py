@@ -79,11 +79,12 @@ class Movement(msgspec.Struct, frozen=True):
 
 
 class Shift(msgspec.Struct, frozen=True):
-    """By how much a level changes."""
+    """By how much a level changes, and how many new versions that makes."""
 
     product_id: int
     on_hand: int
     reserved: int
+    versions: int = 1
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -172,7 +173,7 @@ class Books:
         self._empty = {reservation.order_id: reservation for reservation in opened}
         self._now = dict(self._locked)
         self._refused: dict[int, OutOfStock] = {}
-        self._counted: set[int] = set()
+        self._counted: Counter[int] = Counter()
         self._returned: Counter[tuple[int, int]] = Counter()
         self._movements: list[Movement] = []
         self._events: list[Outgoing] = []
@@ -289,7 +290,7 @@ class Books:
     # ---------------------------------------------------------------------------------------------------------- levels
 
     def level(self, product_id: int) -> Level:
-        """As it is by now. One that was counted in this batch has the version that the batch will make of it."""
+        """As it is by now. One that was counted in this batch has no time yet: that comes with the write."""
         before = self._level(product_id)
         on_hand, reserved = before.on_hand + self._on_hand[product_id], before.reserved + self._reserved[product_id]
         return Level(
@@ -297,8 +298,8 @@ class Books:
             on_hand=on_hand,
             reserved=reserved,
             available=on_hand - reserved,
-            updated_at=before.updated_at,
-            version=before.version + 1 if product_id in self._counted else before.version,
+            updated_at=None if self._counted[product_id] else before.updated_at,
+            version=before.version + self._counted[product_id],
         )
 
     def count(self, movement: Movement) -> Level:
@@ -315,11 +316,12 @@ class Books:
             message = f"would make {wanted} pieces; {ON_HAND_LIMIT} is the most"
             raise InvalidRequest(errors=(FieldError(field="delta", message=message),))
         self._shift(product_id, on_hand=movement.delta)
-        self._counted.add(product_id)
+        self._counted[product_id] += 1
         self._movements.append(movement)
         told = StockLevelSet(product_id=product_id, delta=movement.delta, on_hand=wanted, reason=movement.reason)
-        self._tell_level("stock.adjusted", self._level(product_id), told)
-        return self.level(product_id)
+        level = self.level(product_id)
+        self._tell_level("stock.adjusted", product_id, level.version, told)
+        return level
 
     def _level(self, product_id: int) -> Level:
         return self._before.get(product_id) or never_counted(product_id)
@@ -332,15 +334,14 @@ class Books:
         self._reserved[product_id] += reserved
         assert self._available(product_id) >= 0, f"product {product_id} would be promised twice"
 
-    def _tell_level(self, what: str, level: Level, told: Message) -> None:
-        # All changes of a batch make one new version of a level, and all that is told of them has that version.
-        self._events.append(Outgoing(what, "product", level.product_id, level.version + 1, told))
+    def _tell_level(self, what: str, product_id: int, version: int, told: Message) -> None:
+        self._events.append(Outgoing(what, "product", product_id, version, told))
 
     # ----------------------------------------------------------------------------------------------------------- close
 
     def close(self) -> Plan:
         """Everything that has changed. A level that is as it was before the batch has not."""
-        uncounted = [i for i, level in self._before.items() if level.version == 0 and i not in self._counted]
+        uncounted = [i for i, level in self._before.items() if level.version == 0 and not self._counted[i]]
         assert not uncounted, f"levels of {uncounted} were made for nothing: version 0 is never committed"
         shifts = self._shifts()
         self._tell_of_availability(shifts)
@@ -356,8 +357,9 @@ class Books:
 
     def _shifts(self) -> tuple[Shift, ...]:
         products = sorted({*self._on_hand, *self._reserved})
-        shifts = (Shift(i, self._on_hand[i], self._reserved[i]) for i in products)
-        return tuple(s for s in shifts if s.on_hand or s.reserved or s.product_id in self._counted)
+        # Each count is a version of its own, or who was overtaken would not notice. Orders make one together.
+        shifts = (Shift(i, self._on_hand[i], self._reserved[i], max(1, self._counted[i])) for i in products)
+        return tuple(s for s in shifts if s.on_hand or s.reserved or self._counted[s.product_id])
 
     def _changes(self) -> tuple[Change, ...]:
         before = {**self._empty, **self._locked}
@@ -372,8 +374,9 @@ class Books:
             level, available = self._level(shift.product_id), self._available(shift.product_id)
             if (level.available > 0) != (available > 0):
                 what = "stock.available" if available > 0 else "stock.exhausted"
-                told = StockAvailability(product_id=level.product_id, version=level.version + 1)
-                self._tell_level(what, level, told)
+                version = level.version + shift.versions
+                told = StockAvailability(product_id=level.product_id, version=version)
+                self._tell_level(what, level.product_id, version, told)
 
 
 def _stock_lines(reservation: Standing) -> tuple[StockLine, ...]:

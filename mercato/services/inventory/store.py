@@ -22,6 +22,7 @@ import msgspec
 
 from mercato.chassis import events
 from mercato.chassis.db import Row, Tx
+from mercato.chassis.rounds import PAGE
 from mercato.contracts.inventory import Level, MovementKind, ReservationState
 
 from .rules import Change, HeldLine, Movement, Plan, ReturnedLine, Shift, Standing
@@ -391,9 +392,10 @@ async def shift_levels(tx: Tx, shifts: Sequence[Shift]) -> list[Level]:
         LevelRow,
         """
         UPDATE levels l
-           SET on_hand = l.on_hand + s.on_hand, reserved = l.reserved + s.reserved, version = l.version + 1,
+           SET on_hand = l.on_hand + s.on_hand, reserved = l.reserved + s.reserved, version = l.version + s.versions,
                updated_at = greatest(l.updated_at, clock_timestamp())
-          FROM unnest($1::bigint[], $2::integer[], $3::integer[]) AS s (product_id, on_hand, reserved)
+          FROM unnest($1::bigint[], $2::integer[], $3::integer[], $4::integer[])
+               AS s (product_id, on_hand, reserved, versions)
          WHERE l.product_id = s.product_id
            AND l.on_hand - l.reserved >= s.reserved - s.on_hand
            AND l.reserved + s.reserved >= 0
@@ -402,6 +404,7 @@ async def shift_levels(tx: Tx, shifts: Sequence[Shift]) -> list[Level]:
         [shift.product_id for shift in shifts],
         [shift.on_hand for shift in shifts],
         [shift.reserved for shift in shifts],
+        [shift.versions for shift in shifts],
     )
     return [_level(row) for row in rows]
 
@@ -459,3 +462,41 @@ async def traced_movements(tx: Tx, order_id: int) -> list[TracedMovementRow]:
         """,
         order_id,
     )
+
+
+# --------------------------------------------------------------------------------------------------- reconciliation
+
+
+async def pinned(tx: Tx, before: int, quiet_seconds: float, limit: int) -> list[int]:
+    """The orders of those on the page of reservations before an order that are held without an end for a while."""
+    return await tx.fetch_values(
+        int,
+        """
+        WITH page AS MATERIALIZED (
+            SELECT order_id, state, expires_at, updated_at
+              FROM reservations
+             WHERE order_id < $1
+             ORDER BY order_id DESC
+             LIMIT $2
+        )
+        SELECT order_id
+          FROM page
+         WHERE state = 'held' AND expires_at IS NULL AND updated_at < now() - make_interval(secs => $3)
+         LIMIT $4
+        """,
+        before,
+        PAGE,
+        quiet_seconds,
+        limit,
+    )
+
+
+async def end_of_page(tx: Tx, before: int) -> int | None:
+    """The last order of that page; None where there are no more behind it."""
+    last = await tx.fetch_values(
+        int,
+        "SELECT order_id FROM reservations WHERE order_id < $1 ORDER BY order_id DESC OFFSET $2 - 1 LIMIT 1",
+        before,
+        PAGE,
+    )
+    return last[0] if last else None

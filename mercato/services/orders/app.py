@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from mercato.chassis import idempotency
+from mercato.chassis.rounds import Rounds
 from mercato.chassis.rpc import Server
 from mercato.chassis.runner import Runner
 from mercato.chassis.service import Env, Service
@@ -21,6 +22,7 @@ from mercato.contracts.users import Users
 from .checkout import CheckoutSteps
 from .paying import Paying
 from .placing import Placing
+from .reconciling import Reconciling
 from .refunding import Refunding
 from .service import OrdersService
 from .timeline import Tracing
@@ -35,6 +37,10 @@ class Options(msgspec.Struct, frozen=True):
     """How often a process looks for such orders."""
     payment_seconds: Annotated[float, Meta(ge=1, le=30 * 86_400)] = 900.0
     """How long an order waits for another payment after one was declined. Before the first one, the hold decides."""
+    reconcile_seconds: Annotated[float, Meta(gt=0, le=3_600)] = 60.0
+    """The pause between two looks for orders that nobody carries on."""
+    quiet_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 600.0
+    """How long nothing must have happened to an order before it counts as left."""
 
 
 def build(env: Env) -> Service:
@@ -49,6 +55,9 @@ def build(env: Env) -> Service:
         sweep_seconds=options.sweep_seconds,
     )
     CheckoutSteps(database, runner, inventory=inventory, payments=payments, window_s=options.payment_seconds)
+    reconciling = Reconciling(
+        database, env.telemetry, lease_seconds=options.lease_seconds, quiet_seconds=options.quiet_seconds
+    )
     service = OrdersService(
         database,
         runner,
@@ -74,6 +83,10 @@ def build(env: Env) -> Service:
     return Service(
         server=server.complete(),
         database=database,
-        loops=(functools.partial(idempotency.reap_forever, database), *runner.loops),
+        loops=(
+            functools.partial(idempotency.reap_forever, database),
+            Rounds(reconciling.look, options.reconcile_seconds).run,
+            *runner.loops,
+        ),
         has_outbox=True,
     )

@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
 import msgspec
+import structlog
 
 from mercato.chassis import faults
 from mercato.chassis.contract import Actor, Message, ServiceError
@@ -52,6 +53,8 @@ from .steps import CHECKOUT, Checkout, Decision, TryAgain
 
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
+
+log = structlog.stdlib.get_logger("mercato.orders")
 
 SHOP: Final = Actor(SERVICE_ROLE)
 """Who moves orders here: nobody asked for this step, it follows from the one before."""
@@ -133,7 +136,10 @@ class CheckoutSteps:
         for work, answer in await self._ask("refund", self._payments.refund.many, captured, _refund):
             if not isinstance(answer, ServiceError):
                 work.payment = answer
-            elif not isinstance(answer, RefundDeclined):  # declined for good: the stock goes back all the same
+            elif isinstance(answer, RefundDeclined):
+                # For good: the stock goes back all the same, and somebody has to look after the money (M5).
+                log.error("cancelled_order_keeps_money", order_id=work.id, payment_id=answer.payment_id)
+            else:
                 work.decision = TryAgain(answer.code)
         sold: list[Work] = []
 

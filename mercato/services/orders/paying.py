@@ -50,8 +50,9 @@ from .steps import CHECKOUT, RESTING, Checkout, Decision
 
 PAY: Final = "orders.pay"
 ANSWER_SECONDS: Final = 8.0
-"""Who asks hears of the end, or after so long how far it has come: below the ten seconds of a request."""
-HOLDING_SECONDS: Final = 2.0
+"""Who asks hears of the end, or after so long how far it has come."""
+HOLDING_SECONDS: Final = 1.0
+"""Together with it below the ten seconds of a request."""
 
 faults.declare(
     *(f"orders.{what}.{when}_commit" for what in ("pay", "cancel", "confirm") for when in ("before", "after"))
@@ -243,7 +244,8 @@ def _check_payable(standing: Standing) -> None:
         _raise_illegal(order, "payment", "paid")
     if standing.step not in ("awaiting", "done"):
         raise PaymentInProgress(order_id=order.id)
-    if any(line.returned for line in order.lines):
+    sold_without_stock = order.status != "pending" and not standing.state.on_account
+    if sold_without_stock or any(line.returned for line in order.lines):
         raise NotPayable(order_id=order.id)
 
 
@@ -265,9 +267,11 @@ async def _capture(payment: PaymentRecord, _tx: Tx, standing: Standing) -> Decis
     paid = order.payment in ("paid", "partially_refunded", "refunded") and payment.attempt == standing.state.attempt
     if paid or payment.status in ("captured", "partially_refunded", "refunded"):
         return None  # a repetition
+    if payment.attempt != standing.state.attempt:
+        _raise_illegal(order, "payment", "paid")
     if standing.step == "settle":
         return None  # it is being captured at this moment
-    if order.payment != "authorized" or standing.step != "authorized" or payment.attempt != standing.state.attempt:
+    if order.payment != "authorized" or standing.step != "authorized":
         _raise_illegal(order, "payment", "paid")
     state = msgspec.structs.replace(standing.state, capture=True)
     return Decision("settle", "capture asked for", state, running=True)

@@ -20,11 +20,10 @@ from mercato.chassis.idempotency import Keyed
 from mercato.chassis.rpc import as_service
 from mercato.chassis.runner import Runner
 from mercato.chassis.saga import Next, Saga
-from mercato.contracts.inventory import Inventory, ReturnStock, StockLine
+from mercato.contracts.inventory import Inventory, ReservationClosed, ReturnStock, ReturnTooLarge, StockLine
 from mercato.contracts.orders import (
     Order,
     OrderNotFound,
-    Payment,
     PaymentInProgress,
     Refund,
     RefundOrder,
@@ -33,11 +32,13 @@ from mercato.contracts.orders import (
     ReturnOrder,
 )
 from mercato.contracts.payments import (
+    AttemptNotFound,
     GetPayment,
     Payments,
     PaymentStateConflict,
     RefundDeclined,
     RefundPayment,
+    RefundReferenceReused,
     RefundTooLarge,
 )
 
@@ -73,6 +74,23 @@ class Giving(msgspec.Struct, frozen=True, omit_defaults=True):
     """Of the request that began it, in hexadecimal."""
 
 
+class Work(msgspec.Struct):
+    """One refund on its way through its step. `retry`: why it has to be tried again; `code`: why it was declined."""
+
+    saga: Saga
+    giving: Giving
+    retry: str | None = None
+    code: str | None = None
+
+    @property
+    def order_id(self) -> int:
+        return self.saga.subject_id
+
+
+FINAL: Final = (AttemptNotFound, PaymentStateConflict, RefundDeclined, RefundReferenceReused, RefundTooLarge)
+"""Answers of payments that will not be another one the next time."""
+
+
 class Refunding:
     """Refunds and returns, and the step of their saga."""
 
@@ -91,7 +109,8 @@ class Refunding:
             payment = await self._payments.get(GetPayment(id=request.payment_id))
 
         async def begin(tx: Tx, order: Order) -> Giving:
-            amount = rules.check_refund(order, request, await store.refundable(tx, order.id))
+            left = await store.refundable(tx, order.id) if payment.attempt == await _attempt(tx, order.id) else 0
+            amount = rules.check_refund(order, request, left)
             announced = await store.announce_refund(tx, order.id, amount)
             assert announced, "the order is locked, and so much was left"
             return Giving(amount, order.currency, payment.attempt, reason=request.reason)
@@ -107,17 +126,6 @@ class Refunding:
 
         asked = _asked("orders.take_back", request.idempotency_key, request.fingerprint)
         return await self._begin(request.id, asked, begin)
-
-    async def hold_still(self, tx: Tx, order_id: int) -> None:
-        """Keeps a checkout from moving, before its order is locked: money that is given back must not be on its way.
-
-        Raises `OrderNotFound`, and `PaymentInProgress` for one that is under way.
-        """
-        checkout = await saga.lock(tx, (order_id, CHECKOUT, ""))
-        if checkout is None:
-            raise OrderNotFound(order_id=order_id)
-        if checkout.step not in ("done", "awaiting", "authorized"):
-            raise PaymentInProgress(order_id=order_id)
 
     async def take_back_rest(self, tx: Tx, order: Order) -> Saga:
         """The return of all that is left, in the caller's transaction, after which the caller has it driven."""
@@ -148,7 +156,7 @@ class Refunding:
 
     async def _begin_once(self, tx: Tx, key: saga.Key, asked: Asked, begin: Begin) -> Saga | None:
         """None where the key has begun its refund long ago, and only its stored answer is past its day."""
-        await self.hold_still(tx, key[0])
+        check_still(await lock_checkout(tx, key[0]))
         order = await store.get_locked(tx, key[0])
         assert order is not None, "it has a checkout"
         if (old := await saga.find(tx, key)) is not None:
@@ -166,37 +174,58 @@ class Refunding:
     # ----------------------------------------------------------------------------------------------------- the one step
 
     async def _give_back(self, sagas: Sequence[Saga]) -> None:
-        # One after the other: there are few, and two of one order would stand in each other's way.
-        for refund in sagas:
+        left = [Work(refund, msgspec.json.decode(refund.state, type=Giving)) for refund in sagas]
+        while left:
+            now, left = _one_an_order(left)
             self._runner.act()
-            try:
-                await self._give_one_back(refund, msgspec.json.decode(refund.state, type=Giving))
-            except ServiceError as error:  # the next one is another order's
-                async with self._runner.saving([(refund, self._runner.again(refund, f"retried {error.code}"))]):
-                    pass
+            await self._restock(now)
+            await self._refund(now)
+            await self._save(now)
 
-    async def _give_one_back(self, refund: Saga, giving: Giving) -> None:
-        order_id, code = refund.subject_id, None
-        if giving.lines:
-            await faults.point("refund.restock.before_call")
-            await self._inventory.restock(_restock(order_id, refund.reference, giving))
-            await faults.point("refund.restock.after_call")
-        if giving.amount_minor:
-            await faults.point("refund.refund.before_call")
-            try:
-                await self._payments.refund(_refund(order_id, refund.reference, giving))
-            except (RefundDeclined, RefundTooLarge, PaymentStateConflict) as error:
-                code = error.code
-            await faults.point("refund.refund.after_call")
-        done = Next("done", _with_code(giving, code), "given back" if code is None else f"declined {code}")
-        async with self._runner.saving([(refund, done)]) as (tx, kept):
-            if kept and giving.amount_minor:
-                if code is None:
-                    await _note_refund(tx, order_id, giving)
-                else:
-                    await store.forget_refund(tx, order_id, giving.amount_minor)
+    async def _restock(self, works: Sequence[Work]) -> None:
+        """Puts the goods that came back on the shelf."""
+        asked = [work for work in works if work.giving.lines]
+        if not asked:
+            return
+        await faults.point("refund.restock.before_call")
+        answers = await self._inventory.restock.many([_restock(work) for work in asked])
+        await faults.point("refund.restock.after_call")
+        for work, answer in zip(asked, answers, strict=True):
+            # Inventory knows of no such goods, and never will: the order is older than it. The money is due anyway.
+            if isinstance(answer, ServiceError) and not isinstance(answer, (ReservationClosed, ReturnTooLarge)):
+                work.retry = answer.code
+
+    async def _refund(self, works: Sequence[Work]) -> None:
+        """Gives the money back, of those whose goods are on the shelf."""
+        asked = [work for work in works if work.giving.amount_minor and work.retry is None]
+        if not asked:
+            return
+        await faults.point("refund.refund.before_call")
+        answers = await self._payments.refund.many([_refund(work) for work in asked])
+        await faults.point("refund.refund.after_call")
+        for work, answer in zip(asked, answers, strict=True):
+            if isinstance(answer, FINAL):
+                work.code = answer.code
+            elif isinstance(answer, ServiceError):
+                work.retry = answer.code
+
+    async def _save(self, works: Sequence[Work]) -> None:
+        by_key = {work.saga.key: work for work in works}
+        async with self._runner.saving([(work.saga, self._next(work)) for work in works]) as (tx, kept):
+            done = [work for saga, _ in kept if (work := by_key[saga.key]).retry is None and work.giving.amount_minor]
+            orders = await store.lock(tx, [work.order_id for work in done]) if done else {}
+            if noted := [_move(work, orders[work.order_id]) for work in done if work.code is None]:
+                assert all(await store.move(tx, noted, SHOP)), "the rows are locked"
+            if declined := {work.order_id: work.giving.amount_minor for work in done if work.code is not None}:
+                await store.forget_refunds(tx, declined)
             await faults.point("refund.save.before_commit")
         await faults.point("refund.save.after_commit")
+
+    def _next(self, work: Work) -> Next:
+        if work.retry is not None:
+            return self._runner.again(work.saga, f"retried {work.retry}")
+        state = msgspec.json.encode(msgspec.structs.replace(work.giving, code=work.code)).decode()
+        return Next("done", state, "given back" if work.code is None else f"declined {work.code}")
 
     async def _take_back(self, tx: Tx, order: Order, lines: Sequence[ReturnLine], reason: str) -> Giving:
         """Counts the goods as returned, and sets aside what they cost."""
@@ -209,7 +238,8 @@ class Refunding:
             # Part of what these goods cost may have been refunded by hand already.
             amount = min(rules.worth(order, lines), await store.refundable(tx, order.id))
             if amount:
-                await store.announce_refund(tx, order.id, amount)
+                announced = await store.announce_refund(tx, order.id, amount)
+                assert announced, "the order is locked, and so much was left"
         complete = rules.is_all(order, lines)
         move = (
             store.Move(order, fulfilment="returned", note=reason)
@@ -234,6 +264,20 @@ class Asked(msgspec.Struct, frozen=True):
 Begin = Callable[[Tx, Order], Awaitable[Giving]]
 
 
+async def lock_checkout(tx: Tx, order_id: int) -> Saga:
+    """Keeps a checkout from moving: before its order is locked. Raises `OrderNotFound`."""
+    checkout = await saga.lock(tx, (order_id, CHECKOUT, ""))
+    if checkout is None:
+        raise OrderNotFound(order_id=order_id)
+    return checkout
+
+
+def check_still(checkout: Saga) -> None:
+    """Raises `PaymentInProgress` for one that is under way: what it saves next starts from where the order is now."""
+    if checkout.step not in ("done", "awaiting", "authorized"):
+        raise PaymentInProgress(order_id=checkout.subject_id)
+
+
 def _asked(operation: str, key: str, fingerprint: bytes) -> Asked:
     keyed = Keyed(idempotency.principal_of(current.get().actor), key, fingerprint)
     digest = hashlib.sha256("\0".join((operation, *keyed.identity)).encode()).hexdigest()
@@ -246,35 +290,45 @@ async def _attempt(tx: Tx, order_id: int) -> int:
     return msgspec.json.decode(checkout.state, type=Checkout).attempt if checkout else 0
 
 
-async def _note_refund(tx: Tx, order_id: int, giving: Giving) -> None:
-    order = await store.get_locked(tx, order_id)
-    assert order is not None, "orders are not deleted"
-    amount = giving.amount_minor
-    state: Payment = "refunded" if order.refunded_minor + amount == order.total_minor else "partially_refunded"
-    move = store.Move(
-        order, payment=state, again="payment", refunded_minor=amount, pending_minor=amount, note=giving.reason
+def _one_an_order(works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
+    """The first of each order, and the others: those of one order are noted one after the other."""
+    firsts: dict[int, Work] = {}
+    others = [work for work in works if firsts.setdefault(work.order_id, work) is not work]
+    return list(firsts.values()), others
+
+
+def _move(work: Work, order: Order) -> store.Move:
+    giving = work.giving
+    is_all = order.refunded_minor + giving.amount_minor == order.total_minor
+    return store.Move(
+        order,
+        payment="refunded" if is_all else "partially_refunded",
+        again="payment",
+        refunded_minor=giving.amount_minor,
+        pending_minor=giving.amount_minor,
+        note=giving.reason,
     )
-    assert all(await store.move(tx, [move], SHOP)), "the row is locked"
 
 
-def _restock(order_id: int, reference: str, giving: Giving) -> ReturnStock:
-    lines = tuple(StockLine(product_id=line.product_id, quantity=line.quantity) for line in giving.lines)
-    key = f"order:{order_id}:restock:{reference}"
-    return ReturnStock(order_id=order_id, lines=lines, reference=reference, idempotency_key=key)
-
-
-def _refund(order_id: int, reference: str, giving: Giving) -> RefundPayment:
-    return RefundPayment(
-        order_id=order_id,
-        attempt=giving.attempt,
-        amount_minor=giving.amount_minor,
+def _restock(work: Work) -> ReturnStock:
+    reference = work.saga.reference
+    return ReturnStock(
+        order_id=work.order_id,
+        lines=tuple(StockLine(product_id=line.product_id, quantity=line.quantity) for line in work.giving.lines),
         reference=reference,
-        idempotency_key=f"order:{order_id}:refund:{reference}",
+        idempotency_key=f"order:{work.order_id}:restock:{reference}",
     )
 
 
-def _with_code(giving: Giving, code: str | None) -> str:
-    return msgspec.json.encode(msgspec.structs.replace(giving, code=code)).decode()
+def _refund(work: Work) -> RefundPayment:
+    reference = work.saga.reference
+    return RefundPayment(
+        order_id=work.order_id,
+        attempt=work.giving.attempt,
+        amount_minor=work.giving.amount_minor,
+        reference=reference,
+        idempotency_key=f"order:{work.order_id}:refund:{reference}",
+    )
 
 
 def _answer(refund: Saga, *, replayed: bool) -> Refund:

@@ -131,14 +131,16 @@ def assert_declared(order: Order, status: str | None, payment: str | None, fulfi
         assert declared, f"order {order.id}: {axis} does not go from {before} to {wanted}"
 
 
-def event_of(before: Order, after: Order, again: Axis | None = None) -> str:
-    """What a move is told as: by its first axis that has changed, or reached the same state `again`."""
+def events_of(before: Order, after: Order, again: Axis | None = None) -> list[str]:
+    """What a move is told as: one event for each axis that has changed, or reached the same state `again`."""
+    told: list[str] = []
     for axis in AXES:
         if axis == again == "fulfilment":
-            return "order.partially_returned"
-        if axis == again or getattr(before, axis) != getattr(after, axis):
-            return f"order.{getattr(after, axis)}"
-    raise AssertionError(f"order {before.id} has not moved")
+            told.append("order.partially_returned")
+        elif axis == again or getattr(before, axis) != getattr(after, axis):
+            told.append(f"order.{getattr(after, axis)}")
+    assert told, f"order {before.id} has not moved"
+    return told
 
 
 def check_refund(order: Order, request: RefundOrder, left_minor: int) -> int:

@@ -39,7 +39,7 @@ from mercato.contracts.roles import CUSTOMER
 from . import rules, store
 from .paying import Paying, check_version
 from .placing import Placing
-from .refunding import Refunding
+from .refunding import Refunding, check_still, lock_checkout
 from .timeline import Tracing
 
 faults.declare("orders.move.before_commit", "orders.move.after_commit")
@@ -114,10 +114,14 @@ class OrdersService:
     async def _move(self, request: MoveOrder, version: int | None) -> Order:
         returning: Saga | None = None
         async with self._database.transaction() as tx:
-            if request.fulfilment == "returned":
-                await self._refunding.hold_still(tx, request.id)
+            checkout = None
+            if request.status is not None or request.fulfilment == "returned":
+                checkout = await lock_checkout(tx, request.id)
             order = await self._locked(tx, request.id)
             check_version(order, version)
+            if checkout and order.status != (request.status or order.status):
+                rules.check_move(order, "status", request.status or order.status)
+                check_still(checkout)
             if request.status is not None:
                 order = await _move_one(tx, order, "status", store.Move(order, status=request.status))
             if request.fulfilment == "returned" and order.fulfilment != "returned":

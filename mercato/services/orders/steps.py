@@ -2,7 +2,7 @@
 
     reserve    hold the stock; with a payment method, authorize; then confirm, which is the pivot
        ├─ no method ──────► awaiting    the stock is held until it is paid (► reserve) or the time is over (► unwind)
-       ├─ out of stock ───► done        cancelled: nothing was done
+       ├─ out of stock ───► unwind      cancelled: nothing was done, and whoever comes late shall do nothing either
        ├─ declined ───────► unwind      cancelled, if the payment was part of the order; else awaiting
        ▼
     settle     sell the stock, capture the payment
@@ -28,7 +28,7 @@ import msgspec
 
 from mercato.chassis.contract import ServiceError
 from mercato.contracts.inventory import OutOfStock, Reservation, ReservationClosed, ShortLine
-from mercato.contracts.orders import CancelCode, CancelReason, Fulfilment, Order, Payment, Status
+from mercato.contracts.orders import CancelCode, CancelReason, Order, Payment, Status
 from mercato.contracts.payments import Payment as PaymentRecord
 
 CHECKOUT: Final = "checkout"
@@ -75,7 +75,6 @@ class Decision(msgspec.Struct, frozen=True):
     wake_s: float | None = None
     status: Status | None = None
     payment: Payment | None = None
-    fulfilment: Fulfilment | None = None
     reason: CancelReason | None = None
     refunded_minor: int = 0
 
@@ -92,7 +91,9 @@ def after_reserve(
     """None: the stock is held, and now the payment is to be authorized."""
     match answer:
         case OutOfStock():
-            return _cancelled(order, state, "out_of_stock", step="done", lines=answer.lines)
+            # Not at its end yet: one that was taken for dead may ask again, when there is stock once more. What unwind
+            # leaves behind keeps it from holding stock, and money, for an order that is cancelled.
+            return _cancelled(order, state, "out_of_stock", lines=answer.lines)
         case ReservationClosed():
             return _cancelled(order, state, "expired" if answer.state == "expired" else "stock_lost")
         case ServiceError():
@@ -124,7 +125,7 @@ def _declined(order: Order, state: Checkout, code: str, window_s: float) -> Deci
         return _cancelled(order, state, "payment_declined", payment="failed", provider_code=code)
     # The stock stays held, so that the buyer can pay in another way.
     left = msgspec.structs.replace(state, paying=False)
-    if order.status == "confirmed":
+    if order.status != "pending":  # it was sold on account, and stays sold
         return Decision("done", f"declined {code}", left)
     return Decision("awaiting", f"declined {code}", left, wake_s=window_s)
 
@@ -174,7 +175,8 @@ def after_unwind(order: Order, state: Checkout, payment: PaymentRecord | None) -
     """Everything is undone; `payment` is the one that was made, as it is now."""
     if payment and payment.captured_minor > payment.refunded_minor:
         # The provider does not give it back, and has said so for good: that is for people to settle.
-        return Decision("done", "refund declined", state, refunded_minor=0)
+        captured: Payment | None = "paid" if order.payment == "authorized" else None
+        return Decision("done", "refund declined", state, payment=captured)
     became: Payment | None = None
     refunded_minor = 0
     if order.payment in ("authorized", "paid", "partially_refunded"):
@@ -185,16 +187,32 @@ def after_unwind(order: Order, state: Checkout, payment: PaymentRecord | None) -
     return Decision("done", "undone", state, payment=became, refunded_minor=refunded_minor)
 
 
+def resumed(kind: str, step: str, status: Status, payment: Payment) -> str | None:
+    """Where a saga has to go on that nobody will wake, by where it and its order are. None: it rests rightly.
+
+    A step that was left in the middle is done again. An order that is not at rest goes on at the step that its state
+    calls for: each begins by hearing what was done already.
+    """
+    if kind != CHECKOUT or step in ("reserve", "settle", "unwind"):
+        return step if step != "done" else None
+    if status == "pending":
+        return "reserve"
+    if payment == "authorized" and status == "cancelled":
+        return "unwind"
+    if payment == "authorized" and step != "authorized":
+        return "settle"
+    return None
+
+
 def _cancelled(
     order: Order,
     state: Checkout,
     code: CancelCode,
     *,
-    step: Step = "unwind",
     payment: Payment | None = None,
     provider_code: str | None = None,
     lines: tuple[ShortLine, ...] = (),
 ) -> Decision:
     reason = CancelReason(code=code, provider_code=provider_code, lines=lines)
     outcome = f"cancelled {code}"
-    return Decision(step, outcome, state, running=step == "unwind", status="cancelled", payment=payment, reason=reason)
+    return Decision("unwind", outcome, state, running=True, status="cancelled", payment=payment, reason=reason)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -12,6 +12,8 @@ import msgspec
 from mercato.chassis import events
 from mercato.chassis.contract import MAX_ID, Actor
 from mercato.chassis.db import Row, Tx
+from mercato.chassis.rounds import PAGE
+from mercato.chassis.saga import Key, Saga
 from mercato.contracts.orders import (
     Axis,
     CancelReason,
@@ -29,6 +31,8 @@ from mercato.contracts.orders import (
 from . import rules
 
 ABOVE_ALL_IDS: Final = MAX_ID + 1
+NEWEST: Final[Key] = (ABOVE_ALL_IDS, "", "")
+"""Before which all sagas are."""
 
 
 class NewOrder(msgspec.Struct, frozen=True):
@@ -195,18 +199,24 @@ async def get(tx: Tx, ids: Sequence[int]) -> dict[int, Order]:
 
 async def get_locked(tx: Tx, order_id: int) -> Order | None:
     """An order that nobody else moves before this transaction ends."""
+    return (await lock(tx, [order_id])).get(order_id)
+
+
+async def lock(tx: Tx, ids: Sequence[int]) -> dict[int, Order]:
+    """Orders that nobody else moves before this transaction ends, by id."""
     rows = await tx.fetch(
         OrderRow,
         """
         SELECT id, user_id, status, payment, fulfilment, currency, total_minor, created_at, updated_at, version,
                refunded_minor, refund_pending_minor, reason
           FROM orders
-         WHERE id = $1
+         WHERE id = ANY($1::bigint[])
+         ORDER BY id
            FOR NO KEY UPDATE
         """,
-        order_id,
+        ids,
     )
-    return (await _with_lines(tx, rows)).get(order_id)
+    return await _with_lines(tx, rows)
 
 
 def _list_statements() -> dict[Filters, str]:
@@ -409,7 +419,12 @@ async def move(tx: Tx, moves: Sequence[Move], actor: Actor) -> list[Order | None
     )
     moved = {row.id: row for row in rows}
     orders = [_moved(m, moved[m.order.id]) if m.order.id in moved else None for m in moves]
-    told = [_event(rules.event_of(m.order, now, m.again), now) for m, now in zip(moves, orders, strict=True) if now]
+    told = [
+        _event(type_, now)
+        for wanted, now in zip(moves, orders, strict=True)
+        if now
+        for type_ in rules.events_of(wanted.order, now, wanted.again)
+    ]
     await events.emit(tx, told)
     return orders
 
@@ -456,10 +471,17 @@ async def announce_refund(tx: Tx, order_id: int, amount_minor: int) -> bool:
     )
 
 
-async def forget_refund(tx: Tx, order_id: int, amount_minor: int) -> None:
-    """Takes back what was set aside for a refund that the provider has declined."""
+async def forget_refunds(tx: Tx, amounts: Mapping[int, int]) -> None:
+    """Takes back what was set aside for refunds that came to nothing: minor units by order, which the caller locks."""
     await tx.execute(
-        "UPDATE orders SET refund_pending_minor = refund_pending_minor - $2 WHERE id = $1", order_id, amount_minor
+        """
+        UPDATE orders o
+           SET refund_pending_minor = refund_pending_minor - w.amount_minor
+          FROM unnest($1::bigint[], $2::bigint[]) AS w (order_id, amount_minor)
+         WHERE o.id = w.order_id
+        """,
+        list(amounts),
+        list(amounts.values()),
     )
 
 
@@ -503,3 +525,72 @@ def _moved(wanted: Move, row: MovedRow) -> Order:
         version=row.version,
         updated_at=row.updated_at,
     )
+
+
+# --------------------------------------------------------------------------------------------------- reconciliation
+
+
+class KeyRow(Row):
+    subject_id: int
+    kind: str
+    reference: str
+
+
+class AsleepRow(Row):
+    """A saga that nobody will wake, and where its order is."""
+
+    subject_id: int
+    kind: str
+    reference: str
+    step: str
+    state: str
+    epoch: int
+    version: int
+    status: Status
+    payment: Payment
+
+    def saga(self) -> Saga:
+        key = (self.subject_id, self.kind, self.reference)
+        return Saga(key, self.step, self.state, epoch=self.epoch, version=self.version)
+
+
+async def asleep(tx: Tx, before: Key | None, quiet_seconds: float) -> list[AsleepRow]:
+    """Of the page of sagas before a key, the newest first: those that may have to be carried on."""
+    return await tx.fetch(
+        AsleepRow,
+        """
+        WITH page AS MATERIALIZED (
+            SELECT subject_id, kind, reference, step, state, epoch, version, wake_at, updated_at
+              FROM sagas
+             WHERE (subject_id, kind, reference) < ($1, $2, $3)
+             ORDER BY subject_id DESC, kind DESC, reference DESC
+             LIMIT $4
+        )
+        SELECT s.subject_id, s.kind, s.reference, s.step, s.state, s.epoch, s.version, o.status, o.payment
+          FROM page s
+         CROSS JOIN LATERAL (SELECT status, payment FROM orders WHERE id = s.subject_id LIMIT 1) o
+         WHERE s.wake_at IS NULL AND s.updated_at < now() - make_interval(secs => $5)
+           AND (s.step <> 'done' OR (s.kind = 'checkout' AND (o.status = 'pending' OR o.payment = 'authorized')))
+        """,
+        *(before or NEWEST),
+        PAGE,
+        quiet_seconds,
+    )
+
+
+async def end_of_page(tx: Tx, before: Key | None) -> Key | None:
+    """The last key of that page; None where there are no more behind it."""
+    row = await tx.fetch_one(
+        KeyRow,
+        """
+        SELECT subject_id, kind, reference
+          FROM sagas
+         WHERE (subject_id, kind, reference) < ($1, $2, $3)
+         ORDER BY subject_id DESC, kind DESC, reference DESC
+        OFFSET $4 - 1
+         LIMIT 1
+        """,
+        *(before or NEWEST),
+        PAGE,
+    )
+    return None if row is None else (row.subject_id, row.kind, row.reference)

@@ -64,12 +64,8 @@ class Reconciling:
         self._charging = charging
         self._period_seconds = period_seconds
         self._lag_seconds = lag_seconds
-        self._open = telemetry.gauge(
-            "mercato_reconciliation_mismatches", "Differences with a provider's statement that are open.", "kind"
-        )
-        self._repaired = telemetry.counter(
-            "mercato_reconciliation_repaired", "Differences with a provider's statement that were repaired.", "kind"
-        )
+        self._open = telemetry.mismatches
+        self._repaired = telemetry.reconciled
 
     async def round(self) -> bool:
         """Compares with each provider whose turn is ours; says whether there was any."""

@@ -14,7 +14,7 @@ import asyncpg
 from mercato.chassis.contract import Actor, Batch, ServiceError
 from mercato.chassis.db import Database
 from mercato.chassis.rpc import SERVICE_ROLE, Server
-from mercato.chassis.service import Env, Service
+from mercato.chassis.service import Build, Env, Service
 from mercato.chassis.testing import Rig, migrations_folder
 from mercato.contracts.inventory import (
     CommitStock,
@@ -155,11 +155,11 @@ class World:
     async def close(self) -> None:
         await self._closing.aclose()
 
-    async def another_rig(self) -> Rig:
-        """A second rig on the same databases, as another process would be."""
+    async def another_rig(self, **others: Build) -> Rig:
+        """A second rig on the same databases, as another process would be; with `others`, fakes without tables."""
         made = Rig(self.rig.cluster, self.rig.transport, self.rig.options)
-        made.dsns = dict(self.rig.dsns)
-        await made.open(products=self.products.build, inventory=app.build)
+        made.dsns = self.rig.dsns | dict.fromkeys(others, self.dsn)
+        await made.open(products=self.products.build, inventory=app.build, **others)
         self._closing.push_async_callback(made.host.close)
         return made
 

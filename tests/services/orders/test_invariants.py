@@ -88,9 +88,14 @@ INVARIANTS: Final = {
          WHERE o.id IS NULL AND i.operation = 'orders.place'
         """,
     "E7 each move was told, once": """
-        SELECT order_id, version FROM (SELECT DISTINCT order_id, version FROM order_history) h
-          FULL JOIN (SELECT subject_id AS order_id, version, count(*) AS told FROM outbox GROUP BY 1, 2) e
-         USING (order_id, version)
+        SELECT order_id, version, type
+          FROM (SELECT order_id, version,
+                       CASE WHEN before IS NULL THEN 'order.placed'
+                            WHEN axis = 'fulfilment' AND before = after THEN 'order.partially_returned'
+                            ELSE 'order.' || after END AS type
+                  FROM order_history) h
+          FULL JOIN (SELECT subject_id AS order_id, version, type, count(*) AS told FROM outbox GROUP BY 1, 2, 3) e
+         USING (order_id, version, type)
          WHERE e.told IS DISTINCT FROM 1 OR h.version IS NULL
         """,
     "each order has its checkout": """

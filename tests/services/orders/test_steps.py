@@ -94,6 +94,11 @@ class Shelf:
             self.returned.add(reference)
         return answer
 
+    def receive(self, quantity: int) -> None:
+        """Somebody else's pieces come back, or new ones are delivered."""
+        on_hand = self.level.on_hand + quantity
+        self.level = msgspec.structs.replace(self.level, on_hand=on_hand, available=on_hand - self.level.reserved)
+
     def let_time_pass(self) -> None:
         """Past the end of a hold; whoever looks next ends it."""
         if self.reservation and self.reservation.expires_in_s is not None:
@@ -467,7 +472,7 @@ class CheckoutMachine(RuleBasedStateMachine):
         return outcome.running
 
     def _move(self, decision: Decision) -> None:
-        rules.assert_declared(self.order, decision.status, decision.payment, decision.fulfilment)
+        rules.assert_declared(self.order, decision.status, decision.payment, None)
         self.order = msgspec.structs.replace(
             self.order,
             status=decision.status or self.order.status,
@@ -518,6 +523,19 @@ class CheckoutMachine(RuleBasedStateMachine):
         state = msgspec.structs.replace(self.state, capture=True)
         self.redirect(Decision("settle", "capture asked for", state, running=True))
 
+    @precondition(lambda self: self.step in ("done", "awaiting", "authorized"))
+    @precondition(lambda self: "completed" in rules.legal_moves(self.order, "status"))
+    @rule()
+    def complete(self) -> None:
+        """Staff close it; it may be paid later all the same."""
+        self.order = msgspec.structs.replace(self.order, status="completed")
+
+    @rule(pieces=st.integers(1, 3))
+    def goods_arrive(self, pieces: int) -> None:
+        """There may be enough again when somebody asks late who was told that there is not."""
+        self.shelf.receive(pieces)
+        self.on_hand += pieces
+
     @rule(meanwhile=CALLS, is_seen=st.booleans())
     def hold_runs_out(self, meanwhile: int, is_seen: bool) -> None:
         """Seen by inventory itself, or only by whoever asks next."""
@@ -548,7 +566,7 @@ class CheckoutMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_the_order_says_of_money_the_bank_says_too(self) -> None:
-        if self.order.payment == "paid" and self.order.status == "confirmed":
+        if self.order.payment == "paid" and self.order.status in ("confirmed", "completed"):
             assert self.bank.net_minor == self.order.total_minor
         if self.order.payment in ("unpaid", "failed") and self.step in RESTING:
             assert (self.bank.net_minor, self.bank.open_charges) == (0, 0)
@@ -568,7 +586,7 @@ class CheckoutMachine(RuleBasedStateMachine):
                 assert order.reason is not None
                 assert order.refunded_minor == (order.total_minor if order.payment == "refunded" else 0)
                 assert order.payment in ("unpaid", "failed", "voided", "refunded")
-            case "confirmed":
+            case "confirmed" | "completed":
                 assert self.shelf.state == "committed"
                 assert level.on_hand == self.on_hand - self.quantity
                 assert bank.open_charges == (self.step == "authorized")
@@ -709,6 +727,37 @@ def test_a_cancel_at_any_moment_leaves_nothing_whoever_calls_late(calls: int, me
         pass
 
     machine.assert_whole()
+
+
+def test_who_asks_late_for_an_order_that_was_out_of_stock_holds_and_charges_nothing():
+    machine = CheckoutMachine()
+    machine.place(on_hand=2, method="sandbox:ok", quantity=3)
+    late = machine.drivers[0]
+    machine.take_over(meanwhile=0, dies=False)
+    while machine.step not in RESTING:
+        machine.go_on(calls=1, times=1, loses=False)
+    assert machine.order.reason is not None
+    assert machine.order.reason.code == "out_of_stock"
+    machine.goods_arrive(pieces=3)
+
+    while late.go_on(1):
+        pass
+
+    machine.assert_whole()
+
+
+@pytest.mark.parametrize("status", ["confirmed", "completed"])
+def test_a_declined_payment_of_what_was_sold_on_account_changes_nothing(status: str):
+    machine = placed(None)
+    machine.go_on(calls=2, times=1, loses=False)
+    machine.confirm_on_account()
+    machine.go_on(calls=6, times=1, loses=False)
+    if status == "completed":
+        machine.complete()
+
+    machine.pay(method="sandbox:declined", capture=True, then=6)
+
+    assert_at(machine, "done", status, "unpaid")
 
 
 def test_what_a_checkout_remembers_comes_back_as_it_was():

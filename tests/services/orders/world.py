@@ -212,7 +212,7 @@ class World:
         for product_id, pieces in on_hand.items():
             await connection.execute(
                 """
-                WITH level AS (INSERT INTO levels (product_id, on_hand) VALUES ($1, $2))
+                WITH level AS (INSERT INTO levels (product_id, on_hand, version) VALUES ($1, $2, 1))
                 INSERT INTO movements (product_id, kind, delta, actor_role, actor_id)
                 VALUES ($1, 'receipt', $2, 'staff', 9)
                 """,

@@ -1,0 +1,82 @@
+"""Stock that is held for an order that does not want it any more is found, and given back.
+
+A hold whose payment has begun has no end of its own: orders decides what becomes of it, and tells. One that has stood
+for a while is asked about. It is given back on the word of orders alone: the order is cancelled, or there is no such
+order. Both are for ever, so that it does not matter what happens between the answer and the release; and a release is
+done once, whoever else releases.
+
+What is held for an order that was sold is not touched: orders commits it when it carries that order on
+(`orders/reconciling.py`), and the audit reports it for as long as it stands (S6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import structlog
+
+from mercato.chassis.clock import Clock
+from mercato.chassis.contract import MAX_ID, Actor, ServiceError, current
+from mercato.chassis.db import Database
+from mercato.chassis.rpc import SERVICE_ROLE, acting
+from mercato.chassis.telemetry import Telemetry
+from mercato.contracts.orders import GetOrder, Order, OrderNotFound, Orders
+
+from . import store
+from .reserving import Reserving
+
+RELEASED: Final = "hold_released"
+ASKED_AT_ONCE: Final = 500
+ROUND_SECONDS: Final = 30.0
+
+log = structlog.stdlib.get_logger("mercato.inventory")
+
+
+class Reconciling:
+    """`quiet_seconds`: how long a hold without an end must have stood before orders is asked about it."""
+
+    def __init__(
+        self,
+        database: Database,
+        orders: Orders,
+        reserving: Reserving,
+        telemetry: Telemetry,
+        clock: Clock,
+        *,
+        quiet_seconds: float,
+    ) -> None:
+        self._database = database
+        self._orders = orders
+        self._reserving = reserving
+        self._clock = clock
+        self._quiet_seconds = quiet_seconds
+        self._released = telemetry.reconciled.labels(RELEASED)
+
+    async def look(self, before: int | None) -> int | None:
+        """Gives back what is held for nobody among a page of reservations; gives the place of the next one."""
+        before = MAX_ID + 1 if before is None else before
+        async with self._database.read() as tx:
+            pinned = await store.pinned(tx, before, self._quiet_seconds, ASKED_AT_ONCE)
+            after = await store.end_of_page(tx, before)
+        await self._release([order_id for order_id, order in await self._ask(pinned) if _is_over(order)])
+        return after
+
+    async def _ask(self, order_ids: Sequence[int]) -> list[tuple[int, Order | ServiceError]]:
+        """What orders says of each."""
+        if not order_ids:
+            return []
+        current.set(acting(Actor(SERVICE_ROLE), clock=self._clock, seconds=ROUND_SECONDS))
+        orders = await self._orders.get.many([GetOrder(id=order_id) for order_id in order_ids])
+        return list(zip(order_ids, orders, strict=True))
+
+    async def _release(self, order_ids: Sequence[int]) -> None:
+        if order_ids:
+            await self._reserving.release_orders(order_ids)
+            self._released.inc(len(order_ids))
+            log.warning("holds_released", orders=order_ids)
+
+
+def _is_over(order: Order | ServiceError) -> bool:
+    """An answer that says nothing of the order, because its service is away, is no word of it."""
+    return order.status == "cancelled" if isinstance(order, Order) else isinstance(order, OrderNotFound)
