@@ -36,6 +36,9 @@ class Report(msgspec.Struct, frozen=True):
 
     taken_at: datetime.datetime
     """Right before the copies, by the clock of the server."""
+    is_stopped: bool
+    as_of: datetime.datetime
+    """From when on time is counted back: `taken_at`; of a stopped shop, its last sign of life."""
     settled_seconds: float
     copied_rows: int
     findings: tuple[Finding, ...]
@@ -51,19 +54,21 @@ async def audit(
     *,
     settled_seconds: float = SETTLED_SECONDS,
     history: Sequence[ClientOperation] | None = None,
+    is_stopped: bool = False,
     progress: Callable[[str], None] = lambda _line: None,
 ) -> Report:
     """Asks every invariant of the databases in `dsns`, by service, as they are now; also while the shop is running.
 
     `admin_dsn` may make a database on its server. `settled_seconds` 0 is for a shop that stands still: everything must
-    have come to its end. With `history`, the clients' side is asked too. Raises `CopyError` when it cannot be done.
+    have come to its end. `is_stopped`: nobody runs the shop; it is judged as it was when it gave its last sign of life.
+    With `history`, the clients' side is asked too. Raises `CopyError` when it cannot be done.
     """
     async with copied(admin_dsn, dsns, WANTED, progress=progress) as copies:
-        await prepare(copies, settled_seconds=settled_seconds, history=history)
+        as_of = await prepare(copies, settled_seconds=settled_seconds, history=history, is_stopped=is_stopped)
         invariants = SHOP if history is None else (*SHOP, *CLIENTS)
         progress(f"asking {len(invariants)} questions of {copies.rows} rows")
         findings = await check(copies, invariants)
-        return Report(copies.taken_at, settled_seconds, copies.rows, findings)
+        return Report(copies.taken_at, is_stopped, as_of, settled_seconds, copies.rows, findings)
 
 
 async def check(copies: Copies, invariants: Sequence[Invariant]) -> tuple[Finding, ...]:

@@ -5,7 +5,8 @@ holds for what nobody has touched for a while: it compares what several services
 what is under way. With nothing running at all, everything is settled.
 
 The queries read the copies (`tables.py`) by the names of the services. `audit.clock` has one row: `taken_at`, before
-every snapshot; `settled_before`; `sure_after`, since when nothing has been cleaned up.
+every snapshot; `as_of`, the same while the shop runs, else its last sign of life: whatever should have been done by a
+certain time should have been done by then; `settled_before`; `sure_after`, since when nothing has been cleaned up.
 """
 
 from __future__ import annotations
@@ -438,7 +439,7 @@ ORDERS: Final = (
           LEFT JOIN orders.sagas s ON s.subject_id = o.id AND s.kind = 'checkout'
          CROSS JOIN audit.clock c
          WHERE o.status = 'pending'
-           AND NOT coalesce(s.step = 'awaiting' AND s.wake_at > least(c.settled_before, c.taken_at), false)
+           AND NOT coalesce(s.step = 'awaiting' AND s.wake_at > least(c.settled_before, c.as_of), false)
            AND o.updated_at < c.settled_before AND (s.tries >= 10 OR coalesce(s.updated_at < c.settled_before, true))
         UNION ALL
         SELECT s.subject_id, o.status, s.kind, s.step, s.tries, s.wake_at, o.refund_pending_minor

@@ -6,6 +6,7 @@ answer and no payload of an event ever leaves its own database.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -13,10 +14,12 @@ from mercato.audit.history import COLUMNS as HISTORY_COLUMNS
 from mercato.audit.history import ClientOperation, as_row
 from mercato.chassis.copying import Copies, Table
 from mercato.chassis.events import KEPT_DAYS
+from mercato.chassis.outbox import LEASE_SECONDS
 
 OUTBOX: Final = (
     Table("outbox", ("id", "type", "subject", "subject_id", "version", "at", "published_at")),
     Table("outbox_retries", ("event_id", "consumer", "tries", "retry_at")),
+    Table("relays", ("leased_until",)),
 )
 DEAD_LETTERS: Final = Table(
     "dead_letters", ("consumer", "source", "event_id", "type", "subject", "subject_id", "tries", "at")
@@ -148,11 +151,36 @@ SURE_DAYS: Final = KEPT_DAYS - 1
 
 CLOCK: Final = """
     CREATE UNLOGGED TABLE audit.clock AS
-    SELECT $1::timestamptz AS taken_at,
-           CASE WHEN $2::float8 > 0 THEN $1::timestamptz - make_interval(secs => $2) ELSE 'infinity' END
-           AS settled_before,
+    SELECT $1::timestamptz AS taken_at, shop.as_of,
+           CASE WHEN $2::float8 > 0 THEN shop.as_of - make_interval(secs => $2) ELSE 'infinity' END AS settled_before,
            $1::timestamptz - make_interval(days => $3::integer) AS sure_after
+      FROM (
+        SELECT CASE WHEN $4::boolean THEN coalesce(least(sign.at, $1::timestamptz), $1::timestamptz)
+                    ELSE $1::timestamptz END AS as_of
+          FROM audit.last_sign sign
+      ) shop
 """
+
+# Nobody goes on with anything while a shop is stopped: what was a minute old then is a minute old now. Its relays renew
+# their leases every second, so that of a shop that was killed the moment is known, and its writes tell of one that gave
+# its leases back. What the feed and the inboxes hold is no sign: a replay writes there without a shop.
+LAST_SIGN: Final = f"""
+    CREATE VIEW audit.last_sign AS
+    SELECT max(at) AS at
+      FROM (
+        SELECT max(updated_at) AS at FROM orders.orders
+        UNION ALL SELECT max(updated_at) FROM orders.sagas
+        UNION ALL SELECT max(updated_at) FROM inventory.reservations
+        UNION ALL SELECT max(greatest(began_at, asked_at, settled_at)) FROM payments.operations
+        UNION ALL SELECT max(created_at) FROM sandbox.operations
+        UNION ALL SELECT max(greatest(at, published_at)) FROM orders.outbox
+        UNION ALL SELECT max(greatest(at, published_at)) FROM inventory.outbox
+        UNION ALL SELECT max(greatest(at, published_at)) FROM payments.outbox
+        UNION ALL SELECT max(leased_until) - interval '{LEASE_SECONDS} s' FROM orders.relays
+        UNION ALL SELECT max(leased_until) - interval '{LEASE_SECONDS} s' FROM inventory.relays
+        UNION ALL SELECT max(leased_until) - interval '{LEASE_SECONDS} s' FROM payments.relays
+      ) signs
+"""  # noqa: S608  # of constants alone
 
 VIEWS: Final = """
     CREATE VIEW audit.orders AS
@@ -195,13 +223,25 @@ VIEWS: Final = """
 """
 
 
-async def prepare(copies: Copies, *, settled_seconds: float, history: Sequence[ClientOperation] | None) -> None:
-    """Puts beside the copies what the invariants need besides: the time, the subscriptions, the clients' history."""
+async def prepare(
+    copies: Copies,
+    *,
+    settled_seconds: float,
+    history: Sequence[ClientOperation] | None,
+    is_stopped: bool = False,
+) -> datetime.datetime:
+    """Puts beside the copies what the invariants need besides: the time, the subscriptions, the clients' history.
+
+    Gives the moment as of which is judged: that of the copies; of a stopped shop, that of its last sign of life.
+    """
     # With 0 nothing is too young: the shop stands still, and everything must have come to its end.
     await copies.execute("CREATE SCHEMA audit")
-    await copies.execute(CLOCK, copies.taken_at, settled_seconds, SURE_DAYS)
+    await copies.execute(LAST_SIGN)
+    await copies.execute(CLOCK, copies.taken_at, settled_seconds, SURE_DAYS, is_stopped)
     subscribed = [(consumer, type_) for consumer, types in SUBSCRIPTIONS.items() for type_ in types or (None,)]
     await copies.fill("audit", "subscriptions", {"consumer": "text", "type": "text"}, subscribed)
     await copies.fill("history", "ops", HISTORY_COLUMNS, [as_row(operation) for operation in history or ()])
     await copies.execute(VIEWS)
     await copies.execute("ANALYZE audit.clock, audit.subscriptions, history.ops")
+    [clock] = await copies.fetch("SELECT as_of FROM audit.clock")
+    return clock["as_of"]

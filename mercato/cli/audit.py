@@ -44,7 +44,13 @@ async def _audit(options: Options) -> int:
             progress.step(line)
 
     async with reached(options.data, options.dsn, tell) as databases:
-        report = await audit(databases.admin_dsn, databases.dsns, settled_seconds=options.settled, progress=tell)
+        report = await audit(
+            databases.admin_dsn,
+            databases.dsns,
+            settled_seconds=options.settled,
+            is_stopped=databases.is_stopped,
+            progress=tell,
+        )
     if options.json:
         progress.say(document(report))
     else:
@@ -59,6 +65,8 @@ def document(report: Report) -> str:
         {
             "holds": not report.violated,
             "taken_at": report.taken_at,
+            "is_stopped": report.is_stopped,
+            "as_of": report.as_of,
             "settled_seconds": report.settled_seconds,
             "copied_rows": report.copied_rows,
             "invariants": report.findings,
@@ -96,7 +104,8 @@ def _row(row: Mapping[str, Any]) -> str:
 
 def _verdict(report: Report) -> str:
     asked, rows = len(report.findings), report.copied_rows
-    at = report.taken_at.strftime("%Y-%m-%d %H:%M:%S UTC")
+    at = report.as_of.strftime("%Y-%m-%d %H:%M:%S UTC")
+    when = f"as of its last sign of life at {at}: the shop does not run" if report.is_stopped else f"as of {at}"
     if not report.violated:
-        return f"All {asked} invariants hold ({rows} rows, as of {at})."
-    return f"{len(report.violated)} of {asked} invariants do not hold ({rows} rows, as of {at})."
+        return f"All {asked} invariants hold ({rows} rows, {when})."
+    return f"{len(report.violated)} of {asked} invariants do not hold ({rows} rows, {when})."

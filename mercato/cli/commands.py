@@ -72,8 +72,9 @@ def audit(
 ) -> int:
     """Check that no order is lost or doubled, no card is charged twice, nothing is oversold.
 
-    Copies the databases of a shop, running or not, and asks every invariant of the copies. Changes nothing. Exits with
-    0 if all hold, 1 if any does not, 2 if it could not be asked.
+    Copies the databases of a shop, running or not, and asks every invariant of the copies. Changes nothing in the shop;
+    a small database for the copies, mercato_audit, stays on its server. A shop that does not run is judged as of its
+    last sign of life. Exits with 0 if all hold, 1 if any does not, 2 if it could not be asked.
 
     Parameters
     ----------
@@ -115,7 +116,7 @@ def tail(
     types
         Only events of these types, with commas between: order.placed,order.paid
     follow
-        Go on with what comes, until Ctrl-C.
+        Go on with what comes, until Ctrl-C, while the shop runs.
     json
         Print one JSON object a line.
     data

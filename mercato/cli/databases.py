@@ -33,6 +33,8 @@ OWN_URL: Final = "(a command that looks at its databases)"
 """How a command signs the lock of a folder on which no shop runs."""
 OTHER_COMMAND_SECONDS: Final = 600.0
 OTHER_COMMAND_POLL_SECONDS: Final = 0.2
+OTHER_COMMAND_TOLD_SECONDS: Final = 1.0
+"""Most are done by then, and nobody need hear of them."""
 
 
 class Databases(msgspec.Struct, frozen=True):
@@ -41,6 +43,8 @@ class Databases(msgspec.Struct, frozen=True):
     admin_dsn: str
     dsns: Mapping[str, str]
     """By service."""
+    is_stopped: bool = False
+    """No shop runs on them: their server was started for this command."""
 
 
 class Unreachable(Exception):
@@ -52,11 +56,13 @@ EXPECTED: Final = (Unreachable, CopyError, SupervisorError, config.SettingsError
 
 
 @contextlib.asynccontextmanager
-async def reached(data: Path, dsn: str | None, progress: Callable[[str], None]) -> AsyncGenerator[Databases]:
+async def reached(
+    data: Path, dsn: str | None, progress: Callable[[str], None], *, must_run: bool = False
+) -> AsyncGenerator[Databases]:
     """The databases of the shop in the folder `data`, or on the server that `dsn` names, for the time of the block.
 
     `dsn` is an administrator's; where it is None, that of MERCATO_POSTGRES_DSN counts. `progress` gets a line for
-    people about what takes time. Raises one of `EXPECTED`.
+    people about what takes time. `must_run` refuses a folder on which no shop runs. Raises one of `EXPECTED`.
     """
     settings = config.load()
     if dsn is None and settings.postgres_dsn is not None:
@@ -64,8 +70,8 @@ async def reached(data: Path, dsn: str | None, progress: Callable[[str], None]) 
     if dsn is not None:
         yield await _located(dsn)
         return
-    async with _server(data, settings, progress) as admin_dsn:
-        yield await _located(admin_dsn)
+    async with _server(data, settings, progress, must_run=must_run) as (admin_dsn, is_stopped):
+        yield await _located(admin_dsn, is_stopped=is_stopped)
 
 
 def run(command: Callable[[], Coroutine[Any, Any, int]], *, failure: int = 1) -> int:
@@ -104,25 +110,27 @@ def run(command: Callable[[], Coroutine[Any, Any, int]], *, failure: int = 1) ->
     return failure
 
 
-async def _located(admin_dsn: str) -> Databases:
-    return Databases(admin_dsn, await located(admin_dsn, list(topology.SERVICES)))
+async def _located(admin_dsn: str, *, is_stopped: bool = False) -> Databases:
+    return Databases(admin_dsn, await located(admin_dsn, list(topology.SERVICES)), is_stopped)
 
 
 @contextlib.asynccontextmanager
-async def _server(data: Path, settings: config.Settings, progress: Callable[[str], None]) -> AsyncGenerator[str]:
-    """An administrator's DSN of the embedded server: the running shop's, else one for the time of the block."""
+async def _server(
+    data: Path, settings: config.Settings, progress: Callable[[str], None], *, must_run: bool
+) -> AsyncGenerator[tuple[str, bool]]:
+    """An administrator's DSN of the embedded server: the running shop's, else (True) one for the time of the block."""
     data = _shop_in(data)
     password = key_deriver(_secret(data, settings))("postgres/superuser").hex()
-    folder = await _own(data)
+    folder = await _own(data, progress, must_run=must_run)
     if folder is None:
         where = urlencode({"host": str(_socket_folder(data)), "port": PORT})
-        yield f"postgresql://{ROLE}:{password}@/postgres?{where}"
+        yield f"postgresql://{ROLE}:{password}@/postgres?{where}", False
         return
     with folder:
         progress(f"starting PostgreSQL on {data}")
         server = await EmbeddedPostgres.start(data, password=password, progress=progress)
         try:
-            yield server.admin_dsn
+            yield server.admin_dsn, True
         finally:
             await server.stop()
 
@@ -140,20 +148,30 @@ def _shop_in(data: Path) -> Path:
     return data
 
 
-async def _own(data: Path) -> DataFolder | None:
+async def _own(data: Path, progress: Callable[[str], None], *, must_run: bool) -> DataFolder | None:
     """The folder, taken for this process; None while a shop runs on it. Another command is waited for.
 
     The server of another command ends with that command, in the middle of whatever we would do on it.
     """
-    end = time.monotonic() + OTHER_COMMAND_SECONDS
+    began, is_told = time.monotonic(), False
     while True:
         try:
-            return DataFolder.open(data, OWN_URL)
+            folder = DataFolder.open(data, OWN_URL)
         except DataFolderBusy as busy:
             if busy.url != OWN_URL:
                 return None
-            if time.monotonic() > end:
+            waited = time.monotonic() - began
+            if waited > OTHER_COMMAND_SECONDS:
                 raise
+            if waited > OTHER_COMMAND_TOLD_SECONDS and not is_told:
+                progress(f"waiting for another command that looks at these databases, with pid {busy.pid}")
+                is_told = True
+        else:
+            if not must_run:
+                return folder
+            folder.close()
+        if must_run:
+            raise Unreachable(f"no shop runs on {data}, so there is nothing to follow: start it, or leave out --follow")
         await asyncio.sleep(OTHER_COMMAND_POLL_SECONDS)
 
 

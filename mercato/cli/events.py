@@ -63,7 +63,7 @@ def tail(place: Place, *, after: int | None, types: str, follow: bool, as_json: 
 
 async def _tail(place: Place, after: int | None, types: str, *, follow: bool, as_json: bool) -> int:
     wanted = _types(types)
-    async with _reached(place) as found, _opened(found, "events") as database:
+    async with _reached(place, must_run=follow) as found, _opened(found, "events") as database:
         position = await _start(database, wanted) if after is None else after
         try:
             async for entry in _entries(database, position, wanted, follow=follow):
@@ -207,11 +207,11 @@ async def _replayed(consumer: Consumer, letter: DeadLetter) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def _reached(place: Place) -> AsyncGenerator[Databases]:
+async def _reached(place: Place, *, must_run: bool = False) -> AsyncGenerator[Databases]:
     """The databases; one that goes away in the middle is a sentence."""
     configure_logging("error")
     try:
-        async with databases.reached(place.data, place.dsn, _tell) as found:
+        async with databases.reached(place.data, place.dsn, _tell, must_run=must_run) as found:
             yield found
     except Unavailable as error:
         raise Unreachable(f"{error} Has the shop been stopped? Try again.") from error

@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 import pytest_asyncio
 
-from audit.world import build, client_history
+from audit.world import THEN, build, client_history
 from mercato.audit.checking import audit
 from mercato.chassis.copying import SCRATCH, CopyError, Table, copied, located, with_database
 from mercato.chassis.testing import Cluster
@@ -81,6 +81,46 @@ async def test_what_was_touched_just_now_is_judged_when_the_shop_stands_still(
 
     assert await violated(cluster, dsns, settled_seconds=60) == []
     assert await violated(cluster, dsns, settled_seconds=0) == ["M5"]
+
+
+UNDER_WAY_AN_HOUR_AGO = """
+    UPDATE sagas SET step = 'reserve', wake_at = updated_at WHERE subject_id = 4;
+    UPDATE outbox SET published_at = NULL WHERE subject_id = 4;
+"""
+
+
+async def test_a_stopped_shop_is_judged_as_of_its_last_sign_of_life(cluster: Cluster, dsns: Mapping[str, str]):
+    async with connected(dsns["orders"]) as connection:
+        await connection.execute(UNDER_WAY_AN_HOUR_AGO)
+
+    assert await violated(cluster, dsns) == ["O4", "E1"]
+    report = await audit(cluster.server.admin_dsn, dsns, is_stopped=True)
+
+    assert report.violated == ()
+    assert report.as_of == THEN
+
+
+async def test_a_wait_that_has_ended_since_the_shop_was_stopped_is_no_violation(
+    cluster: Cluster, dsns: Mapping[str, str]
+):
+    async with connected(dsns["orders"]) as connection:
+        await connection.execute("UPDATE sagas SET wake_at = updated_at + interval '1 s' WHERE step = 'awaiting'")
+
+    assert await violated(cluster, dsns) == ["O4"]
+    assert await violated(cluster, dsns, is_stopped=True) == []
+    assert await violated(cluster, dsns, is_stopped=True, settled_seconds=0) == []
+
+
+async def test_what_nobody_touched_long_before_the_last_sign_of_life_is_a_violation(
+    cluster: Cluster, dsns: Mapping[str, str]
+):
+    """The shop sold nothing any more, but its relays went on for a while."""
+    async with connected(dsns["orders"]) as connection:
+        await connection.execute(UNDER_WAY_AN_HOUR_AGO)
+    async with connected(dsns["payments"]) as connection:
+        await connection.execute("INSERT INTO relays VALUES ('outbox', 'somebody', now() - interval '10 min')")
+
+    assert await violated(cluster, dsns, is_stopped=True) == ["O4", "E1"]
 
 
 async def test_two_audits_at_once_queue(cluster: Cluster, dsns: Mapping[str, str]):

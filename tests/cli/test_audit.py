@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from mercato.chassis.migrations import migrate
 from mercato.chassis.provision import provision
 from mercato.chassis.service import key_deriver
 from mercato.chassis.supervisor import DataFolder, EmbeddedPostgres, processes
+from mercato.cli.databases import OWN_URL
 from support.process import clean_environment, cluster_of, data_folder, wait_until
 
 SECONDS = 60
@@ -108,6 +110,22 @@ def test_a_stopped_shop_is_audited_and_left_stopped(shop: Path):
     assert_untouched(shop)
 
 
+def test_time_stands_still_in_a_stopped_shop(shop: Path):
+    """An event that nobody published within the hour would be a violation in a shop that runs."""
+    asyncio.run(change(shop, "UPDATE outbox SET published_at = NULL WHERE id = 1"))
+    try:
+        code, output, errors = finished(start("--data", str(shop)))
+        document = json.loads(finished(start("--data", str(shop), "--json"))[1])
+    finally:
+        asyncio.run(change(shop, "UPDATE outbox SET published_at = at WHERE id = 1"))
+
+    assert (code, errors) == (0, ""), output
+    assert "as of its last sign of life at" in output
+    assert document["holds"]
+    assert document["is_stopped"]
+    assert document["as_of"] < document["taken_at"]
+
+
 def test_json_is_one_document_and_a_violation_is_the_exit_code(shop: Path):
     asyncio.run(change(shop, "UPDATE levels SET on_hand = on_hand + 1"))
     try:
@@ -154,6 +172,17 @@ def test_two_audits_of_a_stopped_shop_wait_for_each_other(shop: Path):
 
     assert [finished(running)[0] for running in (first, second)] == [0, 0]
     assert_untouched(shop)
+
+
+def test_a_command_that_waits_for_another_says_for_whom(shop: Path):
+    with DataFolder.open(shop, OWN_URL):
+        running = start("--data", str(shop))
+        assert running.stdout is not None
+        line = running.stdout.readline()
+    code, _, errors = finished(running)
+
+    assert f"waiting for another command that looks at these databases, with pid {os.getpid()}" in line
+    assert (code, errors) == (0, "")
 
 
 def test_an_interrupted_audit_stops_what_it_has_started(shop: Path):

@@ -19,6 +19,7 @@ from mercato.chassis.migrations import migrate
 from mercato.chassis.provision import provision
 from mercato.chassis.service import key_deriver
 from mercato.chassis.supervisor import DataFolder, EmbeddedPostgres
+from mercato.chassis.supervisor.place import note_initialized
 from mercato.services.events.app import CONSUMER
 from mercato.services.products.consumers import IN_STOCK
 from support.process import clean_environment, data_folder
@@ -164,6 +165,19 @@ def test_tail_follows_until_it_is_interrupted(shop: RunningShop):
         running.kill()
         running.communicate()
     assert (running.returncode, said) == (0, "")
+
+
+def test_a_shop_that_does_not_run_is_not_followed(tmp_path: Path):
+    """It would be read for ever, and nobody else could look at its databases."""
+    with DataFolder.open(tmp_path / "data", "http://127.0.0.1:8080") as folder:
+        folder.secret()
+        note_initialized(folder.path)
+
+    code, lines, said = run("tail", "--follow", "--data", str(tmp_path / "data"))
+
+    assert (code, lines) == (1, [])
+    assert "no shop runs on" in said
+    DataFolder.open(tmp_path / "data", "a test").close()
 
 
 def test_dead_letters_are_listed_with_their_reason(shop: RunningShop):
