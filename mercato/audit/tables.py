@@ -22,7 +22,7 @@ OUTBOX: Final = (
     Table("relays", ("leased_until",)),
 )
 DEAD_LETTERS: Final = Table(
-    "dead_letters", ("consumer", "source", "event_id", "type", "subject", "subject_id", "tries", "at")
+    "dead_letters", ("consumer", "source", "event_id", "type", "subject", "subject_id", "tries", "at", "replayed_at")
 )
 IDEMPOTENCY: Final = Table("idempotency", ("principal", "operation", "key", "answer IS NOT NULL AS answered"))
 
@@ -214,8 +214,15 @@ VIEWS: Final = """
     UNION ALL
     SELECT consumer, source, event_id, subject, subject_id, version, handled, at FROM products.inbox;
 
-    CREATE VIEW audit.dead AS
+    CREATE VIEW audit.letters AS
     SELECT * FROM events.dead_letters UNION ALL SELECT * FROM products.dead_letters;
+
+    CREATE VIEW audit.dead AS
+    SELECT * FROM audit.letters WHERE replayed_at IS NULL;
+
+    -- It came out of order, perhaps after its outbox row was gone.
+    CREATE VIEW audit.replayed AS
+    SELECT consumer, source, event_id FROM audit.letters WHERE replayed_at IS NOT NULL;
 
     CREATE VIEW audit.idempotency AS
     SELECT 'orders' AS service, i.* FROM orders.idempotency i

@@ -89,6 +89,8 @@ INBOX: Final = """
     )
 """
 
+# With `replayed_at` it is dead no more. It is kept for as long as the inbox keeps its rows, so that the audit, which
+# compares what was told with what was heard, knows what came late.
 DEAD_LETTERS: Final = """
     CREATE TABLE dead_letters (
         consumer text NOT NULL,
@@ -103,6 +105,7 @@ DEAD_LETTERS: Final = """
         error text NOT NULL,
         tries integer NOT NULL,
         at timestamptz NOT NULL DEFAULT now(),
+        replayed_at timestamptz,
         CONSTRAINT dead_letters_pkey PRIMARY KEY (consumer, source, event_id)
     )
 """

@@ -5,7 +5,7 @@
     alone          A batch that fails has not happened. Its events are then taken one by one, so that the one that
                    cannot be taken fails alone, and holds back only the later ones of its subject.
     dead letter    After the last try, in the transaction of its inbox row: it does not come again by itself.
-    replay         One transaction too: the dead letter goes and the effect comes. Whoever dies, it is one or the other.
+    replay         One transaction too: the dead letter is marked and the effect comes. Whoever dies, both or neither.
 
 A database that is not there is no event's fault: it costs none a try, however long it lasts.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
 
 import structlog
@@ -207,7 +207,7 @@ async def replay(database: Database, subscription: Subscription, source: str, ev
     try:
         async with database.transaction() as tx:
             # Of two who replay the same, the second waits here, and then finds nothing.
-            event = await remove_dead_letter(tx, subscription.consumer, source, event_id)
+            event = await mark_replayed(tx, subscription.consumer, source, event_id)
             if event is None:
                 return False
             await subscription.handle(tx, [event])
@@ -268,7 +268,8 @@ async def enter(tx: Tx, consumer: str, events: Sequence[Event]) -> list[Event]:
 
 
 async def write_dead_letter(tx: Tx, consumer: str, event: Event, error: str, tries: int) -> None:
-    # One without an inbox may be given up again after its first dead letter, if the relay died in between.
+    # One without an inbox may be given up again after its first dead letter, if the relay died in between: also when
+    # that was replayed meanwhile, and then it has had its effect.
     await tx.execute(
         """
         INSERT INTO dead_letters (
@@ -290,12 +291,15 @@ async def write_dead_letter(tx: Tx, consumer: str, event: Event, error: str, tri
     )
 
 
-async def remove_dead_letter(tx: Tx, consumer: str, source: str, event_id: int) -> Event | None:
+async def mark_replayed(tx: Tx, consumer: str, source: str, event_id: int) -> Event | None:
+    """The event of a dead letter, which is none from now on; None: there is none."""
+    # Whoever replays the same at the same moment waits for this row, looks at the clause again, and gets nothing.
     return await tx.fetch_one(
         Event,
         """
-        DELETE FROM dead_letters
-         WHERE consumer = $1 AND source = $2 AND event_id = $3
+        UPDATE dead_letters
+           SET replayed_at = now()
+         WHERE consumer = $1 AND source = $2 AND event_id = $3 AND replayed_at IS NULL
         RETURNING source, event_id AS id, type, subject, subject_id, version, data, event_at AS at
         """,
         consumer,
@@ -311,7 +315,7 @@ async def dead_letters(tx: Tx, consumer: str, after: tuple[str, int] = ("", 0)) 
         """
         SELECT consumer, source, event_id, type, subject, subject_id, version, error, tries, event_at, at
           FROM dead_letters
-         WHERE consumer = $1 AND (source, event_id) > ($2, $3)
+         WHERE consumer = $1 AND (source, event_id) > ($2, $3) AND replayed_at IS NULL
          ORDER BY source, event_id
          LIMIT $4
         """,
@@ -347,12 +351,35 @@ async def reap(tx: Tx, consumer: str) -> int:
     )
 
 
+async def reap_replayed(tx: Tx, consumer: str) -> int:
+    """Deletes a bounded number of dead letters that were replayed long ago; gives how many."""
+    return await tx.execute(
+        """
+        DELETE FROM dead_letters
+         WHERE (consumer, source, event_id) IN (
+            SELECT consumer, source, event_id
+              FROM dead_letters
+             WHERE consumer = $1 AND replayed_at < now() - make_interval(days => $2)
+             LIMIT $3
+         )
+        """,
+        consumer,
+        INBOX_KEPT_DAYS,
+        REAPED_AT_ONCE,
+    )
+
+
 async def reap_forever(database: Database, consumers: Sequence[str]) -> None:
     """The loop of a service that has inboxes."""
     while True:
         for consumer in consumers:
-            deleted = REAPED_AT_ONCE
-            while deleted >= REAPED_AT_ONCE:
-                async with database.transaction() as tx:
-                    deleted = await reap(tx, consumer)
+            await _reap_all(database, reap, consumer)
+            await _reap_all(database, reap_replayed, consumer)
         await asyncio.sleep(REAP_EVERY_SECONDS)
+
+
+async def _reap_all(database: Database, reap_some: Callable[[Tx, str], Awaitable[int]], consumer: str) -> None:
+    deleted = REAPED_AT_ONCE
+    while deleted >= REAPED_AT_ONCE:
+        async with database.transaction() as tx:
+            deleted = await reap_some(tx, consumer)

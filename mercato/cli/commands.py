@@ -164,6 +164,7 @@ def replay(
     """Let consumers take what they could not take before, once its cause is mended.
 
     Each is taken and struck off the list in one transaction: whatever happens meanwhile, the command can be repeated.
+    What is replayed comes out of order: behind what has happened to its subject since.
     Exits with 1 if one could not be taken again.
 
     Parameters

@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -175,7 +175,8 @@ async def _replay(place: Place, ids: Sequence[str], *, all_: bool) -> int:
     if all_ == bool(ids):
         raise Unreachable("name the events to replay, as `mercato events dead` shows them; or give --all")
     wanted = set(ids)
-    missing, taken, failed = set(ids), 0, 0
+    missing = set(ids)
+    results = {"taken": 0, "failed": 0, "gone": 0}
     async with _reached(place) as found, _consumers(found) as consumers:
         for consumer in consumers:
             # One after the other, by id: the events of a subject in their order.
@@ -183,24 +184,23 @@ async def _replay(place: Place, ids: Sequence[str], *, all_: bool) -> int:
                 if not all_ and _id(letter) not in wanted:
                     continue
                 missing.discard(_id(letter))
-                if await _replayed(consumer, letter):
-                    taken += 1
-                else:
-                    failed += 1
+                results[await _replayed(consumer, letter)] += 1
     for id_ in sorted(missing):
         fail(f"there is no dead letter {id_}: `mercato events dead` lists them")
-    print(f"{taken} taken, {failed} failed again")
-    return 1 if failed or missing else 0
+    print(f"{results['taken']} taken, {results['failed']} failed again")
+    return 1 if results["failed"] or missing else 0
 
 
-async def _replayed(consumer: Consumer, letter: DeadLetter) -> bool:
+async def _replayed(consumer: Consumer, letter: DeadLetter) -> Literal["taken", "failed", "gone"]:
     try:
-        if await inbox.replay(consumer.database, consumer.subscription, letter.source, letter.event_id):
-            print(f"{_id(letter)}  {consumer.name}  taken", flush=True)
+        if not await inbox.replay(consumer.database, consumer.subscription, letter.source, letter.event_id):
+            print(f"{_id(letter)}  {consumer.name}  replayed by somebody else meanwhile", flush=True)
+            return "gone"
     except ReplayFailed as error:
         fail(f"{consumer.name} still cannot take {_id(letter)}: {error}")
-        return False
-    return True
+        return "failed"
+    print(f"{_id(letter)}  {consumer.name}  taken", flush=True)
+    return "taken"
 
 
 # ------------------------------------------------------------------------------------------------------- databases

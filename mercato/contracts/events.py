@@ -36,7 +36,8 @@ class ListEvents(Message):
     """Entries by ascending position, those after `after`; of `types` only, where there are any.
 
     Positions are given in the order of commits, one writer at a time: a reader that goes on from its last position
-    never misses an entry. The entries of one subject are in the order in which they happened.
+    never misses an entry. The entries of one subject are in the order in which they happened, but for one that the feed
+    could not take at first, a dead letter: it comes when it is replayed, behind what happened since.
     """
 
     after: Annotated[int, Meta(ge=0)] = 0

@@ -423,6 +423,37 @@ async def test_an_event_that_waits_behind_one_that_is_tried_again_is_no_violatio
         assert await violated(world) == []
 
 
+REPLAYED = """
+    INSERT INTO events.dead_letters
+    SELECT 'events.feed', source, event_id, type, subject, subject_id, 5, at, at FROM events.feed WHERE {which};
+"""
+
+
+async def test_a_dead_letter_that_was_replayed_may_come_out_of_order_and_after_its_outbox_row_is_gone(world: Copies):
+    async with world.undone():
+        await world.execute(
+            """
+            UPDATE events.feed SET position = 900 WHERE source = 'orders' AND subject_id = 1 AND version = 4;
+            UPDATE events.feed SET position = 901, event_id = 901, version = 0
+             WHERE source = 'orders' AND subject_id = 6 AND version = 1;
+            UPDATE orders.outbox SET published_at = NULL WHERE subject_id = 6 AND version = 1;
+            """
+        )
+        assert await violated(world) == ["E1", "E3", "E5"]
+
+        await world.execute("UPDATE orders.outbox SET published_at = 'now' WHERE published_at IS NULL")
+        await world.execute(REPLAYED.format(which="position >= 900"))
+        assert await violated(world) == []
+
+
+async def test_a_dead_letter_that_was_replayed_and_had_no_effect_is_a_violation(world: Copies):
+    async with world.undone():
+        await world.execute(REPLAYED.format(which="source = 'payments' AND event_id = 2"))
+        await world.execute(PLANTED["E2"]["not in the feed"])
+
+        assert await violated(world) == ["E2"]
+
+
 async def test_an_event_that_is_held_back_behind_nothing_is_a_violation(world: Copies):
     """It would be held back for ever: its turn comes when the one before it is taken, and there is none."""
     async with world.undone():

@@ -580,6 +580,26 @@ async def test_two_who_replay_at_once_have_one_effect(world: EventWorld):
     assert await world.left.ids() == [2, 1]
 
 
+async def test_a_replayed_letter_is_kept_as_long_as_the_inbox_keeps_its_rows(world: EventWorld):
+    await killed(world)
+    world.left.poison = set()
+    assert await replay(world.left.database, world.left.subscription, SOURCE, 1)
+    async with world.left.database.transaction() as tx:
+        assert await inbox.reap_replayed(tx, "left") == 0
+        await tx.execute("UPDATE dead_letters SET replayed_at = now() - interval '13 days'")
+        assert await inbox.reap_replayed(tx, "left") == 0
+        await tx.execute("UPDATE dead_letters SET replayed_at = now() - interval '15 days'")
+        assert await inbox.reap_replayed(tx, "right") == 0
+        assert await inbox.reap_replayed(tx, "left") == 1
+
+
+async def test_a_letter_that_nobody_replayed_is_kept_for_ever(world: EventWorld):
+    await killed(world)
+    async with world.left.database.transaction() as tx:
+        await tx.execute("UPDATE dead_letters SET at = now() - interval '1 year'")
+        assert await inbox.reap_replayed(tx, "left") == 0
+
+
 @pytest.mark.parametrize("point", [inbox.REPLAY_BEFORE_COMMIT, inbox.REPLAY_AFTER_COMMIT])
 async def test_a_replay_that_dies_can_be_repeated(
     world: EventWorld, plant: Callable[[str, Fault], Callable[[], None]], point: str

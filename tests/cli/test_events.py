@@ -209,6 +209,10 @@ def test_a_replay_takes_what_it_can_and_keeps_the_rest(shop: RunningShop):
     assert shop.feed_ids() == ["inventory:3", "inventory:5"]
     _, lines, _ = run("dead", "--json", "--data", str(shop.data))
     assert [json.loads(line)["id"] for line in lines] == ["inventory:4"]
+    code, lines, said = run("replay", "inventory:3", "--data", str(shop.data))
+    assert (code, lines[-1]) == (1, "0 taken, 0 failed again")
+    assert "there is no dead letter inventory:3" in said
+    assert shop.feed_ids() == ["inventory:3", "inventory:5"]
 
 
 @pytest.mark.parametrize(

@@ -443,7 +443,7 @@ def replay(poison: Poison, crash_at: str = "") -> subprocess.CompletedProcess[st
 
 
 def assert_replayed(poison: Poison) -> None:
-    assert poison.shop.fetch("products", "SELECT 1 FROM dead_letters") == []
+    assert poison.shop.fetch("products", "SELECT 1 FROM dead_letters WHERE replayed_at IS NULL") == []
     taken = "SELECT 1 FROM inbox WHERE source = 'inventory' AND event_id = $1"
     assert poison.shop.fetch("products", taken, poison.event_id) == [1]
     assert poison.shop.fetch("products", "SELECT in_stock FROM products WHERE id = $1", poison.product_id) == [True]

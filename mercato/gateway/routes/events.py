@@ -47,7 +47,13 @@ class EventOut(Output):
     position: Annotated[int, Meta(description="Rises; a later event never comes before one that you have read.")]
     id: Annotated[str, Meta(description="The same at every delivery of this event.")]
     type: str
-    subject: Annotated[str, Meta(description="What it is about. Its events are in the order in which they happened.")]
+    subject: Annotated[
+        str,
+        Meta(
+            description="What it is about. Its events are in the order in which they happened, but for one that could "
+            "not be told at first: it comes late, and its version says where it belongs."
+        ),
+    ]
     version: int
     data: Any
     at: datetime.datetime

@@ -6,6 +6,7 @@ import asyncio
 import functools
 from typing import Final
 
+from mercato.chassis import inbox
 from mercato.chassis.db import Database
 from mercato.chassis.events import Subscription
 from mercato.chassis.rpc import Server
@@ -33,9 +34,9 @@ def build(env: Env) -> Service:
 
 
 async def _reap(database: Database) -> None:
-    """Deletes entries that are past their days, a bounded number a transaction."""
+    """Deletes entries and replayed dead letters that are past their days, a bounded number a transaction."""
     while True:
         async with database.transaction() as tx:
-            deleted = await store.reap(tx)
+            deleted = max(await store.reap(tx), await inbox.reap_replayed(tx, CONSUMER))
         if deleted < store.REAPED_AT_ONCE:
             await asyncio.sleep(REAP_EVERY_SECONDS)
