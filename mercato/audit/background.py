@@ -94,11 +94,13 @@ class Background:
         await asyncio.sleep(min(FIRST_SECONDS, self._every_seconds))
         shortest, longest = LOOK_SECONDS
         while True:
+            before = self._failure
             try:
                 await self.turn()
-                self._failure = ""
             except Exception as error:  # an edge: the next turn may find the server well
-                self._complain(str(error) or type(error).__name__)
+                # Said once, as long as it does not change by itself, such as a role that may make no database.
+                if _sentence(error) != before:
+                    log.warning("audit_failed", reason=_sentence(error))
             await asyncio.sleep(min(max(self._every_seconds / 10, shortest), longest))
 
     async def turn(self) -> bool:
@@ -106,6 +108,17 @@ class Background:
 
         Raises what the server makes impossible: `CopyError`, `Unavailable`.
         """
+        try:
+            mine = await self._turn()
+        except Exception as error:
+            # It may be gone, or was made anew without its table: the next turn begins from nothing.
+            self._database = None
+            self._failure = _sentence(error)
+            raise
+        self._failure = ""
+        return mine
+
+    async def _turn(self) -> bool:
         database = await self._opened()
         try:
             async with database.transaction() as tx:
@@ -122,11 +135,17 @@ class Background:
         return mine
 
     def details(self) -> Mapping[str, Any]:
-        """For `/health/ready`: what does not hold, by the last audit; nothing before the first."""
-        if self._last is None:
-            return {}
-        violations = {name: count for name, count in self._last.violations.items() if count}
-        return {"audit": {"at": self._last.at, "violations": violations}}
+        """For `/health/ready`: what does not hold, by the last audit; nothing before the first.
+
+        While turns fail, `failure` says why: what the last audit found gets older and older.
+        """
+        shown: dict[str, Any] = {}
+        if self._last is not None:
+            violations = {name: count for name, count in self._last.violations.items() if count}
+            shown = {"at": self._last.at, "violations": violations}
+        if self._failure:
+            shown["failure"] = self._failure
+        return {"audit": shown} if shown else {}
 
     async def _audit(self, database: Database) -> None:
         report = await audit(self._admin_dsn, self._dsns, settled_seconds=self._settled_seconds)
@@ -142,12 +161,6 @@ class Background:
             self._violations.labels(name).set(count)
         self._timestamp.set(last.at.timestamp())
 
-    def _complain(self, reason: str) -> None:
-        """Says once what will not change by itself, such as a role that may make no database."""
-        if reason != self._failure:
-            log.warning("audit_failed", reason=reason)
-        self._failure = reason
-
     async def _opened(self) -> Database:
         if self._database is None:
             made = Database(await ensured(self._admin_dsn, SCRATCH), "audit", self._telemetry, size=1)
@@ -162,3 +175,7 @@ class Background:
         else:
             await self._database.open()
         return self._database
+
+
+def _sentence(error: Exception) -> str:
+    return str(error) or type(error).__name__

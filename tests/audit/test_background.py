@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any, cast
 
 import asyncpg
+import pytest
 import pytest_asyncio
 
 from audit.world import build
@@ -71,15 +72,40 @@ async def test_it_goes_on_after_a_turn_that_failed_and_ends_when_it_is_told(clus
     background, _ = process(cluster, dsns, every_seconds=0.1)
     async with background.running():
         await execute(dsns["orders"], "ALTER TABLE sagas RENAME TO epics")
-        await asyncio.sleep(1)
-        assert background.details() == {}
+        await until(lambda: bool(background.details()))
+        assert "the database of orders is of another version" in background.details()["audit"]["failure"]
         await execute(dsns["orders"], "ALTER TABLE epics RENAME TO sagas")
-        async with asyncio.timeout(30):
-            while not background.details():
-                await asyncio.sleep(0.05)
+        await until(lambda: "failure" not in background.details()["audit"])
 
     assert background.details()["audit"]["violations"] == {}
     assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("loss", ["DROP TABLE last_audit", "DROP DATABASE"])
+async def test_it_goes_on_after_its_database_was_lost_or_made_anew(
+    cluster: Cluster, dsns: Mapping[str, str], loss: str
+):
+    background, _ = process(cluster, dsns, every_seconds=0.001)
+    assert await background.turn()
+    if loss == "DROP DATABASE":
+        await execute(cluster.server.admin_dsn, f"DROP DATABASE {SCRATCH} WITH (FORCE)")
+    else:
+        await execute(await ensured(cluster.server.admin_dsn, SCRATCH), loss)
+
+    with pytest.raises(Exception, match=r"last_audit|is not available right now"):
+        await background.turn()
+
+    details = background.details()["audit"]
+    assert details["failure"]
+    assert details["violations"] == {}
+    assert await background.turn()
+    assert "failure" not in background.details()["audit"]
 
 
 async def test_with_no_seconds_it_never_audits(cluster: Cluster, dsns: Mapping[str, str]):
