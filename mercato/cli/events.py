@@ -26,7 +26,7 @@ from mercato.chassis.telemetry import Telemetry, configure_logging
 from mercato.cli import databases
 from mercato.cli.databases import Databases, Unreachable
 from mercato.cli.progress import fail
-from mercato.contracts.events import PAGE_LIMIT, TYPES_LIMIT, EventType, FeedEntry, ListEvents
+from mercato.contracts.events import PAGE_LIMIT, TYPES_LIMIT, CursorTooOld, EventType, FeedEntry, ListEvents
 from mercato.services.events import store
 from mercato.services.events.service import EventsService
 
@@ -68,6 +68,11 @@ async def _tail(place: Place, after: int | None, types: str, *, follow: bool, as
         try:
             async for entry in _entries(database, position, wanted, follow=follow):
                 print(_json(entry) if as_json else _line(entry), flush=True)
+        except CursorTooOld as error:
+            raise Unreachable(
+                f"of what came after position {error.after}, the oldest is not in the feed any more: "
+                f"go on with --after {error.oldest}"
+            ) from error
         except asyncio.CancelledError:
             if not follow:
                 raise

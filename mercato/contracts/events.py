@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 
 from msgspec import Meta
 
-from mercato.chassis.contract import Contract, Message, Retry, single
+from mercato.chassis.contract import Contract, Kind, Message, Retry, ServiceError, single
 
 from .roles import STAFF_ONLY
 
@@ -37,7 +37,8 @@ class ListEvents(Message):
 
     Positions are given in the order of commits, one writer at a time: a reader that goes on from its last position
     never misses an entry. The entries of one subject are in the order in which they happened, but for one that the feed
-    could not take at first, a dead letter: it comes when it is replayed, behind what happened since.
+    could not take at first, a dead letter: it comes when it is replayed, behind what happened since. Raises
+    `CursorTooOld` where wanted entries after `after` have been deleted; from 0 on, what there is.
     """
 
     after: Annotated[int, Meta(ge=0)] = 0
@@ -51,6 +52,20 @@ class EventPage(Message):
     """The `after` of the next page. Behind the last entry it is what was asked for: ask again later."""
     is_full: bool = False
     """Whether there are as many entries as were asked for, so that there may be more."""
+
+
+class CursorTooOld(ServiceError, code="events.cursor_too_old", kind=Kind.NOT_FOUND):
+    """The reader was away for longer than the feed is kept, and would miss entries without knowing it.
+
+    `oldest` is the lowest `after` that is sure to miss nothing.
+    """
+
+    sentence = (
+        "Of what came after position {after}, the oldest is not in the feed any more: look at the things themselves, "
+        "then go on after {oldest}."
+    )
+    after: int
+    oldest: int
 
 
 class Events(Contract, name="events"):

@@ -28,6 +28,7 @@ STATUS_OF_KIND: Final[Mapping[Kind, int]] = {
 STATUS_OF_CODE: Final[Mapping[str, int]] = {
     # Where HTTP, or a draft that clients know, has a more exact word than the kind.
     "stale_version": 412,
+    "events.cursor_too_old": 410,
     "idempotency_key_reused": 422,
     "method_not_allowed": 405,
     "body_too_large": 413,
@@ -42,6 +43,7 @@ TITLES: Final[Mapping[int, str]] = {
     404: "Not found",
     405: "Method not allowed",
     409: "This conflicts with what is there",
+    410: "Not there any more",
     412: "It has changed since",
     413: "The body is too large",
     415: "Send JSON",

@@ -167,6 +167,16 @@ def test_tail_follows_until_it_is_interrupted(shop: RunningShop):
     assert (running.returncode, said) == (0, "")
 
 
+def test_tail_says_where_to_go_on_from_after_what_was_deleted(shop: RunningShop):
+    shop.execute("events", "INSERT INTO feed_reaped VALUES ('order.placed', 7)")
+    try:
+        code, lines, said = run("tail", "--after", "6", "--data", str(shop.data))
+    finally:
+        shop.execute("events", "TRUNCATE feed_reaped")
+    assert (code, lines) == (1, [])
+    assert said.endswith("is not in the feed any more: go on with --after 7\n")
+
+
 def test_a_shop_that_does_not_run_is_not_followed(tmp_path: Path):
     """It would be read for ever, and nobody else could look at its databases."""
     with DataFolder.open(tmp_path / "data", "http://127.0.0.1:8080") as folder:

@@ -89,6 +89,22 @@ async def test_a_query_of_another_shape_is_refused(open_shop: Shop, query: str, 
     assert reply.wrong_fields == {field}
 
 
+async def test_a_cursor_from_before_what_was_deleted_is_gone(open_shop: Shop):
+    database = open_shop.rig.host.services["events"].database
+    async with database.transaction() as tx:
+        await tx.execute("INSERT INTO feed_reaped VALUES ('thing.forgotten', 7)")
+    try:
+        reply = await open_shop.get("/events?after=6&types=thing.forgotten", token=await staff_token(open_shop))
+        last = await open_shop.get("/events?after=7&types=thing.forgotten", token=await staff_token(open_shop))
+    finally:
+        async with database.transaction() as tx:
+            await tx.execute("DELETE FROM feed_reaped WHERE type = 'thing.forgotten'")
+
+    assert_problem(reply, 410, "events.cursor_too_old")
+    assert reply.json["details"] == {"after": 6, "oldest": 7}
+    assert last.status == 200
+
+
 async def test_the_feed_is_for_staff_alone(guarded_shop: Shop):
     assert_problem(await guarded_shop.get("/events"), 401, "sign_in_first")
     person = await somebody(guarded_shop)

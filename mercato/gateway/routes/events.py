@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from mercato.chassis.contract import MAX_ID
 from mercato.contracts import events as contract
-from mercato.contracts.events import EventPage, Events, ListEvents
+from mercato.contracts.events import CursorTooOld, EventPage, Events, ListEvents
 from mercato.contracts.roles import STAFF_ONLY
 from mercato.gateway.route import Ask, Input, Output, Page, Route
 from mercato.gateway.validation import invalid
@@ -25,7 +25,8 @@ class EventsQuery(Input):
             ge=0,
             le=MAX_ID,
             description="Only positions behind this one. To follow the feed, ask again with the last position that you "
-            "have read, also when there was no Link to a next page.",
+            "have read, also when there was no Link to a next page. Where wanted events after it have been "
+            "deleted, the answer is 410.",
         ),
     ] = 0
     limit: Annotated[int, Meta(ge=1, le=contract.PAGE_LIMIT, description="How many at most.")] = 100
@@ -94,5 +95,6 @@ ROUTES: Final[tuple[Route, ...]] = (
         request=_list,
         answer=_page,
         output=list[EventOut],
+        errors=(CursorTooOld,),
     ),
 )

@@ -10,7 +10,7 @@ import msgspec
 from mercato.chassis import faults
 from mercato.chassis.db import Database, Tx
 from mercato.chassis.events import Event
-from mercato.contracts.events import EventPage, FeedEntry, ListEvents
+from mercato.contracts.events import CursorTooOld, EventPage, FeedEntry, ListEvents
 
 from . import rules, store
 
@@ -35,8 +35,13 @@ class EventsService:
                 # A type that is named twice is wanted once.
                 types = list(dict.fromkeys(request.types))
                 rows = await store.page_of_types(tx, request.after, request.limit, types)
+                oldest = await store.last_reaped_of_types(tx, types)
             else:
                 rows = await store.page(tx, request.after, request.limit)
+                oldest = await store.last_reaped(tx)
+        # Looked up after the page: the other way round, what is deleted between the two would be missed without a word.
+        if 0 < request.after < oldest:
+            raise CursorTooOld(after=request.after, oldest=oldest)
         return EventPage(
             entries=tuple(_entry(row) for row in rows),
             next_after=rows[-1].position if rows else request.after,

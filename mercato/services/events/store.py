@@ -99,6 +99,19 @@ async def page_of_types(tx: Tx, after: int, limit: int, types: Sequence[str]) ->
     )
 
 
+async def last_reaped(tx: Tx) -> int:
+    """The position of the last entry that was deleted; 0 where none was."""
+    return (await tx.fetch_values(int, "SELECT coalesce(max(position), 0) FROM feed_reaped"))[0]
+
+
+async def last_reaped_of_types(tx: Tx, types: Sequence[str]) -> int:
+    """The same, of some types."""
+    found = await tx.fetch_values(
+        int, "SELECT coalesce(max(position), 0) FROM feed_reaped WHERE type = ANY($1::text[])", types
+    )
+    return found[0]
+
+
 async def before_last(tx: Tx, count: int) -> int:
     """The position behind which the last `count` entries are; 0 where there are fewer."""
     found = await tx.fetch_values(int, "SELECT position FROM feed ORDER BY position DESC OFFSET $1 LIMIT 1", count)
@@ -129,13 +142,25 @@ async def before_last_of_types(tx: Tx, count: int, types: Sequence[str]) -> int:
 
 
 async def reap(tx: Tx) -> int:
-    """Deletes a bounded number of the oldest entries, where they are past their days; gives how many."""
-    return await tx.execute(
+    """Deletes a bounded number of the oldest entries, where they are past their days, and notes how far; how many."""
+    deleted = await tx.fetch_values(
+        int,
         """
-        DELETE FROM feed
-         WHERE position IN (SELECT position FROM feed ORDER BY position LIMIT $1)
-           AND received_at < now() - make_interval(days => $2)
+        WITH deleted AS (
+            DELETE FROM feed
+             WHERE position IN (SELECT position FROM feed ORDER BY position LIMIT $1)
+               AND received_at < now() - make_interval(days => $2)
+            RETURNING type, position
+        ),
+        noted AS (
+            INSERT INTO feed_reaped AS reaped (type, position)
+            SELECT type, max(position) FROM deleted GROUP BY type ORDER BY type
+                ON CONFLICT ON CONSTRAINT feed_reaped_pkey DO UPDATE
+               SET position = greatest(reaped.position, excluded.position)
+        )
+        SELECT count(*) FROM deleted
         """,
         REAPED_AT_ONCE,
         KEPT_DAYS,
     )
+    return deleted[0]

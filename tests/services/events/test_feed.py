@@ -11,7 +11,7 @@ import pytest
 from mercato.chassis.contract import Actor, Forbidden
 from mercato.chassis.db import Row
 from mercato.chassis.faults import Fault
-from mercato.contracts.events import Events, ListEvents
+from mercato.contracts.events import CursorTooOld, Events, ListEvents
 from mercato.services.events import rules, store
 from mercato.services.events.service import BEFORE_COMMIT
 from services.events.world import AT, Feed, event
@@ -105,6 +105,45 @@ async def test_old_entries_are_deleted_and_new_ones_stay(feed: Feed):
         await tx.execute("UPDATE feed SET received_at = now() - interval '8 days' WHERE event_id <= 3")
         assert await store.reap(tx) == 3
     assert await feed.ids() == ["orders:4", "orders:5"]
+
+
+async def reap_first(feed: Feed, count: int) -> None:
+    """Deletes the first entries, which have become old."""
+    async with feed.database.transaction() as tx:
+        await tx.execute(
+            """
+            UPDATE feed SET received_at = now() - interval '8 days'
+             WHERE position IN (SELECT position FROM feed ORDER BY position LIMIT $1)
+            """,
+            count,
+        )
+        assert await store.reap(tx) == count
+
+
+async def test_a_reader_that_was_away_for_too_long_hears_of_it(feed: Feed):
+    await feed.write(*(event(n) for n in range(1, 7)))
+    positions = [entry.position for entry in await feed.entries()]
+    await reap_first(feed, 2)
+    await reap_first(feed, 1)
+
+    with pytest.raises(CursorTooOld) as refusal:
+        await feed.page(after=positions[1])
+    assert (refusal.value.after, refusal.value.oldest) == (positions[1], positions[2])
+    rest = await feed.page(after=refusal.value.oldest)
+    assert [entry.position for entry in rest.entries] == positions[3:]
+    assert (await feed.page(after=0)).entries == rest.entries
+
+
+async def test_a_reader_of_a_rare_type_has_missed_nothing_where_others_were_deleted(feed: Feed):
+    """Its cursor is that of the last entry that it was shown, however long ago that is."""
+    await feed.write(event(1, type="order.paid"), *(event(n) for n in range(2, 6)), event(6, type="order.paid"))
+    first, *_, last = [entry.position for entry in await feed.entries()]
+    await reap_first(feed, 4)
+
+    page = await feed.page(after=first, types=["order.paid"])
+    assert [entry.position for entry in page.entries] == [last]
+    with pytest.raises(CursorTooOld):
+        await feed.page(after=first, types=["order.paid", "order.placed"])
 
 
 class PlanRow(Row):

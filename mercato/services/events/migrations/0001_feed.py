@@ -29,4 +29,13 @@ def upgrade() -> None:
     )
     # For readers of some types: one of a rare type would otherwise read the whole feed to find the next.
     op.execute("CREATE INDEX feed_type_position_idx ON feed (type, position)")
+    # How far entries have been deleted, of each type: a reader that comes back from before that is told so.
+    op.execute(
+        """
+        CREATE TABLE feed_reaped (
+            type text NOT NULL CONSTRAINT feed_reaped_pkey PRIMARY KEY,
+            position bigint NOT NULL
+        )
+        """
+    )
     op.execute(events.DEAD_LETTERS)
