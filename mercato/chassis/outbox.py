@@ -81,6 +81,13 @@ class DueRow(Row):
         )  # fmt: skip
 
 
+class StrangerRow(Row):
+    """A debt to a consumer that nobody has any more."""
+
+    event_id: int
+    consumer: str
+
+
 class LagRow(Row):
     count: int
     """At most `LAG_COUNT_LIMIT`."""
@@ -365,6 +372,39 @@ async def publish_paid(tx: Tx, ids: Sequence[int]) -> None:
          WHERE id = ANY($1::bigint[]) AND NOT EXISTS (SELECT FROM outbox_retries r WHERE r.event_id = o.id)
         """,
         ids,
+    )
+
+
+async def strike_out_strangers(tx: Tx, consumers: Sequence[str]) -> list[StrangerRow]:
+    """Takes a bounded number of debts off the list that are owed to none of these consumers; gives them."""
+    # The names that stand in the list are looked up one after the other in the order of the key: there may be a million
+    # debts, and a handful of names.
+    return await tx.fetch(
+        StrangerRow,
+        """
+        WITH RECURSIVE names AS (
+            (SELECT consumer FROM outbox_retries ORDER BY consumer LIMIT 1)
+            UNION ALL
+            SELECT (SELECT consumer FROM outbox_retries WHERE consumer > n.consumer ORDER BY consumer LIMIT 1)
+              FROM names n
+             WHERE n.consumer IS NOT NULL
+        )
+        DELETE FROM outbox_retries r
+         USING (
+            SELECT o.consumer, o.subject, o.subject_id, o.event_id
+              FROM names n
+             CROSS JOIN LATERAL (
+                SELECT consumer, subject, subject_id, event_id FROM outbox_retries WHERE consumer = n.consumer LIMIT $2
+             ) o
+             WHERE n.consumer <> ALL($1::text[])
+             LIMIT $2
+         ) owed
+         WHERE r.consumer = owed.consumer AND r.subject = owed.subject AND r.subject_id = owed.subject_id
+           AND r.event_id = owed.event_id
+        RETURNING r.event_id, r.consumer
+        """,
+        consumers,
+        BATCH,
     )
 
 

@@ -4,7 +4,8 @@ Three loops, each of which never gives up:
 
     lead       Holds the lease of this outbox, so that of many processes one relays. It only saves work: two that relay
                at once deliver twice, which the inbox drops, and of the two only the holder of the lease can change what
-               the outbox says (`outbox.py`).
+               the outbox says (`outbox.py`). Who begins to lead strikes out what is owed to consumers that this version
+               of the shop does not have: nobody would ever take it, and it would be kept for ever.
     offer      Takes fresh events in the order of their ids, offers each to every consumer that wants its type, and
                marks it published; or owed, with a debt for each consumer that has not taken it.
     collect    Offers again what is owed, when its time has come.
@@ -19,6 +20,7 @@ What it costs to die at any point: before the mark, everything is offered again,
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import itertools
 import secrets
@@ -43,6 +45,8 @@ faults.declare(BEFORE_DELIVER, AFTER_DELIVER, BEFORE_MARK_COMMIT, AFTER_MARK_COM
 
 RETRY_SECONDS: Final = (1.0, 5.0, 30.0, 120.0)
 """How long an event waits after each try but the last, after which it is dead."""
+REAPED_WORTHWHILE: Final = outbox.REAPED_AT_ONCE // 10
+"""After fewer, the next look is not at once: in a busy shop there are always a few that have just become old enough."""
 RELEASE_SECONDS: Final = 0.3
 """The end of a process has not more time than that for a courtesy."""
 assert len(RETRY_SECONDS) == TRIES - 1
@@ -183,11 +187,30 @@ class Relay:
             self._leads.clear()
             self._show_lag(outbox.LagRow(0, 0.0))  # whoever leads tells
             return self._pace.lead_s
+        if not self._leads.is_set():
+            await self._forget_strangers()
         self._leads.set()
         async with self._database.transaction() as tx:
             await outbox.plan_for_backlog(tx)
             self._show_lag(await outbox.lag(tx))
         return self._pace.lead_s
+
+    async def _forget_strangers(self) -> None:
+        """Strikes out debts to consumers that nobody has any more. What is owed to nobody else is then published."""
+        names = [recipient.name for recipient in self._bus.recipients]
+        forgotten: collections.Counter[str] = collections.Counter()
+        while True:
+            async with self._database.transaction() as tx:
+                if not await outbox.renew(tx, self._holder):
+                    raise LeaseLostError
+                struck = await outbox.strike_out_strangers(tx, names)
+                if struck:
+                    await outbox.publish_paid(tx, list({debt.event_id for debt in struck}))
+            forgotten.update(debt.consumer for debt in struck)
+            if len(struck) < outbox.BATCH:
+                break
+        for name, count in sorted(forgotten.items()):
+            log.warning("consumer_is_gone", service=self._source, consumer=name, debts=count)
 
     def _show_lag(self, lag: outbox.LagRow) -> None:
         self._lag_seconds.set(lag.age_s)
@@ -321,7 +344,8 @@ class Relay:
         """Deletes what was published long ago, a bounded number a transaction."""
         async with self._database.transaction() as tx:
             deleted = await outbox.reap(tx)
-        return 0.0 if deleted == outbox.REAPED_AT_ONCE else self._pace.reap_s
+        # Not only after a full round: of the oldest, some may be there because nobody could publish them.
+        return 0.0 if deleted >= REAPED_WORTHWHILE else self._pace.reap_s
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 import msgspec
 import pytest
 import pytest_asyncio
+from structlog.testing import capture_logs
 
 from chassis.event_world import (
     NO_RETRIES,
@@ -636,6 +637,46 @@ async def test_what_was_published_long_ago_is_deleted_and_nothing_else(world: Ev
         await tx.execute("UPDATE outbox SET published_at = now() WHERE id = 5")
         assert await outbox.reap(tx) == 3
     assert await world.values("SELECT id FROM outbox ORDER BY id") == [3, *range(5, 11)]
+
+
+async def test_one_old_event_that_nobody_can_publish_does_not_slow_the_deleting_down(world: EventWorld):
+    world.left.poison = {1}
+    seldom = msgspec.structs.replace(QUICK, reap_s=3_600.0)
+    for _ in range(5):
+        await world.emit(*[1] * 500)
+    async with world.publisher.transaction() as tx:
+        await tx.execute("UPDATE outbox SET published_at = now() - interval '8 days' WHERE id > 1")
+    async with world.relaying(world.relay(pace=seldom, retry_seconds=NO_RETRIES)):
+        await until(lambda: is_left(world, [1]), "all but the first is deleted")
+
+
+async def is_left(world: EventWorld, ids: list[int]) -> bool:
+    return await world.values("SELECT id FROM outbox ORDER BY id") == ids
+
+
+async def test_what_is_owed_to_a_consumer_that_nobody_has_any_more_is_struck_out(
+    world: EventWorld,
+):
+    world.left.poison = {2}
+    await world.emit(1, 2, 3)
+    for _ in range(3):
+        await world.emit(*[4] * 500)
+    async with world.publisher.transaction() as tx:
+        await tx.execute("UPDATE outbox SET owed = true WHERE id <> 3")
+        await tx.execute(
+            """
+            INSERT INTO outbox_retries
+            SELECT id, 'former', subject, subject_id, 2, now() - interval '1 hour', 'gone' FROM outbox WHERE id <> 3
+            """
+        )
+        await tx.execute("INSERT INTO outbox_retries VALUES (2, 'left', 'thing', 2, 0, now(), 'it was down')")
+    with capture_logs() as logs:
+        async with world.relaying(world.relay(retry_seconds=NO_RETRIES)):
+            await until(lambda: remain(world, [2]), "what is owed to nobody else is published")
+    assert await world.values("SELECT count(*) FROM outbox_retries WHERE consumer = 'left'") == [1]
+    assert await world.values("SELECT count(*) FROM outbox_retries WHERE consumer <> 'left'") == [0]
+    [warning] = [entry for entry in logs if entry["event"] == "consumer_is_gone"]
+    assert (warning["consumer"], warning["debts"]) == ("former", 1_502)
 
 
 async def test_inbox_rows_are_kept_for_twice_as_long(world: EventWorld):
