@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import signal
 import socket
 import sys
@@ -18,7 +17,7 @@ from mercato.chassis import faults
 from mercato.chassis.contract import ServiceError
 from mercato.chassis.service import Host
 from mercato.chassis.telemetry import configure_logging
-from mercato.cli.hosting import hosted
+from mercato.cli.hosting import hosted, spare_the_collector
 from mercato.cli.progress import fail
 from mercato.cli.worker import Lifeline
 from mercato.cli.workers import READY_LINE, Assignment
@@ -65,8 +64,7 @@ async def _serve(assignment: Assignment, lifeline: Lifeline) -> None:
             log_requests=assignment.log_requests,
             details=background.details,
         )
-        gc.collect()
-        gc.freeze()
+        spare_the_collector()
         with socket.socket(fileno=assignment.listener) as listener:
             async with background.running():
                 await topology.server(app, listener, host.telemetry, _tell_ready).run_until(stop)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import gc
 import ipaddress
 import os
 import socket
@@ -34,7 +33,7 @@ from mercato.chassis.service import Host, OptionError, key_deriver
 from mercato.chassis.supervisor import DataFolder, EmbeddedPostgres, SupervisorError
 from mercato.chassis.telemetry import configure_logging
 from mercato.cli import stopping
-from mercato.cli.hosting import hosted
+from mercato.cli.hosting import hosted, spare_the_collector
 from mercato.cli.progress import Progress, fail
 from mercato.cli.workers import WorkerFailed, Workers
 from mercato.contracts.roles import STAFF
@@ -312,9 +311,7 @@ class _Up:
         def on_ready() -> None:
             self._announce(url)
 
-        # What the start has left behind is for good: the collector need not look at it again.
-        gc.collect()
-        gc.freeze()
+        spare_the_collector()
         async with background.running():
             await topology.server(app, listener, host.telemetry, on_ready).run_until(self._stop)
 
