@@ -23,7 +23,7 @@ import contextlib
 import datetime
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping, Sequence
 from typing import Any, Final, cast
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # see db.py
 import msgspec
@@ -43,7 +43,16 @@ _SESSION: Final = {
     "lock_timeout": "10s",
     "timezone": "UTC",
     "jit": "off",
+    # Who is interrupted ends without a word: its server would go on with the statement, and keep others waiting for its
+    # turn, until there is something to answer.
+    "client_connection_check_interval": "1s",
 }
+
+DSN_FORM: Final = (
+    "a DSN has the form postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with %XX for special characters in the password"
+)
+NO_SECRETS: Final = "the given DSN"
+"""How a DSN is called of which it is not clear what of it is secret."""
 
 _DRIVER_ERRORS: Final = (
     asyncpg.PostgresError,
@@ -52,6 +61,18 @@ _DRIVER_ERRORS: Final = (
     OSError,
     TimeoutError,
     ValueError,
+)
+
+
+# What a statement of ours meets when its server goes away; anything else is a bug of the statement.
+_LOST: Final = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
 )
 
 
@@ -84,19 +105,22 @@ class Copies:
         """How many were copied."""
 
     async def fetch(self, sql: str, *values: object) -> list[dict[str, Any]]:
-        """All rows, by the names of their columns."""
-        return [dict(record) for record in await self._connection.fetch(sql, *values)]
+        """All rows, by the names of their columns. Here and below: `CopyError` when the server goes away."""
+        with _explained("the copies", _LOST):
+            return [dict(record) for record in await self._connection.fetch(sql, *values)]
 
     async def execute(self, sql: str, *values: object) -> None:
         """Changes the copies; several statements at once where there are no values."""
-        await self._connection.execute(sql, *values)
+        with _explained("the copies", _LOST):
+            await self._connection.execute(sql, *values)
 
     async def fill(
         self, schema: str, table: str, columns: Mapping[str, str], rows: Sequence[tuple[object, ...]]
     ) -> None:
         """Makes a table that is no copy: `columns` are names and types, `rows` have their order."""
-        await self._make_table(schema, table, columns)
-        await self._connection.copy_records_to_table(table, schema_name=schema, columns=list(columns), records=rows)
+        with _explained("the copies", _LOST):
+            await self._make_table(schema, table, columns)
+            await self._connection.copy_records_to_table(table, schema_name=schema, columns=list(columns), records=rows)
 
     @contextlib.asynccontextmanager
     async def undone(self) -> AsyncGenerator[None]:
@@ -151,8 +175,9 @@ async def copied(
     scratch_dsn = await ensured(admin_dsn, scratch)
     async with contextlib.AsyncExitStack() as stack:
         connection = await stack.enter_async_context(_connected(scratch_dsn, scratch))
-        await _take_turn(connection, progress)
-        await connection.execute("BEGIN; SET LOCAL work_mem = '64MB'")
+        with _explained(f"the database {scratch}"):
+            await _take_turn(connection, progress)
+            await connection.execute("BEGIN; SET LOCAL work_mem = '64MB'")
         async with contextlib.AsyncExitStack() as reading:
             sources = await _snapshots(reading, {name: dsns[name] for name in wanted})
             taken_at = min([began for _, began in sources.values()])
@@ -255,17 +280,26 @@ def with_database(dsn: str, name: str) -> str:
 
 
 def shown(dsn: str) -> str:
-    """A DSN as people may see it."""
-    parts = urlsplit(dsn)
-    if parts.password is None:
-        return dsn
-    return urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")))
+    """Host, port and database of a DSN: what people may see of it. `NO_SECRETS` where they cannot be told apart."""
+    try:
+        parts = urlsplit(dsn)
+        asked = dict(parse_qsl(parts.query, strict_parsing=True) if parts.query else ())
+        host, port = asked.get("host", parts.hostname), asked.get("port", parts.port)
+    except ValueError:
+        return NO_SECRETS
+    # A password with a slash, a question mark or a number sign in it ends the host for who parses it.
+    is_cut_short = "@" in parts.path + parts.query or parts.fragment
+    if parts.scheme not in ("postgresql", "postgres") or is_cut_short:
+        return NO_SECRETS
+    return f"{host or 'localhost'}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
 
 
 @contextlib.asynccontextmanager
 async def _connected(dsn: str, what: str) -> AsyncGenerator[Any]:
     try:
         connection = await cast(Any, asyncpg).connect(dsn, timeout=CONNECT_SECONDS, server_settings=_SESSION)
+    except ValueError as error:  # its words may be a part of the password, as whoever mistook it for a port has it
+        raise CopyError(f"{what} cannot be reached at {shown(dsn)}: {DSN_FORM}") from error
     except _DRIVER_ERRORS as error:
         raise CopyError(
             f"{what} cannot be reached at {shown(dsn)}: {_reason(error)}; check that the shop or its server is running "
@@ -279,11 +313,11 @@ async def _connected(dsn: str, what: str) -> AsyncGenerator[Any]:
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Generator[None]:
+def _explained(what: str, errors: tuple[type[Exception], ...] = _DRIVER_ERRORS) -> Generator[None]:
     """Turns an error of the driver into a sentence about what could not be read or made."""
     try:
         yield
-    except _DRIVER_ERRORS as error:
+    except errors as error:
         raise CopyError(f"{what} cannot be used: {_reason(error)}; try again when the server is well") from error
 
 

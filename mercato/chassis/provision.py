@@ -13,6 +13,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # see db.py
 
+from .copying import DSN_FORM, shown
 from .db import OLDEST_VERSION
 
 CONNECT_SECONDS: Final = 10.0
@@ -60,10 +61,12 @@ async def provision(
 async def _connect(admin_dsn: str) -> Any:
     try:
         return await cast(Any, asyncpg).connect(admin_dsn, timeout=CONNECT_SECONDS)
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
+    except ValueError as error:  # its words may be a part of the password
+        raise ProvisionError(f"MERCATO_POSTGRES_DSN ({shown(admin_dsn)}) cannot be used: {DSN_FORM}") from error
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ProvisionError(
-            f"no connection with MERCATO_POSTGRES_DSN ({_without_password(admin_dsn)}): {reason}; "
+            f"no connection with MERCATO_POSTGRES_DSN ({shown(admin_dsn)}): {reason}; "
             "check host, port, user and password"
         ) from error
 
@@ -108,13 +111,6 @@ def service_dsn(admin_dsn: str, name: str, password: str) -> str:
     return urlunsplit(
         parts._replace(netloc=f"{quote(name, safe='')}:{quote(password, safe='')}@{where}", path=f"/{quote(name)}")
     )
-
-
-def _without_password(dsn: str) -> str:
-    parts = urlsplit(dsn)
-    if parts.password is None:
-        return dsn
-    return urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")))
 
 
 def _identifier(name: str) -> str:

@@ -67,7 +67,7 @@ def audit(
     *,
     data: Path = Path(".mercato"),
     dsn: str | None = None,
-    settled: Annotated[float, Parameter(validator=validators.Number(gte=0))] = 60.0,
+    settled: Annotated[float, Parameter(validator=validators.Number(gte=0, lte=31_536_000))] = 60.0,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Check that no order is lost or doubled, no card is charged twice, nothing is oversold.
@@ -100,7 +100,7 @@ app.command(events)
 @events.command
 def tail(
     *,
-    after: Annotated[int, Parameter(validator=validators.Number(gte=0))] | None = None,
+    after: Annotated[int, Parameter(validator=validators.Number(gte=0, lte=9_007_199_254_740_991))] | None = None,
     types: str = "",
     follow: bool = False,
     json: Annotated[bool, Parameter(negative="")] = False,

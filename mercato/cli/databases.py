@@ -27,7 +27,7 @@ from mercato.chassis.supervisor.folder import SECRET_BYTES, explained
 from mercato.chassis.supervisor.place import PLACES, read_record
 from mercato.chassis.supervisor.postgres import PORT, ROLE
 from mercato.cli import stopping
-from mercato.cli.progress import fail
+from mercato.cli.progress import OutputFailed, fail
 
 OWN_URL: Final = "(a command that looks at its databases)"
 """How a command signs the lock of a folder on which no shop runs."""
@@ -103,6 +103,10 @@ def run(command: Callable[[], Coroutine[Any, Any, int]], *, failure: int = 1) ->
     except asyncio.CancelledError:
         fail("stopped before it was done")
         return stopping.exit_code(signals[0])
+    except OutputFailed as error:
+        if error.is_closed:
+            return 0
+        fail(str(error))
     except EXPECTED as error:
         fail(str(error))
     except Exception:  # an edge: an exit code says what a command has found, and a bug has found nothing
@@ -153,12 +157,14 @@ async def _own(data: Path, progress: Callable[[str], None], *, must_run: bool) -
 
     The server of another command ends with that command, in the middle of whatever we would do on it.
     """
-    began, is_told = time.monotonic(), False
+    began, is_told, shops_seen = time.monotonic(), False, 0
     while True:
         try:
             folder = DataFolder.open(data, OWN_URL)
         except DataFolderBusy as busy:
-            if busy.url != OWN_URL:
+            # Who has just taken the folder may not have signed yet: what is read then is its last owner's word.
+            shops_seen = 0 if busy.url == OWN_URL else shops_seen + 1
+            if shops_seen == 2:
                 return None
             waited = time.monotonic() - began
             if waited > OTHER_COMMAND_SECONDS:
@@ -170,7 +176,8 @@ async def _own(data: Path, progress: Callable[[str], None], *, must_run: bool) -
             if not must_run:
                 return folder
             folder.close()
-        if must_run:
+            shops_seen = 0
+        if must_run and not shops_seen:
             raise Unreachable(f"no shop runs on {data}, so there is nothing to follow: start it, or leave out --follow")
         await asyncio.sleep(OTHER_COMMAND_POLL_SECONDS)
 

@@ -25,7 +25,7 @@ from mercato.chassis.service import Host, OptionError
 from mercato.chassis.telemetry import Telemetry, configure_logging
 from mercato.cli import databases
 from mercato.cli.databases import Databases, Unreachable
-from mercato.cli.progress import fail
+from mercato.cli.progress import fail, say, show
 from mercato.contracts.events import PAGE_LIMIT, TYPES_LIMIT, CursorTooOld, EventType, FeedEntry, ListEvents
 from mercato.services.events import store
 from mercato.services.events.service import EventsService
@@ -67,7 +67,7 @@ async def _tail(place: Place, after: int | None, types: str, *, follow: bool, as
         position = await _start(database, wanted) if after is None else after
         try:
             async for entry in _entries(database, position, wanted, follow=follow):
-                print(_json(entry) if as_json else _line(entry), flush=True)
+                show(_json(entry) if as_json else _line(entry))
         except CursorTooOld as error:
             raise Unreachable(
                 f"of what came after position {error.after}, the oldest is not in the feed any more: "
@@ -135,9 +135,9 @@ async def _dead(place: Place, *, as_json: bool) -> int:
         for consumer in consumers:
             async for letter in _letters(consumer):
                 count += 1
-                print(_json_letter(letter) if as_json else _letter_line(letter))
+                show(_json_letter(letter) if as_json else _letter_line(letter))
     if not count and not as_json:
-        print("there are no dead letters")
+        show("there are no dead letters")
     return 0
 
 
@@ -192,19 +192,19 @@ async def _replay(place: Place, ids: Sequence[str], *, all_: bool) -> int:
                 results[await _replayed(consumer, letter)] += 1
     for id_ in sorted(missing):
         fail(f"there is no dead letter {id_}: `mercato events dead` lists them")
-    print(f"{results['taken']} taken, {results['failed']} failed again")
+    say(f"{results['taken']} taken, {results['failed']} failed again")
     return 1 if results["failed"] or missing else 0
 
 
 async def _replayed(consumer: Consumer, letter: DeadLetter) -> Literal["taken", "failed", "gone"]:
     try:
         if not await inbox.replay(consumer.database, consumer.subscription, letter.source, letter.event_id):
-            print(f"{_id(letter)}  {consumer.name}  replayed by somebody else meanwhile", flush=True)
+            say(f"{_id(letter)}  {consumer.name}  replayed by somebody else meanwhile")
             return "gone"
     except ReplayFailed as error:
         fail(f"{consumer.name} still cannot take {_id(letter)}: {error}")
         return "failed"
-    print(f"{_id(letter)}  {consumer.name}  taken", flush=True)
+    say(f"{_id(letter)}  {consumer.name}  taken")
     return "taken"
 
 

@@ -28,12 +28,29 @@ class Progress:
     def event(self, kind: str, **values: Any) -> None:
         """For programs only."""
         if self._as_json:
-            _print(json.dumps({"event": kind, **values}))
+            say(json.dumps({"event": kind, **values}))
 
     def say(self, text: str = "") -> None:
         """For people only."""
         if not self._as_json:
-            _print(text)
+            say(text)
+
+
+class OutputFailed(Exception):
+    """What a command was asked for cannot be written any more. `is_closed`: nobody reads it, as behind `head -1`."""
+
+    def __init__(self, cause: OSError) -> None:
+        self.is_closed = isinstance(cause, BrokenPipeError)
+        super().__init__(f"standard output cannot be written: {cause.strerror}")
+
+
+def show(line: str) -> None:
+    """A line of what a command was asked for. Raises `OutputFailed`: without a reader there is nothing left to do."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        _discard()
+        raise OutputFailed(error) from error
 
 
 def fail(message: str) -> None:
@@ -41,10 +58,15 @@ def fail(message: str) -> None:
     print(f"mercato: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
-def _print(line: str) -> None:
+def say(line: str) -> None:
+    """A line about what is done, which is done all the same where nobody can read it."""
     try:
         print(line, flush=True)
     except OSError:
-        # A reader that went away (`mercato up | head -1`), or a log on a full disk, is no reason to end a shop. What is
-        # in the buffer would be tried again for ever, the last time at the end of the process, which would then fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # A reader that went away (`mercato up | head -1`), or a log on a full disk, is no reason to end a shop.
+        _discard()
+
+
+def _discard() -> None:
+    # What is in the buffer would be tried again for ever, the last time at the end of the process, which then fails.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,8 +12,10 @@ import pytest
 import pytest_asyncio
 
 from audit.world import THEN, build, client_history
-from mercato.audit.checking import audit
-from mercato.chassis.copying import SCRATCH, CopyError, Table, copied, located, with_database
+from mercato.audit.checking import audit, check
+from mercato.audit.invariants import SHOP
+from mercato.audit.tables import WANTED, prepare
+from mercato.chassis.copying import NO_SECRETS, SCRATCH, CopyError, Table, copied, located, shown, with_database
 from mercato.chassis.testing import Cluster
 
 
@@ -123,10 +125,17 @@ async def test_what_nobody_touched_long_before_the_last_sign_of_life_is_a_violat
     assert await violated(cluster, dsns, is_stopped=True) == ["O4", "E1"]
 
 
-async def test_two_audits_at_once_queue(cluster: Cluster, dsns: Mapping[str, str]):
-    reports = await asyncio.gather(*(audit(cluster.server.admin_dsn, dsns) for _ in range(3)))
+async def test_of_two_audits_at_once_the_second_waits_until_the_copies_of_the_first_are_gone(
+    cluster: Cluster, dsns: Mapping[str, str]
+):
+    lines: asyncio.Queue[str] = asyncio.Queue()
+    async with copied(cluster.server.admin_dsn, dsns, WANTED, progress=print):
+        second = asyncio.create_task(audit(cluster.server.admin_dsn, dsns, progress=lines.put_nowait))
+        first_line = await lines.get()
+    report = await second
 
-    assert [report.violated for report in reports] == [(), (), ()]
+    assert first_line == "waiting for others to finish with their copies"
+    assert report.violated == ()
 
 
 async def test_an_audit_that_is_cancelled_leaves_nothing_and_holds_up_nobody(cluster: Cluster, dsns: Mapping[str, str]):
@@ -146,6 +155,45 @@ async def test_an_audit_that_is_cancelled_leaves_nothing_and_holds_up_nobody(clu
     assert await schemas(cluster) == set()
 
 
+OURS = "SELECT pid FROM pg_stat_activity WHERE application_name = 'mercato-copying' AND datname = $1"
+
+
+async def test_of_an_audit_that_is_cancelled_in_the_middle_of_a_question_no_server_works_on(
+    cluster: Cluster, dsns: Mapping[str, str]
+):
+    """It would hold the lock of the copies until the question is answered: everybody else waits for that."""
+    async with connected(cluster.server.admin_dsn) as admin:
+        running = asyncio.create_task(ask_for_ever(cluster, dsns))
+        while not await admin.fetch(f"{OURS} AND query LIKE '%pg_sleep%' AND state = 'active'", SCRATCH):
+            await asyncio.sleep(0.05)
+        running.cancel()
+        await asyncio.wait({running})
+
+        async with asyncio.timeout(60):
+            while await admin.fetch(OURS, SCRATCH):
+                await asyncio.sleep(0.05)
+
+
+async def ask_for_ever(cluster: Cluster, dsns: Mapping[str, str]) -> None:
+    async with copied(cluster.server.admin_dsn, dsns, WANTED, progress=print) as copies:
+        await copies.fetch("SELECT pg_sleep(3600)")
+
+
+async def test_a_server_that_goes_away_while_it_is_asked_is_a_sentence(cluster: Cluster, dsns: Mapping[str, str]):
+    async with copied(cluster.server.admin_dsn, dsns, WANTED, progress=print) as copies:
+        await prepare(copies, settled_seconds=60, history=None)
+        async with connected(cluster.server.admin_dsn) as admin:
+            await admin.fetch(f"SELECT pg_terminate_backend(pid) FROM ({OURS}) ours", SCRATCH)
+        with pytest.raises(CopyError, match="the copies cannot be used"):
+            await check(copies, SHOP)
+
+
+async def test_a_question_that_is_wrong_is_loud(cluster: Cluster, dsns: Mapping[str, str]):
+    async with copied(cluster.server.admin_dsn, dsns, WANTED, progress=print) as copies:
+        with pytest.raises(asyncpg.UndefinedTableError):
+            await copies.fetch("SELECT * FROM nothing")
+
+
 async def test_a_database_of_another_version_is_named(cluster: Cluster, dsns: Mapping[str, str]):
     async with connected(dsns["orders"]) as connection:
         await connection.execute("ALTER TABLE sagas RENAME COLUMN tries TO attempts")
@@ -158,6 +206,36 @@ async def test_a_server_that_is_not_there_is_named_without_its_password(tmp_path
     dsn = f"postgresql://admin:hunter2@/postgres?host={tmp_path}&port=5432"
 
     with pytest.raises(CopyError, match="cannot be reached") as refusal:
+        await located(dsn, ["orders"])
+
+    assert "hunter2" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("dsn", "seen"),
+    [
+        ("postgresql://admin:hunter2@shop.example:5432/postgres", "shop.example:5432/postgres"),
+        ("postgres://shop.example/postgres?user=admin&password=hunter2", "shop.example/postgres"),
+        ("postgresql://admin@/postgres?host=/run/pg&port=5432&password=hunter2", "/run/pg:5432/postgres"),
+        ("postgresql:///postgres", "localhost/postgres"),
+        ("host=shop.example user=admin password=hunter2", NO_SECRETS),
+        ("postgresql://[bad/hunter2", NO_SECRETS),
+        ("postgresql://admin:hun/ter2@shop.example/postgres", NO_SECRETS),
+        ("postgresql://admin:5432/hunter2@shop.example/postgres", NO_SECRETS),
+        ("postgresql://admin:5432?hunter2@shop.example/postgres", NO_SECRETS),
+        ("postgresql://admin:5432#hunter2@shop.example/postgres", NO_SECRETS),
+        ("postgresql://shop.example/postgres?password=hunter2@home", NO_SECRETS),
+    ],
+)
+async def test_of_a_dsn_only_host_port_and_database_are_shown(dsn: str, seen: str):
+    assert shown(dsn) == seen
+
+
+@pytest.mark.parametrize(
+    "dsn", ["postgresql://admin:hunter2/x@h/y", "host=h password=hunter2", "postgresql://[hunter2/"]
+)
+async def test_what_is_no_dsn_is_refused_without_its_password(dsn: str):
+    with pytest.raises(CopyError, match="a DSN has the form") as refusal:
         await located(dsn, ["orders"])
 
     assert "hunter2" not in str(refusal.value)

@@ -126,8 +126,15 @@ async def test_an_administrator_who_may_not_is_told_what_is_missing(place: Place
 
 
 async def test_no_connection_is_explained_without_the_password():
-    with pytest.raises(ProvisionError, match=r"mercato:\*\*\*@.*check host, port") as caught:
+    with pytest.raises(ProvisionError, match=r"\(/nowhere/postgres\).*check host, port") as caught:
         await provision("postgresql://mercato:geheim@/postgres?host=/nowhere", SERVICES, str)
+    assert "geheim" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dsn", ["postgresql://mercato:geheim/1@host/postgres", "host=/nowhere password=geheim"])
+async def test_what_is_no_dsn_is_explained_without_the_password(dsn: str):
+    with pytest.raises(ProvisionError, match="a DSN has the form") as caught:
+        await provision(dsn, SERVICES, str)
     assert "geheim" not in str(caught.value)
 
 

@@ -170,7 +170,8 @@ async def test_a_server_is_named_by_option_or_environment(shop: Path):
 def test_two_audits_of_a_stopped_shop_wait_for_each_other(shop: Path):
     first, second = start("--data", str(shop)), start("--data", str(shop))
 
-    assert [finished(running)[0] for running in (first, second)] == [0, 0]
+    ended = [finished(running) for running in (first, second)]
+    assert [code for code, *_ in ended] == [0, 0], ended
     assert_untouched(shop)
 
 
@@ -225,3 +226,20 @@ def test_a_server_that_is_not_there_is_refused_without_its_password(tmp_path: Pa
 
     assert "cannot be reached" in sentence
     assert "hunter2" not in sentence
+
+
+@pytest.mark.parametrize("dsn", ["postgresql://[hunter2/x", "host=h password=hunter2"])
+def test_what_is_no_dsn_is_refused_in_a_sentence(dsn: str):
+    sentence = refused("--dsn", dsn)
+
+    assert "the given DSN" in sentence
+    assert "hunter2" not in sentence
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "1e300", "1e12", "-1"])
+def test_seconds_that_no_clock_has_are_refused_in_a_sentence(seconds: str):
+    code, output, errors = finished(start("--settled", seconds))
+
+    assert (code, output) == (2, "")
+    assert errors.startswith("mercato: Invalid value ")
+    assert "for --settled. Must be " in errors

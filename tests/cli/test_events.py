@@ -190,6 +190,41 @@ def test_a_shop_that_does_not_run_is_not_followed(tmp_path: Path):
     DataFolder.open(tmp_path / "data", "a test").close()
 
 
+def test_following_ends_quietly_when_nobody_reads_any_more(shop: RunningShop):
+    """As in `mercato events tail --follow | head -1`."""
+    shop.put_entry(1)
+    running = subprocess.Popen(
+        mercato("tail", "--follow", "--data", str(shop.data)),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/", env=clean_environment(),
+    )  # fmt: skip
+    try:
+        assert running.stdout
+        assert running.stderr
+        assert "order.placed" in running.stdout.readline()
+        running.stdout.close()
+        shop.put_entry(2)
+        assert running.wait(SECONDS) == 0
+        assert running.stderr.read() == ""
+    finally:
+        running.kill()
+        running.wait()
+        assert running.stderr
+        running.stderr.close()
+
+
+@pytest.mark.parametrize("command", ["dead", "tail"])
+def test_a_full_disk_is_a_sentence(shop: RunningShop, command: str):
+    shop.put_entry(1)
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            mercato(command, "--data", str(shop.data)),
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=SECONDS, cwd="/", env=clean_environment(),
+            check=False,
+        )  # fmt: skip
+    sentence = "mercato: standard output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, sentence)
+
+
 def test_dead_letters_are_listed_with_their_reason(shop: RunningShop):
     assert run("dead", "--data", str(shop.data)) == (0, ["there are no dead letters"], "")
     assert run("dead", "--json", "--data", str(shop.data)) == (0, [], "")
@@ -239,3 +274,9 @@ def test_what_cannot_be_done_is_said_in_a_sentence(options: tuple[str, ...], sen
     assert (code, lines) == (1, [])
     assert said.count("\n") == 1
     assert sentence in said
+
+
+def test_a_position_that_there_cannot_be_is_refused_in_a_sentence():
+    code, lines, said = run("tail", "--after", "99999999999999999999")
+    assert (code, lines) == (2, [])
+    assert said.startswith('mercato: Invalid value "99999999999999999999" for --after. Must be ')
