@@ -50,7 +50,23 @@ class _ToStructlog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         logger = structlog.stdlib.get_logger(record.name)
-        logger.log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info)
+        message = record.getMessage()
+        told: dict[str, Any] = {"exc_info": record.exc_info}
+        if _is_of_the_driver(record.name, message):
+            told = {"reason": _in_a_line(record.exc_info[1])} if record.exc_info and record.exc_info[1] else {}
+        logger.log(record.levelno, message, logger=record.name, **told)
+
+
+def _is_of_the_driver(logger: str, message: str) -> bool:
+    """What asyncpg says by itself, and what asyncio says of its tasks: that a server went away, each for itself.
+
+    Where in the driver that was noticed helps nobody, and a restart of the server would fill the log with traces.
+    """
+    return logger.partition(".")[0] == "asyncpg" or (logger == "asyncio" and "asyncpg" in message)
+
+
+def _in_a_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _add_call(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
