@@ -172,6 +172,10 @@ class _Lease:
         try:
             await self.connection.execute("BEGIN")
             return
+        except asyncio.CancelledError:
+            # The server may have begun all the same, and nobody goes on: the connection must not stay like that.
+            await self.roll_back()
+            raise
         except _DRIVER_ERRORS as error:
             if not self.is_lost(error):
                 _raise_translated(error, self._service)
@@ -180,7 +184,12 @@ class _Lease:
 
     async def commit(self) -> None:
         """Raises `RolledBackError` where nothing was committed because a statement before had failed."""
-        if await self._step("COMMIT") != "COMMIT":
+        try:
+            outcome = await self._step("COMMIT")
+        except asyncio.CancelledError:
+            await self.roll_back()  # where it came too late, nothing happens
+            raise
+        if outcome != "COMMIT":
             raise RolledBackError("an error inside the transaction was caught there; nothing was committed")
 
     async def roll_back(self) -> None:

@@ -223,7 +223,8 @@ class TestTransactions:
 
     async def test_a_transaction_cancelled_at_any_moment_leaves_a_clean_connection(self, dsn: str):
         """Cancelled after each number of turns in turn: while BEGIN, a statement, COMMIT or ROLLBACK is on its way."""
-        asyncio.get_running_loop().set_exception_handler(lambda _loop, _problem: None)
+        problems: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, problem: problems.append(problem["message"]))
         async with opened(dsn, size=1) as database:
             for turns in range(40):
                 task = asyncio.create_task(add_and_fail(database, turns))
@@ -234,6 +235,7 @@ class TestTransactions:
                 async with database.transaction() as tx:
                     await tx.execute("DELETE FROM things")
                 assert await ids(database) == []
+        assert problems == []
 
 
 class Look(Message):
