@@ -33,7 +33,8 @@ async def take_turn(tx: Tx, every_seconds: float) -> bool:
 
     Its turn is gone when it dies over it: the next one is whoever asks first when the time has come.
     """
-    # Who waits for the row sees, once it has it, that the turn is taken: the clause is looked at again.
+    # Who waits for the row sees, once it has it, that the turn is taken: the clause is looked at again. A turn that
+    # would begin after the next one was written before the server's clock was set back.
     taken = await tx.execute(
         """
         INSERT INTO last_audit AS last (began_at)
@@ -41,6 +42,7 @@ async def take_turn(tx: Tx, every_seconds: float) -> bool:
             ON CONFLICT ON CONSTRAINT last_audit_pkey DO UPDATE
            SET began_at = excluded.began_at
          WHERE last.began_at <= excluded.began_at - make_interval(secs => $1)
+            OR last.began_at > excluded.began_at + make_interval(secs => $1)
         """,
         every_seconds,
     )
@@ -48,9 +50,9 @@ async def take_turn(tx: Tx, every_seconds: float) -> bool:
 
 
 async def save(tx: Tx, at: datetime.datetime, violations: str) -> None:
-    # Of two that overlap, the newer copies count.
+    # Of two that overlap, the newer copies count; those from before the clock was set back are not newer.
     await tx.execute(
-        "UPDATE last_audit SET at = $1, violations = $2 WHERE at IS NULL OR at < $1",
+        "UPDATE last_audit SET at = $1, violations = $2 WHERE at IS NULL OR at < $1 OR at > clock_timestamp()",
         at,
         violations,
     )

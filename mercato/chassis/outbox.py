@@ -101,13 +101,24 @@ async def is_led_by_another(tx: Tx, holder: str) -> bool:
     """A look that locks nothing, for those who wait: taking the lease is tried only when it can be had."""
     return bool(
         await tx.fetch_values(
-            str, "SELECT name FROM relays WHERE holder <> $1 AND leased_until >= clock_timestamp()", holder
+            str,
+            """
+            SELECT name
+              FROM relays
+             WHERE holder <> $1
+               AND leased_until BETWEEN clock_timestamp() AND clock_timestamp() + make_interval(secs => 2 * $2)
+            """,
+            holder,
+            LEASE_SECONDS,
         )
     )
 
 
 async def take_lead(tx: Tx, holder: str) -> bool:
-    """Takes the lease, or renews it. The database's clock judges, the same for all who want it."""
+    """Takes the lease, or renews it. The database's clock judges, the same for all who want it.
+
+    One that would last for longer than any is given was written before that clock was set back: nobody waits for it.
+    """
     # No wait for the disk, here and in `renew`: a lease or mark that a power failure takes back costs duplicates only.
     await tx.execute("SET LOCAL synchronous_commit = off")
     taken = await tx.execute(
@@ -116,7 +127,9 @@ async def take_lead(tx: Tx, holder: str) -> bool:
         VALUES ('outbox', $1, clock_timestamp() + make_interval(secs => $2))
             ON CONFLICT ON CONSTRAINT relays_pkey DO UPDATE
            SET holder = excluded.holder, leased_until = excluded.leased_until
-         WHERE relays.holder = excluded.holder OR relays.leased_until < clock_timestamp()
+         WHERE relays.holder = excluded.holder
+            OR relays.leased_until NOT BETWEEN clock_timestamp()
+                                           AND clock_timestamp() + make_interval(secs => 2 * $2)
         """,
         holder,
         LEASE_SECONDS,

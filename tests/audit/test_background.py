@@ -81,6 +81,18 @@ async def test_it_goes_on_after_a_turn_that_failed_and_ends_when_it_is_told(clus
     assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
 
 
+async def test_a_turn_from_before_the_clock_was_set_back_holds_up_nobody(cluster: Cluster, dsns: Mapping[str, str]):
+    background, _ = process(cluster, dsns)
+    assert await background.turn()
+    ahead = "UPDATE last_audit SET began_at = began_at + interval '1 day', at = at + interval '1 day'"
+    await execute(await ensured(cluster.server.admin_dsn, SCRATCH), ahead)
+    await execute(dsns["inventory"], "UPDATE levels SET on_hand = on_hand + 1")
+
+    assert await background.turn()
+
+    assert background.details()["audit"]["violations"] == {"S2": 2}
+
+
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(30):
         while not condition():
