@@ -260,6 +260,30 @@ def test_a_replay_takes_what_it_can_and_keeps_the_rest(shop: RunningShop):
     assert shop.feed_ids() == ["inventory:3", "inventory:5"]
 
 
+def test_what_somebody_else_has_replayed_meanwhile_is_not_counted(shop: RunningShop):
+    shop.put_dead_letter("events", CONSUMER, 3)
+    code, lines, said = asyncio.run(replay_beside_another(shop))
+    assert (code, said) == (0, "")
+    assert lines == [f"inventory:3  {CONSUMER}  replayed by somebody else meanwhile", "0 taken, 0 failed again"]
+
+
+async def replay_beside_another(shop: RunningShop) -> tuple[int, list[str], str]:
+    """What a replay says that has seen the letter before another one, which commits while it waits."""
+    connection = await cast(Any, asyncpg).connect(shop.dsn.replace("/postgres?", "/mercato_events?"))
+    try:
+        transaction = connection.transaction()
+        await transaction.start()
+        await connection.execute("UPDATE dead_letters SET replayed_at = now()")
+        replay = asyncio.create_task(asyncio.to_thread(run, "replay", "--all", "--data", str(shop.data)))
+        async with asyncio.timeout(SECONDS):
+            while not await connection.fetch("SELECT FROM pg_locks WHERE NOT granted"):
+                await asyncio.sleep(0.05)
+        await transaction.commit()
+        return await replay
+    finally:
+        await connection.close()
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
