@@ -32,6 +32,7 @@ UNDER_WAY: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "payments": {
         "operations without an outcome": "SELECT count(*) FROM operations WHERE status IN ('intent', 'unknown')",
+        "differences with the bank": "SELECT count(*) FROM mismatches WHERE resolved_at IS NULL",
         "events of payments": "SELECT count(*) FROM outbox WHERE published_at IS NULL",
     },
 }

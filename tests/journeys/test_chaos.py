@@ -34,4 +34,5 @@ def test_a_minute_of_chaos_leaves_nothing_lost_doubled_charged_twice_or_oversold
     result = json.loads(done.stdout)
     # Not for nothing: there were orders, and there were kills.
     assert result["orders"] > 0
+    assert result["paid"] > 0
     assert result["kills"] > 0
