@@ -802,7 +802,7 @@ async def test_drain_finishes_what_runs_and_takes_nothing_new() -> None:
 
 
 @on_both_loops
-async def test_drain_ends_by_force_when_its_time_is_over() -> None:
+async def test_drain_ends_by_force_when_its_time_is_over(caplog: pytest.LogCaptureFixture) -> None:
     async with serve(drain_seconds=0.1) as serving:
         client = await serving.connect()
         await client.send(GET.replace(b"/hello", b"/wait"))
@@ -814,6 +814,7 @@ async def test_drain_ends_by_force_when_its_time_is_over() -> None:
         with contextlib.suppress(ConnectionError):
             assert await client.rest() == b""
         client.close()
+    assert [(r.levelname, r.exc_info) for r in caplog.records if r.name != "asyncio"] == [("WARNING", None)]
 
 
 @on_both_loops

@@ -15,6 +15,7 @@ from .listening import LISTEN_BACKLOG
 from .protocol import BoundedProtocol, ConnectionBook
 
 logger = logging.getLogger(__name__)
+uvicorn_logger = logging.getLogger("uvicorn.error")
 
 SWEEP_SECONDS: Final = 0.25
 DRAIN_POLL_SECONDS: Final = 0.02
@@ -153,9 +154,16 @@ class HttpServer:
         tasks = tuple(self._book.tasks)
         if tasks:
             logger.warning("cancelling %d requests that did not finish within the drain", len(tasks))
+            uvicorn_logger.addFilter(_tells_more)
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=UNWIND_SECONDS)
+            uvicorn_logger.removeFilter(_tells_more)
         # Transports report their end in the next turns of the loop.
         for _ in range(2):
             await asyncio.sleep(0)
+
+
+def _tells_more(record: logging.LogRecord) -> bool:
+    """False for the trace that uvicorn logs of a request which was cancelled: that it was is said already."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
