@@ -535,8 +535,8 @@ EVENTS: Final = (
           FROM audit.handled h
          CROSS JOIN audit.clock c
           LEFT JOIN audit.outbox e ON e.source = h.source AND e.id = h.event_id
-          LEFT JOIN audit.replayed r ON r.consumer = h.consumer AND r.source = h.source AND r.event_id = h.event_id
-         WHERE h.at <= c.taken_at AND h.at > c.sure_after AND e.id IS NULL AND r.event_id IS NULL
+         WHERE h.at <= c.taken_at AND h.at > c.sure_after AND e.id IS NULL
+           AND (h.consumer, h.source, h.event_id) NOT IN (SELECT consumer, source, event_id FROM audit.replayed)
         """,
     ),
     Invariant(
@@ -562,10 +562,7 @@ EVENTS: Final = (
           FROM (
             SELECT h.*, lag(version) OVER told AS version_before, lag(event_id) OVER told AS event_before
               FROM audit.handled h
-             WHERE NOT EXISTS (
-                SELECT FROM audit.replayed r
-                 WHERE r.consumer = h.consumer AND r.source = h.source AND r.event_id = h.event_id
-             )
+             WHERE (consumer, source, event_id) NOT IN (SELECT consumer, source, event_id FROM audit.replayed)
             WINDOW told AS (PARTITION BY consumer, source, subject, subject_id ORDER BY nth)
           ) heard
          WHERE (version, event_id) < (version_before, event_before)
