@@ -34,6 +34,7 @@ FOR_EVER: Final = "public, max-age=31536000, immutable"
 WAY_OUT: Final[Mapping[str, str]] = {
     "body_too_large": "Send less at once.",
     "deadline_exceeded": "It may or may not have been done. Look, or send it again with the same Idempotency-Key.",
+    "events.cursor_too_old": "Look at the things themselves, then read on after details.oldest.",
     "forbidden": "Sign in as somebody who may do this; staff can make others staff.",
     "host_not_allowed": "Call the address that the shop printed when it started, or start it with tokens required.",
     "idempotency_key_missing": "Send Idempotency-Key, a fresh UUID for each request, the same one for a repetition.",
@@ -52,7 +53,7 @@ WAY_OUT: Final[Mapping[str, str]] = {
     "orders.mixed_currencies": "Place one order for each currency.",
     "orders.not_found": "Check the id. Somebody else's order answers like one that does not exist.",
     "orders.not_returnable": "GET /orders/{id} says how many were bought, and how many have come back (returned).",
-    "orders.not_payable": "Settle what is left with the customer: part of the goods has come back.",
+    "orders.not_payable": "Settle it with the customer: goods have come back, or were never taken from the stock.",
     "orders.nothing_to_refund": "Refund at most details.left; where it is nothing, all was given back already.",
     "orders.payment_declined": "No money has moved. Pay with another method, as long as the order waits.",
     "orders.payment_in_progress": "Wait a moment and look at the order: a payment or refund is just being made.",
