@@ -11,8 +11,8 @@ RUN := $(PY) -m
 PIP := $(RUN) pip --quiet --disable-pip-version-check
 # Arguments for the program behind a target: make up ARGS="--port 9000", make test ARGS="-k checkout".
 ARGS ?=
-# Test processes; a file's tests stay together, so that they share its fixtures.
-WORKERS ?= 2
+# Test processes: one more than cores, for they wait a lot. The tests of a file stay together, and share its fixtures.
+WORKERS ?= 3
 # How long `make chaos` strikes, and the seed of a run to see again.
 SECONDS ?= 60
 SEED ?=
@@ -44,7 +44,7 @@ setup: $(VENV)/.runtime ## install what the shop needs to run into .venv
 
 .PHONY: test
 test: $(VENV)/.dev ## run every test (ARGS="-k checkout")
-	@$(RUN) pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(RUN) pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: check
 check: $(VENV)/.dev ## format, lint, types, import rules, slices and fast tests: before each commit

@@ -44,7 +44,14 @@ async def guarded_shop(cluster: Cluster, request: pytest.FixtureRequest) -> Asyn
     await shop.close()
 
 
+LONG = ("tests/journeys", "tests/cli", "tests/services/orders", "tests/chassis", "tests/bench")
+"""Files that take longest, whatever the number of their tests."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest first: a file that begins last is waited for by everybody (with `--no-loadscope-reorder`).
+    rank = {name: n for n, name in enumerate(LONG)}
+    items.sort(key=lambda item: next((n for name, n in rank.items() if item.nodeid.startswith(name)), len(LONG)))
     for item in items:
         if {"cluster", "rig", "open_shop", "guarded_shop"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.postgres)

@@ -176,7 +176,7 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
         ),
         red=(
             f"{OF_ORDER_KEYS}::test_the_same_key_with_another_request_is_refused[local]",
-            f"{OF_KEYS_AT_THE_EDGE}::test_the_key_with_another_body_is_refused_and_nothing_runs[local]",
+            f"{OF_KEYS_AT_THE_EDGE}::test_the_key_with_another_body_is_refused_and_nothing_runs",
         ),
         green=f"{OF_ORDER_KEYS}::test_a_second_place_with_the_same_key_hears_the_first_answer[local]",
     ),

@@ -32,7 +32,7 @@ async def adjust(shop: Shop, path: str, body: Any, key: str | None = None) -> Re
 async def hold(shop: Shop, product_id: int, quantity: int) -> None:
     inventory = shop.rig.client(Inventory)
     wanted = ReserveStock(
-        order_id=product_id,  # any number that no order has
+        order_id=1_000_000_000 + product_id,  # a number that no order has
         lines=(StockLine(product_id=product_id, quantity=quantity),),
         for_payment=True,
         idempotency_key=unique("hold"),
