@@ -389,7 +389,11 @@ async def publish_paid(tx: Tx, ids: Sequence[int]) -> None:
 
 
 async def strike_out_strangers(tx: Tx, consumers: Sequence[str]) -> list[StrangerRow]:
-    """Takes a bounded number of debts off the list that are owed to none of these consumers; gives them."""
+    """Takes a bounded number of old debts off the list that are owed to none of these consumers; gives them.
+
+    Old is what is past the days of the outbox: while a shop is being updated, a process of the version before leads now
+    and then, and does not know a consumer that the next one has.
+    """
     # The names that stand in the list are looked up one after the other in the order of the key: there may be a million
     # debts, and a handful of names.
     return await tx.fetch(
@@ -407,7 +411,11 @@ async def strike_out_strangers(tx: Tx, consumers: Sequence[str]) -> list[Strange
             SELECT o.consumer, o.subject, o.subject_id, o.event_id
               FROM names n
              CROSS JOIN LATERAL (
-                SELECT consumer, subject, subject_id, event_id FROM outbox_retries WHERE consumer = n.consumer LIMIT $2
+                SELECT r.consumer, r.subject, r.subject_id, r.event_id
+                  FROM outbox_retries r
+                 CROSS JOIN LATERAL (SELECT at FROM outbox WHERE id = r.event_id LIMIT 1) told
+                 WHERE r.consumer = n.consumer AND told.at < now() - make_interval(days => $3)
+                 LIMIT $2
              ) o
              WHERE n.consumer <> ALL($1::text[])
              LIMIT $2
@@ -418,6 +426,7 @@ async def strike_out_strangers(tx: Tx, consumers: Sequence[str]) -> list[Strange
         """,
         consumers,
         BATCH,
+        KEPT_DAYS,
     )
 
 

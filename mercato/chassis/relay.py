@@ -4,8 +4,8 @@ Three loops, each of which never gives up:
 
     lead       Holds the lease of this outbox, so that of many processes one relays. It only saves work: two that relay
                at once deliver twice, which the inbox drops, and of the two only the holder of the lease can change what
-               the outbox says (`outbox.py`). Who begins to lead strikes out what is owed to consumers that this version
-               of the shop does not have: nobody would ever take it, and it would be kept for ever.
+               the outbox says (`outbox.py`). Who begins to lead strikes out what has long been owed to consumers that
+               this version of the shop does not have: nobody would ever take it, and it would be kept for ever.
     offer      Takes fresh events in the order of their ids, offers each to every consumer that wants its type, and
                marks it published; or owed, with a debt for each consumer that has not taken it.
     collect    Offers again what is owed, when its time has come.

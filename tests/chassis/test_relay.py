@@ -672,6 +672,7 @@ async def test_what_is_owed_to_a_consumer_that_nobody_has_any_more_is_struck_out
         await world.emit(*[4] * 500)
     async with world.publisher.transaction() as tx:
         await tx.execute("UPDATE outbox SET owed = true WHERE id <> 3")
+        await tx.execute("UPDATE outbox SET at = now() - interval '8 days' WHERE id <> 5")
         await tx.execute(
             """
             INSERT INTO outbox_retries
@@ -681,11 +682,12 @@ async def test_what_is_owed_to_a_consumer_that_nobody_has_any_more_is_struck_out
         await tx.execute("INSERT INTO outbox_retries VALUES (2, 'left', 'thing', 2, 0, now(), 'it was down')")
     with capture_logs() as logs:
         async with world.relaying(world.relay(retry_seconds=NO_RETRIES)):
-            await until(lambda: remain(world, [2]), "what is owed to nobody else is published")
+            await until(lambda: remain(world, [2, 5]), "what is owed to nobody else is published")
     assert await world.values("SELECT count(*) FROM outbox_retries WHERE consumer = 'left'") == [1]
-    assert await world.values("SELECT count(*) FROM outbox_retries WHERE consumer <> 'left'") == [0]
+    # A version of the shop that has that consumer may come to lead next.
+    assert await world.values("SELECT event_id FROM outbox_retries WHERE consumer <> 'left'") == [5]
     [warning] = [entry for entry in logs if entry["event"] == "consumer_is_gone"]
-    assert (warning["consumer"], warning["debts"]) == ("former", 1_502)
+    assert (warning["consumer"], warning["debts"]) == ("former", 1_501)
 
 
 async def test_inbox_rows_are_kept_for_twice_as_long(world: EventWorld):
