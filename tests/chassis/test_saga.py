@@ -708,9 +708,12 @@ async def test_two_processes_that_take_each_others_sagas_over_do_each_step_once(
         drivers[n // 10 % 2].runner.drive(sagas[n : n + 10])
     await world.until_done(count)
 
+    async def is_fenced() -> bool:  # who has lost a saga may still be on its way to hear so
+        return sum(driver.count("fenced") for driver in drivers) > 0
+
+    await until(is_fenced)
     assert await world.effects() == every_effect(count)
     assert sum(driver.count("taken_over") for driver in drivers) > 0
-    assert sum(driver.count("fenced") for driver in drivers) > 0
 
 
 async def test_a_connection_that_breaks_at_a_commit_leaves_each_effect_once(world: SagaWorld):

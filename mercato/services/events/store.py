@@ -77,7 +77,9 @@ async def page(tx: Tx, after: int, limit: int) -> list[FeedRow]:
 async def page_of_types(tx: Tx, after: int, limit: int, types: Sequence[str]) -> list[FeedRow]:
     """The same, of some types."""
     # A page of each type from the index, of which the first make the page: with `type = ANY($3)` everything of a
-    # frequent type would be sorted, or everything read where a type is rare.
+    # frequent type would be sorted, or everything read where a type is rare. Asked for as a part of the index's order,
+    # from (type, after) to the end of the type: with `type = w.type` the planner may think that a type is frequent, and
+    # read all entries in the order of positions until it has found a page of it.
     return await tx.fetch(
         FeedRow,
         """
@@ -86,8 +88,8 @@ async def page_of_types(tx: Tx, after: int, limit: int, types: Sequence[str]) ->
          CROSS JOIN LATERAL (
             SELECT position, source, event_id, type, subject, subject_id, version, data, at
               FROM feed
-             WHERE type = w.type AND position > $1
-             ORDER BY position
+             WHERE (type, position) > (w.type, $1) AND type <= w.type
+             ORDER BY type, position
              LIMIT $2
          ) f
          ORDER BY f.position
@@ -126,7 +128,11 @@ async def before_last_of_types(tx: Tx, count: int, types: Sequence[str]) -> int:
         SELECT f.position
           FROM unnest($2::text[]) AS w (type)
          CROSS JOIN LATERAL (
-            SELECT position FROM feed WHERE type = w.type ORDER BY position DESC LIMIT $1 + 1
+            SELECT position
+              FROM feed
+             WHERE type >= w.type AND type <= w.type
+             ORDER BY type DESC, position DESC
+             LIMIT $1 + 1
          ) f
          ORDER BY f.position DESC
         OFFSET $1
