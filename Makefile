@@ -11,8 +11,8 @@ RUN := $(PY) -m
 PIP := $(RUN) pip --quiet --disable-pip-version-check
 # Arguments for the program behind a target: make up ARGS="--port 9000", make test ARGS="-k checkout".
 ARGS ?=
-# Test processes: one more than cores, for they wait a lot. The tests of a file stay together, and share its fixtures.
-WORKERS ?= 3
+# Test processes: more than cores, for they wait a lot. The tests of a file stay together, and share its fixtures.
+WORKERS ?= 4
 # How long `make chaos` strikes, and the seed of a run to see again.
 SECONDS ?= 60
 SEED ?=
