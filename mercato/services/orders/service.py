@@ -114,17 +114,20 @@ class OrdersService:
     async def _move(self, request: MoveOrder, version: int | None) -> Order:
         returning: Saga | None = None
         async with self._database.transaction() as tx:
-            checkout = None
-            if request.status is not None or request.fulfilment == "returned":
-                checkout = await lock_checkout(tx, request.id)
+            # What a checkout saves next starts from where the order is now. Goods are shipped whatever it does.
+            concerns_checkout = request.status is not None or request.fulfilment == "returned"
+            checkout = await lock_checkout(tx, request.id) if concerns_checkout else None
             order = await self._locked(tx, request.id)
             check_version(order, version)
-            if checkout and order.status != (request.status or order.status):
-                rules.check_move(order, "status", request.status or order.status)
+            is_moving = request.status is not None and request.status != order.status
+            is_returning = request.fulfilment == "returned" and order.fulfilment != "returned"
+            if request.status is not None and is_moving:
+                rules.check_move(order, "status", request.status)
+            if checkout is not None and (is_moving or is_returning):
                 check_still(checkout)
             if request.status is not None:
                 order = await _move_one(tx, order, "status", store.Move(order, status=request.status))
-            if request.fulfilment == "returned" and order.fulfilment != "returned":
+            if is_returning:
                 returning = await self._refunding.take_back_rest(tx, order)
                 [order] = (await store.get(tx, [order.id])).values()
             elif request.fulfilment is not None:

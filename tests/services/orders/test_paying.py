@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -31,7 +31,7 @@ from mercato.contracts.orders import (
 )
 from mercato.contracts.payments import Payment
 from mercato.services.orders import steps
-from services.orders.world import ALICE, BOB, MUG_MINOR, STAFF, Bank, World
+from services.orders.world import ALICE, BOB, MUG, MUG_MINOR, STAFF, Bank, World
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -141,6 +141,25 @@ async def test_while_a_payment_is_under_way_there_is_no_other(busy_world: World)
 
     assert (await slow).payment.status == "captured"
     assert await busy_world.bank(order.id) == ONE_CAPTURE
+
+
+@pytest.mark.parametrize("move", [{"status": "completed"}, {"fulfilment": "returned"}])
+async def test_what_is_being_paid_for_is_neither_closed_nor_taken_back(busy_world: World, move: dict[str, str]):
+    """Its money would be taken after the goods had come back, or the step that takes it would start from elsewhere."""
+    order = await busy_world.delivered(None, (MUG, 1))
+    with busy_world.acting(ALICE):
+        slow = asyncio.ensure_future(busy_world.orders.pay(PayOrder(id=order.id, method="sandbox:slow:1000")))
+
+    async def is_paying() -> bool:
+        return await busy_world.saga(order.id) == ["reserve"]
+
+    await busy_world.until(is_paying)
+    with busy_world.acting(STAFF), pytest.raises(PaymentInProgress):
+        await busy_world.orders.move(cast(Any, MoveOrder)(id=order.id, **move))
+
+    assert (await slow).payment.status == "captured"
+    with busy_world.acting(STAFF):
+        await busy_world.orders.move(cast(Any, MoveOrder)(id=order.id, **move))
 
 
 # ---------------------------------------------------------------------------------------------------------------- keys
