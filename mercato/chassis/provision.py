@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # see db.py
 
-from .copying import DSN_FORM, shown
+from .copying import DSN_FORM, shown, with_database
 from .db import OLDEST_VERSION
 
 CONNECT_SECONDS: Final = 10.0
@@ -56,6 +56,22 @@ async def provision(
         raise ProvisionError(f"PostgreSQL could not make the databases: {error}") from error
     finally:
         await connection.close()  # and with it the lock
+
+
+async def provisioned(admin_dsn: str, services: Sequence[str], *, prefix: str = "mercato_") -> Mapping[str, str]:
+    """Those of the databases that exist already: the DSN of each, as the administrator opens it. Changes nothing.
+
+    Raises `ProvisionError`.
+    """
+    connection = await _connect(admin_dsn)
+    try:
+        await _require_version(connection)
+        names = set(await connection.fetchval("SELECT array_agg(datname::text) FROM pg_database"))
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        raise ProvisionError(f"PostgreSQL could not name its databases: {error}") from error
+    finally:
+        await connection.close()
+    return {service: with_database(admin_dsn, prefix + service) for service in services if prefix + service in names}
 
 
 async def _connect(admin_dsn: str) -> Any:

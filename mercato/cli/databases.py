@@ -20,11 +20,14 @@ import msgspec
 
 from mercato import topology
 from mercato.chassis import config
+from mercato.chassis.contract import Unavailable
 from mercato.chassis.copying import CopyError, located
+from mercato.chassis.db import translated
+from mercato.chassis.migrations import MigrationError, missing_revisions
 from mercato.chassis.service import key_deriver
 from mercato.chassis.supervisor import DataFolder, DataFolderBusy, EmbeddedPostgres, SupervisorError
 from mercato.chassis.supervisor.folder import SECRET_BYTES, explained
-from mercato.chassis.supervisor.place import PLACES, read_record
+from mercato.chassis.supervisor.place import PLACES, read_record, require_known_format
 from mercato.chassis.supervisor.postgres import PORT, ROLE
 from mercato.cli import stopping
 from mercato.cli.progress import OutputFailed, fail
@@ -51,7 +54,7 @@ class Unreachable(Exception):
     """A sentence for the person who typed the command: what is not there, and the way out."""
 
 
-EXPECTED: Final = (Unreachable, CopyError, SupervisorError, config.SettingsError)
+EXPECTED: Final = (Unreachable, CopyError, MigrationError, SupervisorError, config.SettingsError)
 """Failures whose message is all that the person needs."""
 
 
@@ -115,7 +118,21 @@ def run(command: Callable[[], Coroutine[Any, Any, int]], *, failure: int = 1) ->
 
 
 async def _located(admin_dsn: str, *, is_stopped: bool = False) -> Databases:
-    return Databases(admin_dsn, await located(admin_dsn, list(topology.SERVICES)), is_stopped)
+    dsns = await located(admin_dsn, list(topology.SERVICES))
+    await asyncio.gather(*(_checked(name, dsn) for name, dsn in dsns.items()))
+    return Databases(admin_dsn, dsns, is_stopped)
+
+
+async def _checked(name: str, dsn: str) -> None:
+    """Refuses a database that other revisions than those of this version have made."""
+    try:
+        await missing_revisions(dsn, topology.migrations(name))
+    except MigrationError:
+        raise
+    except Exception as error:  # the driver's, which only the chassis knows by name
+        if isinstance(translated(error, name), Unavailable):
+            raise Unreachable(f"the database of {name} cannot be read: {str(error).rstrip('.')}") from error
+        raise
 
 
 @contextlib.asynccontextmanager
@@ -144,6 +161,7 @@ def _shop_in(data: Path) -> Path:
     data = Path(os.path.abspath(data))
     if not data.is_dir() or not (data / "lock").exists():
         raise Unreachable(f"there is no shop in {data}: name its folder with --data, or its server with --dsn")
+    require_known_format(data)
     if not read_record(data).initialized:
         raise Unreachable(
             f"the shop in {data} has no database of its own, or not yet: "

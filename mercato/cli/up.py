@@ -15,7 +15,7 @@ import ipaddress
 import os
 import socket
 from base64 import urlsafe_b64encode
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -27,10 +27,10 @@ from mercato.chassis import config, faults
 from mercato.chassis.contract import ServiceError, Unavailable
 from mercato.chassis.db import translated
 from mercato.chassis.http import CannotListen, PortTaken, bind
-from mercato.chassis.migrations import MigrationError, migrate
-from mercato.chassis.provision import ProvisionError, provision
+from mercato.chassis.migrations import MigrationError, migrate, missing_revisions
+from mercato.chassis.provision import ProvisionError, provision, provisioned
 from mercato.chassis.service import Host, OptionError, key_deriver
-from mercato.chassis.supervisor import DataFolder, EmbeddedPostgres, SupervisorError
+from mercato.chassis.supervisor import DataFolder, EmbeddedPostgres, SupervisorError, require_known_format
 from mercato.chassis.telemetry import configure_logging
 from mercato.cli import stopping
 from mercato.cli.hosting import hosted, spare_the_collector
@@ -171,6 +171,7 @@ class _Up:
         return 0
 
     async def _run(self, stack: contextlib.AsyncExitStack) -> None:
+        require_known_format(self._options.data)  # before anything is written in it
         listener = stack.enter_context(contextlib.closing(self._listen()))
         url = _url(self._options.host, listener)
         folder = stack.enter_context(DataFolder.open(self._options.data, url))
@@ -268,9 +269,10 @@ class _Up:
         """A migrated database for each service; their DSNs."""
         derive = key_deriver(secret)
         names = list(topology.SERVICES)
+        complete = await _complete(admin_dsn, names)
         dsns = await provision(admin_dsn, names, lambda role: derive(f"postgres/{role}").hex())
         for name in names:
-            if revisions := await _migrated(name, dsns[name]):
+            if name not in complete and (revisions := await _migrated(name, dsns[name])):
                 self._progress.step(f"migrated the database of {name} to {revisions[-1]}")
         return dsns
 
@@ -357,13 +359,30 @@ class _Up:
         self._progress.event("ready", url=url)
 
 
+async def _complete(admin_dsn: str, names: Sequence[str]) -> set[str]:
+    """The services whose databases miss no revision. Raises `MigrationError` before any of them is changed."""
+    existing = await provisioned(admin_dsn, names)
+    with _explained("the databases cannot be read"):
+        missing = await asyncio.gather(
+            *(missing_revisions(dsn, topology.migrations(name)) for name, dsn in existing.items())
+        )
+    return {name for name, revisions in zip(existing, missing, strict=True) if revisions == []}
+
+
 async def _migrated(name: str, dsn: str) -> Sequence[str]:
     """Brings the database of a service to the newest revision; gives the revisions that were run."""
-    try:
+    with _explained(f"the database of {name} cannot be migrated"):
         return await migrate(dsn, topology.migrations(name))
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Generator[None]:
+    """Makes a sentence of a server that goes away."""
+    try:
+        yield
     except Exception as error:  # the driver's, which only the chassis knows by name
-        if isinstance(translated(error, name), Unavailable):
-            raise CannotStart(f"the database of {name} cannot be migrated: {str(error).rstrip('.')}") from error
+        if isinstance(translated(error, what), Unavailable):
+            raise CannotStart(f"{what}: {str(error).rstrip('.')}") from error
         raise
 
 

@@ -1,8 +1,9 @@
-"""Migrations: each once, whole or not at all, however many processes start at the same moment."""
+"""Migrations: each once, whole or not at all, however many processes start together; and frozen once landed."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
@@ -12,9 +13,19 @@ import asyncpg
 import pytest
 import pytest_asyncio
 
+from chassis import freeze_migrations
+from chassis.freeze_migrations import COMMAND, FOLDERS, freeze
 from mercato.chassis import migrations
-from mercato.chassis.migrations import MigrationError, migrate, revisions, statements
-from mercato.chassis.provision import provision
+from mercato.chassis.migrations import (
+    MigrationError,
+    computed_checksum,
+    frozen_checksums,
+    migrate,
+    missing_revisions,
+    revisions,
+    statements,
+)
+from mercato.chassis.provision import provision, service_dsn
 from mercato.chassis.testing import Cluster
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +80,14 @@ async def ask(dsn: str, query: str) -> Any:
         await connection.close()
 
 
+async def run(dsn: str, statement: str) -> None:
+    connection = await asyncpg.connect(dsn)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
 async def tables(dsn: str) -> str:
     return await ask(dsn, "SELECT coalesce(string_agg(relname, ' ' ORDER BY relname), '') FROM pg_stat_user_tables")
 
@@ -83,6 +102,7 @@ async def test_what_is_missing_runs_in_order_and_once(dsn: str, folder: Path):
 
 
 async def test_alembic_is_not_imported_where_nothing_is_missing(dsn: str, folder: Path):
+    freeze(folder)
     await migrate(dsn, folder)
     code = MIGRATE + "\nassert not [m for m in sys.modules if m.startswith(('alembic', 'sqlalchemy'))]"
     assert await run_process(code, dsn, folder) == ""
@@ -107,7 +127,7 @@ async def test_a_revision_that_fails_leaves_nothing_and_says_why(dsn: str, folde
     write(folder, 3, 'op.execute("CREATE TABLE three (a int)")', 'op.execute("CREATE TABLE one (a int)")')
     with pytest.raises(asyncpg.DuplicateTableError, match="one"):
         await migrate(dsn, folder)
-    assert await tables(dsn) == "alembic_version one two"
+    assert await tables(dsn) == "alembic_version one revision_checksums two"
     write(folder, 3, 'op.execute("CREATE TABLE three (a int)")')
     assert await migrate(dsn, folder) == ["0003"]  # neither the lock nor half a revision is in its way
 
@@ -169,3 +189,133 @@ def test_a_revision_is_framed_by_begin_and_commit(folder: Path):
 async def test_a_folder_without_migrations_is_a_mistake(dsn: str, tmp_path: Path):
     with pytest.raises(AssertionError, match="no migrations"):
         await migrate(dsn, tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------- frozen revisions
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.parent.name)
+def test_the_revisions_of_a_service_are_what_they_were_when_they_were_frozen(folder: Path):
+    now = {revision: computed_checksum(folder, revision) for revision in revisions(folder)}
+    assert now == frozen_checksums(folder), f"a new revision: `{COMMAND}`; a change of an old one: take it back"
+
+
+async def test_a_revision_and_its_checksum_are_recorded_in_one_transaction(dsn: str, folder: Path):
+    write(folder, 3, 'op.execute("CREATE TABLE three (a int)")', 'op.execute("CREATE TABLE one (a int)")')
+    with pytest.raises(asyncpg.DuplicateTableError):
+        await migrate(dsn, folder)
+    recorded = await ask(dsn, "SELECT json_object_agg(revision, checksum)::text FROM revision_checksums")
+    assert json.loads(recorded) == {number: computed_checksum(folder, number) for number in ("0001", "0002")}
+
+
+async def test_a_database_of_another_text_of_a_revision_is_refused_and_left_as_it_is(dsn: str, folder: Path):
+    await migrate(dsn, folder)
+    before = await dump(dsn)
+    write(folder, 2, 'op.execute("CREATE TABLE two (a int, b int)")')
+    write(folder, 3, 'op.execute("CREATE TABLE three (a int)")')
+
+    for attempt in (migrate, missing_revisions):
+        with pytest.raises(MigrationError, match="0002 of the database empty_migrating was run with statements"):
+            await attempt(dsn, folder)
+    assert await dump(dsn) == before
+
+
+async def test_a_database_from_before_the_checksums_is_refused_and_left_as_it_is(dsn: str, folder: Path):
+    """What the commits before left: the table of Alembic, at some revision, and nothing about its text."""
+    for number, before in (("0001", None), ("0002", "0001")):
+        for statement in statements(folder, before, number):
+            await run(dsn, statement)
+    left = await dump(dsn)
+
+    for attempt in (migrate, missing_revisions):
+        with pytest.raises(MigrationError, match=r"empty_migrating was made by a commit .*--data"):
+            await attempt(dsn, folder)
+    assert await dump(dsn) == left
+
+
+async def test_a_database_that_another_process_makes_meanwhile_is_not_taken_for_an_old_one(dsn: str, folder: Path):
+    class Beside:
+        """A connection beside which the database is migrated right after the records were not there."""
+
+        async def fetch(self, query: str) -> Any:
+            try:
+                return await connection.fetch(query)
+            except asyncpg.UndefinedTableError:
+                await migrate(dsn, folder)
+                raise
+
+        async def fetchrow(self, query: str) -> Any:
+            return await connection.fetchrow(query)
+
+    connection = await asyncpg.connect(dsn)
+    try:
+        assert set(await migrations._recorded(Beside(), dsn)) == {"0001", "0002"}
+    finally:
+        await connection.close()
+
+
+async def dump(dsn: str) -> str:
+    """Every row of every table, with its transaction: what is written anew differs too."""
+    names = (await tables(dsn)).split()
+    rows = [f"SELECT '{name}' || xmin::text || t::text AS row FROM {name} t" for name in names]
+    return await ask(dsn, f"SELECT string_agg(row, chr(10) ORDER BY row) FROM ({' UNION ALL '.join(rows)}) AS rows")
+
+
+async def test_what_is_missing_can_be_asked_without_changing_anything(dsn: str, folder: Path):
+    assert await missing_revisions(dsn, folder) == ["0001", "0002"]
+    assert await tables(dsn) == ""
+    await migrate(dsn, folder)
+    assert await missing_revisions(dsn, folder) == []
+    write(folder, 3, 'op.execute("CREATE TABLE three (a int)")')
+    assert await missing_revisions(dsn, folder) == ["0003"]
+
+
+async def test_what_a_role_may_not_read_is_not_judged(dsn: str, folder: Path, cluster: Cluster):
+    await migrate(dsn, folder)
+    await provision(cluster.server.admin_dsn, ["stranger"], lambda role: "p", prefix="empty_")
+    try:
+        role = service_dsn(dsn, "empty_stranger", "p")
+        other = role.replace("/empty_stranger?", "/empty_migrating?")
+        assert await missing_revisions(other, folder) is None
+        await cluster.execute('GRANT CONNECT ON DATABASE "empty_migrating" TO "empty_stranger"')
+        assert await missing_revisions(other, folder) is None
+    finally:
+        await cluster.execute("DROP DATABASE empty_stranger WITH (FORCE)")
+
+
+async def test_a_frozen_revision_that_was_changed_does_not_run(dsn: str, folder: Path):
+    freeze(folder)
+    write(folder, 2, 'op.execute("CREATE TABLE two (a int, b int)")')
+    with pytest.raises(MigrationError, match=r"0002 .* was changed after it was frozen"):
+        await migrate(dsn, folder)
+    assert await tables(dsn) == ""
+
+
+async def test_what_is_written_about_a_frozen_revision_may_change(dsn: str, folder: Path):
+    freeze(folder)
+    await migrate(dsn, folder)
+    write(folder, 2, "# Said better.", 'op.execute("CREATE TABLE two (a int)")')
+    assert await migrate(dsn, folder) == []
+
+
+def test_freezing_adds_what_is_new_and_refuses_what_has_changed(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert freeze_migrations.main([], [folder]) == 0
+    write(folder, 3, 'op.execute("CREATE TABLE three (a int)")')
+    assert freeze_migrations.main([], [folder]) == 0
+    frozen = frozen_checksums(folder)
+    assert list(frozen) == ["0001", "0002", "0003"]
+
+    write(folder, 2, 'op.execute("CREATE TABLE two (a int, b int)")')
+    assert freeze_migrations.main([], [folder]) == 1
+    assert "0002" in capsys.readouterr().err
+    assert frozen_checksums(folder) == frozen
+
+    assert freeze_migrations.main(["--reset"], [folder]) == 0
+    assert frozen_checksums(folder)["0002"] != frozen["0002"]
+
+
+def test_a_frozen_revision_may_not_go(folder: Path, capsys: pytest.CaptureFixture[str]):
+    freeze(folder)
+    (folder / "0002_step.py").unlink()
+    assert freeze_migrations.main([], [folder]) == 1
+    assert "its file is gone" in capsys.readouterr().err

