@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import hashlib
 import hmac
 import random
@@ -22,9 +21,9 @@ import structlog
 from .clock import Clock, Randomness, SystemClock, SystemRandomness
 from .contract import Contract
 from .db import Database
-from .events import Subscription
-from .inbox import LocalBus, reap_forever
-from .relay import NOT_ITS_FAULT, Relay
+from .messaging.consumers import INFRASTRUCTURE, Consumer
+from .messaging.events import Subscription
+from .messaging.outbox import OutboxLog, event_log
 from .resilience import Breaker, BreakingTransport, State
 from .rpc import Connector, Server, Transport
 from .telemetry import Telemetry
@@ -100,9 +99,9 @@ class Service(msgspec.Struct, frozen=True):
     loops: tuple[Callable[[], Awaitable[None]], ...] = ()
     """Run for as long as the service is open, and cancelled before it closes."""
     has_outbox: bool = False
-    """Whether its database has an outbox, which the host then relays."""
+    """Whether its database has an outbox, whose event log the host then serves."""
     subscriptions: tuple[Subscription, ...] = ()
-    """What it wants to hear. Their consumers have names of their own in the whole shop."""
+    """Its consumers. Their names are unique in the whole shop."""
     seed_demo: Callable[[], Awaitable[bool]] | None = None
     """Puts the demo data into an empty database. False, and nothing done, where there is anything already."""
     close: Callable[[], None] | None = None
@@ -130,7 +129,7 @@ class Host:
         dsns: Mapping[str, str],
         *,
         secret: bytes,
-        transport: TransportName = "local",
+        transport: TransportName | Transport = "local",
         clock: Clock | None = None,
         randomness: Randomness | None = None,
         telemetry: Telemetry | None = None,
@@ -142,14 +141,12 @@ class Host:
         self.services: dict[str, Service] = {}
         self._servers: dict[str, Server] = {}
         self._breakers: dict[str, Breaker] = {}
-        carrier: Transport = (
-            LocalTransport(self._servers) if transport == "local" else WireTransport(self._servers, self.clock)
-        )
-        self._transport = BreakingTransport(carrier, self._breaker)
+        self._reaches_others = not isinstance(transport, str)
+        self._carrier: Transport = self._carrier_of(transport) if isinstance(transport, str) else transport
+        self._transport = BreakingTransport(self._carrier, self._breaker)
         self._connector = Connector(self.clock, self.telemetry)
         self._clients: dict[str, Contract] = {}
         self._loops: list[asyncio.Task[None]] = []
-        self._relays: list[Relay] = []
         for name, build in builds.items():
             database = Database(dsns[name], name, self.telemetry, size=pool_size)
             env = Env(
@@ -163,6 +160,19 @@ class Host:
             )
             self.services[name] = build(env)
             self._servers[name] = self.services[name].server
+        self._logs = {n: OutboxLog(n, s.database) for n, s in self.services.items() if s.has_outbox}
+        self._servers |= {event_log(name).service: served.server(self.clock) for name, served in self._logs.items()}
+        self.consumers = self._consumers()
+
+    def _carrier_of(self, transport: TransportName) -> Transport:
+        if transport == "local":
+            return LocalTransport(self._servers)
+        return WireTransport(self._servers, self.clock)
+
+    @property
+    def servers(self) -> Mapping[str, Server]:
+        """What this process serves, by the name of the contract: its services, and the event logs of their outboxes."""
+        return self._servers
 
     def client(self, contract: type[C]) -> C:
         """The client of a service; the same object for everybody in this process, so that all their calls coalesce."""
@@ -192,7 +202,7 @@ class Host:
         return breaker
 
     async def open(self) -> None:
-        """Opens all databases, then starts the loops. Raises `Unavailable`, and leaves nothing open."""
+        """Opens all databases, then starts the loops and consumers. Raises `Unavailable`, and leaves nothing open."""
         try:
             for service in self.services.values():
                 await service.database.open()
@@ -201,23 +211,28 @@ class Host:
             raise
         for name, service in self.services.items():
             self._loops += [asyncio.create_task(_forever(name, loop)) for loop in service.loops]
-        self._relay_events()
+        for name, served in self._logs.items():
+            self._loops.append(asyncio.create_task(_forever(name, served.run)))
+        self._loops += [asyncio.create_task(consumer.run()) for consumer in self.consumers]
 
-    def _relay_events(self) -> None:
-        """Starts a relay for each outbox. Where nobody listens there is none: events wait for those who do."""
-        services = self.services.items()
-        subscribers = [(wanted, service.database) for _, service in services for wanted in service.subscriptions]
-        if not subscribers:
-            return
-        bus = LocalBus(subscribers, self.telemetry)
-        self._relays = [
-            Relay(name, service.database, bus, self.telemetry) for name, service in services if service.has_outbox
-        ]
-        self._loops += [asyncio.create_task(relay.run()) for relay in self._relays]
-        for name, service in services:
-            if consumers := [wanted.consumer for wanted in service.subscriptions if wanted.has_inbox]:
-                reap = functools.partial(reap_forever, service.database, consumers)
-                self._loops.append(asyncio.create_task(_forever(name, reap)))
+    def _consumers(self) -> list[Consumer]:
+        """One for each subscription and source that this process can reach.
+
+        A source of this process wakes its consumers here after each commit with events. The clients have no circuit
+        breaker: a consumer pauses by itself, and should notice soon that its source is back.
+        """
+        consumers: list[Consumer] = []
+        for service in self.services.values():
+            for wanted in service.subscriptions:
+                for source in wanted.sources:
+                    if source not in self._logs and not self._reaches_others:
+                        continue
+                    client = self._connector.client(event_log(source), self._carrier)
+                    consumer = Consumer(wanted, source, service.database, client, self.clock, self.telemetry)
+                    consumers.append(consumer)
+                    if source in self._logs:
+                        self.services[source].database.on_events.append(consumer.wake)
+        return consumers
 
     async def ready(self) -> Mapping[str, bool]:
         """For each service, whether its database answers."""
@@ -229,7 +244,6 @@ class Host:
         for task in self._loops:
             task.cancel()
         await asyncio.gather(*self._loops, return_exceptions=True)
-        await asyncio.gather(*(relay.release() for relay in self._relays), return_exceptions=True)
         await self._connector.close()
         for service in reversed(self.services.values()):
             with contextlib.ExitStack() as held:
@@ -246,7 +260,7 @@ async def _forever(name: str, loop: Callable[[], Awaitable[None]]) -> None:
     while True:
         try:
             await loop()
-        except NOT_ITS_FAULT as error:  # the database, or who was asked, is away: no trace tells more than that
+        except INFRASTRUCTURE as error:  # the database, or who was asked, is away: no trace tells more than that
             log.warning("loop_waits", service=name, reason=str(error) or type(error).__name__)
         except Exception:  # an edge: a background loop must not end because one round failed
             log.exception("loop_failed", service=name)

@@ -164,17 +164,24 @@ class Telemetry:
             multiprocess_mode="livemax",
         )
 
-        self.outbox_lag_seconds = prometheus_client.Gauge(
-            "mercato_outbox_lag_seconds",
-            "Age of the oldest event that not every consumer has taken.",
-            ["service"],
+        self.events_lag_seconds = prometheus_client.Gauge(
+            "mercato_events_lag_seconds",
+            "Age of the oldest event of a source that a consumer had not processed when it last read.",
+            ["consumer", "source"],
             registry=registry,
-            multiprocess_mode="livemax",
+            multiprocess_mode="livemostrecent",
         )
-        self.outbox_lag_events = prometheus_client.Gauge(
-            "mercato_outbox_lag_events",
-            "Events that not every consumer has taken; counted up to ten thousand.",
-            ["service"],
+        self.events_parked = prometheus_client.Gauge(
+            "mercato_events_parked",
+            "Events that wait for a retry, or behind one that does; counted up to ten thousand.",
+            ["consumer", "source"],
+            registry=registry,
+            multiprocess_mode="livemostrecent",
+        )
+        self.events_refused = prometheus_client.Gauge(
+            "mercato_events_refused",
+            "1 while a source refuses a consumer: its log was restored, or rows were deleted unread.",
+            ["consumer", "source"],
             registry=registry,
             multiprocess_mode="livemax",
         )

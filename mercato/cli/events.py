@@ -1,4 +1,4 @@
-"""`mercato events`: read the feed, list dead letters, replay them.
+"""`mercato events`: read the feed, list dead events (dead letters), replay them.
 
 All of it goes to the databases directly, so that it works while the shop runs and while it does not.
 """
@@ -16,18 +16,28 @@ from typing import Any, Final, Literal
 import msgspec
 
 from mercato import topology
-from mercato.chassis import config, inbox
+from mercato.chassis import config
 from mercato.chassis.contract import Unavailable
 from mercato.chassis.db import Database
-from mercato.chassis.events import Subscription
-from mercato.chassis.inbox import DeadLetter, ReplayFailed
+from mercato.chassis.messaging import consumers as chassis_consumers
+from mercato.chassis.messaging import parking
+from mercato.chassis.messaging.consumers import ReplayFailed
+from mercato.chassis.messaging.events import Subscription
+from mercato.chassis.messaging.parking import DeadLetter
 from mercato.chassis.service import Host, OptionError
 from mercato.chassis.telemetry import Telemetry, configure_logging
 from mercato.cli import databases
 from mercato.cli.databases import Databases, Unreachable
 from mercato.cli.progress import fail, say, show
-from mercato.contracts.events import PAGE_LIMIT, TYPES_LIMIT, CursorTooOld, EventType, FeedEntry, ListEvents
-from mercato.services.events import store
+from mercato.contracts.events import (
+    PAGE_LIMIT,
+    TYPES_LIMIT,
+    CursorAhead,
+    CursorTooOld,
+    EventType,
+    FeedEntry,
+    ListEvents,
+)
 from mercato.services.events.service import EventsService
 
 FOLLOW_SECONDS: Final = 0.5
@@ -64,7 +74,7 @@ def tail(place: Place, *, after: int | None, types: str, follow: bool, as_json: 
 async def _tail(place: Place, after: int | None, types: str, *, follow: bool, as_json: bool) -> int:
     wanted = _types(types)
     async with _reached(place, must_run=follow) as found, _opened(found, "events") as database:
-        position = await _start(database, wanted) if after is None else after
+        position = await EventsService(database).before_last(LAST, wanted) if after is None else after
         try:
             async for entry in _entries(database, position, wanted, follow=follow):
                 show(_json(entry) if as_json else _line(entry))
@@ -73,6 +83,8 @@ async def _tail(place: Place, after: int | None, types: str, *, follow: bool, as
                 f"of what came after position {error.after}, the oldest is not in the feed any more: "
                 f"go on with --after {error.oldest}"
             ) from error
+        except CursorAhead as error:
+            raise Unreachable(str(error)) from error
         except asyncio.CancelledError:
             if not follow:
                 raise
@@ -92,13 +104,6 @@ async def _entries(database: Database, after: int, types: tuple[str, ...], *, fo
         if not follow:
             return
         await asyncio.sleep(FOLLOW_SECONDS)
-
-
-async def _start(database: Database, types: tuple[str, ...]) -> int:
-    async with database.read() as tx:
-        if types:
-            return await store.before_last_of_types(tx, LAST, types)
-        return await store.before_last(tx, LAST)
 
 
 def _types(text: str) -> tuple[EventType, ...]:
@@ -145,10 +150,10 @@ async def _letters(consumer: Consumer) -> AsyncIterator[DeadLetter]:
     after = ("", 0)
     while True:
         async with consumer.database.read() as tx:
-            letters = await inbox.dead_letters(tx, consumer.name, after)
+            letters = await parking.dead_letters(tx, consumer.name, after)
         for letter in letters:
             yield letter
-        if len(letters) < inbox.DEAD_LISTED:
+        if len(letters) < parking.LISTED:
             return
         after = (letters[-1].source, letters[-1].event_id)
 
@@ -198,7 +203,7 @@ async def _replay(place: Place, ids: Sequence[str], *, all_: bool) -> int:
 
 async def _replayed(consumer: Consumer, letter: DeadLetter) -> Literal["taken", "failed", "gone"]:
     try:
-        if not await inbox.replay(consumer.database, consumer.subscription, letter.source, letter.event_id):
+        if not await chassis_consumers.replay(consumer.database, consumer.subscription, letter.source, letter.event_id):
             say(f"{_id(letter)}  {consumer.name}  replayed by somebody else meanwhile")
             return "gone"
     except ReplayFailed as error:

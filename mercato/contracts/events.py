@@ -21,7 +21,7 @@ class FeedEntry(Message):
     position: int
     """Where it stands in the feed: the cursor of a reader that has read it."""
     id: str
-    """Of the event, the same at every delivery: `orders:17`."""
+    """Of the event, the same at every delivery: `orders:69632`. The number rises with the commits of the source."""
     type: str
     subject: str
     """What it is about: `order 1001`, `payment 1001`, `product 100`, `reservation 1001` (by order)."""
@@ -38,7 +38,8 @@ class ListEvents(Message):
     Positions are given in the order of commits, one writer at a time: a reader that goes on from its last position
     never misses an entry. The entries of one subject are in the order in which they happened, but for one that the feed
     could not take at first, a dead letter: it comes when it is replayed, behind what happened since. Raises
-    `CursorTooOld` where wanted entries after `after` have been deleted; from 0 on, what there is.
+    `CursorTooOld` where wanted entries after `after` have been deleted (from 0 on it gives what there is), and
+    `CursorAhead` where the feed has never reached `after`.
     """
 
     after: Annotated[int, Meta(ge=0)] = 0
@@ -66,6 +67,14 @@ class CursorTooOld(ServiceError, code="events.cursor_too_old", kind=Kind.NOT_FOU
     )
     after: int
     oldest: int
+
+
+class CursorAhead(ServiceError, code="events.cursor_ahead", kind=Kind.NOT_FOUND):
+    """The reader has a position that the feed has not reached: it has read another feed, or one that was restored."""
+
+    sentence = "Position {after} is behind the end of this feed, which is {last}: was it restored from a backup?"
+    after: int
+    last: int
 
 
 class Events(Contract, name="events"):

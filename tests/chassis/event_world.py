@@ -1,4 +1,4 @@
-"""A publisher and two consumers, each with a database of its own, and relays between them."""
+"""A publisher and two consumers, each with a database of its own."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 
+from mercato.chassis.clock import SystemClock
 from mercato.chassis.contract import Message
 from mercato.chassis.db import Database, Row, Tx
-from mercato.chassis.events import Event, Outgoing, Subscription, emit
-from mercato.chassis.inbox import LocalBus
-from mercato.chassis.relay import Pace, Relay
+from mercato.chassis.messaging import rows
+from mercato.chassis.messaging.consumers import Consumer, Pace
+from mercato.chassis.messaging.events import Event, Outgoing, SourceRow, Subscription, emit
+from mercato.chassis.messaging.outbox import OutboxLog, event_log
+from mercato.chassis.rpc import Connector
 from mercato.chassis.telemetry import Telemetry
 from mercato.chassis.testing import Cluster
+from mercato.chassis.transports.local import LocalTransport
 
 MIGRATIONS = Path(__file__).with_name("migrations_with_events")
 SOURCE = "shop"
-QUICK = Pace(idle_s=0.01, gather_s=0.0, failed_s=0.02, lead_s=0.02, reap_s=0.05)
+QUICK = Pace(gather_s=0.0, poll_s=0.01, idle_s=0.02, failed_s=0.02)
 QUICK_RETRIES = (0.01, 0.02, 0.03, 0.04)
 NO_RETRIES = (3_600.0,) * 4
-UNTIL_SECONDS = 30.0
+UNTIL_SECONDS = 120.0
 POLL_SECONDS = 0.01
 
 
@@ -34,21 +38,39 @@ class EffectRow(Row):
     version: int
 
 
+class OutboxRow(Row):
+    id: int
+    events: str
+
+
 class Cannot(Exception):
-    """What a consumer says to an event that it cannot take."""
+    """What a consumer says to an event that it cannot process."""
+
+
+def place(row: int, number: int = 1) -> int:
+    """The position of the event with this number in its row, both from 1 on."""
+    return rows.position(row, number - 1)
 
 
 class Taker:
-    """A consumer whose effects can be counted, and that can be told what it cannot take."""
+    """A consumer whose effects can be counted, and that can be told what it cannot process."""
 
-    def __init__(self, name: str, database: Database, types: frozenset[str] | None = None) -> None:
+    def __init__(
+        self, name: str, database: Database, types: frozenset[str] | None = None, *, takes_rows: bool = False
+    ) -> None:
         self.name = name
         self.database = database
         self.poison: set[int] = set()
-        """Ids of events that it cannot take."""
+        """Positions of events that it cannot process."""
         self.handled: list[list[int]] = []
-        """The ids of each batch that it was given."""
-        self.subscription = Subscription(name, self.handle, types)
+        """The positions of each batch that it was given."""
+        whole = self.handle_rows if takes_rows else None
+        self.subscription = Subscription(name, (SOURCE,), self.handle, types, whole)
+
+    async def handle_rows(self, tx: Tx, page: Sequence[SourceRow]) -> int:
+        events = [event for row in page for event in row.unpack()]
+        await self.handle(tx, events)
+        return len(events)
 
     async def handle(self, tx: Tx, events: Sequence[Event]) -> None:
         self.handled.append([event.id for event in events])
@@ -78,16 +100,38 @@ class Taker:
     async def ids(self) -> list[int]:
         return [row.event_id for row in await self.effects()]
 
+    async def values(self, sql: str) -> list[int]:
+        async with self.database.read() as tx:
+            return await tx.fetch_values(int, sql)
+
+    async def execute(self, sql: str) -> int:
+        async with self.database.transaction() as tx:
+            return await tx.execute(sql)
+
+    async def parked(self) -> list[int]:
+        """The positions of what is parked and not dead."""
+        return await self.values("SELECT position FROM parked WHERE dead_at IS NULL ORDER BY position")
+
+    async def dead(self) -> list[int]:
+        return await self.values(
+            "SELECT position FROM parked WHERE dead_at IS NOT NULL AND replayed_at IS NULL ORDER BY position"
+        )
+
 
 class EventWorld:
-    """`publisher` has the outbox; `left` and `right` are the takers."""
+    """`publisher` has the outbox; `left` and `right` are the takers, of which `left` takes events, `right` rows."""
 
     def __init__(self, publisher: Database, left: Taker, right: Taker) -> None:
         self.publisher = publisher
         self.left = left
         self.right = right
         self.telemetry = Telemetry()
-        self.bus = LocalBus([(taker.subscription, taker.database) for taker in (left, right)], self.telemetry)
+        self.clock = SystemClock()
+        self.log = OutboxLog(SOURCE, publisher)
+        self.connector = Connector(self.clock, self.telemetry)
+        contract = event_log(SOURCE)
+        transport = LocalTransport({contract.service: self.log.server(self.clock)})
+        self.client = self.connector.client(contract, transport)
         self._versions: dict[int, int] = {}
 
     def outgoing(self, subject_id: int, type: str = "thing.changed") -> Outgoing:
@@ -99,37 +143,56 @@ class EventWorld:
         async with self.publisher.transaction() as tx:
             await emit(tx, [self.outgoing(subject_id, type) for subject_id in subject_ids])
 
-    def relay(
-        self, *, pace: Pace = QUICK, retry_seconds: Sequence[float] = QUICK_RETRIES, database: Database | None = None
-    ) -> Relay:
-        return Relay(
-            SOURCE, database or self.publisher, self.bus, self.telemetry, pace=pace, retry_seconds=retry_seconds
-        )
+    async def emit_alone(self, *subject_ids: int) -> None:
+        """An event of each subject, each in a transaction of its own: rows of one event."""
+        for subject_id in subject_ids:
+            await self.emit(subject_id)
+
+    def consumer(self, taker: Taker, *, pace: Pace = QUICK, retry_seconds: Sequence[float] = QUICK_RETRIES) -> Consumer:
+        return Consumer(
+            taker.subscription, SOURCE, taker.database, self.client, self.clock, self.telemetry,
+            pace=pace, retry_seconds=retry_seconds,
+        )  # fmt: skip
 
     @contextlib.asynccontextmanager
-    async def relaying(self, relay: Relay | None = None) -> AsyncGenerator[Relay]:
-        relay = relay or self.relay()
-        task = asyncio.create_task(relay.run())
-        try:
-            yield relay
-        finally:
-            await ended(task)
-            await relay.release()
+    async def consuming(self, *takers: Taker, retry_seconds: Sequence[float] = QUICK_RETRIES) -> AsyncGenerator[None]:
+        """Both takers, or those that are named, consume."""
+        async with contextlib.AsyncExitStack() as stack:
+            for taker in takers or (self.left, self.right):
+                await stack.enter_async_context(running(self.consumer(taker, retry_seconds=retry_seconds)))
+            yield
+
+    async def outbox(self) -> list[OutboxRow]:
+        async with self.publisher.read() as tx:
+            return await tx.fetch(OutboxRow, "SELECT id, events FROM outbox ORDER BY id")
 
     async def values(self, sql: str) -> list[int]:
         async with self.publisher.read() as tx:
             return await tx.fetch_values(int, sql)
 
-    async def unpublished(self) -> list[int]:
-        return await self.values("SELECT id FROM outbox WHERE published_at IS NULL ORDER BY id")
-
-    async def is_drained(self) -> bool:
-        return not await self.unpublished()
-
-    async def expire_lease(self) -> None:
-        """As if its holder had been silent for long."""
+    async def execute(self, sql: str) -> int:
         async with self.publisher.transaction() as tx:
-            await tx.execute("UPDATE relays SET leased_until = clock_timestamp() - interval '1 second'")
+            return await tx.execute(sql)
+
+    async def is_drained(self, *takers: Taker) -> bool:
+        """Whether the takers have had an effect of everything that is not dead."""
+        end = [rows.end_of_row(row.id) for row in (await self.outbox())[-1:]]
+        for taker in takers or (self.left, self.right):
+            if await taker.values("SELECT position FROM cursors") != end or await taker.parked():
+                return False
+        return True
+
+    async def drained(self, *takers: Taker) -> None:
+        await until(lambda: self.is_drained(*takers), "everything is processed")
+
+
+@contextlib.asynccontextmanager
+async def running(consumer: Consumer) -> AsyncGenerator[Consumer]:
+    task = asyncio.create_task(consumer.run())
+    try:
+        yield consumer
+    finally:
+        await ended(task)
 
 
 async def ended(task: asyncio.Task[None]) -> None:
@@ -150,14 +213,15 @@ async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
 async def opened(cluster: Cluster) -> AsyncGenerator[EventWorld]:
     async with contextlib.AsyncExitStack() as stack:
         databases = [await stack.enter_async_context(database(cluster, name)) for name in (SOURCE, "left", "right")]
-        yield EventWorld(
-            databases[0], Taker("left", databases[1]), Taker("right", databases[2], frozenset({"thing.changed"}))
-        )
+        left = Taker("left", databases[1], frozenset({"thing.changed", "thing.told"}))
+        world = EventWorld(databases[0], left, Taker("right", databases[2], takes_rows=True))
+        stack.push_async_callback(world.connector.close)
+        yield world
 
 
 @contextlib.asynccontextmanager
 async def database(cluster: Cluster, name: str) -> AsyncGenerator[Database]:
-    dsn = await cluster.fresh_database("relayed", MIGRATIONS)
+    dsn = await cluster.fresh_database("messaging", MIGRATIONS)
     made = Database(dsn, name, Telemetry(), size=4)
     await made.open()
     try:

@@ -28,7 +28,17 @@ T = TypeVar("T")
 
 STOCK_CONSUMER = IN_STOCK.consumer
 SECONDS = 60
+ORDER = {"subject": "order", "subject_id": 1001, "version": 1, "data": {"order_id": 1001}}
 AT = "2026-01-15T09:30:00+00:00"
+
+
+def place(id: int) -> int:
+    """The position of the first event of a row."""
+    return id * 4096
+
+
+def name(id: int, source: str = "inventory") -> str:
+    return f"{source}:{place(id)}"
 
 
 class RunningShop:
@@ -53,10 +63,15 @@ class RunningShop:
         self.execute(
             "events",
             f"""
-            INSERT INTO feed (source, event_id, type, subject, subject_id, version, data, at)
-            VALUES ('orders', $1, $2, 'order', 1001, 1, '{{"order_id": 1001}}', '{AT}')
+            WITH entry AS (
+                INSERT INTO feed (source, outbox_id, place, count, at, events)
+                VALUES ('orders', $1, 0, 1, '{AT}', $2)
+                RETURNING position
+            )
+            INSERT INTO feed_types (type, position, count, last) SELECT $3, position, 1, 0 FROM entry
             """,
             id,
+            json.dumps([{**ORDER, "type": type}]),
             type,
         )
 
@@ -64,22 +79,24 @@ class RunningShop:
         self.execute(
             service,
             f"""
-            INSERT INTO dead_letters (
-                consumer, source, event_id, type, subject, subject_id, version, data, event_at, error, tries)
-            VALUES ($1, 'inventory', $2, 'stock.available', 'product', 7, 1, $3, '{AT}', E'Cannot: of two\\nlines', 5)
+            INSERT INTO parked (
+                consumer, source, position, type, subject, subject_id, version, data, event_at, error, tries, retry_at,
+                dead_at)
+            VALUES ($1, 'inventory', $2, 'stock.available', 'product', 7, 1, $3, '{AT}', E'Cannot: of two\\nlines', 5,
+                    now(), now())
             """,
             consumer,
-            id,
+            place(id),
             data,
         )
 
     def feed_ids(self) -> list[str]:
-        rows = self.execute("events", "SELECT source, event_id FROM feed ORDER BY position")
-        return [f"{source}:{event_id}" for source, event_id in rows]
+        rows = self.execute("events", "SELECT source, outbox_id FROM feed ORDER BY position")
+        return [name(row_id, source) for source, row_id in rows]
 
     def clear(self) -> None:
-        self.execute("events", "TRUNCATE feed, dead_letters RESTART IDENTITY")
-        self.execute("products", "TRUNCATE dead_letters")
+        self.execute("events", "TRUNCATE feed, feed_types, parked RESTART IDENTITY")
+        self.execute("products", "TRUNCATE parked")
 
 
 def mercato(*options: str) -> list[str]:
@@ -125,7 +142,7 @@ def test_tail_shows_the_last_entries_for_people_and_for_programs(shop: RunningSh
     code, lines, said = run("tail", "--data", str(shop.data))
     assert (code, said, len(lines)) == (0, "", 20)
     assert lines[0].split() == [
-        "6",
+        str(place(6)),
         "2026-01-15",
         "09:30:00",
         "order.placed",
@@ -135,13 +152,13 @@ def test_tail_shows_the_last_entries_for_people_and_for_programs(shop: RunningSh
         '{"order_id":',
         "1001}",
     ]
-    code, lines, _ = run("tail", "--after", "10", "--types", "order.paid", "--json", "--dsn", shop.dsn)
+    code, lines, _ = run("tail", "--after", str(place(10)), "--types", "order.paid", "--json", "--dsn", shop.dsn)
     assert code == 0
     entries = [json.loads(line) for line in lines]
     assert [(entry["position"], entry["id"]) for entry in entries] == [
-        (15, "orders:15"),
-        (20, "orders:20"),
-        (25, "orders:25"),
+        (place(15), name(15, "orders")),
+        (place(20), name(20, "orders")),
+        (place(25), name(25, "orders")),
     ]
     assert entries[0]["data"] == {"order_id": 1001}
     _, lines, _ = run("tail", "--types", "order.paid", "--json", "--dsn", shop.dsn)
@@ -156,9 +173,9 @@ def test_tail_follows_until_it_is_interrupted(shop: RunningShop):
     )  # fmt: skip
     try:
         assert running.stdout
-        assert json.loads(running.stdout.readline())["id"] == "orders:1"
+        assert json.loads(running.stdout.readline())["id"] == name(1, "orders")
         shop.put_entry(2)
-        assert json.loads(running.stdout.readline())["id"] == "orders:2"
+        assert json.loads(running.stdout.readline())["id"] == name(2, "orders")
         running.send_signal(signal.SIGINT)
         _, said = running.communicate(timeout=SECONDS)
     finally:
@@ -168,11 +185,11 @@ def test_tail_follows_until_it_is_interrupted(shop: RunningShop):
 
 
 def test_tail_says_where_to_go_on_from_after_what_was_deleted(shop: RunningShop):
-    shop.execute("events", "INSERT INTO feed_reaped VALUES ('order.placed', 7)")
+    shop.execute("events", "INSERT INTO feed_purged VALUES ('order.placed', 7)")
     try:
         code, lines, said = run("tail", "--after", "6", "--data", str(shop.data))
     finally:
-        shop.execute("events", "TRUNCATE feed_reaped")
+        shop.execute("events", "TRUNCATE feed_purged")
     assert (code, lines) == (1, [])
     assert said.endswith("is not in the feed any more: go on with --after 7\n")
 
@@ -232,39 +249,39 @@ def test_dead_letters_are_listed_with_their_reason(shop: RunningShop):
     shop.put_dead_letter("products", STOCK_CONSUMER, 4)
     code, lines, _ = run("dead", "--data", str(shop.data))
     assert (code, len(lines)) == (0, 2)
-    assert "inventory:3" in "".join(lines)
+    assert name(3) in "".join(lines)
     assert all("after 5 tries: Cannot: of two lines" in line for line in lines)
     _, lines, _ = run("dead", "--json", "--data", str(shop.data))
     letters = {letter["id"]: letter for letter in map(json.loads, lines)}
-    assert letters["inventory:4"]["consumer"] == STOCK_CONSUMER
-    assert letters["inventory:3"]["error"] == "Cannot: of two\nlines"
+    assert letters[name(4)]["consumer"] == STOCK_CONSUMER
+    assert letters[name(3)]["error"] == "Cannot: of two\nlines"
 
 
 def test_a_replay_takes_what_it_can_and_keeps_the_rest(shop: RunningShop):
     shop.put_dead_letter("events", CONSUMER, 3)
     shop.put_dead_letter("events", CONSUMER, 5)
     shop.put_dead_letter("products", STOCK_CONSUMER, 4, data="not even JSON")
-    code, lines, said = run("replay", "inventory:3", "inventory:99", "--data", str(shop.data))
+    code, lines, said = run("replay", name(3), "inventory:99", "--data", str(shop.data))
     assert (code, lines[-1]) == (1, "1 taken, 0 failed again")
     assert said.strip() == "mercato: there is no dead letter inventory:99: `mercato events dead` lists them"
-    assert shop.feed_ids() == ["inventory:3"]
+    assert shop.feed_ids() == [name(3)]
     code, lines, said = run("replay", "--all", "--data", str(shop.data))
     assert (code, lines[-1]) == (1, "1 taken, 1 failed again")
-    assert f"{STOCK_CONSUMER} still cannot take inventory:4" in said
-    assert shop.feed_ids() == ["inventory:3", "inventory:5"]
+    assert f"{STOCK_CONSUMER} still cannot take {name(4)}" in said
+    assert shop.feed_ids() == [name(3), name(5)]
     _, lines, _ = run("dead", "--json", "--data", str(shop.data))
-    assert [json.loads(line)["id"] for line in lines] == ["inventory:4"]
-    code, lines, said = run("replay", "inventory:3", "--data", str(shop.data))
+    assert [json.loads(line)["id"] for line in lines] == [name(4)]
+    code, lines, said = run("replay", name(3), "--data", str(shop.data))
     assert (code, lines[-1]) == (1, "0 taken, 0 failed again")
-    assert "there is no dead letter inventory:3" in said
-    assert shop.feed_ids() == ["inventory:3", "inventory:5"]
+    assert f"there is no dead letter {name(3)}" in said
+    assert shop.feed_ids() == [name(3), name(5)]
 
 
 def test_what_somebody_else_has_replayed_meanwhile_is_not_counted(shop: RunningShop):
     shop.put_dead_letter("events", CONSUMER, 3)
     code, lines, said = asyncio.run(replay_beside_another(shop))
     assert (code, said) == (0, "")
-    assert lines == [f"inventory:3  {CONSUMER}  replayed by somebody else meanwhile", "0 taken, 0 failed again"]
+    assert lines == [f"{name(3)}  {CONSUMER}  replayed by somebody else meanwhile", "0 taken, 0 failed again"]
 
 
 async def replay_beside_another(shop: RunningShop) -> tuple[int, list[str], str]:
@@ -273,7 +290,7 @@ async def replay_beside_another(shop: RunningShop) -> tuple[int, list[str], str]
     try:
         transaction = connection.transaction()
         await transaction.start()
-        await connection.execute("UPDATE dead_letters SET replayed_at = now()")
+        await connection.execute("UPDATE parked SET replayed_at = now()")
         replay = asyncio.create_task(asyncio.to_thread(run, "replay", "--all", "--data", str(shop.data)))
         async with asyncio.timeout(SECONDS):
             while not await connection.fetch("SELECT FROM pg_locks WHERE NOT granted"):

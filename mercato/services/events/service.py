@@ -2,60 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import msgspec
 
 from mercato.chassis import faults
 from mercato.chassis.db import Database, Tx
-from mercato.chassis.events import Event
-from mercato.contracts.events import CursorTooOld, EventPage, FeedEntry, ListEvents
+from mercato.chassis.messaging import rows
+from mercato.chassis.messaging.events import Event, SourceRow
+from mercato.chassis.messaging.rows import Stored
+from mercato.contracts.events import CursorAhead, CursorTooOld, EventPage, FeedEntry, ListEvents
 
 from . import rules, store
+from .store import Entry, FeedRow
 
 BEFORE_COMMIT: Final = "feed.before_commit"
 faults.declare(BEFORE_COMMIT)
 
 
+class _Typed(msgspec.Struct, frozen=True, gc=False):
+    type: str
+
+
+_types: Final = msgspec.json.Decoder(list[_Typed])
+
+
 class EventsService:
-    """Implements `Events`, and takes every event of the shop."""
+    """Implements `Events`, and consumes every event of the shop."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    async def take_rows(self, tx: Tx, page: Sequence[SourceRow]) -> int:
+        """Appends outbox rows as they are; gives how many events they hold."""
+        entries = [
+            Entry(row.source, row.id, 0, row.at, row.events, [event.type for event in _types.decode(row.events)])
+            for row in page
+        ]
+        await store.append(tx, entries)
+        await faults.point(BEFORE_COMMIT)
+        return sum(len(entry.types) for entry in entries)
+
     async def take(self, tx: Tx, events: Sequence[Event]) -> None:
-        """Appends events to the feed. One that comes again finds its entry."""
-        await store.append(tx, events)
+        """Appends events one by one, each in a row of its own."""
+        entries = [
+            Entry(event.source, *rows.place_of(event.id), event.at, _packed(event), [event.type]) for event in events
+        ]
+        await store.append(tx, entries)
         await faults.point(BEFORE_COMMIT)
 
     async def list(self, request: ListEvents) -> EventPage:
+        after, types = request.after, list(dict.fromkeys(request.types))
+        position, place = rows.place_of(after)
+        # In the first row, the events up to the reader's are skipped.
+        wanted = request.limit + place + 1
         async with self._database.read() as tx:
-            if request.types:
-                # A type that is named twice is wanted once.
-                types = list(dict.fromkeys(request.types))
-                rows = await store.page_of_types(tx, request.after, request.limit, types)
-                oldest = await store.last_reaped_of_types(tx, types)
+            if types:
+                found = await store.page_of_types(tx, position, wanted, types)
             else:
-                rows = await store.page(tx, request.after, request.limit)
-                oldest = await store.last_reaped(tx)
+                found = await store.page(tx, position, wanted)
+            purged = await store.last_purged(tx, types)
+            last = position if found else await store.last_position(tx)
         # Looked up after the page: the other way round, what is deleted between the two would be missed without a word.
-        if 0 < request.after < oldest:
-            raise CursorTooOld(after=request.after, oldest=oldest)
+        if 0 < after < purged:
+            raise CursorTooOld(after=after, oldest=purged)
+        if position > last:
+            raise CursorAhead(after=after, last=rows.end_of_row(last) if last else 0)
+        entries = [entry for entry in _entries(found, types) if entry.position > after][: request.limit]
         return EventPage(
-            entries=tuple(_entry(row) for row in rows),
-            next_after=rows[-1].position if rows else request.after,
-            is_full=len(rows) == request.limit,
+            entries=tuple(entries),
+            next_after=entries[-1].position if entries else after,
+            is_full=len(entries) == request.limit,
         )
 
+    async def before_last(self, count: int, types: Sequence[str] = ()) -> int:
+        """The position behind which the last `count` events are, of some types or of all; 0 where there are fewer."""
+        wanted = list(dict.fromkeys(types))
+        async with self._database.read() as tx:
+            if wanted:
+                found = await store.last_rows_of_types(tx, count + 1, wanted)
+            else:
+                found = await store.last_rows(tx, count + 1)
+        positions = sorted((entry.position for entry in _entries(found, wanted)), reverse=True)
+        return positions[count] if len(positions) > count else 0
 
-def _entry(row: store.FeedRow) -> FeedEntry:
-    return FeedEntry(
-        position=row.position,
-        id=rules.event_id(row.source, row.event_id),
-        type=row.type,
-        subject=rules.subject(row.subject, row.subject_id),
-        version=row.version,
-        data=msgspec.json.decode(row.data),
-        at=row.at,
-    )
+
+def _packed(event: Event) -> str:
+    """A row of this event alone."""
+    data = msgspec.Raw(event.data.encode())
+    return rows.pack([Stored(event.type, event.subject, event.subject_id, event.version, data)])[0]
+
+
+def _entries(found: Sequence[FeedRow], types: Sequence[str]) -> Iterator[FeedEntry]:
+    for row in found:
+        for place, event in enumerate(rows.unpack(row.events)):
+            if types and event.type not in types:
+                continue
+            yield FeedEntry(
+                position=rows.position(row.position, place),
+                id=rules.event_id(row.source, rows.position(row.outbox_id, row.place + place)),
+                type=event.type,
+                subject=rules.subject(event.subject, event.subject_id),
+                version=event.version,
+                data=msgspec.json.decode(event.data),
+                at=row.at,
+            )

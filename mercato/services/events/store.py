@@ -3,152 +3,219 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
+import msgspec
+
 from mercato.chassis.db import Row, Tx
-from mercato.chassis.events import KEPT_DAYS, Event
+from mercato.chassis.messaging.events import KEPT_DAYS
 
 WRITE_LOCK: Final = 0x66656564  # "feed"
-REAPED_AT_ONCE: Final = 1_000
+PURGED_AT_ONCE: Final = 1_000
+
+
+class Entry(msgspec.Struct, frozen=True, gc=False):
+    """A row to be appended: the events of an outbox row from `place` on. `types` are those of its events, in order."""
+
+    source: str
+    outbox_id: int
+    place: int
+    at: datetime.datetime
+    events: str
+    types: Sequence[str]
 
 
 class FeedRow(Row):
     position: int
     source: str
-    event_id: int
-    type: str
-    subject: str
-    subject_id: int
-    version: int
-    data: str
+    outbox_id: int
+    place: int
     at: datetime.datetime
+    events: str
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
-async def append(tx: Tx, events: Sequence[Event]) -> None:
-    """Writes those of the events that are not there yet behind all others, in the order given."""
-    # A statement of its own, before the one that takes positions. Whoever takes a position has this lock until the
-    # commit: so positions become visible in their order, and a reader that has seen one will never find a lower one
-    # that is new. Without it a later position could commit first, and who reads on from there would miss the earlier.
+async def append(tx: Tx, entries: Sequence[Entry]) -> None:
+    """Writes rows behind all others, in the order given."""
+    # A statement of its own, before the one that takes positions. The writer has this lock until the commit: so
+    # positions become visible in their order. Without it a later position could commit first, and a reader that
+    # continues from there would miss the earlier one.
     await tx.execute("SELECT pg_advisory_xact_lock($1)", WRITE_LOCK)
+    types = [_types_of(entry.types) for entry in entries]
     await tx.execute(
         """
-        INSERT INTO feed (source, event_id, type, subject, subject_id, version, data, at)
-        SELECT e.source, e.id, e.type, e.subject, e.subject_id, e.version, e.data, e.at
-          FROM unnest($1::text[], $2::bigint[], $3::text[], $4::text[], $5::bigint[], $6::bigint[], $7::text[],
-                      $8::timestamptz[]) WITH ORDINALITY
-               AS e (source, id, type, subject, subject_id, version, data, at, n)
-         ORDER BY e.n
-            ON CONFLICT ON CONSTRAINT feed_source_event_id_key DO NOTHING
+        WITH entries AS MATERIALIZED (
+            SELECT nextval('feed_position_seq') AS position, e.*
+              FROM unnest($1::text[], $2::bigint[], $3::integer[], $4::integer[], $5::timestamptz[], $6::text[],
+                          $7::text[])
+                   AS e (source, outbox_id, place, count, at, events, types)
+        ),
+        appended AS (
+            INSERT INTO feed (position, source, outbox_id, place, count, at, events)
+            SELECT position, source, outbox_id, place, count, at, events FROM entries
+        )
+        INSERT INTO feed_types (type, position, count, last)
+        SELECT split_part(t.type, ' ', 1), e.position, split_part(t.type, ' ', 2)::integer,
+               split_part(t.type, ' ', 3)::integer
+          FROM entries e
+         CROSS JOIN LATERAL unnest(string_to_array(e.types, ',')) AS t (type)
         """,
-        [event.source for event in events],
-        [event.id for event in events],
-        [event.type for event in events],
-        [event.subject for event in events],
-        [event.subject_id for event in events],
-        [event.version for event in events],
-        [event.data for event in events],
-        [event.at for event in events],
+        [entry.source for entry in entries],
+        [entry.outbox_id for entry in entries],
+        [entry.place for entry in entries],
+        [len(entry.types) for entry in entries],
+        [entry.at for entry in entries],
+        [entry.events for entry in entries],
+        types,
     )
+
+
+def _types_of(types: Sequence[str]) -> str:
+    """Each type with how many events have it, and the place of the last: `order.paid 3 7,order.placed 5 6`."""
+    count: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for place, type_ in enumerate(types):
+        count[type_] = count.get(type_, 0) + 1
+        last[type_] = place
+    return ",".join([f"{type_} {count[type_]} {last[type_]}" for type_ in count])
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-async def page(tx: Tx, after: int, limit: int) -> list[FeedRow]:
-    """Up to `limit` entries behind a position."""
+async def page(tx: Tx, position: int, wanted: int) -> list[FeedRow]:
+    """The rows from a position on, as many as hold `wanted` events."""
     return await tx.fetch(
         FeedRow,
         """
-        SELECT position, source, event_id, type, subject, subject_id, version, data, at
-          FROM feed
-         WHERE position > $1
-         ORDER BY position
-         LIMIT $2
+        SELECT f.position, f.source, f.outbox_id, f.place, f.at, f.events
+          FROM (
+            SELECT position, sum(count) OVER (ORDER BY position) - count AS before
+              FROM (SELECT position, count FROM feed WHERE position >= $1 ORDER BY position LIMIT $2) AS next
+          ) n
+         CROSS JOIN LATERAL (
+            SELECT position, source, outbox_id, place, at, events FROM feed WHERE position = n.position LIMIT 1
+         ) f
+         WHERE n.before < $2
+         ORDER BY n.position
         """,
-        after,
-        limit,
+        position,
+        wanted,
     )
 
 
-async def page_of_types(tx: Tx, after: int, limit: int, types: Sequence[str]) -> list[FeedRow]:
-    """The same, of some types."""
-    # A page of each type from the index, of which the first make the page: with `type = ANY($3)` everything of a
-    # frequent type would be sorted, or everything read where a type is rare. Asked for as a part of the index's order,
-    # from (type, after) to the end of the type: with `type = w.type` the planner may think that a type is frequent, and
-    # read all entries in the order of positions until it has found a page of it.
+async def page_of_types(tx: Tx, position: int, wanted: int, types: Sequence[str]) -> list[FeedRow]:
+    """The rows from a position on, as many as hold `wanted` events of some types."""
+    # A page of each type from the index, of which the first make the page. Asked for as a part of the index's order,
+    # from (type, position) to the end of the type: with `type = w.type` the planner may think that a type is frequent,
+    # and read all rows in the order of positions until it has found a page of it.
     return await tx.fetch(
         FeedRow,
         """
-        SELECT f.position, f.source, f.event_id, f.type, f.subject, f.subject_id, f.version, f.data, f.at
-          FROM unnest($3::text[]) AS w (type)
+        SELECT f.position, f.source, f.outbox_id, f.place, f.at, f.events
+          FROM (
+            SELECT position, sum(count) OVER (ORDER BY position) - count AS before
+              FROM (
+                SELECT t.position, sum(t.count) AS count
+                  FROM unnest($3::text[]) AS w (type)
+                 CROSS JOIN LATERAL (
+                    SELECT position, count
+                      FROM feed_types
+                     WHERE (type, position) >= (w.type, $1) AND type <= w.type
+                     ORDER BY type, position
+                     LIMIT $2
+                 ) t
+                 GROUP BY t.position
+                 ORDER BY t.position
+                 LIMIT $2
+              ) AS next
+          ) n
          CROSS JOIN LATERAL (
-            SELECT position, source, event_id, type, subject, subject_id, version, data, at
-              FROM feed
-             WHERE (type, position) > (w.type, $1) AND type <= w.type
-             ORDER BY type, position
-             LIMIT $2
+            SELECT position, source, outbox_id, place, at, events FROM feed WHERE position = n.position LIMIT 1
          ) f
-         ORDER BY f.position
-         LIMIT $2
+         WHERE n.before < $2
+         ORDER BY n.position
         """,
-        after,
-        limit,
+        position,
+        wanted,
         types,
     )
 
 
-async def last_reaped(tx: Tx) -> int:
-    """The position of the last entry that was deleted; 0 where none was."""
-    return (await tx.fetch_values(int, "SELECT coalesce(max(position), 0) FROM feed_reaped"))[0]
+async def last_rows(tx: Tx, wanted: int) -> list[FeedRow]:
+    """The last rows, the newest first, as many as hold `wanted` events."""
+    return await tx.fetch(
+        FeedRow,
+        """
+        SELECT position, source, outbox_id, place, at, events FROM feed ORDER BY position DESC LIMIT $1
+        """,
+        wanted,
+    )
 
 
-async def last_reaped_of_types(tx: Tx, types: Sequence[str]) -> int:
-    """The same, of some types."""
+async def last_rows_of_types(tx: Tx, wanted: int, types: Sequence[str]) -> list[FeedRow]:
+    """The last rows that hold an event of some types, the newest first; `wanted` of them."""
+    return await tx.fetch(
+        FeedRow,
+        """
+        SELECT f.position, f.source, f.outbox_id, f.place, f.at, f.events
+          FROM (
+            SELECT DISTINCT t.position
+              FROM unnest($2::text[]) AS w (type)
+             CROSS JOIN LATERAL (
+                SELECT position
+                  FROM feed_types
+                 WHERE type >= w.type AND type <= w.type
+                 ORDER BY type DESC, position DESC
+                 LIMIT $1
+             ) t
+             ORDER BY t.position DESC
+             LIMIT $1
+          ) n
+         CROSS JOIN LATERAL (
+            SELECT position, source, outbox_id, place, at, events FROM feed WHERE position = n.position LIMIT 1
+         ) f
+         ORDER BY f.position DESC
+        """,
+        wanted,
+        types,
+    )
+
+
+async def last_position(tx: Tx) -> int:
+    """The position of the last row; 0 where there never was one."""
     found = await tx.fetch_values(
-        int, "SELECT coalesce(max(position), 0) FROM feed_reaped WHERE type = ANY($1::text[])", types
+        int,
+        """
+        SELECT greatest(
+            (SELECT position FROM feed ORDER BY position DESC LIMIT 1),
+            (SELECT max(position) >> 12 FROM feed_purged),
+            0)
+        """,
     )
     return found[0]
 
 
-async def before_last(tx: Tx, count: int) -> int:
-    """The position behind which the last `count` entries are; 0 where there are fewer."""
-    found = await tx.fetch_values(int, "SELECT position FROM feed ORDER BY position DESC OFFSET $1 LIMIT 1", count)
-    return found[0] if found else 0
-
-
-async def before_last_of_types(tx: Tx, count: int, types: Sequence[str]) -> int:
-    """The same, of some types."""
+async def last_purged(tx: Tx, types: Collection[str]) -> int:
+    """The position of the last event that was deleted, of some types or (where none are named) of all; 0: none was."""
     found = await tx.fetch_values(
         int,
         """
-        SELECT f.position
-          FROM unnest($2::text[]) AS w (type)
-         CROSS JOIN LATERAL (
-            SELECT position
-              FROM feed
-             WHERE type >= w.type AND type <= w.type
-             ORDER BY type DESC, position DESC
-             LIMIT $1 + 1
-         ) f
-         ORDER BY f.position DESC
-        OFFSET $1
-         LIMIT 1
+        SELECT coalesce(max(position), 0) FROM feed_purged WHERE type = ANY($1::text[]) OR cardinality($1::text[]) = 0
         """,
-        count,
-        types,
+        list(types),
     )
-    return found[0] if found else 0
+    return found[0]
 
 
 # -------------------------------------------------------------------------------------------------------- retention
 
 
-async def reap(tx: Tx) -> int:
-    """Deletes a bounded number of the oldest entries, where they are past their days, and notes how far; how many."""
+async def purge(tx: Tx) -> int:
+    """Deletes a bounded number of the oldest rows, where they are past their days, and notes how far; how many."""
     deleted = await tx.fetch_values(
         int,
         """
@@ -156,17 +223,28 @@ async def reap(tx: Tx) -> int:
             DELETE FROM feed
              WHERE position IN (SELECT position FROM feed ORDER BY position LIMIT $1)
                AND received_at < now() - make_interval(days => $2)
-            RETURNING type, position
+            RETURNING position, events
+        ),
+        types AS (
+            SELECT DISTINCT d.position, e.event ->> 'type' AS type
+              FROM deleted d
+             CROSS JOIN LATERAL json_array_elements(d.events::json) AS e (event)
+        ),
+        deleted_types AS (
+            DELETE FROM feed_types t
+             USING types d
+             WHERE t.type = d.type AND t.position = d.position
+            RETURNING t.type, t.position << 12 | t.last AS position
         ),
         noted AS (
-            INSERT INTO feed_reaped AS reaped (type, position)
-            SELECT type, max(position) FROM deleted GROUP BY type ORDER BY type
-                ON CONFLICT ON CONSTRAINT feed_reaped_pkey DO UPDATE
-               SET position = greatest(reaped.position, excluded.position)
+            INSERT INTO feed_purged AS purged (type, position)
+            SELECT type, max(position) FROM deleted_types GROUP BY type ORDER BY type
+                ON CONFLICT ON CONSTRAINT feed_purged_pkey DO UPDATE
+               SET position = greatest(purged.position, excluded.position)
         )
         SELECT count(*) FROM deleted
         """,
-        REAPED_AT_ONCE,
+        PURGED_AT_ONCE,
         KEPT_DAYS,
     )
     return deleted[0]

@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from mercato.chassis.db import Tx
-from mercato.chassis.events import Event, Subscription
+from mercato.chassis.messaging.events import Event, Subscription
 from mercato.contracts.inventory import StockAvailability
 
 from . import store
@@ -29,4 +29,6 @@ async def note_stock(tx: Tx, events: Sequence[Event]) -> None:
     await store.note_stock(tx, product_ids, [in_stock for _, in_stock in newest.values()], versions)
 
 
-IN_STOCK: Final = Subscription(consumer="products.in_stock", types=frozenset({AVAILABLE, EXHAUSTED}), handle=note_stock)
+IN_STOCK: Final = Subscription(
+    consumer="products.in_stock", sources=("inventory",), types=frozenset({AVAILABLE, EXHAUSTED}), handle=note_stock
+)

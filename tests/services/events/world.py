@@ -1,14 +1,18 @@
-"""A feed that a test writes to as a relay would, and reads as staff would; and a publisher with an outbox."""
+"""A feed that a test writes to as its consumer would, and reads as staff would; and a source with an outbox."""
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
 
-from chassis.event_world import Told
+import msgspec
+
+from chassis.event_world import Told, place
 from mercato.chassis.contract import Actor, Contract, Message, single
 from mercato.chassis.db import Database
-from mercato.chassis.events import Event, Outgoing, emit
+from mercato.chassis.messaging import rows
+from mercato.chassis.messaging.events import Event, Outgoing, SourceRow, emit
+from mercato.chassis.messaging.rows import Stored
 from mercato.chassis.rpc import Server
 from mercato.chassis.service import Env, Service
 from mercato.chassis.testing import Rig
@@ -22,7 +26,18 @@ AT = datetime.datetime(2026, 1, 15, 9, 30, tzinfo=datetime.UTC)
 def event(
     id: int, *, source: str = "orders", type: str = "order.placed", subject_id: int = 1, data: str = "{}"
 ) -> Event:
-    return Event(source, id, type, "order", subject_id, id, data, AT)
+    """The event of an outbox row that has no other."""
+    return Event(source, place(id), type, "order", subject_id, id, data, AT)
+
+
+def row(id: int, *types: str, source: str = "orders") -> SourceRow:
+    """An outbox row with an event of each type; versions are places."""
+    events = [Stored(type_, "order", 1, n, msgspec.Raw(b"{}")) for n, type_ in enumerate(types, 1)]
+    return SourceRow(source=source, id=id, at=AT, events=rows.pack(events)[0])
+
+
+def name(id: int, number: int = 1, *, source: str = "orders") -> str:
+    return f"{source}:{place(id, number)}"
 
 
 class Feed:
@@ -37,6 +52,11 @@ class Feed:
     async def write(self, *events: Event) -> None:
         async with self.database.transaction() as tx:
             await self.subscription.handle(tx, events)
+
+    async def write_rows(self, *page: SourceRow) -> int:
+        assert self.subscription.handle_rows
+        async with self.database.transaction() as tx:
+            return await self.subscription.handle_rows(tx, page)
 
     async def page(self, *, after: int = 0, limit: int = 100, types: Sequence[EventType] = ()) -> EventPage:
         with self.rig.acting(STAFF):
@@ -62,7 +82,7 @@ class Nothing(Message):
     pass
 
 
-class Publishing(Contract, name="publisher"):
+class Publishing(Contract, name="orders"):
     wait = single(Nothing, Nothing, allow=EVERYBODY)
 
 

@@ -16,7 +16,7 @@ from mercato.chassis.testing import Rig
 from mercato.contracts.products import Products
 from mercato.services.products.app import build
 
-POLLS = 1_000
+POLLS = 5_000
 POLL_SECONDS = 0.01
 
 

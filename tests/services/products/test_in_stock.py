@@ -11,7 +11,7 @@ import pytest
 
 from mercato.chassis.contract import Actor
 from mercato.chassis.db import Database
-from mercato.chassis.events import Event
+from mercato.chassis.messaging.events import Event
 from mercato.chassis.testing import Rig
 from mercato.contracts.inventory import StockAvailability
 from mercato.contracts.products import CreateProduct, GetProduct, Product, Products, SearchProducts, UpdateProduct

@@ -1,4 +1,4 @@
-"""The catalogue, with an index for each order in which it is listed, and one for its words."""
+"""The catalogue, with an index for each order in which it is listed, and one for its words; the consumer of stock."""
 
 from alembic import op
 
@@ -7,6 +7,7 @@ down_revision = None
 
 
 def upgrade() -> None:
+    # `in_stock` is what inventory says; `stock_version` is that of the newest event, so that late ones change nothing.
     # `words` holds every text twice, stemmed and as it is: a query is stemmed, except one of stop words alone
     # ("The Who"), of which stemming leaves nothing. Weights: the name, then sku and category, then the description.
     op.execute(
@@ -28,6 +29,8 @@ def upgrade() -> None:
             created_at  timestamptz NOT NULL DEFAULT now(),
             updated_at  timestamptz NOT NULL DEFAULT now(),
             version     bigint NOT NULL DEFAULT 1 CONSTRAINT products_version_counts CHECK (version >= 1),
+            in_stock    boolean NOT NULL DEFAULT false,
+            stock_version bigint NOT NULL DEFAULT 0,
             words       tsvector NOT NULL GENERATED ALWAYS AS (
                 setweight(to_tsvector('pg_catalog.english', name), 'A')
                 || setweight(to_tsvector('pg_catalog.simple', name), 'A')
@@ -46,3 +49,46 @@ def upgrade() -> None:
     op.execute("CREATE INDEX products_by_newest ON products (created_at, id) WHERE status = 'active'")
     op.execute("CREATE INDEX products_by_category ON products (category, id) WHERE status = 'active'")
     op.execute("CREATE INDEX products_by_words ON products USING gin (words) WHERE status = 'active'")
+    # The position of a consumer in the outbox of a source. `at`: the time of the row there; NULL before the first.
+    op.execute(
+        """
+        CREATE TABLE cursors (
+            consumer text NOT NULL,
+            source text NOT NULL,
+            position bigint NOT NULL,
+            at timestamptz,
+            CONSTRAINT cursors_pkey PRIMARY KEY (consumer, source)
+        ) WITH (fillfactor = 20)
+        """
+    )
+    # Events that a consumer could not process, and later ones of their subjects: of these only the first has a finite
+    # `retry_at`. A dead event waits for an operator.
+    op.execute(
+        """
+        CREATE TABLE parked (
+            consumer text NOT NULL,
+            source text NOT NULL,
+            position bigint NOT NULL,
+            type text NOT NULL,
+            subject text NOT NULL,
+            subject_id bigint NOT NULL,
+            version bigint NOT NULL,
+            data text NOT NULL,
+            event_at timestamptz NOT NULL,
+            tries integer NOT NULL,
+            retry_at timestamptz NOT NULL,
+            error text NOT NULL,
+            at timestamptz NOT NULL DEFAULT now(),
+            dead_at timestamptz,
+            replayed_at timestamptz,
+            CONSTRAINT parked_pkey PRIMARY KEY (consumer, source, position)
+        )
+        """
+    )
+    op.execute(
+        """
+        CREATE INDEX parked_subject_idx ON parked (consumer, source, subject, subject_id, position)
+         WHERE dead_at IS NULL
+        """
+    )
+    op.execute("CREATE INDEX parked_retry_at_idx ON parked (consumer, source, retry_at) WHERE dead_at IS NULL")

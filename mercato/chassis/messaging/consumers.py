@@ -1,0 +1,319 @@
+"""A consumer of one source: reads the event log, and has the effect of each event once.
+
+Two loops, which run in every process that hosts the consumer:
+
+    follow    Reads the rows behind the cursor, and moves the cursor in the transaction of their effects, by
+              compare-and-set: of two processes that read the same rows, one rolls back. A batch that fails is processed
+              again event by event. The event that fails is parked, and so are later events of its subject, each in the
+              transaction that moves the cursor over it.
+    retry     Processes parked events again, with growing pauses, in order for each subject. After `TRIES` an event is
+              dead, and the next of its subject is released.
+
+Every transaction of a consumer and source locks the row of the cursor first: batch, retry, death and replay run one
+after the other. So no event is parked behind one that a retry has just removed.
+
+An infrastructure failure (a database that is away or busy) does not count as a try.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import Final
+
+import msgspec
+import structlog
+
+from mercato.chassis import faults
+from mercato.chassis.clock import Clock
+from mercato.chassis.contract import Actor, DeadlineExceeded, OutcomeUnknown, Overloaded, Unavailable, current
+from mercato.chassis.db import Database, LockTimeout, Tx
+from mercato.chassis.rpc import SERVICE_ROLE, acting
+from mercato.chassis.telemetry import Telemetry
+
+from . import parking, rows
+from .events import TRIES, Event, SourceRow, Subscription
+from .outbox import EventLog, LogPage, LogPurged, LogReplaced, ReadLog
+from .parking import Cursor, CursorMovedError, Key
+
+for _what in ("batch", "park", "retry", "dead", "replay"):
+    faults.declare(f"consumer.{_what}.before_commit", f"consumer.{_what}.after_commit")
+
+RETRY_SECONDS: Final = (1.0, 5.0, 30.0, 120.0)
+"""How long an event waits after each try but the last, after which it is dead."""
+assert len(RETRY_SECONDS) == TRIES - 1
+
+INFRASTRUCTURE: Final = (Unavailable, Overloaded, DeadlineExceeded, OutcomeUnknown, LockTimeout)
+"""Failures that no event causes: a database or another service is away, or busy."""
+
+READ_SECONDS: Final = 5.0
+REASON_LENGTH: Final = 1_000
+
+log = structlog.stdlib.get_logger("mercato.consumer")
+
+
+class Pace(msgspec.Struct, frozen=True):
+    """How often a consumer reads, in seconds. After a full page it reads at once."""
+
+    gather_s: float = 0.15
+    """After a page that was not full: so that under load a few large batches are taken, not many small ones."""
+    poll_s: float = 0.2
+    """After the first empty page; each further one doubles it up to `idle_s`. A wake-up ends the pause."""
+    idle_s: float = 1.0
+    failed_s: float = 1.0
+
+
+class Consumer:
+    """Consumes the events of `source`. `run` until cancelled; `wake` tells that there may be new events."""
+
+    def __init__(
+        self,
+        subscription: Subscription,
+        source: str,
+        database: Database,
+        event_log: EventLog,
+        clock: Clock,
+        telemetry: Telemetry,
+        *,
+        pace: Pace | None = None,
+        retry_seconds: Sequence[float] = RETRY_SECONDS,
+    ) -> None:
+        self.key: Key = (subscription.consumer, source)
+        self._subscription = subscription
+        self._database = database
+        self._event_log = event_log
+        self._clock = clock
+        self._pace = pace or Pace()
+        self._pause_s = self._pace.poll_s
+        self._retry_seconds = retry_seconds
+        self._woken = asyncio.Event()
+        self._cursor: Cursor | None = None
+        """As this process has moved it last; None: to be looked up."""
+        self._is_refused = False
+        self._delivered = telemetry.events_delivered.labels(subscription.consumer)
+        self._retried = telemetry.events_retried.labels(subscription.consumer)
+        self._dead = telemetry.events_dead.labels(subscription.consumer)
+        self._lag_seconds = telemetry.events_lag_seconds.labels(*self.key)
+        self._refused = telemetry.events_refused.labels(*self.key)
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    async def run(self) -> None:
+        """Never returns."""
+        async with asyncio.TaskGroup() as loops:
+            loops.create_task(self._for_ever(self._follow))
+            loops.create_task(self._for_ever(self._retry))
+
+    async def _for_ever(self, round_: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await round_()
+            except Exception as error:  # an edge: a consumer continues after any failure
+                self._cursor = None
+                self._report(error)
+                await asyncio.sleep(self._pace.failed_s)
+
+    def _report(self, error: Exception) -> None:
+        about = {"consumer": self.key[0], "source": self.key[1], "reason": _reason(error)}
+        if isinstance(error, (LogPurged, LogReplaced)):
+            if not self._is_refused:
+                log.error("log_refuses_consumer", **about)
+            self._is_refused = True
+            self._refused.set(1)
+        elif isinstance(error, INFRASTRUCTURE):
+            log.warning("consumer_waits", **about)
+        else:
+            log.error("consumer_failed", **about, exc_info=error)
+
+    # --------------------------------------------------------------------------------------------------------- follow
+
+    async def _follow(self) -> None:
+        """Processes one page, then pauses."""
+        self._woken.clear()
+        cursor = self._cursor or await self._look_up()
+        page = await self._read(cursor)
+        if cursor is None:
+            async with self._database.transaction() as tx:
+                await parking.begin_cursor(tx, self.key, page.start)
+            return
+        if not page.rows:
+            await self._idle()
+            return
+        self._pause_s = self._pace.poll_s
+        try:
+            self._cursor = await self._process(cursor, page.rows)
+        except CursorMovedError:
+            # Another process consumes: let it, and come back when it may have ended.
+            self._cursor = None
+            await asyncio.sleep(self._pace.idle_s * random.uniform(0.5, 1.0))
+            return
+        await asyncio.sleep(0 if page.is_full else self._pace.gather_s)
+
+    async def _look_up(self) -> Cursor | None:
+        async with self._database.read() as tx:
+            return await parking.cursor_of(tx, self.key)
+
+    async def _read(self, cursor: Cursor | None) -> LogPage:
+        current.set(acting(Actor(SERVICE_ROLE), clock=self._clock, seconds=READ_SECONDS))
+        after, at = (cursor.position, cursor.at) if cursor else (None, None)
+        page = await self._event_log.read(ReadLog(consumer=self.key[0], after=after, at=at))
+        if self._is_refused:
+            self._is_refused = False
+            self._refused.set(0)
+        self._lag_seconds.set(max(0.0, (self._clock.now() - page.rows[0].at).total_seconds()) if page.rows else 0)
+        return page
+
+    async def _idle(self) -> None:
+        """Waits for a wake-up, but not for ever: it may be lost, or another process may have moved the cursor."""
+        try:
+            await asyncio.wait_for(self._woken.wait(), self._pause_s)
+        except TimeoutError:
+            self._pause_s = min(2 * self._pause_s, self._pace.idle_s)
+            self._cursor = None
+
+    async def _process(self, cursor: Cursor, page: Sequence[SourceRow]) -> Cursor:
+        """Has the effects of a page, and moves the cursor behind it. Raises `CursorMovedError`."""
+        end = Cursor(rows.end_of_row(page[-1].id), page[-1].at)
+        try:
+            async with _transaction(self._database, "batch") as tx:
+                has_parked = await parking.move_cursor(tx, self.key, cursor, end)
+                is_whole = rows.place_of(cursor.position)[1] == rows.LAST_PLACE and not has_parked
+                if is_whole and self._subscription.handle_rows:
+                    count = await self._subscription.handle_rows(tx, page)
+                else:
+                    count = await self._handle(tx, self._wanted(cursor, page), has_parked=has_parked)
+            self._delivered.inc(count)
+        except (CursorMovedError, *INFRASTRUCTURE):
+            raise
+        except Exception as error:  # an edge: a consumer's handler failed
+            log.warning("events_processed_one_by_one", consumer=self.key[0], source=self.key[1], reason=_reason(error))
+            for event in self._wanted(cursor, page):
+                cursor = await self._process_alone(cursor, event)
+            async with self._database.transaction() as tx:
+                await parking.move_cursor(tx, self.key, cursor, end)
+        return end
+
+    def _wanted(self, cursor: Cursor, page: Sequence[SourceRow]) -> list[Event]:
+        types = self._subscription.types
+        events = [event for row in page for event in row.unpack() if event.id > cursor.position]
+        return events if types is None else [event for event in events if event.type in types]
+
+    async def _process_alone(self, cursor: Cursor, event: Event) -> Cursor:
+        """Moves the cursor to the event with its effect, or with its place among the parked."""
+        to = Cursor(event.id, event.at)
+        try:
+            async with _transaction(self._database, "batch") as tx:
+                has_parked = await parking.move_cursor(tx, self.key, cursor, to)
+                count = await self._handle(tx, [event], has_parked=has_parked)
+            self._delivered.inc(count)
+        except (CursorMovedError, *INFRASTRUCTURE):
+            raise
+        except Exception as error:  # an edge: a consumer's handler failed
+            async with _transaction(self._database, "park") as tx:
+                await parking.move_cursor(tx, self.key, cursor, to)
+                await parking.park(tx, self.key, [event], 1, self._retry_seconds[0], _reason(error))
+            self._note_failure(event, 1, error)
+        return to
+
+    async def _handle(self, tx: Tx, events: list[Event], *, has_parked: bool) -> int:
+        """Has the effects of events, and parks those whose subject has parked ones; gives how many had an effect."""
+        if has_parked and events:
+            parked = await parking.park(tx, self.key, events, 0, None, "an earlier event of its subject is parked")
+            events = [event for event in events if event.id not in parked]
+        if events:
+            await self._subscription.handle(tx, events)
+        return len(events)
+
+    # ---------------------------------------------------------------------------------------------------------- retry
+
+    async def _retry(self) -> None:
+        """Processes the parked events that are due; pauses where there are none."""
+        async with self._database.read() as tx:
+            due = await parking.due(tx, self.key)
+        for first in due:
+            event: Event | None = first
+            while event:
+                event = await self._retry_one(event)
+        if not due:
+            await asyncio.sleep(self._pace.idle_s)
+
+    async def _retry_one(self, event: Event) -> Event | None:
+        """Gives the next event of the subject, which waited for this one."""
+        try:
+            async with _transaction(self._database, "retry") as tx:
+                await parking.lock_cursor(tx, self.key)
+                if not await parking.remove(tx, self.key, event.id, event.tries):
+                    return None  # another process was faster
+                await self._subscription.handle(tx, [event])
+                following = await parking.release_next(tx, self.key, event)
+            self._delivered.inc()
+        except INFRASTRUCTURE:
+            raise
+        except Exception as error:  # an edge: a consumer's handler failed
+            await self._fail_again(event, event.tries + 1, error)
+            return None
+        return following
+
+    async def _fail_again(self, event: Event, tries: int, error: Exception) -> None:
+        is_dead = tries >= TRIES
+        wait_s = 0.0 if is_dead else self._retry_seconds[tries - 1]
+        async with _transaction(self._database, "dead" if is_dead else "park") as tx:
+            await parking.lock_cursor(tx, self.key)
+            if not await parking.note_failure(tx, self.key, event.id, tries, wait_s, _reason(error), is_dead):
+                return  # another process was faster
+            if is_dead:
+                await parking.release_next(tx, self.key, event)
+        self._note_failure(event, tries, error)
+
+    def _note_failure(self, event: Event, tries: int, error: Exception) -> None:
+        # Where it failed is logged with the first try and the last: in between it is the same.
+        is_dead, cause = tries >= TRIES, error if tries in (1, TRIES) else None
+        (self._dead if is_dead else self._retried).inc()
+        log.log(
+            logging.ERROR if is_dead else logging.WARNING,
+            "event_dead" if is_dead else "event_failed",
+            consumer=self.key[0], event_id=f"{event.source}:{event.id}", type=event.type, tries=tries,
+            reason=_reason(error), exc_info=cause,
+        )  # fmt: skip
+
+
+@contextlib.asynccontextmanager
+async def _transaction(database: Database, what: str) -> AsyncGenerator[Tx]:
+    async with database.transaction() as tx:
+        yield tx
+        await faults.point(f"consumer.{what}.before_commit")
+    await faults.point(f"consumer.{what}.after_commit")
+
+
+def _reason(error: Exception) -> str:
+    """What PostgreSQL can store of an error: no NUL, no half characters, not too long."""
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return text[:REASON_LENGTH].replace("\0", "").encode(errors="replace").decode()
+
+
+class ReplayFailed(Exception):
+    """The consumer still cannot process the event, which stays dead. The cause is the handler's error."""
+
+
+async def replay(database: Database, subscription: Subscription, source: str, position: int) -> bool:
+    """Has the effect of a dead event. False: there is none, perhaps because another replay was faster.
+
+    It comes out of order: later events of its subject have been processed. Raises `ReplayFailed`, or `Unavailable`.
+    """
+    try:
+        async with _transaction(database, "replay") as tx:
+            key = (subscription.consumer, source)
+            await parking.lock_cursor(tx, key)
+            event = await parking.mark_replayed(tx, key, position)
+            if event is None:
+                return False
+            await subscription.handle(tx, [event])
+    except INFRASTRUCTURE:
+        raise
+    except Exception as error:  # an edge: a consumer's handler failed
+        raise ReplayFailed(_reason(error)) from error
+    return True

@@ -1,0 +1,103 @@
+"""Domain events: in order for each subject, with one effect on each consumer.
+
+The parts
+    outbox          One row in the transaction of the change holds all its events (`emit`). `Database.transaction`
+                    writes it as the last statement, in one message with the COMMIT, under a lock that is held until
+                    the commit. So the ids of rows are in the order of commits, and a reader that continues after the
+                    last id misses nothing. A row is never updated.
+    event log       The operation by which consumers read an outbox, over any transport (`outbox.py`).
+    cursor          The position of a consumer in an outbox, in the consumer's database. It moves in the transaction
+                    of the effect, by compare-and-set: each event has its effect once (`consumers.py`).
+    parked          Events that a consumer could not process, with the later events of their subjects. They are
+                    retried; after `TRIES` they are dead, and wait until an operator replays them.
+
+Guaranteed
+    - Every committed event reaches every consumer that subscribes to its type, or is parked or dead there.
+    - The effect of an event happens once, in the consumer's own transaction.
+    - A consumer gets the events of one subject (an order, a product) of one service in the order of their commits. An
+      event that fails delays the later ones of its subject at that consumer, and nothing else. A dead event delays
+      nothing: when it is replayed, it comes out of order.
+    - A consumer never misses events without an error: a log that was restored behind its cursor, or from which unread
+      rows were deleted, refuses the read.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+import msgspec
+
+from mercato.chassis.contract import Message
+from mercato.chassis.db import Row, Tx
+
+from . import rows
+from .rows import Outgoing
+
+TRIES: Final = 5
+KEPT_DAYS: Final = 7
+"""An outbox row is kept for so long, and until every registered consumer has acknowledged it."""
+UNREAD_KEPT_DAYS: Final = 30
+"""After so long a row is deleted, acknowledged or not."""
+REPLAYED_KEPT_DAYS: Final = 14
+"""A dead event that was replayed is kept for so long: the audit must know what came out of order."""
+
+
+class Event(Row):
+    """An event as a consumer gets it. `data` is the JSON of the message that belongs to the type."""
+
+    source: str
+    """The service whose outbox it comes from."""
+    id: int
+    """Its position in that outbox."""
+    type: str
+    subject: str
+    subject_id: int
+    version: int
+    data: str
+    at: datetime.datetime
+    tries: int = 0
+    """How often the consumer has failed to process it."""
+
+
+class SourceRow(Message):
+    """A row of the outbox of `source`."""
+
+    source: str
+    id: int
+    at: datetime.datetime
+    events: str
+
+    def unpack(self) -> list[Event]:
+        stored = [(rows.position(self.id, place), e) for place, e in enumerate(rows.unpack(self.events))]
+        return [
+            Event(self.source, id_, e.type, e.subject, e.subject_id, e.version, bytes(e.data).decode(), self.at)
+            for id_, e in stored
+        ]
+
+
+class Subscription(msgspec.Struct, frozen=True):
+    """A consumer: what it reads, and what it does with it.
+
+    `handle` gets events of one source, in order, inside the transaction of the consumer's database in which its cursor
+    moves. It raises for what it cannot process: then the transaction rolls back, and each event is processed alone. It
+    calls no other service.
+    """
+
+    consumer: str
+    sources: tuple[str, ...]
+    """The services whose outboxes it reads."""
+    handle: Callable[[Tx, Sequence[Event]], Awaitable[None]]
+    types: frozenset[str] | None = None
+    """None: all."""
+    handle_rows: Callable[[Tx, Sequence[SourceRow]], Awaitable[int]] | None = None
+    """Does the same with whole rows, where a consumer of all types prefers them; gives how many events they hold."""
+
+
+async def emit(tx: Tx, events: Sequence[Outgoing]) -> None:
+    """Emits events with the transaction of the change: they are written with its COMMIT, or not at all.
+
+    The caller holds the lock of each subject's row, so that the order of commits is the order of the changes.
+    """
+    tx.events.extend(events)

@@ -1,0 +1,63 @@
+"""The content of an outbox row: a JSON array of the events of one transaction. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from mercato.chassis.contract import Message
+
+ROW_EVENTS: Final = 1_000
+ROW_BYTES: Final = 256 * 1024
+"""A transaction with more events than that writes several rows."""
+PLACE_BITS: Final = 12
+LAST_PLACE: Final = (1 << PLACE_BITS) - 1
+assert ROW_EVENTS <= LAST_PLACE
+
+
+class Outgoing(msgspec.Struct, frozen=True, gc=False):
+    """An event to be emitted. `version` rises with every event of a subject."""
+
+    type: str
+    subject: str
+    subject_id: int
+    version: int
+    data: Message
+
+
+class Stored(msgspec.Struct, frozen=True, gc=False):
+    """An event as it stands in a row. `data` is JSON."""
+
+    type: str
+    subject: str
+    subject_id: int
+    version: int
+    data: msgspec.Raw
+
+
+unpack: Final = msgspec.json.Decoder(list[Stored]).decode
+
+
+def pack(events: Sequence[Outgoing] | Sequence[Stored]) -> list[str]:
+    """The rows that hold these events, in order. A single event that is too large has a row of its own."""
+    row = msgspec.json.encode(events)
+    if len(events) == 1 or (len(events) <= ROW_EVENTS and len(row) <= ROW_BYTES):
+        return [row.decode()]
+    middle = len(events) // 2
+    return pack(events[:middle]) + pack(events[middle:])
+
+
+def position(row_id: int, place: int) -> int:
+    """Of an event: rises with the row, and within a row with the event's place, which begins at 0."""
+    return row_id << PLACE_BITS | place
+
+
+def place_of(position: int) -> tuple[int, int]:
+    """The row of a position, and its place there. The position behind a row has the place `LAST_PLACE`."""
+    return position >> PLACE_BITS, position & LAST_PLACE
+
+
+def end_of_row(row_id: int) -> int:
+    return position(row_id, LAST_PLACE)

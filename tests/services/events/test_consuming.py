@@ -1,0 +1,170 @@
+"""From a service's outbox into the feed, through the consumers of whole hosts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+import asyncpg
+import pytest
+import pytest_asyncio
+
+from chassis import event_world
+from chassis.event_world import Told, until
+from mercato.chassis.batching import Outcome
+from mercato.chassis.clock import Clock, SystemClock
+from mercato.chassis.contract import Context, Operation, Unavailable
+from mercato.chassis.messaging.events import Outgoing, emit
+from mercato.chassis.rpc import Server, Transport
+from mercato.chassis.service import Build, Host, TransportName
+from mercato.chassis.testing import TEST_SECRET, Cluster, Rig, migrations_folder
+from mercato.chassis.transports.wire import WireTransport
+from mercato.services.events.app import build
+from services.events.world import Feed, build_publisher, publish
+
+BUILDS = {"orders": build_publisher, "events": build}
+SUBJECTS = 5
+VERSIONS = 20
+
+
+@pytest_asyncio.fixture
+async def dsns(cluster: Cluster) -> AsyncGenerator[Mapping[str, str]]:
+    made = {
+        "orders": await cluster.fresh_database("messaging", event_world.MIGRATIONS),
+        "events": await cluster.fresh_database("events", migrations_folder(build)),
+    }
+    yield made
+    for dsn in made.values():
+        await cluster.release_database(dsn)
+
+
+@contextlib.asynccontextmanager
+async def hosted(
+    dsns: Mapping[str, str],
+    builds: Mapping[str, Build] = BUILDS,
+    *,
+    transport: TransportName | Transport = "local",
+) -> AsyncGenerator[Host]:
+    host = Host(builds, dsns, secret=TEST_SECRET, transport=transport)
+    await host.open()
+    try:
+        yield host
+    finally:
+        await host.close()
+
+
+def feed_of(cluster: Cluster, host: Host) -> Feed:
+    rig = Rig(cluster, "local")
+    rig.host = host
+    return Feed(rig)
+
+
+async def has_entries(feed: Feed, count: int) -> bool:
+    return len(await feed.entries()) >= count
+
+
+async def test_two_hosts_on_the_same_databases_write_each_event_once_and_in_order(
+    cluster: Cluster, dsns: Mapping[str, str]
+):
+    async with hosted(dsns) as one, hosted(dsns) as other:
+        feed = feed_of(cluster, one)
+
+        async def change(host: Host, subject_id: int) -> None:
+            for version in range(1, VERSIONS + 1):
+                await publish(host.services["orders"].database, subject_id, version)
+
+        async with asyncio.TaskGroup() as changes:
+            for subject_id in range(SUBJECTS):
+                changes.create_task(change((one, other)[subject_id % 2], subject_id))
+        await until(lambda: has_entries(feed, SUBJECTS * VERSIONS), "everything is in the feed")
+        entries = await feed.entries()
+    assert len(entries) == SUBJECTS * VERSIONS
+    for subject_id in range(SUBJECTS):
+        of_subject = [entry.version for entry in entries if entry.subject == f"thing {subject_id}"]
+        assert of_subject == list(range(1, VERSIONS + 1))
+
+
+async def test_what_was_emitted_before_a_host_ended_is_told_by_the_next(cluster: Cluster, dsns: Mapping[str, str]):
+    async with hosted(dsns) as host:
+        await publish(host.services["orders"].database, 1, 1)
+    async with hosted(dsns) as host:
+        feed = feed_of(cluster, host)
+        await publish(host.services["orders"].database, 1, 2)
+        await until(lambda: has_entries(feed, 2), "everything is in the feed")
+        assert [entry.version for entry in await feed.entries()] == [1, 2]
+
+
+async def test_events_wait_where_no_consumer_runs(cluster: Cluster, dsns: Mapping[str, str]):
+    async with hosted(dsns, {"orders": build_publisher}) as alone:
+        await publish(alone.services["orders"].database, 1, 1)
+    async with hosted(dsns) as whole:
+        feed = feed_of(cluster, whole)
+        await until(lambda: has_entries(feed, 1), "it is in the feed")
+
+
+class Network:
+    """Carries calls between hosts, in bytes; a service that no host serves is unavailable."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.servers: dict[str, Server] = {}
+        self._wire = WireTransport(self.servers, clock)
+
+    async def send(
+        self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context]
+    ) -> Sequence[Outcome]:
+        if operation.service not in self.servers:
+            raise Unavailable(service=operation.service)
+        return await self._wire.send(operation, requests, contexts)
+
+
+async def test_a_consumer_in_another_process_needs_nothing_but_a_client(cluster: Cluster, dsns: Mapping[str, str]):
+    """The host of the feed has no database of the source."""
+    network = Network(SystemClock())
+    only_feed = {"events": dsns["events"]}
+    async with (
+        hosted(dsns, {"orders": build_publisher}) as source,
+        hosted(only_feed, {"events": build}, transport=network) as consuming,
+    ):
+        network.servers.update(consuming.servers)
+        feed = feed_of(cluster, consuming)
+        await publish(source.services["orders"].database, 1, 1)
+        network.servers.update(source.servers)
+        for version in range(2, 6):
+            await publish(source.services["orders"].database, 1, version)
+        await until(lambda: has_entries(feed, 5), "everything is in the feed")
+        assert [entry.version for entry in await feed.entries()] == [1, 2, 3, 4, 5]
+
+
+async def test_nothing_that_events_write_commits_asynchronously(cluster: Cluster, dsns: Mapping[str, str]):
+    """A reader may have seen a position that a crash of the server would then give to another event."""
+    checked = {"orders": ("outbox", "outbox_readers"), "events": ("feed", "feed_types", "cursors", "parked")}
+    async with hosted(dsns) as host:
+        for service, tables in checked.items():
+            # Each in a transaction of its own: the consumers run, and lock the same tables in another order.
+            for statement in (REFUSE_ASYNCHRONOUS, *(DURABLE.format(table=table) for table in tables)):
+                async with host.services[service].database.transaction() as tx:
+                    await tx.execute(statement)
+        database = host.services["orders"].database
+        with pytest.raises(asyncpg.RaiseError):  # noqa: PT012
+            async with database.transaction() as tx:
+                await tx.execute("SET LOCAL synchronous_commit = off")
+                await emit(tx, [Outgoing("thing.changed", "thing", 1, 1, Told(n=1))])
+        feed = feed_of(cluster, host)
+        await publish(database, 1, 1)
+        await until(lambda: has_entries(feed, 1), "it is in the feed")
+
+
+DURABLE = """
+    CREATE TRIGGER durable BEFORE INSERT OR UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION refuse_asynchronous()
+"""
+REFUSE_ASYNCHRONOUS = """
+    CREATE FUNCTION refuse_asynchronous() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        IF current_setting('synchronous_commit') = 'off' THEN
+            RAISE EXCEPTION 'a transaction that writes % commits asynchronously', TG_TABLE_NAME;
+        END IF;
+        RETURN NEW;
+    END $$
+"""
