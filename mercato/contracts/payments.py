@@ -14,12 +14,15 @@ from .sandbox import METHOD_PATTERN
 
 PaymentId = Annotated[int, Meta(ge=1, le=MAX_ID)]
 OrderId = Annotated[int, Meta(ge=1, le=MAX_ID)]
+OrderNonce = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+"""The random part of an order, made when it is placed. With a database restored from a backup ids are used again: what
+has the id of an order and another nonce belongs to another order."""
 Attempt = Annotated[int, Meta(ge=1, le=10_000)]
 Method = Annotated[str, Meta(pattern=METHOD_PATTERN, examples=["sandbox:ok"])]
 """A token of the provider, with the provider's name before the colon. Card numbers never come here."""
 
 Status = Literal["pending", "failed", "authorized", "voided", "captured", "partially_refunded", "refunded"]
-OperationKind = Literal["authorize", "capture", "void", "refund"]
+OperationKind = Literal["authorize", "charge", "capture", "void", "refund"]
 OperationStatus = Literal["intent", "unknown", "succeeded", "declined"]
 
 PAGE_LIMIT: Final = 200
@@ -29,13 +32,13 @@ class Payment(Message):
     """One attempt to pay one order. Amounts in minor units of `currency`.
 
     `pending` until the provider's answer is known; `failed` when it declined; `voided` when the authorization was given
-    back, or ran out before it was captured (`code`).
+    back, or ran out before it was captured (`code`). A payment of nothing is never asked for at the provider.
     """
 
     id: PaymentId
     order_id: int
     attempt: int
-    """1 for an order's first payment. An order has at most one that is alive: not failed, voided or refunded."""
+    """1 for an order's first payment. An order has at most one that is live: not failed, voided or refunded."""
     user_id: int
     method: str
     currency: str
@@ -54,8 +57,8 @@ class Payment(Message):
 class AuthorizePayment(Message):
     """Reserves an order's total with the provider. Once for each order and attempt.
 
-    Asked again, it goes on where it stopped, with the provider's key of the first time, or gives the payment as it is
-    by now. A declined one is an answer too: a payment with the status `failed`.
+    A repeated request continues where the first one stopped, with the same key at the provider, or answers with the
+    payment as it is by now. A declined card is an answer too: a payment with the status `failed`.
     """
 
     order_id: OrderId
@@ -65,6 +68,24 @@ class AuthorizePayment(Message):
     currency: str
     method: Method
     idempotency_key: str
+    order_nonce: OrderNonce = 0
+
+
+class ChargePayment(Message):
+    """Takes an order's total in one operation of the provider: authorize and capture. Once for each order and attempt.
+
+    Repeated as `AuthorizePayment` is. The answer is a payment with the status `captured`, or `failed` where the
+    provider declined. An attempt that was authorized before is captured.
+    """
+
+    order_id: OrderId
+    attempt: Attempt
+    user_id: int
+    amount_minor: Annotated[int, Meta(ge=0)]
+    currency: str
+    method: Method
+    idempotency_key: str
+    order_nonce: OrderNonce = 0
 
 
 class CapturePayment(Message):
@@ -73,14 +94,16 @@ class CapturePayment(Message):
     order_id: OrderId
     attempt: Attempt
     idempotency_key: str
+    order_nonce: OrderNonce = 0
 
 
 class VoidPayment(Message):
-    """Gives an authorization back, or finds out first whether there is one. Once.
+    """Gives an authorization back, after settling an authorize or charge whose result is not known. Once.
 
-    For an attempt that was never begun it leaves a voided payment, so that an authorize that is still on its way, from
-    a process that was taken for dead, finds the door closed. A captured payment stays captured: it is refunded instead.
-    `user_id`, `amount_minor` and `currency` are what authorize was, or would have been, asked with.
+    For an attempt that never began it leaves a voided payment, a tombstone: an authorize or charge that arrives later,
+    from a process that was taken for dead, is answered with it. A captured payment stays captured, also where this
+    settles its charge: the caller refunds it. `user_id`, `amount_minor` and `currency` are those of the authorize or
+    charge.
     """
 
     order_id: OrderId
@@ -90,6 +113,7 @@ class VoidPayment(Message):
     currency: str
     method: Method
     idempotency_key: str
+    order_nonce: OrderNonce = 0
 
 
 class RefundPayment(Message):
@@ -101,6 +125,7 @@ class RefundPayment(Message):
     reference: Annotated[str, Meta(min_length=1, max_length=60, pattern=r"^[\x21-\x7e]+$")]
     """What the money is given back for: unique within the order."""
     idempotency_key: str
+    order_nonce: OrderNonce = 0
 
 
 class GetPayment(Message):
@@ -108,12 +133,16 @@ class GetPayment(Message):
 
 
 class ListPayments(Message):
-    """Payments by descending id, those before `before`. Customers get their own, whatever they ask for."""
+    """Payments by descending id, those before `before`. Customers get their own, whatever they ask for.
+
+    With `order_id` and `order_nonce`, no payments of another order that had the same id.
+    """
 
     order_id: OrderId | None = None
     user_id: int | None = None
     before: PaymentId | None = None
     limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
+    order_nonce: OrderNonce | None = None
 
 
 class PaymentPage(Message):
@@ -123,11 +152,17 @@ class PaymentPage(Message):
 
 
 class TracePayments(Message):
+    """What was asked of the provider for an order; with `order_nonce`, not for another order that had the same id."""
+
     order_id: OrderId
+    order_nonce: OrderNonce | None = None
 
 
 class PaymentStep(Message):
-    """One operation that the provider was asked for."""
+    """One operation of the provider: `succeeded` or `declined`, or an `intent`, whose result is not known.
+
+    An intent is `unknown` once the provider was called and gave no answer that tells the result.
+    """
 
     payment_id: int
     kind: OperationKind
@@ -136,10 +171,10 @@ class PaymentStep(Message):
     status: OperationStatus
     code: str | None
     calls: int
-    """How often the provider was asked, always with the same key."""
+    """How often the provider was called, always with the same key."""
     began_at: datetime.datetime
     settled_at: datetime.datetime | None
-    """When the outcome became known; None while it is not."""
+    """When the result became known; None while it is not."""
 
 
 class PaymentTrace(Message):
@@ -159,8 +194,15 @@ class AttemptNotFound(ServiceError, code="payments.attempt_not_found", kind=Kind
     attempt: int
 
 
+class AnotherOrder(ServiceError, code="payments.another_order", kind=Kind.CONFLICT):
+    """The payments of this order id belong to an order with another nonce. Final: nothing was or will be done."""
+
+    sentence = "The payments of order {order_id} belong to another order that had this id."
+    order_id: int
+
+
 class OutcomePending(ServiceError, code="payments.outcome_pending", kind=Kind.UNAVAILABLE):
-    """The provider was asked, and its answer is not known. Asking again goes on with the same key."""
+    """The provider was called, and the result is not known. A repeated request continues with the same key."""
 
     sentence = "The outcome of {operation} for order {order_id} is not known yet."
     operation: str
@@ -228,6 +270,7 @@ class Payments(Contract, name="payments"):
     """Money. Orders decides what happens to it; customers see their own payments, staff all."""
 
     authorize = batched(AuthorizePayment, Payment, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
+    charge = batched(ChargePayment, Payment, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
     capture = batched(CapturePayment, Payment, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
     void = batched(VoidPayment, Payment, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
     refund = batched(RefundPayment, Payment, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)

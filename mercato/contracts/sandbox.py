@@ -3,15 +3,16 @@
 Money moves here and nowhere else. What a payment method does is in its name:
 
     sandbox:ok                   everything succeeds
-    sandbox:declined             authorize is declined with `card_declined`
-    sandbox:insufficient_funds   authorize is declined with `insufficient_funds`
+    sandbox:declined             authorize and charge are declined with `card_declined`
+    sandbox:insufficient_funds   authorize and charge are declined with `insufficient_funds`
     sandbox:lost_answer          everything succeeds, and the first answer to each operation is lost
     sandbox:error_then_ok        the first call of each operation fails and does nothing; the next succeeds
     sandbox:slow:MS              each operation is `processing` for MS milliseconds, then succeeds (at most 60 000)
-    sandbox:capture_expired      authorize succeeds; capture is declined with `authorization_expired`
+    sandbox:capture_expired      authorize succeeds, and capture is declined with `authorization_expired`; charge, which
+                                 is both in one, is declined with it and leaves nothing reserved
 
 An operation is done once for each `idempotency_key`. The same key with other parameters is `SandboxKeyReused`. Keys
-never expire here.
+never expire here. The key alone decides: a second charge for one order, with another key, takes the money again.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Retry, Ser
 
 from .roles import SERVICES_ONLY
 
-Key = Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^[\x21-\x7e]+$")]
+Key = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
 OrderReference = Annotated[int, Meta(ge=1, le=MAX_ID)]
 AmountMinor = Annotated[int, Meta(ge=0, le=2**62)]
 Currency = Annotated[str, Meta(pattern=r"^[A-Z]{3}$")]
 
-OperationKind = Literal["authorize", "capture", "void", "refund"]
+OperationKind = Literal["authorize", "charge", "capture", "void", "refund"]
 OperationStatus = Literal["processing", "succeeded", "declined"]
 
 METHOD_PATTERN: Final = (
@@ -43,6 +44,16 @@ DEADLINE_MS: Final = 2_500
 
 class AuthorizeCharge(Message):
     """Reserves an amount on a card: opens a charge."""
+
+    idempotency_key: Key
+    order_id: OrderReference
+    amount_minor: AmountMinor
+    currency: Currency
+    method: Annotated[str, Meta(pattern=METHOD_PATTERN)]
+
+
+class ChargeCard(Message):
+    """Takes an amount from a card in one operation: opens a charge that is captured at once."""
 
     idempotency_key: Key
     order_id: OrderReference
@@ -84,7 +95,7 @@ class SandboxOperation(Message):
     key: str
     kind: OperationKind
     charge_id: int | None
-    """None for an authorization that was declined."""
+    """None where an authorize or a charge was declined, or is not settled yet."""
     order_id: int
     amount_minor: int
     currency: str
@@ -143,6 +154,9 @@ class Sandbox(Contract, name="sandbox"):
 
     authorize = batched(
         AuthorizeCharge, SandboxOperation, allow=SERVICES_ONLY, size=256, deadline_ms=DEADLINE_MS, retry=Retry.KEYED
+    )
+    charge = batched(
+        ChargeCard, SandboxOperation, allow=SERVICES_ONLY, size=256, deadline_ms=DEADLINE_MS, retry=Retry.KEYED
     )
     capture = batched(
         CaptureCharge, SandboxOperation, allow=SERVICES_ONLY, size=256, deadline_ms=DEADLINE_MS, retry=Retry.KEYED

@@ -41,6 +41,7 @@ def build(env: Env, providers: Mapping[str, Provider] | None = None) -> Service:
 def _server(env: Env, service: PaymentsService) -> Server:
     server = Server(Payments, env.clock)
     server.register(Payments.authorize, service.authorize)
+    server.register(Payments.charge, service.charge)
     server.register(Payments.capture, service.capture)
     server.register(Payments.void, service.void)
     server.register(Payments.refund, service.refund)

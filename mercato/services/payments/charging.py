@@ -1,38 +1,45 @@
-"""Money in three parts, a batch at a time.
+"""Payments are brought to a target state in three parts, a batch at a time.
 
-1. intend    One transaction. Lock the payments, decide the next step of each (`rules.next_step`), write the operation
-             with its key and the status `intent`. An operation that exists is used again, never a second one.
-2. ask       The provider, outside of any transaction. Whoever dies here leaves the intent behind.
-3. record    One transaction. Note the outcome of each operation that nobody else has settled, then what follows from
-             it: the payment, the event, the ledger.
+1. record intent     One transaction. Lock the payments, decide the next operation of each (`rules.next_operation`), and
+                     write its intent with the key for the provider. An operation that was begun before is continued.
+2. call provider     Outside of any transaction. A process that dies here leaves the intents behind.
+3. record result     One transaction. Each intent that is still there becomes an operation with its result; what
+                     follows from it is written with it: the payment, the transfer, the event.
 
-Then again from 1, for those whose goal takes another step: a void first finds out what became of the authorize.
+The parts repeat for a payment whose target takes another operation: a void first settles an authorize or a charge.
+
+A charge of a payment that does not exist yet, which is what nearly all requests are, needs no decision: parts 1 and 3
+are one statement each for the whole batch (`_charge_new_payments`). Whatever does not fit (the attempt exists, the card
+is declined, another process was faster) is not changed by these statements, and goes the general way.
 
 Guaranteed
-    - A provider hears of an operation only after its key is committed, and always hears the same key.
-    - An operation is settled once, by the first who writes down its outcome; the others read what it has led to.
-    - An outcome that is not known is never taken for one that is: the caller hears `OutcomePending`, and the sweeper
-      asks again with the same key until it is.
+    - The provider is called with an operation only after its key is committed, and always with the same key.
+    - An operation is settled once, by the first transaction that records its result; the others read what followed.
+    - A result that is not known is never taken for one that is: the answer is `OutcomePending`, and the sweep calls
+      again with the same key until it is known.
 
 A key is repeated blindly for 23 hours. Providers forget keys after a day, and would take an old one for a new
-operation: from then on it is looked up first, and sent again only if the provider says that it never heard of it.
+operation: from then on it is looked up first, and sent again only if the provider says that it does not know it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+import datetime
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 import msgspec
 import structlog
 
-from mercato.chassis import events, faults
+from mercato.chassis import faults
 from mercato.chassis.contract import ServiceError
 from mercato.chassis.db import Database, Tx
-from mercato.chassis.events import Outgoing
+from mercato.chassis.messaging import events
+from mercato.chassis.messaging.events import Outgoing
 from mercato.contracts.payments import (
+    AnotherOrder,
     AnotherPaymentLive,
     AttemptNotFound,
     OperationKind,
@@ -42,13 +49,13 @@ from mercato.contracts.payments import (
 )
 
 from . import rules, store
-from .provider import Asked, Provider
-from .rules import Ask, Goal, Outcome, Succeeded, Unknown
-from .store import NewOperation, NewPayment, OperationRow, Pair, PaymentRow
+from .provider import Provider, ProviderRequest
+from .rules import Declined, NextOperation, ProviderResult, Succeeded, Target, Unknown
+from .store import Attempt, IntentRow, NewIntent, NewPayment, OpenedRow, OperationId, OperationRow, PaymentRow
 
-KINDS: Final[tuple[OperationKind, ...]] = ("authorize", "capture", "void", "refund")
+KINDS: Final[tuple[OperationKind, ...]] = ("authorize", "charge", "capture", "void", "refund")
 ROUNDS: Final = 4
-"""The longest way is three steps: find out about an authorize, find out about a capture, void."""
+"""The longest way is three operations: settle an authorize, settle a capture, void."""
 SWEPT_AT_ONCE: Final = 256
 
 PLACES: Final = (
@@ -60,7 +67,7 @@ PLACES: Final = (
     "after_record_commit",
 )
 FLOWS: Final = (*KINDS, "sweep", "give_back")
-"""Who goes through the three parts: the operations, what takes over after a crash, what repairs."""
+"""What goes through the three parts: the requests, the sweep after a crash, the repair of the reconciliation."""
 
 faults.declare(*(f"payments.{flow}.{place}" for flow in FLOWS for place in PLACES))
 faults.declare("payments.reconcile.before_record_commit", "payments.reconcile.after_record_commit")
@@ -68,65 +75,65 @@ faults.declare("payments.reconcile.before_record_commit", "payments.reconcile.af
 log = structlog.stdlib.get_logger("mercato.payments")
 
 Answer = Payment | ServiceError
+Results = Mapping[OperationId, ProviderResult]
+Settled = Mapping[OperationId, PaymentRow]
+"""The payments as they are now, by the operation that this process has settled."""
 
 
-class Wish:
-    """One request on its way to its goal. `outcome` is None until it is there, or cannot get there."""
+class PaymentRequest:
+    """A request to bring a payment to a target state. `answer` is None until it is there, or cannot get there."""
 
-    __slots__ = ("goal", "opening", "outcome", "pair", "step")
+    __slots__ = ("answer", "attempt", "call", "nonce", "opening", "target")
 
-    def __init__(self, pair: Pair, goal: Goal, opening: NewPayment | None = None) -> None:
-        self.pair = pair
-        self.goal = goal
+    def __init__(self, attempt: Attempt, nonce: int, target: Target, opening: NewPayment | None = None) -> None:
+        self.attempt = attempt
+        self.nonce = nonce
+        self.target = target
         self.opening = opening
         """The payment to write where there is none; None where that is an error."""
-        self.outcome: Answer | None = None
-        self.step: Step | None = None
-        """What this round asks the provider for."""
-
-    def settled(self) -> Answer:
-        return self.outcome or self.pending()
+        self.answer: Answer | None = None
+        self.call: ProviderCall | None = None
+        """The call to the provider in this round."""
 
     def pending(self) -> OutcomePending:
-        return OutcomePending(operation=self.goal.kind, order_id=self.pair[0])
+        return OutcomePending(operation=self.target.kind, order_id=self.attempt[0])
 
-    def missing(self) -> ServiceError:
-        if self.goal.kind == "authorize":
-            return AnotherPaymentLive(order_id=self.pair[0])
-        return AttemptNotFound(order_id=self.pair[0], attempt=self.pair[1])
-
-    def judge(self, payment: PaymentRow, operations: Iterable[rules.OperationState]) -> Ask | None:
-        """The next step; None where there is none, and `outcome` is set."""
-        step = rules.next_step(self.goal, payment, operations)
-        if isinstance(step, Ask):
-            return step
-        self.outcome = payment_of(payment) if step is None else step
+    def decide(self, payment: PaymentRow, operations: Iterable[rules.OperationState]) -> NextOperation | None:
+        """The next operation; None where there is none, and `answer` is set."""
+        following = rules.next_operation(self.target, payment, operations)
+        if isinstance(following, NextOperation):
+            return following
+        self.answer = payment_of(payment) if following is None else following
         return None
 
+    def follow(self, results: Results, settled: Settled) -> None:
+        """Sets the answer if the call has led to it. Where another process has settled it, the next round looks."""
+        assert self.call
+        intent = self.call.intent
+        result = results[intent.id]
+        if isinstance(result, Unknown):
+            self.answer = self.pending()
+        elif payment := settled.get(intent.id):
+            code = result.code if isinstance(result, Declined) else None
+            done = OperationRow(*intent.id, intent.amount_minor, store.status_of(result), code)
+            others = [o for o in self.call.others if (o.kind, o.reference) != (done.kind, done.reference)]
+            self.decide(payment, [*others, done])
 
-class Step(msgspec.Struct, frozen=True, eq=False):
-    """An operation that is about to be asked for, and what else its payment had when that was decided."""
 
-    operation: OperationRow
+class ProviderCall(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """An intent with which the provider is about to be called, and what else its payment had when it was decided."""
+
+    intent: IntentRow
     payment: PaymentRow
     others: tuple[rules.OperationState, ...] = ()
 
-    @property
-    def is_old(self) -> bool:
-        return self.operation.is_old
-
-    @property
-    def provider(self) -> str:
-        return provider_of(self.payment.method)
-
-    def asked(self) -> Asked:
-        charge_id = None if self.operation.kind == "authorize" else self.payment.charge_id
-        return Asked(
-            key=self.operation.key,
+    def request(self) -> ProviderRequest:
+        return ProviderRequest(
+            key=self.intent.key,
             order_id=self.payment.order_id,
-            charge_id=charge_id,
-            amount_minor=self.operation.amount_minor,
-            currency=self.operation.currency,
+            charge_id=None if self.intent.kind in rules.OPENING else self.payment.charge_id,
+            amount_minor=self.intent.amount_minor,
+            currency=self.intent.currency,
             method=self.payment.method,
         )
 
@@ -142,140 +149,189 @@ class Charging:
         """Whether there is a provider for a method."""
         return provider_of(method) in self._providers
 
-    async def reach(self, flow: OperationKind, wishes: Sequence[Wish]) -> list[Answer]:
-        """Brings each payment where its wish wants it. One answer for each, in order."""
+    async def charge(self, requests: Sequence[PaymentRequest]) -> list[Answer]:
+        """Charges each payment. One answer for each request, in order."""
+        if fitting := _new_payments(requests):
+            await self._charge_new_payments(fitting)
+        return await self.execute("charge", requests)
+
+    async def execute(self, flow: OperationKind, requests: Sequence[PaymentRequest]) -> list[Answer]:
+        """Brings each payment to the target of its request. One answer for each request, in order."""
         for _ in range(ROUNDS):
-            left = [wish for wish in wishes if wish.outcome is None]
-            if not left:
+            unanswered = [request for request in requests if request.answer is None]
+            if not unanswered:
                 break
-            await self._intend(flow, left)
-            asking = [wish for wish in left if wish.step is not None]
-            outcomes = await self._ask(flow, [wish.step for wish in asking if wish.step])
-            settled = await self._record(flow, [wish.step for wish in asking if wish.step], outcomes)
-            for wish in asking:
-                _follow(wish, outcomes, settled)
-        return [wish.settled() for wish in wishes]
+            await self._record_intents(flow, unanswered)
+            calling = [request for request in unanswered if request.call is not None]
+            calls = [request.call for request in calling if request.call]
+            results = await self._call_provider(flow, calls)
+            settled = await self._record_results(flow, calls, results)
+            for request in calling:
+                request.follow(results, settled)
+        return [request.answer or request.pending() for request in requests]
 
-    # -------------------------------------------------------------------------------------------------- 1. intend
+    # -------------------------------------------------------------------------------------------- charges that are new
 
-    async def _intend(self, flow: str, wishes: Sequence[Wish]) -> None:
-        """Gives each wish its `step`, committed, or its outcome."""
+    async def _charge_new_payments(self, requests: Sequence[PaymentRequest]) -> None:
+        """Answers the requests whose payments it has written and charged; the others are as they were."""
+        openings = [request.opening for request in requests if request.opening]
+        keys = [rules.key_of(p.order_id, p.nonce, p.attempt, "charge") for p in openings]
         async with self._database.transaction() as tx:
-            payments, opened = await _find(tx, wishes)
-            known = await _operations(tx, payments.values(), opened)
-            keys: dict[int, str] = {}
-            new: dict[str, NewOperation] = {}
-            for n, wish in enumerate(wishes):
-                wish.step = None
-                payment = payments.get(wish.pair)
+            opened = {row.order_id: row for row in await store.begin_charges(tx, openings, keys)}
+            await faults.point("payments.charge.before_intent_commit")
+        await faults.point("payments.charge.after_intent_commit")
+        begun: list[PaymentRequest] = []
+        for request, opening, key in zip(requests, openings, keys, strict=True):
+            if row := opened.get(opening.order_id):
+                request.call = _first_call(row, opening, key)
+                begun.append(request)
+        calls = [request.call for request in begun if request.call]
+        results = await self._call_provider("charge", calls)
+        captured = await self._record_charges(calls, results)
+        others = [call for call in calls if not isinstance(results[call.intent.id], Succeeded)]
+        settled = await self._record_results("charge", others, results)
+        for request, call in zip(begun, calls, strict=True):
+            if payment := captured.get(call.payment.id):
+                request.answer = payment_of(payment)
+            else:
+                request.follow(results, settled)
+
+    async def _record_charges(self, calls: Sequence[ProviderCall], results: Results) -> dict[int, PaymentRow]:
+        """Records the charges that succeeded; the payments that this has captured, by id."""
+        succeeded: dict[int, Succeeded] = {}
+        for call in calls:
+            if isinstance(result := results[call.intent.id], Succeeded):
+                succeeded[call.payment.id] = result
+        if not succeeded:
+            return {}
+        async with self._database.transaction() as tx:
+            times = await store.record_charges(tx, succeeded)
+            captured = {
+                call.payment.id: _at(rules.settle(call.payment, call.intent, succeeded[call.payment.id]), updated_at)
+                for call in calls
+                if (updated_at := times.get(call.payment.id))
+            }
+            await events.emit(tx, [_event(payment) for payment in captured.values()])
+            await faults.point("payments.charge.before_record_commit")
+        await faults.point("payments.charge.after_record_commit")
+        return captured
+
+    # ------------------------------------------------------------------------------------------------ 1. record intent
+
+    async def _record_intents(self, flow: str, requests: Sequence[PaymentRequest]) -> None:
+        """Gives each request its `call`, whose intent is committed, or its answer."""
+        async with self._database.transaction() as tx:
+            batch = await _find(tx, requests)
+            for request in requests:
+                request.call = None
+                payment = batch.payments.get(request.attempt)
                 if payment is None:
-                    wish.outcome = wish.missing()
-                elif ask := wish.judge(payment, known[payment.id].values()):
-                    operation = known[payment.id].get((ask.kind, ask.reference)) or _new(payment, ask)
-                    if isinstance(operation, NewOperation):
-                        # The next wish of this batch for this payment has to reckon with it.
-                        new[operation.key] = known[payment.id][ask.kind, ask.reference] = operation
-                    keys[n] = operation.key
-            begun = await _begin(tx, list(new.values()), known, set(keys.values()))
-            for n, key in keys.items():
-                payment = payments[wishes[n].pair]
-                wishes[n].step = Step(begun[key], payment, tuple(known[payment.id].values()))
+                    request.answer = batch.missing(request)
+                elif payment.nonce != request.nonce:
+                    request.answer = AnotherOrder(order_id=payment.order_id)
+                else:
+                    batch.decide(request, payment)
+            await batch.write(tx, requests)
             await faults.point(f"payments.{flow}.before_intent_commit")
         await faults.point(f"payments.{flow}.after_intent_commit")
 
-    # ----------------------------------------------------------------------------------------------------- 2. ask
+    # ------------------------------------------------------------------------------------------------ 2. call provider
 
-    async def _ask(self, flow: str, steps: Sequence[Step]) -> dict[int, Outcome]:
-        """Outcomes by operation."""
-        if not steps:
+    async def _call_provider(self, flow: str, calls: Sequence[ProviderCall]) -> dict[OperationId, ProviderResult]:
+        """Results by operation, one for each call."""
+        if not calls:
             return {}
         await faults.point(f"payments.{flow}.before_call")
-        outcomes: dict[int, Outcome] = {}
-        unique = {step.operation.id: step for step in steps}
-        if old := [step for step in unique.values() if step.is_old]:
-            outcomes |= await self._look_up(old)
-        groups: dict[tuple[str, OperationKind], list[Step]] = defaultdict(list)
-        for step in unique.values():
-            if step.operation.id not in outcomes:
-                groups[step.provider, step.operation.kind].append(step)
-        for answered in await asyncio.gather(*(self._ask_one(*group, some) for group, some in groups.items())):
-            outcomes |= answered
+        results: dict[OperationId, ProviderResult] = {}
+        if old := [call for call in calls if call.intent.is_old]:
+            results |= await self._look_up(old)
+        groups: dict[tuple[str, OperationKind], dict[OperationId, ProviderCall]] = defaultdict(dict)
+        for call in calls:
+            if call.intent.id not in results:
+                groups[provider_of(call.payment.method), call.intent.kind][call.intent.id] = call
+        for answered in await asyncio.gather(*(self._call_one(*group, some) for group, some in groups.items())):
+            results |= answered
         await faults.point(f"payments.{flow}.after_call")
-        return outcomes
+        return results
 
-    async def _ask_one(self, provider: str, kind: OperationKind, steps: Sequence[Step]) -> dict[int, Outcome]:
+    async def _call_one(
+        self, provider: str, kind: OperationKind, calls: Mapping[OperationId, ProviderCall]
+    ) -> dict[OperationId, ProviderResult]:
         verbs = self._providers[provider]
-        ask = {"authorize": verbs.authorize, "capture": verbs.capture, "void": verbs.void, "refund": verbs.refund}
-        answers = await ask[kind]([step.asked() for step in steps])
-        return {step.operation.id: answer for step, answer in zip(steps, answers, strict=True)}
+        call = {
+            "authorize": verbs.authorize,
+            "charge": verbs.charge,
+            "capture": verbs.capture,
+            "void": verbs.void,
+            "refund": verbs.refund,
+        }[kind]
+        return dict(zip(calls, await call([call.request() for call in calls.values()]), strict=True))
 
-    async def _look_up(self, steps: Sequence[Step]) -> dict[int, Outcome]:
-        """What is known of keys that must not be repeated blindly. Those that may be are not in it."""
-        outcomes: dict[int, Outcome] = {}
-        by_provider: dict[str, list[Step]] = defaultdict(list)
-        for step in steps:
-            by_provider[step.provider].append(step)
+    async def _look_up(self, calls: Sequence[ProviderCall]) -> dict[OperationId, ProviderResult]:
+        """The results of keys that must not be repeated blindly. Those that may be repeated are not in it."""
+        results: dict[OperationId, ProviderResult] = {}
+        by_provider: dict[str, list[ProviderCall]] = defaultdict(list)
+        for call in calls:
+            by_provider[provider_of(call.payment.method)].append(call)
         for provider, some in by_provider.items():
-            found = await self._providers[provider].look_up([step.operation.key for step in some])
-            for step, listed in zip(some, found, strict=True):
-                if listed is not None:
-                    outcomes[step.operation.id] = listed if isinstance(listed, Unknown) else listed.outcome
-        return outcomes
+            found = await self._providers[provider].look_up([call.intent.key for call in some])
+            for call, line in zip(some, found, strict=True):
+                if line is not None:
+                    results[call.intent.id] = line if isinstance(line, Unknown) else line.result
+        return results
 
-    # -------------------------------------------------------------------------------------------------- 3. record
+    # ------------------------------------------------------------------------------------------------ 3. record result
 
-    async def _record(self, flow: str, steps: Sequence[Step], outcomes: Mapping[int, Outcome]) -> dict[int, PaymentRow]:
-        """Notes outcomes and what follows from them. The payments as they are now, by operation that this settled."""
-        operations = {step.operation.id: step.operation for step in steps if step.operation.id in outcomes}
-        if not operations:
+    async def _record_results(self, flow: str, calls: Sequence[ProviderCall], results: Results) -> Settled:
+        """Records results and what follows from them."""
+        if not calls:
             return {}
         async with self._database.transaction() as tx:
-            recorded = await _settle(tx, operations, outcomes)
+            settled = await _settle(tx, {call.intent.id: results[call.intent.id] for call in calls})
             await faults.point(f"payments.{flow}.before_record_commit")
         await faults.point(f"payments.{flow}.after_record_commit")
-        return recorded
+        return settled
 
-    # --------------------------------------------------------------------------------------------------- take over
+    # ----------------------------------------------------------------------------------------------------------- sweep
 
     async def sweep(self, quiet_seconds: float) -> int:
-        """Asks again for operations whose outcome nobody has found out; gives how many there were.
+        """Calls again for intents that no process has settled for a while; gives how many there were.
 
-        This is what finishes the work of a process that died between the parts, and what an answer that was lost waits
-        for if nobody asks again.
+        This finishes the work of a process that died between the parts, and operations whose answer was lost where the
+        client does not repeat its request.
         """
         async with self._database.transaction() as tx:
-            due = await store.lease_open(tx, quiet_seconds, SWEPT_AT_ONCE)
-            payments = await store.payments(tx, [operation.payment_id for operation in due]) if due else {}
+            due = await store.lease_intents(tx, quiet_seconds, SWEPT_AT_ONCE)
+            payments = await store.payments(tx, [intent.payment_id for intent in due]) if due else {}
             await faults.point("payments.sweep.before_intent_commit")
         await faults.point("payments.sweep.after_intent_commit")
-        steps = [Step(operation, payments[operation.payment_id]) for operation in due]
+        calls = [ProviderCall(intent, payments[intent.payment_id]) for intent in due]
         try:
-            await self._finish("sweep", steps)
+            await self._finish("sweep", calls)
         except ServiceError:
-            raise  # the database or the provider is away: each alone would only wait as often
+            raise  # the database or the provider is unavailable: each alone would only wait as often
         except Exception:  # an edge: one operation that cannot be finished must not hold back the others for ever
-            for step in steps:
-                await self._finish_alone(step)
+            for call in calls:
+                await self._finish_alone(call)
         return len(due)
 
-    async def _finish(self, flow: str, steps: Sequence[Step]) -> None:
-        await self._record(flow, steps, await self._ask(flow, steps))
+    async def _finish(self, flow: str, calls: Sequence[ProviderCall]) -> None:
+        await self._record_results(flow, calls, await self._call_provider(flow, calls))
 
-    async def _finish_alone(self, step: Step) -> None:
+    async def _finish_alone(self, call: ProviderCall) -> None:
         try:
-            await self._finish("sweep", [step])
+            await self._finish("sweep", [call])
         except ServiceError:
             raise
         except Exception:  # an edge, as above
-            log.exception("operation_not_finished", key=step.operation.key)
+            log.exception("operation_not_finished", key=call.intent.key)
 
-    # ------------------------------------------------------------------------------------------------------ repair
+    # ---------------------------------------------------------------------------------------------------------- repair
 
-    async def record_outcomes(self, outcomes: Mapping[int, Outcome]) -> int:
-        """Writes down what the provider's statement says of operations that are open; gives how many it settled."""
+    async def record_statement(self, results: Results) -> int:
+        """Records what the provider's statement says of intents; gives how many it settled."""
         async with self._database.transaction() as tx:
-            operations = await store.operations(tx, list(outcomes))
-            settled = await _settle(tx, {o.id: o for o in operations}, outcomes)
+            settled = await _settle(tx, results)
             await faults.point("payments.reconcile.before_record_commit")
         await faults.point("payments.reconcile.after_record_commit")
         return len(settled)
@@ -288,133 +344,194 @@ class Charging:
         async with self._database.transaction() as tx:
             payments = await store.lock_payments(tx, sorted(charges))
             closed = {i: _with_charge(p, charges[i]) for i, p in payments.items() if p.status in rules.CLOSED}
-            known = await _operations(tx, closed.values())
+            known = await _operations(tx, closed)
             voidless = [p for p in closed.values() if ("void", "") not in known[p.id]]
-            await store.write_payments(tx, [p for p in voidless if p is not payments[p.id]])
-            voids = [_new(p, Ask("void", "", p.amount_minor)) for p in voidless]
-            steps = [Step(o, closed[o.payment_id]) for o in await store.begin_operations(tx, voids)]
+            await _write_payments(tx, [p for p in voidless if p is not payments[p.id]])
+            voids = [_new_intent(p, NextOperation("void", "", p.amount_minor)) for p in voidless]
+            calls = [ProviderCall(i, closed[i.payment_id]) for i in await store.begin_operations(tx, voids)]
             await faults.point("payments.give_back.before_intent_commit")
         await faults.point("payments.give_back.after_intent_commit")
-        outcomes = await self._ask("give_back", steps)
-        await self._record("give_back", steps, outcomes)
-        return sum(isinstance(outcome, Succeeded) for outcome in outcomes.values())
+        results = await self._call_provider("give_back", calls)
+        await self._record_results("give_back", calls, results)
+        return sum(isinstance(result, Succeeded) for result in results.values())
 
 
-# ------------------------------------------------------------------------------------------------- details of part 1
+# --------------------------------------------------------------------------------------------- details of new charges
 
 
-async def _find(tx: Tx, wishes: Sequence[Wish]) -> tuple[dict[Pair, PaymentRow], set[int]]:
-    """The payments of the wishes, locked; and the ids of those that were opened for it."""
-    found: dict[Pair, PaymentRow] = {}
-    openings = {wish.pair: wish.opening for wish in wishes if wish.opening}
-    if openings:
-        opened = await store.open_payments(tx, list(openings.values()))
-        found |= {(row.order_id, row.attempt): row for row in opened}
-        await events.emit(tx, [_event(row) for row in opened if row.status in rules.EVENTS])
-    for wish in wishes:
-        wish.opening = None  # it is there from now on, or its order has another
-    fresh = {row.id for row in found.values()}
-    missing = {wish.pair for wish in wishes} - found.keys()
-    if missing:
-        found |= {(row.order_id, row.attempt): row for row in await store.lock_attempts(tx, sorted(missing))}
-    return found, fresh
+def _new_payments(requests: Sequence[PaymentRequest]) -> list[PaymentRequest]:
+    """The requests that may be charges of new payments: of orders that are in the batch once, and of an amount."""
+    times = Counter(request.attempt[0] for request in requests)
+    return [r for r in requests if not r.answer and r.opening and r.opening.amount_minor and times[r.attempt[0]] == 1]
 
 
-Known = dict[int, dict[tuple[str, str], OperationRow | NewOperation]]
-"""Operations by payment, and by kind and reference."""
+def _first_call(row: OpenedRow, opening: NewPayment, key: str) -> ProviderCall:
+    payment = PaymentRow(
+        id=row.id,
+        order_id=opening.order_id,
+        nonce=opening.nonce,
+        attempt=opening.attempt,
+        user_id=opening.user_id,
+        method=opening.method,
+        currency=opening.currency,
+        amount_minor=opening.amount_minor,
+        authorized_minor=0,
+        captured_minor=0,
+        refunded_minor=0,
+        status="pending",
+        code=None,
+        charge_id=None,
+        version=1,
+        created_at=row.created_at,
+        updated_at=row.created_at,
+    )
+    return ProviderCall(IntentRow(row.id, "charge", "", key, opening.amount_minor, opening.currency, False), payment)
 
 
-async def _operations(tx: Tx, payments: Iterable[PaymentRow], opened: Collection[int] = ()) -> Known:
-    """All operations of the payments. Those that this transaction has opened have none yet."""
-    known: Known = {payment.id: {} for payment in payments}
-    if old := [payment_id for payment_id in known if payment_id not in opened]:
-        for operation in await store.operations_of(tx, old):
+# -------------------------------------------------------------------------------------------------- details of part 1
+
+Operations = dict[tuple[str, str], OperationRow | NewIntent]
+"""All operations of a payment, by kind and reference."""
+
+
+class _Batch:
+    """The payments of a batch, locked, with their operations; and what is to be written of them."""
+
+    def __init__(
+        self, payments: dict[Attempt, PaymentRow], known: dict[int, Operations], used_by_others: Collection[int]
+    ) -> None:
+        self.payments = payments
+        self._known = known
+        self._used_by_others = used_by_others
+        self._moved: dict[int, PaymentRow] = {}
+        self._events: list[Outgoing] = []
+        self._new: dict[OperationId, NewIntent] = {}
+        self._calling: list[tuple[PaymentRequest, PaymentRow, OperationId]] = []
+
+    def missing(self, request: PaymentRequest) -> ServiceError:
+        order_id, attempt = request.attempt
+        if order_id in self._used_by_others:
+            return AnotherOrder(order_id=order_id)
+        if request.target.kind in rules.OPENING:
+            return AnotherPaymentLive(order_id=order_id)
+        return AttemptNotFound(order_id=order_id, attempt=attempt)
+
+    def decide(self, request: PaymentRequest, payment: PaymentRow) -> None:
+        """Sets the answer of the request, or notes its call. The next request for the payment sees what it changes."""
+        known = self._known[payment.id]
+        following = request.decide(payment, known.values())
+        while following and payment.amount_minor == 0:
+            payment = self._move(rules.settle(payment, following, rules.NOT_ASKED))
+            following = request.decide(payment, known.values())
+        if following is None:
+            return
+        id_ = (payment.id, following.kind, following.reference)
+        if id_[1:] not in known:
+            known[id_[1:]] = self._new[id_] = _new_intent(payment, following)
+        self._calling.append((request, payment, id_))
+
+    def _move(self, payment: PaymentRow) -> PaymentRow:
+        self.payments[payment.order_id, payment.attempt] = self._moved[payment.id] = payment
+        self._events.append(_event(payment))
+        return payment
+
+    async def write(self, tx: Tx, requests: Sequence[PaymentRequest]) -> None:
+        """Writes payments of nothing and intents; gives the requests their calls, and answers the times of changes."""
+        written = await _write_payments(tx, list(self._moved.values()))
+        for request in requests:
+            if isinstance(request.answer, Payment) and (payment := written.get(request.answer.id)):
+                request.answer = payment_of(payment)
+        intents: dict[OperationId, IntentRow] = {}
+        if self._new:
+            intents |= {row.id: row for row in await store.begin_operations(tx, list(self._new.values()))}
+        if begun := {id_ for _, _, id_ in self._calling} - self._new.keys():
+            intents |= {row.id: row for row in await store.count_calls(tx, sorted(begun))}
+        for request, payment, id_ in self._calling:
+            request.call = ProviderCall(intents[id_], payment, tuple(self._known[payment.id].values()))
+        await events.emit(tx, self._events)
+
+
+async def _find(tx: Tx, requests: Sequence[PaymentRequest]) -> _Batch:
+    """Writes the payments that are to be opened, and locks the others."""
+    openings: dict[Attempt, NewPayment] = {}
+    for request in requests:
+        if request.opening:
+            openings.setdefault(request.attempt, request.opening)
+            request.opening = None  # from now on it is there, or its order has another
+    opened = await store.open_payments(tx, list(openings.values())) if openings else []
+    await events.emit(tx, [_event(row) for row in opened if row.status in rules.EVENTS])
+    payments = {(row.order_id, row.attempt): row for row in opened}
+    if missing := {request.attempt for request in requests} - payments.keys():
+        payments |= {(row.order_id, row.attempt): row for row in await store.lock_attempts(tx, sorted(missing))}
+    absent = [(r.attempt[0], r.nonce) for r in requests if r.attempt not in payments]
+    used_by_others = await store.used_by_others(tx, absent) if absent else set[int]()
+    new = {row.id for row in opened}
+    known = await _operations(tx, [row.id for row in payments.values() if row.id not in new])
+    known |= {id_: {} for id_ in new}
+    return _Batch(payments, known, used_by_others)
+
+
+async def _operations(tx: Tx, payment_ids: Collection[int]) -> dict[int, Operations]:
+    known: dict[int, Operations] = {payment_id: {} for payment_id in payment_ids}
+    if known:
+        for operation in await store.operations_of(tx, list(known)):
             known[operation.payment_id][operation.kind, operation.reference] = operation
     return known
 
 
-def _new(payment: PaymentRow, ask: Ask) -> NewOperation:
-    return NewOperation(
+def _new_intent(payment: PaymentRow, following: NextOperation) -> NewIntent:
+    return NewIntent(
         payment_id=payment.id,
-        kind=ask.kind,
-        reference=ask.reference,
-        key=rules.key_of(payment.id, ask.kind, ask.reference),
-        amount_minor=ask.amount_minor,
+        kind=following.kind,
+        reference=following.reference,
+        key=rules.key_of(payment.order_id, payment.nonce, payment.attempt, following.kind, following.reference),
+        amount_minor=following.amount_minor,
         currency=payment.currency,
     )
 
 
-async def _begin(tx: Tx, new: Sequence[NewOperation], known: Known, keys: set[str]) -> dict[str, OperationRow]:
-    """The operations with these keys, by key: those in `new` are written, the others are asked for once more."""
-    begun = {row.key: row for row in await store.begin_operations(tx, new)} if new else {}
-    again = {
-        operation.key: operation
-        for operations in known.values()
-        for operation in operations.values()
-        if isinstance(operation, OperationRow) and operation.key in keys
-    }
-    if again:
-        await store.count_calls(tx, [operation.id for operation in again.values()])
-    return begun | again
+# -------------------------------------------------------------------------------------------------- details of part 3
 
 
-# ------------------------------------------------------------------------------------------------- details of part 3
-
-
-async def _settle(
-    tx: Tx, operations: Mapping[int, OperationRow], outcomes: Mapping[int, Outcome]
-) -> dict[int, PaymentRow]:
-    """The payments as they are after it, by operation that this settled."""
-    payments = await store.lock_payments(tx, sorted({o.payment_id for o in operations.values()}))
-    noted = await store.settle_operations(tx, {i: outcomes[i] for i in operations})
-    settled = [operations[i] for i in sorted(noted) if not isinstance(outcomes[i], Unknown)]
-    after, changes, entries = dict(payments), list[Outgoing](), list[store.Entry]()
+async def _settle(tx: Tx, results: Results) -> dict[OperationId, PaymentRow]:
+    """Records results of intents; the payments as they are after it, by operation that this settled."""
+    payments = await store.lock_payments(tx, sorted({payment_id for payment_id, _, _ in results}))
+    if unknown := [id_ for id_, result in results.items() if isinstance(result, Unknown)]:
+        await store.mark_unknown(tx, unknown)
+    known = {id_: result for id_, result in results.items() if not isinstance(result, Unknown)}
+    settled = await store.settle_operations(tx, known) if known else []
+    after, changes = dict(payments), list[Outgoing]()
     for operation in settled:
         before = after[operation.payment_id]
-        payment = after[operation.payment_id] = rules.settle(before, operation, outcomes[operation.id])
+        payment = after[operation.payment_id] = rules.settle(before, operation, known[operation.id])
         if payment.version != before.version:
             changes.append(_event(payment))
-        if isinstance(outcomes[operation.id], Succeeded):
-            entries += _entries(operation)
-    changed = [payment for payment in after.values() if payment is not payments[payment.id]]
-    if changed:
-        times = await store.write_payments(tx, changed)
-        after |= {p.id: msgspec.structs.replace(p, updated_at=times[p.id]) for p in changed}
+    after |= await _write_payments(tx, [p for p in after.values() if p is not payments[p.id]])
     await events.emit(tx, changes)
-    await store.book(tx, entries)
+    await store.transfer(tx, [operation for operation in settled if isinstance(known[operation.id], Succeeded)])
     return {operation.id: after[operation.payment_id] for operation in settled}
 
 
-def _entries(operation: OperationRow) -> list[store.Entry]:
-    return [
-        store.Entry(operation.id, account, side, amount_minor, operation.currency)
-        for account, side, amount_minor in rules.entries(operation.kind, operation.amount_minor)
-    ]
+async def _write_payments(tx: Tx, changed: Sequence[PaymentRow]) -> dict[int, PaymentRow]:
+    if not changed:
+        return {}
+    times = await store.write_payments(tx, changed)
+    return {payment.id: _at(payment, times[payment.id]) for payment in changed}
 
 
-def _follow(wish: Wish, outcomes: Mapping[int, Outcome], settled: Mapping[int, PaymentRow]) -> None:
-    """Settles a wish whose step has led to its goal. One whose step somebody else has settled looks again."""
-    assert wish.step
-    operation = wish.step.operation
-    outcome = outcomes[operation.id]
-    if isinstance(outcome, Unknown):
-        wish.outcome = wish.pending()
-    elif operation.id in settled:
-        code = outcome.code if isinstance(outcome, rules.Declined) else None
-        done = msgspec.structs.replace(operation, status=store.status_of(outcome), code=code)
-        others = [o for o in wish.step.others if (o.kind, o.reference) != (done.kind, done.reference)]
-        wish.judge(settled[operation.id], [*others, done])
-
-
-def _with_charge(payment: PaymentRow, charge_id: int) -> PaymentRow:
-    return payment if payment.charge_id == charge_id else msgspec.structs.replace(payment, charge_id=charge_id)
-
-
-# ------------------------------------------------------------------------------------------------------------ words
+# ----------------------------------------------------------------------------------------------------------- payments
 
 
 def provider_of(method: str) -> str:
     return method.partition(":")[0]
+
+
+def _at(payment: PaymentRow, updated_at: datetime.datetime) -> PaymentRow:
+    return msgspec.structs.replace(payment, updated_at=updated_at)
+
+
+def _with_charge(payment: PaymentRow, charge_id: int) -> PaymentRow:
+    return payment if payment.charge_id == charge_id else msgspec.structs.replace(payment, charge_id=charge_id)
 
 
 def payment_of(row: PaymentRow) -> Payment:

@@ -1,7 +1,7 @@
-"""Payment providers: what this service needs of one, and the one that there is.
+"""Payment providers: the port, and the adapter of the one that there is.
 
-An adapter never raises for what a provider says or fails to say. It answers with an outcome for each operation, and
-with `Unknown` whenever it is not certain what was done. The same key always means the same operation to a provider, so
+An adapter never raises for what a provider answers or fails to answer. It gives a result for each operation, and
+`Unknown` whenever it is not certain what was done. The same key always means the same operation to a provider, so
 that repeating one is safe.
 """
 
@@ -18,6 +18,7 @@ from mercato.contracts.sandbox import (
     PAGE_LIMIT,
     AuthorizeCharge,
     CaptureCharge,
+    ChargeCard,
     ListOperations,
     LookUpOperation,
     OperationUnknown,
@@ -27,20 +28,20 @@ from mercato.contracts.sandbox import (
     VoidCharge,
 )
 
-from .rules import Declined, Listed, Outcome, Succeeded, Unknown
+from .rules import Declined, ProviderResult, StatementLine, Succeeded, Unknown
 
 Q = TypeVar("Q", bound=Message)
 
 log = structlog.stdlib.get_logger("mercato.payments")
 
 
-class Asked(msgspec.Struct, frozen=True):
-    """An operation as a provider is asked for it. Amounts in minor units."""
+class ProviderRequest(msgspec.Struct, frozen=True, gc=False):
+    """An operation as a provider is called with it. Amounts in minor units."""
 
     key: str
     order_id: int
     charge_id: int | None
-    """None for authorize."""
+    """None for authorize and charge."""
     amount_minor: int
     currency: str
     method: str
@@ -49,22 +50,26 @@ class Asked(msgspec.Struct, frozen=True):
 class Page(msgspec.Struct, frozen=True):
     """A part of a statement: operations that are settled, by ascending `provider_id`."""
 
-    operations: tuple[Listed, ...]
+    operations: tuple[StatementLine, ...]
     next_after: int
     is_last: bool
-    """Nothing came after it when it was asked for."""
+    """Nothing came after it when it was read."""
 
 
 class Provider(Protocol):
     """Each method takes any number of operations and answers for each, in order."""
 
-    async def authorize(self, asked: Sequence[Asked]) -> Sequence[Outcome]: ...
-    async def capture(self, asked: Sequence[Asked]) -> Sequence[Outcome]: ...
-    async def void(self, asked: Sequence[Asked]) -> Sequence[Outcome]: ...
-    async def refund(self, asked: Sequence[Asked]) -> Sequence[Outcome]: ...
+    async def authorize(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]: ...
+    async def charge(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]:
+        """Authorizes and captures in one operation."""
+        ...
 
-    async def look_up(self, keys: Sequence[str]) -> Sequence[Listed | Unknown | None]:
-        """What was done with each key. None: the provider says that it has never heard of it."""
+    async def capture(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]: ...
+    async def void(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]: ...
+    async def refund(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]: ...
+
+    async def look_up(self, keys: Sequence[str]) -> Sequence[StatementLine | Unknown | None]:
+        """What was done with each key. None: the provider says that it does not know it."""
         ...
 
     async def statement(self, after: int) -> Page:
@@ -73,8 +78,8 @@ class Provider(Protocol):
 
 
 DONE_ALREADY: Final = frozenset({("capture", "already_captured"), ("void", "already_voided")})
-"""Declines that say that what was asked for is so. They come when the provider has forgotten a key after a day: we ask
-with one key alone, so nobody else can have done it."""
+"""Declines that say that the operation was done before. They come when the provider has forgotten a key after a day: we
+use one key alone, so no other operation can have done it."""
 
 NO_ANSWER: Final = frozenset({Kind.UNAVAILABLE, Kind.DEADLINE, Kind.INTERNAL})
 
@@ -85,34 +90,28 @@ class SandboxProvider:
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
 
-    async def authorize(self, asked: Sequence[Asked]) -> Sequence[Outcome]:
-        requests = [
-            AuthorizeCharge(
-                idempotency_key=a.key,
-                order_id=a.order_id,
-                amount_minor=a.amount_minor,
-                currency=a.currency,
-                method=a.method,
-            )
-            for a in asked
+    async def authorize(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]:
+        return await _call(self._sandbox.authorize, [_opening(AuthorizeCharge, r) for r in requests])
+
+    async def charge(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]:
+        return await _call(self._sandbox.charge, [_opening(ChargeCard, r) for r in requests])
+
+    async def capture(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]:
+        captures = [CaptureCharge(idempotency_key=r.key, charge_id=_charge(r)) for r in requests]
+        return await _call(self._sandbox.capture, captures)
+
+    async def void(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]:
+        return await _call(
+            self._sandbox.void, [VoidCharge(idempotency_key=r.key, charge_id=_charge(r)) for r in requests]
+        )
+
+    async def refund(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]:
+        refunds = [
+            RefundCharge(idempotency_key=r.key, charge_id=_charge(r), amount_minor=r.amount_minor) for r in requests
         ]
-        return await _ask(self._sandbox.authorize, requests)
+        return await _call(self._sandbox.refund, refunds)
 
-    async def capture(self, asked: Sequence[Asked]) -> Sequence[Outcome]:
-        requests = [CaptureCharge(idempotency_key=a.key, charge_id=_charge(a)) for a in asked]
-        return await _ask(self._sandbox.capture, requests)
-
-    async def void(self, asked: Sequence[Asked]) -> Sequence[Outcome]:
-        requests = [VoidCharge(idempotency_key=a.key, charge_id=_charge(a)) for a in asked]
-        return await _ask(self._sandbox.void, requests)
-
-    async def refund(self, asked: Sequence[Asked]) -> Sequence[Outcome]:
-        requests = [
-            RefundCharge(idempotency_key=a.key, charge_id=_charge(a), amount_minor=a.amount_minor) for a in asked
-        ]
-        return await _ask(self._sandbox.refund, requests)
-
-    async def look_up(self, keys: Sequence[str]) -> Sequence[Listed | Unknown | None]:
+    async def look_up(self, keys: Sequence[str]) -> Sequence[StatementLine | Unknown | None]:
         try:
             answers = await self._sandbox.look_up.many([LookUpOperation(key=key) for key in keys])
         except ServiceError:
@@ -121,19 +120,32 @@ class SandboxProvider:
 
     async def statement(self, after: int) -> Page:
         page = await self._sandbox.statement(ListOperations(after=after))
-        operations = tuple(_listed(o) for o in page.operations)
+        operations = tuple(_line(o) for o in page.operations)
         return Page(operations, page.next_after, is_last=len(operations) < PAGE_LIMIT)
 
 
-async def _ask(call: Call[Q, SandboxOperation], requests: Sequence[Q]) -> Sequence[Outcome]:
+Opening = TypeVar("Opening", AuthorizeCharge, ChargeCard)
+
+
+def _opening(message: type[Opening], request: ProviderRequest) -> Opening:
+    return message(
+        idempotency_key=request.key,
+        order_id=request.order_id,
+        amount_minor=request.amount_minor,
+        currency=request.currency,
+        method=request.method,
+    )
+
+
+async def _call(call: Call[Q, SandboxOperation], requests: Sequence[Q]) -> Sequence[ProviderResult]:
     try:
         answers = await call.many(requests)
     except ServiceError:  # not even sent
         return [Unknown() for _ in requests]
-    return [_outcome(answer) for answer in answers]
+    return [_result(answer) for answer in answers]
 
 
-def _outcome(answer: SandboxOperation | ServiceError) -> Outcome:
+def _result(answer: SandboxOperation | ServiceError) -> ProviderResult:
     if isinstance(answer, InvalidRequest):
         return Declined("invalid_request")  # refused before the bank looked at it
     if isinstance(answer, ServiceError):
@@ -148,16 +160,16 @@ def _outcome(answer: SandboxOperation | ServiceError) -> Outcome:
     return Succeeded(answer.id, answer.charge_id)
 
 
-def _found(answer: SandboxOperation | ServiceError) -> Listed | Unknown | None:
+def _found(answer: SandboxOperation | ServiceError) -> StatementLine | Unknown | None:
     if isinstance(answer, OperationUnknown):
         return None
     if isinstance(answer, ServiceError) or answer.status == "processing":
         return Unknown()
-    return _listed(answer)
+    return _line(answer)
 
 
-def _listed(operation: SandboxOperation) -> Listed:
-    return Listed(
+def _line(operation: SandboxOperation) -> StatementLine:
+    return StatementLine(
         provider_id=operation.id,
         key=operation.key,
         kind=operation.kind,
@@ -168,6 +180,6 @@ def _listed(operation: SandboxOperation) -> Listed:
     )
 
 
-def _charge(asked: Asked) -> int:
-    assert asked.charge_id is not None, f"{asked.key}: only what was authorized is asked for"
-    return asked.charge_id
+def _charge(request: ProviderRequest) -> int:
+    assert request.charge_id is not None, f"{request.key}: there is no charge to change"
+    return request.charge_id

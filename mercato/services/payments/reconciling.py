@@ -1,20 +1,21 @@
-"""Our books against the provider's statement, in both directions, for ever.
+"""Reconciliation: our operations against the provider's statement, in both directions, for ever.
 
-A round, of which there is one a period in the whole shop (a row with a lease says whose turn it is):
+A round, of which there is one a period in the whole shop (a row with a lease says which process does it):
 
 1. Read the statement from where the last round ended, a page at a time. Each line of it is compared with our
-   operation of the same key, and each operation of ours that has its place on the page with the page.
+   operation or intent of the same key, and each operation of ours that has its place on the page with the page.
 2. At its end: operations of ours that were done long ago must have been on it by now.
-3. Look again at the mismatches that are open: what is right by now is resolved.
+3. Compare the open mismatches again: what is right by now is resolved.
 
-What is safe to repair is repaired at once (`rules.Repair`); the rest is a row in `mismatches` and a number in
-`mercato_reconciliation_mismatches`, which says that somebody has to look. A round may be done twice, or half: every
-repair is done once whoever does it, and the place in the statement moves only when a page is done.
+What is safe to repair is repaired at once (`rules.Repair`): the result of an intent is recorded, an authorization of a
+closed payment is voided. The rest is a row in `mismatches` and a number in `mercato_reconciliation_mismatches`, and a
+person has to look at it. A round may be done twice, or half: a repair that is repeated changes nothing, and the place
+in the statement moves only when a page is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 import structlog
@@ -24,11 +25,13 @@ from mercato.chassis.contract import ServiceError
 from mercato.chassis.db import Database
 from mercato.chassis.telemetry import Telemetry
 
-from . import rules, store
+from . import reconciliation_store as store
+from . import rules
 from .charging import Charging
 from .provider import Page, Provider
-from .rules import Listed, Outcome, Unknown
-from .store import KnownRow, Reported
+from .reconciliation_store import RecordedRow, Reported
+from .rules import KeyParts, ProviderResult, StatementLine, Unknown
+from .store import OperationId
 
 PAGES_A_ROUND: Final = 100
 COMPARED_AT_ONCE: Final = 500
@@ -42,8 +45,8 @@ faults.declare(
 
 log = structlog.stdlib.get_logger("mercato.payments")
 
-Theirs = Mapping[str, Listed]
-Ours = Mapping[str, KnownRow]
+Theirs = Mapping[str, StatementLine]
+Ours = Mapping[str, RecordedRow]
 
 
 class Reconciling:
@@ -68,9 +71,9 @@ class Reconciling:
         self._repaired = telemetry.reconciled
 
     async def round(self) -> bool:
-        """Compares with each provider whose turn is ours; says whether there was any."""
-        turns = [await self._round_with(name, provider) for name, provider in self._providers.items()]
-        return any(turns)
+        """Compares with each provider that this process has leased; says whether there was any."""
+        done = [await self._round_with(name, provider) for name, provider in self._providers.items()]
+        return any(done)
 
     async def _round_with(self, name: str, provider: Provider) -> bool:
         async with self._database.transaction() as tx:
@@ -79,7 +82,7 @@ class Reconciling:
             return False
         try:
             await self._read_on(name, provider, after)
-            await self._look_again(name, provider)
+            await self._compare_again(name, provider)
         except ServiceError as error:
             log.warning("reconciliation_put_off", provider=name, reason=str(error))
         async with self._database.read() as tx:
@@ -104,28 +107,28 @@ class Reconciling:
                 return
 
     async def _compare_page(self, name: str, provider: Provider, after: int, page: Page) -> None:
-        theirs = {listed.key: listed for listed in page.operations}
+        theirs = {line.key: line for line in page.operations}
         async with self._database.read() as tx:
-            ours = await store.known_by_keys(tx, list(theirs))
-            placed = await store.known_between(tx, name, after, page.next_after, COMPARED_AT_ONCE)
+            ours = await store.recorded_by_keys(tx, _parts(theirs))
+            placed = await store.recorded_between(tx, name, after, page.next_after, COMPARED_AT_ONCE)
         await self._compare(name, theirs, ours)
-        await self._ask_for(name, provider, {key: row for key, row in placed.items() if key not in theirs})
+        await self._compare_by_key(name, provider, {key: row for key, row in placed.items() if key not in theirs})
 
     async def _compare_beyond(self, name: str, provider: Provider, after: int) -> None:
         async with self._database.read() as tx:
-            beyond = await store.known_beyond(tx, name, after, self._lag_seconds, COMPARED_AT_ONCE)
-        await self._ask_for(name, provider, beyond)
+            beyond = await store.recorded_beyond(tx, name, after, self._lag_seconds, COMPARED_AT_ONCE)
+        await self._compare_by_key(name, provider, beyond)
 
-    async def _ask_for(self, name: str, provider: Provider, ours: Ours) -> None:
+    async def _compare_by_key(self, name: str, provider: Provider, ours: Ours) -> None:
         """Compares operations of ours that were not where they should be: the provider has the last word on each."""
         theirs, doubtful = await _look_up(provider, list(ours))
         await self._compare(name, theirs, {key: row for key, row in ours.items() if key not in doubtful})
 
-    async def _look_again(self, name: str, provider: Provider) -> None:
+    async def _compare_again(self, name: str, provider: Provider) -> None:
         async with self._database.read() as tx:
             open_ = await store.open_mismatches(tx, name, COMPARED_AT_ONCE)
             keys = [mismatch.key for mismatch in open_]
-            ours = await store.known_by_keys(tx, keys)
+            ours = await store.recorded_by_keys(tx, _parts(keys))
         if not open_:
             return
         theirs, doubtful = await _look_up(provider, keys)
@@ -143,31 +146,31 @@ class Reconciling:
     # ------------------------------------------------------------------------------------------------ differences
 
     async def _compare(self, name: str, theirs: Theirs, ours: Ours) -> None:
-        outcomes: dict[int, Outcome] = {}
+        results: dict[OperationId, ProviderResult] = {}
         charges: dict[int, int] = {}
         mismatches: list[Reported] = []
         for key in sorted(theirs.keys() | ours.keys()):
-            listed, known = theirs.get(key), ours.get(key)
-            match rules.compare(listed, known):
+            line, recorded = theirs.get(key), ours.get(key)
+            match rules.compare(line, recorded):
                 case "outcome_recorded":
-                    assert listed
-                    assert known
-                    outcomes[known.id] = listed.outcome
+                    assert line
+                    assert recorded
+                    results[recorded.id] = line.result
                 case "authorization_voided":
-                    assert listed
-                    assert listed.charge_id is not None
-                    assert known
-                    charges[known.payment_id] = listed.charge_id
+                    assert line
+                    assert line.charge_id is not None
+                    assert recorded
+                    charges[recorded.payment_id] = line.charge_id
                 case None:
                     pass
                 case kind:
-                    mismatches.append(Reported(kind, key, _told(listed, known)))
-        await self._repair(outcomes, charges)
+                    mismatches.append(Reported(kind, key, _described(line, recorded)))
+        await self._repair(results, charges)
         await self._report(name, mismatches)
 
-    async def _repair(self, outcomes: Mapping[int, Outcome], charges: Mapping[int, int]) -> None:
-        if outcomes:
-            self._repaired.labels("outcome_recorded").inc(await self._charging.record_outcomes(outcomes))
+    async def _repair(self, results: Mapping[OperationId, ProviderResult], charges: Mapping[int, int]) -> None:
+        if results:
+            self._repaired.labels("outcome_recorded").inc(await self._charging.record_statement(results))
         if charges:
             self._repaired.labels("authorization_voided").inc(await self._charging.give_back(charges))
 
@@ -187,16 +190,21 @@ async def _statement(provider: Provider, after: int) -> Page:
     return page
 
 
-async def _look_up(provider: Provider, keys: Sequence[str]) -> tuple[dict[str, Listed], set[str]]:
+async def _look_up(provider: Provider, keys: Sequence[str]) -> tuple[dict[str, StatementLine], set[str]]:
     """What the provider has of each key, and the keys of which it does not say now."""
     found = dict(zip(keys, await provider.look_up(keys), strict=True)) if keys else {}
     return (
-        {key: listed for key, listed in found.items() if isinstance(listed, Listed)},
-        {key for key, listed in found.items() if isinstance(listed, Unknown)},
+        {key: line for key, line in found.items() if isinstance(line, StatementLine)},
+        {key for key, line in found.items() if isinstance(line, Unknown)},
     )
 
 
-def _told(theirs: Listed | None, ours: KnownRow | None) -> str:
+def _parts(keys: Iterable[str]) -> dict[str, KeyParts]:
+    """What the keys were made of, of those that are like ours."""
+    return {key: parts for key in keys if (parts := rules.parts_of(key))}
+
+
+def _described(theirs: StatementLine | None, ours: RecordedRow | None) -> str:
     """Both sides in a sentence. No method and no card is in it."""
     bank = (
         f"{theirs.kind} {theirs.amount_minor} {theirs.currency} {theirs.code or 'succeeded'}" if theirs else "nothing"

@@ -1,17 +1,18 @@
-"""What becomes of a payment. Pure: no I/O, no clock.
+"""The states of a payment. Pure: no I/O, no clock.
 
 Three functions carry the service:
 
-    next_step   what has to be asked of the provider next so that a goal is reached; or that it is, or cannot be
-    settle      the payment after an outcome is known
-    compare     what a line of the provider's statement says against what we have
+    next_operation  the operation of the provider that brings a payment nearer to its target state; or none, or an error
+    settle          the payment after the result of an operation is known
+    compare         what a line of the provider's statement says against what we have recorded
 
-The first two are called under the lock of the payment's row. They need not know whether an operation was asked for
-before: the answer to a crash, a duplicate and a repeated request is the same next step, with the same key.
+The first two are called under the lock of the payment's row. They need not know whether an operation was begun before:
+a crash, a duplicate and a repeated request all get the same next operation, with the same key.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Final, Literal, Protocol, TypeVar, cast
 
@@ -30,10 +31,9 @@ from mercato.contracts.payments import (
 from mercato.contracts.roles import CUSTOMER
 
 Account = Literal["provider", "sales", "refunds"]
-Side = Literal["debit", "credit"]
 
 MOVES: Final[Mapping[Status, frozenset[Status]]] = {
-    "pending": frozenset({"authorized", "failed"}),
+    "pending": frozenset({"authorized", "captured", "failed"}),
     "failed": frozenset(),
     "authorized": frozenset({"captured", "voided"}),
     "voided": frozenset(),
@@ -41,10 +41,13 @@ MOVES: Final[Mapping[Status, frozenset[Status]]] = {
     "partially_refunded": frozenset({"partially_refunded", "refunded"}),
     "refunded": frozenset(),
 }
-"""The life of a payment. It begins `pending`, or `voided` where it is to be void before it was begun."""
+"""The life of a payment. It begins `pending`, or `voided` as the tombstone of an attempt that never began."""
 
 OPEN: Final[Collection[OperationStatus]] = frozenset({"intent", "unknown"})
-"""The provider may or may not have heard of it, or have done it."""
+"""The provider may or may not have received the operation, and may or may not have done it."""
+
+OPENING: Final[Collection[OperationKind]] = frozenset({"authorize", "charge"})
+"""The operation with which a payment begins: one of the two. It is open exactly while the payment is `pending`."""
 
 CAPTURED: Final[Collection[Status]] = frozenset({"captured", "partially_refunded", "refunded"})
 CLOSED: Final[Collection[Status]] = frozenset({"failed", "voided"})
@@ -64,6 +67,7 @@ EVENTS: Final[Mapping[Status, str]] = {
 
 PAST: Final[Mapping[OperationKind, str]] = {
     "authorize": "authorized",
+    "charge": "captured",
     "capture": "captured",
     "void": "voided",
     "refund": "refunded",
@@ -71,7 +75,7 @@ PAST: Final[Mapping[OperationKind, str]] = {
 
 
 class PaymentState(Protocol):
-    """What a payment's life is decided by. Amounts in minor units."""
+    """What decisions about a payment are based on. Amounts in minor units."""
 
     @property
     def id(self) -> int: ...
@@ -107,34 +111,37 @@ class OperationState(Protocol):
 P = TypeVar("P", bound=PaymentState)
 
 
-# --------------------------------------------------------------------------------------------------------- outcomes
+# ---------------------------------------------------------------------------------------------------------- results
 
 
-class Succeeded(msgspec.Struct, frozen=True):
+class Succeeded(msgspec.Struct, frozen=True, gc=False):
     provider_id: int
     """The provider's number of the operation."""
     charge_id: int | None
-    """What it was done to; None where the provider does not say."""
+    """The charge that it opened or changed; None where the provider does not say."""
 
 
-class Declined(msgspec.Struct, frozen=True):
+class Declined(msgspec.Struct, frozen=True, gc=False):
     """Not done, and it never will be, with this key."""
 
     code: str
 
 
-class Unknown(msgspec.Struct, frozen=True):
+class Unknown(msgspec.Struct, frozen=True, gc=False):
     """No answer, or none that says what was done."""
 
 
-Outcome = Succeeded | Declined | Unknown
+ProviderResult = Succeeded | Declined | Unknown
+
+NOT_ASKED: Final = Succeeded(provider_id=0, charge_id=None)
+"""The result of an operation on an amount of 0: it succeeds without the provider, and is not recorded."""
 
 
-# ------------------------------------------------------------------------------------------------------------ steps
+# ------------------------------------------------------------------------------------------------------- operations
 
 
-class Goal(msgspec.Struct, frozen=True):
-    """What somebody wants of a payment."""
+class Target(msgspec.Struct, frozen=True, gc=False):
+    """The state to which a request wants to bring a payment, as the operation that leads there."""
 
     kind: OperationKind
     reference: str = ""
@@ -142,87 +149,104 @@ class Goal(msgspec.Struct, frozen=True):
     """Of a refund."""
 
 
-class Ask(msgspec.Struct, frozen=True):
-    """The operation that the provider is to be asked for: the one that exists, or a new one."""
+class NextOperation(msgspec.Struct, frozen=True, gc=False):
+    """The operation to call the provider with: one that was begun before, or a new one."""
 
     kind: OperationKind
     reference: str
     amount_minor: int
 
 
-def next_step(goal: Goal, payment: PaymentState, operations: Iterable[OperationState]) -> Ask | ServiceError | None:
-    """What is to be asked next. None: nothing, the payment as it is is the answer. An error: it cannot be had.
+def next_operation(
+    target: Target, payment: PaymentState, operations: Iterable[OperationState]
+) -> NextOperation | ServiceError | None:
+    """The operation to call the provider with. None: the payment as it is is the answer. An error: it cannot be done.
 
-    `operations` are all that this payment has. A capture and a void are never open at the same time: whoever comes
-    second first finds out what became of the other.
+    `operations` are all that this payment has. Of authorize, charge, capture and void at most one is open at any time:
+    a request for another one first settles the open one.
     """
     known = {(o.kind, o.reference): o for o in operations}
-    match goal.kind:
+    match target.kind:
         case "authorize":
-            return Ask("authorize", "", payment.amount_minor) if payment.status == "pending" else None
+            return _opening("authorize", payment, known) if payment.status == "pending" else None
+        case "charge":
+            return _next_to_charge(payment, known)
         case "capture":
             return _next_to_capture(payment, known)
         case "void":
             return _next_to_void(payment, known)
         case "refund":
-            return _next_to_refund(goal, payment, known)
+            return _next_to_refund(target, payment, known)
 
 
 Known = Mapping[tuple[str, str], OperationState]
 """By kind and reference."""
 
 
-def _next_to_capture(payment: PaymentState, known: Known) -> Ask | ServiceError | None:
+def _opening(new: OperationKind, payment: PaymentState, known: Known) -> NextOperation:
+    """The operation that the payment began with, whatever the target; `new` for a payment that has none."""
+    begun: list[OperationKind] = [kind for kind in OPENING if (kind, "") in known]
+    return NextOperation(begun[0] if begun else new, "", payment.amount_minor)
+
+
+def _next_to_charge(payment: PaymentState, known: Known) -> NextOperation | ServiceError | None:
+    if payment.status == "pending":
+        return _opening("charge", payment, known)
+    return _next_to_capture(payment, known) if payment.status == "authorized" else None
+
+
+def _next_to_capture(payment: PaymentState, known: Known) -> NextOperation | ServiceError | None:
     if payment.status in CAPTURED:
         return None
     if payment.status == "voided" and ("capture", "") in known:
-        return None  # the provider has declined it: told again
+        return None  # the provider has declined the capture: the same answer again
     if payment.status != "authorized":
         return _conflict(payment, "capture")
-    return Ask("void" if _is_open(known, "void") else "capture", "", payment.amount_minor)
+    return NextOperation("void" if _is_open(known, "void") else "capture", "", payment.amount_minor)
 
 
-def _next_to_void(payment: PaymentState, known: Known) -> Ask | ServiceError | None:
+def _next_to_void(payment: PaymentState, known: Known) -> NextOperation | ServiceError | None:
     if payment.status == "pending":
-        # An authorize may be on its way to the provider at this moment, so that looking for it would prove nothing.
-        # Sent again with its key, it is settled; then there is something to void, or there never will be.
-        return Ask("authorize", "", payment.amount_minor)
+        # A call may be on its way to the provider at this moment, so that looking it up would prove nothing. Sent again
+        # with its key, the operation is settled; then there is something to void or to refund, or there never will be.
+        return _opening("authorize", payment, known)
     if payment.status != "authorized":
         return None
     if _is_open(known, "capture"):
-        return Ask("capture", "", payment.amount_minor)
+        return NextOperation("capture", "", payment.amount_minor)
     void = known.get(("void", ""))
     if void is not None and void.status not in OPEN:
         return _conflict(payment, "void")  # declined, though nothing of ours has captured it
-    return Ask("void", "", payment.amount_minor)
+    return NextOperation("void", "", payment.amount_minor)
 
 
-def _next_to_refund(goal: Goal, payment: PaymentState, known: Known) -> Ask | ServiceError | None:
+def _next_to_refund(target: Target, payment: PaymentState, known: Known) -> NextOperation | ServiceError | None:
     if payment.status not in CAPTURED:
         return _conflict(payment, "refund")
-    same = known.get(("refund", goal.reference))
+    same = known.get(("refund", target.reference))
     if same is None:
-        return _check_refund(goal, payment, known) or Ask("refund", goal.reference, goal.amount_minor)
-    if same.amount_minor != goal.amount_minor:
+        too_large = _check_refund(target, payment, known)
+        return too_large or NextOperation("refund", target.reference, target.amount_minor)
+    if same.amount_minor != target.amount_minor:
         return RefundReferenceReused(
-            reference=goal.reference,
+            reference=target.reference,
             amount_minor=same.amount_minor,
-            wanted_minor=goal.amount_minor,
+            wanted_minor=target.amount_minor,
             currency=payment.currency,
         )
     if same.status in OPEN:
-        return Ask("refund", goal.reference, same.amount_minor)
+        return NextOperation("refund", target.reference, same.amount_minor)
     return RefundDeclined(payment_id=payment.id, reason=same.code or "") if same.status == "declined" else None
 
 
-def _check_refund(goal: Goal, payment: PaymentState, known: Known) -> RefundTooLarge | None:
-    """Refunds whose outcome is not known count as done: what is given back never exceeds what was taken."""
+def _check_refund(target: Target, payment: PaymentState, known: Known) -> RefundTooLarge | None:
+    """Refunds whose result is not known count as done: what is given back never exceeds what was taken."""
     promised = sum(o.amount_minor for o in known.values() if o.kind == "refund" and o.status != "declined")
     left_minor = payment.captured_minor - promised
-    if goal.amount_minor <= left_minor:
+    if target.amount_minor <= left_minor:
         return None
     return RefundTooLarge(
-        payment_id=payment.id, wanted_minor=goal.amount_minor, left_minor=left_minor, currency=payment.currency
+        payment_id=payment.id, wanted_minor=target.amount_minor, left_minor=left_minor, currency=payment.currency
     )
 
 
@@ -235,19 +259,31 @@ def _conflict(payment: PaymentState, kind: OperationKind) -> PaymentStateConflic
     return PaymentStateConflict(payment_id=payment.id, status=payment.status, wanted=PAST[kind])
 
 
-# ---------------------------------------------------------------------------------------------------------- outcomes
+# --------------------------------------------------------------------------------------------------- what follows
 
 
-def settle(payment: P, operation: OperationState, outcome: Outcome) -> P:
-    """The payment after the outcome of one of its operations; the same object where that changes nothing.
+class SettledOperation(Protocol):
+    @property
+    def kind(self) -> OperationKind: ...
+    @property
+    def amount_minor(self) -> int: ...
 
-    The version rises where the status or the money changes. Called once for each operation: with the outcome that
-    closed it.
+
+def settle(payment: P, operation: SettledOperation, result: ProviderResult) -> P:
+    """The payment after the result of one of its operations; the same object where that changes nothing.
+
+    The version rises where the status or the money changes. Called once for each operation: with the result that
+    settled it.
     """
-    match operation.kind, outcome:
+    match operation.kind, result:
         case "authorize", Succeeded(charge_id=charge_id):
             return _authorized(payment, charge_id)
-        case "authorize", Declined(code=code) if payment.status == "pending":
+        case "charge", Succeeded(charge_id=charge_id) if payment.status == "pending":
+            taken_minor = operation.amount_minor
+            return _moved(
+                payment, "captured", charge_id=charge_id, authorized_minor=taken_minor, captured_minor=taken_minor
+            )
+        case "authorize" | "charge", Declined(code=code) if payment.status == "pending":
             return _moved(payment, "failed", code=code)
         case "capture", Succeeded() if payment.status == "authorized":
             return _moved(payment, "captured", captured_minor=operation.amount_minor)
@@ -284,18 +320,12 @@ def _replaced(payment: P, **changes: object) -> P:
     return cast(P, msgspec.structs.replace(cast(msgspec.Struct, payment), **changes))
 
 
-def entries(kind: OperationKind, amount_minor: int) -> tuple[tuple[Account, Side, int], ...]:
-    """The ledger entries of an operation that succeeded: they add up to nothing, and there are none for nothing."""
-    if amount_minor and kind == "capture":
-        return ("provider", "debit", amount_minor), ("sales", "credit", amount_minor)
-    if amount_minor and kind == "refund":
-        return ("refunds", "debit", amount_minor), ("provider", "credit", amount_minor)
-    return ()
-
-
-def key_of(payment_id: int, kind: OperationKind, reference: str) -> str:
-    """The provider's idempotency key. Derived from what is stored: whoever repeats an operation has the same."""
-    return f"{payment_id}:{kind}:{reference}" if reference else f"{payment_id}:{kind}"
+TRANSFERS: Final[Mapping[OperationKind, tuple[Account, Account]]] = {
+    "charge": ("provider", "sales"),
+    "capture": ("provider", "sales"),
+    "refund": ("refunds", "provider"),
+}
+"""The operations that move money: the account that is debited, and the one that is credited."""
 
 
 def may_see(actor: Actor, user_id: int) -> bool:
@@ -303,10 +333,41 @@ def may_see(actor: Actor, user_id: int) -> bool:
     return actor.role != CUSTOMER or actor.id == user_id
 
 
+# --------------------------------------------------------------------------------------------------------------- keys
+
+
+class KeyParts(msgspec.Struct, frozen=True, gc=False):
+    """What a provider's key was made of."""
+
+    order_id: int
+    nonce: int
+    attempt: int
+    kind: str
+    reference: str
+
+
+def key_of(order_id: int, nonce: int, attempt: int, kind: OperationKind, reference: str = "") -> str:
+    """The provider's idempotency key: unique for each operation, also after ids were used again (the nonce)."""
+    key = f"{order_id}-{nonce:016x}-{attempt}-{kind}"
+    return f"{key}-{reference}" if reference else key
+
+
+_KEY: Final = re.compile(r"([0-9]{1,16})-([0-9a-f]{16})-([0-9]{1,9})-([a-z]+)(?:-(.+))?", re.ASCII)
+
+
+def parts_of(key: str) -> KeyParts | None:
+    """None for a key that was not made by `key_of`."""
+    found = _KEY.fullmatch(key)
+    if found is None:
+        return None
+    order_id, nonce, attempt, kind, reference = found.groups()
+    return KeyParts(int(order_id), int(nonce, 16), int(attempt), kind, reference or "")
+
+
 # ---------------------------------------------------------------------------------------------------- reconciliation
 
 
-class Listed(msgspec.Struct, frozen=True):
+class StatementLine(msgspec.Struct, frozen=True):
     """An operation that is settled, as the provider has it."""
 
     provider_id: int
@@ -319,12 +380,12 @@ class Listed(msgspec.Struct, frozen=True):
     """Why it was declined; None: it succeeded."""
 
     @property
-    def outcome(self) -> Succeeded | Declined:
+    def result(self) -> Succeeded | Declined:
         return Succeeded(self.provider_id, self.charge_id) if self.code is None else Declined(self.code)
 
 
-class Ours(Protocol):
-    """An operation as we have it, with what matters of its payment."""
+class RecordedOperation(Protocol):
+    """An operation or intent as we have it, with what matters of its payment."""
 
     @property
     def kind(self) -> OperationKind: ...
@@ -343,7 +404,7 @@ class Ours(Protocol):
 
 
 Repair = Literal["outcome_recorded", "authorization_voided"]
-"""Safe to do at once: what the provider says decides, or nobody will ever want the authorization."""
+"""Safe to do at once: the provider's result decides, or the payment will never use its authorization."""
 
 Mismatch = Literal["not_in_our_books", "not_at_the_provider", "other_amount", "other_outcome"]
 """For people to look at."""
@@ -352,7 +413,7 @@ REPAIRS: Final[tuple[Repair, ...]] = ("outcome_recorded", "authorization_voided"
 MISMATCHES: Final[tuple[Mismatch, ...]] = ("not_in_our_books", "not_at_the_provider", "other_amount", "other_outcome")
 
 
-def compare(theirs: Listed | None, ours: Ours | None) -> Repair | Mismatch | None:
+def compare(theirs: StatementLine | None, ours: RecordedOperation | None) -> Repair | Mismatch | None:
     """What is wrong with one operation; None where both sides agree. Each side is None where it has no such key."""
     if theirs is None:
         return "not_at_the_provider" if ours is not None and ours.status == "succeeded" else None

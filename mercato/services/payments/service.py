@@ -1,4 +1,4 @@
-"""The operations of payments, in contract order, and the loops that finish what was left and compare the books."""
+"""The operations of payments, in contract order, and the loops: the sweep and the reconciliation."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mercato.chassis.rpc import SERVICE_ROLE, acting
 from mercato.contracts.payments import (
     AuthorizePayment,
     CapturePayment,
+    ChargePayment,
     GetPayment,
     ListPayments,
     Payment,
@@ -23,26 +24,34 @@ from mercato.contracts.payments import (
     PaymentPage,
     PaymentTrace,
     RefundPayment,
+    Status,
     TracePayments,
     VoidPayment,
 )
 from mercato.contracts.roles import CUSTOMER
 
-from . import rules, store
-from .charging import SWEPT_AT_ONCE, Answer, Charging, Wish, payment_of
+from . import rules, store, trace_store
+from .charging import SWEPT_AT_ONCE, Answer, Charging, PaymentRequest, payment_of
 from .reconciling import Reconciling
-from .rules import Goal
+from .rules import Target
 from .store import NewPayment
 
 ROUND_SECONDS: Final = 30.0
 """What a round of a loop may take: longer than the deadlines of what it calls."""
 
 
+AUTHORIZE: Final = Target("authorize")
+CHARGE: Final = Target("charge")
+CAPTURE: Final = Target("capture")
+VOID: Final = Target("void")
+OpeningRequest = AuthorizePayment | ChargePayment
+
+
 class Options(msgspec.Struct, frozen=True):
     """What the operator can set."""
 
     sweep_seconds: Annotated[float, Meta(gt=0)] = 5.0
-    """After so long an operation whose outcome is not known is asked for again."""
+    """After so long the provider is called again for an operation whose result is not known."""
     reconcile_seconds: Annotated[float, Meta(gt=0)] = 60.0
     statement_lag_seconds: Annotated[float, Meta(ge=0)] = 600.0
     """After so long an operation must be on the provider's statement."""
@@ -61,23 +70,25 @@ class PaymentsService:
         self._clock = clock
 
     async def authorize(self, batch: Batch[AuthorizePayment]) -> Sequence[Answer]:
-        answers: list[Answer | None] = [self._check_method(request.method) for request in batch]
-        asked = [n for n, answer in enumerate(answers) if answer is None]
-        wishes = [Wish(_pair(batch[n]), Goal("authorize"), _opening(batch[n])) for n in asked]
-        for n, answer in zip(asked, await self._charging.reach("authorize", wishes), strict=True):
-            answers[n] = answer
-        return [answer for answer in answers if answer is not None]
+        requests = [self._opening_request(request, AUTHORIZE) for request in batch]
+        return await self._charging.execute("authorize", requests)
+
+    async def charge(self, batch: Batch[ChargePayment]) -> Sequence[Answer]:
+        return await self._charging.charge([self._opening_request(request, CHARGE) for request in batch])
 
     async def capture(self, batch: Batch[CapturePayment]) -> Sequence[Answer]:
-        return await self._charging.reach("capture", [Wish(_pair(request), Goal("capture")) for request in batch])
+        requests = [PaymentRequest(_attempt(request), request.order_nonce, CAPTURE) for request in batch]
+        return await self._charging.execute("capture", requests)
 
     async def void(self, batch: Batch[VoidPayment]) -> Sequence[Answer]:
-        wishes = [Wish(_pair(request), Goal("void"), _tombstone(request)) for request in batch]
-        return await self._charging.reach("void", wishes)
+        requests = [PaymentRequest(_attempt(r), r.order_nonce, VOID, _new_payment(r, "voided")) for r in batch]
+        return await self._charging.execute("void", requests)
 
     async def refund(self, batch: Batch[RefundPayment]) -> Sequence[Answer]:
-        wishes = [Wish(_pair(request), Goal("refund", request.reference, request.amount_minor)) for request in batch]
-        return await self._charging.reach("refund", wishes)
+        requests = [
+            PaymentRequest(_attempt(r), r.order_nonce, Target("refund", r.reference, r.amount_minor)) for r in batch
+        ]
+        return await self._charging.execute("refund", requests)
 
     async def get(self, batch: Batch[GetPayment]) -> Sequence[Answer]:
         async with self._database.read() as tx:
@@ -101,24 +112,26 @@ class PaymentsService:
 
     async def trace(self, request: TracePayments) -> PaymentTrace:
         async with self._database.read() as tx:
-            return PaymentTrace(steps=tuple(await store.trace(tx, request.order_id)))
+            return PaymentTrace(steps=tuple(await trace_store.trace(tx, request.order_id, request.order_nonce)))
 
-    def _check_method(self, method: str) -> InvalidRequest | None:
-        if self._charging.knows(method):
-            return None
-        return InvalidRequest(errors=(FieldError(field="method", message="no provider is behind this method"),))
+    def _opening_request(self, request: OpeningRequest, target: Target) -> PaymentRequest:
+        wanted = PaymentRequest(_attempt(request), request.order_nonce, target, _new_payment(request, "pending"))
+        if not self._charging.knows(request.method):
+            error = FieldError(field="method", message="no provider is behind this method")
+            wanted.answer = InvalidRequest(errors=(error,))
+        return wanted
 
     # ------------------------------------------------------------------------------------------------------- loops
 
     async def sweep_for_ever(self) -> None:
-        """Takes over what was left in the middle, here or by a process that is gone."""
+        """Settles operations that were left without a result, here or by a process that died."""
         while True:
             self._begin_round()
             if await self._charging.sweep(self._options.sweep_seconds) < SWEPT_AT_ONCE:
                 await asyncio.sleep(self._options.sweep_seconds)
 
     async def reconcile_for_ever(self) -> None:
-        """Compares the books with the providers' once a period. A row with a lease says which process does."""
+        """Compares the operations with the providers' once a period. A row with a lease says which process does."""
         while True:
             await asyncio.sleep(self._options.reconcile_seconds)
             self._begin_round()
@@ -129,24 +142,22 @@ class PaymentsService:
         current.set(acting(Actor(SERVICE_ROLE), clock=self._clock, seconds=ROUND_SECONDS))
 
 
-def _pair(request: AuthorizePayment | CapturePayment | VoidPayment | RefundPayment) -> store.Pair:
+def _attempt(request: OpeningRequest | CapturePayment | VoidPayment | RefundPayment) -> store.Attempt:
     return request.order_id, request.attempt
 
 
-def _opening(request: AuthorizePayment | VoidPayment) -> NewPayment:
+def _new_payment(request: OpeningRequest | VoidPayment, status: Status) -> NewPayment:
+    """The payment that is written where there is none. A `voided` one is a tombstone."""
     return NewPayment(
         order_id=request.order_id,
+        nonce=request.order_nonce,
         attempt=request.attempt,
         user_id=request.user_id,
         method=request.method,
         currency=request.currency,
         amount_minor=request.amount_minor,
+        status=status,
     )
-
-
-def _tombstone(request: VoidPayment) -> NewPayment:
-    """What is written where there is no payment to void: an authorize that comes later finds it void."""
-    return msgspec.structs.replace(_opening(request), status="voided")
 
 
 def _visible(row: store.PaymentRow | None, payment_id: int, actor: Actor) -> Payment | ServiceError:

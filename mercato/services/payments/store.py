@@ -1,7 +1,10 @@
 """Every SQL statement of payments.
 
-Locks are taken in one order by everybody: payments by id, then their operations, then accounts by account and currency.
-Who holds the lock of a payment is the only one who begins or settles operations of it.
+A payment's row is its lock: operations and intents of a payment are begun and settled by the transaction that holds it.
+Locks are taken in one order: payments by id, then their intents, then accounts by account and currency.
+
+Intents are a small table with a high turnover, of which the planner may think that reading all of it is cheapest: each
+statement looks rows up one by one in the primary key (LATERAL with LIMIT, or = ANY of an array), whatever it estimates.
 """
 
 from __future__ import annotations
@@ -14,19 +17,22 @@ import msgspec
 
 from mercato.chassis.contract import MAX_ID
 from mercato.chassis.db import Row, Tx
-from mercato.contracts.payments import ListPayments, OperationKind, OperationStatus, PaymentStep, Status
+from mercato.contracts.payments import ListPayments, OperationKind, OperationStatus, Status
 
-from .rules import Declined, Outcome, Succeeded, Unknown
+from .rules import TRANSFERS, Declined, ProviderResult, Succeeded, Unknown
 
 ABOVE_ALL_IDS: Final = MAX_ID + 1
 
-Pair = tuple[int, int]
-"""An order and an attempt to pay it."""
+Attempt = tuple[int, int]
+"""An order and the number of an attempt to pay it."""
+OperationId = tuple[int, OperationKind, str]
+"""A payment, a kind and a reference: the operation, whether it is an intent or settled."""
 
 
 class PaymentRow(Row):
     id: int
     order_id: int
+    nonce: int
     attempt: int
     user_id: int
     method: str
@@ -43,46 +49,52 @@ class PaymentRow(Row):
     updated_at: datetime.datetime
 
 
-class OperationRow(Row):
+class OpenedRow(Row):
     id: int
+    order_id: int
+    created_at: datetime.datetime
+
+
+class OperationRow(Row):
+    """An operation of a payment: an intent, or settled."""
+
+    payment_id: int
+    kind: OperationKind
+    reference: str
+    amount_minor: int
+    status: OperationStatus
+    code: str | None
+
+
+class IntentRow(Row):
+    """An operation that the provider is about to be called with."""
+
     payment_id: int
     kind: OperationKind
     reference: str
     key: str
     amount_minor: int
     currency: str
-    status: OperationStatus
-    code: str | None
     is_old: bool
     """Begun so long ago that the provider may have forgotten its key."""
 
+    @property
+    def id(self) -> OperationId:
+        return self.payment_id, self.kind, self.reference
 
-class KnownRow(Row):
-    """An operation as the reconciliation compares it."""
 
-    id: int
+class SettledRow(Row):
+    """An operation whose result this transaction has recorded."""
+
     payment_id: int
     kind: OperationKind
-    key: str
+    reference: str
     amount_minor: int
     currency: str
-    status: OperationStatus
-    payment_status: Status
-    payment_code: str | None
-    has_void: bool
-    """Whether its payment has a void, in whatever state."""
 
-
-class StepRow(Row):
-    payment_id: int
-    kind: OperationKind
-    amount_minor: int
-    currency: str
-    status: OperationStatus
-    code: str | None
-    calls: int
-    began_at: datetime.datetime
-    settled_at: datetime.datetime | None
+    @property
+    def id(self) -> OperationId:
+        return self.payment_id, self.kind, self.reference
 
 
 class ChangedRow(Row):
@@ -90,20 +102,11 @@ class ChangedRow(Row):
     updated_at: datetime.datetime
 
 
-class MismatchRow(Row):
-    kind: str
-    key: str
-
-
-class CountRow(Row):
-    kind: str
-    count: int
-
-
-class NewPayment(msgspec.Struct, frozen=True):
+class NewPayment(msgspec.Struct, frozen=True, gc=False):
     """A payment that is about to be written, where its order has none with this attempt."""
 
     order_id: int
+    nonce: int
     attempt: int
     user_id: int
     method: str
@@ -112,8 +115,8 @@ class NewPayment(msgspec.Struct, frozen=True):
     status: Status = "pending"
 
 
-class NewOperation(msgspec.Struct, frozen=True):
-    """An operation that is about to be written."""
+class NewIntent(msgspec.Struct, frozen=True, gc=False):
+    """An operation that is about to begin."""
 
     payment_id: int
     kind: OperationKind
@@ -125,45 +128,121 @@ class NewOperation(msgspec.Struct, frozen=True):
     code: str | None = None
 
 
-class Entry(msgspec.Struct, frozen=True):
-    """A line of the ledger."""
-
-    operation_id: int
-    account: str
-    side: str
-    amount_minor: int
-    currency: str
+# ---------------------------------------------------------------------------------------------------------- charges
 
 
-class Reported(msgspec.Struct, frozen=True):
-    """A mismatch that is about to be written."""
+async def begin_charges(tx: Tx, payments: Sequence[NewPayment], keys: Sequence[str]) -> list[OpenedRow]:
+    """Writes payments, each with the intent of its charge and the key for it. At most one payment for each order.
 
-    kind: str
-    key: str
-    detail: str
+    A payment is not in the result where the attempt exists, where its order has another live payment, or where the
+    earlier attempts belong to an order with another nonce. Another transaction that is writing the same attempt is
+    waited for: the unique keys are the lock.
+    """
+    return await tx.fetch(
+        OpenedRow,
+        """
+        WITH opened AS (
+            INSERT INTO payments (order_id, nonce, attempt, user_id, method, currency, amount_minor)
+            SELECT n.order_id, n.nonce, n.attempt, n.user_id, n.method, n.currency, n.amount_minor
+              FROM unnest($1::bigint[], $2::bigint[], $3::integer[], $4::bigint[], $5::text[], $6::text[], $7::bigint[])
+                   AS n (order_id, nonce, attempt, user_id, method, currency, amount_minor)
+             WHERE n.attempt = 1
+                OR NOT EXISTS (SELECT FROM payments o WHERE o.order_id = n.order_id AND o.nonce <> n.nonce)
+             ORDER BY n.order_id
+            ON CONFLICT DO NOTHING
+            RETURNING id, order_id, currency, amount_minor, created_at
+        ), begun AS (
+            INSERT INTO intents (payment_id, kind, key, amount_minor, currency)
+            SELECT id, 'charge', ($8::text[])[array_position($1::bigint[], order_id)], amount_minor, currency
+              FROM opened
+        )
+        SELECT id, order_id, created_at FROM opened
+        """,
+        [p.order_id for p in payments],
+        [p.nonce for p in payments],
+        [p.attempt for p in payments],
+        [p.user_id for p in payments],
+        [p.method for p in payments],
+        [p.currency for p in payments],
+        [p.amount_minor for p in payments],
+        keys,
+    )
+
+
+async def record_charges(tx: Tx, results: Mapping[int, Succeeded]) -> dict[int, datetime.datetime]:
+    """Records charges that succeeded, by payment: operation, payment, transfer, balances. Gives the time of each.
+
+    A payment that is not in the result was settled by another transaction first, whose record stands. The update locks
+    the payments by id; where it has waited for another transaction it looks at the status again.
+    """
+    results = dict(sorted(results.items()))
+    rows = await tx.fetch(
+        ChangedRow,
+        """
+        WITH moved AS (
+            UPDATE payments p
+               SET status = 'captured', authorized_minor = p.amount_minor, captured_minor = p.amount_minor,
+                   charge_id = w.charge_id, version = p.version + 1,
+                   updated_at = greatest(p.updated_at, clock_timestamp())
+              FROM unnest($1::bigint[], $3::bigint[]) AS w (id, charge_id)
+             CROSS JOIN LATERAL (SELECT ctid AS tid FROM payments WHERE id = w.id LIMIT 1) k
+             WHERE p.ctid = k.tid AND p.status = 'pending'
+               AND (SELECT i.kind FROM intents i WHERE i.payment_id = p.id AND i.reference = '' LIMIT 1) = 'charge'
+            RETURNING p.id, p.updated_at
+        ), settled AS (
+            DELETE FROM intents i
+             WHERE i.payment_id = ANY(ARRAY(SELECT id FROM moved)) AND i.reference = ''
+            RETURNING i.payment_id, i.kind, i.key, i.amount_minor, i.currency, i.calls, i.began_at
+        ), recorded AS (
+            INSERT INTO operations
+                   (payment_id, kind, key, amount_minor, currency, status, provider_id, calls, began_at)
+            SELECT payment_id, kind, key, amount_minor, currency, 'succeeded',
+                   ($2::bigint[])[array_position($1::bigint[], payment_id)], calls, began_at
+              FROM settled
+        ), transferred AS (
+            INSERT INTO transfers (payment_id, kind, debit, credit, amount_minor, currency)
+            SELECT payment_id, kind, 'provider', 'sales', amount_minor, currency FROM settled
+        ), balanced AS (
+            INSERT INTO accounts AS a (account, currency, balance_minor)
+            SELECT s.account, t.currency, s.sign * t.amount_minor
+              FROM (VALUES ('provider', 1), ('sales', -1)) AS s (account, sign)
+             CROSS JOIN (
+                SELECT currency, sum(amount_minor) AS amount_minor FROM settled GROUP BY currency
+             ) t
+             ORDER BY s.account, t.currency
+            ON CONFLICT (account, currency) DO UPDATE SET balance_minor = a.balance_minor + excluded.balance_minor
+        )
+        SELECT id, updated_at FROM moved
+        """,
+        list(results),
+        [result.provider_id for result in results.values()],
+        [result.charge_id for result in results.values()],
+    )
+    return {row.id: row.updated_at for row in rows}
 
 
 # --------------------------------------------------------------------------------------------------------- payments
 
 
 async def open_payments(tx: Tx, payments: Sequence[NewPayment]) -> list[PaymentRow]:
-    """Writes payments; what does not come back was there already, or its order has another that is alive.
-
-    A payment that somebody else is writing at this moment is waited for: the unique keys are the lock.
-    """
+    """Writes payments. What is not in the result is not, for the reasons that `begin_charges` has."""
     return await tx.fetch(
         PaymentRow,
         """
-        INSERT INTO payments (order_id, attempt, user_id, method, currency, amount_minor, status)
-        SELECT n.order_id, n.attempt, n.user_id, n.method, n.currency, n.amount_minor, n.status
-          FROM unnest($1::bigint[], $2::integer[], $3::bigint[], $4::text[], $5::text[], $6::bigint[], $7::text[])
-               AS n (order_id, attempt, user_id, method, currency, amount_minor, status)
+        INSERT INTO payments (order_id, nonce, attempt, user_id, method, currency, amount_minor, status)
+        SELECT n.order_id, n.nonce, n.attempt, n.user_id, n.method, n.currency, n.amount_minor, n.status
+          FROM unnest($1::bigint[], $2::bigint[], $3::integer[], $4::bigint[], $5::text[], $6::text[], $7::bigint[],
+                      $8::text[])
+               AS n (order_id, nonce, attempt, user_id, method, currency, amount_minor, status)
+         WHERE n.attempt = 1
+            OR NOT EXISTS (SELECT FROM payments o WHERE o.order_id = n.order_id AND o.nonce <> n.nonce)
          ORDER BY n.order_id, n.attempt
         ON CONFLICT DO NOTHING
-        RETURNING id, order_id, attempt, user_id, method, currency, amount_minor, authorized_minor, captured_minor,
-                  refunded_minor, status, code, charge_id, version, created_at, updated_at
+        RETURNING id, order_id, nonce, attempt, user_id, method, currency, amount_minor, authorized_minor,
+                  captured_minor, refunded_minor, status, code, charge_id, version, created_at, updated_at
         """,
         [p.order_id for p in payments],
+        [p.nonce for p in payments],
         [p.attempt for p in payments],
         [p.user_id for p in payments],
         [p.method for p in payments],
@@ -173,13 +252,30 @@ async def open_payments(tx: Tx, payments: Sequence[NewPayment]) -> list[PaymentR
     )
 
 
-async def lock_attempts(tx: Tx, pairs: Sequence[Pair]) -> list[PaymentRow]:
-    """The payments that exist. Until the end of the transaction nobody else changes them or begins operations."""
-    # One look at the index for each pair: a join that was planned when the shop was new would read all payments.
+async def used_by_others(tx: Tx, orders: Sequence[tuple[int, int]]) -> set[int]:
+    """Of these order ids and nonces, the ids that have payments with another nonce."""
+    return set(
+        await tx.fetch_values(
+            int,
+            """
+            SELECT w.order_id
+              FROM unnest($1::bigint[], $2::bigint[]) AS w (order_id, nonce)
+             CROSS JOIN LATERAL (
+                SELECT id FROM payments WHERE order_id = w.order_id AND nonce <> w.nonce LIMIT 1) p
+            """,
+            [order_id for order_id, _ in orders],
+            [nonce for _, nonce in orders],
+        )
+    )
+
+
+async def lock_attempts(tx: Tx, attempts: Sequence[Attempt]) -> list[PaymentRow]:
+    """The payments that exist. Until the end of the transaction no other one changes them or begins operations."""
+    # One look at the index for each: a join that was planned when the shop was new would read all payments.
     return await tx.fetch(
         PaymentRow,
         """
-        SELECT id, order_id, attempt, user_id, method, currency, amount_minor, authorized_minor, captured_minor,
+        SELECT id, order_id, nonce, attempt, user_id, method, currency, amount_minor, authorized_minor, captured_minor,
                refunded_minor, status, code, charge_id, version, created_at, updated_at
           FROM payments
          WHERE id = ANY(ARRAY(
@@ -190,8 +286,8 @@ async def lock_attempts(tx: Tx, pairs: Sequence[Pair]) -> list[PaymentRow]:
          ORDER BY id
            FOR NO KEY UPDATE
         """,
-        [order_id for order_id, _ in pairs],
-        [attempt for _, attempt in pairs],
+        [order_id for order_id, _ in attempts],
+        [attempt for _, attempt in attempts],
     )
 
 
@@ -200,7 +296,7 @@ async def lock_payments(tx: Tx, ids: Sequence[int]) -> dict[int, PaymentRow]:
     rows = await tx.fetch(
         PaymentRow,
         """
-        SELECT id, order_id, attempt, user_id, method, currency, amount_minor, authorized_minor, captured_minor,
+        SELECT id, order_id, nonce, attempt, user_id, method, currency, amount_minor, authorized_minor, captured_minor,
                refunded_minor, status, code, charge_id, version, created_at, updated_at
           FROM payments
          WHERE id = ANY($1::bigint[])
@@ -216,7 +312,7 @@ async def payments(tx: Tx, ids: Sequence[int]) -> dict[int, PaymentRow]:
     rows = await tx.fetch(
         PaymentRow,
         """
-        SELECT id, order_id, attempt, user_id, method, currency, amount_minor, authorized_minor, captured_minor,
+        SELECT id, order_id, nonce, attempt, user_id, method, currency, amount_minor, authorized_minor, captured_minor,
                refunded_minor, status, code, charge_id, version, created_at, updated_at
           FROM payments
          WHERE id = ANY($1::bigint[])
@@ -230,12 +326,12 @@ LIST_SQL: Final[dict[tuple[bool, bool], str]] = {
     (by_order, by_user): "".join(
         (
             """
-            SELECT id, order_id, attempt, user_id, method, currency, amount_minor, authorized_minor, captured_minor,
-                   refunded_minor, status, code, charge_id, version, created_at, updated_at
+            SELECT id, order_id, nonce, attempt, user_id, method, currency, amount_minor, authorized_minor,
+                   captured_minor, refunded_minor, status, code, charge_id, version, created_at, updated_at
               FROM payments
              WHERE id < $1""",
-            " AND order_id = $3" if by_order else "",
-            f" AND user_id = ${4 if by_order else 3}" if by_user else "",
+            " AND order_id = $3 AND ($4::bigint IS NULL OR nonce = $4)" if by_order else "",
+            f" AND user_id = ${5 if by_order else 3}" if by_user else "",
             " ORDER BY id DESC LIMIT $2",
         )
     )
@@ -253,7 +349,7 @@ async def list_page(tx: Tx, wanted: ListPayments, limit: int) -> list[PaymentRow
         LIST_SQL[by_order, by_user],
         ABOVE_ALL_IDS if wanted.before is None else wanted.before,
         limit,
-        *((wanted.order_id,) if by_order else ()),
+        *((wanted.order_id, wanted.order_nonce) if by_order else ()),
         *((wanted.user_id,) if by_user else ()),
     )
 
@@ -270,7 +366,8 @@ async def write_payments(tx: Tx, changed: Sequence[PaymentRow]) -> dict[int, dat
           FROM unnest($1::bigint[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[],
                       $8::integer[])
                AS n (id, status, code, charge_id, authorized_minor, captured_minor, refunded_minor, version)
-         WHERE p.id = n.id AND p.version <= n.version
+         CROSS JOIN LATERAL (SELECT ctid AS tid FROM payments WHERE id = n.id LIMIT 1) k
+         WHERE p.ctid = k.tid AND p.version <= n.version
         RETURNING p.id, p.updated_at
         """,
         [p.id for p in changed],
@@ -282,280 +379,198 @@ async def write_payments(tx: Tx, changed: Sequence[PaymentRow]) -> dict[int, dat
         [p.refunded_minor for p in changed],
         [p.version for p in changed],
     )
-    assert len(rows) == len(changed), "the rows are locked: nobody can have changed them in between"
+    assert len(rows) == len(changed), "the rows are locked: no other transaction can have changed them in between"
     return {row.id: row.updated_at for row in rows}
 
 
-# ------------------------------------------------------------------------------------------------------- operations
+# ---------------------------------------------------------------------------------------------------------- intents
 
 
 async def operations_of(tx: Tx, payment_ids: Sequence[int]) -> list[OperationRow]:
+    """All operations of the payments, settled or not."""
     return await tx.fetch(
         OperationRow,
         """
-        SELECT id, payment_id, kind, reference, key, amount_minor, currency, status, code,
-               began_at < now() - interval '23 hours' AS is_old
+        SELECT payment_id, kind, reference, amount_minor, status, code
           FROM operations
+         WHERE payment_id = ANY($1::bigint[])
+        UNION ALL
+        SELECT payment_id, kind, reference, amount_minor, status, NULL
+          FROM intents
          WHERE payment_id = ANY($1::bigint[])
         """,
         payment_ids,
     )
 
 
-async def begin_operations(tx: Tx, operations: Sequence[NewOperation]) -> list[OperationRow]:
-    """Writes operations, which the caller is about to ask the provider for."""
+async def begin_operations(tx: Tx, intents: Sequence[NewIntent]) -> list[IntentRow]:
+    """Writes intents of locked payments: the caller is about to call the provider."""
     return await tx.fetch(
-        OperationRow,
+        IntentRow,
         """
-        INSERT INTO operations (payment_id, kind, reference, key, amount_minor, currency, calls, asked_at)
-        SELECT n.payment_id, n.kind, n.reference, n.key, n.amount_minor, n.currency, 1, now()
+        INSERT INTO intents (payment_id, kind, reference, key, amount_minor, currency)
+        SELECT n.payment_id, n.kind, n.reference, n.key, n.amount_minor, n.currency
           FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::bigint[], $6::text[])
                AS n (payment_id, kind, reference, key, amount_minor, currency)
-         ORDER BY n.key
-        RETURNING id, payment_id, kind, reference, key, amount_minor, currency, status, code, false AS is_old
+        RETURNING payment_id, kind, reference, key, amount_minor, currency, false AS is_old
         """,
-        [o.payment_id for o in operations],
-        [o.kind for o in operations],
-        [o.reference for o in operations],
-        [o.key for o in operations],
-        [o.amount_minor for o in operations],
-        [o.currency for o in operations],
+        [i.payment_id for i in intents],
+        [i.kind for i in intents],
+        [i.reference for i in intents],
+        [i.key for i in intents],
+        [i.amount_minor for i in intents],
+        [i.currency for i in intents],
     )
 
 
-async def count_calls(tx: Tx, ids: Sequence[int]) -> None:
-    """Notes that the caller is about to ask the provider for these again."""
-    await tx.execute(
+async def count_calls(tx: Tx, ids: Sequence[OperationId]) -> list[IntentRow]:
+    """Notes that the caller is about to call the provider again with these intents of locked payments."""
+    return await tx.fetch(
+        IntentRow,
         """
-        UPDATE operations SET calls = calls + 1, asked_at = now()
-         WHERE id = ANY($1::bigint[]) AND status IN ('intent', 'unknown')
+        UPDATE intents i
+           SET calls = i.calls + 1, asked_at = now()
+          FROM unnest($1::bigint[], $2::text[]) AS n (payment_id, reference)
+         CROSS JOIN LATERAL (
+            SELECT ctid AS tid FROM intents WHERE payment_id = n.payment_id AND reference = n.reference LIMIT 1) k
+         WHERE i.ctid = k.tid
+        RETURNING i.payment_id, i.kind, i.reference, i.key, i.amount_minor, i.currency,
+                  i.began_at < now() - interval '23 hours' AS is_old
         """,
-        ids,
+        [payment_id for payment_id, _, _ in ids],
+        [reference for _, _, reference in ids],
     )
 
 
-async def settle_operations(tx: Tx, outcomes: Mapping[int, Outcome]) -> set[int]:
-    """Notes outcomes by operation; gives the operations that got one, or stay open, by this.
+async def lease_intents(tx: Tx, quiet_seconds: float, limit: int) -> list[IntentRow]:
+    """Intents that were left alone for a while, the oldest payments first; the caller is about to call again.
 
-    One that is not among them was settled by somebody else first, whose word stands.
-    """
-    return set(
-        await tx.fetch_values(
-            int,
-            """
-            UPDATE operations o
-               SET status = n.status, code = n.code, provider_id = n.provider_id,
-                   settled_at = CASE WHEN n.status <> 'unknown' THEN clock_timestamp() END
-              FROM unnest($1::bigint[], $2::text[], $3::text[], $4::bigint[]) AS n (id, status, code, provider_id)
-             WHERE o.id = n.id AND o.status IN ('intent', 'unknown')
-            RETURNING o.id
-            """,
-            list(outcomes),
-            [status_of(outcome) for outcome in outcomes.values()],
-            [outcome.code if isinstance(outcome, Declined) else None for outcome in outcomes.values()],
-            [outcome.provider_id if isinstance(outcome, Succeeded) else None for outcome in outcomes.values()],
-        )
-    )
-
-
-def status_of(outcome: Outcome) -> OperationStatus:
-    """What is noted of an operation with this outcome."""
-    match outcome:
-        case Succeeded():
-            return "succeeded"
-        case Declined():
-            return "declined"
-        case Unknown():
-            return "unknown"
-
-
-async def lease_open(tx: Tx, quiet_seconds: float, limit: int) -> list[OperationRow]:
-    """Operations whose outcome nobody has found out for a while; the caller is about to ask for them again.
-
-    `asked_at` is the lease: who asks has so long before somebody else does, and longer each time. Rows that somebody
-    is busy with are passed over.
+    `asked_at` is the lease: the next caller waits so long after it, and longer each time. Locked payments are skipped,
+    with their intents: another transaction is at work on them. The primary key is the order in which they are read.
     """
     return await tx.fetch(
-        OperationRow,
+        IntentRow,
         """
-        UPDATE operations o
-           SET calls = o.calls + 1, asked_at = now()
-          FROM (SELECT id FROM operations
-                 WHERE status IN ('intent', 'unknown') AND began_at < now() - make_interval(secs => $1)
-                   AND (asked_at IS NULL OR asked_at < now() - make_interval(secs => $1 * least(calls, 12)))
-                 ORDER BY began_at
+        UPDATE intents i
+           SET calls = i.calls + 1, asked_at = now()
+          FROM (SELECT due.ctid AS tid
+                  FROM intents due
+                 CROSS JOIN LATERAL (
+                    SELECT id FROM payments WHERE id = due.payment_id LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) p
+                 WHERE due.asked_at < now() - make_interval(secs => $1 * least(due.calls, 12))
+                 ORDER BY due.payment_id, due.reference
                  LIMIT $2
-                   FOR NO KEY UPDATE SKIP LOCKED) due
-         WHERE o.id = due.id
-        RETURNING o.id, o.payment_id, o.kind, o.reference, o.key, o.amount_minor, o.currency, o.status, o.code,
-                  o.began_at < now() - interval '23 hours' AS is_old
+                   FOR NO KEY UPDATE OF due SKIP LOCKED) k
+         WHERE i.ctid = k.tid
+        RETURNING i.payment_id, i.kind, i.reference, i.key, i.amount_minor, i.currency,
+                  i.began_at < now() - interval '23 hours' AS is_old
         """,
         quiet_seconds,
         limit,
     )
 
 
-async def trace(tx: Tx, order_id: int) -> list[PaymentStep]:
-    rows = await tx.fetch(
-        StepRow,
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+async def settle_operations(tx: Tx, results: Mapping[OperationId, Succeeded | Declined]) -> list[SettledRow]:
+    """Moves intents of locked payments to the operations, with their results; those that are still intents.
+
+    What is not in the result was settled by another transaction first, whose record stands.
+    """
+    return await tx.fetch(
+        SettledRow,
         """
-        SELECT o.payment_id, o.kind, o.amount_minor, o.currency, o.status, o.code, o.calls, o.began_at, o.settled_at
-          FROM operations o
-          JOIN payments p ON p.id = o.payment_id
-         WHERE p.order_id = $1
-         ORDER BY o.began_at, o.id
+        WITH settled AS (
+            DELETE FROM intents i
+             USING unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[])
+                   AS n (payment_id, kind, reference, status, code, provider_id)
+             CROSS JOIN LATERAL (
+                SELECT ctid AS tid FROM intents
+                 WHERE payment_id = n.payment_id AND reference = n.reference AND kind = n.kind LIMIT 1) k
+             WHERE i.ctid = k.tid
+            RETURNING i.payment_id, i.kind, i.reference, i.key, i.amount_minor, i.currency, n.status, n.code,
+                      n.provider_id, i.calls, i.began_at
+        )
+        INSERT INTO operations (payment_id, kind, reference, key, amount_minor, currency, status, code, provider_id,
+                                calls, began_at)
+        SELECT payment_id, kind, reference, key, amount_minor, currency, status, code, provider_id, calls, began_at
+          FROM settled
+         ORDER BY provider_id
+        RETURNING payment_id, kind, reference, amount_minor, currency
         """,
-        order_id,
+        [payment_id for payment_id, _, _ in results],
+        [kind for _, kind, _ in results],
+        [reference for _, _, reference in results],
+        ["succeeded" if isinstance(result, Succeeded) else "declined" for result in results.values()],
+        [result.code if isinstance(result, Declined) else None for result in results.values()],
+        [result.provider_id if isinstance(result, Succeeded) else None for result in results.values()],
     )
-    return [PaymentStep(**msgspec.structs.asdict(row)) for row in rows]
 
 
-# ----------------------------------------------------------------------------------------------------------- ledger
+async def mark_unknown(tx: Tx, ids: Sequence[OperationId]) -> None:
+    """Notes of intents of locked payments that the provider was called, and its answer tells no result."""
+    await tx.execute(
+        """
+        UPDATE intents i
+           SET status = 'unknown'
+          FROM unnest($1::bigint[], $2::text[], $3::text[]) AS n (payment_id, kind, reference)
+         CROSS JOIN LATERAL (
+            SELECT ctid AS tid FROM intents
+             WHERE payment_id = n.payment_id AND reference = n.reference AND kind = n.kind LIMIT 1) k
+         WHERE i.ctid = k.tid AND i.status = 'intent'
+        """,
+        [payment_id for payment_id, _, _ in ids],
+        [kind for _, kind, _ in ids],
+        [reference for _, _, reference in ids],
+    )
 
 
-async def book(tx: Tx, entries: Sequence[Entry]) -> None:
-    """Writes ledger entries and moves the balances of their accounts.
+async def transfer(tx: Tx, operations: Sequence[SettledRow]) -> None:
+    """Writes the transfers of operations that moved money, and changes the balances of their accounts.
 
     All payments of a currency meet at the same few account rows. So this is the last statement before the commit, and
-    a batch moves each balance once.
+    a batch changes each balance once.
     """
-    if not entries:
+    moving = [o for o in operations if o.kind in TRANSFERS and o.amount_minor]
+    if not moving:
         return
     await tx.execute(
         """
-        WITH booked AS (
-            INSERT INTO ledger_entries (operation_id, account, side, amount_minor, currency)
-            SELECT n.operation_id, n.account, n.side, n.amount_minor, n.currency
-              FROM unnest($1::bigint[], $2::text[], $3::text[], $4::bigint[], $5::text[])
-                   AS n (operation_id, account, side, amount_minor, currency)
-            RETURNING account, currency, CASE side WHEN 'debit' THEN amount_minor ELSE -amount_minor END AS delta
+        WITH transferred AS (
+            INSERT INTO transfers (payment_id, kind, reference, debit, credit, amount_minor, currency)
+            SELECT n.payment_id, n.kind, n.reference, n.debit, n.credit, n.amount_minor, n.currency
+              FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::text[])
+                   AS n (payment_id, kind, reference, debit, credit, amount_minor, currency)
+            RETURNING debit, credit, amount_minor, currency
         )
         INSERT INTO accounts AS a (account, currency, balance_minor)
-        SELECT account, currency, sum(delta) FROM booked GROUP BY account, currency ORDER BY account, currency
+        SELECT s.account, s.currency, sum(s.amount_minor)
+          FROM (
+            SELECT debit AS account, currency, amount_minor FROM transferred
+            UNION ALL
+            SELECT credit, currency, -amount_minor FROM transferred
+          ) s
+         GROUP BY s.account, s.currency
+         ORDER BY s.account, s.currency
         ON CONFLICT (account, currency) DO UPDATE SET balance_minor = a.balance_minor + excluded.balance_minor
         """,
-        [e.operation_id for e in entries],
-        [e.account for e in entries],
-        [e.side for e in entries],
-        [e.amount_minor for e in entries],
-        [e.currency for e in entries],
+        [o.payment_id for o in moving],
+        [o.kind for o in moving],
+        [o.reference for o in moving],
+        [TRANSFERS[o.kind][0] for o in moving],
+        [TRANSFERS[o.kind][1] for o in moving],
+        [o.amount_minor for o in moving],
+        [o.currency for o in moving],
     )
 
 
-# --------------------------------------------------------------------------------------------------- reconciliation
-
-
-async def take_cursor(tx: Tx, provider: str, seconds: float) -> int | None:
-    """Where the comparison has come to. None: somebody else has taken it within so many seconds."""
-    taken = await tx.fetch_values(
-        int,
-        """
-        INSERT INTO reconciliation AS r (name, leased_until)
-        VALUES ($1, now() + make_interval(secs => $2))
-        ON CONFLICT (name) DO UPDATE SET leased_until = excluded.leased_until WHERE r.leased_until <= now()
-        RETURNING after
-        """,
-        provider,
-        seconds,
-    )
-    return taken[0] if taken else None
-
-
-async def move_cursor(tx: Tx, provider: str, before: int, after: int) -> None:
-    """Moves it on. Nothing happens where somebody who took over has moved it already."""
-    await tx.execute("UPDATE reconciliation SET after = $3 WHERE name = $1 AND after = $2", provider, before, after)
-
-
-KNOWN_SQL: Final[dict[str, str]] = {
-    by: """
-        SELECT o.id, o.payment_id, o.kind, o.key, o.amount_minor, o.currency, o.status, p.status AS payment_status,
-               p.code AS payment_code,
-               EXISTS (SELECT FROM operations v WHERE v.payment_id = o.payment_id AND v.kind = 'void') AS has_void
-          FROM operations o
-          JOIN payments p ON p.id = o.payment_id
-         WHERE CONDITION
-        """.replace("CONDITION", condition)
-    for by, condition in {
-        "key": "o.key = ANY($1::text[])",
-        "place": """o.status = 'succeeded' AND o.provider_id > $2 AND o.provider_id <= $3
-           AND split_part(p.method, ':', 1) = $1 ORDER BY o.provider_id LIMIT $4""",
-        "beyond": """o.status = 'succeeded' AND o.provider_id > $2
-           AND o.settled_at < now() - make_interval(secs => $3)
-           AND split_part(p.method, ':', 1) = $1 ORDER BY o.provider_id LIMIT $4""",
-    }.items()
-}
-
-
-async def known_by_keys(tx: Tx, keys: Sequence[str]) -> dict[str, KnownRow]:
-    return {row.key: row for row in await tx.fetch(KnownRow, KNOWN_SQL["key"], keys)}
-
-
-async def known_between(tx: Tx, provider: str, after: int, up_to: int, limit: int) -> dict[str, KnownRow]:
-    """Our operations that have a place in that part of the provider's statement, by key."""
-    return {row.key: row for row in await tx.fetch(KnownRow, KNOWN_SQL["place"], provider, after, up_to, limit)}
-
-
-async def known_beyond(tx: Tx, provider: str, after: int, seconds: float, limit: int) -> dict[str, KnownRow]:
-    """Our operations that were done so many seconds ago, and are still not on the statement, which ends at `after`."""
-    return {row.key: row for row in await tx.fetch(KnownRow, KNOWN_SQL["beyond"], provider, after, seconds, limit)}
-
-
-async def operations(tx: Tx, ids: Sequence[int]) -> list[OperationRow]:
-    return await tx.fetch(
-        OperationRow,
-        """
-        SELECT id, payment_id, kind, reference, key, amount_minor, currency, status, code,
-               began_at < now() - interval '23 hours' AS is_old
-          FROM operations
-         WHERE id = ANY($1::bigint[])
-        """,
-        ids,
-    )
-
-
-async def report(tx: Tx, provider: str, mismatches: Sequence[Reported]) -> None:
-    """Writes mismatches; one that was resolved and is back is open again."""
-    await tx.execute(
-        """
-        INSERT INTO mismatches AS m (kind, key, provider, detail)
-        SELECT n.kind, n.key, $1, n.detail FROM unnest($2::text[], $3::text[], $4::text[]) AS n (kind, key, detail)
-         ORDER BY n.kind, n.key
-        ON CONFLICT (kind, key) DO UPDATE SET detail = excluded.detail, resolved_at = NULL
-        """,
-        provider,
-        [m.kind for m in mismatches],
-        [m.key for m in mismatches],
-        [m.detail for m in mismatches],
-    )
-
-
-async def open_mismatches(tx: Tx, provider: str, limit: int) -> list[MismatchRow]:
-    """The oldest that are not resolved."""
-    return await tx.fetch(
-        MismatchRow,
-        """
-        SELECT kind, key FROM mismatches WHERE provider = $1 AND resolved_at IS NULL ORDER BY found_at LIMIT $2
-        """,
-        provider,
-        limit,
-    )
-
-
-async def resolve(tx: Tx, mismatches: Sequence[MismatchRow]) -> None:
-    await tx.execute(
-        """
-        UPDATE mismatches m SET resolved_at = now()
-          FROM unnest($1::text[], $2::text[]) AS n (kind, key)
-         WHERE m.kind = n.kind AND m.key = n.key AND m.resolved_at IS NULL
-        """,
-        [m.kind for m in mismatches],
-        [m.key for m in mismatches],
-    )
-
-
-async def count_mismatches(tx: Tx) -> dict[str, int]:
-    """How many of each kind are open."""
-    rows = await tx.fetch(
-        CountRow, "SELECT kind, count(*) AS count FROM mismatches WHERE resolved_at IS NULL GROUP BY kind"
-    )
-    return {row.kind: row.count for row in rows}
+def status_of(result: ProviderResult) -> OperationStatus:
+    """The status of an operation with this result."""
+    match result:
+        case Succeeded():
+            return "succeeded"
+        case Declined():
+            return "declined"
+        case Unknown():
+            return "unknown"

@@ -14,6 +14,7 @@ def build(env: Env) -> Service:
     service = SandboxService(env.database, env.options(Options), env.randomness)
     server = Server(Sandbox, env.clock)
     server.register(Sandbox.authorize, service.authorize)
+    server.register(Sandbox.charge, service.charge)
     server.register(Sandbox.capture, service.capture)
     server.register(Sandbox.void, service.void)
     server.register(Sandbox.refund, service.refund)

@@ -10,10 +10,20 @@ from typing import Final, Literal, Protocol, TypeVar, cast
 
 import msgspec
 
-from mercato.contracts.sandbox import AuthorizeCharge, CaptureCharge, OperationKind, RefundCharge, VoidCharge
+from mercato.contracts.sandbox import (
+    AuthorizeCharge,
+    CaptureCharge,
+    ChargeCard,
+    OperationKind,
+    RefundCharge,
+    VoidCharge,
+)
 
 State = Literal["open", "captured", "voided", "expired"]
+OpeningRequest = AuthorizeCharge | ChargeCard
+"""Opens a charge."""
 ChargeRequest = CaptureCharge | VoidCharge | RefundCharge
+"""Changes a charge that is there."""
 
 LONGEST_SLOW_MS: Final = 60_000
 LOST_ANSWER: Final = "sandbox:lost_answer"
@@ -21,11 +31,19 @@ ERROR_THEN_OK: Final = "sandbox:error_then_ok"
 CAPTURE_EXPIRED: Final = "sandbox:capture_expired"
 SLOW: Final = "sandbox:slow:"
 
-NO_AUTHORIZATION: Final[Mapping[str, str]] = {
-    "sandbox:declined": "card_declined",
-    "sandbox:insufficient_funds": "insufficient_funds",
+OPENING: Final[frozenset[OperationKind]] = frozenset({"authorize", "charge"})
+"""The operations that open a charge."""
+
+DECLINED: Final[Mapping[OperationKind, Mapping[str, str]]] = {
+    "authorize": {"sandbox:declined": "card_declined", "sandbox:insufficient_funds": "insufficient_funds"},
+    "charge": {
+        "sandbox:declined": "card_declined",
+        "sandbox:insufficient_funds": "insufficient_funds",
+        # The amount could be reserved and not be taken: as one operation it is declined, and nothing stays reserved.
+        CAPTURE_EXPIRED: "authorization_expired",
+    },
 }
-"""Methods whose cards are declined, and with which code."""
+"""The cards for which no charge is opened: the code by kind and method."""
 
 REFUSALS: Final[Mapping[OperationKind, Mapping[State, str]]] = {
     "capture": {
@@ -70,23 +88,23 @@ class Charge(Protocol):
 C = TypeVar("C", bound=Charge)
 
 
-class Asked(msgspec.Struct, frozen=True):
-    """An operation that somebody asks for. Two with the same key are the same operation, or one is refused."""
+class RequestedOperation(msgspec.Struct, frozen=True):
+    """An operation that a client asks for. Two with the same key are the same operation, or one is refused."""
 
     key: str
     kind: OperationKind
     charge_id: int | None
-    """None for authorize: it opens one."""
+    """None for authorize and charge: they open one."""
     order_id: int
     amount_minor: int
     currency: str
     method: str
 
 
-def authorization(request: AuthorizeCharge) -> Asked:
-    return Asked(
+def opening(kind: OperationKind, request: OpeningRequest) -> RequestedOperation:
+    return RequestedOperation(
         key=request.idempotency_key,
-        kind="authorize",
+        kind=kind,
         charge_id=None,
         order_id=request.order_id,
         amount_minor=request.amount_minor,
@@ -95,9 +113,9 @@ def authorization(request: AuthorizeCharge) -> Asked:
     )
 
 
-def of_charge(kind: OperationKind, request: ChargeRequest, charge: Charge) -> Asked:
+def on_charge(kind: OperationKind, request: ChargeRequest, charge: Charge) -> RequestedOperation:
     """Capture and void are for the whole authorization."""
-    return Asked(
+    return RequestedOperation(
         key=request.idempotency_key,
         kind=kind,
         charge_id=charge.id,

@@ -1,6 +1,8 @@
 """The operations of the sandbox, in contract order, and the loop that finishes what is `processing`.
 
-A batch is one transaction. In it
+A batch is one transaction. Authorize and charge open charges, which depends on nothing but the request: one statement
+writes the operations and their charges, and a second one only counts the calls of keys that were used before. Of
+capture, void and refund
 
 1. the charges that the requests name are locked, in the order of their ids,
 2. keys that were used before give the operation that they stand for, with one more call counted,
@@ -16,21 +18,22 @@ import asyncio
 import enum
 import itertools
 from collections import Counter
-from collections.abc import Sequence
-from typing import Annotated, Final
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Annotated, Final, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from mercato.chassis import faults
 from mercato.chassis.clock import Randomness
-from mercato.chassis.contract import Batch, ServiceError
+from mercato.chassis.contract import Batch, Message, ServiceError
 from mercato.chassis.db import Database, Tx
 from mercato.contracts.sandbox import (
     AnswerLost,
     AuthorizeCharge,
     BankFailed,
     CaptureCharge,
+    ChargeCard,
     ChargeUnknown,
     ListOperations,
     LookUpOperation,
@@ -44,10 +47,10 @@ from mercato.contracts.sandbox import (
 )
 
 from . import rules, store
-from .rules import Asked
-from .store import ChargeRow, Done, OperationRow
+from .rules import ChargeRequest, OpeningRequest, RequestedOperation
+from .store import ChargeRow, NewOperation, OperationRow
 
-KINDS: Final[tuple[OperationKind, ...]] = ("authorize", "capture", "void", "refund")
+KINDS: Final[tuple[OperationKind, ...]] = ("authorize", "charge", "capture", "void", "refund")
 TRIES: Final = 3
 FINISHED_AT_ONCE: Final = 256
 FINISH_EVERY_SECONDS: Final = 0.2
@@ -55,8 +58,8 @@ FINISH_EVERY_SECONDS: Final = 0.2
 for _flow in (*KINDS, "finish"):
     faults.declare(f"sandbox.{_flow}.before_commit", f"sandbox.{_flow}.after_commit")
 
-Request = AuthorizeCharge | CaptureCharge | VoidCharge | RefundCharge
-Outcome = SandboxOperation | ServiceError
+Q = TypeVar("Q", bound=Message)
+Answer = SandboxOperation | ServiceError
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -77,7 +80,7 @@ class Trouble(enum.Enum):
 
 
 class KeyTaken(Exception):
-    """Somebody else wrote one of the keys between our look and our insert. Rolls back; the next look finds it."""
+    """Another transaction wrote one of the keys after this one had looked for it. Rolls back; the next try finds it."""
 
 
 class SandboxService:
@@ -88,22 +91,25 @@ class SandboxService:
         self._options = options
         self._randomness = randomness
 
-    async def authorize(self, batch: Batch[AuthorizeCharge]) -> Sequence[Outcome]:
-        return await self._answer("authorize", batch)
+    async def authorize(self, batch: Batch[AuthorizeCharge]) -> Sequence[Answer]:
+        return await self._answer(batch, lambda requests: self._open("authorize", requests))
 
-    async def capture(self, batch: Batch[CaptureCharge]) -> Sequence[Outcome]:
-        return await self._answer("capture", batch)
+    async def charge(self, batch: Batch[ChargeCard]) -> Sequence[Answer]:
+        return await self._answer(batch, lambda requests: self._open("charge", requests))
 
-    async def void(self, batch: Batch[VoidCharge]) -> Sequence[Outcome]:
-        return await self._answer("void", batch)
+    async def capture(self, batch: Batch[CaptureCharge]) -> Sequence[Answer]:
+        return await self._answer(batch, lambda requests: self._change("capture", requests))
 
-    async def refund(self, batch: Batch[RefundCharge]) -> Sequence[Outcome]:
-        return await self._answer("refund", batch)
+    async def void(self, batch: Batch[VoidCharge]) -> Sequence[Answer]:
+        return await self._answer(batch, lambda requests: self._change("void", requests))
 
-    async def look_up(self, batch: Batch[LookUpOperation]) -> Sequence[Outcome]:
+    async def refund(self, batch: Batch[RefundCharge]) -> Sequence[Answer]:
+        return await self._answer(batch, lambda requests: self._change("refund", requests))
+
+    async def look_up(self, batch: Batch[LookUpOperation]) -> Sequence[Answer]:
         async with self._database.read() as tx:
             found = await store.by_keys(tx, [request.key for request in batch])
-        return [_spoken(found[r.key]) if r.key in found else OperationUnknown(key=r.key) for r in batch]
+        return [_answer_of(found[r.key]) if r.key in found else OperationUnknown(key=r.key) for r in batch]
 
     async def statement(self, request: ListOperations) -> Statement:
         async with self._database.read() as tx:
@@ -113,50 +119,62 @@ class SandboxService:
 
     # ----------------------------------------------------------------------------------------------------- trouble
 
-    async def _answer(self, kind: OperationKind, requests: Sequence[Request]) -> Sequence[Outcome]:
+    async def _answer(
+        self, requests: Sequence[Q], run: Callable[[Sequence[Q]], Awaitable[Sequence[Answer]]]
+    ) -> Sequence[Answer]:
+        """Runs those requests that the bank receives; every answer may be replaced by an error."""
+        if not self._options.failure_rate:
+            return await run(requests)
         troubles = [self._trouble() for _ in requests]
-        heard = [r for r, trouble in zip(requests, troubles, strict=True) if trouble is not Trouble.FAILS_BEFORE]
-        outcomes = iter(await self._carry_out(kind, heard) if heard else [])
-        answers: list[Outcome] = []
+        received = [r for r, trouble in zip(requests, troubles, strict=True) if trouble is not Trouble.FAILS_BEFORE]
+        done = iter(await run(received) if received else [])
+        answers: list[Answer] = []
         for trouble in troubles:
-            outcome = BankFailed() if trouble is Trouble.FAILS_BEFORE else next(outcomes)
+            answer = BankFailed() if trouble is Trouble.FAILS_BEFORE else next(done)
             if trouble is Trouble.FAILS_AFTER:
-                outcome = BankFailed()
+                answer = BankFailed()
             elif trouble is Trouble.ANSWER_LOST:
-                outcome = AnswerLost()
-            answers.append(outcome)
+                answer = AnswerLost()
+            answers.append(answer)
         return answers
 
     def _trouble(self) -> Trouble | None:
         rate = self._options.failure_rate
-        if not rate:
-            return None
         drawn = int.from_bytes(self._randomness.token(8), "big") / 2**64
         return list(Trouble)[int(drawn / rate * len(Trouble))] if drawn < rate else None
 
     # ---------------------------------------------------------------------------------------------------- one batch
 
-    async def _carry_out(self, kind: OperationKind, requests: Sequence[Request]) -> Sequence[Outcome]:
+    async def _open(self, kind: OperationKind, requests: Sequence[OpeningRequest]) -> Sequence[Answer]:
+        requested = [rules.opening(kind, request) for request in requests]
+        async with self._database.transaction() as tx:
+            accepted = await _without_first_calls(tx, requested)
+            calls = Counter(r.key for r in accepted if isinstance(r, RequestedOperation))
+            known = await store.open_charges(tx, _opening_operations(accepted, calls)) if calls else {}
+            if repeated := {key: n for key, n in calls.items() if key not in known}:
+                known |= await store.count_calls(tx, repeated)
+            await faults.point(f"sandbox.{kind}.before_commit")
+        await faults.point(f"sandbox.{kind}.after_commit")
+        return _answers(accepted, calls, known)
+
+    async def _change(self, kind: OperationKind, requests: Sequence[ChargeRequest]) -> Sequence[Answer]:
         for _ in range(TRIES):
             try:
-                return await self._try_to_carry_out(kind, requests)
+                return await self._try_to_change(kind, requests)
             except KeyTaken:
                 continue
         return [BankFailed() for _ in requests]
 
-    async def _try_to_carry_out(self, kind: OperationKind, requests: Sequence[Request]) -> Sequence[Outcome]:
+    async def _try_to_change(self, kind: OperationKind, requests: Sequence[ChargeRequest]) -> Sequence[Answer]:
         async with self._database.transaction() as tx:
-            named = {r.charge_id for r in requests if not isinstance(r, AuthorizeCharge)}
-            charges = await store.lock_charges(tx, sorted(named)) if named else {}
-            asked = [_asked(kind, request, charges) for request in requests]
-            heard = await _without_first_calls(tx, asked)
-            calls = Counter(a.key for a in heard if isinstance(a, Asked))
+            charges = await store.lock_charges(tx, sorted({request.charge_id for request in requests}))
+            accepted = await _without_first_calls(tx, [_on_charge(kind, request, charges) for request in requests])
+            calls = Counter(r.key for r in accepted if isinstance(r, RequestedOperation))
             known = await store.count_calls(tx, calls) if calls else {}
-            new = _new_operations(heard, calls, known)
-            known |= await _write(tx, kind, new, charges)
+            known |= await _write_changes(tx, _new_operations(accepted, calls, known), charges)
             await faults.point(f"sandbox.{kind}.before_commit")
         await faults.point(f"sandbox.{kind}.after_commit")
-        return _answers(heard, calls, known)
+        return _answers(accepted, calls, known)
 
     # -------------------------------------------------------------------------------------------------- processing
 
@@ -177,7 +195,7 @@ class SandboxService:
             before = dict(charges)
             codes: dict[int, str | None] = {}
             for operation in await store.lock_processing(tx, [o.id for o in due]):
-                codes[operation.id] = _code_of(operation, charges)
+                codes[operation.id] = _change(operation, charges)
             await store.write_charges(tx, [c for c in charges.values() if c is not before[c.id]])
             await store.finish(tx, codes)
             await faults.point("sandbox.finish.before_commit")
@@ -188,108 +206,118 @@ class SandboxService:
 # ----------------------------------------------------------------------------------------------------------- details
 
 
-def _asked(kind: OperationKind, request: Request, charges: dict[int, ChargeRow]) -> Asked | ServiceError:
-    if isinstance(request, AuthorizeCharge):
-        return rules.authorization(request)
+def _on_charge(
+    kind: OperationKind, request: ChargeRequest, charges: Mapping[int, ChargeRow]
+) -> RequestedOperation | ServiceError:
     charge = charges.get(request.charge_id)
-    return rules.of_charge(kind, request, charge) if charge else ChargeUnknown(charge_id=request.charge_id)
+    return rules.on_charge(kind, request, charge) if charge else ChargeUnknown(charge_id=request.charge_id)
 
 
-async def _without_first_calls(tx: Tx, asked: Sequence[Asked | ServiceError]) -> list[Asked | ServiceError]:
+async def _without_first_calls(
+    tx: Tx, requested: Sequence[RequestedOperation | ServiceError]
+) -> list[RequestedOperation | ServiceError]:
     """The same, where the first call of an operation that fails at first is a `BankFailed`."""
-    failing = {a.key for a in asked if isinstance(a, Asked) and a.method == rules.ERROR_THEN_OK}
+    failing = {r.key for r in requested if isinstance(r, RequestedOperation) and r.method == rules.ERROR_THEN_OK}
     if not failing:
-        return list(asked)
+        return list(requested)
     first = await store.remember_first_calls(tx, sorted(failing))
-    heard: list[Asked | ServiceError] = []
-    for each in asked:
-        if isinstance(each, Asked) and each.key in first:
+    accepted: list[RequestedOperation | ServiceError] = []
+    for each in requested:
+        if isinstance(each, RequestedOperation) and each.key in first:
             first.remove(each.key)
-            heard.append(BankFailed())
+            accepted.append(BankFailed())
         else:
-            heard.append(each)
-    return heard
+            accepted.append(each)
+    return accepted
 
 
 def _new_operations(
-    asked: Sequence[Asked | ServiceError], calls: Counter[str], known: dict[str, OperationRow]
-) -> list[Done]:
-    """One for each key that nobody has used, in the order of the requests; nothing is decided yet."""
-    new: dict[str, Done] = {}
-    for each in asked:
-        if isinstance(each, Asked) and each.key not in known and each.key not in new:
+    accepted: Sequence[RequestedOperation | ServiceError],
+    calls: Mapping[str, int],
+    known: Mapping[str, OperationRow],
+) -> list[NewOperation]:
+    """One for each key that was not used before, in the order of the requests; nothing is decided yet."""
+    new: dict[str, NewOperation] = {}
+    for each in accepted:
+        if isinstance(each, RequestedOperation) and each.key not in known and each.key not in new:
             delay_ms = rules.delay_ms(each.method)
             status = "succeeded" if delay_ms is None else "processing"
-            new[each.key] = Done(each, calls[each.key], status, delay_ms=delay_ms)
+            new[each.key] = NewOperation(each, calls[each.key], status, delay_ms=delay_ms)
     return list(new.values())
 
 
-async def _write(
-    tx: Tx, kind: OperationKind, new: Sequence[Done], charges: dict[int, ChargeRow]
-) -> dict[str, OperationRow]:
+def _opening_operations(
+    accepted: Sequence[RequestedOperation | ServiceError], calls: Mapping[str, int]
+) -> list[NewOperation]:
+    """One for each key, with its result."""
+    return [
+        _with_code(new, rules.DECLINED[new.requested.kind].get(new.requested.method))
+        for new in _new_operations(accepted, calls, {})
+    ]
+
+
+async def _write_changes(tx: Tx, new: Sequence[NewOperation], charges: dict[int, ChargeRow]) -> dict[str, OperationRow]:
     """Decides and writes. Raises `KeyTaken`."""
     if not new:
         return {}
     before = dict(charges)
-    decided = [done if done.status == "processing" else _decided(done, charges) for done in new]
-    opening = [d for d in decided if kind == "authorize" and d.status == "succeeded"]
-    others = [d for d in decided if kind != "authorize" or d.status != "succeeded"]
-    written = await store.open_charges(tx, opening) if opening else {}
-    if others:
-        written |= await store.insert_operations(tx, others)
+    decided = [
+        operation if operation.status == "processing" else _with_code(operation, _change(operation.requested, charges))
+        for operation in new
+    ]
+    written = await store.insert_operations(tx, decided)
     if len(written) < len(new):
         raise KeyTaken
     await store.write_charges(tx, [c for c in charges.values() if c is not before[c.id]])
     return written
 
 
-def _decided(done: Done, charges: dict[int, ChargeRow]) -> Done:
-    code = _code_of(done.asked, charges)
-    return msgspec.structs.replace(done, status="declined", code=code) if code else done
+def _with_code(new: NewOperation, code: str | None) -> NewOperation:
+    return msgspec.structs.replace(new, status="declined", code=code) if code else new
 
 
-def _code_of(operation: Asked | OperationRow, charges: dict[int, ChargeRow]) -> str | None:
+def _change(operation: RequestedOperation | OperationRow, charges: dict[int, ChargeRow]) -> str | None:
     """Carries an operation out on its charge in `charges`; the code with which it is declined, if it is."""
     if operation.charge_id is None:
-        return rules.NO_AUTHORIZATION.get(operation.method)
+        return rules.DECLINED[operation.kind].get(operation.method)
     charge, code = rules.carry_out(charges[operation.charge_id], operation.kind, operation.amount_minor)
     charges[charge.id] = charge
     return code
 
 
 def _answers(
-    asked: Sequence[Asked | ServiceError], calls: Counter[str], known: dict[str, OperationRow]
-) -> list[Outcome]:
-    """What each request hears, the calls with one key in their order."""
-    heard: Counter[str] = Counter()
-    answers: list[Outcome] = []
-    for each in asked:
+    accepted: Sequence[RequestedOperation | ServiceError], calls: Mapping[str, int], known: Mapping[str, OperationRow]
+) -> list[Answer]:
+    """The answer to each request; of several with one key the first in the batch was the first call."""
+    answered: Counter[str] = Counter()
+    answers: list[Answer] = []
+    for each in accepted:
         if isinstance(each, ServiceError):
             answers.append(each)
             continue
         operation = known[each.key]
-        heard[each.key] += 1
-        call = operation.calls - calls[each.key] + heard[each.key]
+        answered[each.key] += 1
+        call = operation.calls - calls[each.key] + answered[each.key]
         if not _is_same(each, operation):
             answers.append(SandboxKeyReused(key=each.key))
         elif each.method == rules.LOST_ANSWER and call == 1:
             answers.append(AnswerLost())
         else:
-            answers.append(_spoken(operation))
+            answers.append(_answer_of(operation))
     return answers
 
 
-def _is_same(asked: Asked, known: OperationRow) -> bool:
-    opens = asked.kind == "authorize"
+def _is_same(requested: RequestedOperation, known: OperationRow) -> bool:
+    opens = requested.kind in rules.OPENING
     return (
-        asked.kind == known.kind
-        and (opens or asked.charge_id == known.charge_id)
-        and (asked.order_id, asked.amount_minor) == (known.order_id, known.amount_minor)
-        and (asked.currency, asked.method) == (known.currency, known.method)
+        requested.kind == known.kind
+        and (opens or requested.charge_id == known.charge_id)
+        and (requested.order_id, requested.amount_minor) == (known.order_id, known.amount_minor)
+        and (requested.currency, requested.method) == (known.currency, known.method)
     )
 
 
-def _spoken(row: OperationRow) -> SandboxOperation:
+def _answer_of(row: OperationRow) -> SandboxOperation:
     return SandboxOperation(
         id=row.id,
         key=row.key,

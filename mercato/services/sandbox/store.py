@@ -1,7 +1,8 @@
 """Every SQL statement of the sandbox.
 
-Locks are taken in one order by everybody: charges by id, then operations that exist by key, then new keys. A new key
-that somebody else is writing is waited for; it then does not come back from the INSERT, and the caller begins again.
+Operations on charges lock the charges by id, then the operations that exist by key, then write new keys. Operations
+that open charges lock none: they write new keys in order, then lock the operations that exist by key. A new key that
+another transaction is writing is waited for; it then does not come back from the INSERT.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import msgspec
 from mercato.chassis.db import Row, Tx
 from mercato.contracts.sandbox import OperationKind, OperationStatus
 
-from .rules import Asked, State
+from .rules import RequestedOperation, State
 
 
 class ChargeRow(Row):
@@ -57,10 +58,10 @@ class ListedRow(Row):
     is_final: bool
 
 
-class Done(msgspec.Struct, frozen=True):
-    """An operation that is about to be written, with what became of it."""
+class NewOperation(msgspec.Struct, frozen=True):
+    """An operation that is about to be written, with its result."""
 
-    asked: Asked
+    requested: RequestedOperation
     calls: int
     status: OperationStatus
     code: str | None = None
@@ -71,7 +72,7 @@ class Done(msgspec.Struct, frozen=True):
 
 
 async def lock_charges(tx: Tx, ids: Sequence[int]) -> dict[int, ChargeRow]:
-    """The charges that exist. Until the end of the transaction nobody else moves them."""
+    """The charges that exist. Until the end of the transaction no other one changes them."""
     rows = await tx.fetch(
         ChargeRow,
         """
@@ -109,7 +110,7 @@ async def write_charges(tx: Tx, charges: Sequence[ChargeRow]) -> None:
 
 
 async def remember_first_calls(tx: Tx, keys: Sequence[str]) -> set[str]:
-    """Those of the keys that nobody has called with before."""
+    """Those of the keys with which no call was made before."""
     return set(
         await tx.fetch_values(
             str,
@@ -146,8 +147,8 @@ async def count_calls(tx: Tx, calls: Mapping[str, int]) -> dict[str, OperationRo
     return {row.key: row for row in rows}
 
 
-async def insert_operations(tx: Tx, done: Sequence[Done]) -> dict[str, OperationRow]:
-    """Writes operations of charges, or authorizations that open none; by key. A key that was taken is not in it."""
+async def insert_operations(tx: Tx, new: Sequence[NewOperation]) -> dict[str, OperationRow]:
+    """Writes operations on charges that exist; by key. A key that was taken is not in it."""
     rows = await tx.fetch(
         OperationRow,
         """
@@ -162,51 +163,66 @@ async def insert_operations(tx: Tx, done: Sequence[Done]) -> dict[str, Operation
         ON CONFLICT (key) DO NOTHING
         RETURNING id, key, kind, charge_id, order_id, amount_minor, currency, method, status, code, calls, created_at
         """,
-        [d.asked.key for d in done],
-        [d.asked.kind for d in done],
-        [d.asked.charge_id for d in done],
-        [d.asked.order_id for d in done],
-        [d.asked.amount_minor for d in done],
-        [d.asked.currency for d in done],
-        [d.asked.method for d in done],
-        [d.status for d in done],
-        [d.code for d in done],
-        [d.calls for d in done],
-        [d.delay_ms for d in done],
+        [n.requested.key for n in new],
+        [n.requested.kind for n in new],
+        [n.requested.charge_id for n in new],
+        [n.requested.order_id for n in new],
+        [n.requested.amount_minor for n in new],
+        [n.requested.currency for n in new],
+        [n.requested.method for n in new],
+        [n.status for n in new],
+        [n.code for n in new],
+        [n.calls for n in new],
+        [n.delay_ms for n in new],
     )
     return {row.key: row for row in rows}
 
 
-async def open_charges(tx: Tx, done: Sequence[Done]) -> dict[str, OperationRow]:
-    """Writes authorizations that succeeded, each with its new charge; by key. A key that was taken is not in it."""
+async def open_charges(tx: Tx, new: Sequence[NewOperation]) -> dict[str, OperationRow]:
+    """Writes operations that open charges, and the charges of those that succeeded; by key.
+
+    A charge that is opened by `charge` is captured from the start. A key that was taken is not in the result, and has
+    opened nothing.
+    """
     rows = await tx.fetch(
         OperationRow,
         """
         WITH numbered AS MATERIALIZED (
-            SELECT nextval('charges_id_seq') AS charge_id, n.*
-              FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::text[], $5::text[], $6::integer[])
-                   AS n (key, order_id, amount_minor, currency, method, calls)
+            SELECT CASE n.status WHEN 'succeeded' THEN nextval('charges_id_seq') END AS charge_id, n.*
+              FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::text[], $6::text[], $7::text[],
+                          $8::text[], $9::integer[], $10::integer[])
+                   AS n (key, kind, order_id, amount_minor, currency, method, status, code, calls, delay_ms)
         ), written AS (
-            INSERT INTO operations (key, kind, charge_id, order_id, amount_minor, currency, method, status, calls)
-            SELECT key, 'authorize', charge_id, order_id, amount_minor, currency, method, 'succeeded', calls
+            INSERT INTO operations
+                   (key, kind, charge_id, order_id, amount_minor, currency, method, status, code, calls, ready_at)
+            SELECT key, kind, charge_id, order_id, amount_minor, currency, method, status, code, calls,
+                   now() + make_interval(secs => delay_ms / 1000.0)
               FROM numbered
              ORDER BY key
             ON CONFLICT (key) DO NOTHING
             RETURNING id, key, kind, charge_id, order_id, amount_minor, currency, method, status, code, calls,
                       created_at
         ), opened AS (
-            INSERT INTO charges (id, order_id, method, currency, authorized_minor)
-            SELECT charge_id, order_id, method, currency, amount_minor FROM written
+            INSERT INTO charges (id, order_id, method, currency, authorized_minor, captured_minor, state)
+            SELECT charge_id, order_id, method, currency, amount_minor,
+                   CASE kind WHEN 'charge' THEN amount_minor ELSE 0 END,
+                   CASE kind WHEN 'charge' THEN 'captured' ELSE 'open' END
+              FROM written
+             WHERE charge_id IS NOT NULL
         )
         SELECT id, key, kind, charge_id, order_id, amount_minor, currency, method, status, code, calls, created_at
           FROM written
         """,
-        [d.asked.key for d in done],
-        [d.asked.order_id for d in done],
-        [d.asked.amount_minor for d in done],
-        [d.asked.currency for d in done],
-        [d.asked.method for d in done],
-        [d.calls for d in done],
+        [n.requested.key for n in new],
+        [n.requested.kind for n in new],
+        [n.requested.order_id for n in new],
+        [n.requested.amount_minor for n in new],
+        [n.requested.currency for n in new],
+        [n.requested.method for n in new],
+        [n.status for n in new],
+        [n.code for n in new],
+        [n.calls for n in new],
+        [n.delay_ms for n in new],
     )
     return {row.key: row for row in rows}
 
@@ -246,19 +262,23 @@ async def lock_processing(tx: Tx, ids: Sequence[int]) -> list[OperationRow]:
 
 
 async def finish(tx: Tx, codes: Mapping[int, str | None]) -> None:
-    """Settles operations by id: declined with a code, or succeeded. An authorization that does, opens its charge."""
+    """Settles operations by id: declined with a code, or succeeded. An authorize or charge then opens its charge."""
     await tx.execute(
         """
         WITH settled AS MATERIALIZED (
-            SELECT o.id, n.code, o.order_id, o.method, o.currency, o.amount_minor,
-                   CASE WHEN o.kind = 'authorize' AND n.code IS NULL THEN nextval('charges_id_seq')
+            SELECT o.id, n.code, o.kind, o.order_id, o.method, o.currency, o.amount_minor,
+                   CASE WHEN o.kind IN ('authorize', 'charge') AND n.code IS NULL THEN nextval('charges_id_seq')
                         ELSE o.charge_id END AS charge_id,
-                   o.kind = 'authorize' AND n.code IS NULL AS is_opened
+                   o.kind IN ('authorize', 'charge') AND n.code IS NULL AS is_opened
               FROM unnest($1::bigint[], $2::text[]) AS n (id, code)
               JOIN operations o ON o.id = n.id
         ), opened AS (
-            INSERT INTO charges (id, order_id, method, currency, authorized_minor)
-            SELECT charge_id, order_id, method, currency, amount_minor FROM settled WHERE is_opened
+            INSERT INTO charges (id, order_id, method, currency, authorized_minor, captured_minor, state)
+            SELECT charge_id, order_id, method, currency, amount_minor,
+                   CASE kind WHEN 'charge' THEN amount_minor ELSE 0 END,
+                   CASE kind WHEN 'charge' THEN 'captured' ELSE 'open' END
+              FROM settled
+             WHERE is_opened
         )
         UPDATE operations o
            SET status = CASE WHEN s.code IS NULL THEN 'succeeded' ELSE 'declined' END,

@@ -1,16 +1,19 @@
-"""Authorize, capture, void and refund through the contract, with the bank's own ledger as the witness."""
+"""Authorize, capture, void and refund through the contract, with the bank's own ledger as the witness.
+
+See `test_charge.py` for charge.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 
-import asyncpg
 import pytest
 
 from mercato.chassis.contract import InvalidRequest, ServiceError
 from mercato.chassis.faults import Fault
 from mercato.contracts.payments import (
+    AnotherOrder,
     AnotherPaymentLive,
     AttemptNotFound,
     OutcomePending,
@@ -20,7 +23,8 @@ from mercato.contracts.payments import (
     RefundReferenceReused,
     RefundTooLarge,
 )
-from services.payments.world import World, again, capture, refund, void
+from services.payments.world import World, again, capture, key, refund, void
+from support.outbox import EVENTS
 from support.overlap import Overlap
 
 NEIGHBOURS = 6
@@ -40,7 +44,7 @@ async def test_an_authorized_payment_holds_the_amount_and_takes_nothing(world: W
     assert (payment.status, payment.code, payment.version) == ("authorized", None, 2)
     assert (payment.amount_minor, payment.authorized_minor, payment.captured_minor) == (1_250, 1_250, 0)
     assert payment.updated_at >= payment.created_at
-    assert await world.ours("SELECT count(*) FROM ledger_entries") == [(0,)]
+    assert await world.ours("SELECT count(*) FROM transfers") == [(0,)]
     assert await world.bank("SELECT order_id, authorized_minor, state FROM charges") == [
         (payment.order_id, 1_250, "open")
     ]
@@ -53,7 +57,8 @@ async def test_an_attempt_is_authorized_once(world: World):
 
     assert second == first
     assert await world.bank("SELECT count(*) FROM charges") == [(1,)]
-    assert await world.bank("SELECT key FROM operations") == [(f"{first.id}:authorize",)]
+    assert await world.bank("SELECT key FROM operations") == [(key(first, "authorize"),)]
+    assert await world.ours("SELECT key FROM operations") == [(key(first, "authorize"),)]
 
 
 async def test_what_was_stored_first_stands(world: World):
@@ -129,8 +134,8 @@ async def test_the_index_of_live_payments_is_a_lock_of_its_own(world: World):
     with pytest.raises(Exception, match="payments_one_live_an_order"):
         await world.ours(
             """
-            INSERT INTO payments (order_id, attempt, user_id, method, currency, amount_minor)
-            VALUES ($1, 2, 1, 'sandbox:ok', 'EUR', 1)
+            INSERT INTO payments (order_id, nonce, attempt, user_id, method, currency, amount_minor)
+            VALUES ($1, 1, 2, 1, 'sandbox:ok', 'EUR', 1)
             """,
             payment.order_id,
         )
@@ -157,28 +162,18 @@ async def test_a_method_without_a_provider_is_refused_and_leaves_nothing(world: 
 # ---------------------------------------------------------------------------------------------------------- capture
 
 
-async def test_captured_money_is_in_the_ledger(world: World):
+async def test_captured_money_is_a_transfer(world: World):
     payment = await world.captured(1_250)
 
     assert (payment.status, payment.captured_minor, payment.version) == ("captured", 1_250, 3)
-    assert await world.ours("SELECT account, side, amount_minor, currency FROM ledger_entries ORDER BY side") == [
-        ("sales", "credit", 1_250, "EUR"),
-        ("provider", "debit", 1_250, "EUR"),
+    assert await world.ours("SELECT kind, debit, credit, amount_minor, currency FROM transfers") == [
+        ("capture", "provider", "sales", 1_250, "EUR")
     ]
     assert await world.ours("SELECT account, balance_minor FROM accounts ORDER BY account") == [
         ("provider", 1_250),
         ("sales", -1_250),
     ]
     assert await world.differences() == set()
-
-
-@pytest.mark.parametrize("statement", ["UPDATE ledger_entries SET amount_minor = 1", "DELETE FROM ledger_entries"])
-async def test_what_is_in_the_ledger_stays_as_it_was_written(world: World, statement: str):
-    await world.captured(1_250)
-    with pytest.raises(asyncpg.RestrictViolationError, match="ledger_entries"):
-        await world.ours(statement)
-
-    assert await world.ours("SELECT amount_minor FROM ledger_entries") == [(1_250,), (1_250,)]
 
 
 async def test_a_payment_is_captured_once(world: World):
@@ -191,13 +186,35 @@ async def test_a_payment_is_captured_once(world: World):
     assert await world.taken() == {"authorize": 1, "capture": 1}
 
 
-async def test_a_free_order_is_paid_without_an_entry(world: World):
+async def test_a_payment_of_nothing_is_captured_without_the_provider(world: World):
     payment = await world.captured(0)
 
     assert (payment.status, payment.captured_minor) == ("captured", 0)
-    assert await world.ours("SELECT count(*) FROM ledger_entries") == [(0,)]
+    assert await world.ours(f"SELECT type FROM {EVENTS} ORDER BY id") == [
+        ("payment.authorized",),
+        ("payment.captured",),
+    ]
     with pytest.raises(RefundTooLarge):
         await world.payments.refund(refund(payment, 1))
+    await assert_nothing_was_asked(world)
+
+
+async def test_a_payment_of_nothing_is_voided_without_the_provider(world: World):
+    payment = await world.authorized(amount=0)
+
+    voided = await world.payments.void(void(payment))
+
+    assert (payment.status, voided.status) == ("authorized", "voided")
+    assert await world.payments.void(void(payment)) == voided
+    with pytest.raises(PaymentStateConflict):
+        await world.payments.capture(capture(payment))
+    await assert_nothing_was_asked(world)
+
+
+async def assert_nothing_was_asked(world: World) -> None:
+    assert await world.bank("SELECT key FROM operations") == []
+    for table in ("intents", "operations", "transfers", "accounts"):
+        assert await world.ours(f"SELECT count(*) FROM {table}") == [(0,)]
 
 
 async def test_an_authorization_that_ran_out_is_void(world: World):
@@ -243,7 +260,7 @@ async def test_a_void_gives_the_authorization_back(world: World):
     assert await world.bank("SELECT state FROM charges") == [("voided",)]
 
 
-async def test_a_late_authorize_finds_the_door_closed(world: World):
+async def test_a_tombstone_answers_an_authorize_that_arrives_after_the_void(world: World):
     request = world.authorization()
 
     tombstone = await world.payments.void(void(request))
@@ -252,7 +269,7 @@ async def test_a_late_authorize_finds_the_door_closed(world: World):
     assert (tombstone.status, tombstone.authorized_minor, tombstone.amount_minor) == ("voided", 0, 1_000)
     assert late == tombstone
     assert await world.bank("SELECT count(*) FROM operations") == [(0,)]
-    assert await world.ours("SELECT type, version FROM outbox") == [("payment.voided", 1)]
+    assert await world.ours(f"SELECT type, version FROM {EVENTS}") == [("payment.voided", 1)]
 
 
 async def test_void_and_authorize_at_the_same_moment_leave_nothing_open(world: World):
@@ -386,9 +403,65 @@ async def test_each_change_is_told_once_in_order(world: World):
     payment = await world.captured(1_000)
     await world.payments.refund.many([refund(payment, 400, "one"), refund(payment, 600, "two")])
 
-    assert await world.ours("SELECT type, version FROM outbox WHERE subject_id = $1 ORDER BY id", payment.id) == [
+    assert await world.ours(f"SELECT type, version FROM {EVENTS} WHERE subject_id = $1 ORDER BY id", payment.id) == [
         ("payment.authorized", 2),
         ("payment.captured", 3),
         ("payment.refunded", 4),
         ("payment.refunded", 5),
     ]
+
+
+# ------------------------------------------------------------------------------------------------ ids that come again
+
+OTHER = 7
+
+
+async def test_a_payment_of_another_order_with_this_id_is_neither_used_nor_changed(world: World):
+    authorized, captured = await world.authorized(), await world.captured()
+    other = world.authorization(order_id=authorized.order_id, nonce=OTHER)
+
+    for ask in (
+        world.payments.authorize(other),
+        world.payments.charge(world.charge(order_id=authorized.order_id, nonce=OTHER)),
+        world.payments.capture(capture(authorized, OTHER)),
+        world.payments.void(void(authorized, OTHER)),
+        world.payments.refund(refund(captured, 1, nonce=OTHER)),
+    ):
+        with pytest.raises(AnotherOrder):
+            await ask
+
+    assert await world.ours("SELECT status FROM payments ORDER BY id") == [("authorized",), ("captured",)]
+    assert await world.taken() == {"authorize": 2, "capture": 1}
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+async def test_another_order_with_this_id_has_no_attempt_and_no_tombstone(world: World, attempt: int):
+    failed = await world.authorized("sandbox:declined")
+    request = world.authorization(order_id=failed.order_id, attempt=attempt, nonce=OTHER)
+
+    for ask in (
+        world.payments.authorize(request),
+        world.payments.charge(world.charge(order_id=failed.order_id, attempt=attempt, nonce=OTHER)),
+        world.payments.void(void(request, OTHER)),
+        world.payments.capture(capture(request, OTHER)),
+        world.payments.refund(again(refund(failed, 1, nonce=OTHER), attempt=attempt)),
+    ):
+        with pytest.raises(AnotherOrder):
+            await ask
+
+    assert await world.ours("SELECT count(*) FROM payments") == [(1,)]
+
+
+@pytest.mark.parametrize("nonce", [0, 2**63 - 1])
+async def test_the_nonce_is_in_the_key(world: World, nonce: int):
+    payment = await world.payments.charge(world.charge(nonce=nonce))
+
+    assert await world.bank("SELECT key FROM operations") == [(f"{payment.order_id}-{nonce:016x}-1-charge",)]
+
+
+async def test_two_orders_with_one_id_in_a_batch_leave_the_first(world: World):
+    request = world.authorization()
+
+    answers = await world.payments.authorize.many([request, again(request, order_nonce=OTHER)])
+
+    assert statuses(list(answers)) == ["authorized", "AnotherOrder"]

@@ -6,7 +6,7 @@ import pytest
 
 from mercato.chassis.contract import Forbidden
 from mercato.chassis.testing import Rig
-from mercato.contracts.payments import GetPayment, ListPayments, PaymentNotFound, TracePayments
+from mercato.contracts.payments import GetPayment, ListPayments, OutcomePending, PaymentNotFound, TracePayments
 from services.payments.world import ALICE, BOB, STAFF, World, again, capture
 
 
@@ -69,9 +69,22 @@ async def test_the_trace_tells_every_operation_in_order(world: World, rig: Rig):
     assert all(s.settled_at and s.settled_at >= s.began_at and s.calls == 1 for s in steps)
 
 
+async def test_the_trace_shows_an_intent_until_its_result_is_known(world: World, rig: Rig):
+    request = world.charge("sandbox:slow:60000")
+    with pytest.raises(OutcomePending):
+        await world.payments.charge(request)
+
+    with rig.acting(STAFF):
+        [step] = (await world.payments.trace(TracePayments(order_id=request.order_id))).steps
+
+    assert (step.kind, step.status, step.settled_at, step.amount_minor) == ("charge", "unknown", None, 1_000)
+
+
 async def test_only_staff_and_services_trace_and_only_services_charge(world: World, rig: Rig):
     with rig.acting(ALICE), pytest.raises(Forbidden):
         await world.payments.trace(TracePayments(order_id=1))
     for actor in (ALICE, STAFF):
         with rig.acting(actor), pytest.raises(Forbidden):
             await world.payments.authorize(world.authorization())
+        with rig.acting(actor), pytest.raises(Forbidden):
+            await world.payments.charge(world.charge())

@@ -9,11 +9,11 @@ import pytest
 from mercato.chassis import faults
 from mercato.chassis.contract import ServiceError
 from mercato.chassis.faults import Fault
-from mercato.contracts.sandbox import AuthorizeCharge
+from mercato.contracts.sandbox import AuthorizeCharge, ChargeCard
 from mercato.services.payments import rules
 from mercato.services.payments.provider import SandboxProvider
 from mercato.services.payments.reconciling import Reconciling
-from services.payments.world import World, capture, void
+from services.payments.world import World, capture, key, void
 
 Plant = Callable[[str, Fault], Callable[[], None]]
 
@@ -73,6 +73,35 @@ async def test_what_the_bank_has_done_is_recorded(world: World, plant: Plant):
     assert await mismatches(world) == []
 
 
+@pytest.mark.parametrize(("method", "status"), [("sandbox:ok", "captured"), ("sandbox:declined", "failed")])
+async def test_an_open_charge_is_settled_from_the_statement(world: World, plant: Plant, method: str, status: str):
+    remove = plant("payments.charge.after_call", fail)
+    with pytest.raises(ServiceError):
+        await world.charged(method)
+    remove()
+
+    await world.reconciling.round()
+
+    assert await world.ours("SELECT status FROM payments") == [(status,)]
+    assert await world.ours("SELECT key FROM intents") == []
+    assert metric(world, "repaired_total", "outcome_recorded") == 1
+    assert await mismatches(world) == []
+
+
+@pytest.mark.parametrize("hours", [0, 1])
+async def test_an_intent_that_the_bank_does_not_know_is_no_mismatch(world: World, plant: Plant, hours: int):
+    remove = plant("payments.charge.before_call", fail)
+    with pytest.raises(ServiceError):
+        await world.charged()
+    remove()
+    await world.age(hours=hours)
+
+    await world.reconciling.round()
+
+    assert await mismatches(world) == []
+    assert await world.steps() == [("charge", "intent")]
+
+
 async def test_what_the_bank_has_declined_is_recorded(world: World, plant: Plant):
     remove = plant("payments.authorize.after_call", fail)
     with pytest.raises(ServiceError):
@@ -94,8 +123,8 @@ async def test_an_authorization_that_nobody_wants_is_given_back(world: World, st
     await world.reconciling.round()
 
     assert await world.bank("SELECT key, status FROM operations ORDER BY id") == [
-        (f"{payment.id}:authorize", "succeeded"),
-        (f"{payment.id}:void", "succeeded"),
+        (key(payment, "authorize"), "succeeded"),
+        (key(payment, "void"), "succeeded"),
     ]
     assert await world.bank("SELECT state FROM charges") == [("voided",)]
     assert await world.ours("SELECT status FROM payments") == [(status,)]
@@ -118,12 +147,27 @@ async def test_money_that_we_know_nothing_of_is_reported(world: World):
     assert detail == [("the provider has authorize 5 EUR succeeded, we have nothing",)]
 
 
+@pytest.mark.parametrize("nonce", [7, 0x0123456789ABCDEF])
+async def test_a_charge_without_a_payment_is_reported(world: World, nonce: int):
+    """Of an order that has no payment, or of one that had the id of an order before a backup was restored."""
+    payment = await world.charged()
+    order_id = payment.order_id if nonce == 7 else 999
+    stray = f"{order_id}-{nonce:016x}-1-charge"
+    await world.sandbox.charge(
+        ChargeCard(idempotency_key=stray, order_id=order_id, amount_minor=5, currency="EUR", method="sandbox:ok")
+    )
+
+    await world.reconciling.round()
+
+    assert await mismatches(world) == [("not_in_our_books", stray)]
+
+
 async def test_another_amount_is_reported_and_resolved_when_it_is_right(world: World):
     payment = await world.captured()
     await world.bank("UPDATE operations SET amount_minor = 999 WHERE kind = 'capture'")
 
     await world.reconciling.round()
-    assert await mismatches(world) == [("other_amount", f"{payment.id}:capture")]
+    assert await mismatches(world) == [("other_amount", key(payment, "capture"))]
 
     await world.bank("UPDATE operations SET amount_minor = 1000 WHERE kind = 'capture'")
     await world.reconciling.round()
@@ -147,7 +191,7 @@ async def test_another_outcome_is_reported(world: World):
 
     await world.reconciling.round()
 
-    assert await mismatches(world) == [("other_outcome", f"{payment.id}:capture")]
+    assert await mismatches(world) == [("other_outcome", key(payment, "capture"))]
 
 
 async def test_a_mismatch_that_becomes_another_is_reported_as_that(world: World):
@@ -158,7 +202,7 @@ async def test_a_mismatch_that_becomes_another_is_reported_as_that(world: World)
 
     await world.reconciling.round()
 
-    assert await mismatches(world) == [("other_outcome", f"{payment.id}:capture")]
+    assert await mismatches(world) == [("other_outcome", key(payment, "capture"))]
 
 
 async def test_what_the_bank_s_statement_skips_is_reported(world: World):
@@ -168,7 +212,7 @@ async def test_what_the_bank_s_statement_skips_is_reported(world: World):
 
     await world.reconciling.round()
 
-    assert await mismatches(world) == [("not_at_the_provider", f"{payment.id}:capture")]
+    assert await mismatches(world) == [("not_at_the_provider", key(payment, "capture"))]
 
 
 async def test_what_never_gets_on_the_statement_is_reported(world: World):
@@ -177,7 +221,7 @@ async def test_what_never_gets_on_the_statement_is_reported(world: World):
 
     await world.reconciling.round()
 
-    assert await mismatches(world) == [("not_at_the_provider", f"{payment.id}:capture")]
+    assert await mismatches(world) == [("not_at_the_provider", key(payment, "capture"))]
 
 
 # -------------------------------------------------------------------------------------------------------------- rounds

@@ -14,7 +14,8 @@ from mercato.chassis.faults import Fault
 from mercato.chassis.testing import Rig
 from mercato.contracts.payments import OutcomePending, Payment
 from mercato.services.payments.charging import KINDS, PLACES
-from services.payments.world import World, capture, refund, void
+from services.payments.world import World, capture, key, refund, void
+from support.outbox import EVENTS
 
 Plant = Callable[[str, Fault], Callable[[], None]]
 
@@ -32,6 +33,9 @@ async def prepared(world: World, kind: str) -> Callable[[], Awaitable[Payment]]:
     if kind == "authorize":
         request = world.authorization()
         return lambda: world.payments.authorize(request)
+    if kind == "charge":
+        charge = world.charge()
+        return lambda: world.payments.charge(charge)
     if kind == "refund":
         payment = await world.captured()
         return lambda: world.payments.refund(refund(payment, 400))
@@ -41,7 +45,13 @@ async def prepared(world: World, kind: str) -> Callable[[], Awaitable[Payment]]:
     return lambda: world.payments.void(void(payment))
 
 
-REACHED: Final = {"authorize": "authorized", "capture": "captured", "void": "voided", "refund": "partially_refunded"}
+REACHED: Final = {
+    "authorize": "authorized",
+    "charge": "captured",
+    "capture": "captured",
+    "void": "voided",
+    "refund": "partially_refunded",
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- crash
@@ -75,6 +85,7 @@ async def test_what_nobody_asks_for_again_the_sweeper_finishes(world: World, pla
     assert await world.charging.sweep(QUIET_SECONDS) == len(PLACES) - 2  # the last one was recorded
 
     assert (await world.taken())[kind] == len(PLACES) - 1
+    assert await world.ours("SELECT key FROM intents") == []
     assert await world.ours("SELECT key FROM operations WHERE status <> 'succeeded'") == []
     assert await world.differences() == set()
 
@@ -120,6 +131,51 @@ async def test_a_process_that_hangs_with_the_answer_in_its_hand_is_passed(world:
     assert await world.taken() == {"authorize": 1}
 
 
+async def test_a_charge_that_is_recorded_late_changes_nothing(world: World, plant: Plant):
+    """The process has the answer to a charge, is stopped, and goes on after others have recorded and refunded it."""
+    reached, wake = asyncio.Event(), asyncio.Event()
+
+    async def sleep(_point: str) -> None:
+        if not reached.is_set():
+            reached.set()
+            await wake.wait()
+
+    plant("payments.charge.after_call", sleep)
+    other, request = await world.another_process(), world.charge()
+    late = asyncio.ensure_future(world.payments.charge(request))
+    await reached.wait()
+    refunded = await other.refund(refund(await other.charge(request), 400))
+    wake.set()
+
+    assert await late == refunded
+    assert await world.ours(f"SELECT type FROM {EVENTS} ORDER BY id") == [("payment.captured",), ("payment.refunded",)]
+    assert await world.ours("SELECT kind FROM transfers ORDER BY kind") == [("charge",), ("refund",)]
+
+
+async def test_a_process_dies_between_two_records_of_one_batch(world: World, plant: Plant):
+    """The charges that succeeded are recorded apart from the others: the sweep settles what is left."""
+    times = 0
+
+    async def fail_at_the_second(_point: str) -> None:
+        nonlocal times
+        times += 1
+        if times == 2:
+            raise RuntimeError("the power fails here")
+
+    remove = plant("payments.charge.before_record_commit", fail_at_the_second)
+    if world.rig.transport == "wire":
+        pytest.skip("the second call of each operation settles it")
+    answers = await world.payments.charge.many([world.charge(), world.charge("sandbox:declined")])
+    remove()
+    assert all(isinstance(answer, ServiceError) for answer in answers)
+    assert await world.ours("SELECT status FROM payments ORDER BY order_id") == [("captured",), ("pending",)]
+    await world.age(hours=1)
+
+    await world.charging.sweep(QUIET_SECONDS)
+
+    assert await world.ours("SELECT status FROM payments ORDER BY order_id") == [("captured",), ("failed",)]
+
+
 async def test_a_zombie_that_records_late_changes_nothing(world: World, plant: Plant):
     """It has the answer to an authorize, sleeps, and wakes up after others have captured the money."""
     reached, wake = asyncio.Event(), asyncio.Event()
@@ -138,7 +194,10 @@ async def test_a_zombie_that_records_late_changes_nothing(world: World, plant: P
     wake.set()
 
     assert await zombie == captured
-    assert await world.ours("SELECT type FROM outbox ORDER BY id") == [("payment.authorized",), ("payment.captured",)]
+    assert await world.ours(f"SELECT type FROM {EVENTS} ORDER BY id") == [
+        ("payment.authorized",),
+        ("payment.captured",),
+    ]
 
 
 async def test_an_answer_that_never_came_does_not_undo_what_others_know(world: World, plant: Plant):
@@ -169,13 +228,13 @@ async def test_an_answer_that_is_lost_is_asked_for_with_the_same_key(world: Worl
     with pytest.raises(OutcomePending) as pending:
         await world.payments.authorize(request)
     if world.rig.transport == "local":  # over `wire` the second call has settled it
-        assert await world.ours("SELECT status, calls FROM operations") == [("unknown", 1)]
+        assert await world.ours("SELECT status, calls FROM intents") == [("unknown", 1)]
         assert await world.ours("SELECT status FROM payments") == [("pending",)]
     payment = await world.payments.authorize(request)
 
     assert (pending.value.retry_after_s, pending.value.operation) == (1, "authorize")
     assert payment.status == "authorized"
-    assert await world.bank("SELECT key FROM operations") == [(f"{payment.id}:authorize",)]
+    assert await world.bank("SELECT key FROM operations") == [(key(payment, "authorize"),)]
 
 
 async def test_money_whose_answer_was_lost_is_taken_once(world: World):
@@ -278,9 +337,7 @@ async def test_an_operation_that_cannot_be_recorded_does_not_hold_back_the_other
         await world.payments.capture(capture(payments[1]))
     await world.payments.capture.many([capture(p) for p in (payments[0], payments[2])])
     remove()
-    await world.ours(
-        "UPDATE operations SET amount_minor = 2000 WHERE kind = 'capture' AND payment_id = $1", payments[1].id
-    )
+    await world.ours("UPDATE intents SET amount_minor = 2000 WHERE payment_id = $1", payments[1].id)
     await world.age(hours=1)
 
     await world.charging.sweep(QUIET_SECONDS)
@@ -317,14 +374,19 @@ async def test_in_a_storm_every_payment_is_settled_and_every_card_is_charged_onc
     world = World(rig)
     await world.open()
     with world.calling():
-        requests = [world.authorization() for _ in range(PAYMENTS)]
+        requests = [world.authorization() for _ in range(PAYMENTS // 2)]
         await _until_all(world, world.payments.authorize.many, requests)
         payments = await _until_all(world, world.payments.capture.many, [capture(r) for r in requests])
-        await _until_all(world, world.payments.refund.many, [refund(p, 250) for p in payments[:REFUNDED]])
+        charges = [world.charge() for _ in range(PAYMENTS // 2)]
+        payments += await _until_all(world, world.payments.charge.many, charges)
+        await _until_all(world, world.payments.refund.many, [refund(p, 250) for p in payments[:: PAYMENTS // REFUNDED]])
 
     assert {p.status for p in payments} == {"captured"}
     assert await world.bank(
-        "SELECT count(*), count(DISTINCT charge_id) FROM operations WHERE kind = 'capture' AND status = 'succeeded'"
+        """
+        SELECT count(*), count(DISTINCT order_id) FROM operations
+         WHERE kind IN ('capture', 'charge') AND status = 'succeeded'
+        """
     ) == [(PAYMENTS, PAYMENTS)]
     assert await world.bank("SELECT count(*), sum(captured_minor), sum(refunded_minor) FROM charges") == [
         (PAYMENTS, PAYMENTS * 1_000, REFUNDED * 250)

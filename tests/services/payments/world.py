@@ -6,21 +6,30 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 import asyncpg
 import msgspec
 
-from mercato.chassis.contract import Actor
+from mercato.chassis.contract import Actor, Message
 from mercato.chassis.service import Env, Host, Service
 from mercato.chassis.testing import TEST_SECRET, Rig, migrations_folder
-from mercato.contracts.payments import AuthorizePayment, CapturePayment, Payment, Payments, RefundPayment, VoidPayment
+from mercato.contracts.payments import (
+    AuthorizePayment,
+    CapturePayment,
+    ChargePayment,
+    Payment,
+    Payments,
+    RefundPayment,
+    VoidPayment,
+)
 from mercato.contracts.sandbox import Sandbox
 from mercato.services.payments import app
 from mercato.services.payments.charging import Charging
 from mercato.services.payments.provider import SandboxProvider
 from mercato.services.payments.reconciling import Reconciling
 from mercato.services.sandbox.app import build as build_sandbox
+from support.outbox import EVENTS
 
 SERVICE: Final = Actor("service")
 ALICE: Final = Actor("customer", 1)
@@ -29,45 +38,57 @@ STAFF: Final = Actor("staff", 9)
 POLLS: Final = 1_000
 POLL_SECONDS: Final = 0.01
 NEVER_SECONDS: Final = "86400"
+NONCE: Final = 0x0123456789ABCDEF
+"""Of every order here, unless a test names another."""
+
+Request = AuthorizePayment | ChargePayment
+R = TypeVar("R", bound=Message)
 
 INVARIANTS: Final = {
-    "M1 entries of an operation add up to nothing": """
-        SELECT operation_id FROM ledger_entries GROUP BY operation_id, currency
-        HAVING sum(CASE side WHEN 'debit' THEN amount_minor ELSE -amount_minor END) <> 0
+    "M1 transfers are those of the operations that moved money": """
+        SELECT coalesce(o.payment_id, t.payment_id) FROM (
+            SELECT * FROM operations
+             WHERE status = 'succeeded' AND kind IN ('charge', 'capture', 'refund') AND amount_minor > 0) o
+          FULL JOIN transfers t ON t.payment_id = o.payment_id AND t.kind = o.kind AND t.reference = o.reference
+         WHERE (t.amount_minor, t.currency) IS DISTINCT FROM (o.amount_minor, o.currency)
         """,
-    "M2 a balance is the sum of its entries": """
+    "M2 a balance is the sum of its transfers": """
         SELECT a.account FROM accounts a LEFT JOIN (
-            SELECT account, currency, sum(CASE side WHEN 'debit' THEN amount_minor ELSE -amount_minor END) AS s
-              FROM ledger_entries GROUP BY 1, 2) e USING (account, currency)
+            SELECT account, currency, sum(amount) AS s FROM (
+                SELECT debit AS account, currency, amount_minor AS amount FROM transfers
+                UNION ALL SELECT credit, currency, -amount_minor FROM transfers) e GROUP BY 1, 2
+            ) e USING (account, currency)
          WHERE a.balance_minor <> coalesce(e.s, 0)
         """,
-    "M9 a payment's money is that of its operations": """
+    "M2 a payment's money is that of its operations": """
         SELECT p.id FROM payments p LEFT JOIN (
             SELECT payment_id,
-                   coalesce(sum(amount_minor) FILTER (WHERE kind = 'capture'), 0) AS captured,
+                   coalesce(sum(amount_minor) FILTER (WHERE kind IN ('charge', 'capture')), 0) AS captured,
                    coalesce(sum(amount_minor) FILTER (WHERE kind = 'refund'), 0) AS refunded
               FROM operations WHERE status = 'succeeded' GROUP BY 1) o ON o.payment_id = p.id
          WHERE (p.captured_minor, p.refunded_minor) <> (coalesce(o.captured, 0), coalesce(o.refunded, 0))
         """,
-    "entries are those of the captures and refunds that succeeded": """
-        SELECT o.id FROM operations o FULL JOIN (
-            SELECT operation_id, sum(amount_minor) FILTER (WHERE side = 'debit') AS amount
-              FROM ledger_entries GROUP BY 1) e ON e.operation_id = o.id
-         WHERE coalesce(e.amount, 0) <> CASE WHEN o.status = 'succeeded' AND o.kind IN ('capture', 'refund')
-                                             THEN o.amount_minor ELSE 0 END
+    "a payment is pending exactly while its authorize or charge is an intent": """
+        SELECT p.id FROM payments p
+          FULL JOIN (SELECT * FROM intents WHERE kind IN ('authorize', 'charge')) i ON i.payment_id = p.id
+         WHERE (p.status = 'pending') IS DISTINCT FROM (i.payment_id IS NOT NULL)
         """,
-    "E7 each version has its event": """
-        SELECT p.id FROM payments p LEFT JOIN outbox e
-            ON (e.subject, e.subject_id, e.version) = ('payment', p.id, p.version)
-         WHERE e.id IS NULL AND p.status <> 'pending'
+    "an operation is an intent or settled": """
+        SELECT payment_id FROM intents JOIN operations USING (payment_id, kind, reference)
         """,
-    "events of a payment rise": """
+    "E7 each version has its event": f"""
+        SELECT p.id FROM payments p LEFT JOIN {EVENTS}
+            ON (events.subject, events.subject_id, events.version) = ('payment', p.id, p.version)
+         WHERE events.id IS NULL AND p.status <> 'pending'
+        """,
+    "events of a payment rise": f"""
         SELECT subject_id FROM (
-            SELECT subject_id, version, lag(version) OVER (PARTITION BY subject_id ORDER BY id) AS before FROM outbox) e
+            SELECT subject_id, version, lag(version) OVER (PARTITION BY subject_id ORDER BY id) AS before
+              FROM {EVENTS}) e
          WHERE version <= before
         """,
 }
-"""Each finds what contradicts it in our books alone (reliability: M1, M2, M9, E7)."""
+"""Each finds what contradicts it in our tables alone."""
 
 
 class World:
@@ -125,7 +146,14 @@ class World:
     # ---------------------------------------------------------------------------------------------------- requests
 
     def authorization(
-        self, method: str = "sandbox:ok", amount: int = 1_000, *, attempt: int = 1, order_id: int = 0, user_id: int = 1
+        self,
+        method: str = "sandbox:ok",
+        amount: int = 1_000,
+        *,
+        attempt: int = 1,
+        order_id: int = 0,
+        user_id: int = 1,
+        nonce: int = NONCE,
     ) -> AuthorizePayment:
         """Of a new order, unless one is named."""
         order_id = order_id or next(self._orders)
@@ -137,7 +165,15 @@ class World:
             currency="EUR",
             method=method,
             idempotency_key=f"{order_id}:{attempt}:authorize",
+            order_nonce=nonce,
         )
+
+    def charge(self, method: str = "sandbox:ok", amount: int = 1_000, **fields: int) -> ChargePayment:
+        """Of a new order, unless one is named."""
+        return ChargePayment(**msgspec.structs.asdict(self.authorization(method, amount, **fields)))
+
+    async def charged(self, method: str = "sandbox:ok", amount: int = 1_000) -> Payment:
+        return await self.payments.charge(self.charge(method, amount))
 
     async def authorized(self, method: str = "sandbox:ok", amount: int = 1_000) -> Payment:
         return await self.payments.authorize(self.authorization(method, amount))
@@ -154,8 +190,13 @@ class World:
         return await rows(self.rig.dsns["sandbox"], sql, *values)
 
     async def steps(self) -> list[tuple[str, str]]:
-        """Our operations: kind and status, in the order in which they began."""
-        return [(kind, status) for kind, status in await self.ours("SELECT kind, status FROM operations ORDER BY id")]
+        """Our operations and intents: kind and status, in the order in which they began."""
+        found = """
+            SELECT kind, status, began_at, payment_id FROM operations
+             UNION ALL SELECT kind, status, began_at, payment_id FROM intents
+             ORDER BY began_at, payment_id
+        """
+        return [(kind, status) for kind, status, _, _ in await self.ours(found)]
 
     async def taken(self) -> dict[str, int]:
         """How often each kind of operation has succeeded at the bank."""
@@ -179,24 +220,36 @@ class World:
         raise AssertionError("what the test waits for does not happen")
 
     async def age(self, hours: float) -> None:
-        """Lets time pass for all operations that are open."""
+        """Lets time pass for all intents."""
         await self.ours(
             """
-            UPDATE operations SET began_at = began_at - make_interval(mins => $1),
+            UPDATE intents SET began_at = began_at - make_interval(mins => $1),
                    asked_at = asked_at - make_interval(mins => $1)
-             WHERE status IN ('intent', 'unknown')
             """,
             int(hours * 60),
         )
 
+    async def age_everything(self, days: int) -> None:
+        """Lets time pass for all that there is, with the bank's keys forgotten."""
+        past = f"- interval '{days} days'"
+        await self.ours(f"UPDATE payments SET created_at = created_at {past}, updated_at = updated_at {past}")
+        await self.ours("ALTER TABLE operations DISABLE TRIGGER USER")
+        await self.ours(f"UPDATE operations SET began_at = began_at {past}, settled_at = settled_at {past}")
+        await self.ours("ALTER TABLE operations ENABLE TRIGGER USER")
+        await self.age(hours=24 * days)
+        await self.bank("UPDATE operations SET key = 'forgotten-' || id")
 
-def capture(payment: Payment | AuthorizePayment) -> CapturePayment:
+
+def capture(payment: Payment | Request, nonce: int = NONCE) -> CapturePayment:
     return CapturePayment(
-        order_id=payment.order_id, attempt=payment.attempt, idempotency_key=f"{payment.order_id}:capture"
+        order_id=payment.order_id,
+        attempt=payment.attempt,
+        idempotency_key=f"{payment.order_id}:capture",
+        order_nonce=nonce,
     )
 
 
-def void(payment: Payment | AuthorizePayment) -> VoidPayment:
+def void(payment: Payment | Request, nonce: int = NONCE) -> VoidPayment:
     return VoidPayment(
         order_id=payment.order_id,
         attempt=payment.attempt,
@@ -205,22 +258,29 @@ def void(payment: Payment | AuthorizePayment) -> VoidPayment:
         currency=payment.currency,
         method=payment.method,
         idempotency_key=f"{payment.order_id}:void",
+        order_nonce=nonce,
     )
 
 
-def refund(payment: Payment, amount: int, reference: str = "return-1") -> RefundPayment:
+def refund(payment: Payment, amount: int, reference: str = "return-1", nonce: int = NONCE) -> RefundPayment:
     return RefundPayment(
         order_id=payment.order_id,
         attempt=payment.attempt,
         amount_minor=amount,
         reference=reference,
         idempotency_key=f"{payment.order_id}:refund:{reference}",
+        order_nonce=nonce,
     )
 
 
-def again(request: AuthorizePayment, **changes: Any) -> AuthorizePayment:
+def again(request: R, **changes: Any) -> R:
     """The same request, but for what is named."""
     return msgspec.structs.replace(request, **changes)
+
+
+def key(payment: Payment | Request, kind: str, reference: str = "") -> str:
+    """The key for the provider, written out."""
+    return f"{payment.order_id}-0123456789abcdef-{payment.attempt}-{kind}" + (f"-{reference}" if reference else "")
 
 
 async def rows(dsn: str, sql: str, *values: object) -> list[tuple[Any, ...]]:

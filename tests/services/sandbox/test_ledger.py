@@ -29,11 +29,49 @@ async def test_an_authorization_opens_one_charge_for_its_key(bank: Bank):
 
 @pytest.mark.parametrize("method", ["declined", "insufficient_funds"])
 async def test_a_card_that_is_declined_opens_no_charge(bank: Bank, method: str):
-    declined = await bank.sandbox.authorize(bank.authorization(f"sandbox:{method}"))
+    answers = [
+        await bank.sandbox.authorize(bank.authorization(f"sandbox:{method}")),
+        await bank.sandbox.charge(bank.card_charge(f"sandbox:{method}")),
+    ]
 
     code = "card_declined" if method == "declined" else method
-    assert (told(declined), declined.charge_id) == (("declined", code), None)
+    assert [(told(declined), declined.charge_id) for declined in answers] == [(("declined", code), None)] * 2
     assert await bank.rows("SELECT id FROM charges") == []
+
+
+async def test_a_charge_whose_authorization_runs_out_is_declined_and_reserves_nothing(bank: Bank):
+    declined = await bank.sandbox.charge(bank.card_charge("sandbox:capture_expired"))
+
+    assert (told(declined), declined.charge_id) == (("declined", "authorization_expired"), None)
+    assert await bank.rows("SELECT id FROM charges") == []
+
+
+async def test_a_card_is_charged_once_for_a_key_and_the_charge_is_captured(bank: Bank):
+    request = bank.card_charge(amount=1_250)
+
+    first, again = await bank.sandbox.charge(request), await bank.sandbox.charge(request)
+
+    assert (told(first), first.kind, first.amount_minor) == (("succeeded", None), "charge", 1_250)
+    assert again == first
+    assert await bank.rows("SELECT id, order_id, authorized_minor, captured_minor, state FROM charges") == [
+        (first.charge_id, 7, 1_250, 1_250, "captured")
+    ]
+
+
+async def test_a_second_charge_of_one_order_with_another_key_takes_the_money_again(bank: Bank):
+    answers = await bank.sandbox.charge.many([bank.card_charge(), bank.card_charge()])
+
+    assert [told(a) for a in answers if not isinstance(a, ServiceError)] == [("succeeded", None)] * 2
+    assert await bank.rows("SELECT order_id, sum(captured_minor) FROM charges GROUP BY 1") == [(7, 2_000)]
+
+
+async def test_what_was_charged_is_refunded_and_never_captured_or_voided(bank: Bank):
+    charge_id = (await bank.sandbox.charge(bank.card_charge())).charge_id
+    assert charge_id
+
+    assert told(await bank.sandbox.capture(bank.capture(charge_id))) == ("declined", "already_captured")
+    assert told(await bank.sandbox.void(bank.void(charge_id))) == ("declined", "already_captured")
+    assert told(await bank.sandbox.refund(bank.refund(charge_id, 1_000))) == ("succeeded", None)
 
 
 async def test_a_charge_is_captured_once_whatever_the_key(bank: Bank):
@@ -110,6 +148,8 @@ async def test_a_key_stands_for_one_operation(bank: Bank):
     with pytest.raises(SandboxKeyReused):
         await bank.sandbox.authorize(bank.authorization("sandbox:lost_answer", 5, key=request.idempotency_key))
     with pytest.raises(SandboxKeyReused):
+        await bank.sandbox.charge(bank.card_charge(amount=5, key=request.idempotency_key))
+    with pytest.raises(SandboxKeyReused):
         await bank.sandbox.capture(bank.capture(charge_id, key=request.idempotency_key))
     with pytest.raises(SandboxKeyReused):
         await bank.sandbox.refund(bank.refund(other, 4, key=refund.idempotency_key))
@@ -127,6 +167,16 @@ async def test_the_same_key_twice_in_a_batch_is_one_operation(bank: Bank):
     assert again == first
     assert isinstance(other, SandboxKeyReused)
     assert await bank.rows("SELECT count(*) FROM charges") == [(2,)]
+
+
+async def test_two_processes_that_charge_with_the_same_keys_charge_each_card_once(bank: Bank):
+    other = await bank.another_process()
+    requests = [bank.card_charge() for _ in range(40)]
+
+    ours, theirs = await asyncio.gather(bank.sandbox.charge.many(requests), other.charge.many(list(reversed(requests))))
+
+    assert list(ours) == list(reversed(theirs))
+    assert await bank.rows("SELECT count(*), sum(captured_minor) FROM charges") == [(40, 40_000)]
 
 
 async def test_two_processes_with_the_same_keys_do_each_operation_once(bank: Bank):
@@ -173,8 +223,11 @@ async def test_refunds_at_the_same_moment_see_each_other(bank: Bank, plant: Call
     assert await bank.rows("SELECT refunded_minor FROM charges") == [(600,)]
 
 
-async def test_the_index_of_captures_is_a_lock_of_its_own(bank: Bank):
+@pytest.mark.parametrize("opened_by", ["charge", "capture"])
+async def test_the_index_of_captures_is_a_lock_of_its_own(bank: Bank, opened_by: str):
     charge_id = await bank.captured()
+    if opened_by == "charge":
+        charge_id = (await bank.sandbox.charge(bank.card_charge())).charge_id
 
     with pytest.raises(Exception, match="operations_one_capture_a_charge"):
         await bank.rows(

@@ -66,6 +66,28 @@ async def test_a_slow_operation_is_processing_and_its_neighbours_are_not(bank: B
     assert await bank.rows("SELECT count(*) FROM charges WHERE state = 'open'") == [(2,)]
 
 
+async def test_a_slow_charge_takes_the_money_when_it_is_done(bank: Bank):
+    slow = await bank.sandbox.charge(bank.card_charge("sandbox:slow:50", key="slow"))
+
+    assert (told(slow), slow.charge_id) == (("processing", None), None)
+
+    async def done() -> bool:
+        return (await bank.sandbox.look_up(LookUpOperation(key="slow"))).status == "succeeded"
+
+    await bank.until(done)
+    assert await bank.rows("SELECT captured_minor, state FROM charges") == [(1_000, "captured")]
+
+
+@pytest.mark.parametrize("method", ["lost_answer", "error_then_ok"])
+async def test_a_charge_whose_first_call_goes_wrong_takes_the_money_once(bank: Bank, method: str):
+    request = bank.card_charge(f"sandbox:{method}")
+
+    with pytest.raises(ServiceError):
+        await bank.sandbox.charge(request)
+    assert told(await bank.sandbox.charge(request)) == ("succeeded", None)
+    assert await bank.rows("SELECT count(*), sum(captured_minor) FROM charges") == [(1, 1_000)]
+
+
 async def test_of_two_slow_captures_of_a_charge_one_succeeds(bank: Bank):
     await bank.sandbox.authorize(bank.authorization("sandbox:slow:0", key="open"))
 

@@ -16,6 +16,7 @@ from mercato.chassis.testing import TEST_SECRET, Rig
 from mercato.contracts.sandbox import (
     AuthorizeCharge,
     CaptureCharge,
+    ChargeCard,
     RefundCharge,
     Sandbox,
     SandboxOperation,
@@ -24,7 +25,7 @@ from mercato.contracts.sandbox import (
 from mercato.services.sandbox.app import build
 
 SERVICE: Final = Actor("service")
-POLLS: Final = 1_000
+POLLS: Final = 5_000
 POLL_SECONDS: Final = 0.01
 
 
@@ -60,6 +61,11 @@ class Bank:
 
     def authorization(self, method: str = "sandbox:ok", amount: int = 1_000, key: str | None = None) -> AuthorizeCharge:
         return AuthorizeCharge(
+            idempotency_key=key or self.key(), order_id=7, amount_minor=amount, currency="EUR", method=method
+        )
+
+    def card_charge(self, method: str = "sandbox:ok", amount: int = 1_000, key: str | None = None) -> ChargeCard:
+        return ChargeCard(
             idempotency_key=key or self.key(), order_id=7, amount_minor=amount, currency="EUR", method=method
         )
 
