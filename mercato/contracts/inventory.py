@@ -1,4 +1,8 @@
-"""Inventory: how much there is of each product, who has reserved it, and why it changed."""
+"""Inventory: how much there is of each product, who has reserved it, and why it changed.
+
+Every request about an order carries `order_nonce` beside `order_id`. A request whose nonce is not the one stored with
+the reservation is about another order with the same id: it is refused with `AnotherOrder`, and nothing changes.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,12 @@ ProductId = Annotated[int, Meta(ge=1, le=MAX_ID)]
 Version = Annotated[int, Meta(ge=1, le=MAX_ID)]
 """Rises with every batch that changes a level: on a product that everybody buys, hundreds of times a second."""
 
+OrderNonce = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+"""The random part of an order. Ids are used again after a restore; this tells an order from the earlier one."""
+
 ReservationState = Literal["held", "committed", "released", "expired"]
-MovementKind = Literal["receipt", "adjustment", "sale", "return"]
+MovementKind = Literal["receipt", "adjustment", "return"]
+"""Why `on_hand` changed. A sale is no movement: the committed reservation is the sale."""
 
 ON_HAND_LIMIT: Final = 10**9
 """Pieces of one product: below 2^31, and far above what one shop keeps."""
@@ -48,7 +56,8 @@ class ReserveStock(Message):
     lines: Annotated[tuple[StockLine, ...], Meta(min_length=1, max_length=LINES_LIMIT)]
     for_payment: bool
     idempotency_key: str
-    """Of whoever asks, for the transport; what makes it happen once is the order."""
+    """Of the caller, for the transport; what makes it happen once is the order."""
+    order_nonce: OrderNonce = 0
 
 
 class Reservation(Message):
@@ -66,27 +75,30 @@ class CommitStock(Message):
 
     order_id: OrderId
     idempotency_key: str
+    order_nonce: OrderNonce = 0
 
 
 class ReleaseStock(Message):
     """Gives back what is held for an order. Done once for each order; nothing happens to one that is not held.
 
-    For an order that has no reservation it leaves a released one, so that a reserve that is still on its way, from a
-    process that was taken for dead, finds the door closed.
+    For an order that has no reservation it leaves a released one, a tombstone: it refuses a reserve that arrives later,
+    from a process that was taken for dead.
     """
 
     order_id: OrderId
     idempotency_key: str
+    order_nonce: OrderNonce = 0
 
 
 class ReturnStock(Message):
-    """Puts goods of a committed reservation back on the shelf. Done once for each `reference`."""
+    """Puts goods of a committed reservation back on the shelf. Done once for each `reference`, for ever."""
 
     order_id: OrderId
     lines: Annotated[tuple[StockLine, ...], Meta(min_length=1, max_length=LINES_LIMIT)]
     reference: Annotated[str, Meta(min_length=1, max_length=100)]
     """What the goods come back with: unique within the order."""
     idempotency_key: str
+    order_nonce: OrderNonce = 0
 
 
 class Level(Message):
@@ -146,7 +158,10 @@ class LevelPage(Message):
 
 
 class TraceStock(Message):
+    """What happened to the stock of an order; without steps where the reservation is that of another order."""
+
     order_id: OrderId
+    order_nonce: OrderNonce = 0
 
 
 class StockStep(Message):
@@ -186,6 +201,13 @@ class ReservationClosed(ServiceError, code="inventory.reservation_closed", kind=
     sentence = "The stock of order {order_id} is {state}."
     order_id: int
     state: ReservationState | None
+
+
+class AnotherOrder(ServiceError, code="inventory.another_order", kind=Kind.CONFLICT):
+    """Final: the stored reservation has another nonce. Nothing was changed; asking again does not help."""
+
+    sentence = "The stock of order {order_id} belongs to another order that had the same id."
+    order_id: int
 
 
 class BelowReserved(ServiceError, code="inventory.below_reserved", kind=Kind.CONFLICT):

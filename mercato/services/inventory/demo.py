@@ -1,4 +1,4 @@
-"""The stock of the demo shop: more of everything than anybody will buy."""
+"""The stock of the demo shop: more of everything than a demo sells."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mercato.chassis.db import Database
 from mercato.chassis.rpc import SERVICE_ROLE
 
 from . import store
-from .rules import Books, Movement
+from .rules import Movement, StockLedger
 
 SEED_BEFORE_COMMIT: Final = "inventory.seed.before_commit"
 
@@ -22,14 +22,14 @@ faults.declare(SEED_BEFORE_COMMIT)
 
 
 async def seed(database: Database) -> bool:
-    """Fills the shelves, all of them or none. False where there is any level."""
+    """Counts all products or none. False where there is any level."""
     async with database.transaction() as tx:
-        if not await store.keep_levels(tx):
+        if not await store.lock_all_levels(tx):
             return False
-        await store.open_levels(tx, PRODUCT_IDS)
-        books = Books(await store.lock_levels(tx, PRODUCT_IDS))
+        await store.insert_levels(tx, PRODUCT_IDS)
+        ledger = StockLedger(await store.lock_levels(tx, PRODUCT_IDS))
         for product_id in PRODUCT_IDS:
-            books.count(Movement(product_id, "receipt", PIECES, Actor(SERVICE_ROLE), reason="demo"))
-        await store.write(tx, books.close())
+            ledger.count(Movement(product_id, "receipt", PIECES, Actor(SERVICE_ROLE), reason="demo"))
+        await store.write(tx, ledger.write_set())
         await faults.point(SEED_BEFORE_COMMIT)
     return True

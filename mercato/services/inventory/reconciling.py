@@ -1,11 +1,11 @@
-"""Stock that is held for an order that does not want it any more is found, and given back.
+"""Finds stock that is held for an order that does not want it any more, and releases it.
 
-A hold whose payment has begun has no end of its own: orders decides what becomes of it, and tells. One that has stood
-for a while is asked about. It is given back on the word of orders alone: the order is cancelled, or there is no such
-order. Both are for ever, so that it does not matter what happens between the answer and the release; and a release is
-done once, whoever else releases.
+A hold whose payment has begun has no end of its own: orders commits or releases it. Inventory asks orders about one
+that has stood for a while, and releases it on the word of orders alone: the order is cancelled, or does not exist. Both
+are final, so that it does not matter what happens between the answer and the release; and a release is done once,
+whatever else releases.
 
-What is held for an order that was sold is not touched: orders commits it when it carries that order on
+What is held for an order that was sold is not touched: orders commits it when it continues that order
 (`orders/reconciling.py`), and the audit reports it for as long as it stands (S6).
 """
 
@@ -24,7 +24,7 @@ from mercato.chassis.telemetry import Telemetry
 from mercato.contracts.orders import GetOrder, Order, OrderNotFound, Orders
 
 from . import store
-from .reserving import Reserving
+from .reserving import OrderKey, Reserving
 
 RELEASED: Final = "hold_released"
 ASKED_AT_ONCE: Final = 500
@@ -54,12 +54,14 @@ class Reconciling:
         self._released = telemetry.reconciled.labels(RELEASED)
 
     async def look(self, before: int | None) -> int | None:
-        """Gives back what is held for nobody among a page of reservations; gives the place of the next one."""
+        """Releases what is held for no order among a page of reservations; gives the place of the next page."""
         before = MAX_ID + 1 if before is None else before
         async with self._database.read() as tx:
-            pinned = await store.pinned(tx, before, self._quiet_seconds, ASKED_AT_ONCE)
+            holds = await store.indefinite_holds(tx, before, self._quiet_seconds, ASKED_AT_ONCE)
             after = await store.end_of_page(tx, before)
-        await self._release([order_id for order_id, order in await self._ask(pinned) if _is_over(order)])
+        await self._release(
+            [(order_id, holds[order_id]) for order_id, order in await self._ask([*holds]) if _is_over(order)]
+        )
         return after
 
     async def _ask(self, order_ids: Sequence[int]) -> list[tuple[int, Order | ServiceError]]:
@@ -70,13 +72,13 @@ class Reconciling:
         orders = await self._orders.get.many([GetOrder(id=order_id) for order_id in order_ids])
         return list(zip(order_ids, orders, strict=True))
 
-    async def _release(self, order_ids: Sequence[int]) -> None:
-        if order_ids:
-            await self._reserving.release_orders(order_ids)
-            self._released.inc(len(order_ids))
-            log.warning("holds_released", orders=order_ids)
+    async def _release(self, orders: Sequence[OrderKey]) -> None:
+        if orders:
+            await self._reserving.release_orders(orders)
+            self._released.inc(len(orders))
+            log.warning("holds_released", orders=[order_id for order_id, _ in orders])
 
 
 def _is_over(order: Order | ServiceError) -> bool:
-    """An answer that says nothing of the order, because its service is away, is no word of it."""
+    """An error of the service, because it is unavailable, says nothing about the order."""
     return order.status == "cancelled" if isinstance(order, Order) else isinstance(order, OrderNotFound)

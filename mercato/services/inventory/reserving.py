@@ -1,32 +1,53 @@
-"""Reservations, a batch at a time: reserve, commit, release, restock, and what ends by itself.
+"""Reservations, a batch at a time: reserve, commit, release, restock, and expiry.
 
-Every batch is one transaction: lock (in the order that `store.py` gives), decide (`rules.Books`), write. A crash before
-its commit leaves nothing; whoever comes again after it finds the reservation as it is, and nothing is done twice.
+A batch that fits as a whole is one statement (`fast_path.py`). Any other is rolled back and decided one by one, in the
+order of the batch, still in one transaction: insert and lock (in the order that `store.py` gives), decide
+(`rules.StockLedger`), write. A crash before the commit leaves nothing; a request that is repeated after it finds the
+reservation as it is, and nothing is done twice.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
-from typing import Final
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final, Literal
 
 from mercato.chassis import faults
 from mercato.chassis.contract import Actor, Batch, InvalidRequest, ServiceError
 from mercato.chassis.db import Database, Tx
-from mercato.contracts.inventory import CommitStock, ReleaseStock, Reservation, ReserveStock, ReturnStock
+from mercato.chassis.messaging import events
+from mercato.chassis.messaging.events import Outgoing
+from mercato.contracts.inventory import (
+    CommitStock,
+    ReleaseStock,
+    Reservation,
+    ReservationState,
+    ReserveStock,
+    ReturnStock,
+    StockLine,
+)
 
-from . import rules, store
-from .rules import Books, Standing
+from . import fast_path, rules, store
+from .rules import ReservedLine, StockLedger, StoredReservation
+from .store import NewReservation
 
 EXPIRED_AT_ONCE: Final = 500
+
+BEFORE_COMMIT: Final = {
+    "committed": "inventory.commit.before_commit",
+    "released": "inventory.release.before_commit",
+}
+AFTER_COMMIT: Final = {
+    "committed": "inventory.commit.after_commit",
+    "released": "inventory.release.after_commit",
+}
 
 faults.declare(
     "inventory.reserve.before_commit",
     "inventory.reserve.after_commit",
-    "inventory.commit.before_commit",
-    "inventory.commit.after_commit",
-    "inventory.release.before_commit",
-    "inventory.release.after_commit",
+    *BEFORE_COMMIT.values(),
+    *AFTER_COMMIT.values(),
     "inventory.restock.before_commit",
     "inventory.restock.after_commit",
     "inventory.expire.before_commit",
@@ -34,6 +55,12 @@ faults.declare(
 )
 
 Outcome = Reservation | ServiceError
+OrderKey = tuple[int, int]
+"""Id and nonce of an order."""
+
+
+class DoesNotFitError(Exception):
+    """A batch cannot be taken as a whole: its transaction must be rolled back."""
 
 
 class Reserving:
@@ -46,67 +73,113 @@ class Reserving:
     # -------------------------------------------------------------------------------------------------------- reserve
 
     async def reserve(self, batch: Batch[ReserveStock]) -> Sequence[Outcome]:
+        """Each gets its reservation, or `OutOfStock`, `ReservationClosed`, `AnotherOrder`, `InvalidRequest`."""
         refusals = [rules.check_lines(request.lines) for request in batch]
-        fit = [request for request, refusal in zip(batch, refusals, strict=True) if refusal is None]
-        if not fit:
+        valid = [request for request, refusal in zip(batch, refusals, strict=True) if refusal is None]
+        if not valid:
             return _merged(refusals, [])
-        async with self._database.transaction() as tx:
-            outcomes = await self._reserve(tx, fit)
-            await faults.point("inventory.reserve.before_commit")
+        try:
+            outcomes = await self._reserve_all(valid)
+        except DoesNotFitError:
+            outcomes = await self._reserve_each(valid)
         await faults.point("inventory.reserve.after_commit")
         return _merged(refusals, outcomes)
 
-    async def _reserve(self, tx: Tx, requests: Sequence[ReserveStock]) -> Sequence[Outcome]:
+    async def _reserve_all(self, requests: Sequence[ReserveStock]) -> Sequence[Outcome]:
+        new = {request.order_id: _new(request) for request in requests}
+        if len(new) < len(requests):
+            raise DoesNotFitError
+        wanted = Counter[int]()
+        for reservation in new.values():
+            for line in reservation.lines:
+                wanted[line.product_id] += line.quantity
+        async with self._database.transaction() as tx:
+            levels = await fast_path.reserve_all(tx, list(new.values()), wanted, self._hold_seconds)
+            if len(levels) < len(wanted):
+                raise DoesNotFitError
+            expires_in_s = self._hold_seconds - levels[0].elapsed_s
+            held = [
+                Reservation(
+                    order_id=request.order_id,
+                    state="held",
+                    lines=rules.in_product_order(request.lines),
+                    expires_in_s=None if request.for_payment else expires_in_s,
+                )
+                for request in requests
+            ]
+            await events.emit(tx, [*(_event(h, 1) for h in held), *_exhausted(levels, wanted)])
+            await faults.point("inventory.reserve.before_commit")
+        return held
+
+    async def _reserve_each(self, requests: Sequence[ReserveStock]) -> Sequence[Outcome]:
         firsts: dict[int, ReserveStock] = {}
         for request in requests:
             firsts.setdefault(request.order_id, request)
-        for_payment = [request.for_payment for request in firsts.values()]
-        opened = await store.open_reservations(tx, list(firsts), for_payment, self._hold_seconds)
-        new = {reservation.order_id for reservation in opened}
-        standing = await store.lock_reservations(tx, firsts.keys() - new)
-        wanted = {line.product_id for order_id in new for line in firsts[order_id].lines}
-        levels = await store.lock_levels(tx, wanted | _products(r for r in standing if r.is_over))
-        books = Books(levels, standing, opened)
-        outcomes = [books.reserve(request) for request in requests]
-        await store.write(tx, books.close())
+        async with self._database.transaction() as tx:
+            inserted = await store.insert_reservations(tx, [*map(_new, firsts.values())], self._hold_seconds)
+            locked = await store.lock_reservations(tx, firsts.keys() - {r.order_id for r in inserted})
+            touched = [*inserted, *(reservation for reservation in locked if reservation.is_overdue)]
+            ledger = StockLedger(await store.lock_levels(tx, _products(touched)), locked, inserted)
+            outcomes = [ledger.reserve(request) for request in requests]
+            await store.write(tx, ledger.write_set())
+            await faults.point("inventory.reserve.before_commit")
         return outcomes
 
     # ------------------------------------------------------------------------------------------------ commit, release
 
     async def commit(self, batch: Batch[CommitStock]) -> Sequence[Outcome]:
-        async with self._database.transaction() as tx:
-            books = await _open_books(tx, await store.lock_reservations(tx, {r.order_id for r in batch}))
-            outcomes = [books.commit(r.order_id, actor) for r, actor in zip(batch, batch.actors, strict=True)]
-            await store.write(tx, books.close())
-            await faults.point("inventory.commit.before_commit")
-        await faults.point("inventory.commit.after_commit")
-        return outcomes
+        """Each gets its reservation, committed, or `ReservationClosed` or `AnotherOrder`."""
+        return await self._end([(request.order_id, request.order_nonce) for request in batch], "committed")
 
     async def release(self, batch: Batch[ReleaseStock]) -> Sequence[Outcome]:
-        return await self.release_orders([request.order_id for request in batch])
+        """Each gets its reservation as it is by now, whatever ended it, or `AnotherOrder`."""
+        return await self.release_orders([(request.order_id, request.order_nonce) for request in batch])
 
-    async def release_orders(self, order_ids: Sequence[int]) -> Sequence[Reservation]:
-        """One reservation for each, in order: as it is by now, whoever released it."""
-        wanted = set(order_ids)
+    async def release_orders(self, orders: Sequence[OrderKey]) -> Sequence[Outcome]:
+        return await self._end(orders, "released")
+
+    async def _end(self, orders: Sequence[OrderKey], state: Literal["committed", "released"]) -> Sequence[Outcome]:
+        try:
+            outcomes = await self._end_all(orders, state)
+        except DoesNotFitError:
+            outcomes = await self._end_each(orders, state)
+        await faults.point(AFTER_COMMIT[state])
+        return outcomes
+
+    async def _end_all(self, orders: Sequence[OrderKey], state: Literal["committed", "released"]) -> Sequence[Outcome]:
+        nonces = dict(orders)
+        if any(nonces[order_id] != nonce for order_id, nonce in orders):
+            raise DoesNotFitError
         async with self._database.transaction() as tx:
-            buried = await store.bury(tx, list(wanted))
-            standing = await store.lock_reservations(tx, wanted - {reservation.order_id for reservation in buried})
-            books = await _open_books(tx, [*buried, *standing])
-            outcomes = [books.release(order_id) for order_id in order_ids]
-            await store.write(tx, books.close())
-            await faults.point("inventory.release.before_commit")
-        await faults.point("inventory.release.after_commit")
+            ended = await _end_all_held(tx, nonces, state)
+            await faults.point(BEFORE_COMMIT[state])
+        return [ended[order_id] for order_id, _ in orders]
+
+    async def _end_each(self, orders: Sequence[OrderKey], state: Literal["committed", "released"]) -> Sequence[Outcome]:
+        nonces: dict[int, int] = {}
+        for order_id, nonce in orders:
+            nonces.setdefault(order_id, nonce)
+        async with self._database.transaction() as tx:
+            tombstones = await store.insert_tombstones(tx, nonces) if state == "released" else []
+            locked = await store.lock_reservations(tx, nonces.keys() - {r.order_id for r in tombstones})
+            levels = await store.lock_levels(tx, _products(r for r in locked if r.state == "held"))
+            ledger = StockLedger(levels, [*tombstones, *locked])
+            decide = ledger.commit if state == "committed" else ledger.release
+            outcomes = [decide(order_id, nonce) for order_id, nonce in orders]
+            await store.write(tx, ledger.write_set())
+            await faults.point(BEFORE_COMMIT[state])
         return outcomes
 
     # -------------------------------------------------------------------------------------------------------- restock
 
     async def restock(self, batch: Batch[ReturnStock]) -> Sequence[Outcome]:
+        """Each gets its reservation, or `ReturnTooLarge`, `ReservationClosed`, `AnotherOrder`, `InvalidRequest`."""
         refusals = [rules.check_lines(request.lines) for request in batch]
-        fit = [i for i, refusal in enumerate(refusals) if refusal is None]
-        if not fit:
+        valid = [i for i, refusal in enumerate(refusals) if refusal is None]
+        if not valid:
             return _merged(refusals, [])
         async with self._database.transaction() as tx:
-            outcomes = await _restock(tx, [(batch[i], batch.actors[i]) for i in fit])
+            outcomes = await _return_items(tx, [(batch[i], batch.actors[i]) for i in valid])
             await faults.point("inventory.restock.before_commit")
         await faults.point("inventory.restock.after_commit")
         return _merged(refusals, outcomes)
@@ -119,10 +192,7 @@ class Reserving:
             overdue = await store.lock_overdue(tx, EXPIRED_AT_ONCE)
             if not overdue:
                 return 0
-            books = await _open_books(tx, overdue)
-            for reservation in overdue:
-                books.expire(reservation.order_id)
-            await store.write(tx, books.close())
+            await _end_all_held(tx, overdue, "expired")
             await faults.point("inventory.expire.before_commit")
         await faults.point("inventory.expire.after_commit")
         return len(overdue)
@@ -133,27 +203,83 @@ class Reserving:
                 await asyncio.sleep(every_seconds)
 
 
-async def _restock(tx: Tx, requests: Sequence[tuple[ReturnStock, Actor]]) -> Sequence[Outcome]:
-    standing = await store.lock_reservations(tx, {request.order_id for request, _ in requests})
-    # Looked up under the lock of the reservation: a twin has either committed its return, or has not begun.
+async def _return_items(tx: Tx, requests: Sequence[tuple[ReturnStock, Actor]]) -> Sequence[Outcome]:
+    locked = await store.lock_reservations(tx, {request.order_id for request, _ in requests})
+    # Looked up under the lock of the reservation: a duplicate has either committed its return, or has not begun.
     done = await store.returns_made(tx, {(request.order_id, request.reference) for request, _ in requests})
-    books = await _open_books(tx, standing)
+    ledger = StockLedger(await store.lock_levels(tx, _products(locked)), locked)
     outcomes: list[Outcome] = []
     for request, actor in requests:
         identity = (request.order_id, request.reference)
-        outcome = books.look(request.order_id) if identity in done else books.restock(request, actor)
+        outcome = ledger.return_items(request, actor, is_repeated=identity in done)
         if isinstance(outcome, Reservation):
-            done.add(identity)  # a twin in the same batch finds it done
+            done.add(identity)  # a duplicate in the same batch finds it done
         outcomes.append(outcome)
-    await store.write(tx, books.close())
+    await store.write(tx, ledger.write_set())
     return outcomes
 
 
-async def _open_books(tx: Tx, standing: Sequence[Standing]) -> Books:
-    return Books(await store.lock_levels(tx, _products(standing)), standing)
+async def _end_all_held(tx: Tx, nonces: Mapping[int, int], state: ReservationState) -> Mapping[int, Reservation]:
+    """Raises `DoesNotFitError` unless all of them are held, for orders of these nonces."""
+    rows = await fast_path.end_all_held(tx, nonces, state)
+    if len(rows) < len(nonces):
+        raise DoesNotFitError
+    ended = [
+        Reservation(
+            order_id=row.order_id,
+            state=state,
+            lines=tuple(
+                [
+                    StockLine(product_id=product_id, quantity=quantity)
+                    for product_id, quantity in zip(row.product_ids, row.quantities, strict=True)
+                ]
+            ),
+            expires_in_s=None,
+        )
+        for row in rows
+    ]
+    told = [_event(reservation, row.version) for reservation, row in zip(ended, rows, strict=True)]
+    await events.emit(tx, [*told, *(() if state == "committed" else _available(rows))])
+    return {reservation.order_id: reservation for reservation in ended}
 
 
-def _products(reservations: Iterable[Standing]) -> set[int]:
+# -------------------------------------------------------------------------------------------------------------- events
+
+
+def _event(reservation: Reservation, version: int) -> Outgoing:
+    return rules.reservation_event(reservation.state, reservation.order_id, version, reservation.lines)
+
+
+def _exhausted(levels: Iterable[fast_path.ReservedLevelRow], taken: Mapping[int, int]) -> Iterable[Outgoing]:
+    for level in levels:
+        before = level.available + taken[level.product_id]
+        if event := rules.availability_event(level.product_id, level.version, before=before, after=level.available):
+            yield event
+
+
+def _available(rows: Iterable[fast_path.EndedRow]) -> Iterable[Outgoing]:
+    """Of products that had nothing available before these reservations gave their pieces back."""
+    given_back = Counter[int]()
+    levels: dict[int, tuple[int, int]] = {}
+    for row in rows:
+        for i, product_id in enumerate(row.product_ids):
+            given_back[product_id] += row.quantities[i]
+            levels[product_id] = row.level_versions[i], row.available[i]
+    for product_id, (version, available) in sorted(levels.items()):
+        before = available - given_back[product_id]
+        if event := rules.availability_event(product_id, version, before=before, after=available):
+            yield event
+
+
+# ------------------------------------------------------------------------------------------------------------- details
+
+
+def _new(request: ReserveStock) -> NewReservation:
+    lines = [ReservedLine(line.product_id, line.quantity) for line in rules.in_product_order(request.lines)]
+    return NewReservation(request.order_id, request.order_nonce, request.for_payment, tuple(lines))
+
+
+def _products(reservations: Iterable[StoredReservation]) -> set[int]:
     return {line.product_id for reservation in reservations for line in reservation.lines}
 
 

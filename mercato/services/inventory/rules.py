@@ -1,8 +1,8 @@
 """What may happen to stock. Pure: no I/O, no clock.
 
-A transaction locks reservations and levels and opens `Books` with them. Each request of its batch is entered there, in
-order, and hears its answer; availability runs along, so that the second of two who want the last piece is refused.
-`Books.close` gives the `Plan`: everything that has changed, to be written at once. Nothing of it is true before that.
+A transaction locks reservations and levels and makes a `StockLedger` of them. The ledger takes each request of the
+batch, in order, and gives its answer; it keeps what is available up to date, so that of two requests for the last piece
+the second is refused. `StockLedger.write_set` gives everything that has changed, for the store to write.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Final
 import msgspec
 
 from mercato.chassis.contract import Actor, FieldError, InvalidRequest, Message, ServiceError, StaleVersion
-from mercato.chassis.events import Outgoing
+from mercato.chassis.messaging.events import Outgoing
 from mercato.contracts.inventory import (
     ON_HAND_LIMIT,
+    AnotherOrder,
     BelowReserved,
     Level,
     MovementKind,
@@ -40,10 +41,10 @@ MOVES: Final[Mapping[ReservationState, frozenset[ReservationState]]] = {
     "released": frozenset(),
     "expired": frozenset(),
 }
-"""The life of a reservation. What is sold may come back, line by line; the reservation stays committed."""
+"""The states of a reservation. Sold goods may come back, line by line; the reservation stays committed."""
 
 
-class HeldLine(msgspec.Struct, frozen=True):
+class ReservedLine(msgspec.Struct, frozen=True, gc=False):
     """A line of a reservation. `returned` of its pieces are back on the shelf."""
 
     product_id: int
@@ -51,23 +52,24 @@ class HeldLine(msgspec.Struct, frozen=True):
     returned: int = 0
 
 
-class Standing(msgspec.Struct, frozen=True):
-    """A reservation. Lines by ascending product; `expires_in_s` is negative when its time is over."""
+class StoredReservation(msgspec.Struct, frozen=True):
+    """A reservation as its row has it. Lines by ascending product; `expires_in_s` is negative when its time is over."""
 
     order_id: int
+    nonce: int
     state: ReservationState
     version: int
     expires_in_s: float | None
-    lines: tuple[HeldLine, ...] = ()
+    lines: tuple[ReservedLine, ...] = ()
 
     @property
-    def is_over(self) -> bool:
-        """Held, and past its time: whoever looks at it next ends it."""
+    def is_overdue(self) -> bool:
+        """Held, and past its time: the next transaction that reserves for its order, or the expiry, ends it."""
         return self.state == "held" and self.expires_in_s is not None and self.expires_in_s <= 0
 
 
 class Movement(msgspec.Struct, frozen=True):
-    """A change of `on_hand`, and why."""
+    """A change of `on_hand` that is no sale. `level_version` is that of the level right after it."""
 
     product_id: int
     kind: MovementKind
@@ -76,9 +78,10 @@ class Movement(msgspec.Struct, frozen=True):
     order_id: int | None = None
     reference: str | None = None
     reason: str = ""
+    level_version: int = 0
 
 
-class Shift(msgspec.Struct, frozen=True):
+class LevelDelta(msgspec.Struct, frozen=True):
     """By how much a level changes, and how many new versions that makes."""
 
     product_id: int
@@ -87,29 +90,26 @@ class Shift(msgspec.Struct, frozen=True):
     versions: int = 1
 
 
-class Change(msgspec.Struct, frozen=True):
-    """A reservation as it will be, and the version at which it must still be."""
+class ReservationChange(msgspec.Struct, frozen=True):
+    """A reservation as it will be, and the version at which it must still be.
+
+    `level_versions` and `returned` have an element a line; empty where they do not change.
+    """
 
     order_id: int
     state: ReservationState
     version: int
     version_before: int
+    level_versions: tuple[int, ...] = ()
+    returned: tuple[int, ...] = ()
 
 
-class ReturnedLine(msgspec.Struct, frozen=True):
-    order_id: int
-    product_id: int
-    quantity: int
+class WriteSet(msgspec.Struct, frozen=True):
+    """What a transaction writes. `refused` are orders whose reservation it has inserted and deletes again."""
 
-
-class Plan(msgspec.Struct, frozen=True):
-    """What a transaction writes. `opened` are reservations whose header is there and whose lines are not."""
-
-    opened: tuple[Standing, ...]
     refused: tuple[int, ...]
-    changes: tuple[Change, ...]
-    returned: tuple[ReturnedLine, ...]
-    shifts: tuple[Shift, ...]
+    changes: tuple[ReservationChange, ...]
+    deltas: tuple[LevelDelta, ...]
     movements: tuple[Movement, ...]
     events: tuple[Outgoing, ...]
 
@@ -119,6 +119,8 @@ class Plan(msgspec.Struct, frozen=True):
 
 def check_lines(lines: Sequence[StockLine]) -> InvalidRequest | None:
     """A product stands in one line: two of them would be checked against the same pieces."""
+    if len(lines) == 1:
+        return None
     counts = Counter(line.product_id for line in lines)
     errors = tuple(
         FieldError(field=f"lines[{i}].product_id", message=f"product {line.product_id} has more than one line")
@@ -144,64 +146,102 @@ def never_counted(product_id: int) -> Level:
     return Level(product_id=product_id, on_hand=0, reserved=0, available=0, updated_at=None, version=0)
 
 
-def in_product_order(lines: Iterable[StockLine]) -> tuple[StockLine, ...]:
+def in_product_order(lines: Sequence[StockLine]) -> tuple[StockLine, ...]:
     """How lines are kept and answered, whatever order they came in."""
-    return tuple(sorted(lines, key=_product))
+    return tuple(sorted(lines, key=_product)) if len(lines) > 1 else tuple(lines)
 
 
 def _product(line: StockLine) -> int:
     return line.product_id
 
 
-# ------------------------------------------------------------------------------------------------------------- books
+# ---------------------------------------------------------------------------------------------------- answers, events
 
 
-class Books:
+def stock_lines(reservation: StoredReservation) -> tuple[StockLine, ...]:
+    return tuple([StockLine(product_id=line.product_id, quantity=line.quantity) for line in reservation.lines])
+
+
+def answer(reservation: StoredReservation) -> Reservation:
+    return Reservation(
+        order_id=reservation.order_id,
+        state=reservation.state,
+        lines=stock_lines(reservation),
+        expires_in_s=reservation.expires_in_s,
+    )
+
+
+def reservation_event(what: str, order_id: int, version: int, lines: tuple[StockLine, ...]) -> Outgoing:
+    """`stock.<what>`: the stock of one order has moved."""
+    return Outgoing(f"stock.{what}", "reservation", order_id, version, StockMoved(order_id=order_id, lines=lines))
+
+
+def availability_event(product_id: int, version: int, *, before: int, after: int) -> Outgoing | None:
+    """The event where the last available piece of a product was taken, or the first one came."""
+    if (before > 0) == (after > 0):
+        return None
+    what = "stock.available" if after > 0 else "stock.exhausted"
+    return _product_event(what, product_id, version, StockAvailability(product_id=product_id, version=version))
+
+
+def _product_event(what: str, product_id: int, version: int, data: Message) -> Outgoing:
+    return Outgoing(what, "product", product_id, version, data)
+
+
+# ------------------------------------------------------------------------------------------------------------- ledger
+
+
+class StockLedger:
     """Levels and reservations as they become while a batch is decided.
 
-    `levels` and `standing` are those that the transaction has locked; a product that is not among them has nothing.
-    `opened` are the reservations that it has just inserted, held and without lines: `reserve` fills or refuses them.
+    `levels` and `locked` are those that the transaction has locked; a product that is not among them has nothing.
+    `inserted` are the reservations that it has just inserted, held: `reserve` keeps or refuses each.
     """
 
     def __init__(
-        self, levels: Iterable[Level], standing: Iterable[Standing] = (), opened: Iterable[Standing] = ()
+        self,
+        levels: Iterable[Level],
+        locked: Iterable[StoredReservation] = (),
+        inserted: Iterable[StoredReservation] = (),
     ) -> None:
-        self._before = {level.product_id: level for level in levels}
+        self._levels_before = {level.product_id: level for level in levels}
         self._on_hand: Counter[int] = Counter()
         self._reserved: Counter[int] = Counter()
-        self._locked = {reservation.order_id: reservation for reservation in standing}
-        self._empty = {reservation.order_id: reservation for reservation in opened}
-        self._now = dict(self._locked)
+        self._counts: Counter[int] = Counter()
+        self._inserted = {reservation.order_id: reservation for reservation in inserted}
+        self._before = {reservation.order_id: reservation for reservation in locked}
+        self._now = dict(self._before)
         self._refused: dict[int, OutOfStock] = {}
-        self._counted: Counter[int] = Counter()
-        self._returned: Counter[tuple[int, int]] = Counter()
         self._movements: list[Movement] = []
         self._events: list[Outgoing] = []
 
     # --------------------------------------------------------------------------------------------------- reservations
 
     def reserve(self, request: ReserveStock) -> Reservation | ServiceError:
-        """All lines or none. An order that has a reservation already hears of that one."""
+        """All lines or none. For an order that has a reservation already, the answer is that reservation."""
         order_id = request.order_id
         if order_id in self._refused:
-            return self._refused[order_id].copy()  # a twin in the same batch hears the same
+            return self._refused[order_id].copy()  # a duplicate in the batch gets the same answer
         if order_id not in self._now:
-            return self._open(self._empty[order_id], in_product_order(request.lines))
-        reservation = self._now[order_id]
-        if reservation.is_over:
+            return self._keep(self._inserted[order_id])
+        reservation = self._of_order(order_id, request.order_nonce)
+        if isinstance(reservation, AnotherOrder):
+            return reservation
+        assert reservation is not None
+        if reservation.is_overdue:
             reservation = self._end(reservation, "expired")
         if reservation.state not in ("held", "committed"):
             return ReservationClosed(order_id=order_id, state=reservation.state)
-        if _stock_lines(reservation) != in_product_order(request.lines):
+        if stock_lines(reservation) != in_product_order(request.lines):
             return InvalidRequest(errors=(FieldError(field="lines", message="are not those of the first time"),))
         if request.for_payment and reservation.expires_in_s is not None:
             reservation = self._put(reservation, expires_in_s=None)
-        return _answer(reservation)
+        return answer(reservation)
 
-    def _open(self, reservation: Standing, lines: tuple[StockLine, ...]) -> Reservation | OutOfStock:
+    def _keep(self, reservation: StoredReservation) -> Reservation | OutOfStock:
         short = [
             ShortLine(product_id=line.product_id, requested=line.quantity, available=available)
-            for line in lines
+            for line in reservation.lines
             if (available := self._available(line.product_id)) < line.quantity
         ]
         if short:
@@ -209,41 +249,45 @@ class Books:
                 order_id=reservation.order_id, lines=tuple(short)
             )
             return refusal
-        held = tuple(HeldLine(line.product_id, line.quantity) for line in lines)
-        reservation = msgspec.structs.replace(reservation, lines=held)
-        self._now[reservation.order_id] = self._empty[reservation.order_id] = reservation
-        for line in lines:
-            self._shift(line.product_id, reserved=line.quantity)
-        self._tell("stock.held", reservation)
-        return _answer(reservation)
+        self._before[reservation.order_id] = self._now[reservation.order_id] = reservation
+        for line in reservation.lines:
+            self._change_level(line.product_id, reserved=line.quantity)
+        self._emit("held", reservation)
+        return answer(reservation)
 
-    def commit(self, order_id: int, actor: Actor) -> Reservation | ReservationClosed:
-        """Also one that is past its time, as long as nobody has ended it."""
-        reservation = self._now.get(order_id)
+    def commit(self, order_id: int, nonce: int) -> Reservation | ServiceError:
+        """Also one that is past its time, as long as it has not been ended."""
+        reservation = self._of_order(order_id, nonce)
+        if isinstance(reservation, AnotherOrder):
+            return reservation
         if reservation is None or reservation.state in ("released", "expired"):
             return ReservationClosed(order_id=order_id, state=reservation.state if reservation else None)
         if reservation.state == "held":
             reservation = self._end(reservation, "committed")
-            self._movements += [
-                Movement(line.product_id, "sale", -line.quantity, actor, order_id) for line in reservation.lines
-            ]
-        return _answer(reservation)
+        return answer(reservation)
 
-    def release(self, order_id: int) -> Reservation:
-        """Of one that was not there, the transaction has made a released one: a tombstone, which nobody hears of."""
-        reservation = self._now[order_id]
+    def release(self, order_id: int, nonce: int) -> Reservation | AnotherOrder:
+        """For an order without a reservation the transaction has inserted a tombstone: released, without an event."""
+        reservation = self._of_order(order_id, nonce)
+        if isinstance(reservation, AnotherOrder):
+            return reservation
+        assert reservation is not None
         if reservation.state == "held":
             reservation = self._end(reservation, "released")
-        return _answer(reservation)
+        return answer(reservation)
 
     def expire(self, order_id: int) -> None:
         self._end(self._now[order_id], "expired")
 
-    def restock(self, request: ReturnStock, actor: Actor) -> Reservation | ServiceError:
-        """All lines of a return or none. Whether it is the first with its reference, the caller has looked up."""
-        reservation = self._now.get(request.order_id)
+    def return_items(self, request: ReturnStock, actor: Actor, *, is_repeated: bool) -> Reservation | ServiceError:
+        """All lines of a return or none. `is_repeated`: this reference of the order has been returned already."""
+        reservation = self._of_order(request.order_id, request.order_nonce)
+        if isinstance(reservation, AnotherOrder):
+            return reservation
         if reservation is None or reservation.state != "committed":
             return ReservationClosed(order_id=request.order_id, state=reservation.state if reservation else None)
+        if is_repeated:
+            return answer(reservation)
         lines = in_product_order(request.lines)
         left = {line.product_id: line.quantity - line.returned for line in reservation.lines}
         for line in lines:
@@ -256,54 +300,55 @@ class Books:
                 )
         reservation = self._put(reservation, lines=_with_returned(reservation.lines, lines))
         for line in lines:
-            self._shift(line.product_id, on_hand=line.quantity)
-            self._returned[request.order_id, line.product_id] += line.quantity
+            self._change_level(line.product_id, on_hand=line.quantity)
             self._movements.append(
                 Movement(line.product_id, "return", line.quantity, actor, request.order_id, request.reference)
             )
-        self._tell("stock.returned", reservation, lines)
-        return _answer(reservation)
+        self._emit("returned", reservation, lines)
+        return answer(reservation)
 
-    def look(self, order_id: int) -> Reservation:
-        """A reservation that is there, as it is by now."""
-        return _answer(self._now[order_id])
+    def _of_order(self, order_id: int, nonce: int) -> StoredReservation | AnotherOrder | None:
+        reservation = self._now.get(order_id)
+        if reservation is not None and reservation.nonce != nonce:
+            return AnotherOrder(order_id=order_id)
+        return reservation
 
-    def _end(self, reservation: Standing, state: ReservationState) -> Standing:
-        """Ends a held reservation: its pieces are free again, or gone with the goods."""
+    def _end(self, reservation: StoredReservation, state: ReservationState) -> StoredReservation:
+        """Ends a held reservation: its pieces are available again, or sold."""
         assert state in MOVES[reservation.state], f"a reservation that is {reservation.state} cannot become {state}"
         ended = self._put(reservation, state=state, expires_in_s=None)
         for line in ended.lines:
-            self._shift(line.product_id, on_hand=-line.quantity if state == "committed" else 0, reserved=-line.quantity)
-        self._tell(f"stock.{state}", ended)
+            on_hand = -line.quantity if state == "committed" else 0
+            self._change_level(line.product_id, on_hand=on_hand, reserved=-line.quantity)
+        self._emit(state, ended)
         return ended
 
-    def _put(self, reservation: Standing, **changed: object) -> Standing:
+    def _put(self, reservation: StoredReservation, **changed: object) -> StoredReservation:
         now = msgspec.structs.replace(reservation, version=reservation.version + 1, **changed)
         self._now[now.order_id] = now
         return now
 
-    def _tell(self, what: str, reservation: Standing, lines: tuple[StockLine, ...] | None = None) -> None:
-        order_id = reservation.order_id
-        moved = StockMoved(order_id=order_id, lines=_stock_lines(reservation) if lines is None else lines)
-        self._events.append(Outgoing(what, "reservation", order_id, reservation.version, moved))
+    def _emit(self, what: str, reservation: StoredReservation, lines: tuple[StockLine, ...] | None = None) -> None:
+        lines = stock_lines(reservation) if lines is None else lines
+        self._events.append(reservation_event(what, reservation.order_id, reservation.version, lines))
 
     # ---------------------------------------------------------------------------------------------------------- levels
 
     def level(self, product_id: int) -> Level:
         """As it is by now. One that was counted in this batch has no time yet: that comes with the write."""
-        before = self._level(product_id)
+        before = self._level_before(product_id)
         on_hand, reserved = before.on_hand + self._on_hand[product_id], before.reserved + self._reserved[product_id]
         return Level(
             product_id=product_id,
             on_hand=on_hand,
             reserved=reserved,
             available=on_hand - reserved,
-            updated_at=None if self._counted[product_id] else before.updated_at,
-            version=before.version + self._counted[product_id],
+            updated_at=None if self._counts[product_id] else before.updated_at,
+            version=before.version + self._counts[product_id],
         )
 
     def count(self, movement: Movement) -> Level:
-        """What somebody counted, received or wrote off; gives the level as it is then.
+        """Enters what staff counted, received or wrote off; gives the level as it is then.
 
         Raises `BelowReserved`; beyond the limit `InvalidRequest`.
         """
@@ -315,84 +360,79 @@ class Books:
         if wanted > ON_HAND_LIMIT:
             message = f"would make {wanted} pieces; {ON_HAND_LIMIT} is the most"
             raise InvalidRequest(errors=(FieldError(field="delta", message=message),))
-        self._shift(product_id, on_hand=movement.delta)
-        self._counted[product_id] += 1
-        self._movements.append(movement)
-        told = StockLevelSet(product_id=product_id, delta=movement.delta, on_hand=wanted, reason=movement.reason)
+        self._change_level(product_id, on_hand=movement.delta)
+        self._counts[product_id] += 1
         level = self.level(product_id)
-        self._tell_level("stock.adjusted", product_id, level.version, told)
+        self._movements.append(msgspec.structs.replace(movement, level_version=level.version))
+        data = StockLevelSet(product_id=product_id, delta=movement.delta, on_hand=wanted, reason=movement.reason)
+        self._events.append(_product_event("stock.adjusted", product_id, level.version, data))
         return level
 
-    def _level(self, product_id: int) -> Level:
-        return self._before.get(product_id) or never_counted(product_id)
+    def _level_before(self, product_id: int) -> Level:
+        return self._levels_before.get(product_id) or never_counted(product_id)
 
     def _available(self, product_id: int) -> int:
-        return self._level(product_id).available + self._on_hand[product_id] - self._reserved[product_id]
+        return self._level_before(product_id).available + self._on_hand[product_id] - self._reserved[product_id]
 
-    def _shift(self, product_id: int, *, on_hand: int = 0, reserved: int = 0) -> None:
+    def _change_level(self, product_id: int, *, on_hand: int = 0, reserved: int = 0) -> None:
         self._on_hand[product_id] += on_hand
         self._reserved[product_id] += reserved
         assert self._available(product_id) >= 0, f"product {product_id} would be promised twice"
 
-    def _tell_level(self, what: str, product_id: int, version: int, told: Message) -> None:
-        self._events.append(Outgoing(what, "product", product_id, version, told))
+    # ------------------------------------------------------------------------------------------------------- write set
 
-    # ----------------------------------------------------------------------------------------------------------- close
-
-    def close(self) -> Plan:
+    def write_set(self) -> WriteSet:
         """Everything that has changed. A level that is as it was before the batch has not."""
-        uncounted = [i for i, level in self._before.items() if level.version == 0 and not self._counted[i]]
+        uncounted = [i for i, level in self._levels_before.items() if level.version == 0 and not self._counts[i]]
         assert not uncounted, f"levels of {uncounted} were made for nothing: version 0 is never committed"
-        shifts = self._shifts()
-        self._tell_of_availability(shifts)
-        return Plan(
-            opened=tuple(self._empty[order_id] for order_id in self._empty if order_id in self._now),
-            refused=tuple(order_id for order_id in self._empty if order_id not in self._now),
-            changes=self._changes(),
-            returned=tuple(ReturnedLine(*key, quantity) for key, quantity in sorted(self._returned.items())),
-            shifts=shifts,
-            movements=tuple(self._movements),
-            events=tuple(self._events),
+        deltas = self._deltas()
+        versions = {delta.product_id: self._level_before(delta.product_id).version + delta.versions for delta in deltas}
+        return WriteSet(
+            refused=tuple(self._refused),
+            changes=self._changes(versions),
+            deltas=deltas,
+            movements=tuple(
+                movement
+                if movement.level_version
+                else msgspec.structs.replace(movement, level_version=versions[movement.product_id])
+                for movement in self._movements
+            ),
+            events=(*self._events, *self._availability_events(versions)),
         )
 
-    def _shifts(self) -> tuple[Shift, ...]:
+    def _deltas(self) -> tuple[LevelDelta, ...]:
         products = sorted({*self._on_hand, *self._reserved})
-        # Each count is a version of its own, or who was overtaken would not notice. Orders make one together.
-        shifts = (Shift(i, self._on_hand[i], self._reserved[i], max(1, self._counted[i])) for i in products)
-        return tuple(s for s in shifts if s.on_hand or s.reserved or self._counted[s.product_id])
+        # Each count makes a version of its own: a client that names an older one is refused. Orders make one together.
+        deltas = (LevelDelta(i, self._on_hand[i], self._reserved[i], max(1, self._counts[i])) for i in products)
+        return tuple(d for d in deltas if d.on_hand or d.reserved or self._counts[d.product_id])
 
-    def _changes(self) -> tuple[Change, ...]:
-        before = {**self._empty, **self._locked}
+    def _changes(self, versions: Mapping[int, int]) -> tuple[ReservationChange, ...]:
         return tuple(
-            Change(order_id, now.state, now.version, before[order_id].version)
-            for order_id, now in self._now.items()
-            if now.version != before[order_id].version
+            _change(before, self._now[order_id], versions)
+            for order_id, before in self._before.items()
+            if self._now[order_id].version != before.version
         )
 
-    def _tell_of_availability(self, shifts: Iterable[Shift]) -> None:
-        for shift in shifts:
-            level, available = self._level(shift.product_id), self._available(shift.product_id)
-            if (level.available > 0) != (available > 0):
-                what = "stock.available" if available > 0 else "stock.exhausted"
-                version = level.version + shift.versions
-                told = StockAvailability(product_id=level.product_id, version=version)
-                self._tell_level(what, level.product_id, version, told)
+    def _availability_events(self, versions: Mapping[int, int]) -> Iterable[Outgoing]:
+        for product_id, version in versions.items():
+            before, after = self._level_before(product_id).available, self._available(product_id)
+            if event := availability_event(product_id, version, before=before, after=after):
+                yield event
 
 
-def _stock_lines(reservation: Standing) -> tuple[StockLine, ...]:
-    return tuple(StockLine(product_id=line.product_id, quantity=line.quantity) for line in reservation.lines)
-
-
-def _answer(reservation: Standing) -> Reservation:
-    return Reservation(
-        order_id=reservation.order_id,
-        state=reservation.state,
-        lines=_stock_lines(reservation),
-        expires_in_s=reservation.expires_in_s,
+def _change(before: StoredReservation, now: StoredReservation, versions: Mapping[int, int]) -> ReservationChange:
+    is_sale = before.state == "held" and now.state == "committed"
+    return ReservationChange(
+        order_id=now.order_id,
+        state=now.state,
+        version=now.version,
+        version_before=before.version,
+        level_versions=tuple(versions[line.product_id] for line in now.lines) if is_sale else (),
+        returned=tuple(line.returned for line in now.lines) if now.lines != before.lines else (),
     )
 
 
-def _with_returned(lines: Iterable[HeldLine], back: Iterable[StockLine]) -> tuple[HeldLine, ...]:
+def _with_returned(lines: Iterable[ReservedLine], back: Iterable[StockLine]) -> tuple[ReservedLine, ...]:
     quantities = {line.product_id: line.quantity for line in back}
     return tuple(
         msgspec.structs.replace(line, returned=line.returned + quantities.get(line.product_id, 0)) for line in lines

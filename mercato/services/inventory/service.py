@@ -60,7 +60,7 @@ class InventoryService:
         return await self._counting.adjust(batch)
 
     async def levels(self, batch: Batch[GetLevel]) -> Sequence[Level | ServiceError]:
-        """A product that nobody has ever counted has nothing; whether there is such a product, products knows."""
+        """A product that was never counted has nothing; whether there is such a product, products says."""
         wanted = {request.product_id for request in batch}
         async with self._database.read() as tx:
             counted = await store.levels(tx, list(wanted))
@@ -71,20 +71,19 @@ class InventoryService:
 
     async def list(self, request: ListLevels) -> LevelPage:
         async with self._database.read() as tx:
-            # One more than asked for tells whether there is a next page.
+            # One more than requested tells whether there is a next page.
             levels = await store.list_levels(tx, request.below, request.after or 0, request.limit + 1)
         page = tuple(levels[: request.limit])
         return LevelPage(levels=page, next_after=page[-1].product_id if len(levels) > request.limit else None)
 
     async def trace(self, request: TraceStock) -> StockTrace:
         async with self._database.read() as tx:
-            # The reservation first: what moves meanwhile can then only be shown too early, never be left out.
+            # The reservation first: a return that commits meanwhile is then shown at most too early.
             reservation = await store.traced_reservation(tx, request.order_id)
-            if reservation is None:
+            if reservation is None or reservation.nonce != request.order_nonce:
                 return StockTrace(steps=())
-            lines = await store.lines_of(tx, [request.order_id])
-            movements = await store.traced_movements(tx, request.order_id)
-        return StockTrace(steps=tuple(_steps(reservation, lines, movements)))
+            returns = await store.traced_returns(tx, request.order_id) if reservation.state == "committed" else []
+        return StockTrace(steps=tuple(_steps(reservation, returns)))
 
 
 def _level(product_id: int, counted: dict[int, Level], refusals: dict[int, ServiceError]) -> Level | ServiceError:
@@ -93,19 +92,20 @@ def _level(product_id: int, counted: dict[int, Level], refusals: dict[int, Servi
     return counted.get(product_id) or rules.never_counted(product_id)
 
 
-def _steps(
-    reservation: store.TracedReservationRow,
-    lines: Sequence[store.LineRow],
-    movements: Sequence[store.TracedMovementRow],
-) -> list[StockStep]:
-    held = tuple(StockLine(product_id=line.product_id, quantity=line.quantity) for line in lines)
+def _steps(reservation: store.TracedReservationRow, returns: Sequence[store.TracedReturnRow]) -> list[StockStep]:
+    held = tuple(map(_line, reservation.product_ids, reservation.quantities))
     if not held:
-        return []  # nothing was ever held: a release came before the reserve
+        return []  # a tombstone: nothing was ever held
     steps = [StockStep(what="held", lines=held, at=reservation.created_at)]
-    if reservation.state == "released" or reservation.state == "expired":
-        steps.append(StockStep(what=reservation.state, lines=held, at=reservation.updated_at))
-    for (kind, _), group in itertools.groupby(movements, key=lambda movement: (movement.kind, movement.reference)):
-        moved = tuple(group)
-        back = tuple(StockLine(product_id=line.product_id, quantity=line.quantity) for line in moved)
-        steps.append(StockStep(what="committed" if kind == "sale" else "returned", lines=back, at=moved[0].at))
+    if reservation.state != "held":
+        assert reservation.ended_at is not None
+        steps.append(StockStep(what=reservation.state, lines=held, at=reservation.ended_at))
+    for _, group in itertools.groupby(returns, key=lambda line: line.reference):
+        lines = tuple(group)
+        returned = tuple(_line(line.product_id, line.quantity) for line in lines)
+        steps.append(StockStep(what="returned", lines=returned, at=lines[0].at))
     return steps
+
+
+def _line(product_id: int, quantity: int) -> StockLine:
+    return StockLine(product_id=product_id, quantity=quantity)

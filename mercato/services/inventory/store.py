@@ -3,52 +3,65 @@
 Locks are taken in one order in every transaction, or two batches would wait for each other for ever:
 
     0. the keys of adjustments, in key order
-    1. new reservations, by ascending order (the insert itself locks; who inserts the same one waits)
+    1. new reservations, by ascending order (the insert itself locks; a second insert of the same one waits)
     2. reservations that are there, by ascending order
     3. new levels, by ascending product (as in step 1)
     4. levels that are there, by ascending product
 
-Who waits in step 1 or 3 holds nothing that those in later steps wait for: they see only what is committed.
-The expiry loop skips step 2 where somebody else is at it, so that it never waits there.
+A transaction that waits in step 1 or 3 holds nothing that those in later steps wait for: they see only what is
+committed. The expiry skips step 2 where another transaction holds the lock, so that it never waits there.
+
+A transaction inserts and locks, decides (`rules.StockLedger`), and writes. `fast_path.py` has single statements for the
+batches that fit as a whole.
+
+Rows are looked up with CROSS JOIN LATERAL (... LIMIT 1), one search of the index each: a plain join that was planned
+while the table was small walks over all of it. The lines of many orders are passed end to end in one array;
+`first` and `last` say which of them are those of an order.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections import defaultdict
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
-from mercato.chassis import events
 from mercato.chassis.db import Row, Tx
+from mercato.chassis.messaging import events
 from mercato.chassis.rounds import PAGE
-from mercato.contracts.inventory import Level, MovementKind, ReservationState
+from mercato.contracts.inventory import Level, ReservationState
 
-from .rules import Change, HeldLine, Movement, Plan, ReturnedLine, Shift, Standing
+from .rules import LevelDelta, Movement, ReservationChange, ReservedLine, StoredReservation, WriteSet
 
 
-class NotAsLocked(Exception):
+class NotAsLockedError(Exception):
     """A guard refused what was decided about locked rows: nothing of this transaction may be committed."""
 
 
-class OpenedRow(Row):
+class NewReservation(msgspec.Struct, frozen=True, gc=False):
+    """A reservation to insert. `lines` by ascending product; `for_payment`: it does not expire."""
+
+    order_id: int
+    nonce: int
+    for_payment: bool
+    lines: tuple[ReservedLine, ...]
+
+
+class InsertedRow(Row):
     order_id: int
     expires_in_s: float | None
 
 
 class ReservationRow(Row):
     order_id: int
+    nonce: int
     state: ReservationState
     version: int
     expires_in_s: float | None
-
-
-class LineRow(Row):
-    order_id: int
-    product_id: int
-    quantity: int
-    returned: int
+    product_ids: list[int]
+    quantities: list[int]
+    returned: list[int] | None
 
 
 class LevelRow(Row):
@@ -58,6 +71,11 @@ class LevelRow(Row):
     available: int
     updated_at: datetime.datetime
     version: int
+
+
+class OrderRow(Row):
+    order_id: int
+    nonce: int
 
 
 class ReturnRow(Row):
@@ -73,65 +91,94 @@ class AdjustmentRow(Row):
 
 
 class TracedReservationRow(Row):
+    nonce: int
     state: ReservationState
+    product_ids: list[int]
+    quantities: list[int]
     created_at: datetime.datetime
-    updated_at: datetime.datetime
+    ended_at: datetime.datetime | None
 
 
-class TracedMovementRow(Row):
-    id: int
-    kind: MovementKind
-    reference: str | None
+class TracedReturnRow(Row):
+    reference: str
     product_id: int
     quantity: int
     at: datetime.datetime
 
 
-# ------------------------------------------------------------------------------------------------------ reservations
+# ------------------------------------------------------------------------------------------------------- reservations
 
 
-async def open_reservations(
-    tx: Tx, order_ids: Sequence[int], for_payment: Sequence[bool], hold_seconds: float
-) -> list[Standing]:
-    """Inserts held reservations without lines; gives those that were not there. The rest is there, and committed."""
-    # A twin that is inserting one of them makes this wait for its commit; one that was refused by then is ours.
+async def insert_reservations(
+    tx: Tx, reservations: Sequence[NewReservation], hold_seconds: float
+) -> list[StoredReservation]:
+    """Inserts held reservations; gives those that were not there. The rest is there, and committed."""
+    # A transaction that is inserting one of them makes this wait for its commit; one it has refused by then is ours.
     rows = await tx.fetch(
-        OpenedRow,
+        InsertedRow,
         """
-        INSERT INTO reservations (order_id, state, expires_at)
-        SELECT w.order_id, 'held', CASE WHEN w.for_payment THEN NULL ELSE now() + make_interval(secs => $3) END
-          FROM unnest($1::bigint[], $2::boolean[]) AS w (order_id, for_payment)
-         ORDER BY w.order_id
+        INSERT INTO reservations (order_id, nonce, state, expires_at, product_ids, quantities)
+        SELECT n.order_id, n.nonce, 'held', CASE WHEN NOT n.for_payment THEN now() + make_interval(secs => $8) END,
+               ($6::bigint[])[n.first:n.last], ($7::integer[])[n.first:n.last]
+          FROM unnest($1::bigint[], $2::bigint[], $3::boolean[], $4::integer[], $5::integer[])
+               AS n (order_id, nonce, for_payment, first, last)
+         ORDER BY n.order_id
             ON CONFLICT ON CONSTRAINT reservations_pkey DO NOTHING
         RETURNING order_id, extract(epoch FROM expires_at - clock_timestamp())::float8 AS expires_in_s
         """,
-        order_ids,
-        for_payment,
+        *new_columns(reservations),
         hold_seconds,
     )
-    return [Standing(row.order_id, "held", 1, row.expires_in_s) for row in rows]
+    new = {reservation.order_id: reservation for reservation in reservations}
+    return [
+        StoredReservation(row.order_id, new[row.order_id].nonce, "held", 1, row.expires_in_s, new[row.order_id].lines)
+        for row in rows
+    ]
 
 
-async def bury(tx: Tx, order_ids: Sequence[int]) -> list[Standing]:
-    """Inserts released reservations without lines; gives those that were not there.
+def new_columns(reservations: Sequence[NewReservation]) -> tuple[list[object], ...]:
+    """Id, nonce, `for_payment`, first and last line of each; then products and quantities of all lines."""
+    firsts, lasts = _places([len(reservation.lines) for reservation in reservations])
+    lines = [line for reservation in reservations for line in reservation.lines]
+    return (
+        [reservation.order_id for reservation in reservations],
+        [reservation.nonce for reservation in reservations],
+        [reservation.for_payment for reservation in reservations],
+        firsts,
+        lasts,
+        [line.product_id for line in lines],
+        [line.quantity for line in lines],
+    )
 
-    A reserve that is still on its way finds them, also when it is running at this very moment: one of the two waits.
+
+def _places(lengths: Sequence[int]) -> tuple[list[object], list[object]]:
+    """Where each of several arrays that are laid end to end begins and ends, counted from 1."""
+    lasts = list(itertools.accumulate(lengths))
+    return [last - length + 1 for last, length in zip(lasts, lengths, strict=True)], [*lasts]
+
+
+async def insert_tombstones(tx: Tx, orders: Mapping[int, int]) -> list[StoredReservation]:
+    """Inserts released reservations without lines for these orders (id to nonce); gives those that were not there.
+
+    A reserve that arrives later finds them, also one that is running at this moment: one of the two waits.
     """
     inserted = await tx.fetch_values(
         int,
         """
-        INSERT INTO reservations (order_id, state)
-        SELECT w.order_id, 'released' FROM unnest($1::bigint[]) AS w (order_id)
+        INSERT INTO reservations (order_id, nonce, state, ended_at)
+        SELECT w.order_id, w.nonce, 'released', clock_timestamp()
+          FROM unnest($1::bigint[], $2::bigint[]) AS w (order_id, nonce)
          ORDER BY w.order_id
             ON CONFLICT ON CONSTRAINT reservations_pkey DO NOTHING
         RETURNING order_id
         """,
-        order_ids,
+        list(orders),
+        list(orders.values()),
     )
-    return [Standing(order_id, "released", 1, None) for order_id in inserted]
+    return [StoredReservation(order_id, orders[order_id], "released", 1, None) for order_id in inserted]
 
 
-async def lock_reservations(tx: Tx, order_ids: Collection[int]) -> list[Standing]:
+async def lock_reservations(tx: Tx, order_ids: Collection[int]) -> list[StoredReservation]:
     """Those that are there, by ascending order, as they stay until this transaction ends."""
     if not order_ids:
         return []
@@ -139,7 +186,9 @@ async def lock_reservations(tx: Tx, order_ids: Collection[int]) -> list[Standing
     rows = await tx.fetch(
         ReservationRow,
         """
-        SELECT order_id, state, version, extract(epoch FROM expires_at - clock_timestamp())::float8 AS expires_in_s
+        SELECT order_id, nonce, state, version,
+               extract(epoch FROM expires_at - clock_timestamp())::float8 AS expires_in_s,
+               product_ids, quantities, returned
           FROM reservations
          WHERE order_id = ANY($1::bigint[])
          ORDER BY order_id
@@ -147,16 +196,22 @@ async def lock_reservations(tx: Tx, order_ids: Collection[int]) -> list[Standing
         """,
         list(order_ids),
     )
-    return await _with_lines(tx, rows)
+    return [_stored(row) for row in rows]
 
 
-async def lock_overdue(tx: Tx, limit: int) -> list[Standing]:
-    """Up to `limit` held reservations whose time is over and that nobody else is at."""
+def _stored(row: ReservationRow) -> StoredReservation:
+    returned = row.returned or [0] * len(row.product_ids)
+    lines = tuple(map(ReservedLine, row.product_ids, row.quantities, returned))
+    return StoredReservation(row.order_id, row.nonce, row.state, row.version, row.expires_in_s, lines)
+
+
+async def lock_overdue(tx: Tx, limit: int) -> dict[int, int]:
+    """Up to `limit` held reservations whose time is over and that no other transaction has locked: id to nonce."""
     # A payment that begins meanwhile takes the expiry away: the row is looked at again under its lock, and left out.
     rows = await tx.fetch(
-        ReservationRow,
+        OrderRow,
         """
-        SELECT order_id, state, version, extract(epoch FROM expires_at - clock_timestamp())::float8 AS expires_in_s
+        SELECT order_id, nonce
           FROM reservations
          WHERE expires_at < now()
          ORDER BY expires_at
@@ -165,32 +220,7 @@ async def lock_overdue(tx: Tx, limit: int) -> list[Standing]:
         """,
         limit,
     )
-    return await _with_lines(tx, rows)
-
-
-async def _with_lines(tx: Tx, rows: Sequence[ReservationRow]) -> list[Standing]:
-    # A statement of its own, after the lock: it sees what those have committed for whom the lock was waited.
-    lines: defaultdict[int, list[HeldLine]] = defaultdict(list)
-    if rows:
-        for line in await lines_of(tx, [row.order_id for row in rows]):
-            lines[line.order_id].append(HeldLine(line.product_id, line.quantity, line.returned))
-    return [
-        Standing(row.order_id, row.state, row.version, row.expires_in_s, tuple(lines[row.order_id])) for row in rows
-    ]
-
-
-async def lines_of(tx: Tx, order_ids: Sequence[int]) -> list[LineRow]:
-    """By ascending order and product."""
-    return await tx.fetch(
-        LineRow,
-        """
-        SELECT order_id, product_id, quantity, returned
-          FROM reservation_lines
-         WHERE order_id = ANY($1::bigint[])
-         ORDER BY order_id, product_id
-        """,
-        order_ids,
-    )
+    return {row.order_id: row.nonce for row in rows}
 
 
 async def returns_made(tx: Tx, wanted: Collection[tuple[int, str]]) -> set[tuple[int, str]]:
@@ -198,9 +228,14 @@ async def returns_made(tx: Tx, wanted: Collection[tuple[int, str]]) -> set[tuple
     rows = await tx.fetch(
         ReturnRow,
         """
-        SELECT DISTINCT m.order_id, m.reference
+        SELECT m.order_id, m.reference
           FROM unnest($1::bigint[], $2::text[]) AS w (order_id, reference)
-          JOIN movements m ON m.kind = 'return' AND m.order_id = w.order_id AND m.reference = w.reference
+         CROSS JOIN LATERAL (
+            SELECT order_id, reference
+              FROM movements
+             WHERE kind = 'return' AND order_id = w.order_id AND reference = w.reference
+             LIMIT 1
+         ) m
         """,
         [order_id for order_id, _ in wanted],
         [reference for _, reference in wanted],
@@ -212,7 +247,7 @@ async def returns_made(tx: Tx, wanted: Collection[tuple[int, str]]) -> set[tuple
 
 
 async def lock_levels(tx: Tx, product_ids: Collection[int]) -> list[Level]:
-    """Those that somebody has counted, by ascending product, as they stay until this transaction ends."""
+    """Those that have been counted, by ascending product, as they stay until this transaction ends."""
     if not product_ids:
         return []
     rows = await tx.fetch(
@@ -229,8 +264,8 @@ async def lock_levels(tx: Tx, product_ids: Collection[int]) -> list[Level]:
     return [_level(row) for row in rows]
 
 
-async def open_levels(tx: Tx, product_ids: Sequence[int]) -> int:
-    """Makes empty levels at version 0 where there are none, for this transaction to count; gives how many."""
+async def insert_levels(tx: Tx, product_ids: Sequence[int]) -> int:
+    """Inserts empty levels at version 0 where there are none, for this transaction to count; gives how many."""
     return await tx.execute(
         """
         INSERT INTO levels (product_id)
@@ -242,15 +277,15 @@ async def open_levels(tx: Tx, product_ids: Sequence[int]) -> int:
     )
 
 
-async def keep_levels(tx: Tx) -> bool:
-    """Keeps everybody else from writing levels until this transaction ends; True where there are none."""
+async def lock_all_levels(tx: Tx) -> bool:
+    """Keeps all other transactions from writing levels until this one ends; True where there are none."""
     await tx.execute("""LOCK TABLE levels IN SHARE ROW EXCLUSIVE MODE""")
     # A statement of its own: it must see what was committed while the lock was waited for.
     return not await tx.fetch_values(int, """SELECT 1 FROM levels LIMIT 1""")
 
 
 async def levels(tx: Tx, product_ids: Sequence[int]) -> dict[int, Level]:
-    """Those that somebody has counted, by product."""
+    """Those that have been counted, by product."""
     rows = await tx.fetch(
         LevelRow,
         """
@@ -288,7 +323,6 @@ def _level(row: LevelRow) -> Level:
 
 async def adjustments(tx: Tx, references: Sequence[str]) -> dict[str, AdjustmentRow]:
     """What was once adjusted under these references, by reference."""
-    # One look at the index for each: a join that was planned when nothing had moved would read all movements.
     rows = await tx.fetch(
         AdjustmentRow,
         """
@@ -309,82 +343,62 @@ async def adjustments(tx: Tx, references: Sequence[str]) -> dict[str, Adjustment
 # ----------------------------------------------------------------------------------------------------------- writing
 
 
-async def write(tx: Tx, plan: Plan) -> dict[int, Level]:
+async def write(tx: Tx, write_set: WriteSet) -> dict[int, Level]:
     """Writes what was decided about the rows that this transaction has locked; gives the changed levels.
 
-    Raises `NotAsLocked` when a guard refuses any of it: what did not come back did not happen.
+    Raises `NotAsLockedError` when a guard refuses any of it: what did not come back did not happen.
     """
-    if plan.refused:
-        await _remove(tx, plan.refused)
-    if plan.opened:
-        await _insert_lines(tx, plan.opened)
-    if plan.changes and await change_reservations(tx, plan.changes) != len(plan.changes):
-        raise NotAsLocked("reservations")
-    if plan.returned and await _return_lines(tx, plan.returned) != len(plan.returned):
-        raise NotAsLocked("lines")
-    changed = await shift_levels(tx, plan.shifts) if plan.shifts else []
-    if len(changed) != len(plan.shifts):
-        raise NotAsLocked("levels")
-    if plan.movements:
-        await _insert_movements(tx, plan.movements)
-    await events.emit(tx, plan.events)
+    if write_set.refused:
+        await _delete_reservations(tx, write_set.refused)
+    if write_set.changes and await change_reservations(tx, write_set.changes) != len(write_set.changes):
+        raise NotAsLockedError("reservations")
+    changed = await change_levels(tx, write_set.deltas) if write_set.deltas else []
+    if len(changed) != len(write_set.deltas):
+        raise NotAsLockedError("levels")
+    if write_set.movements:
+        await _insert_movements(tx, write_set.movements)
+    await events.emit(tx, write_set.events)
     return {level.product_id: level for level in changed}
 
 
-async def _remove(tx: Tx, order_ids: Sequence[int]) -> None:
-    # They were inserted by this transaction: nobody has ever seen them.
+async def _delete_reservations(tx: Tx, order_ids: Sequence[int]) -> None:
+    # They were inserted by this transaction: no other has ever seen them.
     await tx.execute("""DELETE FROM reservations WHERE order_id = ANY($1::bigint[])""", order_ids)
 
 
-async def _insert_lines(tx: Tx, reservations: Sequence[Standing]) -> None:
-    # Before the levels change: the foreign keys then meet rows whose locks this transaction holds, and lock nothing.
-    lines = [(reservation.order_id, line) for reservation in reservations for line in reservation.lines]
-    await tx.execute(
-        """
-        INSERT INTO reservation_lines (order_id, product_id, quantity)
-        SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::integer[])
-        """,
-        [order_id for order_id, _ in lines],
-        [line.product_id for _, line in lines],
-        [line.quantity for _, line in lines],
-    )
-
-
-async def change_reservations(tx: Tx, changes: Sequence[Change]) -> int:
-    """Gives the number of those that were still at the version before. Whatever changes, nothing expires any more."""
+async def change_reservations(tx: Tx, changes: Sequence[ReservationChange]) -> int:
+    """Gives the number of those that were still at the version before. What has changed does not expire any more."""
+    firsts, lasts = _places([len(change.level_versions) for change in changes])
+    first_returns, last_returns = _places([len(change.returned) for change in changes])
     return await tx.execute(
         """
         UPDATE reservations r
            SET state = c.state, version = c.version, expires_at = NULL,
-               updated_at = greatest(r.updated_at, clock_timestamp())
-          FROM unnest($1::bigint[], $2::text[], $3::integer[], $4::integer[])
-               AS c (order_id, state, version, version_before)
-         WHERE r.order_id = c.order_id AND r.version = c.version_before
+               updated_at = greatest(r.updated_at, clock_timestamp()),
+               ended_at = CASE WHEN c.state <> 'held' THEN coalesce(r.ended_at, clock_timestamp()) END,
+               level_versions = coalesce(nullif(($7::bigint[])[c.first:c.last], '{}'), r.level_versions),
+               returned = coalesce(nullif(($10::integer[])[c.first_return:c.last_return], '{}'), r.returned)
+          FROM unnest($1::bigint[], $2::text[], $3::integer[], $4::integer[], $5::integer[], $6::integer[],
+                      $8::integer[], $9::integer[])
+               AS c (order_id, state, version, version_before, first, last, first_return, last_return)
+         CROSS JOIN LATERAL (SELECT ctid FROM reservations WHERE order_id = c.order_id LIMIT 1) locked
+         WHERE r.ctid = locked.ctid AND r.version = c.version_before
         """,
         [change.order_id for change in changes],
         [change.state for change in changes],
         [change.version for change in changes],
         [change.version_before for change in changes],
+        firsts,
+        lasts,
+        [version for change in changes for version in change.level_versions],
+        first_returns,
+        last_returns,
+        [quantity for change in changes for quantity in change.returned],
     )
 
 
-async def _return_lines(tx: Tx, lines: Sequence[ReturnedLine]) -> int:
-    # No more comes back than was sold.
-    return await tx.execute(
-        """
-        UPDATE reservation_lines l
-           SET returned = l.returned + b.quantity
-          FROM unnest($1::bigint[], $2::bigint[], $3::integer[]) AS b (order_id, product_id, quantity)
-         WHERE l.order_id = b.order_id AND l.product_id = b.product_id AND l.returned + b.quantity <= l.quantity
-        """,
-        [line.order_id for line in lines],
-        [line.product_id for line in lines],
-        [line.quantity for line in lines],
-    )
-
-
-async def shift_levels(tx: Tx, shifts: Sequence[Shift]) -> list[Level]:
-    """Changes levels, one shift a product; gives those that had enough, as they are now.
+async def change_levels(tx: Tx, deltas: Sequence[LevelDelta]) -> list[Level]:
+    """Changes levels, one delta a product; gives those that had enough, as they are now.
 
     The guard decides, whatever the caller believes: pieces are taken only where so many are available in this moment.
     """
@@ -392,36 +406,40 @@ async def shift_levels(tx: Tx, shifts: Sequence[Shift]) -> list[Level]:
         LevelRow,
         """
         UPDATE levels l
-           SET on_hand = l.on_hand + s.on_hand, reserved = l.reserved + s.reserved, version = l.version + s.versions,
+           SET on_hand = l.on_hand + d.on_hand, reserved = l.reserved + d.reserved, version = l.version + d.versions,
                updated_at = greatest(l.updated_at, clock_timestamp())
           FROM unnest($1::bigint[], $2::integer[], $3::integer[], $4::integer[])
-               AS s (product_id, on_hand, reserved, versions)
-         WHERE l.product_id = s.product_id
-           AND l.on_hand - l.reserved >= s.reserved - s.on_hand
-           AND l.reserved + s.reserved >= 0
+               AS d (product_id, on_hand, reserved, versions)
+         CROSS JOIN LATERAL (SELECT ctid FROM levels WHERE product_id = d.product_id LIMIT 1) locked
+         WHERE l.ctid = locked.ctid
+           AND l.on_hand - l.reserved >= d.reserved - d.on_hand
+           AND l.reserved + d.reserved >= 0
         RETURNING l.product_id, l.on_hand, l.reserved, l.on_hand - l.reserved AS available, l.updated_at, l.version
         """,
-        [shift.product_id for shift in shifts],
-        [shift.on_hand for shift in shifts],
-        [shift.reserved for shift in shifts],
-        [shift.versions for shift in shifts],
+        [delta.product_id for delta in deltas],
+        [delta.on_hand for delta in deltas],
+        [delta.reserved for delta in deltas],
+        [delta.versions for delta in deltas],
     )
     return [_level(row) for row in rows]
 
 
 async def _insert_movements(tx: Tx, movements: Sequence[Movement]) -> None:
-    # Unique keys refuse a second sale of a line, a second return with its reference, a second adjustment with its key.
+    # Unique keys refuse a second return with its reference, and a second adjustment with its key.
     await tx.execute(
         """
-        INSERT INTO movements (product_id, kind, delta, order_id, reference, reason, actor_role, actor_id)
-        SELECT m.product_id, m.kind, m.delta, m.order_id, m.reference, m.reason, m.actor_role, m.actor_id
-          FROM unnest($1::bigint[], $2::text[], $3::integer[], $4::bigint[], $5::text[], $6::text[], $7::text[],
-                      $8::bigint[])
+        INSERT INTO movements (product_id, level_version, kind, delta, order_id, reference, reason, actor_role,
+                               actor_id)
+        SELECT m.product_id, m.level_version, m.kind, m.delta, m.order_id, m.reference, m.reason, m.actor_role,
+               m.actor_id
+          FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::integer[], $5::bigint[], $6::text[], $7::text[],
+                      $8::text[], $9::bigint[])
                WITH ORDINALITY
-               AS m (product_id, kind, delta, order_id, reference, reason, actor_role, actor_id, n)
+               AS m (product_id, level_version, kind, delta, order_id, reference, reason, actor_role, actor_id, n)
          ORDER BY m.n
         """,
         [movement.product_id for movement in movements],
+        [movement.level_version for movement in movements],
         [movement.kind for movement in movements],
         [movement.delta for movement in movements],
         [movement.order_id for movement in movements],
@@ -439,23 +457,18 @@ async def traced_reservation(tx: Tx, order_id: int) -> TracedReservationRow | No
     return await tx.fetch_one(
         TracedReservationRow,
         """
-        SELECT state, created_at, updated_at FROM reservations WHERE order_id = $1
+        SELECT nonce, state, product_ids, quantities, created_at, ended_at FROM reservations WHERE order_id = $1
         """,
         order_id,
     )
 
 
-async def traced_movements(tx: Tx, order_id: int) -> list[TracedMovementRow]:
-    """Sales and returns of an order, in the order in which they happened."""
-    # Two parts, for two indexes: each of them knows one kind.
+async def traced_returns(tx: Tx, order_id: int) -> list[TracedReturnRow]:
+    """Returned lines of an order, in the order in which they came back."""
     return await tx.fetch(
-        TracedMovementRow,
+        TracedReturnRow,
         """
-        SELECT id, kind, reference, product_id, -delta AS quantity, at
-          FROM movements
-         WHERE kind = 'sale' AND order_id = $1
-         UNION ALL
-        SELECT id, kind, reference, product_id, delta AS quantity, at
+        SELECT reference, product_id, delta AS quantity, at
           FROM movements
          WHERE kind = 'return' AND order_id = $1
          ORDER BY id
@@ -467,19 +480,19 @@ async def traced_movements(tx: Tx, order_id: int) -> list[TracedMovementRow]:
 # --------------------------------------------------------------------------------------------------- reconciliation
 
 
-async def pinned(tx: Tx, before: int, quiet_seconds: float, limit: int) -> list[int]:
-    """The orders of those on the page of reservations before an order that are held without an end for a while."""
-    return await tx.fetch_values(
-        int,
+async def indefinite_holds(tx: Tx, before: int, quiet_seconds: float, limit: int) -> dict[int, int]:
+    """Of the page of reservations before an order, those held without an end for a while: id to nonce."""
+    rows = await tx.fetch(
+        OrderRow,
         """
         WITH page AS MATERIALIZED (
-            SELECT order_id, state, expires_at, updated_at
+            SELECT order_id, nonce, state, expires_at, updated_at
               FROM reservations
              WHERE order_id < $1
              ORDER BY order_id DESC
              LIMIT $2
         )
-        SELECT order_id
+        SELECT order_id, nonce
           FROM page
          WHERE state = 'held' AND expires_at IS NULL AND updated_at < now() - make_interval(secs => $3)
          LIMIT $4
@@ -489,6 +502,7 @@ async def pinned(tx: Tx, before: int, quiet_seconds: float, limit: int) -> list[
         quiet_seconds,
         limit,
     )
+    return {row.order_id: row.nonce for row in rows}
 
 
 async def end_of_page(tx: Tx, before: int) -> int | None:

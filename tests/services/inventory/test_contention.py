@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import asyncpg
 import pytest
 
 from mercato.chassis.contract import ServiceError
+from mercato.chassis.db import Tx
 from mercato.chassis.testing import Cluster, Rig
 from mercato.contracts.inventory import (
-    CommitStock,
     Inventory,
     OutOfStock,
-    ReleaseStock,
     Reservation,
     ReservationClosed,
     ReserveStock,
     StockLine,
 )
-from mercato.services.inventory import store
-from mercato.services.inventory.rules import Change, Shift
-from services.inventory.world import LAMP, MUG, SHOP, World, opened, reserve
+from mercato.services.inventory import fast_path, store
+from mercato.services.inventory.rules import LevelDelta, ReservationChange, ReservedLine
+from mercato.services.inventory.store import NewReservation
+from services.inventory.world import LAMP, MUG, NONCE, SHOP, World, commit, opened, release, reserve
 
 
 async def test_two_hundred_buyers_of_fifty_pieces_get_fifty(world: World):
@@ -40,13 +41,25 @@ async def test_two_hundred_buyers_of_fifty_pieces_get_fifty(world: World):
     assert [what for what, _ in await world.told("product", MUG)].count("stock.exhausted") == 1
 
 
-async def test_two_who_come_for_the_last_piece_at_the_same_moment_are_not_both_promised_it(world: World):
-    """Both have come as far as its level before either may go on: what they could read there is true for one alone."""
+@pytest.mark.parametrize("way", ["as a whole", "one by one"])
+async def test_two_concurrent_reservations_of_the_last_piece_do_not_oversell(world: World, way: str):
+    """Both wait for the level before either may go on: what they could read there by then is true for one alone.
+
+    One by one: the piece comes while they wait, so that no batch fits before.
+    """
     other = await world.another_rig()
-    await world.stock(mug=1)
+    await world.stock(mug=1 if way == "as a whole" else 0)
     holder = await world.connection()
     async with holder.transaction():
         await holder.execute("SELECT 1 FROM levels FOR NO KEY UPDATE")
+        if way == "one by one":
+            await holder.execute("UPDATE levels SET on_hand = 1, version = 2")
+            await holder.execute(
+                """
+                INSERT INTO movements (product_id, level_version, kind, delta, actor_role, actor_id)
+                VALUES (1, 2, 'receipt', 1, 'staff', 9)
+                """
+            )
         with world.acting(SHOP):
             calls = [
                 asyncio.ensure_future(client.reserve(reserve(order_id, mug=1)))
@@ -59,6 +72,47 @@ async def test_two_who_come_for_the_last_piece_at_the_same_moment_are_not_both_p
     assert await world.pieces() == (1, 1)
 
 
+async def test_of_a_batch_that_waits_for_a_level_each_order_gets_what_is_left(world: World):
+    """The batch fits when its statement begins, and does not when it gets the lock: the first orders get the rest."""
+    await world.stock(mug=3)
+    holder = await world.connection()
+    async with holder.transaction():
+        await holder.execute("UPDATE levels SET on_hand = 2, version = 2")
+        await holder.execute(
+            """
+            INSERT INTO movements (product_id, level_version, kind, delta, actor_role, actor_id)
+            VALUES (1, 2, 'adjustment', -1, 'staff', 9)
+            """
+        )
+        batch = asyncio.ensure_future(world.reserve_many(*(reserve(order_id, mug=1) for order_id in (7, 8, 9))))
+        await world.until_waiting()
+    heard = await batch
+
+    assert [type(h) for h in heard] == [Reservation, Reservation, OutOfStock]
+    assert await world.pieces() == (2, 2)
+    assert await world.told("reservation", 9) == []
+
+
+async def test_of_a_commit_and_a_release_at_the_same_moment_one_is_done(world: World):
+    other = await world.another_rig()
+    await world.stock(mug=2)
+    await world.reserve(7, mug=2)
+    holder = await world.connection()
+    async with holder.transaction():
+        await holder.execute("SELECT 1 FROM reservations FOR NO KEY UPDATE")
+        with world.acting(SHOP):
+            sold = asyncio.ensure_future(world.inventory.commit(commit(7)))
+            freed = asyncio.ensure_future(other.client(Inventory).release(release(7)))
+        await world.until_waiting(2)
+    heard = await asyncio.gather(sold, freed, return_exceptions=True)
+
+    [state] = (await world.states()).values()
+    assert isinstance(heard[1], Reservation)
+    assert heard[1].state == state
+    assert isinstance(heard[0], Reservation if state == "committed" else ReservationClosed)
+    assert await world.pieces() == ((0, 0) if state == "committed" else (2, 0))
+
+
 async def test_carts_in_opposite_orders_do_not_wait_for_each_other_for_ever(world: World):
     """Each cart holds both products, and each is reserved and then sold or released."""
     other = await world.another_rig()
@@ -69,11 +123,13 @@ async def test_carts_in_opposite_orders_do_not_wait_for_each_other_for_ever(worl
         client = clients[order_id % 2]
         products = (MUG, LAMP) if order_id % 4 < 2 else (LAMP, MUG)
         lines = tuple(StockLine(product_id=i, quantity=1) for i in products)
-        await client.reserve(ReserveStock(order_id=order_id, lines=lines, for_payment=True, idempotency_key="r"))
+        await client.reserve(
+            ReserveStock(order_id=order_id, lines=lines, for_payment=True, idempotency_key="r", order_nonce=NONCE)
+        )
         if order_id % 3:
-            await client.commit(CommitStock(order_id=order_id, idempotency_key="c"))
+            await client.commit(commit(order_id))
         else:
-            await client.release(ReleaseStock(order_id=order_id, idempotency_key="l"))
+            await client.release(release(order_id))
 
     with world.acting(SHOP):
         await asyncio.gather(*(shop(order_id) for order_id in range(1, 501)))
@@ -100,10 +156,9 @@ async def hurry_about_the_same_orders(world: World) -> None:
         order_id, client = i % 20 + 1, clients[i // 20 % 2]
         match i % 3:
             case 0:
-                request = CommitStock(order_id=order_id, idempotency_key="c")
-                [heard] = await client.commit.many([request])
+                [heard] = await client.commit.many([commit(order_id)])
             case 1:
-                [heard] = await client.release.many([ReleaseStock(order_id=order_id, idempotency_key="l")])
+                [heard] = await client.release.many([release(order_id)])
             case _:
                 [heard] = await client.reserve.many([reserve(order_id, lamp=1, mug=1, for_payment=bool(i % 2))])
         return heard
@@ -148,16 +203,22 @@ async def test_a_twin_waits_for_the_first_and_hears_the_same(world: World):
 async def test_pieces_are_taken_only_where_there_are_so_many_whatever_the_caller_believes(world: World):
     await world.stock(mug=3, lamp=3)
     async with world.database.transaction() as tx:
-        changed = await store.shift_levels(tx, [Shift(MUG, 0, 4), Shift(LAMP, 0, 3)])
+        changed = await store.change_levels(tx, [LevelDelta(MUG, 0, 4), LevelDelta(LAMP, 0, 3)])
     assert [(level.product_id, level.reserved) for level in changed] == [(LAMP, 3)]
 
     async with world.database.transaction() as tx:
         refused = [
-            await store.shift_levels(tx, [shift])
-            for shift in (Shift(LAMP, 0, 1), Shift(LAMP, -1, 0), Shift(MUG, 0, -1), Shift(MUG, -4, 0), Shift(99, 1, 0))
+            await store.change_levels(tx, [delta])
+            for delta in (
+                LevelDelta(LAMP, 0, 1),
+                LevelDelta(LAMP, -1, 0),
+                LevelDelta(MUG, 0, -1),
+                LevelDelta(MUG, -4, 0),
+                LevelDelta(99, 1, 0),
+            )
         ]
         assert refused == [[]] * 5
-        await store.shift_levels(tx, [Shift(LAMP, 0, -3)])
+        await store.change_levels(tx, [LevelDelta(LAMP, 0, -3)])
 
 
 async def test_the_check_of_levels_is_a_lock_of_its_own(world: World):
@@ -172,7 +233,12 @@ async def test_a_reservation_that_was_changed_by_somebody_else_is_not_changed(wo
     await world.stock(mug=3)
     await world.reserve(7, mug=1)
     async with world.database.transaction() as tx:
-        assert await store.change_reservations(tx, [Change(7, "held", 9, 8), Change(8, "held", 2, 1)]) == 0
+        assert (
+            await store.change_reservations(
+                tx, [ReservationChange(7, "held", 9, 8), ReservationChange(8, "held", 2, 1)]
+            )
+            == 0
+        )
 
 
 async def test_locks_are_taken_in_ascending_order(world: World):
@@ -197,35 +263,51 @@ async def test_locks_are_taken_in_ascending_order(world: World):
         assert await task == ([1, 2, 3], [1, 2, 3])
 
 
+Lock = Callable[[Tx, Sequence[int]], Awaitable[object]]
+
+
+async def lock_all_held(tx: Tx, order_ids: Sequence[int]) -> None:
+    await fast_path.end_all_held(tx, dict.fromkeys(order_ids, NONCE), "released")
+
+
+async def lock_levels_of_all(tx: Tx, product_ids: Sequence[int]) -> None:
+    """Those of an order that names its products in this order."""
+    new = NewReservation(10 + product_ids[0], NONCE, True, tuple(ReservedLine(i, 1) for i in sorted(product_ids)))
+    assert len(await fast_path.reserve_all(tx, [new], dict.fromkeys(product_ids, 1), 900)) == 3
+
+
 @pytest.mark.parametrize(
     ("table", "key", "lock"),
     [
         ("reservations", "order_id", store.lock_reservations),
         ("levels", "product_id", store.lock_levels),
+        ("reservations", "order_id", lock_all_held),
+        ("levels", "product_id", lock_levels_of_all),
     ],
-    ids=["reservations", "levels"],
+    ids=["reservations", "levels", "reservations of a batch", "levels of a batch"],
 )
-async def test_who_names_the_same_rows_the_other_way_round_waits_and_does_not_deadlock(
-    world: World, table: str, key: str, lock: Any
+async def test_batches_that_name_the_same_rows_in_opposite_orders_do_not_deadlock(
+    world: World, table: str, key: str, lock: Lock
 ):
-    """Somebody holds the middle one. Locked as they are named, each of the two would have what the other waits for."""
-    await world.stock(mug=3, lamp=3, p3=3)
+    """A third one holds the middle one. Locked as named, each of the two would have what the other waits for."""
+    await world.stock(mug=9, lamp=9, p3=9)
     for order_id in (1, 2, 3):
         await world.reserve(order_id, mug=1)
 
-    async def lock_all(ids: list[int]) -> int:
+    async def lock_all(ids: list[int]) -> None:
         async with world.database.transaction() as tx:
-            return len(await lock(tx, ids))
+            await lock(tx, ids)
 
     holder = await world.connection()
-    locking: list[asyncio.Task[int]] = []
+    locking: list[asyncio.Task[None]] = []
     async with holder.transaction():
         await holder.execute(f"SELECT 1 FROM {table} WHERE {key} = 2 FOR UPDATE")
         for ids in ([1, 2, 3], [3, 2, 1]):
             locking.append(asyncio.create_task(lock_all(ids)))
             await world.until_waiting(len(locking))
 
-    assert await asyncio.gather(*locking) == [3, 3]
+    await asyncio.gather(*locking)
+    assert await deadlocks(world) == 0
 
 
 async def free(world: World, table: str, key: str) -> list[Any]:

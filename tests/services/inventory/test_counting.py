@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import asyncpg
 import pytest
 
-from mercato.chassis import idempotency
 from mercato.chassis.codec import encode_outcome
 from mercato.chassis.contract import (
     ANONYMOUS,
@@ -71,13 +70,6 @@ async def count_many(world: World, *requests: SetLevel) -> Sequence[Level | Serv
 
 def counting(on_hand: int, version: int | None = None, *, product_id: int = MUG) -> SetLevel:
     return SetLevel(product_id=product_id, on_hand=on_hand, version=version)
-
-
-async def let_a_day_pass(world: World) -> None:
-    """All stored answers are gone."""
-    await (await world.connection()).execute("UPDATE idempotency SET expires_at = now() - interval '1 hour'")
-    async with world.database.transaction() as tx:
-        assert await idempotency.reap(tx) > 0
 
 
 async def transactions(world: World) -> int:
@@ -185,7 +177,7 @@ async def test_keys_belong_to_whoever_sent_them(world: World):
 
 async def test_a_key_is_used_once_for_ever_also_when_its_answer_is_gone(world: World):
     await adjust(world, adjusting(5))
-    await let_a_day_pass(world)
+    await world.let_days_pass(30)
     await count(world, 8)
     with pytest.raises(IdempotencyKeyReused):
         await adjust(world, adjusting(6))
@@ -467,7 +459,7 @@ async def test_batches_in_opposite_orders_do_not_wait_for_each_other_for_ever(wo
 
 async def test_a_key_used_longer_than_a_day_ago_is_known_inside_a_batch(world: World):
     await adjust(world, adjusting(5, "old"))
-    await let_a_day_pass(world)
+    await world.let_days_pass(30)
     new, reused, old, twin = await adjust_many(
         world, adjusting(2, "new"), adjusting(6, "old"), adjusting(5, "old"), adjusting(5, "old")
     )
@@ -482,7 +474,7 @@ async def test_a_key_used_longer_than_a_day_ago_is_known_inside_a_batch(world: W
 
 async def test_the_key_of_an_old_adjustment_starts_no_level_elsewhere(world: World):
     await adjust(world, adjusting(5, "old"))
-    await let_a_day_pass(world)
+    await world.let_days_pass(30)
     elsewhere, _ = await adjust_many(world, adjusting(5, "old", product_id=LAMP), adjusting(1, "new"))
 
     assert isinstance(elsewhere, IdempotencyKeyReused)

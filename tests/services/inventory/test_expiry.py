@@ -14,7 +14,8 @@ from mercato.chassis.testing import Cluster, Rig
 from mercato.contracts.inventory import ReservationClosed, TraceStock
 from mercato.services.inventory import reserving
 from mercato.services.inventory.app import build
-from services.inventory.world import STAFF, World, opened
+from services.inventory.world import NONCE, STAFF, World, opened
+from support.outbox import EVENTS
 
 Plant = Callable[[str, Fault], Callable[[], None]]
 
@@ -44,7 +45,7 @@ async def test_what_is_over_ends_and_its_pieces_are_free(brisk: World):
         await brisk.commit(7)
     assert (await brisk.release(7)).state == "expired"
     with brisk.acting(STAFF):
-        trace = await brisk.inventory.trace(TraceStock(order_id=7))
+        trace = await brisk.inventory.trace(TraceStock(order_id=7, order_nonce=NONCE))
     assert [step.what for step in trace.steps] == ["held", "expired"]
 
 
@@ -168,7 +169,7 @@ async def test_two_lookers_at_once_end_each_reservation_once(idle: World):
     ended = await asyncio.gather(*(reserving.Reserving(idle.database, 900).expire() for _ in range(4)))
 
     assert sum(ended) == 20
-    assert await idle.values("SELECT count(*) FROM outbox WHERE type = 'stock.expired'") == [20]
+    assert await idle.values(f"SELECT count(*) FROM {EVENTS} WHERE type = 'stock.expired'") == [20]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

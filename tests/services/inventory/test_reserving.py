@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import asyncpg
 import pytest
 
 from mercato.chassis.contract import Forbidden, Internal, InvalidRequest, ServiceError
 from mercato.chassis.faults import Fault
 from mercato.contracts.inventory import (
-    CommitStock,
+    AnotherOrder,
     OutOfStock,
-    ReleaseStock,
     Reservation,
     ReservationClosed,
     ReserveStock,
-    ReturnStock,
     ReturnTooLarge,
     ShortLine,
     StockLine,
     TraceStock,
 )
-from services.inventory.world import LAMP, MUG, SHOP, STAFF, World, lines, reserve
+from services.inventory.world import LAMP, MUG, NONCE, SHOP, STAFF, World, commit, give_back, lines, release, reserve
 
 Plant = Callable[[str, Fault], Callable[[], None]]
 
@@ -97,7 +96,7 @@ async def test_asked_again_with_other_lines_it_refuses(world: World):
 async def test_a_product_in_two_lines_is_refused_and_its_neighbours_are_not(world: World):
     await world.stock(mug=5)
     twice = tuple(StockLine(product_id=MUG, quantity=1) for _ in range(2))
-    wrong = ReserveStock(order_id=8, lines=twice, for_payment=False, idempotency_key="8")
+    wrong = ReserveStock(order_id=8, lines=twice, for_payment=False, idempotency_key="8", order_nonce=NONCE)
     heard = await world.reserve_many(reserve(7, mug=1), wrong, reserve(9, mug=1))
 
     assert [type(h) for h in heard] == [Reservation, InvalidRequest, Reservation]
@@ -160,7 +159,7 @@ async def test_a_commit_is_a_sale_and_happens_once(world: World):
     assert first == again
     assert (first.state, first.expires_in_s) == ("committed", None)
     assert (await world.pieces(MUG), await world.pieces(LAMP)) == ((3, 0), (4, 0))
-    assert await world.movements() == [("receipt", 5), ("sale", -2)]
+    assert await world.movements() == [("receipt", 5)]
     assert await world.told("reservation", 7) == [("stock.held", 1), ("stock.committed", 2)]
     assert (await world.reserve(7, mug=2, lamp=1)).state == "committed"
 
@@ -220,12 +219,8 @@ async def test_a_mixed_batch_gives_each_its_own_answer_in_order(world: World):
         await world.reserve(order_id, mug=order_id)
     await world.release(2)
     with world.acting(SHOP):
-        sold = await world.inventory.commit.many(
-            [CommitStock(order_id=i, idempotency_key=f"c{i}") for i in (3, 2, 4, 1, 3)]
-        )
-        freed = await world.inventory.release.many(
-            [ReleaseStock(order_id=i, idempotency_key=f"r{i}") for i in (5, 1, 2, 5)]
-        )
+        sold = await world.inventory.commit.many([commit(i) for i in (3, 2, 4, 1, 3)])
+        freed = await world.inventory.release.many([release(i) for i in (5, 1, 2, 5)])
 
     assert [_said(s) for s in sold] == [
         (3, "committed"),
@@ -256,7 +251,7 @@ async def test_a_return_comes_back_to_the_shelf_once_for_its_reference(world: Wo
     assert await world.restock(7, "a", mug=1) == sold
     assert await world.restock(7, "b", mug=3) == sold
     assert await world.pieces() == (5, 0)
-    assert await world.movements() == [("receipt", 5), ("sale", -4), ("return", 1), ("return", 3)]
+    assert await world.movements() == [("receipt", 5), ("return", 1), ("return", 3)]
     assert [v for what, v in await world.told("reservation", 7) if what == "stock.returned"] == [3, 4]
 
 
@@ -287,10 +282,7 @@ async def test_returns_of_one_batch_are_counted_together(world: World, plant: Pl
     await world.commit(7)
     with world.acting(SHOP):
         heard = await world.inventory.restock.many(
-            [
-                ReturnStock(order_id=7, lines=lines(mug=1), reference=reference, idempotency_key=reference)
-                for reference in ("a", "a", "b", "c")
-            ]
+            [give_back(7, reference, mug=1) for reference in ("a", "a", "b", "c")]
         )
 
     assert [type(h) for h in heard] == [Reservation, Reservation, Reservation, ReturnTooLarge]
@@ -308,7 +300,108 @@ async def test_only_what_was_sold_comes_back(world: World):
         assert refused.value.state == state
 
 
+async def test_a_return_is_made_once_for_its_reference_also_after_30_days(world: World):
+    await world.stock(mug=5)
+    await world.reserve(7, mug=4)
+    sold = await world.commit(7)
+    await world.restock(7, "a", mug=1)
+    await world.let_days_pass(30)
+
+    assert await world.restock(7, "a", mug=1) == sold
+    assert await world.movements() == [("receipt", 5), ("return", 1)]
+    assert await world.pieces() == (2, 0)
+
+
+async def test_no_more_comes_back_than_was_sold_whatever_the_code_believes(world: World):
+    """The CHECK of the table is a second lock."""
+    await world.stock(mug=5, lamp=5)
+    await world.reserve(7, mug=2, lamp=2)
+    await world.commit(7)
+
+    for returned in ([3, 0], [0, -1], [1]):
+        with pytest.raises(asyncpg.CheckViolationError, match="reservations_returned_within_quantities"):
+            await (await world.connection()).execute("UPDATE reservations SET returned = $1", returned)
+
+
+# -------------------------------------------------------------------------------------------------------- another order
+
+
+@pytest.mark.parametrize("state", ["held", "committed", "released", "tombstone"])
+@pytest.mark.parametrize("neighbours", [False, True])
+async def test_a_request_of_another_order_with_the_same_id_is_refused_and_changes_nothing(
+    world: World, state: str, neighbours: bool
+):
+    await world.stock(mug=9)
+    if state != "tombstone":
+        await world.reserve(7, mug=2)
+    if state == "committed":
+        await world.commit(7)
+    if state in ("released", "tombstone"):
+        await world.release(7)
+    before = await world.pieces(), await world.states(), await world.told("reservation", 7)
+    with world.acting(SHOP):
+        heard = [
+            *await world.inventory.reserve.many([reserve(7, mug=2, nonce=5)]),
+            *await world.inventory.commit.many([commit(7, 5)]),
+            *await world.inventory.release.many([release(7, 5)]),
+            *await world.inventory.restock.many([give_back(7, mug=1, nonce=5)]),
+        ]
+
+    assert [(type(h), getattr(h, "order_id", None)) for h in heard] == [(AnotherOrder, 7)] * 4
+    assert (await world.pieces(), await world.states(), await world.told("reservation", 7)) == before
+    if not neighbours:
+        return
+    with world.acting(SHOP):
+        taken = await world.inventory.reserve.many([reserve(8, mug=1), reserve(7, mug=2, nonce=5)])
+        sold = await world.inventory.commit.many([commit(7, 5), commit(8)])
+        freed = await world.inventory.release.many([release(7, 5), release(9), release(7)])
+
+    assert [type(h) for h in taken] == [Reservation, AnotherOrder]
+    assert [type(h) for h in sold] == [AnotherOrder, Reservation]
+    assert [type(h) for h in freed] == [AnotherOrder, Reservation, Reservation]
+    assert (await world.states())[8] == "committed"
+
+
+async def test_of_two_orders_with_one_id_in_one_batch_the_first_is_taken(world: World):
+    await world.stock(mug=9)
+    taken = await world.reserve_many(reserve(7, mug=1), reserve(7, mug=1, nonce=5))
+    with world.acting(SHOP):
+        sold = await world.inventory.commit.many([commit(7, 5), commit(7)])
+
+    assert [type(h) for h in taken] == [Reservation, AnotherOrder]
+    assert [type(h) for h in sold] == [AnotherOrder, Reservation]
+    assert await world.pieces() == (8, 0)
+
+
+async def test_a_tombstone_keeps_the_nonce_of_its_order(world: World):
+    await world.stock(mug=2)
+    await world.release(7)
+
+    assert await world.values("SELECT nonce FROM reservations") == [NONCE]
+    with pytest.raises(ReservationClosed):
+        await world.reserve(7, mug=1)
+
+
 # ------------------------------------------------------------------------------------------------------------- trace
+
+
+async def test_the_trace_of_another_order_with_the_same_id_is_empty(world: World):
+    await world.stock(mug=2)
+    await world.reserve(7, mug=2)
+    with world.acting(STAFF):
+        assert (await world.inventory.trace(TraceStock(order_id=7, order_nonce=5))).steps == ()
+
+
+async def test_a_return_does_not_move_the_time_of_the_sale(world: World):
+    await world.stock(mug=2)
+    await world.reserve(7, mug=2)
+    await world.commit(7)
+    with world.acting(STAFF):
+        before = await world.inventory.trace(TraceStock(order_id=7, order_nonce=NONCE))
+        await world.restock(7, mug=1)
+        after = await world.inventory.trace(TraceStock(order_id=7, order_nonce=NONCE))
+
+    assert after.steps[:2] == before.steps
 
 
 async def test_the_trace_of_an_order_has_every_step_in_order(world: World):
@@ -321,7 +414,7 @@ async def test_the_trace_of_an_order_has_every_step_in_order(world: World):
     await world.release(8)
     await world.release(9)
     with world.acting(STAFF):
-        traces = [await world.inventory.trace(TraceStock(order_id=i)) for i in (7, 8, 9, 10)]
+        traces = [await world.inventory.trace(TraceStock(order_id=i, order_nonce=NONCE)) for i in (7, 8, 9, 10)]
 
     assert [[(s.what, s.lines) for s in t.steps] for t in traces] == [
         [

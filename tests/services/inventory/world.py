@@ -11,6 +11,7 @@ from typing import Any, Final, cast
 
 import asyncpg
 
+from mercato.chassis import idempotency
 from mercato.chassis.contract import Actor, Batch, ServiceError
 from mercato.chassis.db import Database
 from mercato.chassis.rpc import SERVICE_ROLE, Server
@@ -30,54 +31,69 @@ from mercato.contracts.inventory import (
 )
 from mercato.contracts.products import GetProduct, Product, ProductNotFound, Products
 from mercato.services.inventory import app
+from support.outbox import EVENTS
 
 STAFF: Final = Actor("staff", 9)
 SHOP: Final = Actor(SERVICE_ROLE)
 EPOCH: Final = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+NONCE: Final = 2**62 + 1
+"""Of every order, where a test says nothing else."""
 MUG: Final = 1
 LAMP: Final = 2
 UNKNOWN: Final = 999
 POLLS: Final = 1_000
 POLL_SECONDS: Final = 0.01
 
+LINES: Final = """
+    SELECT order_id, state, l.product_id, l.quantity, l.level_version, coalesce(l.returned, 0) AS returned
+      FROM reservations r, unnest(r.product_ids, r.quantities, r.level_versions, r.returned)
+           AS l (product_id, quantity, level_version, returned)
+"""
+"""The lines of all reservations."""
+
+CHANGES: Final = f"""
+    SELECT product_id, level_version, delta FROM movements
+    UNION ALL SELECT product_id, level_version, -quantity FROM ({LINES}) n WHERE state = 'committed'
+"""
+"""Everything that has changed `on_hand`."""
+
 SOUND: Final = {
     "S1 bounds": "SELECT product_id FROM levels WHERE on_hand < 0 OR reserved < 0 OR reserved > on_hand",
-    "S2 on_hand is the sum of the movements": """
+    "S2 on_hand is the sum of the movements less what was sold": f"""
         SELECT l.product_id FROM levels l
-          LEFT JOIN (SELECT product_id, sum(delta) AS q FROM movements GROUP BY 1) m USING (product_id)
+          LEFT JOIN (SELECT product_id, sum(delta) AS q FROM ({CHANGES}) c GROUP BY 1) m USING (product_id)
          WHERE l.on_hand <> coalesce(m.q, 0)
         """,
-    "S3 reserved is what is held": """
+    "S3 reserved is what is held": f"""
         SELECT l.product_id FROM levels l
-          LEFT JOIN (SELECT product_id, sum(quantity) AS q FROM reservation_lines JOIN reservations USING (order_id)
-                      WHERE state = 'held' GROUP BY 1) r USING (product_id)
+          LEFT JOIN (SELECT product_id, sum(quantity) AS q FROM ({LINES}) n WHERE state = 'held' GROUP BY 1) r
+         USING (product_id)
          WHERE l.reserved <> coalesce(r.q, 0)
         """,
-    "S4 never oversold": """
-        SELECT id FROM (SELECT id, sum(delta) OVER (PARTITION BY product_id ORDER BY id) AS run FROM movements) t
+    "S4 never oversold": f"""
+        SELECT product_id
+          FROM (SELECT product_id, sum(sum(delta)) OVER (PARTITION BY product_id ORDER BY level_version) AS run
+                  FROM ({CHANGES}) c GROUP BY product_id, level_version) t
          WHERE run < 0
         """,
-    "S7 each committed line was sold once": """
-        SELECT l.order_id FROM reservation_lines l JOIN reservations r USING (order_id)
-          LEFT JOIN movements m ON m.order_id = l.order_id AND m.product_id = l.product_id AND m.kind = 'sale'
-         GROUP BY l.order_id, l.product_id, l.quantity, r.state
-        HAVING count(m.id) <> (CASE r.state WHEN 'committed' THEN 1 ELSE 0 END)
-            OR coalesce(sum(-m.delta), 0) <> (CASE r.state WHEN 'committed' THEN l.quantity ELSE 0 END)
+    "S7 each committed line has a version that its level has had": f"""
+        SELECT order_id FROM ({LINES}) n LEFT JOIN levels l USING (product_id)
+         WHERE state = 'committed' AND coalesce(level_version NOT BETWEEN 1 AND l.version, true)
         """,
-    "what came back is what the lines say": """
-        SELECT l.order_id FROM reservation_lines l
+    "movements have a version that their level has had": """
+        SELECT id FROM movements LEFT JOIN levels l USING (product_id)
+         WHERE coalesce(level_version NOT BETWEEN 1 AND l.version, true)
+        """,
+    "what came back is what the lines say": f"""
+        SELECT order_id FROM ({LINES}) n
           LEFT JOIN (SELECT order_id, product_id, sum(delta) AS q FROM movements WHERE kind = 'return' GROUP BY 1, 2) m
          USING (order_id, product_id)
-         WHERE l.returned <> coalesce(m.q, 0)
+         WHERE n.returned <> coalesce(m.q, 0)
         """,
-    "held, sold and over reservations have lines": """
-        SELECT order_id FROM reservations r
-         WHERE state <> 'released' AND NOT EXISTS (SELECT FROM reservation_lines WHERE order_id = r.order_id)
-        """,
-    "events of a subject rise": """
+    "events of a subject rise": f"""
         SELECT id
           FROM (SELECT id, version, subject, lag(version) OVER (PARTITION BY subject, subject_id ORDER BY id) AS p
-                  FROM outbox) t
+                  FROM {EVENTS}) t
          WHERE version < p OR (version = p AND subject = 'reservation')
         """,
 }
@@ -126,9 +142,31 @@ def lines(**quantities: int) -> tuple[StockLine, ...]:
     return tuple(StockLine(product_id=ids.get(n) or int(n[1:]), quantity=q) for n, q in quantities.items())
 
 
-def reserve(order_id: int, *, for_payment: bool = False, **quantities: int) -> ReserveStock:
+def reserve(order_id: int, *, for_payment: bool = False, nonce: int = NONCE, **quantities: int) -> ReserveStock:
     return ReserveStock(
-        order_id=order_id, lines=lines(**quantities), for_payment=for_payment, idempotency_key=f"reserve:{order_id}"
+        order_id=order_id,
+        lines=lines(**quantities),
+        for_payment=for_payment,
+        idempotency_key=f"reserve:{order_id}",
+        order_nonce=nonce,
+    )
+
+
+def commit(order_id: int, nonce: int = NONCE) -> CommitStock:
+    return CommitStock(order_id=order_id, idempotency_key=f"commit:{order_id}", order_nonce=nonce)
+
+
+def release(order_id: int, nonce: int = NONCE) -> ReleaseStock:
+    return ReleaseStock(order_id=order_id, idempotency_key=f"release:{order_id}", order_nonce=nonce)
+
+
+def give_back(order_id: int, reference: str = "return 1", nonce: int = NONCE, **quantities: int) -> ReturnStock:
+    return ReturnStock(
+        order_id=order_id,
+        lines=lines(**quantities),
+        reference=reference,
+        idempotency_key=f"{order_id}:{reference}",
+        order_nonce=nonce,
     )
 
 
@@ -196,24 +234,38 @@ class World:
 
     async def commit(self, order_id: int) -> Reservation:
         with self.acting(SHOP):
-            return await self.inventory.commit(CommitStock(order_id=order_id, idempotency_key=f"commit:{order_id}"))
+            return await self.inventory.commit(commit(order_id))
 
     async def release(self, order_id: int) -> Reservation:
         with self.acting(SHOP):
-            return await self.inventory.release(ReleaseStock(order_id=order_id, idempotency_key=f"release:{order_id}"))
+            return await self.inventory.release(release(order_id))
 
     async def restock(self, order_id: int, reference: str = "return 1", **quantities: int) -> Reservation:
-        request = ReturnStock(
-            order_id=order_id, lines=lines(**quantities), reference=reference, idempotency_key=f"{order_id}:{reference}"
-        )
         with self.acting(SHOP):
-            return await self.inventory.restock(request)
+            return await self.inventory.restock(give_back(order_id, reference, **quantities))
 
     async def let_time_pass(self, order_id: int) -> None:
         """Moves the end of a hold into the past, by the database's clock."""
         await (await self.connection()).execute(
             "UPDATE reservations SET expires_at = now() - interval '1 second' WHERE order_id = $1", order_id
         )
+
+    async def let_days_pass(self, days: int) -> None:
+        """Makes everything so many days older, and runs what deletes by age."""
+        connection = await self.connection()
+        async with connection.transaction():
+            await connection.execute(
+                f"""
+                ALTER TABLE movements DISABLE TRIGGER movements_stay;
+                UPDATE movements SET at = at - interval '{days} days';
+                ALTER TABLE movements ENABLE TRIGGER movements_stay;
+                UPDATE reservations SET created_at = created_at - interval '{days} days',
+                       updated_at = updated_at - interval '{days} days', ended_at = ended_at - interval '{days} days';
+                UPDATE idempotency SET expires_at = expires_at - interval '{days} days'
+                """
+            )
+        async with self.database.transaction() as tx:
+            await idempotency.reap(tx)
 
     async def values(self, sql: str, *values: object) -> list[Any]:
         async with self.database.read() as tx:
@@ -232,7 +284,9 @@ class World:
     async def told(self, subject: str, subject_id: int) -> list[tuple[str, int]]:
         """Types and versions of the events of a subject."""
         rows = await (await self.connection()).fetch(
-            "SELECT type, version FROM outbox WHERE subject = $1 AND subject_id = $2 ORDER BY id", subject, subject_id
+            f"SELECT type, version FROM {EVENTS} WHERE subject = $1 AND subject_id = $2 ORDER BY id",
+            subject,
+            subject_id,
         )
         return [(row["type"], row["version"]) for row in rows]
 
