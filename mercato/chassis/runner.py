@@ -1,8 +1,8 @@
 """Drives the sagas of one process. What a saga is, who drives it and what is guaranteed: `saga.py`.
 
 drive      sagas join a queue; the lanes take up to `BATCH_SIZE` of them at a time
-a lane     takes its batch from step to step, until each is finished, waits, or was taken over by somebody else
-the sweep  renews the leases of what is queued or in a lane here, and takes over what nobody drives any more
+a lane     takes its batch from step to step, until each saga is finished, waits, or was taken over by another process
+the sweep  renews the lease of this process, and takes over sagas whose time has come or whose driver's lease has ended
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .clock import Clock
 from .contract import Actor, Context, ServiceError, current
 from .db import Database, Tx
 from .rpc import SERVICE_ROLE
-from .saga import Key, Next, Saga, is_running, renew, save, take_over
+from .saga import Key, Next, Saga, expired_drivers, is_running, reclaim, renew_lease, save, stale, take_over
 from .telemetry import Telemetry
 
 BATCH_SIZE: Final = 256
 LANES: Final = 2
 """Batches that a process drives at once. A batch spends its time waiting for one database after another."""
 BACKLOG_LIMIT: Final = 2_000
-"""Sagas that one process has started and not finished. Who would start more waits (`Runner.room`)."""
+"""Sagas that one process has started and not finished. Who would start more waits (`Runner.acquire_slot`)."""
 STEP_SECONDS: Final = 4.0
 """The deadline of the calls of one step. A lease may run out meanwhile: then somebody else does the same step."""
 SWEPT_AT_ONCE: Final = 1_000
@@ -46,7 +46,10 @@ Decided = Sequence[tuple[Saga, Next]]
 
 
 class Runner:
-    """Drives the sagas of one service in this process. `loops` run for as long as the service is open."""
+    """Drives the sagas of one service in this process. `loops` run for as long as the service is open.
+
+    Sagas are started with `driver` as their driver, after `acquire_slot`.
+    """
 
     def __init__(
         self,
@@ -72,7 +75,10 @@ class Runner:
         """Those who wait for room."""
         self._waiters: dict[Key, list[asyncio.Future[Next | None]]] = {}
         """Who waits for a saga of this process to leave it: where it has come to, or None where it was lost."""
-        self._renewed_at = clock.monotonic()
+        self.driver: Final = random.getrandbits(62)
+        """The name of this process among the drivers of sagas."""
+        self._renewed_at: float | None = None
+        self._checked_at = clock.monotonic()
         self._fenced = telemetry.saga_fenced.labels(database.service)
         self._taken = telemetry.saga_taken_over.labels(database.service)
         self._retried = telemetry.saga_retried.labels(database.service)
@@ -81,23 +87,28 @@ class Runner:
         """The code of each step of a kind of saga, by its name. A step without code is one that nothing wakes."""
         self._steps.update({(kind, step): code for step, code in steps.items()})
 
-    async def room(self) -> None:
-        """Returns when this process may start more. What is started faster than it is finished must wait somewhere."""
+    async def acquire_slot(self) -> None:
+        """Returns when this process has its lease and may start more sagas: its backlog is bounded."""
+        if self._renewed_at is None:
+            await self._renew()
         while len(self._busy) >= BACKLOG_LIMIT:
             waiting = asyncio.get_running_loop().create_future()
             self._wanting.append(waiting)
             await waiting
 
     def drive(self, sagas: Sequence[Saga]) -> None:
-        """Drives sagas whose rows are committed with our lease, as soon as a lane is free."""
+        """Drives sagas whose rows are committed with this driver, as soon as a lane is free."""
         for saga in sagas:
             self._busy[saga.key] = saga
         self._queue.extend(sagas)
         for _ in range(min(len(self._lanes), -(-len(self._queue) // BATCH_SIZE))):
             _wake(self._lanes)
 
-    async def at_rest(self, key: Key, resting: Sequence[str], seconds: float) -> None:
-        """Returns when a saga is on its way nowhere, whoever drives it, or when the time is over."""
+    async def wait_until_idle(self, key: Key, resting: Sequence[str], seconds: float) -> None:
+        """Returns when no process works on a saga, or when the time is over.
+
+        It is finished, parked, or waits at one of the steps in `resting`.
+        """
         end, pause = self._clock.monotonic() + seconds, POLL_SECONDS
         while (left := end - self._clock.monotonic()) > 0:
             if key in self._busy:
@@ -115,18 +126,18 @@ class Runner:
 
     @contextlib.asynccontextmanager
     async def saving(self, decided: Decided) -> AsyncGenerator[tuple[Tx, Decided]]:
-        """A transaction in which what steps have come to is saved; gives those sagas whose change is to be made in it.
+        """A transaction in which outcomes of steps are saved; gives those sagas whose change is to be made in it.
 
-        The others were taken over meanwhile. After the commit, each saga is where it has come to.
+        The others were taken over meanwhile. After the commit, each saga stands at its next step.
         """
         async with self._database.transaction() as tx:
-            kept = await save(tx, decided, self.lease_seconds)
-            yield tx, [(saga, came_to) for saga, came_to in decided if (saga.key, saga.epoch) in kept]
-        for saga, came_to in decided:
+            kept = await save(tx, decided)
+            yield tx, [(saga, outcome) for saga, outcome in decided if (saga.key, saga.epoch) in kept]
+        for saga, outcome in decided:
             if (saga.key, saga.epoch) in kept:
-                saga.advance(came_to)
+                saga.advance(outcome)
                 if not saga.live:
-                    self._let_go(saga, came_to)
+                    self._let_go(saga, outcome)
             else:
                 saga.live = False
                 self._let_go(saga, None)
@@ -153,33 +164,49 @@ class Runner:
                     self._let_go(saga, None)
 
     async def _sweep(self) -> None:
-        """Keeps the leases of what this process drives, and takes over what nobody drives any more."""
+        """Keeps the lease of this process, and takes over sagas that no process drives any more."""
         while True:
-            await self._renew()
+            if self._renewed_at is None or self._clock.monotonic() - self._renewed_at >= self.lease_seconds / 3:
+                await self._renew()
             taken = await self._take_over()
+            if self._clock.monotonic() - self._checked_at >= self.lease_seconds:
+                await self._take_over_own()
             if len(taken) < SWEPT_AT_ONCE:
                 await asyncio.sleep(self._sweep_seconds)
 
     async def _renew(self) -> None:
         now = self._clock.monotonic()
-        if not self._busy or now - self._renewed_at < self.lease_seconds / 3:
-            return
         async with self._database.transaction() as tx:
-            # One that could not even be postponed may still stand in a batch that goes on.
-            await renew(tx, [saga for saga in self._busy.values() if saga.live], self.lease_seconds)
+            await renew_lease(tx, self.driver, self.lease_seconds)
         self._renewed_at = now
 
     async def _take_over(self) -> Sequence[Saga]:
-        room = min(SWEPT_AT_ONCE, BACKLOG_LIMIT - len(self._busy))
-        if room <= 0:
+        free = min(SWEPT_AT_ONCE, BACKLOG_LIMIT - len(self._busy))
+        if free <= 0:
             return ()
+        async with self._database.read() as tx:
+            expired = await expired_drivers(tx, self.lease_seconds)
         async with self._database.transaction() as tx:
-            taken = await take_over(tx, room, self.lease_seconds)
+            taken = await take_over(tx, self.driver, free, expired)
         if taken:
             self._taken.inc(len(taken))
-            # One that we are busy with ourselves has lost its lease while we stood still: the new epoch counts.
+            # One that this process still works on was lost while the process stood still: the new epoch counts.
             self.drive(taken)
         return taken
+
+    async def _take_over_own(self) -> None:
+        """Takes over sagas that name this process as their driver, which does not know of them.
+
+        Their start or their postponement was committed, and the answer to the commit was lost.
+        """
+        async with self._database.read() as tx:
+            found = await stale(tx, self.driver, self.lease_seconds, BACKLOG_LIMIT + SWEPT_AT_ONCE)
+        if unknown := [epoch for key, epoch in found if key not in self._busy]:
+            async with self._database.transaction() as tx:
+                taken = await reclaim(tx, self.driver, unknown)
+            self._taken.inc(len(taken))
+            self.drive(taken)
+        self._checked_at = self._clock.monotonic()
 
     # ---------------------------------------------------------------------------------------------------------- driving
 
@@ -196,7 +223,7 @@ class Runner:
                     await self._drive_batch([saga])
                 return
             log.error("saga_failed", sagas=[saga.key for saga in left], exc_info=error)
-            await self._postpone(left, "failed")
+            await self._postpone(left)
 
     async def _drive_through(self, batch: Sequence[Saga]) -> None:
         while live := [saga for saga in batch if saga.live]:
@@ -204,50 +231,53 @@ class Runner:
             for saga in live:
                 by_step.setdefault((saga.kind, saga.step), []).append(saga)
             for where, sagas in by_step.items():
-                self.act()
+                self.enter_service_context()
                 try:
                     await self._steps[where](sagas)
-                except ServiceError as error:  # what a step called, or its database, does not answer
-                    await self._postpone([saga for saga in sagas if saga.live], error.code)
+                except ServiceError:  # what a step called, or its database, does not answer
+                    await self._postpone([saga for saga in sagas if saga.live])
 
-    def act(self) -> None:
-        """What the steps call, they call for the shop, and have so long."""
+    def enter_service_context(self) -> None:
+        """The steps call other services as the service itself, with a deadline of `STEP_SECONDS`."""
         trace_id = f"{random.getrandbits(128):032x}"
         deadline = self._clock.monotonic() + STEP_SECONDS
         current.set(Context(Actor(SERVICE_ROLE), deadline, trace_id, ""))
 
-    async def _postpone(self, sagas: Sequence[Saga], outcome: str) -> None:
-        """Notes that a try was in vain. Where even that fails, the lease runs out, and the sweeper comes."""
+    async def _postpone(self, sagas: Sequence[Saga]) -> None:
+        """Saves that a try has failed. Where even that fails, this process takes the saga over from itself."""
         for saga in sagas:
             saga.memo = None
         try:
-            async with self.saving([(saga, self.again(saga, outcome)) for saga in sagas]):
+            async with self.saving([(saga, self.retry_later(saga)) for saga in sagas]):
                 pass
         except Exception as failure:  # an edge, as above
             for saga in sagas:
                 saga.live = False
             log.warning("saga_postponed_unsaved", count=len(sagas), reason=type(failure).__name__)
 
-    def again(self, saga: Saga, outcome: str) -> Next:
+    def retry_later(self, saga: Saga) -> Next:
         """The same step once more, after a pause that doubles with every try and is different for each saga."""
         self._retried.inc()
         pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(saga.tries, 20))
         wake_s = pause * (0.5 + random.random())
-        return Next(saga.step, saga.state, outcome, wake_s=wake_s, tries=saga.tries + 1)
+        return Next(saga.step, saga.state, wake_s=wake_s, tries=saga.tries + 1)
 
-    def _let_go(self, saga: Saga, came_to: Next | None) -> None:
+    def _let_go(self, saga: Saga, outcome: Next | None) -> None:
         """Its driver is done with it, at once: who waits for it does not wait for the others of its batch."""
         if self._busy.get(saga.key) is not saga:  # it was taken over again meanwhile
             return
         del self._busy[saga.key]
         for waiter in self._waiters.pop(saga.key, ()):
             if not waiter.done():
-                waiter.set_result(came_to)
+                waiter.set_result(outcome)
         _wake(self._wanting)
 
 
-def _rests(came_to: Next | None, resting: Sequence[str]) -> bool:
-    return came_to is not None and (came_to.wake_s is None or came_to.step in resting)
+def _rests(outcome: Next | None, resting: Sequence[str]) -> bool:
+    if outcome is None or outcome.running:
+        return False
+    is_parked = outcome.wake_s is None and outcome.wake_at is None
+    return outcome.finished or is_parked or outcome.step in resting
 
 
 def _wake(sleepers: deque[asyncio.Future[None]]) -> None:

@@ -36,11 +36,11 @@ class PlaceLine(Message):
 class PlaceOrder(Message):
     """One order. Prices come from the catalogue; `expected_total_minor` is what the client showed to the buyer.
 
-    With `payment_method` it goes on to `paid`, or is cancelled with a reason. Without one it waits, its stock held,
-    until it is paid or its time is over.
+    With `payment_method` it is paid at once. Without one, or where that payment is declined, it waits with its stock
+    held until it is paid or its time is over. An order whose total is 0 is paid without a payment.
 
-    With `idempotency_key`, whoever asks gets one order for one key, for ever: the same answer for the same
-    `fingerprint` of the request, `IdempotencyKeyReused` for another.
+    With `idempotency_key`, an account gets one order for one key, for ever: the same answer for the same `fingerprint`
+    of the request, `IdempotencyKeyReused` for another.
     """
 
     user_id: Annotated[int, Meta(ge=1, le=MAX_ID)]
@@ -53,14 +53,21 @@ class PlaceOrder(Message):
 
 
 class OrderLine(Message):
+    """Amounts in minor units of the order's currency. `line_total_minor` is what is paid for the line:
+    `quantity * unit_price_minor - discount_minor + tax_minor`."""
+
+    id: int
+    """1 for the first line of an order, and so on. Lines never change."""
     product_id: int
     sku: str
     name: str
     quantity: int
     unit_price_minor: int
+    discount_minor: int
+    tax_minor: int
     line_total_minor: int
     returned: int = 0
-    """How many of `quantity` have come back."""
+    """How many of `quantity` have been returned."""
 
 
 class CancelReason(Message):
@@ -103,9 +110,10 @@ class GetOrder(Message):
 
 
 class ListOrders(Message):
-    """Orders by descending id, those before `before`."""
+    """Orders by descending id, those before `before`; with `product_id`, those that have the product in a line."""
 
     user_id: int | None = None
+    product_id: int | None = None
     status: Status | None = None
     payment: Payment | None = None
     fulfilment: Fulfilment | None = None
@@ -181,12 +189,15 @@ class RefundOrder(Message):
 
 
 class ReturnLine(Message):
-    product_id: Annotated[int, Meta(ge=1, le=MAX_ID)]
+    """So many pieces of one line, which is named by its id, or by its product. Answers name both."""
+
     quantity: Annotated[int, Meta(ge=1, le=QUANTITY_LIMIT)]
+    line_id: Annotated[int, Meta(ge=1, le=LINES_LIMIT)] | None = None
+    product_id: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
 
 
 class ReturnOrder(Message):
-    """Takes goods of a delivered order back: they are on the shelf again, and what they cost is refunded.
+    """Takes goods of a delivered order back: they are on the shelf again, and what was paid for them is refunded.
 
     Without `lines`, everything that has not come back yet. Once for each key, for ever.
     """
@@ -220,11 +231,11 @@ class TimelineEntry(Message):
     """One step, of whichever part of the shop."""
 
     at: datetime.datetime
-    part: Literal["order", "stock", "money", "saga"]
+    part: Literal["order", "stock", "money"]
     what: str
-    """`status confirmed`, `held`, `authorize`, `checkout reserve`."""
+    """`status confirmed`, `held`, `charge`."""
     outcome: str
-    """What came of it: `succeeded`, `declined insufficient_funds`, `retried`."""
+    """`succeeded`, `declined insufficient_funds`, `unknown`."""
     attempts: int
     took_ms: int | None
     """Where it is known when it began."""
@@ -247,7 +258,7 @@ class GetHistory(Message):
 
 
 class HistoryEntry(Message):
-    """One move of one axis. The first entries of an order come from nowhere: `before` is None."""
+    """One move of one axis; moves of one transition have one version. The first entry of an order has no `before`."""
 
     version: int
     axis: Axis
@@ -321,7 +332,7 @@ class NotPayable(ServiceError, code="orders.not_payable", kind=Kind.CONFLICT):
 
 
 class PaymentDeclined(ServiceError, code="orders.payment_declined", kind=Kind.REFUSED):
-    """No money has moved. The order can be paid in another way, as long as it waits."""
+    """No money has moved. The order can be paid in another way until its stock is no longer held for it."""
 
     sentence = "The payment of order {order_id} was declined: {provider_code}."
     order_id: int

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from mercato.chassis import idempotency
 from mercato.chassis.rounds import Rounds
 from mercato.chassis.rpc import Server
 from mercato.chassis.runner import Runner
@@ -32,11 +30,11 @@ class Options(msgspec.Struct, frozen=True):
     """What an operator may set: `MERCATO_ORDERS_LEASE_SECONDS` and so on."""
 
     lease_seconds: Annotated[float, Meta(ge=0.5, le=600)] = 5.0
-    """How long after the death of a process another one goes on with its orders."""
+    """How long after the death of a process another one continues its orders."""
     sweep_seconds: Annotated[float, Meta(ge=0.05, le=60)] = 0.5
     """How often a process looks for such orders."""
     payment_seconds: Annotated[float, Meta(ge=1, le=30 * 86_400)] = 900.0
-    """How long an order waits for another payment after one was declined. Before the first one, the hold decides."""
+    """Until how long after its placing an order can be paid. Before the first payment, inventory's hold decides."""
     reconcile_seconds: Annotated[float, Meta(gt=0, le=3_600)] = 60.0
     """The pause between two looks for orders that nobody carries on."""
     quiet_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 600.0
@@ -55,13 +53,14 @@ def build(env: Env) -> Service:
         sweep_seconds=options.sweep_seconds,
     )
     CheckoutSteps(database, runner, inventory=inventory, payments=payments, window_s=options.payment_seconds)
-    reconciling = Reconciling(
-        database, env.telemetry, lease_seconds=options.lease_seconds, quiet_seconds=options.quiet_seconds
+    reconciling = Reconciling(database, env.telemetry, quiet_seconds=options.quiet_seconds)
+    placing = Placing(
+        database, runner, users=env.client(Users), products=env.client(Products), randomness=env.randomness
     )
     service = OrdersService(
         database,
         runner,
-        placing=Placing(database, runner, users=env.client(Users), products=env.client(Products)),
+        placing=placing,
         paying=Paying(database, runner, payments),
         refunding=Refunding(database, runner, inventory=inventory, payments=payments),
         tracing=Tracing(database, inventory=inventory, payments=payments),
@@ -84,7 +83,6 @@ def build(env: Env) -> Service:
         server=server.complete(),
         database=database,
         loops=(
-            functools.partial(idempotency.reap_forever, database),
             Rounds(reconciling.look, options.reconcile_seconds).run,
             *runner.loops,
         ),

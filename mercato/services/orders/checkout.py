@@ -1,16 +1,19 @@
-"""Checkout: from an order to money, exactly once. What comes after what is in `steps.py`; here it is done.
+"""Checkout: from an order to money, exactly once. Which step is next is decided in `steps.py`; here it is executed.
 
-Each step takes a batch of orders, asks inventory and payments for all of them at once, and saves what came of it in one
-transaction: the saga's next step, the move of the order, its history, its event. Whatever a step asks for carries a key
-made of the order, and is done once by whoever is asked: a step that was cut short runs again as if for the first time.
+Each step takes a batch of orders, asks inventory and payments for all of them at once, and saves the outcome in one
+transaction: the saga's next step or its end, the move of the order, its history, its events. Every call carries a key
+made of stored data and is executed once by the service that is asked: a step that was cut short runs again.
 
-    crash ...                               what is there            who goes on
-    after the order's commit                order, saga              the sweeper: reserve
-    after the stock was held                a hold                   the sweeper: reserve hears of the same hold
-    after the provider said yes             an authorization         the sweeper: authorize hears of the same payment
-    after the pivot                         order confirmed          the sweeper: settle, forward only
-    after the stock was sold, or captured   a sale, a capture        the sweeper: settle hears that it was done
-    in the middle of an unwind              order cancelled          the sweeper: unwind, from its beginning
+A paid order takes seven transactions, each for a whole batch: place; reserve; record the intent, charge at the bank,
+record the result; commit the stock; save.
+
+    crash ...                               stored                   who continues
+    after the order's commit                order, saga              a sweeper: reserve
+    after the stock was held                a hold                   a sweeper: reserve answers with the same hold
+    after the provider took the money       a charge                 a sweeper: charge answers with the same payment
+    after the stock was sold                a sale, a charge         a sweeper: each call answers with what was done
+    after the pivot of a manual capture     order confirmed          a sweeper: settle, forward only
+    in the middle of an unwind              order cancelled          a sweeper: unwind, from its beginning
 """
 
 from __future__ import annotations
@@ -27,19 +30,21 @@ from mercato.chassis.db import Database
 from mercato.chassis.rpc import SERVICE_ROLE
 from mercato.chassis.runner import Runner
 from mercato.chassis.saga import Next, Saga
+from mercato.contracts.inventory import AnotherOrder as StockOfAnotherOrder
 from mercato.contracts.inventory import (
     CommitStock,
     Inventory,
     ReleaseStock,
-    Reservation,
     ReserveStock,
     ReturnStock,
     StockLine,
 )
 from mercato.contracts.orders import Order
+from mercato.contracts.payments import AnotherOrder as PaymentOfAnotherOrder
 from mercato.contracts.payments import (
     AuthorizePayment,
     CapturePayment,
+    ChargePayment,
     Payments,
     RefundDeclined,
     RefundPayment,
@@ -48,8 +53,9 @@ from mercato.contracts.payments import (
 from mercato.contracts.payments import Payment as PaymentRecord
 from mercato.contracts.roles import STAFF
 
-from . import steps, store
-from .steps import CHECKOUT, Checkout, Decision, TryAgain
+from . import rules, steps, store
+from .steps import CHECKOUT, Checkout, Decision, RetryLater
+from .store import OrderRecord
 
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
@@ -57,9 +63,9 @@ A = TypeVar("A", bound=Message)
 log = structlog.stdlib.get_logger("mercato.orders")
 
 SHOP: Final = Actor(SERVICE_ROLE)
-"""Who moves orders here: nobody asked for this step, it follows from the one before."""
+"""The actor of moves that no client asked for: they follow from the step before."""
 
-CALLS: Final = ("reserve", "authorize", "commit", "capture", "void", "refund", "release", "restock")
+CALLS: Final = ("reserve", "charge", "authorize", "commit", "capture", "void", "refund", "release", "restock")
 SAVES: Final = ("reserve", "settle", "waiting", "unwind")
 
 faults.declare(
@@ -69,21 +75,28 @@ faults.declare(
 
 
 class Work(msgspec.Struct):
-    """One order on its way through one step."""
+    """One order in one step. `decision` is None until an answer decides."""
 
     saga: Saga
-    order: Order
+    record: OrderRecord
     state: Checkout
-    decision: Decision | TryAgain | None = None
+    decision: Decision | RetryLater | None = None
     payment: PaymentRecord | None = None
+    """Of an unwind: the payment as it is after it was voided or refunded."""
+    is_kept: bool = False
+    """Of an unwind: the provider has declined to refund the payment."""
 
     @property
     def id(self) -> int:
-        return self.order.id
+        return self.record.id
+
+    @property
+    def order(self) -> Order:
+        return self.record.order
 
 
 class CheckoutSteps:
-    """The steps of checkout. `window_s`: how long an order waits for its payment once its hold no longer expires."""
+    """The steps of checkout. `window_s`: until how long after its placing an order can be paid."""
 
     def __init__(
         self, database: Database, runner: Runner, *, inventory: Inventory, payments: Payments, window_s: float
@@ -95,62 +108,47 @@ class CheckoutSteps:
         self._window_s = window_s
         runner.register(
             CHECKOUT,
-            {"reserve": self.reserve, "awaiting": self.wait_no_longer, "settle": self.settle, "unwind": self.unwind},
+            {"reserve": self.reserve, "awaiting": self.expire, "settle": self.settle, "unwind": self.unwind},
         )
 
     # -------------------------------------------------------------------------------------------------------- the steps
 
     async def reserve(self, sagas: Sequence[Saga]) -> None:
-        """Holds the stock, authorizes where there is a payment to make, and confirms: up to the pivot, and over it."""
+        """Holds the stock, charges where there is a payment to make, and sells the stock."""
         works = await self._load(sagas)
-        for work, answer in await self._ask("reserve", self._inventory.reserve.many, works, _reserve):
+        for work, answer in await self._call("reserve", self._inventory.reserve.many, works, _reserve):
             work.decision = steps.after_reserve(work.order, work.state, answer, self._window_s)
-        paying = [work for work in works if work.decision is None]
-        for work, answer in await self._ask("authorize", self._payments.authorize.many, paying, _authorize):
-            work.decision = steps.after_authorize(work.order, work.state, answer, self._window_s)
+        paying = [work for work in _undecided(works) if work.state.paying]
+        await self._pay(paying)
+        for work, answer in await self._call("commit", self._inventory.commit.many, _undecided(works), _commit):
+            work.decision = steps.after_commit(work.order, work.state, answer)
         await self._save("reserve", works)
 
     async def settle(self, sagas: Sequence[Saga]) -> None:
-        """Sells what is held, and takes the money."""
+        """Sells what is held, and captures what was authorized."""
         works = await self._load(sagas)
-        for work, answer in await self._ask("commit", self._inventory.commit.many, works, _commit):
+        for work, answer in await self._call("commit", self._inventory.commit.many, works, _commit):
             work.decision = steps.after_commit(work.order, work.state, answer)
-        capturing = [work for work in works if work.decision is None]
-        for work, answer in await self._ask("capture", self._payments.capture.many, capturing, _capture):
+        for work, answer in await self._call("capture", self._payments.capture.many, _undecided(works), _capture):
             work.decision = steps.after_capture(work.order, work.state, answer)
         await self._save("settle", works)
 
-    async def wait_no_longer(self, sagas: Sequence[Saga]) -> None:
-        """Cancels what nobody has paid in time."""
+    async def expire(self, sagas: Sequence[Saga]) -> None:
+        """Cancels orders that were not paid in time."""
         works = await self._load(sagas)
         for work in works:
-            work.decision = steps.after_waiting(work.order, work.state)
+            work.decision = steps.after_waiting(work.state)
         await self._save("waiting", works)
 
     async def unwind(self, sagas: Sequence[Saga]) -> None:
-        """Undoes what was done for a cancelled order: money first, for it hurts most, then stock."""
+        """Undoes what was done for cancelled orders: money first, for it hurts most, then stock."""
         works = await self._load(sagas)
-        paid = [work for work in works if work.state.attempt]
-        await self._undo("void", self._payments.void.many, paid, _void, _keep_payment)
-        captured = [work for work in paid if work.payment and _left_minor(work.payment)]
-        for work, answer in await self._ask("refund", self._payments.refund.many, captured, _refund):
-            if not isinstance(answer, ServiceError):
-                work.payment = answer
-            elif isinstance(answer, RefundDeclined):
-                # For good: the stock goes back all the same, and somebody has to look after the money (M5).
-                log.error("cancelled_order_keeps_money", order_id=work.id, payment_id=answer.payment_id)
-            else:
-                work.decision = TryAgain(answer.code)
-        sold: list[Work] = []
-
-        def keep_sold(work: Work, reservation: Reservation) -> None:
-            if reservation.state == "committed" and _left_lines(work.order):
-                sold.append(work)
-
-        await self._undo("release", self._inventory.release.many, _open(works), _release, keep_sold)
-        await self._undo("restock", self._inventory.restock.many, sold, _restock, _nothing_more)
-        for work in _open(works):
-            work.decision = steps.after_unwind(work.order, work.state, work.payment)
+        await self._undo_payments(works)
+        released = await self._undo("release", self._inventory.release.many, _undecided(works), _release)
+        sold = [work for work, reservation in released if reservation.state == "committed" and _lines_to_restock(work)]
+        await self._undo("restock", self._inventory.restock.many, sold, _restock)
+        for work in _undecided(works):
+            work.decision = steps.after_unwind(work.order, work.state, work.payment, is_kept=work.is_kept)
         await self._save("unwind", works)
 
     # ------------------------------------------------------------------------------------------------------ their parts
@@ -161,9 +159,34 @@ class CheckoutSteps:
                 found = await store.get(tx, missing)
             for saga in sagas:
                 saga.memo = saga.memo or found[saga.subject_id]
-        return [Work(saga, saga.memo, msgspec.json.decode(saga.state, type=Checkout)) for saga in sagas]
+        return [Work(saga, saga.memo, _decode_state(saga.state)) for saga in sagas]
 
-    async def _ask(
+    async def _pay(self, works: Sequence[Work]) -> None:
+        charging = [work for work in works if work.state.capture]
+        for work, answer in await self._call("charge", self._payments.charge.many, charging, _charge):
+            work.decision = steps.after_charge(work.order, work.state, answer, self._window_s)
+        authorizing = [work for work in works if not work.state.capture]
+        for work, answer in await self._call("authorize", self._payments.authorize.many, authorizing, _authorize):
+            work.decision = steps.after_authorize(work.order, work.state, answer, self._window_s)
+
+    async def _undo_payments(self, works: Sequence[Work]) -> None:
+        """Voids payments whose end is not known, which settles them first, and refunds those that were captured."""
+        # Without a method this checkout has begun no payment; earlier ones have ended.
+        open_ = [work for work in works if work.order.payment not in rules.REFUNDABLE and work.state.method is not None]
+        for work, payment in await self._undo("void", self._payments.void.many, open_, _void):
+            work.payment = payment
+        captured = [work for work in _undecided(works) if _minor_to_refund(work)]
+        for work, answer in await self._call("refund", self._payments.refund.many, captured, _refund):
+            if not isinstance(answer, ServiceError):
+                work.payment = answer
+            elif isinstance(answer, RefundDeclined):
+                # For good: the stock is released all the same, and people have to settle the money (M5).
+                work.is_kept = True
+                log.error("cancelled_order_keeps_money", order_id=work.id, payment_id=answer.payment_id)
+            else:
+                work.decision = RetryLater(answer.code)
+
+    async def _call(
         self,
         what: str,
         call: Callable[[Sequence[Q]], Awaitable[Sequence[A | ServiceError]]],
@@ -184,90 +207,118 @@ class CheckoutSteps:
         call: Callable[[Sequence[Q]], Awaitable[Sequence[A | ServiceError]]],
         works: Sequence[Work],
         request: Callable[[Work], Q],
-        keep: Callable[[Work, A], None],
-    ) -> None:
-        """Undoes one thing; what cannot be undone now is tried again, from the beginning: all of it can be repeated."""
-        for work, answer in await self._ask(what, call, works, request):
-            if isinstance(answer, ServiceError):
-                work.decision = TryAgain(answer.code)
-            else:
-                keep(work, answer)
+    ) -> list[tuple[Work, A]]:
+        """Undoes one thing; gives those that are undone. The others are tried again: all of it can be repeated.
+
+        What another service holds for an earlier order with the same id is left alone: there is nothing to undo.
+        """
+        undone: list[tuple[Work, A]] = []
+        for work, answer in await self._call(what, call, works, request):
+            if not isinstance(answer, ServiceError):
+                undone.append((work, answer))
+            elif not isinstance(answer, (StockOfAnotherOrder, PaymentOfAnotherOrder)):
+                work.decision = RetryLater(answer.code)
+        return undone
 
     async def _save(self, step: str, works: Sequence[Work]) -> None:
-        """Writes what the step has come to, and moves the orders, in one transaction."""
+        """Writes the decisions, and moves the orders, in one transaction."""
         by_key = {work.saga.key: work for work in works}
         async with self._runner.saving([(work.saga, self._next(work)) for work in works]) as (tx, kept):
             moves = [move for saga, _ in kept if (move := _move(by_key[saga.key]))]
             moved = await store.move(tx, moves, SHOP) if moves else []
-            assert all(moved), "nobody moves status and payment of an order without its saga"
+            assert all(moved), "status and payment of an order move under the lock of its saga only"
             await faults.point(f"checkout.{step}.before_commit")
         for order in moved:
             if order:
-                by_key[order.id, CHECKOUT, ""].saga.memo = order
+                work = by_key[order.id, CHECKOUT, ""]
+                work.saga.memo = msgspec.structs.replace(work.record, order=order)
         await faults.point(f"checkout.{step}.after_commit")
 
     def _next(self, work: Work) -> Next:
         decision = work.decision
         assert decision is not None, "a step left an order without a decision"
-        if isinstance(decision, TryAgain):
-            return self._runner.again(work.saga, f"retried {decision.outcome}")
+        if isinstance(decision, RetryLater):
+            return self._runner.retry_later(work.saga)
         return Next(
             decision.step,
-            steps.encoded(decision.state),
-            decision.outcome,
+            work.saga.state if decision.state is work.state else steps.encoded(decision.state),
             running=decision.running,
             wake_s=decision.wake_s,
+            wake_at=decision.wake_at,
+            finished=decision.finished,
         )
+
+
+_decode_state: Final = msgspec.json.Decoder(Checkout).decode
+
+
+def _undecided(works: Sequence[Work]) -> list[Work]:
+    return [work for work in works if work.decision is None]
 
 
 def _move(work: Work) -> store.Move | None:
     decision = work.decision
-    if not isinstance(decision, Decision):
+    if not isinstance(decision, Decision) or not (decision.status or decision.payment):
         return None
-    if not (decision.status or decision.payment):
-        return None
+    is_on_account = work.state.on_account and decision.status == "confirmed"
     return store.Move(
         work.order,
         status=decision.status,
         payment=decision.payment,
         reason=decision.reason,
         refunded_minor=decision.refunded_minor,
-        note=decision.outcome,
-        actor=Actor(STAFF, work.state.confirmed_by) if _is_by_hand(work, decision) else None,
+        note=decision.note,
+        actor=Actor(STAFF, work.state.confirmed_by) if is_on_account else None,
+        on_account=is_on_account,
+        epoch=work.saga.epoch,
+        tries=work.saga.tries,
     )
 
 
-def _is_by_hand(work: Work, decision: Decision) -> bool:
-    return work.state.on_account and decision.status == "confirmed"
-
-
-# ---------------------------------------------------------------------------------------------------- what is asked for
+# --------------------------------------------------------------------------------------------------------- the requests
 
 
 def _lines(order: Order) -> tuple[StockLine, ...]:
-    return tuple(StockLine(product_id=line.product_id, quantity=line.quantity) for line in order.lines)
+    return tuple([StockLine(product_id=line.product_id, quantity=line.quantity) for line in order.lines])
 
 
-def _left_lines(order: Order) -> tuple[StockLine, ...]:
-    """What of a sold order has not come back yet."""
+def _lines_to_restock(work: Work) -> tuple[StockLine, ...]:
+    """What of a sold order was not returned yet."""
     return tuple(
         StockLine(product_id=line.product_id, quantity=line.quantity - line.returned)
-        for line in order.lines
+        for line in work.order.lines
         if line.quantity > line.returned
     )
 
 
-def _left_minor(payment: PaymentRecord) -> int:
-    return payment.captured_minor - payment.refunded_minor
+def _minor_to_refund(work: Work) -> int:
+    """What was captured and not refunded: of a paid order as it says itself, else as its payment says."""
+    if work.order.payment in rules.REFUNDABLE:
+        return work.order.total_minor - work.order.refunded_minor
+    return work.payment.captured_minor - work.payment.refunded_minor if work.payment else 0
 
 
 def _reserve(work: Work) -> ReserveStock:
-    final = work.state.paying or work.state.on_account
     return ReserveStock(
         order_id=work.id,
+        order_nonce=work.record.nonce,
         lines=_lines(work.order),
-        for_payment=final,
+        for_payment=steps.is_final(work.order, work.state),
         idempotency_key=f"order:{work.id}:reserve",
+    )
+
+
+def _charge(work: Work) -> ChargePayment:
+    assert work.state.method is not None
+    return ChargePayment(
+        order_id=work.id,
+        order_nonce=work.record.nonce,
+        attempt=work.state.attempt,
+        user_id=work.order.user_id,
+        amount_minor=work.order.total_minor,
+        currency=work.order.currency,
+        method=work.state.method,
+        idempotency_key=f"order:{work.id}:charge:{work.state.attempt}",
     )
 
 
@@ -275,6 +326,7 @@ def _authorize(work: Work) -> AuthorizePayment:
     assert work.state.method is not None
     return AuthorizePayment(
         order_id=work.id,
+        order_nonce=work.record.nonce,
         attempt=work.state.attempt,
         user_id=work.order.user_id,
         amount_minor=work.order.total_minor,
@@ -285,12 +337,13 @@ def _authorize(work: Work) -> AuthorizePayment:
 
 
 def _commit(work: Work) -> CommitStock:
-    return CommitStock(order_id=work.id, idempotency_key=f"order:{work.id}:commit")
+    return CommitStock(order_id=work.id, order_nonce=work.record.nonce, idempotency_key=f"order:{work.id}:commit")
 
 
 def _capture(work: Work) -> CapturePayment:
     return CapturePayment(
         order_id=work.id,
+        order_nonce=work.record.nonce,
         attempt=work.state.attempt,
         idempotency_key=f"order:{work.id}:capture:{work.state.attempt}",
     )
@@ -300,6 +353,7 @@ def _void(work: Work) -> VoidPayment:
     assert work.state.method is not None
     return VoidPayment(
         order_id=work.id,
+        order_nonce=work.record.nonce,
         attempt=work.state.attempt,
         user_id=work.order.user_id,
         amount_minor=work.order.total_minor,
@@ -310,39 +364,25 @@ def _void(work: Work) -> VoidPayment:
 
 
 def _refund(work: Work) -> RefundPayment:
-    assert work.payment
     return RefundPayment(
         order_id=work.id,
+        order_nonce=work.record.nonce,
         attempt=work.state.attempt,
-        amount_minor=_left_minor(work.payment),
+        amount_minor=_minor_to_refund(work),
         reference="cancel",
         idempotency_key=f"order:{work.id}:refund:cancel",
     )
 
 
 def _release(work: Work) -> ReleaseStock:
-    return ReleaseStock(order_id=work.id, idempotency_key=f"order:{work.id}:release")
+    return ReleaseStock(order_id=work.id, order_nonce=work.record.nonce, idempotency_key=f"order:{work.id}:release")
 
 
 def _restock(work: Work) -> ReturnStock:
     return ReturnStock(
         order_id=work.id,
-        lines=_left_lines(work.order),
+        order_nonce=work.record.nonce,
+        lines=_lines_to_restock(work),
         reference="cancel",
         idempotency_key=f"order:{work.id}:restock:cancel",
     )
-
-
-# ----------------------------------------------------------------------------------------------------- what is answered
-
-
-def _open(works: Sequence[Work]) -> list[Work]:
-    return [work for work in works if work.decision is None]
-
-
-def _keep_payment(work: Work, payment: PaymentRecord) -> None:
-    work.payment = payment
-
-
-def _nothing_more(_work: Work, _answer: object) -> None:
-    pass

@@ -1,13 +1,14 @@
-"""What people ask of a checkout: pay, capture, void, cancel, confirm on account.
+"""What clients ask of a checkout: pay, capture, void, cancel, confirm on account.
 
-Each of them looks, while nobody else moves it, where the order is, and sends its saga another way. Whoever drove it
-until then has lost it: what such a driver still has to save is refused. What happens next is in `checkout.py`.
+Each request looks at the order and its checkout under their locks, and redirects the saga to another step, or begins
+one where the order has none. The driver that had the saga has lost it: its next save is refused. The steps are in
+`checkout.py`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Final, NoReturn
 
 import msgspec
@@ -15,17 +16,17 @@ import msgspec
 from mercato.chassis import faults, idempotency, saga
 from mercato.chassis.contract import (
     Forbidden,
+    IdempotencyKeyReused,
     OutcomeUnknown,
     RequestInProgress,
     ServiceError,
     StaleVersion,
     current,
 )
-from mercato.chassis.db import Database, LockTimeout, Tx
-from mercato.chassis.idempotency import Keyed
+from mercato.chassis.db import Database, LockTimeout, Tx, UniqueViolation
 from mercato.chassis.rpc import as_service
 from mercato.chassis.runner import Runner
-from mercato.chassis.saga import Next
+from mercato.chassis.saga import Next, Saga
 from mercato.contracts.orders import (
     AmountNotDue,
     Axis,
@@ -35,7 +36,6 @@ from mercato.contracts.orders import (
     NotPayable,
     Order,
     OrderCancelled,
-    OrderNotFound,
     PaidOrder,
     PaymentDeclined,
     PaymentInProgress,
@@ -45,29 +45,33 @@ from mercato.contracts.payments import GetPayment, ListPayments, Payments
 from mercato.contracts.payments import Payment as PaymentRecord
 from mercato.contracts.roles import CUSTOMER
 
-from . import rules, steps, store
+from . import money_store, rules, steps, store
+from .locking import Locked, in_lock
 from .steps import CHECKOUT, RESTING, Checkout, Decision
 
 PAY: Final = "orders.pay"
 ANSWER_SECONDS: Final = 8.0
-"""Who asks hears of the end, or after so long how far it has come."""
+"""A request is answered when its checkout is idle, or after so long with how far it has come."""
 HOLDING_SECONDS: Final = 1.0
 """Together with it below the ten seconds of a request."""
+LOCK_SECONDS: Final = 2.0
+"""How long a request with a key waits for another one with the same key, or about the same order."""
 
 faults.declare(
     *(f"orders.{what}.{when}_commit" for what in ("pay", "cancel", "confirm") for when in ("before", "after"))
 )
 
-
-class Standing(msgspec.Struct, frozen=True):
-    """An order and its checkout, locked."""
-
-    order: Order
-    step: str
-    state: Checkout
+Decide = Callable[[Locked], Decision | None]
+"""Where a checkout is sent; None: it stays as it is."""
 
 
-Decide = Callable[[Tx, Standing], Awaitable[Decision | None]]
+class BegunPayment(msgspec.Struct, frozen=True):
+    """The payment that a request is about. `replayed`: an earlier request with its key has begun it."""
+
+    attempt: int
+    nonce: int
+    """Of the order."""
+    replayed: bool = False
 
 
 class Paying:
@@ -81,25 +85,49 @@ class Paying:
     # ---------------------------------------------------------------------------------------------------- what is asked
 
     async def pay(self, request: PayOrder) -> PaidOrder:
-        begun = _Begun()
-        await self._until_held(request.id)
+        await self._wait_until_held(request.id)
         try:
-            await self._redirect(request.id, "pay", functools.partial(_begin_payment, request, begun))
-        except LockTimeout:
+            begun = await self._begin_payment(request)
+        except (LockTimeout, UniqueViolation):
             raise RequestInProgress from None
-        await self.rest(request.id)
-        payment = await self._payment(request.id, begun.attempt)
-        # A payment that was made, and given back since, is what its key has to tell.
+        await self.wait_until_idle(request.id)
+        payment = await self._payment(request.id, begun)
+        # A payment that was made, and refunded since, is what its key stands for.
         was_made = begun.replayed and payment.authorized_minor > 0 and payment.code is None
         if payment.status in ("failed", "voided") and not was_made:
             raise await self._refusal(payment)
         return PaidOrder(payment=payment, replayed=begun.replayed)
 
+    async def _begin_payment(self, request: PayOrder) -> BegunPayment:
+        """Begins a payment, or finds the one that the key of the request has begun, however long ago."""
+
+        async def begin(tx: Tx, locked: Locked) -> tuple[BegunPayment, Saga | None]:
+            key, principal = request.idempotency_key, idempotency.principal_of(current.get().actor)
+            if key is not None and (found := await money_store.payment_of_key(tx, principal, key)):
+                if found.fingerprint != request.fingerprint:
+                    raise IdempotencyKeyReused
+                return BegunPayment(found.payment_attempt, locked.record.nonce, replayed=True), None
+            decision = _begin_payment(request, locked)
+            attempt = decision.state.attempt
+            if key is not None:
+                await money_store.insert_payment_key(tx, principal, key, request.fingerprint, request.id, attempt)
+            await money_store.begin_payment(tx, request.id, attempt)
+            record = msgspec.structs.replace(locked.record, payment_attempt=attempt)
+            redirected = await self._redirect(tx, msgspec.structs.replace(locked, record=record), decision)
+            await faults.point("orders.pay.before_commit")
+            return BegunPayment(attempt, record.nonce), redirected
+
+        begun, redirected = await in_lock(self._database, request.id, begin, lock_seconds=LOCK_SECONDS)
+        await faults.point("orders.pay.after_commit")
+        if redirected is not None:
+            self._runner.drive([redirected])
+        return begun
+
     async def capture(self, request: MovePayment) -> PaidOrder:
         """Takes the money of a payment that was authorized by hand."""
         payment = await self._get(request.payment_id)
-        await self._redirect(payment.order_id, "pay", functools.partial(_capture, payment))
-        await self.rest(payment.order_id)
+        await self._send(payment.order_id, "pay", functools.partial(_capture, payment))
+        await self.wait_until_idle(payment.order_id)
         captured = await self._get(request.payment_id)
         if captured.status == "voided":  # it ran out before
             raise await self._refusal(captured)
@@ -108,70 +136,83 @@ class Paying:
     async def void(self, request: MovePayment) -> PaidOrder:
         """Gives an authorization back: an order that is not paid for is not sold."""
         payment = await self._get(request.payment_id)
-        await self._redirect(payment.order_id, "cancel", functools.partial(_void, payment))
-        await self.rest(payment.order_id)
+        await self._send(payment.order_id, "cancel", functools.partial(_void, payment))
+        await self.wait_until_idle(payment.order_id)
         return PaidOrder(payment=await self._get(request.payment_id))
 
     async def cancel(self, request: CancelOrder) -> Order:
         """Answers at once; money and stock follow."""
-        return await self._redirect(request.id, "cancel", functools.partial(_cancel, request.reason, request.version))
+        return await self._send(request.id, "cancel", functools.partial(_cancel, request.reason, request.version))
 
     async def confirm(self, order_id: int, version: int | None) -> Order:
         """Sells an order without a payment: it will be paid later, or elsewhere. Raises `OrderCancelled`."""
-        await self._until_held(order_id)
-        await self._redirect(order_id, "confirm", functools.partial(_confirm, version))
-        await self.rest(order_id)
+        await self._wait_until_held(order_id)
+        await self._send(order_id, "confirm", functools.partial(_confirm, version))
+        await self.wait_until_idle(order_id)
         async with self._database.read() as tx:
-            order = (await store.get(tx, [order_id]))[order_id]
+            order = (await store.get(tx, [order_id]))[order_id].order
         if order.status == "cancelled":
             raise OrderCancelled(order_id=order_id, reason=order.reason.code if order.reason else "requested")
         if order.status == "pending":
             raise OutcomeUnknown(operation="orders.move")
         return order
 
-    async def _until_held(self, order_id: int) -> None:
-        """Waits for the stock of an order that was just placed: it is being held at this moment."""
+    async def _wait_until_held(self, order_id: int) -> None:
+        """Waits for the stock of an order that was just placed, which is being held at this moment."""
         async with self._database.read() as tx:
             found = await saga.find(tx, (order_id, CHECKOUT, ""))
         if found and found.step == "reserve" and not msgspec.json.decode(found.state, type=Checkout).paying:
-            await self.rest(order_id, HOLDING_SECONDS)
+            await self.wait_until_idle(order_id, HOLDING_SECONDS)
 
-    async def rest(self, order_id: int, seconds: float = ANSWER_SECONDS) -> None:
-        """Returns when nothing is under way for the checkout of an order, or when the time is over."""
-        await self._runner.at_rest((order_id, CHECKOUT, ""), RESTING, seconds)
+    async def wait_until_idle(self, order_id: int, seconds: float = ANSWER_SECONDS) -> None:
+        """Returns when no process works on the checkout of an order, or when the time is over."""
+        await self._runner.wait_until_idle((order_id, CHECKOUT, ""), RESTING, seconds)
 
     # --------------------------------------------------------------------------------------------------- how it is done
 
-    async def _redirect(self, order_id: int, what: str, decide: Decide) -> Order:
-        """Sends a checkout where `decide` says; None: it stays on its way. Gives the order as it is then."""
-        actor, key = current.get().actor, (order_id, CHECKOUT, "")
-        lease_s = self._runner.lease_seconds
-        async with self._database.transaction() as tx:
-            found = await saga.lock(tx, key)
-            order = await store.get_locked(tx, order_id)
-            if order is None or found is None or not rules.may_see(actor, order.user_id):
-                raise OrderNotFound(order_id=order_id)
-            state = msgspec.json.decode(found.state, type=Checkout)
-            decision = await decide(tx, Standing(order, found.step, state))
+    async def _send(self, order_id: int, what: str, decide: Decide) -> Order:
+        """Redirects a checkout to where `decide` says. Gives the order as it is then."""
+
+        async def send(tx: Tx, locked: Locked) -> tuple[Order, Saga | None]:
+            decision = decide(locked)
             if decision is None:
-                return order
-            taken = await saga.seize(tx, key, lease_s)
-            assert taken is not None, "the row is locked"
-            came_to = Next(
-                decision.step, steps.encoded(decision.state), decision.outcome, running=True, wake_s=decision.wake_s
-            )
-            await saga.save(tx, [(taken, came_to)], lease_s)
-            if decision.status:
-                move = store.Move(order, status=decision.status, reason=decision.reason, note=_note(decision))
-                [moved] = await store.move(tx, [move], actor)
-                assert moved, "the row is locked"
-                order = moved
+                return locked.order, None
+            redirected = await self._redirect(tx, locked, decision)
             await faults.point(f"orders.{what}.before_commit")
+            return redirected.memo.order, redirected
+
+        order, redirected = await in_lock(self._database, order_id, send)
         await faults.point(f"orders.{what}.after_commit")
-        taken.advance(came_to)
-        taken.memo = order
-        self._runner.drive([taken])
+        if redirected is not None:
+            self._runner.drive([redirected])
         return order
+
+    async def _redirect(self, tx: Tx, locked: Locked, decision: Decision) -> Saga:
+        """Sends the saga of a locked order to a step, and moves the order. The caller drives it after the commit."""
+        key, record = (locked.record.id, CHECKOUT, ""), locked.record
+        outcome = Next(decision.step, steps.encoded(decision.state), running=True)
+        if locked.checkout is None:
+            redirected = Saga(key, outcome.step, outcome.state)
+            await saga.start(tx, [redirected], self._runner.driver)
+        else:
+            seized = await saga.seize(tx, key, self._runner.driver)
+            assert seized is not None, "the row is locked"
+            redirected = seized
+            await saga.save(tx, [(redirected, outcome)])
+            redirected.advance(outcome)
+        if decision.status:
+            move = store.Move(
+                locked.order,
+                status=decision.status,
+                reason=decision.reason,
+                note=decision.reason.message if decision.reason else "",
+                epoch=redirected.epoch,
+            )
+            [moved] = await store.move(tx, [move], current.get().actor)
+            assert moved, "the row is locked"
+            record = msgspec.structs.replace(record, order=moved)
+        redirected.memo = record
+        return redirected
 
     async def _get(self, payment_id: int) -> PaymentRecord:
         with as_service():
@@ -180,22 +221,22 @@ class Paying:
     async def _refusal(self, payment: PaymentRecord) -> ServiceError:
         """Why a payment came to nothing: the provider declined it, or its order ended before it was made."""
         async with self._database.read() as tx:
-            order = (await store.get(tx, [payment.order_id]))[payment.order_id]
+            order = (await store.get(tx, [payment.order_id]))[payment.order_id].order
         reason = order.reason
         if reason is not None and reason.code not in ("payment_declined", "payment_lost"):
             return OrderCancelled(order_id=order.id, reason=reason.code)
         code = payment.code or (reason.provider_code if reason else None) or payment.status
         return PaymentDeclined(order_id=order.id, payment_id=payment.id, provider_code=code)
 
-    async def _payment(self, order_id: int, attempt: int) -> PaymentRecord:
+    async def _payment(self, order_id: int, begun: BegunPayment) -> PaymentRecord:
         with as_service():
-            page = await self._payments.list(ListPayments(order_id=order_id, limit=200))
+            page = await self._payments.list(ListPayments(order_id=order_id, order_nonce=begun.nonce, limit=200))
         for payment in page.payments:
-            if payment.attempt == attempt:
+            if payment.attempt == begun.attempt:
                 return payment
         # The provider was not asked yet: the stock was gone, the order was cancelled, or there is too much to do.
         async with self._database.read() as tx:
-            order = (await store.get(tx, [order_id]))[order_id]
+            order = (await store.get(tx, [order_id]))[order_id].order
         if order.status == "cancelled":
             raise OrderCancelled(order_id=order_id, reason=order.reason.code if order.reason else "requested")
         raise OutcomeUnknown(operation=PAY)
@@ -204,48 +245,35 @@ class Paying:
 # ------------------------------------------------------------------------------------------------------ what is decided
 
 
-class _Begun(msgspec.Struct):
-    """Which payment the answer is about."""
-
-    attempt: int = 0
-    replayed: bool = False
-
-
-async def _begin_payment(request: PayOrder, begun: _Begun, tx: Tx, standing: Standing) -> Decision | None:
-    keyed = None
-    if request.idempotency_key is not None:
-        principal = idempotency.principal_of(current.get().actor)
-        keyed = Keyed(principal, request.idempotency_key, request.fingerprint)
-        stored = await idempotency.claim_one(tx, PAY, keyed)
-        if stored is not None:
-            begun.attempt, begun.replayed = int(stored), True
-            return None
-    order, state = standing.order, standing.state
+def _begin_payment(request: PayOrder, locked: Locked) -> Decision:
+    """Raises what speaks against the payment."""
     actor = current.get().actor
     if not request.capture and actor.role == CUSTOMER:
-        # Stock that is sold and not paid for, for as long as somebody likes: staff decide that.
+        # It sells stock that is not paid for, without an end: staff decide that.
         raise Forbidden(operation="orders.pay without capture", role=actor.role)
-    _check_due(order, request)
-    _check_payable(standing)
-    begun.attempt = state.attempt + 1
-    if keyed:
-        await idempotency.remember(tx, PAY, [keyed], [str(begun.attempt).encode()])
-    paying = msgspec.structs.replace(
-        state, paying=True, method=request.method, attempt=begun.attempt, capture=request.capture, with_order=False
+    _check_due(locked.order, request)
+    _check_payable(locked)
+    state = msgspec.structs.replace(
+        locked.state,
+        paying=True,
+        method=request.method,
+        attempt=locked.record.payment_attempt + 1,
+        capture=request.capture,
+        on_account=locked.record.on_account,
     )
-    return Decision("reserve", "payment asked for", paying, running=True)
+    return Decision("reserve", "payment requested", state, running=True)
 
 
-def _check_payable(standing: Standing) -> None:
-    order = standing.order
+def _check_payable(locked: Locked) -> None:
+    order = locked.order
     if order.status == "cancelled":
         raise OrderCancelled(order_id=order.id, reason=order.reason.code if order.reason else "requested")
     if order.payment != "unpaid":
         _raise_illegal(order, "payment", "paid")
-    if standing.step not in ("awaiting", "done"):
+    if locked.checkout is not None and locked.checkout.step != "awaiting":
         raise PaymentInProgress(order_id=order.id)
-    sold_without_stock = order.status != "pending" and not standing.state.on_account
-    if sold_without_stock or any(line.returned for line in order.lines):
+    is_sold_without_stock = order.status != "pending" and not locked.record.on_account
+    if is_sold_without_stock or any(line.returned for line in order.lines):
         raise NotPayable(order_id=order.id)
 
 
@@ -262,61 +290,58 @@ def _check_due(order: Order, request: PayOrder) -> None:
     )
 
 
-async def _capture(payment: PaymentRecord, _tx: Tx, standing: Standing) -> Decision | None:
-    order = standing.order
-    paid = order.payment in ("paid", "partially_refunded", "refunded") and payment.attempt == standing.state.attempt
+def _capture(payment: PaymentRecord, locked: Locked) -> Decision | None:
+    order, attempt = locked.order, locked.record.payment_attempt
+    paid = order.payment in ("paid", "partially_refunded", "refunded") and payment.attempt == attempt
     if paid or payment.status in ("captured", "partially_refunded", "refunded"):
         return None  # a repetition
-    if payment.attempt != standing.state.attempt:
+    if payment.attempt != attempt:
         _raise_illegal(order, "payment", "paid")
-    if standing.step == "settle":
+    step = locked.checkout.step if locked.checkout else None
+    if step == "settle":
         return None  # it is being captured at this moment
-    if order.payment != "authorized" or standing.step != "authorized":
+    if order.payment != "authorized" or step != "authorized":
         _raise_illegal(order, "payment", "paid")
-    state = msgspec.structs.replace(standing.state, capture=True)
-    return Decision("settle", "capture asked for", state, running=True)
+    state = msgspec.structs.replace(locked.state, capture=True)
+    return Decision("settle", "capture requested", state, running=True)
 
 
-async def _void(payment: PaymentRecord, _tx: Tx, standing: Standing) -> Decision | None:
-    order = standing.order
-    if payment.status == "voided" or (order.status == "cancelled" and payment.attempt == standing.state.attempt):
+def _void(payment: PaymentRecord, locked: Locked) -> Decision | None:
+    order, attempt = locked.order, locked.record.payment_attempt
+    if payment.status == "voided" or (order.status == "cancelled" and payment.attempt == attempt):
         return None  # a repetition
-    if order.payment != "authorized" or payment.attempt != standing.state.attempt:
+    if order.payment != "authorized" or payment.attempt != attempt:
         _raise_illegal(order, "payment", "voided")
     rules.check_move(order, "status", "cancelled")
-    return steps.cancelled_by(order, standing.state, "its payment was voided")
+    return steps.cancelled_by(locked.state, "its payment was voided")
 
 
-async def _cancel(message: str, version: int | None, tx: Tx, standing: Standing) -> Decision | None:
-    order = standing.order
+def _cancel(message: str, version: int | None, locked: Locked) -> Decision | None:
+    order = locked.order
     if order.status == "cancelled":
-        return None  # a retry of one whose answer was lost
+        return None  # a retry of a request whose answer was lost
     check_version(order, version)
     rules.check_move(order, "status", "cancelled")
-    if await store.refund_is_pending(tx, order.id):
+    if locked.record.refund_pending_minor:
         raise PaymentInProgress(order_id=order.id)
-    return steps.cancelled_by(order, standing.state, message)
+    return steps.cancelled_by(locked.state, message)
 
 
-async def _confirm(version: int | None, _tx: Tx, standing: Standing) -> Decision | None:
-    order = standing.order
+def _confirm(version: int | None, locked: Locked) -> Decision | None:
+    order = locked.order
     if order.status == "confirmed":
         return None
     check_version(order, version)
     rules.check_move(order, "status", "confirmed")
-    if standing.step != "awaiting":
+    if locked.checkout is None or locked.checkout.step != "awaiting":
         raise PaymentInProgress(order_id=order.id)
-    state = msgspec.structs.replace(standing.state, on_account=True, confirmed_by=current.get().actor.id)
+    state = msgspec.structs.replace(locked.state, on_account=True, confirmed_by=current.get().actor.id)
     return Decision("reserve", "confirmed by hand", state, running=True)
 
 
 def check_version(order: Order, version: int | None) -> None:
     if version is not None and version != order.version:
         raise StaleVersion(expected=version, actual=order.version)
-
-
-def _note(decision: Decision) -> str:
-    return decision.reason.message if decision.reason else ""
 
 
 def _raise_illegal(order: Order, axis: Axis, wanted: str) -> NoReturn:

@@ -2,19 +2,20 @@
 
 One batch runs through these steps; each settles some of its requests, and the next sees what is left:
 
-1. recall    A key that was used within a day has its answer already, or belongs to another request.
-2. judge     What is refused without asking anybody: another's order, a product twice.
+1. replay    A key that has an order answers with it, as it was when it was placed, or belongs to another request.
+2. validate  What is refused without asking another service: another account's order, a product in two lines.
 3. look up   One call to users and one to products for the whole batch: does the buyer exist, what does it cost.
-4. write     One transaction: claim the keys, write orders, lines, history, the sagas that will carry them on and the
-             events that tell of them, store the answers under the keys. Then the sagas are driven (`checkout.py`).
-5. echo      Further requests with a key of this same batch hear what the first with that key heard, or that it belongs
-             to that other request.
+4. write     One transaction, one statement: orders with their lines, keys and history, the sagas that will carry them
+             on, and the events `order.placed`. Then the sagas are driven (`checkout.py`).
+5. repeat    Further requests with a key of this same batch get the answer of the first one with that key, or hear that
+             the key belongs to that other request.
+
+The order is what its key stores, for ever: there is no stored answer that could expire. Two requests with one key at
+the same moment meet at the unique index of orders: the second waits for the end of the first transaction, at most two
+seconds, and then answers with its order.
 
 Refusals of steps 2 and 3 (unknown user or product, another price) are not stored: nothing was begun, and the same key
-may be sent again when the reason is gone. What step 4 commits is the order; a crash before leaves nothing at all.
-
-A key whose stored answer is past its day still has its order. Nobody looks for it on the way of a new order: it shows
-where a request with a key is refused, or where the unique key of orders refuses the write. Only then is it looked up.
+may be sent again when the reason is gone.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Final
 
-from mercato.chassis import faults, idempotency, saga
-from mercato.chassis.codec import decode_outcome, encode_outcome
+from mercato.chassis import faults, idempotency
+from mercato.chassis.clock import Randomness
 from mercato.chassis.contract import (
     Actor,
     Batch,
@@ -32,7 +33,7 @@ from mercato.chassis.contract import (
     RequestInProgress,
     ServiceError,
 )
-from mercato.chassis.db import Database, LockTimeout, Tx, UniqueViolation
+from mercato.chassis.db import Database, LockTimeout, UniqueViolation
 from mercato.chassis.idempotency import Keyed
 from mercato.chassis.runner import Runner
 from mercato.chassis.saga import Saga
@@ -42,20 +43,23 @@ from mercato.contracts.users import GetUser, User, UserNotFound, Users
 
 from . import rules, store
 from .steps import CHECKOUT, Checkout, encoded
+from .store import OrderRecord
 
 OPERATION: Final = "orders.place"
 QUOTED_AT_ONCE: Final = 4_096
 """A batch of long orders can name more products than the queue of an operation holds; two lanes of this fit."""
 
+WITHOUT_PAYMENT: Final = encoded(Checkout())
+
 faults.declare("orders.place.before_commit", "orders.place.after_commit")
 
-Outcome = PlacedOrder | ServiceError
+Answer = PlacedOrder | ServiceError
 
 
-class Attempted:
-    """One request on its way through the steps. `outcome` is None until a step settles it."""
+class PlacementAttempt:
+    """One request on its way through the steps. `answer` is None until a step settles it."""
 
-    __slots__ = ("actor", "keyed", "order", "outcome", "request")
+    __slots__ = ("actor", "answer", "keyed", "order", "request")
 
     def __init__(self, request: PlaceOrder, actor: Actor) -> None:
         self.request = request
@@ -64,60 +68,59 @@ class Attempted:
         if request.idempotency_key is not None:
             self.keyed = Keyed(idempotency.principal_of(actor), request.idempotency_key, request.fingerprint)
         self.order: store.NewOrder | None = None
-        self.outcome: Outcome | None = None
+        self.answer: Answer | None = None
 
     def replay(self, order: Order, fingerprint: bytes) -> None:
-        """Settles it with what its key did, for the request with `fingerprint`."""
+        """Answers with what its key did, for the request with `fingerprint`."""
         assert self.keyed
-        mine = self.keyed.fingerprint == fingerprint
-        self.outcome = PlacedOrder(order=order, replayed=True) if mine else IdempotencyKeyReused()
+        is_same = self.keyed.fingerprint == fingerprint
+        self.answer = PlacedOrder(order=order, replayed=True) if is_same else IdempotencyKeyReused()
 
-    def settled(self) -> Outcome:
-        assert self.outcome is not None, "a step left a request without an answer"
-        return self.outcome
+    def settled(self) -> Answer:
+        assert self.answer is not None, "a step left a request without an answer"
+        return self.answer
 
 
 class Placing:
     """Places orders. Asks users and products by their contracts, and writes to the database of orders."""
 
-    def __init__(self, database: Database, runner: Runner, *, users: Users, products: Products) -> None:
+    def __init__(
+        self, database: Database, runner: Runner, *, users: Users, products: Products, randomness: Randomness
+    ) -> None:
         self._database = database
         self._runner = runner
         self._users = users
         self._products = products
+        self._randomness = randomness
 
-    async def place(self, batch: Batch[PlaceOrder]) -> Sequence[Outcome]:
-        attempts = [Attempted(request, actor) for request, actor in zip(batch, batch.actors, strict=True)]
-        firsts, echoes = _split_twins(attempts)
-        await self._recall(firsts)
-        _judge(_open(firsts))
-        await self._look_up(_open(firsts))
-        await self._recall_orders([a for a in firsts if isinstance(a.outcome, ServiceError)])
-        await self._write(_open(firsts))
-        await self._echo(echoes)
-        return [attempted.settled() for attempted in attempts]
+    async def place(self, batch: Batch[PlaceOrder]) -> Sequence[Answer]:
+        attempts = [PlacementAttempt(request, actor) for request, actor in zip(batch, batch.actors, strict=True)]
+        firsts, duplicates = _split_duplicates(attempts)
+        await self._replay(firsts)
+        _validate(_unsettled(firsts))
+        await self._look_up(_unsettled(firsts))
+        # A request with the same key may have placed its order since the first look.
+        await self._replay([a for a in firsts if _is_refused(a.answer)])
+        await self._write(_unsettled(firsts))
+        await self._repeat(duplicates)
+        return [attempt.settled() for attempt in attempts]
 
-    # ------------------------------------------------------------------------------------------------- 1. recall
+    # ------------------------------------------------------------------------------------------------- 1. replay
 
-    async def _recall(self, attempts: Sequence[Attempted]) -> None:
-        if keyed := [a for a in attempts if a.keyed]:
-            async with self._database.read() as tx:
-                await _settle_from_store(tx, keyed)
-
-    async def _recall_orders(self, attempts: Sequence[Attempted]) -> None:
-        """Settles those whose key has made an order already, though its answer is past its day."""
-        keys = [a.keyed for a in attempts if a.keyed and not isinstance(a.outcome, IdempotencyKeyReused)]
+    async def _replay(self, attempts: Sequence[PlacementAttempt]) -> None:
+        """Settles those whose key has an order already."""
+        keys = [a.keyed for a in attempts if a.keyed]
         if not keys:
             return
         async with self._database.read() as tx:
             found = await store.by_keys(tx, [k.principal for k in keys], [k.key for k in keys])
-        for attempted in attempts:
-            if attempted.keyed and (old := found.get(attempted.keyed.identity)):
-                attempted.replay(old.order, old.fingerprint)
+        for attempt in attempts:
+            if attempt.keyed and (old := found.get(attempt.keyed.identity)):
+                attempt.replay(old.order, old.fingerprint)
 
     # ------------------------------------------------------------------------------------------------ 3. look up
 
-    async def _look_up(self, attempts: Sequence[Attempted]) -> None:
+    async def _look_up(self, attempts: Sequence[PlacementAttempt]) -> None:
         """Turns each request into a priced order, or settles it with the reason why not."""
         if not attempts:
             return
@@ -128,12 +131,18 @@ class Placing:
         )
         users_by_id = dict(zip(user_ids, users, strict=True))
         quotes_by_id = dict(zip(product_ids, quotes, strict=True))
-        for attempted in attempts:
-            order = _prepare(attempted, users_by_id, quotes_by_id)
+        nonces = self._nonces(len(attempts))
+        for attempt, nonce in zip(attempts, nonces, strict=True):
+            order = _prepare(attempt, users_by_id, quotes_by_id, nonce)
             if isinstance(order, ServiceError):
-                attempted.outcome = order
+                attempt.answer = order
             else:
-                attempted.order = order
+                attempt.order = order
+
+    def _nonces(self, count: int) -> list[int]:
+        """Random numbers of 63 bits, all bytes of a batch drawn at once."""
+        drawn = self._randomness.token(8 * count)
+        return [int.from_bytes(drawn[i : i + 8]) >> 1 for i in range(0, 8 * count, 8)]
 
     async def _quotes(self, product_ids: Sequence[int]) -> Sequence[Quote | ServiceError]:
         wanted = [QuoteProduct(id=i) for i in product_ids]
@@ -144,137 +153,107 @@ class Placing:
 
     # -------------------------------------------------------------------------------------------------- 4. write
 
-    async def _write(self, attempts: Sequence[Attempted]) -> None:
+    async def _write(self, attempts: Sequence[PlacementAttempt]) -> None:
         try:
             await self._try_to_write(attempts)
         except UniqueViolation:
-            await self._recall_orders(_open(attempts))
-            left = _open(attempts)
+            # Another transaction has placed an order with one of the keys at this moment.
+            await self._replay(attempts)
+            left = _unsettled(attempts)
             if len(left) == len(attempts):
-                raise  # it was not the key of an old order
-            await self._try_to_write(left)
+                raise  # it was not a key
+            await self._write(left)
         except LockTimeout:
             if len(attempts) > 1:
-                raise  # the chassis runs each alone; then it is clear whose key is held
-            attempts[0].outcome = RequestInProgress()
+                raise  # the chassis runs each alone; then it is clear whose key is in use
+            attempts[0].answer = RequestInProgress()
 
-    async def _try_to_write(self, attempts: Sequence[Attempted]) -> None:
-        if not attempts:
+    async def _try_to_write(self, attempts: Sequence[PlacementAttempt]) -> None:
+        orders = [a.order for a in attempts if a.order]
+        if not orders:
             return
-        await self._runner.room()
+        await self._runner.acquire_slot()
         async with self._database.transaction() as tx:
-            await self._claim(tx, [a for a in attempts if a.keyed])
-            placed = _open(attempts)
-            answers = await _insert(tx, placed) if placed else []
-            checkouts = [_checkout(a.request, answer.order) for a, answer in zip(placed, answers, strict=True)]
-            if checkouts:
-                await saga.start(tx, checkouts, self._runner.lease_seconds)
+            rows = await store.insert(tx, orders, CHECKOUT, "reserve", self._runner.driver)
+            placed = [_written(order, row) for order, row in zip(orders, rows, strict=True)]
+            await store.emit_placed(tx, placed)
             await faults.point("orders.place.before_commit")
-        for attempted, answer in zip(placed, answers, strict=True):
-            attempted.outcome = answer
+        for attempt, order in zip(attempts, placed, strict=True):
+            attempt.answer = PlacedOrder(order=order)
         await faults.point("orders.place.after_commit")
-        self._runner.drive(checkouts)
+        self._runner.drive([_checkout(new, row, order) for new, row, order in zip(orders, rows, placed, strict=True)])
 
-    async def _claim(self, tx: Tx, keyed: Sequence[Attempted]) -> None:
-        """Takes the keys. Who comes second, waited for the first here, and hears its answer."""
-        if not keyed:
-            return
-        ours = await idempotency.claim(tx, OPERATION, [a.keyed for a in keyed if a.keyed])
-        if taken := [a for a in keyed if a.keyed and a.keyed.identity not in ours]:
-            await _settle_from_store(tx, taken)
+    # -------------------------------------------------------------------------------------------------- 5. repeat
 
-    # --------------------------------------------------------------------------------------------------- 5. echo
-
-    async def _echo(self, echoes: Sequence[tuple[Attempted, Attempted]]) -> None:
-        for attempted, first in echoes:
-            _echo_one(attempted, first)
+    async def _repeat(self, duplicates: Sequence[tuple[PlacementAttempt, PlacementAttempt]]) -> None:
+        for attempt, first in duplicates:
+            _repeat_one(attempt, first)
         # Where the first was refused because its key is another request's, a further one may be that request.
-        if asking := _open([attempted for attempted, _ in echoes]):
-            await self._recall(asking)
-            await self._recall_orders(_open(asking))
+        await self._replay(_unsettled([attempt for attempt, _ in duplicates]))
 
 
-async def _settle_from_store(tx: Tx, attempts: Sequence[Attempted]) -> None:
-    found = await idempotency.recall(tx, OPERATION, [a.keyed for a in attempts if a.keyed])
-    for attempted, stored in zip(attempts, found, strict=True):
-        if isinstance(stored, bytes):
-            placed = decode_outcome(PlacedOrder, stored)
-            assert isinstance(placed, PlacedOrder), "refusals are not stored"
-            attempted.outcome = PlacedOrder(order=placed.order, replayed=True)
-        elif stored is not None:
-            attempted.outcome = stored
-
-
-async def _insert(tx: Tx, attempts: Sequence[Attempted]) -> list[PlacedOrder]:
-    orders = [a.order for a in attempts if a.order]
-    rows = await store.insert(tx, orders)
-    answers = [PlacedOrder(order=_written(order, row)) for order, row in zip(orders, rows, strict=True)]
-    await store.tell_placed(tx, [answer.order for answer in answers])
-    done = [(a.keyed, answer) for a, answer in zip(attempts, answers, strict=True) if a.keyed]
-    if done:
-        stored = [encode_outcome(answer) for _, answer in done]
-        await idempotency.remember(tx, OPERATION, [keyed for keyed, _ in done], stored)
-    return answers
-
-
-def _checkout(request: PlaceOrder, order: Order) -> Saga:
+def _checkout(new: store.NewOrder, row: store.PlacedRow, order: Order) -> Saga:
     """The saga of a new order, at its first step."""
-    state = Checkout()
-    if request.payment_method is not None:
-        state = Checkout(paying=True, method=request.payment_method, attempt=1, with_order=True)
-    return Saga((order.id, CHECKOUT, ""), "reserve", encoded(state), memo=order)
+    record = OrderRecord(order, new.nonce, new.payment_attempt, on_account=False, refund_pending_minor=0)
+    return Saga((row.id, CHECKOUT, ""), "reserve", new.state, epoch=row.epoch, memo=record)
 
 
 # ----------------------------------------------------------------------------------------------------------- details
 
 
-def _open(attempts: Sequence[Attempted]) -> list[Attempted]:
-    return [a for a in attempts if a.outcome is None]
+def _is_refused(answer: Answer | None) -> bool:
+    return isinstance(answer, ServiceError) and not isinstance(answer, IdempotencyKeyReused)
 
 
-def _split_twins(attempts: Sequence[Attempted]) -> tuple[list[Attempted], list[tuple[Attempted, Attempted]]]:
+def _unsettled(attempts: Sequence[PlacementAttempt]) -> list[PlacementAttempt]:
+    return [a for a in attempts if a.answer is None]
+
+
+def _split_duplicates(
+    attempts: Sequence[PlacementAttempt],
+) -> tuple[list[PlacementAttempt], list[tuple[PlacementAttempt, PlacementAttempt]]]:
     """Those that are tried, and those whose key an earlier one of this batch has, each with that earlier one."""
-    firsts: list[Attempted] = []
-    echoes: list[tuple[Attempted, Attempted]] = []
-    by_identity: dict[tuple[str, str], Attempted] = {}
-    for attempted in attempts:
-        if attempted.keyed is None:
-            firsts.append(attempted)
-            continue
-        first = by_identity.setdefault(attempted.keyed.identity, attempted)
-        if first is attempted:
-            firsts.append(attempted)
+    firsts: list[PlacementAttempt] = []
+    duplicates: list[tuple[PlacementAttempt, PlacementAttempt]] = []
+    by_identity: dict[tuple[str, str], PlacementAttempt] = {}
+    for attempt in attempts:
+        first = by_identity.setdefault(attempt.keyed.identity, attempt) if attempt.keyed else attempt
+        if first is attempt:
+            firsts.append(attempt)
         else:
-            echoes.append((attempted, first))
-    return firsts, echoes
+            duplicates.append((attempt, first))
+    return firsts, duplicates
 
 
-def _echo_one(attempted: Attempted, first: Attempted) -> None:
-    assert attempted.keyed
+def _repeat_one(attempt: PlacementAttempt, first: PlacementAttempt) -> None:
+    assert attempt.keyed
     assert first.keyed
-    heard = first.settled()
-    if isinstance(heard, PlacedOrder):
-        attempted.replay(heard.order, first.keyed.fingerprint)
-    elif attempted.keyed.fingerprint == first.keyed.fingerprint:
-        attempted.outcome = heard.copy()
-    elif not isinstance(heard, IdempotencyKeyReused):
-        attempted.outcome = IdempotencyKeyReused()  # it ran at the same time with another request
+    answer = first.settled()
+    if isinstance(answer, PlacedOrder):
+        attempt.replay(answer.order, first.keyed.fingerprint)
+    elif attempt.keyed.fingerprint == first.keyed.fingerprint:
+        attempt.answer = answer.copy()
+    elif not isinstance(answer, IdempotencyKeyReused):
+        attempt.answer = IdempotencyKeyReused()  # it ran at the same time with another request
 
 
-def _judge(attempts: Sequence[Attempted]) -> None:
-    for attempted in attempts:
-        request = attempted.request
-        if rules.may_see(attempted.actor, request.user_id):
-            attempted.outcome = rules.check_lines(request.lines)
+def _validate(attempts: Sequence[PlacementAttempt]) -> None:
+    for attempt in attempts:
+        request = attempt.request
+        if rules.may_see(attempt.actor, request.user_id):
+            attempt.answer = rules.check_lines(request.lines)
         else:
-            attempted.outcome = UserNotFound(user_id=request.user_id)
+            attempt.answer = UserNotFound(user_id=request.user_id)
 
 
 def _prepare(
-    attempted: Attempted, users: dict[int, User | ServiceError], quotes: dict[int, Quote | ServiceError]
+    attempt: PlacementAttempt,
+    users: dict[int, User | ServiceError],
+    quotes: dict[int, Quote | ServiceError],
+    nonce: int,
 ) -> store.NewOrder | ServiceError:
     """The order as it will be written, or the first reason why it will not be."""
-    request = attempted.request
+    request = attempt.request
     user = users[request.user_id]
     if isinstance(user, ServiceError):
         return user.copy()
@@ -291,13 +270,16 @@ def _prepare(
     total_minor = rules.total(lines)
     if changed := rules.check_total(request, total_minor, currency):
         return changed
-    keyed = attempted.keyed
+    keyed, method = attempt.keyed, request.payment_method
     return store.NewOrder(
         user_id=request.user_id,
         currency=currency,
         total_minor=total_minor,
         lines=lines,
-        actor=attempted.actor,
+        nonce=nonce,
+        payment_attempt=0 if method is None else 1,
+        state=WITHOUT_PAYMENT if method is None else encoded(Checkout(paying=True, method=method, attempt=1)),
+        actor=attempt.actor,
         principal=keyed.principal if keyed else None,
         idempotency_key=keyed.key if keyed else None,
         fingerprint=keyed.fingerprint if keyed else None,

@@ -1,12 +1,11 @@
-"""Orders that nobody carries on are found, and carried on.
+"""Finds parked checkouts whose order is not where it may rest, and resumes them.
 
-Whoever dies leaves a lease behind that runs out, and a sweeper takes over; nothing in this service lets a saga sleep
-whose order is not at rest. What is found here was caused by something else: a release that had a mistake, a database
-that was restored, a hand that wanted to help. Carrying it on is safe all the same. A step asks with the keys that it
-has always had, hears what was done with them, and decides by that; what was done already is not done again.
+A process that dies leaves sagas that a sweeper takes over, and nothing in this service parks a saga whose order is not
+at rest. What is found here has another cause: a release with a fault, a database that was restored, a change by hand.
+Resuming is safe all the same: a step asks with its usual keys, hears what was done with them, and decides by that.
 
-An order without any saga is not helped: nobody knows any more whether something was asked for it. The audit reports it
-(O4), as it does whatever is still not at rest after a while.
+A pending order without any saga is not resumed: what was asked for it is unknown. The audit reports it (O4), as it does
+whatever is still not at rest after a while.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ from mercato.chassis.db import Database
 from mercato.chassis.saga import Key, Next, Saga
 from mercato.chassis.telemetry import Telemetry
 
-from . import steps, store
+from . import reconciliation_store, steps
+from .steps import CHECKOUT
 
 RESUMED: Final = "order_resumed"
 
@@ -30,33 +30,37 @@ log = structlog.stdlib.get_logger("mercato.orders")
 
 
 class Reconciling:
-    """`quiet_seconds`: how long nothing must have happened to a saga before it counts as left."""
+    """`quiet_seconds`: how long a saga must not have been saved before it counts as left."""
 
-    def __init__(self, database: Database, telemetry: Telemetry, *, lease_seconds: float, quiet_seconds: float) -> None:
+    def __init__(self, database: Database, telemetry: Telemetry, *, quiet_seconds: float) -> None:
         self._database = database
-        self._lease_seconds = lease_seconds
         self._quiet_seconds = quiet_seconds
         self._resumed = telemetry.reconciled.labels(RESUMED)
 
     async def look(self, before: Key | None) -> Key | None:
-        """Carries on what was left among a page of sagas; gives the place of the next one (`rounds.py`).
+        """Resumes what is found among a page of sagas; gives the place of the next page (`rounds.py`).
 
-        Two processes that find the same carry it on once: of two saves of one version, the second is refused.
+        Two processes that find the same saga resume it once: of two saves of one version, the second is refused.
         """
         async with self._database.read() as tx:
-            asleep = await store.asleep(tx, before, self._quiet_seconds)
-            after = await store.end_of_page(tx, before)
-        left = [(row, step) for row in asleep if (step := steps.resumed(row.kind, row.step, row.status, row.payment))]
-        if left:
-            await self._resume([(row.saga(), Next(step, row.state, "resumed", wake_s=0.0)) for row, step in left])
+            parked = await reconciliation_store.parked(tx, before, self._quiet_seconds)
+            after = await reconciliation_store.end_of_page(tx, before)
+        found = [(row, step) for row in parked if (step := _resumed(row))]
+        if found:
+            await self._resume([(row.saga(), Next(step, row.state, wake_s=0.0)) for row, step in found])
         return after
 
-    async def _resume(self, left: list[tuple[Saga, Next]]) -> None:
+    async def _resume(self, found: list[tuple[Saga, Next]]) -> None:
         """Any sweeper takes them over at once."""
         async with self._database.transaction() as tx:
-            resumed = await saga.save(tx, left, self._lease_seconds)
+            resumed = await saga.save(tx, found)
             await faults.point("orders.reconcile.before_commit")
         await faults.point("orders.reconcile.after_commit")
         if resumed:
             self._resumed.inc(len(resumed))
             log.warning("orders_resumed", sagas=[key for key, _ in resumed])
+
+
+def _resumed(row: reconciliation_store.ParkedRow) -> str | None:
+    """The step at which a parked saga goes on; None: it is parked rightly."""
+    return steps.resumed(row.step, row.status, row.payment) if row.kind == CHECKOUT else row.step

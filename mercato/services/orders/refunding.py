@@ -1,8 +1,10 @@
-"""Giving back: money that was paid, and goods that come back for it.
+"""Refunds of money that was paid, and returns of goods.
 
-A refund is a saga of its own, with one step: put the goods back on the shelf, if any came, then give the money back,
-then note it on the order. What it will give back is set aside on the order in the transaction that begins it, so that
-two refunds never have the same money, and goods never come back twice.
+A refund is a row that stays (`refunds`), and a saga with one step while it is under way: restock the goods, if any were
+returned, then refund the money, then write both ends on the order. The amount is reserved on the order in the
+transaction that begins the refund, so that two refunds never have the same money; goods are counted as returned there,
+so that they are never returned twice. The reference of a refund is derived from its key and unique: a key that comes
+again, however late, finds the refund that it has begun.
 """
 
 from __future__ import annotations
@@ -15,22 +17,14 @@ import msgspec
 
 from mercato.chassis import faults, idempotency, saga
 from mercato.chassis.contract import IdempotencyKeyReused, RequestInProgress, ServiceError, current
-from mercato.chassis.db import Database, LockTimeout, Tx
-from mercato.chassis.idempotency import Keyed
+from mercato.chassis.db import Database, LockTimeout, Tx, UniqueViolation
 from mercato.chassis.rpc import as_service
 from mercato.chassis.runner import Runner
 from mercato.chassis.saga import Next, Saga
+from mercato.contracts.inventory import AnotherOrder as StockOfAnotherOrder
 from mercato.contracts.inventory import Inventory, ReservationClosed, ReturnStock, ReturnTooLarge, StockLine
-from mercato.contracts.orders import (
-    Order,
-    OrderNotFound,
-    PaymentInProgress,
-    Refund,
-    RefundOrder,
-    RefundStatus,
-    ReturnLine,
-    ReturnOrder,
-)
+from mercato.contracts.orders import Order, Refund, RefundOrder, ReturnLine, ReturnOrder
+from mercato.contracts.payments import AnotherOrder as PaymentOfAnotherOrder
 from mercato.contracts.payments import (
     AttemptNotFound,
     GetPayment,
@@ -42,14 +36,16 @@ from mercato.contracts.payments import (
     RefundTooLarge,
 )
 
-from . import rules, store
+from . import money_store, rules, store
 from .checkout import SHOP
-from .paying import ANSWER_SECONDS
-from .steps import CHECKOUT, Checkout
+from .locking import Locked, in_lock
+from .money_store import RefundRecord
+from .paying import ANSWER_SECONDS, LOCK_SECONDS
+from .store import OrderRecord
 
 REFUND: Final = "refund"
 REST: Final = "rest"
-"""The reference of the return that takes back whatever is left."""
+"""The reference of the return of all that is left."""
 
 faults.declare(
     *(f"orders.refund.{when}_commit" for when in ("before", "after")),
@@ -57,28 +53,26 @@ faults.declare(
     *(f"refund.save.{when}_commit" for when in ("before", "after")),
 )
 
+FINAL: Final = (
+    AttemptNotFound,
+    PaymentOfAnotherOrder,
+    PaymentStateConflict,
+    RefundDeclined,
+    RefundReferenceReused,
+    RefundTooLarge,
+)
+"""Answers of payments that will be the same the next time."""
 
-class Giving(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a refund remembers."""
-
-    amount_minor: int
-    """0: only goods come back; they were never paid for."""
-    currency: str
-    attempt: int
-    """Of the payment that it gives back from."""
-    lines: tuple[ReturnLine, ...] = ()
-    reason: str = ""
-    code: str | None = None
-    """Why it was declined."""
-    fingerprint: str = ""
-    """Of the request that began it, in hexadecimal."""
+NOT_RETURNABLE: Final = (ReservationClosed, ReturnTooLarge, StockOfAnotherOrder)
+"""Inventory knows of no such goods, and never will: the order is older than it. The money is due all the same."""
 
 
 class Work(msgspec.Struct):
-    """One refund on its way through its step. `retry`: why it has to be tried again; `code`: why it was declined."""
+    """One refund in its step. `retry`: why it has to be tried again; `code`: why it was declined."""
 
     saga: Saga
-    giving: Giving
+    record: OrderRecord
+    refund: RefundRecord
     retry: str | None = None
     code: str | None = None
 
@@ -87,8 +81,22 @@ class Work(msgspec.Struct):
         return self.saga.subject_id
 
 
-FINAL: Final = (AttemptNotFound, PaymentStateConflict, RefundDeclined, RefundReferenceReused, RefundTooLarge)
-"""Answers of payments that will not be another one the next time."""
+class RefundRequest(msgspec.Struct, frozen=True):
+    """A request under its key. `reference` stands for the key for ever."""
+
+    reference: str
+    fingerprint: bytes
+
+
+class RefundDraft(msgspec.Struct, frozen=True):
+    """What a refund gives back: an amount, and the goods that were returned for it."""
+
+    amount_minor: int
+    lines: tuple[ReturnLine, ...] = ()
+    reason: str = ""
+
+
+BeginRefund = Callable[[Tx, Locked], Awaitable[Saga]]
 
 
 class Refunding:
@@ -99,105 +107,135 @@ class Refunding:
         self._runner = runner
         self._inventory = inventory
         self._payments = payments
-        runner.register(REFUND, {"refund": self._give_back})
+        runner.register(REFUND, {"refund": self._execute})
 
-    # ---------------------------------------------------------------------------------------------------- what is asked
+    # ------------------------------------------------------------------------------------------------------- requests
 
     async def refund(self, request: RefundOrder) -> Refund:
         """Money alone, of a payment."""
         with as_service():
             payment = await self._payments.get(GetPayment(id=request.payment_id))
 
-        async def begin(tx: Tx, order: Order) -> Giving:
-            left = await store.refundable(tx, order.id) if payment.attempt == await _attempt(tx, order.id) else 0
-            amount = rules.check_refund(order, request, left)
-            announced = await store.announce_refund(tx, order.id, amount)
-            assert announced, "the order is locked, and so much was left"
-            return Giving(amount, order.currency, payment.attempt, reason=request.reason)
+        async def begin(tx: Tx, locked: Locked) -> Saga:
+            is_paid_with = payment.attempt == locked.record.payment_attempt
+            left_minor = locked.record.refundable_minor if is_paid_with else 0
+            amount_minor = rules.check_refund(locked.order, request, left_minor)
+            return await self._start(tx, locked, asked, RefundDraft(amount_minor, reason=request.reason))
 
-        asked = _asked("orders.refund", request.idempotency_key, request.fingerprint)
+        asked = _request("orders.refund", request.idempotency_key, request.fingerprint)
         return await self._begin(payment.order_id, asked, begin)
 
     async def take_back(self, request: ReturnOrder) -> Refund:
-        """Goods, and what they cost."""
+        """Goods, and what was paid for them."""
 
-        async def begin(tx: Tx, order: Order) -> Giving:
-            return await self._take_back(tx, order, request.lines, request.reason)
+        async def begin(tx: Tx, locked: Locked) -> Saga:
+            draft = await self._return(tx, locked, request.lines, request.reason)
+            return await self._start(tx, locked, asked, draft)
 
-        asked = _asked("orders.take_back", request.idempotency_key, request.fingerprint)
+        asked = _request("orders.take_back", request.idempotency_key, request.fingerprint)
         return await self._begin(request.id, asked, begin)
 
-    async def take_back_rest(self, tx: Tx, order: Order) -> Saga:
-        """The return of all that is left, in the caller's transaction, after which the caller has it driven."""
-        return await self._start(tx, (order.id, REFUND, REST), await self._take_back(tx, order, (), ""))
+    async def take_back_rest(self, tx: Tx, locked: Locked) -> Saga:
+        """The return of all that is left, in the caller's transaction, after which the caller drives the saga."""
+        return await self._start(tx, locked, None, await self._return(tx, locked, (), ""))
 
     # ---------------------------------------------------------------------------------------------------- how it begins
 
-    async def _begin(self, order_id: int, asked: Asked, begin: Begin) -> Refund:
-        """Begins a refund, or finds the one that its key has begun; answers when it is done, or the time is over."""
-        key = (order_id, REFUND, asked.reference)
-        started: Saga | None = None
+    async def _begin(self, order_id: int, asked: RefundRequest, begin: BeginRefund) -> Refund:
+        """Begins a refund, or finds the one that its key has begun; answers when it is settled, or the time is over."""
+
+        async def work(tx: Tx, locked: Locked) -> tuple[int, Saga | None]:
+            if (old := await money_store.refund_of_key(tx, asked.reference)) is not None:
+                if old.fingerprint != asked.fingerprint:
+                    raise IdempotencyKeyReused
+                return old.order_id, None
+            locked.check_idle()
+            started = await begin(tx, locked)
+            await faults.point("orders.refund.before_commit")
+            return order_id, started
+
         try:
-            async with self._database.transaction() as tx:
-                if await idempotency.claim_one(tx, asked.operation, asked.keyed) is None:
-                    started = await self._begin_once(tx, key, asked, begin)
-                    await idempotency.remember(tx, asked.operation, [asked.keyed], [asked.reference.encode()])
-                await faults.point("orders.refund.before_commit")
-        except LockTimeout:
+            order_id, started = await in_lock(self._database, order_id, work, lock_seconds=LOCK_SECONDS)
+        except (LockTimeout, UniqueViolation):
             raise RequestInProgress from None
         await faults.point("orders.refund.after_commit")
         if started is not None:
             self._runner.drive([started])
-        await self._runner.at_rest(key, (), ANSWER_SECONDS)
+        key = (order_id, REFUND, asked.reference)
+        await self._runner.wait_until_idle(key, (), ANSWER_SECONDS)
         async with self._database.read() as tx:
-            found = await saga.find(tx, key)
-        assert found is not None, "a key that was claimed has its refund"
+            found = (await money_store.refunds(tx, [key]))[order_id, asked.reference]
         return _answer(found, replayed=started is None)
 
-    async def _begin_once(self, tx: Tx, key: saga.Key, asked: Asked, begin: Begin) -> Saga | None:
-        """None where the key has begun its refund long ago, and only its stored answer is past its day."""
-        check_still(await lock_checkout(tx, key[0]))
-        order = await store.get_locked(tx, key[0])
-        assert order is not None, "it has a checkout"
-        if (old := await saga.find(tx, key)) is not None:
-            if msgspec.json.decode(old.state, type=Giving).fingerprint != asked.keyed.fingerprint.hex():
-                raise IdempotencyKeyReused
-            return None
-        giving = await begin(tx, order)
-        return await self._start(tx, key, msgspec.structs.replace(giving, fingerprint=asked.keyed.fingerprint.hex()))
-
-    async def _start(self, tx: Tx, key: saga.Key, giving: Giving) -> Saga:
-        started = Saga(key, "refund", msgspec.json.encode(giving).decode())
-        await saga.start(tx, [started], self._runner.lease_seconds)
+    async def _start(self, tx: Tx, locked: Locked, asked: RefundRequest | None, draft: RefundDraft) -> Saga:
+        """Reserves the amount, writes the refund and its saga. The order is locked."""
+        record = locked.record
+        if draft.amount_minor:
+            is_reserved = await money_store.reserve_refund(tx, record.id, draft.amount_minor)
+            assert is_reserved, "the order is locked, and so much was left"
+        refund = RefundRecord(
+            order_id=record.id,
+            reference=REST if asked is None else asked.reference,
+            lines=draft.lines,
+            amount_minor=draft.amount_minor,
+            currency=record.order.currency,
+            payment_attempt=record.payment_attempt,
+            status="pending",
+            code=None,
+            reason=draft.reason,
+            fingerprint=None if asked is None else asked.fingerprint,
+        )
+        await money_store.insert_refund(tx, refund, current.get().actor)
+        started = Saga((record.id, REFUND, refund.reference), "refund", "")
+        await saga.start(tx, [started], self._runner.driver)
         return started
+
+    async def _return(self, tx: Tx, locked: Locked, wanted: Sequence[ReturnLine], reason: str) -> RefundDraft:
+        """Counts goods as returned, and says what was paid for them."""
+        order, amount_minor = locked.order, 0
+        lines = rules.check_return(order, wanted or rules.not_returned(order))
+        await money_store.set_returned(tx, order.id, rules.returned_after(order, lines))
+        if order.payment in rules.REFUNDABLE:
+            # Part of what was paid for these goods may have been refunded by hand already.
+            amount_minor = min(rules.refund_value(order, lines), locked.record.refundable_minor)
+        is_complete = rules.is_all(order, lines)
+        move = (
+            store.Move(order, fulfilment="returned", note=reason)
+            if is_complete
+            else store.Move(order, again="fulfilment", note=reason)
+        )
+        assert all(await store.move(tx, [move], current.get().actor)), "the row is locked"
+        return RefundDraft(amount_minor, lines, reason)
 
     # ----------------------------------------------------------------------------------------------------- the one step
 
-    async def _give_back(self, sagas: Sequence[Saga]) -> None:
-        left = [Work(refund, msgspec.json.decode(refund.state, type=Giving)) for refund in sagas]
+    async def _execute(self, sagas: Sequence[Saga]) -> None:
+        async with self._database.read() as tx:
+            refunds = await money_store.refunds(tx, [each.key for each in sagas])
+            records = await store.get(tx, list({each.subject_id for each in sagas}))
+        left = [Work(each, records[each.subject_id], refunds[each.subject_id, each.reference]) for each in sagas]
         while left:
             now, left = _one_an_order(left)
-            self._runner.act()
+            self._runner.enter_service_context()
             await self._restock(now)
             await self._refund(now)
             await self._save(now)
 
     async def _restock(self, works: Sequence[Work]) -> None:
-        """Puts the goods that came back on the shelf."""
-        asked = [work for work in works if work.giving.lines]
+        """Puts returned goods on the shelf."""
+        asked = [work for work in works if work.refund.lines]
         if not asked:
             return
         await faults.point("refund.restock.before_call")
         answers = await self._inventory.restock.many([_restock(work) for work in asked])
         await faults.point("refund.restock.after_call")
         for work, answer in zip(asked, answers, strict=True):
-            # Inventory knows of no such goods, and never will: the order is older than it. The money is due anyway.
-            if isinstance(answer, ServiceError) and not isinstance(answer, (ReservationClosed, ReturnTooLarge)):
+            if isinstance(answer, ServiceError) and not isinstance(answer, NOT_RETURNABLE):
                 work.retry = answer.code
 
     async def _refund(self, works: Sequence[Work]) -> None:
-        """Gives the money back, of those whose goods are on the shelf."""
-        asked = [work for work in works if work.giving.amount_minor and work.retry is None]
+        """Refunds the money, of those whose goods are on the shelf."""
+        asked = [work for work in works if work.refund.amount_minor and work.retry is None]
         if not asked:
             return
         await faults.point("refund.refund.before_call")
@@ -212,109 +250,65 @@ class Refunding:
     async def _save(self, works: Sequence[Work]) -> None:
         by_key = {work.saga.key: work for work in works}
         async with self._runner.saving([(work.saga, self._next(work)) for work in works]) as (tx, kept):
-            done = [work for saga, _ in kept if (work := by_key[saga.key]).retry is None and work.giving.amount_minor]
-            orders = await store.lock(tx, [work.order_id for work in done]) if done else {}
-            if noted := [_move(work, orders[work.order_id]) for work in done if work.code is None]:
-                assert all(await store.move(tx, noted, SHOP)), "the rows are locked"
-            if declined := {work.order_id: work.giving.amount_minor for work in done if work.code is not None}:
-                await store.forget_refunds(tx, declined)
+            settled = [work for each, _ in kept if (work := by_key[each.key]).retry is None]
+            await money_store.settle_refunds(tx, [(work.refund, work.code) for work in settled])
+            paid = [work for work in settled if work.refund.amount_minor]
+            records = await store.lock(tx, [work.order_id for work in paid]) if paid else {}
+            if moves := [_move(work, records[work.order_id].order) for work in paid if work.code is None]:
+                assert all(await store.move(tx, moves, SHOP)), "the rows are locked"
+            if declined := [(work.order_id, work.refund.amount_minor) for work in paid if work.code is not None]:
+                await money_store.release_refunds(tx, declined)
             await faults.point("refund.save.before_commit")
         await faults.point("refund.save.after_commit")
 
     def _next(self, work: Work) -> Next:
         if work.retry is not None:
-            return self._runner.again(work.saga, f"retried {work.retry}")
-        state = msgspec.json.encode(msgspec.structs.replace(work.giving, code=work.code)).decode()
-        return Next("done", state, "given back" if work.code is None else f"declined {work.code}")
-
-    async def _take_back(self, tx: Tx, order: Order, lines: Sequence[ReturnLine], reason: str) -> Giving:
-        """Counts the goods as returned, and sets aside what they cost."""
-        lines = lines or rules.not_returned(order)
-        rules.check_return(order, lines)
-        taken = await store.take_back(tx, order.id, lines)
-        assert taken, "the order is locked, and its lines were checked"
-        amount = 0
-        if order.payment in rules.REFUNDABLE:
-            # Part of what these goods cost may have been refunded by hand already.
-            amount = min(rules.worth(order, lines), await store.refundable(tx, order.id))
-            if amount:
-                announced = await store.announce_refund(tx, order.id, amount)
-                assert announced, "the order is locked, and so much was left"
-        complete = rules.is_all(order, lines)
-        move = (
-            store.Move(order, fulfilment="returned", note=reason)
-            if complete
-            else store.Move(order, again="fulfilment", note=reason)
-        )
-        assert all(await store.move(tx, [move], current.get().actor)), "the row is locked"
-        return Giving(amount, order.currency, await _attempt(tx, order.id), lines=tuple(lines), reason=reason)
+            return self._runner.retry_later(work.saga)
+        return Next("refund", "", finished=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- details
 
 
-class Asked(msgspec.Struct, frozen=True):
-    """A request under its key. `reference` is what stands for the key for ever, within one order."""
-
-    operation: str
-    keyed: Keyed
-    reference: str
-
-
-Begin = Callable[[Tx, Order], Awaitable[Giving]]
-
-
-async def lock_checkout(tx: Tx, order_id: int) -> Saga:
-    """Keeps a checkout from moving: before its order is locked. Raises `OrderNotFound`."""
-    checkout = await saga.lock(tx, (order_id, CHECKOUT, ""))
-    if checkout is None:
-        raise OrderNotFound(order_id=order_id)
-    return checkout
-
-
-def check_still(checkout: Saga) -> None:
-    """Raises `PaymentInProgress` for one that is under way: what it saves next starts from where the order is now."""
-    if checkout.step not in ("done", "awaiting", "authorized"):
-        raise PaymentInProgress(order_id=checkout.subject_id)
-
-
-def _asked(operation: str, key: str, fingerprint: bytes) -> Asked:
-    keyed = Keyed(idempotency.principal_of(current.get().actor), key, fingerprint)
-    digest = hashlib.sha256("\0".join((operation, *keyed.identity)).encode()).hexdigest()
-    return Asked(operation, keyed, digest[:24])
-
-
-async def _attempt(tx: Tx, order_id: int) -> int:
-    """The number of the payment that an order was paid with; 0 where it was not."""
-    checkout = await saga.find(tx, (order_id, CHECKOUT, ""))
-    return msgspec.json.decode(checkout.state, type=Checkout).attempt if checkout else 0
+def _request(operation: str, key: str, fingerprint: bytes) -> RefundRequest:
+    principal = idempotency.principal_of(current.get().actor)
+    digest = hashlib.sha256(f"{operation}\0{principal}\0{key}".encode()).hexdigest()
+    return RefundRequest(digest[:24], fingerprint)
 
 
 def _one_an_order(works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
-    """The first of each order, and the others: those of one order are noted one after the other."""
+    """The first of each order, and the others: those of one order are executed one after the other."""
     firsts: dict[int, Work] = {}
     others = [work for work in works if firsts.setdefault(work.order_id, work) is not work]
     return list(firsts.values()), others
 
 
 def _move(work: Work, order: Order) -> store.Move:
-    giving = work.giving
-    is_all = order.refunded_minor + giving.amount_minor == order.total_minor
+    amount_minor = work.refund.amount_minor
+    is_all = order.refunded_minor + amount_minor == order.total_minor
     return store.Move(
         order,
         payment="refunded" if is_all else "partially_refunded",
         again="payment",
-        refunded_minor=giving.amount_minor,
-        pending_minor=giving.amount_minor,
-        note=giving.reason,
+        refunded_minor=amount_minor,
+        pending_minor=amount_minor,
+        note=work.refund.reason,
+        epoch=work.saga.epoch,
+        tries=work.saga.tries,
     )
 
 
 def _restock(work: Work) -> ReturnStock:
+    lines = {line.id: line.product_id for line in work.record.order.lines}
     reference = work.saga.reference
     return ReturnStock(
         order_id=work.order_id,
-        lines=tuple(StockLine(product_id=line.product_id, quantity=line.quantity) for line in work.giving.lines),
+        order_nonce=work.record.nonce,
+        lines=tuple(
+            StockLine(product_id=lines[line.line_id], quantity=line.quantity)
+            for line in work.refund.lines
+            if line.line_id is not None
+        ),
         reference=reference,
         idempotency_key=f"order:{work.order_id}:restock:{reference}",
     )
@@ -324,26 +318,23 @@ def _refund(work: Work) -> RefundPayment:
     reference = work.saga.reference
     return RefundPayment(
         order_id=work.order_id,
-        attempt=work.giving.attempt,
-        amount_minor=work.giving.amount_minor,
+        order_nonce=work.record.nonce,
+        attempt=work.refund.payment_attempt,
+        amount_minor=work.refund.amount_minor,
         reference=reference,
         idempotency_key=f"order:{work.order_id}:refund:{reference}",
     )
 
 
-def _answer(refund: Saga, *, replayed: bool) -> Refund:
-    giving = msgspec.json.decode(refund.state, type=Giving)
-    status: RefundStatus = "pending"
-    if refund.step == "done":
-        status = "succeeded" if giving.code is None else "declined"
+def _answer(refund: RefundRecord, *, replayed: bool) -> Refund:
     return Refund(
         id=refund.reference,
-        order_id=refund.subject_id,
-        lines=giving.lines,
-        amount_minor=giving.amount_minor,
-        currency=giving.currency,
-        status=status,
-        code=giving.code,
-        reason=giving.reason,
+        order_id=refund.order_id,
+        lines=refund.lines,
+        amount_minor=refund.amount_minor,
+        currency=refund.currency,
+        status=refund.status,
+        code=refund.code,
+        reason=refund.reason,
         replayed=replayed,
     )

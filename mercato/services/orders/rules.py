@@ -47,9 +47,9 @@ STATUS: Final[Moves] = _moves(
 
 PAYMENT: Final[Moves] = _moves(
     {
-        "unpaid": {"authorized", "failed"},
+        "unpaid": {"authorized", "paid", "failed"},
         # To refunded: it was captured while the order was being cancelled. To unpaid: the authorization of an order
-        # that was sold on account ran out; the order stays sold.
+        # that was sold on account expired; the order stays sold.
         "authorized": {"paid", "voided", "refunded", "unpaid"},
         "paid": {"partially_refunded", "refunded"},
         "partially_refunded": {"partially_refunded", "refunded"},
@@ -77,6 +77,8 @@ CANCELLABLE: Final = frozenset({"unfulfilled"})
 """What has left the house is not cancelled: it comes back, and is refunded (`take_back`)."""
 
 REFUNDABLE: Final = frozenset({"paid", "partially_refunded"})
+
+PARTIALLY_RETURNED: Final = "order.partially_returned"
 
 PLACED: Final[Mapping[Axis, str]] = {"status": "pending", "payment": "unpaid", "fulfilment": "unfulfilled"}
 """Where every order begins."""
@@ -131,16 +133,36 @@ def assert_declared(order: Order, status: str | None, payment: str | None, fulfi
         assert declared, f"order {order.id}: {axis} does not go from {before} to {wanted}"
 
 
-def events_of(before: Order, after: Order, again: Axis | None = None) -> list[str]:
-    """What a move is told as: one event for each axis that has changed, or reached the same state `again`."""
-    told: list[str] = []
-    for axis in AXES:
+States = tuple[str, str, str]
+"""Where an order is on its axes, in the order of `AXES`."""
+
+
+def events_between(before: States, after: States, again: Axis | None = None) -> list[str]:
+    """The events of a move: one for each axis that has changed, or reached the same state `again`."""
+    emitted: list[str] = []
+    for axis, was, now in zip(AXES, before, after, strict=True):
         if axis == again == "fulfilment":
-            told.append("order.partially_returned")
-        elif axis == again or getattr(before, axis) != getattr(after, axis):
-            told.append(f"order.{getattr(after, axis)}")
-    assert told, f"order {before.id} has not moved"
-    return told
+            emitted.append(PARTIALLY_RETURNED)
+        elif axis == again or was != now:
+            emitted.append(f"order.{now}")
+    assert emitted, "the order has not moved"
+    return emitted
+
+
+def events_of(before: Order, after: Order, again: Axis | None = None) -> list[str]:
+    """The same, of an order before and after its move."""
+    return events_between(
+        (before.status, before.payment, before.fulfilment), (after.status, after.payment, after.fulfilment), again
+    )
+
+
+def axis_of(event: str) -> Axis:
+    """The axis along which a move was that emitted this event."""
+    if event == "order.placed":
+        return "status"
+    if event == PARTIALLY_RETURNED:
+        return "fulfilment"
+    return next(axis for axis, states in AXES.items() if event.removeprefix("order.") in states)
 
 
 def check_refund(order: Order, request: RefundOrder, left_minor: int) -> int:
@@ -163,39 +185,73 @@ def check_refund(order: Order, request: RefundOrder, left_minor: int) -> int:
 
 
 def not_returned(order: Order) -> tuple[ReturnLine, ...]:
-    """Everything that was sold and has not come back."""
+    """Everything that was sold and was not returned."""
     return tuple(
-        ReturnLine(product_id=line.product_id, quantity=line.quantity - line.returned)
+        ReturnLine(line_id=line.id, product_id=line.product_id, quantity=line.quantity - line.returned)
         for line in order.lines
         if line.quantity > line.returned
     )
 
 
-def check_return(order: Order, lines: Sequence[ReturnLine]) -> None:
-    """Raises `IllegalMove` where nothing was delivered, `InvalidRequest` or `NotReturnable` for a line."""
+def check_return(order: Order, lines: Sequence[ReturnLine]) -> tuple[ReturnLine, ...]:
+    """The lines that are returned, each with the id and the product of its line.
+
+    Raises `IllegalMove` where nothing was delivered, `InvalidRequest` or `NotReturnable` for a line.
+    """
     check_move(order, "fulfilment", "returned")
-    left = {line.product_id: line.quantity - line.returned for line in order.lines}
-    if errors := _repeated([line.product_id for line in lines]):
-        raise InvalidRequest(errors=errors)
-    for line in lines:
-        if line.quantity > left.get(line.product_id, 0):
-            raise NotReturnable(
-                order_id=order.id,
-                product_id=line.product_id,
-                wanted=line.quantity,
-                left=left.get(line.product_id, 0),
-            )
+    found: list[ReturnLine] = []
+    errors: list[FieldError] = []
+    for i, wanted in enumerate(lines):
+        line = _line_of(order, wanted)
+        if line is None and wanted.line_id is None and wanted.product_id is not None:
+            raise NotReturnable(order_id=order.id, product_id=wanted.product_id, wanted=wanted.quantity, left=0)
+        if line is None:
+            errors.append(FieldError(field=f"items[{i}]", message=f"names no line of order {order.id}"))
+        elif any(line.id == other.line_id for other in found):
+            message = f"names line {line.id} again; give one item with the whole quantity"
+            errors.append(FieldError(field=f"items[{i}]", message=message))
+        else:
+            found.append(ReturnLine(line_id=line.id, product_id=line.product_id, quantity=wanted.quantity))
+            left = line.quantity - line.returned
+            if wanted.quantity > left:
+                raise NotReturnable(order_id=order.id, product_id=line.product_id, wanted=wanted.quantity, left=left)
+    if errors:
+        raise InvalidRequest(errors=tuple(errors))
+    return tuple(found)
+
+
+def _line_of(order: Order, wanted: ReturnLine) -> OrderLine | None:
+    """The line that is named by its id, by its product, or by both."""
+    for line in order.lines:
+        if wanted.line_id in (None, line.id) and wanted.product_id in (None, line.product_id):
+            return line if wanted.line_id or wanted.product_id else None
+    return None
+
+
+def returned_after(order: Order, lines: Sequence[ReturnLine]) -> list[int]:
+    """How much of each line of the order was returned, once these are."""
+    back = {line.line_id: line.quantity for line in lines}
+    return [line.returned + back.get(line.id, 0) for line in order.lines]
 
 
 def is_all(order: Order, lines: Sequence[ReturnLine]) -> bool:
-    """Whether nothing is left once these have come back."""
+    """Whether nothing is left once these are returned."""
     return sum(line.quantity for line in lines) == sum(line.quantity - line.returned for line in order.lines)
 
 
-def worth(order: Order, lines: Sequence[ReturnLine]) -> int:
-    """What these goods of the order cost, in minor units."""
-    prices = {line.product_id: line.unit_price_minor for line in order.lines}
-    return sum(prices[line.product_id] * line.quantity for line in lines)
+def refund_value(order: Order, lines: Sequence[ReturnLine]) -> int:
+    """What was paid for these goods, in minor units: the refunds of a line add up to its total, to the last unit."""
+    back = {line.line_id: line.quantity for line in lines}
+    return sum(
+        _share(line, line.returned + back[line.id]) - _share(line, line.returned)
+        for line in order.lines
+        if line.id in back
+    )
+
+
+def _share(line: OrderLine, quantity: int) -> int:
+    """What was paid for the first `quantity` pieces of a line."""
+    return line.line_total_minor * quantity // line.quantity
 
 
 def may_see(actor: Actor, user_id: int) -> bool:
@@ -224,14 +280,17 @@ def priced(lines: Sequence[PlaceLine], quotes: Mapping[int, Quote]) -> tuple[Ord
     """The lines as the order keeps them: named and priced as the catalogue says at this moment."""
     return tuple(
         OrderLine(
+            id=i,
             product_id=line.product_id,
             sku=quote.sku,
             name=quote.name,
             quantity=line.quantity,
             unit_price_minor=quote.price_minor,
+            discount_minor=0,
+            tax_minor=0,
             line_total_minor=quote.price_minor * line.quantity,
         )
-        for line in lines
+        for i, line in enumerate(lines, 1)
         for quote in (quotes[line.product_id],)
     )
 

@@ -37,10 +37,12 @@ from mercato.contracts.orders import (
 from mercato.contracts.roles import CUSTOMER
 
 from . import rules, store
+from .locking import Locked, in_lock
 from .paying import Paying, check_version
 from .placing import Placing
-from .refunding import Refunding, check_still, lock_checkout
-from .timeline import Tracing
+from .refunding import Refunding
+from .store import OrderRecord
+from .timeline import Tracing, entries_of
 
 faults.declare("orders.move.before_commit", "orders.move.after_commit")
 
@@ -89,7 +91,7 @@ class OrdersService:
         return OrderPage(orders=page, next_before=page[-1].id if len(orders) > request.limit else None)
 
     async def move(self, request: MoveOrder) -> Order:
-        """Status and fulfilment by hand. Confirming and cancelling, which concern stock and money, are of checkout."""
+        """Status and fulfilment by hand. Confirming and cancelling redirect the checkout: it moves stock and money."""
         version = request.version
         if request.status in ("cancelled", "confirmed") and request.fulfilment is not None:
             await self._check_both(request)
@@ -112,27 +114,27 @@ class OrdersService:
             rules.check_move(after, "fulfilment", request.fulfilment)
 
     async def _move(self, request: MoveOrder, version: int | None) -> Order:
-        returning: Saga | None = None
-        async with self._database.transaction() as tx:
-            # What a checkout saves next starts from where the order is now. Goods are shipped whatever it does.
-            concerns_checkout = request.status is not None or request.fulfilment == "returned"
-            checkout = await lock_checkout(tx, request.id) if concerns_checkout else None
-            order = await self._locked(tx, request.id)
+        async def work(tx: Tx, locked: Locked) -> tuple[Order, Saga | None]:
+            order, returning = locked.order, None
             check_version(order, version)
             is_moving = request.status is not None and request.status != order.status
             is_returning = request.fulfilment == "returned" and order.fulfilment != "returned"
             if request.status is not None and is_moving:
                 rules.check_move(order, "status", request.status)
-            if checkout is not None and (is_moving or is_returning):
-                check_still(checkout)
+            if is_moving or is_returning:
+                locked.check_idle()
             if request.status is not None:
                 order = await _move_one(tx, order, "status", store.Move(order, status=request.status))
             if is_returning:
-                returning = await self._refunding.take_back_rest(tx, order)
-                [order] = (await store.get(tx, [order.id])).values()
+                record = msgspec.structs.replace(locked.record, order=order)
+                returning = await self._refunding.take_back_rest(tx, msgspec.structs.replace(locked, record=record))
+                order = (await store.get(tx, [order.id]))[order.id].order
             elif request.fulfilment is not None:
                 order = await _move_one(tx, order, "fulfilment", store.Move(order, fulfilment=request.fulfilment))
             await faults.point("orders.move.before_commit")
+            return order, returning
+
+        order, returning = await in_lock(self._database, request.id, work)
         await faults.point("orders.move.after_commit")
         if returning is not None:
             self._runner.drive([returning])
@@ -143,13 +145,14 @@ class OrdersService:
 
     async def history(self, request: GetHistory) -> History:
         async with self._database.read() as tx:
-            order = (await store.get(tx, [request.id])).get(request.id)
-            _raise_if_error(_visible(order, request.id, current.get().actor))
-            return History(entries=tuple(await store.history(tx, request.id)))
+            _raise_if_error(
+                _visible((await store.get(tx, [request.id])).get(request.id), request.id, current.get().actor)
+            )
+            return History(entries=entries_of(await store.history(tx, request.id)))
 
     async def settled(self, request: AwaitOrder) -> Order:
         await self._seen(request.id)
-        await self._paying.rest(request.id, request.wait_ms / 1_000)
+        await self._paying.wait_until_idle(request.id, request.wait_ms / 1_000)
         return await self._seen(request.id)
 
     async def timeline(self, request: GetTimeline) -> Timeline:
@@ -173,11 +176,8 @@ class OrdersService:
 
     async def _seen(self, order_id: int) -> Order:
         async with self._database.read() as tx:
-            order = (await store.get(tx, [order_id])).get(order_id)
-        return _raise_if_error(_visible(order, order_id, current.get().actor))
-
-    async def _locked(self, tx: Tx, order_id: int) -> Order:
-        return _raise_if_error(_visible(await store.get_locked(tx, order_id), order_id, current.get().actor))
+            record = (await store.get(tx, [order_id])).get(order_id)
+        return _raise_if_error(_visible(record, order_id, current.get().actor))
 
 
 async def _move_one(tx: Tx, order: Order, axis: Axis, move: store.Move) -> Order:
@@ -191,11 +191,11 @@ async def _move_one(tx: Tx, order: Order, axis: Axis, move: store.Move) -> Order
     return moved
 
 
-def _visible(order: Order | None, order_id: int, actor: Actor) -> Order | ServiceError:
-    """Another's order answers exactly like one that does not exist."""
-    if order is None or not rules.may_see(actor, order.user_id):
+def _visible(record: OrderRecord | None, order_id: int, actor: Actor) -> Order | ServiceError:
+    """An order of another account answers exactly like one that does not exist."""
+    if record is None or not rules.may_see(actor, record.order.user_id):
         return OrderNotFound(order_id=order_id)
-    return order
+    return record.order
 
 
 def _raise_if_error(order: Order | ServiceError) -> Order:
@@ -205,11 +205,4 @@ def _raise_if_error(order: Order | ServiceError) -> Order:
 
 
 def _only_own(request: ListOrders, actor: Actor) -> ListOrders:
-    return ListOrders(
-        user_id=actor.id,
-        status=request.status,
-        payment=request.payment,
-        fulfilment=request.fulfilment,
-        before=request.before,
-        limit=request.limit,
-    )
+    return msgspec.structs.replace(request, user_id=actor.id)

@@ -1,63 +1,65 @@
-"""What comes next for an order: the decisions of checkout. Pure: no I/O, no clock.
+"""The decisions of checkout: which step is next for an order. Pure: no I/O, no clock.
 
-    reserve    hold the stock; with a payment method, authorize; then confirm, which is the pivot
-       ├─ no method ──────► awaiting    the stock is held until it is paid (► reserve) or the time is over (► unwind)
-       ├─ out of stock ───► unwind      cancelled: nothing was done, and whoever comes late shall do nothing either
-       ├─ declined ───────► unwind      cancelled, if the payment was part of the order; else awaiting
+    reserve    hold the stock; charge the payment, if there is one; sell the stock; then the order is confirmed and paid
+       ├─ no method ──────► awaiting    the stock is held until the order is paid (► reserve) or time is over (► unwind)
+       ├─ declined ───────► awaiting    the order can be paid in another way; after ten declines ► unwind
+       ├─ out of stock ───► unwind      cancelled
+       ├─ capture later ──► settle      authorized instead of charged: confirmed before the money is taken
        ▼
+    finished   paid, or sold on account
+
     settle     sell the stock, capture the payment
-       ├─ by hand ────────► authorized  captured (► settle) or cancelled (► unwind) when staff say so
-       ├─ not captured ───► unwind      cancelled: the authorization ran out
-       ▼
-    done       paid, or cancelled
+       ├─ by hand ────────► authorized  captured (► settle) or cancelled (► unwind) by staff
+       └─ not captured ───► unwind      cancelled: the authorization has expired
 
-    unwind     void or refund the payment, give the stock back, then done. From anywhere, when the order is cancelled.
+    unwind     void or refund the payment, release or restock the goods. From any step, when the order is cancelled.
 
-Before the pivot, which confirms the order, a step that cannot be done is undone. After it, the way is only forward; the
-one thing that can still go wrong, an authorization that ran out before it was captured, cancels the order.
+The pivot is the charge (with manual capture: confirming the order). Before it, a step that cannot be done is undone.
+After it the order goes forward only; a request to cancel that comes in between undoes all of it, the charge included.
 
-Each function takes an order, what its saga remembers, and what a service has answered, and decides. The same answer
-always gives the same decision, so that a step that runs a second time after a crash comes to the same end.
+Each function takes an order, the state of its saga and the answer of a service, and decides. The same answer gives the
+same decision, so that a step that runs again after a crash comes to the same end.
 """
 
 from __future__ import annotations
 
+import datetime
 from typing import Final, Literal
 
 import msgspec
 
 from mercato.chassis.contract import ServiceError
+from mercato.contracts.inventory import AnotherOrder as StockOfAnotherOrder
 from mercato.contracts.inventory import OutOfStock, Reservation, ReservationClosed, ShortLine
 from mercato.contracts.orders import CancelCode, CancelReason, Order, Payment, Status
+from mercato.contracts.payments import AnotherOrder as PaymentOfAnotherOrder
 from mercato.contracts.payments import Payment as PaymentRecord
 
 CHECKOUT: Final = "checkout"
 
-Step = Literal["reserve", "awaiting", "settle", "authorized", "unwind", "done"]
+Step = Literal["reserve", "awaiting", "settle", "authorized", "unwind"]
 
 ATTEMPTS_LIMIT: Final = 10
-"""Payments that may be declined before an order is given up: each keeps its stock from others for a while."""
+"""Payments that may be declined before an order is cancelled: each keeps its stock from other buyers for a while."""
 
 RESTING: Final = ("awaiting",)
-"""Where a checkout waits for a person, though a time is set for it. `authorized` and `done` wait without one."""
+"""Where a checkout waits for its buyer, though a time is set for it. At `authorized` it waits without one."""
 
 
 class Checkout(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a checkout remembers from step to step."""
+    """The state of a checkout while its saga exists."""
 
     paying: bool = False
     """Whether there is a payment to make."""
     method: str | None = None
-    """Of that payment, or of the last one."""
+    """Of the payment that this checkout has begun; None: it has begun none."""
     attempt: int = 0
-    """The number of that payment, or of the last one; 0: none was made yet."""
+    """The number of that payment, or of the last one of the order; 0: there was none."""
     capture: bool = True
-    with_order: bool = False
-    """The payment was asked for together with the order: without it, there is no order."""
     on_account: bool = False
-    """Staff confirmed the order without a payment."""
+    """Staff confirm the order without a payment."""
     confirmed_by: int = 0
-    """Which of them, where it is known."""
+    """The account of that member of staff, where it is known."""
 
 
 def encoded(state: Checkout) -> str:
@@ -66,117 +68,159 @@ def encoded(state: Checkout) -> str:
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """What becomes of a saga (`step`, `state`; see `saga.Next`) and of its order (the axes that move)."""
+    """The next step of a saga (`step` to `finished`; see `saga.Next`), and the move of its order (the rest)."""
 
     step: Step
-    outcome: str
+    note: str
+    """Of the move, for the history."""
     state: Checkout
     running: bool = False
     wake_s: float | None = None
+    wake_at: datetime.datetime | None = None
+    finished: bool = False
     status: Status | None = None
     payment: Payment | None = None
     reason: CancelReason | None = None
     refunded_minor: int = 0
 
 
-class TryAgain(msgspec.Struct, frozen=True):
-    """The answer does not say what became of the call: the same step, with the same keys, a little later."""
+class RetryLater(msgspec.Struct, frozen=True):
+    """The answer does not say what became of the call: the same step, with the same keys, after a pause."""
 
-    outcome: str
+    code: str
 
 
 def after_reserve(
     order: Order, state: Checkout, answer: Reservation | ServiceError, window_s: float
-) -> Decision | TryAgain | None:
-    """None: the stock is held, and now the payment is to be authorized."""
+) -> Decision | RetryLater | None:
+    """None: the stock is held, and the payment, if there is one, is to be made."""
     match answer:
         case OutOfStock():
-            # Not at its end yet: one that was taken for dead may ask again, when there is stock once more. What unwind
-            # leaves behind keeps it from holding stock, and money, for an order that is cancelled.
-            return _cancelled(order, state, "out_of_stock", lines=answer.lines)
+            # Continue with unwind: a fenced driver may still reserve, once there is stock again. The tombstones that
+            # unwind leaves keep it from holding stock, and money, for an order that is cancelled.
+            return _cancelled(state, "out_of_stock", lines=answer.lines)
         case ReservationClosed():
-            return _cancelled(order, state, "expired" if answer.state == "expired" else "stock_lost")
+            return _cancelled(state, "expired" if answer.state == "expired" else "stock_lost")
+        case StockOfAnotherOrder():
+            return _cancelled(state, "stock_lost")
         case ServiceError():
-            return TryAgain(answer.code)
+            return RetryLater(answer.code)
         case Reservation():
             pass
-    if state.paying:  # also an order that was confirmed on account, and is paid later
+    if is_final(order, state):
         return None
-    if state.on_account:
-        return Decision("settle", "confirmed", state, running=True, status="confirmed")
-    return Decision("awaiting", "held", state, wake_s=answer.expires_in_s or window_s)
+    if answer.expires_in_s is None:
+        return Decision("awaiting", "held", state, wake_at=_end_of_hold(order, window_s))
+    return Decision("awaiting", "held", state, wake_s=answer.expires_in_s)
+
+
+def is_final(order: Order, state: Checkout) -> bool:
+    """Whether the stock of an order is held to be sold: it is being paid, confirmed on account, or costs nothing."""
+    return state.paying or state.on_account or order.total_minor == 0
+
+
+def after_charge(
+    order: Order, state: Checkout, answer: PaymentRecord | ServiceError, window_s: float
+) -> Decision | RetryLater | None:
+    """None: the money is taken, and now the stock is to be sold."""
+    refused = _refused(order, state, answer, window_s)
+    if refused is not None or isinstance(answer, ServiceError):
+        return refused
+    return None if answer.captured_minor >= order.total_minor else RetryLater("payments.outcome_pending")
 
 
 def after_authorize(
     order: Order, state: Checkout, answer: PaymentRecord | ServiceError, window_s: float
-) -> Decision | TryAgain:
-    if isinstance(answer, ServiceError):
-        return TryAgain(answer.code)
-    if answer.status == "pending":
-        return TryAgain("payments.outcome_pending")
-    if answer.status in ("failed", "voided"):
-        return _declined(order, state, answer.code or answer.status, window_s)
+) -> Decision | RetryLater:
+    refused = _refused(order, state, answer, window_s)
+    if refused is not None:
+        return refused
     confirmed: Status | None = "confirmed" if order.status == "pending" else None
     return Decision("settle", "authorized", state, running=True, status=confirmed, payment="authorized")
 
 
+def _refused(
+    order: Order, state: Checkout, answer: PaymentRecord | ServiceError, window_s: float
+) -> Decision | RetryLater | None:
+    """None: the payment was made."""
+    match answer:
+        case PaymentOfAnotherOrder():
+            return _cancelled(state, "payment_lost")
+        case ServiceError():
+            return RetryLater(answer.code)
+        case PaymentRecord(status="pending"):
+            return RetryLater("payments.outcome_pending")
+        case PaymentRecord(status="failed" | "voided"):
+            return _declined(order, state, answer.code or answer.status, window_s)
+        case PaymentRecord():
+            return None
+
+
 def _declined(order: Order, state: Checkout, code: str, window_s: float) -> Decision:
-    if order.status == "pending" and (state.with_order or state.attempt >= ATTEMPTS_LIMIT):
-        return _cancelled(order, state, "payment_declined", payment="failed", provider_code=code)
-    # The stock stays held, so that the buyer can pay in another way.
+    """One rule, whichever way the payment came: the order stays payable until its hold ends, ten times at most."""
     left = msgspec.structs.replace(state, paying=False)
     if order.status != "pending":  # it was sold on account, and stays sold
-        return Decision("done", f"declined {code}", left)
-    return Decision("awaiting", f"declined {code}", left, wake_s=window_s)
+        return Decision("reserve", f"declined {code}", left, finished=True)
+    if state.attempt >= ATTEMPTS_LIMIT:
+        return _cancelled(state, "payment_declined", payment="failed", provider_code=code)
+    return Decision("awaiting", f"declined {code}", left, wake_at=_end_of_hold(order, window_s))
 
 
-def after_commit(order: Order, state: Checkout, answer: Reservation | ServiceError) -> Decision | TryAgain | None:
+def _end_of_hold(order: Order, window_s: float) -> datetime.datetime:
+    """A payment that is declined does not prolong the hold; one under way at this time does, until its answer."""
+    return order.created_at + datetime.timedelta(seconds=window_s)
+
+
+def after_commit(order: Order, state: Checkout, answer: Reservation | ServiceError) -> Decision | RetryLater | None:
     """None: the stock is sold, and now the payment is to be captured."""
     match answer:
-        case ReservationClosed():
-            return _cancelled(order, state, "stock_lost")
+        case ReservationClosed() | StockOfAnotherOrder():
+            return _cancelled(state, "stock_lost")
         case ServiceError():
-            return TryAgain(answer.code)
+            return RetryLater(answer.code)
         case Reservation():
             pass
-    if order.payment != "authorized":
-        return Decision("done", "committed", state)
-    if not state.capture:
-        return Decision("authorized", "committed", state)
-    return None
+    if order.payment == "authorized":
+        return None if state.capture else Decision("authorized", "committed", state)
+    confirmed: Status | None = "confirmed" if order.status == "pending" else None
+    if state.paying or order.total_minor == 0:
+        note = "charged" if state.paying else "nothing to pay"
+        return Decision("reserve", note, state, finished=True, status=confirmed, payment="paid")
+    return Decision("reserve", "confirmed", state, finished=True, status=confirmed)
 
 
-def after_capture(order: Order, state: Checkout, answer: PaymentRecord | ServiceError) -> Decision | TryAgain:
+def after_capture(order: Order, state: Checkout, answer: PaymentRecord | ServiceError) -> Decision | RetryLater:
     if isinstance(answer, ServiceError):
-        return TryAgain(answer.code)
+        return RetryLater(answer.code)
     if answer.status in ("voided", "failed"):
         if state.on_account:
-            # It was sold before it was paid, and perhaps sent: it stays sold, and unpaid.
+            # It was sold before it was paid, and perhaps shipped: it stays sold, and unpaid.
             left = msgspec.structs.replace(state, paying=False)
-            return Decision("done", f"declined {answer.code or answer.status}", left, payment="unpaid")
-        return _cancelled(order, state, "payment_lost", payment="voided", provider_code=answer.code)
+            note = f"declined {answer.code or answer.status}"
+            return Decision("settle", note, left, finished=True, payment="unpaid")
+        return _cancelled(state, "payment_lost", payment="voided", provider_code=answer.code)
     if answer.captured_minor < order.total_minor:
-        return TryAgain("payments.outcome_pending")
-    return Decision("done", "captured", state, payment="paid")
+        return RetryLater("payments.outcome_pending")
+    return Decision("settle", "captured", state, finished=True, payment="paid")
 
 
-def after_waiting(order: Order, state: Checkout) -> Decision:
-    """The time is over, and nobody has paid."""
-    return _cancelled(order, state, "expired")
+def after_waiting(state: Checkout) -> Decision:
+    """The time of the hold is over, and the order is not paid."""
+    return _cancelled(state, "expired")
 
 
-def cancelled_by(order: Order, state: Checkout, message: str) -> Decision:
-    """Somebody who may has asked for it."""
+def cancelled_by(state: Checkout, message: str) -> Decision:
+    """A client that may has asked for it."""
     reason = CancelReason(code="requested", message=message)
-    return Decision("unwind", "cancelled", state, running=True, status="cancelled", reason=reason)
+    return Decision("unwind", message, state, running=True, status="cancelled", reason=reason)
 
 
-def after_unwind(order: Order, state: Checkout, payment: PaymentRecord | None) -> Decision:
-    """Everything is undone; `payment` is the one that was made, as it is now."""
-    if payment and payment.captured_minor > payment.refunded_minor:
-        # The provider does not give it back, and has said so for good: that is for people to settle.
-        captured: Payment | None = "paid" if order.payment == "authorized" else None
-        return Decision("done", "refund declined", state, payment=captured)
+def after_unwind(order: Order, state: Checkout, payment: PaymentRecord | None, *, is_kept: bool = False) -> Decision:
+    """Everything is undone. `payment` is the one that was undone, as it is now; `is_kept`: its refund was declined."""
+    if is_kept or (payment and payment.captured_minor > payment.refunded_minor):
+        # The provider has declined the refund for good: that is for people to settle.
+        kept: Payment | None = "paid" if order.payment in ("authorized", "unpaid") else None
+        return Decision("unwind", "refund declined", state, finished=True, payment=kept)
     became: Payment | None = None
     refunded_minor = 0
     if order.payment in ("authorized", "paid", "partially_refunded"):
@@ -184,28 +228,22 @@ def after_unwind(order: Order, state: Checkout, payment: PaymentRecord | None) -
         became = "refunded" if payment and payment.captured_minor else "voided"
     if order.payment in ("paid", "partially_refunded") and order.total_minor == 0:
         became = "refunded"
-    return Decision("done", "undone", state, payment=became, refunded_minor=refunded_minor)
+    return Decision("unwind", "undone", state, finished=True, payment=became, refunded_minor=refunded_minor)
 
 
-def resumed(kind: str, step: str, status: Status, payment: Payment) -> str | None:
-    """Where a saga has to go on that nobody will wake, by where it and its order are. None: it rests rightly.
+def resumed(step: str, status: Status, payment: Payment) -> str | None:
+    """The step at which a parked checkout has to go on, by its own step and its order. None: it is parked rightly.
 
-    A step that was left in the middle is done again. An order that is not at rest goes on at the step that its state
-    calls for: each begins by hearing what was done already.
+    A step that was left in the middle is done again: each begins by hearing what was done already.
     """
-    if kind != CHECKOUT or step in ("reserve", "settle", "unwind"):
-        return step if step != "done" else None
-    if status == "pending":
-        return "reserve"
-    if payment == "authorized" and status == "cancelled":
-        return "unwind"
-    if payment == "authorized" and step != "authorized":
-        return "settle"
-    return None
+    if step == "authorized" and payment == "authorized":
+        return "unwind" if status == "cancelled" else None
+    if step == "awaiting":
+        return "reserve" if status == "pending" else "unwind"
+    return step
 
 
 def _cancelled(
-    order: Order,
     state: Checkout,
     code: CancelCode,
     *,
@@ -214,5 +252,5 @@ def _cancelled(
     lines: tuple[ShortLine, ...] = (),
 ) -> Decision:
     reason = CancelReason(code=code, provider_code=provider_code, lines=lines)
-    outcome = f"cancelled {code}"
-    return Decision("unwind", outcome, state, running=True, status="cancelled", payment=payment, reason=reason)
+    note = f"cancelled {code}"
+    return Decision("unwind", note, state, running=True, status="cancelled", payment=payment, reason=reason)

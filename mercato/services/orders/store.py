@@ -1,56 +1,54 @@
-"""Every SQL statement of orders."""
+"""The SQL statements of orders: placing, reading, moving. Those of payments and refunds are in `money_store.py`."""
 
 from __future__ import annotations
 
 import datetime
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
 
-from mercato.chassis import events
 from mercato.chassis.contract import MAX_ID, Actor
 from mercato.chassis.db import Row, Tx
-from mercato.chassis.rounds import PAGE
-from mercato.chassis.saga import Key, Saga
+from mercato.chassis.messaging import events
 from mercato.contracts.orders import (
     Axis,
     CancelReason,
     Fulfilment,
-    HistoryEntry,
     ListOrders,
     Order,
     OrderChanged,
     OrderLine,
     Payment,
-    ReturnLine,
     Status,
 )
 
 from . import rules
 
 ABOVE_ALL_IDS: Final = MAX_ID + 1
-NEWEST: Final[Key] = (ABOVE_ALL_IDS, "", "")
-"""Before which all sagas are."""
 
 
-class NewOrder(msgspec.Struct, frozen=True):
-    """An order that is about to be written."""
+class OrderRecord(msgspec.Struct, frozen=True, gc=False):
+    """An order, and what of it only this service knows."""
 
-    user_id: int
-    currency: str
-    total_minor: int
-    lines: tuple[OrderLine, ...]
-    actor: Actor
-    principal: str | None
-    idempotency_key: str | None
-    fingerprint: bytes | None
+    order: Order
+    nonce: int
+    """The random part of the order: what is asked of other services for it carries it beside the id."""
+    payment_attempt: int
+    """The number of the last payment that was begun; 0: none. Of a paid order, the payment that was captured."""
+    on_account: bool
+    """It was confirmed without a payment."""
+    refund_pending_minor: int
 
+    @property
+    def id(self) -> int:
+        return self.order.id
 
-class PlacedRow(Row):
-    id: int
-    created_at: datetime.datetime
+    @property
+    def refundable_minor(self) -> int:
+        """What is left of the total that was neither refunded nor reserved for a refund."""
+        return self.order.total_minor - self.order.refunded_minor - self.refund_pending_minor
 
 
 class OrderRow(Row):
@@ -65,29 +63,100 @@ class OrderRow(Row):
     updated_at: datetime.datetime
     version: int
     refunded_minor: int
-    refund_pending_minor: int
     reason: str | None
+    lines: str
+    returned: list[int] | None
+    nonce: int
+    payment_attempt: int
+    on_account: bool
+    refund_pending_minor: int
 
 
-class LineRow(Row):
-    order_id: int
+COLUMNS: Final = """
+    o.id, o.user_id, o.status, o.payment, o.fulfilment, o.currency, o.total_minor, o.created_at, o.updated_at,
+    o.version, o.refunded_minor, o.reason, o.lines, o.returned, o.nonce, o.payment_attempt, o.on_account,
+    o.refund_pending_minor
+"""
+"""Of `OrderRow`."""
+
+
+class StoredLine(msgspec.Struct, frozen=True, gc=False):
+    """A line as the JSON of its order has it. Amounts in minor units."""
+
+    id: int
     product_id: int
     sku: str
     name: str
     quantity: int
     unit_price_minor: int
-    returned: int
+    discount_minor: int
+    tax_minor: int
+    total_minor: int
 
 
-class HistoryRow(Row):
-    version: int
-    axis: Axis
-    before: str | None
-    after: str
-    reason: str
-    actor_role: str
-    actor_id: int
-    at: datetime.datetime
+_encode: Final = msgspec.json.Encoder().encode
+_decode_lines: Final = msgspec.json.Decoder(tuple[StoredLine, ...]).decode
+_decode_reason: Final = msgspec.json.Decoder(CancelReason).decode
+
+
+def _record(row: OrderRow) -> OrderRecord:
+    stored = _decode_lines(row.lines)
+    returned = row.returned or [0] * len(stored)
+    order = Order(
+        id=row.id,
+        user_id=row.user_id,
+        status=row.status,
+        payment=row.payment,
+        fulfilment=row.fulfilment,
+        currency=row.currency,
+        total_minor=row.total_minor,
+        lines=tuple(
+            OrderLine(
+                id=line.id,
+                product_id=line.product_id,
+                sku=line.sku,
+                name=line.name,
+                quantity=line.quantity,
+                unit_price_minor=line.unit_price_minor,
+                discount_minor=line.discount_minor,
+                tax_minor=line.tax_minor,
+                line_total_minor=line.total_minor,
+                returned=back,
+            )
+            for line, back in zip(stored, returned, strict=True)
+        ),
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+        version=row.version,
+        refunded_minor=row.refunded_minor,
+        reason=None if row.reason is None else _decode_reason(row.reason),
+    )
+    return OrderRecord(order, row.nonce, row.payment_attempt, row.on_account, row.refund_pending_minor)
+
+
+# ---------------------------------------------------------------------------------------------------------- placing
+
+
+class NewOrder(msgspec.Struct, frozen=True):
+    """An order that is about to be written, and its checkout (`state`)."""
+
+    user_id: int
+    currency: str
+    total_minor: int
+    lines: tuple[OrderLine, ...]
+    nonce: int
+    payment_attempt: int
+    state: str
+    actor: Actor
+    principal: str | None
+    idempotency_key: str | None
+    fingerprint: bytes | None
+
+
+class PlacedRow(Row):
+    id: int
+    epoch: int
+    created_at: datetime.datetime
 
 
 class KeyedRow(Row):
@@ -98,44 +167,48 @@ class KeyedRow(Row):
 
 
 class KeyedOrder(msgspec.Struct, frozen=True):
-    """What was placed with a key, and for which request."""
+    """The order that was placed with a key, and for which request."""
 
     order: Order
     fingerprint: bytes
 
 
-# ---------------------------------------------------------------------------------------------------------- placing
+async def insert(tx: Tx, orders: Sequence[NewOrder], kind: str, step: str, driver: int) -> list[PlacedRow]:
+    """Writes orders, the first row of their history and the sagas that `driver` will drive; emits `order.placed`.
 
-
-async def insert(tx: Tx, orders: Sequence[NewOrder]) -> list[PlacedRow]:
-    """Writes orders, their lines and the first entry of their history; gives ids and times in the order given."""
-    lines = [(n, position, line) for n, order in enumerate(orders, 1) for position, line in enumerate(order.lines)]
+    Gives ids, epochs and times in the order given. Raises `UniqueViolation` where a key has an order already, after a
+    transaction that uses the same key at this moment has ended; `LockTimeout` where that takes more than 2 seconds.
+    """
     return await tx.fetch(
         PlacedRow,
         """
-        WITH numbered AS MATERIALIZED (
-            SELECT nextval('orders_id_seq') AS id, o.*
-              FROM unnest($1::bigint[], $2::text[], $3::bigint[], $4::text[], $5::text[], $6::bytea[], $7::text[],
-                          $8::bigint[])
+        WITH bounded AS MATERIALIZED (
+            SELECT set_config('lock_timeout', '2s', true) AS wait
+        ), numbered AS MATERIALIZED (
+            SELECT nextval('orders_id_seq') AS id, nextval('saga_epochs') AS epoch, o.*
+              FROM bounded
+             CROSS JOIN unnest($1::bigint[], $2::text[], $3::bigint[], $4::text[], $5::text[], $6::bytea[], $7::text[],
+                               $8::bigint[], $9::bigint[], $10::integer[], $11::text[], $12::text[], $13::text[])
                    WITH ORDINALITY
-                   AS o (user_id, currency, total_minor, principal, key, fingerprint, actor_role, actor_id, n)
+                   AS o (user_id, currency, total_minor, principal, key, fingerprint, actor_role, actor_id, nonce,
+                         attempt, lines, product_ids, state, n)
         ), placed AS (
-            INSERT INTO orders (id, user_id, currency, total_minor, principal, idempotency_key, fingerprint)
-            SELECT id, user_id, currency, total_minor, principal, key, fingerprint FROM numbered
+            INSERT INTO orders (id, user_id, currency, total_minor, principal, idempotency_key, fingerprint, nonce,
+                                payment_attempt, lines)
+            SELECT id, user_id, currency, total_minor, principal, key, fingerprint, nonce, attempt, lines::json
+              FROM numbered
              ORDER BY principal, key
-        ), ids AS MATERIALIZED (
-            SELECT array_agg(id ORDER BY n) AS by_n FROM numbered
-        ), lined AS (
-            INSERT INTO order_lines (order_id, product_id, position, sku, name, quantity, unit_price_minor)
-            SELECT (SELECT by_n FROM ids)[l.n], l.product_id, l.position, l.sku, l.name, l.quantity, l.unit_price_minor
-              FROM unnest($9::bigint[], $10::smallint[], $11::bigint[], $12::text[], $13::text[], $14::integer[],
-                          $15::bigint[])
-                   AS l (n, position, product_id, sku, name, quantity, unit_price_minor)
+        ), listed AS (
+            INSERT INTO order_products (product_id, order_id)
+            SELECT product_id, id FROM numbered, unnest(product_ids::bigint[]) AS product_id
         ), noted AS (
-            INSERT INTO order_history (order_id, version, axis, after, actor_role, actor_id)
-            SELECT id, 1, 'status', 'pending', actor_role, actor_id FROM numbered
+            INSERT INTO history (order_id, version, status, payment, fulfilment, events, actor_role, actor_id)
+            SELECT id, 1, 'pending', 'unpaid', 'unfulfilled', '{order.placed}', actor_role, actor_id FROM numbered
+        ), started AS (
+            INSERT INTO sagas (subject_id, kind, reference, step, state, epoch, driver)
+            SELECT id, $14, '', $15, state, epoch, $16 FROM numbered
         )
-        SELECT id, now() AS created_at FROM numbered ORDER BY n
+        SELECT id, epoch, now() AS created_at FROM numbered ORDER BY n
         """,
         [o.user_id for o in orders],
         [o.currency for o in orders],
@@ -145,18 +218,23 @@ async def insert(tx: Tx, orders: Sequence[NewOrder]) -> list[PlacedRow]:
         [o.fingerprint for o in orders],
         [o.actor.role for o in orders],
         [o.actor.id for o in orders],
-        [n for n, _, _ in lines],
-        [position for _, position, _ in lines],
-        [line.product_id for _, _, line in lines],
-        [line.sku for _, _, line in lines],
-        [line.name for _, _, line in lines],
-        [line.quantity for _, _, line in lines],
-        [line.unit_price_minor for _, _, line in lines],
+        [o.nonce for o in orders],
+        [o.payment_attempt for o in orders],
+        [_stored_lines(o.lines) for o in orders],
+        [_products(o.lines) for o in orders],
+        [o.state for o in orders],
+        kind,
+        step,
+        driver,
     )
 
 
+async def emit_placed(tx: Tx, orders: Sequence[Order]) -> None:
+    await events.emit(tx, [_event("order.placed", order) for order in orders])
+
+
 async def by_keys(tx: Tx, principals: Sequence[str], keys: Sequence[str]) -> dict[tuple[str, str], KeyedOrder]:
-    """The one order that was ever placed with each key, as it was placed, by principal and key."""
+    """The one order that was ever placed with each key, as it was when it was placed, by principal and key."""
     # One look at the index for each key: a join that was planned when the shop was new would read all orders.
     rows = await tx.fetch(
         KeyedRow,
@@ -173,50 +251,56 @@ async def by_keys(tx: Tx, principals: Sequence[str], keys: Sequence[str]) -> dic
         principals,
         keys,
     )
-    orders = await get(tx, [row.order_id for row in rows]) if rows else {}
+    found = await get(tx, [row.order_id for row in rows]) if rows else {}
     return {
-        (row.principal, row.key): KeyedOrder(rules.as_placed(orders[row.order_id]), row.fingerprint) for row in rows
+        (row.principal, row.key): KeyedOrder(rules.as_placed(found[row.order_id].order), row.fingerprint)
+        for row in rows
     }
+
+
+def _stored_lines(lines: Sequence[OrderLine]) -> str:
+    return _encode(
+        [
+            StoredLine(
+                line.id,
+                line.product_id,
+                line.sku,
+                line.name,
+                line.quantity,
+                line.unit_price_minor,
+                line.discount_minor,
+                line.tax_minor,
+                line.line_total_minor,
+            )
+            for line in lines
+        ]
+    ).decode()
+
+
+def _products(lines: Sequence[OrderLine]) -> str:
+    """The products of the lines as PostgreSQL writes an array: arrays of several lengths make no array of arrays."""
+    return "{" + ",".join([str(line.product_id) for line in lines]) + "}"
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
 
+GET_SQL: Final = f"SELECT {COLUMNS} FROM orders o WHERE o.id = ANY($1::bigint[])"  # noqa: S608  # of constants alone
+LOCK_SQL: Final = f"{GET_SQL} ORDER BY o.id FOR NO KEY UPDATE"
 
-async def get(tx: Tx, ids: Sequence[int]) -> dict[int, Order]:
+
+async def get(tx: Tx, ids: Sequence[int]) -> dict[int, OrderRecord]:
     """The orders that exist, by id."""
-    rows = await tx.fetch(
-        OrderRow,
-        """
-        SELECT id, user_id, status, payment, fulfilment, currency, total_minor, created_at, updated_at, version,
-               refunded_minor, refund_pending_minor, reason
-          FROM orders
-         WHERE id = ANY($1::bigint[])
-        """,
-        ids,
-    )
-    return await _with_lines(tx, rows)
+    return {row.id: _record(row) for row in await tx.fetch(OrderRow, GET_SQL, ids)}
 
 
-async def get_locked(tx: Tx, order_id: int) -> Order | None:
-    """An order that nobody else moves before this transaction ends."""
-    return (await lock(tx, [order_id])).get(order_id)
+async def bound_lock_waits(tx: Tx, seconds: float) -> None:
+    """From now on, a statement of this transaction that waits longer for a lock raises `LockTimeout`."""
+    await tx.execute("SELECT set_config('lock_timeout', $1, true)", f"{seconds * 1_000:.0f}ms")
 
 
-async def lock(tx: Tx, ids: Sequence[int]) -> dict[int, Order]:
-    """Orders that nobody else moves before this transaction ends, by id."""
-    rows = await tx.fetch(
-        OrderRow,
-        """
-        SELECT id, user_id, status, payment, fulfilment, currency, total_minor, created_at, updated_at, version,
-               refunded_minor, refund_pending_minor, reason
-          FROM orders
-         WHERE id = ANY($1::bigint[])
-         ORDER BY id
-           FOR NO KEY UPDATE
-        """,
-        ids,
-    )
-    return await _with_lines(tx, rows)
+async def lock(tx: Tx, ids: Sequence[int]) -> dict[int, OrderRecord]:
+    """Orders that no other transaction changes before this one ends, by id."""
+    return {row.id: _record(row) for row in await tx.fetch(OrderRow, LOCK_SQL, ids)}
 
 
 def _list_statements() -> dict[Filters, str]:
@@ -228,101 +312,79 @@ def _list_statements() -> dict[Filters, str]:
     """
     statuses, payments, fulfilments = ([None, *rules.AXES[axis]] for axis in ("status", "payment", "fulfilment"))
     return {
-        (by_user, status, payment, fulfilment): "".join(
+        (by_user, by_product, status, payment, fulfilment): "".join(
             (
-                """
-                SELECT id, user_id, status, payment, fulfilment, currency, total_minor, created_at, updated_at, version,
-                       refunded_minor, refund_pending_minor, reason
-                  FROM orders
-                 WHERE id < $1""",
-                " AND user_id = $3" if by_user else "",
-                f" AND status = '{status}'" if status else "",
-                f" AND payment = '{payment}'" if payment else "",
-                f" AND fulfilment = '{fulfilment}'" if fulfilment else "",
-                " ORDER BY id DESC LIMIT $2",
+                f"SELECT {COLUMNS} FROM ",  # noqa: S608  # of constants alone
+                # The orders of a product, the newest first, each looked up: never a sort of all of them.
+                "order_products p CROSS JOIN LATERAL (SELECT * FROM orders WHERE id = p.order_id LIMIT 1) o "
+                "WHERE p.order_id < $1 AND p.product_id = $4"
+                if by_product and not by_user
+                else "orders o WHERE o.id < $1",
+                # Of a user, the other way round: users have few orders, a product may have most of them.
+                " AND (SELECT true FROM order_products WHERE product_id = $4 AND order_id = o.id LIMIT 1)"
+                if by_product and by_user
+                else "",
+                # A parameter that the statement does not use has no type: it is named in all of them.
+                " AND o.user_id = $3" if by_user else " AND $3::bigint IS NULL",
+                "" if by_product else " AND $4::bigint IS NULL",
+                f" AND o.status = '{status}'" if status else "",
+                f" AND o.payment = '{payment}'" if payment else "",
+                f" AND o.fulfilment = '{fulfilment}'" if fulfilment else "",
+                f" ORDER BY {'p.order_id' if by_product and not by_user else 'o.id'} DESC LIMIT $2",
             )
         )
-        for by_user, status, payment, fulfilment in itertools.product((False, True), statuses, payments, fulfilments)
+        for by_user, by_product, status, payment, fulfilment in itertools.product(
+            (False, True), (False, True), statuses, payments, fulfilments
+        )
     }
 
 
-Filters = tuple[bool, str | None, str | None, str | None]
-"""Whether by user; and by which status, payment, fulfilment."""
+Filters = tuple[bool, bool, str | None, str | None, str | None]
+"""Whether by user, whether by product; and by which status, payment, fulfilment."""
 
 LIST_SQL: Final[dict[Filters, str]] = _list_statements()
 
 
 async def list_page(tx: Tx, wanted: ListOrders, limit: int) -> list[Order]:
     """Up to `limit` orders, the newest first."""
-    by_user = wanted.user_id is not None
+    by_user, by_product = wanted.user_id is not None, wanted.product_id is not None
     rows = await tx.fetch(
         OrderRow,
-        LIST_SQL[by_user, wanted.status, wanted.payment, wanted.fulfilment],
+        LIST_SQL[by_user, by_product, wanted.status, wanted.payment, wanted.fulfilment],
         ABOVE_ALL_IDS if wanted.before is None else wanted.before,
         limit,
-        *((wanted.user_id,) if by_user else ()),
+        wanted.user_id,
+        wanted.product_id,
     )
-    found = await _with_lines(tx, rows)
-    return [found[row.id] for row in rows]
+    return [_record(row).order for row in rows]
 
 
-async def _with_lines(tx: Tx, rows: Sequence[OrderRow]) -> dict[int, Order]:
-    # A second statement sees the same lines as the first saw orders: lines are written with their order, and for good;
-    # but how many have come back may be newer.
-    lines: dict[int, list[OrderLine]] = {row.id: [] for row in rows}
-    for line in await tx.fetch(
-        LineRow,
-        """
-        SELECT order_id, product_id, sku, name, quantity, unit_price_minor, returned
-          FROM order_lines
-         WHERE order_id = ANY($1::bigint[])
-         ORDER BY order_id, position
-        """,
-        list(lines),
-    ):
-        lines[line.order_id].append(
-            OrderLine(
-                product_id=line.product_id,
-                sku=line.sku,
-                name=line.name,
-                quantity=line.quantity,
-                unit_price_minor=line.unit_price_minor,
-                line_total_minor=line.unit_price_minor * line.quantity,
-                returned=line.returned,
-            )
-        )
-    return {
-        row.id: Order(
-            id=row.id,
-            user_id=row.user_id,
-            status=row.status,
-            payment=row.payment,
-            fulfilment=row.fulfilment,
-            currency=row.currency,
-            total_minor=row.total_minor,
-            lines=tuple(lines[row.id]),
-            created_at=row.created_at,
-            updated_at=row.updated_at,
-            version=row.version,
-            refunded_minor=row.refunded_minor,
-            reason=None if row.reason is None else msgspec.json.decode(row.reason, type=CancelReason),
-        )
-        for row in rows
-    }
+class HistoryRow(Row):
+    version: int
+    status: Status
+    payment: Payment
+    fulfilment: Fulfilment
+    events: list[str]
+    note: str
+    actor_role: str
+    actor_id: int
+    epoch: int | None
+    tries: int
+    at: datetime.datetime
 
 
-async def history(tx: Tx, order_id: int) -> list[HistoryEntry]:
-    rows = await tx.fetch(
+async def history(tx: Tx, order_id: int) -> list[HistoryRow]:
+    """A row a transition, in order."""
+    return await tx.fetch(
         HistoryRow,
         """
-        SELECT version, axis, before, after, reason, actor_role, actor_id, at
-          FROM order_history
+        SELECT version, status, payment, fulfilment, events, note, actor_role, actor_id, epoch, tries, at
+          FROM history
          WHERE order_id = $1
          ORDER BY version
         """,
         order_id,
     )
-    return [HistoryEntry(**msgspec.structs.asdict(row)) for row in rows]
 
 
 # ----------------------------------------------------------------------------------------------------------- moving
@@ -337,15 +399,20 @@ class Move(msgspec.Struct, frozen=True):
     fulfilment: Fulfilment | None = None
     reason: CancelReason | None = None
     note: str = ""
-    """For the history, in the words of whoever moves it."""
+    """For the history."""
     actor: Actor | None = None
-    """Who moves this one, where it is somebody else than who moves the others."""
+    """Who moves this one, where it is not the actor who moves the others."""
     again: Axis | None = None
     """The axis of which a further part reaches the state that the order is in: one more partial refund or return."""
     refunded_minor: int = 0
-    """Given back with this move."""
+    """Refunded with this move."""
     pending_minor: int = 0
-    """How much of `refunded_minor` was announced before (`announce_refund`)."""
+    """How much of `refunded_minor` was reserved before (`reserve_refund`)."""
+    on_account: bool = False
+    """The move confirms the order without a payment."""
+    epoch: int | None = None
+    tries: int = 0
+    """Of the saga whose step this is."""
 
 
 class MovedRow(Row):
@@ -357,76 +424,114 @@ class MovedRow(Row):
 
 
 async def move(tx: Tx, moves: Sequence[Move], actor: Actor) -> list[Order | None]:
-    """Moves orders, notes it, and tells it; gives them as they are now, in order.
+    """Moves orders, writes their history and emits their events; gives them as they are now, in order.
 
-    None, and nothing done, for one that is not any more where its move starts. An order stands in one move at most. The
-    caller holds the lock of each order's saga, or of the order itself. Only declared moves are made.
+    None, and nothing done, for one that has left the place where its move starts. An order stands in one move at most.
+    The caller holds the lock of each order's saga, or of the order itself. Only declared moves are made.
     """
     for wanted in moves:
         rules.assert_declared(wanted.order, wanted.status, wanted.payment, wanted.fulfilment)
-    rows = await tx.fetch(
-        MovedRow,
-        """
-        WITH moved AS (
-            UPDATE orders o
-               SET status = w.status,
-                   payment = w.payment,
-                   fulfilment = CASE WHEN w.fulfilment <> w.was_fulfilment THEN w.fulfilment ELSE o.fulfilment END,
-                   reason = coalesce(w.reason, o.reason),
-                   refunded_minor = o.refunded_minor + w.refunded_minor,
-                   refund_pending_minor = o.refund_pending_minor - w.pending_minor,
-                   version = o.version + 1,
-                   -- Not the time of the transaction's start: who waited for the lock began before what it waited for.
-                   updated_at = greatest(o.updated_at, clock_timestamp())
-              FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[],
-                          $8::text[], $9::bigint[], $10::bigint[], $11::text[], $12::text[], $13::text[], $14::bigint[])
-                   AS w (id, was_status, status, was_payment, payment, was_fulfilment, fulfilment, reason,
-                         refunded_minor, pending_minor, note, again, actor_role, actor_id)
-             WHERE o.id = w.id AND o.status = w.was_status AND o.payment = w.was_payment
-               -- Goods are shipped while nobody looks: that does not stand in the way of money.
-               AND (o.fulfilment = w.was_fulfilment OR w.fulfilment = w.was_fulfilment)
-            RETURNING o.id, o.version, o.updated_at, o.fulfilment, o.refunded_minor, o.status, o.payment,
-                      w.was_status, w.was_payment, w.was_fulfilment, w.fulfilment AS wanted_fulfilment, w.note,
-                      w.again, w.actor_role, w.actor_id
-        ), noted AS (
-            INSERT INTO order_history (order_id, version, axis, before, after, reason, actor_role, actor_id, at)
-            SELECT m.id, m.version, a.axis, a.before, a.after, m.note, m.actor_role, m.actor_id, m.updated_at
-              FROM moved m
-             CROSS JOIN LATERAL (
-                VALUES ('status', m.was_status, m.status),
-                       ('payment', m.was_payment, m.payment),
-                       -- What was shipped meanwhile is noted already, by whoever shipped it.
-                       ('fulfilment', m.was_fulfilment, m.wanted_fulfilment)
-             ) AS a (axis, before, after)
-             WHERE a.before <> a.after OR a.axis = m.again
+    alike: dict[_Transition, list[Move]] = {}
+    for wanted in moves:
+        alike.setdefault(_transition(wanted, wanted.actor or actor), []).append(wanted)
+    if len(alike) > 1:  # several statements: all rows are locked before, in the order of their ids
+        await tx.execute(
+            "SELECT FROM orders WHERE id = ANY($1::bigint[]) ORDER BY id FOR NO KEY UPDATE", [m.order.id for m in moves]
         )
-        SELECT id, version, updated_at, fulfilment, refunded_minor FROM moved
-        """,
-        [m.order.id for m in moves],
-        [m.order.status for m in moves],
-        [m.status or m.order.status for m in moves],
-        [m.order.payment for m in moves],
-        [m.payment or m.order.payment for m in moves],
-        [m.order.fulfilment for m in moves],
-        [m.fulfilment or m.order.fulfilment for m in moves],
-        [None if m.reason is None else msgspec.json.encode(m.reason).decode() for m in moves],
-        [m.refunded_minor for m in moves],
-        [m.pending_minor for m in moves],
-        [m.note for m in moves],
-        [m.again for m in moves],
-        [(m.actor or actor).role for m in moves],
-        [(m.actor or actor).id for m in moves],
-    )
-    moved = {row.id: row for row in rows}
+    moved: dict[int, MovedRow] = {}
+    for transition, some in alike.items():
+        moved |= {row.id: row for row in await _move_alike(tx, transition, some)}
+        # A row that another transaction has changed meanwhile is at another place (ctid) than the statement has seen.
+        # It may have been shipped only: the next statement sees it where it is, and its guards decide.
+        if missing := [m for m in some if m.order.id not in moved]:
+            moved |= {row.id: row for row in await _move_alike(tx, transition, missing)}
     orders = [_moved(m, moved[m.order.id]) if m.order.id in moved else None for m in moves]
-    told = [
+    emitted = [
         _event(type_, now)
         for wanted, now in zip(moves, orders, strict=True)
         if now
         for type_ in rules.events_of(wanted.order, now, wanted.again)
     ]
-    await events.emit(tx, told)
+    await events.emit(tx, emitted)
     return orders
+
+
+class _Transition(msgspec.Struct, frozen=True):
+    """What moves of many orders have in common: passed once for all of them, not as an array each."""
+
+    before: tuple[str, str, str]
+    after: tuple[str, str, str]
+    events: tuple[str, ...]
+    reason: str | None
+    note: str
+    on_account: bool
+    actor: Actor
+
+
+def _transition(wanted: Move, actor: Actor) -> _Transition:
+    order = wanted.order
+    after = (wanted.status or order.status, wanted.payment or order.payment, wanted.fulfilment or order.fulfilment)
+    return _Transition(
+        before=(order.status, order.payment, order.fulfilment),
+        after=after,
+        events=tuple(rules.events_between((order.status, order.payment, order.fulfilment), after, wanted.again)),
+        reason=None if wanted.reason is None else _encode(wanted.reason).decode(),
+        note=wanted.note,
+        on_account=wanted.on_account,
+        actor=actor,
+    )
+
+
+async def _move_alike(tx: Tx, transition: _Transition, moves: Sequence[Move]) -> list[MovedRow]:
+    ordered = sorted(moves, key=lambda m: m.order.id)
+    return await tx.fetch(
+        MovedRow,
+        """
+        WITH moved AS (
+            UPDATE orders o
+               SET status = $8,
+                   payment = $9,
+                   fulfilment = CASE WHEN $10 <> $7 THEN $10 ELSE o.fulfilment END,
+                   reason = coalesce($12, o.reason),
+                   on_account = o.on_account OR $14,
+                   refunded_minor = o.refunded_minor + w.refunded_minor,
+                   refund_pending_minor = o.refund_pending_minor - w.pending_minor,
+                   version = o.version + 1,
+                   -- Not the time of the transaction's start: it may be before that of a change it has waited for.
+                   updated_at = greatest(o.updated_at, clock_timestamp())
+              FROM (
+                SELECT w.*, k.place
+                  FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[], $17::integer[])
+                       AS w (id, refunded_minor, pending_minor, epoch, tries)
+                 CROSS JOIN LATERAL (SELECT ctid AS place FROM orders WHERE id = w.id LIMIT 1) k
+              ) w
+             WHERE o.ctid = w.place AND o.status = $5 AND o.payment = $6
+               -- Goods are shipped without the saga: that does not stand in the way of money.
+               AND (o.fulfilment = $7 OR $10 = $7)
+            RETURNING o.id, o.version, o.updated_at, o.status, o.payment, o.fulfilment, o.refunded_minor,
+                      w.epoch, w.tries
+        ), noted AS (
+            INSERT INTO history (order_id, version, status, payment, fulfilment, events, note, actor_role, actor_id,
+                                 epoch, tries, at)
+            SELECT id, version, status, payment, fulfilment, $11::text[], $13, $15, $16, epoch, tries, updated_at
+              FROM moved
+        )
+        SELECT id, version, updated_at, fulfilment, refunded_minor FROM moved
+        """,
+        [m.order.id for m in ordered],
+        [m.refunded_minor for m in ordered],
+        [m.pending_minor for m in ordered],
+        [m.epoch for m in ordered],
+        *transition.before,
+        *transition.after,
+        list(transition.events),
+        transition.reason,
+        transition.note,
+        transition.on_account,
+        transition.actor.role,
+        transition.actor.id,
+        [m.tries for m in ordered],
+    )
 
 
 def _event(type_: str, order: Order) -> events.Outgoing:
@@ -445,74 +550,6 @@ def _event(type_: str, order: Order) -> events.Outgoing:
     return events.Outgoing(type=type_, subject="order", subject_id=order.id, version=order.version, data=data)
 
 
-async def tell_placed(tx: Tx, orders: Sequence[Order]) -> None:
-    """Writes the first event of each order."""
-    await events.emit(tx, [_event("order.placed", order) for order in orders])
-
-
-# --------------------------------------------------------------------------------------------------- refunds, returns
-
-
-async def announce_refund(tx: Tx, order_id: int, amount_minor: int) -> bool:
-    """Sets aside what is about to be refunded. False, and nothing done, where so much is not left.
-
-    Two refunds that are asked for at once cannot have the same money: the second sees what the first has set aside.
-    """
-    return bool(
-        await tx.execute(
-            """
-            UPDATE orders
-               SET refund_pending_minor = refund_pending_minor + $2
-             WHERE id = $1 AND refunded_minor + refund_pending_minor + $2 <= total_minor
-            """,
-            order_id,
-            amount_minor,
-        )
-    )
-
-
-async def forget_refunds(tx: Tx, amounts: Mapping[int, int]) -> None:
-    """Takes back what was set aside for refunds that came to nothing: minor units by order, which the caller locks."""
-    await tx.execute(
-        """
-        UPDATE orders o
-           SET refund_pending_minor = refund_pending_minor - w.amount_minor
-          FROM unnest($1::bigint[], $2::bigint[]) AS w (order_id, amount_minor)
-         WHERE o.id = w.order_id
-        """,
-        list(amounts),
-        list(amounts.values()),
-    )
-
-
-async def refundable(tx: Tx, order_id: int) -> int:
-    """What is left of an order's total that was neither refunded nor is about to be, in minor units."""
-    left = await tx.fetch_values(
-        int, "SELECT total_minor - refunded_minor - refund_pending_minor FROM orders WHERE id = $1", order_id
-    )
-    return left[0]
-
-
-async def refund_is_pending(tx: Tx, order_id: int) -> bool:
-    return (await tx.fetch_values(bool, "SELECT refund_pending_minor > 0 FROM orders WHERE id = $1", order_id))[0]
-
-
-async def take_back(tx: Tx, order_id: int, lines: Sequence[ReturnLine]) -> bool:
-    """Counts goods as returned. False where any line has not so many left: then the caller rolls back."""
-    changed = await tx.execute(
-        """
-        UPDATE order_lines l
-           SET returned = l.returned + w.quantity
-          FROM unnest($2::bigint[], $3::integer[]) AS w (product_id, quantity)
-         WHERE l.order_id = $1 AND l.product_id = w.product_id AND l.returned + w.quantity <= l.quantity
-        """,
-        order_id,
-        [line.product_id for line in lines],
-        [line.quantity for line in lines],
-    )
-    return changed == len(lines)
-
-
 def _moved(wanted: Move, row: MovedRow) -> Order:
     order = wanted.order
     return msgspec.structs.replace(
@@ -525,72 +562,3 @@ def _moved(wanted: Move, row: MovedRow) -> Order:
         version=row.version,
         updated_at=row.updated_at,
     )
-
-
-# --------------------------------------------------------------------------------------------------- reconciliation
-
-
-class KeyRow(Row):
-    subject_id: int
-    kind: str
-    reference: str
-
-
-class AsleepRow(Row):
-    """A saga that nobody will wake, and where its order is."""
-
-    subject_id: int
-    kind: str
-    reference: str
-    step: str
-    state: str
-    epoch: int
-    version: int
-    status: Status
-    payment: Payment
-
-    def saga(self) -> Saga:
-        key = (self.subject_id, self.kind, self.reference)
-        return Saga(key, self.step, self.state, epoch=self.epoch, version=self.version)
-
-
-async def asleep(tx: Tx, before: Key | None, quiet_seconds: float) -> list[AsleepRow]:
-    """Of the page of sagas before a key, the newest first: those that may have to be carried on."""
-    return await tx.fetch(
-        AsleepRow,
-        """
-        WITH page AS MATERIALIZED (
-            SELECT subject_id, kind, reference, step, state, epoch, version, wake_at, updated_at
-              FROM sagas
-             WHERE (subject_id, kind, reference) < ($1, $2, $3)
-             ORDER BY subject_id DESC, kind DESC, reference DESC
-             LIMIT $4
-        )
-        SELECT s.subject_id, s.kind, s.reference, s.step, s.state, s.epoch, s.version, o.status, o.payment
-          FROM page s
-         CROSS JOIN LATERAL (SELECT status, payment FROM orders WHERE id = s.subject_id LIMIT 1) o
-         WHERE s.wake_at IS NULL AND s.updated_at < now() - make_interval(secs => $5)
-           AND (s.step <> 'done' OR (s.kind = 'checkout' AND (o.status = 'pending' OR o.payment = 'authorized')))
-        """,
-        *(before or NEWEST),
-        PAGE,
-        quiet_seconds,
-    )
-
-
-async def end_of_page(tx: Tx, before: Key | None) -> Key | None:
-    """The last key of that page; None where there are no more behind it."""
-    row = await tx.fetch_one(
-        KeyRow,
-        """
-        SELECT subject_id, kind, reference
-          FROM sagas
-         WHERE (subject_id, kind, reference) < ($1, $2, $3)
-         ORDER BY subject_id DESC, kind DESC, reference DESC
-        OFFSET $4 - 1
-         LIMIT 1
-        """,
-        *(before or NEWEST),
-        PAGE,
-    )
-    return None if row is None else (row.subject_id, row.kind, row.reference)

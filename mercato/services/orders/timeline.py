@@ -1,23 +1,23 @@
-"""What has happened to an order: its own moves, its stock, its money and its sagas, in one list by time."""
+"""What has happened to an order: its own moves, its stock and its money, in one list by time."""
 
 from __future__ import annotations
 
 import asyncio
 import datetime
+from collections.abc import Sequence
 
-from mercato.chassis import saga
 from mercato.chassis.db import Database
 from mercato.chassis.rpc import as_service
-from mercato.chassis.saga import StepRow
 from mercato.contracts.inventory import Inventory, StockStep, TraceStock
 from mercato.contracts.orders import HistoryEntry, Timeline, TimelineEntry
 from mercato.contracts.payments import Payments, PaymentStep, TracePayments
 
-from . import store
+from . import rules, store
+from .store import HistoryRow
 
 
 class Tracing:
-    """Asks whoever did something for an order. Times are those of the databases, which a person sees as one."""
+    """Asks the services that did something for an order. Times are those of their databases."""
 
     def __init__(self, database: Database, *, inventory: Inventory, payments: Payments) -> None:
         self._database = database
@@ -27,33 +27,63 @@ class Tracing:
     async def timeline(self, order_id: int) -> Timeline:
         """Of an order that the caller has looked at, and may see."""
         async with self._database.read() as tx:
-            moves = await store.history(tx, order_id)
-            steps = await saga.steps(tx, order_id)
+            nonce = (await store.get(tx, [order_id]))[order_id].nonce
+            transitions = await store.history(tx, order_id)
         with as_service():
             stock, money = await asyncio.gather(
-                self._inventory.trace(TraceStock(order_id=order_id)),
-                self._payments.trace(TracePayments(order_id=order_id)),
+                self._inventory.trace(TraceStock(order_id=order_id, order_nonce=nonce)),
+                self._payments.trace(TracePayments(order_id=order_id, order_nonce=nonce)),
             )
         entries = [
-            *(_move(entry) for entry in moves),
+            *(entry for transition, moves in _moves(transitions) for entry in _entries(transition, moves)),
             *(_stock(step) for step in stock.steps),
             *(_money(step) for step in money.steps),
-            *(_saga(step) for step in steps),
         ]
         return Timeline(entries=tuple(sorted(entries, key=lambda entry: entry.at)))
 
 
-def _move(entry: HistoryEntry) -> TimelineEntry:
-    return TimelineEntry(
-        at=entry.at,
-        part="order",
-        what=f"{entry.axis} {entry.after}",
-        outcome="succeeded",
-        attempts=1,
-        took_ms=None,
-        by=f"{entry.actor_role} {entry.actor_id}" if entry.actor_id else entry.actor_role,
-        detail=entry.reason,
-    )
+def entries_of(transitions: Sequence[HistoryRow]) -> tuple[HistoryEntry, ...]:
+    """The moves of all transitions, in order: one for each axis along which a transition went."""
+    return tuple(move for _, moves in _moves(transitions) for move in moves)
+
+
+def _moves(transitions: Sequence[HistoryRow]) -> list[tuple[HistoryRow, list[HistoryEntry]]]:
+    """Each transition with its moves. Where a move started is where the transition before it has ended."""
+    found: list[tuple[HistoryRow, list[HistoryEntry]]] = []
+    before: HistoryRow | None = None
+    for row in transitions:
+        moves = [
+            HistoryEntry(
+                version=row.version,
+                axis=axis,
+                before=None if before is None else getattr(before, axis),
+                after=getattr(row, axis),
+                reason=row.note,
+                actor_role=row.actor_role,
+                actor_id=row.actor_id,
+                at=row.at,
+            )
+            for axis in map(rules.axis_of, row.events)
+        ]
+        found.append((row, moves))
+        before = row
+    return found
+
+
+def _entries(transition: HistoryRow, moves: Sequence[HistoryEntry]) -> list[TimelineEntry]:
+    return [
+        TimelineEntry(
+            at=move.at,
+            part="order",
+            what=f"{move.axis} {move.after}",
+            outcome="succeeded",
+            attempts=transition.tries + 1,
+            took_ms=None,
+            by=f"{move.actor_role} {move.actor_id}" if move.actor_id else move.actor_role,
+            detail=move.reason,
+        )
+        for move in moves
+    ]
 
 
 def _stock(step: StockStep) -> TimelineEntry:
@@ -80,19 +110,6 @@ def _money(step: PaymentStep) -> TimelineEntry:
         took_ms=_milliseconds(step.began_at, step.settled_at) if step.settled_at else None,
         by="service",
         detail=f"payment {step.payment_id}: {step.amount_minor} {step.currency} (minor units)",
-    )
-
-
-def _saga(step: StepRow) -> TimelineEntry:
-    return TimelineEntry(
-        at=step.at,
-        part="saga",
-        what=f"{step.kind} {step.step}",
-        outcome=step.outcome,
-        attempts=step.tries,
-        took_ms=_milliseconds(step.began_at, step.at),
-        by="service",
-        detail=f"driver {step.epoch}" if step.epoch > 1 else "",
     )
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from mercato.chassis.faults import Fault
 from mercato.contracts.inventory import ShortLine
-from mercato.contracts.orders import CancelCode, CancelReason, Order, Payment, Status
-from services.orders.world import MUG_MINOR, Bank, World, basket
+from mercato.contracts.orders import CancelCode, CancelReason, IllegalMove, MovePayment, Order, Payment, Status
+from services.orders.world import MUG_MINOR, STAFF, Bank, World, basket
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -20,50 +20,91 @@ Plant = Callable[[str, Fault], Callable[[], None]]
 Move = tuple[str, str | None, str]
 
 PLACED: Final[Move] = ("status", None, "pending")
-CONFIRMED: Final[list[Move]] = [("payment", "unpaid", "authorized"), ("status", "pending", "confirmed")]
-PAID: Final[list[Move]] = [PLACED, *CONFIRMED, ("payment", "authorized", "paid")]
-DECLINED: Final[list[Move]] = [PLACED, ("payment", "unpaid", "failed"), ("status", "pending", "cancelled")]
-LOST: Final[list[Move]] = [
-    PLACED,
-    *CONFIRMED,
-    ("payment", "authorized", "voided"),
-    ("status", "confirmed", "cancelled"),
-]
+CONFIRMED: Final[Move] = ("status", "pending", "confirmed")
 
 
 class End(msgspec.Struct, frozen=True):
-    """How a checkout ends. `sold` of three pieces have left the shelf for good."""
+    """How a checkout ends. Of three pieces, `sold` have left the shelf and `held` are reserved."""
 
     status: Status
     payment: Payment
     history: list[Move]
     reservation: str
     sold: int
+    held: int
     captures: int
+    sagas: list[str]
+    operations: list[tuple[str, str]]
+    """Of the bank: kind and status."""
     code: CancelCode | None = None
     provider_code: str | None = None
 
 
-BOUGHT: Final = End("confirmed", "paid", PAID, "committed", sold=3, captures=1)
+BOUGHT: Final = End(
+    "confirmed",
+    "paid",
+    [PLACED, ("payment", "unpaid", "paid"), CONFIRMED],
+    "committed",
+    sold=3,
+    held=0,
+    captures=1,
+    sagas=[],
+    operations=[("charge", "succeeded")],
+)
+PAYABLE: Final = End(
+    "pending",
+    "unpaid",
+    [PLACED],
+    "held",
+    sold=0,
+    held=3,
+    captures=0,
+    sagas=["awaiting"],
+    operations=[("charge", "declined")],
+)
+"""A payment was declined: the order can be paid in another way."""
 
 ENDS: Final = {
     "sandbox:ok": BOUGHT,
     "sandbox:lost_answer": BOUGHT,
     "sandbox:error_then_ok": BOUGHT,
     "sandbox:slow:100": BOUGHT,
-    "sandbox:declined": End("cancelled", "failed", DECLINED, "released", 0, 0, "payment_declined", "card_declined"),
-    "sandbox:insufficient_funds": End(
-        "cancelled", "failed", DECLINED, "released", 0, 0, "payment_declined", "insufficient_funds"
-    ),
-    "sandbox:capture_expired": End(
-        "cancelled", "voided", LOST, "committed", 0, 0, "payment_lost", "authorization_expired"
-    ),
+    "sandbox:declined": PAYABLE,
+    "sandbox:insufficient_funds": PAYABLE,
+    "sandbox:capture_expired": PAYABLE,
 }
-"""By payment method. A reservation that was committed stays so; what came back is a movement of its own."""
+"""By payment method, of an order that is placed with it."""
+
+CAPTURED_BY_HAND: Final = msgspec.structs.replace(
+    BOUGHT,
+    history=[PLACED, ("payment", "unpaid", "authorized"), CONFIRMED, ("payment", "authorized", "paid")],
+    operations=[("authorize", "succeeded"), ("capture", "succeeded")],
+)
+LOST: Final = End(
+    "cancelled",
+    "voided",
+    [
+        PLACED,
+        ("payment", "unpaid", "authorized"),
+        CONFIRMED,
+        ("payment", "authorized", "voided"),
+        ("status", "confirmed", "cancelled"),
+    ],
+    # A reservation that was committed stays so; what came back is a movement of its own.
+    "committed",
+    sold=0,
+    held=0,
+    captures=0,
+    sagas=[],
+    operations=[("authorize", "succeeded"), ("capture", "declined")],
+    code="payment_lost",
+    provider_code="authorization_expired",
+)
+"""The authorization has run out before staff captured it."""
 
 
 @pytest.mark.parametrize("method", ENDS)
-async def test_each_payment_method_comes_to_its_end(busy_world: World, method: str):
+async def test_an_order_placed_with_each_payment_method_ends_as_it_should(busy_world: World, method: str):
     end = ENDS[method]
     product_id = await busy_world.new_product(10)
 
@@ -74,22 +115,48 @@ async def test_each_payment_method_comes_to_its_end(busy_world: World, method: s
 
 async def assert_ended(world: World, order: Order, end: End, product_id: int) -> None:
     assert (order.status, order.payment) == (end.status, end.payment)
-    assert sorted_by_version(await world.history(order.id)) == sorted_by_version(end.history)
+    assert sorted_by_version(await world.history(order.id)) == end.history
     code = None if end.code is None else CancelReason(code=end.code, provider_code=end.provider_code)
     assert order.reason == code
     assert await world.reservation(order.id) == end.reservation
-    assert await world.shelf(product_id) == (10 - end.sold, 0)
+    assert await world.shelf(product_id) == (10 - end.sold, end.held)
     total = 3 * MUG_MINOR * end.captures
     assert await world.bank(order.id) == Bank(end.captures, total, 0, open_charges=0)
-    assert await world.saga(order.id) == ["done"]
+    assert await world.bank_operations(order.id) == end.operations
+    assert await world.saga(order.id) == end.sagas
 
 
 def sorted_by_version(moves: list[Move]) -> list[Move]:
     """Two axes that move at once stand in either order."""
-    return [moves[0], *sorted(moves[1:3]), *sorted(moves[3:])]
+    return [*moves[:1], *sorted(moves[1:3]), *sorted(moves[3:])]
 
 
-async def test_without_a_method_the_stock_is_held_and_the_order_waits(busy_world: World):
+@pytest.mark.parametrize("method", ["sandbox:declined", "sandbox:insufficient_funds"])
+async def test_an_order_whose_first_payment_was_declined_is_paid_in_another_way(busy_world: World, method: str):
+    product_id = await busy_world.new_product(10)
+    order = await busy_world.checked_out(method, (product_id, 3))
+
+    paid = await busy_world.pay(order.id)
+
+    assert (paid.payment.attempt, paid.payment.status) == (2, "captured")
+    end = msgspec.structs.replace(BOUGHT, operations=[("charge", "declined"), ("charge", "succeeded")])
+    await assert_ended(busy_world, await busy_world.settled(order.id), end, product_id)
+    assert (await busy_world.raw(order.id)).payment_attempt == 2
+
+
+async def test_a_paid_order_is_one_transition_with_two_events(busy_world: World):
+    order = await busy_world.checked_out("sandbox:ok", (await busy_world.new_product(10), 3))
+
+    rows = "SELECT format('%s %s', version, events) FROM history WHERE order_id = $1 ORDER BY version"
+    assert await busy_world.values(rows, order.id) == ["1 {order.placed}", "2 {order.confirmed,order.paid}"]
+    assert await busy_world.emitted(order.id) == [
+        ("order.placed", order.id),
+        ("order.confirmed", order.id),
+        ("order.paid", order.id),
+    ]
+
+
+async def test_an_order_placed_without_a_method_waits_with_its_stock_held(busy_world: World):
     product_id = await busy_world.new_product(10)
 
     order = await busy_world.checked_out(None, (product_id, 3))
@@ -102,9 +169,7 @@ async def test_without_a_method_the_stock_is_held_and_the_order_waits(busy_world
 
 
 @pytest.mark.parametrize("method", [None, "sandbox:ok"])
-async def test_an_order_that_there_is_not_enough_for_is_cancelled_and_says_what_is_short(
-    busy_world: World, method: str | None
-):
+async def test_an_order_without_enough_stock_is_cancelled_with_the_short_lines(busy_world: World, method: str | None):
     some, few, none = [await busy_world.new_product(pieces) for pieces in (10, 2, 0)]
 
     order = await busy_world.checked_out(method, (none, 1), (some, 10), (few, 3))
@@ -118,13 +183,13 @@ async def test_an_order_that_there_is_not_enough_for_is_cancelled_and_says_what_
         ),
     )
     assert [await busy_world.shelf(i) for i in (some, few, none)] == [(10, 0), (2, 0), (0, 0)]
-    # What would come late, from somebody who was taken for dead, finds the doors closed.
+    # Tombstones refuse a reserve or a charge that arrives late, from a driver that was fenced.
     assert await busy_world.reservation(order.id) == "released"
     assert [p.status for p in await busy_world.payments(order.id)] == (["voided"] if method else [])
     assert await busy_world.bank(order.id) == Bank(captures=0, captured_minor=0, refunded_minor=0, open_charges=0)
 
 
-async def test_of_many_buyers_exactly_as_many_get_one_as_there_are(busy_world: World):
+async def test_thirty_concurrent_buyers_of_seven_pieces_do_not_oversell(busy_world: World):
     product_id = await busy_world.new_product(7)
     requests = [basket((product_id, 1), payment_method="sandbox:ok") for _ in range(30)]
 
@@ -139,16 +204,38 @@ async def test_of_many_buyers_exactly_as_many_get_one_as_there_are(busy_world: W
     assert [(await busy_world.bank(order.id)).captures for order in refused] == [0] * 23
 
 
-async def test_an_order_that_costs_nothing_is_paid_with_nothing(busy_world: World):
+# ------------------------------------------------------------------------------------------------------------- total 0
+
+
+@pytest.mark.parametrize("method", [None, "sandbox:ok", "sandbox:declined"])
+async def test_an_order_with_a_total_of_0_is_paid_and_the_provider_is_not_called(busy_world: World, method: str | None):
     product_id = await busy_world.new_product(10, price_minor=0)
 
-    order = await busy_world.checked_out("sandbox:ok", (product_id, 3))
+    order = await busy_world.checked_out(method, (product_id, 3))
 
     assert (order.status, order.payment, order.total_minor) == ("confirmed", "paid", 0)
-    assert (await busy_world.bank(order.id)).net_minor == 0
+    assert [(p.status, p.captured_minor) for p in await busy_world.payments(order.id)] == (
+        [("captured", 0)] if method else []
+    )
+    assert await busy_world.bank_operations(order.id) == []
+    assert await busy_world.shelf(product_id) == (7, 0)
+    assert await busy_world.saga(order.id) == []
 
 
-async def test_settled_answers_at_once_what_it_knows_when_the_time_is_over(busy_world: World):
+@pytest.mark.parametrize("method", [None, "sandbox:ok"])
+async def test_a_paid_order_with_a_total_of_0_is_not_paid_again(busy_world: World, method: str | None):
+    order = await busy_world.checked_out(method, (await busy_world.new_product(10, price_minor=0), 3))
+
+    with pytest.raises(IllegalMove):
+        await busy_world.pay(order.id)
+
+    assert await busy_world.bank_operations(order.id) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ settled
+
+
+async def test_settled_answers_with_the_order_as_it_is_when_its_time_is_over(busy_world: World):
     product_id = await busy_world.new_product(10)
     order = await busy_world.place(basket((product_id, 1), payment_method="sandbox:slow:3000"))
 
@@ -161,49 +248,80 @@ async def test_settled_answers_at_once_what_it_knows_when_the_time_is_over(busy_
 
 BOTH: Final = ("before", "after")
 
-WAY: Final = (
-    *(f"checkout.{call}.{when}_call" for call in ("reserve", "authorize", "commit", "capture") for when in BOTH),
-    *(f"checkout.{step}.{when}_commit" for step in ("reserve", "settle") for when in BOTH),
+CHARGED: Final = (
+    *(f"checkout.{call}.{when}_call" for call in ("reserve", "charge", "commit") for when in BOTH),
+    *(f"checkout.reserve.{when}_commit" for when in BOTH),
     "orders.place.after_commit",
 )
-"""Every point that an order passes on its way to `paid`."""
+"""Every point that an order with a payment method passes on its way to `paid`."""
 
-WAY_BACK: Final = (
+AUTHORIZED: Final = (
+    *(f"checkout.{call}.{when}_call" for call in ("reserve", "authorize", "commit", "capture") for when in BOTH),
+    *(f"checkout.{step}.{when}_commit" for step in ("reserve", "settle") for when in BOTH),
+)
+"""Every point that an order passes which is authorized, and captured by hand."""
+
+UNDONE: Final = (
     *(f"checkout.{call}.{when}_call" for call in ("void", "release", "restock") for when in BOTH),
     *(f"checkout.unwind.{when}_commit" for when in BOTH),
 )
-"""Every point that the undoing of one passes whose authorization has run out."""
+"""Every point that the undoing of one passes whose authorization has run out. A refund: `test_cancelling.py`."""
 
 
-@pytest.mark.parametrize("point", WAY)
-async def test_a_step_that_fails_anywhere_is_finished_later_and_done_once(busy_world: World, plant: Plant, point: str):
-    await assert_survives(busy_world, plant, point, "sandbox:ok")
+class FailTwice:
+    """A fault that happens at the first two times."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    async def __call__(self, _point: str) -> None:
+        self.times += 1
+        if self.times <= 2:
+            raise RuntimeError("a planted failure")
 
 
-@pytest.mark.parametrize("point", WAY_BACK)
-async def test_an_undoing_that_fails_anywhere_is_finished_later_and_done_once(
+@pytest.mark.parametrize("point", CHARGED)
+async def test_a_step_that_fails_at_any_point_is_repeated_and_charges_once(busy_world: World, plant: Plant, point: str):
+    product_id = await busy_world.new_product(10)
+    failing = FailTwice()
+    plant(point, failing)
+    placing = basket((product_id, 3), payment_method="sandbox:ok", idempotency_key=point, fingerprint=b"one")
+    if point == "orders.place.after_commit":
+        failing.times = 1
+        await asyncio.gather(busy_world.place(placing), return_exceptions=True)
+    order = await busy_world.settled((await busy_world.place(placing)).id)
+
+    assert failing.times, "the point is not on this way"
+    await assert_ended(busy_world, order, BOUGHT, product_id)
+
+
+@pytest.mark.parametrize("point", AUTHORIZED)
+async def test_a_manual_capture_that_fails_at_any_point_is_repeated_and_captures_once(
     busy_world: World, plant: Plant, point: str
 ):
-    await assert_survives(busy_world, plant, point, "sandbox:capture_expired")
+    order, product_id = await capture_by_hand(busy_world, plant, point, "sandbox:ok")
+
+    await assert_ended(busy_world, order, CAPTURED_BY_HAND, product_id)
 
 
-async def assert_survives(world: World, plant: Plant, point: str, method: str) -> None:
-    failures = 0
+@pytest.mark.parametrize("point", UNDONE)
+async def test_an_undoing_that_fails_at_any_point_is_repeated_and_done_once(
+    busy_world: World, plant: Plant, point: str
+):
+    order, product_id = await capture_by_hand(busy_world, plant, point, "sandbox:capture_expired")
 
-    async def fail_twice(_point: str) -> None:
-        nonlocal failures
-        failures += 1
-        if failures <= 2:
-            raise RuntimeError("the power fails here")
+    await assert_ended(busy_world, order, LOST, product_id)
 
+
+async def capture_by_hand(world: World, plant: Plant, point: str, method: str) -> tuple[Order, int]:
+    """An order that was authorized, and captured by staff, while a fault happens at a point."""
     product_id = await world.new_product(10)
-    plant(point, fail_twice)
-    key = f"{point}-{method}"
-    placing = basket((product_id, 3), payment_method=method, idempotency_key=key, fingerprint=b"one")
-    if point == "orders.place.after_commit":
-        await asyncio.gather(world.place(placing), return_exceptions=True)
-        failures = 2
-    order = await world.settled((await world.place(placing)).id)
-
-    assert failures >= 1, "the point is not on this way"
-    await assert_ended(world, order, ENDS[method], product_id)
+    failing = FailTwice()
+    plant(point, failing)
+    order = await world.checked_out(None, (product_id, 3))
+    payment = (await world.pay(order.id, method, actor=STAFF, capture=False)).payment
+    await world.settled(order.id)
+    with world.acting(STAFF):
+        await asyncio.gather(world.orders.capture(MovePayment(payment_id=payment.id)), return_exceptions=True)
+    assert failing.times, "the point is not on this way"
+    return await world.settled(order.id), product_id

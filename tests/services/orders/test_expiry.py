@@ -1,31 +1,65 @@
-"""Orders that wait for a payment do not wait for ever; a payment that has begun is not overtaken by the clock."""
+"""Orders that are not paid in time are cancelled; a decline does not prolong their time, a payment under way does."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
 
 import pytest
 
 from mercato.chassis.contract import ServiceError
+from mercato.chassis.faults import Fault
 from mercato.chassis.testing import Rig
-from mercato.contracts.orders import CancelReason, OrderCancelled, PaidOrder, PaymentDeclined
-from services.orders.world import MUG, Bank, World, opened
+from mercato.contracts.orders import CancelReason, Order, OrderCancelled, PaidOrder, PaymentDeclined
+from services.orders.world import MUG, Bank, Late, World, basket, opened
 
-NO_MONEY = Bank(captures=0, captured_minor=0, refunded_minor=0, open_charges=0)
+Plant = Callable[[str, Fault], Callable[[], None]]
+
+NO_MONEY: Final = Bank(captures=0, captured_minor=0, refunded_minor=0, open_charges=0)
+WINDOW_SECONDS: Final = 1.0
 
 
-async def finished(world: World, order_id: int) -> None:
+async def finished(world: World, order_id: int) -> Order:
+    """The order, once its checkout has ended."""
+
     async def is_over() -> bool:
-        return await world.saga(order_id) == ["done"]
+        return await world.saga(order_id) == []
 
     await world.until(is_over)
+    return await world.settled(order_id)
 
 
-async def test_an_order_that_nobody_pays_expires_and_frees_its_stock(rig: Rig):
+async def try_to_pay(world: World, order_id: int, method: str) -> PaidOrder | ServiceError:
+    try:
+        return await world.pay(order_id, method)
+    except ServiceError as error:
+        return error
+
+
+async def end_of_hold(world: World, order_id: int) -> float:
+    """How many seconds after its placing the checkout of an order wakes up."""
+    sql = """
+        SELECT extract(epoch FROM s.wake_at - o.created_at)::float8
+          FROM sagas s JOIN orders o ON o.id = s.subject_id
+         WHERE o.id = $1
+    """
+    return (await world.values(sql, order_id))[0]
+
+
+async def window_is_over(world: World, order_id: int) -> bool:
+    sql = "SELECT created_at + make_interval(secs => $2) < now() FROM orders WHERE id = $1"
+    return (await world.values(sql, order_id, WINDOW_SECONDS))[0]
+
+
+# -------------------------------------------------------------------------------------------------- without a payment
+
+
+async def test_an_order_that_is_not_paid_expires_and_frees_its_stock(rig: Rig):
     async with opened(rig, inventory_hold_seconds=0.5, orders_sweep_seconds=0.05) as world:
-        order = await world.checked_out(None, (MUG, 1))
-        assert (await world.raw(order.id)).status == "pending"
+        order = await world.place(basket((MUG, 1)))
 
-        await finished(world, order.id)
-        expired = await world.settled(order.id)
+        expired = await finished(world, order.id)
+
         assert (expired.status, expired.payment) == ("cancelled", "unpaid")
         assert expired.reason == CancelReason(code="expired")
         assert (await world.shelf())[1] == 0
@@ -34,12 +68,12 @@ async def test_an_order_that_nobody_pays_expires_and_frees_its_stock(rig: Rig):
         assert refused.value.reason == "expired"
 
 
-async def test_who_pays_at_the_last_moment_keeps_the_stock(rig: Rig):
+async def test_a_payment_that_begins_before_the_end_of_the_hold_keeps_the_stock(rig: Rig):
     """From when its payment begins, a hold does not expire."""
     async with opened(rig, inventory_hold_seconds=1.0, inventory_expire_every_seconds=0.1) as world:
         order = await world.checked_out(None, (MUG, 1))
 
-        paid = await try_to_pay(world, order.id)
+        paid = await try_to_pay(world, order.id, "sandbox:slow:1200")
 
         now = await world.settled(order.id)
         if isinstance(paid, PaidOrder):
@@ -47,23 +81,75 @@ async def test_who_pays_at_the_last_moment_keeps_the_stock(rig: Rig):
         else:  # a machine that is busy with other things was not in time
             assert isinstance(paid, OrderCancelled)
         assert (await world.bank(order.id)).captures == (now.payment == "paid")
-        assert await world.reservation(order.id) == ("committed" if now.payment == "paid" else "expired")
+        assert await world.reservation(order.id) in (
+            ("committed",) if now.payment == "paid" else ("expired", "released")
+        )
 
 
-async def test_after_a_declined_payment_an_order_waits_for_its_window_and_expires(rig: Rig):
-    async with opened(rig, orders_payment_seconds=1.0, orders_sweep_seconds=0.05) as world:
-        order = await world.checked_out(None, (MUG, 1))
-        with pytest.raises(PaymentDeclined):
-            await world.pay(order.id, "sandbox:declined")
+# ---------------------------------------------------------------------------------------------------------- declined
 
-        await finished(world, order.id)
-        assert (await world.settled(order.id)).reason == CancelReason(code="expired")
+
+@pytest.mark.parametrize("method", [None, "sandbox:declined"])
+async def test_declines_do_not_prolong_the_hold(rig: Rig, method: str | None):
+    async with opened(rig, orders_payment_seconds=600) as world:
+        order = await world.checked_out(method, (MUG, 1))
+        for _ in range(2):
+            with pytest.raises(PaymentDeclined):
+                await world.pay(order.id, "sandbox:insufficient_funds")
+            await world.settled(order.id)
+
+            assert await end_of_hold(world, order.id) == 600
+        assert (await world.shelf())[1] == 1
+
+
+@pytest.mark.parametrize("is_placed_with_method", [True, False])
+async def test_a_declined_order_expires_at_the_end_of_its_hold(rig: Rig, is_placed_with_method: bool):
+    async with opened(rig, orders_payment_seconds=WINDOW_SECONDS, orders_sweep_seconds=0.05) as world:
+        order = await world.place(
+            basket((MUG, 1), payment_method="sandbox:declined" if is_placed_with_method else None)
+        )
+        if not is_placed_with_method:
+            outcome = await try_to_pay(world, order.id, "sandbox:declined")
+            assert isinstance(outcome, PaymentDeclined | OrderCancelled)
+
+        expired = await finished(world, order.id)
+
+        assert await window_is_over(world, order.id)
+        assert (expired.status, expired.payment, expired.reason) == (
+            "cancelled",
+            "unpaid",
+            CancelReason(code="expired"),
+        )
         assert (await world.shelf())[1] == 0
         assert await world.bank(order.id) == NO_MONEY
 
 
-async def try_to_pay(world: World, order_id: int) -> PaidOrder | ServiceError:
-    try:
-        return await world.pay(order_id, "sandbox:slow:1200")
-    except ServiceError as error:
-        return error
+@pytest.mark.parametrize("method", ["sandbox:ok", "sandbox:declined"])
+async def test_a_payment_under_way_at_the_end_of_the_hold_finishes_before_the_hold_ends(
+    rig: Rig, plant: Plant, method: str
+):
+    late = Late()
+    async with opened(rig, orders_payment_seconds=WINDOW_SECONDS, orders_sweep_seconds=0.05) as world:
+        lift = plant("checkout.charge.after_call", late)
+        order = await world.place(basket((MUG, 1), payment_method=method))
+        await late.stands.wait()
+        lift()
+
+        async def is_over() -> bool:
+            return await window_is_over(world, order.id)
+
+        await world.until(is_over)
+        under_way = (await world.raw(order.id)).order
+        reservation = await world.reservation(order.id)
+        late.go_on.set()
+        ended = await finished(world, order.id)
+
+        assert (under_way.status, reservation) == ("pending", "held")
+        if method == "sandbox:ok":
+            assert (ended.status, ended.payment) == ("confirmed", "paid")
+            assert await world.reservation(order.id) == "committed"
+        else:
+            assert (ended.status, ended.payment) == ("cancelled", "unpaid")
+            assert ended.reason == CancelReason(code="expired")
+            assert await world.reservation(order.id) == "released"
+        assert (await world.shelf())[1] == 0

@@ -5,21 +5,22 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, cast
 
 import asyncpg
+import msgspec
 import pytest
 import pytest_asyncio
 
 from mercato.chassis.contract import MAX_ID, Actor
 from mercato.chassis.testing import Cluster, migrations_folder
-from mercato.contracts.orders import ListOrders, Order
+from mercato.contracts.orders import ListOrders, Order, PlaceOrder
 from mercato.services.orders import app, rules
 from mercato.services.orders.store import LIST_SQL
-from services.orders.world import ALICE, BOB, STAFF, World, mugs
+from services.orders.world import ALICE, BOB, LAMP, MUG, STAFF, World, basket, mugs
 
-FILTERS = ("user_id", "status", "payment", "fulfilment")
+FILTERS = ("user_id", "product_id", "status", "payment", "fulfilment")
 
 
 async def pages(world: World, actor: Actor, limit: int, **filters: Any) -> list[Order]:
@@ -38,8 +39,9 @@ async def pages(world: World, actor: Actor, limit: int, **filters: Any) -> list[
 
 
 async def assorted(world: World, count: int = 60) -> list[Order]:
-    """Orders of Alice and Bob in all sorts of states, the newest first."""
-    await world.place_many([mugs(user_id=1 + n % 2) for n in range(count)], STAFF)
+    """Orders of Alice and Bob, of mugs, lamps or both, in all sorts of states, the newest first."""
+    baskets = (((MUG, 1),), ((LAMP, 2),), ((MUG, 2), (LAMP, 1)))
+    await world.place_many([of_user(1 + n % 2, *baskets[n % 3]) for n in range(count)], STAFF)
     states = list(itertools.product(*rules.AXES.values()))
     connection = await world.connection()
     await connection.executemany(
@@ -49,8 +51,18 @@ async def assorted(world: World, count: int = 60) -> list[Order]:
     return await pages(world, STAFF, 200)
 
 
-def matching(orders: Sequence[Order], filters: dict[str, object]) -> list[Order]:
-    return [order for order in orders if all(getattr(order, name) == value for name, value in filters.items())]
+def of_user(user_id: int, *lines: tuple[int, int]) -> PlaceOrder:
+    return msgspec.structs.replace(basket(*lines), user_id=user_id)
+
+
+def matching(orders: Sequence[Order], filters: Mapping[str, object]) -> list[Order]:
+    return [order for order in orders if all(has(order, name, value) for name, value in filters.items())]
+
+
+def has(order: Order, name: str, value: object) -> bool:
+    if name == "product_id":
+        return any(line.product_id == value for line in order.lines)
+    return getattr(order, name) == value
 
 
 async def test_a_list_gives_what_its_filters_say_newest_first(world: World):
@@ -60,7 +72,7 @@ async def test_a_list_gives_what_its_filters_say_newest_first(world: World):
     for count in range(len(FILTERS) + 1):
         for names in itertools.combinations(FILTERS, count):
             for like in (orders[0], orders[7], orders[-1]):
-                filters = {name: getattr(like, name) for name in names}
+                filters: dict[str, Any] = {name: MUG if name == "product_id" else getattr(like, name) for name in names}
                 assert await pages(world, STAFF, 200, **filters) == matching(orders, filters)
 
 
@@ -77,6 +89,28 @@ async def test_pages_give_each_order_once(world: World, limit: int):
 
     assert await pages(world, STAFF, limit) == orders
     assert await pages(world, STAFF, limit, user_id=2) == matching(orders, {"user_id": 2})
+    assert await pages(world, STAFF, limit, product_id=LAMP) == matching(orders, {"product_id": LAMP})
+    both: dict[str, object] = {"product_id": MUG, "user_id": 2}
+    assert await pages(world, STAFF, limit, product_id=MUG, user_id=2) == matching(orders, both)
+
+
+async def test_an_order_is_found_by_each_product_of_its_lines_and_by_no_other(world: World):
+    of_mugs, of_both, of_lamps = [
+        await world.place(basket(*lines)) for lines in ([(MUG, 1)], [(LAMP, 1), (MUG, 3)], [(LAMP, 2)])
+    ]
+
+    assert [order.id for order in await pages(world, STAFF, 1, product_id=MUG)] == [of_both.id, of_mugs.id]
+    assert [order.id for order in await pages(world, STAFF, 1, product_id=LAMP)] == [of_lamps.id, of_both.id]
+    assert await pages(world, STAFF, 1, product_id=404) == []
+
+
+async def test_a_customer_finds_only_their_own_orders_by_product(world: World):
+    orders = await assorted(world)
+
+    found = await pages(world, BOB, 7, product_id=LAMP)
+
+    assert found == matching(orders, {"product_id": LAMP, "user_id": BOB.id})
+    assert await pages(world, BOB, 7, product_id=LAMP, user_id=ALICE.id) == []
 
 
 async def test_pages_give_each_order_once_while_new_ones_arrive(world: World):
@@ -105,7 +139,7 @@ async def test_the_last_page_says_so(world: World):
         assert (await world.orders.list(ListOrders(before=1))).orders == ()
 
 
-async def test_a_customer_sees_only_his_own_whatever_he_filters(world: World):
+async def test_a_customer_sees_only_their_own_orders_with_any_filters(world: World):
     orders = await assorted(world)
     own = matching(orders, {"user_id": BOB.id})
 
@@ -127,15 +161,23 @@ async def filled(cluster: Cluster) -> AsyncGenerator[Any]:
     connection = await cast(Any, asyncpg).connect(dsn)
     await connection.execute(
         """
-        INSERT INTO orders (user_id, currency, total_minor, status, payment, fulfilment)
-        SELECT CASE WHEN n % 3000 = 0 THEN 1 ELSE 2 + n % 3000 END, 'USD', 1,
+        INSERT INTO orders (id, nonce, lines, user_id, currency, total_minor, status, payment, fulfilment)
+        SELECT n, n, '[]', CASE WHEN n % 3000 = 0 THEN 1 ELSE 2 + n % 3000 END, 'USD', 1,
                CASE WHEN n % 1000 = 1 THEN 'pending' ELSE 'completed' END,
                CASE WHEN n % 1000 = 1 THEN 'unpaid' WHEN n % 1000 = 2 THEN 'partially_refunded' ELSE 'paid' END,
                CASE WHEN n % 1000 = 1 THEN 'unfulfilled' WHEN n % 1000 = 3 THEN 'returned' ELSE 'delivered' END
           FROM generate_series(1, 30000) n
         """
     )
-    await connection.execute("ANALYZE orders")
+    # Every order has the product 7, one of a hundred the product 8, and 10 the product 9.
+    await connection.execute(
+        """
+        INSERT INTO order_products (product_id, order_id)
+        SELECT p, n FROM generate_series(1, 30000) n, (VALUES (7, 1), (8, 100), (9, 3000)) AS p (p, every)
+         WHERE n % every = 0
+        """
+    )
+    await connection.execute("ANALYZE orders, order_products")
     yield connection
     await connection.close()
     await cluster.release_database(dsn)
@@ -157,15 +199,24 @@ async def filled(cluster: Cluster) -> AsyncGenerator[Any]:
         {"fulfilment": "returned"},
         {"status": "completed", "payment": "partially_refunded"},
         {"payment": "paid", "fulfilment": "returned"},
+        {"product_id": 7},
+        {"product_id": 8},
+        {"product_id": 9, "user_id": 1},
+        {"product_id": 7, "user_id": 1},
+        {"product_id": 7, "user_id": 404},
+        {"product_id": 7, "user_id": 1, "status": "pending"},
+        {"product_id": 9, "status": "pending"},
+        {"product_id": 404},
+        {"product_id": 7, "status": "completed", "payment": "paid"},
     ],
 )
 async def test_no_list_reads_much_more_than_it_gives(filled: Any, mode: str, filters: dict[str, Any]):
     """Whatever PostgreSQL decides about plans of prepared statements: it keeps one for all values after five."""
-    by_user = "user_id" in filters
-    sql = LIST_SQL[by_user, filters.get("status"), filters.get("payment"), filters.get("fulfilment")]
+    axes = [filters.get(axis) for axis in rules.AXES]
+    sql = LIST_SQL["user_id" in filters, "product_id" in filters, *cast(Any, axes)]
     await filled.execute(f"SET plan_cache_mode = {mode}")
-    await filled.execute(f"PREPARE page (bigint, bigint{', bigint' if by_user else ''}) AS {sql}")
-    values = [MAX_ID, 51, *([filters["user_id"]] if by_user else [])]
+    await filled.execute(f"PREPARE page (bigint, bigint, bigint, bigint) AS {sql}")
+    values = [MAX_ID, 51, filters.get("user_id", "NULL"), filters.get("product_id", "NULL")]
     plan = await filled.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON) EXECUTE page ({', '.join(map(str, values))})")
 
     assert rows_read(plan) <= 200, plan

@@ -13,6 +13,7 @@ from mercato.chassis.faults import Fault
 from mercato.contracts.orders import (
     AmountNotDue,
     AwaitOrder,
+    CancelOrder,
     CancelReason,
     GetTimeline,
     IllegalMove,
@@ -73,7 +74,7 @@ async def void(world: World, payment: Payment) -> Payment:
 
 
 @pytest.mark.parametrize("actor", [ALICE, STAFF])
-async def test_who_waits_is_paid_and_the_answer_is_the_payment(busy_world: World, actor: Any):
+async def test_an_order_that_waits_is_paid_and_the_answer_is_the_payment(busy_world: World, actor: Any):
     order, product_id = await awaiting(busy_world)
 
     paid = await busy_world.pay(order.id, actor=actor, expected_total_minor=MUG_MINOR, expected_currency="USD")
@@ -101,7 +102,7 @@ async def test_another_amount_than_is_due_is_refused_and_nothing_is_charged(busy
     assert await busy_world.payments(order.id) == ()
 
 
-async def test_who_pays_twice_at_once_pays_once(busy_world: World):
+async def test_six_concurrent_payments_charge_once(busy_world: World):
     order, _ = await awaiting(busy_world)
     elsewhere = await busy_world.another_process()
 
@@ -127,7 +128,31 @@ async def test_a_paid_order_is_not_paid_again(busy_world: World):
     assert await busy_world.bank(order.id) == ONE_CAPTURE
 
 
-async def test_while_a_payment_is_under_way_there_is_no_other(busy_world: World):
+async def test_two_payments_at_once_of_an_order_on_account_charge_once(busy_world: World):
+    """Both find no saga and wait for the order; the second looks again, and finds the saga of the first."""
+    order, _ = await awaiting(busy_world)
+    await move(busy_world, order.id, status="confirmed")
+    assert await busy_world.saga(order.id) == []
+    elsewhere = await busy_world.another_process()
+    connection = await busy_world.connection()
+
+    async with connection.transaction():
+        await connection.execute("SELECT FROM orders WHERE id = $1 FOR UPDATE", order.id)
+        with busy_world.acting(ALICE):
+            asked = [
+                asyncio.ensure_future(outcome_of(client.pay(PayOrder(id=order.id))))
+                for client in (busy_world.orders, elsewhere)
+            ]
+        await busy_world.until_waiting(2)
+    outcomes = await asyncio.gather(*asked)
+
+    assert [type(o) for o in outcomes].count(PaidOrder) == 1
+    assert {type(o) for o in outcomes} <= {PaidOrder, PaymentInProgress, IllegalMove}
+    assert len(await busy_world.payments(order.id)) == 1
+    assert await busy_world.bank(order.id) == ONE_CAPTURE
+
+
+async def test_a_payment_while_another_is_under_way_is_refused(busy_world: World):
     order, _ = await awaiting(busy_world)
     with busy_world.acting(ALICE):
         slow = asyncio.ensure_future(busy_world.orders.pay(PayOrder(id=order.id, method="sandbox:slow:1000")))
@@ -144,7 +169,9 @@ async def test_while_a_payment_is_under_way_there_is_no_other(busy_world: World)
 
 
 @pytest.mark.parametrize("move", [{"status": "completed"}, {"fulfilment": "returned"}])
-async def test_what_is_being_paid_for_is_neither_closed_nor_taken_back(busy_world: World, move: dict[str, str]):
+async def test_an_order_is_neither_completed_nor_returned_while_its_payment_is_under_way(
+    busy_world: World, move: dict[str, str]
+):
     """Its money would be taken after the goods had come back, or the step that takes it would start from elsewhere."""
     order = await busy_world.delivered(None, (MUG, 1))
     with busy_world.acting(ALICE):
@@ -165,7 +192,7 @@ async def test_what_is_being_paid_for_is_neither_closed_nor_taken_back(busy_worl
 # ---------------------------------------------------------------------------------------------------------------- keys
 
 
-async def test_a_key_that_comes_again_hears_of_the_same_payment(busy_world: World):
+async def test_a_repeated_key_answers_with_the_same_payment(busy_world: World):
     order, _ = await awaiting(busy_world)
 
     first = await busy_world.pay(order.id, idempotency_key=f"pay-{order.id}", fingerprint=b"one")
@@ -176,7 +203,7 @@ async def test_a_key_that_comes_again_hears_of_the_same_payment(busy_world: Worl
     assert await busy_world.bank(order.id) == ONE_CAPTURE
 
 
-async def test_a_key_of_another_request_is_refused(busy_world: World):
+async def test_the_same_key_with_another_request_is_refused(busy_world: World):
     order, _ = await awaiting(busy_world)
     await busy_world.pay(order.id, idempotency_key=f"pay-{order.id}", fingerprint=b"one")
 
@@ -184,7 +211,7 @@ async def test_a_key_of_another_request_is_refused(busy_world: World):
         await busy_world.pay(order.id, idempotency_key=f"pay-{order.id}", fingerprint=b"other")
 
 
-async def test_a_declined_payment_is_heard_of_again_with_its_key(busy_world: World):
+async def test_a_repeated_key_of_a_declined_payment_answers_with_the_decline(busy_world: World):
     order, _ = await awaiting(busy_world)
     key: dict[str, Any] = {"idempotency_key": f"pay-{order.id}", "fingerprint": b"one"}
     refused = [await outcome_of(busy_world.pay(order.id, "sandbox:declined", **key)) for _ in range(2)]
@@ -193,7 +220,80 @@ async def test_a_declined_payment_is_heard_of_again_with_its_key(busy_world: Wor
     assert len(await busy_world.payments(order.id)) == 1
 
 
-async def test_twins_in_two_processes_are_one_payment(busy_world: World):
+async def a_month_passes(world: World) -> None:
+    """Sets all orders and keys of payments 30 days back."""
+    connection = await world.connection()
+    past = "created_at = created_at - interval '30 days', updated_at = updated_at - interval '30 days'"
+    await connection.execute(f"UPDATE orders SET {past}")
+    await connection.execute("UPDATE payment_keys SET at = at - interval '30 days'")
+
+
+async def test_a_key_finds_its_payment_after_30_days(busy_world: World):
+    order, product_id = await awaiting(busy_world)
+    key: dict[str, Any] = {"idempotency_key": f"pay-{order.id}", "fingerprint": b"one"}
+    first = await busy_world.pay(order.id, **key)
+    await a_month_passes(busy_world)
+
+    again = await busy_world.pay(order.id, **key)
+    with pytest.raises(IdempotencyKeyReused):
+        await busy_world.pay(order.id, idempotency_key=f"pay-{order.id}", fingerprint=b"other")
+
+    assert (again.replayed, again.payment) == (True, first.payment)
+    assert len(await busy_world.payments(order.id)) == 1
+    assert await busy_world.bank_operations(order.id) == [("charge", "succeeded")]
+    assert await busy_world.shelf(product_id) == (9, 0)
+
+
+async def test_a_key_finds_its_refunded_payment_after_30_days(busy_world: World):
+    order, _ = await awaiting(busy_world)
+    key: dict[str, Any] = {"idempotency_key": f"pay-{order.id}", "fingerprint": b"one"}
+    first = await busy_world.pay(order.id, **key)
+    with busy_world.acting(STAFF):
+        await busy_world.orders.cancel(CancelOrder(id=order.id))
+    await busy_world.settled(order.id)
+    await a_month_passes(busy_world)
+
+    again = await busy_world.pay(order.id, **key)
+
+    assert (again.replayed, again.payment.id, again.payment.status) == (True, first.payment.id, "refunded")
+    assert (await busy_world.bank(order.id)).captures == 1
+
+
+async def test_the_same_key_for_another_order_is_refused(busy_world: World):
+    """The fingerprint is that of the whole request, the order in its path included."""
+    first, _ = await awaiting(busy_world)
+    second, _ = await awaiting(busy_world)
+    await busy_world.pay(first.id, idempotency_key=f"pay-{first.id}", fingerprint=b"first")
+
+    with pytest.raises(IdempotencyKeyReused):
+        await busy_world.pay(second.id, idempotency_key=f"pay-{first.id}", fingerprint=b"second")
+
+    assert await busy_world.payments(second.id) == ()
+    assert await busy_world.saga(second.id) == ["awaiting"]
+
+
+async def test_one_key_for_two_orders_at_once_pays_one_of_them(busy_world: World):
+    orders = [(await awaiting(busy_world))[0] for _ in range(2)]
+    elsewhere = await busy_world.another_process()
+
+    with busy_world.acting(ALICE):
+        outcomes = await asyncio.gather(
+            *(
+                outcome_of(
+                    client.pay(
+                        PayOrder(id=order.id, idempotency_key=f"both-{orders[0].id}", fingerprint=b"%d" % order.id)
+                    )
+                )
+                for client, order in zip((busy_world.orders, elsewhere), orders, strict=True)
+            )
+        )
+
+    assert [type(o) for o in outcomes].count(PaidOrder) == 1
+    assert {type(o) for o in outcomes} <= {PaidOrder, IdempotencyKeyReused, RequestInProgress}
+    assert sum([(await busy_world.bank(order.id)).captures for order in orders]) == 1
+
+
+async def test_ten_duplicates_in_two_processes_are_one_payment(busy_world: World):
     order, _ = await awaiting(busy_world)
     elsewhere = await busy_world.another_process()
     request = PayOrder(id=order.id, idempotency_key=f"pay-{order.id}", fingerprint=b"one")
@@ -209,7 +309,7 @@ async def test_twins_in_two_processes_are_one_payment(busy_world: World):
     assert await busy_world.bank(order.id) == ONE_CAPTURE
 
 
-async def test_a_refusal_is_not_stored_under_the_key(busy_world: World):
+async def test_a_refused_payment_leaves_its_key_free(busy_world: World):
     order, _ = await awaiting(busy_world)
     key: dict[str, Any] = {"idempotency_key": f"pay-{order.id}", "fingerprint": b"one"}
     with pytest.raises(AmountNotDue):
@@ -221,7 +321,7 @@ async def test_a_refusal_is_not_stored_under_the_key(busy_world: World):
 # ------------------------------------------------------------------------------------------------------------ declined
 
 
-async def test_who_is_declined_may_pay_in_another_way(busy_world: World):
+async def test_a_declined_order_is_paid_in_another_way(busy_world: World):
     order, product_id = await awaiting(busy_world)
 
     with pytest.raises(PaymentDeclined) as declined:
@@ -238,6 +338,7 @@ async def test_who_is_declined_may_pay_in_another_way(busy_world: World):
     assert [(p.attempt, p.status) for p in payments] == [(2, "captured"), (1, "failed")]
     assert payments[1].id == declined.value.payment_id
     assert await busy_world.bank(order.id) == ONE_CAPTURE
+    assert (await busy_world.raw(order.id)).payment_attempt == 2
 
 
 async def test_a_cancelled_order_cannot_be_paid(busy_world: World):
@@ -254,7 +355,7 @@ async def test_a_cancelled_order_cannot_be_paid(busy_world: World):
 # ---------------------------------------------------------------------------------------------------- capture and void
 
 
-async def test_an_amount_that_is_only_reserved_is_taken_when_staff_say_so(busy_world: World):
+async def test_an_authorized_order_is_captured_by_staff(busy_world: World):
     order, product_id = await awaiting(busy_world)
     reserved = (await busy_world.pay(order.id, actor=STAFF, capture=False)).payment
     waiting = await busy_world.settled(order.id)
@@ -273,7 +374,7 @@ async def test_an_amount_that_is_only_reserved_is_taken_when_staff_say_so(busy_w
     assert (await move(busy_world, order.id, fulfilment="shipped")).fulfilment == "shipped"
 
 
-async def test_captures_at_once_in_two_processes_are_one(busy_world: World):
+async def test_concurrent_captures_in_two_processes_are_one(busy_world: World):
     order, _ = await awaiting(busy_world)
     reserved = (await busy_world.pay(order.id, actor=STAFF, capture=False)).payment
     elsewhere = await busy_world.another_process()
@@ -287,7 +388,7 @@ async def test_captures_at_once_in_two_processes_are_one(busy_world: World):
     assert await busy_world.bank(order.id) == ONE_CAPTURE
 
 
-async def test_an_amount_that_is_given_back_cancels_its_order(busy_world: World):
+async def test_a_voided_payment_cancels_its_order(busy_world: World):
     order, product_id = await awaiting(busy_world)
     reserved = (await busy_world.pay(order.id, actor=STAFF, capture=False)).payment
 
@@ -304,7 +405,7 @@ async def test_an_amount_that_is_given_back_cancels_its_order(busy_world: World)
         await capture(busy_world, reserved)
 
 
-async def test_an_authorization_that_has_run_out_cancels_its_order(busy_world: World):
+async def test_an_expired_authorization_cancels_its_order(busy_world: World):
     order, product_id = await awaiting(busy_world)
     reserved = (await busy_world.pay(order.id, "sandbox:capture_expired", STAFF, capture=False)).payment
 
@@ -319,7 +420,7 @@ async def test_an_authorization_that_has_run_out_cancels_its_order(busy_world: W
     assert await busy_world.shelf(product_id) == (10, 0)
 
 
-async def test_what_is_captured_cannot_be_voided(busy_world: World):
+async def test_a_captured_payment_cannot_be_voided(busy_world: World):
     order, _ = await awaiting(busy_world)
     paid = (await busy_world.pay(order.id)).payment
 
@@ -342,7 +443,7 @@ async def test_only_staff_capture_and_void(busy_world: World):
 # ---------------------------------------------------------------------------------------------------------- on account
 
 
-async def test_what_is_confirmed_on_account_is_sold_and_paid_later(busy_world: World):
+async def test_an_order_on_account_is_sold_and_paid_later(busy_world: World):
     order, product_id = await awaiting(busy_world)
 
     confirmed = await move(busy_world, order.id, status="confirmed")
@@ -354,6 +455,7 @@ async def test_what_is_confirmed_on_account_is_sold_and_paid_later(busy_world: W
     await busy_world.pay(order.id)
 
     assert (confirmed.status, confirmed.payment) == ("confirmed", "unpaid")
+    assert (await busy_world.raw(order.id)).on_account
     assert sold == (9, 0)
     assert (still.status, still.payment, still.fulfilment) == ("confirmed", "unpaid", "shipped")
     now = await busy_world.settled(order.id)
@@ -362,7 +464,7 @@ async def test_what_is_confirmed_on_account_is_sold_and_paid_later(busy_world: W
     assert await busy_world.shelf(product_id) == (9, 0)
 
 
-async def test_an_order_that_there_is_nothing_for_is_not_confirmed_by_hand(busy_world: World):
+async def test_an_order_without_stock_is_not_confirmed_by_hand(busy_world: World):
     product_id = await busy_world.new_product(0)
     order = await busy_world.checked_out(None, (product_id, 1))
 
@@ -375,15 +477,15 @@ async def test_the_history_says_who_confirmed_it(busy_world: World):
     await move(busy_world, order.id, status="confirmed")
 
     rows = await busy_world.values(
-        "SELECT actor_role || ' ' || actor_id FROM order_history WHERE order_id = $1 ORDER BY version", order.id
+        "SELECT actor_role || ' ' || actor_id FROM history WHERE order_id = $1 ORDER BY version", order.id
     )
     assert rows == ["customer 1", "staff 9"]
 
 
-# ------------------------------------------------------------------------------------------------------------ strangers
+# ---------------------------------------------------------------------------------------------------- other customers
 
 
-async def test_another_customers_order_is_like_unknown(busy_world: World):
+async def test_an_order_of_another_customer_is_refused_like_an_unknown_one(busy_world: World):
     order, _ = await awaiting(busy_world)
 
     for order_id in (order.id, 404):
@@ -409,7 +511,7 @@ async def test_a_crash_around_the_commit_of_a_payment_is_one_payment_when_it_com
     order, _ = await awaiting(busy_world)
 
     async def fail(_point: str) -> None:
-        raise RuntimeError("the power fails here")
+        raise RuntimeError("a planted failure")
 
     lift = plant(f"orders.pay.{when}_commit", fail)
     key: dict[str, Any] = {"idempotency_key": f"pay-{order.id}", "fingerprint": b"one"}
@@ -424,7 +526,7 @@ async def test_a_crash_around_the_commit_of_a_payment_is_one_payment_when_it_com
 
 
 @pytest.mark.parametrize("how_far", [{}, {"fulfilment": "shipped"}, {"status": "completed"}])
-async def test_what_was_sold_on_account_stays_sold_when_its_payment_is_lost(busy_world: World, how_far: dict[str, str]):
+async def test_an_order_on_account_stays_sold_when_its_payment_is_declined(busy_world: World, how_far: dict[str, str]):
     order, product_id = await awaiting(busy_world)
     await move(busy_world, order.id, status="confirmed")
     if how_far:
@@ -441,7 +543,26 @@ async def test_what_was_sold_on_account_stays_sold_when_its_payment_is_lost(busy
     assert (await busy_world.settled(order.id)).payment == "paid"
 
 
-async def test_what_has_come_back_is_not_paid_any_more(busy_world: World):
+async def test_an_order_on_account_stays_sold_when_its_authorization_expires(busy_world: World):
+    order, product_id = await awaiting(busy_world)
+    await move(busy_world, order.id, status="confirmed")
+    reserved = (await busy_world.pay(order.id, "sandbox:capture_expired", STAFF, capture=False)).payment
+    authorized = await busy_world.settled(order.id)
+
+    with pytest.raises(PaymentDeclined) as declined:
+        await capture(busy_world, reserved)
+
+    assert declined.value.provider_code == "authorization_expired"
+    assert (authorized.status, authorized.payment) == ("confirmed", "authorized")
+    now = await busy_world.settled(order.id)
+    assert (now.status, now.payment) == ("confirmed", "unpaid")
+    assert await busy_world.saga(order.id) == []
+    assert await busy_world.shelf(product_id) == (9, 0)
+    await busy_world.pay(order.id)
+    assert (await busy_world.settled(order.id)).payment == "paid"
+
+
+async def test_an_order_with_returned_goods_is_not_payable(busy_world: World):
     product_id = await busy_world.new_product(10)
     order = await busy_world.delivered(None, (product_id, 2))
     with busy_world.acting(STAFF):
@@ -454,7 +575,7 @@ async def test_what_has_come_back_is_not_paid_any_more(busy_world: World):
     assert await busy_world.bank(order.id) == NO_MONEY
 
 
-async def test_stock_is_not_sold_to_a_customer_without_taking_the_money(busy_world: World):
+async def test_a_customer_may_not_pay_without_capture(busy_world: World):
     order, product_id = await awaiting(busy_world)
 
     with pytest.raises(Forbidden):
@@ -464,7 +585,7 @@ async def test_stock_is_not_sold_to_a_customer_without_taking_the_money(busy_wor
     assert await busy_world.bank(order.id) == NO_MONEY
 
 
-async def test_a_payment_that_came_too_late_is_told_that_the_order_is_cancelled(busy_world: World):
+async def test_a_payment_after_the_end_of_the_hold_is_refused_with_the_cancellation(busy_world: World):
     order, _ = await awaiting(busy_world)
     stock = await busy_world.connection("inventory")
     await stock.execute("UPDATE reservations SET expires_at = now() - interval '1 s' WHERE order_id = $1", order.id)
@@ -476,15 +597,26 @@ async def test_a_payment_that_came_too_late_is_told_that_the_order_is_cancelled(
     assert await busy_world.bank(order.id) == NO_MONEY
 
 
-async def test_an_order_whose_payments_are_declined_again_and_again_is_given_up(busy_world: World):
-    order, product_id = await awaiting(busy_world)
+@pytest.mark.parametrize("method", [None, "sandbox:declined"])
+async def test_the_tenth_declined_payment_cancels_the_order(busy_world: World, method: str | None):
+    product_id = await busy_world.new_product(10)
+    order = await busy_world.checked_out(method, (product_id, 1))
+    before = len(await busy_world.payments(order.id))
 
-    for _ in range(steps.ATTEMPTS_LIMIT):
+    for _ in range(steps.ATTEMPTS_LIMIT - 1 - before):
         with pytest.raises(PaymentDeclined):
             await busy_world.pay(order.id, "sandbox:declined")
+    still = await busy_world.settled(order.id)
+    held = await busy_world.shelf(product_id)
+    with pytest.raises(PaymentDeclined):
+        await busy_world.pay(order.id, "sandbox:insufficient_funds")
 
+    assert (still.status, still.payment, held) == ("pending", "unpaid", (10, 1))
     now = await busy_world.settled(order.id)
-    assert now.status == "cancelled"
-    assert now.reason
-    assert now.reason.code == "payment_declined"
+    assert (now.status, now.payment) == ("cancelled", "failed")
+    assert now.reason == CancelReason(code="payment_declined", provider_code="insufficient_funds")
     assert await busy_world.shelf(product_id) == (10, 0)
+    assert [p.status for p in await busy_world.payments(order.id)] == ["failed"] * 10
+    assert await busy_world.bank(order.id) == NO_MONEY
+    with pytest.raises(OrderCancelled):
+        await busy_world.pay(order.id)

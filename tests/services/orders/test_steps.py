@@ -1,15 +1,15 @@
 """The decisions of checkout, against the rules of inventory, payments and the bank, in every order of events.
 
-One order on its way. Drivers take its saga over from each other and die; those that were taken for dead go on and call
-late; calls are made twice, and answers are lost; meanwhile somebody pays, cancels, confirms, captures or voids, or the
-time runs out. Everything here is pure: what the services would do is done by their own rules.
+One order and its saga. Drivers take the saga over from each other and die; fenced drivers go on and call late; calls
+are made twice, requests and answers are lost, lost requests arrive late; meanwhile clients pay, cancel, confirm,
+capture and refund, or the hold ends. Everything is pure: what a service does, its own rules do.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Generator, Mapping
-from typing import Final, TypeVar
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import Final, Literal, TypeVar
 
 import msgspec
 import pytest
@@ -18,137 +18,159 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mercato.chassis.contract import Actor, ServiceError
+from mercato.contracts.inventory import AnotherOrder as StockOfAnotherOrder
 from mercato.contracts.inventory import Level, Reservation, ReserveStock, ReturnStock, StockLine
 from mercato.contracts.orders import Order, OrderLine
+from mercato.contracts.payments import AnotherOrder as PaymentOfAnotherOrder
 from mercato.contracts.payments import (
     AnotherPaymentLive,
     AttemptNotFound,
     OperationKind,
     OperationStatus,
     OutcomePending,
+    RefundDeclined,
 )
 from mercato.contracts.payments import Payment as PaymentRecord
 from mercato.contracts.payments import Status as PaymentStatus
-from mercato.services.inventory.rules import Books, Plan, Standing
+from mercato.services.inventory.rules import ReservedLine, StockLedger, StoredReservation, WriteSet
 from mercato.services.orders import rules, steps
-from mercato.services.orders.steps import Checkout, Decision, Step, TryAgain
+from mercato.services.orders.steps import ATTEMPTS_LIMIT, Checkout, Decision, RetryLater, Step
 from mercato.services.payments import rules as payment_rules
-from mercato.services.payments.rules import Ask, Goal
+from mercato.services.payments.rules import NextOperation, Target
 from mercato.services.sandbox import rules as bank_rules
 
 A = TypeVar("A")
 
 EPOCH: Final = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 ORDER_ID: Final = 1001
+NONCE: Final = 0x5EED
+ANOTHER_NONCE: Final = 0xC0FFEE
+"""Of an order with the same id that a restored database has forgotten."""
 PRODUCT_ID: Final = 7
 PRICE_MINOR: Final = 500
 SHOP: Final = Actor("service")
 WINDOW_S: Final = 900.0
 HOLD_S: Final = 600.0
-RESTING: Final = ("awaiting", "authorized", "done")
 METHODS: Final = ("sandbox:ok", "sandbox:declined", "sandbox:capture_expired")
-CALLS: Final = st.integers(0, 6)
-"""How many calls and saves whoever came last makes meanwhile: from one end of a checkout to the other."""
+FINISHED: Final = "finished"
+"""Where a checkout is that has no saga any more."""
+RESTING: Final = ("awaiting", "authorized", FINISHED)
 TRIES: Final = 60
-"""More steps than any checkout takes from anywhere to its end."""
+"""More steps than a checkout takes from anywhere to its end."""
+
+Loss = Literal["request", "answer"]
+"""What of a call to the provider is lost on its way."""
+LOSSES: Final[tuple[Loss, ...]] = ("request", "answer")
+
+Progress = int | Loss
+"""What the newest driver does meanwhile: so many calls and saves, or all until a call of the provider is lost."""
+PROGRESS: Final = st.integers(0, 7) | st.sampled_from(LOSSES)
 
 
-# --------------------------------------------------------------------------------------------------------------- stock
+# ------------------------------------------------------------------------------------------------------------ inventory
 
 
-class Shelf:
+class InventoryModel:
     """Inventory, for one order of one product."""
 
     def __init__(self, on_hand: int) -> None:
         self.level = Level(
             product_id=PRODUCT_ID, on_hand=on_hand, reserved=0, available=on_hand, updated_at=EPOCH, version=1
         )
-        self.reservation: Standing | None = None
+        self.reservation: StoredReservation | None = None
         self.returned: set[str] = set()
 
     def reserve(self, quantity: int, *, for_payment: bool) -> Reservation | ServiceError:
-        lines = (StockLine(product_id=PRODUCT_ID, quantity=quantity),)
-        request = ReserveStock(order_id=ORDER_ID, lines=lines, for_payment=for_payment, idempotency_key="reserve")
-        opened = () if self.reservation else (Standing(ORDER_ID, "held", 1, None if for_payment else HOLD_S),)
-        books = Books([self.level], self._standing(), opened)
-        return self._close(books, books.reserve(request))
+        request = ReserveStock(
+            order_id=ORDER_ID,
+            order_nonce=NONCE,
+            lines=(StockLine(product_id=PRODUCT_ID, quantity=quantity),),
+            for_payment=for_payment,
+            idempotency_key="reserve",
+        )
+        if self.reservation is not None:
+            return self._execute(lambda ledger: ledger.reserve(request))
+        inserted = held(quantity, NONCE, None if for_payment else HOLD_S)
+        ledger = StockLedger([self.level], (), (inserted,))
+        answer = ledger.reserve(request)
+        written = ledger.write_set()
+        self.reservation = None if ORDER_ID in written.refused else inserted
+        self._write(written)
+        return answer
 
     def commit(self) -> Reservation | ServiceError:
-        books = self._books()
-        return self._close(books, books.commit(ORDER_ID, SHOP))
+        return self._execute(lambda ledger: ledger.commit(ORDER_ID, NONCE))
 
-    def release(self) -> Reservation:
+    def release(self) -> Reservation | ServiceError:
         if self.reservation is None:
-            self.reservation = Standing(ORDER_ID, "released", 1, None)
-        books = self._books()
-        return self._close(books, books.release(ORDER_ID))
+            self.reservation = StoredReservation(ORDER_ID, NONCE, "released", 1, None)  # a tombstone
+        return self._execute(lambda ledger: ledger.release(ORDER_ID, NONCE))
 
-    def restock(self, quantity: int, reference: str) -> Reservation | ServiceError:
-        books = self._books()
-        if reference in self.returned:
-            return books.look(ORDER_ID)
-        lines = (StockLine(product_id=PRODUCT_ID, quantity=quantity),)
-        request = ReturnStock(order_id=ORDER_ID, lines=lines, reference=reference, idempotency_key="restock")
-        answer = self._close(books, books.restock(request, SHOP))
+    def return_items(self, quantity: int, reference: str) -> Reservation | ServiceError:
+        request = ReturnStock(
+            order_id=ORDER_ID,
+            order_nonce=NONCE,
+            lines=(StockLine(product_id=PRODUCT_ID, quantity=quantity),),
+            reference=reference,
+            idempotency_key="return",
+        )
+        is_repeated = reference in self.returned
+        answer = self._execute(lambda ledger: ledger.return_items(request, SHOP, is_repeated=is_repeated))
         if isinstance(answer, Reservation):
             self.returned.add(reference)
         return answer
 
     def receive(self, quantity: int) -> None:
-        """Somebody else's pieces come back, or new ones are delivered."""
+        """Pieces of others come back, or new ones are delivered."""
         on_hand = self.level.on_hand + quantity
         self.level = msgspec.structs.replace(self.level, on_hand=on_hand, available=on_hand - self.level.reserved)
 
     def let_time_pass(self) -> None:
-        """Past the end of a hold; whoever looks next ends it."""
+        """Past the end of a hold. The next transaction about the order, or the expiry, ends it."""
         if self.reservation and self.reservation.expires_in_s is not None:
             self.reservation = msgspec.structs.replace(self.reservation, expires_in_s=-1.0)
 
     def expire(self) -> None:
-        if self.reservation and self.reservation.is_over:
-            books = self._books()
-            books.expire(ORDER_ID)
-            self._close(books, None)
+        if self.reservation and self.reservation.is_overdue:
+            self._execute(lambda ledger: ledger.expire(ORDER_ID))
 
     @property
     def state(self) -> str | None:
         return self.reservation.state if self.reservation else None
 
-    def _books(self) -> Books:
-        return Books([self.level], self._standing())
-
-    def _standing(self) -> tuple[Standing, ...]:
-        return (self.reservation,) if self.reservation else ()
-
-    def _close(self, books: Books, answer: A) -> A:
-        self._write(books.close())
+    def _execute(self, work: Callable[[StockLedger], A]) -> A:
+        ledger = StockLedger([self.level], (self.reservation,) if self.reservation else ())
+        answer = work(ledger)
+        self._write(ledger.write_set())
         return answer
 
-    def _write(self, plan: Plan) -> None:
-        for opened in plan.opened:
-            self.reservation = opened
-        for change in plan.changes:
-            assert self.reservation
+    def _write(self, written: WriteSet) -> None:
+        for change in written.changes:
+            reservation = self.reservation
+            assert reservation is not None
+            assert reservation.version == change.version_before
+            lines = reservation.lines
+            if change.returned:
+                pairs = zip(lines, change.returned, strict=True)
+                lines = tuple(msgspec.structs.replace(line, returned=returned) for line, returned in pairs)
             self.reservation = msgspec.structs.replace(
-                self.reservation, state=change.state, version=change.version, expires_in_s=None
+                reservation, state=change.state, version=change.version, expires_in_s=None, lines=lines
             )
-        for back in plan.returned:
-            assert self.reservation
-            lines = tuple(
-                msgspec.structs.replace(line, returned=line.returned + back.quantity) for line in self.reservation.lines
-            )
-            self.reservation = msgspec.structs.replace(self.reservation, lines=lines)
-        for shift in plan.shifts:
-            on_hand, reserved = self.level.on_hand + shift.on_hand, self.level.reserved + shift.reserved
+        for delta in written.deltas:
+            on_hand, reserved = self.level.on_hand + delta.on_hand, self.level.reserved + delta.reserved
             self.level = msgspec.structs.replace(
                 self.level, on_hand=on_hand, reserved=reserved, available=on_hand - reserved
             )
 
 
-# --------------------------------------------------------------------------------------------------------------- money
+def held(quantity: int, nonce: int, expires_in_s: float | None) -> StoredReservation:
+    return StoredReservation(ORDER_ID, nonce, "held", 1, expires_in_s, (ReservedLine(PRODUCT_ID, quantity),))
 
 
-class Charge(msgspec.Struct, frozen=True):
+# ------------------------------------------------------------------------------------------------- the bank, payments
+
+
+class BankCharge(msgspec.Struct, frozen=True):
     id: int
     method: str
     authorized_minor: int
@@ -159,34 +181,49 @@ class Charge(msgspec.Struct, frozen=True):
     state: bank_rules.State = "open"
 
 
-class TheBank:
+Result = payment_rules.Succeeded | payment_rules.Declined
+
+
+class BankModel:
     """The bank, by its own rules: an operation is done once for each key."""
 
     def __init__(self) -> None:
-        self.charges: dict[int, Charge] = {}
-        self.done: dict[str, payment_rules.Succeeded | payment_rules.Declined] = {}
+        self.charges: dict[int, BankCharge] = {}
+        self.results: dict[str, Result] = {}
         self.captures = 0
+        self.requests = 0
+        self.declines_refunds = False
 
-    def ask(
-        self, key: str, ask: Ask, method: str, charge_id: int | None
-    ) -> payment_rules.Succeeded | payment_rules.Declined:
-        if key not in self.done:
-            self.done[key] = self._do(ask, method, charge_id)
-        return self.done[key]
+    def execute(self, key: str, operation: NextOperation, method: str, charge_id: int | None) -> Result:
+        self.requests += 1
+        if key not in self.results:
+            self.results[key] = self._execute(operation, method, charge_id)
+        return self.results[key]
 
-    def _do(self, ask: Ask, method: str, charge_id: int | None) -> payment_rules.Succeeded | payment_rules.Declined:
-        number = len(self.done) + 1
-        if ask.kind == "authorize":
-            if code := bank_rules.NO_AUTHORIZATION.get(method):
-                return payment_rules.Declined(code)
-            self.charges[number] = Charge(number, method, ask.amount_minor)
-            return payment_rules.Succeeded(number, number)
-        assert charge_id is not None, "nobody asks for anything of a charge that there is none of"
-        self.charges[charge_id], code = bank_rules.carry_out(self.charges[charge_id], ask.kind, ask.amount_minor)
+    def _execute(self, operation: NextOperation, method: str, charge_id: int | None) -> Result:
+        number = len(self.results) + 1
+        if operation.kind in bank_rules.OPENING:
+            return self._open(number, operation, method)
+        assert charge_id is not None, "payments never asks for a charge that it does not know"
+        if operation.kind == "refund" and self.declines_refunds:
+            return payment_rules.Declined("account_closed")
+        self.charges[charge_id], code = bank_rules.carry_out(
+            self.charges[charge_id], operation.kind, operation.amount_minor
+        )
         if code is not None:
             return payment_rules.Declined(code)
-        self.captures += ask.kind == "capture"
+        self.captures += operation.kind == "capture"
         return payment_rules.Succeeded(number, charge_id)
+
+    def _open(self, number: int, operation: NextOperation, method: str) -> Result:
+        if code := bank_rules.DECLINED[operation.kind].get(method):
+            return payment_rules.Declined(code)
+        charge = BankCharge(number, method, operation.amount_minor)
+        if operation.kind == "charge":
+            charge = msgspec.structs.replace(charge, captured_minor=operation.amount_minor, state="captured")
+            self.captures += 1
+        self.charges[number] = charge
+        return payment_rules.Succeeded(number, number)
 
     @property
     def net_minor(self) -> int:
@@ -197,7 +234,7 @@ class TheBank:
         return sum(charge.state == "open" for charge in self.charges.values())
 
 
-class Attempt(msgspec.Struct, frozen=True):
+class PaymentModel(msgspec.Struct, frozen=True):
     """A payment, as its service keeps it."""
 
     id: int
@@ -213,7 +250,7 @@ class Attempt(msgspec.Struct, frozen=True):
     version: int = 1
 
 
-class Operation(msgspec.Struct):
+class OperationModel(msgspec.Struct):
     kind: OperationKind
     reference: str
     amount_minor: int
@@ -221,56 +258,82 @@ class Operation(msgspec.Struct):
     code: str | None = None
 
 
-class Till:
-    """Payments, for one order. `loses` says whether the next answer of the bank is lost."""
+class PaymentsModel:
+    """Payments, for one order. `loss` says what of the next call to the bank is lost."""
 
-    def __init__(self, bank: TheBank) -> None:
+    def __init__(self, bank: BankModel, nonce: int = NONCE) -> None:
         self.bank = bank
-        self.attempts: dict[int, Attempt] = {}
-        self.operations: dict[int, dict[tuple[str, str], Operation]] = {}
-        self.loses = False
+        self.nonce = nonce
+        self.payments: dict[int, PaymentModel] = {}
+        self.operations: dict[int, dict[tuple[str, str], OperationModel]] = {}
+        self.loss: Loss | None = None
+        self.late: list[Callable[[], object]] = []
+        """Requests to the bank that are still on their way."""
 
-    def reach(self, goal: Goal, attempt: int, opening: Attempt | None = None) -> PaymentRecord | ServiceError:
-        if attempt not in self.attempts:
+    def execute(
+        self, target: Target, attempt: int, opening: PaymentModel | None = None
+    ) -> PaymentRecord | ServiceError:
+        if self.nonce != NONCE:
+            return PaymentOfAnotherOrder(order_id=ORDER_ID)
+        if attempt not in self.payments:
             if opening is None:
                 return AttemptNotFound(order_id=ORDER_ID, attempt=attempt)
-            if opening.status == "pending" and any(self._is_live(other) for other in self.attempts.values()):
+            if opening.status == "pending" and any(_is_live(other) for other in self.payments.values()):
                 return AnotherPaymentLive(order_id=ORDER_ID)
-            self.attempts[attempt] = opening
-            self.operations[attempt] = {}
+            self.payments[attempt], self.operations[attempt] = opening, {}
         for _ in range(4):
             known = self.operations[attempt]
-            ask = payment_rules.next_step(goal, self.attempts[attempt], known.values())
-            if ask is None:
+            following = payment_rules.next_operation(target, self.payments[attempt], known.values())
+            if following is None:
                 return self._record(attempt)
-            if isinstance(ask, ServiceError):
-                return ask
+            if isinstance(following, ServiceError):
+                return following
+            if self.payments[attempt].amount_minor == 0:
+                settled = payment_rules.settle(self.payments[attempt], following, payment_rules.NOT_ASKED)
+                self.payments[attempt] = settled
+                continue
             operation = known.setdefault(
-                (ask.kind, ask.reference), Operation(ask.kind, ask.reference, ask.amount_minor)
+                (following.kind, following.reference),
+                OperationModel(following.kind, following.reference, following.amount_minor),
             )
-            if not self._ask(attempt, ask, operation):
+            if not self._call(attempt, following, operation):
                 break
-        return OutcomePending(operation=goal.kind, order_id=ORDER_ID)
+        return OutcomePending(operation=target.kind, order_id=ORDER_ID)
 
-    def _ask(self, attempt: int, ask: Ask, operation: Operation) -> bool:
-        """False where the bank's answer is lost."""
-        payment = self.attempts[attempt]
-        key = payment_rules.key_of(payment.id, ask.kind, ask.reference)
-        outcome = self.bank.ask(key, ask, payment.method, payment.charge_id)
-        if self.loses:
-            self.loses = False
+    def sweep(self) -> None:
+        """Calls again for what has no result yet."""
+        for attempt, operations in self.operations.items():
+            for operation in operations.values():
+                if operation.status in payment_rules.OPEN:
+                    again = NextOperation(operation.kind, operation.reference, operation.amount_minor)
+                    self._call(attempt, again, operation)
+
+    def deliver_late(self) -> None:
+        """Requests that were lost arrive at the bank after all; their answers do not come back."""
+        for arrive in self.late:
+            arrive()
+        self.late.clear()
+
+    def _call(self, attempt: int, following: NextOperation, operation: OperationModel) -> bool:
+        """False where the request or the answer is lost."""
+        payment = self.payments[attempt]
+        key = payment_rules.key_of(ORDER_ID, NONCE, attempt, following.kind, following.reference)
+        loss, self.loss = self.loss, None
+        if loss is not None:
             operation.status = "unknown"
+        if loss == "request":
+            self.late.append(lambda: self.bank.execute(key, following, payment.method, payment.charge_id))
             return False
-        self.attempts[attempt] = payment_rules.settle(payment, operation, outcome)
-        operation.status = "succeeded" if isinstance(outcome, payment_rules.Succeeded) else "declined"
-        operation.code = outcome.code if isinstance(outcome, payment_rules.Declined) else None
+        result = self.bank.execute(key, following, payment.method, payment.charge_id)
+        if loss == "answer":
+            return False
+        self.payments[attempt] = payment_rules.settle(payment, operation, result)
+        operation.status = "succeeded" if isinstance(result, payment_rules.Succeeded) else "declined"
+        operation.code = result.code if isinstance(result, payment_rules.Declined) else None
         return True
 
-    def _is_live(self, payment: Attempt) -> bool:
-        return payment.status not in ("failed", "voided", "refunded")
-
     def _record(self, attempt: int) -> PaymentRecord:
-        payment = self.attempts[attempt]
+        payment = self.payments[attempt]
         return PaymentRecord(
             id=payment.id,
             order_id=ORDER_ID,
@@ -290,226 +353,315 @@ class Till:
         )
 
 
+def _is_live(payment: PaymentModel) -> bool:
+    return payment.status not in ("failed", "voided", "refunded")
+
+
 # ------------------------------------------------------------------------------------------------------------- drivers
 
-Outcome = Decision | TryAgain
 Call = Callable[[], object]
-Walk = Generator[Call, object, Outcome]
-"""The calls of one step, each answered, and what the step has come to."""
+StepRun = Generator[Call, object, Decision | RetryLater]
+"""The calls of one step, each sent its answer; returns the outcome of the step."""
+
+
+class SagaModel(msgspec.Struct, frozen=True):
+    """A saga as its row has it."""
+
+    step: Step
+    state: Checkout
+    epoch: int
+    version: int = 1
 
 
 class Driver:
-    """Somebody who drives the saga, as it was when they took it. Whoever is not the last is a zombie."""
+    """A process with a saga, as both were when it took the saga over. All but the newest are fenced."""
 
     def __init__(self, machine: CheckoutMachine) -> None:
         self.machine = machine
         self.begin()
 
     def begin(self) -> None:
-        """The next step, from where the saga is."""
-        machine = self.machine
-        self.epoch, self.version = machine.epoch, machine.version
-        self.walk = WALKS[machine.step](machine, machine.order, machine.state)
-        self.calls: list[Call] = []
-        self.outcome: Outcome | None = None
+        """Begins the step at which the saga is."""
+        saga = self.machine.saga
+        assert saga is not None, "a finished saga has no driver"
+        self.epoch, self.version = saga.epoch, saga.version
+        self.run = RUNS[saga.step](self.machine, self.machine.order, saga.state)
+        self.outcome: Decision | RetryLater | None = None
         self._send(None)
 
-    def go_on(self, times: int) -> bool:
-        """Makes the next call, or saves. False where this driver is at its end."""
-        if self.outcome is not None:
-            return self.machine.save(self)
-        call = self.calls[-1]
-        answer: object = None
-        for _ in range(times):
-            answer = call()
-        self._send(answer)
-        return True
+    def go_on(self, times: int = 1) -> bool:
+        """Makes the next call, so many times, or saves. False where this driver has no more to do.
+
+        A save that is made twice is one whose answer was lost.
+        """
+        if self.outcome is None:
+            answers = [self.call() for _ in range(times)]
+            self._send(answers[-1])
+            return True
+        is_running = self.machine.save(self, self.outcome)
+        if times > 1:
+            assert not self.machine.save(self, self.outcome)
+            return False
+        if is_running:
+            self.begin()
+        return is_running
 
     def _send(self, answer: object) -> None:
         try:
-            self.calls.append(self.walk.send(answer))
+            self.call = self.run.send(answer)
         except StopIteration as end:
             self.outcome = end.value
 
 
-def _reserve(machine: CheckoutMachine, order: Order, state: Checkout) -> Walk:
-    final = state.paying or state.on_account
-    held = yield lambda: machine.shelf.reserve(machine.quantity, for_payment=final)
-    assert isinstance(held, Reservation | ServiceError)
-    decision = steps.after_reserve(order, state, held, WINDOW_S)
+def _reserve(machine: CheckoutMachine, order: Order, state: Checkout) -> StepRun:
+    reserved = yield lambda: machine.inventory.reserve(machine.quantity, for_payment=steps.is_final(order, state))
+    assert isinstance(reserved, Reservation | ServiceError)
+    decision = steps.after_reserve(order, state, reserved, WINDOW_S)
+    if decision is None and state.paying:
+        target = Target("charge" if state.capture else "authorize")
+        made = yield lambda: machine.payments.execute(target, state.attempt, opening(order, state, "pending"))
+        assert isinstance(made, PaymentRecord | ServiceError)
+        if not state.capture:
+            return steps.after_authorize(order, state, made, WINDOW_S)
+        decision = steps.after_charge(order, state, made, WINDOW_S)
     if decision is not None:
         return decision
-    goal, opening = Goal("authorize"), machine.opening(state, "pending")
-    authorized = yield lambda: machine.till.reach(goal, state.attempt, opening)
-    assert isinstance(authorized, PaymentRecord | ServiceError)
-    return steps.after_authorize(order, state, authorized, WINDOW_S)
+    sold = yield machine.inventory.commit
+    assert isinstance(sold, Reservation | ServiceError)
+    decision = steps.after_commit(order, state, sold)
+    assert decision is not None, "only an authorized order still has to be captured"
+    return decision
 
 
-def _settle(machine: CheckoutMachine, order: Order, state: Checkout) -> Walk:
-    sold = yield machine.shelf.commit
+def _settle(machine: CheckoutMachine, order: Order, state: Checkout) -> StepRun:
+    sold = yield machine.inventory.commit
     assert isinstance(sold, Reservation | ServiceError)
     decision = steps.after_commit(order, state, sold)
     if decision is not None:
         return decision
-    captured = yield lambda: machine.till.reach(Goal("capture"), state.attempt)
+    captured = yield lambda: machine.payments.execute(Target("capture"), state.attempt)
     assert isinstance(captured, PaymentRecord | ServiceError)
     return steps.after_capture(order, state, captured)
 
 
-def _awaiting(_machine: CheckoutMachine, order: Order, state: Checkout) -> Walk:
+def _awaiting(_machine: CheckoutMachine, _order: Order, state: Checkout) -> StepRun:
     yield lambda: None
-    return steps.after_waiting(order, state)
+    return steps.after_waiting(state)
 
 
-def _unwind(machine: CheckoutMachine, order: Order, state: Checkout) -> Walk:
+def _unwind(machine: CheckoutMachine, order: Order, state: Checkout) -> StepRun:
     payment: PaymentRecord | None = None
-    if state.attempt:
-        voided = yield lambda: machine.till.reach(Goal("void"), state.attempt, machine.opening(state, "voided"))
-        if not isinstance(voided, PaymentRecord):
-            return TryAgain("void")
-        payment = voided
-        if left := voided.captured_minor - voided.refunded_minor:
-            refunded = yield lambda: machine.till.reach(Goal("refund", "cancel", left), state.attempt)
-            if not isinstance(refunded, PaymentRecord):
-                return TryAgain("refund")
+    is_kept = False
+    if order.payment not in rules.REFUNDABLE and state.method is not None:
+        tombstone = opening(order, state, "voided")
+        voided = yield lambda: machine.payments.execute(Target("void"), state.attempt, tombstone)
+        if isinstance(voided, PaymentRecord):
+            payment = voided
+        elif not isinstance(voided, PaymentOfAnotherOrder):
+            return RetryLater("void")
+    if left_minor := _minor_to_refund(order, payment):
+        target = Target("refund", "cancel", left_minor)
+        refunded = yield lambda: machine.payments.execute(target, state.attempt)
+        if isinstance(refunded, PaymentRecord):
             payment = refunded
-    released = yield machine.shelf.release
-    assert isinstance(released, Reservation)
-    if released.state == "committed":
-        back = yield lambda: machine.shelf.restock(machine.quantity, "cancel")
-        if isinstance(back, ServiceError):
-            return TryAgain("restock")
-    return steps.after_unwind(order, state, payment)
+        elif isinstance(refunded, RefundDeclined):
+            is_kept = True
+        else:
+            return RetryLater("refund")
+    released = yield machine.inventory.release
+    if isinstance(released, Reservation):
+        if released.state == "committed":
+            back = yield lambda: machine.inventory.return_items(machine.quantity, "cancel")
+            if isinstance(back, ServiceError):
+                return RetryLater("restock")
+    elif not isinstance(released, StockOfAnotherOrder):
+        return RetryLater("release")
+    return steps.after_unwind(order, state, payment, is_kept=is_kept)
 
 
-WALKS: Final[Mapping[Step, Callable[[CheckoutMachine, Order, Checkout], Walk]]] = {
+def _minor_to_refund(order: Order, payment: PaymentRecord | None) -> int:
+    if order.payment in rules.REFUNDABLE:
+        return order.total_minor - order.refunded_minor
+    return payment.captured_minor - payment.refunded_minor if payment else 0
+
+
+def opening(order: Order, state: Checkout, status: PaymentStatus) -> PaymentModel:
+    assert state.method is not None
+    return PaymentModel(state.attempt, state.method, order.total_minor, status)
+
+
+RUNS: Final[Mapping[Step, Callable[[CheckoutMachine, Order, Checkout], StepRun]]] = {
     "reserve": _reserve,
     "settle": _settle,
     "awaiting": _awaiting,
     "unwind": _unwind,
 }
-"""As `checkout.py` has them, for one order."""
+"""The steps as `checkout.py` has them, for one order."""
 
 
 # ------------------------------------------------------------------------------------------------------------- machine
 
 
 class CheckoutMachine(RuleBasedStateMachine):
-    """One order, its saga, and everybody who has to do with it."""
+    """One order, its saga while there is one, its drivers, its clients, and the services that are asked."""
 
     @initialize(
-        on_hand=st.sampled_from([2, 5]), method=st.none() | st.sampled_from(METHODS), quantity=st.integers(1, 3)
+        on_hand=st.sampled_from([2, 5]),
+        method=st.sampled_from([*METHODS, "sandbox:ok", None]),
+        quantity=st.sampled_from([1, 2, 3]),
+        price_minor=st.sampled_from([PRICE_MINOR, PRICE_MINOR, PRICE_MINOR, 0]),
     )
-    def place(self, on_hand: int, method: str | None, quantity: int) -> None:
+    def place(self, on_hand: int, method: str | None, quantity: int, price_minor: int = PRICE_MINOR) -> None:
         self.on_hand, self.quantity = on_hand, quantity
-        self.shelf, self.bank = Shelf(on_hand), TheBank()
-        self.till = Till(self.bank)
-        self.order = new_order(quantity)
-        self.state = Checkout()
-        if method is not None:
-            self.state = Checkout(paying=True, method=method, attempt=1, with_order=True)
-        self.step: Step = "reserve"
-        self.epoch, self.version = 1, 1
+        self.inventory, self.bank = InventoryModel(on_hand), BankModel()
+        self.payments = PaymentsModel(self.bank)
+        self.order = new_order(quantity, price_minor)
+        self.payment_attempt = 0 if method is None else 1
+        self.on_account = False
+        self.epochs: Iterator[int] = iter(range(1, 10_000))
+        state = Checkout() if method is None else Checkout(paying=True, method=method, attempt=1)
+        self.saga: SagaModel | None = SagaModel("reserve", state, next(self.epochs))
         self.drivers: list[Driver] = [Driver(self)]
+
+    @property
+    def step(self) -> str:
+        return self.saga.step if self.saga else FINISHED
 
     # ------------------------------------------------------------------------------------------------------- drivers
 
-    @rule(calls=st.integers(1, 6), times=st.sampled_from([1, 1, 1, 2]), loses=st.booleans())
-    def go_on(self, calls: int, times: int, loses: bool) -> None:
-        """Whoever came last makes its next calls, perhaps twice, or saves; the last answer may be lost."""
-        self._last_goes_on(calls - 1, times)
-        if self.drivers:
-            self._go_on(self.drivers[-1], times, loses=loses)
+    @rule(calls=st.integers(1, 7), times=st.sampled_from([1, 1, 1, 2]))
+    def go_on(self, calls: int, times: int = 1) -> None:
+        """The newest driver makes its next calls, perhaps twice, or saves."""
+        self._newest_goes_on(calls, times)
 
     @precondition(lambda self: len(self.drivers) > 1)
     @rule(data=st.data(), times=st.sampled_from([1, 2]))
     def go_on_late(self, data: st.DataObject, times: int) -> None:
         """Any driver goes on, however late it is."""
-        self._go_on(data.draw(st.sampled_from(self.drivers)), times, loses=False)
+        self._go_on(data.draw(st.sampled_from(self.drivers)), times)
 
-    def _last_goes_on(self, calls: int, times: int = 1) -> None:
+    def lose(self, loss: Loss) -> None:
+        """The newest driver goes on until its next call of the provider, which is lost."""
+        self.payments.loss = loss
+        while self.payments.loss and self.drivers:
+            self._newest_goes_on(1)
+        self.payments.loss = None
+
+    def _meanwhile(self, progress: Progress) -> None:
+        if isinstance(progress, int):
+            self._newest_goes_on(progress)
+        else:
+            self.lose(progress)
+
+    def _newest_goes_on(self, calls: int, times: int = 1) -> None:
         for _ in range(calls):
             if self.drivers:
-                self._go_on(self.drivers[-1], times, loses=False)
+                self._go_on(self.drivers[-1], times)
 
-    def _go_on(self, driver: Driver, times: int, *, loses: bool) -> None:
-        self.till.loses = loses
+    def _go_on(self, driver: Driver, times: int) -> None:
         if not driver.go_on(times):
             self.drivers.remove(driver)
-        self.till.loses = False
 
     @precondition(lambda self: self.step not in RESTING)
-    @rule(meanwhile=CALLS, dies=st.booleans())
-    def take_over(self, meanwhile: int, dies: bool) -> None:
-        """A lease has run out; who had it is dead, or is not."""
-        self._last_goes_on(meanwhile)
+    @rule(meanwhile=PROGRESS, dies=st.booleans())
+    def take_over(self, meanwhile: Progress = 0, dies: bool = False) -> None:
+        """The lease of a driver ends, though it may be alive; or the time of the next try has come."""
+        self._meanwhile(meanwhile)
         if self.step in RESTING:
             return
         if dies and self.drivers:
             self.drivers.pop()
-        self.epoch += 1
-        self.drivers.append(Driver(self))
+        self._fence()
 
     @precondition(lambda self: self.step == "awaiting")
     @rule()
     def wake(self) -> None:
         """The time that the order waits for its payment is over."""
-        self.epoch += 1
+        self._fence()
+
+    def _fence(self) -> None:
+        """Another driver takes the saga over."""
+        assert self.saga is not None
+        self.saga = msgspec.structs.replace(self.saga, epoch=next(self.epochs))
         self.drivers.append(Driver(self))
 
-    def save(self, driver: Driver) -> bool:
-        """What a step has come to, unless its driver has lost the saga. Gives whether it drives on."""
-        outcome = driver.outcome
-        assert outcome is not None
-        if (driver.epoch, driver.version) != (self.epoch, self.version):
+    def save(self, driver: Driver, outcome: Decision | RetryLater) -> bool:
+        """Saves the outcome of a step, unless its driver has lost the saga. Gives whether it drives on."""
+        saga = self.saga
+        if saga is None or (driver.epoch, driver.version) != (saga.epoch, saga.version):
             return False
-        self.version += 1
-        if isinstance(outcome, TryAgain):
+        if isinstance(outcome, RetryLater):
+            self.saga = msgspec.structs.replace(saga, version=saga.version + 1)
             return False
-        self._move(outcome)
-        if outcome.running:
-            driver.begin()
+        self._write(saga, outcome)
         return outcome.running
 
-    def _move(self, decision: Decision) -> None:
-        rules.assert_declared(self.order, decision.status, decision.payment, None)
+    def _write(self, saga: SagaModel, decision: Decision) -> None:
+        order = self.order
+        rules.assert_declared(order, decision.status, decision.payment, None)
         self.order = msgspec.structs.replace(
-            self.order,
-            status=decision.status or self.order.status,
-            payment=decision.payment or self.order.payment,
-            refunded_minor=self.order.refunded_minor + decision.refunded_minor,
-            reason=decision.reason or self.order.reason,
+            order,
+            status=decision.status or order.status,
+            payment=decision.payment or order.payment,
+            refunded_minor=order.refunded_minor + decision.refunded_minor,
+            reason=decision.reason or order.reason,
         )
-        self.step, self.state = decision.step, decision.state
+        self.on_account |= decision.state.on_account and decision.status == "confirmed"
+        assert not (decision.finished and decision.running)
+        moved = SagaModel(decision.step, decision.state, saga.epoch, saga.version + 1)
+        self.saga = None if decision.finished else moved
 
-    def opening(self, state: Checkout, status: PaymentStatus) -> Attempt:
-        assert state.method is not None
-        return Attempt(state.attempt, state.method, self.order.total_minor, status)
+    # -------------------------------------------------------------------------------------------------------- clients
 
-    # -------------------------------------------------------------------------------------------------------- people
+    @property
+    def state(self) -> Checkout:
+        return self.saga.state if self.saga else Checkout(attempt=self.payment_attempt)
 
     def redirect(self, decision: Decision) -> None:
-        self.epoch += 1
-        self.version += 1
-        self._move(decision)
+        """A request fences the driver of the saga, or makes a new saga where the last one is finished."""
+        if self.saga is None:
+            made = SagaModel(decision.step, decision.state, next(self.epochs))
+            self._write(made, decision)
+            self.saga = made
+        else:
+            self.saga = msgspec.structs.replace(self.saga, epoch=next(self.epochs))
+            self._write(self.saga, decision)
         self.drivers.append(Driver(self))
 
-    @precondition(lambda self: self.step in ("awaiting", "done") and self.order.payment == "unpaid")
-    @precondition(lambda self: self.order.status != "cancelled")
-    @rule(method=st.sampled_from(METHODS), capture=st.booleans(), then=CALLS)
-    def pay(self, method: str, capture: bool, then: int) -> None:
+    def is_payable(self) -> bool:
+        order = self.order
+        is_sold_without_stock = order.status != "pending" and not self.on_account
+        is_due = order.status != "cancelled" and order.payment == "unpaid"
+        return is_due and self.step in ("awaiting", FINISHED) and not is_sold_without_stock
+
+    @precondition(is_payable)
+    @rule(method=st.sampled_from(METHODS), capture=st.booleans(), then=PROGRESS)
+    def pay(self, method: str, capture: bool = True, then: Progress = 0) -> None:
+        self.payment_attempt += 1
         paying = msgspec.structs.replace(
-            self.state, paying=True, method=method, attempt=self.state.attempt + 1, capture=capture, with_order=False
+            self.state,
+            paying=True,
+            method=method,
+            attempt=self.payment_attempt,
+            capture=capture,
+            on_account=self.on_account,
         )
-        self.redirect(Decision("reserve", "payment asked for", paying, running=True))
-        self._last_goes_on(then)
+        self.redirect(Decision("reserve", "payment requested", paying, running=True))
+        self._meanwhile(then)
+
+    @precondition(is_payable)
+    @rule(times=st.integers(2, ATTEMPTS_LIMIT))
+    def pay_with_declined_cards(self, times: int) -> None:
+        for _ in range(times):
+            if self.is_payable():
+                self.pay("sandbox:declined", then=7)
 
     @precondition(lambda self: "cancelled" in rules.legal_moves(self.order, "status"))
-    @rule(meanwhile=CALLS)
-    def cancel(self, meanwhile: int) -> None:
-        self._last_goes_on(meanwhile)
+    @rule(meanwhile=PROGRESS)
+    def cancel(self, meanwhile: Progress = 0) -> None:
+        self._meanwhile(meanwhile)
         if "cancelled" in rules.legal_moves(self.order, "status"):
-            self.redirect(steps.cancelled_by(self.order, self.state, "no more"))
+            self.redirect(steps.cancelled_by(self.state, "no more"))
 
     @precondition(lambda self: self.step == "awaiting" and self.order.status == "pending")
     @rule()
@@ -521,28 +673,56 @@ class CheckoutMachine(RuleBasedStateMachine):
     @rule()
     def capture(self) -> None:
         state = msgspec.structs.replace(self.state, capture=True)
-        self.redirect(Decision("settle", "capture asked for", state, running=True))
+        self.redirect(Decision("settle", "capture requested", state, running=True))
 
-    @precondition(lambda self: self.step in ("done", "awaiting", "authorized"))
+    @precondition(lambda self: self.step == FINISHED and self.order.payment in rules.REFUNDABLE)
+    @precondition(lambda self: self.order.total_minor > self.order.refunded_minor)
+    @rule(is_rest=st.booleans())
+    def refund(self, is_rest: bool = False) -> None:
+        """Staff give back all that is left, or a part of it."""
+        order = self.order
+        left_minor = order.total_minor - order.refunded_minor
+        amount_minor = left_minor if is_rest else left_minor // 2
+        target = Target("refund", f"staff-{order.refunded_minor}", amount_minor)
+        refunded = self.payments.execute(target, self.payment_attempt)
+        assert isinstance(refunded, PaymentRecord)
+        became = "refunded" if is_rest else "partially_refunded"
+        rules.assert_declared(order, None, became, None)
+        refunded_minor = order.refunded_minor + amount_minor
+        self.order = msgspec.structs.replace(order, payment=became, refunded_minor=refunded_minor)
+
+    @precondition(lambda self: self.step in RESTING)
     @precondition(lambda self: "completed" in rules.legal_moves(self.order, "status"))
     @rule()
     def complete(self) -> None:
-        """Staff close it; it may be paid later all the same."""
+        """Staff close the order. It may still be paid later."""
         self.order = msgspec.structs.replace(self.order, status="completed")
 
-    @rule(pieces=st.integers(1, 3))
-    def goods_arrive(self, pieces: int) -> None:
-        """There may be enough again when somebody asks late who was told that there is not."""
-        self.shelf.receive(pieces)
-        self.on_hand += pieces
+    # ------------------------------------------------------------------------------------------------- other services
 
-    @rule(meanwhile=CALLS, is_seen=st.booleans())
-    def hold_runs_out(self, meanwhile: int, is_seen: bool) -> None:
-        """Seen by inventory itself, or only by whoever asks next."""
-        self._last_goes_on(meanwhile)
-        self.shelf.let_time_pass()
-        if is_seen:
-            self.shelf.expire()
+    @rule(meanwhile=PROGRESS, is_ended=st.booleans())
+    def hold_runs_out(self, meanwhile: Progress = 0, is_ended: bool = True) -> None:
+        """Ended by the expiry of inventory, or only by the next request about it."""
+        self._meanwhile(meanwhile)
+        self.inventory.let_time_pass()
+        if is_ended:
+            self.inventory.expire()
+
+    @rule(meanwhile=PROGRESS, what=st.sampled_from(["goods arrive", "payments are swept", "lost requests arrive"]))
+    def other_work(self, meanwhile: Progress, what: str) -> None:
+        self._meanwhile(meanwhile)
+        match what:
+            case "goods arrive":
+                self.goods_arrive(3)
+            case "payments are swept":
+                self.payments.sweep()
+            case _:
+                self.payments.deliver_late()
+
+    def goods_arrive(self, pieces: int) -> None:
+        """A fenced driver that was told "out of stock" may find enough when it asks again."""
+        self.inventory.receive(pieces)
+        self.on_hand += pieces
 
     # ---------------------------------------------------------------------------------------------------- invariants
 
@@ -554,84 +734,104 @@ class CheckoutMachine(RuleBasedStateMachine):
 
     @invariant()
     def stock_is_neither_lost_nor_invented(self) -> None:
-        level = self.shelf.level
-        lines = self.shelf.reservation.lines if self.shelf.reservation else ()
-        sold = sum(line.quantity - line.returned for line in lines) if self.shelf.state == "committed" else 0
-        held = sum(line.quantity for line in lines) if self.shelf.state == "held" else 0
-        assert (level.on_hand, level.reserved) == (self.on_hand - sold, held)
+        level = self.inventory.level
+        lines = self.inventory.reservation.lines if self.inventory.reservation else ()
+        state = self.inventory.state
+        sold = sum(line.quantity - line.returned for line in lines) if state == "committed" else 0
+        reserved = sum(line.quantity for line in lines) if state == "held" else 0
+        assert (level.on_hand, level.reserved) == (self.on_hand - sold, reserved)
 
     @invariant()
-    def stock_is_not_lost_while_somebody_pays(self) -> None:
+    def stock_is_not_lost_while_a_payment_is_under_way(self) -> None:
         assert self.order.reason is None or self.order.reason.code != "stock_lost"
 
     @invariant()
-    def what_the_order_says_of_money_the_bank_says_too(self) -> None:
-        if self.order.payment == "paid" and self.order.status in ("confirmed", "completed"):
-            assert self.bank.net_minor == self.order.total_minor
-        if self.order.payment in ("unpaid", "failed") and self.step in RESTING:
+    def order_and_bank_agree_about_money(self) -> None:
+        order = self.order
+        if order.payment in ("paid", "partially_refunded", "refunded") and order.status in ("confirmed", "completed"):
+            assert self.bank.net_minor == order.total_minor - order.refunded_minor
+        if order.payment in ("unpaid", "failed") and self.step in RESTING:
             assert (self.bank.net_minor, self.bank.open_charges) == (0, 0)
 
     @invariant()
-    def what_is_at_rest_is_whole(self) -> None:
-        if self.step in RESTING:
-            self.assert_whole()
+    def a_pending_order_has_a_saga(self) -> None:
+        assert self.saga is not None or self.order.status != "pending"
 
-    def assert_whole(self) -> None:
-        """Of an order for which nothing is under way, whoever may still call late."""
-        order, level, bank = self.order, self.shelf.level, self.bank
+    @invariant()
+    def a_parked_saga_is_parked_rightly(self) -> None:
+        if self.saga and self.saga.step == "authorized":
+            assert steps.resumed(self.saga.step, self.order.status, self.order.payment) is None
+
+    @invariant()
+    def an_order_at_rest_is_consistent(self) -> None:
+        if self.step in RESTING:
+            self.assert_consistent()
+
+    def assert_consistent(self) -> None:
+        """Of an order for which no work is under way, whichever driver may still call late."""
+        order, level, bank = self.order, self.inventory.level, self.bank
         match order.status:
             case "cancelled":
+                assert self.step == FINISHED
                 assert (bank.net_minor, bank.open_charges) == (0, 0)
                 assert (level.on_hand, level.reserved) == (self.on_hand, 0)
                 assert order.reason is not None
                 assert order.refunded_minor == (order.total_minor if order.payment == "refunded" else 0)
                 assert order.payment in ("unpaid", "failed", "voided", "refunded")
             case "confirmed" | "completed":
-                assert self.shelf.state == "committed"
+                assert self.inventory.state == "committed"
                 assert level.on_hand == self.on_hand - self.quantity
                 assert bank.open_charges == (self.step == "authorized")
-                assert bank.net_minor == (order.total_minor if order.payment == "paid" else 0)
-                assert order.payment == ("authorized" if self.step == "authorized" else order.payment)
+                was_paid = order.payment in ("paid", "partially_refunded", "refunded")
+                assert bank.net_minor == (order.total_minor - order.refunded_minor if was_paid else 0)
+                assert (order.payment == "authorized") == (self.step == "authorized")
+                assert was_paid or order.payment in ("unpaid", "authorized")
             case _:
-                assert (order.status, self.step) == ("pending", "awaiting")
-                assert self.shelf.state in ("held", "expired")
+                assert (order.status, order.payment, self.step) == ("pending", "unpaid", "awaiting")
+                assert self.payment_attempt < ATTEMPTS_LIMIT
+                assert self.inventory.state in ("held", "expired")
                 assert (bank.net_minor, bank.open_charges) == (0, 0)
 
     def teardown(self) -> None:
-        """When faults stop, the order comes to rest; and those who call late then change nothing any more."""
+        """Without faults the order comes to rest; late calls and late requests then change nothing any more."""
         if not hasattr(self, "order"):
             return
-        zombies = self.drivers
-        self.drivers = []
-        self.epoch += 1
+        fenced, self.drivers = self.drivers, []
         self._come_to_rest()
-        self.assert_whole()
-        before = (self.order, self.shelf.level, self.bank.net_minor, self.bank.open_charges)
-        for zombie in zombies:
-            while zombie.go_on(1):
+        self.assert_consistent()
+        before = (self.order, self.saga, self.inventory.level, self.bank.net_minor, self.bank.open_charges)
+        for driver in fenced:
+            while driver.go_on():
                 pass
-        assert (self.order, self.shelf.level, self.bank.net_minor, self.bank.open_charges) == before
+        self.payments.deliver_late()
+        self.payments.sweep()
+        assert (self.order, self.saga, self.inventory.level, self.bank.net_minor, self.bank.open_charges) == before
 
     def _come_to_rest(self) -> None:
+        if self.saga:  # the drivers are fenced, also where it rests
+            self.saga = msgspec.structs.replace(self.saga, epoch=next(self.epochs))
         for _ in range(TRIES):
             if self.step in RESTING:
                 return
-            self.epoch += 1
-            driver = Driver(self)
-            while driver.go_on(1):
+            self._fence()
+            driver = self.drivers.pop()
+            while driver.go_on():
                 pass
         raise AssertionError(f"it does not come to rest: {self.step}, {self.order.status}, {self.order.payment}")
 
 
-def new_order(quantity: int) -> Order:
-    total = quantity * PRICE_MINOR
+def new_order(quantity: int, price_minor: int) -> Order:
+    total_minor = quantity * price_minor
     line = OrderLine(
+        id=1,
         product_id=PRODUCT_ID,
         sku="SKU-7",
         name="Thing 7",
         quantity=quantity,
-        unit_price_minor=PRICE_MINOR,
-        line_total_minor=total,
+        unit_price_minor=price_minor,
+        discount_minor=0,
+        tax_minor=0,
+        line_total_minor=total_minor,
     )
     return Order(
         id=ORDER_ID,
@@ -640,7 +840,7 @@ def new_order(quantity: int) -> Order:
         payment="unpaid",
         fulfilment="unfulfilled",
         currency="USD",
-        total_minor=total,
+        total_minor=total_minor,
         lines=(line,),
         created_at=EPOCH,
         updated_at=EPOCH,
@@ -650,116 +850,416 @@ def new_order(quantity: int) -> Order:
 
 TestCheckout = CheckoutMachine.TestCase
 TestCheckout.settings = settings(
-    max_examples=120,
+    max_examples=200,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 
 
-# ------------------------------------------------------------------------------------------------------ by themselves
+# ---------------------------------------------------------------------------------------------------- single scenarios
 
 
-def placed(method: str | None) -> CheckoutMachine:
-    """An order of one of five pieces, whose driver has not begun."""
+def placed(method: str | None, *, quantity: int = 1, price_minor: int = PRICE_MINOR) -> CheckoutMachine:
+    """An order of one of five pieces, whose driver has made no call yet."""
     machine = CheckoutMachine()
-    machine.place(on_hand=5, method=method, quantity=1)
+    machine.place(on_hand=5, method=method, quantity=quantity, price_minor=price_minor)
     return machine
 
 
-def assert_at(machine: CheckoutMachine, step: Step, status: str, payment: str) -> None:
-    assert (machine.step, machine.order.status, machine.order.payment) == (step, status, payment)
-    machine.no_card_is_charged_twice()
-    machine.stock_is_neither_lost_nor_invented()
-    machine.what_the_order_says_of_money_the_bank_says_too()
-    machine.what_is_at_rest_is_whole()
-
-
-def test_what_was_confirmed_on_account_is_paid_later():
+def on_account() -> CheckoutMachine:
+    """An order that staff have confirmed without a payment."""
     machine = placed(None)
-    machine.go_on(calls=2, times=1, loses=False)
+    machine.go_on(calls=2)
     assert_at(machine, "awaiting", "pending", "unpaid")
     machine.confirm_on_account()
-    machine.go_on(calls=6, times=1, loses=False)
-    assert_at(machine, "done", "confirmed", "unpaid")
-
-    machine.pay(method="sandbox:ok", capture=True, then=6)
-
-    assert_at(machine, "done", "confirmed", "paid")
+    machine.go_on(calls=3)
+    assert_at(machine, FINISHED, "confirmed", "unpaid")
+    return machine
 
 
-@pytest.mark.parametrize("calls", [2, 5])
-def test_a_lost_answer_is_asked_for_again_with_the_same_key(calls: int):
-    """That of the authorization, and that of the capture."""
+def assert_at(machine: CheckoutMachine, step: str, status: str, payment: str) -> None:
+    assert (machine.step, machine.order.status, machine.order.payment) == (step, status, payment)
+    assert_invariants(machine)
+
+
+def assert_invariants(machine: CheckoutMachine) -> None:
+    machine.no_card_is_charged_twice()
+    machine.stock_is_neither_lost_nor_invented()
+    machine.order_and_bank_agree_about_money()
+    machine.a_pending_order_has_a_saga()
+    machine.a_parked_saga_is_parked_rightly()
+    machine.an_order_at_rest_is_consistent()
+
+
+def run_to_end(driver: Driver) -> None:
+    while driver.go_on():
+        pass
+
+
+def test_a_paid_order_takes_three_calls_and_one_save():
     machine = placed("sandbox:ok")
-    machine.go_on(calls=calls, times=1, loses=True)
-    machine.go_on(calls=1, times=1, loses=False)  # it saves that it does not know
+    machine.go_on(calls=3)
+    assert_at(machine, "reserve", "pending", "unpaid")
+    assert machine.inventory.state == "committed"
+    assert machine.bank.net_minor == PRICE_MINOR
+
+    machine.go_on(calls=1)
+
+    assert_at(machine, FINISHED, "confirmed", "paid")
     assert machine.drivers == []
 
-    machine.take_over(meanwhile=0, dies=False)
-    machine.go_on(calls=6, times=1, loses=False)
 
-    assert_at(machine, "done", "confirmed", "paid")
-    assert machine.bank.captures == 1
-    assert len(machine.bank.charges) == 1
+def test_an_order_confirmed_on_account_can_be_paid_later():
+    machine = on_account()
+
+    machine.pay("sandbox:ok", then=7)
+
+    assert_at(machine, FINISHED, "confirmed", "paid")
 
 
-@pytest.mark.parametrize("calls", range(1, 5))
-def test_a_hold_does_not_run_out_while_somebody_pays(calls: int):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_charge_without_an_answer_is_repeated_with_the_same_key(loss: Loss):
     machine = placed("sandbox:ok")
-    machine.hold_runs_out(meanwhile=calls, is_seen=True)
-    machine.go_on(calls=6, times=1, loses=False)
+    machine.lose(loss)
+    machine.go_on(calls=1)  # saves that the outcome is not known
+    assert machine.drivers == []
+    assert_at(machine, "reserve", "pending", "unpaid")
 
-    assert_at(machine, "done", "confirmed", "paid")
+    machine.take_over()
+    machine.go_on(calls=4)
+
+    assert_at(machine, FINISHED, "confirmed", "paid")
+    machine.payments.deliver_late()
+    assert (machine.bank.captures, machine.bank.requests, len(machine.bank.charges)) == (1, 2, 1)
+
+
+def authorized(method: str = "sandbox:ok") -> CheckoutMachine:
+    """An order whose payment staff will capture by hand."""
+    machine = placed(None)
+    machine.go_on(calls=2)
+    machine.pay(method, capture=False, then=5)
+    assert_at(machine, "authorized", "confirmed", "authorized")
+    return machine
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_an_authorize_without_an_answer_is_repeated_with_the_same_key(loss: Loss):
+    machine = placed(None)
+    machine.go_on(calls=2)
+    machine.pay("sandbox:ok", capture=False)
+    machine.lose(loss)
+    machine.go_on(calls=1)
+    assert_at(machine, "reserve", "pending", "unpaid")
+
+    machine.take_over()
+    machine.go_on(calls=5)
+
+    assert_at(machine, "authorized", "confirmed", "authorized")
+    machine.payments.deliver_late()
+    assert machine.bank.open_charges == 1
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_capture_without_an_answer_is_repeated_with_the_same_key(loss: Loss):
+    machine = authorized()
+    machine.capture()
+    machine.lose(loss)
+    machine.go_on(calls=1)
+    assert_at(machine, "settle", "confirmed", "authorized")
+
+    machine.take_over()
+    machine.go_on(calls=3)
+
+    assert_at(machine, FINISHED, "confirmed", "paid")
+    machine.payments.deliver_late()
+    assert machine.bank.captures == 1
+
+
+def test_an_authorization_that_expires_before_its_capture_cancels_the_order():
+    machine = authorized("sandbox:capture_expired")
+    machine.capture()
+    machine.go_on(calls=7)
+
+    assert_at(machine, FINISHED, "cancelled", "voided")
+    assert machine.order.reason is not None
+    assert (machine.order.reason.code, machine.order.reason.provider_code) == ("payment_lost", "authorization_expired")
+
+
+def test_an_authorization_that_expires_leaves_an_order_on_account_sold_and_payable():
+    machine = on_account()
+    machine.pay("sandbox:capture_expired", capture=False, then=7)
+    assert_at(machine, "authorized", "confirmed", "authorized")
+    machine.capture()
+    machine.go_on(calls=3)
+    assert_at(machine, FINISHED, "confirmed", "unpaid")
+
+    machine.pay("sandbox:ok", then=7)
+
+    assert_at(machine, FINISHED, "confirmed", "paid")
+
+
+@pytest.mark.parametrize("calls", range(1, 4))
+@pytest.mark.parametrize("paid", ["when placed", "later"])
+def test_a_hold_does_not_expire_while_a_payment_is_under_way(calls: int, paid: str):
+    machine = placed("sandbox:ok" if paid == "when placed" else None)
+    if paid == "later":
+        machine.go_on(calls=2)
+        machine.pay("sandbox:ok")
+    machine.hold_runs_out(meanwhile=calls, is_ended=True)
+    machine.go_on(calls=7)
+
+    assert_at(machine, FINISHED, "confirmed", "paid")
+
+
+def test_a_hold_that_has_expired_cancels_the_order_that_is_paid_too_late():
+    machine = placed(None)
+    machine.hold_runs_out(meanwhile=2, is_ended=True)
+    machine.pay("sandbox:ok", then=7)
+
+    assert_at(machine, FINISHED, "cancelled", "unpaid")
+    assert machine.order.reason is not None
+    assert machine.order.reason.code == "expired"
+
+
+@pytest.mark.parametrize("way", ["when placed", "later"])
+def test_a_declined_order_stays_pending_with_its_stock_held_and_can_be_paid(way: str):
+    machine = placed("sandbox:declined" if way == "when placed" else None)
+    if way == "later":
+        machine.go_on(calls=2)
+        machine.pay("sandbox:declined")
+    machine.go_on(calls=3)
+    assert_at(machine, "awaiting", "pending", "unpaid")
+    assert machine.inventory.state == "held"
+
+    machine.pay("sandbox:ok", then=7)
+
+    assert_at(machine, FINISHED, "confirmed", "paid")
+
+
+def test_a_declined_order_can_be_confirmed_on_account():
+    machine = placed("sandbox:declined")
+    machine.go_on(calls=3)
+    machine.confirm_on_account()
+    machine.go_on(calls=7)
+
+    assert_at(machine, FINISHED, "confirmed", "unpaid")
+
+
+def test_a_declined_payment_does_not_prolong_the_hold():
+    machine = placed("sandbox:declined")
+    machine.go_on(calls=2)
+    [driver] = machine.drivers
+
+    assert isinstance(driver.outcome, Decision)
+    assert driver.outcome.wake_at == EPOCH + datetime.timedelta(seconds=WINDOW_S)
+
+
+def test_a_declined_order_is_cancelled_when_its_hold_ends():
+    machine = placed("sandbox:declined")
+    machine.go_on(calls=3)
+    machine.wake()
+    machine.go_on(calls=7)
+
+    assert_at(machine, FINISHED, "cancelled", "unpaid")
+    assert machine.order.reason is not None
+    assert machine.order.reason.code == "expired"
+
+
+def test_the_tenth_declined_payment_cancels_the_order():
+    machine = placed("sandbox:declined")
+    machine.go_on(calls=3)
+    machine.pay_with_declined_cards(times=ATTEMPTS_LIMIT - 2)
+    assert_at(machine, "awaiting", "pending", "unpaid")
+
+    machine.pay_with_declined_cards(times=1)
+
+    assert_at(machine, FINISHED, "cancelled", "failed")
+    assert machine.order.reason is not None
+    assert (machine.order.reason.code, machine.order.reason.provider_code) == ("payment_declined", "card_declined")
+
+
+@pytest.mark.parametrize("status", ["confirmed", "completed"])
+def test_a_declined_payment_of_an_order_on_account_leaves_it_sold_and_unpaid(status: str):
+    machine = on_account()
+    if status == "completed":
+        machine.complete()
+
+    machine.pay("sandbox:declined", then=7)
+
+    assert_at(machine, FINISHED, status, "unpaid")
+
+
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_an_order_that_costs_nothing_is_paid_without_the_provider(method: str | None):
+    machine = placed(method, price_minor=0)
+    machine.go_on(calls=4)
+
+    assert_at(machine, FINISHED, "confirmed", "paid")
+    assert machine.bank.requests == 0
+
+    machine.cancel()
+    machine.go_on(calls=7)
+
+    assert_at(machine, FINISHED, "cancelled", "refunded")
+    assert machine.bank.requests == 0
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("calls", range(8))
-def test_a_cancel_at_any_moment_leaves_nothing_whoever_calls_late(calls: int, method: str):
+def test_a_cancel_between_any_two_calls_leaves_no_money_and_no_stock(calls: int, method: str):
     machine = placed(method)
-    late = machine.drivers[0]
+    fenced = machine.drivers[0]
     machine.cancel(meanwhile=calls)
-    machine.go_on(calls=6, times=2, loses=False)
-    assert machine.order.status == "cancelled"
-    machine.assert_whole()
+    while machine.drivers and machine.step not in RESTING:
+        machine.go_on(calls=1, times=1 if isinstance(machine.drivers[-1].outcome, Decision) else 2)
+    assert_at(machine, FINISHED, "cancelled", machine.order.payment)
 
-    while late in machine.drivers and late.go_on(1):
-        pass
+    if fenced in machine.drivers:
+        run_to_end(fenced)
 
-    machine.assert_whole()
+    machine.assert_consistent()
 
 
-def test_who_asks_late_for_an_order_that_was_out_of_stock_holds_and_charges_nothing():
+def test_a_cancel_after_the_charge_and_before_the_save_refunds_what_was_taken():
+    machine = placed("sandbox:ok")
+    machine.cancel(meanwhile=2)
+    assert_at(machine, "unwind", "cancelled", "unpaid")
+    assert machine.bank.net_minor == PRICE_MINOR
+    machine.go_on(calls=7)
+
+    assert_at(machine, FINISHED, "cancelled", "unpaid")
+    assert (machine.bank.captures, machine.bank.net_minor) == (1, 0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_cancel_while_the_charge_has_no_answer_settles_it_and_refunds(loss: Loss):
+    machine = placed("sandbox:ok")
+    machine.lose(loss)
+    machine.cancel()
+    machine.go_on(calls=7)
+    assert_at(machine, FINISHED, "cancelled", "unpaid")
+
+    machine.payments.deliver_late()
+
+    assert (machine.bank.captures, machine.bank.net_minor) == (1, 0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_cancel_while_the_capture_has_no_answer_settles_it_and_refunds(loss: Loss):
+    machine = authorized()
+    machine.capture()
+    machine.lose(loss)
+    machine.cancel()
+    machine.go_on(calls=7)
+    assert_at(machine, FINISHED, "cancelled", "refunded")
+
+    machine.payments.deliver_late()
+
+    assert_at(machine, FINISHED, "cancelled", "refunded")
+    assert machine.bank.captures == 1
+
+
+@pytest.mark.parametrize("calls", range(2))
+def test_tombstones_stop_a_fenced_driver_that_calls_after_the_unwind(calls: int):
+    machine = placed("sandbox:ok")
+    fenced = machine.drivers[0]
+    machine.cancel(meanwhile=calls)
+    machine.drivers.remove(fenced)
+    machine.go_on(calls=7)
+    assert_at(machine, FINISHED, "cancelled", "unpaid")
+    assert machine.payments.payments[1].status == "voided"
+    assert machine.inventory.state == "released"
+
+    run_to_end(fenced)
+
+    assert_at(machine, FINISHED, "cancelled", "unpaid")
+    assert machine.bank.requests == 0
+
+
+def test_a_fenced_driver_of_an_order_out_of_stock_holds_and_charges_nothing_later():
     machine = CheckoutMachine()
     machine.place(on_hand=2, method="sandbox:ok", quantity=3)
-    late = machine.drivers[0]
-    machine.take_over(meanwhile=0, dies=False)
+    fenced = machine.drivers[0]
+    machine.take_over()
     while machine.step not in RESTING:
-        machine.go_on(calls=1, times=1, loses=False)
+        machine.go_on(calls=1)
     assert machine.order.reason is not None
     assert machine.order.reason.code == "out_of_stock"
     machine.goods_arrive(pieces=3)
 
-    while late.go_on(1):
-        pass
+    run_to_end(fenced)
 
-    machine.assert_whole()
-
-
-@pytest.mark.parametrize("status", ["confirmed", "completed"])
-def test_a_declined_payment_of_what_was_sold_on_account_changes_nothing(status: str):
-    machine = placed(None)
-    machine.go_on(calls=2, times=1, loses=False)
-    machine.confirm_on_account()
-    machine.go_on(calls=6, times=1, loses=False)
-    if status == "completed":
-        machine.complete()
-
-    machine.pay(method="sandbox:declined", capture=True, then=6)
-
-    assert_at(machine, "done", status, "unpaid")
+    assert_at(machine, FINISHED, "cancelled", "unpaid")
+    assert machine.bank.requests == 0
 
 
-def test_what_a_checkout_remembers_comes_back_as_it_was():
-    for state in (Checkout(), Checkout(paying=True, method="sandbox:ok", attempt=3, capture=False, confirmed_by=9)):
-        assert msgspec.json.decode(steps.encoded(state), type=Checkout) == state
+@pytest.mark.parametrize("request_", ["pay", "cancel"])
+def test_a_driver_of_a_finished_saga_cannot_save_in_the_saga_that_a_later_request_made(request_: str):
+    machine = on_account()
+    if request_ == "pay":
+        machine.pay("sandbox:ok", then=0)
+    else:
+        machine.cancel()
+    assert machine.saga is not None
+    fenced = Driver(machine)
+    fenced.epoch -= 1  # as the driver of the finished saga had it
+    assert fenced.version == machine.saga.version
+
+    before = machine.order
+    run_to_end(fenced)
+
+    assert machine.order == before
+    assert machine.saga is not None
+
+
+def test_a_paid_order_that_is_cancelled_is_refunded_and_its_goods_return():
+    machine = placed("sandbox:ok", quantity=2)
+    machine.go_on(calls=4)
+    machine.refund()
+    assert_at(machine, FINISHED, "confirmed", "partially_refunded")
+    machine.cancel()
+    machine.go_on(calls=7)
+
+    assert_at(machine, FINISHED, "cancelled", "refunded")
+    assert machine.order.refunded_minor == machine.order.total_minor
+
+
+def test_a_refund_that_the_provider_declines_leaves_the_cancelled_order_paid_and_its_stock_free():
+    machine = placed("sandbox:ok")
+    machine.go_on(calls=2)
+    machine.bank.declines_refunds = True
+    machine.cancel()
+    machine.go_on(calls=7)
+
+    assert (machine.step, machine.order.status, machine.order.payment) == (FINISHED, "cancelled", "paid")
+    assert machine.bank.net_minor == PRICE_MINOR
+    assert (machine.inventory.level.on_hand, machine.inventory.level.reserved) == (5, 0)
+
+
+def test_the_hold_of_another_order_with_the_same_id_is_left_alone():
+    machine = placed("sandbox:ok")
+    machine.inventory.reservation = held(1, ANOTHER_NONCE, None)
+    machine.inventory.level = msgspec.structs.replace(machine.inventory.level, reserved=1, available=4)
+    before = (machine.inventory.reservation, machine.inventory.level)
+    machine.go_on(calls=7)
+
+    assert (machine.step, machine.order.status, machine.order.payment) == (FINISHED, "cancelled", "unpaid")
+    assert (machine.inventory.reservation, machine.inventory.level) == before
+    assert machine.bank.requests == 0
+
+
+def test_the_payment_of_another_order_with_the_same_id_is_left_alone():
+    machine = placed("sandbox:ok")
+    machine.payments.nonce = ANOTHER_NONCE
+    machine.go_on(calls=7)
+
+    assert_at(machine, FINISHED, "cancelled", "unpaid")
+    assert machine.order.reason is not None
+    assert machine.order.reason.code == "payment_lost"
+    assert machine.bank.requests == 0
+
+
+@pytest.mark.parametrize("state", [Checkout(), Checkout(True, "sandbox:ok", 3, False, True, 9)])
+def test_the_state_of_a_checkout_is_decoded_as_it_was_encoded(state: Checkout):
+    assert msgspec.json.decode(steps.encoded(state), type=Checkout) == state

@@ -17,7 +17,7 @@ import asyncpg
 import msgspec
 
 from mercato.chassis.contract import Actor, Batch, ServiceError
-from mercato.chassis.db import Database
+from mercato.chassis.db import Database, Row
 from mercato.chassis.rpc import Server
 from mercato.chassis.service import Build, Env, Host, Service
 from mercato.chassis.testing import TEST_SECRET, Rig, migrations_folder
@@ -39,9 +39,10 @@ from mercato.contracts.products import ProductNotFound, Products, Quote, QuotePr
 from mercato.contracts.users import GetUser, User, UserNotFound, Users
 from mercato.services.inventory import app as inventory
 from mercato.services.orders import app
-from mercato.services.orders.store import OrderRow
+from mercato.services.orders.store import OrderRecord, get
 from mercato.services.payments import app as payments
 from mercato.services.sandbox import app as sandbox
+from support.outbox import EVENTS
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ STAFF: Final = Actor("staff", 9)
 EPOCH: Final = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 MUG: Final = 1
 LAMP: Final = 2
-POLLS: Final = 1_000
+POLLS: Final = 5_000
 POLL_SECONDS: Final = 0.01
 PLENTY: Final = 1_000_000
 MUG_MINOR: Final = 1_250
@@ -154,6 +155,11 @@ def basket(*lines: tuple[int, int], **fields: Any) -> PlaceOrder:
     )
 
 
+class EmittedRow(Row):
+    type: str
+    subject_id: int
+
+
 class Bank(msgspec.Struct, frozen=True):
     """What the bank has done for one order. Amounts in minor units."""
 
@@ -213,8 +219,8 @@ class World:
             await connection.execute(
                 """
                 WITH level AS (INSERT INTO levels (product_id, on_hand, version) VALUES ($1, $2, 1))
-                INSERT INTO movements (product_id, kind, delta, actor_role, actor_id)
-                VALUES ($1, 'receipt', $2, 'staff', 9)
+                INSERT INTO movements (product_id, kind, delta, level_version, actor_role, actor_id)
+                VALUES ($1, 'receipt', $2, 1, 'staff', 9)
                 """,
                 product_id,
                 pieces,
@@ -312,9 +318,9 @@ class World:
         connection = await self._looking("sandbox")
         row = await connection.fetchrow(
             """
-            SELECT count(*) FILTER (WHERE kind = 'capture' AND status = 'succeeded') AS captures,
-                   coalesce(sum(amount_minor) FILTER (WHERE kind = 'capture' AND status = 'succeeded'), 0)::bigint
-                       AS captured_minor,
+            SELECT count(*) FILTER (WHERE kind IN ('charge', 'capture') AND status = 'succeeded') AS captures,
+                   coalesce(sum(amount_minor) FILTER (WHERE kind IN ('charge', 'capture') AND status = 'succeeded'), 0)
+                       ::bigint AS captured_minor,
                    coalesce(sum(amount_minor) FILTER (WHERE kind = 'refund' AND status = 'succeeded'), 0)::bigint
                        AS refunded_minor,
                    (SELECT count(*) FROM charges WHERE order_id = $1 AND state = 'open') AS open_charges
@@ -323,6 +329,12 @@ class World:
             order_id,
         )
         return Bank(**row)
+
+    async def bank_operations(self, order_id: int) -> list[tuple[str, str]]:
+        """Kind and status of all that the bank was ever asked for an order, in order."""
+        connection = await self._looking("sandbox")
+        rows = await connection.fetch("SELECT kind, status FROM operations WHERE order_id = $1 ORDER BY id", order_id)
+        return [(row["kind"], row["status"]) for row in rows]
 
     async def shelf(self, product_id: int = MUG) -> tuple[int, int]:
         """How many pieces of a product there are, and how many of them are reserved."""
@@ -337,13 +349,19 @@ class World:
         return await connection.fetchval("SELECT state FROM reservations WHERE order_id = $1", order_id)
 
     async def saga(self, order_id: int, kind: str = "checkout") -> list[str]:
-        """At which steps the sagas of an order are."""
+        """At which steps the sagas of an order are; none where all are finished."""
         return await self.values("SELECT step FROM sagas WHERE subject_id = $1 AND kind = $2", order_id, kind)
 
     async def _looking(self, service: str) -> Any:
         if service not in self._eyes:
             self._eyes[service] = await self.connection(service)
         return self._eyes[service]
+
+    async def emitted(self, *order_ids: int) -> list[tuple[str, int]]:
+        """Types and order ids of the events of this service, in order: of all orders, or of these."""
+        async with self.database.read() as tx:
+            rows = await tx.fetch(EmittedRow, f"SELECT type, subject_id FROM {EVENTS} ORDER BY id")
+        return [(row.type, row.subject_id) for row in rows if not order_ids or row.subject_id in order_ids]
 
     async def count(self, table: str) -> int:
         return (await self.values(f"SELECT count(*) FROM {table}"))[0]
@@ -352,19 +370,9 @@ class World:
         async with self.database.read() as tx:
             return await tx.fetch_values(object, sql, *values)
 
-    async def raw(self, order_id: int) -> OrderRow:
+    async def raw(self, order_id: int) -> OrderRecord:
         async with self.database.read() as tx:
-            row = await tx.fetch_one(
-                OrderRow,
-                """
-                SELECT id, user_id, status, payment, fulfilment, currency, total_minor, created_at, updated_at, version,
-                       refunded_minor, refund_pending_minor, reason
-                  FROM orders WHERE id = $1
-                """,
-                order_id,
-            )
-        assert row
-        return row
+            return (await get(tx, [order_id]))[order_id]
 
     def counted(self, name: str) -> float:
         """What a counter of the orders service has come to, as the metrics show it."""
@@ -397,6 +405,18 @@ class World:
             )[0] >= statements
 
         await self.until(waiting)
+
+
+class Late:
+    """A fault: whoever comes to its point stands still there, until the test lets it go on."""
+
+    def __init__(self) -> None:
+        self.stands = asyncio.Event()
+        self.go_on = asyncio.Event()
+
+    async def __call__(self, _point: str) -> None:
+        self.stands.set()
+        await self.go_on.wait()
 
 
 @contextlib.asynccontextmanager

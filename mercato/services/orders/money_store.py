@@ -1,0 +1,219 @@
+"""The SQL statements of orders about money: keys of payments, refunds, returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from mercato.chassis.contract import Actor
+from mercato.chassis.db import Row, Tx
+from mercato.chassis.saga import Key
+from mercato.contracts.orders import RefundStatus, ReturnLine
+
+_encode: Final = msgspec.json.Encoder().encode
+_decode_returned: Final = msgspec.json.Decoder(tuple[ReturnLine, ...]).decode
+
+# ----------------------------------------------------------------------------------------------------------- paying
+
+
+class PaymentKeyRow(Row):
+    """Which payment a key has begun."""
+
+    order_id: int
+    payment_attempt: int
+    fingerprint: bytes
+
+
+async def payment_of_key(tx: Tx, principal: str, key: str) -> PaymentKeyRow | None:
+    return await tx.fetch_one(
+        PaymentKeyRow,
+        "SELECT order_id, payment_attempt, fingerprint FROM payment_keys WHERE principal = $1 AND key = $2",
+        principal,
+        key,
+    )
+
+
+async def insert_payment_key(
+    tx: Tx, principal: str, key: str, fingerprint: bytes, order_id: int, payment_attempt: int
+) -> None:
+    """Raises `UniqueViolation` where the key has begun a payment of another order at this moment."""
+    await tx.execute(
+        """
+        INSERT INTO payment_keys (principal, key, fingerprint, order_id, payment_attempt) VALUES ($1, $2, $3, $4, $5)
+        """,
+        principal,
+        key,
+        fingerprint,
+        order_id,
+        payment_attempt,
+    )
+
+
+async def begin_payment(tx: Tx, order_id: int, payment_attempt: int) -> None:
+    """Counts a payment of an order that the caller has locked."""
+    await tx.execute("UPDATE orders SET payment_attempt = $2 WHERE id = $1", order_id, payment_attempt)
+
+
+# --------------------------------------------------------------------------------------------------- refunds, returns
+
+
+class RefundRecord(msgspec.Struct, frozen=True):
+    """A refund, with the goods that were returned for it, if any."""
+
+    order_id: int
+    reference: str
+    lines: tuple[ReturnLine, ...]
+    amount_minor: int
+    """0: only goods are returned, which were not paid for."""
+    currency: str
+    payment_attempt: int
+    """The number of the payment that is refunded."""
+    status: RefundStatus
+    code: str | None
+    """Why it was declined."""
+    reason: str
+    fingerprint: bytes | None
+    """Of the request that began it."""
+
+
+class RefundRow(Row):
+    order_id: int
+    reference: str
+    lines: str
+    amount_minor: int
+    currency: str
+    payment_attempt: int
+    status: RefundStatus
+    code: str | None
+    reason: str
+    fingerprint: bytes | None
+
+
+def _refund_record(row: RefundRow) -> RefundRecord:
+    return RefundRecord(
+        order_id=row.order_id,
+        reference=row.reference,
+        lines=_decode_returned(row.lines),
+        amount_minor=row.amount_minor,
+        currency=row.currency,
+        payment_attempt=row.payment_attempt,
+        status=row.status,
+        code=row.code,
+        reason=row.reason,
+        fingerprint=row.fingerprint,
+    )
+
+
+async def refund_of_key(tx: Tx, reference: str) -> RefundRecord | None:
+    """The refund that a key has begun, of whichever order."""
+    row = await tx.fetch_one(
+        RefundRow,
+        """
+        SELECT order_id, reference, lines, amount_minor, currency, payment_attempt, status, code, reason, fingerprint
+          FROM refunds
+         WHERE reference = $1 AND fingerprint IS NOT NULL
+        """,
+        reference,
+    )
+    return None if row is None else _refund_record(row)
+
+
+async def refunds(tx: Tx, keys: Sequence[Key]) -> dict[tuple[int, str], RefundRecord]:
+    """The refunds of sagas, by order and reference."""
+    rows = await tx.fetch(
+        RefundRow,
+        """
+        SELECT r.order_id, r.reference, r.lines, r.amount_minor, r.currency, r.payment_attempt, r.status, r.code,
+               r.reason, r.fingerprint
+          FROM unnest($1::bigint[], $2::text[]) AS w (order_id, reference)
+         CROSS JOIN LATERAL (
+            SELECT * FROM refunds WHERE order_id = w.order_id AND reference = w.reference LIMIT 1
+         ) r
+        """,
+        [key[0] for key in keys],
+        [key[2] for key in keys],
+    )
+    return {(row.order_id, row.reference): _refund_record(row) for row in rows}
+
+
+async def insert_refund(tx: Tx, refund: RefundRecord, actor: Actor) -> None:
+    await tx.execute(
+        """
+        INSERT INTO refunds (order_id, reference, lines, amount_minor, currency, payment_attempt, reason, actor_role,
+                             actor_id, fingerprint)
+        VALUES ($1, $2, $3::json, $4, $5, $6, $7, $8, $9, $10)
+        """,
+        refund.order_id,
+        refund.reference,
+        _encode(refund.lines).decode(),
+        refund.amount_minor,
+        refund.currency,
+        refund.payment_attempt,
+        refund.reason,
+        actor.role,
+        actor.id,
+        refund.fingerprint,
+    )
+
+
+async def settle_refunds(tx: Tx, settled: Sequence[tuple[RefundRecord, str | None]]) -> None:
+    """Writes the ends of refunds: succeeded, or declined with a code. The caller has locked their sagas."""
+    await tx.execute(
+        """
+        UPDATE refunds r
+           SET status = CASE WHEN w.code IS NULL THEN 'succeeded' ELSE 'declined' END,
+               code = w.code,
+               settled_at = clock_timestamp()
+          FROM (
+            SELECT k.place, w.code
+              FROM unnest($1::bigint[], $2::text[], $3::text[]) AS w (order_id, reference, code)
+             CROSS JOIN LATERAL (
+                SELECT ctid AS place FROM refunds WHERE order_id = w.order_id AND reference = w.reference LIMIT 1
+             ) k
+          ) w
+         WHERE r.ctid = w.place AND r.status = 'pending'
+        """,
+        [refund.order_id for refund, _ in settled],
+        [refund.reference for refund, _ in settled],
+        [code for _, code in settled],
+    )
+
+
+async def reserve_refund(tx: Tx, order_id: int, amount_minor: int) -> bool:
+    """Reserves what is about to be refunded. False, and nothing done, where so much is not left.
+
+    Of two refunds that are asked for at once, the second sees what the first has reserved.
+    """
+    return bool(
+        await tx.execute(
+            """
+            UPDATE orders
+               SET refund_pending_minor = refund_pending_minor + $2
+             WHERE id = $1 AND refunded_minor + refund_pending_minor + $2 <= total_minor
+            """,
+            order_id,
+            amount_minor,
+        )
+    )
+
+
+async def release_refunds(tx: Tx, amounts: Sequence[tuple[int, int]]) -> None:
+    """Releases what was reserved for refunds that were declined: order and minor units. The caller locks the orders."""
+    await tx.execute(
+        """
+        UPDATE orders o
+           SET refund_pending_minor = refund_pending_minor - w.amount_minor
+          FROM unnest($1::bigint[], $2::bigint[]) AS w (order_id, amount_minor)
+         CROSS JOIN LATERAL (SELECT ctid AS place FROM orders WHERE id = w.order_id LIMIT 1) k
+         WHERE o.ctid = k.place
+        """,
+        [order_id for order_id, _ in amounts],
+        [amount_minor for _, amount_minor in amounts],
+    )
+
+
+async def set_returned(tx: Tx, order_id: int, returned: Sequence[int]) -> None:
+    """Writes how much of each line was returned, of an order that the caller has locked."""
+    await tx.execute("UPDATE orders SET returned = $2::integer[] WHERE id = $1", order_id, returned)
