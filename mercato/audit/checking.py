@@ -10,7 +10,8 @@ import msgspec
 
 from mercato.audit.clients import CLIENTS
 from mercato.audit.history import ClientOperation
-from mercato.audit.invariants import SHOP, Group, Invariant
+from mercato.audit.invariant import Group, Invariant
+from mercato.audit.invariants import SHOP
 from mercato.audit.tables import WANTED, prepare
 from mercato.chassis.copying import Copies, copied
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mercato.audit.invariants import Invariant
+from mercato.audit.invariant import Invariant
 
 CLIENTS: Final = (
     Invariant(

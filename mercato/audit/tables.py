@@ -13,37 +13,67 @@ from typing import Final
 from mercato.audit.history import COLUMNS as HISTORY_COLUMNS
 from mercato.audit.history import ClientOperation, as_row
 from mercato.chassis.copying import Copies, Table
-from mercato.chassis.events import KEPT_DAYS
-from mercato.chassis.outbox import LEASE_SECONDS
+from mercato.chassis.messaging.events import KEPT_DAYS
 
+# A row for each event of a row. Their positions, as in `chassis/messaging/rows.py`: 12 bits for the place.
+_EVENTS: Final = """
+    CROSS JOIN LATERAL ROWS FROM (
+        json_to_recordset(r.events::json) AS (type text, subject text, subject_id bigint, version bigint)
+    ) WITH ORDINALITY AS e (type, subject, subject_id, version, n)
+"""
 OUTBOX: Final = (
-    Table("outbox", ("id", "type", "subject", "subject_id", "version", "at", "published_at")),
-    Table("outbox_retries", ("event_id", "consumer", "tries", "retry_at")),
-    Table("relays", ("leased_until",)),
+    Table(
+        "outbox",
+        ("r.id << 12 | e.n - 1 AS id", "e.type", "e.subject", "e.subject_id", "e.version", "r.at"),
+        f"outbox r {_EVENTS}",
+    ),
+    Table("outbox_readers", ("seen_at",)),
 )
-DEAD_LETTERS: Final = Table(
-    "dead_letters", ("consumer", "source", "event_id", "type", "subject", "subject_id", "tries", "at", "replayed_at")
+FEED: Final = Table(
+    "feed",
+    (
+        "r.position << 12 | e.n - 1 AS position",
+        "r.source",
+        "r.outbox_id << 12 | r.place + e.n - 1 AS event_id",
+        "e.type",
+        "e.subject",
+        "e.subject_id",
+        "e.version",
+        "r.at",
+        "r.received_at",
+    ),
+    f"feed r {_EVENTS}",
+)
+CONSUMER: Final = (
+    Table("cursors", ("consumer", "source", "position")),
+    Table(
+        "parked",
+        (
+            "consumer",
+            "source",
+            "position AS event_id",
+            "type",
+            "subject",
+            "subject_id",
+            "tries",
+            "retry_at",
+            "dead_at",
+            "replayed_at",
+        ),
+    ),
 )
 IDEMPOTENCY: Final = Table("idempotency", ("principal", "operation", "key", "answer IS NOT NULL AS answered"))
 
 WANTED: Final[Mapping[str, Sequence[Table]]] = {
     # Whoever hears of something is copied before whoever says it. The snapshots are taken at once; this is for readers.
-    "events": (
-        Table(
-            "feed",
-            ("position", "source", "event_id", "type", "subject", "subject_id", "version", "at", "received_at"),
-        ),
-        DEAD_LETTERS,
-    ),
-    "products": (
-        Table("inbox", ("consumer", "source", "event_id", "subject", "subject_id", "version", "handled", "at")),
-        DEAD_LETTERS,
-    ),
+    "events": (FEED, *CONSUMER),
+    "products": (Table("products", ("id", "in_stock", "stock_version")), *CONSUMER),
     "orders": (
         Table(
             "orders",
             (
                 "id",
+                "nonce",
                 "user_id",
                 "status",
                 "payment",
@@ -56,19 +86,25 @@ WANTED: Final[Mapping[str, Sequence[Table]]] = {
                 "version",
                 "principal",
                 "idempotency_key",
+                "(SELECT json_agg(line::jsonb - 'sku' - 'name') FROM json_array_elements(lines) AS line) AS lines",
+                "returned",
             ),
         ),
-        Table("order_lines", ("order_id", "product_id", "quantity", "returned", "unit_price_minor")),
-        Table("order_history", ("order_id", "version", "axis", "before", "after", "at")),
-        Table("sagas", ("kind", "subject_id", "reference", "step", "tries", "wake_at", "created_at", "updated_at")),
-        IDEMPOTENCY,
+        Table("order_products", ("product_id", "order_id")),
+        Table("history", ("order_id", "version", "status", "payment", "fulfilment", "events", "at")),
+        Table("refunds", ("order_id", "reference", "amount_minor", "status", "created_at")),
+        Table("payment_keys", ("principal", "key", "order_id")),
+        Table("sagas", ("kind", "subject_id", "reference", "step", "tries", "driver", "wake_at", "updated_at")),
+        Table("saga_drivers", ("renewed_at",)),
         *OUTBOX,
     ),
     "inventory": (
-        Table("levels", ("product_id", "on_hand", "reserved")),
-        Table("reservations", ("order_id", "state", "updated_at")),
-        Table("reservation_lines", ("order_id", "product_id", "quantity", "returned")),
-        Table("movements", ("id", "product_id", "kind", "delta", "order_id", "reference")),
+        Table("levels", ("product_id", "on_hand", "reserved", "version")),
+        Table(
+            "reservations",
+            ("order_id", "state", "updated_at", "product_ids", "quantities", "level_versions", "returned"),
+        ),
+        Table("movements", ("id", "product_id", "kind", "delta", "order_id", "reference", "level_version")),
         IDEMPOTENCY,
         *OUTBOX,
     ),
@@ -90,7 +126,6 @@ WANTED: Final[Mapping[str, Sequence[Table]]] = {
         Table(
             "operations",
             (
-                "id",
                 "payment_id",
                 "kind",
                 "reference",
@@ -98,13 +133,15 @@ WANTED: Final[Mapping[str, Sequence[Table]]] = {
                 "amount_minor",
                 "currency",
                 "status",
-                "began_at",
-                "asked_at",
                 "settled_at",
             ),
         ),
+        Table(
+            "intents",
+            ("payment_id", "kind", "reference", "key", "amount_minor", "currency", "status", "asked_at"),
+        ),
         Table("accounts", ("account", "currency", "balance_minor")),
-        Table("ledger_entries", ("operation_id", "account", "side", "amount_minor", "currency")),
+        Table("transfers", ("payment_id", "kind", "reference", "debit", "credit", "amount_minor", "currency")),
         *OUTBOX,
     ),
     "sandbox": (
@@ -161,72 +198,104 @@ CLOCK: Final = """
       ) shop
 """
 
-# Nobody goes on with anything while a shop is stopped: what was a minute old then is a minute old now. Its relays renew
-# their leases every second, so that of a shop that was killed the moment is known, and its writes tell of one that gave
-# its leases back. What the feed and the inboxes hold is no sign: a replay writes there without a shop.
-LAST_SIGN: Final = f"""
+# While a shop is stopped, nothing goes on: what was a minute old then is a minute old now. A shop that runs notes every
+# few seconds that its consumers read (`outbox_readers`). What the feed and the consumers hold is no sign: a replay
+# writes there without a shop.
+LAST_SIGN: Final = """
     CREATE VIEW audit.last_sign AS
     SELECT max(at) AS at
       FROM (
         SELECT max(updated_at) AS at FROM orders.orders
         UNION ALL SELECT max(updated_at) FROM orders.sagas
+        UNION ALL SELECT max(renewed_at) FROM orders.saga_drivers
         UNION ALL SELECT max(updated_at) FROM inventory.reservations
-        UNION ALL SELECT max(greatest(began_at, asked_at, settled_at)) FROM payments.operations
+        UNION ALL SELECT max(settled_at) FROM payments.operations
+        UNION ALL SELECT max(asked_at) FROM payments.intents
         UNION ALL SELECT max(created_at) FROM sandbox.operations
-        UNION ALL SELECT max(greatest(at, published_at)) FROM orders.outbox
-        UNION ALL SELECT max(greatest(at, published_at)) FROM inventory.outbox
-        UNION ALL SELECT max(greatest(at, published_at)) FROM payments.outbox
-        UNION ALL SELECT max(leased_until) - interval '{LEASE_SECONDS} s' FROM orders.relays
-        UNION ALL SELECT max(leased_until) - interval '{LEASE_SECONDS} s' FROM inventory.relays
-        UNION ALL SELECT max(leased_until) - interval '{LEASE_SECONDS} s' FROM payments.relays
+        UNION ALL SELECT max(at) FROM orders.outbox
+        UNION ALL SELECT max(at) FROM inventory.outbox
+        UNION ALL SELECT max(at) FROM payments.outbox
+        UNION ALL SELECT max(seen_at) FROM orders.outbox_readers
+        UNION ALL SELECT max(seen_at) FROM inventory.outbox_readers
+        UNION ALL SELECT max(seen_at) FROM payments.outbox_readers
       ) signs
-"""  # noqa: S608  # of constants alone
+"""
 
 VIEWS: Final = """
     CREATE VIEW audit.orders AS
     SELECT o.*,
-           -- The first saga is as old as checkouts are. What was placed before has no stock and no events, except from
-           -- when on its own checkout has begun.
-           CASE WHEN o.created_at >= first.at THEN o.created_at ELSE own.created_at END AS checkout_since,
            -- What is under way touches the order, or its saga.
            greatest(o.updated_at, touched.at) < c.settled_before AS settled
       FROM orders.orders o
      CROSS JOIN audit.clock c
-     CROSS JOIN (SELECT min(created_at) AS at FROM orders.sagas) first
       LEFT JOIN (SELECT subject_id, max(updated_at) AS at FROM orders.sagas GROUP BY subject_id) touched
-        ON touched.subject_id = o.id
-      LEFT JOIN orders.sagas own ON own.subject_id = o.id AND own.kind = 'checkout' AND own.reference = '';
+        ON touched.subject_id = o.id;
+
+    CREATE VIEW audit.order_lines AS
+    SELECT o.id AS order_id, l.id, l.product_id, l.quantity, l.unit_price_minor, l.discount_minor, l.tax_minor,
+           l.total_minor, coalesce(o.returned[l.id], 0) AS returned
+      FROM orders.orders o
+     CROSS JOIN json_to_recordset(o.lines) AS l (
+           id integer, product_id bigint, quantity integer, unit_price_minor bigint, discount_minor bigint,
+           tax_minor bigint, total_minor bigint);
+
+    -- Each transition beside the one before it.
+    CREATE VIEW audit.transitions AS
+    SELECT h.*, lag(h.version) OVER steps AS was_version, lag(h.status) OVER steps AS was_status,
+           lag(h.payment) OVER steps AS was_payment, lag(h.fulfilment) OVER steps AS was_fulfilment
+      FROM orders.history h
+    WINDOW steps AS (PARTITION BY h.order_id ORDER BY h.version);
+
+    -- What is held or sold, line by line.
+    CREATE VIEW audit.reservation_lines AS
+    SELECT r.order_id, r.state, r.updated_at, l.product_id, l.quantity, l.level_version,
+           coalesce(l.returned, 0) AS returned
+      FROM inventory.reservations r
+     CROSS JOIN unnest(r.product_ids, r.quantities, r.level_versions, r.returned)
+           AS l (product_id, quantity, level_version, returned);
+
+    CREATE VIEW audit.held_lines AS
+    SELECT * FROM audit.reservation_lines WHERE state = 'held';
+
+    CREATE VIEW audit.came_back AS
+    SELECT order_id, product_id, sum(delta) AS came_back
+      FROM inventory.movements
+     WHERE kind = 'return'
+     GROUP BY order_id, product_id;
+
+    -- Everything that has changed what is on hand, with the version that its level had right after it.
+    CREATE VIEW audit.stock_changes AS
+    SELECT order_id, product_id, level_version, delta FROM inventory.movements
+    UNION ALL
+    SELECT order_id, product_id, level_version, -quantity FROM audit.reservation_lines WHERE state = 'committed';
 
     CREATE VIEW audit.outbox AS
     SELECT 'orders' AS source, e.* FROM orders.outbox e
     UNION ALL SELECT 'inventory', e.* FROM inventory.outbox e
     UNION ALL SELECT 'payments', e.* FROM payments.outbox e;
 
-    CREATE VIEW audit.retries AS
-    SELECT 'orders' AS source, r.* FROM orders.outbox_retries r
-    UNION ALL SELECT 'inventory', r.* FROM inventory.outbox_retries r
-    UNION ALL SELECT 'payments', r.* FROM payments.outbox_retries r;
+    CREATE VIEW audit.cursors AS
+    SELECT * FROM events.cursors UNION ALL SELECT * FROM products.cursors;
 
-    -- What each consumer has done, and in which order (`nth`). The feed is its own inbox.
-    CREATE VIEW audit.handled AS
-    SELECT 'events.feed' AS consumer, source, event_id, subject, subject_id, version, position AS nth, received_at AS at
-      FROM events.feed
-    UNION ALL
-    SELECT consumer, source, event_id, subject, subject_id, version, handled, at FROM products.inbox;
+    CREATE VIEW audit.parked AS
+    SELECT * FROM events.parked UNION ALL SELECT * FROM products.parked;
 
-    CREATE VIEW audit.letters AS
-    SELECT * FROM events.dead_letters UNION ALL SELECT * FROM products.dead_letters;
-
-    CREATE VIEW audit.dead AS
-    SELECT * FROM audit.letters WHERE replayed_at IS NULL;
-
-    -- It came out of order, perhaps after its outbox row was gone.
+    -- What came out of order, perhaps after its outbox row was gone.
     CREATE VIEW audit.replayed AS
-    SELECT consumer, source, event_id FROM audit.letters WHERE replayed_at IS NOT NULL;
+    SELECT consumer, source, event_id FROM audit.parked WHERE replayed_at IS NOT NULL;
+
+    -- What is behind the cursor of a consumer, and neither parked nor dead: it must have had its effect.
+    CREATE VIEW audit.consumed AS
+    SELECT s.consumer, e.*
+      FROM audit.outbox e
+      JOIN audit.subscriptions s ON s.type IS NULL OR s.type = e.type
+      JOIN audit.cursors c ON c.consumer = s.consumer AND c.source = e.source AND c.position >= e.id
+      LEFT JOIN audit.parked p
+        ON p.consumer = s.consumer AND p.source = e.source AND p.event_id = e.id AND p.replayed_at IS NULL
+     WHERE p.event_id IS NULL;
 
     CREATE VIEW audit.idempotency AS
-    SELECT 'orders' AS service, i.* FROM orders.idempotency i
-    UNION ALL SELECT 'inventory', i.* FROM inventory.idempotency i;
+    SELECT 'inventory' AS service, i.* FROM inventory.idempotency i;
 """
 
 

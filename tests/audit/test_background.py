@@ -94,7 +94,7 @@ async def test_a_turn_from_before_the_clock_was_set_back_holds_up_nobody(cluster
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.05)
 

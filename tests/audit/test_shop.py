@@ -30,7 +30,7 @@ async def test_a_shop_that_was_busy_passes_while_it_runs_and_when_it_stands_stil
 
     assert reached == {
         ("confirmed", "paid"), ("confirmed", "partially_refunded"), ("cancelled", "refunded"),
-        ("cancelled", "failed"), ("cancelled", "voided"), ("cancelled", "unpaid"), ("pending", "unpaid"),
+        ("cancelled", "unpaid"), ("pending", "unpaid"),
     }  # fmt: skip
     assert [(found.name, found.rows) for found in running.violated] == []
     assert still == []
@@ -74,7 +74,7 @@ async def refund_one(shop: Shop, order_id: int) -> None:
 async def until_told(cluster: Cluster, shop: Shop) -> list[object]:
     """What is violated when everything had its time: events are told a moment after what they tell of."""
     found: list[object] = []
-    for _ in range(20):
+    for _ in range(120):
         report = await audit(cluster.server.admin_dsn, shop.rig.dsns, settled_seconds=0)
         found = [(finding.name, finding.rows) for finding in report.violated]
         if not found:

@@ -4,7 +4,7 @@
     order 2    delivered, one piece came back               1 of product 1, 3 of product 2
     order 3    authorized, then cancelled before its stock was committed
     order 4    waits for its payment, after one that was declined; its stock is held
-    order 5    paid, then cancelled: everything came back
+    order 5    paid by one charge, then cancelled: everything came back
     order 6    sold on account
 
 All of it happened an hour ago.
@@ -13,6 +13,7 @@ All of it happened an hour ago.
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -21,10 +22,12 @@ import asyncpg
 from mercato import topology
 from mercato.audit.history import ClientOperation
 from mercato.audit.tables import WANTED
+from mercato.chassis.messaging import rows
 from mercato.chassis.testing import Cluster
 
-NOW = datetime.datetime.now(datetime.UTC)
-THEN = NOW - datetime.timedelta(hours=1)
+THEN = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
+"""A past of any length will do: a file may be imported long before its tests run. What is still to come is counted from
+when the world is built."""
 
 # id, user, status, payment, fulfilment, total, refunded, version, key
 ORDERS = (
@@ -57,30 +60,26 @@ HISTORY: Mapping[int, tuple[tuple[tuple[str, str | None, str], ...], ...]] = {
     6: ((PLACED,), (("status", "pending", "confirmed"),)),
 }  # fmt: skip
 
-# order, state, lines (product, quantity, returned)
+# order, state, lines (product, quantity, returned, version of the level)
 RESERVATIONS = (
-    (1, "committed", ((1, 2, 0),)),
-    (2, "committed", ((1, 1, 0), (2, 3, 1))),
-    (3, "released", ((1, 1, 0),)),
-    (4, "held", ((2, 1, 0),)),
-    (5, "committed", ((2, 1, 1),)),
-    (6, "committed", ((1, 1, 0),)),
+    (1, "committed", ((1, 2, 0, 3),)),
+    (2, "committed", ((1, 1, 0, 3), (2, 3, 1, 3))),
+    (3, "released", ((1, 1, 0, None),)),
+    (4, "held", ((2, 1, 0, None),)),
+    (5, "committed", ((2, 1, 1, 5),)),
+    (6, "committed", ((1, 1, 0, 5),)),
 )
 
-# id, product, kind, delta, order, reference
+# id, product, kind, delta, order, reference, version of the level
 MOVEMENTS = (
-    (1, 1, "receipt", 100, None, None),
-    (2, 2, "receipt", 50, None, None),
-    (3, 1, "sale", -2, 1, None),
-    (4, 1, "sale", -1, 2, None),
-    (5, 2, "sale", -3, 2, None),
-    (6, 2, "return", 1, 2, "r1"),
-    (7, 2, "sale", -1, 5, None),
-    (8, 2, "return", 1, 5, "cancelled"),
-    (9, 1, "sale", -1, 6, None),
+    (1, 1, "receipt", 100, None, None, 1),
+    (2, 2, "receipt", 50, None, None, 1),
+    (3, 2, "return", 1, 2, "r1", 4),
+    (4, 2, "return", 1, 5, "cancelled", 6),
 )
 
-LEVELS = ((1, 96, 0), (2, 48, 1))
+# product, on hand, reserved, version
+LEVELS = ((1, 96, 0, 6), (2, 48, 1, 7))
 
 # id, order, amount, authorized, captured, refunded, status, operations (kind, amount, reference, status)
 PAYMENTS = (
@@ -89,7 +88,7 @@ PAYMENTS = (
         ("capture", 800, "", "succeeded"), ("refund", 100, "r1", "succeeded"))),
     (3, 3, 500, 500, 0, 0, "voided", (("authorize", 500, "", "succeeded"), ("void", 500, "", "succeeded"))),
     (4, 4, 100, 0, 0, 0, "failed", (("authorize", 100, "", "declined"),)),
-    (5, 5, 100, 100, 100, 100, "refunded", (("authorize", 100, "", "succeeded"), ("capture", 100, "", "succeeded"),
+    (5, 5, 100, 100, 100, 100, "refunded", (("charge", 100, "", "succeeded"),
         ("refund", 100, "cancelled", "succeeded"))),
 )  # fmt: skip
 
@@ -107,7 +106,7 @@ STOCK_NEWS = ((1, 1, "stock.available", "product", 1, 1), (2, 2, "stock.availabl
 """Events of inventory that products wants to hear: first of all events, id, ..., subject, subject_id, version."""
 
 Event = tuple[int, str, str, int, int]
-"""Id, type, subject, subject id, version."""
+"""Id of its outbox row, type, subject, subject id, version."""
 
 
 def outboxes() -> dict[str, list[Event]]:
@@ -155,67 +154,95 @@ async def fill(dsns: Mapping[str, str]) -> None:
             await connection.close()
 
 
+def transitions() -> list[tuple[int, int, str, str, str, list[str]]]:
+    """Order, version, the state of each axis after it, and the events of each transition."""
+    rows: list[tuple[int, int, str, str, str, list[str]]] = []
+    for order, versions in HISTORY.items():
+        states = {"status": "pending", "payment": "unpaid", "fulfilment": "unfulfilled"}
+        for version, moves in enumerate(versions, 1):
+            states |= {axis: after for axis, _, after in moves}
+            status, payment, fulfilment = states.values()
+            rows.append((order, version, status, payment, fulfilment, [told(*move) for move in moves]))
+    return rows
+
+
+def lines_of(order: int) -> str:
+    """The JSON of an order's lines."""
+    return json.dumps(
+        [
+            {
+                "id": n,
+                "product_id": product,
+                "sku": "sku",
+                "name": "name",
+                "quantity": quantity,
+                "unit_price_minor": unit_minor,
+                "discount_minor": 0,
+                "tax_minor": 0,
+                "total_minor": quantity * unit_minor,
+            }
+            for n, (_, product, quantity, _, unit_minor) in enumerate([line for line in LINES if line[0] == order], 1)
+        ]
+    )
+
+
 async def _fill_orders(connection: Any) -> None:
+    due_at = await connection.fetchval("SELECT now() + interval '15 minutes'")
     await connection.executemany(
         """
         INSERT INTO orders (id, user_id, status, payment, fulfilment, total_minor, refunded_minor, version, principal,
-                            idempotency_key, fingerprint, currency, created_at, updated_at)
+                            idempotency_key, fingerprint, currency, created_at, updated_at, lines, returned, nonce)
         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, CASE WHEN $9::text IS NULL THEN NULL ELSE 'user:' || $2::bigint END,
-                $9, CASE WHEN $9::text IS NULL THEN NULL ELSE 'f'::bytea END, 'USD', $10, $10)
+                $9, CASE WHEN $9::text IS NULL THEN NULL ELSE 'f'::bytea END, 'USD', $10, $10, $11, $12, $1)
         """,
-        [(*order, THEN) for order in ORDERS],
+        [(*order, THEN, lines_of(order[0]), [line[3] for line in LINES if line[0] == order[0]]) for order in ORDERS],
+    )
+    await connection.executemany(
+        "INSERT INTO order_products (product_id, order_id) VALUES ($2, $1)", [line[:2] for line in LINES]
     )
     await connection.executemany(
         """
-        INSERT INTO order_lines (order_id, product_id, quantity, returned, unit_price_minor, position, sku, name)
-        VALUES ($1, $2, $3, $4, $5, 0, 'sku', 'name')
+        INSERT INTO history (order_id, version, status, payment, fulfilment, events, actor_role, actor_id, at)
+        VALUES ($1, $2, $3, $4, $5, $6, 'service', 0, $7)
         """,
-        LINES,
-    )
-    await connection.executemany(
-        """
-        INSERT INTO order_history (order_id, version, axis, before, after, actor_role, actor_id, at)
-        VALUES ($1, $2, $3, $4, $5, 'service', 0, $6)
-        """,
-        [
-            (order, version, *move, THEN)
-            for order, versions in HISTORY.items()
-            for version, moves in enumerate(versions, 1)
-            for move in moves
-        ],
-    )
-    await connection.executemany(
-        """
-        INSERT INTO sagas (kind, subject_id, reference, step, state, wake_at, created_at, updated_at)
-        VALUES ('checkout', $1, '', $2, '{}', $3, $4, $4)
-        """,
-        [
-            (id_, "awaiting", NOW + datetime.timedelta(minutes=15), THEN)
-            if status == "pending"
-            else (id_, "done", None, THEN)
-            for id_, _, status, *_ in ORDERS
-        ],
+        [(*row, THEN) for row in transitions()],
     )
     await connection.execute(
-        "INSERT INTO idempotency VALUES ('user:1', 'orders.place', 'k1', 'f', 'answer', now() + interval '1 day')"
+        """
+        INSERT INTO refunds (order_id, reference, lines, amount_minor, currency, payment_attempt, status, actor_role,
+                             actor_id, settled_at)
+        VALUES (2, 'r1', '[]', 100, 'USD', 1, 'succeeded', 'staff', 9, now())
+        """
+    )
+    await connection.execute(
+        """
+        INSERT INTO sagas (kind, subject_id, reference, step, state, wake_at, updated_at)
+        VALUES ('checkout', 4, '', 'awaiting', '{}', $1, $2)
+        """,
+        due_at,
+        THEN,
     )
     await _fill_outbox(connection, outboxes()["orders"])
 
 
 async def _fill_inventory(connection: Any) -> None:
-    await connection.executemany("INSERT INTO levels (product_id, on_hand, reserved) VALUES ($1, $2, $3)", LEVELS)
     await connection.executemany(
-        "INSERT INTO reservations (order_id, state, updated_at) VALUES ($1, $2, $3)",
-        [(order, state, THEN) for order, state, _ in RESERVATIONS],
-    )
-    await connection.executemany(
-        "INSERT INTO reservation_lines (order_id, product_id, quantity, returned) VALUES ($1, $2, $3, $4)",
-        [(order, *line) for order, _, lines in RESERVATIONS for line in lines],
+        "INSERT INTO levels (product_id, on_hand, reserved, version) VALUES ($1, $2, $3, $4)", LEVELS
     )
     await connection.executemany(
         """
-        INSERT INTO movements (id, product_id, kind, delta, order_id, reference, actor_role, actor_id, at)
-        VALUES ($1, $2, $3, $4, $5, $6, 'service', 0, $7)
+        INSERT INTO reservations (order_id, nonce, state, product_ids, quantities, returned, level_versions, ended_at,
+                                  updated_at)
+        VALUES ($1, 0, $2, $3, $4, CASE WHEN $2 = 'committed' THEN $5::integer[] END,
+                CASE WHEN $2 = 'committed' THEN $6::bigint[] END, CASE WHEN $2 <> 'held' THEN $7::timestamptz END, $7)
+        """,
+        [(order, state, *map(list, zip(*lines, strict=True)), THEN) for order, state, lines in RESERVATIONS],
+    )
+    await connection.executemany(
+        """
+        INSERT INTO movements (id, product_id, kind, delta, order_id, reference, level_version, actor_role, actor_id,
+                               at)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, 'service', 0, $8)
         """,
         [(*movement, THEN) for movement in MOVEMENTS],
     )
@@ -226,34 +253,39 @@ async def _fill_payments(connection: Any) -> None:
     await connection.executemany(
         """
         INSERT INTO payments (id, order_id, amount_minor, authorized_minor, captured_minor, refunded_minor, status,
-                              attempt, user_id, method, currency, created_at)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, 1, 1, 'sandbox:ok', 'USD', $8)
+                              nonce, attempt, user_id, method, currency, created_at)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, 1, 1, 1, 'sandbox:ok', 'USD', $8)
         """,
         [(*payment[:7], THEN) for payment in PAYMENTS],
     )
     await connection.executemany(
         """
-        INSERT INTO operations (id, payment_id, kind, amount_minor, reference, status, provider_id, key, currency,
-                                began_at, asked_at, settled_at)
-        VALUES ($1, $2, $3, $4, $5, $6, CASE WHEN $6 = 'succeeded' THEN $1::bigint END, $7, 'USD', $8, $8, $8)
+        INSERT INTO operations (payment_id, kind, amount_minor, reference, status, code, provider_id, key, currency,
+                                calls, began_at, settled_at)
+        VALUES ($2, $3, $4, $5, $6, CASE WHEN $6 = 'declined' THEN 'card_declined' END,
+                CASE WHEN $6 = 'succeeded' THEN $1::bigint END, $7, 'USD', 1, $8, $8)
         """,
         [(n, payment, kind, amount, reference, status, key, THEN)
          for n, payment, _, kind, amount, reference, status, key in operations()],
     )  # fmt: skip
     await connection.executemany("INSERT INTO accounts VALUES ($1, 'USD', $2)", ACCOUNTS)
-    for n, _, _, kind, amount, *_ in operations():
-        if kind in ("capture", "refund"):
-            debit, credit = ("provider", "sales") if kind == "capture" else ("refunds", "provider")
-            await connection.execute(
-                """
-                INSERT INTO ledger_entries (operation_id, account, side, amount_minor, currency)
-                VALUES ($1, $2, 'debit', $4, 'USD'), ($1, $3, 'credit', $4, 'USD')
-                """,
-                n,
-                debit,
-                credit,
+    await connection.executemany(
+        """
+        INSERT INTO transfers (payment_id, kind, reference, debit, credit, amount_minor, currency)
+        VALUES ($1, $2, $3, $4, $5, $6, 'USD')
+        """,
+        [
+            (
+                payment,
+                kind,
+                reference,
+                *(("refunds", "provider") if kind == "refund" else ("provider", "sales")),
                 amount,
             )
+            for _, payment, _, kind, amount, reference, _, _ in operations()
+            if kind in ("charge", "capture", "refund")
+        ],
+    )
     await _fill_outbox(connection, outboxes()["payments"])
 
 
@@ -282,30 +314,51 @@ async def _fill_sandbox(connection: Any) -> None:
 async def _fill_events(connection: Any) -> None:
     await connection.executemany(
         """
-        INSERT INTO feed (source, event_id, type, subject, subject_id, version, data, at, received_at)
-        VALUES ($1, $2, $3, $4, $5, $6, '{}', $7, $7)
+        INSERT INTO feed (source, outbox_id, place, count, events, at, received_at) VALUES ($1, $2, 0, 1, $3, $4, $4)
         """,
-        [(source, *event, THEN) for source, told in outboxes().items() for event in told],
+        [(source, event[0], _row(event), THEN) for source, told in outboxes().items() for event in told],
     )
+    for source, told in outboxes().items():
+        await _set_cursor(connection, "events.feed", source, told)
 
 
 async def _fill_products(connection: Any) -> None:
     await connection.executemany(
         """
-        INSERT INTO inbox (consumer, source, event_id, subject, subject_id, version, at)
-        VALUES ('products.in_stock', 'inventory', $1, $2, $3, $4, $5)
+        INSERT INTO products (id, sku, name, description, price_minor, currency, category, in_stock, stock_version)
+        VALUES ($1, 'sku-' || $1::bigint, 'Thing', '', 100, 'USD', 'things', true, $2)
         """,
-        [(n, subject, id_, version, THEN) for n, _, _, subject, id_, version in STOCK_NEWS],
+        [(id_, version) for *_, id_, version in STOCK_NEWS],
+    )
+    await _set_cursor(connection, "products.in_stock", "inventory", outboxes()["inventory"])
+
+
+async def _set_cursor(connection: Any, consumer: str, source: str, told: list[Event]) -> None:
+    """Behind everything."""
+    await connection.execute(
+        "INSERT INTO cursors VALUES ($1, $2, $3, $4)", consumer, source, rows.end_of_row(told[-1][0]), THEN
     )
 
 
 async def _fill_outbox(connection: Any, told: list[Event]) -> None:
     await connection.executemany(
-        """
-        INSERT INTO outbox (id, type, subject, subject_id, version, data, at, published_at)
-        VALUES ($1, $2, $3, $4, $5, '{"secret": "of an event"}', $6, $6)
-        """,
-        [(*event, THEN) for event in told],
+        "INSERT INTO outbox (id, events, at) VALUES ($1, $2, $3)", [(event[0], _row(event), THEN) for event in told]
+    )
+
+
+def _row(event: Event) -> str:
+    """A row of this event alone."""
+    _, type_, subject, subject_id, version = event
+    return json.dumps(
+        [
+            {
+                "type": type_,
+                "subject": subject,
+                "subject_id": subject_id,
+                "version": version,
+                "data": {"secret": "of an event"},
+            }
+        ]
     )
 
 
