@@ -25,7 +25,7 @@ from mercato.contracts.products import Products
 from mercato.contracts.sandbox import Sandbox
 from mercato.contracts.users import PublicKeys, Users
 from mercato.gateway.app import Asgi, Gateway
-from mercato.gateway.auth import Gatekeeper, Verifier, own_hosts
+from mercato.gateway.auth import Authenticator, Verifier, own_hosts
 from mercato.gateway.pages import Pages
 from mercato.gateway.routes import ROUTES
 
@@ -72,10 +72,10 @@ def gateway(
         return await host.client(Users).keys(EmptyRequest())
 
     verifier = Verifier(fetch_keys, host.clock)
-    gatekeeper = Gatekeeper(verifier, own_hosts(*open_to) if open_to else None)
+    authenticator = Authenticator(verifier, own_hosts(*open_to) if open_to else None)
     pages = Pages(
         routes=ROUTES,
-        gatekeeper=gatekeeper,
+        authenticator=authenticator,
         verifier=verifier,
         telemetry=host.telemetry,
         ready=host.ready,
@@ -88,7 +88,7 @@ def gateway(
     return Gateway(
         ROUTES,
         client=client,
-        gatekeeper=gatekeeper,
+        authenticator=authenticator,
         telemetry=host.telemetry,
         clock=host.clock,
         fallback=pages,

@@ -1,13 +1,13 @@
 """Coalescing: concurrent single calls become the batches that a service takes.
 
 The parts
-    A `Batcher` belongs to one operation in one calling process. It holds a queue and up to `lanes` flights. A flight
-    is one batch on its way: a task that awaits `send` and hands every caller its own answer.
+    A `Batcher` belongs to one operation in one calling process. It holds a queue and up to `lanes` batches in flight.
+    Each of these has a task that awaits `send` and hands every caller its own answer.
 
 What happens when
     A call joins the queue. If a lane is free, a flush runs at the next turn of the event loop, so that everything
     that was called in this turn goes together; there is no timer and no added wait, and a lone call is a batch of
-    one. If no lane is free, calls gather until a flight lands, and leave together: under load batches grow by
+    one. If no lane is free, calls gather until a batch completes, and leave together: under load batches grow by
     themselves.
 
 An entry is in one of these states
@@ -16,11 +16,12 @@ An entry is in one of these states
     settled     its caller has an answer, an error, or is gone
 
 Guaranteed
-    - Every caller hears exactly once: its own answer or error, never a neighbour's.
-    - It hears in bounded time: at its deadline it gets `DeadlineExceeded`, whatever the service does.
-    - Never more than `lanes` flights, never more than `queue_limit` entries waiting: beyond, `Overloaded`, at once.
+    - Every caller gets exactly one outcome: its own answer or error, never a neighbour's.
+    - It gets it in bounded time: at its deadline it gets `DeadlineExceeded`, whatever the service does.
+    - Never more than `lanes` batches in flight, never more than `queue_limit` entries waiting: beyond, `Overloaded`,
+      at once.
     - An entry that nobody waits for any more, because its caller was cancelled or its deadline passed, is not sent.
-    - A flight that nobody waits for any more is cancelled, so that a service that hangs does not hold a lane for ever.
+    - A batch that nobody waits for any more is cancelled, so that a service that hangs does not hold a lane for ever.
 
 Deadlines cost nothing on the way: one timer per batcher stands at the earliest deadline that was ever armed, looks
 through the entries when it rings (in practice once in ten seconds), and is armed again for the earliest that is left.
@@ -58,28 +59,23 @@ class Observer(Protocol):
     def failed(self, error: BaseException) -> None: ...
 
 
-class Waiter(Protocol):
-    """Where the outcome of an entry goes."""
+class Entry:
+    """One request on its way to one answer: the only one of its call, whose future it resolves or fails."""
 
-    def gone(self) -> bool:
-        """True once nobody waits for the outcome any more."""
-        ...
+    __slots__ = ("context", "future", "queued_at", "request")
 
-    def settle(self, place: int, outcome: Outcome) -> None:
-        """Called once for each place."""
-        ...
-
-
-class Lone:
-    """The waiter of a single call: a future that is resolved or failed."""
-
-    __slots__ = ("future", "gone")
-
-    def __init__(self, future: asyncio.Future[Any]) -> None:
+    def __init__(self, request: Any, context: Context, future: asyncio.Future[Any], queued_at: float) -> None:
+        self.request = request
+        self.context = context
         self.future = future
-        self.gone = future.done
+        self.queued_at = queued_at
 
-    def settle(self, place: int, outcome: Outcome) -> None:
+    def wanted(self) -> bool:
+        """False once it is settled, or its caller is gone."""
+        return not self.future.done()
+
+    def settle(self, outcome: Outcome) -> None:
+        """Only the first outcome counts."""
         if self.future.done():
             return
         if isinstance(outcome, ServiceError):
@@ -89,47 +85,46 @@ class Lone:
 
 
 class Group:
-    """The waiter of a call with many requests: one future for all of them, resolved by the last."""
+    """The outcomes of a call with many requests, whose one future is resolved by the last of them."""
 
-    __slots__ = ("future", "gone", "missing", "outcomes")
+    __slots__ = ("future", "missing", "outcomes")
 
     def __init__(self, future: asyncio.Future[Sequence[Outcome]], size: int) -> None:
         self.future = future
-        self.gone = future.done
         self.outcomes: list[Outcome] = [None] * size
         self.missing = size
 
-    def settle(self, place: int, outcome: Outcome) -> None:
-        self.outcomes[place] = outcome
-        self.missing -= 1
-        if self.missing == 0 and not self.future.done():
-            self.future.set_result(self.outcomes)
 
+class GroupEntry(Entry):
+    """One of the requests of a `Group`, at `place` among them."""
 
-class Entry:
-    """One request on its way to one answer."""
+    __slots__ = ("group", "place", "settled")
 
-    __slots__ = ("context", "place", "queued_at", "request", "settled", "waiter")
-
-    def __init__(self, request: Any, context: Context, waiter: Waiter, place: int, queued_at: float) -> None:
+    def __init__(self, request: Any, context: Context, group: Group, place: int, queued_at: float) -> None:
         self.request = request
         self.context = context
-        self.waiter = waiter
-        self.place = place
+        self.future = group.future
         self.queued_at = queued_at
+        self.group = group
+        self.place = place
         self.settled = False
 
-    def settle(self, outcome: Outcome) -> None:
-        if not self.settled:
-            self.settled = True
-            self.waiter.settle(self.place, outcome)
-
     def wanted(self) -> bool:
-        return not self.settled and not self.waiter.gone()
+        return not self.settled and not self.future.done()
+
+    def settle(self, outcome: Outcome) -> None:
+        if self.settled:
+            return
+        self.settled = True
+        group = self.group
+        group.outcomes[self.place] = outcome
+        group.missing -= 1
+        if group.missing == 0 and not self.future.done():
+            self.future.set_result(group.outcomes)
 
 
-class Flight:
-    """A batch on its way. `task` is None only until the task that flies it exists."""
+class InFlightBatch:
+    """A batch that was dispatched. `task` is None only until the task that runs it exists."""
 
     __slots__ = ("abandoned", "entries", "longest_wait_s", "task")
 
@@ -167,7 +162,7 @@ class Batcher:
         self._observer = observer
         self._monotonic = monotonic
         self._queue: deque[Entry] = deque()
-        self._flights: set[Flight] = set()
+        self._in_flight: set[InFlightBatch] = set()
         self._flush_scheduled = False
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_at = float("inf")
@@ -182,8 +177,11 @@ class Batcher:
             self._refuse(1)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        self._queue.append(Entry(request, context, Lone(future), 0, self._monotonic()))
-        self._awake(loop, context.deadline)
+        self._queue.append(Entry(request, context, future, self._monotonic()))
+        if context.deadline < self._alarm_at:
+            self._arm(loop, context.deadline)
+        if not self._flush_scheduled and len(self._in_flight) < self.lanes:
+            self._schedule_flush(loop)
         return future
 
     def submit_many(self, requests: Sequence[Any], context: Context) -> asyncio.Future[Sequence[Outcome]]:
@@ -196,8 +194,11 @@ class Batcher:
         if len(self._queue) + len(requests) > self.queue_limit:
             self._refuse(len(requests))
         group, now = Group(future, len(requests)), self._monotonic()
-        self._queue.extend(Entry(request, context, group, i, now) for i, request in enumerate(requests))
-        self._awake(loop, context.deadline)
+        self._queue.extend(GroupEntry(request, context, group, i, now) for i, request in enumerate(requests))
+        if context.deadline < self._alarm_at:
+            self._arm(loop, context.deadline)
+        if not self._flush_scheduled and len(self._in_flight) < self.lanes:
+            self._schedule_flush(loop)
         return future
 
     @property
@@ -206,14 +207,17 @@ class Batcher:
 
     @property
     def in_flight(self) -> int:
-        return len(self._flights)
+        return len(self._in_flight)
 
     async def close(self) -> None:
-        """Lets the flights land, and fails what still waits. For the end of a process, after requests have stopped."""
-        while self._queue or self._flights:
+        """Lets the batches in flight complete, and fails what still waits.
+
+        For the end of a process, after requests have stopped.
+        """
+        while self._queue or self._in_flight:
             while self._queue:
                 self._queue.popleft().settle(self._unavailable())
-            if tasks := [flight.task for flight in self._flights if flight.task]:
+            if tasks := [batch.task for batch in self._in_flight if batch.task]:
                 await asyncio.wait(tasks)
         if self._alarm:
             self._alarm.cancel()
@@ -225,49 +229,46 @@ class Batcher:
         self._observer.refused(count)
         raise Overloaded(operation=self.operation)
 
-    def _awake(self, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
-        if deadline < self._alarm_at:
-            self._arm(loop, deadline)
-        if not self._flush_scheduled and len(self._flights) < self.lanes:
-            self._flush_scheduled = True
-            loop.call_soon(self._flush, context=self._no_caller)
+    def _schedule_flush(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._flush_scheduled = True
+        loop.call_soon(self._flush, context=self._no_caller)
 
     def _flush(self) -> None:
         self._flush_scheduled = False
-        self._depart()
+        self._dispatch()
 
-    def _depart(self) -> None:
-        while self._queue and len(self._flights) < self.lanes:
-            if (flight := self._board()) is None:
+    def _dispatch(self) -> None:
+        while self._queue and len(self._in_flight) < self.lanes:
+            if (batch := self._collect()) is None:
                 continue
-            self._flights.add(flight)
-            # A flight belongs to no caller: it must not see one caller's context, nor end with one caller's task.
-            flight.task = asyncio.get_running_loop().create_task(self._fly(flight), context=contextvars.Context())
-            flight.task.add_done_callback(functools.partial(self._give_up, flight), context=self._no_caller)
+            self._in_flight.add(batch)
+            # A batch belongs to no caller: it must not see one caller's context, nor end with one caller's task.
+            batch.task = asyncio.get_running_loop().create_task(self._run(batch), context=contextvars.Context())
+            batch.task.add_done_callback(functools.partial(self._release, batch), context=self._no_caller)
 
-    def _board(self) -> Flight | None:
-        """A flight of up to `size` entries that are still worth sending; those whose time is over hear so here."""
-        now, entries = self._monotonic(), list[Entry]()
-        while self._queue and len(entries) < self.size:
-            entry = self._queue.popleft()
+    def _collect(self) -> InFlightBatch | None:
+        """A batch of up to `size` entries that are still worth sending; the others get their error, or are dropped."""
+        queue, size, now, entries = self._queue, self.size, self._monotonic(), list[Entry]()
+        while queue and len(entries) < size:
+            entry = queue.popleft()
             if not entry.wanted():
                 continue
             if entry.context.deadline <= now:
                 entry.settle(DeadlineExceeded(operation=self.operation))
                 continue
             entries.append(entry)
-        return Flight(entries, now - entries[0].queued_at) if entries else None
+        return InFlightBatch(entries, now - entries[0].queued_at) if entries else None
 
-    async def _fly(self, flight: Flight) -> None:
-        entries = flight.entries
+    async def _run(self, batch: InFlightBatch) -> None:
+        entries = batch.entries
         try:
-            self._observer.sent(len(entries), flight.longest_wait_s)
+            self._observer.sent(len(entries), batch.longest_wait_s)
             outcomes = await self._send([e.request for e in entries], [e.context for e in entries])
             if len(outcomes) != len(entries):
                 raise AssertionError(f"{self.operation}: {len(outcomes)} answers to {len(entries)} requests")
         except ServiceError as error:
             self._settle_all(entries, error)
-        except Exception as error:  # an edge: whatever the transport did, every caller hears
+        except Exception as error:  # an edge: whatever the transport did, every caller gets an outcome
             self._settle_all(entries, Internal(operation=self.operation))
             self._observer.failed(error)
         except BaseException:
@@ -278,18 +279,18 @@ class Batcher:
             for entry, outcome in zip(entries, outcomes, strict=True):
                 entry.settle(outcome)
         finally:
-            self._land(flight)
+            self._complete(batch)
 
-    def _land(self, flight: Flight) -> None:
-        self._flights.discard(flight)
+    def _complete(self, batch: InFlightBatch) -> None:
+        self._in_flight.discard(batch)
         if not self._flush_scheduled:  # or else what was called in this turn leaves together, at the next
-            self._depart()
+            self._dispatch()
 
-    def _give_up(self, flight: Flight, _: asyncio.Task[None]) -> None:
-        """For a flight whose task was cancelled before its first step: such a task runs nothing, not even `finally`."""
-        if flight in self._flights:
-            self._settle_all(flight.entries, self._unavailable())
-            self._land(flight)
+    def _release(self, batch: InFlightBatch, _: asyncio.Task[None]) -> None:
+        """For a batch whose task was cancelled before its first step: such a task runs nothing, not even `finally`."""
+        if batch in self._in_flight:
+            self._settle_all(batch.entries, self._unavailable())
+            self._complete(batch)
 
     def _settle_all(self, entries: Sequence[Entry], error: ServiceError) -> None:
         for entry in entries:
@@ -308,21 +309,21 @@ class Batcher:
         self._alarm = loop.call_later(delay, self._ring, context=self._no_caller)
 
     def _ring(self) -> None:
-        """Tells everybody whose time is over, gives up flights that nobody waits for, and arms for the next."""
+        """Fails the entries whose time is over, cancels batches that nobody waits for, and arms for the next."""
         now, left = self._monotonic(), float("inf")
-        for entry in (*self._queue, *(e for flight in self._flights for e in flight.entries)):
-            if entry.settled:
+        for entry in (*self._queue, *(e for batch in self._in_flight for e in batch.entries)):
+            if not entry.wanted():
                 continue
             if entry.context.deadline <= now:
                 entry.settle(DeadlineExceeded(operation=self.operation))
             else:
                 left = min(left, entry.context.deadline)
-        for flight in self._flights:
-            if flight.task and not flight.abandoned and not any(entry.wanted() for entry in flight.entries):
+        for batch in self._in_flight:
+            if batch.task and not batch.abandoned and not any(entry.wanted() for entry in batch.entries):
                 # Cancelled once: a second time would hit the roll-back that the first one began
-                flight.abandoned = True
-                flight.task.cancel()
-        # What has left the queue's front is dropped when boarding; its back must not keep dead entries either.
+                batch.abandoned = True
+                batch.task.cancel()
+        # What has left the queue's front is dropped when collected; its back must not keep dead entries either.
         self._queue = deque(entry for entry in self._queue if entry.wanted())
         self._alarm, self._alarm_at = None, float("inf")
         if left < float("inf"):

@@ -218,23 +218,32 @@ def _unless_committed(error: ServiceError, tried: Attempt, operation: Operation[
 class BatchedCall:
     """A `Call`: one operation, its batcher, and the context of whoever calls."""
 
-    __slots__ = ("_batcher", "_clock", "_deadline_s", "_operation")
+    __slots__ = ("_deadline_s", "_monotonic", "_operation", "_submit", "_submit_many")
 
     def __init__(self, batcher: Batcher, clock: Clock, operation: Operation[Any, Any]) -> None:
-        self._batcher = batcher
-        self._clock = clock
+        self._submit = batcher.submit
+        self._submit_many = batcher.submit_many
+        self._monotonic = clock.monotonic
         self._operation = operation
         self._deadline_s = operation.deadline_ms / 1_000
 
     def __call__(self, request: Any) -> Awaitable[Any]:
         if (made := attempt.get()) is not None:
             self._note(made, (request,))
-        return self._batcher.submit(request, self._context())
+        context = current.get()
+        own_deadline = self._monotonic() + self._deadline_s
+        if own_deadline < context.deadline:
+            context = Context(context.actor, own_deadline, context.trace_id, context.request_id)
+        return self._submit(request, context)
 
     def many(self, requests: Sequence[Any]) -> Awaitable[Sequence[Outcome]]:
         if (made := attempt.get()) is not None:
             self._note(made, requests)
-        return self._batcher.submit_many(requests, self._context())
+        context = current.get()
+        own_deadline = self._monotonic() + self._deadline_s
+        if own_deadline < context.deadline:
+            context = Context(context.actor, own_deadline, context.trace_id, context.request_id)
+        return self._submit_many(requests, context)
 
     def _note(self, made: Attempt, requests: Sequence[Any]) -> None:
         """A handler calls: refused inside a transaction, and remembered if it must not be done twice."""
@@ -242,13 +251,6 @@ class BatchedCall:
             raise RemoteCallInTransactionError(f"{self._operation.full_name} was called inside a transaction")
         if self._operation.retry is not Retry.SAFE and not all(map(self._operation.repeatable, requests)):
             made.committed = True
-
-    def _context(self) -> Context:
-        context = current.get()
-        own_deadline = self._clock.monotonic() + self._deadline_s
-        if own_deadline < context.deadline:
-            return Context(context.actor, own_deadline, context.trace_id, context.request_id)
-        return context
 
 
 class Connector:

@@ -68,11 +68,15 @@ class Verifier:
         self._fetched_at = float("-inf")
         self._known: dict[str, tuple[Actor, float]] = {}
 
+    def remembered(self, token: str) -> Actor | None:
+        """The actor of a token that was verified before and has not expired."""
+        known = self._known.get(token)
+        return known[0] if known is not None and known[1] > self._clock.now().timestamp() else None
+
     async def actor(self, token: str) -> Actor:
         """Raises `Unauthenticated` for a token that is forged, foreign, expired or not a token."""
-        known = self._known.get(token)
-        if known is not None and known[1] > self._clock.now().timestamp():
-            return known[0]
+        if (known := self.remembered(token)) is not None:
+            return known
         actor, expires_at = self._read(await self._verified(token))
         if len(self._known) >= REMEMBERED_TOKENS:
             self._known.clear()
@@ -139,14 +143,15 @@ class _UnknownKeyError(Exception):
     """A token is signed with a key that we do not have."""
 
 
-class Gatekeeper:
+class Authenticator:
     """Gives the actor of a request. `own_hosts` are the Host values of an open shop; None when tokens are required."""
 
     def __init__(self, verifier: Verifier, own_hosts: Sequence[str] | None) -> None:
         self._verifier = verifier
         self._hosts = frozenset(host.encode() for host in own_hosts) if own_hosts is not None else None
         self._origins = frozenset(b"http://" + host for host in self._hosts or ())
-        self._nobody = ANONYMOUS if own_hosts is None else OPEN_ACTOR
+        self.anonymous_actor = ANONYMOUS if own_hosts is None else OPEN_ACTOR
+        """Who a caller without a token is."""
 
     @property
     def open(self) -> bool:
@@ -163,9 +168,10 @@ class Gatekeeper:
         if origin is not None and origin.lower() not in self._origins:
             raise HostNotAllowed(header="Origin")
 
-    def nobody(self) -> Actor:
-        """Who a caller without a token is."""
-        return self._nobody
+    def remembered(self, authorization: bytes) -> Actor | None:
+        """The actor of an Authorization header whose token was verified before; None where `actor` has to look."""
+        scheme, _, token = authorization.partition(b" ")
+        return self._verifier.remembered(token.decode("latin-1")) if scheme == b"Bearer" else None
 
     async def actor(self, authorization: bytes) -> Actor:
         """Raises `Unauthenticated`."""

@@ -34,6 +34,7 @@ FOR_EVER: Final = "public, max-age=31536000, immutable"
 WAY_OUT: Final[Mapping[str, str]] = {
     "body_too_large": "Send less at once.",
     "deadline_exceeded": "It may or may not have been done. Look, or send it again with the same Idempotency-Key.",
+    "events.cursor_ahead": "Look at the things themselves, then read on after details.last.",
     "events.cursor_too_old": "Look at the things themselves, then read on after details.oldest.",
     "forbidden": "Sign in as somebody who may do this; staff can make others staff.",
     "host_not_allowed": "Call the address that the shop printed when it started, or start it with tokens required.",

@@ -17,6 +17,8 @@ API_VERSION: Final = "1"
 _BARE: Final = re.compile(rb"^[\x21-\x7e]{1,255}$")
 _QUOTED: Final = re.compile(rb'^"((?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\["\\])*)"$')
 _ESCAPED: Final = re.compile(rb"\\(.)")
+_encode: Final = msgspec.json.Encoder(order="sorted").encode
+_decode: Final = msgspec.json.Decoder().decode
 
 
 def key_of(header: bytes) -> str:
@@ -40,16 +42,16 @@ def fingerprint(method: str, template: str, parts: Mapping[str, str], query: byt
         method,
         template,
         sorted(parts.items()),
-        sorted(parse_qsl(query.decode("latin-1"), keep_blank_values=True)),
+        sorted(parse_qsl(query.decode("latin-1"), keep_blank_values=True)) if query else (),
         API_VERSION,
         _meaning(body) if body else None,
     )
-    return hashlib.sha256(msgspec.json.encode(meaning, order="sorted")).digest()
+    return hashlib.sha256(_encode(meaning)).digest()
 
 
 def _meaning(body: bytes) -> Any:
     try:
-        return msgspec.json.decode(body)
+        return _decode(body)
     except msgspec.DecodeError:
         # A number beyond what a float or an integer holds, in a field that takes decimals. It counts as it is written.
         return body

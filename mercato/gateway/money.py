@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from decimal import Decimal
 from typing import Annotated, Final
 
@@ -12,6 +13,8 @@ from mercato.contracts.money import EXPONENTS, MAX_MINOR
 FRACTION_LIMIT: Final = 64
 """Digits after the point that are looked at; further zeros say nothing, and nobody means them."""
 
+REMEMBERED_AMOUNTS: Final = 4_096
+
 
 class Money(msgspec.Struct, frozen=True):
     """An amount in major units as a decimal string, with as many digits after the point as the currency has."""
@@ -20,7 +23,9 @@ class Money(msgspec.Struct, frozen=True):
     currency: Annotated[str, msgspec.Meta(examples=["USD"])]
 
 
+@functools.lru_cache(REMEMBERED_AMOUNTS)
 def money(minor: int, currency: str) -> Money:
+    """Remembered: prices are few, and an order shows the same amount in several places."""
     return Money(decimal_string(minor, EXPONENTS[currency]), currency)
 
 

@@ -346,7 +346,7 @@ class _Described:
                 "description": problems.TITLES[status],
                 "headers": _headers(name for name, there in wanted.items() if there),
                 "content": {
-                    problems.MEDIA_TYPE.decode(): {
+                    problems.MEDIA_TYPE: {
                         "schema": {"$ref": "#/components/schemas/Problem"},
                         "examples": {error.code: self._example(error) for error in errors},
                     }

@@ -20,7 +20,7 @@ from mercato.chassis.contract import Context, Forbidden, Internal, ServiceError,
 from mercato.chassis.telemetry import Telemetry
 from mercato.contracts.roles import STAFF
 from mercato.gateway import docs, openapi, problems
-from mercato.gateway.auth import Gatekeeper, Verifier
+from mercato.gateway.auth import Authenticator, Verifier
 from mercato.gateway.route import Route
 
 KEYS_SECONDS = 5.0
@@ -33,14 +33,14 @@ class Pages:
         self,
         *,
         routes: Sequence[Route],
-        gatekeeper: Gatekeeper,
+        authenticator: Authenticator,
         verifier: Verifier,
         telemetry: Telemetry,
         ready: Callable[[], Awaitable[Mapping[str, bool]]],
         details: Callable[[], Mapping[str, Any]],
     ) -> None:
         """`details`: what `/health/ready` tells besides, whatever it is worth."""
-        self._gatekeeper = gatekeeper
+        self._authenticator = authenticator
         self._verifier = verifier
         self._telemetry = telemetry
         self._ready = ready
@@ -52,7 +52,7 @@ class Pages:
                 PageRoute("/health/ready", self._readiness),
                 PageRoute("/metrics", self._metrics),
                 PageRoute("/.well-known/jwks.json", self._jwks),
-                PageRoute("/openapi.json", _prepared(_description(routes, open_shop=gatekeeper.open))),
+                PageRoute("/openapi.json", _prepared(_description(routes, open_shop=authenticator.open))),
                 *(PageRoute(path, _prepared(page)) for path, page in docs.pages(routes).items()),
             ],
             exception_handlers={HTTPException: _http_problem, ServiceError: _problem, Exception: _bug},
@@ -85,7 +85,7 @@ class Pages:
         return Response(text, headers={"content-type": content_type})
 
     async def _jwks(self, _: Request) -> Response:
-        self._hurry()
+        self._cap_deadline()
         keys = await self._verifier.jwks()
         return _json({"keys": keys.keys}, headers={"cache-control": "public, max-age=300"})
 
@@ -93,17 +93,17 @@ class Pages:
         proxied = any(name in request.headers for name in ("forwarded", "x-forwarded-for", "x-real-ip", "via"))
         if request.client and ip_address(request.client.host).is_loopback and not proxied:
             return
-        self._hurry()
+        self._cap_deadline()
         authorization = request.headers.get("authorization")
         actor = (
-            await self._gatekeeper.actor(authorization.encode("latin-1"))
+            await self._authenticator.actor(authorization.encode("latin-1"))
             if authorization
-            else self._gatekeeper.nobody()
+            else self._authenticator.anonymous_actor
         )
         if actor.role != STAFF:
             raise problems.SignInFirst() if not authorization else Forbidden(operation="metrics", role=actor.role)
 
-    def _hurry(self) -> None:
+    def _cap_deadline(self) -> None:
         """What is called from here, such as the users service for its keys, has this long."""
         call = current.get()
         deadline = min(call.deadline, time.monotonic() + KEYS_SECONDS)
@@ -133,8 +133,8 @@ def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = Non
 
 async def _problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
-    status, headers, body = problems.render(error, current.get().trace_id)
-    return Response(body, status, headers={name.decode(): value.decode() for name, value in headers})
+    status, lines, body = problems.render(error, current.get().trace_id)
+    return Response(body, status, headers=dict(line.decode().split(": ", 1) for line in lines))
 
 
 async def _bug(request: Request, _: Exception) -> Response:

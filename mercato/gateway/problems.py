@@ -10,7 +10,8 @@ import msgspec
 from mercato.chassis.contract import FieldError, InvalidRequest, Kind, ServiceError
 from mercato.gateway.money import money
 
-MEDIA_TYPE: Final = b"application/problem+json"
+MEDIA_TYPE: Final = "application/problem+json"
+CONTENT_TYPE: Final = f"content-type: {MEDIA_TYPE}".encode()
 
 STATUS_OF_KIND: Final[Mapping[Kind, int]] = {
     Kind.NOT_FOUND: 404,
@@ -28,6 +29,7 @@ STATUS_OF_KIND: Final[Mapping[Kind, int]] = {
 STATUS_OF_CODE: Final[Mapping[str, int]] = {
     # Where HTTP, or a draft that clients know, has a more exact word than the kind.
     "stale_version": 412,
+    "events.cursor_ahead": 410,
     "events.cursor_too_old": 410,
     "idempotency_key_reused": 422,
     "method_not_allowed": 405,
@@ -145,8 +147,8 @@ def status_of(error: ServiceError) -> int:
     return STATUS_OF_CODE.get(error.code) or STATUS_OF_KIND[error.kind]
 
 
-def render(error: ServiceError, trace_id: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-    """Status, headers and body of an error."""
+def render(error: ServiceError, trace_id: str) -> tuple[int, list[bytes], bytes]:
+    """Status, headers (`name: value`) and body of an error. The server adds Content-Length."""
     status = status_of(error)
     invalid = isinstance(error, InvalidRequest)
     problem = Problem(
@@ -159,12 +161,11 @@ def render(error: ServiceError, trace_id: str) -> tuple[int, list[tuple[bytes, b
         errors=error.errors if invalid else (),
         details={} if invalid else _shown(error.details),
     )
-    body = _encode(problem)
-    headers = [(b"content-type", MEDIA_TYPE), (b"content-length", str(len(body)).encode())]
+    lines = [CONTENT_TYPE]
     if error.retry_after_s is not None:
-        headers.append((b"retry-after", str(error.retry_after_s).encode()))
+        lines.append(b"retry-after: %d" % error.retry_after_s)
     if status == 401:
-        headers.append((b"www-authenticate", b'Bearer realm="mercato"'))
+        lines.append(b'www-authenticate: Bearer realm="mercato"')
     if isinstance(error, MethodNotAllowed):
-        headers.append((b"allow", ", ".join(error.allowed).encode()))
-    return status, headers, body
+        lines.append(b"allow: " + ", ".join(error.allowed).encode())
+    return status, lines, _encode(problem)

@@ -1,4 +1,4 @@
-"""How often one caller may use a row (GCRA). Per process: with N workers a caller may do up to N times as much."""
+"""How often one caller may use a route (GCRA). Per process: with N workers a caller may do up to N times as much."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ REMEMBERED_CALLERS: Final = 10_000
 
 
 class RateLimiter:
-    """Counts by row and by who calls: the signed-in account, else the address that the connection comes from."""
+    """Counts by route and by who calls: the signed-in account, else the address that the connection comes from."""
 
     def __init__(self) -> None:
         self._store = store.MemoryStore(options={"MAX_SIZE": REMEMBERED_CALLERS})
         self._throttles: dict[str, Throttled] = {}
 
-    def check(self, row: str, limits: Limits, actor: Actor, address: str) -> None:
+    def check(self, route: str, limits: Limits, actor: Actor, address: str) -> None:
         """Raises `TooManyRequests` with the seconds to wait."""
         assert limits.per_second is not None
-        throttle = self._throttles.get(row)
+        throttle = self._throttles.get(route)
         if throttle is None:
-            throttle = self._throttles[row] = Throttled(
+            throttle = self._throttles[route] = Throttled(
                 using=RateLimiterType.GCRA.value,
                 quota=rate_limiter.per_sec(limits.per_second, burst=limits.burst),
                 store=self._store,
             )
         caller = f"{actor.role}:{actor.id}" if actor.id else address
-        result = throttle.limit(f"{row} {caller}")
+        result = throttle.limit(f"{route} {caller}")
         if result.limited:
             raise TooManyRequests(max(1, math.ceil(result.state.retry_after)))

@@ -1,4 +1,4 @@
-"""What a row of the API's table says. The rows are in `routes/`, one file a service; `app.py` answers from them."""
+"""What a route of the API's table says. The routes are in `routes/`, one file a service; `app.py` answers from them."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A JSON answer."""
 
 
-class Ask(msgspec.Struct, gc=False):
-    """A request as a row sees it: who asks, and its parts, checked and typed."""
+class RouteRequest(msgspec.Struct, gc=False):
+    """A request as a route sees it: who asks, and its parts, checked and typed."""
 
     actor: Actor
     path: Mapping[str, int]
     """The numbers in the path, by name."""
     query: Any
-    """The row's `query` model, or None."""
+    """The route's `query` model, or None."""
     body: Any
-    """The row's `body` model, or None."""
+    """The route's `body` model, or None."""
     if_match: int | None
     """The version in If-Match; None where there is none, or `*`."""
     idempotency_key: str | None
@@ -58,10 +58,10 @@ class Page(msgspec.Struct, frozen=True):
 
 
 class Wait(msgspec.Struct, frozen=True):
-    """What `Prefer: wait=N` (RFC 7240) waits for, once the row's own operation has answered.
+    """What `Prefer: wait=N` (RFC 7240) waits for, once the route's own operation has answered.
 
-    `operation` gets what `request` makes of that answer and the milliseconds to wait; `answer` makes the row's answer
-    out of both. Where waiting fails, the row's own answer stands: it is true.
+    `operation` gets what `request` makes of that answer and the milliseconds to wait; `answer` makes the route's answer
+    out of both. Where waiting fails, the route's own answer stands: it is true.
     """
 
     operation: Operation[Any, Any]
@@ -70,7 +70,7 @@ class Wait(msgspec.Struct, frozen=True):
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
-    """One row: everything that the API promises about a method and a path.
+    """One route: everything that the API promises about a method and a path.
 
     `request` makes the operation's request of what was asked; `answer` makes the JSON of the operation's answer: an
     `Output`, a `Page` for a collection, or None for no body. Both are pure.
@@ -80,14 +80,14 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     operation: Operation[Any, Any]
     summary: str
-    request: Callable[[Ask], Any]
+    request: Callable[[RouteRequest], Any]
     answer: Callable[[Any], Any]
     output: Any
     """The type of the JSON answer, for the documentation: what `answer` gives, `list[X]` for a page of X, or None."""
     roles: frozenset[str]
-    """Who may. Without a default: a row that forgets to say so is refused at the start, not open to everybody."""
+    """Who may. Without a default: a route that forgets to say so is refused at the start, not open to everybody."""
     ignores_token: bool = False
-    """For the rows that give tokens: one that has expired must not keep its owner from a new one, and accounts of an
+    """For the routes that give tokens: one that has expired must not keep its owner from a new one, and accounts of an
     attacker's own must not multiply how often a password may be guessed."""
     status: int = 200
     query: type[Input] | None = None

@@ -12,7 +12,7 @@ import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mercato.chassis.batching import Batcher, Lone
+from mercato.chassis.batching import Batcher, Entry
 from mercato.chassis.contract import (
     ANONYMOUS,
     Context,
@@ -381,7 +381,7 @@ async def test_a_flight_whose_task_is_cancelled_from_outside_says_that_the_outco
     bench = Bench()
     future = bench.call(1)
     await turns()
-    flight = next(iter(bench.batcher._flights))
+    flight = next(iter(bench.batcher._in_flight))
     assert flight.task is not None
     flight.task.cancel()
     with pytest.raises(OutcomeUnknown):
@@ -654,7 +654,7 @@ class Schedule:
 
     async def step_kill(self, which: int) -> None:
         """Cancels a flight's task, started or not."""
-        if flights := list(self.bench.batcher._flights):
+        if flights := list(self.bench.batcher._in_flight):
             task = flights[which % len(flights)].task
             assert task is not None
             task.cancel()
@@ -787,13 +787,13 @@ def test_of_what_waits_exactly_the_wanted_is_sent(cancelled: set[int], expired: 
     asyncio.run(body())
 
 
-def test_the_waiter_of_a_single_call_takes_one_outcome():
+def test_an_entry_of_a_single_call_takes_one_outcome():
     async def body() -> None:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        waiter = Lone(future)
-        waiter.settle(0, "first")
-        waiter.settle(0, Refused(number=1))
-        assert (waiter.gone(), await future) == (True, "first")
+        entry = Entry(1, Context(ANONYMOUS, 1.0, "", ""), future, 0.0)
+        entry.settle("first")
+        entry.settle(Refused(number=1))
+        assert (entry.wanted(), await future) == (False, "first")
 
     asyncio.run(body())
 

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import contextvars
 import email.utils
 import hashlib
 import inspect
 import socket
 import sys
+import urllib.parse
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from mercato.chassis.http import (
+    COMPLETE_RESPONSE,
     BoundedProtocol,
     CannotListen,
     HostUnknown,
@@ -33,32 +36,53 @@ from mercato.chassis.http import (
 # Half a minute of waiting for time-outs: not for the fast tests.
 pytestmark = pytest.mark.slow
 
-BOUND_SECONDS = 15.0
+BOUND_SECONDS = 60.0
 GET = b"GET /hello HTTP/1.1\r\nHost: shop\r\n\r\n"
 CHUNKED = b"POST /echo HTTP/1.1\r\nHost: shop\r\nTransfer-Encoding: chunked\r\n\r\n"
 SHORT = {"request_seconds": 0.3, "response_grace_seconds": 0.2}
 
 
+class Variant(msgspec.Struct, frozen=True):
+    """A loop, and whether the application answers in one message or in the two of plain ASGI."""
+
+    new_loop: Callable[[], asyncio.AbstractEventLoop]
+    in_one_message: bool = False
+
+
+VARIANTS = {
+    "uvloop": Variant(uvloop.new_event_loop),
+    "asyncio": Variant(asyncio.new_event_loop),
+    "uvloop-one-message": Variant(uvloop.new_event_loop, in_one_message=True),
+}
+answers_in_one_message = contextvars.ContextVar("answers_in_one_message", default=False)
+
+
 def on_both_loops(scenario: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Runs a scenario on uvloop, which serves in production, and on asyncio: transports differ in their corners."""
+    """Runs a scenario on uvloop, which serves in production, and on asyncio: transports differ in their corners.
 
-    def run(new_loop: Callable[[], asyncio.AbstractEventLoop], **arguments: Any) -> None:
-        with asyncio.Runner(loop_factory=new_loop) as runner:
-            runner.run(scenario(**arguments))
+    On uvloop it runs again with an application that answers in one message, as the gateway does.
+    """
 
-    new_loop, *_ = inspect.signature(run).parameters.values()
-    signature = inspect.Signature([new_loop, *inspect.signature(scenario).parameters.values()])
+    def run(variant: Variant, **arguments: Any) -> None:
+        async def in_variant() -> None:
+            answers_in_one_message.set(variant.in_one_message)
+            await scenario(**arguments)
+
+        with asyncio.Runner(loop_factory=variant.new_loop) as runner:
+            runner.run(in_variant())
+
+    variant, *_ = inspect.signature(run).parameters.values()
+    signature = inspect.Signature([variant, *inspect.signature(scenario).parameters.values()])
     run.__name__, run.__doc__, run.__module__ = scenario.__name__, scenario.__doc__, scenario.__module__
     vars(run)["__signature__"] = signature
-    return pytest.mark.parametrize(
-        "new_loop", [uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"]
-    )(run)
+    return pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)(run)
 
 
 class App:
     """Answers by path, and remembers what it was given."""
 
     def __init__(self) -> None:
+        self.in_one_message = answers_in_one_message.get()
         self.paths: list[str] = []
         self.body_bytes_seen = 0
         self.disconnects = 0
@@ -77,6 +101,9 @@ class App:
             raise
 
     async def answer(self, send: Any, body: bytes) -> None:
+        if self.in_one_message:
+            await send({"type": COMPLETE_RESPONSE, "status": 200, "lines": [b"x-answer: whole"], "body": body})
+            return
         headers = [(b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -117,6 +144,17 @@ class App:
 
     async def large(self, scope: Any, receive: Any, send: Any) -> None:
         await self.answer(send, b"x" * 32_000_000)
+
+    async def whole(self, scope: Any, receive: Any, send: Any) -> None:
+        """An answer in one message, whatever the variant; its status and its header are in the query string."""
+        assert COMPLETE_RESPONSE in scope["extensions"]
+        status, _, value = scope["query_string"].partition(b"&")
+        line = b"x-answer: " + urllib.parse.unquote_to_bytes(value)
+        await send({"type": COMPLETE_RESPONSE, "status": int(status), "lines": [line], "body": b"whole"})
+
+    async def twice(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.whole(scope, receive, send)
+        await self.whole(scope, receive, send)
 
     async def stream(self, scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -318,6 +356,56 @@ async def test_upgrade_is_answered_as_usual_and_ends_the_connection() -> None:
         assert await client.rest() == b""
         assert serving.app.paths == ["/wait", "/hello"]
         assert serving.refused == []
+        client.close()
+
+
+# Answers in one message
+
+
+async def whole(client: Client, request: bytes) -> bytes:
+    """What is written for one request, up to the end of its head, without the date."""
+    await client.send(request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+    lines = (await client.rest()).split(b"\r\n")
+    client.close()
+    return b"\r\n".join(line for line in lines if not line.startswith(b"date: "))
+
+
+@on_both_loops
+async def test_answer_in_one_message_is_written_as_one_response() -> None:
+    async with serve() as serving:
+        client = await serving.connect()
+        got = await whole(client, GET.replace(b"/hello", b"/whole?201&yes"))
+        assert got == (b"HTTP/1.1 201 Created\r\nx-answer: yes\r\nconnection: close\r\ncontent-length: 5\r\n\r\nwhole")
+        client = await serving.connect()
+        got = await whole(client, GET.replace(b"GET /hello", b"HEAD /whole?200&yes"))
+        assert got == b"HTTP/1.1 200 OK\r\nx-answer: yes\r\nconnection: close\r\ncontent-length: 5\r\n\r\n"
+        client = await serving.connect()
+        got = await whole(client, GET.replace(b"/hello", b"/whole?204&yes"))
+        assert got == b"HTTP/1.1 204 No Content\r\nx-answer: yes\r\nconnection: close\r\n\r\n"
+        client = await serving.connect()
+        for _ in range(2):
+            status, headers, body = await client.ask(GET.replace(b"/hello", b"/whole?200&yes"))
+            assert (status, headers["x-answer"], body, "connection" in headers) == (200, "yes", b"whole", False)
+        client.close()
+
+
+@pytest.mark.parametrize("value", ["a\r\nset-cookie: forged", "a\nb", "a\rb", "\0", "\x7f"])
+@on_both_loops
+async def test_control_character_in_a_header_of_an_answer_becomes_a_problem(value: str) -> None:
+    async with serve() as serving:
+        client = await serving.connect()
+        await client.send(GET.replace(b"/hello", b"/whole?200&" + urllib.parse.quote(value).encode()))
+        await client.problem(500, "internal_error")
+
+
+@on_both_loops
+async def test_second_answer_to_one_request_is_refused() -> None:
+    async with serve() as serving:
+        client = await serving.connect()
+        await client.send(GET.replace(b"/hello", b"/twice?200&yes"))
+        assert (await client.read())[2] == b"whole"
+        assert await client.rest() == b""
+        assert [type(error) for error in serving.app.failures] == [RuntimeError]
         client.close()
 
 

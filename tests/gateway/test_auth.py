@@ -20,7 +20,7 @@ from mercato.gateway.auth import (
     KEYS_PAUSE_SECONDS,
     OPEN_ACTOR,
     REMEMBERED_TOKENS,
-    Gatekeeper,
+    Authenticator,
     Verifier,
     own_hosts,
 )
@@ -234,30 +234,30 @@ async def test_memory_of_tokens_is_bounded(verifier: Verifier, signer: Signer) -
     assert await verifier.actor(token) == Actor("customer", 7)
 
 
-# -------------------------------------------------------------------------------------------------------- gatekeeper
+# -------------------------------------------------------------------------------------------------------- authenticator
 
 
 @pytest.mark.parametrize("header", [b"Bearer", b"Bearer ", b"Basic abc", b"abc", b"", b"\xff\xfe", b"Bearer\tabc"])
 async def test_the_header_must_be_a_bearer_token(verifier: Verifier, header: bytes) -> None:
     with pytest.raises(Unauthenticated):
-        await Gatekeeper(verifier, None).actor(header)
+        await Authenticator(verifier, None).actor(header)
 
 
 async def test_the_scheme_is_not_case_sensitive(verifier: Verifier, signer: Signer) -> None:
     for scheme in ("Bearer", "bearer", "BEARER"):
-        assert await Gatekeeper(verifier, None).actor(f"{scheme} {signer.sign()}".encode()) == Actor("customer", 7)
+        assert await Authenticator(verifier, None).actor(f"{scheme} {signer.sign()}".encode()) == Actor("customer", 7)
 
 
 def test_nobody_is_anonymous_or_in_an_open_shop_staff(verifier: Verifier) -> None:
-    assert Gatekeeper(verifier, None).nobody() == ANONYMOUS
-    assert Gatekeeper(verifier, ["localhost:1"]).nobody() == OPEN_ACTOR
+    assert Authenticator(verifier, None).anonymous_actor == ANONYMOUS
+    assert Authenticator(verifier, ["localhost:1"]).anonymous_actor == OPEN_ACTOR
 
 
 @pytest.mark.parametrize("host", [b"localhost:8080", b"LOCALHOST:8080", b"127.0.0.1:8080", b"[::1]:8080"])
 def test_an_open_shop_answers_to_its_own_names(verifier: Verifier, host: bytes) -> None:
-    gatekeeper = Gatekeeper(verifier, own_hosts("127.0.0.1", 8080))
-    gatekeeper.check_address(host, None)
-    gatekeeper.check_address(host, b"http://" + host.lower())
+    authenticator = Authenticator(verifier, own_hosts("127.0.0.1", 8080))
+    authenticator.check_address(host, None)
+    authenticator.check_address(host, b"http://" + host.lower())
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_an_open_shop_answers_to_its_own_names(verifier: Verifier, host: bytes) 
 )
 def test_an_open_shop_answers_to_no_other_name(verifier: Verifier, host: bytes | None) -> None:
     with pytest.raises(HostNotAllowed):
-        Gatekeeper(verifier, own_hosts("127.0.0.1", 8080)).check_address(host, None)
+        Authenticator(verifier, own_hosts("127.0.0.1", 8080)).check_address(host, None)
 
 
 @pytest.mark.parametrize(
@@ -292,11 +292,11 @@ def test_an_open_shop_answers_to_no_other_name(verifier: Verifier, host: bytes |
 )
 def test_an_open_shop_takes_nothing_from_a_page_of_another_origin(verifier: Verifier, origin: bytes) -> None:
     with pytest.raises(HostNotAllowed):
-        Gatekeeper(verifier, own_hosts("127.0.0.1", 8080)).check_address(b"localhost:8080", origin)
+        Authenticator(verifier, own_hosts("127.0.0.1", 8080)).check_address(b"localhost:8080", origin)
 
 
 def test_a_shop_with_tokens_answers_to_any_name(verifier: Verifier) -> None:
-    Gatekeeper(verifier, None).check_address(b"shop.example", b"https://shop.example")
+    Authenticator(verifier, None).check_address(b"shop.example", b"https://shop.example")
 
 
 def test_on_port_80_the_port_may_be_left_out() -> None:

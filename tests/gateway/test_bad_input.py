@@ -721,7 +721,7 @@ async def test_no_bytes_on_a_connection_break_the_server(open_shop: Shop, line: 
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"GET /" + line + b" HTTP/1.1\r\nHost: " + f"{host}:{port}".encode() + b"\r\n" + tail + b"\r\n\r\n")
     writer.write_eof()
-    answer = await asyncio.wait_for(reader.read(), 10)
+    answer = await asyncio.wait_for(reader.read(), 60)
     writer.close()
     if answer:
         assert answer.startswith((b"HTTP/1.1 2", b"HTTP/1.1 3", b"HTTP/1.1 4")), answer

@@ -12,7 +12,7 @@ from support.shop import Reply, Shop
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-POLLS = 1_000
+POLLS = 5_000
 POLL_SECONDS = 0.02
 
 
@@ -61,8 +61,11 @@ async def test_pages_have_a_link_while_they_are_full_and_positions_rise(open_sho
     first = await open_shop.get("/events?limit=2", token=await staff_token(open_shop))
     assert len(first.json) == 2
     assert first.headers["link"] == f'</events?limit=2&after={first.json[-1]["position"]}>; rel="next"'
-    behind = await open_shop.get("/events?after=9007199254740991", token=await staff_token(open_shop))
+    last = positions[-1]
+    behind = await open_shop.get(f"/events?after={last}", token=await staff_token(open_shop))
     assert (behind.json, behind.headers.get("link")) == ([], None)
+    nowhere = await open_shop.get("/events?after=9007199254740991", token=await staff_token(open_shop))
+    assert_problem(nowhere, 410, "events.cursor_ahead")
 
 
 @pytest.mark.parametrize(
@@ -92,13 +95,13 @@ async def test_a_query_of_another_shape_is_refused(open_shop: Shop, query: str, 
 async def test_a_cursor_from_before_what_was_deleted_is_gone(open_shop: Shop):
     database = open_shop.rig.host.services["events"].database
     async with database.transaction() as tx:
-        await tx.execute("INSERT INTO feed_reaped VALUES ('thing.forgotten', 7)")
+        await tx.execute("INSERT INTO feed_purged VALUES ('thing.forgotten', 7)")
     try:
         reply = await open_shop.get("/events?after=6&types=thing.forgotten", token=await staff_token(open_shop))
         last = await open_shop.get("/events?after=7&types=thing.forgotten", token=await staff_token(open_shop))
     finally:
         async with database.transaction() as tx:
-            await tx.execute("DELETE FROM feed_reaped WHERE type = 'thing.forgotten'")
+            await tx.execute("DELETE FROM feed_purged WHERE type = 'thing.forgotten'")
 
     assert_problem(reply, 410, "events.cursor_too_old")
     assert reply.json["details"] == {"after": 6, "oldest": 7}

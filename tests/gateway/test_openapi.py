@@ -13,7 +13,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from mercato.chassis.contract import MAX_ID, Actor, InvalidRequest
 from mercato.gateway import examples, idempotency, openapi, problems
 from mercato.gateway.problems import HostNotAllowed, SignInFirst
-from mercato.gateway.route import Ask, Output, Route
+from mercato.gateway.route import Output, Route, RouteRequest
 from mercato.gateway.routes import ROUTES
 
 CLOSED = openapi.document(ROUTES, open_shop=False, server_url=None)
@@ -129,9 +129,9 @@ def test_every_example_of_a_body_makes_a_request_of_the_operation(route: Route):
         query = msgspec.convert({}, route.query) if route.query else None
         typed = msgspec.convert(body, route.body) if route.body else None
         key = "a-key" if route.idempotency_required else None
-        ask = Ask(Actor("staff", 1), {"id": 1}, query, typed, None, key, b"", None)
+        request = RouteRequest(Actor("staff", 1), {"id": 1}, query, typed, None, key, b"", None)
 
-        assert isinstance(route.request(ask), route.operation.request)
+        assert isinstance(route.request(request), route.operation.request)
 
 
 @each_route

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+from collections.abc import Callable, Mapping
 
 import pytest
 
@@ -21,7 +22,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 NOBODYS = {"refresh_token": "a token that nobody has"}
 FEW = Limits(per_second=1, burst=5)
-AGAIN_SECONDS = 30.0
+AGAIN_SECONDS = 60.0
+FLOOD = 300
+FLOOD_MAX = 10 * FLOOD
 
 
 def accepted(limiter: RateLimiter, row: str, actor: Actor, address: str, times: int = 50) -> int:
@@ -69,15 +72,19 @@ async def test_rows_that_cost_a_hash_or_give_a_session_are_limited() -> None:
     }
 
 
-async def flood(shop: Shop, count: int = 300, **options: object) -> list[Reply]:
-    return list(await asyncio.gather(*(shop.post("/logout", NOBODYS, **options) for _ in range(count))))
+async def flood(shop: Shop, headers: Callable[[int], Mapping[str, str]] = lambda _n: {}) -> list[Reply]:
+    """Asks more often than the row lets a caller; again where a busy machine is slower than the rate of the row."""
+    replies: list[Reply] = []
+    while len(replies) < FLOOD_MAX and 429 not in {reply.status for reply in replies}:
+        replies += await asyncio.gather(*(shop.post("/logout", NOBODYS, headers=headers(n)) for n in range(FLOOD)))
+    return replies
 
 
 async def test_who_asks_too_often_hears_when_to_come_back(guarded_shop: Shop) -> None:
     replies = await flood(guarded_shop)
     refused = [reply for reply in replies if reply.status != 204]
     assert len(replies) - len(refused) >= 1
-    assert refused, "300 at once are more than the burst and the rate let through"
+    assert refused, f"{FLOOD} at once are more than the burst and the rate let through"
     for reply in refused:
         assert_problem(reply, 429, "too_many_requests")
         assert int(reply.headers["retry-after"]) >= 1
@@ -93,7 +100,5 @@ async def test_who_asks_too_often_hears_when_to_come_back(guarded_shop: Shop) ->
 
 async def test_no_header_makes_another_caller(guarded_shop: Shop) -> None:
     names = ("X-Forwarded-For", "Forwarded", "X-Real-IP", "CF-Connecting-IP")
-    replies = await asyncio.gather(
-        *(guarded_shop.post("/logout", NOBODYS, headers=dict.fromkeys(names, f"198.51.100.{i}")) for i in range(250))
-    )
+    replies = await flood(guarded_shop, lambda n: dict.fromkeys(names, f"198.51.100.{n % 256}"))
     assert 429 in {reply.status for reply in replies}

@@ -151,7 +151,7 @@ class Things(msgspec.Struct, frozen=True):
 # ------------------------------------------------------------------------------------------------------ state
 
 
-BACKGROUND = {"relays", "reconciliation"}
+BACKGROUND = {"outbox_readers", "reconciliation", "saga_drivers"}
 """Tables in which the shop notes what it is doing by itself."""
 
 
@@ -175,7 +175,7 @@ async def state_of(shop: Shop) -> dict[str, str]:
 
 
 async def _at_rest(shop: Shop) -> None:
-    for _ in range(1_000):
+    for _ in range(5_000):
         if not await _is_busy(shop):
             return
         await asyncio.sleep(0.02)
@@ -183,16 +183,19 @@ async def _at_rest(shop: Shop) -> None:
 
 
 async def _is_busy(shop: Shop) -> bool:
-    for service in shop.rig.host.services.values():
-        if not service.has_outbox:
-            continue
-        async with service.database.read() as tx:
-            if await tx.fetch_values(int, "SELECT 1 FROM outbox WHERE published_at IS NULL LIMIT 1"):
-                return True
     async with shop.rig.host.services["orders"].database.read() as tx:
-        return bool(
-            await tx.fetch_values(int, "SELECT 1 FROM sagas WHERE wake_at IS NOT NULL AND step <> 'awaiting' LIMIT 1")
-        )
+        if await tx.fetch_values(int, "SELECT 1 FROM sagas WHERE wake_at IS NOT NULL AND step <> 'awaiting' LIMIT 1"):
+            return True
+    # In this order: the last step of a saga emits an event.
+    for consumer in shop.rig.host.consumers:
+        name, source = consumer.key
+        async with shop.rig.host.services[source].database.read() as tx:
+            [last] = await tx.fetch_values(int, "SELECT coalesce(max(id), 0) FROM outbox")
+        async with shop.rig.host.services[name.partition(".")[0]].database.read() as tx:
+            read = "SELECT 1 FROM cursors WHERE consumer = $1 AND source = $2 AND position >> 12 >= $3"
+            if not await tx.fetch_values(int, read, name, source, last):
+                return True
+    return False
 
 
 class SameDatabases:

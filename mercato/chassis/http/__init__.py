@@ -7,6 +7,7 @@ answers some abuses in plain text. Here are the parts that close those gaps:
 `bind`             a listening socket, or one sentence that says why not.
 `HttpServer`       listens on sockets, sweeps over its connections four times a second, drains on stop.
 `BoundedProtocol`  one connection: counts what arrives, refuses what crosses a bound.
+`BoundedCycle`     one request and its answer: takes a whole answer in one message.
 `Refusal`          why a request was refused, as an RFC 9457 problem.
 
 A connection is always in one of these phases:
@@ -24,12 +25,15 @@ its turn, and is the last of its connection. Deadlines are up to one sweep late 
 no clock, it only forgets the connection's time stamp, and the next sweep sets a new one.
 """
 
+from .cycle import COMPLETE_RESPONSE, EXTENSIONS
 from .limits import HttpLimits, Refusal
 from .listening import CannotListen, HostUnknown, PortForbidden, PortTaken, bind, translate
 from .protocol import BoundedProtocol, ConnectionBook
 from .server import HttpServer
 
 __all__ = [
+    "COMPLETE_RESPONSE",
+    "EXTENSIONS",
     "BoundedProtocol",
     "CannotListen",
     "ConnectionBook",

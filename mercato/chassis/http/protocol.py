@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from typing import Any, Final, cast
+from urllib.parse import unquote
 
 import httptools
 import uvicorn
@@ -11,6 +12,7 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from .cycle import EXTENSIONS, BoundedCycle
 from .limits import (
     INTERNAL_ERROR,
     MALFORMED,
@@ -33,8 +35,6 @@ LINGERING_CONNECTIONS: Final = 128
 # Requests of one connection that may wait for their turn. One read can hold ten thousand tiny ones.
 PIPELINED_REQUESTS: Final = 64
 
-CONTINUE: Final = b"HTTP/1.1 100 "
-
 IDLE: Final = 0
 HEAD: Final = 1
 BODY: Final = 2
@@ -42,6 +42,8 @@ WAITING: Final = 3
 LINGERING: Final = 4
 
 UNSTAMPED: Final = -1.0
+
+ASGI_VERSIONS: Final = {"version": "3.0", "spec_version": "2.3"}
 
 
 class ConnectionBook(ServerState):
@@ -62,46 +64,16 @@ class ConnectionBook(ServerState):
         return cast("set[BoundedProtocol]", self.connections)
 
 
-class Cork:
-    """The transport as one answer sees it: its head waits for the first piece of its body, and both go together.
-
-    uvicorn writes head and body by themselves, and the loop sends each at once: two system calls and two packets
-    where one does. Sending is a quarter of what a small request costs.
-    """
-
-    __slots__ = ("_held", "_transport", "is_closing")
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._held: bytes | None = None
-        self.is_closing = transport.is_closing
-
-    def write(self, data: bytes) -> None:
-        if self._held is None:
-            if data.startswith(CONTINUE):
-                self._transport.write(data)
-            else:
-                self._held = data
-        else:
-            self._transport.write(self._held + data)
-            self._held = b""
-
-    def close(self) -> None:
-        if self._held:
-            self._transport.write(self._held)
-        self._transport.close()
-
-
 class BoundedProtocol(HttpToolsProtocol):
     """One HTTP connection within the limits of its `ConnectionBook`.
 
     What it depends on in uvicorn, each pinned by a test (`test_uvicorn_is_the_one_this_was_written_for`):
 
-    - The parser callbacks `on_message_begin` and `on_headers_complete` are extended.
     - `data_received` and `on_response_complete` are replaced: the first answers malformed input in plain text, in the
       middle of another answer if need be; the second arms a timer for every request, where the sweep needs none.
-    - `on_body` and `on_message_complete` are replaced, without the questions about WebSockets: that pays for a part
-      of what the bounds cost.
+    - `on_message_begin`, `on_headers_complete`, `on_body` and `on_message_complete` are replaced, without the questions
+      about WebSockets, concurrency limits and root paths: that pays for a part of what the bounds cost. The scope is
+      made when the head is complete, and its cycle is a `BoundedCycle`.
     - Read and set: `cycle` (`body`, `more_body`, `message_event`, `response_started`, `response_complete`,
       `disconnected`, `keep_alive`, `waiting_for_100_continue`, `send_500_response`), `pipeline`, `flow`, `headers`,
       `url`, `scope`.
@@ -109,6 +81,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     # uvicorn sets it to None when the connection is lost, after which nothing arrives.
     parser: httptools.HttpRequestParser  # pyright: ignore[reportIncompatibleVariableOverride]
+    app: Any
 
     def __init__(
         self,
@@ -215,7 +188,9 @@ class BoundedProtocol(HttpToolsProtocol):
     # The parser's callbacks: what they raise stops the parser and comes out of feed_data
 
     def on_message_begin(self) -> None:
-        super().on_message_begin()
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
         self._phase = HEAD
         self._framing_bytes = 0
         cycle = self.cycle
@@ -224,17 +199,53 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._check_head()
+        parser = self.parser
         try:
-            super().on_headers_complete()
+            url = httptools.parse_url(self.url)
+            raw_path: bytes = url.path
+            path = raw_path.decode("ascii")
         except (httptools.HttpParserInvalidURLError, AttributeError) as error:
-            # A target without a path (`CONNECT host:80`, `GET http://host`) has None where uvicorn expects bytes.
+            # A target without a path (`CONNECT host:80`, `GET http://host`) has None in its place.
             raise RequestRefused(MALFORMED) from error
-        self.cycle.send_500_response = self._answer_internal_error
-        if self.scope["method"] != "HEAD":  # its answer has a head only, which would wait for ever
-            self.cycle.transport = Cork(self.transport)  # pyright: ignore[reportAttributeAccessIssue]  # see Cork
-        if self._book.draining:
-            # It was half received when the server was told to stop: it is answered, and is the last one.
-            self.cycle.keep_alive = False
+        http_version = parser.get_http_version()
+        scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": ASGI_VERSIONS,
+            "http_version": http_version,
+            "server": self.server,
+            "client": self.client,
+            "scheme": self.scheme,
+            "root_path": "",
+            "headers": self.headers,
+            "state": {},
+            "method": parser.get_method().decode("ascii"),
+            "path": unquote(path) if "%" in path else path,
+            "raw_path": raw_path,
+            "query_string": url.query or b"",
+            "extensions": EXTENSIONS,
+        }
+        self.scope = cast(Any, scope)
+        before = self.cycle
+        self.cycle = cycle = BoundedCycle(
+            scope=self.scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self._book.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            # Half received when the server was told to stop: it is answered, and is the last one.
+            keep_alive=http_version != "1.0" and parser.should_keep_alive() and not self._book.draining,
+            on_response=self.on_response_complete,
+        )
+        cycle.send_500_response = self._answer_internal_error
+        if before is None or before.response_complete:  # pyright: ignore[reportUnnecessaryComparison]
+            self._start_asgi_task(cycle, self.app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((cycle, self.app))
         self._phase = BODY
         self._framing_bytes = 0
         self._body_bytes = 0

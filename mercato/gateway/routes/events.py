@@ -9,9 +9,9 @@ from msgspec import Meta
 
 from mercato.chassis.contract import MAX_ID
 from mercato.contracts import events as contract
-from mercato.contracts.events import CursorTooOld, EventPage, Events, ListEvents
+from mercato.contracts.events import CursorAhead, CursorTooOld, EventPage, Events, ListEvents
 from mercato.contracts.roles import STAFF_ONLY
-from mercato.gateway.route import Ask, Input, Output, Page, Route
+from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
 from mercato.gateway.validation import invalid
 
 # One or more of `contract.EventType`, with commas between.
@@ -26,7 +26,7 @@ class EventsQuery(Input):
             le=MAX_ID,
             description="Only positions behind this one. To follow the feed, ask again with the last position that you "
             "have read, also when there was no Link to a next page. Where wanted events after it have been "
-            "deleted, the answer is 410.",
+            "deleted, or the feed has never reached it, the answer is 410.",
         ),
     ] = 0
     limit: Annotated[int, Meta(ge=1, le=contract.PAGE_LIMIT, description="How many at most.")] = 100
@@ -60,8 +60,8 @@ class EventOut(Output):
     at: datetime.datetime
 
 
-def _list(ask: Ask) -> ListEvents:
-    query: EventsQuery = ask.query
+def _list(request: RouteRequest) -> ListEvents:
+    query: EventsQuery = request.query
     types = tuple(query.types.split(",")) if query.types else ()
     if len(types) > contract.TYPES_LIMIT:
         raise invalid(("?types", f"has more than {contract.TYPES_LIMIT} types"))
@@ -95,6 +95,6 @@ ROUTES: Final[tuple[Route, ...]] = (
         request=_list,
         answer=_page,
         output=list[EventOut],
-        errors=(CursorTooOld,),
+        errors=(CursorAhead, CursorTooOld),
     ),
 )

@@ -12,7 +12,7 @@ from mercato.contracts import inventory as contract
 from mercato.contracts.inventory import AdjustedLevel, Inventory, Level, LevelPage
 from mercato.contracts.products import ProductNotFound
 from mercato.contracts.roles import EVERYBODY, STAFF_ONLY
-from mercato.gateway.route import Ask, Input, Output, Page, Route
+from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
 
 Delta = Annotated[
     int,
@@ -80,25 +80,27 @@ def _version(level: Level) -> int | None:
     return level.version or None  # 0: nobody has ever counted it
 
 
-def _set(ask: Ask) -> contract.SetLevel:
-    body: SetStockIn = ask.body
-    return contract.SetLevel(product_id=ask.path["id"], on_hand=body.on_hand, reason=body.reason, version=ask.if_match)
-
-
-def _adjust(ask: Ask) -> contract.AdjustLevel:
-    body: AdjustStockIn = ask.body
-    assert ask.idempotency_key is not None, "the row requires one"
-    return contract.AdjustLevel(
-        product_id=ask.path["id"],
-        delta=body.delta,
-        reason=body.reason,
-        idempotency_key=ask.idempotency_key,
-        fingerprint=ask.fingerprint,
+def _set(request: RouteRequest) -> contract.SetLevel:
+    body: SetStockIn = request.body
+    return contract.SetLevel(
+        product_id=request.path["id"], on_hand=body.on_hand, reason=body.reason, version=request.if_match
     )
 
 
-def _list(ask: Ask) -> contract.ListLevels:
-    query: StockQuery = ask.query
+def _adjust(request: RouteRequest) -> contract.AdjustLevel:
+    body: AdjustStockIn = request.body
+    assert request.idempotency_key is not None, "the row requires one"
+    return contract.AdjustLevel(
+        product_id=request.path["id"],
+        delta=body.delta,
+        reason=body.reason,
+        idempotency_key=request.idempotency_key,
+        fingerprint=request.fingerprint,
+    )
+
+
+def _list(request: RouteRequest) -> contract.ListLevels:
+    query: StockQuery = request.query
     return contract.ListLevels(below=query.below, after=query.after, limit=query.limit)
 
 
@@ -109,7 +111,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         operation=Inventory.levels,
         summary="How much there is of a product",
         roles=EVERYBODY,
-        request=lambda ask: contract.GetLevel(product_id=ask.path["id"]),
+        request=lambda request: contract.GetLevel(product_id=request.path["id"]),
         answer=stock_out,
         output=StockOut,
         etag=_version,

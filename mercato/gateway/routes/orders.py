@@ -36,7 +36,7 @@ from mercato.contracts.products import ProductArchived, ProductNotFound
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
 from mercato.contracts.users import UserNotFound
 from mercato.gateway.money import Money, money, to_minor, unknown_currency
-from mercato.gateway.route import Ask, Input, Output, Page, Route, Wait
+from mercato.gateway.route import Input, Output, Page, Route, RouteRequest, Wait
 
 Id = Annotated[int, Meta(ge=1, le=MAX_ID)]
 Quantity = Annotated[int, Meta(ge=1, le=contract.QUANTITY_LIMIT)]
@@ -81,12 +81,15 @@ class CancelIn(Input):
 
 
 class ReturnItemIn(Input):
-    product_id: Id
+    """A line of the order, by `line_id` (its `id` among the order's items) or by `product_id`."""
+
     quantity: Quantity
+    line_id: Annotated[int, Meta(ge=1, le=contract.LINES_LIMIT)] | None = None
+    product_id: Id | None = None
 
 
 class ReturnIn(Input):
-    """What comes back; without `items`, everything that has not come back yet."""
+    """What is returned; without `items`, everything that was not returned yet."""
 
     items: Annotated[tuple[ReturnItemIn, ...], Meta(min_length=1, max_length=contract.LINES_LIMIT)] | None = None
     reason: Reason = ""
@@ -94,6 +97,7 @@ class ReturnIn(Input):
 
 class OrdersQuery(Input):
     user_id: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
+    product_id: Annotated[int, Meta(ge=1, le=MAX_ID, description="Only orders of this product.")] | None = None
     status: contract.Status | None = None
     payment: contract.Payment | None = None
     fulfilment: contract.Fulfilment | None = None
@@ -102,11 +106,14 @@ class OrdersQuery(Input):
 
 
 class ItemOut(Output):
+    id: int
     product_id: int
     sku: str
     name: str
     quantity: int
     unit_price: Money
+    discount: Money
+    tax: Money
     line_total: Money
     returned: int
 
@@ -161,11 +168,14 @@ def order_out(order: Order) -> OrderOut:
         fulfilment=order.fulfilment,
         items=[
             ItemOut(
+                id=line.id,
                 product_id=line.product_id,
                 sku=line.sku,
                 name=line.name,
                 quantity=line.quantity,
                 unit_price=money(line.unit_price_minor, currency),
+                discount=money(line.discount_minor, currency),
+                tax=money(line.tax_minor, currency),
                 line_total=money(line.line_total_minor, currency),
                 returned=line.returned,
             )
@@ -197,7 +207,8 @@ def _placed_out(placed: PlacedOrder) -> OrderOut:
 
 
 class ReturnedOut(Output):
-    product_id: int
+    line_id: int | None
+    product_id: int | None
     quantity: int
 
 
@@ -226,7 +237,10 @@ def refund_out(refund: Refund) -> RefundOut:
     return RefundOut(
         id=refund.id,
         order_id=refund.order_id,
-        items=[ReturnedOut(product_id=line.product_id, quantity=line.quantity) for line in refund.lines],
+        items=[
+            ReturnedOut(line_id=line.line_id, product_id=line.product_id, quantity=line.quantity)
+            for line in refund.lines
+        ],
         amount=money(refund.amount_minor, refund.currency),
         status=refund.status,
         code=refund.code,
@@ -260,8 +274,8 @@ def _history_out(history: History) -> Page:
     )
 
 
-def _place(ask: Ask) -> contract.PlaceOrder:
-    body: PlaceOrderIn = ask.body
+def _place(request: RouteRequest) -> contract.PlaceOrder:
+    body: PlaceOrderIn = request.body
     errors: list[FieldError] = []
     lines = _lines(body, errors)
     amount_minor, currency = shown_total(body.amount, body.currency, errors)
@@ -272,20 +286,30 @@ def _place(ask: Ask) -> contract.PlaceOrder:
         lines=lines,
         expected_total_minor=amount_minor,
         expected_currency=currency,
-        idempotency_key=ask.idempotency_key,
-        fingerprint=ask.fingerprint,
+        idempotency_key=request.idempotency_key,
+        fingerprint=request.fingerprint,
         payment_method=body.payment_method,
     )
 
 
-def _return(ask: Ask) -> contract.ReturnOrder:
-    body: ReturnIn = ask.body
-    assert ask.idempotency_key is not None
+def _return(request: RouteRequest) -> contract.ReturnOrder:
+    body: ReturnIn = request.body
+    assert request.idempotency_key is not None
+    errors = [
+        FieldError(field=f"items[{i}]", message="needs line_id or product_id, to say which line is returned")
+        for i, item in enumerate(body.items or ())
+        if item.line_id is None and item.product_id is None
+    ]
+    if errors:
+        raise InvalidRequest(errors=tuple(errors))
     return contract.ReturnOrder(
-        id=ask.path["id"],
-        idempotency_key=ask.idempotency_key,
-        fingerprint=ask.fingerprint,
-        lines=tuple(ReturnLine(product_id=item.product_id, quantity=item.quantity) for item in body.items or ()),
+        id=request.path["id"],
+        idempotency_key=request.idempotency_key,
+        fingerprint=request.fingerprint,
+        lines=tuple(
+            ReturnLine(line_id=item.line_id, product_id=item.product_id, quantity=item.quantity)
+            for item in body.items or ()
+        ),
         reason=body.reason,
     )
 
@@ -318,10 +342,11 @@ def shown_total(
     return minor, currency
 
 
-def _list(ask: Ask) -> contract.ListOrders:
-    query: OrdersQuery = ask.query
+def _list(request: RouteRequest) -> contract.ListOrders:
+    query: OrdersQuery = request.query
     return contract.ListOrders(
         user_id=query.user_id,
+        product_id=query.product_id,
         status=query.status,
         payment=query.payment,
         fulfilment=query.fulfilment,
@@ -330,12 +355,14 @@ def _list(ask: Ask) -> contract.ListOrders:
     )
 
 
-def _move(ask: Ask) -> contract.MoveOrder:
-    body: MoveOrderIn = ask.body
+def _move(request: RouteRequest) -> contract.MoveOrder:
+    body: MoveOrderIn = request.body
     if body.status is None and body.fulfilment is None:
         missing = FieldError(field="status", message="is missing; give status, fulfilment or both")
         raise InvalidRequest(errors=(missing,))
-    return contract.MoveOrder(id=ask.path["id"], status=body.status, fulfilment=body.fulfilment, version=ask.if_match)
+    return contract.MoveOrder(
+        id=request.path["id"], status=body.status, fulfilment=body.fulfilment, version=request.if_match
+    )
 
 
 def _version(order: Order) -> int:
@@ -398,7 +425,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         operation=Orders.get,
         summary="One order",
         roles=SIGNED_IN,
-        request=lambda ask: contract.GetOrder(id=ask.path["id"]),
+        request=lambda request: contract.GetOrder(id=request.path["id"]),
         answer=order_out,
         output=OrderOut,
         etag=_version,
@@ -434,7 +461,9 @@ ROUTES: Final[tuple[Route, ...]] = (
         body=CancelIn,
         body_optional=True,
         examples={"with a reason": {"reason": "ordered by mistake"}},
-        request=lambda ask: contract.CancelOrder(id=ask.path["id"], reason=ask.body.reason, version=ask.if_match),
+        request=lambda request: contract.CancelOrder(
+            id=request.path["id"], reason=request.body.reason, version=request.if_match
+        ),
         answer=order_out,
         output=OrderOut,
         etag=_version,
@@ -445,11 +474,11 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="POST",
         path="/orders/{id}/returns",
         operation=Orders.take_back,
-        summary="Take goods of a delivered order back: on the shelf, and refunded",
+        summary="Take goods of a delivered order back: restocked and refunded",
         roles=STAFF_ONLY,
         body=ReturnIn,
         body_optional=True,
-        examples={"one of them": {"items": [{"product_id": 100, "quantity": 1}], "reason": "does not fit"}},
+        examples={"one of them": {"items": [{"line_id": 1, "quantity": 1}], "reason": "does not fit"}},
         request=_return,
         answer=refund_out,
         output=RefundOut,
@@ -468,9 +497,9 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="GET",
         path="/orders/{id}/timeline",
         operation=Orders.timeline,
-        summary="Every step of an order: its moves, its stock, its money, by time",
+        summary="What happened to an order: its moves, its stock, its money, by time",
         roles=SIGNED_IN,
-        request=lambda ask: contract.GetTimeline(id=ask.path["id"]),
+        request=lambda request: contract.GetTimeline(id=request.path["id"]),
         answer=_timeline_out,
         output=list[TimelineOut],
         errors=(contract.OrderNotFound,),
@@ -481,7 +510,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         operation=Orders.history,
         summary="Every move of an order, in order",
         roles=SIGNED_IN,
-        request=lambda ask: contract.GetHistory(id=ask.path["id"]),
+        request=lambda request: contract.GetHistory(id=request.path["id"]),
         answer=_history_out,
         output=list[HistoryOut],
         errors=(contract.OrderNotFound,),

@@ -15,7 +15,7 @@ from mercato.contracts.orders import Orders, PaidOrder
 from mercato.contracts.payments import Method, Payment, PaymentPage, Payments
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
 from mercato.gateway.money import Money, money
-from mercato.gateway.route import Ask, Input, Output, Page, Route
+from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
 from mercato.gateway.routes.orders import Currency, Id, Reason, RefundOut, refund_out, shown_total
 
 
@@ -94,8 +94,8 @@ def _page(page: PaymentPage) -> Page:
     return Page([payment_out(payment) for payment in page.payments], following)
 
 
-def _pay(ask: Ask) -> orders.PayOrder:
-    body: PayIn = ask.body
+def _pay(request: RouteRequest) -> orders.PayOrder:
+    body: PayIn = request.body
     errors: list[FieldError] = []
     amount_minor, currency = shown_total(body.amount, body.currency, errors)
     if errors:
@@ -106,29 +106,29 @@ def _pay(ask: Ask) -> orders.PayOrder:
         capture=body.capture,
         expected_total_minor=amount_minor,
         expected_currency=currency,
-        idempotency_key=ask.idempotency_key,
-        fingerprint=ask.fingerprint,
+        idempotency_key=request.idempotency_key,
+        fingerprint=request.fingerprint,
     )
 
 
-def _list(ask: Ask) -> contract.ListPayments:
-    query: PaymentsQuery = ask.query
+def _list(request: RouteRequest) -> contract.ListPayments:
+    query: PaymentsQuery = request.query
     return contract.ListPayments(order_id=query.order_id, user_id=query.user_id, before=query.before, limit=query.limit)
 
 
-def _refund(ask: Ask) -> orders.RefundOrder:
-    body: RefundIn = ask.body
+def _refund(request: RouteRequest) -> orders.RefundOrder:
+    body: RefundIn = request.body
     errors: list[FieldError] = []
     amount_minor, currency = shown_total(body.amount, body.currency, errors)
     if amount_minor == 0:
         errors.append(FieldError(field="amount", message="is nothing"))
     if errors:
         raise InvalidRequest(errors=tuple(errors))
-    assert ask.idempotency_key is not None
+    assert request.idempotency_key is not None
     return orders.RefundOrder(
-        payment_id=ask.path["id"],
-        idempotency_key=ask.idempotency_key,
-        fingerprint=ask.fingerprint,
+        payment_id=request.path["id"],
+        idempotency_key=request.idempotency_key,
+        fingerprint=request.fingerprint,
         amount_minor=amount_minor,
         currency=currency,
         reason=body.reason,
@@ -189,7 +189,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         operation=Payments.get,
         summary="One payment",
         roles=SIGNED_IN,
-        request=lambda ask: contract.GetPayment(id=ask.path["id"]),
+        request=lambda request: contract.GetPayment(id=request.path["id"]),
         answer=payment_out,
         output=PaymentOut,
         etag=_version,
@@ -224,7 +224,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         operation=Orders.capture,
         summary="Take the money of a payment that was only reserved",
         roles=STAFF_ONLY,
-        request=lambda ask: orders.MovePayment(payment_id=ask.path["id"]),
+        request=lambda request: orders.MovePayment(payment_id=request.path["id"]),
         answer=_paid_out,
         output=PaymentOut,
         etag=lambda paid: paid.payment.version,
@@ -236,7 +236,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         operation=Orders.void,
         summary="Give a reserved amount back, and cancel its order",
         roles=STAFF_ONLY,
-        request=lambda ask: orders.MovePayment(payment_id=ask.path["id"]),
+        request=lambda request: orders.MovePayment(payment_id=request.path["id"]),
         answer=_paid_out,
         output=PaymentOut,
         etag=lambda paid: paid.payment.version,

@@ -14,7 +14,7 @@ from mercato.contracts.money import DEFAULT_CURRENCY, EXPONENTS
 from mercato.contracts.products import Product, ProductPage, Products
 from mercato.contracts.roles import EVERYBODY, STAFF_ONLY
 from mercato.gateway.money import Money, money, to_minor, unknown_currency
-from mercato.gateway.route import Ask, Input, Output, Page, Route
+from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
 from mercato.gateway.validation import invalid
 
 Amount = Annotated[Decimal, Meta(description="A JSON string or number, in major units.", examples=["99.99"])]
@@ -125,8 +125,8 @@ def _checked(errors: list[FieldError]) -> None:
         raise InvalidRequest(errors=tuple(errors))
 
 
-def _create(ask: Ask) -> contract.CreateProduct:
-    body: CreateProductIn = ask.body
+def _create(request: RouteRequest) -> contract.CreateProduct:
+    body: CreateProductIn = request.body
     errors: list[FieldError] = []
     price_minor = _price_minor(body.price, errors)
     _checked(errors)
@@ -140,15 +140,15 @@ def _create(ask: Ask) -> contract.CreateProduct:
     )
 
 
-def _update(ask: Ask) -> contract.UpdateProduct:
-    body: UpdateProductIn = ask.body
+def _update(request: RouteRequest) -> contract.UpdateProduct:
+    body: UpdateProductIn = request.body
     errors: list[FieldError] = []
     price = body.price
     price_minor = None if price is None else _price_minor(price, errors)
     _checked(errors)
     return contract.UpdateProduct(
-        id=ask.path["id"],
-        version=ask.if_match,
+        id=request.path["id"],
+        version=request.if_match,
         sku=body.sku,
         name=body.name,
         price_minor=price_minor,
@@ -158,8 +158,8 @@ def _update(ask: Ask) -> contract.UpdateProduct:
     )
 
 
-def _search(ask: Ask) -> contract.SearchProducts:
-    query: ProductsQuery = ask.query
+def _search(request: RouteRequest) -> contract.SearchProducts:
+    query: ProductsQuery = request.query
     errors: list[FieldError] = []
     priced = query.min_price is not None or query.max_price is not None
     # A price without a currency is one of the shop's own.
@@ -227,7 +227,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         operation=Products.get,
         summary="One product",
         roles=EVERYBODY,
-        request=lambda ask: contract.GetProduct(id=ask.path["id"]),
+        request=lambda request: contract.GetProduct(id=request.path["id"]),
         answer=product_out,
         output=ProductOut,
         etag=_version,
@@ -257,7 +257,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         body=ArchiveIn,
         body_optional=True,
         examples={"nothing to say": {}},
-        request=lambda ask: contract.ArchiveProduct(id=ask.path["id"], version=ask.if_match),
+        request=lambda request: contract.ArchiveProduct(id=request.path["id"], version=request.if_match),
         answer=product_out,
         output=ProductOut,
         etag=_version,

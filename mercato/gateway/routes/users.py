@@ -12,7 +12,7 @@ from mercato.contracts import users as contract
 from mercato.contracts.roles import EVERYBODY, SIGNED_IN, STAFF_ONLY, Role
 from mercato.contracts.users import Tokens, User, UserPage, Users
 from mercato.gateway.problems import SignInFirst
-from mercato.gateway.route import Ask, Input, Limits, Output, Page, Route
+from mercato.gateway.route import Input, Limits, Output, Page, Route, RouteRequest
 
 CREDENTIALS: Final = Limits(body_bytes=16_384, per_second=20, burst=40)
 """Passwords are guessed by trying, and each try costs a hash."""
@@ -105,36 +105,36 @@ def _nothing(_: Empty) -> None:
     return None
 
 
-def _me(ask: Ask) -> int:
-    if not ask.actor.id:
+def _me(request: RouteRequest) -> int:
+    if not request.actor.id:
         raise SignInFirst
-    return ask.actor.id
+    return request.actor.id
 
 
-def _register(ask: Ask) -> contract.Register:
-    body: RegisterIn = ask.body
+def _register(request: RouteRequest) -> contract.Register:
+    body: RegisterIn = request.body
     return contract.Register(email=body.email, name=body.name, password=body.password)
 
 
-def _sign_in(ask: Ask) -> contract.SignIn:
-    body: LoginIn = ask.body
+def _sign_in(request: RouteRequest) -> contract.SignIn:
+    body: LoginIn = request.body
     return contract.SignIn(email=body.email, password=body.password)
 
 
-def _list(ask: Ask) -> contract.ListUsers:
-    query: UsersQuery = ask.query
+def _list(request: RouteRequest) -> contract.ListUsers:
+    query: UsersQuery = request.query
     return contract.ListUsers(after=query.after, limit=query.limit, role=query.role, id=query.id)
 
 
-def _profile(user_id: int, ask: Ask) -> contract.UpdateProfile:
-    body: ProfileIn = ask.body
-    return contract.UpdateProfile(id=user_id, version=ask.if_match, email=body.email, name=body.name)
+def _profile(user_id: int, request: RouteRequest) -> contract.UpdateProfile:
+    body: ProfileIn = request.body
+    return contract.UpdateProfile(id=user_id, version=request.if_match, email=body.email, name=body.name)
 
 
-def _password(ask: Ask) -> contract.ChangePassword:
-    body: PasswordIn = ask.body
+def _password(request: RouteRequest) -> contract.ChangePassword:
+    body: PasswordIn = request.body
     return contract.ChangePassword(
-        id=_me(ask),
+        id=_me(request),
         current_password=body.current_password,
         new_password=body.new_password,
         refresh_token=body.refresh_token,
@@ -191,7 +191,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         roles=EVERYBODY,
         body=RefreshIn,
         examples={"the token of the last answer": {"refresh_token": "q4Wv0TgC2m9yRzJ1oX7sLkHbN5eUdFa8PiQ3wVtYxGc"}},
-        request=lambda ask: contract.Refresh(refresh_token=ask.body.refresh_token),
+        request=lambda request: contract.Refresh(refresh_token=request.body.refresh_token),
         answer=_tokens_out,
         output=TokensOut,
         limits=CREDENTIALS,
@@ -206,7 +206,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         roles=EVERYBODY,
         body=RefreshIn,
         examples={"the token of the last answer": {"refresh_token": "q4Wv0TgC2m9yRzJ1oX7sLkHbN5eUdFa8PiQ3wVtYxGc"}},
-        request=lambda ask: contract.SignOut(refresh_token=ask.body.refresh_token),
+        request=lambda request: contract.SignOut(refresh_token=request.body.refresh_token),
         answer=_nothing,
         output=None,
         status=204,
@@ -229,7 +229,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         operation=Users.get,
         summary="Your own account",
         roles=SIGNED_IN,
-        request=lambda ask: contract.GetUser(id=_me(ask)),
+        request=lambda request: contract.GetUser(id=_me(request)),
         answer=user_out,
         output=UserOut,
         etag=_version,
@@ -243,7 +243,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         roles=SIGNED_IN,
         body=ProfileIn,
         examples={"a new name": {"name": "Alice Liddell"}},
-        request=lambda ask: _profile(_me(ask), ask),
+        request=lambda request: _profile(_me(request), request),
         answer=user_out,
         output=UserOut,
         etag=_version,
@@ -273,7 +273,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         operation=Users.get,
         summary="One user: yourself, or anybody for staff",
         roles=SIGNED_IN,
-        request=lambda ask: contract.GetUser(id=ask.path["id"]),
+        request=lambda request: contract.GetUser(id=request.path["id"]),
         answer=user_out,
         output=UserOut,
         etag=_version,
@@ -287,7 +287,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         roles=SIGNED_IN,
         body=ProfileIn,
         examples={"another e-mail address": {"email": "alice.liddell@example.com"}},
-        request=lambda ask: _profile(ask.path["id"], ask),
+        request=lambda request: _profile(request.path["id"], request),
         answer=user_out,
         output=UserOut,
         etag=_version,
@@ -302,7 +302,9 @@ ROUTES: Final[tuple[Route, ...]] = (
         roles=STAFF_ONLY,
         body=RoleIn,
         examples={"a new colleague": {"role": "staff"}},
-        request=lambda ask: contract.SetRole(id=ask.path["id"], role=ask.body.role, version=ask.if_match),
+        request=lambda request: contract.SetRole(
+            id=request.path["id"], role=request.body.role, version=request.if_match
+        ),
         answer=user_out,
         output=UserOut,
         etag=_version,

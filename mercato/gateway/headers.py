@@ -1,0 +1,106 @@
+"""The request headers that the API reads, and what their values mean."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable
+from typing import Final
+
+from mercato.gateway import problems
+from mercato.gateway.validation import invalid
+
+_TRACEPARENT: Final = re.compile(rb"^(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?\Z")
+_REQUEST_ID: Final = re.compile(rb"^[\x21-\x7e]{1,128}\Z")
+_NO_TRACE_ID: Final = b"0" * 32
+
+
+class RequestHeaders:
+    """The headers of one request, found in one pass. Of a header that is given twice, the last one counts."""
+
+    authorization: bytes | None = None
+    content_type: bytes | None = None
+    forwarded: bytes | None = None
+    """What a proxy adds: X-Forwarded-For, X-Real-IP, Forwarded or Via."""
+    host: bytes | None = None
+    idempotency_key: bytes | None = None
+    if_match: bytes | None = None
+    origin: bytes | None = None
+    prefer: bytes | None = None
+    x_request_id: bytes | None = None
+    traceparent: bytes | None = None
+
+    trace_id: str
+    """Of `traceparent` (W3C Trace Context), else a new one: 32 hexadecimal digits."""
+    request_id: str
+    """Of `X-Request-Id`, else a new one."""
+
+    def __init__(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        for name, value in headers:
+            field = _FIELDS.get(name)
+            if field is not None:
+                setattr(self, field, value)
+        new_id = random.randbytes(24).hex()
+        self.trace_id, self.request_id = new_id[:32], new_id[32:]
+        if self.traceparent is not None:
+            given = _TRACEPARENT.match(self.traceparent)
+            if given and given[1] != _NO_TRACE_ID:
+                self.trace_id = given[1].decode()
+        if self.x_request_id is not None and _REQUEST_ID.match(self.x_request_id):
+            self.request_id = self.x_request_id.decode()
+
+
+_FIELDS: Final = {
+    b"authorization": "authorization",
+    b"content-type": "content_type",
+    b"forwarded": "forwarded",
+    b"x-forwarded-for": "forwarded",
+    b"x-real-ip": "forwarded",
+    b"via": "forwarded",
+    b"host": "host",
+    b"idempotency-key": "idempotency_key",
+    b"if-match": "if_match",
+    b"origin": "origin",
+    b"prefer": "prefer",
+    b"x-request-id": "x_request_id",
+    b"traceparent": "traceparent",
+}
+
+
+def check_content_type(value: bytes | None) -> None:
+    """Raises `UnsupportedMediaType` for a body that does not say that it is JSON."""
+    if value == b"application/json":
+        return
+    kind, _, parameters = (value or b"").lower().partition(b";")
+    charset = parameters.strip().removeprefix(b"charset=").strip(b'"')
+    if kind.strip() != b"application/json" or charset not in (b"", b"utf-8"):
+        raise problems.UnsupportedMediaType
+
+
+_ETAG: Final = re.compile(rb'^(?:W/)?"([1-9]\d{0,8})"\Z')
+
+
+def expected_version(if_match: bytes) -> int | None:
+    """The version that If-Match names; None for `*`. Raises `InvalidRequest`."""
+    if if_match == b"*":
+        return None
+    if not (match := _ETAG.match(if_match)):
+        raise invalid(("header If-Match", 'is not one ETag such as "3"'))
+    return int(match[1])
+
+
+WAIT_LIMIT_SECONDS: Final = 60
+_WAIT: Final = re.compile(rb"(?:^|[,;])\s*wait\s*=\s*([^,;\s]*)", re.IGNORECASE)
+
+
+def preferred_wait_ms(prefer: bytes) -> int | None:
+    """The milliseconds of `wait` (RFC 7240), at most a minute. None where only other preferences are named.
+
+    Raises `InvalidRequest` for a wait that is not a number of seconds.
+    """
+    if not (match := _WAIT.search(prefer)):
+        return None
+    seconds = match[1].strip(b'"')
+    if not seconds.isdigit():
+        raise invalid(("header Prefer", "wait is not a whole number of seconds, as in wait=5"))
+    return min(int(seconds[:6]), WAIT_LIMIT_SECONDS) * 1_000
