@@ -1,0 +1,3 @@
+module mercato/bench/load
+
+go 1.21
