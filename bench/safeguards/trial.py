@@ -25,11 +25,14 @@ import msgspec
 
 from bench.safeguards.table import Safeguard
 from bench.safeguards.witness import Seen, Testimony
+from mercato.chassis.migrations import CHECKSUMS
 from mercato.chassis.supervisor.processes import serving
 
 COPIED: Final = ("mercato", "tests", "bench", "docs", "pyproject.toml", "Makefile", "README.md")
 RUN_SECONDS: Final = 120.0
-"""A bound for a run that hangs: where a lock is gone, somebody may wait for what never comes."""
+"""A bound for a run that hangs: where a lock is gone, a test may wait for what never comes."""
+AS_IT_IS_SECONDS: Final = 900.0
+"""A bound for the run of all tests, with every safeguard in place."""
 STOP_SECONDS: Final = 15.0
 POLL_SECONDS: Final = 0.05
 LINES_SHOWN: Final = 3
@@ -111,7 +114,7 @@ def take_snapshot(root: Path, folder: Path) -> Path:
 async def hear_as_it_is(snapshot: Path, safeguards: Sequence[Safeguard]) -> Heard:
     """Raises `CannotTell` where a test fails although every safeguard is in its place."""
     tests = sorted({test for safeguard in safeguards for test in (*safeguard.red, safeguard.green)})
-    heard = await run_tests(snapshot, tests)
+    heard = await run_tests(snapshot, tests, AS_IT_IS_SECONDS)
     if heard.wrong:
         raise CannotTell(f"With all safeguards in place, {heard.wrong}")
     if failed := [test for test in tests if not heard.passed(test)]:
@@ -126,12 +129,30 @@ async def take_away(safeguard: Safeguard, snapshot: Path, folder: Path) -> Findi
     try:
         # With the byte code that the first run has left: that of edited files no longer fits them, and is made anew.
         shutil.copytree(snapshot, copy)
-        for file, text in edited(safeguard, snapshot).items():
-            (copy / file).write_text(text)
+        edit(safeguard, copy)
         heard = await run_tests(copy, (*safeguard.red, safeguard.green))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return judge(safeguard, heard)
+
+
+def edit(safeguard: Safeguard, copy: Path) -> None:
+    """Makes the edits of a safeguard in a copy. Raises `CannotTell` where one does not fit."""
+    for file, text in edited(safeguard, copy).items():
+        (copy / file).write_text(text)
+        # A revision whose checksum stands beside it is frozen, and does not run once it was edited.
+        (copy / file).with_name(CHECKSUMS).unlink(missing_ok=True)
+
+
+def misfits(safeguards: Sequence[Safeguard], root: Path) -> list[str]:
+    """A sentence about each safeguard with an edit that does not fit the files below `root`."""
+    sentences: list[str] = []
+    for safeguard in safeguards:
+        try:
+            edited(safeguard, root)
+        except CannotTell as reason:
+            sentences.append(str(reason))
+    return sentences
 
 
 def edited(safeguard: Safeguard, root: Path) -> dict[str, str]:
@@ -183,7 +204,7 @@ def short(test: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-async def run_tests(copy: Path, tests: Sequence[str]) -> Heard:
+async def run_tests(copy: Path, tests: Sequence[str], seconds_max: float = RUN_SECONDS) -> Heard:
     """Runs tests in a copy, with its package, and with a folder for temporary files beside it."""
     temporary, testimony = copy.parent / f"{copy.name}-tmp", copy.parent / f"{copy.name}.json"
     temporary.mkdir(mode=0o755)
@@ -203,14 +224,14 @@ async def run_tests(copy: Path, tests: Sequence[str]) -> Heard:
         )
         try:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(RUN_SECONDS):
+                async with asyncio.timeout(seconds_max):
                     await process.wait()
             too_long = process.returncode is None
         finally:
             await _end(process, temporary)
     seconds = time.monotonic() - began_at
     if too_long:
-        return Heard(f"the tests did not end within {RUN_SECONDS:.0f} s.", {}, seconds)
+        return Heard(f"the tests did not end within {seconds_max:.0f} s.", {}, seconds)
     return _heard(copy, tests, process.returncode, testimony, output, seconds)
 
 

@@ -88,10 +88,12 @@ class Table(msgspec.Struct, frozen=True):
 
     name: str
     columns: tuple[str, ...]
+    source: str = ""
+    """What stands behind FROM, where it is not the table as it is: a row may become several."""
 
     @property
     def query(self) -> str:
-        return f"SELECT {', '.join(self.columns)} FROM {_identifier(self.name)}"  # noqa: S608  # no value is in it
+        return f"SELECT {', '.join(self.columns)} FROM {self.source or _identifier(self.name)}"  # noqa: S608  # no value is in it
 
 
 class Copies:

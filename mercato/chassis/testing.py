@@ -125,7 +125,8 @@ _EMPTY: Final = """
     DECLARE names text;
     BEGIN
         SELECT string_agg(format('%I', tablename), ', ') INTO names
-          FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'alembic_version';
+          FROM pg_tables
+         WHERE schemaname = 'public' AND tablename NOT IN ('alembic_version', 'revision_checksums');
         IF names IS NOT NULL THEN
             EXECUTE 'TRUNCATE ' || names || ' RESTART IDENTITY CASCADE';
         END IF;

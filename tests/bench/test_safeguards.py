@@ -18,9 +18,10 @@ import msgspec
 import pytest
 
 from bench.safeguards.__main__ import main
-from bench.safeguards.table import INBOX, SAFEGUARDS, Edit, Safeguard
-from bench.safeguards.trial import CannotTell, Heard, edited, judge
+from bench.safeguards.table import PARKING, SAFEGUARDS, Edit, Safeguard
+from bench.safeguards.trial import CannotTell, Heard, edit, edited, judge
 from bench.safeguards.witness import Seen
+from mercato.chassis.migrations import CHECKSUMS
 from support.process import ROOT, clean_environment, command_line, process_table
 
 RED: Final = "tests/test_it.py::test_red"
@@ -77,6 +78,33 @@ def test_an_edit_that_does_not_fit_is_named_with_its_file(tmp_path: Path, text: 
         edited(broken, tmp_path)
 
 
+def test_every_entry_that_does_not_fit_is_named_before_anything_runs(capsys: pytest.CaptureFixture[str]):
+    gone = msgspec.structs.replace(IDLE, edits=(Edit("mercato/chassis/faults.py", "a sentence of last year", ""),))
+    table = (IDLE, msgspec.structs.replace(gone, name="one"), msgspec.structs.replace(gone, name="other"))
+
+    assert main([], table) == 2
+
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert [
+        line.split(" stands 0 times in mercato/chassis/faults.py, not once")[0] for line in said.err.splitlines()
+    ] == [
+        "safeguards: one: what it takes away",
+        "safeguards: other: what it takes away",
+    ]
+
+
+def test_a_migration_that_was_edited_is_not_frozen_any_more(tmp_path: Path):
+    folder = tmp_path / "migrations"
+    folder.mkdir()
+    (folder / "0001_gate.py").write_text("guard")
+    (folder / CHECKSUMS).write_text("0001 sum\n")
+
+    edit(Safeguard("gate", "", (Edit("migrations/0001_gate.py", "guard", ""),), red=(RED,), green=GREEN), tmp_path)
+
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"0001_gate.py": ""}
+
+
 # --------------------------------------------------------------------------------------------------------- the verdict
 
 
@@ -112,11 +140,11 @@ def test_a_run_that_says_nothing_is_no_verdict():
 
 
 def test_a_name_that_there_is_not_is_an_error_of_one_sentence(capsys: pytest.CaptureFixture[str]):
-    assert main(["inbox", "moat"]) == 2
+    assert main(["cursor", "moat"]) == 2
 
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith("safeguards: There is no safeguard 'moat'; there are inbox, ")
+    assert said.err.startswith("safeguards: There is no safeguard 'moat'; there are cursor, ")
     assert said.err.count("\n") == 1
 
 
@@ -149,23 +177,25 @@ def assert_nothing_is_left(temporary: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_command_takes_a_safeguard_away_and_finds_it_missed(temporary: Path):
-    before = (ROOT / INBOX).read_text()
+    before = (ROOT / PARKING).read_text()
 
-    with command(temporary, "--json", "inbox") as process:
+    with command(temporary, "--json", "cursor") as process:
         out, err = process.communicate()
 
     assert process.returncode == 0, out + err
     result = json.loads(out)
     assert result["ok"]
-    [inbox] = result["safeguards"]
-    assert inbox["wrong"] == ""
-    assert len(inbox["said"]) == 2
-    assert (ROOT / INBOX).read_text() == before
+    [cursor] = result["safeguards"]
+    assert cursor["wrong"] == ""
+    assert len(cursor["said"]) == 2
+    assert (ROOT / PARKING).read_text() == before
     assert_nothing_is_left(temporary)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_safeguard_that_nothing_misses_is_a_failure(capsys: pytest.CaptureFixture[str]):
     assert main(["--json"], (IDLE,)) == 1
 
@@ -175,6 +205,7 @@ def test_a_safeguard_that_nothing_misses_is_a_failure(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_test_that_cannot_be_run_with_everything_in_place_proves_nothing(capsys: pytest.CaptureFixture[str]):
     lost = msgspec.structs.replace(IDLE, red=(f"{OF_FAULTS}::test_that_nobody_has_written",))
 
@@ -186,8 +217,9 @@ def test_a_test_that_cannot_be_run_with_everything_in_place_proves_nothing(capsy
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_who_stops_it_finds_no_file_and_no_process(temporary: Path):
-    with command(temporary, "inbox") as process:
+    with command(temporary, "cursor") as process:
         assert process.stdout
         while "[ 1/1]" not in (line := process.stdout.readline()):
             assert line, "it ended before it had begun"

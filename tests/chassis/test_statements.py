@@ -23,8 +23,9 @@ import msgspec
 import pytest
 
 import mercato
-from mercato.chassis import events, idempotency, inbox, outbox, saga
+from mercato.chassis import idempotency, saga
 from mercato.chassis.db import Row
+from mercato.chassis.messaging import outbox, parking
 from mercato.chassis.migrations import revisions, statements
 from mercato.chassis.testing import Cluster
 
@@ -34,13 +35,16 @@ METHODS = {"fetch": 1, "fetch_one": 1, "fetch_values": 1, "execute": 0}
 
 SERVICES = sorted(path.parent.name for path in (PACKAGE / "services").glob("*/store.py"))
 MODULES = [
-    *((service, f"mercato.services.{service}.store") for service in SERVICES),
+    *(
+        (path.parent.name, f"mercato.services.{path.parent.name}.{path.stem}")
+        for path in sorted((PACKAGE / "services").glob("*/*store.py"))
+    ),
+    ("inventory", "mercato.services.inventory.fast_path"),
     # The tables of the chassis are in the databases of those that use them.
-    ("orders", idempotency.__name__),
+    ("inventory", idempotency.__name__),
     ("orders", saga.__name__),
-    ("orders", events.__name__),
     ("orders", outbox.__name__),
-    ("products", inbox.__name__),
+    ("products", parking.__name__),
 ]
 
 
@@ -137,7 +141,7 @@ async def test_a_planted_mistake_is_found(cluster: Cluster, planted: tuple[str, 
     source = source_of(idempotency)
     right = "SELECT i.principal, i.key, i.fingerprint, i.answer"
     assert right in source
-    _, wrong = await problems_of(cluster, "orders", source.replace(right, planted[0]), idempotency)
+    _, wrong = await problems_of(cluster, "inventory", source.replace(right, planted[0]), idempotency)
     assert len(wrong) == 1
     assert planted[1] in wrong[0]
 

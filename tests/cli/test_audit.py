@@ -111,13 +111,13 @@ def test_a_stopped_shop_is_audited_and_left_stopped(shop: Path):
 
 
 def test_time_stands_still_in_a_stopped_shop(shop: Path):
-    """An event that nobody published within the hour would be a violation in a shop that runs."""
-    asyncio.run(change(shop, "UPDATE outbox SET published_at = NULL WHERE id = 1"))
+    """An event that a consumer has not read within the hour would be a violation in a shop that runs."""
+    asyncio.run(change(shop, "UPDATE cursors SET position = position - (1 << 12)", "events"))
     try:
         code, output, errors = finished(start("--data", str(shop)))
         document = json.loads(finished(start("--data", str(shop), "--json"))[1])
     finally:
-        asyncio.run(change(shop, "UPDATE outbox SET published_at = at WHERE id = 1"))
+        asyncio.run(change(shop, "UPDATE cursors SET position = position + (1 << 12)", "events"))
 
     assert (code, errors) == (0, ""), output
     assert "as of its last sign of life at" in output
@@ -144,9 +144,9 @@ def test_json_is_one_document_and_a_violation_is_the_exit_code(shop: Path):
     assert "product_id 1, on_hand 97, sum 96" in people[1]
 
 
-async def change(data: Path, statement: str) -> None:
+async def change(data: Path, statement: str, service: str = "inventory") -> None:
     async with serving(data) as server:
-        await execute(server, "inventory", statement)
+        await execute(server, service, statement)
 
 
 async def test_a_running_shop_is_audited_beside_itself(shop: Path):

@@ -15,11 +15,9 @@ from pathlib import Path
 import pytest
 
 from support.caller import Answer, Buyers, Caller, all_order_ids
-from support.process import Process, remove, wait_until
+from support.process import BOUND_SECONDS, Process, remove, wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a small disk")
-
-WAIT_SECONDS = 30.0
 
 
 @pytest.fixture
@@ -65,20 +63,20 @@ def test_a_disk_that_fills_up_loses_no_order(disk: Path):
     with Process(disk / "data") as shop:
         shop.ready()
         with Buyers(shop.caller, count=2) as buyers:
-            wait_until(lambda: len(buyers.placed) >= 20, WAIT_SECONDS)
+            wait_until(lambda: len(buyers.placed) >= 20, BOUND_SECONDS)
             with ballast.open("wb") as stream, contextlib.suppress(OSError):
                 stream.truncate(0)
                 while True:
                     stream.write(bytes(1 << 20))
             wait_until(
-                lambda: buyers.statuses[503] > 3 or not shop.is_running, WAIT_SECONDS, lambda: str(buyers.statuses)
+                lambda: buyers.statuses[503] > 3 or not shop.is_running, BOUND_SECONDS, lambda: str(buyers.statuses)
             )
             refused = ask(shop.caller())
             ballast.unlink()
             if refused is not None and refused.status == 503:
                 assert int(refused.headers["retry-after"]) >= 1
             placed = len(buyers.placed)
-            wait_until(lambda: len(buyers.placed) > placed or not shop.is_running, WAIT_SECONDS)
+            wait_until(lambda: len(buyers.placed) > placed or not shop.is_running, BOUND_SECONDS)
         if shop.is_running:
             shop.stop()
         else:
@@ -99,7 +97,7 @@ def test_a_start_on_a_disk_that_has_filled_up_is_refused_and_works_with_space(di
     used = shutil.disk_usage(disk).used
     resize(disk, str(used))
     with Process(disk / "data") as shop:
-        wait_until(lambda: not shop.is_running or shop.has_line("ready"), WAIT_SECONDS)
+        wait_until(lambda: not shop.is_running or shop.has_line("ready"), BOUND_SECONDS)
         if not shop.is_running:
             assert "full" in shop.refusal()
     resize(disk, "512m")

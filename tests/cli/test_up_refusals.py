@@ -127,4 +127,4 @@ def test_ctrl_c_while_a_server_does_not_answer(tmp_path: Path):
 
                 assert process.exit_code() == 130
                 assert process.complaints == ["mercato: stopped before it was ready"]
-    wait_until(lambda: not process.left, 1.0)
+    wait_until(lambda: not process.left)

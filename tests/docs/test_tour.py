@@ -59,7 +59,7 @@ def test_the_tour_does_what_the_readme_says() -> None:
     assert [order["id"] for order in listed] == [1001]
     assert short["total"]["amount"] == "99.99"
     assert (paid["order_id"], paid["status"]) == (1001, "captured")
-    assert {"order", "stock", "money", "saga"} == {entry["part"] for entry in timeline}
+    assert {"order", "stock", "money"} == {entry["part"] for entry in timeline}
     assert (lost["status"], lost["payment"]) == ("confirmed", "paid")
     assert (stock["on_hand"], stock["reserved"]) == (1_000_000 - 2, 0)
     assert (illegal["status"], illegal["details"]["legal"]) == (409, ["shipped"])

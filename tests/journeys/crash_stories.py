@@ -6,6 +6,7 @@ it says at its end what must have come of it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import time
@@ -14,7 +15,8 @@ from typing import Any, Final
 
 import msgspec
 
-from mercato.chassis.events import TRIES
+from mercato.chassis.messaging import rows
+from mercato.chassis.messaging.events import TRIES
 from support.caller import Answer, Caller, everything
 from support.crashing import COMMAND, CONVERGED_SECONDS, NO_SETTINGS, POLL_SECONDS, Crash, Shop
 from support.process import clean_environment
@@ -50,7 +52,7 @@ def place(caller: Caller, key: str, method: str | None = None) -> int:
 
 
 def find(caller: Caller, order_id: int) -> dict[str, Any]:
-    return expect(caller.get(f"/orders/{order_id}"), 200)
+    return expect(caller.read(f"/orders/{order_id}"), 200)
 
 
 def await_order(caller: Caller, order_id: int, **wanted: str) -> dict[str, Any]:
@@ -90,8 +92,17 @@ def buying(method: str, status: str = "confirmed", payment: str = "paid") -> Sto
 buy = buying("sandbox:ok")
 buy_with_lost_answers = buying("sandbox:lost_answer")
 buy_with_errors = buying("sandbox:error_then_ok")
-buy_declined = buying("sandbox:declined", "cancelled", "failed")
-buy_too_late = buying("sandbox:capture_expired", "cancelled", "voided")
+
+
+def buy_declined(caller: Caller, key: str) -> None:
+    """A declined payment leaves the order payable; another one pays it."""
+    order_id = place(caller, key, "sandbox:declined")
+    end = time.monotonic() + CONVERGED_SECONDS
+    while not any(payment["status"] == "failed" for payment in payments_of(caller, order_id)):
+        assert time.monotonic() < end, f"no payment of order {order_id} was declined"
+        time.sleep(POLL_SECONDS)
+    pay(caller, f"{key}-again", order_id=order_id)
+    await_order(caller, order_id, status="confirmed", payment="paid")
 
 
 def pay(caller: Caller, key: str, **body: Any) -> dict[str, Any]:
@@ -224,7 +235,7 @@ def slow_order(shop: Shop, key: str) -> Begun:
     """An order whose payment takes the bank more than a second; by then this shop has asked again several times."""
     with shop.caller() as caller:
         order_id = place(caller, key, "sandbox:slow:1200")
-    shop.until("payments", "SELECT key FROM operations WHERE status IN ('intent', 'unknown')")
+    shop.until("payments", "SELECT key FROM intents")
     return Begun(shop, order_id, "paid")
 
 
@@ -253,12 +264,12 @@ def settled(caller: Caller, begun: Begun) -> None:
 
 
 def forgotten_order(shop: Shop, key: str) -> int:
-    """An order that is being paid for, and whose saga somebody has put to sleep."""
+    """An order that waits for its payment, and whose saga was parked by hand."""
     with shop.caller() as caller:
         order_id = place(caller, key)
     asleep = """
-        UPDATE sagas SET step = 'done', wake_at = NULL, updated_at = '-infinity'
-         WHERE subject_id = $1 AND step = 'awaiting'
+        UPDATE sagas SET wake_at = NULL, updated_at = '-infinity'
+         WHERE subject_id = $1 AND step = 'awaiting' AND wake_at IS NOT NULL
         RETURNING 1
     """
     shop.until("orders", asleep, order_id)
@@ -385,48 +396,85 @@ def change_password(caller: Caller, key: str) -> None:
 
 
 class Poison(msgspec.Struct):
-    """An event that its consumer cannot take."""
+    """An event that its consumer cannot process."""
 
     shop: Shop
     product_id: int
     event_id: int
 
 
+def emit_poison(shop: Shop, product_id: int, data: str = "poison") -> int:
+    """Gives the position of an event about a product, which is not what its type says."""
+    event = {
+        "type": "stock.available", "subject": "product", "subject_id": product_id, "version": 1,
+        "data": {"product_id": data},
+    }  # fmt: skip
+    [row_id] = shop.fetch("inventory", "INSERT INTO outbox (events) VALUES ($1) RETURNING id", json.dumps([event]))
+    return rows.position(row_id, 0)
+
+
 def poison(shop: Shop, key: str) -> Poison:
     """An event that has failed for the first time, and from now on waits for its last try."""
     product_id = new_product(shop, key)
-    [event_id] = shop.fetch(
-        "inventory",
+    made = Poison(shop, product_id, emit_poison(shop, product_id))
+    failed = """
+        UPDATE parked SET tries = 4, retry_at = now() + interval '1 hour' WHERE tries = 1 AND position = $1 RETURNING 1
+    """
+    shop.until("products", failed, made.event_id)
+    return made
+
+
+def tried_again(shop: Shop, key: str) -> Poison:
+    """An event that has failed once, and whose next try will be good."""
+    made = poison(shop, key)
+    shop.execute("products", "UPDATE parked SET data = $2 WHERE position = $1", made.event_id, _mended(made))
+    return made
+
+
+def _mended(poison: Poison) -> str:
+    return json.dumps({"product_id": poison.product_id, "version": 1})
+
+
+def mended_when_parked(shop: Shop, key: str) -> Poison:
+    """Nothing yet but a product. An event about it that is parked becomes right by that."""
+    shop.execute(
+        "products",
         """
-        INSERT INTO outbox (type, subject, subject_id, version, data)
-        VALUES ('stock.available', 'stock', $1, 1, '{"product_id": "poison"}')
-        RETURNING id
+        CREATE OR REPLACE FUNCTION mend() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            NEW.data := json_build_object('product_id', NEW.subject_id, 'version', NEW.version);
+            RETURN NEW;
+        END $$;
+        CREATE OR REPLACE TRIGGER mend BEFORE INSERT ON parked
+           FOR EACH ROW WHEN (NEW.data LIKE '%poison once%') EXECUTE FUNCTION mend();
         """,
-        product_id,
     )
-    failed = "UPDATE outbox_retries SET tries = 4, retry_at = now() + interval '1 hour' WHERE tries = 1 RETURNING 1"
-    shop.until("inventory", failed)
-    return Poison(shop, product_id, event_id)
+    return Poison(shop, new_product(shop, key), 0)
 
 
-def try_for_the_last_time(_caller: Caller, poison: Poison) -> None:
-    poison.shop.execute("inventory", "UPDATE outbox_retries SET retry_at = now()")
+def fail_once(_caller: Caller, poison: Poison) -> None:
+    emit_poison(poison.shop, poison.product_id, "poison once")
 
 
-def is_buried(_caller: Caller, poison: Poison) -> None:
-    """It became a dead letter, once. What is wrong with it is mended, and it is replayed: no dead letter is left."""
-    bury(poison)
+def try_again(_caller: Caller, poison: Poison) -> None:
+    poison.shop.execute("products", "UPDATE parked SET retry_at = now() WHERE dead_at IS NULL")
+
+
+def has_its_effect(_caller: Caller, poison: Poison) -> None:
+    poison.shop.until("products", "SELECT id FROM products WHERE id = $1 AND in_stock", poison.product_id)
+
+
+def is_dead(_caller: Caller, poison: Poison) -> None:
+    """It became a dead event, once. What is wrong with it is mended, and it is replayed: no dead event is left."""
+    mend(poison)
     assert replay(poison).returncode == 0
     assert_replayed(poison)
 
 
-def bury(poison: Poison) -> None:
-    """Waits until the event is a dead letter, and mends it."""
-    mended = """
-        UPDATE dead_letters SET data = $2 WHERE event_id = $1 AND source = 'inventory' RETURNING tries
-    """
-    data = json.dumps({"product_id": poison.product_id, "version": 1})
-    assert poison.shop.until("products", mended, poison.event_id, data) == [TRIES]
+def mend(poison: Poison) -> None:
+    """Waits until the event is dead, and mends it."""
+    mended = "UPDATE parked SET data = $2 WHERE position = $1 AND dead_at IS NOT NULL RETURNING tries"
+    assert poison.shop.until("products", mended, poison.event_id, _mended(poison)) == [TRIES]
 
 
 def replay(poison: Poison, crash_at: str = "") -> subprocess.CompletedProcess[str]:
@@ -443,9 +491,7 @@ def replay(poison: Poison, crash_at: str = "") -> subprocess.CompletedProcess[st
 
 
 def assert_replayed(poison: Poison) -> None:
-    assert poison.shop.fetch("products", "SELECT 1 FROM dead_letters WHERE replayed_at IS NULL") == []
-    taken = "SELECT 1 FROM inbox WHERE source = 'inventory' AND event_id = $1"
-    assert poison.shop.fetch("products", taken, poison.event_id) == [1]
+    assert poison.shop.fetch("products", "SELECT 1 FROM parked WHERE replayed_at IS NULL") == []
     assert poison.shop.fetch("products", "SELECT in_stock FROM products WHERE id = $1", poison.product_id) == [True]
 
 
@@ -493,24 +539,26 @@ ORDERS: Final = (
 )
 CHECKOUT: Final = (
     *around("checkout.reserve", "call", buy),
-    *around("checkout.authorize", "call", buy_with_lost_answers),
+    *around("checkout.charge", "call", buy_with_lost_answers),
+    *around("checkout.authorize", "call", capture_by_hand),
     *around("checkout.reserve", "commit", buy),
-    *around("checkout.commit", "call", sell_on_account),
-    *around("checkout.capture", "call", buy_with_errors),
+    *around("checkout.commit", "call", buy_with_errors),
+    *around("checkout.capture", "call", capture_by_hand),
     *around("checkout.settle", "commit", capture_by_hand),
     *around("checkout.void", "call", void_by_hand),
     *around("checkout.refund", "call", buy_and_cancel),
     *around("checkout.release", "call", reserve_and_cancel),
     *around("checkout.restock", "call", buy_and_cancel),
-    *around("checkout.unwind", "commit", buy_too_late),
+    *around("checkout.unwind", "commit", order_and_cancel),
     *around("refund.restock", "call", take_back),
     *around("refund.refund", "call", refund),
     *around("refund.save", "commit", take_back),
     *around("orders.reconcile", "commit", nothing, carried_on, prepare=forgotten_order),
 )
 PAYMENTS: Final = (
-    *parts("payments.authorize", buy),
-    *parts("payments.capture", buy_with_lost_answers),
+    *parts("payments.charge", buy_with_lost_answers),
+    *parts("payments.authorize", capture_by_hand),
+    *parts("payments.capture", capture_by_hand),
     *parts("payments.void", void_by_hand),
     *parts("payments.refund", refund),
 )
@@ -519,8 +567,9 @@ PAYMENTS_SETTINGS: Final = {
     "MERCATO_PAYMENTS_SWEEP_SECONDS": "5",
 }
 BANK: Final = (
-    *around("sandbox.authorize", "commit", buy_declined),
-    *around("sandbox.capture", "commit", buy_with_errors),
+    *around("sandbox.charge", "commit", buy_declined),
+    *around("sandbox.authorize", "commit", capture_by_hand),
+    *around("sandbox.capture", "commit", capture_by_hand),
     *around("sandbox.void", "commit", reserve_and_cancel),
     *around("sandbox.refund", "commit", buy_and_cancel),
     *around("sandbox.finish", "commit", nothing, settled, prepare=slow_order),
@@ -551,15 +600,16 @@ STOCK_SETTINGS: Final = {
     "MERCATO_ORDERS_SWEEP_SECONDS": "0.5",
 }
 EVENTS: Final = (
-    *around("relay", "deliver", buy),
-    *around("relay", "mark_commit", hear_of_stock),
-    *around("inbox", "commit", hear_of_stock),
+    *around("consumer.batch", "commit", hear_of_stock),
     Crash("feed.before_commit", buy),
-    *around("inbox.dead", "commit", try_for_the_last_time, is_buried, prepare=poison),
+    *around("consumer.park", "commit", fail_once, has_its_effect, prepare=mended_when_parked),
+    *around("consumer.retry", "commit", try_again, has_its_effect, prepare=tried_again),
+    *around("consumer.dead", "commit", try_again, is_dead, prepare=poison),
 )
-CRASHES: Final[Sequence[Crash]] = (*ORDERS, *CHECKOUT, *PAYMENTS, *BANK, *STOCK, *EVENTS)
+TABLES: Final[Sequence[Sequence[Crash]]] = (ORDERS, CHECKOUT, PAYMENTS, BANK, STOCK, EVENTS)
+CRASHES: Final[Sequence[Crash]] = tuple(itertools.chain.from_iterable(TABLES))
 
-AT_REPLAY: Final = ("inbox.replay.before_commit", "inbox.replay.after_commit")
+AT_REPLAY: Final = ("consumer.replay.before_commit", "consumer.replay.after_commit")
 """Reached by an operator's command, not by the shop."""
 AT_START: Final = ("products.seed.before_commit", "inventory.seed.before_commit")
 """Reached once, while a new shop gets its demo data."""

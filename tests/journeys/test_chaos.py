@@ -18,6 +18,7 @@ SECONDS = 60
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_minute_of_chaos_leaves_nothing_lost_doubled_charged_twice_or_oversold():
     seed = os.environ.get("CHAOS_SEED")
     chosen = ["--seed", seed] if seed else []

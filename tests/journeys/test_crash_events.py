@@ -1,4 +1,4 @@
-"""Crashes while events are told, taken, given up and replayed. See `support/crashing.py`."""
+"""Crashes while events are consumed, parked, retried, given up and replayed. See `support/crashing.py`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from journeys.crash_stories import AT_REPLAY, EVENTS, assert_replayed, bury, poison, replay, try_for_the_last_time
+from journeys.crash_stories import AT_REPLAY, EVENTS, assert_replayed, mend, poison, replay, try_again
 from support.crashing import Crash, Shop, crash_and_recover
 from support.process import data_folder
 
 
 @pytest.fixture(scope="module")
 def shop() -> Iterator[Shop]:
-    with data_folder() as data, Shop(data, waits_for_leases=True) as made:
+    with data_folder() as data, Shop(data) as made:
         yield made
 
 
@@ -23,13 +23,13 @@ def test_all_ends_well_after_a_crash_at(crash: Crash, shop: Shop):
 
 
 @pytest.mark.parametrize("point", AT_REPLAY)
-def test_a_dead_letter_is_taken_once_though_its_replay_crashes_at(point: str, shop: Shop):
+def test_a_dead_event_has_one_effect_though_its_replay_crashes_at(point: str, shop: Shop):
     was_committed = point.endswith("after_commit")
     shop.ensure()
     letter = poison(shop, f"{point}-replayed")
     with shop.caller() as caller:
-        try_for_the_last_time(caller, letter)
-    bury(letter)
+        try_again(caller, letter)
+    mend(letter)
 
     assert replay(letter, crash_at=point).returncode == -9
     assert replay(letter, crash_at=point).returncode == (1 if was_committed else -9)

@@ -39,7 +39,7 @@ def shop() -> Iterator[Shop]:
 def an_outcome_that_nobody_asks_for_any_more(shop: Shop, caller: Caller) -> Callable[[], None]:
     order_id = stories.place(caller, "unknown", "sandbox:slow:1200")
     left = """
-        UPDATE sagas SET wake_at = NULL, epoch = epoch + 1
+        UPDATE sagas SET wake_at = NULL, epoch = nextval('saga_epochs'), updated_at = '-infinity'
          WHERE subject_id = $1 AND tries > 0 AND wake_at IS NOT NULL
         RETURNING 1
     """
@@ -76,9 +76,12 @@ def stock_that_is_held_for_nobody(shop: Shop, caller: Caller) -> Callable[[], No
     stories.cancel(caller, order_id)
     shop.until("inventory", "SELECT 1 FROM reservations WHERE order_id = $1 AND state = 'released'", order_id)
     held = """
-        WITH held AS (UPDATE reservations SET state = 'held', expires_at = NULL WHERE order_id = $1)
+        WITH held AS (
+            UPDATE reservations SET state = 'held', ended_at = NULL WHERE order_id = $1
+            RETURNING product_ids, quantities
+        )
         UPDATE levels l SET reserved = reserved + n.quantity
-          FROM reservation_lines n WHERE n.order_id = $1 AND n.product_id = l.product_id
+          FROM held, unnest(product_ids, quantities) AS n (product_id, quantity) WHERE n.product_id = l.product_id
     """
     shop.execute("inventory", held, order_id)
 

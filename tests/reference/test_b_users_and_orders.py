@@ -16,7 +16,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 ORDER = {"user_id": 1, "product_id": 100}
 BACK_SECONDS = 60.0
-LEFT_ALONE_SECONDS = 3
+LEFT_ALONE_SECONDS = 8
 
 
 async def test_staff_see_every_user_page_by_page(open_shop: Shop) -> None:
@@ -109,6 +109,7 @@ async def test_without_users_orders_answer_503_and_come_back_by_themselves(shop:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 async def test_while_the_breaker_is_open_the_answer_comes_at_once(shop: Shop, cluster: Cluster) -> None:
     await take_away(cluster, shop)
 

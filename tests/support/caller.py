@@ -6,6 +6,7 @@ import http.client
 import itertools
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -13,7 +14,12 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-ANSWER_SECONDS = 20.0
+ANSWER_SECONDS = 60.0
+RECOVERED_SECONDS = 60.0
+"""Bounds for a machine that is busy with other things; nothing is promised about them."""
+PAUSE_SECONDS_MAX = 0.5
+LATER = frozenset({503, 504})
+"""Statuses of a shop that recovers, or whose machine is busy: a client reads again."""
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -58,6 +64,15 @@ class Caller:
 
     def get(self, path: str, **headers: str) -> Answer:
         return self.call("GET", path, **headers)
+
+    def read(self, path: str, **headers: str) -> Answer:
+        """What `get` gives, once the shop has recovered: as documented, who is told 503 or 504 asks again."""
+        end = time.monotonic() + RECOVERED_SECONDS
+        while True:
+            answer = self.get(path, **headers)
+            if answer.status not in LATER or time.monotonic() > end:
+                return answer
+            time.sleep(min(PAUSE_SECONDS_MAX, float(answer.headers.get("retry-after", PAUSE_SECONDS_MAX))))
 
     def post(self, path: str, body: Any = None, **headers: str) -> Answer:
         return self.call("POST", path, body, **headers)
@@ -143,7 +158,7 @@ def everything(caller: Caller, path: str) -> list[Any]:
     found: list[Any] = []
     following: str | None = path
     while following is not None:
-        reply = caller.get(following)
+        reply = caller.read(following)
         assert reply.status == 200, reply.text
         found += reply.json
         following = _next(reply.headers.get("link", ""))

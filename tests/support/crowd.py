@@ -13,7 +13,7 @@ import msgspec
 
 CONNECTIONS = 400
 """At once: open files are limited to a thousand or so by default, in this process and in the shop."""
-NOT_FINAL = frozenset({409, 429, 503})
+NOT_FINAL = frozenset({409, 429, 503, 504})
 ANSWER_SECONDS = 60.0
 
 
@@ -30,8 +30,8 @@ class Told(msgspec.Struct, frozen=True):
 
     @property
     def is_final(self) -> bool:
-        """Not, when the shop asks to send the same again."""
-        return not (self.status in NOT_FINAL and "retry-after" in self.headers)
+        """Not, when the shop asks to send the same again, or nobody knows what became of it (504)."""
+        return self.status != 504 and not (self.status in NOT_FINAL and "retry-after" in self.headers)
 
 
 class Crowd:
@@ -54,7 +54,7 @@ class Crowd:
             self.statuses[told.status] += 1
             if told.is_final:
                 return told
-            await asyncio.sleep(min(1.0, float(told.headers["retry-after"])))
+            await asyncio.sleep(min(1.0, float(told.headers.get("retry-after", 1.0))))
 
     async def orders(self, path: str) -> list[dict[str, Any]]:
         """All orders of a list, over all its pages."""

@@ -7,7 +7,7 @@ from typing import Any, Final, cast
 
 import asyncpg
 
-POLLS: Final = 1_000
+POLLS: Final = 5_000
 POLL_SECONDS: Final = 0.01
 
 

@@ -20,7 +20,7 @@ from mercato.services.users.app import build
 from mercato.services.users.passwords import HASH_QUEUE_LIMIT, HASH_THREADS, Argon2Hasher, Passwords
 
 PLACES = HASH_THREADS + HASH_QUEUE_LIMIT
-WAIT_SECONDS = 5
+WAIT_SECONDS = 60
 
 
 class GatedHasher:

@@ -45,7 +45,7 @@ STAFF = Actor("staff", 900)
 EMAIL = "alice@example.com"
 PASSWORD = "correct horse"
 NEW_PASSWORD = "battery staple"
-WAIT_SECONDS = 20
+WAIT_SECONDS = 60
 
 
 @pytest_asyncio.fixture
