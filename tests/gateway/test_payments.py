@@ -71,13 +71,34 @@ async def test_an_order_with_a_method_is_paid_when_its_answer_is_waited_for(open
     assert (order.json["status"], order.json["payment"]) == ("confirmed", "paid")
 
 
-async def test_an_order_whose_payment_is_declined_stays_payable(open_shop: Shop) -> None:
+async def test_an_order_whose_payment_is_declined_when_it_is_placed_stays_pending_and_can_be_paid(
+    open_shop: Shop,
+) -> None:
     order = await placed(open_shop, payment_method="sandbox:insufficient_funds")
-    [payment] = (await open_shop.get(f"/payments?order_id={order.json['id']}")).json
+    [declined] = (await open_shop.get(f"/payments?order_id={order.json['id']}")).json
 
-    assert (order.json["status"], order.json["payment"]) == ("pending", "unpaid")
-    assert (payment["status"], payment["code"]) == ("failed", "insufficient_funds")
-    assert (await pay(open_shop, order)).status == 201
+    paid = await pay(open_shop, order)
+
+    assert (order.json["status"], order.json["payment"], order.json["reason"]) == ("pending", "unpaid", None)
+    assert (declined["status"], declined["code"], declined["captured"]) == ("failed", "insufficient_funds", NOTHING)
+    assert (paid.status, paid.json["status"]) == (201, "captured")
+    now = await order_of(open_shop, order)
+    assert (now["status"], now["payment"]) == ("confirmed", "paid")
+
+
+async def test_the_tenth_declined_payment_cancels_the_order_which_says_why(open_shop: Shop) -> None:
+    order = await placed(open_shop, payment_method="sandbox:declined")
+    for _ in range(8):
+        assert_problem(await pay(open_shop, order, payment_method="sandbox:declined"), 402, "orders.payment_declined")
+    assert (await order_of(open_shop, order))["status"] == "pending"
+
+    tenth = await pay(open_shop, order, payment_method="sandbox:insufficient_funds")
+
+    assert_problem(tenth, 402, "orders.payment_declined")
+    now = await order_of(open_shop, order)
+    assert (now["status"], now["payment"]) == ("cancelled", "failed")
+    assert (now["reason"]["code"], now["reason"]["provider_code"]) == ("payment_declined", "insufficient_funds")
+    assert_problem(await pay(open_shop, order), 409, "orders.cancelled")
 
 
 async def test_an_order_that_there_is_not_enough_for_says_what_is_short(open_shop: Shop) -> None:
@@ -249,13 +270,108 @@ async def test_goods_come_back_and_what_they_cost_is_refunded(open_shop: Shop) -
     assert (await open_shop.get(f"/products/{item['product_id']}/stock")).json["on_hand"] == 8
 
 
-async def test_the_timeline_tells_of_every_part(open_shop: Shop) -> None:
+async def test_items_are_returned_by_the_id_of_their_line_or_by_their_product(open_shop: Shop) -> None:
+    order = await placed(open_shop, quantity=3, payment_method="sandbox:ok")
+    path = f"/orders/{order.json['id']}"
+    [item] = order.json["items"]
+    for state in ("shipped", "delivered"):
+        assert (await open_shop.patch(path, {"fulfilment": state})).status == 200
+    one, other = {"line_id": item["id"]}, {"product_id": item["product_id"]}
+
+    for named in (one, other, {**one, **other}):
+        returned = await return_item(open_shop, path, {**named, "quantity": 1})
+        assert (returned.status, returned.json["amount"]) == (201, PRICE), returned.body
+        assert returned.json["items"] == [{**one, **other, "quantity": 1}]
+
+    now = await order_of(open_shop, order)
+    assert (now["fulfilment"], now["payment"], now["items"][0]["returned"]) == ("returned", "refunded", 3)
+
+
+@pytest.mark.parametrize(
+    ("named", "status", "code"),
+    [
+        ({}, 400, "invalid_request"),
+        ({"line_id": 2}, 400, "invalid_request"),
+        ({"line_id": 1, "product_id": UNKNOWN_ID}, 400, "invalid_request"),
+        ({"product_id": UNKNOWN_ID}, 409, "orders.not_returnable"),
+    ],
+)
+async def test_a_return_that_names_no_line_is_refused(
+    open_shop: Shop, named: dict[str, int], status: int, code: str
+) -> None:
+    order = await placed(open_shop, payment_method="sandbox:ok")
+    path = f"/orders/{order.json['id']}"
+    for state in ("shipped", "delivered"):
+        assert (await open_shop.patch(path, {"fulfilment": state})).status == 200
+
+    refused = await return_item(open_shop, path, {**named, "quantity": 1})
+
+    assert_problem(refused, status, code)
+    assert status != 400 or refused.wrong_fields == {"items[0]"}
+    assert (await order_of(open_shop, order))["items"][0]["returned"] == 0
+
+
+async def return_item(shop: Shop, path: str, item: dict[str, int]) -> Reply:
+    return await shop.post(f"{path}/returns", {"items": [item]}, headers={"Idempotency-Key": unique("return")})
+
+
+async def test_the_timeline_has_the_order_its_stock_and_its_money(open_shop: Shop) -> None:
     order = await placed(open_shop, payment_method="sandbox:ok")
 
     reply = await open_shop.get(f"/orders/{order.json['id']}/timeline")
 
     assert reply.status == 200
-    assert {entry["part"] for entry in reply.json} == {"order", "stock", "money"}
+    assert [(entry["part"], entry["what"]) for entry in reply.json if entry["part"] != "order"] == [
+        ("stock", "held"),
+        ("money", "charge"),
+        ("stock", "committed"),
+    ]
+    moves = [entry["what"] for entry in reply.json if entry["part"] == "order"]
+    assert moves == ["status pending", "status confirmed", "payment paid"]
+    assert {entry["outcome"] for entry in reply.json} == {"succeeded"}
+
+
+# --------------------------------------------------------------------------------------------------------------- items
+
+
+async def test_an_item_has_an_id_and_says_how_its_total_comes_about(open_shop: Shop) -> None:
+    products = [await stocked(open_shop), await stocked(open_shop)]
+    body = {"user_id": 1, "items": [{"product_id": product.id, "quantity": 2} for product in products]}
+
+    order = await open_shop.post("/orders", body)
+
+    assert order.status == 201, order.body
+    assert order.json["items"] == [
+        {
+            "id": i,
+            "product_id": product.id,
+            "sku": product.sku,
+            "name": product.name,
+            "quantity": 2,
+            "unit_price": PRICE,
+            "discount": NOTHING,
+            "tax": NOTHING,
+            "line_total": {"amount": "199.98", "currency": "USD"},
+            "returned": 0,
+        }
+        for i, product in enumerate(products, 1)
+    ]
+    assert order.json["total"] == {"amount": "399.96", "currency": "USD"}
+
+
+async def test_orders_are_listed_by_a_product_of_their_items(open_shop: Shop) -> None:
+    product, other = await stocked(open_shop), await stocked(open_shop)
+    both = {"user_id": 1, "items": [{"product_id": product.id}, {"product_id": other.id}]}
+    first = await open_shop.post("/orders", {"user_id": 1, "product_id": product.id})
+    second = await open_shop.post("/orders", both)
+
+    async def listed(query: str) -> list[int]:
+        return [order["id"] for order in (await open_shop.get(f"/orders?{query}")).json]
+
+    assert await listed(f"product_id={product.id}") == [second.json["id"], first.json["id"]]
+    assert await listed(f"product_id={product.id}&limit=1") == [second.json["id"]]
+    assert await listed(f"product_id={other.id}") == [second.json["id"]]
+    assert await listed(f"product_id={UNKNOWN_ID}") == []
 
 
 # --------------------------------------------------------------------------------------------------------------- access

@@ -30,9 +30,9 @@ from mercato.services.orders import rules
 from services.orders.world import ALICE, BOB, LAMP, MUG, PLENTY, STAFF, World, mugs, opened
 from support.outbox import EVENTS
 
-STEPS: Final = 90
+STEPS: Final = 120
 WORKERS: Final = 6
-METHODS: Final = ("sandbox:ok", "sandbox:declined", "sandbox:lost_answer", "sandbox:capture_expired")
+METHODS: Final = (*["sandbox:ok"] * 3, "sandbox:declined", "sandbox:lost_answer", "sandbox:capture_expired")
 NO_ORDER: Final = 999_999
 
 Values = Callable[..., Awaitable[list[Any]]]
@@ -566,7 +566,7 @@ class Clients:
 
     async def _request(self, rng: random.Random, orders: Orders, actor: Actor) -> None:
         order_id = rng.choice(self.ids[-8:])
-        match rng.randrange(8):
+        match rng.randrange(10):
             case 0:
                 await orders.cancel(CancelOrder(id=order_id, reason="no more"))
             case 1:
@@ -577,28 +577,32 @@ class Clients:
                 key = rng.choice((None, f"pay-{order_id}"))
                 method, capture = rng.choice(METHODS), rng.random() < 0.9
                 await orders.pay(PayOrder(id=order_id, method=method, capture=capture, idempotency_key=key))
-            case 4:
-                await self._refund(rng, orders, order_id)
-            case 5:
-                await self._return(rng, orders, order_id)
+            case 4 | 5:
+                with self.world.acting(STAFF):
+                    await self._refund(rng, orders, order_id)
+            case 6:
+                with self.world.acting(STAFF):
+                    await self._return(rng, orders, order_id)
             case _:
                 await self._place(rng, orders, actor)
 
     async def _refund(self, rng: random.Random, orders: Orders, order_id: int) -> None:
-        key = f"refund-{rng.randrange(30)}"
+        await self.world.settled(order_id)
+        key = f"refund-{order_id}-{rng.randrange(3)}"
         for payment in await self.world.payments(order_id):
             await orders.refund(RefundOrder(payment_id=payment.id, amount_minor=700, idempotency_key=key))
 
     async def _return(self, rng: random.Random, orders: Orders, order_id: int) -> None:
         """Sends the goods first, where that has not been done."""
+        await self.world.settled(order_id)
         for fulfilment in ("shipped", "delivered"):
             with contextlib.suppress(ServiceError):
                 await orders.move(MoveOrder(id=order_id, fulfilment=fulfilment))
-        lines = (ReturnLine(line_id=1, quantity=1),)
-        await orders.take_back(ReturnOrder(id=order_id, lines=lines, idempotency_key=f"return-{rng.randrange(30)}"))
+        key, lines = f"return-{order_id}-{rng.randrange(3)}", (ReturnLine(line_id=1, quantity=1),)
+        await orders.take_back(ReturnOrder(id=order_id, lines=lines, idempotency_key=key))
 
     async def _place(self, rng: random.Random, orders: Orders, actor: Actor) -> None:
-        key, fingerprint = f"key-{rng.randrange(12)}", rng.choice((b"one", b"two"))
+        key, fingerprint = f"key-{rng.randrange(40)}", rng.choice((b"one", b"two"))
         products = rng.sample((MUG, LAMP), rng.randint(1, 2))
         lines = tuple(PlaceLine(product_id=i, quantity=1 + i) for i in sorted(products))
         user_id = 1 if actor == STAFF else actor.id
@@ -630,8 +634,8 @@ async def test_a_random_day_with_crashes_violates_no_invariant(rig: Rig, seed: i
         assert all(len(ids) == 1 for ids in day.answers.values())  # K1: one key and request, one answer
         owners = [(actor, key) for actor, key, _ in day.answers]
         assert len(owners) == len(set(owners))  # K2: no other request has that answer
-        assert len(day.answers) > 5
-        assert (await world.values("SELECT count(*) FROM history WHERE version > 1"))[0] > 5
+        seen = await world.values("SELECT unnest(events) AS event FROM history")
+        assert {"order.placed", "order.paid", "order.partially_refunded"} <= set(seen)
 
 
 @contextlib.contextmanager
@@ -640,7 +644,7 @@ def crashes(rng: random.Random) -> Generator[None]:
 
     async def sometimes(_point: str) -> None:
         await asyncio.sleep(rng.random() / 500)
-        if rng.random() < 0.06:
+        if rng.random() < 0.03:
             raise RuntimeError("an injected crash")
 
     points = [point for point in faults.POINTS if point.startswith(("orders.", "checkout.", "refund."))]
