@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import AsyncGenerator
 
 import pytest
@@ -46,6 +47,15 @@ async def guarded_shop(cluster: Cluster, request: pytest.FixtureRequest) -> Asyn
 
 LONG = ("tests/journeys", "tests/cli", "tests/services/orders", "tests/chassis", "tests/bench")
 """Files that take longest, whatever the number of their tests."""
+
+
+def pytest_configure() -> None:
+    """Under `nohup`, or behind `&` in a script, signals are ignored, and what is started inherits that: but tests send
+    them to the processes that they start."""
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,6 +14,7 @@ import msgspec
 
 from mercato.audit.checking import Finding, audit
 from mercato.audit.history import ClientOperation
+from mercato.chassis.messaging.rows import end_of_row, place_of
 from mercato.cli.databases import reached
 
 CONVERGENCE_SECONDS: Final = 60.0
@@ -37,7 +38,7 @@ UNDER_WAY: Final[Mapping[str, Mapping[str, str]]] = {
 
 LAST_ROW: Final = "SELECT coalesce(max(id), 0) FROM outbox"
 PARKED: Final = "SELECT count(*) FROM parked WHERE dead_at IS NULL"
-READ: Final = "SELECT coalesce(min(position >> 12), 0) FROM cursors WHERE source = '{source}'"
+READ: Final = "SELECT coalesce(min(position), 0) FROM cursors WHERE source = '{source}'"
 CONSUMED: Final[Mapping[str, tuple[str, ...]]] = {
     "orders": ("events",),
     "inventory": ("events", "products"),
@@ -105,8 +106,10 @@ async def _under_way(dsns: Mapping[str, str]) -> dict[str, int]:
         [last] = await _counts(dsns[source], [LAST_ROW])
         for service in consumers:
             read, parked = await _counts(dsns[service], [READ.format(source=source), PARKED])
-            if read < last or parked:
-                found[f"rows of {source} for {service}"] = last - read + parked
+            if read < end_of_row(last):
+                found[f"rows of {source} for {service}"] = last - place_of(read)[0] or 1
+            if parked:
+                found[f"parked events of {source} for {service}"] = parked
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from mercato import topology
+from mercato.chassis.messaging.rows import end_of_row
 from mercato.chassis.testing import Cluster
 from mercato.contracts.orders import AwaitOrder, Orders, PayOrder, PlaceLine, PlaceOrder
 from mercato.contracts.products import CreateProduct, Product, Products
@@ -183,8 +184,9 @@ async def _at_rest(shop: Shop) -> None:
 
 
 async def _is_busy(shop: Shop) -> bool:
+    driven = "SELECT 1 FROM sagas WHERE driver IS NOT NULL OR (wake_at IS NOT NULL AND step <> 'awaiting') LIMIT 1"
     async with shop.rig.host.services["orders"].database.read() as tx:
-        if await tx.fetch_values(int, "SELECT 1 FROM sagas WHERE wake_at IS NOT NULL AND step <> 'awaiting' LIMIT 1"):
+        if await tx.fetch_values(int, driven):
             return True
     # In this order: the last step of a saga emits an event.
     for consumer in shop.rig.host.consumers:
@@ -192,8 +194,8 @@ async def _is_busy(shop: Shop) -> bool:
         async with shop.rig.host.services[source].database.read() as tx:
             [last] = await tx.fetch_values(int, "SELECT coalesce(max(id), 0) FROM outbox")
         async with shop.rig.host.services[name.partition(".")[0]].database.read() as tx:
-            read = "SELECT 1 FROM cursors WHERE consumer = $1 AND source = $2 AND position >> 12 >= $3"
-            if not await tx.fetch_values(int, read, name, source, last):
+            read = "SELECT 1 FROM cursors WHERE consumer = $1 AND source = $2 AND position >= $3"
+            if not await tx.fetch_values(int, read, name, source, end_of_row(last)):
                 return True
     return False
 

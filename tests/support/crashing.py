@@ -32,8 +32,10 @@ from typing import Any, Final, Self, cast
 import asyncpg
 import msgspec
 
+from bench.chaos.verdict import CONSUMED
 from mercato import topology
 from mercato.audit.checking import audit
+from mercato.chassis.messaging.rows import end_of_row
 from support.caller import Caller
 from support.process import ROOT, Process
 
@@ -79,7 +81,7 @@ UNREST: Final[Mapping[str, str]] = {
     "orders": """
         SELECT format('order %s: %s %s', s.subject_id, s.kind, s.step)
           FROM sagas s
-         WHERE s.wake_at IS NOT NULL AND s.step <> 'awaiting'
+         WHERE s.driver IS NOT NULL OR (s.wake_at IS NOT NULL AND s.step <> 'awaiting')
         UNION ALL
         SELECT format('order %s is pending', o.id)
           FROM orders o
@@ -97,9 +99,7 @@ UNREST: Final[Mapping[str, str]] = {
 }
 
 LAST_ROW: Final = "SELECT id FROM outbox ORDER BY id DESC LIMIT 1"
-BEHIND: Final = "SELECT consumer FROM cursors WHERE source = $1 AND position >> 12 < $2"
-CONSUMED: Final = {"orders": ("events",), "inventory": ("events", "products"), "payments": ("events",)}
-"""Which services consume the events of each source."""
+BEHIND: Final = "SELECT consumer FROM cursors WHERE source = $1 AND position < $2"
 
 AUTHORIZED: Final = "SELECT order_id FROM payments WHERE status IN ('pending', 'authorized')"
 
@@ -281,7 +281,7 @@ class Shop:
         for source, consumers in CONSUMED.items():
             for last in await _column(connections[source], LAST_ROW):
                 for service in consumers:
-                    behind = await _column(connections[service], BEHIND, source, last)
+                    behind = await _column(connections[service], BEHIND, source, end_of_row(last))
                     found += [f"{consumer} has not read all of {source}" for consumer in behind]
         wanted = await _column(connections["payments"], AUTHORIZED)
         held = await _column(connections["sandbox"], "SELECT order_id FROM charges WHERE state = 'open'")

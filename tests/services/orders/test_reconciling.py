@@ -11,7 +11,7 @@ import pytest_asyncio
 from mercato.chassis.faults import Fault
 from mercato.chassis.testing import Rig
 from mercato.contracts.orders import CancelOrder, RefundOrder
-from mercato.services.orders import steps, store
+from mercato.services.orders import reconciliation_store, steps
 from mercato.services.orders.reconciling import Reconciling
 from services.orders.world import MUG, STAFF, Bank, Late, World, basket, opened
 
@@ -187,7 +187,7 @@ async def test_two_processes_that_find_one_parked_saga_resume_it_once(world: Wor
 
 
 async def test_every_page_of_sagas_is_read(world: World, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(store, "PAGE", 2)
+    monkeypatch.setattr(reconciliation_store, "PAGE", 2)
     orders = [await world.checked_out(None, (MUG, 1)) for _ in range(5)]
     await park(world, orders[0].id, "awaiting")
 
