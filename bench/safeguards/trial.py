@@ -29,7 +29,7 @@ from mercato.chassis.migrations import CHECKSUMS
 from mercato.chassis.supervisor.processes import serving
 
 COPIED: Final = ("mercato", "tests", "bench", "docs", "pyproject.toml", "Makefile", "README.md")
-RUN_SECONDS: Final = 120.0
+RUN_SECONDS: Final = 240.0
 """A bound for a run that hangs: where a lock is gone, a test may wait for what never comes."""
 AS_IT_IS_SECONDS: Final = 900.0
 """A bound for the run of all tests, with every safeguard in place."""

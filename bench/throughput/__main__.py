@@ -50,7 +50,7 @@ STOPPED: Final = 130
 def main() -> int:
     options = _options()
     folder = Path(tempfile.mkdtemp(prefix="mercato-bench-"))
-    folder.chmod(0o755)  # under root, PostgreSQL runs as somebody else
+    folder.chmod(0o755)  # under root, PostgreSQL runs under another account
     try:
         result = asyncio.run(_interruptible(_bench(options, folder)))
     except (asyncio.CancelledError, KeyboardInterrupt):

@@ -21,7 +21,7 @@ Guaranteed
     - Never more than `lanes` batches in flight, never more than `queue_limit` entries waiting: beyond, `Overloaded`,
       at once.
     - An entry that nobody waits for any more, because its caller was cancelled or its deadline passed, is not sent.
-    - A batch that nobody waits for any more is cancelled, so that a service that hangs does not hold a lane for ever.
+    - A batch without a waiting caller is cancelled, so that a service that hangs does not hold a lane for ever.
 
 Deadlines cost nothing on the way: one timer per batcher stands at the earliest deadline that was ever armed, looks
 through the entries when it rings (in practice once in ten seconds), and is armed again for the earliest that is left.
@@ -309,7 +309,7 @@ class Batcher:
         self._alarm = loop.call_later(delay, self._ring, context=self._no_caller)
 
     def _ring(self) -> None:
-        """Fails the entries whose time is over, cancels batches that nobody waits for, and arms for the next."""
+        """Fails the entries whose time is over, cancels batches without a waiting caller, and arms for the next."""
         now, left = self._monotonic(), float("inf")
         for entry in (*self._queue, *(e for batch in self._in_flight for e in batch.entries)):
             if not entry.wanted():

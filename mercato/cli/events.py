@@ -204,7 +204,7 @@ async def _replay(place: Place, ids: Sequence[str], *, all_: bool) -> int:
 async def _replayed(consumer: Consumer, letter: DeadLetter) -> Literal["taken", "failed", "gone"]:
     try:
         if not await chassis_consumers.replay(consumer.database, consumer.subscription, letter.source, letter.event_id):
-            say(f"{_id(letter)}  {consumer.name}  replayed by somebody else meanwhile")
+            say(f"{_id(letter)}  {consumer.name}  another process replayed it meanwhile")
             return "gone"
     except ReplayFailed as error:
         fail(f"{consumer.name} still cannot take {_id(letter)}: {error}")

@@ -85,7 +85,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     output: Any
     """The type of the JSON answer, for the documentation: what `answer` gives, `list[X]` for a page of X, or None."""
     roles: frozenset[str]
-    """Who may. Without a default: a route that forgets to say so is refused at the start, not open to everybody."""
+    """Who may. Without a default: a route that forgets to say so is refused at the start, instead of being public."""
     ignores_token: bool = False
     """For the routes that give tokens: one that has expired must not keep its owner from a new one, and accounts of an
     attacker's own must not multiply how often a password may be guessed."""

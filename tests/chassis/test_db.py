@@ -541,7 +541,7 @@ SETTINGS = "SELECT name, setting FROM pg_settings ORDER BY name"
 CONNECTIONS_OF_THEIR_OWN = {"migrations.py", "provision.py", "testing.py", "copying.py"}
 
 PREPARED_ONCE = "PREPARE mercato_events_"
-"""The statement that writes events: whoever uses the connection next wants the same."""
+"""The statement that writes events: the next user of the connection wants the same."""
 
 SESSION_STATE = re.compile(
     r"^\s*(SET\s+(?!LOCAL\b)\w+|LISTEN\s|PREPARE\s|LOAD\s)|pg_(try_)?advisory_lock"

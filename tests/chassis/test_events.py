@@ -178,7 +178,7 @@ async def test_a_commit_that_is_cancelled_while_it_waits_for_the_lock_leaves_a_u
         async with world.publisher.transaction() as holder:
             await holder.execute("SELECT pg_advisory_xact_lock($1)", OUTBOX_LOCK)
             emitting = asyncio.create_task(world.emit(1))
-            await waits_for_the_lock(world)
+            await waits_for_the_lock(world, emitting)
             emitting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await emitting
@@ -187,10 +187,12 @@ async def test_a_commit_that_is_cancelled_while_it_waits_for_the_lock_leaves_a_u
     assert len(await world.outbox()) == 1
 
 
-async def waits_for_the_lock(world: EventWorld) -> None:
+async def waits_for_the_lock(world: EventWorld, emitting: asyncio.Task[None]) -> None:
+    """Returns when the writer waits. Fails when it has ended without waiting."""
     waiting = "SELECT pid FROM pg_locks WHERE NOT granted AND locktype = 'advisory' AND objid = $1::bigint"
     async with world.publisher.read() as tx, asyncio.timeout(120):
         while not await tx.fetch_values(int, waiting, OUTBOX_LOCK):
+            assert not emitting.done(), "it has not waited for the lock"
             await asyncio.sleep(0.01)
 
 
@@ -203,18 +205,18 @@ async def test_a_lock_timeout_of_the_transaction_is_not_for_the_lock_of_the_outb
     async with world.publisher.transaction() as holder:
         await holder.execute("SELECT pg_advisory_xact_lock($1)", OUTBOX_LOCK)
         emitting = asyncio.create_task(emit_impatiently())
-        await waits_for_the_lock(world)
+        await waits_for_the_lock(world, emitting)
         await asyncio.sleep(0.1)
     await emitting
     assert len(await world.outbox()) == 1
 
 
 async def test_a_transaction_waits_for_the_commit_of_the_one_that_writes_events(world: EventWorld):
-    """Whoever has the lock has taken its id: a later id is given only after that one is committed."""
+    """The writer that has the lock has taken its id: a later id is given only after that one is committed."""
     async with world.publisher.transaction() as holder:
         await holder.execute("SELECT pg_advisory_xact_lock($1)", OUTBOX_LOCK)
         emitting = asyncio.create_task(world.emit(1))
-        await waits_for_the_lock(world)
+        await waits_for_the_lock(world, emitting)
         await holder.execute("INSERT INTO outbox (events) VALUES ('[]')")
     await emitting
     assert [row.events == "[]" for row in await world.outbox()] == [True, False]

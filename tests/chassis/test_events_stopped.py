@@ -26,7 +26,7 @@ from mercato.chassis.testing import Cluster
 
 STOPS = 40
 DELAY_SECONDS = 1.0
-"""By the requirement. A commit takes a few milliseconds; whoever waited for the stopped process would wait for ever."""
+"""By the requirement. A commit takes milliseconds; a writer that waited for the stopped process would never end."""
 
 
 @pytest_asyncio.fixture

@@ -272,15 +272,15 @@ async def test_what_is_missing_can_be_asked_without_changing_anything(dsn: str, 
 
 async def test_what_a_role_may_not_read_is_not_judged(dsn: str, folder: Path, cluster: Cluster):
     await migrate(dsn, folder)
-    await provision(cluster.server.admin_dsn, ["stranger"], lambda role: "p", prefix="empty_")
+    await provision(cluster.server.admin_dsn, ["foreign"], lambda role: "p", prefix="empty_")
     try:
-        role = service_dsn(dsn, "empty_stranger", "p")
-        other = role.replace("/empty_stranger?", "/empty_migrating?")
+        role = service_dsn(dsn, "empty_foreign", "p")
+        other = role.replace("/empty_foreign?", "/empty_migrating?")
         assert await missing_revisions(other, folder) is None
-        await cluster.execute('GRANT CONNECT ON DATABASE "empty_migrating" TO "empty_stranger"')
+        await cluster.execute('GRANT CONNECT ON DATABASE "empty_migrating" TO "empty_foreign"')
         assert await missing_revisions(other, folder) is None
     finally:
-        await cluster.execute("DROP DATABASE empty_stranger WITH (FORCE)")
+        await cluster.execute("DROP DATABASE empty_foreign WITH (FORCE)")
 
 
 async def test_a_frozen_revision_that_was_changed_does_not_run(dsn: str, folder: Path):

@@ -281,7 +281,7 @@ def test_what_somebody_else_has_replayed_meanwhile_is_not_counted(shop: RunningS
     shop.put_dead_letter("events", CONSUMER, 3)
     code, lines, said = asyncio.run(replay_beside_another(shop))
     assert (code, said) == (0, "")
-    assert lines == [f"{name(3)}  {CONSUMER}  replayed by somebody else meanwhile", "0 taken, 0 failed again"]
+    assert lines == [f"{name(3)}  {CONSUMER}  another process replayed it meanwhile", "0 taken, 0 failed again"]
 
 
 async def replay_beside_another(shop: RunningShop) -> tuple[int, list[str], str]:

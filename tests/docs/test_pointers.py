@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import re
 from pathlib import Path
 
 import pytest
+
+from bench.safeguards.table import SAFEGUARDS
+from mercato import topology
+from mercato.chassis import faults
 
 ROOT = Path(__file__).parents[2]
 POINTER = re.compile(r"`((?:mercato|tests)/[\w/.]+\.py)::(\w+)`")
@@ -57,3 +62,30 @@ def test_every_file_of_the_chassis_is_on_the_map() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
     parts = [p.name for p in (ROOT / "mercato/chassis").iterdir() if not p.name.startswith(("_", "alembic"))]
     assert [name for name in parts if f"`{name}" not in text] == []
+
+
+def test_every_fault_point_is_in_the_table_of_crashes() -> None:
+    topology.builds()
+    rows = table_behind("## What goes on after a crash")
+    patterns = [pattern for row in rows for pattern in re.findall(r"`([\w.*]+)`", row.split("|")[1])]
+    assert [point for point in faults.POINTS if not any(fnmatch.fnmatch(point, p) for p in patterns)] == []
+    assert [p for p in patterns if not fnmatch.filter(faults.POINTS, p)] == []
+
+
+def test_every_safeguard_is_in_its_table_with_a_test_that_misses_it() -> None:
+    rows = [[cell.strip(" `") for cell in row.split("|")] for row in table_behind("## Each safeguard is missed")]
+    listed = {name: test for _, name, _, test, _ in rows}
+    tests = {
+        safeguard.name: [re.sub(r".*::test_|\[.*", "", test) for test in safeguard.red] for safeguard in SAFEGUARDS
+    }
+    assert list(listed) == list(tests)
+    assert [name for name, test in listed.items() if test not in tests[name]] == []
+
+
+def table_behind(heading: str) -> list[str]:
+    """The rows of the first table of that section in the reliability document."""
+    _, _, section = (ROOT / "docs/reliability.md").read_text().partition(f"{heading}\n")
+    lines = section.partition("\n## ")[0].splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) > 2
+    return rows[2:]

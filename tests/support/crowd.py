@@ -30,7 +30,7 @@ class Told(msgspec.Struct, frozen=True):
 
     @property
     def is_final(self) -> bool:
-        """Not, when the shop asks to send the same again, or nobody knows what became of it (504)."""
+        """Not, when the shop asks to send the same again, or its outcome is unknown (504)."""
         return self.status != 504 and not (self.status in NOT_FINAL and "retry-after" in self.headers)
 
 

@@ -408,7 +408,7 @@ class World:
 
 
 class Late:
-    """A fault: whoever comes to its point stands still there, until the test lets it go on."""
+    """A fault: a task that comes to its point waits there, until the test lets it go on."""
 
     def __init__(self) -> None:
         self.stands = asyncio.Event()
