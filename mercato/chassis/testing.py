@@ -100,9 +100,10 @@ class Cluster:
         return self._templates[service]
 
     async def _emptied(self, database: str) -> str:
-        """Empties all tables of a database, and gives a digest of its schema."""
+        """Empties all tables of a database, sets its statistics to 0, and gives a digest of its schema."""
         async with self._connected(database) as connection:
             await connection.execute(_EMPTY)
+            await connection.execute("SELECT pg_stat_reset()")
             return await connection.fetchval(_SHAPE)
 
     async def _admin(self, statement: str) -> None:
