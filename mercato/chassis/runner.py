@@ -26,6 +26,9 @@ from .telemetry import Telemetry
 BATCH_SIZE: Final = 256
 LANES: Final = 2
 """Batches that a process drives at once. A batch spends its time waiting for one database after another."""
+GATHER_SECONDS: Final = 0.02
+"""The shortest time from the start of one batch to that of the next, unless the next is full. A saga that comes alone
+starts at once; those that follow it closely share a batch, and leave the cores to the requests that bring them."""
 BACKLOG_LIMIT: Final = 2_000
 """Sagas that one process has started and not finished. Who would start more waits (`Runner.acquire_slot`)."""
 STEP_SECONDS: Final = 4.0
@@ -71,6 +74,8 @@ class Runner:
         """Those of this process, queued or in a lane."""
         self._lanes: deque[asyncio.Future[None]] = deque()
         """Lanes with nothing to do."""
+        self._next_start = 0.0
+        """When the next batch may start that is not full, by the clock of the event loop."""
         self._wanting: deque[asyncio.Future[None]] = deque()
         """Those who wait for room."""
         self._waiters: dict[Key, list[asyncio.Future[Next | None]]] = {}
@@ -149,11 +154,7 @@ class Runner:
 
     async def _lane(self) -> None:
         while True:
-            while not self._queue:
-                resting = asyncio.get_running_loop().create_future()
-                self._lanes.append(resting)
-                await resting
-            batch = [self._queue.popleft() for _ in range(min(BATCH_SIZE, len(self._queue)))]
+            batch = await self._next_batch()
             for saga in batch:
                 # One that lost its lease in the queue may have been taken over by ourselves, and stand here twice.
                 saga.live = self._busy.get(saga.key) is saga
@@ -162,6 +163,19 @@ class Runner:
             finally:
                 for saga in batch:
                     self._let_go(saga, None)
+
+    async def _next_batch(self) -> list[Saga]:
+        loop = asyncio.get_running_loop()
+        while True:
+            if not self._queue:
+                resting = loop.create_future()
+                self._lanes.append(resting)
+                await resting
+            elif len(self._queue) < BATCH_SIZE and (wait_s := self._next_start - loop.time()) > 0:
+                await asyncio.sleep(wait_s)
+            else:
+                self._next_start = loop.time() + GATHER_SECONDS
+                return [self._queue.popleft() for _ in range(min(BATCH_SIZE, len(self._queue)))]
 
     async def _sweep(self) -> None:
         """Keeps the lease of this process, and takes over sagas that no process drives any more."""
