@@ -186,6 +186,18 @@ async def checkpoint(admin_dsn: str) -> None:
         await connection.execute("CHECKPOINT")
 
 
+async def vacuum(admin_dsn: str, prefix: str) -> None:
+    """Does now what autovacuum owes to the databases whose names begin with `prefix`, or it would fall on later loads.
+
+    What is left to autovacuum comes from the load that is counted.
+    """
+    async with connected(admin_dsn) as connection:
+        names = await connection.fetch("SELECT datname FROM pg_database WHERE starts_with(datname, $1)", prefix)
+    for row in names:
+        async with connected(admin_dsn, row["datname"]) as connection:
+            await connection.execute("VACUUM (ANALYZE)")
+
+
 async def delay_commits(admin_dsn: str, milliseconds: float) -> float:
     """Makes each commit take so much longer; gives what a lone commit takes then, in microseconds.
 

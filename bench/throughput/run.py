@@ -181,6 +181,8 @@ class Run:
             for name, step in COUNTED.items():
                 if (shop := running.get(step.subject)) is None:
                     continue
+                await readings.vacuum(shop.server.admin_dsn, shop.prefix)
+                await shop.idle()
                 before = await shop.counted()
                 cost = await self._counted_load(shop, step)
                 costs.setdefault(name, []).append(cost)
