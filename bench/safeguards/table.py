@@ -31,7 +31,7 @@ class Safeguard(msgspec.Struct, frozen=True):
     green: str
 
 
-DATABASE: Final = "mercato/chassis/db.py"
+CONNECTIONS: Final = "mercato/chassis/connections.py"
 OUTBOX: Final = "mercato/chassis/messaging/outbox.py"
 CONSUMERS: Final = "mercato/chassis/messaging/consumers.py"
 PARKING: Final = "mercato/chassis/messaging/parking.py"
@@ -117,7 +117,13 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
     Safeguard(
         "lock-until-commit",
         "The ids of outbox rows are taken without the lock: a later one may commit first, and the earlier is missed.",
-        (Edit(DATABASE, " SELECT $1 FROM pg_advisory_xact_lock({OUTBOX_LOCK})", " SELECT $1 WHERE {OUTBOX_LOCK} > 0"),),
+        (
+            Edit(
+                CONNECTIONS,
+                " SELECT $1 FROM pg_advisory_xact_lock({OUTBOX_LOCK})",
+                " SELECT $1 WHERE {OUTBOX_LOCK} > 0",
+            ),
+        ),
         red=(f"{OF_EVENTS}::test_a_transaction_waits_for_the_commit_of_the_one_that_writes_events",),
         green=f"{OF_EVENTS}::test_data_of_any_text_is_written_as_it_is",
     ),
@@ -126,7 +132,7 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
         "Events and COMMIT are two messages: a process that is stopped between them holds up every writer.",
         (
             Edit(
-                DATABASE,
+                CONNECTIONS,
                 '        return f"SET LOCAL lock_timeout = 0; {writes}; COMMIT"\n',
                 '        await self._step(f"SET LOCAL lock_timeout = 0; {writes}")\n        return "COMMIT"\n',
             ),

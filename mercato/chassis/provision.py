@@ -13,8 +13,8 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # see db.py
 
+from .connections import OLDEST_VERSION
 from .copying import DSN_FORM, shown, with_database
-from .db import OLDEST_VERSION
 
 CONNECT_SECONDS: Final = 10.0
 LOCK_KEY: Final = 0x70726F76  # "prov"

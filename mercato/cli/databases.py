@@ -20,9 +20,9 @@ import msgspec
 
 from mercato import topology
 from mercato.chassis import config
+from mercato.chassis.connections import translated
 from mercato.chassis.contract import Unavailable
 from mercato.chassis.copying import CopyError, located
-from mercato.chassis.db import translated
 from mercato.chassis.migrations import MigrationError, missing_revisions
 from mercato.chassis.service import key_deriver
 from mercato.chassis.supervisor import DataFolder, DataFolderBusy, EmbeddedPostgres, SupervisorError

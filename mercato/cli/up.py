@@ -24,8 +24,8 @@ import msgspec
 from mercato import topology
 from mercato.audit.background import Background
 from mercato.chassis import config, faults
+from mercato.chassis.connections import translated
 from mercato.chassis.contract import ServiceError, Unavailable
-from mercato.chassis.db import translated
 from mercato.chassis.http import CannotListen, PortTaken, bind
 from mercato.chassis.migrations import MigrationError, migrate, missing_revisions
 from mercato.chassis.provision import ProvisionError, provision, provisioned

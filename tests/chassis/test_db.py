@@ -22,7 +22,8 @@ import pytest_asyncio
 from asyncpg.protocol import protocol
 
 import mercato
-from mercato.chassis import db
+from mercato.chassis import connections
+from mercato.chassis.connections import Lease
 from mercato.chassis.contract import Actor, Contract, Message, Unavailable, current, single
 from mercato.chassis.db import Database, LockTimeout, RolledBackError, Row, Tx, UniqueViolation
 from mercato.chassis.rpc import Attempt, Connector, RemoteCallInTransactionError, Server, acting, attempt
@@ -238,6 +239,23 @@ class TestTransactions:
                 assert await ids(database) == []
         assert problems == []
 
+    async def test_one_whose_roll_back_is_cancelled_too_leaves_a_clean_connection(self, dsn: str):
+        async with opened(dsn, size=1) as database:
+            for again in range(12):
+                inside = asyncio.Event()
+                task = asyncio.create_task(hold(database, inside, "SELECT pg_sleep(60)"))
+                await inside.wait()
+                task.cancel()
+                for _ in range(again):
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                async with database.read() as tx:
+                    # Within a transaction that was left open, both times would be the same.
+                    times = [await tx.fetch_values(str, "SELECT now()::text") for _ in range(2)]
+                assert times[0] != times[1]
+                assert await ids(database) == []
+
 
 class Look(Message):
     pass
@@ -277,7 +295,17 @@ async def add_and_fail(database: Database, number: int) -> None:
 
 async def server_pids(database: Database) -> int:
     """How many connections the pool has open."""
-    return database._pool.get_size()
+    assert database._connections
+    return database._connections._pool.get_size()
+
+
+async def backend_of(tx: Tx) -> int:
+    return (await tx.fetch_values(int, "SELECT pg_backend_pid()"))[0]
+
+
+async def backend_of_a_read(database: Database) -> int:
+    async with database.read() as tx:
+        return await backend_of(tx)
 
 
 class TestErrors:
@@ -343,22 +371,13 @@ class TestOutages:
 
     async def test_a_backend_that_dies_before_begin_is_replaced(self, cluster: Cluster, dsn: str):
         async with opened(dsn, size=1) as database:
-            acquire = db._Lease.acquire
-            killed = 0
-
-            class Lease(db._Lease):
-                async def acquire(self) -> None:
-                    nonlocal killed
-                    await acquire(self)
-                    if not killed:
-                        killed = await kill_backends(cluster, dsn)
-
-            lease = Lease(database._pool, "things")
+            assert database._connections
+            lease = Lease(database._connections)
             await lease.acquire()
+            assert await kill_backends(cluster, dsn) == 1
             await lease.begin()
             await lease.roll_back()
-            await lease.release()
-            assert killed == 1
+            await lease.release(is_clean=False)
 
     async def test_a_backend_that_dies_inside_a_transaction_fails_it(self, cluster: Cluster, dsn: str, made: Attempt):
         async with opened(dsn) as database:
@@ -395,7 +414,7 @@ class TestOutages:
     async def test_a_pool_that_is_exhausted_is_waited_for_a_bounded_time(
         self, dsn: str, monkeypatch: pytest.MonkeyPatch
     ):
-        monkeypatch.setattr(db, "ACQUIRE_SECONDS", 0.05)
+        monkeypatch.setattr(connections, "ACQUIRE_SECONDS", 0.05)
         async with opened(dsn, size=1) as database:
             async with database.read():
                 with pytest.raises(Unavailable):
@@ -419,7 +438,7 @@ class TestOutages:
         started = asyncio.get_running_loop().time()
         await database.close()
         assert done == [True]
-        assert asyncio.get_running_loop().time() - started < db.CLOSE_SECONDS  # it did not wait in vain either
+        assert asyncio.get_running_loop().time() - started < connections.CLOSE_SECONDS  # it did not wait in vain either
         await task
         with pytest.raises(Unavailable):
             await ids(database)
@@ -453,6 +472,59 @@ async def fill(database: Database) -> None:
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(database.size):
             await stack.enter_async_context(database.read())
+
+
+class TestConnections:
+    async def test_the_one_that_was_used_last_is_used_next(self, dsn: str):
+        async with opened(dsn) as database:
+            async with database.read() as one, database.read() as two:
+                pids = {await backend_of(one), await backend_of(two)}
+            used = [await backend_of_a_read(database) for _ in range(5)]
+            assert await server_pids(database) == len(pids) == 2
+            assert len(set(used)) == 1
+            assert set(used) <= pids
+
+    async def test_one_that_is_given_back_goes_to_who_waits(self, dsn: str):
+        async with opened(dsn, size=1) as database:
+            async with database.read():
+                waiting = [asyncio.create_task(ids(database)) for _ in range(20)]
+                await asyncio.sleep(0)
+            assert await asyncio.gather(*waiting) == [[]] * 20
+
+    async def test_many_that_end_well_fail_or_are_cancelled_share_a_few(self, dsn: str):
+        async with opened(dsn, size=3) as database:
+            for turns in range(30):
+                tasks = [asyncio.create_task(add_and_fail(database, 100 * turns + n)) for n in range(12)]
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                tasks[turns % 12].cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                assert await server_pids(database) <= 3
+            async with database.read() as one, database.read() as two, database.read() as three:
+                pids = [await backend_of(tx) for tx in (one, two, three)]
+            assert len(set(pids)) == 3
+            assert all(number % 2 == 0 for number in await ids(database))
+
+    async def test_those_that_were_idle_when_the_server_went_away_are_replaced(self, cluster: Cluster, dsn: str):
+        async with opened(dsn, size=3) as database:
+            async with database.read(), database.read(), database.read():
+                pass
+            assert await kill_backends(cluster, dsn) >= 1
+            found = await asyncio.gather(*(ids(database) for _ in range(12)))
+            assert found == [[]] * 12
+            assert await server_pids(database) <= 3
+
+    async def test_close_closes_those_that_are_idle_and_those_that_come_back(self, cluster: Cluster, dsn: str):
+        database = Database(dsn, "things", Telemetry(), size=3)
+        await database.open()
+        async with database.read() as busy:
+            async with database.read():
+                pass
+            closing = asyncio.create_task(database.close())
+            await asyncio.sleep(0)
+            assert await busy.fetch_values(int, "SELECT 1") == [1]
+        await closing
+        assert await kill_backends(cluster, dsn) == 0
 
 
 class TestNothingIsLeftOnAConnection:
@@ -521,7 +593,7 @@ class TestTheDriversTypes:
         class Newer:
             IterableABC = object
 
-        assert not db.check_containers_by_type(Newer)
+        assert not connections.check_containers_by_type(Newer)
         assert Newer.IterableABC is object
 
     def test_the_version_is_pinned(self):

@@ -15,8 +15,9 @@ import pytest
 import pytest_asyncio
 
 from chassis.event_world import SOURCE, EventWorld, Told, opened, place
+from mercato.chassis.connections import OUTBOX_LOCK
 from mercato.chassis.contract import Actor, Forbidden, Message, current
-from mercato.chassis.db import OUTBOX_LOCK, RolledBackError, Row, UniqueViolation
+from mercato.chassis.db import RolledBackError, Row, UniqueViolation
 from mercato.chassis.messaging import outbox, rows
 from mercato.chassis.messaging.events import Event, Outgoing, SourceRow, emit
 from mercato.chassis.messaging.outbox import LogPage, LogPurged, LogReplaced, ReadLog
