@@ -545,6 +545,24 @@ ORDERS: Final = (
          WHERE l.order_id IS NULL OR p.order_id IS NULL
         """,
     ),
+    Invariant(
+        "O11",
+        "orders",
+        "always",
+        "Stock and payments were made for this order, and for no earlier one of the same number",
+        # After a restore of its database, orders gives numbers again; the random part of an order it does not.
+        """
+        SELECT o.id AS order_id, 'stock' AS wrong
+          FROM orders.orders o
+          JOIN inventory.reservations r ON r.order_id = o.id
+         WHERE r.nonce <> o.nonce
+        UNION ALL
+        SELECT o.id, 'payment ' || p.id
+          FROM orders.orders o
+          JOIN payments.payments p ON p.order_id = o.id
+         WHERE p.nonce <> o.nonce
+        """,
+    ),
 )
 
 IDEMPOTENCY: Final = (

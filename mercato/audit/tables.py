@@ -102,7 +102,7 @@ WANTED: Final[Mapping[str, Sequence[Table]]] = {
         Table("levels", ("product_id", "on_hand", "reserved", "version")),
         Table(
             "reservations",
-            ("order_id", "state", "updated_at", "product_ids", "quantities", "level_versions", "returned"),
+            ("order_id", "state", "updated_at", "product_ids", "quantities", "level_versions", "returned", "nonce"),
         ),
         Table("movements", ("id", "product_id", "kind", "delta", "order_id", "reference", "level_version")),
         IDEMPOTENCY,
@@ -121,6 +121,7 @@ WANTED: Final[Mapping[str, Sequence[Table]]] = {
                 "captured_minor",
                 "refunded_minor",
                 "created_at",
+                "nonce",
             ),
         ),
         Table(

@@ -413,6 +413,10 @@ PLANTED: dict[str, dict[str, str]] = {
         "not listed under its product": "DELETE FROM orders.order_products WHERE order_id = 1",
         "listed under a product that it does not have": "INSERT INTO orders.order_products VALUES (77, 1)",
     },
+    "O11": {
+        "stock": "UPDATE inventory.reservations SET nonce = nonce + 1 WHERE order_id = 6",
+        "a payment": "UPDATE payments.payments SET nonce = nonce + 1 WHERE order_id = 1",
+    },
     "K3": {
         "of inventory": "INSERT INTO inventory.idempotency VALUES ('staff', 'inventory.adjust', 'k9', false)",
     },

@@ -233,7 +233,7 @@ async def _fill_inventory(connection: Any) -> None:
         """
         INSERT INTO reservations (order_id, nonce, state, product_ids, quantities, returned, level_versions, ended_at,
                                   updated_at)
-        VALUES ($1, 0, $2, $3, $4, CASE WHEN $2 = 'committed' THEN $5::integer[] END,
+        VALUES ($1, $1, $2, $3, $4, CASE WHEN $2 = 'committed' THEN $5::integer[] END,
                 CASE WHEN $2 = 'committed' THEN $6::bigint[] END, CASE WHEN $2 <> 'held' THEN $7::timestamptz END, $7)
         """,
         [(order, state, *map(list, zip(*lines, strict=True)), THEN) for order, state, lines in RESERVATIONS],
@@ -254,7 +254,7 @@ async def _fill_payments(connection: Any) -> None:
         """
         INSERT INTO payments (id, order_id, amount_minor, authorized_minor, captured_minor, refunded_minor, status,
                               nonce, attempt, user_id, method, currency, created_at)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, 1, 1, 1, 'sandbox:ok', 'USD', $8)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $2, 1, 1, 'sandbox:ok', 'USD', $8)
         """,
         [(*payment[:7], THEN) for payment in PAYMENTS],
     )
