@@ -56,7 +56,7 @@ test-all: $(VENV)/.dev ## run what takes longer: safeguards, every crash point, 
 	@failed=; \
 	echo "=== safeguards: each is taken away in a copy, and a test must fail"; \
 	$(RUN) bench.safeguards || failed=1; \
-	echo "=== every crash point, a part of them in recovery too; a minute of chaos; workers that stand still"; \
+	echo "=== every crash point, a part of them in recovery too; a minute of chaos; services over the wire"; \
 	$(RUN) pytest $(PARALLEL) -m long $(ARGS) || exit 1; \
 	[ -z "$$failed" ] || { echo "safeguards: 1 failed, see above"; exit 1; }
 

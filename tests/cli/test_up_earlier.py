@@ -79,6 +79,7 @@ def earlier(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_folder_of_an_earlier_commit_still_serves_that_commit(earlier: Path):
     environment = {"PYTHONPATH": str(earlier)}
     with data_folder() as data:
