@@ -42,7 +42,8 @@ def resize(disk: Path, size: str) -> None:
     subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True)
 
 
-@pytest.mark.parametrize("size", ["1m", "40m"])  # not enough for initdb, or not for our databases
+# Not enough for initdb, or not for our databases.
+@pytest.mark.parametrize("size", [pytest.param("1m", marks=pytest.mark.long), "40m"])
 def test_a_first_start_on_a_full_disk_is_refused_and_works_with_space(disk: Path, size: str):
     resize(disk, size)
     with Process(disk / "data") as shop:

@@ -38,8 +38,8 @@ def some_worker(tree: Tree) -> Identity | None:
 
 
 KILLS: list[Any] = [("1", owner), ("1", guard), ("1", postmaster)]
-KILLS += [("3", owner), ("3", some_worker)]
-KILLS += [pytest.param("3", victim, marks=pytest.mark.long) for victim in (guard, postmaster)]
+KILLS += [("3", some_worker)]
+KILLS += [pytest.param("3", victim, marks=pytest.mark.long) for victim in (owner, guard, postmaster)]
 
 
 @pytest.mark.parametrize(("workers", "victim"), KILLS)
@@ -80,7 +80,7 @@ def assert_explained(shop: Process, code: int, killed: Identity) -> None:
     assert "no acknowledged order is lost" in shop.complaints[0]
 
 
-@pytest.mark.parametrize("workers", ["1", "3"])
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.long), "3"])
 def test_the_death_of_a_database_connection_is_survived(keeper: Keeper, workers: str):
     shop = keeper.shop("--workers", workers)
     with Buyers(shop.caller) as buyers:

@@ -22,7 +22,7 @@ ATTEMPTS = 5
 STOPPED_EARLY = ["mercato: stopped before it was ready"]
 
 
-@pytest.mark.parametrize("workers", ["1", "3"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("3", marks=pytest.mark.long)])
 def test_a_request_that_is_half_received_is_answered(data: Path, workers: str):
     within_the_drain(lambda: stop_in_the_middle_of_a_request(data, workers))
 
@@ -49,7 +49,7 @@ def stop_in_the_middle_of_a_request(data: Path, workers: str) -> Answer | None:
     return answer
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.long)])
 def test_a_request_that_waits_for_the_database_is_answered(data: Path, workers: str):
     within_the_drain(lambda: stop_while_the_database_is_locked(data, workers))
 
@@ -78,7 +78,7 @@ def within_the_drain(stop: Callable[[], Answer | None]) -> None:
     assert answer.status == 201, answer.text
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.long)])
 def test_a_request_that_never_ends_does_not_hold_it_up(data: Path, workers: str):
     with Process(data, "--workers", workers) as shop:
         shop.ready()
