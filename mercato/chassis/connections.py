@@ -79,7 +79,7 @@ class UniqueViolation(Exception):
 
 
 class LockTimeout(Exception):
-    """Somebody else held a row or key for longer than this transaction was willing to wait."""
+    """Another transaction held a row or key for longer than this transaction was willing to wait."""
 
 
 class RolledBackError(AssertionError):
@@ -220,7 +220,7 @@ class Lease:
             await self.connection.execute("BEGIN")
             return
         except asyncio.CancelledError:
-            # The server may have begun all the same, and nobody goes on: the connection must not stay like that.
+            # The server may have begun all the same, and no block goes on: the connection must not stay like that.
             await self.roll_back()
             raise
         except DRIVER_ERRORS as error:
@@ -281,7 +281,7 @@ def _is_open(connection: Any) -> bool:
 
 
 async def _leave_as_is(_connection: Any) -> None:
-    """Takes the place of the driver's reset between two uses of a connection. See the top of this file.
+    """Takes the place of the driver's reset between two uses of a connection. See the top of `db.py`.
 
     A transaction that a cancelled roll-back left open, the driver still ends by itself.
     """

@@ -41,7 +41,6 @@ from .telemetry import Telemetry
 R = TypeVar("R", bound="Row")
 T = TypeVar("T")
 
-OLDEST_VERSION: Final = 16
 PING_SECONDS: Final = 1.0
 
 
