@@ -11,9 +11,10 @@ RUN := $(PY) -m
 PIP := $(RUN) pip --quiet --disable-pip-version-check
 # Arguments for the program behind a target: make up ARGS="--port 9000", make test ARGS="-k checkout".
 ARGS ?=
-# Test processes: more than cores, for they wait a lot. The tests of a file stay together, and share its fixtures.
+# Test processes: more than cores, for they wait a lot. The tests of a file stay together, and share its fixtures. A test
+# that ends its process is begun again with its file: the restarts are bounded, or the run would never end.
 WORKERS ?= 4
-PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 3
 # How long `make chaos` strikes, and the seed of a run to see again.
 SECONDS ?= 60
 SEED ?=

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import signal
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Generator, Iterator
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -65,3 +68,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if {"cluster", "rig", "open_shop", "guarded_shop"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.postgres)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Adds what each task waits for, where a test took too long: the stack itself ends in the event loop."""
+    report = yield
+    if call.excinfo is not None and str(call.excinfo.value).startswith("Timeout"):
+        report.sections.append(("Tasks that had not ended", _stacks_of_tasks()))
+    return report
+
+
+def _stacks_of_tasks() -> str:
+    tasks = [task for task in gc.get_objects() if isinstance(task, asyncio.Task) and not task.done()]
+    return "\n".join(f"{task.get_name()}\n" + "\n".join(_awaited_from(task.get_coro())) for task in tasks)
+
+
+def _awaited_from(waiting: Any) -> Iterator[str]:
+    """Where a coroutine stands, then what it waits for, down to the future."""
+    while waiting is not None:
+        frame = getattr(waiting, "cr_frame", None) or getattr(waiting, "gi_frame", None)
+        if frame is not None:
+            yield f"  {frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"
+        waiting = getattr(waiting, "cr_await", None) or getattr(waiting, "gi_yieldfrom", None)
