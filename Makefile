@@ -56,8 +56,8 @@ test: $(VENV)/.dev ## run the tests, in less than ten minutes (ARGS="-k checkout
 test-all: $(VENV)/.dev ## run what takes longer: safeguards, every crash point, a minute of chaos (CAMPAIGN=full)
 	@failed=; \
 	echo "=== safeguards: each is taken away in a copy, and a test must fail"; \
-	$(RUN) bench.safeguards || failed=1; \
-	echo "=== every crash point, a part of them in recovery too; a minute of chaos; services over the wire"; \
+	PYTHONPATH=tests $(RUN) system.mutation.safeguards || failed=1; \
+	echo "=== every crash point, a part of them in recovery too; a minute of chaos; services over loopback"; \
 	$(RUN) pytest $(PARALLEL) -m long $(ARGS) || exit 1; \
 	[ -z "$$failed" ] || { echo "safeguards: 1 failed, see above"; exit 1; }
 
@@ -80,7 +80,7 @@ schemas: $(VENV)/.dev ## commit to the contracts as they are now, after an addit
 
 .PHONY: freeze
 freeze: $(VENV)/.dev ## commit to the migrations as they are now, by their checksums
-	@$(PY) tests/chassis/freeze_migrations.py $(ARGS)
+	@$(PY) tests/chassis/postgres/freeze_migrations.py $(ARGS)
 
 .PHONY: bench
 bench: $(VENV)/.runtime $(BENCH_GO) ## measure it and a reference in Go in turns (QUICK=1, ARGS="--json", ARGS="--only cost")
@@ -88,11 +88,11 @@ bench: $(VENV)/.runtime $(BENCH_GO) ## measure it and a reference in Go in turns
 
 .PHONY: chaos
 chaos: $(VENV)/.dev ## kill a loaded shop at random, then audit it (SECONDS=60 SEED= ARGS="--json")
-	@$(RUN) bench.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
+	@PYTHONPATH=tests $(RUN) system.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 .PHONY: safeguards
 safeguards: $(VENV)/.dev ## take each safeguard away in a copy, and see a test miss it (ARGS="cursor", ARGS=--list)
-	@$(RUN) bench.safeguards $(ARGS)
+	@PYTHONPATH=tests $(RUN) system.mutation.safeguards $(ARGS)
 
 .PHONY: lock
 lock: $(VENV)/.dev ## recompile the pins in requirements/ (ARGS=--upgrade for newer versions)
@@ -102,7 +102,7 @@ lock: $(VENV)/.dev ## recompile the pins in requirements/ (ARGS=--upgrade for ne
 
 .PHONY: clean
 clean: ## remove .venv, the local shop's data in .mercato, and caches
-	@[ ! -e .mercato ] || [ ! -x $(PY) ] || $(RUN) mercato.chassis.supervisor --remove .mercato || true
+	@[ ! -e .mercato ] || [ ! -x $(PY) ] || $(RUN) mercato.embedded_postgres --remove .mercato || true
 	@rm -rf .mercato $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage*
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 

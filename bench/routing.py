@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
-from mercato.chassis.telemetry import Telemetry
+from mercato.chassis.observability.telemetry import Telemetry
 from mercato.gateway.app import BoundRoute, Table
 from mercato.gateway.routes import ROUTES
 

@@ -11,23 +11,24 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from mercato.chassis.contract import Actor, Call, Contract, Operation, current
+from mercato.chassis.contract import SERVICE_ROLE, Actor, Call, Contract, Operation, current
 from mercato.chassis.contract import Empty as EmptyRequest
+from mercato.chassis.hosting.host import Host
+from mercato.chassis.hosting.service import Build
 from mercato.chassis.http import HttpLimits, HttpServer
-from mercato.chassis.rpc import SERVICE_ROLE, acting
-from mercato.chassis.service import Build, Host
-from mercato.chassis.telemetry import Telemetry
+from mercato.chassis.observability.telemetry import Telemetry
+from mercato.chassis.rpc.client import acting
 from mercato.contracts.events import Events
 from mercato.contracts.inventory import Inventory
 from mercato.contracts.orders import Orders
 from mercato.contracts.payments import Payments
 from mercato.contracts.products import Products
-from mercato.contracts.sandbox import Sandbox
 from mercato.contracts.users import PublicKeys, Users
 from mercato.gateway.app import Asgi, Gateway
 from mercato.gateway.auth import Authenticator, Verifier, own_hosts
 from mercato.gateway.pages import Pages
 from mercato.gateway.routes import ROUTES
+from mercato.simulators.bank.contract import Sandbox
 
 T = TypeVar("T")
 
@@ -40,7 +41,10 @@ SERVICES: Final[Mapping[str, type[Contract]]] = {
     "orders": Orders,
     "events": Events,
 }
-"""By name; the name is that of the folder in `services/`, of the database and of the role."""
+"""By name; the name is that of the database and of the role, and of the folder in `services/`."""
+
+SIMULATORS: Final[Mapping[str, str]] = {"sandbox": "bank"}
+"""Those of them that stand in for a system that is not ours, with their folder in `simulators/`."""
 
 DRAIN_SECONDS: Final = 2.0
 """Running requests get so long at the end of a process, which as a whole has five seconds."""
@@ -48,12 +52,17 @@ DRAIN_SECONDS: Final = 2.0
 
 def builds(names: Sequence[str] = tuple(SERVICES)) -> dict[str, Build]:
     """The `build` of each service, imported only now: a process imports what it hosts."""
-    return {name: importlib.import_module(f"mercato.services.{name}.app").build for name in names}
+    return {name: importlib.import_module(f"{package(name)}.app").build for name in names}
+
+
+def package(name: str) -> str:
+    """The package that holds a service."""
+    return f"mercato.simulators.{SIMULATORS[name]}" if name in SIMULATORS else f"mercato.services.{name}"
 
 
 def migrations(name: str) -> Path:
     """The folder with the migrations of a service."""
-    return Path(__file__).parent / "services" / name / "migrations"
+    return Path(__file__).parent.joinpath(*package(name).split(".")[1:], "migrations")
 
 
 def gateway(

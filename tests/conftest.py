@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from mercato.chassis.testing import Cluster, Rig
-from support.shop import Shop
+from mercato.testing.harness import Cluster, Rig
+from mercato.testing.shop import Shop
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -22,14 +22,14 @@ async def cluster() -> AsyncGenerator[Cluster]:
     await started.stop()
 
 
-@pytest_asyncio.fixture(params=["local", "wire"])
+@pytest_asyncio.fixture(params=["local", "loopback"])
 async def rig(cluster: Cluster, request: pytest.FixtureRequest) -> AsyncGenerator[Rig]:
     made = Rig(cluster, request.param)
     yield made
     await made.close()
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session", params=["local", "wire"])
+@pytest_asyncio.fixture(scope="session", loop_scope="session", params=["local", "loopback"])
 async def open_shop(cluster: Cluster, request: pytest.FixtureRequest) -> AsyncGenerator[Shop]:
     """A shop without tokens, shared by all tests of a run: a test makes the data that it changes.
 
@@ -40,7 +40,7 @@ async def open_shop(cluster: Cluster, request: pytest.FixtureRequest) -> AsyncGe
     await shop.close()
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session", params=["local", "wire"])
+@pytest_asyncio.fixture(scope="session", loop_scope="session", params=["local", "loopback"])
 async def guarded_shop(cluster: Cluster, request: pytest.FixtureRequest) -> AsyncGenerator[Shop]:
     """The same with tokens required: `await shop.alice()`, `.bob()` and `.staff()` give some."""
     shop = await Shop.start(cluster, request.param, is_open=False)
@@ -48,7 +48,7 @@ async def guarded_shop(cluster: Cluster, request: pytest.FixtureRequest) -> Asyn
     await shop.close()
 
 
-LONG = ("tests/journeys", "tests/cli", "tests/services/orders", "tests/chassis", "tests/bench")
+LONG = ("tests/system", "tests/cli", "tests/embedded_postgres", "tests/services/orders", "tests/chassis", "tests/bench")
 """Files that take longest, whatever the number of their tests."""
 
 

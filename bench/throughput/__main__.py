@@ -39,7 +39,7 @@ from bench.throughput.report import Progress  # noqa: E402
 from bench.throughput.run import PARTS, Run, Wanted  # noqa: E402
 from bench.throughput.shops import ShopFailed  # noqa: E402
 from bench.throughput.toolchain import Missing, build  # noqa: E402
-from mercato.chassis.supervisor import SupervisorError  # noqa: E402
+from mercato.embedded_postgres import SupervisorError  # noqa: E402
 
 LATEST: Final = ROOT / "bench" / "results" / "latest.json"
 WRONG: Final = 1

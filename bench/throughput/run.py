@@ -17,7 +17,7 @@ from bench.throughput.plan import MOST_CONNECTIONS, Case, Length, Step
 from bench.throughput.report import Progress
 from bench.throughput.shops import Mercato, Shop, ShopFailed
 from bench.throughput.toolchain import Built
-from mercato.chassis.supervisor import EmbeddedPostgres
+from mercato.embedded_postgres import EmbeddedPostgres
 
 PARTS: Final = ("rounds", "cost", "commit-latency")
 COMMIT_MS: Final = 5.0

@@ -25,7 +25,7 @@ from bench.throughput import plan, readings
 from bench.throughput.figures import Audit, Cost, Counted, spent
 from bench.throughput.plan import Case, Product, Subject
 from bench.throughput.readings import Spending, connected
-from mercato.chassis.supervisor import EmbeddedPostgres, remove_cluster
+from mercato.embedded_postgres import EmbeddedPostgres, remove_cluster
 
 READY_SECONDS: Final = 60.0
 STOP_SECONDS: Final = 15.0

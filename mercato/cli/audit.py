@@ -9,9 +9,9 @@ from typing import Any, Final
 
 import msgspec
 
-from mercato.audit.checking import Finding, Report, audit
 from mercato.cli.databases import reached, run
 from mercato.cli.progress import Progress
+from mercato.operations.audit.checking import Finding, Report, audit
 
 HOLDS: Final = 0
 VIOLATED: Final = 1

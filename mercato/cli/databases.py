@@ -19,18 +19,18 @@ from urllib.parse import urlencode
 import msgspec
 
 from mercato import topology
-from mercato.chassis import config
-from mercato.chassis.connections import translated
 from mercato.chassis.contract import Unavailable
-from mercato.chassis.copying import CopyError, located
-from mercato.chassis.migrations import MigrationError, missing_revisions
-from mercato.chassis.service import key_deriver
-from mercato.chassis.supervisor import DataFolder, DataFolderBusy, EmbeddedPostgres, SupervisorError
-from mercato.chassis.supervisor.folder import SECRET_BYTES, explained
-from mercato.chassis.supervisor.place import PLACES, read_record, require_known_format
-from mercato.chassis.supervisor.postgres import PORT, ROLE
+from mercato.chassis.hosting import settings as config
+from mercato.chassis.hosting.host import key_deriver
+from mercato.chassis.postgres.connections import translated
+from mercato.chassis.postgres.migrations import MigrationError, missing_revisions
 from mercato.cli import stopping
 from mercato.cli.progress import OutputFailed, fail
+from mercato.embedded_postgres import DataFolder, DataFolderBusy, EmbeddedPostgres, SupervisorError
+from mercato.embedded_postgres.folder import SECRET_BYTES, explained
+from mercato.embedded_postgres.place import PLACES, read_record, require_known_format
+from mercato.embedded_postgres.postgres import PORT, ROLE
+from mercato.operations.copying import CopyError, located
 
 OWN_URL: Final = "(a command that looks at its databases)"
 """How a command signs the lock of a folder on which no shop runs."""

@@ -16,16 +16,17 @@ from typing import Any, Final, Literal
 import msgspec
 
 from mercato import topology
-from mercato.chassis import config
 from mercato.chassis.contract import Unavailable
-from mercato.chassis.db import Database
+from mercato.chassis.hosting import settings as config
+from mercato.chassis.hosting.host import Host
+from mercato.chassis.hosting.options import OptionError
 from mercato.chassis.messaging import consumers as chassis_consumers
 from mercato.chassis.messaging import parking
 from mercato.chassis.messaging.consumers import ReplayFailed
 from mercato.chassis.messaging.events import Subscription
 from mercato.chassis.messaging.parking import DeadLetter
-from mercato.chassis.service import Host, OptionError
-from mercato.chassis.telemetry import Telemetry, configure_logging
+from mercato.chassis.observability.telemetry import Telemetry, configure_logging
+from mercato.chassis.postgres.database import Database
 from mercato.cli import databases
 from mercato.cli.databases import Databases, Unreachable
 from mercato.cli.progress import fail, say, show

@@ -8,7 +8,7 @@ import gc
 from collections.abc import AsyncGenerator
 from typing import Final
 
-from mercato.chassis.service import Host
+from mercato.chassis.hosting.host import Host
 
 CLOSE_SECONDS: Final = 1.0
 """Requests have been answered or given up by then: who still waits for a statement waits for nobody.

@@ -12,15 +12,15 @@ import msgspec
 import uvloop
 
 from mercato import topology
-from mercato.audit.background import Background
-from mercato.chassis import faults
 from mercato.chassis.contract import ServiceError
-from mercato.chassis.service import Host
-from mercato.chassis.telemetry import configure_logging
+from mercato.chassis.hosting.host import Host
+from mercato.chassis.observability import faults
+from mercato.chassis.observability.telemetry import configure_logging
 from mercato.cli.hosting import hosted, spare_the_collector
 from mercato.cli.progress import fail
 from mercato.cli.worker import Lifeline
 from mercato.cli.workers import READY_LINE, Assignment
+from mercato.operations.audit.background import Background
 
 
 def run(line: bytes, lifeline: Lifeline) -> int:
@@ -49,7 +49,7 @@ async def _serve(assignment: Assignment, lifeline: Lifeline) -> None:
         builds,
         assignment.dsns,
         secret=assignment.secret,
-        transport=cast(Literal["local", "wire"], assignment.transport),
+        transport=cast(Literal["local", "loopback"], assignment.transport),
         pool_size=assignment.pool_size,
         options=assignment.options,
     )

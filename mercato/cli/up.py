@@ -22,22 +22,24 @@ from typing import Any, Final, Literal, TypeVar
 import msgspec
 
 from mercato import topology
-from mercato.audit.background import Background
-from mercato.chassis import config, faults
-from mercato.chassis.connections import translated
 from mercato.chassis.contract import ServiceError, Unavailable
+from mercato.chassis.hosting import settings as config
+from mercato.chassis.hosting.host import Host, key_deriver
+from mercato.chassis.hosting.options import OptionError
 from mercato.chassis.http import CannotListen, PortTaken, bind
-from mercato.chassis.migrations import MigrationError, migrate, missing_revisions
-from mercato.chassis.provision import ProvisionError, provision, provisioned
-from mercato.chassis.service import Host, OptionError, key_deriver
-from mercato.chassis.supervisor import DataFolder, EmbeddedPostgres, SupervisorError, require_known_format
-from mercato.chassis.telemetry import configure_logging
+from mercato.chassis.observability import faults
+from mercato.chassis.observability.telemetry import configure_logging
+from mercato.chassis.postgres.connections import translated
+from mercato.chassis.postgres.migrations import MigrationError, migrate, missing_revisions
+from mercato.chassis.postgres.provisioning import ProvisionError, provision, provisioned
 from mercato.cli import stopping
 from mercato.cli.hosting import hosted, spare_the_collector
 from mercato.cli.progress import Progress, fail
 from mercato.cli.workers import WorkerFailed, Workers
 from mercato.contracts.roles import STAFF
 from mercato.contracts.users import EmailTaken, ListUsers, Register, Users
+from mercato.embedded_postgres import DataFolder, EmbeddedPostgres, SupervisorError, require_known_format
+from mercato.operations.audit.background import Background
 
 T = TypeVar("T")
 

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from mercato.chassis.telemetry import MULTIPROCESS_VARIABLE
+from mercato.chassis.observability.telemetry import MULTIPROCESS_VARIABLE
 
 if TYPE_CHECKING:
     # Reading settings is the owner's business; a worker that imported what that takes would start later.
-    from mercato.chassis.config import Settings
+    from mercato.chassis.hosting.settings import Settings
 
 STOP_SECONDS: Final = 3.5
 """After a worker was asked to stop, so long it may take; then it is killed."""

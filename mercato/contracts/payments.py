@@ -10,7 +10,6 @@ from msgspec import Meta
 from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Retry, ServiceError, batched, single
 
 from .roles import SERVICES_ONLY, SIGNED_IN, STAFF_ONLY
-from .sandbox import METHOD_PATTERN
 
 PaymentId = Annotated[int, Meta(ge=1, le=MAX_ID)]
 OrderId = Annotated[int, Meta(ge=1, le=MAX_ID)]
@@ -18,6 +17,9 @@ OrderNonce = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 """The random part of an order, made when it is placed. With a database restored from a backup ids are used again: what
 has the id of an order and another nonce belongs to another order."""
 Attempt = Annotated[int, Meta(ge=1, le=10_000)]
+METHOD_PATTERN: Final = (
+    r"^sandbox:(ok|declined|insufficient_funds|lost_answer|error_then_ok|capture_expired|slow:[0-9]{1,5})$"
+)
 Method = Annotated[str, Meta(pattern=METHOD_PATTERN, examples=["sandbox:ok"])]
 """A token of the provider, with the provider's name before the colon. Card numbers never come here."""
 

@@ -21,7 +21,6 @@ from urllib.parse import parse_qsl, urlencode
 import msgspec
 import structlog
 
-from mercato.chassis.clock import Clock
 from mercato.chassis.contract import (
     ANONYMOUS,
     MAX_ID,
@@ -37,7 +36,8 @@ from mercato.chassis.contract import (
     current,
 )
 from mercato.chassis.http import COMPLETE_RESPONSE
-from mercato.chassis.telemetry import Telemetry
+from mercato.chassis.observability.clock import Clock
+from mercato.chassis.observability.telemetry import Telemetry
 from mercato.gateway import idempotency, problems
 from mercato.gateway.auth import Authenticator
 from mercato.gateway.headers import RequestHeaders, check_content_type, expected_version, preferred_wait_ms

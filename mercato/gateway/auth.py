@@ -20,8 +20,8 @@ from joserfc.errors import JoseError
 from joserfc.jwk import KeySet
 from joserfc.jws import JWSRegistry
 
-from mercato.chassis.clock import Clock
 from mercato.chassis.contract import ANONYMOUS, Actor, Unauthenticated
+from mercato.chassis.observability.clock import Clock
 from mercato.contracts.roles import CUSTOMER, STAFF
 from mercato.contracts.users import PublicKeys
 from mercato.gateway.problems import HostNotAllowed

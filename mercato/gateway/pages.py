@@ -17,7 +17,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route as PageRoute
 
 from mercato.chassis.contract import Context, Forbidden, Internal, ServiceError, current
-from mercato.chassis.telemetry import Telemetry
+from mercato.chassis.observability.telemetry import Telemetry
 from mercato.contracts.roles import STAFF
 from mercato.gateway import docs, openapi, problems
 from mercato.gateway.auth import Authenticator, Verifier

@@ -25,10 +25,11 @@ class Violation(NamedTuple):
 
 
 VIOLATIONS = {
-    "layers": Violation("chassis/planted.py", "import mercato.contracts"),
+    "layers": Violation("embedded_postgres/folder.py", "import mercato.contracts"),
+    "chassis-layers": Violation("chassis/postgres/database.py", "import mercato.chassis.rpc.client"),
     "siblings": Violation("services/users/app.py", "import mercato.services.orders.app"),
     "service-layers": Violation("services/users/rules.py", "import mercato.services.users.store"),
-    "contracts": Violation("contracts/planted.py", "import mercato.chassis.db"),
+    "contracts": Violation("contracts/planted.py", "import mercato.chassis.postgres.database"),
     "settings": Violation("services/users/service.py", "import pydantic_settings"),
     "driver": Violation("services/users/store.py", "import asyncpg"),
     "http": Violation("services/users/service.py", "from starlette.responses import Response"),

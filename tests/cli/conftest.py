@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support.process import data_folder
+from mercato.testing.process import data_folder
 
 collect_ignore_glob = [] if sys.platform.startswith("linux") else ["test_*.py"]  # they look into /proc
 

@@ -16,15 +16,15 @@ from typing import Any, cast
 import asyncpg
 import pytest
 
-from audit.world import fill
 from mercato import topology
-from mercato.audit.invariants import SHOP
-from mercato.chassis.migrations import migrate
-from mercato.chassis.provision import provision
-from mercato.chassis.service import key_deriver
-from mercato.chassis.supervisor import DataFolder, EmbeddedPostgres, processes
+from mercato.chassis.hosting.host import key_deriver
+from mercato.chassis.postgres.migrations import migrate
+from mercato.chassis.postgres.provisioning import provision
 from mercato.cli.databases import OWN_URL
-from support.process import clean_environment, cluster_of, data_folder, wait_until
+from mercato.embedded_postgres import DataFolder, EmbeddedPostgres, processes
+from mercato.operations.audit.invariants import SHOP
+from mercato.testing.process import clean_environment, cluster_of, data_folder, wait_until
+from operations.audit.world import fill
 
 SECONDS = 60
 

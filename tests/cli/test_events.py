@@ -15,14 +15,14 @@ import asyncpg
 import pytest
 
 from mercato import topology
-from mercato.chassis.migrations import migrate
-from mercato.chassis.provision import provision
-from mercato.chassis.service import key_deriver
-from mercato.chassis.supervisor import DataFolder, EmbeddedPostgres
-from mercato.chassis.supervisor.place import note_initialized
+from mercato.chassis.hosting.host import key_deriver
+from mercato.chassis.postgres.migrations import migrate
+from mercato.chassis.postgres.provisioning import provision
+from mercato.embedded_postgres import DataFolder, EmbeddedPostgres
+from mercato.embedded_postgres.place import note_initialized
 from mercato.services.events.app import CONSUMER
 from mercato.services.products.consumers import IN_STOCK
-from support.process import clean_environment, data_folder
+from mercato.testing.process import clean_environment, data_folder
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from mercato.cli.up import STAFF_EMAIL
-from support.process import Process, data_folder
+from mercato.testing.process import Process, data_folder
 
 
 def test_a_guarded_shop_tells_its_staff_password_once_and_asks_everybody_for_a_token():

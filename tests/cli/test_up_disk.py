@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from support.caller import Answer, Buyers, Caller, all_order_ids
-from support.process import BOUND_SECONDS, Process, remove, wait_until
+from mercato.testing.caller import Answer, Buyers, Caller, all_order_ids
+from mercato.testing.process import BOUND_SECONDS, Process, remove, wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a small disk")
 

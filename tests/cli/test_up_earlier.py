@@ -14,11 +14,11 @@ import asyncpg
 import pytest
 
 from mercato import topology
-from mercato.chassis.copying import with_database
-from mercato.chassis.migrations import migrate
-from mercato.chassis.provision import provision
-from mercato.chassis.testing import Cluster
-from support.process import ROOT, Process, clean_environment, cluster_of, data_folder
+from mercato.chassis.postgres.dsn import with_database
+from mercato.chassis.postgres.migrations import migrate
+from mercato.chassis.postgres.provisioning import provision
+from mercato.testing.harness import Cluster
+from mercato.testing.process import ROOT, Process, clean_environment, cluster_of, data_folder
 
 EARLIER = "b01daaaf3141c2b70d5c24552955744ad62b4a95"
 """The last commit before revisions had checksums."""

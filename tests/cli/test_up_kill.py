@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from support.caller import Buyers, all_order_ids
-from support.process import BOUND_SECONDS, Identity, Keeper, Process, Tree, wait_until
+from mercato.testing.caller import Buyers, all_order_ids
+from mercato.testing.process import BOUND_SECONDS, Identity, Keeper, Process, Tree, wait_until
 
 ORDERS = 40
 

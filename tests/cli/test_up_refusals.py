@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from support.old_server import OldServer
-from support.process import Process, wait_until
+from mercato.testing.old_server import OldServer
+from mercato.testing.process import Process, wait_until
 
 UNWRITABLE = "/sys/kernel" if os.geteuid() == 0 else "/etc"
 

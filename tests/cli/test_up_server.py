@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mercato.chassis.provision import service_dsn
-from mercato.chassis.service import key_deriver
-from mercato.chassis.testing import Cluster
-from support.process import Process
+from mercato.chassis.hosting.host import key_deriver
+from mercato.chassis.postgres.provisioning import service_dsn
+from mercato.testing.harness import Cluster
+from mercato.testing.process import Process
 
 SECRET = "a secret of at least thirty-two characters"
 

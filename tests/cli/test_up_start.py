@@ -18,17 +18,10 @@ import asyncpg
 import pytest
 
 from mercato import __version__
-from mercato.chassis.copying import SCRATCH
+from mercato.operations.copying import SCRATCH
+from mercato.testing.caller import Caller
+from mercato.testing.process import ROOT, Process, clean_environment, data_folder, socket_folder_of, wait_until
 from mercato.topology import SERVICES
-from support.caller import Caller
-from support.process import (
-    ROOT,
-    Process,
-    clean_environment,
-    data_folder,
-    socket_folder_of,
-    wait_until,
-)
 
 HEAVY = ("alembic", "asyncpg", "pydantic", "sqlalchemy", "starlette", "uvicorn", "uvloop")
 AS_ROOT = os.geteuid() == 0

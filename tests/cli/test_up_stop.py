@@ -15,8 +15,8 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from support.caller import Answer, Caller
-from support.process import BOUND_SECONDS, POLL_SECONDS, Process, command_line, data_folder, wait_until
+from mercato.testing.caller import Answer, Caller
+from mercato.testing.process import BOUND_SECONDS, POLL_SECONDS, Process, command_line, data_folder, wait_until
 
 ATTEMPTS = 5
 STOPPED_EARLY = ["mercato: stopped before it was ready"]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from support.caller import Buyers, all_order_ids
-from support.process import Identity, Process, wait_until
+from mercato.testing.caller import Buyers, all_order_ids
+from mercato.testing.process import Identity, Process, wait_until
 
 ORDERS = 300
 

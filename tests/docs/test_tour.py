@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from support.process import ROOT, Process, data_folder, remove
+from mercato.testing.process import ROOT, Process, data_folder, remove
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 TOUR = README[README.index("## A tour of one minute") : README.index("## The command line")]

@@ -10,8 +10,8 @@ from collections.abc import AsyncGenerator
 
 import pytest_asyncio
 
-from mercato.chassis.testing import Cluster
-from support.shop import Shop
+from mercato.testing.harness import Cluster
+from mercato.testing.shop import Shop
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -15,13 +15,13 @@ from joserfc import jwt
 from joserfc.jwk import KeySet, OKPKey
 
 from gateway.world import PASSWORD, UNKNOWN_ID, Things, assert_problem, new_order, somebody, state_of, without_ids
-from mercato.chassis.service import key_deriver
-from mercato.chassis.testing import TEST_SECRET
+from mercato.chassis.hosting.host import key_deriver
 from mercato.contracts.roles import ANONYMOUS, CUSTOMER, STAFF
 from mercato.gateway.auth import ALGORITHMS
 from mercato.gateway.route import Route
 from mercato.gateway.routes import ROUTES
-from support.shop import Shop
+from mercato.testing.harness import TEST_SECRET
+from mercato.testing.shop import Shop
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gateway.world import PASSWORD, UNKNOWN_ID, Person, Things, assert_problem, new_order, somebody, state_of
-from mercato.chassis import faults, telemetry
+from mercato.chassis.observability import faults, telemetry
 from mercato.gateway.route import MAX_BODY_BYTES, Route
 from mercato.gateway.routes import ROUTES
-from support.shop import Reply, Shop
+from mercato.testing.shop import Reply, Shop
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from gateway.world import assert_problem, new_order, somebody, staff_token
-from support.shop import Reply, Shop
+from mercato.testing.shop import Reply, Shop
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -12,10 +12,10 @@ import pytest_asyncio
 
 from gateway.world import PASSWORD, Person, Things, assert_problem, new_order, new_product, somebody, unique
 from mercato import topology
-from mercato.chassis.testing import Cluster
 from mercato.gateway.route import Route
 from mercato.gateway.routes import ROUTES
-from support.shop import Reply, Shop
+from mercato.testing.harness import Cluster
+from mercato.testing.shop import Reply, Shop
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

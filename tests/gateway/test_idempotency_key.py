@@ -19,10 +19,10 @@ from gateway.world import (
     state_of,
     unique,
 )
-from mercato.chassis.service import TransportName
-from mercato.chassis.testing import Cluster
+from mercato.chassis.hosting.host import TransportName
 from mercato.gateway.routes import ROUTES
-from support.shop import Reply, Shop
+from mercato.testing.harness import Cluster
+from mercato.testing.shop import Reply, Shop
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -210,7 +210,7 @@ async def test_a_key_finds_its_order_after_30_days(open_shop: Shop) -> None:
     assert await order_count(open_shop) == before
 
 
-@pytest.mark.parametrize("transport", ["local", "wire"])
+@pytest.mark.parametrize("transport", ["local", "loopback"])
 async def test_a_key_outlives_the_process(cluster: Cluster, transport: TransportName) -> None:
     key = unique("key")
     shop = await Shop.start(cluster, transport)

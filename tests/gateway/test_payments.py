@@ -8,7 +8,7 @@ import pytest
 
 from gateway.world import UNKNOWN_ID, Person, assert_problem, new_product, somebody, staff_token, unique
 from mercato.contracts.products import Product
-from support.shop import Reply, Shop
+from mercato.testing.shop import Reply, Shop
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

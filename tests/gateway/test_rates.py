@@ -16,7 +16,7 @@ from mercato.gateway.rates import RateLimiter
 from mercato.gateway.route import Limits
 from mercato.gateway.routes import ROUTES
 from mercato.gateway.routes.users import CREDENTIALS
-from support.shop import Reply, Shop
+from mercato.testing.shop import Reply, Shop
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -10,7 +10,7 @@ import pytest
 from gateway.world import UNKNOWN_ID, assert_problem, new_product, somebody, staff_token, unique
 from mercato import topology
 from mercato.contracts.inventory import Inventory, ReserveStock, StockLine
-from support.shop import Reply, Shop
+from mercato.testing.shop import Reply, Shop
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

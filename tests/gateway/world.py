@@ -12,14 +12,14 @@ from typing import Any
 import msgspec
 
 from mercato import topology
-from mercato.chassis.messaging.rows import end_of_row
-from mercato.chassis.testing import Cluster
+from mercato.chassis.postgres.outbox_row import end_of_row
 from mercato.contracts.orders import AwaitOrder, Orders, PayOrder, PlaceLine, PlaceOrder
 from mercato.contracts.products import CreateProduct, Product, Products
 from mercato.contracts.roles import CUSTOMER, Role
 from mercato.contracts.users import Register, Users
 from mercato.gateway.route import Route
-from support.shop import Reply, Shop
+from mercato.testing.harness import Cluster
+from mercato.testing.shop import Reply, Shop
 
 PASSWORD = "a password that is long enough"
 UNKNOWN_ID = 2**53 - 1

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from support.shop import Shop
+from mercato.testing.shop import Shop
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -9,8 +9,8 @@ import pytest
 import pytest_asyncio
 
 from gateway.world import assert_problem, new_order, somebody
-from mercato.chassis.testing import Cluster
-from support.shop import Reply, Shop
+from mercato.testing.harness import Cluster
+from mercato.testing.shop import Reply, Shop
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -50,7 +50,7 @@ async def test_an_unknown_user_has_no_orders(open_shop: Shop) -> None:
 # ------------------------------------------------------------------------------------------- the user service is down
 
 
-@pytest_asyncio.fixture(loop_scope="session", params=["local", "wire"])
+@pytest_asyncio.fixture(loop_scope="session", params=["local", "loopback"])
 async def shop(cluster: Cluster, request: pytest.FixtureRequest) -> AsyncGenerator[Shop]:
     """A shop of its own: nobody else shall miss its users."""
     own = await Shop.start(cluster, request.param)

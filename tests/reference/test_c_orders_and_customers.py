@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from gateway.world import assert_problem, somebody
-from support.shop import Shop
+from mercato.testing.shop import Shop
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

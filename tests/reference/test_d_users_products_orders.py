@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gateway.world import PASSWORD, Person, assert_problem, new_product, somebody, staff_token, unique
-from support.shop import Shop
+from mercato.testing.shop import Shop
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -11,9 +11,9 @@ import shutil
 import pytest
 
 from gateway.world import assert_problem, state_of
-from mercato.chassis.db import Database
-from mercato.chassis.telemetry import Telemetry
-from support.shop import Shop
+from mercato.chassis.observability.telemetry import Telemetry
+from mercato.chassis.postgres.database import Database
+from mercato.testing.shop import Shop
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

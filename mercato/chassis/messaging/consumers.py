@@ -27,14 +27,23 @@ from typing import Final
 import msgspec
 import structlog
 
-from mercato.chassis import faults
-from mercato.chassis.clock import Clock
-from mercato.chassis.contract import Actor, DeadlineExceeded, OutcomeUnknown, Overloaded, Unavailable, current
-from mercato.chassis.db import Database, LockTimeout, Tx
-from mercato.chassis.rpc import SERVICE_ROLE, acting
-from mercato.chassis.telemetry import Telemetry
+from mercato.chassis.contract import (
+    SERVICE_ROLE,
+    Actor,
+    DeadlineExceeded,
+    OutcomeUnknown,
+    Overloaded,
+    Unavailable,
+    current,
+)
+from mercato.chassis.observability import faults
+from mercato.chassis.observability.clock import Clock
+from mercato.chassis.observability.telemetry import Telemetry
+from mercato.chassis.postgres import outbox_row
+from mercato.chassis.postgres.database import Database, LockTimeout, Tx
+from mercato.chassis.rpc.client import acting
 
-from . import parking, rows
+from . import parking
 from .events import TRIES, Event, SourceRow, Subscription
 from .outbox import EventLog, LogPage, LogPurged, LogReplaced, ReadLog
 from .parking import Cursor, CursorMovedError, Key
@@ -177,11 +186,11 @@ class Consumer:
 
     async def _process(self, cursor: Cursor, page: Sequence[SourceRow]) -> Cursor:
         """Has the effects of a page, and moves the cursor behind it. Raises `CursorMovedError`."""
-        end = Cursor(rows.end_of_row(page[-1].id), page[-1].at)
+        end = Cursor(outbox_row.end_of_row(page[-1].id), page[-1].at)
         try:
             async with _transaction(self._database, "batch") as tx:
                 has_parked = await parking.move_cursor(tx, self.key, cursor, end)
-                is_whole = rows.place_of(cursor.position)[1] == rows.LAST_PLACE and not has_parked
+                is_whole = outbox_row.place_of(cursor.position)[1] == outbox_row.LAST_PLACE and not has_parked
                 if is_whole and self._subscription.handle_rows:
                     count = await self._subscription.handle_rows(tx, page)
                 else:

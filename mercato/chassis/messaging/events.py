@@ -30,10 +30,9 @@ from typing import Final
 import msgspec
 
 from mercato.chassis.contract import Message
-from mercato.chassis.db import Row, Tx
-
-from . import rows
-from .rows import Outgoing
+from mercato.chassis.postgres import outbox_row
+from mercato.chassis.postgres.database import Row, Tx
+from mercato.chassis.postgres.outbox_row import Outgoing
 
 TRIES: Final = 5
 KEPT_DAYS: Final = 7
@@ -70,7 +69,7 @@ class SourceRow(Message):
     events: str
 
     def unpack(self) -> list[Event]:
-        stored = [(rows.position(self.id, place), e) for place, e in enumerate(rows.unpack(self.events))]
+        stored = [(outbox_row.position(self.id, place), e) for place, e in enumerate(outbox_row.unpack(self.events))]
         return [
             Event(self.source, id_, e.type, e.subject, e.subject_id, e.version, bytes(e.data).decode(), self.at)
             for id_, e in stored

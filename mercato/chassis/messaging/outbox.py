@@ -16,12 +16,12 @@ from typing import Annotated, Final
 
 from msgspec import Meta
 
-from mercato.chassis.clock import Clock
 from mercato.chassis.contract import Contract, Kind, Message, Retry, ServiceError, single
-from mercato.chassis.db import Database, Row, Tx
-from mercato.chassis.rpc import Server
+from mercato.chassis.observability.clock import Clock
+from mercato.chassis.postgres import outbox_row
+from mercato.chassis.postgres.database import Database, Row, Tx
+from mercato.chassis.rpc.server import Server
 
-from . import rows
 from .events import KEPT_DAYS, UNREAD_KEPT_DAYS, SourceRow
 
 PAGE_ROWS: Final = 64
@@ -102,14 +102,14 @@ class OutboxLog:
 
     async def read(self, request: ReadLog) -> LogPage:
         after = request.after or 0
-        row_id, place = rows.place_of(after)
+        row_id, place = outbox_row.place_of(after)
         async with self._database.read() as tx:
-            found = await page(tx, row_id, request.limit, is_read=place == rows.LAST_PLACE)
+            found = await page(tx, row_id, request.limit, is_read=place == outbox_row.LAST_PLACE)
         kept = [SourceRow(source=self._source, id=row.id, at=row.at, events=row.events)
                 for row in found if row.id and row.at]  # fmt: skip
         is_full = len(kept) > request.limit or sum(len(row.events) for row in kept) >= PAGE_BYTES
         purged = found[0]
-        start = rows.end_of_row(purged.purged_id)
+        start = outbox_row.end_of_row(purged.purged_id)
         if request.after is not None:
             self._check(request, kept, purged)
             if kept and not kept[0].events:
@@ -120,11 +120,11 @@ class OutboxLog:
     def _check(self, request: ReadLog, kept: Sequence[SourceRow], purged: PageRow) -> None:
         """Whether the row in which the consumer stands is the one that it has read, and none behind it is deleted."""
         after = request.after or 0
-        row_id, place = rows.place_of(after)
+        row_id, place = outbox_row.place_of(after)
         about = {"source": self._source, "consumer": request.consumer, "after": after}
         if kept and kept[0].id == row_id:
             is_known = kept[0].at == request.at
-        elif purged.purged_id > row_id or (purged.purged_id == row_id and after > 0 and place < rows.LAST_PLACE):
+        elif purged.purged_id > row_id or (purged.purged_id == row_id and after > 0 and place < outbox_row.LAST_PLACE):
             raise LogPurged(**about)
         else:
             is_known = purged.purged_id == row_id and request.at in (None, purged.purged_at)
@@ -232,6 +232,6 @@ async def purge(tx: Tx) -> int:
         )
         SELECT count(*) FROM deleted
         """,
-        *(PURGED_AT_ONCE, rows.PLACE_BITS, KEPT_DAYS, UNREAD_KEPT_DAYS),
+        *(PURGED_AT_ONCE, outbox_row.PLACE_BITS, KEPT_DAYS, UNREAD_KEPT_DAYS),
     )
     return deleted[0]

@@ -6,7 +6,7 @@ import datetime
 from collections.abc import Sequence
 from typing import Final
 
-from mercato.chassis.db import Row, Tx
+from mercato.chassis.postgres.database import Row, Tx
 
 from .events import REPLAYED_KEPT_DAYS, Event
 

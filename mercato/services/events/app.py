@@ -6,10 +6,10 @@ import asyncio
 import functools
 from typing import Final
 
-from mercato.chassis.db import Database
+from mercato.chassis.hosting.service import Env, Service
 from mercato.chassis.messaging.events import Subscription
-from mercato.chassis.rpc import Server
-from mercato.chassis.service import Env, Service
+from mercato.chassis.postgres.database import Database
+from mercato.chassis.rpc.server import Server
 from mercato.contracts.events import Events
 
 from . import store

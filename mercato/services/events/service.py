@@ -7,11 +7,11 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis import faults
-from mercato.chassis.db import Database, Tx
-from mercato.chassis.messaging import rows
 from mercato.chassis.messaging.events import Event, SourceRow
-from mercato.chassis.messaging.rows import Stored
+from mercato.chassis.observability import faults
+from mercato.chassis.postgres import outbox_row
+from mercato.chassis.postgres.database import Database, Tx
+from mercato.chassis.postgres.outbox_row import Stored
 from mercato.contracts.events import CursorAhead, CursorTooOld, EventPage, FeedEntry, ListEvents
 
 from . import rules, store
@@ -47,14 +47,15 @@ class EventsService:
     async def take(self, tx: Tx, events: Sequence[Event]) -> None:
         """Appends events one by one, each in a row of its own."""
         entries = [
-            Entry(event.source, *rows.place_of(event.id), event.at, _packed(event), [event.type]) for event in events
+            Entry(event.source, *outbox_row.place_of(event.id), event.at, _packed(event), [event.type])
+            for event in events
         ]
         await store.append(tx, entries)
         await faults.point(BEFORE_COMMIT)
 
     async def list(self, request: ListEvents) -> EventPage:
         after, types = request.after, list(dict.fromkeys(request.types))
-        position, place = rows.place_of(after)
+        position, place = outbox_row.place_of(after)
         # In the first row, the events up to the reader's are skipped.
         wanted = request.limit + place + 1
         async with self._database.read() as tx:
@@ -68,7 +69,7 @@ class EventsService:
         if 0 < after < purged:
             raise CursorTooOld(after=after, oldest=purged)
         if position > last:
-            raise CursorAhead(after=after, last=rows.end_of_row(last) if last else 0)
+            raise CursorAhead(after=after, last=outbox_row.end_of_row(last) if last else 0)
         entries = [entry for entry in _entries(found, types) if entry.position > after][: request.limit]
         return EventPage(
             entries=tuple(entries),
@@ -91,17 +92,17 @@ class EventsService:
 def _packed(event: Event) -> str:
     """A row of this event alone."""
     data = msgspec.Raw(event.data.encode())
-    return rows.pack([Stored(event.type, event.subject, event.subject_id, event.version, data)])[0]
+    return outbox_row.pack([Stored(event.type, event.subject, event.subject_id, event.version, data)])[0]
 
 
 def _entries(found: Sequence[FeedRow], types: Sequence[str]) -> Iterator[FeedEntry]:
     for row in found:
-        for place, event in enumerate(rows.unpack(row.events)):
+        for place, event in enumerate(outbox_row.unpack(row.events)):
             if types and event.type not in types:
                 continue
             yield FeedEntry(
-                position=rows.position(row.position, place),
-                id=rules.event_id(row.source, rows.position(row.outbox_id, row.place + place)),
+                position=outbox_row.position(row.position, place),
+                id=rules.event_id(row.source, outbox_row.position(row.outbox_id, row.place + place)),
                 type=event.type,
                 subject=rules.subject(event.subject, event.subject_id),
                 version=event.version,

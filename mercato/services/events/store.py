@@ -8,8 +8,8 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis.db import Row, Tx
 from mercato.chassis.messaging.events import KEPT_DAYS
+from mercato.chassis.postgres.database import Row, Tx
 
 WRITE_LOCK: Final = 0x66656564  # "feed"
 PURGED_AT_ONCE: Final = 1_000

@@ -8,10 +8,10 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from mercato.chassis import idempotency
-from mercato.chassis.rounds import Rounds
-from mercato.chassis.rpc import Server
-from mercato.chassis.service import Env, Service
+from mercato.chassis.hosting.rounds import Rounds
+from mercato.chassis.hosting.service import Env, Service
+from mercato.chassis.idempotency import keys as idempotency
+from mercato.chassis.rpc.server import Server
 from mercato.contracts.inventory import Inventory
 from mercato.contracts.orders import Orders
 from mercato.contracts.products import Products

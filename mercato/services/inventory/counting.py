@@ -24,11 +24,12 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis import faults, idempotency
-from mercato.chassis.codec import decode_outcome, encode_outcome
 from mercato.chassis.contract import Actor, Batch, IdempotencyKeyReused, InvalidRequest, RequestInProgress, ServiceError
-from mercato.chassis.db import Database, LockTimeout, Tx
-from mercato.chassis.idempotency import Keyed
+from mercato.chassis.idempotency import keys as idempotency
+from mercato.chassis.idempotency.keys import Keyed
+from mercato.chassis.observability import faults
+from mercato.chassis.postgres.database import Database, LockTimeout, Tx
+from mercato.chassis.rpc.codec import decode_outcome, encode_outcome
 from mercato.contracts.inventory import AdjustedLevel, AdjustLevel, BelowReserved, Level, SetLevel
 from mercato.contracts.products import GetProduct, Products
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from mercato.chassis import faults
-from mercato.chassis.contract import Actor
-from mercato.chassis.db import Database
-from mercato.chassis.rpc import SERVICE_ROLE
+from mercato.chassis.contract import SERVICE_ROLE, Actor
+from mercato.chassis.observability import faults
+from mercato.chassis.postgres.database import Database
 
 from . import store
 from .rules import Movement, StockLedger

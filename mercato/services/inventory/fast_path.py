@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from mercato.chassis.db import Row, Tx
+from mercato.chassis.postgres.database import Row, Tx
 from mercato.contracts.inventory import ReservationState
 
 from .store import NewReservation, new_columns

@@ -16,11 +16,11 @@ from typing import Final
 
 import structlog
 
-from mercato.chassis.clock import Clock
-from mercato.chassis.contract import MAX_ID, Actor, ServiceError, current
-from mercato.chassis.db import Database
-from mercato.chassis.rpc import SERVICE_ROLE, acting
-from mercato.chassis.telemetry import Telemetry
+from mercato.chassis.contract import MAX_ID, SERVICE_ROLE, Actor, ServiceError, current
+from mercato.chassis.observability.clock import Clock
+from mercato.chassis.observability.telemetry import Telemetry
+from mercato.chassis.postgres.database import Database
+from mercato.chassis.rpc.client import acting
 from mercato.contracts.orders import GetOrder, Order, OrderNotFound, Orders
 
 from . import store

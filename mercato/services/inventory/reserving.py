@@ -13,11 +13,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Literal
 
-from mercato.chassis import faults
 from mercato.chassis.contract import Actor, Batch, InvalidRequest, ServiceError
-from mercato.chassis.db import Database, Tx
 from mercato.chassis.messaging import events
 from mercato.chassis.messaging.events import Outgoing
+from mercato.chassis.observability import faults
+from mercato.chassis.postgres.database import Database, Tx
 from mercato.contracts.inventory import (
     CommitStock,
     ReleaseStock,

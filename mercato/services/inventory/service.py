@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from mercato.chassis.contract import Batch, ServiceError
-from mercato.chassis.db import Database
+from mercato.chassis.postgres.database import Database
 from mercato.contracts.inventory import (
     AdjustedLevel,
     AdjustLevel,

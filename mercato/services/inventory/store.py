@@ -27,9 +27,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
-from mercato.chassis.db import Row, Tx
+from mercato.chassis.hosting.rounds import PAGE
 from mercato.chassis.messaging import events
-from mercato.chassis.rounds import PAGE
+from mercato.chassis.postgres.database import Row, Tx
 from mercato.contracts.inventory import Level, ReservationState
 
 from .rules import LevelDelta, Movement, ReservationChange, ReservedLine, StoredReservation, WriteSet

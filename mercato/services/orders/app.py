@@ -7,10 +7,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from mercato.chassis.rounds import Rounds
-from mercato.chassis.rpc import Server
-from mercato.chassis.runner import Runner
-from mercato.chassis.service import Env, Service
+from mercato.chassis.hosting.rounds import Rounds
+from mercato.chassis.hosting.service import Env, Service
+from mercato.chassis.rpc.server import Server
+from mercato.chassis.sagas.runner import Runner
 from mercato.contracts.inventory import Inventory
 from mercato.contracts.orders import Orders
 from mercato.contracts.payments import Payments

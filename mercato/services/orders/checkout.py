@@ -24,12 +24,11 @@ from typing import Final, TypeVar
 import msgspec
 import structlog
 
-from mercato.chassis import faults
-from mercato.chassis.contract import Actor, Message, ServiceError
-from mercato.chassis.db import Database
-from mercato.chassis.rpc import SERVICE_ROLE
-from mercato.chassis.runner import Runner
-from mercato.chassis.saga import Next, Saga
+from mercato.chassis.contract import SERVICE_ROLE, Actor, Message, ServiceError
+from mercato.chassis.observability import faults
+from mercato.chassis.postgres.database import Database
+from mercato.chassis.sagas.runner import Runner
+from mercato.chassis.sagas.store import Next, Saga
 from mercato.contracts.inventory import AnotherOrder as StockOfAnotherOrder
 from mercato.contracts.inventory import (
     CommitStock,

@@ -12,10 +12,10 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from mercato.chassis import saga
 from mercato.chassis.contract import Overloaded, current
-from mercato.chassis.db import Database, Tx
-from mercato.chassis.saga import Saga
+from mercato.chassis.postgres.database import Database, Tx
+from mercato.chassis.sagas import store as saga
+from mercato.chassis.sagas.store import Saga
 from mercato.contracts.orders import Order, OrderNotFound, PaymentInProgress
 
 from . import rules, store

@@ -8,8 +8,8 @@ from typing import Final
 import msgspec
 
 from mercato.chassis.contract import Actor
-from mercato.chassis.db import Row, Tx
-from mercato.chassis.saga import Key
+from mercato.chassis.postgres.database import Row, Tx
+from mercato.chassis.sagas.store import Key
 from mercato.contracts.orders import RefundStatus, ReturnLine
 
 _encode: Final = msgspec.json.Encoder().encode

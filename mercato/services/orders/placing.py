@@ -24,8 +24,6 @@ import asyncio
 from collections.abc import Sequence
 from typing import Final
 
-from mercato.chassis import faults, idempotency
-from mercato.chassis.clock import Randomness
 from mercato.chassis.contract import (
     Actor,
     Batch,
@@ -33,10 +31,13 @@ from mercato.chassis.contract import (
     RequestInProgress,
     ServiceError,
 )
-from mercato.chassis.db import Database, LockTimeout, UniqueViolation
-from mercato.chassis.idempotency import Keyed
-from mercato.chassis.runner import Runner
-from mercato.chassis.saga import Saga
+from mercato.chassis.idempotency import keys as idempotency
+from mercato.chassis.idempotency.keys import Keyed
+from mercato.chassis.observability import faults
+from mercato.chassis.observability.clock import Randomness
+from mercato.chassis.postgres.database import Database, LockTimeout, UniqueViolation
+from mercato.chassis.sagas.runner import Runner
+from mercato.chassis.sagas.store import Saga
 from mercato.contracts.orders import Order, PlacedOrder, PlaceOrder
 from mercato.contracts.products import Products, Quote, QuoteProduct
 from mercato.contracts.users import GetUser, User, UserNotFound, Users

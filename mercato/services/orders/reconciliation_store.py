@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 from mercato.chassis.contract import MAX_ID
-from mercato.chassis.db import Row, Tx
-from mercato.chassis.rounds import PAGE
-from mercato.chassis.saga import Key, Saga
+from mercato.chassis.hosting.rounds import PAGE
+from mercato.chassis.postgres.database import Row, Tx
+from mercato.chassis.sagas.store import Key, Saga
 from mercato.contracts.orders import Payment, Status
 
 NEWEST: Final[Key] = (MAX_ID + 1, "", "")

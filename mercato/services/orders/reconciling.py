@@ -14,10 +14,11 @@ from typing import Final
 
 import structlog
 
-from mercato.chassis import faults, saga
-from mercato.chassis.db import Database
-from mercato.chassis.saga import Key, Next, Saga
-from mercato.chassis.telemetry import Telemetry
+from mercato.chassis.observability import faults
+from mercato.chassis.observability.telemetry import Telemetry
+from mercato.chassis.postgres.database import Database
+from mercato.chassis.sagas import store as saga
+from mercato.chassis.sagas.store import Key, Next, Saga
 
 from . import reconciliation_store, steps
 from .steps import CHECKOUT

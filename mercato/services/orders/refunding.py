@@ -15,12 +15,14 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis import faults, idempotency, saga
 from mercato.chassis.contract import IdempotencyKeyReused, RequestInProgress, ServiceError, current
-from mercato.chassis.db import Database, LockTimeout, Tx, UniqueViolation
-from mercato.chassis.rpc import as_service
-from mercato.chassis.runner import Runner
-from mercato.chassis.saga import Next, Saga
+from mercato.chassis.idempotency import keys as idempotency
+from mercato.chassis.observability import faults
+from mercato.chassis.postgres.database import Database, LockTimeout, Tx, UniqueViolation
+from mercato.chassis.rpc.client import as_service
+from mercato.chassis.sagas import store as saga
+from mercato.chassis.sagas.runner import Runner
+from mercato.chassis.sagas.store import Next, Saga
 from mercato.contracts.inventory import AnotherOrder as StockOfAnotherOrder
 from mercato.contracts.inventory import Inventory, ReservationClosed, ReturnStock, ReturnTooLarge, StockLine
 from mercato.contracts.orders import Order, Refund, RefundOrder, ReturnLine, ReturnOrder

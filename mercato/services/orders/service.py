@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import msgspec
 
-from mercato.chassis import faults
 from mercato.chassis.contract import Actor, Batch, ServiceError, current
-from mercato.chassis.db import Database, Tx
-from mercato.chassis.runner import Runner
-from mercato.chassis.saga import Saga
+from mercato.chassis.observability import faults
+from mercato.chassis.postgres.database import Database, Tx
+from mercato.chassis.sagas.runner import Runner
+from mercato.chassis.sagas.store import Saga
 from mercato.contracts.orders import (
     AwaitOrder,
     Axis,

@@ -10,8 +10,8 @@ from typing import Final
 import msgspec
 
 from mercato.chassis.contract import MAX_ID, Actor
-from mercato.chassis.db import Row, Tx
 from mercato.chassis.messaging import events
+from mercato.chassis.postgres.database import Row, Tx
 from mercato.contracts.orders import (
     Axis,
     CancelReason,

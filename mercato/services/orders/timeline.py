@@ -6,8 +6,8 @@ import asyncio
 import datetime
 from collections.abc import Sequence
 
-from mercato.chassis.db import Database
-from mercato.chassis.rpc import as_service
+from mercato.chassis.postgres.database import Database
+from mercato.chassis.rpc.client import as_service
 from mercato.contracts.inventory import Inventory, StockStep, TraceStock
 from mercato.contracts.orders import HistoryEntry, Timeline, TimelineEntry
 from mercato.contracts.payments import Payments, PaymentStep, TracePayments

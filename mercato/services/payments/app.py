@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mercato.chassis.rpc import Server
-from mercato.chassis.service import Env, Service
+from mercato.chassis.hosting.service import Env, Service
+from mercato.chassis.rpc.server import Server
 from mercato.contracts.payments import Payments
-from mercato.contracts.sandbox import Sandbox
+from mercato.simulators.bank.contract import Sandbox
 
 from .charging import Charging
 from .provider import Provider, SandboxProvider

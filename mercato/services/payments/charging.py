@@ -33,11 +33,11 @@ from typing import Final
 import msgspec
 import structlog
 
-from mercato.chassis import faults
 from mercato.chassis.contract import ServiceError
-from mercato.chassis.db import Database, Tx
 from mercato.chassis.messaging import events
 from mercato.chassis.messaging.events import Outgoing
+from mercato.chassis.observability import faults
+from mercato.chassis.postgres.database import Database, Tx
 from mercato.contracts.payments import (
     AnotherOrder,
     AnotherPaymentLive,

@@ -14,7 +14,7 @@ import msgspec
 import structlog
 
 from mercato.chassis.contract import Call, InvalidRequest, Kind, Message, ServiceError
-from mercato.contracts.sandbox import (
+from mercato.simulators.bank.contract import (
     PAGE_LIMIT,
     AuthorizeCharge,
     CaptureCharge,

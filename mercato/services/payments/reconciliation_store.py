@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis.db import Row, Tx
+from mercato.chassis.postgres.database import Row, Tx
 from mercato.contracts.payments import OperationKind, OperationStatus, Status
 
 from .rules import KeyParts

@@ -20,10 +20,10 @@ from typing import Final
 
 import structlog
 
-from mercato.chassis import faults
 from mercato.chassis.contract import ServiceError
-from mercato.chassis.db import Database
-from mercato.chassis.telemetry import Telemetry
+from mercato.chassis.observability import faults
+from mercato.chassis.observability.telemetry import Telemetry
+from mercato.chassis.postgres.database import Database
 
 from . import reconciliation_store as store
 from . import rules

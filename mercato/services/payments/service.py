@@ -9,10 +9,10 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from mercato.chassis.clock import Clock
-from mercato.chassis.contract import Actor, Batch, FieldError, InvalidRequest, ServiceError, current
-from mercato.chassis.db import Database
-from mercato.chassis.rpc import SERVICE_ROLE, acting
+from mercato.chassis.contract import SERVICE_ROLE, Actor, Batch, FieldError, InvalidRequest, ServiceError, current
+from mercato.chassis.observability.clock import Clock
+from mercato.chassis.postgres.database import Database
+from mercato.chassis.rpc.client import acting
 from mercato.contracts.payments import (
     AuthorizePayment,
     CapturePayment,

@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 
 from mercato.chassis.contract import MAX_ID
-from mercato.chassis.db import Row, Tx
+from mercato.chassis.postgres.database import Row, Tx
 from mercato.contracts.payments import ListPayments, OperationKind, OperationStatus, Status
 
 from .rules import TRANSFERS, Declined, ProviderResult, Succeeded, Unknown

@@ -6,7 +6,7 @@ import datetime
 
 import msgspec
 
-from mercato.chassis.db import Row, Tx
+from mercato.chassis.postgres.database import Row, Tx
 from mercato.contracts.payments import OperationKind, OperationStatus, PaymentStep
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 
-from mercato.chassis.rpc import Server
-from mercato.chassis.service import Env, Service
+from mercato.chassis.hosting.service import Env, Service
+from mercato.chassis.rpc.server import Server
 from mercato.contracts.products import Products
 
 from . import demo

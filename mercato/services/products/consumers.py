@@ -7,8 +7,8 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis.db import Tx
 from mercato.chassis.messaging.events import Event, Subscription
+from mercato.chassis.postgres.database import Tx
 from mercato.contracts.inventory import StockAvailability
 
 from . import store

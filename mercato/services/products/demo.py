@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from mercato.chassis import faults
-from mercato.chassis.db import Database
+from mercato.chassis.observability import faults
+from mercato.chassis.postgres.database import Database
 from mercato.contracts.products import CreateProduct
 
 from . import store

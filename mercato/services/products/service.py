@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Generator, Sequence
 from typing import Final
 
-from mercato.chassis import faults
 from mercato.chassis.contract import Batch
-from mercato.chassis.db import Database, Tx, UniqueViolation
+from mercato.chassis.observability import faults
+from mercato.chassis.postgres.database import Database, Tx, UniqueViolation
 from mercato.contracts.products import (
     ArchiveProduct,
     CreateProduct,

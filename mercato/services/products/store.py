@@ -6,7 +6,7 @@ import datetime
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from mercato.chassis.db import Row, Tx
+from mercato.chassis.postgres.database import Row, Tx
 from mercato.contracts.products import CreateProduct, Sort, Status, UpdateProduct
 
 from .rules import Scope, Search

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mercato.chassis.db import Database
+from mercato.chassis.postgres.database import Database
 
 from . import store
 from .passwords import Passwords

@@ -15,8 +15,8 @@ from typing import Final, Protocol, TypeVar
 
 import argon2
 
-from mercato.chassis.clock import Clock, Randomness
 from mercato.chassis.contract import DeadlineExceeded, current
+from mercato.chassis.observability.clock import Clock, Randomness
 from mercato.contracts.users import TooManyHashes
 
 T = TypeVar("T")

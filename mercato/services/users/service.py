@@ -12,9 +12,8 @@ from typing import Final
 
 import structlog
 
-from mercato.chassis import faults
-from mercato.chassis.clock import Randomness
 from mercato.chassis.contract import (
+    SERVICE_ROLE,
     Actor,
     Batch,
     Empty,
@@ -24,8 +23,9 @@ from mercato.chassis.contract import (
     StaleVersion,
     current,
 )
-from mercato.chassis.db import Database, Tx, UniqueViolation
-from mercato.chassis.rpc import SERVICE_ROLE
+from mercato.chassis.observability import faults
+from mercato.chassis.observability.clock import Randomness
+from mercato.chassis.postgres.database import Database, Tx, UniqueViolation
 from mercato.contracts.roles import CUSTOMER, STAFF
 from mercato.contracts.users import (
     ChangePassword,

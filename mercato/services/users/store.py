@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 
-from mercato.chassis.db import Row, Tx
+from mercato.chassis.postgres.database import Row, Tx
 from mercato.contracts.roles import Role
 
 EMAIL_KEY = "users_email_key"

@@ -16,7 +16,7 @@ from joserfc import jwt
 from joserfc.jwk import OKPKey
 from joserfc.jws import JWSRegistry
 
-from mercato.chassis.clock import Clock, Randomness
+from mercato.chassis.observability.clock import Clock, Randomness
 from mercato.contracts.users import PublicKeys, User
 
 KEY_PURPOSE: Final = "users/access-token/1"

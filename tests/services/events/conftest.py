@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import pytest_asyncio
 
-from mercato.chassis import faults
-from mercato.chassis.faults import Fault
-from mercato.chassis.testing import Rig
+from mercato.chassis.observability import faults
+from mercato.chassis.observability.faults import Fault
 from mercato.services.events.app import build
+from mercato.testing.harness import Rig
 from services.events.world import Feed
 
 

@@ -11,17 +11,19 @@ import asyncpg
 import pytest
 import pytest_asyncio
 
-from chassis import event_world
-from chassis.event_world import Told, until
-from mercato.chassis.batching import Outcome
-from mercato.chassis.clock import Clock, SystemClock
+from chassis.messaging import event_world
+from chassis.messaging.event_world import Told, until
 from mercato.chassis.contract import Context, Operation, Unavailable
+from mercato.chassis.hosting.host import Host, TransportName
+from mercato.chassis.hosting.service import Build
 from mercato.chassis.messaging.events import Outgoing, emit
-from mercato.chassis.rpc import Server, Transport
-from mercato.chassis.service import Build, Host, TransportName
-from mercato.chassis.testing import TEST_SECRET, Cluster, Rig, migrations_folder
-from mercato.chassis.transports.wire import WireTransport
+from mercato.chassis.observability.clock import Clock, SystemClock
+from mercato.chassis.rpc.batching import Outcome
+from mercato.chassis.rpc.server import Server
+from mercato.chassis.rpc.transports import Transport
+from mercato.chassis.rpc.transports.loopback import LoopbackTransport
 from mercato.services.events.app import build
+from mercato.testing.harness import TEST_SECRET, Cluster, Rig, migrations_folder
 from services.events.world import Feed, build_publisher, publish
 
 BUILDS = {"orders": build_publisher, "events": build}
@@ -109,7 +111,7 @@ class Network:
 
     def __init__(self, clock: Clock) -> None:
         self.servers: dict[str, Server] = {}
-        self._wire = WireTransport(self.servers, clock)
+        self._wire = LoopbackTransport(self.servers, clock)
 
     async def send(
         self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context]

@@ -10,9 +10,9 @@ from typing import TypeVar
 import pytest
 
 from mercato.chassis.contract import Actor, Forbidden
-from mercato.chassis.db import Row, Tx, UniqueViolation
-from mercato.chassis.faults import Fault
-from mercato.chassis.messaging import rows
+from mercato.chassis.observability.faults import Fault
+from mercato.chassis.postgres import outbox_row
+from mercato.chassis.postgres.database import Row, Tx, UniqueViolation
 from mercato.contracts.events import CursorAhead, CursorTooOld, Events, ListEvents
 from mercato.services.events import store
 from mercato.services.events.service import BEFORE_COMMIT, EventsService
@@ -29,13 +29,13 @@ async def test_an_empty_feed_gives_the_cursor_back(feed: Feed):
 async def test_a_position_that_the_feed_has_never_reached_is_refused(feed: Feed):
     """The reader has read another feed, or one that was restored: what comes next would not be what follows."""
     with pytest.raises(CursorAhead):
-        await feed.page(after=rows.position(1, 0))
+        await feed.page(after=outbox_row.position(1, 0))
     await feed.write(event(1))
     [entry] = await feed.entries()
     assert (await feed.page(after=entry.position)).entries == ()
     for types in ([], ["order.paid"]):
         with pytest.raises(CursorAhead) as refusal:
-            await feed.page(after=rows.position(2, 0), types=types)
+            await feed.page(after=outbox_row.position(2, 0), types=types)
         assert (await feed.page(after=refusal.value.last, types=types)).entries == ()
 
 

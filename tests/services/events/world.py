@@ -7,17 +7,17 @@ from collections.abc import Sequence
 
 import msgspec
 
-from chassis.event_world import Told, place
+from chassis.messaging.event_world import Told, place
 from mercato.chassis.contract import Actor, Contract, Message, single
-from mercato.chassis.db import Database
-from mercato.chassis.messaging import rows
+from mercato.chassis.hosting.service import Env, Service
 from mercato.chassis.messaging.events import Event, Outgoing, SourceRow, emit
-from mercato.chassis.messaging.rows import Stored
-from mercato.chassis.rpc import Server
-from mercato.chassis.service import Env, Service
-from mercato.chassis.testing import Rig
+from mercato.chassis.postgres import outbox_row
+from mercato.chassis.postgres.database import Database
+from mercato.chassis.postgres.outbox_row import Stored
+from mercato.chassis.rpc.server import Server
 from mercato.contracts.events import EventPage, Events, EventType, FeedEntry, ListEvents
 from mercato.contracts.roles import EVERYBODY
+from mercato.testing.harness import Rig
 
 STAFF = Actor("staff", 1)
 AT = datetime.datetime(2026, 1, 15, 9, 30, tzinfo=datetime.UTC)
@@ -33,7 +33,7 @@ def event(
 def row(id: int, *types: str, source: str = "orders") -> SourceRow:
     """An outbox row with an event of each type; versions are places."""
     events = [Stored(type_, "order", 1, n, msgspec.Raw(b"{}")) for n, type_ in enumerate(types, 1)]
-    return SourceRow(source=source, id=id, at=AT, events=rows.pack(events)[0])
+    return SourceRow(source=source, id=id, at=AT, events=outbox_row.pack(events)[0])
 
 
 def name(id: int, number: int = 1, *, source: str = "orders") -> str:

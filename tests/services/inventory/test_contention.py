@@ -11,8 +11,7 @@ import asyncpg
 import pytest
 
 from mercato.chassis.contract import ServiceError
-from mercato.chassis.db import Tx
-from mercato.chassis.testing import Cluster, Rig
+from mercato.chassis.postgres.database import Tx
 from mercato.contracts.inventory import (
     Inventory,
     OutOfStock,
@@ -24,6 +23,7 @@ from mercato.contracts.inventory import (
 from mercato.services.inventory import fast_path, store
 from mercato.services.inventory.rules import LevelDelta, ReservationChange, ReservedLine
 from mercato.services.inventory.store import NewReservation
+from mercato.testing.harness import Cluster, Rig
 from services.inventory.world import LAMP, MUG, NONCE, SHOP, World, commit, opened, release, reserve
 
 
@@ -140,7 +140,7 @@ async def test_carts_in_opposite_orders_do_not_wait_for_each_other_for_ever(worl
 
 
 async def test_everything_at_once_about_the_same_orders_ends_each_of_them_once(cluster: Cluster):
-    """Over `local` alone: `wire` would send a reserve again after somebody else's release, and call that a failure."""
+    """Over `local` alone: `loopback` would send a reserve again after the release, and call that a failure."""
     rig = Rig(cluster, "local")
     async with opened(rig) as world:
         await hurry_about_the_same_orders(world)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import asyncpg
 import pytest
 
-from mercato.chassis.codec import encode_outcome
 from mercato.chassis.contract import (
     ANONYMOUS,
     Actor,
@@ -21,8 +20,8 @@ from mercato.chassis.contract import (
     StaleVersion,
     Unavailable,
 )
-from mercato.chassis.faults import Fault
-from mercato.chassis.testing import Cluster, Rig
+from mercato.chassis.observability.faults import Fault
+from mercato.chassis.rpc.codec import encode_outcome
 from mercato.contracts.inventory import (
     ON_HAND_LIMIT,
     AdjustedLevel,
@@ -36,6 +35,7 @@ from mercato.contracts.inventory import (
 )
 from mercato.contracts.products import ProductNotFound
 from mercato.services.inventory import demo
+from mercato.testing.harness import Cluster, Rig
 from services.inventory.world import LAMP, MUG, STAFF, UNKNOWN, World, opened
 
 Plant = Callable[[str, Fault], Callable[[], None]]
@@ -482,7 +482,7 @@ async def test_the_key_of_an_old_adjustment_starts_no_level_elsewhere(world: Wor
 
 
 async def test_a_key_that_is_being_used_for_too_long_holds_up_no_neighbour(cluster: Cluster):
-    """Over `local` alone: each time that the key is waited for takes seconds, and `wire` would do so twice as often."""
+    """Over `local` alone: each wait for the key takes seconds, and `loopback` would wait twice as often."""
     rig = Rig(cluster, "local")
     async with opened(rig) as world:
         holder = await world.connection()

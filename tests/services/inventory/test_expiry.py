@@ -8,14 +8,14 @@ from collections.abc import AsyncGenerator, Callable
 import pytest
 import pytest_asyncio
 
-from mercato.chassis.faults import Fault
-from mercato.chassis.service import OptionError
-from mercato.chassis.testing import Cluster, Rig
+from mercato.chassis.hosting.options import OptionError
+from mercato.chassis.observability.faults import Fault
 from mercato.contracts.inventory import ReservationClosed, TraceStock
 from mercato.services.inventory import reserving
 from mercato.services.inventory.app import build
+from mercato.testing.harness import Cluster, Rig
+from mercato.testing.outbox import EVENTS
 from services.inventory.world import NONCE, STAFF, World, opened
-from support.outbox import EVENTS
 
 Plant = Callable[[str, Fault], Callable[[], None]]
 

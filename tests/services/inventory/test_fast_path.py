@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from mercato.chassis.db import Tx
-from mercato.chassis.testing import Cluster, Rig
+from mercato.chassis.postgres.database import Tx
 from mercato.services.inventory import fast_path
+from mercato.testing.harness import Cluster, Rig
 from services.inventory.world import NONCE, SHOP, World, commit, opened, release, reserve
 
 ORDERS = 128

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 
 from mercato.chassis.contract import Batch, ServiceError, Unavailable
-from mercato.chassis.rpc import Server
-from mercato.chassis.service import Env, Service
+from mercato.chassis.hosting.service import Env, Service
+from mercato.chassis.rpc.server import Server
 from mercato.contracts.orders import GetOrder, Order, OrderNotFound, Orders, Status
 from mercato.services.inventory import store
 from mercato.services.inventory.reconciling import Reconciling

@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 
 from mercato.chassis.contract import Forbidden, Internal, InvalidRequest, ServiceError
-from mercato.chassis.faults import Fault
+from mercato.chassis.observability.faults import Fault
 from mercato.contracts.inventory import (
     AnotherOrder,
     OutOfStock,
@@ -287,8 +287,8 @@ async def test_returns_of_one_batch_are_counted_together(world: World, plant: Pl
 
     assert [type(h) for h in heard] == [Reservation, Reservation, Reservation, ReturnTooLarge]
     assert await world.pieces() == (5, 0)
-    # One transaction for the batch (`wire` sends it twice): the twin was seen, and not refused by the unique key.
-    assert len(rounds) == (2 if world.rig.transport == "wire" else 1)
+    # One transaction for the batch (`loopback` sends it twice): the twin was seen, and not refused by the unique key.
+    assert len(rounds) == (2 if world.rig.transport == "loopback" else 1)
 
 
 async def test_only_what_was_sold_comes_back(world: World):

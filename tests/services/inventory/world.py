@@ -11,12 +11,11 @@ from typing import Any, Final, cast
 
 import asyncpg
 
-from mercato.chassis import idempotency
-from mercato.chassis.contract import Actor, Batch, ServiceError
-from mercato.chassis.db import Database
-from mercato.chassis.rpc import SERVICE_ROLE, Server
-from mercato.chassis.service import Build, Env, Service
-from mercato.chassis.testing import Rig, migrations_folder
+from mercato.chassis.contract import SERVICE_ROLE, Actor, Batch, ServiceError
+from mercato.chassis.hosting.service import Build, Env, Service
+from mercato.chassis.idempotency import keys as idempotency
+from mercato.chassis.postgres.database import Database
+from mercato.chassis.rpc.server import Server
 from mercato.contracts.inventory import (
     CommitStock,
     GetLevel,
@@ -31,7 +30,8 @@ from mercato.contracts.inventory import (
 )
 from mercato.contracts.products import GetProduct, Product, ProductNotFound, Products
 from mercato.services.inventory import app
-from support.outbox import EVENTS
+from mercato.testing.harness import Rig, migrations_folder
+from mercato.testing.outbox import EVENTS
 
 STAFF: Final = Actor("staff", 9)
 SHOP: Final = Actor(SERVICE_ROLE)

@@ -7,9 +7,9 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 import pytest
 import pytest_asyncio
 
-from mercato.chassis import faults
-from mercato.chassis.faults import Fault
-from mercato.chassis.testing import Cluster, Rig
+from mercato.chassis.observability import faults
+from mercato.chassis.observability.faults import Fault
+from mercato.testing.harness import Cluster, Rig
 from services.orders.world import World, opened
 
 
@@ -19,7 +19,7 @@ async def world(rig: Rig) -> AsyncGenerator[World]:
         yield made
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session", params=["local", "wire"])
+@pytest_asyncio.fixture(scope="session", loop_scope="session", params=["local", "loopback"])
 async def busy_world(cluster: Cluster, request: pytest.FixtureRequest) -> AsyncGenerator[World]:
     """A world that many tests share, each with products and orders of its own: opening one takes longer than a test.
 

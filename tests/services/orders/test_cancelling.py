@@ -8,7 +8,7 @@ from typing import Final
 
 import pytest
 
-from mercato.chassis.faults import Fault
+from mercato.chassis.observability.faults import Fault
 from mercato.contracts.orders import (
     CancelOrder,
     CancelReason,

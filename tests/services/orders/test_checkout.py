@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 import pytest
 
-from mercato.chassis.faults import Fault
+from mercato.chassis.observability.faults import Fault
 from mercato.contracts.inventory import ShortLine
 from mercato.contracts.orders import CancelCode, CancelReason, IllegalMove, MovePayment, Order, Payment, Status
 from services.orders.world import MUG_MINOR, STAFF, Bank, World, basket

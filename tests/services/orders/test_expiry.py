@@ -8,9 +8,9 @@ from typing import Final
 import pytest
 
 from mercato.chassis.contract import ServiceError
-from mercato.chassis.faults import Fault
-from mercato.chassis.testing import Rig
+from mercato.chassis.observability.faults import Fault
 from mercato.contracts.orders import CancelReason, Order, OrderCancelled, PaidOrder, PaymentDeclined
+from mercato.testing.harness import Rig
 from services.orders.world import MUG, Bank, Late, World, basket, opened
 
 Plant = Callable[[str, Fault], Callable[[], None]]

@@ -12,9 +12,8 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from mercato.chassis import faults
 from mercato.chassis.contract import Actor, ServiceError
-from mercato.chassis.testing import Cluster, Rig
+from mercato.chassis.observability import faults
 from mercato.contracts.orders import (
     CancelOrder,
     MoveOrder,
@@ -27,8 +26,9 @@ from mercato.contracts.orders import (
     ReturnOrder,
 )
 from mercato.services.orders import rules
+from mercato.testing.harness import Cluster, Rig
+from mercato.testing.outbox import EVENTS
 from services.orders.world import ALICE, BOB, LAMP, MUG, PLENTY, STAFF, World, mugs, opened
-from support.outbox import EVENTS
 
 STEPS: Final = 120
 WORKERS: Final = 6

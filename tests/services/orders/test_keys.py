@@ -19,7 +19,7 @@ from mercato.chassis.contract import (
     RequestInProgress,
     ServiceError,
 )
-from mercato.chassis.faults import Fault
+from mercato.chassis.observability.faults import Fault
 from mercato.contracts.orders import MoveOrder, Order, PlacedOrder, PriceChanged
 from mercato.contracts.products import ProductNotFound
 from services.orders.world import ALICE, BOB, MUG, STAFF, Cable, World, mugs, quote
@@ -130,7 +130,7 @@ async def test_duplicates_in_one_batch_make_one_order(world: World):
         True,
         False,
         True,
-    ] or world.rig.transport == "wire"
+    ] or world.rig.transport == "loopback"
     assert await world.count("orders") == 3
 
 
@@ -293,7 +293,7 @@ async def test_a_retry_after_a_commit_with_an_unknown_outcome_gives_one_order(wo
 
     assert cable.cuts
     assert await world.values("SELECT id FROM orders") == [placed.order.id]
-    assert placed.replayed == (cut == "after") or world.rig.transport == "wire"
+    assert placed.replayed == (cut == "after") or world.rig.transport == "loopback"
 
 
 def cutting(cable: Cable, cut: str) -> Fault:

@@ -14,10 +14,10 @@ import pytest
 import pytest_asyncio
 
 from mercato.chassis.contract import MAX_ID, Actor
-from mercato.chassis.testing import Cluster, migrations_folder
 from mercato.contracts.orders import ListOrders, Order, PlaceOrder
 from mercato.services.orders import app, rules
 from mercato.services.orders.store import LIST_SQL
+from mercato.testing.harness import Cluster, migrations_folder
 from services.orders.world import ALICE, BOB, LAMP, MUG, STAFF, World, basket, mugs
 
 FILTERS = ("user_id", "product_id", "status", "payment", "fulfilment")

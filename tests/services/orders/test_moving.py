@@ -10,9 +10,8 @@ from typing import Any, cast
 import asyncpg
 import pytest
 
-from mercato.chassis.contract import Actor, Forbidden, Internal, StaleVersion
-from mercato.chassis.faults import Fault
-from mercato.chassis.rpc import attempt
+from mercato.chassis.contract import Actor, Forbidden, Internal, StaleVersion, attempt
+from mercato.chassis.observability.faults import Fault
 from mercato.contracts.orders import (
     Axis,
     CancelOrder,

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from mercato.chassis.contract import Forbidden, IdempotencyKeyReused, RequestInProgress, ServiceError
-from mercato.chassis.faults import Fault
+from mercato.chassis.observability.faults import Fault
 from mercato.contracts.orders import (
     AmountNotDue,
     AwaitOrder,
@@ -520,7 +520,7 @@ async def test_a_crash_around_the_commit_of_a_payment_is_one_payment_when_it_com
 
     paid = await busy_world.pay(order.id, **key)
 
-    assert paid.replayed == (when == "after") or busy_world.rig.transport == "wire"
+    assert paid.replayed == (when == "after") or busy_world.rig.transport == "loopback"
     assert paid.payment.status == "captured"
     assert await busy_world.bank(order.id) == ONE_CAPTURE
 

@@ -16,8 +16,7 @@ from mercato.chassis.contract import (
     ServiceError,
     Unavailable,
 )
-from mercato.chassis.faults import Fault
-from mercato.chassis.testing import Rig
+from mercato.chassis.observability.faults import Fault
 from mercato.contracts.money import MAX_MINOR
 from mercato.contracts.orders import (
     LINES_LIMIT,
@@ -42,6 +41,7 @@ from mercato.contracts.users import Register, UserNotFound, Users
 from mercato.services.orders.app import build
 from mercato.services.products.app import build as build_products
 from mercato.services.users.app import build as build_users
+from mercato.testing.harness import Rig
 from services.orders.world import ALICE, BOB, LAMP, MUG, STAFF, World, mugs, quote
 
 

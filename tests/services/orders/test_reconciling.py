@@ -8,11 +8,11 @@ from collections.abc import AsyncGenerator, Callable
 import pytest
 import pytest_asyncio
 
-from mercato.chassis.faults import Fault
-from mercato.chassis.testing import Rig
+from mercato.chassis.observability.faults import Fault
 from mercato.contracts.orders import CancelOrder, RefundOrder
 from mercato.services.orders import reconciliation_store, steps
 from mercato.services.orders.reconciling import Reconciling
+from mercato.testing.harness import Rig
 from services.orders.world import MUG, STAFF, Bank, Late, World, basket, opened
 
 Plant = Callable[[str, Fault], Callable[[], None]]

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from mercato.chassis.contract import Forbidden, IdempotencyKeyReused, InvalidRequest, RequestInProgress, ServiceError
-from mercato.chassis.faults import Fault
+from mercato.chassis.observability.faults import Fault
 from mercato.contracts.orders import (
     CancelOrder,
     IllegalMove,

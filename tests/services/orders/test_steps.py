@@ -37,7 +37,7 @@ from mercato.services.orders import rules, steps
 from mercato.services.orders.steps import ATTEMPTS_LIMIT, Checkout, Decision, RetryLater, Step
 from mercato.services.payments import rules as payment_rules
 from mercato.services.payments.rules import NextOperation, Target
-from mercato.services.sandbox import rules as bank_rules
+from mercato.simulators.bank import rules as bank_rules
 
 A = TypeVar("A")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mercato.chassis.faults import Fault
+from mercato.chassis.observability.faults import Fault
 from mercato.contracts.orders import CancelOrder, GetTimeline, RefundOrder, TimelineEntry
 from services.orders.world import ALICE, STAFF, World, basket
 

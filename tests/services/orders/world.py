@@ -17,10 +17,10 @@ import asyncpg
 import msgspec
 
 from mercato.chassis.contract import Actor, Batch, ServiceError
-from mercato.chassis.db import Database, Row
-from mercato.chassis.rpc import Server
-from mercato.chassis.service import Build, Env, Host, Service
-from mercato.chassis.testing import TEST_SECRET, Rig, migrations_folder
+from mercato.chassis.hosting.host import Host
+from mercato.chassis.hosting.service import Build, Env, Service
+from mercato.chassis.postgres.database import Database, Row
+from mercato.chassis.rpc.server import Server
 from mercato.contracts.orders import (
     AwaitOrder,
     GetHistory,
@@ -41,8 +41,9 @@ from mercato.services.inventory import app as inventory
 from mercato.services.orders import app
 from mercato.services.orders.store import OrderRecord, get
 from mercato.services.payments import app as payments
-from mercato.services.sandbox import app as sandbox
-from support.outbox import EVENTS
+from mercato.simulators.bank import app as sandbox
+from mercato.testing.harness import TEST_SECRET, Rig, migrations_folder
+from mercato.testing.outbox import EVENTS
 
 T = TypeVar("T")
 
@@ -381,8 +382,8 @@ class World:
         return value
 
     def safely(self, calls: int = 1) -> int:
-        """How often a safe operation arrives that is called so often: `wire` sends it twice."""
-        return calls * (2 if self.rig.transport == "wire" else 1)
+        """How often a safe operation arrives that is called so often: `loopback` sends it twice."""
+        return calls * (2 if self.rig.transport == "loopback" else 1)
 
     async def until(self, holds: Callable[[], Awaitable[object]]) -> None:
         for _ in range(POLLS):

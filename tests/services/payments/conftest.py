@@ -7,9 +7,9 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 import pytest
 import pytest_asyncio
 
-from mercato.chassis import faults
-from mercato.chassis.faults import Fault
-from mercato.chassis.testing import Rig
+from mercato.chassis.observability import faults
+from mercato.chassis.observability.faults import Fault
+from mercato.testing.harness import Rig
 from services.payments.world import World
 
 

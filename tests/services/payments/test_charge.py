@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from mercato.chassis.contract import InvalidRequest, ServiceError
-from mercato.chassis.faults import Fault
+from mercato.chassis.observability.faults import Fault
 from mercato.contracts.payments import (
     AnotherPaymentLive,
     ChargePayment,
@@ -16,8 +16,8 @@ from mercato.contracts.payments import (
     Payment,
     PaymentStateConflict,
 )
+from mercato.testing.outbox import EVENTS
 from services.payments.world import World, again, capture, key, refund, void
-from support.outbox import EVENTS
 
 Plant = Callable[[str, Fault], Callable[[], None]]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from mercato.chassis.contract import InvalidRequest, ServiceError
-from mercato.chassis.faults import Fault
+from mercato.chassis.observability.faults import Fault
 from mercato.contracts.payments import (
     AnotherOrder,
     AnotherPaymentLive,
@@ -23,9 +23,9 @@ from mercato.contracts.payments import (
     RefundReferenceReused,
     RefundTooLarge,
 )
+from mercato.testing.outbox import EVENTS
+from mercato.testing.overlap import Overlap
 from services.payments.world import World, again, capture, key, refund, void
-from support.outbox import EVENTS
-from support.overlap import Overlap
 
 NEIGHBOURS = 6
 
@@ -384,7 +384,7 @@ async def test_a_refund_whose_outcome_is_not_known_counts(world: World):
     with pytest.raises(OutcomePending):
         await world.payments.refund(refund(payment, 600, "one"))
 
-    if world.rig.transport == "local":  # over `wire` the second call has settled it
+    if world.rig.transport == "local":  # over `loopback` the second call has settled it
         assert (await world.steps())[-1] == ("refund", "unknown")
     with pytest.raises(RefundTooLarge):
         await world.payments.refund(refund(payment, 500, "two"))

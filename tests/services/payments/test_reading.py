@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mercato.chassis.contract import Forbidden
-from mercato.chassis.testing import Rig
 from mercato.contracts.payments import GetPayment, ListPayments, OutcomePending, PaymentNotFound, TracePayments
+from mercato.testing.harness import Rig
 from services.payments.world import ALICE, BOB, STAFF, World, again, capture
 
 

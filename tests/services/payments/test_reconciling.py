@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 
-from mercato.chassis import faults
 from mercato.chassis.contract import ServiceError
-from mercato.chassis.faults import Fault
-from mercato.contracts.sandbox import AuthorizeCharge, ChargeCard
+from mercato.chassis.observability import faults
+from mercato.chassis.observability.faults import Fault
 from mercato.services.payments import rules
 from mercato.services.payments.provider import SandboxProvider
 from mercato.services.payments.reconciling import Reconciling
+from mercato.simulators.bank.contract import AuthorizeCharge, ChargeCard
 from services.payments.world import World, capture, key, void
 
 Plant = Callable[[str, Fault], Callable[[], None]]

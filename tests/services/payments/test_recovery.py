@@ -10,12 +10,12 @@ from typing import Final
 import pytest
 
 from mercato.chassis.contract import ServiceError
-from mercato.chassis.faults import Fault
-from mercato.chassis.testing import Rig
+from mercato.chassis.observability.faults import Fault
 from mercato.contracts.payments import OutcomePending, Payment
 from mercato.services.payments.charging import KINDS, PLACES
+from mercato.testing.harness import Rig
+from mercato.testing.outbox import EVENTS
 from services.payments.world import World, capture, key, refund, void
-from support.outbox import EVENTS
 
 Plant = Callable[[str, Fault], Callable[[], None]]
 
@@ -163,7 +163,7 @@ async def test_a_process_dies_between_two_records_of_one_batch(world: World, pla
             raise RuntimeError("the power fails here")
 
     remove = plant("payments.charge.before_record_commit", fail_at_the_second)
-    if world.rig.transport == "wire":
+    if world.rig.transport == "loopback":
         pytest.skip("the second call of each operation settles it")
     answers = await world.payments.charge.many([world.charge(), world.charge("sandbox:declined")])
     remove()
@@ -227,7 +227,7 @@ async def test_an_answer_that_is_lost_is_asked_for_with_the_same_key(world: Worl
 
     with pytest.raises(OutcomePending) as pending:
         await world.payments.authorize(request)
-    if world.rig.transport == "local":  # over `wire` the second call has settled it
+    if world.rig.transport == "local":  # over `loopback` the second call has settled it
         assert await world.ours("SELECT status, calls FROM intents") == [("unknown", 1)]
         assert await world.ours("SELECT status FROM payments") == [("pending",)]
     payment = await world.payments.authorize(request)

@@ -12,8 +12,8 @@ import asyncpg
 import msgspec
 
 from mercato.chassis.contract import Actor, Message
-from mercato.chassis.service import Env, Host, Service
-from mercato.chassis.testing import TEST_SECRET, Rig, migrations_folder
+from mercato.chassis.hosting.host import Host
+from mercato.chassis.hosting.service import Env, Service
 from mercato.contracts.payments import (
     AuthorizePayment,
     CapturePayment,
@@ -23,13 +23,14 @@ from mercato.contracts.payments import (
     RefundPayment,
     VoidPayment,
 )
-from mercato.contracts.sandbox import Sandbox
 from mercato.services.payments import app
 from mercato.services.payments.charging import Charging
 from mercato.services.payments.provider import SandboxProvider
 from mercato.services.payments.reconciling import Reconciling
-from mercato.services.sandbox.app import build as build_sandbox
-from support.outbox import EVENTS
+from mercato.simulators.bank.app import build as build_sandbox
+from mercato.simulators.bank.contract import Sandbox
+from mercato.testing.harness import TEST_SECRET, Rig, migrations_folder
+from mercato.testing.outbox import EVENTS
 
 SERVICE: Final = Actor("service")
 ALICE: Final = Actor("customer", 1)

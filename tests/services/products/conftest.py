@@ -8,13 +8,13 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 import pytest_asyncio
 
-from mercato.chassis import faults
 from mercato.chassis.contract import Actor
-from mercato.chassis.db import Database
-from mercato.chassis.faults import Fault
-from mercato.chassis.testing import Rig
+from mercato.chassis.observability import faults
+from mercato.chassis.observability.faults import Fault
+from mercato.chassis.postgres.database import Database
 from mercato.contracts.products import Products
 from mercato.services.products.app import build
+from mercato.testing.harness import Rig
 
 POLLS = 5_000
 POLL_SECONDS = 0.01

@@ -12,10 +12,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from mercato.chassis import faults
 from mercato.chassis.contract import ANONYMOUS, Actor, Forbidden, Internal, InvalidRequest, StaleVersion
-from mercato.chassis.faults import Fault
-from mercato.chassis.testing import Rig
+from mercato.chassis.observability import faults
+from mercato.chassis.observability.faults import Fault
 from mercato.contracts.products import (
     ArchiveProduct,
     CreateProduct,
@@ -31,6 +30,7 @@ from mercato.contracts.products import (
     UpdateProduct,
 )
 from mercato.services.products import service
+from mercato.testing.harness import Rig
 
 CUSTOMER = Actor("customer", 7)
 HEADPHONES = CreateProduct(

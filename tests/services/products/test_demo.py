@@ -8,10 +8,10 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from mercato.chassis.contract import ANONYMOUS, Actor
-from mercato.chassis.faults import Fault
-from mercato.chassis.testing import Rig
+from mercato.chassis.observability.faults import Fault
 from mercato.contracts.products import CreateProduct, GetProduct, Products, SearchProducts
 from mercato.services.products import demo, rules
+from mercato.testing.harness import Rig
 
 
 def seed(rig: Rig) -> Awaitable[bool]:

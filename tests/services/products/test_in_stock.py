@@ -10,12 +10,12 @@ import msgspec
 import pytest
 
 from mercato.chassis.contract import Actor
-from mercato.chassis.db import Database
 from mercato.chassis.messaging.events import Event
-from mercato.chassis.testing import Rig
+from mercato.chassis.postgres.database import Database
 from mercato.contracts.inventory import StockAvailability
 from mercato.contracts.products import CreateProduct, GetProduct, Product, Products, SearchProducts, UpdateProduct
 from mercato.services.products.consumers import IN_STOCK
+from mercato.testing.harness import Rig
 
 AT = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 _ids = itertools.count(1)

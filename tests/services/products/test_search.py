@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mercato.chassis.contract import ANONYMOUS, Actor, InvalidRequest
-from mercato.chassis.db import Database
-from mercato.chassis.testing import Rig
+from mercato.chassis.postgres.database import Database
 from mercato.contracts.products import CreateProduct, Product, Products, SearchProducts, Sort
 from mercato.services.products import demo, rules, store
+from mercato.testing.harness import Rig
 
 SORTS: tuple[Sort, ...] = get_args(Sort)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest_asyncio
 
-from mercato.chassis.testing import Rig
 from mercato.contracts.users import Users
 from mercato.services.users.app import build
+from mercato.testing.harness import Rig
 
 
 @pytest_asyncio.fixture

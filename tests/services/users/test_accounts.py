@@ -8,9 +8,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from mercato.chassis import faults
 from mercato.chassis.contract import Actor, Forbidden, InvalidRequest, StaleVersion
-from mercato.chassis.testing import Rig
+from mercato.chassis.observability import faults
 from mercato.contracts.users import (
     EmailTaken,
     GetUser,
@@ -25,6 +24,7 @@ from mercato.contracts.users import (
     Users,
 )
 from mercato.services.users.demo import DEMO_PASSWORD
+from mercato.testing.harness import Rig
 
 ANYBODY = Actor("anonymous")
 STAFF = Actor("staff", 900)

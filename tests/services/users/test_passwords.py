@@ -10,14 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from mercato.chassis.clock import SystemClock, SystemRandomness
 from mercato.chassis.contract import Actor, DeadlineExceeded, current
-from mercato.chassis.rpc import acting
-from mercato.chassis.service import Env, Service
-from mercato.chassis.testing import Rig
+from mercato.chassis.hosting.service import Env, Service
+from mercato.chassis.observability.clock import SystemClock, SystemRandomness
+from mercato.chassis.rpc.client import acting
 from mercato.contracts.users import Register, SignIn, TooManyHashes, Users
 from mercato.services.users.app import build
 from mercato.services.users.passwords import HASH_QUEUE_LIMIT, HASH_THREADS, Argon2Hasher, Passwords
+from mercato.testing.harness import Rig
 
 PLACES = HASH_THREADS + HASH_QUEUE_LIMIT
 WAIT_SECONDS = 60

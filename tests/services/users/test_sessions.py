@@ -18,11 +18,10 @@ import structlog
 from joserfc import jws
 from joserfc.jwk import OKPKey
 
-from mercato.chassis import faults
 from mercato.chassis.contract import Actor, Empty, Forbidden, InvalidRequest
-from mercato.chassis.service import Build, Env, Service
-from mercato.chassis.telemetry import configure_logging
-from mercato.chassis.testing import Rig
+from mercato.chassis.hosting.service import Build, Env, Service
+from mercato.chassis.observability import faults
+from mercato.chassis.observability.telemetry import configure_logging
 from mercato.contracts.users import (
     ChangePassword,
     Refresh,
@@ -39,6 +38,7 @@ from mercato.contracts.users import (
 )
 from mercato.services.users.app import build
 from mercato.services.users.passwords import Argon2Hasher, Hasher
+from mercato.testing.harness import Rig
 
 ANYBODY = Actor("anonymous")
 STAFF = Actor("staff", 900)

@@ -1,0 +1,59 @@
+"""What a service is made of: `build(env)` in its `app.py` takes an `Env` and gives a `Service`."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from mercato.chassis.contract import Contract
+from mercato.chassis.messaging.events import Subscription
+from mercato.chassis.observability.clock import Clock, Randomness
+from mercato.chassis.observability.telemetry import Telemetry
+from mercato.chassis.postgres.database import Database
+from mercato.chassis.rpc.server import Server
+
+from .options import OptionsReader
+
+C = TypeVar("C", bound=Contract)
+
+
+class Clients(Protocol):
+    """Gives the client of a service. How it reaches that service is the host's business."""
+
+    def __call__(self, contract: type[C]) -> C: ...
+
+
+class Env(msgspec.Struct, frozen=True):
+    """What a service is given. It takes nothing from anywhere else."""
+
+    database: Database
+    client: Clients
+    clock: Clock
+    randomness: Randomness
+    telemetry: Telemetry
+    derive_key: Callable[[str], bytes]
+    """32 secret bytes for a purpose, the same in every process of this shop."""
+    options: OptionsReader
+    """`env.options(Options)`: what the operator has set for this service."""
+
+
+class Service(msgspec.Struct, frozen=True):
+    """A built service, ready to be opened."""
+
+    server: Server
+    database: Database
+    loops: tuple[Callable[[], Awaitable[None]], ...] = ()
+    """Run for as long as the service is open, and cancelled before it closes."""
+    has_outbox: bool = False
+    """Whether its database has an outbox, whose event log the host then serves."""
+    subscriptions: tuple[Subscription, ...] = ()
+    """Its consumers. Their names are unique in the whole shop."""
+    seed_demo: Callable[[], Awaitable[bool]] | None = None
+    """Puts the demo data into an empty database. False, and nothing done, where there is anything already."""
+    close: Callable[[], None] | None = None
+    """Frees what the service itself holds, such as threads."""
+
+
+Build = Callable[[Env], Service]

@@ -1,0 +1,1 @@
+"""An operation with a key is done once."""

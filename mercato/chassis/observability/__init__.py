@@ -1,0 +1,1 @@
+"""Logs, metrics, fault points, clock."""

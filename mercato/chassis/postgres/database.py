@@ -1,0 +1,216 @@
+"""PostgreSQL, as services see it.
+
+A service opens `db.transaction()` to change something and `db.read()` to look; its `store.py` gets the `tx` and runs
+SQL through it. Rows come back as frozen structs: `tx.fetch(UserRow, "SELECT id, name ...")` fills `UserRow` in the
+order of the columns (a test compares the names of both for every statement).
+
+The rules that the rest relies on
+    - Only this module commits. A commit that succeeded, or whose outcome is unknown, is noted on the running attempt,
+      so that the batch is not run again.
+    - The events of a transaction are written with its COMMIT, in one message: the lock that orders the rows of the
+      outbox is never held while the server waits for this process.
+    - No remote call inside a transaction: the client refuses it.
+    - Connections are not reset between uses (that halves the cost of a read), so nothing may be left on them:
+      `SET LOCAL` only, locks of a transaction only. A test holds this.
+    - Driver errors are translated (`connections.py`): lost or refused connections become `Unavailable`, the rest that a
+      service can act on is `UniqueViolation` or `LockTimeout`.
+    - A connection that was lost while nothing had been done on it is replaced once, unseen: after a restart of the
+      server the first batch works. Nothing had been done means: a statement of `read()`, or the BEGIN of a transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from typing import Any, Final, TypeVar
+
+import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types; only its errors are named here
+import msgspec
+
+from mercato.chassis.contract import Attempt, FrozenMeta, ServiceError, Unavailable, attempt
+from mercato.chassis.observability.telemetry import Telemetry
+
+from . import outbox_row
+from .connections import DRIVER_ERRORS, Connections, LentConnection, raise_translated
+from .connections import LockTimeout as LockTimeout  # what a service may meet is imported from here
+from .connections import RolledBackError as RolledBackError
+from .connections import UniqueViolation as UniqueViolation
+
+R = TypeVar("R", bound="Row")
+T = TypeVar("T")
+
+PING_SECONDS: Final = 1.0
+
+
+class Row(msgspec.Struct, frozen=True, gc=False, metaclass=FrozenMeta):
+    """A row as it came from the database. Fields in the order of the columns of the statement that fills it."""
+
+
+class Tx:
+    """What a store runs its statements on. `events` are written when the transaction commits."""
+
+    __slots__ = ("_lease", "_service", "_writable", "events")
+
+    def __init__(self, lease: LentConnection, service: str, *, writable: bool) -> None:
+        self.events: list[outbox_row.Outgoing] = []
+        self._lease = lease
+        self._service = service
+        self._writable = writable
+
+    async def fetch(self, row: type[R], sql: str, *values: object) -> list[R]:
+        """All rows."""
+        return [row(*record) for record in await self._run("fetch", sql, values)]
+
+    async def fetch_one(self, row: type[R], sql: str, *values: object) -> R | None:
+        """The first row."""
+        record = await self._run("fetchrow", sql, values)
+        return None if record is None else row(*record)
+
+    async def fetch_values(self, kind: type[T], sql: str, *values: object) -> list[T]:
+        """The first column of all rows."""
+        return [record[0] for record in await self._run("fetch", sql, values)]
+
+    async def execute(self, sql: str, *values: object) -> int:
+        """The number of rows that the statement changed."""
+        status: str = await self._run("execute", sql, values)
+        count = status.rpartition(" ")[2]
+        return int(count) if count.isdigit() else 0
+
+    async def _run(self, method: str, sql: str, values: Sequence[object]) -> Any:
+        if not self._writable and sql not in _known_reads:
+            _check_read(sql)
+        try:
+            return await getattr(self._lease.connection, method)(sql, *values)
+        except DRIVER_ERRORS as error:
+            if self._writable or not self._lease.is_lost(error):
+                raise_translated(error, self._service)
+        await self._lease.renew()
+        try:
+            return await getattr(self._lease.connection, method)(sql, *values)
+        except DRIVER_ERRORS as error:
+            raise_translated(error, self._service)
+
+
+_known_reads: Final[set[str]] = set()
+_CHANGES: Final = re.compile(
+    r"\b(INSERT|UPDATE|DELETE|MERGE|TRUNCATE|INTO|CREATE|ALTER|DROP|LOCK|COPY|CALL|DO|SET|nextval|setval)\b",
+    re.IGNORECASE,
+)
+_QUOTED: Final = re.compile(r"'[^']*'|\"[^\"]*\"|--[^\n]*")
+
+
+def _check_read(sql: str) -> None:
+    # A change outside `transaction` would commit without being noted, and could then be run a second time.
+    assert not _CHANGES.search(_QUOTED.sub("", sql)), f"db.read() does not change or lock anything: {sql}"
+    _known_reads.add(sql)
+
+
+class Database:
+    """The database of one service, through at most `size` connections."""
+
+    def __init__(self, dsn: str, service: str, telemetry: Telemetry, *, size: int = 6) -> None:
+        self.service = service
+        self.size = size
+        self._dsn = dsn
+        self._connections: Connections | None = None
+        self.on_events: list[Callable[[], None]] = []
+        """Called after the commit of a transaction with events."""
+        self._busy = telemetry.pool_busy.labels(service)
+        telemetry.pool_size.labels(service).set(size)
+
+    async def open(self) -> None:
+        """Makes one connection; the others are made when they are needed. Raises `Unavailable`."""
+        self._connections = await Connections.open(self._dsn, self.service, self.size)
+
+    async def close(self) -> None:
+        """Waits for what runs, then closes; after two seconds it no longer waits."""
+        connections, self._connections = self._connections, None
+        if connections is not None:
+            await connections.close()
+
+    async def answers(self) -> bool:
+        """Whether the database answers now, within a second."""
+        try:
+            async with asyncio.timeout(PING_SECONDS), self.read() as tx:
+                return await tx.fetch_values(int, "SELECT 1") == [1]
+        except (ServiceError, TimeoutError):
+            return False
+
+    @contextlib.asynccontextmanager
+    async def read(self) -> AsyncGenerator[Tx]:
+        """Statements that change nothing, each seeing what is committed when it starts."""
+        lease = await self._lease()
+        is_clean = False
+        try:
+            yield Tx(lease, self.service, writable=False)
+            is_clean = True
+        finally:
+            await self._give_back(lease, is_clean=is_clean)
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncGenerator[Tx]:
+        """Commits at the end of the block, with the events that it has emitted; rolls back when the block raises."""
+        with _attempt() as made:
+            lease = await self._lease()
+            is_clean = False
+            try:
+                await lease.begin()
+                made.open_transactions += 1
+                tx = Tx(lease, self.service, writable=True)
+                try:
+                    yield tx
+                    events = outbox_row.pack(tx.events) if tx.events else ()
+                except BaseException:
+                    await lease.roll_back()
+                    raise
+                finally:
+                    made.open_transactions -= 1
+                await self._commit(lease, made, events)
+                is_clean = True
+            finally:
+                await self._give_back(lease, is_clean=is_clean)
+        if events:
+            for wake in self.on_events:
+                wake()
+
+    async def _commit(self, lease: LentConnection, made: Attempt, events: Sequence[str]) -> None:
+        before = made.committed
+        # Noted before it is tried: when the answer to COMMIT is lost, it may have happened.
+        made.committed = True
+        try:
+            await lease.commit(events)
+        except (UniqueViolation, asyncpg.IntegrityConstraintViolationError):
+            made.committed = before  # the server has said that it has not
+            raise
+        except Exception:
+            if lease.is_rolled_back:
+                made.committed = before
+            raise
+
+    async def _lease(self) -> LentConnection:
+        if self._connections is None:
+            raise Unavailable(service=self.service)
+        lease = LentConnection(self._connections)
+        await lease.acquire()
+        self._busy.inc()
+        return lease
+
+    async def _give_back(self, lease: LentConnection, *, is_clean: bool) -> None:
+        self._busy.dec()
+        await lease.release(is_clean=is_clean)
+
+
+@contextlib.contextmanager
+def _attempt() -> Generator[Attempt]:
+    """The running attempt; one for this transaction where there is none, as in a loop or a start-up step."""
+    made = attempt.get()
+    if made is not None:
+        yield made
+        return
+    token = attempt.set(made := Attempt())
+    try:
+        yield made
+    finally:
+        attempt.reset(token)

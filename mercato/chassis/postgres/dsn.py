@@ -1,0 +1,34 @@
+"""DSNs: the same server with another database, and what of a DSN people may see."""
+
+from __future__ import annotations
+
+from typing import Final
+from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
+
+DSN_FORM: Final = (
+    "a DSN has the form postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with %XX for special characters in the password"
+)
+
+
+NO_SECRETS: Final = "the given DSN"
+"""How a DSN is called of which it is not clear what of it is secret."""
+
+
+def with_database(dsn: str, name: str) -> str:
+    """The same server and role, another database."""
+    return urlunsplit(urlsplit(dsn)._replace(path=f"/{quote(name, safe='')}"))
+
+
+def shown(dsn: str) -> str:
+    """Host, port and database of a DSN: what people may see of it. `NO_SECRETS` where they cannot be told apart."""
+    try:
+        parts = urlsplit(dsn)
+        asked = dict(parse_qsl(parts.query, strict_parsing=True) if parts.query else ())
+        host, port = asked.get("host", parts.hostname), asked.get("port", parts.port)
+    except ValueError:
+        return NO_SECRETS
+    # A password with a slash, a question mark or a number sign in it ends the host for who parses it.
+    is_cut_short = "@" in parts.path + parts.query or parts.fragment
+    if parts.scheme not in ("postgresql", "postgres") or is_cut_short:
+        return NO_SECRETS
+    return f"{host or 'localhost'}{f':{port}' if port else ''}{parts.path.rstrip('/')}"

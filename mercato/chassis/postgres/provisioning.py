@@ -1,0 +1,139 @@
+"""One database and one role for each service, on any PostgreSQL that an administrator's DSN names.
+
+A service's role owns its database and can connect to no other; nobody else can connect to it. Running this again
+changes nothing but what is not as it should be: a password, or a right that a run cut short did not take away yet.
+Processes that start together wait for each other: PostgreSQL gives up on two that change the same role or rights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, cast
+from urllib.parse import quote, urlsplit, urlunsplit
+
+import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
+
+from mercato.chassis.postgres.dsn import DSN_FORM, shown, with_database
+
+from .connections import OLDEST_VERSION
+
+CONNECT_SECONDS: Final = 10.0
+LOCK_KEY: Final = 0x70726F76  # "prov"
+LOCK_SECONDS: Final = 60.0
+
+
+class ProvisionError(Exception):
+    """A sentence for the operator: what is wrong with the server or the DSN, and the way out."""
+
+
+async def provision(
+    admin_dsn: str, services: Sequence[str], password: Callable[[str], str], *, prefix: str = "mercato_"
+) -> Mapping[str, str]:
+    """Makes what is missing for `services`; gives the DSN of each. `password` gives the password of a role by its name.
+
+    Raises `ProvisionError`.
+    """
+    connection = await _connect(admin_dsn)
+    try:
+        await _require_version(connection)
+        await connection.execute("SELECT pg_advisory_lock($1)", LOCK_KEY, timeout=LOCK_SECONDS)
+        dsns: dict[str, str] = {}
+        for service in services:
+            name = prefix + service
+            dsns[service] = service_dsn(admin_dsn, name, password(name))
+            await _ensure(connection, name, password(name), dsns[service])
+        return dsns
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise ProvisionError(
+            f"the role in MERCATO_POSTGRES_DSN may not make roles and databases ({error}); "
+            "give it CREATEROLE and CREATEDB"
+        ) from error
+    except TimeoutError as error:
+        raise ProvisionError(
+            f"another process has been making the databases for {LOCK_SECONDS:.0f} s, or the server does not answer; "
+            "try again"
+        ) from error
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        raise ProvisionError(f"PostgreSQL could not make the databases: {error}") from error
+    finally:
+        await connection.close()  # and with it the lock
+
+
+async def provisioned(admin_dsn: str, services: Sequence[str], *, prefix: str = "mercato_") -> Mapping[str, str]:
+    """Those of the databases that exist already: the DSN of each, as the administrator opens it. Changes nothing.
+
+    Raises `ProvisionError`.
+    """
+    connection = await _connect(admin_dsn)
+    try:
+        await _require_version(connection)
+        names = set(await connection.fetchval("SELECT array_agg(datname::text) FROM pg_database"))
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        raise ProvisionError(f"PostgreSQL could not name its databases: {error}") from error
+    finally:
+        await connection.close()
+    return {service: with_database(admin_dsn, prefix + service) for service in services if prefix + service in names}
+
+
+async def _connect(admin_dsn: str) -> Any:
+    try:
+        return await cast(Any, asyncpg).connect(admin_dsn, timeout=CONNECT_SECONDS)
+    except ValueError as error:  # its words may be a part of the password
+        raise ProvisionError(f"MERCATO_POSTGRES_DSN ({shown(admin_dsn)}) cannot be used: {DSN_FORM}") from error
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ProvisionError(
+            f"no connection with MERCATO_POSTGRES_DSN ({shown(admin_dsn)}): {reason}; "
+            "check host, port, user and password"
+        ) from error
+
+
+async def _require_version(connection: Any) -> None:
+    number = int(await connection.fetchval("SELECT current_setting('server_version_num')"))
+    if number // 10_000 < OLDEST_VERSION:
+        version = await connection.fetchval("SELECT current_setting('server_version')")
+        raise ProvisionError(
+            f"this server is PostgreSQL {version}; Mercato needs {OLDEST_VERSION} or newer: "
+            "upgrade it, or leave MERCATO_POSTGRES_DSN away to use the embedded one"
+        )
+
+
+async def _ensure(connection: Any, name: str, password: str, dsn: str) -> None:
+    role, secret = _identifier(name), _literal(password)
+    if not await connection.fetchval("SELECT true FROM pg_roles WHERE rolname = $1", name):
+        await connection.execute(f"CREATE ROLE {role} LOGIN PASSWORD {secret}")
+    if not await connection.fetchval("SELECT true FROM pg_database WHERE datname = $1", name):
+        await connection.execute(f"GRANT {role} TO CURRENT_USER")
+        await connection.execute(f"CREATE DATABASE {role} OWNER {role}")
+    # Looked at each time: CREATE DATABASE lets everybody in, and knows no transaction that this could be part of.
+    if await connection.fetchval("SELECT has_database_privilege('public', $1, 'CONNECT')", name):
+        await connection.execute(f"REVOKE ALL ON DATABASE {role} FROM PUBLIC")
+    if not await _opens(dsn):
+        await connection.execute(f"ALTER ROLE {role} LOGIN PASSWORD {secret}")
+
+
+async def _opens(dsn: str) -> bool:
+    try:
+        connection = await cast(Any, asyncpg).connect(dsn, timeout=CONNECT_SECONDS)
+    except asyncpg.InvalidAuthorizationSpecificationError:
+        return False
+    await connection.close()
+    return True
+
+
+def service_dsn(admin_dsn: str, name: str, password: str) -> str:
+    """The administrator's DSN with the user, password and database of a service."""
+    parts = urlsplit(admin_dsn)
+    where = parts.netloc.rpartition("@")[2]
+    return urlunsplit(
+        parts._replace(netloc=f"{quote(name, safe='')}:{quote(password, safe='')}@{where}", path=f"/{quote(name)}")
+    )
+
+
+def _identifier(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _literal(text: str) -> str:
+    assert "\\" not in text
+    return "'" + text.replace("'", "''") + "'"

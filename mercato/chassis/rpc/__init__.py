@@ -1,0 +1,1 @@
+"""Calls between services: client and server, batches, encoding, circuit breaker, transports."""

@@ -1,0 +1,338 @@
+"""Coalescing: concurrent single calls become the batches that a service takes.
+
+The parts
+    A `Batcher` belongs to one operation in one calling process. It holds a queue and up to `lanes` batches in flight.
+    Each of these has a task that awaits `send` and hands every caller its own answer.
+
+What happens when
+    A call joins the queue. If a lane is free, a flush runs at the next turn of the event loop, so that everything
+    that was called in this turn goes together; there is no timer and no added wait, and a lone call is a batch of
+    one. If no lane is free, calls gather until a batch completes, and leave together: under load batches grow by
+    themselves.
+
+An entry is in one of these states
+    queued      waiting for a lane
+    in flight   in a batch that was sent
+    settled     its caller has an answer, an error, or is gone
+
+Guaranteed
+    - Every caller gets exactly one outcome: its own answer or error, never a neighbour's.
+    - It gets it in bounded time: at its deadline it gets `DeadlineExceeded`, whatever the service does.
+    - Never more than `lanes` batches in flight, never more than `queue_limit` entries waiting: beyond, `Overloaded`,
+      at once.
+    - An entry that nobody waits for any more, because its caller was cancelled or its deadline passed, is not sent.
+    - A batch without a waiting caller is cancelled, so that a service that hangs does not hold a lane for ever.
+
+Deadlines cost nothing on the way: one timer per batcher stands at the earliest deadline that was ever armed, looks
+through the entries when it rings (in practice once in ten seconds), and is armed again for the earliest that is left.
+
+A batcher belongs to one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, Protocol
+
+from mercato.chassis.contract import (
+    Context,
+    DeadlineExceeded,
+    Internal,
+    OutcomeUnknown,
+    Overloaded,
+    ServiceError,
+    Unavailable,
+)
+
+Outcome = Any
+"""An answer message, or a `ServiceError`."""
+
+Send = Callable[[Sequence[Any], Sequence[Context]], Awaitable[Sequence[Outcome]]]
+
+DEFAULT_QUEUE_LIMIT: Final = 10_000
+
+ALARM_RESOLUTION_SECONDS: Final = 0.001
+"""The alarm never sleeps less: a loop whose timers ring a little early (uvloop rounds to milliseconds) would spin."""
+
+
+class Observer(Protocol):
+    """What a batcher reports, once per batch."""
+
+    def sent(self, size: int, longest_wait_s: float) -> None: ...
+    def refused(self, count: int) -> None: ...
+    def failed(self, error: BaseException) -> None: ...
+
+
+class Entry:
+    """One request on its way to one answer: the only one of its call, whose future it resolves or fails."""
+
+    __slots__ = ("context", "future", "queued_at", "request")
+
+    def __init__(self, request: Any, context: Context, future: asyncio.Future[Any], queued_at: float) -> None:
+        self.request = request
+        self.context = context
+        self.future = future
+        self.queued_at = queued_at
+
+    def wanted(self) -> bool:
+        """False once it is settled, or its caller is gone."""
+        return not self.future.done()
+
+    def settle(self, outcome: Outcome) -> None:
+        """Only the first outcome counts."""
+        if self.future.done():
+            return
+        if isinstance(outcome, ServiceError):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+
+
+class Group:
+    """The outcomes of a call with many requests, whose one future is resolved by the last of them."""
+
+    __slots__ = ("future", "missing", "outcomes")
+
+    def __init__(self, future: asyncio.Future[Sequence[Outcome]], size: int) -> None:
+        self.future = future
+        self.outcomes: list[Outcome] = [None] * size
+        self.missing = size
+
+
+class GroupEntry(Entry):
+    """One of the requests of a `Group`, at `place` among them."""
+
+    __slots__ = ("group", "place", "settled")
+
+    def __init__(self, request: Any, context: Context, group: Group, place: int, queued_at: float) -> None:
+        self.request = request
+        self.context = context
+        self.future = group.future
+        self.queued_at = queued_at
+        self.group = group
+        self.place = place
+        self.settled = False
+
+    def wanted(self) -> bool:
+        return not self.settled and not self.future.done()
+
+    def settle(self, outcome: Outcome) -> None:
+        if self.settled:
+            return
+        self.settled = True
+        group = self.group
+        group.outcomes[self.place] = outcome
+        group.missing -= 1
+        if group.missing == 0 and not self.future.done():
+            self.future.set_result(group.outcomes)
+
+
+class InFlightBatch:
+    """A batch that was dispatched. `task` is None only until the task that runs it exists."""
+
+    __slots__ = ("abandoned", "entries", "longest_wait_s", "task")
+
+    def __init__(self, entries: list[Entry], longest_wait_s: float) -> None:
+        self.entries = entries
+        self.longest_wait_s = longest_wait_s
+        self.abandoned = False
+        self.task: asyncio.Task[None] | None = None
+
+
+class Batcher:
+    """Collects the calls of one operation and sends them in batches. See the top of this file.
+
+    `send` takes requests and their contexts, both of the same length, at most `size`, and answers in the same order.
+    """
+
+    def __init__(
+        self,
+        operation: str,
+        send: Send,
+        *,
+        size: int,
+        lanes: int,
+        observer: Observer,
+        monotonic: Callable[[], float],
+        queue_limit: int = DEFAULT_QUEUE_LIMIT,
+    ) -> None:
+        assert min(size, lanes) > 0
+        assert queue_limit >= size
+        self.operation = operation
+        self.size = size
+        self.lanes = lanes
+        self.queue_limit = queue_limit
+        self._send = send
+        self._observer = observer
+        self._monotonic = monotonic
+        self._queue: deque[Entry] = deque()
+        self._in_flight: set[InFlightBatch] = set()
+        self._flush_scheduled = False
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_at = float("inf")
+        # What runs between calls sees no caller's context. Each batcher has its own: a context cannot be entered twice.
+        self._no_caller = contextvars.Context()
+
+    # ------------------------------------------------------------------------------------------------ for callers
+
+    def submit(self, request: Any, context: Context) -> asyncio.Future[Any]:
+        """A future of the answer. Raises `Overloaded` when the queue is full."""
+        if len(self._queue) >= self.queue_limit:
+            self._refuse(1)
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        self._queue.append(Entry(request, context, future, self._monotonic()))
+        if context.deadline < self._alarm_at:
+            self._arm(loop, context.deadline)
+        if not self._flush_scheduled and len(self._in_flight) < self.lanes:
+            self._schedule_flush(loop)
+        return future
+
+    def submit_many(self, requests: Sequence[Any], context: Context) -> asyncio.Future[Sequence[Outcome]]:
+        """A future of the outcomes, in the order of the requests. Raises `Overloaded` when they do not all fit."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Sequence[Outcome]] = loop.create_future()
+        if not requests:
+            future.set_result([])
+            return future
+        if len(self._queue) + len(requests) > self.queue_limit:
+            self._refuse(len(requests))
+        group, now = Group(future, len(requests)), self._monotonic()
+        self._queue.extend(GroupEntry(request, context, group, i, now) for i, request in enumerate(requests))
+        if context.deadline < self._alarm_at:
+            self._arm(loop, context.deadline)
+        if not self._flush_scheduled and len(self._in_flight) < self.lanes:
+            self._schedule_flush(loop)
+        return future
+
+    @property
+    def queued(self) -> int:
+        return len(self._queue)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._in_flight)
+
+    async def close(self) -> None:
+        """Lets the batches in flight complete, and fails what still waits.
+
+        For the end of a process, after requests have stopped.
+        """
+        while self._queue or self._in_flight:
+            while self._queue:
+                self._queue.popleft().settle(self._unavailable())
+            if tasks := [batch.task for batch in self._in_flight if batch.task]:
+                await asyncio.wait(tasks)
+        if self._alarm:
+            self._alarm.cancel()
+        self._alarm, self._alarm_at = None, float("inf")
+
+    # ------------------------------------------------------------------------------------------------ the machine
+
+    def _refuse(self, count: int) -> None:
+        self._observer.refused(count)
+        raise Overloaded(operation=self.operation)
+
+    def _schedule_flush(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._flush_scheduled = True
+        loop.call_soon(self._flush, context=self._no_caller)
+
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        while self._queue and len(self._in_flight) < self.lanes:
+            if (batch := self._collect()) is None:
+                continue
+            self._in_flight.add(batch)
+            # A batch belongs to no caller: it must not see one caller's context, nor end with one caller's task.
+            batch.task = asyncio.get_running_loop().create_task(self._run(batch), context=contextvars.Context())
+            batch.task.add_done_callback(functools.partial(self._release, batch), context=self._no_caller)
+
+    def _collect(self) -> InFlightBatch | None:
+        """A batch of up to `size` entries that are still worth sending; the others get their error, or are dropped."""
+        queue, size, now, entries = self._queue, self.size, self._monotonic(), list[Entry]()
+        while queue and len(entries) < size:
+            entry = queue.popleft()
+            if not entry.wanted():
+                continue
+            if entry.context.deadline <= now:
+                entry.settle(DeadlineExceeded(operation=self.operation))
+                continue
+            entries.append(entry)
+        return InFlightBatch(entries, now - entries[0].queued_at) if entries else None
+
+    async def _run(self, batch: InFlightBatch) -> None:
+        entries = batch.entries
+        try:
+            self._observer.sent(len(entries), batch.longest_wait_s)
+            outcomes = await self._send([e.request for e in entries], [e.context for e in entries])
+            if len(outcomes) != len(entries):
+                raise AssertionError(f"{self.operation}: {len(outcomes)} answers to {len(entries)} requests")
+        except ServiceError as error:
+            self._settle_all(entries, error)
+        except Exception as error:  # an edge: whatever the transport did, every caller gets an outcome
+            self._settle_all(entries, Internal(operation=self.operation))
+            self._observer.failed(error)
+        except BaseException:
+            # Cancelled: nobody waits any more, or the process ends. The service may have done it all the same.
+            self._settle_all(entries, OutcomeUnknown(operation=self.operation))
+            raise
+        else:
+            for entry, outcome in zip(entries, outcomes, strict=True):
+                entry.settle(outcome)
+        finally:
+            self._complete(batch)
+
+    def _complete(self, batch: InFlightBatch) -> None:
+        self._in_flight.discard(batch)
+        if not self._flush_scheduled:  # or else what was called in this turn leaves together, at the next
+            self._dispatch()
+
+    def _release(self, batch: InFlightBatch, _: asyncio.Task[None]) -> None:
+        """For a batch whose task was cancelled before its first step: such a task runs nothing, not even `finally`."""
+        if batch in self._in_flight:
+            self._settle_all(batch.entries, self._unavailable())
+            self._complete(batch)
+
+    def _settle_all(self, entries: Sequence[Entry], error: ServiceError) -> None:
+        for entry in entries:
+            entry.settle(error.copy())
+
+    def _unavailable(self) -> ServiceError:
+        return Unavailable(service=self.operation.partition(".")[0])
+
+    # -------------------------------------------------------------------------------------------------- deadlines
+
+    def _arm(self, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
+        if self._alarm:
+            self._alarm.cancel()
+        self._alarm_at = deadline
+        delay = max(ALARM_RESOLUTION_SECONDS, deadline - self._monotonic())
+        self._alarm = loop.call_later(delay, self._ring, context=self._no_caller)
+
+    def _ring(self) -> None:
+        """Fails the entries whose time is over, cancels batches without a waiting caller, and arms for the next."""
+        now, left = self._monotonic(), float("inf")
+        for entry in (*self._queue, *(e for batch in self._in_flight for e in batch.entries)):
+            if not entry.wanted():
+                continue
+            if entry.context.deadline <= now:
+                entry.settle(DeadlineExceeded(operation=self.operation))
+            else:
+                left = min(left, entry.context.deadline)
+        for batch in self._in_flight:
+            if batch.task and not batch.abandoned and not any(entry.wanted() for entry in batch.entries):
+                # Cancelled once: a second time would hit the roll-back that the first one began
+                batch.abandoned = True
+                batch.task.cancel()
+        # What has left the queue's front is dropped when collected; its back must not keep dead entries either.
+        self._queue = deque(entry for entry in self._queue if entry.wanted())
+        self._alarm, self._alarm_at = None, float("inf")
+        if left < float("inf"):
+            self._arm(asyncio.get_running_loop(), left)

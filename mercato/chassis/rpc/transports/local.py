@@ -1,0 +1,22 @@
+"""The service is in this process: a batch is a method call, and messages are handed over as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mercato.chassis.contract import Context, Operation
+from mercato.chassis.rpc.batching import Outcome
+from mercato.chassis.rpc.server import Server
+
+
+class LocalTransport:
+    """Sends to the servers of this process. `servers` maps a service's name to its server; it may still be filled."""
+
+    def __init__(self, servers: Mapping[str, Server]) -> None:
+        self._servers = servers
+
+    async def send(
+        self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context]
+    ) -> Sequence[Outcome]:
+        return await self._servers[operation.service].dispatch(operation, requests, contexts)

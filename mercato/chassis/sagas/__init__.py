@@ -1,0 +1,1 @@
+"""Sagas: steps with compensations that go on after a crash."""

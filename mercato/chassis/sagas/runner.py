@@ -1,0 +1,302 @@
+"""Drives the sagas of one process. What a saga is, who drives it and what is guaranteed: `store.py`.
+
+drive      sagas join a queue; the lanes take up to `BATCH_SIZE` of them at a time
+a lane     takes its batch from step to step, until each saga is finished, waits, or was taken over by another process
+the sweep  renews the lease of this process, and takes over sagas whose time has come or whose driver's lease has ended
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from typing import Final
+
+import structlog
+
+from mercato.chassis.contract import SERVICE_ROLE, Actor, Context, ServiceError, current
+from mercato.chassis.observability.clock import Clock
+from mercato.chassis.observability.telemetry import Telemetry
+from mercato.chassis.postgres.database import Database, Tx
+
+from .store import Key, Next, Saga, expired_drivers, is_running, reclaim, renew_lease, save, stale, take_over
+
+BATCH_SIZE: Final = 256
+LANES: Final = 2
+"""Batches that a process drives at once. A batch spends its time waiting for one database after another."""
+GATHER_SECONDS: Final = 0.02
+"""The shortest time from the start of one batch to that of the next, unless the next is full. A saga that comes alone
+starts at once; those that follow it closely share a batch, and leave the cores to the requests that bring them."""
+BACKLOG_LIMIT: Final = 2_000
+"""Sagas that one process has started and not finished. Who would start more waits (`Runner.acquire_slot`)."""
+STEP_SECONDS: Final = 4.0
+"""The deadline of the calls of one step. A lease may run out meanwhile: then somebody else does the same step."""
+SWEPT_AT_ONCE: Final = 1_000
+FIRST_PAUSE_SECONDS: Final = 0.1
+LONGEST_PAUSE_SECONDS: Final = 30.0
+POLL_SECONDS: Final = 0.1
+LONGEST_POLL_SECONDS: Final = 1.0
+"""How often somebody who waits for a saga that another process drives, or that waits itself, looks at it: ever less."""
+
+log = structlog.stdlib.get_logger("mercato.saga")
+
+Step = Callable[[Sequence[Saga]], Awaitable[None]]
+"""Takes sagas that are at the same step, and saves what came of it by `Runner.saving`."""
+
+Decided = Sequence[tuple[Saga, Next]]
+
+
+class Runner:
+    """Drives the sagas of one service in this process. `loops` run for as long as the service is open.
+
+    Sagas are started with `driver` as their driver, after `acquire_slot`.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        clock: Clock,
+        telemetry: Telemetry,
+        lease_seconds: float = 5.0,
+        sweep_seconds: float = 0.5,
+    ) -> None:
+        self.lease_seconds = lease_seconds
+        self.loops = (self._sweep, *(self._lane for _ in range(LANES)))
+        self._database = database
+        self._steps: dict[tuple[str, str], Step] = {}
+        self._clock = clock
+        self._sweep_seconds = sweep_seconds
+        self._queue: deque[Saga] = deque()
+        self._busy: dict[Key, Saga] = {}
+        """Those of this process, queued or in a lane."""
+        self._lanes: deque[asyncio.Future[None]] = deque()
+        """Lanes with nothing to do."""
+        self._next_start = 0.0
+        """When the next batch may start that is not full, by the clock of the event loop."""
+        self._wanting: deque[asyncio.Future[None]] = deque()
+        """Those who wait for room."""
+        self._waiters: dict[Key, list[asyncio.Future[Next | None]]] = {}
+        """Who waits for a saga of this process to leave it: where it has come to, or None where it was lost."""
+        self.driver: Final = random.getrandbits(62)
+        """The name of this process among the drivers of sagas."""
+        self._renewed_at: float | None = None
+        self._checked_at = clock.monotonic()
+        self._fenced = telemetry.saga_fenced.labels(database.service)
+        self._taken = telemetry.saga_taken_over.labels(database.service)
+        self._retried = telemetry.saga_retried.labels(database.service)
+
+    def register(self, kind: str, steps: Mapping[str, Step]) -> None:
+        """The code of each step of a kind of saga, by its name. A step without code is one that nothing wakes."""
+        self._steps.update({(kind, step): code for step, code in steps.items()})
+
+    async def acquire_slot(self) -> None:
+        """Returns when this process has its lease and may start more sagas: its backlog is bounded."""
+        if self._renewed_at is None:
+            await self._renew()
+        while len(self._busy) >= BACKLOG_LIMIT:
+            waiting = asyncio.get_running_loop().create_future()
+            self._wanting.append(waiting)
+            await waiting
+
+    def drive(self, sagas: Sequence[Saga]) -> None:
+        """Drives sagas whose rows are committed with this driver, as soon as a lane is free."""
+        for saga in sagas:
+            self._busy[saga.key] = saga
+        self._queue.extend(sagas)
+        for _ in range(min(len(self._lanes), -(-len(self._queue) // BATCH_SIZE))):
+            _wake(self._lanes)
+
+    async def wait_until_idle(self, key: Key, resting: Sequence[str], seconds: float) -> None:
+        """Returns when no process works on a saga, or when the time is over.
+
+        It is finished, parked, or waits at one of the steps in `resting`.
+        """
+        end, pause = self._clock.monotonic() + seconds, POLL_SECONDS
+        while (left := end - self._clock.monotonic()) > 0:
+            if key in self._busy:
+                waiter: asyncio.Future[Next | None] = asyncio.get_running_loop().create_future()
+                self._waiters.setdefault(key, []).append(waiter)
+                await asyncio.wait([waiter], timeout=left)
+                if not waiter.done() or _rests(waiter.result(), resting):
+                    return
+            async with self._database.read() as tx:
+                if not await is_running(tx, key, resting):
+                    return
+            if key not in self._busy:  # another process drives it, or it waits for its next try
+                await asyncio.sleep(min(left, pause))
+                pause = min(2 * pause, LONGEST_POLL_SECONDS)
+
+    @contextlib.asynccontextmanager
+    async def saving(self, decided: Decided) -> AsyncGenerator[tuple[Tx, Decided]]:
+        """A transaction in which outcomes of steps are saved; gives those sagas whose change is to be made in it.
+
+        The others were taken over meanwhile. After the commit, each saga stands at its next step.
+        """
+        async with self._database.transaction() as tx:
+            kept = await save(tx, decided)
+            yield tx, [(saga, outcome) for saga, outcome in decided if (saga.key, saga.epoch) in kept]
+        for saga, outcome in decided:
+            if (saga.key, saga.epoch) in kept:
+                saga.advance(outcome)
+                if not saga.live:
+                    self._let_go(saga, outcome)
+            else:
+                saga.live = False
+                self._let_go(saga, None)
+        if fenced := len(decided) - len(kept):
+            self._fenced.inc(fenced)
+            log.warning("saga_fenced", service=self._database.service, count=fenced)
+
+    # ---------------------------------------------------------------------------------------------------------- loops
+
+    async def _lane(self) -> None:
+        while True:
+            batch = await self._next_batch()
+            for saga in batch:
+                # One that lost its lease in the queue may have been taken over by ourselves, and stand here twice.
+                saga.live = self._busy.get(saga.key) is saga
+            try:
+                await self._drive_batch([saga for saga in batch if saga.live])
+            finally:
+                for saga in batch:
+                    self._let_go(saga, None)
+
+    async def _next_batch(self) -> list[Saga]:
+        loop = asyncio.get_running_loop()
+        while True:
+            if not self._queue:
+                resting = loop.create_future()
+                self._lanes.append(resting)
+                await resting
+            elif len(self._queue) < BATCH_SIZE and (wait_s := self._next_start - loop.time()) > 0:
+                await asyncio.sleep(wait_s)
+            else:
+                self._next_start = loop.time() + GATHER_SECONDS
+                return [self._queue.popleft() for _ in range(min(BATCH_SIZE, len(self._queue)))]
+
+    async def _sweep(self) -> None:
+        """Keeps the lease of this process, and takes over sagas that no process drives any more."""
+        while True:
+            if self._renewed_at is None or self._clock.monotonic() - self._renewed_at >= self.lease_seconds / 3:
+                await self._renew()
+            taken = await self._take_over()
+            if self._clock.monotonic() - self._checked_at >= self.lease_seconds:
+                await self._take_over_own()
+            if len(taken) < SWEPT_AT_ONCE:
+                await asyncio.sleep(self._sweep_seconds)
+
+    async def _renew(self) -> None:
+        now = self._clock.monotonic()
+        async with self._database.transaction() as tx:
+            await renew_lease(tx, self.driver, self.lease_seconds)
+        self._renewed_at = now
+
+    async def _take_over(self) -> Sequence[Saga]:
+        free = min(SWEPT_AT_ONCE, BACKLOG_LIMIT - len(self._busy))
+        if free <= 0:
+            return ()
+        async with self._database.read() as tx:
+            expired = await expired_drivers(tx, self.lease_seconds)
+        async with self._database.transaction() as tx:
+            taken = await take_over(tx, self.driver, free, expired)
+        if taken:
+            self._taken.inc(len(taken))
+            # One that this process still works on was lost while the process stood still: the new epoch counts.
+            self.drive(taken)
+        return taken
+
+    async def _take_over_own(self) -> None:
+        """Takes over sagas that name this process as their driver, which does not know of them.
+
+        Their start or their postponement was committed, and the answer to the commit was lost.
+        """
+        async with self._database.read() as tx:
+            found = await stale(tx, self.driver, self.lease_seconds, BACKLOG_LIMIT + SWEPT_AT_ONCE)
+        if unknown := [epoch for key, epoch in found if key not in self._busy]:
+            async with self._database.transaction() as tx:
+                taken = await reclaim(tx, self.driver, unknown)
+            self._taken.inc(len(taken))
+            self.drive(taken)
+        self._checked_at = self._clock.monotonic()
+
+    # ---------------------------------------------------------------------------------------------------------- driving
+
+    async def _drive_batch(self, batch: Sequence[Saga]) -> None:
+        """Takes a batch as far as it goes. One that fails goes on later; the others are not held up by it."""
+        try:
+            await self._drive_through(batch)
+        except Exception as error:  # an edge: whatever went wrong, the sagas are there and are tried again
+            left = [saga for saga in batch if saga.live]
+            if len(left) > 1:
+                log.warning("saga_batch_rerun", size=len(left), reason=type(error).__name__)
+                for saga in left:
+                    saga.memo = None
+                    await self._drive_batch([saga])
+                return
+            log.error("saga_failed", sagas=[saga.key for saga in left], exc_info=error)
+            await self._postpone(left)
+
+    async def _drive_through(self, batch: Sequence[Saga]) -> None:
+        while live := [saga for saga in batch if saga.live]:
+            by_step: dict[tuple[str, str], list[Saga]] = {}
+            for saga in live:
+                by_step.setdefault((saga.kind, saga.step), []).append(saga)
+            for where, sagas in by_step.items():
+                self.enter_service_context()
+                try:
+                    await self._steps[where](sagas)
+                except ServiceError:  # what a step called, or its database, does not answer
+                    await self._postpone([saga for saga in sagas if saga.live])
+
+    def enter_service_context(self) -> None:
+        """The steps call other services as the service itself, with a deadline of `STEP_SECONDS`."""
+        trace_id = f"{random.getrandbits(128):032x}"
+        deadline = self._clock.monotonic() + STEP_SECONDS
+        current.set(Context(Actor(SERVICE_ROLE), deadline, trace_id, ""))
+
+    async def _postpone(self, sagas: Sequence[Saga]) -> None:
+        """Saves that a try has failed. Where even that fails, this process takes the saga over from itself."""
+        for saga in sagas:
+            saga.memo = None
+        try:
+            async with self.saving([(saga, self.retry_later(saga)) for saga in sagas]):
+                pass
+        except Exception as failure:  # an edge, as above
+            for saga in sagas:
+                saga.live = False
+            log.warning("saga_postponed_unsaved", count=len(sagas), reason=type(failure).__name__)
+
+    def retry_later(self, saga: Saga) -> Next:
+        """The same step once more, after a pause that doubles with every try and is different for each saga."""
+        self._retried.inc()
+        pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(saga.tries, 20))
+        wake_s = pause * (0.5 + random.random())
+        return Next(saga.step, saga.state, wake_s=wake_s, tries=saga.tries + 1)
+
+    def _let_go(self, saga: Saga, outcome: Next | None) -> None:
+        """Its driver is done with it, at once: who waits for it does not wait for the others of its batch."""
+        if self._busy.get(saga.key) is not saga:  # it was taken over again meanwhile
+            return
+        del self._busy[saga.key]
+        for waiter in self._waiters.pop(saga.key, ()):
+            if not waiter.done():
+                waiter.set_result(outcome)
+        _wake(self._wanting)
+
+
+def _rests(outcome: Next | None, resting: Sequence[str]) -> bool:
+    if outcome is None or outcome.running:
+        return False
+    is_parked = outcome.wake_s is None and outcome.wake_at is None
+    return outcome.finished or is_parked or outcome.step in resting
+
+
+def _wake(sleepers: deque[asyncio.Future[None]]) -> None:
+    while sleepers:
+        sleeper = sleepers.popleft()
+        if not sleeper.done():
+            sleeper.set_result(None)
+            return

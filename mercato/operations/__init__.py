@@ -1,0 +1,1 @@
+"""What operators run: the audit, and copies of databases."""

@@ -1,0 +1,181 @@
+"""The audit that a running shop makes of itself every few minutes, and where its result is shown.
+
+Every process has a `Background`. One of them takes the turn (`store.take_turn`) and audits; all read the result and
+show it: `mercato_audit_violations{invariant}`, `mercato_audit_timestamp_seconds`, and `audit` in `/health/ready`. A
+violation does not make a shop unready: it goes on selling, and somebody has to look.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, Final
+
+import msgspec
+import prometheus_client
+import structlog
+
+from mercato.chassis.observability.telemetry import Telemetry
+from mercato.chassis.postgres.database import Database
+from mercato.operations.audit import store
+from mercato.operations.audit.checking import SETTLED_SECONDS, audit
+from mercato.operations.copying import SCRATCH, ensured
+
+FIRST_SECONDS: Final = 30.0
+"""After the start of a process, which has other things to do; sooner where audits are more frequent."""
+LOOK_SECONDS: Final = (0.5, 15.0)
+"""Between two looks at what others have found, a tenth of the time between audits within these bounds."""
+CLOSE_SECONDS: Final = 0.5
+
+log = structlog.stdlib.get_logger("mercato.operations.audit")
+
+
+class Last(msgspec.Struct, frozen=True):
+    """The last audit, whichever process made it."""
+
+    at: datetime.datetime
+    violations: Mapping[str, int]
+    """Of every invariant, also of those that hold."""
+
+
+class Background:
+    """Audits the shop every `every_seconds`, together with all its other processes. `run` until cancelled."""
+
+    def __init__(
+        self,
+        admin_dsn: str,
+        dsns: Mapping[str, str],
+        telemetry: Telemetry,
+        *,
+        every_seconds: float,
+        settled_seconds: float = SETTLED_SECONDS,
+    ) -> None:
+        self._admin_dsn = admin_dsn
+        self._dsns = dsns
+        self._telemetry = telemetry
+        self._every_seconds = every_seconds
+        self._settled_seconds = settled_seconds
+        self._last: Last | None = None
+        self._failure = ""
+        self._database: Database | None = None
+        # Every process shows what it has read last: that of the newest is the newest.
+        self._violations = prometheus_client.Gauge(
+            "mercato_audit_violations",
+            "Places where an invariant did not hold in the last audit.",
+            ["invariant"],
+            registry=telemetry.registry,
+            multiprocess_mode="mostrecent",
+        )
+        self._timestamp = prometheus_client.Gauge(
+            "mercato_audit_timestamp_seconds",
+            "When the databases were copied for the last audit.",
+            registry=telemetry.registry,
+            multiprocess_mode="mostrecent",
+        )
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncGenerator[None]:
+        """Runs it for the time of the block; with 0 seconds between audits, not at all."""
+        if not self._every_seconds:
+            yield
+            return
+        task = asyncio.create_task(self.run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            # The end of a process is not held up by an audit: what it has open, its server ends.
+            await asyncio.wait({task}, timeout=CLOSE_SECONDS)
+
+    async def run(self) -> None:
+        """Never returns, whatever happens to the server. Nothing is left open when it is cancelled."""
+        await asyncio.sleep(min(FIRST_SECONDS, self._every_seconds))
+        shortest, longest = LOOK_SECONDS
+        while True:
+            before = self._failure
+            try:
+                await self.turn()
+            except Exception as error:  # an edge: the next turn may find the server well
+                # Said once, as long as it does not change by itself, such as a role that may make no database.
+                if _sentence(error) != before:
+                    log.warning("audit_failed", reason=_sentence(error))
+            await asyncio.sleep(min(max(self._every_seconds / 10, shortest), longest))
+
+    async def turn(self) -> bool:
+        """Audits if it is time and nobody else does; then shows the last result. Whether it was this one that audited.
+
+        Raises what the server makes impossible: `CopyError`, `Unavailable`.
+        """
+        try:
+            mine = await self._turn()
+        except Exception as error:
+            # It may be gone, or was made anew without its table: the next turn begins from nothing.
+            self._database = None
+            self._failure = _sentence(error)
+            raise
+        self._failure = ""
+        return mine
+
+    async def _turn(self) -> bool:
+        database = await self._opened()
+        try:
+            async with database.transaction() as tx:
+                mine = await store.take_turn(tx, self._every_seconds)
+            if mine:
+                await self._audit(database)
+            async with database.read() as tx:
+                row = await store.latest(tx)
+        finally:
+            # Not kept between turns: one connection for each process would be taken from those that serve.
+            await database.close()
+        if row is not None:
+            self._show(Last(row.at, msgspec.json.decode(row.violations, type=dict[str, int])))
+        return mine
+
+    def details(self) -> Mapping[str, Any]:
+        """For `/health/ready`: what does not hold, by the last audit; nothing before the first.
+
+        While turns fail, `failure` says why: what the last audit found gets older and older.
+        """
+        shown: dict[str, Any] = {}
+        if self._last is not None:
+            violations = {name: count for name, count in self._last.violations.items() if count}
+            shown = {"at": self._last.at, "violations": violations}
+        if self._failure:
+            shown["failure"] = self._failure
+        return {"audit": shown} if shown else {}
+
+    async def _audit(self, database: Database) -> None:
+        report = await audit(self._admin_dsn, self._dsns, settled_seconds=self._settled_seconds)
+        for finding in report.violated:
+            log.error("invariant_violated", invariant=finding.name, title=finding.title, times=finding.violations)
+        violations = {finding.name: finding.violations for finding in report.findings}
+        async with database.transaction() as tx:
+            await store.save(tx, report.taken_at, msgspec.json.encode(violations).decode())
+
+    def _show(self, last: Last) -> None:
+        self._last = last
+        for name, count in last.violations.items():
+            self._violations.labels(name).set(count)
+        self._timestamp.set(last.at.timestamp())
+
+    async def _opened(self) -> Database:
+        if self._database is None:
+            made = Database(await ensured(self._admin_dsn, SCRATCH), "audit", self._telemetry, size=1)
+            await made.open()
+            try:
+                async with made.transaction() as tx:
+                    await store.make_table(tx)
+            except BaseException:
+                await made.close()
+                raise
+            self._database = made
+        else:
+            await self._database.open()
+        return self._database
+
+
+def _sentence(error: Exception) -> str:
+    return str(error) or type(error).__name__

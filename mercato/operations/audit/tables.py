@@ -1,0 +1,324 @@
+"""What an audit copies, and the views over the copies that the invariants share.
+
+Only tables that an invariant needs, and of these only the columns: no password, no session, no address, no stored
+answer and no payload of an event ever leaves its own database.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from mercato.chassis.messaging.events import KEPT_DAYS
+from mercato.operations.audit.history import COLUMNS as HISTORY_COLUMNS
+from mercato.operations.audit.history import ClientOperation, as_row
+from mercato.operations.copying import Copies, Table
+
+# A row for each event of a row. Their positions, as in `chassis/messaging/rows.py`: 12 bits for the place.
+_EVENTS: Final = """
+    CROSS JOIN LATERAL ROWS FROM (
+        json_to_recordset(r.events::json) AS (type text, subject text, subject_id bigint, version bigint)
+    ) WITH ORDINALITY AS e (type, subject, subject_id, version, n)
+"""
+OUTBOX: Final = (
+    Table(
+        "outbox",
+        ("r.id << 12 | e.n - 1 AS id", "e.type", "e.subject", "e.subject_id", "e.version", "r.at"),
+        f"outbox r {_EVENTS}",
+    ),
+    Table("outbox_readers", ("seen_at",)),
+)
+FEED: Final = Table(
+    "feed",
+    (
+        "r.position << 12 | e.n - 1 AS position",
+        "r.source",
+        "r.outbox_id << 12 | r.place + e.n - 1 AS event_id",
+        "e.type",
+        "e.subject",
+        "e.subject_id",
+        "e.version",
+        "r.at",
+        "r.received_at",
+    ),
+    f"feed r {_EVENTS}",
+)
+CONSUMER: Final = (
+    Table("cursors", ("consumer", "source", "position")),
+    Table(
+        "parked",
+        (
+            "consumer",
+            "source",
+            "position AS event_id",
+            "type",
+            "subject",
+            "subject_id",
+            "tries",
+            "retry_at",
+            "dead_at",
+            "replayed_at",
+        ),
+    ),
+)
+IDEMPOTENCY: Final = Table("idempotency", ("principal", "operation", "key", "answer IS NOT NULL AS answered"))
+
+WANTED: Final[Mapping[str, Sequence[Table]]] = {
+    # Whoever hears of something is copied before whoever says it. The snapshots are taken at once; this is for readers.
+    "events": (FEED, *CONSUMER),
+    "products": (Table("products", ("id", "in_stock", "stock_version")), *CONSUMER),
+    "orders": (
+        Table(
+            "orders",
+            (
+                "id",
+                "nonce",
+                "user_id",
+                "status",
+                "payment",
+                "fulfilment",
+                "total_minor",
+                "refunded_minor",
+                "refund_pending_minor",
+                "created_at",
+                "updated_at",
+                "version",
+                "principal",
+                "idempotency_key",
+                "(SELECT json_agg(line::jsonb - 'sku' - 'name') FROM json_array_elements(lines) AS line) AS lines",
+                "returned",
+            ),
+        ),
+        Table("order_products", ("product_id", "order_id")),
+        Table("history", ("order_id", "version", "status", "payment", "fulfilment", "events", "at")),
+        Table("refunds", ("order_id", "reference", "amount_minor", "status", "created_at")),
+        Table("payment_keys", ("principal", "key", "order_id")),
+        Table("sagas", ("kind", "subject_id", "reference", "step", "tries", "driver", "wake_at", "updated_at")),
+        Table("saga_drivers", ("renewed_at",)),
+        *OUTBOX,
+    ),
+    "inventory": (
+        Table("levels", ("product_id", "on_hand", "reserved", "version")),
+        Table(
+            "reservations",
+            ("order_id", "state", "updated_at", "product_ids", "quantities", "level_versions", "returned", "nonce"),
+        ),
+        Table("movements", ("id", "product_id", "kind", "delta", "order_id", "reference", "level_version")),
+        IDEMPOTENCY,
+        *OUTBOX,
+    ),
+    "payments": (
+        Table(
+            "payments",
+            (
+                "id",
+                "order_id",
+                "attempt",
+                "status",
+                "amount_minor",
+                "authorized_minor",
+                "captured_minor",
+                "refunded_minor",
+                "created_at",
+                "nonce",
+            ),
+        ),
+        Table(
+            "operations",
+            (
+                "payment_id",
+                "kind",
+                "reference",
+                "key",
+                "amount_minor",
+                "currency",
+                "status",
+                "settled_at",
+            ),
+        ),
+        Table(
+            "intents",
+            ("payment_id", "kind", "reference", "key", "amount_minor", "currency", "status", "asked_at"),
+        ),
+        Table("accounts", ("account", "currency", "balance_minor")),
+        Table("transfers", ("payment_id", "kind", "reference", "debit", "credit", "amount_minor", "currency")),
+        *OUTBOX,
+    ),
+    "sandbox": (
+        Table(
+            "charges",
+            (
+                "id",
+                "order_id",
+                "currency",
+                "authorized_minor",
+                "captured_minor",
+                "refunded_minor",
+                "state",
+                "created_at",
+            ),
+        ),
+        Table(
+            "operations",
+            (
+                "id",
+                "key",
+                "kind",
+                "charge_id",
+                "order_id",
+                "amount_minor",
+                "currency",
+                "status",
+                "ready_at",
+                "created_at",
+            ),
+        ),
+    ),
+}
+"""By service."""
+
+SUBSCRIPTIONS: Final[Mapping[str, Sequence[str] | None]] = {
+    "events.feed": None,
+    "products.in_stock": ("stock.available", "stock.exhausted"),
+}
+"""What each consumer wants to hear; None: everything."""
+
+SURE_DAYS: Final = KEPT_DAYS - 1
+"""Published events, and the feed, are kept for `KEPT_DAYS`: what is younger than this must be there on both sides."""
+
+CLOCK: Final = """
+    CREATE UNLOGGED TABLE audit.clock AS
+    SELECT $1::timestamptz AS taken_at, shop.as_of,
+           CASE WHEN $2::float8 > 0 THEN shop.as_of - make_interval(secs => $2) ELSE 'infinity' END AS settled_before,
+           $1::timestamptz - make_interval(days => $3::integer) AS sure_after
+      FROM (
+        SELECT CASE WHEN $4::boolean THEN coalesce(least(sign.at, $1::timestamptz), $1::timestamptz)
+                    ELSE $1::timestamptz END AS as_of
+          FROM audit.last_sign sign
+      ) shop
+"""
+
+# While a shop is stopped, nothing goes on: what was a minute old then is a minute old now. A shop that runs notes every
+# few seconds that its consumers read (`outbox_readers`). What the feed and the consumers hold is no sign: a replay
+# writes there without a shop.
+LAST_SIGN: Final = """
+    CREATE VIEW audit.last_sign AS
+    SELECT max(at) AS at
+      FROM (
+        SELECT max(updated_at) AS at FROM orders.orders
+        UNION ALL SELECT max(updated_at) FROM orders.sagas
+        UNION ALL SELECT max(renewed_at) FROM orders.saga_drivers
+        UNION ALL SELECT max(updated_at) FROM inventory.reservations
+        UNION ALL SELECT max(settled_at) FROM payments.operations
+        UNION ALL SELECT max(asked_at) FROM payments.intents
+        UNION ALL SELECT max(created_at) FROM sandbox.operations
+        UNION ALL SELECT max(at) FROM orders.outbox
+        UNION ALL SELECT max(at) FROM inventory.outbox
+        UNION ALL SELECT max(at) FROM payments.outbox
+        UNION ALL SELECT max(seen_at) FROM orders.outbox_readers
+        UNION ALL SELECT max(seen_at) FROM inventory.outbox_readers
+        UNION ALL SELECT max(seen_at) FROM payments.outbox_readers
+      ) signs
+"""
+
+VIEWS: Final = """
+    CREATE VIEW audit.orders AS
+    SELECT o.*,
+           -- What is under way touches the order, or its saga.
+           greatest(o.updated_at, touched.at) < c.settled_before AS settled
+      FROM orders.orders o
+     CROSS JOIN audit.clock c
+      LEFT JOIN (SELECT subject_id, max(updated_at) AS at FROM orders.sagas GROUP BY subject_id) touched
+        ON touched.subject_id = o.id;
+
+    CREATE VIEW audit.order_lines AS
+    SELECT o.id AS order_id, l.id, l.product_id, l.quantity, l.unit_price_minor, l.discount_minor, l.tax_minor,
+           l.total_minor, coalesce(o.returned[l.id], 0) AS returned
+      FROM orders.orders o
+     CROSS JOIN json_to_recordset(o.lines) AS l (
+           id integer, product_id bigint, quantity integer, unit_price_minor bigint, discount_minor bigint,
+           tax_minor bigint, total_minor bigint);
+
+    -- Each transition beside the one before it.
+    CREATE VIEW audit.transitions AS
+    SELECT h.*, lag(h.version) OVER steps AS was_version, lag(h.status) OVER steps AS was_status,
+           lag(h.payment) OVER steps AS was_payment, lag(h.fulfilment) OVER steps AS was_fulfilment
+      FROM orders.history h
+    WINDOW steps AS (PARTITION BY h.order_id ORDER BY h.version);
+
+    -- What is held or sold, line by line.
+    CREATE VIEW audit.reservation_lines AS
+    SELECT r.order_id, r.state, r.updated_at, l.product_id, l.quantity, l.level_version,
+           coalesce(l.returned, 0) AS returned
+      FROM inventory.reservations r
+     CROSS JOIN unnest(r.product_ids, r.quantities, r.level_versions, r.returned)
+           AS l (product_id, quantity, level_version, returned);
+
+    CREATE VIEW audit.held_lines AS
+    SELECT * FROM audit.reservation_lines WHERE state = 'held';
+
+    CREATE VIEW audit.came_back AS
+    SELECT order_id, product_id, sum(delta) AS came_back
+      FROM inventory.movements
+     WHERE kind = 'return'
+     GROUP BY order_id, product_id;
+
+    -- Everything that has changed what is on hand, with the version that its level had right after it.
+    CREATE VIEW audit.stock_changes AS
+    SELECT order_id, product_id, level_version, delta FROM inventory.movements
+    UNION ALL
+    SELECT order_id, product_id, level_version, -quantity FROM audit.reservation_lines WHERE state = 'committed';
+
+    CREATE VIEW audit.outbox AS
+    SELECT 'orders' AS source, e.* FROM orders.outbox e
+    UNION ALL SELECT 'inventory', e.* FROM inventory.outbox e
+    UNION ALL SELECT 'payments', e.* FROM payments.outbox e;
+
+    CREATE VIEW audit.cursors AS
+    SELECT * FROM events.cursors UNION ALL SELECT * FROM products.cursors;
+
+    CREATE VIEW audit.parked AS
+    SELECT * FROM events.parked UNION ALL SELECT * FROM products.parked;
+
+    -- What came out of order, perhaps after its outbox row was gone.
+    CREATE VIEW audit.replayed AS
+    SELECT consumer, source, event_id FROM audit.parked WHERE replayed_at IS NOT NULL;
+
+    -- What is behind the cursor of a consumer, and neither parked nor dead: it must have had its effect.
+    CREATE VIEW audit.consumed AS
+    SELECT s.consumer, e.*
+      FROM audit.outbox e
+      JOIN audit.subscriptions s ON s.type IS NULL OR s.type = e.type
+      JOIN audit.cursors c ON c.consumer = s.consumer AND c.source = e.source AND c.position >= e.id
+      LEFT JOIN audit.parked p
+        ON p.consumer = s.consumer AND p.source = e.source AND p.event_id = e.id AND p.replayed_at IS NULL
+     WHERE p.event_id IS NULL;
+
+    CREATE VIEW audit.idempotency AS
+    SELECT 'inventory' AS service, i.* FROM inventory.idempotency i;
+"""
+
+
+async def prepare(
+    copies: Copies,
+    *,
+    settled_seconds: float,
+    history: Sequence[ClientOperation] | None,
+    is_stopped: bool = False,
+) -> datetime.datetime:
+    """Puts beside the copies what the invariants need besides: the time, the subscriptions, the clients' history.
+
+    Gives the moment as of which is judged: that of the copies; of a stopped shop, that of its last sign of life.
+    """
+    # With 0 nothing is too young: the shop stands still, and everything must have come to its end.
+    await copies.execute("CREATE SCHEMA audit")
+    await copies.execute(LAST_SIGN)
+    await copies.execute(CLOCK, copies.taken_at, settled_seconds, SURE_DAYS, is_stopped)
+    subscribed = [(consumer, type_) for consumer, types in SUBSCRIPTIONS.items() for type_ in types or (None,)]
+    await copies.fill("audit", "subscriptions", {"consumer": "text", "type": "text"}, subscribed)
+    await copies.fill("history", "ops", HISTORY_COLUMNS, [as_row(operation) for operation in history or ()])
+    await copies.execute(VIEWS)
+    await copies.execute("ANALYZE audit.clock, audit.subscriptions, history.ops")
+    [clock] = await copies.fetch("SELECT as_of FROM audit.clock")
+    return clock["as_of"]

@@ -1,0 +1,308 @@
+"""Copies of the tables of several databases, side by side in one scratch database, to be asked questions over all.
+
+    database A ── REPEATABLE READ ──┐
+    database B ── REPEATABLE READ ──┼─ binary COPY ──► scratch database: schemas a, b, c in ONE open transaction
+    database C ── REPEATABLE READ ──┘                                    which is rolled back in the end
+
+Guaranteed
+    - What is copied of one database is one snapshot of it. All snapshots are taken within milliseconds, after the last
+      connection stands, and none before `Copies.taken_at`: what was committed by then is in every copy.
+    - The databases are only read, and no statement of theirs waits for the copying.
+    - Nothing is left of the copies, however the process ends: nobody commits them. Who is killed has its transaction
+      rolled back by the server; of a killed server, recovery empties the tables, which are unlogged.
+    - Copies are made one after the other: the second waits until the first are gone.
+
+The snapshots are let go of as soon as everything is copied, before the first question: an old one keeps the server from
+cleaning up behind everybody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping, Sequence
+from typing import Any, Final, cast
+
+import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
+import msgspec
+
+from mercato.chassis.postgres.dsn import DSN_FORM, shown, with_database
+
+CONNECT_SECONDS: Final = 10.0
+QUEUE_SECONDS: Final = 600.0
+LOCK_KEY: Final = 0x636F7079  # "copy"
+CHUNKS_IN_FLIGHT: Final = 16
+"""Of up to 64 KiB each, between the database that is read and the one that is written."""
+SCRATCH: Final = "mercato_audit"
+
+# A server whose operator ends idle transactions would end snapshots that wait for their turn.
+_SESSION: Final = {
+    "application_name": "mercato-copying",
+    "statement_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+    "lock_timeout": "10s",
+    "timezone": "UTC",
+    "jit": "off",
+    # Who is interrupted ends without a word: its server would go on with the statement, and keep others waiting for its
+    # turn, until there is something to answer.
+    "client_connection_check_interval": "1s",
+}
+
+
+_DRIVER_ERRORS: Final = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+    ValueError,
+)
+
+
+# What a statement of ours meets when its server goes away; anything else is a bug of the statement.
+_LOST: Final = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+)
+
+
+class CopyError(Exception):
+    """A sentence for the operator: which server or database is not as it must be, and the way out."""
+
+
+class Table(msgspec.Struct, frozen=True):
+    """What is copied of a table: `columns` are expressions over its own, so that what is secret or large stays there.
+
+    A column that is not simply one of the table's has a name: `answer IS NOT NULL AS answered`.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    source: str = ""
+    """What stands behind FROM, where it is not the table as it is: a row may become several."""
+
+    @property
+    def query(self) -> str:
+        return f"SELECT {', '.join(self.columns)} FROM {self.source or _identifier(self.name)}"  # noqa: S608  # no value is in it
+
+
+class Copies:
+    """The copies, in a transaction that nobody else sees and that ends with `copied`."""
+
+    def __init__(self, connection: Any, taken_at: datetime.datetime) -> None:
+        self._connection = connection
+        self.taken_at = taken_at
+        """By the server's clock, right before the first snapshot."""
+        self.rows = 0
+        """How many were copied."""
+
+    async def fetch(self, sql: str, *values: object) -> list[dict[str, Any]]:
+        """All rows, by the names of their columns. Here and below: `CopyError` when the server goes away."""
+        with _explained("the copies", _LOST):
+            return [dict(record) for record in await self._connection.fetch(sql, *values)]
+
+    async def execute(self, sql: str, *values: object) -> None:
+        """Changes the copies; several statements at once where there are no values."""
+        with _explained("the copies", _LOST):
+            await self._connection.execute(sql, *values)
+
+    async def fill(
+        self, schema: str, table: str, columns: Mapping[str, str], rows: Sequence[tuple[object, ...]]
+    ) -> None:
+        """Makes a table that is no copy: `columns` are names and types, `rows` have their order."""
+        with _explained("the copies", _LOST):
+            await self._make_table(schema, table, columns)
+            await self._connection.copy_records_to_table(table, schema_name=schema, columns=list(columns), records=rows)
+
+    @contextlib.asynccontextmanager
+    async def undone(self) -> AsyncGenerator[None]:
+        """What is changed in this block is taken back at its end."""
+        await self._connection.execute("SAVEPOINT undone")
+        try:
+            yield
+        finally:
+            await self._connection.execute("ROLLBACK TO SAVEPOINT undone; RELEASE SAVEPOINT undone")
+
+    async def take(self, source: Any, schema: str, table: Table) -> None:
+        """Copies one table out of the snapshot that `source` has open."""
+        statement = await source.prepare(table.query)
+        columns = {attribute.name: attribute.type.name for attribute in statement.get_attributes()}
+        await self._make_table(schema, table.name, columns)
+        chunks: asyncio.Queue[bytes | None] = asyncio.Queue(CHUNKS_IN_FLIGHT)
+
+        async def read() -> None:
+            await source.copy_from_query(table.query, output=chunks.put, format="binary")
+            await chunks.put(None)
+
+        async def write() -> None:
+            done: str = await self._connection.copy_to_table(
+                table.name, schema_name=schema, columns=list(columns), source=_until_none(chunks), format="binary"
+            )
+            self.rows += int(done.rpartition(" ")[2])
+
+        await _both(read(), write())
+
+    async def _make_table(self, schema: str, table: str, columns: Mapping[str, str]) -> None:
+        listed = ", ".join(f"{_identifier(name)} {kind}" for name, kind in columns.items())
+        name = f"{_identifier(schema)}.{_identifier(table)}"
+        await self._connection.execute(
+            f"CREATE SCHEMA IF NOT EXISTS {_identifier(schema)}; CREATE UNLOGGED TABLE {name} ({listed})"
+        )
+
+
+@contextlib.asynccontextmanager
+async def copied(
+    admin_dsn: str,
+    dsns: Mapping[str, str],
+    wanted: Mapping[str, Sequence[Table]],
+    *,
+    progress: Callable[[str], None],
+    scratch: str = SCRATCH,
+) -> AsyncGenerator[Copies]:
+    """Copies the `wanted` tables of each database (by its name in `dsns`) into the scratch database, for this block.
+
+    `admin_dsn` names the server that has, or gets, the scratch database, and a role that may make one. The block may
+    ask and change the copies. `progress` gets a line for people about what takes time. Raises `CopyError`.
+    """
+    scratch_dsn = await ensured(admin_dsn, scratch)
+    async with contextlib.AsyncExitStack() as stack:
+        connection = await stack.enter_async_context(_connected(scratch_dsn, scratch))
+        with _explained(f"the database {scratch}"):
+            await _take_turn(connection, progress)
+            await connection.execute("BEGIN; SET LOCAL work_mem = '64MB'")
+        async with contextlib.AsyncExitStack() as reading:
+            sources = await _snapshots(reading, {name: dsns[name] for name in wanted})
+            taken_at = min([began for _, began in sources.values()])
+            copies = Copies(connection, taken_at)
+            for name, (source, _) in sources.items():
+                progress(f"copying {name}")
+                for table in wanted[name]:
+                    await _taken(copies, source, name, table)
+        with _explained(f"the copies in {scratch}"):
+            await connection.execute("ANALYZE")
+        yield copies
+
+
+async def _take_turn(connection: Any, progress: Callable[[str], None]) -> None:
+    """Waits until nobody else has copies; for as long as this connection is open nobody else will."""
+    if await connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK_KEY):
+        return
+    progress("waiting for others to finish with their copies")
+    await connection.execute("SET lock_timeout = 0")
+    try:
+        await connection.execute("SELECT pg_advisory_lock($1)", LOCK_KEY, timeout=QUEUE_SECONDS)
+    except TimeoutError:
+        raise CopyError(
+            f"somebody else has been at work in {SCRATCH} for {QUEUE_SECONDS:.0f} s: wait for them, or end them"
+        ) from None
+
+
+async def _snapshots(
+    stack: contextlib.AsyncExitStack, dsns: Mapping[str, str]
+) -> dict[str, tuple[Any, datetime.datetime]]:
+    """A connection with an open snapshot for each database, and when its transaction began."""
+    opened = {name: await stack.enter_async_context(_connected(dsn, name)) for name, dsn in dsns.items()}
+
+    async def begin(connection: Any) -> datetime.datetime:
+        # The transaction's time is that of BEGIN; its first query takes the snapshot, never before that.
+        await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        return await connection.fetchval("SELECT now()")
+
+    with _explained("the databases"):
+        began = await asyncio.gather(*(begin(connection) for connection in opened.values()))
+    return {name: (connection, at) for (name, connection), at in zip(opened.items(), began, strict=True)}
+
+
+async def _taken(copies: Copies, source: Any, name: str, table: Table) -> None:
+    with _explained(f"the table {table.name} of {name}"):
+        try:
+            await copies.take(source, name, table)
+        except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError) as error:
+            raise CopyError(
+                f"the database of {name} is of another version ({error}): start this version of the shop on it once"
+            ) from error
+
+
+async def _both(first: Any, second: Any) -> None:
+    """Runs two coroutines; the first failure ends the other and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(first)
+            group.create_task(second)
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+
+
+async def _until_none(chunks: asyncio.Queue[bytes | None]) -> AsyncIterator[bytes]:
+    while (chunk := await chunks.get()) is not None:
+        yield chunk
+
+
+# ------------------------------------------------------------------------------------------------------ which databases
+
+
+async def located(admin_dsn: str, services: Sequence[str], *, prefix: str = "mercato_") -> dict[str, str]:
+    """The DSN of each service's database, as the administrator opens it. Raises `CopyError` where one is missing."""
+    async with _connected(admin_dsn, "the server") as connection:
+        with _explained("the server"):
+            names = set(await connection.fetchval("SELECT array_agg(datname::text) FROM pg_database"))
+    if missing := [prefix + service for service in services if prefix + service not in names]:
+        raise CopyError(
+            f"{shown(admin_dsn)} has no database {missing[0]}: start a shop on that server once, or name the right one"
+        )
+    return {service: with_database(admin_dsn, prefix + service) for service in services}
+
+
+async def ensured(admin_dsn: str, name: str) -> str:
+    """The DSN of a database that is made, and closed to everybody else, where it is not there. Raises `CopyError`."""
+    async with _connected(admin_dsn, "the server") as connection:
+        with _explained(f"the database {name}"):
+            if not await connection.fetchval("SELECT true FROM pg_database WHERE datname = $1", name):
+                # Somebody who makes it at the same moment has won; it is the same database.
+                with contextlib.suppress(asyncpg.DuplicateDatabaseError, asyncpg.UniqueViolationError):
+                    await connection.execute(f"CREATE DATABASE {_identifier(name)}")
+            if await connection.fetchval("SELECT has_database_privilege('public', $1, 'CONNECT')", name):
+                await connection.execute(f"REVOKE ALL ON DATABASE {_identifier(name)} FROM PUBLIC")
+    return with_database(admin_dsn, name)
+
+
+@contextlib.asynccontextmanager
+async def _connected(dsn: str, what: str) -> AsyncGenerator[Any]:
+    try:
+        connection = await cast(Any, asyncpg).connect(dsn, timeout=CONNECT_SECONDS, server_settings=_SESSION)
+    except ValueError as error:  # its words may be a part of the password, as whoever mistook it for a port has it
+        raise CopyError(f"{what} cannot be reached at {shown(dsn)}: {DSN_FORM}") from error
+    except _DRIVER_ERRORS as error:
+        raise CopyError(
+            f"{what} cannot be reached at {shown(dsn)}: {_reason(error)}; check that the shop or its server is running "
+            "and that host, user and password are right"
+        ) from error
+    try:
+        yield connection
+    finally:
+        # Not `close()`, which would wait for whatever a cancelled statement still does. The server rolls back.
+        connection.terminate()
+
+
+@contextlib.contextmanager
+def _explained(what: str, errors: tuple[type[Exception], ...] = _DRIVER_ERRORS) -> Generator[None]:
+    """Turns an error of the driver into a sentence about what could not be read or made."""
+    try:
+        yield
+    except errors as error:
+        raise CopyError(f"{what} cannot be used: {_reason(error)}; try again when the server is well") from error
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+
+
+def _identifier(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'

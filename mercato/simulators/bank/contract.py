@@ -1,0 +1,170 @@
+"""The sandbox: a payment provider that plays a bank. Its ledger is its own, and the independent witness of ours.
+
+Money moves here and nowhere else. What a payment method does is in its name:
+
+    sandbox:ok                   everything succeeds
+    sandbox:declined             authorize and charge are declined with `card_declined`
+    sandbox:insufficient_funds   authorize and charge are declined with `insufficient_funds`
+    sandbox:lost_answer          everything succeeds, and the first answer to each operation is lost
+    sandbox:error_then_ok        the first call of each operation fails and does nothing; the next succeeds
+    sandbox:slow:MS              each operation is `processing` for MS milliseconds, then succeeds (at most 60 000)
+    sandbox:capture_expired      authorize succeeds, and capture is declined with `authorization_expired`; charge, which
+                                 is both in one, is declined with it and leaves nothing reserved
+
+An operation is done once for each `idempotency_key`. The same key with other parameters is `SandboxKeyReused`. Keys
+never expire here. The key alone decides: a second charge for one order, with another key, takes the money again.
+"""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, Final, Literal
+
+from msgspec import Meta
+
+from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Retry, ServiceError, batched, single
+from mercato.contracts.payments import METHOD_PATTERN
+from mercato.contracts.roles import SERVICES_ONLY
+
+Key = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
+OrderReference = Annotated[int, Meta(ge=1, le=MAX_ID)]
+AmountMinor = Annotated[int, Meta(ge=0, le=2**62)]
+Currency = Annotated[str, Meta(pattern=r"^[A-Z]{3}$")]
+
+OperationKind = Literal["authorize", "charge", "capture", "void", "refund"]
+OperationStatus = Literal["processing", "succeeded", "declined"]
+
+PAGE_LIMIT: Final = 500
+DEADLINE_MS: Final = 2_500
+"""Shorter than the deadlines of those who ask: a bank that hangs leaves them the time to write down that it did."""
+
+
+class AuthorizeCharge(Message):
+    """Reserves an amount on a card: opens a charge."""
+
+    idempotency_key: Key
+    order_id: OrderReference
+    amount_minor: AmountMinor
+    currency: Currency
+    method: Annotated[str, Meta(pattern=METHOD_PATTERN)]
+
+
+class ChargeCard(Message):
+    """Takes an amount from a card in one operation: opens a charge that is captured at once."""
+
+    idempotency_key: Key
+    order_id: OrderReference
+    amount_minor: AmountMinor
+    currency: Currency
+    method: Annotated[str, Meta(pattern=METHOD_PATTERN)]
+
+
+class CaptureCharge(Message):
+    """Takes the whole amount of an authorized charge. A charge is captured once, whatever the key."""
+
+    idempotency_key: Key
+    charge_id: int
+
+
+class VoidCharge(Message):
+    """Gives an authorization back. A captured charge is refunded instead."""
+
+    idempotency_key: Key
+    charge_id: int
+
+
+class RefundCharge(Message):
+    """Gives captured money back: as often as it takes, never more than was captured."""
+
+    idempotency_key: Key
+    charge_id: int
+    amount_minor: AmountMinor
+
+
+class LookUpOperation(Message):
+    key: Key
+
+
+class SandboxOperation(Message):
+    """An operation as the bank's ledger has it."""
+
+    id: int
+    key: str
+    kind: OperationKind
+    charge_id: int | None
+    """None where an authorize or a charge was declined, or is not settled yet."""
+    order_id: int
+    amount_minor: int
+    currency: str
+    status: OperationStatus
+    code: str | None
+    """Why it was declined."""
+    created_at: datetime.datetime
+
+
+class ListOperations(Message):
+    """The bank statement: operations by ascending id, those after `after`.
+
+    An operation gets on it some time after it was asked for (a minute, unless the bank is configured otherwise), when
+    it and every earlier one are settled: a reader who goes on from the last id misses none.
+    """
+
+    after: int = 0
+    limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = PAGE_LIMIT
+
+
+class Statement(Message):
+    operations: tuple[SandboxOperation, ...]
+    next_after: int
+    """The `after` of the next page; what was asked for where there is nothing new."""
+
+
+class SandboxKeyReused(ServiceError, code="sandbox.key_reused", kind=Kind.INVALID):
+    sentence = "The key {key} was used for another operation."
+    key: str
+
+
+class OperationUnknown(ServiceError, code="sandbox.operation_unknown", kind=Kind.NOT_FOUND):
+    sentence = "The bank knows no operation {key}."
+    key: str
+
+
+class ChargeUnknown(ServiceError, code="sandbox.charge_unknown", kind=Kind.NOT_FOUND):
+    sentence = "The bank knows no charge {charge_id}."
+    charge_id: int
+
+
+class AnswerLost(ServiceError, code="sandbox.answer_lost", kind=Kind.DEADLINE):
+    """What a connection that breaks looks like. Whether the operation was done, this does not say."""
+
+    sentence = "The bank did not answer."
+
+
+class BankFailed(ServiceError, code="sandbox.failed", kind=Kind.UNAVAILABLE):
+    """A 500 of the bank. Whether the operation was done, this does not say."""
+
+    sentence = "The bank has failed."
+
+
+class Sandbox(Contract, name="sandbox"):
+    """The bank's side. Nobody but services may ask it for anything."""
+
+    authorize = batched(
+        AuthorizeCharge, SandboxOperation, allow=SERVICES_ONLY, size=256, deadline_ms=DEADLINE_MS, retry=Retry.KEYED
+    )
+    charge = batched(
+        ChargeCard, SandboxOperation, allow=SERVICES_ONLY, size=256, deadline_ms=DEADLINE_MS, retry=Retry.KEYED
+    )
+    capture = batched(
+        CaptureCharge, SandboxOperation, allow=SERVICES_ONLY, size=256, deadline_ms=DEADLINE_MS, retry=Retry.KEYED
+    )
+    void = batched(
+        VoidCharge, SandboxOperation, allow=SERVICES_ONLY, size=256, deadline_ms=DEADLINE_MS, retry=Retry.KEYED
+    )
+    refund = batched(
+        RefundCharge, SandboxOperation, allow=SERVICES_ONLY, size=256, deadline_ms=DEADLINE_MS, retry=Retry.KEYED
+    )
+    look_up = batched(
+        LookUpOperation, SandboxOperation, allow=SERVICES_ONLY, size=256, deadline_ms=DEADLINE_MS, retry=Retry.SAFE
+    )
+    statement = single(ListOperations, Statement, allow=SERVICES_ONLY, deadline_ms=DEADLINE_MS, retry=Retry.SAFE)

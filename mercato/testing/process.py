@@ -1,0 +1,400 @@
+"""The real command in a process of its own, as a person or an operator has it, and all the processes below it.
+
+A `Process` is one run of `mercato up`. It knows everything that the run has started (`tree`), and at the end of its
+`with` block nothing of it is alive, whatever the test did to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Self
+
+import msgspec
+
+from mercato.chassis.hosting.host import key_deriver
+from mercato.embedded_postgres import processes
+from mercato.testing.caller import Caller
+
+ROOT: Final = Path(__file__).parents[2]
+READY_SECONDS: Final = 60.0
+"""A bound for a machine that is busy with other things; nothing is promised about it."""
+GONE_SECONDS: Final = 30.0
+"""A bound too. On a quiet machine nothing is running five seconds after a stop or a `kill -9`."""
+BOUND_SECONDS: Final = 60.0
+"""For whatever a test waits for; nothing is promised about it either."""
+POLL_SECONDS: Final = 0.02
+
+Identity = processes.Process
+
+
+class Tree(msgspec.Struct, frozen=True):
+    """The processes of one `mercato up` at one moment."""
+
+    owner: Identity
+    guard: Identity | None
+    postmaster: Identity | None
+    backends: tuple[Identity, ...]
+    workers: tuple[Identity, ...]
+    others: tuple[Identity, ...]
+
+    @property
+    def all(self) -> tuple[Identity, ...]:
+        named = (self.owner, self.guard, self.postmaster)
+        return (*(p for p in named if p), *self.backends, *self.workers, *self.others)
+
+
+class Process:
+    """A run of `mercato up --data DATA --port 0`. Use it as a context manager."""
+
+    def __init__(
+        self,
+        data: Path,
+        *options: str,
+        as_json: bool = True,
+        environment: Mapping[str, str] | None = None,
+        command: Sequence[str] = (sys.executable, "-m", "mercato.cli"),
+        port: int = 0,
+        is_second: bool = False,
+        has_input: bool = False,
+    ) -> None:
+        """`is_second`: somebody else serves this data, so that its database is none of this run's business.
+
+        `has_input`: the command reads what `tell` says; otherwise its standard input is empty.
+        """
+        self.data = data
+        self._is_second = is_second
+        self.url = ""
+        self.lines: list[str] = []
+        self.errors: list[str] = []
+        self._seen: set[Identity] = set()
+        self._progress = threading.Condition()
+        self._popen = subprocess.Popen(
+            [*command, "up", "--port", str(port), "--data", str(data), *(["--json"] if as_json else []), *options],
+            stdin=subprocess.PIPE if has_input else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd="/",
+            env={**clean_environment(), **(environment or {})},
+            start_new_session=True,
+        )
+        self.pid = self._popen.pid
+        self._readers = [
+            threading.Thread(target=self._read, args=(self._popen.stdout, self.lines), daemon=True),
+            threading.Thread(target=self._read, args=(self._popen.stderr, self.errors), daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, stream: Any, into: list[str]) -> None:
+        for line in stream:
+            with self._progress:
+                into.append(line.rstrip("\n"))
+                self._progress.notify_all()
+
+    # ------------------------------------------------------------------------------------------------------ its start
+
+    def ready(self) -> Self:
+        """Waits until the command says that it is ready."""
+        self.wait_for(lambda: self._find_url() is not None, "ready")
+        self.url = self._find_url() or ""
+        self.tree()
+        return self
+
+    def says(self, words: str) -> None:
+        """Waits for a line of standard output with these words."""
+        self.wait_for(lambda: self.has_line(words), words)
+
+    def tell(self, line: str) -> None:
+        """Writes a line to its standard input; one that has died does not hear it."""
+        assert self._popen.stdin is not None, "it was started without an input"
+        with contextlib.suppress(BrokenPipeError):
+            self._popen.stdin.write(line + "\n")
+            self._popen.stdin.flush()
+
+    def has_line(self, words: str) -> bool:
+        return any(words in line for line in self.lines)
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + READY_SECONDS
+        while not condition():
+            # Looked at before the condition: what was said last is still read after the end.
+            ended = not self.is_running and not any(reader.is_alive() for reader in self._readers)
+            assert condition() or (not ended and time.monotonic() < end), f"{what!r} did not come: {self.output}"
+            with self._progress:
+                self._progress.wait(POLL_SECONDS)
+
+    def _find_url(self) -> str | None:
+        for line in reversed(self.lines):
+            if line.startswith("ready "):
+                return line.removeprefix("ready ")
+            if line.startswith("{") and (event := json.loads(line))["event"] == "ready":
+                return event["url"]
+        return None
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What `--json` has told; fails for a line that is not an object."""
+        return [dict(json.loads(line)) for line in self.lines]
+
+    @property
+    def output(self) -> str:
+        return "\n".join([*self.lines, *self.errors])
+
+    @property
+    def complaints(self) -> list[str]:
+        """What it has said on standard error to the person who started it: all but the logs."""
+        return [line for line in self.errors if not line.startswith("{")]
+
+    def caller(self, token: str | None = None) -> Caller:
+        """A client of this shop with a connection of its own."""
+        return Caller(self.url, token)
+
+    # ---------------------------------------------------------------------------------------------- its processes
+
+    def tree(self) -> Tree:
+        """All processes that this run consists of now."""
+        table = process_table()
+        below = list(_descendants(self.pid, table))
+        serving = [process.pid for process in processes.serving(cluster_of(self.data))]
+        guard = next((pid for pid in below if "guard.py" in command_line(pid) and table.get(pid) == self.pid), None)
+        postmaster = next((pid for pid in serving if guard is not None and table.get(pid) == guard), None)
+        workers = [pid for pid in below if "mercato.cli.worker" in command_line(pid)]
+        backends = [pid for pid in serving if pid != postmaster]
+        named = {self.pid, guard, postmaster, *workers, *backends}
+        tree = Tree(
+            owner=_identity(self.pid),
+            guard=_identity(guard) if guard is not None else None,
+            postmaster=_identity(postmaster) if postmaster is not None else None,
+            backends=_alive(backends),
+            workers=_alive(workers),
+            others=_alive(pid for pid in below if pid not in named),
+        )
+        self._seen.update(tree.all)
+        return tree
+
+    @property
+    def is_running(self) -> bool:
+        return self._popen.poll() is None
+
+    @property
+    def left(self) -> list[Identity]:
+        """What lives of everything that was ever seen of this run, and what serves its database."""
+        alive = [p for p in self._seen if p.pid != self.pid and processes.process_at(p.pid) == p]
+        if self._popen.poll() is None:
+            alive.append(_identity(self.pid))
+        return list({*alive, *([] if self._is_second else processes.serving(cluster_of(self.data)))})
+
+    def assert_gone(self) -> None:
+        """Waits until nothing is left."""
+        wait_until(lambda: not self.left, GONE_SECONDS, lambda: f"left: {[describe(p) for p in self.left]}")
+
+    # -------------------------------------------------------------------------------------------------------- its end
+
+    def signal(self, number: signal.Signals) -> None:
+        self._popen.send_signal(number)
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        self.signal(signal.SIGINT)
+
+    def kill(self, process: Identity | None = None) -> None:
+        """`kill -9`, of the owner where nobody else is named."""
+        self.tree()
+        processes.send(process or _identity(self.pid), signal.SIGKILL)
+
+    def exit_code(self, seconds: float = GONE_SECONDS) -> int:
+        """Waits for the end; everything that it wrote is in `lines` and `errors` then."""
+        try:
+            code = self._popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s: {self.output}") from None
+        for reader in self._readers:
+            reader.join(GONE_SECONDS)
+        return code
+
+    def refusal(self) -> str:
+        """Waits for a start that fails as it should: exit code 1, one sentence, no traceback, nothing left."""
+        assert self.exit_code(READY_SECONDS) == 1, self.output
+        assert len(self.complaints) == 1, self.output
+        assert self.complaints[0].startswith("mercato: "), self.output
+        assert not self.left
+        return self.complaints[0].removeprefix("mercato: ")
+
+    def stop(self) -> None:
+        """The usual end: SIGTERM, exit code 0, no complaint, nothing left."""
+        self.signal(signal.SIGTERM)
+        code = self.exit_code()
+        assert code == 0, self.output
+        assert self.complaints == [], self.output
+        self.assert_gone()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._popen.poll() is None:
+            self.tree()
+            self._popen.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(2 * GONE_SECONDS)
+        for process in self.left:  # only after a failure of the product
+            processes.send(process, signal.SIGKILL)
+        self._popen.wait()
+        for reader in self._readers:
+            reader.join(GONE_SECONDS)
+        for stream in (self._popen.stdin, self._popen.stdout, self._popen.stderr):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+
+    # ---------------------------------------------------------------------------------------------------- its database
+
+    def dsn(self, service: str) -> str:
+        """Of the database of a service, as the administrator."""
+        return self._dsn(f"mercato_{service}")
+
+    @property
+    def admin_dsn(self) -> str:
+        """Of the server itself."""
+        return self._dsn("postgres")
+
+    def _dsn(self, database: str) -> str:
+        password = key_deriver((self.data / "secret").read_bytes())("postgres/superuser").hex()
+        where = urllib.parse.urlencode({"host": str(socket_folder_of(self.data)), "port": 5432})
+        return f"postgresql://mercato:{password}@/{database}?{where}"
+
+
+class Keeper:
+    """Keeps a shop running from test to test, so that the start after one crash is the start before the next."""
+
+    def __init__(self, data: Path) -> None:
+        self._data = data
+        self._wanted: tuple[tuple[str, ...], Mapping[str, str]] = ((), {})
+        self._shop: Process | None = None
+
+    def shop(self, *options: str, **environment: str) -> Process:
+        """The running shop if it was started like this, else one that is."""
+        wanted = (options, environment)
+        if self._shop is None or self._wanted != wanted or not self._shop.is_running:
+            self.forget()
+            self._shop, self._wanted = Process(self._data, *options, environment=environment), wanted
+            self._shop.ready()
+        return self._shop
+
+    def stop(self) -> None:
+        """Ends it as a person would, and looks how it ends."""
+        if self._shop is not None and self._shop.is_running:
+            self._shop.stop()
+
+    def forget(self) -> None:
+        """Ends it in any case; it may have ended by itself."""
+        if self._shop is not None:
+            with self._shop:
+                self._shop = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.forget()
+
+
+# ------------------------------------------------------------------------------------------------------------- folders
+
+
+@contextlib.contextmanager
+def data_folder(parent: Path | None = None) -> Generator[Path]:
+    """A place for the data of a shop, not made yet; in the end its database is removed with the product's own tool."""
+    folder = Path(tempfile.mkdtemp(prefix="mercato-test-", dir=parent))
+    try:
+        yield folder / "data"
+    finally:
+        remove(folder / "data")
+        shutil.rmtree(folder)
+
+
+def remove(data: Path) -> None:
+    """What the documentation tells people who want to be rid of a shop."""
+    subprocess.run(
+        [sys.executable, "-m", "mercato.embedded_postgres", "--remove", str(data)],
+        check=True,
+        capture_output=True,
+        env=clean_environment(),
+    )
+
+
+def cluster_of(data: Path) -> Path:
+    """The folder of the database, wherever it lives."""
+    return Path(os.path.realpath(data / "postgres"))
+
+
+def socket_folder_of(data: Path) -> Path:
+    record = json.loads((data / "postgres.json").read_bytes())
+    return Path(record.get("socket_folder") or cluster_of(data).parent / "socket")
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment of this process without settings of Mercato, with the package and the tests of this checkout."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MERCATO_", "PG"))}
+    return {**kept, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), "PYTHONUNBUFFERED": "1"}
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
+def process_table() -> dict[int, int]:
+    """The parent of each process."""
+    table: dict[int, int] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                stat = Path(f"/proc/{entry}/stat").read_text()
+                table[int(entry)] = int(stat.rpartition(")")[2].split()[1])
+    return table
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def describe(process: Identity) -> str:
+    return f"{process.pid} {command_line(process.pid)}"
+
+
+def _descendants(pid: int, table: Mapping[int, int]) -> Iterator[int]:
+    for child, parent in table.items():
+        if parent == pid:
+            yield child
+            yield from _descendants(child, table)
+
+
+def _identity(pid: int) -> Identity:
+    return processes.process_at(pid) or Identity(pid, "gone")
+
+
+def _alive(pids: Iterator[int] | Sequence[int]) -> tuple[Identity, ...]:
+    return tuple(process for pid in pids if (process := processes.process_at(pid)) is not None)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = BOUND_SECONDS, explain: Callable[[], str] = str) -> None:
+    """Polls until the condition holds; fails when it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, explain()
+        time.sleep(POLL_SECONDS)

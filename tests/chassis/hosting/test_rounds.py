@@ -1,0 +1,63 @@
+"""Rounds look at the newest page each time, and at one of the older ones after the other."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from mercato.chassis.hosting.rounds import Rounds
+
+
+class Table:
+    """Pages 1 to `pages`; `looked` are those that were looked at."""
+
+    def __init__(self, pages: int) -> None:
+        self.pages = pages
+        self.looked: list[int] = []
+        self.failing = False
+
+    async def look(self, place: int | None) -> int | None:
+        page = 1 if place is None else place + 1
+        if self.failing:
+            raise RuntimeError("the database is away")
+        self.looked.append(page)
+        return page if page < self.pages else None
+
+
+@pytest.mark.parametrize(
+    ("pages", "looked"),
+    [(1, [1, 1, 1, 1]), (2, [1, 2, 1, 2, 1, 2, 1, 2]), (4, [1, 2, 1, 3, 1, 4, 1, 2])],
+)
+async def test_each_page_is_looked_at_again_and_again(pages: int, looked: list[int]):
+    table = Table(pages)
+    rounds = Rounds(table.look, 60.0)
+
+    for _ in range(4):
+        await rounds.round()
+
+    assert table.looked == looked
+
+
+async def test_a_round_that_fails_is_made_up_for():
+    table = Table(3)
+    rounds = Rounds(table.look, 60.0)
+    await rounds.round()
+    table.failing = True
+    with pytest.raises(RuntimeError):
+        await rounds.round()
+    table.failing = False
+
+    await rounds.round()
+
+    assert table.looked == [1, 2, 1, 3]
+
+
+async def test_rounds_go_on_by_themselves():
+    table = Table(1)
+    running = asyncio.create_task(Rounds(table.look, 0.001).run())
+    while len(table.looked) < 3:
+        await asyncio.sleep(0)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running

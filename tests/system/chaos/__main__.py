@@ -1,0 +1,298 @@
+"""Runs a shop under mixed load, kills its processes at random, and audits what is left.
+
+    make chaos SECONDS=60 [SEED=1] [ARGS="--json"]
+
+Starts `mercato up --workers 2` on a fresh folder. People order, pay, cancel, return, get refunds, send things twice and
+give up waiting; meanwhile workers, the owner, the guard, the postmaster and single processes of PostgreSQL are killed,
+connections are ended, workers are stopped and go on as zombies. The bank fails one call in twenty. In the end the kills
+stop, the shop comes to rest by itself (within a minute), and the audit asks every invariant, those of the clients'
+history among them. Ends with 0 if all is well. When it is not, the folder is kept, with databases, logs and history.
+
+The seed decides what is struck and after which pause, and what people want; it does not decide who wins a race.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import os
+import secrets
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+ROOT: Final = Path(__file__).parents[3]
+# How a test finds and ends the processes of a shop is how it is done here.
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from mercato.testing.process import clean_environment, remove  # noqa: E402
+from system.chaos.buyers import Visit, people, stock_up  # noqa: E402
+from system.chaos.clients import Clients  # noqa: E402
+from system.chaos.schedule import schedule  # noqa: E402
+from system.chaos.shop import BatteredShop, Struck  # noqa: E402
+from system.chaos.verdict import CONVERGENCE_SECONDS, Verdict, judge  # noqa: E402
+
+DEMO_PASSWORD: Final = "demo-password"
+VISITORS: Final = 48
+"""People in the shop at once."""
+STARTING_SECONDS: Final = 60.0
+BAR: Final = 30
+REDRAW_SECONDS: Final = 0.25
+
+
+class Result(msgspec.Struct, frozen=True):
+    """A run, as `--json` prints it."""
+
+    ok: bool
+    seed: int
+    seconds: float
+    orders: int
+    paid: int
+    requests: int
+    statuses: dict[str, int]
+    accepted_within_3_retries: float
+    kills: int
+    """SIGKILLs."""
+    blows: dict[str, int]
+    starts: int
+    ready_seconds_median: float
+    ready_seconds_longest: float
+    convergence_seconds: float | None
+    takeovers: int
+    fenced: int
+    lost: int
+    doubled: int
+    charged_twice: int
+    oversold: int
+    invariants: int
+    violated: list[dict[str, Any]]
+    under_way: dict[str, int]
+    unexpected: list[str]
+    """Answers that no client should see, and runs that ended without having been struck."""
+    errors_logged: dict[str, int]
+
+
+def main() -> int:
+    options = _options()
+    # Settings of whoever runs this are none of the shop's business, nor of the audit's.
+    for name in set(os.environ) - set(clean_environment()):
+        del os.environ[name]
+    folder = Path(tempfile.mkdtemp(prefix="mercato-chaos-"))
+    tell = _Teller(options.json)
+    tell.line(
+        f"seed {options.seed}   (the same schedule again: make chaos SECONDS={options.seconds} SEED={options.seed})"
+    )
+    keep = False
+    try:
+        result = asyncio.run(_interruptible(_campaign(options, folder, tell)))
+        keep = not result.ok
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        print("\nstopped", file=sys.stderr)
+        return 130
+    finally:
+        if not keep:
+            remove(folder / "data")
+            shutil.rmtree(folder, ignore_errors=True)
+    tell.result(result, folder)
+    return 0 if result.ok else 1
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make chaos", description="Kill a shop under load, and audit what is left.")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long blows fall (60)")
+    parser.add_argument("--seed", type=int, default=None, help="the schedule and the mix of another run")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    options = parser.parse_args()
+    if options.seed is None:
+        options.seed = secrets.randbelow(10**9)
+    return options
+
+
+async def _interruptible(work: Any) -> Any:
+    """SIGTERM ends it as Ctrl-C does: with nothing left behind."""
+    task = asyncio.ensure_future(work)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await task
+
+
+async def _campaign(options: argparse.Namespace, folder: Path, tell: _Teller) -> Result:
+    async with BatteredShop(folder / "data") as shop, contextlib.aclosing(Clients(shop, DEMO_PASSWORD)) as clients:
+        async with asyncio.timeout(STARTING_SECONDS):
+            await shop.up.wait()
+        customers = people()
+        for customer in customers:
+            await clients.sign_in(customer)
+        await stock_up(clients)
+
+        began_at = time.monotonic()
+        end = began_at + options.seconds
+        visitors = _visitors(clients, customers, options.seed, end)
+        bar = asyncio.create_task(tell.progress(options.seconds, lambda: _standing(clients, shop)))
+        try:
+            await _strike(shop, options.seed, end)
+            calm_at = time.monotonic()
+            tell.phase = "no more blows: coming to rest"
+            await _finish(visitors, clients, shop, calm_at)
+            tell.phase = "auditing"
+            verdict = await judge(shop.data, clients.history, calm_at)
+        finally:
+            bar.cancel()
+            for visitor in visitors:
+                visitor.cancel()
+            await asyncio.gather(bar, *visitors, return_exceptions=True)
+        await shop.stop()
+        result = _result(options, clients, shop.struck(), verdict)
+        if not result.ok:
+            (folder / "log.txt").write_text(shop.log())
+            (folder / "history.jsonl").write_bytes(b"\n".join(map(msgspec.json.encode, clients.history)))
+            (folder / "result.json").write_bytes(msgspec.json.format(msgspec.json.encode(result)))
+        return result
+
+
+def _visitors(clients: Clients, customers: list[Any], seed: int, end: float) -> list[asyncio.Task[None]]:
+    numbers = itertools.count(1)
+
+    async def visit() -> None:
+        while time.monotonic() < end:
+            await Visit(clients, customers, seed, next(numbers)).live()
+
+    return [asyncio.create_task(visit()) for _ in range(VISITORS)]
+
+
+async def _strike(shop: BatteredShop, seed: int, end: float) -> None:
+    """Strikes as the schedule says until the time is over."""
+    for blow in schedule(seed):
+        left = end - time.monotonic()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, left)):
+                if not blow.early:
+                    await shop.up.wait()
+                await asyncio.sleep(blow.gap_s)
+                await shop.strike(blow)
+        if time.monotonic() >= end:
+            return
+
+
+async def _finish(visitors: list[asyncio.Task[None]], clients: Clients, shop: BatteredShop, calm_at: float) -> None:
+    """Lets the people who are in the shop do what they came for. Raises what has gone wrong with one of them."""
+    end = calm_at + CONVERGENCE_SECONDS / 2
+    await asyncio.wait(visitors, timeout=end - time.monotonic())
+    clients.given_up.set()
+    await asyncio.gather(*visitors)
+    async with asyncio.timeout(STARTING_SECONDS):
+        await shop.up.wait()
+
+
+def _result(options: argparse.Namespace, clients: Clients, struck: Struck, verdict: Verdict) -> Result:
+    unexpected = [*clients.unexpected, *struck.unexplained]
+    tried = max(1, clients.retries.total())
+    return Result(
+        ok=not (verdict.findings or unexpected) and verdict.convergence_s is not None,
+        seed=options.seed,
+        seconds=options.seconds,
+        orders=verdict.orders,
+        paid=verdict.paid,
+        requests=len(clients.history),
+        statuses=dict(clients.statuses.most_common()),
+        accepted_within_3_retries=round(sum(n for tries, n in clients.retries.items() if tries <= 3) / tried, 4),
+        kills=sum(n for kind, n in struck.blows.items() if kind not in ("pause", "terminate")),
+        blows=struck.blows,
+        starts=struck.starts,
+        ready_seconds_median=round(statistics.median(struck.ready_seconds), 1),
+        ready_seconds_longest=round(max(struck.ready_seconds), 1),
+        convergence_seconds=verdict.convergence_s,
+        takeovers=struck.takeovers,
+        fenced=struck.fenced,
+        **verdict.counts,
+        invariants=verdict.invariants,
+        violated=[msgspec.to_builtins(finding, enc_hook=str) for finding in verdict.findings],
+        under_way=verdict.under_way,
+        unexpected=unexpected[:50],
+        errors_logged=struck.errors_logged,
+    )
+
+
+def _standing(clients: Clients, shop: BatteredShop) -> str:
+    blows = sum(shop.struck_so_far.values())
+    return f"{len(clients.history):6d} requests  {blows:4d} blows  {'up' if shop.up.is_set() else 'down':4s}"
+
+
+class _Teller:
+    """What a person sees: a bar on a terminal, a line now and then elsewhere, nothing but the result with --json."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.phase = ""
+        self._as_json = as_json
+        self._draws = sys.stderr.isatty()
+
+    def line(self, text: str) -> None:
+        print(text, file=sys.stderr if self._as_json else sys.stdout, flush=True)
+
+    async def progress(self, seconds: float, standing: Callable[[], str]) -> None:
+        began_at = time.monotonic()
+        while True:
+            done = min(1.0, (time.monotonic() - began_at) / seconds) if seconds else 1.0
+            text = f"[{'#' * int(done * BAR):{BAR}s}] {done:4.0%}  {standing()}  {self.phase}"
+            if self._draws:
+                print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+            elif not self._as_json:
+                self.line(text)
+            try:
+                await asyncio.sleep(REDRAW_SECONDS if self._draws else 10)
+            except asyncio.CancelledError:
+                if self._draws:
+                    print("\r\033[K", end="", file=sys.stderr, flush=True)
+                raise
+
+    def result(self, result: Result, folder: Path) -> None:
+        if self._as_json:
+            print(msgspec.json.encode(result).decode())
+        else:
+            for line in _lines(result):
+                print(line)
+        if not result.ok:
+            self.line(f"kept: {folder} (databases in data, log.txt, history.jsonl, result.json)")
+
+
+def _lines(result: Result) -> list[str]:
+    blows = "  ".join(f"{kind} {n}" for kind, n in sorted(result.blows.items()))
+    rest = "not within a minute" if result.convergence_seconds is None else f"after {result.convergence_seconds} s"
+    lines = [
+        f"orders          {result.orders} ({result.paid} paid), by {result.requests} requests",
+        f"kills           {result.kills} (SIGKILL); blows: {blows}",
+        f"starts          {result.starts}; ready after {result.ready_seconds_median} s (median), "
+        f"{result.ready_seconds_longest} s (longest)",
+        f"at rest         {rest}",
+        f"takeovers       {result.takeovers}",
+        f"fenced          {result.fenced}",
+        f"lost            {result.lost}",
+        f"doubled         {result.doubled}",
+        f"charged twice   {result.charged_twice}",
+        f"oversold        {result.oversold}",
+        f"invariants      {result.invariants - len(result.violated)} of {result.invariants} hold",
+    ]
+    for finding in result.violated:
+        lines.append(f"  {finding['name']}: {finding['title']}: {finding['violations']} times, such as")
+        lines += [f"    {row}" for row in finding["rows"]]
+    lines += [f"  under way: {what}: {n}" for what, n in result.under_way.items()]
+    lines += [f"  unexpected: {text[:300]}" for text in result.unexpected[:10]]
+    lines += [f"  logged {n} times: {text}" for text, n in result.errors_logged.items()]
+    if result.ok:
+        bound = 3 / max(1, result.orders)
+        lines.append(f"0 failures in {result.orders} orders bounds the rate below {bound:.2%} at 95 %.")
+    lines.append("all is well" if result.ok else "NOT WELL")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""Crashes at the points of checkout and refunds. See `support/crashing.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from mercato.testing.process import data_folder
+from system.crash.crashing import Crash, Shop, crash_and_recover
+from system.crash.scenarios import CHECKOUT
+
+
+@pytest.fixture(scope="module")
+def shop() -> Iterator[Shop]:
+    with data_folder() as data, Shop(data) as made:
+        yield made
+
+
+@pytest.mark.parametrize("crash", CHECKOUT, ids=str)
+def test_all_ends_well_after_a_crash_at(crash: Crash, shop: Shop):
+    crash_and_recover(shop, crash)

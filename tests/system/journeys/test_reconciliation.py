@@ -1,0 +1,126 @@
+"""One case of each kind that a reconciliation puts right, planted in the databases of a running shop.
+
+The shop itself causes none of them, as far as is known; each is repaired while it runs, and counted. What it cannot
+repair by itself is reported (`tests/operations/audit`, `tests/services/payments/test_reconciling.py`).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
+
+import pytest
+
+from mercato.testing.caller import Caller
+from mercato.testing.process import data_folder
+from system.crash import scenarios as stories
+from system.crash.crashing import CONVERGED_SECONDS, POLL_SECONDS, Shop
+
+SETTINGS: Final = {
+    # What is left alone for so long counts as left: longer than the bank takes for what is slow here.
+    "MERCATO_ORDERS_QUIET_SECONDS": "3",
+    "MERCATO_INVENTORY_QUIET_SECONDS": "0",
+    # The statement tells what became of an operation, not the sweep.
+    "MERCATO_PAYMENTS_SWEEP_SECONDS": "3600",
+}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def shop() -> Iterator[Shop]:
+    with data_folder() as data, Shop(data, SETTINGS) as made:
+        assert made.start()
+        yield made
+
+
+def an_outcome_that_nobody_asks_for_any_more(shop: Shop, caller: Caller) -> Callable[[], None]:
+    # Slow enough that the bank has not finished when the order is left alone, however slow this machine is.
+    order_id = stories.place(caller, "unknown", "sandbox:slow:5000")
+    asked = "SELECT 1 FROM intents i JOIN payments p ON p.id = i.payment_id WHERE p.order_id = $1 AND i.calls > 1"
+    shop.until("payments", asked, order_id)
+    left = """
+        UPDATE sagas SET wake_at = NULL, epoch = nextval('saga_epochs'), updated_at = '-infinity'
+         WHERE subject_id = $1 AND tries > 0 AND wake_at IS NOT NULL
+        RETURNING 1
+    """
+    shop.until("orders", left, order_id)
+
+    def healed() -> None:
+        stories.await_order(caller, order_id, status="confirmed", payment="paid")
+
+    return healed
+
+
+def an_authorization_that_nobody_wants(shop: Shop, caller: Caller) -> Callable[[], None]:
+    begun = stories.unwanted_authorization(shop, "unwanted")
+    stories.read_statement_again(caller, begun)
+
+    def healed() -> None:
+        shop.until("sandbox", "SELECT 1 FROM charges WHERE order_id = $1 AND state = 'voided'", begun.order_id)
+        stories.settled(caller, begun)
+
+    return healed
+
+
+def an_order_that_nobody_carries_on(shop: Shop, caller: Caller) -> Callable[[], None]:
+    order_id = stories.forgotten_order(shop, "forgotten")
+
+    def healed() -> None:
+        stories.carried_on(caller, order_id)
+
+    return healed
+
+
+def stock_that_is_held_for_nobody(shop: Shop, caller: Caller) -> Callable[[], None]:
+    order_id = stories.place(caller, "held")
+    stories.cancel(caller, order_id)
+    shop.until("inventory", "SELECT 1 FROM reservations WHERE order_id = $1 AND state = 'released'", order_id)
+    held = """
+        WITH held AS (
+            UPDATE reservations SET state = 'held', ended_at = NULL WHERE order_id = $1
+            RETURNING product_ids, quantities
+        )
+        UPDATE levels l SET reserved = reserved + n.quantity
+          FROM held, unnest(product_ids, quantities) AS n (product_id, quantity) WHERE n.product_id = l.product_id
+    """
+    shop.execute("inventory", held, order_id)
+
+    def healed() -> None:
+        shop.until("inventory", "SELECT 1 FROM reservations WHERE order_id = $1 AND state = 'released'", order_id)
+
+    return healed
+
+
+PLANTED: Final[Mapping[str, Callable[[Shop, Caller], Callable[[], None]]]] = {
+    "outcome_recorded": an_outcome_that_nobody_asks_for_any_more,
+    "authorization_voided": an_authorization_that_nobody_wants,
+    "order_resumed": an_order_that_nobody_carries_on,
+    "hold_released": stock_that_is_held_for_nobody,
+}
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_what_was_planted_is_put_right_and_counted(shop: Shop, kind: str):
+    with shop.caller() as caller:
+        before = repaired(caller, kind)
+
+        healed = PLANTED[kind](shop, caller)
+
+        end = time.monotonic() + CONVERGED_SECONDS
+        while repaired(caller, kind) == before:
+            assert time.monotonic() < end, f"nothing of the kind {kind} was repaired"
+            time.sleep(POLL_SECONDS)
+        healed()
+    assert shop.comes_to_rest()
+    assert shop.fetch("payments", "SELECT key FROM mismatches WHERE resolved_at IS NULL") == []
+    shop.assert_correct()
+
+
+def repaired(caller: Caller, kind: str) -> float:
+    found = re.findall(
+        rf'^mercato_reconciliation_repaired_total{{kind="{kind}"}} (\S+)', caller.get("/metrics").text, re.M
+    )
+    return float(found[0]) if found else 0.0

@@ -1,0 +1,98 @@
+"""The same request twenty times at once, a hundred keys over, on two worker processes: one order for each key.
+
+Then everything is killed and started anew, and the keys still know their orders. `CAMPAIGN=full` takes a thousand keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mercato.testing.crowd import NOT_FINAL, Crowd, Told
+from mercato.testing.process import READY_SECONDS, Process, data_folder
+
+pytestmark = pytest.mark.slow
+
+KEYS = [f"many-{number}" for number in range(1_000 if os.environ.get("CAMPAIGN") == "full" else 100)]
+TIMES = 20
+CARTS = 500
+SETTLED_SECONDS = 240.0
+
+
+@pytest.fixture(scope="module")
+def data() -> Iterator[Path]:
+    with data_folder() as folder:
+        yield folder
+
+
+async def test_a_key_has_one_order_however_often_and_whenever_it_is_sent(data: Path):
+    with Process(data, "--workers", "2") as shop:
+        async with Crowd(shop.ready().url) as crowd:
+            first = await send_all(crowd)
+            assert len({told.json["id"] for told in first}) == len(KEYS)
+            assert len(await crowd.orders("/orders")) == len(KEYS)
+            await refuse_another_body(crowd)
+        shop.kill()
+        shop.exit_code(READY_SECONDS)
+
+    with Process(data, "--workers", "2") as shop:
+        async with Crowd(shop.ready().url) as crowd:
+            again = await send_all(crowd)
+            assert [told.body for told in again] == [told.body for told in first]
+            assert {told.headers["idempotent-replayed"] for told in again} == {"true"}
+            assert len(await crowd.orders("/orders")) == len(KEYS)
+            await refuse_another_body(crowd)
+
+
+async def test_carts_with_the_same_products_in_opposite_orders_are_all_paid(data: Path):
+    with Process(data, "--workers", "2") as shop:
+        async with Crowd(shop.ready().url) as crowd:
+            one, other = [await crowd.product(sku, CARTS) for sku in ("THERE", "BACK")]
+            forth = [{"product_id": one, "quantity": 1}, {"product_id": other, "quantity": 1}]
+            placed = await asyncio.gather(
+                *(
+                    crowd.ask(
+                        "POST",
+                        "/orders",
+                        {"user_id": 2, "items": forth[:: 1 - 2 * (cart % 2)], "payment_method": "sandbox:ok"},
+                        key=f"cart-{cart}",
+                    )
+                    for cart in range(CARTS)
+                )
+            )
+            assert {told.status for told in placed} == {201}
+            assert set(crowd.statuses) <= {200, 201, *NOT_FINAL}
+            async with asyncio.timeout(SETTLED_SECONDS):
+                while len(paid := await crowd.orders("/orders?payment=paid&user_id=2")) < CARTS:
+                    await asyncio.sleep(0.2)
+            assert {order["id"] for order in paid} == {told.json["id"] for told in placed}
+        assert "deadlock" not in shop.output.lower()
+
+
+async def send_all(crowd: Crowd) -> list[Told]:
+    """Sends each key's request so many times at once; gives one answer of each key, which they all have got."""
+    answers = await asyncio.gather(
+        *(
+            crowd.ask("POST", "/orders", {"user_id": 1, "product_id": 100, "quantity": 1 + number % 5}, key=key)
+            for number, key in enumerate(KEYS)
+            for _ in range(TIMES)
+        )
+    )
+    # What asks to be sent again is sent again by the crowd; everything else was the answer.
+    assert set(crowd.statuses) <= {200, 201, *NOT_FINAL}
+    by_key = [answers[start : start + TIMES] for start in range(0, len(answers), TIMES)]
+    for same in by_key:
+        assert {(told.status, told.body) for told in same} == {(201, same[0].body)}
+    return [same[0] for same in by_key]
+
+
+async def refuse_another_body(crowd: Crowd) -> None:
+    refused = await asyncio.gather(
+        *(crowd.ask("POST", "/orders", {"user_id": 1, "product_id": 101}, key=key) for key in KEYS)
+    )
+    assert {told.status for told in refused} == {422}
+    crowd.statuses.pop(422)

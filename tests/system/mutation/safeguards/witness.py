@@ -1,0 +1,63 @@
+"""What a run of pytest saw, written to a file: `-p system.mutation.safeguards.witness --witness FILE`.
+
+The exit code of pytest tells a failed test from a file that cannot be imported, but not a safeguard that was missed
+from a fixture that broke. So each test is noted with the part in which it failed, and with the error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import msgspec
+import pytest
+
+import mercato
+
+Part = Literal["none", "setup", "call", "teardown", "skipped"]
+
+
+class Seen(msgspec.Struct):
+    """A test: in which part it failed first, with which kind of error, and the first line of what that said."""
+
+    failed_in: Part = "none"
+    error: str = ""
+    said: str = ""
+
+
+class Testimony(msgspec.Struct):
+    """`package` is the file of the package that was tested. Tests that never ran are not in it."""
+
+    package: str
+    tests: dict[str, Seen]
+
+
+class Witness:
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._tests: dict[str, Seen] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        seen = self._tests.setdefault(item.nodeid, Seen())
+        if seen.failed_in == "none" and not report.passed:
+            seen.failed_in = "skipped" if report.skipped else report.when or "setup"
+            seen.error = call.excinfo.typename if call.excinfo else ""
+            seen.said = call.excinfo.exconly(tryshort=True).partition("\n")[0] if call.excinfo else ""
+        return report
+
+    def pytest_sessionfinish(self) -> None:
+        testimony = Testimony(str(mercato.__file__), self._tests)
+        self._file.write_bytes(msgspec.json.encode(testimony))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--witness", type=Path, required=True, help="where to write what was seen")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Witness(cast(Any, config.getoption("--witness"))))
