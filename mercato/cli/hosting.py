@@ -36,4 +36,5 @@ async def hosted(host: Host) -> AsyncGenerator[Host]:
         yield host
     finally:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(host.close(), CLOSE_SECONDS)
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await host.close()

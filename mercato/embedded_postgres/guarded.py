@@ -72,7 +72,8 @@ class Guarded:
         except asyncio.CancelledError:
             self.ask_to_stop()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._guard.wait(), STOP_SECONDS)
+                async with asyncio.timeout(STOP_SECONDS):
+                    await self._guard.wait()
             raise
         return self._guard.returncode == 0, output.decode(errors="replace")
 

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import hmac
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, Literal, TypeVar
 
 import structlog
@@ -173,9 +173,7 @@ class Host:
 
     async def close(self) -> None:
         """Ends the loops, lets batches land, closes what the services hold."""
-        for task in self._loops:
-            task.cancel()
-        await asyncio.gather(*self._loops, return_exceptions=True)
+        await _cancel(self._loops)
         await self._connector.close()
         for service in reversed(self.services.values()):
             with contextlib.ExitStack() as held:
@@ -184,7 +182,17 @@ class Host:
                 await service.database.close()
 
 
-LOOP_PAUSE_SECONDS = 1.0
+LOOP_PAUSE_SECONDS: Final = 1.0
+CANCEL_AGAIN_SECONDS: Final = 0.2
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancels tasks until they have ended. One cancellation may get lost in a library that a task waits in."""
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=CANCEL_AGAIN_SECONDS)
 
 
 async def _forever(name: str, loop: Callable[[], Awaitable[None]]) -> None:

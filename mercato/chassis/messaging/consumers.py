@@ -179,7 +179,8 @@ class Consumer:
     async def _idle(self) -> None:
         """Waits for a wake-up, but not for ever: it may be lost, or another process may have moved the cursor."""
         try:
-            await asyncio.wait_for(self._woken.wait(), self._pause_s)
+            async with asyncio.timeout(self._pause_s):
+                await self._woken.wait()
         except TimeoutError:
             self._pause_s = min(2 * self._pause_s, self._pace.idle_s)
             self._cursor = None

@@ -170,7 +170,8 @@ class Connections:
         self._is_closing = True
         await self._return_idle()
         try:
-            await asyncio.wait_for(self._pool.close(), CLOSE_SECONDS)
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._pool.close()
         except DRIVER_ERRORS:
             self._pool.terminate()
 

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from chassis.messaging.event_world import NO_RETRIES, SOURCE, EventWorld, Taker, ended, opened, place, running, until
 from mercato.chassis.contract import Unavailable
 from mercato.chassis.messaging import parking
-from mercato.chassis.messaging.consumers import Pace, ReplayFailed, replay
+from mercato.chassis.messaging.consumers import Consumer, Pace, ReplayFailed, replay
 from mercato.chassis.messaging.events import TRIES, Subscription
 from mercato.chassis.messaging.outbox import PAGE_ROWS
 from mercato.chassis.messaging.parking import Cursor, CursorMovedError
@@ -96,6 +96,23 @@ async def test_a_wake_up_ends_the_pause(world: EventWorld):
         for count in range(1, 4):
             await world.emit(1)
             await until(lambda count=count: has(world.left, count), "it is processed")
+
+
+async def test_a_cancellation_at_the_moment_of_a_wake_up_is_not_lost(world: EventWorld):
+    consumer = world.consumer(world.left, pace=Pace(gather_s=0.0, poll_s=3_600.0, idle_s=3_600.0, failed_s=0.02))
+    task = asyncio.create_task(consumer.run())
+    await until(lambda: has_cursor(world.left), "it has begun")
+    await until(lambda: waits_for_a_wake_up(consumer), "it is idle")
+
+    consumer.wake()
+    task.cancel()
+
+    _, left = await asyncio.wait({task}, timeout=30)
+    assert left == set()
+
+
+async def waits_for_a_wake_up(consumer: Consumer) -> bool:
+    return bool(consumer._woken._waiters)
 
 
 async def has_cursor(taker: Taker) -> bool:

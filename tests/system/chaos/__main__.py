@@ -46,6 +46,7 @@ DEMO_PASSWORD: Final = "demo-password"
 VISITORS: Final = 48
 """People in the shop at once."""
 STARTING_SECONDS: Final = 60.0
+LOG: Final = "log.txt"
 BAR: Final = 30
 REDRAW_SECONDS: Final = 0.25
 
@@ -82,6 +83,10 @@ class Result(msgspec.Struct, frozen=True):
     errors_logged: dict[str, int]
 
 
+class NotUpError(Exception):
+    """The shop does not become ready, though nothing is done to it."""
+
+
 def main() -> int:
     options = _options()
     # Settings of whoever runs this are none of the shop's business, nor of the audit's.
@@ -99,6 +104,10 @@ def main() -> int:
     except (asyncio.CancelledError, KeyboardInterrupt):
         print("\nstopped", file=sys.stderr)
         return 130
+    except NotUpError as error:
+        keep = True
+        print(f"\n{error}; what it wrote is in {folder / LOG}", file=sys.stderr)
+        return 1
     finally:
         if not keep:
             remove(folder / "data")
@@ -127,8 +136,7 @@ async def _interruptible(work: Any) -> Any:
 
 async def _campaign(options: argparse.Namespace, folder: Path, tell: _Teller) -> Result:
     async with BatteredShop(folder / "data") as shop, contextlib.aclosing(Clients(shop, DEMO_PASSWORD)) as clients:
-        async with asyncio.timeout(STARTING_SECONDS):
-            await shop.up.wait()
+        await _come_up(shop, folder)
         customers = people()
         for customer in customers:
             await clients.sign_in(customer)
@@ -142,7 +150,8 @@ async def _campaign(options: argparse.Namespace, folder: Path, tell: _Teller) ->
             await _strike(shop, options.seed, end)
             calm_at = time.monotonic()
             tell.phase = "no more blows: coming to rest"
-            await _finish(visitors, clients, shop, calm_at)
+            await _finish(visitors, clients, calm_at)
+            await _come_up(shop, folder)
             tell.phase = "auditing"
             verdict = await judge(shop.data, clients.history, calm_at)
         finally:
@@ -153,7 +162,7 @@ async def _campaign(options: argparse.Namespace, folder: Path, tell: _Teller) ->
         await shop.stop()
         result = _result(options, clients, shop.struck(), verdict)
         if not result.ok:
-            (folder / "log.txt").write_text(shop.log())
+            (folder / LOG).write_text(shop.log())
             (folder / "history.jsonl").write_bytes(b"\n".join(map(msgspec.json.encode, clients.history)))
             (folder / "result.json").write_bytes(msgspec.json.format(msgspec.json.encode(result)))
         return result
@@ -183,14 +192,22 @@ async def _strike(shop: BatteredShop, seed: int, end: float) -> None:
             return
 
 
-async def _finish(visitors: list[asyncio.Task[None]], clients: Clients, shop: BatteredShop, calm_at: float) -> None:
+async def _come_up(shop: BatteredShop, folder: Path) -> None:
+    """Waits until the shop takes requests. Raises `NotUpError`, and leaves the log."""
+    try:
+        async with asyncio.timeout(STARTING_SECONDS):
+            await shop.up.wait()
+    except TimeoutError:
+        (folder / LOG).write_text(shop.log())
+        raise NotUpError(f"the shop was not ready within {STARTING_SECONDS:.0f} s") from None
+
+
+async def _finish(visitors: list[asyncio.Task[None]], clients: Clients, calm_at: float) -> None:
     """Lets the people who are in the shop do what they came for. Raises what has gone wrong with one of them."""
     end = calm_at + CONVERGENCE_SECONDS / 2
     await asyncio.wait(visitors, timeout=end - time.monotonic())
     clients.given_up.set()
     await asyncio.gather(*visitors)
-    async with asyncio.timeout(STARTING_SECONDS):
-        await shop.up.wait()
 
 
 def _result(options: argparse.Namespace, clients: Clients, struck: Struck, verdict: Verdict) -> Result:

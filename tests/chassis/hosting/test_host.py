@@ -1,0 +1,35 @@
+"""What a host does with the loops of its services."""
+
+from __future__ import annotations
+
+import asyncio
+
+from mercato.chassis.hosting.host import Host
+from mercato.chassis.hosting.service import Env, Service
+from mercato.chassis.rpc.server import Server
+from mercato.contracts.events import Events
+from mercato.testing.harness import TEST_SECRET, Cluster
+
+
+async def test_a_loop_that_loses_a_cancellation_is_cancelled_again(cluster: Cluster):
+    entered, lost = asyncio.Event(), []
+
+    async def loop() -> None:
+        entered.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            lost.append(True)
+        await asyncio.Event().wait()
+
+    def build(env: Env) -> Service:
+        return Service(server=Server(Events, env.clock), database=env.database, loops=(loop,))
+
+    host = Host({"events": build}, {"events": cluster.server.admin_dsn}, secret=TEST_SECRET)
+    await host.open()
+    await entered.wait()
+
+    async with asyncio.timeout(30):
+        await host.close()
+
+    assert lost == [True]
