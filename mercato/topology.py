@@ -11,8 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from mercato.chassis.contract import SERVICE_ROLE, Actor, Call, Contract, Operation, current
-from mercato.chassis.contract import Empty as EmptyRequest
+from mercato.chassis.contract import SERVICE_ROLE, Actor, Call, Contract, Empty as EmptyRequest, Operation, current
 from mercato.chassis.hosting.host import Host
 from mercato.chassis.hosting.service import Build
 from mercato.chassis.http import HttpLimits, HttpServer

@@ -124,8 +124,7 @@ def tail(
     dsn
         An administrator's DSN of the shop's server, where that is not the embedded one. [env: MERCATO_POSTGRES_DSN]
     """
-    from mercato.cli.events import Place
-    from mercato.cli.events import tail as run
+    from mercato.cli.events import Place, tail as run
 
     return run(Place(data, dsn), after=after, types=types, follow=follow, as_json=json)
 
@@ -148,8 +147,7 @@ def dead(
     dsn
         An administrator's DSN of the shop's server, where that is not the embedded one. [env: MERCATO_POSTGRES_DSN]
     """
-    from mercato.cli.events import Place
-    from mercato.cli.events import dead as run
+    from mercato.cli.events import Place, dead as run
 
     return run(Place(data, dsn), as_json=json)
 
@@ -178,8 +176,7 @@ def replay(
     dsn
         An administrator's DSN of the shop's server, where that is not the embedded one. [env: MERCATO_POSTGRES_DSN]
     """
-    from mercato.cli.events import Place
-    from mercato.cli.events import replay as run
+    from mercato.cli.events import Place, replay as run
 
     return run(Place(data, dsn), ids, all_=all)
 

@@ -20,8 +20,7 @@ from mercato.chassis.contract import Unavailable
 from mercato.chassis.hosting import settings as config
 from mercato.chassis.hosting.host import Host
 from mercato.chassis.hosting.options import OptionError
-from mercato.chassis.messaging import consumers as chassis_consumers
-from mercato.chassis.messaging import parking
+from mercato.chassis.messaging import consumers as chassis_consumers, parking
 from mercato.chassis.messaging.consumers import ReplayFailed
 from mercato.chassis.messaging.events import Subscription
 from mercato.chassis.messaging.parking import DeadLetter

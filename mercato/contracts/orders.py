@@ -10,8 +10,7 @@ from msgspec import Meta
 from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Retry, ServiceError, batched, single
 
 from .inventory import ShortLine
-from .payments import Method
-from .payments import Payment as PaymentRecord
+from .payments import Method, Payment as PaymentRecord
 from .roles import SIGNED_IN, STAFF_ONLY
 
 OrderId = Annotated[int, Meta(ge=1, le=MAX_ID)]

@@ -15,8 +15,7 @@ from urllib.parse import quote
 import msgspec
 import pytest
 import structlog
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from gateway.world import PASSWORD, UNKNOWN_ID, Person, Things, assert_problem, new_order, somebody, state_of
 from mercato.chassis.observability import faults, telemetry

@@ -5,8 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from mercato.contracts.money import EXPONENTS, MAX_MINOR
 from mercato.gateway.money import decimal_string, money, to_minor

@@ -9,8 +9,7 @@ from urllib.parse import urlencode
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from msgspec import Meta
 
 from mercato.chassis.contract import InvalidRequest

@@ -199,6 +199,12 @@ class StaleVersion(ServiceError, code="stale_version", kind=Kind.CONFLICT):
     actual: int
 
 
+def check_version(expected: int | None, actual: int) -> None:
+    """Raises `StaleVersion` where the caller has seen another version; None accepts any."""
+    if expected is not None and expected != actual:
+        raise StaleVersion(expected=expected, actual=actual)
+
+
 class IdempotencyKeyReused(ServiceError, code="idempotency_key_reused", kind=Kind.INVALID):
     sentence = "This Idempotency-Key was used before with another request; use a new key for a new request."
 

@@ -18,8 +18,8 @@ Keys belong to whoever sent them (`principal`) and to one operation: others may 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Final, Protocol
 
 import msgspec
 
@@ -46,6 +46,10 @@ TABLE: Final = """
 EXPIRY_INDEX: Final = "CREATE INDEX idempotency_expires_at_idx ON idempotency (expires_at)"
 
 
+Identity = tuple[str, str]
+"""Of a key within an operation: whose it is, and the key."""
+
+
 class Keyed(msgspec.Struct, frozen=True):
     """Whose key, which key, and for which request. Two requests with one fingerprint are the same request."""
 
@@ -54,15 +58,20 @@ class Keyed(msgspec.Struct, frozen=True):
     fingerprint: bytes
 
     @property
-    def identity(self) -> tuple[str, str]:
+    def identity(self) -> Identity:
         return self.principal, self.key
+
+    def check(self, fingerprint: bytes | None) -> None:
+        """Raises `IdempotencyKeyReused` where the key was used for a request with another fingerprint."""
+        if self.fingerprint != fingerprint:
+            raise IdempotencyKeyReused
 
 
 class StoredRow(Row):
     principal: str
     key: str
     fingerprint: bytes
-    answer: bytes | None
+    answer: bytes
 
 
 class ClaimedRow(Row):
@@ -70,13 +79,29 @@ class ClaimedRow(Row):
     key: str
 
 
+class KeyedRequest(Protocol):
+    """A request that may have a key. Two requests with one fingerprint are the same request."""
+
+    @property
+    def idempotency_key(self) -> str | None: ...
+
+    @property
+    def fingerprint(self) -> bytes: ...
+
+
+def keyed(request: KeyedRequest, actor: Actor) -> Keyed | None:
+    """The key of a request of `actor`, where it has one."""
+    key = request.idempotency_key
+    return None if key is None else Keyed(principal_of(actor), key, request.fingerprint)
+
+
 def principal_of(actor: Actor) -> str:
     """Whose key it is: the account's, whatever its role is by now; the role's where there is no account."""
     return f"user:{actor.id}" if actor.id else actor.role
 
 
-async def recall(tx: Tx, operation: str, wanted: Sequence[Keyed]) -> list[bytes | IdempotencyKeyReused | None]:
-    """For each key, in order: the stored answer, or that it belongs to another request, or None when it is new."""
+async def recall(tx: Tx, operation: str, wanted: Sequence[Keyed]) -> Mapping[Identity, StoredRow]:
+    """What is stored under these keys, by their identity; those that are new are missing."""
     # One look at the index for each key: a join that was planned when the table was empty would read all of it.
     rows = await tx.fetch(
         StoredRow,
@@ -94,18 +119,10 @@ async def recall(tx: Tx, operation: str, wanted: Sequence[Keyed]) -> list[bytes 
         [w.principal for w in wanted],
         [w.key for w in wanted],
     )
-    stored = {(r.principal, r.key): r for r in rows}
-    found: list[bytes | IdempotencyKeyReused | None] = []
-    for keyed in wanted:
-        row = stored.get(keyed.identity)
-        if row is None:
-            found.append(None)
-        else:
-            found.append(row.answer if row.fingerprint == keyed.fingerprint else IdempotencyKeyReused())
-    return found
+    return {(r.principal, r.key): r for r in rows}
 
 
-async def claim(tx: Tx, operation: str, wanted: Sequence[Keyed]) -> set[tuple[str, str]]:
+async def claim(tx: Tx, operation: str, wanted: Sequence[Keyed]) -> set[Identity]:
     """Takes keys; gives the identities of those that are ours now. The others were taken by a twin that committed.
 
     Raises `LockTimeout` when a twin is not done within the time that we are willing to wait.
@@ -129,20 +146,6 @@ async def claim(tx: Tx, operation: str, wanted: Sequence[Keyed]) -> set[tuple[st
         KEPT_HOURS,
     )
     return {(r.principal, r.key) for r in rows}
-
-
-async def claim_one(tx: Tx, operation: str, keyed: Keyed) -> bytes | None:
-    """Takes one key: None when it is ours now, else the answer that its first request has got.
-
-    Raises `IdempotencyKeyReused` where that was another request, and `LockTimeout` as `claim` does.
-    """
-    if keyed.identity in await claim(tx, operation, [keyed]):
-        return None
-    [found] = await recall(tx, operation, [keyed])
-    if isinstance(found, IdempotencyKeyReused):
-        raise found
-    assert found is not None, "who claims a key remembers its answer in the same transaction"
-    return found
 
 
 async def remember(tx: Tx, operation: str, done: Sequence[Keyed], answers: Sequence[bytes]) -> None:

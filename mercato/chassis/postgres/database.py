@@ -33,10 +33,15 @@ from mercato.chassis.contract import Attempt, FrozenMeta, ServiceError, Unavaila
 from mercato.chassis.observability.telemetry import Telemetry
 
 from . import outbox_row
-from .connections import DRIVER_ERRORS, Connections, LentConnection, raise_translated
-from .connections import LockTimeout as LockTimeout  # what a service may meet is imported from here
-from .connections import RolledBackError as RolledBackError
-from .connections import UniqueViolation as UniqueViolation
+from .connections import (
+    DRIVER_ERRORS,
+    Connections,
+    LentConnection,
+    LockTimeout as LockTimeout,  # what a service may meet is imported from here
+    RolledBackError as RolledBackError,
+    UniqueViolation as UniqueViolation,
+    raise_translated,
+)
 
 R = TypeVar("R", bound="Row")
 T = TypeVar("T")

@@ -9,8 +9,7 @@ from typing import Annotated, Final
 from msgspec import Meta
 
 from mercato.chassis.contract import MAX_ID, FieldError, IdempotencyKeyReused, InvalidRequest, RequestInProgress
-from mercato.contracts import orders
-from mercato.contracts import payments as contract
+from mercato.contracts import orders, payments as contract
 from mercato.contracts.orders import Orders, PaidOrder
 from mercato.contracts.payments import Method, Payment, PaymentPage, Payments
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY

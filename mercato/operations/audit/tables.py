@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from mercato.chassis.messaging.events import KEPT_DAYS
-from mercato.operations.audit.history import COLUMNS as HISTORY_COLUMNS
-from mercato.operations.audit.history import ClientOperation, as_row
+from mercato.operations.audit.history import COLUMNS as HISTORY_COLUMNS, ClientOperation, as_row
 from mercato.operations.copying import Copies, Table
 
 # A row for each event of a row. Their positions, as in `chassis/messaging/rows.py`: 12 bits for the place.

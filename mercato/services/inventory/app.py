@@ -17,10 +17,10 @@ from mercato.contracts.orders import Orders
 from mercato.contracts.products import Products
 
 from . import demo
-from .counting import Counting
+from .counting import Adjusting, Counting
 from .reconciling import Reconciling
 from .reserving import Reserving
-from .service import InventoryService
+from .service import Reading
 
 LONGEST_HOLD_SECONDS: Final = 30 * 86_400
 LONGEST_PAUSE_SECONDS: Final = 3_600
@@ -47,17 +47,17 @@ def build(env: Env) -> Service:
     reconciling = Reconciling(
         env.database, env.client(Orders), reserving, env.telemetry, env.clock, quiet_seconds=options.quiet_seconds
     )
-    service = InventoryService(env.database, products, reserving, Counting(env.database, products))
+    counting, reading = Counting(env.database, products), Reading(env.database, products)
     server = Server(Inventory, env.clock)
-    server.register(Inventory.reserve, service.reserve)
-    server.register(Inventory.commit, service.commit)
-    server.register(Inventory.release, service.release)
-    server.register(Inventory.restock, service.restock)
-    server.register(Inventory.set, service.set)
-    server.register(Inventory.adjust, service.adjust)
-    server.register(Inventory.levels, service.levels)
-    server.register(Inventory.list, service.list)
-    server.register(Inventory.trace, service.trace)
+    server.register(Inventory.reserve, reserving.reserve)
+    server.register(Inventory.commit, reserving.commit)
+    server.register(Inventory.release, reserving.release)
+    server.register(Inventory.restock, reserving.restock)
+    server.register(Inventory.set, counting.set)
+    server.register(Inventory.adjust, Adjusting(env.database, products).run)
+    server.register(Inventory.levels, reading.levels)
+    server.register(Inventory.list, reading.list)
+    server.register(Inventory.trace, reading.trace)
     return Service(
         server=server.complete(),
         database=env.database,

@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis.contract import Actor, FieldError, InvalidRequest, Message, ServiceError, StaleVersion
+from mercato.chassis.contract import Actor, FieldError, InvalidRequest, Message, ServiceError
 from mercato.chassis.messaging.events import Outgoing
 from mercato.contracts.inventory import (
     ON_HAND_LIMIT,
@@ -133,12 +133,6 @@ def check_lines(lines: Sequence[StockLine]) -> InvalidRequest | None:
 def check_delta(delta: int) -> InvalidRequest | None:
     if delta == 0:
         return InvalidRequest(errors=(FieldError(field="delta", message="is 0: that changes nothing"),))
-    return None
-
-
-def check_version(expected: int | None, actual: int) -> StaleVersion | None:
-    if expected is not None and expected != actual:
-        return StaleVersion(expected=expected, actual=actual)
     return None
 
 

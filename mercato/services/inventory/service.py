@@ -1,4 +1,4 @@
-"""The operations of inventory, in contract order."""
+"""The operations of inventory that read. Those that change stock are in `reserving.py` and `counting.py`."""
 
 from __future__ import annotations
 
@@ -8,18 +8,10 @@ from collections.abc import Sequence
 from mercato.chassis.contract import Batch, ServiceError
 from mercato.chassis.postgres.database import Database
 from mercato.contracts.inventory import (
-    AdjustedLevel,
-    AdjustLevel,
-    CommitStock,
     GetLevel,
     Level,
     LevelPage,
     ListLevels,
-    ReleaseStock,
-    Reservation,
-    ReserveStock,
-    ReturnStock,
-    SetLevel,
     StockLine,
     StockStep,
     StockTrace,
@@ -28,36 +20,14 @@ from mercato.contracts.inventory import (
 from mercato.contracts.products import GetProduct, Products
 
 from . import rules, store
-from .counting import Counting
-from .reserving import Reserving
 
 
-class InventoryService:
+class Reading:
     """See `contracts/inventory.py` for what each operation promises."""
 
-    def __init__(self, database: Database, products: Products, reserving: Reserving, counting: Counting) -> None:
+    def __init__(self, database: Database, products: Products) -> None:
         self._database = database
         self._products = products
-        self._reserving = reserving
-        self._counting = counting
-
-    async def reserve(self, batch: Batch[ReserveStock]) -> Sequence[Reservation | ServiceError]:
-        return await self._reserving.reserve(batch)
-
-    async def commit(self, batch: Batch[CommitStock]) -> Sequence[Reservation | ServiceError]:
-        return await self._reserving.commit(batch)
-
-    async def release(self, batch: Batch[ReleaseStock]) -> Sequence[Reservation | ServiceError]:
-        return await self._reserving.release(batch)
-
-    async def restock(self, batch: Batch[ReturnStock]) -> Sequence[Reservation | ServiceError]:
-        return await self._reserving.restock(batch)
-
-    async def set(self, batch: Batch[SetLevel]) -> Sequence[Level | ServiceError]:
-        return await self._counting.set(batch)
-
-    async def adjust(self, batch: Batch[AdjustLevel]) -> Sequence[AdjustedLevel | ServiceError]:
-        return await self._counting.adjust(batch)
 
     async def levels(self, batch: Batch[GetLevel]) -> Sequence[Level | ServiceError]:
         """A product that was never counted has nothing; whether there is such a product, products says."""

@@ -57,28 +57,23 @@ def build(env: Env) -> Service:
     placing = Placing(
         database, runner, users=env.client(Users), products=env.client(Products), randomness=env.randomness
     )
-    service = OrdersService(
-        database,
-        runner,
-        placing=placing,
-        paying=Paying(database, runner, payments),
-        refunding=Refunding(database, runner, inventory=inventory, payments=payments),
-        tracing=Tracing(database, inventory=inventory, payments=payments),
-    )
+    paying = Paying(database, runner, payments)
+    refunding = Refunding(database, runner, inventory=inventory, payments=payments)
+    service = OrdersService(database, runner, paying=paying, refunding=refunding)
     server = Server(Orders, env.clock)
-    server.register(Orders.place, service.place)
+    server.register(Orders.place, placing.run)
     server.register(Orders.get, service.get)
     server.register(Orders.list, service.list)
     server.register(Orders.move, service.move)
-    server.register(Orders.cancel, service.cancel)
+    server.register(Orders.cancel, paying.cancel)
     server.register(Orders.history, service.history)
     server.register(Orders.settled, service.settled)
-    server.register(Orders.timeline, service.timeline)
-    server.register(Orders.pay, service.pay)
-    server.register(Orders.capture, service.capture)
-    server.register(Orders.void, service.void)
-    server.register(Orders.refund, service.refund)
-    server.register(Orders.take_back, service.take_back)
+    server.register(Orders.timeline, Tracing(database, inventory=inventory, payments=payments).timeline)
+    server.register(Orders.pay, paying.pay)
+    server.register(Orders.capture, paying.capture)
+    server.register(Orders.void, paying.void)
+    server.register(Orders.refund, refunding.refund)
+    server.register(Orders.take_back, refunding.take_back)
     return Service(
         server=server.complete(),
         database=database,

@@ -29,8 +29,8 @@ from mercato.chassis.observability import faults
 from mercato.chassis.postgres.database import Database
 from mercato.chassis.sagas.runner import Runner
 from mercato.chassis.sagas.store import Next, Saga
-from mercato.contracts.inventory import AnotherOrder as StockOfAnotherOrder
 from mercato.contracts.inventory import (
+    AnotherOrder as StockOfAnotherOrder,
     CommitStock,
     Inventory,
     ReleaseStock,
@@ -39,17 +39,17 @@ from mercato.contracts.inventory import (
     StockLine,
 )
 from mercato.contracts.orders import Order
-from mercato.contracts.payments import AnotherOrder as PaymentOfAnotherOrder
 from mercato.contracts.payments import (
+    AnotherOrder as PaymentOfAnotherOrder,
     AuthorizePayment,
     CapturePayment,
     ChargePayment,
+    Payment as PaymentRecord,
     Payments,
     RefundDeclined,
     RefundPayment,
     VoidPayment,
 )
-from mercato.contracts.payments import Payment as PaymentRecord
 from mercato.contracts.roles import STAFF
 
 from . import rules, steps, store

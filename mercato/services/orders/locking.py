@@ -72,7 +72,8 @@ async def _lock(tx: Tx, order_id: int) -> Locked:
     key = (order_id, CHECKOUT, "")
     checkout = await saga.lock(tx, key)
     record = (await store.lock(tx, [order_id])).get(order_id)
-    if record is None or not rules.may_see(current.get().actor, record.order.user_id):
+    order = rules.visible(record.order if record else None, order_id, current.get().actor)
+    if record is None or isinstance(order, OrderNotFound):
         raise OrderNotFound(order_id=order_id)
     if checkout is None:
         if await saga.find(tx, key) is not None:

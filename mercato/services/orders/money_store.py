@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 
 from mercato.chassis.contract import Actor
+from mercato.chassis.idempotency.keys import Identity, Keyed
 from mercato.chassis.postgres.database import Row, Tx
 from mercato.chassis.sagas.store import Key
 from mercato.contracts.orders import RefundStatus, ReturnLine
@@ -26,26 +27,23 @@ class PaymentKeyRow(Row):
     fingerprint: bytes
 
 
-async def payment_of_key(tx: Tx, principal: str, key: str) -> PaymentKeyRow | None:
+async def payment_of_key(tx: Tx, identity: Identity) -> PaymentKeyRow | None:
     return await tx.fetch_one(
         PaymentKeyRow,
         "SELECT order_id, payment_attempt, fingerprint FROM payment_keys WHERE principal = $1 AND key = $2",
-        principal,
-        key,
+        *identity,
     )
 
 
-async def insert_payment_key(
-    tx: Tx, principal: str, key: str, fingerprint: bytes, order_id: int, payment_attempt: int
-) -> None:
+async def insert_payment_key(tx: Tx, key: Keyed, order_id: int, payment_attempt: int) -> None:
     """Raises `UniqueViolation` where the key has begun a payment of another order at this moment."""
     await tx.execute(
         """
         INSERT INTO payment_keys (principal, key, fingerprint, order_id, payment_attempt) VALUES ($1, $2, $3, $4, $5)
         """,
-        principal,
-        key,
-        fingerprint,
+        key.principal,
+        key.key,
+        key.fingerprint,
         order_id,
         payment_attempt,
     )

@@ -15,16 +15,15 @@ import msgspec
 
 from mercato.chassis.contract import (
     Forbidden,
-    IdempotencyKeyReused,
     OutcomeUnknown,
-    RequestInProgress,
     ServiceError,
-    StaleVersion,
+    check_version,
     current,
 )
-from mercato.chassis.idempotency import keys as idempotency
+from mercato.chassis.idempotency.batch import bounded_by_key
+from mercato.chassis.idempotency.keys import keyed
 from mercato.chassis.observability import faults
-from mercato.chassis.postgres.database import Database, LockTimeout, Tx, UniqueViolation
+from mercato.chassis.postgres.database import Database, Tx
 from mercato.chassis.rpc.client import as_service
 from mercato.chassis.sagas import store as saga
 from mercato.chassis.sagas.runner import Runner
@@ -43,8 +42,7 @@ from mercato.contracts.orders import (
     PaymentInProgress,
     PayOrder,
 )
-from mercato.contracts.payments import GetPayment, ListPayments, Payments
-from mercato.contracts.payments import Payment as PaymentRecord
+from mercato.contracts.payments import GetPayment, ListPayments, Payment as PaymentRecord, Payments
 from mercato.contracts.roles import CUSTOMER
 
 from . import money_store, rules, steps, store
@@ -88,10 +86,8 @@ class Paying:
 
     async def pay(self, request: PayOrder) -> PaidOrder:
         await self._wait_until_held(request.id)
-        try:
+        with bounded_by_key():
             begun = await self._begin_payment(request)
-        except (LockTimeout, UniqueViolation):
-            raise RequestInProgress from None
         await self.wait_until_idle(request.id)
         payment = await self._payment(request.id, begun)
         # A payment that was made, and refunded since, is what its key stands for.
@@ -104,21 +100,20 @@ class Paying:
         """Begins a payment, or finds the one that the key of the request has begun, however long ago."""
 
         async def begin(tx: Tx, locked: Locked) -> tuple[BegunPayment, Saga | None]:
-            key, principal = request.idempotency_key, idempotency.principal_of(current.get().actor)
-            if key is not None and (found := await money_store.payment_of_key(tx, principal, key)):
-                if found.fingerprint != request.fingerprint:
-                    raise IdempotencyKeyReused
+            if key is not None and (found := await money_store.payment_of_key(tx, key.identity)):
+                key.check(found.fingerprint)
                 return BegunPayment(found.payment_attempt, locked.record.nonce, replayed=True), None
             decision = _begin_payment(request, locked)
             attempt = decision.state.attempt
             if key is not None:
-                await money_store.insert_payment_key(tx, principal, key, request.fingerprint, request.id, attempt)
+                await money_store.insert_payment_key(tx, key, request.id, attempt)
             await money_store.begin_payment(tx, request.id, attempt)
             record = msgspec.structs.replace(locked.record, payment_attempt=attempt)
             redirected = await self._redirect(tx, msgspec.structs.replace(locked, record=record), decision)
             await faults.point("orders.pay.before_commit")
             return BegunPayment(attempt, record.nonce), redirected
 
+        key = keyed(request, current.get().actor)
         begun, redirected = await in_lock(self._database, request.id, begin, lock_seconds=LOCK_SECONDS)
         await faults.point("orders.pay.after_commit")
         if redirected is not None:
@@ -322,7 +317,7 @@ def _cancel(message: str, version: int | None, locked: Locked) -> Decision | Non
     order = locked.order
     if order.status == "cancelled":
         return None  # a retry of a request whose answer was lost
-    check_version(order, version)
+    check_version(version, order.version)
     rules.check_move(order, "status", "cancelled")
     if locked.record.refund_pending_minor:
         raise PaymentInProgress(order_id=order.id)
@@ -333,17 +328,12 @@ def _confirm(version: int | None, locked: Locked) -> Decision | None:
     order = locked.order
     if order.status == "confirmed":
         return None
-    check_version(order, version)
+    check_version(version, order.version)
     rules.check_move(order, "status", "confirmed")
     if locked.checkout is None or locked.checkout.step != "awaiting":
         raise PaymentInProgress(order_id=order.id)
     state = msgspec.structs.replace(locked.state, on_account=True, confirmed_by=current.get().actor.id)
     return Decision("reserve", "confirmed by hand", state, running=True)
-
-
-def check_version(order: Order, version: int | None) -> None:
-    if version is not None and version != order.version:
-        raise StaleVersion(expected=version, actual=order.version)
 
 
 def _raise_illegal(order: Order, axis: Axis, wanted: str) -> NoReturn:

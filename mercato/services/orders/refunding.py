@@ -15,19 +15,26 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis.contract import IdempotencyKeyReused, RequestInProgress, ServiceError, current
-from mercato.chassis.idempotency import keys as idempotency
+from mercato.chassis.contract import ServiceError, current
+from mercato.chassis.idempotency.batch import bounded_by_key
+from mercato.chassis.idempotency.keys import Keyed, principal_of
 from mercato.chassis.observability import faults
-from mercato.chassis.postgres.database import Database, LockTimeout, Tx, UniqueViolation
+from mercato.chassis.postgres.database import Database, Tx
 from mercato.chassis.rpc.client import as_service
 from mercato.chassis.sagas import store as saga
 from mercato.chassis.sagas.runner import Runner
 from mercato.chassis.sagas.store import Next, Saga
-from mercato.contracts.inventory import AnotherOrder as StockOfAnotherOrder
-from mercato.contracts.inventory import Inventory, ReservationClosed, ReturnStock, ReturnTooLarge, StockLine
+from mercato.contracts.inventory import (
+    AnotherOrder as StockOfAnotherOrder,
+    Inventory,
+    ReservationClosed,
+    ReturnStock,
+    ReturnTooLarge,
+    StockLine,
+)
 from mercato.contracts.orders import Order, Refund, RefundOrder, ReturnLine, ReturnOrder
-from mercato.contracts.payments import AnotherOrder as PaymentOfAnotherOrder
 from mercato.contracts.payments import (
+    AnotherOrder as PaymentOfAnotherOrder,
     AttemptNotFound,
     GetPayment,
     Payments,
@@ -83,11 +90,10 @@ class Work(msgspec.Struct):
         return self.saga.subject_id
 
 
-class RefundRequest(msgspec.Struct, frozen=True):
-    """A request under its key. `reference` stands for the key for ever."""
+class RefundKey(Keyed, frozen=True):
+    """The key of a refund. `reference` stands for it for ever."""
 
     reference: str
-    fingerprint: bytes
 
 
 class RefundDraft(msgspec.Struct, frozen=True):
@@ -122,20 +128,20 @@ class Refunding:
             is_paid_with = payment.attempt == locked.record.payment_attempt
             left_minor = locked.record.refundable_minor if is_paid_with else 0
             amount_minor = rules.check_refund(locked.order, request, left_minor)
-            return await self._start(tx, locked, asked, RefundDraft(amount_minor, reason=request.reason))
+            return await self._start(tx, locked, key, RefundDraft(amount_minor, reason=request.reason))
 
-        asked = _request("orders.refund", request.idempotency_key, request.fingerprint)
-        return await self._begin(payment.order_id, asked, begin)
+        key = _key_of("orders.refund", request)
+        return await self._begin(payment.order_id, key, begin)
 
     async def take_back(self, request: ReturnOrder) -> Refund:
         """Goods, and what was paid for them."""
 
         async def begin(tx: Tx, locked: Locked) -> Saga:
             draft = await self._return(tx, locked, request.lines, request.reason)
-            return await self._start(tx, locked, asked, draft)
+            return await self._start(tx, locked, key, draft)
 
-        asked = _request("orders.take_back", request.idempotency_key, request.fingerprint)
-        return await self._begin(request.id, asked, begin)
+        key = _key_of("orders.take_back", request)
+        return await self._begin(request.id, key, begin)
 
     async def take_back_rest(self, tx: Tx, locked: Locked) -> Saga:
         """The return of all that is left, in the caller's transaction, after which the caller drives the saga."""
@@ -143,33 +149,30 @@ class Refunding:
 
     # ---------------------------------------------------------------------------------------------------- how it begins
 
-    async def _begin(self, order_id: int, asked: RefundRequest, begin: BeginRefund) -> Refund:
+    async def _begin(self, order_id: int, key: RefundKey, begin: BeginRefund) -> Refund:
         """Begins a refund, or finds the one that its key has begun; answers when it is settled, or the time is over."""
 
         async def work(tx: Tx, locked: Locked) -> tuple[int, Saga | None]:
-            if (old := await money_store.refund_of_key(tx, asked.reference)) is not None:
-                if old.fingerprint != asked.fingerprint:
-                    raise IdempotencyKeyReused
+            if (old := await money_store.refund_of_key(tx, key.reference)) is not None:
+                key.check(old.fingerprint)
                 return old.order_id, None
             locked.check_idle()
             started = await begin(tx, locked)
             await faults.point("orders.refund.before_commit")
             return order_id, started
 
-        try:
+        with bounded_by_key():
             order_id, started = await in_lock(self._database, order_id, work, lock_seconds=LOCK_SECONDS)
-        except (LockTimeout, UniqueViolation):
-            raise RequestInProgress from None
         await faults.point("orders.refund.after_commit")
         if started is not None:
             self._runner.drive([started])
-        key = (order_id, REFUND, asked.reference)
-        await self._runner.wait_until_idle(key, (), ANSWER_SECONDS)
+        saga_key = (order_id, REFUND, key.reference)
+        await self._runner.wait_until_idle(saga_key, (), ANSWER_SECONDS)
         async with self._database.read() as tx:
-            found = (await money_store.refunds(tx, [key]))[order_id, asked.reference]
+            found = (await money_store.refunds(tx, [saga_key]))[order_id, key.reference]
         return _answer(found, replayed=started is None)
 
-    async def _start(self, tx: Tx, locked: Locked, asked: RefundRequest | None, draft: RefundDraft) -> Saga:
+    async def _start(self, tx: Tx, locked: Locked, key: RefundKey | None, draft: RefundDraft) -> Saga:
         """Reserves the amount, writes the refund and its saga. The order is locked."""
         record = locked.record
         if draft.amount_minor:
@@ -177,7 +180,7 @@ class Refunding:
             assert is_reserved, "the order is locked, and so much was left"
         refund = RefundRecord(
             order_id=record.id,
-            reference=REST if asked is None else asked.reference,
+            reference=REST if key is None else key.reference,
             lines=draft.lines,
             amount_minor=draft.amount_minor,
             currency=record.order.currency,
@@ -185,7 +188,7 @@ class Refunding:
             status="pending",
             code=None,
             reason=draft.reason,
-            fingerprint=None if asked is None else asked.fingerprint,
+            fingerprint=None if key is None else key.fingerprint,
         )
         await money_store.insert_refund(tx, refund, current.get().actor)
         started = Saga((record.id, REFUND, refund.reference), "refund", "")
@@ -272,10 +275,10 @@ class Refunding:
 # -------------------------------------------------------------------------------------------------------------- details
 
 
-def _request(operation: str, key: str, fingerprint: bytes) -> RefundRequest:
-    principal = idempotency.principal_of(current.get().actor)
+def _key_of(operation: str, request: RefundOrder | ReturnOrder) -> RefundKey:
+    principal, key = principal_of(current.get().actor), request.idempotency_key
     digest = hashlib.sha256(f"{operation}\0{principal}\0{key}".encode()).hexdigest()
-    return RefundRequest(digest[:24], fingerprint)
+    return RefundKey(principal, key, request.fingerprint, reference=digest[:24])
 
 
 def _one_an_order(works: Sequence[Work]) -> tuple[list[Work], list[Work]]:

@@ -20,6 +20,7 @@ from mercato.contracts.orders import (
     NotReturnable,
     Order,
     OrderLine,
+    OrderNotFound,
     PlaceLine,
     PlaceOrder,
     PriceChanged,
@@ -27,7 +28,7 @@ from mercato.contracts.orders import (
     ReturnLine,
 )
 from mercato.contracts.products import Quote
-from mercato.contracts.roles import CUSTOMER
+from mercato.contracts.roles import may_see
 
 Moves = Mapping[str, frozenset[str]]
 
@@ -254,9 +255,11 @@ def _share(line: OrderLine, quantity: int) -> int:
     return line.line_total_minor * quantity // line.quantity
 
 
-def may_see(actor: Actor, user_id: int) -> bool:
-    """Customers see their own; staff, and services on behalf of the shop, see all."""
-    return actor.role != CUSTOMER or actor.id == user_id
+def visible(order: Order | None, order_id: int, actor: Actor) -> Order | OrderNotFound:
+    """The order, where the caller may see it: that of another account answers like one that does not exist."""
+    if order is None or not may_see(actor, order.user_id):
+        return OrderNotFound(order_id=order_id)
+    return order
 
 
 def check_lines(lines: Sequence[PlaceLine]) -> InvalidRequest | None:

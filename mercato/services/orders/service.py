@@ -1,4 +1,4 @@
-"""The operations of orders, in contract order."""
+"""The operations that read orders, or move them by hand. The others: `placing.py`, `paying.py`, `refunding.py`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from mercato.chassis.contract import Actor, Batch, ServiceError, current
+from mercato.chassis.contract import Actor, Batch, ServiceError, check_version, current
 from mercato.chassis.observability import faults
 from mercato.chassis.postgres.database import Database, Tx
 from mercato.chassis.sagas.runner import Runner
@@ -17,32 +17,19 @@ from mercato.contracts.orders import (
     CancelOrder,
     GetHistory,
     GetOrder,
-    GetTimeline,
     History,
     ListOrders,
     MoveOrder,
-    MovePayment,
     Order,
-    OrderNotFound,
     OrderPage,
-    PaidOrder,
-    PayOrder,
-    PlacedOrder,
-    PlaceOrder,
-    Refund,
-    RefundOrder,
-    ReturnOrder,
-    Timeline,
 )
 from mercato.contracts.roles import CUSTOMER
 
 from . import rules, store
 from .locking import Locked, in_lock
-from .paying import Paying, check_version
-from .placing import Placing
+from .paying import Paying
 from .refunding import Refunding
-from .store import OrderRecord
-from .timeline import Tracing, entries_of
+from .timeline import entries_of
 
 faults.declare("orders.move.before_commit", "orders.move.after_commit")
 
@@ -55,26 +42,19 @@ class OrdersService:
         database: Database,
         runner: Runner,
         *,
-        placing: Placing,
         paying: Paying,
         refunding: Refunding,
-        tracing: Tracing,
     ) -> None:
         self._database = database
         self._runner = runner
-        self._placing = placing
         self._paying = paying
         self._refunding = refunding
-        self._tracing = tracing
-
-    async def place(self, batch: Batch[PlaceOrder]) -> Sequence[PlacedOrder | ServiceError]:
-        return await self._placing.place(batch)
 
     async def get(self, batch: Batch[GetOrder]) -> Sequence[Order | ServiceError]:
         async with self._database.read() as tx:
             found = await store.get(tx, list({request.id for request in batch}))
         return [
-            _visible(found.get(request.id), request.id, actor)
+            rules.visible(found[request.id].order if request.id in found else None, request.id, actor)
             for request, actor in zip(batch, batch.actors, strict=True)
         ]
 
@@ -116,7 +96,7 @@ class OrdersService:
     async def _move(self, request: MoveOrder, version: int | None) -> Order:
         async def work(tx: Tx, locked: Locked) -> tuple[Order, Saga | None]:
             order, returning = locked.order, None
-            check_version(order, version)
+            check_version(version, order.version)
             is_moving = request.status is not None and request.status != order.status
             is_returning = request.fulfilment == "returned" and order.fulfilment != "returned"
             if request.status is not None and is_moving:
@@ -140,14 +120,9 @@ class OrdersService:
             self._runner.drive([returning])
         return order
 
-    async def cancel(self, request: CancelOrder) -> Order:
-        return await self._paying.cancel(request)
-
     async def history(self, request: GetHistory) -> History:
         async with self._database.read() as tx:
-            _raise_if_error(
-                _visible((await store.get(tx, [request.id])).get(request.id), request.id, current.get().actor)
-            )
+            await store.seen(tx, request.id, current.get().actor)
             return History(entries=entries_of(await store.history(tx, request.id)))
 
     async def settled(self, request: AwaitOrder) -> Order:
@@ -155,29 +130,9 @@ class OrdersService:
         await self._paying.wait_until_idle(request.id, request.wait_ms / 1_000)
         return await self._seen(request.id)
 
-    async def timeline(self, request: GetTimeline) -> Timeline:
-        await self._seen(request.id)
-        return await self._tracing.timeline(request.id)
-
-    async def pay(self, request: PayOrder) -> PaidOrder:
-        return await self._paying.pay(request)
-
-    async def capture(self, request: MovePayment) -> PaidOrder:
-        return await self._paying.capture(request)
-
-    async def void(self, request: MovePayment) -> PaidOrder:
-        return await self._paying.void(request)
-
-    async def refund(self, request: RefundOrder) -> Refund:
-        return await self._refunding.refund(request)
-
-    async def take_back(self, request: ReturnOrder) -> Refund:
-        return await self._refunding.take_back(request)
-
     async def _seen(self, order_id: int) -> Order:
         async with self._database.read() as tx:
-            record = (await store.get(tx, [order_id])).get(order_id)
-        return _raise_if_error(_visible(record, order_id, current.get().actor))
+            return (await store.seen(tx, order_id, current.get().actor)).order
 
 
 async def _move_one(tx: Tx, order: Order, axis: Axis, move: store.Move) -> Order:
@@ -189,19 +144,6 @@ async def _move_one(tx: Tx, order: Order, axis: Axis, move: store.Move) -> Order
     [moved] = await store.move(tx, [move], current.get().actor)
     assert moved, "the row is locked: nobody can have moved it in between"
     return moved
-
-
-def _visible(record: OrderRecord | None, order_id: int, actor: Actor) -> Order | ServiceError:
-    """An order of another account answers exactly like one that does not exist."""
-    if record is None or not rules.may_see(actor, record.order.user_id):
-        return OrderNotFound(order_id=order_id)
-    return record.order
-
-
-def _raise_if_error(order: Order | ServiceError) -> Order:
-    if isinstance(order, ServiceError):
-        raise order
-    return order
 
 
 def _only_own(request: ListOrders, actor: Actor) -> ListOrders:

@@ -29,11 +29,15 @@ from typing import Final, Literal
 import msgspec
 
 from mercato.chassis.contract import ServiceError
-from mercato.contracts.inventory import AnotherOrder as StockOfAnotherOrder
-from mercato.contracts.inventory import OutOfStock, Reservation, ReservationClosed, ShortLine
+from mercato.contracts.inventory import (
+    AnotherOrder as StockOfAnotherOrder,
+    OutOfStock,
+    Reservation,
+    ReservationClosed,
+    ShortLine,
+)
 from mercato.contracts.orders import CancelCode, CancelReason, Order, Payment, Status
-from mercato.contracts.payments import AnotherOrder as PaymentOfAnotherOrder
-from mercato.contracts.payments import Payment as PaymentRecord
+from mercato.contracts.payments import AnotherOrder as PaymentOfAnotherOrder, Payment as PaymentRecord
 
 CHECKOUT: Final = "checkout"
 

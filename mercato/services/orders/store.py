@@ -10,6 +10,7 @@ from typing import Final
 import msgspec
 
 from mercato.chassis.contract import MAX_ID, Actor
+from mercato.chassis.idempotency.keys import Identity
 from mercato.chassis.messaging import events
 from mercato.chassis.postgres.database import Row, Tx
 from mercato.contracts.orders import (
@@ -20,6 +21,7 @@ from mercato.contracts.orders import (
     Order,
     OrderChanged,
     OrderLine,
+    OrderNotFound,
     Payment,
     Status,
 )
@@ -233,7 +235,16 @@ async def emit_placed(tx: Tx, orders: Sequence[Order]) -> None:
     await events.emit(tx, [_event("order.placed", order) for order in orders])
 
 
-async def by_keys(tx: Tx, principals: Sequence[str], keys: Sequence[str]) -> dict[tuple[str, str], KeyedOrder]:
+async def seen(tx: Tx, order_id: int, actor: Actor) -> OrderRecord:
+    """An order that the caller may see. Raises `OrderNotFound`."""
+    record = (await get(tx, [order_id])).get(order_id)
+    order = rules.visible(record.order if record else None, order_id, actor)
+    if record is None or isinstance(order, OrderNotFound):
+        raise OrderNotFound(order_id=order_id)
+    return record
+
+
+async def by_keys(tx: Tx, identities: Sequence[Identity]) -> dict[Identity, KeyedOrder]:
     """The one order that was ever placed with each key, as it was when it was placed, by principal and key."""
     # One look at the index for each key: a join that was planned when the shop was new would read all orders.
     rows = await tx.fetch(
@@ -248,8 +259,8 @@ async def by_keys(tx: Tx, principals: Sequence[str], keys: Sequence[str]) -> dic
              LIMIT 1
          ) o
         """,
-        principals,
-        keys,
+        [principal for principal, _ in identities],
+        [key for _, key in identities],
     )
     found = await get(tx, [row.order_id for row in rows]) if rows else {}
     return {

@@ -6,10 +6,11 @@ import asyncio
 import datetime
 from collections.abc import Sequence
 
+from mercato.chassis.contract import current
 from mercato.chassis.postgres.database import Database
 from mercato.chassis.rpc.client import as_service
 from mercato.contracts.inventory import Inventory, StockStep, TraceStock
-from mercato.contracts.orders import HistoryEntry, Timeline, TimelineEntry
+from mercato.contracts.orders import GetTimeline, HistoryEntry, Timeline, TimelineEntry
 from mercato.contracts.payments import Payments, PaymentStep, TracePayments
 
 from . import rules, store
@@ -24,10 +25,10 @@ class Tracing:
         self._inventory = inventory
         self._payments = payments
 
-    async def timeline(self, order_id: int) -> Timeline:
-        """Of an order that the caller has looked at, and may see."""
+    async def timeline(self, request: GetTimeline) -> Timeline:
+        order_id = request.id
         async with self._database.read() as tx:
-            nonce = (await store.get(tx, [order_id]))[order_id].nonce
+            nonce = (await store.seen(tx, order_id, current.get().actor)).nonce
             transitions = await store.history(tx, order_id)
         with as_service():
             stock, money = await asyncio.gather(

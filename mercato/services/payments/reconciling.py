@@ -25,8 +25,7 @@ from mercato.chassis.observability import faults
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database
 
-from . import reconciliation_store as store
-from . import rules
+from . import reconciliation_store as store, rules
 from .charging import Charging
 from .provider import Page, Provider
 from .reconciliation_store import RecordedRow, Reported

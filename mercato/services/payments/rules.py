@@ -18,7 +18,7 @@ from typing import Final, Literal, Protocol, TypeVar, cast
 
 import msgspec
 
-from mercato.chassis.contract import Actor, ServiceError
+from mercato.chassis.contract import ServiceError
 from mercato.contracts.payments import (
     OperationKind,
     OperationStatus,
@@ -28,7 +28,6 @@ from mercato.contracts.payments import (
     RefundTooLarge,
     Status,
 )
-from mercato.contracts.roles import CUSTOMER
 
 Account = Literal["provider", "sales", "refunds"]
 
@@ -326,11 +325,6 @@ TRANSFERS: Final[Mapping[OperationKind, tuple[Account, Account]]] = {
     "refund": ("refunds", "provider"),
 }
 """The operations that move money: the account that is debited, and the one that is credited."""
-
-
-def may_see(actor: Actor, user_id: int) -> bool:
-    """Customers see their own; staff, and services on behalf of the shop, see all."""
-    return actor.role != CUSTOMER or actor.id == user_id
 
 
 # --------------------------------------------------------------------------------------------------------------- keys

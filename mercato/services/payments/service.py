@@ -28,9 +28,9 @@ from mercato.contracts.payments import (
     TracePayments,
     VoidPayment,
 )
-from mercato.contracts.roles import CUSTOMER
+from mercato.contracts.roles import CUSTOMER, may_see
 
-from . import rules, store, trace_store
+from . import store, trace_store
 from .charging import SWEPT_AT_ONCE, Answer, Charging, PaymentRequest, payment_of
 from .reconciling import Reconciling
 from .rules import Target
@@ -162,6 +162,6 @@ def _new_payment(request: OpeningRequest | VoidPayment, status: Status) -> NewPa
 
 def _visible(row: store.PaymentRow | None, payment_id: int, actor: Actor) -> Payment | ServiceError:
     """Another's payment answers exactly like one that does not exist."""
-    if row is None or not rules.may_see(actor, row.user_id):
+    if row is None or not may_see(actor, row.user_id):
         return PaymentNotFound(payment_id=payment_id)
     return payment_of(row)

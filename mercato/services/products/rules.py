@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from mercato.chassis.contract import FieldError, InvalidRequest, StaleVersion
+from mercato.chassis.contract import FieldError, InvalidRequest
 from mercato.contracts.money import DEFAULT_CURRENCY, EXPONENTS, MAX_MINOR
 from mercato.contracts.products import (
     PAGE_LIMIT,
@@ -52,12 +52,6 @@ def check_product(request: CreateProduct | UpdateProduct) -> None:
 def changes(request: UpdateProduct) -> bool:
     """Whether anything is to be changed."""
     return any(getattr(request, field) is not None for field in PRODUCT_FIELDS)
-
-
-def check_version(expected: int | None, actual: int) -> None:
-    """Raises `StaleVersion` where the caller has seen another version; None accepts any."""
-    if expected is not None and expected != actual:
-        raise StaleVersion(expected=expected, actual=actual)
 
 
 def _wrong_fields(request: CreateProduct | UpdateProduct) -> Iterator[FieldError]:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Generator, Sequence
 from typing import Final
 
-from mercato.chassis.contract import Batch
+from mercato.chassis.contract import Batch, check_version
 from mercato.chassis.observability import faults
 from mercato.chassis.postgres.database import Database, Tx, UniqueViolation
 from mercato.contracts.products import (
@@ -76,7 +76,7 @@ class ProductsService:
         with _sku_conflicts(request.sku):
             async with self._database.transaction() as tx:
                 row = await self._lock(tx, request.id)
-                rules.check_version(request.version, row.version)
+                check_version(request.version, row.version)
                 if not rules.changes(request):
                     return _product(row)
                 row = await store.update(tx, request)
@@ -94,7 +94,7 @@ class ProductsService:
             row = await self._lock(tx, request.id)
             if row.status == "archived":
                 return _product(row)
-            rules.check_version(request.version, row.version)
+            check_version(request.version, row.version)
             row = await store.archive(tx, request.id)
             await faults.point(ARCHIVE_BEFORE_COMMIT)
         await faults.point(ARCHIVE_AFTER_COMMIT)

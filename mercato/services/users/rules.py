@@ -14,8 +14,7 @@ import datetime
 import unicodedata
 from typing import Final
 
-from mercato.chassis.contract import Actor, FieldError
-from mercato.contracts.roles import CUSTOMER
+from mercato.chassis.contract import FieldError
 
 SESSION_LENGTH: Final = datetime.timedelta(days=30)
 """From signing in; refreshing does not prolong it, so that a stolen session ends some day."""
@@ -74,14 +73,6 @@ COMMONEST_PASSWORDS: Final = frozenset(
         "zaq12wsxcde3",
     }
 )
-
-# ------------------------------------------------------------------------------------------------------- who may what
-
-
-def may_see(actor: Actor, user_id: int) -> bool:
-    """Customers see and change only themselves; staff and services see everybody."""
-    return actor.role != CUSTOMER or actor.id == user_id
-
 
 # ---------------------------------------------------------------------------------------------------------- the texts
 

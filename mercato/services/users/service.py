@@ -26,7 +26,7 @@ from mercato.chassis.contract import (
 from mercato.chassis.observability import faults
 from mercato.chassis.observability.clock import Randomness
 from mercato.chassis.postgres.database import Database, Tx, UniqueViolation
-from mercato.contracts.roles import CUSTOMER, STAFF
+from mercato.contracts.roles import CUSTOMER, STAFF, may_see
 from mercato.contracts.users import (
     ChangePassword,
     EmailTaken,
@@ -133,7 +133,7 @@ class UsersService:
 
     async def get(self, batch: Batch[GetUser]) -> Sequence[User | UserNotFound]:
         """To a customer, another's id answers like an unknown one."""
-        visible = [rules.may_see(actor, r.id) for r, actor in zip(batch, batch.actors, strict=True)]
+        visible = [may_see(actor, r.id) for r, actor in zip(batch, batch.actors, strict=True)]
         async with self._database.read() as tx:
             rows = await store.users(tx, list({r.id for r, seen in zip(batch, visible, strict=True) if seen}))
         found = {row.id: _user(row) for row in rows}
@@ -156,7 +156,7 @@ class UsersService:
 
     async def update_profile(self, request: UpdateProfile) -> User:
         """Raises UserNotFound, InvalidRequest, EmailTaken, StaleVersion."""
-        if not rules.may_see(current.get().actor, request.id):
+        if not may_see(current.get().actor, request.id):
             raise UserNotFound(user_id=request.id)
         email = None if request.email is None else rules.stored_email(request.email)
         name = None if request.name is None else rules.stored_name(request.name)

@@ -24,7 +24,9 @@ from mercato.chassis.contract import (
     Message,
     Retry,
     ServiceError,
+    StaleVersion,
     batched,
+    check_version,
     schemas,
     single,
 )
@@ -55,7 +57,7 @@ from typing import assert_type
 
 from mercato.chassis.observability.clock import SystemClock
 from mercato.chassis.contract import Batch, Empty, ServiceError
-from mercato.chassis.rpc.client import Server
+from mercato.chassis.rpc.server import Server
 from mercato.contracts.users import GetUser, Register, SignOut, User, UserNotFound, Users
 
 
@@ -292,3 +294,15 @@ def test_an_additive_change_is_accepted(change: Change):
 def test_a_breaking_change_is_named(sentence: str, change: Change):
     (found,) = breaks(*changed(change))
     assert found.startswith(sentence)
+
+
+@pytest.mark.parametrize("expected", [None, 3])
+def test_a_version_that_was_seen_or_not_asked_for_is_accepted(expected: int | None):
+    check_version(expected, 3)
+
+
+@pytest.mark.parametrize("expected", [2, 4])
+def test_another_version_is_stale(expected: int):
+    with pytest.raises(StaleVersion) as refused:
+        check_version(expected, 3)
+    assert refused.value.details == {"expected": expected, "actual": 3}

@@ -15,7 +15,7 @@ import pytest_asyncio
 
 from mercato.chassis.contract import Actor, IdempotencyKeyReused
 from mercato.chassis.idempotency import keys as idempotency
-from mercato.chassis.idempotency.keys import Keyed, principal_of
+from mercato.chassis.idempotency.keys import Keyed, StoredRow, principal_of
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database, LockTimeout
 from mercato.testing.harness import Cluster
@@ -40,10 +40,18 @@ def keyed(key: str, principal: str = "customer:1", fingerprint: bytes = b"one") 
 
 async def recall(database: Database, *wanted: Keyed, operation: str = OPERATION) -> list[object]:
     async with database.read() as tx:
-        return [
-            type(found) if isinstance(found, IdempotencyKeyReused) else found
-            for found in await idempotency.recall(tx, operation, wanted)
-        ]
+        stored = await idempotency.recall(tx, operation, wanted)
+    return [_answer(stored.get(each.identity), each) for each in wanted]
+
+
+def _answer(stored: StoredRow | None, wanted: Keyed) -> object:
+    if stored is None:
+        return None
+    try:
+        wanted.check(stored.fingerprint)
+    except IdempotencyKeyReused as refused:
+        return type(refused)
+    return stored.answer
 
 
 async def do(database: Database, wanted: Sequence[Keyed], answer: bytes = b"answer") -> set[tuple[str, str]]:

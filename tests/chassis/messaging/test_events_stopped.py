@@ -52,7 +52,7 @@ def changed(subject_id: int, version: int) -> Outgoing:
 
 WRITER = """
 import asyncio, sys
-from chassis.event_world import Told
+from chassis.messaging.event_world import Told
 from mercato.chassis.postgres.database import Database
 from mercato.chassis.messaging.events import Outgoing, emit
 from mercato.chassis.observability.telemetry import Telemetry

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import asyncpg
 import pytest
@@ -217,7 +217,9 @@ class TestTransactions:
             for statement in ("SELECT pg_sleep(60)", "SELECT 1"):
                 inside = asyncio.Event()
                 task = asyncio.create_task(hold(database, inside, statement))
-                await inside.wait()
+                await reached(inside, task)
+                if "pg_sleep" in statement:
+                    await until_it_sleeps(dsn)
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
@@ -245,7 +247,8 @@ class TestTransactions:
             for again in range(12):
                 inside = asyncio.Event()
                 task = asyncio.create_task(hold(database, inside, "SELECT pg_sleep(60)"))
-                await inside.wait()
+                await reached(inside, task)
+                await until_it_sleeps(dsn)
                 task.cancel()
                 for _ in range(again):
                     await asyncio.sleep(0)
@@ -277,6 +280,32 @@ def remote_things() -> tuple[Connector, Things]:
     server.register(Things.look, look)
     connector = Connector(clock, Telemetry())
     return connector, connector.client(Things, LocalTransport({"test_db_things": server}))
+
+
+async def reached(inside: asyncio.Event, task: asyncio.Task[None]) -> None:
+    """Returns when the task has set the event. Raises what has ended the task before."""
+    waiting = asyncio.create_task(inside.wait())
+    await asyncio.wait({waiting, task}, return_when=asyncio.FIRST_COMPLETED)
+    if not inside.is_set():
+        waiting.cancel()
+        await task
+    assert inside.is_set()
+
+
+async def until_it_sleeps(dsn: str) -> None:
+    """Returns when a statement runs on the server: a request to cancel that comes before it has no effect."""
+    connection = await cast(Any, asyncpg).connect(dsn)
+    try:
+        async with asyncio.timeout(60):
+            while not await connection.fetchval(
+                """
+                SELECT count(*) FROM pg_stat_activity
+                 WHERE datname = current_database() AND wait_event = 'PgSleep'
+                """
+            ):
+                await asyncio.sleep(0.01)
+    finally:
+        await connection.close()
 
 
 async def hold(database: Database, inside: asyncio.Event, statement: str) -> None:
@@ -435,7 +464,7 @@ class TestOutages:
             done.append(True)
 
         task = asyncio.create_task(slow())
-        await inside.wait()
+        await reached(inside, task)
         started = asyncio.get_running_loop().time()
         await database.close()
         assert done == [True]

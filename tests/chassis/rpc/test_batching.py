@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import uvloop
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from mercato.chassis.contract import (
     ANONYMOUS,

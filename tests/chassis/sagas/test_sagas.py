@@ -365,7 +365,7 @@ async def test_a_saga_whose_start_was_never_heard_of_is_found_by_its_own_process
 
     await world.until_done()
 
-    assert driver.count("taken_over") == 1
+    assert driver.count("taken_over") >= 1  # again, where this process stood still for longer than the lease
     assert await world.effects() == every_effect(1)
 
 

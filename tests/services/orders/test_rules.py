@@ -7,8 +7,7 @@ from typing import Final, cast, get_args
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from mercato.chassis.contract import Actor, InvalidRequest
 from mercato.contracts.money import MAX_MINOR
@@ -318,11 +317,6 @@ def test_the_refund_of_a_part_of_a_line_is_its_share_to_the_last_unit(line: Sold
     for pieces in range(1, line.quantity + 1):
         value = rules.refund_value(order, [ReturnLine(line_id=1, product_id=11, quantity=pieces)])
         assert abs(value - line.total_minor * pieces / line.quantity) < 1
-
-
-@given(ACTORS, st.integers(0, 3))
-def test_customers_see_their_own_and_nothing_else(actor: Actor, user_id: int):
-    assert rules.may_see(actor, user_id) == (actor.role != "customer" or actor.id == user_id)
 
 
 @given(orders)

@@ -13,25 +13,30 @@ from typing import Final, Literal, TypeVar
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mercato.chassis.contract import Actor, ServiceError
-from mercato.contracts.inventory import AnotherOrder as StockOfAnotherOrder
-from mercato.contracts.inventory import Level, Reservation, ReserveStock, ReturnStock, StockLine
+from mercato.contracts.inventory import (
+    AnotherOrder as StockOfAnotherOrder,
+    Level,
+    Reservation,
+    ReserveStock,
+    ReturnStock,
+    StockLine,
+)
 from mercato.contracts.orders import Order, OrderLine
-from mercato.contracts.payments import AnotherOrder as PaymentOfAnotherOrder
 from mercato.contracts.payments import (
+    AnotherOrder as PaymentOfAnotherOrder,
     AnotherPaymentLive,
     AttemptNotFound,
     OperationKind,
     OperationStatus,
     OutcomePending,
+    Payment as PaymentRecord,
     RefundDeclined,
+    Status as PaymentStatus,
 )
-from mercato.contracts.payments import Payment as PaymentRecord
-from mercato.contracts.payments import Status as PaymentStatus
 from mercato.services.inventory.rules import ReservedLine, StockLedger, StoredReservation, WriteSet
 from mercato.services.orders import rules, steps
 from mercato.services.orders.steps import ATTEMPTS_LIMIT, Checkout, Decision, RetryLater, Step

@@ -9,8 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
 from mercato.chassis.contract import ANONYMOUS, Actor, Forbidden, Internal, InvalidRequest, StaleVersion
 from mercato.chassis.observability import faults

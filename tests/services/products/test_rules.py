@@ -8,10 +8,9 @@ from typing import Any, get_args
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from mercato.chassis.contract import MAX_ID, InvalidRequest, StaleVersion
+from mercato.chassis.contract import MAX_ID, InvalidRequest
 from mercato.contracts.money import EXPONENTS, MAX_MINOR
 from mercato.contracts.products import CreateProduct, SearchProducts, Sort, UpdateProduct
 from mercato.services.products import rules
@@ -93,16 +92,6 @@ def test_an_update_checks_only_what_is_given():
 def test_a_field_that_can_be_created_is_a_field_that_can_be_changed():
     assert set(rules.PRODUCT_FIELDS) == set(CreateProduct.__struct_fields__)
     assert set(rules.PRODUCT_FIELDS) == set(UpdateProduct.__struct_fields__) - {"id", "version"}
-
-
-@given(st.integers(), st.integers())
-def test_a_version_is_the_same_or_stale(expected: int, actual: int):
-    rules.check_version(None, actual)
-    if expected == actual:
-        rules.check_version(expected, actual)
-    else:
-        with pytest.raises(StaleVersion):
-            rules.check_version(expected, actual)
 
 
 @given(st.text(st.characters()))

@@ -8,8 +8,7 @@ from typing import Any, get_args
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from mercato.chassis.contract import ANONYMOUS, Actor, InvalidRequest
 from mercato.chassis.postgres.database import Database

@@ -5,10 +5,8 @@ from __future__ import annotations
 import unicodedata
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from mercato.chassis.contract import Actor
 from mercato.services.users import rules
 
 GOOD_PASSWORD = "correct horse"
@@ -149,17 +147,3 @@ def test_the_stored_form_is_stable(text: str):
     assert rules.stored_email(rules.stored_email(text)) == rules.stored_email(text)
     decomposed = unicodedata.normalize("NFD", text)
     assert rules.stored_password(decomposed) == rules.stored_password(text)
-
-
-@pytest.mark.parametrize(
-    ("actor", "seen"),
-    [
-        (Actor("customer", 7), True),
-        (Actor("customer", 8), False),
-        (Actor("staff", 8), True),
-        (Actor("staff"), True),
-        (Actor("service"), True),
-    ],
-)
-def test_customers_see_only_themselves(actor: Actor, seen: bool):
-    assert rules.may_see(actor, 7) is seen

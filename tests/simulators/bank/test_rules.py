@@ -6,8 +6,7 @@ from typing import get_args
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from mercato.simulators.bank import rules
 from mercato.simulators.bank.contract import OperationKind

@@ -10,8 +10,7 @@ from typing import Any, get_type_hints
 
 import pytest
 import pytest_asyncio
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from mercato import topology
 from mercato.chassis.contract import (

@@ -1,0 +1,191 @@
+"""The keyed batch: every request of a batch is done once for its key.
+
+A batch runs through these steps; each settles some of its requests, and the next sees what is left:
+
+1. recall    A key that was used before has its answer, or belongs to another request.
+2. prepare   What is refused without writing anything: by rules, or by what another service says.
+3. recall    Again those that were refused: a request with the same key may have been done since the first look.
+4. write     One transaction, which claims the keys, does the work, and stores the answers. A request whose key another
+             transaction has used at this moment waits for the end of that transaction, and is then recalled.
+5. repeat    Further requests with a key of this same batch get the answer of the first one with that key, or hear that
+             the key belongs to that other request.
+
+Refusals are not stored: nothing was begun, and the same key may be sent again when the reason is gone.
+
+A service implements `recall`, `prepare` and `write` (`orders/placing.py`, `inventory/counting.py`). An operation that
+takes one request uses `Keyed.check` and `bounded_by_key` by themselves.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from mercato.chassis.contract import (
+    Actor,
+    Batch,
+    IdempotencyKeyReused,
+    Message,
+    RequestInProgress,
+    ServiceError,
+)
+from mercato.chassis.postgres.database import LockTimeout, UniqueViolation
+
+from .keys import Identity, KeyedRequest, keyed
+
+Q = TypeVar("Q", bound=KeyedRequest)
+A = TypeVar("A", bound=Message)
+W = TypeVar("W")
+
+
+class Stored(msgspec.Struct, Generic[A], frozen=True):
+    """What a key has done: the answer, and the fingerprint of the request that got it."""
+
+    fingerprint: bytes
+    answer: A
+
+
+class KeyedAttempt(Generic[Q, A, W]):
+    """One request on its way through the steps. `answer` is None until a step settles it."""
+
+    __slots__ = ("actor", "answer", "keyed", "prepared", "request")
+
+    def __init__(self, request: Q, actor: Actor) -> None:
+        self.request = request
+        self.actor = actor
+        self.keyed = keyed(request, actor)
+        self.prepared: W | None = None
+        """What `prepare` has made of it, for `write`."""
+        self.answer: A | ServiceError | None = None
+
+    @property
+    def identity(self) -> Identity:
+        """Of its key, which it must have."""
+        assert self.keyed
+        return self.keyed.identity
+
+    def settled(self) -> A | ServiceError:
+        assert self.answer is not None, "a step left a request without an answer"
+        return self.answer
+
+    def replay(self, fingerprint: bytes, answer: A) -> None:
+        """Answers with what its key did, for the request with `fingerprint`."""
+        assert self.keyed
+        is_same = self.keyed.fingerprint == fingerprint
+        self.answer = msgspec.structs.replace(answer, replayed=True) if is_same else IdempotencyKeyReused()
+
+    def repeat(self, first: KeyedAttempt[Q, A, W]) -> None:
+        """Answers as the first of the batch with its key. Unsettled where that one's key belongs to another request."""
+        assert self.keyed
+        assert first.keyed
+        answer = first.settled()
+        if not isinstance(answer, ServiceError):
+            self.replay(first.keyed.fingerprint, answer)
+        elif self.keyed.fingerprint == first.keyed.fingerprint:
+            self.answer = answer.copy()
+        elif not isinstance(answer, IdempotencyKeyReused):
+            self.answer = IdempotencyKeyReused()  # it ran at the same time with another request
+
+
+class KeyedBatch(abc.ABC, Generic[Q, A, W]):
+    """An operation whose requests are done once for each key. `A` has a field `replayed`."""
+
+    async def run(self, batch: Batch[Any]) -> Sequence[A | ServiceError]:
+        """The handler of the operation for a batch of `Q`: one answer or refusal for each request, in order.
+
+        Beside what the steps give: `IdempotencyKeyReused` and `RequestInProgress`. Raises `LockTimeout` where one of
+        several requests would be in progress: the server then runs each alone.
+        """
+        attempts = [KeyedAttempt[Q, A, W](request, actor) for request, actor in zip(batch, batch.actors, strict=True)]
+        firsts, duplicates = _split_duplicates(attempts)
+        await self._recall(firsts)
+        await self.prepare(unsettled(firsts))
+        await self._recall([a for a in firsts if _is_refused(a.answer)])
+        await self._write(unsettled(firsts))
+        for attempt, first in duplicates:
+            attempt.repeat(first)
+        # Where the first was refused because its key is another request's, a further one may be that request.
+        await self._recall(unsettled([attempt for attempt, _ in duplicates]))
+        return [attempt.settled() for attempt in attempts]
+
+    @abc.abstractmethod
+    async def recall(self, attempts: Sequence[KeyedAttempt[Q, A, W]]) -> Mapping[Identity, Stored[A]]:
+        """What the keys of these attempts have done, by their identity; those that are new are missing."""
+
+    @abc.abstractmethod
+    async def prepare(self, attempts: Sequence[KeyedAttempt[Q, A, W]]) -> None:
+        """Settles what is refused, and prepares the others for `write`. May call other services."""
+
+    @abc.abstractmethod
+    async def write(self, attempts: Sequence[KeyedAttempt[Q, A, W]]) -> None:
+        """Does the work in one transaction, and settles each whose key it could claim; commits the answers with it.
+
+        Leaves those unsettled whose key another transaction has used, or raises `UniqueViolation`, nothing committed.
+        Raises `LockTimeout` where another transaction holds a key for too long.
+        """
+
+    async def _recall(self, attempts: Sequence[KeyedAttempt[Q, A, W]]) -> None:
+        with_key = [attempt for attempt in attempts if attempt.keyed]
+        if not with_key:
+            return
+        found = await self.recall(with_key)
+        for attempt in with_key:
+            if old := found.get(attempt.identity):
+                attempt.replay(old.fingerprint, old.answer)
+
+    async def _write(self, attempts: Sequence[KeyedAttempt[Q, A, W]]) -> None:
+        if not attempts:
+            return
+        taken: UniqueViolation | None = None
+        try:
+            await self.write(attempts)
+        except UniqueViolation as error:
+            taken = error
+        except LockTimeout:
+            if len(attempts) > 1:
+                raise  # the server runs each alone; then it is clear whose key is in use
+            attempts[0].answer = RequestInProgress()
+        if not (before := unsettled(attempts)):
+            return
+        await self._recall(before)
+        left = unsettled(before)
+        if len(left) == len(before):
+            raise taken or AssertionError("a key is taken, and has no answer")
+        await self._write(left)
+
+
+@contextlib.contextmanager
+def bounded_by_key() -> Generator[None]:
+    """Raises `RequestInProgress` where another transaction uses the key of the request in this block."""
+    try:
+        yield
+    except (LockTimeout, UniqueViolation):
+        raise RequestInProgress from None
+
+
+def unsettled(attempts: Iterable[KeyedAttempt[Q, A, W]]) -> list[KeyedAttempt[Q, A, W]]:
+    return [a for a in attempts if a.answer is None]
+
+
+def _is_refused(answer: object) -> bool:
+    return isinstance(answer, ServiceError) and not isinstance(answer, IdempotencyKeyReused)
+
+
+def _split_duplicates(
+    attempts: Sequence[KeyedAttempt[Q, A, W]],
+) -> tuple[list[KeyedAttempt[Q, A, W]], list[tuple[KeyedAttempt[Q, A, W], KeyedAttempt[Q, A, W]]]]:
+    """Those that are tried, and those whose key an earlier one of this batch has, each with that earlier one."""
+    firsts: list[KeyedAttempt[Q, A, W]] = []
+    duplicates: list[tuple[KeyedAttempt[Q, A, W], KeyedAttempt[Q, A, W]]] = []
+    by_identity: dict[Identity, KeyedAttempt[Q, A, W]] = {}
+    for attempt in attempts:
+        first = by_identity.setdefault(attempt.keyed.identity, attempt) if attempt.keyed else attempt
+        if first is attempt:
+            firsts.append(attempt)
+        else:
+            duplicates.append((attempt, first))
+    return firsts, duplicates
