@@ -155,7 +155,8 @@ class PayOrder(Message):
     """
 
     id: OrderId
-    method: Method = "sandbox:ok"
+    method: Method | None = None
+    """None: the shop's default."""
     capture: bool = True
     """False: the amount is reserved, and taken when `capture` is called. For staff."""
     expected_total_minor: int | None = None

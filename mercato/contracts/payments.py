@@ -17,11 +17,10 @@ OrderNonce = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 """The random part of an order, made when it is placed. With a database restored from a backup ids are used again: what
 has the id of an order and another nonce belongs to another order."""
 Attempt = Annotated[int, Meta(ge=1, le=10_000)]
-METHOD_PATTERN: Final = (
-    r"^sandbox:(ok|declined|insufficient_funds|lost_answer|error_then_ok|capture_expired|slow:[0-9]{1,5})$"
-)
-Method = Annotated[str, Meta(pattern=METHOD_PATTERN, examples=["sandbox:ok"])]
-"""A token of the provider, with the provider's name before the colon. Card numbers never come here."""
+Method = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,31}:[!-~]{1,200}$", examples=["provider:token"])]
+"""A token of the provider, with the provider's name before the colon. Card numbers never come here.
+
+Whether there is such a provider, and whether the token may be one of its own, `check_method` says."""
 
 Status = Literal["pending", "failed", "authorized", "voided", "captured", "partially_refunded", "refunded"]
 OperationKind = Literal["authorize", "charge", "capture", "void", "refund"]
@@ -54,6 +53,18 @@ class Payment(Message):
     created_at: datetime.datetime
     updated_at: datetime.datetime
     version: int
+
+
+class CheckMethod(Message):
+    """Asks whether an order can be paid with a method; None: with the shop's default."""
+
+    method: Method | None = None
+
+
+class CheckedMethod(Message):
+    """A method that a provider accepts the look of."""
+
+    method: Method
 
 
 class AuthorizePayment(Message):
@@ -271,6 +282,7 @@ class PaymentChanged(Message):
 class Payments(Contract, name="payments"):
     """Money. Orders decides what happens to it; customers see their own payments, staff all."""
 
+    check_method = batched(CheckMethod, CheckedMethod, allow=SERVICES_ONLY, size=256, retry=Retry.SAFE)
     authorize = batched(AuthorizePayment, Payment, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
     charge = batched(ChargePayment, Payment, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
     capture = batched(CapturePayment, Payment, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)

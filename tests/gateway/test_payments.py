@@ -161,6 +161,27 @@ async def test_what_is_not_valid_is_400_and_named(open_shop: Shop, fields: dict[
     assert wrong in reply.wrong_fields, reply.body
 
 
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [("sandbox:nonsense", "the sandbox has no such token"), ("other:ok", "no payment provider is behind this method")],
+)
+async def test_a_method_that_payments_does_not_know_is_refused_before_anything_is_done(
+    open_shop: Shop, method: str, reason: str
+) -> None:
+    person, product = await somebody(open_shop), await stocked(open_shop)
+    body = {"user_id": person.id, "product_id": product.id}
+    waiting = await placed(open_shop, person)
+
+    refused = await open_shop.post("/orders", {**body, "payment_method": method}, token=person.token)
+    unpaid = await pay(open_shop, waiting, payment_method=method)
+
+    for reply in (refused, unpaid):
+        assert_problem(reply, 400, "invalid_request")
+        assert reply.json["errors"] == [{"field": "payment_method", "message": reason}]
+    assert [order["id"] for order in (await open_shop.get(f"/orders?user_id={person.id}")).json] == [waiting.json["id"]]
+    assert (await open_shop.get(f"/payments?order_id={waiting.json['id']}")).json == []
+
+
 # ---------------------------------------------------------------------------------------------------------------- keys
 
 

@@ -30,7 +30,7 @@ class PayIn(Input):
         | None
     ) = None
     currency: Currency | None = None
-    payment_method: Method = "sandbox:ok"
+    payment_method: Annotated[Method | None, Meta(description="Without it, the shop's default.")] = None
     capture: Annotated[
         bool, Meta(description="false, for staff: only reserve the amount; POST /payments/{id}/capture takes it later.")
     ] = True

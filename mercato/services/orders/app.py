@@ -19,6 +19,7 @@ from mercato.contracts.users import Users
 
 from .checkout import CheckoutSteps
 from .paying import Paying
+from .payment_methods import PaymentMethods
 from .placing import Placing
 from .reconciling import Reconciling
 from .refunding import Refunding
@@ -54,10 +55,16 @@ def build(env: Env) -> Service:
     )
     CheckoutSteps(database, runner, inventory=inventory, payments=payments, window_s=options.payment_seconds)
     reconciling = Reconciling(database, env.telemetry, quiet_seconds=options.quiet_seconds)
+    methods = PaymentMethods(payments, env.clock)
     placing = Placing(
-        database, runner, users=env.client(Users), products=env.client(Products), randomness=env.randomness
+        database,
+        runner,
+        users=env.client(Users),
+        products=env.client(Products),
+        methods=methods,
+        randomness=env.randomness,
     )
-    paying = Paying(database, runner, payments)
+    paying = Paying(database, runner, payments, methods)
     refunding = Refunding(database, runner, inventory=inventory, payments=payments)
     service = OrdersService(database, runner, paying=paying, refunding=refunding)
     server = Server(Orders, env.clock)

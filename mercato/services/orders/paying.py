@@ -47,6 +47,7 @@ from mercato.contracts.roles import CUSTOMER
 
 from . import money_store, rules, steps, store
 from .locking import Locked, in_lock
+from .payment_methods import PaymentMethods
 from .steps import CHECKOUT, RESTING, Checkout, Decision
 
 PAY: Final = "orders.pay"
@@ -77,17 +78,19 @@ class BegunPayment(msgspec.Struct, frozen=True):
 class Paying:
     """Pays, captures, voids, cancels and confirms."""
 
-    def __init__(self, database: Database, runner: Runner, payments: Payments) -> None:
+    def __init__(self, database: Database, runner: Runner, payments: Payments, methods: PaymentMethods) -> None:
         self._database = database
         self._runner = runner
         self._payments = payments
+        self._methods = methods
 
     # ---------------------------------------------------------------------------------------------------- what is asked
 
     async def pay(self, request: PayOrder) -> PaidOrder:
+        method = await self._methods.check_one(request.method)
         await self._wait_until_held(request.id)
         with bounded_by_key():
-            begun = await self._begin_payment(request)
+            begun = await self._begin_payment(request, method)
         await self.wait_until_idle(request.id)
         payment = await self._payment(request.id, begun)
         # A payment that was made, and refunded since, is what its key stands for.
@@ -96,14 +99,14 @@ class Paying:
             raise await self._refusal(payment)
         return PaidOrder(payment=payment, replayed=begun.replayed)
 
-    async def _begin_payment(self, request: PayOrder) -> BegunPayment:
+    async def _begin_payment(self, request: PayOrder, method: str) -> BegunPayment:
         """Begins a payment, or finds the one that the key of the request has begun, however long ago."""
 
         async def begin(tx: Tx, locked: Locked) -> tuple[BegunPayment, Saga | None]:
             if key is not None and (found := await money_store.payment_of_key(tx, key.identity)):
                 key.check(found.fingerprint)
                 return BegunPayment(found.payment_attempt, locked.record.nonce, replayed=True), None
-            decision = _begin_payment(request, locked)
+            decision = _begin_payment(request, method, locked)
             attempt = decision.state.attempt
             if key is not None:
                 await money_store.insert_payment_key(tx, key, request.id, attempt)
@@ -242,7 +245,7 @@ class Paying:
 # ------------------------------------------------------------------------------------------------------ what is decided
 
 
-def _begin_payment(request: PayOrder, locked: Locked) -> Decision:
+def _begin_payment(request: PayOrder, method: str, locked: Locked) -> Decision:
     """Raises what speaks against the payment."""
     actor = current.get().actor
     if not request.capture and actor.role == CUSTOMER:
@@ -253,7 +256,7 @@ def _begin_payment(request: PayOrder, locked: Locked) -> Decision:
     state = msgspec.structs.replace(
         locked.state,
         paying=True,
-        method=request.method,
+        method=method,
         attempt=locked.record.payment_attempt + 1,
         capture=request.capture,
         on_account=locked.record.on_account,

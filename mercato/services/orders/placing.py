@@ -3,7 +3,8 @@
 recall    The order is what its key stores, for ever: there is no stored answer that could expire. A key that has an
           order answers with it, as it was when it was placed.
 prepare   What is refused without asking another service: another account's order, a product in two lines. Then one call
-          to users and one to products for the whole batch: does the buyer exist, what does it cost.
+          to payments for methods that are not known yet, one to users and one to products for the whole batch: does the
+          buyer exist, what does it cost.
 write     One transaction, one statement: orders with their lines, keys and history, the sagas that carry them on, and
           the events `order.placed`. Then the sagas are driven (`checkout.py`). Two requests with one key at the same
           moment meet at the unique index of orders: the second waits for the end of the first transaction, at most two
@@ -30,6 +31,7 @@ from mercato.contracts.roles import may_see
 from mercato.contracts.users import GetUser, User, UserNotFound, Users
 
 from . import rules, store
+from .payment_methods import PaymentMethods
 from .steps import CHECKOUT, Checkout, encoded
 from .store import NewOrder, OrderRecord
 
@@ -47,12 +49,20 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
     """Places orders. Asks users and products by their contracts, and writes to the database of orders."""
 
     def __init__(
-        self, database: Database, runner: Runner, *, users: Users, products: Products, randomness: Randomness
+        self,
+        database: Database,
+        runner: Runner,
+        *,
+        users: Users,
+        products: Products,
+        methods: PaymentMethods,
+        randomness: Randomness,
     ) -> None:
         self._database = database
         self._runner = runner
         self._users = users
         self._products = products
+        self._methods = methods
         self._randomness = randomness
 
     async def recall(self, attempts: Sequence[Placement]) -> Mapping[Identity, Stored[PlacedOrder]]:
@@ -63,6 +73,7 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
     async def prepare(self, attempts: Sequence[Placement]) -> None:
         """Turns each request into a priced order, or settles it with the reason why not."""
         _validate(attempts)
+        await self._check_methods(unsettled(attempts))
         await self._look_up(unsettled(attempts))
 
     async def write(self, attempts: Sequence[Placement]) -> None:
@@ -78,7 +89,17 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
         await faults.point("orders.place.after_commit")
         self._runner.drive([_checkout(new, row, order) for new, row, order in zip(orders, rows, placed, strict=True)])
 
-    # --------------------------------------------------------------------------------------------- users and products
+    # --------------------------------------------------------------------------------- payments, users and products
+
+    async def _check_methods(self, attempts: Sequence[Placement]) -> None:
+        """Settles those whose payment method payments refuses."""
+        paying = [attempt for attempt in attempts if attempt.request.payment_method is not None]
+        if not paying:
+            return
+        checked = await self._methods.check(attempt.request.payment_method for attempt in paying)
+        for attempt in paying:
+            if isinstance(refusal := checked[attempt.request.payment_method], ServiceError):
+                attempt.answer = refusal.copy()
 
     async def _look_up(self, attempts: Sequence[Placement]) -> None:
         if not attempts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from mercato.chassis.hosting.options import OptionError
 from mercato.chassis.hosting.service import Env, Service
 from mercato.chassis.rpc.server import Server
 from mercato.contracts.payments import Payments
@@ -21,6 +22,8 @@ def build(env: Env, providers: Mapping[str, Provider] | None = None) -> Service:
         providers = {"sandbox": SandboxProvider(env.client(Sandbox))}
     options = env.options(Options)
     charging = Charging(env.database, providers)
+    if wrong := charging.check_method(options.default_method):
+        raise OptionError(f"The setting MERCATO_PAYMENTS_DEFAULT_METHOD is not valid: {wrong.errors[0].message}.")
     reconciling = Reconciling(
         env.database,
         providers,
@@ -40,6 +43,7 @@ def build(env: Env, providers: Mapping[str, Provider] | None = None) -> Service:
 
 def _server(env: Env, service: PaymentsService) -> Server:
     server = Server(Payments, env.clock)
+    server.register(Payments.check_method, service.check_method)
     server.register(Payments.authorize, service.authorize)
     server.register(Payments.charge, service.charge)
     server.register(Payments.capture, service.capture)

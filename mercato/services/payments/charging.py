@@ -33,7 +33,7 @@ from typing import Final
 import msgspec
 import structlog
 
-from mercato.chassis.contract import ServiceError
+from mercato.chassis.contract import FieldError, InvalidRequest, ServiceError
 from mercato.chassis.messaging import events
 from mercato.chassis.messaging.events import Outgoing
 from mercato.chassis.observability import faults
@@ -145,9 +145,11 @@ class Charging:
         self._database = database
         self._providers = providers
 
-    def knows(self, method: str) -> bool:
-        """Whether there is a provider for a method."""
-        return provider_of(method) in self._providers
+    def check_method(self, method: str) -> InvalidRequest | None:
+        """What is wrong with a method: no provider has it, or its provider has no such token."""
+        provider = self._providers.get(provider_of(method))
+        wrong = provider.check_method(method) if provider else "no payment provider is behind this method"
+        return InvalidRequest(errors=(FieldError(field="payment_method", message=wrong),)) if wrong else None
 
     async def charge(self, requests: Sequence[PaymentRequest]) -> list[Answer]:
         """Charges each payment. One answer for each request, in order."""

@@ -7,6 +7,7 @@ that repeating one is safe.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Final, Protocol, TypeVar
 
@@ -15,6 +16,7 @@ import structlog
 
 from mercato.chassis.contract import Call, InvalidRequest, Kind, Message, ServiceError
 from mercato.simulators.bank.contract import (
+    METHOD_PATTERN,
     PAGE_LIMIT,
     AuthorizeCharge,
     CaptureCharge,
@@ -57,7 +59,11 @@ class Page(msgspec.Struct, frozen=True):
 
 
 class Provider(Protocol):
-    """Each method takes any number of operations and answers for each, in order."""
+    """Each method takes any number of operations and answers for each, in order. `check_method` calls nothing."""
+
+    def check_method(self, method: str) -> str | None:
+        """What is wrong with a method of this provider, as far as can be told without calling it."""
+        ...
 
     async def authorize(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]: ...
     async def charge(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]:
@@ -81,6 +87,7 @@ DONE_ALREADY: Final = frozenset({("capture", "already_captured"), ("void", "alre
 """Declines that say that the operation was done before. They come when the provider has forgotten a key after a day: we
 use one key alone, so no other operation can have done it."""
 
+METHOD: Final = re.compile(METHOD_PATTERN)
 NO_ANSWER: Final = frozenset({Kind.UNAVAILABLE, Kind.DEADLINE, Kind.INTERNAL})
 
 
@@ -89,6 +96,9 @@ class SandboxProvider:
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
+
+    def check_method(self, method: str) -> str | None:
+        return None if METHOD.fullmatch(method) else "the sandbox has no such token"
 
     async def authorize(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]:
         return await _call(self._sandbox.authorize, [_opening(AuthorizeCharge, r) for r in requests])

@@ -9,7 +9,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from mercato.chassis.contract import SERVICE_ROLE, Actor, Batch, FieldError, InvalidRequest, ServiceError, current
+from mercato.chassis.contract import SERVICE_ROLE, Actor, Batch, InvalidRequest, ServiceError, current
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.postgres.database import Database
 from mercato.chassis.rpc.client import acting
@@ -17,8 +17,11 @@ from mercato.contracts.payments import (
     AuthorizePayment,
     CapturePayment,
     ChargePayment,
+    CheckedMethod,
+    CheckMethod,
     GetPayment,
     ListPayments,
+    Method,
     Payment,
     PaymentNotFound,
     PaymentPage,
@@ -50,6 +53,8 @@ OpeningRequest = AuthorizePayment | ChargePayment
 class Options(msgspec.Struct, frozen=True):
     """What the operator can set."""
 
+    default_method: Method = "sandbox:ok"
+    """What an order is paid with where its buyer names no method."""
     sweep_seconds: Annotated[float, Meta(gt=0)] = 5.0
     """After so long the provider is called again for an operation whose result is not known."""
     reconcile_seconds: Annotated[float, Meta(gt=0)] = 60.0
@@ -68,6 +73,10 @@ class PaymentsService:
         self._reconciling = reconciling
         self._options = options
         self._clock = clock
+
+    async def check_method(self, batch: Batch[CheckMethod]) -> Sequence[CheckedMethod | InvalidRequest]:
+        methods = [request.method or self._options.default_method for request in batch]
+        return [self._charging.check_method(method) or CheckedMethod(method=method) for method in methods]
 
     async def authorize(self, batch: Batch[AuthorizePayment]) -> Sequence[Answer]:
         requests = [self._opening_request(request, AUTHORIZE) for request in batch]
@@ -116,9 +125,7 @@ class PaymentsService:
 
     def _opening_request(self, request: OpeningRequest, target: Target) -> PaymentRequest:
         wanted = PaymentRequest(_attempt(request), request.order_nonce, target, _new_payment(request, "pending"))
-        if not self._charging.knows(request.method):
-            error = FieldError(field="method", message="no provider is behind this method")
-            wanted.answer = InvalidRequest(errors=(error,))
+        wanted.answer = self._charging.check_method(request.method)
         return wanted
 
     # ------------------------------------------------------------------------------------------------------- loops

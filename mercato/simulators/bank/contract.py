@@ -23,7 +23,6 @@ from typing import Annotated, Final, Literal
 from msgspec import Meta
 
 from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Retry, ServiceError, batched, single
-from mercato.contracts.payments import METHOD_PATTERN
 from mercato.contracts.roles import SERVICES_ONLY
 
 Key = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
@@ -34,6 +33,9 @@ Currency = Annotated[str, Meta(pattern=r"^[A-Z]{3}$")]
 OperationKind = Literal["authorize", "charge", "capture", "void", "refund"]
 OperationStatus = Literal["processing", "succeeded", "declined"]
 
+METHOD_PATTERN: Final = (
+    r"^sandbox:(ok|declined|insufficient_funds|lost_answer|error_then_ok|capture_expired|slow:[0-9]{1,5})$"
+)
 PAGE_LIMIT: Final = 500
 DEADLINE_MS: Final = 2_500
 """Shorter than the deadlines of those who ask: a bank that hangs leaves them the time to write down that it did."""

@@ -37,6 +37,7 @@ CONSUMERS: Final = "mercato/chassis/messaging/consumers.py"
 PARKING: Final = "mercato/chassis/messaging/parking.py"
 SAGA: Final = "mercato/chassis/sagas/store.py"
 SAGA_TABLES_FOR_TESTS: Final = "tests/chassis/sagas/migrations_with_sagas/0001_sagas.py"
+KEYED_BATCH: Final = "mercato/chassis/idempotency/batch.py"
 KEYS: Final = "mercato/chassis/idempotency/keys.py"
 PLACING: Final = "mercato/services/orders/placing.py"
 ORDERS_TABLES: Final = "mercato/services/orders/migrations/0001_orders.py"
@@ -197,13 +198,7 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
     Safeguard(
         "fingerprint",
         "A key is answered whatever the request is.",
-        (
-            Edit(
-                KEYS,
-                "row.answer if row.fingerprint == keyed.fingerprint else IdempotencyKeyReused()",
-                "row.answer",
-            ),
-        ),
+        (Edit(KEYS, "        if self.fingerprint != fingerprint:\n", "        if self.fingerprint is None:\n"),),
         red=(f"{OF_KEYS}::test_another_request_with_the_key_is_told_so_at_its_place",),
         green=f"{OF_KEYS}::test_when_the_first_rolls_back_the_twin_does_it",
     ),
@@ -217,7 +212,7 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
     Safeguard(
         "fingerprint-of-orders",
         "The same of an order, which is the answer of its key for ever.",
-        (Edit(PLACING, "        is_same = self.keyed.fingerprint == fingerprint\n", "        is_same = True\n"),),
+        (Edit(KEYED_BATCH, "        is_same = self.keyed.fingerprint == fingerprint\n", "        is_same = True\n"),),
         red=(
             f"{OF_ORDER_KEYS}::test_the_same_key_with_another_request_is_refused[local]",
             f"{OF_KEYS_AT_THE_EDGE}::test_the_key_with_another_body_is_refused_and_nothing_runs",
