@@ -27,6 +27,10 @@ QUANTITY_LIMIT: Final = 10_000
 PAGE_LIMIT: Final = 200
 
 
+Note = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*$")]
+"""What a customer wants the shop to know about an order. Public: whoever sees the order reads it."""
+
+
 class PlaceLine(Message):
     product_id: Annotated[int, Meta(ge=1, le=MAX_ID)]
     quantity: Annotated[int, Meta(ge=1, le=QUANTITY_LIMIT)] = 1
@@ -49,6 +53,7 @@ class PlaceOrder(Message):
     idempotency_key: str | None = None
     fingerprint: bytes = b""
     payment_method: Method | None = None
+    customer_note: Note = ""
 
 
 class OrderLine(Message):
@@ -96,6 +101,7 @@ class Order(Message):
     refunded_minor: int = 0
     reason: CancelReason | None = None
     """Of a cancelled order."""
+    customer_note: Note = ""
 
 
 class PlacedOrder(Message):

@@ -23,6 +23,7 @@ from mercato.contracts.orders import (
     CancelReason,
     History,
     Order,
+    OrderLine,
     OrderPage,
     Orders,
     PlacedOrder,
@@ -36,7 +37,7 @@ from mercato.contracts.products import ProductArchived, ProductNotFound
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
 from mercato.contracts.users import UserNotFound
 from mercato.gateway.money import Money, money, to_minor, unknown_currency
-from mercato.gateway.route import Input, Output, Page, Route, RouteRequest, Wait
+from mercato.gateway.route import Input, Output, Page, Route, RouteRequest, Wait, shared
 
 Id = Annotated[int, Meta(ge=1, le=MAX_ID)]
 Quantity = Annotated[int, Meta(ge=1, le=contract.QUANTITY_LIMIT)]
@@ -67,6 +68,7 @@ class PlaceOrderIn(Input):
     ) = None
     currency: Currency | None = None
     payment_method: Method | None = None
+    customer_note: contract.Note = ""
 
 
 class MoveOrderIn(Input):
@@ -146,6 +148,7 @@ class OrderOut(Output):
     created_at: datetime.datetime
     updated_at: datetime.datetime
     version: int
+    customer_note: str
 
 
 class HistoryOut(Output):
@@ -158,35 +161,28 @@ class HistoryOut(Output):
     at: datetime.datetime
 
 
+_of_order: Final = shared(Order, OrderOut, "reason")
+_of_line: Final = shared(OrderLine, ItemOut)
+_of_placing: Final = shared(PlaceOrderIn, contract.PlaceOrder)
+
+
 def order_out(order: Order) -> OrderOut:
     currency = order.currency
     return OrderOut(
-        id=order.id,
-        user_id=order.user_id,
-        status=order.status,
-        payment=order.payment,
-        fulfilment=order.fulfilment,
         items=[
             ItemOut(
-                id=line.id,
-                product_id=line.product_id,
-                sku=line.sku,
-                name=line.name,
-                quantity=line.quantity,
                 unit_price=money(line.unit_price_minor, currency),
                 discount=money(line.discount_minor, currency),
                 tax=money(line.tax_minor, currency),
                 line_total=money(line.line_total_minor, currency),
-                returned=line.returned,
+                **_of_line(line),
             )
             for line in order.lines
         ],
         total=money(order.total_minor, currency),
         refunded=money(order.refunded_minor, currency),
         reason=None if order.reason is None else _reason_out(order.reason),
-        created_at=order.created_at,
-        updated_at=order.updated_at,
-        version=order.version,
+        **_of_order(order),
     )
 
 
@@ -282,13 +278,12 @@ def _place(request: RouteRequest) -> contract.PlaceOrder:
     if errors:
         raise InvalidRequest(errors=tuple(errors))
     return contract.PlaceOrder(
-        user_id=body.user_id,
         lines=lines,
         expected_total_minor=amount_minor,
         expected_currency=currency,
         idempotency_key=request.idempotency_key,
         fingerprint=request.fingerprint,
-        payment_method=body.payment_method,
+        **_of_placing(body),
     )
 
 

@@ -14,8 +14,11 @@ write     One transaction, one statement: orders with their lines, keys and hist
 from __future__ import annotations
 
 import asyncio
+import datetime
 from collections.abc import Mapping, Sequence
 from typing import Final
+
+import msgspec
 
 from mercato.chassis.contract import ServiceError
 from mercato.chassis.idempotency.batch import KeyedAttempt, KeyedBatch, Stored, unsettled
@@ -39,6 +42,9 @@ QUOTED_AT_ONCE: Final = 4_096
 """A batch of long orders can name more products than the queue of an operation holds; two lanes of this fit."""
 
 WITHOUT_PAYMENT: Final = encoded(Checkout())
+NO_ID: Final = 0
+NO_TIME: Final = datetime.datetime.fromtimestamp(0, datetime.UTC)
+"""Of an order that is not written yet: the database gives both."""
 
 faults.declare("orders.place.before_commit", "orders.place.after_commit")
 
@@ -174,33 +180,29 @@ def _prepare(
     total_minor = rules.total(lines)
     if changed := rules.check_total(request, total_minor, currency):
         return changed
-    keyed, method = attempt.keyed, request.payment_method
+    method = request.payment_method
     return NewOrder(
-        user_id=request.user_id,
-        currency=currency,
-        total_minor=total_minor,
-        lines=lines,
+        order=Order(
+            id=NO_ID,
+            user_id=request.user_id,
+            status="pending",
+            payment="unpaid",
+            fulfilment="unfulfilled",
+            currency=currency,
+            total_minor=total_minor,
+            lines=lines,
+            created_at=NO_TIME,
+            updated_at=NO_TIME,
+            version=1,
+            customer_note=request.customer_note,
+        ),
         nonce=nonce,
         payment_attempt=0 if method is None else 1,
         state=WITHOUT_PAYMENT if method is None else encoded(Checkout(paying=True, method=method, attempt=1)),
         actor=attempt.actor,
-        principal=keyed.principal if keyed else None,
-        idempotency_key=keyed.key if keyed else None,
-        fingerprint=keyed.fingerprint if keyed else None,
+        keyed=attempt.keyed,
     )
 
 
-def _written(order: NewOrder, row: store.PlacedRow) -> Order:
-    return Order(
-        id=row.id,
-        user_id=order.user_id,
-        status="pending",
-        payment="unpaid",
-        fulfilment="unfulfilled",
-        currency=order.currency,
-        total_minor=order.total_minor,
-        lines=order.lines,
-        created_at=row.created_at,
-        updated_at=row.created_at,
-        version=1,
-    )
+def _written(new: NewOrder, row: store.PlacedRow) -> Order:
+    return msgspec.structs.replace(new.order, id=row.id, created_at=row.created_at, updated_at=row.created_at)

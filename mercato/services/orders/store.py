@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 import itertools
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import msgspec
 
 from mercato.chassis.contract import MAX_ID, Actor
-from mercato.chassis.idempotency.keys import Identity
+from mercato.chassis.idempotency.keys import Identity, Keyed
 from mercato.chassis.messaging import events
 from mercato.chassis.postgres.database import Row, Tx
 from mercato.contracts.orders import (
@@ -72,14 +73,14 @@ class OrderRow(Row):
     payment_attempt: int
     on_account: bool
     refund_pending_minor: int
+    customer_note: str
 
 
-COLUMNS: Final = """
-    o.id, o.user_id, o.status, o.payment, o.fulfilment, o.currency, o.total_minor, o.created_at, o.updated_at,
-    o.version, o.refunded_minor, o.reason, o.lines, o.returned, o.nonce, o.payment_attempt, o.on_account,
-    o.refund_pending_minor
-"""
-"""Of `OrderRow`."""
+COLUMNS: Final = ", ".join(f"o.{name}" for name in OrderRow.__struct_fields__)
+AS_STORED: Final = tuple(
+    name for name in Order.__struct_fields__ if name in OrderRow.__struct_fields__ and name not in ("lines", "reason")
+)
+"""The fields of an order that are columns as they are."""
 
 
 class StoredLine(msgspec.Struct, frozen=True, gc=False):
@@ -98,6 +99,7 @@ class StoredLine(msgspec.Struct, frozen=True, gc=False):
 
 _encode: Final = msgspec.json.Encoder().encode
 _decode_lines: Final = msgspec.json.Decoder(tuple[StoredLine, ...]).decode
+_as_stored: Final = operator.attrgetter(*AS_STORED)
 _decode_reason: Final = msgspec.json.Decoder(CancelReason).decode
 
 
@@ -105,13 +107,6 @@ def _record(row: OrderRow) -> OrderRecord:
     stored = _decode_lines(row.lines)
     returned = row.returned or [0] * len(stored)
     order = Order(
-        id=row.id,
-        user_id=row.user_id,
-        status=row.status,
-        payment=row.payment,
-        fulfilment=row.fulfilment,
-        currency=row.currency,
-        total_minor=row.total_minor,
         lines=tuple(
             OrderLine(
                 id=line.id,
@@ -127,11 +122,8 @@ def _record(row: OrderRow) -> OrderRecord:
             )
             for line, back in zip(stored, returned, strict=True)
         ),
-        created_at=row.created_at,
-        updated_at=row.updated_at,
-        version=row.version,
-        refunded_minor=row.refunded_minor,
         reason=None if row.reason is None else _decode_reason(row.reason),
+        **dict(zip(AS_STORED, _as_stored(row), strict=True)),
     )
     return OrderRecord(order, row.nonce, row.payment_attempt, row.on_account, row.refund_pending_minor)
 
@@ -140,19 +132,14 @@ def _record(row: OrderRow) -> OrderRecord:
 
 
 class NewOrder(msgspec.Struct, frozen=True):
-    """An order that is about to be written, and its checkout (`state`)."""
+    """An order that is about to be written: `order` as it will be, but for id and times; and its checkout (`state`)."""
 
-    user_id: int
-    currency: str
-    total_minor: int
-    lines: tuple[OrderLine, ...]
+    order: Order
     nonce: int
     payment_attempt: int
     state: str
     actor: Actor
-    principal: str | None
-    idempotency_key: str | None
-    fingerprint: bytes | None
+    keyed: Keyed | None
 
 
 class PlacedRow(Row):
@@ -175,60 +162,65 @@ class KeyedOrder(msgspec.Struct, frozen=True):
     fingerprint: bytes
 
 
+INSERTED: Final[Mapping[str, tuple[str, Callable[[NewOrder], object]]]] = {
+    "user_id": ("bigint", operator.attrgetter("order.user_id")),
+    "currency": ("text", operator.attrgetter("order.currency")),
+    "total_minor": ("bigint", operator.attrgetter("order.total_minor")),
+    "customer_note": ("text", operator.attrgetter("order.customer_note")),
+    "nonce": ("bigint", operator.attrgetter("nonce")),
+    "payment_attempt": ("integer", operator.attrgetter("payment_attempt")),
+    "lines": ("json", lambda new: _stored_lines(new.order.lines)),
+    "principal": ("text", lambda new: new.keyed and new.keyed.principal),
+    "idempotency_key": ("text", lambda new: new.keyed and new.keyed.key),
+    "fingerprint": ("bytea", lambda new: new.keyed and new.keyed.fingerprint),
+}
+"""The columns with which an order begins: type and value."""
+
+BESIDE: Final[Mapping[str, tuple[str, Callable[[NewOrder], object]]]] = {
+    "product_ids": ("text", lambda new: _products(new.order.lines)),
+    "actor_role": ("text", operator.attrgetter("actor.role")),
+    "actor_id": ("bigint", operator.attrgetter("actor.id")),
+    "state": ("text", operator.attrgetter("state")),
+}
+"""What the other tables need of it."""
+
+_ARRAYS: Final = {**INSERTED, **BESIDE}
+
+INSERT_SQL: Final = f"""
+    WITH bounded AS MATERIALIZED (
+        SELECT set_config('lock_timeout', '2s', true) AS wait
+    ), numbered AS MATERIALIZED (
+        SELECT nextval('orders_id_seq') AS id, nextval('saga_epochs') AS epoch, o.*
+          FROM bounded
+         CROSS JOIN unnest({", ".join(f"${n}::{kind}[]" for n, (kind, _) in enumerate(_ARRAYS.values(), 4))})
+               WITH ORDINALITY AS o ({", ".join(_ARRAYS)}, n)
+    ), placed AS (
+        INSERT INTO orders (id, {", ".join(INSERTED)})
+        SELECT id, {", ".join(INSERTED)}
+          FROM numbered
+         ORDER BY principal, idempotency_key
+    ), listed AS (
+        INSERT INTO order_products (product_id, order_id)
+        SELECT product_id, id FROM numbered, unnest(product_ids::bigint[]) AS product_id
+    ), noted AS (
+        INSERT INTO history (order_id, version, status, payment, fulfilment, events, actor_role, actor_id)
+        SELECT id, 1, 'pending', 'unpaid', 'unfulfilled', '{{order.placed}}', actor_role, actor_id FROM numbered
+    ), started AS (
+        INSERT INTO sagas (subject_id, kind, reference, step, state, epoch, driver)
+        SELECT id, $1, '', $2, state, epoch, $3 FROM numbered
+    )
+    SELECT id, epoch, now() AS created_at FROM numbered ORDER BY n
+"""  # noqa: S608  # of constants alone
+
+
 async def insert(tx: Tx, orders: Sequence[NewOrder], kind: str, step: str, driver: int) -> list[PlacedRow]:
-    """Writes orders, the first row of their history and the sagas that `driver` will drive; emits `order.placed`.
+    """Writes orders, the first row of their history and the sagas that `driver` will drive.
 
     Gives ids, epochs and times in the order given. Raises `UniqueViolation` where a key has an order already, after a
     transaction that uses the same key at this moment has ended; `LockTimeout` where that takes more than 2 seconds.
     """
-    return await tx.fetch(
-        PlacedRow,
-        """
-        WITH bounded AS MATERIALIZED (
-            SELECT set_config('lock_timeout', '2s', true) AS wait
-        ), numbered AS MATERIALIZED (
-            SELECT nextval('orders_id_seq') AS id, nextval('saga_epochs') AS epoch, o.*
-              FROM bounded
-             CROSS JOIN unnest($1::bigint[], $2::text[], $3::bigint[], $4::text[], $5::text[], $6::bytea[], $7::text[],
-                               $8::bigint[], $9::bigint[], $10::integer[], $11::text[], $12::text[], $13::text[])
-                   WITH ORDINALITY
-                   AS o (user_id, currency, total_minor, principal, key, fingerprint, actor_role, actor_id, nonce,
-                         attempt, lines, product_ids, state, n)
-        ), placed AS (
-            INSERT INTO orders (id, user_id, currency, total_minor, principal, idempotency_key, fingerprint, nonce,
-                                payment_attempt, lines)
-            SELECT id, user_id, currency, total_minor, principal, key, fingerprint, nonce, attempt, lines::json
-              FROM numbered
-             ORDER BY principal, key
-        ), listed AS (
-            INSERT INTO order_products (product_id, order_id)
-            SELECT product_id, id FROM numbered, unnest(product_ids::bigint[]) AS product_id
-        ), noted AS (
-            INSERT INTO history (order_id, version, status, payment, fulfilment, events, actor_role, actor_id)
-            SELECT id, 1, 'pending', 'unpaid', 'unfulfilled', '{order.placed}', actor_role, actor_id FROM numbered
-        ), started AS (
-            INSERT INTO sagas (subject_id, kind, reference, step, state, epoch, driver)
-            SELECT id, $14, '', $15, state, epoch, $16 FROM numbered
-        )
-        SELECT id, epoch, now() AS created_at FROM numbered ORDER BY n
-        """,
-        [o.user_id for o in orders],
-        [o.currency for o in orders],
-        [o.total_minor for o in orders],
-        [o.principal for o in orders],
-        [o.idempotency_key for o in orders],
-        [o.fingerprint for o in orders],
-        [o.actor.role for o in orders],
-        [o.actor.id for o in orders],
-        [o.nonce for o in orders],
-        [o.payment_attempt for o in orders],
-        [_stored_lines(o.lines) for o in orders],
-        [_products(o.lines) for o in orders],
-        [o.state for o in orders],
-        kind,
-        step,
-        driver,
-    )
+    values = [list(map(value, orders)) for _, value in _ARRAYS.values()]
+    return await tx.fetch(PlacedRow, INSERT_SQL, kind, step, driver, *values)
 
 
 async def emit_placed(tx: Tx, orders: Sequence[Order]) -> None:
