@@ -1,0 +1,186 @@
+"""Which tests run a line: recorded with coverage.py, a test file at a time, and kept while nothing that it ran changes.
+
+The tests of a mutant, nearest first
+    own       those of the folder that mirrors its folder
+    wider     those of the layers above, which reach it through a contract or the gateway
+    whole     a few files that start real processes, whose lines are not recorded: for a statement that no other runs
+Each set is recorded when the first mutant asks for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from system.mutation.copies import FAILED, PASSED, CannotTell, is_of_copy, run_pytest
+from system.mutation.mutants.choosing import Mutant, write
+from system.mutation.mutants.plugin import Lines
+
+RECORD_SECONDS: Final = 900.0
+FILTER: Final = "not long"
+WHOLE: Final = (
+    "tests/cli/test_up_server.py",
+    "tests/cli/test_audit.py",
+    "tests/cli/test_events.py",
+    "tests/system/journeys/test_journey.py",
+)
+WIDER: Final = {
+    "mercato/chassis/contract": ("tests/chassis/rpc", "tests/gateway"),
+    "mercato/chassis/observability": ("tests/chassis/rpc", "tests/chassis/messaging"),
+    "mercato/chassis/http": ("tests/gateway",),
+    "mercato/chassis": ("tests/chassis", "tests/services/events", "tests/services/inventory"),
+    "mercato/services/events": ("tests/gateway/test_events.py", "tests/operations"),
+    "mercato/services": ("tests/gateway", "tests/reference", "tests/operations"),
+    "mercato/simulators": ("tests/services/payments", "tests/operations"),
+    "mercato/gateway": ("tests/reference",),
+}
+"""By the beginning of a path, the longest first."""
+
+
+class Record(msgspec.Struct, frozen=True):
+    """What the tests of a file ran. `needed`: the files that must be as they were, with digests of their content."""
+
+    needed: dict[str, str]
+    seconds: dict[str, float]
+    lines: Lines
+    failed: tuple[str, ...]
+    """Tests that fail as it is: they can say nothing about a mutant."""
+
+
+class Test(msgspec.Struct, frozen=True):
+    name: str
+    seconds: float
+
+
+class Relevance:
+    """`snapshot`: the tree that is recorded. `turn` bounds how many runs there are at once."""
+
+    def __init__(self, snapshot: Path, cache: Path, turn: asyncio.Semaphore) -> None:
+        self._snapshot = snapshot
+        self._cache = cache
+        self._turn = turn
+        self._support = _digest_of_files(snapshot, _support_files(snapshot))
+        self._records: dict[str, asyncio.Task[Record]] = {}
+        self._made = 0
+        self.failed: set[str] = set()
+
+    async def close(self) -> None:
+        """Ends the runs that nothing waits for any more."""
+        for task in self._records.values():
+            task.cancel()
+        await asyncio.gather(*self._records.values(), return_exceptions=True)
+
+    async def own(self, mutant: Mutant) -> list[Test]:
+        return await self._covering(mutant, own_files(self._snapshot, mutant.file))
+
+    async def wider(self, mutant: Mutant) -> list[Test]:
+        """Without those of `own`."""
+        own = own_files(self._snapshot, mutant.file)
+        return await self._covering(mutant, [f for f in wider_files(self._snapshot, mutant.file) if f not in own])
+
+    async def _covering(self, mutant: Mutant, files: Sequence[str]) -> list[Test]:
+        records = await asyncio.gather(*(self._record(file) for file in files))
+        by_file = [covering(record, mutant) for record in records]
+        return [test for tests in sorted(filter(None, by_file), key=_seconds) for test in tests]
+
+    async def _record(self, file: str) -> Record:
+        if file not in self._records:
+            self._records[file] = asyncio.create_task(self._read_or_make(file))
+        return await asyncio.shield(self._records[file])
+
+    async def _read_or_make(self, file: str) -> Record:
+        entry = self._cache / "lines" / f"{file.replace('/', '.')}.json"
+        if entry.exists():
+            record = msgspec.json.decode(entry.read_bytes(), type=Record)
+            if self._needed(file, record.needed) == record.needed:
+                self.failed |= set(record.failed)
+                return record
+        async with self._turn:
+            record = await self._make(file)
+        if not record.failed:
+            write(entry, msgspec.json.encode(record))
+        self.failed |= set(record.failed)
+        return record
+
+    async def _make(self, file: str) -> Record:
+        # A folder of its own for what it writes; the tree is only read.
+        self._made += 1
+        folder = self._snapshot.parent / f"r{self._made}"
+        folder.mkdir(mode=0o755)
+        (folder / "tree").symlink_to(self._snapshot)
+        out = folder / "lines.json"
+        plugin = ("-p", "system.mutation.mutants.plugin", "--record", str(out))
+        run = await run_pytest(folder / "tree", (*plugin, "-m", FILTER, file), RECORD_SECONDS)
+        if run.exit_code not in (PASSED, FAILED) and run.seen.tests:
+            raise CannotTell(f"With the tree as it is, the tests of {file} do not end: {run.last}")
+        if run.seen.tests and not is_of_copy(run, folder / "tree"):
+            raise CannotTell(f"The tests ran with {run.seen.package}, and not with the copy in {folder}.")
+        lines = msgspec.json.decode(out.read_bytes(), type=Lines) if out.exists() else {}
+        tests = run.seen.tests
+        files = {name for of_test in lines.values() for name in of_test}
+        return Record(
+            needed=self._needed(file, files),
+            seconds={name: seen.seconds for name, seen in tests.items() if seen.failed_in == "none"},
+            lines={name: lines.get(name, {}) for name, seen in tests.items() if seen.failed_in == "none"},
+            failed=tuple(name for name, seen in tests.items() if seen.failed_in not in ("none", "skipped")),
+        )
+
+    def _needed(self, file: str, files: Iterable[str]) -> dict[str, str]:
+        package = {
+            name: _digest_of_files(self._snapshot, [name]) for name in sorted(files) if name.startswith("mercato/")
+        }
+        return {**package, file: _digest_of_files(self._snapshot, [file]), "tests": self._support}
+
+
+def covering(record: Record, mutant: Mutant) -> list[Test]:
+    """The tests of a file that run the statement of a mutant, in their order; of a constant, all that run its file."""
+    first, last = mutant.statement
+    found: list[Test] = []
+    for name, lines in record.lines.items():
+        of_file = lines.get(mutant.file, [])
+        if any(first <= line <= last for line in of_file) or (mutant.is_constant and of_file):
+            found.append(Test(name, record.seconds[name]))
+    return found
+
+
+def own_files(root: Path, file: str) -> list[str]:
+    """The test files of the folder that mirrors the folder of a file, or of the nearest one above it."""
+    folder = Path("tests").joinpath(*Path(file).parts[1:-1])
+    while not (files := test_files(root, folder.as_posix())):
+        folder = folder.parent
+    named = Path(file).stem
+    return sorted(files, key=lambda path: named not in Path(path).stem)
+
+
+def wider_files(root: Path, file: str) -> list[str]:
+    prefix = max((prefix for prefix in WIDER if file.startswith(f"{prefix}/")), key=len, default=None)
+    return [path for folder in WIDER.get(prefix or "", ()) for path in test_files(root, folder)]
+
+
+def test_files(root: Path, folder: str) -> list[str]:
+    if (root / folder).is_file():
+        return [folder]
+    return sorted(path.relative_to(root).as_posix() for path in (root / folder).rglob("test_*.py"))
+
+
+def _seconds(tests: Sequence[Test]) -> float:
+    return sum(test.seconds for test in tests)
+
+
+def _support_files(root: Path) -> list[str]:
+    """What tests share: all that is no test file."""
+    shared = [*(root / "tests").rglob("*.py"), *(root / "mercato/testing").rglob("*.py"), root / "pyproject.toml"]
+    paths = (path.relative_to(root) for path in shared if not path.name.startswith("test_"))
+    return sorted(path.as_posix() for path in paths if "mutation" not in path.parts)
+
+
+def _digest_of_files(root: Path, files: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update((root / file).read_bytes() if (root / file).is_file() else b"")
+    return digest.hexdigest()[:32]
