@@ -19,7 +19,9 @@ from pglast.parser import ParseError, parse_sql, scan
 
 from system.mutation.mutants.change import MODULE, Change
 
-SQL: Final = re.compile(r"\b(SELECT|INSERT INTO|DELETE FROM|UPDATE \w+|WHERE|FROM|VALUES|ORDER BY|AND|SET)\b")
+SQL: Final = re.compile(
+    r"\b(SELECT|INSERT INTO|LOCK TABLE|DELETE FROM|UPDATE \w+|WHERE|FROM|VALUES|ORDER BY|AND|SET)\b"
+)
 """SQL stands in capitals, other than prose."""
 QUOTES: Final = re.compile(r"(?i)([a-z]*)(\"\"\"|'''|\"|')")
 BRACES: Final = re.compile(r"\{[^{}]*\}")
@@ -86,6 +88,7 @@ CLAUSES: Final = frozenset(
     ]
 )
 """Words that end a condition, where they are not deeper between parentheses."""
+TABLE_LOCK: Final = frozenset({"share", "row", "exclusive"})
 LOCKS: Final = frozenset({"update", "share", "no", "key", "of", "skip", "locked", "nowait"})
 
 
@@ -139,6 +142,7 @@ def edits(literal: str) -> list[Edit]:
         *_swaps(tokens),
         *_conditions(literal, tokens),
         *_locks(tokens),
+        *_table_locks(tokens),
         *_conflicts(tokens),
         *_sorts(tokens),
     )
@@ -253,6 +257,15 @@ def _locks(tokens: Sequence[Token]) -> Iterator[Edit]:
         yield Edit("sql_lock", token.start, tokens[last].end, "")
         if _word(tokens, last) == "locked":
             yield Edit("sql_skip_locked", tokens[last - 1].start, tokens[last].end, "")
+
+
+def _table_locks(tokens: Sequence[Token]) -> Iterator[Edit]:
+    """A table is locked in a mode that keeps no writer away."""
+    for n, token in enumerate(tokens[:-2]):
+        if token.word == "lock" and _word(tokens, n + 1) == "table":
+            modes = [t for t in tokens[n + 2 :] if t.word in TABLE_LOCK]
+            if modes:
+                yield Edit("sql_lock", modes[0].start, modes[-1].end, "ACCESS SHARE")
 
 
 def _is_of_lock(tokens: Sequence[Token], n: int) -> bool:
