@@ -60,7 +60,7 @@ def take_snapshot(root: Path, folder: Path) -> Path:
     for name in COPIED:
         if (root / name).is_dir():
             shutil.copytree(root / name, snapshot / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-        else:
+        elif (root / name).is_file():
             shutil.copy2(root / name, snapshot / name)
     return snapshot
 

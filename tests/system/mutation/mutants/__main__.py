@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     try:
         files = choosing.product_files(root, options.only)
         tell.now(f"looking for what can be changed in {len(files)} files")
-        there_are = choosing.places(root, files, root / CACHE)
+        all_places = choosing.places(root, files, root / CACHE)
+        there_are = [place for place in all_places if not options.kind or place.kind in options.kind]
         mutants = choosing.make(root, choosing.choose(there_are, options.count, options.seed))
         tell.line(f"{len(mutants)} of {len(there_are)} mutants, seed {options.seed}")
         if options.list:
@@ -85,6 +86,7 @@ class Options(argparse.Namespace):
     count: int
     seed: int
     only: list[str]
+    kind: list[str]
     at_once: int
     list: bool
     json: bool
@@ -97,6 +99,7 @@ def _options(arguments: Sequence[str] | None) -> Options:
     parser.add_argument("--count", type=int, default=COUNT, metavar="N", help=f"how many ({COUNT})")
     parser.add_argument("--seed", type=int, default=None, help="a number that chooses them (a new one each time)")
     parser.add_argument("--only", action="append", default=[], metavar="PART", help="files with this in their path")
+    parser.add_argument("--kind", action="append", default=[], metavar="KIND", help="of this kind (see --list)")
     parser.add_argument(
         "--at-once", type=int, default=AT_ONCE, metavar="N", help=f"how many are tried at a time ({AT_ONCE})"
     )
@@ -113,7 +116,7 @@ def _options(arguments: Sequence[str] | None) -> Options:
 async def try_all(mutants: Sequence[Mutant], of: int, options: Options, tell: Teller, root: Path = ROOT) -> Result:
     """Tries mutants in the order given, some at a time. Raises `CannotTell`."""
     began_at = time.monotonic()
-    judgements = judged.read()
+    judgements = judged.read(root)
     with tempfile.TemporaryDirectory(prefix="mercato-mutants-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         snapshot = take_snapshot(root, folder)

@@ -11,7 +11,7 @@ import msgspec
 
 from system.mutation.mutants.choosing import Mutant
 
-FILE: Final = Path(__file__).parents[1] / "equivalent.toml"
+FILE: Final = "tests/system/mutation/equivalent.toml"
 
 
 class Judgement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -27,7 +27,8 @@ class Judgements(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     equivalent: tuple[Judgement, ...] = ()
 
 
-def read(path: Path = FILE) -> tuple[Judgement, ...]:
+def read(root: Path) -> tuple[Judgement, ...]:
+    path = root / FILE
     return msgspec.convert(tomllib.loads(path.read_text()), Judgements).equivalent
 
 

@@ -17,6 +17,13 @@ Lines = dict[str, dict[str, list[int]]]
 """By test and file, which lines ran."""
 
 
+class Recorded(msgspec.Struct, frozen=True):
+    """`lines` of the package. `support`: the files that tests share and that ran, also where they were imported."""
+
+    lines: Lines
+    support: tuple[str, ...]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chosen", type=Path, help="the tests to run, as a list in JSON")
     parser.addoption("--record", type=Path, help="where to write which lines each test runs")
@@ -44,7 +51,8 @@ class Recorder:
     def __init__(self, file: Path, root: Path) -> None:
         self._file = file
         self._root = root
-        self._coverage = coverage.Coverage(data_file=None, config_file=False, source=[str(root / "mercato")])
+        sources = [str(root / "mercato"), str(root / "tests")]
+        self._coverage = coverage.Coverage(data_file=None, config_file=False, source=sources)
         self._coverage.start()
 
     @pytest.hookimpl(wrapper=True)
@@ -59,9 +67,13 @@ class Recorder:
         self._coverage.stop()
         data = self._coverage.get_data()
         lines: Lines = {}
+        support: list[str] = []
         for file in sorted(data.measured_files()):
             name = Path(file).relative_to(self._root).as_posix()
+            if name.startswith(("tests/", "mercato/testing/")):
+                support.append(name)
+                continue
             for line, contexts in data.contexts_by_lineno(file).items():
                 for test in filter(None, contexts):
                     lines.setdefault(test, {}).setdefault(name, []).append(line)
-        self._file.write_bytes(msgspec.json.encode(lines))
+        self._file.write_bytes(msgspec.json.encode(Recorded(lines, tuple(support))))

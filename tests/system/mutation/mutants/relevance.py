@@ -19,7 +19,7 @@ import msgspec
 
 from system.mutation.copies import FAILED, PASSED, CannotTell, is_of_copy, run_pytest
 from system.mutation.mutants.choosing import Mutant, write
-from system.mutation.mutants.plugin import Lines
+from system.mutation.mutants.plugin import Lines, Recorded
 
 RECORD_SECONDS: Final = 900.0
 FILTER: Final = "not long"
@@ -64,7 +64,6 @@ class Relevance:
         self._snapshot = snapshot
         self._cache = cache
         self._turn = turn
-        self._support = _digest_of_files(snapshot, _support_files(snapshot))
         self._records: dict[str, asyncio.Task[Record]] = {}
         self._made = 0
         self.failed: set[str] = set()
@@ -97,7 +96,7 @@ class Relevance:
         entry = self._cache / "lines" / f"{file.replace('/', '.')}.json"
         if entry.exists():
             record = msgspec.json.decode(entry.read_bytes(), type=Record)
-            if self._needed(file, record.needed) == record.needed:
+            if self._digests(record.needed) == record.needed:
                 self.failed |= set(record.failed)
                 return record
         async with self._turn:
@@ -120,21 +119,17 @@ class Relevance:
             raise CannotTell(f"With the tree as it is, the tests of {file} do not end: {run.last}")
         if run.seen.tests and not is_of_copy(run, folder / "tree"):
             raise CannotTell(f"The tests ran with {run.seen.package}, and not with the copy in {folder}.")
-        lines = msgspec.json.decode(out.read_bytes(), type=Lines) if out.exists() else {}
-        tests = run.seen.tests
-        files = {name for of_test in lines.values() for name in of_test}
+        recorded = msgspec.json.decode(out.read_bytes(), type=Recorded) if out.exists() else Recorded({}, ())
+        lines, tests = recorded.lines, run.seen.tests
         return Record(
-            needed=self._needed(file, files),
+            needed=self._digests([file, *recorded.support, *(name for of_test in lines.values() for name in of_test)]),
             seconds={name: seen.seconds for name, seen in tests.items() if seen.failed_in == "none"},
             lines={name: lines.get(name, {}) for name, seen in tests.items() if seen.failed_in == "none"},
             failed=tuple(name for name, seen in tests.items() if seen.failed_in not in ("none", "skipped")),
         )
 
-    def _needed(self, file: str, files: Iterable[str]) -> dict[str, str]:
-        package = {
-            name: _digest_of_files(self._snapshot, [name]) for name in sorted(files) if name.startswith("mercato/")
-        }
-        return {**package, file: _digest_of_files(self._snapshot, [file]), "tests": self._support}
+    def _digests(self, files: Iterable[str]) -> dict[str, str]:
+        return {file: _digest(self._snapshot / file) for file in sorted(set(files))}
 
 
 def covering(record: Record, mutant: Mutant) -> list[Test]:
@@ -172,15 +167,5 @@ def _seconds(tests: Sequence[Test]) -> float:
     return sum(test.seconds for test in tests)
 
 
-def _support_files(root: Path) -> list[str]:
-    """What tests share: all that is no test file."""
-    shared = [*(root / "tests").rglob("*.py"), *(root / "mercato/testing").rglob("*.py"), root / "pyproject.toml"]
-    paths = (path.relative_to(root) for path in shared if not path.name.startswith("test_"))
-    return sorted(path.as_posix() for path in paths if "mutation" not in path.parts)
-
-
-def _digest_of_files(root: Path, files: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update((root / file).read_bytes() if (root / file).is_file() else b"")
-    return digest.hexdigest()[:32]
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes() if file.is_file() else b"").hexdigest()[:32]

@@ -55,7 +55,7 @@ async def try_mutant(mutant: Mutant, snapshot: Path, folder: Path, relevance: Re
     copy = folder / "tree"
     try:
         shutil.copytree(snapshot, copy)
-        (copy / mutant.file).write_text(mutant.text)
+        _write(copy / mutant.file, mutant.text)
         for is_wider in (False, True):
             tests = await relevance.wider(mutant) if is_wider else await relevance.own(mutant)
             chosen = _within(tests, WIDER_SECONDS) if is_wider else tests
@@ -75,6 +75,13 @@ async def try_mutant(mutant: Mutant, snapshot: Path, folder: Path, relevance: Re
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return _of(mutant, "survived", seconds, ran=tuple(ran))
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text)
+    # Byte code is known by size and second of its source, and these may be as they were.
+    for code in (file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"):
+        code.unlink()
 
 
 def _within(tests: Sequence[Test], seconds: float) -> list[Test]:
