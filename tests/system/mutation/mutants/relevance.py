@@ -1,6 +1,7 @@
 """Which tests run a line: recorded with coverage.py, a test file at a time, and kept while nothing that it ran changes.
 
 The tests of a mutant, nearest first
+    nearest   those of the file of the same name, and of its folder those that are recorded already
     own       those of the folder that mirrors its folder
     wider     those of the layers above, which reach it through a contract or the gateway
     whole     a few files that start real processes, whose lines are not recorded: for a statement that no other runs
@@ -74,6 +75,11 @@ class Relevance:
             task.cancel()
         await asyncio.gather(*self._records.values(), return_exceptions=True)
 
+    async def nearest(self, mutant: Mutant) -> list[Test]:
+        """Of `own`, those of files that are recorded, and of the file that is named as the mutant's: most end here."""
+        own = own_files(self._snapshot, mutant.file)
+        return await self._covering(mutant, [file for n, file in enumerate(own) if n == 0 or self._is_recorded(file)])
+
     async def own(self, mutant: Mutant) -> list[Test]:
         return await self._covering(mutant, own_files(self._snapshot, mutant.file))
 
@@ -81,6 +87,11 @@ class Relevance:
         """Without those of `own`."""
         own = own_files(self._snapshot, mutant.file)
         return await self._covering(mutant, [f for f in wider_files(self._snapshot, mutant.file) if f not in own])
+
+    def _is_recorded(self, file: str) -> bool:
+        if (task := self._records.get(file)) is not None:
+            return task.done()
+        return self._read(file) is not None
 
     async def _covering(self, mutant: Mutant, files: Sequence[str]) -> list[Test]:
         records = await asyncio.gather(*(self._record(file) for file in files))
@@ -93,18 +104,24 @@ class Relevance:
         return await asyncio.shield(self._records[file])
 
     async def _read_or_make(self, file: str) -> Record:
-        entry = self._cache / "lines" / f"{file.replace('/', '.')}.json"
-        if entry.exists():
-            record = msgspec.json.decode(entry.read_bytes(), type=Record)
-            if self._digests(record.needed) == record.needed:
-                self.failed |= set(record.failed)
-                return record
+        if (known := self._read(file)) is not None:
+            return known
         async with self._turn:
             record = await self._make(file)
         if not record.failed:
-            write(entry, msgspec.json.encode(record))
+            write(self._entry(file), msgspec.json.encode(record))
         self.failed |= set(record.failed)
         return record
+
+    def _read(self, file: str) -> Record | None:
+        """The record that is kept of a test file; None where there is none, or what it ran has changed."""
+        if not self._entry(file).exists():
+            return None
+        record = msgspec.json.decode(self._entry(file).read_bytes(), type=Record)
+        return record if self._digests(record.needed) == record.needed else None
+
+    def _entry(self, file: str) -> Path:
+        return self._cache / "lines" / f"{file.replace('/', '.')}.json"
 
     async def _make(self, file: str) -> Record:
         # A folder of its own for what it writes; the tree is only read.

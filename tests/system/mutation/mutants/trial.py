@@ -56,9 +56,9 @@ async def try_mutant(mutant: Mutant, snapshot: Path, folder: Path, relevance: Re
     try:
         shutil.copytree(snapshot, copy)
         _write(copy / mutant.file, mutant.text)
-        for is_wider in (False, True):
-            tests = await relevance.wider(mutant) if is_wider else await relevance.own(mutant)
-            chosen = _within(tests, WIDER_SECONDS) if is_wider else tests
+        for find in (relevance.nearest, relevance.own, relevance.wider):
+            tests = [test for test in await find(mutant) if test.name not in ran]
+            chosen = _within(tests, WIDER_SECONDS) if find == relevance.wider else tests
             if not chosen:
                 continue
             run = await _run(copy, chosen)
