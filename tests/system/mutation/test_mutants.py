@@ -23,7 +23,7 @@ from system.mutation.mutants import choosing, judged, trial
 from system.mutation.mutants.__main__ import main, summed_up
 from system.mutation.mutants.choosing import Mutant, Place
 from system.mutation.mutants.python_changes import python_changes
-from system.mutation.mutants.relevance import Record, covering, own_files, wider_files
+from system.mutation.mutants.relevance import Record, covering, own_files, touching, wider_files
 from system.mutation.mutants.sql_changes import edits, literals, parses, sql_changes
 from system.mutation.mutants.trial import Verdict
 from system.mutation.witness import Seen
@@ -277,7 +277,8 @@ def test_the_tests_of_a_mutant_are_those_that_run_its_statement():
     record = Record(needed={}, seconds={"t::one": 1.0, "t::two": 2.0}, lines=lines, failed=())
 
     assert [test.name for test in covering(record, a_mutant())] == ["t::one"]
-    assert [test.name for test in covering(record, a_mutant(function="<module>"))] == ["t::one", "t::two"]
+    assert covering(record, a_mutant(statement=(1, 1))) == []
+    assert [test.name for test in touching(record, a_mutant(statement=(1, 1)))] == ["t::one", "t::two"]
 
 
 def test_the_mirrored_tests_come_first_and_then_those_of_the_layers_above():

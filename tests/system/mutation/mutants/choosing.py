@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 
 from system.mutation.copies import CannotTell
-from system.mutation.mutants.change import MODULE, Change
+from system.mutation.mutants.change import Change
 from system.mutation.mutants.python_changes import python_changes
 from system.mutation.mutants.sql_changes import sql_changes
 
@@ -60,11 +60,6 @@ class Mutant(msgspec.Struct, frozen=True):
     diff: str
     text: str
     """Of the whole file."""
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether it is in no function: it is read where the module is imported."""
-        return self.function == MODULE
 
 
 def product_files(root: Path, only: Sequence[str] = ()) -> list[str]:

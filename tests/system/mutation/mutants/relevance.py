@@ -96,6 +96,9 @@ class Relevance:
     async def _covering(self, mutant: Mutant, files: Sequence[str]) -> list[Test]:
         records = await asyncio.gather(*(self._record(file) for file in files))
         by_file = [covering(record, mutant) for record in records]
+        if not any(by_file):
+            # It may have run where the module was imported, before any test: then what is made there is used by these.
+            by_file = [touching(record, mutant) for record in records]
         return [test for tests in sorted(filter(None, by_file), key=_seconds) for test in tests]
 
     async def _record(self, file: str) -> Record:
@@ -150,14 +153,15 @@ class Relevance:
 
 
 def covering(record: Record, mutant: Mutant) -> list[Test]:
-    """The tests of a file that run the statement of a mutant, in their order; of a constant, all that run its file."""
+    """The tests of a file that run the statement of a mutant, in their order."""
     first, last = mutant.statement
-    found: list[Test] = []
-    for name, lines in record.lines.items():
-        of_file = lines.get(mutant.file, [])
-        if any(first <= line <= last for line in of_file) or (mutant.is_constant and of_file):
-            found.append(Test(name, record.seconds[name]))
-    return found
+    by_test = ((name, lines.get(mutant.file, ())) for name, lines in record.lines.items())
+    return [Test(name, record.seconds[name]) for name, lines in by_test if any(first <= line <= last for line in lines)]
+
+
+def touching(record: Record, mutant: Mutant) -> list[Test]:
+    """The tests of a file that run anything of the mutated file, in their order."""
+    return [Test(name, record.seconds[name]) for name, lines in record.lines.items() if mutant.file in lines]
 
 
 def own_files(root: Path, file: str) -> list[str]:
