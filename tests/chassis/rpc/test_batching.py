@@ -40,7 +40,7 @@ class FakeClock:
     """Time stands until a test moves it."""
 
     def __init__(self) -> None:
-        self.now = 1_000.0
+        self.now = 1_003.7
 
     def __call__(self) -> float:
         return self.now

@@ -39,7 +39,7 @@ WINDOW, MINIMUM, OPEN, LONGEST, PROBE = 10.0, 4, 5.0, 30.0, 15.0
 
 class ManualClock:
     def __init__(self) -> None:
-        self.seconds = 1_000.0
+        self.seconds = 1_003.7
 
     def monotonic(self) -> float:
         return self.seconds

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import functools
 import itertools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence, Sized
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +22,7 @@ from mercato.chassis.sagas import store as saga
 from mercato.chassis.sagas.runner import BACKLOG_LIMIT, BATCH_SIZE, FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, Runner
 from mercato.chassis.sagas.store import Key, Next, Saga
 from mercato.testing.harness import Cluster
+from mercato.testing.waiting import without_waiting
 
 MIGRATIONS: Final = Path(__file__).with_name("migrations_with_sagas")
 KIND: Final = "errand"
@@ -192,6 +194,11 @@ class SagaWorld:
         await until(are_done)
 
 
+async def is_seen(waiters: Sized) -> bool:
+    """Whether a runner knows that something waits."""
+    return len(waiters) > 0
+
+
 async def until(holds: Callable[[], Awaitable[bool]]) -> None:
     end = asyncio.get_running_loop().time() + UNTIL_SECONDS
     while not await holds():
@@ -275,7 +282,7 @@ async def test_a_process_starts_no_more_than_its_backlog_holds(world: SagaWorld)
     await gate.reached.wait()
 
     waiting = asyncio.ensure_future(driver.runner.acquire_slot())
-    await asyncio.sleep(0.05)
+    await until(lambda: is_seen(driver.runner._wanting))
     assert not waiting.done()
     gate.opened.set()
 
@@ -373,15 +380,25 @@ async def test_a_saga_whose_start_was_never_heard_of_is_found_by_its_own_process
 
 
 async def test_a_lease_is_renewed_while_a_step_takes_long(world: SagaWorld):
-    driver = world.driver(lease_seconds=2)
+    driver = world.driver(lease_seconds=4)
     gate = driver.during = Gate()
     driver.begin()
     [mine] = await world.started(driver)
     driver.runner.drive([mine])
     await gate.reached.wait()
-    other = world.driver("second", 2)
+    other = world.driver("second", 4)
+    async with world.database.read() as tx:
+        [began_at] = await tx.fetch_values(datetime.datetime, "SELECT max(renewed_at) FROM saga_drivers")
     other.begin()
-    await asyncio.sleep(5)  # more than two leases
+
+    async def has_outlived_two_leases() -> bool:
+        """Both processes still renew, and the first lease and another as long would have ended."""
+        async with world.database.read() as tx:
+            return await tx.fetch_values(
+                int, "SELECT count(*) FROM saga_drivers WHERE renewed_at > $1 + interval '4 s'", began_at
+            ) == [2]
+
+    await until(has_outlived_two_leases)
 
     assert (await world.standing()).epoch == mine.epoch
     gate.opened.set()
@@ -455,18 +472,26 @@ async def test_what_is_parked_is_never_taken_over(world: SagaWorld):
     assert await world.take_over() == []
 
 
-async def test_two_that_sweep_at_once_take_over_each_saga_once(world: SagaWorld):
-    await world.started(None, 40)
+@pytest.mark.parametrize("due", [True, False])
+async def test_two_that_sweep_at_once_take_over_each_saga_once_and_do_not_wait(world: SagaWorld, due: bool):
+    mine = await world.started(None, 40)
+    if due:
+        async with world.database.transaction() as tx:
+            await saga.save(tx, [(each, Next("bring", "", wake_s=0)) for each in mine])
+    both_have_swept = asyncio.Barrier(2)
 
     async def sweep(driver: int) -> list[Saga]:
         async with world.database.read() as tx:
             expired = await saga.expired_drivers(tx, LONG_LEASE_SECONDS)
         async with world.database.transaction() as tx:
             taken = await saga.take_over(tx, driver, 15, expired)
-            await asyncio.sleep(0.05)  # so that the other one sweeps meanwhile
+            await both_have_swept.wait()
             return taken
 
-    taken = await asyncio.gather(sweep(1), sweep(2))
+    async def sweep_twice() -> tuple[list[Saga], list[Saga]]:
+        return await asyncio.gather(sweep(1), sweep(2))
+
+    taken = await without_waiting(world.database._dsn, sweep_twice())
 
     keys = [each.key for some in taken for each in some]
     assert len(keys) == len(set(keys)) == 30
@@ -637,7 +662,7 @@ async def test_a_request_that_waits_for_a_saga_hears_when_it_is_idle(world: Saga
     await gate.reached.wait()
 
     waiting = asyncio.ensure_future(driver.runner.wait_until_idle(mine.key, (), UNTIL_SECONDS))
-    await asyncio.sleep(0.05)
+    await until(lambda: is_seen(driver.runner._waiters))
     assert not waiting.done()
     gate.opened.set()
     await waiting

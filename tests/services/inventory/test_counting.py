@@ -584,3 +584,33 @@ async def test_a_shop_with_stock_gets_no_demo_stock(world: World):
     assert seed
     assert await seed() is False
     assert await world.values("SELECT product_id FROM levels") == [MUG]
+
+
+async def test_of_two_processes_that_seed_the_stock_at_the_same_time_one_does(world: World, plant: Plant):
+    seed = world.rig.host.services["inventory"].seed_demo
+    assert seed
+    second: list[asyncio.Future[bool]] = []
+
+    async def seed_once_more(_point: str) -> None:
+        if not second:
+            second.append(asyncio.ensure_future(seed()))
+            await world.until_waiting()
+
+    plant(demo.SEED_BEFORE_COMMIT, seed_once_more)
+
+    assert await seed() is True
+    assert await second[0] is False
+    assert await world.values("SELECT count(*) FROM movements") == [len(demo.PRODUCT_IDS)]
+
+
+async def test_the_demo_stock_waits_for_a_count_that_is_not_committed_and_is_left_out(world: World):
+    seed = world.rig.host.services["inventory"].seed_demo
+    assert seed
+    counting = await world.connection()
+    async with counting.transaction():
+        await counting.execute("INSERT INTO levels (product_id) VALUES ($1)", UNKNOWN)
+        seeding = asyncio.ensure_future(seed())
+        await world.until_waiting()
+
+    assert await seeding is False
+    assert await world.values("SELECT product_id FROM levels") == [UNKNOWN]

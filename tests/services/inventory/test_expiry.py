@@ -15,6 +15,7 @@ from mercato.services.inventory import reserving
 from mercato.services.inventory.app import build
 from mercato.testing.harness import Cluster, Rig
 from mercato.testing.outbox import EVENTS
+from mercato.testing.waiting import without_waiting
 from services.inventory.world import NONCE, STAFF, World, opened
 
 Plant = Callable[[str, Fault], Callable[[], None]]
@@ -157,7 +158,8 @@ async def test_what_somebody_else_is_at_is_left_to_them(idle: World):
     holder = await idle.connection()
     async with holder.transaction():
         await holder.execute("SELECT 1 FROM reservations WHERE order_id = 7 FOR UPDATE")
-        assert await reserving.Reserving(idle.database, 900).expire() == 1
+        expire = reserving.Reserving(idle.database, 900).expire()
+        assert await without_waiting(idle.rig.dsns["inventory"], expire) == 1
     assert await idle.states() == {7: "held", 8: "expired"}
 
 

@@ -1095,6 +1095,17 @@ def test_a_declined_payment_of_an_order_on_account_leaves_it_sold_and_unpaid(sta
     assert_at(machine, FINISHED, status, "unpaid")
 
 
+def test_ten_declined_payments_of_an_order_on_account_leave_it_sold_and_payable():
+    machine = on_account()
+
+    machine.pay_with_declined_cards(times=ATTEMPTS_LIMIT)
+    assert machine.payment_attempt == ATTEMPTS_LIMIT
+    assert_at(machine, FINISHED, "confirmed", "unpaid")
+
+    machine.pay("sandbox:ok", then=7)
+    assert_at(machine, FINISHED, "confirmed", "paid")
+
+
 @pytest.mark.parametrize("method", [None, *METHODS])
 def test_an_order_that_costs_nothing_is_paid_without_the_provider(method: str | None):
     machine = placed(method, price_minor=0)

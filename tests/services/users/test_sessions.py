@@ -36,9 +36,11 @@ from mercato.contracts.users import (
     Users,
     WrongCredentials,
 )
+from mercato.services.users import store
 from mercato.services.users.app import build
 from mercato.services.users.passwords import Argon2Hasher, Hasher
 from mercato.testing.harness import Rig
+from mercato.testing.waiting import without_waiting
 
 ANYBODY = Actor("anonymous")
 STAFF = Actor("staff", 900)
@@ -492,6 +494,24 @@ async def clean_up(rig: Rig, sessions_left: int) -> None:
     finally:
         running.cancel()
         await asyncio.wait([running])
+
+
+@pytest.mark.parametrize("table", ["refresh_tokens", "sessions"])
+async def test_two_that_delete_old_sessions_do_not_wait_for_each_other(rig: Rig, users: Users, alice: User, table: str):
+    kept = datetime.timedelta(days=7)
+    for _ in range(2):
+        await sign_in(rig, users)
+    await make_it_so(rig, "UPDATE sessions SET expires_at = now() - interval '8 days'")
+    delete = store.delete_old_refresh_tokens
+    if table == "sessions":
+        await make_it_so(rig, "DELETE FROM refresh_tokens")
+        delete = store.delete_old_sessions
+    database = rig.host.services["users"].database
+
+    async with database.transaction() as first, database.transaction() as second:
+        assert await delete(first, kept, 1) == 1
+        assert await without_waiting(rig.dsns["users"], delete(second, kept, 2)) == 1
+    assert await look(rig, int, f"SELECT count(*) FROM {table}") == [0]
 
 
 async def test_sessions_that_have_long_been_over_are_deleted(rig: Rig, users: Users, alice: User):

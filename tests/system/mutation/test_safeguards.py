@@ -19,10 +19,11 @@ import pytest
 
 from mercato.chassis.postgres.migrations import CHECKSUMS
 from mercato.testing.process import ROOT, clean_environment, command_line, process_table
+from system.mutation.copies import CannotTell
 from system.mutation.safeguards.__main__ import main
 from system.mutation.safeguards.table import PARKING, SAFEGUARDS, Edit, Safeguard
-from system.mutation.safeguards.trial import CannotTell, Heard, edit, edited, judge
-from system.mutation.safeguards.witness import Seen
+from system.mutation.safeguards.trial import Heard, edit, edited, judge
+from system.mutation.witness import Seen
 
 RED: Final = "tests/test_it.py::test_red"
 GREEN: Final = "tests/test_it.py::test_green"

@@ -11,33 +11,23 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import shutil
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final
 
 import msgspec
 
+from system.mutation.console import Console, interruptible
+from system.mutation.copies import CannotTell, take_snapshot
 from system.mutation.safeguards.table import SAFEGUARDS, Safeguard
-from system.mutation.safeguards.trial import (
-    CannotTell,
-    Finding,
-    hear_as_it_is,
-    misfits,
-    short,
-    take_away,
-    take_snapshot,
-)
+from system.mutation.safeguards.trial import Finding, hear_as_it_is, misfits, short, take_away
 
 ROOT: Final = Path(__file__).parents[4]
 AT_ONCE: Final = 2
 """Copies that are tested at the same time. A run waits for a database to be made as long as it tests."""
-
-T = TypeVar("T")
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -56,7 +46,7 @@ def main(arguments: Sequence[str] | None = None, safeguards: Sequence[Safeguard]
         if options.list:
             tell.list(chosen)
             return 0
-        result = asyncio.run(_interruptible(try_all(chosen, tell)))
+        result = asyncio.run(interruptible(try_all(chosen, tell)))
     except CannotTell as reason:
         for sentence in str(reason).splitlines():
             print(f"safeguards: {sentence}", file=sys.stderr)
@@ -83,13 +73,6 @@ def _chosen(safeguards: Sequence[Safeguard], names: Sequence[str]) -> Sequence[S
     if unknown := [name for name in names if name not in known]:
         raise CannotTell(f"There is no safeguard {unknown[0]!r}; there are {', '.join(known)}.")
     return [known[name] for name in dict.fromkeys(names)] if names else safeguards
-
-
-async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
-    """SIGTERM ends it as Ctrl-C does: with nothing left behind."""
-    task = asyncio.ensure_future(work)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    return await task
 
 
 async def try_all(safeguards: Sequence[Safeguard], tell: Teller) -> Result:
@@ -125,48 +108,29 @@ async def _try_each(safeguards: Sequence[Safeguard], snapshot: Path, folder: Pat
     return [task.result() for task in tasks]
 
 
-class Teller:
+class Teller(Console):
     """What a person sees: what goes on, a line for what is done, a table. With --json nothing but the result."""
 
-    def __init__(self, as_json: bool) -> None:
-        self._as_json = as_json
-        self._draws = sys.stderr.isatty()
-        self._going: dict[int, str] = {}
-
     def list(self, safeguards: Sequence[Safeguard]) -> None:
-        if self._as_json:
+        if self.as_json:
             print(msgspec.json.encode(safeguards).decode())
             return
         for safeguard in safeguards:
             print(f"{safeguard.name:24s}{safeguard.removed}")
 
     def begin(self, n: int, count: int, safeguard: Safeguard) -> None:
-        self._going[n] = f"[{n:2d}/{count}] without {safeguard.name}"
-        if not self._draws:
+        self.going[n] = f"[{n:2d}/{count}] without {safeguard.name}"
+        if not self.draws:
             self.line(f"[{n:2d}/{count}] {safeguard.name}: {safeguard.removed}")
-        self._draw()
+        self.draw()
 
     def end(self, n: int, count: int, finding: Finding) -> None:
-        del self._going[n]
+        del self.going[n]
         self.line(f"[{n:2d}/{count}] {finding.name:24s}{_verdict(finding)} ({finding.seconds:.1f} s)")
-        self._draw()
-
-    def _draw(self) -> None:
-        self.now("  ".join(self._going.values()))
-
-    def now(self, text: str) -> None:
-        """Draws what goes on, over what went on before."""
-        if self._draws:
-            width = shutil.get_terminal_size().columns
-            print(f"\r\033[K{text[: width - 1]}", end="", file=sys.stderr, flush=True)
-
-    def line(self, text: str) -> None:
-        self.now("")
-        if not self._as_json:
-            print(text, flush=True)
+        self.draw()
 
     def result(self, result: Result) -> None:
-        if self._as_json:
+        if self.as_json:
             print(msgspec.json.encode(result).decode())
             return
         print(f"\n{'safeguard':24s}{'seconds':>7s}  tests that went red")

@@ -4,19 +4,12 @@
     as it is    All tests that will be asked, in the snapshot. They must pass, or their failing later means nothing.
     without     For each safeguard a copy of the snapshot with its edits: its `red` tests must fail, `green` must pass.
 
-A run imports the package of its own copy, and says which one that was: an editable install lies behind it on the path,
-and would quietly test the original. Whatever a run writes is in the folder of its copy, which goes with it.
+How copies are made, and how tests run in them, is in `copies.py` of the folder above.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import os
 import shutil
-import signal
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -24,23 +17,14 @@ from typing import Final
 import msgspec
 
 from mercato.chassis.postgres.migrations import CHECKSUMS
-from mercato.embedded_postgres.processes import serving
+from system.mutation.copies import FAILED, PASSED, CannotTell, is_of_copy, run_pytest
 from system.mutation.safeguards.table import Safeguard
-from system.mutation.safeguards.witness import Seen, Testimony
+from system.mutation.witness import Seen
 
-COPIED: Final = ("mercato", "tests", "bench", "docs", "pyproject.toml", "Makefile", "README.md")
 RUN_SECONDS: Final = 240.0
 """A bound for a run that hangs: where a lock is gone, a test may wait for what never comes."""
 AS_IT_IS_SECONDS: Final = 900.0
 """A bound for the run of all tests, with every safeguard in place."""
-STOP_SECONDS: Final = 15.0
-POLL_SECONDS: Final = 0.05
-LINES_SHOWN: Final = 3
-
-PASSED: Final = 0
-FAILED: Final = 1
-"""Exit codes of pytest: all tests ran, and some failed. Any other says that not all of them ran."""
-
 BROKEN_CODE: Final = frozenset(
     {
         "AttributeError",
@@ -58,10 +42,6 @@ BROKEN_CODE: Final = frozenset(
     }
 )
 """Who takes away a safeguard leaves code that runs: a test that fails with one of these has missed nothing."""
-
-
-class CannotTell(Exception):
-    """Why nothing can be said about the safeguards, in a sentence."""
 
 
 class Heard(msgspec.Struct, frozen=True):
@@ -95,20 +75,6 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 # ----------------------------------------------------------------------------------------------------------- the steps
-
-
-def take_snapshot(root: Path, folder: Path) -> Path:
-    """A copy of everything that tests need of a working tree."""
-    # PostgreSQL does not run as root, and whoever it runs as then must be able to pass through.
-    folder.chmod(0o755)
-    snapshot = folder / "snapshot"
-    snapshot.mkdir()
-    for name in COPIED:
-        if (root / name).is_dir():
-            shutil.copytree(root / name, snapshot / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-        else:
-            shutil.copy2(root / name, snapshot / name)
-    return snapshot
 
 
 async def hear_as_it_is(snapshot: Path, safeguards: Sequence[Safeguard]) -> Heard:
@@ -205,94 +171,12 @@ def short(test: str) -> str:
 
 
 async def run_tests(copy: Path, tests: Sequence[str], seconds_max: float = RUN_SECONDS) -> Heard:
-    """Runs tests in a copy, with its package, and with a folder for temporary files beside it."""
-    temporary, testimony = copy.parent / f"{copy.name}-tmp", copy.parent / f"{copy.name}.json"
-    temporary.mkdir(mode=0o755)
-    began_at = time.monotonic()
-    output = temporary / "output.txt"
-    with output.open("wb") as out:
-        process = await asyncio.create_subprocess_exec(
-            *(
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                "-p",
-                "pytest_asyncio.plugin",
-                "-p",
-                "pytest_timeout",
-            ),
-            *("-p", "system.mutation.safeguards.witness", "--witness", str(testimony), *tests),
-            cwd=copy,
-            env=_environment(copy, temporary),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            # Ctrl-C in a terminal reaches us alone: we end the runs ourselves, and wait for their ends.
-            start_new_session=True,
-        )
-        try:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds_max):
-                    await process.wait()
-            too_long = process.returncode is None
-        finally:
-            await _end(process, temporary)
-    seconds = time.monotonic() - began_at
-    if too_long:
-        return Heard(f"the tests did not end within {seconds_max:.0f} s.", {}, seconds)
-    return _heard(copy, tests, process.returncode, testimony, output, seconds)
-
-
-def _environment(copy: Path, temporary: Path) -> dict[str, str]:
-    """That of this process, without settings of Mercato, of PostgreSQL, or of a pytest that we may run in."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MERCATO_", "PG", "PYTEST_"))}
-    return {
-        **kept,
-        "PYTHONPATH": os.pathsep.join((str(copy), str(copy / "tests"))),
-        "TMPDIR": str(temporary),
-        # All plugins that are installed would cost each run a second, and it needs two of them.
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-    }
-
-
-def _heard(
-    copy: Path, tests: Sequence[str], exit_code: int | None, testimony: Path, output: Path, seconds: float
-) -> Heard:
-    seen = msgspec.json.decode(testimony.read_bytes(), type=Testimony) if testimony.exists() else Testimony("", {})
-    last = " / ".join(line for line in output.read_text(errors="replace").splitlines() if line.strip())[-500:]
+    run = await run_pytest(copy, tests, seconds_max)
+    if run.exit_code is None:
+        return Heard(f"the tests did not end within {seconds_max:.0f} s.", {}, run.seconds)
     wrong = ""
-    if exit_code not in (PASSED, FAILED) or any(test not in seen.tests for test in tests):
-        wrong = f"not all tests ran (pytest ended with {exit_code}): {last}"
-    elif not Path(seen.package).resolve().is_relative_to(copy.resolve()):
-        wrong = f"the tests ran with {seen.package}, and not with the copy in {copy}."
-    return Heard(wrong, seen.tests, seconds)
-
-
-async def _end(process: asyncio.subprocess.Process, temporary: Path) -> None:
-    """Ends a run and waits until nothing of it is left.
-
-    pytest stops its database by itself when it is asked to. If it has to be killed, the guard of the database ends it a
-    little later, and until then it lives in a folder that is about to be removed.
-    """
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGINT)
-        try:
-            async with asyncio.timeout(STOP_SECONDS):
-                await process.wait()
-        except TimeoutError:
-            os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
-    end = time.monotonic() + STOP_SECONDS
-    while _is_served(temporary):
-        if time.monotonic() > end:
-            return
-        await asyncio.sleep(POLL_SECONDS)
-
-
-def _is_served(temporary: Path) -> bool:
-    """Whether a database that a run has made there is still running."""
-    return any(serving(cluster) for cluster in temporary.glob("mercato-test-*/data/postgres"))
+    if run.exit_code not in (PASSED, FAILED) or any(test not in run.seen.tests for test in tests):
+        wrong = f"not all tests ran (pytest ended with {run.exit_code}): {run.last}"
+    elif not is_of_copy(run, copy):
+        wrong = f"the tests ran with {run.seen.package}, and not with the copy in {copy}."
+    return Heard(wrong, run.seen.tests, run.seconds)

@@ -1,4 +1,4 @@
-"""What a run of pytest saw, written to a file: `-p system.mutation.safeguards.witness --witness FILE`.
+"""What a run of pytest saw, written to a file: `-p system.mutation.witness --witness FILE`.
 
 The exit code of pytest tells a failed test from a file that cannot be imported, but not a safeguard that was missed
 from a fixture that broke. So each test is noted with the part in which it failed, and with the error.
@@ -24,6 +24,8 @@ class Seen(msgspec.Struct):
     failed_in: Part = "none"
     error: str = ""
     said: str = ""
+    seconds: float = 0.0
+    """With its fixtures."""
 
 
 class Testimony(msgspec.Struct):
@@ -44,6 +46,7 @@ class Witness:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
         seen = self._tests.setdefault(item.nodeid, Seen())
+        seen.seconds += call.duration
         if seen.failed_in == "none" and not report.passed:
             seen.failed_in = "skipped" if report.skipped else report.when or "setup"
             seen.error = call.excinfo.typename if call.excinfo else ""
