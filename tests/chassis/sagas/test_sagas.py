@@ -380,13 +380,13 @@ async def test_a_saga_whose_start_was_never_heard_of_is_found_by_its_own_process
 
 
 async def test_a_lease_is_renewed_while_a_step_takes_long(world: SagaWorld):
-    driver = world.driver(lease_seconds=2)
+    driver = world.driver(lease_seconds=4)
     gate = driver.during = Gate()
     driver.begin()
     [mine] = await world.started(driver)
     driver.runner.drive([mine])
     await gate.reached.wait()
-    other = world.driver("second", 2)
+    other = world.driver("second", 4)
     async with world.database.read() as tx:
         [began_at] = await tx.fetch_values(datetime.datetime, "SELECT max(renewed_at) FROM saga_drivers")
     other.begin()
@@ -395,7 +395,7 @@ async def test_a_lease_is_renewed_while_a_step_takes_long(world: SagaWorld):
         """Both processes still renew, and the first lease and another as long would have ended."""
         async with world.database.read() as tx:
             return await tx.fetch_values(
-                int, "SELECT count(*) FROM saga_drivers WHERE renewed_at > $1 + interval '4 s'", began_at
+                int, "SELECT count(*) FROM saga_drivers WHERE renewed_at > $1::timestamptz + interval '8 s'", began_at
             ) == [2]
 
     await until(has_outlived_two_leases)
