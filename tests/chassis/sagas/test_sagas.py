@@ -395,7 +395,7 @@ async def test_a_lease_is_renewed_while_a_step_takes_long(world: SagaWorld):
         """Both processes still renew, and the first lease and another as long would have ended."""
         async with world.database.read() as tx:
             return await tx.fetch_values(
-                int, "SELECT count(*) FROM saga_drivers WHERE renewed_at > $1 + interval '4 s'", began_at
+                int, "SELECT count(*) FROM saga_drivers WHERE renewed_at > $1::timestamptz + interval '8 s'", began_at
             ) == [2]
 
     await until(has_outlived_two_leases)
