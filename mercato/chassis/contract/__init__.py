@@ -41,6 +41,7 @@ from .messages import MAX_ID as MAX_ID
 from .messages import Empty as Empty
 from .messages import FrozenMeta as FrozenMeta
 from .messages import Message as Message
+from .messages import Open as Open
 from .operations import DEFAULT_DEADLINE_MS as DEFAULT_DEADLINE_MS
 from .operations import DEFAULT_SINGLE_LANES as DEFAULT_SINGLE_LANES
 from .operations import BatchOperation as BatchOperation

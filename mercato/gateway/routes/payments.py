@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, FieldError, IdempotencyKeyReused, InvalidRequest, RequestInProgress
+from mercato.chassis.contract import MAX_ID, FieldError, IdempotencyKeyReused, InvalidRequest, Open, RequestInProgress
 from mercato.contracts import orders
 from mercato.contracts import payments as contract
 from mercato.contracts.orders import Orders, PaidOrder
@@ -57,7 +57,7 @@ class PaymentOut(Output):
     order_id: int
     user_id: int
     payment_method: str
-    status: contract.Status
+    status: Open[contract.Status]
     code: str | None
     amount: Money
     captured: Money
