@@ -22,6 +22,9 @@ SEED ?=
 N ?= 100
 # 1: `make bench` takes two minutes instead of ten.
 QUICK ?=
+# What `make release` releases: a version, and its commit where that is not HEAD.
+VERSION ?=
+COMMIT ?=
 # The interpreter to build .venv with; empty: the first suitable one of CANDIDATES.
 PYTHON ?=
 CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
@@ -79,6 +82,10 @@ format: $(VENV)/.dev ## format the code and mend what the linter can mend by its
 .PHONY: schemas
 schemas: $(VENV)/.dev ## commit to the contracts as they are now, after an additive change
 	@$(PY) tests/contracts/update_schemas.py
+
+.PHONY: release
+release: $(VENV)/.dev ## freeze the contracts as those of a version (VERSION=0.2.0 COMMIT=)
+	@PYTHONPATH=tests $(PY) tests/contracts/release.py $(VERSION) $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
 .PHONY: freeze
 freeze: $(VENV)/.dev ## commit to the migrations as they are now, by their checksums

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Retry, ServiceError, batched, single
+from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Open, Retry, ServiceError, batched, single
 
 from .roles import EVERYBODY, SERVICES_ONLY, STAFF_ONLY
 
@@ -64,7 +64,7 @@ class Reservation(Message):
     """All lines of an order are in the same state."""
 
     order_id: OrderId
-    state: ReservationState
+    state: Open[ReservationState]
     lines: tuple[StockLine, ...]
     expires_in_s: float | None
     """By the clock of inventory's database, when the answer was made; None where it does not expire."""
@@ -164,10 +164,13 @@ class TraceStock(Message):
     order_nonce: OrderNonce = 0
 
 
+StockStepKind = Literal["held", "committed", "released", "expired", "returned"]
+
+
 class StockStep(Message):
     """One thing that happened to the stock of an order."""
 
-    what: Literal["held", "committed", "released", "expired", "returned"]
+    what: Open[StockStepKind]
     lines: tuple[StockLine, ...]
     at: datetime.datetime
 
@@ -200,7 +203,7 @@ class ReservationClosed(ServiceError, code="inventory.reservation_closed", kind=
 
     sentence = "The stock of order {order_id} is {state}."
     order_id: int
-    state: ReservationState | None
+    state: Open[ReservationState] | None
 
 
 class AnotherOrder(ServiceError, code="inventory.another_order", kind=Kind.CONFLICT):

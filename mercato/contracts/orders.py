@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Retry, ServiceError, batched, single
+from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Open, Retry, ServiceError, batched, single
 
 from .inventory import ShortLine
 from .payments import Method, Payment as PaymentRecord
@@ -77,7 +77,7 @@ class OrderLine(Message):
 class CancelReason(Message):
     """Why an order was cancelled, and what a person or a program can make of it."""
 
-    code: CancelCode
+    code: Open[CancelCode]
     message: str = ""
     """In the words of whoever cancelled it."""
     provider_code: str | None = None
@@ -89,9 +89,9 @@ class CancelReason(Message):
 class Order(Message):
     id: OrderId
     user_id: int
-    status: Status
-    payment: Payment
-    fulfilment: Fulfilment
+    status: Open[Status]
+    payment: Open[Payment]
+    fulfilment: Open[Fulfilment]
     currency: str
     total_minor: int
     lines: tuple[OrderLine, ...]
@@ -226,18 +226,21 @@ class Refund(Message):
     lines: tuple[ReturnLine, ...]
     amount_minor: int
     currency: str
-    status: RefundStatus
+    status: Open[RefundStatus]
     code: str | None
     """Why it was declined."""
     reason: str
     replayed: bool = False
 
 
+TimelinePart = Literal["order", "stock", "money"]
+
+
 class TimelineEntry(Message):
     """One step, of whichever part of the shop."""
 
     at: datetime.datetime
-    part: Literal["order", "stock", "money"]
+    part: Open[TimelinePart]
     what: str
     """`status confirmed`, `held`, `charge`."""
     outcome: str
@@ -267,7 +270,7 @@ class HistoryEntry(Message):
     """One move of one axis; moves of one transition have one version. The first entry of an order has no `before`."""
 
     version: int
-    axis: Axis
+    axis: Open[Axis]
     before: str | None
     after: str
     reason: str
@@ -307,7 +310,7 @@ class IllegalMove(ServiceError, code="orders.illegal_move", kind=Kind.CONFLICT):
 
     sentence = "Order {order_id} cannot go from {current} to {wanted}; legal from here: {legal}."
     order_id: int
-    axis: Axis
+    axis: Open[Axis]
     current: str
     wanted: str
     legal: tuple[str, ...]
@@ -382,9 +385,9 @@ class OrderChanged(Message):
 
     order_id: int
     user_id: int
-    status: Status
-    payment: Payment
-    fulfilment: Fulfilment
+    status: Open[Status]
+    payment: Open[Payment]
+    fulfilment: Open[Fulfilment]
     currency: str
     total_minor: int
     refunded_minor: int

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Retry, ServiceError, batched, single
+from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Open, Retry, ServiceError, batched, single
 
 from .roles import SERVICES_ONLY, SIGNED_IN, STAFF_ONLY
 
@@ -47,7 +47,7 @@ class Payment(Message):
     authorized_minor: int
     captured_minor: int
     refunded_minor: int
-    status: Status
+    status: Open[Status]
     code: str | None
     """The provider's code of a failed payment, such as `insufficient_funds`."""
     created_at: datetime.datetime
@@ -178,10 +178,10 @@ class PaymentStep(Message):
     """
 
     payment_id: int
-    kind: OperationKind
+    kind: Open[OperationKind]
     amount_minor: int
     currency: str
-    status: OperationStatus
+    status: Open[OperationStatus]
     code: str | None
     calls: int
     """How often the provider was called, always with the same key."""
@@ -270,7 +270,7 @@ class PaymentChanged(Message):
 
     payment_id: int
     order_id: int
-    status: Status
+    status: Open[Status]
     code: str | None
     currency: str
     amount_minor: int

@@ -7,7 +7,7 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Retry, ServiceError, batched, single
+from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Open, Retry, ServiceError, batched, single
 
 from .money import MAX_MINOR
 from .roles import EVERYBODY, SIGNED_IN, STAFF_ONLY
@@ -35,7 +35,7 @@ class Product(Message):
     price_minor: int
     currency: str
     category: str
-    status: Status
+    status: Open[Status]
     created_at: datetime.datetime
     updated_at: datetime.datetime
     version: int

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, Contract, Empty, Kind, Message, Retry, ServiceError, batched, single
+from mercato.chassis.contract import MAX_ID, Contract, Empty, Kind, Message, Open, Retry, ServiceError, batched, single
 
 from .roles import EVERYBODY, SIGNED_IN, STAFF_ONLY, Role
 
@@ -26,7 +26,7 @@ class User(Message):
     id: UserId
     email: str
     name: str
-    role: Role
+    role: Open[Role]
     created_at: datetime.datetime
     updated_at: datetime.datetime
     version: int

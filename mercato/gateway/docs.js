@@ -86,6 +86,8 @@
     const limits = [];
     if (schema.format) limits.push(schema.format);
     if (schema.enum) limits.push(schema.enum.map((value) => JSON.stringify(value)).join(", "));
+    const known = schema["x-extensible-enum"];
+    if (known) limits.push(`${known.map((value) => JSON.stringify(value)).join(", ")}, or a later one`);
     for (const [least, most, unit] of RANGES) {
       if (least in schema || most in schema) limits.push(range(schema[least], schema[most], unit));
     }

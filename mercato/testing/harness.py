@@ -22,6 +22,7 @@ import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
 from mercato.chassis.contract import Actor, Contract, current
 from mercato.chassis.hosting.host import Host, TransportName
 from mercato.chassis.hosting.service import Build
+from mercato.chassis.messaging.events import declared_only
 from mercato.chassis.postgres.migrations import migrate
 from mercato.chassis.postgres.provisioning import provision, service_dsn
 from mercato.chassis.rpc.client import acting
@@ -172,6 +173,8 @@ class Rig:
             if name not in self.dsns:
                 self.dsns[name] = await self.cluster.fresh_database(name, migrations_folder(build))
         self.host = Host(builds, self.dsns, secret=TEST_SECRET, transport=self.transport, options=self.options)
+        for service in self.host.services.values():
+            service.database.pack = declared_only(service.server.contract)
         await self.host.open()
         return self
 

@@ -1,45 +1,68 @@
-"""Writes the JSON schemas of all contracts to `schemas/`, where a test compares them with the contracts.
+"""Commits to the contracts as they are now: writes their JSON schemas and field numbers, which a test compares.
 
-    python tests/contracts/update_schemas.py
+    python tests/contracts/update_schemas.py [--break]
 
-Refuses a change that is not additive. With `--break` it writes that too: for a contract that nobody has deployed yet.
+The schemas go to `tests/contracts/schemas/`, the numbers to `mercato/contracts/field_numbers.json`. Refuses a change of
+a schema that is not additive. With `--break` it writes that too: for a contract that nobody has deployed yet. Numbers
+are only ever added.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mercato
 from mercato import topology
-from mercato.chassis.contract import Contract, schemas
-from mercato.chassis.contract.compatibility import breaks
+from mercato.chassis.contract import Contract, field_numbers, schemas
+from mercato.chassis.contract.compatibility import Chassis, breaks, misplaced
+from mercato.chassis.contract.field_numbers import Numbers
+from mercato.chassis.messaging.outbox import EventLog
 
 FOLDER = Path(__file__).with_name("schemas")
+FIELD_NUMBERS = Path(mercato.__file__).parent / "contracts/field_numbers.json"
 COMMAND = "make schemas"
 
 
 def contracts() -> dict[str, type[Contract]]:
-    """Every contract of the shop, by the name of its service."""
-    return dict(topology.SERVICES)
+    """Every contract of the shop, by its name: those of its services, and those of the chassis."""
+    return {**topology.SERVICES, "chassis": Chassis, "log": EventLog}
 
 
 def committed(service: str) -> dict[str, Any] | None:
+    """The committed schemas of a contract; None where it has none."""
     file = FOLDER / f"{service}.json"
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def main(arguments: list[str]) -> int:
+def committed_numbers() -> Numbers:
+    return field_numbers.read(FIELD_NUMBERS.read_bytes()) if FIELD_NUMBERS.exists() else {}
+
+
+def text_of(schema: dict[str, Any]) -> str:
+    return json.dumps(schema, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit status: 1, and nothing written, where a change is refused."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--break", action="store_true", dest="breaking", help="write a change that is not additive")
+    given = parser.parse_args(arguments)
+    made = {service: schemas(contract) for service, contract in sorted(contracts().items())}
+    wrong = [f"{service}: {sentence}" for service, schema in made.items() for sentence in misplaced(schema)]
+    broken = [f"{s}: {sentence}" for s, new in made.items() if (old := committed(s)) for sentence in breaks(old, new)]
+    sys.stderr.writelines(f"{sentence}\n" for sentence in (*wrong, *broken))
+    if wrong or (broken and not given.breaking):
+        return 1
     FOLDER.mkdir(exist_ok=True)
-    for service, contract in sorted(contracts().items()):
-        now, before = schemas(contract), committed(service)
-        broken = breaks(before, now) if before else []
-        for sentence in broken:
-            sys.stderr.write(f"{service}: {sentence}\n")
-        if broken and "--break" not in arguments:
-            return 1
-        (FOLDER / f"{service}.json").write_text(json.dumps(now, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+    for service, schema in made.items():
+        (FOLDER / f"{service}.json").write_text(text_of(schema))
+    numbers = field_numbers.assign(committed_numbers(), contracts().values())
+    FIELD_NUMBERS.write_bytes(field_numbers.written(numbers))
     return 0
 
 

@@ -42,7 +42,7 @@ from .errors import (
     Unavailable as Unavailable,
     check_version as check_version,
 )
-from .messages import MAX_ID as MAX_ID, Empty as Empty, FrozenMeta as FrozenMeta, Message as Message
+from .messages import MAX_ID as MAX_ID, Empty as Empty, FrozenMeta as FrozenMeta, Message as Message, Open as Open
 from .operations import (
     DEFAULT_DEADLINE_MS as DEFAULT_DEADLINE_MS,
     DEFAULT_SINGLE_LANES as DEFAULT_SINGLE_LANES,

@@ -13,7 +13,10 @@ from .messages import Message
 
 
 class Kind(enum.StrEnum):
-    """What sort of failure an error is. Only the gateway turns kinds into HTTP status codes."""
+    """What sort of failure an error is. Only the gateway turns kinds into HTTP status codes.
+
+    A kind that this process does not know, of a newer service, is read as `INTERNAL`.
+    """
 
     NOT_FOUND = "not_found"
     INVALID = "invalid"
@@ -25,6 +28,10 @@ class Kind(enum.StrEnum):
     UNAVAILABLE = "unavailable"
     DEADLINE = "deadline"
     INTERNAL = "internal"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Kind:
+        return cls.INTERNAL
 
 
 errors_by_code: Final[dict[str, type[ServiceError]]] = {}
@@ -113,7 +120,7 @@ class ErrorMessage(msgspec.Struct, frozen=True, omit_defaults=True):
 
 @functools.cache
 def field_types(error: type[ServiceError]) -> dict[str, Any]:
-    return {n: t for n, t in get_type_hints(error).items() if n in error.fields}
+    return {n: t for n, t in get_type_hints(error, include_extras=True).items() if n in error.fields}
 
 
 class RemoteError(ServiceError, code="remote", kind=Kind.INTERNAL):

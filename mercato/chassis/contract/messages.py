@@ -1,10 +1,13 @@
-"""Messages: what travels, as frozen structs."""
+"""Messages: what travels, as frozen structs; and enumerations that may grow."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, dataclass_transform
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, TypeVar, dataclass_transform, get_args
 
 import msgspec
+from msgspec import Meta
+
+V = TypeVar("V", bound=str)
 
 MAX_ID: Final = 2**53 - 1
 """Ids stay below 2^53, so that every JSON reader, JavaScript included, can hold them exactly."""
@@ -22,6 +25,38 @@ else:
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, metaclass=FrozenMeta):
     """A request, an answer or a part of one. Frozen; unknown fields are ignored when decoding (additive change)."""
+
+
+OPEN_VALUES: Final = "x-extensible-enum"
+"""The key of a JSON schema under which the known values of an open enumeration stand."""
+
+OPEN_LENGTH_LIMIT: Final = 64
+
+
+if TYPE_CHECKING:
+    Open: TypeAlias = Annotated[V, "open"]
+else:
+
+    class Open:
+        """`Open[Status]`: one of the values of `Status = Literal[...]`, or one that a newer sender has.
+
+        For the fields of answers, errors and events. Decoding takes any string of 1 to 64 characters, and gives it as
+        it is. To a type checker the field is a `Status`, so that a service can only send known values. Code that
+        branches on a value of another service has a default branch. Requests are closed: their fields are a `Status`,
+        and a service refuses a value that it does not know (docs/decisions/0018-open-enums.md).
+        """
+
+        def __class_getitem__(cls, known: Any) -> Any:
+            values = list(get_args(known))
+            return Annotated[
+                str,
+                Meta(
+                    min_length=1,
+                    max_length=OPEN_LENGTH_LIMIT,
+                    examples=values[:1],
+                    extra_json_schema={OPEN_VALUES: values},
+                ),
+            ]
 
 
 class Empty(Message):

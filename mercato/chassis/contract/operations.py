@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, ClassVar, Final, Generic, Protocol, Self, TypeVar, cast, overload
 
@@ -15,6 +16,9 @@ DEFAULT_DEADLINE_MS: Final = 10_000
 
 
 DEFAULT_SINGLE_LANES: Final = 64
+
+
+EVENT_TYPE: Final = re.compile(r"[a-z]+\.[a-z_]+")
 
 
 Q = TypeVar("Q", bound=Message)
@@ -122,10 +126,12 @@ def single(
 
 
 class Contract:
-    """The operations of one service. An instance is its client."""
+    """The operations and events of one service. An instance is its client."""
 
     service: ClassVar[str]
     operations: ClassVar[Mapping[str, Operation[Any, Any]]]
+    events: ClassVar[Mapping[str, type[Message]]] = {}
+    """The types of the events that the service emits, each with its message. It emits no others."""
 
     def __init_subclass__(cls, *, name: str) -> None:
         super().__init_subclass__()
@@ -137,6 +143,8 @@ class Contract:
                 named[attribute] = msgspec.structs.replace(operation, service=name, name=attribute)
                 setattr(cls, attribute, named[attribute])
         cls.operations = named
+        wrong = [type_ for type_ in cls.events if not EVENT_TYPE.fullmatch(type_)]
+        assert not wrong, f"{name}: these are no types of events, such as order.paid: {wrong}"
 
     def __init__(self, connect: Callable[[Operation[Any, Any]], Call[Any, Any]]) -> None:
         for name, operation in self.operations.items():

@@ -25,14 +25,16 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
-from mercato.chassis.contract import Message
+from mercato.chassis.contract import Contract, Message
 from mercato.chassis.postgres import outbox_row
 from mercato.chassis.postgres.database import Row, Tx
 from mercato.chassis.postgres.outbox_row import Outgoing
+
+M = TypeVar("M", bound=Message)
 
 TRIES: Final = 5
 KEPT_DAYS: Final = 7
@@ -55,6 +57,7 @@ class Event(Row):
     subject_id: int
     version: int
     data: str
+    """`decoder` makes the message of it."""
     at: datetime.datetime
     tries: int = 0
     """How often the consumer has failed to process it."""
@@ -97,6 +100,31 @@ class Subscription(msgspec.Struct, frozen=True):
 async def emit(tx: Tx, events: Sequence[Outgoing]) -> None:
     """Emits events with the transaction of the change: they are written with its COMMIT, or not at all.
 
-    The caller holds the lock of each subject's row, so that the order of commits is the order of the changes.
+    The caller holds the lock of each subject's row, so that the order of commits is the order of the changes. Each type
+    is declared in the contract of the service (`Contract.events`) with the message that it carries. The tests check it
+    (`declared_only`); the shop does not, because it would cost time for each event.
     """
     tx.events.extend(events)
+
+
+def decoder(contract: type[Contract], message: type[M], *types: str) -> Callable[[str], M]:
+    """Decodes `Event.data` of events of these types. Refuses at once a type that the contract declares otherwise."""
+    for type_ in types:
+        declared = contract.events.get(type_)
+        assert declared is message, f"{contract.service} emits {type_} with {declared}, not with {message.__name__}"
+    return msgspec.json.Decoder(message).decode
+
+
+def declared_only(contract: type[Contract]) -> Callable[[Sequence[Outgoing]], list[str]]:
+    """`outbox_row.pack` that refuses events which the contract does not declare: for `Database.pack` in tests."""
+
+    def pack(events: Sequence[Outgoing]) -> list[str]:
+        for event in events:
+            declared = contract.events.get(event.type)
+            assert declared is type(event.data), (
+                f"{contract.service} emits {event.type} with {type(event.data).__name__}: "
+                f"its contract declares {declared.__name__ if declared else 'no such event'}"
+            )
+        return outbox_row.pack(events)
+
+    return pack

@@ -122,6 +122,8 @@ class Database:
         self._connections: Connections | None = None
         self.on_events: list[Callable[[], None]] = []
         """Called after the commit of a transaction with events."""
+        self.pack: Callable[[Sequence[outbox_row.Outgoing]], Sequence[str]] = outbox_row.pack
+        """Makes rows of the events of a transaction. Tests set one that also checks them."""
         self._busy = telemetry.pool_busy.labels(service)
         telemetry.pool_size.labels(service).set(size)
 
@@ -166,7 +168,7 @@ class Database:
                 tx = Tx(lease, self.service, writable=True)
                 try:
                     yield tx
-                    events = outbox_row.pack(tx.events) if tx.events else ()
+                    events = self.pack(tx.events) if tx.events else ()
                 except BaseException:
                     await lease.roll_back()
                     raise

@@ -14,6 +14,7 @@ from mercato.chassis.contract import (
     FieldError,
     IdempotencyKeyReused,
     InvalidRequest,
+    Open,
     RequestInProgress,
     StaleVersion,
 )
@@ -129,7 +130,7 @@ class ShortItemOut(Output):
 class ReasonOut(Output):
     """Why an order was cancelled. `items`: what there was not enough of."""
 
-    code: contract.CancelCode
+    code: Open[contract.CancelCode]
     message: str
     provider_code: str | None
     items: list[ShortItemOut]
@@ -138,9 +139,9 @@ class ReasonOut(Output):
 class OrderOut(Output):
     id: int
     user_id: int
-    status: contract.Status
-    payment: contract.Payment
-    fulfilment: contract.Fulfilment
+    status: Open[contract.Status]
+    payment: Open[contract.Payment]
+    fulfilment: Open[contract.Fulfilment]
     items: list[ItemOut]
     total: Money
     refunded: Money
@@ -153,7 +154,7 @@ class OrderOut(Output):
 
 class HistoryOut(Output):
     version: int
-    axis: contract.Axis
+    axis: Open[contract.Axis]
     before: str | None
     after: str
     reason: str
@@ -213,7 +214,7 @@ class RefundOut(Output):
     order_id: int
     items: list[ReturnedOut]
     amount: Money
-    status: contract.RefundStatus
+    status: Open[contract.RefundStatus]
     code: str | None
     reason: str
 

@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, FieldError, IdempotencyKeyReused, InvalidRequest, RequestInProgress
+from mercato.chassis.contract import MAX_ID, FieldError, IdempotencyKeyReused, InvalidRequest, Open, RequestInProgress
 from mercato.contracts import orders, payments as contract
 from mercato.contracts.orders import Orders, PaidOrder
 from mercato.contracts.payments import Method, Payment, PaymentPage, Payments
@@ -56,7 +56,7 @@ class PaymentOut(Output):
     order_id: int
     user_id: int
     payment_method: str
-    status: contract.Status
+    status: Open[contract.Status]
     code: str | None
     amount: Money
     captured: Money

@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 from msgspec import Meta
 
-from mercato.chassis.contract import FieldError, InvalidRequest, StaleVersion
+from mercato.chassis.contract import FieldError, InvalidRequest, Open, StaleVersion
 from mercato.contracts import products as contract
 from mercato.contracts.money import DEFAULT_CURRENCY, EXPONENTS
 from mercato.contracts.products import Product, ProductPage, Products
@@ -77,7 +77,7 @@ class ProductOut(Output):
     description: str
     price: Money
     category: str
-    status: contract.Status
+    status: Open[contract.Status]
     created_at: datetime.datetime
     updated_at: datetime.datetime
     version: int

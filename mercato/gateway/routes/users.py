@@ -7,7 +7,7 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, Empty, StaleVersion
+from mercato.chassis.contract import MAX_ID, Empty, Open, StaleVersion
 from mercato.contracts import users as contract
 from mercato.contracts.roles import EVERYBODY, SIGNED_IN, STAFF_ONLY, Role
 from mercato.contracts.users import Tokens, User, UserPage, Users
@@ -60,7 +60,7 @@ class UserOut(Output):
     id: int
     email: str
     name: str
-    role: Role
+    role: Open[Role]
     created_at: datetime.datetime
     updated_at: datetime.datetime
     version: int

@@ -144,6 +144,8 @@ class CheckoutSteps:
         works = await self._load(sagas)
         await self._undo_payments(works)
         released = await self._undo("release", self._inventory.release.many, _undecided(works), _release)
+        for work, reservation in released:
+            work.decision = steps.after_release(reservation)
         sold = [work for work, reservation in released if reservation.state == "committed" and _lines_to_restock(work)]
         await self._undo("restock", self._inventory.restock.many, sold, _restock)
         for work in _undecided(works):

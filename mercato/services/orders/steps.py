@@ -46,6 +46,9 @@ Step = Literal["reserve", "awaiting", "settle", "authorized", "unwind"]
 ATTEMPTS_LIMIT: Final = 10
 """Payments that may be declined before an order is cancelled: each keeps its stock from other buyers for a while."""
 
+UNKNOWN_STATE: Final = "unknown_state"
+"""Why a step is tried again after an answer with a state that this version does not know: a newer service sent it."""
+
 RESTING: Final = ("awaiting",)
 """Where a checkout waits for its buyer, though a time is set for it. At `authorized` it waits without one."""
 
@@ -109,8 +112,10 @@ def after_reserve(
             return _cancelled(state, "stock_lost")
         case ServiceError():
             return RetryLater(answer.code)
-        case Reservation():
+        case Reservation(state="held" | "committed"):
             pass
+        case _:
+            return RetryLater(UNKNOWN_STATE)
     if is_final(order, state):
         return None
     if answer.expires_in_s is None:
@@ -156,8 +161,10 @@ def _refused(
             return RetryLater("payments.outcome_pending")
         case PaymentRecord(status="failed" | "voided"):
             return _declined(order, state, answer.code or answer.status, window_s)
-        case PaymentRecord():
+        case PaymentRecord(status="authorized" | "captured" | "partially_refunded" | "refunded"):
             return None
+        case _:
+            return RetryLater(UNKNOWN_STATE)
 
 
 def _declined(order: Order, state: Checkout, code: str, window_s: float) -> Decision:
@@ -182,8 +189,10 @@ def after_commit(order: Order, state: Checkout, answer: Reservation | ServiceErr
             return _cancelled(state, "stock_lost")
         case ServiceError():
             return RetryLater(answer.code)
-        case Reservation():
+        case Reservation(state="committed"):
             pass
+        case _:
+            return RetryLater(UNKNOWN_STATE)
     if order.payment == "authorized":
         return None if state.capture else Decision("authorized", "committed", state)
     confirmed: Status | None = "confirmed" if order.status == "pending" else None
@@ -217,6 +226,11 @@ def cancelled_by(state: Checkout, message: str) -> Decision:
     """A client that may has asked for it."""
     reason = CancelReason(code="requested", message=message)
     return Decision("unwind", message, state, running=True, status="cancelled", reason=reason)
+
+
+def after_release(answer: Reservation) -> RetryLater | None:
+    """None: the stock is no longer held. It is released, or it was sold and has to come back."""
+    return None if answer.state in ("released", "expired", "committed") else RetryLater(UNKNOWN_STATE)
 
 
 def after_unwind(order: Order, state: Checkout, payment: PaymentRecord | None, *, is_kept: bool = False) -> Decision:

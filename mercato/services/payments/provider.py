@@ -130,8 +130,11 @@ class SandboxProvider:
 
     async def statement(self, after: int) -> Page:
         page = await self._sandbox.statement(ListOperations(after=after))
-        operations = tuple(_line(o) for o in page.operations)
-        return Page(operations, page.next_after, is_last=len(operations) < PAGE_LIMIT)
+        operations = tuple(_line(o) for o in page.operations if _is_settled(o))
+        if len(operations) < len(page.operations):
+            # Operations of ours on this page are looked up one by one; the others wait for a version that knows more.
+            log.error("statement_with_unknown_status", after=after, skipped=len(page.operations) - len(operations))
+        return Page(operations, page.next_after, is_last=len(page.operations) < PAGE_LIMIT)
 
 
 Opening = TypeVar("Opening", AuthorizeCharge, ChargeCard)
@@ -163,7 +166,7 @@ def _result(answer: SandboxOperation | ServiceError) -> ProviderResult:
             # A key that stands for something else, a charge that is not there: no retry helps, and nothing is settled.
             log.error("provider_refused", code=answer.code, reason=str(answer))
         return Unknown()
-    if answer.status == "processing":
+    if not _is_settled(answer):
         return Unknown()
     if answer.status == "declined" and (answer.kind, answer.code) not in DONE_ALREADY:
         return Declined(answer.code or "declined")
@@ -173,9 +176,14 @@ def _result(answer: SandboxOperation | ServiceError) -> ProviderResult:
 def _found(answer: SandboxOperation | ServiceError) -> StatementLine | Unknown | None:
     if isinstance(answer, OperationUnknown):
         return None
-    if isinstance(answer, ServiceError) or answer.status == "processing":
+    if isinstance(answer, ServiceError) or not _is_settled(answer):
         return Unknown()
     return _line(answer)
+
+
+def _is_settled(operation: SandboxOperation) -> bool:
+    """False while the provider processes it, and for a status that this version does not know."""
+    return operation.status in ("succeeded", "declined")
 
 
 def _line(operation: SandboxOperation) -> StatementLine:

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-import msgspec
-
-from mercato.chassis.messaging.events import Event, Subscription
+from mercato.chassis.messaging.events import Event, Subscription, decoder
 from mercato.chassis.postgres.database import Tx
-from mercato.contracts.inventory import StockAvailability
+from mercato.contracts.inventory import Inventory, StockAvailability
 
 from . import store
 
 AVAILABLE: Final = "stock.available"
 EXHAUSTED: Final = "stock.exhausted"
 
+_decode: Final = decoder(Inventory, StockAvailability, AVAILABLE, EXHAUSTED)
+
 
 async def note_stock(tx: Tx, events: Sequence[Event]) -> None:
     """The newest news of each product count; later ones that are noted already stay."""
     newest: dict[int, tuple[int, bool]] = {}
     for event in events:
-        told = msgspec.json.decode(event.data, type=StockAvailability)
+        told = _decode(event.data)
         news = (told.version, event.type == AVAILABLE)
         newest[told.product_id] = max(newest.get(told.product_id, news), news)
     product_ids = list(newest)

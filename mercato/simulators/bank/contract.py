@@ -22,7 +22,7 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Retry, ServiceError, batched, single
+from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Open, Retry, ServiceError, batched, single
 from mercato.contracts.roles import SERVICES_ONLY
 
 Key = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
@@ -92,13 +92,13 @@ class SandboxOperation(Message):
 
     id: int
     key: str
-    kind: OperationKind
+    kind: Open[OperationKind]
     charge_id: int | None
     """None where an authorize or a charge was declined, or is not settled yet."""
     order_id: int
     amount_minor: int
     currency: str
-    status: OperationStatus
+    status: Open[OperationStatus]
     code: str | None
     """Why it was declined."""
     created_at: datetime.datetime

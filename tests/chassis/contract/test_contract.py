@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import importlib.util
 import json
 import shutil
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import msgspec
 import pytest
@@ -22,6 +23,7 @@ from mercato.chassis.contract import (
     ErrorMessage,
     Kind,
     Message,
+    Open,
     Retry,
     ServiceError,
     StaleVersion,
@@ -132,13 +134,22 @@ ALIKE = {"reportArgumentType", "reportCallIssue"}
 # ------------------------------------------------------------------------------------------------------------ contracts
 
 
+Mood = Literal["glad", "sad"]
+
+
 class Ask(Message):
     number: int
     colour: str = "red"
+    mood: Mood | None = None
 
 
 class Said(Message):
     number: int
+    mood: Open[Mood] = "glad"
+
+
+class Told(Message):
+    at: datetime.datetime
 
 
 class Refused(ServiceError, code="test_contract.refused", kind=Kind.REFUSED):
@@ -152,6 +163,8 @@ class Refused(ServiceError, code="test_contract.refused", kind=Kind.REFUSED):
 class Shop(Contract, name="test_contract"):
     read = batched(Ask, Said, allow=frozenset({"staff", "customer"}), retry=Retry.SAFE, size=64)
     change = single(Ask, Empty, allow=frozenset({"staff"}))
+
+    events: ClassVar = {"thing.changed": Told}
 
 
 def test_operations_know_their_names():
@@ -238,7 +251,11 @@ def test_schemas_hold_operations_errors_and_components():
         "allow": ["customer", "staff"],
     }
     assert made["errors"] == {"test_contract.refused": {"kind": "refused", "details": {"$ref": "#/components/Refused"}}}
-    assert set(made["components"]) == {"Ask", "Said", "Empty", "Refused"}
+    assert made["events"] == {"thing.changed": {"$ref": "#/components/Told"}}
+    assert set(made["components"]) == {"Ask", "Said", "Empty", "Refused", "Told"}
+    assert made["components"]["Told"]["properties"]["at"] == {"type": "string", "format": "date-time"}
+    assert made["components"]["Said"]["properties"]["mood"]["x-extensible-enum"] == ["glad", "sad"]
+    assert made["components"]["Ask"]["properties"]["mood"]["anyOf"][0] == {"enum": ["glad", "sad"]}
     assert made["components"]["Ask"]["required"] == ["number"]
 
 
@@ -257,6 +274,13 @@ ADDITIVE: dict[str, Change] = {
     "a promise more": lambda s: s["operations"]["change"].update(retry="keyed"),
     "another docstring": lambda s: s["components"]["Ask"]["properties"]["number"].update(description="The number."),
     "a default where there was none": lambda s: s["components"]["Ask"].update(required=[]),
+    "a new event": lambda s: s["events"].update({"thing.made": s["events"]["thing.changed"]}),
+    "a new value of an open enumeration": lambda s: s["components"]["Said"]["properties"]["mood"].update(
+        {"x-extensible-enum": ["sad", "new", "glad"]}
+    ),
+    "a new value of a closed enumeration": lambda s: s["components"]["Ask"]["properties"]["mood"]["anyOf"][0].update(
+        enum=["sad", "new", "glad"]
+    ),
 }
 
 BREAKING: dict[str, Change] = {
@@ -274,6 +298,17 @@ BREAKING: dict[str, Change] = {
     "Ask.number has another": lambda s: s["components"]["Ask"]["properties"].update(number={"type": "string"}),
     "Ask.colour has another": lambda s: s["components"]["Ask"]["properties"]["colour"].update(default="blue"),
     "Ask.x has no default": lambda s: s["components"]["Ask"].update(required=["number", "x"]),
+    "event thing.changed is gone": lambda s: s["events"].clear(),
+    "event thing.changed has another message": lambda s: s["events"].update(
+        {"thing.changed": {"$ref": "#/components/Said"}}
+    ),
+    "Said.mood no longer has glad": lambda s: s["components"]["Said"]["properties"]["mood"].update(
+        {"x-extensible-enum": ["sad"]}
+    ),
+    "Ask.mood no longer has glad": lambda s: s["components"]["Ask"]["properties"]["mood"]["anyOf"][0].update(
+        enum=["sad"]
+    ),
+    "Said.mood has another": lambda s: s["components"]["Said"]["properties"].update(mood={"enum": ["glad", "sad"]}),
     "Refused.number has another": lambda s: s["components"]["Refused"]["properties"].update(number={"type": "string"}),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
+from typing import ClassVar
 
 import msgspec
 
@@ -84,6 +85,8 @@ class Nothing(Message):
 
 class Publishing(Contract, name="orders"):
     wait = single(Nothing, Nothing, allow=EVERYBODY)
+
+    events: ClassVar = {"thing.changed": Told}
 
 
 def build_publisher(env: Env) -> Service:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import types
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import pytest_asyncio
@@ -201,7 +202,7 @@ def all_errors() -> list[type[ServiceError]]:
 
 @st.composite
 def instances(draw: st.DrawFn, error: type[ServiceError]) -> ServiceError:
-    hints = get_type_hints(error)
+    hints = get_type_hints(error, include_extras=True)
     made = error(**{name: draw(values(hints[name])) for name in error.fields})
     made.retry_after_s = draw(st.none() | st.integers(0, 3_600))
     return made
@@ -210,6 +211,10 @@ def instances(draw: st.DrawFn, error: type[ServiceError]) -> ServiceError:
 def values(hint: Any) -> st.SearchStrategy[Any]:
     if hint is int:
         return st.integers(-MAX_ID, MAX_ID)
+    if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
+        return st.one_of([values(option) for option in get_args(hint)])
+    if get_origin(hint) is Annotated:  # an open enumeration: also with a value that is not known here
+        return st.from_regex(r"\A[a-z][a-z_]{0,63}\Z")
     return st.from_type(hint)
 
 

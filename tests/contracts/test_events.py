@@ -1,0 +1,94 @@
+"""Events are contracts: each type is declared with its message, and nothing else is emitted or read."""
+
+from __future__ import annotations
+
+from typing import ClassVar, get_args
+
+import pytest
+
+from mercato import topology
+from mercato.chassis.contract import Contract, Message
+from mercato.chassis.messaging.events import Outgoing, declared_only, decoder
+from mercato.chassis.postgres import outbox_row
+from mercato.contracts.inventory import StockStepKind
+from mercato.contracts.orders import Orders
+from mercato.contracts.payments import Payments, Status
+from mercato.services.orders import rules as orders
+from mercato.services.payments import rules as payments
+
+
+class Told(Message):
+    n: int
+
+
+class Other(Message):
+    n: int
+
+
+class Shop(Contract, name="events_test"):
+    events: ClassVar = {"thing.changed": Told, "thing.gone": Told}
+
+
+def outgoing(type_: str, data: Message) -> Outgoing:
+    return Outgoing(type_, "thing", 1, 1, data)
+
+
+def test_declared_events_are_packed_as_always():
+    events = [outgoing("thing.changed", Told(n=1)), outgoing("thing.gone", Told(n=2))]
+
+    assert declared_only(Shop)(events) == outbox_row.pack(events)
+
+
+@pytest.mark.parametrize(
+    ("type_", "data", "sentence"),
+    [
+        ("thing.made", Told(n=1), "events_test emits thing.made with Told: its contract declares no such event"),
+        ("thing.changed", Other(n=1), "events_test emits thing.changed with Other: its contract declares Told"),
+    ],
+)
+def test_an_undeclared_event_is_refused(type_: str, data: Message, sentence: str):
+    with pytest.raises(AssertionError, match=sentence):
+        declared_only(Shop)([outgoing("thing.gone", Told(n=1)), outgoing(type_, data)])
+
+
+def test_a_consumer_decodes_with_the_declared_message():
+    assert decoder(Shop, Told, "thing.changed", "thing.gone")('{"n": 7, "newer": 1}') == Told(n=7)
+
+
+@pytest.mark.parametrize(("message", "type_"), [(Other, "thing.changed"), (Told, "thing.made")])
+def test_a_consumer_of_another_message_or_type_is_refused_at_once(message: type[Message], type_: str):
+    with pytest.raises(AssertionError, match="events_test emits thing"):
+        decoder(Shop, message, type_)
+
+
+@pytest.mark.parametrize("type_", ["thing", "Thing.changed", "thing.changed2", "thing.changed.again", "thing changed"])
+def test_a_contract_refuses_what_is_no_type_of_an_event(type_: str):
+    with pytest.raises(AssertionError, match="no types of events"):
+        type("Wrong", (Contract,), {"events": {type_: Told}}, name="wrong")
+
+
+def test_a_type_is_declared_by_one_service():
+    declared = [type_ for contract in topology.SERVICES.values() for type_ in contract.events]
+
+    assert len(set(declared)) == len(declared)
+
+
+# ------------------------------------------------------------------------- what services emit is what they declare
+
+
+def test_every_state_of_an_order_has_its_event():
+    states = {f"order.{state}" for moves in orders.AXES.values() for state in moves if state != "pending"}
+    states -= {"order.unfulfilled"}  # every order begins so, and none returns to it
+
+    assert states | {"order.placed", orders.PARTIALLY_RETURNED} == Orders.events.keys()
+
+
+def test_every_state_of_a_payment_has_its_event():
+    assert set(payments.EVENTS.values()) == Payments.events.keys()
+    assert set(payments.EVENTS) == set(get_args(Status)) - {"pending"}
+
+
+def test_every_step_of_stock_has_its_event():
+    declared = topology.SERVICES["inventory"].events
+
+    assert {f"stock.{what}" for what in get_args(StockStepKind)} <= declared.keys()
