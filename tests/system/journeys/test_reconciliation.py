@@ -37,8 +37,9 @@ def shop() -> Iterator[Shop]:
 
 
 def an_outcome_that_nobody_asks_for_any_more(shop: Shop, caller: Caller) -> Callable[[], None]:
-    # Slow enough that the bank has not finished when the order is left alone, however slow this machine is.
-    order_id = stories.place(caller, "unknown", "sandbox:slow:5000")
+    # Slow enough that the bank has not finished when the order is left alone, also where this machine stands still for
+    # some seconds.
+    order_id = stories.place(caller, "unknown", "sandbox:slow:15000")
     asked = "SELECT 1 FROM intents i JOIN payments p ON p.id = i.payment_id WHERE p.order_id = $1 AND i.calls > 1"
     shop.until("payments", asked, order_id)
     left = """
