@@ -1,19 +1,24 @@
-"""Payment methods, as payments knows them. Orders asks before it writes anything, and remembers for a minute."""
+"""Payment methods, as payments knows them. Orders asks before it writes anything, and remembers for a minute.
+
+While payments does not answer, what it said last counts: an order with a method that was used before is still placed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from mercato.chassis.contract import ServiceError
+from mercato.chassis.contract import Kind, ServiceError
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.rpc.client import as_service
 from mercato.contracts.payments import CheckMethod, Payments
 
 REMEMBERED: Final = 10_000
-"""Methods that are known to be good; with one more, all are forgotten. Those of the last minute fit at 160 a second,
+"""Methods that are known to be good; with one more, a new minute begins. Those of the last minute fit at 160 a second,
 and a shop that has more asks for more of them: that costs a call for each batch of orders."""
 REMEMBERED_SECONDS: Final = 60.0
+
+NO_ANSWER: Final = frozenset({Kind.UNAVAILABLE, Kind.DEADLINE})
 
 Checked = Mapping[str | None, str | ServiceError]
 """The method of each that was asked for (None: the default one), or why it is refused."""
@@ -26,23 +31,27 @@ class PaymentMethods:
         self._payments = payments
         self._clock = clock
         self._known: dict[str | None, str] = {}
-        self._forgotten_at = 0.0
+        self._before: dict[str | None, str] = {}
+        """What was known in the minute before."""
+        self._known_until = 0.0
 
     async def check(self, methods: Iterable[str | None]) -> Checked:
-        """Asks payments once for those that are not remembered. A refusal is `InvalidRequest`, or `Unavailable`."""
-        if self._clock.monotonic() >= self._forgotten_at or len(self._known) > REMEMBERED:
-            self._known = {}
-            self._forgotten_at = self._clock.monotonic() + REMEMBERED_SECONDS
+        """Asks payments once for those that are not remembered. A refusal is `InvalidRequest`, or that it is away."""
+        if self._clock.monotonic() >= self._known_until or len(self._known) > REMEMBERED:
+            self._before, self._known = self._known, {}
+            self._known_until = self._clock.monotonic() + REMEMBERED_SECONDS
         known, wanted = self._known, set(methods)
         if not (unknown := list(wanted - known.keys())):
             return known
         answers = await self._payments.check_method.many([CheckMethod(method=method) for method in unknown])
         found: dict[str | None, str | ServiceError] = {}
         for method, answer in zip(unknown, answers, strict=True):
-            if isinstance(answer, ServiceError):
-                found[method] = answer
-            else:
+            if not isinstance(answer, ServiceError):
                 found[method] = known[method] = answer.method
+            elif answer.kind in NO_ANSWER and method in self._before:
+                found[method] = known[method] = self._before[method]
+            else:
+                found[method] = answer
         return {**{method: known[method] for method in wanted if method in known}, **found}
 
     async def check_one(self, method: str | None) -> str:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from mercato.chassis.contract import Actor, Context, FieldError, InvalidRequest, ServiceError, current
+from mercato.chassis.contract import Actor, Context, FieldError, InvalidRequest, ServiceError, Unavailable, current
 from mercato.contracts.payments import CheckedMethod, CheckMethod, Payments
 from mercato.services.orders import payment_methods
 from mercato.services.orders.payment_methods import PaymentMethods
@@ -28,10 +28,11 @@ class Checking:
     def __init__(self) -> None:
         self.asked: list[list[str | None]] = []
         self.check_method = self
+        self.is_away = False
 
     async def many(self, requests: Sequence[CheckMethod]) -> Sequence[CheckedMethod | ServiceError]:
         self.asked.append(sorted((request.method for request in requests), key=str))
-        return [_checked(request.method) for request in requests]
+        return [Unavailable(service="payments") if self.is_away else _checked(request.method) for request in requests]
 
 
 def _checked(method: str | None) -> CheckedMethod | ServiceError:
@@ -83,6 +84,30 @@ async def test_methods_are_asked_for_again_after_a_minute(methods: PaymentMethod
     clock.now_s += 0.1
     assert await methods.check_one(None) == DEFAULT
     assert len(payments.asked) == 2
+
+
+async def test_while_payments_is_away_what_it_said_last_counts(
+    methods: PaymentMethods, payments: Checking, clock: Clock
+):
+    await methods.check(["bank:a", None])
+    payments.is_away = True
+    for _ in range(3):
+        clock.now_s += 60.5
+        found = await methods.check(["bank:a", None, "bank:new"])
+        assert (found["bank:a"], found[None]) == ("bank:a", DEFAULT)
+        assert isinstance(found["bank:new"], Unavailable)
+    payments.is_away = False
+    assert await methods.check_one("bank:new") == "bank:new"
+
+
+async def test_a_method_that_payments_refuses_by_now_is_refused(
+    methods: PaymentMethods, payments: Checking, clock: Clock, monkeypatch: pytest.MonkeyPatch
+):
+    await methods.check_one("bank:a")
+    clock.now_s += 60.5
+    monkeypatch.setattr(f"{__name__}._checked", lambda _method: InvalidRequest(errors=()))
+    with pytest.raises(InvalidRequest):
+        await methods.check_one("bank:a")
 
 
 async def test_what_is_remembered_is_bounded(methods: PaymentMethods, monkeypatch: pytest.MonkeyPatch):
