@@ -42,6 +42,8 @@ def test_the_metrics_are_those_of_all_together(shop: Process):
     for _ in range(20):
         with shop.caller() as caller:  # each on a connection of its own, so that several workers answer
             assert caller.get("/products?limit=1").status == 200
+    # A request is counted when its answer has been sent.
+    wait_until(lambda: requests_counted(shop) >= before + 20)
     counts = {requests_counted(shop) for _ in range(10)}
 
     assert counts == {before + 20}

@@ -15,6 +15,7 @@ from mercato.contracts.orders import Orders
 from mercato.contracts.payments import Payments, Status
 from mercato.services.orders import rules as orders
 from mercato.services.payments import rules as payments
+from mercato.testing.shop import Shop as OpenShop
 
 
 class Told(Message):
@@ -92,3 +93,13 @@ def test_every_step_of_stock_has_its_event():
     declared = topology.SERVICES["inventory"].events
 
     assert {f"stock.{what}" for what in get_args(StockStepKind)} <= declared.keys()
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_a_service_has_an_outbox_where_its_contract_declares_events(open_shop: OpenShop):
+    """Without an outbox events would be lost; without declared events there is nothing to put into one."""
+    services = open_shop.rig.host.services
+    declares = {name: bool(service.server.contract.events) for name, service in services.items()}
+
+    assert {name: service.has_outbox for name, service in services.items()} == declares
+    assert sum(declares.values()) >= 3

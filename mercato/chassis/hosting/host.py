@@ -92,12 +92,6 @@ class Host:
             )
             self.services[name] = build(env)
             self._servers[name] = self.services[name].server
-        for name, service in self.services.items():
-            # Without an outbox events would be lost; without declared events there is nothing to put into one.
-            declares = bool(service.server.contract.events)
-            assert service.has_outbox == declares, (
-                f"{name} has an outbox ({service.has_outbox}) and events ({declares})"
-            )
         self._logs = {n: OutboxLog(n, s.database) for n, s in self.services.items() if s.has_outbox}
         self._servers |= {event_log(name).service: served.server(self.clock) for name, served in self._logs.items()}
         self.consumers = self._consumers()
