@@ -28,7 +28,7 @@ PAGE_LIMIT: Final = 200
 
 
 Note = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*$")]
-"""What a customer wants the shop to know about an order. Public: whoever sees the order reads it."""
+"""What a customer wants the shop to know about an order. Public: everyone who sees the order reads it."""
 
 
 class PlaceLine(Message):
@@ -101,7 +101,7 @@ class Order(Message):
     refunded_minor: int = 0
     reason: CancelReason | None = None
     """Of a cancelled order."""
-    customer_note: Note = ""
+    customer_note: str = ""
 
 
 class PlacedOrder(Message):

@@ -52,7 +52,7 @@ class Cluster:
         # The unprivileged user that PostgreSQL runs as under root must be able to pass through.
         folder.chmod(0o755)  # noqa: ASYNC240  # nothing else runs yet
         (folder / "data").mkdir(mode=0o755)
-        password = "test-password"  # of a server that nobody but this run can reach
+        password = "test-password"  # of a server that only this run can reach
         server = await EmbeddedPostgres.start(folder / "data", password=password, progress=_silent, max_connections=400)
         return cls(folder, server)
 

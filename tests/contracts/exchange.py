@@ -41,7 +41,7 @@ Direction = Callable[[ReleasedContract, type[Contract]], None]
 
 
 def requests_to_the_released(released: ReleasedContract, contract: type[Contract]) -> None:
-    # A wish that the older service does not know is refused by its name: callers send it when all services know it.
+    # A value that the older service does not know is refused by its name: callers send it when all services know it.
     now = schemas(contract)
     known = without_added_values(released.schema["components"], now["components"])
     sender = ReleasedContract({**now, "components": known})

@@ -1,6 +1,6 @@
 """Releases a version: freezes the contracts as they are, and enters the version in `releases.toml`.
 
-    python tests/contracts/release.py VERSION [--commit COMMIT]
+    make release VERSION=x.y.z [COMMIT=...]
 
 VERSION is what `mercato.__version__` says. The committed schemas and field numbers are copied to
 `tests/contracts/released/VERSION/`, which never changes again: a test compares its checksum. Refuses a version that was

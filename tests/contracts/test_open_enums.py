@@ -1,4 +1,4 @@
-"""A value that a newer service knows does not break an older reader; an unknown wish is refused by its name."""
+"""A value that a newer service knows does not break an older reader; an unknown request is refused by its name."""
 
 from __future__ import annotations
 
@@ -183,8 +183,8 @@ def test_enumerations_are_open_where_they_are_read_and_closed_in_requests(servic
 
 def test_misplaced_enumerations_are_found():
     made = schemas(CONTRACTS["orders"])
-    order, wish = (made["components"][name]["properties"] for name in ("Order", "MoveOrder"))
-    order["status"], wish["status"] = wish["status"], order["status"]
+    order, request = (made["components"][name]["properties"] for name in ("Order", "MoveOrder"))
+    order["status"], request["status"] = request["status"], order["status"]
 
     assert misplaced(made) == [
         "Order.status is read by callers or consumers: declare it Open[...]",

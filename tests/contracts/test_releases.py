@@ -85,7 +85,7 @@ def test_field_numbers_are_those_of_a_release(version: str):
 @pytest.mark.parametrize("version", NEIGHBOURS)
 def test_messages_are_read_by_the_other_version(version: str, service: str, direction: str):
     released = RELEASES.schemas(version).get(service)
-    if released is not None:  # a service that the version did not have has nobody to talk to there
+    if released is not None:  # that version had no such service
         DIRECTIONS[direction](ReleasedContract(released), CONTRACTS[service])
 
 

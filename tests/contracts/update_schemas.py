@@ -3,7 +3,7 @@
     python tests/contracts/update_schemas.py [--break]
 
 The schemas go to `tests/contracts/schemas/`, the numbers to `mercato/contracts/field_numbers.json`. Refuses a change of
-a schema that is not additive. With `--break` it writes that too: for a contract that nobody has deployed yet. Numbers
+a schema that is not additive. With `--break` it writes that too: for a contract that is not deployed yet. Numbers
 are only ever added.
 """
 

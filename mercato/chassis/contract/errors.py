@@ -78,10 +78,10 @@ class ServiceError(Exception):
 
     def copy(self) -> Self:
         """The same error as an object of its own: one exception raised in several tasks would mix their tracebacks."""
-        twin = type(self).__new__(type(self), *self.args)
-        twin.__dict__.update(self.__dict__)
-        twin.__cause__ = self.__cause__
-        return twin
+        copied = type(self).__new__(type(self), *self.args)
+        copied.__dict__.update(self.__dict__)
+        copied.__cause__ = self.__cause__
+        return copied
 
 
 def _spoken(value: Any) -> Any:

@@ -11,7 +11,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 
 class OptionsReader(Protocol):
-    """Reads the options of one service into a struct of its own, whose defaults hold for what nobody has set."""
+    """Reads the options of one service into a struct of its own, whose defaults hold for what is not set."""
 
     def __call__(self, kind: type[S]) -> S: ...
 

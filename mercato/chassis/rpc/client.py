@@ -32,7 +32,7 @@ class RemoteCallInTransactionError(AssertionError):
 
 
 class BatchedCall:
-    """A `Call`: one operation, its batcher, and the context of whoever calls."""
+    """A `Call`: one operation, its batcher, and the context of the caller."""
 
     __slots__ = ("_deadline_s", "_monotonic", "_operation", "_submit", "_submit_many")
 
@@ -110,7 +110,7 @@ class Connector:
 
 @contextlib.contextmanager
 def as_service() -> Generator[None]:
-    """What is called in this block, the service asks for itself, not for whoever called it; until the same deadline."""
+    """Calls in this block are made as the service itself, not as its caller; until the same deadline."""
     call = current.get()
     token = current.set(Context(Actor(SERVICE_ROLE), call.deadline, call.trace_id, call.request_id))
     try:

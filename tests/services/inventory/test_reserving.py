@@ -287,7 +287,7 @@ async def test_returns_of_one_batch_are_counted_together(world: World, plant: Pl
 
     assert [type(h) for h in heard] == [Reservation, Reservation, Reservation, ReturnTooLarge]
     assert await world.pieces() == (5, 0)
-    # One transaction for the batch (`loopback` sends it twice): the twin was seen, and not refused by the unique key.
+    # One transaction for the batch (`loopback` sends it twice): the duplicate was seen before the key refused it.
     assert len(rounds) == (2 if world.rig.transport == "loopback" else 1)
 
 

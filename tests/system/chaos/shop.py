@@ -113,7 +113,7 @@ class BatteredShop:
                 self._ready_seconds.append(time.monotonic() - run.started_at)
                 self.url = run.process.url
                 self.up.set()
-            while run.process.is_running:  # nobody tells of the end of a process in another's hands
+            while run.process.is_running:  # a process that was not started here tells of its end to no one
                 await asyncio.sleep(POLL_SECONDS)
             self.up.clear()
             self.url = ""
