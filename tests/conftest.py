@@ -1,17 +1,20 @@
-"""Fixtures for everybody: one PostgreSQL a run, and rigs of services on it."""
+"""Fixtures for all tests: one PostgreSQL a run, services and whole shops on it, injected faults."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import signal
-from collections.abc import AsyncGenerator, Generator, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from mercato.testing.harness import Cluster, Rig
+from mercato.chassis.hosting.host import TransportName
+from mercato.testing.cluster import Cluster
+from mercato.testing.harness import ServiceHarness
+from mercato.testing.injection import Inject, injecting
 from mercato.testing.shop import Shop
 
 
@@ -22,11 +25,37 @@ async def cluster() -> AsyncGenerator[Cluster]:
     await started.stop()
 
 
-@pytest_asyncio.fixture(params=["local", "loopback"])
-async def rig(cluster: Cluster, request: pytest.FixtureRequest) -> AsyncGenerator[Rig]:
-    made = Rig(cluster, request.param)
-    yield made
-    await made.close()
+@pytest.fixture(params=["local", "loopback"])
+def transport(request: pytest.FixtureRequest) -> TransportName:
+    return request.param
+
+
+@pytest.fixture
+def options(request: pytest.FixtureRequest) -> Mapping[str, object]:
+    """Of `@pytest.mark.options(orders_sweep_seconds=0.05)`, as `ServiceHarness.configure` takes them."""
+    marker = request.node.get_closest_marker("options")
+    return marker.kwargs if marker else {}
+
+
+@pytest.fixture
+def harness_class() -> type[ServiceHarness]:
+    """The tests of a service override it with a subclass, which starts what they need; here a test opens services."""
+    return ServiceHarness
+
+
+@pytest_asyncio.fixture
+async def harness(
+    harness_class: type[ServiceHarness], cluster: Cluster, transport: TransportName, options: Mapping[str, object]
+) -> AsyncGenerator[ServiceHarness]:
+    async with harness_class(cluster, transport).running(**options) as made:
+        yield made
+
+
+@pytest.fixture
+def inject() -> Iterator[Inject]:
+    """Injects faults for the time of a test; gives what removes them earlier."""
+    with injecting() as inject:
+        yield inject
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session", params=["local", "loopback"])
@@ -62,11 +91,11 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The longest first: a file that begins last is waited for by everybody (with `--no-loadscope-reorder`).
+    # The longest first: a long file that begins last makes the whole run wait (with `--no-loadscope-reorder`).
     rank = {name: n for n, name in enumerate(LONG)}
     items.sort(key=lambda item: next((n for name, n in rank.items() if item.nodeid.startswith(name)), len(LONG)))
     for item in items:
-        if {"cluster", "rig", "open_shop", "guarded_shop"} & set(getattr(item, "fixturenames", ())):
+        if {"cluster", "open_shop", "guarded_shop"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.postgres)
 
 

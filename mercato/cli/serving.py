@@ -44,7 +44,7 @@ async def _serve(assignment: Assignment, lifeline: Lifeline) -> None:
         loop.call_soon_threadsafe(stop.set)
 
     builds = topology.builds()
-    faults.plant_from_environment(assignment.faults)
+    faults.inject_from_environment(assignment.faults)
     host = Host(
         builds,
         assignment.dsns,

@@ -97,7 +97,7 @@ def run(options: Options) -> int:
     try:
         settings = config.load()
         configure_logging(settings.log_level)
-        _plant_faults(settings.faults)
+        _inject_faults(settings.faults)
         is_open = _is_open(options)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_Up(options, settings, is_open).run())
@@ -115,12 +115,12 @@ def run(options: Options) -> int:
     return 1
 
 
-def _plant_faults(faults_wanted: str) -> None:
+def _inject_faults(faults_wanted: str) -> None:
     if not faults_wanted:
         return
     topology.builds()  # a service declares its points when it is imported
     try:
-        faults.plant_from_environment(faults_wanted)
+        faults.inject_from_environment(faults_wanted)
     except ValueError as error:
         raise CannotStart(str(error)) from error
 

@@ -1,1 +1,1 @@
-"""What tests share. `pythonpath` in pyproject.toml makes it importable as `support`."""
+"""Builders and harnesses that tests of all kinds share. No other package of the product imports this one."""

@@ -1,4 +1,4 @@
-"""A client that blocks, for tests of processes: one connection, and nothing between the test and what was sent."""
+"""A blocking client, for tests of processes: one connection, and nothing between the test and what was sent."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-import msgspec
+from .responses import Response
 
 ANSWER_SECONDS = 60.0
 RECOVERED_SECONDS = 60.0
@@ -20,15 +20,6 @@ RECOVERED_SECONDS = 60.0
 PAUSE_SECONDS_MAX = 0.5
 LATER = frozenset({503, 504})
 """Statuses of a shop that recovers, or whose machine is busy: a client reads again."""
-
-
-class Answer(msgspec.Struct, frozen=True):
-    """`json` is None where the body is not JSON."""
-
-    status: int
-    headers: Mapping[str, str]
-    json: Any
-    text: str
 
 
 class Caller:
@@ -40,7 +31,7 @@ class Caller:
         self.token = token
         self.connection = http.client.HTTPConnection(address.hostname, address.port, timeout=ANSWER_SECONDS)
 
-    def call(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+    def call(self, method: str, path: str, body: Any = None, **headers: str) -> Response:
         """`body` is sent as JSON; `If_Match="1"` is sent as a header."""
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
         if self.token is not None:
@@ -54,19 +45,16 @@ class Caller:
             self.connection.close()
             raise
 
-    def answer(self) -> Answer:
+    def answer(self) -> Response:
         """The answer to what was sent last."""
-        response = self.connection.getresponse()
-        text = response.read().decode()
-        is_json = "json" in response.headers.get("Content-Type", "") and bool(text)
-        names = {name.lower(): value for name, value in response.headers.items()}
-        return Answer(response.status, names, json.loads(text) if is_json else None, text)
+        received = self.connection.getresponse()
+        return Response(received.status, {k.lower(): v for k, v in received.headers.items()}, received.read())
 
-    def get(self, path: str, **headers: str) -> Answer:
+    def get(self, path: str, **headers: str) -> Response:
         return self.call("GET", path, **headers)
 
-    def read(self, path: str, **headers: str) -> Answer:
-        """What `get` gives, once the shop has recovered: as documented, who is told 503 or 504 asks again."""
+    def read(self, path: str, **headers: str) -> Response:
+        """What `get` gives once the shop has recovered: as documented, a client asks again after 503 or 504."""
         end = time.monotonic() + RECOVERED_SECONDS
         while True:
             answer = self.get(path, **headers)
@@ -74,15 +62,15 @@ class Caller:
                 return answer
             time.sleep(min(PAUSE_SECONDS_MAX, float(answer.headers.get("retry-after", PAUSE_SECONDS_MAX))))
 
-    def post(self, path: str, body: Any = None, **headers: str) -> Answer:
+    def post(self, path: str, body: Any = None, **headers: str) -> Response:
         return self.call("POST", path, body, **headers)
 
-    def order(self, key: str | None = None, *, user_id: int = 1, product_id: int = 100) -> Answer:
+    def order(self, key: str | None = None, *, user_id: int = 1, product_id: int = 100) -> Response:
         """Places an order of one piece."""
         headers = {} if key is None else {"Idempotency_Key": key}
         return self.post("/orders", {"user_id": user_id, "product_id": product_id}, **headers)
 
-    def sign_in(self, email: str, password: str) -> Answer:
+    def sign_in(self, email: str, password: str) -> Response:
         """Further calls come from this account."""
         reply = self.post("/login", {"email": email, "password": password})
         assert reply.status == 200, reply.text
@@ -97,7 +85,7 @@ class Caller:
 
 
 class Buyers:
-    """Clients that place orders with keys of their own until they are told to stop; every answer is kept.
+    """Clients that place orders with keys of their own until the block ends; every answer is counted.
 
     A buyer whose request got no answer, a 503 or a 504, tries again with the same key, as documented.
     """

@@ -1,182 +1,146 @@
-"""What tests of services stand on: a real PostgreSQL, fresh databases, and a host without HTTP.
+"""Services without HTTP, as their tests open them: on fresh databases, over one of the transports.
 
-A `Cluster` is one embedded PostgreSQL for a whole run of tests. It migrates a template of each service's database
-once; a fresh database is a copy of it, or one that an earlier test has used and that was emptied. A `Rig` is one
-process worth of services on such databases, over one of the transports.
+The tests of a service have a subclass in a `harness.py` beside them. It says what is opened, and adds the requests and
+the readers that only they need.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import itertools
-import os
-import shutil
-import tempfile
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping
-from pathlib import Path
-from typing import Any, Final, Self, TypeVar, cast
+from collections.abc import AsyncGenerator, Generator, Mapping
+from typing import Any, ClassVar, Final, NamedTuple, Self, TypeVar
 
-import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
-
+from mercato import topology
 from mercato.chassis.contract import Actor, Contract, current
 from mercato.chassis.hosting.host import Host, TransportName
 from mercato.chassis.hosting.service import Build
 from mercato.chassis.messaging.events import declared_only
-from mercato.chassis.postgres.migrations import migrate
-from mercato.chassis.postgres.provisioning import provision, service_dsn
+from mercato.chassis.postgres.database import Database
 from mercato.chassis.rpc.client import acting
-from mercato.embedded_postgres import EmbeddedPostgres, remove_cluster
+
+from .cluster import Cluster
+from .tables import EVENTS, TableReader, connect
+from .waiting import until_blocked
 
 C = TypeVar("C", bound=Contract)
 
 TEST_SECRET: Final = b"a secret that everybody may know"
 TEST_CALL_SECONDS: Final = 30.0
+NO_BUILDS: Final[Mapping[str, Build]] = {}
 
 
-class Cluster:
-    """One PostgreSQL for many tests."""
-
-    def __init__(self, folder: Path, server: EmbeddedPostgres) -> None:
-        self.folder = folder
-        self.server = server
-        self._templates: dict[str, str] = {}
-        self._shapes: dict[str, str] = {}
-        self._free: dict[str, list[str]] = {}
-        self._lent: dict[str, str] = {}
-        self._numbers = itertools.count(1)
-
-    @classmethod
-    async def start(cls) -> Self:
-        folder = Path(tempfile.mkdtemp(prefix="mercato-test-"))
-        # The unprivileged user that PostgreSQL runs as under root must be able to pass through.
-        folder.chmod(0o755)  # noqa: ASYNC240  # nothing else runs yet
-        (folder / "data").mkdir(mode=0o755)
-        password = "test-password"  # of a server that only this run can reach
-        server = await EmbeddedPostgres.start(folder / "data", password=password, progress=_silent, max_connections=400)
-        return cls(folder, server)
-
-    async def stop(self) -> None:
-        await self.server.stop()
-        remove_cluster(self.folder / "data")
-        shutil.rmtree(self.folder)
-
-    async def fresh_database(self, service: str, migrations: Path) -> str:
-        """The DSN of a migrated, empty database of a service, as the service's own role sees it."""
-        template = await self._template(service, migrations)
-        if self._free[template]:
-            name = self._free[template].pop()
-        else:
-            name = f"{template}_{os.getpid()}_{next(self._numbers)}"
-            await self._admin(f'CREATE DATABASE "{name}" TEMPLATE "{template}" OWNER "{template}"')
-            await self._admin(f'REVOKE ALL ON DATABASE "{name}" FROM PUBLIC')
-        self._lent[name] = template
-        user_and_password = service_dsn(self.server.admin_dsn, template, _password(template))
-        return user_and_password.replace(f"/{template}?", f"/{name}?")
-
-    async def release_database(self, dsn: str) -> None:
-        """Takes a database back. It is emptied for the next test; one whose schema was changed is dropped."""
-        name = dsn.partition("?")[0].rpartition("/")[2]
-        template = self._lent.pop(name, None)
-        if template is None:
-            return  # two rigs had it, and the other has brought it back
-        try:
-            if await self._emptied(name) == self._shapes[template]:
-                self._free[template].append(name)
-                return
-        except (asyncpg.PostgresError, OSError):
-            pass  # a test has locked it, or made it unreachable
-        await self._admin(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
-
-    async def execute(self, statement: str) -> None:
-        """Runs a statement as the administrator, for tests that take something away."""
-        await self._admin(statement)
-
-    async def _template(self, service: str, migrations: Path) -> str:
-        if service not in self._templates:
-            dsns = await provision(self.server.admin_dsn, [service], _password, prefix="test_")
-            await migrate(dsns[service], migrations)
-            template = self._templates[service] = f"test_{service}"
-            self._free[template] = []
-            self._shapes[template] = await self._emptied(template)
-        return self._templates[service]
-
-    async def _emptied(self, database: str) -> str:
-        """Empties all tables of a database, sets its statistics to 0, and gives a digest of its schema."""
-        async with self._connected(database) as connection:
-            await connection.execute(_EMPTY)
-            await connection.execute("SELECT pg_stat_reset()")
-            return await connection.fetchval(_SHAPE)
-
-    async def _admin(self, statement: str) -> None:
-        async with self._connected("postgres") as connection:
-            await connection.execute(statement)
-
-    @contextlib.asynccontextmanager
-    async def _connected(self, database: str) -> AsyncGenerator[Any]:
-        dsn = self.server.admin_dsn.replace("/postgres?", f"/{database}?")
-        connection = await cast(Any, asyncpg).connect(dsn)
-        try:
-            yield connection
-        finally:
-            await connection.close()
+class EmittedEvent(NamedTuple):
+    type: str
+    subject: str
+    subject_id: int
+    version: int
 
 
-_EMPTY: Final = """
-    SET lock_timeout = '2s';
-    DO $$
-    DECLARE names text;
-    BEGIN
-        SELECT string_agg(format('%I', tablename), ', ') INTO names
-          FROM pg_tables
-         WHERE schemaname = 'public' AND tablename NOT IN ('alembic_version', 'revision_checksums');
-        IF names IS NOT NULL THEN
-            EXECUTE 'TRUNCATE ' || names || ' RESTART IDENTITY CASCADE';
-        END IF;
-    END $$
-"""
+class ServiceHarness:
+    """Services on one host. `open` once and `close` at the end, or `running` for both."""
 
-_SHAPE: Final = """
-    SELECT md5(coalesce(string_agg(part, ',' ORDER BY part), ''))
-      FROM (
-        SELECT format('column %s %s %s %s', attrelid::regclass, attname, atttypid, attnotnull)
-          FROM pg_attribute JOIN pg_class c ON c.oid = attrelid
-         WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'S') AND attnum > 0
-        UNION ALL
-        SELECT format('constraint %s %s', conname, pg_get_constraintdef(oid))
-          FROM pg_constraint WHERE connamespace = 'public'::regnamespace
-        UNION ALL
-        SELECT indexdef FROM pg_indexes WHERE schemaname = 'public'
-        UNION ALL
-        SELECT format('trigger %s', tgname) FROM pg_trigger WHERE NOT tgisinternal
-        UNION ALL
-        SELECT format('setting %s', setconfig) FROM pg_db_role_setting
-         WHERE setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())
-      ) AS schema (part)
-"""
+    service: ClassVar[str] = ""
+    """The service under test. `rows`, `values` and the like read its database, unless they name another."""
 
-
-class Rig:
-    """The services that a test opens, over one transport. `open` once, `close` at the end."""
+    defaults: ClassVar[Mapping[str, object]] = {}
+    """Options as `configure` takes them, for tests that set no others."""
+    rules: ClassVar[Mapping[str, str]] = {}
+    """What holds at every moment, by name: queries that find the rows which contradict it. See `rules.py`."""
+    actor: ClassVar[Actor | None] = None
+    """Whom calls come from while it is `running`, unless a test is `acting` as another."""
 
     def __init__(self, cluster: Cluster, transport: TransportName, options: Mapping[str, str] | None = None) -> None:
         self.cluster = cluster
         self.transport: TransportName = transport
-        self.options = dict(options or {})
-        """As the operator would set them: `MERCATO_INVENTORY_HOLD_SECONDS`. Read when the rig is opened."""
+        self.options: dict[str, str] = {}
+        """By the names that an operator uses: `MERCATO_INVENTORY_HOLD_SECONDS`. Read by `open`."""
+        self.configure(**self.defaults)
+        self.options.update(options or {})
         self.dsns: dict[str, str] = {}
         self.host: Host
+        self._builds: dict[str, Build] = {}
+        self.closing = contextlib.AsyncExitStack()
+        """What a test opens besides is closed here."""
+        self._readers: dict[str, TableReader] = {}
 
-    async def open(self, **builds: Build) -> Self:
-        """Hosts the services, each on a fresh database. The keyword is the service's name."""
-        for name, build in builds.items():
+    # ----------------------------------------------------------------------------------------------- opening, closing
+
+    def configure(self, **options: object) -> None:
+        """Sets options before `open`: `inventory_hold_seconds=1` is `MERCATO_INVENTORY_HOLD_SECONDS`."""
+        self.options.update({f"MERCATO_{name.upper()}": str(value) for name, value in options.items()})
+
+    async def open(self, builds: Mapping[str, Build], stubs: Mapping[str, Build] = NO_BUILDS) -> Self:
+        """Hosts services by their names, each on a fresh database unless `dsns` has one.
+
+        `stubs` are hosted too. They have no tables, and share a database of the others.
+        """
+        for name in builds:
             if name not in self.dsns:
-                self.dsns[name] = await self.cluster.fresh_database(name, migrations_folder(build))
-        self.host = Host(builds, self.dsns, secret=TEST_SECRET, transport=self.transport, options=self.options)
-        for service in self.host.services.values():
-            service.database.pack = declared_only(service.server.contract)
+                self.dsns[name] = await self.cluster.fresh_database(name, topology.migrations(name))
+        self._builds = {**stubs, **builds}
+        self.host = self._host(self._builds, self.dsns)
         await self.host.open()
         return self
+
+    async def close(self) -> None:
+        await self.close_others()
+        if hasattr(self, "host"):
+            await self.host.close()
+        for dsn in self.dsns.values():
+            await self.cluster.release_database(dsn)
+
+    async def close_others(self) -> None:
+        """Closes the hosts and connections that the test has opened besides."""
+        self._readers.clear()
+        await self.closing.aclose()
+
+    @contextlib.asynccontextmanager
+    async def running(self, **options: object) -> AsyncGenerator[Self]:
+        """Started for the time of a block, with options as `configure` takes them; at its end nothing is violated."""
+        self.configure(**options)
+        try:
+            await self.start()
+            with self.acting(self.actor) if self.actor else contextlib.nullcontext():
+                yield self
+            await self.close_others()
+            assert await self.violations() == {}
+        finally:
+            await self.close()
+
+    async def start(self) -> None:
+        """Opens what the tests of a service need. Here nothing: a test opens what it wants."""
+
+    async def violations(self) -> dict[str, int]:
+        """How many rows contradict each of `rules`; only those that are violated."""
+        found = {name: len(await self.rows(sql)) for name, sql in self.rules.items()}
+        return {name: count for name, count in found.items() if count}
+
+    async def another_host(
+        self, builds: Mapping[str, Build] = NO_BUILDS, *, dsns: Mapping[str, str] | None = None
+    ) -> Host:
+        """The same services on the same databases, as another process hosts them; it is closed with this harness.
+
+        `builds` and `dsns` replace those of `open`, or add to them.
+        """
+        host = self._host({**self._builds, **builds}, {**self.dsns, **(dsns or {})})
+        await host.open()
+        self.closing.push_async_callback(host.close)
+        return host
+
+    def _host(self, builds: Mapping[str, Build], dsns: Mapping[str, str]) -> Host:
+        shared = next(iter(dsns.values()))
+        host = Host(
+            builds,
+            {name: dsns.get(name, shared) for name in builds},
+            secret=TEST_SECRET,
+            transport=self.transport,
+            options=self.options,
+        )
+        for service in host.services.values():
+            service.database.pack = declared_only(service.server.contract)
+        return host
+
+    # ---------------------------------------------------------------------------------------------------------- calls
 
     def client(self, contract: type[C]) -> C:
         return self.host.client(contract)
@@ -190,23 +154,48 @@ class Rig:
         finally:
             current.reset(token)
 
-    async def close(self) -> None:
-        if hasattr(self, "host"):
-            await self.host.close()
-        for dsn in self.dsns.values():
-            await self.cluster.release_database(dsn)
+    def deliveries(self, calls: int = 1) -> int:
+        """How often so many calls of a repeatable operation arrive: `loopback` delivers each twice."""
+        return calls * (2 if self.transport == "loopback" else 1)
 
+    # --------------------------------------------------------------------------------------------------------- tables
 
-def migrations_folder(build: Callable[..., Any]) -> Path:
-    """The `migrations/` beside the `app.py` that a `build` comes from."""
-    module = importlib.import_module(build.__module__)
-    assert module.__file__
-    return Path(module.__file__).with_name("migrations")
+    @property
+    def dsn(self) -> str:
+        """Of the database of the service under test."""
+        return self.dsns[self.service]
 
+    @property
+    def database(self) -> Database:
+        """Of the service under test, as the service has it."""
+        return self.host.services[self.service].database
 
-def _password(role: str) -> str:
-    return f"password of {role}"
+    async def connection(self, of: str | None = None) -> Any:
+        """A connection of the driver to a service's database, to hold locks by hand; closed with this harness."""
+        made = await connect(self.dsns[of or self.service])
+        self.closing.push_async_callback(made.close)
+        return made
 
+    async def rows(self, sql: str, *values: object, of: str | None = None) -> list[tuple[Any, ...]]:
+        """The rows of one statement in a service's database, which commits by itself."""
+        name = of or self.service
+        if name not in self._readers:
+            self._readers[name] = TableReader(self.dsns[name])
+            self.closing.push_async_callback(self._readers[name].close)
+        return await self._readers[name].rows(sql, *values)
 
-def _silent(_line: str) -> None:
-    pass
+    async def values(self, sql: str, *values: object, of: str | None = None) -> list[Any]:
+        """The first column of these rows."""
+        return [row[0] for row in await self.rows(sql, *values, of=of)]
+
+    async def count(self, table: str, of: str | None = None) -> int:
+        return (await self.values(f"SELECT count(*) FROM {table}", of=of))[0]
+
+    async def events(self, of: str | None = None) -> list[EmittedEvent]:
+        """The events in a service's outbox, in order."""
+        found = await self.rows(f"SELECT type, subject, subject_id, version FROM {EVENTS} ORDER BY id", of=of)
+        return [EmittedEvent(*row) for row in found]
+
+    async def until_blocked(self, statements: int = 1, of: str | None = None) -> None:
+        """Waits until so many statements in a service's database wait for a lock."""
+        await until_blocked(self.dsns[of or self.service], statements)

@@ -25,16 +25,15 @@ import msgspec
 
 from mercato.chassis.hosting.host import key_deriver
 from mercato.embedded_postgres import processes
-from mercato.testing.caller import Caller
+
+from .caller import Caller
+from .waiting import POLL_SECONDS, wait_until
 
 ROOT: Final = Path(__file__).parents[2]
 READY_SECONDS: Final = 60.0
 """A bound for a machine that is busy with other things; nothing is promised about it."""
 GONE_SECONDS: Final = 30.0
 """A bound too. On a quiet machine nothing is running five seconds after a stop or a `kill -9`."""
-BOUND_SECONDS: Final = 60.0
-"""For whatever a test waits for; nothing is promised about it either."""
-POLL_SECONDS: Final = 0.02
 
 Identity = processes.Process
 
@@ -69,9 +68,9 @@ class Process:
         is_second: bool = False,
         has_input: bool = False,
     ) -> None:
-        """`is_second`: somebody else serves this data, so that its database is none of this run's business.
+        """`is_second`: another run serves this data, so that this one does not look at its database.
 
-        `has_input`: the command reads what `tell` says; otherwise its standard input is empty.
+        `has_input`: the command reads what `write_line` writes; otherwise its standard input is empty.
         """
         self.data = data
         self._is_second = is_second
@@ -113,12 +112,12 @@ class Process:
         self.tree()
         return self
 
-    def says(self, words: str) -> None:
+    def wait_for_line(self, words: str) -> None:
         """Waits for a line of standard output with these words."""
         self.wait_for(lambda: self.has_line(words), words)
 
-    def tell(self, line: str) -> None:
-        """Writes a line to its standard input; one that has died does not hear it."""
+    def write_line(self, line: str) -> None:
+        """Writes a line to its standard input; nothing happens when it has died."""
         assert self._popen.stdin is not None, "it was started without an input"
         with contextlib.suppress(BrokenPipeError):
             self._popen.stdin.write(line + "\n")
@@ -146,7 +145,7 @@ class Process:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """What `--json` has told; fails for a line that is not an object."""
+        """The events that `--json` has printed; fails for a line that is not an object."""
         return [dict(json.loads(line)) for line in self.lines]
 
     @property
@@ -211,7 +210,7 @@ class Process:
         self.signal(signal.SIGINT)
 
     def kill(self, process: Identity | None = None) -> None:
-        """`kill -9`, of the owner where nobody else is named."""
+        """`kill -9`, of the owner where no other is named."""
         self.tree()
         processes.send(process or _identity(self.pid), signal.SIGKILL)
 
@@ -277,8 +276,8 @@ class Process:
         return f"postgresql://mercato:{password}@/{database}?{where}"
 
 
-class Keeper:
-    """Keeps a shop running from test to test, so that the start after one crash is the start before the next."""
+class SharedProcess:
+    """Runs one shop for many tests, so that the start after one crash is the start before the next."""
 
     def __init__(self, data: Path) -> None:
         self._data = data
@@ -390,11 +389,3 @@ def _identity(pid: int) -> Identity:
 
 def _alive(pids: Iterator[int] | Sequence[int]) -> tuple[Identity, ...]:
     return tuple(process for pid in pids if (process := processes.process_at(pid)) is not None)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = BOUND_SECONDS, explain: Callable[[], str] = str) -> None:
-    """Polls until the condition holds; fails when it does not in time."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, explain()
-        time.sleep(POLL_SECONDS)

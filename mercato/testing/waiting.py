@@ -1,34 +1,68 @@
-"""That a piece of work waits for no lock: seen in the database, not by time."""
+"""Waiting until something holds, with a bound: a test that waits in vain fails and says for what."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, Final, TypeVar, cast
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, TypeVar
 
-import asyncpg
+from .tables import BLOCKED_STATEMENTS, connected
 
 T = TypeVar("T")
 
-BOUND_SECONDS: Final = 60.0
+BOUND_SECONDS: Final = 120.0
+"""For a machine that is busy with other things; nothing is promised about it."""
 POLL_SECONDS: Final = 0.01
+IN_VAIN: Final = "what the test waits for does not happen"
 
-WAITING: Final = """
-    SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'
-"""
+
+async def until(holds: Callable[[], Awaitable[object]], what: str = IN_VAIN, seconds: float = BOUND_SECONDS) -> None:
+    """Polls until the condition is true. Raises AssertionError with `what` when it is not in time."""
+    end = time.monotonic() + seconds
+    while not await holds():
+        assert time.monotonic() < end, what
+        await asyncio.sleep(POLL_SECONDS)
+
+
+async def until_true(holds: Callable[[], object], what: str = IN_VAIN, seconds: float = BOUND_SECONDS) -> None:
+    """As `until`, for a condition that needs no await."""
+
+    async def is_true() -> object:
+        return holds()
+
+    await until(is_true, what, seconds)
+
+
+async def until_blocked(dsn: str, statements: int = 1) -> None:
+    """Waits until so many statements in a database wait for a lock."""
+    async with connected(dsn) as connection:
+
+        async def are_blocked() -> bool:
+            return await connection.fetchval(BLOCKED_STATEMENTS) >= statements
+
+        await until(are_blocked, f"{statements} statements wait for a lock")
 
 
 async def without_waiting(dsn: str, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`. Fails as soon as a statement in its database waits for a lock: it might wait for ever."""
     task = asyncio.ensure_future(work)
-    connection = await cast(Any, asyncpg).connect(dsn)
     try:
-        async with asyncio.timeout(BOUND_SECONDS):
+        async with asyncio.timeout(BOUND_SECONDS), connected(dsn) as connection:
             while not task.done():
-                assert not await connection.fetchval(WAITING), "it waits for a lock that another transaction has"
+                assert not await connection.fetchval(BLOCKED_STATEMENTS), "it waits for a lock of another transaction"
                 await asyncio.wait([task], timeout=POLL_SECONDS)
         return task.result()
     finally:
         task.cancel()
         await asyncio.wait([task])
-        await connection.close()
+
+
+def wait_until(
+    condition: Callable[[], object], seconds: float = BOUND_SECONDS, explain: Callable[[], str] = str
+) -> None:
+    """As `until`, for tests without an event loop; it blocks. `explain` gives the message of the AssertionError."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, explain()
+        time.sleep(POLL_SECONDS)

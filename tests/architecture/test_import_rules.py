@@ -1,4 +1,4 @@
-"""Every import rule of `pyproject.toml` is kept by the package, and is really broken by a planted violation.
+"""Every import rule of `pyproject.toml` is kept by the package, and is really broken by an injected violation.
 
 A rule that matches nothing looks like a rule that is kept. So each is broken once, in a copy of the package, and
 exactly that rule must be reported.
@@ -29,7 +29,7 @@ VIOLATIONS = {
     "chassis-layers": Violation("chassis/postgres/database.py", "import mercato.chassis.rpc.client"),
     "siblings": Violation("services/users/app.py", "import mercato.services.orders.app"),
     "service-layers": Violation("services/users/rules.py", "import mercato.services.users.store"),
-    "contracts": Violation("contracts/planted.py", "import mercato.chassis.postgres.database"),
+    "contracts": Violation("contracts/violation.py", "import mercato.chassis.postgres.database"),
     "settings": Violation("services/users/service.py", "import pydantic_settings"),
     "driver": Violation("services/users/store.py", "import asyncpg"),
     "http": Violation("services/users/service.py", "from starlette.responses import Response"),
@@ -62,7 +62,7 @@ def broken_contracts(folder: Path) -> set[str]:
     return {contract for contract, name in names.items() if verdicts[name] == "BROKEN"}
 
 
-def plant(folder: Path, violation: Violation) -> None:
+def add_violation(folder: Path, violation: Violation) -> None:
     with (folder / "mercato" / violation.file).open("a") as file:
         file.write(f"\n{violation.line}\n")
 
@@ -77,12 +77,12 @@ def test_the_package_keeps_every_contract(copy: Path):
 
 @pytest.mark.parametrize("contract", VIOLATIONS)
 def test_a_planted_violation_breaks_exactly_its_contract(contract: str, copy: Path):
-    plant(copy, VIOLATIONS[contract])
+    add_violation(copy, VIOLATIONS[contract])
 
     assert broken_contracts(copy) == {contract}
 
 
 def test_a_file_without_a_place_in_the_layers_of_a_service_is_reported(copy: Path):
-    (copy / "mercato/services/users/planted.py").touch()
+    (copy / "mercato/services/users/violation.py").touch()
 
     assert broken_contracts(copy) == {"service-layers"}

@@ -23,8 +23,9 @@ from mercato.chassis.postgres.provisioning import provision
 from mercato.cli.databases import OWN_URL
 from mercato.embedded_postgres import DataFolder, EmbeddedPostgres, processes
 from mercato.operations.audit.invariants import SHOP
-from mercato.testing.process import clean_environment, cluster_of, data_folder, wait_until
-from operations.audit.world import fill
+from mercato.testing.process import clean_environment, cluster_of, data_folder
+from mercato.testing.waiting import wait_until
+from operations.audit.sample_shop import fill
 
 SECONDS = 60
 

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from mercato.testing.caller import Answer, Buyers, Caller, all_order_ids
-from mercato.testing.process import BOUND_SECONDS, Process, remove, wait_until
+from mercato.testing.caller import Buyers, Caller, all_order_ids
+from mercato.testing.process import Process, remove
+from mercato.testing.responses import Response
+from mercato.testing.waiting import BOUND_SECONDS, wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a small disk")
 
@@ -108,7 +110,7 @@ def test_a_start_on_a_disk_that_has_filled_up_is_refused_and_works_with_space(di
         shop.stop()
 
 
-def ask(caller: Caller) -> Answer | None:
+def ask(caller: Caller) -> Response | None:
     try:
         with caller:
             return caller.order()

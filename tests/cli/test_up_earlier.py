@@ -17,7 +17,7 @@ from mercato import topology
 from mercato.chassis.postgres.dsn import with_database
 from mercato.chassis.postgres.migrations import migrate
 from mercato.chassis.postgres.provisioning import provision
-from mercato.testing.harness import Cluster
+from mercato.testing.cluster import Cluster
 from mercato.testing.process import ROOT, Process, clean_environment, cluster_of, data_folder
 
 EARLIER = "b01daaaf3141c2b70d5c24552955744ad62b4a95"

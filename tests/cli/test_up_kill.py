@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 
 from mercato.testing.caller import Buyers, all_order_ids
-from mercato.testing.process import BOUND_SECONDS, Identity, Keeper, Process, Tree, wait_until
+from mercato.testing.process import Identity, Process, SharedProcess, Tree
+from mercato.testing.waiting import BOUND_SECONDS, wait_until
 
 ORDERS = 40
 
 
 @pytest.fixture(scope="module")
-def keeper(data: Path) -> Iterator[Keeper]:
-    with Keeper(data) as made:
+def keeper(data: Path) -> Iterator[SharedProcess]:
+    with SharedProcess(data) as made:
         yield made
         made.stop()
 
@@ -37,14 +38,16 @@ def some_worker(tree: Tree) -> Identity | None:
     return tree.workers[1]
 
 
-KILLS: list[Any] = [("1", owner), ("1", guard), ("1", postmaster)]
-KILLS += [("3", some_worker)]
-KILLS += [pytest.param("3", victim, marks=pytest.mark.long) for victim in (owner, guard, postmaster)]
+KILLS: list[Any] = [
+    *(("1", victim) for victim in (owner, guard, postmaster)),
+    ("3", some_worker),
+    *(pytest.param("3", victim, marks=pytest.mark.long) for victim in (owner, guard, postmaster)),
+]
 
 
 @pytest.mark.parametrize(("workers", "victim"), KILLS)
 def test_whoever_is_killed_nothing_is_left_and_no_order_is_lost(
-    keeper: Keeper, workers: str, victim: Callable[[Tree], Identity | None]
+    keeper: SharedProcess, workers: str, victim: Callable[[Tree], Identity | None]
 ):
     shop = keeper.shop("--workers", workers)
     with Buyers(shop.caller) as buyers:
@@ -81,7 +84,7 @@ def assert_explained(shop: Process, code: int, killed: Identity) -> None:
 
 
 @pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.long), "3"])
-def test_the_death_of_a_database_connection_is_survived(keeper: Keeper, workers: str):
+def test_the_death_of_a_database_connection_is_survived(keeper: SharedProcess, workers: str):
     shop = keeper.shop("--workers", workers)
     with Buyers(shop.caller) as buyers:
         wait_until(lambda: len(buyers.placed) >= ORDERS, BOUND_SECONDS)

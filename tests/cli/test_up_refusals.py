@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from mercato.testing.old_server import OldServer
-from mercato.testing.process import Process, wait_until
+from mercato.testing.process import Process
+from mercato.testing.waiting import wait_until
 
 UNWRITABLE = "/sys/kernel" if os.geteuid() == 0 else "/etc"
 

@@ -9,7 +9,7 @@ import pytest
 
 from mercato.chassis.hosting.host import key_deriver
 from mercato.chassis.postgres.provisioning import service_dsn
-from mercato.testing.harness import Cluster
+from mercato.testing.cluster import Cluster
 from mercato.testing.process import Process
 
 SECRET = "a secret of at least thirty-two characters"

@@ -8,15 +8,17 @@ import http.client
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 import asyncpg
 import pytest
 
-from mercato.testing.caller import Answer, Caller
-from mercato.testing.process import BOUND_SECONDS, POLL_SECONDS, Process, command_line, data_folder, wait_until
+from mercato.testing.caller import Caller
+from mercato.testing.process import Process, command_line, data_folder
+from mercato.testing.responses import Response
+from mercato.testing.waiting import BOUND_SECONDS, POLL_SECONDS, wait_until
 
 ATTEMPTS = 5
 STOPPED_EARLY = ["mercato: stopped before it was ready"]
@@ -27,7 +29,7 @@ def test_a_request_that_is_half_received_is_answered(data: Path, workers: str):
     within_the_drain(lambda: stop_in_the_middle_of_a_request(data, workers))
 
 
-def stop_in_the_middle_of_a_request(data: Path, workers: str) -> Answer | None:
+def stop_in_the_middle_of_a_request(data: Path, workers: str) -> Response | None:
     body = json.dumps({"user_id": 1, "product_id": 100}).encode()
     with Process(data, "--workers", workers) as shop, shop.ready().caller() as caller:
         assert caller.get("/users?id=1").status == 200  # connected, and accepted by a worker
@@ -54,7 +56,7 @@ def test_a_request_that_waits_for_the_database_is_answered(data: Path, workers: 
     within_the_drain(lambda: stop_while_the_database_is_locked(data, workers))
 
 
-def stop_while_the_database_is_locked(data: Path, workers: str) -> Answer | None:
+def stop_while_the_database_is_locked(data: Path, workers: str) -> Response | None:
     with Process(data, "--workers", workers) as shop:
         shop.ready()
         with locked(shop, "orders") as lock:
@@ -68,9 +70,9 @@ def stop_while_the_database_is_locked(data: Path, workers: str) -> Answer | None
     return answer
 
 
-def within_the_drain(stop: Callable[[], Answer | None]) -> None:
+def within_the_drain(stop: Callable[[], Response | None]) -> None:
     """Stops a shop until its request is answered: a request that a busy machine does not finish in time is cut off."""
-    answers: list[Answer | None] = []
+    answers: list[Response | None] = []
     while not (answers and answers[-1]) and len(answers) < ATTEMPTS:
         answers.append(stop())
     answer = answers[-1]
@@ -122,7 +124,7 @@ def test_ctrl_c_at_any_moment_of_a_start_ends_it_with_one_line():
         for moment in moments:
             with Process(folder, as_json=False) as shop:
                 wait_until(lambda: takes_signals(shop))
-                shop.says(moment) if moment else None
+                shop.wait_for_line(moment) if moment else None
                 shop.tree()
                 shop.interrupt()
 
@@ -182,7 +184,7 @@ class InBackground:
     """An order that is being placed by a thread."""
 
     def __init__(self, shop: Process) -> None:
-        self._answers: list[Answer] = []
+        self._answers: list[Response] = []
         self._caller = shop.caller()
         self._thread = threading.Thread(target=self._place, daemon=True)
         self._thread.start()
@@ -194,7 +196,7 @@ class InBackground:
         except (OSError, http.client.HTTPException):
             pass
 
-    def answer(self) -> Answer | None:
+    def answer(self) -> Response | None:
         self._thread.join(BOUND_SECONDS)
         return self._answers[0] if self._answers else None
 
@@ -214,7 +216,7 @@ class Lock:
 
 
 @contextmanager
-def locked(shop: Process, service: str) -> Iterator[Lock]:
+def locked(shop: Process, service: str) -> Generator[Lock]:
     """Keeps everybody from the table of a service for the time of the block."""
     loop = asyncio.new_event_loop()
     connection = loop.run_until_complete(asyncpg.connect(shop.dsn(service)))

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from mercato.testing.caller import Buyers, all_order_ids
-from mercato.testing.process import Identity, Process, wait_until
+from mercato.testing.process import Identity, Process
+from mercato.testing.waiting import wait_until
 
 ORDERS = 300
 

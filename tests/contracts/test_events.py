@@ -98,7 +98,7 @@ def test_every_step_of_stock_has_its_event():
 @pytest.mark.asyncio(loop_scope="session")
 async def test_a_service_has_an_outbox_where_its_contract_declares_events(open_shop: OpenShop):
     """Without an outbox events would be lost; without declared events there is nothing to put into one."""
-    services = open_shop.rig.host.services
+    services = open_shop.harness.host.services
     declares = {name: bool(service.server.contract.events) for name, service in services.items()}
 
     assert {name: service.has_outbox for name, service in services.items()} == declares

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator
 
 import pytest_asyncio
 
-from mercato.testing.harness import Cluster
+from mercato.testing.cluster import Cluster
 from mercato.testing.shop import Shop
 
 

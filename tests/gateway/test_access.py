@@ -14,14 +14,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from joserfc import jwt
 from joserfc.jwk import KeySet, OKPKey
 
-from gateway.world import PASSWORD, UNKNOWN_ID, Things, assert_problem, new_order, somebody, state_of, without_ids
+from gateway.harness import Things, without_ids
 from mercato.chassis.hosting.host import key_deriver
 from mercato.contracts.roles import ANONYMOUS, CUSTOMER, STAFF
 from mercato.gateway.auth import ALGORITHMS
 from mercato.gateway.route import Route
 from mercato.gateway.routes import ROUTES
 from mercato.testing.harness import TEST_SECRET
+from mercato.testing.responses import assert_problem
 from mercato.testing.shop import Shop
+from mercato.testing.shop_data import PASSWORD, UNKNOWN_ID, new_order, new_person
+from mercato.testing.snapshots import state_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -35,7 +38,7 @@ def named(route: Route) -> str:
 @pytest.mark.parametrize("role", [ANONYMOUS, CUSTOMER, STAFF])
 @pytest.mark.parametrize("route", ROUTES, ids=named)
 async def test_a_row_is_open_to_its_roles_and_to_no_other(guarded_shop: Shop, route: Route, role: str) -> None:
-    caller = await somebody(guarded_shop, STAFF if role == STAFF else CUSTOMER)
+    caller = await new_person(guarded_shop, STAFF if role == STAFF else CUSTOMER)
     things = await Things.of(guarded_shop, caller)
     before = await state_of(guarded_shop)
     reply = await guarded_shop.request(
@@ -83,7 +86,7 @@ async def test_a_refusal_comes_before_a_look_at_the_request(guarded_shop: Shop) 
 async def test_anothers_id_answers_like_one_that_does_not_exist(
     guarded_shop: Shop, method: str, path: str, body: Any, headers: dict[str, str]
 ) -> None:
-    owner, other = await somebody(guarded_shop), await somebody(guarded_shop)
+    owner, other = await new_person(guarded_shop), await new_person(guarded_shop)
     order_id = await new_order(guarded_shop, owner.id)
 
     async def ask(order: int, user: int) -> tuple[int, dict[str, str], str]:
@@ -100,7 +103,7 @@ async def test_anothers_id_answers_like_one_that_does_not_exist(
 
 
 async def test_the_owner_sees_what_the_other_does_not(guarded_shop: Shop) -> None:
-    owner = await somebody(guarded_shop)
+    owner = await new_person(guarded_shop)
     order_id = await new_order(guarded_shop, owner.id)
     for path in (f"/orders/{order_id}", f"/orders/{order_id}/history", f"/users/{owner.id}"):
         assert (await guarded_shop.get(path, token=owner.token)).status == 200
@@ -108,7 +111,7 @@ async def test_the_owner_sees_what_the_other_does_not(guarded_shop: Shop) -> Non
 
 @pytest.mark.parametrize("filters", ["", "user_id={owner}", "status=pending", "limit=200&before=9007199254740991"])
 async def test_no_filter_shows_orders_of_others(guarded_shop: Shop, filters: str) -> None:
-    owner, other = await somebody(guarded_shop), await somebody(guarded_shop)
+    owner, other = await new_person(guarded_shop), await new_person(guarded_shop)
     await new_order(guarded_shop, owner.id)
     own = await new_order(guarded_shop, other.id)
     reply = await guarded_shop.get(f"/orders?{filters.format(owner=owner.id)}", token=other.token)
@@ -117,7 +120,7 @@ async def test_no_filter_shows_orders_of_others(guarded_shop: Shop, filters: str
 
 
 async def test_a_customer_makes_nobody_staff(guarded_shop: Shop) -> None:
-    person = await somebody(guarded_shop)
+    person = await new_person(guarded_shop)
     sneaky = {"email": f"sneaky.{person.email}", "name": "x", "password": PASSWORD, "role": "staff"}
     assert (await guarded_shop.post("/register", sneaky)).wrong_fields == {"role"}
     assert (await guarded_shop.patch("/users/me", {"role": "staff"}, token=person.token)).wrong_fields == {"role"}
@@ -130,7 +133,7 @@ async def test_a_customer_makes_nobody_staff(guarded_shop: Shop) -> None:
 
 
 async def test_signing_out_ends_the_session_and_the_access_token_runs_out_by_itself(guarded_shop: Shop) -> None:
-    person = await somebody(guarded_shop)
+    person = await new_person(guarded_shop)
     login = (await guarded_shop.post("/login", {"email": person.email, "password": PASSWORD})).json
     refresh = {"refresh_token": login["refresh_token"]}
     assert (await guarded_shop.post("/logout", refresh)).status == 204
@@ -141,7 +144,7 @@ async def test_signing_out_ends_the_session_and_the_access_token_runs_out_by_its
 
 
 async def test_a_role_counts_from_the_next_token_on(guarded_shop: Shop) -> None:
-    person, staff = await somebody(guarded_shop), await guarded_shop.staff()
+    person, staff = await new_person(guarded_shop), await guarded_shop.staff()
     login = (await guarded_shop.post("/login", {"email": person.email, "password": PASSWORD})).json
     assert (await guarded_shop.put(f"/users/{person.id}/role", {"role": "staff"}, token=staff)).status == 200
     assert_problem(await guarded_shop.get("/users", token=login["access_token"]), 403, "forbidden")
@@ -150,7 +153,7 @@ async def test_a_role_counts_from_the_next_token_on(guarded_shop: Shop) -> None:
 
 
 async def test_another_password_ends_the_sessions(guarded_shop: Shop) -> None:
-    person = await somebody(guarded_shop)
+    person = await new_person(guarded_shop)
     login = (await guarded_shop.post("/login", {"email": person.email, "password": PASSWORD})).json
     change = {"current_password": PASSWORD, "new_password": f"another {PASSWORD}"}
     assert (await guarded_shop.post("/users/me/password", change, token=login["access_token"])).status == 204
@@ -159,7 +162,7 @@ async def test_another_password_ends_the_sessions(guarded_shop: Shop) -> None:
 
 
 async def test_a_refresh_token_that_comes_twice_ends_the_session(guarded_shop: Shop) -> None:
-    person = await somebody(guarded_shop)
+    person = await new_person(guarded_shop)
     login = (await guarded_shop.post("/login", {"email": person.email, "password": PASSWORD})).json
     first = await guarded_shop.post("/token/refresh", {"refresh_token": login["refresh_token"]})
     again = await guarded_shop.post("/token/refresh", {"refresh_token": login["refresh_token"]})
@@ -285,7 +288,7 @@ async def test_a_guarded_shop_answers_under_any_name(guarded_shop: Shop) -> None
 
 
 async def test_callers_at_the_same_moment_are_not_mixed_up(guarded_shop: Shop) -> None:
-    people = [await somebody(guarded_shop) for _ in range(5)]
+    people = [await new_person(guarded_shop) for _ in range(5)]
     replies = await asyncio.gather(
         *(guarded_shop.get(f"/users/{other.id}", token=person.token) for person in people for other in people)
     )

@@ -17,11 +17,14 @@ import pytest
 import structlog
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from gateway.world import PASSWORD, UNKNOWN_ID, Person, Things, assert_problem, new_order, somebody, state_of
+from gateway.harness import Things
 from mercato.chassis.observability import faults, telemetry
 from mercato.gateway.route import MAX_BODY_BYTES, Route
 from mercato.gateway.routes import ROUTES
-from mercato.testing.shop import Reply, Shop
+from mercato.testing.responses import Response, assert_problem
+from mercato.testing.shop import Shop
+from mercato.testing.shop_data import PASSWORD, UNKNOWN_ID, Person, new_order, new_person
+from mercato.testing.snapshots import state_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -508,7 +511,7 @@ async def test_bad_input_is_answered_with_what_is_wrong_and_changes_nothing(open
     assert await state_of(open_shop) == before
 
 
-async def send(shop: Shop, method: str, path: str, body: Any = None, **options: Any) -> Reply:
+async def send(shop: Shop, method: str, path: str, body: Any = None, **options: Any) -> Response:
     """A request that is sent again while its caller is too fast for the row's limit."""
     while True:
         reply = await shop.request(method, path, body, **options)
@@ -539,7 +542,7 @@ async def test_a_body_on_get_is_not_looked_at(open_shop: Shop) -> None:
     ],
 )
 async def test_odd_text_that_is_text_comes_back_as_it_was(open_shop: Shop, name: str) -> None:
-    made = await Things.of(open_shop, await somebody(open_shop))
+    made = await Things.of(open_shop, await new_person(open_shop))
     path = f"/products/{made.product.id}"
     changed = await open_shop.patch(path, {"name": name, "description": name})
     assert (changed.status, changed.json["name"]) == (200, name)
@@ -632,7 +635,7 @@ def mutated(data: st.DataObject, body: Any) -> Any:
     return body
 
 
-def assert_answered(reply: Reply) -> None:
+def assert_answered(reply: Response) -> None:
     """That an answer is one that the API promises: success, or a problem with all its parts, never a 5xx."""
     assert reply.status < 500, reply.body
     if reply.status >= 400:
@@ -652,7 +655,7 @@ def named(route: Route) -> str:
 async def target(shop: Shop) -> Things:
     """What the property tests shoot at: their own staff member, who may do everything and is needed by nobody."""
     if shop not in _targets:
-        _targets[shop] = await Things.of(shop, await somebody(shop, "staff"))
+        _targets[shop] = await Things.of(shop, await new_person(shop, "staff"))
     return _targets[shop]
 
 
@@ -738,7 +741,7 @@ async def test_no_secret_shows_up_in_an_answer_or_in_the_log(
     telemetry.configure_logging("debug", written)
     try:
         with caplog.at_level("DEBUG"):
-            replies, tokens = await life_with_secrets(guarded_shop, await somebody(guarded_shop))
+            replies, tokens = await life_with_secrets(guarded_shop, await new_person(guarded_shop))
     finally:
         structlog.reset_defaults()
     said = b"\n".join(
@@ -747,13 +750,13 @@ async def test_no_secret_shows_up_in_an_answer_or_in_the_log(
     # The server keeps no access log; pytest, which listens to every logger, makes uvicorn believe that one is read.
     heard = [record.getMessage() for record in caplog.records if record.name != "uvicorn.access"]
     logged = written.getvalue() + "\n".join(heard).encode()
-    assert b"a planted failure" in logged, "the test would not notice anything"
+    assert b"an injected failure" in logged, "the test would not notice anything"
     for secret in (CANARY, *tokens):
         assert secret.encode() not in said
         assert secret.encode() not in logged
 
 
-async def life_with_secrets(shop: Shop, person: Person) -> tuple[list[Reply], list[str]]:
+async def life_with_secrets(shop: Shop, person: Person) -> tuple[list[Response], list[str]]:
     """All that one can say with a password and its tokens; the answers that may not hold them, and the tokens."""
     password = f"{CANARY} password"
     replies = [
@@ -805,17 +808,17 @@ async def life_with_secrets(shop: Shop, person: Person) -> tuple[list[Reply], li
     return replies, [access, refresh, forged, fresh["access_token"], fresh["refresh_token"], "$argon2id$"]
 
 
-async def fail(shop: Shop, password: str) -> Reply:
+async def fail(shop: Shop, password: str) -> Response:
     """An account that is opened while something unexpected goes wrong."""
 
     async def explode(_: str) -> None:
-        raise RuntimeError("a planted failure")
+        raise RuntimeError("an injected failure")
 
-    unplant = faults.plant("users.register.after_commit", explode)
+    remove = faults.inject("users.register.after_commit", explode)
     try:
         account = {"email": f"{CANARY[:6]}@example.com", "name": "x", "password": password}
         reply = await send(shop, "POST", "/register", account)
     finally:
-        unplant()
+        remove()
     assert_problem(reply, 500, "internal")
     return reply

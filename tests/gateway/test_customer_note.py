@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.world import assert_problem, somebody, staff_token, unique
+from mercato.testing.responses import assert_problem
 from mercato.testing.shop import Shop
+from mercato.testing.shop_data import new_person, staff_token, unique
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -13,7 +14,7 @@ NOTE = 'Please ring twice: the dog\'s name is "Bo" \\ 🐕'
 
 
 async def test_a_note_is_shown_wherever_its_order_is(open_shop: Shop) -> None:
-    person, key = await somebody(open_shop), {"Idempotency-Key": unique("note")}
+    person, key = await new_person(open_shop), {"Idempotency-Key": unique("note")}
     body = {"user_id": person.id, "product_id": 100, "customer_note": NOTE}
 
     placed = await open_shop.post("/orders", body, headers=key, token=person.token)
@@ -33,14 +34,14 @@ async def test_a_note_is_shown_wherever_its_order_is(open_shop: Shop) -> None:
 
 
 async def test_an_order_without_a_note_has_an_empty_one(open_shop: Shop) -> None:
-    person = await somebody(open_shop)
+    person = await new_person(open_shop)
     placed = await open_shop.post("/orders", {"user_id": person.id, "product_id": 100}, token=person.token)
     assert placed.json["customer_note"] == ""
 
 
 @pytest.mark.parametrize("note", ["x" * 501, "a\x00b", 7, None])
 async def test_a_note_that_cannot_be_kept_is_refused_and_named(open_shop: Shop, note: object) -> None:
-    person = await somebody(open_shop)
+    person = await new_person(open_shop)
     body = {"user_id": person.id, "product_id": 100, "customer_note": note}
 
     refused = await open_shop.post("/orders", body, token=person.token)
@@ -51,6 +52,6 @@ async def test_a_note_that_cannot_be_kept_is_refused_and_named(open_shop: Shop, 
 
 
 async def test_a_note_of_500_characters_is_kept(open_shop: Shop) -> None:
-    person = await somebody(open_shop)
+    person = await new_person(open_shop)
     body = {"user_id": person.id, "product_id": 100, "customer_note": "ü" * 500}
     assert (await open_shop.post("/orders", body, token=person.token)).json["customer_note"] == "ü" * 500

@@ -7,8 +7,9 @@ import re
 
 import pytest
 
-from gateway.world import assert_problem, new_order, somebody, staff_token
-from mercato.testing.shop import Reply, Shop
+from mercato.testing.responses import Response, assert_problem
+from mercato.testing.shop import Shop
+from mercato.testing.shop_data import new_order, new_person, staff_token
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -43,7 +44,7 @@ async def all_entries(shop: Shop, query: str = "") -> list[dict[str, object]]:
 
 
 async def test_a_placed_order_is_in_the_feed(open_shop: Shop):
-    person = await somebody(open_shop)
+    person = await new_person(open_shop)
     order_id = await new_order(open_shop, person.id)
     entries = await told(open_shop, order_id, "&types=order.placed")
     assert len(entries) == 1
@@ -53,7 +54,7 @@ async def test_a_placed_order_is_in_the_feed(open_shop: Shop):
 
 
 async def test_pages_have_a_link_while_they_are_full_and_positions_rise(open_shop: Shop):
-    person = await somebody(open_shop)
+    person = await new_person(open_shop)
     orders = [await new_order(open_shop, person.id) for _ in range(3)]
     await told(open_shop, orders[-1])
     positions = [int(str(entry["position"])) for entry in await all_entries(open_shop)]
@@ -87,13 +88,13 @@ async def test_pages_have_a_link_while_they_are_full_and_positions_rise(open_sho
     ],
 )
 async def test_a_query_of_another_shape_is_refused(open_shop: Shop, query: str, field: str):
-    reply: Reply = await open_shop.get(f"/events?{query}", token=await staff_token(open_shop))
+    reply: Response = await open_shop.get(f"/events?{query}", token=await staff_token(open_shop))
     assert_problem(reply, 400, "invalid_request")
     assert reply.wrong_fields == {field}
 
 
 async def test_a_cursor_from_before_what_was_deleted_is_gone(open_shop: Shop):
-    database = open_shop.rig.host.services["events"].database
+    database = open_shop.harness.host.services["events"].database
     async with database.transaction() as tx:
         await tx.execute("INSERT INTO feed_purged VALUES ('thing.forgotten', 7)")
     try:
@@ -110,6 +111,6 @@ async def test_a_cursor_from_before_what_was_deleted_is_gone(open_shop: Shop):
 
 async def test_the_feed_is_for_staff_alone(guarded_shop: Shop):
     assert_problem(await guarded_shop.get("/events"), 401, "sign_in_first")
-    person = await somebody(guarded_shop)
+    person = await new_person(guarded_shop)
     assert_problem(await guarded_shop.get("/events", token=person.token), 403, "forbidden")
     assert (await guarded_shop.get("/events", token=await guarded_shop.staff())).status == 200

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from gateway.world import PASSWORD, Person, Things, assert_problem, new_order, new_product, somebody, unique
+from gateway.harness import Things
 from mercato import topology
 from mercato.gateway.route import Route
 from mercato.gateway.routes import ROUTES
-from mercato.testing.harness import Cluster
-from mercato.testing.shop import Reply, Shop
+from mercato.testing.cluster import Cluster
+from mercato.testing.responses import Response, assert_problem
+from mercato.testing.shop import Shop
+from mercato.testing.shop_data import PASSWORD, Person, new_order, new_person, new_product, unique
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -53,7 +55,7 @@ READS = [route for route in ROUTES if route.method == "GET"]
 
 @pytest.mark.parametrize("route", READS, ids=lambda route: route.path)
 async def test_head_is_get_without_the_body(guarded_shop: Shop, route: Route) -> None:
-    person = await somebody(guarded_shop, "staff")
+    person = await new_person(guarded_shop, "staff")
     path = (await Things.of(guarded_shop, person)).path(route)
     got = await guarded_shop.get(path, token=person.token)
     head = await guarded_shop.request("HEAD", path, token=person.token)
@@ -94,7 +96,7 @@ async def test_connections_are_kept_and_answers_do_not_mix(open_shop: Shop) -> N
 async def changeable(shop: Shop) -> list[tuple[str, str, dict[str, Any]]]:
     """Rows that take If-Match, each on a thing of its own."""
     product, archived = await new_product(shop), await new_product(shop)
-    person, moved, cancelled = await somebody(shop), await new_order(shop, 1), await new_order(shop, 1)
+    person, moved, cancelled = await new_person(shop), await new_order(shop, 1), await new_order(shop, 1)
     return [
         ("PATCH", f"/products/{product.id}", {"name": "Changed"}),
         ("POST", f"/products/{archived.id}/archive", {}),
@@ -164,7 +166,7 @@ async def walk(shop: Shop, path: str, **options: Any) -> list[int]:
     return seen
 
 
-def next_link(reply: Reply) -> str | None:
+def next_link(reply: Response) -> str | None:
     if "link" not in reply.headers:
         return None
     found = re.fullmatch(r'<(/[^>]*)>; rel="next"', reply.headers["link"])
@@ -174,7 +176,7 @@ def next_link(reply: Reply) -> str | None:
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def customer(guarded_shop: Shop) -> AsyncGenerator[Person]:
-    yield await somebody(guarded_shop)
+    yield await new_person(guarded_shop)
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 5, 6])
@@ -218,7 +220,7 @@ async def test_the_links_keep_the_words_that_were_searched_for(open_shop: Shop) 
 
 
 async def test_the_links_lead_through_all_users(guarded_shop: Shop) -> None:
-    made = [(await somebody(guarded_shop)).id for _ in range(3)]
+    made = [(await new_person(guarded_shop)).id for _ in range(3)]
     walked = await walk(guarded_shop, "/users?limit=2&role=customer", token=await guarded_shop.staff())
     assert walked == sorted(set(walked))
     assert set(made) <= set(walked)
@@ -290,7 +292,7 @@ async def test_the_shop_says_that_it_lives_and_is_ready(guarded_shop: Shop) -> N
 
 async def test_a_shop_without_one_of_its_databases_is_alive_and_not_ready(cluster: Cluster) -> None:
     shop = await Shop.start(cluster)
-    name = shop.rig.dsns["products"].partition("?")[0].rpartition("/")[2]
+    name = shop.harness.dsns["products"].partition("?")[0].rpartition("/")[2]
     try:
         await cluster.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
         await cluster.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
@@ -344,7 +346,7 @@ async def test_metrics_show_requests_batches_queues_and_pools(open_shop: Shop) -
 
 async def test_metrics_are_for_staff_and_for_a_collector_on_this_machine(guarded_shop: Shop) -> None:
     assert (await guarded_shop.get("/metrics")).status == 200
-    app = topology.gateway(guarded_shop.rig.host, open_to=None)
+    app = topology.gateway(guarded_shop.harness.host, open_to=None)
 
     async def from_elsewhere(token: str | None) -> int:
         """The status that a caller hears who is not on this machine."""

@@ -8,40 +8,35 @@ from typing import Any
 
 import pytest
 
-from gateway.world import (
-    SameDatabases,
-    Things,
-    assert_problem,
-    new_order,
-    new_product,
-    somebody,
-    staff_token,
-    state_of,
-    unique,
-)
+from gateway.harness import SameDatabases, Things
 from mercato.chassis.hosting.host import TransportName
 from mercato.gateway.routes import ROUTES
-from mercato.testing.harness import Cluster
-from mercato.testing.shop import Reply, Shop
+from mercato.testing.cluster import Cluster
+from mercato.testing.responses import Response, assert_problem
+from mercato.testing.shop import Shop
+from mercato.testing.shop_data import new_order, new_person, new_product, staff_token, unique
+from mercato.testing.snapshots import state_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 ORDER = {"user_id": 1, "product_id": 100, "quantity": 1}
 
 
-async def place(shop: Shop, key: str, body: Any = None, *, raw: bytes | None = None, token: str | None = None) -> Reply:
+async def place(
+    shop: Shop, key: str, body: Any = None, *, raw: bytes | None = None, token: str | None = None
+) -> Response:
     sent = json.dumps(body or ORDER).encode() if raw is None else raw
     headers = {"Idempotency-Key": key, "Content-Type": "application/json"}
     return await shop.post("/orders", raw=sent, headers=headers, token=token)
 
 
 async def order_count(shop: Shop) -> int:
-    async with shop.rig.host.services["orders"].database.read() as tx:
+    async with shop.harness.host.services["orders"].database.read() as tx:
         [count] = await tx.fetch_values(int, "SELECT count(*) FROM orders")
     return count
 
 
-def assert_replayed(first: Reply, again: Reply) -> None:
+def assert_replayed(first: Response, again: Response) -> None:
     """That an answer is the first one again, byte for byte, and says so."""
     assert (first.status, again.status) == (201, 201)
     assert again.body == first.body
@@ -84,7 +79,7 @@ async def test_white_space_and_the_order_of_members_do_not_count(open_shop: Shop
 
 
 async def test_the_same_key_of_another_user_is_another_key(guarded_shop: Shop) -> None:
-    key, one, other = unique("key"), await somebody(guarded_shop), await somebody(guarded_shop)
+    key, one, other = unique("key"), await new_person(guarded_shop), await new_person(guarded_shop)
     first = await place(guarded_shop, key, {**ORDER, "user_id": one.id}, token=one.token)
     second = await place(guarded_shop, key, {**ORDER, "user_id": other.id}, token=other.token)
     third = await place(guarded_shop, key, {**ORDER, "user_id": one.id}, token=await staff_token(guarded_shop))
@@ -148,7 +143,7 @@ async def test_a_refusal_is_thought_over_when_its_reason_is_gone(open_shop: Shop
 
 
 async def test_who_may_not_order_does_not_use_up_a_key(guarded_shop: Shop) -> None:
-    key, person = unique("key"), await somebody(guarded_shop)
+    key, person = unique("key"), await new_person(guarded_shop)
     wanted = {**ORDER, "user_id": person.id}
     assert_problem(await place(guarded_shop, key, wanted), 401, "sign_in_first")
     assert_problem(await place(guarded_shop, key, {**wanted, "user_id": 1}, token=person.token), 404, "users.not_found")
@@ -183,7 +178,7 @@ KEYLESS = [route for route in ROUTES if not route.idempotency]
 
 @pytest.mark.parametrize("route", KEYLESS, ids=lambda route: f"{route.method} {route.path}")
 async def test_a_row_that_takes_no_key_says_so(guarded_shop: Shop, route: Any) -> None:
-    person = await somebody(guarded_shop, "staff")
+    person = await new_person(guarded_shop, "staff")
     things = await Things.of(guarded_shop, person)
     before = await state_of(guarded_shop)
     reply = await guarded_shop.request(
@@ -200,7 +195,7 @@ async def test_a_row_that_takes_no_key_says_so(guarded_shop: Shop, route: Any) -
 async def test_a_key_finds_its_order_after_30_days(open_shop: Shop) -> None:
     key = unique("key")
     first, before = await place(open_shop, key), await order_count(open_shop)
-    async with open_shop.rig.host.services["orders"].database.transaction() as tx:
+    async with open_shop.harness.host.services["orders"].database.transaction() as tx:
         moved = "UPDATE orders SET created_at = created_at - interval '30 days' WHERE idempotency_key = $1"
         assert await tx.execute(moved, key) == 1
     again = await place(open_shop, key)
@@ -216,10 +211,10 @@ async def test_a_key_outlives_the_process(cluster: Cluster, transport: Transport
     shop = await Shop.start(cluster, transport)
     first = await place(shop, key)
     await new_order(shop, 1)
-    same = SameDatabases(cluster, shop.rig.dsns)
-    shop.rig.dsns.clear()  # it closes, and leaves its databases
+    same = SameDatabases(cluster, shop.harness.dsns)
+    shop.harness.dsns.clear()  # it closes, and leaves its databases
     await shop.close()
-    shop = await Shop.start(same, transport)  # pyright: ignore[reportArgumentType]  # all that a rig asks of a cluster
+    shop = await Shop.start(same, transport)  # pyright: ignore[reportArgumentType]  # all that a shop asks of a cluster
     try:
         assert await order_count(shop) == 2
         assert_replayed(first, await place(shop, key))

@@ -6,9 +6,10 @@ from typing import Any, Final
 
 import pytest
 
-from gateway.world import UNKNOWN_ID, Person, assert_problem, new_product, somebody, staff_token, unique
 from mercato.contracts.products import Product
-from mercato.testing.shop import Reply, Shop
+from mercato.testing.responses import Response, assert_problem
+from mercato.testing.shop import Shop
+from mercato.testing.shop_data import UNKNOWN_ID, Person, new_person, new_product, staff_token, unique
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -23,21 +24,21 @@ async def stocked(shop: Shop, pieces: int = 10) -> Product:
     return product
 
 
-async def placed(shop: Shop, person: Person | None = None, **fields: Any) -> Reply:
+async def placed(shop: Shop, person: Person | None = None, **fields: Any) -> Response:
     """An order of one piece of a product of its own, when nothing is under way for it any more."""
-    person = person or await somebody(shop)
+    person = person or await new_person(shop)
     body = {"user_id": person.id, "product_id": (await stocked(shop)).id, **fields}
     reply = await shop.post("/orders", body, headers={"Prefer": "wait=20"}, token=person.token)
     assert reply.status == 201, reply.body
     return reply
 
 
-async def pay(shop: Shop, order: Reply, token: str | None = None, key: str | None = None, **fields: Any) -> Reply:
+async def pay(shop: Shop, order: Response, token: str | None = None, key: str | None = None, **fields: Any) -> Response:
     headers = {} if key is None else {"Idempotency-Key": key}
     return await shop.post("/payments", {"order_id": order.json["id"], **fields}, headers=headers, token=token)
 
 
-async def order_of(shop: Shop, order: Reply, token: str | None = None) -> Any:
+async def order_of(shop: Shop, order: Response, token: str | None = None) -> Any:
     return (await shop.get(f"/orders/{order.json['id']}", token=token)).json
 
 
@@ -168,7 +169,7 @@ async def test_what_is_not_valid_is_400_and_named(open_shop: Shop, fields: dict[
 async def test_a_method_that_payments_does_not_know_is_refused_before_anything_is_done(
     open_shop: Shop, method: str, reason: str
 ) -> None:
-    person, product = await somebody(open_shop), await stocked(open_shop)
+    person, product = await new_person(open_shop), await stocked(open_shop)
     body = {"user_id": person.id, "product_id": product.id}
     waiting = await placed(open_shop, person)
 
@@ -231,7 +232,7 @@ async def test_an_amount_is_reserved_and_given_back(open_shop: Shop) -> None:
 # ------------------------------------------------------------------------------------------------- refunds and returns
 
 
-async def refund(shop: Shop, payment: Reply, body: Any = None, key: str | None = None) -> Reply:
+async def refund(shop: Shop, payment: Response, body: Any = None, key: str | None = None) -> Response:
     headers = {"Idempotency-Key": key or unique("refund")}
     return await shop.post(f"/payments/{payment.json['id']}/refunds", body, headers=headers)
 
@@ -332,7 +333,7 @@ async def test_a_return_that_names_no_line_is_refused(
     assert (await order_of(open_shop, order))["items"][0]["returned"] == 0
 
 
-async def return_item(shop: Shop, path: str, item: dict[str, int]) -> Reply:
+async def return_item(shop: Shop, path: str, item: dict[str, int]) -> Response:
     return await shop.post(f"{path}/returns", {"items": [item]}, headers={"Idempotency-Key": unique("return")})
 
 
@@ -406,7 +407,7 @@ async def test_unknown_orders_and_payments_are_404(open_shop: Shop) -> None:
 
 
 async def test_customers_pay_and_see_their_own_and_others_are_like_unknown(guarded_shop: Shop) -> None:
-    owner, stranger = await somebody(guarded_shop), await somebody(guarded_shop)
+    owner, stranger = await new_person(guarded_shop), await new_person(guarded_shop)
     order = await placed(guarded_shop, owner)
 
     others = await pay(guarded_shop, order, stranger.token)
@@ -426,7 +427,7 @@ async def test_customers_pay_and_see_their_own_and_others_are_like_unknown(guard
 
 @pytest.mark.parametrize("what", ["capture", "void", "refunds"])
 async def test_only_staff_capture_void_and_refund(guarded_shop: Shop, what: str) -> None:
-    owner = await somebody(guarded_shop)
+    owner = await new_person(guarded_shop)
     paid = await pay(guarded_shop, await placed(guarded_shop, owner), owner.token)
     path, headers = f"/payments/{paid.json['id']}/{what}", {"Idempotency-Key": unique("key")}
 

@@ -9,14 +9,15 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from gateway.world import assert_problem, somebody
 from mercato.chassis.contract import ANONYMOUS, Actor
 from mercato.gateway.problems import TooManyRequests
 from mercato.gateway.rates import RateLimiter
 from mercato.gateway.route import Limits
 from mercato.gateway.routes import ROUTES
 from mercato.gateway.routes.users import CREDENTIALS
-from mercato.testing.shop import Reply, Shop
+from mercato.testing.responses import Response, assert_problem
+from mercato.testing.shop import Shop
+from mercato.testing.shop_data import new_person
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -72,9 +73,9 @@ async def test_rows_that_cost_a_hash_or_give_a_session_are_limited() -> None:
     }
 
 
-async def flood(shop: Shop, headers: Callable[[int], Mapping[str, str]] = lambda _n: {}) -> list[Reply]:
+async def flood(shop: Shop, headers: Callable[[int], Mapping[str, str]] = lambda _n: {}) -> list[Response]:
     """Asks more often than the row lets a caller; again where a busy machine is slower than the rate of the row."""
-    replies: list[Reply] = []
+    replies: list[Response] = []
     while len(replies) < FLOOD_MAX and 429 not in {reply.status for reply in replies}:
         replies += await asyncio.gather(*(shop.post("/logout", NOBODYS, headers=headers(n)) for n in range(FLOOD)))
     return replies
@@ -89,7 +90,7 @@ async def test_who_asks_too_often_hears_when_to_come_back(guarded_shop: Shop) ->
         assert_problem(reply, 429, "too_many_requests")
         assert int(reply.headers["retry-after"]) >= 1
     # Others, and other rows, do not notice.
-    person = await somebody(guarded_shop)
+    person = await new_person(guarded_shop)
     assert (await guarded_shop.post("/logout", NOBODYS, token=person.token)).status == 204
     assert (await guarded_shop.get("/products/100")).status == 200
     # And they may again, by themselves.

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from gateway.world import UNKNOWN_ID, assert_problem, new_product, somebody, staff_token, unique
 from mercato import topology
 from mercato.contracts.inventory import Inventory, ReserveStock, StockLine
-from mercato.testing.shop import Reply, Shop
+from mercato.testing.responses import Response, assert_problem
+from mercato.testing.shop import Shop
+from mercato.testing.shop_data import UNKNOWN_ID, new_person, new_product, staff_token, unique
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -24,20 +25,20 @@ async def counted(shop: Shop, on_hand: int) -> tuple[str, int]:
     return path, product.id
 
 
-async def adjust(shop: Shop, path: str, body: Any, key: str | None = None) -> Reply:
+async def adjust(shop: Shop, path: str, body: Any, key: str | None = None) -> Response:
     headers = {"Idempotency-Key": key or unique("key")}
     return await shop.post(f"{path}/adjustments", body, headers=headers, token=await staff_token(shop))
 
 
 async def hold(shop: Shop, product_id: int, quantity: int) -> None:
-    inventory = shop.rig.client(Inventory)
+    inventory = shop.harness.client(Inventory)
     wanted = ReserveStock(
         order_id=1_000_000_000 + product_id,  # a number that no order has
         lines=(StockLine(product_id=product_id, quantity=quantity),),
         for_payment=True,
         idempotency_key=unique("hold"),
     )
-    await topology.as_the_shop(shop.rig.host, lambda: inventory.reserve(wanted))
+    await topology.as_the_shop(shop.harness.host, lambda: inventory.reserve(wanted))
 
 
 # -------------------------------------------------------------------------------------------------------------- look
@@ -213,7 +214,7 @@ async def test_a_list_that_makes_no_sense_is_refused(open_shop: Shop, query: str
 
 async def test_customers_look_and_change_nothing(guarded_shop: Shop) -> None:
     path, _ = await counted(guarded_shop, 5)
-    token = (await somebody(guarded_shop)).token
+    token = (await new_person(guarded_shop)).token
     key = {"Idempotency-Key": unique("key")}
     for reply in (
         await guarded_shop.put(path, {"on_hand": 0}, token=token),

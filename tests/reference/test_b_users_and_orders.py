@@ -8,9 +8,10 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 import pytest
 import pytest_asyncio
 
-from gateway.world import assert_problem, new_order, somebody
-from mercato.testing.harness import Cluster
-from mercato.testing.shop import Reply, Shop
+from mercato.testing.cluster import Cluster
+from mercato.testing.responses import Response, assert_problem
+from mercato.testing.shop import Shop
+from mercato.testing.shop_data import new_order, new_person
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -20,7 +21,7 @@ LEFT_ALONE_SECONDS = 8
 
 
 async def test_staff_see_every_user_page_by_page(open_shop: Shop) -> None:
-    made = {(await somebody(open_shop)).id for _ in range(5)}
+    made = {(await new_person(open_shop)).id for _ in range(5)}
     seen: list[int] = []
     path: str | None = "/users?limit=2"
     while path:
@@ -34,7 +35,7 @@ async def test_staff_see_every_user_page_by_page(open_shop: Shop) -> None:
 
 
 async def test_the_orders_of_a_user_are_that_users(open_shop: Shop) -> None:
-    person, other = await somebody(open_shop), await somebody(open_shop)
+    person, other = await new_person(open_shop), await new_person(open_shop)
     own = [await new_order(open_shop, person.id) for _ in range(3)]
     await new_order(open_shop, other.id)
     reply = await open_shop.get(f"/orders?user_id={person.id}")
@@ -60,7 +61,7 @@ async def shop(cluster: Cluster, request: pytest.FixtureRequest) -> AsyncGenerat
 
 
 def users_database(shop: Shop) -> str:
-    return shop.rig.dsns["users"].partition("?")[0].rpartition("/")[2]
+    return shop.harness.dsns["users"].partition("?")[0].rpartition("/")[2]
 
 
 async def take_away(cluster: Cluster, shop: Shop) -> None:
@@ -73,7 +74,7 @@ async def give_back(cluster: Cluster, shop: Shop) -> None:
     await cluster.execute(f'ALTER DATABASE "{users_database(shop)}" ALLOW_CONNECTIONS true')
 
 
-async def until(answer: Callable[[], Awaitable[Reply]], status: int) -> Reply:
+async def until(answer: Callable[[], Awaitable[Response]], status: int) -> Response:
     """Asks until it is answered with this status; so long, nothing but a clear 503 is heard."""
     async with asyncio.timeout(BACK_SECONDS):
         while (reply := await answer()).status != status:
@@ -82,7 +83,7 @@ async def until(answer: Callable[[], Awaitable[Reply]], status: int) -> Reply:
     return reply
 
 
-def assert_unavailable(reply: Reply) -> None:
+def assert_unavailable(reply: Response) -> None:
     assert_problem(reply, 503, "unavailable")
     assert reply.json["details"] == {"service": "users"}
     assert int(reply.headers["retry-after"]) >= 1
@@ -113,7 +114,7 @@ async def test_without_users_orders_answer_503_and_come_back_by_themselves(shop:
 async def test_while_the_breaker_is_open_the_answer_comes_at_once(shop: Shop, cluster: Cluster) -> None:
     await take_away(cluster, shop)
 
-    async def asked_again_until_left_alone_for_long() -> Reply:
+    async def asked_again_until_left_alone_for_long() -> Response:
         # Each probe that fails doubles the time for which the breaker stays open; Retry-After says how long that is.
         async with asyncio.timeout(BACK_SECONDS):
             while True:
@@ -131,6 +132,6 @@ async def test_while_the_breaker_is_open_the_answer_comes_at_once(shop: Shop, cl
     assert 'mercato_breaker_open{service="users"} 0.0' in (await shop.get("/metrics")).body.decode()
 
 
-def next_page(reply: Reply) -> str | None:
+def next_page(reply: Response) -> str | None:
     link = reply.headers.get("link")
     return link[1 : link.index(">")] if link else None

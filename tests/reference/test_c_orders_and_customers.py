@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
-from gateway.world import assert_problem, somebody
+from mercato.testing.responses import assert_problem
 from mercato.testing.shop import Shop
+from mercato.testing.shop_data import new_person
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -65,7 +66,7 @@ async def test_an_unknown_customer_is_not_found(open_shop: Shop) -> None:
 
 
 async def test_numbers_of_orders_are_the_databases_and_not_a_counters(open_shop: Shop) -> None:
-    person = await somebody(open_shop)
+    person = await new_person(open_shop)
     placed = await asyncio.gather(
         *(open_shop.post("/orders", {"user_id": person.id, "product_id": 100}) for _ in range(10))
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.world import PASSWORD, Person, assert_problem, new_product, somebody, staff_token, unique
+from mercato.testing.responses import assert_problem
 from mercato.testing.shop import Shop
+from mercato.testing.shop_data import PASSWORD, Person, new_person, new_product, staff_token, unique
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -53,17 +54,17 @@ async def test_signing_in_gives_an_access_and_a_refresh_token(guarded_shop: Shop
 
 
 async def test_a_wrong_password_and_an_unknown_email_are_answered_alike(guarded_shop: Shop) -> None:
-    person = await somebody(guarded_shop)
+    person = await new_person(guarded_shop)
     wrong = await guarded_shop.post("/login", {"email": person.email, "password": "not the password"})
     unknown = await guarded_shop.post("/login", {"email": "nobody@example.com", "password": "not the password"})
     assert_problem(wrong, 401, "users.wrong_credentials")
-    trace_ids = wrong.json.pop("trace_id"), unknown.json.pop("trace_id")
-    assert trace_ids[0] != trace_ids[1]
-    assert wrong.json == unknown.json
+    one, other = wrong.json, unknown.json
+    assert one.pop("trace_id") != other.pop("trace_id")
+    assert one == other
 
 
 async def test_a_profile_is_read_and_changed_by_its_owner(guarded_shop: Shop) -> None:
-    person = await somebody(guarded_shop)
+    person = await new_person(guarded_shop)
     own = await guarded_shop.get(f"/users/{person.id}", token=person.token)
     assert (own.status, own.json["email"]) == (200, person.email)
     changed = await guarded_shop.patch("/users/me", {"name": "Dorothea"}, token=person.token)
@@ -130,14 +131,14 @@ async def ordered(shop: Shop, person: Person) -> str:
 
 
 async def test_an_order_of_several_products_is_created_and_read(guarded_shop: Shop) -> None:
-    person = await somebody(guarded_shop)
+    person = await new_person(guarded_shop)
     path = await ordered(guarded_shop, person)
     read = await guarded_shop.get(path, token=person.token)
     assert (read.status, len(read.json["items"]), read.json["status"]) == (200, 2, "pending")
 
 
 async def test_a_second_order_does_not_overwrite_the_first(guarded_shop: Shop) -> None:
-    person = await somebody(guarded_shop)
+    person = await new_person(guarded_shop)
     first, second = await ordered(guarded_shop, person), await ordered(guarded_shop, person)
     assert first != second
     listed = await guarded_shop.get("/orders", token=person.token)
@@ -154,7 +155,7 @@ async def test_an_order_keeps_the_price_that_it_was_placed_with(open_shop: Shop)
 
 
 async def test_the_status_of_an_order_moves_along_its_graph(guarded_shop: Shop) -> None:
-    person, staff = await somebody(guarded_shop), await guarded_shop.staff()
+    person, staff = await new_person(guarded_shop), await guarded_shop.staff()
     path = await ordered(guarded_shop, person)
     for axis, state in (
         ("status", "confirmed"),
@@ -179,7 +180,7 @@ async def test_the_status_of_an_order_moves_along_its_graph(guarded_shop: Shop) 
 
 
 async def test_a_customer_cancels_what_is_not_shipped(guarded_shop: Shop) -> None:
-    person, staff = await somebody(guarded_shop), await guarded_shop.staff()
+    person, staff = await new_person(guarded_shop), await guarded_shop.staff()
     early, late = await ordered(guarded_shop, person), await ordered(guarded_shop, person)
     cancelled = await guarded_shop.post(f"{early}/cancel", {"reason": "too dear"}, token=person.token)
     assert (cancelled.status, cancelled.json["status"]) == (200, "cancelled")
@@ -212,7 +213,7 @@ async def test_every_service_says_whether_it_is_well(open_shop: Shop) -> None:
 
 
 async def test_staff_find_an_order_by_its_state(guarded_shop: Shop) -> None:
-    person, staff = await somebody(guarded_shop), await staff_token(guarded_shop)
+    person, staff = await new_person(guarded_shop), await staff_token(guarded_shop)
     path = await ordered(guarded_shop, person)
     await guarded_shop.patch(path, {"status": "confirmed", "fulfilment": "shipped"}, token=staff)
     query = f"user_id={person.id}&status=confirmed&payment=unpaid&fulfilment=shipped"

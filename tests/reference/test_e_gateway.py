@@ -10,11 +10,12 @@ import shutil
 
 import pytest
 
-from gateway.world import assert_problem, state_of
 from mercato.chassis.contract import Unavailable
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database
+from mercato.testing.responses import assert_problem
 from mercato.testing.shop import Shop
+from mercato.testing.snapshots import state_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -112,9 +113,9 @@ async def test_broken_json_is_answered_with_its_position(open_shop: Shop) -> Non
 
 
 async def test_each_service_owns_its_database(open_shop: Shop) -> None:
-    names = {service: dsn.partition("?")[0].rpartition("/")[2] for service, dsn in open_shop.rig.dsns.items()}
+    names = {service: dsn.partition("?")[0].rpartition("/")[2] for service, dsn in open_shop.harness.dsns.items()}
     assert len(set(names.values())) == len(names)
-    for service, dsn in open_shop.rig.dsns.items():
+    for service, dsn in open_shop.harness.dsns.items():
         for other in names.keys() - {service}:
             foreign = Database(dsn.replace(f"/{names[service]}?", f"/{names[other]}?"), service, Telemetry(), size=1)
             with pytest.raises(Exception, match="permission denied for database"):

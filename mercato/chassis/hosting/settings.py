@@ -38,7 +38,7 @@ class Settings(BaseSettings):
     audit_seconds: Annotated[float, Field(ge=0)] = 300.0
     """How often the shop checks its own books, all its processes together; 0: never."""
     faults: str = ""
-    """Faults to plant at start, for crash tests: `orders.place.after_commit=kill`."""
+    """Faults to inject at start, for crash tests: `orders.place.after_commit=kill`."""
 
     @property
     def log_requests(self) -> bool:

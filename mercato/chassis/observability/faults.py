@@ -1,8 +1,8 @@
-"""Named fault points: places where a test lets the power fail.
+"""Named fault points: places in the code where a test injects a fault.
 
 `await faults.point("orders.place.after_commit")` does nothing unless a test, or `MERCATO_FAULTS` at the start of the
-process, has planted a fault there. What was planted is a dictionary that is empty in production, so a point costs one
-look at it. Points are declared at import with `declare`, so that a crash test can enumerate them and fail for a
+process, has injected a fault there. The injected faults are a dictionary that is empty in production, so a point costs
+one look at it. Points are declared at import with `declare`, so that a crash test can enumerate them and fail for a
 point that nothing reaches.
 """
 
@@ -19,7 +19,7 @@ Fault = Callable[[str], Awaitable[None]]
 POINTS: Final[set[str]] = set()
 """Every declared point."""
 
-_planted: Final[dict[str, Fault]] = {}
+_injected: Final[dict[str, Fault]] = {}
 
 
 def declare(*names: str) -> None:
@@ -28,19 +28,19 @@ def declare(*names: str) -> None:
 
 
 async def point(name: str) -> None:
-    """Lets the fault planted at `name` happen, if there is one."""
-    if _planted and (fault := _planted.get(name)) is not None:
+    """Runs the fault injected at `name`, if there is one."""
+    if _injected and (fault := _injected.get(name)) is not None:
         await fault(name)
 
 
-def plant(name: str, fault: Fault) -> Callable[[], None]:
-    """Plants a fault and returns what removes it. Raises KeyError for a point that nobody declared."""
+def inject(name: str, fault: Fault) -> Callable[[], None]:
+    """Injects a fault and returns a function that removes it. Raises KeyError for a point that is not declared."""
     if name not in POINTS:
         raise KeyError(f"no fault point is called {name!r}")
-    _planted[name] = fault
+    _injected[name] = fault
 
     def remove() -> None:
-        _planted.pop(name, None)
+        _injected.pop(name, None)
 
     return remove
 
@@ -54,11 +54,11 @@ async def hang(_: str) -> None:
     await asyncio.sleep(3_600)
 
 
-def plant_from_environment(value: str) -> None:
-    """Plants what `MERCATO_FAULTS` says: `point=kill,other.point=hang`. Raises ValueError for anything else."""
+def inject_from_environment(value: str) -> None:
+    """Injects the faults that `MERCATO_FAULTS` lists: `point=kill,other.point=hang`. ValueError: it is malformed."""
     known = {"kill": kill, "hang": hang}
     for part in filter(None, value.split(",")):
         name, _, what = part.partition("=")
         if what not in known or name not in POINTS:
             raise ValueError(f"MERCATO_FAULTS: {part!r} is not point=kill or point=hang of a declared point")
-        plant(name, known[what])
+        inject(name, known[what])

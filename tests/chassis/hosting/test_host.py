@@ -8,7 +8,8 @@ from mercato.chassis.hosting.host import Host
 from mercato.chassis.hosting.service import Env, Service
 from mercato.chassis.rpc.server import Server
 from mercato.contracts.events import Events
-from mercato.testing.harness import TEST_SECRET, Cluster
+from mercato.testing.cluster import Cluster
+from mercato.testing.harness import TEST_SECRET
 
 
 async def test_a_loop_that_loses_a_cancellation_is_cancelled_again(cluster: Cluster):

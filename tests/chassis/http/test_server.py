@@ -9,7 +9,7 @@ import inspect
 import socket
 import sys
 import urllib.parse
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -238,7 +238,7 @@ class Client:
 
 
 @contextlib.asynccontextmanager
-async def serve(**limits: Any) -> AsyncIterator[Serving]:
+async def serve(**limits: Any) -> AsyncGenerator[Serving]:
     app, stop, ready, refused = App(), asyncio.Event(), asyncio.Event(), list[str]()
     sock = bind("127.0.0.1", 0)
     port = sock.getsockname()[1]

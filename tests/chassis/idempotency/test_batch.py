@@ -27,7 +27,7 @@ from mercato.chassis.idempotency.batch import KeyedAttempt, KeyedBatch, Stored
 from mercato.chassis.idempotency.keys import Identity
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database, LockTimeout, UniqueViolation
-from mercato.testing.harness import Cluster
+from mercato.testing.cluster import Cluster
 
 MIGRATIONS = Path(__file__).with_name("migrations_with_keys")
 OPERATION = "counter.add"

@@ -16,10 +16,10 @@ import pytest_asyncio
 from mercato.chassis.contract import Actor, IdempotencyKeyReused
 from mercato.chassis.idempotency import keys as idempotency
 from mercato.chassis.idempotency.keys import Keyed, StoredRow, principal_of
-from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database, LockTimeout
-from mercato.testing.harness import Cluster
-from mercato.testing.waiting import without_waiting
+from mercato.testing.cluster import Cluster
+from mercato.testing.databases import fresh_dsn, opened
+from mercato.testing.waiting import until_blocked, without_waiting
 
 MIGRATIONS = Path(__file__).with_name("migrations_with_keys")
 OPERATION = "things.put"
@@ -27,12 +27,8 @@ OPERATION = "things.put"
 
 @pytest_asyncio.fixture
 async def database(cluster: Cluster) -> AsyncGenerator[Database]:
-    dsn = await cluster.fresh_database("keys", MIGRATIONS)
-    made = Database(dsn, "keys", Telemetry(), size=3)
-    await made.open()
-    yield made
-    await made.close()
-    await cluster.release_database(dsn)
+    async with fresh_dsn(cluster, "keys", MIGRATIONS) as dsn, opened(dsn, "keys", size=3) as made:
+        yield made
 
 
 def keyed(key: str, principal: str = "customer:1", fingerprint: bytes = b"one") -> Keyed:
@@ -97,7 +93,7 @@ async def test_a_twin_waits_and_hears_the_answer_of_the_first(database: Database
     async with database.transaction() as tx:
         await idempotency.claim(tx, OPERATION, [keyed("a")])
         twin = asyncio.create_task(do(database, [keyed("a"), keyed("b")]))
-        await waits_for_a_lock(database)
+        await until_blocked(database._dsn)
         await idempotency.remember(tx, OPERATION, [keyed("a")], [b"first"])
     assert await twin == {("customer:1", "b")}
     assert await recall(database, keyed("a"), keyed("b")) == [b"first", b"answerb"]
@@ -109,7 +105,7 @@ async def test_when_the_first_rolls_back_the_twin_does_it(database: Database):
         async with database.transaction() as tx:
             await idempotency.claim(tx, OPERATION, [keyed("a")])
             twin = asyncio.create_task(do(database, [keyed("a")]))
-            await waits_for_a_lock(database)
+            await until_blocked(database._dsn)
             raise KeyError
     assert twin is not None
     assert await twin == {("customer:1", "a")}
@@ -119,7 +115,7 @@ async def test_a_key_that_is_given_back_is_taken_by_the_twin_that_waits(database
     async with database.transaction() as tx:
         await idempotency.claim(tx, OPERATION, [keyed("a"), keyed("b")])
         twin = asyncio.create_task(do(database, [keyed("a", fingerprint=b"two"), keyed("b")]))
-        await waits_for_a_lock(database)
+        await until_blocked(database._dsn)
         await idempotency.release(tx, OPERATION, [keyed("a")])
         await idempotency.remember(tx, OPERATION, [keyed("b")], [b"first"])
     assert await twin == {("customer:1", "a")}
@@ -142,7 +138,7 @@ async def test_batches_with_the_same_keys_in_other_orders_do_not_deadlock(databa
             await idempotency.claim(tx, OPERATION, [keyed("m")])
             for order in ("amb", "bma"):
                 twins.append(asyncio.create_task(do(database, [keyed(key) for key in order])))
-                await waits_for_a_lock(database, count=len(twins))
+                await until_blocked(database._dsn, len(twins))
             raise KeyError
     assert [len(ours) for ours in await asyncio.gather(*twins)] == [3, 0]
 
@@ -200,19 +196,3 @@ async def test_deleting_takes_a_bounded_number_and_passes_over_what_others_hold(
         assert deleted == idempotency.REAPED_AT_ONCE
         assert await without_waiting(database._dsn, idempotency.reap(second)) == many - deleted
     assert await count(database) == 0
-
-
-async def waits_for_a_lock(database: Database, *, count: int = 1) -> None:
-    """Returns when so many statements wait for a lock. Asked on a connection of its own: the pool may be in use."""
-    connection = await asyncpg.connect(database._dsn)
-    try:
-        for _ in range(1_000):
-            waiting = await connection.fetchval(
-                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-            )
-            if waiting >= count:
-                return
-            await asyncio.sleep(0.005)
-    finally:
-        await connection.close()
-    raise AssertionError("nobody waits")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -16,43 +17,35 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from chassis.messaging.event_world import MIGRATIONS, SOURCE, OutboxRow, Told
+from chassis.messaging.harness import MIGRATIONS, SOURCE, Changed, OutboxRow
 from mercato.chassis.messaging.events import Outgoing, emit
-from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database
 from mercato.chassis.postgres.migrations import migrate
 from mercato.embedded_postgres import EmbeddedPostgres, remove_cluster
-from mercato.testing.harness import Cluster
+from mercato.testing import databases
+from mercato.testing.cluster import Cluster
 
 STOPS = 40
 DELAY_SECONDS = 1.0
 """By the requirement. A commit takes milliseconds; a writer that waited for the stopped process would never end."""
 
 
+opened = functools.partial(databases.opened, name=SOURCE, size=2)
+
+
 @pytest_asyncio.fixture
 async def dsn(cluster: Cluster) -> AsyncGenerator[str]:
-    made = await cluster.fresh_database("messaging", MIGRATIONS)
-    yield made
-    await cluster.release_database(made)
-
-
-@contextlib.asynccontextmanager
-async def opened(dsn: str) -> AsyncGenerator[Database]:
-    database = Database(dsn, SOURCE, Telemetry(), size=2)
-    await database.open()
-    try:
-        yield database
-    finally:
-        await database.close()
+    async with databases.fresh_dsn(cluster, "messaging", MIGRATIONS) as made:
+        yield made
 
 
 def changed(subject_id: int, version: int) -> Outgoing:
-    return Outgoing("thing.changed", "thing", subject_id, version, Told(n=version))
+    return Outgoing("thing.changed", "thing", subject_id, version, Changed(n=version))
 
 
 WRITER = """
 import asyncio, sys
-from chassis.messaging.event_world import Told
+from chassis.messaging.harness import Changed
 from mercato.chassis.postgres.database import Database
 from mercato.chassis.messaging.events import Outgoing, emit
 from mercato.chassis.observability.telemetry import Telemetry
@@ -64,7 +57,7 @@ async def main():
     while True:
         version += 1
         async with database.transaction() as tx:
-            await emit(tx, [Outgoing("thing.changed", "thing", 1, version, Told(n=version))] * 20)
+            await emit(tx, [Outgoing("thing.changed", "thing", 1, version, Changed(n=version))] * 20)
         if version == 1:
             print("writes", flush=True)
 

@@ -22,7 +22,7 @@ async def test_a_planted_fault_happens_until_it_is_removed(point: str):
     async def note(name: str) -> None:
         seen.append(name)
 
-    remove = faults.plant(point, note)
+    remove = faults.inject(point, note)
     await faults.point(point)
     remove()
     await faults.point(point)
@@ -31,10 +31,10 @@ async def test_a_planted_fault_happens_until_it_is_removed(point: str):
 
 def test_nothing_can_be_planted_where_nobody_declared_a_point():
     with pytest.raises(KeyError):
-        faults.plant("tests.nowhere", faults.hang)
+        faults.inject("tests.nowhere", faults.hang)
 
 
 @pytest.mark.parametrize("value", ["tests.here", "tests.here=explode", "tests.nowhere=kill", "=kill"])
 def test_a_wrong_setting_names_itself(point: str, value: str):
     with pytest.raises(ValueError, match="MERCATO_FAULTS"):
-        faults.plant_from_environment(value)
+        faults.inject_from_environment(value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -31,7 +32,8 @@ from mercato.chassis.rpc.client import Connector, RemoteCallInTransactionError, 
 from mercato.chassis.rpc.server import Server
 from mercato.chassis.rpc.transports.local import LocalTransport
 from mercato.embedded_postgres import EmbeddedPostgres, remove_cluster
-from mercato.testing.harness import Cluster
+from mercato.testing import databases
+from mercato.testing.cluster import Cluster
 
 PACKAGE = Path(mercato.__file__).parent
 MIGRATIONS = Path(__file__).with_name("migrations_for_tests")
@@ -42,21 +44,13 @@ class ThingRow(Row, frozen=True, gc=False):
     name: str
 
 
-@contextlib.asynccontextmanager
-async def opened(dsn: str, size: int = 4) -> AsyncGenerator[Database]:
-    database = Database(dsn, "things", Telemetry(), size=size)
-    await database.open()
-    try:
-        yield database
-    finally:
-        await database.close()
+opened = functools.partial(databases.opened, name="things")
 
 
 @pytest_asyncio.fixture
 async def dsn(cluster: Cluster) -> AsyncGenerator[str]:
-    made = await cluster.fresh_database("things", MIGRATIONS)
-    yield made
-    await cluster.release_database(made)
+    async with databases.fresh_dsn(cluster, "things", MIGRATIONS) as made:
+        yield made
 
 
 @pytest_asyncio.fixture
@@ -583,7 +577,7 @@ class TestNothingIsLeftOnAConnection:
         assert {key: text for key, text in found.items() if text != PREPARED_ONCE} == {}
 
     @pytest.mark.parametrize(
-        "planted",
+        "injected",
         [
             'await tx.execute("SET lock_timeout = 1")',
             'await tx.execute("  set search_path to x")',
@@ -597,8 +591,8 @@ class TestNothingIsLeftOnAConnection:
             'await tx.execute("DECLARE x CURSOR WITH HOLD FOR SELECT 1")',
         ],
     )
-    def test_what_would_be_left_is_found(self, planted: str):
-        assert len(list(session_state(planted))) == 1
+    def test_what_would_be_left_is_found(self, injected: str):
+        assert len(list(session_state(injected))) == 1
 
     def test_what_ends_with_the_transaction_is_not_reported(self):
         source = '["SET LOCAL x = 1", "SELECT pg_advisory_xact_lock(1)", "UPDATE x\\n   SET y = 1", "SET_ROLE"]'
@@ -640,7 +634,7 @@ class SettingRow(Row, frozen=True, gc=False):
 SETTINGS = "SELECT name, setting FROM pg_settings ORDER BY name"
 
 # Migrating, provisioning and copying use connections that nobody uses after them.
-CONNECTIONS_OF_THEIR_OWN = {"migrations.py", "provisioning.py", "harness.py", "copying.py"}
+CONNECTIONS_OF_THEIR_OWN = {"migrations.py", "provisioning.py", "cluster.py", "copying.py"}
 
 PREPARED_ONCE = "PREPARE mercato_events_"
 """The statement that writes events: the next user of the connection wants the same."""

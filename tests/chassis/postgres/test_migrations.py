@@ -26,7 +26,7 @@ from mercato.chassis.postgres.migrations import (
     statements,
 )
 from mercato.chassis.postgres.provisioning import provision, service_dsn
-from mercato.testing.harness import Cluster
+from mercato.testing.cluster import Cluster
 
 ROOT = Path(__file__).parents[3]
 

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from mercato.chassis.postgres.provisioning import ProvisionError, _require_version, provision, service_dsn
-from mercato.testing.harness import Cluster
+from mercato.testing.cluster import Cluster
 
 SERVICES = ["first", "second"]
 numbers = itertools.count(1)

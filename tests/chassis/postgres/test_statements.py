@@ -28,7 +28,7 @@ from mercato.chassis.messaging import outbox, parking
 from mercato.chassis.postgres.database import Row
 from mercato.chassis.postgres.migrations import revisions, statements
 from mercato.chassis.sagas import store as saga
-from mercato.testing.harness import Cluster
+from mercato.testing.cluster import Cluster
 
 METHODS = {"fetch": 1, "fetch_one": 1, "fetch_values": 1, "execute": 0}
 """The methods of a `tx` and where their SQL stands."""
@@ -127,7 +127,7 @@ async def test_every_statement_fits_the_database_and_its_row(cluster: Cluster, s
     assert count > 0
 
 
-PLANTED = {
+INJECTED = {
     "SELECT a column that does not exist": ("SELECT i.principal, i.key, i.fingerprint, i.answers", "column i.answers"),
     "two columns that changed places": (
         "SELECT i.key, i.principal, i.fingerprint, i.answer",
@@ -137,14 +137,14 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("planted", PLANTED.values(), ids=PLANTED.keys())
-async def test_a_planted_mistake_is_found(cluster: Cluster, planted: tuple[str, str]):
+@pytest.mark.parametrize("injected", INJECTED.values(), ids=INJECTED.keys())
+async def test_a_planted_mistake_is_found(cluster: Cluster, injected: tuple[str, str]):
     source = source_of(idempotency)
     right = "SELECT i.principal, i.key, i.fingerprint, i.answer"
     assert right in source
-    _, wrong = await problems_of(cluster, "inventory", source.replace(right, planted[0]), idempotency)
+    _, wrong = await problems_of(cluster, "inventory", source.replace(right, injected[0]), idempotency)
     assert len(wrong) == 1
-    assert planted[1] in wrong[0]
+    assert injected[1] in wrong[0]
 
 
 def test_statements_in_constants_and_mappings_are_found():

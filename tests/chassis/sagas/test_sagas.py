@@ -21,17 +21,17 @@ from mercato.chassis.postgres.database import Database, Row
 from mercato.chassis.sagas import store as saga
 from mercato.chassis.sagas.runner import BACKLOG_LIMIT, BATCH_SIZE, FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, Runner
 from mercato.chassis.sagas.store import Key, Next, Saga
-from mercato.testing.harness import Cluster
-from mercato.testing.waiting import without_waiting
+from mercato.testing import databases
+from mercato.testing.cluster import Cluster
+from mercato.testing.waiting import until, until_blocked, without_waiting
 
 MIGRATIONS: Final = Path(__file__).with_name("migrations_with_sagas")
 KIND: Final = "errand"
 LEASE_SECONDS: Final = 1.0
 LONG_LEASE_SECONDS: Final = 60.0
+IDLE_SECONDS: Final = 30.0
 NO_PROCESS: Final = 7
 """A driver without a lease, as after a crash."""
-UNTIL_SECONDS: Final = 30.0
-POLL_SECONDS: Final = 0.01
 
 
 class SagaStanding(Row):
@@ -50,11 +50,11 @@ class Driver:
     `during` is what happens to a batch in the middle of a step, before it is saved.
     """
 
-    def __init__(self, world: SagaWorld, name: str, lease_seconds: float = LEASE_SECONDS) -> None:
+    def __init__(self, harness: SagaHarness, name: str, lease_seconds: float = LEASE_SECONDS) -> None:
         self.name = name
         self.telemetry = Telemetry()
         self.runner = Runner(
-            world.database,
+            harness.database,
             clock=SystemClock(),
             telemetry=self.telemetry,
             lease_seconds=lease_seconds,
@@ -104,10 +104,11 @@ class Driver:
             )
 
 
-class SagaWorld:
+class SagaHarness:
     """The database of a service with sagas, and its processes."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, dsn: str, database: Database) -> None:
+        self.dsn = dsn
         self.database = database
         self.drivers: list[Driver] = []
 
@@ -164,22 +165,6 @@ class SagaWorld:
         async with self.database.transaction() as tx:
             return await saga.take_over(tx, driver, limit, expired)
 
-    async def until_waiting(self, count: int) -> None:
-        """Waits until so many statements wait for a lock."""
-
-        async def are_waiting() -> bool:
-            async with self.database.read() as tx:
-                [waiting] = await tx.fetch_values(
-                    int,
-                    """
-                    SELECT count(*) FROM pg_stat_activity
-                     WHERE datname = current_database() AND wait_event_type = 'Lock'
-                    """,
-                )
-            return waiting >= count
-
-        await until(are_waiting)
-
     async def expire_leases(self) -> None:
         """As if their holders had been silent for long."""
         await self.execute("UPDATE saga_drivers SET leased_until = now() - interval '1 second'")
@@ -199,26 +184,18 @@ async def is_seen(waiters: Sized) -> bool:
     return len(waiters) > 0
 
 
-async def until(holds: Callable[[], Awaitable[bool]]) -> None:
-    end = asyncio.get_running_loop().time() + UNTIL_SECONDS
-    while not await holds():
-        assert asyncio.get_running_loop().time() < end, "what the test waits for does not happen"
-        await asyncio.sleep(POLL_SECONDS)
-
-
 @pytest_asyncio.fixture
-async def world(cluster: Cluster) -> AsyncGenerator[SagaWorld]:
-    dsn = await cluster.fresh_database("errands", MIGRATIONS)
-    database = Database(dsn, "errands", Telemetry(), size=8)
-    await database.open()
-    made = SagaWorld(database)
-    try:
-        yield made
-    finally:
-        for driver in made.drivers:
-            await driver.stop()
-        await database.close()
-        await cluster.release_database(dsn)
+async def harness(cluster: Cluster) -> AsyncGenerator[SagaHarness]:
+    async with (
+        databases.fresh_dsn(cluster, "errands", MIGRATIONS) as dsn,
+        databases.opened(dsn, "errands", size=8) as database,
+    ):
+        made = SagaHarness(dsn, database)
+        try:
+            yield made
+        finally:
+            for driver in made.drivers:
+                await driver.stop()
 
 
 def every_effect(count: int) -> list[tuple[int, str]]:
@@ -240,8 +217,8 @@ class Gate:
 # ------------------------------------------------------------------------------------------------------------- driving
 
 
-async def test_steps_run_one_after_the_other_and_a_finished_saga_is_deleted(world: SagaWorld):
-    driver = world.driver()
+async def test_steps_run_one_after_the_other_and_a_finished_saga_is_deleted(harness: SagaHarness):
+    driver = harness.driver()
     gate = Gate()
 
     async def stop_at_bring(step: str, sagas: Sequence[Saga]) -> None:
@@ -250,34 +227,34 @@ async def test_steps_run_one_after_the_other_and_a_finished_saga_is_deleted(worl
 
     driver.during = stop_at_bring
     driver.begin()
-    [mine] = await world.started(driver)
+    [mine] = await harness.started(driver)
     driver.runner.drive([mine])
     await gate.reached.wait()
 
-    now = await world.standing()
+    now = await harness.standing()
     assert (now.step, now.state, now.epoch, now.version) == ("bring", "f", mine.epoch, 2)
     assert (now.driver, now.wakes) == (driver.runner.driver, False)
     gate.opened.set()
-    await world.until_done()
-    assert await world.effects() == every_effect(1)
+    await harness.until_done()
+    assert await harness.effects() == every_effect(1)
 
 
-async def test_those_at_the_same_step_go_through_it_as_one_batch(world: SagaWorld):
-    driver = world.driver(lease_seconds=60)
-    sagas = await world.started(driver, BATCH_SIZE)
+async def test_those_at_the_same_step_go_through_it_as_one_batch(harness: SagaHarness):
+    driver = harness.driver(lease_seconds=60)
+    sagas = await harness.started(driver, BATCH_SIZE)
     driver.begin()
 
     driver.runner.drive(sagas)
-    await world.until_done()
+    await harness.until_done()
 
     assert driver.batches == [("fetch", BATCH_SIZE), ("bring", BATCH_SIZE)]
 
 
-async def test_a_process_starts_no_more_than_its_backlog_holds(world: SagaWorld):
-    driver = world.driver(lease_seconds=60)
+async def test_a_process_starts_no_more_than_its_backlog_holds(harness: SagaHarness):
+    driver = harness.driver(lease_seconds=60)
     gate = driver.during = Gate()
     driver.begin()
-    sagas = await world.started(driver, BACKLOG_LIMIT)
+    sagas = await harness.started(driver, BACKLOG_LIMIT)
     driver.runner.drive(sagas)
     await gate.reached.wait()
 
@@ -286,15 +263,15 @@ async def test_a_process_starts_no_more_than_its_backlog_holds(world: SagaWorld)
     assert not waiting.done()
     gate.opened.set()
 
-    await asyncio.wait_for(waiting, UNTIL_SECONDS)
-    await world.until_done()
+    await asyncio.wait_for(waiting, IDLE_SECONDS)
+    await harness.until_done()
 
 
 # -------------------------------------------------------------------------------------------------------------- trying
 
 
-async def test_a_step_that_fails_is_tried_again_until_it_succeeds(world: SagaWorld):
-    driver = world.driver()
+async def test_a_step_that_fails_is_tried_again_until_it_succeeds(harness: SagaHarness):
+    driver = harness.driver()
     tries: list[int] = []
 
     async def fail_thrice(step: str, sagas: Sequence[Saga]) -> None:
@@ -305,16 +282,16 @@ async def test_a_step_that_fails_is_tried_again_until_it_succeeds(world: SagaWor
 
     driver.during = fail_thrice
     driver.begin()
-    driver.runner.drive(await world.started(driver))
-    await world.until_done()
+    driver.runner.drive(await harness.started(driver))
+    await harness.until_done()
 
     assert tries == [0, 1, 2, 3]
     assert driver.count("retried") == 3
-    assert await world.effects() == every_effect(1)
+    assert await harness.effects() == every_effect(1)
 
 
-async def test_pauses_double_with_every_try_up_to_a_longest(world: SagaWorld):
-    runner = world.driver().runner
+async def test_pauses_double_with_every_try_up_to_a_longest(harness: SagaHarness):
+    runner = harness.driver().runner
 
     for tries in (0, 1, 2, 5, 30, 5_000):
         pause = runner.retry_later(Saga((1, KIND, ""), "fetch", "", tries=tries))
@@ -325,8 +302,8 @@ async def test_pauses_double_with_every_try_up_to_a_longest(world: SagaWorld):
         assert pause.tries == tries + 1
 
 
-async def test_one_that_fails_does_not_hold_up_those_that_share_its_batch(world: SagaWorld):
-    driver = world.driver(lease_seconds=60)
+async def test_one_that_fails_does_not_hold_up_those_that_share_its_batch(harness: SagaHarness):
+    driver = harness.driver(lease_seconds=60)
 
     async def poison(_step: str, sagas: Sequence[Saga]) -> None:
         if any(each.subject_id == 3 for each in sagas):
@@ -334,15 +311,15 @@ async def test_one_that_fails_does_not_hold_up_those_that_share_its_batch(world:
 
     driver.during = poison
     driver.begin()
-    driver.runner.drive(await world.started(driver, 5))
-    await world.until_done(left=1)
+    driver.runner.drive(await harness.started(driver, 5))
+    await harness.until_done(left=1)
 
-    assert await world.effects() == [effect for effect in every_effect(5) if effect[0] != 3]
-    assert (await world.standing(3)).step == "fetch"
+    assert await harness.effects() == [effect for effect in every_effect(5) if effect[0] != 3]
+    assert (await harness.standing(3)).step == "fetch"
 
 
-async def test_a_failure_that_cannot_be_saved_is_found_by_its_own_process(world: SagaWorld):
-    driver = world.driver(lease_seconds=0.3)
+async def test_a_failure_that_cannot_be_saved_is_found_by_its_own_process(harness: SagaHarness):
+    driver = harness.driver(lease_seconds=0.3)
     broken = True
 
     async def fail(_step: str, _sagas: Sequence[Saga]) -> None:
@@ -350,140 +327,140 @@ async def test_a_failure_that_cannot_be_saved_is_found_by_its_own_process(world:
             raise RuntimeError("this cannot be done")
 
     driver.during = fail
-    await world.execute("ALTER TABLE sagas ADD CONSTRAINT nothing CHECK (tries = 0)")
+    await harness.execute("ALTER TABLE sagas ADD CONSTRAINT nothing CHECK (tries = 0)")
     driver.begin()
-    [mine] = await world.started(driver)
+    [mine] = await harness.started(driver)
     driver.runner.drive([mine])
 
     async def is_taken_over() -> bool:
-        return (await world.standing()).epoch > mine.epoch
+        return (await harness.standing()).epoch > mine.epoch
 
     await until(is_taken_over)
     broken = False
-    await world.until_done()
-    assert await world.effects() == every_effect(1)
+    await harness.until_done()
+    assert await harness.effects() == every_effect(1)
 
 
-async def test_a_saga_whose_start_was_never_heard_of_is_found_by_its_own_process(world: SagaWorld):
+async def test_a_saga_whose_start_was_never_heard_of_is_found_by_its_own_process(harness: SagaHarness):
     """The answer to the commit was lost: it is there, with this driver, and was never driven."""
-    driver = world.driver(lease_seconds=0.3)
+    driver = harness.driver(lease_seconds=0.3)
     driver.begin()
-    await world.started(driver)
+    await harness.started(driver)
 
-    await world.until_done()
+    await harness.until_done()
 
     assert driver.count("taken_over") >= 1  # again, where this process stood still for longer than the lease
-    assert await world.effects() == every_effect(1)
+    assert await harness.effects() == every_effect(1)
 
 
 # -------------------------------------------------------------------------------------------------------------- leases
 
 
-async def test_a_lease_is_renewed_while_a_step_takes_long(world: SagaWorld):
-    driver = world.driver(lease_seconds=4)
+async def test_a_lease_is_renewed_while_a_step_takes_long(harness: SagaHarness):
+    driver = harness.driver(lease_seconds=4)
     gate = driver.during = Gate()
     driver.begin()
-    [mine] = await world.started(driver)
+    [mine] = await harness.started(driver)
     driver.runner.drive([mine])
     await gate.reached.wait()
-    other = world.driver("second", 4)
-    async with world.database.read() as tx:
+    other = harness.driver("second", 4)
+    async with harness.database.read() as tx:
         [began_at] = await tx.fetch_values(datetime.datetime, "SELECT max(renewed_at) FROM saga_drivers")
     other.begin()
 
     async def has_outlived_two_leases() -> bool:
         """Both processes still renew, and the first lease and another as long would have ended."""
-        async with world.database.read() as tx:
+        async with harness.database.read() as tx:
             return await tx.fetch_values(
                 int, "SELECT count(*) FROM saga_drivers WHERE renewed_at > $1::timestamptz + interval '8 s'", began_at
             ) == [2]
 
     await until(has_outlived_two_leases)
 
-    assert (await world.standing()).epoch == mine.epoch
+    assert (await harness.standing()).epoch == mine.epoch
     gate.opened.set()
-    await world.until_done()
+    await harness.until_done()
     assert other.count("taken_over") == 0
-    assert await world.effects() == every_effect(1)
+    assert await harness.effects() == every_effect(1)
 
 
-async def test_one_lease_covers_all_sagas_of_a_process(world: SagaWorld):
-    driver = world.driver(lease_seconds=60)
-    await world.started(driver, 40)
+async def test_one_lease_covers_all_sagas_of_a_process(harness: SagaHarness):
+    driver = harness.driver(lease_seconds=60)
+    await harness.started(driver, 40)
 
-    assert await world.take_over() == []
-    async with world.database.read() as tx:
+    assert await harness.take_over() == []
+    async with harness.database.read() as tx:
         assert await tx.fetch_values(int, "SELECT driver FROM saga_drivers") == [driver.runner.driver]
 
 
-async def test_what_waits_for_its_time_is_not_taken_over_before(world: SagaWorld):
-    driver = world.driver(lease_seconds=60)
-    [mine] = await world.started(driver)
-    async with world.database.transaction() as tx:
+async def test_what_waits_for_its_time_is_not_taken_over_before(harness: SagaHarness):
+    driver = harness.driver(lease_seconds=60)
+    [mine] = await harness.started(driver)
+    async with harness.database.transaction() as tx:
         await saga.save(tx, [(mine, Next("patience", "", wake_s=3_600))])
-    await world.expire_leases()
+    await harness.expire_leases()
 
-    assert await world.take_over() == []
-    assert (await world.standing()).driver is None
-    assert await world.wakes_in() > 3_000
+    assert await harness.take_over() == []
+    assert (await harness.standing()).driver is None
+    assert await harness.wakes_in() > 3_000
 
 
-async def test_after_a_lease_another_process_takes_over(world: SagaWorld):
-    driver = world.driver()
+async def test_after_a_lease_another_process_takes_over(harness: SagaHarness):
+    driver = harness.driver()
     gate = driver.during = Gate()
     driver.begin(sweeping=False)
-    driver.runner.drive(await world.started(driver))
+    driver.runner.drive(await harness.started(driver))
     await gate.reached.wait()
     await driver.stop()
 
-    other = world.driver("second")
+    other = harness.driver("second")
     other.begin()
-    await world.until_done()
+    await harness.until_done()
 
     assert other.count("taken_over") == 1
-    assert await world.effects() == every_effect(1)
+    assert await harness.effects() == every_effect(1)
 
 
-async def test_a_driver_without_any_lease_is_taken_over(world: SagaWorld):
-    await world.started()
-    other = world.driver()
+async def test_a_driver_without_any_lease_is_taken_over(harness: SagaHarness):
+    await harness.started()
+    other = harness.driver()
     other.begin()
 
-    await world.until_done()
+    await harness.until_done()
 
-    assert await world.effects() == every_effect(1)
-
-
-async def test_a_lease_from_before_the_clock_was_set_back_does_not_hold(world: SagaWorld):
-    driver = world.driver(lease_seconds=60)
-    await world.started(driver)
-    await world.execute("UPDATE saga_drivers SET leased_until = now() + interval '1 day'")
-
-    assert len(await world.take_over()) == 1
+    assert await harness.effects() == every_effect(1)
 
 
-async def test_what_is_parked_is_never_taken_over(world: SagaWorld):
-    driver = world.driver()
-    [mine] = await world.started(driver)
-    async with world.database.transaction() as tx:
+async def test_a_lease_from_before_the_clock_was_set_back_does_not_hold(harness: SagaHarness):
+    driver = harness.driver(lease_seconds=60)
+    await harness.started(driver)
+    await harness.execute("UPDATE saga_drivers SET leased_until = now() + interval '1 day'")
+
+    assert len(await harness.take_over()) == 1
+
+
+async def test_what_is_parked_is_never_taken_over(harness: SagaHarness):
+    driver = harness.driver()
+    [mine] = await harness.started(driver)
+    async with harness.database.transaction() as tx:
         await saga.save(tx, [(mine, Next("parked", ""))])
-    await world.expire_leases()
+    await harness.expire_leases()
 
-    assert await world.take_over() == []
+    assert await harness.take_over() == []
 
 
 @pytest.mark.parametrize("due", [True, False])
-async def test_two_that_sweep_at_once_take_over_each_saga_once_and_do_not_wait(world: SagaWorld, due: bool):
-    mine = await world.started(None, 40)
+async def test_two_that_sweep_at_once_take_over_each_saga_once_and_do_not_wait(harness: SagaHarness, due: bool):
+    mine = await harness.started(None, 40)
     if due:
-        async with world.database.transaction() as tx:
+        async with harness.database.transaction() as tx:
             await saga.save(tx, [(each, Next("bring", "", wake_s=0)) for each in mine])
     both_have_swept = asyncio.Barrier(2)
 
     async def sweep(driver: int) -> list[Saga]:
-        async with world.database.read() as tx:
+        async with harness.database.read() as tx:
             expired = await saga.expired_drivers(tx, LONG_LEASE_SECONDS)
-        async with world.database.transaction() as tx:
+        async with harness.database.transaction() as tx:
             taken = await saga.take_over(tx, driver, 15, expired)
             await both_have_swept.wait()
             return taken
@@ -491,7 +468,7 @@ async def test_two_that_sweep_at_once_take_over_each_saga_once_and_do_not_wait(w
     async def sweep_twice() -> tuple[list[Saga], list[Saga]]:
         return await asyncio.gather(sweep(1), sweep(2))
 
-    taken = await without_waiting(world.database._dsn, sweep_twice())
+    taken = await without_waiting(harness.database._dsn, sweep_twice())
 
     keys = [each.key for some in taken for each in some]
     assert len(keys) == len(set(keys)) == 30
@@ -502,16 +479,16 @@ async def test_two_that_sweep_at_once_take_over_each_saga_once_and_do_not_wait(w
 # ------------------------------------------------------------------------------------------------------------- fencing
 
 
-async def test_a_fenced_driver_changes_nothing_and_is_counted(world: SagaWorld):
-    zombie = world.driver("zombie")
+async def test_a_fenced_driver_changes_nothing_and_is_counted(harness: SagaHarness):
+    zombie = harness.driver("zombie")
     gate = zombie.during = Gate()
     zombie.begin(sweeping=False)
-    zombie.runner.drive(await world.started(zombie))
+    zombie.runner.drive(await harness.started(zombie))
     await gate.reached.wait()
-    await world.expire_leases()
-    successor = world.driver("second")
+    await harness.expire_leases()
+    successor = harness.driver("second")
     successor.begin()
-    await world.until_done()
+    await harness.until_done()
 
     gate.opened.set()
 
@@ -520,201 +497,201 @@ async def test_a_fenced_driver_changes_nothing_and_is_counted(world: SagaWorld):
 
     await until(is_refused)
     assert zombie.batches == [("fetch", 1)]  # and it does not go on
-    assert await world.effects() == every_effect(1)
+    assert await harness.effects() == every_effect(1)
 
 
-async def test_one_that_a_process_takes_over_from_itself_is_driven_once(world: SagaWorld):
+async def test_one_that_a_process_takes_over_from_itself_is_driven_once(harness: SagaHarness):
     """It lost its lease while it stood in the queue, because the process stood still."""
-    driver = world.driver(lease_seconds=60)
-    [mine] = await world.started(driver)
+    driver = harness.driver(lease_seconds=60)
+    [mine] = await harness.started(driver)
     driver.runner.drive([mine])
-    await world.expire_leases()
-    driver.runner.drive(await world.take_over(driver=driver.runner.driver))
+    await harness.expire_leases()
+    driver.runner.drive(await harness.take_over(driver=driver.runner.driver))
 
     driver.begin(sweeping=False)  # a sweep may take it over once more, before the lease is renewed
-    await world.until_done()
+    await harness.until_done()
 
     assert driver.batches == [("fetch", 1), ("bring", 1)]
-    assert await world.effects() == every_effect(1)
+    assert await harness.effects() == every_effect(1)
 
 
-async def test_of_two_that_have_the_same_saga_only_the_last_saves(world: SagaWorld):
-    [old] = await world.started()
-    async with world.database.transaction() as tx:
+async def test_of_two_that_have_the_same_saga_only_the_last_saves(harness: SagaHarness):
+    [old] = await harness.started()
+    async with harness.database.transaction() as tx:
         new = await saga.seize(tx, old.key, 60)
     assert new
 
-    runner = world.driver().runner
+    runner = harness.driver().runner
     both = [(old, Next("late", "")), (new, Next("bring", "f"))]
     async with runner.saving(both) as (_, kept):
         assert [each for each, _ in kept] == [new]
 
-    assert ((await world.standing()).step, old.step, new.step) == ("bring", "fetch", "bring")
+    assert ((await harness.standing()).step, old.step, new.step) == ("bring", "fetch", "bring")
 
 
-async def test_a_request_that_seizes_a_saga_fences_its_driver(world: SagaWorld):
-    [mine] = await world.started()
-    async with world.database.transaction() as tx:
+async def test_a_request_that_seizes_a_saga_fences_its_driver(harness: SagaHarness):
+    [mine] = await harness.started()
+    async with harness.database.transaction() as tx:
         seized = await saga.seize(tx, mine.key, 60)
         assert seized
         kept = await saga.save(tx, [(seized, Next("elsewhere", ""))])
     assert kept == {(mine.key, seized.epoch)}
 
-    async with world.database.transaction() as tx:
+    async with harness.database.transaction() as tx:
         assert await saga.save(tx, [(mine, Next("bring", ""))]) == set()
         assert await saga.save(tx, [(mine, Next("", "", finished=True))]) == set()
 
-    assert ((await world.standing()).step, (await world.standing()).epoch) == ("elsewhere", seized.epoch)
+    assert ((await harness.standing()).step, (await harness.standing()).epoch) == ("elsewhere", seized.epoch)
 
 
-async def test_a_driver_of_another_epoch_is_refused_though_the_version_is_right(world: SagaWorld):
-    [mine] = await world.started()
-    assert await world.take_over()
+async def test_a_driver_of_another_epoch_is_refused_though_the_version_is_right(harness: SagaHarness):
+    [mine] = await harness.started()
+    assert await harness.take_over()
 
-    async with world.database.transaction() as tx:
+    async with harness.database.transaction() as tx:
         assert await saga.save(tx, [(mine, Next("bring", ""))]) == set()
         assert await saga.save(tx, [(mine, Next("", "", finished=True))]) == set()
 
-    assert (await world.standing()).version == 1
+    assert (await harness.standing()).version == 1
 
 
-async def test_a_row_that_is_made_again_has_an_epoch_that_never_was(world: SagaWorld):
+async def test_a_row_that_is_made_again_has_an_epoch_that_never_was(harness: SagaHarness):
     """Its first driver was fenced, and the row finished and begun anew meanwhile: its save is refused all the same."""
-    [mine] = await world.started()
-    [successor] = await world.take_over()
-    async with world.database.transaction() as tx:
+    [mine] = await harness.started()
+    [successor] = await harness.take_over()
+    async with harness.database.transaction() as tx:
         assert await saga.save(tx, [(successor, Next("", "", finished=True))])
-    [again] = await world.started()
+    [again] = await harness.started()
 
-    async with world.database.transaction() as tx:
+    async with harness.database.transaction() as tx:
         assert await saga.save(tx, [(mine, Next("bring", ""))]) == set()
 
     assert again.epoch not in (mine.epoch, successor.epoch)
-    assert (await world.standing()).step == "fetch"
+    assert (await harness.standing()).step == "fetch"
 
 
 @pytest.mark.parametrize("finished", [False, True])
-async def test_a_save_whose_commit_was_not_heard_of_is_not_made_again(world: SagaWorld, finished: bool):
-    [mine] = await world.started()
+async def test_a_save_whose_commit_was_not_heard_of_is_not_made_again(harness: SagaHarness, finished: bool):
+    [mine] = await harness.started()
     outcome = Next("bring", "f", running=not finished, finished=finished)
-    async with world.database.transaction() as tx:
+    async with harness.database.transaction() as tx:
         assert await saga.save(tx, [(mine, outcome)]) == {(mine.key, mine.epoch)}
     # The driver has heard of no answer, and has not moved on: it saves as before.
 
-    async with world.database.transaction() as tx:
+    async with harness.database.transaction() as tx:
         assert await saga.save(tx, [(mine, outcome)]) == set()
 
 
-async def test_those_of_a_batch_that_were_not_taken_over_are_saved(world: SagaWorld):
-    sagas = await world.started(None, 4)
-    async with world.database.transaction() as tx:
+async def test_those_of_a_batch_that_were_not_taken_over_are_saved(harness: SagaHarness):
+    sagas = await harness.started(None, 4)
+    async with harness.database.transaction() as tx:
         assert await saga.seize(tx, sagas[1].key, 60)
 
-    runner = world.driver().runner
+    runner = harness.driver().runner
     outcomes = [(each, Next("bring", "f", finished=each.subject_id == 3)) for each in sagas]
     async with runner.saving(outcomes) as (_, kept):
         assert [each.subject_id for each, _ in kept] == [1, 3, 4]
 
     assert [each.live for each in sagas] == [False, False, False, False]  # parked, finished, or lost
     assert [each.step for each in sagas] == ["bring", "fetch", "bring", "bring"]
-    assert world.drivers[0].count("fenced") == 1
+    assert harness.drivers[0].count("fenced") == 1
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["updated", "updated and deleted"])
-async def test_batches_that_share_sagas_in_opposite_orders_do_not_deadlock(world: SagaWorld, mixed: bool):
+async def test_batches_that_share_sagas_in_opposite_orders_do_not_deadlock(harness: SagaHarness, mixed: bool):
     for _ in range(5):
-        sagas = await world.started(None, 20)
-        saved = await asyncio.gather(save_all(world, sagas, mixed), save_all(world, sagas[::-1], mixed))
+        sagas = await harness.started(None, 20)
+        saved = await asyncio.gather(save_all(harness, sagas, mixed), save_all(harness, sagas[::-1], mixed))
         assert sorted(saved) == [0, 20]
-        await world.execute("DELETE FROM sagas")
+        await harness.execute("DELETE FROM sagas")
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["updated", "updated and deleted"])
-async def test_batches_that_meet_in_the_middle_do_not_wait_for_each_other(world: SagaWorld, mixed: bool):
+async def test_batches_that_meet_in_the_middle_do_not_wait_for_each_other(harness: SagaHarness, mixed: bool):
     """Another transaction holds the middle one. Locked as they come, each batch would have what the other waits for."""
-    sagas = await world.started(None, 3)
+    sagas = await harness.started(None, 3)
     saving: list[asyncio.Task[int]] = []
-    async with world.database.transaction() as tx:
+    async with harness.database.transaction() as tx:
         await saga.lock(tx, sagas[1].key)
         for some in (sagas, sagas[::-1]):
-            saving.append(asyncio.create_task(save_all(world, some, mixed)))
-            await world.until_waiting(len(saving))
+            saving.append(asyncio.create_task(save_all(harness, some, mixed)))
+            await until_blocked(harness.dsn, len(saving))
 
     assert await asyncio.gather(*saving) == [3, 0]
 
 
-async def save_all(world: SagaWorld, some: Sequence[Saga], mixed: bool) -> int:
+async def save_all(harness: SagaHarness, some: Sequence[Saga], mixed: bool) -> int:
     """How many were saved. `mixed`: every other one of them is finished, and which depends on the order."""
     outcomes = [(each, Next("bring", "", finished=mixed and n % 2 == 0)) for n, each in enumerate(some)]
-    async with world.database.transaction() as tx:
+    async with harness.database.transaction() as tx:
         return len(await saga.save(tx, outcomes))
 
 
 # -------------------------------------------------------------------------------------------------------------- resting
 
 
-async def test_a_request_that_waits_for_a_saga_hears_when_it_is_idle(world: SagaWorld):
-    driver = world.driver(lease_seconds=60)
+async def test_a_request_that_waits_for_a_saga_hears_when_it_is_idle(harness: SagaHarness):
+    driver = harness.driver(lease_seconds=60)
     gate = driver.during = Gate()
     driver.begin()
-    [mine] = await world.started(driver)
+    [mine] = await harness.started(driver)
     driver.runner.drive([mine])
     await gate.reached.wait()
 
-    waiting = asyncio.ensure_future(driver.runner.wait_until_idle(mine.key, (), UNTIL_SECONDS))
+    waiting = asyncio.ensure_future(driver.runner.wait_until_idle(mine.key, (), IDLE_SECONDS))
     await until(lambda: is_seen(driver.runner._waiters))
     assert not waiting.done()
     gate.opened.set()
     await waiting
 
-    assert await world.effects() == every_effect(1)
+    assert await harness.effects() == every_effect(1)
 
 
-async def test_a_request_that_waits_for_a_saga_of_another_process_hears_it_too(world: SagaWorld):
-    driver, other = world.driver(lease_seconds=60), world.driver("second")
+async def test_a_request_that_waits_for_a_saga_of_another_process_hears_it_too(harness: SagaHarness):
+    driver, other = harness.driver(lease_seconds=60), harness.driver("second")
     gate = driver.during = Gate()
     driver.begin()
-    [mine] = await world.started(driver)
+    [mine] = await harness.started(driver)
     driver.runner.drive([mine])
     await gate.reached.wait()
 
-    waiting = asyncio.ensure_future(other.runner.wait_until_idle(mine.key, (), UNTIL_SECONDS))
+    waiting = asyncio.ensure_future(other.runner.wait_until_idle(mine.key, (), IDLE_SECONDS))
     gate.opened.set()
     await waiting
 
-    assert await world.effects() == every_effect(1)
+    assert await harness.effects() == every_effect(1)
 
 
-async def test_a_request_that_waits_too_long_is_let_go(world: SagaWorld):
-    driver = world.driver(lease_seconds=60)
+async def test_a_request_that_waits_too_long_is_let_go(harness: SagaHarness):
+    driver = harness.driver(lease_seconds=60)
     gate = driver.during = Gate()
     driver.begin()
-    [mine] = await world.started(driver)
+    [mine] = await harness.started(driver)
     driver.runner.drive([mine])
     await gate.reached.wait()
 
     await driver.runner.wait_until_idle(mine.key, (), 0.05)
-    await world.driver("second").runner.wait_until_idle(mine.key, (), 0.05)
+    await harness.driver("second").runner.wait_until_idle(mine.key, (), 0.05)
 
-    assert (await world.standing()).step == "fetch"
+    assert (await harness.standing()).step == "fetch"
     gate.opened.set()
 
 
 @pytest.mark.parametrize("key", [(404, KIND, ""), (1, "of another kind", "")])
-async def test_what_is_not_there_or_waits_for_a_client_is_idle(world: SagaWorld, key: Key):
-    runner = world.driver().runner
-    await runner.wait_until_idle(key, (), UNTIL_SECONDS)
-    [mine] = await world.started(None, 1, "awaiting")
-    async with world.database.transaction() as tx:
+async def test_what_is_not_there_or_waits_for_a_client_is_idle(harness: SagaHarness, key: Key):
+    runner = harness.driver().runner
+    await runner.wait_until_idle(key, (), IDLE_SECONDS)
+    [mine] = await harness.started(None, 1, "awaiting")
+    async with harness.database.transaction() as tx:
         await saga.save(tx, [(mine, Next("awaiting", "", wake_s=3_600))])
-    await runner.wait_until_idle((1, KIND, ""), ("awaiting",), UNTIL_SECONDS)
+    await runner.wait_until_idle((1, KIND, ""), ("awaiting",), IDLE_SECONDS)
 
 
 # -------------------------------------------------------------------------------------------------------------- crashes
 
 
-async def test_what_one_process_leaves_in_the_middle_another_finishes(world: SagaWorld):
-    first = world.driver(lease_seconds=0.3)
+async def test_what_one_process_leaves_in_the_middle_another_finishes(harness: SagaHarness):
+    first = harness.driver(lease_seconds=0.3)
     held = Gate()
 
     async def stop_at_bring(step: str, sagas: Sequence[Saga]) -> None:
@@ -723,26 +700,26 @@ async def test_what_one_process_leaves_in_the_middle_another_finishes(world: Sag
 
     first.during = stop_at_bring
     first.begin()
-    first.runner.drive(await world.started(first, 30))
+    first.runner.drive(await harness.started(first, 30))
     await held.reached.wait()
     await first.stop()
 
-    second = world.driver("second", 0.3)
+    second = harness.driver("second", 0.3)
     second.begin()
-    await world.until_done()
+    await harness.until_done()
 
-    assert await world.effects() == every_effect(30)
+    assert await harness.effects() == every_effect(30)
 
 
-async def test_two_processes_that_take_each_others_sagas_over_do_each_step_once(world: SagaWorld):
+async def test_two_processes_that_take_each_others_sagas_over_do_each_step_once(harness: SagaHarness):
     """Both fail at random moments, and leases end in the middle of steps."""
     count = 150
-    drivers = [world.driver(name, 0.3) for name in ("first", "second")]
+    drivers = [harness.driver(name, 0.3) for name in ("first", "second")]
     turns = itertools.count()
 
     async def is_taken_over(mine: Saga) -> bool:
-        await world.expire_leases()
-        async with world.database.read() as tx:
+        await harness.expire_leases()
+        async with harness.database.read() as tx:
             found = await saga.find(tx, mine.key)
         return found is None or found.epoch > mine.epoch
 
@@ -753,30 +730,30 @@ async def test_two_processes_that_take_each_others_sagas_over_do_each_step_once(
         if turn % 7 == 2:
             await until(functools.partial(is_taken_over, sagas[0]))
 
-    sagas = await world.started(drivers[0], count)
+    sagas = await harness.started(drivers[0], count)
     for driver in drivers:
         driver.during = fail
         driver.begin()
     for n in range(0, count, 10):
         drivers[0].runner.drive(sagas[n : n + 10])
-    await world.until_done()
+    await harness.until_done()
 
     async def is_fenced() -> bool:  # a driver that has lost a saga may still be on its way to hear so
         return sum(driver.count("fenced") for driver in drivers) > 0
 
     await until(is_fenced)
-    assert await world.effects() == every_effect(count)
+    assert await harness.effects() == every_effect(count)
     assert sum(driver.count("taken_over") for driver in drivers) > 0
 
 
-async def test_a_connection_that_breaks_at_a_commit_leaves_each_effect_once(world: SagaWorld):
-    driver = world.driver(lease_seconds=0.5)
+async def test_a_connection_that_breaks_at_a_commit_leaves_each_effect_once(harness: SagaHarness):
+    driver = harness.driver(lease_seconds=0.5)
     cuts = itertools.count()
 
     async def cut(_step: str, _sagas: Sequence[Saga]) -> None:
         if next(cuts) % 3 == 0:
             with contextlib.suppress(Exception):
-                await world.execute(
+                await harness.execute(
                     """
                     SELECT pg_terminate_backend(pid) FROM pg_stat_activity
                      WHERE datname = current_database() AND pid <> pg_backend_pid() AND state = 'idle'
@@ -785,7 +762,7 @@ async def test_a_connection_that_breaks_at_a_commit_leaves_each_effect_once(worl
 
     driver.during = cut
     driver.begin()
-    driver.runner.drive(await world.started(driver, 20))
-    await world.until_done()
+    driver.runner.drive(await harness.started(driver, 20))
+    await harness.until_done()
 
-    assert await world.effects() == every_effect(20)
+    assert await harness.effects() == every_effect(20)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import asyncpg
 import pytest
@@ -16,8 +15,9 @@ from mercato.operations.audit.checking import audit, check
 from mercato.operations.audit.invariants import SHOP
 from mercato.operations.audit.tables import WANTED, prepare
 from mercato.operations.copying import SCRATCH, CopyError, Table, copied, located
-from mercato.testing.harness import Cluster
-from operations.audit.world import THEN, build, client_history
+from mercato.testing.cluster import Cluster
+from mercato.testing.tables import connected
+from operations.audit.sample_shop import THEN, build, client_history
 
 
 @pytest_asyncio.fixture
@@ -26,15 +26,6 @@ async def dsns(cluster: Cluster) -> AsyncGenerator[Mapping[str, str]]:
     yield made
     for dsn in made.values():
         await cluster.release_database(dsn)
-
-
-@contextlib.asynccontextmanager
-async def connected(dsn: str) -> AsyncGenerator[Any]:
-    connection = await cast(Any, asyncpg).connect(dsn)
-    try:
-        yield connection
-    finally:
-        await connection.close()
 
 
 async def schemas(cluster: Cluster) -> set[str]:

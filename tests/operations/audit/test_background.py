@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import Any, cast
+from collections.abc import AsyncGenerator, Mapping
 
-import asyncpg
 import pytest
 import pytest_asyncio
 
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.operations.audit.background import Background
 from mercato.operations.copying import SCRATCH, ensured
-from mercato.testing.harness import Cluster
-from operations.audit.world import build
+from mercato.testing.cluster import Cluster
+from mercato.testing.tables import connected
+from mercato.testing.waiting import until_true
+from operations.audit.sample_shop import build
 
 HOUR = 3600.0
 
@@ -29,9 +29,8 @@ async def dsns(cluster: Cluster) -> AsyncGenerator[Mapping[str, str]]:
 
 
 async def execute(dsn: str, statement: str) -> None:
-    connection = await cast(Any, asyncpg).connect(dsn)
-    await connection.execute(statement)
-    await connection.close()
+    async with connected(dsn) as connection:
+        await connection.execute(statement)
 
 
 def process(cluster: Cluster, dsns: Mapping[str, str], every_seconds: float = HOUR) -> tuple[Background, Telemetry]:
@@ -72,10 +71,10 @@ async def test_it_goes_on_after_a_turn_that_failed_and_ends_when_it_is_told(clus
     background, _ = process(cluster, dsns, every_seconds=0.1)
     async with background.running():
         await execute(dsns["orders"], "ALTER TABLE sagas RENAME TO epics")
-        await until(lambda: bool(background.details()))
+        await until_true(lambda: bool(background.details()))
         assert "the database of orders is of another version" in background.details()["audit"]["failure"]
         await execute(dsns["orders"], "ALTER TABLE epics RENAME TO sagas")
-        await until(lambda: "failure" not in background.details()["audit"])
+        await until_true(lambda: "failure" not in background.details()["audit"])
 
     assert background.details()["audit"]["violations"] == {}
     assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
@@ -91,12 +90,6 @@ async def test_a_turn_from_before_the_clock_was_set_back_holds_up_nobody(cluster
     assert await background.turn()
 
     assert background.details()["audit"]["violations"] == {"S2": 2}
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize("loss", ["DROP TABLE last_audit", "DROP DATABASE"])

@@ -1,4 +1,4 @@
-"""Every invariant holds in a right world, and finds what is planted against it: it, and no other."""
+"""Every invariant holds in the sample shop; each injected violation is found by its invariant and by no other."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mercato.operations.audit.clients import CLIENTS
 from mercato.operations.audit.invariants import SHOP
 from mercato.operations.audit.tables import WANTED, prepare
 from mercato.operations.copying import Copies, copied
-from mercato.testing.harness import Cluster
-from operations.audit.world import build, client_history
+from mercato.testing.cluster import Cluster
+from operations.audit.sample_shop import build, client_history
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -21,8 +21,8 @@ ALL = (*SHOP, *CLIENTS)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def world(cluster: Cluster) -> AsyncGenerator[Copies]:
-    """Copies of the right world, made once: each test plants in them, and takes back what it has planted."""
+async def copies(cluster: Cluster) -> AsyncGenerator[Copies]:
+    """Copies of the sample shop, made once: a test injects a violation and rolls it back."""
     dsns = await build(cluster)
     async with copied(cluster.server.admin_dsn, dsns, WANTED, progress=print) as copies:
         await prepare(copies, settled_seconds=60, history=client_history())
@@ -42,9 +42,9 @@ def bank_and_books(n: int, order: int, kind: str, amount: int, *, payment: int, 
     """One more operation that succeeded, at the bank and in our books alike."""
     return f"""
         INSERT INTO sandbox.operations (id, key, kind, charge_id, order_id, amount_minor, currency, status, created_at)
-        VALUES ({n}, 'planted {n}', '{kind}', {charge}, {order}, {amount}, 'USD', 'succeeded', '-infinity');
+        VALUES ({n}, 'injected {n}', '{kind}', {charge}, {order}, {amount}, 'USD', 'succeeded', '-infinity');
         INSERT INTO payments.operations (payment_id, kind, reference, key, amount_minor, currency, status, settled_at)
-        VALUES ({payment}, '{kind}', 'planted {n}', 'planted {n}', {amount}, 'USD', 'succeeded', '-infinity');
+        VALUES ({payment}, '{kind}', 'injected {n}', 'injected {n}', {amount}, 'USD', 'succeeded', '-infinity');
     """
 
 
@@ -109,7 +109,7 @@ def line(order: int, **changes: int) -> str:
 
 
 def refund(order: int, amount: int, status: str) -> str:
-    return f"INSERT INTO orders.refunds VALUES ({order}, 'planted', {amount}, '{status}', '-infinity');"
+    return f"INSERT INTO orders.refunds VALUES ({order}, 'injected', {amount}, '{status}', '-infinity');"
 
 
 def saga(order: int, step: str, wake_at: str = "NULL", driver: str = "NULL", *, kind: str = "checkout",
@@ -158,7 +158,7 @@ def sell(order: int, product: int = 1) -> str:
 
 def movement(n: int, product: int, kind: str, delta: int, order: str = "NULL", version: int = 6) -> str:
     return f"""
-        INSERT INTO inventory.movements VALUES ({n}, {product}, '{kind}', {delta}, {order}, 'planted', {version});
+        INSERT INTO inventory.movements VALUES ({n}, {product}, '{kind}', {delta}, {order}, 'injected', {version});
     """
 
 
@@ -172,7 +172,7 @@ def operation(op_id: str, based_on: str, **changes: str) -> str:
 
 TRIED_IN_VAIN = "UPDATE orders.sagas SET updated_at = now() + interval '1 day', tries = 10"
 
-PLANTED: dict[str, dict[str, str]] = {
+VIOLATIONS: dict[str, dict[str, str]] = {
     "M1": {
         "another amount": """
             UPDATE payments.transfers SET amount_minor = amount_minor + 1 WHERE payment_id = 1;
@@ -260,7 +260,7 @@ PLANTED: dict[str, dict[str, str]] = {
     },
     "M9": {
         "everywhere": bank_and_books(90, 2, "refund", 710, payment=2, charge=2)
-        + transfer(2, "refund", 710, "refunds", "provider", "planted 90")
+        + transfer(2, "refund", 710, "refunds", "provider", "injected 90")
         + """
             UPDATE payments.payments SET refunded_minor = refunded_minor + 710 WHERE id = 2;
             UPDATE orders.orders SET refunded_minor = refunded_minor + 710 WHERE id = 2;
@@ -269,7 +269,7 @@ PLANTED: dict[str, dict[str, str]] = {
         "more is authorized than asked for": "UPDATE payments.payments SET authorized_minor = 501 WHERE id = 3",
         "more is about to be refunded": "UPDATE orders.orders SET refund_pending_minor = 501 WHERE id = 6;"
         + refund(6, 501, "pending")
-        + saga(6, "refund", "'infinity'", kind="refund", reference="planted", updated_at="'infinity'"),
+        + saga(6, "refund", "'infinity'", kind="refund", reference="injected", updated_at="'infinity'"),
     },
     "M10": {
         "an operation without a payment": charge(90, 3, "voided")
@@ -278,11 +278,11 @@ PLANTED: dict[str, dict[str, str]] = {
         "a transfer without a payment": charge(90, 4, "captured")
         + bank_and_books(90, 4, "charge", 100, payment=99, charge=90)
         + bank_and_books(91, 4, "refund", 100, payment=99, charge=90)
-        + transfer(99, "charge", 100, "provider", "sales", "planted 90")
-        + transfer(99, "refund", 100, "refunds", "provider", "planted 91"),
+        + transfer(99, "charge", 100, "provider", "sales", "injected 90")
+        + transfer(99, "refund", 100, "refunds", "provider", "injected 91"),
         "pending without an intent": payment(90, 4, "pending"),
         "an open charge of a payment that is not pending": intent(3, "charge", "3:charge"),
-        "settled, and an intent": intent(3, "void", "planted"),
+        "settled, and an intent": intent(3, "void", "injected"),
         "authorized and charged": bank_and_books(90, 3, "charge", 0, payment=3, charge=3),
     },
     "S1": {
@@ -476,8 +476,8 @@ PLANTED: dict[str, dict[str, str]] = {
         """,
     },
     "O5": {
-        "answered and not there": operation("planted", "place 6", order_id="999"),
-        "answered without saying which": operation("planted", "place 6", order_id="NULL"),
+        "answered and not there": operation("injected", "place 6", order_id="999"),
+        "answered without saying which": operation("injected", "place 6", order_id="NULL"),
     },
     "O7": {
         "with a key": "DELETE FROM history.ops WHERE idempotency_key = 'k2'",
@@ -485,7 +485,7 @@ PLANTED: dict[str, dict[str, str]] = {
     },
     "O8": {
         "an older version": operation(
-            "planted", "look 1", invoked_at="invoked_at + interval '1 min'", completed_at="NULL", version="5"
+            "injected", "look 1", invoked_at="invoked_at + interval '1 min'", completed_at="NULL", version="5"
         ),
     },
     "K1": {
@@ -494,47 +494,47 @@ PLANTED: dict[str, dict[str, str]] = {
     },
     "K2": {
         "it was taken": operation(
-            "planted", "again 1", fingerprint="'another'", invoked_at="completed_at", answer="'another'", status="409"
+            "injected", "again 1", fingerprint="'another'", invoked_at="completed_at", answer="'another'", status="409"
         ),
     },
     "X1": {
-        "shown to a stranger": operation("planted", "look 1", user_id="2", principal="'user:2'"),
+        "shown to a stranger": operation("injected", "look 1", user_id="2", principal="'user:2'"),
     },
 }
 
-CASES = [(name, case) for name, cases in PLANTED.items() for case in cases]
+CASES = [(name, case) for name, cases in VIOLATIONS.items() for case in cases]
 
 
 async def test_every_invariant_has_a_planted_case():
-    assert list(PLANTED) == [invariant.name for invariant in ALL]
+    assert list(VIOLATIONS) == [invariant.name for invariant in ALL]
 
 
 @pytest.mark.parametrize("still", [False, True], ids=["running", "standing still"])
-async def test_a_right_world_violates_nothing(world: Copies, still: bool):
-    async with world.undone():
+async def test_a_right_world_violates_nothing(copies: Copies, still: bool):
+    async with copies.undone():
         if still:
-            await world.execute(STAND_STILL)
+            await copies.execute(STAND_STILL)
 
-        assert await violated(world) == []
+        assert await violated(copies) == []
 
 
 @pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{name}: {case}" for name, case in CASES])
-async def test_what_is_planted_is_found_and_nothing_else(world: Copies, name: str, case: str):
-    async with world.undone():
-        await world.execute(PLANTED[name][case])
+async def test_what_is_planted_is_found_and_nothing_else(copies: Copies, name: str, case: str):
+    async with copies.undone():
+        await copies.execute(VIOLATIONS[name][case])
 
-        assert await violated(world) == [name]
+        assert await violated(copies) == [name]
 
 
 FRESH = {
     "M4": "DELETE FROM payments.operations WHERE key = '3:void';" + intent(3, "void", "3:void", "now"),
-    "M5": PLANTED["M5"]["an order claims a refund"] + "UPDATE orders.orders SET updated_at = 'now' WHERE id = 1",
-    "M8": PLANTED["M8"]["paid"] + "UPDATE orders.orders SET updated_at = 'now' WHERE id = 1",
-    "S5": PLANTED["S5"]["more was ordered than sold"] + ";UPDATE orders.orders SET updated_at = 'now' WHERE id = 6",
+    "M5": VIOLATIONS["M5"]["an order claims a refund"] + "UPDATE orders.orders SET updated_at = 'now' WHERE id = 1",
+    "M8": VIOLATIONS["M8"]["paid"] + "UPDATE orders.orders SET updated_at = 'now' WHERE id = 1",
+    "S5": VIOLATIONS["S5"]["more was ordered than sold"] + ";UPDATE orders.orders SET updated_at = 'now' WHERE id = 6",
     "S6": hold(3) + "UPDATE orders.orders SET updated_at = 'now' WHERE id = 3",
     "O4": "UPDATE orders.sagas SET step = 'reserve', updated_at = 'now' WHERE subject_id = 4",
-    "E1": PLANTED["E1"]["not read"] + ";UPDATE orders.outbox SET at = 'now'",
-    "M6": PLANTED["M6"]["at the bank"] + "UPDATE sandbox.operations SET created_at = 'now' WHERE order_id = 999",
+    "E1": VIOLATIONS["E1"]["not read"] + ";UPDATE orders.outbox SET at = 'now'",
+    "M6": VIOLATIONS["M6"]["at the bank"] + "UPDATE sandbox.operations SET created_at = 'now' WHERE order_id = 999",
 }
 
 
@@ -543,29 +543,29 @@ async def test_every_invariant_that_waits_is_shown_to_wait():
 
 
 @pytest.mark.parametrize("name", FRESH)
-async def test_what_is_under_way_is_no_violation_until_the_shop_stands_still(world: Copies, name: str):
-    async with world.undone():
-        await world.execute(FRESH[name])
-        assert await violated(world) == []
+async def test_what_is_under_way_is_no_violation_until_the_shop_stands_still(copies: Copies, name: str):
+    async with copies.undone():
+        await copies.execute(FRESH[name])
+        assert await violated(copies) == []
 
-        await world.execute(STAND_STILL)
-        assert await violated(world) == [name]
+        await copies.execute(STAND_STILL)
+        assert await violated(copies) == [name]
 
 
-async def test_an_event_that_waits_behind_one_that_is_tried_again_is_no_violation(world: Copies):
-    async with world.undone():
-        await world.execute(parked("'infinity'", which="source = 'orders' AND subject_id = 1 AND version > 3"))
-        assert await violated(world) == ["E1"]
+async def test_an_event_that_waits_behind_one_that_is_tried_again_is_no_violation(copies: Copies):
+    async with copies.undone():
+        await copies.execute(parked("'infinity'", which="source = 'orders' AND subject_id = 1 AND version > 3"))
+        assert await violated(copies) == ["E1"]
 
-        await world.execute(
+        await copies.execute(
             parked("now() + interval '2 min'", which="source = 'orders' AND subject_id = 1 AND version = 3")
         )
-        assert await violated(world) == []
+        assert await violated(copies) == []
 
 
-async def test_a_dead_event_that_was_replayed_may_come_out_of_order_and_after_its_outbox_row_is_gone(world: Copies):
-    async with world.undone():
-        await world.execute(
+async def test_a_dead_event_that_was_replayed_may_come_out_of_order_and_after_its_outbox_row_is_gone(copies: Copies):
+    async with copies.undone():
+        await copies.execute(
             f"""
             UPDATE events.feed SET position = {LATER} WHERE source = 'orders' AND subject_id = 1 AND version = 4;
             INSERT INTO events.feed
@@ -573,25 +573,25 @@ async def test_a_dead_event_that_was_replayed_may_come_out_of_order_and_after_it
               FROM events.feed WHERE source = 'orders' AND subject_id = 6 AND version = 1;
             """
         )
-        assert await violated(world) == ["E3", "E5"]
+        assert await violated(copies) == ["E3", "E5"]
 
-        await world.execute(
+        await copies.execute(
             parked("now()", dead_at="now()", replayed_at="now()", which=f"position >= {LATER}", stays=True)
         )
-        assert await violated(world) == []
+        assert await violated(copies) == []
 
 
-async def test_a_dead_event_that_was_replayed_and_had_no_effect_is_a_violation(world: Copies):
-    async with world.undone():
+async def test_a_dead_event_that_was_replayed_and_had_no_effect_is_a_violation(copies: Copies):
+    async with copies.undone():
         which = "source = 'payments' AND event_id = 2 << 12"
-        await world.execute(parked("now()", dead_at="now()", replayed_at="now()", which=which))
+        await copies.execute(parked("now()", dead_at="now()", replayed_at="now()", which=which))
 
-        assert await violated(world) == ["E2"]
+        assert await violated(copies) == ["E2"]
 
 
-async def test_what_was_cleaned_up_is_no_violation(world: Copies):
-    async with world.undone():
-        await world.execute(
+async def test_what_was_cleaned_up_is_no_violation(copies: Copies):
+    async with copies.undone():
+        await copies.execute(
             """
             UPDATE orders.orders SET created_at = created_at - interval '7 days';
             UPDATE orders.history SET at = at - interval '7 days' WHERE order_id = 1;
@@ -600,28 +600,28 @@ async def test_what_was_cleaned_up_is_no_violation(world: Copies):
             """
         )
 
-        assert await violated(world) == []
+        assert await violated(copies) == []
 
 
-async def test_a_refund_under_way_may_have_happened_at_the_bank_already(world: Copies):
+async def test_a_refund_under_way_may_have_happened_at_the_bank_already(copies: Copies):
     """The bank has given 100 back for order 2; the order has only reserved it."""
-    async with world.undone():
-        await world.execute(
+    async with copies.undone():
+        await copies.execute(
             """
             UPDATE orders.orders SET refunded_minor = 0, refund_pending_minor = 100 WHERE id = 2;
             UPDATE orders.refunds SET status = 'pending' WHERE order_id = 2;
             """
         )
-        await world.execute(saga(2, "refund", "now()", kind="refund", reference="r1", updated_at="now()"))
+        await copies.execute(saga(2, "refund", "now()", kind="refund", reference="r1", updated_at="now()"))
 
-        assert await violated(world) == []
+        assert await violated(copies) == []
 
 
-async def test_a_violation_is_counted_whole_and_shown_in_part(world: Copies):
-    async with world.undone():
-        await world.execute("UPDATE orders.orders SET total_minor = total_minor + 1")
+async def test_a_violation_is_counted_whole_and_shown_in_part(copies: Copies):
+    async with copies.undone():
+        await copies.execute("UPDATE orders.orders SET total_minor = total_minor + 1")
 
-        [finding] = [found for found in await check(world, ALL) if found.name == "M7"]
+        [finding] = [found for found in await check(copies, ALL) if found.name == "M7"]
 
         assert finding.violations == 6
         assert len(finding.rows) == 5

@@ -9,7 +9,7 @@ from mercato.contracts.orders import AwaitOrder, CancelOrder, GetOrder, Orders, 
 from mercato.contracts.payments import ListPayments, Payments
 from mercato.operations.audit.checking import audit
 from mercato.operations.audit.tables import SUBSCRIPTIONS
-from mercato.testing.harness import Cluster
+from mercato.testing.cluster import Cluster
 from mercato.testing.shop import Shop
 
 METHODS = ("sandbox:ok", "sandbox:lost_answer", "sandbox:declined", "sandbox:capture_expired", None)
@@ -18,12 +18,12 @@ METHODS = ("sandbox:ok", "sandbox:lost_answer", "sandbox:declined", "sandbox:cap
 async def test_a_shop_that_was_busy_passes_while_it_runs_and_when_it_stands_still(cluster: Cluster):
     shop = await Shop.start(cluster)
     try:
-        with shop.rig.acting(Actor("staff")):
+        with shop.harness.acting(Actor("staff")):
             orders = [await place(shop, method) for method in METHODS * 3]
             await cancel_some(shop, orders)
             await refund_one(shop, orders[0])
             reached = {await state(shop, order_id) for order_id in orders}
-        running = await audit(cluster.server.admin_dsn, shop.rig.dsns)
+        running = await audit(cluster.server.admin_dsn, shop.harness.dsns)
         still = await until_told(cluster, shop)
     finally:
         await shop.close()
@@ -39,7 +39,7 @@ async def test_a_shop_that_was_busy_passes_while_it_runs_and_when_it_stands_stil
 async def test_the_audit_knows_every_consumer_and_what_it_wants(cluster: Cluster):
     shop = await Shop.start(cluster)
     try:
-        subscriptions = [each for service in shop.rig.host.services.values() for each in service.subscriptions]
+        subscriptions = [each for service in shop.harness.host.services.values() for each in service.subscriptions]
     finally:
         await shop.close()
 
@@ -49,12 +49,12 @@ async def test_the_audit_knows_every_consumer_and_what_it_wants(cluster: Cluster
 
 
 async def state(shop: Shop, order_id: int) -> tuple[str, str]:
-    order = await shop.rig.client(Orders).get(GetOrder(id=order_id))
+    order = await shop.harness.client(Orders).get(GetOrder(id=order_id))
     return order.status, order.payment
 
 
 async def place(shop: Shop, method: str | None) -> int:
-    orders = shop.rig.client(Orders)
+    orders = shop.harness.client(Orders)
     placed = await orders.place(PlaceOrder(user_id=1, lines=(PlaceLine(product_id=100),), payment_method=method))
     await orders.settled(AwaitOrder(id=placed.order.id, wait_ms=20_000))
     return placed.order.id
@@ -62,20 +62,20 @@ async def place(shop: Shop, method: str | None) -> int:
 
 async def cancel_some(shop: Shop, orders: list[int]) -> None:
     for order_id in (orders[4], orders[5]):
-        await shop.rig.client(Orders).cancel(CancelOrder(id=order_id))
-        await shop.rig.client(Orders).settled(AwaitOrder(id=order_id, wait_ms=20_000))
+        await shop.harness.client(Orders).cancel(CancelOrder(id=order_id))
+        await shop.harness.client(Orders).settled(AwaitOrder(id=order_id, wait_ms=20_000))
 
 
 async def refund_one(shop: Shop, order_id: int) -> None:
-    [payment] = (await shop.rig.client(Payments).list(ListPayments(order_id=order_id))).payments
-    await shop.rig.client(Orders).refund(RefundOrder(payment_id=payment.id, idempotency_key="r", amount_minor=1))
+    [payment] = (await shop.harness.client(Payments).list(ListPayments(order_id=order_id))).payments
+    await shop.harness.client(Orders).refund(RefundOrder(payment_id=payment.id, idempotency_key="r", amount_minor=1))
 
 
 async def until_told(cluster: Cluster, shop: Shop) -> list[object]:
     """What is violated when everything had its time: events are told a moment after what they tell of."""
     found: list[object] = []
     for _ in range(120):
-        report = await audit(cluster.server.admin_dsn, shop.rig.dsns, settled_seconds=0)
+        report = await audit(cluster.server.admin_dsn, shop.harness.dsns, settled_seconds=0)
         found = [(finding.name, finding.rows) for finding in report.violated]
         if not found:
             break

@@ -11,8 +11,8 @@ import asyncpg
 import pytest
 import pytest_asyncio
 
-from chassis.messaging import event_world
-from chassis.messaging.event_world import Told, until
+from chassis.messaging.harness import MIGRATIONS, Changed
+from mercato import topology
 from mercato.chassis.contract import Context, Operation, Unavailable
 from mercato.chassis.hosting.host import Host, TransportName
 from mercato.chassis.hosting.service import Build
@@ -23,8 +23,11 @@ from mercato.chassis.rpc.server import Server
 from mercato.chassis.rpc.transports import Transport
 from mercato.chassis.rpc.transports.loopback import LoopbackTransport
 from mercato.services.events.app import build
-from mercato.testing.harness import TEST_SECRET, Cluster, Rig, migrations_folder
-from services.events.world import Feed, build_publisher, publish
+from mercato.testing.cluster import Cluster
+from mercato.testing.databases import fresh_dsn
+from mercato.testing.harness import TEST_SECRET
+from mercato.testing.waiting import until
+from services.events.harness import FeedHarness, build_publisher, publish
 
 BUILDS = {"orders": build_publisher, "events": build}
 SUBJECTS = 5
@@ -33,13 +36,11 @@ VERSIONS = 20
 
 @pytest_asyncio.fixture
 async def dsns(cluster: Cluster) -> AsyncGenerator[Mapping[str, str]]:
-    made = {
-        "orders": await cluster.fresh_database("messaging", event_world.MIGRATIONS),
-        "events": await cluster.fresh_database("events", migrations_folder(build)),
-    }
-    yield made
-    for dsn in made.values():
-        await cluster.release_database(dsn)
+    async with (
+        fresh_dsn(cluster, "messaging", MIGRATIONS) as orders,
+        fresh_dsn(cluster, "events", topology.migrations("events")) as events,
+    ):
+        yield {"orders": orders, "events": events}
 
 
 @contextlib.asynccontextmanager
@@ -57,13 +58,13 @@ async def hosted(
         await host.close()
 
 
-def feed_of(cluster: Cluster, host: Host) -> Feed:
-    rig = Rig(cluster, "local")
-    rig.host = host
-    return Feed(rig)
+def feed_of(cluster: Cluster, host: Host) -> FeedHarness:
+    made = FeedHarness(cluster, "local")
+    made.host = host
+    return made
 
 
-async def has_entries(feed: Feed, count: int) -> bool:
+async def has_entries(feed: FeedHarness, count: int) -> bool:
     return len(await feed.entries()) >= count
 
 
@@ -152,7 +153,7 @@ async def test_nothing_that_events_write_commits_asynchronously(cluster: Cluster
         with pytest.raises(asyncpg.RaiseError):  # noqa: PT012
             async with database.transaction() as tx:
                 await tx.execute("SET LOCAL synchronous_commit = off")
-                await emit(tx, [Outgoing("thing.changed", "thing", 1, 1, Told(n=1))])
+                await emit(tx, [Outgoing("thing.changed", "thing", 1, 1, Changed(n=1))])
         feed = feed_of(cluster, host)
         await publish(database, 1, 1)
         await until(lambda: has_entries(feed, 1), "it is in the feed")

@@ -23,33 +23,35 @@ from mercato.contracts.inventory import (
 from mercato.services.inventory import fast_path, store
 from mercato.services.inventory.rules import LevelDelta, ReservationChange, ReservedLine
 from mercato.services.inventory.store import NewReservation
-from mercato.testing.harness import Cluster, Rig
-from services.inventory.world import LAMP, MUG, NONCE, SHOP, World, commit, opened, release, reserve
+from mercato.testing.actors import SERVICE
+from mercato.testing.builders import LAMP, MUG
+from mercato.testing.cluster import Cluster
+from services.inventory.harness import NONCE, InventoryHarness, commit, release, reserve
 
 
-async def test_two_hundred_buyers_of_fifty_pieces_get_fifty(world: World):
-    other = await world.another_rig()
-    await world.stock(mug=50)
-    clients = [world.inventory, other.client(Inventory)]
-    with world.acting(SHOP):
+async def test_two_hundred_buyers_of_fifty_pieces_get_fifty(harness: InventoryHarness):
+    other = await harness.another_host()
+    await harness.stock(mug=50)
+    clients = [harness.inventory, other.client(Inventory)]
+    with harness.acting(SERVICE):
         heard = await asyncio.gather(
             *(clients[i % 2].reserve(reserve(i, mug=1)) for i in range(1, 201)), return_exceptions=True
         )
 
     assert Counter(type(h) for h in heard) == {Reservation: 50, OutOfStock: 150}
-    assert await world.pieces() == (50, 50)
-    assert [what for what, _ in await world.told("product", MUG)].count("stock.exhausted") == 1
+    assert await harness.pieces() == (50, 50)
+    assert [what for what, _ in await harness.emitted("product", MUG)].count("stock.exhausted") == 1
 
 
 @pytest.mark.parametrize("way", ["as a whole", "one by one"])
-async def test_two_concurrent_reservations_of_the_last_piece_do_not_oversell(world: World, way: str):
+async def test_two_concurrent_reservations_of_the_last_piece_do_not_oversell(harness: InventoryHarness, way: str):
     """Both wait for the level before either may go on: what they could read there by then is true for one alone.
 
     One by one: the piece comes while they wait, so that no batch fits before.
     """
-    other = await world.another_rig()
-    await world.stock(mug=1 if way == "as a whole" else 0)
-    holder = await world.connection()
+    other = await harness.another_host()
+    await harness.stock(mug=1 if way == "as a whole" else 0)
+    holder = await harness.connection()
     async with holder.transaction():
         await holder.execute("SELECT 1 FROM levels FOR NO KEY UPDATE")
         if way == "one by one":
@@ -60,22 +62,22 @@ async def test_two_concurrent_reservations_of_the_last_piece_do_not_oversell(wor
                 VALUES (1, 2, 'receipt', 1, 'staff', 9)
                 """
             )
-        with world.acting(SHOP):
+        with harness.acting(SERVICE):
             calls = [
                 asyncio.ensure_future(client.reserve(reserve(order_id, mug=1)))
-                for order_id, client in ((7, world.inventory), (8, other.client(Inventory)))
+                for order_id, client in ((7, harness.inventory), (8, other.client(Inventory)))
             ]
-        await world.until_waiting(2)
+        await harness.until_blocked(2)
     heard = await asyncio.gather(*calls, return_exceptions=True)
 
     assert Counter(type(h) for h in heard) == {Reservation: 1, OutOfStock: 1}
-    assert await world.pieces() == (1, 1)
+    assert await harness.pieces() == (1, 1)
 
 
-async def test_of_a_batch_that_waits_for_a_level_each_order_gets_what_is_left(world: World):
+async def test_of_a_batch_that_waits_for_a_level_each_order_gets_what_is_left(harness: InventoryHarness):
     """The batch fits when its statement begins, and does not when it gets the lock: the first orders get the rest."""
-    await world.stock(mug=3)
-    holder = await world.connection()
+    await harness.stock(mug=3)
+    holder = await harness.connection()
     async with holder.transaction():
         await holder.execute("UPDATE levels SET on_hand = 2, version = 2")
         await holder.execute(
@@ -84,40 +86,40 @@ async def test_of_a_batch_that_waits_for_a_level_each_order_gets_what_is_left(wo
             VALUES (1, 2, 'adjustment', -1, 'staff', 9)
             """
         )
-        batch = asyncio.ensure_future(world.reserve_many(*(reserve(order_id, mug=1) for order_id in (7, 8, 9))))
-        await world.until_waiting()
+        batch = asyncio.ensure_future(harness.reserve_many(*(reserve(order_id, mug=1) for order_id in (7, 8, 9))))
+        await harness.until_blocked()
     heard = await batch
 
     assert [type(h) for h in heard] == [Reservation, Reservation, OutOfStock]
-    assert await world.pieces() == (2, 2)
-    assert await world.told("reservation", 9) == []
+    assert await harness.pieces() == (2, 2)
+    assert await harness.emitted("reservation", 9) == []
 
 
-async def test_of_a_commit_and_a_release_at_the_same_moment_one_is_done(world: World):
-    other = await world.another_rig()
-    await world.stock(mug=2)
-    await world.reserve(7, mug=2)
-    holder = await world.connection()
+async def test_of_a_commit_and_a_release_at_the_same_moment_one_is_done(harness: InventoryHarness):
+    other = await harness.another_host()
+    await harness.stock(mug=2)
+    await harness.reserve(7, mug=2)
+    holder = await harness.connection()
     async with holder.transaction():
         await holder.execute("SELECT 1 FROM reservations FOR NO KEY UPDATE")
-        with world.acting(SHOP):
-            sold = asyncio.ensure_future(world.inventory.commit(commit(7)))
+        with harness.acting(SERVICE):
+            sold = asyncio.ensure_future(harness.inventory.commit(commit(7)))
             freed = asyncio.ensure_future(other.client(Inventory).release(release(7)))
-        await world.until_waiting(2)
+        await harness.until_blocked(2)
     heard = await asyncio.gather(sold, freed, return_exceptions=True)
 
-    [state] = (await world.states()).values()
+    [state] = (await harness.states()).values()
     assert isinstance(heard[1], Reservation)
     assert heard[1].state == state
     assert isinstance(heard[0], Reservation if state == "committed" else ReservationClosed)
-    assert await world.pieces() == ((0, 0) if state == "committed" else (2, 0))
+    assert await harness.pieces() == ((0, 0) if state == "committed" else (2, 0))
 
 
-async def test_carts_in_opposite_orders_do_not_wait_for_each_other_for_ever(world: World):
+async def test_carts_in_opposite_orders_do_not_wait_for_each_other_for_ever(harness: InventoryHarness):
     """Each cart holds both products, and each is reserved and then sold or released."""
-    other = await world.another_rig()
-    await world.stock(mug=1_000, lamp=1_000)
-    clients = [world.inventory, other.client(Inventory)]
+    other = await harness.another_host()
+    await harness.stock(mug=1_000, lamp=1_000)
+    clients = [harness.inventory, other.client(Inventory)]
 
     async def shop(order_id: int) -> None:
         client = clients[order_id % 2]
@@ -131,26 +133,24 @@ async def test_carts_in_opposite_orders_do_not_wait_for_each_other_for_ever(worl
         else:
             await client.release(release(order_id))
 
-    with world.acting(SHOP):
+    with harness.acting(SERVICE):
         await asyncio.gather(*(shop(order_id) for order_id in range(1, 501)))
 
     sold = sum(1 for i in range(1, 501) if i % 3)
-    assert (await world.pieces(MUG), await world.pieces(LAMP)) == ((1_000 - sold, 0), (1_000 - sold, 0))
-    assert await deadlocks(world) == 0
+    assert (await harness.pieces(MUG), await harness.pieces(LAMP)) == ((1_000 - sold, 0), (1_000 - sold, 0))
+    assert await deadlocks(harness) == 0
 
 
 async def test_everything_at_once_about_the_same_orders_ends_each_of_them_once(cluster: Cluster):
     """Over `local` alone: `loopback` would send a reserve again after the release, and call that a failure."""
-    rig = Rig(cluster, "local")
-    async with opened(rig) as world:
-        await hurry_about_the_same_orders(world)
-    await rig.close()
+    async with InventoryHarness(cluster, "local").running() as harness:
+        await hurry_about_the_same_orders(harness)
 
 
-async def hurry_about_the_same_orders(world: World) -> None:
-    other = await world.another_rig()
-    await world.stock(mug=30, lamp=30)
-    clients = [world.inventory, other.client(Inventory)]
+async def hurry_about_the_same_orders(harness: InventoryHarness) -> None:
+    other = await harness.another_host()
+    await harness.stock(mug=30, lamp=30)
+    clients = [harness.inventory, other.client(Inventory)]
 
     async def hurry(i: int) -> ServiceError | Reservation:
         order_id, client = i % 20 + 1, clients[i // 20 % 2]
@@ -163,50 +163,51 @@ async def hurry_about_the_same_orders(world: World) -> None:
                 [heard] = await client.reserve.many([reserve(order_id, lamp=1, mug=1, for_payment=bool(i % 2))])
         return heard
 
-    with world.acting(SHOP):
+    with harness.acting(SERVICE):
         heard = await asyncio.gather(*(hurry(i) for i in range(240)))
 
     assert {type(h) for h in heard} <= {Reservation, ReservationClosed}
-    assert await deadlocks(world) == 0
-    states = Counter((await world.states()).values())
+    assert await deadlocks(harness) == 0
+    states = Counter((await harness.states()).values())
     sold = states["committed"]
-    assert await world.pieces(MUG) == (30 - sold, states["held"])
+    assert await harness.pieces(MUG) == (30 - sold, states["held"])
 
 
-async def deadlocks(world: World) -> int:
-    connection = await world.connection()
+async def deadlocks(harness: InventoryHarness) -> int:
+    connection = await harness.connection()
     await connection.execute("SELECT pg_stat_clear_snapshot()")
     return await connection.fetchval("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()")
 
 
-async def test_a_twin_waits_for_the_first_and_hears_the_same(world: World):
+async def test_a_twin_waits_for_the_first_and_hears_the_same(harness: InventoryHarness):
     """The first has inserted and not committed; the second must neither refuse nor take pieces of its own."""
-    other = await world.another_rig()
-    await world.stock(mug=1)
-    holder = await world.connection()
+    other = await harness.another_host()
+    await harness.stock(mug=1)
+    holder = await harness.connection()
     async with holder.transaction():
         await holder.execute("SELECT 1 FROM levels FOR UPDATE")
-        with world.acting(SHOP):
+        with harness.acting(SERVICE):
             calls = [
-                asyncio.ensure_future(c.reserve(reserve(7, mug=1))) for c in (world.inventory, other.client(Inventory))
+                asyncio.ensure_future(c.reserve(reserve(7, mug=1)))
+                for c in (harness.inventory, other.client(Inventory))
             ]
-        await world.until_waiting(2)
+        await harness.until_blocked(2)
     first, second = await asyncio.gather(*calls)
 
     assert (first.state, second.state) == ("held", "held")
-    assert await world.pieces() == (1, 1)
+    assert await harness.pieces() == (1, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- store
 
 
-async def test_pieces_are_taken_only_where_there_are_so_many_whatever_the_caller_believes(world: World):
-    await world.stock(mug=3, lamp=3)
-    async with world.database.transaction() as tx:
+async def test_pieces_are_taken_only_where_there_are_so_many_whatever_the_caller_believes(harness: InventoryHarness):
+    await harness.stock(mug=3, lamp=3)
+    async with harness.database.transaction() as tx:
         changed = await store.change_levels(tx, [LevelDelta(MUG, 0, 4), LevelDelta(LAMP, 0, 3)])
     assert [(level.product_id, level.reserved) for level in changed] == [(LAMP, 3)]
 
-    async with world.database.transaction() as tx:
+    async with harness.database.transaction() as tx:
         refused = [
             await store.change_levels(tx, [delta])
             for delta in (
@@ -221,18 +222,18 @@ async def test_pieces_are_taken_only_where_there_are_so_many_whatever_the_caller
         await store.change_levels(tx, [LevelDelta(LAMP, 0, -3)])
 
 
-async def test_the_check_of_levels_is_a_lock_of_its_own(world: World):
+async def test_the_check_of_levels_is_a_lock_of_its_own(harness: InventoryHarness):
     """Whatever writes there, and however: no more is promised than there is."""
-    await world.stock(mug=3)
+    await harness.stock(mug=3)
 
     with pytest.raises(asyncpg.CheckViolationError, match="levels_reserved_within_on_hand"):
-        await (await world.connection()).execute("UPDATE levels SET reserved = 4")
+        await (await harness.connection()).execute("UPDATE levels SET reserved = 4")
 
 
-async def test_a_reservation_that_was_changed_by_somebody_else_is_not_changed(world: World):
-    await world.stock(mug=3)
-    await world.reserve(7, mug=1)
-    async with world.database.transaction() as tx:
+async def test_a_reservation_that_was_changed_by_somebody_else_is_not_changed(harness: InventoryHarness):
+    await harness.stock(mug=3)
+    await harness.reserve(7, mug=1)
+    async with harness.database.transaction() as tx:
         assert (
             await store.change_reservations(
                 tx, [ReservationChange(7, "held", 9, 8), ReservationChange(8, "held", 2, 1)]
@@ -241,15 +242,15 @@ async def test_a_reservation_that_was_changed_by_somebody_else_is_not_changed(wo
         )
 
 
-async def test_locks_are_taken_in_ascending_order(world: World):
+async def test_locks_are_taken_in_ascending_order(harness: InventoryHarness):
     """One holds the lowest row: who asks for all of them must not have locked any of the others by then."""
-    await world.stock(mug=3, lamp=3, p3=3)
+    await harness.stock(mug=3, lamp=3, p3=3)
     for order_id in (1, 2, 3):
-        await world.reserve(order_id, mug=1)
-    holder = await world.connection()
+        await harness.reserve(order_id, mug=1)
+    holder = await harness.connection()
 
     async def lock_backwards() -> tuple[list[int], list[int]]:
-        async with world.database.transaction() as tx:
+        async with harness.database.transaction() as tx:
             reservations = await store.lock_reservations(tx, [3, 2, 1])
             levels = await store.lock_levels(tx, [3, LAMP, MUG])
         return [r.order_id for r in reservations], [level.product_id for level in levels]
@@ -258,8 +259,8 @@ async def test_locks_are_taken_in_ascending_order(world: World):
         async with holder.transaction():
             await holder.execute(f"SELECT 1 FROM {table} WHERE {key} = 1 FOR UPDATE")
             task = asyncio.create_task(lock_backwards())
-            await world.until_waiting()
-            assert await free(world, table, key) == [2, 3]
+            await harness.until_blocked()
+            assert await free(harness, table, key) == [2, 3]
         assert await task == ([1, 2, 3], [1, 2, 3])
 
 
@@ -287,30 +288,30 @@ async def lock_levels_of_all(tx: Tx, product_ids: Sequence[int]) -> None:
     ids=["reservations", "levels", "reservations of a batch", "levels of a batch"],
 )
 async def test_batches_that_name_the_same_rows_in_opposite_orders_do_not_deadlock(
-    world: World, table: str, key: str, lock: Lock
+    harness: InventoryHarness, table: str, key: str, lock: Lock
 ):
     """A third one holds the middle one. Locked as named, each of the two would have what the other waits for."""
-    await world.stock(mug=9, lamp=9, p3=9)
+    await harness.stock(mug=9, lamp=9, p3=9)
     for order_id in (1, 2, 3):
-        await world.reserve(order_id, mug=1)
+        await harness.reserve(order_id, mug=1)
 
     async def lock_all(ids: list[int]) -> None:
-        async with world.database.transaction() as tx:
+        async with harness.database.transaction() as tx:
             await lock(tx, ids)
 
-    holder = await world.connection()
+    holder = await harness.connection()
     locking: list[asyncio.Task[None]] = []
     async with holder.transaction():
         await holder.execute(f"SELECT 1 FROM {table} WHERE {key} = 2 FOR UPDATE")
         for ids in ([1, 2, 3], [3, 2, 1]):
             locking.append(asyncio.create_task(lock_all(ids)))
-            await world.until_waiting(len(locking))
+            await harness.until_blocked(len(locking))
 
     await asyncio.gather(*locking)
-    assert await deadlocks(world) == 0
+    assert await deadlocks(harness) == 0
 
 
-async def free(world: World, table: str, key: str) -> list[Any]:
-    connection = await world.connection()
+async def free(harness: InventoryHarness, table: str, key: str) -> list[Any]:
+    connection = await harness.connection()
     rows = await connection.fetch(f"SELECT {key} FROM {table} ORDER BY 1 FOR UPDATE SKIP LOCKED")
     return [row[0] for row in rows]

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 
 import pytest
 import pytest_asyncio
 
 from mercato.chassis.hosting.options import OptionError
-from mercato.chassis.observability.faults import Fault
 from mercato.contracts.inventory import ReservationClosed, TraceStock
 from mercato.services.inventory import reserving
 from mercato.services.inventory.app import build
-from mercato.testing.harness import Cluster, Rig
-from mercato.testing.outbox import EVENTS
-from mercato.testing.waiting import without_waiting
-from services.inventory.world import NONCE, STAFF, World, opened
-
-Plant = Callable[[str, Fault], Callable[[], None]]
+from mercato.testing.actors import STAFF
+from mercato.testing.cluster import Cluster
+from mercato.testing.harness import ServiceHarness
+from mercato.testing.injection import Inject, fail
+from mercato.testing.tables import EVENTS
+from mercato.testing.waiting import until, without_waiting
+from services.inventory.harness import NONCE, InventoryHarness
 
 
 @pytest_asyncio.fixture
-async def brisk(cluster: Cluster) -> AsyncGenerator[World]:
-    """A world that looks for what is over all the time."""
-    rig = Rig(cluster, "local", {"MERCATO_INVENTORY_EXPIRE_EVERY_SECONDS": "0.02"})
-    async with opened(rig) as world:
-        yield world
-    await rig.close()
+async def brisk(cluster: Cluster) -> AsyncGenerator[InventoryHarness]:
+    """Expired holds are ended all the time."""
+    async with InventoryHarness(cluster, "local").running(inventory_expire_every_seconds=0.02) as harness:
+        yield harness
 
 
-async def test_what_is_over_ends_and_its_pieces_are_free(brisk: World):
+async def test_what_is_over_ends_and_its_pieces_are_free(brisk: InventoryHarness):
     await brisk.stock(mug=2)
     await brisk.reserve(7, mug=2)
     await brisk.let_time_pass(7)
@@ -38,10 +36,10 @@ async def test_what_is_over_ends_and_its_pieces_are_free(brisk: World):
     async def over() -> bool:
         return await brisk.states() == {7: "expired"}
 
-    await brisk.until(over)
+    await until(over)
     assert await brisk.pieces() == (2, 0)
-    assert await brisk.told("reservation", 7) == [("stock.held", 1), ("stock.expired", 2)]
-    assert [what for what, _ in await brisk.told("product", 1)][-1] == "stock.available"
+    assert await brisk.emitted("reservation", 7) == [("stock.held", 1), ("stock.expired", 2)]
+    assert [what for what, _ in await brisk.emitted("product", 1)][-1] == "stock.available"
     with pytest.raises(ReservationClosed):
         await brisk.commit(7)
     assert (await brisk.release(7)).state == "expired"
@@ -50,7 +48,7 @@ async def test_what_is_over_ends_and_its_pieces_are_free(brisk: World):
     assert [step.what for step in trace.steps] == ["held", "expired"]
 
 
-async def test_what_is_being_paid_for_does_not_end(brisk: World):
+async def test_what_is_being_paid_for_does_not_end(brisk: InventoryHarness):
     await brisk.stock(mug=4)
     await brisk.reserve(7, mug=1)
     await brisk.reserve(7, mug=1, for_payment=True)
@@ -64,18 +62,16 @@ async def test_what_is_being_paid_for_does_not_end(brisk: World):
     async def nine_is_over() -> bool:
         return (await brisk.states())[9] == "expired"
 
-    await brisk.until(nine_is_over)
+    await until(nine_is_over)
     assert await brisk.states() == {7: "held", 8: "held", 9: "expired"}
     assert (await brisk.commit(7)).state == "committed"
 
 
 async def test_the_operator_says_how_long_stock_is_held(cluster: Cluster):
-    rig = Rig(cluster, "local", {"MERCATO_INVENTORY_HOLD_SECONDS": "120"})
-    async with opened(rig) as world:
-        await world.stock(mug=2)
-        held = await world.reserve(7, mug=2)
-        [left] = await world.values("SELECT extract(epoch FROM expires_at - created_at)::float8 FROM reservations")
-    await rig.close()
+    async with InventoryHarness(cluster, "local").running(inventory_hold_seconds=120) as harness:
+        await harness.stock(mug=2)
+        held = await harness.reserve(7, mug=2)
+        [left] = await harness.values("SELECT extract(epoch FROM expires_at - created_at)::float8 FROM reservations")
 
     assert held.expires_in_s is not None
     assert 110 < held.expires_in_s <= 120
@@ -85,26 +81,23 @@ async def test_the_operator_says_how_long_stock_is_held(cluster: Cluster):
 @pytest.mark.parametrize("name", ["HOLD_SECONDS", "EXPIRE_EVERY_SECONDS"])
 @pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf"])
 async def test_no_other_times_than_sensible_ones_are_taken(cluster: Cluster, name: str, value: str):
-    rig = Rig(cluster, "local", {f"MERCATO_INVENTORY_{name}": value})
+    harness = ServiceHarness(cluster, "local", {f"MERCATO_INVENTORY_{name}": value})
     with pytest.raises(OptionError, match=name):
-        await rig.open(inventory=build)
-    await rig.close()
+        await harness.open({"inventory": build})
 
 
 # ------------------------------------------------------------------------------- before the loop has come to look
 
 
 @pytest_asyncio.fixture
-async def idle(cluster: Cluster) -> AsyncGenerator[World]:
-    """A world whose loop never looks: a test calls it itself."""
-    rig = Rig(cluster, "local", {"MERCATO_INVENTORY_EXPIRE_EVERY_SECONDS": "3600"})
-    async with opened(rig) as world:
-        yield world
-    await rig.close()
+async def idle(cluster: Cluster) -> AsyncGenerator[InventoryHarness]:
+    """The loop that ends expired holds sleeps: a test runs it itself."""
+    async with InventoryHarness(cluster, "local").running(inventory_expire_every_seconds=3600) as harness:
+        yield harness
 
 
 @pytest.mark.parametrize("for_payment", [False, True])
-async def test_a_payment_cannot_begin_when_the_time_is_over(idle: World, for_payment: bool):
+async def test_a_payment_cannot_begin_when_the_time_is_over(idle: InventoryHarness, for_payment: bool):
     await idle.stock(mug=2)
     await idle.reserve(7, mug=2)
     await idle.let_time_pass(7)
@@ -114,10 +107,10 @@ async def test_a_payment_cannot_begin_when_the_time_is_over(idle: World, for_pay
     assert refused.value.state == "expired"
     assert await idle.states() == {7: "expired"}
     assert await idle.pieces() == (2, 0)
-    assert await idle.told("reservation", 7) == [("stock.held", 1), ("stock.expired", 2)]
+    assert await idle.emitted("reservation", 7) == [("stock.held", 1), ("stock.expired", 2)]
 
 
-async def test_what_is_over_is_still_sold_or_released_while_nobody_has_ended_it(idle: World):
+async def test_what_is_over_is_still_sold_or_released_while_nobody_has_ended_it(idle: InventoryHarness):
     await idle.stock(mug=2)
     for order_id in (7, 8):
         await idle.reserve(order_id, mug=1)
@@ -128,7 +121,7 @@ async def test_what_is_over_is_still_sold_or_released_while_nobody_has_ended_it(
     assert await idle.pieces() == (1, 0)
 
 
-async def test_the_pieces_of_what_is_over_go_to_the_next_of_the_same_batch(idle: World):
+async def test_the_pieces_of_what_is_over_go_to_the_next_of_the_same_batch(idle: InventoryHarness):
     await idle.stock(mug=1)
     await idle.reserve(7, mug=1)
     await idle.let_time_pass(7)
@@ -138,7 +131,9 @@ async def test_the_pieces_of_what_is_over_go_to_the_next_of_the_same_batch(idle:
     assert (await idle.reserve(8, mug=1)).state == "held"
 
 
-async def test_one_round_is_bounded_and_says_that_there_are_more(idle: World, monkeypatch: pytest.MonkeyPatch):
+async def test_one_round_is_bounded_and_says_that_there_are_more(
+    idle: InventoryHarness, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(reserving, "EXPIRED_AT_ONCE", 2)
     await idle.stock(mug=9)
     for order_id in range(1, 6):
@@ -150,7 +145,7 @@ async def test_one_round_is_bounded_and_says_that_there_are_more(idle: World, mo
     assert await idle.pieces() == (9, 0)
 
 
-async def test_what_somebody_else_is_at_is_left_to_them(idle: World):
+async def test_what_somebody_else_is_at_is_left_to_them(idle: InventoryHarness):
     await idle.stock(mug=2)
     for order_id in (7, 8):
         await idle.reserve(order_id, mug=1)
@@ -159,11 +154,11 @@ async def test_what_somebody_else_is_at_is_left_to_them(idle: World):
     async with holder.transaction():
         await holder.execute("SELECT 1 FROM reservations WHERE order_id = 7 FOR UPDATE")
         expire = reserving.Reserving(idle.database, 900).expire()
-        assert await without_waiting(idle.rig.dsns["inventory"], expire) == 1
+        assert await without_waiting(idle.dsns["inventory"], expire) == 1
     assert await idle.states() == {7: "held", 8: "expired"}
 
 
-async def test_two_lookers_at_once_end_each_reservation_once(idle: World):
+async def test_two_lookers_at_once_end_each_reservation_once(idle: InventoryHarness):
     await idle.stock(mug=20)
     for order_id in range(1, 21):
         await idle.reserve(order_id, mug=1)
@@ -175,15 +170,14 @@ async def test_two_lookers_at_once_end_each_reservation_once(idle: World):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-async def test_a_crash_at_the_commit_of_a_round_is_made_good_by_the_next(idle: World, plant: Plant, when: str):
-    async def fail(_point: str) -> None:
-        raise RuntimeError("the power fails here")
-
+async def test_a_crash_at_the_commit_of_a_round_is_made_good_by_the_next(
+    idle: InventoryHarness, inject: Inject, when: str
+):
     await idle.stock(mug=2)
     await idle.reserve(7, mug=2)
     await idle.let_time_pass(7)
     looker = reserving.Reserving(idle.database, 900)
-    lift = plant(f"inventory.expire.{when}_commit", fail)
+    lift = inject(f"inventory.expire.{when}_commit", fail)
     with pytest.raises(RuntimeError):
         await looker.expire()
     lift()

@@ -10,8 +10,9 @@ import pytest
 
 from mercato.chassis.postgres.database import Tx
 from mercato.services.inventory import fast_path
-from mercato.testing.harness import Cluster, Rig
-from services.inventory.world import NONCE, SHOP, World, commit, opened, release, reserve
+from mercato.testing.actors import SERVICE
+from mercato.testing.cluster import Cluster
+from services.inventory.harness import NONCE, InventoryHarness, commit, release, reserve
 
 ORDERS = 128
 PRODUCTS = 2_000
@@ -22,26 +23,26 @@ def products_of(order_id: int) -> str:
     return f"p{order_id % 20 + 1}"
 
 
-async def fill_shelves(world: World) -> None:
-    await world.stock(**{f"p{i}": 10_000 for i in range(1, 21)})
+async def fill_shelves(harness: InventoryHarness) -> None:
+    await harness.stock(**{f"p{i}": 10_000 for i in range(1, 21)})
 
 
-async def hold(world: World, first: int, *, for_payment: bool = True) -> list[int]:
+async def hold(harness: InventoryHarness, first: int, *, for_payment: bool = True) -> list[int]:
     """A batch of new orders; gives their ids."""
     ids = list(range(first, first + ORDERS))
-    await world.reserve_many(*(reserve(i, for_payment=for_payment, **{products_of(i): 1}) for i in ids))
+    await harness.reserve_many(*(reserve(i, for_payment=for_payment, **{products_of(i): 1}) for i in ids))
     return ids
 
 
 # ------------------------------------------------------------------------------------------------------------- updates
 
 
-async def updates(world: World) -> Mapping[str, tuple[int, int]]:
+async def updates(harness: InventoryHarness) -> Mapping[str, tuple[int, int]]:
     """By table: rows updated, and those of them that changed a column which an index has.
 
     The others were HOT, or found their page full of row versions that another snapshot still keeps.
     """
-    connection = await world.connection()
+    connection = await harness.connection()
 
     async def counted() -> dict[str, tuple[int, int]]:
         await connection.execute("SELECT pg_stat_clear_snapshot()")
@@ -51,24 +52,22 @@ async def updates(world: World) -> Mapping[str, tuple[int, int]]:
         return {table: (count, indexed) for table, count, indexed in rows}
 
     # A connection reports what it has counted when it is idle, now and then, or when it ends.
-    await world.database.close()
-    await world.database.open()
+    await harness.database.close()
+    await harness.database.open()
     return await counted()
 
 
 async def test_all_updates_of_stock_are_hot_but_those_that_end_an_expiry(cluster: Cluster):
-    rig = Rig(cluster, "local", {"MERCATO_INVENTORY_EXPIRE_EVERY_SECONDS": "3600"})
-    async with opened(rig) as world:
-        await fill_shelves(world)
-        before = await updates(world)
-        with world.acting(SHOP):
+    async with InventoryHarness(cluster, "local").running(inventory_expire_every_seconds=3600) as harness:
+        await fill_shelves(harness)
+        before = await updates(harness)
+        with harness.acting(SERVICE):
             for n in range(10):
-                ids = await hold(world, n * ORDERS + 1)
-                await world.inventory.commit.many([commit(i) for i in ids])
-            waiting = await hold(world, 10 * ORDERS + 1, for_payment=False)
-            await world.inventory.release.many([release(i) for i in waiting])
-        after = await updates(world)
-    await rig.close()
+                ids = await hold(harness, n * ORDERS + 1)
+                await harness.inventory.commit.many([commit(i) for i in ids])
+            waiting = await hold(harness, 10 * ORDERS + 1, for_payment=False)
+            await harness.inventory.release.many([release(i) for i in waiting])
+        after = await updates(harness)
 
     made = {name: (after[name][0] - before[name][0], after[name][1] - before[name][1]) for name in after}
     levels, indexed_levels = made["levels"]
@@ -86,10 +85,9 @@ async def test_all_updates_of_stock_are_hot_but_those_that_end_an_expiry(cluster
 async def test_a_batch_that_fits_is_one_statement_and_its_events(
     cluster: Cluster, operation: str, monkeypatch: pytest.MonkeyPatch
 ):
-    rig = Rig(cluster, "local", {"MERCATO_INVENTORY_EXPIRE_EVERY_SECONDS": "3600"})
-    async with opened(rig) as world:
-        await fill_shelves(world)
-        ids = await hold(world, 1)
+    async with InventoryHarness(cluster, "local").running(inventory_expire_every_seconds=3600) as harness:
+        await fill_shelves(harness)
+        ids = await hold(harness, 1)
         run: list[str] = []
         fetch = Tx.fetch
 
@@ -98,15 +96,14 @@ async def test_a_batch_that_fits_is_one_statement_and_its_events(
             return await fetch(tx, row, sql, *values)
 
         monkeypatch.setattr(Tx, "fetch", noting)
-        with world.acting(SHOP):
+        with harness.acting(SERVICE):
             if operation == "reserve":
-                await hold(world, 1_001)
+                await hold(harness, 1_001)
             elif operation == "commit":
-                await world.inventory.commit.many([commit(i) for i in ids])
+                await harness.inventory.commit.many([commit(i) for i in ids])
             else:
-                await world.inventory.release.many([release(i) for i in ids])
+                await harness.inventory.release.many([release(i) for i in ids])
         monkeypatch.undo()
-    await rig.close()
 
     assert run == [fast_path.RESERVE_ALL if operation == "reserve" else fast_path.END_ALL_HELD]
 
@@ -158,9 +155,8 @@ async def fill(connection: Any, ids: range) -> None:
 async def test_a_batch_reads_its_own_rows_alone_also_when_it_was_planned_for_small_tables(
     cluster: Cluster, statement: str, mode: str
 ):
-    rig = Rig(cluster, "local")
-    async with opened(rig) as world:
-        connection = await world.connection()
+    async with InventoryHarness(cluster, "local").running() as harness:
+        connection = await harness.connection()
         for setting in ("enable_seqscan", "enable_hashjoin", "enable_mergejoin", "jit"):
             await connection.execute(f"SET {setting} = off")  # as the service's own connections do
         transaction = connection.transaction()
@@ -177,7 +173,6 @@ async def test_a_batch_reads_its_own_rows_alone_also_when_it_was_planned_for_sma
         [level] = await connection.fetch("SELECT reserved, version FROM levels WHERE product_id = $1", PRODUCTS - 1)
         await connection.execute("DEALLOCATE tried")
         await transaction.rollback()
-    await rig.close()
 
     assert tuple(level) == ((2, 2) if statement == "reserve" else (0, 2))
     # Looked for, locked and changed, each row at most three times.

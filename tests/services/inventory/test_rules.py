@@ -34,7 +34,9 @@ from mercato.services.inventory.rules import (
     StoredReservation,
     WriteSet,
 )
-from services.inventory.world import NONCE, SHOP, STAFF, lines
+from mercato.testing.actors import SERVICE, STAFF
+from mercato.testing.builders import stock_lines
+from services.inventory.harness import NONCE
 
 NOW = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 HOLD_SECONDS = 10.0
@@ -54,7 +56,7 @@ def level(product_id: int, on_hand: int, reserved: int = 0, version: int = 1) ->
 def stored(
     order_id: int, state: Any = "held", *, expires_in_s: float | None = 5.0, **quantities: int
 ) -> StoredReservation:
-    held = reserved(lines(**quantities))
+    held = reserved(stock_lines(**quantities))
     return StoredReservation(order_id, NONCE, state, 1, expires_in_s if state == "held" else None, held)
 
 
@@ -96,8 +98,8 @@ def test_a_reservation_moves_only_where_the_table_says(before: str, after: str):
 def test_a_level_that_ends_as_it_was_has_not_changed():
     """One hold is over, and the next takes its pieces in the same batch: nobody needs to hear of it."""
     ledger = StockLedger([level(1, 2, 2)], [stored(7, expires_in_s=-1.0, mug=2)], [stored(8, mug=2)])
-    assert isinstance(ledger.reserve(ask(7, lines(mug=2))), ReservationClosed)
-    assert isinstance(ledger.reserve(ask(8, lines(mug=2))), Reservation)
+    assert isinstance(ledger.reserve(ask(7, stock_lines(mug=2))), ReservationClosed)
+    assert isinstance(ledger.reserve(ask(8, stock_lines(mug=2))), Reservation)
     written = ledger.write_set()
 
     assert written.deltas == ()
@@ -107,9 +109,9 @@ def test_a_level_that_ends_as_it_was_has_not_changed():
 def test_a_refused_order_stays_refused_in_its_batch_also_when_pieces_come_back():
     """Its first answer may have ended the order already: nothing may be held for it after that."""
     ledger = StockLedger([level(1, 2, 2)], [stored(7, expires_in_s=-1.0, mug=2)], [stored(8, mug=2)])
-    first = ledger.reserve(ask(8, lines(mug=2)))
-    ledger.reserve(ask(7, lines(mug=2)))  # it is overdue, and gives its pieces back
-    again = ledger.reserve(ask(8, lines(mug=2)))
+    first = ledger.reserve(ask(8, stock_lines(mug=2)))
+    ledger.reserve(ask(7, stock_lines(mug=2)))  # it is overdue, and gives its pieces back
+    again = ledger.reserve(ask(8, stock_lines(mug=2)))
 
     assert isinstance(first, OutOfStock)
     assert isinstance(again, OutOfStock)
@@ -249,7 +251,7 @@ class Stock(RuleBasedStateMachine):
                 order_nonce=NONCE,
             )
             ledger = self.ledger([order_id])
-            ledger.return_items(request, SHOP, is_repeated=False)
+            ledger.return_items(request, SERVICE, is_repeated=False)
             self.write(ledger.write_set())
 
     @rule(order_id=ORDERS)
@@ -388,14 +390,14 @@ def test_actors_are_noted_on_movements():
 @pytest.mark.parametrize("state", rules.MOVES)
 def test_an_order_of_another_nonce_changes_nothing(state: str):
     ledger = StockLedger([level(1, 2, 2)], [stored(7, state, mug=2)])
-    request = msgspec.structs.replace(ask(7, lines(mug=2)), order_nonce=NONCE + 1)
-    back = ReturnStock(order_id=7, lines=lines(mug=1), reference="r", idempotency_key="k", order_nonce=NONCE + 1)
+    request = msgspec.structs.replace(ask(7, stock_lines(mug=2)), order_nonce=NONCE + 1)
+    back = ReturnStock(order_id=7, lines=stock_lines(mug=1), reference="r", idempotency_key="k", order_nonce=NONCE + 1)
     heard = [
         ledger.reserve(request),
         ledger.commit(7, NONCE + 1),
         ledger.release(7, NONCE + 1),
-        ledger.return_items(back, SHOP, is_repeated=False),
-        ledger.return_items(back, SHOP, is_repeated=True),
+        ledger.return_items(back, SERVICE, is_repeated=False),
+        ledger.return_items(back, SERVICE, is_repeated=True),
     ]
 
     assert {type(h) for h in heard} == {AnotherOrder}

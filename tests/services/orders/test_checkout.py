@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Final
 
 import msgspec
 import pytest
 
-from mercato.chassis.observability.faults import Fault
 from mercato.contracts.inventory import ShortLine
 from mercato.contracts.orders import CancelCode, CancelReason, IllegalMove, MovePayment, Order, Payment, Status
-from services.orders.world import MUG_MINOR, STAFF, Bank, World, basket
+from mercato.testing.actors import STAFF
+from mercato.testing.injection import FailAt, Inject
+from services.orders.harness import MUG_MINOR, Bank, OrdersHarness, basket
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-Plant = Callable[[str, Fault], Callable[[], None]]
 Move = tuple[str, str | None, str]
 
 PLACED: Final[Move] = ("status", None, "pending")
@@ -104,26 +103,26 @@ LOST: Final = End(
 
 
 @pytest.mark.parametrize("method", ENDS)
-async def test_an_order_placed_with_each_payment_method_ends_as_it_should(busy_world: World, method: str):
+async def test_an_order_placed_with_each_payment_method_ends_as_it_should(shared_harness: OrdersHarness, method: str):
     end = ENDS[method]
-    product_id = await busy_world.new_product(10)
+    product_id = await shared_harness.new_product(10)
 
-    order = await busy_world.checked_out(method, (product_id, 3))
+    order = await shared_harness.checked_out(method, (product_id, 3))
 
-    await assert_ended(busy_world, order, end, product_id)
+    await assert_ended(shared_harness, order, end, product_id)
 
 
-async def assert_ended(world: World, order: Order, end: End, product_id: int) -> None:
+async def assert_ended(harness: OrdersHarness, order: Order, end: End, product_id: int) -> None:
     assert (order.status, order.payment) == (end.status, end.payment)
-    assert sorted_by_version(await world.history(order.id)) == end.history
+    assert sorted_by_version(await harness.history(order.id)) == end.history
     code = None if end.code is None else CancelReason(code=end.code, provider_code=end.provider_code)
     assert order.reason == code
-    assert await world.reservation(order.id) == end.reservation
-    assert await world.shelf(product_id) == (10 - end.sold, end.held)
+    assert await harness.reservation(order.id) == end.reservation
+    assert await harness.shelf(product_id) == (10 - end.sold, end.held)
     total = 3 * MUG_MINOR * end.captures
-    assert await world.bank(order.id) == Bank(end.captures, total, 0, open_charges=0)
-    assert await world.bank_operations(order.id) == end.operations
-    assert await world.saga(order.id) == end.sagas
+    assert await harness.bank(order.id) == Bank(end.captures, total, 0, open_charges=0)
+    assert await harness.bank_operations(order.id) == end.operations
+    assert await harness.saga(order.id) == end.sagas
 
 
 def sorted_by_version(moves: list[Move]) -> list[Move]:
@@ -132,47 +131,51 @@ def sorted_by_version(moves: list[Move]) -> list[Move]:
 
 
 @pytest.mark.parametrize("method", ["sandbox:declined", "sandbox:insufficient_funds"])
-async def test_an_order_whose_first_payment_was_declined_is_paid_in_another_way(busy_world: World, method: str):
-    product_id = await busy_world.new_product(10)
-    order = await busy_world.checked_out(method, (product_id, 3))
+async def test_an_order_whose_first_payment_was_declined_is_paid_in_another_way(
+    shared_harness: OrdersHarness, method: str
+):
+    product_id = await shared_harness.new_product(10)
+    order = await shared_harness.checked_out(method, (product_id, 3))
 
-    paid = await busy_world.pay(order.id)
+    paid = await shared_harness.pay(order.id)
 
     assert (paid.payment.attempt, paid.payment.status) == (2, "captured")
     end = msgspec.structs.replace(BOUGHT, operations=[("charge", "declined"), ("charge", "succeeded")])
-    await assert_ended(busy_world, await busy_world.settled(order.id), end, product_id)
-    assert (await busy_world.raw(order.id)).payment_attempt == 2
+    await assert_ended(shared_harness, await shared_harness.settled(order.id), end, product_id)
+    assert (await shared_harness.raw(order.id)).payment_attempt == 2
 
 
-async def test_a_paid_order_is_one_transition_with_two_events(busy_world: World):
-    order = await busy_world.checked_out("sandbox:ok", (await busy_world.new_product(10), 3))
+async def test_a_paid_order_is_one_transition_with_two_events(shared_harness: OrdersHarness):
+    order = await shared_harness.checked_out("sandbox:ok", (await shared_harness.new_product(10), 3))
 
     rows = "SELECT format('%s %s', version, events) FROM history WHERE order_id = $1 ORDER BY version"
-    assert await busy_world.values(rows, order.id) == ["1 {order.placed}", "2 {order.confirmed,order.paid}"]
-    assert await busy_world.emitted(order.id) == [
+    assert await shared_harness.values(rows, order.id) == ["1 {order.placed}", "2 {order.confirmed,order.paid}"]
+    assert await shared_harness.emitted(order.id) == [
         ("order.placed", order.id),
         ("order.confirmed", order.id),
         ("order.paid", order.id),
     ]
 
 
-async def test_an_order_placed_without_a_method_waits_with_its_stock_held(busy_world: World):
-    product_id = await busy_world.new_product(10)
+async def test_an_order_placed_without_a_method_waits_with_its_stock_held(shared_harness: OrdersHarness):
+    product_id = await shared_harness.new_product(10)
 
-    order = await busy_world.checked_out(None, (product_id, 3))
+    order = await shared_harness.checked_out(None, (product_id, 3))
 
     assert (order.status, order.payment, order.version) == ("pending", "unpaid", 1)
-    assert await busy_world.saga(order.id) == ["awaiting"]
-    assert await busy_world.reservation(order.id) == "held"
-    assert await busy_world.shelf(product_id) == (10, 3)
-    assert await busy_world.payments(order.id) == ()
+    assert await shared_harness.saga(order.id) == ["awaiting"]
+    assert await shared_harness.reservation(order.id) == "held"
+    assert await shared_harness.shelf(product_id) == (10, 3)
+    assert await shared_harness.payments(order.id) == ()
 
 
 @pytest.mark.parametrize("method", [None, "sandbox:ok"])
-async def test_an_order_without_enough_stock_is_cancelled_with_the_short_lines(busy_world: World, method: str | None):
-    some, few, none = [await busy_world.new_product(pieces) for pieces in (10, 2, 0)]
+async def test_an_order_without_enough_stock_is_cancelled_with_the_short_lines(
+    shared_harness: OrdersHarness, method: str | None
+):
+    some, few, none = [await shared_harness.new_product(pieces) for pieces in (10, 2, 0)]
 
-    order = await busy_world.checked_out(method, (none, 1), (some, 10), (few, 3))
+    order = await shared_harness.checked_out(method, (none, 1), (some, 10), (few, 3))
 
     assert (order.status, order.payment) == ("cancelled", "unpaid")
     assert order.reason == CancelReason(
@@ -182,64 +185,66 @@ async def test_an_order_without_enough_stock_is_cancelled_with_the_short_lines(b
             ShortLine(product_id=none, requested=1, available=0),
         ),
     )
-    assert [await busy_world.shelf(i) for i in (some, few, none)] == [(10, 0), (2, 0), (0, 0)]
+    assert [await shared_harness.shelf(i) for i in (some, few, none)] == [(10, 0), (2, 0), (0, 0)]
     # Tombstones refuse a reserve or a charge that arrives late, from a driver that was fenced.
-    assert await busy_world.reservation(order.id) == "released"
-    assert [p.status for p in await busy_world.payments(order.id)] == (["voided"] if method else [])
-    assert await busy_world.bank(order.id) == Bank(captures=0, captured_minor=0, refunded_minor=0, open_charges=0)
+    assert await shared_harness.reservation(order.id) == "released"
+    assert [p.status for p in await shared_harness.payments(order.id)] == (["voided"] if method else [])
+    assert await shared_harness.bank(order.id) == Bank(captures=0, captured_minor=0, refunded_minor=0, open_charges=0)
 
 
-async def test_thirty_concurrent_buyers_of_seven_pieces_do_not_oversell(busy_world: World):
-    product_id = await busy_world.new_product(7)
+async def test_thirty_concurrent_buyers_of_seven_pieces_do_not_oversell(shared_harness: OrdersHarness):
+    product_id = await shared_harness.new_product(7)
     requests = [basket((product_id, 1), payment_method="sandbox:ok") for _ in range(30)]
 
-    placed = await asyncio.gather(*(busy_world.place(request) for request in requests))
-    orders = [await busy_world.settled(order.id) for order in placed]
+    placed = await asyncio.gather(*(shared_harness.place(request) for request in requests))
+    orders = [await shared_harness.settled(order.id) for order in placed]
 
     paid = [order for order in orders if order.payment == "paid"]
     refused = [order for order in orders if order.reason and order.reason.code == "out_of_stock"]
     assert (len(paid), len(refused)) == (7, 23)
-    assert await busy_world.shelf(product_id) == (0, 0)
-    assert [(await busy_world.bank(order.id)).net_minor for order in paid] == [MUG_MINOR] * 7
-    assert [(await busy_world.bank(order.id)).captures for order in refused] == [0] * 23
+    assert await shared_harness.shelf(product_id) == (0, 0)
+    assert [(await shared_harness.bank(order.id)).net_minor for order in paid] == [MUG_MINOR] * 7
+    assert [(await shared_harness.bank(order.id)).captures for order in refused] == [0] * 23
 
 
 # ------------------------------------------------------------------------------------------------------------- total 0
 
 
 @pytest.mark.parametrize("method", [None, "sandbox:ok", "sandbox:declined"])
-async def test_an_order_with_a_total_of_0_is_paid_and_the_provider_is_not_called(busy_world: World, method: str | None):
-    product_id = await busy_world.new_product(10, price_minor=0)
+async def test_an_order_with_a_total_of_0_is_paid_and_the_provider_is_not_called(
+    shared_harness: OrdersHarness, method: str | None
+):
+    product_id = await shared_harness.new_product(10, price_minor=0)
 
-    order = await busy_world.checked_out(method, (product_id, 3))
+    order = await shared_harness.checked_out(method, (product_id, 3))
 
     assert (order.status, order.payment, order.total_minor) == ("confirmed", "paid", 0)
-    assert [(p.status, p.captured_minor) for p in await busy_world.payments(order.id)] == (
+    assert [(p.status, p.captured_minor) for p in await shared_harness.payments(order.id)] == (
         [("captured", 0)] if method else []
     )
-    assert await busy_world.bank_operations(order.id) == []
-    assert await busy_world.shelf(product_id) == (7, 0)
-    assert await busy_world.saga(order.id) == []
+    assert await shared_harness.bank_operations(order.id) == []
+    assert await shared_harness.shelf(product_id) == (7, 0)
+    assert await shared_harness.saga(order.id) == []
 
 
 @pytest.mark.parametrize("method", [None, "sandbox:ok"])
-async def test_a_paid_order_with_a_total_of_0_is_not_paid_again(busy_world: World, method: str | None):
-    order = await busy_world.checked_out(method, (await busy_world.new_product(10, price_minor=0), 3))
+async def test_a_paid_order_with_a_total_of_0_is_not_paid_again(shared_harness: OrdersHarness, method: str | None):
+    order = await shared_harness.checked_out(method, (await shared_harness.new_product(10, price_minor=0), 3))
 
     with pytest.raises(IllegalMove):
-        await busy_world.pay(order.id)
+        await shared_harness.pay(order.id)
 
-    assert await busy_world.bank_operations(order.id) == []
+    assert await shared_harness.bank_operations(order.id) == []
 
 
 # ------------------------------------------------------------------------------------------------------------ settled
 
 
-async def test_settled_answers_with_the_order_as_it_is_when_its_time_is_over(busy_world: World):
-    product_id = await busy_world.new_product(10)
-    order = await busy_world.place(basket((product_id, 1), payment_method="sandbox:slow:3000"))
+async def test_settled_answers_with_the_order_as_it_is_when_its_time_is_over(shared_harness: OrdersHarness):
+    product_id = await shared_harness.new_product(10)
+    order = await shared_harness.place(basket((product_id, 1), payment_method="sandbox:slow:3000"))
 
-    waiting = await busy_world.settled(order.id, wait_ms=50)
+    waiting = await shared_harness.settled(order.id, wait_ms=50)
 
     assert (waiting.id, waiting.status, waiting.payment) == (order.id, "pending", "unpaid")
 
@@ -268,60 +273,50 @@ UNDONE: Final = (
 """Every point that the undoing of one passes whose authorization has run out. A refund: `test_cancelling.py`."""
 
 
-class FailTwice:
-    """A fault that happens at the first two times."""
-
-    def __init__(self) -> None:
-        self.times = 0
-
-    async def __call__(self, _point: str) -> None:
-        self.times += 1
-        if self.times <= 2:
-            raise RuntimeError("a planted failure")
-
-
 @pytest.mark.parametrize("point", CHARGED)
-async def test_a_step_that_fails_at_any_point_is_repeated_and_charges_once(busy_world: World, plant: Plant, point: str):
-    product_id = await busy_world.new_product(10)
-    failing = FailTwice()
-    plant(point, failing)
+async def test_a_step_that_fails_at_any_point_is_repeated_and_charges_once(
+    shared_harness: OrdersHarness, inject: Inject, point: str
+):
+    product_id = await shared_harness.new_product(10)
+    failing = FailAt(1, 2)
+    inject(point, failing)
     placing = basket((product_id, 3), payment_method="sandbox:ok", idempotency_key=point, fingerprint=b"one")
     if point == "orders.place.after_commit":
-        failing.times = 1
-        await asyncio.gather(busy_world.place(placing), return_exceptions=True)
-    order = await busy_world.settled((await busy_world.place(placing)).id)
+        failing.arrived = 1
+        await asyncio.gather(shared_harness.place(placing), return_exceptions=True)
+    order = await shared_harness.settled((await shared_harness.place(placing)).id)
 
-    assert failing.times, "the point is not on this way"
-    await assert_ended(busy_world, order, BOUGHT, product_id)
+    assert failing.arrived, "the point is not on this way"
+    await assert_ended(shared_harness, order, BOUGHT, product_id)
 
 
 @pytest.mark.parametrize("point", AUTHORIZED)
 async def test_a_manual_capture_that_fails_at_any_point_is_repeated_and_captures_once(
-    busy_world: World, plant: Plant, point: str
+    shared_harness: OrdersHarness, inject: Inject, point: str
 ):
-    order, product_id = await capture_by_hand(busy_world, plant, point, "sandbox:ok")
+    order, product_id = await capture_by_hand(shared_harness, inject, point, "sandbox:ok")
 
-    await assert_ended(busy_world, order, CAPTURED_BY_HAND, product_id)
+    await assert_ended(shared_harness, order, CAPTURED_BY_HAND, product_id)
 
 
 @pytest.mark.parametrize("point", UNDONE)
 async def test_an_undoing_that_fails_at_any_point_is_repeated_and_done_once(
-    busy_world: World, plant: Plant, point: str
+    shared_harness: OrdersHarness, inject: Inject, point: str
 ):
-    order, product_id = await capture_by_hand(busy_world, plant, point, "sandbox:capture_expired")
+    order, product_id = await capture_by_hand(shared_harness, inject, point, "sandbox:capture_expired")
 
-    await assert_ended(busy_world, order, LOST, product_id)
+    await assert_ended(shared_harness, order, LOST, product_id)
 
 
-async def capture_by_hand(world: World, plant: Plant, point: str, method: str) -> tuple[Order, int]:
+async def capture_by_hand(harness: OrdersHarness, inject: Inject, point: str, method: str) -> tuple[Order, int]:
     """An order that was authorized, and captured by staff, while a fault happens at a point."""
-    product_id = await world.new_product(10)
-    failing = FailTwice()
-    plant(point, failing)
-    order = await world.checked_out(None, (product_id, 3))
-    payment = (await world.pay(order.id, method, actor=STAFF, capture=False)).payment
-    await world.settled(order.id)
-    with world.acting(STAFF):
-        await asyncio.gather(world.orders.capture(MovePayment(payment_id=payment.id)), return_exceptions=True)
-    assert failing.times, "the point is not on this way"
-    return await world.settled(order.id), product_id
+    product_id = await harness.new_product(10)
+    failing = FailAt(1, 2)
+    inject(point, failing)
+    order = await harness.checked_out(None, (product_id, 3))
+    payment = (await harness.pay(order.id, method, actor=STAFF, capture=False)).payment
+    await harness.settled(order.id)
+    with harness.acting(STAFF):
+        await asyncio.gather(harness.orders.capture(MovePayment(payment_id=payment.id)), return_exceptions=True)
+    assert failing.arrived, "the point is not on this way"
+    return await harness.settled(order.id), product_id

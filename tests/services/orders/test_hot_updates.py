@@ -8,7 +8,9 @@ from typing import Any, Final
 import msgspec
 
 from mercato.contracts.orders import MoveOrder, RefundOrder, ReturnLine, ReturnOrder
-from services.orders.world import STAFF, World
+from mercato.testing.actors import STAFF
+from mercato.testing.waiting import until
+from services.orders.harness import OrdersHarness
 
 ORDERS: Final = 48
 
@@ -36,7 +38,7 @@ async def updates(connection: Any) -> dict[str, Updates]:
     return {table: Updates(*counts) for table, *counts in rows}
 
 
-async def flush_statistics(world: World, connection: Any) -> None:
+async def flush_statistics(harness: OrdersHarness, connection: Any) -> None:
     """Ends the connections of the service: each reports what it has counted when it ends, otherwise seconds later."""
     others = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     pids = [row["pid"] for row in await connection.fetch(f"SELECT pid, pg_terminate_backend(pid) {others}")]
@@ -44,25 +46,25 @@ async def flush_statistics(world: World, connection: Any) -> None:
     async def are_gone() -> bool:
         return await connection.fetchval(f"SELECT count(*) {others} AND pid = ANY($1::integer[])", pids) == 0
 
-    await world.until(are_gone)
+    await until(are_gone)
 
 
-async def sell_and_take_back(world: World, product_id: int) -> None:
+async def sell_and_take_back(harness: OrdersHarness, product_id: int) -> None:
     """An order that waits, is declined, is paid, refunded in parts, delivered, and returned in parts."""
-    order = await world.checked_out(None, (product_id, 3))
-    await asyncio.gather(world.pay(order.id, "sandbox:declined"), return_exceptions=True)
-    await world.settled(order.id)
-    payment = (await world.pay(order.id)).payment
-    await world.settled(order.id)
-    with world.acting(STAFF):
+    order = await harness.checked_out(None, (product_id, 3))
+    await asyncio.gather(harness.pay(order.id, "sandbox:declined"), return_exceptions=True)
+    await harness.settled(order.id)
+    payment = (await harness.pay(order.id)).payment
+    await harness.settled(order.id)
+    with harness.acting(STAFF):
         for n in range(3):
             key = f"refund-{order.id}-{n}"
-            await world.orders.refund(RefundOrder(payment_id=payment.id, amount_minor=100, idempotency_key=key))
-        await world.orders.move(MoveOrder(id=order.id, fulfilment="shipped"))
-        await world.orders.move(MoveOrder(id=order.id, fulfilment="delivered"))
+            await harness.orders.refund(RefundOrder(payment_id=payment.id, amount_minor=100, idempotency_key=key))
+        await harness.orders.move(MoveOrder(id=order.id, fulfilment="shipped"))
+        await harness.orders.move(MoveOrder(id=order.id, fulfilment="delivered"))
         for n in range(2):
             line, key = ReturnLine(line_id=1, quantity=1), f"return-{order.id}-{n}"
-            await world.orders.take_back(ReturnOrder(id=order.id, lines=(line,), idempotency_key=key))
+            await harness.orders.take_back(ReturnOrder(id=order.id, lines=(line,), idempotency_key=key))
 
 
 async def moves_of_axes(connection: Any) -> int:
@@ -77,12 +79,12 @@ async def moves_of_axes(connection: Any) -> int:
     )
 
 
-async def test_only_updates_of_indexed_columns_are_not_hot(world: World):
-    connection = await world.connection()
-    product_id = await world.new_product()
+async def test_only_updates_of_indexed_columns_are_not_hot(harness: OrdersHarness):
+    connection = await harness.connection()
+    product_id = await harness.new_product()
     before = await updates(connection)
-    await asyncio.gather(*(sell_and_take_back(world, product_id) for _ in range(ORDERS)))
-    await flush_statistics(world, connection)
+    await asyncio.gather(*(sell_and_take_back(harness, product_id) for _ in range(ORDERS)))
+    await flush_statistics(harness, connection)
     after = await updates(connection)
 
     made = {

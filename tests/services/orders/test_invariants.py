@@ -26,9 +26,12 @@ from mercato.contracts.orders import (
     ReturnOrder,
 )
 from mercato.services.orders import rules
-from mercato.testing.harness import Cluster, Rig
-from mercato.testing.outbox import EVENTS
-from services.orders.world import ALICE, BOB, LAMP, MUG, PLENTY, STAFF, World, mugs, opened
+from mercato.testing.actors import ALICE, BOB, STAFF
+from mercato.testing.builders import LAMP, MUG
+from mercato.testing.cluster import Cluster
+from mercato.testing.tables import EVENTS
+from mercato.testing.waiting import until
+from services.orders.harness import PLENTY, OrdersHarness, mugs
 
 STEPS: Final = 120
 WORKERS: Final = 6
@@ -61,10 +64,10 @@ TRANSITIONS: Final = """
 
 
 class Invariant(msgspec.Struct, frozen=True):
-    """`violations` selects what contradicts it; `planted` are changes that do, each by itself."""
+    """`violations` selects what contradicts it; `injected` are changes that do, each by itself."""
 
     violations: str
-    planted: tuple[str, ...]
+    injected: tuple[str, ...]
     only_at_rest: bool = False
 
 
@@ -474,65 +477,63 @@ async def violations(connection: Any, *, at_rest: bool) -> dict[str, int]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------- planted violations
+# ------------------------------------------------------------------------------------------------- injected violations
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def shop(cluster: Cluster) -> AsyncGenerator[World]:
+async def shop(cluster: Cluster) -> AsyncGenerator[OrdersHarness]:
     """Orders in every kind of state, with no work under way."""
-    rig = Rig(cluster, "local")  # tables are the same, whatever carries the calls
-    try:
-        async with opened(rig) as world:
-            await _fill(world)
-            yield world
-    finally:
-        await rig.close()
+    async with OrdersHarness(cluster, "local").running() as harness:  # the transport makes no difference in tables
+        await _fill(harness)
+        yield harness
 
 
-async def _fill(world: World) -> None:
-    on_account = await world.place(mugs(key="key"))
-    refunded = await world.checked_out(None, (MUG, 1), (LAMP, 1))
-    payment = await world.pay(refunded.id, idempotency_key="pay", fingerprint=b"pay")
-    returned = await world.delivered("sandbox:ok", (MUG, 3))
-    await world.checked_out("sandbox:ok", (LAMP, 2))
-    cancelled = await world.checked_out("sandbox:ok", (MUG, 1))
-    await world.checked_out("sandbox:declined", (MUG, 1))
-    authorized = await world.checked_out(None, (MUG, 1))
-    await world.pay(authorized.id, actor=STAFF, capture=False)
-    with world.acting(STAFF):
-        await world.orders.move(MoveOrder(id=on_account.id, status="confirmed"))
+async def _fill(harness: OrdersHarness) -> None:
+    on_account = await harness.place(mugs(key="key"))
+    refunded = await harness.checked_out(None, (MUG, 1), (LAMP, 1))
+    payment = await harness.pay(refunded.id, idempotency_key="pay", fingerprint=b"pay")
+    returned = await harness.delivered("sandbox:ok", (MUG, 3))
+    await harness.checked_out("sandbox:ok", (LAMP, 2))
+    cancelled = await harness.checked_out("sandbox:ok", (MUG, 1))
+    await harness.checked_out("sandbox:declined", (MUG, 1))
+    authorized = await harness.checked_out(None, (MUG, 1))
+    await harness.pay(authorized.id, actor=STAFF, capture=False)
+    with harness.acting(STAFF):
+        await harness.orders.move(MoveOrder(id=on_account.id, status="confirmed"))
         for key in ("refund-1", "refund-2"):
-            await world.orders.refund(RefundOrder(payment_id=payment.payment.id, amount_minor=100, idempotency_key=key))
+            await harness.orders.refund(
+                RefundOrder(payment_id=payment.payment.id, amount_minor=100, idempotency_key=key)
+            )
         for key in ("return-1", "return-2"):
-            await world.orders.take_back(
+            await harness.orders.take_back(
                 ReturnOrder(id=returned.id, lines=(ReturnLine(line_id=1, quantity=1),), idempotency_key=key)
             )
-        await world.orders.cancel(CancelOrder(id=cancelled.id))
-    await at_rest(world)
+        await harness.orders.cancel(CancelOrder(id=cancelled.id))
+    await at_rest(harness)
 
 
-PLANTED: Final = [
-    pytest.param(name, planted, id=f"{name} {i}")
+INJECTED: Final = [
+    pytest.param(name, injected, id=f"{name} {i}")
     for name, invariant in INVARIANTS.items()
-    for i, planted in enumerate(invariant.planted, 1)
+    for i, injected in enumerate(invariant.injected, 1)
 ]
 
 
 @pytest.mark.asyncio(loop_scope="session")
-async def test_no_invariant_is_violated_by_orders_in_every_kind_of_state(shop: World):
+async def test_no_invariant_is_violated_by_orders_in_every_kind_of_state(shop: OrdersHarness):
     assert await violations(await shop.connection(), at_rest=True) == {}
     assert set(await shop.values("SELECT DISTINCT status FROM orders")) == {"pending", "confirmed", "cancelled"}
 
 
 @pytest.mark.asyncio(loop_scope="session")
-@pytest.mark.parametrize(("name", "planted"), PLANTED)
-async def test_each_invariant_finds_each_violation_that_is_planted(shop: World, name: str, planted: str):
+@pytest.mark.parametrize(("name", "injected"), INJECTED)
+async def test_each_invariant_finds_each_violation_that_is_planted(shop: OrdersHarness, name: str, injected: str):
     connection = await shop.connection()
 
     transaction = connection.transaction()
     await transaction.start()
     try:
-        await connection.execute(planted)
+        await connection.execute(injected)
         assert name in await violations(connection, at_rest=True)
     finally:
         await transaction.rollback()
@@ -545,9 +546,9 @@ async def test_each_invariant_finds_each_violation_that_is_planted(shop: World, 
 class Clients:
     """A random day: clients place, repeat, pay, move, cancel, refund and return, through several processes."""
 
-    def __init__(self, processes: list[Orders], world: World, seed: int) -> None:
+    def __init__(self, processes: list[Orders], harness: OrdersHarness, seed: int) -> None:
         self.processes = processes
-        self.world = world
+        self.harness = harness
         self.seed = seed
         self.answers: dict[tuple[Actor, str, bytes], set[int]] = {}
         """The orders that were answered to each request with a key."""
@@ -558,7 +559,7 @@ class Clients:
         for _ in range(STEPS // WORKERS):
             orders, actor = rng.choice(self.processes), rng.choice((ALICE, BOB, STAFF))
             # Refusals and injected faults are part of the day: what matters is what the tables say.
-            with self.world.acting(actor), contextlib.suppress(ServiceError):
+            with self.harness.acting(actor), contextlib.suppress(ServiceError):
                 await self._request(rng, orders, actor)
 
     async def _request(self, rng: random.Random, orders: Orders, actor: Actor) -> None:
@@ -575,23 +576,23 @@ class Clients:
                 method, capture = rng.choice(METHODS), rng.random() < 0.9
                 await orders.pay(PayOrder(id=order_id, method=method, capture=capture, idempotency_key=key))
             case 4 | 5:
-                with self.world.acting(STAFF):
+                with self.harness.acting(STAFF):
                     await self._refund(rng, orders, order_id)
             case 6:
-                with self.world.acting(STAFF):
+                with self.harness.acting(STAFF):
                     await self._return(rng, orders, order_id)
             case _:
                 await self._place(rng, orders, actor)
 
     async def _refund(self, rng: random.Random, orders: Orders, order_id: int) -> None:
-        await self.world.settled(order_id)
+        await self.harness.settled(order_id)
         key = f"refund-{order_id}-{rng.randrange(3)}"
-        for payment in await self.world.payments(order_id):
+        for payment in await self.harness.payments(order_id):
             await orders.refund(RefundOrder(payment_id=payment.id, amount_minor=700, idempotency_key=key))
 
     async def _return(self, rng: random.Random, orders: Orders, order_id: int) -> None:
         """Sends the goods first, where that has not been done."""
-        await self.world.settled(order_id)
+        await self.harness.settled(order_id)
         for fulfilment in ("shipped", "delivered"):
             with contextlib.suppress(ServiceError):
                 await orders.move(MoveOrder(id=order_id, fulfilment=fulfilment))
@@ -613,27 +614,27 @@ class Clients:
                 self.ids.append(outcome.order.id)
 
 
-@pytest.mark.parametrize("rig", ["local"], indirect=True)
+@pytest.mark.options(orders_lease_seconds=0.5, orders_sweep_seconds=0.05)
+@pytest.mark.parametrize("transport", ["local"])
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
-async def test_a_random_day_with_crashes_violates_no_invariant(rig: Rig, seed: int):
-    async with opened(rig, orders_lease_seconds=0.5, orders_sweep_seconds=0.05) as world:
-        day = Clients([world.orders, await world.another_process()], world, seed)
-        looking = await world.connection()
-        with crashes(random.Random(seed)):
-            working = asyncio.gather(*(asyncio.create_task(day.work(n)) for n in range(WORKERS)))
-            while not working.done():
-                assert await violations(looking, at_rest=False) == {}
-                await asyncio.wait([working], timeout=0.5)
-            await working
-        await at_rest(world)
+async def test_a_random_day_with_crashes_violates_no_invariant(harness: OrdersHarness, seed: int):
+    day = Clients([harness.orders, await harness.another_process()], harness, seed)
+    looking = await harness.connection()
+    with crashes(random.Random(seed)):
+        working = asyncio.gather(*(asyncio.create_task(day.work(n)) for n in range(WORKERS)))
+        while not working.done():
+            assert await violations(looking, at_rest=False) == {}
+            await asyncio.wait([working], timeout=0.5)
+        await working
+    await at_rest(harness)
 
-        assert await violations(looking, at_rest=True) == {}
-        await assert_money_and_stock_agree(world)
-        assert all(len(ids) == 1 for ids in day.answers.values())  # K1: one key and request, one answer
-        owners = [(actor, key) for actor, key, _ in day.answers]
-        assert len(owners) == len(set(owners))  # K2: no other request has that answer
-        seen = await world.values("SELECT unnest(events) AS event FROM history")
-        assert {"order.placed", "order.paid"} <= set(seen)
+    assert await violations(looking, at_rest=True) == {}
+    await assert_money_and_stock_agree(harness)
+    assert all(len(ids) == 1 for ids in day.answers.values())  # K1: one key and request, one answer
+    owners = [(actor, key) for actor, key, _ in day.answers]
+    assert len(owners) == len(set(owners))  # K2: no other request has that answer
+    seen = await harness.values("SELECT unnest(events) AS event FROM history")
+    assert {"order.placed", "order.paid"} <= set(seen)
 
 
 @contextlib.contextmanager
@@ -646,7 +647,7 @@ def crashes(rng: random.Random) -> Generator[None]:
             raise RuntimeError("an injected crash")
 
     points = [point for point in faults.POINTS if point.startswith(("orders.", "checkout.", "refund."))]
-    removals = [faults.plant(point, sometimes) for point in points]
+    removals = [faults.inject(point, sometimes) for point in points]
     try:
         yield
     finally:
@@ -654,22 +655,22 @@ def crashes(rng: random.Random) -> Generator[None]:
             remove()
 
 
-async def at_rest(world: World) -> None:
+async def at_rest(harness: OrdersHarness) -> None:
     async def is_at_rest() -> bool:
         running = """
             SELECT count(*) FROM sagas WHERE driver IS NOT NULL OR (wake_at IS NOT NULL AND step <> 'awaiting')
         """
-        return (await world.values(running)) == [0]
+        return (await harness.values(running)) == [0]
 
-    await world.until(is_at_rest)
+    await until(is_at_rest)
 
 
-async def assert_money_and_stock_agree(world: World) -> None:
+async def assert_money_and_stock_agree(harness: OrdersHarness) -> None:
     """M3, M5, M8, S3, S5, S6: the bank and the shelf have what the orders say."""
     reserved = {MUG: 0, LAMP: 0}
     gone = {MUG: 0, LAMP: 0}
-    for order_id in await world.values("SELECT id FROM orders"):
-        order, bank = await world.settled(order_id), await world.bank(order_id)
+    for order_id in await harness.values("SELECT id FROM orders"):
+        order, bank = await harness.settled(order_id), await harness.bank(order_id)
         kept = order.payment in ("paid", "partially_refunded", "refunded") and order.status != "cancelled"
         assert bank.captures <= 1
         assert bank.net_minor == (order.total_minor - order.refunded_minor if kept else 0), order
@@ -678,4 +679,4 @@ async def assert_money_and_stock_agree(world: World) -> None:
             reserved[line.product_id] += line.quantity * (order.status == "pending")
             gone[line.product_id] += (line.quantity - line.returned) * (order.status in ("confirmed", "completed"))
     for product_id in (MUG, LAMP):
-        assert await world.shelf(product_id) == (PLENTY - gone[product_id], reserved[product_id])
+        assert await harness.shelf(product_id) == (PLENTY - gone[product_id], reserved[product_id])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -22,20 +21,20 @@ from mercato.chassis.contract import (
 from mercato.chassis.observability.faults import Fault
 from mercato.contracts.orders import MoveOrder, Order, PlacedOrder, PriceChanged
 from mercato.contracts.products import ProductNotFound
-from services.orders.world import ALICE, BOB, MUG, STAFF, Cable, World, mugs, quote
-
-Plant = Callable[[str, Fault], Callable[[], None]]
-
-
-async def fail(_point: str) -> None:
-    raise RuntimeError("the power fails here")
+from mercato.testing.actors import ALICE, BOB, STAFF
+from mercato.testing.builders import MUG, quote
+from mercato.testing.injection import Inject, Pause, fail
+from mercato.testing.proxy import TcpProxy
+from services.orders.harness import OrdersHarness, mugs
 
 
-async def try_place(world: World, *, key: str = "key", fingerprint: bytes = b"mugs", actor: Actor = ALICE) -> object:
+async def try_place(
+    harness: OrdersHarness, *, key: str = "key", fingerprint: bytes = b"mugs", actor: Actor = ALICE
+) -> object:
     """The answer or the error, as a client hears it."""
-    with world.acting(actor):
+    with harness.acting(actor):
         try:
-            return await world.orders.place(mugs(key=key, fingerprint=fingerprint, user_id=1))
+            return await harness.orders.place(mugs(key=key, fingerprint=fingerprint, user_id=1))
         except ServiceError as error:
             return error
 
@@ -48,69 +47,69 @@ def order_ids(outcomes: object) -> list[int]:
 # --------------------------------------------------------------------------------------------------------- the answer
 
 
-async def test_a_second_place_with_the_same_key_hears_the_first_answer(world: World):
-    with world.acting(ALICE):
-        first = await world.orders.place(mugs(key="key"))
-        again = await world.orders.place(mugs(key="key"))
+async def test_a_second_place_with_the_same_key_hears_the_first_answer(harness: OrdersHarness):
+    with harness.acting(ALICE):
+        first = await harness.orders.place(mugs(key="key"))
+        again = await harness.orders.place(mugs(key="key"))
 
     assert not first.replayed
     assert again.replayed
     assert again.order == first.order
-    assert await world.count("orders") == 1
+    assert await harness.count("orders") == 1
 
 
-async def test_a_repeated_place_gives_the_order_as_it_was_placed(world: World):
-    placed = await world.place(mugs(key="key"))
-    with world.acting(STAFF):
-        await world.orders.move(MoveOrder(id=placed.id, status="confirmed"))
-    world.products.quotes[MUG] = quote(MUG, 77_777)
-    world.users.known = set()
+async def test_a_repeated_place_gives_the_order_as_it_was_placed(harness: OrdersHarness):
+    placed = await harness.place(mugs(key="key"))
+    with harness.acting(STAFF):
+        await harness.orders.move(MoveOrder(id=placed.id, status="confirmed"))
+    harness.products.answers[MUG] = quote(MUG, 77_777)
+    harness.users.answers.clear()
 
-    assert await world.place(mugs(key="key")) == placed
-
-
-async def test_the_same_key_with_another_request_is_refused(world: World):
-    await world.place(mugs(key="key", fingerprint=b"one"))
-
-    assert isinstance(await try_place(world, fingerprint=b"another"), IdempotencyKeyReused)
-    assert await world.count("orders") == 1
+    assert await harness.place(mugs(key="key")) == placed
 
 
-async def test_keys_of_different_principals_are_different_keys(world: World):
-    with world.acting(ALICE):
-        alices = world.orders.place(mugs(key="key"))
-    with world.acting(BOB):
-        bobs = world.orders.place(mugs(key="key", fingerprint=b"bob", user_id=2))
-    with world.acting(STAFF):
-        staffs = world.orders.place(mugs(key="key", fingerprint=b"staff"))
-    with world.acting(Actor("staff", 77)):
-        others = world.orders.place(mugs(key="key", fingerprint=b"other"))
+async def test_the_same_key_with_another_request_is_refused(harness: OrdersHarness):
+    await harness.place(mugs(key="key", fingerprint=b"one"))
+
+    assert isinstance(await try_place(harness, fingerprint=b"another"), IdempotencyKeyReused)
+    assert await harness.count("orders") == 1
+
+
+async def test_keys_of_different_principals_are_different_keys(harness: OrdersHarness):
+    with harness.acting(ALICE):
+        alices = harness.orders.place(mugs(key="key"))
+    with harness.acting(BOB):
+        bobs = harness.orders.place(mugs(key="key", fingerprint=b"bob", user_id=2))
+    with harness.acting(STAFF):
+        staffs = harness.orders.place(mugs(key="key", fingerprint=b"staff"))
+    with harness.acting(Actor("staff", 77)):
+        others = harness.orders.place(mugs(key="key", fingerprint=b"other"))
 
     placed = await asyncio.gather(alices, bobs, staffs, others)
 
     assert len(set(order_ids(placed))) == 4
 
 
-async def test_a_customer_who_becomes_staff_keeps_the_keys(world: World):
-    with world.acting(ALICE):
-        first = await world.orders.place(mugs(key="key"))
-    with world.acting(Actor("staff", ALICE.id)):
-        again = await world.orders.place(mugs(key="key"))
+async def test_a_customer_who_becomes_staff_keeps_the_keys(harness: OrdersHarness):
+    with harness.acting(ALICE):
+        first = await harness.orders.place(mugs(key="key"))
+    with harness.acting(Actor("staff", ALICE.id)):
+        again = await harness.orders.place(mugs(key="key"))
     assert (again.replayed, again.order) == (True, first.order)
 
 
-async def test_requests_without_a_key_make_an_order_each(world: World):
-    assert len(set(order_ids(await world.place_many([mugs(), mugs(), mugs()])))) == 3
+async def test_requests_without_a_key_make_an_order_each(harness: OrdersHarness):
+    assert len(set(order_ids(await harness.place_many([mugs(), mugs(), mugs()])))) == 3
 
 
-async def test_a_refused_request_leaves_its_key_free(world: World):
+async def test_a_refused_request_leaves_its_key_free(harness: OrdersHarness):
     request = msgspec.structs.replace(mugs(key="key"), expected_total_minor=1_000)
-    outcomes = await world.place_many([request])
+    outcomes = await harness.place_many([request])
     assert [type(outcome) for outcome in outcomes] == [PriceChanged]
-    assert await world.count("orders") == 0
+    assert await harness.count("orders") == 0
 
-    world.products.quotes[MUG] = quote(MUG, 1_000)
-    outcomes = await world.place_many([request])
+    harness.products.answers[MUG] = quote(MUG, 1_000)
+    outcomes = await harness.place_many([request])
 
     assert [type(outcome) for outcome in outcomes] == [PlacedOrder]
 
@@ -118,8 +117,8 @@ async def test_a_refused_request_leaves_its_key_free(world: World):
 # ------------------------------------------------------------------------------------ duplicates in a batch
 
 
-async def test_duplicates_in_one_batch_make_one_order(world: World):
-    outcomes = await world.place_many([mugs(key="a"), mugs(key="b"), mugs(key="a"), mugs(), mugs(key="a")])
+async def test_duplicates_in_one_batch_make_one_order(harness: OrdersHarness):
+    outcomes = await harness.place_many([mugs(key="a"), mugs(key="b"), mugs(key="a"), mugs(), mugs(key="a")])
 
     ids = order_ids(outcomes)
     assert ids[0] == ids[2] == ids[4]
@@ -131,31 +130,33 @@ async def test_duplicates_in_one_batch_make_one_order(world: World):
         False,
         True,
     ]
-    assert await world.count("orders") == 3
+    assert await harness.count("orders") == 3
 
 
-async def test_the_same_key_with_another_request_in_one_batch_is_refused(world: World):
-    outcomes = await world.place_many([mugs(key="a"), mugs(2, key="a", fingerprint=b"two")])
+async def test_the_same_key_with_another_request_in_one_batch_is_refused(harness: OrdersHarness):
+    outcomes = await harness.place_many([mugs(key="a"), mugs(2, key="a", fingerprint=b"two")])
 
     assert [type(outcome) for outcome in outcomes] == [PlacedOrder, IdempotencyKeyReused]
-    assert await world.count("orders") == 1
+    assert await harness.count("orders") == 1
 
 
-async def test_duplicates_of_an_order_are_compared_with_that_order_not_with_the_first_of_the_batch(world: World):
-    placed = await world.place(mugs(key="a"))
+async def test_duplicates_of_an_order_are_compared_with_that_order_not_with_the_first_of_the_batch(
+    harness: OrdersHarness,
+):
+    placed = await harness.place(mugs(key="a"))
 
     with capture_logs() as logs:
-        outcomes = await world.place_many([mugs(key="a", fingerprint=b"two"), mugs(key="a"), mugs(key="a")])
+        outcomes = await harness.place_many([mugs(key="a", fingerprint=b"two"), mugs(key="a"), mugs(key="a")])
 
     assert [type(outcome) for outcome in outcomes] == [IdempotencyKeyReused, PlacedOrder, PlacedOrder]
     assert order_ids(outcomes) == [placed.id, placed.id]
     assert logs == []  # a batch that was given up and run again, one by one, is a warning
 
 
-async def test_refused_duplicates_have_an_error_each(world: World):
-    world.products.quotes.clear()
+async def test_refused_duplicates_have_an_error_each(harness: OrdersHarness):
+    harness.products.answers.clear()
 
-    outcomes = await world.place_many([mugs(key="a"), mugs(key="a")])
+    outcomes = await harness.place_many([mugs(key="a"), mugs(key="a")])
 
     assert [type(outcome) for outcome in outcomes] == [ProductNotFound] * 2
     assert outcomes[0] is not outcomes[1]
@@ -164,37 +165,37 @@ async def test_refused_duplicates_have_an_error_each(world: World):
 # ------------------------------------------------------------------------------------ duplicates in two processes
 
 
-async def test_twenty_duplicates_in_two_processes_make_one_order(world: World):
-    elsewhere = await world.another_process()
-    with world.acting(ALICE):
+async def test_twenty_duplicates_in_two_processes_make_one_order(harness: OrdersHarness):
+    elsewhere = await harness.another_process()
+    with harness.acting(ALICE):
         placed = await asyncio.gather(
-            *((world.orders if n % 2 else elsewhere).place(mugs(key="key")) for n in range(20))
+            *((harness.orders if n % 2 else elsewhere).place(mugs(key="key")) for n in range(20))
         )
 
     assert len(set(order_ids(placed))) == 1
-    assert await world.count("orders") == 1
-    assert await world.count("order_products") == 1
+    assert await harness.count("orders") == 1
+    assert await harness.count("order_products") == 1
 
 
-async def test_batches_that_share_keys_in_opposite_orders_do_not_deadlock(world: World):
-    elsewhere = await world.another_process()
-    held = await hold_key(world, "m")  # so that both batches have begun when either goes on
+async def test_batches_that_share_keys_in_opposite_orders_do_not_deadlock(harness: OrdersHarness):
+    elsewhere = await harness.another_process()
+    held = await hold_key(harness, "m")  # so that both batches have begun when either goes on
     requests = [mugs(key="a"), mugs(key="m"), mugs(key="z")]
-    with world.acting(ALICE):
-        here = asyncio.ensure_future(world.orders.place.many(requests))
+    with harness.acting(ALICE):
+        here = asyncio.ensure_future(harness.orders.place.many(requests))
         there = asyncio.ensure_future(elsewhere.place.many(requests[::-1]))
-        await world.until_waiting(2)
+        await harness.until_blocked(2)
         await held.rollback()
         ids = order_ids(list(await here))
 
     assert ids == order_ids(list(await there))[::-1]
-    assert await world.count("orders") == len(set(ids)) == 3
-    assert len(world.products.sizes) == world.safely(2)  # neither was given up and run again, one by one
+    assert await harness.count("orders") == len(set(ids)) == 3
+    assert len(harness.products.sizes) == harness.deliveries(2)  # neither was given up and run again, one by one
 
 
-async def hold_key(world: World, key: str) -> Any:
+async def hold_key(harness: OrdersHarness, key: str) -> Any:
     """A transaction that has written an order with a key of Alice, and has not ended."""
-    connection = await world.connection()
+    connection = await harness.connection()
     held = connection.transaction()
     await held.start()
     await connection.execute(
@@ -207,23 +208,18 @@ async def hold_key(world: World, key: str) -> Any:
     return held
 
 
-async def test_a_twin_waits_for_the_first_and_hears_its_answer(world: World, plant: Plant):
-    reached, go_on = asyncio.Event(), asyncio.Event()
-
-    async def hold(_point: str) -> None:
-        reached.set()
-        await go_on.wait()
-
-    elsewhere = await world.another_process()
-    lift = plant("orders.place.before_commit", hold)
-    with world.acting(ALICE):
-        first = asyncio.ensure_future(world.orders.place(mugs(key="key")))
-        await reached.wait()
+async def test_a_twin_waits_for_the_first_and_hears_its_answer(harness: OrdersHarness, inject: Inject):
+    pause = Pause()
+    elsewhere = await harness.another_process()
+    lift = inject("orders.place.before_commit", pause)
+    with harness.acting(ALICE):
+        first = asyncio.ensure_future(harness.orders.place(mugs(key="key")))
+        await pause.reached.wait()
         lift()
         twin = asyncio.ensure_future(elsewhere.place(mugs(key="key")))
         other = asyncio.ensure_future(elsewhere.place(mugs(key="key", fingerprint=b"other")))
-        await world.until_waiting()
-        go_on.set()
+        await harness.until_blocked()
+        pause.resume.set()
         placed = [await first, await twin]
 
     assert len(set(order_ids(placed))) == 1
@@ -231,35 +227,37 @@ async def test_a_twin_waits_for_the_first_and_hears_its_answer(world: World, pla
         await other
 
 
-async def test_a_key_that_stays_held_is_in_progress_and_fails_alone(world: World):
-    held = await hold_key(world, "held")
+async def test_a_key_that_stays_held_is_in_progress_and_fails_alone(harness: OrdersHarness):
+    held = await hold_key(harness, "held")
 
-    outcomes = await world.place_many([mugs(key="a"), mugs(key="held"), mugs(), mugs(key="b")])
+    outcomes = await harness.place_many([mugs(key="a"), mugs(key="held"), mugs(), mugs(key="b")])
 
     assert [type(outcome) for outcome in outcomes] == [PlacedOrder, RequestInProgress, PlacedOrder, PlacedOrder]
     assert isinstance(outcomes[1], ServiceError)
     assert outcomes[1].retry_after_s == 1
     await held.rollback()
-    assert isinstance(await try_place(world, key="held"), PlacedOrder)
+    assert isinstance(await try_place(harness, key="held"), PlacedOrder)
 
 
 # -------------------------------------------------------------------------------------------------------------- crashes
 
 
-async def test_a_crash_before_the_commit_leaves_nothing_and_the_retry_places_one(world: World, plant: Plant):
-    lift = plant("orders.place.before_commit", fail)
+async def test_a_crash_before_the_commit_leaves_nothing_and_the_retry_places_one(
+    harness: OrdersHarness, inject: Inject
+):
+    lift = inject("orders.place.before_commit", fail)
 
-    assert isinstance(await try_place(world), Internal)
+    assert isinstance(await try_place(harness), Internal)
     for table in ("orders", "order_products", "history", "sagas", "outbox"):
-        assert await world.count(table) == 0
+        assert await harness.count(table) == 0
 
     lift()
-    assert isinstance(await try_place(world), PlacedOrder)
-    assert await world.count("orders") == 1
+    assert isinstance(await try_place(harness), PlacedOrder)
+    assert await harness.count("orders") == 1
 
 
-async def test_a_connection_that_dies_before_the_commit_leaves_nothing(world: World, plant: Plant):
-    killer = await world.connection()
+async def test_a_connection_that_dies_before_the_commit_leaves_nothing(harness: OrdersHarness, inject: Inject):
+    killer = await harness.connection()
 
     async def kill(_point: str) -> None:
         await killer.execute(
@@ -269,76 +267,78 @@ async def test_a_connection_that_dies_before_the_commit_leaves_nothing(world: Wo
             """
         )
 
-    lift = plant("orders.place.before_commit", kill)
-    assert isinstance(await try_place(world), ServiceError)
-    assert await world.count("orders") == await world.count("sagas") == 0
+    lift = inject("orders.place.before_commit", kill)
+    assert isinstance(await try_place(harness), ServiceError)
+    assert await harness.count("orders") == await harness.count("sagas") == 0
 
     lift()
-    placed = await try_place(world)
+    placed = await try_place(harness)
     assert isinstance(placed, PlacedOrder)
-    assert await world.count("orders") == 1
+    assert await harness.count("orders") == 1
 
 
 @pytest.mark.parametrize("cut", ["before", "after"])
-async def test_a_retry_after_a_commit_with_an_unknown_outcome_gives_one_order(world: World, plant: Plant, cut: str):
-    cable = await world.cable()
-    orders = await world.another_process(cable.dsn)
-    lift = plant("orders.place.before_commit", cutting(cable, cut))
-    with world.acting(ALICE):
+async def test_a_retry_after_a_commit_with_an_unknown_outcome_gives_one_order(
+    harness: OrdersHarness, inject: Inject, cut: str
+):
+    proxy = await harness.proxy()
+    orders = await harness.another_process(proxy.dsn)
+    lift = inject("orders.place.before_commit", cutting(proxy, cut))
+    with harness.acting(ALICE):
         with pytest.raises(OutcomeUnknown):
             await orders.place(mugs(key="key"))
         lift()
-        cable.cut = None
+        proxy.cut = None
         placed = await orders.place(mugs(key="key"))
 
-    assert cable.cuts
-    assert await world.values("SELECT id FROM orders") == [placed.order.id]
+    assert proxy.cuts
+    assert await harness.values("SELECT id FROM orders") == [placed.order.id]
     assert placed.replayed == (cut == "after")
 
 
-def cutting(cable: Cable, cut: str) -> Fault:
-    """Cuts the cable at the next commit: not before, when the process only renews its lease."""
+def cutting(proxy: TcpProxy, cut: str) -> Fault:
+    """Cuts the proxy at the next commit: not before, when the process only renews its lease."""
 
     async def cut_next(_point: str) -> None:
-        cable.cut = cut
+        proxy.cut = cut
 
     return cut_next
 
 
-async def test_a_batch_whose_commit_has_an_unknown_outcome_is_not_run_again(world: World, plant: Plant):
-    cable = await world.cable()
-    orders = await world.another_process(cable.dsn)
-    plant("orders.place.before_commit", cutting(cable, "after"))
-    with world.acting(ALICE):
+async def test_a_batch_whose_commit_has_an_unknown_outcome_is_not_run_again(harness: OrdersHarness, inject: Inject):
+    proxy = await harness.proxy()
+    orders = await harness.another_process(proxy.dsn)
+    inject("orders.place.before_commit", cutting(proxy, "after"))
+    with harness.acting(ALICE):
         outcomes = await orders.place.many([mugs(), mugs(), mugs()])
 
     assert [type(outcome) for outcome in outcomes] == [OutcomeUnknown] * 3
-    assert await world.count("orders") == 3
+    assert await harness.count("orders") == 3
 
 
 # -------------------------------------------------------------------------------------------------------- a month later
 
 
-async def a_month_passes(world: World) -> None:
+async def a_month_passes(harness: OrdersHarness) -> None:
     """Sets every order 30 days back."""
-    connection = await world.connection()
+    connection = await harness.connection()
     past = "created_at = created_at - interval '30 days', updated_at = updated_at - interval '30 days'"
     await connection.execute(f"UPDATE orders SET {past}")
 
 
-async def test_a_key_finds_its_order_after_30_days(world: World):
-    with world.acting(ALICE):
-        placed = await world.orders.place(mugs(3, key="key"))
-    with world.acting(STAFF):
-        await world.orders.move(MoveOrder(id=placed.order.id, status="confirmed"))
-    await a_month_passes(world)
+async def test_a_key_finds_its_order_after_30_days(harness: OrdersHarness):
+    with harness.acting(ALICE):
+        placed = await harness.orders.place(mugs(3, key="key"))
+    with harness.acting(STAFF):
+        await harness.orders.move(MoveOrder(id=placed.order.id, status="confirmed"))
+    await a_month_passes(harness)
 
-    with world.acting(ALICE):
-        again = await world.orders.place(mugs(3, key="key"))
+    with harness.acting(ALICE):
+        again = await harness.orders.place(mugs(3, key="key"))
 
     assert again.replayed
     assert again.order == as_of_a_month_ago(placed.order)  # as it was placed, and not as it is now
-    assert await world.count("orders") == 1
+    assert await harness.count("orders") == 1
 
 
 def as_of_a_month_ago(order: Order) -> Order:
@@ -346,38 +346,41 @@ def as_of_a_month_ago(order: Order) -> Order:
     return msgspec.structs.replace(order, created_at=at, updated_at=at)
 
 
-async def test_after_30_days_another_request_with_the_key_is_refused_and_the_right_one_is_not(world: World):
-    placed = await world.place(mugs(key="key"))
-    await a_month_passes(world)
+async def test_after_30_days_another_request_with_the_key_is_refused_and_the_right_one_is_not(harness: OrdersHarness):
+    placed = await harness.place(mugs(key="key"))
+    await a_month_passes(harness)
 
-    assert isinstance(await try_place(world, fingerprint=b"other"), IdempotencyKeyReused)
-    again = await try_place(world)
-
-    assert isinstance(again, PlacedOrder)
-    assert again.order == as_of_a_month_ago(placed)
-    assert await world.count("orders") == 1
-
-
-async def test_after_30_days_a_key_finds_its_order_although_product_and_user_are_gone(world: World):
-    placed = await world.place(mugs(key="key"))
-    await a_month_passes(world)
-    world.products.quotes.clear()
-    world.users.known = set()
-
-    again = await try_place(world)
+    assert isinstance(await try_place(harness, fingerprint=b"other"), IdempotencyKeyReused)
+    again = await try_place(harness)
 
     assert isinstance(again, PlacedOrder)
     assert again.order == as_of_a_month_ago(placed)
+    assert await harness.count("orders") == 1
 
 
-async def test_a_known_key_does_not_make_the_others_of_its_batch_run_alone(world: World):
-    old = await world.place(mugs(key="old"))
-    await a_month_passes(world)
-    world.products.sizes.clear()
+async def test_after_30_days_a_key_finds_its_order_although_product_and_user_are_gone(harness: OrdersHarness):
+    placed = await harness.place(mugs(key="key"))
+    await a_month_passes(harness)
+    harness.products.answers.clear()
+    harness.users.answers.clear()
 
-    outcomes = await world.place_many([mugs(key=f"k{n}") for n in range(10)] + [mugs(key="old")])
+    again = await try_place(harness)
+
+    assert isinstance(again, PlacedOrder)
+    assert again.order == as_of_a_month_ago(placed)
+
+
+async def test_a_known_key_does_not_make_the_others_of_its_batch_run_alone(harness: OrdersHarness):
+    old = await harness.place(mugs(key="old"))
+    await a_month_passes(harness)
+    harness.products.batches.clear()
+
+    outcomes = await harness.place_many([mugs(key=f"k{n}") for n in range(10)] + [mugs(key="old")])
 
     assert order_ids(outcomes)[-1] == old.id
     assert [type(outcome) for outcome in outcomes] == [PlacedOrder] * 11
-    assert world.products.sizes in ([1], [1] * world.safely())  # the second of two keyed calls asks nothing any more
-    assert len(set(await world.values("SELECT xmin::text FROM orders WHERE id <> $1", old.id))) == 1
+    assert harness.products.sizes in (
+        [1],
+        [1] * harness.deliveries(),
+    )  # the second of two keyed calls asks nothing any more
+    assert len(set(await harness.values("SELECT xmin::text FROM orders WHERE id <> $1", old.id))) == 1

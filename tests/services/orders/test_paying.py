@@ -1,15 +1,13 @@
-"""Paying what was ordered without a payment: once, whatever comes twice, at once or too late."""
+"""Paying what was ordered without a payment: once, whatever comes twice, at once or too pause."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 
 from mercato.chassis.contract import Forbidden, IdempotencyKeyReused, RequestInProgress, ServiceError
-from mercato.chassis.observability.faults import Fault
 from mercato.contracts.orders import (
     AmountNotDue,
     AwaitOrder,
@@ -32,20 +30,23 @@ from mercato.contracts.orders import (
 )
 from mercato.contracts.payments import Payment
 from mercato.services.orders import steps
-from services.orders.world import ALICE, BOB, MUG, MUG_MINOR, STAFF, Bank, World
+from mercato.testing.actors import ALICE, BOB, STAFF
+from mercato.testing.builders import MUG
+from mercato.testing.injection import Inject, fail
+from mercato.testing.waiting import until
+from services.orders.harness import MUG_MINOR, Bank, OrdersHarness
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-Plant = Callable[[str, Fault], Callable[[], None]]
 
 ONE_CAPTURE = Bank(captures=1, captured_minor=MUG_MINOR, refunded_minor=0, open_charges=0)
 NO_MONEY = Bank(captures=0, captured_minor=0, refunded_minor=0, open_charges=0)
 
 
-async def awaiting(world: World) -> tuple[Order, int]:
+async def awaiting(harness: OrdersHarness) -> tuple[Order, int]:
     """An order that waits for its payment, and its product, of which there are ten."""
-    product_id = await world.new_product(10)
-    return await world.checked_out(None, (product_id, 1)), product_id
+    product_id = await harness.new_product(10)
+    return await harness.checked_out(None, (product_id, 1)), product_id
 
 
 async def outcome_of(paying: Any) -> PaidOrder | ServiceError:
@@ -55,228 +56,230 @@ async def outcome_of(paying: Any) -> PaidOrder | ServiceError:
         return error
 
 
-async def move(world: World, order_id: int, **fields: Any) -> Order:
-    with world.acting(STAFF):
-        return await world.orders.move(MoveOrder(id=order_id, **fields))
+async def move(harness: OrdersHarness, order_id: int, **fields: Any) -> Order:
+    with harness.acting(STAFF):
+        return await harness.orders.move(MoveOrder(id=order_id, **fields))
 
 
-async def capture(world: World, payment: Payment) -> Payment:
-    with world.acting(STAFF):
-        return (await world.orders.capture(MovePayment(payment_id=payment.id))).payment
+async def capture(harness: OrdersHarness, payment: Payment) -> Payment:
+    with harness.acting(STAFF):
+        return (await harness.orders.capture(MovePayment(payment_id=payment.id))).payment
 
 
-async def void(world: World, payment: Payment) -> Payment:
-    with world.acting(STAFF):
-        return (await world.orders.void(MovePayment(payment_id=payment.id))).payment
+async def void(harness: OrdersHarness, payment: Payment) -> Payment:
+    with harness.acting(STAFF):
+        return (await harness.orders.void(MovePayment(payment_id=payment.id))).payment
 
 
 # -------------------------------------------------------------------------------------------------------------- paying
 
 
 @pytest.mark.parametrize("actor", [ALICE, STAFF])
-async def test_an_order_that_waits_is_paid_and_the_answer_is_the_payment(busy_world: World, actor: Any):
-    order, product_id = await awaiting(busy_world)
+async def test_an_order_that_waits_is_paid_and_the_answer_is_the_payment(shared_harness: OrdersHarness, actor: Any):
+    order, product_id = await awaiting(shared_harness)
 
-    paid = await busy_world.pay(order.id, actor=actor, expected_total_minor=MUG_MINOR, expected_currency="USD")
+    paid = await shared_harness.pay(order.id, actor=actor, expected_total_minor=MUG_MINOR, expected_currency="USD")
 
     payment = paid.payment
     assert (payment.order_id, payment.attempt, payment.status) == (order.id, 1, "captured")
     assert (payment.captured_minor, payment.user_id) == (MUG_MINOR, ALICE.id)
-    now = await busy_world.settled(order.id)
+    now = await shared_harness.settled(order.id)
     assert (now.status, now.payment) == ("confirmed", "paid")
-    assert await busy_world.bank(order.id) == ONE_CAPTURE
-    assert await busy_world.shelf(product_id) == (9, 0)
+    assert await shared_harness.bank(order.id) == ONE_CAPTURE
+    assert await shared_harness.shelf(product_id) == (9, 0)
 
 
 @pytest.mark.parametrize(
     "shown", [{"expected_total_minor": MUG_MINOR - 1}, {"expected_total_minor": 0}, {"expected_currency": "EUR"}]
 )
-async def test_another_amount_than_is_due_is_refused_and_nothing_is_charged(busy_world: World, shown: dict[str, Any]):
-    order, _ = await awaiting(busy_world)
+async def test_another_amount_than_is_due_is_refused_and_nothing_is_charged(
+    shared_harness: OrdersHarness, shown: dict[str, Any]
+):
+    order, _ = await awaiting(shared_harness)
 
     with pytest.raises(AmountNotDue) as refused:
-        await busy_world.pay(order.id, **shown)
+        await shared_harness.pay(order.id, **shown)
 
     assert (refused.value.due_minor, refused.value.due_currency) == (MUG_MINOR, "USD")
-    assert await busy_world.saga(order.id) == ["awaiting"]
-    assert await busy_world.payments(order.id) == ()
+    assert await shared_harness.saga(order.id) == ["awaiting"]
+    assert await shared_harness.payments(order.id) == ()
 
 
-async def test_six_concurrent_payments_charge_once(busy_world: World):
-    order, _ = await awaiting(busy_world)
-    elsewhere = await busy_world.another_process()
+async def test_six_concurrent_payments_charge_once(shared_harness: OrdersHarness):
+    order, _ = await awaiting(shared_harness)
+    elsewhere = await shared_harness.another_process()
 
-    with busy_world.acting(ALICE):
+    with shared_harness.acting(ALICE):
         outcomes = await asyncio.gather(
-            *(outcome_of((busy_world.orders, elsewhere)[n % 2].pay(PayOrder(id=order.id))) for n in range(6))
+            *(outcome_of((shared_harness.orders, elsewhere)[n % 2].pay(PayOrder(id=order.id))) for n in range(6))
         )
 
     assert [type(o) for o in outcomes].count(PaidOrder) == 1
     assert {type(o) for o in outcomes} <= {PaidOrder, PaymentInProgress, IllegalMove}
-    assert len(await busy_world.payments(order.id)) == 1
-    assert await busy_world.bank(order.id) == ONE_CAPTURE
+    assert len(await shared_harness.payments(order.id)) == 1
+    assert await shared_harness.bank(order.id) == ONE_CAPTURE
 
 
-async def test_a_paid_order_is_not_paid_again(busy_world: World):
-    order, _ = await awaiting(busy_world)
-    await busy_world.pay(order.id)
+async def test_a_paid_order_is_not_paid_again(shared_harness: OrdersHarness):
+    order, _ = await awaiting(shared_harness)
+    await shared_harness.pay(order.id)
 
     with pytest.raises(IllegalMove) as refused:
-        await busy_world.pay(order.id)
+        await shared_harness.pay(order.id)
 
     assert (refused.value.axis, refused.value.current) == ("payment", "paid")
-    assert await busy_world.bank(order.id) == ONE_CAPTURE
+    assert await shared_harness.bank(order.id) == ONE_CAPTURE
 
 
-async def test_two_payments_at_once_of_an_order_on_account_charge_once(busy_world: World):
+async def test_two_payments_at_once_of_an_order_on_account_charge_once(shared_harness: OrdersHarness):
     """Both find no saga and wait for the order; the second looks again, and finds the saga of the first."""
-    order, _ = await awaiting(busy_world)
-    await move(busy_world, order.id, status="confirmed")
-    assert await busy_world.saga(order.id) == []
-    elsewhere = await busy_world.another_process()
-    connection = await busy_world.connection()
+    order, _ = await awaiting(shared_harness)
+    await move(shared_harness, order.id, status="confirmed")
+    assert await shared_harness.saga(order.id) == []
+    elsewhere = await shared_harness.another_process()
+    connection = await shared_harness.connection()
 
     async with connection.transaction():
         await connection.execute("SELECT FROM orders WHERE id = $1 FOR UPDATE", order.id)
-        with busy_world.acting(ALICE):
+        with shared_harness.acting(ALICE):
             asked = [
                 asyncio.ensure_future(outcome_of(client.pay(PayOrder(id=order.id))))
-                for client in (busy_world.orders, elsewhere)
+                for client in (shared_harness.orders, elsewhere)
             ]
-        await busy_world.until_waiting(2)
+        await shared_harness.until_blocked(2)
     outcomes = await asyncio.gather(*asked)
 
     assert [type(o) for o in outcomes].count(PaidOrder) == 1
     assert {type(o) for o in outcomes} <= {PaidOrder, PaymentInProgress, IllegalMove}
-    assert len(await busy_world.payments(order.id)) == 1
-    assert await busy_world.bank(order.id) == ONE_CAPTURE
+    assert len(await shared_harness.payments(order.id)) == 1
+    assert await shared_harness.bank(order.id) == ONE_CAPTURE
 
 
-async def test_a_payment_while_another_is_under_way_is_refused(busy_world: World):
-    order, _ = await awaiting(busy_world)
-    with busy_world.acting(ALICE):
-        slow = asyncio.ensure_future(busy_world.orders.pay(PayOrder(id=order.id, method="sandbox:slow:1000")))
+async def test_a_payment_while_another_is_under_way_is_refused(shared_harness: OrdersHarness):
+    order, _ = await awaiting(shared_harness)
+    with shared_harness.acting(ALICE):
+        slow = asyncio.ensure_future(shared_harness.orders.pay(PayOrder(id=order.id, method="sandbox:slow:1000")))
 
     async def is_paying() -> bool:
-        return await busy_world.saga(order.id) == ["reserve"]
+        return await shared_harness.saga(order.id) == ["reserve"]
 
-    await busy_world.until(is_paying)
+    await until(is_paying)
     with pytest.raises(PaymentInProgress):
-        await busy_world.pay(order.id)
+        await shared_harness.pay(order.id)
 
     assert (await slow).payment.status == "captured"
-    assert await busy_world.bank(order.id) == ONE_CAPTURE
+    assert await shared_harness.bank(order.id) == ONE_CAPTURE
 
 
 @pytest.mark.parametrize("move", [{"status": "completed"}, {"fulfilment": "returned"}])
 async def test_an_order_is_neither_completed_nor_returned_while_its_payment_is_under_way(
-    busy_world: World, move: dict[str, str]
+    shared_harness: OrdersHarness, move: dict[str, str]
 ):
     """Its money would be taken after the goods had come back, or the step that takes it would start from elsewhere."""
-    order = await busy_world.delivered(None, (MUG, 1))
-    with busy_world.acting(ALICE):
-        slow = asyncio.ensure_future(busy_world.orders.pay(PayOrder(id=order.id, method="sandbox:slow:1000")))
+    order = await shared_harness.delivered(None, (MUG, 1))
+    with shared_harness.acting(ALICE):
+        slow = asyncio.ensure_future(shared_harness.orders.pay(PayOrder(id=order.id, method="sandbox:slow:1000")))
 
     async def is_paying() -> bool:
-        return await busy_world.saga(order.id) == ["reserve"]
+        return await shared_harness.saga(order.id) == ["reserve"]
 
-    await busy_world.until(is_paying)
-    with busy_world.acting(STAFF), pytest.raises(PaymentInProgress):
-        await busy_world.orders.move(cast(Any, MoveOrder)(id=order.id, **move))
+    await until(is_paying)
+    with shared_harness.acting(STAFF), pytest.raises(PaymentInProgress):
+        await shared_harness.orders.move(cast(Any, MoveOrder)(id=order.id, **move))
 
     assert (await slow).payment.status == "captured"
-    with busy_world.acting(STAFF):
-        await busy_world.orders.move(cast(Any, MoveOrder)(id=order.id, **move))
+    with shared_harness.acting(STAFF):
+        await shared_harness.orders.move(cast(Any, MoveOrder)(id=order.id, **move))
 
 
 # ---------------------------------------------------------------------------------------------------------------- keys
 
 
-async def test_a_repeated_key_answers_with_the_same_payment(busy_world: World):
-    order, _ = await awaiting(busy_world)
+async def test_a_repeated_key_answers_with_the_same_payment(shared_harness: OrdersHarness):
+    order, _ = await awaiting(shared_harness)
 
-    first = await busy_world.pay(order.id, idempotency_key=f"pay-{order.id}", fingerprint=b"one")
-    again = await busy_world.pay(order.id, idempotency_key=f"pay-{order.id}", fingerprint=b"one")
+    first = await shared_harness.pay(order.id, idempotency_key=f"pay-{order.id}", fingerprint=b"one")
+    again = await shared_harness.pay(order.id, idempotency_key=f"pay-{order.id}", fingerprint=b"one")
 
     assert again.replayed
     assert again.payment == first.payment
-    assert await busy_world.bank(order.id) == ONE_CAPTURE
+    assert await shared_harness.bank(order.id) == ONE_CAPTURE
 
 
-async def test_the_same_key_with_another_request_is_refused(busy_world: World):
-    order, _ = await awaiting(busy_world)
-    await busy_world.pay(order.id, idempotency_key=f"pay-{order.id}", fingerprint=b"one")
+async def test_the_same_key_with_another_request_is_refused(shared_harness: OrdersHarness):
+    order, _ = await awaiting(shared_harness)
+    await shared_harness.pay(order.id, idempotency_key=f"pay-{order.id}", fingerprint=b"one")
 
     with pytest.raises(IdempotencyKeyReused):
-        await busy_world.pay(order.id, idempotency_key=f"pay-{order.id}", fingerprint=b"other")
+        await shared_harness.pay(order.id, idempotency_key=f"pay-{order.id}", fingerprint=b"other")
 
 
-async def test_a_repeated_key_of_a_declined_payment_answers_with_the_decline(busy_world: World):
-    order, _ = await awaiting(busy_world)
+async def test_a_repeated_key_of_a_declined_payment_answers_with_the_decline(shared_harness: OrdersHarness):
+    order, _ = await awaiting(shared_harness)
     key: dict[str, Any] = {"idempotency_key": f"pay-{order.id}", "fingerprint": b"one"}
-    refused = [await outcome_of(busy_world.pay(order.id, "sandbox:declined", **key)) for _ in range(2)]
+    refused = [await outcome_of(shared_harness.pay(order.id, "sandbox:declined", **key)) for _ in range(2)]
 
     assert [type(error) for error in refused] == [PaymentDeclined, PaymentDeclined]
-    assert len(await busy_world.payments(order.id)) == 1
+    assert len(await shared_harness.payments(order.id)) == 1
 
 
-async def a_month_passes(world: World) -> None:
+async def a_month_passes(harness: OrdersHarness) -> None:
     """Sets all orders and keys of payments 30 days back."""
-    connection = await world.connection()
+    connection = await harness.connection()
     past = "created_at = created_at - interval '30 days', updated_at = updated_at - interval '30 days'"
     await connection.execute(f"UPDATE orders SET {past}")
     await connection.execute("UPDATE payment_keys SET at = at - interval '30 days'")
 
 
-async def test_a_key_finds_its_payment_after_30_days(busy_world: World):
-    order, product_id = await awaiting(busy_world)
+async def test_a_key_finds_its_payment_after_30_days(shared_harness: OrdersHarness):
+    order, product_id = await awaiting(shared_harness)
     key: dict[str, Any] = {"idempotency_key": f"pay-{order.id}", "fingerprint": b"one"}
-    first = await busy_world.pay(order.id, **key)
-    await a_month_passes(busy_world)
+    first = await shared_harness.pay(order.id, **key)
+    await a_month_passes(shared_harness)
 
-    again = await busy_world.pay(order.id, **key)
+    again = await shared_harness.pay(order.id, **key)
     with pytest.raises(IdempotencyKeyReused):
-        await busy_world.pay(order.id, idempotency_key=f"pay-{order.id}", fingerprint=b"other")
+        await shared_harness.pay(order.id, idempotency_key=f"pay-{order.id}", fingerprint=b"other")
 
     assert (again.replayed, again.payment) == (True, first.payment)
-    assert len(await busy_world.payments(order.id)) == 1
-    assert await busy_world.bank_operations(order.id) == [("charge", "succeeded")]
-    assert await busy_world.shelf(product_id) == (9, 0)
+    assert len(await shared_harness.payments(order.id)) == 1
+    assert await shared_harness.bank_operations(order.id) == [("charge", "succeeded")]
+    assert await shared_harness.shelf(product_id) == (9, 0)
 
 
-async def test_a_key_finds_its_refunded_payment_after_30_days(busy_world: World):
-    order, _ = await awaiting(busy_world)
+async def test_a_key_finds_its_refunded_payment_after_30_days(shared_harness: OrdersHarness):
+    order, _ = await awaiting(shared_harness)
     key: dict[str, Any] = {"idempotency_key": f"pay-{order.id}", "fingerprint": b"one"}
-    first = await busy_world.pay(order.id, **key)
-    with busy_world.acting(STAFF):
-        await busy_world.orders.cancel(CancelOrder(id=order.id))
-    await busy_world.settled(order.id)
-    await a_month_passes(busy_world)
+    first = await shared_harness.pay(order.id, **key)
+    with shared_harness.acting(STAFF):
+        await shared_harness.orders.cancel(CancelOrder(id=order.id))
+    await shared_harness.settled(order.id)
+    await a_month_passes(shared_harness)
 
-    again = await busy_world.pay(order.id, **key)
+    again = await shared_harness.pay(order.id, **key)
 
     assert (again.replayed, again.payment.id, again.payment.status) == (True, first.payment.id, "refunded")
-    assert (await busy_world.bank(order.id)).captures == 1
+    assert (await shared_harness.bank(order.id)).captures == 1
 
 
-async def test_the_same_key_for_another_order_is_refused(busy_world: World):
+async def test_the_same_key_for_another_order_is_refused(shared_harness: OrdersHarness):
     """The fingerprint is that of the whole request, the order in its path included."""
-    first, _ = await awaiting(busy_world)
-    second, _ = await awaiting(busy_world)
-    await busy_world.pay(first.id, idempotency_key=f"pay-{first.id}", fingerprint=b"first")
+    first, _ = await awaiting(shared_harness)
+    second, _ = await awaiting(shared_harness)
+    await shared_harness.pay(first.id, idempotency_key=f"pay-{first.id}", fingerprint=b"first")
 
     with pytest.raises(IdempotencyKeyReused):
-        await busy_world.pay(second.id, idempotency_key=f"pay-{first.id}", fingerprint=b"second")
+        await shared_harness.pay(second.id, idempotency_key=f"pay-{first.id}", fingerprint=b"second")
 
-    assert await busy_world.payments(second.id) == ()
-    assert await busy_world.saga(second.id) == ["awaiting"]
+    assert await shared_harness.payments(second.id) == ()
+    assert await shared_harness.saga(second.id) == ["awaiting"]
 
 
-async def test_one_key_for_two_orders_at_once_pays_one_of_them(busy_world: World):
-    orders = [(await awaiting(busy_world))[0] for _ in range(2)]
-    elsewhere = await busy_world.another_process()
+async def test_one_key_for_two_orders_at_once_pays_one_of_them(shared_harness: OrdersHarness):
+    orders = [(await awaiting(shared_harness))[0] for _ in range(2)]
+    elsewhere = await shared_harness.another_process()
 
-    with busy_world.acting(ALICE):
+    with shared_harness.acting(ALICE):
         outcomes = await asyncio.gather(
             *(
                 outcome_of(
@@ -284,158 +287,158 @@ async def test_one_key_for_two_orders_at_once_pays_one_of_them(busy_world: World
                         PayOrder(id=order.id, idempotency_key=f"both-{orders[0].id}", fingerprint=b"%d" % order.id)
                     )
                 )
-                for client, order in zip((busy_world.orders, elsewhere), orders, strict=True)
+                for client, order in zip((shared_harness.orders, elsewhere), orders, strict=True)
             )
         )
 
     assert [type(o) for o in outcomes].count(PaidOrder) == 1
     assert {type(o) for o in outcomes} <= {PaidOrder, IdempotencyKeyReused, RequestInProgress}
-    assert sum([(await busy_world.bank(order.id)).captures for order in orders]) == 1
+    assert sum([(await shared_harness.bank(order.id)).captures for order in orders]) == 1
 
 
-async def test_ten_duplicates_in_two_processes_are_one_payment(busy_world: World):
-    order, _ = await awaiting(busy_world)
-    elsewhere = await busy_world.another_process()
+async def test_ten_duplicates_in_two_processes_are_one_payment(shared_harness: OrdersHarness):
+    order, _ = await awaiting(shared_harness)
+    elsewhere = await shared_harness.another_process()
     request = PayOrder(id=order.id, idempotency_key=f"pay-{order.id}", fingerprint=b"one")
 
-    with busy_world.acting(ALICE):
+    with shared_harness.acting(ALICE):
         outcomes = await asyncio.gather(
-            *(outcome_of((busy_world.orders, elsewhere)[n % 2].pay(request)) for n in range(10))
+            *(outcome_of((shared_harness.orders, elsewhere)[n % 2].pay(request)) for n in range(10))
         )
 
     ids = {outcome.payment.id for outcome in outcomes if isinstance(outcome, PaidOrder)}
     assert len(ids) == 1
     assert {type(outcome) for outcome in outcomes} <= {PaidOrder, RequestInProgress}
-    assert await busy_world.bank(order.id) == ONE_CAPTURE
+    assert await shared_harness.bank(order.id) == ONE_CAPTURE
 
 
-async def test_a_refused_payment_leaves_its_key_free(busy_world: World):
-    order, _ = await awaiting(busy_world)
+async def test_a_refused_payment_leaves_its_key_free(shared_harness: OrdersHarness):
+    order, _ = await awaiting(shared_harness)
     key: dict[str, Any] = {"idempotency_key": f"pay-{order.id}", "fingerprint": b"one"}
     with pytest.raises(AmountNotDue):
-        await busy_world.pay(order.id, expected_total_minor=1, **key)
+        await shared_harness.pay(order.id, expected_total_minor=1, **key)
 
-    assert (await busy_world.pay(order.id, expected_total_minor=MUG_MINOR, **key)).payment.status == "captured"
+    assert (await shared_harness.pay(order.id, expected_total_minor=MUG_MINOR, **key)).payment.status == "captured"
 
 
 # ------------------------------------------------------------------------------------------------------------ declined
 
 
-async def test_a_declined_order_is_paid_in_another_way(busy_world: World):
-    order, product_id = await awaiting(busy_world)
+async def test_a_declined_order_is_paid_in_another_way(shared_harness: OrdersHarness):
+    order, product_id = await awaiting(shared_harness)
 
     with pytest.raises(PaymentDeclined) as declined:
-        await busy_world.pay(order.id, "sandbox:insufficient_funds")
-    waiting = await busy_world.settled(order.id)
-    held = await busy_world.shelf(product_id)
-    paid = await busy_world.pay(order.id)
+        await shared_harness.pay(order.id, "sandbox:insufficient_funds")
+    waiting = await shared_harness.settled(order.id)
+    held = await shared_harness.shelf(product_id)
+    paid = await shared_harness.pay(order.id)
 
     assert declined.value.provider_code == "insufficient_funds"
     assert (waiting.status, waiting.payment) == ("pending", "unpaid")
     assert held == (10, 1)
     assert (paid.payment.attempt, paid.payment.status) == (2, "captured")
-    payments = await busy_world.payments(order.id)
+    payments = await shared_harness.payments(order.id)
     assert [(p.attempt, p.status) for p in payments] == [(2, "captured"), (1, "failed")]
     assert payments[1].id == declined.value.payment_id
-    assert await busy_world.bank(order.id) == ONE_CAPTURE
-    assert (await busy_world.raw(order.id)).payment_attempt == 2
+    assert await shared_harness.bank(order.id) == ONE_CAPTURE
+    assert (await shared_harness.raw(order.id)).payment_attempt == 2
 
 
-async def test_a_cancelled_order_cannot_be_paid(busy_world: World):
-    order, _ = await awaiting(busy_world)
-    await move(busy_world, order.id, status="cancelled")
+async def test_a_cancelled_order_cannot_be_paid(shared_harness: OrdersHarness):
+    order, _ = await awaiting(shared_harness)
+    await move(shared_harness, order.id, status="cancelled")
 
     with pytest.raises(OrderCancelled) as refused:
-        await busy_world.pay(order.id)
+        await shared_harness.pay(order.id)
 
     assert refused.value.reason == "requested"
-    assert await busy_world.payments(order.id) == ()
+    assert await shared_harness.payments(order.id) == ()
 
 
 # ---------------------------------------------------------------------------------------------------- capture and void
 
 
-async def test_an_authorized_order_is_captured_by_staff(busy_world: World):
-    order, product_id = await awaiting(busy_world)
-    reserved = (await busy_world.pay(order.id, actor=STAFF, capture=False)).payment
-    waiting = await busy_world.settled(order.id)
+async def test_an_authorized_order_is_captured_by_staff(shared_harness: OrdersHarness):
+    order, product_id = await awaiting(shared_harness)
+    reserved = (await shared_harness.pay(order.id, actor=STAFF, capture=False)).payment
+    waiting = await shared_harness.settled(order.id)
     with pytest.raises(IllegalMove):
-        await move(busy_world, order.id, fulfilment="shipped")
+        await move(shared_harness, order.id, fulfilment="shipped")
 
-    captured = await capture(busy_world, reserved)
-    again = await capture(busy_world, reserved)
+    captured = await capture(shared_harness, reserved)
+    again = await capture(shared_harness, reserved)
 
     assert (reserved.status, waiting.status, waiting.payment) == ("authorized", "confirmed", "authorized")
     assert (captured.status, captured.captured_minor) == ("captured", MUG_MINOR)
     assert again == captured
-    assert (await busy_world.settled(order.id)).payment == "paid"
-    assert await busy_world.bank(order.id) == ONE_CAPTURE
-    assert await busy_world.shelf(product_id) == (9, 0)
-    assert (await move(busy_world, order.id, fulfilment="shipped")).fulfilment == "shipped"
+    assert (await shared_harness.settled(order.id)).payment == "paid"
+    assert await shared_harness.bank(order.id) == ONE_CAPTURE
+    assert await shared_harness.shelf(product_id) == (9, 0)
+    assert (await move(shared_harness, order.id, fulfilment="shipped")).fulfilment == "shipped"
 
 
-async def test_concurrent_captures_in_two_processes_are_one(busy_world: World):
-    order, _ = await awaiting(busy_world)
-    reserved = (await busy_world.pay(order.id, actor=STAFF, capture=False)).payment
-    elsewhere = await busy_world.another_process()
+async def test_concurrent_captures_in_two_processes_are_one(shared_harness: OrdersHarness):
+    order, _ = await awaiting(shared_harness)
+    reserved = (await shared_harness.pay(order.id, actor=STAFF, capture=False)).payment
+    elsewhere = await shared_harness.another_process()
 
-    with busy_world.acting(STAFF):
+    with shared_harness.acting(STAFF):
         taken = await asyncio.gather(
-            *((busy_world.orders, elsewhere)[n % 2].capture(MovePayment(payment_id=reserved.id)) for n in range(6))
+            *((shared_harness.orders, elsewhere)[n % 2].capture(MovePayment(payment_id=reserved.id)) for n in range(6))
         )
 
     assert {paid.payment.status for paid in taken} == {"captured"}
-    assert await busy_world.bank(order.id) == ONE_CAPTURE
+    assert await shared_harness.bank(order.id) == ONE_CAPTURE
 
 
-async def test_a_voided_payment_cancels_its_order(busy_world: World):
-    order, product_id = await awaiting(busy_world)
-    reserved = (await busy_world.pay(order.id, actor=STAFF, capture=False)).payment
+async def test_a_voided_payment_cancels_its_order(shared_harness: OrdersHarness):
+    order, product_id = await awaiting(shared_harness)
+    reserved = (await shared_harness.pay(order.id, actor=STAFF, capture=False)).payment
 
-    voided = await void(busy_world, reserved)
-    again = await void(busy_world, reserved)
+    voided = await void(shared_harness, reserved)
+    again = await void(shared_harness, reserved)
 
     assert voided.status == "voided"
     assert again == voided
-    now = await busy_world.settled(order.id)
+    now = await shared_harness.settled(order.id)
     assert (now.status, now.payment) == ("cancelled", "voided")
-    assert await busy_world.bank(order.id) == NO_MONEY
-    assert await busy_world.shelf(product_id) == (10, 0)
+    assert await shared_harness.bank(order.id) == NO_MONEY
+    assert await shared_harness.shelf(product_id) == (10, 0)
     with pytest.raises(IllegalMove):
-        await capture(busy_world, reserved)
+        await capture(shared_harness, reserved)
 
 
-async def test_an_expired_authorization_cancels_its_order(busy_world: World):
-    order, product_id = await awaiting(busy_world)
-    reserved = (await busy_world.pay(order.id, "sandbox:capture_expired", STAFF, capture=False)).payment
+async def test_an_expired_authorization_cancels_its_order(shared_harness: OrdersHarness):
+    order, product_id = await awaiting(shared_harness)
+    reserved = (await shared_harness.pay(order.id, "sandbox:capture_expired", STAFF, capture=False)).payment
 
     with pytest.raises(PaymentDeclined) as declined:
-        await capture(busy_world, reserved)
+        await capture(shared_harness, reserved)
 
-    now = await busy_world.settled(order.id)
+    now = await shared_harness.settled(order.id)
     assert declined.value.provider_code == "authorization_expired"
     assert (now.status, now.payment) == ("cancelled", "voided")
     assert now.reason == CancelReason(code="payment_lost", provider_code="authorization_expired")
-    assert await busy_world.bank(order.id) == NO_MONEY
-    assert await busy_world.shelf(product_id) == (10, 0)
+    assert await shared_harness.bank(order.id) == NO_MONEY
+    assert await shared_harness.shelf(product_id) == (10, 0)
 
 
-async def test_a_captured_payment_cannot_be_voided(busy_world: World):
-    order, _ = await awaiting(busy_world)
-    paid = (await busy_world.pay(order.id)).payment
+async def test_a_captured_payment_cannot_be_voided(shared_harness: OrdersHarness):
+    order, _ = await awaiting(shared_harness)
+    paid = (await shared_harness.pay(order.id)).payment
 
     with pytest.raises(IllegalMove):
-        await void(busy_world, paid)
+        await void(shared_harness, paid)
 
-    assert await busy_world.bank(order.id) == ONE_CAPTURE
+    assert await shared_harness.bank(order.id) == ONE_CAPTURE
 
 
-async def test_only_staff_capture_and_void(busy_world: World):
-    order, _ = await awaiting(busy_world)
-    reserved = (await busy_world.pay(order.id, actor=STAFF, capture=False)).payment
+async def test_only_staff_capture_and_void(shared_harness: OrdersHarness):
+    order, _ = await awaiting(shared_harness)
+    reserved = (await shared_harness.pay(order.id, actor=STAFF, capture=False)).payment
 
-    with busy_world.acting(ALICE):
-        for operation in (busy_world.orders.capture, busy_world.orders.void):
+    with shared_harness.acting(ALICE):
+        for operation in (shared_harness.orders.capture, shared_harness.orders.void):
             with pytest.raises(Forbidden):
                 await operation(MovePayment(payment_id=reserved.id))
 
@@ -443,40 +446,40 @@ async def test_only_staff_capture_and_void(busy_world: World):
 # ---------------------------------------------------------------------------------------------------------- on account
 
 
-async def test_an_order_on_account_is_sold_and_paid_later(busy_world: World):
-    order, product_id = await awaiting(busy_world)
+async def test_an_order_on_account_is_sold_and_paid_later(shared_harness: OrdersHarness):
+    order, product_id = await awaiting(shared_harness)
 
-    confirmed = await move(busy_world, order.id, status="confirmed")
-    sold = await busy_world.shelf(product_id)
-    await move(busy_world, order.id, fulfilment="shipped")
+    confirmed = await move(shared_harness, order.id, status="confirmed")
+    sold = await shared_harness.shelf(product_id)
+    await move(shared_harness, order.id, fulfilment="shipped")
     with pytest.raises(PaymentDeclined):
-        await busy_world.pay(order.id, "sandbox:declined")
-    still = await busy_world.settled(order.id)
-    await busy_world.pay(order.id)
+        await shared_harness.pay(order.id, "sandbox:declined")
+    still = await shared_harness.settled(order.id)
+    await shared_harness.pay(order.id)
 
     assert (confirmed.status, confirmed.payment) == ("confirmed", "unpaid")
-    assert (await busy_world.raw(order.id)).on_account
+    assert (await shared_harness.raw(order.id)).on_account
     assert sold == (9, 0)
     assert (still.status, still.payment, still.fulfilment) == ("confirmed", "unpaid", "shipped")
-    now = await busy_world.settled(order.id)
+    now = await shared_harness.settled(order.id)
     assert (now.status, now.payment, now.fulfilment) == ("confirmed", "paid", "shipped")
-    assert await busy_world.bank(order.id) == ONE_CAPTURE
-    assert await busy_world.shelf(product_id) == (9, 0)
+    assert await shared_harness.bank(order.id) == ONE_CAPTURE
+    assert await shared_harness.shelf(product_id) == (9, 0)
 
 
-async def test_an_order_without_stock_is_not_confirmed_by_hand(busy_world: World):
-    product_id = await busy_world.new_product(0)
-    order = await busy_world.checked_out(None, (product_id, 1))
+async def test_an_order_without_stock_is_not_confirmed_by_hand(shared_harness: OrdersHarness):
+    product_id = await shared_harness.new_product(0)
+    order = await shared_harness.checked_out(None, (product_id, 1))
 
     with pytest.raises(IllegalMove):
-        await move(busy_world, order.id, status="confirmed")
+        await move(shared_harness, order.id, status="confirmed")
 
 
-async def test_the_history_says_who_confirmed_it(busy_world: World):
-    order, _ = await awaiting(busy_world)
-    await move(busy_world, order.id, status="confirmed")
+async def test_the_history_says_who_confirmed_it(shared_harness: OrdersHarness):
+    order, _ = await awaiting(shared_harness)
+    await move(shared_harness, order.id, status="confirmed")
 
-    rows = await busy_world.values(
+    rows = await shared_harness.values(
         "SELECT actor_role || ' ' || actor_id FROM history WHERE order_id = $1 ORDER BY version", order.id
     )
     assert rows == ["customer 1", "staff 9"]
@@ -485,20 +488,20 @@ async def test_the_history_says_who_confirmed_it(busy_world: World):
 # ---------------------------------------------------------------------------------------------------- other customers
 
 
-async def test_an_order_of_another_customer_is_refused_like_an_unknown_one(busy_world: World):
-    order, _ = await awaiting(busy_world)
+async def test_an_order_of_another_customer_is_refused_like_an_unknown_one(shared_harness: OrdersHarness):
+    order, _ = await awaiting(shared_harness)
 
     for order_id in (order.id, 404):
-        with busy_world.acting(BOB):
+        with shared_harness.acting(BOB):
             for asked in (
-                busy_world.orders.pay(PayOrder(id=order_id)),
-                busy_world.orders.settled(AwaitOrder(id=order_id, wait_ms=1)),
-                busy_world.orders.timeline(GetTimeline(id=order_id)),
+                shared_harness.orders.pay(PayOrder(id=order_id)),
+                shared_harness.orders.settled(AwaitOrder(id=order_id, wait_ms=1)),
+                shared_harness.orders.timeline(GetTimeline(id=order_id)),
             ):
                 with pytest.raises(OrderNotFound) as unknown:
                     await asked
                 assert unknown.value.details == {"order_id": order_id}
-    assert await busy_world.payments(order.id) == ()
+    assert await shared_harness.payments(order.id) == ()
 
 
 # -------------------------------------------------------------------------------------------------------------- crashes
@@ -506,133 +509,132 @@ async def test_an_order_of_another_customer_is_refused_like_an_unknown_one(busy_
 
 @pytest.mark.parametrize("when", ["before", "after"])
 async def test_a_crash_around_the_commit_of_a_payment_is_one_payment_when_it_comes_again(
-    busy_world: World, plant: Plant, when: str
+    shared_harness: OrdersHarness, inject: Inject, when: str
 ):
-    order, _ = await awaiting(busy_world)
+    order, _ = await awaiting(shared_harness)
 
-    async def fail(_point: str) -> None:
-        raise RuntimeError("a planted failure")
-
-    lift = plant(f"orders.pay.{when}_commit", fail)
+    lift = inject(f"orders.pay.{when}_commit", fail)
     key: dict[str, Any] = {"idempotency_key": f"pay-{order.id}", "fingerprint": b"one"}
-    assert isinstance(await outcome_of(busy_world.pay(order.id, **key)), ServiceError)
+    assert isinstance(await outcome_of(shared_harness.pay(order.id, **key)), ServiceError)
     lift()
 
-    paid = await busy_world.pay(order.id, **key)
+    paid = await shared_harness.pay(order.id, **key)
 
     assert paid.replayed == (when == "after")
     assert paid.payment.status == "captured"
-    assert await busy_world.bank(order.id) == ONE_CAPTURE
+    assert await shared_harness.bank(order.id) == ONE_CAPTURE
 
 
 @pytest.mark.parametrize("how_far", [{}, {"fulfilment": "shipped"}, {"status": "completed"}])
-async def test_an_order_on_account_stays_sold_when_its_payment_is_declined(busy_world: World, how_far: dict[str, str]):
-    order, product_id = await awaiting(busy_world)
-    await move(busy_world, order.id, status="confirmed")
+async def test_an_order_on_account_stays_sold_when_its_payment_is_declined(
+    shared_harness: OrdersHarness, how_far: dict[str, str]
+):
+    order, product_id = await awaiting(shared_harness)
+    await move(shared_harness, order.id, status="confirmed")
     if how_far:
-        await move(busy_world, order.id, **how_far)
+        await move(shared_harness, order.id, **how_far)
 
     with pytest.raises(PaymentDeclined) as declined:
-        await busy_world.pay(order.id, "sandbox:capture_expired")
+        await shared_harness.pay(order.id, "sandbox:capture_expired")
 
-    now = await busy_world.settled(order.id)
+    now = await shared_harness.settled(order.id)
     assert declined.value.provider_code == "authorization_expired"
     assert (now.status, now.payment) == (how_far.get("status", "confirmed"), "unpaid")
-    assert await busy_world.shelf(product_id) == (9, 0)
-    await busy_world.pay(order.id)
-    assert (await busy_world.settled(order.id)).payment == "paid"
+    assert await shared_harness.shelf(product_id) == (9, 0)
+    await shared_harness.pay(order.id)
+    assert (await shared_harness.settled(order.id)).payment == "paid"
 
 
-async def test_an_order_on_account_stays_sold_and_payable_after_ten_declined_payments(busy_world: World):
-    order, product_id = await awaiting(busy_world)
-    await move(busy_world, order.id, status="confirmed")
+async def test_an_order_on_account_stays_sold_and_payable_after_ten_declined_payments(shared_harness: OrdersHarness):
+    order, product_id = await awaiting(shared_harness)
+    await move(shared_harness, order.id, status="confirmed")
 
     for _ in range(steps.ATTEMPTS_LIMIT):
         with pytest.raises(PaymentDeclined):
-            await busy_world.pay(order.id, "sandbox:declined")
+            await shared_harness.pay(order.id, "sandbox:declined")
 
-    now = await busy_world.settled(order.id)
+    now = await shared_harness.settled(order.id)
     assert (now.status, now.payment, now.reason) == ("confirmed", "unpaid", None)
-    assert await busy_world.shelf(product_id) == (9, 0)
-    await busy_world.pay(order.id)
-    assert (await busy_world.settled(order.id)).payment == "paid"
-    assert await busy_world.bank(order.id) == ONE_CAPTURE
+    assert await shared_harness.shelf(product_id) == (9, 0)
+    await shared_harness.pay(order.id)
+    assert (await shared_harness.settled(order.id)).payment == "paid"
+    assert await shared_harness.bank(order.id) == ONE_CAPTURE
 
 
-async def test_an_order_on_account_stays_sold_when_its_authorization_expires(busy_world: World):
-    order, product_id = await awaiting(busy_world)
-    await move(busy_world, order.id, status="confirmed")
-    reserved = (await busy_world.pay(order.id, "sandbox:capture_expired", STAFF, capture=False)).payment
-    authorized = await busy_world.settled(order.id)
+async def test_an_order_on_account_stays_sold_when_its_authorization_expires(shared_harness: OrdersHarness):
+    order, product_id = await awaiting(shared_harness)
+    await move(shared_harness, order.id, status="confirmed")
+    reserved = (await shared_harness.pay(order.id, "sandbox:capture_expired", STAFF, capture=False)).payment
+    authorized = await shared_harness.settled(order.id)
 
     with pytest.raises(PaymentDeclined) as declined:
-        await capture(busy_world, reserved)
+        await capture(shared_harness, reserved)
 
     assert declined.value.provider_code == "authorization_expired"
     assert (authorized.status, authorized.payment) == ("confirmed", "authorized")
-    now = await busy_world.settled(order.id)
+    now = await shared_harness.settled(order.id)
     assert (now.status, now.payment) == ("confirmed", "unpaid")
-    assert await busy_world.saga(order.id) == []
-    assert await busy_world.shelf(product_id) == (9, 0)
-    await busy_world.pay(order.id)
-    assert (await busy_world.settled(order.id)).payment == "paid"
+    assert await shared_harness.saga(order.id) == []
+    assert await shared_harness.shelf(product_id) == (9, 0)
+    await shared_harness.pay(order.id)
+    assert (await shared_harness.settled(order.id)).payment == "paid"
 
 
-async def test_an_order_with_returned_goods_is_not_payable(busy_world: World):
-    product_id = await busy_world.new_product(10)
-    order = await busy_world.delivered(None, (product_id, 2))
-    with busy_world.acting(STAFF):
+async def test_an_order_with_returned_goods_is_not_payable(shared_harness: OrdersHarness):
+    product_id = await shared_harness.new_product(10)
+    order = await shared_harness.delivered(None, (product_id, 2))
+    with shared_harness.acting(STAFF):
         lines = (ReturnLine(product_id=product_id, quantity=1),)
-        await busy_world.orders.take_back(ReturnOrder(id=order.id, idempotency_key="back", lines=lines))
+        await shared_harness.orders.take_back(ReturnOrder(id=order.id, idempotency_key="back", lines=lines))
 
     with pytest.raises(NotPayable):
-        await busy_world.pay(order.id)
+        await shared_harness.pay(order.id)
 
-    assert await busy_world.bank(order.id) == NO_MONEY
+    assert await shared_harness.bank(order.id) == NO_MONEY
 
 
-async def test_a_customer_may_not_pay_without_capture(busy_world: World):
-    order, product_id = await awaiting(busy_world)
+async def test_a_customer_may_not_pay_without_capture(shared_harness: OrdersHarness):
+    order, product_id = await awaiting(shared_harness)
 
     with pytest.raises(Forbidden):
-        await busy_world.pay(order.id, actor=ALICE, capture=False)
+        await shared_harness.pay(order.id, actor=ALICE, capture=False)
 
-    assert await busy_world.shelf(product_id) == (10, 1)
-    assert await busy_world.bank(order.id) == NO_MONEY
+    assert await shared_harness.shelf(product_id) == (10, 1)
+    assert await shared_harness.bank(order.id) == NO_MONEY
 
 
-async def test_a_payment_after_the_end_of_the_hold_is_refused_with_the_cancellation(busy_world: World):
-    order, _ = await awaiting(busy_world)
-    stock = await busy_world.connection("inventory")
+async def test_a_payment_after_the_end_of_the_hold_is_refused_with_the_cancellation(shared_harness: OrdersHarness):
+    order, _ = await awaiting(shared_harness)
+    stock = await shared_harness.connection("inventory")
     await stock.execute("UPDATE reservations SET expires_at = now() - interval '1 s' WHERE order_id = $1", order.id)
 
     with pytest.raises(OrderCancelled) as cancelled:
-        await busy_world.pay(order.id)
+        await shared_harness.pay(order.id)
 
     assert cancelled.value.reason == "expired"
-    assert await busy_world.bank(order.id) == NO_MONEY
+    assert await shared_harness.bank(order.id) == NO_MONEY
 
 
 @pytest.mark.parametrize("method", [None, "sandbox:declined"])
-async def test_the_tenth_declined_payment_cancels_the_order(busy_world: World, method: str | None):
-    product_id = await busy_world.new_product(10)
-    order = await busy_world.checked_out(method, (product_id, 1))
-    before = len(await busy_world.payments(order.id))
+async def test_the_tenth_declined_payment_cancels_the_order(shared_harness: OrdersHarness, method: str | None):
+    product_id = await shared_harness.new_product(10)
+    order = await shared_harness.checked_out(method, (product_id, 1))
+    before = len(await shared_harness.payments(order.id))
 
     for _ in range(steps.ATTEMPTS_LIMIT - 1 - before):
         with pytest.raises(PaymentDeclined):
-            await busy_world.pay(order.id, "sandbox:declined")
-    still = await busy_world.settled(order.id)
-    held = await busy_world.shelf(product_id)
+            await shared_harness.pay(order.id, "sandbox:declined")
+    still = await shared_harness.settled(order.id)
+    held = await shared_harness.shelf(product_id)
     with pytest.raises(PaymentDeclined):
-        await busy_world.pay(order.id, "sandbox:insufficient_funds")
+        await shared_harness.pay(order.id, "sandbox:insufficient_funds")
 
     assert (still.status, still.payment, held) == ("pending", "unpaid", (10, 1))
-    now = await busy_world.settled(order.id)
+    now = await shared_harness.settled(order.id)
     assert (now.status, now.payment) == ("cancelled", "failed")
     assert now.reason == CancelReason(code="payment_declined", provider_code="insufficient_funds")
-    assert await busy_world.shelf(product_id) == (10, 0)
-    assert [p.status for p in await busy_world.payments(order.id)] == ["failed"] * 10
-    assert await busy_world.bank(order.id) == NO_MONEY
+    assert await shared_harness.shelf(product_id) == (10, 0)
+    assert [p.status for p in await shared_harness.payments(order.id)] == ["failed"] * 10
+    assert await shared_harness.bank(order.id) == NO_MONEY
     with pytest.raises(OrderCancelled):
-        await busy_world.pay(order.id)
+        await shared_harness.pay(order.id)

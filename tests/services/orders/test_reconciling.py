@@ -3,200 +3,196 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
 
 import pytest
-import pytest_asyncio
 
-from mercato.chassis.observability.faults import Fault
 from mercato.contracts.orders import CancelOrder, RefundOrder
 from mercato.services.orders import reconciliation_store, steps
 from mercato.services.orders.reconciling import Reconciling
-from mercato.testing.harness import Rig
-from services.orders.world import MUG, STAFF, Bank, Late, World, basket, opened
+from mercato.testing.actors import STAFF
+from mercato.testing.builders import MUG
+from mercato.testing.injection import Inject, Pause
+from mercato.testing.waiting import until
+from services.orders.harness import Bank, OrdersHarness, basket
 
-Plant = Callable[[str, Fault], Callable[[], None]]
-
-
-@pytest_asyncio.fixture
-async def world(rig: Rig) -> AsyncGenerator[World]:
-    """A shop whose own rounds come seldom: the tests look themselves."""
-    async with opened(rig, orders_sweep_seconds=0.05) as made:
-        yield made
+pytestmark = pytest.mark.options(orders_sweep_seconds=0.05)
+"""The reconciliation of the service itself runs seldom: the tests run it themselves."""
 
 
-def reconciling(world: World, quiet_seconds: float = 0.0) -> Reconciling:
-    return Reconciling(world.database, world.rig.host.telemetry, quiet_seconds=quiet_seconds)
+def reconciling(harness: OrdersHarness, quiet_seconds: float = 0.0) -> Reconciling:
+    return Reconciling(harness.database, harness.host.telemetry, quiet_seconds=quiet_seconds)
 
 
-async def park(world: World, order_id: int, step: str, kind: str = "checkout") -> None:
+async def park(harness: OrdersHarness, order_id: int, step: str, kind: str = "checkout") -> None:
     parked = "UPDATE sagas SET step = $2, wake_at = NULL, driver = NULL WHERE subject_id = $1 AND kind = $3"
-    assert await (await world.connection()).execute(parked, order_id, step, kind) == "UPDATE 1"
+    assert await (await harness.connection()).execute(parked, order_id, step, kind) == "UPDATE 1"
 
 
-async def until_step(world: World, order_id: int, *steps: str, kind: str = "checkout") -> None:
+async def until_step(harness: OrdersHarness, order_id: int, *steps: str, kind: str = "checkout") -> None:
     """Waits until the saga of an order is at a step; without one, until it is finished."""
 
     async def is_there() -> bool:
-        return await world.saga(order_id, kind) == list(steps)
+        return await harness.saga(order_id, kind) == list(steps)
 
-    await world.until(is_there)
+    await until(is_there)
 
 
-def resumed(world: World) -> float:
+def resumed(harness: OrdersHarness) -> float:
     labels = {"kind": "order_resumed"}
-    return world.rig.host.telemetry.registry.get_sample_value("mercato_reconciliation_repaired_total", labels) or 0.0
+    return harness.host.telemetry.registry.get_sample_value("mercato_reconciliation_repaired_total", labels) or 0.0
 
 
 @pytest.mark.parametrize("step", ["reserve", "awaiting"])
-async def test_a_parked_pending_order_waits_for_its_payment_again(world: World, step: str):
-    order = await world.checked_out(None, (MUG, 1))
-    await park(world, order.id, step)
+async def test_a_parked_pending_order_waits_for_its_payment_again(harness: OrdersHarness, step: str):
+    order = await harness.checked_out(None, (MUG, 1))
+    await park(harness, order.id, step)
 
-    await reconciling(world).look(None)
+    await reconciling(harness).look(None)
 
-    await until_waiting_with_a_time(world, order.id)
-    assert resumed(world) == 1
-    assert (await world.pay(order.id)).payment.status == "captured"
-    assert await world.bank(order.id) == Bank(1, order.total_minor, 0, 0)
+    await until_waiting_with_a_time(harness, order.id)
+    assert resumed(harness) == 1
+    assert (await harness.pay(order.id)).payment.status == "captured"
+    assert await harness.bank(order.id) == Bank(1, order.total_minor, 0, 0)
 
 
-async def until_waiting_with_a_time(world: World, order_id: int) -> None:
+async def until_waiting_with_a_time(harness: OrdersHarness, order_id: int) -> None:
     async def is_waiting() -> bool:
         sql = "SELECT step FROM sagas WHERE subject_id = $1 AND wake_at > now() + interval '1 minute'"
-        return await world.values(sql, order_id) == ["awaiting"]
+        return await harness.values(sql, order_id) == ["awaiting"]
 
-    await world.until(is_waiting)
+    await until(is_waiting)
 
 
-async def test_an_order_parked_before_its_capture_is_captured_once(world: World):
-    order = await world.checked_out(None, (MUG, 1))
-    await world.pay(order.id, actor=STAFF, capture=False)
-    await until_step(world, order.id, "authorized")
+async def test_an_order_parked_before_its_capture_is_captured_once(harness: OrdersHarness):
+    order = await harness.checked_out(None, (MUG, 1))
+    await harness.pay(order.id, actor=STAFF, capture=False)
+    await until_step(harness, order.id, "authorized")
     # As if it had been left there on its way: capturing at once, and not when staff say so.
     captured = "UPDATE sagas SET state = replace(state, '\"capture\":false', '\"capture\":true')"
-    await (await world.connection()).execute(f"{captured} WHERE subject_id = $1", order.id)
-    await park(world, order.id, "settle")
+    await (await harness.connection()).execute(f"{captured} WHERE subject_id = $1", order.id)
+    await park(harness, order.id, "settle")
 
-    await reconciling(world).look(None)
-    await reconciling(world).look(None)
+    await reconciling(harness).look(None)
+    await reconciling(harness).look(None)
 
-    await until_step(world, order.id)
-    assert (await world.settled(order.id)).payment == "paid"
-    assert await world.bank(order.id) == Bank(1, order.total_minor, 0, 0)
+    await until_step(harness, order.id)
+    assert (await harness.settled(order.id)).payment == "paid"
+    assert await harness.bank(order.id) == Bank(1, order.total_minor, 0, 0)
 
 
-async def test_an_order_parked_before_its_charge_is_charged_once(world: World, plant: Plant):
-    late = Late()
-    lift = plant("checkout.charge.after_call", late)
-    order = await world.place(basket((MUG, 1), payment_method="sandbox:ok"))
-    await late.stands.wait()
+async def test_an_order_parked_before_its_charge_is_charged_once(harness: OrdersHarness, inject: Inject):
+    pause = Pause()
+    lift = inject("checkout.charge.after_call", pause)
+    order = await harness.place(basket((MUG, 1), payment_method="sandbox:ok"))
+    await pause.reached.wait()
     lift()
-    await park(world, order.id, "reserve")
+    await park(harness, order.id, "reserve")
 
-    await reconciling(world).look(None)
+    await reconciling(harness).look(None)
 
-    await until_step(world, order.id)
-    late.go_on.set()
-    assert (await world.settled(order.id)).payment == "paid"
-    assert await world.bank_operations(order.id) == [("charge", "succeeded")]
+    await until_step(harness, order.id)
+    pause.resume.set()
+    assert (await harness.settled(order.id)).payment == "paid"
+    assert await harness.bank_operations(order.id) == [("charge", "succeeded")]
 
 
 @pytest.mark.parametrize("step", ["unwind", "authorized"])
-async def test_a_cancelled_order_that_was_parked_gives_back_money_and_stock(world: World, plant: Plant, step: str):
-    order = await world.checked_out(None, (MUG, 1))
-    await world.pay(order.id, actor=STAFF, capture=False)
-    await until_step(world, order.id, "authorized")
-    before = await world.shelf()
-    stuck = plant("checkout.void.before_call", _hang)
-    await cancel(world, order.id)
-    await until_step(world, order.id, "unwind")
-    await park(world, order.id, step)
+async def test_a_cancelled_order_that_was_parked_gives_back_money_and_stock(
+    harness: OrdersHarness, inject: Inject, step: str
+):
+    order = await harness.checked_out(None, (MUG, 1))
+    await harness.pay(order.id, actor=STAFF, capture=False)
+    await until_step(harness, order.id, "authorized")
+    before = await harness.shelf()
+    stuck = inject("checkout.void.before_call", _hang)
+    await cancel(harness, order.id)
+    await until_step(harness, order.id, "unwind")
+    await park(harness, order.id, step)
     stuck()
 
-    await reconciling(world).look(None)
+    await reconciling(harness).look(None)
 
-    await until_step(world, order.id)
-    assert (await world.settled(order.id)).payment == "voided"
-    assert (await world.bank(order.id)).open_charges == 0
-    assert await world.shelf() == (before[0] + 1, before[1])
+    await until_step(harness, order.id)
+    assert (await harness.settled(order.id)).payment == "voided"
+    assert (await harness.bank(order.id)).open_charges == 0
+    assert await harness.shelf() == (before[0] + 1, before[1])
 
 
-async def test_a_parked_refund_is_refunded_once(world: World, plant: Plant):
-    order = await world.checked_out("sandbox:ok", (MUG, 1))
-    [payment] = await world.payments(order.id)
-    late = Late()
-    lift = plant("refund.refund.before_call", late)
-    with world.acting(STAFF):
+async def test_a_parked_refund_is_refunded_once(harness: OrdersHarness, inject: Inject):
+    order = await harness.checked_out("sandbox:ok", (MUG, 1))
+    [payment] = await harness.payments(order.id)
+    pause = Pause()
+    lift = inject("refund.refund.before_call", pause)
+    with harness.acting(STAFF):
         refunding = asyncio.ensure_future(
-            world.orders.refund(RefundOrder(payment_id=payment.id, idempotency_key="key"))
+            harness.orders.refund(RefundOrder(payment_id=payment.id, idempotency_key="key"))
         )
-    await late.stands.wait()
+    await pause.reached.wait()
     lift()
-    await park(world, order.id, "refund", "refund")
+    await park(harness, order.id, "refund", "refund")
 
-    await reconciling(world).look(None)
+    await reconciling(harness).look(None)
 
-    await until_step(world, order.id, kind="refund")
-    late.go_on.set()
+    await until_step(harness, order.id, kind="refund")
+    pause.resume.set()
     assert (await refunding).status == "succeeded"
-    assert (await world.settled(order.id)).payment == "refunded"
-    assert await world.bank_operations(order.id) == [("charge", "succeeded"), ("refund", "succeeded")]
+    assert (await harness.settled(order.id)).payment == "refunded"
+    assert await harness.bank_operations(order.id) == [("charge", "succeeded"), ("refund", "succeeded")]
 
 
-async def test_sagas_that_rest_rightly_are_left_alone(world: World):
-    paid = await world.checked_out("sandbox:ok", (MUG, 1))
-    declined = await world.checked_out("sandbox:declined", (MUG, 1))
-    by_hand = await world.checked_out(None, (MUG, 1))
-    await world.pay(by_hand.id, actor=STAFF, capture=False)
-    await until_step(world, by_hand.id, "authorized")
-    waiting = await world.checked_out(None, (MUG, 1))
-    versions = await world.values("SELECT version FROM sagas ORDER BY subject_id")
+async def test_sagas_that_rest_rightly_are_left_alone(harness: OrdersHarness):
+    paid = await harness.checked_out("sandbox:ok", (MUG, 1))
+    declined = await harness.checked_out("sandbox:declined", (MUG, 1))
+    by_hand = await harness.checked_out(None, (MUG, 1))
+    await harness.pay(by_hand.id, actor=STAFF, capture=False)
+    await until_step(harness, by_hand.id, "authorized")
+    waiting = await harness.checked_out(None, (MUG, 1))
+    versions = await harness.values("SELECT version FROM sagas ORDER BY subject_id")
 
-    assert await reconciling(world).look(None) is None
+    assert await reconciling(harness).look(None) is None
 
-    assert await world.values("SELECT version FROM sagas ORDER BY subject_id") == versions
-    assert resumed(world) == 0
-    assert await world.saga(paid.id) == []
-    assert [order.id for order in (declined, by_hand, waiting)] == await world.values(
+    assert await harness.values("SELECT version FROM sagas ORDER BY subject_id") == versions
+    assert resumed(harness) == 0
+    assert await harness.saga(paid.id) == []
+    assert [order.id for order in (declined, by_hand, waiting)] == await harness.values(
         "SELECT subject_id FROM sagas ORDER BY subject_id"
     )
 
 
-async def test_a_saga_that_was_saved_a_moment_ago_is_not_resumed_yet(world: World):
-    order = await world.checked_out(None, (MUG, 1))
-    await park(world, order.id, "awaiting")
+async def test_a_saga_that_was_saved_a_moment_ago_is_not_resumed_yet(harness: OrdersHarness):
+    order = await harness.checked_out(None, (MUG, 1))
+    await park(harness, order.id, "awaiting")
 
-    await reconciling(world, quiet_seconds=600.0).look(None)
+    await reconciling(harness, quiet_seconds=600.0).look(None)
 
-    assert await world.values("SELECT wake_at FROM sagas WHERE subject_id = $1", order.id) == [None]
-    assert resumed(world) == 0
+    assert await harness.values("SELECT wake_at FROM sagas WHERE subject_id = $1", order.id) == [None]
+    assert resumed(harness) == 0
 
 
-async def test_two_processes_that_find_one_parked_saga_resume_it_once(world: World):
-    order = await world.checked_out(None, (MUG, 1))
-    await park(world, order.id, "awaiting")
-    connection = await world.connection()
+async def test_two_processes_that_find_one_parked_saga_resume_it_once(harness: OrdersHarness):
+    order = await harness.checked_out(None, (MUG, 1))
+    await park(harness, order.id, "awaiting")
+    connection = await harness.connection()
     async with connection.transaction():
         await connection.execute("SELECT FROM sagas WHERE subject_id = $1 FOR NO KEY UPDATE", order.id)
-        both = asyncio.gather(reconciling(world).look(None), reconciling(world).look(None))
-        await world.until_waiting(2)
+        both = asyncio.gather(reconciling(harness).look(None), reconciling(harness).look(None))
+        await harness.until_blocked(2)
     await both
 
-    assert resumed(world) == 1
+    assert resumed(harness) == 1
 
 
-async def test_every_page_of_sagas_is_read(world: World, monkeypatch: pytest.MonkeyPatch):
+async def test_every_page_of_sagas_is_read(harness: OrdersHarness, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(reconciliation_store, "PAGE", 2)
-    orders = [await world.checked_out(None, (MUG, 1)) for _ in range(5)]
-    await park(world, orders[0].id, "awaiting")
+    orders = [await harness.checked_out(None, (MUG, 1)) for _ in range(5)]
+    await park(harness, orders[0].id, "awaiting")
 
-    place, pages = await reconciling(world).look(None), 1
+    place, pages = await reconciling(harness).look(None), 1
     while place is not None:
-        place, pages = await reconciling(world).look(place), pages + 1
+        place, pages = await reconciling(harness).look(place), pages + 1
 
     assert pages == 3
-    assert resumed(world) == 1
+    assert resumed(harness) == 1
 
 
 def test_a_parked_checkout_rests_rightly_only_where_staff_have_to_capture():
@@ -220,6 +216,6 @@ async def _hang(_point: str) -> None:
     await asyncio.sleep(3_600)
 
 
-async def cancel(world: World, order_id: int) -> None:
-    with world.acting(STAFF):
-        await world.orders.cancel(CancelOrder(id=order_id))
+async def cancel(harness: OrdersHarness, order_id: int) -> None:
+    with harness.acting(STAFF):
+        await harness.orders.cancel(CancelOrder(id=order_id))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
 import pytest
 
 from mercato.chassis.contract import Forbidden, IdempotencyKeyReused, InvalidRequest, RequestInProgress, ServiceError
-from mercato.chassis.observability.faults import Fault
 from mercato.contracts.orders import (
     CancelOrder,
     IllegalMove,
@@ -27,11 +25,13 @@ from mercato.contracts.orders import (
     ReturnOrder,
 )
 from mercato.contracts.payments import PaymentNotFound
-from services.orders.world import ALICE, MUG_MINOR, STAFF, World
+from mercato.testing.actors import ALICE, STAFF
+from mercato.testing.injection import FailAt, Inject, Pause
+from mercato.testing.waiting import until
+from services.orders.harness import MUG_MINOR, OrdersHarness
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-Plant = Callable[[str, Fault], Callable[[], None]]
 
 TOTAL: Final = 3 * MUG_MINOR
 
@@ -42,30 +42,34 @@ def new_key() -> str:
     return f"refund-{next(_keys)}"
 
 
-async def paid(world: World) -> tuple[Order, int]:
+async def paid(harness: OrdersHarness) -> tuple[Order, int]:
     """A paid order of three pieces, and the number of its payment."""
-    order = await world.checked_out("sandbox:ok", (await world.new_product(10), 3))
-    return order, (await world.payments(order.id))[0].id
+    order = await harness.checked_out("sandbox:ok", (await harness.new_product(10), 3))
+    return order, (await harness.payments(order.id))[0].id
 
 
-async def refund(world: World, payment_id: int, amount: int | None = None, key: str = "", **fields: Any) -> Refund:
-    with world.acting(STAFF):
-        return await world.orders.refund(
+async def refund(
+    harness: OrdersHarness, payment_id: int, amount: int | None = None, key: str = "", **fields: Any
+) -> Refund:
+    with harness.acting(STAFF):
+        return await harness.orders.refund(
             RefundOrder(payment_id=payment_id, amount_minor=amount, idempotency_key=key or new_key(), **fields)
         )
 
 
-async def take_back(world: World, order_id: int, *lines: tuple[int, int], key: str = "", **fields: Any) -> Refund:
-    with world.acting(STAFF):
+async def take_back(
+    harness: OrdersHarness, order_id: int, *lines: tuple[int, int], key: str = "", **fields: Any
+) -> Refund:
+    with harness.acting(STAFF):
         back = tuple(ReturnLine(product_id=i, quantity=quantity) for i, quantity in lines)
-        return await world.orders.take_back(
+        return await harness.orders.take_back(
             ReturnOrder(id=order_id, lines=back, idempotency_key=key or new_key(), **fields)
         )
 
 
-async def a_month_passes(world: World) -> None:
+async def a_month_passes(harness: OrdersHarness) -> None:
     """Sets all orders and refunds 30 days back."""
-    connection = await world.connection()
+    connection = await harness.connection()
     past = "created_at = created_at - interval '30 days'"
     await connection.execute(f"UPDATE orders SET {past}, updated_at = updated_at - interval '30 days'")
     await connection.execute(f"UPDATE refunds SET {past}, settled_at = settled_at - interval '30 days'")
@@ -81,50 +85,50 @@ async def outcome_of(asked: Any) -> Refund | ServiceError:
 # ------------------------------------------------------------------------------------------------------------- refunds
 
 
-async def test_a_refund_without_an_amount_is_of_all_that_was_paid(busy_world: World):
-    order, payment_id = await paid(busy_world)
+async def test_a_refund_without_an_amount_is_of_all_that_was_paid(shared_harness: OrdersHarness):
+    order, payment_id = await paid(shared_harness)
 
-    given = await refund(busy_world, payment_id, reason="a present")
+    given = await refund(shared_harness, payment_id, reason="a present")
 
     assert (given.order_id, given.amount_minor, given.currency, given.status) == (order.id, TOTAL, "USD", "succeeded")
-    now = await busy_world.settled(order.id)
+    now = await shared_harness.settled(order.id)
     assert (now.status, now.payment, now.refunded_minor) == ("confirmed", "refunded", TOTAL)
-    assert (await busy_world.bank(order.id)).refunded_minor == TOTAL
+    assert (await shared_harness.bank(order.id)).refunded_minor == TOTAL
 
 
-async def test_a_payment_is_refunded_in_parts_until_nothing_is_left(busy_world: World):
-    order, payment_id = await paid(busy_world)
+async def test_a_payment_is_refunded_in_parts_until_nothing_is_left(shared_harness: OrdersHarness):
+    order, payment_id = await paid(shared_harness)
 
-    first = await refund(busy_world, payment_id, 1_000)
-    second = await refund(busy_world, payment_id, 500)
-    partly = await busy_world.settled(order.id)
+    first = await refund(shared_harness, payment_id, 1_000)
+    second = await refund(shared_harness, payment_id, 500)
+    partly = await shared_harness.settled(order.id)
     with pytest.raises(NothingToRefund) as too_much:
-        await refund(busy_world, payment_id, TOTAL - 1_499)
-    rest = await refund(busy_world, payment_id)
+        await refund(shared_harness, payment_id, TOTAL - 1_499)
+    rest = await refund(shared_harness, payment_id)
     with pytest.raises(IllegalMove):
-        await refund(busy_world, payment_id, 1)
+        await refund(shared_harness, payment_id, 1)
 
     assert len({first.id, second.id, rest.id}) == 3
     assert (partly.payment, partly.refunded_minor) == ("partially_refunded", 1_500)
     assert too_much.value.left_minor == TOTAL - 1_500
     assert rest.amount_minor == TOTAL - 1_500
-    assert (await busy_world.settled(order.id)).payment == "refunded"
-    assert (await busy_world.bank(order.id)).net_minor == 0
-    assert (await busy_world.history(order.id))[-3:] == [
+    assert (await shared_harness.settled(order.id)).payment == "refunded"
+    assert (await shared_harness.bank(order.id)).net_minor == 0
+    assert (await shared_harness.history(order.id))[-3:] == [
         ("payment", "paid", "partially_refunded"),
         ("payment", "partially_refunded", "partially_refunded"),
         ("payment", "partially_refunded", "refunded"),
     ]
 
 
-async def test_concurrent_refunds_never_refund_more_than_was_paid(busy_world: World):
-    order, payment_id = await paid(busy_world)
-    elsewhere = await busy_world.another_process()
-    with busy_world.acting(STAFF):
+async def test_concurrent_refunds_never_refund_more_than_was_paid(shared_harness: OrdersHarness):
+    order, payment_id = await paid(shared_harness)
+    elsewhere = await shared_harness.another_process()
+    with shared_harness.acting(STAFF):
         outcomes = await asyncio.gather(
             *(
                 outcome_of(
-                    (busy_world.orders, elsewhere)[n % 2].refund(
+                    (shared_harness.orders, elsewhere)[n % 2].refund(
                         RefundOrder(payment_id=payment_id, amount_minor=1_000, idempotency_key=new_key())
                     )
                 )
@@ -135,140 +139,135 @@ async def test_concurrent_refunds_never_refund_more_than_was_paid(busy_world: Wo
     given = [o for o in outcomes if isinstance(o, Refund)]
     assert [o.status for o in given] == ["succeeded"] * 3  # 3 750 were paid
     assert {type(o) for o in outcomes if not isinstance(o, Refund)} == {NothingToRefund}
-    assert (await busy_world.settled(order.id)).refunded_minor == 3_000
-    assert (await busy_world.bank(order.id)).refunded_minor == 3_000
+    assert (await shared_harness.settled(order.id)).refunded_minor == 3_000
+    assert (await shared_harness.bank(order.id)).refunded_minor == 3_000
 
 
-async def test_a_refund_in_another_currency_is_refused(busy_world: World):
-    _, payment_id = await paid(busy_world)
+async def test_a_refund_in_another_currency_is_refused(shared_harness: OrdersHarness):
+    _, payment_id = await paid(shared_harness)
 
     with pytest.raises(InvalidRequest):
-        await refund(busy_world, payment_id, 1_000, currency="EUR")
+        await refund(shared_harness, payment_id, 1_000, currency="EUR")
 
 
-async def test_an_unpaid_payment_is_not_refunded(busy_world: World):
-    order = await busy_world.checked_out(None, (await busy_world.new_product(10), 1))
-    reserved = (await busy_world.pay(order.id, actor=STAFF, capture=False)).payment
+async def test_an_unpaid_payment_is_not_refunded(shared_harness: OrdersHarness):
+    order = await shared_harness.checked_out(None, (await shared_harness.new_product(10), 1))
+    reserved = (await shared_harness.pay(order.id, actor=STAFF, capture=False)).payment
 
     with pytest.raises(IllegalMove) as refused:
-        await refund(busy_world, reserved.id)
+        await refund(shared_harness, reserved.id)
     with pytest.raises(PaymentNotFound):
-        await refund(busy_world, 404)
+        await refund(shared_harness, 404)
 
     assert (refused.value.axis, refused.value.current) == ("payment", "authorized")
 
 
-async def test_a_declined_refund_releases_its_amount(busy_world: World):
-    order, payment_id = await paid(busy_world)
-    bank = await busy_world.connection("sandbox")
+async def test_a_declined_refund_releases_its_amount(shared_harness: OrdersHarness):
+    order, payment_id = await paid(shared_harness)
+    bank = await shared_harness.connection("sandbox")
     await bank.execute("UPDATE charges SET refunded_minor = captured_minor - 1000 WHERE order_id = $1", order.id)
 
-    declined = await refund(busy_world, payment_id, 2_000)
-    given = await refund(busy_world, payment_id, 1_000)
+    declined = await refund(shared_harness, payment_id, 2_000)
+    given = await refund(shared_harness, payment_id, 1_000)
 
     assert (declined.status, declined.code) == ("declined", "payments.refund_declined")
     assert given.status == "succeeded"
-    record = await busy_world.raw(order.id)
+    record = await shared_harness.raw(order.id)
     assert (record.order.payment, record.order.refunded_minor) == ("partially_refunded", 1_000)
     assert record.refund_pending_minor == 0
     rows = "SELECT format('%s %s %s', status, code, settled_at IS NULL) FROM refunds WHERE order_id = $1"
-    assert await busy_world.values(f"{rows} ORDER BY created_at", order.id) == [
+    assert await shared_harness.values(f"{rows} ORDER BY created_at", order.id) == [
         "declined payments.refund_declined f",
         "succeeded  f",
     ]
 
 
-async def test_customers_may_neither_refund_nor_return(busy_world: World):
-    order, payment_id = await paid(busy_world)
-    with busy_world.acting(ALICE):
+async def test_customers_may_neither_refund_nor_return(shared_harness: OrdersHarness):
+    order, payment_id = await paid(shared_harness)
+    with shared_harness.acting(ALICE):
         with pytest.raises(Forbidden):
-            await busy_world.orders.refund(RefundOrder(payment_id=payment_id, idempotency_key=new_key()))
+            await shared_harness.orders.refund(RefundOrder(payment_id=payment_id, idempotency_key=new_key()))
         with pytest.raises(Forbidden):
-            await busy_world.orders.take_back(ReturnOrder(id=order.id, idempotency_key=new_key()))
+            await shared_harness.orders.take_back(ReturnOrder(id=order.id, idempotency_key=new_key()))
 
 
-async def test_a_cancel_while_a_refund_is_under_way_is_refused(busy_world: World, plant: Plant):
-    order, payment_id = await paid(busy_world)
-    stands, go_on = asyncio.Event(), asyncio.Event()
-
-    async def hold(_point: str) -> None:
-        stands.set()
-        await go_on.wait()
-
-    lift = plant("refund.refund.before_call", hold)
-    refunding = asyncio.ensure_future(refund(busy_world, payment_id, 1_000))
-    await stands.wait()
+async def test_a_cancel_while_a_refund_is_under_way_is_refused(shared_harness: OrdersHarness, inject: Inject):
+    order, payment_id = await paid(shared_harness)
+    pause = Pause()
+    lift = inject("refund.refund.before_call", pause)
+    refunding = asyncio.ensure_future(refund(shared_harness, payment_id, 1_000))
+    await pause.reached.wait()
     lift()
-    with busy_world.acting(ALICE), pytest.raises(PaymentInProgress):
-        await busy_world.orders.cancel(CancelOrder(id=order.id))
-    go_on.set()
+    with shared_harness.acting(ALICE), pytest.raises(PaymentInProgress):
+        await shared_harness.orders.cancel(CancelOrder(id=order.id))
+    pause.resume.set()
 
     assert (await refunding).status == "succeeded"
-    with busy_world.acting(ALICE):
-        await busy_world.orders.cancel(CancelOrder(id=order.id))
-    assert (await busy_world.settled(order.id)).payment == "refunded"
-    assert (await busy_world.bank(order.id)).net_minor == 0
+    with shared_harness.acting(ALICE):
+        await shared_harness.orders.cancel(CancelOrder(id=order.id))
+    assert (await shared_harness.settled(order.id)).payment == "refunded"
+    assert (await shared_harness.bank(order.id)).net_minor == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- keys
 
 
-async def test_a_repeated_key_is_one_refund(busy_world: World):
-    order, payment_id = await paid(busy_world)
+async def test_a_repeated_key_is_one_refund(shared_harness: OrdersHarness):
+    order, payment_id = await paid(shared_harness)
     key = new_key()
 
-    first = await refund(busy_world, payment_id, 1_000, key, fingerprint=b"one")
-    again = await refund(busy_world, payment_id, 1_000, key, fingerprint=b"one")
+    first = await refund(shared_harness, payment_id, 1_000, key, fingerprint=b"one")
+    again = await refund(shared_harness, payment_id, 1_000, key, fingerprint=b"one")
 
     assert (again.replayed, again.id, again.status) == (True, first.id, "succeeded")
-    assert (await busy_world.bank(order.id)).refunded_minor == 1_000
+    assert (await shared_harness.bank(order.id)).refunded_minor == 1_000
 
 
-async def test_the_same_key_with_another_request_is_refused(busy_world: World):
-    order, payment_id = await paid(busy_world)
+async def test_the_same_key_with_another_request_is_refused(shared_harness: OrdersHarness):
+    order, payment_id = await paid(shared_harness)
     key = new_key()
-    await refund(busy_world, payment_id, 1_000, key, fingerprint=b"one")
+    await refund(shared_harness, payment_id, 1_000, key, fingerprint=b"one")
 
     with pytest.raises(IdempotencyKeyReused):
-        await refund(busy_world, payment_id, 2_000, key, fingerprint=b"two")
+        await refund(shared_harness, payment_id, 2_000, key, fingerprint=b"two")
 
-    assert (await busy_world.bank(order.id)).refunded_minor == 1_000
+    assert (await shared_harness.bank(order.id)).refunded_minor == 1_000
 
 
-async def test_a_key_is_one_refund_after_30_days(busy_world: World):
-    order, payment_id = await paid(busy_world)
+async def test_a_key_is_one_refund_after_30_days(shared_harness: OrdersHarness):
+    order, payment_id = await paid(shared_harness)
     key = new_key()
-    first = await refund(busy_world, payment_id, 1_000, key, fingerprint=b"one", reason="a scratch")
-    await a_month_passes(busy_world)
+    first = await refund(shared_harness, payment_id, 1_000, key, fingerprint=b"one", reason="a scratch")
+    await a_month_passes(shared_harness)
 
-    again = await refund(busy_world, payment_id, 1_000, key, fingerprint=b"one", reason="a scratch")
+    again = await refund(shared_harness, payment_id, 1_000, key, fingerprint=b"one", reason="a scratch")
     with pytest.raises(IdempotencyKeyReused):
-        await refund(busy_world, payment_id, 2_000, key, fingerprint=b"two")
+        await refund(shared_harness, payment_id, 2_000, key, fingerprint=b"two")
 
     assert again == msgspec.structs.replace(first, replayed=True)
-    assert (await busy_world.bank(order.id)).refunded_minor == 1_000
-    assert (await busy_world.settled(order.id)).refunded_minor == 1_000
-    assert await busy_world.values("SELECT count(*) FROM refunds WHERE order_id = $1", order.id) == [1]
+    assert (await shared_harness.bank(order.id)).refunded_minor == 1_000
+    assert (await shared_harness.settled(order.id)).refunded_minor == 1_000
+    assert await shared_harness.values("SELECT count(*) FROM refunds WHERE order_id = $1", order.id) == [1]
 
 
-async def test_the_key_of_a_refund_is_refused_for_another_order(busy_world: World):
-    first, first_payment = await paid(busy_world)
-    second, second_payment = await paid(busy_world)
+async def test_the_key_of_a_refund_is_refused_for_another_order(shared_harness: OrdersHarness):
+    first, first_payment = await paid(shared_harness)
+    second, second_payment = await paid(shared_harness)
     key = new_key()
-    await refund(busy_world, first_payment, 1_000, key, fingerprint=b"first")
+    await refund(shared_harness, first_payment, 1_000, key, fingerprint=b"first")
 
     with pytest.raises(IdempotencyKeyReused):
-        await refund(busy_world, second_payment, 1_000, key, fingerprint=b"second")
+        await refund(shared_harness, second_payment, 1_000, key, fingerprint=b"second")
 
-    assert [(await busy_world.bank(order.id)).refunded_minor for order in (first, second)] == [1_000, 0]
-    assert (await busy_world.raw(second.id)).refund_pending_minor == 0
+    assert [(await shared_harness.bank(order.id)).refunded_minor for order in (first, second)] == [1_000, 0]
+    assert (await shared_harness.raw(second.id)).refund_pending_minor == 0
 
 
-async def test_one_key_for_the_refunds_of_two_orders_at_once_makes_one_of_them(busy_world: World):
-    orders = [await paid(busy_world) for _ in range(2)]
-    elsewhere = await busy_world.another_process()
+async def test_one_key_for_the_refunds_of_two_orders_at_once_makes_one_of_them(shared_harness: OrdersHarness):
+    orders = [await paid(shared_harness) for _ in range(2)]
+    elsewhere = await shared_harness.another_process()
     key = new_key()
-    with busy_world.acting(STAFF):
+    with shared_harness.acting(STAFF):
         outcomes = await asyncio.gather(
             *(
                 outcome_of(
@@ -276,74 +275,74 @@ async def test_one_key_for_the_refunds_of_two_orders_at_once_makes_one_of_them(b
                         RefundOrder(payment_id=payment_id, idempotency_key=key, fingerprint=b"%d" % payment_id)
                     )
                 )
-                for client, (_, payment_id) in zip((busy_world.orders, elsewhere), orders, strict=True)
+                for client, (_, payment_id) in zip((shared_harness.orders, elsewhere), orders, strict=True)
             )
         )
 
     assert [type(o) for o in outcomes].count(Refund) == 1
     assert {type(o) for o in outcomes} <= {Refund, IdempotencyKeyReused, RequestInProgress}
-    refunded = [(await busy_world.bank(order.id)).refunded_minor for order, _ in orders]
+    refunded = [(await shared_harness.bank(order.id)).refunded_minor for order, _ in orders]
     assert sorted(refunded) == [0, TOTAL]
 
 
-async def test_a_refused_refund_leaves_its_key_free(busy_world: World):
-    order, payment_id = await paid(busy_world)
+async def test_a_refused_refund_leaves_its_key_free(shared_harness: OrdersHarness):
+    order, payment_id = await paid(shared_harness)
     key = new_key()
     with pytest.raises(NothingToRefund):
-        await refund(busy_world, payment_id, TOTAL + 1, key, fingerprint=b"one")
+        await refund(shared_harness, payment_id, TOTAL + 1, key, fingerprint=b"one")
 
-    assert (await refund(busy_world, payment_id, TOTAL, key, fingerprint=b"two")).status == "succeeded"
-    assert (await busy_world.bank(order.id)).refunded_minor == TOTAL
+    assert (await refund(shared_harness, payment_id, TOTAL, key, fingerprint=b"two")).status == "succeeded"
+    assert (await shared_harness.bank(order.id)).refunded_minor == TOTAL
 
 
-async def test_the_refund_of_an_order_with_a_total_of_0_is_refused(busy_world: World):
-    order = await busy_world.checked_out("sandbox:ok", (await busy_world.new_product(10, price_minor=0), 1))
-    [payment] = await busy_world.payments(order.id)
+async def test_the_refund_of_an_order_with_a_total_of_0_is_refused(shared_harness: OrdersHarness):
+    order = await shared_harness.checked_out("sandbox:ok", (await shared_harness.new_product(10, price_minor=0), 1))
+    [payment] = await shared_harness.payments(order.id)
 
     with pytest.raises(NothingToRefund) as refused:
-        await refund(busy_world, payment.id)
+        await refund(shared_harness, payment.id)
 
     assert (refused.value.wanted_minor, refused.value.left_minor) == (0, 0)
-    assert await busy_world.bank_operations(order.id) == []
+    assert await shared_harness.bank_operations(order.id) == []
 
 
-async def test_the_refund_of_a_declined_payment_of_a_paid_order_is_refused(busy_world: World):
+async def test_the_refund_of_a_declined_payment_of_a_paid_order_is_refused(shared_harness: OrdersHarness):
     """The order is paid, with another payment than the one that is named."""
-    order = await busy_world.checked_out("sandbox:declined", (await busy_world.new_product(10), 1))
-    [declined] = await busy_world.payments(order.id)
-    await busy_world.pay(order.id)
+    order = await shared_harness.checked_out("sandbox:declined", (await shared_harness.new_product(10), 1))
+    [declined] = await shared_harness.payments(order.id)
+    await shared_harness.pay(order.id)
 
     with pytest.raises(NothingToRefund):
-        await refund(busy_world, declined.id)
+        await refund(shared_harness, declined.id)
 
-    assert (await busy_world.bank(order.id)).refunded_minor == 0
+    assert (await shared_harness.bank(order.id)).refunded_minor == 0
 
 
-async def test_eight_duplicates_in_two_processes_are_one_refund(busy_world: World):
-    order, payment_id = await paid(busy_world)
-    elsewhere = await busy_world.another_process()
+async def test_eight_duplicates_in_two_processes_are_one_refund(shared_harness: OrdersHarness):
+    order, payment_id = await paid(shared_harness)
+    elsewhere = await shared_harness.another_process()
     request = RefundOrder(payment_id=payment_id, amount_minor=1_000, idempotency_key=new_key(), fingerprint=b"one")
 
-    with busy_world.acting(STAFF):
+    with shared_harness.acting(STAFF):
         outcomes = await asyncio.gather(
-            *(outcome_of((busy_world.orders, elsewhere)[n % 2].refund(request)) for n in range(8))
+            *(outcome_of((shared_harness.orders, elsewhere)[n % 2].refund(request)) for n in range(8))
         )
 
     assert len({o.id for o in outcomes if isinstance(o, Refund)}) == 1
     assert {type(o) for o in outcomes} <= {Refund, RequestInProgress}
-    assert (await busy_world.bank(order.id)).refunded_minor == 1_000
+    assert (await shared_harness.bank(order.id)).refunded_minor == 1_000
 
 
 # ------------------------------------------------------------------------------------------------------------- returns
 
 
-async def test_returned_goods_are_refunded_by_line_and_quantity(busy_world: World):
-    mug, lamp = await busy_world.new_product(10), await busy_world.new_product(10, price_minor=4_999)
-    order = await busy_world.delivered("sandbox:ok", (mug, 3), (lamp, 2))
+async def test_returned_goods_are_refunded_by_line_and_quantity(shared_harness: OrdersHarness):
+    mug, lamp = await shared_harness.new_product(10), await shared_harness.new_product(10, price_minor=4_999)
+    order = await shared_harness.delivered("sandbox:ok", (mug, 3), (lamp, 2))
 
-    first = await take_back(busy_world, order.id, (mug, 1), (lamp, 2), reason="too dark")
-    partly = await busy_world.settled(order.id)
-    rest = await take_back(busy_world, order.id)
+    first = await take_back(shared_harness, order.id, (mug, 1), (lamp, 2), reason="too dark")
+    partly = await shared_harness.settled(order.id)
+    rest = await take_back(shared_harness, order.id)
 
     assert (first.amount_minor, first.status) == (MUG_MINOR + 2 * 4_999, "succeeded")
     assert (partly.payment, partly.fulfilment) == ("partially_refunded", "delivered")
@@ -354,53 +353,57 @@ async def test_returned_goods_are_refunded_by_line_and_quantity(busy_world: Worl
     )
     assert rest.lines == (ReturnLine(line_id=1, product_id=mug, quantity=2),)
     assert rest.amount_minor == 2 * MUG_MINOR
-    now = await busy_world.settled(order.id)
+    now = await shared_harness.settled(order.id)
     assert (now.payment, now.fulfilment, now.status) == ("refunded", "returned", "confirmed")
-    assert [await busy_world.shelf(i) for i in (mug, lamp)] == [(10, 0), (10, 0)]
-    assert (await busy_world.bank(order.id)).net_minor == 0
+    assert [await shared_harness.shelf(i) for i in (mug, lamp)] == [(10, 0), (10, 0)]
+    assert (await shared_harness.bank(order.id)).net_minor == 0
 
 
-async def take_back_lines(world: World, order_id: int, *lines: ReturnLine) -> Refund:
-    with world.acting(STAFF):
-        return await world.orders.take_back(ReturnOrder(id=order_id, lines=lines, idempotency_key=new_key()))
+async def take_back_lines(harness: OrdersHarness, order_id: int, *lines: ReturnLine) -> Refund:
+    with harness.acting(STAFF):
+        return await harness.orders.take_back(ReturnOrder(id=order_id, lines=lines, idempotency_key=new_key()))
 
 
 @pytest.mark.parametrize("by", ["line", "product", "both"])
-async def test_a_returned_line_is_named_by_its_id_its_product_or_both(busy_world: World, by: str):
-    mug, lamp = await busy_world.new_product(10), await busy_world.new_product(10, price_minor=4_999)
-    order = await busy_world.delivered("sandbox:ok", (mug, 3), (lamp, 2))
+async def test_a_returned_line_is_named_by_its_id_its_product_or_both(shared_harness: OrdersHarness, by: str):
+    mug, lamp = await shared_harness.new_product(10), await shared_harness.new_product(10, price_minor=4_999)
+    order = await shared_harness.delivered("sandbox:ok", (mug, 3), (lamp, 2))
     named = {"line": {"line_id": 2}, "product": {"product_id": lamp}, "both": {"line_id": 2, "product_id": lamp}}[by]
 
-    returned = await take_back_lines(busy_world, order.id, ReturnLine(quantity=1, **named))
+    returned = await take_back_lines(shared_harness, order.id, ReturnLine(quantity=1, **named))
 
     assert returned.lines == (ReturnLine(line_id=2, product_id=lamp, quantity=1),)
     assert returned.amount_minor == 4_999
-    assert [line.returned for line in (await busy_world.settled(order.id)).lines] == [0, 1]
-    assert [await busy_world.shelf(i) for i in (mug, lamp)] == [(7, 0), (9, 0)]
+    assert [line.returned for line in (await shared_harness.settled(order.id)).lines] == [0, 1]
+    assert [await shared_harness.shelf(i) for i in (mug, lamp)] == [(7, 0), (9, 0)]
 
 
 @pytest.mark.parametrize(
     "wrong", [{}, {"line_id": 3}, {"line_id": 1, "product_id": 2}, {"line_id": 3, "product_id": 1}]
 )
-async def test_a_return_that_names_no_line_of_the_order_changes_nothing(busy_world: World, wrong: dict[str, int]):
+async def test_a_return_that_names_no_line_of_the_order_changes_nothing(
+    shared_harness: OrdersHarness, wrong: dict[str, int]
+):
     """`product_id` counts the products of the test here."""
-    products = {1: await busy_world.new_product(10), 2: await busy_world.new_product(10)}
-    order = await busy_world.delivered("sandbox:ok", (products[1], 3), (products[2], 2))
+    products = {1: await shared_harness.new_product(10), 2: await shared_harness.new_product(10)}
+    order = await shared_harness.delivered("sandbox:ok", (products[1], 3), (products[2], 2))
     named = {name: products[value] if name == "product_id" else value for name, value in wrong.items()}
 
     with pytest.raises(InvalidRequest) as refused:
-        await take_back_lines(busy_world, order.id, ReturnLine(quantity=1, line_id=1), ReturnLine(quantity=1, **named))
+        await take_back_lines(
+            shared_harness, order.id, ReturnLine(quantity=1, line_id=1), ReturnLine(quantity=1, **named)
+        )
 
     assert [error.field for error in refused.value.errors] == ["items[1]"]
-    assert [line.returned for line in (await busy_world.settled(order.id)).lines] == [0, 0]
-    assert await busy_world.values("SELECT count(*) FROM refunds WHERE order_id = $1", order.id) == [0]
+    assert [line.returned for line in (await shared_harness.settled(order.id)).lines] == [0, 0]
+    assert await shared_harness.values("SELECT count(*) FROM refunds WHERE order_id = $1", order.id) == [0]
 
 
-async def test_partial_returns_of_a_line_whose_total_does_not_divide_add_up_to_its_total(busy_world: World):
+async def test_partial_returns_of_a_line_whose_total_does_not_divide_add_up_to_its_total(shared_harness: OrdersHarness):
     """Lines have no discount yet: the total is set as a discount would leave it, with the payment to match."""
-    mug = await busy_world.new_product(10, price_minor=1_000)
-    order = await busy_world.checked_out(None, (mug, 3))
-    connection = await busy_world.connection()
+    mug = await shared_harness.new_product(10, price_minor=1_000)
+    order = await shared_harness.checked_out(None, (mug, 3))
+    connection = await shared_harness.connection()
     await connection.execute(
         """
         UPDATE orders
@@ -410,134 +413,134 @@ async def test_partial_returns_of_a_line_whose_total_does_not_divide_add_up_to_i
         """,
         order.id,
     )
-    await busy_world.pay(order.id)
-    await busy_world.settled(order.id)
-    with busy_world.acting(STAFF):
+    await shared_harness.pay(order.id)
+    await shared_harness.settled(order.id)
+    with shared_harness.acting(STAFF):
         for fulfilment in ("shipped", "delivered"):
-            await busy_world.orders.move(MoveOrder(id=order.id, fulfilment=fulfilment))
+            await shared_harness.orders.move(MoveOrder(id=order.id, fulfilment=fulfilment))
 
-    amounts = [(await take_back(busy_world, order.id, (mug, 1))).amount_minor for _ in range(3)]
+    amounts = [(await take_back(shared_harness, order.id, (mug, 1))).amount_minor for _ in range(3)]
 
     assert amounts == [999, 1_000, 1_000]
-    now = await busy_world.settled(order.id)
+    now = await shared_harness.settled(order.id)
     assert (now.payment, now.fulfilment, now.refunded_minor) == ("refunded", "returned", 2_999)
-    assert (await busy_world.bank(order.id)).net_minor == 0
+    assert (await shared_harness.bank(order.id)).net_minor == 0
 
 
-async def test_goods_of_an_order_with_a_total_of_0_are_returned_without_the_provider(busy_world: World):
-    mug = await busy_world.new_product(10, price_minor=0)
-    order = await busy_world.delivered("sandbox:ok", (mug, 3))
+async def test_goods_of_an_order_with_a_total_of_0_are_returned_without_the_provider(shared_harness: OrdersHarness):
+    mug = await shared_harness.new_product(10, price_minor=0)
+    order = await shared_harness.delivered("sandbox:ok", (mug, 3))
 
-    returned = await take_back(busy_world, order.id)
+    returned = await take_back(shared_harness, order.id)
 
     assert (returned.amount_minor, returned.status) == (0, "succeeded")
-    now = await busy_world.settled(order.id)
+    now = await shared_harness.settled(order.id)
     assert (now.payment, now.fulfilment) == ("paid", "returned")
-    assert await busy_world.shelf(mug) == (10, 0)
-    assert await busy_world.bank_operations(order.id) == []
+    assert await shared_harness.shelf(mug) == (10, 0)
+    assert await shared_harness.bank_operations(order.id) == []
 
 
-async def test_more_than_was_sold_is_not_returned(busy_world: World):
-    mug = await busy_world.new_product(10)
-    order = await busy_world.delivered("sandbox:ok", (mug, 3))
-    await take_back(busy_world, order.id, (mug, 2))
+async def test_more_than_was_sold_is_not_returned(shared_harness: OrdersHarness):
+    mug = await shared_harness.new_product(10)
+    order = await shared_harness.delivered("sandbox:ok", (mug, 3))
+    await take_back(shared_harness, order.id, (mug, 2))
 
     for lines in ([(mug, 2)], [(mug + 999, 1)]):
         with pytest.raises(NotReturnable) as refused:
-            await take_back(busy_world, order.id, *lines)
+            await take_back(shared_harness, order.id, *lines)
         assert refused.value.left == (1 if lines[0][0] == mug else 0)
     with pytest.raises(InvalidRequest):
-        await take_back(busy_world, order.id, (mug, 1), (mug, 1))
+        await take_back(shared_harness, order.id, (mug, 1), (mug, 1))
 
-    assert await busy_world.shelf(mug) == (9, 0)
-    assert (await busy_world.bank(order.id)).refunded_minor == 2 * MUG_MINOR
+    assert await shared_harness.shelf(mug) == (9, 0)
+    assert (await shared_harness.bank(order.id)).refunded_minor == 2 * MUG_MINOR
 
 
-async def test_concurrent_returns_never_return_the_same_piece(busy_world: World):
-    mug = await busy_world.new_product(10)
-    order = await busy_world.delivered("sandbox:ok", (mug, 3))
-    elsewhere = await busy_world.another_process()
+async def test_concurrent_returns_never_return_the_same_piece(shared_harness: OrdersHarness):
+    mug = await shared_harness.new_product(10)
+    order = await shared_harness.delivered("sandbox:ok", (mug, 3))
+    elsewhere = await shared_harness.another_process()
     lines = (ReturnLine(product_id=mug, quantity=2),)
-    with busy_world.acting(STAFF):
+    with shared_harness.acting(STAFF):
         outcomes = await asyncio.gather(
             *(
                 outcome_of(orders.take_back(ReturnOrder(id=order.id, lines=lines, idempotency_key=new_key())))
-                for orders in (busy_world.orders, elsewhere)
+                for orders in (shared_harness.orders, elsewhere)
             )
         )
 
     assert sorted(type(o).__name__ for o in outcomes) == ["NotReturnable", "Refund"]
-    assert await busy_world.shelf(mug) == (9, 0)
-    assert (await busy_world.bank(order.id)).refunded_minor == 2 * MUG_MINOR
+    assert await shared_harness.shelf(mug) == (9, 0)
+    assert (await shared_harness.bank(order.id)).refunded_minor == 2 * MUG_MINOR
 
 
-async def test_a_key_is_one_return_after_30_days(busy_world: World):
-    mug = await busy_world.new_product(10)
-    order = await busy_world.delivered("sandbox:ok", (mug, 3))
+async def test_a_key_is_one_return_after_30_days(shared_harness: OrdersHarness):
+    mug = await shared_harness.new_product(10)
+    order = await shared_harness.delivered("sandbox:ok", (mug, 3))
     key = new_key()
-    first = await take_back(busy_world, order.id, (mug, 1), key=key, fingerprint=b"one")
-    await a_month_passes(busy_world)
+    first = await take_back(shared_harness, order.id, (mug, 1), key=key, fingerprint=b"one")
+    await a_month_passes(shared_harness)
 
-    again = await take_back(busy_world, order.id, (mug, 1), key=key, fingerprint=b"one")
+    again = await take_back(shared_harness, order.id, (mug, 1), key=key, fingerprint=b"one")
     with pytest.raises(IdempotencyKeyReused):
-        await take_back(busy_world, order.id, (mug, 2), key=key, fingerprint=b"two")
+        await take_back(shared_harness, order.id, (mug, 2), key=key, fingerprint=b"two")
 
     assert again == msgspec.structs.replace(first, replayed=True)
-    assert await busy_world.shelf(mug) == (8, 0)
-    assert (await busy_world.bank(order.id)).refunded_minor == MUG_MINOR
-    assert [line.returned for line in (await busy_world.settled(order.id)).lines] == [1]
+    assert await shared_harness.shelf(mug) == (8, 0)
+    assert (await shared_harness.bank(order.id)).refunded_minor == MUG_MINOR
+    assert [line.returned for line in (await shared_harness.settled(order.id)).lines] == [1]
 
 
-async def test_goods_that_were_not_delivered_are_not_returned(busy_world: World):
-    order, _ = await paid(busy_world)
+async def test_goods_that_were_not_delivered_are_not_returned(shared_harness: OrdersHarness):
+    order, _ = await paid(shared_harness)
 
     with pytest.raises(IllegalMove) as refused:
-        await take_back(busy_world, order.id)
+        await take_back(shared_harness, order.id)
     with pytest.raises(OrderNotFound):
-        await take_back(busy_world, 404)
+        await take_back(shared_harness, 404)
 
     assert (refused.value.axis, refused.value.current) == ("fulfilment", "unfulfilled")
 
 
-async def test_a_return_refunds_only_what_was_not_refunded_by_hand(busy_world: World):
-    mug = await busy_world.new_product(10)
-    order = await busy_world.delivered("sandbox:ok", (mug, 3))
-    await refund(busy_world, (await busy_world.payments(order.id))[0].id, TOTAL - 100)
+async def test_a_return_refunds_only_what_was_not_refunded_by_hand(shared_harness: OrdersHarness):
+    mug = await shared_harness.new_product(10)
+    order = await shared_harness.delivered("sandbox:ok", (mug, 3))
+    await refund(shared_harness, (await shared_harness.payments(order.id))[0].id, TOTAL - 100)
 
-    returned = await take_back(busy_world, order.id)
+    returned = await take_back(shared_harness, order.id)
 
     assert returned.amount_minor == 100
-    assert (await busy_world.bank(order.id)).net_minor == 0
-    assert await busy_world.shelf(mug) == (10, 0)
+    assert (await shared_harness.bank(order.id)).net_minor == 0
+    assert await shared_harness.shelf(mug) == (10, 0)
 
 
-async def test_returned_goods_of_an_unpaid_order_are_not_refunded(busy_world: World):
-    mug = await busy_world.new_product(10)
-    order = await busy_world.delivered(None, (mug, 3))
+async def test_returned_goods_of_an_unpaid_order_are_not_refunded(shared_harness: OrdersHarness):
+    mug = await shared_harness.new_product(10)
+    order = await shared_harness.delivered(None, (mug, 3))
 
-    returned = await take_back(busy_world, order.id, (mug, 1))
+    returned = await take_back(shared_harness, order.id, (mug, 1))
 
     assert (returned.amount_minor, returned.status) == (0, "succeeded")
-    assert await busy_world.shelf(mug) == (8, 0)
-    assert (await busy_world.settled(order.id)).payment == "unpaid"
+    assert await shared_harness.shelf(mug) == (8, 0)
+    assert (await shared_harness.settled(order.id)).payment == "unpaid"
 
 
-async def test_a_move_to_returned_returns_all_that_is_left(busy_world: World):
-    mug = await busy_world.new_product(10)
-    order = await busy_world.delivered("sandbox:ok", (mug, 3))
-    await take_back(busy_world, order.id, (mug, 1))
+async def test_a_move_to_returned_returns_all_that_is_left(shared_harness: OrdersHarness):
+    mug = await shared_harness.new_product(10)
+    order = await shared_harness.delivered("sandbox:ok", (mug, 3))
+    await take_back(shared_harness, order.id, (mug, 1))
 
-    with busy_world.acting(STAFF):
-        moved = await busy_world.orders.move(MoveOrder(id=order.id, fulfilment="returned"))
-        again = await busy_world.orders.move(MoveOrder(id=order.id, fulfilment="returned"))
+    with shared_harness.acting(STAFF):
+        moved = await shared_harness.orders.move(MoveOrder(id=order.id, fulfilment="returned"))
+        again = await shared_harness.orders.move(MoveOrder(id=order.id, fulfilment="returned"))
 
     async def is_refunded() -> bool:
-        return (await busy_world.raw(order.id)).order.payment == "refunded"
+        return (await shared_harness.raw(order.id)).order.payment == "refunded"
 
     assert (moved.fulfilment, again.fulfilment) == ("returned", "returned")
-    await busy_world.until(is_refunded)
-    assert (await busy_world.bank(order.id)).net_minor == 0
-    assert await busy_world.shelf(mug) == (10, 0)
+    await until(is_refunded)
+    assert (await shared_harness.bank(order.id)).net_minor == 0
+    assert await shared_harness.shelf(mug) == (10, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------- crashes
@@ -551,28 +554,21 @@ POINTS: Final = (
 
 @pytest.mark.parametrize("point", POINTS)
 async def test_a_return_that_fails_at_any_point_is_finished_later_and_done_once(
-    busy_world: World, plant: Plant, point: str
+    shared_harness: OrdersHarness, inject: Inject, point: str
 ):
-    mug = await busy_world.new_product(10)
-    order = await busy_world.delivered("sandbox:ok", (mug, 3))
-    failures = 0
-
-    async def fail_once(_point: str) -> None:
-        nonlocal failures
-        failures += 1
-        if failures == 1:
-            raise RuntimeError("a planted failure")
-
-    plant(point, fail_once)
+    mug = await shared_harness.new_product(10)
+    order = await shared_harness.delivered("sandbox:ok", (mug, 3))
+    failing = FailAt(1)
+    inject(point, failing)
     key = new_key()
-    await outcome_of(take_back(busy_world, order.id, (mug, 2), key=key, fingerprint=b"one"))
-    returned = await take_back(busy_world, order.id, (mug, 2), key=key, fingerprint=b"one")
+    await outcome_of(take_back(shared_harness, order.id, (mug, 2), key=key, fingerprint=b"one"))
+    returned = await take_back(shared_harness, order.id, (mug, 2), key=key, fingerprint=b"one")
 
-    assert failures
+    assert failing.arrived
     assert (returned.status, returned.amount_minor) == ("succeeded", 2 * MUG_MINOR)
-    record = await busy_world.raw(order.id)
+    record = await shared_harness.raw(order.id)
     assert (record.order.payment, record.order.refunded_minor) == ("partially_refunded", 2 * MUG_MINOR)
     assert record.refund_pending_minor == 0
-    assert await busy_world.saga(order.id, "refund") == []
-    assert await busy_world.shelf(mug) == (9, 0)
-    assert (await busy_world.bank(order.id)).refunded_minor == 2 * MUG_MINOR
+    assert await shared_harness.saga(order.id, "refund") == []
+    assert await shared_harness.shelf(mug) == (9, 0)
+    assert (await shared_harness.bank(order.id)).refunded_minor == 2 * MUG_MINOR

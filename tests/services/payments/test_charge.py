@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 
 from mercato.chassis.contract import InvalidRequest, ServiceError
-from mercato.chassis.observability.faults import Fault
 from mercato.contracts.payments import (
     AnotherPaymentLive,
     ChargePayment,
@@ -16,10 +14,9 @@ from mercato.contracts.payments import (
     Payment,
     PaymentStateConflict,
 )
-from mercato.testing.outbox import EVENTS
-from services.payments.world import World, again, capture, key, refund, void
-
-Plant = Callable[[str, Fault], Callable[[], None]]
+from mercato.testing.injection import Inject, fail
+from mercato.testing.tables import EVENTS
+from services.payments.harness import PaymentsHarness, again, capture, key, refund, void
 
 NEIGHBOURS = 8
 MANY = 20
@@ -30,16 +27,14 @@ def statuses(answers: object) -> list[str]:
     return [a.status if isinstance(a, Payment) else type(a).__name__ for a in answers]
 
 
-async def fail(_point: str) -> None:
-    raise RuntimeError("the power fails here")
-
-
-async def begun(world: World, plant: Plant, place: str = "after_call", method: str = "sandbox:ok") -> ChargePayment:
+async def begun(
+    harness: PaymentsHarness, inject: Inject, place: str = "after_call", method: str = "sandbox:ok"
+) -> ChargePayment:
     """The request of a payment whose charge is an intent; the process died before or after the bank took the money."""
-    request = world.charge(method)
-    remove = plant(f"payments.charge.{place}", fail)
+    request = harness.charge(method)
+    remove = inject(f"payments.charge.{place}", fail)
     with pytest.raises(ServiceError):
-        await world.payments.charge(request)
+        await harness.payments.charge(request)
     remove()
     return request
 
@@ -47,40 +42,40 @@ async def begun(world: World, plant: Plant, place: str = "after_call", method: s
 # ------------------------------------------------------------------------------------------------------------ one card
 
 
-async def test_a_charged_payment_is_captured_by_one_operation(world: World):
-    payment = await world.payments.charge(world.charge(amount=1_250))
+async def test_a_charged_payment_is_captured_by_one_operation(harness: PaymentsHarness):
+    payment = await harness.payments.charge(harness.charge(amount=1_250))
 
     assert (payment.status, payment.code, payment.version) == ("captured", None, 2)
     assert (payment.authorized_minor, payment.captured_minor, payment.refunded_minor) == (1_250, 1_250, 0)
     assert payment.updated_at >= payment.created_at
-    assert await world.ours("SELECT kind, key, amount_minor, currency, status, calls FROM operations") == [
+    assert await harness.rows("SELECT kind, key, amount_minor, currency, status, calls FROM operations") == [
         ("charge", key(payment, "charge"), 1_250, "EUR", "succeeded", 1)
     ]
-    assert await world.ours("SELECT count(*) FROM intents") == [(0,)]
-    assert await world.ours("SELECT kind, debit, credit, amount_minor, currency FROM transfers") == [
+    assert await harness.rows("SELECT count(*) FROM intents") == [(0,)]
+    assert await harness.rows("SELECT kind, debit, credit, amount_minor, currency FROM transfers") == [
         ("charge", "provider", "sales", 1_250, "EUR")
     ]
-    assert await world.ours("SELECT account, balance_minor FROM accounts ORDER BY account") == [
+    assert await harness.rows("SELECT account, balance_minor FROM accounts ORDER BY account") == [
         ("provider", 1_250),
         ("sales", -1_250),
     ]
-    assert await world.ours(f"SELECT type, version FROM {EVENTS}") == [("payment.captured", 2)]
-    assert await world.bank("SELECT order_id, captured_minor, state FROM charges") == [
+    assert await harness.rows(f"SELECT type, version FROM {EVENTS}") == [("payment.captured", 2)]
+    assert await harness.bank("SELECT order_id, captured_minor, state FROM charges") == [
         (payment.order_id, 1_250, "captured")
     ]
-    assert await world.differences() == set()
+    assert await harness.differences() == set()
 
 
-async def test_a_repeated_charge_answers_with_the_payment_as_it_is(world: World):
-    request = world.charge()
+async def test_a_repeated_charge_answers_with_the_payment_as_it_is(harness: PaymentsHarness):
+    request = harness.charge()
 
-    first = await world.payments.charge(request)
-    other = await world.payments.charge(again(request, amount_minor=900, method="sandbox:declined"))
+    first = await harness.payments.charge(request)
+    other = await harness.payments.charge(again(request, amount_minor=900, method="sandbox:declined"))
 
     assert other == first
-    refunded = await world.payments.refund(refund(first, 400))
-    assert await world.payments.charge(request) == refunded
-    assert await world.taken() == {"charge": 1, "refund": 1}
+    refunded = await harness.payments.refund(refund(first, 400))
+    assert await harness.payments.charge(request) == refunded
+    assert await harness.taken() == {"charge": 1, "refund": 1}
 
 
 @pytest.mark.parametrize(
@@ -91,94 +86,96 @@ async def test_a_repeated_charge_answers_with_the_payment_as_it_is(world: World)
         ("sandbox:capture_expired", "authorization_expired"),
     ],
 )
-async def test_a_declined_card_is_an_answer_and_the_next_attempt_is_open(world: World, method: str, code: str):
-    request = world.charge(method)
+async def test_a_declined_card_is_an_answer_and_the_next_attempt_is_open(
+    harness: PaymentsHarness, method: str, code: str
+):
+    request = harness.charge(method)
 
-    failed = await world.payments.charge(request)
-    next_one = await world.payments.charge(again(request, attempt=2, method="sandbox:ok"))
+    failed = await harness.payments.charge(request)
+    next_one = await harness.payments.charge(again(request, attempt=2, method="sandbox:ok"))
 
     assert (failed.status, failed.code, failed.captured_minor) == ("failed", code, 0)
-    assert await world.payments.charge(request) == failed
+    assert await harness.payments.charge(request) == failed
     assert (next_one.status, next_one.attempt) == ("captured", 2)
-    assert await world.ours("SELECT status, code, provider_id IS NULL FROM operations ORDER BY began_at") == [
+    assert await harness.rows("SELECT status, code, provider_id IS NULL FROM operations ORDER BY began_at") == [
         ("declined", code, True),
         ("succeeded", None, False),
     ]
 
 
-async def test_a_charge_of_nothing_is_captured_without_the_provider(world: World):
-    payment = await world.charged(amount=0)
+async def test_a_charge_of_nothing_is_captured_without_the_provider(harness: PaymentsHarness):
+    payment = await harness.charged(amount=0)
 
     assert (payment.status, payment.captured_minor) == ("captured", 0)
-    assert await world.ours(f"SELECT type FROM {EVENTS}") == [("payment.captured",)]
-    assert await world.bank("SELECT key FROM operations") == []
+    assert await harness.rows(f"SELECT type FROM {EVENTS}") == [("payment.captured",)]
+    assert await harness.bank("SELECT key FROM operations") == []
     for table in ("intents", "operations", "transfers", "accounts"):
-        assert await world.ours(f"SELECT count(*) FROM {table}") == [(0,)]
+        assert await harness.rows(f"SELECT count(*) FROM {table}") == [(0,)]
 
 
-async def test_charged_money_is_refunded(world: World):
-    payment = await world.charged(amount=1_000)
+async def test_charged_money_is_refunded(harness: PaymentsHarness):
+    payment = await harness.charged(amount=1_000)
 
-    part = await world.payments.refund(refund(payment, 400, "one"))
-    rest = await world.payments.refund(refund(payment, 600, "two"))
+    part = await harness.payments.refund(refund(payment, 400, "one"))
+    rest = await harness.payments.refund(refund(payment, 600, "two"))
 
     assert (part.status, rest.status) == ("partially_refunded", "refunded")
-    assert await world.ours("SELECT account, balance_minor FROM accounts ORDER BY account") == [
+    assert await harness.rows("SELECT account, balance_minor FROM accounts ORDER BY account") == [
         ("provider", 0),
         ("refunds", 1_000),
         ("sales", -1_000),
     ]
-    assert await world.differences() == set()
+    assert await harness.differences() == set()
 
 
-async def test_an_order_has_one_live_payment(world: World):
-    request = world.charge()
-    await world.payments.charge(request)
+async def test_an_order_has_one_live_payment(harness: PaymentsHarness):
+    request = harness.charge()
+    await harness.payments.charge(request)
 
     with pytest.raises(AnotherPaymentLive):
-        await world.payments.charge(again(request, attempt=2))
-    assert await world.bank("SELECT count(*) FROM charges") == [(1,)]
+        await harness.payments.charge(again(request, attempt=2))
+    assert await harness.bank("SELECT count(*) FROM charges") == [(1,)]
 
 
-async def test_a_method_without_a_provider_is_refused_and_leaves_nothing(world: World):
-    good, bad = await world.payments.charge.many([world.charge(), world.charge("paper:ok")])
+async def test_a_method_without_a_provider_is_refused_and_leaves_nothing(harness: PaymentsHarness):
+    good, bad = await harness.payments.charge.many([harness.charge(), harness.charge("paper:ok")])
 
     assert isinstance(good, Payment)
     assert isinstance(bad, InvalidRequest)
-    assert await world.ours("SELECT id FROM payments") == [(good.id,)]
+    assert await harness.rows("SELECT id FROM payments") == [(good.id,)]
 
 
 # ---------------------------------------------------------------------------------------------------- a batch of them
 
 
-async def test_every_request_of_a_batch_gets_its_own_answer(world: World):
-    charged, begun_with_authorize = await world.charged(), await world.authorized()
-    requests = [world.charge(amount=100 + n) for n in range(NEIGHBOURS)]
-    requests[1] = world.charge("sandbox:declined")
-    requests[2] = world.charge(amount=0)
+async def test_every_request_of_a_batch_gets_its_own_answer(harness: PaymentsHarness):
+    charged, begun_with_authorize = await harness.charged(), await harness.authorized()
+    requests = [harness.charge(amount=100 + n) for n in range(NEIGHBOURS)]
+    requests[1] = harness.charge("sandbox:declined")
+    requests[2] = harness.charge(amount=0)
     requests[3] = requests[0]
     requests[4] = again(requests[5], attempt=2)
-    requests[6] = world.charge("sandbox:lost_answer")
-    requests.append(world.charge(order_id=charged.order_id))
-    requests.append(world.charge(order_id=begun_with_authorize.order_id))
-    requests.append(world.charge(order_id=charged.order_id, nonce=7))
+    requests[6] = harness.charge("sandbox:lost_answer")
+    requests.append(harness.charge(order_id=charged.order_id))
+    requests.append(harness.charge(order_id=begun_with_authorize.order_id))
+    requests.append(harness.charge(order_id=charged.order_id, nonce=7))
 
-    answers = await world.payments.charge.many(requests)
+    answers = await harness.payments.charge.many(requests)
 
     assert statuses(answers) == [
         *("captured", "failed", "captured", "captured", "AnotherPaymentLive", "captured", "OutcomePending", "captured"),
         *("captured", "captured", "AnotherOrder"),
     ]
     assert answers[0] == answers[3]
-    assert await world.bank("SELECT order_id, count(*) FROM charges GROUP BY 1 HAVING count(*) > 1") == []
+    assert await harness.bank("SELECT order_id, count(*) FROM charges GROUP BY 1 HAVING count(*) > 1") == []
 
 
-async def test_balances_of_a_batch_are_summed_by_currency(world: World):
-    requests = [again(world.charge(amount=100 + n), currency=("EUR", "USD")[n % 2]) for n in range(4)]
+async def test_balances_of_a_batch_are_summed_by_currency(harness: PaymentsHarness):
+    requests = [again(harness.charge(amount=100 + n), currency=("EUR", "USD")[n % 2]) for n in range(4)]
 
-    await world.payments.charge.many(requests)
+    await harness.payments.charge.many(requests)
 
-    assert await world.ours("SELECT account, currency, balance_minor FROM accounts ORDER BY 1, 2") == [
+    assert await harness.rows("SELECT account, currency, balance_minor FROM accounts ORDER BY 1, 2") == [
         ("provider", "EUR", 202),
         ("provider", "USD", 204),
         ("sales", "EUR", -202),
@@ -189,50 +186,50 @@ async def test_balances_of_a_batch_are_summed_by_currency(world: World):
 # ------------------------------------------------------------------------------------------------------- at one moment
 
 
-async def test_one_attempt_from_two_processes_at_once_is_charged_once(world: World):
-    other = await world.another_process()
-    requests = [world.charge() for _ in range(MANY)]
+async def test_one_attempt_from_two_processes_at_once_is_charged_once(harness: PaymentsHarness):
+    other = await harness.another_process()
+    requests = [harness.charge() for _ in range(MANY)]
 
     ours, theirs = await asyncio.gather(
-        world.payments.charge.many(requests), other.charge.many(list(reversed(requests)))
+        harness.payments.charge.many(requests), other.charge.many(list(reversed(requests)))
     )
 
     assert statuses(ours) == statuses(theirs) == ["captured"] * MANY
     assert list(ours) == list(reversed(theirs))
-    assert await world.bank("SELECT count(*), count(DISTINCT order_id) FROM charges") == [(MANY, MANY)]
-    assert await world.differences() == set()
+    assert await harness.bank("SELECT count(*), count(DISTINCT order_id) FROM charges") == [(MANY, MANY)]
+    assert await harness.differences() == set()
 
 
-async def test_two_attempts_at_the_same_moment_leave_one_payment(world: World):
-    other, request = await world.another_process(), world.charge()
+async def test_two_attempts_at_the_same_moment_leave_one_payment(harness: PaymentsHarness):
+    other, request = await harness.another_process(), harness.charge()
 
     answers = await asyncio.gather(
-        world.payments.charge(request), other.charge(again(request, attempt=2)), return_exceptions=True
+        harness.payments.charge(request), other.charge(again(request, attempt=2)), return_exceptions=True
     )
 
     assert sorted(type(answer).__name__ for answer in answers) == ["AnotherPaymentLive", "Payment"]
-    assert await world.bank("SELECT count(*) FROM charges") == [(1,)]
+    assert await harness.bank("SELECT count(*) FROM charges") == [(1,)]
 
 
-async def test_of_charge_and_void_at_the_same_moment_both_answers_agree(world: World):
-    other = await world.another_process()
-    requests = [world.charge() for _ in range(MANY)]
+async def test_of_charge_and_void_at_the_same_moment_both_answers_agree(harness: PaymentsHarness):
+    other = await harness.another_process()
+    requests = [harness.charge() for _ in range(MANY)]
 
     charges, voids = await asyncio.gather(
-        world.payments.charge.many(requests), other.void.many([void(request) for request in reversed(requests)])
+        harness.payments.charge.many(requests), other.void.many([void(request) for request in reversed(requests)])
     )
 
     assert set(statuses(charges)) <= {"captured", "voided"}
     assert statuses(charges) == statuses(voids)[::-1]
     captured = statuses(charges).count("captured")
-    assert await world.bank("SELECT count(*) FROM charges WHERE state = 'captured'") == [(captured,)]
-    assert await world.differences() == set()
+    assert await harness.bank("SELECT count(*) FROM charges WHERE state = 'captured'") == [(captured,)]
+    assert await harness.differences() == set()
 
 
-async def test_a_result_that_two_processes_have_is_recorded_once(world: World, plant: Plant):
+async def test_a_result_that_two_processes_have_is_recorded_once(harness: PaymentsHarness, inject: Inject):
     """Both have called the bank with the same key, and record at the same moment: in opposite orders of payments."""
-    requests = [world.charge() for _ in range(MANY)]
-    other = await world.another_process()
+    requests = [harness.charge() for _ in range(MANY)]
+    other = await harness.another_process()
     arrived = asyncio.Event()
     waiting = 0
 
@@ -243,139 +240,141 @@ async def test_a_result_that_two_processes_have_is_recorded_once(world: World, p
             arrived.set()
         await arrived.wait()
 
-    remove = plant("payments.charge.after_call", meet)
+    remove = inject("payments.charge.after_call", meet)
     ours, theirs = await asyncio.gather(
-        world.payments.charge.many(requests), other.charge.many(list(reversed(requests)))
+        harness.payments.charge.many(requests), other.charge.many(list(reversed(requests)))
     )
     remove()
 
     assert statuses(ours) == statuses(theirs) == ["captured"] * MANY
-    assert await world.ours("SELECT count(*), sum(amount_minor)::bigint FROM transfers") == [(MANY, MANY * 1_000)]
-    assert await world.ours("SELECT balance_minor FROM accounts WHERE account = 'provider'") == [(MANY * 1_000,)]
-    assert await world.ours(f"SELECT count(*) FROM {EVENTS}") == [(MANY,)]
+    assert await harness.rows("SELECT count(*), sum(amount_minor)::bigint FROM transfers") == [(MANY, MANY * 1_000)]
+    assert await harness.rows("SELECT balance_minor FROM accounts WHERE account = 'provider'") == [(MANY * 1_000,)]
+    assert await harness.rows(f"SELECT count(*) FROM {EVENTS}") == [(MANY,)]
 
 
 # ------------------------------------------------------------------------------------------------------------- void
 
 
-async def test_a_tombstone_answers_a_charge_that_arrives_after_the_void(world: World):
-    request = world.charge()
+async def test_a_tombstone_answers_a_charge_that_arrives_after_the_void(harness: PaymentsHarness):
+    request = harness.charge()
 
-    tombstone = await world.payments.void(void(request))
+    tombstone = await harness.payments.void(void(request))
 
-    assert await world.payments.charge(request) == tombstone
+    assert await harness.payments.charge(request) == tombstone
     assert (tombstone.status, tombstone.captured_minor) == ("voided", 0)
-    assert await world.bank("SELECT count(*) FROM operations") == [(0,)]
+    assert await harness.bank("SELECT count(*) FROM operations") == [(0,)]
 
 
 @pytest.mark.parametrize("place", ["before_call", "after_call"])
 async def test_a_void_settles_an_open_charge_by_its_key_and_what_was_taken_stays(
-    world: World, plant: Plant, place: str
+    harness: PaymentsHarness, inject: Inject, place: str
 ):
-    payment = await begun(world, plant, place)
+    payment = await begun(harness, inject, place)
 
-    captured = await world.payments.void(void(payment))
+    captured = await harness.payments.void(void(payment))
 
     assert captured.status == "captured"
-    assert await world.bank("SELECT key, status FROM operations") == [(key(payment, "charge"), "succeeded")]
-    assert await world.steps() == [("charge", "succeeded")]
+    assert await harness.bank("SELECT key, status FROM operations") == [(key(payment, "charge"), "succeeded")]
+    assert await harness.steps() == [("charge", "succeeded")]
 
 
-async def test_a_void_of_an_open_charge_that_is_declined_leaves_a_failed_payment(world: World, plant: Plant):
-    payment = await begun(world, plant, method="sandbox:declined")
+async def test_a_void_of_an_open_charge_that_is_declined_leaves_a_failed_payment(
+    harness: PaymentsHarness, inject: Inject
+):
+    payment = await begun(harness, inject, method="sandbox:declined")
 
-    assert (await world.payments.void(void(payment))).status == "failed"
-    assert await world.bank("SELECT count(*) FROM charges") == [(0,)]
+    assert (await harness.payments.void(void(payment))).status == "failed"
+    assert await harness.bank("SELECT count(*) FROM charges") == [(0,)]
 
 
-async def test_a_void_of_a_charge_whose_result_is_not_known_is_pending(world: World, plant: Plant):
-    payment = await begun(world, plant, method="sandbox:slow:60000")
+async def test_a_void_of_a_charge_whose_result_is_not_known_is_pending(harness: PaymentsHarness, inject: Inject):
+    payment = await begun(harness, inject, method="sandbox:slow:60000")
 
     with pytest.raises(OutcomePending):
-        await world.payments.void(void(payment))
-    assert await world.steps() == [("charge", "unknown")]
+        await harness.payments.void(void(payment))
+    assert await harness.steps() == [("charge", "unknown")]
 
 
 # ------------------------------------------------------------------------------------------- authorize and charge
 
 
-async def test_a_payment_that_was_authorized_is_captured_by_a_charge(world: World):
-    payment = await world.authorized()
+async def test_a_payment_that_was_authorized_is_captured_by_a_charge(harness: PaymentsHarness):
+    payment = await harness.authorized()
 
-    charged = await world.payments.charge(world.charge(order_id=payment.order_id))
+    charged = await harness.payments.charge(harness.charge(order_id=payment.order_id))
 
     assert (charged.status, charged.id) == ("captured", payment.id)
-    assert await world.taken() == {"authorize": 1, "capture": 1}
+    assert await harness.taken() == {"authorize": 1, "capture": 1}
 
 
-async def test_a_charge_settles_an_open_authorize_first(world: World, plant: Plant):
-    request = world.authorization()
-    remove = plant("payments.authorize.after_call", fail)
+async def test_a_charge_settles_an_open_authorize_first(harness: PaymentsHarness, inject: Inject):
+    request = harness.authorization()
+    remove = inject("payments.authorize.after_call", fail)
     with pytest.raises(ServiceError):
-        await world.payments.authorize(request)
+        await harness.payments.authorize(request)
     remove()
 
-    charged = await world.payments.charge(world.charge(order_id=request.order_id))
+    charged = await harness.payments.charge(harness.charge(order_id=request.order_id))
 
     assert charged.status == "captured"
-    assert await world.taken() == {"authorize": 1, "capture": 1}
+    assert await harness.taken() == {"authorize": 1, "capture": 1}
 
 
-async def test_an_authorize_of_an_open_charge_settles_the_charge(world: World, plant: Plant):
-    payment = await begun(world, plant)
+async def test_an_authorize_of_an_open_charge_settles_the_charge(harness: PaymentsHarness, inject: Inject):
+    payment = await begun(harness, inject)
 
-    answer = await world.payments.authorize(world.authorization(order_id=payment.order_id))
+    answer = await harness.payments.authorize(harness.authorization(order_id=payment.order_id))
 
     assert answer.status == "captured"
-    assert await world.payments.capture(capture(payment)) == answer
-    assert await world.taken() == {"charge": 1}
+    assert await harness.payments.capture(capture(payment)) == answer
+    assert await harness.taken() == {"charge": 1}
 
 
-async def test_a_voided_payment_is_not_charged(world: World):
-    voided = await world.payments.void(void(await world.authorized()))
+async def test_a_voided_payment_is_not_charged(harness: PaymentsHarness):
+    voided = await harness.payments.void(void(await harness.authorized()))
 
-    assert await world.payments.charge(world.charge(order_id=voided.order_id)) == voided
+    assert await harness.payments.charge(harness.charge(order_id=voided.order_id)) == voided
     with pytest.raises(PaymentStateConflict):
-        await world.payments.refund(refund(voided, 1))
+        await harness.payments.refund(refund(voided, 1))
 
 
 async def test_a_process_that_dies_before_its_intent_is_committed_has_not_called_the_provider(
-    world: World, plant: Plant
+    harness: PaymentsHarness, inject: Inject
 ):
-    payment = await begun(world, plant, "before_intent_commit")
+    payment = await begun(harness, inject, "before_intent_commit")
 
-    assert (await world.payments.void(void(payment))).status == "voided"
-    assert await world.bank("SELECT key FROM operations") == []
+    assert (await harness.payments.void(void(payment))).status == "voided"
+    assert await harness.bank("SELECT key FROM operations") == []
 
 
 # ------------------------------------------------------------------------------------------------------ much later
 
 
-async def test_a_charge_that_is_repeated_after_30_days_answers_the_same_and_moves_no_money(world: World):
-    request = world.charge()
-    first = await world.payments.charge(request)
-    given_back = await world.payments.refund(refund(first, 400))
-    await world.age_everything(days=30)
+async def test_a_charge_that_is_repeated_after_30_days_answers_the_same_and_moves_no_money(harness: PaymentsHarness):
+    request = harness.charge()
+    first = await harness.payments.charge(request)
+    given_back = await harness.payments.refund(refund(first, 400))
+    await harness.age_everything(days=30)
 
-    charged = await world.payments.charge(request)
-    refunded = await world.payments.refund(refund(first, 400))
+    charged = await harness.payments.charge(request)
+    refunded = await harness.payments.refund(refund(first, 400))
 
     assert charged == refunded
     assert (charged.captured_minor, charged.refunded_minor) == (given_back.captured_minor, given_back.refunded_minor)
-    assert await world.taken() == {"charge": 1, "refund": 1}
-    assert await world.ours("SELECT count(*) FROM transfers") == [(2,)]
+    assert await harness.taken() == {"charge": 1, "refund": 1}
+    assert await harness.rows("SELECT count(*) FROM transfers") == [(2,)]
 
 
 @pytest.mark.parametrize("hours", [22, 24])
 async def test_the_key_of_an_open_charge_is_looked_up_once_the_provider_may_have_forgotten_it(
-    world: World, plant: Plant, hours: int
+    harness: PaymentsHarness, inject: Inject, hours: int
 ):
-    payment = await begun(world, plant)
-    calls = await world.bank("SELECT calls FROM operations")
-    await world.age(hours=hours)
+    payment = await begun(harness, inject)
+    calls = await harness.bank("SELECT calls FROM operations")
+    await harness.age(hours=hours)
 
-    assert (await world.payments.charge(world.charge(order_id=payment.order_id))).status == "captured"
+    assert (await harness.payments.charge(harness.charge(order_id=payment.order_id))).status == "captured"
 
-    is_called = (await world.bank("SELECT calls FROM operations")) != calls
+    is_called = (await harness.bank("SELECT calls FROM operations")) != calls
     assert is_called == (hours < 23)
-    assert await world.taken() == {"charge": 1}
+    assert await harness.taken() == {"charge": 1}

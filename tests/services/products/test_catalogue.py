@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import itertools
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
 from mercato.chassis.contract import ANONYMOUS, Actor, Forbidden, Internal, InvalidRequest, StaleVersion
 from mercato.chassis.observability import faults
-from mercato.chassis.observability.faults import Fault
 from mercato.contracts.products import (
     ArchiveProduct,
     CreateProduct,
@@ -29,7 +27,8 @@ from mercato.contracts.products import (
     UpdateProduct,
 )
 from mercato.services.products import service
-from mercato.testing.harness import Rig
+from mercato.testing.harness import ServiceHarness
+from mercato.testing.injection import Inject, fail
 
 CUSTOMER = Actor("customer", 7)
 HEADPHONES = CreateProduct(
@@ -45,17 +44,13 @@ def wrong_fields(error: pytest.ExceptionInfo[InvalidRequest]) -> set[str]:
     return {wrong.field for wrong in error.value.errors}
 
 
-async def fail(_point: str) -> None:
-    raise RuntimeError("the power fails here")
-
-
 # ------------------------------------------------------------------------------------------------------------ create
 
 
-async def test_a_created_product_is_active_and_can_be_read(rig: Rig, products: Products, staff: Actor):
-    with rig.acting(staff):
+async def test_a_created_product_is_active_and_can_be_read(harness: ServiceHarness, products: Products, staff: Actor):
+    with harness.acting(staff):
         created = await products.create(HEADPHONES)
-    with rig.acting(ANONYMOUS):
+    with harness.acting(ANONYMOUS):
         read = await products.get(GetProduct(id=created.id))
 
     assert read == created
@@ -66,13 +61,15 @@ async def test_a_created_product_is_active_and_can_be_read(rig: Rig, products: P
     assert created.created_at.utcoffset() is not None
 
 
-async def test_ids_of_new_products_begin_above_those_of_the_demo(rig: Rig, products: Products, staff: Actor):
-    with rig.acting(staff):
+async def test_ids_of_new_products_begin_above_those_of_the_demo(
+    harness: ServiceHarness, products: Products, staff: Actor
+):
+    with harness.acting(staff):
         assert (await products.create(HEADPHONES)).id > 1000
 
 
-async def test_a_sku_belongs_to_one_product(rig: Rig, products: Products, staff: Actor):
-    with rig.acting(staff):
+async def test_a_sku_belongs_to_one_product(harness: ServiceHarness, products: Products, staff: Actor):
+    with harness.acting(staff):
         await products.create(HEADPHONES)
         with pytest.raises(SkuTaken) as taken:
             await products.create(HEADPHONES)
@@ -81,11 +78,10 @@ async def test_a_sku_belongs_to_one_product(rig: Rig, products: Products, staff:
 
 
 async def test_of_two_who_create_the_same_sku_at_once_one_hears_that_it_is_taken(
-    rig: Rig,
+    harness: ServiceHarness,
     products: Products,
     staff: Actor,
-    plant: Callable[[str, Fault], None],
-    until_somebody_waits: Callable[[], Awaitable[None]],
+    inject: Inject,
 ):
     second: list[asyncio.Task[Product]] = []
 
@@ -93,13 +89,13 @@ async def test_of_two_who_create_the_same_sku_at_once_one_hears_that_it_is_taken
         if not second:
             # Somebody else's call: it knows nothing of the transaction that this one is in.
             second.append(asyncio.create_task(once_more(), context=contextvars.Context()))
-            await until_somebody_waits()
+            await harness.until_blocked(of="products")
 
     async def once_more() -> Product:
-        with rig.acting(staff):
+        with harness.acting(staff):
             return await products.create(HEADPHONES)
 
-    plant(service.CREATE_BEFORE_COMMIT, create_once_more)
+    inject(service.CREATE_BEFORE_COMMIT, create_once_more)
     first = await once_more()
 
     with pytest.raises(SkuTaken):
@@ -107,8 +103,10 @@ async def test_of_two_who_create_the_same_sku_at_once_one_hears_that_it_is_taken
     assert first.sku == "HEAD-1"
 
 
-async def test_an_unknown_currency_is_refused_with_those_that_are_known(rig: Rig, products: Products, staff: Actor):
-    with rig.acting(staff), pytest.raises(InvalidRequest) as refused:
+async def test_an_unknown_currency_is_refused_with_those_that_are_known(
+    harness: ServiceHarness, products: Products, staff: Actor
+):
+    with harness.acting(staff), pytest.raises(InvalidRequest) as refused:
         await products.create(
             CreateProduct(sku="A", name="A", price_minor=1, currency="XXX", category="a", description="")
         )
@@ -119,8 +117,8 @@ async def test_an_unknown_currency_is_refused_with_those_that_are_known(rig: Rig
     assert "USD" in wrong.message
 
 
-async def test_all_wrong_fields_are_named_at_once(rig: Rig, products: Products, staff: Actor):
-    with rig.acting(staff), pytest.raises(InvalidRequest) as refused:
+async def test_all_wrong_fields_are_named_at_once(harness: ServiceHarness, products: Products, staff: Actor):
+    with harness.acting(staff), pytest.raises(InvalidRequest) as refused:
         # The pattern of a schema is searched for: its `$` lets a line break at the end through.
         await products.create(
             CreateProduct(
@@ -131,10 +129,10 @@ async def test_all_wrong_fields_are_named_at_once(rig: Rig, products: Products, 
     assert wrong_fields(refused) == {"sku", "name", "currency", "category", "description"}
 
 
-async def test_only_staff_changes_the_catalogue(rig: Rig, products: Products, staff: Actor):
-    with rig.acting(staff):
+async def test_only_staff_changes_the_catalogue(harness: ServiceHarness, products: Products, staff: Actor):
+    with harness.acting(staff):
         product = await products.create(HEADPHONES)
-    with rig.acting(CUSTOMER):
+    with harness.acting(CUSTOMER):
         for call in (
             products.create(called("B")),
             products.update(UpdateProduct(id=product.id, name="Mine")),
@@ -147,8 +145,10 @@ async def test_only_staff_changes_the_catalogue(rig: Rig, products: Products, st
 # --------------------------------------------------------------------------------------------------------------- get
 
 
-async def test_a_batch_is_answered_in_its_order_each_for_itself(rig: Rig, products: Products, staff: Actor):
-    with rig.acting(staff):
+async def test_a_batch_is_answered_in_its_order_each_for_itself(
+    harness: ServiceHarness, products: Products, staff: Actor
+):
+    with harness.acting(staff):
         a, b = await products.create(called("A")), await products.create(called("B"))
         answers = await products.get.many([GetProduct(id=i) for i in (b.id, 999, a.id, b.id, 998)])
 
@@ -162,8 +162,10 @@ async def test_a_batch_is_answered_in_its_order_each_for_itself(rig: Rig, produc
 # ------------------------------------------------------------------------------------------------------------ update
 
 
-async def test_an_update_changes_what_is_given_and_counts_the_version(rig: Rig, products: Products, staff: Actor):
-    with rig.acting(staff):
+async def test_an_update_changes_what_is_given_and_counts_the_version(
+    harness: ServiceHarness, products: Products, staff: Actor
+):
+    with harness.acting(staff):
         before = await products.create(HEADPHONES)
         after = await products.update(UpdateProduct(id=before.id, version=1, price_minor=0, description=""))
         read = await products.get(GetProduct(id=before.id))
@@ -174,8 +176,10 @@ async def test_an_update_changes_what_is_given_and_counts_the_version(rig: Rig, 
     assert after.updated_at > before.updated_at
 
 
-async def test_an_update_without_a_change_leaves_the_product_as_it_is(rig: Rig, products: Products, staff: Actor):
-    with rig.acting(staff):
+async def test_an_update_without_a_change_leaves_the_product_as_it_is(
+    harness: ServiceHarness, products: Products, staff: Actor
+):
+    with harness.acting(staff):
         before = await products.create(HEADPHONES)
 
         assert await products.update(UpdateProduct(id=before.id, version=1)) == before
@@ -184,9 +188,9 @@ async def test_an_update_without_a_change_leaves_the_product_as_it_is(rig: Rig, 
 
 @pytest.mark.parametrize("change", [{"name": "Other"}, {}])
 async def test_an_update_of_another_version_than_the_actual_changes_nothing(
-    rig: Rig, products: Products, staff: Actor, change: dict[str, Any]
+    harness: ServiceHarness, products: Products, staff: Actor, change: dict[str, Any]
 ):
-    with rig.acting(staff):
+    with harness.acting(staff):
         product = await products.create(HEADPHONES)
         product = await products.update(UpdateProduct(id=product.id, name="New"))
         for version in (1, 3):
@@ -198,26 +202,25 @@ async def test_an_update_of_another_version_than_the_actual_changes_nothing(
 
 
 async def test_of_two_updates_of_one_version_at_once_the_second_is_stale(
-    rig: Rig,
+    harness: ServiceHarness,
     products: Products,
     staff: Actor,
-    plant: Callable[[str, Fault], None],
-    until_somebody_waits: Callable[[], Awaitable[None]],
+    inject: Inject,
 ):
     second: list[asyncio.Task[Product]] = []
 
     async def update_to(name: str) -> Product:
-        with rig.acting(staff):
+        with harness.acting(staff):
             return await products.update(UpdateProduct(id=product.id, version=1, name=name))
 
     async def update_once_more(_point: str) -> None:
         if not second:
             second.append(asyncio.create_task(update_to("Second"), context=contextvars.Context()))
-            await until_somebody_waits()
+            await harness.until_blocked(of="products")
 
-    with rig.acting(staff):
+    with harness.acting(staff):
         product = await products.create(HEADPHONES)
-    plant(service.UPDATE_BEFORE_COMMIT, update_once_more)
+    inject(service.UPDATE_BEFORE_COMMIT, update_once_more)
     first = await update_to("First")
 
     with pytest.raises(StaleVersion):
@@ -225,8 +228,10 @@ async def test_of_two_updates_of_one_version_at_once_the_second_is_stale(
     assert (first.name, first.version) == ("First", 2)
 
 
-async def test_an_update_refuses_a_sku_that_is_taken_and_an_unknown_product(rig: Rig, products: Products, staff: Actor):
-    with rig.acting(staff):
+async def test_an_update_refuses_a_sku_that_is_taken_and_an_unknown_product(
+    harness: ServiceHarness, products: Products, staff: Actor
+):
+    with harness.acting(staff):
         await products.create(called("A"))
         b = await products.create(called("B"))
 
@@ -242,8 +247,10 @@ async def test_an_update_refuses_a_sku_that_is_taken_and_an_unknown_product(rig:
 # ----------------------------------------------------------------------------------------------------------- archive
 
 
-async def test_an_archived_product_can_be_read_but_not_found_or_quoted(rig: Rig, products: Products, staff: Actor):
-    with rig.acting(staff):
+async def test_an_archived_product_can_be_read_but_not_found_or_quoted(
+    harness: ServiceHarness, products: Products, staff: Actor
+):
+    with harness.acting(staff):
         kept, gone = await products.create(called("A")), await products.create(called("B"))
         archived = await products.archive(ArchiveProduct(id=gone.id, version=1))
 
@@ -256,8 +263,10 @@ async def test_an_archived_product_can_be_read_but_not_found_or_quoted(rig: Rig,
             await products.quote(QuoteProduct(id=gone.id))
 
 
-async def test_archiving_again_changes_nothing_whatever_the_version(rig: Rig, products: Products, staff: Actor):
-    with rig.acting(staff):
+async def test_archiving_again_changes_nothing_whatever_the_version(
+    harness: ServiceHarness, products: Products, staff: Actor
+):
+    with harness.acting(staff):
         product = await products.create(HEADPHONES)
         archived = await products.archive(ArchiveProduct(id=product.id, version=1))
 
@@ -265,8 +274,10 @@ async def test_archiving_again_changes_nothing_whatever_the_version(rig: Rig, pr
         assert await products.archive(ArchiveProduct(id=product.id)) == archived
 
 
-async def test_archiving_another_version_or_an_unknown_product_is_refused(rig: Rig, products: Products, staff: Actor):
-    with rig.acting(staff):
+async def test_archiving_another_version_or_an_unknown_product_is_refused(
+    harness: ServiceHarness, products: Products, staff: Actor
+):
+    with harness.acting(staff):
         product = await products.create(HEADPHONES)
 
         with pytest.raises(StaleVersion):
@@ -276,8 +287,8 @@ async def test_archiving_another_version_or_an_unknown_product_is_refused(rig: R
         assert (await products.get(GetProduct(id=product.id))).status == "active"
 
 
-async def test_an_archived_product_can_give_up_its_sku(rig: Rig, products: Products, staff: Actor):
-    with rig.acting(staff):
+async def test_an_archived_product_can_give_up_its_sku(harness: ServiceHarness, products: Products, staff: Actor):
+    with harness.acting(staff):
         old = await products.create(HEADPHONES)
         await products.archive(ArchiveProduct(id=old.id))
         with pytest.raises(SkuTaken):
@@ -292,12 +303,14 @@ async def test_an_archived_product_can_give_up_its_sku(rig: Rig, products: Produ
 # ------------------------------------------------------------------------------------------------------------- quote
 
 
-async def test_quotes_say_what_products_are_called_and_cost_now(rig: Rig, products: Products, staff: Actor):
-    with rig.acting(staff):
+async def test_quotes_say_what_products_are_called_and_cost_now(
+    harness: ServiceHarness, products: Products, staff: Actor
+):
+    with harness.acting(staff):
         a, b = await products.create(called("A")), await products.create(called("B"))
         await products.update(UpdateProduct(id=a.id, price_minor=250))
         await products.archive(ArchiveProduct(id=b.id))
-    with rig.acting(CUSTOMER):
+    with harness.acting(CUSTOMER):
         quotes = await products.quote.many([QuoteProduct(id=i) for i in (b.id, a.id, 999, a.id, b.id)])
 
     quote = Quote(id=a.id, sku="A", name="Product A", price_minor=250, currency="EUR")
@@ -306,8 +319,8 @@ async def test_quotes_say_what_products_are_called_and_cost_now(rig: Rig, produc
     assert quotes[0] is not quotes[4]
 
 
-async def test_nobody_anonymous_gets_a_quote(rig: Rig, products: Products):
-    with rig.acting(ANONYMOUS), pytest.raises(Forbidden):
+async def test_nobody_anonymous_gets_a_quote(harness: ServiceHarness, products: Products):
+    with harness.acting(ANONYMOUS), pytest.raises(Forbidden):
         await products.quote(QuoteProduct(id=1))
 
 
@@ -315,17 +328,17 @@ async def test_nobody_anonymous_gets_a_quote(rig: Rig, products: Products):
 
 
 async def test_a_failure_before_the_commit_leaves_nothing_and_after_it_everything(
-    rig: Rig, products: Products, staff: Actor
+    harness: ServiceHarness, products: Products, staff: Actor
 ):
     """The caller hears of neither; what it does next must be told the truth."""
-    with rig.acting(staff):
-        remove = faults.plant(service.CREATE_BEFORE_COMMIT, fail)
+    with harness.acting(staff):
+        remove = faults.inject(service.CREATE_BEFORE_COMMIT, fail)
         with pytest.raises(Internal):
             await products.create(HEADPHONES)
         remove()
         assert (await products.search(SearchProducts())).products == ()
 
-        remove = faults.plant(service.CREATE_AFTER_COMMIT, fail)
+        remove = faults.inject(service.CREATE_AFTER_COMMIT, fail)
         with pytest.raises(Internal):
             await products.create(HEADPHONES)
         remove()
@@ -334,14 +347,14 @@ async def test_a_failure_before_the_commit_leaves_nothing_and_after_it_everythin
         (product,) = (await products.search(SearchProducts())).products
 
         for point, version in ((service.UPDATE_BEFORE_COMMIT, 1), (service.UPDATE_AFTER_COMMIT, 2)):
-            remove = faults.plant(point, fail)
+            remove = faults.inject(point, fail)
             with pytest.raises(Internal):
                 await products.update(UpdateProduct(id=product.id, version=1, name="New"))
             remove()
             assert (await products.get(GetProduct(id=product.id))).version == version
 
         for point, status in ((service.ARCHIVE_BEFORE_COMMIT, "active"), (service.ARCHIVE_AFTER_COMMIT, "archived")):
-            remove = faults.plant(point, fail)
+            remove = faults.inject(point, fail)
             with pytest.raises(Internal):
                 await products.archive(ArchiveProduct(id=product.id, version=2))
             remove()
@@ -373,14 +386,14 @@ def new_sku() -> str:
     return f"ODD-{next(SKU_NUMBERS)}"
 
 
-def passes(rig: Rig, text: str) -> bool:
+def passes(harness: ServiceHarness, text: str) -> bool:
     """What is no text in bytes never gets over a wire: only this process can send it."""
-    return rig.transport == "local" or text.encode(errors="ignore").decode() == text
+    return harness.transport == "local" or text.encode(errors="ignore").decode() == text
 
 
-async def keep_or_refuse(rig: Rig, products: Products, staff: Actor, text: str) -> None:
+async def keep_or_refuse(harness: ServiceHarness, products: Products, staff: Actor, text: str) -> None:
     """Creates, searches and filters with the text: either it works, and the text is kept, or it is invalid."""
-    with rig.acting(staff):
+    with harness.acting(staff):
         for request in (
             CreateProduct(sku=new_sku(), name=text, price_minor=1, currency="USD", category="odd"),
             CreateProduct(sku=new_sku(), name="D", price_minor=1, currency="USD", category="odd", description=text),
@@ -404,14 +417,18 @@ async def keep_or_refuse(rig: Rig, products: Products, staff: Actor, text: str) 
 
 
 @pytest.mark.parametrize("text", ODD.values(), ids=ODD.keys())
-async def test_odd_text_is_kept_as_it_is_or_refused_as_invalid(rig: Rig, products: Products, staff: Actor, text: str):
-    if not passes(rig, text):
+async def test_odd_text_is_kept_as_it_is_or_refused_as_invalid(
+    harness: ServiceHarness, products: Products, staff: Actor, text: str
+):
+    if not passes(harness, text):
         pytest.skip("never gets over a wire")
-    await keep_or_refuse(rig, products, staff, text)
+    await keep_or_refuse(harness, products, staff, text)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.characters(), min_size=1, max_size=190))
-async def test_any_text_is_kept_as_it_is_or_refused_as_invalid(rig: Rig, products: Products, staff: Actor, text: str):
-    assume(passes(rig, text))
-    await keep_or_refuse(rig, products, staff, text)
+async def test_any_text_is_kept_as_it_is_or_refused_as_invalid(
+    harness: ServiceHarness, products: Products, staff: Actor, text: str
+):
+    assume(passes(harness, text))
+    await keep_or_refuse(harness, products, staff, text)

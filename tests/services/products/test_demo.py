@@ -3,86 +3,80 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 
 import pytest
 
 from mercato.chassis.contract import ANONYMOUS, Actor
-from mercato.chassis.observability.faults import Fault
 from mercato.contracts.products import CreateProduct, GetProduct, Products, SearchProducts
 from mercato.services.products import demo, rules
-from mercato.testing.harness import Rig
+from mercato.testing.harness import ServiceHarness
+from mercato.testing.injection import Inject, fail
 
 
-def seed(rig: Rig) -> Awaitable[bool]:
-    seed_demo = rig.host.services["products"].seed_demo
+def seed(harness: ServiceHarness) -> Awaitable[bool]:
+    seed_demo = harness.host.services["products"].seed_demo
     assert seed_demo
     return seed_demo()
 
 
-async def skus(rig: Rig, products: Products) -> list[str]:
-    with rig.acting(ANONYMOUS):
+async def skus(harness: ServiceHarness, products: Products) -> list[str]:
+    with harness.acting(ANONYMOUS):
         page = await products.search(SearchProducts(limit=200))
     return [product.sku for product in page.products]
 
 
-async def test_the_demo_shop_sells_what_the_documentation_buys(rig: Rig, products: Products):
-    assert await seed(rig) is True
+async def test_the_demo_shop_sells_what_the_documentation_buys(harness: ServiceHarness, products: Products):
+    assert await seed(harness) is True
 
-    with rig.acting(ANONYMOUS):
+    with harness.acting(ANONYMOUS):
         found = [await products.get(GetProduct(id=product_id)) for product_id in (1, 2, 100)]
     assert [(p.name, p.price_minor, p.currency) for p in found] == [
         ("Laptop", 1299_99, "USD"),
         ("Smartphone", 899_99, "USD"),
         ("Headphones", 99_99, "USD"),
     ]
-    assert len(await skus(rig, products)) == len(demo.CATALOGUE)
+    assert len(await skus(harness, products)) == len(demo.CATALOGUE)
 
 
-async def test_the_demo_data_is_put_in_once(rig: Rig, products: Products):
-    assert [await seed(rig), await seed(rig)] == [True, False]
-    assert len(await skus(rig, products)) == len(demo.CATALOGUE)
+async def test_the_demo_data_is_put_in_once(harness: ServiceHarness, products: Products):
+    assert [await seed(harness), await seed(harness)] == [True, False]
+    assert len(await skus(harness, products)) == len(demo.CATALOGUE)
 
 
-async def test_a_shop_that_sells_anything_gets_no_demo_data(rig: Rig, products: Products, staff: Actor):
-    with rig.acting(staff):
+async def test_a_shop_that_sells_anything_gets_no_demo_data(harness: ServiceHarness, products: Products, staff: Actor):
+    with harness.acting(staff):
         await products.create(CreateProduct(sku="OWN", name="Own", price_minor=1, currency="USD", category="own"))
 
-    assert await seed(rig) is False
-    assert await skus(rig, products) == ["OWN"]
+    assert await seed(harness) is False
+    assert await skus(harness, products) == ["OWN"]
 
 
 async def test_of_two_processes_that_seed_at_once_one_does(
-    rig: Rig,
+    harness: ServiceHarness,
     products: Products,
-    plant: Callable[[str, Fault], None],
-    until_somebody_waits: Callable[[], Awaitable[None]],
+    inject: Inject,
 ):
     second: list[asyncio.Future[bool]] = []
 
     async def seed_once_more(_point: str) -> None:
         if not second:
-            second.append(asyncio.ensure_future(seed(rig)))
-            await until_somebody_waits()
+            second.append(asyncio.ensure_future(seed(harness)))
+            await harness.until_blocked(of="products")
 
-    plant(demo.SEED_BEFORE_COMMIT, seed_once_more)
+    inject(demo.SEED_BEFORE_COMMIT, seed_once_more)
 
-    assert await seed(rig) is True
+    assert await seed(harness) is True
     assert await second[0] is False
-    assert len(await skus(rig, products)) == len(demo.CATALOGUE)
+    assert len(await skus(harness, products)) == len(demo.CATALOGUE)
 
 
-async def test_a_failure_while_seeding_leaves_nothing(
-    rig: Rig, products: Products, plant: Callable[[str, Fault], None]
-):
-    async def fail(_point: str) -> None:
-        raise RuntimeError("the power fails here")
-
-    plant(demo.SEED_BEFORE_COMMIT, fail)
+async def test_a_failure_while_seeding_leaves_nothing(harness: ServiceHarness, products: Products, inject: Inject):
+    inject(demo.SEED_BEFORE_COMMIT, fail)
     with pytest.raises(RuntimeError):
-        await seed(rig)
+        await seed(harness)
 
-    assert await skus(rig, products) == []
+    assert await skus(harness, products) == []
 
 
 def test_the_demo_data_keeps_the_rules_and_its_range_of_ids():

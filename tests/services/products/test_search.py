@@ -14,7 +14,7 @@ from mercato.chassis.contract import ANONYMOUS, Actor, InvalidRequest
 from mercato.chassis.postgres.database import Database
 from mercato.contracts.products import CreateProduct, Product, Products, SearchProducts, Sort
 from mercato.services.products import demo, rules, store
-from mercato.testing.harness import Rig
+from mercato.testing.harness import ServiceHarness
 
 SORTS: tuple[Sort, ...] = get_args(Sort)
 
@@ -29,13 +29,13 @@ async def stock(database: Database, *batches: Sequence[CreateProduct]) -> None:
             await store.insert_many(tx, [(next(numbers), product) for product in batch])
 
 
-async def search(rig: Rig, products: Products, **wanted: Any) -> list[Product]:
-    with rig.acting(ANONYMOUS):
+async def search(harness: ServiceHarness, products: Products, **wanted: Any) -> list[Product]:
+    with harness.acting(ANONYMOUS):
         return list((await products.search(SearchProducts(**wanted))).products)
 
 
-async def skus(rig: Rig, products: Products, **wanted: Any) -> set[str]:
-    return {product.sku for product in await search(rig, products, **wanted)}
+async def skus(harness: ServiceHarness, products: Products, **wanted: Any) -> set[str]:
+    return {product.sku for product in await search(harness, products, **wanted)}
 
 
 def selling(sku: str, name: str = "Thing", **fields: Any) -> CreateProduct:
@@ -69,38 +69,40 @@ async def demo_shop(database: Database) -> None:
         ("!?", set()),
     ],
 )
-async def test_words_find_products(rig: Rig, products: Products, database: Database, text: str, expected: set[str]):
+async def test_words_find_products(
+    harness: ServiceHarness, products: Products, database: Database, text: str, expected: set[str]
+):
     await demo_shop(database)
 
-    assert await skus(rig, products, text=text) == expected
+    assert await skus(harness, products, text=text) == expected
 
 
 async def test_words_that_a_language_leaves_out_find_what_is_called_so(
-    rig: Rig, products: Products, database: Database
+    harness: ServiceHarness, products: Products, database: Database
 ):
     await stock(database, [selling("A", "The Who"), selling("B", "Who Knows"), selling("C", "Nothing")])
 
-    assert await skus(rig, products, text="the who") == {"A"}
-    assert await skus(rig, products, text="who") == {"A", "B"}
+    assert await skus(harness, products, text="the who") == {"A"}
+    assert await skus(harness, products, text="who") == {"A", "B"}
 
 
-async def test_a_blank_text_finds_everything(rig: Rig, products: Products, database: Database):
+async def test_a_blank_text_finds_everything(harness: ServiceHarness, products: Products, database: Database):
     await stock(database, [selling("A"), selling("B")])
 
-    assert await skus(rig, products, text=" \t") == {"A", "B"}
-    assert await skus(rig, products, text="") == {"A", "B"}
+    assert await skus(harness, products, text=" \t") == {"A", "B"}
+    assert await skus(harness, products, text="") == {"A", "B"}
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sku=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True))
-async def test_every_sku_finds_its_product(rig: Rig, products: Products, database: Database, sku: str):
+async def test_every_sku_finds_its_product(harness: ServiceHarness, products: Products, database: Database, sku: str):
     await stock(database, [selling(sku)])
 
-    assert await skus(rig, products, text=sku) == {sku}
+    assert await skus(harness, products, text=sku) == {sku}
 
 
 async def test_relevance_puts_the_name_before_the_category_before_the_description(
-    rig: Rig, products: Products, database: Database
+    harness: ServiceHarness, products: Products, database: Database
 ):
     await stock(
         database,
@@ -111,7 +113,7 @@ async def test_relevance_puts_the_name_before_the_category_before_the_descriptio
         ],
     )
 
-    found = await search(rig, products, text="lamps", sort="relevance")
+    found = await search(harness, products, text="lamps", sort="relevance")
 
     assert [product.sku for product in found] == ["N", "C", "D"]
 
@@ -119,7 +121,7 @@ async def test_relevance_puts_the_name_before_the_category_before_the_descriptio
 # ----------------------------------------------------------------------------------------------------------- filters
 
 
-async def test_filters_work_together(rig: Rig, products: Products, database: Database):
+async def test_filters_work_together(harness: ServiceHarness, products: Products, database: Database):
     await stock(
         database,
         [
@@ -130,22 +132,24 @@ async def test_filters_work_together(rig: Rig, products: Products, database: Dat
         ],
     )
 
-    assert await skus(rig, products, category="things") == {"A", "B", "C"}
-    assert await skus(rig, products, category="No such category") == set()
-    assert await skus(rig, products, currency="EUR") == {"C"}
-    assert await skus(rig, products, currency="USD", min_price_minor=200) == {"B", "D"}
-    assert await skus(rig, products, currency="USD", max_price_minor=200) == {"A", "B"}
-    assert await skus(rig, products, currency="USD", min_price_minor=101, max_price_minor=299) == {"B"}
-    assert await skus(rig, products, text="thing", category="things", currency="USD", min_price_minor=150) == {"B"}
-    assert await skus(rig, products, text="lamp", category="things") == set()
-    assert await skus(rig, products, min_price_minor=2, max_price_minor=1) == set()
+    assert await skus(harness, products, category="things") == {"A", "B", "C"}
+    assert await skus(harness, products, category="No such category") == set()
+    assert await skus(harness, products, currency="EUR") == {"C"}
+    assert await skus(harness, products, currency="USD", min_price_minor=200) == {"B", "D"}
+    assert await skus(harness, products, currency="USD", max_price_minor=200) == {"A", "B"}
+    assert await skus(harness, products, currency="USD", min_price_minor=101, max_price_minor=299) == {"B"}
+    assert await skus(harness, products, text="thing", category="things", currency="USD", min_price_minor=150) == {"B"}
+    assert await skus(harness, products, text="lamp", category="things") == set()
+    assert await skus(harness, products, min_price_minor=2, max_price_minor=1) == set()
 
 
-async def test_prices_are_of_the_default_currency_where_none_is_given(rig: Rig, products: Products, database: Database):
+async def test_prices_are_of_the_default_currency_where_none_is_given(
+    harness: ServiceHarness, products: Products, database: Database
+):
     await stock(database, [selling("A"), selling("B", currency="JPY")])
 
-    assert await skus(rig, products, min_price_minor=0) == {"A"}
-    assert await skus(rig, products) == {"A", "B"}
+    assert await skus(harness, products, min_price_minor=0) == {"A"}
+    assert await skus(harness, products) == {"A", "B"}
 
 
 # ------------------------------------------------------------------------------------------------------------- order
@@ -191,7 +195,7 @@ def numbered(batch: Sequence[CreateProduct], prefix: str) -> list[CreateProduct]
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(older=PRODUCTS, newer=PRODUCTS, scope=SCOPES, limit=st.integers(1, 5))
 async def test_pages_show_every_product_once_in_order_while_others_are_created(
-    rig: Rig,
+    harness: ServiceHarness,
     products: Products,
     database: Database,
     staff: Actor,
@@ -208,7 +212,7 @@ async def test_pages_show_every_product_once_in_order_while_others_are_created(
     seen: list[Product] = []
     after: str | None = None
     for page_number in range(len(stocked) + 5):
-        with rig.acting(staff):
+        with harness.acting(staff):
             page = await products.search(SearchProducts(sort=sort, after=after, limit=limit, **scope))
             if page_number < 3:
                 await products.create(selling(f"MEANWHILE-{page_number}", "sold", category="a"))
@@ -228,10 +232,12 @@ async def test_pages_show_every_product_once_in_order_while_others_are_created(
     assert sort == "relevance" or in_order(seen, sort)
 
 
-async def test_the_last_page_says_so_also_when_it_is_full(rig: Rig, products: Products, database: Database):
+async def test_the_last_page_says_so_also_when_it_is_full(
+    harness: ServiceHarness, products: Products, database: Database
+):
     await stock(database, [selling("A"), selling("B")])
 
-    with rig.acting(ANONYMOUS):
+    with harness.acting(ANONYMOUS):
         full = await products.search(SearchProducts(limit=2))
         first = await products.search(SearchProducts(limit=1))
         last = await products.search(SearchProducts(limit=1, after=first.next_after))
@@ -244,36 +250,36 @@ async def test_the_last_page_says_so_also_when_it_is_full(rig: Rig, products: Pr
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
-async def refusal(rig: Rig, products: Products, **wanted: Any) -> set[str]:
+async def refusal(harness: ServiceHarness, products: Products, **wanted: Any) -> set[str]:
     with pytest.raises(InvalidRequest) as refused:
-        await search(rig, products, **wanted)
+        await search(harness, products, **wanted)
     return {wrong.field for wrong in refused.value.errors}
 
 
-async def test_a_cursor_belongs_to_its_sort(rig: Rig, products: Products, database: Database):
+async def test_a_cursor_belongs_to_its_sort(harness: ServiceHarness, products: Products, database: Database):
     await stock(database, [selling("A"), selling("B"), selling("C")])
     tokens: dict[Sort, str | None] = {}
-    with rig.acting(ANONYMOUS):
+    with harness.acting(ANONYMOUS):
         for sort in SORTS:
             tokens[sort] = (await products.search(SearchProducts(sort=sort, text="thing", limit=1))).next_after
 
     for sort, other in itertools.permutations(SORTS, 2):
-        assert await refusal(rig, products, sort=sort, text="thing", after=tokens[other]) == {"after"}
-        assert len(await search(rig, products, sort=sort, text="thing", after=tokens[sort])) == 2
+        assert await refusal(harness, products, sort=sort, text="thing", after=tokens[other]) == {"after"}
+        assert len(await search(harness, products, sort=sort, text="thing", after=tokens[sort])) == 2
 
 
 @pytest.mark.parametrize("after", ["", "x", "!", "é", "bnVsbA", "W10", "A" * 100_000])
-async def test_what_is_no_cursor_is_refused(rig: Rig, products: Products, after: str):
+async def test_what_is_no_cursor_is_refused(harness: ServiceHarness, products: Products, after: str):
     for sort in SORTS:
-        assert await refusal(rig, products, sort=sort, text="thing", after=after) == {"after"}
+        assert await refusal(harness, products, sort=sort, text="thing", after=after) == {"after"}
 
 
 @pytest.mark.parametrize("text", [None, " "])
-async def test_relevance_needs_a_text(rig: Rig, products: Products, text: str | None):
-    assert await refusal(rig, products, sort="relevance", text=text) == {"sort"}
+async def test_relevance_needs_a_text(harness: ServiceHarness, products: Products, text: str | None):
+    assert await refusal(harness, products, sort="relevance", text=text) == {"sort"}
 
 
-async def test_everything_wrong_with_a_search_is_named_at_once(rig: Rig, products: Products):
-    wrong = await refusal(rig, products, text="a\0", category="a\0", currency="XXX", sort="newest", after="x")
+async def test_everything_wrong_with_a_search_is_named_at_once(harness: ServiceHarness, products: Products):
+    wrong = await refusal(harness, products, text="a\0", category="a\0", currency="XXX", sort="newest", after="x")
 
     assert wrong == {"text", "category", "currency", "after"}

@@ -6,10 +6,10 @@ import pytest_asyncio
 
 from mercato.contracts.users import Users
 from mercato.services.users.app import build
-from mercato.testing.harness import Rig
+from mercato.testing.harness import ServiceHarness
 
 
 @pytest_asyncio.fixture
-async def users(rig: Rig) -> Users:
+async def users(harness: ServiceHarness) -> Users:
     """The client of a users service without anybody in it."""
-    return (await rig.open(users=build)).client(Users)
+    return (await harness.open({"users": build})).client(Users)

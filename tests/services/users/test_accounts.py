@@ -24,7 +24,7 @@ from mercato.contracts.users import (
     Users,
 )
 from mercato.services.users.demo import DEMO_PASSWORD
-from mercato.testing.harness import Rig
+from mercato.testing.harness import ServiceHarness
 
 ANYBODY = Actor("anonymous")
 STAFF = Actor("staff", 900)
@@ -36,8 +36,8 @@ def customer(user: User) -> Actor:
     return Actor("customer", user.id)
 
 
-async def registered(rig: Rig, users: Users, *names: str) -> Sequence[User]:
-    with rig.acting(ANYBODY):
+async def registered(harness: ServiceHarness, users: Users, *names: str) -> Sequence[User]:
+    with harness.acting(ANYBODY):
         return [
             await users.register(Register(email=f"{name.lower()}@example.com", name=name, password=PASSWORD))
             for name in names
@@ -47,10 +47,10 @@ async def registered(rig: Rig, users: Users, *names: str) -> Sequence[User]:
 # --------------------------------------------------------------------------------------------------------- registering
 
 
-async def test_whoever_registers_becomes_a_customer(rig: Rig, users: Users):
-    with rig.acting(ANYBODY):
+async def test_whoever_registers_becomes_a_customer(harness: ServiceHarness, users: Users):
+    with harness.acting(ANYBODY):
         user = await users.register(Register(email=" Ju\u0308rgen@Example.com ", name=" Jürgen ", password=PASSWORD))
-    with rig.acting(customer(user)):
+    with harness.acting(customer(user)):
         read = await users.get(GetUser(id=user.id))
 
     assert (user.email, user.name, user.role, user.version) == ("Jürgen@Example.com", "Jürgen", "customer", 1)
@@ -59,15 +59,15 @@ async def test_whoever_registers_becomes_a_customer(rig: Rig, users: Users):
     assert read == user
 
 
-async def test_an_address_has_one_account_however_it_is_spelled(rig: Rig, users: Users):
-    await registered(rig, users, "Alice")
-    with rig.acting(ANYBODY), pytest.raises(EmailTaken):
+async def test_an_address_has_one_account_however_it_is_spelled(harness: ServiceHarness, users: Users):
+    await registered(harness, users, "Alice")
+    with harness.acting(ANYBODY), pytest.raises(EmailTaken):
         await users.register(Register(email="ALICE@Example.COM", name="Alice", password=PASSWORD))
 
 
-async def test_of_simultaneous_registrations_of_an_address_one_succeeds(rig: Rig, users: Users):
+async def test_of_simultaneous_registrations_of_an_address_one_succeeds(harness: ServiceHarness, users: Users):
     spellings = ["alice@example.com", "Alice@example.com", "ALICE@EXAMPLE.COM"]
-    with rig.acting(ANYBODY):
+    with harness.acting(ANYBODY):
         outcomes = await asyncio.gather(
             *(users.register(Register(email=email, name="Alice", password=PASSWORD)) for email in spellings),
             return_exceptions=True,
@@ -76,29 +76,33 @@ async def test_of_simultaneous_registrations_of_an_address_one_succeeds(rig: Rig
     assert sorted(type(outcome).__name__ for outcome in outcomes) == ["EmailTaken", "EmailTaken", "User"]
 
 
-async def test_every_wrong_field_of_a_registration_is_named_at_once(rig: Rig, users: Users):
-    with rig.acting(ANYBODY), pytest.raises(InvalidRequest) as refused:
+async def test_every_wrong_field_of_a_registration_is_named_at_once(harness: ServiceHarness, users: Users):
+    with harness.acting(ANYBODY), pytest.raises(InvalidRequest) as refused:
         await users.register(Register(email="nobody", name=" ", password="short"))
 
     assert [error.field for error in refused.value.errors] == ["email", "name", "password"]
 
 
 @pytest.mark.parametrize("bad", ["\x00", "\x1b", "\n", "\u2028", "\x85"])
-async def test_what_cannot_be_stored_is_refused_and_never_reaches_the_database(rig: Rig, users: Users, bad: str):
-    with rig.acting(ANYBODY), pytest.raises(InvalidRequest) as refused:
+async def test_what_cannot_be_stored_is_refused_and_never_reaches_the_database(
+    harness: ServiceHarness, users: Users, bad: str
+):
+    with harness.acting(ANYBODY), pytest.raises(InvalidRequest) as refused:
         await users.register(Register(email=f"al{bad}ice@example.com", name=f"Al{bad}ice", password=f"{bad}{PASSWORD}"))
 
     fields = [error.field for error in refused.value.errors]
     assert fields == ["email", "name", "password"]
 
 
-async def test_a_lost_answer_to_a_registration_leaves_an_account_that_can_be_used(rig: Rig, users: Users):
+async def test_a_lost_answer_to_a_registration_leaves_an_account_that_can_be_used(
+    harness: ServiceHarness, users: Users
+):
     async def crash(_: str) -> None:
         raise RuntimeError("the power fails")
 
-    remove = faults.plant("users.register.after_commit", crash)
+    remove = faults.inject("users.register.after_commit", crash)
     request = Register(email="alice@example.com", name="Alice", password=PASSWORD)
-    with rig.acting(ANYBODY):
+    with harness.acting(ANYBODY):
         with pytest.raises(Exception, match="failed"):
             await users.register(request)
         remove()
@@ -110,9 +114,9 @@ async def test_a_lost_answer_to_a_registration_leaves_an_account_that_can_be_use
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-async def test_to_a_customer_another_answers_like_one_who_does_not_exist(rig: Rig, users: Users):
-    alice, bob = await registered(rig, users, "Alice", "Bob")
-    with rig.acting(customer(alice)):
+async def test_to_a_customer_another_answers_like_one_who_does_not_exist(harness: ServiceHarness, users: Users):
+    alice, bob = await registered(harness, users, "Alice", "Bob")
+    with harness.acting(customer(alice)):
         others, unknown, own = await users.get.many([GetUser(id=bob.id), GetUser(id=4711), GetUser(id=alice.id)])
 
     assert (type(others), type(unknown), own) == (UserNotFound, UserNotFound, alice)
@@ -120,11 +124,11 @@ async def test_to_a_customer_another_answers_like_one_who_does_not_exist(rig: Ri
     assert others.details == {"user_id": bob.id}
 
 
-async def test_a_batch_is_answered_in_its_order_each_for_its_own_actor(rig: Rig, users: Users):
-    alice, bob = await registered(rig, users, "Alice", "Bob")
+async def test_a_batch_is_answered_in_its_order_each_for_its_own_actor(harness: ServiceHarness, users: Users):
+    alice, bob = await registered(harness, users, "Alice", "Bob")
 
     async def get(actor: Actor, user_id: int) -> object:
-        with rig.acting(actor):
+        with harness.acting(actor):
             future = users.get(GetUser(id=user_id))
         return (await asyncio.gather(future, return_exceptions=True))[0]
 
@@ -141,15 +145,15 @@ async def test_a_batch_is_answered_in_its_order_each_for_its_own_actor(rig: Rig,
     assert [seen[1], seen[2], seen[4]] == [bob, bob, alice]
 
 
-async def test_who_is_not_signed_in_reads_nobody(rig: Rig, users: Users):
-    (alice,) = await registered(rig, users, "Alice")
-    with rig.acting(ANYBODY), pytest.raises(Forbidden):
+async def test_who_is_not_signed_in_reads_nobody(harness: ServiceHarness, users: Users):
+    (alice,) = await registered(harness, users, "Alice")
+    with harness.acting(ANYBODY), pytest.raises(Forbidden):
         await users.get(GetUser(id=alice.id))
 
 
-async def test_staff_page_through_everybody(rig: Rig, users: Users):
-    everybody = await registered(rig, users, "Alice", "Bob", "Carol")
-    with rig.acting(STAFF):
+async def test_staff_page_through_everybody(harness: ServiceHarness, users: Users):
+    everybody = await registered(harness, users, "Alice", "Bob", "Carol")
+    with harness.acting(STAFF):
         first = await users.list(ListUsers(limit=2))
         assert first.next_after is not None
         second = await users.list(ListUsers(limit=2, after=first.next_after))
@@ -160,9 +164,9 @@ async def test_staff_page_through_everybody(rig: Rig, users: Users):
     assert (len(exact.users), exact.next_after) == (3, None)
 
 
-async def test_staff_list_by_role(rig: Rig, users: Users):
-    alice, bob, carol = await registered(rig, users, "Alice", "Bob", "Carol")
-    with rig.acting(STAFF):
+async def test_staff_list_by_role(harness: ServiceHarness, users: Users):
+    alice, bob, carol = await registered(harness, users, "Alice", "Bob", "Carol")
+    with harness.acting(STAFF):
         bob = await users.set_role(SetRole(id=bob.id, role="staff"))
         staff = await users.list(ListUsers(role="staff"))
         customers = await users.list(ListUsers(role="customer", limit=1))
@@ -173,18 +177,18 @@ async def test_staff_list_by_role(rig: Rig, users: Users):
     assert more.next_after is None
 
 
-async def test_customers_do_not_list(rig: Rig, users: Users):
-    (alice,) = await registered(rig, users, "Alice")
-    with rig.acting(customer(alice)), pytest.raises(Forbidden):
+async def test_customers_do_not_list(harness: ServiceHarness, users: Users):
+    (alice,) = await registered(harness, users, "Alice")
+    with harness.acting(customer(alice)), pytest.raises(Forbidden):
         await users.list(ListUsers())
 
 
 # ------------------------------------------------------------------------------------------------------------ changing
 
 
-async def test_a_customer_changes_what_is_given(rig: Rig, users: Users):
-    (alice,) = await registered(rig, users, "Alice")
-    with rig.acting(customer(alice)):
+async def test_a_customer_changes_what_is_given(harness: ServiceHarness, users: Users):
+    (alice,) = await registered(harness, users, "Alice")
+    with harness.acting(customer(alice)):
         renamed = await users.update_profile(UpdateProfile(id=alice.id, name=" Alice L. ", version=1))
         moved = await users.update_profile(UpdateProfile(id=alice.id, email="Alice@Example.com"))
 
@@ -193,19 +197,19 @@ async def test_a_customer_changes_what_is_given(rig: Rig, users: Users):
     assert moved.updated_at > moved.created_at
 
 
-async def test_staff_change_others_and_customers_do_not(rig: Rig, users: Users):
-    alice, bob = await registered(rig, users, "Alice", "Bob")
-    with rig.acting(customer(alice)), pytest.raises(UserNotFound):
+async def test_staff_change_others_and_customers_do_not(harness: ServiceHarness, users: Users):
+    alice, bob = await registered(harness, users, "Alice", "Bob")
+    with harness.acting(customer(alice)), pytest.raises(UserNotFound):
         await users.update_profile(UpdateProfile(id=bob.id, name="Robert"))
-    with rig.acting(STAFF):
+    with harness.acting(STAFF):
         assert (await users.update_profile(UpdateProfile(id=bob.id, name="Robert"))).name == "Robert"
         with pytest.raises(UserNotFound):
             await users.update_profile(UpdateProfile(id=4711, name="Robert"))
 
 
-async def test_of_two_changes_of_the_same_version_one_succeeds(rig: Rig, users: Users):
-    (alice,) = await registered(rig, users, "Alice")
-    with rig.acting(customer(alice)):
+async def test_of_two_changes_of_the_same_version_one_succeeds(harness: ServiceHarness, users: Users):
+    (alice,) = await registered(harness, users, "Alice")
+    with harness.acting(customer(alice)):
         outcomes = await asyncio.gather(
             *(users.update_profile(UpdateProfile(id=alice.id, name=name, version=1)) for name in ("Ada", "Eve")),
             return_exceptions=True,
@@ -216,25 +220,25 @@ async def test_of_two_changes_of_the_same_version_one_succeeds(rig: Rig, users: 
     assert sum(isinstance(o, User) for o in outcomes) == 1
 
 
-async def test_a_change_of_nothing_gives_the_user_as_it_is(rig: Rig, users: Users):
-    (alice,) = await registered(rig, users, "Alice")
-    with rig.acting(customer(alice)):
+async def test_a_change_of_nothing_gives_the_user_as_it_is(harness: ServiceHarness, users: Users):
+    (alice,) = await registered(harness, users, "Alice")
+    with harness.acting(customer(alice)):
         assert await users.update_profile(UpdateProfile(id=alice.id)) == alice
         with pytest.raises(StaleVersion):
             await users.update_profile(UpdateProfile(id=alice.id, version=7))
 
 
-async def test_an_address_cannot_be_taken_from_somebody(rig: Rig, users: Users):
-    _, bob = await registered(rig, users, "Alice", "Bob")
-    with rig.acting(customer(bob)):
+async def test_an_address_cannot_be_taken_from_somebody(harness: ServiceHarness, users: Users):
+    _, bob = await registered(harness, users, "Alice", "Bob")
+    with harness.acting(customer(bob)):
         with pytest.raises(EmailTaken):
             await users.update_profile(UpdateProfile(id=bob.id, email="ALICE@example.com", name="Robert"))
         assert await users.get(GetUser(id=bob.id)) == bob
 
 
-async def test_every_wrong_field_of_a_change_is_named_at_once(rig: Rig, users: Users):
-    (alice,) = await registered(rig, users, "Alice")
-    with rig.acting(customer(alice)), pytest.raises(InvalidRequest) as refused:
+async def test_every_wrong_field_of_a_change_is_named_at_once(harness: ServiceHarness, users: Users):
+    (alice,) = await registered(harness, users, "Alice")
+    with harness.acting(customer(alice)), pytest.raises(InvalidRequest) as refused:
         await users.update_profile(UpdateProfile(id=alice.id, email="a\x00b@example.com", name="\x00"))
 
     assert [error.field for error in refused.value.errors] == ["email", "name"]
@@ -243,9 +247,9 @@ async def test_every_wrong_field_of_a_change_is_named_at_once(rig: Rig, users: U
 # --------------------------------------------------------------------------------------------------------------- roles
 
 
-async def test_staff_give_and_take_roles(rig: Rig, users: Users):
-    (alice,) = await registered(rig, users, "Alice")
-    with rig.acting(STAFF):
+async def test_staff_give_and_take_roles(harness: ServiceHarness, users: Users):
+    (alice,) = await registered(harness, users, "Alice")
+    with harness.acting(STAFF):
         promoted = await users.set_role(SetRole(id=alice.id, role="staff", version=1))
         with pytest.raises(StaleVersion):
             await users.set_role(SetRole(id=alice.id, role="customer", version=1))
@@ -255,68 +259,70 @@ async def test_staff_give_and_take_roles(rig: Rig, users: Users):
     assert (promoted.role, promoted.version) == ("staff", 2)
 
 
-async def test_customers_do_not_give_roles(rig: Rig, users: Users):
-    (alice,) = await registered(rig, users, "Alice")
-    with rig.acting(customer(alice)), pytest.raises(Forbidden):
+async def test_customers_do_not_give_roles(harness: ServiceHarness, users: Users):
+    (alice,) = await registered(harness, users, "Alice")
+    with harness.acting(customer(alice)), pytest.raises(Forbidden):
         await users.set_role(SetRole(id=alice.id, role="staff"))
 
 
-async def test_the_last_member_of_staff_stays(rig: Rig, users: Users):
-    (alice,) = await registered(rig, users, "Alice")
-    with rig.acting(SERVICE):
+async def test_the_last_member_of_staff_stays(harness: ServiceHarness, users: Users):
+    (alice,) = await registered(harness, users, "Alice")
+    with harness.acting(SERVICE):
         await users.set_role(SetRole(id=alice.id, role="staff"))
-    with rig.acting(Actor("staff", alice.id)):
+    with harness.acting(Actor("staff", alice.id)):
         with pytest.raises(LastStaffMember):
             await users.set_role(SetRole(id=alice.id, role="customer"))
         assert (await users.get(GetUser(id=alice.id))).role == "staff"
-    with rig.acting(SERVICE):
+    with harness.acting(SERVICE):
         assert (await users.set_role(SetRole(id=alice.id, role="customer"))).role == "customer"
 
 
-async def test_two_members_of_staff_who_take_the_role_from_each_other_leave_one(rig: Rig, users: Users):
-    alice, bob = await registered(rig, users, "Alice", "Bob")
-    with rig.acting(SERVICE):
+async def test_two_members_of_staff_who_take_the_role_from_each_other_leave_one(harness: ServiceHarness, users: Users):
+    alice, bob = await registered(harness, users, "Alice", "Bob")
+    with harness.acting(SERVICE):
         await asyncio.gather(*(users.set_role(SetRole(id=user.id, role="staff")) for user in (alice, bob)))
 
     async def demote(by: User, whom: User) -> User:
-        with rig.acting(Actor("staff", by.id)):
+        with harness.acting(Actor("staff", by.id)):
             return await users.set_role(SetRole(id=whom.id, role="customer"))
 
     outcomes = await asyncio.gather(demote(alice, bob), demote(bob, alice), return_exceptions=True)
 
     assert sorted(type(outcome).__name__ for outcome in outcomes) == ["LastStaffMember", "User"]
-    with rig.acting(SERVICE):
+    with harness.acting(SERVICE):
         assert len((await users.list(ListUsers(role="staff"))).users) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- demo data
 
 
-async def test_the_demo_has_alice_and_bob(rig: Rig, users: Users):
-    seed = rig.host.services["users"].seed_demo
+async def test_the_demo_has_alice_and_bob(harness: ServiceHarness, users: Users):
+    seed = harness.host.services["users"].seed_demo
     assert seed
     assert sorted(await asyncio.gather(seed(), seed())) == [False, True]
     assert await seed() is False
 
-    with rig.acting(STAFF):
+    with harness.acting(STAFF):
         everybody = (await users.list(ListUsers())).users
     assert [(u.id, u.email, u.name, u.role) for u in everybody] == [
         (1, "alice@example.com", "Alice", "customer"),
         (2, "bob@example.com", "Bob", "customer"),
     ]
-    with rig.acting(ANYBODY):
+    with harness.acting(ANYBODY):
         assert (await users.sign_in(SignIn(email="alice@example.com", password=DEMO_PASSWORD))).user.id == 1
 
 
-async def test_the_demo_leaves_a_shop_alone_in_which_there_is_somebody(rig: Rig, users: Users):
-    await registered(rig, users, "Carol")
-    seed = rig.host.services["users"].seed_demo
+async def test_the_demo_leaves_a_shop_alone_in_which_there_is_somebody(harness: ServiceHarness, users: Users):
+    await registered(harness, users, "Carol")
+    seed = harness.host.services["users"].seed_demo
     assert seed
     assert await seed() is False
 
 
-async def test_the_demo_waits_for_who_is_just_registering_and_then_leaves_the_shop_alone(rig: Rig, users: Users):
-    service = rig.host.services["users"]
+async def test_the_demo_waits_for_who_is_just_registering_and_then_leaves_the_shop_alone(
+    harness: ServiceHarness, users: Users
+):
+    service = harness.host.services["users"]
     assert service.seed_demo
     async with service.database.transaction() as tx:
         await tx.execute("INSERT INTO users (email, name) VALUES ('carol@example.com', 'Carol')")
@@ -327,13 +333,13 @@ async def test_the_demo_waits_for_who_is_just_registering_and_then_leaves_the_sh
             await asyncio.wait([seeding], timeout=0.01)
 
     assert await seeding is False
-    with rig.acting(STAFF):
+    with harness.acting(STAFF):
         assert [user.name for user in (await users.list(ListUsers())).users] == ["Carol"]
 
 
-async def test_people_who_register_come_after_the_demo(rig: Rig, users: Users):
-    seed = rig.host.services["users"].seed_demo
+async def test_people_who_register_come_after_the_demo(harness: ServiceHarness, users: Users):
+    seed = harness.host.services["users"].seed_demo
     assert seed
     await seed()
-    (carol,) = await registered(rig, users, "Carol")
+    (carol,) = await registered(harness, users, "Carol")
     assert carol.id > 1000

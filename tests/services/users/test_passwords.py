@@ -17,7 +17,7 @@ from mercato.chassis.rpc.client import acting
 from mercato.contracts.users import Register, SignIn, TooManyHashes, Users
 from mercato.services.users.app import build
 from mercato.services.users.passwords import HASH_QUEUE_LIMIT, HASH_THREADS, Argon2Hasher, Passwords
-from mercato.testing.harness import Rig
+from mercato.testing.harness import ServiceHarness
 
 PLACES = HASH_THREADS + HASH_QUEUE_LIMIT
 WAIT_SECONDS = 60
@@ -179,13 +179,15 @@ async def test_the_decoy_itself_does_not_let_anybody_in():
     passwords.close()
 
 
-async def test_beyond_the_queue_signing_in_is_refused_and_nobody_else_is_harmed(rig: Rig, hasher: GatedHasher):
+async def test_beyond_the_queue_signing_in_is_refused_and_nobody_else_is_harmed(
+    harness: ServiceHarness, hasher: GatedHasher
+):
     @functools.wraps(build)
     def with_gate(env: Env) -> Service:
         return build(env, hasher)
 
-    users = (await rig.open(users=with_gate)).client(Users)
-    with rig.acting(Actor("anonymous"), seconds=WAIT_SECONDS):
+    users = (await harness.open({"users": with_gate})).client(Users)
+    with harness.acting(Actor("anonymous"), seconds=WAIT_SECONDS):
         alice = await users.register(Register(email="alice@example.com", name="Alice", password="correct horse"))
         hasher.gate.clear()
         request = SignIn(email=alice.email, password="correct horse")

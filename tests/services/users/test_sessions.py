@@ -39,7 +39,7 @@ from mercato.contracts.users import (
 from mercato.services.users import store
 from mercato.services.users.app import build
 from mercato.services.users.passwords import Argon2Hasher, Hasher
-from mercato.testing.harness import Rig
+from mercato.testing.harness import ServiceHarness
 from mercato.testing.waiting import without_waiting
 
 ANYBODY = Actor("anonymous")
@@ -51,39 +51,39 @@ WAIT_SECONDS = 60
 
 
 @pytest_asyncio.fixture
-async def alice(rig: Rig, users: Users) -> User:
-    with rig.acting(ANYBODY):
+async def alice(harness: ServiceHarness, users: Users) -> User:
+    with harness.acting(ANYBODY):
         return await users.register(Register(email=EMAIL, name="Alice", password=PASSWORD))
 
 
-async def sign_in(rig: Rig, users: Users, password: str = PASSWORD, email: str = EMAIL) -> Tokens:
-    with rig.acting(ANYBODY):
+async def sign_in(harness: ServiceHarness, users: Users, password: str = PASSWORD, email: str = EMAIL) -> Tokens:
+    with harness.acting(ANYBODY):
         return await users.sign_in(SignIn(email=email, password=password))
 
 
-async def refresh(rig: Rig, users: Users, tokens: Tokens) -> Tokens:
-    with rig.acting(ANYBODY):
+async def refresh(harness: ServiceHarness, users: Users, tokens: Tokens) -> Tokens:
+    with harness.acting(ANYBODY):
         return await users.refresh(Refresh(refresh_token=tokens.refresh_token))
 
 
-async def sign_out(rig: Rig, users: Users, refresh_token: str) -> Empty:
-    with rig.acting(ANYBODY):
+async def sign_out(harness: ServiceHarness, users: Users, refresh_token: str) -> Empty:
+    with harness.acting(ANYBODY):
         return await users.sign_out(SignOut(refresh_token=refresh_token))
 
 
-async def change_password(rig: Rig, users: Users, actor: Actor, user_id: int, **details: Any) -> Empty:
+async def change_password(harness: ServiceHarness, users: Users, actor: Actor, user_id: int, **details: Any) -> Empty:
     request: dict[str, Any] = {"id": user_id, "current_password": PASSWORD, "new_password": NEW_PASSWORD, **details}
-    with rig.acting(actor):
+    with harness.acting(actor):
         return await users.change_password(ChangePassword(**request))
 
 
-async def look(rig: Rig, kind: type[Any], sql: str) -> list[Any]:
-    async with rig.host.services["users"].database.read() as tx:
+async def look(harness: ServiceHarness, kind: type[Any], sql: str) -> list[Any]:
+    async with harness.host.services["users"].database.read() as tx:
         return await tx.fetch_values(kind, sql)
 
 
-async def make_it_so(rig: Rig, sql: str) -> None:
-    async with rig.host.services["users"].database.transaction() as tx:
+async def make_it_so(harness: ServiceHarness, sql: str) -> None:
+    async with harness.host.services["users"].database.transaction() as tx:
         await tx.execute(sql)
 
 
@@ -100,13 +100,15 @@ def session_id(tokens: Tokens) -> int:
 # ---------------------------------------------------------------------------------------------------------- signing in
 
 
-async def test_whoever_signs_in_gets_tokens(rig: Rig, users: Users, alice: User):
-    tokens = await sign_in(rig, users, email=" ALICE@example.com ")
+async def test_whoever_signs_in_gets_tokens(harness: ServiceHarness, users: Users, alice: User):
+    tokens = await sign_in(harness, users, email=" ALICE@example.com ")
 
     assert (tokens.user, tokens.token_type, tokens.expires_in) == (alice, "Bearer", 900)
 
 
-async def test_an_unknown_address_and_a_wrong_password_get_the_same_answer(rig: Rig, users: Users, alice: User):
+async def test_an_unknown_address_and_a_wrong_password_get_the_same_answer(
+    harness: ServiceHarness, users: Users, alice: User
+):
     answers: list[str] = []
     for email, password in [
         (EMAIL, "wrong password"),
@@ -117,11 +119,11 @@ async def test_an_unknown_address_and_a_wrong_password_get_the_same_answer(rig: 
         ("al\x00ice@example.com", PASSWORD),
     ]:
         with pytest.raises(WrongCredentials) as refused:
-            await sign_in(rig, users, password, email)
+            await sign_in(harness, users, password, email)
         answers.append(f"{refused.value} {refused.value.details}")
 
     assert len(set(answers)) == 1
-    assert await look(rig, int, "SELECT id FROM sessions") == []
+    assert await look(harness, int, "SELECT id FROM sessions") == []
 
 
 class CountingHasher(Argon2Hasher):
@@ -144,47 +146,49 @@ def build_with(hasher: Hasher) -> Build:
     return built
 
 
-async def test_an_unknown_address_costs_the_same_work_as_a_wrong_password(rig: Rig):
+async def test_an_unknown_address_costs_the_same_work_as_a_wrong_password(harness: ServiceHarness):
     hasher = CountingHasher()
-    users = (await rig.open(users=build_with(hasher))).client(Users)
-    with rig.acting(ANYBODY):
+    users = (await harness.open({"users": build_with(hasher)})).client(Users)
+    with harness.acting(ANYBODY):
         await users.register(Register(email=EMAIL, name="Alice", password=PASSWORD))
     for email in (EMAIL, "nobody@example.com", "no address"):
         with pytest.raises(WrongCredentials):
-            await sign_in(rig, users, "wrong password", email)
+            await sign_in(harness, users, "wrong password", email)
 
     assert len(hasher.checked) == 3
     assert len(set(hasher.checked)) == 1, "the same parameters each time"
 
 
-async def test_signing_in_renews_a_hash_of_former_parameters(rig: Rig, users: Users, alice: User):
+async def test_signing_in_renews_a_hash_of_former_parameters(harness: ServiceHarness, users: Users, alice: User):
     weak = Argon2Hasher(memory_kib=1_024, iterations=1).hash(PASSWORD, b"0123456789abcdef")
-    await make_it_so(rig, f"UPDATE credentials SET password_hash = '{weak}'")
+    await make_it_so(harness, f"UPDATE credentials SET password_hash = '{weak}'")
 
-    await sign_in(rig, users)
-    (renewed,) = await look(rig, str, "SELECT password_hash FROM credentials")
+    await sign_in(harness, users)
+    (renewed,) = await look(harness, str, "SELECT password_hash FROM credentials")
     assert renewed.startswith("$argon2id$v=19$m=19456,t=2,p=1$")
 
-    await sign_in(rig, users)
-    assert await look(rig, str, "SELECT password_hash FROM credentials") == [renewed]
+    await sign_in(harness, users)
+    assert await look(harness, str, "SELECT password_hash FROM credentials") == [renewed]
 
 
-async def test_a_failed_sign_in_renews_nothing(rig: Rig, users: Users, alice: User):
+async def test_a_failed_sign_in_renews_nothing(harness: ServiceHarness, users: Users, alice: User):
     weak = Argon2Hasher(memory_kib=1_024, iterations=1).hash(PASSWORD, b"0123456789abcdef")
-    await make_it_so(rig, f"UPDATE credentials SET password_hash = '{weak}'")
+    await make_it_so(harness, f"UPDATE credentials SET password_hash = '{weak}'")
     with pytest.raises(WrongCredentials):
-        await sign_in(rig, users, "wrong password")
+        await sign_in(harness, users, "wrong password")
 
-    assert await look(rig, str, "SELECT password_hash FROM credentials") == [weak]
+    assert await look(harness, str, "SELECT password_hash FROM credentials") == [weak]
 
 
 # ------------------------------------------------------------------------------------------------------- access tokens
 
 
-async def test_an_access_token_says_who_until_when_and_is_signed_by_the_public_key(rig: Rig, users: Users, alice: User):
-    before = int(rig.host.clock.now().timestamp())
-    tokens = await sign_in(rig, users)
-    with rig.acting(ANYBODY):
+async def test_an_access_token_says_who_until_when_and_is_signed_by_the_public_key(
+    harness: ServiceHarness, users: Users, alice: User
+):
+    before = int(harness.host.clock.now().timestamp())
+    tokens = await sign_in(harness, users)
+    with harness.acting(ANYBODY):
         public = await users.keys(Empty())
 
     (key,) = public.keys
@@ -199,38 +203,40 @@ async def test_an_access_token_says_who_until_when_and_is_signed_by_the_public_k
     assert algorithm.verify(f"{header}.{claims}".encode(), urlsafe_b64decode(signature + "=="), ours)
 
     said = part(tokens.access_token, 1)
-    (started,) = await look(rig, int, "SELECT id FROM sessions")
+    (started,) = await look(harness, int, "SELECT id FROM sessions")
     assert (said["iss"], said["aud"]) == (public.issuer, public.audience) == ("mercato", "mercato")
     assert (said["sub"], said["role"], said["sid"]) == (str(alice.id), "customer", str(started))
-    assert before <= said["iat"] <= int(rig.host.clock.now().timestamp())
+    assert before <= said["iat"] <= int(harness.host.clock.now().timestamp())
     assert said["exp"] - said["iat"] == 900
     assert said.keys() == {"iss", "aud", "sub", "role", "sid", "iat", "exp", "jti"}
 
 
-async def test_no_two_tokens_are_the_same(rig: Rig, users: Users, alice: User):
-    tokens = [await sign_in(rig, users), await sign_in(rig, users)]
+async def test_no_two_tokens_are_the_same(harness: ServiceHarness, users: Users, alice: User):
+    tokens = [await sign_in(harness, users), await sign_in(harness, users)]
 
     assert len({t.access_token for t in tokens}) == len({t.refresh_token for t in tokens}) == 2
     assert len({part(t.access_token, 1)["jti"] for t in tokens}) == 2
 
 
-async def test_of_a_refresh_token_only_the_hash_is_stored(rig: Rig, users: Users, alice: User):
-    tokens = await sign_in(rig, users)
+async def test_of_a_refresh_token_only_the_hash_is_stored(harness: ServiceHarness, users: Users, alice: User):
+    tokens = await sign_in(harness, users)
 
-    assert await look(rig, bytes, "SELECT hash FROM refresh_tokens") == [sha256(tokens.refresh_token.encode()).digest()]
+    assert await look(harness, bytes, "SELECT hash FROM refresh_tokens") == [
+        sha256(tokens.refresh_token.encode()).digest()
+    ]
 
 
-async def test_nothing_secret_is_logged(rig: Rig, users: Users, alice: User):
+async def test_nothing_secret_is_logged(harness: ServiceHarness, users: Users, alice: User):
     stream = io.BytesIO()
     configure_logging("debug", stream)
     try:
-        tokens = await sign_in(rig, users)
+        tokens = await sign_in(harness, users)
         with pytest.raises(WrongCredentials):
-            await sign_in(rig, users, "wrong password")
-        fresh = await refresh(rig, users, tokens)
+            await sign_in(harness, users, "wrong password")
+        fresh = await refresh(harness, users, tokens)
         with pytest.raises(SessionEnded):
-            await refresh(rig, users, tokens)
-        await change_password(rig, users, Actor("customer", alice.id), alice.id)
+            await refresh(harness, users, tokens)
+        await change_password(harness, users, Actor("customer", alice.id), alice.id)
     finally:
         structlog.reset_defaults()
 
@@ -243,61 +249,63 @@ async def test_nothing_secret_is_logged(rig: Rig, users: Users, alice: User):
 # ---------------------------------------------------------------------------------------------------------- refreshing
 
 
-async def test_a_refresh_gives_new_tokens_of_the_same_session(rig: Rig, users: Users, alice: User):
-    first = await sign_in(rig, users)
-    second = await refresh(rig, users, first)
-    third = await refresh(rig, users, second)
+async def test_a_refresh_gives_new_tokens_of_the_same_session(harness: ServiceHarness, users: Users, alice: User):
+    first = await sign_in(harness, users)
+    second = await refresh(harness, users, first)
+    third = await refresh(harness, users, second)
 
     assert len({first.refresh_token, second.refresh_token, third.refresh_token}) == 3
     assert part(third.access_token, 1)["sid"] == part(first.access_token, 1)["sid"]
     assert third.user == alice
 
 
-async def test_a_refresh_token_that_comes_again_ends_the_session(rig: Rig, users: Users, alice: User):
-    first, elsewhere = await sign_in(rig, users), await sign_in(rig, users)
-    second = await refresh(rig, users, first)
+async def test_a_refresh_token_that_comes_again_ends_the_session(harness: ServiceHarness, users: Users, alice: User):
+    first, elsewhere = await sign_in(harness, users), await sign_in(harness, users)
+    second = await refresh(harness, users, first)
     for tokens in (first, second):
         with pytest.raises(SessionEnded):
-            await refresh(rig, users, tokens)
+            await refresh(harness, users, tokens)
 
-    assert await look(rig, str, "SELECT end_reason FROM sessions WHERE ended_at IS NOT NULL") == ["token_reused"]
-    await refresh(rig, users, elsewhere)
+    assert await look(harness, str, "SELECT end_reason FROM sessions WHERE ended_at IS NOT NULL") == ["token_reused"]
+    await refresh(harness, users, elsewhere)
 
 
 async def test_of_simultaneous_refreshes_with_a_token_one_wins_and_the_session_ends(
-    rig: Rig, users: Users, alice: User
+    harness: ServiceHarness, users: Users, alice: User
 ):
-    tokens = await sign_in(rig, users)
-    outcomes = await asyncio.gather(*(refresh(rig, users, tokens) for _ in range(5)), return_exceptions=True)
+    tokens = await sign_in(harness, users)
+    outcomes = await asyncio.gather(*(refresh(harness, users, tokens) for _ in range(5)), return_exceptions=True)
 
     won = [outcome for outcome in outcomes if isinstance(outcome, Tokens)]
     assert len(won) == 1
     assert sum(isinstance(outcome, SessionEnded) for outcome in outcomes) == 4
     with pytest.raises(SessionEnded):
-        await refresh(rig, users, won[0])
+        await refresh(harness, users, won[0])
 
 
 @pytest.mark.parametrize("token", ["", "unknown", "\x00", "x" * 256])
-async def test_an_unknown_refresh_token_is_refused(rig: Rig, users: Users, alice: User, token: str):
-    with rig.acting(ANYBODY), pytest.raises(SessionEnded):
+async def test_an_unknown_refresh_token_is_refused(harness: ServiceHarness, users: Users, alice: User, token: str):
+    with harness.acting(ANYBODY), pytest.raises(SessionEnded):
         await users.refresh(Refresh(refresh_token=token))
 
 
-async def test_a_session_ends_thirty_days_after_signing_in_by_the_database_clock(rig: Rig, users: Users, alice: User):
-    tokens = await refresh(rig, users, await sign_in(rig, users))
-    (length,) = await look(rig, datetime.timedelta, "SELECT expires_at - created_at FROM sessions")
+async def test_a_session_ends_thirty_days_after_signing_in_by_the_database_clock(
+    harness: ServiceHarness, users: Users, alice: User
+):
+    tokens = await refresh(harness, users, await sign_in(harness, users))
+    (length,) = await look(harness, datetime.timedelta, "SELECT expires_at - created_at FROM sessions")
     assert length == datetime.timedelta(days=30)
 
-    await make_it_so(rig, "UPDATE sessions SET expires_at = now()")
+    await make_it_so(harness, "UPDATE sessions SET expires_at = now()")
     with pytest.raises(SessionEnded):
-        await refresh(rig, users, tokens)
+        await refresh(harness, users, tokens)
 
 
-async def test_a_refresh_carries_the_role_that_the_user_has_now(rig: Rig, users: Users, alice: User):
-    tokens = await sign_in(rig, users)
-    with rig.acting(STAFF):
+async def test_a_refresh_carries_the_role_that_the_user_has_now(harness: ServiceHarness, users: Users, alice: User):
+    tokens = await sign_in(harness, users)
+    with harness.acting(STAFF):
         await users.set_role(SetRole(id=alice.id, role="staff"))
-    fresh = await refresh(rig, users, tokens)
+    fresh = await refresh(harness, users, tokens)
 
     assert [part(t.access_token, 1)["role"] for t in (tokens, fresh)] == ["customer", "staff"]
     assert fresh.user.role == "staff"
@@ -307,145 +315,151 @@ async def crash(_: str) -> None:
     raise RuntimeError("the power fails")
 
 
-async def test_a_refresh_that_dies_before_its_commit_did_not_happen(rig: Rig, users: Users, alice: User):
-    tokens = await sign_in(rig, users)
-    remove = faults.plant("users.refresh.before_commit", crash)
+async def test_a_refresh_that_dies_before_its_commit_did_not_happen(harness: ServiceHarness, users: Users, alice: User):
+    tokens = await sign_in(harness, users)
+    remove = faults.inject("users.refresh.before_commit", crash)
     with pytest.raises(Exception, match="failed"):
-        await refresh(rig, users, tokens)
+        await refresh(harness, users, tokens)
     remove()
 
-    assert (await refresh(rig, users, tokens)).user == alice
+    assert (await refresh(harness, users, tokens)).user == alice
 
 
-async def test_a_refresh_whose_answer_was_lost_ends_the_session_when_repeated(rig: Rig, users: Users, alice: User):
-    tokens = await sign_in(rig, users)
-    remove = faults.plant("users.refresh.after_commit", crash)
+async def test_a_refresh_whose_answer_was_lost_ends_the_session_when_repeated(
+    harness: ServiceHarness, users: Users, alice: User
+):
+    tokens = await sign_in(harness, users)
+    remove = faults.inject("users.refresh.after_commit", crash)
     with pytest.raises(Exception, match="failed"):
-        await refresh(rig, users, tokens)
+        await refresh(harness, users, tokens)
     remove()
 
     with pytest.raises(SessionEnded):
-        await refresh(rig, users, tokens)
-    assert (await sign_in(rig, users)).user == alice
+        await refresh(harness, users, tokens)
+    assert (await sign_in(harness, users)).user == alice
 
 
 # --------------------------------------------------------------------------------------------------------- signing out
 
 
-async def test_signing_out_ends_the_session_and_may_be_repeated(rig: Rig, users: Users, alice: User):
-    tokens, elsewhere = await sign_in(rig, users), await sign_in(rig, users)
+async def test_signing_out_ends_the_session_and_may_be_repeated(harness: ServiceHarness, users: Users, alice: User):
+    tokens, elsewhere = await sign_in(harness, users), await sign_in(harness, users)
     for _ in range(2):
-        assert await sign_out(rig, users, tokens.refresh_token) == Empty()
+        assert await sign_out(harness, users, tokens.refresh_token) == Empty()
 
     with pytest.raises(SessionEnded):
-        await refresh(rig, users, tokens)
-    assert await look(rig, str, "SELECT end_reason FROM sessions WHERE ended_at IS NOT NULL") == ["signed_out"]
-    await refresh(rig, users, elsewhere)
+        await refresh(harness, users, tokens)
+    assert await look(harness, str, "SELECT end_reason FROM sessions WHERE ended_at IS NOT NULL") == ["signed_out"]
+    await refresh(harness, users, elsewhere)
 
 
-async def test_signing_out_with_a_used_token_ends_the_session_too(rig: Rig, users: Users, alice: User):
-    first = await sign_in(rig, users)
-    second = await refresh(rig, users, first)
-    await sign_out(rig, users, first.refresh_token)
+async def test_signing_out_with_a_used_token_ends_the_session_too(harness: ServiceHarness, users: Users, alice: User):
+    first = await sign_in(harness, users)
+    second = await refresh(harness, users, first)
+    await sign_out(harness, users, first.refresh_token)
 
     with pytest.raises(SessionEnded):
-        await refresh(rig, users, second)
+        await refresh(harness, users, second)
 
 
-async def test_signing_out_of_no_session_is_fine(rig: Rig, users: Users):
-    assert await sign_out(rig, users, "unknown\x00") == Empty()
+async def test_signing_out_of_no_session_is_fine(harness: ServiceHarness, users: Users):
+    assert await sign_out(harness, users, "unknown\x00") == Empty()
 
 
 # ----------------------------------------------------------------------------------------------- changing the password
 
 
-async def test_a_new_password_replaces_the_old_one_and_ends_the_sessions(rig: Rig, users: Users, alice: User):
-    tokens = await sign_in(rig, users)
-    await change_password(rig, users, Actor("customer", alice.id), alice.id)
+async def test_a_new_password_replaces_the_old_one_and_ends_the_sessions(
+    harness: ServiceHarness, users: Users, alice: User
+):
+    tokens = await sign_in(harness, users)
+    await change_password(harness, users, Actor("customer", alice.id), alice.id)
 
     with pytest.raises(SessionEnded):
-        await refresh(rig, users, tokens)
+        await refresh(harness, users, tokens)
     with pytest.raises(WrongCredentials):
-        await sign_in(rig, users)
-    assert (await sign_in(rig, users, NEW_PASSWORD)).user == alice
+        await sign_in(harness, users)
+    assert (await sign_in(harness, users, NEW_PASSWORD)).user == alice
 
 
 async def test_the_session_that_changes_the_password_goes_on_when_it_shows_its_token(
-    rig: Rig, users: Users, alice: User
+    harness: ServiceHarness, users: Users, alice: User
 ):
-    own, other = await sign_in(rig, users), await sign_in(rig, users)
-    await change_password(rig, users, Actor("customer", alice.id), alice.id, refresh_token=own.refresh_token)
+    own, other = await sign_in(harness, users), await sign_in(harness, users)
+    await change_password(harness, users, Actor("customer", alice.id), alice.id, refresh_token=own.refresh_token)
 
-    await refresh(rig, users, own)
+    await refresh(harness, users, own)
     with pytest.raises(SessionEnded):
-        await refresh(rig, users, other)
+        await refresh(harness, users, other)
 
 
-async def test_a_used_token_keeps_no_session_alive(rig: Rig, users: Users, alice: User):
-    stolen = await sign_in(rig, users)
-    current = await refresh(rig, users, stolen)
-    await change_password(rig, users, Actor("customer", alice.id), alice.id, refresh_token=stolen.refresh_token)
+async def test_a_used_token_keeps_no_session_alive(harness: ServiceHarness, users: Users, alice: User):
+    stolen = await sign_in(harness, users)
+    current = await refresh(harness, users, stolen)
+    await change_password(harness, users, Actor("customer", alice.id), alice.id, refresh_token=stolen.refresh_token)
 
     with pytest.raises(SessionEnded):
-        await refresh(rig, users, current)
+        await refresh(harness, users, current)
 
 
-async def test_the_sessions_of_others_go_on(rig: Rig, users: Users, alice: User):
-    with rig.acting(ANYBODY):
+async def test_the_sessions_of_others_go_on(harness: ServiceHarness, users: Users, alice: User):
+    with harness.acting(ANYBODY):
         await users.register(Register(email="bob@example.com", name="Bob", password=PASSWORD))
-    bobs = await sign_in(rig, users, email="bob@example.com")
-    await change_password(rig, users, Actor("customer", alice.id), alice.id)
+    bobs = await sign_in(harness, users, email="bob@example.com")
+    await change_password(harness, users, Actor("customer", alice.id), alice.id)
 
-    await refresh(rig, users, bobs)
+    await refresh(harness, users, bobs)
 
 
-async def test_the_current_password_is_asked_for(rig: Rig, users: Users, alice: User):
-    tokens = await sign_in(rig, users)
+async def test_the_current_password_is_asked_for(harness: ServiceHarness, users: Users, alice: User):
+    tokens = await sign_in(harness, users)
     with pytest.raises(WrongCredentials):
-        await change_password(rig, users, Actor("customer", alice.id), alice.id, current_password="wrong password")
+        await change_password(harness, users, Actor("customer", alice.id), alice.id, current_password="wrong password")
 
-    await refresh(rig, users, tokens)
-    await sign_in(rig, users)
+    await refresh(harness, users, tokens)
+    await sign_in(harness, users)
 
 
 @pytest.mark.parametrize("weak", ["short", EMAIL, "with\x00a zero"])
-async def test_a_weak_new_password_is_refused(rig: Rig, users: Users, alice: User, weak: str):
+async def test_a_weak_new_password_is_refused(harness: ServiceHarness, users: Users, alice: User, weak: str):
     with pytest.raises(InvalidRequest) as refused:
-        await change_password(rig, users, Actor("customer", alice.id), alice.id, new_password=weak)
+        await change_password(harness, users, Actor("customer", alice.id), alice.id, new_password=weak)
 
     assert [error.field for error in refused.value.errors] == ["new_password"]
 
 
-async def test_nobody_changes_the_password_of_another(rig: Rig, users: Users, alice: User):
+async def test_nobody_changes_the_password_of_another(harness: ServiceHarness, users: Users, alice: User):
     with pytest.raises(UserNotFound):
-        await change_password(rig, users, Actor("customer", alice.id + 1), alice.id)
+        await change_password(harness, users, Actor("customer", alice.id + 1), alice.id)
     with pytest.raises(UserNotFound):
-        await change_password(rig, users, Actor("customer", 4711), 4711)
+        await change_password(harness, users, Actor("customer", 4711), 4711)
     with pytest.raises(Forbidden):
-        await change_password(rig, users, STAFF, alice.id)
+        await change_password(harness, users, STAFF, alice.id)
 
 
-async def test_of_two_changes_with_the_same_current_password_one_succeeds(rig: Rig, users: Users, alice: User):
+async def test_of_two_changes_with_the_same_current_password_one_succeeds(
+    harness: ServiceHarness, users: Users, alice: User
+):
     actor, wanted = Actor("customer", alice.id), ("battery staple", "staple battery")
     outcomes = await asyncio.gather(
-        *(change_password(rig, users, actor, alice.id, new_password=password) for password in wanted),
+        *(change_password(harness, users, actor, alice.id, new_password=password) for password in wanted),
         return_exceptions=True,
     )
 
     assert sorted(type(outcome).__name__ for outcome in outcomes) == ["Empty", "WrongCredentials"]
     winner = wanted[0] if isinstance(outcomes[0], Empty) else wanted[1]
-    assert (await sign_in(rig, users, winner)).user == alice
+    assert (await sign_in(harness, users, winner)).user == alice
 
 
-async def test_a_change_that_dies_before_its_commit_changed_nothing(rig: Rig, users: Users, alice: User):
-    tokens = await sign_in(rig, users)
-    remove = faults.plant("users.change_password.before_commit", crash)
+async def test_a_change_that_dies_before_its_commit_changed_nothing(harness: ServiceHarness, users: Users, alice: User):
+    tokens = await sign_in(harness, users)
+    remove = faults.inject("users.change_password.before_commit", crash)
     with pytest.raises(Exception, match="failed"):
-        await change_password(rig, users, Actor("customer", alice.id), alice.id)
+        await change_password(harness, users, Actor("customer", alice.id), alice.id)
     remove()
 
-    await refresh(rig, users, tokens)
-    await sign_in(rig, users)
+    await refresh(harness, users, tokens)
+    await sign_in(harness, users)
 
 
 class PausingHasher(Argon2Hasher):
@@ -464,32 +478,32 @@ class PausingHasher(Argon2Hasher):
         return matched
 
 
-async def test_a_sign_in_with_the_old_password_does_not_outlive_the_change(rig: Rig):
+async def test_a_sign_in_with_the_old_password_does_not_outlive_the_change(harness: ServiceHarness):
     """Its password was right when it was checked, and was changed before its session began."""
     hasher = PausingHasher()
-    users = (await rig.open(users=build_with(hasher))).client(Users)
-    with rig.acting(ANYBODY):
+    users = (await harness.open({"users": build_with(hasher)})).client(Users)
+    with harness.acting(ANYBODY):
         alice = await users.register(Register(email=EMAIL, name="Alice", password=PASSWORD))
-    signing_in = asyncio.create_task(sign_in(rig, users))
+    signing_in = asyncio.create_task(sign_in(harness, users))
     await asyncio.to_thread(hasher.matched.wait, WAIT_SECONDS)
-    await change_password(rig, users, Actor("customer", alice.id), alice.id)
+    await change_password(harness, users, Actor("customer", alice.id), alice.id)
     hasher.go_on.set()
 
     with pytest.raises(WrongCredentials):
         await signing_in
-    assert await look(rig, int, "SELECT id FROM sessions") == []
+    assert await look(harness, int, "SELECT id FROM sessions") == []
 
 
 # ------------------------------------------------------------------------------------------------------------ clean-up
 
 
-async def clean_up(rig: Rig, sessions_left: int) -> None:
+async def clean_up(harness: ServiceHarness, sessions_left: int) -> None:
     """Runs the service's loop until so many sessions are left."""
-    (loop,) = rig.host.services["users"].loops
+    (loop,) = harness.host.services["users"].loops
     running = asyncio.ensure_future(loop())
     try:
         async with asyncio.timeout(WAIT_SECONDS):
-            while len(await look(rig, int, "SELECT id FROM sessions")) > sessions_left:  # the event is a row
+            while len(await look(harness, int, "SELECT id FROM sessions")) > sessions_left:  # the event is a row
                 await asyncio.sleep(0.01)
     finally:
         running.cancel()
@@ -497,34 +511,36 @@ async def clean_up(rig: Rig, sessions_left: int) -> None:
 
 
 @pytest.mark.parametrize("table", ["refresh_tokens", "sessions"])
-async def test_two_that_delete_old_sessions_do_not_wait_for_each_other(rig: Rig, users: Users, alice: User, table: str):
+async def test_two_that_delete_old_sessions_do_not_wait_for_each_other(
+    harness: ServiceHarness, users: Users, alice: User, table: str
+):
     kept = datetime.timedelta(days=7)
     for _ in range(2):
-        await sign_in(rig, users)
-    await make_it_so(rig, "UPDATE sessions SET expires_at = now() - interval '8 days'")
+        await sign_in(harness, users)
+    await make_it_so(harness, "UPDATE sessions SET expires_at = now() - interval '8 days'")
     delete = store.delete_old_refresh_tokens
     if table == "sessions":
-        await make_it_so(rig, "DELETE FROM refresh_tokens")
+        await make_it_so(harness, "DELETE FROM refresh_tokens")
         delete = store.delete_old_sessions
-    database = rig.host.services["users"].database
+    database = harness.host.services["users"].database
 
     async with database.transaction() as first, database.transaction() as second:
         assert await delete(first, kept, 1) == 1
-        assert await without_waiting(rig.dsns["users"], delete(second, kept, 2)) == 1
-    assert await look(rig, int, f"SELECT count(*) FROM {table}") == [0]
+        assert await without_waiting(harness.dsns["users"], delete(second, kept, 2)) == 1
+    assert await look(harness, int, f"SELECT count(*) FROM {table}") == [0]
 
 
-async def test_sessions_that_have_long_been_over_are_deleted(rig: Rig, users: Users, alice: User):
-    expired, ended, recent, live = [await refresh(rig, users, await sign_in(rig, users)) for _ in range(4)]
+async def test_sessions_that_have_long_been_over_are_deleted(harness: ServiceHarness, users: Users, alice: User):
+    expired, ended, recent, live = [await refresh(harness, users, await sign_in(harness, users)) for _ in range(4)]
     for tokens in (ended, recent):
-        await sign_out(rig, users, tokens.refresh_token)
+        await sign_out(harness, users, tokens.refresh_token)
     long_ago = "now() - interval '8 days'"
-    await make_it_so(rig, f"UPDATE sessions SET expires_at = {long_ago} WHERE id = {session_id(expired)}")
-    await make_it_so(rig, f"UPDATE sessions SET ended_at = {long_ago} WHERE id = {session_id(ended)}")
+    await make_it_so(harness, f"UPDATE sessions SET expires_at = {long_ago} WHERE id = {session_id(expired)}")
+    await make_it_so(harness, f"UPDATE sessions SET ended_at = {long_ago} WHERE id = {session_id(ended)}")
 
-    await clean_up(rig, sessions_left=2)
+    await clean_up(harness, sessions_left=2)
 
     kept = [session_id(recent), session_id(live)]
-    assert await look(rig, int, "SELECT id FROM sessions ORDER BY id") == kept
-    assert await look(rig, int, "SELECT DISTINCT session_id FROM refresh_tokens ORDER BY 1") == kept
-    await refresh(rig, users, live)
+    assert await look(harness, int, "SELECT id FROM sessions ORDER BY id") == kept
+    assert await look(harness, int, "SELECT DISTINCT session_id FROM refresh_tokens ORDER BY 1") == kept
+    await refresh(harness, users, live)

@@ -31,11 +31,12 @@ from typing import Any, Final
 
 import msgspec
 
+from mercato.testing.process import clean_environment, remove
+
 ROOT: Final = Path(__file__).parents[3]
 # How a test finds and ends the processes of a shop is how it is done here.
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from mercato.testing.process import clean_environment, remove  # noqa: E402
 from system.chaos.buyers import Visit, people, stock_up  # noqa: E402
 from system.chaos.clients import Clients  # noqa: E402
 from system.chaos.schedule import schedule  # noqa: E402

@@ -2,10 +2,10 @@
 
 For each point, on one data folder:
 
-1. While the shop is at rest, the fault is planted, and a client's story runs into it. The process is killed (SIGKILL),
+1. While the shop is at rest, the fault is injected, and a client's story runs into it. The process is killed (SIGKILL),
    and its database goes with it.
 2. Where the point is one of those that are crashed at in recovery too (`dies_in_recovery`), it is started with the same
-   fault still planted. Recovery mostly comes to the same point, and dies there; else it must come to rest.
+   fault still injected. Recovery mostly comes to the same point, and dies there; else it must come to rest.
 3. It is started without the fault, and must come to rest. The client, who never got an
    answer, does what is documented: the same again, with the same keys. Everything has happened once, and an audit of
    all databases finds nothing.
@@ -121,7 +121,7 @@ class Crash(msgspec.Struct):
     recover: Callable[[Caller, Any], object] | None = None
     prepare: Callable[[Shop, str], Any] = lambda _shop, key: key
     environment: Mapping[str, str] = NO_SETTINGS
-    """For the lives in which the fault is planted."""
+    """For the lives in which the fault is injected."""
 
     def __str__(self) -> str:
         return self.point
@@ -148,7 +148,7 @@ class Shop:
         return self._process is not None and self._process.is_running
 
     def start(self, point: str | None = None, own: Mapping[str, str] = NO_SETTINGS) -> bool:
-        """A new process, with a fault planted or without. False: it died there before it was ready."""
+        """A new process, with a fault injected or without. False: it died there before it was ready."""
         self.stop()
         fault = {} if point is None else {"MERCATO_FAULTS": f"{point}=kill"}
         environment = {**self._environment, **own, **fault}
@@ -165,13 +165,13 @@ class Shop:
         if not self.lives or self._own != own:
             assert self.start(own=own), self.process.output
 
-    def plant(self, point: str) -> bool:
+    def inject(self, point: str) -> bool:
         """From now on the process dies at this point. False: it has done so at once."""
-        return self._tell(f"plant {point}")
+        return self._tell(f"inject {point}")
 
-    def uproot(self, point: str) -> bool:
-        """Takes the fault away again. False: the process has died of it."""
-        return self._tell(f"uproot {point}")
+    def remove(self, point: str) -> bool:
+        """Removes the fault again. False: the process has died of it."""
+        return self._tell(f"remove {point}")
 
     def stop(self) -> None:
         """Ends the process, whatever it does."""
@@ -194,8 +194,8 @@ class Shop:
         return self.process.caller()
 
     def _tell(self, line: str) -> bool:
-        self.process.tell(line)
-        return self._wait_for('"event": "obeyed"', f'"line": "{line}"')
+        self.process.write_line(line)
+        return self._wait_for('"event": "executed"', f'"line": "{line}"')
 
     def _wait_for(self, *words: str) -> bool:
         """Waits for a line with all these words. False: it has died before."""
@@ -329,20 +329,20 @@ def _run_into(shop: Shop, crash: Crash) -> Iterator[Any]:
     for _ in range(ATTEMPTS):
         prepared = crash.prepare(shop, f"{crash.point}-{next(_numbers)}")
         yield prepared
-        shop.plant(crash.point)
+        shop.inject(crash.point)
         with contextlib.suppress(*NO_ANSWER), shop.caller() as caller:
             crash.act(caller, prepared)
-        if shop.has_died(REACHED_SECONDS) or not shop.uproot(crash.point):
+        if shop.has_died(REACHED_SECONDS) or not shop.remove(crash.point):
             return
     raise AssertionError(f"{crash.point} was not reached")
 
 
 def _crash_in_recovery(shop: Shop, crash: Crash) -> bool:
-    """Starts the shop with the fault still planted. False: it came to rest without coming to the point."""
+    """Starts the shop with the fault still injected. False: it came to rest without coming to the point."""
     if not shop.start(crash.point, crash.environment):
         assert shop.has_died(0)
         return True
-    return not shop.comes_to_rest() or not shop.uproot(crash.point)
+    return not shop.comes_to_rest() or not shop.remove(crash.point)
 
 
 def _assert_recovers(shop: Shop, crash: Crash, runs: list[Any]) -> None:

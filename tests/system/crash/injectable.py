@@ -1,10 +1,10 @@
-"""The real command, with a door for tests: a fault is planted, or taken away, while it runs.
+"""The real command, for tests: a fault is injected or removed while it runs.
 
-    injectable.py up ...        a line `plant POINT` or `uproot POINT` on standard input, and it says when it is done
+    injectable.py up ...        reads lines `inject POINT` and `remove POINT`, and prints each when it is done
     injectable.py events ...    with `CRASH_AT=POINT`: a fault in a command that knows no `MERCATO_FAULTS`
 
-What `MERCATO_FAULTS` plants is there when a shop starts, and kills it wherever it gets to the point first. A test that
-wants a crash in the middle of one request plants the fault when everything else has come to rest.
+A fault from `MERCATO_FAULTS` is there when a shop starts, and kills it where it first gets to the point. A test that
+wants a crash in the middle of one request injects the fault when the shop is idle.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from mercato.chassis.observability import faults
 from mercato.cli import main
 
 
-def _obey(line: str) -> None:
+def _execute(line: str) -> None:
     verb, _, point = line.partition(" ")
-    uproot = faults.plant(point, faults.kill)
-    if verb == "uproot":
-        uproot()
-    os.write(1, (json.dumps({"event": "obeyed", "line": line}) + "\n").encode())
+    remove = faults.inject(point, faults.kill)
+    if verb == "remove":
+        remove()
+    os.write(1, (json.dumps({"event": "executed", "line": line}) + "\n").encode())
 
 
 def _listen() -> None:
@@ -32,12 +32,12 @@ def _listen() -> None:
     while read := os.read(0, 4_096):
         *lines, rest = (rest + read).split(b"\n")
         for line in lines:
-            _obey(line.decode())
+            _execute(line.decode())
 
 
 if __name__ == "__main__":
     topology.builds()  # a service declares its points when it is imported
     if wanted := os.environ.get("CRASH_AT"):
-        faults.plant(wanted, faults.kill)
+        faults.inject(wanted, faults.kill)
     threading.Thread(target=_listen, daemon=True).start()
     main()

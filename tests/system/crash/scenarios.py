@@ -17,8 +17,9 @@ import msgspec
 
 from mercato.chassis.messaging.events import TRIES
 from mercato.chassis.postgres import outbox_row
-from mercato.testing.caller import Answer, Caller, everything
+from mercato.testing.caller import Caller, everything
 from mercato.testing.process import clean_environment
+from mercato.testing.responses import Response
 from system.crash.crashing import COMMAND, CONVERGED_SECONDS, NO_SETTINGS, POLL_SECONDS, Crash, Shop
 
 PASSWORD: Final = "a long enough password"
@@ -29,7 +30,7 @@ PRODUCT: Final = 100
 Story = Callable[[Caller, str], object]
 
 
-def expect(answer: Answer, *statuses: int) -> Any:
+def expect(answer: Response, *statuses: int) -> Any:
     assert answer.status in statuses, f"{answer.status} {answer.text}"
     return answer.json
 
@@ -365,7 +366,7 @@ def signed_in(shop: Shop, _key: str) -> str:
         return refresh_token(caller)
 
 
-def refresh(caller: Caller, token: str) -> Answer:
+def refresh(caller: Caller, token: str) -> Response:
     return caller.post("/token/refresh", {"refresh_token": token})
 
 

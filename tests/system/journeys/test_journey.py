@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mercato.testing.caller import Caller, everything
@@ -56,7 +58,7 @@ def register_and_sign_in(caller: Caller) -> int:
     return registered.json["id"]
 
 
-def choose(caller: Caller) -> list[dict]:
+def choose(caller: Caller) -> list[dict[str, Any]]:
     """Looks around like a person: pages through everything, then searches; gives two products."""
     shelf = everything(caller, "/products?limit=5")
     assert len(shelf) > 5
@@ -70,7 +72,7 @@ def choose(caller: Caller) -> list[dict]:
     return [found[0], other]
 
 
-def order(caller: Caller, user_id: int, products: list[dict]):
+def order(caller: Caller, user_id: int, products: list[dict[str, Any]]):
     items = [{"product_id": product["id"], "quantity": number} for number, product in enumerate(products, start=1)]
     return caller.post("/orders", {"user_id": user_id, "items": items}, Idempotency_Key=KEY)
 

@@ -1,4 +1,4 @@
-"""One case of each kind that a reconciliation puts right, planted in the databases of a running shop.
+"""One case of each kind that a reconciliation puts right, injected in the databases of a running shop.
 
 The shop itself causes none of them, as far as is known; each is repaired while it runs, and counted. What it cannot
 repair by itself is reported (`tests/operations/audit`, `tests/services/payments/test_reconciling.py`).
@@ -95,7 +95,7 @@ def stock_that_is_held_for_nobody(shop: Shop, caller: Caller) -> Callable[[], No
     return healed
 
 
-PLANTED: Final[Mapping[str, Callable[[Shop, Caller], Callable[[], None]]]] = {
+INJECTED: Final[Mapping[str, Callable[[Shop, Caller], Callable[[], None]]]] = {
     "outcome_recorded": an_outcome_that_nobody_asks_for_any_more,
     "authorization_voided": an_authorization_that_nobody_wants,
     "order_resumed": an_order_that_nobody_carries_on,
@@ -103,12 +103,12 @@ PLANTED: Final[Mapping[str, Callable[[Shop, Caller], Callable[[], None]]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", PLANTED)
+@pytest.mark.parametrize("kind", INJECTED)
 def test_what_was_planted_is_put_right_and_counted(shop: Shop, kind: str):
     with shop.caller() as caller:
         before = repaired(caller, kind)
 
-        healed = PLANTED[kind](shop, caller)
+        healed = INJECTED[kind](shop, caller)
 
         end = time.monotonic() + CONVERGED_SECONDS
         while repaired(caller, kind) == before:

@@ -14,7 +14,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from mercato.testing.crowd import Crowd
+from mercato.testing.concurrent_client import ConcurrentClient
 from mercato.testing.process import Process, data_folder
 
 pytestmark = pytest.mark.slow
@@ -43,17 +43,17 @@ def shop() -> Iterator[Process]:
 
 @pytest.mark.parametrize("run", range(RUNS))
 async def test_the_last_hundred_pieces_are_sold_to_a_hundred_of_a_thousand_buyers(shop: Process, run: int):
-    async with Crowd(shop.url, connections=BUYERS // 2) as crowd:
-        product_id = await crowd.product(f"LAST-{run}", PIECES)
+    async with ConcurrentClient(shop.url, connections=BUYERS // 2) as client:
+        product_id = await client.product(f"LAST-{run}", PIECES)
         order = {"user_id": 1, "product_id": product_id, "payment_method": "sandbox:ok"}
 
         placed = await asyncio.gather(
-            *(crowd.ask("POST", "/orders", order, key=f"last-{run}-{buyer}") for buyer in range(BUYERS))
+            *(client.request("POST", "/orders", order, key=f"last-{run}-{buyer}") for buyer in range(BUYERS))
         )
         assert {told.status for told in placed} == {201}
         ids = {told.json["id"] for told in placed}
         assert len(ids) == BUYERS
-        ended = [order for order in await when_settled(crowd) if order["id"] in ids]
+        ended = [order for order in await when_settled(client) if order["id"] in ids]
 
     fates = Counter((o["status"], o["payment"], o["reason"]["code"] if o["reason"] else None) for o in ended)
     assert fates == {("confirmed", "paid", None): PIECES, ("cancelled", "unpaid", "out_of_stock"): BUYERS - PIECES}
@@ -62,14 +62,14 @@ async def test_the_last_hundred_pieces_are_sold_to_a_hundred_of_a_thousand_buyer
     assert [tuple(level) for level in await rows(shop, "inventory", LEVEL, product_id)] == [(0, 0)]
 
 
-async def when_settled(crowd: Crowd) -> list[dict[str, Any]]:
+async def when_settled(client: ConcurrentClient) -> list[dict[str, Any]]:
     """Every order, once none is on its way any more."""
     async with asyncio.timeout(SETTLED_SECONDS):
-        while (await crowd.ask("GET", "/orders?status=pending&limit=1")).json or (
-            await crowd.ask("GET", "/orders?payment=authorized&limit=1")
+        while (await client.request("GET", "/orders?status=pending&limit=1")).json or (
+            await client.request("GET", "/orders?payment=authorized&limit=1")
         ).json:
             await asyncio.sleep(0.1)
-    return await crowd.orders("/orders")
+    return await client.orders("/orders")
 
 
 async def rows(shop: Process, service: str, statement: str, *values: Any) -> list[Any]:

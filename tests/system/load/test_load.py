@@ -7,9 +7,11 @@ import re
 
 import pytest
 
+from mercato.chassis.hosting.host import TransportName
 from mercato.testing.caller import LATER
-from mercato.testing.harness import Cluster
-from mercato.testing.shop import Reply, Shop
+from mercato.testing.cluster import Cluster
+from mercato.testing.responses import Response
+from mercato.testing.shop import Shop
 
 BUYERS = 128
 ORDERS_EACH = 12
@@ -18,15 +20,17 @@ COUNT = "SELECT count(*) FROM orders"
 
 
 @pytest.mark.parametrize("transport", ["local", "loopback"])
-async def test_there_are_as_many_orders_as_answers_and_they_were_placed_in_batches(cluster: Cluster, transport):
+async def test_there_are_as_many_orders_as_answers_and_they_were_placed_in_batches(
+    cluster: Cluster, transport: TransportName
+):
     shop = await Shop.start(cluster, transport)
     try:
 
-        async def buy(buyer: int) -> list[Reply]:
+        async def buy(buyer: int) -> list[Response]:
             return [await place(shop, f"load-{buyer}-{n}") for n in range(ORDERS_EACH)]
 
         replies = [reply for mine in await asyncio.gather(*map(buy, range(BUYERS))) for reply in mine]
-        async with shop.rig.host.services["orders"].database.read() as tx:
+        async with shop.harness.host.services["orders"].database.read() as tx:
             [rows] = await tx.fetch_values(int, COUNT)
         metrics = (await shop.get("/metrics")).body.decode()
     finally:
@@ -36,7 +40,7 @@ async def test_there_are_as_many_orders_as_answers_and_they_were_placed_in_batch
     assert mean_batch(metrics) > 4
 
 
-async def place(shop: Shop, key: str) -> Reply:
+async def place(shop: Shop, key: str) -> Response:
     """An order, with the same key again while the shop is too busy: on a busy machine it may be."""
     while True:
         order = {"user_id": 1, "product_id": 100}

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from mercato.testing.crowd import NOT_FINAL, Crowd, Told
+from mercato.testing.concurrent_client import ConcurrentClient
 from mercato.testing.process import READY_SECONDS, Process, data_folder
+from mercato.testing.responses import RETRYABLE, Response
 
 pytestmark = pytest.mark.slow
 
@@ -31,31 +32,31 @@ def data() -> Iterator[Path]:
 
 async def test_a_key_has_one_order_however_often_and_whenever_it_is_sent(data: Path):
     with Process(data, "--workers", "2") as shop:
-        async with Crowd(shop.ready().url) as crowd:
-            first = await send_all(crowd)
+        async with ConcurrentClient(shop.ready().url) as client:
+            first = await send_all(client)
             assert len({told.json["id"] for told in first}) == len(KEYS)
-            assert len(await crowd.orders("/orders")) == len(KEYS)
-            await refuse_another_body(crowd)
+            assert len(await client.orders("/orders")) == len(KEYS)
+            await refuse_another_body(client)
         shop.kill()
         shop.exit_code(READY_SECONDS)
 
     with Process(data, "--workers", "2") as shop:
-        async with Crowd(shop.ready().url) as crowd:
-            again = await send_all(crowd)
+        async with ConcurrentClient(shop.ready().url) as client:
+            again = await send_all(client)
             assert [told.body for told in again] == [told.body for told in first]
             assert {told.headers["idempotent-replayed"] for told in again} == {"true"}
-            assert len(await crowd.orders("/orders")) == len(KEYS)
-            await refuse_another_body(crowd)
+            assert len(await client.orders("/orders")) == len(KEYS)
+            await refuse_another_body(client)
 
 
 async def test_carts_with_the_same_products_in_opposite_orders_are_all_paid(data: Path):
     with Process(data, "--workers", "2") as shop:
-        async with Crowd(shop.ready().url) as crowd:
-            one, other = [await crowd.product(sku, CARTS) for sku in ("THERE", "BACK")]
+        async with ConcurrentClient(shop.ready().url) as client:
+            one, other = [await client.product(sku, CARTS) for sku in ("THERE", "BACK")]
             forth = [{"product_id": one, "quantity": 1}, {"product_id": other, "quantity": 1}]
             placed = await asyncio.gather(
                 *(
-                    crowd.ask(
+                    client.request(
                         "POST",
                         "/orders",
                         {"user_id": 2, "items": forth[:: 1 - 2 * (cart % 2)], "payment_method": "sandbox:ok"},
@@ -65,34 +66,34 @@ async def test_carts_with_the_same_products_in_opposite_orders_are_all_paid(data
                 )
             )
             assert {told.status for told in placed} == {201}
-            assert set(crowd.statuses) <= {200, 201, *NOT_FINAL}
+            assert set(client.statuses) <= {200, 201, *RETRYABLE}
             async with asyncio.timeout(SETTLED_SECONDS):
-                while len(paid := await crowd.orders("/orders?payment=paid&user_id=2")) < CARTS:
+                while len(paid := await client.orders("/orders?payment=paid&user_id=2")) < CARTS:
                     await asyncio.sleep(0.2)
             assert {order["id"] for order in paid} == {told.json["id"] for told in placed}
         assert "deadlock" not in shop.output.lower()
 
 
-async def send_all(crowd: Crowd) -> list[Told]:
+async def send_all(client: ConcurrentClient) -> list[Response]:
     """Sends each key's request so many times at once; gives one answer of each key, which they all have got."""
     answers = await asyncio.gather(
         *(
-            crowd.ask("POST", "/orders", {"user_id": 1, "product_id": 100, "quantity": 1 + number % 5}, key=key)
+            client.request("POST", "/orders", {"user_id": 1, "product_id": 100, "quantity": 1 + number % 5}, key=key)
             for number, key in enumerate(KEYS)
             for _ in range(TIMES)
         )
     )
-    # What asks to be sent again is sent again by the crowd; everything else was the answer.
-    assert set(crowd.statuses) <= {200, 201, *NOT_FINAL}
+    # What asks to be sent again is sent again by the client; everything else was the answer.
+    assert set(client.statuses) <= {200, 201, *RETRYABLE}
     by_key = [answers[start : start + TIMES] for start in range(0, len(answers), TIMES)]
     for same in by_key:
         assert {(told.status, told.body) for told in same} == {(201, same[0].body)}
     return [same[0] for same in by_key]
 
 
-async def refuse_another_body(crowd: Crowd) -> None:
+async def refuse_another_body(client: ConcurrentClient) -> None:
     refused = await asyncio.gather(
-        *(crowd.ask("POST", "/orders", {"user_id": 1, "product_id": 101}, key=key) for key in KEYS)
+        *(client.request("POST", "/orders", {"user_id": 1, "product_id": 101}, key=key) for key in KEYS)
     )
     assert {told.status for told in refused} == {422}
-    crowd.statuses.pop(422)
+    client.statuses.pop(422)

@@ -35,7 +35,7 @@ IDLE: Final = Safeguard(
     (
         Edit(
             "mercato/chassis/observability/faults.py",
-            "Named fault points: places where a test lets the power fail.",
+            "Named fault points: places in the code where a test injects a fault.",
             "",
         ),
     ),

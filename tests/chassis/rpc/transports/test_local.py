@@ -10,7 +10,7 @@ from mercato.chassis.rpc.transports import Transport
 from mercato.chassis.rpc.transports.local import LocalTransport
 
 from .conformance import CUSTOMER, Ask, Conformance, Said, Stage
-from .planted import COUNT, counting
+from .false_promise import COUNT, counting
 
 
 class TestLocal(Conformance):

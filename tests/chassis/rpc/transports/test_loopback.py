@@ -27,7 +27,7 @@ from mercato.chassis.rpc.transports import Transport
 from mercato.chassis.rpc.transports.loopback import LoopbackTransport
 
 from .conformance import CUSTOMER, Ask, Conformance, Refused, Said, Stage, Things, said
-from .planted import COUNT, counting
+from .false_promise import COUNT, counting
 
 
 class Unencodable(msgspec.Struct):

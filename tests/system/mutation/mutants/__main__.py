@@ -97,7 +97,8 @@ def _options(arguments: Sequence[str] | None) -> Options:
         prog="make mutants", description="Make random changes, and see a test fail on each."
     )
     parser.add_argument("--count", type=int, default=COUNT, metavar="N", help=f"how many ({COUNT})")
-    parser.add_argument("--seed", type=int, default=None, help="a number that chooses them (a new one each time)")
+    new_seed = secrets.randbelow(100_000)
+    parser.add_argument("--seed", type=int, default=new_seed, help="a number that chooses them (a new one each time)")
     parser.add_argument("--only", action="append", default=[], metavar="PART", help="files with this in their path")
     parser.add_argument("--kind", action="append", default=[], metavar="KIND", help="of this kind (see --list)")
     parser.add_argument(
@@ -108,8 +109,6 @@ def _options(arguments: Sequence[str] | None) -> Options:
     options = parser.parse_args(arguments, Options())
     if options.count < 1 or options.at_once < 1:
         parser.error("at least one mutant is needed, and one at a time")
-    if options.seed is None:
-        options.seed = secrets.randbelow(100_000)
     return options
 
 

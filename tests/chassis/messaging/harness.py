@@ -1,10 +1,10 @@
-"""A publisher and two consumers, each with a database of its own."""
+"""A publisher and the handlers of two consumers, each with a database of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 from mercato.chassis.contract import Message
@@ -17,18 +17,18 @@ from mercato.chassis.postgres import outbox_row
 from mercato.chassis.postgres.database import Database, Row, Tx
 from mercato.chassis.rpc.client import Connector
 from mercato.chassis.rpc.transports.local import LocalTransport
-from mercato.testing.harness import Cluster
+from mercato.testing import databases
+from mercato.testing.cluster import Cluster
+from mercato.testing.waiting import until
 
 MIGRATIONS = Path(__file__).with_name("migrations_with_events")
 SOURCE = "shop"
 QUICK = Pace(gather_s=0.0, poll_s=0.01, idle_s=0.02, failed_s=0.02)
 QUICK_RETRIES = (0.01, 0.02, 0.03, 0.04)
 NO_RETRIES = (3_600.0,) * 4
-UNTIL_SECONDS = 120.0
-POLL_SECONDS = 0.01
 
 
-class Told(Message):
+class Changed(Message):
     n: int
 
 
@@ -44,7 +44,7 @@ class OutboxRow(Row):
 
 
 class Cannot(Exception):
-    """What a consumer says to an event that it cannot process."""
+    """Raised by a handler for an event in `poison`."""
 
 
 def place(row: int, number: int = 1) -> int:
@@ -52,8 +52,8 @@ def place(row: int, number: int = 1) -> int:
     return outbox_row.position(row, number - 1)
 
 
-class Taker:
-    """A consumer whose effects can be counted, and that can be told what it cannot process."""
+class RecordingHandler:
+    """Handles the events of one consumer: each leaves one effect, and those in `poison` fail."""
 
     def __init__(
         self, name: str, database: Database, types: frozenset[str] | None = None, *, takes_rows: bool = False
@@ -118,10 +118,10 @@ class Taker:
         )
 
 
-class EventWorld:
-    """`publisher` has the outbox; `left` and `right` are the takers, of which `left` takes events, `right` rows."""
+class EventHarness:
+    """`publisher` has the outbox; `left` handles events, `right` rows."""
 
-    def __init__(self, publisher: Database, left: Taker, right: Taker) -> None:
+    def __init__(self, publisher: Database, left: RecordingHandler, right: RecordingHandler) -> None:
         self.publisher = publisher
         self.left = left
         self.right = right
@@ -136,7 +136,7 @@ class EventWorld:
 
     def outgoing(self, subject_id: int, type: str = "thing.changed") -> Outgoing:
         version = self._versions[subject_id] = self._versions.get(subject_id, 0) + 1
-        return Outgoing(type, "thing", subject_id, version, Told(n=version))
+        return Outgoing(type, "thing", subject_id, version, Changed(n=version))
 
     async def emit(self, *subject_ids: int, type: str = "thing.changed") -> None:
         """An event of each subject, in one transaction."""
@@ -148,18 +148,22 @@ class EventWorld:
         for subject_id in subject_ids:
             await self.emit(subject_id)
 
-    def consumer(self, taker: Taker, *, pace: Pace = QUICK, retry_seconds: Sequence[float] = QUICK_RETRIES) -> Consumer:
+    def consumer(
+        self, handler: RecordingHandler, *, pace: Pace = QUICK, retry_seconds: Sequence[float] = QUICK_RETRIES
+    ) -> Consumer:
         return Consumer(
-            taker.subscription, SOURCE, taker.database, self.client, self.clock, self.telemetry,
+            handler.subscription, SOURCE, handler.database, self.client, self.clock, self.telemetry,
             pace=pace, retry_seconds=retry_seconds,
         )  # fmt: skip
 
     @contextlib.asynccontextmanager
-    async def consuming(self, *takers: Taker, retry_seconds: Sequence[float] = QUICK_RETRIES) -> AsyncGenerator[None]:
-        """Both takers, or those that are named, consume."""
+    async def consuming(
+        self, *handlers: RecordingHandler, retry_seconds: Sequence[float] = QUICK_RETRIES
+    ) -> AsyncGenerator[None]:
+        """Both handlers, or those that are named, get events."""
         async with contextlib.AsyncExitStack() as stack:
-            for taker in takers or (self.left, self.right):
-                await stack.enter_async_context(running(self.consumer(taker, retry_seconds=retry_seconds)))
+            for handler in handlers or (self.left, self.right):
+                await stack.enter_async_context(running(self.consumer(handler, retry_seconds=retry_seconds)))
             yield
 
     async def outbox(self) -> list[OutboxRow]:
@@ -174,16 +178,16 @@ class EventWorld:
         async with self.publisher.transaction() as tx:
             return await tx.execute(sql)
 
-    async def is_drained(self, *takers: Taker) -> bool:
-        """Whether the takers have had an effect of everything that is not dead."""
+    async def is_drained(self, *handlers: RecordingHandler) -> bool:
+        """Whether the handlers have had an effect of everything that is not dead."""
         end = [outbox_row.end_of_row(row.id) for row in (await self.outbox())[-1:]]
-        for taker in takers or (self.left, self.right):
-            if await taker.values("SELECT position FROM cursors") != end or await taker.parked():
+        for handler in handlers or (self.left, self.right):
+            if await handler.values("SELECT position FROM cursors") != end or await handler.parked():
                 return False
         return True
 
-    async def drained(self, *takers: Taker) -> None:
-        await until(lambda: self.is_drained(*takers), "everything is processed")
+    async def drained(self, *handlers: RecordingHandler) -> None:
+        await until(lambda: self.is_drained(*handlers), "everything is processed")
 
 
 @contextlib.asynccontextmanager
@@ -201,31 +205,18 @@ async def ended(task: asyncio.Task[None]) -> None:
         await task
 
 
-async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
-    """Waits for something that must come true."""
-    end = asyncio.get_running_loop().time() + UNTIL_SECONDS
-    while not await condition():
-        assert asyncio.get_running_loop().time() < end, f"it never came true that {what}"
-        await asyncio.sleep(POLL_SECONDS)
-
-
 @contextlib.asynccontextmanager
-async def opened(cluster: Cluster) -> AsyncGenerator[EventWorld]:
+async def opened(cluster: Cluster) -> AsyncGenerator[EventHarness]:
     async with contextlib.AsyncExitStack() as stack:
-        databases = [await stack.enter_async_context(database(cluster, name)) for name in (SOURCE, "left", "right")]
-        left = Taker("left", databases[1], frozenset({"thing.changed", "thing.told"}))
-        world = EventWorld(databases[0], left, Taker("right", databases[2], takes_rows=True))
-        stack.push_async_callback(world.connector.close)
-        yield world
-
-
-@contextlib.asynccontextmanager
-async def database(cluster: Cluster, name: str) -> AsyncGenerator[Database]:
-    dsn = await cluster.fresh_database("messaging", MIGRATIONS)
-    made = Database(dsn, name, Telemetry(), size=4)
-    await made.open()
-    try:
-        yield made
-    finally:
-        await made.close()
-        await cluster.release_database(dsn)
+        publisher, left, right = [
+            await stack.enter_async_context(databases.opened(dsn, name))
+            for name in (SOURCE, "left", "right")
+            for dsn in [await stack.enter_async_context(databases.fresh_dsn(cluster, "messaging", MIGRATIONS))]
+        ]
+        harness = EventHarness(
+            publisher,
+            RecordingHandler("left", left, frozenset({"thing.changed", "thing.told"})),
+            RecordingHandler("right", right, takes_rows=True),
+        )
+        stack.push_async_callback(harness.connector.close)
+        yield harness

@@ -15,19 +15,21 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
-import asyncpg
+import msgspec
 
 from mercato import topology
 from mercato.chassis.postgres import outbox_row
+from mercato.chassis.postgres.outbox_row import Stored
 from mercato.operations.audit.history import ClientOperation
 from mercato.operations.audit.tables import WANTED
-from mercato.testing.harness import Cluster
+from mercato.testing.cluster import Cluster
+from mercato.testing.tables import connected
 
 THEN = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
 """A past of any length will do: a file may be imported long before its tests run. What is still to come is counted from
-when the world is built."""
+when the databases are filled."""
 
 # id, user, status, payment, fulfilment, total, refunded, version, key
 ORDERS = (
@@ -101,9 +103,11 @@ CHARGES = (
 )
 
 ACCOUNTS = (("provider", 1700), ("sales", -1900), ("refunds", 200))
+SIDES = {"refund": ("refunds", "provider")}
+"""Debit and credit of a transfer."""
 
 STOCK_NEWS = ((1, 1, "stock.available", "product", 1, 1), (2, 2, "stock.available", "product", 2, 1))
-"""Events of inventory that products wants to hear: first of all events, id, ..., subject, subject_id, version."""
+"""Events of inventory that products subscribes to: first of all events, id, ..., subject, subject_id, version."""
 
 Event = tuple[int, str, str, int, int]
 """Id of its outbox row, type, subject, subject id, version."""
@@ -111,7 +115,7 @@ Event = tuple[int, str, str, int, int]
 
 def outboxes() -> dict[str, list[Event]]:
     orders = [
-        (told(*move), order, version)
+        (event_type(*move), order, version)
         for order, versions in HISTORY.items()
         for version, moves in enumerate(versions, 1)
         for move in moves
@@ -130,7 +134,7 @@ def outboxes() -> dict[str, list[Event]]:
     }
 
 
-def told(axis: str, before: str | None, after: str) -> str:
+def event_type(axis: str, before: str | None, after: str) -> str:
     """The type of the event that a move makes."""
     if before is None:
         return "order.placed"
@@ -138,20 +142,17 @@ def told(axis: str, before: str | None, after: str) -> str:
 
 
 async def build(cluster: Cluster) -> dict[str, str]:
-    """Fresh databases of all services with the world in them; their DSNs, to be released in the end."""
+    """Fresh databases of all services with the sample shop in them; gives their DSNs, which the caller releases."""
     dsns = {name: await cluster.fresh_database(name, topology.migrations(name)) for name in WANTED}
     await fill(dsns)
     return dsns
 
 
 async def fill(dsns: Mapping[str, str]) -> None:
-    """Writes the world into databases that are migrated and empty."""
+    """Writes the sample shop into databases that are migrated and empty."""
     for name, write in FILLS.items():
-        connection = await cast(Any, asyncpg).connect(dsns[name])
-        try:
+        async with connected(dsns[name]) as connection:
             await write(connection)
-        finally:
-            await connection.close()
 
 
 def transitions() -> list[tuple[int, int, str, str, str, list[str]]]:
@@ -162,28 +163,18 @@ def transitions() -> list[tuple[int, int, str, str, str, list[str]]]:
         for version, moves in enumerate(versions, 1):
             states |= {axis: after for axis, _, after in moves}
             status, payment, fulfilment = states.values()
-            rows.append((order, version, status, payment, fulfilment, [told(*move) for move in moves]))
+            rows.append((order, version, status, payment, fulfilment, [event_type(*move) for move in moves]))
     return rows
 
 
 def lines_of(order: int) -> str:
     """The JSON of an order's lines."""
-    return json.dumps(
-        [
-            {
-                "id": n,
-                "product_id": product,
-                "sku": "sku",
-                "name": "name",
-                "quantity": quantity,
-                "unit_price_minor": unit_minor,
-                "discount_minor": 0,
-                "tax_minor": 0,
-                "total_minor": quantity * unit_minor,
-            }
-            for n, (_, product, quantity, _, unit_minor) in enumerate([line for line in LINES if line[0] == order], 1)
-        ]
-    )
+    lines = [line for line in LINES if line[0] == order]
+    return json.dumps([
+        {"id": n, "product_id": product, "sku": "sku", "name": "name", "quantity": quantity, "unit_price_minor": unit,
+         "discount_minor": 0, "tax_minor": 0, "total_minor": quantity * unit}
+        for n, (_, product, quantity, _, unit) in enumerate(lines, 1)
+    ])  # fmt: skip
 
 
 async def _fill_orders(connection: Any) -> None:
@@ -275,13 +266,7 @@ async def _fill_payments(connection: Any) -> None:
         VALUES ($1, $2, $3, $4, $5, $6, 'USD')
         """,
         [
-            (
-                payment,
-                kind,
-                reference,
-                *(("refunds", "provider") if kind == "refund" else ("provider", "sales")),
-                amount,
-            )
+            (payment, kind, reference, *SIDES.get(kind, ("provider", "sales")), amount)
             for _, payment, _, kind, amount, reference, _, _ in operations()
             if kind in ("charge", "capture", "refund")
         ],
@@ -316,10 +301,10 @@ async def _fill_events(connection: Any) -> None:
         """
         INSERT INTO feed (source, outbox_id, place, count, events, at, received_at) VALUES ($1, $2, 0, 1, $3, $4, $4)
         """,
-        [(source, event[0], _row(event), THEN) for source, told in outboxes().items() for event in told],
+        [(source, event[0], _row(event), THEN) for source, events in outboxes().items() for event in events],
     )
-    for source, told in outboxes().items():
-        await _set_cursor(connection, "events.feed", source, told)
+    for source, events in outboxes().items():
+        await _set_cursor(connection, "events.feed", source, events)
 
 
 async def _fill_products(connection: Any) -> None:
@@ -333,49 +318,31 @@ async def _fill_products(connection: Any) -> None:
     await _set_cursor(connection, "products.in_stock", "inventory", outboxes()["inventory"])
 
 
-async def _set_cursor(connection: Any, consumer: str, source: str, told: list[Event]) -> None:
+async def _set_cursor(connection: Any, consumer: str, source: str, events: list[Event]) -> None:
     """Behind everything."""
     await connection.execute(
-        "INSERT INTO cursors VALUES ($1, $2, $3, $4)", consumer, source, outbox_row.end_of_row(told[-1][0]), THEN
+        "INSERT INTO cursors VALUES ($1, $2, $3, $4)", consumer, source, outbox_row.end_of_row(events[-1][0]), THEN
     )
 
 
-async def _fill_outbox(connection: Any, told: list[Event]) -> None:
+async def _fill_outbox(connection: Any, events: list[Event]) -> None:
     await connection.executemany(
-        "INSERT INTO outbox (id, events, at) VALUES ($1, $2, $3)", [(event[0], _row(event), THEN) for event in told]
+        "INSERT INTO outbox (id, events, at) VALUES ($1, $2, $3)", [(event[0], _row(event), THEN) for event in events]
     )
 
 
 def _row(event: Event) -> str:
     """A row of this event alone."""
     _, type_, subject, subject_id, version = event
-    return json.dumps(
-        [
-            {
-                "type": type_,
-                "subject": subject,
-                "subject_id": subject_id,
-                "version": version,
-                "data": {"secret": "of an event"},
-            }
-        ]
-    )
+    [row] = outbox_row.pack([Stored(type_, subject, subject_id, version, msgspec.Raw(b'{"secret": "of an event"}'))])
+    return row
 
 
 def operations() -> list[tuple[int, int, int, str, int, str, str, str]]:
     """Id, payment, order, kind, amount, reference, status and key of everything that the bank was asked for."""
     asked = [(payment, order, *operation) for payment, order, *_, operations in PAYMENTS for operation in operations]
     return [
-        (
-            n,
-            payment,
-            order,
-            kind,
-            amount,
-            reference,
-            status,
-            f"{payment}:{kind}" + (f":{reference}" if reference else ""),
-        )
+        (n, payment, order, kind, amount, reference, status, ":".join(filter(None, (str(payment), kind, reference))))
         for n, (payment, order, kind, amount, reference, status) in enumerate(asked, 1)
     ]
 
@@ -410,18 +377,7 @@ def _seen(
 ) -> ClientOperation:  # fmt: skip
     invoked_at = THEN + datetime.timedelta(minutes=minutes)
     return ClientOperation(
-        op_id=op_id,
-        principal=f"user:{user}" if user else role,
-        user_id=user,
-        role=role,
-        route=route,
-        invoked_at=invoked_at,
-        outcome="final",
-        completed_at=invoked_at + datetime.timedelta(seconds=1),
-        status=status,
-        idempotency_key=key,
-        fingerprint=f"request {order}",
-        answer=f"order {order}",
-        order_id=order,
-        version=version,
-    )
+        op_id=op_id, principal=f"user:{user}" if user else role, user_id=user, role=role, route=route,
+        invoked_at=invoked_at, outcome="final", completed_at=invoked_at + datetime.timedelta(seconds=1), status=status,
+        idempotency_key=key, fingerprint=f"request {order}", answer=f"order {order}", order_id=order, version=version,
+    )  # fmt: skip

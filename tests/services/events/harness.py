@@ -1,4 +1,4 @@
-"""A feed that a test writes to as its consumer would, and reads as staff would; and a source with an outbox."""
+"""The feed of events, rows to write to it, and a source with an outbox."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import ClassVar
 
 import msgspec
 
-from chassis.messaging.event_world import Told, place
-from mercato.chassis.contract import Actor, Contract, Message, single
+from chassis.messaging.harness import Changed, place
+from mercato.chassis.contract import Contract, Message, single
 from mercato.chassis.hosting.service import Env, Service
-from mercato.chassis.messaging.events import Event, Outgoing, SourceRow, emit
+from mercato.chassis.messaging.events import Event, Outgoing, SourceRow, Subscription, emit
 from mercato.chassis.postgres import outbox_row
 from mercato.chassis.postgres.database import Database
 from mercato.chassis.postgres.outbox_row import Stored
 from mercato.chassis.rpc.server import Server
 from mercato.contracts.events import EventPage, Events, EventType, FeedEntry, ListEvents
 from mercato.contracts.roles import EVERYBODY
-from mercato.testing.harness import Rig
+from mercato.services.events.app import build
+from mercato.testing.actors import STAFF
+from mercato.testing.harness import ServiceHarness
 
-STAFF = Actor("staff", 1)
 AT = datetime.datetime(2026, 1, 15, 9, 30, tzinfo=datetime.UTC)
 
 
@@ -41,14 +42,18 @@ def name(id: int, number: int = 1, *, source: str = "orders") -> str:
     return f"{source}:{place(id, number)}"
 
 
-class Feed:
-    """The feed of a rig."""
+class FeedHarness(ServiceHarness):
+    """The events service. A test writes to the feed as its consumer does, and reads it as staff do."""
 
-    def __init__(self, rig: Rig) -> None:
-        self.rig = rig
-        service = rig.host.services["events"]
-        self.database = service.database
-        [self.subscription] = service.subscriptions
+    service = "events"
+
+    async def start(self) -> None:
+        await self.open({"events": build})
+
+    @property
+    def subscription(self) -> Subscription:
+        [only] = self.host.services[self.service].subscriptions
+        return only
 
     async def write(self, *events: Event) -> None:
         async with self.database.transaction() as tx:
@@ -60,11 +65,11 @@ class Feed:
             return await self.subscription.handle_rows(tx, page)
 
     async def page(self, *, after: int = 0, limit: int = 100, types: Sequence[EventType] = ()) -> EventPage:
-        with self.rig.acting(STAFF):
-            return await self.rig.client(Events).list(ListEvents(after=after, limit=limit, types=tuple(types)))
+        with self.acting(STAFF):
+            return await self.client(Events).list(ListEvents(after=after, limit=limit, types=tuple(types)))
 
     async def entries(self, *, limit: int = 100, types: Sequence[EventType] = ()) -> list[FeedEntry]:
-        """All, page after page."""
+        """All entries, page after page."""
         found: list[FeedEntry] = []
         after = 0
         while (page := await self.page(after=after, limit=limit, types=types)).entries:
@@ -86,7 +91,7 @@ class Nothing(Message):
 class Publishing(Contract, name="orders"):
     wait = single(Nothing, Nothing, allow=EVERYBODY)
 
-    events: ClassVar = {"thing.changed": Told}
+    events: ClassVar = {"thing.changed": Changed}
 
 
 def build_publisher(env: Env) -> Service:
@@ -102,4 +107,4 @@ def build_publisher(env: Env) -> Service:
 
 async def publish(database: Database, subject_id: int, version: int) -> None:
     async with database.transaction() as tx:
-        await emit(tx, [Outgoing("thing.changed", "thing", subject_id, version, Told(n=version))])
+        await emit(tx, [Outgoing("thing.changed", "thing", subject_id, version, Changed(n=version))])

@@ -1,0 +1,149 @@
+"""The PostgreSQL of a run of tests.
+
+A `Cluster` is one embedded PostgreSQL. It migrates a template of each service's database once; a fresh database is a
+copy of it, or one that an earlier test has used and that was emptied.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Final, Self
+
+import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
+
+from mercato.chassis.postgres.migrations import migrate
+from mercato.chassis.postgres.provisioning import provision, service_dsn
+from mercato.embedded_postgres import EmbeddedPostgres, remove_cluster
+
+from .tables import connected
+
+
+class Cluster:
+    """One PostgreSQL for many tests."""
+
+    def __init__(self, folder: Path, server: EmbeddedPostgres) -> None:
+        self.folder = folder
+        self.server = server
+        self._templates: dict[str, str] = {}
+        self._shapes: dict[str, str] = {}
+        self._free: dict[str, list[str]] = {}
+        self._lent: dict[str, str] = {}
+        self._numbers = itertools.count(1)
+
+    @classmethod
+    async def start(cls) -> Self:
+        folder = Path(tempfile.mkdtemp(prefix="mercato-test-"))
+        # The unprivileged user that PostgreSQL runs as under root must be able to pass through.
+        folder.chmod(0o755)  # noqa: ASYNC240  # nothing else runs yet
+        (folder / "data").mkdir(mode=0o755)
+        password = "test-password"  # of a server that only this run can reach
+        server = await EmbeddedPostgres.start(folder / "data", password=password, progress=_silent, max_connections=400)
+        return cls(folder, server)
+
+    async def stop(self) -> None:
+        await self.server.stop()
+        remove_cluster(self.folder / "data")
+        shutil.rmtree(self.folder)
+
+    async def fresh_database(self, service: str, migrations: Path) -> str:
+        """The DSN of a migrated, empty database of a service, as the service's own role sees it."""
+        template = await self._template(service, migrations)
+        if self._free[template]:
+            name = self._free[template].pop()
+        else:
+            name = f"{template}_{os.getpid()}_{next(self._numbers)}"
+            await self._admin(f'CREATE DATABASE "{name}" TEMPLATE "{template}" OWNER "{template}"')
+            await self._admin(f'REVOKE ALL ON DATABASE "{name}" FROM PUBLIC')
+        self._lent[name] = template
+        user_and_password = service_dsn(self.server.admin_dsn, template, _password(template))
+        return user_and_password.replace(f"/{template}?", f"/{name}?")
+
+    async def release_database(self, dsn: str) -> None:
+        """Takes a database back. It is emptied for the next test; one whose schema was changed is dropped."""
+        name = database_name(dsn)
+        template = self._lent.pop(name)
+        try:
+            if await self._emptied(name) == self._shapes[template]:
+                self._free[template].append(name)
+                return
+        except (asyncpg.PostgresError, OSError):
+            pass  # a test has locked it, or made it unreachable
+        await self._admin(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+
+    async def execute(self, statement: str) -> None:
+        """Runs a statement as the administrator, for tests that take something away."""
+        await self._admin(statement)
+
+    async def _template(self, service: str, migrations: Path) -> str:
+        if service not in self._templates:
+            dsns = await provision(self.server.admin_dsn, [service], _password, prefix="test_")
+            await migrate(dsns[service], migrations)
+            template = self._templates[service] = f"test_{service}"
+            self._free[template] = []
+            self._shapes[template] = await self._emptied(template)
+        return self._templates[service]
+
+    async def _emptied(self, database: str) -> str:
+        """Empties all tables of a database, sets its statistics to 0, and gives a digest of its schema."""
+        async with connected(self._dsn(database)) as connection:
+            await connection.execute(_EMPTY)
+            await connection.execute("SELECT pg_stat_reset()")
+            return await connection.fetchval(_SHAPE)
+
+    async def _admin(self, statement: str) -> None:
+        async with connected(self.server.admin_dsn) as connection:
+            await connection.execute(statement)
+
+    def _dsn(self, database: str) -> str:
+        return self.server.admin_dsn.replace("/postgres?", f"/{database}?")
+
+
+_EMPTY: Final = """
+    SET lock_timeout = '2s';
+    DO $$
+    DECLARE names text;
+    BEGIN
+        SELECT string_agg(format('%I', tablename), ', ') INTO names
+          FROM pg_tables
+         WHERE schemaname = 'public' AND tablename NOT IN ('alembic_version', 'revision_checksums');
+        IF names IS NOT NULL THEN
+            EXECUTE 'TRUNCATE ' || names || ' RESTART IDENTITY CASCADE';
+        END IF;
+    END $$
+"""
+
+_SHAPE: Final = """
+    SELECT md5(coalesce(string_agg(part, ',' ORDER BY part), ''))
+      FROM (
+        SELECT format('column %s %s %s %s', attrelid::regclass, attname, atttypid, attnotnull)
+          FROM pg_attribute JOIN pg_class c ON c.oid = attrelid
+         WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'S') AND attnum > 0
+        UNION ALL
+        SELECT format('constraint %s %s', conname, pg_get_constraintdef(oid))
+          FROM pg_constraint WHERE connamespace = 'public'::regnamespace
+        UNION ALL
+        SELECT indexdef FROM pg_indexes WHERE schemaname = 'public'
+        UNION ALL
+        SELECT format('trigger %s', tgname) FROM pg_trigger WHERE NOT tgisinternal
+        UNION ALL
+        SELECT format('setting %s', setconfig) FROM pg_db_role_setting
+         WHERE setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())
+      ) AS schema (part)
+"""
+
+
+def database_name(dsn: str) -> str:
+    """The name of the database that a DSN leads to."""
+    return dsn.partition("?")[0].rpartition("/")[2]
+
+
+def _password(role: str) -> str:
+    return f"password of {role}"
+
+
+def _silent(_line: str) -> None:
+    pass

@@ -1,0 +1,87 @@
+"""Faults as tests inject them at the fault points of the product, and two that many tests need."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Generator
+from typing import Final
+
+from mercato.chassis.observability import faults
+from mercato.chassis.observability.faults import Fault
+
+from .tables import BLOCKED_STATEMENTS, connected
+from .waiting import until
+
+Inject = Callable[[str, Fault], Callable[[], None]]
+"""Injects a fault at a point; gives what removes it. The point must be declared, or KeyError is raised."""
+
+POWER_FAILS: Final = "the power fails here"
+
+
+@contextlib.contextmanager
+def injecting() -> Generator[Inject]:
+    """Faults for the time of a block: at its end all are removed."""
+    with contextlib.ExitStack() as removals:
+
+        def inject(point: str, fault: Fault) -> Callable[[], None]:
+            remove = faults.inject(point, fault)
+            removals.callback(remove)
+            return remove
+
+        yield inject
+
+
+async def fail(_point: str) -> None:
+    """A fault: the task ends at the point, as far as a task can."""
+    raise RuntimeError(POWER_FAILS)
+
+
+class FailAt:
+    """A fault: of the tasks that come to the point, those with these numbers fail, from 1 on; `arrived` counts all."""
+
+    def __init__(self, *numbers: int) -> None:
+        self._numbers = numbers
+        self.arrived = 0
+
+    async def __call__(self, point: str) -> None:
+        self.arrived += 1
+        if self.arrived in self._numbers:
+            await fail(point)
+
+
+class Pause:
+    """A fault: tasks that come to the point wait there until the test lets them continue; or only the first of them."""
+
+    def __init__(self, *, first_only: bool = False) -> None:
+        self._first_only = first_only
+        self.reached = asyncio.Event()
+        self.resume = asyncio.Event()
+
+    async def __call__(self, _point: str) -> None:
+        if not (self._first_only and self.reached.is_set()):
+            self.reached.set()
+            await self.resume.wait()
+
+
+class Overlap:
+    """A fault for a `before_commit` point: two transactions overlap.
+
+    The first waits before its commit until the second is there too, or waits for a lock. A second one that arrives
+    without having waited was stopped by no lock.
+    """
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+        self.arrived = 0
+
+    async def __call__(self, _point: str) -> None:
+        self.arrived += 1
+        if self.arrived > 1:
+            return
+        async with connected(self._dsn) as connection:
+
+            async def is_second_there() -> bool:
+                return self.arrived > 1 or await connection.fetchval(BLOCKED_STATEMENTS) > 0
+
+            await until(is_second_there, "the second transaction never came")

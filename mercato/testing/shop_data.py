@@ -1,0 +1,82 @@
+"""People, products, orders and payments of a running shop: each test makes its own, so that none sees another's."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import Final
+
+import msgspec
+
+from mercato import topology
+from mercato.contracts.orders import AwaitOrder, Order, Orders, PayOrder, PlaceLine, PlaceOrder
+from mercato.contracts.products import CreateProduct, Product, Products
+from mercato.contracts.roles import CUSTOMER, Role
+from mercato.contracts.users import Register, Users
+
+from .shop import Shop
+
+PASSWORD: Final = "a password that is long enough"
+UNKNOWN_ID: Final = 2**53 - 1
+SETTLED_MS: Final = 10_000
+
+_numbers = itertools.count(1)
+
+
+def unique(prefix: str) -> str:
+    """A word that no other test of this run, and no test of another process, has."""
+    return f"{prefix}-{os.getpid()}-{next(_numbers)}"
+
+
+class Person(msgspec.Struct, frozen=True):
+    """The owner of an account. `token` is an access token; None in an open shop, which asks for none."""
+
+    id: int
+    email: str
+    token: str | None
+
+
+async def new_person(shop: Shop, role: Role = CUSTOMER) -> Person:
+    users = shop.harness.client(Users)
+    email = f"{unique('person')}@example.com"
+    account = Register(email=email, name="Person", password=PASSWORD, role=role)
+    user = await topology.as_the_shop(shop.harness.host, lambda: users.register(account))
+    token = None if shop.is_open else await shop.token(email, PASSWORD)
+    return Person(user.id, email, token)
+
+
+async def new_product(shop: Shop, price_minor: int = 99_99, currency: str = "USD") -> Product:
+    products = shop.harness.client(Products)
+    made = CreateProduct(
+        sku=unique("SKU"), name="Something", price_minor=price_minor, currency=currency, category="things"
+    )
+    return await topology.as_the_shop(shop.harness.host, lambda: products.create(made))
+
+
+async def new_order(shop: Shop, user_id: int, product_id: int = 100) -> int:
+    """The id of an order of one piece; its checkout runs."""
+    orders = shop.harness.client(Orders)
+    wanted = PlaceOrder(user_id=user_id, lines=(PlaceLine(product_id=product_id),))
+    placed = await topology.as_the_shop(shop.harness.host, lambda: orders.place(wanted))
+    return placed.order.id
+
+
+async def settled_order(shop: Shop, order_id: int) -> Order:
+    """An order when no work of its sagas is due; raises nothing when that takes longer than `SETTLED_MS`."""
+    orders = shop.harness.client(Orders)
+    return await topology.as_the_shop(
+        shop.harness.host, lambda: orders.settled(AwaitOrder(id=order_id, wait_ms=SETTLED_MS))
+    )
+
+
+async def new_payment(shop: Shop, user_id: int) -> int:
+    """The id of a payment that was authorized, and may be captured or voided."""
+    order = await settled_order(shop, await new_order(shop, user_id))
+    orders = shop.harness.client(Orders)
+    paid = await topology.as_the_shop(shop.harness.host, lambda: orders.pay(PayOrder(id=order.id, capture=False)))
+    return paid.payment.id
+
+
+async def staff_token(shop: Shop) -> str | None:
+    """What a caller needs to act as staff; None in an open shop."""
+    return None if shop.is_open else await shop.staff()

@@ -1,0 +1,108 @@
+"""One thing of each kind for the rows of the API, and a shop that starts on the databases of another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mercato.contracts.products import Product
+from mercato.contracts.roles import CUSTOMER
+from mercato.gateway.route import Route
+from mercato.testing.cluster import Cluster
+from mercato.testing.responses import Response
+from mercato.testing.shop import Shop
+from mercato.testing.shop_data import PASSWORD, Person, new_order, new_payment, new_product, settled_order, unique
+
+
+class Things(msgspec.Struct, frozen=True):
+    """What the ids in paths and the bodies of requests refer to."""
+
+    person: Person
+    product: Product
+    order_id: int
+    payment_id: int
+
+    @classmethod
+    async def of(cls, shop: Shop, person: Person) -> Things:
+        payment_id = await new_payment(shop, person.id)
+        order = await settled_order(shop, await new_order(shop, person.id))
+        return cls(person, await new_product(shop), order.id, payment_id)
+
+    def path(self, route: Route) -> str:
+        """The row's path with the id of a thing that exists."""
+        ids = {
+            "users": self.person.id,
+            "products": self.product.id,
+            "orders": self.order_id,
+            "payments": self.payment_id,
+        }
+        return route.path.replace("{id}", str(ids[route.path.split("/")[1]])) if "{" in route.path else route.path
+
+    def body(self, route: Route) -> dict[str, Any] | None:
+        """A body that the row takes; None for a row without one."""
+        bodies: Mapping[str, dict[str, Any]] = {
+            "POST /register": {"email": f"{unique('new')}@example.com", "name": "New", "password": PASSWORD},
+            "POST /login": {"email": self.person.email, "password": PASSWORD},
+            "POST /token/refresh": {"refresh_token": "a token that was never issued"},
+            "POST /logout": {"refresh_token": "a token that was never issued"},
+            "PATCH /users/me": {"name": "Renamed"},
+            "POST /users/me/password": {"current_password": PASSWORD, "new_password": PASSWORD},
+            "PATCH /users/{id}": {"name": "Renamed"},
+            "PUT /users/{id}/role": {"role": CUSTOMER},
+            "POST /products": {
+                "sku": unique("SKU"),
+                "name": "Something",
+                "price": {"amount": "9.99", "currency": "USD"},
+                "category": "things",
+                "description": "Good",
+            },
+            "PATCH /products/{id}": {"name": "Something else", "price": {"amount": "8.99", "currency": "USD"}},
+            "POST /products/{id}/archive": {},
+            "POST /orders": {
+                "user_id": self.person.id,
+                "items": [{"product_id": 100, "quantity": 1}],
+                "amount": "99.99",
+                "currency": "USD",
+            },
+            "PATCH /orders/{id}": {"status": "confirmed", "fulfilment": "shipped"},
+            "POST /orders/{id}/cancel": {"reason": "changed my mind"},
+            "POST /orders/{id}/returns": {"items": [{"product_id": 100, "quantity": 1}], "reason": "does not fit"},
+            "PUT /products/{id}/stock": {"on_hand": 10, "reason": "counted"},
+            "POST /products/{id}/stock/adjustments": {"delta": 5, "reason": "delivery"},
+            "POST /payments": {
+                "order_id": self.order_id,
+                "amount": "99.99",
+                "currency": "USD",
+                "payment_method": "sandbox:ok",
+                "capture": True,
+            },
+            "POST /payments/{id}/refunds": {"amount": "9.99", "currency": "USD", "reason": "scratched"},
+        }
+        return None if route.body is None else bodies[f"{route.method} {route.path}"]
+
+
+class SameDatabases(Cluster):
+    """A cluster for a shop that opens on the databases of another one, which has closed and left them."""
+
+    def __init__(self, cluster: Cluster, dsns: Mapping[str, str]) -> None:
+        super().__init__(cluster.folder, cluster.server)
+        self._cluster = cluster
+        self._dsns = dict(dsns)
+
+    async def fresh_database(self, service: str, migrations: Path) -> str:
+        return self._dsns[service]
+
+    async def release_database(self, dsn: str) -> None:
+        await self._cluster.release_database(dsn)
+
+
+def without_ids(response: Response, *ids: int) -> tuple[int, dict[str, str], str]:
+    """An answer without what may differ between two things that the caller may not see: ids and times."""
+    body = response.body.decode().replace(response.json.get("trace_id", "-"), "TRACE") if response.json else ""
+    for known in ids:
+        body = body.replace(str(known), "ID")
+    hidden = {"date", "x-request-id", "content-length"}
+    return response.status, {name: value for name, value in response.headers.items() if name not in hidden}, body
