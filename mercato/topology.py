@@ -107,15 +107,15 @@ def gateway(
 def server(app: Asgi, listener: socket.socket, telemetry: Telemetry, on_ready: Callable[[], None]) -> HttpServer:
     """An HTTP server for `app` on a socket that listens already."""
 
-    def count_refusal(code: str) -> None:
-        telemetry.requests_refused.labels(code).inc()
+    refused = "Requests refused before any route saw them."
+    refusals = telemetry.counter("mercato_http_requests_refused", refused, ["code"])
 
     return HttpServer(
         app,
         sockets=[listener],
         limits=HttpLimits(drain_seconds=DRAIN_SECONDS),
         on_ready=on_ready,
-        on_refused=count_refusal,
+        on_refused=lambda code: refusals.labels(code).inc(),
     )
 
 

@@ -20,6 +20,7 @@ from urllib.parse import parse_qsl, urlencode
 
 import msgspec
 import structlog
+from prometheus_client import Counter
 
 from mercato.chassis.contract import (
     ANONYMOUS,
@@ -59,6 +60,10 @@ JSON: Final = b"content-type: application/json"
 log = structlog.stdlib.get_logger("mercato.gateway")
 
 
+def answered(telemetry: Telemetry) -> Counter:
+    return telemetry.counter("mercato_http_requests", "Requests answered.", ["route", "status"])
+
+
 class ClientGone(Exception):
     """The client closed the connection before its request was complete. There is no one to answer."""
 
@@ -80,7 +85,7 @@ class Gateway:
     ) -> None:
         self._table = Table([BoundRoute(route, client, telemetry) for route in routes])
         self._authenticator = authenticator
-        self._telemetry = telemetry
+        self._requests = answered(telemetry)
         self._monotonic = clock.monotonic
         self._fallback = fallback
         self._seconds = request_seconds
@@ -182,7 +187,7 @@ class Gateway:
             route.count(status)
             route.observe_seconds(seconds)
         else:
-            self._telemetry.requests.labels("none", str(status)).inc()
+            self._requests.labels("none", str(status)).inc()
         if self._log_requests:
             # The route, not the path and its query: those are the client's words, and may hold what no log should.
             log.info(
@@ -286,8 +291,11 @@ class BoundRoute:
         self.limits = route.limits
         self.is_limited = route.limits.per_second is not None
         self.request = route.request
-        self.observe_seconds: Callable[[float], None] = telemetry.request_seconds.labels(self.name).observe
-        self._requests = telemetry.requests
+        seconds = "From the first byte of a request's body to the last of its answer."
+        self.observe_seconds: Callable[[float], None] = (
+            telemetry.histogram("mercato_http_request_seconds", seconds, ["route"]).labels(self.name).observe
+        )
+        self._requests = answered(telemetry)
         self._counts: dict[int, Callable[[], None]] = {}
         self._counter(route.status)
         self._decoder = msgspec.json.Decoder(route.body) if route.body else None

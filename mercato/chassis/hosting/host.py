@@ -1,24 +1,23 @@
 """A `Host` (one a process; tests make their own) hosts services.
 
-It makes the `Env`s, builds the services, opens their databases, runs their loops, and closes everything in the
-opposite order.
+It makes the `Env`s, builds the services, opens their databases, runs their periodic tasks and consumers, and closes
+everything in the opposite order.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import hmac
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal, TypeVar
 
-import structlog
-
 from mercato.chassis.contract import Contract
-from mercato.chassis.messaging.consumers import INFRASTRUCTURE, Consumer
-from mercato.chassis.messaging.outbox import OutboxLog, event_log
+from mercato.chassis.messaging.consumers import READ_SECONDS, Consumer
+from mercato.chassis.messaging.outbox import NOTE_EVERY_SECONDS, PURGED_AT_ONCE, OutboxLog, event_log
 from mercato.chassis.observability.clock import Clock, Randomness, SystemClock, SystemRandomness
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database
@@ -30,14 +29,12 @@ from mercato.chassis.rpc.transports.local import LocalTransport
 from mercato.chassis.rpc.transports.loopback import LoopbackTransport
 
 from .options import option_reader
+from .periodic import FIRST_RETRY_SECONDS, PeriodicTask
 from .service import Build, Env, Service
 
 C = TypeVar("C", bound=Contract)
 
 TransportName = Literal["local", "loopback"]
-
-
-log = structlog.stdlib.get_logger("mercato.service")
 
 
 BREAKER_OPEN_SECONDS: Final = 1.0
@@ -78,7 +75,7 @@ class Host:
         self._transport = BreakingTransport(self._carrier, self._breaker)
         self._connector = Connector(self.clock, self.telemetry)
         self._clients: dict[str, Contract] = {}
-        self._loops: list[asyncio.Task[None]] = []
+        self._tasks: list[asyncio.Task[None]] = []
         for name, build in builds.items():
             database = Database(dsns[name], name, self.telemetry, size=pool_size)
             env = Env(
@@ -118,7 +115,8 @@ class Host:
         """The breaker in front of a service: everybody in this process learns from everybody's failures."""
         breaker = self._breakers.get(service)
         if breaker is None:
-            gauge = self.telemetry.breaker_open.labels(service)
+            about = "1 while calls to a service are refused because it does not answer."
+            gauge = self.telemetry.gauge("mercato_breaker_open", about, ["service"], workers="livemax").labels(service)
 
             def show(state: State) -> None:
                 gauge.set(0 if state is State.CLOSED else 1)
@@ -134,7 +132,7 @@ class Host:
         return breaker
 
     async def open(self) -> None:
-        """Opens all databases, then starts the loops and consumers. Raises `Unavailable`, and leaves nothing open."""
+        """Opens all databases, then starts the periodic tasks. Raises `Unavailable`, and leaves nothing open."""
         try:
             for service in self.services.values():
                 await service.database.open()
@@ -142,10 +140,14 @@ class Host:
             await self.close()
             raise
         for name, service in self.services.items():
-            self._loops += [asyncio.create_task(_forever(name, loop)) for loop in service.loops]
+            self._start(name, *service.tasks)
         for name, served in self._logs.items():
-            self._loops.append(asyncio.create_task(_forever(name, served.run)))
-        self._loops += [asyncio.create_task(consumer.run()) for consumer in self.consumers]
+            self._start(name, PeriodicTask("outbox", served.maintain, NOTE_EVERY_SECONDS, limit=PURGED_AT_ONCE))
+        for consumer in self.consumers:
+            self._start(consumer.key[0], *consumer_tasks(consumer))
+
+    def _start(self, name: str, *tasks: PeriodicTask) -> None:
+        self._tasks += [asyncio.create_task(task.run(name, self.clock, self.telemetry)) for task in tasks]
 
     def _consumers(self) -> list[Consumer]:
         """One for each subscription and source that this process can reach.
@@ -172,8 +174,8 @@ class Host:
         return dict(zip(self.services, answers, strict=True))
 
     async def close(self) -> None:
-        """Ends the loops, lets batches land, closes what the services hold."""
-        await _cancel(self._loops)
+        """Ends the periodic tasks, lets batches land, closes what the services hold."""
+        await _cancel(self._tasks)
         await self._connector.close()
         for service in reversed(self.services.values()):
             with contextlib.ExitStack() as held:
@@ -182,7 +184,6 @@ class Host:
                 await service.database.close()
 
 
-LOOP_PAUSE_SECONDS: Final = 1.0
 CANCEL_AGAIN_SECONDS: Final = 0.2
 
 
@@ -195,13 +196,16 @@ async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
         _, left = await asyncio.wait(left, timeout=CANCEL_AGAIN_SECONDS)
 
 
-async def _forever(name: str, loop: Callable[[], Awaitable[None]]) -> None:
-    """Runs a loop of a service; one that fails is logged and starts again after a pause."""
-    while True:
-        try:
-            await loop()
-        except INFRASTRUCTURE as error:  # the database, or who was asked, is away: no trace tells more than that
-            log.warning("loop_waits", service=name, reason=str(error) or type(error).__name__)
-        except Exception:  # an edge: a background loop must not end because one round failed
-            log.exception("loop_failed", service=name)
-        await asyncio.sleep(LOOP_PAUSE_SECONDS)
+def consumer_tasks(consumer: Consumer, first_retry_seconds: float = FIRST_RETRY_SECONDS) -> tuple[PeriodicTask, ...]:
+    """The two tasks of a consumer. `follow` pauses by itself, for a wake-up ends its pause."""
+    task = functools.partial(
+        PeriodicTask,
+        round_seconds=READ_SECONDS,
+        first_retry_seconds=first_retry_seconds,
+        on_failure=consumer.note_failed_round,
+    )
+    source = consumer.key[1]
+    return (
+        task(f"follow {source}", consumer.follow, 0.0, limit=0),
+        task(f"retry {source}", consumer.retry, consumer.pace.idle_s, limit=1),
+    )

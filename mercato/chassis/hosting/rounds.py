@@ -7,10 +7,14 @@ round is bounded however large the table is, and no index is kept, and paid for 
 
 from __future__ import annotations
 
-import asyncio
-import random
 from collections.abc import Awaitable, Callable
 from typing import Final, Generic, TypeVar
+
+from prometheus_client import Counter
+
+from mercato.chassis.observability.telemetry import Telemetry
+
+from .periodic import PeriodicTask
 
 C = TypeVar("C")
 
@@ -21,22 +25,24 @@ Look = Callable[[C | None], Awaitable[C | None]]
 """Looks at the page behind a place, or at the newest; gives the place behind which the next one is, None at the end."""
 
 
-class Rounds(Generic[C]):
-    """Rounds of a `look`, `every_seconds`. Where the older pages have come to is forgotten with the process."""
+def repairs(telemetry: Telemetry) -> Counter:
+    """Counts what reconciliations have put right, by kind."""
+    return telemetry.counter("mercato_reconciliation_repaired", "What was wrong, and was put right.", ["kind"])
 
-    def __init__(self, look: Look[C], every_seconds: float) -> None:
+
+class Rounds(Generic[C]):
+    """Rounds of a `look`. Where the older pages have come to is forgotten with the process."""
+
+    def __init__(self, look: Look[C]) -> None:
         self._look = look
-        self._every_seconds = every_seconds
         self._older: C | None = None
 
-    async def round(self) -> None:
-        """Raises what `look` raises; the next round then begins where this one failed."""
+    def task(self, every_seconds: float) -> PeriodicTask:
+        return PeriodicTask("reconcile", self.round, every_seconds, delay_seconds=every_seconds)
+
+    async def round(self) -> int:
+        """Gives how many pages were looked at. Raises what `look` raises: the next round begins where it failed."""
         newest = await self._look(None)
         place = self._older if self._older is not None else newest
         self._older = None if place is None else await self._look(place)
-
-    async def run(self) -> None:
-        """Never returns. Processes that were started together do not look at the same moment."""
-        while True:
-            await asyncio.sleep(self._every_seconds * random.uniform(0.8, 1.2))
-            await self.round()
+        return 2

@@ -15,6 +15,7 @@ from mercato.chassis.postgres.database import Database
 from mercato.chassis.rpc.server import Server
 
 from .options import OptionsReader
+from .periodic import PeriodicTask
 
 C = TypeVar("C", bound=Contract)
 
@@ -44,7 +45,7 @@ class Service(msgspec.Struct, frozen=True):
 
     server: Server
     database: Database
-    loops: tuple[Callable[[], Awaitable[None]], ...] = ()
+    tasks: tuple[PeriodicTask, ...] = ()
     """Run for as long as the service is open, and cancelled before it closes."""
     has_outbox: bool = False
     """Whether its database has an outbox, whose event log the host then serves."""

@@ -17,14 +17,13 @@ Keys belong to whoever sent them (`principal`) and to one operation: others may 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
 import msgspec
 
 from mercato.chassis.contract import Actor, IdempotencyKeyReused
-from mercato.chassis.postgres.database import Database, Row, Tx
+from mercato.chassis.postgres.database import Row, Tx
 
 KEPT_HOURS: Final = 24
 REAPED_AT_ONCE: Final = 1_000
@@ -187,7 +186,7 @@ async def release(tx: Tx, operation: str, refused: Sequence[Keyed]) -> None:
 
 
 async def reap(tx: Tx) -> int:
-    """Deletes a bounded number of answers that are past their day; gives how many."""
+    """Deletes up to `REAPED_AT_ONCE` answers that are past their day; gives how many."""
     return await tx.execute(
         """
         DELETE FROM idempotency
@@ -195,12 +194,3 @@ async def reap(tx: Tx) -> int:
         """,
         REAPED_AT_ONCE,
     )
-
-
-async def reap_forever(database: Database) -> None:
-    """The loop of a service that takes keys: deletes answers past their day, a bounded number a transaction."""
-    while True:
-        async with database.transaction() as tx:
-            deleted = await reap(tx)
-        if deleted < REAPED_AT_ONCE:
-            await asyncio.sleep(REAP_EVERY_SECONDS)

@@ -1,6 +1,6 @@
 """A consumer of one source: reads the event log, and has the effect of each event once.
 
-Two loops, which run in every process that hosts the consumer:
+Two periodic tasks, which run in every process that hosts the consumer:
 
     follow    Reads the rows behind the cursor, and moves the cursor in the transaction of their effects, by
               compare-and-set: of two processes that read the same rows, one rolls back. A batch that fails is processed
@@ -21,27 +21,23 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Final
 
 import msgspec
 import structlog
 
 from mercato.chassis.contract import (
-    SERVICE_ROLE,
-    Actor,
     DeadlineExceeded,
     OutcomeUnknown,
     Overloaded,
     Unavailable,
-    current,
 )
 from mercato.chassis.observability import faults
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres import outbox_row
 from mercato.chassis.postgres.database import Database, LockTimeout, Tx
-from mercato.chassis.rpc.client import acting
 
 from . import parking
 from .events import TRIES, Event, SourceRow, Subscription
@@ -72,11 +68,13 @@ class Pace(msgspec.Struct, frozen=True):
     poll_s: float = 0.2
     """After the first empty page; each further one doubles it up to `idle_s`. A wake-up ends the pause."""
     idle_s: float = 1.0
-    failed_s: float = 1.0
 
 
 class Consumer:
-    """Consumes the events of `source`. `run` until cancelled; `wake` tells that there may be new events."""
+    """Consumes the events of `source`: `follow` and `retry` again and again, side by side.
+
+    `wake` tells that there may be new events.
+    """
 
     def __init__(
         self,
@@ -95,38 +93,34 @@ class Consumer:
         self._database = database
         self._event_log = event_log
         self._clock = clock
-        self._pace = pace or Pace()
-        self._pause_s = self._pace.poll_s
+        self.pace = pace or Pace()
+        self._pause_s = self.pace.poll_s
         self._retry_seconds = retry_seconds
         self._woken = asyncio.Event()
         self._cursor: Cursor | None = None
         """As this process has moved it last; None: to be looked up."""
         self._is_refused = False
-        self._delivered = telemetry.events_delivered.labels(subscription.consumer)
-        self._retried = telemetry.events_retried.labels(subscription.consumer)
-        self._dead = telemetry.events_dead.labels(subscription.consumer)
-        self._lag_seconds = telemetry.events_lag_seconds.labels(*self.key)
-        self._refused = telemetry.events_refused.labels(*self.key)
+        self._delivered, self._retried, self._dead = (
+            telemetry.counter(f"mercato_events_{name}", about, ["consumer"]).labels(subscription.consumer)
+            for name, about in (
+                ("delivered", "Events that had their effect."),
+                ("retried", "Tries that failed, and will be repeated."),
+                ("dead", "Events that were given up; they can be replayed."),
+            )
+        )
+        lag = "Age of the oldest event of a source that a consumer had not processed when it last read."
+        refused = "1 while a source refuses a consumer: its log was restored, or rows were deleted unread."
+        by = ("consumer", "source")
+        self._lag_seconds = telemetry.gauge("mercato_events_lag_seconds", lag, by, workers="livemostrecent")
+        self._lag_seconds = self._lag_seconds.labels(*self.key)
+        self._refused = telemetry.gauge("mercato_events_refused", refused, by, workers="livemax").labels(*self.key)
 
     def wake(self) -> None:
         self._woken.set()
 
-    async def run(self) -> None:
-        """Never returns."""
-        async with asyncio.TaskGroup() as loops:
-            loops.create_task(self._for_ever(self._follow))
-            loops.create_task(self._for_ever(self._retry))
-
-    async def _for_ever(self, round_: Callable[[], Awaitable[None]]) -> None:
-        while True:
-            try:
-                await round_()
-            except Exception as error:  # an edge: a consumer continues after any failure
-                self._cursor = None
-                self._report(error)
-                await asyncio.sleep(self._pace.failed_s)
-
-    def _report(self, error: Exception) -> None:
+    def note_failed_round(self, error: Exception) -> None:
+        """The next round begins with the cursor as it is stored."""
+        self._cursor = None
         about = {"consumer": self.key[0], "source": self.key[1], "reason": _reason(error)}
         if isinstance(error, (LogPurged, LogReplaced)):
             if not self._is_refused:
@@ -140,34 +134,34 @@ class Consumer:
 
     # --------------------------------------------------------------------------------------------------------- follow
 
-    async def _follow(self) -> None:
-        """Processes one page, then pauses."""
+    async def follow(self) -> int:
+        """Processes one page, then pauses; gives the number of its rows."""
         self._woken.clear()
         cursor = self._cursor or await self._look_up()
         page = await self._read(cursor)
         if cursor is None:
             async with self._database.transaction() as tx:
                 await parking.begin_cursor(tx, self.key, page.start)
-            return
+            return 0
         if not page.rows:
             await self._idle()
-            return
-        self._pause_s = self._pace.poll_s
+            return 0
+        self._pause_s = self.pace.poll_s
         try:
             self._cursor = await self._process(cursor, page.rows)
         except CursorMovedError:
             # Another process consumes: let it, and come back when it may have ended.
             self._cursor = None
-            await asyncio.sleep(self._pace.idle_s * random.uniform(0.5, 1.0))
-            return
-        await asyncio.sleep(0 if page.is_full else self._pace.gather_s)
+            await asyncio.sleep(self.pace.idle_s * random.uniform(0.5, 1.0))
+            return 0
+        await asyncio.sleep(0 if page.is_full else self.pace.gather_s)
+        return len(page.rows)
 
     async def _look_up(self) -> Cursor | None:
         async with self._database.read() as tx:
             return await parking.cursor_of(tx, self.key)
 
     async def _read(self, cursor: Cursor | None) -> LogPage:
-        current.set(acting(Actor(SERVICE_ROLE), clock=self._clock, seconds=READ_SECONDS))
         after, at = (cursor.position, cursor.at) if cursor else (None, None)
         page = await self._event_log.read(ReadLog(consumer=self.key[0], after=after, at=at))
         if self._is_refused:
@@ -182,7 +176,7 @@ class Consumer:
             async with asyncio.timeout(self._pause_s):
                 await self._woken.wait()
         except TimeoutError:
-            self._pause_s = min(2 * self._pause_s, self._pace.idle_s)
+            self._pause_s = min(2 * self._pause_s, self.pace.idle_s)
             self._cursor = None
 
     async def _process(self, cursor: Cursor, page: Sequence[SourceRow]) -> Cursor:
@@ -240,16 +234,15 @@ class Consumer:
 
     # ---------------------------------------------------------------------------------------------------------- retry
 
-    async def _retry(self) -> None:
-        """Processes the parked events that are due; pauses where there are none."""
+    async def retry(self) -> int:
+        """Processes the parked events that are due; gives how many there were."""
         async with self._database.read() as tx:
             due = await parking.due(tx, self.key)
         for first in due:
             event: Event | None = first
             while event:
                 event = await self._retry_one(event)
-        if not due:
-            await asyncio.sleep(self._pace.idle_s)
+        return len(due)
 
     async def _retry_one(self, event: Event) -> Event | None:
         """Gives the next event of the subject, which waited for this one."""

@@ -8,7 +8,6 @@ whose next rows are deleted. Retention waits for the positions of all consumers.
 
 from __future__ import annotations
 
-import asyncio
 import datetime
 import functools
 from collections.abc import Mapping, Sequence
@@ -139,18 +138,16 @@ class OutboxLog:
                 await note(tx, {consumer: position})
             self._registered.add(consumer)
 
-    async def run(self) -> None:
+    async def maintain(self) -> int:
         """Notes the positions that were read, also those that have not moved: so the audit knows until when a shop ran.
 
-        Deletes old rows. Never returns.
+        Deletes up to `PURGED_AT_ONCE` old rows; gives how many.
         """
-        while True:
-            acknowledged, self._acknowledged = self._acknowledged, {}
-            async with self._database.transaction() as tx:
-                if acknowledged:
-                    await note(tx, acknowledged)
-                deleted = await purge(tx)
-            await asyncio.sleep(NOTE_EVERY_SECONDS if deleted < PURGED_AT_ONCE else 0)
+        acknowledged, self._acknowledged = self._acknowledged, {}
+        async with self._database.transaction() as tx:
+            if acknowledged:
+                await note(tx, acknowledged)
+            return await purge(tx)
 
 
 class PageRow(Row):

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import re
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from typing import Any, Final, TypeVar
@@ -124,8 +125,10 @@ class Database:
         """Called after the commit of a transaction with events."""
         self.pack: Callable[[Sequence[outbox_row.Outgoing]], Sequence[str]] = outbox_row.pack
         """Makes rows of the events of a transaction. Tests set one that also checks them."""
-        self._busy = telemetry.pool_busy.labels(service)
-        telemetry.pool_size.labels(service).set(size)
+        busy, limit = "Database connections in use.", "Database connections that the pool may open."
+        pool = functools.partial(telemetry.gauge, labels=("service",), workers="livesum")
+        self._busy = pool("mercato_pool_connections_busy", busy).labels(service)
+        pool("mercato_pool_connections_limit", limit).labels(service).set(size)
 
     async def open(self) -> None:
         """Makes one connection; the others are made when they are needed. Raises `Unavailable`."""

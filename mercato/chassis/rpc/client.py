@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Generator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
+
+import structlog
 
 from mercato.chassis.contract import (
     SERVICE_ROLE,
@@ -25,6 +27,10 @@ from .batching import DEFAULT_QUEUE_LIMIT, Batcher, Outcome
 from .transports import Transport
 
 C = TypeVar("C", bound=Contract)
+
+SIZE_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+log = structlog.stdlib.get_logger("mercato.batching")
 
 
 class RemoteCallInTransactionError(AssertionError):
@@ -69,6 +75,33 @@ class BatchedCall:
             made.committed = True
 
 
+class BatchMetrics:
+    """What the batcher of one operation counts."""
+
+    def __init__(self, telemetry: Telemetry, operation: str) -> None:
+        labels = ("operation",)
+        size = telemetry.histogram("mercato_batch_size", "Requests in a batch.", labels, SIZE_BUCKETS)
+        wait = "How long the first request of a batch waited for a lane."
+        refused = "Calls refused because the queue was full."
+        failed = "Batches that failed unexpectedly."
+        self._size = size.labels(operation)
+        self._wait = telemetry.histogram("mercato_queue_wait_seconds", wait, labels).labels(operation)
+        self._refused = telemetry.counter("mercato_calls_refused", refused, labels).labels(operation)
+        self._failed = telemetry.counter("mercato_batches_failed", failed, labels).labels(operation)
+        self._operation = operation
+
+    def sent(self, size: int, longest_wait_s: float) -> None:
+        self._size.observe(size)
+        self._wait.observe(longest_wait_s)
+
+    def refused(self, count: int) -> None:
+        self._refused.inc(count)
+
+    def failed(self, error: BaseException) -> None:
+        self._failed.inc()
+        log.error("batch_failed", operation=self._operation, exc_info=error)
+
+
 class Connector:
     """Makes clients, and closes their batchers. One a process."""
 
@@ -90,7 +123,7 @@ class Connector:
                 send,
                 size=operation.size,
                 lanes=operation.lanes,
-                observer=self._telemetry.batches(operation.full_name),
+                observer=BatchMetrics(self._telemetry, operation.full_name),
                 monotonic=self._clock.monotonic,
                 queue_limit=self._queue_limit,
             )

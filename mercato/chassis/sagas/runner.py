@@ -49,7 +49,7 @@ Decided = Sequence[tuple[Saga, Next]]
 
 
 class Runner:
-    """Drives the sagas of one service in this process. `loops` run for as long as the service is open.
+    """Drives the sagas of one service in this process: `LANES` times at once `drive_next`, and `sweep` now and then.
 
     Sagas are started with `driver` as their driver, after `acquire_slot`.
     """
@@ -61,14 +61,11 @@ class Runner:
         clock: Clock,
         telemetry: Telemetry,
         lease_seconds: float = 5.0,
-        sweep_seconds: float = 0.5,
     ) -> None:
         self.lease_seconds = lease_seconds
-        self.loops = (self._sweep, *(self._lane for _ in range(LANES)))
         self._database = database
         self._steps: dict[tuple[str, str], Step] = {}
         self._clock = clock
-        self._sweep_seconds = sweep_seconds
         self._queue: deque[Saga] = deque()
         self._busy: dict[Key, Saga] = {}
         """Those of this process, queued or in a lane."""
@@ -84,9 +81,15 @@ class Runner:
         """The name of this process among the drivers of sagas."""
         self._renewed_at: float | None = None
         self._checked_at = clock.monotonic()
-        self._fenced = telemetry.saga_fenced.labels(database.service)
-        self._taken = telemetry.saga_taken_over.labels(database.service)
-        self._retried = telemetry.saga_retried.labels(database.service)
+        fenced = "Saves of a driver that were refused because another process had taken its saga over."
+        self._fenced, self._taken, self._retried = (
+            telemetry.counter(f"mercato_saga_{name}", about, ["service"]).labels(database.service)
+            for name, about in (
+                ("fenced", fenced),
+                ("taken_over", "Sagas that a sweep has continued."),
+                ("retried", "Steps that have to be tried again."),
+            )
+        )
 
     def register(self, kind: str, steps: Mapping[str, Step]) -> None:
         """The code of each step of a kind of saga, by its name. A step without code is one that nothing wakes."""
@@ -150,19 +153,20 @@ class Runner:
             self._fenced.inc(fenced)
             log.warning("saga_fenced", service=self._database.service, count=fenced)
 
-    # ---------------------------------------------------------------------------------------------------------- loops
+    # ------------------------------------------------------------------------------------------------- periodic tasks
 
-    async def _lane(self) -> None:
-        while True:
-            batch = await self._next_batch()
+    async def drive_next(self) -> int:
+        """Waits for sagas, and drives up to `BATCH_SIZE` of them as far as they go; gives how many."""
+        batch = await self._next_batch()
+        for saga in batch:
+            # One that lost its lease in the queue may have been taken over by ourselves, and stand here twice.
+            saga.live = self._busy.get(saga.key) is saga
+        try:
+            await self._drive_batch([saga for saga in batch if saga.live])
+        finally:
             for saga in batch:
-                # One that lost its lease in the queue may have been taken over by ourselves, and stand here twice.
-                saga.live = self._busy.get(saga.key) is saga
-            try:
-                await self._drive_batch([saga for saga in batch if saga.live])
-            finally:
-                for saga in batch:
-                    self._let_go(saga, None)
+                self._let_go(saga, None)
+        return len(batch)
 
     async def _next_batch(self) -> list[Saga]:
         loop = asyncio.get_running_loop()
@@ -177,16 +181,14 @@ class Runner:
                 self._next_start = loop.time() + GATHER_SECONDS
                 return [self._queue.popleft() for _ in range(min(BATCH_SIZE, len(self._queue)))]
 
-    async def _sweep(self) -> None:
-        """Keeps the lease of this process, and takes over sagas that no process drives any more."""
-        while True:
-            if self._renewed_at is None or self._clock.monotonic() - self._renewed_at >= self.lease_seconds / 3:
-                await self._renew()
-            taken = await self._take_over()
-            if self._clock.monotonic() - self._checked_at >= self.lease_seconds:
-                await self._take_over_own()
-            if len(taken) < SWEPT_AT_ONCE:
-                await asyncio.sleep(self._sweep_seconds)
+    async def sweep(self) -> int:
+        """Keeps the lease of this process, and takes over sagas that no process drives any more; gives how many."""
+        if self._renewed_at is None or self._clock.monotonic() - self._renewed_at >= self.lease_seconds / 3:
+            await self._renew()
+        taken = await self._take_over()
+        if self._clock.monotonic() - self._checked_at >= self.lease_seconds:
+            await self._take_over_own()
+        return len(taken)
 
     async def _renew(self) -> None:
         now = self._clock.monotonic()

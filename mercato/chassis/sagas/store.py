@@ -36,6 +36,7 @@ from typing import Any
 import msgspec
 
 from mercato.chassis.postgres.database import Row, Tx
+from mercato.chassis.postgres.leases import holds
 
 Key = tuple[int, str, str]
 """Subject, kind and reference."""
@@ -135,14 +136,11 @@ async def renew_lease(tx: Tx, driver: int, lease_seconds: float) -> None:
 
 
 async def expired_drivers(tx: Tx, lease_seconds: float) -> list[int]:
-    """The drivers that have sagas and no lease that holds.
-
-    A lease that would last longer than any is given was written before the server's clock was set back: it has ended.
-    """
+    """The drivers that have sagas and no lease that holds."""
     # The drivers of all sagas, one look at the index for each: there are as many as processes, and far more sagas.
     return await tx.fetch_values(
         int,
-        """
+        f"""
         WITH RECURSIVE drivers AS (
             (SELECT driver FROM sagas WHERE driver IS NOT NULL ORDER BY driver LIMIT 1)
             UNION ALL
@@ -157,9 +155,9 @@ async def expired_drivers(tx: Tx, lease_seconds: float) -> list[int]:
                 SELECT
                   FROM saga_drivers l
                  WHERE l.driver = d.driver
-                   AND l.leased_until BETWEEN clock_timestamp() AND clock_timestamp() + make_interval(secs => 2 * $1)
+                   AND {holds("l.leased_until", "$1")}
            )
-        """,
+        """,  # noqa: S608
         lease_seconds,
     )
 

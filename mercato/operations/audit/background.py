@@ -1,8 +1,8 @@
 """The audit that a running shop makes of itself every few minutes, and where its result is shown.
 
-Every process has a `Background`. One of them takes the turn (`store.take_turn`) and audits; all read the result and
+Every process has a `Background`. One of them takes the turn (`store.TURN`) and audits; all read the result and
 show it: `mercato_audit_violations{invariant}`, `mercato_audit_timestamp_seconds`, and `audit` in `/health/ready`. A
-violation does not make a shop unready: it goes on selling, and somebody has to look.
+violation does not make a shop unready: it goes on selling, and a person has to look.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Final
 
 import msgspec
-import prometheus_client
 import structlog
 
+from mercato.chassis.hosting.periodic import PeriodicTask
+from mercato.chassis.observability.clock import SystemClock
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database
 from mercato.operations.audit import store
@@ -41,7 +42,7 @@ class Last(msgspec.Struct, frozen=True):
 
 
 class Background:
-    """Audits the shop every `every_seconds`, together with all its other processes. `run` until cancelled."""
+    """Audits the shop every `every_seconds`, together with all its other processes, for as long as it is `running`."""
 
     def __init__(
         self,
@@ -59,21 +60,13 @@ class Background:
         self._settled_seconds = settled_seconds
         self._last: Last | None = None
         self._failure = ""
+        self._logged = ""
         self._database: Database | None = None
         # Every process shows what it has read last: that of the newest is the newest.
-        self._violations = prometheus_client.Gauge(
-            "mercato_audit_violations",
-            "Places where an invariant did not hold in the last audit.",
-            ["invariant"],
-            registry=telemetry.registry,
-            multiprocess_mode="mostrecent",
-        )
-        self._timestamp = prometheus_client.Gauge(
-            "mercato_audit_timestamp_seconds",
-            "When the databases were copied for the last audit.",
-            registry=telemetry.registry,
-            multiprocess_mode="mostrecent",
-        )
+        violations = "Places where an invariant did not hold in the last audit."
+        self._violations = telemetry.gauge("mercato_audit_violations", violations, ["invariant"], workers="mostrecent")
+        timestamp = "When the databases were copied for the last audit."
+        self._timestamp = telemetry.gauge("mercato_audit_timestamp_seconds", timestamp, workers="mostrecent")
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncGenerator[None]:
@@ -81,7 +74,15 @@ class Background:
         if not self._every_seconds:
             yield
             return
-        task = asyncio.create_task(self.run())
+        shortest, longest = LOOK_SECONDS
+        turns = PeriodicTask(
+            "audit",
+            self.turn,
+            min(max(self._every_seconds / 10, shortest), longest),
+            delay_seconds=min(FIRST_SECONDS, self._every_seconds),
+            on_failure=self._report,
+        )
+        task = asyncio.create_task(turns.run("audit", SystemClock(), self._telemetry))
         try:
             yield
         finally:
@@ -89,24 +90,10 @@ class Background:
             # The end of a process is not held up by an audit: what it has open, its server ends.
             await asyncio.wait({task}, timeout=CLOSE_SECONDS)
 
-    async def run(self) -> None:
-        """Never returns, whatever happens to the server. Nothing is left open when it is cancelled."""
-        await asyncio.sleep(min(FIRST_SECONDS, self._every_seconds))
-        shortest, longest = LOOK_SECONDS
-        while True:
-            before = self._failure
-            try:
-                await self.turn()
-            except Exception as error:  # an edge: the next turn may find the server well
-                # Said once, as long as it does not change by itself, such as a role that may make no database.
-                if _sentence(error) != before:
-                    log.warning("audit_failed", reason=_sentence(error))
-            await asyncio.sleep(min(max(self._every_seconds / 10, shortest), longest))
-
     async def turn(self) -> bool:
-        """Audits if it is time and nobody else does; then shows the last result. Whether it was this one that audited.
+        """Audits if it is time and no other process does; then shows the last result. Whether it was this one.
 
-        Raises what the server makes impossible: `CopyError`, `Unavailable`.
+        Raises what the server makes impossible: `CopyError`, `Unavailable`. Nothing is left open when it is cancelled.
         """
         try:
             mine = await self._turn()
@@ -115,14 +102,20 @@ class Background:
             self._database = None
             self._failure = _sentence(error)
             raise
-        self._failure = ""
+        self._failure = self._logged = ""
         return mine
+
+    def _report(self, error: Exception) -> None:
+        """Logged once, as long as it does not change by itself, such as a role that may make no database."""
+        if _sentence(error) != self._logged:
+            self._logged = _sentence(error)
+            log.warning("audit_failed", reason=self._logged)
 
     async def _turn(self) -> bool:
         database = await self._opened()
         try:
             async with database.transaction() as tx:
-                mine = await store.take_turn(tx, self._every_seconds)
+                mine = await store.TURN.take(tx, store.LAST, self._every_seconds)
             if mine:
                 await self._audit(database)
             async with database.read() as tx:

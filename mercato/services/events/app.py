@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import functools
 from typing import Final
 
+from mercato.chassis.hosting.periodic import PeriodicTask, cleaning
 from mercato.chassis.hosting.service import Env, Service
 from mercato.chassis.messaging.events import Subscription
-from mercato.chassis.postgres.database import Database
 from mercato.chassis.rpc.server import Server
 from mercato.contracts.events import Events
 
@@ -27,15 +25,8 @@ def build(env: Env) -> Service:
     return Service(
         server.complete(),
         env.database,
-        loops=(functools.partial(_purge, env.database),),
+        tasks=(
+            PeriodicTask("purge", cleaning(env.database, store.purge), PURGE_EVERY_SECONDS, limit=store.PURGED_AT_ONCE),
+        ),
         subscriptions=(Subscription(CONSUMER, SOURCES, service.take, handle_rows=service.take_rows),),
     )
-
-
-async def _purge(database: Database) -> None:
-    """Deletes rows that are past their days, a bounded number a transaction."""
-    while True:
-        async with database.transaction() as tx:
-            deleted = await store.purge(tx)
-        if deleted < store.PURGED_AT_ONCE:
-            await asyncio.sleep(PURGE_EVERY_SECONDS)

@@ -8,6 +8,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
+from mercato.chassis.hosting.periodic import PeriodicTask, cleaning
 from mercato.chassis.hosting.rounds import Rounds
 from mercato.chassis.hosting.service import Env, Service
 from mercato.chassis.idempotency import keys as idempotency
@@ -19,7 +20,7 @@ from mercato.contracts.products import Products
 from . import demo
 from .counting import Adjusting, Counting
 from .reconciling import Reconciling
-from .reserving import Reserving
+from .reserving import EXPIRED_AT_ONCE, Reserving
 from .service import Reading
 
 LONGEST_HOLD_SECONDS: Final = 30 * 86_400
@@ -45,7 +46,7 @@ def build(env: Env) -> Service:
     products = env.client(Products)
     reserving = Reserving(env.database, options.hold_seconds)
     reconciling = Reconciling(
-        env.database, env.client(Orders), reserving, env.telemetry, env.clock, quiet_seconds=options.quiet_seconds
+        env.database, env.client(Orders), reserving, env.telemetry, quiet_seconds=options.quiet_seconds
     )
     counting, reading = Counting(env.database, products), Reading(env.database, products)
     server = Server(Inventory, env.clock)
@@ -61,10 +62,15 @@ def build(env: Env) -> Service:
     return Service(
         server=server.complete(),
         database=env.database,
-        loops=(
-            functools.partial(reserving.expire_forever, options.expire_every_seconds),
-            Rounds(reconciling.look, options.reconcile_seconds).run,
-            functools.partial(idempotency.reap_forever, env.database),
+        tasks=(
+            PeriodicTask("expire", reserving.expire, options.expire_every_seconds, limit=EXPIRED_AT_ONCE),
+            Rounds(reconciling.look).task(options.reconcile_seconds),
+            PeriodicTask(
+                "forget keys",
+                cleaning(env.database, idempotency.reap),
+                idempotency.REAP_EVERY_SECONDS,
+                limit=idempotency.REAPED_AT_ONCE,
+            ),
         ),
         has_outbox=True,
         seed_demo=functools.partial(demo.seed, env.database),

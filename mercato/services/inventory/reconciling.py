@@ -16,11 +16,10 @@ from typing import Final
 
 import structlog
 
-from mercato.chassis.contract import MAX_ID, SERVICE_ROLE, Actor, ServiceError, current
-from mercato.chassis.observability.clock import Clock
+from mercato.chassis.contract import MAX_ID, ServiceError
+from mercato.chassis.hosting.rounds import repairs
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database
-from mercato.chassis.rpc.client import acting
 from mercato.contracts.orders import GetOrder, Order, OrderNotFound, Orders
 
 from . import store
@@ -28,7 +27,6 @@ from .reserving import OrderKey, Reserving
 
 RELEASED: Final = "hold_released"
 ASKED_AT_ONCE: Final = 500
-ROUND_SECONDS: Final = 30.0
 
 log = structlog.stdlib.get_logger("mercato.inventory")
 
@@ -42,16 +40,14 @@ class Reconciling:
         orders: Orders,
         reserving: Reserving,
         telemetry: Telemetry,
-        clock: Clock,
         *,
         quiet_seconds: float,
     ) -> None:
         self._database = database
         self._orders = orders
         self._reserving = reserving
-        self._clock = clock
         self._quiet_seconds = quiet_seconds
-        self._released = telemetry.reconciled.labels(RELEASED)
+        self._released = repairs(telemetry).labels(RELEASED)
 
     async def look(self, before: int | None) -> int | None:
         """Releases what is held for no order among a page of reservations; gives the place of the next page."""
@@ -68,7 +64,6 @@ class Reconciling:
         """What orders says of each."""
         if not order_ids:
             return []
-        current.set(acting(Actor(SERVICE_ROLE), clock=self._clock, seconds=ROUND_SECONDS))
         orders = await self._orders.get.many([GetOrder(id=order_id) for order_id in order_ids])
         return list(zip(order_ids, orders, strict=True))
 

@@ -8,7 +8,6 @@ reservation as it is, and nothing is done twice.
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Literal
@@ -187,7 +186,7 @@ class Reserving:
     # --------------------------------------------------------------------------------------------------------- expiry
 
     async def expire(self) -> int:
-        """Ends a bounded number of reservations whose time is over; gives how many."""
+        """Ends up to `EXPIRED_AT_ONCE` reservations whose time is over; gives how many."""
         async with self._database.transaction() as tx:
             overdue = await store.lock_overdue(tx, EXPIRED_AT_ONCE)
             if not overdue:
@@ -196,11 +195,6 @@ class Reserving:
             await faults.point("inventory.expire.before_commit")
         await faults.point("inventory.expire.after_commit")
         return len(overdue)
-
-    async def expire_forever(self, every_seconds: float) -> None:
-        while True:
-            if await self.expire() < EXPIRED_AT_ONCE:
-                await asyncio.sleep(every_seconds)
 
 
 async def _return_items(tx: Tx, requests: Sequence[tuple[ReturnStock, Actor]]) -> Sequence[Outcome]:

@@ -7,10 +7,11 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from mercato.chassis.hosting.periodic import PeriodicTask
 from mercato.chassis.hosting.rounds import Rounds
 from mercato.chassis.hosting.service import Env, Service
 from mercato.chassis.rpc.server import Server
-from mercato.chassis.sagas.runner import Runner
+from mercato.chassis.sagas.runner import LANES, SWEPT_AT_ONCE, Runner
 from mercato.contracts.inventory import Inventory
 from mercato.contracts.orders import Orders
 from mercato.contracts.payments import Payments
@@ -51,7 +52,6 @@ def build(env: Env) -> Service:
         clock=env.clock,
         telemetry=env.telemetry,
         lease_seconds=options.lease_seconds,
-        sweep_seconds=options.sweep_seconds,
     )
     CheckoutSteps(database, runner, inventory=inventory, payments=payments, window_s=options.payment_seconds)
     reconciling = Reconciling(database, env.telemetry, quiet_seconds=options.quiet_seconds)
@@ -84,9 +84,10 @@ def build(env: Env) -> Service:
     return Service(
         server=server.complete(),
         database=database,
-        loops=(
-            Rounds(reconciling.look, options.reconcile_seconds).run,
-            *runner.loops,
+        tasks=(
+            Rounds(reconciling.look).task(options.reconcile_seconds),
+            PeriodicTask("sweep sagas", runner.sweep, options.sweep_seconds, limit=SWEPT_AT_ONCE),
+            *(PeriodicTask("drive sagas", runner.drive_next, 0.0, limit=0) for _ in range(LANES)),
         ),
         has_outbox=True,
     )

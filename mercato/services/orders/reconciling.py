@@ -14,6 +14,7 @@ from typing import Final
 
 import structlog
 
+from mercato.chassis.hosting.rounds import repairs
 from mercato.chassis.observability import faults
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database
@@ -36,7 +37,7 @@ class Reconciling:
     def __init__(self, database: Database, telemetry: Telemetry, *, quiet_seconds: float) -> None:
         self._database = database
         self._quiet_seconds = quiet_seconds
-        self._resumed = telemetry.reconciled.labels(RESUMED)
+        self._resumed = repairs(telemetry).labels(RESUMED)
 
     async def look(self, before: Key | None) -> Key | None:
         """Resumes what is found among a page of sagas; gives the place of the next page (`rounds.py`).

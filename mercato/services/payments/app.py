@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 from mercato.chassis.hosting.options import OptionError
+from mercato.chassis.hosting.periodic import PeriodicTask
 from mercato.chassis.hosting.service import Env, Service
 from mercato.chassis.rpc.server import Server
 from mercato.contracts.payments import Payments
 from mercato.simulators.bank.contract import Sandbox
 
-from .charging import Charging
+from .charging import SWEPT_AT_ONCE, Charging
 from .provider import Provider, SandboxProvider
 from .reconciling import Reconciling
 from .service import Options, PaymentsService
@@ -32,11 +34,17 @@ def build(env: Env, providers: Mapping[str, Provider] | None = None) -> Service:
         period_seconds=options.reconcile_seconds,
         lag_seconds=options.statement_lag_seconds,
     )
-    service = PaymentsService(env.database, charging, reconciling, options, env.clock)
+    service = PaymentsService(env.database, charging, options)
+    sweep = functools.partial(charging.sweep, options.sweep_seconds)
     return Service(
         server=_server(env, service),
         database=env.database,
-        loops=(service.sweep_for_ever, service.reconcile_for_ever),
+        tasks=(
+            PeriodicTask("sweep intents", sweep, options.sweep_seconds, limit=SWEPT_AT_ONCE),
+            PeriodicTask(
+                "reconcile", reconciling.round, options.reconcile_seconds, delay_seconds=options.reconcile_seconds
+            ),
+        ),
         has_outbox=True,
     )
 

@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 
 from mercato.chassis.postgres.database import Row, Tx
+from mercato.chassis.postgres.leases import Lease
 from mercato.contracts.payments import OperationKind, OperationStatus, Status
 
 from .rules import KeyParts
@@ -55,20 +56,13 @@ class Reported(msgspec.Struct, frozen=True):
 # ---------------------------------------------------------------------------------------------------------- cursor
 
 
-async def take_cursor(tx: Tx, provider: str, seconds: float) -> int | None:
-    """Where the comparison has come to. None: another process has taken it within so many seconds."""
-    taken = await tx.fetch_values(
-        int,
-        """
-        INSERT INTO reconciliation AS r (name, leased_until)
-        VALUES ($1, now() + make_interval(secs => $2))
-        ON CONFLICT (name) DO UPDATE SET leased_until = excluded.leased_until WHERE r.leased_until <= now()
-        RETURNING after
-        """,
-        provider,
-        seconds,
-    )
-    return taken[0] if taken else None
+TURN: Final = Lease("reconciliation")
+"""Which process compares with a provider, by the provider's name."""
+
+
+async def cursor(tx: Tx, provider: str) -> int:
+    """Where the comparison has come to."""
+    return (await tx.fetch_values(int, "SELECT after FROM reconciliation WHERE name = $1", provider))[0]
 
 
 async def move_cursor(tx: Tx, provider: str, before: int, after: int) -> None:

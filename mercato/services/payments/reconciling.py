@@ -21,6 +21,7 @@ from typing import Final
 import structlog
 
 from mercato.chassis.contract import ServiceError
+from mercato.chassis.hosting.rounds import repairs
 from mercato.chassis.observability import faults
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database
@@ -66,19 +67,22 @@ class Reconciling:
         self._charging = charging
         self._period_seconds = period_seconds
         self._lag_seconds = lag_seconds
-        self._open = telemetry.mismatches
-        self._repaired = telemetry.reconciled
+        waiting = "What is wrong, and waits for a person to look at it."
+        self._open = telemetry.gauge("mercato_reconciliation_mismatches", waiting, ["kind"], workers="mostrecent")
+        self._repaired = repairs(telemetry)
 
-    async def round(self) -> bool:
-        """Compares with each provider that this process has leased; says whether there was any."""
-        done = [await self._round_with(name, provider) for name, provider in self._providers.items()]
-        return any(done)
+    async def round(self) -> int:
+        """Compares with each provider at which this process gets the turn; gives how many these were."""
+        compared = 0
+        for name, provider in self._providers.items():
+            async with self._database.transaction() as tx:
+                after = await store.cursor(tx, name) if await store.TURN.take(tx, name, self._period_seconds) else None
+            if after is not None:
+                await self._compare_with(name, provider, after)
+                compared += 1
+        return compared
 
-    async def _round_with(self, name: str, provider: Provider) -> bool:
-        async with self._database.transaction() as tx:
-            after = await store.take_cursor(tx, name, self._period_seconds)
-        if after is None:
-            return False
+    async def _compare_with(self, name: str, provider: Provider, after: int) -> None:
         try:
             await self._read_on(name, provider, after)
             await self._compare_again(name, provider)
@@ -88,7 +92,6 @@ class Reconciling:
             counts = await store.count_mismatches(tx)
         for kind in rules.MISMATCHES:
             self._open.labels(kind).set(counts.get(kind, 0))
-        return True
 
     # ----------------------------------------------------------------------------------------------- the statement
 

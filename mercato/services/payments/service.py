@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta
 
-from mercato.chassis.contract import SERVICE_ROLE, Actor, Batch, InvalidRequest, ServiceError, current
-from mercato.chassis.observability.clock import Clock
+from mercato.chassis.contract import Actor, Batch, InvalidRequest, ServiceError, current
 from mercato.chassis.postgres.database import Database
-from mercato.chassis.rpc.client import acting
 from mercato.contracts.payments import (
     AuthorizePayment,
     CapturePayment,
@@ -34,8 +31,7 @@ from mercato.contracts.payments import (
 from mercato.contracts.roles import CUSTOMER, may_see
 
 from . import store, trace_store
-from .charging import SWEPT_AT_ONCE, Answer, Charging, PaymentRequest, payment_of
-from .reconciling import Reconciling
+from .charging import Answer, Charging, PaymentRequest, payment_of
 from .rules import Target
 from .store import NewPayment
 
@@ -65,14 +61,10 @@ class Options(msgspec.Struct, frozen=True):
 class PaymentsService:
     """See `contracts/payments.py` for what each operation promises."""
 
-    def __init__(
-        self, database: Database, charging: Charging, reconciling: Reconciling, options: Options, clock: Clock
-    ) -> None:
+    def __init__(self, database: Database, charging: Charging, options: Options) -> None:
         self._database = database
         self._charging = charging
-        self._reconciling = reconciling
         self._options = options
-        self._clock = clock
 
     async def check_method(self, batch: Batch[CheckMethod]) -> Sequence[CheckedMethod | InvalidRequest]:
         methods = [request.method or self._options.default_method for request in batch]
@@ -127,26 +119,6 @@ class PaymentsService:
         wanted = PaymentRequest(_attempt(request), request.order_nonce, target, _new_payment(request, "pending"))
         wanted.answer = self._charging.check_method(request.method)
         return wanted
-
-    # ------------------------------------------------------------------------------------------------------- loops
-
-    async def sweep_for_ever(self) -> None:
-        """Settles operations that were left without a result, here or by a process that died."""
-        while True:
-            self._begin_round()
-            if await self._charging.sweep(self._options.sweep_seconds) < SWEPT_AT_ONCE:
-                await asyncio.sleep(self._options.sweep_seconds)
-
-    async def reconcile_for_ever(self) -> None:
-        """Compares the operations with the providers' once a period. A row with a lease says which process does."""
-        while True:
-            await asyncio.sleep(self._options.reconcile_seconds)
-            self._begin_round()
-            await self._reconciling.round()
-
-    def _begin_round(self) -> None:
-        """Calls of this loop come from the shop itself, and have so long."""
-        current.set(acting(Actor(SERVICE_ROLE), clock=self._clock, seconds=ROUND_SECONDS))
 
 
 def _attempt(request: OpeningRequest | CapturePayment | VoidPayment | RefundPayment) -> store.Attempt:

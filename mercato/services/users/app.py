@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+from typing import Final
 
+from mercato.chassis.hosting.periodic import PeriodicTask, cleaning
 from mercato.chassis.hosting.service import Env, Service
 from mercato.chassis.rpc.server import Server
 from mercato.contracts.users import Users
 
+from . import store
 from .demo import seed_demo
 from .passwords import Argon2Hasher, Hasher, Passwords
 from .service import UsersService
 from .tokens import KEY_PURPOSE, AccessTokens
+
+CLEAN_UP_SECONDS: Final = 60.0
 
 
 def build(env: Env, hasher: Hasher | None = None) -> Service:
@@ -22,7 +27,14 @@ def build(env: Env, hasher: Hasher | None = None) -> Service:
     return Service(
         server=_server(env, service),
         database=env.database,
-        loops=(service.clean_up_for_ever,),
+        tasks=(
+            PeriodicTask(
+                "clean up",
+                cleaning(env.database, store.delete_old_refresh_tokens, store.delete_old_sessions),
+                CLEAN_UP_SECONDS,
+                limit=store.CLEANED_AT_ONCE,
+            ),
+        ),
         seed_demo=functools.partial(seed_demo, env.database, passwords),
         close=passwords.close,
     )

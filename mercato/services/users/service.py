@@ -6,9 +6,7 @@ before a hash is therefore checked again after it, by the version of the credent
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
-from typing import Final
 
 import structlog
 
@@ -53,9 +51,6 @@ from mercato.contracts.users import (
 from . import rules, store
 from .passwords import Passwords
 from .tokens import ACCESS_TOKEN_LIFE, TOKEN_TYPE, AccessTokens, new_refresh_token, refresh_token_hash
-
-CLEAN_UP_BATCH: Final = 1_000
-CLEAN_UP_PAUSE_SECONDS: Final = 60.0
 
 log = structlog.stdlib.get_logger("mercato.users")
 
@@ -198,21 +193,6 @@ class UsersService:
 
     async def keys(self, _request: Empty) -> PublicKeys:
         return self._tokens.public_keys()
-
-    # -------------------------------------------------------------------------------------------------------- clean-up
-
-    async def clean_up_for_ever(self) -> None:
-        while True:
-            await self.clean_up()
-            await asyncio.sleep(CLEAN_UP_PAUSE_SECONDS)
-
-    async def clean_up(self) -> None:
-        """Deletes sessions that have long been over, in short transactions."""
-        for delete in (store.delete_old_refresh_tokens, store.delete_old_sessions):
-            deleted = CLEAN_UP_BATCH
-            while deleted == CLEAN_UP_BATCH:
-                async with self._database.transaction() as tx:
-                    deleted = await delete(tx, rules.SESSION_KEPT, CLEAN_UP_BATCH)
 
     # ----------------------------------------------------------------------------------------------------------- steps
 

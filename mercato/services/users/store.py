@@ -7,10 +7,14 @@ by ascending id.
 from __future__ import annotations
 
 import datetime
+from typing import Final
 
 from mercato.chassis.postgres.database import Row, Tx
 from mercato.contracts.roles import Role
 
+from . import rules
+
+CLEANED_AT_ONCE: Final = 1_000
 EMAIL_KEY = "users_email_key"
 
 
@@ -328,8 +332,8 @@ async def use_refresh_token(tx: Tx, token_hash: bytes) -> bool:
     return used == 1
 
 
-async def delete_old_refresh_tokens(tx: Tx, kept: datetime.timedelta, limit: int) -> int:
-    """Deletes up to `limit` tokens of sessions that have been over for longer than `kept`; says how many."""
+async def delete_old_refresh_tokens(tx: Tx, limit: int = CLEANED_AT_ONCE) -> int:
+    """Deletes up to `limit` tokens of sessions that have been over for long; says how many."""
     return await tx.execute(
         """
         DELETE FROM refresh_tokens
@@ -342,13 +346,13 @@ async def delete_old_refresh_tokens(tx: Tx, kept: datetime.timedelta, limit: int
                FOR UPDATE OF t SKIP LOCKED
          )
         """,
-        kept,
+        rules.SESSION_KEPT,
         limit,
     )
 
 
-async def delete_old_sessions(tx: Tx, kept: datetime.timedelta, limit: int) -> int:
-    """Deletes up to `limit` sessions that have been over for longer than `kept` and have no tokens; says how many."""
+async def delete_old_sessions(tx: Tx, limit: int = CLEANED_AT_ONCE) -> int:
+    """Deletes up to `limit` sessions that have been over for long and have no tokens; says how many."""
     return await tx.execute(
         """
         DELETE FROM sessions
@@ -361,7 +365,7 @@ async def delete_old_sessions(tx: Tx, kept: datetime.timedelta, limit: int) -> i
                FOR UPDATE OF s SKIP LOCKED
          )
         """,
-        kept,
+        rules.SESSION_KEPT,
         limit,
     )
 

@@ -14,7 +14,6 @@ nothing is to be done, or after the commit, when only the answer changes.
 
 from __future__ import annotations
 
-import asyncio
 import enum
 import itertools
 from collections import Counter
@@ -178,14 +177,8 @@ class SandboxService:
 
     # -------------------------------------------------------------------------------------------------- processing
 
-    async def finish_for_ever(self) -> None:
-        """Finishes operations when their time is over: the loop of methods that are slow."""
-        while True:
-            if await self.finish_due() < FINISHED_AT_ONCE:
-                await asyncio.sleep(FINISH_EVERY_SECONDS)
-
     async def finish_due(self) -> int:
-        """Finishes up to `FINISHED_AT_ONCE` operations that are due; gives how many there were."""
+        """Finishes up to `FINISHED_AT_ONCE` operations of slow methods; gives how many there were."""
         async with self._database.read() as tx:
             due = await store.due(tx, FINISHED_AT_ONCE)
         if not due:

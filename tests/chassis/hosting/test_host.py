@@ -1,10 +1,11 @@
-"""What a host does with the loops of its services."""
+"""What a host does with the periodic tasks of its services."""
 
 from __future__ import annotations
 
 import asyncio
 
 from mercato.chassis.hosting.host import Host
+from mercato.chassis.hosting.periodic import PeriodicTask
 from mercato.chassis.hosting.service import Env, Service
 from mercato.chassis.rpc.server import Server
 from mercato.contracts.events import Events
@@ -12,19 +13,21 @@ from mercato.testing.cluster import Cluster
 from mercato.testing.harness import TEST_SECRET
 
 
-async def test_a_loop_that_loses_a_cancellation_is_cancelled_again(cluster: Cluster):
+async def test_a_task_that_loses_a_cancellation_is_cancelled_again(cluster: Cluster):
     entered, lost = asyncio.Event(), []
 
-    async def loop() -> None:
+    async def work() -> int:
         entered.set()
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
             lost.append(True)
         await asyncio.Event().wait()
+        return 0
 
     def build(env: Env) -> Service:
-        return Service(server=Server(Events, env.clock), database=env.database, loops=(loop,))
+        task = PeriodicTask("work", work, 1.0)
+        return Service(server=Server(Events, env.clock), database=env.database, tasks=(task,))
 
     host = Host({"events": build}, {"events": cluster.server.admin_dsn}, secret=TEST_SECRET)
     await host.open()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from mercato.chassis.hosting.rounds import Rounds
@@ -31,7 +29,7 @@ class Table:
 )
 async def test_each_page_is_looked_at_again_and_again(pages: int, looked: list[int]):
     table = Table(pages)
-    rounds = Rounds(table.look, 60.0)
+    rounds = Rounds(table.look)
 
     for _ in range(4):
         await rounds.round()
@@ -41,7 +39,7 @@ async def test_each_page_is_looked_at_again_and_again(pages: int, looked: list[i
 
 async def test_a_round_that_fails_is_made_up_for():
     table = Table(3)
-    rounds = Rounds(table.look, 60.0)
+    rounds = Rounds(table.look)
     await rounds.round()
     table.failing = True
     with pytest.raises(RuntimeError):
@@ -51,13 +49,3 @@ async def test_a_round_that_fails_is_made_up_for():
     await rounds.round()
 
     assert table.looked == [1, 2, 1, 3]
-
-
-async def test_rounds_go_on_by_themselves():
-    table = Table(1)
-    running = asyncio.create_task(Rounds(table.look, 0.001).run())
-    while len(table.looked) < 3:
-        await asyncio.sleep(0)
-    running.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await running

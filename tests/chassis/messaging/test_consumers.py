@@ -11,8 +11,19 @@ import pytest
 import pytest_asyncio
 from structlog.testing import capture_logs
 
-from chassis.messaging.harness import NO_RETRIES, SOURCE, EventHarness, RecordingHandler, ended, opened, place, running
+from chassis.messaging.harness import (
+    NO_RETRIES,
+    SOURCE,
+    EventHarness,
+    RecordingHandler,
+    ended,
+    opened,
+    place,
+    run,
+    running,
+)
 from mercato.chassis.contract import Unavailable
+from mercato.chassis.hosting.host import consumer_tasks
 from mercato.chassis.messaging import parking
 from mercato.chassis.messaging.consumers import Consumer, Pace, ReplayFailed, replay
 from mercato.chassis.messaging.events import TRIES, Subscription
@@ -90,7 +101,7 @@ async def test_more_rows_than_a_page_come_in_order(harness: EventHarness):
 
 
 async def test_a_wake_up_ends_the_pause(harness: EventHarness):
-    slow = Pace(gather_s=0.0, poll_s=3_600.0, idle_s=3_600.0, failed_s=0.02)
+    slow = Pace(gather_s=0.0, poll_s=3_600.0, idle_s=3_600.0)
     async with running(harness.consumer(harness.left, pace=slow)) as consumer:
         await until(lambda: has_cursor(harness.left), "it has begun")
         harness.publisher.on_events.append(consumer.wake)
@@ -100,8 +111,9 @@ async def test_a_wake_up_ends_the_pause(harness: EventHarness):
 
 
 async def test_a_cancellation_at_the_moment_of_a_wake_up_is_not_lost(harness: EventHarness):
-    consumer = harness.consumer(harness.left, pace=Pace(gather_s=0.0, poll_s=3_600.0, idle_s=3_600.0, failed_s=0.02))
-    task = asyncio.create_task(consumer.run())
+    consumer = harness.consumer(harness.left, pace=Pace(gather_s=0.0, poll_s=3_600.0, idle_s=3_600.0))
+    follow, _ = consumer_tasks(consumer)
+    task = asyncio.create_task(follow.run("left", harness.clock, harness.telemetry))
     await until(lambda: has_cursor(harness.left), "it has begun")
     await until(lambda: waits_for_a_wake_up(consumer), "it is idle")
 
@@ -330,7 +342,8 @@ async def test_a_row_of_many_events_that_is_processed_one_by_one_repeats_nothing
             await asyncio.sleep(3_600)
 
     remove = inject("consumer.batch.after_commit", die_at_the_150th)
-    task = asyncio.create_task(harness.consumer(harness.left, retry_seconds=NO_RETRIES).run())
+    consumer = harness.consumer(harness.left, retry_seconds=NO_RETRIES)
+    task = asyncio.create_task(run(consumer))
     await asyncio.wait_for(reached.wait(), 60)
     await ended(task)  # as if it had been killed: nothing is noted after that point
     remove()
@@ -418,7 +431,8 @@ async def test_a_source_that_was_restored_behind_the_cursor_is_reported_and_noth
     with capture_logs() as logs:
         async with harness.consuming(harness.left):
             await until(is_refused_or_goes_on, "it is reported")
-            harness.telemetry.events_refused.labels(harness.left.name, SOURCE).set(0)
+            refused_again = harness.telemetry.gauge("mercato_events_refused", "", workers="livemax")
+            refused_again.labels(harness.left.name, SOURCE).set(0)
             await until(is_refused_or_goes_on, "the next round is refused, too")
     assert (await harness.left.ids(), await position_of(harness.left)) == before
     [entry] = [entry for entry in logs if entry["event"] == "log_refuses_consumer"]
@@ -483,7 +497,7 @@ async def test_a_process_that_dies_at_any_point_leaves_all_to_the_next(
             await until(lambda: is_parked(harness.left, [place(1), place(2)]), "they are parked")
         harness.left.poison = set()
         await harness.left.execute("UPDATE parked SET retry_at = now() WHERE tries = 1")
-    await dies_at(harness, inject, f"consumer.{what}.{when}_commit", harness.consumer(harness.left).run)
+    await dies_at(harness, inject, f"consumer.{what}.{when}_commit", lambda: run(harness.consumer(harness.left)))
     if what == "park":
         harness.left.poison = set()
     async with harness.consuming(harness.left):
@@ -593,7 +607,7 @@ async def test_metrics_show_what_became_of_events_and_how_far_behind_a_consumer_
         return counts() == expected
 
     expected = {"retried": TRIES - 1, "dead": 1, "delivered, left": 2, "delivered, right": 3}
-    slow = Pace(gather_s=3_600.0, poll_s=0.01, idle_s=0.02, failed_s=0.02)
+    slow = Pace(gather_s=3_600.0, poll_s=0.01, idle_s=0.02)
     async with running(harness.consumer(harness.right, pace=slow)):
         await until(lags, "it shows how far behind it is")
     async with harness.consuming():

@@ -15,11 +15,20 @@ import pytest
 import pytest_asyncio
 
 from mercato.chassis.contract import Unavailable
+from mercato.chassis.hosting.periodic import PeriodicTask
 from mercato.chassis.observability.clock import SystemClock
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database, Row
 from mercato.chassis.sagas import store as saga
-from mercato.chassis.sagas.runner import BACKLOG_LIMIT, BATCH_SIZE, FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, Runner
+from mercato.chassis.sagas.runner import (
+    BACKLOG_LIMIT,
+    BATCH_SIZE,
+    FIRST_PAUSE_SECONDS,
+    LANES,
+    LONGEST_PAUSE_SECONDS,
+    SWEPT_AT_ONCE,
+    Runner,
+)
 from mercato.chassis.sagas.store import Key, Next, Saga
 from mercato.testing import databases
 from mercato.testing.cluster import Cluster
@@ -58,7 +67,6 @@ class Driver:
             clock=SystemClock(),
             telemetry=self.telemetry,
             lease_seconds=lease_seconds,
-            sweep_seconds=0.02,
         )
         self.runner.register(KIND, {"fetch": self._fetch, "bring": self._bring})
         self.during: Callable[[str, Sequence[Saga]], Awaitable[None]] | None = None
@@ -66,8 +74,11 @@ class Driver:
         self.loops: list[asyncio.Task[None]] = []
 
     def begin(self, *, sweeping: bool = True) -> None:
-        sweep, *lanes = self.runner.loops
-        self.loops = [asyncio.create_task(loop()) for loop in (lanes if not sweeping else (sweep, *lanes))]
+        tasks = [PeriodicTask("drive", self.runner.drive_next, 0.0, limit=0) for _ in range(LANES)]
+        if sweeping:
+            tasks.append(PeriodicTask("sweep", self.runner.sweep, 0.02, limit=SWEPT_AT_ONCE))
+        clock = SystemClock()
+        self.loops = [asyncio.create_task(task.run("errands", clock, self.telemetry)) for task in tasks]
 
     async def stop(self) -> None:
         """As if its process ended: what it was in the middle of is not finished."""

@@ -22,7 +22,7 @@ HOUR = 3600.0
 @pytest_asyncio.fixture
 async def dsns(cluster: Cluster) -> AsyncGenerator[Mapping[str, str]]:
     made = await build(cluster)
-    await execute(await ensured(cluster.server.admin_dsn, SCRATCH), "DROP TABLE IF EXISTS last_audit")
+    await execute(await ensured(cluster.server.admin_dsn, SCRATCH), "DROP TABLE IF EXISTS audits")
     yield made
     for dsn in made.values():
         await cluster.release_database(dsn)
@@ -83,7 +83,7 @@ async def test_it_goes_on_after_a_turn_that_failed_and_ends_when_it_is_told(clus
 async def test_a_turn_from_before_the_clock_was_set_back_holds_up_nobody(cluster: Cluster, dsns: Mapping[str, str]):
     background, _ = process(cluster, dsns)
     assert await background.turn()
-    ahead = "UPDATE last_audit SET began_at = began_at + interval '1 day', at = at + interval '1 day'"
+    ahead = "UPDATE audits SET leased_until = leased_until + interval '1 day', at = at + interval '1 day'"
     await execute(await ensured(cluster.server.admin_dsn, SCRATCH), ahead)
     await execute(dsns["inventory"], "UPDATE levels SET on_hand = on_hand + 1")
 
@@ -92,7 +92,7 @@ async def test_a_turn_from_before_the_clock_was_set_back_holds_up_nobody(cluster
     assert background.details()["audit"]["violations"] == {"S2": 2}
 
 
-@pytest.mark.parametrize("loss", ["DROP TABLE last_audit", "DROP DATABASE"])
+@pytest.mark.parametrize("loss", ["DROP TABLE audits", "DROP DATABASE"])
 async def test_it_goes_on_after_its_database_was_lost_or_made_anew(
     cluster: Cluster, dsns: Mapping[str, str], loss: str
 ):
@@ -103,7 +103,7 @@ async def test_it_goes_on_after_its_database_was_lost_or_made_anew(
     else:
         await execute(await ensured(cluster.server.admin_dsn, SCRATCH), loss)
 
-    with pytest.raises(Exception, match=r"last_audit|is not available right now"):
+    with pytest.raises(Exception, match=r"audits|is not available right now"):
         await background.turn()
 
     details = background.details()["audit"]

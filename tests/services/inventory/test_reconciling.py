@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from mercato.chassis.contract import Unavailable
+from mercato.chassis.contract import SERVICE_ROLE, Actor, Unavailable
 from mercato.contracts.orders import GetOrder, Order, Orders, Status
 from mercato.services.inventory import store
 from mercato.services.inventory.reconciling import Reconciling
@@ -30,9 +30,14 @@ async def reconciling(
         host.client(Orders),
         Reserving(harness.database, 900.0),
         host.telemetry,
-        host.clock,
         quiet_seconds=quiet_seconds,
     )
+
+
+async def look(harness: InventoryHarness, looking: Reconciling, place: int | None = None) -> int | None:
+    """As the periodic task does: in the name of the service."""
+    with harness.acting(Actor(SERVICE_ROLE)):
+        return await looking.look(place)
 
 
 @pytest.mark.parametrize("statuses", [{7: "cancelled"}, {}])
@@ -40,7 +45,7 @@ async def test_what_is_held_for_no_living_order_is_given_back(harness: Inventory
     await harness.stock(mug=2)
     await harness.reserve(7, for_payment=True, mug=2)
 
-    await (await reconciling(harness, orders_in(statuses))).look(None)
+    await look(harness, await reconciling(harness, orders_in(statuses)))
 
     assert await harness.states() == {7: "released"}
     assert await harness.pieces(MUG) == (2, 0)
@@ -54,7 +59,7 @@ async def test_what_is_held_for_a_living_order_or_ends_by_itself_is_left_alone(h
     await harness.reserve(9, mug=1)
     orders = orders_in({7: "pending", 8: "confirmed", 9: "cancelled"})
 
-    await (await reconciling(harness, orders)).look(None)
+    await look(harness, await reconciling(harness, orders))
 
     assert await harness.states() == {7: "held", 8: "held", 9: "held"}
     assert sorted({id_ for batch in orders.batches for id_ in batch}) == [7, 8], "the third has an end of its own"
@@ -67,11 +72,11 @@ async def test_without_the_word_of_orders_nothing_is_given_back(harness: Invento
     orders.failure = Unavailable(service="orders")
     looking = await reconciling(harness, orders)
 
-    await looking.look(None)
+    await look(harness, looking)
     assert await harness.states() == {7: "held"}
 
     orders.failure = None
-    await looking.look(None)
+    await look(harness, looking)
     assert await harness.states() == {7: "released"}
 
 
@@ -80,7 +85,7 @@ async def test_what_has_just_been_held_is_not_asked_about(harness: InventoryHarn
     await harness.reserve(7, for_payment=True, mug=2)
     orders = orders_in({7: "cancelled"})
 
-    await (await reconciling(harness, orders, quiet_seconds=600.0)).look(None)
+    await look(harness, await reconciling(harness, orders, quiet_seconds=600.0))
 
     assert orders.batches == []
     assert await harness.states() == {7: "held"}
@@ -93,9 +98,9 @@ async def test_every_page_is_looked_at(harness: InventoryHarness, monkeypatch: p
         await harness.reserve(order_id, for_payment=True, mug=1)
     looking = await reconciling(harness, orders_in({2: "pending"}))
 
-    places = [await looking.look(None)]
+    places = [await look(harness, looking)]
     while places[-1] is not None:
-        places.append(await looking.look(places[-1]))
+        places.append(await look(harness, looking, places[-1]))
 
     assert places == [4, 2, None]
     assert {order_id for order_id, state in (await harness.states()).items() if state == "held"} == {2}

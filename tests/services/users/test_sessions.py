@@ -498,9 +498,9 @@ async def test_a_sign_in_with_the_old_password_does_not_outlive_the_change(harne
 
 
 async def clean_up(harness: ServiceHarness, sessions_left: int) -> None:
-    """Runs the service's loop until so many sessions are left."""
-    (loop,) = harness.host.services["users"].loops
-    running = asyncio.ensure_future(loop())
+    """Runs the service's periodic task until so many sessions are left."""
+    (task,) = harness.host.services["users"].tasks
+    running = asyncio.create_task(task.run("users", harness.host.clock, harness.host.telemetry))
     try:
         async with asyncio.timeout(WAIT_SECONDS):
             while len(await look(harness, int, "SELECT id FROM sessions")) > sessions_left:  # the event is a row
@@ -514,7 +514,6 @@ async def clean_up(harness: ServiceHarness, sessions_left: int) -> None:
 async def test_two_that_delete_old_sessions_do_not_wait_for_each_other(
     harness: ServiceHarness, users: Users, alice: User, table: str
 ):
-    kept = datetime.timedelta(days=7)
     for _ in range(2):
         await sign_in(harness, users)
     await make_it_so(harness, "UPDATE sessions SET expires_at = now() - interval '8 days'")
@@ -525,8 +524,8 @@ async def test_two_that_delete_old_sessions_do_not_wait_for_each_other(
     database = harness.host.services["users"].database
 
     async with database.transaction() as first, database.transaction() as second:
-        assert await delete(first, kept, 1) == 1
-        assert await without_waiting(harness.dsns["users"], delete(second, kept, 2)) == 1
+        assert await delete(first, 1) == 1
+        assert await without_waiting(harness.dsns["users"], delete(second, 2)) == 1
     assert await look(harness, int, f"SELECT count(*) FROM {table}") == [0]
 
 

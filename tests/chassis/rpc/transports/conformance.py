@@ -181,7 +181,7 @@ class Stage:
             return self.things.read(request)
 
     def failures(self, operation: str) -> float:
-        return self.telemetry.batches_failed.labels(operation)._value.get()
+        return self.telemetry.registry.get_sample_value("mercato_batches_failed_total", {"operation": operation}) or 0.0
 
 
 CUSTOMER = Actor("customer", 7)
