@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, dataclass_transform
 
@@ -23,14 +22,6 @@ class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
 class Output(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A JSON answer."""
-
-
-def shared(source: type[msgspec.Struct], target: type[msgspec.Struct], *given: str) -> Callable[[Any], dict[str, Any]]:
-    """Gives the values of those fields that both have by name, as keywords; but not of those that are `given`."""
-    names = tuple(n for n in target.__struct_fields__ if n in source.__struct_fields__ and n not in given)
-    assert len(names) > 1, "of a single one, the getter would not give a tuple"
-    values = operator.attrgetter(*names)
-    return lambda message: dict(zip(names, values(message), strict=True))
 
 
 class RouteRequest(msgspec.Struct, gc=False):

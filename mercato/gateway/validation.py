@@ -6,9 +6,10 @@ the first error.
 
 from __future__ import annotations
 
+import operator
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar, Union, cast, get_args, get_origin
 from urllib.parse import parse_qsl
 
@@ -23,6 +24,14 @@ ERRORS_LIMIT: Final = 50
 """So many wrong fields are named; a body of a megabyte can have more."""
 
 QUERY_FIELDS_LIMIT: Final = 50
+
+
+def shared(source: type[msgspec.Struct], target: type[msgspec.Struct], *given: str) -> Callable[[Any], dict[str, Any]]:
+    """Gives the values of those fields that both have by name, as keywords; but not of those that are `given`."""
+    names = tuple(n for n in target.__struct_fields__ if n in source.__struct_fields__ and n not in given)
+    assert len(names) > 1, "of a single one, the getter would not give a tuple"
+    values = operator.attrgetter(*names)
+    return lambda message: dict(zip(names, values(message), strict=True))
 
 
 def decode_body(decoder: msgspec.json.Decoder[S], body: bytes) -> S:

@@ -49,8 +49,9 @@ class Shop:
         *,
         is_open: bool = True,
         options: Mapping[str, str] | None = None,
+        harness_class: type[ServiceHarness] = ServiceHarness,
     ) -> Self:
-        harness = ServiceHarness(cluster, transport, options)
+        harness = harness_class(cluster, transport, options)
         await harness.open(topology.builds())
         for service in harness.host.services.values():
             if service.seed_demo:

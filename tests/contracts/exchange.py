@@ -23,10 +23,9 @@ from mercato.chassis.contract import (
     Message,
     Operation,
     ServiceError,
-    schemas,
     single,
 )
-from mercato.chassis.contract.compatibility import Schema, errors_of, without_added_values
+from mercato.chassis.contract.compatibility import Schema, errors_of, schemas, without_added_values
 from mercato.chassis.messaging.events import Outgoing, SourceRow, decoder
 from mercato.chassis.postgres import outbox_row
 from mercato.chassis.rpc import codec

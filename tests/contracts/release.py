@@ -25,7 +25,8 @@ import msgspec
 
 import mercato
 from contracts import update_schemas
-from mercato.chassis.contract import field_numbers, schemas
+from mercato.chassis.contract.compatibility import schemas
+from mercato.contracts import field_numbers
 
 ROOT: Final = Path(__file__).parents[2]
 VERSION: Final = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)")

@@ -7,8 +7,9 @@ from typing import Any, Literal
 import pytest
 
 from contracts import update_schemas
-from mercato.chassis.contract import Contract, Kind, Message, Open, ServiceError, field_numbers, single
-from mercato.chassis.contract.field_numbers import Numbering, Numbers, assign, changes
+from mercato.chassis.contract import Contract, Kind, Message, Open, ServiceError, single
+from mercato.contracts import field_numbers
+from mercato.contracts.field_numbers import Numbering, Numbers, assign, changes
 
 CONTRACTS = update_schemas.contracts()
 MODULE = __name__.rpartition(".")[2]

@@ -24,9 +24,8 @@ from mercato.chassis.contract import (
     RemoteError,
     ServiceError,
     current,
-    schemas,
 )
-from mercato.chassis.contract.compatibility import breaks, errors_of, misplaced
+from mercato.chassis.contract.compatibility import breaks, errors_of, misplaced, schemas
 from mercato.chassis.contract.messages import OPEN_VALUES
 from mercato.chassis.messaging.events import decoder
 from mercato.chassis.observability.clock import SystemClock

@@ -16,9 +16,9 @@ from contracts import update_schemas
 from contracts.exchange import DIRECTIONS
 from contracts.release import COMMIT, VERSION, CannotRelease, Releases, main
 from contracts.released_contract import ReleasedContract
-from mercato.chassis.contract import Contract, Kind, Message, Open, Retry, ServiceError, batched, schemas
-from mercato.chassis.contract.compatibility import breaks
-from mercato.chassis.contract.field_numbers import changes
+from mercato.chassis.contract import Contract, Kind, Message, Open, Retry, ServiceError, batched
+from mercato.chassis.contract.compatibility import breaks, schemas
+from mercato.contracts.field_numbers import changes
 
 RELEASES = Releases()
 VERSIONS = list(RELEASES.entries())

@@ -18,10 +18,11 @@ from typing import Any
 
 import mercato
 from mercato import topology
-from mercato.chassis.contract import Contract, field_numbers, schemas
-from mercato.chassis.contract.compatibility import Chassis, breaks, misplaced
-from mercato.chassis.contract.field_numbers import Numbers
+from mercato.chassis.contract import Contract
+from mercato.chassis.contract.compatibility import Chassis, breaks, misplaced, schemas
 from mercato.chassis.messaging.outbox import EventLog
+from mercato.contracts import field_numbers
+from mercato.contracts.field_numbers import Numbers
 
 FOLDER = Path(__file__).with_name("schemas")
 FIELD_NUMBERS = Path(mercato.__file__).parent / "contracts/field_numbers.json"

@@ -2,7 +2,7 @@
 
 One definition of an operation gives three things: the typed client (`await users.get(GetUser(id=1))` is a `User` to a
 type checker), the server's dispatch (`Server.register(Users.get, service.get)` checks the handler's type), and the
-JSON schema (`schemas(Users)`).
+JSON schema (`compatibility.schemas(Users)`).
 
     class Users(Contract, name="users"):
         get = batched(GetUser, User, size=512, retry=Retry.SAFE, allow={"customer", "staff"})
@@ -12,7 +12,6 @@ Messages are frozen structs and sequences in them are tuples, so a call inside o
 itself and is as safe as a remote one. A contract changes additively: a new operation, a new field with a default.
 """
 
-from .compatibility import schemas as schemas
 from .context import (
     ANONYMOUS as ANONYMOUS,
     SERVICE_ROLE as SERVICE_ROLE,
@@ -20,6 +19,7 @@ from .context import (
     Attempt as Attempt,
     Batch as Batch,
     Context as Context,
+    as_service as as_service,
     attempt as attempt,
     current as current,
 )

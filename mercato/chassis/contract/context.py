@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Final, Self, TypeVar
 
 import msgspec
@@ -58,6 +59,17 @@ class Batch(tuple[Q, ...]):
 
 SERVICE_ROLE: Final = "service"
 """The role with which a service calls another one. It may call every operation."""
+
+
+@contextlib.contextmanager
+def as_service() -> Generator[None]:
+    """Calls in this block are made as the service itself, not as its caller; until the same deadline."""
+    call = current.get()
+    token = current.set(Context(Actor(SERVICE_ROLE), call.deadline, call.trace_id, call.request_id))
+    try:
+        yield
+    finally:
+        current.reset(token)
 
 
 class Attempt:

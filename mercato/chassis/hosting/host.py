@@ -69,7 +69,6 @@ class Host:
         self.telemetry = telemetry or Telemetry()
         self.services: dict[str, Service] = {}
         self._servers: dict[str, Server] = {}
-        self._breakers: dict[str, Breaker] = {}
         self._reaches_others = not isinstance(transport, str)
         self._carrier: Transport = self._carrier_of(transport) if isinstance(transport, str) else transport
         self._transport = BreakingTransport(self._carrier, self._breaker)
@@ -112,24 +111,21 @@ class Host:
         return client
 
     def _breaker(self, service: str) -> Breaker:
-        """The breaker in front of a service: everybody in this process learns from everybody's failures."""
-        breaker = self._breakers.get(service)
-        if breaker is None:
-            about = "1 while calls to a service are refused because it does not answer."
-            gauge = self.telemetry.gauge("mercato_breaker_open", about, ["service"], workers="livemax").labels(service)
+        """The breaker in front of a service: all callers in this process learn from each other's failures."""
+        about = "1 while calls to a service are refused because it does not answer."
+        gauge = self.telemetry.gauge("mercato_breaker_open", about, ["service"], workers="livemax").labels(service)
 
-            def show(state: State) -> None:
-                gauge.set(0 if state is State.CLOSED else 1)
+        def show(state: State) -> None:
+            gauge.set(0 if state is State.CLOSED else 1)
 
-            breaker = self._breakers[service] = Breaker(
-                service,
-                clock=self.clock,
-                jitter=random.random,
-                open_seconds=BREAKER_OPEN_SECONDS,
-                longest_open_seconds=BREAKER_LONGEST_OPEN_SECONDS,
-                on_change=show,
-            )
-        return breaker
+        return Breaker(
+            service,
+            clock=self.clock,
+            jitter=random.random,
+            open_seconds=BREAKER_OPEN_SECONDS,
+            longest_open_seconds=BREAKER_LONGEST_OPEN_SECONDS,
+            on_change=show,
+        )
 
     async def open(self) -> None:
         """Opens all databases, then starts the periodic tasks. Raises `Unavailable`, and leaves nothing open."""
@@ -147,7 +143,9 @@ class Host:
             self._start(consumer.key[0], *consumer_tasks(consumer))
 
     def _start(self, name: str, *tasks: PeriodicTask) -> None:
-        self._tasks += [asyncio.create_task(task.run(name, self.clock, self.telemetry)) for task in tasks]
+        for task in tasks:
+            running = task.run(name, self.clock, self.telemetry)
+            self._tasks.append(asyncio.create_task(running, name=f"{name}: {task.name}"))
 
     def _consumers(self) -> list[Consumer]:
         """One for each subscription and source that this process can reach.

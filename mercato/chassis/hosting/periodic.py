@@ -10,12 +10,11 @@ from typing import Final
 import msgspec
 import structlog
 
-from mercato.chassis.contract import SERVICE_ROLE, Actor, current
+from mercato.chassis.contract import SERVICE_ROLE, Actor, Context, current
 from mercato.chassis.messaging.consumers import INFRASTRUCTURE
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database, Tx
-from mercato.chassis.rpc.client import acting
 
 FIRST_RETRY_SECONDS: Final = 0.5
 """A database that restarts is back within a second or so."""
@@ -59,7 +58,7 @@ class PeriodicTask(msgspec.Struct, frozen=True):
         failures, reason = 0, ""
         await asyncio.sleep(_varied(self.delay_seconds))
         while True:
-            current.set(acting(Actor(SERVICE_ROLE), clock=clock, seconds=self.round_seconds))
+            current.set(Context(Actor(SERVICE_ROLE), clock.monotonic() + self.round_seconds, "", ""))
             try:
                 count = await self.work()
             except Exception as error:  # an edge: no failure of one round may end the others

@@ -57,7 +57,7 @@ class KeyedAttempt(Generic[Q, A, W]):
     def __init__(self, request: Q, actor: Actor) -> None:
         self.request = request
         self.actor = actor
-        self.keyed = keyed(request, actor)
+        self.keyed = None if request.idempotency_key is None else keyed(request, actor)
         self.prepared: W | None = None
         """What `prepare` has made of it, for `write`."""
         self.answer: A | ServiceError | None = None

@@ -1,7 +1,7 @@
 """Domain events: in order for each subject, with one effect on each consumer.
 
 The parts
-    outbox          One row in the transaction of the change holds all its events (`emit`). `Database.transaction`
+    outbox          One row in the transaction of the change holds all its events (`Tx.emit`). `Database.transaction`
                     writes it as the last statement, in one message with the COMMIT, under a lock that is held until
                     the commit. So the ids of rows are in the order of commits, and a reader that continues after the
                     last id misses nothing. A row is never updated.
@@ -95,16 +95,6 @@ class Subscription(msgspec.Struct, frozen=True):
     """None: all."""
     handle_rows: Callable[[Tx, Sequence[SourceRow]], Awaitable[int]] | None = None
     """Does the same with whole rows, where a consumer of all types prefers them; gives how many events they hold."""
-
-
-async def emit(tx: Tx, events: Sequence[Outgoing]) -> None:
-    """Emits events with the transaction of the change: they are written with its COMMIT, or not at all.
-
-    The caller holds the lock of each subject's row, so that the order of commits is the order of the changes. Each type
-    is declared in the contract of the service (`Contract.events`) with the message that it carries. The tests check it
-    (`declared_only`); the shop does not, because it would cost time for each event.
-    """
-    tx.events.extend(events)
 
 
 def decoder(contract: type[Contract], message: type[M], *types: str) -> Callable[[str], M]:

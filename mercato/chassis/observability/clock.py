@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import secrets
 import time
 from typing import Protocol
@@ -19,7 +20,7 @@ class Clock(Protocol):
 
 
 class Randomness(Protocol):
-    def token(self, length_bytes: int) -> bytes:
+    def token(self, length_bytes: int, /) -> bytes:
         """Bytes that nobody can guess."""
         ...
 
@@ -27,10 +28,8 @@ class Randomness(Protocol):
 class SystemClock:
     monotonic = staticmethod(time.monotonic)
 
-    def now(self) -> datetime.datetime:
-        return datetime.datetime.now(datetime.UTC)
+    now = staticmethod(functools.partial(datetime.datetime.now, datetime.UTC))
 
 
 class SystemRandomness:
-    def token(self, length_bytes: int) -> bytes:
-        return secrets.token_bytes(length_bytes)
+    token = staticmethod(secrets.token_bytes)

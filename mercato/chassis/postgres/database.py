@@ -24,7 +24,7 @@ import asyncio
 import contextlib
 import functools
 import re
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from typing import Any, Final, TypeVar
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types; only its errors are named here
@@ -55,7 +55,7 @@ class Row(msgspec.Struct, frozen=True, gc=False, metaclass=FrozenMeta):
 
 
 class Tx:
-    """What a store runs its statements on. `events` are written when the transaction commits."""
+    """What a store runs its statements on."""
 
     __slots__ = ("_lease", "_service", "_writable", "events")
 
@@ -83,6 +83,15 @@ class Tx:
         status: str = await self._run("execute", sql, values)
         count = status.rpartition(" ")[2]
         return int(count) if count.isdigit() else 0
+
+    def emit(self, events: Iterable[outbox_row.Outgoing]) -> None:
+        """Emits events with the transaction of the change: they are written with its COMMIT, or not at all.
+
+        The caller holds the lock of each subject's row, so that the order of commits is the order of the changes. Each
+        type is declared in the contract of the service (`Contract.events`) with the message that it carries. The tests
+        check it (`messaging.events.declared_only`); the shop does not, because it would cost time for each event.
+        """
+        self.events.extend(events)
 
     async def _run(self, method: str, sql: str, values: Sequence[object]) -> Any:
         if not self._writable and sql not in _known_reads:

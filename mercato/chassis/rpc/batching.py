@@ -38,15 +38,25 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Protocol
 
+import structlog
+
 from mercato.chassis.contract import (
+    Attempt,
     Context,
     DeadlineExceeded,
     Internal,
+    Operation,
     OutcomeUnknown,
     Overloaded,
+    Retry,
     ServiceError,
     Unavailable,
+    attempt,
+    current,
 )
+from mercato.chassis.observability.telemetry import Telemetry
+
+log = structlog.stdlib.get_logger("mercato.batching")
 
 Outcome = Any
 """An answer message, or a `ServiceError`."""
@@ -54,6 +64,7 @@ Outcome = Any
 Send = Callable[[Sequence[Any], Sequence[Context]], Awaitable[Sequence[Outcome]]]
 
 DEFAULT_QUEUE_LIMIT: Final = 10_000
+SIZE_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 ALARM_RESOLUTION_SECONDS: Final = 0.001
 """The alarm never sleeps less: a loop whose timers ring a little early (uvloop rounds to milliseconds) would spin."""
@@ -65,6 +76,33 @@ class Observer(Protocol):
     def sent(self, size: int, longest_wait_s: float) -> None: ...
     def refused(self, count: int) -> None: ...
     def failed(self, error: BaseException) -> None: ...
+
+
+class BatchMetrics:
+    """What the batcher of one operation counts."""
+
+    def __init__(self, telemetry: Telemetry, operation: str) -> None:
+        labels = ("operation",)
+        size = telemetry.histogram("mercato_batch_size", "Requests in a batch.", labels, SIZE_BUCKETS)
+        wait = "How long the first request of a batch waited for a lane."
+        refused = "Calls refused because the queue was full."
+        failed = "Batches that failed unexpectedly."
+        self._size = size.labels(operation)
+        self._wait = telemetry.histogram("mercato_queue_wait_seconds", wait, labels).labels(operation)
+        self._refused = telemetry.counter("mercato_calls_refused", refused, labels).labels(operation)
+        self._failed = telemetry.counter("mercato_batches_failed", failed, labels).labels(operation)
+        self._operation = operation
+
+    def sent(self, size: int, longest_wait_s: float) -> None:
+        self._size.observe(size)
+        self._wait.observe(longest_wait_s)
+
+    def refused(self, count: int) -> None:
+        self._refused.inc(count)
+
+    def failed(self, error: BaseException) -> None:
+        self._failed.inc()
+        log.error("batch_failed", operation=self._operation, exc_info=error)
 
 
 class Entry:
@@ -336,3 +374,45 @@ class Batcher:
         self._alarm, self._alarm_at = None, float("inf")
         if left < float("inf"):
             self._arm(asyncio.get_running_loop(), left)
+
+
+class RemoteCallInTransactionError(AssertionError):
+    """A handler called another service inside a transaction: row locks would be held while the network decides."""
+
+
+class BatchedCall:
+    """A `Call`: one operation, its batcher, and the context of the caller."""
+
+    __slots__ = ("_deadline_s", "_monotonic", "_operation", "_submit", "_submit_many")
+
+    def __init__(self, batcher: Batcher, monotonic: Callable[[], float], operation: Operation[Any, Any]) -> None:
+        self._submit = batcher.submit
+        self._submit_many = batcher.submit_many
+        self._monotonic = monotonic
+        self._operation = operation
+        self._deadline_s = operation.deadline_ms / 1_000
+
+    def __call__(self, request: Any) -> Awaitable[Any]:
+        if (made := attempt.get()) is not None:
+            self._note(made, (request,))
+        context = current.get()
+        own_deadline = self._monotonic() + self._deadline_s
+        if own_deadline < context.deadline:
+            context = Context(context.actor, own_deadline, context.trace_id, context.request_id)
+        return self._submit(request, context)
+
+    def many(self, requests: Sequence[Any]) -> Awaitable[Sequence[Outcome]]:
+        if (made := attempt.get()) is not None:
+            self._note(made, requests)
+        context = current.get()
+        own_deadline = self._monotonic() + self._deadline_s
+        if own_deadline < context.deadline:
+            context = Context(context.actor, own_deadline, context.trace_id, context.request_id)
+        return self._submit_many(requests, context)
+
+    def _note(self, made: Attempt, requests: Sequence[Any]) -> None:
+        """A handler calls: refused inside a transaction, and remembered if it must not be done twice."""
+        if made.open_transactions:
+            raise RemoteCallInTransactionError(f"{self._operation.full_name} was called inside a transaction")
+        if self._operation.retry is not Retry.SAFE and not all(map(self._operation.repeatable, requests)):
+            made.committed = True

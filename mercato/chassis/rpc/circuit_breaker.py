@@ -198,19 +198,23 @@ class _Window:
 class BreakingTransport:
     """A transport that asks the breaker of a service before each batch to it: one permit, one report a batch.
 
-    A refused batch raises `Unavailable`, which each of its callers hears. A batch has failed if it did not arrive or
-    was not answered in time, or if the service says of every request that it is not available itself: what it stands
-    on, such as its database, is gone. That another service, which it needs, is not available says nothing against it.
+    `make` gives the breaker of a service, at the first batch to it. A refused batch raises `Unavailable`, which each of
+    its callers hears. A batch has failed if it did not arrive or was not answered in time, or if the service says of
+    every request that it is not available itself: what it stands on, such as its database, is gone. That another
+    service, which it needs, is not available says nothing against it.
     """
 
-    def __init__(self, transport: Transport, breaker_of: Callable[[str], Breaker]) -> None:
+    def __init__(self, transport: Transport, make: Callable[[str], Breaker]) -> None:
         self._transport = transport
-        self._breaker_of = breaker_of
+        self._make = make
+        self._breakers: dict[str, Breaker] = {}
 
     async def send(
         self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context]
     ) -> Sequence[Outcome]:
-        breaker = self._breaker_of(operation.service)
+        breaker = self._breakers.get(operation.service)
+        if breaker is None:
+            breaker = self._breakers[operation.service] = self._make(operation.service)
         permit = breaker.admit()
         try:
             outcomes = await self._transport.send(operation, requests, contexts)

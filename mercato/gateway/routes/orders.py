@@ -38,7 +38,8 @@ from mercato.contracts.products import ProductArchived, ProductNotFound
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
 from mercato.contracts.users import UserNotFound
 from mercato.gateway.money import Money, money, to_minor, unknown_currency
-from mercato.gateway.route import Input, Output, Page, Route, RouteRequest, Wait, shared
+from mercato.gateway.route import Input, Output, Page, Route, RouteRequest, Wait
+from mercato.gateway.validation import shared
 
 Id = Annotated[int, Meta(ge=1, le=MAX_ID)]
 Quantity = Annotated[int, Meta(ge=1, le=contract.QUANTITY_LIMIT)]

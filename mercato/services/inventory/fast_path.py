@@ -10,13 +10,25 @@ because the CTE that locks is sorted and the update takes its rows from there.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Final
+
+import msgspec
 
 from mercato.chassis.postgres.database import Row, Tx
 from mercato.contracts.inventory import ReservationState
 
-from .store import NewReservation, new_columns
+from .rules import ReservedLine
+
+
+class NewReservation(msgspec.Struct, frozen=True, gc=False):
+    """A reservation to insert. `lines` by ascending product; `for_payment`: it does not expire."""
+
+    order_id: int
+    nonce: int
+    for_payment: bool
+    lines: tuple[ReservedLine, ...]
 
 
 class ReservedLevelRow(Row):
@@ -90,6 +102,27 @@ async def reserve_all(
         [quantities[product_id] for product_id in product_ids],
         hold_seconds,
     )
+
+
+def new_columns(reservations: Sequence[NewReservation]) -> tuple[list[object], ...]:
+    """Id, nonce, `for_payment`, first and last line of each; then products and quantities of all lines."""
+    firsts, lasts = places([len(reservation.lines) for reservation in reservations])
+    lines = [line for reservation in reservations for line in reservation.lines]
+    return (
+        [reservation.order_id for reservation in reservations],
+        [reservation.nonce for reservation in reservations],
+        [reservation.for_payment for reservation in reservations],
+        firsts,
+        lasts,
+        [line.product_id for line in lines],
+        [line.quantity for line in lines],
+    )
+
+
+def places(lengths: Sequence[int]) -> tuple[list[object], list[object]]:
+    """Where each of several arrays that are laid end to end begins and ends, counted from 1."""
+    lasts = list(itertools.accumulate(lengths))
+    return [last - length + 1 for last, length in zip(lasts, lengths, strict=True)], [*lasts]
 
 
 END_ALL_HELD: Final = """

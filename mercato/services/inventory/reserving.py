@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Literal
 
 from mercato.chassis.contract import Actor, Batch, InvalidRequest, ServiceError
-from mercato.chassis.messaging import events
 from mercato.chassis.messaging.events import Outgoing
 from mercato.chassis.observability import faults
 from mercato.chassis.postgres.database import Database, Tx
@@ -28,8 +27,8 @@ from mercato.contracts.inventory import (
 )
 
 from . import fast_path, rules, store
+from .fast_path import NewReservation
 from .rules import ReservedLine, StockLedger, StoredReservation
-from .store import NewReservation
 
 EXPIRED_AT_ONCE: Final = 500
 
@@ -106,7 +105,7 @@ class Reserving:
                 )
                 for request in requests
             ]
-            await events.emit(tx, [*(_event(h, 1) for h in held), *_exhausted(levels, wanted)])
+            tx.emit([*(_event(h, 1) for h in held), *_exhausted(levels, wanted)])
             await faults.point("inventory.reserve.before_commit")
         return held
 
@@ -233,7 +232,7 @@ async def _end_all_held(tx: Tx, nonces: Mapping[int, int], state: ReservationSta
         for row in rows
     ]
     told = [_event(reservation, row.version) for reservation, row in zip(ended, rows, strict=True)]
-    await events.emit(tx, [*told, *(() if state == "committed" else _available(rows))])
+    tx.emit([*told, *(() if state == "committed" else _available(rows))])
     return {reservation.order_id: reservation for reservation in ended}
 
 

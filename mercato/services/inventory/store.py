@@ -22,30 +22,20 @@ while the table was small walks over all of it. The lines of many orders are pas
 from __future__ import annotations
 
 import datetime
-import itertools
 from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
 from mercato.chassis.hosting.rounds import PAGE
-from mercato.chassis.messaging import events
 from mercato.chassis.postgres.database import Row, Tx
 from mercato.contracts.inventory import Level, ReservationState
 
+from .fast_path import NewReservation, new_columns, places
 from .rules import LevelDelta, Movement, ReservationChange, ReservedLine, StoredReservation, WriteSet
 
 
 class NotAsLockedError(Exception):
     """A guard refused what was decided about locked rows: nothing of this transaction may be committed."""
-
-
-class NewReservation(msgspec.Struct, frozen=True, gc=False):
-    """A reservation to insert. `lines` by ascending product; `for_payment`: it does not expire."""
-
-    order_id: int
-    nonce: int
-    for_payment: bool
-    lines: tuple[ReservedLine, ...]
 
 
 class InsertedRow(Row):
@@ -134,27 +124,6 @@ async def insert_reservations(
         StoredReservation(row.order_id, new[row.order_id].nonce, "held", 1, row.expires_in_s, new[row.order_id].lines)
         for row in rows
     ]
-
-
-def new_columns(reservations: Sequence[NewReservation]) -> tuple[list[object], ...]:
-    """Id, nonce, `for_payment`, first and last line of each; then products and quantities of all lines."""
-    firsts, lasts = _places([len(reservation.lines) for reservation in reservations])
-    lines = [line for reservation in reservations for line in reservation.lines]
-    return (
-        [reservation.order_id for reservation in reservations],
-        [reservation.nonce for reservation in reservations],
-        [reservation.for_payment for reservation in reservations],
-        firsts,
-        lasts,
-        [line.product_id for line in lines],
-        [line.quantity for line in lines],
-    )
-
-
-def _places(lengths: Sequence[int]) -> tuple[list[object], list[object]]:
-    """Where each of several arrays that are laid end to end begins and ends, counted from 1."""
-    lasts = list(itertools.accumulate(lengths))
-    return [last - length + 1 for last, length in zip(lasts, lengths, strict=True)], [*lasts]
 
 
 async def insert_tombstones(tx: Tx, orders: Mapping[int, int]) -> list[StoredReservation]:
@@ -357,7 +326,7 @@ async def write(tx: Tx, write_set: WriteSet) -> dict[int, Level]:
         raise NotAsLockedError("levels")
     if write_set.movements:
         await _insert_movements(tx, write_set.movements)
-    await events.emit(tx, write_set.events)
+    tx.emit(write_set.events)
     return {level.product_id: level for level in changed}
 
 
@@ -368,8 +337,8 @@ async def _delete_reservations(tx: Tx, order_ids: Sequence[int]) -> None:
 
 async def change_reservations(tx: Tx, changes: Sequence[ReservationChange]) -> int:
     """Gives the number of those that were still at the version before. What has changed does not expire any more."""
-    firsts, lasts = _places([len(change.level_versions) for change in changes])
-    first_returns, last_returns = _places([len(change.returned) for change in changes])
+    firsts, lasts = places([len(change.level_versions) for change in changes])
+    first_returns, last_returns = places([len(change.returned) for change in changes])
     return await tx.execute(
         """
         UPDATE reservations r

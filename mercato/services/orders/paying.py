@@ -17,6 +17,7 @@ from mercato.chassis.contract import (
     Forbidden,
     OutcomeUnknown,
     ServiceError,
+    as_service,
     check_version,
     current,
 )
@@ -24,7 +25,6 @@ from mercato.chassis.idempotency.batch import bounded_by_key
 from mercato.chassis.idempotency.keys import keyed
 from mercato.chassis.observability import faults
 from mercato.chassis.postgres.database import Database, Tx
-from mercato.chassis.rpc.client import as_service
 from mercato.chassis.sagas import store as saga
 from mercato.chassis.sagas.runner import Runner
 from mercato.chassis.sagas.store import Next, Saga

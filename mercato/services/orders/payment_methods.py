@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from mercato.chassis.contract import Kind, ServiceError
+from mercato.chassis.contract import Kind, ServiceError, as_service
 from mercato.chassis.observability.clock import Clock
-from mercato.chassis.rpc.client import as_service
 from mercato.contracts.payments import CheckMethod, Payments
 
 REMEMBERED: Final = 10_000

@@ -15,12 +15,11 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis.contract import ServiceError, current
+from mercato.chassis.contract import ServiceError, as_service, current
 from mercato.chassis.idempotency.batch import bounded_by_key
 from mercato.chassis.idempotency.keys import Keyed, principal_of
 from mercato.chassis.observability import faults
 from mercato.chassis.postgres.database import Database, Tx
-from mercato.chassis.rpc.client import as_service
 from mercato.chassis.sagas import store as saga
 from mercato.chassis.sagas.runner import Runner
 from mercato.chassis.sagas.store import Next, Saga

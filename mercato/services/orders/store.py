@@ -224,7 +224,7 @@ async def insert(tx: Tx, orders: Sequence[NewOrder], kind: str, step: str, drive
 
 
 async def emit_placed(tx: Tx, orders: Sequence[Order]) -> None:
-    await events.emit(tx, [_event("order.placed", order) for order in orders])
+    tx.emit([_event("order.placed", order) for order in orders])
 
 
 async def seen(tx: Tx, order_id: int, actor: Actor) -> OrderRecord:
@@ -455,7 +455,7 @@ async def move(tx: Tx, moves: Sequence[Move], actor: Actor) -> list[Order | None
         if now
         for type_ in rules.events_of(wanted.order, now, wanted.again)
     ]
-    await events.emit(tx, emitted)
+    tx.emit(emitted)
     return orders
 
 

@@ -6,9 +6,8 @@ import asyncio
 import datetime
 from collections.abc import Sequence
 
-from mercato.chassis.contract import current
+from mercato.chassis.contract import as_service, current
 from mercato.chassis.postgres.database import Database
-from mercato.chassis.rpc.client import as_service
 from mercato.contracts.inventory import Inventory, StockStep, TraceStock
 from mercato.contracts.orders import GetTimeline, HistoryEntry, Timeline, TimelineEntry
 from mercato.contracts.payments import Payments, PaymentStep, TracePayments

@@ -34,10 +34,9 @@ def build(env: Env, providers: Mapping[str, Provider] | None = None) -> Service:
         period_seconds=options.reconcile_seconds,
         lag_seconds=options.statement_lag_seconds,
     )
-    service = PaymentsService(env.database, charging, options)
     sweep = functools.partial(charging.sweep, options.sweep_seconds)
     return Service(
-        server=_server(env, service),
+        server=_server(env, charging, PaymentsService(env.database, charging, options)),
         database=env.database,
         tasks=(
             PeriodicTask("sweep intents", sweep, options.sweep_seconds, limit=SWEPT_AT_ONCE),
@@ -49,15 +48,15 @@ def build(env: Env, providers: Mapping[str, Provider] | None = None) -> Service:
     )
 
 
-def _server(env: Env, service: PaymentsService) -> Server:
+def _server(env: Env, charging: Charging, reading: PaymentsService) -> Server:
     server = Server(Payments, env.clock)
-    server.register(Payments.check_method, service.check_method)
-    server.register(Payments.authorize, service.authorize)
-    server.register(Payments.charge, service.charge)
-    server.register(Payments.capture, service.capture)
-    server.register(Payments.void, service.void)
-    server.register(Payments.refund, service.refund)
-    server.register(Payments.get, service.get)
-    server.register(Payments.list, service.list)
-    server.register(Payments.trace, service.trace)
+    server.register(Payments.check_method, reading.check_method)
+    server.register(Payments.authorize, charging.authorize)
+    server.register(Payments.charge, charging.charge)
+    server.register(Payments.capture, charging.capture)
+    server.register(Payments.void, charging.void)
+    server.register(Payments.refund, charging.refund)
+    server.register(Payments.get, reading.get)
+    server.register(Payments.list, reading.list)
+    server.register(Payments.trace, reading.trace)
     return server.complete()

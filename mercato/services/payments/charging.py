@@ -33,8 +33,7 @@ from typing import Final
 import msgspec
 import structlog
 
-from mercato.chassis.contract import FieldError, InvalidRequest, ServiceError
-from mercato.chassis.messaging import events
+from mercato.chassis.contract import Batch, FieldError, InvalidRequest, ServiceError
 from mercato.chassis.messaging.events import Outgoing
 from mercato.chassis.observability import faults
 from mercato.chassis.postgres.database import Database, Tx
@@ -42,16 +41,24 @@ from mercato.contracts.payments import (
     AnotherOrder,
     AnotherPaymentLive,
     AttemptNotFound,
+    AuthorizePayment,
+    CapturePayment,
+    ChargePayment,
     OperationKind,
     OutcomePending,
     Payment,
     PaymentChanged,
+    RefundPayment,
+    Status,
+    VoidPayment,
 )
 
 from . import rules, store
-from .provider import Provider, ProviderRequest
+from .provider import Provider, ProviderRequest, provider_of
 from .rules import Declined, NextOperation, ProviderResult, Succeeded, Target, Unknown
 from .store import Attempt, IntentRow, NewIntent, NewPayment, OpenedRow, OperationId, OperationRow, PaymentRow
+
+AUTHORIZE, CHARGE, CAPTURE, VOID = Target("authorize"), Target("charge"), Target("capture"), Target("void")
 
 KINDS: Final[tuple[OperationKind, ...]] = ("authorize", "charge", "capture", "void", "refund")
 ROUNDS: Final = 4
@@ -75,6 +82,7 @@ faults.declare("payments.reconcile.before_record_commit", "payments.reconcile.af
 log = structlog.stdlib.get_logger("mercato.payments")
 
 Answer = Payment | ServiceError
+OpeningRequest = AuthorizePayment | ChargePayment
 Results = Mapping[OperationId, ProviderResult]
 Settled = Mapping[OperationId, PaymentRow]
 """The payments as they are now, by the operation that this process has settled."""
@@ -138,6 +146,24 @@ class ProviderCall(msgspec.Struct, frozen=True, eq=False, gc=False):
         )
 
 
+def _attempt(request: OpeningRequest | CapturePayment | VoidPayment | RefundPayment) -> Attempt:
+    return request.order_id, request.attempt
+
+
+def _new_payment(request: OpeningRequest | VoidPayment, status: Status) -> NewPayment:
+    """The payment that is written where there is none. A `voided` one is a tombstone."""
+    return NewPayment(
+        order_id=request.order_id,
+        nonce=request.order_nonce,
+        attempt=request.attempt,
+        user_id=request.user_id,
+        method=request.method,
+        currency=request.currency,
+        amount_minor=request.amount_minor,
+        status=status,
+    )
+
+
 class Charging:
     """`providers` by the name that methods have before their colon."""
 
@@ -151,13 +177,35 @@ class Charging:
         wrong = provider.check_method(method) if provider else "no payment provider is behind this method"
         return InvalidRequest(errors=(FieldError(field="payment_method", message=wrong),)) if wrong else None
 
-    async def charge(self, requests: Sequence[PaymentRequest]) -> list[Answer]:
-        """Charges each payment. One answer for each request, in order."""
+    # ----------------------------------------------------------------------- operations, as in `contracts/payments.py`
+
+    async def authorize(self, batch: Batch[AuthorizePayment]) -> Sequence[Answer]:
+        return await self._execute("authorize", [self._opening(request, AUTHORIZE) for request in batch])
+
+    async def charge(self, batch: Batch[ChargePayment]) -> Sequence[Answer]:
+        requests = [self._opening(request, CHARGE) for request in batch]
         if fitting := _new_payments(requests):
             await self._charge_new_payments(fitting)
-        return await self.execute("charge", requests)
+        return await self._execute("charge", requests)
 
-    async def execute(self, flow: OperationKind, requests: Sequence[PaymentRequest]) -> list[Answer]:
+    async def capture(self, batch: Batch[CapturePayment]) -> Sequence[Answer]:
+        return await self._execute("capture", [PaymentRequest(_attempt(r), r.order_nonce, CAPTURE) for r in batch])
+
+    async def void(self, batch: Batch[VoidPayment]) -> Sequence[Answer]:
+        requests = [PaymentRequest(_attempt(r), r.order_nonce, VOID, _new_payment(r, "voided")) for r in batch]
+        return await self._execute("void", requests)
+
+    async def refund(self, batch: Batch[RefundPayment]) -> Sequence[Answer]:
+        targets = [Target("refund", request.reference, request.amount_minor) for request in batch]
+        requests = [PaymentRequest(_attempt(r), r.order_nonce, t) for r, t in zip(batch, targets, strict=True)]
+        return await self._execute("refund", requests)
+
+    def _opening(self, request: OpeningRequest, target: Target) -> PaymentRequest:
+        opening = PaymentRequest(_attempt(request), request.order_nonce, target, _new_payment(request, "pending"))
+        opening.answer = self.check_method(request.method)
+        return opening
+
+    async def _execute(self, flow: OperationKind, requests: Sequence[PaymentRequest]) -> list[Answer]:
         """Brings each payment to the target of its request. One answer for each request, in order."""
         for _ in range(ROUNDS):
             unanswered = [request for request in requests if request.answer is None]
@@ -213,7 +261,7 @@ class Charging:
                 for call in calls
                 if (updated_at := times.get(call.payment.id))
             }
-            await events.emit(tx, [_event(payment) for payment in captured.values()])
+            tx.emit([_event(payment) for payment in captured.values()])
             await faults.point("payments.charge.before_record_commit")
         await faults.point("payments.charge.after_record_commit")
         return captured
@@ -450,7 +498,7 @@ class _Batch:
             intents |= {row.id: row for row in await store.count_calls(tx, sorted(begun))}
         for request, payment, id_ in self._calling:
             request.call = ProviderCall(intents[id_], payment, tuple(self._known[payment.id].values()))
-        await events.emit(tx, self._events)
+        tx.emit(self._events)
 
 
 async def _find(tx: Tx, requests: Sequence[PaymentRequest]) -> _Batch:
@@ -461,7 +509,7 @@ async def _find(tx: Tx, requests: Sequence[PaymentRequest]) -> _Batch:
             openings.setdefault(request.attempt, request.opening)
             request.opening = None  # from now on it is there, or its order has another
     opened = await store.open_payments(tx, list(openings.values())) if openings else []
-    await events.emit(tx, [_event(row) for row in opened if row.status in rules.EVENTS])
+    tx.emit([_event(row) for row in opened if row.status in rules.EVENTS])
     payments = {(row.order_id, row.attempt): row for row in opened}
     if missing := {request.attempt for request in requests} - payments.keys():
         payments |= {(row.order_id, row.attempt): row for row in await store.lock_attempts(tx, sorted(missing))}
@@ -509,7 +557,7 @@ async def _settle(tx: Tx, results: Results) -> dict[OperationId, PaymentRow]:
         if payment.version != before.version:
             changes.append(_event(payment))
     after |= await _write_payments(tx, [p for p in after.values() if p is not payments[p.id]])
-    await events.emit(tx, changes)
+    tx.emit(changes)
     await store.transfer(tx, [operation for operation in settled if isinstance(known[operation.id], Succeeded)])
     return {operation.id: after[operation.payment_id] for operation in settled}
 
@@ -524,36 +572,16 @@ async def _write_payments(tx: Tx, changed: Sequence[PaymentRow]) -> dict[int, Pa
 # ----------------------------------------------------------------------------------------------------------- payments
 
 
-def provider_of(method: str) -> str:
-    return method.partition(":")[0]
+def _with_charge(payment: PaymentRow, charge_id: int) -> PaymentRow:
+    return payment if payment.charge_id == charge_id else msgspec.structs.replace(payment, charge_id=charge_id)
 
 
 def _at(payment: PaymentRow, updated_at: datetime.datetime) -> PaymentRow:
     return msgspec.structs.replace(payment, updated_at=updated_at)
 
 
-def _with_charge(payment: PaymentRow, charge_id: int) -> PaymentRow:
-    return payment if payment.charge_id == charge_id else msgspec.structs.replace(payment, charge_id=charge_id)
-
-
 def payment_of(row: PaymentRow) -> Payment:
-    return Payment(
-        id=row.id,
-        order_id=row.order_id,
-        attempt=row.attempt,
-        user_id=row.user_id,
-        method=row.method,
-        currency=row.currency,
-        amount_minor=row.amount_minor,
-        authorized_minor=row.authorized_minor,
-        captured_minor=row.captured_minor,
-        refunded_minor=row.refunded_minor,
-        status=row.status,
-        code=row.code,
-        created_at=row.created_at,
-        updated_at=row.updated_at,
-        version=row.version,
-    )
+    return msgspec.convert(row, Payment, from_attributes=True)
 
 
 def _event(row: PaymentRow) -> Outgoing:

@@ -91,6 +91,11 @@ METHOD: Final = re.compile(METHOD_PATTERN)
 NO_ANSWER: Final = frozenset({Kind.UNAVAILABLE, Kind.DEADLINE, Kind.INTERNAL})
 
 
+def provider_of(method: str) -> str:
+    """The name of the provider that is behind a method, `provider:token`."""
+    return method.partition(":")[0]
+
+
 class SandboxProvider:
     """The sandbox as a provider."""
 

@@ -1,9 +1,9 @@
-"""The operations of payments, in contract order, and the loops: the sweep and the reconciliation."""
+"""The operations that read payments, and check a method. Those that move money: `charging.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Final
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -11,9 +11,6 @@ from msgspec import Meta
 from mercato.chassis.contract import Actor, Batch, InvalidRequest, ServiceError, current
 from mercato.chassis.postgres.database import Database
 from mercato.contracts.payments import (
-    AuthorizePayment,
-    CapturePayment,
-    ChargePayment,
     CheckedMethod,
     CheckMethod,
     GetPayment,
@@ -23,27 +20,12 @@ from mercato.contracts.payments import (
     PaymentNotFound,
     PaymentPage,
     PaymentTrace,
-    RefundPayment,
-    Status,
     TracePayments,
-    VoidPayment,
 )
 from mercato.contracts.roles import CUSTOMER, may_see
 
 from . import store, trace_store
-from .charging import Answer, Charging, PaymentRequest, payment_of
-from .rules import Target
-from .store import NewPayment
-
-ROUND_SECONDS: Final = 30.0
-"""What a round of a loop may take: longer than the deadlines of what it calls."""
-
-
-AUTHORIZE: Final = Target("authorize")
-CHARGE: Final = Target("charge")
-CAPTURE: Final = Target("capture")
-VOID: Final = Target("void")
-OpeningRequest = AuthorizePayment | ChargePayment
+from .charging import Answer, Charging, payment_of
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -70,27 +52,6 @@ class PaymentsService:
         methods = [request.method or self._options.default_method for request in batch]
         return [self._charging.check_method(method) or CheckedMethod(method=method) for method in methods]
 
-    async def authorize(self, batch: Batch[AuthorizePayment]) -> Sequence[Answer]:
-        requests = [self._opening_request(request, AUTHORIZE) for request in batch]
-        return await self._charging.execute("authorize", requests)
-
-    async def charge(self, batch: Batch[ChargePayment]) -> Sequence[Answer]:
-        return await self._charging.charge([self._opening_request(request, CHARGE) for request in batch])
-
-    async def capture(self, batch: Batch[CapturePayment]) -> Sequence[Answer]:
-        requests = [PaymentRequest(_attempt(request), request.order_nonce, CAPTURE) for request in batch]
-        return await self._charging.execute("capture", requests)
-
-    async def void(self, batch: Batch[VoidPayment]) -> Sequence[Answer]:
-        requests = [PaymentRequest(_attempt(r), r.order_nonce, VOID, _new_payment(r, "voided")) for r in batch]
-        return await self._charging.execute("void", requests)
-
-    async def refund(self, batch: Batch[RefundPayment]) -> Sequence[Answer]:
-        requests = [
-            PaymentRequest(_attempt(r), r.order_nonce, Target("refund", r.reference, r.amount_minor)) for r in batch
-        ]
-        return await self._charging.execute("refund", requests)
-
     async def get(self, batch: Batch[GetPayment]) -> Sequence[Answer]:
         async with self._database.read() as tx:
             found = await store.payments(tx, list({request.id for request in batch}))
@@ -114,29 +75,6 @@ class PaymentsService:
     async def trace(self, request: TracePayments) -> PaymentTrace:
         async with self._database.read() as tx:
             return PaymentTrace(steps=tuple(await trace_store.trace(tx, request.order_id, request.order_nonce)))
-
-    def _opening_request(self, request: OpeningRequest, target: Target) -> PaymentRequest:
-        wanted = PaymentRequest(_attempt(request), request.order_nonce, target, _new_payment(request, "pending"))
-        wanted.answer = self._charging.check_method(request.method)
-        return wanted
-
-
-def _attempt(request: OpeningRequest | CapturePayment | VoidPayment | RefundPayment) -> store.Attempt:
-    return request.order_id, request.attempt
-
-
-def _new_payment(request: OpeningRequest | VoidPayment, status: Status) -> NewPayment:
-    """The payment that is written where there is none. A `voided` one is a tombstone."""
-    return NewPayment(
-        order_id=request.order_id,
-        nonce=request.order_nonce,
-        attempt=request.attempt,
-        user_id=request.user_id,
-        method=request.method,
-        currency=request.currency,
-        amount_minor=request.amount_minor,
-        status=status,
-    )
 
 
 def _visible(row: store.PaymentRow | None, payment_id: int, actor: Actor) -> Payment | ServiceError:

@@ -29,10 +29,9 @@ from mercato.chassis.contract import (
     StaleVersion,
     batched,
     check_version,
-    schemas,
     single,
 )
-from mercato.chassis.contract.compatibility import breaks
+from mercato.chassis.contract.compatibility import breaks, schemas
 from mercato.chassis.observability.clock import SystemClock
 from mercato.chassis.rpc.server import Server
 

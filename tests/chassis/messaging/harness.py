@@ -10,7 +10,7 @@ from pathlib import Path
 from mercato.chassis.contract import Message
 from mercato.chassis.hosting.host import consumer_tasks
 from mercato.chassis.messaging.consumers import Consumer, Pace
-from mercato.chassis.messaging.events import Event, Outgoing, SourceRow, Subscription, emit
+from mercato.chassis.messaging.events import Event, Outgoing, SourceRow, Subscription
 from mercato.chassis.messaging.outbox import OutboxLog, event_log
 from mercato.chassis.observability.clock import SystemClock
 from mercato.chassis.observability.telemetry import Telemetry
@@ -142,7 +142,7 @@ class EventHarness:
     async def emit(self, *subject_ids: int, type: str = "thing.changed") -> None:
         """An event of each subject, in one transaction."""
         async with self.publisher.transaction() as tx:
-            await emit(tx, [self.outgoing(subject_id, type) for subject_id in subject_ids])
+            tx.emit([self.outgoing(subject_id, type) for subject_id in subject_ids])
 
     async def emit_alone(self, *subject_ids: int) -> None:
         """An event of each subject, each in a transaction of its own: rows of one event."""

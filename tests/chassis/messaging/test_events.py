@@ -17,7 +17,7 @@ import pytest_asyncio
 from chassis.messaging.harness import SOURCE, Changed, EventHarness, opened, place
 from mercato.chassis.contract import SERVICE_ROLE, Actor, Attempt, Forbidden, Message, attempt, current
 from mercato.chassis.messaging import outbox
-from mercato.chassis.messaging.events import Event, Outgoing, SourceRow, emit
+from mercato.chassis.messaging.events import Event, Outgoing, SourceRow
 from mercato.chassis.messaging.outbox import LogPage, LogPurged, LogReplaced, ReadLog
 from mercato.chassis.postgres import outbox_row
 from mercato.chassis.postgres.connections import OUTBOX_LOCK
@@ -59,8 +59,8 @@ class StampedRow(Row):
 
 async def test_the_events_of_a_transaction_are_one_row_in_the_order_given(harness: EventHarness):
     async with harness.publisher.transaction() as tx:
-        await emit(tx, [changed(9, 1)])
-        await emit(tx, [changed(3, 1), changed(9, 2)])
+        tx.emit([changed(9, 1)])
+        tx.emit([changed(3, 1), changed(9, 2)])
         assert await tx.fetch_values(int, "SELECT id FROM outbox") == []
     assert len(await harness.outbox()) == 1
     first, second, third = await written(harness)
@@ -73,7 +73,7 @@ async def test_the_events_of_a_transaction_are_one_row_in_the_order_given(harnes
 async def test_data_of_any_text_is_written_as_it_is(harness: EventHarness):
     text = """it's "quoted" \\ and \\' or $1 {n} %s; COMMIT; -- \0 é \u2028 '"""
     async with harness.publisher.transaction() as tx:
-        await emit(tx, [changed(1, 1, data=text)])
+        tx.emit([changed(1, 1, data=text)])
     [event] = await written(harness)
     assert msgspec.json.decode(event.data, type=Text).text == text
 
@@ -81,7 +81,7 @@ async def test_data_of_any_text_is_written_as_it_is(harness: EventHarness):
 @pytest.mark.parametrize(("count", "text", "row_count"), [(2_500, "x", 4), (8, "x" * 60_000, 2), (1, "x" * 400_000, 1)])
 async def test_large_transactions_write_several_rows(harness: EventHarness, count: int, text: str, row_count: int):
     async with harness.publisher.transaction() as tx:
-        await emit(tx, [changed(1, n, data=text) for n in range(1, count + 1)])
+        tx.emit([changed(1, n, data=text) for n in range(1, count + 1)])
     found = await harness.outbox()
     assert len(found) == row_count
     assert all(len(outbox_row.unpack(row.events)) <= outbox_row.ROW_EVENTS for row in found)
@@ -91,14 +91,14 @@ async def test_large_transactions_write_several_rows(harness: EventHarness, coun
 
 async def test_a_transaction_without_events_writes_no_row(harness: EventHarness):
     async with harness.publisher.transaction() as tx:
-        await emit(tx, [])
+        tx.emit([])
     assert await harness.outbox() == []
 
 
 async def test_a_transaction_that_rolls_back_writes_no_row(harness: EventHarness):
     with pytest.raises(ZeroDivisionError):
         async with harness.publisher.transaction() as tx:
-            await emit(tx, [changed(1, 1)])
+            tx.emit([changed(1, 1)])
             raise ZeroDivisionError
     assert await harness.outbox() == []
 
@@ -107,7 +107,7 @@ async def test_events_that_cannot_be_encoded_roll_the_change_back(harness: Event
     with pytest.raises(TypeError):
         async with harness.publisher.transaction() as tx:
             await tx.execute("INSERT INTO outbox_readers (consumer, position) VALUES ('x', 1)")
-            await emit(tx, [Outgoing("thing.changed", "thing", 1, 1, Unencodable(object()))])  # pyright: ignore[reportArgumentType]
+            tx.emit([Outgoing("thing.changed", "thing", 1, 1, Unencodable(object()))])  # pyright: ignore[reportArgumentType]
     assert await harness.values("SELECT position FROM outbox_readers") == []
 
 
@@ -123,7 +123,7 @@ async def test_an_outbox_that_refuses_the_row_rolls_the_change_back_and_it_may_b
             with pytest.raises(asyncpg.CheckViolationError):
                 async with harness.publisher.transaction() as tx:
                     await tx.execute("INSERT INTO outbox_readers (consumer, position) VALUES ('x', 1)")
-                    await emit(tx, [changed(9, 1)])
+                    tx.emit([changed(9, 1)])
             assert not made.committed
         await harness.emit(1)
         assert made.committed
@@ -138,7 +138,7 @@ async def test_a_transaction_in_which_a_failure_was_swallowed_writes_no_row_and_
     try:
         with pytest.raises(RolledBackError):
             async with harness.publisher.transaction() as tx:
-                await emit(tx, [changed(1, 1)])
+                tx.emit([changed(1, 1)])
                 with pytest.raises(asyncpg.DivisionByZeroError):
                     await tx.execute("SELECT 1 / 0")
         assert not made.committed
@@ -154,7 +154,7 @@ async def test_a_constraint_that_is_checked_at_the_commit_rolls_the_events_back(
         with pytest.raises(UniqueViolation):
             async with harness.publisher.transaction() as tx:
                 await tx.execute("INSERT INTO late VALUES (1), (1)")
-                await emit(tx, [changed(1, 1)])
+                tx.emit([changed(1, 1)])
         assert not made.committed
     finally:
         attempt.reset(token)
@@ -165,7 +165,7 @@ async def test_every_connection_prepares_the_statement_once(harness: EventHarnes
     async def emit_often(subject_id: int) -> None:
         for version in range(1, 11):
             async with harness.publisher.transaction() as tx:
-                await emit(tx, [changed(subject_id, version)])
+                tx.emit([changed(subject_id, version)])
 
     await asyncio.gather(*(emit_often(n) for n in range(8)))
     async with harness.publisher.read() as tx:
@@ -207,7 +207,7 @@ async def test_a_lock_timeout_of_the_transaction_is_not_for_the_lock_of_the_outb
     async def emit_impatiently() -> None:
         async with harness.publisher.transaction() as tx:
             await tx.execute("SET LOCAL lock_timeout = '10ms'")
-            await emit(tx, [changed(1, 1)])
+            tx.emit([changed(1, 1)])
 
     async with harness.publisher.transaction() as holder:
         await holder.execute("SELECT pg_advisory_xact_lock($1)", OUTBOX_LOCK)
@@ -235,7 +235,7 @@ async def test_ids_are_in_the_order_of_commits(harness: EventHarness):
     async def write(subject_id: int) -> None:
         for version in range(1, 31):
             async with harness.publisher.transaction() as tx:
-                await emit(tx, [changed(subject_id, version)])
+                tx.emit([changed(subject_id, version)])
                 await asyncio.sleep(0.001 * (version % 3))
 
     async def read(writing: asyncio.Future[list[None]]) -> None:
@@ -287,7 +287,7 @@ async def test_the_log_gives_what_is_behind_a_position(harness: EventHarness):
 async def test_a_page_is_bounded_in_bytes_and_has_a_row_at_least(harness: EventHarness):
     for n in range(1, 5):
         async with harness.publisher.transaction() as tx:
-            await emit(tx, [changed(1, n, data="x" * (outbox.PAGE_BYTES - 500 if n > 1 else 1_000))])
+            tx.emit([changed(1, n, data="x" * (outbox.PAGE_BYTES - 500 if n > 1 else 1_000))])
     page = await read(harness)
     assert (ids_of(page), page.is_full) == ([1, 2], True)
     assert ids_of(await read(harness, outbox_row.end_of_row(2), at_row=2)) == [3, 4]

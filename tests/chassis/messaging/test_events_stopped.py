@@ -18,7 +18,7 @@ import pytest
 import pytest_asyncio
 
 from chassis.messaging.harness import MIGRATIONS, SOURCE, Changed, OutboxRow
-from mercato.chassis.messaging.events import Outgoing, emit
+from mercato.chassis.messaging.events import Outgoing
 from mercato.chassis.postgres.database import Database
 from mercato.chassis.postgres.migrations import migrate
 from mercato.embedded_postgres import EmbeddedPostgres, remove_cluster
@@ -47,7 +47,7 @@ WRITER = """
 import asyncio, sys
 from chassis.messaging.harness import Changed
 from mercato.chassis.postgres.database import Database
-from mercato.chassis.messaging.events import Outgoing, emit
+from mercato.chassis.messaging.events import Outgoing
 from mercato.chassis.observability.telemetry import Telemetry
 
 async def main():
@@ -57,7 +57,7 @@ async def main():
     while True:
         version += 1
         async with database.transaction() as tx:
-            await emit(tx, [Outgoing("thing.changed", "thing", 1, version, Changed(n=version))] * 20)
+            tx.emit([Outgoing("thing.changed", "thing", 1, version, Changed(n=version))] * 20)
         if version == 1:
             print("writes", flush=True)
 
@@ -92,7 +92,7 @@ async def test_a_process_that_is_stopped_while_it_commits_holds_up_no_other(dsn:
                 began = time.monotonic()
                 async with asyncio.timeout(5 * DELAY_SECONDS), database.transaction() as tx:
                     await tx.execute("SET LOCAL lock_timeout = '100ms'")  # there is no false refusal, either
-                    await emit(tx, [changed(2, n)])
+                    tx.emit([changed(2, n)])
                 delays.append(time.monotonic() - began)
             finally:
                 os.kill(pid, signal.SIGCONT)
@@ -129,7 +129,7 @@ async def test_a_position_that_was_seen_is_never_given_to_another_event(folder: 
             assert await rows_of(database) == seen
             for n in range(10):
                 async with database.transaction() as tx:
-                    await emit(tx, [changed(round_, n)])
+                    tx.emit([changed(round_, n)])
             found = await rows_of(database)
             assert len(found) == len(seen) + 10
             seen = found

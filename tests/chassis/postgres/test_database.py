@@ -28,7 +28,8 @@ from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres import connections
 from mercato.chassis.postgres.connections import LentConnection
 from mercato.chassis.postgres.database import Database, LockTimeout, RolledBackError, Row, Tx, UniqueViolation
-from mercato.chassis.rpc.client import Connector, RemoteCallInTransactionError, acting
+from mercato.chassis.rpc.batching import RemoteCallInTransactionError
+from mercato.chassis.rpc.client import Connector, acting
 from mercato.chassis.rpc.server import Server
 from mercato.chassis.rpc.transports.local import LocalTransport
 from mercato.embedded_postgres import EmbeddedPostgres, remove_cluster

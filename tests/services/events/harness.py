@@ -11,7 +11,7 @@ import msgspec
 from chassis.messaging.harness import Changed, place
 from mercato.chassis.contract import Contract, Message, single
 from mercato.chassis.hosting.service import Env, Service
-from mercato.chassis.messaging.events import Event, Outgoing, SourceRow, Subscription, emit
+from mercato.chassis.messaging.events import Event, Outgoing, SourceRow, Subscription
 from mercato.chassis.postgres import outbox_row
 from mercato.chassis.postgres.database import Database
 from mercato.chassis.postgres.outbox_row import Stored
@@ -107,4 +107,4 @@ def build_publisher(env: Env) -> Service:
 
 async def publish(database: Database, subject_id: int, version: int) -> None:
     async with database.transaction() as tx:
-        await emit(tx, [Outgoing("thing.changed", "thing", subject_id, version, Changed(n=version))])
+        tx.emit([Outgoing("thing.changed", "thing", subject_id, version, Changed(n=version))])

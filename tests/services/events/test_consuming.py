@@ -16,7 +16,7 @@ from mercato import topology
 from mercato.chassis.contract import Context, Operation, Unavailable
 from mercato.chassis.hosting.host import Host, TransportName
 from mercato.chassis.hosting.service import Build
-from mercato.chassis.messaging.events import Outgoing, emit
+from mercato.chassis.messaging.events import Outgoing
 from mercato.chassis.observability.clock import Clock, SystemClock
 from mercato.chassis.rpc.batching import Outcome
 from mercato.chassis.rpc.server import Server
@@ -153,7 +153,7 @@ async def test_nothing_that_events_write_commits_asynchronously(cluster: Cluster
         with pytest.raises(asyncpg.RaiseError):  # noqa: PT012
             async with database.transaction() as tx:
                 await tx.execute("SET LOCAL synchronous_commit = off")
-                await emit(tx, [Outgoing("thing.changed", "thing", 1, 1, Changed(n=1))])
+                tx.emit([Outgoing("thing.changed", "thing", 1, 1, Changed(n=1))])
         feed = feed_of(cluster, host)
         await publish(database, 1, 1)
         await until(lambda: has_entries(feed, 1), "it is in the feed")

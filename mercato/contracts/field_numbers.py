@@ -1,6 +1,6 @@
 """Field numbers: a number for each field of a message and each value of an enumeration, for encodings such as protobuf.
 
-They are committed (`mercato/contracts/field_numbers.json`) and kept for ever. A new field gets the next number that its
+They are committed (`field_numbers.json`) and kept for ever. A new field gets the next number that its
 message has never used. The number of a removed field stays reserved under the name that it had, because old messages
 still carry it. In an enumeration 0 means "unspecified" (protobuf's rule for proto3), so that values begin with 1.
 
@@ -23,10 +23,10 @@ from typing import Annotated, Any, Final, Literal, cast, get_args, get_origin, g
 import msgspec
 from msgspec import Meta
 
-from .compatibility import errors_of
-from .errors import ErrorMessage, ServiceError, field_types
-from .messages import OPEN_VALUES
-from .operations import Contract
+from mercato.chassis.contract import Contract, ErrorMessage, ServiceError
+from mercato.chassis.contract.compatibility import errors_of
+from mercato.chassis.contract.errors import field_types
+from mercato.chassis.contract.messages import OPEN_VALUES
 
 CHASSIS: Final = "chassis"
 MESSAGES: Final = "messages"
