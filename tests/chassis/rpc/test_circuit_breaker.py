@@ -1,25 +1,14 @@
-"""The circuit breaker: its states by example and by random walks, and what counts as a failure of a batch."""
+"""The circuit breaker: its states by example (random walks: `tests/models`); what fails a batch."""
 
 from __future__ import annotations
 
 import asyncio
-import datetime
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import settings, strategies as st
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    consumes,
-    initialize,
-    invariant,
-    multiple,
-    precondition,
-    rule,
-)
 
+from chassis.rpc.breakers import MINIMUM, OPEN, PROBE, WINDOW, ManualClock, breaker_with
 from mercato.chassis.contract import (
     ANONYMOUS,
     Context,
@@ -33,35 +22,6 @@ from mercato.chassis.contract import (
     batched,
 )
 from mercato.chassis.rpc.circuit_breaker import BUCKETS, JITTER_SHARE, Breaker, BreakingTransport, Permit, State
-
-WINDOW, MINIMUM, OPEN, LONGEST, PROBE = 10.0, 4, 5.0, 30.0, 15.0
-
-
-class ManualClock:
-    def __init__(self) -> None:
-        self.seconds = 1_003.7
-
-    def monotonic(self) -> float:
-        return self.seconds
-
-    def now(self) -> datetime.datetime:
-        raise AssertionError("a breaker has nothing to do with the wall clock")
-
-
-def breaker_with(
-    clock: ManualClock, *, jitter: Callable[[], float] = lambda: 0.0, on_change: Callable[[State], None] | None = None
-) -> Breaker:
-    return Breaker(
-        "stock",
-        clock=clock,
-        jitter=jitter,
-        window_seconds=WINDOW,
-        minimum_calls=MINIMUM,
-        open_seconds=OPEN,
-        longest_open_seconds=LONGEST,
-        probe_seconds=PROBE,
-        on_change=on_change,
-    )
 
 
 @pytest.fixture
@@ -284,111 +244,6 @@ def test_every_change_of_state_is_told_once(clock: ManualClock):
     breaker.admit().succeeded()
 
     assert told == [State.OPEN, State.HALF_OPEN, State.OPEN, State.HALF_OPEN, State.CLOSED]
-
-
-# ------------------------------------------------------------------------------------------------------ random walks
-
-
-class BreakerWalk(RuleBasedStateMachine):
-    """Callers come, go and report in any order, at any time, also long after anybody cares."""
-
-    permits: Bundle[Permit] = Bundle("permits")
-
-    @initialize(jitter=st.floats(0.0, 1.0))
-    def start(self, jitter: float) -> None:
-        self.clock = ManualClock()
-        self.told: list[State] = []
-        self.breaker = breaker_with(self.clock, jitter=lambda: jitter, on_change=self.told.append)
-        self.probe: Permit | None = None
-        self.probe_since = 0.0
-        self.refused_since: float | None = None
-        self.probe_succeeded = False
-
-    @rule(target=permits)
-    def call(self) -> Any:
-        before = self.breaker.state
-        try:
-            permit = self.breaker.admit()
-        except Unavailable as refused:
-            return self._refused(before, refused)
-        self.refused_since = None
-        if before is State.CLOSED:
-            return permit
-        assert self.breaker.state is State.HALF_OPEN
-        # Never more than one probe: the former has reported, was given up, or its lease is over.
-        assert self.probe is None or self.clock.seconds >= self.probe_since + PROBE
-        self.probe, self.probe_since = permit, self.clock.seconds
-        return permit
-
-    def _refused(self, before: State, refused: Unavailable) -> Any:
-        assert before is not State.CLOSED
-        assert refused.retry_after_s is not None
-        assert 1 <= refused.retry_after_s <= LONGEST
-        # Somebody who keeps trying becomes the probe in bounded time.
-        self.refused_since = self.clock.seconds if self.refused_since is None else self.refused_since
-        assert self.clock.seconds - self.refused_since <= max(LONGEST, PROBE)
-        return multiple()
-
-    @rule(permit=consumes(permits))
-    def succeed(self, permit: Permit) -> None:
-        self._report(permit, permit.succeeded, succeeded=True)
-
-    @rule(permit=consumes(permits))
-    def fail(self, permit: Permit) -> None:
-        self._report(permit, permit.failed)
-
-    @rule(permit=consumes(permits))
-    def give_up(self, permit: Permit) -> None:
-        self._report(permit, permit.cancelled)
-
-    @rule(permit=permits)
-    def fail_and_report_again_later(self, permit: Permit) -> None:
-        self._report(permit, permit.failed)
-
-    def _report(self, permit: Permit, report: Callable[[], None], *, succeeded: bool = False) -> None:
-        before, told, is_probe = self.breaker.state, len(self.told), permit is self.probe
-        report()
-        changed = self.told[told:]
-        if before is State.CLOSED:
-            assert changed in ([], [State.OPEN])
-            assert not (succeeded and changed)
-        elif not is_probe:
-            assert changed == [], "a late report changed something"
-        elif changed:
-            # It closes only after a success, and opens only after a failure.
-            assert changed == [State.CLOSED if succeeded else State.OPEN]
-        if is_probe:
-            assert not succeeded or self.breaker.state is State.CLOSED
-            self.probe = None
-        if changed:
-            self.refused_since = None
-
-    @rule(seconds=st.sampled_from([0.1, 1.0, OPEN, WINDOW, PROBE, LONGEST]) | st.floats(0.0, 100.0))
-    def wait(self, seconds: float) -> None:
-        self.clock.seconds += seconds
-        # Who was refused before and did not try meanwhile has not been kept waiting by the breaker.
-        self.refused_since = None
-
-    @precondition(lambda self: self.breaker.state is not State.CLOSED)
-    @rule(target=permits)
-    def insist(self) -> Any:
-        """Tries every second: is let through before the longest time that anything can keep it out is over."""
-        for _ in range(int(max(LONGEST, PROBE)) + 1):
-            permit = self.call()
-            if isinstance(permit, Permit):
-                return permit
-            self.clock.seconds += 1.0
-        raise AssertionError("nobody was let through")
-
-    @invariant()
-    def it_remembers_no_calls(self) -> None:
-        window = self.breaker._window
-        assert (len(window._calls), len(window._failures)) == (BUCKETS, BUCKETS)
-        assert all(0 <= f <= c for f, c in zip(window._failures, window._calls, strict=True))
-
-
-BreakerWalk.TestCase.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
-test_random_walks = BreakerWalk.TestCase
 
 
 # --------------------------------------------------------------------------------------------------------- transport

@@ -1,6 +1,6 @@
 """What finding the row of a request costs: our table against Starlette's router with the same paths.
 
-    .venv/bin/python bench/routing.py
+    .venv/bin/python -m bench.throughput.routing
 
 Prints microseconds a request for the first and the last row of the table, application call included, no network.
 """
