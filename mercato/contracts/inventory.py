@@ -181,6 +181,31 @@ class StockTrace(Message):
     steps: tuple[StockStep, ...]
 
 
+class ListHolds(Message):
+    """A scan of all reservations, a page at a time, the newest first: those that have no end of their own.
+
+    `before` is the order before which the page begins; None: at the newest.
+    """
+
+    before: OrderId | None = None
+    quiet_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 600.0
+    """Only those that have not changed for so long."""
+
+
+class Hold(Message):
+    """Stock that is held until its order is paid or over, however long that takes."""
+
+    order_id: int
+    order_nonce: int
+
+
+class HoldPage(Message):
+    holds: tuple[Hold, ...]
+    """Perhaps none: most reservations of a page are over."""
+    next_before: int | None = None
+    """The `before` of the next page; None on the last."""
+
+
 class ShortLine(Message):
     product_id: int
     requested: int
@@ -265,6 +290,7 @@ class Inventory(Contract, name="inventory"):
     adjust = batched(AdjustLevel, AdjustedLevel, allow=STAFF_ONLY, size=256, retry=Retry.KEYED)
     levels = batched(GetLevel, Level, allow=EVERYBODY, retry=Retry.SAFE)
     list = single(ListLevels, LevelPage, allow=STAFF_ONLY, retry=Retry.SAFE)
+    holds = single(ListHolds, HoldPage, allow=SERVICES_ONLY, retry=Retry.SAFE)
     trace = single(TraceStock, StockTrace, allow=STAFF_ONLY, retry=Retry.SAFE)
 
     events: ClassVar = {

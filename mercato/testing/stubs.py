@@ -8,7 +8,6 @@ from typing import Generic, Protocol, TypeVar, cast
 from mercato.chassis.contract import Batch, BatchOperation, Contract, Message, ServiceError
 from mercato.chassis.hosting.service import Env, Service
 from mercato.chassis.rpc.server import Server
-from mercato.contracts.orders import GetOrder, Order, OrderNotFound, Orders
 from mercato.contracts.products import GetProduct, Product, ProductNotFound, Products, Quote, QuoteProduct
 from mercato.contracts.users import GetUser, User, UserNotFound, Users
 
@@ -77,8 +76,3 @@ def stub_quotes(quotes: Iterable[Quote]) -> StubService[QuoteProduct, Quote]:
     """Products that are for sale."""
     found = {quote.id: quote for quote in quotes}
     return StubService(Products, Products.quote, found, lambda id_: ProductNotFound(product_id=id_))
-
-
-def stub_orders(orders: Iterable[Order]) -> StubService[GetOrder, Order]:
-    found = {order.id: order for order in orders}
-    return StubService(Orders, Orders.get, found, lambda id_: OrderNotFound(order_id=id_))

@@ -37,8 +37,8 @@ class Rounds(Generic[C]):
         self._look = look
         self._older: C | None = None
 
-    def task(self, every_seconds: float) -> PeriodicTask:
-        return PeriodicTask("reconcile", self.round, every_seconds, delay_seconds=every_seconds)
+    def task(self, name: str, every_seconds: float) -> PeriodicTask:
+        return PeriodicTask(name, self.round, every_seconds, delay_seconds=every_seconds)
 
     async def round(self) -> int:
         """Gives how many pages were looked at. Raises what `look` raises: the next round begins where it failed."""

@@ -114,7 +114,8 @@ class Breaker:
         self._on_change = on_change
         self._window = _Window(window_seconds)
         self._next_open_seconds = open_seconds
-        self._refuse_until = 0.0
+        self._refuse_until: float
+        """While it is open."""
         # Permits carry the number of the era in which they were given. A new era begins with each change of state and
         # with each probe: reports of older ones are late.
         self._era = 0

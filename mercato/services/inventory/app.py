@@ -9,17 +9,14 @@ import msgspec
 from msgspec import Meta
 
 from mercato.chassis.hosting.periodic import PeriodicTask, cleaning
-from mercato.chassis.hosting.rounds import Rounds
 from mercato.chassis.hosting.service import Env, Service
 from mercato.chassis.idempotency import keys as idempotency
 from mercato.chassis.rpc.server import Server
 from mercato.contracts.inventory import Inventory
-from mercato.contracts.orders import Orders
 from mercato.contracts.products import Products
 
 from . import demo
 from .counting import Adjusting, Counting
-from .reconciling import Reconciling
 from .reserving import EXPIRED_AT_ONCE, Reserving
 from .service import Reading
 
@@ -34,10 +31,6 @@ class Options(msgspec.Struct, frozen=True):
     """Stock is held so long for an order whose payment has not begun."""
     expire_every_seconds: Annotated[float, Meta(gt=0, le=LONGEST_PAUSE_SECONDS)] = 1.0
     """The pause between two looks for reservations whose time is over."""
-    reconcile_seconds: Annotated[float, Meta(gt=0, le=LONGEST_PAUSE_SECONDS)] = 60.0
-    """The pause between two looks for stock that is held for nobody."""
-    quiet_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 600.0
-    """How long a hold without an end must have stood before orders is asked about it."""
 
 
 def build(env: Env) -> Service:
@@ -45,9 +38,6 @@ def build(env: Env) -> Service:
     options = env.options(Options)
     products = env.client(Products)
     reserving = Reserving(env.database, options.hold_seconds)
-    reconciling = Reconciling(
-        env.database, env.client(Orders), reserving, env.telemetry, quiet_seconds=options.quiet_seconds
-    )
     counting, reading = Counting(env.database, products), Reading(env.database, products)
     server = Server(Inventory, env.clock)
     server.register(Inventory.reserve, reserving.reserve)
@@ -58,13 +48,13 @@ def build(env: Env) -> Service:
     server.register(Inventory.adjust, Adjusting(env.database, products).run)
     server.register(Inventory.levels, reading.levels)
     server.register(Inventory.list, reading.list)
+    server.register(Inventory.holds, reading.holds)
     server.register(Inventory.trace, reading.trace)
     return Service(
         server=server.complete(),
         database=env.database,
         tasks=(
             PeriodicTask("expire", reserving.expire, options.expire_every_seconds, limit=EXPIRED_AT_ONCE),
-            Rounds(reconciling.look).task(options.reconcile_seconds),
             PeriodicTask(
                 "forget keys",
                 cleaning(env.database, idempotency.reap),

@@ -131,10 +131,7 @@ class Reserving:
 
     async def release(self, batch: Batch[ReleaseStock]) -> Sequence[Outcome]:
         """Each gets its reservation as it is by now, whatever ended it, or `AnotherOrder`."""
-        return await self.release_orders([(request.order_id, request.order_nonce) for request in batch])
-
-    async def release_orders(self, orders: Sequence[OrderKey]) -> Sequence[Outcome]:
-        return await self._end(orders, "released")
+        return await self._end([(request.order_id, request.order_nonce) for request in batch], "released")
 
     async def _end(self, orders: Sequence[OrderKey], state: Literal["committed", "released"]) -> Sequence[Outcome]:
         try:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Final
 
-from mercato.chassis.contract import Batch, ServiceError
+from mercato.chassis.contract import MAX_ID, Batch, ServiceError
 from mercato.chassis.postgres.database import Database
 from mercato.contracts.inventory import (
     GetLevel,
+    HoldPage,
     Level,
     LevelPage,
+    ListHolds,
     ListLevels,
     StockLine,
     StockStep,
@@ -20,6 +23,8 @@ from mercato.contracts.inventory import (
 from mercato.contracts.products import GetProduct, Products
 
 from . import rules, store
+
+ABOVE_ALL_IDS: Final = MAX_ID + 1
 
 
 class Reading:
@@ -45,6 +50,12 @@ class Reading:
             levels = await store.list_levels(tx, request.below, request.after or 0, request.limit + 1)
         page = tuple(levels[: request.limit])
         return LevelPage(levels=page, next_after=page[-1].product_id if len(levels) > request.limit else None)
+
+    async def holds(self, request: ListHolds) -> HoldPage:
+        before = ABOVE_ALL_IDS if request.before is None else request.before
+        async with self._database.read() as tx:
+            holds = await store.indefinite_holds(tx, before, request.quiet_seconds)
+            return HoldPage(holds=tuple(holds), next_before=await store.end_of_page(tx, before))
 
     async def trace(self, request: TraceStock) -> StockTrace:
         async with self._database.read() as tx:

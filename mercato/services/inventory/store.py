@@ -23,15 +23,18 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Collection, Mapping, Sequence
+from typing import Final
 
 import msgspec
 
 from mercato.chassis.hosting.rounds import PAGE
 from mercato.chassis.postgres.database import Row, Tx
-from mercato.contracts.inventory import Level, ReservationState
+from mercato.contracts.inventory import Hold, Level, ReservationState
 
 from .fast_path import NewReservation, new_columns, places
 from .rules import LevelDelta, Movement, ReservationChange, ReservedLine, StoredReservation, WriteSet
+
+HOLDS_LIMIT: Final = 500
 
 
 class NotAsLockedError(Exception):
@@ -449,8 +452,8 @@ async def traced_returns(tx: Tx, order_id: int) -> list[TracedReturnRow]:
 # --------------------------------------------------------------------------------------------------- reconciliation
 
 
-async def indefinite_holds(tx: Tx, before: int, quiet_seconds: float, limit: int) -> dict[int, int]:
-    """Of the page of reservations before an order, those held without an end for a while: id to nonce."""
+async def indefinite_holds(tx: Tx, before: int, quiet_seconds: float) -> list[Hold]:
+    """Of the page of reservations before an order, up to `HOLDS_LIMIT` of those held without an end for a while."""
     rows = await tx.fetch(
         OrderRow,
         """
@@ -469,9 +472,9 @@ async def indefinite_holds(tx: Tx, before: int, quiet_seconds: float, limit: int
         before,
         PAGE,
         quiet_seconds,
-        limit,
+        HOLDS_LIMIT,
     )
-    return {row.order_id: row.nonce for row in rows}
+    return [Hold(order_id=row.order_id, order_nonce=row.nonce) for row in rows]
 
 
 async def end_of_page(tx: Tx, before: int) -> int | None:

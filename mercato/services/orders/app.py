@@ -22,7 +22,7 @@ from .checkout import CheckoutSteps
 from .paying import Paying
 from .payment_methods import PaymentMethods
 from .placing import Placing
-from .reconciling import Reconciling
+from .reconciling import HoldReconciling, Reconciling
 from .refunding import Refunding
 from .service import OrdersService
 from .timeline import Tracing
@@ -38,9 +38,9 @@ class Options(msgspec.Struct, frozen=True):
     payment_seconds: Annotated[float, Meta(ge=1, le=30 * 86_400)] = 900.0
     """Until how long after its placing an order can be paid. Before the first payment, inventory's hold decides."""
     reconcile_seconds: Annotated[float, Meta(gt=0, le=3_600)] = 60.0
-    """The pause between two looks for orders that nobody carries on."""
+    """The pause between two scans for orders that no process continues, and for stock that is held for none."""
     quiet_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 600.0
-    """How long nothing must have happened to an order before it counts as left."""
+    """How long nothing must have happened to an order, or to a hold, before it counts as left."""
 
 
 def build(env: Env) -> Service:
@@ -55,6 +55,7 @@ def build(env: Env) -> Service:
     )
     CheckoutSteps(database, runner, inventory=inventory, payments=payments, window_s=options.payment_seconds)
     reconciling = Reconciling(database, env.telemetry, quiet_seconds=options.quiet_seconds)
+    holds = HoldReconciling(database, inventory, env.telemetry, quiet_seconds=options.quiet_seconds)
     methods = PaymentMethods(payments, env.clock)
     placing = Placing(
         database,
@@ -85,7 +86,8 @@ def build(env: Env) -> Service:
         server=server.complete(),
         database=database,
         tasks=(
-            Rounds(reconciling.look).task(options.reconcile_seconds),
+            Rounds(reconciling.look).task("resume sagas", options.reconcile_seconds),
+            Rounds(holds.look).task("release holds", options.reconcile_seconds),
             PeriodicTask("sweep sagas", runner.sweep, options.sweep_seconds, limit=SWEPT_AT_ONCE),
             *(PeriodicTask("drive sagas", runner.drive_next, 0.0, limit=0) for _ in range(LANES)),
         ),

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from hypothesis import given, strategies as st
 
-from mercato.contracts.payments import OperationKind, OperationStatus, Status
+from mercato.contracts.payments import OperationKind, OperationStatus, RefundDeclined, Status
 from mercato.services.payments import rules
 from mercato.services.payments.rules import (
     Declined,
@@ -61,6 +61,17 @@ def test_a_payment_of_nothing_moves_without_a_charge(kind: OperationKind):
     after = rules.settle(Payment(amount_minor=0), NextOperation(kind, "", 0), rules.NOT_ASKED)
 
     assert (after.status, after.charge_id) == ({"authorize": "authorized", "charge": "captured"}[kind], None)
+
+
+@pytest.mark.parametrize(("code", "reason"), [("insufficient_funds", "insufficient_funds"), (None, "")])
+def test_a_declined_refund_is_refused_again_with_its_code(code: str | None, reason: str):
+    payment = Payment(status="captured", captured_minor=AMOUNT)
+    declined = Operation("refund", "a", 40, "declined", code)
+
+    refused = rules.next_operation(Target("refund", "a", 40), payment, [declined])
+
+    assert isinstance(refused, RefundDeclined)
+    assert (refused.payment_id, refused.reason) == (payment.id, reason)
 
 
 OPERATIONS = st.builds(Operation, st.sampled_from(get_args(OperationKind)), st.just(""), st.integers(1, AMOUNT))

@@ -21,7 +21,6 @@ from system.crash.crashing import CONVERGED_SECONDS, POLL_SECONDS, Shop
 SETTINGS: Final = {
     # What is left alone for so long counts as left: longer than the bank takes for what is slow here.
     "MERCATO_ORDERS_QUIET_SECONDS": "3",
-    "MERCATO_INVENTORY_QUIET_SECONDS": "0",
     # The statement tells what became of an operation, not the sweep.
     "MERCATO_PAYMENTS_SWEEP_SECONDS": "3600",
 }
