@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -135,31 +135,25 @@ async def renew_lease(tx: Tx, driver: int, lease_seconds: float) -> None:
     )
 
 
+EXPIRED_DRIVERS: Final = f"""
+    WITH RECURSIVE drivers AS (
+        (SELECT driver FROM sagas WHERE driver IS NOT NULL ORDER BY driver LIMIT 1)
+        UNION ALL
+        SELECT (SELECT driver FROM sagas WHERE driver > d.driver ORDER BY driver LIMIT 1)
+          FROM drivers d
+         WHERE d.driver IS NOT NULL
+    )
+    SELECT d.driver
+      FROM drivers d
+     WHERE d.driver IS NOT NULL
+       AND NOT EXISTS (SELECT FROM saga_drivers l WHERE l.driver = d.driver AND {holds("l.leased_until", "$1")})
+"""  # noqa: S608
+
+
 async def expired_drivers(tx: Tx, lease_seconds: float) -> list[int]:
     """The drivers that have sagas and no lease that holds."""
     # The drivers of all sagas, one look at the index for each: there are as many as processes, and far more sagas.
-    return await tx.fetch_values(
-        int,
-        f"""
-        WITH RECURSIVE drivers AS (
-            (SELECT driver FROM sagas WHERE driver IS NOT NULL ORDER BY driver LIMIT 1)
-            UNION ALL
-            SELECT (SELECT driver FROM sagas WHERE driver > d.driver ORDER BY driver LIMIT 1)
-              FROM drivers d
-             WHERE d.driver IS NOT NULL
-        )
-        SELECT d.driver
-          FROM drivers d
-         WHERE d.driver IS NOT NULL
-           AND NOT EXISTS (
-                SELECT
-                  FROM saga_drivers l
-                 WHERE l.driver = d.driver
-                   AND {holds("l.leased_until", "$1")}
-           )
-        """,  # noqa: S608
-        lease_seconds,
-    )
+    return await tx.fetch_values(int, EXPIRED_DRIVERS, lease_seconds)
 
 
 async def take_over(tx: Tx, driver: int, limit: int, expired: Sequence[int]) -> list[Saga]:
