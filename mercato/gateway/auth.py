@@ -10,7 +10,6 @@ remembered until it expires: verifying costs 75 microseconds, looking it up a te
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
@@ -18,10 +17,10 @@ import msgspec
 from joserfc import jwt
 from joserfc.errors import JoseError
 from joserfc.jwk import KeySet
-from joserfc.jws import JWSRegistry
 
 from mercato.chassis.contract import ANONYMOUS, Actor, Unauthenticated
 from mercato.chassis.observability.clock import Clock
+from mercato.chassis.rpc.signatures import ALGORITHMS
 from mercato.contracts.roles import CUSTOMER, STAFF
 from mercato.contracts.users import PublicKeys
 from mercato.gateway.problems import HostNotAllowed
@@ -32,19 +31,6 @@ KEYS_PAUSE_SECONDS: Final = 10.0
 """The keys are asked for again, because of an unknown one, at most this often."""
 
 OPEN_ACTOR: Final = Actor(STAFF, 0)
-
-
-class _Algorithms(JWSRegistry):
-    """Ed25519 under both of its names; every other algorithm is refused, `none` among them.
-
-    joserfc warns at each use of the older name, that of RFC 8037, because it does not say which curve; our keys do.
-    """
-
-    algorithms = {name: copy.copy(JWSRegistry.algorithms[name]) for name in ("EdDSA", "Ed25519")}  # noqa: RUF012
-    algorithms["EdDSA"].security_warning = None
-
-
-ALGORITHMS: Final = _Algorithms(algorithms=["EdDSA", "Ed25519"])
 
 
 class Claims(msgspec.Struct):

@@ -6,17 +6,14 @@ An access token is a JWT as RFC 9068 profiles it: `typ: at+jwt`, so that no othe
 from __future__ import annotations
 
 import base64
-import copy
 import datetime
 import hashlib
 from typing import Final
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # what joserfc makes keys from
 from joserfc import jwt
-from joserfc.jwk import OKPKey
-from joserfc.jws import JWSRegistry
 
 from mercato.chassis.observability.clock import Clock, Randomness
+from mercato.chassis.rpc.signatures import ALGORITHM, ALGORITHMS, signing_key
 from mercato.contracts.users import PublicKeys, User
 
 KEY_PURPOSE: Final = "users/access-token/1"
@@ -24,30 +21,18 @@ KEY_PURPOSE: Final = "users/access-token/1"
 
 ISSUER: Final = "mercato"
 AUDIENCE: Final = "mercato"
-ALGORITHM: Final = "EdDSA"
 TOKEN_TYPE: Final = "Bearer"  # noqa: S105  # RFC 6750
 ACCESS_TOKEN_LIFE: Final = datetime.timedelta(minutes=15)
 REFRESH_TOKEN_BYTES: Final = 32
 TOKEN_ID_BYTES: Final = 16
 
 
-class _Algorithms(JWSRegistry):
-    """Ed25519 under its name of RFC 8037, which every JWT library knows.
-
-    RFC 9864 deprecates that name because it does not say which curve; our keys do. joserfc warns at each use of it.
-    """
-
-    algorithms = {ALGORITHM: copy.copy(JWSRegistry.algorithms[ALGORITHM])}  # noqa: RUF012  # declared so by joserfc
-    algorithms[ALGORITHM].security_warning = None
-
-
 class AccessTokens:
     """Signs access tokens with the Ed25519 key of a seed (32 bytes)."""
 
     def __init__(self, seed: bytes, clock: Clock, randomness: Randomness) -> None:
-        self._key = OKPKey.import_key(Ed25519PrivateKey.from_private_bytes(seed))
+        self._key = signing_key(seed)
         self._key_id = self._key.thumbprint()  # RFC 7638
-        self._registry = _Algorithms(algorithms=[ALGORITHM])
         self._clock = clock
         self._randomness = randomness
 
@@ -64,7 +49,7 @@ class AccessTokens:
             "exp": issued_at + int(ACCESS_TOKEN_LIFE.total_seconds()),
             "jti": _url_safe(self._randomness.token(TOKEN_ID_BYTES)),
         }
-        return jwt.encode(header, claims, self._key, registry=self._registry)
+        return jwt.encode(header, claims, self._key, registry=ALGORITHMS)
 
     def public_keys(self) -> PublicKeys:
         public = {name: str(value) for name, value in self._key.as_dict(private=False).items()}

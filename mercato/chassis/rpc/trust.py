@@ -1,0 +1,164 @@
+"""Which service calls, and what it may do.
+
+Each service has a private key of its own (32 bytes, Ed25519), and all have the public keys of all. A caller sends a
+token that it has signed: a JWT of the type `mercato-service+jwt` with its name (`iss`), the called service (`aud`), and
+an end a minute away (`exp`). A token that is read on the way can be used for a minute, towards that one
+service; what is repeated with it is answered by idempotency keys.
+
+A verified caller may call the operations that it is known to call, and say for whom: the gateway for customers, staff
+and anonymous callers, another service also for the shop itself. Everything else is refused before a handler sees it,
+and counted in `mercato_rpc_untrusted_total{reason}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+import structlog
+from joserfc import jwt
+from joserfc.errors import JoseError
+from joserfc.jwk import KeySet
+
+from mercato.chassis.contract import Context, Forbidden, Operation, ServiceError, Unauthenticated
+from mercato.chassis.observability.clock import Clock
+from mercato.chassis.observability.telemetry import Telemetry
+
+from .signatures import ALGORITHM, ALGORITHMS, signing_key
+
+TOKEN_TYPE: Final = "mercato-service+jwt"  # noqa: S105  # no secret
+LIFE_SECONDS: Final = 60.0
+SKEW_SECONDS: Final = 5.0
+"""The clocks of two machines may differ so much."""
+REMEMBERED_TOKENS: Final = 1_000
+"""Verifying costs 75 microseconds: a token that was verified is remembered until it expires."""
+
+log = structlog.stdlib.get_logger("mercato.trust")
+
+
+class Grant(msgspec.Struct, frozen=True):
+    """What one service may do when it calls others."""
+
+    operations: frozenset[str]
+    """By full name: `orders.get`."""
+    roles: frozenset[str] | None = None
+    """For whom it may call; None: for all."""
+
+
+class Claims(msgspec.Struct):
+    """What is read from a token. Times are in seconds since 1970."""
+
+    iss: str
+    aud: str
+    iat: float
+    exp: float
+
+
+class TokenSigner:
+    """Signs the tokens of one service. `seed`: its private key."""
+
+    def __init__(self, service: str, seed: bytes, clock: Clock) -> None:
+        self._service = service
+        self._key = signing_key(seed)
+        self._clock = clock
+        self._tokens: dict[str, tuple[str, float]] = {}
+
+    def token(self, audience: str) -> str:
+        """For calls to a service. One token serves for half of its life."""
+        now = self._clock.now().timestamp()
+        token, renewed_at = self._tokens.get(audience, ("", 0.0))
+        if now >= renewed_at:
+            claims = {"iss": self._service, "aud": audience, "iat": int(now), "exp": int(now + LIFE_SECONDS)}
+            header = {"alg": ALGORITHM, "typ": TOKEN_TYPE, "kid": self._service}
+            token = jwt.encode(header, claims, self._key, registry=ALGORITHMS)
+            self._tokens[audience] = (token, now + LIFE_SECONDS / 2)
+        return token
+
+
+class Trust:
+    """Judges the callers of the services of one process.
+
+    `public_keys` (JWKs) and `grants` are by the name of the caller. `services` are those that this process serves: a
+    token is for one of them.
+    """
+
+    def __init__(
+        self,
+        services: Sequence[str],
+        public_keys: Mapping[str, Mapping[str, str]],
+        grants: Mapping[str, Grant],
+        clock: Clock,
+        telemetry: Telemetry,
+    ) -> None:
+        self._services = frozenset(services)
+        self._keys = KeySet.import_key_set({"keys": [{**key, "kid": name} for name, key in public_keys.items()]})
+        self._grants = grants
+        self._clock = clock
+        self._verified: dict[str, Claims] = {}
+        about = "Batches and requests of callers that were not believed, by reason."
+        self._refused = telemetry.counter("mercato_rpc_untrusted", about, ["reason"])
+
+    def caller(self, token: str | None, service: str) -> str:
+        """The service that signed a token for a call to `service`. Raises `Unauthenticated`."""
+        try:
+            claims = self._read(token)
+            now = self._clock.now().timestamp()
+            if claims.exp <= now:
+                raise _UntrustedError("expired")
+            if claims.iat > now + SKEW_SECONDS or claims.exp - claims.iat > LIFE_SECONDS + SKEW_SECONDS:
+                raise _UntrustedError("times")
+            if claims.aud != service or service not in self._services:
+                raise _UntrustedError("audience")
+        except _UntrustedError as error:
+            self._count(error.reason, service)
+            raise Unauthenticated(reason=f"The service token is not valid ({error.reason}).") from None
+        return claims.iss
+
+    def refusals(
+        self, caller: str, operation: Operation[Any, Any], contexts: Sequence[Context]
+    ) -> Mapping[int, ServiceError]:
+        """What is refused of a batch, by place: all of it, or what is in the name of a role that `caller` has not."""
+        grant = self._grants.get(caller)
+        name = operation.full_name
+        if grant is None or name not in grant.operations:
+            self._count("operation", name, caller)
+            return {place: Forbidden(operation=name, role=caller) for place in range(len(contexts))}
+        if grant.roles is None:
+            return {}
+        wrong = [place for place, context in enumerate(contexts) if context.actor.role not in grant.roles]
+        if wrong:
+            self._count("role", name, caller)
+        return {place: Forbidden(operation=name, role=contexts[place].actor.role) for place in wrong}
+
+    def _read(self, token: str | None) -> Claims:
+        if not token:
+            raise _UntrustedError("missing")
+        if token not in self._verified:
+            if len(self._verified) >= REMEMBERED_TOKENS:
+                self._verified.clear()
+            self._verified[token] = self._decode(token)
+        return self._verified[token]
+
+    def _decode(self, token: str) -> Claims:
+        try:
+            decoded = jwt.decode(token, self._keys, registry=ALGORITHMS)
+            claims = msgspec.convert(decoded.claims, Claims)
+        except JoseError as error:
+            raise _UntrustedError("signature") from error
+        except (ValueError, TypeError, KeyError, msgspec.ValidationError) as error:
+            raise _UntrustedError("malformed") from error
+        # The key is named by its service: no service signs in the name of another.
+        if (decoded.header.get("typ"), decoded.header.get("kid")) != (TOKEN_TYPE, claims.iss):
+            raise _UntrustedError("signature")
+        return claims
+
+    def _count(self, reason: str, what: str, caller: str = "") -> None:
+        self._refused.labels(reason).inc()
+        log.warning("untrusted_call", reason=reason, called=what, caller=caller)
+
+
+class _UntrustedError(Exception):
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
