@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -42,6 +42,46 @@ SERVICES: Final[Mapping[str, type[Contract]]] = {
 }
 """By name; the name is that of the database and of the role, and of the folder in `services/`."""
 
+CALLS: Final[Mapping[str, tuple[Operation[Any, Any], ...]]] = {
+    "users": (),
+    "products": (),
+    "inventory": (Products.get,),
+    "sandbox": (),
+    "payments": (
+        Sandbox.authorize,
+        Sandbox.charge,
+        Sandbox.capture,
+        Sandbox.void,
+        Sandbox.refund,
+        Sandbox.look_up,
+        Sandbox.statement,
+    ),
+    "orders": (
+        Users.get,
+        Products.quote,
+        Inventory.reserve,
+        Inventory.commit,
+        Inventory.release,
+        Inventory.restock,
+        Inventory.holds,
+        Inventory.trace,
+        Payments.check_method,
+        Payments.authorize,
+        Payments.charge,
+        Payments.capture,
+        Payments.void,
+        Payments.refund,
+        Payments.get,
+        Payments.list,
+        Payments.trace,
+    ),
+    "events": (),
+}
+"""The operations of others that each service calls, and no more: a client refuses the rest, and a server its caller.
+
+The event logs that a service reads are those of its subscriptions. The gateway calls what its routes name.
+"""
+
 SIMULATORS: Final[Mapping[str, str]] = {"sandbox": "bank"}
 """Those of them that stand in for a system that is not ours, with their folder in `simulators/`."""
 
@@ -52,6 +92,11 @@ DRAIN_SECONDS: Final = 2.0
 def builds(names: Sequence[str] = tuple(SERVICES)) -> dict[str, Build]:
     """The `build` of each service, imported only now: a process imports what it hosts."""
     return {name: importlib.import_module(f"{package(name)}.app").build for name in names}
+
+
+def may_call(service: str) -> Collection[str]:
+    """The operations of others that a service calls, by full name."""
+    return frozenset(operation.full_name for operation in CALLS[service])
 
 
 def package(name: str) -> str:

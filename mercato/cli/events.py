@@ -251,6 +251,7 @@ async def _consumers(found: Databases) -> AsyncGenerator[list[Consumer]]:
             secret=b"",  # a handler has no use for it
             pool_size=1,
             options=config.service_options(topology.SERVICES),
+            may_call=topology.may_call,
         )
     except OptionError as error:
         raise Unreachable(str(error)) from error

@@ -52,6 +52,7 @@ async def _serve(assignment: Assignment, lifeline: Lifeline) -> None:
         transport=cast(Literal["local", "loopback"], assignment.transport),
         pool_size=assignment.pool_size,
         options=assignment.options,
+        may_call=topology.may_call,
     )
     async with hosted(host):
         lifeline.on_end(ask_to_stop)

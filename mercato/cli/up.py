@@ -286,6 +286,7 @@ class _Up:
             transport=self._settings.transport,
             pool_size=self._settings.pool_size,
             options=config.service_options(topology.SERVICES),
+            may_call=topology.may_call,
         )
 
     async def _populate(self, host: Host, secret: bytes) -> None:

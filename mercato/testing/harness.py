@@ -135,6 +135,7 @@ class ServiceHarness:
             secret=TEST_SECRET,
             transport=self.transport,
             options=self.options,
+            may_call=topology.may_call,
         )
         for service in host.services.values():
             service.database.pack = declared_only(service.server.contract)

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import hmac
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, Literal, TypeVar
 
 from mercato.chassis.contract import Contract
@@ -22,7 +22,7 @@ from mercato.chassis.observability.clock import Clock, Randomness, SystemClock, 
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database
 from mercato.chassis.rpc.circuit_breaker import Breaker, BreakingTransport, State
-from mercato.chassis.rpc.client import Connector
+from mercato.chassis.rpc.client import Connector, restricted
 from mercato.chassis.rpc.server import Server
 from mercato.chassis.rpc.transports import Transport
 from mercato.chassis.rpc.transports.local import LocalTransport
@@ -50,7 +50,10 @@ def key_deriver(secret: bytes) -> Callable[[str], bytes]:
 
 
 class Host:
-    """The services of one process. `builds` and `dsns` are by service name."""
+    """The services of one process. `builds` and `dsns` are by service name.
+
+    `may_call` gives the full names of the operations that a service calls; None: all.
+    """
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class Host:
         telemetry: Telemetry | None = None,
         pool_size: int = 6,
         options: Mapping[str, str] | None = None,
+        may_call: Callable[[str], Collection[str]] | None = None,
     ) -> None:
         self.clock = clock or SystemClock()
         self.telemetry = telemetry or Telemetry()
@@ -79,7 +83,7 @@ class Host:
             database = Database(dsns[name], name, self.telemetry, size=pool_size)
             env = Env(
                 database=database,
-                client=self.client,
+                client=self.client if may_call is None else restricted(self.client, name, may_call(name)),
                 clock=self.clock,
                 randomness=randomness or SystemRandomness(),
                 telemetry=self.telemetry,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -12,18 +12,13 @@ from mercato.chassis.messaging.events import Subscription
 from mercato.chassis.observability.clock import Clock, Randomness
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database
+from mercato.chassis.rpc.client import Clients
 from mercato.chassis.rpc.server import Server
 
 from .options import OptionsReader
 from .periodic import PeriodicTask
 
 C = TypeVar("C", bound=Contract)
-
-
-class Clients(Protocol):
-    """Gives the client of a service. How it reaches that service is the host's business."""
-
-    def __call__(self, contract: type[C]) -> C: ...
 
 
 class Env(msgspec.Struct, frozen=True):

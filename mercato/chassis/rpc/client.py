@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Collection, Sequence
+from typing import Any, Protocol, TypeVar
 
 from mercato.chassis.contract import (
     Actor,
@@ -15,7 +16,7 @@ from mercato.chassis.contract import (
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.observability.telemetry import Telemetry
 
-from .batching import DEFAULT_QUEUE_LIMIT, BatchedCall, Batcher, BatchMetrics
+from .batching import DEFAULT_QUEUE_LIMIT, BatchedCall, Batcher, BatchMetrics, Outcome
 from .transports import Transport
 
 C = TypeVar("C", bound=Contract)
@@ -55,6 +56,45 @@ class Connector:
                 await batcher.close()
         for batcher in self._batchers:
             await batcher.close()  # those at rest have an alarm left
+
+
+class UndeclaredCallError(AssertionError):
+    """A service calls an operation that it is not known to call: between processes its callee would refuse it."""
+
+
+class _Undeclared:
+    """The `Call` of an operation that a service is not known to call."""
+
+    def __init__(self, service: str, operation: str) -> None:
+        self._sentence = f"{service} calls {operation}, which is not among its calls: declare it in mercato/topology.py"
+
+    def __call__(self, request: Any) -> Awaitable[Any]:
+        raise UndeclaredCallError(self._sentence)
+
+    def many(self, requests: Sequence[Any]) -> Awaitable[Sequence[Outcome]]:
+        raise UndeclaredCallError(self._sentence)
+
+
+class Clients(Protocol):
+    """Gives the client of a service. How it reaches that service is the host's business."""
+
+    def __call__(self, contract: type[C]) -> C: ...
+
+
+def restricted(clients: Clients, service: str, may_call: Collection[str]) -> Clients:
+    """The clients of one service, with which it calls the operations in `may_call` (full names) alone."""
+
+    def client(contract: type[C]) -> C:
+        whole = clients(contract)
+
+        def connect(operation: Operation[Any, Any]) -> Call[Any, Any]:
+            if operation.full_name in may_call:
+                return getattr(whole, operation.name)
+            return _Undeclared(service, operation.full_name)
+
+        return contract(connect)
+
+    return client
 
 
 def acting(actor: Actor, *, clock: Clock, seconds: float, trace_id: str = "", request_id: str = "") -> Context:

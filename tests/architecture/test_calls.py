@@ -1,0 +1,35 @@
+"""What each service is known to call: that it calls no more, its client sees to; here, that it calls no less."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import mercato
+from mercato import topology
+
+ROOT = Path(mercato.__file__).parent.parent
+
+
+def attributes(service: str) -> set[str]:
+    """The names of all attributes that the code of a service uses."""
+    folder = ROOT / topology.package(service).replace(".", "/")
+    trees = [ast.parse(path.read_text()) for path in folder.rglob("*.py")]
+    return {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+@pytest.mark.parametrize("service", topology.SERVICES)
+def test_a_service_calls_what_it_is_known_to_call(service: str):
+    used = attributes(service)
+
+    assert [operation.full_name for operation in topology.CALLS[service] if operation.name not in used] == []
+    assert all(operation.service != service for operation in topology.CALLS[service]), "a service calls itself directly"
+
+
+def test_no_two_services_call_each_other():
+    """Such a pair cannot start, drain or fail apart; consumers pull the event log instead, which is no call back."""
+    pairs = {(caller, operation.service) for caller, calls in topology.CALLS.items() for operation in calls}
+
+    assert {(one, other) for one, other in pairs if (other, one) in pairs} == set()
