@@ -27,12 +27,14 @@ class Violation(NamedTuple):
 VIOLATIONS = {
     "layers": Violation("embedded_postgres/folder.py", "import mercato.contracts"),
     "chassis-layers": Violation("chassis/postgres/database.py", "import mercato.chassis.rpc.client"),
+    "postgres-without-http": Violation("chassis/postgres/database.py", "import mercato.chassis.http"),
     "siblings": Violation("services/users/app.py", "import mercato.services.orders.app"),
     "service-layers": Violation("services/users/rules.py", "import mercato.services.users.store"),
     "contracts": Violation("contracts/violation.py", "import mercato.chassis.postgres.database"),
     "settings": Violation("services/users/service.py", "import pydantic_settings"),
     "driver": Violation("services/users/store.py", "import asyncpg"),
     "http": Violation("services/users/service.py", "from starlette.responses import Response"),
+    "http-client": Violation("services/users/service.py", "import aiohttp"),
     "migrations": Violation("services/users/store.py", "from alembic import op"),
 }
 

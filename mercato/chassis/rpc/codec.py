@@ -6,7 +6,7 @@ One request or outcome that cannot be encoded or decoded is an error of its own,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 import structlog
@@ -28,12 +28,16 @@ A = TypeVar("A", bound=Message)
 log = structlog.stdlib.get_logger("mercato.codec")
 
 
+LONGEST_REMAINING_MS: Final = 86_400_000.0
+"""A day. A sender may be mistaken: more, or what is no number, would be a deadline that never comes."""
+
+
 class WireRequest(msgspec.Struct, frozen=True):
     """One request of a batch. `remaining_ms` shrinks at each hop."""
 
     body: msgspec.Raw
     actor: Actor
-    remaining_ms: float
+    remaining_ms: Annotated[float, msgspec.Meta(ge=0, le=LONGEST_REMAINING_MS)]
     trace_id: str
     request_id: str
 
@@ -56,12 +60,14 @@ def encode_requests(requests: Sequence[Any], contexts: Sequence[Context], now: f
     """A batch on its way. `now` is the sender's monotonic clock: the time that is left travels, not a reading."""
     return _encode(
         [
-            WireRequest(
-                msgspec.Raw(_encode(r)), c.actor, max(0.0, (c.deadline - now) * 1_000), c.trace_id, c.request_id
-            )
+            WireRequest(msgspec.Raw(_encode(r)), c.actor, _remaining_ms(c, now), c.trace_id, c.request_id)
             for r, c in zip(requests, contexts, strict=True)
         ]
     )
+
+
+def _remaining_ms(context: Context, now: float) -> float:
+    return min(max(0.0, (context.deadline - now) * 1_000), LONGEST_REMAINING_MS)
 
 
 def decode_requests(
@@ -69,7 +75,8 @@ def decode_requests(
 ) -> tuple[list[Any | InvalidRequest], list[Context]]:
     """A batch that arrived, in order. `now` is the receiver's monotonic clock.
 
-    In the place of a request that does not fit the contract stands what is wrong with it.
+    In the place of a request that does not fit the contract stands what is wrong with it. Raises `msgspec.MsgspecError`
+    or `RecursionError` where `sent` is no batch.
     """
     arrived = _decode_requests(sent)
     requests = [_decode_request(operation, r.body) for r in arrived]

@@ -26,6 +26,11 @@ class _Algorithms(JWSRegistry):
 ALGORITHMS: Final = _Algorithms(algorithms=[ALGORITHM, "Ed25519"])
 
 
+def public_key(seed: bytes) -> dict[str, str]:
+    """The public key (a JWK) that belongs to the private key of a seed."""
+    return {name: str(value) for name, value in signing_key(seed).as_dict(private=False).items()}
+
+
 def signing_key(seed: bytes) -> OKPKey:
     """The private key of a seed of 32 bytes."""
     return OKPKey.import_key(Ed25519PrivateKey.from_private_bytes(seed))

@@ -22,7 +22,7 @@ from mercato.chassis.contract import (
 )
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.rpc import trust
-from mercato.chassis.rpc.signatures import signing_key
+from mercato.chassis.rpc.signatures import public_key
 from mercato.chassis.rpc.trust import LIFE_SECONDS, SKEW_SECONDS, Grant, TokenSigner, Trust
 
 SEEDS = {name: bytes([number]) * 32 for number, name in enumerate(("gateway", "orders", "products"), 1)}
@@ -55,7 +55,7 @@ class TrustHarness:
     def __init__(self) -> None:
         self.clock = MovedClock()
         self.telemetry = Telemetry()
-        self.keys = {name: _public(seed) for name, seed in SEEDS.items()}
+        self.keys = {name: public_key(seed) for name, seed in SEEDS.items()}
         self.trust = Trust(["stock"], self.keys, GRANTS, self.clock, self.telemetry)
 
     def signer(self, service: str = "orders", seed: bytes | None = None) -> TokenSigner:
@@ -77,10 +77,6 @@ class TrustHarness:
             for sample in metric.samples
             if sample.name == "mercato_rpc_untrusted_total"
         }
-
-
-def _public(seed: bytes) -> dict[str, str]:
-    return {name: str(value) for name, value in signing_key(seed).as_dict(private=False).items()}
 
 
 @pytest.fixture

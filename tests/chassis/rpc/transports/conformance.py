@@ -1,4 +1,4 @@
-"""What every transport must do, written once: `TestLocal`, `TestWire` and those that come inherit `Conformance`."""
+"""What every transport must do, written once: the tests of each transport inherit `Conformance`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import datetime
 import types
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
 
 import pytest
 import pytest_asyncio
@@ -148,6 +148,23 @@ def said(request: Ask, context: Context) -> Said:
     )
 
 
+def server_of(service: ThingsService, clock: Clock) -> Server:
+    server = Server(Things, clock)
+    for operation in (Things.read, Things.put, Things.change):
+        server.register(operation, service.run)
+    server.register(Things.look, service.run_single)
+    server.register(Things.move, service.run_single)
+    return server.complete()
+
+
+@runtime_checkable
+class Opening(Protocol):
+    """A transport under test that serves and connects, and so must be opened and closed."""
+
+    async def open(self) -> None: ...
+    async def close(self) -> None: ...
+
+
 class Stage:
     """A service, and its client over the transport under test."""
 
@@ -155,14 +172,20 @@ class Stage:
         self.clock = SystemClock()
         self.telemetry = Telemetry()
         self.service = ThingsService()
-        self.server = Server(Things, self.clock)
-        for operation in (Things.read, Things.put, Things.change):
-            self.server.register(operation, self.service.run)
-        self.server.register(Things.look, self.service.run_single)
-        self.server.register(Things.move, self.service.run_single)
-        self.transport = make_transport({"things": self.server.complete()}, self.clock)
+        self.server = server_of(self.service, self.clock)
+        self.transport = make_transport({"things": self.server}, self.clock)
         self.connector = Connector(self.clock, self.telemetry)
         self.things = self.connector.client(Things, self.transport)
+
+    async def open(self) -> None:
+        """Opens the transport, where it has something to open."""
+        if isinstance(self.transport, Opening):
+            await self.transport.open()
+
+    async def close(self) -> None:
+        await self.connector.close()
+        if isinstance(self.transport, Opening):
+            await self.transport.close()
 
     @contextlib.contextmanager
     def acting(
@@ -233,9 +256,10 @@ class Conformance:
     @pytest_asyncio.fixture
     async def stage(self) -> AsyncGenerator[Stage]:
         made = Stage(self.transport)
+        await made.open()
         yield made
         made.service.release.set()
-        await made.connector.close()
+        await made.close()
 
     # ------------------------------------------------------------------------------------------------- answers
 
@@ -294,6 +318,7 @@ class Conformance:
 
     async def check_error(self, sent: ServiceError) -> None:
         stage = Stage(self.transport)
+        await stage.open()
         stage.service.one = lambda request, context: sent
         with stage.acting(CUSTOMER):
             (heard,) = await stage.things.change.many([Ask()])
@@ -303,7 +328,7 @@ class Conformance:
         assert heard.details == sent.details
         assert [type(v) for v in heard.details.values()] == [type(v) for v in sent.details.values()]
         assert heard.retry_after_s == sent.retry_after_s
-        await stage.connector.close()
+        await stage.close()
 
     async def test_each_request_has_its_own_error(self, stage: Stage):
         asks = [Ask(number=n, do="refuse" if n % 2 else "") for n in range(6)]

@@ -1,0 +1,36 @@
+"""The transport between processes over HTTP/1.1: one POST a batch, MessagePack in both directions.
+
+    POST /rpc/orders/place            content-type: application/vnd.msgpack
+      authorization                   Bearer, and the token of the calling service (`rpc/trust.py`)
+      mercato-remaining-ms            how long the last of the callers still waits
+      mercato-trace-id                of the first request, for logs on the way; each request has its own in the body
+      mercato-version                 the release of the caller, and so of its contracts
+
+The parts
+    `HttpTransport`  in the calling process: chooses an instance (`rpc/balancing.py`), sends, says what came of it.
+    `RpcApp`         in the serving process: an ASGI application before the `Server`s, behind `mercato.chassis.http`.
+
+What an answer says about the batch
+    200 with outcomes                       done: an outcome for each request, errors of the service included
+    any status with `mercato-not-started`   nothing was started; another instance may be tried
+    anything else, or no complete answer    not known
+
+Guaranteed
+    - A batch is sent to another instance only while nothing was started: there was no connection, or an answer that
+      says so.
+    - Where it is not known whether a request was started, its caller gets `Unavailable` if repeating it is safe
+      (`safe`, or `keyed` with a key), and `OutcomeUnknown` if not. Nothing is repeated here.
+    - The texts of exceptions stay in the process that raised them.
+    - Bodies are bounded in both directions, connections for each instance, and calls of one operation in flight.
+
+    - No handler sees a batch without a valid token, of an operation that its caller is not granted, or a request in the
+      name of a role that its caller is not granted.
+
+Tokens and bodies travel as they are: outside of loopback, TLS has to protect them.
+"""
+
+from .client import HttpTransport
+from .server import RpcApp
+from .wire import RPC_LIMITS
+
+__all__ = ["RPC_LIMITS", "HttpTransport", "RpcApp"]

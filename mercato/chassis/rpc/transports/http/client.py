@@ -1,0 +1,337 @@
+"""The calling end of the HTTP transport. See the top of this package."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import aiohttp
+import msgspec
+import structlog
+
+from mercato.chassis.contract import (
+    Context,
+    DeadlineExceeded,
+    FieldError,
+    Internal,
+    InvalidRequest,
+    Operation,
+    OutcomeUnknown,
+    ServiceError,
+    Unavailable,
+)
+from mercato.chassis.observability.clock import Clock
+from mercato.chassis.rpc.balancing import Balancer, Pick
+from mercato.chassis.rpc.batching import Outcome
+from mercato.chassis.rpc.codec import decode_outcomes, encode_requests
+from mercato.chassis.rpc.discovery import Instance, Registry
+from mercato.chassis.rpc.trust import TokenSigner
+
+from .wire import (
+    AUTHORIZATION,
+    BEARER,
+    CONTENT_TYPE,
+    DRAINING_SECONDS,
+    LARGEST_ANSWER_BYTES,
+    LARGEST_BATCH_BYTES,
+    LONGEST_REMAINING_MS,
+    NOT_STARTED,
+    PATH_PREFIX,
+    REMAINING_MS,
+    TRACE_ID,
+    VERSION,
+    NotStarted,
+)
+
+log = structlog.stdlib.get_logger("mercato.rpc.http")
+
+HEADER_WORD: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+"""What may stand in a header as it is: a trace id may come from outside."""
+
+GO_ELSEWHERE: Final = frozenset({503, 404})
+"""Of the answers that say that nothing was started, those that another instance may not give."""
+
+
+class HttpClientLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What one calling process takes from each service."""
+
+    connections: int = 512
+    """To one instance. In HTTP/1.1 a call in flight holds one."""
+    calls: int = 256
+    """Of one operation in flight, to all instances: calls that wait for long do not take the connections of others."""
+    connect_seconds: float = 1.0
+    keep_alive_seconds: float = 20.0
+    """An unused connection is closed here, long before the server would: a call never meets a closing connection."""
+    batch_bytes: int = LARGEST_BATCH_BYTES
+    """A larger batch is sent in parts."""
+    answer_bytes: int = LARGEST_ANSWER_BYTES
+
+
+class NotConnected(Exception):
+    """There was no connection, so that nothing was sent."""
+
+
+class ConnectionBroke(Exception):
+    """The connection ended, or what came over it was no HTTP, after the batch was sent: at least in part."""
+
+
+class AnswerTooLarge(Exception):
+    """There is an answer, and it is larger than the bound. The rest of it was not read."""
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What an instance answered, complete."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class HttpTransport:
+    """Sends each batch to one of the instances that `registry` names. One a process.
+
+    `version` is the release of this process; `chance` gives 0.0 up to 1.0, without 1.0. It belongs to one event loop.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        signer: TokenSigner,
+        clock: Clock,
+        *,
+        version: str = "",
+        limits: HttpClientLimits | None = None,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self._registry = registry
+        self._signer = signer
+        self._clock = clock
+        self._limits = limits or HttpClientLimits()
+        self._chance = chance
+        self._headers = {"Content-Type": CONTENT_TYPE}
+        if HEADER_WORD.fullmatch(version):
+            self._headers[VERSION] = version
+        self._balancers: dict[str, Balancer] = {}
+        self._slots: dict[str, asyncio.Semaphore] = {}
+        self._session: aiohttp.ClientSession | None = None
+        self._stop_watching = registry.watch(self._update)
+
+    async def send(
+        self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context]
+    ) -> Sequence[Outcome]:
+        """See `Transport`. A batch that is larger than the bound is sent in parts, which fail by themselves."""
+        now = self._clock.monotonic()
+        remaining_s = min(max(context.deadline for context in contexts) - now, LONGEST_REMAINING_MS / 1_000)
+        if remaining_s <= 0:
+            raise DeadlineExceeded(operation=operation.full_name)
+        body = encode_requests(requests, contexts, now)
+        if len(body) > self._limits.batch_bytes:
+            return await self._send_in_parts(operation, requests, contexts)
+        try:
+            # Two contexts: the slot is part of the time that the callers wait.
+            async with asyncio.timeout(remaining_s), self._slot(operation):
+                return await self._deliver(operation, requests, contexts, body)
+        except TimeoutError:
+            raise DeadlineExceeded(operation=operation.full_name) from None
+
+    async def close(self) -> None:
+        """Closes the connections; batches in flight are lost. For the end, after the connector has been closed."""
+        self._stop_watching()
+        if self._session is not None:
+            await self._session.close()
+
+    # --------------------------------------------------------------------------------------------------- the batch
+
+    async def _send_in_parts(
+        self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context]
+    ) -> Sequence[Outcome]:
+        if len(requests) == 1:
+            sentence = f"The request is larger than {self._limits.batch_bytes} bytes."
+            return [InvalidRequest(errors=(FieldError(field="", message=sentence),))]
+        half = len(requests) // 2
+        outcomes: list[Outcome] = []
+        for part in (slice(half), slice(half, None)):
+            try:
+                outcomes += await self.send(operation, requests[part], contexts[part])
+            except ServiceError as error:
+                outcomes += [error.copy() for _ in requests[part]]
+        return outcomes
+
+    async def _deliver(
+        self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context], body: bytes
+    ) -> Sequence[Outcome]:
+        """Tries one instance after another, each once, until one starts the batch or may have started it."""
+        balancer = self._balancer(operation.service)
+        tried: list[Instance] = []
+        while (pick := balancer.pick(len(requests), tried)) is not None:
+            if tried:
+                body = encode_requests(requests, contexts, self._clock.monotonic())
+            tried.append(pick.instance)
+            try:
+                outcomes = await self._try(pick, operation, requests, contexts, body)
+            finally:
+                pick.given_up()
+            if outcomes is not None:
+                return outcomes
+        raise Unavailable(service=operation.service)
+
+    async def _try(
+        self,
+        pick: Pick,
+        operation: Operation[Any, Any],
+        requests: Sequence[Any],
+        contexts: Sequence[Context],
+        body: bytes,
+    ) -> Sequence[Outcome] | None:
+        """The outcomes at one instance; None where it started nothing and another one may."""
+        try:
+            answer = await self._post(pick.instance, operation, contexts, body)
+        except NotConnected:
+            pick.failed()
+            return None
+        except ConnectionBroke as error:
+            pick.failed()
+            where = {"operation": operation.full_name, "address": pick.instance.address}
+            log.warning("rpc_connection_broke", **where, reason=str(error))
+            return _not_known(operation, requests)
+        except AnswerTooLarge:
+            pick.answered()
+            log.error("rpc_answer_too_large", operation=operation.full_name, address=pick.instance.address)
+            return _not_known(operation, requests)
+        if answer.headers.get(NOT_STARTED) == NotStarted.DRAINING:
+            pick.drains(_seconds(answer.headers.get(DRAINING_SECONDS, "")))
+            return None
+        pick.answered()
+        if answer.status == 200:
+            return _outcomes(operation, requests, answer.body)
+        return _refused(operation, requests, answer, pick.instance)
+
+    # ------------------------------------------------------------------------------------------------ the connection
+
+    async def _post(
+        self, instance: Instance, operation: Operation[Any, Any], contexts: Sequence[Context], body: bytes
+    ) -> Answer:
+        """Raises `NotConnected`, `ConnectionBroke` or `AnswerTooLarge`; aiohttp's errors end here."""
+        url = f"http://{instance.address}{PATH_PREFIX}{operation.service}/{operation.name}"
+        try:
+            async with self._open_session().post(
+                url, data=body, headers=self._headers_for(operation, contexts), allow_redirects=False
+            ) as response:
+                return Answer(response.status, response.headers, await self._read(response))
+        # These come from opening a connection alone; the last one of an address that is none.
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL) as error:
+            raise NotConnected(str(error)) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ConnectionBroke(repr(error)) from error
+
+    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+        """The body. A connection whose answer is not read to its end is closed by aiohttp."""
+        limit = self._limits.answer_bytes
+        if (response.content_length or 0) > limit:
+            response.close()
+            raise AnswerTooLarge
+        parts, size = list[bytes](), 0
+        async for part in response.content.iter_any():
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                response.close()
+                raise AnswerTooLarge
+        return b"".join(parts)
+
+    def _headers_for(self, operation: Operation[Any, Any], contexts: Sequence[Context]) -> Mapping[str, str]:
+        remaining_ms = (max(context.deadline for context in contexts) - self._clock.monotonic()) * 1_000
+        # What is over in this very moment is told by the receiver, request by request.
+        headers = {**self._headers, REMAINING_MS: f"{min(max(remaining_ms, 0.001), LONGEST_REMAINING_MS):.3f}"}
+        headers[AUTHORIZATION] = BEARER + self._signer.token(operation.service)
+        if HEADER_WORD.fullmatch(contexts[0].trace_id):
+            headers[TRACE_ID] = contexts[0].trace_id
+        return headers
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            limits = self._limits
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(
+                    limit=0, limit_per_host=limits.connections, keepalive_timeout=limits.keep_alive_seconds
+                ),
+                # The time that the callers wait is measured outside, over all attempts.
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=limits.connect_seconds),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                # A small answer cannot become a large one.
+                auto_decompress=False,
+                skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
+            )
+        return self._session
+
+    # ------------------------------------------------------------------------------------------------- the instances
+
+    def _balancer(self, service: str) -> Balancer:
+        balancer = self._balancers.get(service)
+        if balancer is None:
+            balancer = self._balancers[service] = Balancer(clock=self._clock, chance=self._chance)
+            balancer.update(self._registry.instances(service))
+        return balancer
+
+    def _update(self, service: str) -> None:
+        if service in self._balancers:
+            self._balancers[service].update(self._registry.instances(service))
+
+    def _slot(self, operation: Operation[Any, Any]) -> asyncio.Semaphore:
+        slot = self._slots.get(operation.full_name)
+        if slot is None:
+            slot = self._slots[operation.full_name] = asyncio.Semaphore(self._limits.calls)
+        return slot
+
+
+# ------------------------------------------------------------------------------------------------- what an answer says
+
+
+def _not_known(operation: Operation[Any, Any], requests: Sequence[Any]) -> Sequence[Outcome]:
+    """Each request may have been started. Only to those that may come again is that no more than unavailability."""
+    return [
+        Unavailable(service=operation.service)
+        if operation.repeatable(request)
+        else OutcomeUnknown(operation=operation.full_name)
+        for request in requests
+    ]
+
+
+def _outcomes(operation: Operation[Any, Any], requests: Sequence[Any], body: bytes) -> Sequence[Outcome]:
+    try:
+        outcomes = decode_outcomes(operation, body)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        log.error("rpc_answer_malformed", operation=operation.full_name, reason=str(error))
+        return _not_known(operation, requests)
+    if len(outcomes) != len(requests):
+        log.error("rpc_answers_miscounted", operation=operation.full_name, wanted=len(requests), got=len(outcomes))
+        return _not_known(operation, requests)
+    return outcomes
+
+
+def _refused(
+    operation: Operation[Any, Any], requests: Sequence[Any], answer: Answer, instance: Instance
+) -> Sequence[Outcome] | None:
+    """The outcomes of a batch that was answered without outcomes; None where another instance may start it."""
+    reason = answer.headers.get(NOT_STARTED)
+    fields = {"operation": operation.full_name, "address": instance.address, "status": answer.status, "reason": reason}
+    log.warning("rpc_refused", **fields)
+    if reason is None:
+        return _not_known(operation, requests)
+    if answer.status in GO_ELSEWHERE:
+        return None
+    # It does not understand what was sent, and neither would another one: a bug on one of the two sides.
+    return [Internal(operation=operation.full_name) for _ in requests]
+
+
+def _seconds(text: str) -> float:
+    """What a header says, or 0; the balancer bounds it."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        return 0.0
+    return seconds if math.isfinite(seconds) else 0.0
