@@ -267,8 +267,7 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
             Edit(
                 CHARGING,
                 "from mercato.chassis.messaging.events import Outgoing\n",
-                "from mercato.chassis.messaging.events import Outgoing\n"
-                "from mercato.chassis.rpc.client import attempt\n",
+                "from mercato.chassis.messaging.events import Outgoing\nfrom mercato.chassis.contract import attempt\n",
             ),
         ),
         red=(
