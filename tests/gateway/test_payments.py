@@ -407,21 +407,21 @@ async def test_unknown_orders_and_payments_are_404(open_shop: Shop) -> None:
 
 
 async def test_customers_pay_and_see_their_own_and_others_are_like_unknown(guarded_shop: Shop) -> None:
-    owner, stranger = await new_person(guarded_shop), await new_person(guarded_shop)
+    owner, other = await new_person(guarded_shop), await new_person(guarded_shop)
     order = await placed(guarded_shop, owner)
 
-    others = await pay(guarded_shop, order, stranger.token)
+    others = await pay(guarded_shop, order, other.token)
     paid = await pay(guarded_shop, order, owner.token)
     path = f"/payments/{paid.json['id']}"
 
     assert_problem(others, 404, "orders.not_found")
     assert paid.status == 201
     assert (await guarded_shop.get(path, token=owner.token)).status == 200
-    assert_problem(await guarded_shop.get(path, token=stranger.token), 404, "payments.not_found")
-    assert (await guarded_shop.get(f"/payments?order_id={order.json['id']}", token=stranger.token)).json == []
+    assert_problem(await guarded_shop.get(path, token=other.token), 404, "payments.not_found")
+    assert (await guarded_shop.get(f"/payments?order_id={order.json['id']}", token=other.token)).json == []
     assert len((await guarded_shop.get("/payments", token=owner.token)).json) == 1
     assert_problem(
-        await guarded_shop.get(f"/orders/{order.json['id']}/timeline", token=stranger.token), 404, "orders.not_found"
+        await guarded_shop.get(f"/orders/{order.json['id']}/timeline", token=other.token), 404, "orders.not_found"
     )
 
 

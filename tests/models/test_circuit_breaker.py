@@ -59,7 +59,7 @@ class BreakerWalk(RuleBasedStateMachine):
         assert before is not State.CLOSED
         assert refused.retry_after_s is not None
         assert 1 <= refused.retry_after_s <= LONGEST
-        # Somebody who keeps trying becomes the probe in bounded time.
+        # A caller that keeps trying becomes the probe in bounded time.
         self.refused_since = self.clock.seconds if self.refused_since is None else self.refused_since
         assert self.clock.seconds - self.refused_since <= max(LONGEST, PROBE)
         return multiple()
@@ -113,7 +113,7 @@ class BreakerWalk(RuleBasedStateMachine):
             if isinstance(permit, Permit):
                 return permit
             self.clock.seconds += 1.0
-        raise AssertionError("nobody was let through")
+        raise AssertionError("no caller was let through")
 
     @invariant()
     def it_remembers_no_calls(self) -> None:

@@ -116,7 +116,7 @@ class Machine(RuleBasedStateMachine):
             case "the answer is late":
                 self.answers.append((operation.key, self.bank.hear(operation)))
             case _:
-                """The power fails: the intent is there, and nobody remembers it."""
+                """The power fails: the intent is there, and no process remembers it."""
 
     @precondition(lambda self: self.calls or self.answers)
     @rule(data=st.data(), twice=st.booleans())

@@ -132,15 +132,15 @@ async def test_a_twin_that_waits_too_long_gives_up_and_leaves_nothing(database: 
 
 async def test_batches_with_the_same_keys_in_other_orders_do_not_deadlock(database: Database):
     """Both stop at "m", which a third one holds. Taken as they come, each would then wait for what the other has."""
-    twins: list[asyncio.Task[set[tuple[str, str]]]] = []
+    duplicates: list[asyncio.Task[set[tuple[str, str]]]] = []
     with pytest.raises(KeyError):
         async with database.transaction() as tx:
             await idempotency.claim(tx, OPERATION, [keyed("m")])
             for order in ("amb", "bma"):
-                twins.append(asyncio.create_task(do(database, [keyed(key) for key in order])))
-                await until_blocked(database._dsn, len(twins))
+                duplicates.append(asyncio.create_task(do(database, [keyed(key) for key in order])))
+                await until_blocked(database._dsn, len(duplicates))
             raise KeyError
-    assert [len(ours) for ours in await asyncio.gather(*twins)] == [3, 0]
+    assert [len(ours) for ours in await asyncio.gather(*duplicates)] == [3, 0]
 
 
 async def test_who_dies_between_claim_and_commit_leaves_nothing(database: Database):

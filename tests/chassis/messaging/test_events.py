@@ -423,7 +423,7 @@ async def test_the_log_notes_positions_and_deletes_while_it_runs(harness: EventH
         await tx.execute("UPDATE outbox_readers SET position = 0")
         await tx.execute("INSERT INTO outbox_readers VALUES ('former', 0, now() - interval '31 days')")
 
-    assert await harness.log.maintain() == 0  # the position was noted after it had looked for what nobody needs
+    assert await harness.log.maintain() == 0  # the position was noted after it had looked for what no consumer needs
 
     assert await harness.values("SELECT position FROM outbox_readers ORDER BY consumer") == [outbox_row.end_of_row(2)]
     assert await harness.log.maintain() == 1

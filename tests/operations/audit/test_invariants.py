@@ -498,7 +498,7 @@ VIOLATIONS: dict[str, dict[str, str]] = {
         ),
     },
     "X1": {
-        "shown to a stranger": operation("injected", "look 1", user_id="2", principal="'user:2'"),
+        "shown to another customer": operation("injected", "look 1", user_id="2", principal="'user:2'"),
     },
 }
 

@@ -366,18 +366,18 @@ async def test_each_request_of_a_batch_is_its_own_callers(harness: InventoryHarn
 
 
 async def test_twins_in_one_batch_adjust_once(harness: InventoryHarness):
-    first, twin, other, neighbour = await adjust_many(
+    first, duplicate, other, neighbour = await adjust_many(
         harness, adjusting(5), adjusting(5), adjusting(6), adjusting(2, "another")
     )
 
     assert isinstance(first, AdjustedLevel)
-    assert isinstance(twin, AdjustedLevel)
-    assert (twin.level, first.replayed, twin.replayed) == (first.level, False, True)
+    assert isinstance(duplicate, AdjustedLevel)
+    assert (duplicate.level, first.replayed, duplicate.replayed) == (first.level, False, True)
     assert isinstance(other, IdempotencyKeyReused)
     assert isinstance(neighbour, AdjustedLevel)
     assert (first.level.on_hand, neighbour.level.on_hand) == (5, 7)
     assert await harness.movements() == [("receipt", 5), ("receipt", 2)]
-    assert await adjust(harness, adjusting(5)) == twin
+    assert await adjust(harness, adjusting(5)) == duplicate
 
 
 async def test_twins_in_one_batch_are_refused_alike(harness: InventoryHarness):
@@ -465,13 +465,13 @@ async def test_batches_in_opposite_orders_do_not_wait_for_each_other_for_ever(ha
 async def test_a_key_used_longer_than_a_day_ago_is_known_inside_a_batch(harness: InventoryHarness):
     await adjust(harness, adjusting(5, "old"))
     await harness.let_days_pass(30)
-    new, reused, old, twin = await adjust_many(
+    new, reused, old, duplicate = await adjust_many(
         harness, adjusting(2, "new"), adjusting(6, "old"), adjusting(5, "old"), adjusting(5, "old")
     )
 
     assert isinstance(new, AdjustedLevel)
     assert isinstance(reused, IdempotencyKeyReused)
-    assert old == twin == AdjustedLevel(level=new.level, replayed=True), "as it is by then"
+    assert old == duplicate == AdjustedLevel(level=new.level, replayed=True), "as it is by then"
     assert new.level.on_hand == 7
     assert await adjust(harness, adjusting(5, "old")) == old
     assert await harness.movements() == [("receipt", 5), ("receipt", 2)]

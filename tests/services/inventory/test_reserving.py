@@ -177,7 +177,7 @@ async def test_a_release_before_the_reserve_closes_the_door(harness: InventoryHa
 
     assert refused.value.state == "released"
     assert await harness.pieces() == (2, 0)
-    assert await harness.emitted("reservation", 7) == []  # nobody hears of a tombstone
+    assert await harness.emitted("reservation", 7) == []  # a tombstone emits nothing
 
 
 async def test_what_is_sold_is_not_released(harness: InventoryHarness):

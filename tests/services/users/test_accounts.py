@@ -152,14 +152,14 @@ async def test_who_is_not_signed_in_reads_nobody(harness: ServiceHarness, users:
 
 
 async def test_staff_page_through_everybody(harness: ServiceHarness, users: Users):
-    everybody = await registered(harness, users, "Alice", "Bob", "Carol")
+    all_three = await registered(harness, users, "Alice", "Bob", "Carol")
     with harness.acting(STAFF):
         first = await users.list(ListUsers(limit=2))
         assert first.next_after is not None
         second = await users.list(ListUsers(limit=2, after=first.next_after))
         exact = await users.list(ListUsers(limit=3))
 
-    assert [*first.users, *second.users] == everybody
+    assert [*first.users, *second.users] == all_three
     assert second.next_after is None
     assert (len(exact.users), exact.next_after) == (3, None)
 
@@ -303,8 +303,8 @@ async def test_the_demo_has_alice_and_bob(harness: ServiceHarness, users: Users)
     assert await seed() is False
 
     with harness.acting(STAFF):
-        everybody = (await users.list(ListUsers())).users
-    assert [(u.id, u.email, u.name, u.role) for u in everybody] == [
+        listed = (await users.list(ListUsers())).users
+    assert [(u.id, u.email, u.name, u.role) for u in listed] == [
         (1, "alice@example.com", "Alice", "customer"),
         (2, "bob@example.com", "Bob", "customer"),
     ]
