@@ -14,7 +14,7 @@ from .roles import STAFF_ONLY
 PAGE_LIMIT: Final = 500
 TYPES_LIMIT: Final = 20
 
-EventType = Annotated[str, Meta(pattern=r"^[a-z]+\.[a-z_]+$", max_length=64, examples=["order.paid"])]
+EventType = Annotated[str, Meta(pattern=r"^[a-z]+\.[a-z_]+\Z", max_length=64, examples=["order.paid"])]
 
 
 class FeedEntry(Message):

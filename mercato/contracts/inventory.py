@@ -34,7 +34,7 @@ LINES_LIMIT: Final = 100
 PAGE_LIMIT: Final = 200
 
 OnHand = Annotated[int, Meta(ge=0, le=ON_HAND_LIMIT)]
-Reason = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00]*$")]
+Reason = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00]*\Z")]
 
 
 class StockLine(Message):

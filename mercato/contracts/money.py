@@ -1,53 +1,92 @@
-"""Money inside the shop: integer minor units and an ISO 4217 currency. Decimal strings exist only at the edge."""
+"""Money inside the shop: integer minor units and an ISO 4217 currency, and amounts as people write them.
+
+An amount belongs to the currency of what it is about: a price to that of its product, what is paid or refunded to that
+of its order. Where a client writes an amount without a currency, it travels as it was written, and the service that
+knows the currency makes minor units of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Annotated, Any, Final
 
-EXPONENTS: Final[Mapping[str, int]] = {
-    "AUD": 2,
-    "BHD": 3,
-    "BRL": 2,
-    "CAD": 2,
-    "CHF": 2,
-    "CNY": 2,
-    "CZK": 2,
-    "DKK": 2,
-    "EUR": 2,
-    "GBP": 2,
-    "HKD": 2,
-    "HUF": 2,
-    "IDR": 2,
-    "ILS": 2,
-    "INR": 2,
-    "ISK": 0,
-    "JOD": 3,
-    "JPY": 0,
-    "KRW": 0,
-    "KWD": 3,
-    "MXN": 2,
-    "MYR": 2,
-    "NOK": 2,
-    "NZD": 2,
-    "OMR": 3,
-    "PHP": 2,
-    "PLN": 2,
-    "RON": 2,
-    "SEK": 2,
-    "SGD": 2,
-    "THB": 2,
-    "TND": 3,
-    "TRY": 2,
-    "TWD": 2,
-    "UAH": 2,
-    "USD": 2,
-    "VND": 0,
-    "ZAR": 2,
+from msgspec import Meta
+
+from mercato.chassis.contract import ServiceError
+
+_BY_DIGITS: Final = {
+    0: "BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF",
+    2: (
+        "AED AFN ALL AMD AOA ARS AUD AWG AZN BAM BBD BDT BMD BND BOB BOV BRL BSD BTN BWP BYN BZD CAD CDF CHE CHF CHW "
+        "CNY COP COU CRC CUP CVE CZK DKK DOP DZD EGP ERN ETB EUR FJD FKP GBP GEL GHS GIP GMD GTQ GYD HKD HNL HTG HUF "
+        "IDR ILS INR IRR JMD KES KGS KHR KPW KYD KZT LAK LBP LKR LRD LSL MAD MDL MGA MKD MMK MNT MOP MRU MUR MVR MWK "
+        "MXN MXV MYR MZN NAD NGN NIO NOK NPR NZD PAB PEN PGK PHP PKR PLN QAR RON RSD RUB SAR SBD SCR SDG SEK SGD SHP "
+        "SLE SOS SRD SSP STN SVC SYP SZL THB TJS TMT TOP TRY TTD TWD TZS UAH USD USN UYU UZS VED VES WST XAD XCD XCG "
+        "YER ZAR ZMW ZWG"
+    ),
+    3: "BHD IQD JOD KWD LYD OMR TND",
+    4: "CLF UYW",
 }
-"""Digits after the decimal point of the currencies that a shop may sell in (ISO 4217, list one)."""
+"""ISO 4217, list one, without funds codes that have no digits, metals and test codes."""
+
+EXPONENTS: Final[Mapping[str, int]] = dict(
+    sorted((currency, digits) for digits, currencies in _BY_DIGITS.items() for currency in currencies.split())
+)
+"""The currencies that there are, each with its digits after the decimal point."""
 
 DEFAULT_CURRENCY: Final = "USD"
+"""Of a shop that names none."""
 
 MAX_MINOR: Final = 10**12
 """The largest price of a product, in minor units: with 100 lines of 10 000 pieces a total stays below 2^63."""
+
+AMOUNT_PATTERN: Final = r"^[0-9]+(\.[0-9]+)?\Z"
+"""The one grammar of amounts: digits, with or without a point and more digits."""
+AMOUNT_LENGTH: Final = 100
+AmountText = Annotated[str, Meta(pattern=AMOUNT_PATTERN, max_length=AMOUNT_LENGTH, examples=["99.99"])]
+"""An amount in major units, as a client has written it."""
+
+
+def to_minor(amount: str, currency: str, limit_minor: int = MAX_MINOR) -> int | str:
+    """An `AmountText` in minor units, or a sentence that says what is wrong with it."""
+    digits = EXPONENTS.get(currency)
+    if digits is None:
+        return unknown_currency(currency)
+    whole, _, fraction = amount.partition(".")
+    if fraction[digits:].strip("0"):
+        if digits == 0:
+            return f"has digits after the decimal point, which {currency} does not have"
+        return f"has more than {digits} digits after the decimal point, which {currency} does not have"
+    minor = int(whole + fraction[:digits].ljust(digits, "0"))
+    return minor if minor <= limit_minor else f"is larger than {decimal_string(limit_minor, digits)}"
+
+
+def decimal_string(minor: int, digits: int) -> str:
+    if digits == 0:
+        return str(minor)
+    sign = "-" if minor < 0 else ""
+    whole, part = divmod(abs(minor), 10**digits)
+    return f"{sign}{whole}.{part:0{digits}d}"
+
+
+def written(minor: int, currency: str) -> str:
+    """As people write it: `12.50 EUR`, `1200 JPY`."""
+    return f"{decimal_string(minor, EXPONENTS.get(currency, 2))} {currency}"
+
+
+def unknown_currency(currency: str) -> str:
+    return f"{currency} is no currency of ISO 4217"
+
+
+class MoneyError(ServiceError, is_base=True):
+    """An error whose sentence has amounts. A field `left_minor` is written with the currency of the error, which is its
+    field `left_currency` or else `currency`."""
+
+    def spoken(self) -> dict[str, Any]:
+        fields = super().spoken()
+        for name in fields:
+            kind = name.removesuffix("_minor")
+            currency = fields.get(f"{kind}_currency", fields.get("currency"))
+            if kind != name and currency is not None:
+                fields[name] = written(getattr(self, name), currency)
+        return fields

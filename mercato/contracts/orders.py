@@ -10,6 +10,7 @@ from msgspec import Meta
 from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Open, Retry, ServiceError, batched, single
 
 from .inventory import ShortLine
+from .money import AmountText, MoneyError
 from .payments import Method, Payment as PaymentRecord
 from .roles import SIGNED_IN, STAFF_ONLY
 
@@ -25,9 +26,10 @@ CancelCode = Literal["requested", "out_of_stock", "payment_declined", "payment_l
 LINES_LIMIT: Final = 100
 QUANTITY_LIMIT: Final = 10_000
 PAGE_LIMIT: Final = 200
+REFUSED_MINOR: Final = MAX_ID
 
 
-Note = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*$")]
+Note = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*\Z")]
 """What a customer wants the shop to know about an order. Public: everyone who sees the order reads it."""
 
 
@@ -54,6 +56,8 @@ class PlaceOrder(Message):
     fingerprint: bytes = b""
     payment_method: Method | None = None
     customer_note: Note = ""
+    expected_total: AmountText | None = None
+    """As `expected_total_minor`, in the currency of the order."""
 
 
 class OrderLine(Message):
@@ -169,6 +173,8 @@ class PayOrder(Message):
     expected_currency: str | None = None
     idempotency_key: str | None = None
     fingerprint: bytes = b""
+    expected_total: AmountText | None = None
+    """As `expected_total_minor`, in the currency of the order."""
 
 
 class PaidOrder(Message):
@@ -184,7 +190,7 @@ class MovePayment(Message):
 
 
 class RefundOrder(Message):
-    """Gives back all that is left of what was paid, or `amount_minor` of it. Once for each key, for ever."""
+    """Gives back all that is left of what was paid, or an amount of it. Once for each key, for ever."""
 
     payment_id: OrderId
     idempotency_key: str
@@ -192,6 +198,12 @@ class RefundOrder(Message):
     amount_minor: Annotated[int, Meta(ge=1)] | None = None
     currency: str | None = None
     reason: Annotated[str, Meta(max_length=500)] = ""
+    amount: AmountText | None = None
+    """As `amount_minor`, in the currency of the order, and before it.
+
+    A service that does not know this field yet must not give back all that is left: the sender also gives
+    `REFUSED_MINOR` as `amount_minor`, which is more than any order has left.
+    """
 
 
 class ReturnLine(Message):
@@ -290,10 +302,10 @@ class OrderNotFound(ServiceError, code="orders.not_found", kind=Kind.NOT_FOUND):
     order_id: int
 
 
-class PriceChanged(ServiceError, code="orders.price_changed", kind=Kind.CONFLICT):
+class PriceChanged(MoneyError, code="orders.price_changed", kind=Kind.CONFLICT):
     """The client showed another total than the catalogue gives. Nothing was ordered."""
 
-    sentence = "The catalogue's total for this order is another one than was shown to the buyer."
+    sentence = "The catalogue's total for this order is {actual_minor}; the buyer was shown {expected_minor}."
     expected_minor: int
     expected_currency: str
     actual_minor: int
@@ -316,10 +328,10 @@ class IllegalMove(ServiceError, code="orders.illegal_move", kind=Kind.CONFLICT):
     legal: tuple[str, ...]
 
 
-class AmountNotDue(ServiceError, code="orders.amount_not_due", kind=Kind.CONFLICT):
+class AmountNotDue(MoneyError, code="orders.amount_not_due", kind=Kind.CONFLICT):
     """The client wants to pay another amount than is due. Nothing was charged."""
 
-    sentence = "Another amount is due for order {order_id}."
+    sentence = "For order {order_id}, {due_minor} is due, not {expected_minor}."
     order_id: int
     expected_minor: int
     expected_currency: str
@@ -357,10 +369,10 @@ class OrderCancelled(ServiceError, code="orders.cancelled", kind=Kind.CONFLICT):
     reason: str
 
 
-class NothingToRefund(ServiceError, code="orders.nothing_to_refund", kind=Kind.CONFLICT):
+class NothingToRefund(MoneyError, code="orders.nothing_to_refund", kind=Kind.CONFLICT):
     """More was asked for than is left of what was paid."""
 
-    sentence = "Order {order_id} has {left_minor} (minor units of {currency}) left to refund, not {wanted_minor}."
+    sentence = "Order {order_id} has {left_minor} left to refund, not {wanted_minor}."
     order_id: int
     wanted_minor: int
     left_minor: int

@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Open, Retry, ServiceError, batched, single
 
+from .money import MoneyError
 from .roles import SERVICES_ONLY, SIGNED_IN, STAFF_ONLY
 
 PaymentId = Annotated[int, Meta(ge=1, le=MAX_ID)]
@@ -17,7 +18,7 @@ OrderNonce = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 """The random part of an order, made when it is placed. With a database restored from a backup ids are used again: what
 has the id of an order and another nonce belongs to another order."""
 Attempt = Annotated[int, Meta(ge=1, le=10_000)]
-Method = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,31}:[!-~]{1,200}$", examples=["provider:token"])]
+Method = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,31}:[!-~]{1,200}\Z", examples=["provider:token"])]
 """A token of the provider, with the provider's name before the colon. Card numbers never come here.
 
 Whether there is such a provider, and whether the token may be one of its own, `check_method` says."""
@@ -135,7 +136,7 @@ class RefundPayment(Message):
     order_id: OrderId
     attempt: Attempt
     amount_minor: Annotated[int, Meta(ge=1)]
-    reference: Annotated[str, Meta(min_length=1, max_length=60, pattern=r"^[\x21-\x7e]+$")]
+    reference: Annotated[str, Meta(min_length=1, max_length=60, pattern=r"^[\x21-\x7e]+\Z")]
     """What the money is given back for: unique within the order."""
     idempotency_key: str
     order_nonce: OrderNonce = 0
@@ -239,8 +240,8 @@ class PaymentStateConflict(ServiceError, code="payments.state_conflict", kind=Ki
     wanted: str
 
 
-class RefundTooLarge(ServiceError, code="payments.refund_too_large", kind=Kind.CONFLICT):
-    sentence = "Payment {payment_id} has {left_minor} {currency} (minor units) left to refund, not {wanted_minor}."
+class RefundTooLarge(MoneyError, code="payments.refund_too_large", kind=Kind.CONFLICT):
+    sentence = "Payment {payment_id} has {left_minor} left to refund, not {wanted_minor}."
     payment_id: int
     wanted_minor: int
     left_minor: int
@@ -255,10 +256,10 @@ class RefundDeclined(ServiceError, code="payments.refund_declined", kind=Kind.RE
     reason: str
 
 
-class RefundReferenceReused(ServiceError, code="payments.refund_reference_reused", kind=Kind.CONFLICT):
+class RefundReferenceReused(MoneyError, code="payments.refund_reference_reused", kind=Kind.CONFLICT):
     """What a refund is for stands for one amount."""
 
-    sentence = "{reference} was used for a refund of {amount_minor} {currency} (minor units), not {wanted_minor}."
+    sentence = "{reference} was used for a refund of {amount_minor}, not {wanted_minor}."
     reference: str
     amount_minor: int
     wanted_minor: int

@@ -39,12 +39,13 @@ from mercato.chassis.contract import (
 from mercato.chassis.http import COMPLETE_RESPONSE
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.observability.telemetry import Telemetry
+from mercato.contracts.money import DEFAULT_CURRENCY
 from mercato.gateway import idempotency, problems
 from mercato.gateway.auth import Authenticator
 from mercato.gateway.headers import RequestHeaders, check_content_type, expected_version, preferred_wait_ms
 from mercato.gateway.rates import RateLimiter
 from mercato.gateway.route import Page, Route, RouteRequest
-from mercato.gateway.validation import decode_body, decode_query, invalid
+from mercato.gateway.validation import decode_body, decode_query, decoder, invalid
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -80,10 +81,11 @@ class Gateway:
         telemetry: Telemetry,
         clock: Clock,
         fallback: Asgi,
+        currency: str = DEFAULT_CURRENCY,
         request_seconds: float = REQUEST_SECONDS,
         log_requests: bool = False,
     ) -> None:
-        self._table = Table([BoundRoute(route, client, telemetry) for route in routes])
+        self._table = Table([BoundRoute(route, client, telemetry, currency) for route in routes])
         self._authenticator = authenticator
         self._requests = answered(telemetry)
         self._monotonic = clock.monotonic
@@ -280,9 +282,14 @@ class BoundRoute:
     """A route with its client, its metrics, its decoder, and everything else that can be known before a request."""
 
     def __init__(
-        self, route: Route, client: Callable[[Operation[Any, Any]], Call[Any, Any]], telemetry: Telemetry
+        self,
+        route: Route,
+        client: Callable[[Operation[Any, Any]], Call[Any, Any]],
+        telemetry: Telemetry,
+        currency: str,
     ) -> None:
         self.route = route
+        self._currency = currency
         self.call = client(route.operation)
         self._wait_call = client(route.wait.operation) if route.wait else None
         self.name = f"{route.method} {route.path}"
@@ -298,7 +305,7 @@ class BoundRoute:
         self._requests = answered(telemetry)
         self._counts: dict[int, Callable[[], None]] = {}
         self._counter(route.status)
-        self._decoder = msgspec.json.Decoder(route.body) if route.body else None
+        self._decoder = decoder(route.body) if route.body else None
         self._body_optional = route.body_optional
         self._body_bytes = route.limits.body_bytes
         self._query = route.query
@@ -350,7 +357,7 @@ class BoundRoute:
         wait_ms = None
         if headers.prefer is not None and self.route.wait is not None:
             wait_ms = preferred_wait_ms(headers.prefer)
-        return RouteRequest(actor, path, query, body, version, key, fingerprint, wait_ms)
+        return RouteRequest(actor, path, query, body, version, key, fingerprint, wait_ms, self._currency)
 
     async def waited(self, answer: Any, wait_ms: int) -> Any:
         """The answer after having waited for what the route waits for, or as it was where that cannot be had."""

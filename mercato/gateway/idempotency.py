@@ -14,8 +14,8 @@ from mercato.gateway.validation import invalid
 
 API_VERSION: Final = "1"
 
-_BARE: Final = re.compile(rb"^[\x21-\x7e]{1,255}$")
-_QUOTED: Final = re.compile(rb'^"((?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\["\\])*)"$')
+_BARE: Final = re.compile(rb"^[\x21-\x7e]{1,255}\Z")
+_QUOTED: Final = re.compile(rb'^"((?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\["\\])*)"\Z')
 _ESCAPED: Final = re.compile(rb"\\(.)")
 _encode: Final = msgspec.json.Encoder(order="sorted").encode
 _decode: Final = msgspec.json.Decoder().decode

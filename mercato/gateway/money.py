@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from decimal import Decimal
-from typing import Annotated, Final
+import re
+from typing import Annotated, Any, Final
 
 import msgspec
 
-from mercato.contracts.money import EXPONENTS, MAX_MINOR
-
-FRACTION_LIMIT: Final = 64
-"""Digits after the point that are looked at; further zeros say nothing, and nobody means them."""
+from mercato.chassis.contract import FieldError
+from mercato.contracts.money import AMOUNT_LENGTH, AMOUNT_PATTERN, EXPONENTS, decimal_string, to_minor, unknown_currency
 
 REMEMBERED_AMOUNTS: Final = 4_096
+
+_matches: Final = re.compile(AMOUNT_PATTERN).match
 
 
 class Money(msgspec.Struct, frozen=True):
@@ -29,38 +29,57 @@ def money(minor: int, currency: str) -> Money:
     return Money(decimal_string(minor, EXPONENTS[currency]), currency)
 
 
-def decimal_string(minor: int, exponent: int) -> str:
-    if exponent == 0:
-        return str(minor)
-    sign = "-" if minor < 0 else ""
-    whole, part = divmod(abs(minor), 10**exponent)
-    return f"{sign}{whole}.{part:0{exponent}d}"
+class Amount(str):
+    """What a client has written in a place for an amount: a JSON string or number, as it stands there.
+
+    Digits, with or without a point and more digits (`AMOUNT_PATTERN`): no sign, exponent, blank or separator.
+    """
+
+    __slots__ = ()
 
 
-def to_minor(amount: Decimal, currency: str, limit_minor: int = MAX_MINOR) -> int | str:
-    """The amount in minor units, or a sentence that says what is wrong with it."""
-    exponent = EXPONENTS.get(currency)
-    if exponent is None:
-        return unknown_currency(currency)
-    if not amount.is_finite():
-        return "is not a number"
-    if amount < 0:
-        return "is negative"
-    # Compared by magnitude first: 1E+999999999 must not be written out as an integer.
-    if amount.adjusted() > 18 or amount > Decimal(limit_minor).scaleb(-exponent):
-        return f"is larger than {decimal_string(limit_minor, exponent)}"
-    # Length first: a body has room for a million digits after the point, and looking at each of them takes a while.
-    if int(amount.as_tuple().exponent) < -FRACTION_LIMIT or _fraction_digits(amount) > exponent:
-        return f"has more than {exponent} digits after the decimal point, which {currency} does not have"
-    return int(amount.scaleb(exponent))
+class ExactFloat(float):
+    """A JSON number with a point or an exponent, and how it was written."""
+
+    written: str
 
 
-def _fraction_digits(amount: Decimal) -> int:
-    """How many digits after the point say something. Counted by hand: arithmetic would round, or underflow to zero."""
-    _, digits, exponent = amount.as_tuple()
-    text = "".join(map(str, digits)).rstrip("0")
-    return -int(exponent) - (len(digits) - len(text)) if text else 0
+def exact_float(written: str) -> ExactFloat:
+    number = ExactFloat(written)
+    number.written = written
+    return number
 
 
-def unknown_currency(currency: str) -> str:
-    return f"is not a currency that this shop knows ({', '.join(EXPONENTS)})"
+def decode_amount(kind: type[Any], value: Any) -> Any:
+    """What msgspec calls for fields of the type `Amount`. Raises ValueError."""
+    assert kind is Amount, f"{kind} is not decoded here"
+    if isinstance(value, ExactFloat):
+        value = value.written
+    elif isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise ValueError("is neither a string nor a number")
+    if len(value) > AMOUNT_LENGTH:
+        raise ValueError(f"has more than {AMOUNT_LENGTH} characters")
+    if not _matches(value):
+        raise ValueError("is not an amount: digits, with or without a point and more digits, such as 99.99")
+    return Amount(value)
+
+
+def text_of(amount: Amount | None) -> str | None:
+    """The amount as it travels to the service that knows its currency."""
+    return None if amount is None else str(amount)
+
+
+def checked_currency(field: str, currency: str | None, errors: list[FieldError]) -> None:
+    if currency is not None and currency not in EXPONENTS:
+        errors.append(FieldError(field=field, message=unknown_currency(currency)))
+
+
+def minor_of(field: str, amount: str, currency: str, errors: list[FieldError]) -> int:
+    """The amount in minor units. Adds an error, and gives 0, where it is none of this currency."""
+    minor = to_minor(amount, currency)
+    if isinstance(minor, int):
+        return minor
+    errors.append(FieldError(field=field, message=minor))
+    return 0

@@ -36,14 +36,15 @@ class Pages:
         authenticator: Authenticator,
         verifier: Verifier,
         telemetry: Telemetry,
-        ready: Callable[[], Awaitable[Mapping[str, bool]]],
+        problems: Callable[[], Awaitable[Mapping[str, str]]],
         details: Callable[[], Mapping[str, Any]],
     ) -> None:
-        """`details`: what `/health/ready` tells besides, whatever it is worth."""
+        """`problems`: for each service why it cannot work, empty where it can. `details`: what `/health/ready` tells
+        besides, whatever it is worth."""
         self._authenticator = authenticator
         self._verifier = verifier
         self._telemetry = telemetry
-        self._ready = ready
+        self._problems = problems
         self._details = details
         self._app = Starlette(
             routes=[
@@ -70,13 +71,15 @@ class Pages:
         return _json({"status": "live"})
 
     async def _readiness(self, _: Request) -> Response:
-        """200 while every service's database answers, else 503; says which does not."""
-        services = await self._ready()
-        status = "ready" if all(services.values()) else "not_ready"
-        detail = {name: "up" if up else "down" for name, up in services.items()}
-        headers = {} if status == "ready" else {"retry-after": "1"}
-        body = {"status": status, "services": detail, **self._details()}
-        return _json(body, 200 if status == "ready" else 503, headers)
+        """200 while every service can work, else 503; says which cannot, and why."""
+        found = await self._problems()
+        detail = {name: "down" if problem else "up" for name, problem in found.items()}
+        body = {"status": "ready", "services": detail, **self._details()}
+        headers: Mapping[str, str] = {}
+        if reasons := {name: problem for name, problem in found.items() if problem}:
+            body |= {"status": "not_ready", "reasons": reasons}
+            headers = {"retry-after": "1"}
+        return _json(body, 503 if reasons else 200, headers)
 
     async def _metrics(self, request: Request) -> Response:
         """For staff, and for a collector on this machine: how much a shop sells is nobody else's business."""

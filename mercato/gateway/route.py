@@ -40,6 +40,8 @@ class RouteRequest(msgspec.Struct, gc=False):
     fingerprint: bytes
     wait_ms: int | None
     """How long the client would wait (`Prefer: wait=N`); None where it did not say so."""
+    currency: str
+    """Of the shop: of an amount that is about nothing that has one."""
 
 
 class Limits(msgspec.Struct, frozen=True):

@@ -13,17 +13,19 @@ from typing import Any, Final, Literal, cast, get_args, get_origin
 
 import msgspec
 
+from mercato.chassis.contract import published_pattern
+from mercato.contracts.money import AMOUNT_LENGTH, AMOUNT_PATTERN
+from mercato.gateway.money import Amount
 from mercato.gateway.route import Output
 
 Schema = dict[str, Any]
 
 REFERENCE: Final = "#/components/schemas/{name}"
-AMOUNT_PATTERN: Final = r"^[0-9]+(\.[0-9]+)?$"
 
 
 def components(models: Sequence[Any]) -> tuple[tuple[Schema, ...], dict[str, Schema]]:
     """The schema of each model, in order, and what they refer to, by name."""
-    references, raw = msgspec.json.schema_components(models, ref_template=REFERENCE)
+    references, raw = msgspec.json.schema_components(models, schema_hook=_amount, ref_template=REFERENCE)
     named = {name: _plain(schema) for name, schema in raw.items()}
     for struct in {struct: None for model in models for struct in _structs(model)}:
         schema = named[struct.__name__]
@@ -31,6 +33,12 @@ def components(models: Sequence[Any]) -> tuple[tuple[Schema, ...], dict[str, Sch
         # The name is the key already.
         schema.pop("title", None)
     return tuple(_plain(reference) for reference in references), named
+
+
+def _amount(kind: type[Any]) -> Schema:
+    assert kind is Amount, f"{kind} has no schema"
+    # `pattern` speaks about strings alone and `minimum` about numbers alone.
+    return {"type": ["string", "number"], "pattern": AMOUNT_PATTERN, "maxLength": AMOUNT_LENGTH, "minimum": 0}
 
 
 def without_null(schema: Schema) -> Schema:
@@ -55,9 +63,8 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     schema = {name: _plain(part) for name, part in cast(Schema, value).items()}
-    if schema.get("format") == "decimal":
-        # `pattern` speaks about strings alone and `minimum` about numbers alone.
-        schema |= {"type": ["string", "number"], "pattern": AMOUNT_PATTERN, "minimum": 0}
+    if isinstance(pattern := schema.get("pattern"), str):
+        schema["pattern"] = published_pattern(pattern)
     if isinstance(schema.get("enum"), list) and all(isinstance(value, str) for value in schema["enum"]):
         schema.setdefault("type", "string")
     if schema.get("required") == []:

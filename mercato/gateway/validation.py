@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from mercato.chassis.contract import FieldError, InvalidRequest
+from mercato.gateway.money import decode_amount, exact_float
 from mercato.gateway.problems import MalformedJson
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -59,7 +60,7 @@ def decode_query(model: type[S], query: bytes) -> S:
     given.update(pairs)
     errors = [FieldError(field=f"?{name}", message="is given more than once") for name in repeated]
     try:
-        asked = msgspec.convert(given, model, strict=False)
+        asked = msgspec.convert(given, model, strict=False, dec_hook=decode_amount)
     except msgspec.ValidationError:
         found = wrong_fields(model, given, "", strict=False)
         errors += [FieldError(field=f"?{e.field}", message=e.message) for e in found]
@@ -102,7 +103,7 @@ def _collect(model: Any, value: Any, path: str, strict: bool, errors: list[Field
     if len(errors) >= ERRORS_LIMIT:
         return
     try:
-        msgspec.convert(value, model, strict=strict)
+        msgspec.convert(value, model, strict=strict, dec_hook=decode_amount)
         return
     except msgspec.ValidationError as error:
         message = _message(error)
@@ -154,7 +155,7 @@ def _item_type(model: Any) -> Any:
     return get_args(model)[0] if get_origin(model) is tuple else None
 
 
-_PLACE: Final = re.compile(r" - at `\$\.?([^`]*)`$")
+_PLACE: Final = re.compile(r" - at `\$\.?([^`]*)`\Z")
 
 
 def _place(error: msgspec.ValidationError) -> str:
@@ -164,6 +165,7 @@ def _place(error: msgspec.ValidationError) -> str:
 
 def _message(error: msgspec.ValidationError) -> str:
     text = _PLACE.sub("", str(error)).replace("`", "").replace(" | null", "")
+    text = text.replace("ExactFloat", "float").replace(r"\\Z'", "$'")  # as the document of the API has it
     return text[:1].lower() + text[1:]
 
 
@@ -174,9 +176,17 @@ def _shortened(name: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- broken
 
 
+_decode: Final = msgspec.json.Decoder(float_hook=exact_float).decode
+
+
+def decoder(model: type[S]) -> msgspec.json.Decoder[S]:
+    """Of bodies of a route."""
+    return msgspec.json.Decoder(model, dec_hook=decode_amount, float_hook=exact_float)
+
+
 def _explain_body(model: Any, body: bytes, error: msgspec.ValidationError) -> Exception:
     try:
-        value = msgspec.json.decode(body)
+        value = _decode(body)
     except msgspec.ValidationError:
         # A number that only a decimal can hold. The typed decode has said where the first wrong field is.
         return InvalidRequest(errors=(FieldError(field=_place(error), message=_message(error)),))
@@ -189,7 +199,7 @@ def _explain_body(model: Any, body: bytes, error: msgspec.ValidationError) -> Ex
     return InvalidRequest(errors=tuple(errors))
 
 
-_BYTE: Final = re.compile(r"^JSON is malformed: (.*) \(byte (\d+)\)$")
+_BYTE: Final = re.compile(r"^JSON is malformed: (.*) \(byte (\d+)\)\Z")
 
 
 def _malformed(body: bytes, error: Exception) -> MalformedJson:

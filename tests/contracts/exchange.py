@@ -94,7 +94,7 @@ def errors_to_the_released(released: ReleasedContract, contract: type[Contract])
         def check(sent: Any, code: str = code, details: Any = details, reader: Any = reader) -> None:
             fields = msgspec.structs.asdict(msgspec.convert(sent, details))
             (wire,) = msgspec.msgpack.decode(
-                codec.encode_outcomes(_NO_OPERATION, [known[code](**fields)]), type=list[codec.WireOutcome]
+                codec.encode_outcomes(_NO_OPERATION, [known[code](**fields)]), type=list[codec.WireOutcome[msgspec.Raw]]
             )
             assert wire.error is not None
             assert wire.error.code == code

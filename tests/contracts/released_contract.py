@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal, Optional, Union, cast
 
@@ -149,7 +150,8 @@ def _strings(schema: Schema) -> st.SearchStrategy[Any]:
     if schema.get("contentEncoding") == "base64":
         return st.binary(max_size=8)
     if "pattern" in schema:
-        fits = st.from_regex(schema["pattern"])
+        # In a schema `$` is the end alone; in Python it also stands before a newline at the end.
+        fits = st.from_regex(re.sub(r"\$\Z", r"\\Z", schema["pattern"]))
         return fits.filter(lambda text: least <= len(text) and (most is None or len(text) <= most))
     return st.text(min_size=least, max_size=least + 8 if most is None else min(most, least + 8))
 

@@ -10,6 +10,7 @@ from contracts import update_schemas
 from mercato.chassis.contract import Contract, Kind, Message, Open, ServiceError, single
 from mercato.contracts import field_numbers
 from mercato.contracts.field_numbers import Numbering, Numbers, assign, changes
+from mercato.testing.assertions import needs_assertions
 
 CONTRACTS = update_schemas.contracts()
 MODULE = __name__.rpartition(".")[2]
@@ -154,6 +155,7 @@ def test_what_a_contract_leads_to_is_numbered():
     assert made["enums"] == {"Colour": Numbering({"red": 1, "green": 2})}
 
 
+@needs_assertions
 @pytest.mark.parametrize(("message", "names"), [(Ambiguous, "'Hue', 'Shade'"), (Unnamed, "none")])
 def test_an_enumeration_has_one_name(message: Any, names: str):
     contract = type("Wrong", (Contract,), {"read": single(message, message, allow=frozenset())}, name="wrong")

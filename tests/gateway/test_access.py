@@ -15,7 +15,7 @@ from joserfc import jwt
 from joserfc.jwk import KeySet, OKPKey
 
 from gateway.harness import Things, without_ids
-from mercato.chassis.hosting.host import key_deriver
+from mercato.chassis.hosting.keys import key_deriver, service_secrets
 from mercato.contracts.roles import ANONYMOUS, CUSTOMER, STAFF
 from mercato.gateway.auth import ALGORITHMS
 from mercato.gateway.route import Route
@@ -172,7 +172,8 @@ async def test_a_refresh_token_that_comes_twice_ends_the_session(guarded_shop: S
 
 
 # The key of the users service of a test's shop. With it, a token is wrong in nothing but what the test changes.
-KEY = OKPKey.import_key(Ed25519PrivateKey.from_private_bytes(key_deriver(TEST_SECRET)("users/access-token/1")))
+USERS_SECRET = service_secrets(TEST_SECRET, ["users"])["users"]
+KEY = OKPKey.import_key(Ed25519PrivateKey.from_private_bytes(key_deriver(USERS_SECRET)("users/access-token/1")))
 
 
 def minted(header: dict[str, Any], claims: dict[str, Any], key: OKPKey = KEY) -> str:

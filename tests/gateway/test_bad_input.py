@@ -478,7 +478,7 @@ CASES = [
     query("before 2^53", f"/orders?before={2**53}", "?before"),
     query("sort", "/products?sort=colour", "?sort"),
     query("relevance without words", "/products?sort=relevance", "?sort"),
-    query("price", "/products?min_price=a&max_price=-1", "?min_price"),
+    query("price", "/products?min_price=a&max_price=-1", "?min_price", "?max_price"),
     query("prices out of range", "/products?min_price=-1&max_price=1e999", "?min_price", "?max_price"),
     query("price with three digits", "/products?min_price=1.234", "?min_price"),
     query("unknown currency", "/products?currency=XXX", "?currency"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from decimal import Decimal
 from typing import Annotated, Any, Literal
 from urllib.parse import urlencode
 
@@ -13,32 +12,33 @@ from hypothesis import given, strategies as st
 from msgspec import Meta
 
 from mercato.chassis.contract import InvalidRequest
+from mercato.gateway.money import Amount
 from mercato.gateway.problems import MalformedJson
 from mercato.gateway.route import Input
-from mercato.gateway.validation import ERRORS_LIMIT, decode_body, decode_query
+from mercato.gateway.validation import ERRORS_LIMIT, decode_body, decode_query, decoder
 
 
 class Part(Input):
     id: Annotated[int, Meta(ge=1)]
-    weight: Decimal = Decimal(1)
+    weight: Amount = Amount("1")
 
 
 class Form(Input):
     name: Annotated[str, Meta(min_length=1, max_length=5)]
     kind: Literal["red", "blue"] = "red"
     parts: Annotated[tuple[Part, ...], Meta(min_length=1, max_length=2)] | None = None
-    amount: Decimal | None = None
+    amount: Amount | None = None
 
 
 class Query(Input):
     q: str | None = None
     id: Annotated[int, Meta(ge=1)] | None = None
     kind: Literal["red", "blue"] | None = None
-    price: Decimal | None = None
+    price: Amount | None = None
     limit: Annotated[int, Meta(ge=1, le=200)] = 50
 
 
-FORM = msgspec.json.Decoder(Form)
+FORM = decoder(Form)
 
 
 def wrong_in_body(body: bytes) -> dict[str, str]:
@@ -61,7 +61,7 @@ def malformed(body: bytes) -> MalformedJson:
 
 def test_a_good_body_is_decoded() -> None:
     body = decode_body(FORM, b'{"name": "a", "parts": [{"id": 1, "weight": "2.50"}], "amount": 1.10}')
-    assert body == Form(name="a", parts=(Part(id=1, weight=Decimal("2.50")),), amount=Decimal("1.10"))
+    assert body == Form(name="a", parts=(Part(id=1, weight=Amount("2.50")),), amount=Amount("1.10"))
 
 
 def test_all_wrong_fields_are_named_at_once() -> None:
@@ -95,10 +95,9 @@ def test_the_name_of_an_unknown_field_is_shortened() -> None:
     assert len(name) == 103
 
 
-def test_a_number_that_only_a_decimal_holds_is_no_syntax_error() -> None:
-    assert wrong_in_body(b'{"name": 1, "amount": 1e999}').keys() == {"name"}
+def test_a_number_that_no_type_holds_is_no_syntax_error() -> None:
+    assert wrong_in_body(b'{"name": 1, "amount": 1e999}').keys() == {"name", "amount"}
     assert wrong_in_body(b'{"name": "a", "parts": [{"id": ' + b"1" * 5_000 + b"}]}").keys() == {"parts[0].id"}
-    assert decode_body(FORM, b'{"name": "a", "amount": 1e999}').amount == Decimal("1E+999")
 
 
 @pytest.mark.parametrize(
@@ -150,7 +149,7 @@ def test_whatever_comes_it_is_taken_or_refused(body: bytes) -> None:
 
 def test_a_good_query_is_decoded() -> None:
     assert decode_query(Query, b"q=a%20b&id=7&kind=red&price=1.50&limit=10") == Query(
-        q="a b", id=7, kind="red", price=Decimal("1.50"), limit=10
+        q="a b", id=7, kind="red", price=Amount("1.50"), limit=10
     )
     assert decode_query(Query, b"") == Query()
     assert decode_query(Query, b"q=null") == Query(q="null")

@@ -602,7 +602,7 @@ class CheckoutMachine(RuleBasedStateMachine):
 
     def _write(self, saga: SagaModel, decision: Decision) -> None:
         order = self.order
-        rules.assert_declared(order, decision.status, decision.payment, None)
+        rules.check_declared(order, decision.status, decision.payment, None)
         self.order = msgspec.structs.replace(
             order,
             status=decision.status or order.status,
@@ -691,7 +691,7 @@ class CheckoutMachine(RuleBasedStateMachine):
         refunded = self.payments.execute(target, self.payment_attempt)
         assert isinstance(refunded, PaymentRecord)
         became = "refunded" if is_rest else "partially_refunded"
-        rules.assert_declared(order, None, became, None)
+        rules.check_declared(order, None, became, None)
         refunded_minor = order.refunded_minor + amount_minor
         self.order = msgspec.structs.replace(order, payment=became, refunded_minor=refunded_minor)
 

@@ -12,12 +12,13 @@ from mercato.testing.cluster import Cluster
 from mercato.testing.responses import Response, assert_problem
 from mercato.testing.shop import Shop
 from mercato.testing.shop_data import new_order, new_person
+from mercato.testing.transports import TRANSPORTS
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 ORDER = {"user_id": 1, "product_id": 100}
 BACK_SECONDS = 60.0
-LEFT_ALONE_SECONDS = 8
+LEFT_ALONE_SECONDS = 3
 
 
 async def test_staff_see_every_user_page_by_page(open_shop: Shop) -> None:
@@ -51,7 +52,7 @@ async def test_an_unknown_user_has_no_orders(open_shop: Shop) -> None:
 # ------------------------------------------------------------------------------------------- the user service is down
 
 
-@pytest_asyncio.fixture(loop_scope="session", params=["local", "loopback"])
+@pytest_asyncio.fixture(loop_scope="session", params=TRANSPORTS)
 async def shop(cluster: Cluster, request: pytest.FixtureRequest) -> AsyncGenerator[Shop]:
     """A shop of its own: nobody else shall miss its users."""
     own = await Shop.start(cluster, request.param)

@@ -36,13 +36,21 @@ from .errors import (
     Overloaded as Overloaded,
     RemoteError as RemoteError,
     RequestInProgress as RequestInProgress,
+    RuleBroken as RuleBroken,
     ServiceError as ServiceError,
     StaleVersion as StaleVersion,
     Unauthenticated as Unauthenticated,
     Unavailable as Unavailable,
     check_version as check_version,
 )
-from .messages import MAX_ID as MAX_ID, Empty as Empty, FrozenMeta as FrozenMeta, Message as Message, Open as Open
+from .messages import (
+    MAX_ID as MAX_ID,
+    Empty as Empty,
+    FrozenMeta as FrozenMeta,
+    Message as Message,
+    Open as Open,
+    published_pattern as published_pattern,
+)
 from .operations import (
     DEFAULT_DEADLINE_MS as DEFAULT_DEADLINE_MS,
     DEFAULT_SINGLE_LANES as DEFAULT_SINGLE_LANES,

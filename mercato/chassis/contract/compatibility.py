@@ -17,7 +17,7 @@ from typing import Any, Final, cast, get_args
 import msgspec
 
 from .errors import RemoteError, ServiceError, errors_by_code, field_types
-from .messages import OPEN_VALUES
+from .messages import OPEN_VALUES, published_pattern
 from .operations import Contract
 
 REPEATABLE: Final = {"never": 0, "keyed": 1, "safe": 2}
@@ -79,7 +79,20 @@ def schemas(contract: type[Contract]) -> dict[str, Any]:
         "events": {type_: next(parts) for type_ in contract.events},
         "components": components,
     }
-    return msgspec.json.decode(msgspec.json.encode(described))  # a default that is a tuple is a list in JSON
+    # Through JSON, for there a default that is a tuple is a list.
+    return _published(msgspec.json.decode(msgspec.json.encode(described)))
+
+
+def _published(part: Any) -> Any:
+    """The part of a schema, with patterns as JSON schemas have them."""
+    if isinstance(part, list):
+        return [_published(item) for item in cast(list[Any], part)]
+    if not isinstance(part, dict):
+        return part
+    schema = {name: _published(value) for name, value in cast(dict[str, Any], part).items()}
+    if isinstance(pattern := schema.get("pattern"), str):
+        schema["pattern"] = published_pattern(pattern)
+    return schema
 
 
 def _structs(hint: Any) -> Iterator[type[msgspec.Struct]]:

@@ -55,8 +55,12 @@ class ServiceError(Exception):
     retry_after_s: int | None = None
     """Seconds after which trying again makes sense; None where that says nothing."""
 
-    def __init_subclass__(cls, *, code: str, kind: Kind) -> None:
+    def __init_subclass__(cls, *, code: str = "", kind: Kind = Kind.INTERNAL, is_base: bool = False) -> None:
         super().__init_subclass__()
+        if is_base:
+            return
+        if not code:
+            raise TypeError(f"{cls.__name__} has no code")
         cls.code, cls.kind = code, kind
         own = inspect.get_annotations(cls)
         cls.fields = (*cls.fields, *(n for n in own if n not in ("sentence", "retry_after_s")))
@@ -70,7 +74,11 @@ class ServiceError(Exception):
         assert not unknown, f"{type(self).__name__} has no {unknown}"
         for name, value in details.items():
             setattr(self, name, value)
-        super().__init__(self.sentence.format_map({n: _spoken(getattr(self, n)) for n in self.fields}))
+        super().__init__(self.sentence.format_map(self.spoken()))
+
+    def spoken(self) -> dict[str, Any]:
+        """The details as the sentence has them."""
+        return {name: _spoken(getattr(self, name)) for name in self.fields}
 
     @property
     def details(self) -> dict[str, Any]:
@@ -86,6 +94,13 @@ class ServiceError(Exception):
 
 def _spoken(value: Any) -> Any:
     return (", ".join(map(str, cast(tuple[Any, ...], value))) or "nothing") if isinstance(value, tuple) else value
+
+
+class RuleBroken(AssertionError):
+    """A service would have broken a rule of its own, such as one about money or stock: a bug, and nothing is written.
+
+    Raised, not asserted: `python -O` does not run assertions.
+    """
 
 
 class ErrorMessage(msgspec.Struct, frozen=True, omit_defaults=True):

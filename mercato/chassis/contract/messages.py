@@ -27,6 +27,15 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, metaclass=FrozenMeta):
     """A request, an answer or a part of one. Frozen; unknown fields are ignored when decoding (additive change)."""
 
 
+def published_pattern(pattern: str) -> str:
+    r"""A pattern as JSON schemas have it, which know no `\Z`.
+
+    In Python `$` also stands before a newline at the end, so that `^a$` would let "a\n" through: our patterns end with
+    `\Z`. In ECMA 262, which JSON schemas follow, `$` is the end alone.
+    """
+    return pattern.removesuffix(r"\Z") + "$" if pattern.endswith(r"\Z") else pattern
+
+
 OPEN_VALUES: Final = "x-extensible-enum"
 """The key of a JSON schema under which the known values of an open enumeration stand."""
 

@@ -15,7 +15,7 @@ from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
 from mercato.gateway.validation import invalid
 
 # One or more of `contract.EventType`, with commas between.
-TYPES_PATTERN: Final = r"^[a-z]{1,31}\.[a-z_]{1,32}(,[a-z]{1,31}\.[a-z_]{1,32})*$"
+TYPES_PATTERN: Final = r"^[a-z]{1,31}\.[a-z_]{1,32}(,[a-z]{1,31}\.[a-z_]{1,32})*\Z"
 
 
 class EventsQuery(Input):

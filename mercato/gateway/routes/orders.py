@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-from decimal import Decimal
 from typing import Annotated, Final
 
 import msgspec
@@ -19,7 +18,6 @@ from mercato.chassis.contract import (
     StaleVersion,
 )
 from mercato.contracts import orders as contract
-from mercato.contracts.money import DEFAULT_CURRENCY, EXPONENTS, MAX_MINOR
 from mercato.contracts.orders import (
     CancelReason,
     History,
@@ -37,16 +35,14 @@ from mercato.contracts.payments import Method
 from mercato.contracts.products import ProductArchived, ProductNotFound
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
 from mercato.contracts.users import UserNotFound
-from mercato.gateway.money import Money, money, to_minor, unknown_currency
+from mercato.gateway.money import Amount, Money, checked_currency, money
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest, Wait
 from mercato.gateway.validation import shared
 
 Id = Annotated[int, Meta(ge=1, le=MAX_ID)]
 Quantity = Annotated[int, Meta(ge=1, le=contract.QUANTITY_LIMIT)]
-Currency = Annotated[str, Meta(pattern=r"^[A-Z]{3}$", examples=["USD"])]
-Reason = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*$")]
-
-LARGEST_TOTAL_MINOR: Final = MAX_MINOR * contract.QUANTITY_LIMIT
+Currency = Annotated[str, Meta(pattern=r"^[A-Z]{3}\Z", examples=["USD"])]
+Reason = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*\Z")]
 
 
 class ItemIn(Input):
@@ -63,12 +59,12 @@ class PlaceOrderIn(Input):
     quantity: Quantity | None = None
     amount: (
         Annotated[
-            Decimal,
+            Amount,
             Meta(description="The total that was shown to the buyer; another one is refused.", examples=["99.99"]),
         ]
         | None
     ) = None
-    currency: Currency | None = None
+    currency: Annotated[Currency | None, Meta(description="Of `amount`; without it, that of the products.")] = None
     payment_method: Method | None = None
     customer_note: contract.Note = ""
 
@@ -276,13 +272,14 @@ def _place(request: RouteRequest) -> contract.PlaceOrder:
     body: PlaceOrderIn = request.body
     errors: list[FieldError] = []
     lines = _lines(body, errors)
-    amount_minor, currency = shown_total(body.amount, body.currency, errors)
+    if body.currency is not None:
+        checked_currency("currency", body.currency, errors)
     if errors:
         raise InvalidRequest(errors=tuple(errors))
     return contract.PlaceOrder(
         lines=lines,
-        expected_total_minor=amount_minor,
-        expected_currency=currency,
+        expected_total=None if body.amount is None else str(body.amount),
+        expected_currency=body.currency,
         idempotency_key=request.idempotency_key,
         fingerprint=request.fingerprint,
         **_of_placing(body),
@@ -320,23 +317,6 @@ def _lines(body: PlaceOrderIn, errors: list[FieldError]) -> tuple[PlaceLine, ...
     if body.product_id is not None or body.quantity is not None:
         errors.append(FieldError(field="items", message="is one form, product_id and quantity the other; give one"))
     return tuple(PlaceLine(product_id=item.product_id, quantity=item.quantity) for item in body.items)
-
-
-def shown_total(
-    amount: Decimal | None, currency: str | None, errors: list[FieldError]
-) -> tuple[int | None, str | None]:
-    """What the client showed: minor units and currency, each None where it said nothing."""
-    if currency is not None and currency not in EXPONENTS:
-        errors.append(FieldError(field="currency", message=unknown_currency(currency)))
-        return None, None
-    if amount is None:
-        return None, currency
-    currency = currency or DEFAULT_CURRENCY
-    minor = to_minor(amount, currency, LARGEST_TOTAL_MINOR)
-    if isinstance(minor, str):
-        errors.append(FieldError(field="amount", message=minor))
-        return None, currency
-    return minor, currency
 
 
 def _list(request: RouteRequest) -> contract.ListOrders:
@@ -395,6 +375,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         etag=lambda placed: placed.order.version,
         location=lambda placed: f"/orders/{placed.order.id}",
         replayed=lambda placed: placed.replayed,
+        fields={"expected_total": "amount"},
         errors=(
             UserNotFound,
             ProductNotFound,

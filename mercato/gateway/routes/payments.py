@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-from decimal import Decimal
 from typing import Annotated, Final
 
 from msgspec import Meta
@@ -13,9 +12,9 @@ from mercato.contracts import orders, payments as contract
 from mercato.contracts.orders import Orders, PaidOrder
 from mercato.contracts.payments import Method, Payment, PaymentPage, Payments
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
-from mercato.gateway.money import Money, money
+from mercato.gateway.money import Amount, Money, checked_currency, money, text_of
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
-from mercato.gateway.routes.orders import Currency, Id, Reason, RefundOut, refund_out, shown_total
+from mercato.gateway.routes.orders import Currency, Id, Reason, RefundOut, refund_out
 
 
 class PayIn(Input):
@@ -24,12 +23,12 @@ class PayIn(Input):
     order_id: Id
     amount: (
         Annotated[
-            Decimal,
+            Amount,
             Meta(description="What the client thinks is due; another amount is refused.", examples=["99.99"]),
         ]
         | None
     ) = None
-    currency: Currency | None = None
+    currency: Annotated[Currency | None, Meta(description="Of `amount`; without it, that of the order.")] = None
     payment_method: Annotated[Method | None, Meta(description="Without it, the shop's default.")] = None
     capture: Annotated[
         bool, Meta(description="false, for staff: only reserve the amount; POST /payments/{id}/capture takes it later.")
@@ -39,7 +38,7 @@ class PayIn(Input):
 class RefundIn(Input):
     """Without `amount`, all that is left."""
 
-    amount: Annotated[Decimal, Meta(examples=["10.00"])] | None = None
+    amount: Annotated[Amount, Meta(examples=["10.00"])] | None = None
     currency: Currency | None = None
     reason: Reason = ""
 
@@ -96,15 +95,15 @@ def _page(page: PaymentPage) -> Page:
 def _pay(request: RouteRequest) -> orders.PayOrder:
     body: PayIn = request.body
     errors: list[FieldError] = []
-    amount_minor, currency = shown_total(body.amount, body.currency, errors)
+    checked_currency("currency", body.currency, errors)
     if errors:
         raise InvalidRequest(errors=tuple(errors))
     return orders.PayOrder(
         id=body.order_id,
         method=body.payment_method,
         capture=body.capture,
-        expected_total_minor=amount_minor,
-        expected_currency=currency,
+        expected_total=text_of(body.amount),
+        expected_currency=body.currency,
         idempotency_key=request.idempotency_key,
         fingerprint=request.fingerprint,
     )
@@ -118,8 +117,8 @@ def _list(request: RouteRequest) -> contract.ListPayments:
 def _refund(request: RouteRequest) -> orders.RefundOrder:
     body: RefundIn = request.body
     errors: list[FieldError] = []
-    amount_minor, currency = shown_total(body.amount, body.currency, errors)
-    if amount_minor == 0:
+    checked_currency("currency", body.currency, errors)
+    if body.amount is not None and not body.amount.strip("0."):
         errors.append(FieldError(field="amount", message="is nothing"))
     if errors:
         raise InvalidRequest(errors=tuple(errors))
@@ -128,8 +127,9 @@ def _refund(request: RouteRequest) -> orders.RefundOrder:
         payment_id=request.path["id"],
         idempotency_key=request.idempotency_key,
         fingerprint=request.fingerprint,
-        amount_minor=amount_minor,
-        currency=currency,
+        amount=text_of(body.amount),
+        amount_minor=None if body.amount is None else orders.REFUSED_MINOR,
+        currency=body.currency,
         reason=body.reason,
     )
 
@@ -158,7 +158,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         etag=lambda paid: paid.payment.version,
         location=lambda paid: f"/payments/{paid.payment.id}",
         replayed=lambda paid: paid.replayed,
-        fields={"id": "order_id", "method": "payment_method"},
+        fields={"id": "order_id", "method": "payment_method", "expected_total": "amount"},
         errors=(
             orders.OrderNotFound,
             orders.AmountNotDue,

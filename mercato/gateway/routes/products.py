@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import datetime
-from decimal import Decimal
 from typing import Annotated, Final
 
 from msgspec import Meta
 
 from mercato.chassis.contract import FieldError, InvalidRequest, Open, StaleVersion
 from mercato.contracts import products as contract
-from mercato.contracts.money import DEFAULT_CURRENCY, EXPONENTS
 from mercato.contracts.products import Product, ProductPage, Products
 from mercato.contracts.roles import EVERYBODY, STAFF_ONLY
-from mercato.gateway.money import Money, money, to_minor, unknown_currency
+from mercato.gateway.money import Amount, Money, checked_currency, minor_of, money, text_of
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
-from mercato.gateway.validation import invalid
 
-Amount = Annotated[Decimal, Meta(description="A JSON string or number, in major units.", examples=["99.99"])]
+PRICE_FILTER: Final = "In major units of `currency`, or of the shop's own. Products in other currencies are left out."
 
 
 class MoneyIn(Input):
-    amount: Amount
-    currency: contract.Currency = DEFAULT_CURRENCY
+    amount: Annotated[Amount, Meta(description="In major units, as a JSON string or number.", examples=["99.99"])]
+    currency: Annotated[
+        contract.Currency | None, Meta(description="Without it that of the product, and of a new one that of the shop.")
+    ] = None
 
 
 class CreateProductIn(Input):
@@ -55,8 +54,8 @@ class ProductsQuery(Input):
     ) = None
     category: Annotated[str, Meta(max_length=64)] | None = None
     currency: contract.Currency | None = None
-    min_price: Annotated[Decimal, Meta(description="In major units.")] | None = None
-    max_price: Annotated[Decimal, Meta(description="In major units.")] | None = None
+    min_price: Annotated[Amount, Meta(description=PRICE_FILTER)] | None = None
+    max_price: Annotated[Amount, Meta(description=PRICE_FILTER)] | None = None
     sort: (
         Annotated[contract.Sort, Meta(description="`-` is descending; `relevance` needs `q`, and is then the default.")]
         | None
@@ -105,21 +104,6 @@ def _page(page: ProductPage) -> Page:
     return Page([product_out(product) for product in page.products], following)
 
 
-def _minor(field: str, amount: Decimal, currency: str, errors: list[FieldError]) -> int:
-    minor = to_minor(amount, currency)
-    if isinstance(minor, int):
-        return minor
-    errors.append(FieldError(field=field, message=minor))
-    return 0
-
-
-def _price_minor(price: MoneyIn, errors: list[FieldError]) -> int:
-    if price.currency not in EXPONENTS:
-        errors.append(FieldError(field="price.currency", message=unknown_currency(price.currency)))
-        return 0
-    return _minor("price.amount", price.amount, price.currency, errors)
-
-
 def _checked(errors: list[FieldError]) -> None:
     if errors:
         raise InvalidRequest(errors=tuple(errors))
@@ -128,13 +112,15 @@ def _checked(errors: list[FieldError]) -> None:
 def _create(request: RouteRequest) -> contract.CreateProduct:
     body: CreateProductIn = request.body
     errors: list[FieldError] = []
-    price_minor = _price_minor(body.price, errors)
+    currency = body.price.currency or request.currency
+    checked_currency("price.currency", currency, errors)
+    price_minor = 0 if errors else minor_of("price.amount", body.price.amount, currency, errors)
     _checked(errors)
     return contract.CreateProduct(
         sku=body.sku,
         name=body.name,
         price_minor=price_minor,
-        currency=body.price.currency,
+        currency=currency,
         category=body.category,
         description=body.description,
     )
@@ -144,14 +130,14 @@ def _update(request: RouteRequest) -> contract.UpdateProduct:
     body: UpdateProductIn = request.body
     errors: list[FieldError] = []
     price = body.price
-    price_minor = None if price is None else _price_minor(price, errors)
+    checked_currency("price.currency", price.currency if price else None, errors)
     _checked(errors)
     return contract.UpdateProduct(
         id=request.path["id"],
         version=request.if_match,
         sku=body.sku,
         name=body.name,
-        price_minor=price_minor,
+        price=text_of(price.amount) if price else None,
         currency=price.currency if price else None,
         category=body.category,
         description=body.description,
@@ -162,12 +148,11 @@ def _search(request: RouteRequest) -> contract.SearchProducts:
     query: ProductsQuery = request.query
     errors: list[FieldError] = []
     priced = query.min_price is not None or query.max_price is not None
-    # A price without a currency is one of the shop's own.
-    currency = query.currency or (DEFAULT_CURRENCY if priced else None)
-    if currency is not None and currency not in EXPONENTS:
-        raise invalid(("?currency", unknown_currency(currency)))
-    least = None if query.min_price is None else _minor("?min_price", query.min_price, str(currency), errors)
-    most = None if query.max_price is None else _minor("?max_price", query.max_price, str(currency), errors)
+    currency = query.currency or (request.currency if priced else None)
+    checked_currency("?currency", currency, errors)
+    _checked(errors)
+    least = None if query.min_price is None else minor_of("?min_price", query.min_price, str(currency), errors)
+    most = None if query.max_price is None else minor_of("?max_price", query.max_price, str(currency), errors)
     _checked(errors)
     return contract.SearchProducts(
         text=query.q,
@@ -240,7 +225,8 @@ ROUTES: Final[tuple[Route, ...]] = (
         summary="Change a product; orders keep the price that they were placed with",
         roles=STAFF_ONLY,
         body=UpdateProductIn,
-        examples={"another price": {"price": {"amount": "89.99", "currency": "USD"}}},
+        examples={"another price": {"price": {"amount": "89.99"}}},
+        fields={"price": "price.amount"},
         request=_update,
         answer=product_out,
         output=ProductOut,

@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis.contract import Actor, FieldError, InvalidRequest, Message, ServiceError
+from mercato.chassis.contract import Actor, FieldError, InvalidRequest, Message, RuleBroken, ServiceError
 from mercato.chassis.messaging.events import Outgoing
 from mercato.contracts.inventory import (
     ON_HAND_LIMIT,
@@ -309,7 +309,8 @@ class StockLedger:
 
     def _end(self, reservation: StoredReservation, state: ReservationState) -> StoredReservation:
         """Ends a held reservation: its pieces are available again, or sold."""
-        assert state in MOVES[reservation.state], f"a reservation that is {reservation.state} cannot become {state}"
+        if state not in MOVES[reservation.state]:
+            raise RuleBroken(f"a reservation that is {reservation.state} cannot become {state}")
         ended = self._put(reservation, state=state, expires_in_s=None)
         for line in ended.lines:
             on_hand = -line.quantity if state == "committed" else 0
@@ -371,14 +372,16 @@ class StockLedger:
     def _change_level(self, product_id: int, *, on_hand: int = 0, reserved: int = 0) -> None:
         self._on_hand[product_id] += on_hand
         self._reserved[product_id] += reserved
-        assert self._available(product_id) >= 0, f"product {product_id} would be promised twice"
+        if self._available(product_id) < 0:
+            raise RuleBroken(f"product {product_id} would be promised twice")
 
     # ------------------------------------------------------------------------------------------------------- write set
 
     def write_set(self) -> WriteSet:
         """Everything that has changed. A level that is as it was before the batch has not."""
         uncounted = [i for i, level in self._levels_before.items() if level.version == 0 and not self._counts[i]]
-        assert not uncounted, f"levels of {uncounted} were made for nothing: version 0 is never committed"
+        if uncounted:
+            raise RuleBroken(f"levels of {uncounted} were made for nothing: version 0 is never committed")
         deltas = self._deltas()
         versions = {delta.product_id: self._level_before(delta.product_id).version + delta.versions for delta in deltas}
         return WriteSet(

@@ -278,7 +278,10 @@ def _check_payable(locked: Locked) -> None:
 
 
 def _check_due(order: Order, request: PayOrder) -> None:
-    shown, currency = request.expected_total_minor, request.expected_currency
+    currency = request.expected_currency
+    shown = rules.minor_of(
+        "expected_total", request.expected_total, request.expected_total_minor, currency or order.currency
+    )
     if (shown is None or shown == order.total_minor) and (currency is None or currency == order.currency):
         return
     raise AmountNotDue(

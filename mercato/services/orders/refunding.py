@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis.contract import ServiceError, as_service, current
+from mercato.chassis.contract import Actor, RuleBroken, ServiceError, as_service, current
 from mercato.chassis.idempotency.batch import bounded_by_key
 from mercato.chassis.idempotency.keys import Keyed, principal_of
 from mercato.chassis.observability import faults
@@ -208,7 +208,7 @@ class Refunding:
             if is_complete
             else store.Move(order, again="fulfilment", note=reason)
         )
-        assert all(await store.move(tx, [move], current.get().actor)), "the row is locked"
+        await self._move(tx, [move], current.get().actor)
         return RefundDraft(amount_minor, lines, reason)
 
     # ----------------------------------------------------------------------------------------------------- the one step
@@ -259,11 +259,15 @@ class Refunding:
             paid = [work for work in settled if work.refund.amount_minor]
             records = await store.lock(tx, [work.order_id for work in paid]) if paid else {}
             if moves := [_move(work, records[work.order_id].order) for work in paid if work.code is None]:
-                assert all(await store.move(tx, moves, SHOP)), "the rows are locked"
+                await self._move(tx, moves, SHOP)
             if declined := [(work.order_id, work.refund.amount_minor) for work in paid if work.code is not None]:
                 await money_store.release_refunds(tx, declined)
             await faults.point("refund.save.before_commit")
         await faults.point("refund.save.after_commit")
+
+    async def _move(self, tx: Tx, moves: Sequence[store.Move], actor: Actor) -> None:
+        if not all(await store.move(tx, moves, actor)):
+            raise RuleBroken("the rows are locked: no other transaction can have changed them in between")
 
     def _next(self, work: Work) -> Next:
         if work.retry is not None:

@@ -11,8 +11,10 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis.contract import Actor, FieldError, InvalidRequest
+from mercato.chassis.contract import Actor, FieldError, InvalidRequest, RuleBroken
+from mercato.contracts.money import MAX_MINOR, to_minor
 from mercato.contracts.orders import (
+    QUANTITY_LIMIT,
     Axis,
     IllegalMove,
     MixedCurrencies,
@@ -125,13 +127,14 @@ def check_move(order: Order, axis: Axis, wanted: str) -> None:
         raise IllegalMove(order_id=order.id, axis=axis, current=getattr(order, axis), wanted=wanted, legal=legal)
 
 
-def assert_declared(order: Order, status: str | None, payment: str | None, fulfilment: str | None) -> None:
+def check_declared(order: Order, status: str | None, payment: str | None, fulfilment: str | None) -> None:
     """The last look before a move is written: what the tables above do not have does not happen."""
     wanted_by_axis: Mapping[Axis, str | None] = {"status": status, "payment": payment, "fulfilment": fulfilment}
     for axis, wanted in wanted_by_axis.items():
         before: str = getattr(order, axis)
         declared = wanted is None or wanted in AXES[axis][before]
-        assert declared, f"order {order.id}: {axis} does not go from {before} to {wanted}"
+        if not declared:
+            raise RuleBroken(f"order {order.id}: {axis} does not go from {before} to {wanted}")
 
 
 States = tuple[str, str, str]
@@ -146,7 +149,8 @@ def events_between(before: States, after: States, again: Axis | None = None) -> 
             emitted.append(PARTIALLY_RETURNED)
         elif axis == again or was != now:
             emitted.append(f"order.{now}")
-    assert emitted, "the order has not moved"
+    if not emitted:
+        raise RuleBroken("the order has not moved")
     return emitted
 
 
@@ -179,7 +183,8 @@ def check_refund(order: Order, request: RefundOrder, left_minor: int) -> int:
     if request.currency is not None and request.currency != order.currency:
         wrong = FieldError(field="currency", message=f"is not that of the order, {order.currency}")
         raise InvalidRequest(errors=(wrong,))
-    amount = left_minor if request.amount_minor is None else request.amount_minor
+    wanted = minor_of("amount", request.amount, request.amount_minor, order.currency)
+    amount = left_minor if wanted is None else wanted
     if not 0 < amount <= left_minor:
         raise NothingToRefund(order_id=order.id, wanted_minor=amount, left_minor=left_minor, currency=order.currency)
     return amount
@@ -309,9 +314,26 @@ def currency_of(lines: Sequence[PlaceLine], quotes: Mapping[int, Quote]) -> str 
     return first
 
 
+LARGEST_TOTAL_MINOR: Final = MAX_MINOR * QUANTITY_LIMIT
+
+
+def minor_of(field: str, amount: str | None, minor: int | None, currency: str) -> int | None:
+    """What a client wrote in a field, in minor units of the currency of the order. Raises `InvalidRequest`."""
+    if amount is None:
+        return minor
+    found = to_minor(amount, currency, LARGEST_TOTAL_MINOR)
+    if isinstance(found, str):
+        raise InvalidRequest(errors=(FieldError(field=field, message=found),))
+    return found
+
+
 def check_total(request: PlaceOrder, actual_minor: int, currency: str) -> PriceChanged | None:
-    """What the client showed to the buyer, amount and currency, must be what the catalogue says."""
-    shown, shown_currency = request.expected_total_minor, request.expected_currency
+    """What the client showed to the buyer, amount and currency, must be what the catalogue says.
+
+    Raises `InvalidRequest` where it is no amount of that currency.
+    """
+    shown_currency = request.expected_currency
+    shown = minor_of("expected_total", request.expected_total, request.expected_total_minor, shown_currency or currency)
     if (shown is None or shown == actual_minor) and (shown_currency is None or shown_currency == currency):
         return None
     return PriceChanged(

@@ -433,7 +433,7 @@ async def move(tx: Tx, moves: Sequence[Move], actor: Actor) -> list[Order | None
     The caller holds the lock of each order's saga, or of the order itself. Only declared moves are made.
     """
     for wanted in moves:
-        rules.assert_declared(wanted.order, wanted.status, wanted.payment, wanted.fulfilment)
+        rules.check_declared(wanted.order, wanted.status, wanted.payment, wanted.fulfilment)
     alike: dict[_Transition, list[Move]] = {}
     for wanted in moves:
         alike.setdefault(_transition(wanted, wanted.actor or actor), []).append(wanted)

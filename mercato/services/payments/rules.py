@@ -18,7 +18,7 @@ from typing import Final, Literal, Protocol, TypeVar, cast
 
 import msgspec
 
-from mercato.chassis.contract import ServiceError
+from mercato.chassis.contract import RuleBroken, ServiceError
 from mercato.contracts.payments import (
     OperationKind,
     OperationStatus,
@@ -311,7 +311,8 @@ def _authorized(payment: P, charge_id: int | None) -> P:
 
 
 def _moved(payment: P, status: Status, **changes: object) -> P:
-    assert status in MOVES[payment.status], f"a payment does not go from {payment.status} to {status}"
+    if status not in MOVES[payment.status]:
+        raise RuleBroken(f"a payment does not go from {payment.status} to {status}")
     return _replaced(payment, status=status, version=payment.version + 1, **changes)
 
 

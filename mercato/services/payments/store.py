@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis.contract import MAX_ID
+from mercato.chassis.contract import MAX_ID, RuleBroken
 from mercato.chassis.postgres.database import Row, Tx
 from mercato.contracts.payments import ListPayments, OperationKind, OperationStatus, Status
 
@@ -379,7 +379,8 @@ async def write_payments(tx: Tx, changed: Sequence[PaymentRow]) -> dict[int, dat
         [p.refunded_minor for p in changed],
         [p.version for p in changed],
     )
-    assert len(rows) == len(changed), "the rows are locked: no other transaction can have changed them in between"
+    if len(rows) != len(changed):
+        raise RuleBroken("the rows are locked: no other transaction can have changed them in between")
     return {row.id: row.updated_at for row in rows}
 
 

@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from mercato.chassis.contract import FieldError, InvalidRequest
-from mercato.contracts.money import DEFAULT_CURRENCY, EXPONENTS, MAX_MINOR
+from mercato.contracts.money import DEFAULT_CURRENCY, EXPONENTS, MAX_MINOR, to_minor, unknown_currency
 from mercato.contracts.products import (
     PAGE_LIMIT,
     CreateProduct,
@@ -86,7 +86,7 @@ def _wrong_price(price_minor: int) -> str | None:
 
 
 def _wrong_currency(currency: str) -> str | None:
-    return None if currency in EXPONENTS else f"Must be a currency that is known here: {', '.join(sorted(EXPONENTS))}."
+    return None if currency in EXPONENTS else unknown_currency(currency)
 
 
 def _wrong_category(category: str) -> str | None:
@@ -104,6 +104,16 @@ PRODUCT_FIELDS: Final[Mapping[str, Any]] = {
     "description": _wrong_description,
 }
 """The fields of a product that somebody may set, each with what says what is wrong with a value."""
+
+
+def with_price(request: UpdateProduct, currency: str) -> UpdateProduct:
+    """The request with its price in minor units, of a product with this currency. Raises `InvalidRequest`."""
+    if request.price is None:
+        return request
+    minor = to_minor(request.price, request.currency or currency)
+    if isinstance(minor, str):
+        raise InvalidRequest(errors=(FieldError(field="price", message=minor),))
+    return msgspec.structs.replace(request, price=None, price_minor=minor)
 
 
 def _is_blank(text: str) -> bool:

@@ -77,9 +77,10 @@ class ProductsService:
             async with self._database.transaction() as tx:
                 row = await self._lock(tx, request.id)
                 check_version(request.version, row.version)
-                if not rules.changes(request):
+                change = rules.with_price(request, row.currency)
+                if not rules.changes(change):
                     return _product(row)
-                row = await store.update(tx, request)
+                row = await store.update(tx, change)
                 await faults.point(UPDATE_BEFORE_COMMIT)
         await faults.point(UPDATE_AFTER_COMMIT)
         return _product(row)

@@ -25,16 +25,16 @@ from msgspec import Meta
 from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Open, Retry, ServiceError, batched, single
 from mercato.contracts.roles import SERVICES_ONLY
 
-Key = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
+Key = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+\Z")]
 OrderReference = Annotated[int, Meta(ge=1, le=MAX_ID)]
 AmountMinor = Annotated[int, Meta(ge=0, le=2**62)]
-Currency = Annotated[str, Meta(pattern=r"^[A-Z]{3}$")]
+Currency = Annotated[str, Meta(pattern=r"^[A-Z]{3}\Z")]
 
 OperationKind = Literal["authorize", "charge", "capture", "void", "refund"]
 OperationStatus = Literal["processing", "succeeded", "declined"]
 
 METHOD_PATTERN: Final = (
-    r"^sandbox:(ok|declined|insufficient_funds|lost_answer|error_then_ok|capture_expired|slow:[0-9]{1,5})$"
+    r"^sandbox:(ok|declined|insufficient_funds|lost_answer|error_then_ok|capture_expired|slow:[0-9]{1,5})\Z"
 )
 PAGE_LIMIT: Final = 500
 DEADLINE_MS: Final = 2_500

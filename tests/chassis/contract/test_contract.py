@@ -34,6 +34,7 @@ from mercato.chassis.contract import (
 from mercato.chassis.contract.compatibility import breaks, schemas
 from mercato.chassis.observability.clock import SystemClock
 from mercato.chassis.rpc.server import Server
+from mercato.testing.assertions import needs_assertions
 
 ROOT = Path(__file__).parents[3]
 
@@ -179,6 +180,7 @@ def test_messages_are_frozen():
         Ask(number=1).number = 2  # pyright: ignore[reportAttributeAccessIssue]  # that is what is tested
 
 
+@needs_assertions
 def test_a_server_is_complete_with_a_handler_for_each_operation_of_its_contract():
     server = Server(Shop, SystemClock())
     with pytest.raises(AssertionError, match=r"no handler for \['change', 'read'\]"):
@@ -193,12 +195,14 @@ def test_an_error_speaks_its_details():
     assert Refused(number=3).details == {"number": 3, "names": ()}
 
 
+@needs_assertions
 @pytest.mark.parametrize("details", [{}, {"number": 1, "colour": "red"}], ids=["missing", "unknown"])
 def test_an_error_has_exactly_its_details(details: dict[str, Any]):
     with pytest.raises(AssertionError):
         Refused(**details)
 
 
+@needs_assertions
 def test_two_errors_cannot_share_a_code():
     with pytest.raises(AssertionError, match="share the code"):
         type("Again", (ServiceError,), {}, code="test_contract.refused", kind=Kind.REFUSED)

@@ -8,6 +8,7 @@ import pytest
 import pytest_asyncio
 
 from mercato.testing.cluster import Cluster
+from mercato.testing.transports import TRANSPORTS
 from services.orders.harness import OrdersHarness
 
 
@@ -16,7 +17,7 @@ def harness_class() -> type[OrdersHarness]:
     return OrdersHarness
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session", params=["local", "loopback"])
+@pytest_asyncio.fixture(scope="session", loop_scope="session", params=TRANSPORTS)
 async def shared_harness(cluster: Cluster, request: pytest.FixtureRequest) -> AsyncGenerator[OrdersHarness]:
     """One for many tests, each with products and orders of its own: opening one takes longer than a test.
 

@@ -146,10 +146,10 @@ def test_a_move_that_is_not_declared_is_never_written(order: Order, data: st.Dat
     )
 
     if declared:
-        rules.assert_declared(order, **wanted)
+        rules.check_declared(order, **wanted)
     else:
         with pytest.raises(AssertionError):
-            rules.assert_declared(order, **wanted)
+            rules.check_declared(order, **wanted)
 
 
 # ---------------------------------------------------------------------------------------------------- refunds, returns
