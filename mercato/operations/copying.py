@@ -22,14 +22,14 @@ import asyncio
 import contextlib
 import datetime
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping, Sequence
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
 import msgspec
 
 from mercato.chassis.postgres.dsn import DSN_FORM, shown, with_database
+from mercato.chassis.postgres.sessions import WHOLE_TABLES, connect
 
-CONNECT_SECONDS: Final = 10.0
 QUEUE_SECONDS: Final = 600.0
 LOCK_KEY: Final = 0x636F7079  # "copy"
 CHUNKS_IN_FLIGHT: Final = 16
@@ -38,9 +38,9 @@ SCRATCH: Final = "mercato_audit"
 
 # A server whose operator ends idle transactions would end snapshots that wait for their turn.
 _SESSION: Final = {
+    **WHOLE_TABLES,
     "application_name": "mercato-copying",
     "statement_timeout": "0",
-    "idle_in_transaction_session_timeout": "0",
     "lock_timeout": "10s",
     "timezone": "UTC",
     "jit": "off",
@@ -275,7 +275,7 @@ async def ensured(admin_dsn: str, name: str) -> str:
 @contextlib.asynccontextmanager
 async def _connected(dsn: str, what: str) -> AsyncGenerator[Any]:
     try:
-        connection = await cast(Any, asyncpg).connect(dsn, timeout=CONNECT_SECONDS, server_settings=_SESSION)
+        connection = await connect(dsn, _SESSION)
     except ValueError as error:  # its words may be a part of the password, as whoever mistook it for a port has it
         raise CopyError(f"{what} cannot be reached at {shown(dsn)}: {DSN_FORM}") from error
     except _DRIVER_ERRORS as error:

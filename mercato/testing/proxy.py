@@ -1,4 +1,4 @@
-"""A TCP proxy in front of PostgreSQL that loses a connection at the moment that a test wants."""
+"""A TCP proxy in front of PostgreSQL that loses or refuses a connection at the moment that a test wants."""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ import asyncio
 import contextlib
 from urllib.parse import parse_qs, urlsplit
 
+_IN_RECOVERY = b"SFATAL\0C57P03\0Mthe database system is in recovery mode\0\0"
+"""The fields of an ErrorResponse (severity, SQLSTATE, message) of PostgreSQL's protocol, version 3."""
+
 
 class TcpProxy:
     """Carries bytes between a service and PostgreSQL, and cuts the connection at a COMMIT.
 
     `cut` is "before" (the server never receives it) or "after" (it has committed, and its answer is lost); None cuts
-    nothing. A service connects to `dsn`, which `open` sets.
+    nothing. The next `refusals` connections are refused as a server does that recovers from a crash; `refused` counts
+    them. A service connects to `dsn`, which `open` sets.
     """
 
     def __init__(self, dsn: str) -> None:
         self._target = urlsplit(dsn)
         self.cut: str | None = None
         self.cuts = 0
+        self.refusals = 0
+        self.refused = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
@@ -37,12 +43,24 @@ class TcpProxy:
         assert task
         self._tasks.add(task)
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            if self.refused < self.refusals:
+                self.refused += 1
+                await self._refuse(reader, writer)
+                return
             far_reader, far_writer = await self._connect()
             try:
                 await self._forward(reader, writer, far_reader, far_writer)
             finally:
                 writer.transport.abort()
                 far_writer.transport.abort()
+
+    async def _refuse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answers the start of a session with an error; the message begins with its own length."""
+        length = int.from_bytes(await reader.readexactly(4), "big")
+        await reader.readexactly(length - 4)
+        writer.write(b"E" + (len(_IN_RECOVERY) + 4).to_bytes(4, "big") + _IN_RECOVERY)
+        await writer.drain()
+        writer.close()
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         folder = parse_qs(self._target.query).get("host", [""])[0]

@@ -24,6 +24,8 @@ from urllib.parse import unquote, urlsplit
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
 
+from .sessions import WHOLE_TABLES, connect
+
 LOCK_KEY: Final = 0x6D657263  # "merc"
 LOCK_SECONDS: Final = 60.0
 LOCK_POLL_SECONDS: Final = 0.1
@@ -60,7 +62,7 @@ async def migrate(dsn: str, folder: Path) -> Sequence[str]:
 
     Raises `MigrationError`; errors of a statement as the driver's. A revision that fails leaves nothing behind.
     """
-    connection = await cast(Any, asyncpg).connect(dsn)
+    connection = await connect(dsn, WHOLE_TABLES)
     try:
         if not await _missing(connection, dsn, folder):
             return []
@@ -84,7 +86,7 @@ async def missing_revisions(dsn: str, folder: Path) -> Sequence[str] | None:
     Raises `MigrationError` for a database that `migrate` would refuse; errors of the connection as the driver's.
     """
     try:
-        connection = await cast(Any, asyncpg).connect(dsn)
+        connection = await connect(dsn)
     except asyncpg.InsufficientPrivilegeError:
         return None
     try:

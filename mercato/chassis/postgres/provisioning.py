@@ -8,7 +8,7 @@ Processes that start together wait for each other: PostgreSQL gives up on two th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, cast
+from typing import Any, Final
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
@@ -16,10 +16,17 @@ import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
 from mercato.chassis.postgres.dsn import DSN_FORM, shown, with_database
 
 from .connections import OLDEST_VERSION
+from .sessions import SETTINGS, connect, is_pooled
 
-CONNECT_SECONDS: Final = 10.0
 LOCK_KEY: Final = 0x70726F76  # "prov"
 LOCK_SECONDS: Final = 60.0
+
+
+_SETTINGS_OF: Final = """
+    SELECT split_part(setting, '=', 1) AS name, split_part(setting, '=', 2) AS value
+    FROM pg_db_role_setting JOIN pg_roles ON oid = setrole, unnest(setconfig) AS setting
+    WHERE rolname = $1 AND setdatabase = 0
+"""
 
 
 class ProvisionError(Exception):
@@ -36,6 +43,7 @@ async def provision(
     connection = await _connect(admin_dsn)
     try:
         await _require_version(connection)
+        await _require_server(connection)
         await connection.execute("SELECT pg_advisory_lock($1)", LOCK_KEY, timeout=LOCK_SECONDS)
         dsns: dict[str, str] = {}
         for service in services:
@@ -77,7 +85,7 @@ async def provisioned(admin_dsn: str, services: Sequence[str], *, prefix: str = 
 
 async def _connect(admin_dsn: str) -> Any:
     try:
-        return await cast(Any, asyncpg).connect(admin_dsn, timeout=CONNECT_SECONDS)
+        return await connect(admin_dsn)
     except ValueError as error:  # its words may be a part of the password
         raise ProvisionError(f"MERCATO_POSTGRES_DSN ({shown(admin_dsn)}) cannot be used: {DSN_FORM}") from error
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
@@ -98,6 +106,14 @@ async def _require_version(connection: Any) -> None:
         )
 
 
+async def _require_server(connection: Any) -> None:
+    if await is_pooled(connection):
+        raise ProvisionError(
+            "MERCATO_POSTGRES_DSN goes through a pooler; databases are made at the server itself: name that one, and "
+            "the pooler by --pooler of `mercato migrate`"
+        )
+
+
 async def _ensure(connection: Any, name: str, password: str, dsn: str) -> None:
     role, secret = _identifier(name), _literal(password)
     if not await connection.fetchval("SELECT true FROM pg_roles WHERE rolname = $1", name):
@@ -108,13 +124,16 @@ async def _ensure(connection: Any, name: str, password: str, dsn: str) -> None:
     # Looked at each time: CREATE DATABASE lets everybody in, and knows no transaction that this could be part of.
     if await connection.fetchval("SELECT has_database_privilege('public', $1, 'CONNECT')", name):
         await connection.execute(f"REVOKE ALL ON DATABASE {role} FROM PUBLIC")
+    has = {(row["name"], row["value"]) for row in await connection.fetch(_SETTINGS_OF, name)}
+    for setting, value in sorted(SETTINGS.items() - has):
+        await connection.execute(f"ALTER ROLE {role} SET {setting} = {_literal(value)}")
     if not await _opens(dsn):
         await connection.execute(f"ALTER ROLE {role} LOGIN PASSWORD {secret}")
 
 
 async def _opens(dsn: str) -> bool:
     try:
-        connection = await cast(Any, asyncpg).connect(dsn, timeout=CONNECT_SECONDS)
+        connection = await connect(dsn)
     except asyncpg.InvalidAuthorizationSpecificationError:
         return False
     await connection.close()

@@ -1,0 +1,109 @@
+"""What a session of a service's role has, whether it is the server that hands it out or a pooler in between.
+
+Settings belong to the role: `provision` gives them to it. A pooler in transaction mode refuses them at the start of a
+connection, and a `SET` would be left on a session that the next caller gets. Sessions that read whole tables, which
+migrations and copies do, take them back with `WHOLE_TABLES`.
+
+A pooler has to keep prepared statements: each batch runs them, and in transaction mode its transactions meet now one
+session, now another. PgBouncer does so from version 1.21 on, with `max_prepared_statements` above 0. It shows in the
+names of statements, which it replaces by its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any, Final, cast
+
+import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
+
+SETTINGS: Final = {
+    # Batches are short statements that are run very often: compiling them costs more than it saves.
+    "jit": "off",
+    # They find their rows by keys. A plan is made once for a session, perhaps when the table was new and reading all
+    # of it was the cheapest way; it must not stay so when there are a million rows.
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    # Planning a short statement takes as long as running it. One plan for all values is what all of them are written
+    # for; without this, PostgreSQL plans those again and again that cost less for few values than for ten.
+    "plan_cache_mode": "force_generic_plan",
+    # Events are written as literals, in which a backslash is a backslash.
+    "standard_conforming_strings": "on",
+    # A process that was stopped in the middle of a transaction must not hold others up for ever.
+    "idle_in_transaction_session_timeout": "10s",
+}
+
+WHOLE_TABLES: Final = {
+    "enable_seqscan": "on",
+    "enable_hashjoin": "on",
+    "enable_mergejoin": "on",
+    "plan_cache_mode": "auto",
+    "idle_in_transaction_session_timeout": "0",
+}
+
+CONNECT_SECONDS: Final = 10.0
+CONNECT_POLL_SECONDS: Final = 0.1
+
+_WRONG: Final = """
+    SELECT array_agg(wanted.name ORDER BY wanted.name)
+    FROM unnest($1::text[], $2::text[]) AS wanted (name, value)
+    WHERE current_setting(wanted.name) IS DISTINCT FROM wanted.value
+"""
+
+
+async def connect(dsn: str, settings: Mapping[str, str] | None = None) -> Any:
+    """One connection of the driver that belongs to no pool; `settings` are those of its session.
+
+    Waits at most `CONNECT_SECONDS`, also for a server that starts or recovers from a crash: it answers, and takes no
+    sessions yet. Raises the errors of the driver, and `ValueError` for a DSN that it cannot read.
+    """
+    end = time.monotonic() + CONNECT_SECONDS
+    while True:
+        left = max(CONNECT_POLL_SECONDS, end - time.monotonic())
+        try:
+            return await cast(Any, asyncpg).connect(dsn, timeout=left, server_settings=dict(settings or {}))
+        except asyncpg.CannotConnectNowError:
+            if time.monotonic() + CONNECT_POLL_SECONDS > end:
+                raise
+            await asyncio.sleep(CONNECT_POLL_SECONDS)
+
+
+async def is_pooled(connection: Any) -> bool:
+    """Whether a pooler stands between the driver and the server: it gives out a process id of its own."""
+    return await connection.fetchval("SELECT pg_backend_pid()") != connection.get_server_pid()
+
+
+async def problem(dsn: str) -> str:
+    """Why a service cannot work through `dsn`, as the end of a sentence; empty where it can.
+
+    Raises the errors of the driver.
+    """
+    connection = await connect(dsn)
+    try:
+        async with connection.transaction():  # one session for all that follows
+            if await _hands_on_statements(connection):
+                return (
+                    "goes through a pooler that keeps no prepared statements: it needs PgBouncer 1.21 or newer, in "
+                    "transaction mode and with max_prepared_statements above 0; or name the server itself"
+                )
+            wrong = await connection.fetchval(_WRONG, list(SETTINGS), list(SETTINGS.values()))
+        if wrong:
+            return (
+                f"has other settings ({', '.join(wrong)}) than `mercato migrate` gives to its role: run that first, "
+                "and let a pooler connect anew (RECONNECT)"
+            )
+        return ""
+    finally:
+        await connection.close()
+
+
+async def _hands_on_statements(connection: Any) -> bool:
+    """Whether a pooler gives names of statements to the server as they came."""
+    try:
+        statement = await connection.prepare("SELECT name FROM pg_prepared_statements")
+        names = [row["name"] for row in await statement.fetch()]
+        return statement.get_name() in names and await is_pooled(connection)
+    except (asyncpg.DuplicatePreparedStatementError, asyncpg.InvalidSQLStatementNameError):
+        return True
