@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterable, Sequence
 from email.utils import formatdate
@@ -43,8 +44,10 @@ class HttpServer:
         on_ready: Callable[[], None] | None = None,
         on_refused: Callable[[str], None] = ignore_refusal,
         date_header: bool = True,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._sockets = tuple(sockets)
+        self._tls = tls
         self._limits = limits or HttpLimits()
         self._book = ConnectionBook(self._limits, on_refused)
         self._on_ready = on_ready
@@ -99,7 +102,7 @@ class HttpServer:
         for sock in self._sockets:
             # One by one: when a later socket fails, the caller closes those that already accept.
             listeners.append(  # noqa: PERF401
-                await loop.create_server(connection, sock=sock, backlog=LISTEN_BACKLOG)
+                await loop.create_server(connection, sock=sock, backlog=LISTEN_BACKLOG, ssl=self._tls)
             )
 
     def _stop_accepting(self, listeners: Iterable[asyncio.Server]) -> None:

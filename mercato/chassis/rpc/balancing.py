@@ -12,7 +12,9 @@ An instance is in one of these states
 Guaranteed
     - Only transport errors eject. An answer is an answer, whatever it says: errors of the service never empty the list.
     - The first pause is at most a second; each failed probe doubles it, up to a cap of seconds.
-    - At most one probe at a time for each instance; one without a report gives way after `probe_seconds`.
+    - While an instance is available, at most one probe at a time for each other; one without a report gives way after
+      `probe_seconds`. While none is available, batches go out of turn to those that were paused longer ago than a first
+      pause: to fail would be worse.
     - A report from before the latest change of state changes nothing: a process that dies with a hundred batches in
       flight is ejected once.
 
@@ -95,13 +97,14 @@ class Pick:
 class _Member:
     """An instance and what is known about it. `paused_until` is None while it is available."""
 
-    __slots__ = ("era", "in_flight", "instance", "pause_seconds", "paused_until")
+    __slots__ = ("era", "in_flight", "instance", "pause_seconds", "paused_until", "rested_at")
 
     def __init__(self, instance: Instance, pause_seconds: float) -> None:
         self.instance = instance
         self.in_flight = 0
         self.paused_until: float | None = None
         self.pause_seconds = pause_seconds
+        self.rested_at = 0.0
         # A new era begins with each change of state and with each probe: reports of older ones are late.
         self.era = 0
 
@@ -142,7 +145,11 @@ class Balancer:
                 member.paused_until = now + self._probe_seconds
                 return Pick(self, member, requests, is_probe=True)
         available = [member for member in members if member.paused_until is None]
-        return Pick(self, self._less_busy(available), requests, is_probe=False) if available else None
+        if available:
+            return Pick(self, self._less_busy(available), requests, is_probe=False)
+        # The last that was available has gone. One that was paused a while ago may be back: its next probe may be far.
+        rested = [member for member in members if member.rested_at <= now]
+        return Pick(self, self._less_busy(rested), requests, is_probe=True) if rested else None
 
     def _less_busy(self, available: list[_Member]) -> _Member:
         """The power of two choices: near the best of all, without all callers choosing the same one."""
@@ -166,6 +173,8 @@ class Balancer:
         log.info("instance_drains", service=member.instance.service, address=member.instance.address)
 
     def _pause(self, member: _Member, seconds: float | None, next_pause_seconds: float) -> None:
+        now = self._clock.monotonic()
         member.era += 1
-        member.paused_until = None if seconds is None else self._clock.monotonic() + seconds
+        member.paused_until = None if seconds is None else now + seconds
+        member.rested_at = now + self._first_pause_seconds
         member.pause_seconds = next_pause_seconds

@@ -5,8 +5,9 @@ One request or outcome that cannot be encoded or decoded is an error of its own,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Final, TypeVar
+import functools
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Final, Generic, TypeVar, cast
 
 import msgspec
 import structlog
@@ -24,43 +25,51 @@ from mercato.chassis.contract import (
 )
 
 A = TypeVar("A", bound=Message)
+B = TypeVar("B")
 
 log = structlog.stdlib.get_logger("mercato.codec")
-
 
 LONGEST_REMAINING_MS: Final = 86_400_000.0
 """A day. A sender may be mistaken: more, or what is no number, would be a deadline that never comes."""
 
+UNENCODABLE: Final = (TypeError, ValueError, OverflowError)
+"""What msgspec raises about values that it cannot encode."""
 
-class WireRequest(msgspec.Struct, frozen=True):
+
+class WireRequest(msgspec.Struct, Generic[B], frozen=True):
     """One request of a batch. `remaining_ms` shrinks at each hop."""
 
-    body: msgspec.Raw
+    body: B
     actor: Actor
     remaining_ms: Annotated[float, msgspec.Meta(ge=0, le=LONGEST_REMAINING_MS)]
     trace_id: str
     request_id: str
 
 
-class WireOutcome(msgspec.Struct, frozen=True, omit_defaults=True):
+class WireOutcome(msgspec.Struct, Generic[B], frozen=True, omit_defaults=True):
     """An answer or an error."""
 
-    # Not optional: msgspec decodes a union of Raw and None as None alone.
-    body: msgspec.Raw = msgspec.Raw(b"")
+    body: B | msgspec.UnsetType = msgspec.UNSET
     error: ErrorMessage | None = None
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_requests = msgspec.msgpack.Decoder(list[WireRequest]).decode
-_decode_outcome = msgspec.msgpack.Decoder(WireOutcome).decode
-_decode_outcomes = msgspec.msgpack.Decoder(list[WireOutcome]).decode
+
+
+@functools.cache
+def _decoder(wire: type[msgspec.Struct], body: type[Any]) -> Callable[[bytes], list[Any]]:
+    """Of a batch with such bodies; with `Raw` nothing is asked of them."""
+    return msgspec.msgpack.Decoder(list[cast(Any, wire)[body]]).decode
+
+
+# ----------------------------------------------------------------------------------------------------------- requests
 
 
 def encode_requests(requests: Sequence[Any], contexts: Sequence[Context], now: float) -> bytes:
     """A batch on its way. `now` is the sender's monotonic clock: the time that is left travels, not a reading."""
     return _encode(
         [
-            WireRequest(msgspec.Raw(_encode(r)), c.actor, _remaining_ms(c, now), c.trace_id, c.request_id)
+            WireRequest(r, c.actor, _remaining_ms(c, now), c.trace_id, c.request_id)
             for r, c in zip(requests, contexts, strict=True)
         ]
     )
@@ -78,10 +87,13 @@ def decode_requests(
     In the place of a request that does not fit the contract stands what is wrong with it. Raises `msgspec.MsgspecError`
     or `RecursionError` where `sent` is no batch.
     """
-    arrived = _decode_requests(sent)
-    requests = [_decode_request(operation, r.body) for r in arrived]
-    contexts = [Context(r.actor, now + r.remaining_ms / 1_000, r.trace_id, r.request_id) for r in arrived]
-    return requests, contexts
+    try:
+        arrived: list[WireRequest[Any]] = _decoder(WireRequest, operation.request)(sent)
+        requests = [r.body for r in arrived]
+    except msgspec.ValidationError:
+        arrived = _decoder(WireRequest, msgspec.Raw)(sent)
+        requests = [_decode_request(operation, r.body) for r in arrived]
+    return requests, [Context(r.actor, now + r.remaining_ms / 1_000, r.trace_id, r.request_id) for r in arrived]
 
 
 def _decode_request(operation: Operation[Any, Any], body: msgspec.Raw) -> Any | InvalidRequest:
@@ -92,12 +104,21 @@ def _decode_request(operation: Operation[Any, Any], body: msgspec.Raw) -> Any | 
         return InvalidRequest(errors=(FieldError(field=where.strip(".`"), message=what),))
 
 
+# ----------------------------------------------------------------------------------------------------------- outcomes
+
+
 def encode_outcomes(operation: Operation[Any, Any], outcomes: Sequence[Any]) -> bytes:
-    return _encode([_wired_or_internal(operation, o) for o in outcomes])
+    try:
+        return _encode([_wired(o) for o in outcomes])
+    except UNENCODABLE:
+        return _encode([_wired_or_internal(operation, o) for o in outcomes])
 
 
 def decode_outcomes(operation: Operation[Any, A], answered: bytes) -> list[A | ServiceError]:
-    return [_unwired_or_internal(operation, o) for o in _decode_outcomes(answered)]
+    try:
+        return [_unwired(o) for o in _decoder(WireOutcome, operation.answer)(answered)]
+    except msgspec.ValidationError:
+        return [_unwired_or_internal(operation, o) for o in _decoder(WireOutcome, msgspec.Raw)(answered)]
 
 
 def encode_outcome(outcome: Message | ServiceError) -> bytes:
@@ -105,32 +126,39 @@ def encode_outcome(outcome: Message | ServiceError) -> bytes:
 
 
 def decode_outcome(answer: type[A], stored: bytes) -> A | ServiceError:
-    return _unwired(answer, _decode_outcome(stored))
+    return _unwired(msgspec.msgpack.decode(stored, type=WireOutcome[answer]))
 
 
-def _wired_or_internal(operation: Operation[Any, Any], outcome: Any) -> WireOutcome:
+def _wired_or_internal(operation: Operation[Any, Any], outcome: Any) -> WireOutcome[Any]:
     try:
-        return _wired(outcome)
-    except (TypeError, ValueError, OverflowError) as error:  # what msgspec says of values that it cannot encode
+        wired = _wired(outcome)
+        _encode(wired)
+    except UNENCODABLE as error:
         log.exception("answer_not_encodable", operation=operation.full_name, reason=repr(error))
         return _wired(Internal(operation=operation.full_name))
+    return wired
 
 
-def _wired(outcome: Any) -> WireOutcome:
+def _wired(outcome: Any) -> WireOutcome[Any]:
     if isinstance(outcome, ServiceError):
         return WireOutcome(error=ErrorMessage.of(outcome))
-    return WireOutcome(msgspec.Raw(_encode(outcome)))
+    return WireOutcome(outcome)
 
 
-def _unwired_or_internal(operation: Operation[Any, A], outcome: WireOutcome) -> A | ServiceError:
+def _unwired_or_internal(operation: Operation[Any, A], outcome: WireOutcome[msgspec.Raw]) -> A | ServiceError:
     try:
-        return _unwired(operation.answer, outcome)
+        whole = cast(Any, outcome)
+        if isinstance(outcome.body, msgspec.Raw):
+            whole = WireOutcome(msgspec.msgpack.decode(outcome.body, type=operation.answer))
+        return _unwired(whole)
     except msgspec.MsgspecError as error:
         log.exception("answer_not_decodable", operation=operation.full_name, reason=repr(error))
         return Internal(operation=operation.full_name)
 
 
-def _unwired(answer: type[A], outcome: WireOutcome) -> A | ServiceError:
+def _unwired(outcome: WireOutcome[A]) -> A | ServiceError:
     if outcome.error is not None:
         return outcome.error.to_error()
-    return msgspec.msgpack.decode(outcome.body, type=answer)
+    if outcome.body is msgspec.UNSET:
+        raise msgspec.ValidationError("an outcome has an answer or an error")
+    return outcome.body

@@ -93,16 +93,35 @@ def test_after_the_pause_one_probe_goes_out_and_its_answer_restores():
 
 
 def test_each_failed_probe_doubles_the_pause_up_to_the_cap():
-    case, pauses = Case(A), list[float]()
+    case, pauses = Case(A, B), list[float]()
     case.eject()
     for _ in range(8):
         begun = case.clock.seconds
-        while (probe := case.balancer.pick(1)) is None:
+        while not (probe := case.pick()).is_probe:
+            probe.answered()
             case.clock.seconds += FIRST_PAUSE_SECONDS / 2
         pauses.append(case.clock.seconds - begun)
         probe.failed()
     assert pauses[:5] == [0.25, 0.5, 1.0, 2.0, 4.0]
     assert pauses[5:] == [LONGEST_PAUSE_SECONDS] * 3
+
+
+def test_the_last_that_is_left_may_be_back_before_its_next_probe():
+    """A was paused for long; when B goes, A is tried out of turn by every batch, and its first answer restores it."""
+    case = Case(A, B)
+    for _ in range(4):
+        case.eject()
+        case.clock.seconds += LONGEST_PAUSE_SECONDS
+        case.pick()
+    case.eject()
+    case.clock.seconds += FIRST_PAUSE_SECONDS / 2
+    case.pick().drains(30.0)
+    assert case.nothing(), "each was paused a moment ago"
+    case.clock.seconds += FIRST_PAUSE_SECONDS
+    picks = [case.pick(B) for _ in range(3)]
+    assert {pick.instance for pick in picks} == {A}
+    picks[0].answered()
+    assert (case.pick().instance, case.pick().is_probe) == (A, False)
 
 
 def test_after_an_answer_the_pauses_begin_anew():
@@ -142,16 +161,17 @@ def test_a_probe_that_was_given_up_gives_way_at_once():
 
 
 def test_a_probe_without_a_report_gives_way_and_its_late_report_changes_nothing():
-    case = Case(A)
+    case = Case(A, B)
     case.eject()
     case.clock.seconds += FIRST_PAUSE_SECONDS
     slow = case.pick()
-    assert case.nothing()
+    assert [case.pick().instance for _ in range(3)] == [B] * 3
     case.clock.seconds += PROBE_SECONDS
     second = case.pick()
+    assert second.is_probe
     slow.failed()
     second.answered()
-    assert not case.pick().is_probe
+    assert not case.pick(B).is_probe
 
 
 def test_only_the_first_report_counts():

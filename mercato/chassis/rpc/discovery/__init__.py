@@ -28,7 +28,14 @@ class Instance(msgspec.Struct, frozen=True):
 
 
 class Registry(Protocol):
-    """Says which instances of a service there are. Whether they answer is for its reader to find out."""
+    """Says which instances of a service there are. Whether they answer is for its reader to find out.
+
+    `open` before use, and `close` at the end.
+    """
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
 
     def instances(self, service: str) -> Sequence[Instance]:
         """Those known now, in no particular order; empty for a service without any. Waits for nothing."""

@@ -52,6 +52,12 @@ class StaticRegistry:
         """As `parse`, from the addresses of each service: `{"orders": "127.0.0.1:8083,127.0.0.1:9083"}`."""
         return cls({service: _instances(service, listed, setting) for service, listed in addresses.items()})
 
+    async def open(self) -> None:
+        """Nothing to do."""
+
+    async def close(self) -> None:
+        """Nothing to do."""
+
     def instances(self, service: str) -> Sequence[Instance]:
         return self._instances.get(service, ())
 

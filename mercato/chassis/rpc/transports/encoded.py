@@ -1,15 +1,28 @@
-"""The receiving side of every transport that carries bytes: from the bytes of a batch to the bytes of its outcomes."""
+"""What all transports that carry bytes share: batches in parts, bytes of outcomes, and what is not known."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from mercato.chassis.contract import Context, Operation, ServiceError
+import msgspec
+import structlog
+
+from mercato.chassis.contract import (
+    Context,
+    FieldError,
+    InvalidRequest,
+    Operation,
+    OutcomeUnknown,
+    ServiceError,
+    Unavailable,
+)
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.rpc.batching import Outcome
-from mercato.chassis.rpc.codec import decode_requests, encode_outcomes
+from mercato.chassis.rpc.codec import decode_outcomes, decode_requests, encode_outcomes
 from mercato.chassis.rpc.server import Server
+
+log = structlog.stdlib.get_logger("mercato.rpc")
 
 
 async def answer_encoded(server: Server, operation: Operation[Any, Any], sent: bytes, clock: Clock) -> bytes:
@@ -32,3 +45,47 @@ async def answer_decoded(
         for i, outcome in zip(fit, done, strict=True):
             outcomes[i] = outcome
     return encode_outcomes(operation, outcomes)
+
+
+# ----------------------------------------------------------------------------------------------------- the calling side
+
+Send = Callable[[Operation[Any, Any], Sequence[Any], Sequence[Context]], Awaitable[Sequence[Outcome]]]
+
+
+async def in_parts(
+    send: Send, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context], bound: int
+) -> Sequence[Outcome]:
+    """Sends the two halves of a batch that is larger than `bound` bytes, which fail by themselves."""
+    if len(requests) == 1:
+        return [InvalidRequest(errors=(FieldError(field="", message=f"The request is larger than {bound} bytes."),))]
+    half = len(requests) // 2
+    outcomes: list[Outcome] = []
+    for part in (slice(half), slice(half, None)):
+        try:
+            outcomes += await send(operation, requests[part], contexts[part])
+        except ServiceError as error:
+            outcomes += [error.copy() for _ in requests[part]]
+    return outcomes
+
+
+def not_known(operation: Operation[Any, Any], requests: Sequence[Any]) -> Sequence[Outcome]:
+    """Each request may have been started. Only to those that may come again is that no more than unavailability."""
+    return [
+        Unavailable(service=operation.service)
+        if operation.repeatable(request)
+        else OutcomeUnknown(operation=operation.full_name)
+        for request in requests
+    ]
+
+
+def outcomes_of(operation: Operation[Any, Any], requests: Sequence[Any], body: bytes) -> Sequence[Outcome]:
+    """The outcomes of a batch, out of the body of its answer. One that says something else leaves it unknown."""
+    try:
+        outcomes = decode_outcomes(operation, body)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        log.error("rpc_answer_malformed", operation=operation.full_name, reason=str(error))
+        return not_known(operation, requests)
+    if len(outcomes) != len(requests):
+        log.error("rpc_answers_miscounted", operation=operation.full_name, wanted=len(requests), got=len(outcomes))
+        return not_known(operation, requests)
+    return outcomes

@@ -8,6 +8,7 @@ from typing import Any
 from mercato.chassis.contract import Context, Operation
 from mercato.chassis.rpc.batching import Outcome
 from mercato.chassis.rpc.server import Server
+from mercato.chassis.rpc.transports import Transport
 
 
 class LocalTransport:
@@ -20,3 +21,18 @@ class LocalTransport:
         self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context]
     ) -> Sequence[Outcome]:
         return await self._servers[operation.service].dispatch(operation, requests, contexts)
+
+
+class LocalFirst:
+    """Sends to the servers of this process what these serve, and by `remote` what they do not."""
+
+    def __init__(self, servers: Mapping[str, Server], remote: Transport) -> None:
+        self._servers = servers
+        self._local = LocalTransport(servers)
+        self._remote = remote
+
+    async def send(
+        self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context]
+    ) -> Sequence[Outcome]:
+        carrier = self._local if operation.service in self._servers else self._remote
+        return await carrier.send(operation, requests, contexts)

@@ -124,6 +124,10 @@ class Listed:
         for changed in self._watching:
             changed("things")
 
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
     def instances(self, service: str) -> Sequence[Instance]:
         return self._instances if service == "things" else ()
 

@@ -9,6 +9,8 @@
 The parts
     `HttpTransport`  in the calling process: chooses an instance (`rpc/balancing.py`), sends, says what came of it.
     `RpcApp`         in the serving process: an ASGI application before the `Server`s, behind `mercato.chassis.http`.
+                     `GET /rpc/orders` tells a caller what the instance has done (`rpc/stats.py`).
+    `HttpRemote`     both, with the lifecycle of a process.
 
 What an answer says about the batch
     200 with outcomes                       done: an outcome for each request, errors of the service included
@@ -22,7 +24,6 @@ Guaranteed
       (`safe`, or `keyed` with a key), and `OutcomeUnknown` if not. Nothing is repeated here.
     - The texts of exceptions stay in the process that raised them.
     - Bodies are bounded in both directions, connections for each instance, and calls of one operation in flight.
-
     - No handler sees a batch without a valid token, of an operation that its caller is not granted, or a request in the
       name of a role that its caller is not granted.
 
@@ -30,7 +31,9 @@ Tokens and bodies travel as they are: outside of loopback, TLS has to protect th
 """
 
 from .client import HttpTransport
+from .inspecting import Inspector
+from .remote import HttpRemote
 from .server import RpcApp
 from .wire import RPC_LIMITS
 
-__all__ = ["RPC_LIMITS", "HttpTransport", "RpcApp"]
+__all__ = ["RPC_LIMITS", "HttpRemote", "HttpTransport", "Inspector", "RpcApp"]

@@ -6,6 +6,7 @@ import asyncio
 import math
 import random
 import re
+import ssl
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -16,19 +17,16 @@ import structlog
 from mercato.chassis.contract import (
     Context,
     DeadlineExceeded,
-    FieldError,
     Internal,
-    InvalidRequest,
     Operation,
-    OutcomeUnknown,
-    ServiceError,
     Unavailable,
 )
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.rpc.balancing import Balancer, Pick
 from mercato.chassis.rpc.batching import Outcome
-from mercato.chassis.rpc.codec import decode_outcomes, encode_requests
+from mercato.chassis.rpc.codec import encode_requests
 from mercato.chassis.rpc.discovery import Instance, Registry
+from mercato.chassis.rpc.transports.encoded import in_parts, not_known, outcomes_of
 from mercato.chassis.rpc.trust import TokenSigner
 
 from .wire import (
@@ -64,8 +62,9 @@ class HttpClientLimits(msgspec.Struct, frozen=True, kw_only=True):
     calls: int = 256
     """Of one operation in flight, to all instances: calls that wait for long do not take the connections of others."""
     connect_seconds: float = 1.0
-    keep_alive_seconds: float = 20.0
-    """An unused connection is closed here, long before the server would: a call never meets a closing connection."""
+    keep_alive_seconds: float = 1.0
+    """An unused connection is closed here, before a server that drains closes its own: a call never meets a closing
+    connection."""
     batch_bytes: int = LARGEST_BATCH_BYTES
     """A larger batch is sent in parts."""
     answer_bytes: int = LARGEST_ANSWER_BYTES
@@ -94,7 +93,8 @@ class Answer(msgspec.Struct, frozen=True):
 class HttpTransport:
     """Sends each batch to one of the instances that `registry` names. One a process.
 
-    `version` is the release of this process; `chance` gives 0.0 up to 1.0, without 1.0. It belongs to one event loop.
+    `version` is the release of this process. With `tls`, all calls are encrypted, and servers verified. `chance` gives
+    0.0 up to 1.0, without 1.0. It belongs to one event loop.
     """
 
     def __init__(
@@ -104,12 +104,15 @@ class HttpTransport:
         clock: Clock,
         *,
         version: str = "",
+        tls: ssl.SSLContext | None = None,
         limits: HttpClientLimits | None = None,
         chance: Callable[[], float] = random.random,
     ) -> None:
         self._registry = registry
         self._signer = signer
         self._clock = clock
+        self._tls = tls
+        self._scheme = "https" if tls else "http"
         self._limits = limits or HttpClientLimits()
         self._chance = chance
         self._headers = {"Content-Type": CONTENT_TYPE}
@@ -130,7 +133,7 @@ class HttpTransport:
             raise DeadlineExceeded(operation=operation.full_name)
         body = encode_requests(requests, contexts, now)
         if len(body) > self._limits.batch_bytes:
-            return await self._send_in_parts(operation, requests, contexts)
+            return await in_parts(self.send, operation, requests, contexts, self._limits.batch_bytes)
         try:
             # Two contexts: the slot is part of the time that the callers wait.
             async with asyncio.timeout(remaining_s), self._slot(operation):
@@ -145,21 +148,6 @@ class HttpTransport:
             await self._session.close()
 
     # --------------------------------------------------------------------------------------------------- the batch
-
-    async def _send_in_parts(
-        self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context]
-    ) -> Sequence[Outcome]:
-        if len(requests) == 1:
-            sentence = f"The request is larger than {self._limits.batch_bytes} bytes."
-            return [InvalidRequest(errors=(FieldError(field="", message=sentence),))]
-        half = len(requests) // 2
-        outcomes: list[Outcome] = []
-        for part in (slice(half), slice(half, None)):
-            try:
-                outcomes += await self.send(operation, requests[part], contexts[part])
-            except ServiceError as error:
-                outcomes += [error.copy() for _ in requests[part]]
-        return outcomes
 
     async def _deliver(
         self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context], body: bytes
@@ -197,17 +185,17 @@ class HttpTransport:
             pick.failed()
             where = {"operation": operation.full_name, "address": pick.instance.address}
             log.warning("rpc_connection_broke", **where, reason=str(error))
-            return _not_known(operation, requests)
+            return not_known(operation, requests)
         except AnswerTooLarge:
             pick.answered()
             log.error("rpc_answer_too_large", operation=operation.full_name, address=pick.instance.address)
-            return _not_known(operation, requests)
+            return not_known(operation, requests)
         if answer.headers.get(NOT_STARTED) == NotStarted.DRAINING:
             pick.drains(_seconds(answer.headers.get(DRAINING_SECONDS, "")))
             return None
         pick.answered()
         if answer.status == 200:
-            return _outcomes(operation, requests, answer.body)
+            return outcomes_of(operation, requests, answer.body)
         return _refused(operation, requests, answer, pick.instance)
 
     # ------------------------------------------------------------------------------------------------ the connection
@@ -216,7 +204,7 @@ class HttpTransport:
         self, instance: Instance, operation: Operation[Any, Any], contexts: Sequence[Context], body: bytes
     ) -> Answer:
         """Raises `NotConnected`, `ConnectionBroke` or `AnswerTooLarge`; aiohttp's errors end here."""
-        url = f"http://{instance.address}{PATH_PREFIX}{operation.service}/{operation.name}"
+        url = f"{self._scheme}://{instance.address}{PATH_PREFIX}{operation.service}/{operation.name}"
         try:
             async with self._open_session().post(
                 url, data=body, headers=self._headers_for(operation, contexts), allow_redirects=False
@@ -257,7 +245,10 @@ class HttpTransport:
             limits = self._limits
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(
-                    limit=0, limit_per_host=limits.connections, keepalive_timeout=limits.keep_alive_seconds
+                    limit=0,
+                    limit_per_host=limits.connections,
+                    keepalive_timeout=limits.keep_alive_seconds,
+                    ssl=self._tls or False,
                 ),
                 # The time that the callers wait is measured outside, over all attempts.
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=limits.connect_seconds),
@@ -291,28 +282,6 @@ class HttpTransport:
 # ------------------------------------------------------------------------------------------------- what an answer says
 
 
-def _not_known(operation: Operation[Any, Any], requests: Sequence[Any]) -> Sequence[Outcome]:
-    """Each request may have been started. Only to those that may come again is that no more than unavailability."""
-    return [
-        Unavailable(service=operation.service)
-        if operation.repeatable(request)
-        else OutcomeUnknown(operation=operation.full_name)
-        for request in requests
-    ]
-
-
-def _outcomes(operation: Operation[Any, Any], requests: Sequence[Any], body: bytes) -> Sequence[Outcome]:
-    try:
-        outcomes = decode_outcomes(operation, body)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        log.error("rpc_answer_malformed", operation=operation.full_name, reason=str(error))
-        return _not_known(operation, requests)
-    if len(outcomes) != len(requests):
-        log.error("rpc_answers_miscounted", operation=operation.full_name, wanted=len(requests), got=len(outcomes))
-        return _not_known(operation, requests)
-    return outcomes
-
-
 def _refused(
     operation: Operation[Any, Any], requests: Sequence[Any], answer: Answer, instance: Instance
 ) -> Sequence[Outcome] | None:
@@ -321,7 +290,7 @@ def _refused(
     fields = {"operation": operation.full_name, "address": instance.address, "status": answer.status, "reason": reason}
     log.warning("rpc_refused", **fields)
     if reason is None:
-        return _not_known(operation, requests)
+        return not_known(operation, requests)
     if answer.status in GO_ELSEWHERE:
         return None
     # It does not understand what was sent, and neither would another one: a bug on one of the two sides.

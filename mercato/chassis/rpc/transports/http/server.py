@@ -15,6 +15,7 @@ from mercato.chassis.http import COMPLETE_RESPONSE
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.rpc.codec import decode_requests, encode_outcomes
 from mercato.chassis.rpc.server import Server
+from mercato.chassis.rpc.stats import Recorder, Stats
 from mercato.chassis.rpc.transports.encoded import answer_decoded
 from mercato.chassis.rpc.trust import Trust
 
@@ -48,6 +49,7 @@ STATUS: Final[Mapping[NotStarted, int]] = {
     NotStarted.WRONG_BATCH_SIZE: 400,
 }
 PROBLEM: Final = b"content-type: application/problem+json"
+JSON: Final = b"content-type: application/json"
 OUTCOMES: Final = b"content-type: " + CONTENT_TYPE.encode()
 SHOWN_CHARACTERS: Final = 200
 """So much of what a caller sent may stand in a line of the log."""
@@ -75,10 +77,11 @@ class RpcApp:
     when the time is over that its callers wait, as in one process.
     """
 
-    def __init__(self, servers: Mapping[str, Server], trust: Trust, clock: Clock) -> None:
+    def __init__(self, servers: Mapping[str, Server], trust: Trust, clock: Clock, stats: Stats | None = None) -> None:
         self._servers = servers
         self._trust = trust
         self._clock = clock
+        self._stats = stats or Stats("", "")
         self._ends_at: float | None = None
 
     def drain(self, seconds: float) -> None:
@@ -91,6 +94,9 @@ class RpcApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http"
         try:
+            if scope["method"] == "GET":
+                await _send(send, 200, self._describe(scope), JSON)
+                return
             answer = await self._answer(scope, receive)
         except RefusedBatch as refused:
             await _refuse(send, refused)
@@ -102,23 +108,45 @@ class RpcApp:
         else:
             await _send(send, 200, answer, OUTCOMES)
 
+    def _describe(self, scope: Scope) -> bytes:
+        """What `GET /rpc/orders` answers to any caller that is known: the `InstanceStats` of a service."""
+        service = scope["path"].removeprefix(PATH_PREFIX)
+        if service not in self._servers:
+            raise RefusedBatch(NotStarted.UNKNOWN_OPERATION, "This process does not serve such a service.")
+        self._check_not_draining()
+        self._caller(service, dict(scope["headers"]))
+        return msgspec.json.encode(self._stats.of(service))
+
     async def _answer(self, scope: Scope, receive: Receive) -> bytes:
         server, operation = self._find(scope["path"])
+        recorder = self._stats.recorder(operation.service, operation.name)
+        try:
+            return await self._run(server, operation, recorder, scope, receive)
+        except RefusedBatch:
+            recorder.failed()
+            raise
+
+    async def _run(
+        self, server: Server, operation: Operation[Any, Any], recorder: Recorder, scope: Scope, receive: Receive
+    ) -> bytes:
         self._check_not_draining()
         headers = dict(scope["headers"])
         remaining_s = _check_head(scope["method"], headers)
-        caller = self._caller(operation, headers)
+        caller = self._caller(operation.service, headers)
         body = await _whole_body(receive)
         # Again, for a body may take its time; from here to the handler nothing waits.
         self._check_not_draining()
         requests, contexts = self._decode(operation, body, headers)
         refusals = self._trust.refusals(caller, operation, contexts)
         requests = [refusals.get(place, request) for place, request in enumerate(requests)]
+        started = self._clock.monotonic()
         try:
             async with asyncio.timeout(remaining_s):
                 return await answer_decoded(server, operation, requests, contexts)
         except TimeoutError:
             return encode_outcomes(operation, [DeadlineExceeded(operation=operation.full_name) for _ in requests])
+        finally:
+            recorder.answered(len(requests), self._clock.monotonic() - started)
 
     def _find(self, path: str) -> tuple[Server, Operation[Any, Any]]:
         service, _, name = path.removeprefix(PATH_PREFIX).partition("/")
@@ -128,11 +156,11 @@ class RpcApp:
             raise RefusedBatch(NotStarted.UNKNOWN_OPERATION, "This process does not serve such an operation.")
         return server, operation
 
-    def _caller(self, operation: Operation[Any, Any], headers: Mapping[bytes, bytes]) -> str:
+    def _caller(self, service: str, headers: Mapping[bytes, bytes]) -> str:
         """The service that calls, by its token."""
         scheme, _, token = headers.get(AUTHORIZATION.encode(), b"").decode("ascii", "replace").partition(" ")
         try:
-            return self._trust.caller(token if f"{scheme} " == BEARER else None, operation.service)
+            return self._trust.caller(token if f"{scheme} " == BEARER else None, service)
         except Unauthenticated as error:
             raise RefusedBatch(NotStarted.UNTRUSTED, error.reason, b"www-authenticate: Bearer") from None
 

@@ -1,0 +1,101 @@
+"""What the operations of one process have done since its start, for people who look at its services."""
+
+from __future__ import annotations
+
+import collections
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
+
+import msgspec
+
+KEPT_DURATIONS: Final = 512
+"""The 99th percentile is that of so many batches, the latest ones."""
+
+
+class OperationStats(msgspec.Struct, frozen=True):
+    """Of one operation. Batches that were refused count, and are errors; errors that a service answers are answers."""
+
+    batches: int
+    errors: int
+    requests: int
+    seconds: float
+    """In which all batches together were worked on."""
+    p99_ms: float
+    """Of the latest batches, from the start of the work to the answer."""
+
+
+class Recorder:
+    """Records what one operation does."""
+
+    def __init__(self) -> None:
+        self._batches = 0
+        self._errors = 0
+        self._requests = 0
+        self._seconds = 0.0
+        self._durations: collections.deque[float] = collections.deque(maxlen=KEPT_DURATIONS)
+
+    def answered(self, requests: int, seconds: float) -> None:
+        """A batch of so many requests was answered after so long."""
+        self._batches += 1
+        self._requests += requests
+        self._seconds += seconds
+        self._durations.append(seconds)
+
+    def failed(self, seconds: float = 0.0) -> None:
+        """A batch was refused, or failed unexpectedly, after so long at work."""
+        self._batches += 1
+        self._errors += 1
+        self._seconds += seconds
+
+    def stats(self) -> OperationStats:
+        durations = sorted(self._durations)
+        p99 = durations[len(durations) * 99 // 100] if durations else 0.0
+        return OperationStats(self._batches, self._errors, self._requests, self._seconds, p99 * 1_000)
+
+
+class InstanceStats(msgspec.Struct, frozen=True):
+    """One service of one process."""
+
+    service: str
+    id: str
+    """New at each start."""
+    version: str
+    pid: int
+    up_seconds: float
+    open_breakers: tuple[str, ...]
+    """The services that its process does not call at the moment, because they have not answered."""
+    operations: Mapping[str, OperationStats]
+    """By name; only those that were called."""
+
+
+class Inspected(msgspec.Struct, frozen=True):
+    """One instance of a service, as a registry names it, and what it says; `problem` says why there is nothing."""
+
+    where: str
+    """Its address, or its id."""
+    stats: InstanceStats | None = None
+    problem: str = ""
+
+
+class Stats:
+    """Of one process. `instance` is its id."""
+
+    def __init__(self, instance: str, version: str) -> None:
+        self.instance = instance
+        self.version = version
+        self.open_breakers: Callable[[], Iterable[str]] = tuple
+        self._started = time.monotonic()
+        self._recorders: dict[str, dict[str, Recorder]] = {}
+
+    def recorder(self, service: str, operation: str) -> Recorder:
+        """Always the same for one operation."""
+        return self._recorders.setdefault(service, {}).setdefault(operation, Recorder())
+
+    def of(self, service: str) -> InstanceStats:
+        recorded = self._recorders.get(service, {})
+        operations = {name: recorder.stats() for name, recorder in recorded.items()}
+        up_seconds = time.monotonic() - self._started
+        breakers = tuple(sorted(self.open_breakers()))
+        return InstanceStats(service, self.instance, self.version, os.getpid(), up_seconds, breakers, operations)

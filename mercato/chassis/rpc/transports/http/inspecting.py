@@ -1,0 +1,62 @@
+"""Asking each instance of a service, over HTTP, how it is: `GET /rpc/orders`."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Sequence
+from typing import Final
+
+import aiohttp
+import msgspec
+
+from mercato.chassis.rpc.discovery import Instance, Registry
+from mercato.chassis.rpc.stats import Inspected, InstanceStats
+from mercato.chassis.rpc.trust import TokenSigner
+
+from .wire import AUTHORIZATION, BEARER, NOT_STARTED, PATH_PREFIX
+
+ANSWER_SECONDS: Final = 1.0
+
+
+class Inspector:
+    """Asks all instances that `registry` names, in the name of the caller that `signer` signs for."""
+
+    def __init__(self, registry: Registry, signer: TokenSigner, *, tls: ssl.SSLContext | None = None) -> None:
+        self._registry = registry
+        self._signer = signer
+        self._tls = tls
+        self._session: aiohttp.ClientSession | None = None
+
+    async def inspect(self, service: str) -> Sequence[Inspected]:
+        """All instances of a service, in the order of the registry. Takes a second at most."""
+        instances = self._registry.instances(service)
+        return await asyncio.gather(*(self._ask(instance) for instance in instances))
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def _ask(self, instance: Instance) -> Inspected:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, ssl=self._tls or False),
+                timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS),
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+        scheme = "https" if self._tls else "http"
+        url = f"{scheme}://{instance.address}{PATH_PREFIX}{instance.service}"
+        headers = {AUTHORIZATION: BEARER + self._signer.token(instance.service)}
+        try:
+            async with self._session.get(url, headers=headers, allow_redirects=False) as response:
+                body = await response.read()
+        except TimeoutError:
+            return Inspected(instance.address, problem="no answer within a second")
+        except (aiohttp.ClientError, OSError):
+            return Inspected(instance.address, problem="no connection")
+        if response.status != 200:
+            return Inspected(instance.address, problem=response.headers.get(NOT_STARTED, f"status {response.status}"))
+        try:
+            return Inspected(instance.address, msgspec.json.decode(body, type=InstanceStats))
+        except msgspec.MsgspecError:
+            return Inspected(instance.address, problem="an answer that is none of ours")

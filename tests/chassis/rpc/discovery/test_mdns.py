@@ -1,0 +1,129 @@
+"""Multicast DNS as a registry, on loopback alone."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import socket
+from collections.abc import AsyncGenerator, Sequence
+
+import pytest
+from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
+
+from mercato.chassis.rpc.discovery import Instance
+from mercato.chassis.rpc.discovery.mdns import TYPE, MdnsRegistry
+from mercato.testing.waiting import until_true
+
+LOOPBACK = ("127.0.0.1",)
+
+
+@pytest.fixture
+def shop() -> str:
+    """Other tests announce at the same time."""
+    return secrets.token_hex(8)
+
+
+@contextlib.asynccontextmanager
+async def opened(shop: str) -> AsyncGenerator[MdnsRegistry]:
+    registry = MdnsRegistry(shop, LOOPBACK, check_seconds=0.05)
+    await registry.open()
+    try:
+        yield registry
+    finally:
+        await registry.close()
+
+
+@contextlib.contextmanager
+def listening(port: int = 0):
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        yield listener.getsockname()[1]
+
+
+def made(port: int, service: str = "orders", id_: str = "") -> Instance:
+    return Instance(service, f"127.0.0.1:{port}", id_ or secrets.token_hex(4), "1.2.3")
+
+
+async def until_found(registry: MdnsRegistry, wanted: Sequence[Instance], service: str = "orders") -> None:
+    def found() -> bool:
+        return sorted(registry.instances(service), key=str) == sorted(wanted, key=str)
+
+    await until_true(found, f"{wanted} are found, and no others")
+
+
+async def test_what_one_registers_another_finds_until_it_is_taken_back(shop: str):
+    async with opened(shop) as one, opened(shop) as other:
+        heard: list[str] = []
+        end = other.watch(heard.append)
+        with listening() as first, listening() as second:
+            orders, log, more = made(first), made(first, "orders.log"), made(second)
+            for instance in (orders, log, more):
+                await one.register(instance)
+            await one.register(orders)
+            await until_found(other, [orders, more])
+            await until_found(other, [log], "orders.log")
+            await until_found(one, [orders, more])
+            assert set(heard) == {"orders", "orders.log"}
+
+            await one.deregister(orders)
+            await one.deregister(orders)
+            await until_found(other, [more])
+            end()
+            heard.clear()
+            await one.deregister(more)
+            await until_found(other, [])
+            assert heard == []
+
+
+async def test_one_that_opens_later_finds_what_is_there(shop: str):
+    async with opened(shop) as one:
+        with listening() as port:
+            instance = made(port)
+            await one.register(instance)
+            async with opened(shop) as other:
+                await until_found(other, [instance])
+
+
+async def test_one_that_closes_takes_back_what_it_registered(shop: str):
+    async with opened(shop) as other:
+        with listening() as port:
+            async with opened(shop) as one:
+                instance = made(port)
+                await one.register(instance)
+                await until_found(other, [instance])
+            await until_found(other, [])
+
+
+async def test_one_that_accepts_nothing_is_left_out_until_it_does(shop: str):
+    """A process that is killed says no goodbye."""
+    async with opened(shop) as one, opened(shop) as other:
+        heard: list[str] = []
+        with listening() as port:
+            instance = made(port)
+            await one.register(instance)
+            await until_found(other, [instance])
+            other.watch(heard.append)
+        await until_found(other, [])
+        assert heard == ["orders"]
+        with listening(port):
+            await until_found(other, [instance])
+        assert heard[:2] == ["orders", "orders"]
+
+
+async def test_another_shop_and_other_programs_are_overlooked(shop: str):
+    async with opened(shop) as one, opened(shop[::-1] + "x") as elsewhere:
+        with listening() as port:
+            foreign = AsyncZeroconf(interfaces=list(LOOPBACK))
+            try:
+                info = AsyncServiceInfo(
+                    TYPE, f"printer-{shop}.{TYPE}", addresses=[b"\x7f\0\0\1"], port=port,
+                    properties={"shop": shop, "service": "orders"}, server=f"p-{shop}.local.",
+                )  # fmt: skip
+                await (await foreign.async_register_service(info, cooperating_responders=True))
+                theirs, ours = made(port), made(port)
+                await elsewhere.register(theirs)
+                await until_found(elsewhere, [theirs])
+                await one.register(ours)  # is heard of last
+                await until_found(one, [ours])
+                assert list(elsewhere.instances("orders")) == [theirs]
+            finally:
+                await foreign.async_close()

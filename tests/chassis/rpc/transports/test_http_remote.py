@@ -1,0 +1,135 @@
+"""The lifecycle of a process among others over HTTP: serving, encryption, draining, and saying how it is."""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+from collections.abc import AsyncGenerator, Collection
+from pathlib import Path
+
+import pytest
+
+from mercato.chassis.contract import Actor, Context, Unavailable
+from mercato.chassis.http import bind
+from mercato.chassis.observability.clock import SystemClock
+from mercato.chassis.observability.telemetry import Telemetry
+from mercato.chassis.rpc.discovery import Instance
+from mercato.chassis.rpc.discovery.static import StaticRegistry
+from mercato.chassis.rpc.signatures import public_key
+from mercato.chassis.rpc.stats import Stats
+from mercato.chassis.rpc.transports.http import HttpRemote
+from mercato.chassis.rpc.trust import Grant, TokenSigner, Trust
+from mercato.testing.certificates import certificate
+
+from .conformance import Ask, Said, Things, ThingsService, server_of
+from .served import SEEDS, signer
+
+HOST = "127.0.0.1"
+
+
+def trust_of(services: Collection[str]) -> Trust:
+    keys = {name: public_key(seed) for name, seed in SEEDS.items()}
+    operations = frozenset(operation.full_name for operation in Things.operations.values())
+    return Trust(list(services), keys, {"orders": Grant(operations)}, SystemClock(), Telemetry())
+
+
+class Pair:
+    """A process that serves `things`, and one that calls it."""
+
+    def __init__(self, *, server_tls: ssl.SSLContext | None = None, tls: ssl.SSLContext | None = None) -> None:
+        listener = bind(HOST, 0)
+        self.address = f"{HOST}:{listener.getsockname()[1]}"
+        registry = StaticRegistry({"things": [Instance("things", self.address, "1")]})
+        clock = SystemClock()
+        self.serving = HttpRemote(
+            registry, {"products": signer("products")}, trust_of, clock, Stats("one", "1.2.3"),
+            listener=listener, server_tls=server_tls,
+        )  # fmt: skip
+        self.calling = HttpRemote(registry, {"orders": signer()}, trust_of, clock, Stats("two", "1.2.3"), tls=tls)
+
+    async def ask(self) -> Said:
+        context = Context(Actor("customer", 1), SystemClock().monotonic() + 30, "0" * 32, "test")
+        [outcome] = await self.calling.transport("orders").send(Things.read, [Ask(number=7)], [context])
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+@contextlib.asynccontextmanager
+async def pair(**options: ssl.SSLContext | None) -> AsyncGenerator[Pair]:
+    made = Pair(**options)
+    await made.serving.serve({"things": server_of(ThingsService(), SystemClock())})
+    try:
+        yield made
+    finally:
+        await made.calling.close()
+        await made.serving.close()
+
+
+async def test_an_instance_says_what_it_has_done():
+    async with pair() as both:
+        await both.ask()
+        await both.ask()
+        [found] = (await both.calling.inspect(["things"]))["things"]
+        assert found.where == both.address
+        assert found.stats is not None
+        assert (found.stats.id, found.stats.version) == ("one", "1.2.3")
+        read = found.stats.operations["read"]
+        assert (read.batches, read.requests, read.errors) == (2, 2, 0)
+        assert read.p99_ms > 0
+
+
+async def test_a_service_without_an_instance_is_unreachable_and_it_is_said_why():
+    async with pair() as both:
+        assert await both.calling.unreachable(["things"]) == {}
+        assert await both.calling.unreachable(["others"]) == {"others": "no instance is known"}
+        await both.serving.drain()
+        assert await both.calling.unreachable(["things"]) == {"things": "no connection"}
+        with pytest.raises(Unavailable):
+            await both.ask()
+
+
+async def test_who_is_not_trusted_learns_nothing_about_an_instance():
+    async with pair() as both:
+        forged = HttpRemote(
+            StaticRegistry({"things": [Instance("things", both.address, "1")]}),
+            {"orders": TokenSigner("orders", b"9" * 32, SystemClock())}, trust_of, SystemClock(), Stats("three", ""),
+        )  # fmt: skip
+        [found] = (await forged.inspect(["things"]))["things"]
+        await forged.close()
+        assert (found.stats, found.problem) == (None, "untrusted")
+
+
+# --------------------------------------------------------------------------------------------------------- encryption
+
+
+def contexts(folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Of a caller that verifies, and of a server with that certificate."""
+    folder.mkdir(exist_ok=True)
+    cert, key = certificate(folder)
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(cert, key)
+    return ssl.create_default_context(cafile=cert), server
+
+
+async def test_calls_are_encrypted_and_servers_verified(tmp_path: Path):
+    tls, server_tls = contexts(tmp_path)
+    async with pair(tls=tls, server_tls=server_tls) as both:
+        assert (await both.ask()).echo.number == 7
+        assert await both.calling.unreachable(["things"]) == {}
+
+
+async def test_a_server_with_another_certificate_gets_no_call(tmp_path: Path):
+    tls, _ = contexts(tmp_path / "ours")
+    _, server_tls = contexts(tmp_path / "theirs")
+    async with pair(tls=tls, server_tls=server_tls) as both:
+        with pytest.raises(Unavailable):
+            await both.ask()
+        assert await both.calling.unreachable(["things"]) == {"things": "no connection"}
+
+
+async def test_a_caller_in_the_clear_is_not_answered_by_a_server_that_encrypts(tmp_path: Path):
+    _, server_tls = contexts(tmp_path)
+    async with pair(server_tls=server_tls) as both:
+        with pytest.raises(Unavailable):
+            await both.ask()
