@@ -14,13 +14,12 @@ import pytest_asyncio
 from chassis.messaging.harness import MIGRATIONS, Changed
 from mercato import topology
 from mercato.chassis.contract import Context, Operation, Unavailable
-from mercato.chassis.hosting.host import Host, TransportName
+from mercato.chassis.hosting.host import CallerTransport, Host, TransportName
 from mercato.chassis.hosting.service import Build
 from mercato.chassis.messaging.events import Outgoing
 from mercato.chassis.observability.clock import Clock, SystemClock
 from mercato.chassis.rpc.batching import Outcome
 from mercato.chassis.rpc.server import Server
-from mercato.chassis.rpc.transports import Transport
 from mercato.chassis.rpc.transports.loopback import LoopbackTransport
 from mercato.services.events.app import build
 from mercato.testing.cluster import Cluster
@@ -48,9 +47,9 @@ async def hosted(
     dsns: Mapping[str, str],
     builds: Mapping[str, Build] = BUILDS,
     *,
-    transport: TransportName | Transport = "local",
+    transport: TransportName | CallerTransport = "local",
 ) -> AsyncGenerator[Host]:
-    host = Host(builds, dsns, secret=TEST_SECRET, transport=transport)
+    host = Host(builds, dsns, secrets=dict.fromkeys(builds, TEST_SECRET), transport=transport)
     await host.open()
     try:
         yield host
@@ -128,7 +127,7 @@ async def test_a_consumer_in_another_process_needs_nothing_but_a_client(cluster:
     only_feed = {"events": dsns["events"]}
     async with (
         hosted(dsns, {"orders": build_publisher}) as source,
-        hosted(only_feed, {"events": build}, transport=network) as consuming,
+        hosted(only_feed, {"events": build}, transport=lambda _: network) as consuming,
     ):
         network.servers.update(consuming.servers)
         feed = feed_of(cluster, consuming)

@@ -1,0 +1,71 @@
+"""The stream of the bridge: its name, its limits, and what users of NATS need to write and to read it."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any, Final
+
+from mercato.chassis.rpc.transports.nats import Permissions, inbox_prefix
+
+from .jetstream import API
+
+STREAM: Final = "MERCATO_EVENTS"
+SUBJECT: Final = "mercato.events"
+SUBJECTS: Final = f"{SUBJECT}.*.*"
+
+NANOSECONDS: Final = 1_000_000_000
+KEPT_SECONDS: Final = 8 * 86_400
+"""A day longer than the feed keeps its entries. In an empty stream the bridge begins with the oldest entry that the
+feed has: had the stream forgotten it first, it would be published again."""
+DUPLICATES_SECONDS: Final = 120
+STREAM_BYTES_MAX: Final = 4 * 1024**3
+"""About six million events. A stream that is full refuses new messages, and does not delete what is still unread."""
+SEQUENCES_A_MILLISECOND: Final = 2_048
+"""More than messages can be stored. JavaScript reads the numbers of streams exactly that are made before 2109."""
+
+CONFIGURATION: Final[dict[str, Any]] = {
+    "name": STREAM,
+    "description": "The feed of events of the shop, in order. The message id is the position.",
+    "subjects": [SUBJECTS],
+    "storage": "file",
+    "retention": "limits",
+    "discard": "new",
+    "max_age": KEPT_SECONDS * NANOSECONDS,
+    "max_bytes": STREAM_BYTES_MAX,
+    "duplicate_window": DUPLICATES_SECONDS * NANOSECONDS,
+    "num_replicas": 1,
+    "allow_atomic": True,
+}
+
+
+def configuration(now: datetime.datetime) -> dict[str, Any]:
+    """Of a stream that is made now: no stream that was made before under its name has had these sequence numbers."""
+    return {**CONFIGURATION, "first_seq": int(now.timestamp() * 1_000) * SEQUENCES_A_MILLISECOND}
+
+
+BRIDGE_PUBLISHES: Final = (
+    SUBJECTS,
+    f"{API}.STREAM.INFO.{STREAM}",
+    f"{API}.STREAM.CREATE.{STREAM}",
+    f"{API}.STREAM.MSG.GET.{STREAM}",
+)
+"""What the user of a bridge publishes to."""
+
+
+def subscriber_permissions(user: str) -> Permissions:
+    """Of a user that reads the stream by consumers of its own, and does nothing else."""
+    consumer = f"{API}.CONSUMER"
+    return Permissions(
+        publish=(
+            f"{API}.STREAM.INFO.{STREAM}",
+            f"{consumer}.CREATE.{STREAM}.>",
+            f"{consumer}.DURABLE.CREATE.{STREAM}.*",
+            f"{consumer}.INFO.{STREAM}.*",
+            f"{consumer}.NAMES.{STREAM}",
+            f"{consumer}.LIST.{STREAM}",
+            f"{consumer}.DELETE.{STREAM}.*",
+            f"{consumer}.MSG.NEXT.{STREAM}.*",
+            f"$JS.ACK.{STREAM}.>",
+        ),
+        subscribe=(f"{inbox_prefix(user)}.>",),
+    )
