@@ -64,7 +64,17 @@ test-all: $(VENV)/.dev ## run what takes longer: safeguards, every crash point, 
 	PYTHONPATH=tests $(RUN) system.mutation.safeguards || failed=1; \
 	echo "=== every crash point, a part of them in recovery too; a minute of chaos; services over loopback"; \
 	$(RUN) pytest $(PARALLEL) -m long $(ARGS) || exit 1; \
+	echo "=== the reference systems with each service on a host of its own, over NATS and HTTP"; \
+	MERCATO_TEST_TRANSPORTS=nats,http $(RUN) pytest $(PARALLEL) tests/reference || exit 1; \
+	echo "=== fast tests, and those of orders and payments, without assertions (python -O)"; \
+	export PYTHONOPTIMIZE=1 MERCATO_TEST_TRANSPORTS=local; \
+	$(RUN) pytest -q $(PARALLEL) -m "not slow and not postgres" || exit 1; \
+	$(RUN) pytest -q $(PARALLEL) -m "not long" tests/services/orders tests/services/payments || exit 1; \
 	[ -z "$$failed" ] || { echo "safeguards: 1 failed, see above"; exit 1; }
+
+.PHONY: test-split
+test-split: $(VENV)/.dev ## run the tests of services with a host for each, over NATS and HTTP (half an hour)
+	@MERCATO_TEST_TRANSPORTS=nats,http $(RUN) pytest $(PARALLEL) tests/services tests/simulators tests/gateway tests/reference $(ARGS)
 
 .PHONY: check
 check: $(VENV)/.dev ## format, lint, types, import rules, slices and fast tests: before each commit
@@ -95,9 +105,17 @@ freeze: $(VENV)/.dev ## commit to the migrations as they are now, by their check
 bench: $(VENV)/.runtime $(BENCH_GO) ## measure it and a reference in Go in turns (QUICK=1, ARGS="--json", ARGS="--only cost")
 	@$(RUN) bench.throughput $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
+.PHONY: bench-split
+bench-split: $(VENV)/.runtime $(BENCH_GO) ## measure each service as a process of its own against one process
+	@$(RUN) bench.throughput.split $(ARGS)
+
 .PHONY: chaos
 chaos: $(VENV)/.dev ## kill a loaded shop at random, then audit it (SECONDS=60 SEED= ARGS="--json")
 	@PYTHONPATH=tests $(RUN) system.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+.PHONY: restarts
+restarts: $(VENV)/.dev ## kill and pause one process of a split shop after the other (SECONDS=60 SEED= ARGS="--transport http")
+	@PYTHONPATH=tests $(RUN) system.chaos.restarts --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 .PHONY: safeguards
 safeguards: $(VENV)/.dev ## take each safeguard away in a copy, and see a test miss it (ARGS="cursor", ARGS=--list)
@@ -110,7 +128,7 @@ mutants: $(VENV)/.dev ## change the product at random in copies, and see a test 
 .PHONY: lock
 lock: $(VENV)/.dev ## recompile the pins in requirements/ (ARGS=--upgrade for newer versions)
 	@$(call compile,runtime,--extra embedded)
-	@$(call compile,dev,--extra embedded --extra dev --constraint requirements/runtime.txt)
+	@$(call compile,dev,--extra embedded --extra mdns --extra dev --constraint requirements/runtime.txt)
 	@$(call compile,bench,--extra bench --constraint requirements/runtime.txt)
 
 .PHONY: clean

@@ -9,25 +9,32 @@ import importlib
 import socket
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mercato.chassis.contract import SERVICE_ROLE, Actor, Call, Contract, Empty as EmptyRequest, Operation, current
-from mercato.chassis.hosting.host import Host
+from mercato.chassis.hosting.host import GATEWAY, Hosting
 from mercato.chassis.hosting.service import Build
 from mercato.chassis.http import HttpLimits, HttpServer
+from mercato.chassis.messaging.outbox import event_log
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.rpc.client import acting
+from mercato.chassis.rpc.trust import Grant
 from mercato.contracts.events import Events
 from mercato.contracts.inventory import Inventory
+from mercato.contracts.money import DEFAULT_CURRENCY
 from mercato.contracts.orders import Orders
 from mercato.contracts.payments import Payments
 from mercato.contracts.products import Products
+from mercato.contracts.roles import EVERYBODY, STAFF_ONLY
 from mercato.contracts.users import PublicKeys, Users
 from mercato.gateway.app import Asgi, Gateway
 from mercato.gateway.auth import Authenticator, Verifier, own_hosts
 from mercato.gateway.pages import Pages
 from mercato.gateway.routes import ROUTES
 from mercato.simulators.bank.contract import Sandbox
+
+if TYPE_CHECKING:
+    from mercato.chassis.rpc.transports.nats import Permissions
 
 T = TypeVar("T")
 
@@ -79,11 +86,27 @@ CALLS: Final[Mapping[str, tuple[Operation[Any, Any], ...]]] = {
 }
 """The operations of others that each service calls, and no more: a client refuses the rest, and a server its caller.
 
-The event logs that a service reads are those of its subscriptions. The gateway calls what its routes name.
+The event logs that a service reads are in `READS`. The gateway calls what its routes name.
 """
+
+READS: Final[Mapping[str, tuple[str, ...]]] = {
+    "products": ("inventory",),
+    "events": ("inventory", "orders", "payments"),
+}
+"""The services whose event logs a service reads."""
 
 SIMULATORS: Final[Mapping[str, str]] = {"sandbox": "bank"}
 """Those of them that stand in for a system that is not ours, with their folder in `simulators/`."""
+
+OPERATOR: Final = "operator"
+"""The caller that is a person at the command line, in the role of staff."""
+
+CALLERS: Final = (GATEWAY, OPERATOR, *SERVICES)
+
+SUBSCRIBER: Final = "subscriber"
+"""The user of NATS that is no caller: it reads the stream of the feed, and does nothing else."""
+
+NATS_USERS: Final = (*CALLERS, SUBSCRIBER)
 
 DRAIN_SECONDS: Final = 2.0
 """Running requests get so long at the end of a process, which as a whole has five seconds."""
@@ -99,6 +122,50 @@ def may_call(service: str) -> Collection[str]:
     return frozenset(operation.full_name for operation in CALLS[service])
 
 
+def called_by(caller: str) -> Sequence[Operation[Any, Any]]:
+    """All operations that the gateway, the operator or a service calls in other processes, event logs among them.
+
+    Every process that serves routes verifies access tokens, with the keys that it asks of users.
+    """
+    if caller == OPERATOR:
+        return [operation for contract in SERVICES.values() for operation in contract.operations.values()]
+    if caller == GATEWAY:
+        waits = [route.wait.operation for route in ROUTES if route.wait]
+        return [*(route.operation for route in ROUTES), *waits, Users.keys]
+    own = () if caller == Users.service else (Users.keys,)
+    return [*CALLS[caller], *own, *(event_log(source).read for source in READS.get(caller, ()))]
+
+
+def grants() -> Mapping[str, Grant]:
+    """What each caller may do, by its name; only services call for the shop itself."""
+    roles = {GATEWAY: EVERYBODY, OPERATOR: STAFF_ONLY}
+    return {
+        caller: Grant(frozenset(operation.full_name for operation in called_by(caller)), roles.get(caller))
+        for caller in CALLERS
+    }
+
+
+def nats_permissions(user: str) -> Permissions:
+    """What one of `NATS_USERS` may do."""
+    # Imported here: it brings a client library that a shop in one place does without.
+    from mercato.chassis.messaging.stream import BRIDGE_PUBLISHES, subscriber_permissions
+    from mercato.chassis.rpc.transports.nats import permissions
+
+    if user == SUBSCRIBER:
+        return subscriber_permissions(user)
+    caller = user
+    serves = (SERVICES[caller], event_log(caller)) if caller in SERVICES else ()
+    reads = READS.get(caller, ())
+    return permissions(
+        caller,
+        serves=serves,
+        calls=called_by(caller),
+        reads=reads,
+        watches=caller == OPERATOR,
+        besides=BRIDGE_PUBLISHES if caller == Events.service else (),
+    )
+
+
 def package(name: str) -> str:
     """The package that holds a service."""
     return f"mercato.simulators.{SIMULATORS[name]}" if name in SIMULATORS else f"mercato.services.{name}"
@@ -110,46 +177,60 @@ def migrations(name: str) -> Path:
 
 
 def gateway(
-    host: Host,
+    host: Hosting,
     *,
     open_to: tuple[str, int] | None,
     log_requests: bool = False,
     details: Callable[[], Mapping[str, Any]] = dict,
+    services: Collection[str] = tuple(SERVICES),
+    caller: str = GATEWAY,
+    problems: Callable[[], Awaitable[Mapping[str, str]]] | None = None,
+    currency: str = DEFAULT_CURRENCY,
 ) -> Asgi:
-    """The public API over the services of `host`. `open_to`: the address of a shop that asks for no tokens.
+    """The rows of the public API that belong to `services`. `open_to`: the address of a shop that asks for no tokens.
 
-    `details` is told by `/health/ready` besides.
+    `details` is told by `/health/ready` besides; what makes it say that the process is not ready, `problems` gives, by
+    default those of the databases. `caller` is whom services in other processes see.
     """
+    routes = [route for route in ROUTES if route.operation.service in services]
 
     async def fetch_keys() -> PublicKeys:
-        return await host.client(Users).keys(EmptyRequest())
+        return await host.client(Users, caller).keys(EmptyRequest())
 
     verifier = Verifier(fetch_keys, host.clock)
     authenticator = Authenticator(verifier, own_hosts(*open_to) if open_to else None)
     pages = Pages(
-        routes=ROUTES,
+        routes=routes,
         authenticator=authenticator,
         verifier=verifier,
         telemetry=host.telemetry,
-        ready=host.ready,
+        problems=problems or host.problems,
         details=details,
     )
 
     def client(operation: Operation[Any, Any]) -> Call[Any, Any]:
-        return getattr(host.client(SERVICES[operation.service]), operation.name)
+        return getattr(host.client(SERVICES[operation.service], caller), operation.name)
 
     return Gateway(
-        ROUTES,
+        routes,
         client=client,
         authenticator=authenticator,
         telemetry=host.telemetry,
         clock=host.clock,
         fallback=pages,
+        currency=currency,
         log_requests=log_requests,
     )
 
 
-def server(app: Asgi, listener: socket.socket, telemetry: Telemetry, on_ready: Callable[[], None]) -> HttpServer:
+def server(
+    app: Asgi,
+    listener: socket.socket,
+    telemetry: Telemetry,
+    on_ready: Callable[[], None],
+    *,
+    drain_seconds: float = DRAIN_SECONDS,
+) -> HttpServer:
     """An HTTP server for `app` on a socket that listens already."""
 
     refused = "Requests refused before any route saw them."
@@ -158,13 +239,13 @@ def server(app: Asgi, listener: socket.socket, telemetry: Telemetry, on_ready: C
     return HttpServer(
         app,
         sockets=[listener],
-        limits=HttpLimits(drain_seconds=DRAIN_SECONDS),
+        limits=HttpLimits(drain_seconds=drain_seconds),
         on_ready=on_ready,
         on_refused=lambda code: refusals.labels(code).inc(),
     )
 
 
-async def as_the_shop(host: Host, call: Callable[[], Awaitable[T]], seconds: float = 30.0) -> T:
+async def as_the_shop(host: Hosting, call: Callable[[], Awaitable[T]], seconds: float = 30.0) -> T:
     """Runs a call that nobody asked for, such as a step of the start, with the rights of a service."""
     token = current.set(acting(Actor(SERVICE_ROLE), clock=host.clock, seconds=seconds))
     try:

@@ -32,6 +32,10 @@ def up(
     data: Path = Path(".mercato"),
     demo: bool | None = None,
     workers: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=64))] = 1,
+    split: Annotated[bool, Parameter(negative="")] = False,
+    placement: Literal["together", "split", "cluster"] | None = None,
+    replicas: str = "",
+    transport: Literal["nats", "http"] | None = None,
     auth: Literal["open", "required"] | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -50,7 +54,16 @@ def up(
     demo
         Put demo users and products, whose passwords everybody knows, into an empty shop. [default: on loopback only]
     workers
-        How many processes serve requests.
+        How many processes serve requests, each with all services.
+    split
+        Run the gateway and each service as a process of its own.
+    placement
+        What runs in which process: "together" in one place, "split" as --split says, "cluster" with two processes of
+        each. [default: together]
+    replicas
+        With --split, how many processes of each there are, where not one: orders=2,gateway=2
+    transport
+        With --split, how the processes reach each other: over a NATS server of their own, or over HTTP. [default: nats]
     auth
         "open": callers without a token act as staff (loopback only). "required": they do not. [default: open on
         loopback, required elsewhere]
@@ -59,7 +72,90 @@ def up(
     """
     from mercato.cli.up import Options, run
 
-    return run(Options(host=host, port=port, data=data, demo=demo, workers=workers, auth=auth, json=json))
+    return run(
+        Options(
+            host=host,
+            port=port,
+            data=data,
+            demo=demo,
+            workers=workers,
+            auth=auth,
+            placement=placement or ("split" if split or replicas or transport else "together"),
+            replicas=replicas,
+            transport=transport,
+            json=json,
+        )
+    )
+
+
+@app.command
+def serve(
+    service: str,
+    *more: str,
+    host: str = "127.0.0.1",
+    port: Annotated[int, Parameter(validator=validators.Number(gte=0, lte=65_535))] = 8080,
+    auth: Literal["open", "required"] | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Serve one service, several, or the gateway, in this process.
+
+    Everything else comes from the environment: DATABASE_URL, MERCATO_SERVICE_SECRET and MERCATO_PUBLIC_KEYS, as
+    `mercato migrate` writes them; and where the others are: NATS_URL, or MERCATO_SERVICES and MERCATO_RPC_ADDRESS for
+    HTTP. SIGTERM ends it within ten seconds, once the running requests are answered.
+
+    Parameters
+    ----------
+    service
+        users, products, inventory, sandbox, payments, orders, events, or gateway for the whole API.
+    more
+        Further services for the same process.
+    host
+        The address to listen on for clients. On anything but loopback, tokens are required.
+    port
+        The port for its rows of the API, /health and /metrics; 0 takes a free one.
+    auth
+        "open": callers without a token act as staff (loopback only). "required": they do not. [default: open on
+        loopback, required elsewhere]
+    json
+        Tell what happens as one JSON object a line.
+    """
+    from mercato.cli.serve import Options, run
+
+    return run(Options(names=(service, *more), host=host, port=port, auth=auth, json=json))
+
+
+@app.command
+def migrate(
+    *services: str,
+    data: Path = Path(".mercato"),
+    dsn: str | None = None,
+    pooler: str | None = None,
+    demo: Annotated[bool, Parameter(negative="")] = False,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Make and migrate the databases of a shop whose services run as processes of their own.
+
+    Writes a file of environment variables for each service, with its own credentials alone, into the folder
+    `environment` of the data folder. It can be repeated at any time.
+
+    Parameters
+    ----------
+    services
+        Only these. [default: all]
+    data
+        The folder with the secret of the shop; made when it is not there.
+    dsn
+        An administrator's DSN of the server. [env: MERCATO_POSTGRES_DSN]
+    pooler
+        HOST:PORT of PgBouncer 1.21 or newer, in transaction mode: the services reach their databases through it.
+    demo
+        Put demo users and products, whose passwords are public, into an empty shop.
+    json
+        Tell what happens as one JSON object a line.
+    """
+    from mercato.cli.migrating import Options, run
+
+    return run(Options(services=services, data=data, dsn=dsn, pooler=pooler, demo=demo, json=json))
 
 
 @app.command
@@ -91,6 +187,67 @@ def audit(
     from mercato.cli.audit import Options, audit_shop
 
     return audit_shop(Options(data=data, dsn=dsn, settled=settled, json=json))
+
+
+@app.command
+def services(*, data: Path = Path(".mercato"), json: Annotated[bool, Parameter(negative="")] = False) -> int:
+    """List the processes of a shop whose services run apart: version, health, calls per second, 99th percentile.
+
+    Exits with 1 if a service has no process that answers. Where they are comes from NATS_URL or MERCATO_SERVICES, else
+    from the data folder of `mercato up --split`.
+
+    Parameters
+    ----------
+    data
+        The folder of the shop's data.
+    json
+        Print one JSON document.
+    """
+    from mercato.cli.looking import services as run
+
+    return run(data, as_json=json)
+
+
+@app.command
+def doctor(*, data: Path = Path(".mercato"), json: Annotated[bool, Parameter(negative="")] = False) -> int:
+    """Say through what the services of a shop are found, what is seen, and why a service is not.
+
+    Parameters
+    ----------
+    data
+        The folder of the shop's data.
+    json
+        Print one JSON document.
+    """
+    from mercato.cli.looking import doctor as run
+
+    return run(data, as_json=json)
+
+
+@app.command
+def call(
+    operation: str,
+    request: str = "{}",
+    *,
+    data: Path = Path(".mercato"),
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Call one operation of a shop whose services run apart, in the role of staff: orders.get '{"id": 1001}'
+
+    Parameters
+    ----------
+    operation
+        The service and the operation.
+    request
+        The request as JSON.
+    data
+        The folder of the shop's data.
+    json
+        Print the answer on one line, and an error as JSON too.
+    """
+    from mercato.cli.calling import call as run
+
+    return run(operation, request, data, as_json=json)
 
 
 events = App(name="events", help="Read the feed of events, and replay those that a consumer could not take.")

@@ -21,11 +21,12 @@ import msgspec
 from mercato import topology
 from mercato.chassis.contract import Unavailable
 from mercato.chassis.hosting import settings as config
-from mercato.chassis.hosting.host import key_deriver
+from mercato.chassis.hosting.keys import key_deriver
 from mercato.chassis.postgres.connections import translated
 from mercato.chassis.postgres.migrations import MigrationError, missing_revisions
 from mercato.cli import stopping
 from mercato.cli.progress import OutputFailed, fail
+from mercato.cli.starting import CannotStart
 from mercato.embedded_postgres import DataFolder, DataFolderBusy, EmbeddedPostgres, SupervisorError
 from mercato.embedded_postgres.folder import SECRET_BYTES, explained
 from mercato.embedded_postgres.place import PLACES, read_record, require_known_format
@@ -54,7 +55,7 @@ class Unreachable(Exception):
     """A sentence for the person who typed the command: what is not there, and the way out."""
 
 
-EXPECTED: Final = (Unreachable, CopyError, MigrationError, SupervisorError, config.SettingsError)
+EXPECTED: Final = (Unreachable, CannotStart, CopyError, MigrationError, SupervisorError, config.SettingsError)
 """Failures whose message is all that the person needs."""
 
 
@@ -141,7 +142,7 @@ async def _server(
 ) -> AsyncGenerator[tuple[str, bool]]:
     """An administrator's DSN of the embedded server: the running shop's, else (True) one for the time of the block."""
     data = _shop_in(data)
-    password = key_deriver(_secret(data, settings))("postgres/superuser").hex()
+    password = key_deriver(shop_secret(data, settings))("postgres/superuser").hex()
     folder = await _own(data, progress, must_run=must_run)
     if folder is None:
         where = urlencode({"host": str(_socket_folder(data)), "port": PORT})
@@ -200,7 +201,8 @@ async def _own(data: Path, progress: Callable[[str], None], *, must_run: bool) -
         await asyncio.sleep(OTHER_COMMAND_POLL_SECONDS)
 
 
-def _secret(data: Path, settings: config.Settings) -> bytes:
+def shop_secret(data: Path, settings: config.Settings) -> bytes:
+    """The secret of the shop in a folder. Raises `Unreachable`."""
     if settings.secret is not None:
         return settings.secret.get_secret_value().encode()
     with explained(data):

@@ -248,7 +248,7 @@ async def _consumers(found: Databases) -> AsyncGenerator[list[Consumer]]:
         host = Host(
             topology.builds(),
             found.dsns,
-            secret=b"",  # a handler has no use for it
+            secrets=dict.fromkeys(topology.SERVICES, b""),  # a handler has no use for them
             pool_size=1,
             options=config.service_options(topology.SERVICES),
             may_call=topology.may_call,

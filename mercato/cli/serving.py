@@ -14,6 +14,7 @@ import uvloop
 from mercato import topology
 from mercato.chassis.contract import ServiceError
 from mercato.chassis.hosting.host import Host
+from mercato.chassis.hosting.keys import service_secrets
 from mercato.chassis.observability import faults
 from mercato.chassis.observability.telemetry import configure_logging
 from mercato.cli.hosting import hosted, spare_the_collector
@@ -48,7 +49,7 @@ async def _serve(assignment: Assignment, lifeline: Lifeline) -> None:
     host = Host(
         builds,
         assignment.dsns,
-        secret=assignment.secret,
+        secrets=service_secrets(assignment.secret, topology.SERVICES),
         transport=cast(Literal["local", "loopback"], assignment.transport),
         pool_size=assignment.pool_size,
         options=assignment.options,
@@ -63,6 +64,7 @@ async def _serve(assignment: Assignment, lifeline: Lifeline) -> None:
             host,
             open_to=assignment.open_to,
             log_requests=assignment.log_requests,
+            currency=assignment.currency,
             details=background.details,
         )
         spare_the_collector()

@@ -1,9 +1,9 @@
 """`mercato up`: the whole shop on one machine, from one command.
 
 The process that a person starts is the owner of everything: the data folder, PostgreSQL under its guard, the listening
-socket, and the workers when there are more than one. Whatever of these dies without being asked ends the owner, and
-the owner's death, `kill -9` included, ends all of them within five seconds. Nothing has to be cleaned up afterwards:
-the next `up` finds a database that recovers, and every order that was answered.
+socket, and the processes below it. PostgreSQL is started again when it dies, and so are the processes of a shop that is
+split; a worker that dies ends the owner. The owner's death, `kill -9` included, ends all of them within five seconds.
+Nothing has to be cleaned up afterwards: the next `up` finds a database that recovers, and every answered order.
 """
 
 from __future__ import annotations
@@ -11,39 +11,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import ipaddress
 import os
 import socket
-from base64 import urlsafe_b64encode
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 
-from mercato import topology
-from mercato.chassis.contract import ServiceError, Unavailable
+from mercato import placements, topology
+from mercato.chassis.contract import ServiceError
 from mercato.chassis.hosting import settings as config
-from mercato.chassis.hosting.host import Host, key_deriver
+from mercato.chassis.hosting.host import Host
+from mercato.chassis.hosting.keys import key_deriver
 from mercato.chassis.hosting.options import OptionError
 from mercato.chassis.http import CannotListen, PortTaken, bind
-from mercato.chassis.observability import faults
-from mercato.chassis.observability.telemetry import configure_logging
-from mercato.chassis.postgres.connections import translated
-from mercato.chassis.postgres.migrations import MigrationError, migrate, missing_revisions
-from mercato.chassis.postgres.provisioning import ProvisionError, provision, provisioned
-from mercato.cli import stopping
+from mercato.chassis.observability.telemetry import Telemetry, configure_logging
+from mercato.chassis.postgres.migrations import MigrationError
+from mercato.chassis.postgres.provisioning import ProvisionError
+from mercato.cli import environment, preparing, stopping
 from mercato.cli.hosting import hosted, spare_the_collector
+from mercato.cli.keeping import kept
 from mercato.cli.progress import Progress, fail
+from mercato.cli.split import Instance, Recorder, Split, assign, planned, with_replicas
+from mercato.cli.starting import Auth, CannotStart, inject_faults, is_loopback, is_open, open_to, url_of
 from mercato.cli.workers import WorkerFailed, Workers
-from mercato.contracts.roles import STAFF
-from mercato.contracts.users import EmailTaken, ListUsers, Register, Users
 from mercato.embedded_postgres import DataFolder, EmbeddedPostgres, SupervisorError, require_known_format
 from mercato.operations.audit.background import Background
 
 T = TypeVar("T")
 
-STAFF_EMAIL: Final = "staff@mercato.local"
 SPARE_CONNECTIONS: Final = 20
 """For the administrator, migrations and a person with psql."""
 
@@ -56,12 +53,11 @@ class Options(msgspec.Struct, frozen=True):
     data: Path
     demo: bool | None
     workers: int
-    auth: Literal["open", "required"] | None
+    auth: Auth | None
+    placement: Literal["together", "split", "cluster"]
+    replicas: str
+    transport: Literal["nats", "http"] | None
     json: bool
-
-
-class CannotStart(Exception):
-    """A sentence for the person who typed the command."""
 
 
 class StoppedEarly(Exception):
@@ -96,11 +92,12 @@ def run(options: Options) -> int:
 
     try:
         settings = config.load()
+        environment.check_currency(settings.currency)
         configure_logging(settings.log_level)
-        _inject_faults(settings.faults)
-        is_open = _is_open(options)
+        inject_faults(settings.faults)
+        open_ = is_open(options.host, options.auth)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_Up(options, settings, is_open).run())
+            return runner.run(_Up(options, settings, is_open=open_).run())
     except StoppedEarly as stop:
         fail(str(stop))
         return stopping.exit_code(stop.signal)
@@ -115,44 +112,24 @@ def run(options: Options) -> int:
     return 1
 
 
-def _inject_faults(faults_wanted: str) -> None:
-    if not faults_wanted:
-        return
-    topology.builds()  # a service declares its points when it is imported
-    try:
-        faults.inject_from_environment(faults_wanted)
-    except ValueError as error:
-        raise CannotStart(str(error)) from error
-
-
-def _is_open(options: Options) -> bool:
-    """Whether callers without a token act as staff."""
-    loopback = _is_loopback(options.host)
-    if options.auth == "open" and not loopback:
-        raise CannotStart(
-            f"--auth open is for loopback only, and {options.host} is reachable from elsewhere: leave it away, "
-            "and tokens are required"
-        )
-    return options.auth == "open" or (options.auth is None and loopback)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
-
-
 class _Up:
     """One run of `up`."""
 
-    def __init__(self, options: Options, settings: config.Settings, is_open: bool) -> None:
+    def __init__(self, options: Options, settings: config.Settings, *, is_open: bool) -> None:
         self._options = options
-        self._has_demo = _is_loopback(options.host) if options.demo is None else options.demo
+        self._has_demo = is_loopback(options.host) if options.demo is None else options.demo
         self._settings = settings
         self._open = is_open
+        self._is_split = options.placement != "together"
+        if self._is_split and options.workers > 1:
+            raise CannotStart(
+                "--workers is for a shop in one place; with --split, name the processes: --replicas gateway=2,orders=2"
+            )
+        self._transport = options.transport or "nats"
+        self._placement = with_replicas(placements.read(options.placement), options.replicas)
         self._progress = Progress(as_json=options.json)
         self._stop = asyncio.Event()
+        self._recorder: Recorder | None = None
         self._signal = 0
         """By which it was asked to stop."""
         self._reason: str | None = None
@@ -175,19 +152,28 @@ class _Up:
     async def _run(self, stack: contextlib.AsyncExitStack) -> None:
         require_known_format(self._options.data)  # before anything is written in it
         listener = stack.enter_context(contextlib.closing(self._listen()))
-        url = _url(self._options.host, listener)
+        url = url_of(self._options.host, listener)
         folder = stack.enter_context(DataFolder.open(self._options.data, url))
         secret = self._secret(folder)
+        split = self._importing(stack, listener) if self._is_split else None
         admin_dsn = await self._unless_stopped(stack.enter_async_context(self._postgres(folder, secret)))
-        dsns = await self._unless_stopped(self._databases(admin_dsn, secret))
+        dsns = await self._unless_stopped(preparing.databases(admin_dsn, secret, self._progress))
         async with contextlib.AsyncExitStack() as hosting:
-            opening = hosting.enter_async_context(hosted(self._host(dsns, secret)))
+            opening = hosting.enter_async_context(hosted(preparing.whole_shop(dsns, secret, self._settings)))
             host = await self._unless_stopped(opening)
-            await self._unless_stopped(self._populate(host, secret))
-            if self._options.workers == 1:
+            populating = preparing.populate(
+                host, secret, self._progress, has_demo=self._has_demo, has_staff=not self._open
+            )
+            await self._unless_stopped(populating)
+            if self._options.workers == 1 and not self._is_split:
                 background = Background(admin_dsn, dsns, host.telemetry, every_seconds=self._settings.audit_seconds)
                 await self._serve_here(host, background, listener, url)
-        if self._options.workers > 1:
+        if split is not None:
+            try:
+                await self._serve_split(stack, split, admin_dsn, dsns, secret, listener, url)
+            finally:
+                await split.stop()  # before what they stand on
+        elif self._options.workers > 1:
             await self._serve_in_workers(admin_dsn, dsns, secret, listener, url)
 
     # ---------------------------------------------------------------------------------------------------- asked to stop
@@ -252,64 +238,31 @@ class _Up:
             folder.path,
             password=key_deriver(secret)("postgres/superuser").hex(),
             progress=self._progress.step,
-            max_connections=SPARE_CONNECTIONS
-            + self._settings.pool_size * len(topology.SERVICES) * self._options.workers,
+            max_connections=SPARE_CONNECTIONS + self._settings.pool_size * self._services_hosted(),
         )
-        watch = asyncio.create_task(self._watch(server))
-        try:
+
+        async def again(died: EmbeddedPostgres) -> EmbeddedPostgres:
+            return await died.start_again(self._progress.step)
+
+        async with kept(server, again, "PostgreSQL", self._progress, self._end):
             self._progress.step(f"PostgreSQL {server.version} is running")
             yield server.admin_dsn
-        finally:
-            watch.cancel()
-            await server.stop()
 
-    async def _watch(self, server: EmbeddedPostgres) -> None:
-        sentence = await server.died()
-        self._end(f"{sentence.rstrip('.')}; the shop has stopped. Start it again: no acknowledged order is lost")
-
-    async def _databases(self, admin_dsn: str, secret: bytes) -> Mapping[str, str]:
-        """A migrated database for each service; their DSNs."""
-        derive = key_deriver(secret)
-        names = list(topology.SERVICES)
-        complete = await _complete(admin_dsn, names)
-        dsns = await provision(admin_dsn, names, lambda role: derive(f"postgres/{role}").hex())
-        for name in names:
-            if name not in complete and (revisions := await _migrated(name, dsns[name])):
-                self._progress.step(f"migrated the database of {name} to {revisions[-1]}")
-        return dsns
-
-    def _host(self, dsns: Mapping[str, str], secret: bytes) -> Host:
-        return Host(
-            topology.builds(),
-            dsns,
-            secret=secret,
-            transport=self._settings.transport,
-            pool_size=self._settings.pool_size,
-            options=config.service_options(topology.SERVICES),
-            may_call=topology.may_call,
-        )
-
-    async def _populate(self, host: Host, secret: bytes) -> None:
-        """Demo data for an empty shop, and somebody who may run it."""
-        if self._has_demo:
-            for name, service in host.services.items():
-                if service.seed_demo and await service.seed_demo():
-                    self._progress.step(f"put demo data into {name}")
-        if not self._open:
-            password = urlsafe_b64encode(key_deriver(secret)("users/first-staff-password")).decode()[:22]
-            await topology.as_the_shop(host, lambda: _ensure_staff(host, password, self._tell_staff))
-
-    def _tell_staff(self, password: str) -> None:
-        self._progress.say(f"Staff account  {STAFF_EMAIL}  password {password}  (shown this once)")
-        self._progress.event("staff", email=STAFF_EMAIL, password=password)
+    def _services_hosted(self) -> int:
+        """By all processes together; one more for the populating, before those begin."""
+        if not self._is_split:
+            return len(topology.SERVICES) * self._options.workers
+        plans = self._placement.processes.values()
+        return sum(plan.replicas * len(topology.SERVICES.keys() & set(plan.hosts)) for plan in plans)
 
     # ---------------------------------------------------------------------------------------------------------- serving
 
     async def _serve_here(self, host: Host, background: Background, listener: socket.socket, url: str) -> None:
         app = topology.gateway(
             host,
-            open_to=self._open_to(listener),
+            open_to=open_to(self._options.host, listener, open_=self._open),
             log_requests=self._settings.log_requests,
+            currency=self._settings.currency,
             details=background.details,
         )
 
@@ -329,7 +282,7 @@ class _Up:
             admin_dsn=admin_dsn,
             dsns=dsns,
             secret=secret,
-            open_to=self._open_to(listener),
+            open_to=open_to(self._options.host, listener, open_=self._open),
             settings=self._settings,
             options=config.service_options(topology.SERVICES),
         )
@@ -340,8 +293,52 @@ class _Up:
             # Theirs they close themselves. While this one is open, the kernel would go on accepting for nobody.
             listener.close()
 
-    def _open_to(self, listener: socket.socket) -> tuple[str, int] | None:
-        return (self._options.host, listener.getsockname()[1]) if self._open else None
+    def _importing(self, stack: contextlib.AsyncExitStack, listener: socket.socket) -> Split:
+        """The processes, which import while the databases are made ready."""
+        split = Split(planned(self._placement, self._transport, listener))
+        self._progress.step(f"starting {len(split.instances)} processes")
+        stack.push_async_callback(split.stop)
+        split.start(self._note_process, self._end)
+        return split
+
+    async def _serve_split(
+        self,
+        stack: contextlib.AsyncExitStack,
+        split: Split,
+        admin_dsn: str,
+        dsns: Mapping[str, str],
+        secret: bytes,
+        listener: socket.socket,
+        url: str,
+    ) -> None:
+        nats_url = None
+        if self._transport == "nats":
+            from mercato.cli import nats  # its client library takes a while to import
+
+            carrying = nats.embedded(self._options.data, secret, self._progress, self._end)
+            nats_url = await self._unless_stopped(stack.enter_async_context(carrying))
+        assign(
+            split.instances,
+            self._placement,
+            environment.variables(secret, dsns),
+            host=self._options.host,
+            auth="open" if self._open else "required",
+            nats_url=nats_url,
+        )
+        background = Background(admin_dsn, dsns, Telemetry(), every_seconds=self._settings.audit_seconds)
+        async with contextlib.AsyncExitStack() as ours:
+            await self._unless_stopped(split.ready())
+            await ours.enter_async_context(background.running())
+            self._recorder = ours.enter_context(Recorder(self._options.data, split.instances))
+            self._announce(url)
+            await self._stop.wait()
+            listener.close()
+
+    def _note_process(self, instance: Instance) -> None:
+        if instance.starts > 1:
+            self._progress.step(f"{instance.name} is running again")
+        if self._recorder:
+            self._recorder.write()
 
     def _announce(self, url: str) -> None:
         say = self._progress.say
@@ -362,33 +359,6 @@ class _Up:
         self._progress.event("ready", url=url)
 
 
-async def _complete(admin_dsn: str, names: Sequence[str]) -> set[str]:
-    """The services whose databases miss no revision. Raises `MigrationError` before any of them is changed."""
-    existing = await provisioned(admin_dsn, names)
-    with _explained("the databases cannot be read"):
-        missing = await asyncio.gather(
-            *(missing_revisions(dsn, topology.migrations(name)) for name, dsn in existing.items())
-        )
-    return {name for name, revisions in zip(existing, missing, strict=True) if revisions == []}
-
-
-async def _migrated(name: str, dsn: str) -> Sequence[str]:
-    """Brings the database of a service to the newest revision; gives the revisions that were run."""
-    with _explained(f"the database of {name} cannot be migrated"):
-        return await migrate(dsn, topology.migrations(name))
-
-
-@contextlib.contextmanager
-def _explained(what: str) -> Generator[None]:
-    """Makes a sentence of a server that goes away."""
-    try:
-        yield
-    except Exception as error:  # the driver's, which only the chassis knows by name
-        if isinstance(translated(error, what), Unavailable):
-            raise CannotStart(f"{what}: {str(error).rstrip('.')}") from error
-        raise
-
-
 def _try_it(url: str, *, is_open: bool, has_demo: bool) -> list[str]:
     """Two commands that work as they are, in this very shop."""
     look = f"  curl '{url}/users?id=1'" if is_open and has_demo else f"  curl {url}/products"
@@ -399,34 +369,3 @@ def _try_it(url: str, *, is_open: bool, has_demo: bool) -> list[str]:
     else:
         path, body = "login", '{"email": "alice@example.com", "password": "demo-password"}'
     return [look, f"  curl -X POST {url}/{path} -H 'Content-Type: application/json' \\", f"       -d '{body}'"]
-
-
-def _url(host: str, listener: socket.socket) -> str:
-    port = listener.getsockname()[1]
-    bare = host.strip("[]")
-    return f"http://[{bare}]:{port}" if ":" in bare else f"http://{bare}:{port}"
-
-
-async def _ensure_staff(host: Host, password: str, tell: Callable[[str], None]) -> None:
-    """Makes the first staff account, unless there is staff already.
-
-    The password is told before the account is made: told afterwards, a crash in between would leave an account that
-    nobody can use. It is derived from the shop's secret, so that two machines that start at once tell the same.
-    """
-    if await _has_staff(host):
-        return
-    tell(password)
-    try:
-        await host.client(Users).register(Register(email=STAFF_EMAIL, name="Staff", password=password, role=STAFF))
-    except EmailTaken:
-        # By another machine that starts on the same server at this moment, and has told its person the same.
-        if await _has_staff(host):
-            return
-        raise CannotStart(
-            f"there is no staff account, and {STAFF_EMAIL}, which it would get, is the e-mail address of a customer: "
-            "start with --auth open on loopback, and give somebody the role staff (PUT /users/ID/role)"
-        ) from None
-
-
-async def _has_staff(host: Host) -> bool:
-    return bool((await host.client(Users).list(ListUsers(role=STAFF, limit=1))).users)

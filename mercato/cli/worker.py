@@ -17,9 +17,12 @@ LAST_SECONDS: Final = 4.0
 
 
 class Lifeline:
-    """The pipe from the owner. Its end means that the owner asks to stop, or that it died."""
+    """The pipe from the owner. Its end means that the owner asks to stop, or that it died.
 
-    def __init__(self, owner: int, metrics: str) -> None:
+    `metrics` is a folder of the owner, to be removed where that has died.
+    """
+
+    def __init__(self, owner: int, metrics: str | None = None) -> None:
         self._owner = owner
         self._metrics = metrics
         self._lock = threading.Lock()
@@ -47,7 +50,7 @@ class Lifeline:
 
     def clean_up(self) -> None:
         """Removes the folder of metrics where the owner, whose business it is, has died."""
-        if os.getppid() != self._owner:
+        if self._metrics is not None and os.getppid() != self._owner:
             shutil.rmtree(self._metrics, ignore_errors=True)
 
     def _leave(self) -> NoReturn:

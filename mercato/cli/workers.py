@@ -55,6 +55,7 @@ class Assignment(msgspec.Struct, frozen=True):
     pool_size: int
     log_level: str
     log_requests: bool
+    currency: str
     audit_seconds: float
     faults: str
     options: Mapping[str, str]
@@ -88,6 +89,7 @@ class Workers:
             pool_size=settings.pool_size,
             log_level=settings.log_level,
             log_requests=settings.log_requests,
+            currency=settings.currency,
             audit_seconds=settings.audit_seconds,
             faults=settings.faults,
             options=options,

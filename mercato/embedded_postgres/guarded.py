@@ -46,7 +46,7 @@ class Guarded:
         try:
             line = await guard.stdout.readline()
         except asyncio.CancelledError:
-            _close(guard)
+            await _end(guard)
             raise
         if not line.startswith(b"pid "):
             raise SupervisorError(f"{GUARD} does not run with {sys.executable}: reinstall Mercato there.")
@@ -70,10 +70,7 @@ class Guarded:
         try:
             _, output = await asyncio.gather(self.ended(), self._guard.stderr.read())
         except asyncio.CancelledError:
-            self.ask_to_stop()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STOP_SECONDS):
-                    await self._guard.wait()
+            await _end(self._guard)
             raise
         return self._guard.returncode == 0, output.decode(errors="replace")
 
@@ -90,6 +87,14 @@ class Guarded:
 def _close(guard: Subprocess) -> None:
     assert guard.stdin is not None
     guard.stdin.close()
+
+
+async def _end(guard: Subprocess) -> None:
+    """Lets the guard stop the command, and waits until both have ended."""
+    _close(guard)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(STOP_SECONDS):
+            await guard.wait()
 
 
 def _environment() -> dict[str, str]:

@@ -54,8 +54,8 @@ class Account(msgspec.Struct, frozen=True):
     gid: int
 
 
-Place = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
-SocketFolder = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*/mercato-[a-z0-9_]+$")]
+Place = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
+SocketFolder = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*/mercato-[a-z0-9_]+\Z")]
 
 
 class Record(msgspec.Struct, frozen=True):

@@ -78,7 +78,15 @@ SETTINGS = {
 class EmbeddedPostgres:
     """A running server. `admin_dsn` is for its superuser; `version` is like "18.4"; `pid` is the postmaster's."""
 
-    def __init__(self, layout: Layout, guarded: Guarded, socket_folder: Path, password: str, log_start: int) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        guarded: Guarded,
+        socket_folder: Path,
+        password: str,
+        max_connections: int,
+        log_start: int,
+    ) -> None:
         self.admin_dsn = _dsn(password, socket_folder)
         self.pid = guarded.pid
         self.guard_pid = guarded.guard_pid
@@ -86,6 +94,8 @@ class EmbeddedPostgres:
         self.version = ""
         self._layout = layout
         self._guarded = guarded
+        self._password = password
+        self._max_connections = max_connections
         self._log_start = log_start
         self._postmaster = process_at(guarded.pid)
         self._stopping = False
@@ -110,26 +120,32 @@ class EmbeddedPostgres:
                 progress(f"creating a database in {layout.cluster}")
                 await _create_cluster(layout, password)
             place.note_initialized(layout.data)
-            server = await cls._launch(layout, password, max_connections)
-        try:
-            await server._become_ready(progress)
-        except BaseException:
-            await server.stop()
-            raise
+            place.remove_former_socket_folder(layout.data)
+            server = await cls._launch(layout, _make_socket_folder(layout), password, max_connections)
+        await server._become_ready_or_stop(progress)
+        return server
+
+    async def start_again(self, progress: Callable[[str], None]) -> EmbeddedPostgres:
+        """Start the server of this one's cluster, at the same address, once this one has died. Raises as `start`."""
+        await _wait_for_former(self._layout, progress)
+        with explained(self._layout.data):
+            folder = _make_socket_folder(self._layout, self.socket_folder)
+            server = await self._launch(self._layout, folder, self._password, self._max_connections)
+        await server._become_ready_or_stop(progress)
         return server
 
     @classmethod
-    async def _launch(cls, layout: Layout, password: str, max_connections: int) -> EmbeddedPostgres:
+    async def _launch(
+        cls, layout: Layout, socket_folder: Path, password: str, max_connections: int
+    ) -> EmbeddedPostgres:
         _write_access_rules(layout)
-        place.remove_former_socket_folder(layout.data)
-        socket_folder = _make_socket_folder(layout)
         command = _server_command(layout, socket_folder, max_connections)
         with (layout.data / "postgres.log").open("ab") as log:
             if log.tell() > LOG_BYTES_MAX:
                 log.truncate(0)
             log_start = log.seek(0, os.SEEK_END)
             guarded = await Guarded.start(command, layout.account, errors=log.fileno())
-        return cls(layout, guarded, socket_folder, password, log_start)
+        return cls(layout, guarded, socket_folder, password, max_connections, log_start)
 
     async def stop(self) -> None:
         """Stop the server, orderly if it manages within three seconds; returns within five. May be called again."""
@@ -154,6 +170,13 @@ class EmbeddedPostgres:
         _remove_socket_folder(self._layout, self.socket_folder)
         if not self._stopping:
             self._gone.set_result(f"PostgreSQL in {self._layout.cluster} (pid {self.pid}) is gone: {ending}.")
+
+    async def _become_ready_or_stop(self, progress: Callable[[str], None]) -> None:
+        try:
+            await self._become_ready(progress)
+        except BaseException:
+            await self.stop()
+            raise
 
     async def _become_ready(self, progress: Callable[[str], None]) -> None:
         """Wait until the server answers a query, or is gone, or a minute is over."""
@@ -282,15 +305,19 @@ def _write_access_rules(layout: Layout) -> None:
     layout.give(rules)
 
 
-def _make_socket_folder(layout: Layout) -> Path:
-    """A folder of mode 0700 for the socket: beside the cluster, or a short one where that path would be too long."""
+def _make_socket_folder(layout: Layout, former: Path | None = None) -> Path:
+    """A folder of mode 0700 for the socket: beside the cluster, or a short one where that path would be too long.
+
+    With `former`, that of a server that has died, once more.
+    """
     folder = layout.home / "socket"
     if len(os.fsencode(folder / f".s.PGSQL.{PORT}")) <= SOCKET_PATH_BYTES_MAX:
         # Anew: nothing serves the cluster, and PostgreSQL would believe a socket's lock file of a reused pid.
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
     else:
-        folder = _make_short_folder()
+        folder = _make_short_folder() if former is None else former
+        folder.mkdir(mode=0o700, exist_ok=True)
         place.note_socket_folder(layout.data, folder)
     layout.give(folder)
     return folder

@@ -54,13 +54,8 @@ class Caller:
         return self.call("GET", path, **headers)
 
     def read(self, path: str, **headers: str) -> Response:
-        """What `get` gives once the shop has recovered: as documented, a client asks again after 503 or 504."""
-        end = time.monotonic() + RECOVERED_SECONDS
-        while True:
-            answer = self.get(path, **headers)
-            if answer.status not in LATER or time.monotonic() > end:
-                return answer
-            time.sleep(min(PAUSE_SECONDS_MAX, float(answer.headers.get("retry-after", PAUSE_SECONDS_MAX))))
+        """What `get` gives once the shop has recovered."""
+        return _recovered(lambda: self.get(path, **headers))
 
     def post(self, path: str, body: Any = None, **headers: str) -> Response:
         return self.call("POST", path, body, **headers)
@@ -69,6 +64,10 @@ class Caller:
         """Places an order of one piece."""
         headers = {} if key is None else {"Idempotency_Key": key}
         return self.post("/orders", {"user_id": user_id, "product_id": product_id}, **headers)
+
+    def ordered(self, key: str) -> Response:
+        """What `order` gives for this key once the shop has recovered."""
+        return _recovered(lambda: self.order(key))
 
     def sign_in(self, email: str, password: str) -> Response:
         """Further calls come from this account."""
@@ -84,7 +83,38 @@ class Caller:
         self.connection.close()
 
 
-class Buyers:
+def _recovered(ask: Callable[[], Response]) -> Response:
+    """As documented, a client asks again after 503 or 504. A request that changes something needs a key for that."""
+    end = time.monotonic() + RECOVERED_SECONDS
+    while True:
+        answer = ask()
+        if answer.status not in LATER or time.monotonic() > end:
+            return answer
+        time.sleep(min(PAUSE_SECONDS_MAX, float(answer.headers.get("retry-after", PAUSE_SECONDS_MAX))))
+
+
+class Clients:
+    """So many clients, each a thread that runs `work` until `stopped` is set: at the end of the `with` block."""
+
+    def __init__(self, count: int) -> None:
+        self.stopped = threading.Event()
+        self._threads = [threading.Thread(target=self.work, args=(number,), daemon=True) for number in range(count)]
+
+    def work(self, number: int) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped.set()
+        for thread in self._threads:
+            thread.join(ANSWER_SECONDS)
+
+
+class Buyers(Clients):
     """Clients that place orders with keys of their own until the block ends; every answer is counted.
 
     A buyer whose request got no answer, a 503 or a 504, tries again with the same key, as documented.
@@ -93,25 +123,24 @@ class Buyers:
     _runs = itertools.count(1)
 
     def __init__(self, caller: Callable[[], Caller], count: int = 4) -> None:
+        super().__init__(count)
         self.placed: dict[str, int] = {}
         self.statuses: Counter[int] = Counter()
         self.unanswered = 0
         self.pending: set[str] = set()
         self._caller = caller
         self._name = f"load-{next(self._runs)}"
-        self._stopped = threading.Event()
-        self._threads = [threading.Thread(target=self._buy, args=(number,), daemon=True) for number in range(count)]
 
-    def _buy(self, number: int) -> None:
+    def work(self, number: int) -> None:
         with self._caller() as caller:
             for turn in itertools.count():
                 key = f"{self._name}-{number}-{turn}"
                 self.pending.add(key)
                 while not self._try(caller, key):
-                    if self._stopped.wait(0.02):
+                    if self.stopped.wait(0.02):
                         return
                 self.pending.discard(key)
-                if self._stopped.is_set():
+                if self.stopped.is_set():
                     return
 
     def _try(self, caller: Caller, key: str) -> bool:
@@ -125,15 +154,16 @@ class Buyers:
             self.placed[key] = reply.json["id"]
         return reply.status == 201
 
-    def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        for thread in self._threads:
-            thread.join(ANSWER_SECONDS)
+    def assert_nothing_lost(self, caller: Caller) -> None:
+        """Afterwards: each order that was answered is there, and a key without an answer gives one order."""
+        assert set(self.statuses) <= {201, *LATER}
+        assert set(self.placed.values()) <= set(all_order_ids(caller))
+        for key in self.pending:
+            order = caller.ordered(key)
+            assert order.status == 201, order.text
+            assert caller.ordered(key).json["id"] == order.json["id"]
+        for key, order_id in list(self.placed.items())[-3:]:
+            assert caller.ordered(key).json["id"] == order_id
 
 
 def all_order_ids(caller: Caller) -> list[int]:

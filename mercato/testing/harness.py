@@ -12,14 +12,17 @@ from typing import Any, ClassVar, Final, NamedTuple, Self, TypeVar
 
 from mercato import topology
 from mercato.chassis.contract import Actor, Contract, current
-from mercato.chassis.hosting.host import Host, TransportName
+from mercato.chassis.hosting.host import Host
+from mercato.chassis.hosting.keys import service_secrets
 from mercato.chassis.hosting.service import Build
 from mercato.chassis.messaging.events import declared_only
 from mercato.chassis.postgres.database import Database
 from mercato.chassis.rpc.client import acting
 
 from .cluster import Cluster
+from .split_hosts import TEST, SplitHosts
 from .tables import EVENTS, TableReader, connect
+from .transports import AnyTransport
 from .waiting import until_blocked
 
 C = TypeVar("C", bound=Contract)
@@ -49,15 +52,15 @@ class ServiceHarness:
     actor: ClassVar[Actor | None] = None
     """Whom calls come from while it is `running`, unless a test is `acting` as another."""
 
-    def __init__(self, cluster: Cluster, transport: TransportName, options: Mapping[str, str] | None = None) -> None:
+    def __init__(self, cluster: Cluster, transport: AnyTransport, options: Mapping[str, str] | None = None) -> None:
         self.cluster = cluster
-        self.transport: TransportName = transport
+        self.transport: AnyTransport = transport
         self.options: dict[str, str] = {}
         """By the names that an operator uses: `MERCATO_INVENTORY_HOLD_SECONDS`. Read by `open`."""
         self.configure(**self.defaults)
         self.options.update(options or {})
         self.dsns: dict[str, str] = {}
-        self.host: Host
+        self.host: Host | SplitHosts
         self._builds: dict[str, Build] = {}
         self.closing = contextlib.AsyncExitStack()
         """What a test opens besides is closed here."""
@@ -117,7 +120,7 @@ class ServiceHarness:
 
     async def another_host(
         self, builds: Mapping[str, Build] = NO_BUILDS, *, dsns: Mapping[str, str] | None = None
-    ) -> Host:
+    ) -> Host | SplitHosts:
         """The same services on the same databases, as another process hosts them; it is closed with this harness.
 
         `builds` and `dsns` replace those of `open`, or add to them.
@@ -127,16 +130,22 @@ class ServiceHarness:
         self.closing.push_async_callback(host.close)
         return host
 
-    def _host(self, builds: Mapping[str, Build], dsns: Mapping[str, str]) -> Host:
+    def _host(self, builds: Mapping[str, Build], dsns: Mapping[str, str]) -> Host | SplitHosts:
         shared = next(iter(dsns.values()))
-        host = Host(
-            builds,
-            {name: dsns.get(name, shared) for name in builds},
-            secret=TEST_SECRET,
-            transport=self.transport,
-            options=self.options,
-            may_call=topology.may_call,
-        )
+        dsns = {name: dsns.get(name, shared) for name in builds}
+        secrets = service_secrets(TEST_SECRET, {*builds, *topology.CALLERS, TEST})
+        host: Host | SplitHosts
+        if self.transport in ("http", "nats"):
+            host = SplitHosts(builds, dsns, secrets=secrets, options=self.options, transport=self.transport)
+        else:
+            host = Host(
+                builds,
+                dsns,
+                secrets=secrets,
+                transport="loopback" if self.transport == "loopback" else "local",
+                options=self.options,
+                may_call=topology.may_call,
+            )
         for service in host.services.values():
             service.database.pack = declared_only(service.server.contract)
         return host
@@ -155,9 +164,14 @@ class ServiceHarness:
         finally:
             current.reset(token)
 
+    @property
+    def repeats(self) -> bool:
+        """Whether everything repeatable is delivered twice."""
+        return self.transport == "loopback"
+
     def deliveries(self, calls: int = 1) -> int:
         """How often so many calls of a repeatable operation arrive: `loopback` delivers each twice."""
-        return calls * (2 if self.transport == "loopback" else 1)
+        return calls * (2 if self.repeats else 1)
 
     # --------------------------------------------------------------------------------------------------------- tables
 

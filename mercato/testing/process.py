@@ -23,7 +23,7 @@ from typing import Any, Final, Self
 
 import msgspec
 
-from mercato.chassis.hosting.host import key_deriver
+from mercato.chassis.hosting.keys import key_deriver
 from mercato.embedded_postgres import processes
 
 from .caller import Caller
@@ -46,12 +46,14 @@ class Tree(msgspec.Struct, frozen=True):
     postmaster: Identity | None
     backends: tuple[Identity, ...]
     workers: tuple[Identity, ...]
+    instances: Mapping[str, Identity]
+    """Of a shop that is split, by their names."""
     others: tuple[Identity, ...]
 
     @property
     def all(self) -> tuple[Identity, ...]:
         named = (self.owner, self.guard, self.postmaster)
-        return (*(p for p in named if p), *self.backends, *self.workers, *self.others)
+        return (*(p for p in named if p), *self.backends, *self.workers, *self.instances.values(), *self.others)
 
 
 class Process:
@@ -126,6 +128,9 @@ class Process:
     def has_line(self, words: str) -> bool:
         return any(words in line for line in self.lines)
 
+    def count_lines(self, words: str) -> int:
+        return sum(words in line for line in self.lines)
+
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
         end = time.monotonic() + READY_SECONDS
         while not condition():
@@ -168,17 +173,21 @@ class Process:
         table = process_table()
         below = list(_descendants(self.pid, table))
         serving = [process.pid for process in processes.serving(cluster_of(self.data))]
-        guard = next((pid for pid in below if "guard.py" in command_line(pid) and table.get(pid) == self.pid), None)
+        guards = [pid for pid in below if "guard.py" in command_line(pid) and table.get(pid) == self.pid]
+        of_nats = {table.get(pid) for pid in below if "nats-server" in command_line(pid)}
+        guard = next((pid for pid in guards if pid not in of_nats), None)
         postmaster = next((pid for pid in serving if guard is not None and table.get(pid) == guard), None)
         workers = [pid for pid in below if "mercato.cli.worker" in command_line(pid)]
+        instances = {command_line(pid).split()[-1]: pid for pid in below if "mercato.cli.instance" in command_line(pid)}
         backends = [pid for pid in serving if pid != postmaster]
-        named = {self.pid, guard, postmaster, *workers, *backends}
+        named = {self.pid, guard, postmaster, *workers, *instances.values(), *backends}
         tree = Tree(
             owner=_identity(self.pid),
             guard=_identity(guard) if guard is not None else None,
             postmaster=_identity(postmaster) if postmaster is not None else None,
             backends=_alive(backends),
             workers=_alive(workers),
+            instances={name: found for name, pid in instances.items() for found in _alive([pid])},
             others=_alive(pid for pid in below if pid not in named),
         )
         self._seen.update(tree.all)

@@ -13,14 +13,15 @@ from typing import Any, Self
 import aiohttp
 
 from mercato import topology
-from mercato.chassis.hosting.host import TransportName
 from mercato.chassis.http import bind
+from mercato.contracts.money import DEFAULT_CURRENCY
 from mercato.contracts.roles import STAFF
 from mercato.contracts.users import Register, Users
 
 from .cluster import Cluster
 from .harness import ServiceHarness
 from .responses import Response
+from .transports import AnyTransport
 
 DEMO_PASSWORD = "demo-password"
 STAFF_EMAIL = "staff@example.com"
@@ -45,10 +46,11 @@ class Shop:
     async def start(
         cls,
         cluster: Cluster,
-        transport: TransportName = "local",
+        transport: AnyTransport = "local",
         *,
         is_open: bool = True,
         options: Mapping[str, str] | None = None,
+        currency: str = DEFAULT_CURRENCY,
         harness_class: type[ServiceHarness] = ServiceHarness,
     ) -> Self:
         harness = harness_class(cluster, transport, options)
@@ -58,7 +60,7 @@ class Shop:
                 await service.seed_demo()
         listener = bind("127.0.0.1", 0)
         address = ("127.0.0.1", listener.getsockname()[1])
-        app = topology.gateway(harness.host, open_to=address if is_open else None)
+        app = topology.gateway(harness.host, open_to=address if is_open else None, currency=currency)
         stop, ready = asyncio.Event(), asyncio.Event()
         server = topology.server(app, listener, harness.host.telemetry, ready.set)
         serving = asyncio.create_task(server.run_until(stop))

@@ -9,6 +9,8 @@ from typing import Any, Final, cast
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
 
+from mercato.chassis.postgres.sessions import WHOLE_TABLES
+
 EVENTS: Final = """(
     SELECT r.id << 12 | e.n - 1 AS id, e.type, e.subject, e.subject_id, e.version, e.data, r.at
       FROM outbox r
@@ -26,7 +28,7 @@ BLOCKED_STATEMENTS: Final = """
 
 async def connect(dsn: str) -> Any:
     """A connection of the driver; the caller closes it. It caches no plans, for tests alter tables."""
-    return await cast(Any, asyncpg).connect(dsn, statement_cache_size=0)
+    return await cast(Any, asyncpg).connect(dsn, statement_cache_size=0, server_settings=WHOLE_TABLES)
 
 
 @contextlib.asynccontextmanager

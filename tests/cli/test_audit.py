@@ -17,7 +17,7 @@ import asyncpg
 import pytest
 
 from mercato import topology
-from mercato.chassis.hosting.host import key_deriver
+from mercato.chassis.hosting.keys import key_deriver
 from mercato.chassis.postgres.migrations import migrate
 from mercato.chassis.postgres.provisioning import provision
 from mercato.cli.databases import OWN_URL
@@ -111,6 +111,7 @@ def test_a_stopped_shop_is_audited_and_left_stopped(shop: Path):
     assert_untouched(shop)
 
 
+@pytest.mark.long
 def test_time_stands_still_in_a_stopped_shop(shop: Path):
     """An event that a consumer has not read within the hour would be a violation in a shop that runs."""
     asyncio.run(change(shop, "UPDATE cursors SET position = position - (1 << 12)", "events"))
@@ -168,6 +169,7 @@ async def test_a_server_is_named_by_option_or_environment(shop: Path):
     assert (named[0], told[0]) == (0, 0), (named, told)
 
 
+@pytest.mark.long
 def test_two_audits_of_a_stopped_shop_wait_for_each_other(shop: Path):
     first, second = start("--data", str(shop)), start("--data", str(shop))
 

@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 
 from mercato import topology
-from mercato.chassis.hosting.host import key_deriver
+from mercato.chassis.hosting.keys import key_deriver
 from mercato.chassis.postgres.migrations import migrate
 from mercato.chassis.postgres.provisioning import provision
 from mercato.embedded_postgres import DataFolder, EmbeddedPostgres
@@ -277,6 +277,7 @@ def test_a_replay_takes_what_it_can_and_keeps_the_rest(shop: RunningShop):
     assert shop.feed_ids() == [name(3), name(5)]
 
 
+@pytest.mark.long
 def test_what_somebody_else_has_replayed_meanwhile_is_not_counted(shop: RunningShop):
     shop.put_dead_letter("events", CONSUMER, 3)
     code, lines, said = asyncio.run(replay_beside_another(shop))

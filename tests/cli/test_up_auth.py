@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mercato.cli.up import STAFF_EMAIL
+import pytest
+
+from mercato.cli.preparing import STAFF_EMAIL
 from mercato.testing.process import Process, data_folder
 
 
@@ -36,6 +38,7 @@ def test_a_guarded_shop_tells_its_staff_password_once_and_asks_everybody_for_a_t
             shop.stop()
 
 
+@pytest.mark.long
 def test_programs_get_the_staff_password_as_an_event(data: Path):
     with Process(data, "--auth", "required") as shop, shop.ready().caller() as caller:
         staff = next(event for event in shop.events if event["event"] == "staff")

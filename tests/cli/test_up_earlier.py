@@ -142,6 +142,7 @@ async def state(admin_dsn: str) -> list[str]:
     return found
 
 
+@pytest.mark.long
 def test_databases_of_another_version_are_refused_and_left_as_they_are(admin_dsn: str, tmp_path: Path):
     """Of seven databases one is of another version, and one is missing: none is made or changed."""
     asyncio.run(execute(admin_dsn, "DROP DATABASE mercato_users WITH (FORCE)"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mercato.chassis.hosting.host import key_deriver
+from mercato.chassis.hosting.keys import key_deriver
 from mercato.chassis.postgres.provisioning import service_dsn
 from mercato.testing.cluster import Cluster
 from mercato.testing.process import Process

@@ -21,7 +21,7 @@ from mercato import __version__
 from mercato.operations.copying import SCRATCH
 from mercato.testing.caller import Caller
 from mercato.testing.process import ROOT, Process, clean_environment, data_folder, socket_folder_of
-from mercato.testing.waiting import wait_until
+from mercato.testing.waiting import BOUND_SECONDS, wait_until
 from mercato.topology import SERVICES
 
 HEAVY = ("alembic", "asyncpg", "pydantic", "sqlalchemy", "starlette", "uvicorn", "uvloop")
@@ -58,6 +58,7 @@ def test_the_printed_curl_lines_work_as_they_are(shop: Process):
     assert run_curl_lines(shop) == ["200", "201"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_printed_curl_lines_of_an_empty_guarded_shop_work_too():
     with data_folder() as folder, Process(folder, "--no-demo", "--auth", "required", as_json=False) as shop:
@@ -172,11 +173,13 @@ def test_a_reader_that_goes_away_does_not_end_the_shop(data: Path):
         wait_until(lambda: answers(port), 60.0)
         shop.terminate()
 
-        assert shop.wait(5) == 0
-        assert shop.stderr.read() == b""
+        assert shop.wait(BOUND_SECONDS) == 0
+        # On a slow machine there are warnings of consumers that wait.
+        said = shop.stderr.read()
+        assert not re.search(b"Traceback|BrokenPipe|Broken pipe", said), said.decode()
     finally:
         shop.terminate()
-        shop.wait(10)
+        shop.wait(BOUND_SECONDS)
         shop.stderr.close()
 
 

@@ -205,6 +205,7 @@ async def test_a_path_too_long_for_a_socket_gets_a_short_private_folder(data: Pa
         remove_cluster(deep)
 
 
+@pytest.mark.long
 async def test_the_short_folder_of_a_killed_owner_is_removed_by_the_next(data: Path):
     deep = data / ("x" * 90)
     deep.mkdir(mode=0o755)
@@ -330,6 +331,7 @@ async def test_owner_guard_and_server_killed_at_once_do_not_block_the_next_start
         assert await ask(server, "SELECT 1") == 1
 
 
+@pytest.mark.long
 @needs_proc
 async def test_a_server_that_does_not_listen_is_stopped_all_the_same(data: Path):
     server = await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
@@ -386,6 +388,7 @@ async def test_as_root_a_private_folder_gets_a_place_of_its_own(data: Path):
     assert not outside.exists()
 
 
+@pytest.mark.long
 @needs_root
 async def test_as_root_unreachable_programs_are_copied(data: Path, monkeypatch: pytest.MonkeyPatch):
     """As in a virtual environment below /root: here the package is found below a folder of mode 0700."""
@@ -408,6 +411,7 @@ async def test_as_root_unreachable_programs_are_copied(data: Path, monkeypatch: 
     assert (data / "postgres" / "PG_VERSION").exists()
 
 
+@pytest.mark.long
 @needs_root
 async def test_as_root_the_place_of_a_deleted_data_folder_is_removed(data: Path):
     deleted, other = data / "deleted", data / "other"
@@ -427,6 +431,7 @@ async def test_as_root_the_place_of_a_deleted_data_folder_is_removed(data: Path)
     assert any(str(abandoned) in line and str(deleted) in line for line in lines)
 
 
+@pytest.mark.long
 @needs_root
 async def test_as_root_a_moved_data_folder_keeps_its_place(data: Path):
     before, after, other = data / "before", data / "after", data / "other"
@@ -445,6 +450,7 @@ async def test_as_root_a_moved_data_folder_keeps_its_place(data: Path):
         remove_cluster(after)
 
 
+@pytest.mark.long
 @needs_root
 async def test_as_root_a_copied_data_folder_does_not_serve_the_other_ones_database(data: Path):
     original, copy = data / "original", data / "copy"
@@ -545,6 +551,23 @@ async def test_a_cancelled_first_start_leaves_nothing(data: Path):
     await asyncio.sleep(0.1)
 
     start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+
+    assert alive(data) == []
+    assert list(home(data).glob("*.new-*")) == []
+
+
+async def test_a_start_cancelled_before_the_guard_has_spoken_leaves_nothing(data: Path):
+    start = asyncio.create_task(EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly))
+    while not (found := alive(data)):
+        await asyncio.sleep(0)
+    guard = int(found[0].partition(" ")[0])
+    os.kill(guard, signal.SIGSTOP)  # as on a machine that has no time for it
+    await asyncio.sleep(0.1)  # and the start waits for its first word
+
+    start.cancel()
+    asyncio.get_running_loop().call_later(0.3, os.kill, guard, signal.SIGCONT)
     with pytest.raises(asyncio.CancelledError):
         await start
 

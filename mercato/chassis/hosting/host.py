@@ -9,11 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import hashlib
-import hmac
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Final, Literal, TypeVar
+from typing import Final, Literal, Protocol, TypeVar
 
 from mercato.chassis.contract import Contract
 from mercato.chassis.messaging.consumers import READ_SECONDS, Consumer
@@ -22,12 +20,14 @@ from mercato.chassis.observability.clock import Clock, Randomness, SystemClock, 
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database
 from mercato.chassis.rpc.circuit_breaker import Breaker, BreakingTransport, State
-from mercato.chassis.rpc.client import Connector, restricted
+from mercato.chassis.rpc.client import Clients, Connector, restricted
+from mercato.chassis.rpc.retrying import RetryingTransport
 from mercato.chassis.rpc.server import Server
-from mercato.chassis.rpc.transports import Transport
-from mercato.chassis.rpc.transports.local import LocalTransport
+from mercato.chassis.rpc.transports import Remote, Transport
+from mercato.chassis.rpc.transports.local import LocalFirst, LocalTransport
 from mercato.chassis.rpc.transports.loopback import LoopbackTransport
 
+from .keys import key_deriver
 from .options import option_reader
 from .periodic import FIRST_RETRY_SECONDS, PeriodicTask
 from .service import Build, Env, Service
@@ -40,19 +40,35 @@ TransportName = Literal["local", "loopback"]
 BREAKER_OPEN_SECONDS: Final = 1.0
 """A database that restarts is back within a second or so; a shop should not refuse orders for longer than it must."""
 
+BREAKER_LONGEST_OPEN_SECONDS: Final = 4.0
+"""All is normal within five seconds of the return of a service; a probe every four costs it nothing."""
 
-BREAKER_LONGEST_OPEN_SECONDS: Final = 30.0
+CallerTransport = Callable[[str], Transport]
+"""Gives the transport on which a service calls those of other processes. It knows the caller by its name."""
+
+GATEWAY: Final = "gateway"
+"""The name of the caller that is no service."""
 
 
-def key_deriver(secret: bytes) -> Callable[[str], bytes]:
-    """Keys for many purposes out of one secret (HMAC-SHA256 of the purpose; RFC 5869 calls this step expand)."""
-    return lambda purpose: hmac.digest(secret, f"mercato/{purpose}".encode(), hashlib.sha256)
+class Hosting(Protocol):
+    """What a `Host` is to those that call its services."""
+
+    @property
+    def clock(self) -> Clock: ...
+
+    @property
+    def telemetry(self) -> Telemetry: ...
+
+    def client(self, contract: type[C], caller: str = GATEWAY) -> C: ...
+
+    async def problems(self) -> Mapping[str, str]: ...
 
 
 class Host:
-    """The services of one process. `builds` and `dsns` are by service name.
+    """The services of one process. `builds`, `dsns` and `secrets` are by service name.
 
-    `may_call` gives the full names of the operations that a service calls; None: all.
+    With a transport by its name, every service is in this process; with a `CallerTransport`, what is not here is in
+    other processes. `may_call` gives the full names of the operations that a service calls; None: all.
     """
 
     def __init__(
@@ -60,8 +76,8 @@ class Host:
         builds: Mapping[str, Build],
         dsns: Mapping[str, str],
         *,
-        secret: bytes,
-        transport: TransportName | Transport = "local",
+        secrets: Mapping[str, bytes],
+        transport: TransportName | CallerTransport = "local",
         clock: Clock | None = None,
         randomness: Randomness | None = None,
         telemetry: Telemetry | None = None,
@@ -73,21 +89,24 @@ class Host:
         self.telemetry = telemetry or Telemetry()
         self.services: dict[str, Service] = {}
         self._servers: dict[str, Server] = {}
-        self._reaches_others = not isinstance(transport, str)
-        self._carrier: Transport = self._carrier_of(transport) if isinstance(transport, str) else transport
-        self._transport = BreakingTransport(self._carrier, self._breaker)
+        self._reaches_others = callable(transport)
+        self._carrier_of = self._split(transport) if callable(transport) else self._shared_carrier(transport)
         self._connector = Connector(self.clock, self.telemetry)
-        self._clients: dict[str, Contract] = {}
+        self._transports: dict[Transport, Transport] = {}
+        self._breakers: dict[str, Breaker] = {}
+        self._clients: dict[tuple[str, Transport], Contract] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._further: list[tuple[str, PeriodicTask]] = []
         for name, build in builds.items():
             database = Database(dsns[name], name, self.telemetry, size=pool_size)
+            clients = self.clients(name)
             env = Env(
                 database=database,
-                client=self.client if may_call is None else restricted(self.client, name, may_call(name)),
+                client=clients if may_call is None else restricted(clients, name, may_call(name)),
                 clock=self.clock,
                 randomness=randomness or SystemRandomness(),
                 telemetry=self.telemetry,
-                derive_key=key_deriver(secret),
+                derive_key=key_deriver(secrets[name]),
                 options=option_reader(name, options or {}),
             )
             self.services[name] = build(env)
@@ -96,26 +115,58 @@ class Host:
         self._servers |= {event_log(name).service: served.server(self.clock) for name, served in self._logs.items()}
         self.consumers = self._consumers()
 
-    def _carrier_of(self, transport: TransportName) -> Transport:
+    def _shared_carrier(self, transport: TransportName) -> CallerTransport:
+        carrier: Transport
         if transport == "local":
-            return LocalTransport(self._servers)
-        return LoopbackTransport(self._servers, self.clock)
+            carrier = LocalTransport(self._servers)
+        else:
+            carrier = LoopbackTransport(self._servers, self.clock)
+        return lambda _: carrier
+
+    def _split(self, transport: CallerTransport) -> CallerTransport:
+        @functools.cache
+        def carrier_of(caller: str) -> Transport:
+            retrying = RetryingTransport(transport(caller), self.clock, self.telemetry, random.random)
+            return LocalFirst(self._servers, retrying)
+
+        return carrier_of
 
     @property
     def servers(self) -> Mapping[str, Server]:
         """What this process serves, by the name of the contract: its services, and the event logs of their outboxes."""
         return self._servers
 
-    def client(self, contract: type[C]) -> C:
-        """The client of a service; the same object for everybody in this process, so that all their calls coalesce."""
-        if contract.service not in self._clients:
-            self._clients[contract.service] = self._connector.client(contract, self._transport)
-        client = self._clients[contract.service]
+    def client(self, contract: type[C], caller: str = GATEWAY) -> C:
+        """The client of a service; the same object for all callers that share a transport, so that calls coalesce."""
+        carrier = self._carrier_of(caller)
+        key = (contract.service, carrier)
+        if key not in self._clients:
+            if carrier not in self._transports:
+                self._transports[carrier] = BreakingTransport(carrier, self._breaker)
+            self._clients[key] = self._connector.client(contract, self._transports[carrier])
+        client = self._clients[key]
         assert isinstance(client, contract)
+        return client
+
+    def clients(self, caller: str) -> Clients:
+        """`client` for one caller."""
+
+        def client(contract: type[C]) -> C:
+            return self.client(contract, caller)
+
         return client
 
     def _breaker(self, service: str) -> Breaker:
         """The breaker in front of a service: all callers in this process learn from each other's failures."""
+        if service not in self._breakers:
+            self._breakers[service] = self._new_breaker(service)
+        return self._breakers[service]
+
+    def open_breakers(self) -> Sequence[str]:
+        """The services that are not called at the moment, because they have not answered."""
+        return [name for name, breaker in self._breakers.items() if breaker.state is not State.CLOSED]
+
+    def _new_breaker(self, service: str) -> Breaker:
         about = "1 while calls to a service are refused because it does not answer."
         gauge = self.telemetry.gauge("mercato_breaker_open", about, ["service"], workers="livemax").labels(service)
 
@@ -145,6 +196,12 @@ class Host:
             self._start(name, PeriodicTask("outbox", served.maintain, NOTE_EVERY_SECONDS, limit=PURGED_AT_ONCE))
         for consumer in self.consumers:
             self._start(consumer.key[0], *consumer_tasks(consumer))
+        for name, task in self._further:
+            self._start(name, task)
+
+    def also_run(self, name: str, task: PeriodicTask) -> None:
+        """A further periodic task beside a service, which only some processes have. Before it is opened."""
+        self._further.append((name, task))
 
     def _start(self, name: str, *tasks: PeriodicTask) -> None:
         for task in tasks:
@@ -158,22 +215,22 @@ class Host:
         breaker: a consumer pauses by itself, and should notice soon that its source is back.
         """
         consumers: list[Consumer] = []
-        for service in self.services.values():
+        for name, service in self.services.items():
             for wanted in service.subscriptions:
                 for source in wanted.sources:
                     if source not in self._logs and not self._reaches_others:
                         continue
-                    client = self._connector.client(event_log(source), self._carrier)
+                    client = self._connector.client(event_log(source), self._carrier_of(name))
                     consumer = Consumer(wanted, source, service.database, client, self.clock, self.telemetry)
                     consumers.append(consumer)
                     if source in self._logs:
                         self.services[source].database.on_events.append(consumer.wake)
         return consumers
 
-    async def ready(self) -> Mapping[str, bool]:
-        """For each service, whether its database answers."""
-        answers = await asyncio.gather(*(service.database.answers() for service in self.services.values()))
-        return dict(zip(self.services, answers, strict=True))
+    async def problems(self) -> Mapping[str, str]:
+        """For each service, why it cannot work, in a few words; empty where it can."""
+        problems = await asyncio.gather(*(service.database.problem() for service in self.services.values()))
+        return dict(zip(self.services, problems, strict=True))
 
     async def close(self) -> None:
         """Ends the periodic tasks, lets batches land, closes what the services hold."""
@@ -211,3 +268,14 @@ def consumer_tasks(consumer: Consumer, first_retry_seconds: float = FIRST_RETRY_
         task(f"follow {source}", consumer.follow, 0.0, limit=0),
         task(f"retry {source}", consumer.retry, consumer.pace.idle_s, limit=1),
     )
+
+
+async def hear_of_events(host: Host, remote: Remote) -> None:
+    """Between processes, a source wakes the consumers of its log by way of the transport. Before the host is opened."""
+    for name, service in host.services.items():
+        if service.has_outbox:
+            service.database.on_events.append(functools.partial(remote.announce, name))
+    for consumer in host.consumers:
+        source = consumer.key[1]
+        if source not in host.services:
+            await remote.listen(consumer.key[0].partition(".")[0], source, consumer.wake)

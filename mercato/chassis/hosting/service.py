@@ -30,7 +30,7 @@ class Env(msgspec.Struct, frozen=True):
     randomness: Randomness
     telemetry: Telemetry
     derive_key: Callable[[str], bytes]
-    """32 secret bytes for a purpose, the same in every process of this shop."""
+    """32 secret bytes for a purpose, the same in every process of this service, and known to no other service."""
     options: OptionsReader
     """`env.options(Options)`: what the operator has set for this service."""
 

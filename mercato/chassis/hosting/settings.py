@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -33,6 +34,8 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """`info` logs every request."""
 
+    currency: str = "USD"
+    """Of the shop, by ISO 4217: of an amount that is about nothing that has one, and of the price of a new product."""
     pool_size: Annotated[int, Field(ge=1, le=50)] = 6
     """Database connections of one service in one process, at most."""
     audit_seconds: Annotated[float, Field(ge=0)] = 300.0
@@ -45,19 +48,61 @@ class Settings(BaseSettings):
         return self.log_level in ("debug", "info")
 
 
+class ServeSettings(Settings):
+    """What a process is told besides that serves some of the services, among others that serve the rest."""
+
+    nats_url: Annotated[SecretStr | None, Field(validation_alias="NATS_URL")] = None
+    """Where the processes meet: `nats://orders:PASSWORD@127.0.0.1:4222`. Without it they call each other over HTTP."""
+    services: str = ""
+    """Where the others are, over HTTP: `orders=127.0.0.1:9083; users=127.0.0.1:9081,127.0.0.1:9181`."""
+    registry: Literal["static", "dns", "mdns"] = "static"
+    """`dns`: MERCATO_SERVICES has a name for each service, whose addresses are looked up again and again. `mdns`: the
+    processes on a network find each other; MERCATO_SERVICES is not read."""
+    mdns_interfaces: str = ""
+    """For `mdns`: addresses of this machine, by whose networks the others are found: `10.0.0.5`. Empty: all."""
+    rpc_address: str = ""
+    """Where this process takes the calls of others, over HTTP: `127.0.0.1:9083`."""
+    public_keys: str = ""
+    """The public keys of all callers, as `mercato migrate` writes them."""
+    tls_ca: Path | None = None
+    """The certificates (PEM) by which others are verified. With it, every connection between processes is encrypted."""
+    tls_cert: Path | None = None
+    """The certificate (PEM) of this process, for those that call it over HTTP."""
+    tls_key: Path | None = None
+    plaintext: Literal["loopback", "everywhere"] = "loopback"
+    """Where connections may go without TLS; `everywhere` is for networks that encrypt by themselves."""
+
+
+def variable_of(service: str, name: str, *, alone: bool) -> str:
+    """The value of `NAME_SERVICE`; of `NAME` too where the process serves this service `alone`.
+
+    Raises `SettingsError` where there is none.
+    """
+    own = f"{name}_{service.upper()}"
+    value = os.environ.get(own) or (os.environ.get(name) if alone else None)
+    if not value:
+        way_out = f" (or {name}, for this one service)" if alone else ""
+        raise SettingsError(f"The setting {own} is missing{way_out}: `mercato migrate` writes it.")
+    return value
+
+
 def service_options(services: Iterable[str]) -> dict[str, str]:
     """The variables that belong to services: `MERCATO_<SERVICE>_<OPTION>`. Each service reads its own."""
     prefixes = tuple(f"MERCATO_{service.upper()}_" for service in services)
     return {name: value for name, value in os.environ.items() if name.startswith(prefixes) and value}
 
 
-def load() -> Settings:
+S = TypeVar("S", bound=Settings)
+
+
+def load(kind: type[S] = Settings) -> S:
     """Reads the environment. Raises `SettingsError`."""
     try:
-        settings = Settings()
+        settings = kind()
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        name = "MERCATO_" + str(first["loc"][0]).upper()
+        field = str(first["loc"][0])
+        name = field if field.isupper() else "MERCATO_" + field.upper()
         raise SettingsError(f"The setting {name} is not valid: {first['msg']}.") from None
     if settings.secret is not None and len(settings.secret.get_secret_value()) < 32:
         raise SettingsError("The setting MERCATO_SECRET is not valid: it must have at least 32 characters.")

@@ -22,34 +22,20 @@ from asyncpg.protocol import protocol as _protocol  # pyright: ignore[reportMiss
 
 from mercato.chassis.contract import Unavailable
 
+from .sessions import is_pooled
+
 OLDEST_VERSION: Final = 16
 """Of PostgreSQL."""
 STATEMENT_SECONDS: Final = 10.0
-CONNECT_SECONDS: Final = 5.0
+CONNECT_SECONDS: Final = 30.0
+"""At the start of a process, whose database may be as busy as the machine. Later a batch waits for at most
+`ACQUIRE_SECONDS` for a connection, whether it is a new one or one of those that there are."""
 ACQUIRE_SECONDS: Final = 5.0
 CLOSE_SECONDS: Final = 2.0
 
 
-_SETTINGS: Final = {
-    # Batches are short statements that are run very often: compiling them costs more than it saves.
-    "jit": "off",
-    # They find their rows by keys. A plan is made once for a connection, perhaps when the table was new and reading all
-    # of it was the cheapest way; it must not stay so when there are a million rows.
-    "enable_seqscan": "off",
-    "enable_hashjoin": "off",
-    "enable_mergejoin": "off",
-    # Planning a short statement takes as long as running it. One plan for all values is what all of them are written
-    # for; without this, PostgreSQL plans those again and again that cost less for few values than for ten.
-    "plan_cache_mode": "force_generic_plan",
-    # Events are written as literals, in which a backslash is a backslash.
-    "standard_conforming_strings": "on",
-    # A process that was stopped in the middle of a transaction must not hold others up for ever.
-    "idle_in_transaction_session_timeout": "10s",
-}
-
-
 OUTBOX_LOCK: Final = 0x6F757462  # "outb"
-_WRITE_EVENTS: Final = f"INSERT INTO outbox (events) SELECT $1 FROM pg_advisory_xact_lock({OUTBOX_LOCK})"  # noqa: S608
+_WRITE_EVENTS: Final = f"INSERT INTO outbox (events) SELECT %s FROM pg_advisory_xact_lock({OUTBOX_LOCK})"  # noqa: S608
 """The default of `id` is taken after the lock, which ends with the transaction: ids are in the order of commits."""
 
 
@@ -87,21 +73,27 @@ class RolledBackError(AssertionError):
 
 
 class _Connection(asyncpg.Connection):
-    """A connection that has prepared the statement which writes events, from the first transaction on that has any."""
+    """A connection that has prepared the statement which writes events, from the first transaction on that has any.
 
-    __slots__ = ("_events_prepared", "_events_tried")
+    Behind a pooler it has not: the next transaction may meet another session.
+    """
+
+    __slots__ = ("_events_prepared", "_events_tried", "_is_pooled")
 
     def __init__(self, *values: Any, **options: Any) -> None:
         super().__init__(*values, **options)  # pyright: ignore[reportUnknownMemberType]
         self._events_prepared = ""
         self._events_tried = 0
+        self._is_pooled: bool | None = None
 
     async def prepare_events(self) -> str:
-        """The name of the statement. It has a new one after an attempt of which nothing is known."""
-        if not self._events_prepared:
+        """The name of the statement, empty behind a pooler. It has a new one after an attempt that ended unknown."""
+        if self._is_pooled is None:
+            self._is_pooled = await is_pooled(self)
+        if not self._events_prepared and not self._is_pooled:
             self._events_tried += 1
             execute = cast(Any, self).execute
-            await execute(f"PREPARE mercato_events_{self._events_tried} (text) AS {_WRITE_EVENTS}")
+            await execute(f"PREPARE mercato_events_{self._events_tried} (text) AS {_WRITE_EVENTS % '$1'}")
             self._events_prepared = f"mercato_events_{self._events_tried}"
         return self._events_prepared
 
@@ -131,7 +123,7 @@ class Connections:
                 max_inactive_connection_lifetime=0,
                 connection_class=_Connection,
                 reset=_leave_as_is,
-                server_settings={**_SETTINGS, "application_name": f"mercato-{service}"},
+                server_settings={"application_name": f"mercato-{service}"},
             )
         except DRIVER_ERRORS as error:
             raise translated(error, service) from error
@@ -258,8 +250,9 @@ class LentConnection:
         # messages would hold the lock, and every writer of the service up. Prepared, because planning costs more than
         # the literals do. A lock timeout of this transaction was not meant for this lock.
         name = await self.connection.prepare_events()
+        write = f"EXECUTE {name} (%s)" if name else _WRITE_EVENTS
         literals = [row.replace("'", "''") for row in events]
-        writes = "; ".join([f"EXECUTE {name} ('{literal}')" for literal in literals])
+        writes = "; ".join([write % f"'{literal}'" for literal in literals])
         return f"SET LOCAL lock_timeout = 0; {writes}; COMMIT"
 
     async def roll_back(self) -> None:
@@ -343,6 +336,11 @@ def _lost(error: Exception) -> bool:
     if isinstance(error, asyncpg.InterfaceError):
         return not isinstance(error, ValueError) and _GONE.search(str(error)) is not None
     return isinstance(error, _LOST)
+
+
+def refuses_writes(error: BaseException) -> bool:
+    """Whether an error, or what it was translated from, says that the server stores nothing now: its disk is full."""
+    return isinstance(error.__cause__ or error, asyncpg.InsufficientResourcesError | asyncpg.PostgresIOError)
 
 
 def raise_translated(error: Exception, service: str) -> NoReturn:

@@ -42,12 +42,16 @@ from .connections import (
     RolledBackError as RolledBackError,
     UniqueViolation as UniqueViolation,
     raise_translated,
+    refuses_writes,
 )
 
 R = TypeVar("R", bound="Row")
 T = TypeVar("T")
 
 PING_SECONDS: Final = 1.0
+REFUSED_SECONDS: Final = 5.0
+"""A process whose transaction was refused for want of space is not ready for so long, or until one is committed."""
+IS_READ_ONLY: Final = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean"
 
 
 class Row(msgspec.Struct, frozen=True, gc=False, metaclass=FrozenMeta):
@@ -132,6 +136,9 @@ class Database:
         self._connections: Connections | None = None
         self.on_events: list[Callable[[], None]] = []
         """Called after the commit of a transaction with events."""
+        self.on_commit: list[Callable[[], None]] = []
+        """Called after the commit of any transaction."""
+        self._refused_at: float | None = None
         self.pack: Callable[[Sequence[outbox_row.Outgoing]], Sequence[str]] = outbox_row.pack
         """Makes rows of the events of a transaction. Tests set one that also checks them."""
         busy, limit = "Database connections in use.", "Database connections that the pool may open."
@@ -149,13 +156,18 @@ class Database:
         if connections is not None:
             await connections.close()
 
-    async def answers(self) -> bool:
-        """Whether the database answers now, within a second."""
+    async def problem(self) -> str:
+        """Why the database does not take writes now, in a few words; empty where it does. Within a second."""
         try:
             async with asyncio.timeout(PING_SECONDS), self.read() as tx:
-                return await tx.fetch_values(int, "SELECT 1") == [1]
+                is_read_only = await tx.fetch_values(bool, IS_READ_ONLY)
         except (ServiceError, TimeoutError):
-            return False
+            return "its database does not answer"
+        if is_read_only[0]:
+            return "its database is read-only"
+        if self._refused_at is not None and _now() - self._refused_at < REFUSED_SECONDS:
+            return "its database has no space for what it is to store"
+        return ""
 
     @contextlib.asynccontextmanager
     async def read(self) -> AsyncGenerator[Tx]:
@@ -188,11 +200,18 @@ class Database:
                     made.open_transactions -= 1
                 await self._commit(lease, made, events)
                 is_clean = True
+                self._refused_at = None
+            except Unavailable as error:
+                if refuses_writes(error):
+                    self._refused_at = _now()
+                raise
             finally:
                 await self._give_back(lease, is_clean=is_clean)
         if events:
             for wake in self.on_events:
                 wake()
+        for wake in self.on_commit:
+            wake()
 
     async def _commit(self, lease: LentConnection, made: Attempt, events: Sequence[str]) -> None:
         before = made.committed
@@ -219,6 +238,10 @@ class Database:
     async def _give_back(self, lease: LentConnection, *, is_clean: bool) -> None:
         self._busy.dec()
         await lease.release(is_clean=is_clean)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 @contextlib.contextmanager

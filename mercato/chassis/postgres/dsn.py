@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Final
-from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 DSN_FORM: Final = (
     "a DSN has the form postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with %XX for special characters in the password"
@@ -17,6 +17,15 @@ NO_SECRETS: Final = "the given DSN"
 def with_database(dsn: str, name: str) -> str:
     """The same server and role, another database."""
     return urlunsplit(urlsplit(dsn)._replace(path=f"/{quote(name, safe='')}"))
+
+
+def with_server(dsn: str, host: str, port: int) -> str:
+    """The same role and database through another address."""
+    parts = urlsplit(dsn)
+    user, at, _ = parts.netloc.rpartition("@")
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    query = urlencode([(name, value) for name, value in parse_qsl(parts.query) if name not in ("host", "port")])
+    return urlunsplit(parts._replace(netloc=user + at + address, query=query))
 
 
 def shown(dsn: str) -> str:

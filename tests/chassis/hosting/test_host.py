@@ -29,7 +29,7 @@ async def test_a_task_that_loses_a_cancellation_is_cancelled_again(cluster: Clus
         task = PeriodicTask("work", work, 1.0)
         return Service(server=Server(Events, env.clock), database=env.database, tasks=(task,))
 
-    host = Host({"events": build}, {"events": cluster.server.admin_dsn}, secret=TEST_SECRET)
+    host = Host({"events": build}, {"events": cluster.server.admin_dsn}, secrets={"events": TEST_SECRET})
     await host.open()
     await entered.wait()
 

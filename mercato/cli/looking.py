@@ -1,0 +1,126 @@
+"""`mercato services` and `mercato doctor`: which processes there are, how they do, and why one is not seen."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from mercato import topology
+from mercato.chassis.rpc.stats import Inspected, InstanceStats
+from mercato.cli import databases
+from mercato.cli.operator import operating
+from mercato.cli.progress import show
+
+SAMPLE_SECONDS: Final = 1.0
+"""Calls per second are counted over so long."""
+MISSING: Final = 1
+HEADERS: Final = ("SERVICE", "INSTANCE", "PID", "VERSION", "UP", "CALLS/S", "P99", "ERRORS", "HEALTH")
+
+Found = Mapping[str, Sequence[Inspected]]
+
+
+def services(data: Path, *, as_json: bool) -> int:
+    """Lists the instances of all services; gives 1 where one has none that answers."""
+    return databases.run(lambda: _services(data, as_json=as_json))
+
+
+def doctor(data: Path, *, as_json: bool) -> int:
+    """Says what is used to find the services, what it sees, and why a service is not seen."""
+    return databases.run(lambda: _doctor(data, as_json=as_json))
+
+
+async def _services(data: Path, *, as_json: bool) -> int:
+    async with operating(data) as operator:
+        before, began = await operator.remote.inspect(topology.SERVICES), time.monotonic()
+        await asyncio.sleep(SAMPLE_SECONDS)
+        after = await operator.remote.inspect(topology.SERVICES)
+        seconds = time.monotonic() - began
+    rows = [row for name, found in after.items() for row in _rows(name, found, before, seconds)]
+    if as_json:
+        show(json.dumps({"services": rows}, indent=2))
+    else:
+        for line in _table([HEADERS, *(_cells(row) for row in rows)]):
+            show(line)
+    return MISSING if any(not _answers(found) for found in after.values()) else 0
+
+
+async def _doctor(data: Path, *, as_json: bool) -> int:
+    async with operating(data) as operator:
+        found = await operator.remote.inspect(topology.SERVICES)
+        registry = operator.registry
+    seen = {name: [_sentence(one) for one in instances] for name, instances in found.items()}
+    if as_json:
+        show(json.dumps({"registry": registry, "services": seen}, indent=2))
+    else:
+        show(f"Services are found through {registry}.")
+        for name, instances in found.items():
+            show(f"{name:<10} {'; '.join(seen[name]) or 'not seen: ' + _why(name)}")
+            for one in instances:
+                if one.stats and one.stats.open_breakers:
+                    show(f"{'':<10} {one.where} does not call {', '.join(one.stats.open_breakers)}: no answer there")
+    return MISSING if any(not _answers(instances) for instances in found.values()) else 0
+
+
+def _answers(found: Sequence[Inspected]) -> bool:
+    return any(one.stats for one in found)
+
+
+def _why(name: str) -> str:
+    return (
+        f"no process has registered it; start one with `mercato serve {name}`, and look into its log for "
+        "`nats_not_connected` or `nats_refused`, or whether it is in MERCATO_SERVICES"
+    )
+
+
+def _sentence(one: Inspected) -> str:
+    if one.stats is None:
+        return f"{one.where} is listed and does not answer ({one.problem})"
+    return f"{one.where} answers (pid {one.stats.pid}, release {one.stats.version})"
+
+
+def _rows(name: str, found: Sequence[Inspected], before: Found, seconds: float) -> Iterator[dict[str, Any]]:
+    if not found:
+        yield {"service": name, "health": "not seen"}
+    earlier = {one.where: one.stats for one in before.get(name, ())}
+    for one in found:
+        if one.stats is None:
+            yield {"service": name, "instance": one.where, "health": one.problem}
+            continue
+        yield {
+            "service": name,
+            "instance": one.where,
+            "pid": one.stats.pid,
+            "version": one.stats.version,
+            "up_seconds": round(one.stats.up_seconds, 1),
+            "calls_per_second": round(max(0, _requests(one.stats) - _requests(earlier.get(one.where))) / seconds, 1),
+            "p99_ms": round(max((o.p99_ms for o in one.stats.operations.values()), default=0.0), 1),
+            "errors": sum(operation.errors for operation in one.stats.operations.values()),
+            "breakers_open": list(one.stats.open_breakers),
+            "health": "up",
+        }
+
+
+def _requests(stats: InstanceStats | None) -> int:
+    return sum(operation.requests for operation in stats.operations.values()) if stats else 0
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    health = str(row["health"])
+    if row.get("breakers_open"):
+        health = f"{health}; does not reach {', '.join(row['breakers_open'])}"
+    keys = ("service", "instance", "pid", "version")
+    if "pid" not in row:
+        return (str(row["service"]), str(row.get("instance", "-")), *["-"] * 6, health)
+    shown = [str(row[key]) for key in keys]
+    numbers = (f"{row['up_seconds']:.0f} s", str(row["calls_per_second"]), f"{row['p99_ms']} ms", str(row["errors"]))
+    return (*shown, *numbers, health)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

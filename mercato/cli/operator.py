@@ -1,0 +1,102 @@
+"""A person at the command line as a caller: reaching the processes of a shop that runs.
+
+Where they are comes from the environment (NATS_URL or MERCATO_SERVICES, with what `mercato migrate` wrote in
+`operator.env`), else from the data folder of a shop that `mercato up --split` runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from pydantic import SecretStr
+
+from mercato import __version__, topology
+from mercato.chassis.contract import Unavailable
+from mercato.chassis.hosting import settings as config
+from mercato.chassis.hosting.keys import service_secrets, signing_seed
+from mercato.chassis.observability.clock import SystemClock
+from mercato.chassis.observability.telemetry import Telemetry
+from mercato.chassis.rpc.stats import Stats
+from mercato.chassis.rpc.transports import Remote
+from mercato.chassis.rpc.trust import TokenSigner, Trust
+from mercato.cli import environment
+from mercato.cli.databases import shop_secret
+from mercato.cli.split import read_record
+from mercato.cli.starting import CannotStart
+
+FROM_ENVIRONMENT: Final = "the environment"
+WAY_OUT: Final = "where its processes are by NATS_URL or MERCATO_SERVICES"
+
+
+class Operator(msgspec.Struct, frozen=True):
+    """The way to the processes of a shop."""
+
+    remote: Remote
+    registry: str
+    """What says where they are, in a few words for people."""
+
+
+@contextlib.asynccontextmanager
+async def operating(data: Path) -> AsyncGenerator[Operator]:
+    """The connection of the operator for the time of the block.
+
+    Raises `CannotStart` where no process can be reached, or `SettingsError`.
+    """
+    settings = config.load(config.ServeSettings)
+    source = FROM_ENVIRONMENT
+    if settings.nats_url is None and not settings.services and settings.registry != "mdns":
+        source = f"the shop in {data}"
+        settings = _of_folder(data, settings)
+    secret = _secret(data, settings)
+    registry, remote = _remote(settings, secret)
+    try:
+        await remote.open()
+        yield Operator(remote, f"{registry}, by {source}")
+    except Unavailable as error:
+        raise CannotStart(f"{error} Is it running, and is it the one that {source} names?") from error
+    finally:
+        await remote.close()
+
+
+def _of_folder(data: Path, settings: config.ServeSettings) -> config.ServeSettings:
+    record = read_record(data)
+    if record is None:
+        raise CannotStart(
+            f"no shop that is split runs on {data}: start it with `mercato up --split`, or name {WAY_OUT}"
+        )
+    nats_url = SecretStr(record.nats_url) if record.nats_url else None
+    return settings.model_copy(update={"nats_url": nats_url, "services": record.services})
+
+
+def _secret(data: Path, settings: config.ServeSettings) -> bytes:
+    """Of the operator: given by itself, else from the secret of the shop."""
+    with contextlib.suppress(config.SettingsError):
+        return environment.secret_of(topology.OPERATOR, alone=True)
+    return service_secrets(shop_secret(data, settings), [topology.OPERATOR])[topology.OPERATOR]
+
+
+def _remote(settings: config.ServeSettings, secret: bytes) -> tuple[str, Remote]:
+    clock, name = SystemClock(), topology.OPERATOR
+    signers = {name: TokenSigner(name, signing_seed(secret), clock)}
+    stats = Stats(name, __version__)
+
+    def no_trust(services: object) -> Trust:
+        return Trust([], {}, {}, clock, Telemetry())
+
+    if settings.nats_url is not None:
+        from mercato.chassis.rpc.transports.nats import NatsRemote
+        from mercato.cli import nats
+
+        connections = nats.connections({name: secret}, settings)
+        where = f"NATS at {connections[name].address}"
+        return where, NatsRemote(connections, signers, no_trust, clock, stats, metadata={})
+    from mercato.chassis.rpc.transports.http import HttpRemote
+
+    tls, _ = environment.contexts(settings)
+    by = {"dns": "DNS", "mdns": "mDNS", "static": "a static list"}[settings.registry]
+    registry, _ = environment.registry(settings)
+    return f"{by} over HTTP", HttpRemote(registry, signers, no_trust, clock, stats, tls=tls)

@@ -1,0 +1,124 @@
+"""What must be there before a shop serves: a migrated database for each service, demo data, and staff.
+
+Who does it has an administrator's DSN and the secret of the shop; no process that serves needs either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from base64 import urlsafe_b64encode
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Final
+
+from mercato import topology
+from mercato.chassis.contract import Unavailable
+from mercato.chassis.hosting import settings as config
+from mercato.chassis.hosting.host import Host
+from mercato.chassis.hosting.keys import key_deriver, service_secrets
+from mercato.chassis.postgres.connections import translated
+from mercato.chassis.postgres.migrations import migrate, missing_revisions
+from mercato.chassis.postgres.provisioning import provision, provisioned
+from mercato.cli.progress import Progress
+from mercato.cli.starting import CannotStart
+from mercato.contracts.roles import STAFF
+from mercato.contracts.users import EmailTaken, ListUsers, Register, Users
+
+STAFF_EMAIL: Final = "staff@mercato.local"
+
+
+async def databases(
+    admin_dsn: str, secret: bytes, progress: Progress, names: Sequence[str] = tuple(topology.SERVICES)
+) -> Mapping[str, str]:
+    """A migrated database for each of the services; their DSNs.
+
+    Raises `CannotStart`, `ProvisionError` or `MigrationError`, the last before any database is changed.
+    """
+    derive = key_deriver(secret)
+    complete = await _complete(admin_dsn, names)
+    dsns = await provision(admin_dsn, names, lambda role: derive(f"postgres/{role}").hex())
+    for name in names:
+        if name not in complete and (revisions := await _migrated(name, dsns[name])):
+            progress.step(f"migrated the database of {name} to {revisions[-1]}")
+    return dsns
+
+
+def whole_shop(dsns: Mapping[str, str], secret: bytes, settings: config.Settings) -> Host:
+    """A host of all services."""
+    return Host(
+        topology.builds(),
+        dsns,
+        secrets=service_secrets(secret, topology.SERVICES),
+        transport="loopback" if settings.transport == "loopback" else "local",
+        pool_size=settings.pool_size,
+        options=config.service_options(topology.SERVICES),
+        may_call=topology.may_call,
+    )
+
+
+async def populate(host: Host, secret: bytes, progress: Progress, *, has_demo: bool, has_staff: bool) -> None:
+    """Puts demo data into an empty shop, and makes the first staff account, as far as they are wanted."""
+    if has_demo:
+        for name, service in host.services.items():
+            if service.seed_demo and await service.seed_demo():
+                progress.step(f"put demo data into {name}")
+    if has_staff:
+        password = urlsafe_b64encode(key_deriver(secret)("users/first-staff-password")).decode()[:22]
+
+        def tell() -> None:
+            progress.say(f"Staff account  {STAFF_EMAIL}  password {password}  (shown this once)")
+            progress.event("staff", email=STAFF_EMAIL, password=password)
+
+        await topology.as_the_shop(host, lambda: _ensure_staff(host, password, tell))
+
+
+async def _complete(admin_dsn: str, names: Sequence[str]) -> set[str]:
+    """The services whose databases miss no revision. Raises `MigrationError` before any of them is changed."""
+    existing = await provisioned(admin_dsn, names)
+    with explained("the databases cannot be read"):
+        missing = await asyncio.gather(
+            *(missing_revisions(dsn, topology.migrations(name)) for name, dsn in existing.items())
+        )
+    return {name for name, revisions in zip(existing, missing, strict=True) if revisions == []}
+
+
+async def _migrated(name: str, dsn: str) -> Sequence[str]:
+    """Brings the database of a service to the newest revision; gives the revisions that were run."""
+    with explained(f"the database of {name} cannot be migrated"):
+        return await migrate(dsn, topology.migrations(name))
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Generator[None]:
+    """Makes a sentence of a server that goes away: raises `CannotStart`."""
+    try:
+        yield
+    except Exception as error:  # the driver's, which only the chassis knows by name
+        if isinstance(translated(error, what), Unavailable):
+            raise CannotStart(f"{what}: {str(error).rstrip('.')}") from error
+        raise
+
+
+async def _ensure_staff(host: Host, password: str, tell: Callable[[], None]) -> None:
+    """Makes the first staff account, unless there is staff already.
+
+    The password is told before the account is made: told afterwards, a crash in between would leave an account that
+    cannot be used. It is derived from the shop's secret, so that two machines that start at once tell the same.
+    """
+    if await _has_staff(host):
+        return
+    tell()
+    try:
+        await host.client(Users).register(Register(email=STAFF_EMAIL, name="Staff", password=password, role=STAFF))
+    except EmailTaken:
+        # By another machine that starts on the same server at this moment, and has told its person the same.
+        if await _has_staff(host):
+            return
+        raise CannotStart(
+            f"there is no staff account, and {STAFF_EMAIL}, which it would get, is the e-mail address of a customer: "
+            "start with --auth open on loopback, and give an account the role staff (PUT /users/ID/role)"
+        ) from None
+
+
+async def _has_staff(host: Host) -> bool:
+    return bool((await host.client(Users).list(ListUsers(role=STAFF, limit=1))).users)

@@ -1,0 +1,265 @@
+"""`mercato serve`: some of the services in this process, among others that serve the rest.
+
+It is told everything by its environment, as a container would be (`environment.py`), has no administrator's DSN and no
+secret but those of its services, and changes no database: `mercato migrate` does. It serves the rows of the public API
+that belong to its services, `/health/live`, `/health/ready` and `/metrics` on its port; other processes reach its
+operations over NATS, or on a second port over HTTP.
+
+    SIGTERM ──► not ready ──► takes no more batches ──► answers what runs ──► closes          within ten seconds
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import socket
+from collections.abc import Callable, Collection, Mapping
+from typing import Final
+
+import msgspec
+
+from mercato import __version__, topology
+from mercato.chassis.contract import ServiceError
+from mercato.chassis.hosting import settings as config
+from mercato.chassis.hosting.host import GATEWAY, Host, hear_of_events
+from mercato.chassis.hosting.keys import signing_seed
+from mercato.chassis.hosting.options import OptionError
+from mercato.chassis.http import CannotListen, bind
+from mercato.chassis.observability.clock import SystemClock
+from mercato.chassis.observability.telemetry import Telemetry, configure_logging
+from mercato.chassis.postgres import sessions
+from mercato.chassis.postgres.dsn import shown
+from mercato.chassis.postgres.migrations import MigrationError, missing_revisions
+from mercato.chassis.rpc.stats import Stats
+from mercato.chassis.rpc.transports import Remote
+from mercato.chassis.rpc.trust import TokenSigner, Trust
+from mercato.cli import environment, stopping
+from mercato.cli.environment import Given
+from mercato.cli.hosting import hosted, spare_the_collector
+from mercato.cli.preparing import explained
+from mercato.cli.progress import Progress, fail
+from mercato.cli.starting import Auth, CannotStart, inject_faults, is_open, names_of, open_to, url_of
+
+INSTANCE_BYTES: Final = 6
+UNREADY_SECONDS: Final = 0.5
+DRAIN_SECONDS: Final = 3.0
+"""Running requests of clients have so long at the end."""
+
+EXPECTED: Final = (CannotStart, CannotListen, MigrationError, OptionError, config.SettingsError)
+"""Failures whose message is all that the person needs."""
+
+
+class Options(msgspec.Struct, frozen=True):
+    """The options of `serve`, as the command line gives them."""
+
+    names: tuple[str, ...]
+    host: str
+    port: int
+    auth: Auth | None = None
+    json: bool = False
+
+
+def run(options: Options, listener: socket.socket | None = None) -> int:
+    """Serves until the process is asked to stop; gives the exit code, as `up` does.
+
+    `listener` is a socket that listens already, in place of `options.host` and `options.port`.
+    """
+    import uvloop
+
+    try:
+        options = msgspec.structs.replace(options, names=names_of(options.names, gateway=True))
+        settings = config.load(config.ServeSettings)
+        environment.check_currency(settings.currency)
+        configure_logging(settings.log_level)
+        inject_faults(settings.faults, options.names)
+        serving = _Serving(options, settings, listener)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(serving.run())
+    except EXPECTED as error:
+        fail(str(error))
+    except ServiceError as error:
+        fail(f"{', '.join(options.names)} could not start: {error}")
+    return 1
+
+
+class _Serving:
+    """One run of `serve`."""
+
+    def __init__(
+        self,
+        options: Options,
+        settings: config.ServeSettings,
+        listener: socket.socket | None,
+    ) -> None:
+        self._options = options
+        self._settings = settings
+        self._listener = listener
+        self._progress = Progress(as_json=options.json)
+        self._services = [name for name in options.names if name != GATEWAY]
+        self._has_gateway = GATEWAY in options.names
+        self._clock = SystemClock()
+        self._telemetry = Telemetry()
+        self._stats = Stats(secrets.token_hex(INSTANCE_BYTES), __version__)
+        self._stop = asyncio.Event()
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+
+        def ask(_: int) -> None:
+            loop.call_soon_threadsafe(self._stop.set)
+
+        stopping.tell(ask)
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                await self._run(stack)
+        finally:
+            stopping.ignore()
+        self._progress.step("stopped")
+        return 0
+
+    async def _run(self, stack: contextlib.AsyncExitStack) -> None:
+        given = environment.given(self._options.names, self._settings)
+        listener = self._listener or bind(self._options.host, self._options.port)
+        stack.enter_context(contextlib.closing(listener))
+        remote = self._remote(given, stack)
+        host = Host(
+            topology.builds(self._services),
+            given.dsns,
+            secrets=given.secrets,
+            transport=remote.transport,
+            clock=self._clock,
+            telemetry=self._telemetry,
+            pool_size=self._settings.pool_size,
+            options=config.service_options(self._services),
+            may_call=topology.may_call,
+        )
+        self._stats.open_breakers = host.open_breakers
+        await _require_migrated(given.dsns)
+        stack.push_async_callback(remote.close)
+        await remote.open()
+        await hear_of_events(host, remote)
+        await self._bridge(host, remote)
+        await stack.enter_async_context(hosted(host))
+        await remote.serve(host.servers)
+        await self._serve(host, remote, listener)
+
+    async def _serve(self, host: Host, remote: Remote, listener: socket.socket) -> None:
+        needed = self._needed()
+
+        async def problems() -> Mapping[str, str]:
+            if self._stop.is_set():
+                return dict.fromkeys(self._options.names, "it is about to end")
+            found, unreachable = await asyncio.gather(host.problems(), remote.unreachable(needed))
+            reasons = {name: f"it cannot be reached: {reason}" for name, reason in unreachable.items()}
+            return {**found, **dict.fromkeys(needed, ""), **reasons}
+
+        url = url_of(self._options.host, listener)
+        app = topology.gateway(
+            host,
+            open_to=open_to(self._options.host, listener, open_=is_open(self._options.host, self._options.auth)),
+            log_requests=self._settings.log_requests,
+            currency=self._settings.currency,
+            services=tuple(topology.SERVICES) if self._has_gateway else self._services,
+            caller=self._options.names[0] if not self._has_gateway else GATEWAY,
+            problems=problems,
+        )
+        finished = asyncio.Event()
+
+        async def leave() -> None:
+            await self._stop.wait()
+            self._progress.step("stopping, as soon as the running requests are answered")
+            draining = asyncio.create_task(remote.drain())
+            # Clients still come for a moment, until what sends them here has seen that the process is not ready.
+            await asyncio.sleep(UNREADY_SECONDS)
+            finished.set()
+            await draining
+
+        def announce() -> None:
+            self._progress.say(f"ready {url}")
+            self._progress.event("ready", url=url, services=self._options.names)
+
+        spare_the_collector()
+        leaving = asyncio.create_task(leave())
+        try:
+            server = topology.server(app, listener, self._telemetry, announce, drain_seconds=DRAIN_SECONDS)
+            await server.run_until(finished)
+            await leaving
+        finally:
+            leaving.cancel()
+
+    async def _bridge(self, host: Host, remote: Remote) -> None:
+        """Publishes the feed, where NATS is there and this process serves it."""
+        if self._settings.nats_url is not None:
+            from mercato.chassis.rpc.transports.nats import NatsRemote
+            from mercato.cli import nats
+
+            assert isinstance(remote, NatsRemote)
+            await nats.bridge_events(host, remote)
+
+    def _needed(self) -> Collection[str]:
+        """The services elsewhere without which those here, or the gateway, cannot do their work."""
+        callers = [GATEWAY] if self._has_gateway else self._services
+        called = {operation.service for caller in callers for operation in topology.called_by(caller)}
+        return sorted(name for name in called & topology.SERVICES.keys() if name not in self._services)
+
+    def _remote(self, given: Given, stack: contextlib.ExitStack | contextlib.AsyncExitStack) -> Remote:
+        signers = {name: TokenSigner(name, signing_seed(secret), self._clock) for name, secret in given.secrets.items()}
+
+        def trust_of(services: Collection[str]) -> Trust:
+            return Trust(list(services), given.public_keys, topology.grants(), self._clock, self._telemetry)
+
+        # Each transport brings a client library, which takes as long to import as most of the rest.
+        if self._settings.nats_url is None:
+            return self._over_http(signers, trust_of, stack)
+        from mercato.chassis.rpc.transports.nats import NatsRemote
+        from mercato.cli import nats
+
+        return NatsRemote(
+            nats.connections(given.secrets, self._settings),
+            signers,
+            trust_of,
+            self._clock,
+            self._stats,
+            metadata={"pid": str(os.getpid())},
+        )
+
+    def _over_http(
+        self,
+        signers: Mapping[str, TokenSigner],
+        trust_of: Callable[[Collection[str]], Trust],
+        stack: contextlib.ExitStack | contextlib.AsyncExitStack,
+    ) -> Remote:
+        from mercato.chassis.rpc.transports.http import HttpRemote
+
+        settings = self._settings
+        tls, server_tls = environment.contexts(settings)
+        registry, registrar = environment.registry(settings)
+        listener = None
+        if self._services:
+            host, port = environment.rpc_address(settings)
+            environment.require_encryption("The setting MERCATO_RPC_ADDRESS", host, settings, is_encrypted=bool(tls))
+            listener = stack.enter_context(contextlib.closing(bind(host, port)))
+        return HttpRemote(
+            registry,
+            signers,
+            trust_of,
+            self._clock,
+            self._stats,
+            registrar=registrar,
+            listener=listener,
+            tls=tls,
+            server_tls=server_tls,
+        )
+
+
+async def _require_migrated(dsns: Mapping[str, str]) -> None:
+    """Raises `CannotStart` for a database that `mercato migrate` has not brought to this release, or a wrong pooler."""
+    for name, dsn in dsns.items():
+        with explained(f"the database of {name} cannot be read"):
+            if problem := await sessions.problem(dsn):
+                raise CannotStart(f"the DSN of {name} ({shown(dsn)}) {problem}")
+            missing = await missing_revisions(dsn, topology.migrations(name))
+        if missing:
+            raise CannotStart(f"the database of {name} lacks {missing[-1]}: run `mercato migrate {name}` first")

@@ -1,0 +1,380 @@
+"""The processes of `mercato up --split`, seen from their owner: started, watched, started again, stopped.
+
+Each is a `mercato serve` of its own (`instance.py`). One that ends by itself is started again, at once the first time
+and with a growing pause after that. All gateways accept from one listening socket, which they inherit: while one of
+them is away, the others answer, and with none of them connections wait. What the processes log comes out as one
+log, each line with the name of its process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final, Self
+
+import msgspec
+
+from mercato import topology
+from mercato.chassis.hosting.host import GATEWAY
+from mercato.cli.starting import Auth, CannotStart
+from mercato.embedded_postgres import processes
+from mercato.embedded_postgres.folder import write_atomically
+from mercato.placements import Placement, ProcessPlan
+
+FIRST_PAUSE_SECONDS: Final = 0.1
+LONGEST_PAUSE_SECONDS: Final = 5.0
+STEADY_SECONDS: Final = 10.0
+"""Who ran for so long gets the first pause again."""
+STOP_SECONDS: Final = 9.0
+"""After a process was asked to stop, so long it may take; then it is killed."""
+GATEWAY_STOP_SECONDS: Final = 4.0
+LINE_BYTES: Final = 1024 * 1024
+RECORD: Final = "processes.json"
+MOST_REPLICAS: Final = 16
+LOOPBACK: Final = "127.0.0.1"
+ADMINISTRATORS: Final = ("MERCATO_POSTGRES_DSN", "MERCATO_SECRET")
+"""Variables that no process may inherit from its owner."""
+PORTS: Final = range(20_000, 32_768)
+"""For addresses that stay when a process starts again: below those from which the system takes its own."""
+
+
+class InstanceAssignment(msgspec.Struct, frozen=True):
+    """What a process is told."""
+
+    hosts: tuple[str, ...]
+    """Services, and `gateway`."""
+    host: str
+    auth: Auth
+    environment: Mapping[str, str]
+    listener: int | None = None
+    """The file descriptor of a listening socket for clients; None: a free port on `host`."""
+
+
+class Record(msgspec.Struct, frozen=True):
+    """How the processes of the shop in a data folder are reached, for commands that look at them."""
+
+    owner: processes.Process
+    """Who starts them. Without it, what is said here is of a shop that was killed."""
+    nats_url: str = ""
+    services: str = ""
+    """As MERCATO_SERVICES, where they call each other over HTTP."""
+    urls: Mapping[str, str] = {}
+    """Where each process serves clients, health and metrics, by its name; only those that are ready."""
+
+
+class InstanceFailed(Exception):
+    """A sentence about a process that could not begin."""
+
+
+def with_replicas(placement: Placement, wanted: str) -> Placement:
+    """The placement with the replicas of `--replicas`: `orders=2,gateway=2`. Raises `CannotStart`."""
+    processes = dict(placement.processes)
+    for entry in filter(None, map(str.strip, wanted.split(","))):
+        name, _, number = entry.partition("=")
+        if name not in processes:
+            raise CannotStart(f"--replicas names {name!r}, and there are {', '.join(processes)}")
+        if not number.isascii() or not number.isdigit() or not 1 <= int(number) <= MOST_REPLICAS:
+            raise CannotStart(f"--replicas has {entry!r}: write it as {name}=2, with a number up to {MOST_REPLICAS}")
+        processes[name] = msgspec.structs.replace(processes[name], replicas=int(number))
+    return msgspec.structs.replace(placement, processes=processes)
+
+
+def planned(placement: Placement, transport: str, listener: socket.socket) -> list[Instance]:
+    """All processes of a placement, which may begin to import. Gateways are to listen on `listener`."""
+    return [
+        Instance(name, plan, number, transport, listener.fileno() if GATEWAY in plan.hosts else None)
+        for name, plan in placement.processes.items()
+        for number in range(plan.replicas)
+    ]
+
+
+def assign(
+    made: Sequence[Instance],
+    placement: Placement,
+    given: Mapping[str, Mapping[str, str]],
+    *,
+    host: str,
+    auth: Auth,
+    nats_url: str | None,
+) -> None:
+    """Tells each process of a placement what it serves. `given` are the variables of each service and the gateway.
+
+    Gateways listen on `host`, the others on loopback. With `nats_url` None, they call each other over HTTP.
+    """
+    where: Mapping[str, Sequence[str]] = _addresses(placement) if nats_url is None else {}
+    common = {"NATS_URL": nats_url or "", "MERCATO_SERVICES": _listed(placement, where)}
+    for instance in made:
+        variables = dict(common)
+        for hosted in instance.plan.hosts:
+            variables.update(given[hosted])
+        if instance.process in where:
+            variables["MERCATO_RPC_ADDRESS"] = where[instance.process][instance.number]
+        instance.assign(
+            InstanceAssignment(
+                hosts=instance.plan.hosts,
+                host=host if instance.is_gateway else LOOPBACK,
+                auth=auth,
+                environment=variables,
+                listener=instance.listener,
+            )
+        )
+
+
+class Recorder:
+    """Writes down, for the time of a `with` block and after each `write`, how the processes are reached."""
+
+    def __init__(self, data: Path, made: Sequence[Instance]) -> None:
+        self._file = data / RECORD
+        self._made = made
+
+    def write(self) -> None:
+        assignment = self._made[0].assignment
+        assert assignment is not None
+        environment = assignment.environment
+        urls = {instance.name: instance.url for instance in self._made if instance.url}
+        owner = processes.process_at(os.getpid())
+        assert owner is not None
+        record = Record(owner, environment["NATS_URL"], environment["MERCATO_SERVICES"], urls)
+        write_atomically(self._file, msgspec.json.encode(record))
+
+    def __enter__(self) -> Self:
+        self.write()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.unlink(missing_ok=True)
+
+
+def read_record(data: Path) -> Record | None:
+    """How the processes of a shop are reached; None where it does not run, or in one place."""
+    try:
+        record = msgspec.json.decode((data / RECORD).read_bytes(), type=Record)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return record if processes.process_at(record.owner.pid) == record.owner else None
+
+
+def _addresses(placement: Placement) -> Mapping[str, Sequence[str]]:
+    """Where each process takes the calls of others: an address for each replica, by the name of the process."""
+    used: set[str] = set()
+    return {
+        name: [_address(used) for _ in range(plan.replicas)]
+        for name, plan in placement.processes.items()
+        if plan.hosts != (GATEWAY,)
+    }
+
+
+def _address(used: set[str]) -> str:
+    """A free address on loopback, which nothing else takes while its process is away."""
+    while True:
+        port = random.choice(PORTS)
+        chosen = f"{LOOPBACK}:{port}"
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind((LOOPBACK, port))
+            if chosen not in used:
+                used.add(chosen)
+                return chosen
+
+
+def _listed(placement: Placement, where: Mapping[str, Sequence[str]]) -> str:
+    """The addresses of all services, as MERCATO_SERVICES has them."""
+    found: dict[str, list[str]] = {}
+    for name, plan in placement.processes.items():
+        for service in topology.SERVICES.keys() & set(plan.hosts):
+            found.setdefault(service, []).extend(where.get(name, ()))
+    return "; ".join(f"{service}={','.join(places)}" for service, places in found.items() if places)
+
+
+class Instance:
+    """One process, over all its lives. `name` is for people: `orders.2`.
+
+    It begins to import at once, which takes longer than all that it does before it serves, and waits for `assign`.
+    """
+
+    def __init__(self, process: str, plan: ProcessPlan, number: int, transport: str, listener: int | None) -> None:
+        self.name = f"{process}.{number + 1}" if plan.replicas > 1 else process
+        self.process = process
+        self.plan = plan
+        self.transport = transport
+        self.number = number
+        """Among the replicas, from 0."""
+        self.listener = listener
+        self.assignment: InstanceAssignment | None = None
+        self.url = ""
+        """Where it serves clients, once it is ready."""
+        self.pid: int | None = None
+        self.starts = 0
+        self._assigned = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._process: asyncio.subprocess.Process | None = None
+        self._is_stopping = False
+
+    @property
+    def is_gateway(self) -> bool:
+        return GATEWAY in self.plan.hosts
+
+    def assign(self, assignment: InstanceAssignment) -> None:
+        """What it is told, in each of its lives."""
+        self.assignment = assignment
+        self._assigned.set()
+
+    async def ready(self) -> None:
+        """Returns once it was ready for the first time."""
+        await self._ready.wait()
+
+    async def run(self, changed: Callable[[Instance], None]) -> None:
+        """Keeps the process running until `stop`. Raises `InstanceFailed` if it ends before it was ever ready."""
+        pause = FIRST_PAUSE_SECONDS
+        while not self._is_stopping:
+            began = time.monotonic()
+            last_words = await self._live(changed)
+            self.pid, self.url = None, ""
+            if self._is_stopping:
+                return
+            if not self._ready.is_set():
+                raise InstanceFailed(last_words.removeprefix("mercato: ") or f"{self.name} ended before it was ready")
+            if time.monotonic() - began > STEADY_SECONDS:
+                pause = FIRST_PAUSE_SECONDS
+            _log(self.name, event="process_ended", how=self._ending(), again_after_seconds=pause, level="warning")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    async def _live(self, changed: Callable[[Instance], None]) -> str:
+        """One life of the process; the last line that it wrote."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "mercato.cli.instance", str(os.getpid()), self.transport, ",".join(self.plan.hosts),
+            self.name,
+            env={name: value for name, value in os.environ.items() if name not in ADMINISTRATORS},
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            pass_fds=[] if self.listener is None else [self.listener], start_new_session=True, limit=LINE_BYTES,
+        )  # fmt: skip
+        self._process = process
+        self.pid = process.pid
+        self.starts += 1
+        try:
+            _, _, last, _ = await asyncio.gather(
+                self._tell(process), self._follow(process, changed), self._relay(process), process.wait()
+            )
+        finally:
+            if process.returncode is None:
+                process.kill()
+        return last
+
+    async def _tell(self, process: asyncio.subprocess.Process) -> None:
+        """Gives it its assignment, unless it ends before there is one."""
+        assert process.stdin is not None
+        told, ended = asyncio.create_task(self._assigned.wait()), asyncio.create_task(process.wait())
+        await asyncio.wait({told, ended}, return_when=asyncio.FIRST_COMPLETED)
+        told.cancel()
+        ended.cancel()
+        if self._is_stopping or self.assignment is None:
+            process.stdin.close()
+        else:
+            process.stdin.write(msgspec.json.encode(self.assignment) + b"\n")
+
+    async def _follow(self, process: asyncio.subprocess.Process, changed: Callable[[Instance], None]) -> None:
+        """What `serve --json` tells."""
+        assert process.stdout is not None
+        async for line in process.stdout:
+            with contextlib.suppress(ValueError):
+                event = json.loads(line)
+                if event["event"] == "ready":
+                    self.url = event["url"]
+                    self._ready.set()
+                    changed(self)
+
+    async def _relay(self, process: asyncio.subprocess.Process) -> str:
+        assert process.stderr is not None
+        last = ""
+        async for line in process.stderr:
+            last = line.decode(errors="replace").rstrip()
+            if self._ready.is_set():
+                _relay(self.name, last)
+        return last
+
+    async def stop(self, seconds: float = STOP_SECONDS) -> None:
+        """Asks the process to stop, and kills it when it takes longer than so many seconds."""
+        self._is_stopping = True
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        assert process.stdin is not None
+        process.stdin.close()
+        if self.assignment is None:
+            process.kill()  # it does nothing yet that could be finished
+        try:
+            async with asyncio.timeout(seconds):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+    def _ending(self) -> str:
+        code = self._process.returncode if self._process else None
+        assert code is not None
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+
+
+class Split:
+    """All processes of a shop. `start` them, `assign` each its work, and `stop` them."""
+
+    def __init__(self, instances: Sequence[Instance]) -> None:
+        self.instances = instances
+        self._lives: list[asyncio.Task[None]] = []
+
+    def start(self, changed: Callable[[Instance], None], on_failure: Callable[[str], None]) -> None:
+        """Keeps them running from now on.
+
+        `changed` is called with each that became ready; `on_failure` hears a sentence about one that cannot begin.
+        """
+        for instance in self.instances:
+            self._lives.append(asyncio.create_task(self._keep(instance, changed, on_failure)))
+
+    async def ready(self) -> None:
+        """Returns when all are ready."""
+        await asyncio.gather(*(instance.ready() for instance in self.instances))
+
+    async def stop(self) -> None:
+        """Ends all of them. The second time it does nothing."""
+        # First who lets clients in, so that what is under way can still be finished by the others.
+        gateways = [instance for instance in self.instances if instance.is_gateway]
+        await asyncio.gather(*(instance.stop(GATEWAY_STOP_SECONDS) for instance in gateways))
+        await asyncio.gather(*(instance.stop() for instance in self.instances))
+        lives, self._lives = self._lives, []
+        for life in lives:
+            life.cancel()
+        await asyncio.gather(*lives, return_exceptions=True)
+
+    async def _keep(
+        self, instance: Instance, changed: Callable[[Instance], None], on_failure: Callable[[str], None]
+    ) -> None:
+        try:
+            await instance.run(changed)
+        except InstanceFailed as error:
+            on_failure(str(error))
+
+
+def _relay(name: str, line: str) -> None:
+    """A line that a process wrote, in the one log of all: a JSON object, with the name of the process."""
+    if line.startswith("{"):
+        _write(f'{{"process":"{name}",{line.removeprefix("{")}')
+    else:
+        _log(name, event="said", line=line, level="warning")
+
+
+def _log(name: str, **values: object) -> None:
+    _write(msgspec.json.encode({"process": name, **values}).decode())
+
+
+def _write(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)

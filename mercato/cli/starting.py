@@ -1,0 +1,66 @@
+"""What the start of every process that serves has in common."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from mercato import topology
+from mercato.chassis.hosting.host import GATEWAY
+from mercato.chassis.observability import faults
+
+Auth = Literal["open", "required"]
+
+
+class CannotStart(Exception):
+    """A sentence for the person who typed the command."""
+
+
+def inject_faults(wanted: str, names: Iterable[str] = tuple(topology.SERVICES)) -> None:
+    """Injects the faults of `MERCATO_FAULTS` into the services that this process will host. Raises `CannotStart`."""
+    if not wanted:
+        return
+    topology.builds([name for name in names if name != GATEWAY])  # a service declares its points when it is imported
+    try:
+        faults.inject_from_environment(wanted)
+    except ValueError as error:
+        raise CannotStart(str(error)) from error
+
+
+def is_open(host: str, auth: Auth | None) -> bool:
+    """Whether callers without a token act as staff: by default on loopback, and there alone. Raises `CannotStart`."""
+    if auth == "open" and not is_loopback(host):
+        raise CannotStart(
+            f"--auth open is for loopback only, and {host} is reachable from elsewhere: leave it away, "
+            "and tokens are required"
+        )
+    return auth == "open" or (auth is None and is_loopback(host))
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def open_to(host: str, listener: socket.socket, *, open_: bool) -> tuple[str, int] | None:
+    """The address of a shop that asks for no tokens; None where it does."""
+    return (host, listener.getsockname()[1]) if open_ else None
+
+
+def url_of(host: str, listener: socket.socket) -> str:
+    port = listener.getsockname()[1]
+    bare = host.strip("[]")
+    return f"http://[{bare}]:{port}" if ":" in bare else f"http://{bare}:{port}"
+
+
+def names_of(given: Sequence[str], *, gateway: bool) -> tuple[str, ...]:
+    """The services that a person has named, each once. Raises `CannotStart` for one that there is not."""
+    known = (*topology.SERVICES, GATEWAY) if gateway else tuple(topology.SERVICES)
+    for name in given:
+        if name not in known:
+            raise CannotStart(f"there is no service {name!r}: choose of {', '.join(known)}")
+    return tuple(dict.fromkeys(given))

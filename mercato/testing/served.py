@@ -1,0 +1,127 @@
+"""`mercato serve`, `mercato migrate` and other commands as processes of their own, for tests."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Self
+
+from .caller import Caller
+from .process import clean_environment
+from .waiting import BOUND_SECONDS, wait_until
+
+COMMAND: Final = (sys.executable, "-m", "mercato.cli")
+
+
+def run(*arguments: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end."""
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        env={**clean_environment(), **environment},
+        capture_output=True,
+        text=True,
+        timeout=BOUND_SECONDS,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def variables(file: Path) -> dict[str, str]:
+    """What `mercato migrate` wrote for one service."""
+    return dict(line.split("=", 1) for line in file.read_text().splitlines())
+
+
+def free_address() -> str:
+    """An address on loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+class Served:
+    """A run of `mercato serve`. Use it as a context manager."""
+
+    def __init__(
+        self,
+        *names: str,
+        environment: Mapping[str, str],
+        options: tuple[str, ...] = (),
+        host: str = "127.0.0.1",
+        inside: tuple[str, ...] = (),
+    ) -> None:
+        """`inside` stands before the command, to run it on another host."""
+        self.url: str = ""
+        self.lines: list[str] = []
+        self.errors: list[str] = []
+        self._process = subprocess.Popen(
+            [*inside, *COMMAND, "serve", *names, "--host", host, "--port", "0", "--json", *options],
+            env={**clean_environment(), **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+        self._readers = [
+            threading.Thread(target=self._read, args=(self._process.stdout, self.lines), daemon=True),
+            threading.Thread(target=self._read, args=(self._process.stderr, self.errors), daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, stream: Any, into: list[str]) -> None:
+        for line in stream:
+            into.append(line.rstrip("\n"))
+            event: dict[str, Any] = json.loads(line) if into is self.lines else {}
+            if event.get("event") == "ready":
+                self.url = str(event["url"])
+
+    def ready(self) -> Self:
+        wait_until(lambda: self.url or self._process.poll() is not None, BOUND_SECONDS)
+        assert self.url, self.errors
+        return self
+
+    def caller(self, token: str | None = None) -> Caller:
+        return Caller(self.url, token)
+
+    def ask_to_stop(self) -> None:
+        """SIGTERM."""
+        self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """`kill -9`."""
+        self._process.kill()
+
+    def exit_code(self) -> int:
+        """Waits for the end."""
+        code = self._process.wait(BOUND_SECONDS)
+        for reader in self._readers:
+            reader.join(BOUND_SECONDS)
+        return code
+
+    def refusal(self) -> str:
+        """The one sentence of a start that fails as it should."""
+        assert self.exit_code() == 1, self.errors
+        said = [line for line in self.errors if not line.startswith("{")]
+        assert len(said) == 1, self.errors
+        return said[0].removeprefix("mercato: ")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        for reader in self._readers:
+            reader.join(BOUND_SECONDS)
+        for stream in (self._process.stdout, self._process.stderr):
+            if stream is not None:
+                stream.close()

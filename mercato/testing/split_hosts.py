@@ -1,0 +1,152 @@
+"""A shop that is split, within one process: a host for each service, and real sockets between them.
+
+For the tests that run over every transport. Real processes are those of `process.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+from mercato import __version__, topology
+from mercato.chassis.contract import Contract, Operation
+from mercato.chassis.hosting.host import GATEWAY, Host, hear_of_events
+from mercato.chassis.hosting.keys import nats_password, signing_seed
+from mercato.chassis.hosting.service import Build, Service
+from mercato.chassis.http import bind
+from mercato.chassis.messaging.consumers import Consumer
+from mercato.chassis.observability.clock import Clock, SystemClock
+from mercato.chassis.observability.telemetry import Telemetry
+from mercato.chassis.rpc.discovery import Instance
+from mercato.chassis.rpc.discovery.static import StaticRegistry
+from mercato.chassis.rpc.signatures import public_key
+from mercato.chassis.rpc.stats import Stats
+from mercato.chassis.rpc.transports import Remote
+from mercato.chassis.rpc.transports.http import HttpRemote
+from mercato.chassis.rpc.transports.nats import NatsConnection, NatsRemote, permissions
+from mercato.chassis.rpc.trust import Grant, TokenSigner, Trust
+from mercato.embedded_nats import EmbeddedNats, NatsUser
+
+C = TypeVar("C", bound=Contract)
+
+HOST: Final = "127.0.0.1"
+TEST: Final = "test"
+"""The caller that is a test: it may call everything, for whomever."""
+
+
+class SplitHosts:
+    """What a test needs of a `Host`, over one for each service. `secrets` are also those of callers that are none."""
+
+    def __init__(
+        self,
+        builds: Mapping[str, Build],
+        dsns: Mapping[str, str],
+        *,
+        secrets: Mapping[str, bytes],
+        options: Mapping[str, str],
+        transport: Literal["http", "nats"],
+    ) -> None:
+        self.clock: Clock = SystemClock()
+        self.telemetry = Telemetry()
+        self._secrets = secrets
+        self._listeners: dict[str, socket.socket] = {}
+        self._nats_port = 0
+        self._closing = contextlib.AsyncExitStack()
+        if transport == "nats":
+            self._nats_port = free_port()
+        else:
+            self._listeners = {name: bind(HOST, 0) for name in builds}
+        self._registry = StaticRegistry(
+            {
+                contract: [Instance(contract, f"{HOST}:{listener.getsockname()[1]}", name)]
+                for name, listener in self._listeners.items()
+                for contract in (name, f"{name}.log")
+            }
+        )
+        self._remotes = {name: self._remote(name) for name in (*builds, GATEWAY, TEST)}
+        self._hosts = {
+            name: Host(
+                {name: builds[name]} if name in builds else {},
+                {name: dsns[name]} if name in builds else {},
+                secrets=secrets,
+                transport=remote.transport,
+                clock=self.clock,
+                telemetry=self.telemetry,
+                options=options,
+                may_call=topology.may_call,
+            )
+            for name, remote in self._remotes.items()
+        }
+
+    def _remote(self, name: str) -> Remote:
+        callers = (*topology.CALLERS, TEST)
+        grants = {**topology.grants(), TEST: Grant(frozenset(o.full_name for o in every_operation()), None)}
+        keys = {caller: public_key(signing_seed(self._secrets[caller])) for caller in callers}
+
+        def trust_of(services: Collection[str]) -> Trust:
+            return Trust(list(services), keys, grants, self.clock, self.telemetry)
+
+        signers = {name: TokenSigner(name, signing_seed(self._secrets[name]), self.clock)}
+        stats = Stats(name, __version__)
+        if not self._nats_port:
+            listener = self._listeners.get(name)
+            return HttpRemote(self._registry, signers, trust_of, self.clock, stats, listener=listener)
+        password = nats_password(self._secrets[name])
+        connection = NatsConnection(f"nats://{HOST}:{self._nats_port}", name, password, name)
+        return NatsRemote({name: connection}, signers, trust_of, self.clock, stats, metadata={})
+
+    async def _start_nats(self) -> None:
+        folder = Path(self._closing.enter_context(tempfile.TemporaryDirectory(prefix="mercato-test-")))
+        allowed = {caller: topology.nats_permissions(caller) for caller in topology.CALLERS}
+        allowed[TEST] = permissions(TEST, calls=every_operation())
+        users = [NatsUser(n, nats_password(self._secrets[n]), a.publish, a.subscribe) for n, a in allowed.items()]
+        server = await EmbeddedNats.start(folder, users=users, port=self._nats_port)
+        self._closing.push_async_callback(server.stop)
+
+    @property
+    def services(self) -> Mapping[str, Service]:
+        return {name: service for host in self._hosts.values() for name, service in host.services.items()}
+
+    @property
+    def consumers(self) -> Sequence[Consumer]:
+        return [consumer for host in self._hosts.values() for consumer in host.consumers]
+
+    def client(self, contract: type[C], caller: str = TEST) -> C:
+        return self._hosts[caller].client(contract, caller)
+
+    async def problems(self) -> Mapping[str, str]:
+        found = await asyncio.gather(*(host.problems() for host in self._hosts.values()))
+        return {name: problem for problems in found for name, problem in problems.items()}
+
+    async def open(self) -> None:
+        if self._nats_port:
+            await self._start_nats()
+        for name, host in self._hosts.items():
+            await self._remotes[name].open()
+            await hear_of_events(host, self._remotes[name])
+            await host.open()
+            await self._remotes[name].serve(host.servers)
+
+    async def close(self) -> None:
+        """As a process ends: each lets its batches land before its connections close."""
+        await asyncio.gather(*(host.close() for host in self._hosts.values()))
+        await asyncio.gather(*(remote.close() for remote in self._remotes.values()))
+        await self._closing.aclose()
+        for listener in self._listeners.values():
+            listener.close()
+
+
+def every_operation() -> Sequence[Operation[Any, Any]]:
+    return [operation for contract in topology.SERVICES.values() for operation in contract.operations.values()]
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,289 @@
+"""`mercato up --split`: each service in a process of its own. Any of them may be killed; nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mercato.embedded_postgres import processes
+from mercato.testing.caller import Buyers, Caller, everything
+from mercato.testing.cluster import Cluster
+from mercato.testing.process import Identity, Process, SharedProcess, command_line
+from mercato.testing.served import run
+from mercato.testing.waiting import BOUND_SECONDS, wait_until
+
+ORDERS = 20
+SERVICES = {"users", "products", "inventory", "sandbox", "payments", "orders", "events"}
+PAID = {"user_id": 1, "product_id": 100, "amount": 99.99, "payment_method": "sandbox:ok"}
+
+
+@pytest.fixture(scope="module")
+def keeper(data: Path) -> Iterator[SharedProcess]:
+    with SharedProcess(data) as made:
+        yield made
+        made.stop()
+
+
+@pytest.fixture(params=["nats", pytest.param("http", marks=pytest.mark.long)], scope="module")
+def transport(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def shop(keeper: SharedProcess, transport: str) -> Process:
+    return keeper.shop("--split", "--replicas", "orders=2,gateway=2", "--transport", transport)
+
+
+def recovered(shop: Process) -> None:
+    """Waits until every process is there and the gateway reaches them all."""
+    wait_until(lambda: len(shop.tree().instances) == len(SERVICES) + 3, BOUND_SECONDS)
+    with shop.caller() as caller:
+        assert caller.read("/health/ready").status == 200
+
+
+def assert_nothing_lost(shop: Process, buyers: Buyers) -> None:
+    recovered(shop)
+    with shop.caller() as caller:
+        buyers.assert_nothing_lost(caller)
+
+
+def test_every_service_is_a_process_and_the_gateway_reaches_them(shop: Process):
+    assert set(shop.tree().instances) == (SERVICES - {"orders"}) | {"orders.1", "orders.2", "gateway.1", "gateway.2"}
+    with shop.caller() as caller:
+        placed = caller.post("/orders", PAID)
+        assert (placed.status, placed.json["user_id"]) == (201, 1)
+        wait_until(lambda: caller.get(f"/orders/{placed.json['id']}").json["payment"] == "paid", BOUND_SECONDS)
+        wanted = {"order.placed", "order.paid", "order.confirmed"}
+        wait_until(lambda: wanted <= told(caller, placed.json["id"]), BOUND_SECONDS)
+        assert caller.get("/health/ready").json["services"] == dict.fromkeys(SERVICES - {"sandbox"}, "up")
+
+
+def told(caller: Caller, order_id: int) -> set[str]:
+    """What the feed says of an order, wherever that stands in it."""
+    return {e["type"] for e in everything(caller, "/events?limit=500") if e["subject"] == f"order {order_id}"}
+
+
+def test_no_process_can_become_another_or_the_administrator(shop: Process):
+    """What a process is given is on its standard input, and its environment can be read: it must hold no secret."""
+    secret = (shop.data / "secret").read_bytes()
+    for name, process in shop.tree().instances.items():
+        visible = Path(f"/proc/{process.pid}/environ").read_bytes() + Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        for hidden in (secret, secret.hex().encode(), b"postgresql://", b"MERCATO_SERVICE_SECRET", b"DATABASE_URL"):
+            assert hidden not in visible, name
+
+
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "gateway.1",
+        "orders.1",
+        pytest.param("users", marks=pytest.mark.long),
+        pytest.param("products", marks=pytest.mark.long),
+        pytest.param("inventory", marks=pytest.mark.long),
+        pytest.param("payments", marks=pytest.mark.long),
+        pytest.param("sandbox", marks=pytest.mark.long),
+        pytest.param("events", marks=pytest.mark.long),
+    ],
+)
+def test_a_process_that_is_killed_starts_again_and_no_order_is_lost(shop: Process, victim: str):
+    with Buyers(shop.caller) as buyers:
+        wait_until(lambda: len(buyers.placed) >= ORDERS, BOUND_SECONDS, lambda: str(buyers.statuses))
+        before = shop.tree().instances[victim]
+        shop.kill(before)
+        wait_until(lambda: shop.tree().instances.get(victim) not in (before, None), BOUND_SECONDS)
+        placed = len(buyers.placed)
+        wait_until(lambda: len(buyers.placed) >= placed + ORDERS, BOUND_SECONDS, lambda: str(buyers.statuses))
+    assert_nothing_lost(shop, buyers)
+
+
+def test_a_gateway_is_not_ready_and_says_why_while_a_service_does_not_answer(shop: Process):
+    users = shop.tree().instances["users"]
+    pause(users)
+    try:
+        with shop.caller() as caller:
+            answer = caller.get("/health/ready")
+            assert answer.status == 503
+            assert answer.json["services"]["users"] == "down"
+            assert set(answer.json["reasons"]) == {"users"}
+            assert "within a second" in answer.json["reasons"]["users"]
+            assert caller.get("/products").status == 200, "what needs no users goes on"
+    finally:
+        resume(users)
+    recovered(shop)
+
+
+def pause(process: Identity) -> None:
+    processes.send(process, signal.SIGSTOP)
+
+
+def resume(process: Identity) -> None:
+    processes.send(process, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("name", ["nats-server", "postgres"])
+def test_what_the_processes_stand_on_is_started_again(shop: Process, transport: str, name: str):
+    if name == "nats-server" and transport != "nats":
+        pytest.skip("over HTTP there is no NATS")
+    with Buyers(shop.caller) as buyers:
+        wait_until(lambda: len(buyers.placed) >= ORDERS, BOUND_SECONDS, lambda: str(buyers.statuses))
+        shop.kill(server(shop, name))
+        shop.wait_for_line(f"{'NATS' if name == 'nats-server' else 'PostgreSQL'} is running again")
+        placed = len(buyers.placed)
+        wait_until(lambda: len(buyers.placed) >= placed + ORDERS, BOUND_SECONDS, lambda: str(buyers.statuses))
+    assert_nothing_lost(shop, buyers)
+
+
+def server(shop: Process, name: str) -> Identity:
+    tree = shop.tree()
+    if name == "postgres":
+        assert tree.postmaster is not None
+        return tree.postmaster
+    return next(p for p in tree.others if name in command_line(p.pid) and "guard.py" not in command_line(p.pid))
+
+
+@pytest.mark.long
+def test_the_death_of_the_owner_ends_all(keeper: SharedProcess):
+    shop = keeper.shop("--split")
+    with Buyers(shop.caller) as buyers:
+        wait_until(lambda: len(buyers.placed) >= ORDERS, BOUND_SECONDS, lambda: str(buyers.statuses))
+        shop.kill()
+        shop.assert_gone()
+    for command in (("services",), ("doctor",), ("call", "orders.get", '{"id": 1}')):
+        refused = run(*command, "--data", str(shop.data), environment={})
+        assert (refused.returncode, "no shop that is split runs on" in refused.stderr) == (1, True), refused.stderr
+    keeper.forget()
+
+    shop = keeper.shop("--split")
+    with shop.caller() as caller:
+        buyers.assert_nothing_lost(caller)
+
+
+@pytest.mark.long
+def test_a_fault_is_injected_where_its_point_is(keeper: SharedProcess):
+    """The orders process dies behind the commit, and no other does. The request is repeated within its time."""
+    shop = keeper.shop("--split", MERCATO_FAULTS="orders.place.after_commit=kill")
+    before = shop.tree().instances
+    with shop.caller() as caller:
+        assert caller.order("a-key").status in (201, 503, 504)
+    wait_until(lambda: shop.tree().instances.get("orders") not in (before["orders"], None), BOUND_SECONDS)
+    assert {n: p for n, p in shop.tree().instances.items() if n != "orders"} == {
+        n: p for n, p in before.items() if n != "orders"
+    }
+    keeper.forget()
+
+    shop = keeper.shop("--split")
+    with shop.caller() as caller:
+        order = caller.ordered("a-key")
+        assert order.status == 201
+        assert caller.ordered("a-key").json["id"] == order.json["id"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--replicas", "order=2"], "--replicas names 'order', and there are gateway, users"),
+        (["--replicas", "orders=0"], "write it as orders=2"),
+        (["--replicas", "orders"], "write it as orders=2"),
+        (["--split", "--workers", "2"], "--workers is for a shop in one place"),
+    ],
+)
+def test_wrong_options_are_refused_in_a_sentence(tmp_path: Path, options: list[str], words: str):
+    with Process(tmp_path / "data", *options) as shop:
+        assert words in shop.refusal()
+        assert not (tmp_path / "data").exists()
+
+
+# -------------------------------------------------------------------------------------- commands that look at processes
+
+
+def command(shop: Process, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run(*arguments, "--data", str(shop.data), environment={})
+
+
+def test_the_processes_are_listed_with_what_they_have_done(shop: Process):
+    with shop.caller() as caller:
+        assert caller.post("/orders", PAID).status == 201
+    recovered(shop)
+    done = command(shop, "services", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["services"]
+    assert Counter(row["service"] for row in rows) == Counter({**dict.fromkeys(SERVICES, 1), "orders": 2})
+    assert {row["health"] for row in rows} == {"up"}
+    pids = {process.pid for process in shop.tree().instances.values()}
+    assert {row["pid"] for row in rows} <= pids
+    table = command(shop, "services").stdout.splitlines()
+    assert table[0].split() == ["SERVICE", "INSTANCE", "PID", "VERSION", "UP", "CALLS/S", "P99", "ERRORS", "HEALTH"]
+    assert len(table) == 1 + len(rows)
+
+
+def test_doctor_says_what_it_sees_and_what_it_does_not(shop: Process, transport: str):
+    users = shop.tree().instances["users"]
+    recovered(shop)
+    well = command(shop, "doctor")
+    assert well.returncode == 0, well.stderr
+    assert ("NATS at 127.0.0.1" if transport == "nats" else "a static list over HTTP") in well.stdout
+    assert f"answers (pid {users.pid}, release" in well.stdout
+    pause(users)
+    try:
+        ill = command(shop, "doctor")
+        assert ill.returncode == 1
+        words = "not seen: no process has registered it" if transport == "nats" else "no answer within a second"
+        assert words in ill.stdout
+    finally:
+        resume(users)
+    recovered(shop)
+
+
+def test_an_operation_is_called_from_the_command_line(shop: Process):
+    recovered(shop)
+    done = command(shop, "call", "products.get", '{"id": 100}')
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["sku"] == "HEAD-100"
+    missing = command(shop, "call", "products.get", '{"id": 999999}', "--json")
+    assert (missing.returncode, json.loads(missing.stdout)["error"]["code"]) == (1, "products.not_found")
+    # What only services may ask, the operator may not.
+    refused = command(shop, "call", "inventory.holds")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "forbidden" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["call", "order.get"], "there is no service 'order': choose of users"),
+        (["call", "orders.gett"], "orders has no operation 'gett': choose of cancel"),
+        (["call", "orders.get", "{"], "the request of orders.get is not valid"),
+        (["call", "orders.get", "{}"], "missing required field `id`; it needs id"),
+    ],
+)
+def test_a_wrong_call_is_refused_in_a_sentence(shop: Process, arguments: list[str], words: str):
+    done = command(shop, *arguments)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert words in done.stderr
+
+
+@pytest.mark.parametrize("name", ["services", "doctor", "call"])
+def test_where_no_shop_is_split_the_way_out_is_named(tmp_path: Path, name: str):
+    arguments = ["call", "orders.get", '{"id": 1}'] if name == "call" else [name]
+    done = run(*arguments, "--data", str(tmp_path), environment={})
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "by NATS_URL or MERCATO_SERVICES" in done.stderr
+
+
+@pytest.mark.long
+def test_a_shop_on_a_server_of_others_is_looked_at_through_its_folder(cluster: Cluster, tmp_path: Path):
+    environment = {
+        "MERCATO_POSTGRES_DSN": cluster.server.admin_dsn,
+        "MERCATO_SECRET": "a secret of at least thirty-two characters",
+    }
+    with Process(tmp_path / "data", "--split", environment=environment) as shop:
+        shop.ready()
+        done = run("services", "--data", str(shop.data), environment=environment)
+        assert done.returncode == 0, done.stderr
+        shop.stop()
