@@ -16,6 +16,7 @@ from mercato.testing.cluster import Cluster
 from mercato.testing.harness import ServiceHarness
 from mercato.testing.injection import Inject, injecting
 from mercato.testing.shop import Shop
+from mercato.testing.transports import TRANSPORTS
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -25,7 +26,7 @@ async def cluster() -> AsyncGenerator[Cluster]:
     await started.stop()
 
 
-@pytest.fixture(params=["local", "loopback"])
+@pytest.fixture(params=TRANSPORTS)
 def transport(request: pytest.FixtureRequest) -> TransportName:
     return request.param
 
@@ -58,7 +59,7 @@ def inject() -> Iterator[Inject]:
         yield inject
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session", params=["local", "loopback"])
+@pytest_asyncio.fixture(scope="session", loop_scope="session", params=TRANSPORTS)
 async def open_shop(cluster: Cluster, request: pytest.FixtureRequest) -> AsyncGenerator[Shop]:
     """A shop without tokens, shared by all tests of a run: a test makes the data that it changes.
 
@@ -69,7 +70,7 @@ async def open_shop(cluster: Cluster, request: pytest.FixtureRequest) -> AsyncGe
     await shop.close()
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session", params=["local", "loopback"])
+@pytest_asyncio.fixture(scope="session", loop_scope="session", params=TRANSPORTS)
 async def guarded_shop(cluster: Cluster, request: pytest.FixtureRequest) -> AsyncGenerator[Shop]:
     """The same with tokens required: `await shop.alice()`, `.bob()` and `.staff()` give some."""
     shop = await Shop.start(cluster, request.param, is_open=False)

@@ -121,7 +121,7 @@ class Run:
             await readings.checkpoint(shop.server.admin_dsn)
             cases: tuple[Case, ...] = ("place", "pay", "browse") if isinstance(shop, Mercato) else ("place", "browse")
             for case in cases:
-                await self._load(shop, case, WARM_CONNECTIONS, seconds=self._length.warm_seconds)
+                await self.load(shop, case, WARM_CONNECTIONS, seconds=self._length.warm_seconds)
 
     # ---------------------------------------------------------------------------------------------------------- rounds
 
@@ -131,7 +131,7 @@ class Run:
             for step in plan.steps_of_round(number):
                 if (shop := running.get(step.subject)) is None:
                     continue
-                done = await self._load(shop, step.case, step.connections, seconds=self._length.load_seconds)
+                done = await self.load(shop, step.case, step.connections, seconds=self._length.load_seconds)
                 loaded = done.loaded
                 found.append(
                     Reading(
@@ -161,7 +161,7 @@ class Run:
             if (shop := running.get(step.subject)) is None:
                 continue
             rate = figures.median_rate(rounds, step.subject, step.case, MOST_CONNECTIONS) / 2
-            done = await self._load(shop, step.case, MOST_CONNECTIONS, seconds=2 * self._length.load_seconds, rate=rate)
+            done = await self.load(shop, step.case, MOST_CONNECTIONS, seconds=2 * self._length.load_seconds, rate=rate)
             found.append(FixedRate(step.subject, step.case, round(rate, 1), done.loaded.latency_us))
             self._progress.line(
                 f"at half of capacity  {step.subject:<9} {step.case:<11} {rate:>7.0f}/s  "
@@ -184,7 +184,7 @@ class Run:
                 await readings.vacuum(shop.server.admin_dsn, shop.prefix)
                 await shop.idle()
                 before = await shop.counted()
-                cost = await self._counted_load(shop, step)
+                cost = await self.counted_load(shop, step)
                 costs.setdefault(name, []).append(cost)
                 rows[name] = figures.rows(before, await shop.counted(), cost.orders)
                 us, kilobytes = figures.cpu([cost]).total, rows[name].wal_bytes / 1e3
@@ -194,7 +194,7 @@ class Run:
                 )
         return costs, rows
 
-    async def _counted_load(self, shop: Shop, step: Step) -> Cost:
+    async def counted_load(self, shop: Shop, step: Step) -> Cost:
         """Sends a number of orders and waits until the shop is idle, without asking it anything meanwhile."""
         before, last = await shop.before(step.case), await shop.last_order()
         began = await shop.spending()
@@ -218,14 +218,14 @@ class Run:
             async with shops.mercato(self._folder, server, workers=workers) as shop:
                 await shop.find()
                 await shop.idle()
-                await self._load(shop, "pay", WARM_CONNECTIONS, seconds=self._length.warm_seconds)
+                await self.load(shop, "pay", WARM_CONNECTIONS, seconds=self._length.warm_seconds)
                 lone_us = await readings.delay_commits(server.admin_dsn, COMMIT_MS)
                 if lone_us < COMMIT_MS * 1e3:
                     raise ShopFailed(f"a commit takes {lone_us:.0f} us although it was made {COMMIT_MS:g} ms slower")
                 cases: tuple[Case, ...] = ("place", "pay")
                 for case in cases:
                     for connections in COMMIT_CONNECTIONS:
-                        done = await self._load(shop, case, connections, seconds=self._length.load_seconds)
+                        done = await self.load(shop, case, connections, seconds=self._length.load_seconds)
                         found.append(
                             CommitLatency("mercato", case, workers, connections, COMMIT_MS, round(done.rate, 1))
                         )
@@ -238,7 +238,7 @@ class Run:
 
     # ----------------------------------------------------------------------------------------------------------- loads
 
-    async def _load(self, shop: Shop, case: Case, connections: int, *, seconds: float, rate: float = 0.0) -> Outcome:
+    async def load(self, shop: Shop, case: Case, connections: int, *, seconds: float, rate: float = 0.0) -> Outcome:
         """Sends a load, waits until all of it is done and the shop is idle, and looks for its orders."""
         creates = case != "browse"
         before = await shop.before(case) if creates else 0

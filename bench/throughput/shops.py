@@ -133,7 +133,10 @@ class Mercato(Shop):
     prefix = "mercato_"
 
     def name(self, pid: int) -> str:
-        return "worker" if "mercato.cli.worker" in readings.command_line(pid) else "up"
+        line = readings.command_line(pid)
+        if "mercato.cli.instance" in line:
+            return line.split()[-1]
+        return "worker" if "mercato.cli.worker" in line else "nats" if "nats-server" in line else "up"
 
     async def before(self, case: Case) -> int:
         return await asyncio.to_thread(self._reserved) if case == "place" else await self.last_order()
@@ -180,8 +183,14 @@ class Mercato(Shop):
 
 
 @contextlib.asynccontextmanager
-async def mercato(folder: Path, server: EmbeddedPostgres, *, workers: int) -> AsyncGenerator[Mercato]:
-    """A running `mercato up` on this server; `folder` keeps its data from one start to the next."""
+async def mercato(
+    folder: Path, server: EmbeddedPostgres, *, workers: int = 1, transport: str | None = None
+) -> AsyncGenerator[Mercato]:
+    """A running `mercato up` on this server; `folder` keeps its data from one start to the next.
+
+    `transport`: each service is a process of its own; None: `workers` processes with all of them.
+    """
+    placed = ["--workers", str(workers)] if transport is None else ["--split", "--transport", transport]
     # Settings of the person who runs this are none of the shop's.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MERCATO_")}
     environment |= {
@@ -192,7 +201,7 @@ async def mercato(folder: Path, server: EmbeddedPostgres, *, workers: int) -> As
     with (folder / "mercato.log").open("ab") as log:
         process = await asyncio.create_subprocess_exec(
             *[sys.executable, "-m", "mercato.cli", "up", "--json", "--demo", "--port", "0"],
-            *["--workers", str(workers), "--data", str(folder / "data")],
+            *[*placed, "--data", str(folder / "data")],
             env=environment,
             stdin=DEVNULL,
             stdout=PIPE,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 import mercato
 from mercato import topology
+from mercato.chassis.hosting.host import Host
+from mercato.chassis.messaging.events import Subscription
 
 ROOT = Path(mercato.__file__).parent.parent
 
@@ -33,3 +36,27 @@ def test_no_two_services_call_each_other():
     pairs = {(caller, operation.service) for caller, calls in topology.CALLS.items() for operation in calls}
 
     assert {(one, other) for one, other in pairs if (other, one) in pairs} == set()
+
+
+def test_each_service_reads_the_logs_that_it_is_known_to_read():
+    """A server refuses all other readers."""
+    subscribed = {
+        service: sorted({source for wanted in subscriptions(service) for source in wanted.sources})
+        for service in topology.SERVICES
+    }
+
+    assert {service: sources for service, sources in subscribed.items() if sources} == {
+        service: sorted(sources) for service, sources in topology.READS.items()
+    }
+
+
+def subscriptions(service: str) -> Sequence[Subscription]:
+    secrets, dsns = {service: bytes(32)}, {service: "postgresql:///not_opened"}
+    host = Host(topology.builds([service]), dsns, secrets=secrets)
+    return host.services[service].subscriptions
+
+
+def test_only_services_speak_for_the_shop_and_the_operator_is_staff():
+    roles = {caller: grant.roles for caller, grant in topology.grants().items() if grant.roles is not None}
+
+    assert roles == {"gateway": frozenset({"anonymous", "customer", "staff"}), "operator": frozenset({"staff"})}

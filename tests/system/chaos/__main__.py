@@ -2,11 +2,12 @@
 
     make chaos SECONDS=60 [SEED=1] [ARGS="--json"]
 
-Starts `mercato up --workers 2` on a fresh folder. People order, pay, cancel, return, get refunds, send things twice and
-give up waiting; meanwhile workers, the owner, the guard, the postmaster and single processes of PostgreSQL are killed,
-connections are ended, workers are stopped and go on as zombies. The bank fails one call in twenty. In the end the kills
-stop, the shop comes to rest by itself (within a minute), and the audit asks every invariant, those of the clients'
-history among them. Ends with 0 if all is well. When it is not, the folder is kept, with databases, logs and history.
+Starts `mercato up --workers 2` on a fresh folder, or with ARGS="--split nats" each service as two processes. People
+order, pay, cancel, return, get refunds, send things twice and give up waiting; meanwhile workers, the owner, the guard,
+the postmaster and single processes of PostgreSQL are killed, connections are ended, workers are stopped and go on as
+zombies. The bank fails one call in twenty. In the end the kills stop, the shop comes to rest by itself (within a
+minute), and the audit asks every invariant, those of the clients' history among them. Ends with 0 if all is well. When
+it is not, the folder is kept, with databases, logs and history.
 
 The seed decides what is struck and after which pause, and what people want; it does not decide who wins a race.
 """
@@ -121,6 +122,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make chaos", description="Kill a shop under load, and audit what is left.")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long blows fall (60)")
     parser.add_argument("--seed", type=int, default=None, help="the schedule and the mix of another run")
+    parser.add_argument("--split", choices=("nats", "http"), help="each service as processes of its own, two of each")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args()
     if options.seed is None:
@@ -136,7 +138,10 @@ async def _interruptible(work: Any) -> Any:
 
 
 async def _campaign(options: argparse.Namespace, folder: Path, tell: _Teller) -> Result:
-    async with BatteredShop(folder / "data") as shop, contextlib.aclosing(Clients(shop, DEMO_PASSWORD)) as clients:
+    async with (
+        BatteredShop(folder / "data", options.split) as shop,
+        contextlib.aclosing(Clients(shop, DEMO_PASSWORD)) as clients,
+    ):
         await _come_up(shop, folder)
         customers = people()
         for customer in customers:
@@ -181,7 +186,7 @@ def _visitors(clients: Clients, customers: list[Any], seed: int, end: float) -> 
 
 async def _strike(shop: BatteredShop, seed: int, end: float) -> None:
     """Strikes as the schedule says until the time is over."""
-    for blow in schedule(seed):
+    for blow in schedule(seed, split=shop.is_split):
         left = end - time.monotonic()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, left)):

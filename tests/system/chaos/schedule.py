@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 import msgspec
 
-Kind = Literal["owner", "guard", "postmaster", "worker", "backend", "terminate", "pause"]
+Kind = Literal["owner", "guard", "postmaster", "nats", "worker", "backend", "terminate", "pause"]
 
 WEIGHTS: Final[dict[Kind, int]] = {
     "owner": 2,
@@ -20,7 +20,11 @@ WEIGHTS: Final[dict[Kind, int]] = {
     "pause": 5,
 }
 """`backend` is a SIGKILL of one process of PostgreSQL, `terminate` asks PostgreSQL to end one connection or all of a
-service, `pause` is SIGSTOP, and SIGCONT some seconds later. The first four end the shop, which is started again."""
+service, `pause` is SIGSTOP, and SIGCONT some seconds later. The owner and a worker
+end the shop, which is started again; a server that dies is started again by the owner, three times within a minute."""
+
+SPLIT_WEIGHTS: Final[dict[Kind, int]] = {**WEIGHTS, "owner": 1, "guard": 1, "postmaster": 1, "nats": 2, "worker": 12}
+"""Of a shop whose services are processes of their own, here its workers: each is started again by itself."""
 
 MEAN_GAP_SECONDS: Final = 1.2
 """With the restarts between them, a blow falls every three seconds or so."""
@@ -44,7 +48,7 @@ class Blow(msgspec.Struct, frozen=True):
     pause_s: float
 
 
-def schedule(seed: int) -> Iterator[Blow]:
+def schedule(seed: int, *, split: bool) -> Iterator[Blow]:
     """Endless. The times are gaps, not instants: how long a restart takes is the machine's business."""
     rng = random.Random(f"{seed}:schedule")
     double = False
@@ -52,7 +56,8 @@ def schedule(seed: int) -> Iterator[Blow]:
     while True:
         number += 1
         gap_s = rng.uniform(0, DOUBLE_WITHIN_SECONDS) if double else rng.expovariate(1 / MEAN_GAP_SECONDS)
-        [kind] = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))
+        weights = SPLIT_WEIGHTS if split else WEIGHTS
+        [kind] = rng.choices(list(weights), list(weights.values()))
         early, choice, pause_s = rng.random() < EARLY, rng.random(), rng.uniform(*PAUSE_SECONDS)
         yield Blow(number, kind, gap_s, double or early, choice, pause_s)
         double = not double and rng.random() < DOUBLES

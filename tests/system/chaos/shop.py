@@ -19,6 +19,7 @@ import aiohttp
 import asyncpg
 import msgspec
 
+from mercato.cli.split import read_record
 from mercato.embedded_postgres import processes
 from mercato.testing.process import Identity, Process, command_line
 from system.chaos.schedule import Blow
@@ -48,12 +49,13 @@ COUNTED: Final = {"takeovers": "mercato_saga_taken_over_total", "fenced": "merca
 class Run:
     """One run of the command: from its start to its end."""
 
-    def __init__(self, data: Path) -> None:
-        self.process = Process(data, "--workers", str(WORKERS), environment=ENVIRONMENT)
+    def __init__(self, data: Path, options: Sequence[str]) -> None:
+        self.process = Process(data, *options, environment=ENVIRONMENT)
         self.started_at = time.monotonic()
         self.may_end = False
         """Whether a blow has fallen after which it is right to end."""
-        self.counted: Counter[str] = Counter()
+        self.counted: Counter[tuple[str, str]] = Counter()
+        """By URL and what is counted."""
 
 
 class Struck(msgspec.Struct, frozen=True):
@@ -71,8 +73,13 @@ class Struck(msgspec.Struct, frozen=True):
 class BatteredShop:
     """Keeps a shop running on `data`, and strikes it. `up` is set, and `url` true, while it takes requests."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, transport: str | None = None) -> None:
+        """`transport`: each service is a process of its own, twice, over `nats` or `http`; None: workers."""
         self.data = data
+        self.is_split = transport is not None
+        self._options = (
+            ("--transport", transport, "--placement", "cluster") if transport else ("--workers", str(WORKERS))
+        )
         self.up = asyncio.Event()
         self.url = ""
         self._runs: list[Run] = []
@@ -121,7 +128,7 @@ class BatteredShop:
                 self._unexplained.append(f"run {len(self._runs)} has ended by itself: {_last_words(run.process)}")
 
     def _start(self) -> Run:
-        run = Run(self.data)
+        run = Run(self.data, self._options)
         self._runs.append(run)
         return run
 
@@ -156,9 +163,10 @@ class BatteredShop:
             "owner": [tree.owner],
             "guard": [tree.guard],
             "postmaster": [tree.postmaster],
-            "worker": [*tree.workers],
+            "nats": [p for p in tree.others if "nats-server" in command_line(p.pid)],
+            "worker": [*tree.workers, *tree.instances.values()],
             "backend": [*tree.backends],
-            "pause": [*tree.workers],
+            "pause": [*tree.workers, *tree.instances.values()],
         }[blow.kind]
         found = sorted((target for target in targets if target), key=lambda target: target.pid)
         if not found:
@@ -169,8 +177,10 @@ class BatteredShop:
         else:
             # PostgreSQL survives the death of any process but the one that recovers it. A shop that cannot reach it
             # while it starts says so, and ends.
-            harmless = blow.kind == "backend" and self.up.is_set() and "startup" not in command_line(target.pid)
-            run.may_end = run.may_end or not harmless
+            harmless = blow.kind == "backend" and "startup" not in command_line(target.pid)
+            # What dies of a shop that is split is started again; a start does not wait for it for ever.
+            harmless = harmless or (self.is_split and blow.kind in ("worker", "nats"))
+            run.may_end = run.may_end or not (harmless and self.up.is_set())
             processes.send(target, signal.SIGKILL)
         self._blows[blow.kind] += 1
 
@@ -220,11 +230,18 @@ class BatteredShop:
                 if run is None or not url:
                     continue
                 with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
-                    async with session.get(f"{url}/metrics", headers={"Connection": "close"}) as answer:
-                        text = await answer.text()
-                    for name, metric in COUNTED.items():
-                        found = re.findall(rf'^{metric}{{service="orders"}} (\S+)', text, re.MULTILINE)
-                        run.counted[name] = max(run.counted[name], int(sum(map(float, found))))
+                    for counting in self._counting(url):
+                        async with session.get(f"{counting}/metrics", headers={"Connection": "close"}) as answer:
+                            text = await answer.text()
+                        for name, metric in COUNTED.items():
+                            found = re.findall(rf'^{metric}{{service="orders"}} (\S+)', text, re.MULTILINE)
+                            seen = run.counted[counting, name]
+                            run.counted[counting, name] = max(seen, int(sum(map(float, found))))
+
+    def _counting(self, url: str) -> Sequence[str]:
+        """The processes that drive sagas, by their URLs: each life of a process has a port of its own."""
+        record = read_record(self.data) if self.is_split else None
+        return [u for name, u in record.urls.items() if name.startswith("orders")] if record else [url]
 
     @property
     def struck_so_far(self) -> dict[str, int]:
@@ -232,7 +249,10 @@ class BatteredShop:
 
     def struck(self) -> Struck:
         """What has happened so far."""
-        total = sum((run.counted for run in self._runs), Counter[str]())
+        total: Counter[str] = Counter()
+        for run in self._runs:
+            for (_, name), count in run.counted.items():
+                total[name] += count
         logged = self._errors_logged()
         alarms = [text for text in logged if text.startswith(ALARM)]
         return Struck(

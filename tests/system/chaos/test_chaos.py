@@ -15,13 +15,15 @@ import pytest
 from mercato.testing.process import ROOT, clean_environment
 
 SECONDS = 60
+IS_CAMPAIGN = os.environ.get("CAMPAIGN") == "full"
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_minute_of_chaos_leaves_nothing_lost_doubled_charged_twice_or_oversold():
+@pytest.mark.parametrize("split", [None, "nats", *(["http"] if IS_CAMPAIGN else [])])
+def test_a_minute_of_chaos_leaves_nothing_lost_doubled_charged_twice_or_oversold(split: str | None):
     seed = os.environ.get("CHAOS_SEED")
-    chosen = ["--seed", seed] if seed else []
+    chosen = [*(["--seed", seed] if seed else []), *(["--split", split] if split else [])]
     done = subprocess.run(
         [sys.executable, "-m", "system.chaos", "--json", "--seconds", str(SECONDS), *chosen],
         cwd=ROOT,

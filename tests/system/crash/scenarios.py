@@ -154,7 +154,7 @@ def sell_on_account(caller: Caller, key: str) -> None:
 def cancel(caller: Caller, order_id: int) -> None:
     cancelled = expect(caller.post(f"/orders/{order_id}/cancel", {"reason": "power failure"}), 200)
     assert cancelled["status"] == "cancelled"
-    moves = [entry for entry in caller.get(f"/orders/{order_id}/history").json if entry["after"] == "cancelled"]
+    moves = [entry for entry in caller.read(f"/orders/{order_id}/history").json if entry["after"] == "cancelled"]
     assert len(moves) == 1
 
 
@@ -217,7 +217,7 @@ def deliver(caller: Caller, order_id: int) -> None:
 def buy_and_ship(caller: Caller, key: str) -> None:
     order_id = buy_once(caller, key)
     expect(caller.call("PATCH", f"/orders/{order_id}", {"fulfilment": "shipped"}), 200)
-    moves = [entry for entry in caller.get(f"/orders/{order_id}/history").json if entry["after"] == "shipped"]
+    moves = [entry for entry in caller.read(f"/orders/{order_id}/history").json if entry["after"] == "shipped"]
     assert len(moves) == 1
 
 
@@ -297,14 +297,14 @@ def product(caller: Caller, key: str) -> int:
 def count_stock(caller: Caller, key: str) -> None:
     product_id = product(caller, key)
     expect(caller.call("PUT", f"/products/{product_id}/stock", {"on_hand": 7}), 200)
-    assert caller.get(f"/products/{product_id}/stock").json["on_hand"] == 7
+    assert caller.read(f"/products/{product_id}/stock").json["on_hand"] == 7
 
 
 def receive_stock(caller: Caller, key: str) -> int:
     product_id = product(caller, key)
     path = f"/products/{product_id}/stock"
     expect(caller.post(f"{path}/adjustments", {"delta": 7, "reason": "delivery"}, Idempotency_Key=key), 200)
-    assert caller.get(path).json["on_hand"] == 7
+    assert caller.read(path).json["on_hand"] == 7
     return product_id
 
 
@@ -314,7 +314,7 @@ def hear_of_stock(caller: Caller, key: str) -> None:
 
 def await_in_stock(caller: Caller, product_id: int) -> None:
     end = time.monotonic() + CONVERGED_SECONDS
-    while not caller.get(f"/products/{product_id}").json["in_stock"]:
+    while not caller.read(f"/products/{product_id}").json["in_stock"]:
         assert time.monotonic() < end
         time.sleep(POLL_SECONDS)
 
@@ -334,12 +334,12 @@ def new_product(shop: Shop, key: str) -> int:
 def reprice(caller: Caller, product_id: int) -> None:
     price = {"amount": "12.34", "currency": "USD"}
     expect(caller.call("PATCH", f"/products/{product_id}", {"price": price}), 200)
-    assert caller.get(f"/products/{product_id}").json["price"]["amount"] == "12.34"
+    assert caller.read(f"/products/{product_id}").json["price"]["amount"] == "12.34"
 
 
 def archive(caller: Caller, product_id: int) -> None:
     assert expect(caller.post(f"/products/{product_id}/archive", {}), 200)["status"] == "archived"
-    assert caller.get(f"/products/{product_id}").json["version"] == 2
+    assert caller.read(f"/products/{product_id}").json["version"] == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------- users

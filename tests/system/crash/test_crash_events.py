@@ -22,6 +22,7 @@ def test_all_ends_well_after_a_crash_at(crash: Crash, shop: Shop):
     crash_and_recover(shop, crash)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("point", AT_REPLAY)
 def test_a_dead_event_has_one_effect_though_its_replay_crashes_at(point: str, shop: Shop):
     was_committed = point.endswith("after_commit")

@@ -21,10 +21,8 @@ def test_every_declared_point_is_crashed_at_once():
     assert crashed_at == Counter(faults.POINTS)
 
 
-FIRST, *OTHERS = AT_START
-
-
-@pytest.mark.parametrize("point", [FIRST, *(pytest.param(point, marks=pytest.mark.long) for point in OTHERS)])
+@pytest.mark.long
+@pytest.mark.parametrize("point", AT_START)
 def test_a_crash_while_demo_data_is_written_leaves_none_or_all_of_it(point: str):
     with data_folder() as data, Shop(data) as shop:
         for _ in range(2):

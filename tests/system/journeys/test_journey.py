@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 import pytest
 
@@ -13,11 +14,20 @@ PASSWORD = "a long enough password"
 KEY = "cart-17"
 
 
-@pytest.mark.parametrize("transport", ["local", "loopback"])
-def test_from_registration_to_an_order_that_survives_a_kill(transport: str):
-    environment = {"MERCATO_TRANSPORT": transport}
+PLACES: Final[Mapping[str, tuple[tuple[str, ...], Mapping[str, str]]]] = {
+    "local": ((), {}),
+    "loopback": ((), {"MERCATO_TRANSPORT": "loopback"}),
+    "nats": (("--split", "--transport", "nats"), {}),
+    "http": (("--split", "--transport", "http"), {}),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_from_registration_to_an_order_that_survives_a_kill(place: str):
+    options, environment = PLACES[place]
+    options = ("--auth", "required", *options)
     with data_folder() as data:
-        with Process(data, "--auth", "required", environment=environment) as shop, shop.ready().caller() as carol:
+        with Process(data, *options, environment=environment) as shop, shop.ready().caller() as carol:
             user_id = register_and_sign_in(carol)
             refresh_token = carol.sign_in("carol@example.com", PASSWORD).json["refresh_token"]
             products = choose(carol)
@@ -30,7 +40,7 @@ def test_from_registration_to_an_order_that_survives_a_kill(transport: str):
             shop.assert_gone()
             token = carol.token
 
-        with Process(data, "--auth", "required", environment=environment) as shop, shop.ready().caller() as carol:
+        with Process(data, *options, environment=environment) as shop, shop.ready().caller() as carol:
             carol.token = token
             assert carol.get(f"/orders/{seen['id']}").json == seen
 

@@ -30,6 +30,7 @@ def data() -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.long
 async def test_a_key_has_one_order_however_often_and_whenever_it_is_sent(data: Path):
     with Process(data, "--workers", "2") as shop:
         async with ConcurrentClient(shop.ready().url) as client:
@@ -49,6 +50,7 @@ async def test_a_key_has_one_order_however_often_and_whenever_it_is_sent(data: P
             await refuse_another_body(client)
 
 
+@pytest.mark.long
 async def test_carts_with_the_same_products_in_opposite_orders_are_all_paid(data: Path):
     with Process(data, "--workers", "2") as shop:
         async with ConcurrentClient(shop.ready().url) as client:

@@ -367,6 +367,7 @@ def test_a_survivor_that_was_judged_equivalent_is_not_tried(planted: Path, capsy
     assert "2 killed, 0 hung until their time was up, 0 survived, 1 equivalent" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_who_stops_it_finds_no_file_and_no_process(planted: Path):
     (planted / "tests/services/shop/test_rules.py").write_text(HANGING_TESTS)
     temporary = planted / "tmp"

@@ -1,4 +1,5 @@
-"""The safeguards, and which tests miss each of them. Read from top to bottom: events, keys, money, stock, locks, sagas.
+"""The safeguards, and which tests miss each of them. Read from top to bottom: events, keys, money, stock, locks, sagas,
+calls between processes.
 
 An entry takes away one safeguard, by hand, as somebody might who does not know what it is for. Where two cover each
 other, so that nothing happens while one of them is left, the entry takes both, and says so. `red` are the tests that
@@ -36,6 +37,8 @@ OUTBOX: Final = "mercato/chassis/messaging/outbox.py"
 CONSUMERS: Final = "mercato/chassis/messaging/consumers.py"
 PARKING: Final = "mercato/chassis/messaging/parking.py"
 SAGA: Final = "mercato/chassis/sagas/store.py"
+TRUST: Final = "mercato/chassis/rpc/trust.py"
+RETRYING: Final = "mercato/chassis/rpc/retrying.py"
 SAGA_TABLES_FOR_TESTS: Final = "tests/chassis/sagas/migrations_with_sagas/0001_sagas.py"
 KEYED_BATCH: Final = "mercato/chassis/idempotency/batch.py"
 KEYS: Final = "mercato/chassis/idempotency/keys.py"
@@ -55,6 +58,8 @@ OF_EVENTS: Final = "tests/chassis/messaging/test_events.py"
 OF_STOPS: Final = "tests/chassis/messaging/test_events_stopped.py"
 OF_CONSUMERS: Final = "tests/chassis/messaging/test_consumers.py"
 OF_SAGA: Final = "tests/chassis/sagas/test_sagas.py"
+OF_TRUST: Final = "tests/chassis/rpc/test_trust.py"
+OF_RETRIES: Final = "tests/chassis/rpc/test_retrying.py"
 OF_KEYS: Final = "tests/chassis/idempotency/test_keys.py"
 OF_PLACING: Final = "tests/services/orders/test_placing.py"
 OF_ORDER_KEYS: Final = "tests/services/orders/test_keys.py"
@@ -121,8 +126,8 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
         (
             Edit(
                 CONNECTIONS,
-                " SELECT $1 FROM pg_advisory_xact_lock({OUTBOX_LOCK})",
-                " SELECT $1 WHERE {OUTBOX_LOCK} > 0",
+                " SELECT %s FROM pg_advisory_xact_lock({OUTBOX_LOCK})",
+                " SELECT %s WHERE {OUTBOX_LOCK} > 0",
             ),
         ),
         red=(f"{OF_EVENTS}::test_a_transaction_waits_for_the_commit_of_the_one_that_writes_events",),
@@ -506,5 +511,47 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
         ),
         red=(f"{OF_SAGA}::test_a_save_whose_commit_was_not_heard_of_is_not_made_again[False]",),
         green=f"{OF_SAGA}::test_a_driver_of_another_epoch_is_refused_though_the_version_is_right",
+    ),
+    # ------------------------------------------------------------------------------------------- between processes
+    Safeguard(
+        "audience",
+        "A token for one service is good for every other.",
+        (
+            Edit(
+                TRUST,
+                "            if claims.aud != service or service not in self._services:\n",
+                "            if service not in self._services:\n",
+            ),
+        ),
+        red=(f"{OF_TRUST}::test_a_token_for_another_service_is_refused",),
+        green=f"{OF_TRUST}::test_a_call_without_a_token_is_refused[None]",
+    ),
+    Safeguard(
+        "grant",
+        "A service may call every operation.",
+        (Edit(TRUST, "        if grant is None or name not in grant.operations:\n", "        if grant is None:\n"),),
+        red=(f"{OF_TRUST}::test_an_operation_that_a_service_does_not_call_is_refused[gateway]",),
+        green=f"{OF_TRUST}::test_the_gateway_does_not_speak_for_the_shop",
+    ),
+    Safeguard(
+        "role",
+        "The gateway may speak for the shop itself.",
+        (Edit(TRUST, "        if grant.roles is None:\n            return {}\n", "        return {}\n"),),
+        red=(f"{OF_TRUST}::test_the_gateway_does_not_speak_for_the_shop",),
+        green=f"{OF_TRUST}::test_what_a_service_is_known_to_call_is_not_refused",
+    ),
+    Safeguard(
+        "retry-budget",
+        "All that fails is sent again, however much it is.",
+        (Edit(RETRYING, "        if requests > self._left:\n            return False\n", ""),),
+        red=(f"{OF_RETRIES}::test_a_service_that_is_down_gets_a_tenth_more_than_its_load",),
+        green=f"{OF_RETRIES}::test_after_the_last_attempt_the_failure_stands",
+    ),
+    Safeguard(
+        "retry-class",
+        "What may not come again is sent again.",
+        (Edit(RETRYING, "if operation.repeatable(requests[i]) and contexts[i]", "if contexts[i]"),),
+        red=(f"{OF_RETRIES}::test_what_may_not_come_again_is_sent_once[never]",),
+        green=f"{OF_RETRIES}::test_a_request_with_a_key_is_sent_again",
     ),
 )
