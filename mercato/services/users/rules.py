@@ -1,11 +1,7 @@
 """What an account may look like, and who may see and change which. Pure: no I/O, no clock.
 
-Texts are judged after they were put into the form in which they are stored: `stored_email`, `stored_name`,
+Texts are judged after they were put into the form in which they are stored: `addresses.canonical`, `stored_name`,
 `stored_password`. Each `*_problem` is a sentence about what is wrong, or None.
-
-What we take for an e-mail address is narrower than RFC 5321, and on purpose: one `@`, no quoted local part, no spaces
-or invisible characters, a domain of at least two labels (so neither `localhost` nor an address literal). Letters beyond
-ASCII are welcome on both sides. Whether anybody reads there, only a letter can tell.
 """
 
 from __future__ import annotations
@@ -15,6 +11,7 @@ import unicodedata
 from typing import Final
 
 from mercato.chassis.contract import FieldError
+from mercato.chassis.mail import addresses
 
 SESSION_LENGTH: Final = datetime.timedelta(days=30)
 """From signing in; refreshing does not prolong it, so that a stolen session ends some day."""
@@ -22,14 +19,9 @@ SESSION_LENGTH: Final = datetime.timedelta(days=30)
 SESSION_KEPT: Final = datetime.timedelta(days=7)
 """How long a session that is over stays, for whoever looks into what happened."""
 
-MAX_EMAIL: Final = 254  # RFC 5321 4.5.3.1.3: a path of 256 octets, two of them its brackets
-MAX_LOCAL_PART: Final = 64
-MAX_LABEL: Final = 63
 MAX_NAME: Final = 200
 MIN_PASSWORD: Final = 10
 MAX_PASSWORD: Final = 256
-
-NOT_IN_A_LOCAL_PART: Final = frozenset('"(),:;<>[\\]')
 
 # Those with at least ten characters that open every list of leaked passwords. Shorter ones are refused anyway.
 COMMONEST_PASSWORDS: Final = frozenset(
@@ -77,11 +69,6 @@ COMMONEST_PASSWORDS: Final = frozenset(
 # ---------------------------------------------------------------------------------------------------------- the texts
 
 
-def stored_email(email: str) -> str:
-    """The spelling that was given, without spaces around it, composed (NFC)."""
-    return unicodedata.normalize("NFC", email.strip())
-
-
 def stored_name(name: str) -> str:
     return unicodedata.normalize("NFC", name.strip())
 
@@ -96,38 +83,11 @@ def account_errors(
 ) -> tuple[FieldError, ...]:
     """Everything that is wrong with what is given; the password is judged together with the e-mail."""
     problems = {
-        "email": None if email is None else email_problem(email),
+        "email": None if email is None else addresses.problem(email),
         "name": None if name is None else name_problem(name),
         "password": None if password is None else password_problem(password, email or ""),
     }
     return tuple(FieldError(field=field, message=problem) for field, problem in problems.items() if problem)
-
-
-def email_problem(email: str) -> str | None:
-    if len(email) > MAX_EMAIL:
-        return f"is longer than {MAX_EMAIL} characters"
-    if not email.isprintable() or " " in email:  # of the printable characters, " " is the only space
-        return "must not have spaces, control characters or invisible characters"
-    local, _, domain = email.partition("@")
-    if not local or not domain or "@" in domain:
-        return "must look like name@example.com"
-    if len(local) > MAX_LOCAL_PART:
-        return f"has more than {MAX_LOCAL_PART} characters before the @"
-    if not NOT_IN_A_LOCAL_PART.isdisjoint(local):
-        return "has a character before the @ that is not taken here"
-    if "." not in domain or not all(map(_is_label, domain.split("."))):
-        return "must have a domain such as example.com after the @"
-    return None
-
-
-def _is_label(label: str) -> bool:
-    """A part of a domain name: letters (with their marks), digits and hyphens, no hyphen at either end."""
-    return (
-        0 < len(label) <= MAX_LABEL
-        and not label.startswith("-")
-        and not label.endswith("-")
-        and all(c.isalnum() or c == "-" or unicodedata.category(c).startswith("M") for c in label)
-    )
 
 
 def name_problem(name: str) -> str | None:

@@ -21,6 +21,7 @@ from mercato.chassis.contract import (
     StaleVersion,
     current,
 )
+from mercato.chassis.mail import addresses
 from mercato.chassis.observability import faults
 from mercato.chassis.observability.clock import Randomness
 from mercato.chassis.postgres.database import Database, Tx, UniqueViolation
@@ -76,7 +77,7 @@ class UsersService:
         actor = current.get().actor
         if request.role != CUSTOMER and actor.role not in (STAFF, SERVICE_ROLE):
             raise Forbidden(operation=Users.register.full_name, role=actor.role)
-        email, name = rules.stored_email(request.email), rules.stored_name(request.name)
+        email, name = addresses.canonical(request.email), rules.stored_name(request.name)
         password = rules.stored_password(request.password)
         _refuse(rules.account_errors(email=email, name=name, password=password))
         password_hash = await self._passwords.hash(password)
@@ -91,11 +92,11 @@ class UsersService:
 
     async def sign_in(self, request: SignIn) -> Tokens:
         """Starts a session. Raises WrongCredentials, after the same work whatever was wrong, and TooManyHashes."""
-        email, password = rules.stored_email(request.email), rules.stored_password(request.password)
+        spellings, password = addresses.spellings(request.email), rules.stored_password(request.password)
         credentials = None
-        if rules.email_problem(email) is None:  # what cannot be stored cannot be asked for either
+        if spellings:  # what cannot be stored cannot be asked for either
             async with self._database.read() as tx:
-                credentials = await store.credentials_by_email(tx, email)
+                credentials = await store.credentials_by_email(tx, spellings)
         matches = await self._passwords.matches(credentials.password_hash if credentials else None, password)
         if credentials is None or not matches:
             raise WrongCredentials
@@ -153,7 +154,7 @@ class UsersService:
         """Raises UserNotFound, InvalidRequest, EmailTaken, StaleVersion."""
         if not may_see(current.get().actor, request.id):
             raise UserNotFound(user_id=request.id)
-        email = None if request.email is None else rules.stored_email(request.email)
+        email = None if request.email is None else addresses.canonical(request.email)
         name = None if request.name is None else rules.stored_name(request.name)
         _refuse(rules.account_errors(email=email, name=name))
         try:

@@ -176,16 +176,19 @@ async def add_credentials(tx: Tx, user_id: int, password_hash: str) -> None:
     )
 
 
-async def credentials_by_email(tx: Tx, email: str) -> CredentialsRow | None:
+async def credentials_by_email(tx: Tx, spellings: list[str]) -> CredentialsRow | None:
+    """Of the account with one of the spellings of an address; the first of them that there is."""
     return await tx.fetch_one(
         CredentialsRow,
         """
         SELECT c.user_id, u.email, c.password_hash, c.version
           FROM users u
           JOIN credentials c ON c.user_id = u.id
-         WHERE lower(u.email) = lower($1::text)
+         WHERE lower(u.email) = ANY(ARRAY(SELECT lower(spelling) FROM unnest($1::text[]) AS spelling))
+         ORDER BY array_position(ARRAY(SELECT lower(spelling) FROM unnest($1::text[]) AS spelling), lower(u.email))
+         LIMIT 1
         """,
-        email,
+        spellings,
     )
 
 

@@ -53,7 +53,7 @@ async def test_whoever_registers_becomes_a_customer(harness: ServiceHarness, use
     with harness.acting(customer(user)):
         read = await users.get(GetUser(id=user.id))
 
-    assert (user.email, user.name, user.role, user.version) == ("Jürgen@Example.com", "Jürgen", "customer", 1)
+    assert (user.email, user.name, user.role, user.version) == ("Jürgen@example.com", "Jürgen", "customer", 1)
     assert user.id > 1000
     assert user.created_at.utcoffset() == datetime.timedelta(0)
     assert read == user
@@ -63,6 +63,27 @@ async def test_an_address_has_one_account_however_it_is_spelled(harness: Service
     await registered(harness, users, "Alice")
     with harness.acting(ANYBODY), pytest.raises(EmailTaken):
         await users.register(Register(email="ALICE@Example.COM", name="Alice", password=PASSWORD))
+
+
+async def test_a_domain_in_letters_and_as_it_travels_are_one_address(harness: ServiceHarness, users: Users):
+    with harness.acting(ANYBODY):
+        user = await users.register(Register(email="Carol@XN--mnchen-3ya.DE", name="Carol", password=PASSWORD))
+        assert user.email == "Carol@münchen.de"
+        for email in ("carol@MÜNCHEN.de", "carol@xn--mnchen-3ya.de"):
+            with pytest.raises(EmailTaken):
+                await users.register(Register(email=email, name="Carol", password=PASSWORD))
+            assert (await users.sign_in(SignIn(email=email, password=PASSWORD))).user == user
+
+
+@pytest.mark.parametrize("stored", ["carol@xn--mnchen-3ya.de", "Carol@München.de", "carol..c@example.com"])
+async def test_an_account_of_an_earlier_version_is_found_as_it_was_spelled(
+    harness: ServiceHarness, users: Users, stored: str
+):
+    """An earlier version stored addresses as they were written, and took some that are refused today."""
+    [carol, _dave] = await registered(harness, users, "Carol", "Dave")
+    await harness.rows("UPDATE users SET email = $2 WHERE id = $1 RETURNING id", carol.id, stored, of="users")
+    with harness.acting(ANYBODY):
+        assert (await users.sign_in(SignIn(email=stored, password=PASSWORD))).user.id == carol.id
 
 
 async def test_of_simultaneous_registrations_of_an_address_one_succeeds(harness: ServiceHarness, users: Users):
@@ -193,7 +214,7 @@ async def test_a_customer_changes_what_is_given(harness: ServiceHarness, users: 
         moved = await users.update_profile(UpdateProfile(id=alice.id, email="Alice@Example.com"))
 
     assert (renamed.name, renamed.email, renamed.version) == ("Alice L.", alice.email, 2)
-    assert (moved.name, moved.email, moved.version) == ("Alice L.", "Alice@Example.com", 3)
+    assert (moved.name, moved.email, moved.version) == ("Alice L.", "Alice@example.com", 3)
     assert moved.updated_at > moved.created_at
 
 
