@@ -69,6 +69,11 @@ class Caller:
         """What `order` gives for this key once the shop has recovered."""
         return _recovered(lambda: self.order(key))
 
+    def paid(self, key: str) -> Response:
+        """Places an order of one piece that is paid at once, and gives the answer once the shop has recovered."""
+        order = {"user_id": 1, "product_id": 100, "amount": 99.99, "payment_method": "sandbox:ok"}
+        return _recovered(lambda: self.post("/orders", order, Idempotency_Key=key))
+
     def sign_in(self, email: str, password: str) -> Response:
         """Further calls come from this account."""
         reply = self.post("/login", {"email": email, "password": password})

@@ -22,7 +22,6 @@ from pgbouncer.pooler import Pooler, needs_new_pgbouncer, needs_pgbouncer
 
 SECRET = "a secret of at least thirty-two characters"
 SERVICES = ("users", "products", "inventory", "sandbox", "payments", "orders", "events")
-PAID = {"user_id": 1, "product_id": 100, "amount": 99.99, "payment_method": "sandbox:ok"}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +73,7 @@ def test_each_service_answers_its_own_rows_and_the_gateway_all(shop: Mapping[str
 
 def test_an_order_is_paid_for_across_processes(shop: Mapping[str, Served]):
     with shop["gateway"].caller() as caller, shop["orders"].caller() as direct:
-        order = caller.post("/orders", PAID).json
+        order = caller.paid("key-1").json
         wait_until(lambda: direct.get(f"/orders/{order['id']}").json["payment"] == "paid", BOUND_SECONDS)
         wait_until(lambda: types_of(caller, order["id"]) >= {"order.placed", "order.paid"}, BOUND_SECONDS)
 
@@ -111,7 +110,7 @@ def variables_address(shop: Mapping[str, Served]) -> str:
 def test_several_services_in_one_process_call_each_other_directly(folder: Path):
     names = (*SERVICES, "gateway")
     with Served(*names, environment=given(folder, *names)) as whole, whole.ready().caller() as caller:
-        order = caller.post("/orders", PAID).json
+        order = caller.paid("key-2").json
         wait_until(lambda: caller.get(f"/orders/{order['id']}").json["payment"] == "paid", BOUND_SECONDS)
         whole.ask_to_stop()
         assert whole.exit_code() == 0
@@ -273,7 +272,7 @@ def test_processes_find_each_other_by_mdns(folder: Path, tmp_path: Path):
         ]
         with gateway.ready().caller() as caller:
             wait_until(lambda: caller.get("/health/ready").status == 200, BOUND_SECONDS)
-            order = caller.post("/orders", PAID).json
+            order = caller.paid("key-3").json
             wait_until(lambda: caller.get(f"/orders/{order['id']}").json["payment"] == "paid", BOUND_SECONDS)
         operator = {**variables(folder / "operator.env"), **found}
         seen = run("doctor", "--data", str(tmp_path), environment=operator)
@@ -314,7 +313,7 @@ def test_services_reach_their_databases_through_a_pooler(folder: Path, cluster: 
         assert f"@{pooler.address}/" in everything_here["DATABASE_URL_ORDERS"]
         served = Served(*SERVICES, "gateway", environment=everything_here)
         with served, served.ready().caller() as caller:
-            order = caller.post("/orders", PAID).json
+            order = caller.paid("key-4").json
             wait_until(lambda: caller.get(f"/orders/{order['id']}").json["payment"] == "paid", BOUND_SECONDS)
             wait_until(lambda: types_of(caller, order["id"]) >= {"order.placed", "order.paid"}, BOUND_SECONDS)
             assert caller.get("/health/ready").status == 200

@@ -20,7 +20,6 @@ from mercato.testing.waiting import BOUND_SECONDS, wait_until
 
 ORDERS = 20
 SERVICES = {"users", "products", "inventory", "sandbox", "payments", "orders", "events"}
-PAID = {"user_id": 1, "product_id": 100, "amount": 99.99, "payment_method": "sandbox:ok"}
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +55,12 @@ def assert_nothing_lost(shop: Process, buyers: Buyers) -> None:
 def test_every_service_is_a_process_and_the_gateway_reaches_them(shop: Process):
     assert set(shop.tree().instances) == (SERVICES - {"orders"}) | {"orders.1", "orders.2", "gateway.1", "gateway.2"}
     with shop.caller() as caller:
-        placed = caller.post("/orders", PAID)
+        placed = caller.paid("reached")
         assert (placed.status, placed.json["user_id"]) == (201, 1)
         wait_until(lambda: caller.get(f"/orders/{placed.json['id']}").json["payment"] == "paid", BOUND_SECONDS)
         wanted = {"order.placed", "order.paid", "order.confirmed"}
         wait_until(lambda: wanted <= told(caller, placed.json["id"]), BOUND_SECONDS)
-        assert caller.get("/health/ready").json["services"] == dict.fromkeys(SERVICES - {"sandbox"}, "up")
+        assert caller.read("/health/ready").json["services"] == dict.fromkeys(SERVICES - {"sandbox"}, "up")
 
 
 def told(caller: Caller, order_id: int) -> set[str]:
@@ -207,9 +206,9 @@ def command(shop: Process, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_processes_are_listed_with_what_they_have_done(shop: Process):
-    with shop.caller() as caller:
-        assert caller.post("/orders", PAID).status == 201
     recovered(shop)
+    with shop.caller() as caller:
+        assert caller.paid("listed").status == 201
     done = command(shop, "services", "--json")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["services"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Final, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, TypeVar, cast
 
 import msgspec
 
@@ -13,6 +14,7 @@ from mercato.contracts.payments import (
     AuthorizePayment,
     CapturePayment,
     ChargePayment,
+    OutcomePending,
     Payment,
     Payments,
     RefundPayment,
@@ -109,13 +111,16 @@ class PaymentsHarness(ServiceHarness):
         return ChargePayment(**msgspec.structs.asdict(self.authorization(method, amount, **fields)))
 
     async def charged(self, method: str = "sandbox:ok", amount: int = 1_000) -> Payment:
-        return await self.payments.charge(self.charge(method, amount))
+        [payment] = await settled(self.payments.charge.many, [self.charge(method, amount)])
+        return payment
 
     async def authorized(self, method: str = "sandbox:ok", amount: int = 1_000) -> Payment:
-        return await self.payments.authorize(self.authorization(method, amount))
+        [payment] = await settled(self.payments.authorize.many, [self.authorization(method, amount)])
+        return payment
 
     async def captured(self, amount: int = 1_000) -> Payment:
-        return await self.payments.capture(capture(await self.authorized(amount=amount)))
+        [payment] = await settled(self.payments.capture.many, [capture(await self.authorized(amount=amount))])
+        return payment
 
     # -------------------------------------------------------------------------------------------------------- tables
 
@@ -160,6 +165,22 @@ class PaymentsHarness(ServiceHarness):
         await self.rows("ALTER TABLE operations ENABLE TRIGGER USER")
         await self.age(hours=24 * days)
         await self.bank("UPDATE operations SET key = 'forgotten-' || id")
+
+
+async def settled(
+    call: Callable[[Sequence[R]], Awaitable[Sequence[Payment | Exception]]], requests: Sequence[R]
+) -> list[Payment]:
+    """The payments once their outcome is known, asked for again as orders does: a busy machine's bank answers late.
+
+    Raises what a request is refused with.
+    """
+    while True:
+        answers = await call(requests)
+        failures = [answer for answer in answers if isinstance(answer, Exception)]
+        if not failures:
+            return cast(list[Payment], answers)
+        if others := [failure for failure in failures if not isinstance(failure, OutcomePending)]:
+            raise others[0]
 
 
 def capture(payment: Payment | Request, nonce: int = NONCE) -> CapturePayment:

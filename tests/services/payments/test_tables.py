@@ -7,7 +7,7 @@ import contextlib
 import asyncpg
 import pytest
 
-from services.payments.harness import PaymentsHarness, capture, refund
+from services.payments.harness import PaymentsHarness, capture, refund, settled
 
 BATCH = 64
 BATCHES = 8
@@ -50,10 +50,10 @@ async def test_an_operation_of_a_payment_is_recorded_once(harness: PaymentsHarne
 async def test_updates_of_a_load_touch_no_index(harness: PaymentsHarness, table: str):
     before = await statistics(harness, table)
     for _ in range(BATCHES):
-        charged = await harness.payments.charge.many([harness.charge() for _ in range(BATCH)])
-        authorized = await harness.payments.authorize.many([harness.authorization() for _ in range(BATCH)])
-        captured = await harness.payments.capture.many([capture(p) for p in authorized])  # pyright: ignore[reportArgumentType]
-        await harness.payments.refund.many([refund(p, 100) for p in [*charged[:8], *captured[:8]]])  # pyright: ignore[reportArgumentType]
+        charged = await settled(harness.payments.charge.many, [harness.charge() for _ in range(BATCH)])
+        authorized = await settled(harness.payments.authorize.many, [harness.authorization() for _ in range(BATCH)])
+        captured = await settled(harness.payments.capture.many, [capture(p) for p in authorized])
+        await harness.payments.refund.many([refund(p, 100) for p in [*charged[:8], *captured[:8]]])
 
     updates, indexed = (after - n for after, n in zip(await statistics(harness, table), before, strict=True))
 
