@@ -10,6 +10,7 @@ remembered until it expires: verifying costs 75 microseconds, looking it up a te
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
@@ -30,16 +31,19 @@ TOKEN_TYPE: Final = "at+jwt"  # noqa: S105  # RFC 9068
 KEYS_PAUSE_SECONDS: Final = 10.0
 """The keys are asked for again, because of an unknown one, at most this often."""
 
+SESSION_ID: Final = re.compile("[0-9a-f]{32}")
+
 OPEN_ACTOR: Final = Actor(STAFF, 0)
 
 
 class Claims(msgspec.Struct):
-    """What is read from a token. `exp` is a time in seconds since 1970."""
+    """What is read from a token. `exp` is a time in seconds since 1970, `sid` the id of the session."""
 
     iss: str
     aud: str
     sub: str
     role: str
+    sid: str
     exp: float
 
 
@@ -115,7 +119,7 @@ class Verifier:
         assert keys is not None
         if claims.iss != keys.issuer or claims.aud != keys.audience or claims.role not in (CUSTOMER, STAFF):
             raise Unauthenticated(reason=FORGED)
-        if not claims.sub.isascii() or not claims.sub.isdigit():
+        if not claims.sub.isascii() or not claims.sub.isdigit() or not SESSION_ID.fullmatch(claims.sid):
             raise Unauthenticated(reason=FORGED)
         if claims.exp <= self._clock.now().timestamp():
             raise Unauthenticated(reason="The access token has expired; refresh it, or sign in again.")

@@ -28,6 +28,7 @@ from mercato.gateway.problems import HostNotAllowed
 
 START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 LIFE_SECONDS = 900
+SID = "0123456789abcdef" * 2
 
 
 BEGAN_AT_SECONDS = 86_400.75
@@ -75,7 +76,7 @@ class Signer:
         key = key or self.key
         headers = {"alg": "EdDSA", "typ": "at+jwt", "kid": key.thumbprint(), **(header or {})}
         exp = int(START.timestamp()) + LIFE_SECONDS
-        content = {"iss": "mercato", "aud": "shop", "sub": "7", "role": "customer", "exp": exp, **claims}
+        content = {"iss": "mercato", "aud": "shop", "sub": "7", "role": "customer", "sid": SID, "exp": exp, **claims}
         headers = {name: value for name, value in headers.items() if value is not None}
         content = {name: value for name, value in content.items() if value is not None}
         return jwt.encode(headers, content, key, registry=ALGORITHMS)
@@ -122,6 +123,11 @@ async def test_a_token_of_this_shop_says_who_asks(verifier: Verifier, signer: Si
         {"role": "service"},
         {"role": "anonymous"},
         {"role": None},
+        {"sid": None},
+        {"sid": "1001"},
+        {"sid": 1001},
+        {"sid": SID.upper()},
+        {"sid": SID + "\n"},
         {"exp": None},
         {"exp": "tomorrow"},
         {"exp": True},
@@ -169,7 +175,7 @@ async def test_a_token_signed_with_the_public_key_as_a_secret_is_refused(verifie
     secret = OctKey.import_key(str(signer.key.as_dict(private=False)["x"]))
     header = {"alg": "HS256", "typ": "at+jwt", "kid": signer.key.thumbprint()}
     exp = int(START.timestamp()) + LIFE_SECONDS
-    claims = {"iss": "mercato", "aud": "shop", "sub": "7", "role": "staff", "exp": exp}
+    claims = {"iss": "mercato", "aud": "shop", "sub": "7", "role": "staff", "sid": SID, "exp": exp}
     with pytest.raises(Unauthenticated):
         await verifier.actor(jwt.encode(header, claims, secret))
 

@@ -51,7 +51,14 @@ from mercato.contracts.users import (
 
 from . import rules, store
 from .passwords import Passwords
-from .tokens import ACCESS_TOKEN_LIFE, TOKEN_TYPE, AccessTokens, new_refresh_token, refresh_token_hash
+from .tokens import (
+    ACCESS_TOKEN_LIFE,
+    TOKEN_TYPE,
+    AccessTokens,
+    new_refresh_token,
+    new_session_id,
+    refresh_token_hash,
+)
 
 log = structlog.stdlib.get_logger("mercato.users")
 
@@ -117,7 +124,7 @@ class UsersService:
         # Outside: raising inside would roll back the end of the session.
         if session is None or user is None:
             raise SessionEnded
-        return self._issued(user, session.id, refresh_token)
+        return self._issued(user, session, refresh_token)
 
     async def sign_out(self, request: SignOut) -> Empty:
         """Ends the session of a refresh token, used or not. Nothing happens where there is none."""
@@ -207,22 +214,22 @@ class UsersService:
             return None  # the old hash is as good as it was yesterday; the next time they sign in will do
 
     async def _start_session(self, checked: store.CredentialsRow, better_hash: str | None) -> Tokens:
-        refresh_token = new_refresh_token(self._randomness)
+        refresh_token, sid = new_refresh_token(self._randomness), new_session_id(self._randomness)
         async with self._database.transaction() as tx:
             if better_hash:
                 await store.rehash(tx, checked.user_id, checked.version, better_hash)
-            session = await store.start_session(tx, checked.user_id, checked.version, rules.SESSION_LENGTH)
+            session = await store.start_session(tx, checked.user_id, checked.version, sid, rules.SESSION_LENGTH)
             if session is None:
                 raise WrongCredentials  # the password was changed while we checked it
             await store.add_refresh_token(tx, session.id, refresh_token_hash(refresh_token))
             user = await self._expected(tx, session.user_id, None)
-        return self._issued(user, session.id, refresh_token)
+        return self._issued(user, session, refresh_token)
 
     async def _rotate(self, tx: Tx, session: store.SessionRow, used: bytes, fresh: bytes) -> User | None:
         """The session's user, with the token replaced; None where it was used before, with the session ended."""
         if not await store.use_refresh_token(tx, used):
             await store.end_session(tx, session.id, "token_reused")
-            log.warning("refresh_token_reused", user_id=session.user_id, session_id=session.id)
+            log.warning("refresh_token_reused", user_id=session.user_id, session_id=session.sid.hex)
             return None
         await store.add_refresh_token(tx, session.id, fresh)
         return await self._expected(tx, session.user_id, None)
@@ -244,9 +251,9 @@ class UsersService:
             raise StaleVersion(expected=version, actual=row.version)
         return _user(row)
 
-    def _issued(self, user: User, session_id: int, refresh_token: str) -> Tokens:
+    def _issued(self, user: User, session: store.SessionRow, refresh_token: str) -> Tokens:
         return Tokens(
-            access_token=self._tokens.sign(user, session_id),
+            access_token=self._tokens.sign(user, session.sid),
             refresh_token=refresh_token,
             token_type=TOKEN_TYPE,
             expires_in=int(ACCESS_TOKEN_LIFE.total_seconds()),

@@ -7,6 +7,7 @@ by ascending id.
 from __future__ import annotations
 
 import datetime
+import uuid
 from typing import Final
 
 from mercato.chassis.postgres.database import Row, Tx
@@ -37,6 +38,9 @@ class CredentialsRow(Row, frozen=True, gc=False):
 
 class SessionRow(Row, frozen=True, gc=False):
     id: int
+    """Inside this database alone: it counts, and counts again after a restore."""
+    sid: uuid.UUID
+    """The id that others see: 128 random bits."""
     user_id: int
 
 
@@ -237,7 +241,9 @@ async def change_password(tx: Tx, user_id: int, version: int, password_hash: str
 # ------------------------------------------------------------------------------------------------------------ sessions
 
 
-async def start_session(tx: Tx, user_id: int, version: int, length: datetime.timedelta) -> SessionRow | None:
+async def start_session(
+    tx: Tx, user_id: int, version: int, sid: uuid.UUID, length: datetime.timedelta
+) -> SessionRow | None:
     """A new session; None where the password was changed after `version` was read.
 
     The lock makes a change of password wait for this session, so that it ends this one too, or this wait for it.
@@ -245,15 +251,16 @@ async def start_session(tx: Tx, user_id: int, version: int, length: datetime.tim
     return await tx.fetch_one(
         SessionRow,
         """
-        INSERT INTO sessions (user_id, expires_at)
-        SELECT user_id, now() + $3::interval
+        INSERT INTO sessions (user_id, sid, expires_at)
+        SELECT user_id, $3, now() + $4::interval
           FROM credentials
          WHERE user_id = $1 AND version = $2
            FOR SHARE
-        RETURNING id, user_id
+        RETURNING id, sid, user_id
         """,
         user_id,
         version,
+        sid,
         length,
     )
 
@@ -263,7 +270,7 @@ async def lock_session(tx: Tx, token_hash: bytes) -> SessionRow | None:
     return await tx.fetch_one(
         SessionRow,
         """
-        SELECT s.id, s.user_id
+        SELECT s.id, s.sid, s.user_id
           FROM refresh_tokens t
           JOIN sessions s ON s.id = t.session_id
          WHERE t.hash = $1 AND s.ended_at IS NULL AND s.expires_at > now()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import datetime
 import hashlib
+import uuid
 from typing import Final
 
 from joserfc import jwt
@@ -25,6 +26,7 @@ TOKEN_TYPE: Final = "Bearer"  # noqa: S105  # RFC 6750
 ACCESS_TOKEN_LIFE: Final = datetime.timedelta(minutes=15)
 REFRESH_TOKEN_BYTES: Final = 32
 TOKEN_ID_BYTES: Final = 16
+SESSION_ID_BYTES: Final = 16
 
 
 class AccessTokens:
@@ -36,7 +38,7 @@ class AccessTokens:
         self._clock = clock
         self._randomness = randomness
 
-    def sign(self, user: User, session_id: int) -> str:
+    def sign(self, user: User, sid: uuid.UUID) -> str:
         header = {"alg": ALGORITHM, "typ": "at+jwt", "kid": self._key_id}
         issued_at = int(self._clock.now().timestamp())
         claims = {
@@ -44,7 +46,7 @@ class AccessTokens:
             "aud": AUDIENCE,
             "sub": str(user.id),
             "role": user.role,
-            "sid": str(session_id),
+            "sid": sid.hex,
             "iat": issued_at,
             "exp": issued_at + int(ACCESS_TOKEN_LIFE.total_seconds()),
             "jti": _url_safe(self._randomness.token(TOKEN_ID_BYTES)),
@@ -55,6 +57,11 @@ class AccessTokens:
         public = {name: str(value) for name, value in self._key.as_dict(private=False).items()}
         described = {**public, "kid": self._key_id, "use": "sig", "alg": ALGORITHM}
         return PublicKeys(keys=(described,), issuer=ISSUER, audience=AUDIENCE)
+
+
+def new_session_id(randomness: Randomness) -> uuid.UUID:
+    """Random in all its bits: not a UUID of a version that others know."""
+    return uuid.UUID(bytes=randomness.token(SESSION_ID_BYTES))
 
 
 def new_refresh_token(randomness: Randomness) -> str:

@@ -7,7 +7,9 @@ import datetime
 import functools
 import io
 import json
+import re
 import threading
+import uuid
 from base64 import urlsafe_b64decode
 from hashlib import sha256
 from typing import Any
@@ -93,8 +95,8 @@ def part(token: str, place: int) -> dict[str, Any]:
     return json.loads(urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)))
 
 
-def session_id(tokens: Tokens) -> int:
-    return int(part(tokens.access_token, 1)["sid"])
+def session_id(tokens: Tokens) -> str:
+    return part(tokens.access_token, 1)["sid"]
 
 
 # ---------------------------------------------------------------------------------------------------------- signing in
@@ -203,9 +205,9 @@ async def test_an_access_token_says_who_until_when_and_is_signed_by_the_public_k
     assert algorithm.verify(f"{header}.{claims}".encode(), urlsafe_b64decode(signature + "=="), ours)
 
     said = part(tokens.access_token, 1)
-    (started,) = await look(harness, int, "SELECT id FROM sessions")
+    (started,) = await look(harness, uuid.UUID, "SELECT sid FROM sessions")
     assert (said["iss"], said["aud"]) == (public.issuer, public.audience) == ("mercato", "mercato")
-    assert (said["sub"], said["role"], said["sid"]) == (str(alice.id), "customer", str(started))
+    assert (said["sub"], said["role"], said["sid"]) == (str(alice.id), "customer", started.hex)
     assert before <= said["iat"] <= int(harness.host.clock.now().timestamp())
     assert said["exp"] - said["iat"] == 900
     assert said.keys() == {"iss", "aud", "sub", "role", "sid", "iat", "exp", "jti"}
@@ -216,6 +218,30 @@ async def test_no_two_tokens_are_the_same(harness: ServiceHarness, users: Users,
 
     assert len({t.access_token for t in tokens}) == len({t.refresh_token for t in tokens}) == 2
     assert len({part(t.access_token, 1)["jti"] for t in tokens}) == 2
+
+
+async def test_the_ids_of_sessions_are_random_and_those_of_the_database_are_not_shown(
+    harness: ServiceHarness, users: Users, alice: User
+):
+    seen = {session_id(await sign_in(harness, users)) for _ in range(4)}
+
+    assert len(seen) == 4
+    assert all(re.fullmatch("[0-9a-f]{32}", sid) for sid in seen)
+    # A UUID of version 4 has the same bits in these places each time: eight ids that are random in all bits do not.
+    seen |= {session_id(await sign_in(harness, users)) for _ in range(4)}
+    assert {(sid[12], sid[16] in "89ab") for sid in seen} != {("4", True)}
+
+
+async def test_sessions_of_the_version_before_get_random_ids(harness: ServiceHarness, users: Users, alice: User):
+    """It runs on while the databases are migrated, and inserts without an id of this kind."""
+    for _ in range(2):
+        await make_it_so(
+            harness,
+            f"INSERT INTO sessions (user_id, expires_at) VALUES ({alice.id}, now() + interval '1 day')",
+        )
+
+    first, second = await look(harness, uuid.UUID, "SELECT sid FROM sessions")
+    assert first != second
 
 
 async def test_of_a_refresh_token_only_the_hash_is_stored(harness: ServiceHarness, users: Users, alice: User):
@@ -534,12 +560,12 @@ async def test_sessions_that_have_long_been_over_are_deleted(harness: ServiceHar
     for tokens in (ended, recent):
         await sign_out(harness, users, tokens.refresh_token)
     long_ago = "now() - interval '8 days'"
-    await make_it_so(harness, f"UPDATE sessions SET expires_at = {long_ago} WHERE id = {session_id(expired)}")
-    await make_it_so(harness, f"UPDATE sessions SET ended_at = {long_ago} WHERE id = {session_id(ended)}")
+    await make_it_so(harness, f"UPDATE sessions SET expires_at = {long_ago} WHERE sid = '{session_id(expired)}'")
+    await make_it_so(harness, f"UPDATE sessions SET ended_at = {long_ago} WHERE sid = '{session_id(ended)}'")
 
     await clean_up(harness, sessions_left=2)
 
     kept = [session_id(recent), session_id(live)]
-    assert await look(harness, int, "SELECT id FROM sessions ORDER BY id") == kept
-    assert await look(harness, int, "SELECT DISTINCT session_id FROM refresh_tokens ORDER BY 1") == kept
+    assert [sid.hex for sid in await look(harness, uuid.UUID, "SELECT sid FROM sessions ORDER BY id")] == kept
+    assert await look(harness, int, "SELECT count(DISTINCT session_id) FROM refresh_tokens") == [2]
     await refresh(harness, users, live)
