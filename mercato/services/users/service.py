@@ -7,10 +7,12 @@ before a hash is therefore checked again after it, by the version of the credent
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import structlog
 
 from mercato.chassis.contract import (
+    ANONYMOUS,
     SERVICE_ROLE,
     Actor,
     Batch,
@@ -18,6 +20,7 @@ from mercato.chassis.contract import (
     FieldError,
     Forbidden,
     InvalidRequest,
+    Operation,
     StaleVersion,
     current,
 )
@@ -82,7 +85,8 @@ class UsersService:
     async def register(self, request: Register) -> User:
         """A new account. Raises InvalidRequest, EmailTaken, TooManyHashes, Forbidden."""
         actor = current.get().actor
-        if request.role != CUSTOMER and actor.role not in (STAFF, SERVICE_ROLE):
+        by_staff = request.role != CUSTOMER
+        if by_staff and actor.role not in (STAFF, SERVICE_ROLE):
             raise Forbidden(operation=Users.register.full_name, role=actor.role)
         email, name = addresses.canonical(request.email), rules.stored_name(request.name)
         password = rules.stored_password(request.password)
@@ -90,6 +94,8 @@ class UsersService:
         password_hash = await self._passwords.hash(password)
         try:
             async with self._database.transaction() as tx:
+                if by_staff and _is_staff_account(actor):
+                    _check_staff(await store.lock_accounts(tx, [actor.id]), actor, Users.register)
                 added = await store.add_user(tx, email, name, request.role)
                 await store.add_credentials(tx, added.id, password_hash)
         except UniqueViolation as violation:
@@ -135,18 +141,27 @@ class UsersService:
         return Empty()
 
     async def get(self, batch: Batch[GetUser]) -> Sequence[User | UserNotFound]:
-        """To a customer, another's id answers like an unknown one."""
-        visible = [may_see(actor, r.id) for r, actor in zip(batch, batch.actors, strict=True)]
+        """To a customer, another's id answers like an unknown one.
+
+        The statement that reads the accounts also reads those of the staff who ask, and with them their roles.
+        """
+        asked = list(zip(batch, batch.actors, strict=True))
+        wanted = {r.id for r, actor in asked if may_see(actor, r.id)}
+        wanted |= {actor.id for r, actor in asked if _is_staff_account(actor) and actor.id != r.id}
         async with self._database.read() as tx:
-            rows = await store.users(tx, list({r.id for r, seen in zip(batch, visible, strict=True) if seen}))
-        found = {row.id: _user(row) for row in rows}
+            found = {row.id: _user(row) for row in await store.users(tx, list(wanted))}
+
+        def is_visible(actor: Actor, user_id: int) -> bool:
+            if actor.id == user_id or not _is_staff_account(actor):
+                return may_see(actor, user_id)
+            return (asking := found.get(actor.id)) is not None and asking.role == STAFF
+
         return [
-            (found.get(r.id) if seen else None) or UserNotFound(user_id=r.id)
-            for r, seen in zip(batch, visible, strict=True)
+            (found.get(r.id) if is_visible(actor, r.id) else None) or UserNotFound(user_id=r.id) for r, actor in asked
         ]
 
     async def list(self, request: ListUsers) -> UserPage:
-        one_more = request.limit + 1  # tells whether there is another page
+        one_more, actor = request.limit + 1, current.get().actor  # one more tells whether there is another page
         async with self._database.read() as tx:
             if request.id is not None:
                 rows = [row for row in await store.users(tx, [request.id]) if request.role in (None, row.role)]
@@ -154,18 +169,26 @@ class UsersService:
                 rows = await store.page(tx, request.after, one_more)
             else:
                 rows = await store.page_of_role(tx, request.role, request.after, one_more)
+            # Last: an actor that is staff now was so while the page was read, or is allowed to see it by now.
+            if _is_staff_account(actor):
+                _check_staff(await store.users(tx, [actor.id]), actor, Users.list)
         shown = tuple(_user(row) for row in rows[: request.limit])
         return UserPage(users=shown, next_after=shown[-1].id if len(rows) > len(shown) else None)
 
     async def update_profile(self, request: UpdateProfile) -> User:
         """Raises UserNotFound, InvalidRequest, EmailTaken, StaleVersion."""
-        if not may_see(current.get().actor, request.id):
+        actor = current.get().actor
+        if not may_see(actor, request.id):
             raise UserNotFound(user_id=request.id)
         email = None if request.email is None else addresses.canonical(request.email)
         name = None if request.name is None else rules.stored_name(request.name)
         _refuse(rules.account_errors(email=email, name=name))
         try:
             async with self._database.transaction() as tx:
+                if _is_staff_account(actor) and actor.id != request.id:
+                    locked = await store.lock_accounts(tx, [actor.id, request.id])
+                    if _role_of(locked, actor) != STAFF:
+                        raise UserNotFound(user_id=request.id)
                 if email is None and name is None:
                     return await self._expected(tx, request.id, request.version)
                 changed = await store.change_profile(tx, request.id, email, name, request.version)
@@ -191,11 +214,15 @@ class UsersService:
 
     async def set_role(self, request: SetRole) -> User:
         """Sessions show the new role from their next refresh. Raises UserNotFound, StaleVersion, LastStaffMember."""
+        actor = current.get().actor
+        lock = store.lock_accounts if request.role == STAFF else store.lock_accounts_and_staff
         async with self._database.transaction() as tx:
-            staff = await store.lock_staff(tx) if request.role != STAFF else []
+            locked = await lock(tx, [actor.id, request.id])
+            if _is_staff_account(actor):
+                _check_staff(locked, actor, Users.set_role)
             changed = await store.change_role(tx, request.id, request.role, request.version)
-            # An actor who is no person (the owner of a loopback shop, a command) can make somebody staff again.
-            if changed and staff == [request.id] and current.get().actor.id:
+            # An actor without an account (the owner of a loopback shop, a command) can make an account staff again.
+            if changed and request.role != STAFF and _staff_of(locked) == [request.id] and actor.id:
                 raise LastStaffMember(user_id=request.id)
             return _user(changed) if changed else await self._expected(tx, request.id, request.version)
 
@@ -280,6 +307,27 @@ def _refuse(errors: tuple[FieldError, ...]) -> None:
 
 def _email_taken(violation: UniqueViolation) -> Exception:
     return EmailTaken() if violation.constraint == store.EMAIL_KEY else violation
+
+
+def _is_staff_account(actor: Actor) -> bool:
+    """True for an actor whose access token says that its account is staff; the account may say otherwise by now."""
+    return actor.role == STAFF and actor.id != 0
+
+
+def _role_of(accounts: Sequence[store.RoleRow | store.UserRow], actor: Actor) -> str:
+    return next((account.role for account in accounts if account.id == actor.id), ANONYMOUS.role)
+
+
+def _check_staff(
+    accounts: Sequence[store.RoleRow | store.UserRow], actor: Actor, operation: Operation[Any, Any]
+) -> None:
+    """Raises `Forbidden` where the account of `actor`, as it was read or locked, is not staff."""
+    if (role := _role_of(accounts, actor)) != STAFF:
+        raise Forbidden(operation=operation.full_name, role=role)
+
+
+def _staff_of(accounts: Sequence[store.RoleRow]) -> Sequence[int]:
+    return [account.id for account in accounts if account.role == STAFF]
 
 
 def _only_oneself(actor: Actor, user_id: int) -> None:

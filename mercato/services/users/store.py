@@ -29,6 +29,11 @@ class UserRow(Row, frozen=True, gc=False):
     version: int
 
 
+class RoleRow(Row, frozen=True, gc=False):
+    id: int
+    role: Role
+
+
 class CredentialsRow(Row, frozen=True, gc=False):
     user_id: int
     email: str
@@ -148,21 +153,41 @@ async def change_role(tx: Tx, user_id: int, role: Role, version: int | None) -> 
     )
 
 
-async def lock_staff(tx: Tx) -> list[int]:
-    """The ids of all staff, who stay staff until this transaction ends.
-
-    Two members who take the role from each other at the same time: the second waits here, and then does not find
-    itself in the list that it read before, because PostgreSQL judges a row again once it has its lock.
-    """
-    return await tx.fetch_values(
-        int,
+async def lock_accounts(tx: Tx, ids: list[int]) -> list[RoleRow]:
+    """Those that exist, with their roles, which stay as they are until this transaction ends."""
+    return await tx.fetch(
+        RoleRow,
         """
-        SELECT id
+        SELECT id, role
           FROM users
-         WHERE role = 'staff'
+         WHERE id = ANY($1::bigint[])
          ORDER BY id
            FOR NO KEY UPDATE
         """,
+        ids,
+    )
+
+
+async def lock_accounts_and_staff(tx: Tx, ids: list[int]) -> list[RoleRow]:
+    """`lock_accounts`, and all staff.
+
+    Two members who take the role from each other at the same time: the second waits here, and is then given the role
+    that the first has left it, because PostgreSQL reads a row again once it has its lock.
+    """
+    return await tx.fetch(
+        RoleRow,
+        """
+        SELECT u.id, u.role
+          FROM users u
+         WHERE u.id IN (
+            SELECT unnest($1::bigint[])
+             UNION
+            SELECT s.id FROM users s WHERE s.role = 'staff'
+         )
+         ORDER BY u.id
+           FOR NO KEY UPDATE OF u
+        """,
+        ids,
     )
 
 

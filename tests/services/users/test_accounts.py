@@ -25,9 +25,11 @@ from mercato.contracts.users import (
 )
 from mercato.services.users.demo import DEMO_PASSWORD
 from mercato.testing.harness import ServiceHarness
+from mercato.testing.tables import connect
 
 ANYBODY = Actor("anonymous")
-STAFF = Actor("staff", 900)
+STAFF = Actor("staff")
+"""Without an account, such as the operator: its role is in no database."""
 SERVICE = Actor("service")
 PASSWORD = "correct horse"
 
@@ -309,9 +311,103 @@ async def test_two_members_of_staff_who_take_the_role_from_each_other_leave_one(
 
     outcomes = await asyncio.gather(demote(alice, bob), demote(bob, alice), return_exceptions=True)
 
-    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["LastStaffMember", "User"]
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["Forbidden", "User"]
     with harness.acting(SERVICE):
         assert len((await users.list(ListUsers(role="staff"))).users) == 1
+
+
+async def test_of_two_members_of_staff_who_give_up_the_role_at_once_one_keeps_it(harness: ServiceHarness, users: Users):
+    alice, bob = await registered(harness, users, "Alice", "Bob")
+    with harness.acting(SERVICE):
+        await asyncio.gather(*(users.set_role(SetRole(id=user.id, role="staff")) for user in (alice, bob)))
+
+    async def give_up(user: User) -> User:
+        with harness.acting(Actor("staff", user.id)):
+            return await users.set_role(SetRole(id=user.id, role="customer"))
+
+    outcomes = await asyncio.gather(give_up(alice), give_up(bob), return_exceptions=True)
+
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["LastStaffMember", "User"]
+
+
+# -------------------------------------------------------------------------------------------------------- former staff
+
+
+async def member_of_staff(harness: ServiceHarness, users: Users, user: User) -> Actor:
+    """`user`, who is staff, as their access token says."""
+    with harness.acting(SERVICE):
+        await users.set_role(SetRole(id=user.id, role="staff"))
+    return Actor("staff", user.id)
+
+
+async def test_a_member_of_staff_may_do_what_staff_may(harness: ServiceHarness, users: Users):
+    alice, bob = await registered(harness, users, "Alice", "Bob")
+    with harness.acting(await member_of_staff(harness, users, alice)):
+        renamed = await users.update_profile(UpdateProfile(id=bob.id, name="Robert"))
+        assert await users.get(GetUser(id=bob.id)) == renamed
+        assert len((await users.list(ListUsers())).users) == 2
+        assert (await users.set_role(SetRole(id=bob.id, role="staff"))).role == "staff"
+        carol = Register(email="carol@example.com", name="Carol", password=PASSWORD, role="staff")
+        assert (await users.register(carol)).role == "staff"
+
+
+async def test_a_former_member_of_staff_is_a_customer_whatever_the_token_says(harness: ServiceHarness, users: Users):
+    alice, bob, carol = await registered(harness, users, "Alice", "Bob", "Carol")
+    former = await member_of_staff(harness, users, alice)
+    await member_of_staff(harness, users, bob)
+    with harness.acting(SERVICE):
+        await users.set_role(SetRole(id=alice.id, role="customer"))
+
+    with harness.acting(former):
+        for role in ("staff", "customer"):
+            for user in (alice, bob, carol):
+                with pytest.raises(Forbidden) as refused:
+                    await users.set_role(SetRole(id=user.id, role=role))
+                assert refused.value.details == {"operation": "users.set_role", "role": "customer"}
+        with pytest.raises(Forbidden):
+            await users.list(ListUsers())
+        with pytest.raises(Forbidden):
+            await users.register(Register(email="d@example.com", name="Dan", password=PASSWORD, role="staff"))
+        with pytest.raises(UserNotFound):
+            await users.update_profile(UpdateProfile(id=carol.id, name="Eve"))
+        others, own = await users.get.many([GetUser(id=carol.id), GetUser(id=alice.id)])
+        assert (type(others), getattr(own, "role", None)) == (UserNotFound, "customer")
+        assert (await users.update_profile(UpdateProfile(id=alice.id, name="Ada"))).name == "Ada"
+
+
+async def test_an_account_that_is_gone_is_not_staff(harness: ServiceHarness, users: Users):
+    (alice,) = await registered(harness, users, "Alice")
+    with harness.acting(Actor("staff", 4711)):
+        with pytest.raises(Forbidden) as refused:
+            await users.set_role(SetRole(id=alice.id, role="staff"))
+        assert refused.value.details["role"] == "anonymous"
+        with pytest.raises(UserNotFound):
+            await users.get(GetUser(id=alice.id))
+
+
+@pytest.mark.parametrize("again", ["role", "profile"])
+async def test_who_loses_the_role_meanwhile_does_not_use_it(harness: ServiceHarness, users: Users, again: str):
+    """The role is taken, and the transaction that does so has not ended, when its former owner wants to use it."""
+    alice, bob = await registered(harness, users, "Alice", "Bob")
+    former = await member_of_staff(harness, users, alice)
+    await member_of_staff(harness, users, bob)
+    demoting = await connect(harness.dsns["users"])
+    harness.closing.push_async_callback(demoting.close)
+    transaction = demoting.transaction()
+    await transaction.start()
+    await demoting.execute("UPDATE users SET role = 'customer' WHERE id = $1", alice.id)
+    with harness.acting(former):
+        request = SetRole(id=alice.id, role="staff") if again == "role" else UpdateProfile(id=bob.id, name="Eve")
+        call = users.set_role(request) if isinstance(request, SetRole) else users.update_profile(request)
+        using = asyncio.ensure_future(call)
+    await harness.until_blocked(of="users")
+    await transaction.commit()
+
+    with pytest.raises((Forbidden, UserNotFound)):
+        await using
+    with harness.acting(SERVICE):
+        assert [u.role for u in (await users.list(ListUsers())).users] == ["customer", "staff"]
+        assert (await users.get(GetUser(id=bob.id))).name == "Bob"
 
 
 # ----------------------------------------------------------------------------------------------------------- demo data

@@ -45,7 +45,8 @@ from mercato.testing.harness import ServiceHarness
 from mercato.testing.waiting import without_waiting
 
 ANYBODY = Actor("anonymous")
-STAFF = Actor("staff", 900)
+STAFF = Actor("staff")
+"""Without an account, such as the operator: its role is in no database."""
 EMAIL = "alice@example.com"
 PASSWORD = "correct horse"
 NEW_PASSWORD = "battery staple"
