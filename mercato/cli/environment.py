@@ -17,6 +17,7 @@ import ipaddress
 import re
 import ssl
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Final
 from urllib.parse import parse_qsl, urlsplit
 
@@ -42,6 +43,9 @@ PUBLIC_KEY: Final = re.compile(r"[A-Za-z0-9_-]{43}")
 CURVE: Final = {"kty": "OKP", "crv": "Ed25519"}
 SHOP_DIGITS: Final = 16
 """Of the name under which a shop is announced by mDNS."""
+MAIL: Final = "MERCATO_USERS_MAIL"
+LETTERS: Final = "letters"
+"""The folder in the data folder of a shop that sends no mail."""
 ENCRYPTED: Final = ("require", "verify-ca", "verify-full")
 
 
@@ -71,6 +75,11 @@ def variables(shop_secret: bytes, dsns: Mapping[str, str]) -> Mapping[str, Mappi
             PUBLIC_KEYS: keys,
         }
     return made
+
+
+def mail_defaults(data: Path, url: str) -> Mapping[str, str]:
+    """The settings for letters of a shop on a laptop that listens at `url`: each becomes a file in its data folder."""
+    return {MAIL: f"folder:{data.resolve() / LETTERS}", "MERCATO_USERS_ADDRESS": url}
 
 
 def given(names: Sequence[str], settings: ServeSettings) -> Given:

@@ -154,6 +154,8 @@ class _Up:
         listener = stack.enter_context(contextlib.closing(self._listen()))
         url = url_of(self._options.host, listener)
         folder = stack.enter_context(DataFolder.open(self._options.data, url))
+        for name, value in environment.mail_defaults(folder.path, url).items():
+            os.environ.setdefault(name, value)
         secret = self._secret(folder)
         split = self._importing(stack, listener) if self._is_split else None
         admin_dsn = await self._unless_stopped(stack.enter_async_context(self._postgres(folder, secret)))
@@ -347,6 +349,8 @@ class _Up:
         say(f"Mercato is at  {url}")
         say(f"API docs       {url}/docs")
         say(f"Data           {data}")
+        if os.environ[environment.MAIL] == environment.mail_defaults(self._options.data, url)[environment.MAIL]:
+            say(f"Letters        {data}/{environment.LETTERS}, instead of being mailed ({environment.MAIL})")
         if self._open:
             say("Sign-in        not needed: on this machine callers without a token act as staff (--auth required)")
         else:

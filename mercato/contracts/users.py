@@ -16,6 +16,8 @@ Email = Annotated[str, Meta(min_length=3, max_length=254, examples=["alice@examp
 Name = Annotated[str, Meta(min_length=1, max_length=200, examples=["Alice"])]
 Password = Annotated[str, Meta(max_length=256)]
 """At most 256 characters, so that nobody makes us hash a book. How good one must be is a rule of the service."""
+LinkToken = Annotated[str, Meta(max_length=256)]
+"""What follows behind the # in the link of a letter."""
 RefreshToken = Annotated[str, Meta(max_length=256)]
 Version = Annotated[int, Meta(ge=1, le=MAX_ID)]
 
@@ -30,6 +32,8 @@ class User(Message):
     created_at: datetime.datetime
     updated_at: datetime.datetime
     version: int
+    email_proven: bool = False
+    """Whether a link that was mailed to the address was opened."""
 
 
 class Register(Message):
@@ -102,6 +106,31 @@ class ChangePassword(Message):
     refresh_token: RefreshToken | None = None
 
 
+class ForgotPassword(Message):
+    """A link by which a new password can be set is mailed to the address, if an account has it."""
+
+    email: Email
+
+
+class ResetPassword(Message):
+    """Sets the password by the link of a letter, once; every session ends. It also proves the address."""
+
+    token: LinkToken
+    new_password: Password
+
+
+class ProveEmail(Message):
+    """By the link of a letter, which proves that its reader owns the address."""
+
+    token: LinkToken
+
+
+class SendProof(Message):
+    """Mails another link by which the account's address can be proven."""
+
+    id: UserId
+
+
 class SetRole(Message):
     id: UserId
     role: Role
@@ -135,6 +164,12 @@ class SessionEnded(ServiceError, code="users.session_ended", kind=Kind.UNAUTHENT
     sentence = "This session has ended; sign in again."
 
 
+class LinkNotValid(ServiceError, code="users.link_not_valid", kind=Kind.CONFLICT):
+    """It was used, is too old, or the account has another address by now; or it is none of this shop."""
+
+    sentence = "This link is not valid any more; ask for a new one."
+
+
 class LastStaffMember(ServiceError, code="users.last_staff_member", kind=Kind.CONFLICT):
     """Nobody would be left who could make somebody staff."""
 
@@ -161,4 +196,8 @@ class Users(Contract, name="users"):
     update_profile = single(UpdateProfile, User, allow=SIGNED_IN)
     change_password = single(ChangePassword, Empty, allow=SIGNED_IN)
     set_role = single(SetRole, User, allow=STAFF_ONLY)
+    forgot_password = single(ForgotPassword, Empty, allow=EVERYBODY)
+    reset_password = single(ResetPassword, Empty, allow=EVERYBODY, retry=Retry.SAFE)
+    prove_email = single(ProveEmail, Empty, allow=EVERYBODY, retry=Retry.SAFE)
+    send_proof = single(SendProof, Empty, allow=SIGNED_IN)
     keys = single(Empty, PublicKeys, allow=EVERYBODY, retry=Retry.SAFE)

@@ -78,6 +78,7 @@ WAY_OUT: Final[Mapping[str, str]] = {
     "unsupported_media_type": "Send JSON, with Content-Type: application/json.",
     "uri_too_long": "Send a shorter path and query.",
     "users.email_taken": "Sign in, or use another e-mail address.",
+    "users.link_not_valid": "POST /password/forgot, or POST /users/me/proof, has another letter sent.",
     "users.last_staff_member": "Make somebody else staff first.",
     "users.not_found": "Check the id. Somebody else's account answers like one that does not exist.",
     "users.session_ended": "Sign in again with POST /login.",
@@ -107,12 +108,14 @@ class Refusal(msgspec.Struct, frozen=True):
 def pages(routes: Sequence[Route]) -> Mapping[str, DocsPage]:
     """Every page of the documentation, by path."""
     script, style = _file("docs.js"), _file("docs.css")
-    version = hashlib.sha256(script + style).hexdigest()[:12]
+    version = hashlib.sha256(script + style + _file("account.js")).hexdigest()[:12]
     frame = Template(_file("docs.html").decode()).substitute(version=version)
     return {
         "/docs": _page(HTML, frame.encode(), FRESH),
         "/docs/docs.js": _page("text/javascript; charset=utf-8", script, FOR_EVER),
         "/docs/docs.css": _page("text/css; charset=utf-8", style, FOR_EVER),
+        **{path: _page(HTML, page, FRESH) for path, page in _account_pages(version).items()},
+        "/docs/account.js": _page("text/javascript; charset=utf-8", _file("account.js"), FOR_EVER),
         "/docs/problems": _page(HTML, _problems_page(refusals(routes), version).encode(), FRESH),
     }
 
@@ -149,6 +152,24 @@ def _server_refusals() -> list[Refusal]:
     of_limits: list[http.Refusal] = list(msgspec.structs.asdict(limits).values())
     others = [http.MALFORMED, http.INTERNAL_ERROR, http.TOO_MANY_CONNECTIONS, http.TOO_MANY_PIPELINED]
     return [Refusal(refusal.code, refusal.status, refusal.detail) for refusal in (*of_limits, *others)]
+
+
+def _account_pages(version: str) -> Mapping[str, bytes]:
+    """Where the links in letters lead. What follows behind their # stays in the browser, and goes into a body."""
+    frame = Template(_file("account.html").decode())
+    return {
+        "/account/password": frame.substitute(
+            version=version, title="Set a new password", path="/password/reset", fields=_FIELD, button="Set it"
+        ).encode(),
+        "/account/email": frame.substitute(
+            version=version, title="Confirm your address", path="/email/proof", fields="", button="It is mine"
+        ).encode(),
+    }
+
+
+_FIELD: Final = (
+    '<label>New password <input name="new_password" type="password" autocomplete="new-password" required></label>'
+)
 
 
 def _file(name: str) -> bytes:

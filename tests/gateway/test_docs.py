@@ -11,7 +11,7 @@ from mercato.gateway import docs, openapi
 from mercato.gateway.routes import ROUTES
 
 PAGES = docs.pages(ROUTES)
-HTML_PATHS = ["/docs", "/docs/problems"]
+HTML_PATHS = ["/account/email", "/account/password", "/docs", "/docs/problems"]
 MAX_TOTAL_BYTES = 96 * 1024
 
 each_html = pytest.mark.parametrize("path", HTML_PATHS)
@@ -51,7 +51,10 @@ def codes_in_the_description() -> set[str]:
 
 def test_these_are_the_pages():
     assert {path: page.content_type.partition(";")[0] for path, page in PAGES.items()} == {
+        "/account/email": "text/html",
+        "/account/password": "text/html",
         "/docs": "text/html",
+        "/docs/account.js": "text/javascript",
         "/docs/docs.js": "text/javascript",
         "/docs/docs.css": "text/css",
         "/docs/problems": "text/html",

@@ -1,1 +1,1 @@
-"""Mail: addresses."""
+"""Mail: addresses, letters, and the ways on which letters leave."""

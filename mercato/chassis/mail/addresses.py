@@ -55,6 +55,12 @@ def spellings(email: str) -> list[str]:
     return list(dict.fromkeys((parsed.normalized, email, with_a_labels)))
 
 
+def on_the_wire(email: str) -> str:
+    """The address with its domain in ASCII, as mail servers know it; what is no address stays as it is."""
+    parsed = _parsed(composed(email))
+    return email if isinstance(parsed, str) else f"{parsed.local_part}@{parsed.ascii_domain}"
+
+
 def problem(email: str) -> str | None:
     """What is wrong with an address, as the end of a sentence; None where nothing is."""
     parsed = _parsed(email)

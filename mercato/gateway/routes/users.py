@@ -18,6 +18,9 @@ CREDENTIALS: Final = Limits(body_bytes=16_384, per_second=20, burst=40)
 """Passwords are guessed by trying, and each try costs a hash."""
 
 
+LINK: Final = "bG9vayBhdCB0aGUgbGV0dGVyIHRoYXQgeW91IGhhdmUgZ290LCBpdCBpcyB0aGVyZQ"
+
+
 class RegisterIn(Input):
     email: contract.Email
     name: contract.Name
@@ -45,6 +48,19 @@ class PasswordIn(Input):
     """The one of the session to keep; without it every session ends."""
 
 
+class ForgotIn(Input):
+    email: contract.Email
+
+
+class ResetIn(Input):
+    token: contract.LinkToken
+    new_password: contract.Password
+
+
+class LinkIn(Input):
+    token: contract.LinkToken
+
+
 class RoleIn(Input):
     role: Role
 
@@ -64,6 +80,7 @@ class UserOut(Output):
     created_at: datetime.datetime
     updated_at: datetime.datetime
     version: int
+    email_proven: bool
 
 
 class TokensOut(Output):
@@ -83,6 +100,7 @@ def user_out(user: User) -> UserOut:
         created_at=user.created_at,
         updated_at=user.updated_at,
         version=user.version,
+        email_proven=user.email_proven,
     )
 
 
@@ -211,6 +229,68 @@ ROUTES: Final[tuple[Route, ...]] = (
         output=None,
         status=204,
         limits=CREDENTIALS,
+    ),
+    Route(
+        method="POST",
+        path="/password/forgot",
+        ignores_token=True,
+        operation=Users.forgot_password,
+        summary="Have a link mailed by which a new password can be set; the answer is the same without an account",
+        roles=EVERYBODY,
+        body=ForgotIn,
+        examples={"Alice of the demo data": {"email": "alice@example.com"}},
+        request=lambda request: contract.ForgotPassword(email=request.body.email),
+        answer=_nothing,
+        output=None,
+        status=204,
+        limits=CREDENTIALS,
+    ),
+    Route(
+        method="POST",
+        path="/password/reset",
+        ignores_token=True,
+        operation=Users.reset_password,
+        summary="Set a new password by the link of a letter; every session ends",
+        roles=EVERYBODY,
+        body=ResetIn,
+        examples={"what follows behind the # of the link": {"token": LINK, "new_password": "correct horse battery"}},
+        request=lambda request: contract.ResetPassword(
+            token=request.body.token, new_password=request.body.new_password
+        ),
+        answer=_nothing,
+        output=None,
+        status=204,
+        limits=CREDENTIALS,
+        errors=(contract.LinkNotValid, contract.TooManyHashes),
+    ),
+    Route(
+        method="POST",
+        path="/email/proof",
+        ignores_token=True,
+        operation=Users.prove_email,
+        summary="Prove an e-mail address by the link of a letter",
+        roles=EVERYBODY,
+        body=LinkIn,
+        examples={"what follows behind the # of the link": {"token": LINK}},
+        request=lambda request: contract.ProveEmail(token=request.body.token),
+        answer=_nothing,
+        output=None,
+        status=204,
+        limits=CREDENTIALS,
+        errors=(contract.LinkNotValid,),
+    ),
+    Route(
+        method="POST",
+        path="/users/me/proof",
+        operation=Users.send_proof,
+        summary="Have another link mailed by which your address can be proven",
+        roles=SIGNED_IN,
+        request=lambda request: contract.SendProof(id=_me(request)),
+        answer=_nothing,
+        output=None,
+        status=204,
+        limits=CREDENTIALS,
+        errors=(SignInFirst,),
     ),
     Route(
         method="GET",

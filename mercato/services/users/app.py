@@ -4,43 +4,86 @@ from __future__ import annotations
 
 import functools
 from typing import Final
+from urllib.parse import urlsplit
 
+import msgspec
+
+from mercato.chassis.hosting.options import OptionError
 from mercato.chassis.hosting.periodic import PeriodicTask, cleaning
 from mercato.chassis.hosting.service import Env, Service
+from mercato.chassis.mail.letters import MailSettingError, sending
 from mercato.chassis.rpc.server import Server
 from mercato.contracts.users import Users
 
-from . import store
+from . import letter_store, store
 from .demo import seed_demo
+from .letters import KEY_PURPOSE as LINKS_PURPOSE, SENT_AT_ONCE, Letters
 from .passwords import Argon2Hasher, Hasher, Passwords
+from .proving import Proving
 from .service import UsersService
 from .tokens import KEY_PURPOSE, AccessTokens
 
 CLEAN_UP_SECONDS: Final = 60.0
+LETTERS_SECONDS: Final = 2.0
+DEFAULT_SENDER: Final = "Mercato <shop@localhost.localdomain>"
+DEFAULT_ADDRESS: Final = "http://127.0.0.1:8080"
+
+
+class Options(msgspec.Struct, frozen=True):
+    """`MERCATO_USERS_*`."""
+
+    mail: str = ""
+    """Where letters leave: `smtp://USER:PASSWORD@HOST:PORT`, `smtps://...`, `folder:/path`. Empty: they wait."""
+    mail_sender: str = DEFAULT_SENDER
+    address: str = DEFAULT_ADDRESS
+    """Of the shop as customers reach it: where the links in letters lead."""
 
 
 def build(env: Env, hasher: Hasher | None = None) -> Service:
     """The users service. Tests pass a `hasher` of their own."""
     passwords = Passwords(hasher or Argon2Hasher(), env.clock, env.randomness)
     tokens = AccessTokens(env.derive_key(KEY_PURPOSE), env.clock, env.randomness)
-    service = UsersService(env.database, passwords, tokens, env.randomness)
+    letters = _letters(env)
+    service = UsersService(env.database, passwords, tokens, letters, env.randomness)
     return Service(
-        server=_server(env, service),
+        server=_server(env, service, Proving(env.database, passwords, letters)),
         database=env.database,
         tasks=(
             PeriodicTask(
                 "clean up",
-                cleaning(env.database, store.delete_old_refresh_tokens, store.delete_old_sessions),
+                cleaning(
+                    env.database,
+                    store.delete_old_refresh_tokens,
+                    store.delete_old_sessions,
+                    letter_store.delete_old_letters,
+                ),
                 CLEAN_UP_SECONDS,
                 limit=store.CLEANED_AT_ONCE,
             ),
+            PeriodicTask("send letters", letters.send_due, LETTERS_SECONDS, limit=SENT_AT_ONCE, round_seconds=300.0),
         ),
         seed_demo=functools.partial(seed_demo, env.database, passwords),
         close=passwords.close,
     )
 
 
-def _server(env: Env, service: UsersService) -> Server:
+def _letters(env: Env) -> Letters:
+    """Raises `OptionError`."""
+    options = env.options(Options)
+    address = urlsplit(options.address)
+    if address.scheme not in ("http", "https") or not address.netloc or address.query or address.fragment:
+        raise OptionError("The setting MERCATO_USERS_ADDRESS is not valid: write it as https://shop.example.com.")
+    way = None
+    if options.mail:
+        try:
+            way = sending(options.mail, options.mail_sender, env.clock)
+        except MailSettingError as error:
+            raise OptionError(f"The setting MERCATO_USERS_MAIL is not valid: {error}.") from None
+    key = env.derive_key(LINKS_PURPOSE)
+    return Letters(env.database, key, way, options.address.rstrip("/"), env.randomness, env.telemetry)
+
+
+def _server(env: Env, service: UsersService, proving: Proving) -> Server:
     server = Server(Users, env.clock)
     server.register(Users.register, service.register)
     server.register(Users.sign_in, service.sign_in)
@@ -52,4 +95,8 @@ def _server(env: Env, service: UsersService) -> Server:
     server.register(Users.change_password, service.change_password)
     server.register(Users.set_role, service.set_role)
     server.register(Users.keys, service.keys)
+    server.register(Users.forgot_password, proving.forgot_password)
+    server.register(Users.reset_password, proving.reset_password)
+    server.register(Users.prove_email, proving.prove_email)
+    server.register(Users.send_proof, proving.send_proof)
     return server.complete()

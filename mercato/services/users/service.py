@@ -53,6 +53,7 @@ from mercato.contracts.users import (
 )
 
 from . import rules, store
+from .letters import Letters
 from .passwords import Passwords
 from .tokens import (
     ACCESS_TOKEN_LIFE,
@@ -76,8 +77,16 @@ faults.declare(
 class UsersService:
     """What the operations do. Each opens its own transactions."""
 
-    def __init__(self, database: Database, passwords: Passwords, tokens: AccessTokens, randomness: Randomness) -> None:
+    def __init__(
+        self,
+        database: Database,
+        passwords: Passwords,
+        tokens: AccessTokens,
+        letters: Letters,
+        randomness: Randomness,
+    ) -> None:
         self._database = database
+        self._letters = letters
         self._passwords = passwords
         self._tokens = tokens
         self._randomness = randomness
@@ -98,6 +107,7 @@ class UsersService:
                     _check_staff(await store.lock_accounts(tx, [actor.id]), actor, Users.register)
                 added = await store.add_user(tx, email, name, request.role)
                 await store.add_credentials(tx, added.id, password_hash)
+                await self._letters.add(tx, "proof", added.email, added.id)
         except UniqueViolation as violation:
             raise _email_taken(violation) from violation
         await faults.point("users.register.after_commit")
@@ -192,6 +202,8 @@ class UsersService:
                 if email is None and name is None:
                     return await self._expected(tx, request.id, request.version)
                 changed = await store.change_profile(tx, request.id, email, name, request.version)
+                if changed and email is not None and not changed.email_proven:
+                    await self._letters.add(tx, "proof", changed.email, changed.id)
                 return _user(changed) if changed else await self._expected(tx, request.id, request.version)
         except UniqueViolation as violation:
             raise _email_taken(violation) from violation
@@ -297,6 +309,7 @@ def _user(row: store.UserRow) -> User:
         created_at=row.created_at,
         updated_at=row.updated_at,
         version=row.version,
+        email_proven=row.email_proven,
     )
 
 

@@ -27,6 +27,7 @@ class UserRow(Row, frozen=True, gc=False):
     created_at: datetime.datetime
     updated_at: datetime.datetime
     version: int
+    email_proven: bool
 
 
 class RoleRow(Row, frozen=True, gc=False):
@@ -59,7 +60,7 @@ async def add_user(tx: Tx, email: str, name: str, role: Role) -> UserRow:
         """
         INSERT INTO users (email, name, role)
         VALUES ($1, $2, $3)
-        RETURNING id, email, name, role, created_at, updated_at, version
+        RETURNING id, email, name, role, created_at, updated_at, version, email_proven_at IS NOT NULL AS email_proven
         """,
         email,
         name,
@@ -74,7 +75,7 @@ async def users(tx: Tx, ids: list[int]) -> list[UserRow]:
     return await tx.fetch(
         UserRow,
         """
-        SELECT id, email, name, role, created_at, updated_at, version
+        SELECT id, email, name, role, created_at, updated_at, version, email_proven_at IS NOT NULL AS email_proven
           FROM users
          WHERE id = ANY($1::bigint[])
         """,
@@ -90,7 +91,7 @@ async def page(tx: Tx, after: int, limit: int) -> list[UserRow]:
     return await tx.fetch(
         UserRow,
         """
-        SELECT id, email, name, role, created_at, updated_at, version
+        SELECT id, email, name, role, created_at, updated_at, version, email_proven_at IS NOT NULL AS email_proven
           FROM users
          WHERE id > $1
          ORDER BY id
@@ -106,7 +107,7 @@ async def page_of_role(tx: Tx, role: Role, after: int, limit: int) -> list[UserR
     return await tx.fetch(
         UserRow,
         """
-        SELECT id, email, name, role, created_at, updated_at, version
+        SELECT id, email, name, role, created_at, updated_at, version, email_proven_at IS NOT NULL AS email_proven
           FROM users
          WHERE role = $1 AND id > $2
          ORDER BY id
@@ -126,9 +127,10 @@ async def change_profile(
         UserRow,
         """
         UPDATE users
-           SET email = coalesce($2, email), name = coalesce($3, name), updated_at = now(), version = version + 1
+           SET email = coalesce($2, email), name = coalesce($3, name), updated_at = now(), version = version + 1,
+               email_proven_at = CASE WHEN lower(coalesce($2, email)) = lower(email) THEN email_proven_at END
          WHERE id = $1 AND version = coalesce($4, version)
-        RETURNING id, email, name, role, created_at, updated_at, version
+        RETURNING id, email, name, role, created_at, updated_at, version, email_proven_at IS NOT NULL AS email_proven
         """,
         user_id,
         email,
@@ -145,7 +147,7 @@ async def change_role(tx: Tx, user_id: int, role: Role, version: int | None) -> 
         UPDATE users
            SET role = $2, updated_at = now(), version = version + 1
          WHERE id = $1 AND version = coalesce($3, version)
-        RETURNING id, email, name, role, created_at, updated_at, version
+        RETURNING id, email, name, role, created_at, updated_at, version, email_proven_at IS NOT NULL AS email_proven
         """,
         user_id,
         role,
@@ -202,6 +204,21 @@ async def add_credentials(tx: Tx, user_id: int, password_hash: str) -> None:
         """,
         user_id,
         password_hash,
+    )
+
+
+async def user_by_email(tx: Tx, spellings: list[str]) -> UserRow | None:
+    """The account with one of the spellings of an address; the first of them that there is."""
+    return await tx.fetch_one(
+        UserRow,
+        """
+        SELECT id, email, name, role, created_at, updated_at, version, email_proven_at IS NOT NULL AS email_proven
+          FROM users
+         WHERE lower(email) = ANY(ARRAY(SELECT lower(spelling) FROM unnest($1::text[]) AS spelling))
+         ORDER BY array_position(ARRAY(SELECT lower(spelling) FROM unnest($1::text[]) AS spelling), lower(email))
+         LIMIT 1
+        """,
+        spellings,
     )
 
 

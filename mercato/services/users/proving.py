@@ -1,0 +1,97 @@
+"""What people do by the links of letters: they prove their address, and set a password that they have forgotten."""
+
+from __future__ import annotations
+
+from mercato.chassis.contract import Empty, FieldError, InvalidRequest, current
+from mercato.chassis.mail import addresses
+from mercato.chassis.observability import faults
+from mercato.chassis.postgres.database import Database
+from mercato.contracts.roles import may_see
+from mercato.contracts.users import (
+    ForgotPassword,
+    LinkNotValid,
+    ProveEmail,
+    ResetPassword,
+    SendProof,
+    UserNotFound,
+)
+
+from . import letter_store, rules, store
+from .letters import KINDS, Letters
+from .passwords import Passwords
+
+faults.declare("users.reset_password.before_commit", "users.reset_password.after_commit")
+
+
+class Proving:
+    """What the operations do. Each opens its own transactions."""
+
+    def __init__(self, database: Database, passwords: Passwords, letters: Letters) -> None:
+        self._database = database
+        self._passwords = passwords
+        self._letters = letters
+
+    async def forgot_password(self, request: ForgotPassword) -> Empty:
+        """Answers alike, after the same work, whether there is such an account. Raises InvalidRequest."""
+        email = addresses.canonical(request.email)
+        async with self._database.transaction() as tx:
+            found = await store.user_by_email(tx, addresses.spellings(request.email))
+            if found is None and (problem := addresses.problem(email)):
+                raise InvalidRequest(errors=(FieldError(field="email", message=problem),))
+            await self._letters.add(tx, "reset", found.email if found else email, found.id if found else None)
+        return Empty()
+
+    async def reset_password(self, request: ResetPassword) -> Empty:
+        """May be repeated with the same password. Raises LinkNotValid, InvalidRequest, TooManyHashes."""
+        letter_id = self._letters.letter_of(request.token, "reset")
+        if letter_id is None:
+            raise LinkNotValid
+        async with self._database.transaction() as tx:
+            link = await letter_store.link(tx, letter_id, "reset", KINDS["reset"].life)
+        if link is None:
+            raise LinkNotValid
+        password = rules.stored_password(request.new_password)
+        if problem := rules.password_problem(password, link.email):
+            raise InvalidRequest(errors=(FieldError(field="new_password", message=problem),))
+        if link.used_at is not None:
+            # The answer to the first request may have been lost.
+            if await self._passwords.matches(link.password_hash, password):
+                return Empty()
+            raise LinkNotValid
+        password_hash = await self._passwords.hash(password)
+        async with self._database.transaction() as tx:
+            link = await letter_store.link(tx, letter_id, "reset", KINDS["reset"].life)
+            if link is None or link.used_at is not None:
+                raise LinkNotValid
+            await letter_store.set_password(tx, link.user_id, password_hash)
+            await letter_store.prove_email(tx, link.user_id)
+            await letter_store.use_links(tx, link.user_id, "reset")
+            await store.end_sessions(tx, link.user_id, "password_changed", except_with=b"")
+            await faults.point("users.reset_password.before_commit")
+        await faults.point("users.reset_password.after_commit")
+        return Empty()
+
+    async def prove_email(self, request: ProveEmail) -> Empty:
+        """May be repeated. Raises LinkNotValid."""
+        letter_id = self._letters.letter_of(request.token, "proof")
+        if letter_id is None:
+            raise LinkNotValid
+        async with self._database.transaction() as tx:
+            link = await letter_store.link(tx, letter_id, "proof", KINDS["proof"].life)
+            if link is None:
+                raise LinkNotValid
+            await letter_store.prove_email(tx, link.user_id)
+            await letter_store.use_links(tx, link.user_id, "proof")
+        return Empty()
+
+    async def send_proof(self, request: SendProof) -> Empty:
+        """To oneself, or by staff to anyone; nothing where the address is proven. Raises UserNotFound."""
+        if not may_see(current.get().actor, request.id):
+            raise UserNotFound(user_id=request.id)
+        async with self._database.transaction() as tx:
+            row = await store.user(tx, request.id)
+            if row is None:
+                raise UserNotFound(user_id=request.id)
+            if not row.email_proven:
+                await self._letters.add(tx, "proof", row.email, row.id)
+        return Empty()
