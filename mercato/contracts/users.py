@@ -22,6 +22,7 @@ RefreshToken = Annotated[str, Meta(max_length=256)]
 Version = Annotated[int, Meta(ge=1, le=MAX_ID)]
 
 PAGE_LIMIT: Final = 200
+ENDED_LIMIT: Final = 1_000
 
 
 class User(Message):
@@ -145,6 +146,35 @@ class PublicKeys(Message):
     audience: str
 
 
+SessionId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z", examples=["4d1b0f0c6f0e4cf2a7a6f6e1f9f0a3b7"])]
+"""128 random bits, the `sid` of access tokens."""
+
+
+class EndedSessionsAfter(Message):
+    """Asks for entries of the log of ended sessions."""
+
+    after: Annotated[int, Meta(ge=0, le=MAX_ID)] = 0
+    """The position that the caller has read up to; 0: none."""
+    session_id: SessionId | None = None
+    """Of the entry at this position."""
+    limit: Annotated[int, Meta(ge=1, le=ENDED_LIMIT)] = ENDED_LIMIT
+
+
+class EndedSessions(Message):
+    """Entries in the order of commits. Those whose access tokens have all expired may be missing.
+
+    Where the log has not the entry that the caller has read (its database was restored), it begins with what is kept.
+    """
+
+    session_ids: tuple[SessionId, ...]
+    position: int
+    """Of the last entry that the caller has read, with these; may be lower than the one in the request."""
+    session_id: SessionId | None = None
+    """Of the entry at this position."""
+    is_full: bool = False
+    """Whether there may be more."""
+
+
 class UserNotFound(ServiceError, code="users.not_found", kind=Kind.NOT_FOUND):
     sentence = "There is no user {user_id}."
     user_id: int
@@ -201,3 +231,5 @@ class Users(Contract, name="users"):
     prove_email = single(ProveEmail, Empty, allow=EVERYBODY, retry=Retry.SAFE)
     send_proof = single(SendProof, Empty, allow=SIGNED_IN)
     keys = single(Empty, PublicKeys, allow=EVERYBODY, retry=Retry.SAFE)
+    ended_sessions = single(EndedSessionsAfter, EndedSessions, allow=EVERYBODY, retry=Retry.SAFE)
+    """For those that verify access tokens."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import secrets
 import time
 from typing import Any
 
@@ -178,8 +179,8 @@ KEY = OKPKey.import_key(Ed25519PrivateKey.from_private_bytes(key_deriver(USERS_S
 
 def minted(header: dict[str, Any], claims: dict[str, Any], key: OKPKey = KEY) -> str:
     headers = {"alg": "EdDSA", "typ": "at+jwt", "kid": KEY.thumbprint(), **header}
-    content = {"iss": "mercato", "aud": "mercato", "sub": "1", "role": "customer", "exp": time.time() + 600, **claims}
-    return jwt.encode(headers, content, key, registry=ALGORITHMS)
+    content = {"iss": "mercato", "aud": "mercato", "sub": "1", "sid": secrets.token_hex(16), "role": "customer"}
+    return jwt.encode(headers, {**content, "exp": time.time() + 600, **claims}, key, registry=ALGORITHMS)
 
 
 def part(value: Any) -> str:

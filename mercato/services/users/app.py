@@ -56,6 +56,7 @@ def build(env: Env, hasher: Hasher | None = None) -> Service:
                     store.delete_old_refresh_tokens,
                     store.delete_old_sessions,
                     letter_store.delete_old_letters,
+                    store.delete_old_ended_sessions,
                 ),
                 CLEAN_UP_SECONDS,
                 limit=store.CLEANED_AT_ONCE,
@@ -99,4 +100,5 @@ def _server(env: Env, service: UsersService, proving: Proving) -> Server:
     server.register(Users.reset_password, proving.reset_password)
     server.register(Users.prove_email, proving.prove_email)
     server.register(Users.send_proof, proving.send_proof)
+    server.register(Users.ended_sessions, service.ended_sessions)
     return server.complete()

@@ -66,7 +66,7 @@ class Proving:
             await letter_store.set_password(tx, link.user_id, password_hash)
             await letter_store.prove_email(tx, link.user_id)
             await letter_store.use_links(tx, link.user_id, "reset")
-            await store.end_sessions(tx, link.user_id, "password_changed", except_with=b"")
+            await store.end_sessions(tx, await store.lock_sessions_of(tx, link.user_id), "password_changed")
             await faults.point("users.reset_password.before_commit")
         await faults.point("users.reset_password.after_commit")
         return Empty()

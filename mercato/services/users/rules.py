@@ -19,6 +19,9 @@ SESSION_LENGTH: Final = datetime.timedelta(days=30)
 SESSION_KEPT: Final = datetime.timedelta(days=7)
 """How long a session that is over stays, for whoever looks into what happened."""
 
+ENDED_KEPT: Final = datetime.timedelta(minutes=20)
+"""How long the log of ended sessions keeps an entry: as long as access tokens live (15 minutes), and a margin."""
+
 MAX_NAME: Final = 200
 MIN_PASSWORD: Final = 10
 MAX_PASSWORD: Final = 256
@@ -65,6 +68,15 @@ COMMONEST_PASSWORDS: Final = frozenset(
         "zaq12wsxcde3",
     }
 )
+
+
+def is_replaced(position: int, session_id: str | None, last: int, kept: str | None) -> bool:
+    """Whether a log of ended sessions is another one than its reader has read, whose entry at `position` it names.
+
+    `last` is the last position of this log, and `kept` its entry at the reader's position, None where it is not kept.
+    """
+    return position > last or (kept is not None and kept != session_id)
+
 
 # ---------------------------------------------------------------------------------------------------------- the texts
 

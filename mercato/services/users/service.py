@@ -32,6 +32,8 @@ from mercato.contracts.roles import CUSTOMER, STAFF, may_see
 from mercato.contracts.users import (
     ChangePassword,
     EmailTaken,
+    EndedSessions,
+    EndedSessionsAfter,
     GetUser,
     LastStaffMember,
     ListUsers,
@@ -71,6 +73,7 @@ faults.declare(
     "users.refresh.before_commit",
     "users.refresh.after_commit",
     "users.change_password.before_commit",
+    "users.set_role.before_commit",
 )
 
 
@@ -147,7 +150,7 @@ class UsersService:
         async with self._database.transaction() as tx:
             session = await store.lock_session(tx, refresh_token_hash(request.refresh_token))
             if session:
-                await store.end_session(tx, session.id, "signed_out")
+                await store.end_sessions(tx, [session.id], "signed_out")
         return Empty()
 
     async def get(self, batch: Batch[GetUser]) -> Sequence[User | UserNotFound]:
@@ -197,7 +200,7 @@ class UsersService:
             async with self._database.transaction() as tx:
                 if _is_staff_account(actor) and actor.id != request.id:
                     locked = await store.lock_accounts(tx, [actor.id, request.id])
-                    if _role_of(locked, actor) != STAFF:
+                    if _role_of(locked, actor.id) != STAFF:
                         raise UserNotFound(user_id=request.id)
                 if email is None and name is None:
                     return await self._expected(tx, request.id, request.version)
@@ -225,7 +228,10 @@ class UsersService:
         return Empty()
 
     async def set_role(self, request: SetRole) -> User:
-        """Sessions show the new role from their next refresh. Raises UserNotFound, StaleVersion, LastStaffMember."""
+        """Ends the account's sessions where it has another role now.
+
+        Raises UserNotFound, Forbidden, StaleVersion, LastStaffMember.
+        """
         actor = current.get().actor
         lock = store.lock_accounts if request.role == STAFF else store.lock_accounts_and_staff
         async with self._database.transaction() as tx:
@@ -236,10 +242,30 @@ class UsersService:
             # An actor without an account (the owner of a loopback shop, a command) can make an account staff again.
             if changed and request.role != STAFF and _staff_of(locked) == [request.id] and actor.id:
                 raise LastStaffMember(user_id=request.id)
+            if changed and _role_of(locked, request.id) != request.role:
+                await store.end_sessions(tx, await store.lock_sessions_of(tx, request.id), "role_changed")
+                await faults.point("users.set_role.before_commit")
             return _user(changed) if changed else await self._expected(tx, request.id, request.version)
 
     async def keys(self, _request: Empty) -> PublicKeys:
         return self._tokens.public_keys()
+
+    async def ended_sessions(self, request: EndedSessionsAfter) -> EndedSessions:
+        after = request.after
+        async with self._database.read() as tx:
+            rows = await store.ended_sessions(tx, after, request.limit)
+            if rules.is_replaced(after, request.session_id, rows[0].last, _entry_at(rows, after)):
+                after = 0
+                rows = await store.ended_sessions(tx, after, request.limit)
+        entries = [(row.position, row.sid.hex) for row in rows if row.position is not None and row.sid is not None]
+        behind = [entry for entry in entries if entry[0] > after][: request.limit]
+        position, session_id = behind[-1] if behind else (after, request.session_id if after else None)
+        return EndedSessions(
+            session_ids=tuple(sid for _, sid in behind),
+            position=position,
+            session_id=session_id,
+            is_full=len(entries) > request.limit,
+        )
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
@@ -267,7 +293,7 @@ class UsersService:
     async def _rotate(self, tx: Tx, session: store.SessionRow, used: bytes, fresh: bytes) -> User | None:
         """The session's user, with the token replaced; None where it was used before, with the session ended."""
         if not await store.use_refresh_token(tx, used):
-            await store.end_session(tx, session.id, "token_reused")
+            await store.end_sessions(tx, [session.id], "token_reused")
             log.warning("refresh_token_reused", user_id=session.user_id, session_id=session.sid.hex)
             return None
         await store.add_refresh_token(tx, session.id, fresh)
@@ -278,7 +304,8 @@ class UsersService:
         async with self._database.transaction() as tx:
             if not await store.change_password(tx, checked.user_id, checked.version, new_hash):
                 raise WrongCredentials  # somebody changed it while we checked it
-            await store.end_sessions(tx, checked.user_id, "password_changed", except_with=spared)
+            ending = await store.lock_sessions_of(tx, checked.user_id, except_with=spared)
+            await store.end_sessions(tx, ending, "password_changed")
             await faults.point("users.change_password.before_commit")
 
     async def _expected(self, tx: Tx, user_id: int, version: int | None) -> User:
@@ -322,20 +349,26 @@ def _email_taken(violation: UniqueViolation) -> Exception:
     return EmailTaken() if violation.constraint == store.EMAIL_KEY else violation
 
 
+def _entry_at(rows: Sequence[store.EndedRow], position: int) -> str | None:
+    """The session of the entry at a position, where it is among `rows`, whose first it would be."""
+    first = rows[0]
+    return first.sid.hex if first.sid is not None and first.position == position else None
+
+
 def _is_staff_account(actor: Actor) -> bool:
     """True for an actor whose access token says that its account is staff; the account may say otherwise by now."""
     return actor.role == STAFF and actor.id != 0
 
 
-def _role_of(accounts: Sequence[store.RoleRow | store.UserRow], actor: Actor) -> str:
-    return next((account.role for account in accounts if account.id == actor.id), ANONYMOUS.role)
+def _role_of(accounts: Sequence[store.RoleRow | store.UserRow], user_id: int) -> str:
+    return next((account.role for account in accounts if account.id == user_id), ANONYMOUS.role)
 
 
 def _check_staff(
     accounts: Sequence[store.RoleRow | store.UserRow], actor: Actor, operation: Operation[Any, Any]
 ) -> None:
     """Raises `Forbidden` where the account of `actor`, as it was read or locked, is not staff."""
-    if (role := _role_of(accounts, actor)) != STAFF:
+    if (role := _role_of(accounts, actor.id)) != STAFF:
         raise Forbidden(operation=operation.full_name, role=role)
 
 

@@ -1,7 +1,7 @@
 """Every SQL statement of the users service. A function takes `tx` first and returns frozen rows.
 
-Locks are taken in this order: a session before its refresh tokens, credentials before sessions, many rows of one table
-by ascending id.
+Locks are taken in this order: accounts, credentials, sessions, refresh tokens, the last position of the log of ended
+sessions; many rows of one table by ascending id.
 """
 
 from __future__ import annotations
@@ -48,6 +48,12 @@ class SessionRow(Row, frozen=True, gc=False):
     sid: uuid.UUID
     """The id that others see: 128 random bits."""
     user_id: int
+
+
+class EndedRow(Row, frozen=True, gc=False):
+    last: int
+    position: int | None
+    sid: uuid.UUID | None
 
 
 # ------------------------------------------------------------------------------------------------------------ accounts
@@ -288,16 +294,18 @@ async def start_session(
 ) -> SessionRow | None:
     """A new session; None where the password was changed after `version` was read.
 
-    The lock makes a change of password wait for this session, so that it ends this one too, or this wait for it.
+    The locks make a change of the password or the role wait for this session, so that it ends this one too, or this
+    wait for it.
     """
     return await tx.fetch_one(
         SessionRow,
         """
         INSERT INTO sessions (user_id, sid, expires_at)
-        SELECT user_id, $3, now() + $4::interval
-          FROM credentials
-         WHERE user_id = $1 AND version = $2
-           FOR SHARE
+        SELECT u.id, $3, now() + $4::interval
+          FROM users u
+          JOIN credentials c ON c.user_id = u.id
+         WHERE u.id = $1 AND c.version = $2
+           FOR SHARE OF u, c
         RETURNING id, sid, user_id
         """,
         user_id,
@@ -322,41 +330,88 @@ async def lock_session(tx: Tx, token_hash: bytes) -> SessionRow | None:
     )
 
 
-async def end_session(tx: Tx, session_id: int, reason: str) -> None:
+async def lock_sessions_of(tx: Tx, user_id: int, *, except_with: bytes = b"") -> list[int]:
+    """The live sessions of a user, except the one whose unused refresh token has the hash `except_with`."""
+    return await tx.fetch_values(
+        int,
+        """
+        SELECT s.id
+          FROM sessions s
+         WHERE s.user_id = $1
+           AND s.ended_at IS NULL
+           AND NOT EXISTS (
+               SELECT FROM refresh_tokens t WHERE t.hash = $2 AND t.session_id = s.id AND t.used_at IS NULL
+           )
+         ORDER BY s.id
+           FOR NO KEY UPDATE OF s
+        """,
+        user_id,
+        except_with,
+    )
+
+
+async def end_sessions(tx: Tx, session_ids: list[int], reason: str) -> None:
+    """Ends sessions that are live and locked, and appends them to the log. The last statement of a transaction.
+
+    The lock that orders the log is held from here to the commit.
+    """
     await tx.execute(
         """
-        UPDATE sessions
-           SET ended_at = now(), end_reason = $2
-         WHERE id = $1 AND ended_at IS NULL
+        WITH ended AS (
+            UPDATE sessions
+               SET ended_at = now(), end_reason = $2
+             WHERE id = ANY($1::bigint[]) AND ended_at IS NULL
+            RETURNING id, sid
+        ), last AS (
+            INSERT INTO ended_sessions_last AS l (position)
+            SELECT count(*) FROM ended HAVING count(*) > 0
+                ON CONFLICT ON CONSTRAINT ended_sessions_last_pkey DO UPDATE
+               SET position = l.position + excluded.position
+            RETURNING position
+        )
+        INSERT INTO ended_sessions (position, sid)
+        SELECT last.position + 1 - row_number() OVER (ORDER BY ended.id DESC), ended.sid
+          FROM ended
+         CROSS JOIN last
         """,
-        session_id,
+        session_ids,
         reason,
     )
 
 
-async def end_sessions(tx: Tx, user_id: int, reason: str, *, except_with: bytes) -> None:
-    """Ends all live sessions of a user, except the one whose unused refresh token has the hash `except_with`."""
-    await tx.execute(
+async def ended_sessions(tx: Tx, after: int, limit: int) -> list[EndedRow]:
+    """The entry at the position `after`, where it is kept, and up to `limit` behind it, by ascending position.
+
+    There is at least one row, with the last position that was given out; its `sid` is None where there are no entries.
+    """
+    return await tx.fetch(
+        EndedRow,
         """
-        WITH ending AS (
-            SELECT s.id
-              FROM sessions s
-             WHERE s.user_id = $1
-               AND s.ended_at IS NULL
-               AND NOT EXISTS (
-                   SELECT FROM refresh_tokens t WHERE t.hash = $3 AND t.session_id = s.id AND t.used_at IS NULL
-               )
-             ORDER BY s.id
-               FOR NO KEY UPDATE OF s
-        )
-        UPDATE sessions s
-           SET ended_at = now(), end_reason = $2
-          FROM ending
-         WHERE s.id = ending.id
+        SELECT coalesce(last.position, 0) AS last, e.position, e.sid
+          FROM (SELECT 1) AS always
+          LEFT JOIN ended_sessions_last last ON last.single
+          LEFT JOIN LATERAL (
+            SELECT position, sid FROM ended_sessions WHERE position >= $1 ORDER BY position LIMIT $2 + 1
+          ) e ON true
+         ORDER BY e.position
         """,
-        user_id,
-        reason,
-        except_with,
+        after,
+        limit,
+    )
+
+
+async def delete_old_ended_sessions(tx: Tx, limit: int = CLEANED_AT_ONCE) -> int:
+    """Deletes up to `limit` of the oldest entries whose access tokens have long expired; says how many."""
+    return await tx.execute(
+        """
+        DELETE FROM ended_sessions
+         WHERE ended_at < now() - $1::interval
+           AND position IN (
+            SELECT position FROM ended_sessions ORDER BY position LIMIT $2 FOR UPDATE SKIP LOCKED
+         )
+        """,
+        rules.ENDED_KEPT,
+        limit,
     )
 
 

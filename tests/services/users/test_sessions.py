@@ -24,8 +24,11 @@ from mercato.chassis.contract import Actor, Empty, Forbidden, InvalidRequest
 from mercato.chassis.hosting.service import Build, Env, Service
 from mercato.chassis.observability import faults
 from mercato.chassis.observability.telemetry import configure_logging
+from mercato.contracts.roles import Role
 from mercato.contracts.users import (
     ChangePassword,
+    EndedSessions,
+    EndedSessionsAfter,
     Refresh,
     Register,
     SessionEnded,
@@ -42,6 +45,7 @@ from mercato.services.users import store
 from mercato.services.users.app import build
 from mercato.services.users.passwords import Argon2Hasher, Hasher
 from mercato.testing.harness import ServiceHarness
+from mercato.testing.tables import connect
 from mercato.testing.waiting import without_waiting
 
 ANYBODY = Actor("anonymous")
@@ -328,16 +332,6 @@ async def test_a_session_ends_thirty_days_after_signing_in_by_the_database_clock
         await refresh(harness, users, tokens)
 
 
-async def test_a_refresh_carries_the_role_that_the_user_has_now(harness: ServiceHarness, users: Users, alice: User):
-    tokens = await sign_in(harness, users)
-    with harness.acting(STAFF):
-        await users.set_role(SetRole(id=alice.id, role="staff"))
-    fresh = await refresh(harness, users, tokens)
-
-    assert [part(t.access_token, 1)["role"] for t in (tokens, fresh)] == ["customer", "staff"]
-    assert fresh.user.role == "staff"
-
-
 async def crash(_: str) -> None:
     raise RuntimeError("the power fails")
 
@@ -519,6 +513,179 @@ async def test_a_sign_in_with_the_old_password_does_not_outlive_the_change(harne
     with pytest.raises(WrongCredentials):
         await signing_in
     assert await look(harness, int, "SELECT id FROM sessions") == []
+
+
+# --------------------------------------------------------------------------------------------------- changing the role
+
+
+async def set_role(harness: ServiceHarness, users: Users, user: User, role: Role) -> User:
+    with harness.acting(STAFF):
+        return await users.set_role(SetRole(id=user.id, role=role))
+
+
+async def test_another_role_ends_the_sessions_and_the_next_one_has_it(
+    harness: ServiceHarness, users: Users, alice: User
+):
+    tokens = await sign_in(harness, users)
+    await set_role(harness, users, alice, "staff")
+
+    with pytest.raises(SessionEnded):
+        await refresh(harness, users, tokens)
+    fresh = await sign_in(harness, users)
+    assert [part(t.access_token, 1)["role"] for t in (tokens, fresh)] == ["customer", "staff"]
+    assert await look(harness, str, "SELECT end_reason FROM sessions WHERE ended_at IS NOT NULL") == ["role_changed"]
+
+
+async def test_the_same_role_again_ends_nothing(harness: ServiceHarness, users: Users, alice: User):
+    tokens = await sign_in(harness, users)
+    await set_role(harness, users, alice, "customer")
+
+    await refresh(harness, users, tokens)
+
+
+async def test_a_change_of_role_that_dies_before_its_commit_changed_nothing(
+    harness: ServiceHarness, users: Users, alice: User
+):
+    tokens = await sign_in(harness, users)
+    remove = faults.inject("users.set_role.before_commit", crash)
+    with pytest.raises(Exception, match="failed"):
+        await set_role(harness, users, alice, "staff")
+    remove()
+
+    assert (await refresh(harness, users, tokens)).user.role == "customer"
+    assert (await ended(harness, users)).session_ids == ()
+
+
+async def test_a_sign_in_that_meets_a_change_of_role_gets_the_new_one(
+    harness: ServiceHarness, users: Users, alice: User
+):
+    """Its session would begin behind the back of the change that ends all sessions."""
+    await set_role(harness, users, alice, "staff")
+    connection = await connect(harness.dsns["users"])
+    harness.closing.push_async_callback(connection.close)
+    transaction = connection.transaction()
+    await transaction.start()
+    await connection.execute("UPDATE users SET role = 'customer' WHERE id = $1", alice.id)
+    signing_in = asyncio.create_task(sign_in(harness, users))
+    await harness.until_blocked(of="users")
+    await transaction.commit()
+
+    assert part((await signing_in).access_token, 1)["role"] == "customer"
+
+
+# ------------------------------------------------------------------------------------------- the log of ended sessions
+
+
+async def ended(
+    harness: ServiceHarness, users: Users, page: EndedSessions | None = None, **details: Any
+) -> EndedSessions:
+    """What the log has behind a page that was read."""
+    behind: dict[str, Any] = {} if page is None else {"after": page.position, "session_id": page.session_id}
+    with harness.acting(ANYBODY):
+        return await users.ended_sessions(EndedSessionsAfter(**behind, **details))
+
+
+async def test_every_way_to_end_a_session_is_in_the_log(harness: ServiceHarness, users: Users, alice: User):
+    out, reused, changed, demoted = [await sign_in(harness, users) for _ in range(4)]
+    nothing = await ended(harness, users)
+    await sign_out(harness, users, out.refresh_token)
+    await refresh(harness, users, reused)
+    await make_it_so(harness, "UPDATE refresh_tokens SET used_at = used_at - interval '1 hour'")
+    with pytest.raises(SessionEnded):
+        await refresh(harness, users, reused)
+    own = Actor("customer", alice.id)
+    await change_password(harness, users, own, alice.id, refresh_token=demoted.refresh_token)
+    await set_role(harness, users, alice, "staff")
+
+    assert (nothing.session_ids, nothing.position, nothing.session_id) == ((), 0, None)
+    page = await ended(harness, users)
+    assert page.session_ids == tuple(map(session_id, (out, reused, changed, demoted)))
+    assert (page.position, page.session_id, page.is_full) == (4, session_id(demoted), False)
+
+
+async def test_a_session_that_has_ended_is_in_the_log_once(harness: ServiceHarness, users: Users, alice: User):
+    tokens = await sign_in(harness, users)
+    for _ in range(2):
+        await sign_out(harness, users, tokens.refresh_token)
+    await change_password(harness, users, Actor("customer", alice.id), alice.id)
+
+    assert (await ended(harness, users)).session_ids == (session_id(tokens),)
+
+
+async def test_the_log_is_read_page_by_page_behind_a_position(harness: ServiceHarness, users: Users, alice: User):
+    for _ in range(5):
+        await sign_in(harness, users)
+    await change_password(harness, users, Actor("customer", alice.id), alice.id)
+    one_by_one = await ended(harness, users)
+    first = await ended(harness, users, limit=2)
+    second = await ended(harness, users, first, limit=2)
+    third = await ended(harness, users, second, limit=2)
+
+    assert [len(page.session_ids) for page in (first, second, third)] == [2, 2, 1]
+    assert [page.is_full for page in (first, second, third)] == [True, True, False]
+    assert one_by_one.session_ids == (*first.session_ids, *second.session_ids, *third.session_ids)
+    assert len(set(one_by_one.session_ids)) == 5
+    last = await ended(harness, users, third)
+    assert (last.session_ids, last.position, last.session_id) == ((), 5, third.session_id)
+
+
+async def test_a_reader_of_another_log_begins_anew(harness: ServiceHarness, users: Users, alice: User):
+    """Of a database that was restored: positions come again, and stand for other sessions."""
+    one, other = await sign_in(harness, users), await sign_in(harness, users)
+    for tokens in (one, other):
+        await sign_out(harness, users, tokens.refresh_token)
+    both = tuple(map(session_id, (one, other)))
+
+    ahead = EndedSessions(session_ids=(), position=3, session_id="f" * 32)
+    elsewhere = EndedSessions(session_ids=(), position=1, session_id="f" * 32)
+    for page in (ahead, elsewhere):
+        read = await ended(harness, users, page)
+        assert (read.session_ids, read.position, read.session_id) == (both, 2, both[1])
+    await make_it_so(harness, "TRUNCATE ended_sessions, ended_sessions_last")
+    read = await ended(harness, users, ahead)
+    assert (read.session_ids, read.position, read.session_id) == ((), 0, None)
+
+
+async def test_positions_of_the_log_are_in_the_order_of_commits(harness: ServiceHarness, users: Users, alice: User):
+    """A reader that has seen an entry never misses one of a transaction that began earlier and commits later."""
+    early, late = await sign_in(harness, users), await sign_in(harness, users)
+    database = harness.host.services["users"].database
+    ids = await look(harness, int, "SELECT id FROM sessions ORDER BY id")
+    is_written, may_commit = asyncio.Event(), asyncio.Event()
+
+    async def end_slowly() -> None:
+        async with database.transaction() as tx:
+            await store.end_sessions(tx, [ids[0]], "signed_out")
+            is_written.set()
+            await may_commit.wait()
+
+    ending = asyncio.create_task(end_slowly())
+    await is_written.wait()
+    overtaking = asyncio.create_task(sign_out(harness, users, late.refresh_token))
+    await harness.until_blocked(of="users")
+    assert (await ended(harness, users)).session_ids == ()
+    may_commit.set()
+    await asyncio.gather(ending, overtaking)
+
+    assert (await ended(harness, users)).session_ids == (session_id(early), session_id(late))
+
+
+async def test_old_entries_are_deleted_and_positions_go_on(harness: ServiceHarness, users: Users, alice: User):
+    first, second, third = [await sign_in(harness, users) for _ in range(3)]
+    await sign_out(harness, users, first.refresh_token)
+    read = await ended(harness, users)
+    await sign_out(harness, users, second.refresh_token)
+    await make_it_so(harness, "UPDATE ended_sessions SET ended_at = now() - interval '15 minutes'")
+    database = harness.host.services["users"].database
+    async with database.transaction() as tx:
+        assert await store.delete_old_ended_sessions(tx) == 0, "their access tokens may still be shown"
+    await make_it_so(harness, "UPDATE ended_sessions SET ended_at = now() - interval '21 minutes'")
+    async with database.transaction() as tx:
+        assert await store.delete_old_ended_sessions(tx) == 2
+    await sign_out(harness, users, third.refresh_token)
+
+    page = await ended(harness, users, read)
+    assert (page.session_ids, page.position) == ((session_id(third),), 3)
 
 
 # ------------------------------------------------------------------------------------------------------------ clean-up
