@@ -53,6 +53,19 @@ def test_shows_progress_from_nothing_to_a_filled_shop(shop: Process):
         assert words in text
 
 
+def test_letters_become_files_in_the_data_folder(shop: Process):
+    folder = shop.data / "letters"
+    assert f"Letters        {folder}, instead of being mailed (MERCATO_USERS_MAIL)" in shop.lines
+    with shop.caller() as caller:
+        carol = {"email": "carol@example.com", "name": "Carol", "password": "a long enough password"}
+        assert caller.post("/register", carol).status == 201
+        wait_until(lambda: list(folder.glob("*.eml")))
+        [letter] = folder.glob("*.eml")
+        found = re.search(rf"{shop.url}/account/email#(\S+)", letter.read_text())
+        assert found, letter.read_text()
+        assert caller.post("/email/proof", {"token": found[1]}).status == 204
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_printed_curl_lines_work_as_they_are(shop: Process):
     assert run_curl_lines(shop) == ["200", "201"]

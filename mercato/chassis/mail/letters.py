@@ -97,7 +97,7 @@ def _address(name: str, email: str) -> Address:
     return Address(name, local, domain)
 
 
-def _message(letter: Letter, from_: Address, clock: Clock) -> EmailMessage:
+def _message(letter: Letter, from_: Address, clock: Clock, encoding: str) -> EmailMessage:
     message = EmailMessage(policy=SMTP)
     message["From"] = from_
     message["To"] = _address("", letter.to)
@@ -105,12 +105,12 @@ def _message(letter: Letter, from_: Address, clock: Clock) -> EmailMessage:
     message["Date"] = format_datetime(clock.now())
     message["Message-ID"] = f"<{letter.id}@{from_.domain}>"
     message["Auto-Submitted"] = "auto-generated"  # RFC 3834: no reply of a machine, please
-    message.set_content(letter.text)
+    message.set_content(letter.text, cte=encoding)
     return message
 
 
 class _Folder:
-    """Each letter as a file `ID.eml`, which a mail program opens."""
+    """Each letter as a file `ID.eml`, which a mail program opens, and a person can read as it is."""
 
     def __init__(self, folder: Path, from_: Address, clock: Clock) -> None:
         self._folder, self._from, self._clock = folder, from_, clock
@@ -126,7 +126,7 @@ class _Folder:
         handle, path = tempfile.mkstemp(dir=self._folder, suffix=".part")  # mode 0600: it may hold a link that signs in
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(bytes(_message(letter, self._from, self._clock)))
+                file.write(bytes(_message(letter, self._from, self._clock, "8bit")))
             os.replace(path, self._folder / f"{letter.id}.eml")
         except BaseException:
             os.unlink(path)
@@ -164,7 +164,7 @@ class _Smtp:
     async def send(self, letter: Letter) -> None:
         import aiosmtplib  # 0.2 s; most processes send nothing
 
-        message = _message(letter, self._from, self._clock)
+        message = _message(letter, self._from, self._clock, "quoted-printable")
         try:
             async with asyncio.timeout(SEND_SECONDS):
                 await aiosmtplib.send(message, **self._options)

@@ -96,6 +96,7 @@ async def test_a_folder_gets_a_file_that_its_owner_alone_reads(tmp_path: Path):
     message = read((folder / "3f0c.eml").read_bytes())
     assert (message["To"], message["From"], message["Subject"]) == (LETTER.to, SENDER, LETTER.subject)
     assert message["Message-ID"] == "<3f0c@example.com>"
+    assert LETTER.text.replace("\n", "\r\n").encode() in (folder / "3f0c.eml").read_bytes(), "read as it is"
     assert message.get_content().replace("\r\n", "\n") == LETTER.text
 
 
@@ -151,6 +152,7 @@ async def test_a_server_that_is_away_delays_a_letter():
         await way(f"smtp://127.0.0.1:{port}").send(LETTER)
 
 
+@pytest.mark.filterwarnings("ignore:Requiring AUTH")
 async def test_user_and_password_are_percent_encoded():
     received = Received()
     async with serving(received, authenticator=received.authenticate, auth_required=True) as port:

@@ -693,7 +693,7 @@ async def test_old_entries_are_deleted_and_positions_go_on(harness: ServiceHarne
 
 async def clean_up(harness: ServiceHarness, sessions_left: int) -> None:
     """Runs the service's periodic task until so many sessions are left."""
-    (task,) = harness.host.services["users"].tasks
+    [task] = [task for task in harness.host.services["users"].tasks if task.name == "clean up"]
     running = asyncio.create_task(task.run("users", harness.host.clock, harness.host.telemetry))
     try:
         async with asyncio.timeout(WAIT_SECONDS):
