@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mercato.chassis.contract import SERVICE_ROLE, Actor, Call, Contract, Empty as EmptyRequest, Operation, current
 from mercato.chassis.hosting.host import GATEWAY, Hosting
+from mercato.chassis.hosting.periodic import PeriodicTask
 from mercato.chassis.hosting.service import Build
 from mercato.chassis.http import HttpLimits, HttpServer
 from mercato.chassis.messaging.outbox import event_log
@@ -26,9 +27,10 @@ from mercato.contracts.orders import Orders
 from mercato.contracts.payments import Payments
 from mercato.contracts.products import Products
 from mercato.contracts.roles import EVERYBODY, STAFF_ONLY
-from mercato.contracts.users import PublicKeys, Users
+from mercato.contracts.users import EndedSessions, EndedSessionsAfter, PublicKeys, Users
 from mercato.gateway.app import Asgi, Gateway
 from mercato.gateway.auth import Authenticator, Verifier, own_hosts
+from mercato.gateway.ended_sessions import READ_EVERY_SECONDS, READ_SECONDS, RETRY_SECONDS, EndedSessionsLog
 from mercato.gateway.pages import Pages
 from mercato.gateway.routes import ROUTES
 from mercato.simulators.bank.contract import Sandbox
@@ -98,6 +100,9 @@ READS: Final[Mapping[str, tuple[str, ...]]] = {
 SIMULATORS: Final[Mapping[str, str]] = {"sandbox": "bank"}
 """Those of them that stand in for a system that is not ours, with their folder in `simulators/`."""
 
+VERIFYING: Final = (Users.keys, Users.ended_sessions)
+"""What every process that serves routes calls: it verifies access tokens."""
+
 OPERATOR: Final = "operator"
 """The caller that is a person at the command line, in the role of staff."""
 
@@ -125,14 +130,14 @@ def may_call(service: str) -> Collection[str]:
 def called_by(caller: str) -> Sequence[Operation[Any, Any]]:
     """All operations that the gateway, the operator or a service calls in other processes, event logs among them.
 
-    Every process that serves routes verifies access tokens, with the keys that it asks of users.
+    Every process that serves routes verifies access tokens, by what it asks of users (`VERIFYING`).
     """
     if caller == OPERATOR:
         return [operation for contract in SERVICES.values() for operation in contract.operations.values()]
     if caller == GATEWAY:
         waits = [route.wait.operation for route in ROUTES if route.wait]
-        return [*(route.operation for route in ROUTES), *waits, Users.keys]
-    own = () if caller == Users.service else (Users.keys,)
+        return [*(route.operation for route in ROUTES), *waits, *VERIFYING]
+    own = () if caller == Users.service else VERIFYING
     return [*CALLS[caller], *own, *(event_log(source).read for source in READS.get(caller, ()))]
 
 
@@ -190,21 +195,41 @@ def gateway(
     """The rows of the public API that belong to `services`. `open_to`: the address of a shop that asks for no tokens.
 
     `details` is told by `/health/ready` besides; what makes it say that the process is not ready, `problems` gives, by
-    default those of the databases. `caller` is whom services in other processes see.
+    default those of the databases; besides, that it does not know yet which sessions have ended. `caller` is whom
+    services in other processes see.
     """
     routes = [route for route in ROUTES if route.operation.service in services]
 
     async def fetch_keys() -> PublicKeys:
         return await host.client(Users, caller).keys(EmptyRequest())
 
-    verifier = Verifier(fetch_keys, host.clock)
+    async def read_ended(request: EndedSessionsAfter) -> EndedSessions:
+        return await host.client(Users, caller).ended_sessions(request)
+
+    async def reasons() -> Mapping[str, str]:
+        found = await (problems or host.problems)()
+        reason = ended.problem()
+        return {**found, caller: reason} if reason and not found.get(caller) else found
+
+    ended = EndedSessionsLog(read_ended, host.clock)
+    host.also_run(
+        caller,
+        PeriodicTask(
+            "follow ended sessions",
+            ended.follow,
+            READ_EVERY_SECONDS,
+            round_seconds=READ_SECONDS,
+            longest_retry_seconds=RETRY_SECONDS,
+        ),
+    )
+    verifier = Verifier(fetch_keys, ended, host.clock)
     authenticator = Authenticator(verifier, own_hosts(*open_to) if open_to else None)
     pages = Pages(
         routes=routes,
         authenticator=authenticator,
         verifier=verifier,
         telemetry=host.telemetry,
-        problems=problems or host.problems,
+        problems=reasons,
         details=details,
     )
 

@@ -5,7 +5,8 @@ may do what anonymous callers may. With `--auth open`, which exists on loopback 
 staff; then Host, and Origin where a browser sends one, must name this shop, so that no web page can drive it.
 
 Tokens are verified with the public keys of the users service (RFC 9068 tokens, EdDSA). A token that was verified is
-remembered until it expires: verifying costs 75 microseconds, looking it up a tenth of one.
+remembered until it expires: verifying costs 75 microseconds, looking it up a tenth of one. Whether its session has
+ended is looked up each time, in memory (`ended_sessions.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from mercato.chassis.observability.clock import Clock
 from mercato.chassis.rpc.signatures import ALGORITHMS
 from mercato.contracts.roles import CUSTOMER, STAFF
 from mercato.contracts.users import PublicKeys
-from mercato.gateway.problems import HostNotAllowed
+from mercato.gateway.ended_sessions import EndedSessionsLog
+from mercato.gateway.problems import HostNotAllowed, SessionsNotKnown
 
 REMEMBERED_TOKENS: Final = 10_000
 TOKEN_TYPE: Final = "at+jwt"  # noqa: S105  # RFC 9068
@@ -50,27 +52,43 @@ class Claims(msgspec.Struct):
 class Verifier:
     """Access tokens to actors. `fetch_keys` asks the users service."""
 
-    def __init__(self, fetch_keys: Callable[[], Awaitable[PublicKeys]], clock: Clock) -> None:
+    def __init__(self, fetch_keys: Callable[[], Awaitable[PublicKeys]], ended: EndedSessionsLog, clock: Clock) -> None:
         self._fetch_keys = fetch_keys
+        self._ended = ended
         self._clock = clock
         self._keys: PublicKeys | None = None
         self._key_set: KeySet | None = None
         self._fetched_at = float("-inf")
-        self._known: dict[str, tuple[Actor, float]] = {}
+        self._known: dict[str, tuple[Actor, float, str]] = {}
 
     def remembered(self, token: str) -> Actor | None:
-        """The actor of a token that was verified before and has not expired."""
+        """The actor of a token that was verified before, has not expired, and whose session goes on."""
         known = self._known.get(token)
-        return known[0] if known is not None and known[1] > self._clock.now().timestamp() else None
+        if known is None:
+            return None
+        actor, expires_at, session_id = known
+        if expires_at <= self._clock.now().timestamp() or session_id in self._ended.ids:
+            return None
+        return None if actor.role == STAFF and self._ended.is_behind else actor
 
     async def actor(self, token: str) -> Actor:
-        """Raises `Unauthenticated` for a token that is forged, foreign, expired or not a token."""
+        """Raises `Unauthenticated` for a token that is forged, foreign, expired, of an ended session or not a token.
+
+        Raises `SessionsNotKnown` for staff while it is not known which sessions have ended.
+        """
         if (known := self.remembered(token)) is not None:
             return known
-        actor, expires_at = self._read(await self._verified(token))
+        if not self._ended.is_loaded:
+            await self._ended.load()
+        actor, expires_at, session_id = self._read(await self._verified(token))
+        if session_id in self._ended.ids:
+            self._known.pop(token, None)
+            raise Unauthenticated(reason=ENDED)
+        if actor.role == STAFF and self._ended.is_behind:
+            raise SessionsNotKnown
         if len(self._known) >= REMEMBERED_TOKENS:
             self._known.clear()
-        self._known[token] = (actor, expires_at)
+        self._known[token] = (actor, expires_at, session_id)
         return actor
 
     async def jwks(self) -> PublicKeys:
@@ -114,7 +132,7 @@ class Verifier:
         except (ValueError, TypeError, KeyError, msgspec.ValidationError) as error:
             raise Unauthenticated(reason=FORGED) from error
 
-    def _read(self, claims: Claims) -> tuple[Actor, float]:
+    def _read(self, claims: Claims) -> tuple[Actor, float, str]:
         keys = self._keys
         assert keys is not None
         if claims.iss != keys.issuer or claims.aud != keys.audience or claims.role not in (CUSTOMER, STAFF):
@@ -123,9 +141,10 @@ class Verifier:
             raise Unauthenticated(reason=FORGED)
         if claims.exp <= self._clock.now().timestamp():
             raise Unauthenticated(reason="The access token has expired; refresh it, or sign in again.")
-        return Actor(claims.role, int(claims.sub)), claims.exp
+        return Actor(claims.role, int(claims.sub)), claims.exp, claims.sid
 
 
+ENDED: Final = "The session of this access token has ended; sign in again."
 FORGED: Final = "The access token is not one of this shop."
 
 

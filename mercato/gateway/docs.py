@@ -68,6 +68,7 @@ WAY_OUT: Final[Mapping[str, str]] = {
     "request_in_progress": "Wait a moment, then send the same again: it gets the answer of the first.",
     "request_timeout": "Send the whole request without pauses.",
     "route_not_found": "Check the path; /docs has all of them.",
+    "sessions_not_known": "Send it again after Retry-After seconds: users has not been reached for a while.",
     "sign_in_first": "POST /login, then send the access token as Authorization: Bearer ACCESS_TOKEN.",
     "stale_version": "GET it again, look at what has changed, and send the change with the new ETag.",
     "too_many_connections": "Use fewer connections; keep them open for many requests.",

@@ -183,7 +183,9 @@ def operation_id(route: Route) -> str:
 
 def errors_of(route: Route, *, open_shop: bool) -> tuple[type[ServiceError], ...]:
     """Every error that a row can answer with: its own, and those that follow from its properties."""
-    following: list[type[ServiceError]] = [InvalidRequest] if route.ignores_token else [InvalidRequest, Unauthenticated]
+    following: list[type[ServiceError]] = [InvalidRequest]
+    if not route.ignores_token:
+        following += [Unauthenticated, problems.SessionsNotKnown]
     if open_shop:
         following.append(problems.HostNotAllowed)
     elif ANONYMOUS not in route.roles:

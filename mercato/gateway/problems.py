@@ -85,6 +85,13 @@ class SignInFirst(ServiceError, code="sign_in_first", kind=Kind.UNAUTHENTICATED)
     sentence = "This needs a caller who is signed in: POST /login, then send Authorization: Bearer ACCESS_TOKEN."
 
 
+class SessionsNotKnown(ServiceError, code="sessions_not_known", kind=Kind.UNAVAILABLE):
+    """Staff alone meet it: a session that was ended because its owner is staff no more must not be used meanwhile."""
+
+    sentence = "Which sessions have ended is not known at the moment, and staff are refused until it is; try again."
+    retry_after_s: int | None = 2
+
+
 class UnsupportedMediaType(ServiceError, code="unsupported_media_type", kind=Kind.INVALID):
     sentence = "The body must be JSON, sent with Content-Type: application/json."
 

@@ -17,6 +17,7 @@ from mercato import __version__, topology
 from mercato.chassis.contract import Contract, Operation
 from mercato.chassis.hosting.host import GATEWAY, Host, hear_of_events
 from mercato.chassis.hosting.keys import nats_password, signing_seed
+from mercato.chassis.hosting.periodic import PeriodicTask
 from mercato.chassis.hosting.service import Build, Service
 from mercato.chassis.http import bind
 from mercato.chassis.messaging.consumers import Consumer
@@ -118,6 +119,9 @@ class SplitHosts:
 
     def client(self, contract: type[C], caller: str = TEST) -> C:
         return self._hosts[caller].client(contract, caller)
+
+    def also_run(self, name: str, task: PeriodicTask) -> None:
+        self._hosts[name].also_run(name, task)
 
     async def problems(self) -> Mapping[str, str]:
         found = await asyncio.gather(*(host.problems() for host in self._hosts.values()))

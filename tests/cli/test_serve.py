@@ -101,6 +101,21 @@ def test_each_process_verifies_tokens_itself(folder: Path, shop: Mapping[str, Se
         assert caller.post("/products", new).status == 401
 
 
+def test_each_process_refuses_the_token_of_a_session_that_has_ended(folder: Path, shop: Mapping[str, Served]):
+    addresses = {"users": variables_address(shop)}
+    orders = Served(
+        "products", environment=given(folder, "products", addresses=addresses), options=("--auth", "required")
+    )
+    with orders as own, own.ready().caller() as caller, shop["gateway"].caller() as gateway:
+        tokens = gateway.sign_in("bob@example.com", "demo-password").json
+        caller.token = gateway.token
+        assert caller.post("/products", {}).status == 403
+        gateway.post("/logout", {"refresh_token": tokens["refresh_token"]})
+
+        wait_until(lambda: caller.post("/products", {}).status == 401, BOUND_SECONDS)
+        wait_until(lambda: gateway.get("/users/me").status == 401, BOUND_SECONDS)
+
+
 def variables_address(shop: Mapping[str, Served]) -> str:
     """Where users takes the calls of others."""
     environ = Path(f"/proc/{shop['users'].pid}/environ").read_bytes().split(b"\0")

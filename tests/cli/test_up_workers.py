@@ -62,6 +62,18 @@ def test_all_show_the_same_orders(shop: Process):
         caller.connection.close()
 
 
+def test_all_refuse_the_token_of_a_session_that_has_ended(shop: Process):
+    callers = [shop.caller() for _ in range(12)]
+    tokens = callers[0].sign_in("bob@example.com", "demo-password").json
+    for caller in callers:
+        caller.token = callers[0].token
+        assert caller.get("/users/me").status == 200
+    callers[0].post("/logout", {"refresh_token": tokens["refresh_token"]})
+
+    for caller in callers:
+        wait_until(lambda caller=caller: caller.get("/users/me").status == 401)
+
+
 def requests_counted(shop: Process) -> int:
     with shop.caller() as caller:
         text = caller.get("/metrics").text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import datetime
 import json
@@ -14,7 +15,7 @@ from joserfc import jwt
 from joserfc.jwk import OctKey, OKPKey
 
 from mercato.chassis.contract import ANONYMOUS, Actor, Unauthenticated, Unavailable
-from mercato.contracts.users import PublicKeys
+from mercato.contracts.users import EndedSessions, EndedSessionsAfter, PublicKeys
 from mercato.gateway.auth import (
     ALGORITHMS,
     KEYS_PAUSE_SECONDS,
@@ -24,7 +25,10 @@ from mercato.gateway.auth import (
     Verifier,
     own_hosts,
 )
-from mercato.gateway.problems import HostNotAllowed
+from mercato.gateway.ended_sessions import BEHIND_SECONDS, HELD_SECONDS, EndedSessionsLog
+from mercato.gateway.problems import HostNotAllowed, SessionsNotKnown
+from mercato.services.users import rules
+from mercato.services.users.tokens import ACCESS_TOKEN_LIFE
 
 START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 LIFE_SECONDS = 900
@@ -92,9 +96,47 @@ def signer() -> Signer:
     return Signer()
 
 
+class Log:
+    """The log of ended sessions of a users service, two entries a page."""
+
+    def __init__(self) -> None:
+        self.entries: list[str] = []
+        self.asked: list[EndedSessionsAfter] = []
+        self.away = False
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+
+    async def read(self, request: EndedSessionsAfter) -> EndedSessions:
+        self.asked.append(request)
+        await self.may_answer.wait()
+        if self.away:
+            raise Unavailable(service="users")
+        after = request.after
+        if after > len(self.entries) or (after and self.entries[after - 1] != request.session_id):
+            after = 0
+        found = self.entries[after : after + 2]
+        position = after + len(found)
+        return EndedSessions(
+            session_ids=tuple(found),
+            position=position,
+            session_id=self.entries[position - 1] if position else None,
+            is_full=len(self.entries) > position,
+        )
+
+
 @pytest.fixture
-def verifier(signer: Signer, clock: FakeClock) -> Verifier:
-    return Verifier(signer.fetch, clock)
+def log() -> Log:
+    return Log()
+
+
+@pytest.fixture
+def ended(log: Log, clock: FakeClock) -> EndedSessionsLog:
+    return EndedSessionsLog(log.read, clock)
+
+
+@pytest.fixture
+def verifier(signer: Signer, ended: EndedSessionsLog, clock: FakeClock) -> Verifier:
+    return Verifier(signer.fetch, ended, clock)
 
 
 def plain(part: Any) -> str:
@@ -214,9 +256,9 @@ async def test_a_new_key_is_fetched_when_a_token_names_it(verifier: Verifier, si
     assert await verifier.actor(old) == Actor("customer", 7)
 
 
-async def test_forged_tokens_do_not_make_us_ask_for_keys_again_and_again(verifier: Verifier) -> None:
+async def test_forged_tokens_do_not_make_us_ask_for_keys_again_and_again(ended: EndedSessionsLog) -> None:
     users = Signer()
-    verifier = Verifier(users.fetch, FakeClock())
+    verifier = Verifier(users.fetch, ended, FakeClock())
     await verifier.actor(users.sign())
     for _ in range(20):
         with pytest.raises(Unauthenticated):
@@ -238,10 +280,144 @@ async def test_memory_of_tokens_is_bounded(verifier: Verifier, signer: Signer) -
     token = signer.sign()
     await verifier.actor(token)
     known = verifier._known
-    known.update({str(i): (Actor("customer", i), 0.0) for i in range(REMEMBERED_TOKENS)})
+    known.update({str(i): (Actor("customer", i), 0.0, SID) for i in range(REMEMBERED_TOKENS)})
     await verifier.actor(signer.sign(sub="8"))
     assert len(known) <= REMEMBERED_TOKENS
     assert await verifier.actor(token) == Actor("customer", 7)
+
+
+# ------------------------------------------------------------------------------------------------------- ended sessions
+
+
+def sid(number: int) -> str:
+    return f"{number:032x}"
+
+
+async def test_a_token_ends_with_its_session_also_when_it_is_remembered(
+    verifier: Verifier, signer: Signer, ended: EndedSessionsLog, log: Log
+) -> None:
+    one, fresh, other = signer.sign(sid=sid(1)), signer.sign(sid=sid(1), sub="8"), signer.sign(sid=sid(2))
+    for token in (one, other):
+        await verifier.actor(token)
+    log.entries.append(sid(1))
+    assert await ended.follow() == 1
+
+    assert verifier.remembered(one) is None
+    for token in (one, fresh):
+        with pytest.raises(Unauthenticated, match="has ended"):
+            await verifier.actor(token)
+    assert verifier.remembered(other) == await verifier.actor(other) == Actor("customer", 7)
+
+
+async def test_a_process_that_has_just_started_knows_what_ended_before(
+    verifier: Verifier, signer: Signer, ended: EndedSessionsLog, log: Log
+) -> None:
+    log.entries += [sid(i) for i in range(1, 6)]
+
+    assert ended.problem() == "it has not read which sessions have ended"
+    for number in range(1, 6):
+        with pytest.raises(Unauthenticated, match="has ended"):
+            await verifier.actor(signer.sign(sid=sid(number)))
+    assert await verifier.actor(signer.sign(sid=sid(6))) == Actor("customer", 7)
+    assert ended.problem() == ""
+    assert [(r.after, r.session_id) for r in log.asked] == [(0, None), (2, sid(2)), (4, sid(4))]
+
+
+async def test_before_the_log_is_read_no_token_is_accepted(
+    verifier: Verifier, signer: Signer, ended: EndedSessionsLog, log: Log
+) -> None:
+    log.away = True
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            await verifier.actor(signer.sign())
+    assert ended.problem()
+    log.away = False
+    assert await verifier.actor(signer.sign()) == Actor("customer", 7)
+
+
+async def test_those_that_come_at_once_wait_for_one_read(
+    verifier: Verifier, signer: Signer, ended: EndedSessionsLog, log: Log
+) -> None:
+    log.may_answer.clear()
+    tokens = [signer.sign(sub=str(i)) for i in range(1, 6)]
+    waiting = [asyncio.create_task(verifier.actor(token)) for token in tokens]
+    following = asyncio.create_task(ended.follow())
+    while not log.asked:
+        await asyncio.sleep(0)
+    waiting[0].cancel()  # a client that goes away takes the read from no other
+    await asyncio.wait([waiting[0]])
+    log.may_answer.set()
+
+    assert await asyncio.gather(*waiting[1:]) == [Actor("customer", i) for i in range(2, 6)]
+    assert await following == 0
+    assert len(log.asked) == 1
+
+
+async def test_staff_are_refused_while_the_log_is_not_followed_and_customers_go_on(
+    verifier: Verifier, signer: Signer, ended: EndedSessionsLog, log: Log, clock: FakeClock
+) -> None:
+    staff, fresh, customer = signer.sign(role="staff"), signer.sign(role="staff", sub="8"), signer.sign()
+    for token in (staff, customer):
+        await verifier.actor(token)
+    log.away = True
+    clock.seconds += BEHIND_SECONDS
+    with pytest.raises(Unavailable):
+        await ended.follow()
+    assert verifier.remembered(staff) == Actor("staff", 7)
+
+    clock.seconds += 0.5
+    assert verifier.remembered(staff) is None
+    for token in (staff, fresh):
+        with pytest.raises(SessionsNotKnown):
+            await verifier.actor(token)
+    assert verifier.remembered(customer) == Actor("customer", 7)
+    assert await verifier.actor(signer.sign(sub="9")) == Actor("customer", 9)
+    assert ended.problem() == "", "customers go on: the process is ready"
+
+    log.away = False
+    await ended.follow()
+    assert verifier.remembered(staff) == Actor("staff", 7)
+    assert await verifier.actor(fresh) == Actor("staff", 8)
+
+
+async def test_how_old_a_read_is_counts_from_its_beginning(ended: EndedSessionsLog, log: Log, clock: FakeClock) -> None:
+    log.may_answer.clear()
+    reading = asyncio.create_task(ended.follow())
+    while not log.asked:
+        await asyncio.sleep(0)
+    clock.seconds += BEHIND_SECONDS + 0.5
+    log.may_answer.set()
+    await reading
+
+    assert ended.is_behind, "what ended while it waited for the answer may be missing"
+
+
+async def test_what_was_read_of_a_log_that_is_replaced_is_still_refused(
+    verifier: Verifier, signer: Signer, ended: EndedSessionsLog, log: Log
+) -> None:
+    log.entries += [sid(1), sid(2), sid(3)]
+    await ended.follow()
+    log.entries[:] = [sid(4)]
+    await ended.follow()
+
+    for number in range(1, 5):
+        with pytest.raises(Unauthenticated, match="has ended"):
+            await verifier.actor(signer.sign(sid=sid(number)))
+
+
+async def test_an_ended_session_is_held_for_longer_than_its_tokens_live(
+    ended: EndedSessionsLog, log: Log, clock: FakeClock
+) -> None:
+    log.entries.append(sid(1))
+    await ended.follow()
+    clock.seconds += ACCESS_TOKEN_LIFE.total_seconds() + 60
+    log.entries.append(sid(2))
+    await ended.follow()
+    assert list(ended.ids) == [sid(1), sid(2)]
+    clock.seconds += HELD_SECONDS - ACCESS_TOKEN_LIFE.total_seconds() - 60
+    await ended.follow()
+    assert list(ended.ids) == [sid(2)]
+    assert rules.ENDED_KEPT.total_seconds() == HELD_SECONDS, "what the log has deleted need not be held"
 
 
 # -------------------------------------------------------------------------------------------------------- authenticator

@@ -9,9 +9,10 @@ from typing import Any, Final
 from mercato.chassis.contract import Operation, current
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.contracts.orders import Orders
-from mercato.contracts.users import PublicKeys
+from mercato.contracts.users import EndedSessions, EndedSessionsAfter, PublicKeys
 from mercato.gateway.app import Gateway
 from mercato.gateway.auth import Authenticator, Verifier
+from mercato.gateway.ended_sessions import EndedSessionsLog
 from mercato.gateway.route import Route, Wait
 
 NOW_SECONDS: Final = 86_400.75
@@ -40,6 +41,9 @@ async def seconds_given(prefer: bytes | None) -> list[float]:
     async def no_keys() -> PublicKeys:
         raise AssertionError("no token is sent")
 
+    async def nothing_ended(_: EndedSessionsAfter) -> EndedSessions:
+        raise AssertionError("no token is sent")
+
     clock, sent = StoppedClock(), list[Any]()
     route = Route(
         method="GET",
@@ -55,7 +59,7 @@ async def seconds_given(prefer: bytes | None) -> list[float]:
     gateway = Gateway(
         [route],
         client=client,
-        authenticator=Authenticator(Verifier(no_keys, clock), None),
+        authenticator=Authenticator(Verifier(no_keys, EndedSessionsLog(nothing_ended, clock), clock), None),
         telemetry=Telemetry(),
         clock=clock,
         fallback=no_page,

@@ -63,6 +63,8 @@ class Hosting(Protocol):
 
     async def problems(self) -> Mapping[str, str]: ...
 
+    def also_run(self, name: str, task: PeriodicTask) -> None: ...
+
 
 class Host:
     """The services of one process. `builds`, `dsns` and `secrets` are by service name.
@@ -97,6 +99,7 @@ class Host:
         self._clients: dict[tuple[str, Transport], Contract] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._further: list[tuple[str, PeriodicTask]] = []
+        self._is_open = False
         for name, build in builds.items():
             database = Database(dsns[name], name, self.telemetry, size=pool_size)
             clients = self.clients(name)
@@ -198,10 +201,14 @@ class Host:
             self._start(consumer.key[0], *consumer_tasks(consumer))
         for name, task in self._further:
             self._start(name, task)
+        self._is_open = True
 
     def also_run(self, name: str, task: PeriodicTask) -> None:
-        """A further periodic task beside a service, which only some processes have. Before it is opened."""
-        self._further.append((name, task))
+        """A further periodic task beside a service, which only some processes have. It begins when the host is open."""
+        if self._is_open:
+            self._start(name, task)
+        else:
+            self._further.append((name, task))
 
     def _start(self, name: str, *tasks: PeriodicTask) -> None:
         for task in tasks:

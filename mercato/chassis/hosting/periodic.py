@@ -30,7 +30,7 @@ class PeriodicTask(msgspec.Struct, frozen=True):
     """One kind of work of a service. Rounds follow each other; no two of one process run at once.
 
     After a round that reached its `limit`, the next begins at once. After one that failed, it begins after a pause that
-    doubles with each failure in a row, up to `LONGEST_RETRY_SECONDS`. A reason is logged when it is new: not again as
+    doubles with each failure in a row, up to `longest_retry_seconds`. A reason is logged when it is new: not again as
     long as the rounds fail for the same one.
     """
 
@@ -48,6 +48,7 @@ class PeriodicTask(msgspec.Struct, frozen=True):
     first_retry_seconds: float = FIRST_RETRY_SECONDS
     on_failure: Callable[[Exception], None] | None = None
     """Reports a failure, where the log of this module does not say enough."""
+    longest_retry_seconds: float = LONGEST_RETRY_SECONDS
 
     async def run(self, service: str, clock: Clock, telemetry: Telemetry) -> None:
         """Never returns, whatever the work raises. Counts in `mercato_periodic_rounds_total{service,task,outcome}`."""
@@ -68,7 +69,7 @@ class PeriodicTask(msgspec.Struct, frozen=True):
                     self.on_failure(error)
                 elif reason != before:
                     self._report(service, error, reason)
-                await asyncio.sleep(_varied(min(self.first_retry_seconds * 2**failures, LONGEST_RETRY_SECONDS)))
+                await asyncio.sleep(_varied(min(self.first_retry_seconds * 2**failures, self.longest_retry_seconds)))
                 failures = min(failures + 1, 30)
             else:
                 done.inc()

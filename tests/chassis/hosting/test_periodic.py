@@ -96,6 +96,14 @@ async def test_failures_are_followed_by_longer_and_longer_pauses(pauses: list[fl
     assert pauses[1:] == [0.5, 1.0, 2.0, 4.0, LONGEST_RETRY_SECONDS, LONGEST_RETRY_SECONDS, 60.0, 0.5]
 
 
+async def test_a_task_may_have_a_longest_pause_of_its_own(pauses: list[float]):
+    rounds = Rounds(*[Unavailable(service="shop")] * 3)
+    async with running(PeriodicTask("work", rounds, 60.0, longest_retry_seconds=0.8), Telemetry()):
+        await rounds.over.wait()
+
+    assert pauses[1:] == [0.5, 0.8, 0.8]
+
+
 async def test_pauses_differ_from_process_to_process():
     rounds, started = Rounds(0, 0, 0), asyncio.get_running_loop().time()
     async with running(PeriodicTask("work", rounds, 0.01), Telemetry()):
