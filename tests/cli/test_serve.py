@@ -137,6 +137,7 @@ def test_a_process_whose_peers_are_missing_is_not_ready_and_says_which(folder: P
         answer = caller.get("/health/ready")
         assert answer.status == 503
         assert answer.json["reasons"]["orders"] == "it cannot be reached: no instance is known"
+        assert answer.json["reasons"]["gateway"] == "it has not read which sessions have ended"
         assert_problem(caller.get("/products"), 503, "unavailable")
 
 
