@@ -21,7 +21,7 @@ from .letters import KEY_PURPOSE as LINKS_PURPOSE, SENT_AT_ONCE, Letters
 from .passwords import Argon2Hasher, Hasher, Passwords
 from .proving import Proving
 from .service import UsersService
-from .tokens import KEY_PURPOSE, AccessTokens
+from .tokens import KEY_PURPOSE, REFRESH_KEY_PURPOSE, AccessTokens
 
 CLEAN_UP_SECONDS: Final = 60.0
 LETTERS_SECONDS: Final = 2.0
@@ -44,7 +44,8 @@ def build(env: Env, hasher: Hasher | None = None) -> Service:
     passwords = Passwords(hasher or Argon2Hasher(), env.clock, env.randomness)
     tokens = AccessTokens(env.derive_key(KEY_PURPOSE), env.clock, env.randomness)
     letters = _letters(env)
-    service = UsersService(env.database, passwords, tokens, letters, env.randomness)
+    refresh_key = env.derive_key(REFRESH_KEY_PURPOSE)
+    service = UsersService(env.database, passwords, tokens, letters, refresh_key, env.randomness)
     return Service(
         server=_server(env, service, Proving(env.database, passwords, letters)),
         database=env.database,

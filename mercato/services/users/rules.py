@@ -16,6 +16,9 @@ from mercato.chassis.mail import addresses
 SESSION_LENGTH: Final = datetime.timedelta(days=30)
 """From signing in; refreshing does not prolong it, so that a stolen session ends some day."""
 
+REPEATED_WITHIN: Final = datetime.timedelta(seconds=30)
+"""So long after its use a refresh token may come again, from a client that has not got the answer or asked twice."""
+
 SESSION_KEPT: Final = datetime.timedelta(days=7)
 """How long a session that is over stays, for whoever looks into what happened."""
 

@@ -63,6 +63,7 @@ from .tokens import (
     AccessTokens,
     new_refresh_token,
     new_session_id,
+    next_refresh_token,
     refresh_token_hash,
 )
 
@@ -86,12 +87,14 @@ class UsersService:
         passwords: Passwords,
         tokens: AccessTokens,
         letters: Letters,
+        refresh_key: bytes,
         randomness: Randomness,
     ) -> None:
         self._database = database
         self._letters = letters
         self._passwords = passwords
         self._tokens = tokens
+        self._refresh_key = refresh_key
         self._randomness = randomness
 
     async def register(self, request: Register) -> User:
@@ -131,10 +134,12 @@ class UsersService:
     async def refresh(self, request: Refresh) -> Tokens:
         """Exchanges a refresh token for new ones, with the role that the user has now. Raises SessionEnded.
 
-        A token that comes a second time has been stolen, by this caller or by the one before: the session ends. A
-        client that lost the answer and tries again hears the same, and signs in again: we cannot tell them apart.
+        A token that comes a second time within `rules.REPEATED_WITHIN` is taken for a repeated request, and gets the
+        same refresh token as the first time, used or not. Later it has been stolen, by this caller or by the one
+        before: the session ends.
         """
-        used, refresh_token = refresh_token_hash(request.refresh_token), new_refresh_token(self._randomness)
+        used = refresh_token_hash(request.refresh_token)
+        refresh_token = next_refresh_token(self._refresh_key, request.refresh_token)
         async with self._database.transaction() as tx:
             session = await store.lock_session(tx, used)
             user = await self._rotate(tx, session, used, refresh_token_hash(refresh_token)) if session else None
@@ -291,12 +296,13 @@ class UsersService:
         return self._issued(user, session, refresh_token)
 
     async def _rotate(self, tx: Tx, session: store.SessionRow, used: bytes, fresh: bytes) -> User | None:
-        """The session's user, with the token replaced; None where it was used before, with the session ended."""
-        if not await store.use_refresh_token(tx, used):
+        """The session's user, with the token replaced; None where it was used too long ago, with the session ended."""
+        if await store.use_refresh_token(tx, used):
+            await store.add_refresh_token(tx, session.id, fresh)
+        elif not await store.is_repeated(tx, used, fresh, rules.REPEATED_WITHIN):
             await store.end_sessions(tx, [session.id], "token_reused")
             log.warning("refresh_token_reused", user_id=session.user_id, session_id=session.sid.hex)
             return None
-        await store.add_refresh_token(tx, session.id, fresh)
         return await self._expected(tx, session.user_id, None)
 
     async def _replace_password(self, checked: store.CredentialsRow, new_hash: str, refresh_token: str | None) -> None:

@@ -439,6 +439,23 @@ async def use_refresh_token(tx: Tx, token_hash: bytes) -> bool:
     return used == 1
 
 
+async def is_repeated(tx: Tx, used: bytes, successor: bytes, within: datetime.timedelta) -> bool:
+    """Whether a token was used less than `within` ago, and has this successor."""
+    found = await tx.fetch_values(
+        int,
+        """
+        SELECT t.session_id
+          FROM refresh_tokens t
+          JOIN refresh_tokens s ON s.hash = $2 AND s.session_id = t.session_id
+         WHERE t.hash = $1 AND t.used_at > now() - $3::interval
+        """,
+        used,
+        successor,
+        within,
+    )
+    return bool(found)
+
+
 async def delete_old_refresh_tokens(tx: Tx, limit: int = CLEANED_AT_ONCE) -> int:
     """Deletes up to `limit` tokens of sessions that have been over for long; says how many."""
     return await tx.execute(

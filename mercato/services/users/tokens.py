@@ -1,4 +1,4 @@
-"""Access tokens (signed, short-lived, read by whoever has the public key) and refresh tokens (random, read by us).
+"""Access tokens (signed, short-lived, read by whoever has the public key) and refresh tokens (read by us).
 
 An access token is a JWT as RFC 9068 profiles it: `typ: at+jwt`, so that no other JWT signed by this key passes for one.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import datetime
 import hashlib
+import hmac
 import uuid
 from typing import Final
 
@@ -18,7 +19,8 @@ from mercato.chassis.rpc.signatures import ALGORITHM, ALGORITHMS, signing_key
 from mercato.contracts.users import PublicKeys, User
 
 KEY_PURPOSE: Final = "users/access-token/1"
-"""The number is for the day on which the key must change."""
+REFRESH_KEY_PURPOSE: Final = "users/refresh-token/1"
+"""The numbers are for the day on which a key must change."""
 
 ISSUER: Final = "mercato"
 AUDIENCE: Final = "mercato"
@@ -68,9 +70,21 @@ def new_refresh_token(randomness: Randomness) -> str:
     return _url_safe(randomness.token(REFRESH_TOKEN_BYTES))
 
 
+def next_refresh_token(key: bytes, refresh_token: str) -> str:
+    """The successor of a refresh token: always the same, so that a repeated refresh gets it although it is not stored.
+
+    Without the key it says nothing about its successor, and nothing about its predecessor.
+    """
+    return _url_safe(hmac.digest(key, _as_bytes(refresh_token), hashlib.sha256))
+
+
 def refresh_token_hash(refresh_token: str) -> bytes:
     """What is stored of a refresh token. A fast hash will do for 256 bits that nobody can guess."""
-    return hashlib.sha256(refresh_token.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(_as_bytes(refresh_token)).digest()
+
+
+def _as_bytes(refresh_token: str) -> bytes:
+    return refresh_token.encode("utf-8", "surrogatepass")
 
 
 def _url_safe(random: bytes) -> str:

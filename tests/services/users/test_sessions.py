@@ -265,6 +265,7 @@ async def test_nothing_secret_is_logged(harness: ServiceHarness, users: Users, a
         with pytest.raises(WrongCredentials):
             await sign_in(harness, users, "wrong password")
         fresh = await refresh(harness, users, tokens)
+        await let_pass(harness, 31)
         with pytest.raises(SessionEnded):
             await refresh(harness, users, tokens)
         await change_password(harness, users, Actor("customer", alice.id), alice.id)
@@ -290,9 +291,17 @@ async def test_a_refresh_gives_new_tokens_of_the_same_session(harness: ServiceHa
     assert third.user == alice
 
 
-async def test_a_refresh_token_that_comes_again_ends_the_session(harness: ServiceHarness, users: Users, alice: User):
+async def let_pass(harness: ServiceHarness, seconds: int) -> None:
+    """As if all refresh tokens had been used so much earlier."""
+    await make_it_so(harness, f"UPDATE refresh_tokens SET used_at = used_at - make_interval(secs => {seconds})")
+
+
+async def test_a_refresh_token_that_comes_again_later_ends_the_session(
+    harness: ServiceHarness, users: Users, alice: User
+):
     first, elsewhere = await sign_in(harness, users), await sign_in(harness, users)
     second = await refresh(harness, users, first)
+    await let_pass(harness, 31)
     for tokens in (first, second):
         with pytest.raises(SessionEnded):
             await refresh(harness, users, tokens)
@@ -301,17 +310,77 @@ async def test_a_refresh_token_that_comes_again_ends_the_session(harness: Servic
     await refresh(harness, users, elsewhere)
 
 
-async def test_of_simultaneous_refreshes_with_a_token_one_wins_and_the_session_ends(
+async def test_a_refresh_that_is_repeated_soon_gets_the_same_refresh_token(
     harness: ServiceHarness, users: Users, alice: User
 ):
     tokens = await sign_in(harness, users)
-    outcomes = await asyncio.gather(*(refresh(harness, users, tokens) for _ in range(5)), return_exceptions=True)
+    first = await refresh(harness, users, tokens)
+    await let_pass(harness, 20)
+    again = await refresh(harness, users, tokens)
 
-    won = [outcome for outcome in outcomes if isinstance(outcome, Tokens)]
-    assert len(won) == 1
-    assert sum(isinstance(outcome, SessionEnded) for outcome in outcomes) == 4
+    assert again.refresh_token == first.refresh_token
+    assert again.access_token != first.access_token, "made anew"
+    assert part(again.access_token, 1)["sid"] == part(first.access_token, 1)["sid"]
+    await refresh(harness, users, again)
+
+
+async def test_a_retry_after_the_successor_was_used_gets_it_and_ends_nothing(
+    harness: ServiceHarness, users: Users, alice: User
+):
+    tokens = await sign_in(harness, users)
+    second = await refresh(harness, users, tokens)
+    third = await refresh(harness, users, second)
+
+    assert (await refresh(harness, users, tokens)).refresh_token == second.refresh_token
+    assert (await refresh(harness, users, second)).refresh_token == third.refresh_token
+    assert await look(harness, str, "SELECT end_reason FROM sessions WHERE ended_at IS NOT NULL") == []
+    await let_pass(harness, 31)
+    await refresh(harness, users, third)
     with pytest.raises(SessionEnded):
-        await refresh(harness, users, won[0])
+        await refresh(harness, users, second)
+
+
+async def test_a_repeated_refresh_does_not_bring_an_ended_session_back(
+    harness: ServiceHarness, users: Users, alice: User
+):
+    tokens = await sign_in(harness, users)
+    fresh = await refresh(harness, users, tokens)
+    await sign_out(harness, users, fresh.refresh_token)
+
+    with pytest.raises(SessionEnded):
+        await refresh(harness, users, tokens)
+
+
+async def test_of_simultaneous_refreshes_with_a_token_all_get_the_same_successor(
+    harness: ServiceHarness, users: Users, alice: User
+):
+    tokens = await sign_in(harness, users)
+    outcomes = await asyncio.gather(*(refresh(harness, users, tokens) for _ in range(5)))
+
+    assert len({outcome.refresh_token for outcome in outcomes}) == 1
+    assert len({outcome.access_token for outcome in outcomes}) == 5
+    assert await look(harness, int, "SELECT count(*) FROM refresh_tokens") == [2]
+    await refresh(harness, users, outcomes[4])
+
+
+async def test_a_token_that_the_version_before_has_replaced_ends_the_session_when_it_comes_again(
+    harness: ServiceHarness, users: Users, alice: User
+):
+    """Its successor was random: the one that would be given out now is not one of the session."""
+    tokens = await sign_in(harness, users)
+    await refresh(harness, users, tokens)
+    await make_it_so(harness, "UPDATE refresh_tokens SET hash = sha256(hash) WHERE used_at IS NULL")
+
+    with pytest.raises(SessionEnded):
+        await refresh(harness, users, tokens)
+
+
+async def test_of_a_successor_only_the_hash_is_stored(harness: ServiceHarness, users: Users, alice: User):
+    fresh = await refresh(harness, users, await sign_in(harness, users))
+
+    assert await look(harness, bytes, "SELECT hash FROM refresh_tokens WHERE used_at IS NULL") == [
+        sha256(fresh.refresh_token.encode()).digest()
+    ]
 
 
 @pytest.mark.parametrize("token", ["", "unknown", "\x00", "x" * 256])
@@ -346,18 +415,16 @@ async def test_a_refresh_that_dies_before_its_commit_did_not_happen(harness: Ser
     assert (await refresh(harness, users, tokens)).user == alice
 
 
-async def test_a_refresh_whose_answer_was_lost_ends_the_session_when_repeated(
-    harness: ServiceHarness, users: Users, alice: User
-):
+async def test_a_refresh_whose_answer_was_lost_is_repeated(harness: ServiceHarness, users: Users, alice: User):
     tokens = await sign_in(harness, users)
     remove = faults.inject("users.refresh.after_commit", crash)
     with pytest.raises(Exception, match="failed"):
         await refresh(harness, users, tokens)
     remove()
 
-    with pytest.raises(SessionEnded):
-        await refresh(harness, users, tokens)
-    assert (await sign_in(harness, users)).user == alice
+    fresh = await refresh(harness, users, tokens)
+    assert fresh.user == alice
+    await refresh(harness, users, fresh)
 
 
 # --------------------------------------------------------------------------------------------------------- signing out
@@ -590,7 +657,7 @@ async def test_every_way_to_end_a_session_is_in_the_log(harness: ServiceHarness,
     nothing = await ended(harness, users)
     await sign_out(harness, users, out.refresh_token)
     await refresh(harness, users, reused)
-    await make_it_so(harness, "UPDATE refresh_tokens SET used_at = used_at - interval '1 hour'")
+    await let_pass(harness, 31)
     with pytest.raises(SessionEnded):
         await refresh(harness, users, reused)
     own = Actor("customer", alice.id)
