@@ -253,6 +253,91 @@ def call(
 events = App(name="events", help="Read the feed of events, and replay those that a consumer could not take.")
 app.command(events)
 
+users = App(name="users", help="Look at accounts, and change them where no member of staff can sign in.")
+app.command(users)
+
+
+@users.command(name="list")
+def users_list(
+    *,
+    role: Literal["customer", "staff"] | None = None,
+    data: Path = Path(".mercato"),
+    dsn: str | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """List all accounts.
+
+    Parameters
+    ----------
+    role
+        Only those with this role.
+    data
+        The folder of the shop's data, of a shop that runs or not.
+    dsn
+        An administrator's DSN of the server instead. [default: MERCATO_POSTGRES_DSN, where it is set]
+    json
+        Print one JSON document.
+    """
+    from mercato.cli.accounts import Place, list_accounts
+
+    return list_accounts(Place(data, dsn, json), role)
+
+
+@users.command
+def set_password(
+    who: str,
+    *,
+    data: Path = Path(".mercato"),
+    dsn: str | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Set the password of an account. It is asked for, or read as a line from standard input. All sessions end.
+
+    Parameters
+    ----------
+    who
+        The account's e-mail address, or its id.
+    data
+        The folder of the shop's data, of a shop that runs or not.
+    dsn
+        An administrator's DSN of the server instead. [default: MERCATO_POSTGRES_DSN, where it is set]
+    json
+        Print one JSON document.
+    """
+    from mercato.cli.accounts import Place, set_password as change
+
+    return change(Place(data, dsn, json), who)
+
+
+@users.command
+def set_role(
+    who: str,
+    role: Literal["customer", "staff"],
+    /,
+    *,
+    data: Path = Path(".mercato"),
+    dsn: str | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Make an account staff, or a customer. Its sessions end, if that is a change.
+
+    Parameters
+    ----------
+    who
+        The account's e-mail address, or its id.
+    role
+        What it is to be.
+    data
+        The folder of the shop's data, of a shop that runs or not.
+    dsn
+        An administrator's DSN of the server instead. [default: MERCATO_POSTGRES_DSN, where it is set]
+    json
+        Print one JSON document.
+    """
+    from mercato.cli.accounts import Place, set_role as change
+
+    return change(Place(data, dsn, json), who, role)
+
 
 @events.command
 def tail(

@@ -13,7 +13,7 @@ from mercato import topology
 from mercato.chassis.rpc.stats import Inspected, InstanceStats
 from mercato.cli import databases
 from mercato.cli.operator import operating
-from mercato.cli.progress import show
+from mercato.cli.progress import show, table
 
 SAMPLE_SECONDS: Final = 1.0
 """Calls per second are counted over so long."""
@@ -43,7 +43,7 @@ async def _services(data: Path, *, as_json: bool) -> int:
     if as_json:
         show(json.dumps({"services": rows}, indent=2))
     else:
-        for line in _table([HEADERS, *(_cells(row) for row in rows)]):
+        for line in table([HEADERS, *(_cells(row) for row in rows)]):
             show(line)
     return MISSING if any(not _answers(found) for found in after.values()) else 0
 
@@ -118,9 +118,3 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     shown = [str(row[key]) for key in keys]
     numbers = (f"{row['up_seconds']:.0f} s", str(row["calls_per_second"]), f"{row['p99_ms']} ms", str(row["errors"]))
     return (*shown, *numbers, health)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -51,6 +52,13 @@ def show(line: str) -> None:
     except OSError as error:
         _discard()
         raise OutputFailed(error) from error
+
+
+def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table, whose first row is its heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def fail(message: str) -> None:

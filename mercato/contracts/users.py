@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from mercato.chassis.contract import MAX_ID, Contract, Empty, Kind, Message, Open, Retry, ServiceError, batched, single
 
-from .roles import EVERYBODY, SIGNED_IN, STAFF_ONLY, Role
+from .roles import EVERYBODY, SERVICES_ONLY, SIGNED_IN, STAFF_ONLY, Role
 
 UserId = Annotated[int, Meta(ge=1, le=MAX_ID)]
 Email = Annotated[str, Meta(min_length=3, max_length=254, examples=["alice@example.com"])]
@@ -81,6 +81,8 @@ class ListUsers(Message):
     role: Role | None = None
     id: UserId | None = None
     """Only this one."""
+    email: Email | None = None
+    """Only the one with this address, however it is spelled."""
 
 
 class UserPage(Message):
@@ -105,6 +107,13 @@ class ChangePassword(Message):
     current_password: Password
     new_password: Password
     refresh_token: RefreshToken | None = None
+
+
+class SetPassword(Message):
+    """Sets the password of an account whose owner cannot; every session ends."""
+
+    id: UserId
+    new_password: Password
 
 
 class ForgotPassword(Message):
@@ -229,6 +238,7 @@ class Users(Contract, name="users"):
     forgot_password = single(ForgotPassword, Empty, allow=EVERYBODY)
     reset_password = single(ResetPassword, Empty, allow=EVERYBODY, retry=Retry.SAFE)
     prove_email = single(ProveEmail, Empty, allow=EVERYBODY, retry=Retry.SAFE)
+    set_password = single(SetPassword, Empty, allow=SERVICES_ONLY)
     send_proof = single(SendProof, Empty, allow=SIGNED_IN)
     keys = single(Empty, PublicKeys, allow=EVERYBODY, retry=Retry.SAFE)
     ended_sessions = single(EndedSessionsAfter, EndedSessions, allow=EVERYBODY, retry=Retry.SAFE)

@@ -67,6 +67,7 @@ class RoleIn(Input):
 
 class UsersQuery(Input):
     id: Annotated[int, Meta(ge=1, le=MAX_ID, description="Only this one.")] | None = None
+    email: Annotated[contract.Email | None, Meta(description="Only the one with this address.")] = None
     role: Role | None = None
     limit: Annotated[int, Meta(ge=1, le=contract.PAGE_LIMIT, description="How many at most.")] = 50
     after: Annotated[int, Meta(ge=0, le=MAX_ID, description="Only ids above this one.")] = 0
@@ -141,7 +142,7 @@ def _sign_in(request: RouteRequest) -> contract.SignIn:
 
 def _list(request: RouteRequest) -> contract.ListUsers:
     query: UsersQuery = request.query
-    return contract.ListUsers(after=query.after, limit=query.limit, role=query.role, id=query.id)
+    return contract.ListUsers(after=query.after, limit=query.limit, role=query.role, id=query.id, email=query.email)
 
 
 def _profile(user_id: int, request: RouteRequest) -> contract.UpdateProfile:
@@ -296,7 +297,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="GET",
         path="/users",
         operation=Users.list,
-        summary="All users by id, or the one with ?id=",
+        summary="All users by id, or the one with ?id= or ?email=",
         roles=STAFF_ONLY,
         query=UsersQuery,
         request=_list,

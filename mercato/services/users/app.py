@@ -100,6 +100,7 @@ def _server(env: Env, service: UsersService, proving: Proving) -> Server:
     server.register(Users.forgot_password, proving.forgot_password)
     server.register(Users.reset_password, proving.reset_password)
     server.register(Users.prove_email, proving.prove_email)
+    server.register(Users.set_password, proving.set_password)
     server.register(Users.send_proof, proving.send_proof)
     server.register(Users.ended_sessions, service.ended_sessions)
     return server.complete()

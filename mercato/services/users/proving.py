@@ -13,6 +13,7 @@ from mercato.contracts.users import (
     ProveEmail,
     ResetPassword,
     SendProof,
+    SetPassword,
     UserNotFound,
 )
 
@@ -69,6 +70,22 @@ class Proving:
             await store.end_sessions(tx, await store.lock_sessions_of(tx, link.user_id), "password_changed")
             await faults.point("users.reset_password.before_commit")
         await faults.point("users.reset_password.after_commit")
+        return Empty()
+
+    async def set_password(self, request: SetPassword) -> Empty:
+        """For who runs the shop. Raises UserNotFound, InvalidRequest, TooManyHashes."""
+        async with self._database.read() as tx:
+            user = await store.user(tx, request.id)
+        if user is None:
+            raise UserNotFound(user_id=request.id)
+        password = rules.stored_password(request.new_password)
+        if problem := rules.password_problem(password, user.email):
+            raise InvalidRequest(errors=(FieldError(field="new_password", message=problem),))
+        password_hash = await self._passwords.hash(password)
+        async with self._database.transaction() as tx:
+            await letter_store.set_password(tx, user.id, password_hash)
+            await letter_store.use_links(tx, user.id, "reset")
+            await store.end_sessions(tx, await store.lock_sessions_of(tx, user.id), "password_changed")
         return Empty()
 
     async def prove_email(self, request: ProveEmail) -> Empty:

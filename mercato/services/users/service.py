@@ -181,8 +181,9 @@ class UsersService:
     async def list(self, request: ListUsers) -> UserPage:
         one_more, actor = request.limit + 1, current.get().actor  # one more tells whether there is another page
         async with self._database.read() as tx:
-            if request.id is not None:
-                rows = [row for row in await store.users(tx, [request.id]) if request.role in (None, row.role)]
+            if request.id is not None or request.email is not None:
+                found = await self._one(tx, request)
+                rows = [found] if found and request.role in (None, found.role) else []
             elif request.role is None:
                 rows = await store.page(tx, request.after, one_more)
             else:
@@ -273,6 +274,17 @@ class UsersService:
         )
 
     # ----------------------------------------------------------------------------------------------------------- steps
+
+    async def _one(self, tx: Tx, request: ListUsers) -> store.UserRow | None:
+        """The account with the id and the address that are asked for."""
+        by_email = None
+        if request.email is not None:
+            by_email = await store.user_by_email(tx, addresses.spellings(request.email))
+            if by_email is None or request.id in (None, by_email.id):
+                return by_email
+            return None
+        assert request.id is not None
+        return await store.user(tx, request.id)
 
     async def _better_hash(self, credentials: store.CredentialsRow, password: str) -> str | None:
         """A hash with today's parameters, where the stored one was made with others."""
