@@ -20,6 +20,8 @@ LinkToken = Annotated[str, Meta(max_length=256)]
 """What follows behind the # in the link of a letter."""
 RefreshToken = Annotated[str, Meta(max_length=256)]
 Version = Annotated[int, Meta(ge=1, le=MAX_ID)]
+SessionId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z", examples=["4d1b0f0c6f0e4cf2a7a6f6e1f9f0a3b7"])]
+"""128 random bits, the `sid` of access tokens."""
 
 PAGE_LIMIT: Final = 200
 ENDED_LIMIT: Final = 1_000
@@ -155,10 +157,6 @@ class PublicKeys(Message):
     audience: str
 
 
-SessionId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z", examples=["4d1b0f0c6f0e4cf2a7a6f6e1f9f0a3b7"])]
-"""128 random bits, the `sid` of access tokens."""
-
-
 class EndedSessionsAfter(Message):
     """Asks for entries of the log of ended sessions."""
 
@@ -184,6 +182,46 @@ class EndedSessions(Message):
     """Whether there may be more."""
 
 
+class ListSessions(Message):
+    """Asks for one's own sessions that go on, the newest first."""
+
+    user_id: UserId
+    current: SessionId | None = None
+    """The session of the caller."""
+    after: SessionId | None = None
+    """Only those that are older than this one, which is of the same user."""
+    limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
+
+
+class Session(Message):
+    id: SessionId
+    created_at: datetime.datetime
+    last_used_at: datetime.datetime
+    """When its tokens were given out last."""
+    expires_at: datetime.datetime
+    is_current: bool
+
+
+class SessionPage(Message):
+    sessions: tuple[Session, ...]
+    next_after: SessionId | None = None
+    """The `after` of the next page; None on the last."""
+
+
+class EndSession(Message):
+    """Ends one of one's own sessions."""
+
+    user_id: UserId
+    id: SessionId
+
+
+class EndOtherSessions(Message):
+    """Ends all of one's own sessions but `id`."""
+
+    user_id: UserId
+    id: SessionId
+
+
 class UserNotFound(ServiceError, code="users.not_found", kind=Kind.NOT_FOUND):
     sentence = "There is no user {user_id}."
     user_id: int
@@ -207,6 +245,13 @@ class LinkNotValid(ServiceError, code="users.link_not_valid", kind=Kind.CONFLICT
     """It was used, is too old, or the account has another address by now; or it is none of this shop."""
 
     sentence = "This link is not valid any more; ask for a new one."
+
+
+class SessionNotFound(ServiceError, code="users.session_not_found", kind=Kind.NOT_FOUND):
+    """The same answer for one that has ended and for one of another account."""
+
+    sentence = "There is no session {session_id} of this account that goes on."
+    session_id: SessionId
 
 
 class LastStaffMember(ServiceError, code="users.last_staff_member", kind=Kind.CONFLICT):
@@ -243,3 +288,6 @@ class Users(Contract, name="users"):
     keys = single(Empty, PublicKeys, allow=EVERYBODY, retry=Retry.SAFE)
     ended_sessions = single(EndedSessionsAfter, EndedSessions, allow=EVERYBODY, retry=Retry.SAFE)
     """For those that verify access tokens."""
+    sessions = single(ListSessions, SessionPage, allow=SIGNED_IN, retry=Retry.SAFE)
+    end_session = single(EndSession, Empty, allow=SIGNED_IN)
+    end_other_sessions = single(EndOtherSessions, Empty, allow=SIGNED_IN)

@@ -44,7 +44,7 @@ from mercato.gateway import idempotency, problems
 from mercato.gateway.auth import Authenticator
 from mercato.gateway.headers import RequestHeaders, check_content_type, expected_version, preferred_wait_ms
 from mercato.gateway.rates import RateLimiter
-from mercato.gateway.route import Page, Route, RouteRequest
+from mercato.gateway.route import NO_TEXT, Page, Route, RouteRequest
 from mercato.gateway.validation import decode_body, decode_query, decoder, invalid
 
 Scope = MutableMapping[str, Any]
@@ -163,7 +163,11 @@ class Gateway:
         if route.is_limited:
             client = scope.get("client")
             self._rates.check(route.name, route.limits, actor, client[0] if client else "")
+        # Before anything else is waited for: what is remembered may be forgotten.
+        session_id = authenticator.session_id(authorization) if route.knows_session and authorization else ""
         request = await route.read(actor, parts, scope, receive, headers)
+        if session_id:
+            request.session_id = session_id
         deadline = self._monotonic() + self._seconds
         current.set(Context(actor, deadline, headers.trace_id, headers.request_id))
         try:
@@ -298,6 +302,8 @@ class BoundRoute:
         self.limits = route.limits
         self.is_limited = route.limits.per_second is not None
         self.request = route.request
+        self.knows_session = route.knows_session
+        self._text = route.text
         seconds = "From the first byte of a request's body to the last of its answer."
         self.observe_seconds: Callable[[float], None] = (
             telemetry.histogram("mercato_http_request_seconds", seconds, ["route"]).labels(self.name).observe
@@ -333,7 +339,8 @@ class BoundRoute:
             if raw or not self._body_optional:
                 check_content_type(headers.content_type)
             body = decode_body(self._decoder, raw or (b"{}" if self._body_optional else b""))
-        path = _numbers(parts, scope["path"]) if parts else _NOTHING
+        text = _texts(parts, self._text) if self._text else NO_TEXT
+        path = _numbers(parts, scope["path"]) if parts and not text else _NOTHING
         query = None
         if self._query is not None:
             query = decode_query(self._query, scope["query_string"])
@@ -357,7 +364,7 @@ class BoundRoute:
         wait_ms = None
         if headers.prefer is not None and self.route.wait is not None:
             wait_ms = preferred_wait_ms(headers.prefer)
-        return RouteRequest(actor, path, query, body, version, key, fingerprint, wait_ms, self._currency)
+        return RouteRequest(actor, path, query, body, version, key, fingerprint, wait_ms, self._currency, text)
 
     async def waited(self, answer: Any, wait_ms: int) -> Any:
         """The answer after having waited for what the route waits for, or as it was where that cannot be had."""
@@ -421,6 +428,15 @@ async def _read_body(receive: Receive, limit_bytes: int) -> bytes:
     if len(body) > limit_bytes:
         raise problems.BodyTooLarge(limit_bytes=limit_bytes)
     return body
+
+
+def _texts(parts: Mapping[str, str], kinds: Mapping[str, Any]) -> Mapping[str, str]:
+    for name, text in parts.items():
+        try:
+            msgspec.convert(text, kinds[name])
+        except msgspec.ValidationError:
+            raise invalid((f"path {name}", "is not what this takes")) from None
+    return parts
 
 
 def _numbers(parts: Mapping[str, str], path: str) -> Mapping[str, int]:

@@ -71,6 +71,10 @@ class Verifier:
             return None
         return None if actor.role == STAFF and self._ended.is_behind else actor
 
+    def session_id(self, token: str) -> str:
+        """The session of a token that has just been verified."""
+        return self._known[token][2]
+
     async def actor(self, token: str) -> Actor:
         """Raises `Unauthenticated` for a token that is forged, foreign, expired, of an ended session or not a token.
 
@@ -181,6 +185,10 @@ class Authenticator:
         """The actor of an Authorization header whose token was verified before; None where `actor` has to look."""
         scheme, _, token = authorization.partition(b" ")
         return self._verifier.remembered(token.decode("latin-1")) if scheme == b"Bearer" else None
+
+    def session_id(self, authorization: bytes) -> str:
+        """The session of an Authorization header whose token has just been verified."""
+        return self._verifier.session_id(authorization.decode("latin-1").partition(" ")[2].strip())
 
     async def actor(self, authorization: bytes) -> Actor:
         """Raises `Unauthenticated`."""

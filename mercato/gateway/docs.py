@@ -83,6 +83,7 @@ WAY_OUT: Final[Mapping[str, str]] = {
     "users.last_staff_member": "Make somebody else staff first.",
     "users.not_found": "Check the id. Somebody else's account answers like one that does not exist.",
     "users.session_ended": "Sign in again with POST /login.",
+    "users.session_not_found": "GET /users/me/sessions lists those that go on.",
     "users.too_many_sign_ins": "Wait for Retry-After seconds.",
     "users.wrong_credentials": "Check e-mail and password.",
 }

@@ -276,8 +276,7 @@ class _Described:
                 "name": name,
                 "in": "path",
                 "required": True,
-                "schema": {"type": "integer", "minimum": 1, "maximum": MAX_ID},
-                "example": examples.number(route, name),
+                **_path_parameter(route, name),
             }
             for name in re.findall(r"\{(\w+)\}", route.path)
         ]
@@ -376,6 +375,16 @@ class _Described:
                 **self._refusals(kinds),
             },
         }
+
+
+def _path_parameter(route: Route, name: str) -> Json:
+    if name not in route.text:
+        return {
+            "schema": {"type": "integer", "minimum": 1, "maximum": MAX_ID},
+            "example": examples.number(route, name),
+        }
+    schema = schemas.plain(route.text[name])
+    return {"schema": schema, "example": schema["examples"][0]}
 
 
 _SUCCESSES: Final = {200: "Done", 201: "Made", 202: "Accepted", 204: "Done; there is nothing to say"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, dataclass_transform
 
@@ -12,6 +13,8 @@ from mercato.chassis.contract import Actor, Operation, ServiceError
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 MAX_BODY_BYTES: Final = 1_048_576
+
+NO_TEXT: Final[Mapping[str, str]] = types.MappingProxyType({})
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
@@ -42,6 +45,10 @@ class RouteRequest(msgspec.Struct, gc=False):
     """How long the client would wait (`Prefer: wait=N`); None where it did not say so."""
     currency: str
     """Of the shop: of an amount that is about nothing that has one."""
+    text: Mapping[str, str] = NO_TEXT
+    """The texts in the path, by name."""
+    session_id: str = ""
+    """The session of the caller's access token, for a route that asks for it; empty without a token."""
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -82,6 +89,10 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     operation: Operation[Any, Any]
     summary: str
+    text: Mapping[str, Any] = {}
+    """The parameters of the path that are texts, with their types; the others are ids, which are numbers."""
+    knows_session: bool = False
+    """Whether `request` is given the session of the caller's access token."""
     request: Callable[[RouteRequest], Any]
     answer: Callable[[Any], Any]
     output: Any

@@ -41,6 +41,11 @@ def _amount(kind: type[Any]) -> Schema:
     return {"type": ["string", "number"], "pattern": AMOUNT_PATTERN, "maxLength": AMOUNT_LENGTH, "minimum": 0}
 
 
+def plain(kind: Any) -> Schema:
+    """The schema of a type that is no model, in its plainest form."""
+    return _plain(msgspec.json.schema(kind))
+
+
 def without_null(schema: Schema) -> Schema:
     """The schema for a place that cannot hold null, such as a query parameter: there, nothing is its absence."""
     kinds = schema.get("type")

@@ -39,6 +39,8 @@ class Things(msgspec.Struct, frozen=True):
             "orders": self.order_id,
             "payments": self.payment_id,
         }
+        if "id" in route.text:
+            return route.path.replace("{id}", "0" * 32)
         return route.path.replace("{id}", str(ids[route.path.split("/")[1]])) if "{" in route.path else route.path
 
     def body(self, route: Route) -> dict[str, Any] | None:

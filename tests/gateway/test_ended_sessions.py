@@ -13,7 +13,7 @@ from mercato.chassis.hosting.host import GATEWAY
 from mercato.contracts.users import SetRole, Users
 from mercato.gateway.app import Asgi
 from mercato.testing.cluster import Cluster
-from mercato.testing.responses import Response
+from mercato.testing.responses import Response, assert_problem
 from mercato.testing.shop import DEMO_PASSWORD, STAFF_EMAIL, STAFF_PASSWORD, Shop
 from mercato.testing.waiting import until
 
@@ -119,6 +119,34 @@ async def test_a_former_member_of_staff_has_no_access_anywhere(shop: Shop, proce
     await set_role("customer")
 
     await until_refused(processes, as_staff["access_token"])
+
+
+async def test_own_sessions_are_listed_and_ended_one_or_all_others(shop: Shop, processes: dict[str, Asgi]) -> None:
+    reply = await shop.post("/register", {"email": "carol@example.com", "name": "Carol", "password": DEMO_PASSWORD})
+    assert reply.status == 201, reply.body
+    one, two, own = [await signed_in(shop, "carol@example.com") for _ in range(3)]
+    listed = (await shop.get("/users/me/sessions", token=own["access_token"])).json
+    assert [session["is_current"] for session in listed] == [True, False, False]
+    assert listed[0].keys() == {"id", "created_at", "last_used_at", "expires_at", "is_current"}
+    page = await shop.get("/users/me/sessions?limit=1", token=own["access_token"])
+    assert f'</users/me/sessions?limit=1&after={listed[0]["id"]}>; rel="next"' in page.headers["link"]
+
+    path = f"/users/me/sessions/{listed[1]['id']}"
+    assert (await shop.request("DELETE", path, token=own["access_token"])).status == 204
+    assert_problem(await shop.request("DELETE", path, token=own["access_token"]), 404, "users.session_not_found")
+    await until_refused(processes, two["access_token"])
+    assert await statuses(processes, one["access_token"]) == {200}
+    assert (await shop.request("DELETE", "/users/me/sessions", token=own["access_token"])).status == 204
+    await until_refused(processes, one["access_token"])
+    assert await statuses(processes, own["access_token"]) == {200}
+
+
+@pytest.mark.parametrize("wrong", ["1", "x", "F" * 32, "0" * 31, "0" * 33, "%0A" + "0" * 31])
+async def test_what_is_no_id_of_a_session_is_named(shop: Shop, wrong: str) -> None:
+    reply = await shop.request("DELETE", f"/users/me/sessions/{wrong}", token=await shop.alice())
+
+    assert_problem(reply, 400, "invalid_request")
+    assert reply.wrong_fields == {"path id"}
 
 
 async def test_a_process_that_starts_later_knows_what_has_ended(shop: Shop) -> None:

@@ -103,6 +103,9 @@ def test_every_component_is_used():
     assert unused == []
 
 
+SID = "4d1b0f0c6f0e4cf2a7a6f6e1f9f0a3b7"
+
+
 def test_the_server_is_named_where_it_is_known():
     assert OPEN["servers"] == [{"url": "http://127.0.0.1:8080"}]
     assert "servers" not in CLOSED
@@ -129,7 +132,9 @@ def test_every_example_of_a_body_makes_a_request_of_the_operation(route: Route):
         query = msgspec.convert({}, route.query) if route.query else None
         typed = decode_body(decoder(route.body), msgspec.json.encode(body)) if route.body else None
         key = "a-key" if route.idempotency_required else None
-        request = RouteRequest(Actor("staff", 1), {"id": 1}, query, typed, None, key, b"", None, "USD")
+        request = RouteRequest(
+            Actor("staff", 1), {"id": 1}, query, typed, None, key, b"", None, "USD", {"id": SID}, SID
+        )
 
         assert isinstance(route.request(request), route.operation.request)
 
@@ -221,7 +226,9 @@ def test_parameters_are_those_of_the_path_the_query_and_the_headers(route: Route
     assert {name for name, p in parameters.items() if p["in"] == "query"} == query
     assert ("Idempotency-Key" in parameters) == route.idempotency
     assert ("If-Match" in parameters) == route.if_match
-    if "id" in parameters and parameters["id"]["in"] == "path":
+    if "id" in route.text:
+        assert parameters["id"]["schema"] == {"type": "string", "pattern": "^[0-9a-f]{32}$", "examples": [SID]}
+    elif "id" in parameters and parameters["id"]["in"] == "path":
         assert parameters["id"]["schema"] == {"type": "integer", "minimum": 1, "maximum": MAX_ID}
 
 

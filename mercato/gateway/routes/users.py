@@ -10,7 +10,7 @@ from msgspec import Meta
 from mercato.chassis.contract import MAX_ID, Empty, Open, StaleVersion
 from mercato.contracts import users as contract
 from mercato.contracts.roles import EVERYBODY, SIGNED_IN, STAFF_ONLY, Role
-from mercato.contracts.users import Tokens, User, UserPage, Users
+from mercato.contracts.users import Session, SessionPage, Tokens, User, UserPage, Users
 from mercato.gateway.problems import SignInFirst
 from mercato.gateway.route import Input, Limits, Output, Page, Route, RouteRequest
 
@@ -73,6 +73,19 @@ class UsersQuery(Input):
     after: Annotated[int, Meta(ge=0, le=MAX_ID, description="Only ids above this one.")] = 0
 
 
+class SessionsQuery(Input):
+    limit: Annotated[int, Meta(ge=1, le=contract.PAGE_LIMIT, description="How many at most.")] = 50
+    after: Annotated[contract.SessionId, Meta(description="Only sessions that are older than this one.")] | None = None
+
+
+class SessionOut(Output):
+    id: contract.SessionId
+    created_at: datetime.datetime
+    last_used_at: datetime.datetime
+    expires_at: datetime.datetime
+    is_current: bool
+
+
 class UserOut(Output):
     id: int
     email: str
@@ -120,6 +133,21 @@ def _page(page: UserPage) -> Page:
     return Page([user_out(user) for user in page.users], following)
 
 
+def _sessions(page: SessionPage) -> Page:
+    following = None if page.next_after is None else {"after": page.next_after}
+    return Page([_session_out(session) for session in page.sessions], following)
+
+
+def _session_out(session: Session) -> SessionOut:
+    return SessionOut(
+        id=session.id,
+        created_at=session.created_at,
+        last_used_at=session.last_used_at,
+        expires_at=session.expires_at,
+        is_current=session.is_current,
+    )
+
+
 def _nothing(_: Empty) -> None:
     return None
 
@@ -148,6 +176,12 @@ def _list(request: RouteRequest) -> contract.ListUsers:
 def _profile(user_id: int, request: RouteRequest) -> contract.UpdateProfile:
     body: ProfileIn = request.body
     return contract.UpdateProfile(id=user_id, version=request.if_match, email=body.email, name=body.name)
+
+
+def _list_sessions(request: RouteRequest) -> contract.ListSessions:
+    query: SessionsQuery = request.query
+    current = request.session_id or None
+    return contract.ListSessions(user_id=_me(request), current=current, after=query.after, limit=query.limit)
 
 
 def _password(request: RouteRequest) -> contract.ChangePassword:
@@ -206,7 +240,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         path="/token/refresh",
         ignores_token=True,
         operation=Users.refresh,
-        summary="New tokens for a refresh token; the same one again within 30 seconds, later the end of the session",
+        summary="New tokens for a refresh token; it may be repeated for 30 seconds, and later ends the session",
         roles=EVERYBODY,
         body=RefreshIn,
         examples={"the token of the last answer": {"refresh_token": "q4Wv0TgC2m9yRzJ1oX7sLkHbN5eUdFa8PiQ3wVtYxGc"}},
@@ -347,6 +381,45 @@ ROUTES: Final[tuple[Route, ...]] = (
         status=204,
         limits=CREDENTIALS,
         errors=(SignInFirst, contract.WrongCredentials, contract.TooManyHashes),
+    ),
+    Route(
+        method="GET",
+        path="/users/me/sessions",
+        operation=Users.sessions,
+        summary="Your own sessions that go on, the newest first",
+        roles=SIGNED_IN,
+        knows_session=True,
+        query=SessionsQuery,
+        request=_list_sessions,
+        answer=_sessions,
+        output=list[SessionOut],
+        errors=(SignInFirst,),
+    ),
+    Route(
+        method="DELETE",
+        path="/users/me/sessions",
+        operation=Users.end_other_sessions,
+        summary="End all your sessions but this one",
+        roles=SIGNED_IN,
+        knows_session=True,
+        request=lambda request: contract.EndOtherSessions(user_id=_me(request), id=request.session_id),
+        answer=_nothing,
+        output=None,
+        status=204,
+        errors=(SignInFirst,),
+    ),
+    Route(
+        method="DELETE",
+        path="/users/me/sessions/{id}",
+        operation=Users.end_session,
+        summary="End one of your sessions",
+        roles=SIGNED_IN,
+        text={"id": contract.SessionId},
+        request=lambda request: contract.EndSession(user_id=_me(request), id=request.text["id"]),
+        answer=_nothing,
+        output=None,
+        status=204,
+        errors=(SignInFirst, contract.SessionNotFound),
     ),
     Route(
         method="GET",

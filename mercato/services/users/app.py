@@ -103,4 +103,7 @@ def _server(env: Env, service: UsersService, proving: Proving) -> Server:
     server.register(Users.set_password, proving.set_password)
     server.register(Users.send_proof, proving.send_proof)
     server.register(Users.ended_sessions, service.ended_sessions)
+    server.register(Users.sessions, service.sessions)
+    server.register(Users.end_session, service.end_session)
+    server.register(Users.end_other_sessions, service.end_other_sessions)
     return server.complete()

@@ -6,6 +6,7 @@ before a hash is therefore checked again after it, by the version of the credent
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,13 +35,19 @@ from mercato.contracts.users import (
     EmailTaken,
     EndedSessions,
     EndedSessionsAfter,
+    EndOtherSessions,
+    EndSession,
     GetUser,
     LastStaffMember,
+    ListSessions,
     ListUsers,
     PublicKeys,
     Refresh,
     Register,
+    Session,
     SessionEnded,
+    SessionNotFound,
+    SessionPage,
     SetRole,
     SignIn,
     SignOut,
@@ -219,7 +226,7 @@ class UsersService:
 
     async def change_password(self, request: ChangePassword) -> Empty:
         """One's own alone. Raises UserNotFound, Forbidden, InvalidRequest, WrongCredentials, TooManyHashes."""
-        _only_oneself(current.get().actor, request.id)
+        _only_oneself(current.get().actor, request.id, Users.change_password)
         async with self._database.read() as tx:
             credentials = await store.credentials_by_user(tx, request.id)
         if credentials is None:
@@ -272,6 +279,42 @@ class UsersService:
             session_id=session_id,
             is_full=len(entries) > request.limit,
         )
+
+    async def sessions(self, request: ListSessions) -> SessionPage:
+        """One's own alone. Raises UserNotFound, Forbidden."""
+        _only_oneself(current.get().actor, request.user_id, Users.sessions)
+        after = None if request.after is None else uuid.UUID(request.after)
+        async with self._database.read() as tx:
+            rows = await store.sessions_of(tx, request.user_id, after, request.limit + 1)
+        shown = tuple(
+            Session(
+                id=row.sid.hex,
+                created_at=row.created_at,
+                last_used_at=row.last_used_at,
+                expires_at=row.expires_at,
+                is_current=row.sid.hex == request.current,
+            )
+            for row in rows[: request.limit]
+        )
+        return SessionPage(sessions=shown, next_after=shown[-1].id if len(rows) > len(shown) else None)
+
+    async def end_session(self, request: EndSession) -> Empty:
+        """One's own alone. Raises UserNotFound, Forbidden, SessionNotFound."""
+        _only_oneself(current.get().actor, request.user_id, Users.end_session)
+        async with self._database.transaction() as tx:
+            ending = await store.lock_session_of(tx, request.user_id, uuid.UUID(request.id))
+            if not ending:
+                raise SessionNotFound(session_id=request.id)
+            await store.end_sessions(tx, ending, "ended_by_user")
+        return Empty()
+
+    async def end_other_sessions(self, request: EndOtherSessions) -> Empty:
+        """One's own alone. Raises UserNotFound, Forbidden."""
+        _only_oneself(current.get().actor, request.user_id, Users.end_other_sessions)
+        async with self._database.transaction() as tx:
+            ending = await store.lock_other_sessions_of(tx, request.user_id, uuid.UUID(request.id))
+            await store.end_sessions(tx, ending, "ended_by_user")
+        return Empty()
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
@@ -394,8 +437,8 @@ def _staff_of(accounts: Sequence[store.RoleRow]) -> Sequence[int]:
     return [account.id for account in accounts if account.role == STAFF]
 
 
-def _only_oneself(actor: Actor, user_id: int) -> None:
+def _only_oneself(actor: Actor, user_id: int, operation: Operation[Any, Any]) -> None:
     if actor.role == CUSTOMER and actor.id != user_id:
         raise UserNotFound(user_id=user_id)
     if actor.id != user_id:
-        raise Forbidden(operation=Users.change_password.full_name, role=actor.role)
+        raise Forbidden(operation=operation.full_name, role=actor.role)

@@ -50,6 +50,13 @@ class SessionRow(Row, frozen=True, gc=False):
     user_id: int
 
 
+class ListedSessionRow(Row, frozen=True, gc=False):
+    sid: uuid.UUID
+    created_at: datetime.datetime
+    last_used_at: datetime.datetime
+    expires_at: datetime.datetime
+
+
 class EndedRow(Row, frozen=True, gc=False):
     last: int
     position: int | None
@@ -327,6 +334,58 @@ async def lock_session(tx: Tx, token_hash: bytes) -> SessionRow | None:
            FOR NO KEY UPDATE OF s
         """,
         token_hash,
+    )
+
+
+async def sessions_of(tx: Tx, user_id: int, after: uuid.UUID | None, limit: int) -> list[ListedSessionRow]:
+    """The live sessions of a user, the newest first: those that are older than their session `after`."""
+    return await tx.fetch(
+        ListedSessionRow,
+        """
+        SELECT s.sid, s.created_at, coalesce(t.issued_at, s.created_at) AS last_used_at, s.expires_at
+          FROM sessions s
+          LEFT JOIN LATERAL (SELECT max(issued_at) AS issued_at FROM refresh_tokens WHERE session_id = s.id) t ON true
+         WHERE s.user_id = $1
+           AND s.ended_at IS NULL
+           AND s.expires_at > now()
+           AND ($2::uuid IS NULL OR s.id < (SELECT id FROM sessions WHERE sid = $2 AND user_id = $1))
+         ORDER BY s.id DESC
+         LIMIT $3
+        """,
+        user_id,
+        after,
+        limit,
+    )
+
+
+async def lock_session_of(tx: Tx, user_id: int, sid: uuid.UUID) -> list[int]:
+    """The session of a user by the id that others see, where it is live."""
+    return await tx.fetch_values(
+        int,
+        """
+        SELECT id
+          FROM sessions
+         WHERE sid = $2 AND user_id = $1 AND ended_at IS NULL AND expires_at > now()
+           FOR NO KEY UPDATE
+        """,
+        user_id,
+        sid,
+    )
+
+
+async def lock_other_sessions_of(tx: Tx, user_id: int, sid: uuid.UUID) -> list[int]:
+    """The live sessions of a user, except one."""
+    return await tx.fetch_values(
+        int,
+        """
+        SELECT id
+          FROM sessions
+         WHERE user_id = $1 AND sid <> $2 AND ended_at IS NULL
+         ORDER BY id
+           FOR NO KEY UPDATE
+        """,
+        user_id,
+        sid,
     )
 
 

@@ -29,9 +29,14 @@ from mercato.contracts.users import (
     ChangePassword,
     EndedSessions,
     EndedSessionsAfter,
+    EndOtherSessions,
+    EndSession,
+    ListSessions,
     Refresh,
     Register,
     SessionEnded,
+    SessionNotFound,
+    SessionPage,
     SetRole,
     SignIn,
     SignOut,
@@ -638,6 +643,99 @@ async def test_a_sign_in_that_meets_a_change_of_role_gets_the_new_one(
     await transaction.commit()
 
     assert part((await signing_in).access_token, 1)["role"] == "customer"
+
+
+# --------------------------------------------------------------------------------------- own sessions, listed and ended
+
+
+async def sessions(harness: ServiceHarness, users: Users, user: User, **details: Any) -> SessionPage:
+    with harness.acting(Actor("customer", user.id)):
+        return await users.sessions(ListSessions(user_id=user.id, **details))
+
+
+async def end_session(harness: ServiceHarness, users: Users, actor: Actor, user: User, sid: str) -> Empty:
+    with harness.acting(actor):
+        return await users.end_session(EndSession(user_id=user.id, id=sid))
+
+
+async def bob_of(harness: ServiceHarness, users: Users) -> User:
+    with harness.acting(ANYBODY):
+        return await users.register(Register(email="bob@example.com", name="Bob", password=PASSWORD))
+
+
+async def test_own_sessions_are_listed_the_newest_first(harness: ServiceHarness, users: Users, alice: User):
+    await bob_of(harness, users)
+    first, gone, expired, last = [await sign_in(harness, users) for _ in range(4)]
+    await sign_in(harness, users, email="bob@example.com")
+    await sign_out(harness, users, gone.refresh_token)
+    await make_it_so(harness, f"UPDATE sessions SET expires_at = now() WHERE sid = '{session_id(expired)}'")
+    await make_it_so(harness, "UPDATE refresh_tokens SET issued_at = issued_at - interval '1 hour'")
+    await make_it_so(harness, "UPDATE sessions SET created_at = created_at - interval '1 hour'")
+    await refresh(harness, users, first)
+    listed = (await sessions(harness, users, alice, current=session_id(first))).sessions
+
+    assert [s.id for s in listed] == [session_id(last), session_id(first)]
+    assert [s.is_current for s in listed] == [False, True]
+    assert listed[1].last_used_at - listed[1].created_at > datetime.timedelta(minutes=59)
+    assert listed[0].last_used_at - listed[0].created_at < datetime.timedelta(minutes=59)
+    assert all(s.expires_at - s.created_at > datetime.timedelta(days=30) for s in listed)
+
+
+async def test_own_sessions_are_listed_page_by_page(harness: ServiceHarness, users: Users, alice: User):
+    bob = await bob_of(harness, users)
+    await sign_in(harness, users, email="bob@example.com")
+    made = [session_id(await sign_in(harness, users)) for _ in range(3)]
+    first = await sessions(harness, users, alice, limit=2)
+    second = await sessions(harness, users, alice, limit=2, after=first.next_after)
+
+    assert [s.id for s in (*first.sessions, *second.sessions)] == made[::-1]
+    assert (first.next_after, second.next_after) == (made[1], None)
+    assert (await sessions(harness, users, alice, limit=3)).next_after is None
+    assert (await sessions(harness, users, bob, after=made[1])).sessions == (), "not one of Bob's"
+
+
+async def test_one_of_the_own_sessions_is_ended(harness: ServiceHarness, users: Users, alice: User):
+    one, other = await sign_in(harness, users), await sign_in(harness, users)
+    own = Actor("customer", alice.id)
+    await end_session(harness, users, own, alice, session_id(one))
+
+    with pytest.raises(SessionEnded):
+        await refresh(harness, users, one)
+    await refresh(harness, users, other)
+    assert (await ended(harness, users)).session_ids == (session_id(one),)
+    assert await look(harness, str, "SELECT end_reason FROM sessions WHERE ended_at IS NOT NULL") == ["ended_by_user"]
+    for sid in (session_id(one), "0" * 32):
+        with pytest.raises(SessionNotFound):
+            await end_session(harness, users, own, alice, sid)
+
+
+async def test_all_other_own_sessions_are_ended(harness: ServiceHarness, users: Users, alice: User):
+    await bob_of(harness, users)
+    one, own, two = [await sign_in(harness, users) for _ in range(3)]
+    bobs = await sign_in(harness, users, email="bob@example.com")
+    with harness.acting(Actor("customer", alice.id)):
+        await users.end_other_sessions(EndOtherSessions(user_id=alice.id, id=session_id(own)))
+
+    assert set((await ended(harness, users)).session_ids) == {session_id(one), session_id(two)}
+    for tokens in (own, bobs):
+        await refresh(harness, users, tokens)
+
+
+async def test_sessions_of_another_are_neither_listed_nor_ended(harness: ServiceHarness, users: Users, alice: User):
+    bob = await bob_of(harness, users)
+    tokens = await sign_in(harness, users)
+    bobs = Actor("customer", bob.id)
+    with pytest.raises(SessionNotFound):
+        await end_session(harness, users, bobs, bob, session_id(tokens))
+    for actor, refused in ((bobs, UserNotFound), (Actor("staff", bob.id), Forbidden)):
+        with pytest.raises(refused):
+            await end_session(harness, users, actor, alice, session_id(tokens))
+        with harness.acting(actor), pytest.raises(refused):
+            await users.sessions(ListSessions(user_id=alice.id))
+        with harness.acting(actor), pytest.raises(refused):
+            await users.end_other_sessions(EndOtherSessions(user_id=alice.id, id="0" * 32))
+
+    await refresh(harness, users, tokens)
 
 
 # ------------------------------------------------------------------------------------------- the log of ended sessions
