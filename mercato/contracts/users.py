@@ -94,12 +94,16 @@ class UserPage(Message):
 
 
 class UpdateProfile(Message):
-    """Changes what is given. With `version`, only if the account still has it."""
+    """Changes what is given. With `version`, only if the account still has it.
+
+    Another e-mail address for one's own account needs the `current_password`; staff change those of others without.
+    """
 
     id: UserId
     version: Version | None = None
     email: Email | None = None
     name: Name | None = None
+    current_password: Password | None = None
 
 
 class ChangePassword(Message):
@@ -251,7 +255,7 @@ class SessionNotFound(ServiceError, code="users.session_not_found", kind=Kind.NO
     """The same answer for one that has ended and for one of another account."""
 
     sentence = "There is no session {session_id} of this account that goes on."
-    session_id: SessionId
+    session_id: str
 
 
 class LastStaffMember(ServiceError, code="users.last_staff_member", kind=Kind.CONFLICT):

@@ -161,7 +161,7 @@ def _account_pages(version: str) -> Mapping[str, bytes]:
     frame = Template(_file("account.html").decode())
     return {
         "/account/password": frame.substitute(
-            version=version, title="Set a new password", path="/password/reset", fields=_FIELD, button="Set it"
+            version=version, title="A new password", path="/password/reset", fields=_FIELD, button="Save"
         ).encode(),
         "/account/email": frame.substitute(
             version=version, title="Confirm your address", path="/email/proof", fields="", button="It is mine"

@@ -69,7 +69,13 @@ async def test_rows_that_cost_a_hash_or_give_a_session_are_limited() -> None:
         "POST /login",
         "POST /token/refresh",
         "POST /logout",
+        "POST /password/forgot",
+        "POST /password/reset",
+        "POST /email/proof",
+        "POST /users/me/proof",
         "POST /users/me/password",
+        "PATCH /users/me",
+        "PATCH /users/{id}",
     }
 
 

@@ -39,6 +39,8 @@ class RefreshIn(Input):
 class ProfileIn(Input):
     email: contract.Email | None = None
     name: contract.Name | None = None
+    current_password: contract.Password | None = None
+    """To change your own e-mail address."""
 
 
 class PasswordIn(Input):
@@ -175,7 +177,13 @@ def _list(request: RouteRequest) -> contract.ListUsers:
 
 def _profile(user_id: int, request: RouteRequest) -> contract.UpdateProfile:
     body: ProfileIn = request.body
-    return contract.UpdateProfile(id=user_id, version=request.if_match, email=body.email, name=body.name)
+    return contract.UpdateProfile(
+        id=user_id,
+        version=request.if_match,
+        email=body.email,
+        name=body.name,
+        current_password=body.current_password,
+    )
 
 
 def _list_sessions(request: RouteRequest) -> contract.ListSessions:
@@ -285,7 +293,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         path="/password/reset",
         ignores_token=True,
         operation=Users.reset_password,
-        summary="Set a new password by the link of a letter; every session ends",
+        summary="A new password by the link of a letter; every session ends",
         roles=EVERYBODY,
         body=ResetIn,
         examples={"what follows behind the # of the link": {"token": LINK, "new_password": "correct horse battery"}},
@@ -357,13 +365,17 @@ ROUTES: Final[tuple[Route, ...]] = (
         summary="Change your own profile",
         roles=SIGNED_IN,
         body=ProfileIn,
-        examples={"a new name": {"name": "Alice Liddell"}},
+        examples={
+            "a new name": {"name": "Alice Liddell"},
+            "another e-mail address": {"email": "alice.liddell@example.com", "current_password": "demo-password"},
+        },
         request=lambda request: _profile(_me(request), request),
         answer=user_out,
         output=UserOut,
         etag=_version,
         if_match=True,
-        errors=(SignInFirst, contract.EmailTaken, StaleVersion),
+        limits=CREDENTIALS,
+        errors=(SignInFirst, contract.WrongCredentials, contract.TooManyHashes, contract.EmailTaken, StaleVersion),
     ),
     Route(
         method="POST",
@@ -446,7 +458,14 @@ ROUTES: Final[tuple[Route, ...]] = (
         output=UserOut,
         etag=_version,
         if_match=True,
-        errors=(contract.UserNotFound, contract.EmailTaken, StaleVersion),
+        limits=CREDENTIALS,
+        errors=(
+            contract.UserNotFound,
+            contract.WrongCredentials,
+            contract.TooManyHashes,
+            contract.EmailTaken,
+            StaleVersion,
+        ),
     ),
     Route(
         method="PUT",

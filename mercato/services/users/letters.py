@@ -64,7 +64,7 @@ KINDS: Final[Mapping[Kind, KindOfLetter]] = {
         "{link}\n\nIt can be used within 7 days. If you know of no account, you need not do anything.\n",
     ),
     "reset": KindOfLetter(
-        "Set a new password",
+        "Your new password",
         "/account/password",
         datetime.timedelta(hours=1),
         "Hello {name},\n\na new password was asked for. Open this link to set one:\n\n{link}\n\n"

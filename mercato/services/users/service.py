@@ -202,13 +202,16 @@ class UsersService:
         return UserPage(users=shown, next_after=shown[-1].id if len(rows) > len(shown) else None)
 
     async def update_profile(self, request: UpdateProfile) -> User:
-        """Raises UserNotFound, InvalidRequest, EmailTaken, StaleVersion."""
+        """Raises UserNotFound, InvalidRequest, WrongCredentials, TooManyHashes, EmailTaken, StaleVersion."""
         actor = current.get().actor
         if not may_see(actor, request.id):
             raise UserNotFound(user_id=request.id)
         email = None if request.email is None else addresses.canonical(request.email)
         name = None if request.name is None else rules.stored_name(request.name)
         _refuse(rules.account_errors(email=email, name=name))
+        checked = None
+        if email is not None and actor.id == request.id:
+            checked = await self._check_password_for(request.id, email, request.current_password)
         try:
             async with self._database.transaction() as tx:
                 if _is_staff_account(actor) and actor.id != request.id:
@@ -218,9 +221,13 @@ class UsersService:
                 if email is None and name is None:
                     return await self._expected(tx, request.id, request.version)
                 changed = await store.change_profile(tx, request.id, email, name, request.version)
-                if changed and email is not None and not changed.email_proven:
+                if changed is None:
+                    return await self._expected(tx, request.id, request.version)
+                if checked and not await store.lock_credentials(tx, checked.user_id, checked.version):
+                    raise WrongCredentials  # the password was changed while we checked it
+                if email is not None and not changed.email_proven:
                     await self._letters.add(tx, "proof", changed.email, changed.id)
-                return _user(changed) if changed else await self._expected(tx, request.id, request.version)
+                return _user(changed)
         except UniqueViolation as violation:
             raise _email_taken(violation) from violation
 
@@ -320,7 +327,6 @@ class UsersService:
 
     async def _one(self, tx: Tx, request: ListUsers) -> store.UserRow | None:
         """The account with the id and the address that are asked for."""
-        by_email = None
         if request.email is not None:
             by_email = await store.user_by_email(tx, addresses.spellings(request.email))
             if by_email is None or request.id in (None, by_email.id):
@@ -328,6 +334,24 @@ class UsersService:
             return None
         assert request.id is not None
         return await store.user(tx, request.id)
+
+    async def _check_password_for(self, user_id: int, email: str, password: str | None) -> store.CredentialsRow | None:
+        """The credentials with which the owner of an account changes its e-mail address; None where it has it already.
+
+        Who finds a device that is signed in must not take the account over: by its e-mail address it is got back.
+        """
+        async with self._database.read() as tx:
+            credentials = await store.credentials_by_user(tx, user_id)
+        if credentials is None:
+            raise UserNotFound(user_id=user_id)
+        if credentials.email == email:
+            return None
+        if password is None:
+            needed = FieldError(field="current_password", message="is needed to change the e-mail address")
+            raise InvalidRequest(errors=(needed,))
+        if not await self._passwords.matches(credentials.password_hash, rules.stored_password(password)):
+            raise WrongCredentials
+        return credentials
 
     async def _better_hash(self, credentials: store.CredentialsRow, password: str) -> str | None:
         """A hash with today's parameters, where the stored one was made with others."""

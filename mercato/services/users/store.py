@@ -264,6 +264,22 @@ async def credentials_by_user(tx: Tx, user_id: int) -> CredentialsRow | None:
     )
 
 
+async def lock_credentials(tx: Tx, user_id: int, version: int) -> bool:
+    """False where the password was changed after `version` was read. It stays as it is until this transaction ends."""
+    found = await tx.fetch_values(
+        int,
+        """
+        SELECT user_id
+          FROM credentials
+         WHERE user_id = $1 AND version = $2
+           FOR SHARE
+        """,
+        user_id,
+        version,
+    )
+    return bool(found)
+
+
 async def rehash(tx: Tx, user_id: int, version: int, password_hash: str) -> None:
     """Another hash of the same password."""
     await tx.execute(

@@ -22,6 +22,7 @@ from mercato.contracts.users import (
     User,
     UserNotFound,
     Users,
+    WrongCredentials,
 )
 from mercato.services.users.demo import DEMO_PASSWORD
 from mercato.testing.harness import ServiceHarness
@@ -213,7 +214,9 @@ async def test_a_customer_changes_what_is_given(harness: ServiceHarness, users: 
     (alice,) = await registered(harness, users, "Alice")
     with harness.acting(customer(alice)):
         renamed = await users.update_profile(UpdateProfile(id=alice.id, name=" Alice L. ", version=1))
-        moved = await users.update_profile(UpdateProfile(id=alice.id, email="Alice@Example.com"))
+        moved = await users.update_profile(
+            UpdateProfile(id=alice.id, email="Alice@Example.com", current_password=PASSWORD)
+        )
 
     assert (renamed.name, renamed.email, renamed.version) == ("Alice L.", alice.email, 2)
     assert (moved.name, moved.email, moved.version) == ("Alice L.", "Alice@example.com", 3)
@@ -255,8 +258,56 @@ async def test_an_address_cannot_be_taken_from_somebody(harness: ServiceHarness,
     _, bob = await registered(harness, users, "Alice", "Bob")
     with harness.acting(customer(bob)):
         with pytest.raises(EmailTaken):
-            await users.update_profile(UpdateProfile(id=bob.id, email="ALICE@example.com", name="Robert"))
+            await users.update_profile(
+                UpdateProfile(id=bob.id, email="ALICE@example.com", name="Robert", current_password=PASSWORD)
+            )
         assert await users.get(GetUser(id=bob.id)) == bob
+
+
+async def test_another_address_of_ones_own_needs_the_password(harness: ServiceHarness, users: Users):
+    (alice,) = await registered(harness, users, "Alice")
+    new = "alice@elsewhere.example"
+    with harness.acting(customer(alice)):
+        with pytest.raises(InvalidRequest) as refused:
+            await users.update_profile(UpdateProfile(id=alice.id, email=new, name="Ada"))
+        assert [error.field for error in refused.value.errors] == ["current_password"]
+        for wrong in ("wrong password", ""):
+            with pytest.raises(WrongCredentials):
+                await users.update_profile(UpdateProfile(id=alice.id, email=new, current_password=wrong))
+        assert await users.get(GetUser(id=alice.id)) == alice
+        assert (await users.update_profile(UpdateProfile(id=alice.id, email=alice.email))).email == alice.email
+        changed = await users.update_profile(UpdateProfile(id=alice.id, email=new, current_password=PASSWORD))
+        assert changed.email == new
+
+
+async def test_staff_change_the_address_of_another_without_a_password_and_their_own_with_it(
+    harness: ServiceHarness, users: Users
+):
+    alice, bob = await registered(harness, users, "Alice", "Bob")
+    with harness.acting(await member_of_staff(harness, users, alice)):
+        assert (await users.update_profile(UpdateProfile(id=bob.id, email="bob@elsewhere.example"))).id == bob.id
+        with pytest.raises(InvalidRequest):
+            await users.update_profile(UpdateProfile(id=alice.id, email="alice@elsewhere.example"))
+
+
+async def test_a_password_that_is_changed_meanwhile_changes_no_address(harness: ServiceHarness, users: Users):
+    """It was right when it was checked."""
+    (alice,) = await registered(harness, users, "Alice")
+    connection = await connect(harness.dsns["users"])
+    harness.closing.push_async_callback(connection.close)
+    transaction = connection.transaction()
+    await transaction.start()
+    await connection.execute("UPDATE credentials SET version = version + 1 WHERE user_id = $1", alice.id)
+    with harness.acting(customer(alice)):
+        request = UpdateProfile(id=alice.id, email="alice@elsewhere.example", current_password=PASSWORD)
+        changing = asyncio.ensure_future(users.update_profile(request))
+    await harness.until_blocked(of="users")
+    await transaction.commit()
+
+    with pytest.raises(WrongCredentials):
+        await changing
+    with harness.acting(SERVICE):
+        assert (await users.get(GetUser(id=alice.id))).email == alice.email
 
 
 async def test_every_wrong_field_of_a_change_is_named_at_once(harness: ServiceHarness, users: Users):

@@ -115,9 +115,13 @@ async def test_an_address_that_was_changed_is_not_proven_by_the_old_one(
     with harness.acting(ANYBODY):
         await posting.prove_email(ProveEmail(token=token))
     with harness.acting(Actor("customer", alice.id)):
-        renamed = await posting.update_profile(UpdateProfile(id=alice.id, name="Al", email="ALICE@example.com"))
+        renamed = await posting.update_profile(
+            UpdateProfile(id=alice.id, name="Al", email="ALICE@example.com", current_password=PASSWORD)
+        )
         assert renamed.email_proven is True
-        moved = await posting.update_profile(UpdateProfile(id=alice.id, email="al@example.com"))
+        moved = await posting.update_profile(
+            UpdateProfile(id=alice.id, email="al@example.com", current_password=PASSWORD)
+        )
     assert moved.email_proven is False
     with harness.acting(ANYBODY), pytest.raises(LinkNotValid):
         await posting.prove_email(ProveEmail(token=token))
