@@ -32,6 +32,7 @@ from mercato.chassis.contract import (
     Forbidden,
     Internal,
     InvalidRequest,
+    Kind,
     Operation,
     ServiceError,
     current,
@@ -43,7 +44,7 @@ from mercato.contracts.money import DEFAULT_CURRENCY
 from mercato.gateway import idempotency, problems
 from mercato.gateway.auth import Authenticator
 from mercato.gateway.headers import RequestHeaders, check_content_type, expected_version, preferred_wait_ms
-from mercato.gateway.rates import RateLimiter
+from mercato.gateway.rates import PasswordTries, RateLimiter
 from mercato.gateway.route import NO_TEXT, Page, Route, RouteRequest
 from mercato.gateway.validation import decode_body, decode_query, decoder, invalid
 
@@ -92,6 +93,7 @@ class Gateway:
         self._fallback = fallback
         self._seconds = request_seconds
         self._rates = RateLimiter()
+        self._tries = PasswordTries(clock)
         self._log_requests = log_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -161,8 +163,7 @@ class Gateway:
         if actor.role not in route.roles:
             raise _refusal(actor, route)
         if route.is_limited:
-            client = scope.get("client")
-            self._rates.check(route.name, route.limits, actor, client[0] if client else "")
+            self._rates.check(route.name, route.limits, actor, _address(scope))
         # Before anything else is waited for: what is remembered may be forgotten.
         session_id = authenticator.session_id(authorization) if route.knows_session and authorization else ""
         request = await route.read(actor, parts, scope, receive, headers)
@@ -171,7 +172,10 @@ class Gateway:
         deadline = self._monotonic() + self._seconds
         current.set(Context(actor, deadline, headers.trace_id, headers.request_id))
         try:
-            answer = await route.call(route.request(request))
+            if route.is_guarded:
+                answer = await self._call_guarded(route, request, _address(scope))
+            else:
+                answer = await route.call(route.request(request))
         except InvalidRequest as error:
             raise route.reworded(error) from None
         if request.wait_ms is None:
@@ -180,6 +184,28 @@ class Gateway:
         status, lines, body = route.respond(await route.waited(answer, request.wait_ms), scope)
         lines.append(b"preference-applied: wait=%d" % (request.wait_ms // 1_000))
         return status, lines, body
+
+    async def _call_guarded(self, route: BoundRoute, request: RouteRequest, address: str) -> Any:
+        """The answer of a route that checks passwords or opens accounts. Raises `TooManyRequests` and its errors."""
+        account = route.tries(request) if route.tries else None
+        per_hour = route.limits.done_per_hour if request.actor == ANONYMOUS else None
+        if per_hour is not None:
+            self._rates.check_done(route.name, per_hour, address)
+        if account is not None:
+            self._tries.begin(account, address)
+        is_right = None
+        try:
+            answer = await route.call(route.request(request))
+            is_right = True
+        except ServiceError as error:
+            is_right = False if error.kind is Kind.UNAUTHENTICATED else None
+            raise
+        finally:
+            if account is not None:
+                self._tries.end(account, address, is_right=is_right)
+        if per_hour is not None:
+            self._rates.note_done(route.name, per_hour, address)
+        return answer
 
     async def _verify(self, authorization: bytes, headers: RequestHeaders) -> Actor:
         """The actor of a token that is not known yet. That may ask the users service for its keys, a call like any."""
@@ -204,6 +230,11 @@ class Gateway:
                 trace_id=headers.trace_id,
                 request_id=headers.request_id,
             )
+
+
+def _address(scope: Scope) -> str:
+    client = scope.get("client")
+    return client[0] if client else ""
 
 
 def _refusal(actor: Actor, route: BoundRoute) -> ServiceError:
@@ -301,6 +332,8 @@ class BoundRoute:
         self.ignores_token = route.ignores_token
         self.limits = route.limits
         self.is_limited = route.limits.per_second is not None
+        self.tries = route.tries
+        self.is_guarded = route.tries is not None or route.limits.done_per_hour is not None
         self.request = route.request
         self.knows_session = route.knows_session
         self._text = route.text

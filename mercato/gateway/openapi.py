@@ -406,6 +406,10 @@ def _description(route: Route) -> str:
         sentences.append("The body may be left out.")
     if limits.per_second is not None:
         sentences.append(f"Up to {limits.per_second} times a second for one caller, and {limits.burst} at once.")
+    if limits.done_per_hour is not None:
+        sentences.append(f"Up to {limits.done_per_hour} times an hour from one address, without an account.")
+    if route.tries is not None:
+        sentences.append("After several wrong passwords for an account, further tries from the same address must wait.")
     if route.body is not None and limits.body_bytes < MAX_BODY_BYTES:
         sentences.append(f"The body has at most {limits.body_bytes} bytes.")
     return " ".join(sentences)

@@ -1,17 +1,37 @@
-"""How often one caller may use a route (GCRA). Per process: with N workers a caller may do up to N times as much."""
+"""How often one caller may use a route (GCRA), and how soon one may try a password again after wrong ones.
+
+Per process: with N workers a caller may do up to N times as much. An address is that of the connection: behind a proxy,
+all its clients have one.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
+from ipaddress import IPv6Address, ip_address
 from typing import Final
 
+import msgspec
 from throttled import RateLimiterType, Throttled, rate_limiter, store
 
 from mercato.chassis.contract import Actor
+from mercato.chassis.observability.clock import Clock
 from mercato.gateway.problems import TooManyRequests
 from mercato.gateway.route import Limits
 
 REMEMBERED_CALLERS: Final = 10_000
+HOUR_SECONDS: Final = 3_600
+
+FREE_FAILURES: Final = 5
+"""Wrong passwords in a row that delay nothing: people mistype them."""
+FIRST_DELAY_SECONDS: Final = 1.0
+"""It doubles with each further failure, up to `LONGEST_DELAY_SECONDS`."""
+LONGEST_DELAY_SECONDS: Final = 60.0
+FORGOTTEN_SECONDS: Final = 900.0
+"""After the last failure."""
+REMEMBERED_FAILURES: Final = 10_000
+IPV6_PREFIX_BITS: Final = 64
+"""One customer of an internet provider has that many addresses, or more."""
 
 
 class RateLimiter:
@@ -35,3 +55,82 @@ class RateLimiter:
         result = throttle.limit(f"{route} {caller}")
         if result.limited:
             raise TooManyRequests(max(1, math.ceil(result.state.retry_after)))
+
+    def check_done(self, route: str, per_hour: int, address: str) -> None:
+        """Raises `TooManyRequests` where callers from an address have done it too often; `note_done` counts."""
+        if self._of_done(route, per_hour).peek(f"{route} done {network_of(address)}").remaining < 1:
+            raise TooManyRequests(math.ceil(HOUR_SECONDS / per_hour))
+
+    def note_done(self, route: str, per_hour: int, address: str) -> None:
+        self._of_done(route, per_hour).limit(f"{route} done {network_of(address)}")
+
+    def _of_done(self, route: str, per_hour: int) -> Throttled:
+        name = f"{route} done"
+        if name not in self._throttles:
+            self._throttles[name] = Throttled(
+                using=RateLimiterType.GCRA.value,
+                quota=rate_limiter.per_hour(per_hour, burst=per_hour),
+                store=self._store,
+            )
+        return self._throttles[name]
+
+
+class Failures(msgspec.Struct):
+    count: int
+    last_at: float
+    is_tried: bool = False
+
+
+class PasswordTries:
+    """Delays further tries for an account from an address where wrong passwords have come for it.
+
+    Only from there: whoever fails elsewhere keeps no owner out. Beyond `FREE_FAILURES`, tries come one after the other.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._failures: OrderedDict[tuple[str, str], Failures] = OrderedDict()
+
+    def begin(self, account: str, address: str) -> None:
+        """Raises `TooManyRequests` with the seconds to wait. `end` follows otherwise."""
+        found = self._failures.get((account, network_of(address)))
+        if found is None or found.count < FREE_FAILURES:
+            return
+        now = self._clock.monotonic()
+        if now - found.last_at >= FORGOTTEN_SECONDS:
+            found.count = 0
+            return
+        delay = min(FIRST_DELAY_SECONDS * 2 ** (found.count - FREE_FAILURES), LONGEST_DELAY_SECONDS)
+        wait = 1.0 if found.is_tried else found.last_at + delay - now
+        if wait > 0:
+            raise TooManyRequests(math.ceil(wait))
+        found.is_tried = True
+
+    def end(self, account: str, address: str, *, is_right: bool | None) -> None:
+        """None: the password was not checked."""
+        key = (account, network_of(address))
+        if is_right:
+            self._failures.pop(key, None)
+        elif (found := self._failures.get(key)) is not None:
+            found.is_tried = False
+        if is_right is not False:
+            return
+        failures = self._failures.setdefault(key, Failures(0, 0.0))
+        failures.count += 1
+        failures.last_at = self._clock.monotonic()
+        self._failures.move_to_end(key)
+        if len(self._failures) > REMEMBERED_FAILURES:
+            self._failures.popitem(last=False)
+
+
+def network_of(address: str) -> str:
+    """What callers from one place share: an IPv4 address, or the network of an IPv6 address."""
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return address
+    if not isinstance(parsed, IPv6Address):
+        return address
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return f"{int(parsed) >> (128 - IPV6_PREFIX_BITS):x}"

@@ -57,6 +57,8 @@ class Limits(msgspec.Struct, frozen=True):
     body_bytes: int = MAX_BODY_BYTES
     per_second: int | None = None
     burst: int = 1
+    done_per_hour: int | None = None
+    """How often callers without an account may succeed from one address; None: as often as they like."""
 
 
 class Page(msgspec.Struct, frozen=True):
@@ -125,5 +127,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     replayed: Callable[[Any], bool] | None = None
     """Whether the answer is the stored one of an earlier request with the same key."""
     limits: Limits = Limits()
+    tries: Callable[[RouteRequest], str | None] | None = None
+    """The account for which a request shows a password, in a spelling of its own; None for one that shows none. After
+    wrong ones (errors of kind UNAUTHENTICATED), further tries from the same address wait."""
     errors: tuple[type[ServiceError], ...] = ()
     """The operation's own errors, for the documentation."""

@@ -5,19 +5,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 
+from mercato import topology
 from mercato.chassis.contract import ANONYMOUS, Actor
+from mercato.chassis.observability.clock import SystemClock
+from mercato.gateway.app import Asgi, Gateway
 from mercato.gateway.problems import TooManyRequests
-from mercato.gateway.rates import RateLimiter
+from mercato.gateway.rates import (
+    FORGOTTEN_SECONDS,
+    FREE_FAILURES,
+    REMEMBERED_FAILURES,
+    PasswordTries,
+    RateLimiter,
+    network_of,
+)
 from mercato.gateway.route import Limits
 from mercato.gateway.routes import ROUTES
-from mercato.gateway.routes.users import CREDENTIALS
+from mercato.gateway.routes.users import CREDENTIALS, REGISTRATIONS
 from mercato.testing.responses import Response, assert_problem
 from mercato.testing.shop import Shop
-from mercato.testing.shop_data import new_person
+from mercato.testing.shop_data import PASSWORD, new_person, unique
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -63,7 +75,7 @@ async def test_an_account_is_counted_wherever_it_calls_from() -> None:
 
 
 async def test_rows_that_cost_a_hash_or_give_a_session_are_limited() -> None:
-    limited = {f"{route.method} {route.path}" for route in ROUTES if route.limits is CREDENTIALS}
+    limited = {f"{route.method} {route.path}" for route in ROUTES if route.limits in (CREDENTIALS, REGISTRATIONS)}
     assert limited == {
         "POST /register",
         "POST /login",
@@ -109,3 +121,148 @@ async def test_no_header_makes_another_caller(guarded_shop: Shop) -> None:
     names = ("X-Forwarded-For", "Forwarded", "X-Real-IP", "CF-Connecting-IP")
     replies = await flood(guarded_shop, lambda n: dict.fromkeys(names, f"198.51.100.{n % 256}"))
     assert 429 in {reply.status for reply in replies}
+
+
+# ---------------------------------------------------------------------------------------------------- wrong passwords
+
+HERE, ELSEWHERE = "192.0.2.1", "192.0.2.2"
+
+
+class StoppedClock(SystemClock):
+    """Goes forward when a test says so."""
+
+    def __init__(self) -> None:
+        self.seconds = 1_000.0
+
+    def monotonic(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.seconds
+
+
+def fail(tries: PasswordTries, times: int = 1, account: str = "alice", address: str = HERE) -> None:
+    for _ in range(times):
+        tries.begin(account, address)
+        tries.end(account, address, is_right=False)
+
+
+def wait_of(tries: PasswordTries, account: str = "alice", address: str = HERE) -> int:
+    """Seconds that a try has to wait; 0 where it may begin, which is then over without a check."""
+    try:
+        tries.begin(account, address)
+    except TooManyRequests as error:
+        return error.retry_after_s or 0
+    tries.end(account, address, is_right=None)
+    return 0
+
+
+async def test_wrong_passwords_delay_further_tries_more_and_more_up_to_a_bound() -> None:
+    clock = StoppedClock()
+    tries = PasswordTries(clock)
+    fail(tries, FREE_FAILURES - 1)
+    assert wait_of(tries) == 0
+    waits: list[int] = []
+    for _ in range(9):
+        fail(tries)
+        waits.append(wait_of(tries))
+        clock.seconds += waits[-1] - 0.5
+        assert wait_of(tries) == 1
+        clock.seconds += 0.5
+        assert wait_of(tries) == 0
+
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+
+
+async def test_only_tries_for_this_account_from_this_address_wait() -> None:
+    tries = PasswordTries(StoppedClock())
+    fail(tries, FREE_FAILURES)
+
+    assert wait_of(tries) > 0
+    assert (wait_of(tries, address=ELSEWHERE), wait_of(tries, account="bob")) == (0, 0)
+
+
+async def test_the_right_password_and_a_long_pause_forget_the_wrong_ones() -> None:
+    clock = StoppedClock()
+    tries = PasswordTries(clock)
+    for _ in range(2):
+        fail(tries, FREE_FAILURES)
+        clock.seconds += 60
+        tries.begin("alice", HERE)
+        tries.end("alice", HERE, is_right=True)
+        assert wait_of(tries) == 0
+    fail(tries, FREE_FAILURES)
+    clock.seconds += FORGOTTEN_SECONDS
+    fail(tries, FREE_FAILURES - 1)
+    assert wait_of(tries) == 0
+
+
+async def test_after_wrong_passwords_tries_come_one_after_the_other() -> None:
+    clock = StoppedClock()
+    tries = PasswordTries(clock)
+    fail(tries, FREE_FAILURES)
+    clock.seconds += 60
+    tries.begin("alice", HERE)
+    assert wait_of(tries) == 1
+    tries.end("alice", HERE, is_right=None)
+    assert wait_of(tries) == 0
+
+
+async def test_the_memory_of_failures_is_bounded() -> None:
+    tries = PasswordTries(StoppedClock())
+    for number in range(REMEMBERED_FAILURES + 10):
+        fail(tries, account=str(number))
+
+    assert len(tries._failures) == REMEMBERED_FAILURES
+
+
+async def test_addresses_of_one_network_are_one_place() -> None:
+    assert network_of("2001:db8:1:2::1") == network_of("2001:db8:1:2:ffff::9") != network_of("2001:db8:1:3::1")
+    assert network_of("::ffff:192.0.2.1") == network_of("192.0.2.1") != network_of("192.0.2.2")
+    assert network_of("") == ""
+
+
+async def ask(app: Asgi, address: str, path: str, body: Mapping[str, Any]) -> int:
+    """The status of an answer to a caller at an address."""
+    answered: list[int] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            answered.append(message["status"])
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "query_string": b"",
+        "headers": [(b"host", b"shop.example"), (b"content-type", b"application/json")],
+        "client": (address, 1234),
+    }
+    await app(scope, receive, send)
+    return answered[0]
+
+
+async def test_wrong_passwords_from_elsewhere_keep_no_owner_out(guarded_shop: Shop) -> None:
+    app = topology.gateway(guarded_shop.harness.host, open_to=None)
+    person = await new_person(guarded_shop)
+    wrong, right = ({"email": person.email, "password": password} for password in ("a wrong password", PASSWORD))
+    spellings = (person.email, person.email.upper(), f" {person.email}")
+    statuses = [await ask(app, HERE, "/login", {**wrong, "email": spelling}) for spelling in spellings * 2]
+
+    assert statuses == [401] * FREE_FAILURES + [429], "however the address is spelled"
+    assert await ask(app, HERE, "/login", right) == 429
+    assert await ask(app, ELSEWHERE, "/login", right) == 200
+
+
+async def test_accounts_that_are_opened_from_one_address_are_bounded_and_only_those(guarded_shop: Shop) -> None:
+    app, per_hour = topology.gateway(guarded_shop.harness.host, open_to=None), REGISTRATIONS.done_per_hour
+    assert isinstance(app, Gateway)
+    assert per_hour is not None
+    for _ in range(per_hour - 1):
+        app._rates.note_done("POST /register", per_hour, HERE)
+    accounts = [{"email": f"{unique('new')}@example.com", "name": "New", "password": PASSWORD} for _ in range(2)]
+    for _ in range(3):
+        assert await ask(app, HERE, "/register", {**accounts[0], "password": "short"}) == 400
+
+    assert [await ask(app, HERE, "/register", account) for account in accounts] == [201, 429]
+    assert await ask(app, ELSEWHERE, "/register", accounts[1]) == 201

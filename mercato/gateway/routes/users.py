@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import unicodedata
 from typing import Annotated, Final, Literal
 
+import msgspec
 from msgspec import Meta
 
 from mercato.chassis.contract import MAX_ID, Empty, Open, StaleVersion
@@ -16,9 +18,8 @@ from mercato.gateway.route import Input, Limits, Output, Page, Route, RouteReque
 
 CREDENTIALS: Final = Limits(body_bytes=16_384, per_second=20, burst=40)
 """Passwords are guessed by trying, and each try costs a hash."""
-
-
 LINK: Final = "bG9vayBhdCB0aGUgbGV0dGVyIHRoYXQgeW91IGhhdmUgZ290LCBpdCBpcyB0aGVyZQ"
+REGISTRATIONS: Final = msgspec.structs.replace(CREDENTIALS, done_per_hour=60)
 
 
 class RegisterIn(Input):
@@ -170,6 +171,20 @@ def _sign_in(request: RouteRequest) -> contract.SignIn:
     return contract.SignIn(email=body.email, password=body.password)
 
 
+def _signing_in(request: RouteRequest) -> str:
+    body: LoginIn = request.body
+    return f"e-mail {unicodedata.normalize('NFC', body.email.strip()).casefold()}"
+
+
+def _own(request: RouteRequest) -> str | None:
+    return f"id {request.actor.id}" if request.actor.id else None
+
+
+def _own_address(request: RouteRequest) -> str | None:
+    body: ProfileIn = request.body
+    return _own(request) if body.current_password is not None else None
+
+
 def _list(request: RouteRequest) -> contract.ListUsers:
     query: UsersQuery = request.query
     return contract.ListUsers(after=query.after, limit=query.limit, role=query.role, id=query.id, email=query.email)
@@ -225,7 +240,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         output=UserOut,
         status=201,
         location=_location,
-        limits=CREDENTIALS,
+        limits=REGISTRATIONS,
         errors=(contract.EmailTaken, contract.TooManyHashes),
     ),
     Route(
@@ -238,6 +253,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         body=LoginIn,
         examples={"Alice of the demo data": {"email": "alice@example.com", "password": "demo-password"}},
         request=_sign_in,
+        tries=_signing_in,
         answer=_tokens_out,
         output=TokensOut,
         limits=CREDENTIALS,
@@ -370,6 +386,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             "another e-mail address": {"email": "alice.liddell@example.com", "current_password": "demo-password"},
         },
         request=lambda request: _profile(_me(request), request),
+        tries=_own_address,
         answer=user_out,
         output=UserOut,
         etag=_version,
@@ -388,6 +405,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             "a better one": {"current_password": "demo-password", "new_password": "correct horse battery staple"}
         },
         request=_password,
+        tries=_own,
         answer=_nothing,
         output=None,
         status=204,
@@ -454,6 +472,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         body=ProfileIn,
         examples={"another e-mail address": {"email": "alice.liddell@example.com"}},
         request=lambda request: _profile(request.path["id"], request),
+        tries=_own_address,
         answer=user_out,
         output=UserOut,
         etag=_version,
