@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from typing import Annotated, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from msgspec import Meta
 
@@ -318,14 +318,21 @@ class MixedCurrencies(ServiceError, code="orders.mixed_currencies", kind=Kind.CO
 
 
 class IllegalMove(ServiceError, code="orders.illegal_move", kind=Kind.CONFLICT):
-    """The order is not where that move starts. `legal` names the moves of this axis that it can make now."""
+    """The order is not where that move starts. `legal` names the moves of this axis that it can make now.
 
-    sentence = "Order {order_id} cannot go from {current} to {wanted}; legal from here: {legal}."
+    `why`: what else of the order forbids a move that its axis allows, and the way out; empty where nothing else does.
+    """
+
+    sentence = "Order {order_id} cannot go from {current} to {wanted}{why}; legal from here: {legal}."
     order_id: int
     axis: Open[Axis]
     current: str
     wanted: str
     legal: tuple[str, ...]
+    why: str = ""
+
+    def spoken(self) -> dict[str, Any]:
+        return {**super().spoken(), "why": f": {self.why}" if self.why else ""}
 
 
 class AmountNotDue(MoneyError, code="orders.amount_not_due", kind=Kind.CONFLICT):

@@ -252,6 +252,21 @@ async def test_a_payment_is_given_back_in_parts(open_shop: Shop) -> None:
     assert (now["payment"], now["refunded"]) == ("refunded", PRICE)
 
 
+async def test_a_refunded_order_is_not_sent_and_the_answer_says_why(open_shop: Shop) -> None:
+    order = await placed(open_shop, payment_method="sandbox:ok")
+    path = f"/orders/{order.json['id']}"
+    [payment] = (await open_shop.get(f"/payments?order_id={order.json['id']}")).json
+    headers = {"Idempotency-Key": unique("refund")}
+    assert (await open_shop.post(f"/payments/{payment['id']}/refunds", headers=headers)).status == 201
+
+    refused = await open_shop.patch(path, {"fulfilment": "shipped"})
+
+    assert_problem(refused, 409, "orders.illegal_move")
+    assert refused.json["details"]["why"] == "all that was paid was refunded; cancel the order instead"
+    assert refused.json["details"]["why"] in refused.json["detail"]
+    assert (await order_of(open_shop, order))["fulfilment"] == "unfulfilled"
+
+
 async def test_a_refund_needs_a_key_and_is_one_for_it(open_shop: Shop) -> None:
     payment = await pay(open_shop, await placed(open_shop))
     key = unique("refund")

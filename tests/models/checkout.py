@@ -702,6 +702,14 @@ class CheckoutMachine(RuleBasedStateMachine):
         """Staff close the order. It may still be paid later."""
         self.order = msgspec.structs.replace(self.order, status="completed")
 
+    @precondition(lambda self: "shipped" in rules.legal_moves(self.order, "fulfilment"))
+    @rule()
+    def ship(self) -> None:
+        """Staff send the goods, without the saga."""
+        assert self.order.payment in ("unpaid", "paid", "partially_refunded")
+        assert self.inventory.state == "committed"
+        self.order = msgspec.structs.replace(self.order, fulfilment="shipped")
+
     # ------------------------------------------------------------------------------------------------- other services
 
     @rule(meanwhile=PROGRESS, is_ended=st.booleans())

@@ -45,6 +45,14 @@ def errors_of(contract: type[Contract]) -> dict[str, type[ServiceError]]:
     return dict(sorted(mine.items()))
 
 
+def _details_of(error: type[ServiceError]) -> type[msgspec.Struct]:
+    """The details of an error; one with a default may be missing, where an older version sends it."""
+    fields = field_types(error).items()
+    return msgspec.defstruct(
+        error.__name__, [(n, t, getattr(error, n)) if hasattr(error, n) else (n, t) for n, t in fields], kw_only=True
+    )
+
+
 def schemas(contract: type[Contract]) -> dict[str, Any]:
     """The JSON schemas of a contract.
 
@@ -53,7 +61,7 @@ def schemas(contract: type[Contract]) -> dict[str, Any]:
     """
     errors = errors_of(contract)
     messages = [t for o in contract.operations.values() for t in (o.request, o.answer)]
-    details = [msgspec.defstruct(e.__name__, list(field_types(e).items())) for e in errors.values()]
+    details = [_details_of(e) for e in errors.values()]
     told = list(contract.events.values())
     models = (*messages, *details, *told)
     references, components = msgspec.json.schema_components(models, ref_template=COMPONENT)

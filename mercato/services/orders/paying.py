@@ -32,7 +32,6 @@ from mercato.contracts.orders import (
     AmountNotDue,
     Axis,
     CancelOrder,
-    IllegalMove,
     MovePayment,
     NotPayable,
     Order,
@@ -343,5 +342,4 @@ def _confirm(version: int | None, locked: Locked) -> Decision | None:
 
 
 def _raise_illegal(order: Order, axis: Axis, wanted: str) -> NoReturn:
-    legal = rules.legal_moves(order, axis)
-    raise IllegalMove(order_id=order.id, axis=axis, current=getattr(order, axis), wanted=wanted, legal=legal)
+    raise rules.illegal(order, axis, wanted)

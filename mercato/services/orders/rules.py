@@ -81,6 +81,13 @@ CANCELLABLE: Final = frozenset({"unfulfilled"})
 
 REFUNDABLE: Final = frozenset({"paid", "partially_refunded"})
 
+AUTHORIZED_BLOCKS: Final = frozenset({"shipped", "returned", "completed"})
+"""The money is promised, not taken: until it is, nothing is sent, nothing comes back, and nothing is closed."""
+
+REFUNDED_BLOCKS: Final = frozenset({"shipped", "completed"})
+"""All money was given back before the goods have left: they stay, and the order is to be cancelled. What had left
+before goes on: it is delivered, comes back, and is closed."""
+
 PARTIALLY_RETURNED: Final = "order.partially_returned"
 
 PLACED: Final[Mapping[Axis, str]] = {"status": "pending", "payment": "unpaid", "fulfilment": "unfulfilled"}
@@ -113,18 +120,51 @@ def legal_moves(order: Order, axis: Axis) -> tuple[str, ...]:
         return ()
     moves = AXES[axis][getattr(order, axis)]
     if order.payment == "authorized":
-        # The money is promised, not taken: until it is, nothing is sent, nothing comes back, and nothing is closed.
-        moves = moves - {"shipped", "returned", "completed"}
+        moves = moves - AUTHORIZED_BLOCKS
+    if _is_refunded_here(order):
+        moves = moves - REFUNDED_BLOCKS
     if axis == "status" and order.fulfilment not in CANCELLABLE:
         moves = moves - {"cancelled"}
     return tuple(sorted(moves))
 
 
+def _is_refunded_here(order: Order) -> bool:
+    """All that was paid was given back, and the goods have not left."""
+    return order.payment == "refunded" and order.fulfilment == "unfulfilled"
+
+
 def check_move(order: Order, axis: Axis, wanted: str) -> None:
     """Raises `IllegalMove`, which lists the legal ones."""
-    legal = legal_moves(order, axis)
-    if wanted not in legal:
-        raise IllegalMove(order_id=order.id, axis=axis, current=getattr(order, axis), wanted=wanted, legal=legal)
+    if wanted not in legal_moves(order, axis):
+        raise illegal(order, axis, wanted)
+
+
+def illegal(order: Order, axis: Axis, wanted: str) -> IllegalMove:
+    """The refusal of a move: the legal ones, and what else of the order stands in its way."""
+    return IllegalMove(
+        order_id=order.id,
+        axis=axis,
+        current=getattr(order, axis),
+        wanted=wanted,
+        legal=legal_moves(order, axis),
+        why=_why_not(order, axis, wanted),
+    )
+
+
+def _why_not(order: Order, axis: Axis, wanted: str) -> str:
+    """Which other axis forbids a move that its own allows; empty where none does."""
+    if wanted not in AXES[axis].get(getattr(order, axis), ()):
+        return ""
+    if axis == "fulfilment" and order.status not in SHIPPABLE:
+        return f"the order is {order.status}"
+    if order.payment == "authorized" and wanted in AUTHORIZED_BLOCKS:
+        return "its payment is only authorized; capture it first"
+    if _is_refunded_here(order) and wanted in REFUNDED_BLOCKS:
+        why = "all that was paid was refunded"
+        return f"{why}; cancel the order instead" if "cancelled" in legal_moves(order, "status") else why
+    if axis == "status" and wanted == "cancelled" and order.fulfilment not in CANCELLABLE:
+        return f"its goods are {order.fulfilment}; take them back instead"
+    return ""
 
 
 def check_declared(order: Order, status: str | None, payment: str | None, fulfilment: str | None) -> None:
@@ -173,13 +213,7 @@ def axis_of(event: str) -> Axis:
 def check_refund(order: Order, request: RefundOrder, left_minor: int) -> int:
     """How much is to be given back. Raises `IllegalMove`, `InvalidRequest` or `NothingToRefund`."""
     if order.payment not in REFUNDABLE:
-        raise IllegalMove(
-            order_id=order.id,
-            axis="payment",
-            current=order.payment,
-            wanted="refunded",
-            legal=legal_moves(order, "payment"),
-        )
+        raise illegal(order, "payment", "refunded")
     if request.currency is not None and request.currency != order.currency:
         wrong = FieldError(field="currency", message=f"is not that of the order, {order.currency}")
         raise InvalidRequest(errors=(wrong,))

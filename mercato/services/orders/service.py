@@ -22,6 +22,7 @@ from mercato.contracts.orders import (
     MoveOrder,
     Order,
     OrderPage,
+    PaymentInProgress,
 )
 from mercato.contracts.roles import CUSTOMER
 
@@ -103,6 +104,9 @@ class OrdersService:
                 rules.check_move(order, "status", request.status)
             if is_moving or is_returning:
                 locked.check_idle()
+            wanted = {request.status if is_moving else None, request.fulfilment}
+            if order.fulfilment == "unfulfilled" and wanted & rules.REFUNDED_BLOCKS and locked.record.is_being_refunded:
+                raise PaymentInProgress(order_id=order.id)
             if request.status is not None:
                 order = await _move_one(tx, order, "status", store.Move(order, status=request.status))
             if is_returning:

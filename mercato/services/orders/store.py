@@ -53,6 +53,11 @@ class OrderRecord(msgspec.Struct, frozen=True, gc=False):
         """What is left of the total that was neither refunded nor reserved for a refund."""
         return self.order.total_minor - self.order.refunded_minor - self.refund_pending_minor
 
+    @property
+    def is_being_refunded(self) -> bool:
+        """Refunds are under way that give back all that is left."""
+        return self.refund_pending_minor > 0 and self.refundable_minor == 0
+
 
 class OrderRow(Row):
     id: int

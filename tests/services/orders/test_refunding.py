@@ -572,3 +572,64 @@ async def test_a_return_that_fails_at_any_point_is_finished_later_and_done_once(
     assert await shared_harness.saga(order.id, "refund") == []
     assert await shared_harness.shelf(mug) == (9, 0)
     assert (await shared_harness.bank(order.id)).refunded_minor == 2 * MUG_MINOR
+
+
+# ------------------------------------------------------------------------------------------- what a full refund forbids
+
+
+@pytest.mark.parametrize("wanted", [{"fulfilment": "shipped"}, {"status": "completed"}])
+async def test_what_was_refunded_before_it_left_can_only_be_cancelled(
+    shared_harness: OrdersHarness, wanted: dict[str, Any]
+):
+    mug = await shared_harness.new_product(10)
+    order = await shared_harness.checked_out("sandbox:ok", (mug, 3))
+    payment_id = (await shared_harness.payments(order.id))[0].id
+    await refund(shared_harness, payment_id, MUG_MINOR)
+    await refund(shared_harness, payment_id)
+
+    with shared_harness.acting(STAFF), pytest.raises(IllegalMove, match="all that was paid was refunded") as refused:
+        await shared_harness.orders.move(MoveOrder(id=order.id, **wanted))
+
+    assert next(iter(wanted.values())) not in refused.value.legal
+    with shared_harness.acting(STAFF):
+        await shared_harness.orders.cancel(CancelOrder(id=order.id))
+    now = await shared_harness.settled(order.id)
+    assert (now.status, now.payment, now.fulfilment) == ("cancelled", "refunded", "unfulfilled")
+    assert await shared_harness.shelf(mug) == (10, 0)
+    assert (await shared_harness.bank(order.id)).net_minor == 0
+
+
+async def test_what_has_left_is_delivered_and_comes_back_although_it_was_refunded(shared_harness: OrdersHarness):
+    mug = await shared_harness.new_product(10)
+    order = await shared_harness.checked_out("sandbox:ok", (mug, 3))
+    with shared_harness.acting(STAFF):
+        await shared_harness.orders.move(MoveOrder(id=order.id, fulfilment="shipped"))
+    await refund(shared_harness, (await shared_harness.payments(order.id))[0].id)
+
+    with shared_harness.acting(STAFF):
+        await shared_harness.orders.move(MoveOrder(id=order.id, fulfilment="delivered"))
+    await take_back(shared_harness, order.id)
+
+    now = await shared_harness.settled(order.id)
+    assert (now.payment, now.fulfilment) == ("refunded", "returned")
+    assert await shared_harness.shelf(mug) == (10, 0)
+
+
+@pytest.mark.parametrize("wanted", [{"fulfilment": "shipped"}, {"status": "completed"}])
+async def test_an_order_is_not_sent_while_all_of_it_is_being_refunded(
+    shared_harness: OrdersHarness, inject: Inject, wanted: dict[str, Any]
+):
+    order, payment_id = await paid(shared_harness)
+    pause = Pause()
+    lift = inject("refund.refund.before_call", pause)
+    asked = asyncio.ensure_future(refund(shared_harness, payment_id))
+    await pause.reached.wait()
+
+    with shared_harness.acting(STAFF), pytest.raises(PaymentInProgress):
+        await shared_harness.orders.move(MoveOrder(id=order.id, **wanted))
+
+    lift()
+    pause.resume.set()
+    assert (await asked).status == "succeeded"
+    now = (await shared_harness.raw(order.id)).order
+    assert (now.status, now.payment, now.fulfilment) == ("confirmed", "refunded", "unfulfilled")

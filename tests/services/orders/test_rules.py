@@ -138,6 +138,34 @@ def test_an_order_is_neither_shipped_nor_completed_while_its_payment_is_only_aut
         assert "shipped" not in rules.legal_moves(order, "fulfilment")
 
 
+@given(orders)
+def test_what_was_refunded_before_it_left_is_neither_shipped_nor_completed_but_cancelled(order: Order):
+    if order.payment == "refunded" and order.fulfilment == "unfulfilled":
+        assert "completed" not in rules.legal_moves(order, "status")
+        assert "shipped" not in rules.legal_moves(order, "fulfilment")
+        assert ("cancelled" in rules.legal_moves(order, "status")) == (order.status in ("pending", "confirmed"))
+
+
+@given(orders)
+def test_what_has_left_goes_on_although_it_was_refunded(order: Order):
+    if order.payment == "refunded" and order.fulfilment != "unfulfilled" and order.status in ("confirmed", "completed"):
+        assert set(rules.legal_moves(order, "fulfilment")) == rules.FULFILMENT[order.fulfilment]
+        assert ("completed" in rules.legal_moves(order, "status")) == (order.status == "confirmed")
+
+
+@given(orders, st.sampled_from(["status", "payment", "fulfilment"]), st.data())
+def test_a_refusal_says_why_where_another_axis_forbids_the_move(order: Order, axis: Axis, data: st.DataObject):
+    wanted = data.draw(st.sampled_from(STATES[axis]))
+    if wanted in rules.legal_moves(order, axis):
+        return
+
+    refused = rules.illegal(order, axis, wanted)
+
+    is_declared = wanted in rules.AXES[axis][getattr(order, axis)]
+    assert bool(refused.why) == is_declared
+    assert refused.why in str(refused)
+
+
 @given(orders, st.data())
 def test_a_move_that_is_not_declared_is_never_written(order: Order, data: st.DataObject):
     wanted = {axis: data.draw(st.none() | st.sampled_from(states)) for axis, states in STATES.items()}
