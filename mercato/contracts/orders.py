@@ -106,6 +106,23 @@ class Order(Message):
     reason: CancelReason | None = None
     """Of a cancelled order."""
     customer_note: str = ""
+    waived_minor: int = 0
+    """What of the total is not taken: it was sold on account, and these goods came back before they were paid."""
+
+    @property
+    def payable_minor(self) -> int:
+        """What a payment takes, or has taken."""
+        return self.total_minor - self.waived_minor
+
+    @property
+    def due_minor(self) -> int:
+        """What is still to be paid."""
+        return self.payable_minor if self.payment == "unpaid" and self.status != "cancelled" else 0
+
+    @property
+    def paid_minor(self) -> int:
+        """What was taken, of which `refunded_minor` was given back."""
+        return self.payable_minor if self.payment in ("paid", "partially_refunded", "refunded") else 0
 
 
 class PlacedOrder(Message):
@@ -353,10 +370,11 @@ class PaymentInProgress(ServiceError, code="orders.payment_in_progress", kind=Ki
 
 
 class NotPayable(ServiceError, code="orders.not_payable", kind=Kind.CONFLICT):
-    """It was sold on account, and goods of it have come back; or staff confirmed it before shops reserved stock."""
+    """Nothing is due: all that was to be paid has come back; or staff confirmed it before shops reserved stock."""
 
-    sentence = "Order {order_id} cannot be paid as a whole: goods of it have come back, or it was sold without stock."
+    sentence = "Order {order_id} cannot be paid: {why}."
     order_id: int
+    why: str = "nothing is due, or it was sold without stock"
 
 
 class PaymentDeclined(ServiceError, code="orders.payment_declined", kind=Kind.REFUSED):
@@ -412,6 +430,8 @@ class OrderChanged(Message):
     refunded_minor: int
     version: int
     reason: CancelReason | None = None
+    waived_minor: int = 0
+    """What of the total is not taken (`Order`)."""
 
 
 class Orders(Contract, name="orders"):

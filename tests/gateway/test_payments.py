@@ -183,6 +183,25 @@ async def test_a_method_that_payments_does_not_know_is_refused_before_anything_i
     assert (await open_shop.get(f"/payments?order_id={waiting.json['id']}")).json == []
 
 
+async def test_what_came_back_before_it_was_paid_is_not_due(open_shop: Shop) -> None:
+    order = await placed(open_shop, quantity=2)
+    path = f"/orders/{order.json['id']}"
+    for move in ({"status": "confirmed"}, {"fulfilment": "shipped"}, {"fulfilment": "delivered"}):
+        assert (await open_shop.patch(path, move)).status == 200
+    assert (await return_item(open_shop, path, {"line_id": 1, "quantity": 1})).status == 201
+    waiting = await order_of(open_shop, order)
+
+    too_much = await pay(open_shop, order, **order.json["total"])
+    paid = await pay(open_shop, order, **waiting["due"])
+
+    assert (waiting["due"], waiting["paid"]["amount"]) == (PRICE, "0.00")
+    assert_problem(too_much, 409, "orders.amount_not_due")
+    assert "99.99 USD is due" in too_much.json["detail"]
+    assert (paid.status, paid.json["captured"]) == (201, PRICE)
+    now = await order_of(open_shop, order)
+    assert (now["payment"], now["paid"], now["due"]["amount"]) == ("paid", PRICE, "0.00")
+
+
 # ---------------------------------------------------------------------------------------------------------------- keys
 
 

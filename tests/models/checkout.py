@@ -24,7 +24,7 @@ from mercato.contracts.inventory import (
     ReturnStock,
     StockLine,
 )
-from mercato.contracts.orders import Order, OrderLine
+from mercato.contracts.orders import Order, OrderLine, ReturnLine
 from mercato.contracts.payments import (
     AnotherOrder as PaymentOfAnotherOrder,
     AnotherPaymentLive,
@@ -475,7 +475,7 @@ def _unwind(machine: CheckoutMachine, order: Order, state: Checkout) -> StepRun:
     released = yield machine.inventory.release
     if isinstance(released, Reservation):
         if released.state == "committed":
-            back = yield lambda: machine.inventory.return_items(machine.quantity, "cancel")
+            back = yield lambda: machine.inventory.return_items(machine.quantity - machine.returned, "cancel")
             if isinstance(back, ServiceError):
                 return RetryLater("restock")
     elif not isinstance(released, StockOfAnotherOrder):
@@ -485,13 +485,13 @@ def _unwind(machine: CheckoutMachine, order: Order, state: Checkout) -> StepRun:
 
 def _minor_to_refund(order: Order, payment: PaymentRecord | None) -> int:
     if order.payment in rules.REFUNDABLE:
-        return order.total_minor - order.refunded_minor
+        return order.payable_minor - order.refunded_minor
     return payment.captured_minor - payment.refunded_minor if payment else 0
 
 
 def opening(order: Order, state: Checkout, status: PaymentStatus) -> PaymentModel:
     assert state.method is not None
-    return PaymentModel(state.attempt, state.method, order.total_minor, status)
+    return PaymentModel(state.attempt, state.method, order.payable_minor, status)
 
 
 RUNS: Final[Mapping[Step, Callable[[CheckoutMachine, Order, Checkout], StepRun]]] = {
@@ -526,6 +526,10 @@ class CheckoutMachine(RuleBasedStateMachine):
         state = Checkout() if method is None else Checkout(paying=True, method=method, attempt=1)
         self.saga: SagaModel | None = SagaModel("reserve", state, next(self.epochs))
         self.drivers: list[Driver] = [Driver(self)]
+
+    @property
+    def returned(self) -> int:
+        return self.order.lines[0].returned
 
     @property
     def step(self) -> str:
@@ -609,6 +613,7 @@ class CheckoutMachine(RuleBasedStateMachine):
             payment=decision.payment or order.payment,
             refunded_minor=order.refunded_minor + decision.refunded_minor,
             reason=decision.reason or order.reason,
+            waived_minor=(rules.returned_value(order.lines) if decision.payment == "unpaid" else order.waived_minor),
         )
         self.on_account |= decision.state.on_account and decision.status == "confirmed"
         assert not (decision.finished and decision.running)
@@ -635,7 +640,7 @@ class CheckoutMachine(RuleBasedStateMachine):
     def is_payable(self) -> bool:
         order = self.order
         is_sold_without_stock = order.status != "pending" and not self.on_account
-        is_due = order.status != "cancelled" and order.payment == "unpaid"
+        is_due = order.due_minor > 0
         return is_due and self.step in ("awaiting", FINISHED) and not is_sold_without_stock
 
     @precondition(is_payable)
@@ -680,20 +685,44 @@ class CheckoutMachine(RuleBasedStateMachine):
         self.redirect(Decision("settle", "capture requested", state, running=True))
 
     @precondition(lambda self: self.step == FINISHED and self.order.payment in rules.REFUNDABLE)
-    @precondition(lambda self: self.order.total_minor > self.order.refunded_minor)
+    @precondition(lambda self: self.order.payable_minor > self.order.refunded_minor)
     @rule(is_rest=st.booleans())
     def refund(self, is_rest: bool = False) -> None:
         """Staff give back all that is left, or a part of it."""
         order = self.order
-        left_minor = order.total_minor - order.refunded_minor
+        left_minor = order.payable_minor - order.refunded_minor
         amount_minor = left_minor if is_rest else left_minor // 2
-        target = Target("refund", f"staff-{order.refunded_minor}", amount_minor)
-        refunded = self.payments.execute(target, self.payment_attempt)
+        self._refund(f"staff-{order.refunded_minor}", amount_minor)
+
+    def _refund(self, reference: str, amount_minor: int) -> None:
+        order = self.order
+        refunded = self.payments.execute(Target("refund", reference, amount_minor), self.payment_attempt)
         assert isinstance(refunded, PaymentRecord)
-        became = "refunded" if is_rest else "partially_refunded"
-        rules.check_declared(order, None, became, None)
         refunded_minor = order.refunded_minor + amount_minor
+        became = "refunded" if refunded_minor == order.payable_minor else "partially_refunded"
+        rules.check_declared(order, None, became, None)
         self.order = msgspec.structs.replace(order, payment=became, refunded_minor=refunded_minor)
+
+    @precondition(lambda self: self.order.fulfilment in ("shipped", "delivered"))
+    @precondition(lambda self: self.step in RESTING and self.order.payment != "authorized")
+    @precondition(lambda self: self.returned < self.quantity)
+    @rule()
+    def take_back_one(self) -> None:
+        """One piece arrives, if it has not yet, and comes back; what was paid for it is refunded, as far as it can."""
+        self.order = msgspec.structs.replace(self.order, fulfilment="delivered")
+        order = self.order
+        [back] = rules.check_return(order, [ReturnLine(line_id=1, quantity=1)])
+        assert isinstance(self.inventory.return_items(1, f"back-{self.returned}"), Reservation)
+        lines = tuple(msgspec.structs.replace(line, returned=line.returned + back.quantity) for line in order.lines)
+        self.order = msgspec.structs.replace(
+            order, lines=lines, fulfilment="returned" if rules.is_all(order, [back]) else "delivered"
+        )
+        if order.payment == "unpaid":
+            self.order = msgspec.structs.replace(self.order, waived_minor=rules.returned_value(lines))
+        elif order.payment in rules.REFUNDABLE:
+            amount_minor = min(rules.refund_value(order, [back]), order.payable_minor - order.refunded_minor)
+            if amount_minor:
+                self._refund(f"back-{order.lines[0].returned}", amount_minor)
 
     @precondition(lambda self: self.step in RESTING)
     @precondition(lambda self: "completed" in rules.legal_moves(self.order, "status"))
@@ -761,7 +790,7 @@ class CheckoutMachine(RuleBasedStateMachine):
     def order_and_bank_agree_about_money(self) -> None:
         order = self.order
         if order.payment in ("paid", "partially_refunded", "refunded") and order.status in ("confirmed", "completed"):
-            assert self.bank.net_minor == order.total_minor - order.refunded_minor
+            assert self.bank.net_minor == order.payable_minor - order.refunded_minor
         if order.payment in ("unpaid", "failed") and self.step in RESTING:
             assert (self.bank.net_minor, self.bank.open_charges) == (0, 0)
 
@@ -788,14 +817,14 @@ class CheckoutMachine(RuleBasedStateMachine):
                 assert (bank.net_minor, bank.open_charges) == (0, 0)
                 assert (level.on_hand, level.reserved) == (self.on_hand, 0)
                 assert order.reason is not None
-                assert order.refunded_minor == (order.total_minor if order.payment == "refunded" else 0)
+                assert order.refunded_minor == (order.payable_minor if order.payment == "refunded" else 0)
                 assert order.payment in ("unpaid", "failed", "voided", "refunded")
             case "confirmed" | "completed":
                 assert self.inventory.state == "committed"
-                assert level.on_hand == self.on_hand - self.quantity
+                assert level.on_hand == self.on_hand - self.quantity + self.returned
                 assert bank.open_charges == (self.step == "authorized")
                 was_paid = order.payment in ("paid", "partially_refunded", "refunded")
-                assert bank.net_minor == (order.total_minor - order.refunded_minor if was_paid else 0)
+                assert bank.net_minor == (order.payable_minor - order.refunded_minor if was_paid else 0)
                 assert (order.payment == "authorized") == (self.step == "authorized")
                 assert was_paid or order.payment in ("unpaid", "authorized")
             case _:

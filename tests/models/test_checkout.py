@@ -44,9 +44,9 @@ def placed(method: str | None, *, quantity: int = 1, price_minor: int = PRICE_MI
     return machine
 
 
-def on_account() -> CheckoutMachine:
+def on_account(quantity: int = 1) -> CheckoutMachine:
     """An order that staff have confirmed without a payment."""
-    machine = placed(None)
+    machine = placed(None, quantity=quantity)
     machine.go_on(calls=2)
     assert_at(machine, "awaiting", "pending", "unpaid")
     machine.confirm_on_account()
@@ -93,6 +93,22 @@ def test_an_order_confirmed_on_account_can_be_paid_later():
     machine.pay("sandbox:ok", then=7)
 
     assert_at(machine, FINISHED, "confirmed", "paid")
+
+
+def test_what_came_back_from_an_order_on_account_is_not_taken():
+    machine = on_account(quantity=3)
+    machine.ship()
+    machine.take_back_one()
+    machine.pay("sandbox:ok", then=7)
+    assert_at(machine, FINISHED, "confirmed", "paid")
+    assert machine.bank.net_minor == 2 * PRICE_MINOR
+
+    machine.take_back_one()
+    assert_at(machine, FINISHED, "confirmed", "partially_refunded")
+    machine.take_back_one()
+    assert_at(machine, FINISHED, "confirmed", "refunded")
+    assert machine.order.fulfilment == "returned"
+    assert machine.bank.net_minor == 0
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -147,6 +147,8 @@ class OrderOut(Output):
     updated_at: datetime.datetime
     version: int
     customer_note: str
+    due: Annotated[Money, Meta(description="Still to be paid: the total, less goods that came back unpaid.")]
+    paid: Annotated[Money, Meta(description="Taken, of which `refunded` was given back.")]
 
 
 class HistoryOut(Output):
@@ -179,6 +181,8 @@ def order_out(order: Order) -> OrderOut:
         ],
         total=money(order.total_minor, currency),
         refunded=money(order.refunded_minor, currency),
+        due=money(order.due_minor, currency),
+        paid=money(order.paid_minor, currency),
         reason=None if order.reason is None else _reason_out(order.reason),
         **_of_order(order),
     )

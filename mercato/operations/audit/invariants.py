@@ -147,7 +147,7 @@ MONEY: Final = (
         SELECT o.id AS order_id, o.status, o.payment, coalesce(b.net_minor, 0) AS bank_minor, o.kept_minor
           FROM (
             SELECT *, CASE WHEN payment IN ('paid', 'partially_refunded', 'refunded')
-                           THEN total_minor - refunded_minor ELSE 0 END AS kept_minor
+                           THEN total_minor - waived_minor - refunded_minor ELSE 0 END AS kept_minor
               FROM audit.orders
           ) o
           LEFT JOIN (
@@ -234,7 +234,7 @@ MONEY: Final = (
           FROM payments.payments
          WHERE refunded_minor > captured_minor OR captured_minor > authorized_minor OR authorized_minor > amount_minor
         UNION ALL
-        SELECT 'orders', id FROM orders.orders WHERE refunded_minor + refund_pending_minor > total_minor
+        SELECT 'orders', id FROM orders.orders WHERE refunded_minor + refund_pending_minor > total_minor - waived_minor
         """,
     ),
     Invariant(

@@ -80,6 +80,7 @@ WANTED: Final[Mapping[str, Sequence[Table]]] = {
                 "total_minor",
                 "refunded_minor",
                 "refund_pending_minor",
+                "waived_minor",
                 "created_at",
                 "updated_at",
                 "version",

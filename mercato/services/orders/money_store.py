@@ -49,9 +49,14 @@ async def insert_payment_key(tx: Tx, key: Keyed, order_id: int, payment_attempt:
     )
 
 
-async def begin_payment(tx: Tx, order_id: int, payment_attempt: int) -> None:
-    """Counts a payment of an order that the caller has locked."""
-    await tx.execute("UPDATE orders SET payment_attempt = $2 WHERE id = $1", order_id, payment_attempt)
+async def begin_payment(tx: Tx, order_id: int, payment_attempt: int, waived_minor: int) -> None:
+    """Counts a payment of an order that the caller has locked, and notes what of the total it does not take."""
+    await tx.execute(
+        "UPDATE orders SET payment_attempt = $2, waived_minor = $3 WHERE id = $1",
+        order_id,
+        payment_attempt,
+        waived_minor,
+    )
 
 
 # --------------------------------------------------------------------------------------------------- refunds, returns
@@ -189,7 +194,7 @@ async def reserve_refund(tx: Tx, order_id: int, amount_minor: int) -> bool:
             """
             UPDATE orders
                SET refund_pending_minor = refund_pending_minor + $2
-             WHERE id = $1 AND refunded_minor + refund_pending_minor + $2 <= total_minor
+             WHERE id = $1 AND refunded_minor + refund_pending_minor + $2 <= total_minor - waived_minor
             """,
             order_id,
             amount_minor,

@@ -109,7 +109,7 @@ class Paying:
             attempt = decision.state.attempt
             if key is not None:
                 await money_store.insert_payment_key(tx, key, request.id, attempt)
-            await money_store.begin_payment(tx, request.id, attempt)
+            await money_store.begin_payment(tx, request.id, attempt, locked.order.waived_minor)
             record = msgspec.structs.replace(locked.record, payment_attempt=attempt)
             redirected = await self._redirect(tx, msgspec.structs.replace(locked, record=record), decision)
             await faults.point("orders.pay.before_commit")
@@ -271,9 +271,10 @@ def _check_payable(locked: Locked) -> None:
         _raise_illegal(order, "payment", "paid")
     if locked.checkout is not None and locked.checkout.step != "awaiting":
         raise PaymentInProgress(order_id=order.id)
-    is_sold_without_stock = order.status != "pending" and not locked.record.on_account
-    if is_sold_without_stock or any(line.returned for line in order.lines):
-        raise NotPayable(order_id=order.id)
+    if order.status != "pending" and not locked.record.on_account:
+        raise NotPayable(order_id=order.id, why="it was sold without stock")
+    if order.due_minor == 0:
+        raise NotPayable(order_id=order.id, why="nothing is due, all that was to be paid has come back")
 
 
 def _check_due(order: Order, request: PayOrder) -> None:
@@ -281,13 +282,13 @@ def _check_due(order: Order, request: PayOrder) -> None:
     shown = rules.minor_of(
         "expected_total", request.expected_total, request.expected_total_minor, currency or order.currency
     )
-    if (shown is None or shown == order.total_minor) and (currency is None or currency == order.currency):
+    if (shown is None or shown == order.payable_minor) and (currency is None or currency == order.currency):
         return
     raise AmountNotDue(
         order_id=order.id,
-        expected_minor=order.total_minor if shown is None else shown,
+        expected_minor=order.payable_minor if shown is None else shown,
         expected_currency=currency or order.currency,
-        due_minor=order.total_minor,
+        due_minor=order.payable_minor,
         due_currency=order.currency,
     )
 

@@ -105,6 +105,7 @@ def as_placed(order: Order) -> Order:
         updated_at=order.created_at,
         refunded_minor=0,
         reason=None,
+        waived_minor=0,
         lines=tuple(msgspec.structs.replace(line, returned=0) for line in order.lines),
     )
 
@@ -287,6 +288,11 @@ def refund_value(order: Order, lines: Sequence[ReturnLine]) -> int:
         for line in order.lines
         if line.id in back
     )
+
+
+def returned_value(lines: Sequence[OrderLine]) -> int:
+    """What the goods that have come back were sold for: not due, where they came back before they were paid."""
+    return sum(_share(line, line.returned) for line in lines if line.returned)
 
 
 def _share(line: OrderLine, quantity: int) -> int:

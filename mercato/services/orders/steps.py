@@ -135,7 +135,7 @@ def after_charge(
     refused = _refused(order, state, answer, window_s)
     if refused is not None or isinstance(answer, ServiceError):
         return refused
-    return None if answer.captured_minor >= order.total_minor else RetryLater("payments.outcome_pending")
+    return None if answer.captured_minor >= order.payable_minor else RetryLater("payments.outcome_pending")
 
 
 def after_authorize(
@@ -212,7 +212,7 @@ def after_capture(order: Order, state: Checkout, answer: PaymentRecord | Service
             note = f"declined {answer.code or answer.status}"
             return Decision("settle", note, left, finished=True, payment="unpaid")
         return _cancelled(state, "payment_lost", payment="voided", provider_code=answer.code)
-    if answer.captured_minor < order.total_minor:
+    if answer.captured_minor < order.payable_minor:
         return RetryLater("payments.outcome_pending")
     return Decision("settle", "captured", state, finished=True, payment="paid")
 

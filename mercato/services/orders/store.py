@@ -50,8 +50,8 @@ class OrderRecord(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def refundable_minor(self) -> int:
-        """What is left of the total that was neither refunded nor reserved for a refund."""
-        return self.order.total_minor - self.order.refunded_minor - self.refund_pending_minor
+        """What is left of what was paid that was neither refunded nor reserved for a refund."""
+        return self.order.payable_minor - self.order.refunded_minor - self.refund_pending_minor
 
     @property
     def is_being_refunded(self) -> bool:
@@ -79,11 +79,13 @@ class OrderRow(Row):
     on_account: bool
     refund_pending_minor: int
     customer_note: str
+    waived_minor: int
 
 
 COLUMNS: Final = ", ".join(f"o.{name}" for name in OrderRow.__struct_fields__)
+NOT_AS_STORED: Final = ("lines", "reason", "waived_minor")
 AS_STORED: Final = tuple(
-    name for name in Order.__struct_fields__ if name in OrderRow.__struct_fields__ and name not in ("lines", "reason")
+    name for name in Order.__struct_fields__ if name in OrderRow.__struct_fields__ and name not in NOT_AS_STORED
 )
 """The fields of an order that are columns as they are."""
 
@@ -111,23 +113,26 @@ _decode_reason: Final = msgspec.json.Decoder(CancelReason).decode
 def _record(row: OrderRow) -> OrderRecord:
     stored = _decode_lines(row.lines)
     returned = row.returned or [0] * len(stored)
+    lines = tuple(
+        OrderLine(
+            id=line.id,
+            product_id=line.product_id,
+            sku=line.sku,
+            name=line.name,
+            quantity=line.quantity,
+            unit_price_minor=line.unit_price_minor,
+            discount_minor=line.discount_minor,
+            tax_minor=line.tax_minor,
+            line_total_minor=line.total_minor,
+            returned=back,
+        )
+        for line, back in zip(stored, returned, strict=True)
+    )
     order = Order(
-        lines=tuple(
-            OrderLine(
-                id=line.id,
-                product_id=line.product_id,
-                sku=line.sku,
-                name=line.name,
-                quantity=line.quantity,
-                unit_price_minor=line.unit_price_minor,
-                discount_minor=line.discount_minor,
-                tax_minor=line.tax_minor,
-                line_total_minor=line.total_minor,
-                returned=back,
-            )
-            for line, back in zip(stored, returned, strict=True)
-        ),
+        lines=lines,
         reason=None if row.reason is None else _decode_reason(row.reason),
+        # The column is written when a payment begins: what comes back before then lowers what is due.
+        waived_minor=rules.returned_value(lines) if row.payment == "unpaid" else row.waived_minor,
         **dict(zip(AS_STORED, _as_stored(row), strict=True)),
     )
     return OrderRecord(order, row.nonce, row.payment_attempt, row.on_account, row.refund_pending_minor)
@@ -554,6 +559,7 @@ def _event(type_: str, order: Order) -> events.Outgoing:
         refunded_minor=order.refunded_minor,
         version=order.version,
         reason=order.reason,
+        waived_minor=order.waived_minor,
     )
     return events.Outgoing(type=type_, subject="order", subject_id=order.id, version=order.version, data=data)
 
@@ -569,4 +575,6 @@ def _moved(wanted: Move, row: MovedRow) -> Order:
         refunded_minor=row.refunded_minor,
         version=row.version,
         updated_at=row.updated_at,
+        # An authorization that ran out takes its own waiver with it.
+        waived_minor=rules.returned_value(order.lines) if wanted.payment == "unpaid" else order.waived_minor,
     )

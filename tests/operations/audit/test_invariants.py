@@ -239,6 +239,7 @@ VIOLATIONS: dict[str, dict[str, str]] = {
             UPDATE payments.accounts SET balance_minor = balance_minor - 100 WHERE account = 'refunds';
             UPDATE payments.accounts SET balance_minor = balance_minor + 100 WHERE account = 'provider';
         """,
+        "an order says that less was taken": "UPDATE orders.orders SET waived_minor = 1 WHERE id = 1",
         "an order does not know what was refunded": "UPDATE orders.orders SET refunded_minor = 99 WHERE id = 5",
     },
     "M6": {
@@ -266,6 +267,7 @@ VIOLATIONS: dict[str, dict[str, str]] = {
             UPDATE orders.orders SET refunded_minor = refunded_minor + 710 WHERE id = 2;
         """
         + refund(2, 710, "succeeded"),
+        "more is not taken than there is": "UPDATE orders.orders SET waived_minor = 501 WHERE id = 6",
         "more is authorized than asked for": "UPDATE payments.payments SET authorized_minor = 501 WHERE id = 3",
         "more is about to be refunded": "UPDATE orders.orders SET refund_pending_minor = 501 WHERE id = 6;"
         + refund(6, 501, "pending")

@@ -17,6 +17,7 @@ from mercato.contracts.orders import (
     IllegalMove,
     MoveOrder,
     MovePayment,
+    NothingToRefund,
     NotPayable,
     Order,
     OrderCancelled,
@@ -25,6 +26,8 @@ from mercato.contracts.orders import (
     PaymentDeclined,
     PaymentInProgress,
     PayOrder,
+    Refund,
+    RefundOrder,
     ReturnLine,
     ReturnOrder,
 )
@@ -32,7 +35,7 @@ from mercato.contracts.payments import Payment
 from mercato.services.orders import steps
 from mercato.testing.actors import ALICE, BOB, STAFF
 from mercato.testing.builders import MUG
-from mercato.testing.injection import Inject, fail
+from mercato.testing.injection import FailAt, Inject, fail
 from mercato.testing.waiting import until
 from services.orders.harness import MUG_MINOR, Bank, OrdersHarness
 
@@ -580,17 +583,111 @@ async def test_an_order_on_account_stays_sold_when_its_authorization_expires(sha
     assert (await shared_harness.settled(order.id)).payment == "paid"
 
 
-async def test_an_order_with_returned_goods_is_not_payable(shared_harness: OrdersHarness):
-    product_id = await shared_harness.new_product(10)
-    order = await shared_harness.delivered(None, (product_id, 2))
-    with shared_harness.acting(STAFF):
-        lines = (ReturnLine(product_id=product_id, quantity=1),)
-        await shared_harness.orders.take_back(ReturnOrder(id=order.id, idempotency_key="back", lines=lines))
+async def take_back(harness: OrdersHarness, order: Order, quantity: int, key: str) -> Refund:
+    with harness.acting(STAFF):
+        lines = (ReturnLine(line_id=1, quantity=quantity),)
+        return await harness.orders.take_back(
+            ReturnOrder(id=order.id, idempotency_key=f"{key}-{order.id}", lines=lines)
+        )
 
-    with pytest.raises(NotPayable):
+
+async def refund(harness: OrdersHarness, payment: Payment, amount_minor: int | None = None) -> Refund:
+    with harness.acting(STAFF):
+        key = f"refund-{payment.id}-{amount_minor}"
+        return await harness.orders.refund(
+            RefundOrder(payment_id=payment.id, idempotency_key=key, amount_minor=amount_minor)
+        )
+
+
+async def test_what_came_back_from_an_order_on_account_is_not_due(shared_harness: OrdersHarness):
+    product_id = await shared_harness.new_product(10)
+    order = await shared_harness.delivered(None, (product_id, 3))
+    await take_back(shared_harness, order, 1, "unpaid")
+    before = await shared_harness.settled(order.id)
+
+    with pytest.raises(AmountNotDue) as shown:
+        await shared_harness.pay(order.id, expected_total_minor=3 * MUG_MINOR)
+    payment = (await shared_harness.pay(order.id, expected_total_minor=2 * MUG_MINOR)).payment
+
+    assert (before.total_minor, before.due_minor, before.paid_minor) == (3 * MUG_MINOR, 2 * MUG_MINOR, 0)
+    assert shown.value.due_minor == 2 * MUG_MINOR
+    assert (payment.amount_minor, payment.captured_minor) == (2 * MUG_MINOR, 2 * MUG_MINOR)
+    paid = await shared_harness.settled(order.id)
+    assert (paid.payment, paid.due_minor, paid.paid_minor) == ("paid", 0, 2 * MUG_MINOR)
+    assert (await shared_harness.bank(order.id)).net_minor == 2 * MUG_MINOR
+    assert await shared_harness.shelf(product_id) == (8, 0)
+
+
+async def test_of_what_was_paid_after_a_return_no_more_is_refunded_than_was_paid(shared_harness: OrdersHarness):
+    order = await shared_harness.delivered(None, (await shared_harness.new_product(10), 3))
+    await take_back(shared_harness, order, 1, "unpaid")
+    payment = (await shared_harness.pay(order.id)).payment
+
+    with pytest.raises(NothingToRefund) as refused:
+        await refund(shared_harness, payment, 2 * MUG_MINOR + 1)
+    back = await take_back(shared_harness, order, 1, "paid")
+    rest = await refund(shared_harness, payment)
+
+    assert refused.value.left_minor == 2 * MUG_MINOR
+    assert (back.amount_minor, rest.amount_minor) == (MUG_MINOR, MUG_MINOR)
+    now = await shared_harness.settled(order.id)
+    assert (now.payment, now.refunded_minor, now.paid_minor) == ("refunded", 2 * MUG_MINOR, 2 * MUG_MINOR)
+    assert (await shared_harness.bank(order.id)).net_minor == 0
+
+
+async def test_nothing_is_due_when_everything_came_back(shared_harness: OrdersHarness):
+    order = await shared_harness.delivered(None, (await shared_harness.new_product(10), 2))
+    await take_back(shared_harness, order, 2, "all")
+
+    with pytest.raises(NotPayable, match="nothing is due"):
         await shared_harness.pay(order.id)
 
+    now = await shared_harness.settled(order.id)
+    assert (now.payment, now.fulfilment, now.due_minor) == ("unpaid", "returned", 0)
     assert await shared_harness.bank(order.id) == NO_MONEY
+
+
+async def test_after_a_decline_what_comes_back_lowers_what_is_due_again(shared_harness: OrdersHarness):
+    order = await shared_harness.delivered(None, (await shared_harness.new_product(10), 3))
+    await take_back(shared_harness, order, 1, "first")
+    with pytest.raises(PaymentDeclined):
+        await shared_harness.pay(order.id, "sandbox:declined")
+    await shared_harness.settled(order.id)
+    await take_back(shared_harness, order, 1, "second")
+
+    payment = (await shared_harness.pay(order.id)).payment
+
+    assert payment.captured_minor == MUG_MINOR
+    assert (await shared_harness.bank(order.id)).net_minor == MUG_MINOR
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "orders.pay.before_commit",
+        "orders.pay.after_commit",
+        "checkout.charge.before_call",
+        "checkout.charge.after_call",
+        "checkout.reserve.before_commit",
+    ],
+)
+async def test_a_crash_while_less_than_the_total_is_paid_changes_nothing_of_it(
+    shared_harness: OrdersHarness, inject: Inject, point: str
+):
+    order = await shared_harness.delivered(None, (await shared_harness.new_product(10), 3))
+    await take_back(shared_harness, order, 1, "unpaid")
+    failing = FailAt(1)
+    inject(point, failing)
+    key: dict[str, Any] = {"idempotency_key": f"pay-{order.id}", "fingerprint": b"one"}
+
+    await outcome_of(shared_harness.pay(order.id, **key))
+    again = (await shared_harness.pay(order.id, **key)).payment
+
+    assert failing.arrived, "the point is not on this way"
+    assert again.captured_minor == 2 * MUG_MINOR
+    paid = await shared_harness.settled(order.id)
+    assert (paid.payment, paid.paid_minor) == ("paid", 2 * MUG_MINOR)
+    assert await shared_harness.bank(order.id) == Bank(1, 2 * MUG_MINOR, 0, 0)
 
 
 async def test_a_customer_may_not_pay_without_capture(shared_harness: OrdersHarness):
