@@ -68,6 +68,7 @@ CALLS: Final[Mapping[str, tuple[Operation[Any, Any], ...]]] = {
     "orders": (
         Users.get,
         Products.quote,
+        Products.find,
         Inventory.reserve,
         Inventory.commit,
         Inventory.release,
@@ -136,7 +137,8 @@ def called_by(caller: str) -> Sequence[Operation[Any, Any]]:
         return [operation for contract in SERVICES.values() for operation in contract.operations.values()]
     if caller == GATEWAY:
         waits = [route.wait.operation for route in ROUTES if route.wait]
-        return [*(route.operation for route in ROUTES), *waits, *VERIFYING]
+        forms = [form.operation for route in ROUTES for form in route.forms if form.operation]
+        return [*(route.operation for route in ROUTES), *forms, *waits, *VERIFYING]
     own = () if caller == Users.service else VERIFYING
     return [*CALLS[caller], *own, *(event_log(source).read for source in READS.get(caller, ()))]
 

@@ -12,6 +12,7 @@ from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Open, Retr
 from .inventory import ShortLine
 from .money import AmountText, MoneyError
 from .payments import Method, Payment as PaymentRecord
+from .products import Sku
 from .roles import SIGNED_IN, STAFF_ONLY
 
 OrderId = Annotated[int, Meta(ge=1, le=MAX_ID)]
@@ -27,6 +28,7 @@ LINES_LIMIT: Final = 100
 QUANTITY_LIMIT: Final = 10_000
 PAGE_LIMIT: Final = 200
 REFUSED_MINOR: Final = MAX_ID
+NAMED_BY_SKU: Final = MAX_ID
 
 
 Note = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*\Z")]
@@ -36,6 +38,8 @@ Note = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*\Z")]
 class PlaceLine(Message):
     product_id: Annotated[int, Meta(ge=1, le=MAX_ID)]
     quantity: Annotated[int, Meta(ge=1, le=QUANTITY_LIMIT)] = 1
+    sku: Sku | None = None
+    """Instead of `product_id`, which is `NAMED_BY_SKU` then: a service that does not know this field yet refuses it."""
 
 
 class PlaceOrder(Message):

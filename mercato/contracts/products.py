@@ -56,6 +56,12 @@ class GetProduct(Message):
     id: ProductId
 
 
+class FindProduct(Message):
+    """The product with this sku; without one, that with the sku compared without case, and the lowest id."""
+
+    sku: Sku
+
+
 class UpdateProduct(Message):
     """Changes what is given. With `version`, only if the product still has it."""
 
@@ -121,6 +127,11 @@ class ProductNotFound(ServiceError, code="products.not_found", kind=Kind.NOT_FOU
     product_id: int
 
 
+class SkuNotFound(ServiceError, code="products.sku_not_found", kind=Kind.NOT_FOUND):
+    sentence = "There is no product with the sku {sku}."
+    sku: str
+
+
 class ProductArchived(ServiceError, code="products.archived", kind=Kind.CONFLICT):
     sentence = "Product {product_id} is not for sale any more."
     product_id: int
@@ -140,3 +151,4 @@ class Products(Contract, name="products"):
     archive = single(ArchiveProduct, Product, allow=STAFF_ONLY)
     search = single(SearchProducts, ProductPage, allow=EVERYBODY, retry=Retry.SAFE)
     quote = batched(QuoteProduct, Quote, allow=SIGNED_IN, retry=Retry.SAFE)
+    find = batched(FindProduct, Product, allow=EVERYBODY, retry=Retry.SAFE)

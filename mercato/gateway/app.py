@@ -46,7 +46,7 @@ from mercato.gateway.auth import Authenticator
 from mercato.gateway.headers import RequestHeaders, check_content_type, expected_version, preferred_wait_ms
 from mercato.gateway.rates import PasswordTries, RateLimiter
 from mercato.gateway.route import NO_TEXT, Page, Route, RouteRequest
-from mercato.gateway.validation import decode_body, decode_query, decoder, invalid
+from mercato.gateway.validation import decode_body, decode_query, decoder, invalid, members_of
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -166,7 +166,7 @@ class Gateway:
             self._rates.check(route.name, route.limits, actor, _address(scope))
         # Before anything else is waited for: what is remembered may be forgotten.
         session_id = authenticator.session_id(authorization) if route.knows_session and authorization else ""
-        request = await route.read(actor, parts, scope, receive, headers)
+        route, request = await route.read(actor, parts, scope, receive, headers)
         if session_id:
             request.session_id = session_id
         deadline = self._monotonic() + self._seconds
@@ -352,6 +352,7 @@ class BoundRoute:
         self._status = route.status
         self._show = route.answer
         self._plain = not (route.etag or route.location or route.replayed)
+        self._forms = [(form, BoundRoute(form.of(route), client, telemetry, currency)) for form in route.forms]
 
     def count(self, status: int) -> None:
         (self._counts.get(status) or self._counter(status))()
@@ -364,14 +365,53 @@ class BoundRoute:
 
     async def read(
         self, actor: Actor, parts: Mapping[str, str], scope: Scope, receive: Receive, headers: RequestHeaders
-    ) -> RouteRequest:
-        """The request, checked and typed. Raises a `ServiceError`, or `ClientGone`."""
+    ) -> tuple[BoundRoute, RouteRequest]:
+        """The request, checked and typed, and the route for it: this one, or that of another form of the request.
+
+        Raises a `ServiceError`, or `ClientGone`.
+        """
         body = raw = None
         if self._decoder is not None:
             raw = await _read_body(receive, self._body_bytes)
             if raw or not self._body_optional:
                 check_content_type(headers.content_type)
-            body = decode_body(self._decoder, raw or (b"{}" if self._body_optional else b""))
+            try:
+                body = decode_body(self._decoder, raw or (b"{}" if self._body_optional else b""))
+            except InvalidRequest:
+                form = self._form_of(raw)
+                if form is None:
+                    raise
+                return form, form.typed(actor, parts, scope, headers, raw, form.decode(raw))
+        elif self._forms and (form := self._form_of_path(parts)) is not None:
+            return form, form.typed(actor, parts, scope, headers, None, None)
+        return self, self.typed(actor, parts, scope, headers, raw, body)
+
+    def _form_of(self, raw: bytes) -> BoundRoute | None:
+        """The form that the body of a request is in, where it is not in the route's own."""
+        if not self._forms:
+            return None
+        members = members_of(raw)
+        return next((bound for form, bound in self._forms if form.is_body and form.is_body(members)), None)
+
+    def _form_of_path(self, parts: Mapping[str, str]) -> BoundRoute | None:
+        if all(text.isascii() and text.isdigit() for text in parts.values()):
+            return None
+        return next((bound for form, bound in self._forms if form.is_body is None), None)
+
+    def decode(self, raw: bytes) -> Any:
+        assert self._decoder is not None
+        return decode_body(self._decoder, raw)
+
+    def typed(
+        self,
+        actor: Actor,
+        parts: Mapping[str, str],
+        scope: Scope,
+        headers: RequestHeaders,
+        raw: bytes | None,
+        body: Any,
+    ) -> RouteRequest:
+        """The request with everything beside its body, which has been decoded."""
         text = _texts(parts, self._text) if self._text else NO_TEXT
         path = _numbers(parts, scope["path"]) if parts and not text else _NOTHING
         query = None

@@ -63,6 +63,7 @@ WAY_OUT: Final[Mapping[str, str]] = {
     "payments.not_found": "Check the id. Somebody else's payment answers like one that does not exist.",
     "products.archived": "Take the product out of the order.",
     "products.not_found": "Check the id; GET /products lists what is for sale.",
+    "products.sku_not_found": "Check the sku; GET /products lists what is for sale.",
     "products.sku_taken": "Choose another sku, or change the product that has this one.",
     "request_header_too_large": "Send fewer or shorter headers.",
     "request_in_progress": "Wait a moment, then send the same again: it gets the answer of the first.",

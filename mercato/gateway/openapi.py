@@ -38,6 +38,7 @@ from mercato.gateway.route import MAX_BODY_BYTES, Route
 Json = dict[str, Any]
 
 PAGES_TAG: Final = "shop"
+REFERENCE_TAG: Final = "reference forms"
 
 INTRODUCTION: Final = f"""\
 Everything is JSON over HTTP. Send bodies of at most {MAX_BODY_BYTES} bytes, with `Content-Type: application/json`. \
@@ -148,7 +149,8 @@ PARAMETERS: Final[Mapping[str, Json]] = {
 
 def document(routes: Sequence[Route], *, open_shop: bool, server_url: str | None) -> Json:
     """The OpenAPI document. `open_shop`: callers need no token. `server_url`: where the API is, if that is known."""
-    models = [model for route in routes for model in (route.body, route.query, route.output) if model is not None]
+    asked = [form for route in routes for form in (route, *(form.of(route) for form in route.forms))]
+    models = [model for route in asked for model in (route.body, route.query, route.output) if model is not None]
     references, named = schemas.components([*models, Problem])
     described = _Described(dict(zip(map(repr, models), references, strict=False)), named, open_shop)
     paths: dict[str, Json] = {}
@@ -178,6 +180,8 @@ def document(routes: Sequence[Route], *, open_shop: bool, server_url: str | None
 def operation_id(route: Route) -> str:
     """A name that stays: `orders.place`; `users.me.get` where the same operation also has a row for oneself."""
     service, _, name = route.operation.full_name.partition(".")
+    if route.system:
+        return f"{service}.reference_{route.system.lower()}.{name}"
     return f"{service}.me.{name}" if "me" in route.path.split("/") else f"{service}.{name}"
 
 
@@ -204,7 +208,8 @@ def errors_of(route: Route, *, open_shop: bool) -> tuple[type[ServiceError], ...
         following.append(problems.IdempotencyKeyMissing)
     if route.if_match:
         following.append(StaleVersion)
-    return tuple(dict.fromkeys((*route.errors, *following, *_CALLING)))
+    of_forms = (error for form in route.forms for error in form.errors)
+    return tuple(dict.fromkeys((*route.errors, *of_forms, *following, *_CALLING)))
 
 
 _CALLING: Final = (Overloaded, Unavailable, DeadlineExceeded, OutcomeUnknown, Internal)
@@ -218,7 +223,15 @@ def _tags(routes: Sequence[Route]) -> list[Json]:
         operation = route.operation
         contract = next(c for c in Contract.__subclasses__() if c.operations.get(operation.name) is operation)
         tags[contract.service] = {"name": contract.service, "description": inspect.getdoc(contract) or ""}
-    return [*tags.values(), {"name": PAGES_TAG, "description": "How the shop is, and how to read it."}]
+    return [
+        *tags.values(),
+        {
+            "name": REFERENCE_TAG,
+            "description": "Requests as the documents of five reference systems (A to E) print them. Each is another "
+            "form of an operation that the API has; the answer has the fields of theirs besides.",
+        },
+        {"name": PAGES_TAG, "description": "How the shop is, and how to read it."},
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------- operations
@@ -253,7 +266,7 @@ class _Described:
             "operationId": operation_id(route),
             "summary": route.summary,
             "description": _description(route),
-            "tags": [route.operation.service],
+            "tags": [route.operation.service, *([REFERENCE_TAG] if route.system or route.forms else [])],
             "security": self._security(route.roles),
             "x-roles": sorted(route.roles),
         }
@@ -276,7 +289,7 @@ class _Described:
                 "name": name,
                 "in": "path",
                 "required": True,
-                **_path_parameter(route, name),
+                **self._path_parameter(route, name),
             }
             for name in re.findall(r"\{(\w+)\}", route.path)
         ]
@@ -291,6 +304,17 @@ class _Described:
             parameters.append({"$ref": "#/components/parameters/IfMatch"})
         return parameters
 
+    def _path_parameter(self, route: Route, name: str) -> Json:
+        if name in route.text:
+            schema = schemas.plain(route.text[name])
+            return {"schema": schema, "example": schema["examples"][0]}
+        number: Json = {"type": "integer", "minimum": 1, "maximum": MAX_ID}
+        texts: list[Json] = [{"type": "string", "description": f.summary} for f in route.forms if name in f.text]
+        return {
+            "schema": {"anyOf": [number, *texts]} if texts else number,
+            "example": examples.number(route, name),
+        }
+
     def _query(self, model: Json) -> list[Json]:
         required: Sequence[str] = model.get("required", ())
         parameters: list[Json] = []
@@ -304,7 +328,13 @@ class _Described:
 
     def _body(self, route: Route) -> Json:
         shown = {name: {"value": body} for name, body in examples.bodies(route).items()}
-        content = {"schema": self._references[repr(route.body)], "examples": shown}
+        forms = [form for form in route.forms if form.body is not None]
+        shown |= {
+            f"reference form of system {form.system}: {name}": {"value": dict(body)}
+            for form in forms
+            for name, body in form.examples.items()
+        }
+        content = {"schema": self._any_of([route.body, *(form.body for form in forms)]), "examples": shown}
         return {"required": not route.body_optional, "content": {"application/json": content}}
 
     def _success(self, route: Route) -> Json:
@@ -321,9 +351,14 @@ class _Described:
             "headers": _headers(name for name, there in wanted.items() if there),
         }
         if route.output is not None:
-            content = {"schema": self._references[repr(route.output)], "example": examples.answer(route)}
+            outputs = [route.output, *(form.output for form in route.forms if form.output is not None)]
+            content = {"schema": self._any_of(outputs), "example": examples.answer(route)}
             success["content"] = {"application/json": content}
         return success
+
+    def _any_of(self, models: Sequence[Any]) -> Json:
+        schemas_of = [self._references[repr(model)] for model in models]
+        return schemas_of[0] if len(schemas_of) == 1 else {"anyOf": schemas_of}
 
     # ---------------------------------------------------------------------------------------------------- refusals
 
@@ -377,16 +412,6 @@ class _Described:
         }
 
 
-def _path_parameter(route: Route, name: str) -> Json:
-    if name not in route.text:
-        return {
-            "schema": {"type": "integer", "minimum": 1, "maximum": MAX_ID},
-            "example": examples.number(route, name),
-        }
-    schema = schemas.plain(route.text[name])
-    return {"schema": schema, "example": schema["examples"][0]}
-
-
 _SUCCESSES: Final = {200: "Done", 201: "Made", 202: "Accepted", 204: "Done; there is nothing to say"}
 
 
@@ -402,6 +427,9 @@ def _description(route: Route) -> str:
     """What the row's properties mean for a caller, in sentences."""
     limits = route.limits
     sentences = [ROLES.get(route.roles, f"For {' and '.join(sorted(route.roles))}.")]
+    if route.system:
+        sentences.append(f"The reference form of system {route.system}.")
+    sentences += [f"Reference form of system {form.system}: {form.summary}." for form in route.forms]
     if route.body_optional:
         sentences.append("The body may be left out.")
     if limits.per_second is not None:

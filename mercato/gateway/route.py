@@ -80,6 +80,47 @@ class Wait(msgspec.Struct, frozen=True):
     answer: Callable[[Any, Any], Any]
 
 
+class Form(msgspec.Struct, frozen=True, kw_only=True):
+    """Another form of a request that a route takes, as one of the reference systems prints it (A to E).
+
+    It is looked at only where the request is not in the route's own form. What it does not say is as in its route.
+    """
+
+    system: str
+    method: Method
+    path: str
+    """With `method`: of the route."""
+    summary: str
+    is_body: Callable[[Mapping[str, Any]], bool] | None = None
+    """How its body is recognised, by the members of the JSON object; None: by `text`."""
+    text: Mapping[str, Any] = {}
+    """The parameters of the path that are texts in this form, with their types, and numbers in the route's own."""
+    body: type[Input] | None = None
+    examples: Mapping[str, Mapping[str, Any]] = {}
+    operation: Operation[Any, Any] | None = None
+    request: Callable[[RouteRequest], Any]
+    answer: Callable[[Any], Any] | None = None
+    output: Any = None
+    fields: Mapping[str, str] = {}
+    errors: tuple[type[ServiceError], ...] = ()
+
+    def of(self, route: Route) -> Route:
+        """The route as it is for this form."""
+        return msgspec.structs.replace(
+            route,
+            text=self.text or route.text,
+            body=self.body,
+            examples=self.examples,
+            operation=self.operation or route.operation,
+            request=self.request,
+            answer=self.answer or route.answer,
+            output=self.output or route.output,
+            fields={**route.fields, **self.fields},
+            errors=(*route.errors, *self.errors),
+            forms=(),
+        )
+
+
 class Route(msgspec.Struct, frozen=True, kw_only=True):
     """One route: everything that the API promises about a method and a path.
 
@@ -132,3 +173,6 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     wrong ones (errors of kind UNAUTHENTICATED), further tries from the same address wait."""
     errors: tuple[type[ServiceError], ...] = ()
     """The operation's own errors, for the documentation."""
+    system: str = ""
+    """The reference system whose request this is; empty for the API's own."""
+    forms: tuple[Form, ...] = ()

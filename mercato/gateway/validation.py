@@ -47,6 +47,15 @@ def decode_body(decoder: msgspec.json.Decoder[S], body: bytes) -> S:
         raise MalformedJson(reason="it is nested too deeply", line=1, column=1, offset=0) from None
 
 
+def members_of(body: bytes) -> Mapping[str, Any]:
+    """The members of a body that is a JSON object; nothing for any other."""
+    try:
+        value = _decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return {}
+    return cast(Mapping[str, Any], value) if isinstance(value, dict) else {}
+
+
 def decode_query(model: type[S], query: bytes) -> S:
     """The typed query parameters. Raises `InvalidRequest` for wrong, unknown and repeated ones."""
     try:

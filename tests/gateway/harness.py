@@ -33,8 +33,12 @@ class Things(msgspec.Struct, frozen=True):
 
     def path(self, route: Route) -> str:
         """The row's path with the id of a thing that exists."""
+        if route.path == "/payments/process":
+            return f"{route.path}?order_id={self.order_id}&amount=99.99"
         ids = {
             "users": self.person.id,
+            "user": self.person.id,
+            "customers": self.person.id,
             "products": self.product.id,
             "orders": self.order_id,
             "payments": self.payment_id,

@@ -446,6 +446,7 @@ CASES = [
             "NUL": "1%00",
             "Arabic digits": quote("\u0661"),
         }.items()
+        if where != "products" or not text[0].isalnum() or "%" in text or not text.isascii()  # else it is a sku
     ),
     # Query parameters.
     query("limit 0", "/orders?limit=0", "?limit"),

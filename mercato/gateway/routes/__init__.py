@@ -1,17 +1,19 @@
-"""The table of the API: one file a service."""
+"""The table of the API: one file a service, and one for the requests of the reference systems."""
 
 from __future__ import annotations
 
 from typing import Final
 
 from mercato.gateway.route import Route
-from mercato.gateway.routes import events, inventory, orders, payments, products, users
+from mercato.gateway.routes import events, inventory, orders, payments, products, reference, users
 
-ROUTES: Final[tuple[Route, ...]] = (
-    *users.ROUTES,
-    *products.ROUTES,
-    *inventory.ROUTES,
-    *orders.ROUTES,
-    *payments.ROUTES,
-    *events.ROUTES,
+ROUTES: Final[tuple[Route, ...]] = reference.added_to(
+    (
+        *users.ROUTES,
+        *products.ROUTES,
+        *inventory.ROUTES,
+        *orders.ROUTES,
+        *payments.ROUTES,
+        *events.ROUTES,
+    )
 )

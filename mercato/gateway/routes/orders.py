@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from typing import Annotated, Final
 
 import msgspec
@@ -35,7 +36,7 @@ from mercato.contracts.payments import Method
 from mercato.contracts.products import ProductArchived, ProductNotFound
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
 from mercato.contracts.users import UserNotFound
-from mercato.gateway.money import Amount, Money, checked_currency, money
+from mercato.gateway.money import Amount, Money, checked_currency, money, text_of
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest, Wait
 from mercato.gateway.validation import shared
 
@@ -134,6 +135,8 @@ class ReasonOut(Output):
 
 
 class OrderOut(Output):
+    """`customer_id` is the `user_id`, and `amount` that of the `total`: reference systems call them so."""
+
     id: int
     user_id: int
     status: Open[contract.Status]
@@ -149,6 +152,8 @@ class OrderOut(Output):
     customer_note: str
     due: Annotated[Money, Meta(description="Still to be paid: the total, less goods that came back unpaid.")]
     paid: Annotated[Money, Meta(description="Taken, of which `refunded` was given back.")]
+    customer_id: int
+    amount: str
 
 
 class HistoryOut(Output):
@@ -184,6 +189,8 @@ def order_out(order: Order) -> OrderOut:
         due=money(order.due_minor, currency),
         paid=money(order.paid_minor, currency),
         reason=None if order.reason is None else _reason_out(order.reason),
+        customer_id=order.user_id,
+        amount=money(order.total_minor, currency).amount,
         **_of_order(order),
     )
 
@@ -200,7 +207,7 @@ def _reason_out(reason: CancelReason) -> ReasonOut:
     )
 
 
-def _placed_out(placed: PlacedOrder) -> OrderOut:
+def placed_out(placed: PlacedOrder) -> OrderOut:
     return order_out(placed.order)
 
 
@@ -323,6 +330,26 @@ def _lines(body: PlaceOrderIn, errors: list[FieldError]) -> tuple[PlaceLine, ...
     return tuple(PlaceLine(product_id=item.product_id, quantity=item.quantity) for item in body.items)
 
 
+def placing(
+    request: RouteRequest, user_id: int | None, lines: Sequence[PlaceLine], amount: Amount | None = None
+) -> contract.PlaceOrder:
+    """What places an order that was asked for in a reference form. Without a user, it is that of the token."""
+    return contract.PlaceOrder(
+        user_id=buyer(request, user_id),
+        lines=tuple(lines),
+        expected_total=text_of(amount),
+        idempotency_key=request.idempotency_key,
+        fingerprint=request.fingerprint,
+    )
+
+
+def buyer(request: RouteRequest, user_id: int | None) -> int:
+    """The user that the request names, or whose token it carries."""
+    if user_id is None and not request.actor.id:
+        raise InvalidRequest(errors=(FieldError(field="user_id", message="is missing"),))
+    return user_id or request.actor.id
+
+
 def _list(request: RouteRequest) -> contract.ListOrders:
     query: OrdersQuery = request.query
     return contract.ListOrders(
@@ -367,7 +394,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             "paid at once": {"user_id": 1, "product_id": 100, "payment_method": "sandbox:ok"},
         },
         request=_place,
-        answer=_placed_out,
+        answer=placed_out,
         output=OrderOut,
         status=201,
         idempotency=True,

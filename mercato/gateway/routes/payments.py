@@ -83,7 +83,7 @@ def payment_out(payment: Payment) -> PaymentOut:
     )
 
 
-def _paid_out(paid: PaidOrder) -> PaymentOut:
+def paid_out(paid: PaidOrder) -> PaymentOut:
     return payment_out(paid.payment)
 
 
@@ -151,7 +151,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             "reserve now, capture later": {"order_id": 1001, "capture": False},
         },
         request=_pay,
-        answer=_paid_out,
+        answer=paid_out,
         output=PaymentOut,
         status=201,
         idempotency=True,
@@ -224,7 +224,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         summary="Take the money of a payment that was only reserved",
         roles=STAFF_ONLY,
         request=lambda request: orders.MovePayment(payment_id=request.path["id"]),
-        answer=_paid_out,
+        answer=paid_out,
         output=PaymentOut,
         etag=lambda paid: paid.payment.version,
         errors=(contract.PaymentNotFound, orders.IllegalMove, orders.PaymentDeclined),
@@ -236,7 +236,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         summary="Give a reserved amount back, and cancel its order",
         roles=STAFF_ONLY,
         request=lambda request: orders.MovePayment(payment_id=request.path["id"]),
-        answer=_paid_out,
+        answer=paid_out,
         output=PaymentOut,
         etag=lambda paid: paid.payment.version,
         errors=(contract.PaymentNotFound, orders.IllegalMove, orders.PaymentInProgress),

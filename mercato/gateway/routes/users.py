@@ -121,7 +121,7 @@ def user_out(user: User) -> UserOut:
     )
 
 
-def _tokens_out(tokens: Tokens) -> TokensOut:
+def tokens_out(tokens: Tokens) -> TokensOut:
     return TokensOut(
         access_token=tokens.access_token,
         refresh_token=tokens.refresh_token,
@@ -217,11 +217,11 @@ def _password(request: RouteRequest) -> contract.ChangePassword:
     )
 
 
-def _version(user: User) -> int:
+def version_of(user: User) -> int:
     return user.version
 
 
-def _location(user: User) -> str:
+def location_of(user: User) -> str:
     return f"/users/{user.id}"
 
 
@@ -239,7 +239,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         answer=user_out,
         output=UserOut,
         status=201,
-        location=_location,
+        location=location_of,
         limits=REGISTRATIONS,
         errors=(contract.EmailTaken, contract.TooManyHashes),
     ),
@@ -254,7 +254,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         examples={"Alice of the demo data": {"email": "alice@example.com", "password": "demo-password"}},
         request=_sign_in,
         tries=_signing_in,
-        answer=_tokens_out,
+        answer=tokens_out,
         output=TokensOut,
         limits=CREDENTIALS,
         errors=(contract.WrongCredentials, contract.TooManyHashes),
@@ -269,7 +269,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         body=RefreshIn,
         examples={"the token of the last answer": {"refresh_token": "q4Wv0TgC2m9yRzJ1oX7sLkHbN5eUdFa8PiQ3wVtYxGc"}},
         request=lambda request: contract.Refresh(refresh_token=request.body.refresh_token),
-        answer=_tokens_out,
+        answer=tokens_out,
         output=TokensOut,
         limits=CREDENTIALS,
         errors=(contract.SessionEnded,),
@@ -371,7 +371,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         request=lambda request: contract.GetUser(id=_me(request)),
         answer=user_out,
         output=UserOut,
-        etag=_version,
+        etag=version_of,
         errors=(SignInFirst,),
     ),
     Route(
@@ -389,7 +389,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         tries=_own_address,
         answer=user_out,
         output=UserOut,
-        etag=_version,
+        etag=version_of,
         if_match=True,
         limits=CREDENTIALS,
         errors=(SignInFirst, contract.WrongCredentials, contract.TooManyHashes, contract.EmailTaken, StaleVersion),
@@ -460,7 +460,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         request=lambda request: contract.GetUser(id=request.path["id"]),
         answer=user_out,
         output=UserOut,
-        etag=_version,
+        etag=version_of,
         errors=(contract.UserNotFound,),
     ),
     Route(
@@ -475,7 +475,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         tries=_own_address,
         answer=user_out,
         output=UserOut,
-        etag=_version,
+        etag=version_of,
         if_match=True,
         limits=CREDENTIALS,
         errors=(
@@ -499,7 +499,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         ),
         answer=user_out,
         output=UserOut,
-        etag=_version,
+        etag=version_of,
         if_match=True,
         errors=(contract.UserNotFound, contract.LastStaffMember, StaleVersion),
     ),

@@ -29,7 +29,7 @@ from mercato.chassis.postgres.database import Database
 from mercato.chassis.sagas.runner import Runner
 from mercato.chassis.sagas.store import Saga
 from mercato.contracts.orders import Order, PlacedOrder, PlaceOrder
-from mercato.contracts.products import Products, Quote, QuoteProduct
+from mercato.contracts.products import FindProduct, Products, Quote, QuoteProduct
 from mercato.contracts.roles import may_see
 from mercato.contracts.users import GetUser, User, UserNotFound, Users
 
@@ -78,7 +78,8 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
 
     async def prepare(self, attempts: Sequence[Placement]) -> None:
         """Turns each request into a priced order, or settles it with the reason why not."""
-        _validate(attempts)
+        await self._find_skus(attempts)
+        _validate(unsettled(attempts))
         await self._check_methods(unsettled(attempts))
         await self._look_up(unsettled(attempts))
 
@@ -96,6 +97,21 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
         self._runner.drive([_checkout(new, row, order) for new, row, order in zip(orders, rows, placed, strict=True)])
 
     # --------------------------------------------------------------------------------- payments, users and products
+
+    async def _find_skus(self, attempts: Sequence[Placement]) -> None:
+        """Puts the id of the product into each line that names a sku; settles those with one that there is not."""
+        naming = [a for a in attempts if any(line.sku is not None for line in a.request.lines)]
+        if not naming:
+            return
+        skus = list({line.sku for a in naming for line in a.request.lines if line.sku is not None})
+        products = await self._products.find.many([FindProduct(sku=sku) for sku in skus])
+        found = dict(zip(skus, products, strict=True))
+        for attempt in naming:
+            request = rules.with_products(attempt.request, found)
+            if isinstance(request, ServiceError):
+                attempt.answer = request.copy()
+            else:
+                attempt.request = request
 
     async def _check_methods(self, attempts: Sequence[Placement]) -> None:
         """Settles those whose payment method payments refuses."""

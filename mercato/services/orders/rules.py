@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis.contract import Actor, FieldError, InvalidRequest, RuleBroken
+from mercato.chassis.contract import Actor, FieldError, InvalidRequest, RuleBroken, ServiceError
 from mercato.contracts.money import MAX_MINOR, to_minor
 from mercato.contracts.orders import (
     QUANTITY_LIMIT,
@@ -29,7 +29,7 @@ from mercato.contracts.orders import (
     RefundOrder,
     ReturnLine,
 )
-from mercato.contracts.products import Quote
+from mercato.contracts.products import Product, Quote
 from mercato.contracts.roles import may_see
 
 Moves = Mapping[str, frozenset[str]]
@@ -305,6 +305,22 @@ def visible(order: Order | None, order_id: int, actor: Actor) -> Order | OrderNo
     if order is None or not may_see(actor, order.user_id):
         return OrderNotFound(order_id=order_id)
     return order
+
+
+def with_products(request: PlaceOrder, found: Mapping[str, Product | ServiceError]) -> PlaceOrder | ServiceError:
+    """The request with one line a product, named by its id; `found` has the products, or refusals, by sku."""
+    quantities: dict[int, int] = {}
+    for line in request.lines:
+        product = None if line.sku is None else found[line.sku]
+        if isinstance(product, ServiceError):
+            return product
+        product_id = line.product_id if product is None else product.id
+        quantities[product_id] = quantities.get(product_id, 0) + line.quantity
+    if max(quantities.values()) > QUANTITY_LIMIT:
+        wrong = FieldError(field="items", message=f"has more than {QUANTITY_LIMIT} pieces of a product")
+        return InvalidRequest(errors=(wrong,))
+    lines = (PlaceLine(product_id=product_id, quantity=quantity) for product_id, quantity in quantities.items())
+    return msgspec.structs.replace(request, lines=tuple(lines))
 
 
 def check_lines(lines: Sequence[PlaceLine]) -> InvalidRequest | None:

@@ -22,6 +22,7 @@ def build(env: Env) -> Service:
     server.register(Products.archive, service.archive)
     server.register(Products.search, service.search)
     server.register(Products.quote, service.quote)
+    server.register(Products.find, service.find)
     return Service(
         server.complete(),
         env.database,

@@ -29,7 +29,7 @@ async def seed(database: Database) -> bool:
 # Id, sku, name, price in cents, description.
 _SHELVES: Final[Mapping[str, tuple[tuple[int, str, str, int, str], ...]]] = {
     "computers": (
-        (1, "LAPT-1", "Laptop", 1299_99, "A 14-inch laptop with 32 GB of memory and a day of battery."),
+        (1, "P1", "Laptop", 1299_99, "A 14-inch laptop with 32 GB of memory and a day of battery."),
         (3, "DESK-3", "Desktop Computer", 1049_00, "A quiet eight-core computer in a case of four litres."),
         (4, "MONI-4", 'Monitor 27"', 329_00, "A 27-inch 4K monitor that charges a laptop through the same cable."),
         (5, "KEYB-5", "Mechanical Keyboard", 119_00, "A compact mechanical keyboard with replaceable switches."),
@@ -38,7 +38,7 @@ _SHELVES: Final[Mapping[str, tuple[tuple[int, str, str, int, str], ...]]] = {
         (8, "DOCK-8", "USB-C Dock", 89_50, "A dock with two display outputs, Ethernet and five USB ports."),
     ),
     "phones": (
-        (2, "PHON-2", "Smartphone", 899_99, "A 6.1-inch smartphone with two cameras and seven years of updates."),
+        (2, "P2", "Smartphone", 899_99, "A 6.1-inch smartphone with two cameras and seven years of updates."),
         (9, "TABL-9", "Tablet", 449_00, "An 11-inch tablet for reading and drawing; the pen is included."),
         (10, "WATC-10", "Smartwatch", 229_00, "A smartwatch with heart rate, GPS and ten days between charges."),
         (11, "CHAR-11", "Fast Charger 65 W", 34_99, "A wall charger with two USB-C ports, for phone and laptop."),

@@ -12,6 +12,7 @@ from mercato.chassis.postgres.database import Database, Tx, UniqueViolation
 from mercato.contracts.products import (
     ArchiveProduct,
     CreateProduct,
+    FindProduct,
     GetProduct,
     Product,
     ProductArchived,
@@ -20,6 +21,7 @@ from mercato.contracts.products import (
     Quote,
     QuoteProduct,
     SearchProducts,
+    SkuNotFound,
     SkuTaken,
     Sort,
     UpdateProduct,
@@ -116,6 +118,13 @@ class ProductsService:
             rows = await store.quotes(tx, list({request.id for request in batch}))
         found = {row.id: row for row in rows}
         return [_quote(request.id, found.get(request.id)) for request in batch]
+
+    async def find(self, batch: Batch[FindProduct]) -> Sequence[Product | SkuNotFound]:
+        """Also products that are archived, as `get`."""
+        async with self._database.read() as tx:
+            rows = await store.by_skus(tx, list({request.sku for request in batch}))
+        products = {row.wanted: _product(row) for row in rows}
+        return [products.get(request.sku) or SkuNotFound(sku=request.sku) for request in batch]
 
     async def _lock(self, tx: Tx, product_id: int) -> store.ProductRow:
         row = await store.lock(tx, product_id)

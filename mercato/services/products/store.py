@@ -36,6 +36,12 @@ class FoundRow(ProductRow, frozen=True, gc=False):
     relevance: float
 
 
+class SkuRow(ProductRow, frozen=True, gc=False):
+    """A product that was asked for by a sku: `wanted`."""
+
+    wanted: str
+
+
 class QuoteRow(Row, frozen=True, gc=False):
     id: int
     sku: str
@@ -77,6 +83,26 @@ async def by_ids(tx: Tx, ids: Sequence[int]) -> list[ProductRow]:
          WHERE id = ANY($1::bigint[])
         """,
         ids,
+    )
+
+
+async def by_skus(tx: Tx, skus: Sequence[str]) -> list[SkuRow]:
+    """Those of the products that exist, in no order: by the sku itself, else without case, by the lowest id."""
+    return await tx.fetch(
+        SkuRow,
+        """
+        SELECT p.id, p.sku, p.name, p.description, p.price_minor, p.currency, p.category, p.status, p.created_at,
+               p.updated_at, p.version, p.in_stock, w.sku AS wanted
+          FROM unnest($1::text[]) AS w (sku)
+         CROSS JOIN LATERAL (
+            SELECT *
+              FROM products
+             WHERE lower(sku) = lower(w.sku)
+             ORDER BY sku <> w.sku, id
+             LIMIT 1
+         ) p
+        """,
+        skus,
     )
 
 

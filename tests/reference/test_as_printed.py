@@ -1,0 +1,237 @@
+"""The requests of the five reference systems, byte for byte as their documents print them (`routes/reference.py`)."""
+
+from __future__ import annotations
+
+import asyncio
+from urllib.parse import urlsplit
+
+import pytest
+
+from mercato.testing.responses import Response, assert_problem
+from mercato.testing.shop import Shop
+from mercato.testing.shop_data import new_person, new_product, settled_order, unique
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+async def send(shop: Shop, line: str, body: str | None = None, token: str | None = None) -> Response:
+    """Sends a request line and a body over a socket, as they are."""
+    address = urlsplit(shop.url)
+    lines = [f"{line} HTTP/1.1", f"Host: {address.netloc}", "Connection: close"]
+    if body is not None:
+        lines += ["Content-Type: application/json", f"Content-Length: {len(body.encode())}"]
+    if token is not None:
+        lines.append(f"Authorization: Bearer {token}")
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    writer.write("\r\n".join([*lines, "", body or ""]).encode())
+    head, _, sent = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    status, *fields = head.decode().split("\r\n")
+    headers = {name.lower(): value for name, value in (field.split(": ", 1) for field in fields)}
+    return Response(int(status.split()[1]), headers, sent)
+
+
+# --------------------------------------------------------------------- A: order and payment
+
+
+async def waiting_order(shop: Shop) -> int:
+    """The number of an order of a laptop whose stock is held, and that waits for its payment."""
+    reply = await send(shop, "POST /orders", '{"user_id": 1, "product_id": 1}')
+    assert reply.status == 201, reply.body
+    await settled_order(shop, reply.json["id"])
+    return reply.json["id"]
+
+
+async def test_a_an_order_of_an_item_and_an_amount(guarded_shop: Shop) -> None:
+    reply = await send(guarded_shop, "POST /orders", '{"item_id": 1, "amount": 1299.99}', await guarded_shop.alice())
+    assert reply.status == 201, reply.body
+    assert (reply.json["item_id"], reply.json["amount"], reply.json["user_id"]) == (1, "1299.99", 1)
+    assert reply.headers["location"] == f"/orders/{reply.json['id']}"
+
+
+async def test_a_another_amount_than_that_of_the_catalogue_is_refused(guarded_shop: Shop) -> None:
+    reply = await send(guarded_shop, "POST /orders", '{"item_id": 1, "amount": 42}', await guarded_shop.alice())
+    assert_problem(reply, 409, "orders.price_changed")
+
+
+async def test_a_wrong_fields_have_the_names_of_the_form(open_shop: Shop) -> None:
+    reply = await send(open_shop, "POST /orders", '{"item_id": "one", "amount": "much", "colour": "red"}')
+    assert_problem(reply, 400, "invalid_request")
+    assert reply.wrong_fields == {"item_id", "amount", "colour"}
+
+
+async def test_a_a_payment_is_processed_by_query_parameters(open_shop: Shop) -> None:
+    order_id = await waiting_order(open_shop)
+    reply = await send(open_shop, f"POST /payments/process?order_id={order_id}&amount=1299.99")
+    assert reply.status == 200, reply.body
+    assert (reply.json["order_id"], reply.json["status"]) == (order_id, "captured")
+    assert reply.json["message"] == f"The payment of 1299.99 USD for order {order_id} was processed."
+    assert (await open_shop.get(f"/orders/{order_id}")).json["payment"] == "paid"
+
+
+@pytest.mark.parametrize(
+    ("query", "fields"),
+    [
+        ("order_id=one&amount=1299.99", {"?order_id"}),
+        ("order_id=1001&amount=much", {"?amount"}),
+        ("order_id=1001", {"?amount"}),
+        ("amount=1299.99", {"?order_id"}),
+    ],
+)
+async def test_a_what_is_not_a_number_is_named(open_shop: Shop, query: str, fields: set[str]) -> None:
+    reply = await send(open_shop, f"POST /payments/process?{query}")
+    assert_problem(reply, 400, "invalid_request")
+    assert reply.wrong_fields == fields
+
+
+async def test_a_an_unknown_order_is_not_found(open_shop: Shop) -> None:
+    assert_problem(
+        await send(open_shop, "POST /payments/process?order_id=999999999&amount=1299.99"), 404, "orders.not_found"
+    )
+
+
+async def test_a_another_amount_than_is_due_is_a_conflict(open_shop: Shop) -> None:
+    order_id = await waiting_order(open_shop)
+    reply = await send(open_shop, f"POST /payments/process?order_id={order_id}&amount=42")
+    assert_problem(reply, 409, "orders.amount_not_due")
+
+
+async def test_a_a_payment_that_the_provider_refuses_is_402(open_shop: Shop) -> None:
+    order_id = await waiting_order(open_shop)
+    query = f"order_id={order_id}&amount=1299.99&payment_method=sandbox:declined"
+    assert_problem(await send(open_shop, f"POST /payments/process?{query}"), 402, "orders.payment_declined")
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
+async def test_a_payments_are_processed_by_post_alone(open_shop: Shop, method: str) -> None:
+    reply = await send(open_shop, f"{method} /payments/process?order_id=1001&amount=1299.99")
+    assert_problem(reply, 405, "method_not_allowed")
+    assert reply.headers["allow"] == "POST"
+
+
+# --------------------------------------------------------------------- B: users and orders
+
+
+async def test_b_users_are_an_array(open_shop: Shop) -> None:
+    reply = await send(open_shop, "GET /users")
+    assert reply.status == 200
+    assert {"id": 1, "name": "Alice"}.items() <= reply.json[0].items()
+
+
+async def test_b_orders_of_a_user_are_an_array(open_shop: Shop) -> None:
+    placed = await send(open_shop, "POST /orders", '{"user_id": 1, "product_id": 100, "amount": 99.99}')
+    reply = await send(open_shop, "GET /orders?user_id=1")
+    assert reply.status == 200
+    assert {"id": placed.json["id"], "user_id": 1, "amount": "99.99"}.items() <= reply.json[0].items()
+
+
+async def test_b_an_unknown_user_has_no_orders(open_shop: Shop) -> None:
+    reply = await send(open_shop, "GET /orders?user_id=999999999")
+    assert (reply.status, reply.json) == (200, [])
+
+
+# --------------------------------------------------------------------- C: orders and customers
+
+
+@pytest.mark.parametrize(
+    ("items", "bought"),
+    [
+        ("[1, 2]", [(1, 1), (2, 1)]),
+        ("[1, 2, 1]", [(1, 2), (2, 1)]),
+        ('[{"product_id": 1, "quantity": 2}]', [(1, 2)]),
+    ],
+)
+async def test_c_a_customer_orders_items(open_shop: Shop, items: str, bought: list[tuple[int, int]]) -> None:
+    reply = await send(open_shop, "POST /orders", f'{{"customer_id": 1, "items": {items}}}')
+    assert reply.status == 201, reply.body
+    assert [(item["product_id"], item["quantity"]) for item in reply.json["items"]] == bought
+    assert reply.json["order_id"] == reply.json["id"]
+
+
+@pytest.mark.parametrize("body", ['{"items": []}', '{"items": [1, 2]}'])
+async def test_c_without_a_customer_the_field_is_named(open_shop: Shop, body: str) -> None:
+    reply = await send(open_shop, "POST /orders", body)
+    assert_problem(reply, 400, "invalid_request")
+    assert "customer_id" in reply.wrong_fields
+
+
+async def test_c_an_order_can_be_read_by_its_number(open_shop: Shop) -> None:
+    placed = await send(open_shop, "POST /orders", '{"customer_id": 1, "items": [1, 2]}')
+    reply = await send(open_shop, f"GET /orders/{placed.json['order_id']}")
+    assert (reply.status, reply.json["customer_id"]) == (200, 1)
+    assert [item["product_id"] for item in reply.json["items"]] == [1, 2]
+    assert_problem(await send(open_shop, "GET /orders/999999999"), 404, "orders.not_found")
+
+
+async def test_c_a_customer_has_a_name_and_an_email(open_shop: Shop) -> None:
+    reply = await send(open_shop, "GET /customers/1")
+    assert (reply.status, reply.json["name"], reply.json["email"]) == (200, "Alice", "alice@example.com")
+    assert_problem(await send(open_shop, "GET /customers/999999999"), 404, "users.not_found")
+
+
+async def test_c_a_customer_who_does_not_exist_orders_nothing(open_shop: Shop) -> None:
+    reply = await send(open_shop, "POST /orders", '{"customer_id": 999999999, "items": [1, 2]}')
+    assert_problem(reply, 404, "users.not_found")
+
+
+# --------------------------------------------------------------------- D: users, products, orders
+
+
+async def test_d_an_order_of_products_by_sku_is_confirmed(open_shop: Shop) -> None:
+    placed = await send(open_shop, "POST /orders", '{"user_id": "1", "product_ids": ["p1", "p2"]}')
+    assert placed.status == 201, placed.body
+    assert (placed.json["product_ids"], placed.json["status"], placed.json["user_id"]) == (["P1", "P2"], "pending", 1)
+    assert [item["name"] for item in placed.json["items"]] == ["Laptop", "Smartphone"]
+    reply = await send(open_shop, f"PATCH /orders/{placed.json['id']}", '{"status": "confirmed"}')
+    assert (reply.status, reply.json["status"]) == (200, "confirmed"), reply.body
+
+
+async def test_d_a_product_that_is_named_twice_is_bought_twice(open_shop: Shop) -> None:
+    placed = await send(open_shop, "POST /orders", '{"user_id": "1", "product_ids": ["p1", "P1", 1]}')
+    assert placed.status == 201, placed.body
+    assert [(item["product_id"], item["quantity"]) for item in placed.json["items"]] == [(1, 3)]
+
+
+async def test_d_a_sku_that_there_is_not_is_named(open_shop: Shop) -> None:
+    reply = await send(open_shop, "POST /orders", '{"user_id": "1", "product_ids": ["p1", "no-such-sku"]}')
+    assert_problem(reply, 404, "products.sku_not_found")
+    assert reply.json["details"] == {"sku": "no-such-sku"}
+
+
+@pytest.mark.parametrize("line", ["GET /products/p1", "GET /products/P1", "GET /products/1"])
+async def test_d_a_product_is_found_by_its_sku_or_number(open_shop: Shop, line: str) -> None:
+    reply = await send(open_shop, line)
+    assert reply.status == 200, reply.body
+    assert (reply.json["id"], reply.json["sku"], reply.json["name"]) == (1, "P1", "Laptop")
+    assert reply.headers["etag"]
+
+
+async def test_d_a_sku_itself_comes_before_one_in_another_case(open_shop: Shop) -> None:
+    sku = unique("Same")
+    for made in (sku.upper(), sku):
+        body = {"sku": made, "name": made, "price": {"amount": "1.00"}, "category": "things"}
+        assert (await open_shop.post("/products", body)).status == 201
+    assert (await send(open_shop, f"GET /products/{sku}")).json["sku"] == sku
+    assert (await send(open_shop, f"GET /products/{sku.lower()}")).json["sku"] == sku.upper()
+
+
+async def test_d_an_unknown_sku_is_not_found(open_shop: Shop) -> None:
+    assert_problem(await send(open_shop, "GET /products/no-such-sku"), 404, "products.sku_not_found")
+    assert_problem(await send(open_shop, "GET /products/_"), 400, "invalid_request")
+    product = await new_product(open_shop)
+    changed = await send(open_shop, f"PATCH /products/{product.sku}", '{"name": "Other"}')
+    assert_problem(changed, 400, "invalid_request")
+
+
+async def test_d_a_user_has_a_username(open_shop: Shop) -> None:
+    reply = await send(open_shop, "GET /user/1")
+    assert reply.status == 200
+    assert {"id": 1, "username": "Alice", "email": "alice@example.com"}.items() <= reply.json.items()
+    assert_problem(await send(open_shop, "GET /user/999999999"), 404, "users.not_found")
+
+
+async def test_d_the_profile_of_another_is_not_shown(guarded_shop: Shop) -> None:
+    other = await new_person(guarded_shop)
+    for path in ("/user/1", "/customers/1"):
+        assert_problem(await send(guarded_shop, f"GET {path}"), 401, "sign_in_first")
+        assert_problem(await send(guarded_shop, f"GET {path}", token=other.token), 404, "users.not_found")
