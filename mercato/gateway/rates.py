@@ -84,7 +84,7 @@ class Failures(msgspec.Struct):
 class PasswordTries:
     """Delays further tries for an account from an address where wrong passwords have come for it.
 
-    Only from there: whoever fails elsewhere keeps no owner out. Beyond `FREE_FAILURES`, tries come one after the other.
+    Only from there: failures elsewhere keep no owner out. Beyond `FREE_FAILURES`, tries come one after the other.
     """
 
     def __init__(self, clock: Clock) -> None:

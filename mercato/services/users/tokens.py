@@ -1,4 +1,4 @@
-"""Access tokens (signed, short-lived, read by whoever has the public key) and refresh tokens (read by us).
+"""Access tokens (signed, short-lived, read with the public key) and refresh tokens (read by this service).
 
 An access token is a JWT as RFC 9068 profiles it: `typ: at+jwt`, so that no other JWT signed by this key passes for one.
 """
