@@ -17,7 +17,7 @@ FOLDER = topology.migrations("users")
 async def test_sessions_get_random_ids_and_the_revision_may_be_run_again(cluster: Cluster, tmp_path: Path) -> None:
     """What it does outside a transaction stays where a later statement fails."""
     before = tmp_path / "migrations"
-    shutil.copytree(FOLDER, before, ignore=shutil.ignore_patterns("0002_*", "checksums.txt", "__pycache__"))
+    shutil.copytree(FOLDER, before, ignore=shutil.ignore_patterns("000[2-9]_*", "checksums.txt", "__pycache__"))
     dsn = await cluster.fresh_database("users_before", before)
     try:
         async with connected(dsn) as connection:
@@ -31,7 +31,7 @@ async def test_sessions_get_random_ids_and_the_revision_may_be_run_again(cluster
             assert None not in seen
             assert len(set(seen)) == 2
 
-            assert await migrate(dsn, FOLDER) == ["0002"]
+            assert (await migrate(dsn, FOLDER))[0] == "0002"
             assert [row[0] for row in await connection.fetch("SELECT sid FROM sessions ORDER BY id")] == seen
     finally:
         await cluster.release_database(dsn)
