@@ -37,6 +37,10 @@ OnHand = Annotated[int, Meta(ge=0, le=ON_HAND_LIMIT)]
 Reason = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00]*\Z")]
 
 
+GUEST_SHARE_PERCENT: Final = 20
+"""Of the pieces on hand, sold ones not counted, rounded down; but one piece where there is one."""
+
+
 class StockLine(Message):
     """So many pieces of a product. A product stands in one line of a request."""
 
@@ -58,6 +62,8 @@ class ReserveStock(Message):
     idempotency_key: str
     """Of the caller, for the transport; what makes it happen once is the order."""
     order_nonce: OrderNonce = 0
+    guest: bool = False
+    """Of a guest's order: all that are held together have at most `GUEST_SHARE_PERCENT` of a product's pieces."""
 
 
 class Reservation(Message):

@@ -13,7 +13,8 @@ from .inventory import ShortLine
 from .money import AmountText, MoneyError
 from .payments import Method, Payment as PaymentRecord
 from .products import Sku
-from .roles import SIGNED_IN, STAFF_ONLY
+from .roles import EVERYBODY, SIGNED_IN, STAFF_ONLY
+from .users import Email
 
 OrderId = Annotated[int, Meta(ge=1, le=MAX_ID)]
 Version = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -29,10 +30,15 @@ QUANTITY_LIMIT: Final = 10_000
 PAGE_LIMIT: Final = 200
 REFUSED_MINOR: Final = MAX_ID
 NAMED_BY_SKU: Final = MAX_ID
+NO_USER: Final = MAX_ID
 
 
 Note = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*\Z")]
 """What a customer wants the shop to know about an order. Public: everyone who sees the order reads it."""
+
+
+AccessToken = Annotated[str, Meta(max_length=64)]
+"""Of a guest's order. With a wrong one, the order is not found, as an unknown one is not."""
 
 
 class PlaceLine(Message):
@@ -62,6 +68,10 @@ class PlaceOrder(Message):
     customer_note: Note = ""
     expected_total: AmountText | None = None
     """As `expected_total_minor`, in the currency of the order."""
+    guest: bool = False
+    """A guest orders. `user_id` does not count then; it is `NO_USER`, which a service that knows no guests refuses."""
+    guest_email: Email | None = None
+    """For staff to read."""
 
 
 class OrderLine(Message):
@@ -97,6 +107,7 @@ class CancelReason(Message):
 class Order(Message):
     id: OrderId
     user_id: int
+    """0 (`GUEST_USER`): it is a guest's."""
     status: Open[Status]
     payment: Open[Payment]
     fulfilment: Open[Fulfilment]
@@ -128,15 +139,21 @@ class Order(Message):
         """What was taken, of which `refunded_minor` was given back."""
         return self.payable_minor if self.payment in ("paid", "partially_refunded", "refunded") else 0
 
+    guest_email: str | None = None
+    """Of a guest's order, where one was given. For staff alone."""
+
 
 class PlacedOrder(Message):
     order: Order
     """As it was when it was placed, also when the answer is replayed later."""
     replayed: bool = False
+    access_token: str | None = None
+    """Of a guest's order: who sends it may see, pay and cancel the order."""
 
 
 class GetOrder(Message):
     id: OrderId
+    access_token: AccessToken | None = None
 
 
 class ListOrders(Message):
@@ -170,6 +187,7 @@ class CancelOrder(Message):
     id: OrderId
     reason: Annotated[str, Meta(max_length=500)] = ""
     version: Version | None = None
+    access_token: AccessToken | None = None
 
 
 class AwaitOrder(Message):
@@ -177,6 +195,7 @@ class AwaitOrder(Message):
 
     id: OrderId
     wait_ms: Annotated[int, Meta(ge=0, le=60_000)]
+    access_token: AccessToken | None = None
 
 
 class PayOrder(Message):
@@ -196,6 +215,7 @@ class PayOrder(Message):
     fingerprint: bytes = b""
     expected_total: AmountText | None = None
     """As `expected_total_minor`, in the currency of the order."""
+    access_token: AccessToken | None = None
 
 
 class PaidOrder(Message):
@@ -293,10 +313,12 @@ class Timeline(Message):
 
 class GetTimeline(Message):
     id: OrderId
+    access_token: AccessToken | None = None
 
 
 class GetHistory(Message):
     id: OrderId
+    access_token: AccessToken | None = None
 
 
 class HistoryEntry(Message):
@@ -426,6 +448,7 @@ class OrderChanged(Message):
 
     order_id: int
     user_id: int
+    """0: the order is a guest's."""
     status: Open[Status]
     payment: Open[Payment]
     fulfilment: Open[Fulfilment]
@@ -441,18 +464,19 @@ class OrderChanged(Message):
 class Orders(Contract, name="orders"):
     """Orders, their history, and what is to be done for them. What happens to stock and money is decided here.
 
-    Customers place, see, pay and cancel their own; staff see and move all.
+    Customers place, see, pay and cancel their own; staff see and move all. Guests place, and see, pay and cancel the
+    order whose access token they send.
     """
 
-    place = batched(PlaceOrder, PlacedOrder, allow=SIGNED_IN, size=256, retry=Retry.KEYED)
-    get = batched(GetOrder, Order, allow=SIGNED_IN, retry=Retry.SAFE)
+    place = batched(PlaceOrder, PlacedOrder, allow=EVERYBODY, size=256, retry=Retry.KEYED)
+    get = batched(GetOrder, Order, allow=EVERYBODY, retry=Retry.SAFE)
     list = single(ListOrders, OrderPage, allow=SIGNED_IN, retry=Retry.SAFE)
     move = single(MoveOrder, Order, allow=STAFF_ONLY)
-    cancel = single(CancelOrder, Order, allow=SIGNED_IN)
-    history = single(GetHistory, History, allow=SIGNED_IN, retry=Retry.SAFE)
-    settled = single(AwaitOrder, Order, allow=SIGNED_IN, lanes=1_024, deadline_ms=70_000, retry=Retry.SAFE)
-    timeline = single(GetTimeline, Timeline, allow=SIGNED_IN, retry=Retry.SAFE)
-    pay = single(PayOrder, PaidOrder, allow=SIGNED_IN, lanes=256, retry=Retry.KEYED)
+    cancel = single(CancelOrder, Order, allow=EVERYBODY)
+    history = single(GetHistory, History, allow=EVERYBODY, retry=Retry.SAFE)
+    settled = single(AwaitOrder, Order, allow=EVERYBODY, lanes=1_024, deadline_ms=70_000, retry=Retry.SAFE)
+    timeline = single(GetTimeline, Timeline, allow=EVERYBODY, retry=Retry.SAFE)
+    pay = single(PayOrder, PaidOrder, allow=EVERYBODY, lanes=256, retry=Retry.KEYED)
     capture = single(MovePayment, PaidOrder, allow=STAFF_ONLY)
     void = single(MovePayment, PaidOrder, allow=STAFF_ONLY)
     refund = single(RefundOrder, Refund, allow=STAFF_ONLY, retry=Retry.KEYED)

@@ -41,7 +41,7 @@ from mercato.chassis.http import COMPLETE_RESPONSE
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.contracts.money import DEFAULT_CURRENCY
-from mercato.gateway import idempotency, problems
+from mercato.gateway import guests, idempotency, problems
 from mercato.gateway.auth import Authenticator
 from mercato.gateway.headers import RequestHeaders, check_content_type, expected_version, preferred_wait_ms
 from mercato.gateway.rates import PasswordTries, RateLimiter
@@ -154,28 +154,35 @@ class Gateway:
     ) -> tuple[int, Lines, bytes]:
         authenticator, authorization = self._authenticator, headers.authorization
         authenticator.check_address(headers.host, headers.origin, headers.forwarded)
+        access_token, query = None, scope["query_string"]
+        if route.takes_access_token:
+            access_token, query = guests.access_token(authorization, query)
         if authorization is None or route.ignores_token:
-            actor = authenticator.anonymous_actor
+            actor = authenticator.anonymous_actor if access_token is None else ANONYMOUS
         elif (known := authenticator.remembered(authorization)) is not None:
             actor = known
         else:
             actor = await self._verify(authorization, headers)
-        if actor.role not in route.roles:
+        if actor.role not in route.roles and access_token is None and route.is_guest is None:
             raise _refusal(actor, route)
         if route.is_limited:
             self._rates.check(route.name, route.limits, actor, _address(scope))
         # Before anything else is waited for: what is remembered may be forgotten.
         session_id = authenticator.session_id(authorization) if route.knows_session and authorization else ""
-        route, request = await route.read(actor, parts, scope, receive, headers)
+        route, request = await route.read(actor, parts, scope, query, receive, headers)
+        request.access_token = access_token
         if session_id:
             request.session_id = session_id
+        asked = route.request(request)
+        if not actor.id and (access_token is not None or route.is_guest is not None):
+            actor = self._checked_guest(route, request, asked, scope)
         deadline = self._monotonic() + self._seconds
         current.set(Context(actor, deadline, headers.trace_id, headers.request_id))
         try:
             if route.is_guarded:
-                answer = await self._call_guarded(route, request, _address(scope))
+                answer = await self._call_guarded(route, request, asked, _address(scope))
             else:
-                answer = await route.call(route.request(request))
+                answer = await route.call(asked)
         except InvalidRequest as error:
             raise route.reworded(error) from None
         if request.wait_ms is None:
@@ -185,7 +192,7 @@ class Gateway:
         lines.append(b"preference-applied: wait=%d" % (request.wait_ms // 1_000))
         return status, lines, body
 
-    async def _call_guarded(self, route: BoundRoute, request: RouteRequest, address: str) -> Any:
+    async def _call_guarded(self, route: BoundRoute, request: RouteRequest, asked: Any, address: str) -> Any:
         """The answer of a route that checks passwords or opens accounts. Raises `TooManyRequests` and its errors."""
         account = route.tries(request) if route.tries else None
         per_hour = route.limits.done_per_hour if request.actor == ANONYMOUS else None
@@ -195,7 +202,7 @@ class Gateway:
             self._tries.begin(account, address)
         is_right = None
         try:
-            answer = await route.call(route.request(request))
+            answer = await route.call(asked)
             is_right = True
         except ServiceError as error:
             is_right = False if error.kind is Kind.UNAUTHENTICATED else None
@@ -207,8 +214,22 @@ class Gateway:
             self._rates.note_done(route.name, per_hour, address)
         return answer
 
+    def _checked_guest(self, route: BoundRoute, request: RouteRequest, asked: Any, scope: Scope) -> Actor:
+        """Who calls without an account: a guest, or who may call the route without one."""
+        if request.access_token is None:
+            assert route.is_guest is not None
+            if not route.is_guest(asked):
+                if request.actor.role not in route.roles:
+                    raise _refusal(request.actor, route)
+                return request.actor
+            self._rates.check(f"{route.name} of guests", guests.ORDERS, ANONYMOUS, _address(scope))
+        guests.check_key(request.idempotency_key)
+        return ANONYMOUS
+
     async def _verify(self, authorization: bytes, headers: RequestHeaders) -> Actor:
         """The actor of a token that is not known yet. That may ask the users service for its keys, a call like any."""
+        if guests.is_guest_scheme(authorization):
+            return ANONYMOUS
         deadline = self._monotonic() + self._seconds
         anonymous = self._authenticator.anonymous_actor
         current.set(Context(anonymous, deadline, headers.trace_id, headers.request_id))
@@ -337,6 +358,8 @@ class BoundRoute:
         self.request = route.request
         self.knows_session = route.knows_session
         self._text = route.text
+        self.is_guest = route.is_guest
+        self.takes_access_token = route.takes_access_token
         seconds = "From the first byte of a request's body to the last of its answer."
         self.observe_seconds: Callable[[float], None] = (
             telemetry.histogram("mercato_http_request_seconds", seconds, ["route"]).labels(self.name).observe
@@ -364,7 +387,13 @@ class BoundRoute:
     # ------------------------------------------------------------------------------------------------- what is asked
 
     async def read(
-        self, actor: Actor, parts: Mapping[str, str], scope: Scope, receive: Receive, headers: RequestHeaders
+        self,
+        actor: Actor,
+        parts: Mapping[str, str],
+        scope: Scope,
+        query_string: bytes,
+        receive: Receive,
+        headers: RequestHeaders,
     ) -> tuple[BoundRoute, RouteRequest]:
         """The request, checked and typed, and the route for it: this one, or that of another form of the request.
 
@@ -381,10 +410,10 @@ class BoundRoute:
                 form = self._form_of(raw)
                 if form is None:
                     raise
-                return form, form.typed(actor, parts, scope, headers, raw, form.decode(raw))
+                return form, form.typed(actor, parts, scope, query_string, headers, raw, form.decode(raw))
         elif self._forms and (form := self._form_of_path(parts)) is not None:
-            return form, form.typed(actor, parts, scope, headers, None, None)
-        return self, self.typed(actor, parts, scope, headers, raw, body)
+            return form, form.typed(actor, parts, scope, query_string, headers, None, None)
+        return self, self.typed(actor, parts, scope, query_string, headers, raw, body)
 
     def _form_of(self, raw: bytes) -> BoundRoute | None:
         """The form that the body of a request is in, where it is not in the route's own."""
@@ -407,6 +436,7 @@ class BoundRoute:
         actor: Actor,
         parts: Mapping[str, str],
         scope: Scope,
+        query_string: bytes,
         headers: RequestHeaders,
         raw: bytes | None,
         body: Any,
@@ -416,17 +446,15 @@ class BoundRoute:
         path = _numbers(parts, scope["path"]) if parts and not text else _NOTHING
         query = None
         if self._query is not None:
-            query = decode_query(self._query, scope["query_string"])
-        elif scope["query_string"]:
+            query = decode_query(self._query, query_string)
+        elif query_string:
             raise invalid(("?", "this takes no query parameters"))
         key, fingerprint = None, b""
         if headers.idempotency_key is not None:
             if not self.route.idempotency:
                 raise invalid(("header Idempotency-Key", f"{self.name} does not take one"))
             key = idempotency.key_of(headers.idempotency_key)
-            fingerprint = idempotency.fingerprint(
-                self.route.method, self.route.path, parts, scope["query_string"], raw or b""
-            )
+            fingerprint = idempotency.fingerprint(self.route.method, self.route.path, parts, query_string, raw or b"")
         elif self.route.idempotency_required:
             raise problems.IdempotencyKeyMissing(operation=self.name)
         version = None

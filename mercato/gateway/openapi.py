@@ -31,7 +31,7 @@ from mercato.chassis.contract import (
     Unavailable,
 )
 from mercato.contracts.roles import ANONYMOUS, CUSTOMER, EVERYBODY
-from mercato.gateway import examples, problems, schemas
+from mercato.gateway import examples, guests, problems, schemas
 from mercato.gateway.problems import Problem
 from mercato.gateway.route import MAX_BODY_BYTES, Route
 
@@ -116,6 +116,13 @@ _IDEMPOTENCY_KEY: Final[Json] = {
 }
 
 PARAMETERS: Final[Mapping[str, Json]] = {
+    "AccessToken": {
+        "name": "access_token",
+        "in": "query",
+        "description": "Of a guest's order, from the answer to its placing: with it, and without an account, this is "
+        "done for that order alone. It may come as `Authorization: Guest ACCESS_TOKEN` as well.",
+        "schema": {"type": "string", "maxLength": 64},
+    },
     "IdempotencyKey": {
         **_IDEMPOTENCY_KEY,
         "description": "A name of your own for this request: however often it is sent, it is done once, and answered "
@@ -198,7 +205,7 @@ def errors_of(route: Route, *, open_shop: bool) -> tuple[type[ServiceError], ...
         following.append(problems.RouteNotFound)
     if CUSTOMER not in route.roles:
         following.append(Forbidden)
-    if route.limits.per_second is not None:
+    if route.limits.per_second is not None or route.is_guest is not None:
         following.append(problems.TooManyRequests)
     if route.body is not None:
         following += [problems.MalformedJson, problems.BodyTooLarge, problems.UnsupportedMediaType]
@@ -267,7 +274,7 @@ class _Described:
             "summary": route.summary,
             "description": _description(route),
             "tags": [route.operation.service, *([REFERENCE_TAG] if route.system or route.forms else [])],
-            "security": self._security(route.roles),
+            "security": self._security(route),
             "x-roles": sorted(route.roles),
         }
         if parameters := self._parameters(route):
@@ -278,10 +285,11 @@ class _Described:
         described["responses"] = {str(route.status): self._success(route), **refusals}
         return described
 
-    def _security(self, roles: frozenset[str]) -> list[Json]:
-        if ANONYMOUS in roles:
+    def _security(self, route: Route) -> list[Json]:
+        if ANONYMOUS in route.roles:
             return []
-        return [{}, {"bearer": []}] if self._open_shop else [{"bearer": []}]
+        without = self._open_shop or route.is_guest is not None or route.takes_access_token
+        return [{}, {"bearer": []}] if without else [{"bearer": []}]
 
     def _parameters(self, route: Route) -> list[Json]:
         parameters: list[Json] = [
@@ -295,6 +303,8 @@ class _Described:
         ]
         if route.query is not None:
             parameters += self._query(self._schemas[route.query.__name__])
+        if route.takes_access_token:
+            parameters.append({"$ref": "#/components/parameters/AccessToken"})
         if route.idempotency:
             name = "RequiredIdempotencyKey" if route.idempotency_required else "IdempotencyKey"
             parameters.append({"$ref": f"#/components/parameters/{name}"})
@@ -430,6 +440,13 @@ def _description(route: Route) -> str:
     if route.system:
         sentences.append(f"The reference form of system {route.system}.")
     sentences += [f"Reference form of system {form.system}: {form.summary}." for form in route.forms]
+    if route.is_guest is not None:
+        sentences.append(
+            f"Without an account: as a guest, up to {guests.ORDERS.per_second} times a second from one address, and "
+            f"{guests.ORDERS.burst} at once, with an Idempotency-Key of at least {guests.KEY_LENGTH} characters."
+        )
+    if route.takes_access_token:
+        sentences.append("Guests may do it for the order whose access token they send.")
     if route.body_optional:
         sentences.append("The body may be left out.")
     if limits.per_second is not None:

@@ -49,6 +49,8 @@ class RouteRequest(msgspec.Struct, gc=False):
     """The texts in the path, by name."""
     session_id: str = ""
     """The session of the caller's access token, for a route that asks for it; empty without a token."""
+    access_token: str | None = None
+    """Of a guest's order, for the routes that take one."""
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -173,6 +175,10 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     wrong ones (errors of kind UNAUTHENTICATED), further tries from the same address wait."""
     errors: tuple[type[ServiceError], ...] = ()
     """The operation's own errors, for the documentation."""
+    is_guest: Callable[[Any], bool] | None = None
+    """For a route that guests may use: whether the request of the operation is a guest's. Then it is anonymous."""
+    takes_access_token: bool = False
+    """Whether a guest who sends the access token of an order may use the route for that order."""
     system: str = ""
     """The reference system whose request this is; empty for the API's own."""
     forms: tuple[Form, ...] = ()

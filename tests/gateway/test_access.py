@@ -63,7 +63,7 @@ async def test_a_row_that_does_not_say_who_may_cannot_be_made() -> None:
 
 async def test_a_refusal_comes_before_a_look_at_the_request(guarded_shop: Shop) -> None:
     broken = {"raw": b"{", "headers": {"Content-Type": "application/json"}}
-    assert_problem(await guarded_shop.post("/orders", **broken), 401, "sign_in_first")
+    assert_problem(await guarded_shop.post("/payments", **broken), 401, "sign_in_first")
     assert_problem(await guarded_shop.post("/products", token=await guarded_shop.alice(), **broken), 403, "forbidden")
 
 

@@ -14,11 +14,13 @@ itself and is as safe as a remote one. A contract changes additively: a new oper
 
 from .context import (
     ANONYMOUS as ANONYMOUS,
+    GUEST_ROLE as GUEST_ROLE,
     SERVICE_ROLE as SERVICE_ROLE,
     Actor as Actor,
     Attempt as Attempt,
     Batch as Batch,
     Context as Context,
+    acting_as as acting_as,
     as_service as as_service,
     attempt as attempt,
     current as current,

@@ -24,6 +24,10 @@ class Actor(msgspec.Struct, frozen=True):
 ANONYMOUS: Final = Actor("anonymous")
 
 
+GUEST_ROLE: Final = "guest"
+"""The role of a caller without an account who holds the access token of one thing; the id is that of the thing."""
+
+
 class Context(msgspec.Struct, frozen=True, gc=False):
     """What travels with every call beside the request itself.
 
@@ -62,14 +66,19 @@ SERVICE_ROLE: Final = "service"
 
 
 @contextlib.contextmanager
-def as_service() -> Generator[None]:
-    """Calls in this block are made as the service itself, not as its caller; until the same deadline."""
+def acting_as(actor: Actor) -> Generator[None]:
+    """Calls in this block are made by `actor`, until the same deadline."""
     call = current.get()
-    token = current.set(Context(Actor(SERVICE_ROLE), call.deadline, call.trace_id, call.request_id))
+    token = current.set(Context(actor, call.deadline, call.trace_id, call.request_id))
     try:
         yield
     finally:
         current.reset(token)
+
+
+def as_service() -> contextlib.AbstractContextManager[None]:
+    """Calls in this block are made as the service itself, not as its caller; until the same deadline."""
+    return acting_as(Actor(SERVICE_ROLE))
 
 
 class Attempt:

@@ -22,7 +22,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from mercato.chassis.contract import Actor, IdempotencyKeyReused
+from mercato.chassis.contract import GUEST_ROLE, Actor, IdempotencyKeyReused
 from mercato.chassis.postgres.database import Row, Tx
 
 KEPT_HOURS: Final = 24
@@ -95,7 +95,12 @@ def keyed(request: KeyedRequest, actor: Actor) -> Keyed | None:
 
 
 def principal_of(actor: Actor) -> str:
-    """Whose key it is: the account's, whatever its role is by now; the role's where there is no account."""
+    """Whose key it is: the account's, whatever its role is by now; the role's where there is no account.
+
+    A guest's is that of the thing whose access token the guest holds.
+    """
+    if actor.role == GUEST_ROLE:
+        return f"{GUEST_ROLE}:{actor.id}"
     return f"user:{actor.id}" if actor.id else actor.role
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta
@@ -18,7 +18,7 @@ from mercato.chassis.contract import (
     RequestInProgress,
     StaleVersion,
 )
-from mercato.contracts import orders as contract
+from mercato.contracts import orders as contract, users
 from mercato.contracts.orders import (
     CancelReason,
     History,
@@ -54,7 +54,9 @@ class ItemIn(Input):
 class PlaceOrderIn(Input):
     """`items`, or the short form of one item: `product_id` and `quantity`."""
 
-    user_id: Id
+    user_id: Annotated[
+        Id | None, Meta(description="Without it, that of the access token; without a token, a guest orders.")
+    ] = None
     items: Annotated[tuple[ItemIn, ...], Meta(min_length=1, max_length=contract.LINES_LIMIT)] | None = None
     product_id: Id | None = None
     quantity: Quantity | None = None
@@ -68,6 +70,7 @@ class PlaceOrderIn(Input):
     currency: Annotated[Currency | None, Meta(description="Of `amount`; without it, that of the products.")] = None
     payment_method: Method | None = None
     customer_note: contract.Note = ""
+    email: Annotated[users.Email | None, Meta(description="Of a guest; staff see it.")] = None
 
 
 class MoveOrderIn(Input):
@@ -135,10 +138,14 @@ class ReasonOut(Output):
 
 
 class OrderOut(Output):
-    """`customer_id` is the `user_id`, and `amount` that of the `total`: reference systems call them so."""
+    """`customer_id` is the `user_id`, and `amount` that of the `total`: reference systems call them so.
+
+    A guest's order has no user. The answer to its placing has its `access_token`; staff see the `email` that the guest
+    has given.
+    """
 
     id: int
-    user_id: int
+    user_id: int | None
     status: Open[contract.Status]
     payment: Open[contract.Payment]
     fulfilment: Open[contract.Fulfilment]
@@ -152,8 +159,10 @@ class OrderOut(Output):
     customer_note: str
     due: Annotated[Money, Meta(description="Still to be paid: the total, less goods that came back unpaid.")]
     paid: Annotated[Money, Meta(description="Taken, of which `refunded` was given back.")]
-    customer_id: int
+    customer_id: int | None
     amount: str
+    email: str | None
+    access_token: str | None
 
 
 class HistoryOut(Output):
@@ -166,13 +175,14 @@ class HistoryOut(Output):
     at: datetime.datetime
 
 
-_of_order: Final = shared(Order, OrderOut, "reason")
+_of_order: Final = shared(Order, OrderOut, "reason", "user_id")
 _of_line: Final = shared(OrderLine, ItemOut)
-_of_placing: Final = shared(PlaceOrderIn, contract.PlaceOrder)
+_of_placing: Final = shared(PlaceOrderIn, contract.PlaceOrder, "user_id")
 
 
-def order_out(order: Order) -> OrderOut:
+def order_out(order: Order, access_token: str | None = None) -> OrderOut:
     currency = order.currency
+    user_id = order.user_id or None
     return OrderOut(
         items=[
             ItemOut(
@@ -189,7 +199,10 @@ def order_out(order: Order) -> OrderOut:
         due=money(order.due_minor, currency),
         paid=money(order.paid_minor, currency),
         reason=None if order.reason is None else _reason_out(order.reason),
-        customer_id=order.user_id,
+        user_id=user_id,
+        customer_id=user_id,
+        email=order.guest_email,
+        access_token=access_token,
         amount=money(order.total_minor, currency).amount,
         **_of_order(order),
     )
@@ -208,7 +221,7 @@ def _reason_out(reason: CancelReason) -> ReasonOut:
 
 
 def placed_out(placed: PlacedOrder) -> OrderOut:
-    return order_out(placed.order)
+    return order_out(placed.order, placed.access_token)
 
 
 class ReturnedOut(Output):
@@ -288,6 +301,8 @@ def _place(request: RouteRequest) -> contract.PlaceOrder:
     if errors:
         raise InvalidRequest(errors=tuple(errors))
     return contract.PlaceOrder(
+        **buyer(request, body.user_id),
+        guest_email=body.email,
         lines=lines,
         expected_total=None if body.amount is None else str(body.amount),
         expected_currency=body.currency,
@@ -335,7 +350,7 @@ def placing(
 ) -> contract.PlaceOrder:
     """What places an order that was asked for in a reference form. Without a user, it is that of the token."""
     return contract.PlaceOrder(
-        user_id=buyer(request, user_id),
+        **buyer(request, user_id),
         lines=tuple(lines),
         expected_total=text_of(amount),
         idempotency_key=request.idempotency_key,
@@ -343,11 +358,14 @@ def placing(
     )
 
 
-def buyer(request: RouteRequest, user_id: int | None) -> int:
-    """The user that the request names, or whose token it carries."""
-    if user_id is None and not request.actor.id:
-        raise InvalidRequest(errors=(FieldError(field="user_id", message="is missing"),))
-    return user_id or request.actor.id
+def buyer(request: RouteRequest, user_id: int | None) -> dict[str, Any]:
+    """The user that the request names, or whose token it carries; a guest where there is neither."""
+    found = user_id or request.actor.id
+    return {"user_id": found} if found else {"user_id": contract.NO_USER, "guest": True}
+
+
+def is_guest(placing: contract.PlaceOrder) -> bool:
+    return placing.guest
 
 
 def _list(request: RouteRequest) -> contract.ListOrders:
@@ -391,6 +409,7 @@ ROUTES: Final[tuple[Route, ...]] = (
                 "items": [{"product_id": 100, "quantity": 2}, {"product_id": 2, "quantity": 1}],
             },
             "one product, with the total that was shown": {"user_id": 1, "product_id": 100, "amount": 99.99},
+            "of a guest": {"product_id": 100, "email": "guest@example.com"},
             "paid at once": {"user_id": 1, "product_id": 100, "payment_method": "sandbox:ok"},
         },
         request=_place,
@@ -400,13 +419,16 @@ ROUTES: Final[tuple[Route, ...]] = (
         idempotency=True,
         wait=Wait(
             operation=Orders.settled,
-            request=lambda placed, wait_ms: contract.AwaitOrder(id=placed.order.id, wait_ms=wait_ms),
-            answer=lambda placed, order: PlacedOrder(order=order, replayed=placed.replayed),
+            request=lambda placed, wait_ms: contract.AwaitOrder(
+                id=placed.order.id, wait_ms=wait_ms, access_token=placed.access_token
+            ),
+            answer=lambda placed, order: msgspec.structs.replace(placed, order=order),
         ),
         etag=lambda placed: placed.order.version,
         location=lambda placed: f"/orders/{placed.order.id}",
         replayed=lambda placed: placed.replayed,
         fields={"expected_total": "amount"},
+        is_guest=is_guest,
         errors=(
             UserNotFound,
             ProductNotFound,
@@ -434,7 +456,8 @@ ROUTES: Final[tuple[Route, ...]] = (
         operation=Orders.get,
         summary="One order",
         roles=SIGNED_IN,
-        request=lambda request: contract.GetOrder(id=request.path["id"]),
+        takes_access_token=True,
+        request=lambda request: contract.GetOrder(id=request.path["id"], access_token=request.access_token),
         answer=order_out,
         output=OrderOut,
         etag=_version,
@@ -471,8 +494,12 @@ ROUTES: Final[tuple[Route, ...]] = (
         body_optional=True,
         examples={"with a reason": {"reason": "ordered by mistake"}},
         request=lambda request: contract.CancelOrder(
-            id=request.path["id"], reason=request.body.reason, version=request.if_match
+            id=request.path["id"],
+            reason=request.body.reason,
+            version=request.if_match,
+            access_token=request.access_token,
         ),
+        takes_access_token=True,
         answer=order_out,
         output=OrderOut,
         etag=_version,
@@ -508,7 +535,8 @@ ROUTES: Final[tuple[Route, ...]] = (
         operation=Orders.timeline,
         summary="What happened to an order: its moves, its stock, its money, by time",
         roles=SIGNED_IN,
-        request=lambda request: contract.GetTimeline(id=request.path["id"]),
+        takes_access_token=True,
+        request=lambda request: contract.GetTimeline(id=request.path["id"], access_token=request.access_token),
         answer=_timeline_out,
         output=list[TimelineOut],
         errors=(contract.OrderNotFound,),
@@ -519,7 +547,8 @@ ROUTES: Final[tuple[Route, ...]] = (
         operation=Orders.history,
         summary="Every move of an order, in order",
         roles=SIGNED_IN,
-        request=lambda request: contract.GetHistory(id=request.path["id"]),
+        takes_access_token=True,
+        request=lambda request: contract.GetHistory(id=request.path["id"], access_token=request.access_token),
         answer=_history_out,
         output=list[HistoryOut],
         errors=(contract.OrderNotFound,),

@@ -53,7 +53,8 @@ class PaymentsQuery(Input):
 class PaymentOut(Output):
     id: int
     order_id: int
-    user_id: int
+    user_id: int | None
+    """None: the order is a guest's."""
     payment_method: str
     status: Open[contract.Status]
     code: str | None
@@ -70,7 +71,7 @@ def payment_out(payment: Payment) -> PaymentOut:
     return PaymentOut(
         id=payment.id,
         order_id=payment.order_id,
-        user_id=payment.user_id,
+        user_id=payment.user_id or None,
         payment_method=payment.method,
         status=payment.status,
         code=payment.code,
@@ -106,6 +107,7 @@ def _pay(request: RouteRequest) -> orders.PayOrder:
         expected_currency=body.currency,
         idempotency_key=request.idempotency_key,
         fingerprint=request.fingerprint,
+        access_token=request.access_token,
     )
 
 
@@ -150,6 +152,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             "with the amount that is due": {"order_id": 1001, "amount": 99.99, "payment_method": "sandbox:ok"},
             "reserve now, capture later": {"order_id": 1001, "capture": False},
         },
+        takes_access_token=True,
         request=_pay,
         answer=paid_out,
         output=PaymentOut,

@@ -99,6 +99,7 @@ def _process(request: RouteRequest) -> contract.PayOrder:
         expected_total=text_of(query.amount),
         idempotency_key=request.idempotency_key,
         fingerprint=request.fingerprint,
+        access_token=request.access_token,
     )
 
 
@@ -200,6 +201,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         summary="Pay an order that is not paid yet, by query parameters",
         roles=SIGNED_IN,
         query=ProcessQuery,
+        takes_access_token=True,
         request=_process,
         answer=_processed,
         output=ProcessedOut,

@@ -76,12 +76,22 @@ class Reserving:
         valid = [request for request, refusal in zip(batch, refusals, strict=True) if refusal is None]
         if not valid:
             return _merged(refusals, [])
-        try:
-            outcomes = await self._reserve_all(valid)
-        except DoesNotFitError:
-            outcomes = await self._reserve_each(valid)
+        guests = [request for request in valid if request.guest]
+        others = [request for request in valid if not request.guest] if guests else valid
+        outcomes: Sequence[Outcome] = await self._reserve_others(others) if others else ()
+        if guests:
+            # By themselves: they are counted, which the one statement for the others does not do.
+            of_guests = iter(await self._reserve_each(guests, guests=True))
+            of_others = iter(outcomes)
+            outcomes = [next(of_guests if request.guest else of_others) for request in valid]
         await faults.point("inventory.reserve.after_commit")
         return _merged(refusals, outcomes)
+
+    async def _reserve_others(self, requests: Sequence[ReserveStock]) -> Sequence[Outcome]:
+        try:
+            return await self._reserve_all(requests)
+        except DoesNotFitError:
+            return await self._reserve_each(requests)
 
     async def _reserve_all(self, requests: Sequence[ReserveStock]) -> Sequence[Outcome]:
         new = {request.order_id: _new(request) for request in requests}
@@ -109,7 +119,7 @@ class Reserving:
             await faults.point("inventory.reserve.before_commit")
         return held
 
-    async def _reserve_each(self, requests: Sequence[ReserveStock]) -> Sequence[Outcome]:
+    async def _reserve_each(self, requests: Sequence[ReserveStock], *, guests: bool = False) -> Sequence[Outcome]:
         firsts: dict[int, ReserveStock] = {}
         for request in requests:
             firsts.setdefault(request.order_id, request)
@@ -117,9 +127,13 @@ class Reserving:
             inserted = await store.insert_reservations(tx, [*map(_new, firsts.values())], self._hold_seconds)
             locked = await store.lock_reservations(tx, firsts.keys() - {r.order_id for r in inserted})
             touched = [*inserted, *(reservation for reservation in locked if reservation.is_overdue)]
-            ledger = StockLedger(await store.lock_levels(tx, _products(touched)), locked, inserted)
+            levels = await store.lock_levels(tx, _products(touched))
+            held = await store.held_by_guests(tx, _products(inserted)) if guests else None
+            ledger = StockLedger(levels, locked, inserted, held)
             outcomes = [ledger.reserve(request) for request in requests]
             await store.write(tx, ledger.write_set())
+            if guests and (kept := ledger.kept()):
+                await store.insert_guest_holds(tx, kept)
             await faults.point("inventory.reserve.before_commit")
         return outcomes
 

@@ -16,6 +16,7 @@ import msgspec
 from mercato.chassis.contract import Actor, FieldError, InvalidRequest, Message, RuleBroken, ServiceError
 from mercato.chassis.messaging.events import Outgoing
 from mercato.contracts.inventory import (
+    GUEST_SHARE_PERCENT,
     ON_HAND_LIMIT,
     AnotherOrder,
     BelowReserved,
@@ -130,6 +131,11 @@ def check_lines(lines: Sequence[StockLine]) -> InvalidRequest | None:
     return InvalidRequest(errors=errors) if errors else None
 
 
+def guest_share(on_hand: int) -> int:
+    """How many pieces of a product all orders of guests together may hold: one, where the share is none."""
+    return max(min(on_hand, 1), on_hand * GUEST_SHARE_PERCENT // 100)
+
+
 def check_delta(delta: int) -> InvalidRequest | None:
     if delta == 0:
         return InvalidRequest(errors=(FieldError(field="delta", message="is 0: that changes nothing"),))
@@ -189,7 +195,8 @@ class StockLedger:
     """Levels and reservations as they become while a batch is decided.
 
     `levels` and `locked` are those that the transaction has locked; a product that is not among them has nothing.
-    `inserted` are the reservations that it has just inserted, held: `reserve` keeps or refuses each.
+    `inserted` are the reservations that it has just inserted, held: `reserve` keeps or refuses each. Where these are of
+    guests, `held_by_guests` are the pieces that other orders of guests hold, by product.
     """
 
     def __init__(
@@ -197,6 +204,7 @@ class StockLedger:
         levels: Iterable[Level],
         locked: Iterable[StoredReservation] = (),
         inserted: Iterable[StoredReservation] = (),
+        held_by_guests: Mapping[int, int] | None = None,
     ) -> None:
         self._levels_before = {level.product_id: level for level in levels}
         self._on_hand: Counter[int] = Counter()
@@ -205,6 +213,7 @@ class StockLedger:
         self._inserted = {reservation.order_id: reservation for reservation in inserted}
         self._before = {reservation.order_id: reservation for reservation in locked}
         self._now = dict(self._before)
+        self._guests = None if held_by_guests is None else Counter(held_by_guests)
         self._refused: dict[int, OutOfStock] = {}
         self._movements: list[Movement] = []
         self._events: list[Outgoing] = []
@@ -236,7 +245,7 @@ class StockLedger:
         short = [
             ShortLine(product_id=line.product_id, requested=line.quantity, available=available)
             for line in reservation.lines
-            if (available := self._available(line.product_id)) < line.quantity
+            if (available := self._may_be_held(line.product_id)) < line.quantity
         ]
         if short:
             refusal = self._refused[reservation.order_id] = OutOfStock(
@@ -246,8 +255,14 @@ class StockLedger:
         self._before[reservation.order_id] = self._now[reservation.order_id] = reservation
         for line in reservation.lines:
             self._change_level(line.product_id, reserved=line.quantity)
+            if self._guests is not None:
+                self._guests[line.product_id] += line.quantity
         self._emit("held", reservation)
         return answer(reservation)
+
+    def kept(self) -> Sequence[StoredReservation]:
+        """The inserted reservations that were not refused."""
+        return [reservation for order_id, reservation in self._inserted.items() if order_id in self._now]
 
     def commit(self, order_id: int, nonce: int) -> Reservation | ServiceError:
         """Also one that is past its time, as long as it has not been ended."""
@@ -368,6 +383,14 @@ class StockLedger:
 
     def _available(self, product_id: int) -> int:
         return self._level_before(product_id).available + self._on_hand[product_id] - self._reserved[product_id]
+
+    def _may_be_held(self, product_id: int) -> int:
+        """What is available; of that, for guests, what is left of their share."""
+        available = self._available(product_id)
+        if self._guests is None:
+            return available
+        left = guest_share(self.level(product_id).on_hand) - self._guests[product_id]
+        return max(0, min(available, left))
 
     def _change_level(self, product_id: int, *, on_hand: int = 0, reserved: int = 0) -> None:
         self._on_hand[product_id] += on_hand

@@ -66,6 +66,11 @@ class LevelRow(Row):
     version: int
 
 
+class GuestsRow(Row):
+    product_id: int
+    quantity: int
+
+
 class OrderRow(Row):
     order_id: int
     nonce: int
@@ -234,6 +239,47 @@ async def lock_levels(tx: Tx, product_ids: Collection[int]) -> list[Level]:
         list(product_ids),
     )
     return [_level(row) for row in rows]
+
+
+async def held_by_guests(tx: Tx, product_ids: Collection[int]) -> dict[int, int]:
+    """Pieces that are held for orders of guests, by product; its level is locked by the caller.
+
+    Who holds or ends holds of a product has its level locked: what this statement sees stays true.
+    """
+    await tx.execute(
+        """
+        DELETE FROM guest_holds g
+         WHERE g.product_id = ANY($1::bigint[])
+           AND NOT (SELECT r.state = 'held' FROM reservations r WHERE r.order_id = g.order_id)
+        """,
+        list(product_ids),
+    )
+    rows = await tx.fetch(
+        GuestsRow,
+        """
+        SELECT product_id, sum(quantity)::bigint AS quantity
+          FROM guest_holds
+         WHERE product_id = ANY($1::bigint[])
+         GROUP BY product_id
+        """,
+        list(product_ids),
+    )
+    return {row.product_id: row.quantity for row in rows}
+
+
+async def insert_guest_holds(tx: Tx, reservations: Sequence[StoredReservation]) -> None:
+    """Notes that these new reservations are of guests."""
+    lines = [(line.product_id, r.order_id, line.quantity) for r in reservations for line in r.lines]
+    await tx.execute(
+        """
+        INSERT INTO guest_holds (product_id, order_id, quantity)
+        SELECT product_id, order_id, quantity
+          FROM unnest($1::bigint[], $2::bigint[], $3::integer[]) AS h (product_id, order_id, quantity)
+        """,
+        [product_id for product_id, _, _ in lines],
+        [order_id for _, order_id, _ in lines],
+        [quantity for _, _, quantity in lines],
+    )
 
 
 async def insert_levels(tx: Tx, product_ids: Sequence[int]) -> int:

@@ -19,6 +19,7 @@ from mercato.contracts.products import Products
 from mercato.contracts.users import Users
 
 from .checkout import CheckoutSteps
+from .guests import KEY_PURPOSE, Guests
 from .paying import Paying
 from .payment_methods import PaymentMethods
 from .placing import Placing
@@ -57,6 +58,7 @@ def build(env: Env) -> Service:
     reconciling = Reconciling(database, env.telemetry, quiet_seconds=options.quiet_seconds)
     holds = HoldReconciling(database, inventory, env.telemetry, quiet_seconds=options.quiet_seconds)
     methods = PaymentMethods(payments, env.clock)
+    guests = Guests(database, env.derive_key(KEY_PURPOSE))
     placing = Placing(
         database,
         runner,
@@ -64,10 +66,11 @@ def build(env: Env) -> Service:
         products=env.client(Products),
         methods=methods,
         randomness=env.randomness,
+        guests=guests,
     )
-    paying = Paying(database, runner, payments, methods)
+    paying = Paying(database, runner, payments, methods, guests)
     refunding = Refunding(database, runner, inventory=inventory, payments=payments)
-    service = OrdersService(database, runner, paying=paying, refunding=refunding)
+    service = OrdersService(database, runner, paying=paying, refunding=refunding, guests=guests)
     server = Server(Orders, env.clock)
     server.register(Orders.place, placing.run)
     server.register(Orders.get, service.get)
@@ -76,7 +79,7 @@ def build(env: Env) -> Service:
     server.register(Orders.cancel, paying.cancel)
     server.register(Orders.history, service.history)
     server.register(Orders.settled, service.settled)
-    server.register(Orders.timeline, Tracing(database, inventory=inventory, payments=payments).timeline)
+    server.register(Orders.timeline, Tracing(database, guests, inventory=inventory, payments=payments).timeline)
     server.register(Orders.pay, paying.pay)
     server.register(Orders.capture, paying.capture)
     server.register(Orders.void, paying.void)

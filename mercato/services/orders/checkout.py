@@ -50,7 +50,7 @@ from mercato.contracts.payments import (
     RefundPayment,
     VoidPayment,
 )
-from mercato.contracts.roles import STAFF
+from mercato.contracts.roles import GUEST_USER, STAFF
 
 from . import rules, steps, store
 from .steps import CHECKOUT, Checkout, Decision, RetryLater
@@ -306,6 +306,7 @@ def _reserve(work: Work) -> ReserveStock:
         lines=_lines(work.order),
         for_payment=steps.is_final(work.order, work.state),
         idempotency_key=f"order:{work.id}:reserve",
+        guest=work.order.user_id == GUEST_USER,
     )
 
 

@@ -42,9 +42,10 @@ from mercato.contracts.orders import (
     PayOrder,
 )
 from mercato.contracts.payments import GetPayment, ListPayments, Payment as PaymentRecord, Payments
-from mercato.contracts.roles import CUSTOMER
+from mercato.contracts.roles import CUSTOMER, GUEST
 
 from . import money_store, rules, steps, store
+from .guests import Guests, without_email
 from .locking import Locked, in_lock
 from .payment_methods import PaymentMethods
 from .steps import CHECKOUT, RESTING, Checkout, Decision
@@ -77,15 +78,24 @@ class BegunPayment(msgspec.Struct, frozen=True):
 class Paying:
     """Pays, captures, voids, cancels and confirms."""
 
-    def __init__(self, database: Database, runner: Runner, payments: Payments, methods: PaymentMethods) -> None:
+    def __init__(
+        self, database: Database, runner: Runner, payments: Payments, methods: PaymentMethods, guests: Guests
+    ) -> None:
         self._database = database
         self._runner = runner
         self._payments = payments
         self._methods = methods
+        self._guests = guests
 
     # ---------------------------------------------------------------------------------------------------- what is asked
 
     async def pay(self, request: PayOrder) -> PaidOrder:
+        if request.access_token is None:
+            return await self._pay(request)
+        async with self._guests.acting(request.id, request.access_token):
+            return await self._pay(request)
+
+    async def _pay(self, request: PayOrder) -> PaidOrder:
         method = await self._methods.check_one(request.method)
         await self._wait_until_held(request.id)
         with bounded_by_key():
@@ -141,7 +151,10 @@ class Paying:
 
     async def cancel(self, request: CancelOrder) -> Order:
         """Answers at once; money and stock follow."""
-        return await self._send(request.id, "cancel", functools.partial(_cancel, request.reason, request.version))
+        async with self._guests.acting(request.id, request.access_token):
+            decide = functools.partial(_cancel, request.reason, request.version)
+            order = await self._send(request.id, "cancel", decide)
+        return order if request.access_token is None else without_email(order)
 
     async def confirm(self, order_id: int, version: int | None) -> Order:
         """Sells an order without a payment: it will be paid later, or elsewhere. Raises `OrderCancelled`."""
@@ -247,7 +260,7 @@ class Paying:
 def _begin_payment(request: PayOrder, method: str, locked: Locked) -> Decision:
     """Raises what speaks against the payment."""
     actor = current.get().actor
-    if not request.capture and actor.role == CUSTOMER:
+    if not request.capture and actor.role in (CUSTOMER, GUEST):
         # It sells stock that is not paid for, without an end: staff decide that.
         raise Forbidden(operation="orders.pay without capture", role=actor.role)
     _check_due(locked.order, request)

@@ -20,7 +20,7 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis.contract import ServiceError
+from mercato.chassis.contract import ANONYMOUS, ServiceError
 from mercato.chassis.idempotency.batch import KeyedAttempt, KeyedBatch, Stored, unsettled
 from mercato.chassis.idempotency.keys import Identity
 from mercato.chassis.observability import faults
@@ -30,10 +30,11 @@ from mercato.chassis.sagas.runner import Runner
 from mercato.chassis.sagas.store import Saga
 from mercato.contracts.orders import Order, PlacedOrder, PlaceOrder
 from mercato.contracts.products import FindProduct, Products, Quote, QuoteProduct
-from mercato.contracts.roles import may_see
+from mercato.contracts.roles import GUEST_USER, may_see
 from mercato.contracts.users import GetUser, User, UserNotFound, Users
 
 from . import rules, store
+from .guests import Guests, without_email
 from .payment_methods import PaymentMethods
 from .steps import CHECKOUT, Checkout, encoded
 from .store import NewOrder, OrderRecord
@@ -63,6 +64,7 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
         products: Products,
         methods: PaymentMethods,
         randomness: Randomness,
+        guests: Guests,
     ) -> None:
         self._database = database
         self._runner = runner
@@ -70,11 +72,14 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
         self._products = products
         self._methods = methods
         self._randomness = randomness
+        self._guests = guests
 
     async def recall(self, attempts: Sequence[Placement]) -> Mapping[Identity, Stored[PlacedOrder]]:
         async with self._database.read() as tx:
             found = await store.by_keys(tx, [attempt.identity for attempt in attempts])
-        return {identity: Stored(old.fingerprint, PlacedOrder(order=old.order)) for identity, old in found.items()}
+        return {
+            identity: Stored(old.fingerprint, self._answer(old.order, old.nonce)) for identity, old in found.items()
+        }
 
     async def prepare(self, attempts: Sequence[Placement]) -> None:
         """Turns each request into a priced order, or settles it with the reason why not."""
@@ -91,12 +96,17 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
             placed = [_written(order, row) for order, row in zip(orders, rows, strict=True)]
             await store.emit_placed(tx, placed)
             await faults.point("orders.place.before_commit")
-        for attempt, order in zip(attempts, placed, strict=True):
-            attempt.answer = PlacedOrder(order=order)
+        for attempt, new, order in zip(attempts, orders, placed, strict=True):
+            attempt.answer = self._answer(order, new.nonce)
         await faults.point("orders.place.after_commit")
         self._runner.drive([_checkout(new, row, order) for new, row, order in zip(orders, rows, placed, strict=True)])
 
     # --------------------------------------------------------------------------------- payments, users and products
+
+    def _answer(self, order: Order, nonce: int) -> PlacedOrder:
+        if order.user_id != GUEST_USER:
+            return PlacedOrder(order=order)
+        return PlacedOrder(order=without_email(order), access_token=self._guests.access_token(order.id, nonce))
 
     async def _find_skus(self, attempts: Sequence[Placement]) -> None:
         """Puts the id of the product into each line that names a sku; settles those with one that there is not."""
@@ -126,12 +136,15 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
     async def _look_up(self, attempts: Sequence[Placement]) -> None:
         if not attempts:
             return
-        user_ids = list({a.request.user_id for a in attempts})
+        user_ids = list({a.request.user_id for a in attempts if not a.request.guest})
         product_ids = list({line.product_id for a in attempts for line in a.request.lines})
         users, quotes = await asyncio.gather(
             self._users.get.many([GetUser(id=i) for i in user_ids]), self._quotes(product_ids)
         )
-        users_by_id = dict(zip(user_ids, users, strict=True))
+        users_by_id: dict[int, User | ServiceError | None] = {
+            GUEST_USER: None,
+            **dict(zip(user_ids, users, strict=True)),
+        }
         quotes_by_id = dict(zip(product_ids, quotes, strict=True))
         nonces = self._nonces(len(attempts))
         for attempt, nonce in zip(attempts, nonces, strict=True):
@@ -163,10 +176,14 @@ def _checkout(new: NewOrder, row: store.PlacedRow, order: Order) -> Saga:
 # ----------------------------------------------------------------------------------------------------------- details
 
 
+def _buyer(request: PlaceOrder) -> int:
+    return GUEST_USER if request.guest else request.user_id
+
+
 def _validate(attempts: Sequence[Placement]) -> None:
     for attempt in attempts:
         request = attempt.request
-        if may_see(attempt.actor, request.user_id):
+        if may_see(attempt.actor, _buyer(request)) or (request.guest and attempt.actor == ANONYMOUS):
             attempt.answer = rules.check_lines(request.lines)
         else:
             attempt.answer = UserNotFound(user_id=request.user_id)
@@ -174,13 +191,13 @@ def _validate(attempts: Sequence[Placement]) -> None:
 
 def _prepare(
     attempt: Placement,
-    users: dict[int, User | ServiceError],
+    users: dict[int, User | ServiceError | None],
     quotes: dict[int, Quote | ServiceError],
     nonce: int,
 ) -> NewOrder | ServiceError:
     """The order as it will be written, or the first reason why it will not be."""
     request = attempt.request
-    user = users[request.user_id]
+    user = users[_buyer(request)]
     if isinstance(user, ServiceError):
         return user.copy()
     known: dict[int, Quote] = {}
@@ -200,7 +217,7 @@ def _prepare(
     return NewOrder(
         order=Order(
             id=NO_ID,
-            user_id=request.user_id,
+            user_id=_buyer(request),
             status="pending",
             payment="unpaid",
             fulfilment="unfulfilled",
@@ -211,6 +228,7 @@ def _prepare(
             updated_at=NO_TIME,
             version=1,
             customer_note=request.customer_note,
+            guest_email=request.guest_email if request.guest else None,
         ),
         nonce=nonce,
         payment_attempt=0 if method is None else 1,

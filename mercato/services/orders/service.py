@@ -21,12 +21,14 @@ from mercato.contracts.orders import (
     ListOrders,
     MoveOrder,
     Order,
+    OrderNotFound,
     OrderPage,
     PaymentInProgress,
 )
 from mercato.contracts.roles import CUSTOMER
 
 from . import rules, store
+from .guests import Guests, without_email
 from .locking import Locked, in_lock
 from .paying import Paying
 from .refunding import Refunding
@@ -45,19 +47,28 @@ class OrdersService:
         *,
         paying: Paying,
         refunding: Refunding,
+        guests: Guests,
     ) -> None:
         self._database = database
         self._runner = runner
         self._paying = paying
         self._refunding = refunding
+        self._guests = guests
 
     async def get(self, batch: Batch[GetOrder]) -> Sequence[Order | ServiceError]:
         async with self._database.read() as tx:
             found = await store.get(tx, list({request.id for request in batch}))
         return [
             rules.visible(found[request.id].order if request.id in found else None, request.id, actor)
+            if request.access_token is None
+            else self._of_guest(found.get(request.id), request)
             for request, actor in zip(batch, batch.actors, strict=True)
         ]
+
+    def _of_guest(self, record: store.OrderRecord | None, request: GetOrder) -> Order | OrderNotFound:
+        if record is None or not self._guests.admits(record, request.access_token):
+            return OrderNotFound(order_id=request.id)
+        return without_email(record.order)
 
     async def list(self, request: ListOrders) -> OrderPage:
         actor = current.get().actor
@@ -125,14 +136,16 @@ class OrdersService:
         return order
 
     async def history(self, request: GetHistory) -> History:
-        async with self._database.read() as tx:
+        async with self._guests.acting(request.id, request.access_token), self._database.read() as tx:
             await store.seen(tx, request.id, current.get().actor)
             return History(entries=entries_of(await store.history(tx, request.id)))
 
     async def settled(self, request: AwaitOrder) -> Order:
-        await self._seen(request.id)
-        await self._paying.wait_until_idle(request.id, request.wait_ms / 1_000)
-        return await self._seen(request.id)
+        async with self._guests.acting(request.id, request.access_token):
+            await self._seen(request.id)
+            await self._paying.wait_until_idle(request.id, request.wait_ms / 1_000)
+            order = await self._seen(request.id)
+        return order if request.access_token is None else without_email(order)
 
     async def _seen(self, order_id: int) -> Order:
         async with self._database.read() as tx:

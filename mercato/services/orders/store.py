@@ -80,6 +80,7 @@ class OrderRow(Row):
     refund_pending_minor: int
     customer_note: str
     waived_minor: int
+    guest_email: str | None
 
 
 COLUMNS: Final = ", ".join(f"o.{name}" for name in OrderRow.__struct_fields__)
@@ -169,6 +170,7 @@ class KeyedOrder(msgspec.Struct, frozen=True):
     """The order that was placed with a key, and for which request."""
 
     order: Order
+    nonce: int
     fingerprint: bytes
 
 
@@ -177,6 +179,7 @@ INSERTED: Final[Mapping[str, tuple[str, Callable[[NewOrder], object]]]] = {
     "currency": ("text", operator.attrgetter("order.currency")),
     "total_minor": ("bigint", operator.attrgetter("order.total_minor")),
     "customer_note": ("text", operator.attrgetter("order.customer_note")),
+    "guest_email": ("text", operator.attrgetter("order.guest_email")),
     "nonce": ("bigint", operator.attrgetter("nonce")),
     "payment_attempt": ("integer", operator.attrgetter("payment_attempt")),
     "lines": ("json", lambda new: _stored_lines(new.order.lines)),
@@ -266,7 +269,9 @@ async def by_keys(tx: Tx, identities: Sequence[Identity]) -> dict[Identity, Keye
     )
     found = await get(tx, [row.order_id for row in rows]) if rows else {}
     return {
-        (row.principal, row.key): KeyedOrder(rules.as_placed(found[row.order_id].order), row.fingerprint)
+        (row.principal, row.key): KeyedOrder(
+            rules.as_placed(found[row.order_id].order), found[row.order_id].nonce, row.fingerprint
+        )
         for row in rows
     }
 

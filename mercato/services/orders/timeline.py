@@ -13,20 +13,22 @@ from mercato.contracts.orders import GetTimeline, HistoryEntry, Timeline, Timeli
 from mercato.contracts.payments import Payments, PaymentStep, TracePayments
 
 from . import rules, store
+from .guests import Guests
 from .store import HistoryRow
 
 
 class Tracing:
     """Asks the services that did something for an order. Times are those of their databases."""
 
-    def __init__(self, database: Database, *, inventory: Inventory, payments: Payments) -> None:
+    def __init__(self, database: Database, guests: Guests, *, inventory: Inventory, payments: Payments) -> None:
         self._database = database
+        self._guests = guests
         self._inventory = inventory
         self._payments = payments
 
     async def timeline(self, request: GetTimeline) -> Timeline:
         order_id = request.id
-        async with self._database.read() as tx:
+        async with self._guests.acting(order_id, request.access_token), self._database.read() as tx:
             nonce = (await store.seen(tx, order_id, current.get().actor)).nonce
             transitions = await store.history(tx, order_id)
         with as_service():

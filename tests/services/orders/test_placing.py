@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from mercato.chassis.contract import (
     Actor,
-    Forbidden,
     Internal,
     InvalidRequest,
     ServiceError,
@@ -21,6 +21,7 @@ from mercato.chassis.observability.faults import Fault
 from mercato.contracts.money import MAX_MINOR
 from mercato.contracts.orders import (
     LINES_LIMIT,
+    NO_USER,
     QUANTITY_LIMIT,
     GetOrder,
     MixedCurrencies,
@@ -249,10 +250,14 @@ async def test_the_total_that_was_shown_is_accepted(harness: OrdersHarness):
     assert (await harness.place(of(MUG, expected_total_minor=1_250, expected_currency="USD"))).total_minor == 1_250
 
 
-async def test_staff_place_for_others_and_anonymous_actors_place_nothing(harness: OrdersHarness):
+async def test_staff_place_for_others_and_anonymous_actors_for_guests_alone(harness: OrdersHarness):
     assert (await harness.place(mugs(user_id=2), STAFF)).user_id == 2
-    with pytest.raises(Forbidden):
+    with pytest.raises(UserNotFound):
         await harness.place(mugs(), Actor("anonymous"))
+    of_guest = msgspec.structs.replace(mugs(), user_id=NO_USER, guest=True)
+    assert (await harness.place(of_guest, Actor("anonymous"))).user_id == 0
+    with pytest.raises(UserNotFound):
+        await harness.place(of_guest, Actor("customer", 1))
 
 
 # ------------------------------------------------------------------------------------------------------------ batches

@@ -1,0 +1,51 @@
+"""Guests at the edge: who calls without an account, to order or with the access token of an order.
+
+The token comes as `?access_token=...` or `Authorization: Guest ...`. Whether it is right, the orders service says: a
+wrong one answers like an unknown order.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mercato.gateway.route import Limits
+from mercato.gateway.validation import invalid
+
+PARAMETER: Final = b"access_token="
+SCHEME: Final = b"guest"
+ORDERS: Final = Limits(per_second=1, burst=30)
+"""How often guests of one address may order: each order holds stock."""
+KEY_LENGTH: Final = 22
+"""The least characters of a guest's Idempotency-Key, 128 bits in base64: who sends the key and the request of another
+guest gets that order, with its access token."""
+TOKEN_LENGTH: Final = 64
+
+
+def is_guest_scheme(authorization: bytes) -> bool:
+    return authorization[:6].lower() == b"guest "
+
+
+def access_token(authorization: bytes | None, query: bytes) -> tuple[str | None, bytes]:
+    """The access token of a request, or None; and its query string without it. Raises `InvalidRequest`."""
+    token = None
+    if PARAMETER in query:
+        parts = query.split(b"&")
+        given = [part for part in parts if part.startswith(PARAMETER)]
+        if len(given) > 1:
+            raise invalid(("?access_token", "is given more than once"))
+        if given:
+            token = given[0].removeprefix(PARAMETER)
+            query = b"&".join(part for part in parts if not part.startswith(PARAMETER))
+    if token is None and authorization is not None and is_guest_scheme(authorization):
+        token = authorization[6:].strip()
+    if token is None:
+        return None, query
+    # One that is too long is as wrong as any other.
+    return token.decode("latin-1") if len(token) <= TOKEN_LENGTH else "", query
+
+
+def check_key(key: str | None) -> None:
+    """Raises `InvalidRequest` for an Idempotency-Key that others could guess."""
+    if key is not None and len(key) < KEY_LENGTH:
+        message = f"has fewer than {KEY_LENGTH} characters, the least for a caller without an account; use a fresh UUID"
+        raise invalid(("header Idempotency-Key", message))

@@ -1,0 +1,67 @@
+"""Guests: who ordered without an account, and shows so with the access token of the order.
+
+The token is an HMAC (SHA-256) of the order's id and nonce under a key of this service: nothing is stored, a replay
+answers with the same token, and a restored database that gives an id again gives it another token, for the nonce is
+random. With another secret of the shop all tokens are void.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import hmac
+from collections.abc import AsyncGenerator
+from typing import Final
+
+import msgspec
+
+from mercato.chassis.contract import Actor, acting_as
+from mercato.chassis.postgres.database import Database
+from mercato.contracts.orders import Order, OrderNotFound
+from mercato.contracts.roles import GUEST, GUEST_USER
+
+from . import store
+from .store import OrderRecord
+
+KEY_PURPOSE: Final = "guests"
+
+
+class Guests:
+    """`key`: 32 secret bytes, the same in every process of this service."""
+
+    def __init__(self, database: Database, key: bytes) -> None:
+        self._database = database
+        self._key = key
+
+    def access_token(self, order_id: int, nonce: int) -> str:
+        """43 letters, digits, `-` and `_`."""
+        digest = hmac.digest(self._key, order_id.to_bytes(8) + nonce.to_bytes(8), hashlib.sha256)
+        return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+
+    def admits(self, record: OrderRecord | None, access_token: str | None) -> bool:
+        """Whether this is the token of an order that is there, and a guest's. Compared in constant time."""
+        if record is None or access_token is None or record.order.user_id != GUEST_USER:
+            return False
+        return hmac.compare_digest(self.access_token(record.id, record.nonce).encode(), access_token.encode())
+
+    @contextlib.asynccontextmanager
+    async def acting(self, order_id: int, access_token: str | None) -> AsyncGenerator[None]:
+        """Calls in this block are made by the guest of an order; without a token, by their caller.
+
+        Raises `OrderNotFound` for a wrong token. A token that is right stays so: the nonce of an order never changes.
+        """
+        if access_token is None:
+            yield
+            return
+        async with self._database.read() as tx:
+            record = (await store.get(tx, [order_id])).get(order_id)
+        if not self.admits(record, access_token):
+            raise OrderNotFound(order_id=order_id)
+        with acting_as(Actor(GUEST, order_id)):
+            yield
+
+
+def without_email(order: Order) -> Order:
+    """The order as all but staff see it."""
+    return order if order.guest_email is None else msgspec.structs.replace(order, guest_email=None)
