@@ -806,7 +806,30 @@ async def life_with_secrets(shop: Shop, person: Person) -> tuple[list[Response],
         else:
             replies.append(await send(shop, method, path, **options))
     replies.append(await fail(shop, password))
-    return replies, [access, refresh, forged, fresh["access_token"], fresh["refresh_token"], "$argon2id$"]
+    guest = await guest_with_secrets(shop, replies)
+    return replies, [access, refresh, forged, fresh["access_token"], fresh["refresh_token"], "$argon2id$", guest]
+
+
+async def guest_with_secrets(shop: Shop, replies: list[Response]) -> str:
+    """The access token of an order, with which everything was asked that it opens, and a failure was met."""
+    placed = await send(shop, "POST", "/orders", {"product_id": 100}, headers={"Prefer": "wait=20"})
+    assert placed.status == 201, placed.body
+    order_id, token = placed.json["id"], placed.json["access_token"]
+    for path in (f"/orders/{order_id}", f"/orders/{order_id}/timeline", f"/orders/{order_id}/nothing"):
+        replies.append(await send(shop, "GET", f"{path}?access_token={token}"))
+        replies.append(await send(shop, "GET", path, headers={"Authorization": f"Guest {token}"}))
+    replies.append(await send(shop, "POST", f"/payments/process?access_token={token}&order_id={order_id}&amount=x"))
+
+    async def explode(_: str) -> None:
+        raise RuntimeError("an injected failure")
+
+    remove = faults.inject("orders.cancel.before_commit", explode)
+    try:
+        reply = await send(shop, "POST", f"/orders/{order_id}/cancel?access_token={token}")
+    finally:
+        remove()
+    assert_problem(reply, 500, "internal")
+    return token
 
 
 async def fail(shop: Shop, password: str) -> Response:

@@ -7,6 +7,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from mercato import topology
+from mercato.chassis.http import bind
 from mercato.testing.responses import Response, assert_problem
 from mercato.testing.shop import Shop
 from mercato.testing.shop_data import new_person, new_product, settled_order, unique
@@ -14,15 +16,17 @@ from mercato.testing.shop_data import new_person, new_product, settled_order, un
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-async def send(shop: Shop, line: str, body: str | None = None, token: str | None = None) -> Response:
+async def send(
+    shop: Shop, line: str, body: str | None = None, token: str | None = None, port: int | None = None
+) -> Response:
     """Sends a request line and a body over a socket, as they are."""
-    address = urlsplit(shop.url)
-    lines = [f"{line} HTTP/1.1", f"Host: {address.netloc}", "Connection: close"]
+    port = port or urlsplit(shop.url).port
+    lines = [f"{line} HTTP/1.1", f"Host: 127.0.0.1:{port}", "Connection: close"]
     if body is not None:
         lines += ["Content-Type: application/json", f"Content-Length: {len(body.encode())}"]
     if token is not None:
         lines.append(f"Authorization: Bearer {token}")
-    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write("\r\n".join([*lines, "", body or ""]).encode())
     head, _, sent = (await reader.read()).partition(b"\r\n\r\n")
     writer.close()
@@ -228,6 +232,36 @@ async def test_d_a_user_has_a_username(open_shop: Shop) -> None:
     assert reply.status == 200
     assert {"id": 1, "username": "Alice", "email": "alice@example.com"}.items() <= reply.json.items()
     assert_problem(await send(open_shop, "GET /user/999999999"), 404, "users.not_found")
+
+
+@pytest.mark.parametrize(
+    ("service", "line", "body", "status"),
+    [
+        ("users", "GET /user/1", None, 200),
+        ("users", "GET /customers/1", None, 200),
+        ("products", "GET /products/p1", None, 200),
+        ("orders", "POST /orders", '{"user_id": "1", "product_ids": ["p1", "p2"]}', 201),
+        ("orders", "POST /orders", '{"customer_id": 1, "items": [1, 2]}', 201),
+        ("orders", "POST /payments/process?order_id=999999999&amount=1299.99", None, 404),
+        ("products", "GET /user/1", None, 404),
+    ],
+)
+async def test_d_a_service_on_its_own_port_answers_its_own(
+    open_shop: Shop, service: str, line: str, body: str | None, status: int
+) -> None:
+    listener = bind("127.0.0.1", 0)
+    address = ("127.0.0.1", listener.getsockname()[1])
+    host = open_shop.harness.host
+    app = topology.gateway(host, open_to=address, services=(service,), caller=service)
+    stop, ready = asyncio.Event(), asyncio.Event()
+    serving = asyncio.create_task(topology.server(app, listener, host.telemetry, ready.set).run_until(stop))
+    await ready.wait()
+    try:
+        reply = await send(open_shop, line, body, port=address[1])
+    finally:
+        stop.set()
+        await serving
+    assert reply.status == status, reply.body
 
 
 async def test_d_the_profile_of_another_is_not_shown(guarded_shop: Shop) -> None:
