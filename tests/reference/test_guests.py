@@ -175,6 +175,21 @@ async def test_staff_see_orders_of_guests_and_their_email(shop: Shop) -> None:
     assert cancelled.json["email"] is None
 
 
+@pytest.mark.parametrize("email", ["nowhere", "a b@example.com", "a\x00b@example.com", "guest@localhost"])
+async def test_an_email_that_is_none_is_refused_and_named(shop: Shop, email: str) -> None:
+    product_id = await stocked(shop)
+    for form in ({"product_id": product_id}, {"product_id": product_id, "user_id": 1}):
+        token = await shop.alice() if "user_id" in form and not shop.is_open else None
+        refused = await shop.post("/orders", {**form, "email": email}, token=token)
+        assert_problem(refused, 400, "invalid_request")
+        assert refused.wrong_fields == {"email"}
+
+
+async def test_an_email_is_stored_in_one_spelling(shop: Shop) -> None:
+    placed = (await guest_order(shop, email=" Guest@EXAMPLE.com ")).json
+    assert (await as_staff(shop, f"/orders/{placed['id']}")).json["email"] == "Guest@example.com"
+
+
 async def test_a_replay_answers_with_the_same_token(shop: Shop) -> None:
     order, headers = (
         {"product_id": await stocked(shop), "email": "a@example.com"},

@@ -427,7 +427,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         etag=lambda placed: placed.order.version,
         location=lambda placed: f"/orders/{placed.order.id}",
         replayed=lambda placed: placed.replayed,
-        fields={"expected_total": "amount"},
+        fields={"expected_total": "amount", "guest_email": "email"},
         is_guest=is_guest,
         errors=(
             UserNotFound,

@@ -250,7 +250,7 @@ async def held_by_guests(tx: Tx, product_ids: Collection[int]) -> dict[int, int]
         """
         DELETE FROM guest_holds g
          WHERE g.product_id = ANY($1::bigint[])
-           AND NOT (SELECT r.state = 'held' FROM reservations r WHERE r.order_id = g.order_id)
+           AND NOT EXISTS (SELECT FROM reservations r WHERE r.order_id = g.order_id AND r.state = 'held')
         """,
         list(product_ids),
     )

@@ -23,6 +23,7 @@ import msgspec
 from mercato.chassis.contract import ANONYMOUS, ServiceError
 from mercato.chassis.idempotency.batch import KeyedAttempt, KeyedBatch, Stored, unsettled
 from mercato.chassis.idempotency.keys import Identity
+from mercato.chassis.mail import addresses
 from mercato.chassis.observability import faults
 from mercato.chassis.observability.clock import Randomness
 from mercato.chassis.postgres.database import Database
@@ -184,7 +185,7 @@ def _validate(attempts: Sequence[Placement]) -> None:
     for attempt in attempts:
         request = attempt.request
         if may_see(attempt.actor, _buyer(request)) or (request.guest and attempt.actor == ANONYMOUS):
-            attempt.answer = rules.check_lines(request.lines)
+            attempt.answer = rules.check_request(request)
         else:
             attempt.answer = UserNotFound(user_id=request.user_id)
 
@@ -228,7 +229,7 @@ def _prepare(
             updated_at=NO_TIME,
             version=1,
             customer_note=request.customer_note,
-            guest_email=request.guest_email if request.guest else None,
+            guest_email=addresses.canonical(request.guest_email) if request.guest and request.guest_email else None,
         ),
         nonce=nonce,
         payment_attempt=0 if method is None else 1,

@@ -12,6 +12,7 @@ from typing import Final
 import msgspec
 
 from mercato.chassis.contract import Actor, FieldError, InvalidRequest, RuleBroken, ServiceError
+from mercato.chassis.mail import addresses
 from mercato.contracts.money import MAX_MINOR, to_minor
 from mercato.contracts.orders import (
     QUANTITY_LIMIT,
@@ -323,9 +324,11 @@ def with_products(request: PlaceOrder, found: Mapping[str, Product | ServiceErro
     return msgspec.structs.replace(request, lines=tuple(lines))
 
 
-def check_lines(lines: Sequence[PlaceLine]) -> InvalidRequest | None:
-    """A product stands in one line of an order: stock is reserved by order and product."""
-    errors = _repeated([line.product_id for line in lines])
+def check_request(request: PlaceOrder) -> InvalidRequest | None:
+    """A product stands in one line of an order: stock is reserved by order and product. An e-mail address is one."""
+    errors = _repeated([line.product_id for line in request.lines])
+    if request.guest_email is not None and (problem := addresses.problem(addresses.composed(request.guest_email))):
+        errors = (*errors, FieldError(field="guest_email", message=problem))
     return InvalidRequest(errors=errors) if errors else None
 
 

@@ -390,7 +390,7 @@ def test_an_order_has_the_one_currency_of_its_products_or_is_refused(basket: dic
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=12))
 def test_every_repetition_of_a_product_is_named(product_ids: list[int]):
-    wrong = rules.check_lines([PlaceLine(product_id=i) for i in product_ids])
+    wrong = rules.check_request(PlaceOrder(user_id=1, lines=tuple(PlaceLine(product_id=i) for i in product_ids)))
 
     repeated = [n for n, i in enumerate(product_ids) if i in product_ids[:n]]
     named = [error.field for error in wrong.errors] if wrong else []
