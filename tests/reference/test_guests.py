@@ -198,6 +198,7 @@ async def test_a_replay_answers_with_the_same_token(shop: Shop) -> None:
     first, again = [await ordered(shop, order, **headers) for _ in range(2)]
     assert (first.status, again.status, again.headers["idempotent-replayed"]) == (201, 201, "true")
     assert again.json == first.json
+    assert first.json["email"] is None
     assert_problem(await ordered(shop, {**order, "quantity": 2}, **headers), 422, "idempotency_key_reused")
 
 
