@@ -79,6 +79,7 @@ CALLS: Final[Mapping[str, tuple[Operation[Any, Any], ...]]] = {
         Payments.authorize,
         Payments.charge,
         Payments.capture,
+        Payments.capture_part,
         Payments.void,
         Payments.refund,
         Payments.get,

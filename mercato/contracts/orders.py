@@ -122,7 +122,7 @@ class Order(Message):
     """Of a cancelled order."""
     customer_note: str = ""
     waived_minor: int = 0
-    """What of the total is not taken: it was sold on account, and these goods came back before they were paid."""
+    """What of the total is not taken: goods came back before they were paid, or only a part was captured."""
 
     @property
     def payable_minor(self) -> int:
@@ -228,6 +228,19 @@ class MovePayment(Message):
     """Captures or voids the payment of an order that waits for that."""
 
     payment_id: OrderId
+
+
+class CapturePart(Message):
+    """Captures a payment that was authorized: an amount of it, or all. The rest is given back, and not due any more.
+
+    Once, with one amount: with another one it is `payments.CaptureAmountChanged`.
+    """
+
+    payment_id: OrderId
+    amount_minor: Annotated[int, Meta(ge=1)] | None = None
+    currency: str | None = None
+    amount: AmountText | None = None
+    """As `amount_minor`, in the currency of the order, and before it."""
 
 
 class RefundOrder(Message):
@@ -478,6 +491,7 @@ class Orders(Contract, name="orders"):
     timeline = single(GetTimeline, Timeline, allow=EVERYBODY, retry=Retry.SAFE)
     pay = single(PayOrder, PaidOrder, allow=EVERYBODY, lanes=256, retry=Retry.KEYED)
     capture = single(MovePayment, PaidOrder, allow=STAFF_ONLY)
+    capture_part = single(CapturePart, PaidOrder, allow=STAFF_ONLY)
     void = single(MovePayment, PaidOrder, allow=STAFF_ONLY)
     refund = single(RefundOrder, Refund, allow=STAFF_ONLY, retry=Retry.KEYED)
     take_back = single(ReturnOrder, Refund, allow=STAFF_ONLY, retry=Retry.KEYED)

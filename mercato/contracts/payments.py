@@ -111,6 +111,20 @@ class CapturePayment(Message):
     order_nonce: OrderNonce = 0
 
 
+class CapturePart(Message):
+    """Takes a part of what was authorized; the provider gives the rest back. Otherwise as `CapturePayment`.
+
+    Once, with one amount: with another one it is `CaptureAmountChanged`. An operation of its own: a service that does
+    not know it must not take the whole.
+    """
+
+    order_id: OrderId
+    attempt: Attempt
+    amount_minor: Annotated[int, Meta(ge=1)]
+    idempotency_key: str
+    order_nonce: OrderNonce = 0
+
+
 class VoidPayment(Message):
     """Gives an authorization back, after settling an authorize or charge whose result is not known. Once.
 
@@ -240,6 +254,26 @@ class PaymentStateConflict(ServiceError, code="payments.state_conflict", kind=Ki
     wanted: str
 
 
+class CaptureTooLarge(MoneyError, code="payments.capture_too_large", kind=Kind.CONFLICT):
+    """More was to be captured than was authorized. Nothing was taken."""
+
+    sentence = "Payment {payment_id} has {authorized_minor} authorized; {wanted_minor} cannot be captured."
+    payment_id: int
+    wanted_minor: int
+    authorized_minor: int
+    currency: str
+
+
+class CaptureAmountChanged(MoneyError, code="payments.capture_amount_changed", kind=Kind.CONFLICT):
+    """A payment is captured once: with the first amount. To give some of it back, refund it."""
+
+    sentence = "Payment {payment_id} is captured with {captured_minor}, not {wanted_minor}."
+    payment_id: int
+    wanted_minor: int
+    captured_minor: int
+    currency: str
+
+
 class RefundTooLarge(MoneyError, code="payments.refund_too_large", kind=Kind.CONFLICT):
     sentence = "Payment {payment_id} has {left_minor} left to refund, not {wanted_minor}."
     payment_id: int
@@ -287,6 +321,7 @@ class Payments(Contract, name="payments"):
     authorize = batched(AuthorizePayment, Payment, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
     charge = batched(ChargePayment, Payment, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
     capture = batched(CapturePayment, Payment, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
+    capture_part = batched(CapturePart, Payment, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
     void = batched(VoidPayment, Payment, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
     refund = batched(RefundPayment, Payment, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
     get = batched(GetPayment, Payment, allow=SIGNED_IN, retry=Retry.SAFE)

@@ -235,6 +235,30 @@ async def test_an_amount_is_reserved_and_taken_later(open_shop: Shop) -> None:
     assert (await order_of(open_shop, order))["payment"] == "paid"
 
 
+async def test_a_part_of_what_was_reserved_is_taken(open_shop: Shop) -> None:
+    order = await placed(open_shop)
+    reserved = await pay(open_shop, order, capture=False)
+    path = f"/payments/{reserved.json['id']}/capture"
+    too_much = await open_shop.post(path, {"amount": "100.00"})
+    other_currency = await open_shop.post(path, {"amount": "10.00", "currency": "EUR"})
+
+    captured = await open_shop.post(path, {"amount": 79.99, "currency": "USD"})
+    again = await open_shop.post(path, {"amount": "79.99"})
+    other = await open_shop.post(path, {"amount": "80.00"})
+    whole = await open_shop.post(path)
+
+    assert_problem(too_much, 409, "payments.capture_too_large")
+    assert_problem(other_currency, 400, "invalid_request")
+    assert other_currency.wrong_fields == {"currency"}
+    assert (captured.status, captured.json["status"], captured.json["amount"]) == (200, "captured", PRICE)
+    assert captured.json["captured"]["amount"] == "79.99"
+    assert again.body == captured.body
+    for refused in (other, whole):
+        assert_problem(refused, 409, "payments.capture_amount_changed")
+    now = await order_of(open_shop, order)
+    assert (now["payment"], now["paid"]["amount"], now["total"]) == ("paid", "79.99", PRICE)
+
+
 async def test_an_amount_is_reserved_and_given_back(open_shop: Shop) -> None:
     order = await placed(open_shop)
     reserved = await pay(open_shop, order, capture=False)

@@ -443,7 +443,8 @@ def _settle(machine: CheckoutMachine, order: Order, state: Checkout) -> StepRun:
     decision = steps.after_commit(order, state, sold)
     if decision is not None:
         return decision
-    captured = yield lambda: machine.payments.execute(Target("capture"), state.attempt)
+    target = Target("capture", amount_minor=state.capture_minor or 0)
+    captured = yield lambda: machine.payments.execute(target, state.attempt)
     assert isinstance(captured, PaymentRecord | ServiceError)
     return steps.after_capture(order, state, captured)
 
@@ -613,7 +614,7 @@ class CheckoutMachine(RuleBasedStateMachine):
             payment=decision.payment or order.payment,
             refunded_minor=order.refunded_minor + decision.refunded_minor,
             reason=decision.reason or order.reason,
-            waived_minor=(rules.returned_value(order.lines) if decision.payment == "unpaid" else order.waived_minor),
+            waived_minor=order.waived_minor if decision.waived_minor is None else decision.waived_minor,
         )
         self.on_account |= decision.state.on_account and decision.status == "confirmed"
         assert not (decision.finished and decision.running)
@@ -679,9 +680,11 @@ class CheckoutMachine(RuleBasedStateMachine):
         self.redirect(Decision("reserve", "confirmed by hand", state, running=True))
 
     @precondition(lambda self: self.step == "authorized")
-    @rule()
-    def capture(self) -> None:
-        state = msgspec.structs.replace(self.state, capture=True)
+    @rule(part=st.sampled_from([None, 0.25, 0.5]))
+    def capture(self, part: float | None = None) -> None:
+        """Staff take what was authorized, or a part of it."""
+        capture_minor = None if part is None else int(self.order.payable_minor * part) or None
+        state = msgspec.structs.replace(self.state, capture=True, capture_minor=capture_minor)
         self.redirect(Decision("settle", "capture requested", state, running=True))
 
     @precondition(lambda self: self.step == FINISHED and self.order.payment in rules.REFUNDABLE)

@@ -153,6 +153,34 @@ def test_an_authorize_without_an_answer_is_repeated_with_the_same_key(loss: Loss
     assert machine.bank.open_charges == 1
 
 
+@pytest.mark.parametrize("loss", [None, *LOSSES])
+def test_a_part_is_captured_once_and_refunded_no_further(loss: Loss | None):
+    machine = authorized()
+    machine.capture(0.5)
+    if loss is not None:
+        machine.lose(loss)
+        machine.go_on(calls=1)
+        machine.take_over()
+    machine.go_on(calls=3)
+    assert_at(machine, FINISHED, "confirmed", "paid")
+    assert machine.bank.net_minor == machine.order.paid_minor == PRICE_MINOR // 2
+
+    machine.refund(is_rest=True)
+    assert_at(machine, FINISHED, "confirmed", "refunded")
+    assert machine.bank.net_minor == 0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_cancel_while_a_part_is_captured_gives_it_back(loss: Loss):
+    machine = authorized()
+    machine.capture(0.5)
+    machine.lose(loss)
+    machine.cancel()
+    machine.go_on(calls=7)
+    assert_at(machine, FINISHED, "cancelled", "refunded")
+    assert machine.order.refunded_minor == machine.order.paid_minor == PRICE_MINOR // 2
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_capture_without_an_answer_is_repeated_with_the_same_key(loss: Loss):
     machine = authorized()

@@ -17,9 +17,9 @@ from mercato.services.payments.rules import (
 )
 from services.payments.values import AMOUNT, Operation, Payment
 
-TARGETS = st.sampled_from([Target("authorize"), Target("charge"), Target("capture"), Target("void")]) | st.builds(
-    Target, st.just("refund"), st.sampled_from(["a", "b", "c"]), st.sampled_from([40, 60, 100])
-)
+TARGETS = st.sampled_from(
+    [Target("authorize"), Target("charge"), Target("capture"), Target("capture", amount_minor=30), Target("void")]
+) | st.builds(Target, st.just("refund"), st.sampled_from(["a", "b", "c"]), st.sampled_from([40, 60, 100]))
 WAYS = [None, (), (Target("authorize"),), (Target("authorize"), Target("capture")), (Target("charge"),)]
 FATES = st.sampled_from(["done", "the answer is lost", "the call is late", "the answer is late", "the power fails"])
 

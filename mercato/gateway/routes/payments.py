@@ -35,6 +35,13 @@ class PayIn(Input):
     ] = True
 
 
+class CaptureIn(Input):
+    """Without `amount`, all that was reserved. What is not taken is given back, and not due any more."""
+
+    amount: Annotated[Amount, Meta(examples=["79.99"])] | None = None
+    currency: Currency | None = None
+
+
 class RefundIn(Input):
     """Without `amount`, all that is left."""
 
@@ -136,6 +143,15 @@ def _refund(request: RouteRequest) -> orders.RefundOrder:
     )
 
 
+def _capture(request: RouteRequest) -> orders.CapturePart:
+    body: CaptureIn = request.body
+    errors: list[FieldError] = []
+    checked_currency("currency", body.currency, errors)
+    if errors:
+        raise InvalidRequest(errors=tuple(errors))
+    return orders.CapturePart(payment_id=request.path["id"], amount=text_of(body.amount), currency=body.currency)
+
+
 def _version(payment: Payment) -> int:
     return payment.version
 
@@ -223,14 +239,24 @@ ROUTES: Final[tuple[Route, ...]] = (
     Route(
         method="POST",
         path="/payments/{id}/capture",
-        operation=Orders.capture,
-        summary="Take the money of a payment that was only reserved",
+        operation=Orders.capture_part,
+        summary="Take the money of a payment that was only reserved: all, or a part",
         roles=STAFF_ONLY,
-        request=lambda request: orders.MovePayment(payment_id=request.path["id"]),
+        body=CaptureIn,
+        body_optional=True,
+        examples={"a part, and the rest is given back": {"amount": 79.99}},
+        request=_capture,
         answer=paid_out,
         output=PaymentOut,
         etag=lambda paid: paid.payment.version,
-        errors=(contract.PaymentNotFound, orders.IllegalMove, orders.PaymentDeclined),
+        errors=(
+            contract.PaymentNotFound,
+            contract.CaptureTooLarge,
+            contract.CaptureAmountChanged,
+            orders.IllegalMove,
+            orders.PaymentDeclined,
+            orders.PaymentInProgress,
+        ),
     ),
     Route(
         method="POST",

@@ -82,6 +82,7 @@ def build(env: Env) -> Service:
     server.register(Orders.timeline, Tracing(database, guests, inventory=inventory, payments=payments).timeline)
     server.register(Orders.pay, paying.pay)
     server.register(Orders.capture, paying.capture)
+    server.register(Orders.capture_part, paying.capture_part)
     server.register(Orders.void, paying.void)
     server.register(Orders.refund, refunding.refund)
     server.register(Orders.take_back, refunding.take_back)

@@ -42,6 +42,7 @@ from mercato.contracts.orders import Order
 from mercato.contracts.payments import (
     AnotherOrder as PaymentOfAnotherOrder,
     AuthorizePayment,
+    CapturePart,
     CapturePayment,
     ChargePayment,
     Payment as PaymentRecord,
@@ -128,7 +129,12 @@ class CheckoutSteps:
         works = await self._load(sagas)
         for work, answer in await self._call("commit", self._inventory.commit.many, works, _commit):
             work.decision = steps.after_commit(work.order, work.state, answer)
-        for work, answer in await self._call("capture", self._payments.capture.many, _undecided(works), _capture):
+        wholes = [work for work in _undecided(works) if work.state.capture_minor is None]
+        parts = [work for work in _undecided(works) if work.state.capture_minor is not None]
+        for work, answer in (
+            *await self._call("capture", self._payments.capture.many, wholes, _capture),
+            *await self._call("capture", self._payments.capture_part.many, parts, _capture_part),
+        ):
             work.decision = steps.after_capture(work.order, work.state, answer)
         await self._save("settle", works)
 
@@ -262,8 +268,13 @@ def _move(work: Work) -> store.Move | None:
     if not isinstance(decision, Decision) or not (decision.status or decision.payment):
         return None
     is_on_account = work.state.on_account and decision.status == "confirmed"
+    order = work.order
+    is_waiving = decision.waived_minor is not None and decision.waived_minor != order.waived_minor
+    if is_waiving:
+        order = msgspec.structs.replace(order, waived_minor=decision.waived_minor)
     return store.Move(
-        work.order,
+        order,
+        is_waiving=is_waiving,
         status=decision.status,
         payment=decision.payment,
         reason=decision.reason,
@@ -347,6 +358,17 @@ def _capture(work: Work) -> CapturePayment:
         order_id=work.id,
         order_nonce=work.record.nonce,
         attempt=work.state.attempt,
+        idempotency_key=f"order:{work.id}:capture:{work.state.attempt}",
+    )
+
+
+def _capture_part(work: Work) -> CapturePart:
+    assert work.state.capture_minor is not None
+    return CapturePart(
+        order_id=work.id,
+        order_nonce=work.record.nonce,
+        attempt=work.state.attempt,
+        amount_minor=work.state.capture_minor,
         idempotency_key=f"order:{work.id}:capture:{work.state.attempt}",
     )
 

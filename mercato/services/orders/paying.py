@@ -32,6 +32,7 @@ from mercato.contracts.orders import (
     AmountNotDue,
     Axis,
     CancelOrder,
+    CapturePart,
     MovePayment,
     NotPayable,
     Order,
@@ -133,9 +134,13 @@ class Paying:
         return begun
 
     async def capture(self, request: MovePayment) -> PaidOrder:
-        """Takes the money of a payment that was authorized by hand."""
+        """Takes all the money of a payment that was authorized by hand."""
+        return await self.capture_part(CapturePart(payment_id=request.payment_id))
+
+    async def capture_part(self, request: CapturePart) -> PaidOrder:
+        """Takes an amount of a payment that was authorized by hand, or all."""
         payment = await self._get(request.payment_id)
-        await self._send(payment.order_id, "pay", functools.partial(_capture, payment))
+        await self._send(payment.order_id, "pay", functools.partial(_capture, payment, request))
         await self.wait_until_idle(payment.order_id)
         captured = await self._get(request.payment_id)
         if captured.status == "voided":  # it ran out before
@@ -306,19 +311,24 @@ def _check_due(order: Order, request: PayOrder) -> None:
     )
 
 
-def _capture(payment: PaymentRecord, locked: Locked) -> Decision | None:
+def _capture(payment: PaymentRecord, request: CapturePart, locked: Locked) -> Decision | None:
     order, attempt = locked.order, locked.record.payment_attempt
-    paid = order.payment in ("paid", "partially_refunded", "refunded") and payment.attempt == attempt
-    if paid or payment.status in ("captured", "partially_refunded", "refunded"):
-        return None  # a repetition
+    wanted_minor = rules.check_capture(order, payment, request)
+    if payment.captured_minor:
+        return rules.check_captured(payment, wanted_minor, payment.captured_minor)  # a repetition
+    if order.paid_minor and payment.attempt == attempt:
+        return rules.check_captured(payment, wanted_minor, order.paid_minor)  # the same, since `payment` was read
     if payment.attempt != attempt:
         _raise_illegal(order, "payment", "paid")
     step = locked.checkout.step if locked.checkout else None
-    if step == "settle":
-        return None  # it is being captured at this moment
+    if step == "settle" and locked.state.capture:  # it is being captured at this moment
+        return rules.check_captured(payment, wanted_minor, locked.state.capture_minor or payment.amount_minor)
+    if step == "settle":  # its stock is being sold
+        raise PaymentInProgress(order_id=order.id)
     if order.payment != "authorized" or step != "authorized":
         _raise_illegal(order, "payment", "paid")
-    state = msgspec.structs.replace(locked.state, capture=True)
+    part_minor = None if wanted_minor == payment.amount_minor else wanted_minor
+    state = msgspec.structs.replace(locked.state, capture=True, capture_minor=part_minor)
     return Decision("settle", "capture requested", state, running=True)
 
 

@@ -17,6 +17,7 @@ from mercato.contracts.money import MAX_MINOR, to_minor
 from mercato.contracts.orders import (
     QUANTITY_LIMIT,
     Axis,
+    CapturePart,
     IllegalMove,
     MixedCurrencies,
     NothingToRefund,
@@ -30,6 +31,7 @@ from mercato.contracts.orders import (
     RefundOrder,
     ReturnLine,
 )
+from mercato.contracts.payments import CaptureAmountChanged, CaptureTooLarge, Payment as PaymentRecord
 from mercato.contracts.products import Product, Quote
 from mercato.contracts.roles import GUEST, may_see
 
@@ -216,14 +218,49 @@ def check_refund(order: Order, request: RefundOrder, left_minor: int) -> int:
     """How much is to be given back. Raises `IllegalMove`, `InvalidRequest` or `NothingToRefund`."""
     if order.payment not in REFUNDABLE:
         raise illegal(order, "payment", "refunded")
-    if request.currency is not None and request.currency != order.currency:
-        wrong = FieldError(field="currency", message=f"is not that of the order, {order.currency}")
-        raise InvalidRequest(errors=(wrong,))
+    check_currency(order, request.currency)
     wanted = minor_of("amount", request.amount, request.amount_minor, order.currency)
     amount = left_minor if wanted is None else wanted
     if not 0 < amount <= left_minor:
         raise NothingToRefund(order_id=order.id, wanted_minor=amount, left_minor=left_minor, currency=order.currency)
     return amount
+
+
+def check_capture(order: Order, payment: PaymentRecord, request: CapturePart) -> int:
+    """How much is to be taken of a payment. Raises `InvalidRequest` or `CaptureTooLarge`."""
+    check_currency(order, request.currency)
+    wanted = minor_of("amount", request.amount, request.amount_minor, order.currency)
+    if wanted is None:
+        return payment.amount_minor
+    if wanted == 0:
+        message = "is nothing; to take nothing, void the payment"
+        raise InvalidRequest(errors=(FieldError(field="amount", message=message),))
+    if wanted > payment.amount_minor:
+        raise CaptureTooLarge(
+            payment_id=payment.id,
+            wanted_minor=wanted,
+            authorized_minor=payment.amount_minor,
+            currency=order.currency,
+        )
+    return wanted
+
+
+def check_captured(payment: PaymentRecord, wanted_minor: int, captured_minor: int) -> None:
+    """Whether a capture is a repetition of the one that was made. Raises `CaptureAmountChanged`."""
+    if wanted_minor != captured_minor:
+        raise CaptureAmountChanged(
+            payment_id=payment.id,
+            wanted_minor=wanted_minor,
+            captured_minor=captured_minor,
+            currency=payment.currency,
+        )
+
+
+def check_currency(order: Order, currency: str | None) -> None:
+    """Raises `InvalidRequest` for another currency than that of the order."""
+    if currency is not None and currency != order.currency:
+        wrong = FieldError(field="currency", message=f"is not that of the order, {order.currency}")
+        raise InvalidRequest(errors=(wrong,))
 
 
 def not_returned(order: Order) -> tuple[ReturnLine, ...]:

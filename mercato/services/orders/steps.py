@@ -67,6 +67,8 @@ class Checkout(msgspec.Struct, frozen=True, omit_defaults=True):
     """Staff confirm the order without a payment."""
     confirmed_by: int = 0
     """The account of that member of staff, where it is known."""
+    capture_minor: int | None = None
+    """What staff take of what was authorized; None: all of it."""
 
 
 def encoded(state: Checkout) -> str:
@@ -89,6 +91,8 @@ class Decision(msgspec.Struct, frozen=True):
     payment: Payment | None = None
     reason: CancelReason | None = None
     refunded_minor: int = 0
+    waived_minor: int | None = None
+    """What of the total was not taken; None: as before."""
 
 
 class RetryLater(msgspec.Struct, frozen=True):
@@ -212,9 +216,10 @@ def after_capture(order: Order, state: Checkout, answer: PaymentRecord | Service
             note = f"declined {answer.code or answer.status}"
             return Decision("settle", note, left, finished=True, payment="unpaid")
         return _cancelled(state, "payment_lost", payment="voided", provider_code=answer.code)
-    if answer.captured_minor < order.payable_minor:
+    if answer.captured_minor == 0:
         return RetryLater("payments.outcome_pending")
-    return Decision("settle", "captured", state, finished=True, payment="paid")
+    waived_minor = order.total_minor - answer.captured_minor
+    return Decision("settle", "captured", state, finished=True, payment="paid", waived_minor=waived_minor)
 
 
 def after_waiting(state: Checkout) -> Decision:
@@ -235,10 +240,11 @@ def after_release(answer: Reservation) -> RetryLater | None:
 
 def after_unwind(order: Order, state: Checkout, payment: PaymentRecord | None, *, is_kept: bool = False) -> Decision:
     """Everything is undone. `payment` is the one that was undone, as it is now; `is_kept`: its refund was declined."""
+    waived_minor = order.total_minor - payment.captured_minor if payment and payment.captured_minor else None
     if is_kept or (payment and payment.captured_minor > payment.refunded_minor):
         # The provider has declined the refund for good: that is for people to settle.
         kept: Payment | None = "paid" if order.payment in ("authorized", "unpaid") else None
-        return Decision("unwind", "refund declined", state, finished=True, payment=kept)
+        return Decision("unwind", "refund declined", state, finished=True, payment=kept, waived_minor=waived_minor)
     became: Payment | None = None
     refunded_minor = 0
     if order.payment in ("authorized", "paid", "partially_refunded"):
@@ -246,7 +252,15 @@ def after_unwind(order: Order, state: Checkout, payment: PaymentRecord | None, *
         became = "refunded" if payment and payment.captured_minor else "voided"
     if order.payment in ("paid", "partially_refunded") and order.total_minor == 0:
         became = "refunded"
-    return Decision("unwind", "undone", state, finished=True, payment=became, refunded_minor=refunded_minor)
+    return Decision(
+        "unwind",
+        "undone",
+        state,
+        finished=True,
+        payment=became,
+        refunded_minor=refunded_minor,
+        waived_minor=waived_minor if became else None,
+    )
 
 
 def resumed(step: str, status: Status, payment: Payment) -> str | None:

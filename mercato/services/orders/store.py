@@ -426,6 +426,8 @@ class Move(msgspec.Struct, frozen=True):
     """Refunded with this move."""
     pending_minor: int = 0
     """How much of `refunded_minor` was reserved before (`reserve_refund`)."""
+    is_waiving: bool = False
+    """`waived_minor` of `order` is new, and written with the move."""
     on_account: bool = False
     """The move confirms the order without a payment."""
     epoch: int | None = None
@@ -452,10 +454,13 @@ async def move(tx: Tx, moves: Sequence[Move], actor: Actor) -> list[Order | None
     alike: dict[_Transition, list[Move]] = {}
     for wanted in moves:
         alike.setdefault(_transition(wanted, wanted.actor or actor), []).append(wanted)
-    if len(alike) > 1:  # several statements: all rows are locked before, in the order of their ids
+    waived = [m.order for m in moves if m.is_waiving]
+    if len(alike) > 1 or waived:  # several statements: all rows are locked before, in the order of their ids
         await tx.execute(
             "SELECT FROM orders WHERE id = ANY($1::bigint[]) ORDER BY id FOR NO KEY UPDATE", [m.order.id for m in moves]
         )
+    if waived:
+        await _waive(tx, waived)
     moved: dict[int, MovedRow] = {}
     for transition, some in alike.items():
         moved |= {row.id: row for row in await _move_alike(tx, transition, some)}
@@ -472,6 +477,21 @@ async def move(tx: Tx, moves: Sequence[Move], actor: Actor) -> list[Order | None
     ]
     tx.emit(emitted)
     return orders
+
+
+async def _waive(tx: Tx, orders: Sequence[Order]) -> None:
+    """Writes what of their totals is not taken, of orders that the caller has locked."""
+    await tx.execute(
+        """
+        UPDATE orders o
+           SET waived_minor = w.waived_minor
+          FROM unnest($1::bigint[], $2::bigint[]) AS w (id, waived_minor)
+         CROSS JOIN LATERAL (SELECT ctid AS place FROM orders WHERE id = w.id LIMIT 1) k
+         WHERE o.ctid = k.place
+        """,
+        [order.id for order in orders],
+        [order.waived_minor for order in orders],
+    )
 
 
 class _Transition(msgspec.Struct, frozen=True):
@@ -580,6 +600,4 @@ def _moved(wanted: Move, row: MovedRow) -> Order:
         refunded_minor=row.refunded_minor,
         version=row.version,
         updated_at=row.updated_at,
-        # An authorization that ran out takes its own waiver with it.
-        waived_minor=rules.returned_value(order.lines) if wanted.payment == "unpaid" else order.waived_minor,
     )

@@ -54,6 +54,7 @@ def _server(env: Env, charging: Charging, reading: PaymentsService) -> Server:
     server.register(Payments.authorize, charging.authorize)
     server.register(Payments.charge, charging.charge)
     server.register(Payments.capture, charging.capture)
+    server.register(Payments.capture_part, charging.capture_part)
     server.register(Payments.void, charging.void)
     server.register(Payments.refund, charging.refund)
     server.register(Payments.get, reading.get)

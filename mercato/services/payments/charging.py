@@ -42,6 +42,7 @@ from mercato.contracts.payments import (
     AnotherPaymentLive,
     AttemptNotFound,
     AuthorizePayment,
+    CapturePart,
     CapturePayment,
     ChargePayment,
     OperationKind,
@@ -83,6 +84,7 @@ log = structlog.stdlib.get_logger("mercato.payments")
 
 Answer = Payment | ServiceError
 OpeningRequest = AuthorizePayment | ChargePayment
+Request = OpeningRequest | CapturePayment | CapturePart | VoidPayment | RefundPayment
 Results = Mapping[OperationId, ProviderResult]
 Settled = Mapping[OperationId, PaymentRow]
 """The payments as they are now, by the operation that this process has settled."""
@@ -93,9 +95,9 @@ class PaymentRequest:
 
     __slots__ = ("answer", "attempt", "call", "nonce", "opening", "target")
 
-    def __init__(self, attempt: Attempt, nonce: int, target: Target, opening: NewPayment | None = None) -> None:
-        self.attempt = attempt
-        self.nonce = nonce
+    def __init__(self, request: Request, target: Target, opening: NewPayment | None = None) -> None:
+        self.attempt: Attempt = (request.order_id, request.attempt)
+        self.nonce = request.order_nonce
         self.target = target
         self.opening = opening
         """The payment to write where there is none; None where that is an error."""
@@ -146,10 +148,6 @@ class ProviderCall(msgspec.Struct, frozen=True, eq=False, gc=False):
         )
 
 
-def _attempt(request: OpeningRequest | CapturePayment | VoidPayment | RefundPayment) -> Attempt:
-    return request.order_id, request.attempt
-
-
 def _new_payment(request: OpeningRequest | VoidPayment, status: Status) -> NewPayment:
     """The payment that is written where there is none. A `voided` one is a tombstone."""
     return NewPayment(
@@ -189,19 +187,22 @@ class Charging:
         return await self._execute("charge", requests)
 
     async def capture(self, batch: Batch[CapturePayment]) -> Sequence[Answer]:
-        return await self._execute("capture", [PaymentRequest(_attempt(r), r.order_nonce, CAPTURE) for r in batch])
+        return await self._execute("capture", [PaymentRequest(r, CAPTURE) for r in batch])
+
+    async def capture_part(self, batch: Batch[CapturePart]) -> Sequence[Answer]:
+        requests = [PaymentRequest(r, Target("capture", amount_minor=r.amount_minor)) for r in batch]
+        return await self._execute("capture", requests)
 
     async def void(self, batch: Batch[VoidPayment]) -> Sequence[Answer]:
-        requests = [PaymentRequest(_attempt(r), r.order_nonce, VOID, _new_payment(r, "voided")) for r in batch]
+        requests = [PaymentRequest(r, VOID, _new_payment(r, "voided")) for r in batch]
         return await self._execute("void", requests)
 
     async def refund(self, batch: Batch[RefundPayment]) -> Sequence[Answer]:
-        targets = [Target("refund", request.reference, request.amount_minor) for request in batch]
-        requests = [PaymentRequest(_attempt(r), r.order_nonce, t) for r, t in zip(batch, targets, strict=True)]
+        requests = [PaymentRequest(r, Target("refund", r.reference, r.amount_minor)) for r in batch]
         return await self._execute("refund", requests)
 
     def _opening(self, request: OpeningRequest, target: Target) -> PaymentRequest:
-        opening = PaymentRequest(_attempt(request), request.order_nonce, target, _new_payment(request, "pending"))
+        opening = PaymentRequest(request, target, _new_payment(request, "pending"))
         opening.answer = self.check_method(request.method)
         return opening
 

@@ -70,7 +70,10 @@ class Provider(Protocol):
         """Authorizes and captures in one operation."""
         ...
 
-    async def capture(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]: ...
+    async def capture(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]:
+        """Takes the amount, which is not above what was authorized, and gives the rest of the reservation back."""
+        ...
+
     async def void(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]: ...
     async def refund(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]: ...
 
@@ -112,7 +115,9 @@ class SandboxProvider:
         return await _call(self._sandbox.charge, [_opening(ChargeCard, r) for r in requests])
 
     async def capture(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]:
-        captures = [CaptureCharge(idempotency_key=r.key, charge_id=_charge(r)) for r in requests]
+        captures = [
+            CaptureCharge(idempotency_key=r.key, charge_id=_charge(r), amount_minor=r.amount_minor) for r in requests
+        ]
         return await _call(self._sandbox.capture, captures)
 
     async def void(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]:

@@ -20,6 +20,8 @@ import msgspec
 
 from mercato.chassis.contract import RuleBroken, ServiceError
 from mercato.contracts.payments import (
+    CaptureAmountChanged,
+    CaptureTooLarge,
     OperationKind,
     OperationStatus,
     PaymentStateConflict,
@@ -145,7 +147,7 @@ class Target(msgspec.Struct, frozen=True, gc=False):
     kind: OperationKind
     reference: str = ""
     amount_minor: int = 0
-    """Of a refund."""
+    """Of a refund; of a capture, 0 is all that was authorized."""
 
 
 class NextOperation(msgspec.Struct, frozen=True, gc=False):
@@ -171,7 +173,7 @@ def next_operation(
         case "charge":
             return _next_to_charge(payment, known)
         case "capture":
-            return _next_to_capture(payment, known)
+            return _next_to_capture(target, payment, known)
         case "void":
             return _next_to_void(payment, known)
         case "refund":
@@ -191,17 +193,41 @@ def _opening(new: OperationKind, payment: PaymentState, known: Known) -> NextOpe
 def _next_to_charge(payment: PaymentState, known: Known) -> NextOperation | ServiceError | None:
     if payment.status == "pending":
         return _opening("charge", payment, known)
-    return _next_to_capture(payment, known) if payment.status == "authorized" else None
+    return _next_to_capture(Target("capture"), payment, known) if payment.status == "authorized" else None
 
 
-def _next_to_capture(payment: PaymentState, known: Known) -> NextOperation | ServiceError | None:
+def _next_to_capture(target: Target, payment: PaymentState, known: Known) -> NextOperation | ServiceError | None:
     if payment.status in CAPTURED:
-        return None
+        return _check_captured(target, payment, payment.captured_minor)
     if payment.status == "voided" and ("capture", "") in known:
         return None  # the provider has declined the capture: the same answer again
     if payment.status != "authorized":
         return _conflict(payment, "capture")
-    return NextOperation("void" if _is_open(known, "void") else "capture", "", payment.amount_minor)
+    if _is_open(known, "void"):
+        return NextOperation("void", "", payment.amount_minor)
+    if (begun := known.get(("capture", ""))) is not None:
+        changed = _check_captured(target, payment, begun.amount_minor)
+        return changed or NextOperation("capture", "", begun.amount_minor)
+    if target.amount_minor > payment.amount_minor:
+        return CaptureTooLarge(
+            payment_id=payment.id,
+            wanted_minor=target.amount_minor,
+            authorized_minor=payment.amount_minor,
+            currency=payment.currency,
+        )
+    return NextOperation("capture", "", target.amount_minor or payment.amount_minor)
+
+
+def _check_captured(target: Target, payment: PaymentState, captured_minor: int) -> CaptureAmountChanged | None:
+    """A capture of all joins one that was begun; a part has to be the same part."""
+    if target.amount_minor in (0, captured_minor):
+        return None
+    return CaptureAmountChanged(
+        payment_id=payment.id,
+        wanted_minor=target.amount_minor,
+        captured_minor=captured_minor,
+        currency=payment.currency,
+    )
 
 
 def _next_to_void(payment: PaymentState, known: Known) -> NextOperation | ServiceError | None:
@@ -212,7 +238,7 @@ def _next_to_void(payment: PaymentState, known: Known) -> NextOperation | Servic
     if payment.status != "authorized":
         return None
     if _is_open(known, "capture"):
-        return NextOperation("capture", "", payment.amount_minor)
+        return NextOperation("capture", "", known["capture", ""].amount_minor)
     void = known.get(("void", ""))
     if void is not None and void.status not in OPEN:
         return _conflict(payment, "void")  # declined, though nothing of ours has captured it

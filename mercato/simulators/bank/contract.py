@@ -62,10 +62,15 @@ class ChargeCard(Message):
 
 
 class CaptureCharge(Message):
-    """Takes the whole amount of an authorized charge. A charge is captured once, whatever the key."""
+    """Takes an authorized charge: its whole amount, or a part, and gives the rest of the reservation back.
+
+    A charge is captured once, whatever the key. More than was authorized is declined with `amount_too_large`.
+    """
 
     idempotency_key: Key
     charge_id: int
+    amount_minor: AmountMinor | None = None
+    """None: all that was authorized."""
 
 
 class VoidCharge(Message):

@@ -114,13 +114,14 @@ def opening(kind: OperationKind, request: OpeningRequest) -> RequestedOperation:
 
 
 def on_charge(kind: OperationKind, request: ChargeRequest, charge: Charge) -> RequestedOperation:
-    """Capture and void are for the whole authorization."""
+    """A void, and a capture without an amount, are for the whole authorization."""
+    asked_minor = None if isinstance(request, VoidCharge) else request.amount_minor
     return RequestedOperation(
         key=request.idempotency_key,
         kind=kind,
         charge_id=charge.id,
         order_id=charge.order_id,
-        amount_minor=request.amount_minor if isinstance(request, RefundCharge) else charge.authorized_minor,
+        amount_minor=charge.authorized_minor if asked_minor is None else asked_minor,
         currency=charge.currency,
         method=charge.method,
     )
@@ -133,8 +134,10 @@ def carry_out(charge: C, kind: OperationKind, amount_minor: int) -> tuple[C, str
     match kind:
         case "capture" if charge.method == CAPTURE_EXPIRED:
             return _replaced(charge, state="expired"), "authorization_expired"
+        case "capture" if amount_minor > charge.authorized_minor:
+            return charge, "amount_too_large"
         case "capture":
-            return _replaced(charge, state="captured", captured_minor=charge.authorized_minor), None
+            return _replaced(charge, state="captured", captured_minor=amount_minor), None
         case "void":
             return _replaced(charge, state="voided"), None
         case _:

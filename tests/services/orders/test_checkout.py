@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from mercato.contracts.inventory import ShortLine
-from mercato.contracts.orders import CancelCode, CancelReason, IllegalMove, MovePayment, Order, Payment, Status
+from mercato.contracts.orders import CancelCode, CancelReason, CapturePart, IllegalMove, Order, Payment, Status
+from mercato.contracts.payments import CaptureAmountChanged
 from mercato.testing.actors import STAFF
 from mercato.testing.injection import FailAt, Inject
 from services.orders.harness import MUG_MINOR, Bank, OrdersHarness, basket
@@ -299,6 +300,25 @@ async def test_a_manual_capture_that_fails_at_any_point_is_repeated_and_captures
     await assert_ended(shared_harness, order, CAPTURED_BY_HAND, product_id)
 
 
+@pytest.mark.parametrize("point", AUTHORIZED)
+async def test_a_part_is_captured_once_whatever_fails_and_comes_again(
+    shared_harness: OrdersHarness, inject: Inject, point: str
+):
+    order, _ = await capture_by_hand(shared_harness, inject, point, "sandbox:ok", amount_minor=2_000)
+    [payment] = await shared_harness.payments(order.id)
+    with shared_harness.acting(STAFF):
+        again = await shared_harness.orders.capture_part(CapturePart(payment_id=payment.id, amount_minor=2_000))
+        for other in (1_999, None):
+            with pytest.raises(CaptureAmountChanged) as refused:
+                await shared_harness.orders.capture_part(CapturePart(payment_id=payment.id, amount_minor=other))
+            assert refused.value.captured_minor == 2_000
+
+    assert again.payment == payment
+    assert (order.status, order.payment, order.paid_minor, order.due_minor) == ("confirmed", "paid", 2_000, 0)
+    assert await shared_harness.bank(order.id) == Bank(1, 2_000, 0, open_charges=0)
+    assert await shared_harness.bank_operations(order.id) == CAPTURED_BY_HAND.operations
+
+
 @pytest.mark.parametrize("point", UNDONE)
 async def test_an_undoing_that_fails_at_any_point_is_repeated_and_done_once(
     shared_harness: OrdersHarness, inject: Inject, point: str
@@ -308,7 +328,9 @@ async def test_an_undoing_that_fails_at_any_point_is_repeated_and_done_once(
     await assert_ended(shared_harness, order, LOST, product_id)
 
 
-async def capture_by_hand(harness: OrdersHarness, inject: Inject, point: str, method: str) -> tuple[Order, int]:
+async def capture_by_hand(
+    harness: OrdersHarness, inject: Inject, point: str, method: str, amount_minor: int | None = None
+) -> tuple[Order, int]:
     """An order that was authorized, and captured by staff, while a fault happens at a point."""
     product_id = await harness.new_product(10)
     failing = FailAt(1, 2)
@@ -317,6 +339,7 @@ async def capture_by_hand(harness: OrdersHarness, inject: Inject, point: str, me
     payment = (await harness.pay(order.id, method, actor=STAFF, capture=False)).payment
     await harness.settled(order.id)
     with harness.acting(STAFF):
-        await asyncio.gather(harness.orders.capture(MovePayment(payment_id=payment.id)), return_exceptions=True)
+        asked = CapturePart(payment_id=payment.id, amount_minor=amount_minor)
+        await asyncio.gather(harness.orders.capture_part(asked), return_exceptions=True)
     assert failing.arrived, "the point is not on this way"
     return await harness.settled(order.id), product_id

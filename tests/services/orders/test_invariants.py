@@ -297,14 +297,16 @@ INVARIANTS: Final[Mapping[str, Invariant]] = {
         """
         SELECT id
           FROM orders
-         WHERE refunded_minor + refund_pending_minor > total_minor
-            OR CASE payment WHEN 'refunded' THEN refunded_minor <> total_minor
-                            WHEN 'partially_refunded' THEN refunded_minor NOT BETWEEN 1 AND total_minor - 1
+         WHERE refunded_minor + refund_pending_minor > total_minor - waived_minor
+            OR CASE payment WHEN 'refunded' THEN refunded_minor <> total_minor - waived_minor
+                            WHEN 'partially_refunded'
+                            THEN refunded_minor NOT BETWEEN 1 AND total_minor - waived_minor - 1
                             ELSE refunded_minor <> 0 END
         """,
         (
             """
             ALTER TABLE orders DROP CONSTRAINT orders_refunds_within_total;
+            ALTER TABLE orders DROP CONSTRAINT orders_refunds_within_paid;
             UPDATE orders SET refund_pending_minor = total_minor + 1
             """,
             "UPDATE orders SET refunded_minor = 1",
@@ -674,7 +676,7 @@ async def assert_money_and_stock_agree(harness: OrdersHarness) -> None:
         order, bank = await harness.settled(order_id), await harness.bank(order_id)
         kept = order.payment in ("paid", "partially_refunded", "refunded") and order.status != "cancelled"
         assert bank.captures <= 1
-        assert bank.net_minor == (order.total_minor - order.refunded_minor if kept else 0), order
+        assert bank.net_minor == (order.payable_minor - order.refunded_minor if kept else 0), order
         assert bank.open_charges == (order.payment == "authorized"), order
         for line in order.lines:
             reserved[line.product_id] += line.quantity * (order.status == "pending")

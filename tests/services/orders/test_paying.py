@@ -7,12 +7,13 @@ from typing import Any, cast
 
 import pytest
 
-from mercato.chassis.contract import Forbidden, IdempotencyKeyReused, RequestInProgress, ServiceError
+from mercato.chassis.contract import Forbidden, IdempotencyKeyReused, InvalidRequest, RequestInProgress, ServiceError
 from mercato.contracts.orders import (
     AmountNotDue,
     AwaitOrder,
     CancelOrder,
     CancelReason,
+    CapturePart,
     GetTimeline,
     IllegalMove,
     MoveOrder,
@@ -31,7 +32,7 @@ from mercato.contracts.orders import (
     ReturnLine,
     ReturnOrder,
 )
-from mercato.contracts.payments import Payment
+from mercato.contracts.payments import CaptureAmountChanged, CaptureTooLarge, Payment
 from mercato.services.orders import steps
 from mercato.testing.actors import ALICE, BOB, STAFF
 from mercato.testing.builders import MUG
@@ -378,6 +379,83 @@ async def test_an_authorized_order_is_captured_by_staff(shared_harness: OrdersHa
     assert await shared_harness.bank(order.id) == ONE_CAPTURE
     assert await shared_harness.shelf(product_id) == (9, 0)
     assert (await move(shared_harness, order.id, fulfilment="shipped")).fulfilment == "shipped"
+
+
+async def capture_part(harness: OrdersHarness, payment: Payment, amount_minor: int | None, **fields: Any) -> Payment:
+    with harness.acting(STAFF):
+        asked = CapturePart(payment_id=payment.id, amount_minor=amount_minor, **fields)
+        return (await harness.orders.capture_part(asked)).payment
+
+
+async def test_of_what_was_captured_in_part_no_more_is_refunded(shared_harness: OrdersHarness):
+    product_id = await shared_harness.new_product(10)
+    order = await shared_harness.checked_out(None, (product_id, 3))
+    reserved = (await shared_harness.pay(order.id, actor=STAFF, capture=False)).payment
+    with pytest.raises(CaptureTooLarge):
+        await capture_part(shared_harness, reserved, 3 * MUG_MINOR + 1)
+
+    taken = await capture_part(shared_harness, reserved, 2_000)
+    with pytest.raises(NothingToRefund) as refused:
+        await refund(shared_harness, taken, 2_001)
+    await move(shared_harness, order.id, fulfilment="shipped")
+    await move(shared_harness, order.id, fulfilment="delivered")
+    first = await take_back(shared_harness, order, 1, "first")
+    rest = await take_back(shared_harness, order, 2, "rest")
+
+    assert (taken.status, taken.captured_minor) == ("captured", 2_000)
+    assert refused.value.left_minor == 2_000
+    assert (first.amount_minor, rest.amount_minor) == (MUG_MINOR, 2_000 - MUG_MINOR)
+    now = await shared_harness.settled(order.id)
+    assert (now.payment, now.paid_minor, now.refunded_minor) == ("refunded", 2_000, 2_000)
+    assert await shared_harness.bank(order.id) == Bank(1, 2_000, 2_000, 0)
+    assert (await shared_harness.emitted(order.id))[-1] == ("order.refunded", order.id)
+
+
+async def test_of_two_captures_with_other_amounts_at_once_one_is_refused(shared_harness: OrdersHarness):
+    order, _ = await awaiting(shared_harness)
+    reserved = (await shared_harness.pay(order.id, actor=STAFF, capture=False)).payment
+    await shared_harness.settled(order.id)
+
+    outcomes = await asyncio.gather(
+        *(capture_part(shared_harness, reserved, amount) for amount in (500, 600)), return_exceptions=True
+    )
+
+    [taken] = [outcome for outcome in outcomes if isinstance(outcome, Payment)]
+    [refused] = [outcome for outcome in outcomes if isinstance(outcome, CaptureAmountChanged)]
+    assert refused.captured_minor == taken.captured_minor
+    assert (await shared_harness.settled(order.id)).paid_minor == taken.captured_minor
+    assert await shared_harness.bank(order.id) == Bank(1, taken.captured_minor, 0, 0)
+
+
+async def test_a_cancel_after_a_part_was_captured_gives_that_part_back(shared_harness: OrdersHarness):
+    order, product_id = await awaiting(shared_harness)
+    reserved = (await shared_harness.pay(order.id, actor=STAFF, capture=False)).payment
+    await capture_part(shared_harness, reserved, 500)
+
+    with shared_harness.acting(STAFF):
+        await shared_harness.orders.cancel(CancelOrder(id=order.id))
+
+    now = await shared_harness.settled(order.id)
+    assert (now.status, now.payment, now.paid_minor, now.refunded_minor) == ("cancelled", "refunded", 500, 500)
+    assert await shared_harness.bank(order.id) == Bank(1, 500, 500, 0)
+    assert await shared_harness.shelf(product_id) == (10, 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [({"currency": "EUR"}, "currency"), ({"amount": "1.001"}, "amount"), ({"amount": "0"}, "amount")],
+)
+async def test_a_part_is_an_amount_in_the_currency_of_the_order(
+    shared_harness: OrdersHarness, fields: dict[str, str], field: str
+):
+    order, _ = await awaiting(shared_harness)
+    reserved = (await shared_harness.pay(order.id, actor=STAFF, capture=False)).payment
+
+    with pytest.raises(InvalidRequest) as refused:
+        await capture_part(shared_harness, reserved, None, **fields)
+
+    assert [error.field for error in refused.value.errors] == [field]
+    assert (await shared_harness.settled(order.id)).payment == "authorized"
 
 
 async def test_concurrent_captures_in_two_processes_are_one(shared_harness: OrdersHarness):

@@ -8,7 +8,14 @@ import msgspec
 import pytest
 from hypothesis import given, strategies as st
 
-from mercato.contracts.payments import OperationKind, OperationStatus, RefundDeclined, Status
+from mercato.contracts.payments import (
+    CaptureAmountChanged,
+    CaptureTooLarge,
+    OperationKind,
+    OperationStatus,
+    RefundDeclined,
+    Status,
+)
 from mercato.services.payments import rules
 from mercato.services.payments.rules import (
     Declined,
@@ -72,6 +79,44 @@ def test_a_declined_refund_is_refused_again_with_its_code(code: str | None, reas
 
     assert isinstance(refused, RefundDeclined)
     assert (refused.payment_id, refused.reason) == (payment.id, reason)
+
+
+AUTHORIZED_PAYMENT = Payment(status="authorized", authorized_minor=AMOUNT, charge_id=7)
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(0, AMOUNT), (AMOUNT, AMOUNT), (40, 40)])
+def test_a_capture_takes_a_part_or_all(asked: int, taken: int):
+    following = rules.next_operation(Target("capture", amount_minor=asked), AUTHORIZED_PAYMENT, [])
+
+    assert following == NextOperation("capture", "", taken)
+
+
+def test_no_more_is_captured_than_was_authorized():
+    refused = rules.next_operation(Target("capture", amount_minor=AMOUNT + 1), AUTHORIZED_PAYMENT, [])
+
+    assert isinstance(refused, CaptureTooLarge)
+    assert (refused.wanted_minor, refused.authorized_minor) == (AMOUNT + 1, AMOUNT)
+
+
+@pytest.mark.parametrize("asked", [0, 40])
+def test_a_capture_that_was_begun_goes_on_with_its_amount(asked: int):
+    begun = [Operation("capture", "", 40, "unknown")]
+
+    for target in (Target("capture", amount_minor=asked), Target("void")):
+        assert rules.next_operation(target, AUTHORIZED_PAYMENT, begun) == NextOperation("capture", "", 40)
+
+
+@pytest.mark.parametrize("status", ["authorized", "captured", "partially_refunded", "refunded"])
+def test_a_payment_is_not_captured_again_with_another_amount(status: Status):
+    payment = msgspec.structs.replace(
+        AUTHORIZED_PAYMENT, status=status, captured_minor=0 if status == "authorized" else 40
+    )
+    begun = [Operation("capture", "", 40, "intent" if status == "authorized" else "succeeded")]
+
+    refused = rules.next_operation(Target("capture", amount_minor=41), payment, begun)
+
+    assert isinstance(refused, CaptureAmountChanged)
+    assert (refused.wanted_minor, refused.captured_minor) == (41, 40)
 
 
 OPERATIONS = st.builds(Operation, st.sampled_from(get_args(OperationKind)), st.just(""), st.integers(1, AMOUNT))

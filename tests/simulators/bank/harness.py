@@ -47,8 +47,8 @@ class BankHarness(ServiceHarness):
             idempotency_key=key or self.key(), order_id=7, amount_minor=amount, currency="EUR", method=method
         )
 
-    def capture(self, charge_id: int, key: str | None = None) -> CaptureCharge:
-        return CaptureCharge(idempotency_key=key or self.key(), charge_id=charge_id)
+    def capture(self, charge_id: int, key: str | None = None, amount: int | None = None) -> CaptureCharge:
+        return CaptureCharge(idempotency_key=key or self.key(), charge_id=charge_id, amount_minor=amount)
 
     def void(self, charge_id: int, key: str | None = None) -> VoidCharge:
         return VoidCharge(idempotency_key=key or self.key(), charge_id=charge_id)

@@ -90,6 +90,24 @@ async def test_a_charge_is_captured_once_whatever_the_key(bank: BankHarness):
     assert await bank.rows("SELECT captured_minor, state FROM charges") == [(990, "captured")]
 
 
+async def test_a_part_of_an_authorization_is_captured_and_the_rest_is_not_held(bank: BankHarness):
+    charge_id = await bank.charge(amount=990)
+
+    too_much = await bank.sandbox.capture(bank.capture(charge_id, amount=991))
+    part = await bank.sandbox.capture(bank.capture(charge_id, "part", 600))
+    again = await bank.sandbox.capture(bank.capture(charge_id, "part", 600))
+    with pytest.raises(SandboxKeyReused):
+        await bank.sandbox.capture(bank.capture(charge_id, "part", 601))
+    rest = await bank.sandbox.capture(bank.capture(charge_id, amount=390))
+
+    assert result(too_much) == ("declined", "amount_too_large")
+    assert (result(part), part.amount_minor) == (("succeeded", None), 600)
+    assert again == part
+    assert result(rest) == ("declined", "already_captured")
+    assert result(await bank.sandbox.refund(bank.refund(charge_id, 601))) == ("declined", "amount_too_large")
+    assert await bank.rows("SELECT captured_minor, state FROM charges") == [(600, "captured")]
+
+
 async def test_void_gives_an_authorization_back_and_nothing_else(bank: BankHarness):
     open_, captured = await bank.charge(), await bank.captured()
 
