@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Annotated, Any, Final
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Self, cast
 
 import msgspec
 
 from mercato.chassis.contract import FieldError
 from mercato.contracts.money import AMOUNT_LENGTH, AMOUNT_PATTERN, EXPONENTS, decimal_string, to_minor, unknown_currency
+from mercato.gateway.route import Input
+
+Currency = Annotated[str, msgspec.Meta(pattern=r"^[A-Z]{3}\Z", examples=["USD"])]
 
 REMEMBERED_AMOUNTS: Final = 4_096
 
@@ -38,6 +42,30 @@ class Amount(str):
     __slots__ = ()
 
 
+class MoneyIn(Input):
+    """An amount and its currency, in the shape that answers have: what was read can be sent back."""
+
+    amount: Annotated[
+        Amount, msgspec.Meta(description="In major units, as a JSON string or number.", examples=["99.99"])
+    ]
+    currency: Annotated[
+        Currency | None, msgspec.Meta(description="Without it that of what the amount is about, or else of the shop.")
+    ] = None
+
+
+class AmountIn(Amount):
+    """An amount in a body: bare, or with its currency in one object, a `MoneyIn`."""
+
+    __slots__ = ("currency",)
+    currency: str | None
+    """Of the object; None where there is none in it, or the amount is bare."""
+
+    def __new__(cls, amount: str, currency: str | None = None) -> Self:
+        made = super().__new__(cls, amount)
+        made.currency = currency
+        return made
+
+
 class ExactFloat(float):
     """A JSON number with a point or an exponent, and how it was written."""
 
@@ -51,8 +79,20 @@ def exact_float(written: str) -> ExactFloat:
 
 
 def decode_amount(kind: type[Any], value: Any) -> Any:
-    """What msgspec calls for fields of the type `Amount`. Raises ValueError."""
-    assert kind is Amount, f"{kind} is not decoded here"
+    """What msgspec calls for fields of the types `Amount` and `AmountIn`. Raises ValueError."""
+    if kind is not AmountIn:
+        assert kind is Amount, f"{kind} is not decoded here"
+        return Amount(_checked(value))
+    if not isinstance(value, Mapping):
+        return AmountIn(_checked(value))
+    try:
+        given = msgspec.convert(cast(Mapping[str, Any], value), MoneyIn, dec_hook=decode_amount)
+    except msgspec.ValidationError as error:  # `validation.wrong_fields` names the fields of the object
+        raise ValueError(f"is not an object of amount and currency: {error}") from None
+    return AmountIn(given.amount, given.currency)
+
+
+def _checked(value: Any) -> str:
     if isinstance(value, ExactFloat):
         value = value.written
     elif isinstance(value, int) and not isinstance(value, bool):
@@ -63,7 +103,7 @@ def decode_amount(kind: type[Any], value: Any) -> Any:
         raise ValueError(f"has more than {AMOUNT_LENGTH} characters")
     if not _matches(value):
         raise ValueError("is not an amount: digits, with or without a point and more digits, such as 99.99")
-    return Amount(value)
+    return value
 
 
 def text_of(amount: Amount | None) -> str | None:
@@ -74,6 +114,20 @@ def text_of(amount: Amount | None) -> str | None:
 def checked_currency(field: str, currency: str | None, errors: list[FieldError]) -> None:
     if currency is not None and currency not in EXPONENTS:
         errors.append(FieldError(field=field, message=unknown_currency(currency)))
+
+
+def currency_of(amount: AmountIn | None, beside: str | None, errors: list[FieldError]) -> str | None:
+    """The currency that a body gives: in its field `amount`, or beside it in `currency`.
+
+    Adds an error where one of them is no currency, and where the two differ.
+    """
+    inside = None if amount is None else amount.currency
+    checked_currency("amount.currency", inside, errors)
+    checked_currency("currency", beside, errors)
+    if inside is not None and beside is not None and inside != beside:
+        message = f"is {inside}, and currency is {beside}; give one of the two, or the same in both"
+        errors.append(FieldError(field="amount.currency", message=message))
+    return inside or beside
 
 
 def minor_of(field: str, amount: str, currency: str, errors: list[FieldError]) -> int:

@@ -15,7 +15,7 @@ import msgspec
 
 from mercato.chassis.contract import published_pattern
 from mercato.contracts.money import AMOUNT_LENGTH, AMOUNT_PATTERN
-from mercato.gateway.money import Amount
+from mercato.gateway.money import Amount, AmountIn, MoneyIn
 from mercato.gateway.route import Output
 
 Schema = dict[str, Any]
@@ -25,17 +25,22 @@ REFERENCE: Final = "#/components/schemas/{name}"
 
 def components(models: Sequence[Any]) -> tuple[tuple[Schema, ...], dict[str, Schema]]:
     """The schema of each model, in order, and what they refer to, by name."""
-    references, raw = msgspec.json.schema_components(models, schema_hook=_amount, ref_template=REFERENCE)
+    structs = {struct: None for model in models for struct in _structs(model)}
+    # msgspec sees no struct in a type of ours.
+    referred = [MoneyIn] if MoneyIn in structs else []
+    references, raw = msgspec.json.schema_components([*models, *referred], schema_hook=_amount, ref_template=REFERENCE)
     named = {name: _plain(schema) for name, schema in raw.items()}
-    for struct in {struct: None for model in models for struct in _structs(model)}:
+    for struct in structs:
         schema = named[struct.__name__]
         _refine(struct, schema)
         # The name is the key already.
         schema.pop("title", None)
-    return tuple(_plain(reference) for reference in references), named
+    return tuple(_plain(reference) for reference in references[: len(models)]), named
 
 
 def _amount(kind: type[Any]) -> Schema:
+    if kind is AmountIn:
+        return {"anyOf": [_amount(Amount), {"$ref": REFERENCE.format(name=MoneyIn.__name__)}]}
     assert kind is Amount, f"{kind} has no schema"
     # `pattern` speaks about strings alone and `minimum` about numbers alone.
     return {"type": ["string", "number"], "pattern": AMOUNT_PATTERN, "maxLength": AMOUNT_LENGTH, "minimum": 0}
@@ -85,10 +90,12 @@ def _nullable(schema: Schema) -> Schema:
     if not isinstance(options, list) or len(cast(list[Any], options)) != 2 or {"type": "null"} not in options:
         return schema
     option = next(cast(Schema, o) for o in cast(list[Any], options) if o != {"type": "null"})
+    rest = {name: part for name, part in schema.items() if name != "anyOf"}
+    if isinstance(inner := option.get("anyOf"), list):
+        return {**option, **rest, "anyOf": [*cast(list[Any], inner), {"type": "null"}]}
     if "type" not in option:
         return schema
     kinds = cast(list[str], option["type"] if isinstance(option["type"], list) else [option["type"]])
-    rest = {name: part for name, part in schema.items() if name != "anyOf"}
     merged: Schema = {**option, **rest, "type": [*kinds, "null"]}
     if "enum" in merged:
         merged["enum"] = [*merged["enum"], None]
@@ -100,6 +107,8 @@ def _nullable(schema: Schema) -> Schema:
 
 def _structs(model: Any) -> Iterator[type[msgspec.Struct]]:
     """Every struct that a type is made of."""
+    if model is AmountIn:
+        model = MoneyIn
     if isinstance(model, type) and issubclass(model, msgspec.Struct):
         yield model
         for field in msgspec.structs.fields(model):

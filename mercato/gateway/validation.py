@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from mercato.chassis.contract import FieldError, InvalidRequest
-from mercato.gateway.money import decode_amount, exact_float
+from mercato.gateway.money import AmountIn, MoneyIn, decode_amount, exact_float
 from mercato.gateway.problems import MalformedJson
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -117,6 +117,7 @@ def _collect(model: Any, value: Any, path: str, strict: bool, errors: list[Field
     except msgspec.ValidationError as error:
         message = _message(error)
     model = _without_none(model)
+    model = MoneyIn if model is AmountIn and isinstance(value, Mapping) else model
     if _is_struct(model) and isinstance(value, Mapping):
         _collect_struct(model, cast(Mapping[str, Any], value), path, strict, errors)
     elif (item := _item_type(model)) is not None and isinstance(value, Sequence) and not isinstance(value, str):

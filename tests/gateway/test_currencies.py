@@ -108,6 +108,37 @@ async def test_what_is_paid_and_refunded_is_in_the_currency_of_the_order(
     assert small.wrong_fields == {"amount"}
 
 
+async def test_what_an_answer_shows_can_be_sent_back(shop: Shop) -> None:
+    made = await product(shop, "1.250", "KWD")
+    again = await shop.patch(f"/products/{made['id']}", {"price": made["price"]})
+    assert (again.status, again.json["price"]) == (200, {"amount": "1.250", "currency": "KWD"})
+    placed = await order(shop, "1.250", "KWD", amount=made["price"])
+    assert (placed.status, placed.json["total"]) == (201, made["price"])
+    paid = await shop.post("/payments", {"order_id": placed.json["id"], "amount": placed.json["total"]})
+    assert (paid.status, paid.json["captured"]) == (201, made["price"])
+    key = {"Idempotency-Key": unique("key")}
+    given = await shop.post(f"/payments/{paid.json['id']}/refunds", {"amount": paid.json["captured"]}, headers=key)
+    assert (given.status, given.json["amount"]) == (201, made["price"])
+
+
+async def test_an_amount_in_two_currencies_is_refused_wherever_a_body_has_one(shop: Shop) -> None:
+    placed = await order(shop, "12.50", "EUR")
+    two: dict[str, Any] = {"amount": {"amount": "12.50", "currency": "EUR"}, "currency": "USD"}
+    paying = {"order_id": placed.json["id"]}
+    for refused in (
+        await order(shop, "12.50", "EUR", **two),
+        await shop.post("/payments", paying | two),
+    ):
+        assert_problem(refused, 400, "invalid_request")
+        assert refused.wrong_fields == {"amount.currency"}
+    paid = await shop.post("/payments", paying | two | {"currency": "EUR"})
+    assert paid.status == 201, paid.body
+    key = {"Idempotency-Key": unique("key")}
+    refused = await shop.post(f"/payments/{paid.json['id']}/refunds", two, headers=key)
+    assert_problem(refused, 400, "invalid_request")
+    assert refused.wrong_fields == {"amount.currency"}
+
+
 async def test_a_filter_by_price_without_a_currency_means_that_of_the_shop(shop: Shop) -> None:
     euros, yen = await product(shop, "77.70"), await product(shop, "77", "JPY")
     found = {p["id"] for p in (await shop.get("/products?min_price=77&max_price=78&limit=200")).json}

@@ -9,10 +9,10 @@ import msgspec
 import pytest
 from hypothesis import given, strategies as st
 
-from mercato.chassis.contract import InvalidRequest
+from mercato.chassis.contract import FieldError, InvalidRequest
 from mercato.contracts.money import AMOUNT_LENGTH, EXPONENTS, MAX_MINOR, decimal_string, to_minor, written
 from mercato.contracts.orders import AmountNotDue, NothingToRefund
-from mercato.gateway.money import Amount, money
+from mercato.gateway.money import Amount, AmountIn, currency_of, money
 from mercato.gateway.route import Input
 from mercato.gateway.validation import decode_body, decode_query, decoder
 
@@ -138,6 +138,72 @@ def test_a_wrong_field_does_not_make_a_small_amount_wrong() -> None:
     with pytest.raises(InvalidRequest) as refused:
         decode_body(decoder(Body), b'{"amount": 0.00001, "count": 1.5}')
     assert [(e.field, e.message) for e in refused.value.errors] == [("count", "expected int, got float")]
+
+
+# ------------------------------------------------------------------------------------------------- the shape of answers
+
+
+class Asked(Input):
+    amount: AmountIn | None = None
+    currency: str | None = None
+
+
+def asked(body: Any) -> Asked:
+    return decode_body(decoder(Asked), msgspec.json.encode(body))
+
+
+def currency_and_errors(body: Any) -> tuple[str | None, list[str]]:
+    errors: list[FieldError] = []
+    read = asked(body)
+    return currency_of(read.amount, read.currency, errors), [error.field for error in errors]
+
+
+@given(st.integers(0, MAX_MINOR), currencies)
+def test_an_amount_can_be_sent_back_as_it_was_read(minor: int, currency: str) -> None:
+    shown = money(minor, currency)
+    read = asked({"amount": shown})
+    assert read.amount == shown.amount
+    assert currency_and_errors({"amount": shown}) == (currency, [])
+
+
+@pytest.mark.parametrize("amount", ["12.50", 12.5, 12])
+def test_an_amount_is_the_same_bare_and_in_an_object(amount: Any) -> None:
+    bare, inside = asked({"amount": amount}), asked({"amount": {"amount": amount}})
+    assert bare.amount == inside.amount == Amount(amount)
+    assert currency_and_errors({"amount": amount}) == currency_and_errors({"amount": {"amount": amount}}) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("body", "currency", "wrong"),
+    [
+        ({"amount": "1", "currency": "EUR"}, "EUR", []),
+        ({"amount": {"amount": "1"}, "currency": "EUR"}, "EUR", []),
+        ({"amount": {"amount": "1", "currency": "EUR"}}, "EUR", []),
+        ({"amount": {"amount": "1", "currency": "EUR"}, "currency": None}, "EUR", []),
+        ({"amount": {"amount": "1", "currency": "EUR"}, "currency": "EUR"}, "EUR", []),
+        ({"amount": {"amount": "1", "currency": "EUR"}, "currency": "USD"}, "EUR", ["amount.currency"]),
+        ({"amount": {"amount": "1", "currency": "XXX"}}, "XXX", ["amount.currency"]),
+        ({"amount": "1", "currency": "XXX"}, "XXX", ["currency"]),
+        ({"currency": "EUR"}, "EUR", []),
+        ({}, None, []),
+    ],
+)
+def test_a_body_has_one_currency(body: Any, currency: str | None, wrong: list[str]) -> None:
+    assert currency_and_errors(body) == (currency, wrong)
+
+
+def test_two_currencies_are_refused_with_both() -> None:
+    errors: list[FieldError] = []
+    currency_of(AmountIn("1", "EUR"), "USD", errors)
+    assert [e.message for e in errors] == ["is EUR, and currency is USD; give one of the two, or the same in both"]
+
+
+@pytest.mark.parametrize("amount", ["1e2", "-1", "true", "[1]", '"12."'])
+def test_the_grammar_holds_in_an_object(amount: str) -> None:
+    for piece, field in ((amount, "amount"), (f'{{"amount": {amount}}}', "amount.amount")):
+        with pytest.raises(InvalidRequest) as refused:
+            decode_body(decoder(Asked), b'{"amount": %b}' % piece.encode())
+        assert [error.field for error in refused.value.errors] == [field]
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

@@ -321,6 +321,26 @@ def test_an_amount_is_a_string_or_a_number(amount: Any, fits: bool):
     assert component("MoneyIn").is_valid({"amount": amount, "currency": "USD"}) is fits
 
 
+@pytest.mark.parametrize(
+    ("amount", "fits"),
+    [
+        ("99.99", True),
+        (12.5, True),
+        (None, True),
+        ({"amount": "99.99", "currency": "USD"}, True),
+        ({"amount": 99.99}, True),
+        ({"amount": "1e2"}, False),
+        ({"currency": "USD"}, False),
+        ({"amount": "1", "cents": 1}, False),
+        ([], False),
+    ],
+)
+@pytest.mark.parametrize("model", ["PlaceOrderIn", "PayIn", "CaptureIn", "RefundIn"])
+def test_an_amount_in_a_body_is_bare_or_an_object_with_its_currency(model: str, amount: Any, fits: bool):
+    required: dict[str, dict[str, int]] = {"PlaceOrderIn": {"user_id": 1, "product_id": 100}, "PayIn": {"order_id": 1}}
+    assert component(model).is_valid({**required.get(model, {}), "amount": amount}) is fits
+
+
 def test_what_may_be_null_may_be_left_out():
     order = component("PlaceOrderIn")
 

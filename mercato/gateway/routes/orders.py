@@ -36,13 +36,12 @@ from mercato.contracts.payments import Method
 from mercato.contracts.products import ProductArchived, ProductNotFound
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
 from mercato.contracts.users import UserNotFound
-from mercato.gateway.money import Amount, Money, checked_currency, money, text_of
+from mercato.gateway.money import AmountIn, Currency, Money, currency_of, money, text_of
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest, Wait
 from mercato.gateway.validation import shared
 
 Id = Annotated[int, Meta(ge=1, le=MAX_ID)]
 Quantity = Annotated[int, Meta(ge=1, le=contract.QUANTITY_LIMIT)]
-Currency = Annotated[str, Meta(pattern=r"^[A-Z]{3}\Z", examples=["USD"])]
 Reason = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*\Z")]
 
 
@@ -62,7 +61,7 @@ class PlaceOrderIn(Input):
     quantity: Quantity | None = None
     amount: (
         Annotated[
-            Amount,
+            AmountIn,
             Meta(description="The total that was shown to the buyer; another one is refused.", examples=["99.99"]),
         ]
         | None
@@ -296,16 +295,15 @@ def _place(request: RouteRequest) -> contract.PlaceOrder:
     body: PlaceOrderIn = request.body
     errors: list[FieldError] = []
     lines = _lines(body, errors)
-    if body.currency is not None:
-        checked_currency("currency", body.currency, errors)
+    currency = currency_of(body.amount, body.currency, errors)
     if errors:
         raise InvalidRequest(errors=tuple(errors))
     return contract.PlaceOrder(
         **buyer(request, body.user_id),
         guest_email=body.email,
         lines=lines,
-        expected_total=None if body.amount is None else str(body.amount),
-        expected_currency=body.currency,
+        expected_total=text_of(body.amount),
+        expected_currency=currency,
         idempotency_key=request.idempotency_key,
         fingerprint=request.fingerprint,
         **_of_placing(body),

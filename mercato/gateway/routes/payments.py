@@ -12,9 +12,9 @@ from mercato.contracts import orders, payments as contract
 from mercato.contracts.orders import Orders, PaidOrder
 from mercato.contracts.payments import Method, Payment, PaymentPage, Payments
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
-from mercato.gateway.money import Amount, Money, checked_currency, money, text_of
+from mercato.gateway.money import AmountIn, Currency, Money, currency_of, money, text_of
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
-from mercato.gateway.routes.orders import Currency, Id, Reason, RefundOut, refund_out
+from mercato.gateway.routes.orders import Id, Reason, RefundOut, refund_out
 
 
 class PayIn(Input):
@@ -23,7 +23,7 @@ class PayIn(Input):
     order_id: Id
     amount: (
         Annotated[
-            Amount,
+            AmountIn,
             Meta(description="What the client thinks is due; another amount is refused.", examples=["99.99"]),
         ]
         | None
@@ -38,14 +38,14 @@ class PayIn(Input):
 class CaptureIn(Input):
     """Without `amount`, all that was reserved. What is not taken is given back, and not due any more."""
 
-    amount: Annotated[Amount, Meta(examples=["79.99"])] | None = None
+    amount: Annotated[AmountIn, Meta(examples=["79.99"])] | None = None
     currency: Currency | None = None
 
 
 class RefundIn(Input):
     """Without `amount`, all that is left."""
 
-    amount: Annotated[Amount, Meta(examples=["10.00"])] | None = None
+    amount: Annotated[AmountIn, Meta(examples=["10.00"])] | None = None
     currency: Currency | None = None
     reason: Reason = ""
 
@@ -103,7 +103,7 @@ def _page(page: PaymentPage) -> Page:
 def _pay(request: RouteRequest) -> orders.PayOrder:
     body: PayIn = request.body
     errors: list[FieldError] = []
-    checked_currency("currency", body.currency, errors)
+    currency = currency_of(body.amount, body.currency, errors)
     if errors:
         raise InvalidRequest(errors=tuple(errors))
     return orders.PayOrder(
@@ -111,7 +111,7 @@ def _pay(request: RouteRequest) -> orders.PayOrder:
         method=body.payment_method,
         capture=body.capture,
         expected_total=text_of(body.amount),
-        expected_currency=body.currency,
+        expected_currency=currency,
         idempotency_key=request.idempotency_key,
         fingerprint=request.fingerprint,
         access_token=request.access_token,
@@ -126,7 +126,7 @@ def _list(request: RouteRequest) -> contract.ListPayments:
 def _refund(request: RouteRequest) -> orders.RefundOrder:
     body: RefundIn = request.body
     errors: list[FieldError] = []
-    checked_currency("currency", body.currency, errors)
+    currency = currency_of(body.amount, body.currency, errors)
     if body.amount is not None and not body.amount.strip("0."):
         errors.append(FieldError(field="amount", message="is nothing"))
     if errors:
@@ -138,7 +138,7 @@ def _refund(request: RouteRequest) -> orders.RefundOrder:
         fingerprint=request.fingerprint,
         amount=text_of(body.amount),
         amount_minor=None if body.amount is None else orders.REFUSED_MINOR,
-        currency=body.currency,
+        currency=currency,
         reason=body.reason,
     )
 
@@ -146,10 +146,10 @@ def _refund(request: RouteRequest) -> orders.RefundOrder:
 def _capture(request: RouteRequest) -> orders.CapturePart:
     body: CaptureIn = request.body
     errors: list[FieldError] = []
-    checked_currency("currency", body.currency, errors)
+    currency = currency_of(body.amount, body.currency, errors)
     if errors:
         raise InvalidRequest(errors=tuple(errors))
-    return orders.CapturePart(payment_id=request.path["id"], amount=text_of(body.amount), currency=body.currency)
+    return orders.CapturePart(payment_id=request.path["id"], amount=text_of(body.amount), currency=currency)
 
 
 def _version(payment: Payment) -> int:

@@ -11,17 +11,10 @@ from mercato.chassis.contract import FieldError, InvalidRequest, Open, StaleVers
 from mercato.contracts import products as contract
 from mercato.contracts.products import Product, ProductPage, Products
 from mercato.contracts.roles import EVERYBODY, STAFF_ONLY
-from mercato.gateway.money import Amount, Money, checked_currency, minor_of, money, text_of
+from mercato.gateway.money import Amount, Money, MoneyIn, checked_currency, minor_of, money, text_of
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
 
 PRICE_FILTER: Final = "In major units of `currency`, or of the shop's own. Products in other currencies are left out."
-
-
-class MoneyIn(Input):
-    amount: Annotated[Amount, Meta(description="In major units, as a JSON string or number.", examples=["99.99"])]
-    currency: Annotated[
-        contract.Currency | None, Meta(description="Without it that of the product, and of a new one that of the shop.")
-    ] = None
 
 
 class CreateProductIn(Input):
