@@ -297,6 +297,32 @@ class Refund(Message):
     """Why it was declined."""
     reason: str
     replayed: bool = False
+    payment_id: int | None = None
+    """Of which payment the money is. None where none is given back, and in the answer to a return."""
+    created_at: datetime.datetime | None = None
+    settled_at: datetime.datetime | None = None
+    """When the provider's answer was known; None while it is not."""
+    actor_role: str = ""
+    actor_id: int = 0
+    """Whose request it was. 0 for customers, who are not shown the accounts of staff."""
+
+
+class ListRefunds(Message):
+    """The refunds and returns of an order."""
+
+    order_id: OrderId
+
+
+class ListPaymentRefunds(Message):
+    """What of one payment was given back."""
+
+    payment_id: OrderId
+
+
+class RefundList(Message):
+    """By time. Of a cancelled order, also what cancelling it has given back, with the id `cancel`."""
+
+    refunds: tuple[Refund, ...]
 
 
 TimelinePart = Literal["order", "stock", "money"]
@@ -495,6 +521,8 @@ class Orders(Contract, name="orders"):
     void = single(MovePayment, PaidOrder, allow=STAFF_ONLY)
     refund = single(RefundOrder, Refund, allow=STAFF_ONLY, retry=Retry.KEYED)
     take_back = single(ReturnOrder, Refund, allow=STAFF_ONLY, retry=Retry.KEYED)
+    refunds = single(ListRefunds, RefundList, allow=SIGNED_IN, retry=Retry.SAFE)
+    payment_refunds = single(ListPaymentRefunds, RefundList, allow=SIGNED_IN, retry=Retry.SAFE)
 
     events: ClassVar = {
         f"order.{state}": OrderChanged

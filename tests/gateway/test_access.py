@@ -75,6 +75,8 @@ async def test_a_refusal_comes_before_a_look_at_the_request(guarded_shop: Shop) 
     [
         ("GET", "/orders/{order}", None),
         ("GET", "/orders/{order}/history", None),
+        ("GET", "/orders/{order}/timeline", None),
+        ("GET", "/orders/{order}/refunds", None),
         ("POST", "/orders/{order}/cancel", {"reason": "mine now"}),
         ("GET", "/users/{user}", None),
         ("PATCH", "/users/{user}", {"name": "Mine now"}),

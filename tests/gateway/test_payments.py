@@ -491,3 +491,30 @@ async def test_only_staff_capture_void_and_refund(guarded_shop: Shop, what: str)
 
     assert (await guarded_shop.post(path, headers=headers, token=owner.token)).status == 403
     assert (await guarded_shop.post(path, headers=headers)).status == 401
+
+
+# ----------------------------------------------------------------------------------------------------- reading refunds
+
+
+async def test_refunds_are_read_by_order_and_by_payment(guarded_shop: Shop) -> None:
+    person, staff = await new_person(guarded_shop), await staff_token(guarded_shop)
+    order = await placed(guarded_shop, person)
+    paid = await pay(guarded_shop, order, token=person.token)
+    body = {"amount": "10.00", "reason": "scratched"}
+    key = {"Idempotency-Key": unique("key")}
+    given = await guarded_shop.post(f"/payments/{paid.json['id']}/refunds", body, headers=key, token=staff)
+    assert given.status == 201, given.body
+    paths = (f"/orders/{order.json['id']}/refunds", f"/payments/{paid.json['id']}/refunds")
+
+    for path in paths:
+        assert (await guarded_shop.get(path, token=staff)).json == [given.json]
+        [own] = (await guarded_shop.get(path, token=person.token)).json
+        assert own == {**given.json, "by": "staff"}
+
+    assert given.json["by"].startswith("staff ")
+    assert (given.json["payment_id"], given.json["reason"]) == (paid.json["id"], "scratched")
+    assert None not in (given.json["created_at"], given.json["settled_at"])
+    other = await new_person(guarded_shop)
+    for path, code in zip(paths, ("orders.not_found", "payments.not_found"), strict=True):
+        assert_problem(await guarded_shop.get(path, token=other.token), 404, code)
+        assert_problem(await guarded_shop.get(path), 401, "sign_in_first")

@@ -29,6 +29,7 @@ from mercato.contracts.orders import (
     PlacedOrder,
     PlaceLine,
     Refund,
+    RefundList,
     ReturnLine,
     Timeline,
 )
@@ -237,6 +238,14 @@ class RefundOut(Output):
     status: Open[contract.RefundStatus]
     code: str | None
     reason: str
+    payment_id: Annotated[
+        int | None, Meta(description="null where no money is given back, and in the answer to a return.")
+    ]
+    created_at: datetime.datetime | None
+    settled_at: Annotated[
+        datetime.datetime | None, Meta(description="When it succeeded or was declined; null while it is pending.")
+    ]
+    by: Annotated[str, Meta(description="Role and account; customers are not shown the accounts of staff.")]
 
 
 class TimelineOut(Output):
@@ -262,7 +271,20 @@ def refund_out(refund: Refund) -> RefundOut:
         status=refund.status,
         code=refund.code,
         reason=refund.reason,
+        payment_id=refund.payment_id,
+        created_at=refund.created_at,
+        settled_at=refund.settled_at,
+        by=_by(refund.actor_role, refund.actor_id),
     )
+
+
+def refunds_out(found: RefundList) -> Page:
+    return Page([refund_out(refund) for refund in found.refunds])
+
+
+def _by(role: str, account_id: int) -> str:
+    """`staff 7`; a role alone where the account is unknown, not shown, or none."""
+    return f"{role} {account_id}" if account_id else role
 
 
 def _timeline_out(timeline: Timeline) -> Page:
@@ -283,7 +305,7 @@ def _history_out(history: History) -> Page:
                 before=entry.before,
                 after=entry.after,
                 reason=entry.reason,
-                by=f"{entry.actor_role} {entry.actor_id}" if entry.actor_id else entry.actor_role,
+                by=_by(entry.actor_role, entry.actor_id),
                 at=entry.at,
             )
             for entry in history.entries
@@ -526,6 +548,17 @@ ROUTES: Final[tuple[Route, ...]] = (
             contract.NotReturnable,
             contract.PaymentInProgress,
         ),
+    ),
+    Route(
+        method="GET",
+        path="/orders/{id}/refunds",
+        operation=Orders.refunds,
+        summary="What was given back of an order: refunds and returns, by time",
+        roles=SIGNED_IN,
+        request=lambda request: contract.ListRefunds(order_id=request.path["id"]),
+        answer=refunds_out,
+        output=list[RefundOut],
+        errors=(contract.OrderNotFound,),
     ),
     Route(
         method="GET",

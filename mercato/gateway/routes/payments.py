@@ -14,7 +14,7 @@ from mercato.contracts.payments import Method, Payment, PaymentPage, Payments
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
 from mercato.gateway.money import AmountIn, Currency, Money, currency_of, money, text_of
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
-from mercato.gateway.routes.orders import Id, Reason, RefundOut, refund_out
+from mercato.gateway.routes.orders import Id, Reason, RefundOut, refund_out, refunds_out
 
 
 class PayIn(Input):
@@ -235,6 +235,17 @@ ROUTES: Final[tuple[Route, ...]] = (
             orders.NothingToRefund,
             orders.PaymentInProgress,
         ),
+    ),
+    Route(
+        method="GET",
+        path="/payments/{id}/refunds",
+        operation=Orders.payment_refunds,
+        summary="What was given back of a payment, by time",
+        roles=SIGNED_IN,
+        request=lambda request: orders.ListPaymentRefunds(payment_id=request.path["id"]),
+        answer=refunds_out,
+        output=list[RefundOut],
+        errors=(contract.PaymentNotFound,),
     ),
     Route(
         method="POST",

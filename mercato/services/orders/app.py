@@ -24,6 +24,7 @@ from .paying import Paying
 from .payment_methods import PaymentMethods
 from .placing import Placing
 from .reconciling import HoldReconciling, Reconciling
+from .refund_listing import RefundListing
 from .refunding import Refunding
 from .service import OrdersService
 from .timeline import Tracing
@@ -86,6 +87,9 @@ def build(env: Env) -> Service:
     server.register(Orders.void, paying.void)
     server.register(Orders.refund, refunding.refund)
     server.register(Orders.take_back, refunding.take_back)
+    listing = RefundListing(database, payments)
+    server.register(Orders.refunds, listing.of_order)
+    server.register(Orders.payment_refunds, listing.of_payment)
     return Service(
         server=server.complete(),
         database=database,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from typing import Final
 
@@ -79,6 +80,23 @@ class RefundRecord(msgspec.Struct, frozen=True):
     reason: str
     fingerprint: bytes | None
     """Of the request that began it."""
+    actor_role: str
+    actor_id: int
+    created_at: datetime.datetime
+    settled_at: datetime.datetime | None
+
+
+class NewRefund(msgspec.Struct, frozen=True):
+    """A refund that is about to be written, as pending. Amounts as in `RefundRecord`."""
+
+    order_id: int
+    reference: str
+    lines: tuple[ReturnLine, ...]
+    amount_minor: int
+    currency: str
+    payment_attempt: int
+    reason: str
+    fingerprint: bytes | None
 
 
 class RefundRow(Row):
@@ -92,6 +110,10 @@ class RefundRow(Row):
     code: str | None
     reason: str
     fingerprint: bytes | None
+    actor_role: str
+    actor_id: int
+    created_at: datetime.datetime
+    settled_at: datetime.datetime | None
 
 
 def _refund_record(row: RefundRow) -> RefundRecord:
@@ -106,6 +128,10 @@ def _refund_record(row: RefundRow) -> RefundRecord:
         code=row.code,
         reason=row.reason,
         fingerprint=row.fingerprint,
+        actor_role=row.actor_role,
+        actor_id=row.actor_id,
+        created_at=row.created_at,
+        settled_at=row.settled_at,
     )
 
 
@@ -114,7 +140,8 @@ async def refund_of_key(tx: Tx, reference: str) -> RefundRecord | None:
     row = await tx.fetch_one(
         RefundRow,
         """
-        SELECT order_id, reference, lines, amount_minor, currency, payment_attempt, status, code, reason, fingerprint
+        SELECT order_id, reference, lines, amount_minor, currency, payment_attempt, status, code, reason, fingerprint,
+               actor_role, actor_id, created_at, settled_at
           FROM refunds
          WHERE reference = $1 AND fingerprint IS NOT NULL
         """,
@@ -129,7 +156,7 @@ async def refunds(tx: Tx, keys: Sequence[Key]) -> dict[tuple[int, str], RefundRe
         RefundRow,
         """
         SELECT r.order_id, r.reference, r.lines, r.amount_minor, r.currency, r.payment_attempt, r.status, r.code,
-               r.reason, r.fingerprint
+               r.reason, r.fingerprint, r.actor_role, r.actor_id, r.created_at, r.settled_at
           FROM unnest($1::bigint[], $2::text[]) AS w (order_id, reference)
          CROSS JOIN LATERAL (
             SELECT * FROM refunds WHERE order_id = w.order_id AND reference = w.reference LIMIT 1
@@ -141,7 +168,23 @@ async def refunds(tx: Tx, keys: Sequence[Key]) -> dict[tuple[int, str], RefundRe
     return {(row.order_id, row.reference): _refund_record(row) for row in rows}
 
 
-async def insert_refund(tx: Tx, refund: RefundRecord, actor: Actor) -> None:
+async def refunds_of(tx: Tx, order_id: int) -> list[RefundRecord]:
+    """The refunds and returns of an order, by time."""
+    rows = await tx.fetch(
+        RefundRow,
+        """
+        SELECT order_id, reference, lines, amount_minor, currency, payment_attempt, status, code, reason, fingerprint,
+               actor_role, actor_id, created_at, settled_at
+          FROM refunds
+         WHERE order_id = $1
+         ORDER BY created_at, reference
+        """,
+        order_id,
+    )
+    return list(map(_refund_record, rows))
+
+
+async def insert_refund(tx: Tx, refund: NewRefund, actor: Actor) -> None:
     await tx.execute(
         """
         INSERT INTO refunds (order_id, reference, lines, amount_minor, currency, payment_attempt, reason, actor_role,

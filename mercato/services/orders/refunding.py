@@ -47,8 +47,9 @@ from mercato.contracts.payments import (
 from . import money_store, rules, store
 from .checkout import SHOP
 from .locking import Locked, in_lock
-from .money_store import RefundRecord
+from .money_store import NewRefund, RefundRecord
 from .paying import ANSWER_SECONDS, LOCK_SECONDS
+from .refund_listing import shown
 from .store import OrderRecord
 
 REFUND: Final = "refund"
@@ -130,7 +131,7 @@ class Refunding:
             return await self._start(tx, locked, key, RefundDraft(amount_minor, reason=request.reason))
 
         key = _key_of("orders.refund", request)
-        return await self._begin(payment.order_id, key, begin)
+        return await self._begin(payment.order_id, key, begin, request.payment_id)
 
     async def take_back(self, request: ReturnOrder) -> Refund:
         """Goods, and what was paid for them."""
@@ -148,7 +149,7 @@ class Refunding:
 
     # ---------------------------------------------------------------------------------------------------- how it begins
 
-    async def _begin(self, order_id: int, key: RefundKey, begin: BeginRefund) -> Refund:
+    async def _begin(self, order_id: int, key: RefundKey, begin: BeginRefund, payment_id: int | None = None) -> Refund:
         """Begins a refund, or finds the one that its key has begun; answers when it is settled, or the time is over."""
 
         async def work(tx: Tx, locked: Locked) -> tuple[int, Saga | None]:
@@ -169,7 +170,7 @@ class Refunding:
         await self._runner.wait_until_idle(saga_key, (), ANSWER_SECONDS)
         async with self._database.read() as tx:
             found = (await money_store.refunds(tx, [saga_key]))[order_id, key.reference]
-        return _answer(found, replayed=started is None)
+        return shown(found, current.get().actor, payment_id, replayed=started is None)
 
     async def _start(self, tx: Tx, locked: Locked, key: RefundKey | None, draft: RefundDraft) -> Saga:
         """Reserves the amount, writes the refund and its saga. The order is locked."""
@@ -177,15 +178,13 @@ class Refunding:
         if draft.amount_minor:
             is_reserved = await money_store.reserve_refund(tx, record.id, draft.amount_minor)
             assert is_reserved, "the order is locked, and so much was left"
-        refund = RefundRecord(
+        refund = NewRefund(
             order_id=record.id,
             reference=REST if key is None else key.reference,
             lines=draft.lines,
             amount_minor=draft.amount_minor,
             currency=record.order.currency,
             payment_attempt=record.payment_attempt,
-            status="pending",
-            code=None,
             reason=draft.reason,
             fingerprint=None if key is None else key.fingerprint,
         )
@@ -331,18 +330,4 @@ def _refund(work: Work) -> RefundPayment:
         amount_minor=work.refund.amount_minor,
         reference=reference,
         idempotency_key=f"order:{work.order_id}:refund:{reference}",
-    )
-
-
-def _answer(refund: RefundRecord, *, replayed: bool) -> Refund:
-    return Refund(
-        id=refund.reference,
-        order_id=refund.order_id,
-        lines=refund.lines,
-        amount_minor=refund.amount_minor,
-        currency=refund.currency,
-        status=refund.status,
-        code=refund.code,
-        reason=refund.reason,
-        replayed=replayed,
     )

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import itertools
 from typing import Any, Final
 
 import msgspec
 import pytest
 
-from mercato.chassis.contract import Forbidden, IdempotencyKeyReused, InvalidRequest, RequestInProgress, ServiceError
+from mercato.chassis.contract import (
+    Actor,
+    Forbidden,
+    IdempotencyKeyReused,
+    InvalidRequest,
+    RequestInProgress,
+    ServiceError,
+)
 from mercato.contracts.orders import (
     CancelOrder,
     IllegalMove,
+    ListPaymentRefunds,
+    ListRefunds,
     MoveOrder,
     NothingToRefund,
     NotReturnable,
@@ -25,7 +35,7 @@ from mercato.contracts.orders import (
     ReturnOrder,
 )
 from mercato.contracts.payments import PaymentNotFound
-from mercato.testing.actors import ALICE, STAFF
+from mercato.testing.actors import ALICE, BOB, STAFF
 from mercato.testing.injection import FailAt, Inject, Pause
 from mercato.testing.waiting import until
 from services.orders.harness import MUG_MINOR, OrdersHarness
@@ -73,6 +83,14 @@ async def a_month_passes(harness: OrdersHarness) -> None:
     past = "created_at = created_at - interval '30 days'"
     await connection.execute(f"UPDATE orders SET {past}, updated_at = updated_at - interval '30 days'")
     await connection.execute(f"UPDATE refunds SET {past}, settled_at = settled_at - interval '30 days'")
+
+
+def a_month_older(refund: Refund) -> Refund:
+    """As it is after `a_month_passes`."""
+    month = datetime.timedelta(days=30)
+    assert refund.created_at is not None
+    assert refund.settled_at is not None
+    return msgspec.structs.replace(refund, created_at=refund.created_at - month, settled_at=refund.settled_at - month)
 
 
 async def outcome_of(asked: Any) -> Refund | ServiceError:
@@ -244,7 +262,7 @@ async def test_a_key_is_one_refund_after_30_days(shared_harness: OrdersHarness):
     with pytest.raises(IdempotencyKeyReused):
         await refund(shared_harness, payment_id, 2_000, key, fingerprint=b"two")
 
-    assert again == msgspec.structs.replace(first, replayed=True)
+    assert again == a_month_older(msgspec.structs.replace(first, replayed=True))
     assert (await shared_harness.bank(order.id)).refunded_minor == 1_000
     assert (await shared_harness.settled(order.id)).refunded_minor == 1_000
     assert await shared_harness.values("SELECT count(*) FROM refunds WHERE order_id = $1", order.id) == [1]
@@ -485,7 +503,7 @@ async def test_a_key_is_one_return_after_30_days(shared_harness: OrdersHarness):
     with pytest.raises(IdempotencyKeyReused):
         await take_back(shared_harness, order.id, (mug, 2), key=key, fingerprint=b"two")
 
-    assert again == msgspec.structs.replace(first, replayed=True)
+    assert again == a_month_older(msgspec.structs.replace(first, replayed=True))
     assert await shared_harness.shelf(mug) == (8, 0)
     assert (await shared_harness.bank(order.id)).refunded_minor == MUG_MINOR
     assert [line.returned for line in (await shared_harness.settled(order.id)).lines] == [1]
@@ -633,3 +651,103 @@ async def test_an_order_is_not_sent_while_all_of_it_is_being_refunded(
     assert (await asked).status == "succeeded"
     now = (await shared_harness.raw(order.id)).order
     assert (now.status, now.payment, now.fulfilment) == ("confirmed", "refunded", "unfulfilled")
+
+
+# ------------------------------------------------------------------------------------------------------------- listing
+
+
+async def listed(harness: OrdersHarness, order_id: int, actor: Actor = STAFF) -> tuple[Refund, ...]:
+    with harness.acting(actor):
+        return (await harness.orders.refunds(ListRefunds(order_id=order_id))).refunds
+
+
+async def test_refunds_and_returns_are_listed_by_time_as_they_were_answered(shared_harness: OrdersHarness):
+    product_id = await shared_harness.new_product(10)
+    order = await shared_harness.delivered("sandbox:ok", (product_id, 3))
+    [payment] = await shared_harness.payments(order.id)
+
+    part = await refund(shared_harness, payment.id, 100, reason="scratched")
+    back = await take_back(shared_harness, order.id, (product_id, 1), reason="too small")
+
+    first, second = await listed(shared_harness, order.id)
+    assert first == part
+    assert second == msgspec.structs.replace(back, payment_id=payment.id)
+    assert (first.amount_minor, first.reason, first.payment_id) == (100, "scratched", payment.id)
+    assert [line.quantity for line in second.lines] == [1]
+    assert {(each.actor_role, each.actor_id, each.status) for each in (first, second)} == {
+        (STAFF.role, STAFF.id, "succeeded")
+    }
+    for each in (first, second):
+        assert each.created_at is not None
+        assert each.settled_at is not None
+        assert each.created_at <= each.settled_at
+    with shared_harness.acting(STAFF):
+        of_payment = await shared_harness.orders.payment_refunds(ListPaymentRefunds(payment_id=payment.id))
+    assert of_payment.refunds == (first, second)
+
+
+async def test_customers_see_the_refunds_of_their_orders_without_the_accounts_of_staff(shared_harness: OrdersHarness):
+    order, payment_id = await paid(shared_harness)
+    given = await refund(shared_harness, payment_id, 100)
+
+    [seen] = await listed(shared_harness, order.id, ALICE)
+
+    assert given.actor_id == STAFF.id
+    assert seen == msgspec.structs.replace(given, actor_id=0)
+    with pytest.raises(OrderNotFound):
+        await listed(shared_harness, order.id, BOB)
+    with shared_harness.acting(BOB), pytest.raises(PaymentNotFound):
+        await shared_harness.orders.payment_refunds(ListPaymentRefunds(payment_id=payment_id))
+
+
+async def test_an_order_of_which_nothing_was_given_back_has_no_refunds(shared_harness: OrdersHarness):
+    order, payment_id = await paid(shared_harness)
+    assert await listed(shared_harness, order.id, ALICE) == ()
+    with shared_harness.acting(ALICE):
+        of_payment = await shared_harness.orders.payment_refunds(ListPaymentRefunds(payment_id=payment_id))
+    assert of_payment.refunds == ()
+
+
+async def test_what_cancelling_has_given_back_is_listed_with_the_refunds_before_it(shared_harness: OrdersHarness):
+    order, payment_id = await paid(shared_harness)
+    part = await refund(shared_harness, payment_id, 1_000)
+    with shared_harness.acting(ALICE):
+        await shared_harness.orders.cancel(CancelOrder(id=order.id, reason="ordered twice"))
+    await shared_harness.settled(order.id)
+
+    first, rest = await listed(shared_harness, order.id)
+
+    assert first == part
+    assert (rest.id, rest.amount_minor, rest.status, rest.reason) == (
+        "cancel",
+        TOTAL - 1_000,
+        "succeeded",
+        "ordered twice",
+    )
+    assert (rest.payment_id, rest.actor_role, rest.actor_id) == (payment_id, ALICE.role, ALICE.id)
+    assert rest.settled_at is not None
+    assert sum(each.amount_minor for each in (first, rest)) == (await shared_harness.bank(order.id)).refunded_minor
+
+
+async def test_goods_that_come_back_unpaid_are_listed_without_a_payment(shared_harness: OrdersHarness):
+    product_id = await shared_harness.new_product(10)
+    order = await shared_harness.delivered(None, (product_id, 2))
+    await take_back(shared_harness, order.id, (product_id, 1))
+
+    [back] = await listed(shared_harness, order.id)
+
+    assert (back.amount_minor, back.payment_id, [line.quantity for line in back.lines]) == (0, None, [1])
+
+
+async def test_a_declined_refund_is_listed_with_why(shared_harness: OrdersHarness):
+    order, payment_id = await paid(shared_harness)
+    await shared_harness.rows(
+        "UPDATE charges SET refunded_minor = captured_minor WHERE order_id = $1", order.id, of="sandbox"
+    )
+    given = await refund(shared_harness, payment_id, 100)
+
+    [declined] = await listed(shared_harness, order.id)
+
+    assert declined == given
+    assert (declined.status, declined.code) == ("declined", "payments.refund_declined")
+    assert declined.payment_id == payment_id

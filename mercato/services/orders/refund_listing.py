@@ -1,0 +1,103 @@
+"""The refunds and returns of an order, for those who may see it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from mercato.chassis.contract import Actor, as_service, current
+from mercato.chassis.postgres.database import Database
+from mercato.contracts.orders import ListPaymentRefunds, ListRefunds, Refund, RefundList
+from mercato.contracts.payments import GetPayment, ListPayments, Payments
+from mercato.contracts.roles import CUSTOMER
+
+from . import money_store, store
+from .money_store import RefundRecord
+from .store import HistoryRow, OrderRecord
+
+CANCEL: Final = "cancel"
+"""The id of what cancelling a paid order has given back: it has no row of its own, the history tells of it."""
+
+
+class RefundListing:
+    """Which payments they are of, payments says: here each payment of an order has a number."""
+
+    def __init__(self, database: Database, payments: Payments) -> None:
+        self._database = database
+        self._payments = payments
+
+    async def of_order(self, request: ListRefunds) -> RefundList:
+        return RefundList(refunds=tuple(await self._refunds(request.order_id)))
+
+    async def of_payment(self, request: ListPaymentRefunds) -> RefundList:
+        """As the caller, payments refuses those of others."""
+        payment = await self._payments.get(GetPayment(id=request.payment_id))
+        found = await self._refunds(payment.order_id)
+        return RefundList(refunds=tuple(refund for refund in found if refund.payment_id == payment.id))
+
+    async def _refunds(self, order_id: int) -> list[Refund]:
+        actor = current.get().actor
+        async with self._database.read() as tx:
+            record = await store.seen(tx, order_id, actor)
+            found = await money_store.refunds_of(tx, order_id)
+            if record.order.status == "cancelled":
+                found += _of_cancelling(record, found, await store.history(tx, order_id))
+        if not found:
+            return []
+        with as_service():
+            page = await self._payments.list(ListPayments(order_id=order_id, order_nonce=record.nonce, limit=200))
+        ids = {payment.attempt: payment.id for payment in page.payments}
+        return [
+            shown(refund, actor, ids.get(refund.payment_attempt) if refund.amount_minor else None) for refund in found
+        ]
+
+
+def shown(refund: RefundRecord, actor: Actor, payment_id: int | None, *, replayed: bool = False) -> Refund:
+    """A refund as `actor` may see it: customers learn that staff made it, not who."""
+    is_hidden = actor.role == CUSTOMER and (refund.actor_role, refund.actor_id) != (actor.role, actor.id)
+    return Refund(
+        id=refund.reference,
+        order_id=refund.order_id,
+        lines=refund.lines,
+        amount_minor=refund.amount_minor,
+        currency=refund.currency,
+        status=refund.status,
+        code=refund.code,
+        reason=refund.reason,
+        replayed=replayed,
+        payment_id=payment_id,
+        created_at=refund.created_at,
+        settled_at=refund.settled_at,
+        actor_role=refund.actor_role,
+        actor_id=0 if is_hidden else refund.actor_id,
+    )
+
+
+def _of_cancelling(
+    record: OrderRecord, refunds: Sequence[RefundRecord], history: Sequence[HistoryRow]
+) -> list[RefundRecord]:
+    """What cancelling the order has given back: all that was refunded, less what its refunds did."""
+    order = record.order
+    amount_minor = order.refunded_minor - sum(r.amount_minor for r in refunds if r.status == "succeeded")
+    if amount_minor == 0:
+        return []
+    [began, *_] = [row for row in history if row.status == "cancelled"]
+    [ended, *_] = [row for row in history if row.status == "cancelled" and row.payment == "refunded"]
+    return [
+        RefundRecord(
+            order_id=order.id,
+            reference=CANCEL,
+            lines=(),
+            amount_minor=amount_minor,
+            currency=order.currency,
+            payment_attempt=record.payment_attempt,
+            status="succeeded",
+            code=None,
+            reason=order.reason.message if order.reason else "",
+            fingerprint=None,
+            actor_role=began.actor_role,
+            actor_id=began.actor_id,
+            created_at=began.at,
+            settled_at=ended.at,
+        )
+    ]
