@@ -39,6 +39,8 @@ Note = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*\Z")]
 
 AccessToken = Annotated[str, Meta(max_length=64)]
 """Of a guest's order. With a wrong one, the order is not found, as an unknown one is not."""
+InternalNote = Annotated[str, Meta(max_length=500)]
+"""What staff note for staff. Customers and guests never read it; a `reason` is for them."""
 
 
 class PlaceLine(Message):
@@ -186,8 +188,11 @@ class MoveOrder(Message):
 class CancelOrder(Message):
     id: OrderId
     reason: Annotated[str, Meta(max_length=500)] = ""
+    """Public: it is shown with the order."""
     version: Version | None = None
     access_token: AccessToken | None = None
+    internal_note: InternalNote = ""
+    """Staff alone may give one."""
 
 
 class AwaitOrder(Message):
@@ -258,6 +263,7 @@ class RefundOrder(Message):
     A service that does not know this field yet must not give back all that is left: the sender also gives
     `REFUSED_MINOR` as `amount_minor`, which is more than any order has left.
     """
+    internal_note: InternalNote = ""
 
 
 class ReturnLine(Message):
@@ -279,6 +285,7 @@ class ReturnOrder(Message):
     fingerprint: bytes = b""
     lines: Annotated[tuple[ReturnLine, ...], Meta(max_length=LINES_LIMIT)] = ()
     reason: Annotated[str, Meta(max_length=500)] = ""
+    internal_note: InternalNote = ""
 
 
 RefundStatus = Literal["pending", "succeeded", "declined"]
@@ -305,6 +312,8 @@ class Refund(Message):
     actor_role: str = ""
     actor_id: int = 0
     """Whose request it was. 0 for customers, who are not shown the accounts of staff."""
+    internal_note: str = ""
+    """Empty for customers."""
 
 
 class ListRefunds(Message):
@@ -342,6 +351,8 @@ class TimelineEntry(Message):
     """Where it is known when it began."""
     by: str
     detail: str
+    internal_note: str = ""
+    """Empty for customers."""
 
 
 class Timeline(Message):
@@ -370,7 +381,10 @@ class HistoryEntry(Message):
     reason: str
     actor_role: str
     actor_id: int
+    """0 for customers, where it is an account of staff."""
     at: datetime.datetime
+    internal_note: str = ""
+    """Empty for customers."""
 
 
 class History(Message):

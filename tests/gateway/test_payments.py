@@ -518,3 +518,32 @@ async def test_refunds_are_read_by_order_and_by_payment(guarded_shop: Shop) -> N
     for path, code in zip(paths, ("orders.not_found", "payments.not_found"), strict=True):
         assert_problem(await guarded_shop.get(path, token=other.token), 404, code)
         assert_problem(await guarded_shop.get(path), 401, "sign_in_first")
+
+
+async def test_what_staff_note_for_staff_is_in_no_answer_to_a_customer(guarded_shop: Shop) -> None:
+    person, staff, note = (
+        await new_person(guarded_shop),
+        await staff_token(guarded_shop),
+        unique("called the bank about"),
+    )
+    order = await placed(guarded_shop, person, payment_method="sandbox:ok")
+    [paid] = (await guarded_shop.get(f"/payments?order_id={order.json['id']}", token=person.token)).json
+    path, key = f"/orders/{order.json['id']}", {"Idempotency-Key": unique("key")}
+    noted = {"reason": "our mistake", "internal_note": note}
+    given = await guarded_shop.post(
+        f"/payments/{paid['id']}/refunds", {"amount": "1.00", **noted}, headers=key, token=staff
+    )
+    assert (given.status, given.json["reason"], given.json["internal_note"]) == (201, "our mistake", note)
+    refused = await guarded_shop.post(f"{path}/cancel", noted, token=person.token)
+    assert_problem(refused, 403, "forbidden")
+    cancelled = await guarded_shop.post(f"{path}/cancel", noted, token=staff)
+    assert cancelled.status == 200, cancelled.body
+
+    noting = []
+    for of in ("", "/history", "/timeline", "/refunds"):
+        to_staff = await guarded_shop.get(f"{path}{of}", token=staff)
+        to_customer = await guarded_shop.get(f"{path}{of}", token=person.token)
+        assert (to_staff.status, to_customer.status) == (200, 200)
+        assert note not in to_customer.body.decode()
+        noting += [of] * (note in to_staff.body.decode())
+    assert noting == ["/history", "/timeline", "/refunds"]

@@ -37,13 +37,15 @@ from mercato.contracts.payments import Method
 from mercato.contracts.products import ProductArchived, ProductNotFound
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
 from mercato.contracts.users import UserNotFound
-from mercato.gateway.money import AmountIn, Currency, Money, currency_of, money, text_of
+from mercato.gateway.money import Amount, AmountIn, Currency, Money, currency_of, money, text_of
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest, Wait
 from mercato.gateway.validation import shared
 
 Id = Annotated[int, Meta(ge=1, le=MAX_ID)]
 Quantity = Annotated[int, Meta(ge=1, le=contract.QUANTITY_LIMIT)]
 Reason = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*\Z")]
+PublicReason = Annotated[Reason, Meta(description="The customer reads it.")]
+InternalNote = Annotated[Reason, Meta(description="Of staff, for staff: no customer reads it.")]
 
 
 class ItemIn(Input):
@@ -81,7 +83,8 @@ class MoveOrderIn(Input):
 
 
 class CancelIn(Input):
-    reason: Reason = ""
+    reason: PublicReason = ""
+    internal_note: InternalNote = ""
 
 
 class ReturnItemIn(Input):
@@ -96,7 +99,8 @@ class ReturnIn(Input):
     """What is returned; without `items`, everything that was not returned yet."""
 
     items: Annotated[tuple[ReturnItemIn, ...], Meta(min_length=1, max_length=contract.LINES_LIMIT)] | None = None
-    reason: Reason = ""
+    reason: PublicReason = ""
+    internal_note: InternalNote = ""
 
 
 class OrdersQuery(Input):
@@ -173,6 +177,7 @@ class HistoryOut(Output):
     reason: str
     by: str
     at: datetime.datetime
+    internal_note: str
 
 
 _of_order: Final = shared(Order, OrderOut, "reason", "user_id")
@@ -246,6 +251,7 @@ class RefundOut(Output):
         datetime.datetime | None, Meta(description="When it succeeded or was declined; null while it is pending.")
     ]
     by: Annotated[str, Meta(description="Role and account; customers are not shown the accounts of staff.")]
+    internal_note: str
 
 
 class TimelineOut(Output):
@@ -257,6 +263,7 @@ class TimelineOut(Output):
     took_ms: int | None
     by: str
     detail: str
+    internal_note: str
 
 
 def refund_out(refund: Refund) -> RefundOut:
@@ -275,6 +282,7 @@ def refund_out(refund: Refund) -> RefundOut:
         created_at=refund.created_at,
         settled_at=refund.settled_at,
         by=_by(refund.actor_role, refund.actor_id),
+        internal_note=refund.internal_note,
     )
 
 
@@ -307,6 +315,7 @@ def _history_out(history: History) -> Page:
                 reason=entry.reason,
                 by=_by(entry.actor_role, entry.actor_id),
                 at=entry.at,
+                internal_note=entry.internal_note,
             )
             for entry in history.entries
         ]
@@ -351,6 +360,7 @@ def _return(request: RouteRequest) -> contract.ReturnOrder:
             for item in body.items or ()
         ),
         reason=body.reason,
+        internal_note=body.internal_note,
     )
 
 
@@ -518,6 +528,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             reason=request.body.reason,
             version=request.if_match,
             access_token=request.access_token,
+            internal_note=request.body.internal_note,
         ),
         takes_access_token=True,
         answer=order_out,

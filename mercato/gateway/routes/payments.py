@@ -14,7 +14,7 @@ from mercato.contracts.payments import Method, Payment, PaymentPage, Payments
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
 from mercato.gateway.money import AmountIn, Currency, Money, currency_of, money, text_of
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
-from mercato.gateway.routes.orders import Id, Reason, RefundOut, refund_out, refunds_out
+from mercato.gateway.routes.orders import Id, InternalNote, PublicReason, RefundOut, refund_out, refunds_out
 
 
 class PayIn(Input):
@@ -47,7 +47,8 @@ class RefundIn(Input):
 
     amount: Annotated[AmountIn, Meta(examples=["10.00"])] | None = None
     currency: Currency | None = None
-    reason: Reason = ""
+    reason: PublicReason = ""
+    internal_note: InternalNote = ""
 
 
 class PaymentsQuery(Input):
@@ -140,6 +141,7 @@ def _refund(request: RouteRequest) -> orders.RefundOrder:
         amount_minor=None if body.amount is None else orders.REFUSED_MINOR,
         currency=currency,
         reason=body.reason,
+        internal_note=body.internal_note,
     )
 
 

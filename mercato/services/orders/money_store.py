@@ -84,6 +84,7 @@ class RefundRecord(msgspec.Struct, frozen=True):
     actor_id: int
     created_at: datetime.datetime
     settled_at: datetime.datetime | None
+    internal_note: str
 
 
 class NewRefund(msgspec.Struct, frozen=True):
@@ -97,6 +98,7 @@ class NewRefund(msgspec.Struct, frozen=True):
     payment_attempt: int
     reason: str
     fingerprint: bytes | None
+    internal_note: str
 
 
 class RefundRow(Row):
@@ -114,6 +116,7 @@ class RefundRow(Row):
     actor_id: int
     created_at: datetime.datetime
     settled_at: datetime.datetime | None
+    internal_note: str
 
 
 def _refund_record(row: RefundRow) -> RefundRecord:
@@ -132,6 +135,7 @@ def _refund_record(row: RefundRow) -> RefundRecord:
         actor_id=row.actor_id,
         created_at=row.created_at,
         settled_at=row.settled_at,
+        internal_note=row.internal_note,
     )
 
 
@@ -141,7 +145,7 @@ async def refund_of_key(tx: Tx, reference: str) -> RefundRecord | None:
         RefundRow,
         """
         SELECT order_id, reference, lines, amount_minor, currency, payment_attempt, status, code, reason, fingerprint,
-               actor_role, actor_id, created_at, settled_at
+               actor_role, actor_id, created_at, settled_at, internal_note
           FROM refunds
          WHERE reference = $1 AND fingerprint IS NOT NULL
         """,
@@ -156,7 +160,8 @@ async def refunds(tx: Tx, keys: Sequence[Key]) -> dict[tuple[int, str], RefundRe
         RefundRow,
         """
         SELECT r.order_id, r.reference, r.lines, r.amount_minor, r.currency, r.payment_attempt, r.status, r.code,
-               r.reason, r.fingerprint, r.actor_role, r.actor_id, r.created_at, r.settled_at
+               r.reason, r.fingerprint, r.actor_role, r.actor_id, r.created_at, r.settled_at,
+               r.internal_note
           FROM unnest($1::bigint[], $2::text[]) AS w (order_id, reference)
          CROSS JOIN LATERAL (
             SELECT * FROM refunds WHERE order_id = w.order_id AND reference = w.reference LIMIT 1
@@ -174,7 +179,7 @@ async def refunds_of(tx: Tx, order_id: int) -> list[RefundRecord]:
         RefundRow,
         """
         SELECT order_id, reference, lines, amount_minor, currency, payment_attempt, status, code, reason, fingerprint,
-               actor_role, actor_id, created_at, settled_at
+               actor_role, actor_id, created_at, settled_at, internal_note
           FROM refunds
          WHERE order_id = $1
          ORDER BY created_at, reference
@@ -188,8 +193,8 @@ async def insert_refund(tx: Tx, refund: NewRefund, actor: Actor) -> None:
     await tx.execute(
         """
         INSERT INTO refunds (order_id, reference, lines, amount_minor, currency, payment_attempt, reason, actor_role,
-                             actor_id, fingerprint)
-        VALUES ($1, $2, $3::json, $4, $5, $6, $7, $8, $9, $10)
+                             actor_id, fingerprint, internal_note)
+        VALUES ($1, $2, $3::json, $4, $5, $6, $7, $8, $9, $10, $11)
         """,
         refund.order_id,
         refund.reference,
@@ -201,6 +206,7 @@ async def insert_refund(tx: Tx, refund: NewRefund, actor: Actor) -> None:
         actor.role,
         actor.id,
         refund.fingerprint,
+        refund.internal_note,
     )
 
 

@@ -43,7 +43,6 @@ from mercato.contracts.orders import (
     PayOrder,
 )
 from mercato.contracts.payments import GetPayment, ListPayments, Payment as PaymentRecord, Payments
-from mercato.contracts.roles import CUSTOMER, GUEST
 
 from . import money_store, rules, steps, store
 from .guests import Guests, without_email
@@ -157,8 +156,10 @@ class Paying:
     async def cancel(self, request: CancelOrder) -> Order:
         """Answers at once; money and stock follow."""
         async with self._guests.acting(request.id, request.access_token):
-            decide = functools.partial(_cancel, request.reason, request.version)
-            order = await self._send(request.id, "cancel", decide)
+            actor = current.get().actor
+            if request.internal_note and rules.is_buyer(actor):
+                raise Forbidden(operation="orders.cancel with an internal note", role=actor.role)
+            order = await self._send(request.id, "cancel", functools.partial(_cancel, request))
         return order if request.access_token is None else without_email(order)
 
     async def confirm(self, order_id: int, version: int | None) -> Order:
@@ -223,6 +224,7 @@ class Paying:
                 status=decision.status,
                 reason=decision.reason,
                 note=decision.reason.message if decision.reason else "",
+                internal_note=decision.internal_note,
                 epoch=redirected.epoch,
             )
             [moved] = await store.move(tx, [move], current.get().actor)
@@ -265,7 +267,7 @@ class Paying:
 def _begin_payment(request: PayOrder, method: str, locked: Locked) -> Decision:
     """Raises what speaks against the payment."""
     actor = current.get().actor
-    if not request.capture and actor.role in (CUSTOMER, GUEST):
+    if not request.capture and rules.is_buyer(actor):
         # It sells stock that is not paid for, without an end: staff decide that.
         raise Forbidden(operation="orders.pay without capture", role=actor.role)
     _check_due(locked.order, request)
@@ -342,15 +344,15 @@ def _void(payment: PaymentRecord, locked: Locked) -> Decision | None:
     return steps.cancelled_by(locked.state, "its payment was voided")
 
 
-def _cancel(message: str, version: int | None, locked: Locked) -> Decision | None:
+def _cancel(request: CancelOrder, locked: Locked) -> Decision | None:
     order = locked.order
     if order.status == "cancelled":
         return None  # a retry of a request whose answer was lost
-    check_version(version, order.version)
+    check_version(request.version, order.version)
     rules.check_move(order, "status", "cancelled")
     if locked.record.refund_pending_minor:
         raise PaymentInProgress(order_id=order.id)
-    return steps.cancelled_by(locked.state, message)
+    return steps.cancelled_by(locked.state, request.reason, request.internal_note)
 
 
 def _confirm(version: int | None, locked: Locked) -> Decision | None:

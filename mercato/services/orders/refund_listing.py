@@ -9,9 +9,8 @@ from mercato.chassis.contract import Actor, as_service, current
 from mercato.chassis.postgres.database import Database
 from mercato.contracts.orders import ListPaymentRefunds, ListRefunds, Refund, RefundList
 from mercato.contracts.payments import GetPayment, ListPayments, Payments
-from mercato.contracts.roles import CUSTOMER
 
-from . import money_store, store
+from . import money_store, rules, store
 from .money_store import RefundRecord
 from .store import HistoryRow, OrderRecord
 
@@ -53,8 +52,7 @@ class RefundListing:
 
 
 def shown(refund: RefundRecord, actor: Actor, payment_id: int | None, *, replayed: bool = False) -> Refund:
-    """A refund as `actor` may see it: customers learn that staff made it, not who."""
-    is_hidden = actor.role == CUSTOMER and (refund.actor_role, refund.actor_id) != (actor.role, actor.id)
+    """A refund as `actor` may see it: customers learn that staff made it, not who, nor what staff note for staff."""
     return Refund(
         id=refund.reference,
         order_id=refund.order_id,
@@ -69,7 +67,8 @@ def shown(refund: RefundRecord, actor: Actor, payment_id: int | None, *, replaye
         created_at=refund.created_at,
         settled_at=refund.settled_at,
         actor_role=refund.actor_role,
-        actor_id=0 if is_hidden else refund.actor_id,
+        actor_id=rules.shown_actor_id(refund.actor_role, refund.actor_id, actor),
+        internal_note=refund.internal_note if not rules.is_buyer(actor) else "",
     )
 
 
@@ -99,5 +98,6 @@ def _of_cancelling(
             actor_id=began.actor_id,
             created_at=began.at,
             settled_at=ended.at,
+            internal_note=began.internal_note,
         )
     ]

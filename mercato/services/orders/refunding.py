@@ -102,6 +102,7 @@ class RefundDraft(msgspec.Struct, frozen=True):
     amount_minor: int
     lines: tuple[ReturnLine, ...] = ()
     reason: str = ""
+    internal_note: str = ""
 
 
 BeginRefund = Callable[[Tx, Locked], Awaitable[Saga]]
@@ -128,7 +129,8 @@ class Refunding:
             is_paid_with = payment.attempt == locked.record.payment_attempt
             left_minor = locked.record.refundable_minor if is_paid_with else 0
             amount_minor = rules.check_refund(locked.order, request, left_minor)
-            return await self._start(tx, locked, key, RefundDraft(amount_minor, reason=request.reason))
+            draft = RefundDraft(amount_minor, reason=request.reason, internal_note=request.internal_note)
+            return await self._start(tx, locked, key, draft)
 
         key = _key_of("orders.refund", request)
         return await self._begin(payment.order_id, key, begin, request.payment_id)
@@ -137,7 +139,7 @@ class Refunding:
         """Goods, and what was paid for them."""
 
         async def begin(tx: Tx, locked: Locked) -> Saga:
-            draft = await self._return(tx, locked, request.lines, request.reason)
+            draft = await self._return(tx, locked, request.lines, request.reason, request.internal_note)
             return await self._start(tx, locked, key, draft)
 
         key = _key_of("orders.take_back", request)
@@ -187,13 +189,16 @@ class Refunding:
             payment_attempt=record.payment_attempt,
             reason=draft.reason,
             fingerprint=None if key is None else key.fingerprint,
+            internal_note=draft.internal_note,
         )
         await money_store.insert_refund(tx, refund, current.get().actor)
         started = Saga((record.id, REFUND, refund.reference), "refund", "")
         await saga.start(tx, [started], self._runner.driver)
         return started
 
-    async def _return(self, tx: Tx, locked: Locked, wanted: Sequence[ReturnLine], reason: str) -> RefundDraft:
+    async def _return(
+        self, tx: Tx, locked: Locked, wanted: Sequence[ReturnLine], reason: str, internal_note: str = ""
+    ) -> RefundDraft:
         """Counts goods as returned, and says what was paid for them."""
         order, amount_minor = locked.order, 0
         lines = rules.check_return(order, wanted or rules.not_returned(order))
@@ -203,12 +208,12 @@ class Refunding:
             amount_minor = min(rules.refund_value(order, lines), locked.record.refundable_minor)
         is_complete = rules.is_all(order, lines)
         move = (
-            store.Move(order, fulfilment="returned", note=reason)
+            store.Move(order, fulfilment="returned", note=reason, internal_note=internal_note)
             if is_complete
-            else store.Move(order, again="fulfilment", note=reason)
+            else store.Move(order, again="fulfilment", note=reason, internal_note=internal_note)
         )
         await self._move(tx, [move], current.get().actor)
-        return RefundDraft(amount_minor, lines, reason)
+        return RefundDraft(amount_minor, lines, reason, internal_note)
 
     # ----------------------------------------------------------------------------------------------------- the one step
 
@@ -300,6 +305,7 @@ def _move(work: Work, order: Order) -> store.Move:
         refunded_minor=amount_minor,
         pending_minor=amount_minor,
         note=work.refund.reason,
+        internal_note=work.refund.internal_note,
         epoch=work.saga.epoch,
         tries=work.saga.tries,
     )

@@ -33,7 +33,7 @@ from mercato.contracts.orders import (
 )
 from mercato.contracts.payments import CaptureAmountChanged, CaptureTooLarge, Payment as PaymentRecord
 from mercato.contracts.products import Product, Quote
-from mercato.contracts.roles import GUEST, may_see
+from mercato.contracts.roles import ANONYMOUS, CUSTOMER, GUEST, may_see
 
 Moves = Mapping[str, frozenset[str]]
 
@@ -359,6 +359,16 @@ def with_products(request: PlaceOrder, found: Mapping[str, Product | ServiceErro
         return InvalidRequest(errors=(wrong,))
     lines = (PlaceLine(product_id=product_id, quantity=quantity) for product_id, quantity in quantities.items())
     return msgspec.structs.replace(request, lines=tuple(lines))
+
+
+def is_buyer(actor: Actor) -> bool:
+    """A customer or a guest: what staff note for staff, and who of them did something, is not for them."""
+    return actor.role in (ANONYMOUS, CUSTOMER, GUEST)
+
+
+def shown_actor_id(role: str, account_id: int, actor: Actor) -> int:
+    """The account that has done something, as `actor` may see it: 0 for a buyer who is another."""
+    return account_id if not is_buyer(actor) or (role, account_id) == (actor.role, actor.id) else 0
 
 
 def check_request(request: PlaceOrder) -> InvalidRequest | None:

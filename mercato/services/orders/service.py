@@ -137,8 +137,9 @@ class OrdersService:
 
     async def history(self, request: GetHistory) -> History:
         async with self._guests.acting(request.id, request.access_token), self._database.read() as tx:
-            await store.seen(tx, request.id, current.get().actor)
-            return History(entries=entries_of(await store.history(tx, request.id)))
+            actor = current.get().actor
+            await store.seen(tx, request.id, actor)
+            return History(entries=entries_of(await store.history(tx, request.id), actor))
 
     async def settled(self, request: AwaitOrder) -> Order:
         async with self._guests.acting(request.id, request.access_token):

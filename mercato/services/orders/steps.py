@@ -93,6 +93,7 @@ class Decision(msgspec.Struct, frozen=True):
     refunded_minor: int = 0
     waived_minor: int | None = None
     """What of the total was not taken; None: as before."""
+    internal_note: str = ""
 
 
 class RetryLater(msgspec.Struct, frozen=True):
@@ -227,10 +228,12 @@ def after_waiting(state: Checkout) -> Decision:
     return _cancelled(state, "expired")
 
 
-def cancelled_by(state: Checkout, message: str) -> Decision:
+def cancelled_by(state: Checkout, message: str, internal_note: str = "") -> Decision:
     """A client that may has asked for it."""
     reason = CancelReason(code="requested", message=message)
-    return Decision("unwind", message, state, running=True, status="cancelled", reason=reason)
+    return Decision(
+        "unwind", message, state, running=True, status="cancelled", reason=reason, internal_note=internal_note
+    )
 
 
 def after_release(answer: Reservation) -> RetryLater | None:

@@ -389,6 +389,7 @@ class HistoryRow(Row):
     epoch: int | None
     tries: int
     at: datetime.datetime
+    internal_note: str
 
 
 async def history(tx: Tx, order_id: int) -> list[HistoryRow]:
@@ -396,7 +397,8 @@ async def history(tx: Tx, order_id: int) -> list[HistoryRow]:
     return await tx.fetch(
         HistoryRow,
         """
-        SELECT version, status, payment, fulfilment, events, note, actor_role, actor_id, epoch, tries, at
+        SELECT version, status, payment, fulfilment, events, note, actor_role, actor_id, epoch, tries, at,
+               internal_note
           FROM history
          WHERE order_id = $1
          ORDER BY version
@@ -433,6 +435,8 @@ class Move(msgspec.Struct, frozen=True):
     epoch: int | None = None
     tries: int = 0
     """Of the saga whose step this is."""
+    internal_note: str = ""
+    """For the history, and for staff alone."""
 
 
 class MovedRow(Row):
@@ -504,6 +508,7 @@ class _Transition(msgspec.Struct, frozen=True):
     note: str
     on_account: bool
     actor: Actor
+    internal_note: str
 
 
 def _transition(wanted: Move, actor: Actor) -> _Transition:
@@ -517,6 +522,7 @@ def _transition(wanted: Move, actor: Actor) -> _Transition:
         note=wanted.note,
         on_account=wanted.on_account,
         actor=actor,
+        internal_note=wanted.internal_note,
     )
 
 
@@ -550,8 +556,8 @@ async def _move_alike(tx: Tx, transition: _Transition, moves: Sequence[Move]) ->
                       w.epoch, w.tries
         ), noted AS (
             INSERT INTO history (order_id, version, status, payment, fulfilment, events, note, actor_role, actor_id,
-                                 epoch, tries, at)
-            SELECT id, version, status, payment, fulfilment, $11::text[], $13, $15, $16, epoch, tries, updated_at
+                                 epoch, tries, at, internal_note)
+            SELECT id, version, status, payment, fulfilment, $11::text[], $13, $15, $16, epoch, tries, updated_at, $18
               FROM moved
         )
         SELECT id, version, updated_at, fulfilment, refunded_minor FROM moved
@@ -569,6 +575,7 @@ async def _move_alike(tx: Tx, transition: _Transition, moves: Sequence[Move]) ->
         transition.actor.role,
         transition.actor.id,
         [m.tries for m in ordered],
+        transition.internal_note,
     )
 
 

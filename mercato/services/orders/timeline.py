@@ -6,7 +6,7 @@ import asyncio
 import datetime
 from collections.abc import Sequence
 
-from mercato.chassis.contract import as_service, current
+from mercato.chassis.contract import Actor, as_service, current
 from mercato.chassis.postgres.database import Database
 from mercato.contracts.inventory import Inventory, StockStep, TraceStock
 from mercato.contracts.orders import GetTimeline, HistoryEntry, Timeline, TimelineEntry
@@ -29,7 +29,8 @@ class Tracing:
     async def timeline(self, request: GetTimeline) -> Timeline:
         order_id = request.id
         async with self._guests.acting(order_id, request.access_token), self._database.read() as tx:
-            nonce = (await store.seen(tx, order_id, current.get().actor)).nonce
+            actor = current.get().actor
+            nonce = (await store.seen(tx, order_id, actor)).nonce
             transitions = await store.history(tx, order_id)
         with as_service():
             stock, money = await asyncio.gather(
@@ -37,20 +38,20 @@ class Tracing:
                 self._payments.trace(TracePayments(order_id=order_id, order_nonce=nonce)),
             )
         entries = [
-            *(entry for transition, moves in _moves(transitions) for entry in _entries(transition, moves)),
+            *(entry for transition, moves in _moves(transitions, actor) for entry in _entries(transition, moves)),
             *(_stock(step) for step in stock.steps),
             *(_money(step) for step in money.steps),
         ]
         return Timeline(entries=tuple(sorted(entries, key=lambda entry: entry.at)))
 
 
-def entries_of(transitions: Sequence[HistoryRow]) -> tuple[HistoryEntry, ...]:
+def entries_of(transitions: Sequence[HistoryRow], actor: Actor) -> tuple[HistoryEntry, ...]:
     """The moves of all transitions, in order: one for each axis along which a transition went."""
-    return tuple(move for _, moves in _moves(transitions) for move in moves)
+    return tuple(move for _, moves in _moves(transitions, actor) for move in moves)
 
 
-def _moves(transitions: Sequence[HistoryRow]) -> list[tuple[HistoryRow, list[HistoryEntry]]]:
-    """Each transition with its moves. Where a move started is where the transition before it has ended."""
+def _moves(transitions: Sequence[HistoryRow], actor: Actor) -> list[tuple[HistoryRow, list[HistoryEntry]]]:
+    """Each transition with its moves, as `actor` may see them. A move starts where the transition before has ended."""
     found: list[tuple[HistoryRow, list[HistoryEntry]]] = []
     before: HistoryRow | None = None
     for row in transitions:
@@ -62,8 +63,9 @@ def _moves(transitions: Sequence[HistoryRow]) -> list[tuple[HistoryRow, list[His
                 after=getattr(row, axis),
                 reason=row.note,
                 actor_role=row.actor_role,
-                actor_id=row.actor_id,
+                actor_id=rules.shown_actor_id(row.actor_role, row.actor_id, actor),
                 at=row.at,
+                internal_note=row.internal_note if not rules.is_buyer(actor) else "",
             )
             for axis in map(rules.axis_of, row.events)
         ]
@@ -83,6 +85,7 @@ def _entries(transition: HistoryRow, moves: Sequence[HistoryEntry]) -> list[Time
             took_ms=None,
             by=f"{move.actor_role} {move.actor_id}" if move.actor_id else move.actor_role,
             detail=move.reason,
+            internal_note=move.internal_note,
         )
         for move in moves
     ]

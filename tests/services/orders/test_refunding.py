@@ -20,6 +20,10 @@ from mercato.chassis.contract import (
 )
 from mercato.contracts.orders import (
     CancelOrder,
+    GetHistory,
+    GetOrder,
+    GetTimeline,
+    History,
     IllegalMove,
     ListPaymentRefunds,
     ListRefunds,
@@ -33,6 +37,7 @@ from mercato.contracts.orders import (
     RefundOrder,
     ReturnLine,
     ReturnOrder,
+    Timeline,
 )
 from mercato.contracts.payments import PaymentNotFound
 from mercato.testing.actors import ALICE, BOB, STAFF
@@ -651,6 +656,92 @@ async def test_an_order_is_not_sent_while_all_of_it_is_being_refunded(
     assert (await asked).status == "succeeded"
     now = (await shared_harness.raw(order.id)).order
     assert (now.status, now.payment, now.fulfilment) == ("confirmed", "refunded", "unfulfilled")
+
+
+# -------------------------------------------------------------------------------------------------------------- notes
+
+NOTE: Final = "suspected of fraud, case 4711"
+
+
+async def texts_of(harness: OrdersHarness, order_id: int, actor: Actor) -> str:
+    """All that an account can read of an order."""
+    with harness.acting(actor):
+        shown = (
+            await harness.orders.get(GetOrder(id=order_id)),
+            await harness.orders.history(GetHistory(id=order_id)),
+            await harness.orders.timeline(GetTimeline(id=order_id)),
+            await harness.orders.refunds(ListRefunds(order_id=order_id)),
+        )
+    return msgspec.json.encode(shown).decode()
+
+
+async def refund_with_note(harness: OrdersHarness) -> int:
+    order, payment_id = await paid(harness)
+    given = await refund(harness, payment_id, 100, reason="scratched", internal_note=NOTE)
+    assert given.internal_note == NOTE
+    return order.id
+
+
+async def return_with_note(harness: OrdersHarness) -> int:
+    product_id = await harness.new_product(10)
+    order = await harness.delivered("sandbox:ok", (product_id, 2))
+    given = await take_back(harness, order.id, (product_id, 1), reason="scratched", internal_note=NOTE)
+    assert given.internal_note == NOTE
+    return order.id
+
+
+async def cancel_with_note(harness: OrdersHarness) -> int:
+    order, _ = await paid(harness)
+    with harness.acting(STAFF):
+        await harness.orders.cancel(CancelOrder(id=order.id, reason="scratched", internal_note=NOTE))
+    await harness.settled(order.id)
+    return order.id
+
+
+@pytest.mark.parametrize(
+    ("act", "notes"),
+    # A refund: its row, its move in history and timeline. A return with its refund: two moves in each.
+    [(refund_with_note, 3), (return_with_note, 5), (cancel_with_note, 3)],
+    ids=["refund", "return", "cancel"],
+)
+async def test_a_note_for_staff_is_shown_to_staff_alone(shared_harness: OrdersHarness, act: Any, notes: int):
+    order_id = await act(shared_harness)
+
+    to_staff, to_customer = [await texts_of(shared_harness, order_id, actor) for actor in (STAFF, ALICE)]
+
+    assert (to_staff.count(NOTE), to_customer.count(NOTE)) == (notes, 0)
+    assert "scratched" in to_customer
+    of_order = [event for event in await shared_harness.events() if event.subject_id == order_id]
+    assert of_order
+    assert NOTE not in repr(of_order)
+
+
+async def test_a_customer_gives_no_note_for_staff(shared_harness: OrdersHarness):
+    order, _ = await paid(shared_harness)
+    with shared_harness.acting(ALICE), pytest.raises(Forbidden):
+        await shared_harness.orders.cancel(CancelOrder(id=order.id, internal_note=NOTE))
+    assert (await shared_harness.settled(order.id)).status == "confirmed"
+
+
+async def test_history_and_timeline_show_customers_no_accounts_of_staff(shared_harness: OrdersHarness):
+    product_id = await shared_harness.new_product(10)
+    order = await shared_harness.delivered("sandbox:ok", (product_id, 1))
+
+    def by(history: History, timeline: Timeline) -> tuple[set[tuple[str, int]], set[str]]:
+        made = {(entry.actor_role, entry.actor_id) for entry in history.entries}
+        return made, {entry.by for entry in timeline.entries}
+
+    seen = {}
+    for actor in (STAFF, ALICE):
+        with shared_harness.acting(actor):
+            seen[actor] = by(
+                await shared_harness.orders.history(GetHistory(id=order.id)),
+                await shared_harness.orders.timeline(GetTimeline(id=order.id)),
+            )
+
+    placed, moved, shop = ("customer", ALICE.id), ("staff", STAFF.id), ("service", 0)
+    assert seen[STAFF] == ({placed, moved, shop}, {f"customer {ALICE.id}", f"staff {STAFF.id}", "service"})
+    assert seen[ALICE] == ({placed, ("staff", 0), shop}, {f"customer {ALICE.id}", "staff", "service"})
 
 
 # ------------------------------------------------------------------------------------------------------------- listing
