@@ -326,14 +326,15 @@ def _place(request: RouteRequest) -> contract.PlaceOrder:
     body: PlaceOrderIn = request.body
     errors: list[FieldError] = []
     lines = _lines(body, errors)
-    currency = currency_of(body.amount, body.currency, errors)
+    # Most orders are placed without either.
+    currency = currency_of(body.amount, body.currency, errors) if body.amount or body.currency else None
     if errors:
         raise InvalidRequest(errors=tuple(errors))
     return contract.PlaceOrder(
         **buyer(request, body.user_id),
         guest_email=body.email,
         lines=lines,
-        expected_total=text_of(body.amount),
+        expected_total=None if body.amount is None else str(body.amount),
         expected_currency=currency,
         idempotency_key=request.idempotency_key,
         fingerprint=request.fingerprint,
