@@ -190,6 +190,58 @@ def audit(
 
 
 @app.command
+def backup(
+    file: Path,
+    *,
+    data: Path = Path(".mercato"),
+    dsn: str | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Write a backup of the whole shop, as it is at one moment, while it runs.
+
+    Writes to the shop wait for at most two seconds until each database has its snapshot. The backup is audited; one in
+    which something does not hold gets the name FILE.violated. Sessions and the secret of the shop are not in it. An
+    existing file is never overwritten. Exits with 0 for a backup that holds, 1 for one that does not, 2 if there is
+    none.
+
+    Parameters
+    ----------
+    file
+        The file to make. Whoever can read it knows all about the customers.
+    data
+        The folder of the shop's data.
+    dsn
+        An administrator's DSN of the shop's server, where that is not the embedded one. [env: MERCATO_POSTGRES_DSN]
+    json
+        Tell what was done as one JSON document.
+    """
+    from mercato.cli.backup import backup as run
+
+    return run(file, data, dsn, as_json=json)
+
+
+@app.command
+def restore(file: Path, *, data: Path, json: Annotated[bool, Parameter(negative="")] = False) -> int:
+    """Make a new shop out of a backup, with a PostgreSQL of its own. A shop that exists is never written over.
+
+    The file is checked as a whole before anything is made, and the new shop is audited. It has a secret of its own:
+    all sign in again. Exits with 0 for a shop that holds, 1 for one that does not, 2 if there is none.
+
+    Parameters
+    ----------
+    file
+        What `mercato backup` has made.
+    data
+        The folder of the new shop; it must not be there.
+    json
+        Tell what was done as one JSON document.
+    """
+    from mercato.cli.backup import restore as run
+
+    return run(file, data, as_json=json)
+
+
+@app.command
 def services(*, data: Path = Path(".mercato"), json: Annotated[bool, Parameter(negative="")] = False) -> int:
     """List the processes of a shop whose services run apart: version, health, calls per second, 99th percentile.
 

@@ -21,6 +21,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import random
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping, Sequence
 from typing import Any, Final
 
@@ -50,6 +52,24 @@ _SESSION: Final = {
 }
 
 
+# Below `deadlock_timeout` (1 s): a pause that deadlocks with a service gives up before the server ends either.
+PAUSE_LOCK_MILLISECONDS: Final = 500
+PAUSE_SECONDS: Final = 2.0
+"""No try to hold all databases at one moment lasts longer; the server ends one whose process stands still."""
+PAUSE_TRIES: Final = 10
+_PAUSE: Final = f"""
+    BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
+    SAVEPOINT pause;
+    SET LOCAL lock_timeout = '{PAUSE_LOCK_MILLISECONDS}ms';
+    SET LOCAL idle_in_transaction_session_timeout = '{PAUSE_SECONDS:.0f}s';
+"""
+_WRITTEN: Final = """
+    SELECT string_agg(format('%I', c.relname), ', ' ORDER BY c.relname)
+    FROM pg_class c
+    WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'r'
+"""
+
+
 _DRIVER_ERRORS: Final = (
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
@@ -72,6 +92,10 @@ _LOST: Final = (
 )
 
 
+# What a try to lock all tables meets that another may not: a writer who takes long, or a server that ended the session.
+_BUSY: Final = (asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError, asyncpg.DeadlockDetectedError, TimeoutError)
+
+
 class CopyError(Exception):
     """A sentence for the operator: which server or database is not as it must be, and the way out."""
 
@@ -89,7 +113,18 @@ class Table(msgspec.Struct, frozen=True):
 
     @property
     def query(self) -> str:
-        return f"SELECT {', '.join(self.columns)} FROM {self.source or _identifier(self.name)}"  # noqa: S608  # no value is in it
+        return f"SELECT {', '.join(self.columns)} FROM {self.source or identifier(self.name)}"  # noqa: S608  # no value is in it
+
+
+class Moment(msgspec.Struct, frozen=True):
+    """A snapshot of each database, all of one moment at which no transaction of any of them was writing."""
+
+    snapshots: Mapping[str, tuple[Any, datetime.datetime]]
+    """By the name of the database: a connection in a read-only transaction, and the moment by the server's clock."""
+    taken_at: datetime.datetime
+    pause_seconds: float
+    """How long writes waited, in the longest of the tries."""
+    tries: int
 
 
 class Copies:
@@ -104,19 +139,19 @@ class Copies:
 
     async def fetch(self, sql: str, *values: object) -> list[dict[str, Any]]:
         """All rows, by the names of their columns. Here and below: `CopyError` when the server goes away."""
-        with _explained("the copies", _LOST):
+        with explained("the copies", _LOST):
             return [dict(record) for record in await self._connection.fetch(sql, *values)]
 
     async def execute(self, sql: str, *values: object) -> None:
         """Changes the copies; several statements at once where there are no values."""
-        with _explained("the copies", _LOST):
+        with explained("the copies", _LOST):
             await self._connection.execute(sql, *values)
 
     async def fill(
         self, schema: str, table: str, columns: Mapping[str, str], rows: Sequence[tuple[object, ...]]
     ) -> None:
         """Makes a table that is no copy: `columns` are names and types, `rows` have their order."""
-        with _explained("the copies", _LOST):
+        with explained("the copies", _LOST):
             await self._make_table(schema, table, columns)
             await self._connection.copy_records_to_table(table, schema_name=schema, columns=list(columns), records=rows)
 
@@ -149,10 +184,10 @@ class Copies:
         await _both(read(), write())
 
     async def _make_table(self, schema: str, table: str, columns: Mapping[str, str]) -> None:
-        listed = ", ".join(f"{_identifier(name)} {kind}" for name, kind in columns.items())
-        name = f"{_identifier(schema)}.{_identifier(table)}"
+        listed = ", ".join(f"{identifier(name)} {kind}" for name, kind in columns.items())
+        name = f"{identifier(schema)}.{identifier(table)}"
         await self._connection.execute(
-            f"CREATE SCHEMA IF NOT EXISTS {_identifier(schema)}; CREATE UNLOGGED TABLE {name} ({listed})"
+            f"CREATE SCHEMA IF NOT EXISTS {identifier(schema)}; CREATE UNLOGGED TABLE {name} ({listed})"
         )
 
 
@@ -164,27 +199,34 @@ async def copied(
     *,
     progress: Callable[[str], None],
     scratch: str = SCRATCH,
+    moment: Moment | None = None,
 ) -> AsyncGenerator[Copies]:
     """Copies the `wanted` tables of each database (by its name in `dsns`) into the scratch database, for this block.
 
     `admin_dsn` names the server that has, or gets, the scratch database, and a role that may make one. The block may
-    ask and change the copies. `progress` gets a line for people about what takes time. Raises `CopyError`.
+    ask and change the copies. `progress` gets a line for people about what takes time. With `moment`, what is copied
+    is that one, which stays open. Raises `CopyError`.
     """
     scratch_dsn = await ensured(admin_dsn, scratch)
     async with contextlib.AsyncExitStack() as stack:
-        connection = await stack.enter_async_context(_connected(scratch_dsn, scratch))
-        with _explained(f"the database {scratch}"):
+        connection = await stack.enter_async_context(connected(scratch_dsn, scratch))
+        with explained(f"the database {scratch}"):
             await _take_turn(connection, progress)
             await connection.execute("BEGIN; SET LOCAL work_mem = '64MB'")
         async with contextlib.AsyncExitStack() as reading:
-            sources = await _snapshots(reading, {name: dsns[name] for name in wanted})
+            sources = (
+                moment.snapshots
+                if moment is not None
+                else await _snapshots(reading, {name: dsns[name] for name in wanted})
+            )
             taken_at = min([began for _, began in sources.values()])
             copies = Copies(connection, taken_at)
-            for name, (source, _) in sources.items():
+            for name in wanted:
+                source, _ = sources[name]
                 progress(f"copying {name}")
                 for table in wanted[name]:
                     await _taken(copies, source, name, table)
-        with _explained(f"the copies in {scratch}"):
+        with explained(f"the copies in {scratch}"):
             await connection.execute("ANALYZE")
         yield copies
 
@@ -207,20 +249,76 @@ async def _snapshots(
     stack: contextlib.AsyncExitStack, dsns: Mapping[str, str]
 ) -> dict[str, tuple[Any, datetime.datetime]]:
     """A connection with an open snapshot for each database, and when its transaction began."""
-    opened = {name: await stack.enter_async_context(_connected(dsn, name)) for name, dsn in dsns.items()}
+    opened = {name: await stack.enter_async_context(connected(dsn, name)) for name, dsn in dsns.items()}
 
     async def begin(connection: Any) -> datetime.datetime:
         # The transaction's time is that of BEGIN; its first query takes the snapshot, never before that.
         await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         return await connection.fetchval("SELECT now()")
 
-    with _explained("the databases"):
+    with explained("the databases"):
         began = await asyncio.gather(*(begin(connection) for connection in opened.values()))
     return {name: (connection, at) for (name, connection), at in zip(opened.items(), began, strict=True)}
 
 
+@contextlib.asynccontextmanager
+async def one_moment(dsns: Mapping[str, str], *, progress: Callable[[str], None]) -> AsyncGenerator[Moment]:
+    """A snapshot of each database, all of one moment, for the time of the block.
+
+    All tables of all databases are locked against writes until each database has its snapshot; reading goes on. A try
+    that meets a long transaction lets go at once, and another follows. Raises `CopyError`.
+    """
+    longest = 0.0
+    for tried in range(1, PAUSE_TRIES + 1):
+        began = time.monotonic()
+        async with contextlib.AsyncExitStack() as stack:
+            opened = {name: await stack.enter_async_context(connected(dsn, name)) for name, dsn in dsns.items()}
+            with explained("the databases"):
+                tables = {name: await connection.fetchval(_WRITTEN) for name, connection in opened.items()}
+            began = time.monotonic()
+            moments = await _held_still(opened, tables)
+            longest = max(longest, time.monotonic() - began)
+            if moments is not None:
+                snapshots = {name: (opened[name], moments[name]) for name in opened}
+                yield Moment(snapshots, min(moments.values()), longest, tried)
+                return
+        progress("a transaction of the shop takes long: trying again in a moment")
+        await asyncio.sleep(random.uniform(0.5, 1.0))  # no secret
+    raise CopyError(
+        f"the shop wrote without a gap of {PAUSE_LOCK_MILLISECONDS} ms in {PAUSE_TRIES} tries: try again when there is "
+        "less to do"
+    )
+
+
+async def _held_still(
+    opened: Mapping[str, Any], tables: Mapping[str, str | None]
+) -> Mapping[str, datetime.datetime] | None:
+    """Begins a snapshot in each of the connections while writes wait in all; None where that took too long."""
+
+    async def lock(name: str) -> None:
+        await opened[name].execute(_PAUSE)
+        if tables[name]:
+            await opened[name].execute(f"LOCK TABLE {tables[name]} IN SHARE MODE")
+
+    async def begin(name: str) -> datetime.datetime:
+        return await opened[name].fetchval("SELECT clock_timestamp()")
+
+    async def release(name: str) -> None:
+        await opened[name].execute("ROLLBACK TO SAVEPOINT pause")  # the snapshot is the transaction's, and stays
+
+    with explained("the databases"):
+        try:
+            async with asyncio.timeout(PAUSE_SECONDS):
+                await asyncio.gather(*(lock(name) for name in opened))
+                moments = await asyncio.gather(*(begin(name) for name in opened))
+                await asyncio.gather(*(release(name) for name in opened))
+        except _BUSY:
+            return None
+    return dict(zip(opened, moments, strict=True))
+
+
 async def _taken(copies: Copies, source: Any, name: str, table: Table) -> None:
-    with _explained(f"the table {table.name} of {name}"):
+    with explained(f"the table {table.name} of {name}"):
         try:
             await copies.take(source, name, table)
         except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError) as error:
@@ -249,8 +347,8 @@ async def _until_none(chunks: asyncio.Queue[bytes | None]) -> AsyncIterator[byte
 
 async def located(admin_dsn: str, services: Sequence[str], *, prefix: str = "mercato_") -> dict[str, str]:
     """The DSN of each service's database, as the administrator opens it. Raises `CopyError` where one is missing."""
-    async with _connected(admin_dsn, "the server") as connection:
-        with _explained("the server"):
+    async with connected(admin_dsn, "the server") as connection:
+        with explained("the server"):
             names = set(await connection.fetchval("SELECT array_agg(datname::text) FROM pg_database"))
     if missing := [prefix + service for service in services if prefix + service not in names]:
         raise CopyError(
@@ -261,19 +359,20 @@ async def located(admin_dsn: str, services: Sequence[str], *, prefix: str = "mer
 
 async def ensured(admin_dsn: str, name: str) -> str:
     """The DSN of a database that is made, and closed to everybody else, where it is not there. Raises `CopyError`."""
-    async with _connected(admin_dsn, "the server") as connection:
-        with _explained(f"the database {name}"):
+    async with connected(admin_dsn, "the server") as connection:
+        with explained(f"the database {name}"):
             if not await connection.fetchval("SELECT true FROM pg_database WHERE datname = $1", name):
                 # Somebody who makes it at the same moment has won; it is the same database.
                 with contextlib.suppress(asyncpg.DuplicateDatabaseError, asyncpg.UniqueViolationError):
-                    await connection.execute(f"CREATE DATABASE {_identifier(name)}")
+                    await connection.execute(f"CREATE DATABASE {identifier(name)}")
             if await connection.fetchval("SELECT has_database_privilege('public', $1, 'CONNECT')", name):
-                await connection.execute(f"REVOKE ALL ON DATABASE {_identifier(name)} FROM PUBLIC")
+                await connection.execute(f"REVOKE ALL ON DATABASE {identifier(name)} FROM PUBLIC")
     return with_database(admin_dsn, name)
 
 
 @contextlib.asynccontextmanager
-async def _connected(dsn: str, what: str) -> AsyncGenerator[Any]:
+async def connected(dsn: str, what: str) -> AsyncGenerator[Any]:
+    """A connection that reads whole tables, for the time of the block. Raises `CopyError`."""
     try:
         connection = await connect(dsn, _SESSION)
     except ValueError as error:  # its words may be a part of the password, as whoever mistook it for a port has it
@@ -291,7 +390,7 @@ async def _connected(dsn: str, what: str) -> AsyncGenerator[Any]:
 
 
 @contextlib.contextmanager
-def _explained(what: str, errors: tuple[type[Exception], ...] = _DRIVER_ERRORS) -> Generator[None]:
+def explained(what: str, errors: tuple[type[Exception], ...] = _DRIVER_ERRORS) -> Generator[None]:
     """Turns an error of the driver into a sentence about what could not be read or made."""
     try:
         yield
@@ -304,5 +403,6 @@ def _reason(error: BaseException) -> str:
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
-def _identifier(name: str) -> str:
+def identifier(name: str) -> str:
+    """A name as SQL has it, in quotes."""
     return '"' + name.replace('"', '""') + '"'

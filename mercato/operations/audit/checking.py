@@ -13,7 +13,7 @@ from mercato.operations.audit.history import ClientOperation
 from mercato.operations.audit.invariant import Group, Invariant
 from mercato.operations.audit.invariants import SHOP
 from mercato.operations.audit.tables import WANTED, prepare
-from mercato.operations.copying import Copies, copied
+from mercato.operations.copying import Copies, Moment, copied
 
 SETTLED_SECONDS: Final = 60.0
 """How long nobody may have touched what several services do together, before they must agree about it."""
@@ -57,14 +57,16 @@ async def audit(
     history: Sequence[ClientOperation] | None = None,
     is_stopped: bool = False,
     progress: Callable[[str], None] = lambda _line: None,
+    moment: Moment | None = None,
 ) -> Report:
     """Asks every invariant of the databases in `dsns`, by service, as they are now; also while the shop is running.
 
     `admin_dsn` may make a database on its server. `settled_seconds` 0 is for a shop that stands still: everything must
     have come to its end. `is_stopped`: nobody runs the shop; it is judged as it was when it gave its last sign of life.
-    With `history`, the clients' side is asked too. Raises `CopyError` when it cannot be done.
+    With `history`, the clients' side is asked too; with `moment`, all is asked of that one. Raises `CopyError` when it
+    cannot be done.
     """
-    async with copied(admin_dsn, dsns, WANTED, progress=progress) as copies:
+    async with copied(admin_dsn, dsns, WANTED, progress=progress, moment=moment) as copies:
         as_of = await prepare(copies, settled_seconds=settled_seconds, history=history, is_stopped=is_stopped)
         invariants = SHOP if history is None else (*SHOP, *CLIENTS)
         progress(f"asking {len(invariants)} questions of {copies.rows} rows")

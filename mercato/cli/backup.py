@@ -1,0 +1,188 @@
+"""`mercato backup` and `mercato restore`: a whole shop into one file, and a new shop out of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from mercato import topology
+from mercato.chassis.hosting import settings as config
+from mercato.chassis.hosting.keys import key_deriver
+from mercato.chassis.postgres.migrations import checksum, revisions
+from mercato.cli import preparing
+from mercato.cli.databases import Unreachable, reached, run
+from mercato.cli.progress import Progress
+from mercato.embedded_postgres import DataFolder, EmbeddedPostgres, remove_cluster
+from mercato.embedded_postgres.folder import explained, sync_folder
+from mercato.operations.audit.checking import Report, audit
+from mercato.operations.backup import archive, taking
+from mercato.operations.copying import located
+
+HOLDS: Final = 0
+VIOLATED: Final = 1
+FAILED: Final = 2
+"""Exit codes. 2: nothing was made."""
+
+UNFINISHED: Final = ".restoring"
+"""What the name of a new folder ends with until everything is in it."""
+OWN_URL: Final = "(mercato restore)"
+
+
+def backup(file: Path, data: Path, dsn: str | None, *, as_json: bool) -> int:
+    """Backs up a shop, running or not; gives the exit code."""
+    return run(lambda: _backup(Path(os.path.abspath(file)), data, dsn, as_json=as_json), failure=FAILED)
+
+
+def restore(file: Path, data: Path, *, as_json: bool) -> int:
+    """Makes a new shop out of a backup; gives the exit code."""
+    return run(lambda: _restore(file, Path(os.path.abspath(data)), as_json=as_json), failure=FAILED)
+
+
+async def _backup(file: Path, data: Path, dsn: str | None, *, as_json: bool) -> int:
+    progress, tell = _telling(as_json=as_json)
+    async with reached(data, dsn, tell) as databases:
+        taken = await taking.take(
+            file, databases.admin_dsn, databases.dsns, is_stopped=databases.is_stopped, progress=tell
+        )
+    manifest = taken.manifest
+    rows = sum(table.rows for entry in manifest.databases.values() for table in entry.tables.values())
+    if as_json:
+        _document(
+            {
+                "file": str(taken.path),
+                "bytes": taken.size,
+                "rows": rows,
+                "taken_at": manifest.taken_at,
+                "pause_seconds": manifest.pause_seconds,
+                "tries": taken.tries,
+                "holds": manifest.holds,
+                "violated": manifest.violated,
+            }
+        )
+    else:
+        progress.say(f"{taken.path}  {taken.size} bytes, {rows} rows, as of {manifest.taken_at:%Y-%m-%d %H:%M:%S} UTC")
+        progress.say(f"Writes waited for {manifest.pause_seconds:.3f} s at most.")
+        _judge(progress, taken.report, "The backup")
+    return HOLDS if manifest.holds else VIOLATED
+
+
+async def _restore(file: Path, data: Path, *, as_json: bool) -> int:
+    progress, tell = _telling(as_json=as_json)
+    settings = config.load()
+    if settings.postgres_dsn is not None:
+        raise Unreachable(
+            "a shop is restored with a PostgreSQL of its own: run the command without MERCATO_POSTGRES_DSN"
+        )
+    _require_new(data)
+    tell(f"checking {file}")
+    with contextlib.ExitStack() as stack:
+        found = await asyncio.to_thread(lambda: stack.enter_context(archive.opened(file)))
+        taking.check_revisions(found.manifest, _known())
+        async with _made(data, settings, tell) as admin_dsn:
+            dsns = await located(admin_dsn, list(topology.SERVICES))
+            rows = await taking.load(found, dsns, progress=tell)
+            report = await audit(admin_dsn, dsns, is_stopped=True, progress=tell)
+    if as_json:
+        violated = [finding.name for finding in report.violated]
+        taken_at = found.manifest.taken_at
+        _document(
+            {"data": str(data), "rows": rows, "taken_at": taken_at, "holds": not report.violated, "violated": violated}
+        )
+    else:
+        progress.say(f"{data}  {rows} rows, as of {found.manifest.taken_at:%Y-%m-%d %H:%M:%S} UTC")
+        _judge(progress, report, "The new shop")
+        progress.say(f"Start it: mercato up --data {data}")
+    return VIOLATED if report.violated else HOLDS
+
+
+def _telling(*, as_json: bool) -> tuple[Progress, Callable[[str], None]]:
+    """One document is promised to programs: they get nothing else."""
+    progress = Progress(as_json=False)
+
+    def tell(line: str) -> None:
+        if not as_json:
+            progress.step(line)
+
+    return progress, tell
+
+
+def _document(values: dict[str, object]) -> None:
+    Progress(as_json=False).say(msgspec.json.encode(values).decode())
+
+
+def _judge(progress: Progress, report: Report, what: str) -> None:
+    if not report.violated:
+        progress.say(f"{what} holds: all {len(report.findings)} invariants of the audit.")
+        return
+    progress.say(f"{what} does not hold: `mercato audit` shows the rows.")
+    for finding in report.violated:
+        progress.say(f"  {finding.name}  {finding.title}: {finding.violations} times that it does not")
+
+
+def _known() -> dict[str, dict[str, str]]:
+    """The revisions of this version and their checksums, by service."""
+    folders = {name: topology.migrations(name) for name in topology.SERVICES}
+    return {name: {one: checksum(folder, one) for one in revisions(folder)} for name, folder in folders.items()}
+
+
+def _require_new(data: Path) -> None:
+    if os.path.lexists(data):
+        raise Unreachable(f"{data} is there already, and a shop is never written over: name a new folder with --data")
+    unfinished = data.with_name(data.name + UNFINISHED)
+    if os.path.lexists(unfinished):
+        raise Unreachable(
+            f"{unfinished} is of a restore that runs or was killed: wait for it, or remove it with "
+            f"`python -m mercato.embedded_postgres --remove {unfinished}` and rm -r"
+        )
+
+
+@contextlib.asynccontextmanager
+async def _made(data: Path, settings: config.Settings, tell: Callable[[str], None]) -> AsyncGenerator[str]:
+    """An administrator's DSN of a new, migrated shop, which has its name only when the block has ended well."""
+    unfinished = data.with_name(data.name + UNFINISHED)
+    with explained(data):
+        unfinished.mkdir(mode=0o700)  # of two at once, one fails
+    try:
+        with DataFolder.open(unfinished, OWN_URL) as folder:
+            secret = settings.secret.get_secret_value().encode() if settings.secret else folder.secret()
+            tell("starting a new PostgreSQL")
+            server = await EmbeddedPostgres.start(
+                folder.path, password=key_deriver(secret)("postgres/superuser").hex(), progress=tell
+            )
+            try:
+                await preparing.databases(server.admin_dsn, secret, Steps(tell))
+                yield server.admin_dsn
+            finally:
+                await server.stop()
+            with explained(data):
+                _require_unused(data)
+                unfinished.rename(data)
+                sync_folder(data.parent)
+    except BaseException:
+        remove_cluster(unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _require_unused(data: Path) -> None:
+    # A rename takes the place of an empty folder alone, so that nothing is lost should one come in between.
+    if os.path.lexists(data):
+        raise Unreachable(f"{data} was made by another meanwhile: name a new folder with --data")
+
+
+class Steps(Progress):
+    """Progress whose steps go elsewhere."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__(as_json=True)
+        self._tell = tell
+
+    def step(self, line: str) -> None:
+        self._tell(line)

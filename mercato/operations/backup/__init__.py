@@ -1,0 +1,1 @@
+"""Backups of a whole shop: one file, of one moment, from which a new shop is made."""

@@ -1,0 +1,234 @@
+"""`mercato backup` and `mercato restore` as an operator uses them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import asyncpg
+import pytest
+
+from cli.test_audit import change, make_shop, serving
+from mercato.operations.audit.invariants import SHOP
+from mercato.testing.process import ROOT, Process, clean_environment, data_folder, remove
+
+SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def shop() -> Generator[Path]:
+    """The data folder of a shop in which everything is right. Nothing runs on it."""
+    with data_folder() as data:
+        asyncio.run(make_shop(data))
+        yield data
+
+
+@pytest.fixture
+def place() -> Generator[Path]:
+    """A folder for backups and for what is restored, `new`."""
+    with data_folder() as data:
+        data.mkdir()
+        yield data
+        if (data / "new").exists():
+            remove(data / "new")
+        shutil.rmtree(data)
+
+
+def start(command: str, *options: str | Path, file_bytes: int | None = None) -> subprocess.Popen[str]:
+    def limit() -> None:
+        if file_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+
+    return subprocess.Popen(
+        [sys.executable, "-m", "mercato.cli", command, *map(str, options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd="/",
+        env=clean_environment(),
+        preexec_fn=limit,
+    )
+
+
+def finished(running: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Its exit code and what it has said."""
+    try:
+        output, errors = running.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        running.kill()
+        running.communicate()
+        raise
+    return running.returncode, output, errors
+
+
+def done(command: str, *options: str | Path) -> Mapping[str, Any]:
+    """The document of a command that has done its work."""
+    code, output, errors = finished(start(command, *options, "--json"))
+    assert (code, errors) == (0, ""), (output, errors)
+    return json.loads(output)
+
+
+def refused(command: str, *options: str | Path, file_bytes: int | None = None) -> str:
+    """The one sentence of a command that has done nothing."""
+    code, _, errors = finished(start(command, *options, "--json", file_bytes=file_bytes))
+    assert code == 2, errors
+    [sentence] = errors.splitlines()
+    assert sentence.startswith("mercato: ")
+    return sentence
+
+
+def test_a_shop_that_was_backed_up_while_it_sold_goes_on_in_a_new_folder(place: Path):
+    with data_folder() as data, Process(data) as running:
+        running.ready()
+        credentials = {"email": "alice@example.com", "password": "demo-password"}
+        early = running.caller().post("/login", credentials).json
+        orders: list[dict[str, Any]] = []
+        is_backed_up = threading.Event()
+
+        def sell() -> None:
+            caller = running.caller()
+            while not is_backed_up.is_set():
+                orders.append(caller.post("/orders", {"user_id": 1, "product_id": 100, "amount": 99.99}).json)
+
+        seller = threading.Thread(target=sell)
+        seller.start()
+        try:
+            running.caller().post("/orders", {"user_id": 1, "product_id": 101, "amount": 49.5})
+            document = done("backup", place / "shop", "--data", data)
+        finally:
+            is_backed_up.set()
+            seller.join()
+        running.stop()
+
+    assert document["holds"]
+    assert document["file"] == str(place / "shop")
+    assert document["pause_seconds"] > 0
+    assert (place / "shop").stat().st_mode & 0o777 == 0o600
+
+    restored = done("restore", place / "shop", "--data", place / "new")
+
+    assert restored["holds"]
+    assert restored["rows"] == document["rows"]
+    assert (place / "new" / "secret").stat().st_mode & 0o777 == 0o600
+    with Process(place / "new", "--auth", "required") as running:
+        running.ready()
+        old, caller = running.caller(early["access_token"]), running.caller()
+        assert old.get("/users/1").status == 401
+        assert caller.post("/token/refresh", {"refresh_token": early["refresh_token"]}).status == 401
+        caller = running.caller(caller.post("/login", credentials).json["access_token"])
+        kept = [order for order in orders if caller.get(f"/orders/{order['id']}").status == 200]
+        assert kept, "nothing of what was sold before the backup is there"
+        assert kept == orders[: len(kept)], "an order is there, and an earlier one is not"
+        new = caller.post("/orders", {"user_id": 1, "product_id": 100, "amount": 99.99}).json
+        assert new["id"] > kept[-1]["id"]
+        running.stop()
+
+
+def test_a_backup_in_which_something_does_not_hold_says_so(shop: Path, place: Path):
+    asyncio.run(change(shop, "UPDATE levels SET on_hand = on_hand + 1"))
+    try:
+        code, output, _ = finished(start("backup", place / "shop", "--data", shop))
+    finally:
+        asyncio.run(change(shop, "UPDATE levels SET on_hand = on_hand - 1"))
+
+    assert code == 1
+    assert "S2" in output
+    assert os.listdir(place) == ["shop.violated"]
+    code, output, _ = finished(start("restore", place / "shop.violated", "--data", place / "new"))
+    assert code == 1
+    assert "S2" in output
+
+
+def test_people_see_what_is_done_and_how_long_writes_waited(shop: Path, place: Path):
+    code, output, errors = finished(start("backup", place / "shop", "--data", shop))
+
+    assert (code, errors) == (0, "")
+    assert "writing orders" in output
+    assert "Writes waited for 0." in output
+    assert f"all {len(SHOP)} invariants" in output
+
+
+def test_nothing_is_written_over(shop: Path, place: Path):
+    (place / "shop").write_text("mine")
+
+    assert "never overwrites" in refused("backup", place / "shop", "--data", shop)
+    assert (place / "shop").read_text() == "mine"
+    done("backup", place / "other", "--data", shop)
+    assert "is there already" in refused("restore", place / "other", "--data", shop)
+    (place / "new").mkdir()
+    assert "is there already" in refused("restore", place / "other", "--data", place / "new")
+    (place / "new").rmdir()
+    assert sorted(os.listdir(place)) == ["other", "shop"]
+
+
+def test_a_full_disk_leaves_no_file(shop: Path, place: Path):
+    async def sentence() -> str:
+        async with serving(shop):  # by a process without the limit
+            return await asyncio.to_thread(refused, "backup", place / "shop", "--data", shop, file_bytes=4_096)
+
+    assert str(place / "shop") in asyncio.run(sentence())
+    assert os.listdir(place) == []
+
+
+def test_ctrl_c_leaves_no_file_and_lets_writers_go_on(shop: Path, place: Path):
+    async def interrupted() -> tuple[int, str, str]:
+        async with serving(shop) as server:
+            dsn = server.admin_dsn.replace("/postgres?", "/mercato_orders?")
+            connection = await cast(Any, asyncpg).connect(dsn)
+            await connection.execute("BEGIN; LOCK TABLE orders IN ROW EXCLUSIVE MODE")
+            command = start("backup", place / "shop", "--data", shop)
+            assert command.stdout is not None
+            while "trying again" not in (line := await asyncio.to_thread(command.stdout.readline)):
+                assert line, "it ended before it had to wait"
+            command.send_signal(signal.SIGINT)
+            ended = await asyncio.to_thread(finished, command)
+            await connection.execute("UPDATE orders SET version = version; ROLLBACK")
+            await connection.close()
+            return ended
+
+    code, _, errors = asyncio.run(interrupted())
+    assert code == 130, errors
+    assert os.listdir(place) == []
+
+
+def test_a_damaged_backup_and_one_of_other_revisions_make_nothing(shop: Path, place: Path):
+    done("backup", place / "shop", "--data", shop)
+    whole = (place / "shop").read_bytes()
+    (place / "cut").write_bytes(whole[:-100])
+    with zipfile.ZipFile(place / "shop") as old, zipfile.ZipFile(place / "later", "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name == "manifest.json":
+                manifest = json.loads(content)
+                manifest["databases"]["orders"]["revisions"]["9999"] = "0" * 64
+                content = json.dumps(manifest).encode()
+            new.writestr(name, content)
+
+    assert "damaged" in refused("restore", place / "cut", "--data", place / "new")
+    assert "orders at revision 9999" in refused("restore", place / "later", "--data", place / "new")
+    assert sorted(os.listdir(place)) == ["cut", "later", "shop"]
+
+
+def test_the_commands_of_the_documentation_work_as_they_stand(shop: Path, place: Path):
+    section = (ROOT / "docs/operations.md").read_text().partition("## Backups")[2].partition("\n## ")[0]
+    lines = [line.partition("#")[0].split() for line in section.splitlines() if line.startswith("    mercato ")]
+    places = {"/backups/shop-2026-11-29": str(place / "shop"), "/srv/mercato-new": str(place / "new")}
+    backing_up, restoring, starting = [[places.get(word, word) for word in line[1:]] for line in lines]
+
+    assert finished(start(*backing_up, "--data", shop))[0] == 0
+    assert finished(start(*restoring))[0] == 0
+    assert starting[:2] == ["up", "--data"]
+    with Process(Path(starting[2])) as running:
+        assert running.ready().caller().get("/products").status == 200
+        running.stop()
