@@ -207,7 +207,7 @@ def backup(
     Parameters
     ----------
     file
-        The file to make. Whoever can read it knows all about the customers.
+        The file to make. It tells its readers all about the customers.
     data
         The folder of the shop's data.
     dsn

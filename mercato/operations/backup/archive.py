@@ -157,7 +157,7 @@ def writer(file: Draft) -> Generator[Writer]:
     try:
         yield Writer(archive, file.target)
     except BaseException:
-        with contextlib.suppress(OSError, ValueError):  # of a file that nobody will see
+        with contextlib.suppress(OSError, ValueError):  # of a file that gets no name
             archive.close()
         raise
     archive.close()

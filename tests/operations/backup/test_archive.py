@@ -86,7 +86,7 @@ def test_a_file_with_a_changed_byte_is_refused_or_says_the_same(tmp_path: Path):
 
 
 def test_rows_that_are_not_those_of_the_manifest_are_refused(tmp_path: Path):
-    """Whoever packs the archive anew makes the checksums of zip right, and not those of the manifest."""
+    """An archive that was packed anew has the right checksums of zip, and not those of the manifest."""
     make(tmp_path / "shop")
     with zipfile.ZipFile(tmp_path / "shop") as old, zipfile.ZipFile(tmp_path / "new", "w", zipfile.ZIP_DEFLATED) as new:
         new.writestr("users/users.copy", ROWS.replace(b"name of 4\n", b"name of 5\n"))
