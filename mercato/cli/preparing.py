@@ -9,7 +9,9 @@ import asyncio
 import contextlib
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
+
+import structlog
 
 from mercato import topology
 from mercato.chassis.contract import Unavailable
@@ -23,6 +25,9 @@ from mercato.cli.progress import Progress
 from mercato.cli.starting import CannotStart
 from mercato.contracts.roles import STAFF
 from mercato.contracts.users import EmailTaken, ListUsers, Register, Users
+from mercato.operations.ids import advance
+
+log: Any = structlog.get_logger()
 
 STAFF_EMAIL: Final = "staff@mercato.local"
 
@@ -30,7 +35,7 @@ STAFF_EMAIL: Final = "staff@mercato.local"
 async def databases(
     admin_dsn: str, secret: bytes, progress: Progress, names: Sequence[str] = tuple(topology.SERVICES)
 ) -> Mapping[str, str]:
-    """A migrated database for each of the services; their DSNs.
+    """A migrated database for each of the services, none of which gives an id again that another knows; their DSNs.
 
     Raises `CannotStart`, `ProvisionError` or `MigrationError`, the last before any database is changed.
     """
@@ -40,6 +45,21 @@ async def databases(
     for name in names:
         if name not in complete and (revisions := await _migrated(name, dsns[name])):
             progress.step(f"migrated the database of {name} to {revisions[-1]}")
+    with explained("the next ids cannot be compared"):
+        moved = await advance(dsns)
+    for each in moved:
+        log.warning(
+            "sequence_moved",
+            owner=each.sequence.owner,
+            sequence=each.sequence.name,
+            known_by=each.by,
+            next_id=each.next_id,
+            known_id=each.newest,
+        )
+        progress.step(
+            f"{each.by} knows ids up to {each.newest} of {each.sequence.owner}, whose database was restored and would "
+            f"have given {each.next_id} again: it goes on behind them"
+        )
     return dsns
 
 

@@ -15,6 +15,7 @@ from typing import Final
 
 from mercato.operations.audit.events import EVENTS
 from mercato.operations.audit.invariant import Invariant
+from mercato.operations.ids import behind
 from mercato.services.orders import rules as orders
 
 
@@ -562,6 +563,14 @@ ORDERS: Final = (
           JOIN payments.payments p ON p.order_id = o.id
          WHERE p.nonce <> o.nonce
         """,
+    ),
+    Invariant(
+        "O12",
+        "orders",
+        "always",
+        "No service knows an id that its owner has yet to give: else it would stand for two things",
+        # After a restore of the owner's database alone. The next start moves its sequence.
+        behind(),
     ),
 )
 

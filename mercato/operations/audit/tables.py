@@ -13,6 +13,7 @@ from typing import Final
 from mercato.chassis.messaging.events import KEPT_DAYS
 from mercato.operations.audit.history import COLUMNS as HISTORY_COLUMNS, ClientOperation, as_row
 from mercato.operations.copying import Copies, Table
+from mercato.operations.ids import SEQUENCES
 
 # A row for each event of a row. Their positions, as in `chassis/messaging/rows.py`: 12 bits for the place.
 _EVENTS: Final = """
@@ -61,12 +62,20 @@ CONSUMER: Final = (
         ),
     ),
 )
+
+
+def _next_ids(service: str) -> tuple[Table, ...]:
+    # A sequence belongs to no snapshot. It is read after all of them are taken, so it is never behind their rows.
+    return tuple(Table(each.name, ("last_value", "is_called")) for each in SEQUENCES if each.owner == service)
+
+
 IDEMPOTENCY: Final = Table("idempotency", ("principal", "operation", "key", "answer IS NOT NULL AS answered"))
 
 WANTED: Final[Mapping[str, Sequence[Table]]] = {
     # Whoever hears of something is copied before whoever says it. The snapshots are taken at once; this is for readers.
     "events": (FEED, *CONSUMER),
-    "products": (Table("products", ("id", "in_stock", "stock_version")), *CONSUMER),
+    "products": (Table("products", ("id", "in_stock", "stock_version")), *CONSUMER, *_next_ids("products")),
+    "users": _next_ids("users"),
     "orders": (
         Table(
             "orders",
@@ -96,6 +105,7 @@ WANTED: Final[Mapping[str, Sequence[Table]]] = {
         Table("payment_keys", ("principal", "key", "order_id")),
         Table("sagas", ("kind", "subject_id", "reference", "step", "tries", "driver", "wake_at", "updated_at")),
         Table("saga_drivers", ("renewed_at",)),
+        *_next_ids("orders"),
         *OUTBOX,
     ),
     "inventory": (
@@ -143,6 +153,7 @@ WANTED: Final[Mapping[str, Sequence[Table]]] = {
         ),
         Table("accounts", ("account", "currency", "balance_minor")),
         Table("transfers", ("payment_id", "kind", "reference", "debit", "credit", "amount_minor", "currency")),
+        *_next_ids("payments"),
         *OUTBOX,
     ),
     "sandbox": (

@@ -1,0 +1,186 @@
+"""Ids that are never given twice: who knows whose, and sequences that are moved past what others know.
+
+A database that was restored alone from an older backup has forgotten ids that other databases know. Its sequence would
+give them again, to another order or another account. `advance` moves it past them; the audit asks the same of copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, Final
+
+import msgspec
+
+from mercato.chassis.postgres.sessions import WHOLE_TABLES, connect
+
+LOCK_SECONDS: Final = 10
+NEWEST_ROWS: Final = 1000
+"""Of rows without an index on the id, the newest so many are asked: later ids stand in later rows."""
+
+
+class Sequence(msgspec.Struct, frozen=True):
+    """Gives the ids of one kind."""
+
+    owner: str
+    """The service."""
+    name: str
+
+
+class Known(msgspec.Struct, frozen=True):
+    """Where a service keeps ids of another."""
+
+    sequence: Sequence
+    by: str
+    """The service."""
+    newest: str
+    """A query for the highest id, or NULL; an index answers it."""
+    copied: str | None
+    """The same of the copies of an audit; None where they do not have it."""
+
+
+ORDERS: Final = Sequence("orders", "orders_id_seq")
+USERS: Final = Sequence("users", "users_id_seq")
+PRODUCTS: Final = Sequence("products", "products_id_seq")
+PAYMENTS: Final = Sequence("payments", "payments_id_seq")
+CHARGES: Final = Sequence("sandbox", "charges_id_seq")
+BANK_OPERATIONS: Final = Sequence("sandbox", "operations_id_seq")
+
+_IN_FEED: Final = """
+    SELECT max(e.subject_id)
+      FROM unnest(ARRAY[{types}]) AS wanted (type)
+     CROSS JOIN LATERAL (
+           SELECT position FROM feed_types t WHERE t.type = wanted.type ORDER BY position DESC LIMIT {rows}) newest
+      JOIN feed f ON f.position = newest.position
+     CROSS JOIN LATERAL json_to_recordset(f.events::json) AS e (type text, subject_id bigint)
+     WHERE e.type = wanted.type
+"""
+_PAYMENT_TYPES: Final = "'payment.authorized', 'payment.failed', 'payment.captured'"
+
+KNOWN: Final = (
+    Known(
+        ORDERS,
+        "inventory",
+        "SELECT max(order_id) FROM reservations",
+        "SELECT max(order_id) FROM inventory.reservations",
+    ),
+    Known(
+        ORDERS,
+        "payments",
+        "SELECT max(order_id) FROM payments",
+        "SELECT max(order_id) FROM payments.payments",
+    ),
+    Known(
+        ORDERS,
+        "events",
+        _IN_FEED.format(types="'order.placed'", rows=NEWEST_ROWS),
+        "SELECT max(subject_id) FROM events.feed WHERE type = 'order.placed'",
+    ),
+    Known(USERS, "orders", "SELECT max(user_id) FROM orders", "SELECT max(user_id) FROM orders.orders"),
+    Known(USERS, "payments", "SELECT max(user_id) FROM payments", None),
+    Known(
+        PRODUCTS,
+        "inventory",
+        "SELECT max(product_id) FROM levels",
+        "SELECT max(product_id) FROM inventory.levels",
+    ),
+    Known(
+        PRODUCTS,
+        "orders",
+        "SELECT max(product_id) FROM order_products",
+        "SELECT max(product_id) FROM orders.order_products",
+    ),
+    Known(
+        PAYMENTS,
+        "events",
+        _IN_FEED.format(types=_PAYMENT_TYPES, rows=NEWEST_ROWS),
+        "SELECT max(subject_id) FROM events.feed WHERE type LIKE 'payment.%'",
+    ),
+    Known(
+        CHARGES,
+        "payments",
+        f"SELECT max(charge_id) FROM (SELECT charge_id FROM payments ORDER BY id DESC LIMIT {NEWEST_ROWS}) newest",  # noqa: S608
+        None,
+    ),
+    # An operation below the cursor of the reconciliation would never be compared.
+    Known(BANK_OPERATIONS, "payments", "SELECT max(after) FROM reconciliation", None),
+)
+
+SEQUENCES: Final = tuple(dict.fromkeys(known.sequence for known in KNOWN))
+
+# In these two, the next id is the last value, or the one behind it where that was given already.
+_NEXT: Final = "SELECT last_value + is_called::integer FROM {name}"
+# Blocks `nextval` until the transaction ends: no id is taken between the look and the move, and the sequence never
+# goes backwards. It changes nothing.
+_HOLD: Final = "ALTER SEQUENCE {name} CACHE 1"
+_MOVE: Final = "SELECT setval($1::text::regclass, $2)"
+
+
+class Moved(msgspec.Struct, frozen=True):
+    """A sequence that was behind what another service knows."""
+
+    sequence: Sequence
+    by: str
+    """The service that knows the highest id."""
+    next_id: int
+    """What it would have given next."""
+    newest: int
+    """The highest id that is known; the sequence gives the ones behind it."""
+
+
+async def advance(dsns: Mapping[str, str]) -> tuple[Moved, ...]:
+    """Moves each sequence of the services in `dsns` past all ids that others of them know, never backwards.
+
+    Gives those that were behind. Raises the errors of the driver.
+    """
+    found = [known for known in KNOWN if known.sequence.owner in dsns and known.by in dsns]
+    async with contextlib.AsyncExitStack() as stack:
+        names = sorted({name for known in found for name in (known.sequence.owner, known.by)})
+        connections = {name: await stack.enter_async_context(_connected(dsns[name])) for name in names}
+        newest: dict[Sequence, tuple[int, str]] = {}
+        for known in found:
+            id_ = await connections[known.by].fetchval(known.newest)
+            if id_ is not None:
+                newest[known.sequence] = max(newest.get(known.sequence, (0, "")), (id_, known.by))
+        moved = [
+            await _advance(connections[sequence.owner], sequence, id_, by) for sequence, (id_, by) in newest.items()
+        ]
+    return tuple(each for each in moved if each is not None)
+
+
+async def _advance(connection: Any, sequence: Sequence, newest: int, by: str) -> Moved | None:
+    following = _NEXT.format(name=sequence.name)
+    if await connection.fetchval(following) > newest:
+        return None
+    async with connection.transaction():
+        await connection.execute(_HOLD.format(name=sequence.name))
+        next_id = await connection.fetchval(following)
+        if next_id > newest:  # another process has moved it meanwhile
+            return None
+        await connection.execute(_MOVE, sequence.name, newest)
+    return Moved(sequence, by, next_id, newest)
+
+
+@contextlib.asynccontextmanager
+async def _connected(dsn: str) -> AsyncGenerator[Any]:
+    connection = await connect(dsn, {**WHOLE_TABLES, "lock_timeout": f"{LOCK_SECONDS}s"})
+    try:
+        yield connection
+    finally:
+        connection.terminate()  # at once, also where a statement was cancelled
+
+
+def behind() -> str:
+    """SQL over the copies of an audit: a row for each service that knows an id which its owner would give again."""
+    return " UNION ALL ".join(
+        f"""
+        SELECT '{known.sequence.owner}' AS owner, '{known.by}' AS known_by, k.newest AS known_id, s.next_id,
+               'run mercato migrate, or start mercato up again' AS way_out
+          FROM ({known.copied}) AS k (newest)
+         CROSS JOIN (SELECT last_value + is_called::integer FROM {known.sequence.owner}.{known.sequence.name})
+               AS s (next_id)
+         WHERE k.newest >= s.next_id
+        """  # noqa: S608  # no value is in it
+        for known in KNOWN
+        if known.copied is not None
+    )
