@@ -25,6 +25,9 @@ Fulfilment = Literal["unfulfilled", "shipped", "delivered", "returned"]
 Axis = Literal["status", "payment", "fulfilment"]
 CancelCode = Literal["requested", "out_of_stock", "payment_declined", "payment_lost", "expired", "stock_lost"]
 
+PAID: Final = frozenset({"paid", "partially_refunded", "refunded"})
+"""States of a payment whose money was taken, whatever has been given back since."""
+
 LINES_LIMIT: Final = 100
 QUANTITY_LIMIT: Final = 10_000
 PAGE_LIMIT: Final = 200
@@ -125,22 +128,6 @@ class Order(Message):
     customer_note: str = ""
     waived_minor: int = 0
     """What of the total is not taken: goods came back before they were paid, or only a part was captured."""
-
-    @property
-    def payable_minor(self) -> int:
-        """What a payment takes, or has taken."""
-        return self.total_minor - self.waived_minor
-
-    @property
-    def due_minor(self) -> int:
-        """What is still to be paid."""
-        return self.payable_minor if self.payment == "unpaid" and self.status != "cancelled" else 0
-
-    @property
-    def paid_minor(self) -> int:
-        """What was taken, of which `refunded_minor` was given back."""
-        return self.payable_minor if self.payment in ("paid", "partially_refunded", "refunded") else 0
-
     guest_email: str | None = None
     """Of a guest's order, where one was given. For staff alone."""
 

@@ -486,13 +486,13 @@ def _unwind(machine: CheckoutMachine, order: Order, state: Checkout) -> StepRun:
 
 def _minor_to_refund(order: Order, payment: PaymentRecord | None) -> int:
     if order.payment in rules.REFUNDABLE:
-        return order.payable_minor - order.refunded_minor
+        return rules.payable_minor(order) - order.refunded_minor
     return payment.captured_minor - payment.refunded_minor if payment else 0
 
 
 def opening(order: Order, state: Checkout, status: PaymentStatus) -> PaymentModel:
     assert state.method is not None
-    return PaymentModel(state.attempt, state.method, order.payable_minor, status)
+    return PaymentModel(state.attempt, state.method, rules.payable_minor(order), status)
 
 
 RUNS: Final[Mapping[Step, Callable[[CheckoutMachine, Order, Checkout], StepRun]]] = {
@@ -641,7 +641,7 @@ class CheckoutMachine(RuleBasedStateMachine):
     def is_payable(self) -> bool:
         order = self.order
         is_sold_without_stock = order.status != "pending" and not self.on_account
-        is_due = order.due_minor > 0
+        is_due = rules.due_minor(order) > 0
         return is_due and self.step in ("awaiting", FINISHED) and not is_sold_without_stock
 
     @precondition(is_payable)
@@ -683,17 +683,17 @@ class CheckoutMachine(RuleBasedStateMachine):
     @rule(part=st.sampled_from([None, 0.25, 0.5]))
     def capture(self, part: float | None = None) -> None:
         """Staff take what was authorized, or a part of it."""
-        capture_minor = None if part is None else int(self.order.payable_minor * part) or None
+        capture_minor = None if part is None else int(rules.payable_minor(self.order) * part) or None
         state = msgspec.structs.replace(self.state, capture=True, capture_minor=capture_minor)
         self.redirect(Decision("settle", "capture requested", state, running=True))
 
     @precondition(lambda self: self.step == FINISHED and self.order.payment in rules.REFUNDABLE)
-    @precondition(lambda self: self.order.payable_minor > self.order.refunded_minor)
+    @precondition(lambda self: rules.payable_minor(self.order) > self.order.refunded_minor)
     @rule(is_rest=st.booleans())
     def refund(self, is_rest: bool = False) -> None:
         """Staff give back all that is left, or a part of it."""
         order = self.order
-        left_minor = order.payable_minor - order.refunded_minor
+        left_minor = rules.payable_minor(order) - order.refunded_minor
         amount_minor = left_minor if is_rest else left_minor // 2
         self._refund(f"staff-{order.refunded_minor}", amount_minor)
 
@@ -702,7 +702,7 @@ class CheckoutMachine(RuleBasedStateMachine):
         refunded = self.payments.execute(Target("refund", reference, amount_minor), self.payment_attempt)
         assert isinstance(refunded, PaymentRecord)
         refunded_minor = order.refunded_minor + amount_minor
-        became = "refunded" if refunded_minor == order.payable_minor else "partially_refunded"
+        became = "refunded" if refunded_minor == rules.payable_minor(order) else "partially_refunded"
         rules.check_declared(order, None, became, None)
         self.order = msgspec.structs.replace(order, payment=became, refunded_minor=refunded_minor)
 
@@ -723,7 +723,7 @@ class CheckoutMachine(RuleBasedStateMachine):
         if order.payment == "unpaid":
             self.order = msgspec.structs.replace(self.order, waived_minor=rules.returned_value(lines))
         elif order.payment in rules.REFUNDABLE:
-            amount_minor = min(rules.refund_value(order, [back]), order.payable_minor - order.refunded_minor)
+            amount_minor = min(rules.refund_value(order, [back]), rules.payable_minor(order) - order.refunded_minor)
             if amount_minor:
                 self._refund(f"back-{order.lines[0].returned}", amount_minor)
 
@@ -793,7 +793,7 @@ class CheckoutMachine(RuleBasedStateMachine):
     def order_and_bank_agree_about_money(self) -> None:
         order = self.order
         if order.payment in ("paid", "partially_refunded", "refunded") and order.status in ("confirmed", "completed"):
-            assert self.bank.net_minor == order.payable_minor - order.refunded_minor
+            assert self.bank.net_minor == rules.payable_minor(order) - order.refunded_minor
         if order.payment in ("unpaid", "failed") and self.step in RESTING:
             assert (self.bank.net_minor, self.bank.open_charges) == (0, 0)
 
@@ -820,14 +820,14 @@ class CheckoutMachine(RuleBasedStateMachine):
                 assert (bank.net_minor, bank.open_charges) == (0, 0)
                 assert (level.on_hand, level.reserved) == (self.on_hand, 0)
                 assert order.reason is not None
-                assert order.refunded_minor == (order.payable_minor if order.payment == "refunded" else 0)
+                assert order.refunded_minor == (rules.payable_minor(order) if order.payment == "refunded" else 0)
                 assert order.payment in ("unpaid", "failed", "voided", "refunded")
             case "confirmed" | "completed":
                 assert self.inventory.state == "committed"
                 assert level.on_hand == self.on_hand - self.quantity + self.returned
                 assert bank.open_charges == (self.step == "authorized")
                 was_paid = order.payment in ("paid", "partially_refunded", "refunded")
-                assert bank.net_minor == (order.payable_minor - order.refunded_minor if was_paid else 0)
+                assert bank.net_minor == (rules.payable_minor(order) - order.refunded_minor if was_paid else 0)
                 assert (order.payment == "authorized") == (self.step == "authorized")
                 assert was_paid or order.payment in ("unpaid", "authorized")
             case _:

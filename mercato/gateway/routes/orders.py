@@ -186,7 +186,7 @@ _of_placing: Final = shared(PlaceOrderIn, contract.PlaceOrder, "user_id")
 
 
 def order_out(order: Order, access_token: str | None = None) -> OrderOut:
-    currency = order.currency
+    currency, payable = order.currency, order.total_minor - order.waived_minor
     user_id = order.user_id or None
     return OrderOut(
         items=[
@@ -201,8 +201,8 @@ def order_out(order: Order, access_token: str | None = None) -> OrderOut:
         ],
         total=money(order.total_minor, currency),
         refunded=money(order.refunded_minor, currency),
-        due=money(order.due_minor, currency),
-        paid=money(order.paid_minor, currency),
+        due=money(payable if order.payment == "unpaid" and order.status != "cancelled" else 0, currency),
+        paid=money(payable if order.payment in contract.PAID else 0, currency),
         reason=None if order.reason is None else _reason_out(order.reason),
         user_id=user_id,
         customer_id=user_id,

@@ -306,7 +306,7 @@ def _lines_to_restock(work: Work) -> tuple[StockLine, ...]:
 def _minor_to_refund(work: Work) -> int:
     """What was captured and not refunded: of a paid order as it says itself, else as its payment says."""
     if work.order.payment in rules.REFUNDABLE:
-        return work.order.payable_minor - work.order.refunded_minor
+        return rules.payable_minor(work.order) - work.order.refunded_minor
     return work.payment.captured_minor - work.payment.refunded_minor if work.payment else 0
 
 
@@ -328,7 +328,7 @@ def _charge(work: Work) -> ChargePayment:
         order_nonce=work.record.nonce,
         attempt=work.state.attempt,
         user_id=work.order.user_id,
-        amount_minor=work.order.payable_minor,
+        amount_minor=rules.payable_minor(work.order),
         currency=work.order.currency,
         method=work.state.method,
         idempotency_key=f"order:{work.id}:charge:{work.state.attempt}",
@@ -342,7 +342,7 @@ def _authorize(work: Work) -> AuthorizePayment:
         order_nonce=work.record.nonce,
         attempt=work.state.attempt,
         user_id=work.order.user_id,
-        amount_minor=work.order.payable_minor,
+        amount_minor=rules.payable_minor(work.order),
         currency=work.order.currency,
         method=work.state.method,
         idempotency_key=f"order:{work.id}:authorize:{work.state.attempt}",
@@ -380,7 +380,7 @@ def _void(work: Work) -> VoidPayment:
         order_nonce=work.record.nonce,
         attempt=work.state.attempt,
         user_id=work.order.user_id,
-        amount_minor=work.order.payable_minor,
+        amount_minor=rules.payable_minor(work.order),
         currency=work.order.currency,
         method=work.state.method,
         idempotency_key=f"order:{work.id}:void:{work.state.attempt}",

@@ -293,7 +293,7 @@ def _check_payable(locked: Locked) -> None:
         raise PaymentInProgress(order_id=order.id)
     if order.status != "pending" and not locked.record.on_account:
         raise NotPayable(order_id=order.id, why="it was sold without stock")
-    if order.due_minor == 0:
+    if rules.due_minor(order) == 0:
         raise NotPayable(order_id=order.id, why="nothing is due, all that was to be paid has come back")
 
 
@@ -302,13 +302,13 @@ def _check_due(order: Order, request: PayOrder) -> None:
     shown = rules.minor_of(
         "expected_total", request.expected_total, request.expected_total_minor, currency or order.currency
     )
-    if (shown is None or shown == order.payable_minor) and (currency is None or currency == order.currency):
+    if (shown is None or shown == rules.payable_minor(order)) and (currency is None or currency == order.currency):
         return
     raise AmountNotDue(
         order_id=order.id,
-        expected_minor=order.payable_minor if shown is None else shown,
+        expected_minor=rules.payable_minor(order) if shown is None else shown,
         expected_currency=currency or order.currency,
-        due_minor=order.payable_minor,
+        due_minor=rules.payable_minor(order),
         due_currency=order.currency,
     )
 
@@ -318,8 +318,10 @@ def _capture(payment: PaymentRecord, request: CapturePart, locked: Locked) -> De
     wanted_minor = rules.check_capture(order, payment, request)
     if payment.captured_minor:
         return rules.check_captured(payment, wanted_minor, payment.captured_minor)  # a repetition
-    if order.paid_minor and payment.attempt == attempt:
-        return rules.check_captured(payment, wanted_minor, order.paid_minor)  # the same, since `payment` was read
+    if rules.paid_minor(order) and payment.attempt == attempt:
+        return rules.check_captured(
+            payment, wanted_minor, rules.paid_minor(order)
+        )  # the same, since `payment` was read
     if payment.attempt != attempt:
         _raise_illegal(order, "payment", "paid")
     step = locked.checkout.step if locked.checkout else None

@@ -297,7 +297,7 @@ def _one_an_order(works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
 
 def _move(work: Work, order: Order) -> store.Move:
     amount_minor = work.refund.amount_minor
-    is_all = order.refunded_minor + amount_minor == order.payable_minor
+    is_all = order.refunded_minor + amount_minor == rules.payable_minor(order)
     return store.Move(
         order,
         payment="refunded" if is_all else "partially_refunded",

@@ -15,6 +15,7 @@ from mercato.chassis.contract import Actor, FieldError, InvalidRequest, RuleBrok
 from mercato.chassis.mail import addresses
 from mercato.contracts.money import MAX_MINOR, to_minor
 from mercato.contracts.orders import (
+    PAID,
     QUANTITY_LIMIT,
     Axis,
     CapturePart,
@@ -359,6 +360,21 @@ def with_products(request: PlaceOrder, found: Mapping[str, Product | ServiceErro
         return InvalidRequest(errors=(wrong,))
     lines = (PlaceLine(product_id=product_id, quantity=quantity) for product_id, quantity in quantities.items())
     return msgspec.structs.replace(request, lines=tuple(lines))
+
+
+def payable_minor(order: Order) -> int:
+    """What a payment takes, or has taken."""
+    return order.total_minor - order.waived_minor
+
+
+def due_minor(order: Order) -> int:
+    """What is still to be paid. The gateway shows it as well (`order_out`)."""
+    return payable_minor(order) if order.payment == "unpaid" and order.status != "cancelled" else 0
+
+
+def paid_minor(order: Order) -> int:
+    """What was taken, of which `refunded_minor` was given back."""
+    return payable_minor(order) if order.payment in PAID else 0
 
 
 def is_buyer(actor: Actor) -> bool:

@@ -39,6 +39,8 @@ from mercato.contracts.inventory import (
 from mercato.contracts.orders import CancelCode, CancelReason, Order, Payment, Status
 from mercato.contracts.payments import AnotherOrder as PaymentOfAnotherOrder, Payment as PaymentRecord
 
+from . import rules
+
 CHECKOUT: Final = "checkout"
 
 Step = Literal["reserve", "awaiting", "settle", "authorized", "unwind"]
@@ -140,7 +142,7 @@ def after_charge(
     refused = _refused(order, state, answer, window_s)
     if refused is not None or isinstance(answer, ServiceError):
         return refused
-    return None if answer.captured_minor >= order.payable_minor else RetryLater("payments.outcome_pending")
+    return None if answer.captured_minor >= rules.payable_minor(order) else RetryLater("payments.outcome_pending")
 
 
 def after_authorize(

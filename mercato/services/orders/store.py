@@ -51,7 +51,7 @@ class OrderRecord(msgspec.Struct, frozen=True, gc=False):
     @property
     def refundable_minor(self) -> int:
         """What is left of what was paid that was neither refunded nor reserved for a refund."""
-        return self.order.payable_minor - self.order.refunded_minor - self.refund_pending_minor
+        return rules.payable_minor(self.order) - self.order.refunded_minor - self.refund_pending_minor
 
     @property
     def is_being_refunded(self) -> bool:

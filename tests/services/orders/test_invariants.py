@@ -676,7 +676,7 @@ async def assert_money_and_stock_agree(harness: OrdersHarness) -> None:
         order, bank = await harness.settled(order_id), await harness.bank(order_id)
         kept = order.payment in ("paid", "partially_refunded", "refunded") and order.status != "cancelled"
         assert bank.captures <= 1
-        assert bank.net_minor == (order.payable_minor - order.refunded_minor if kept else 0), order
+        assert bank.net_minor == (rules.payable_minor(order) - order.refunded_minor if kept else 0), order
         assert bank.open_charges == (order.payment == "authorized"), order
         for line in order.lines:
             reserved[line.product_id] += line.quantity * (order.status == "pending")
