@@ -88,6 +88,7 @@ class Things(msgspec.Struct, frozen=True):
                 "payment_method": "sandbox:ok",
                 "capture": True,
             },
+            "POST /payments/{id}/capture": {"amount": "9.99", "currency": "USD"},
             "POST /payments/{id}/refunds": {"amount": "9.99", "currency": "USD", "reason": "scratched"},
         }
         return None if route.body is None else bodies[f"{route.method} {route.path}"]

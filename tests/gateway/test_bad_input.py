@@ -145,7 +145,7 @@ CASES = [
     ),
     Case("credentials too large", "POST", "/login", raw=b" " * 16_385, headers=JSON, status=413, code="body_too_large"),
     # Orders.
-    wrong("order: nothing in it", "POST", "/orders", {}, "user_id"),
+    wrong("order: nothing in it", "POST", "/orders", {}, "items"),
     wrong("order: no items", "POST", "/orders", {"user_id": 1}, "items"),
     order("empty items", {"items": []}, "items"),
     order("101 lines", {"items": [line(i + 1) for i in range(101)]}, "items"),

@@ -10,9 +10,10 @@ from mercato.chassis.postgres.database import Database
 from mercato.contracts.orders import ListPaymentRefunds, ListRefunds, Refund, RefundList
 from mercato.contracts.payments import GetPayment, ListPayments, Payments
 
-from . import money_store, rules, store
+from . import history_store, money_store, rules, store
+from .history_store import HistoryRow
 from .money_store import RefundRecord
-from .store import HistoryRow, OrderRecord
+from .store import OrderRecord
 
 CANCEL: Final = "cancel"
 """The id of what cancelling a paid order has given back: it has no row of its own, the history tells of it."""
@@ -40,7 +41,7 @@ class RefundListing:
             record = await store.seen(tx, order_id, actor)
             found = await money_store.refunds_of(tx, order_id)
             if record.order.status == "cancelled":
-                found += _of_cancelling(record, found, await store.history(tx, order_id))
+                found += _of_cancelling(record, found, await history_store.history(tx, order_id))
         if not found:
             return []
         with as_service():

@@ -27,7 +27,7 @@ from mercato.contracts.orders import (
 )
 from mercato.contracts.roles import CUSTOMER
 
-from . import rules, store
+from . import history_store, rules, store
 from .guests import Guests, without_email
 from .locking import Locked, in_lock
 from .paying import Paying
@@ -139,7 +139,7 @@ class OrdersService:
         async with self._guests.acting(request.id, request.access_token), self._database.read() as tx:
             actor = current.get().actor
             await store.seen(tx, request.id, actor)
-            return History(entries=entries_of(await store.history(tx, request.id), actor))
+            return History(entries=entries_of(await history_store.history(tx, request.id), actor))
 
     async def settled(self, request: AwaitOrder) -> Order:
         async with self._guests.acting(request.id, request.access_token):

@@ -1,4 +1,5 @@
-"""The SQL statements of orders: placing, reading, moving. Those of payments and refunds are in `money_store.py`."""
+"""The SQL statements of orders: placing, reading, moving. Those of payments and refunds are in `money_store.py`,
+those that read the history in `history_store.py`."""
 
 from __future__ import annotations
 
@@ -375,36 +376,6 @@ async def list_page(tx: Tx, wanted: ListOrders, limit: int) -> list[Order]:
         wanted.product_id,
     )
     return [_record(row).order for row in rows]
-
-
-class HistoryRow(Row):
-    version: int
-    status: Status
-    payment: Payment
-    fulfilment: Fulfilment
-    events: list[str]
-    note: str
-    actor_role: str
-    actor_id: int
-    epoch: int | None
-    tries: int
-    at: datetime.datetime
-    internal_note: str
-
-
-async def history(tx: Tx, order_id: int) -> list[HistoryRow]:
-    """A row a transition, in order."""
-    return await tx.fetch(
-        HistoryRow,
-        """
-        SELECT version, status, payment, fulfilment, events, note, actor_role, actor_id, epoch, tries, at,
-               internal_note
-          FROM history
-         WHERE order_id = $1
-         ORDER BY version
-        """,
-        order_id,
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------- moving

@@ -12,9 +12,9 @@ from mercato.contracts.inventory import Inventory, StockStep, TraceStock
 from mercato.contracts.orders import GetTimeline, HistoryEntry, Timeline, TimelineEntry
 from mercato.contracts.payments import Payments, PaymentStep, TracePayments
 
-from . import rules, store
+from . import history_store, rules, store
 from .guests import Guests
-from .store import HistoryRow
+from .history_store import HistoryRow
 
 
 class Tracing:
@@ -31,7 +31,7 @@ class Tracing:
         async with self._guests.acting(order_id, request.access_token), self._database.read() as tx:
             actor = current.get().actor
             nonce = (await store.seen(tx, order_id, actor)).nonce
-            transitions = await store.history(tx, order_id)
+            transitions = await history_store.history(tx, order_id)
         with as_service():
             stock, money = await asyncio.gather(
                 self._inventory.trace(TraceStock(order_id=order_id, order_nonce=nonce)),
