@@ -23,6 +23,8 @@ from cli.test_audit import change, make_shop, serving
 from mercato.operations.audit.invariants import SHOP
 from mercato.testing.process import ROOT, Process, clean_environment, data_folder, remove
 
+pytestmark = pytest.mark.long
+
 SECONDS = 120
 
 

@@ -5,14 +5,21 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from mercato.testing.process import Process
 from mercato.testing.tables import connected
+
+pytestmark = pytest.mark.long
 
 FORGET = """
     TRUNCATE orders, order_products, history, refunds, payment_keys, sagas;
     ALTER SEQUENCE orders_id_seq RESTART
 """
 """As a backup from before the first order has it."""
+
+
+pytestmark = pytest.mark.long
 
 
 async def execute(dsn: str, statement: str) -> None:

@@ -92,6 +92,7 @@ def test_where_there_is_no_shop_that_is_said(tmp_path: Path):
     assert "there is no shop in" in done.stderr
 
 
+@pytest.mark.long
 def test_the_accounts_of_a_shop_that_is_stopped_are_changed_too():
     with data_folder() as folder:
         with Process(folder) as process:

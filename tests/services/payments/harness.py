@@ -111,16 +111,13 @@ class PaymentsHarness(ServiceHarness):
         return ChargePayment(**msgspec.structs.asdict(self.authorization(method, amount, **fields)))
 
     async def charged(self, method: str = "sandbox:ok", amount: int = 1_000) -> Payment:
-        [payment] = await settled(self.payments.charge.many, [self.charge(method, amount)])
-        return payment
+        return await self.payments.charge(self.charge(method, amount))
 
     async def authorized(self, method: str = "sandbox:ok", amount: int = 1_000) -> Payment:
-        [payment] = await settled(self.payments.authorize.many, [self.authorization(method, amount)])
-        return payment
+        return await self.payments.authorize(self.authorization(method, amount))
 
     async def captured(self, amount: int = 1_000) -> Payment:
-        [payment] = await settled(self.payments.capture.many, [capture(await self.authorized(amount=amount))])
-        return payment
+        return await self.payments.capture(capture(await self.authorized(amount=amount)))
 
     # -------------------------------------------------------------------------------------------------------- tables
 

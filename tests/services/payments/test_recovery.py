@@ -329,7 +329,7 @@ async def test_an_operation_that_cannot_be_recorded_does_not_hold_back_the_other
         await harness.payments.capture(capture(payments[1]))
     await harness.payments.capture.many([capture(p) for p in (payments[0], payments[2])])
     remove()
-    await harness.rows("UPDATE intents SET amount_minor = 2000 WHERE payment_id = $1", payments[1].id)
+    await harness.rows("UPDATE payments SET amount_minor = 500, authorized_minor = 500 WHERE id = $1", payments[1].id)
     await harness.age(hours=1)
 
     await harness.charging.sweep(QUIET_SECONDS)

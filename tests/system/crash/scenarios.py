@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -20,6 +22,7 @@ from mercato.chassis.postgres import outbox_row
 from mercato.testing.caller import Caller, everything
 from mercato.testing.process import clean_environment
 from mercato.testing.responses import Response
+from mercato.testing.waiting import wait_until
 from system.crash.crashing import COMMAND, CONVERGED_SECONDS, NO_SETTINGS, POLL_SECONDS, Crash, Shop
 
 PASSWORD: Final = "a long enough password"
@@ -401,6 +404,51 @@ def change_role(caller: Caller, key: str) -> None:
     expect(caller.get("/users/me"), 200)
 
 
+class Mailed(msgspec.Struct):
+    """An account, and the folder that the shop puts its letters into."""
+
+    folder: Path
+    key: str
+
+    def token(self, path: str) -> str:
+        """Of the link to `path` in a letter to the account, once there is one."""
+        wait_until(lambda: self._tokens(path))
+        return self._tokens(path)[0]
+
+    def _tokens(self, path: str) -> list[str]:
+        letters = [file.read_text() for file in self.folder.glob("*.eml")]
+        to = f"To: {email_of(self.key)}"
+        return [found for text in letters if to in text for found in re.findall(rf"{path}#(\S+)", text)]
+
+
+def unregistered(shop: Shop, key: str) -> Mailed:
+    return Mailed(shop.data / "letters", key)
+
+
+def forgotten(shop: Shop, key: str) -> Mailed:
+    """An account whose owner has asked for a new password."""
+    with shop.caller() as caller:
+        register(caller, key)
+        expect(caller.post("/password/forgot", {"email": email_of(key)}), 204)
+    return unregistered(shop, key)
+
+
+def register_by_mail(caller: Caller, mailed: Mailed) -> None:
+    register(caller, mailed.key)
+
+
+def prove(caller: Caller, mailed: Mailed) -> None:
+    register(caller, mailed.key)
+    expect(caller.post("/email/proof", {"token": mailed.token("/account/email")}), 204)
+
+
+def reset_password(caller: Caller, mailed: Mailed) -> None:
+    new = f"another {PASSWORD}"
+    asked = {"token": mailed.token("/account/password"), "new_password": new}
+    expect(caller.post("/password/reset", asked), 204)
+    caller.sign_in(email_of(mailed.key), new)
+
+
 # --------------------------------------------------------------------------------------------------------- dead letters
 
 
@@ -546,6 +594,8 @@ ORDERS: Final = (
     Crash("users.refresh.after_commit", refresh, refreshed_or_signed_in_again, signed_in),
     Crash("users.change_password.before_commit", change_password, prepare=registered),
     Crash("users.set_role.before_commit", change_role, prepare=registered),
+    Crash("users.letters.after_send", register_by_mail, prove, unregistered),
+    *around("users.reset_password", "commit", reset_password, prepare=forgotten),
 )
 CHECKOUT: Final = (
     *around("checkout.reserve", "call", buy),

@@ -349,8 +349,8 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
         (
             Edit(
                 STOCK_RULES,
-                "            if (available := self._available(line.product_id)) < line.quantity\n",
-                "            if (available := self._available(line.product_id)) < 0\n",
+                "            if (available := self._may_be_held(line.product_id)) < line.quantity\n",
+                "            if (available := self._may_be_held(line.product_id)) < 0\n",
             ),
         ),
         red=(f"{OF_RESERVING}::test_all_lines_or_none[local]",),
