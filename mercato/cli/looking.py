@@ -51,14 +51,14 @@ async def _services(data: Path, *, as_json: bool) -> int:
 async def _doctor(data: Path, *, as_json: bool) -> int:
     async with operating(data) as operator:
         found = await operator.remote.inspect(topology.SERVICES)
-        registry = operator.registry
+        registry, missing = operator.registry, operator.missing
     seen = {name: [_sentence(one) for one in instances] for name, instances in found.items()}
     if as_json:
         show(json.dumps({"registry": registry, "services": seen}, indent=2))
     else:
         show(f"Services are found through {registry}.")
         for name, instances in found.items():
-            show(f"{name:<10} {'; '.join(seen[name]) or 'not seen: ' + _why(name)}")
+            show(f"{name:<10} {'; '.join(seen[name]) or 'not seen: ' + _why(name, missing)}")
             for one in instances:
                 if one.stats and one.stats.open_breakers:
                     show(f"{'':<10} {one.where} does not call {', '.join(one.stats.open_breakers)}: no answer there")
@@ -69,11 +69,8 @@ def _answers(found: Sequence[Inspected]) -> bool:
     return any(one.stats for one in found)
 
 
-def _why(name: str) -> str:
-    return (
-        f"no process has registered it; start one with `mercato serve {name}`, and look into its log for "
-        "`nats_not_connected` or `nats_refused`, or whether it is in MERCATO_SERVICES"
-    )
+def _why(name: str, missing: str) -> str:
+    return f"no process has registered it; start one with `mercato serve {name}`, or, if one runs, {missing}"
 
 
 def _sentence(one: Inspected) -> str:

@@ -29,6 +29,16 @@ from mercato.cli.split import read_record
 from mercato.cli.starting import CannotStart
 
 FROM_ENVIRONMENT: Final = "the environment"
+HTTP_REGISTRIES: Final = {
+    "static": ("a static list", "add its address to MERCATO_SERVICES"),
+    "dns": ("DNS", "look whether its name in MERCATO_SERVICES has addresses"),
+    "mdns": (
+        "mDNS",
+        "look whether its process has MERCATO_REGISTRY=mdns, the same MERCATO_PUBLIC_KEYS, and a MERCATO_RPC_ADDRESS "
+        "on the network of this one",
+    ),
+}
+"""What a registry is for people, and where to look if a service is not seen by it."""
 WAY_OUT: Final = "where its processes are by NATS_URL or MERCATO_SERVICES"
 
 
@@ -38,6 +48,8 @@ class Operator(msgspec.Struct, frozen=True):
     remote: Remote
     registry: str
     """What says where they are, in a few words for people."""
+    missing: str
+    """Where to look if a service is not seen there, as the end of a sentence."""
 
 
 @contextlib.asynccontextmanager
@@ -52,10 +64,10 @@ async def operating(data: Path) -> AsyncGenerator[Operator]:
         source = f"the shop in {data}"
         settings = _of_folder(data, settings)
     secret = _secret(data, settings)
-    registry, remote = _remote(settings, secret)
+    registry, remote, missing = _remote(settings, secret)
     try:
         await remote.open()
-        yield Operator(remote, f"{registry}, by {source}")
+        yield Operator(remote, f"{registry}, by {source}", missing)
     except Unavailable as error:
         raise CannotStart(f"{error} Is it running, and is it the one that {source} names?") from error
     finally:
@@ -79,7 +91,8 @@ def _secret(data: Path, settings: config.ServeSettings) -> bytes:
     return service_secrets(shop_secret(data, settings), [topology.OPERATOR])[topology.OPERATOR]
 
 
-def _remote(settings: config.ServeSettings, secret: bytes) -> tuple[str, Remote]:
+def _remote(settings: config.ServeSettings, secret: bytes) -> tuple[str, Remote, str]:
+    """The way, in words too, and where to look if a service is not seen there."""
     clock, name = SystemClock(), topology.OPERATOR
     signers = {name: TokenSigner(name, signing_seed(secret), clock)}
     stats = Stats(name, __version__)
@@ -93,10 +106,11 @@ def _remote(settings: config.ServeSettings, secret: bytes) -> tuple[str, Remote]
 
         connections = nats.connections({name: secret}, settings)
         where = f"NATS at {connections[name].address}"
-        return where, NatsRemote(connections, signers, no_trust, clock, stats, metadata={})
+        remote = NatsRemote(connections, signers, no_trust, clock, stats, metadata={})
+        return where, remote, "look into its log for `nats_not_connected` or `nats_refused`"
     from mercato.chassis.rpc.transports.http import HttpRemote
 
     tls, _ = environment.contexts(settings)
-    by = {"dns": "DNS", "mdns": "mDNS", "static": "a static list"}[settings.registry]
+    by, missing = HTTP_REGISTRIES[settings.registry]
     registry, _ = environment.registry(settings)
-    return f"{by} over HTTP", HttpRemote(registry, signers, no_trust, clock, stats, tls=tls)
+    return f"{by} over HTTP", HttpRemote(registry, signers, no_trust, clock, stats, tls=tls), missing

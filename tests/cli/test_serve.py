@@ -296,13 +296,15 @@ def test_processes_find_each_other_by_mdns(folder: Path, tmp_path: Path):
             return run("doctor", "--data", str(tmp_path), environment=operator)
 
         # It looks for a moment, in which the processes of a busy machine may not have answered.
-        wait_until(lambda: doctor().returncode == 0, BOUND_SECONDS)
+        wait_until(lambda: doctor().returncode == 0, BOUND_SECONDS, lambda: doctor().stdout + doctor().stderr)
         assert "Services are found through mDNS over HTTP" in doctor().stdout
         others[0].kill()
         others[0].exit_code()
 
         def is_missed() -> bool:
-            return "no process has registered it" in doctor().stdout
+            said = doctor().stdout
+            assert "nats" not in said.lower()
+            return "no process has registered it" in said and "the same MERCATO_PUBLIC_KEYS" in said
 
         wait_until(is_missed, BOUND_SECONDS)
 

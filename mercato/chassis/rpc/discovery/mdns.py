@@ -26,8 +26,12 @@ if TYPE_CHECKING:
     from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 TYPE: Final = "_mercato._tcp.local."
-FIRST_SECONDS: Final = 1.0
-"""`open` waits for so long, and gives what was answered by then; later answers come as changes."""
+FIRST_SECONDS: Final = 2.0
+"""`open` waits for so long, and gives what was answered by then; later answers come as changes.
+
+A question that another process has asked within the last second is not asked again (RFC 6762, section 7.3), and its
+answer may have come before this process listened; the next question follows after a second.
+"""
 ANSWER_MS: Final = 3_000
 CHECK_SECONDS: Final = 1.0
 CONNECT_SECONDS: Final = 1.0
@@ -57,12 +61,16 @@ class MdnsRegistry:
         self._browser: AsyncServiceBrowser | None = None
 
     async def open(self) -> None:
-        """Returns after a second, with what was answered by then."""
-        from zeroconf import InterfaceChoice
+        """Returns after `FIRST_SECONDS`, with what was answered by then."""
+        from zeroconf import DNSQuestionType, InterfaceChoice
         from zeroconf.asyncio import AsyncServiceBrowser, AsyncZeroconf
 
+        # All questions are for multicast answers: the processes of a machine share one port, and an answer that is not
+        # multicast, which the library asks for first, reaches only one of them.
         self._zeroconf = AsyncZeroconf(interfaces=self._interfaces or InterfaceChoice.All)
-        self._browser = AsyncServiceBrowser(self._zeroconf.zeroconf, TYPE, handlers=[self._heard])
+        self._browser = AsyncServiceBrowser(
+            self._zeroconf.zeroconf, TYPE, handlers=[self._heard], question_type=DNSQuestionType.QM
+        )
         self._start(self._check())
         await asyncio.sleep(FIRST_SECONDS)
 
@@ -134,10 +142,11 @@ class MdnsRegistry:
             self._start(self._ask(zeroconf, service_type, name))
 
     async def _ask(self, zeroconf: Zeroconf, service_type: str, name: str) -> None:
+        from zeroconf import DNSQuestionType
         from zeroconf.asyncio import AsyncServiceInfo
 
         info = AsyncServiceInfo(service_type, name)
-        if not await info.async_request(zeroconf, ANSWER_MS):
+        if not await info.async_request(zeroconf, ANSWER_MS, DNSQuestionType.QM):
             log.warning("service_not_resolved", name=name, reason="no answer")
             return
         if info.decoded_properties.get("shop") != self._shop:

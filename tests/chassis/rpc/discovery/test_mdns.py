@@ -24,8 +24,8 @@ def shop() -> str:
 
 
 @contextlib.asynccontextmanager
-async def opened(shop: str) -> AsyncGenerator[MdnsRegistry]:
-    registry = MdnsRegistry(shop, LOOPBACK, check_seconds=0.05)
+async def opened(shop: str, *, check_seconds: float = 0.05) -> AsyncGenerator[MdnsRegistry]:
+    registry = MdnsRegistry(shop, LOOPBACK, check_seconds=check_seconds)
     await registry.open()
     try:
         yield registry
@@ -81,6 +81,23 @@ async def test_one_that_opens_later_finds_what_is_there(shop: str):
             await one.register(instance)
             async with opened(shop) as other:
                 await until_found(other, [instance])
+
+
+@pytest.mark.long
+async def test_one_that_opens_has_found_all_when_it_is_open(shop: str):
+    """Processes of one machine share the port of mDNS, and a packet to it that is not multicast reaches one of them."""
+    async with contextlib.AsyncExitStack() as stack:
+        port = stack.enter_context(listening())  # it has room for as many connections as are not accepted here
+        wanted: list[Instance] = []
+        for _ in range(4):
+            registry = await stack.enter_async_context(opened(shop, check_seconds=5))
+            wanted.append(made(port))
+            await registry.register(wanted[-1])
+        last = await stack.enter_async_context(opened(shop, check_seconds=5))
+        await until_found(last, wanted)  # all records have been multicast
+        for _ in range(3):
+            async with opened(shop, check_seconds=5) as later:
+                assert sorted(later.instances("orders"), key=str) == sorted(wanted, key=str)
 
 
 async def test_one_that_closes_takes_back_what_it_registered(shop: str):
