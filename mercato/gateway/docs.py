@@ -74,6 +74,7 @@ WAY_OUT: Final[Mapping[str, str]] = {
     "sessions_not_known": "Send it again after Retry-After seconds: users has not been reached for a while.",
     "sign_in_first": "POST /login, then send the access token as Authorization: Bearer ACCESS_TOKEN.",
     "stale_version": "GET it again, look at what has changed, and send the change with the new ETag.",
+    "too_many_connections_of_one": "Use fewer connections; close those that you do not need.",
     "too_many_connections": "Use fewer connections; keep them open for many requests.",
     "too_many_pipelined": "Wait for answers before sending more requests on one connection.",
     "too_many_requests": "Wait for Retry-After seconds.",
@@ -155,7 +156,8 @@ def _server_refusals() -> list[Refusal]:
     """Those of requests that never become one: the server answers them before the API sees them."""
     limits = http.LimitRefusals.of(http.HttpLimits())
     of_limits: list[http.Refusal] = list(msgspec.structs.asdict(limits).values())
-    others = [http.MALFORMED, http.INTERNAL_ERROR, http.TOO_MANY_CONNECTIONS, http.TOO_MANY_PIPELINED]
+    crowded = [http.TOO_MANY_CONNECTIONS, http.TOO_MANY_CONNECTIONS_OF_ONE, http.TOO_MANY_PIPELINED]
+    others = [http.MALFORMED, http.INTERNAL_ERROR, *crowded]
     return [Refusal(refusal.code, refusal.status, refusal.detail) for refusal in (*of_limits, *others)]
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from ipaddress import IPv6Address, ip_address
 from typing import Final
 
 import msgspec
 from throttled import RateLimiterType, Throttled, rate_limiter, store
 
 from mercato.chassis.contract import Actor
+from mercato.chassis.http import network_of
 from mercato.chassis.observability.clock import Clock
 from mercato.gateway.problems import TooManyRequests
 from mercato.gateway.route import Limits
@@ -30,8 +30,6 @@ LONGEST_DELAY_SECONDS: Final = 60.0
 FORGOTTEN_SECONDS: Final = 900.0
 """After the last failure."""
 REMEMBERED_FAILURES: Final = 10_000
-IPV6_PREFIX_BITS: Final = 64
-"""One customer of an internet provider has that many addresses, or more."""
 
 
 class RateLimiter:
@@ -121,16 +119,3 @@ class PasswordTries:
         self._failures.move_to_end(key)
         if len(self._failures) > REMEMBERED_FAILURES:
             self._failures.popitem(last=False)
-
-
-def network_of(address: str) -> str:
-    """What callers from one place share: an IPv4 address, or the network of an IPv6 address."""
-    try:
-        parsed = ip_address(address)
-    except ValueError:
-        return address
-    if not isinstance(parsed, IPv6Address):
-        return address
-    if parsed.ipv4_mapped is not None:
-        return str(parsed.ipv4_mapped)
-    return f"{int(parsed) >> (128 - IPV6_PREFIX_BITS):x}"

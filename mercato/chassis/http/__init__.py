@@ -7,6 +7,7 @@ answers some abuses in plain text. Here are the parts that close those gaps:
 `bind`             a listening socket, or one sentence that says why not.
 `HttpServer`       listens on sockets, sweeps over its connections four times a second, drains on stop.
 `BoundedProtocol`  one connection: counts what arrives, refuses what crosses a bound.
+`PipelinedTurns`   which requests that came behind another of their connection are in work.
 `BoundedCycle`     one request and its answer: takes a whole answer in one message.
 `Refusal`          why a request was refused, as an RFC 9457 problem.
 
@@ -20,11 +21,15 @@ answer to the first. LINGERING exists because of TCP: closing a socket that stil
 connection, and a reset may destroy the answer before the client has read it. So the sending half is closed, and
 what the client still sends is read and thrown away, for a bounded time.
 
+No client closes the door to others: a connection that has sent nothing is closed within seconds, one address has
+half of the places at most, and where all are taken, a new connection gets the place of the longest idle one.
+
 Guaranteed: an application never receives more than `body_bytes` of a body; a refused request gets one answer, in
 its turn, and is the last of its connection. Deadlines are up to one sweep late and never early: the hot path reads
 no clock, it only forgets the connection's time stamp, and the next sweep sets a new one.
 """
 
+from .addresses import network_of
 from .cycle import COMPLETE_RESPONSE, EXTENSIONS
 from .limits import HttpLimits, Refusal
 from .listening import CannotListen, HostUnknown, PortForbidden, PortTaken, bind, translate
@@ -44,5 +49,6 @@ __all__ = [
     "PortTaken",
     "Refusal",
     "bind",
+    "network_of",
     "translate",
 ]

@@ -59,6 +59,9 @@ class BoundedCycle(RequestResponseCycle):
     """One request of a `BoundedProtocol`."""
 
     async def send(self, message: Any) -> None:
+        if not self.response_complete and self.transport.is_closing():
+            # The protocol hears of it in a later turn of the loop; until then, each write would raise.
+            self.disconnected = True
         if message["type"] != COMPLETE_RESPONSE:
             # The answer to HEAD has a head only, which would wait for ever.
             if message["type"] == "http.response.start" and self.scope["method"] != "HEAD":

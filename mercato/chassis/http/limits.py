@@ -15,7 +15,11 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
     request_seconds: float = 10.0  # from a request's first byte to its last
     response_grace_seconds: float = 5.0  # an answer may take request_seconds and this, until the client has read it
     connections: int = 1_024
-    keep_alive_seconds: float = 30.0
+    connections_of_one: int = 512  # of one IPv4 address, or of one network of IPv6: no client closes the door to others
+    first_byte_seconds: float = 5.0  # a connection that has sent nothing by then is closed
+    keep_alive_seconds: float = 30.0  # and one that sends nothing after its last answer
+    pipelined_at_once: int = 32  # requests in work, of all connections, that their clients sent behind another
+    answers_half_closed: bool = True  # False: a client that ends its half of the connection does not wait any more
     drain_seconds: float = 3.0
 
 
@@ -52,6 +56,13 @@ MALFORMED: Final = Refusal(400, "Bad Request", "malformed_request", "The request
 INTERNAL_ERROR: Final = Refusal(500, "Internal Server Error", "internal_error", "The request failed unexpectedly.")
 TOO_MANY_CONNECTIONS: Final = Refusal(
     503, "Service Unavailable", "too_many_connections", "Too many connections are open.", retry_after_seconds=1
+)
+TOO_MANY_CONNECTIONS_OF_ONE: Final = Refusal(
+    503,
+    "Service Unavailable",
+    "too_many_connections_of_one",
+    "Too many connections are open from this address.",
+    retry_after_seconds=1,
 )
 TOO_MANY_PIPELINED: Final = Refusal(
     503, "Service Unavailable", "too_many_pipelined", "Too many requests wait for earlier answers on this connection."

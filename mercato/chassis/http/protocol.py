@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, Final, cast
 from urllib.parse import unquote
@@ -10,13 +11,16 @@ import httptools
 import uvicorn
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.utils import get_remote_addr
 from uvicorn.server import ServerState
 
+from .addresses import network_of
 from .cycle import EXTENSIONS, BoundedCycle
 from .limits import (
     INTERNAL_ERROR,
     MALFORMED,
     TOO_MANY_CONNECTIONS,
+    TOO_MANY_CONNECTIONS_OF_ONE,
     TOO_MANY_PIPELINED,
     HttpLimits,
     LimitRefusals,
@@ -43,7 +47,39 @@ LINGERING: Final = 4
 
 UNSTAMPED: Final = -1.0
 
+CLOSED_FOR_ROOM: Final = "idle_closed_for_room"
+"""What `on_refused` is called with for an idle connection that gave its place to a new one."""
+
 ASGI_VERSIONS: Final = {"version": "3.0", "spec_version": "2.3"}
+
+
+class PipelinedTurns:
+    """Which requests that came behind another of their connection are in work: `at_once` of all connections.
+
+    A client that sends its next request after an answer waits for its own requests alone. One that sends many at once
+    would fill the application with them; so they take turns, one request of each connection after the other.
+    """
+
+    def __init__(self, at_once: int) -> None:
+        self._free = at_once
+        self._waiting: deque[BoundedProtocol] = deque()
+
+    def ask(self, connection: "BoundedProtocol") -> None:
+        """`connection.take_turn` is called, now or later, unless it has ended by then; `end` follows a turn."""
+        if self._free > 0:
+            self._free -= 1
+            connection.take_turn()
+        else:
+            self._waiting.append(connection)
+
+    def end(self) -> None:
+        """A turn is over, and the next one begins."""
+        while self._waiting:
+            connection = self._waiting.popleft()
+            if connection.waits_for_turn:
+                connection.take_turn()
+                return
+        self._free += 1
 
 
 class ConnectionBook(ServerState):
@@ -56,12 +92,38 @@ class ConnectionBook(ServerState):
         self.on_refused = on_refused
         self.response_seconds = limits.request_seconds + limits.response_grace_seconds
         self.turned_away: set[BoundedProtocol] = set()
+        self.by_network: Counter[str] = Counter()
+        """How many admitted connections each network has that has any."""
+        self.idle: deque[tuple[float, BoundedProtocol]] = deque()
+        """What was idle at the last sweep, and since when; first those that never sent anything, then the longest."""
+        self.turns = PipelinedTurns(limits.pipelined_at_once)
         self.draining = False
 
     @property
     def admitted(self) -> "set[BoundedProtocol]":
         """The open connections, without those that were turned away at the door."""
         return cast("set[BoundedProtocol]", self.connections)
+
+    def note_idle(self) -> None:
+        """Called by each sweep; nothing is noted while half of the places are free."""
+        if 2 * len(self.connections) < self.limits.connections:
+            self.idle.clear()
+            return
+        idle = [connection for connection in self.admitted if connection.is_idle]
+        idle.sort(key=lambda connection: (connection.has_sent, connection.idle_since))
+        self.idle = deque((connection.idle_since, connection) for connection in idle)
+
+    def has_room(self) -> bool:
+        """Whether a connection may be admitted; the longest idle one is closed where that makes the room."""
+        if len(self.connections) < self.limits.connections:
+            return True
+        while self.idle:
+            since, connection = self.idle.popleft()
+            if connection.is_idle and connection.idle_since == since and connection in self.connections:
+                self.on_refused(CLOSED_FOR_ROOM)
+                connection.leave()
+                return True
+        return False
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -70,7 +132,9 @@ class BoundedProtocol(HttpToolsProtocol):
     What it depends on in uvicorn, each pinned by a test (`test_uvicorn_is_the_one_this_was_written_for`):
 
     - `data_received` and `on_response_complete` are replaced: the first answers malformed input in plain text, in the
-      middle of another answer if need be; the second arms a timer for every request, where the sweep needs none.
+      middle of another answer if need be; the second arms a timer for every request, where the sweep needs none, and
+      starts a pipelined request at once, where they take turns here.
+    - `eof_received` is replaced: it closes the connection of a client that sends no more and waits for its answer.
     - `on_message_begin`, `on_headers_complete`, `on_body` and `on_message_complete` are replaced, without the questions
       about WebSockets, concurrency limits and root paths: that pays for a part of what the bounds cost. The scope is
       made when the head is complete, and its cycle is a `BoundedCycle`.
@@ -105,6 +169,22 @@ class BoundedProtocol(HttpToolsProtocol):
         self._framing_bytes = 0
         self._body_bytes = 0
         self._discarded_bytes = 0
+        self._network = ""
+        self._has_turn = False
+        self._half_closed = False
+        self.has_sent = False
+        self.waits_for_turn = False
+        """The first request of `pipeline` waits until others that were pipelined are answered; none is in work."""
+
+    @property
+    def idle_since(self) -> float:
+        """By the clock of the sweeps."""
+        return self._stamped_at
+
+    @property
+    def is_idle(self) -> bool:
+        """A sweep has seen it wait for a request, and none has begun since."""
+        return self._stamped_at != UNSTAMPED and self._phase == IDLE and not self._is_answering()
 
     @property
     def is_lingering(self) -> bool:
@@ -114,18 +194,30 @@ class BoundedProtocol(HttpToolsProtocol):
     # The connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
-        if len(self._book.connections) < self._book.limits.connections:
-            super().connection_made(transport)
+        book = self._book
+        peer = get_remote_addr(transport)
+        network = network_of(peer[0]) if peer else ""
+        if book.by_network[network] >= book.limits.connections_of_one:
+            self._turn_away(transport, TOO_MANY_CONNECTIONS_OF_ONE)
+        elif not book.has_room():
+            self._turn_away(transport, TOO_MANY_CONNECTIONS)
         else:
-            self._turn_away(transport)
+            self._network = network
+            book.by_network[network] += 1
+            super().connection_made(transport)
 
-    def _turn_away(self, transport: asyncio.Transport) -> None:
+    def leave(self) -> None:
+        """Closes an idle connection, whose place is free at once."""
+        self._book.connections.discard(self)
+        self.transport.close()
+
+    def _turn_away(self, transport: asyncio.Transport, refusal: Refusal) -> None:
         # uvicorn never learns of this connection, so that those who linger do not fill the places of those who left.
         self.transport = transport
         turned_away = self._book.turned_away
         turned_away.add(self)
-        self._book.on_refused(TOO_MANY_CONNECTIONS.code)
-        self._linger(TOO_MANY_CONNECTIONS)
+        self._book.on_refused(refusal.code)
+        self._linger(refusal)
         if len(turned_away) > LINGERING_CONNECTIONS:
             transport.close()
 
@@ -133,16 +225,39 @@ class BoundedProtocol(HttpToolsProtocol):
         if self in self._book.turned_away:
             self._book.turned_away.discard(self)
             return
+        by_network = self._book.by_network
+        by_network[self._network] -= 1
+        if not by_network[self._network]:
+            del by_network[self._network]
         super().connection_lost(exc)
+        self.waits_for_turn = False
+        self._end_turn()
         if self.cycle is not None:  # pyright: ignore[reportUnnecessaryComparison]  # uvicorn: None before the first
             # The only way back from the cycle to this protocol; without it both are freed without the collector.
             del self.cycle.send_500_response
+
+    def eof_received(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]  # asyncio reads the answer
+        """A client that ends its half may still wait for answers: True keeps the connection open for them.
+
+        Not where an answer is on its way that goes on and on: a client that has left looks the same.
+        """
+        if not self._book.limits.answers_half_closed or self.scheme == "https":
+            return False
+        self._half_closed = True
+        if self._phase in (HEAD, BODY):
+            self._refuse(MALFORMED)
+        elif self._phase != LINGERING and self._answer_is_due():
+            cycle = self.cycle
+            cycle.keep_alive = False
+            return bool(self.pipeline) or not (cycle.response_started and cycle.chunked_encoding)
+        return self._phase == WAITING
 
     def data_received(self, data: bytes) -> None:
         if self._phase >= WAITING:
             self._discard(data)
             return
         self._read_bytes = len(data)
+        self.has_sent = True
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -329,10 +444,24 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self.flow.resume_reading()
         if self.pipeline:
-            cycle, app = self.pipeline.pop()
-            self._start_asgi_task(cycle, app)
+            self.waits_for_turn = True
         elif self._phase == WAITING:
             self._linger(self._refusal)
+        self._end_turn()
+        if self.waits_for_turn:
+            self._book.turns.ask(self)
+
+    def take_turn(self) -> None:
+        """Starts the first request that waits on this connection."""
+        self.waits_for_turn = False
+        self._has_turn = True
+        cycle, app = self.pipeline.pop()
+        self._start_asgi_task(cycle, app)
+
+    def _end_turn(self) -> None:
+        if self._has_turn:
+            self._has_turn = False
+            self._book.turns.end()
 
     def _answer_is_due(self) -> bool:
         """A request was handed to the application, and its answer is not written yet."""
@@ -350,6 +479,9 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self.pipeline:
             # Its turn has not come, and never will: the application is not called.
             self.pipeline.popleft()
+            if self.waits_for_turn and not self.pipeline:
+                self.waits_for_turn = False
+                self._linger(refusal)
         else:
             self._interrupt(refusal)
 
@@ -375,6 +507,9 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if refusal is not None:
             transport.write(refusal.answer(self._book.default_headers))
+        if self._half_closed:
+            transport.close()
+            return
         transport.write_eof()
         if self.flow is not None:  # pyright: ignore[reportUnnecessaryComparison]  # None when turned away at the door
             self.flow.resume_reading()
@@ -385,6 +520,7 @@ class BoundedProtocol(HttpToolsProtocol):
             # Requests behind the failed one are not answered, which a client that pipelines must expect of any close.
             self.pipeline.clear()
             self._linger(INTERNAL_ERROR)
+        self._end_turn()
 
     # Deadlines and the end
 
@@ -404,7 +540,7 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self._phase != IDLE:
             if age_seconds >= limits.request_seconds:
                 self._refuse(self._book.refusals.request_timeout)
-        elif age_seconds >= limits.keep_alive_seconds:
+        elif age_seconds >= (limits.keep_alive_seconds if self.has_sent else limits.first_byte_seconds):
             self.transport.close()
 
     def _is_answering(self) -> bool:
@@ -417,13 +553,15 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _abandon_answer(self) -> None:
         self._book.on_refused("response_timeout")
-        logger.warning(
-            "connection aborted: %s %s of %s was not answered and read within %g seconds",
-            self.scope.get("method", "?"),
-            self.scope.get("path", "?"),
-            self.client,
-            self._book.response_seconds,
-        )
+        # A client that does not read is no fault of this process: it is counted, and has no record in the log.
+        if self._answer_is_due() and not self.transport.get_write_buffer_size():
+            logger.warning(
+                "connection aborted: %s %s of %s was not answered within %g seconds",
+                self.scope.get("method", "?"),
+                self.scope.get("path", "?"),
+                self.client,
+                self._book.response_seconds,
+            )
         self.transport.abort()
 
     def shutdown(self) -> None:

@@ -121,6 +121,7 @@ class HttpServer:
             elapsed, swept_at = loop.time() - swept_at, loop.time()
             now += min(elapsed, 2 * SWEEP_SECONDS)
             self._refresh_date()
+            self._book.note_idle()
             for connection in (*self._book.admitted, *self._book.turned_away):
                 try:
                     connection.sweep(now)

@@ -30,6 +30,9 @@ RPC_LIMITS: Final = HttpLimits(
     # With the seconds for the request, longer than the longest deadline of an operation: or its answer is cut off.
     response_grace_seconds=110.0,
     connections=4_096,
+    # Callers are the shop's own processes, of which many may be on one machine; one that hangs up waits no more.
+    connections_of_one=4_096,
+    answers_half_closed=False,
     # Longer than the client keeps an unused connection, so that it is never the server who closes one.
     keep_alive_seconds=60.0,
 )
