@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import os
 import shutil
 from collections.abc import AsyncGenerator, Callable
@@ -24,6 +25,7 @@ from mercato.embedded_postgres.folder import explained, sync_folder
 from mercato.operations.audit.checking import Report, audit
 from mercato.operations.backup import archive, taking
 from mercato.operations.copying import located
+from mercato.operations.ids import margin
 
 HOLDS: Final = 0
 VIOLATED: Final = 1
@@ -87,16 +89,27 @@ async def _restore(file: Path, data: Path, *, as_json: bool) -> int:
         taking.check_revisions(found.manifest, _known())
         async with _made(data, settings, tell) as admin_dsn:
             dsns = await located(admin_dsn, list(topology.SERVICES))
-            rows = await taking.load(found, dsns, progress=tell)
+            skipped = margin(found.manifest.taken_at, datetime.datetime.now(datetime.UTC))
+            rows = await taking.load(found, dsns, skipped=skipped, progress=tell)
             report = await audit(admin_dsn, dsns, is_stopped=True, progress=tell)
     if as_json:
         violated = [finding.name for finding in report.violated]
         taken_at = found.manifest.taken_at
         _document(
-            {"data": str(data), "rows": rows, "taken_at": taken_at, "holds": not report.violated, "violated": violated}
+            {
+                "data": str(data),
+                "rows": rows,
+                "taken_at": taken_at,
+                "skipped_ids": skipped,
+                "holds": not report.violated,
+                "violated": violated,
+            }
         )
     else:
         progress.say(f"{data}  {rows} rows, as of {found.manifest.taken_at:%Y-%m-%d %H:%M:%S} UTC")
+        progress.say(
+            f"Its next ids are {skipped} behind those of the backup: none of the lost time comes again."
+        )
         _judge(progress, report, "The new shop")
         progress.say(f"Start it: mercato up --data {data}")
     return VIOLATED if report.violated else HOLDS

@@ -22,6 +22,7 @@ import pytest
 from cli.test_audit import change, make_shop, serving
 from mercato.operations.audit.invariants import SHOP
 from mercato.testing.process import ROOT, Process, clean_environment, data_folder, remove
+from mercato.testing.waiting import wait_until
 
 pytestmark = pytest.mark.long
 
@@ -47,7 +48,9 @@ def place() -> Generator[Path]:
         shutil.rmtree(data)
 
 
-def start(command: str, *options: str | Path, file_bytes: int | None = None) -> subprocess.Popen[str]:
+def start(
+    command: str, *options: str | Path, file_bytes: int | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
     def limit() -> None:
         if file_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
@@ -58,7 +61,7 @@ def start(command: str, *options: str | Path, file_bytes: int | None = None) -> 
         stderr=subprocess.PIPE,
         text=True,
         cwd="/",
-        env=clean_environment(),
+        env={**clean_environment(), **(environment or {})},
         preexec_fn=limit,
     )
 
@@ -74,9 +77,9 @@ def finished(running: subprocess.Popen[str]) -> tuple[int, str, str]:
     return running.returncode, output, errors
 
 
-def done(command: str, *options: str | Path) -> Mapping[str, Any]:
+def done(command: str, *options: str | Path, environment: Mapping[str, str] | None = None) -> Mapping[str, Any]:
     """The document of a command that has done its work."""
-    code, output, errors = finished(start(command, *options, "--json"))
+    code, output, errors = finished(start(command, *options, "--json", environment=environment))
     assert (code, errors) == (0, ""), (output, errors)
     return json.loads(output)
 
@@ -135,6 +138,59 @@ def test_a_shop_that_was_backed_up_while_it_sold_goes_on_in_a_new_folder(place: 
         new = caller.post("/orders", {"user_id": 1, "product_id": 100, "amount": 99.99}).json
         assert new["id"] > kept[-1]["id"]
         running.stop()
+
+
+def test_a_restored_shop_gives_no_id_again_and_opens_nothing_to_tokens_of_the_lost_time(place: Path):
+    account = {"email": "lost@example.com", "name": "Lost", "password": "demo-password"}
+    secret = {"MERCATO_SECRET": "one secret before the backup and after it"}  # the worst case: old signatures are good
+    with data_folder() as data, Process(data, "--auth", "required", environment=secret) as running:
+        running.ready()
+        document = done("backup", place / "shop", "--data", data, environment=secret)
+        lost = used(running, account)
+        running.stop()
+
+    restored = done("restore", place / "shop", "--data", place / "new", environment=secret)
+
+    assert restored["rows"] == document["rows"]
+    assert restored["skipped_ids"] >= 1_000_000
+    with Process(place / "new", "--auth", "required", environment=secret) as running:
+        running.ready()
+        new = used(running, {**account, "email": "new@example.com"})
+        for kind in ("user", "order", "guest_order", "payment"):
+            assert new[kind] > lost[kind], kind
+        old = running.caller(lost["access_token"])
+        assert running.caller().post("/token/refresh", {"refresh_token": lost["refresh_token"]}).status == 401
+        for path in (f"/users/{new['user']}", f"/orders/{new['order']}", f"/orders/{new['guest_order']}"):
+            assert old.get(path).status == 404, path
+            assert running.caller().get(f"{path}?access_token={lost['guest_token']}").status != 200, path
+        assert running.caller().get(f"/orders/{new['guest_order']}?access_token={new['guest_token']}").status == 200
+        assert old.post("/orders", {"user_id": new["user"], "product_id": 100}).status == 404
+        assert [order["id"] for order in running.caller(new["access_token"]).get("/orders").json] == [new["order"]]
+        running.stop()
+
+
+def used(running: Process, account: Mapping[str, str]) -> dict[str, Any]:
+    """A new customer's account, tokens and paid order, and the order of a guest, with their ids."""
+    caller = running.caller()
+    user = caller.post("/register", account)
+    assert user.status == 201, user.text
+    tokens = caller.sign_in(account["email"], account["password"]).json
+    bought = {"product_id": 100, "payment_method": "sandbox:ok", "amount": 99.99}
+    placed = caller.post("/orders", {**bought, "user_id": user.json["id"]})
+    assert placed.status == 201, placed.text
+    guest = running.caller().post("/orders", {"product_id": 100, "email": "guest@example.com"})
+    assert guest.status == 201, guest.text
+    wait_until(lambda: bool(caller.get("/payments").json), SECONDS, lambda: caller.get("/orders").text)
+    [payment] = caller.get("/payments").json
+    return {
+        "user": user.json["id"],
+        "order": placed.json["id"],
+        "guest_order": guest.json["id"],
+        "guest_token": guest.json["access_token"],
+        "payment": payment["id"],
+        "access_token": tokens["access_token"],
+        "refresh_token": tokens["refresh_token"],
+    }
 
 
 def test_a_backup_in_which_something_does_not_hold_says_so(shop: Path, place: Path):

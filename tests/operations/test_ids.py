@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
@@ -13,7 +14,9 @@ from mercato import topology
 from mercato.operations.ids import (
     BANK_OPERATIONS,
     CHARGES,
+    IDS_PER_SECOND_MAX,
     KNOWN,
+    MARGIN_MIN,
     ORDERS,
     PAYMENTS,
     PRODUCTS,
@@ -22,6 +25,7 @@ from mercato.operations.ids import (
     Moved,
     Sequence,
     advance,
+    margin,
 )
 from mercato.testing.cluster import Cluster
 from mercato.testing.tables import BLOCKED_STATEMENTS, connected
@@ -147,3 +151,13 @@ async def test_two_processes_and_one_that_takes_ids_never_see_it_go_backwards(ds
 
     assert [await one for one in both] == [(), ()]
     assert await next_id(dsns, ORDERS) == 8001
+
+
+@pytest.mark.parametrize(
+    ("days", "expected"),
+    [(1, MARGIN_MIN + 86_400 * IDS_PER_SECOND_MAX), (0, MARGIN_MIN), (-1, MARGIN_MIN)],
+    ids=["old", "new", "of-a-clock-that-was-ahead"],
+)
+def test_the_older_a_backup_is_the_more_ids_may_have_been_given(days: int, expected: int):
+    now = datetime.datetime(2026, 11, 29, tzinfo=datetime.UTC)
+    assert margin(now - datetime.timedelta(days=days), now) == expected

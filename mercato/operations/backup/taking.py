@@ -45,8 +45,6 @@ _SEQUENCES: Final = """
     SELECT c.relname::text FROM pg_class c
      WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'S' ORDER BY c.relname
 """
-
-
 _SET_SEQUENCE: Final = "SELECT setval($1::text::regclass, $2, $3)"
 
 
@@ -148,18 +146,21 @@ def check_revisions(manifest: Manifest, known: Mapping[str, Mapping[str, str]]) 
             )
 
 
-async def load(archive: Archive, dsns: Mapping[str, str], *, progress: Callable[[str], None]) -> int:
-    """Fills new, migrated databases; gives how many rows there are. `dsns` are the superuser's. Raises `CopyError`."""
+async def load(archive: Archive, dsns: Mapping[str, str], *, skipped: int, progress: Callable[[str], None]) -> int:
+    """Fills new, migrated databases; gives how many rows there are. `dsns` are the superuser's. Raises `CopyError`.
+
+    Each sequence goes on `skipped` ids behind where it stood in the backup.
+    """
     rows = 0
     for name, entry in archive.manifest.databases.items():
         progress(f"restoring {name}")
         async with connected(dsns[name], name) as connection:
             with explained(f"the database of {name}"):
-                rows += await _load(archive, connection, name, entry)
+                rows += await _load(archive, connection, name, entry, skipped)
     return rows
 
 
-async def _load(archive: Archive, connection: Any, name: str, entry: DatabaseEntry) -> int:
+async def _load(archive: Archive, connection: Any, name: str, entry: DatabaseEntry, skipped: int) -> int:
     has = {found["name"]: tuple(found["columns"]) for found in await connection.fetch(_TABLES)}
     sequences = {sequence for (sequence,) in await connection.fetch(_SEQUENCES)}
     if has != {table: found.columns for table, found in entry.tables.items()} or sequences != set(entry.sequences):
@@ -181,9 +182,7 @@ async def _load(archive: Archive, connection: Any, name: str, entry: DatabaseEnt
             raise CopyError(f"the table {table} of {name} has {count} rows, and the backup names {found.rows}")
         rows += count
     for sequence, at in entry.sequences.items():
-        await connection.execute(
-            "SELECT setval($1::text::regclass, $2, $3)", identifier(sequence), at.last_value, at.is_called
-        )
+        await connection.execute(_SET_SEQUENCE, identifier(sequence), at.last_value + skipped, at.is_called)
     await connection.execute("COMMIT")
     await connection.execute("ANALYZE")
     return rows
