@@ -9,9 +9,7 @@ import asyncio
 import contextlib
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, Final
-
-import structlog
+from typing import Final
 
 from mercato import topology
 from mercato.chassis.contract import Unavailable
@@ -26,8 +24,6 @@ from mercato.cli.starting import CannotStart
 from mercato.contracts.roles import STAFF
 from mercato.contracts.users import EmailTaken, ListUsers, Register, Users
 from mercato.operations.ids import advance
-
-log: Any = structlog.get_logger()
 
 STAFF_EMAIL: Final = "staff@mercato.local"
 
@@ -48,14 +44,6 @@ async def databases(
     with explained("the next ids cannot be compared"):
         moved = await advance(dsns)
     for each in moved:
-        log.warning(
-            "sequence_moved",
-            owner=each.sequence.owner,
-            sequence=each.sequence.name,
-            known_by=each.by,
-            next_id=each.next_id,
-            known_id=each.newest,
-        )
         progress.step(
             f"{each.by} knows ids up to {each.newest} of {each.sequence.owner}, whose database was restored and would "
             f"have given {each.next_id} again: it goes on behind them"

@@ -242,6 +242,8 @@ class AnotherOrder(ServiceError, code="inventory.another_order", kind=Kind.CONFL
 
     sentence = "The stock of order {order_id} belongs to another order that had the same id."
     order_id: int
+    newest_order_id: int = 0
+    """The highest order id that is known here; 0: not said."""
 
 
 class BelowReserved(ServiceError, code="inventory.below_reserved", kind=Kind.CONFLICT):

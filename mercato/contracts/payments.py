@@ -227,6 +227,8 @@ class AnotherOrder(ServiceError, code="payments.another_order", kind=Kind.CONFLI
 
     sentence = "The payments of order {order_id} belong to another order that had this id."
     order_id: int
+    newest_order_id: int = 0
+    """The highest order id that is known here; 0: not said."""
 
 
 class OutcomePending(ServiceError, code="payments.outcome_pending", kind=Kind.UNAVAILABLE):

@@ -13,16 +13,21 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Final
 
 import msgspec
+import structlog
 
+from mercato.chassis.postgres.sequences import UNHEARD_IDS, move_past
 from mercato.chassis.postgres.sessions import WHOLE_TABLES, connect
 
 LOCK_SECONDS: Final = 10
 IDS_PER_SECOND_MAX: Final = 1_000
 """More than any sequence of a shop gives for longer than `MARGIN_MIN` covers: 370 orders a second were measured."""
-MARGIN_MIN: Final = 1_000_000
+MARGIN_MIN: Final = UNHEARD_IDS
 """Also for a burst before a backup that is minutes old, and for clocks of machines that differ by minutes."""
 NEWEST_ROWS: Final = 1000
 """Of rows without an index on the id, the newest so many are asked: later ids stand in later rows."""
+
+
+log: Any = structlog.get_logger()
 
 
 class Sequence(msgspec.Struct, frozen=True):
@@ -114,13 +119,6 @@ KNOWN: Final = (
 
 SEQUENCES: Final = tuple(dict.fromkeys(known.sequence for known in KNOWN))
 
-# In these two, the next id is the last value, or the one behind it where that was given already.
-_NEXT: Final = "SELECT last_value + is_called::integer FROM {name}"
-# Blocks `nextval` until the transaction ends: no id is taken between the look and the move, and the sequence never
-# goes backwards. It changes nothing.
-_HOLD: Final = "ALTER SEQUENCE {name} CACHE 1"
-_MOVE: Final = "SELECT setval($1::text::regclass, $2)"
-
 
 class Moved(msgspec.Struct, frozen=True):
     """A sequence that was behind what another service knows."""
@@ -131,7 +129,7 @@ class Moved(msgspec.Struct, frozen=True):
     next_id: int
     """What it would have given next."""
     newest: int
-    """The highest id that is known; the sequence gives the ones behind it."""
+    """The highest id that is known; the sequence goes on `UNHEARD_IDS` behind it."""
 
 
 def margin(taken_at: datetime.datetime, now: datetime.datetime) -> int:
@@ -145,7 +143,7 @@ def margin(taken_at: datetime.datetime, now: datetime.datetime) -> int:
 async def advance(dsns: Mapping[str, str]) -> tuple[Moved, ...]:
     """Moves each sequence of the services in `dsns` past all ids that others of them know, never backwards.
 
-    Gives those that were behind. Raises the errors of the driver.
+    Gives those that were behind, and logs them. Raises the errors of the driver.
     """
     found = [known for known in KNOWN if known.sequence.owner in dsns and known.by in dsns]
     async with contextlib.AsyncExitStack() as stack:
@@ -163,15 +161,18 @@ async def advance(dsns: Mapping[str, str]) -> tuple[Moved, ...]:
 
 
 async def _advance(connection: Any, sequence: Sequence, newest: int, by: str) -> Moved | None:
-    following = _NEXT.format(name=sequence.name)
-    if await connection.fetchval(following) > newest:
-        return None
     async with connection.transaction():
-        await connection.execute(_HOLD.format(name=sequence.name))
-        next_id = await connection.fetchval(following)
-        if next_id > newest:  # another process has moved it meanwhile
-            return None
-        await connection.execute(_MOVE, sequence.name, newest)
+        next_id = await move_past(connection, sequence.name, newest)
+    if next_id is None:
+        return None
+    log.warning(
+        "sequence_moved",
+        owner=sequence.owner,
+        sequence=sequence.name,
+        known_by=by,
+        next_id=next_id,
+        known_id=newest,
+    )
     return Moved(sequence, by, next_id, newest)
 
 

@@ -23,6 +23,7 @@ from mercato.chassis.postgres.database import Database
 from mercato.operations.audit import store
 from mercato.operations.audit.checking import SETTLED_SECONDS, audit
 from mercato.operations.copying import SCRATCH, ensured
+from mercato.operations.ids import advance
 
 FIRST_SECONDS: Final = 30.0
 """After the start of a process, which has other things to do; sooner where audits are more frequent."""
@@ -141,6 +142,7 @@ class Background:
         return {"audit": shown} if shown else {}
 
     async def _audit(self, database: Database) -> None:
+        await advance(self._dsns)
         report = await audit(self._admin_dsn, self._dsns, settled_seconds=self._settled_seconds)
         for finding in report.violated:
             log.error("invariant_violated", invariant=finding.name, title=finding.title, times=finding.violations)

@@ -17,6 +17,7 @@ from mercato.chassis.messaging.events import Outgoing
 from mercato.chassis.observability import faults
 from mercato.chassis.postgres.database import Database, Tx
 from mercato.contracts.inventory import (
+    AnotherOrder,
     CommitStock,
     ReleaseStock,
     Reservation,
@@ -131,6 +132,7 @@ class Reserving:
             held = await store.held_by_guests(tx, _products(inserted)) if guests else None
             ledger = StockLedger(levels, locked, inserted, held)
             outcomes = [ledger.reserve(request) for request in requests]
+            await store.name_newest_order(tx, [one for one in outcomes if isinstance(one, AnotherOrder)])
             await store.write(tx, ledger.write_set())
             if guests and (kept := ledger.kept()):
                 await store.insert_guest_holds(tx, kept)

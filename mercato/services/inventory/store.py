@@ -29,7 +29,7 @@ import msgspec
 
 from mercato.chassis.hosting.rounds import PAGE
 from mercato.chassis.postgres.database import Row, Tx
-from mercato.contracts.inventory import Hold, Level, ReservationState
+from mercato.contracts.inventory import AnotherOrder, Hold, Level, ReservationState
 
 from .fast_path import NewReservation, new_columns, places
 from .rules import LevelDelta, Movement, ReservationChange, ReservedLine, StoredReservation, WriteSet
@@ -180,6 +180,14 @@ def _stored(row: ReservationRow) -> StoredReservation:
     returned = row.returned or [0] * len(row.product_ids)
     lines = tuple(map(ReservedLine, row.product_ids, row.quantities, returned))
     return StoredReservation(row.order_id, row.nonce, row.state, row.version, row.expires_in_s, lines)
+
+
+async def name_newest_order(tx: Tx, refused: Sequence[AnotherOrder]) -> None:
+    """Puts into refusals the highest order id that has a reservation or a tombstone."""
+    if refused:
+        [newest] = await tx.fetch_values(int, "SELECT max(order_id) FROM reservations")
+        for refusal in refused:
+            refusal.newest_order_id = newest
 
 
 async def lock_overdue(tx: Tx, limit: int) -> dict[int, int]:

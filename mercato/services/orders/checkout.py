@@ -27,6 +27,7 @@ import structlog
 from mercato.chassis.contract import SERVICE_ROLE, Actor, Message, ServiceError
 from mercato.chassis.observability import faults
 from mercato.chassis.postgres.database import Database
+from mercato.chassis.postgres.sequences import move_own_past
 from mercato.chassis.sagas.runner import Runner
 from mercato.chassis.sagas.store import Next, Saga
 from mercato.contracts.inventory import (
@@ -64,6 +65,8 @@ log = structlog.stdlib.get_logger("mercato.orders")
 
 SHOP: Final = Actor(SERVICE_ROLE)
 """The actor of moves that no client asked for: they follow from the step before."""
+
+ORDER_IDS: Final = "orders_id_seq"
 
 CALLS: Final = ("reserve", "charge", "authorize", "commit", "capture", "void", "refund", "release", "restock")
 SAVES: Final = ("reserve", "settle", "waiting", "unwind")
@@ -116,7 +119,9 @@ class CheckoutSteps:
     async def reserve(self, sagas: Sequence[Saga]) -> None:
         """Holds the stock, charges where there is a payment to make, and sells the stock."""
         works = await self._load(sagas)
-        for work, answer in await self._call("reserve", self._inventory.reserve.many, works, _reserve):
+        reserved = await self._call("reserve", self._inventory.reserve.many, works, _reserve)
+        await self._go_on_behind(reserved)
+        for work, answer in reserved:
             work.decision = steps.after_reserve(work.order, work.state, answer, self._window_s)
         paying = [work for work in _undecided(works) if work.state.paying]
         await self._pay(paying)
@@ -170,11 +175,27 @@ class CheckoutSteps:
 
     async def _pay(self, works: Sequence[Work]) -> None:
         charging = [work for work in works if work.state.capture]
-        for work, answer in await self._call("charge", self._payments.charge.many, charging, _charge):
+        charged = await self._call("charge", self._payments.charge.many, charging, _charge)
+        for work, answer in charged:
             work.decision = steps.after_charge(work.order, work.state, answer, self._window_s)
         authorizing = [work for work in works if not work.state.capture]
-        for work, answer in await self._call("authorize", self._payments.authorize.many, authorizing, _authorize):
+        authorized = await self._call("authorize", self._payments.authorize.many, authorizing, _authorize)
+        for work, answer in authorized:
             work.decision = steps.after_authorize(work.order, work.state, answer, self._window_s)
+        await self._go_on_behind([*charged, *authorized])
+
+    async def _go_on_behind(self, answers: Sequence[tuple[Work, Message | ServiceError]]) -> None:
+        """Gives no id again that another service knows: the database of orders was restored from an older backup."""
+        refused = [a for _, a in answers if isinstance(a, (StockOfAnotherOrder, PaymentOfAnotherOrder))]
+        if not refused:
+            return
+        newest = max(refused, key=lambda answer: answer.newest_order_id)
+        next_id = await move_own_past(self._database, ORDER_IDS, newest.newest_order_id)
+        if next_id is not None:
+            by, known_id = newest.code.partition(".")[0], newest.newest_order_id
+            log.warning(
+                "sequence_moved", owner="orders", sequence=ORDER_IDS, known_by=by, next_id=next_id, known_id=known_id
+            )
 
     async def _undo_payments(self, works: Sequence[Work]) -> None:
         """Voids payments whose end is not known, which settles them first, and refunds those that were captured."""

@@ -283,6 +283,7 @@ class Charging:
                 else:
                     batch.decide(request, payment)
             await batch.write(tx, requests)
+            await store.name_newest_order(tx, [r.answer for r in requests if isinstance(r.answer, AnotherOrder)])
             await faults.point(f"payments.{flow}.before_intent_commit")
         await faults.point(f"payments.{flow}.after_intent_commit")
 
@@ -516,9 +517,8 @@ async def _find(tx: Tx, requests: Sequence[PaymentRequest]) -> _Batch:
         payments |= {(row.order_id, row.attempt): row for row in await store.lock_attempts(tx, sorted(missing))}
     absent = [(r.attempt[0], r.nonce) for r in requests if r.attempt not in payments]
     used_by_others = await store.used_by_others(tx, absent) if absent else set[int]()
-    new = {row.id for row in opened}
-    known = await _operations(tx, [row.id for row in payments.values() if row.id not in new])
-    known |= {id_: {} for id_ in new}
+    known: dict[int, Operations] = {row.id: {} for row in opened}
+    known |= await _operations(tx, [row.id for row in payments.values() if row.id not in known])
     return _Batch(payments, known, used_by_others)
 
 

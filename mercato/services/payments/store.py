@@ -17,7 +17,7 @@ import msgspec
 
 from mercato.chassis.contract import MAX_ID, RuleBroken
 from mercato.chassis.postgres.database import Row, Tx
-from mercato.contracts.payments import ListPayments, OperationKind, OperationStatus, Status
+from mercato.contracts.payments import AnotherOrder, ListPayments, OperationKind, OperationStatus, Status
 
 from .rules import TRANSFERS, Declined, ProviderResult, Succeeded, Unknown
 
@@ -267,6 +267,14 @@ async def used_by_others(tx: Tx, orders: Sequence[tuple[int, int]]) -> set[int]:
             [nonce for _, nonce in orders],
         )
     )
+
+
+async def name_newest_order(tx: Tx, refused: Sequence[AnotherOrder]) -> None:
+    """Puts into refusals the highest order id that has a payment."""
+    if refused:
+        [newest] = await tx.fetch_values(int, "SELECT max(order_id) FROM payments")
+        for refusal in refused:
+            refusal.newest_order_id = newest
 
 
 async def lock_attempts(tx: Tx, attempts: Sequence[Attempt]) -> list[PaymentRow]:

@@ -67,6 +67,17 @@ async def test_what_was_mended_is_gone_after_the_next_audit(cluster: Cluster, ds
     assert background.details()["audit"]["violations"] == {}
 
 
+async def test_a_turn_moves_sequences_past_ids_that_others_know(cluster: Cluster, dsns: Mapping[str, str]):
+    """As after users alone was restored under the shop: a new account would get the orders of another."""
+    background, _ = process(cluster, dsns)
+    await execute(dsns["orders"], "UPDATE orders SET user_id = 5000")
+
+    await background.turn()
+
+    async with connected(dsns["users"]) as connection:
+        assert await connection.fetchval("SELECT nextval('users_id_seq')") > 5000
+
+
 async def test_it_goes_on_after_a_turn_that_failed_and_ends_when_it_is_told(cluster: Cluster, dsns: Mapping[str, str]):
     background, _ = process(cluster, dsns, every_seconds=0.1)
     async with background.running():
