@@ -216,6 +216,13 @@ class PaidOrder(Message):
     replayed: bool = False
 
 
+class GetGuestPayment(Message):
+    """A payment of the guest's order whose access token is sent. Another one is `payments.not_found`."""
+
+    payment_id: OrderId
+    access_token: AccessToken
+
+
 class MovePayment(Message):
     """Captures or voids the payment of an order that waits for that."""
 
@@ -276,6 +283,7 @@ class ReturnOrder(Message):
 
 
 RefundStatus = Literal["pending", "succeeded", "declined"]
+RefundId = Annotated[str, Meta(pattern=r"^[0-9a-z]{1,60}\Z", examples=["0f3a5c7e9b1d2f4a6c8e0b1d"])]
 
 
 class Refund(Message):
@@ -301,6 +309,18 @@ class Refund(Message):
     """Whose request it was. 0 for customers, who are not shown the accounts of staff."""
     internal_note: str = ""
     """Empty for customers."""
+    asked_minor: int | None = None
+    """The amount that was asked for, or what the returned goods were sold for. None: not known, of a refund that is
+    older than this field."""
+    limit_reason: str = ""
+    """Why `amount_minor` is less than `asked_minor`, in plain words; empty where it is not."""
+
+
+class GetRefund(Message):
+    """One refund or return. The ids `rest` and `cancel` stand for one in each order: they need `order_id`."""
+
+    id: RefundId
+    order_id: OrderId | None = None
 
 
 class ListRefunds(Message):
@@ -372,6 +392,8 @@ class HistoryEntry(Message):
     at: datetime.datetime
     internal_note: str = ""
     """Empty for customers."""
+    limit_reason: str = ""
+    """Of a refund or return that gave less than was asked: how much was asked and given, and why."""
 
 
 class History(Message):
@@ -470,6 +492,11 @@ class NothingToRefund(MoneyError, code="orders.nothing_to_refund", kind=Kind.CON
     currency: str
 
 
+class RefundNotFound(ServiceError, code="orders.refund_not_found", kind=Kind.NOT_FOUND):
+    sentence = "There is no refund {refund_id}."
+    refund_id: str
+
+
 class NotReturnable(ServiceError, code="orders.not_returnable", kind=Kind.CONFLICT):
     """`left`: how many of the product were delivered and have not come back yet."""
 
@@ -524,6 +551,8 @@ class Orders(Contract, name="orders"):
     take_back = single(ReturnOrder, Refund, allow=STAFF_ONLY, retry=Retry.KEYED)
     refunds = single(ListRefunds, RefundList, allow=SIGNED_IN, retry=Retry.SAFE)
     payment_refunds = single(ListPaymentRefunds, RefundList, allow=SIGNED_IN, retry=Retry.SAFE)
+    one_refund = single(GetRefund, Refund, allow=SIGNED_IN, retry=Retry.SAFE)
+    guest_payment = single(GetGuestPayment, PaymentRecord, allow=EVERYBODY, retry=Retry.SAFE)
 
     events: ClassVar = {
         f"order.{state}": OrderChanged

@@ -182,7 +182,7 @@ class Gateway:
             if route.is_guarded:
                 answer = await self._call_guarded(route, request, asked, _address(scope))
             else:
-                answer = await route.call(asked)
+                answer = await (route.call if access_token is None else route.guest_call)(asked)
         except InvalidRequest as error:
             raise route.reworded(error) from None
         if request.wait_ms is None:
@@ -347,6 +347,7 @@ class BoundRoute:
         self.route = route
         self._currency = currency
         self.call = client(route.operation)
+        self.guest_call = client(route.guest_operation) if route.guest_operation else self.call
         self._wait_call = client(route.wait.operation) if route.wait else None
         self.name = f"{route.method} {route.path}"
         self.roles = route.roles

@@ -58,6 +58,7 @@ WAY_OUT: Final[Mapping[str, str]] = {
     "orders.nothing_to_refund": "Refund at most details.left; where it is nothing, all was given back already.",
     "orders.payment_declined": "No money has moved. Pay with another method, as long as the order waits.",
     "orders.payment_in_progress": "Wait a moment and look at the order: a payment or refund is just being made.",
+    "orders.refund_not_found": "GET /orders/{id}/refunds lists them; the ids rest and cancel need ?order_id=.",
     "orders.price_changed": "Show the new total to the buyer, and place the order again with it. Nothing was ordered.",
     "overloaded": "Nothing was started: send it again after Retry-After seconds.",
     "payments.capture_amount_changed": "GET the payment, and show what was taken; a payment is captured once.",

@@ -179,6 +179,9 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """For a route that guests may use: whether the request of the operation is a guest's. Then it is anonymous."""
     takes_access_token: bool = False
     """Whether a guest who sends the access token of an order may use the route for that order."""
+    guest_operation: Operation[Any, Any] | None = None
+    """What answers a request with an access token, where that is not `operation`. `request` makes the request of
+    either."""
     system: str = ""
     """The reference system whose request this is; empty for the API's own."""
     forms: tuple[Form, ...] = ()

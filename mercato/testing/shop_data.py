@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from mercato import topology
-from mercato.contracts.orders import AwaitOrder, Order, Orders, PayOrder, PlaceLine, PlaceOrder
+from mercato.contracts.orders import AwaitOrder, Order, Orders, PayOrder, PlaceLine, PlaceOrder, RefundOrder
 from mercato.contracts.products import CreateProduct, Product, Products
 from mercato.contracts.roles import CUSTOMER, Role
 from mercato.contracts.users import Register, Users
@@ -75,6 +75,15 @@ async def new_payment(shop: Shop, user_id: int) -> int:
     orders = shop.harness.client(Orders)
     paid = await topology.as_the_shop(shop.harness.host, lambda: orders.pay(PayOrder(id=order.id, capture=False)))
     return paid.payment.id
+
+
+async def new_refund(shop: Shop, user_id: int) -> str:
+    """The id of a refund of an order that was paid."""
+    order = await settled_order(shop, await new_order(shop, user_id))
+    orders, key = shop.harness.client(Orders), unique("refund")
+    paid = await topology.as_the_shop(shop.harness.host, lambda: orders.pay(PayOrder(id=order.id)))
+    wanted = RefundOrder(payment_id=paid.payment.id, idempotency_key=key)
+    return (await topology.as_the_shop(shop.harness.host, lambda: orders.refund(wanted))).id
 
 
 async def staff_token(shop: Shop) -> str | None:

@@ -14,7 +14,16 @@ from mercato.gateway.route import Route
 from mercato.testing.cluster import Cluster
 from mercato.testing.responses import Response
 from mercato.testing.shop import Shop
-from mercato.testing.shop_data import PASSWORD, Person, new_order, new_payment, new_product, settled_order, unique
+from mercato.testing.shop_data import (
+    PASSWORD,
+    Person,
+    new_order,
+    new_payment,
+    new_product,
+    new_refund,
+    settled_order,
+    unique,
+)
 
 
 class Things(msgspec.Struct, frozen=True):
@@ -24,12 +33,15 @@ class Things(msgspec.Struct, frozen=True):
     product: Product
     order_id: int
     payment_id: int
+    refund_id: str = "0" * 32
+    """None that exists, where none is needed."""
 
     @classmethod
-    async def of(cls, shop: Shop, person: Person) -> Things:
+    async def of(cls, shop: Shop, person: Person, *, needs_refund: bool = False) -> Things:
         payment_id = await new_payment(shop, person.id)
         order = await settled_order(shop, await new_order(shop, person.id))
-        return cls(person, await new_product(shop), order.id, payment_id)
+        made = cls(person, await new_product(shop), order.id, payment_id)
+        return msgspec.structs.replace(made, refund_id=await new_refund(shop, person.id)) if needs_refund else made
 
     def path(self, route: Route) -> str:
         """The row's path with the id of a thing that exists."""
@@ -43,6 +55,8 @@ class Things(msgspec.Struct, frozen=True):
             "orders": self.order_id,
             "payments": self.payment_id,
         }
+        if route.path.startswith("/refunds/"):
+            return route.path.replace("{id}", self.refund_id)
         if "id" in route.text:
             return route.path.replace("{id}", "0" * 32)
         return route.path.replace("{id}", str(ids[route.path.split("/")[1]])) if "{" in route.path else route.path

@@ -506,6 +506,9 @@ async def test_refunds_are_read_by_order_and_by_payment(guarded_shop: Shop) -> N
     assert given.status == 201, given.body
     paths = (f"/orders/{order.json['id']}/refunds", f"/payments/{paid.json['id']}/refunds")
 
+    one = f"/refunds/{given.json['id']}"
+    assert (await guarded_shop.get(one, token=staff)).json == given.json
+    assert (await guarded_shop.get(one, token=person.token)).json == {**given.json, "by": "staff"}
     for path in paths:
         assert (await guarded_shop.get(path, token=staff)).json == [given.json]
         [own] = (await guarded_shop.get(path, token=person.token)).json
@@ -518,6 +521,26 @@ async def test_refunds_are_read_by_order_and_by_payment(guarded_shop: Shop) -> N
     for path, code in zip(paths, ("orders.not_found", "payments.not_found"), strict=True):
         assert_problem(await guarded_shop.get(path, token=other.token), 404, code)
         assert_problem(await guarded_shop.get(path), 401, "sign_in_first")
+    assert_problem(await guarded_shop.get(one, token=other.token), 404, "orders.refund_not_found")
+    assert_problem(await guarded_shop.get(one), 401, "sign_in_first")
+
+
+async def test_a_limited_refund_says_so(open_shop: Shop) -> None:
+    order = await placed(open_shop, payment_method="sandbox:ok")
+    path, headers = f"/orders/{order.json['id']}", {"Idempotency-Key": unique("return")}
+    for state in ("shipped", "delivered"):
+        assert (await open_shop.patch(path, {"fulfilment": state})).status == 200
+    [payment] = (await open_shop.get(f"/payments?order_id={order.json['id']}")).json
+    by_hand = await open_shop.post(f"/payments/{payment['id']}/refunds", {"amount": "90.00"}, headers=headers)
+    assert (by_hand.json["asked"], by_hand.json["limit_reason"]) == (by_hand.json["amount"], "")
+
+    returned = await open_shop.post(f"{path}/returns", headers={"Idempotency-Key": unique("return")})
+
+    assert (returned.status, returned.json["amount"]["amount"], returned.json["asked"]) == (201, "9.99", PRICE)
+    why = returned.json["limit_reason"]
+    assert why.startswith("asked for 99.99 USD, refunded 9.99 USD: 99.99 USD was paid for the order, and 90.00 USD")
+    assert (await open_shop.get(f"{path}/refunds")).json[1]["limit_reason"] == why
+    assert [entry["limit_reason"] for entry in (await open_shop.get(f"{path}/history")).json][-2:] == [why, why]
 
 
 async def test_what_staff_note_for_staff_is_in_no_answer_to_a_customer(guarded_shop: Shop) -> None:
@@ -547,3 +570,6 @@ async def test_what_staff_note_for_staff_is_in_no_answer_to_a_customer(guarded_s
         assert note not in to_customer.body.decode()
         noting += [of] * (note in to_staff.body.decode())
     assert noting == ["/history", "/timeline", "/refunds"]
+    one = f"/refunds/{given.json['id']}"
+    assert (await guarded_shop.get(one, token=staff)).json["internal_note"] == note
+    assert note not in (await guarded_shop.get(one, token=person.token)).body.decode()

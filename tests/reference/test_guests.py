@@ -84,6 +84,8 @@ async def test_a_guest_reads_pays_and_sees_what_happened(shop: Shop, way: str) -
     assert (read.status, read.json["id"], read.json["access_token"]) == (200, placed["id"], None)
     paid = await shop.post(f"/payments{query}", {"order_id": placed["id"], "amount": "99.99"}, headers=headers)
     assert (paid.status, paid.json["status"], paid.json["user_id"]) == (201, "captured", None), paid.body
+    payment = await shop.get(f"/payments/{paid.json['id']}{query}", headers=headers)
+    assert (payment.status, payment.json) == (200, paid.json), payment.body
     for part in ("history", "timeline"):
         assert (await shop.get(f"{path}/{part}{query}", headers=headers)).status == 200
     assert (await shop.get(path + query, headers=headers)).json["payment"] == "paid"
@@ -131,13 +133,30 @@ async def test_a_token_opens_its_order_and_nothing_else(shop: Shop) -> None:
     for order_id in (other["id"], of_user):
         assert_problem(await shop.get(f"/orders/{order_id}?access_token={token}"), 404, "orders.not_found")
     guest = {"Authorization": f"Guest {token}"}
-    for path in ("/orders", "/users", "/users/1", "/users/me", "/payments", "/payments/1001"):
+    for path in ("/orders", "/users", "/users/1", "/users/me", "/payments"):
         reply = await shop.get(path, headers=guest)
         assert_problem(reply, 401, "sign_in_first")
     moved = await shop.patch(f"/orders/{mine['id']}", {"status": "confirmed"}, headers=guest)
     assert_problem(moved, 401, "sign_in_first")
     reserved = await shop.post(f"/payments?access_token={token}", {"order_id": mine["id"], "capture": False})
     assert_problem(reserved, 403, "forbidden")
+
+
+async def test_a_token_opens_the_payments_of_its_order_alone(shop: Shop) -> None:
+    mine, other = (await guest_order(shop)).json, (await guest_order(shop)).json
+    token = f"?access_token={mine['access_token']}"
+    paid = await shop.post(f"/payments?access_token={other['access_token']}", {"order_id": other["id"]})
+    assert paid.status == 201, paid.body
+    path = f"/payments/{paid.json['id']}"
+
+    of_another = await shop.get(path + token)
+    unknown = await shop.get(f"/payments/{paid.json['id'] + 1_000_000}{token}")
+    wrong = await shop.get(f"{path}?access_token={'x' * 43}")
+
+    for refused in (of_another, unknown, wrong):
+        assert_problem(refused, 404, "payments.not_found")
+    with_own = await shop.get(f"{path}?access_token={other['access_token']}")
+    assert (with_own.status, with_own.json) == (200, paid.json)
 
 
 async def test_a_guest_names_no_user(guarded_shop: Shop) -> None:

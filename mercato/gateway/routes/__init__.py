@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from mercato.gateway.route import Route
-from mercato.gateway.routes import events, inventory, orders, payments, products, reference, users
+from mercato.gateway.routes import events, inventory, orders, payments, products, reference, refunds, users
 
 ROUTES: Final[tuple[Route, ...]] = reference.added_to(
     (
@@ -13,6 +13,7 @@ ROUTES: Final[tuple[Route, ...]] = reference.added_to(
         *products.ROUTES,
         *inventory.ROUTES,
         *orders.ROUTES,
+        *refunds.ROUTES,
         *payments.ROUTES,
         *events.ROUTES,
     )

@@ -28,9 +28,6 @@ from mercato.contracts.orders import (
     Orders,
     PlacedOrder,
     PlaceLine,
-    Refund,
-    RefundList,
-    ReturnLine,
     Timeline,
 )
 from mercato.contracts.payments import Method
@@ -83,22 +80,6 @@ class MoveOrderIn(Input):
 
 
 class CancelIn(Input):
-    reason: PublicReason = ""
-    internal_note: InternalNote = ""
-
-
-class ReturnItemIn(Input):
-    """A line of the order, by `line_id` (its `id` among the order's items) or by `product_id`."""
-
-    quantity: Quantity
-    line_id: Annotated[int, Meta(ge=1, le=contract.LINES_LIMIT)] | None = None
-    product_id: Id | None = None
-
-
-class ReturnIn(Input):
-    """What is returned; without `items`, everything that was not returned yet."""
-
-    items: Annotated[tuple[ReturnItemIn, ...], Meta(min_length=1, max_length=contract.LINES_LIMIT)] | None = None
     reason: PublicReason = ""
     internal_note: InternalNote = ""
 
@@ -178,6 +159,9 @@ class HistoryOut(Output):
     by: str
     at: datetime.datetime
     internal_note: str
+    limit_reason: Annotated[
+        str, Meta(description="Of a refund or return that gave less than was asked: how much, and why.")
+    ]
 
 
 _of_order: Final = shared(Order, OrderOut, "reason", "user_id")
@@ -229,31 +213,6 @@ def placed_out(placed: PlacedOrder) -> OrderOut:
     return order_out(placed.order, placed.access_token)
 
 
-class ReturnedOut(Output):
-    line_id: int | None
-    product_id: int | None
-    quantity: int
-
-
-class RefundOut(Output):
-    id: str
-    order_id: int
-    items: list[ReturnedOut]
-    amount: Money
-    status: Open[contract.RefundStatus]
-    code: str | None
-    reason: str
-    payment_id: Annotated[
-        int | None, Meta(description="null where no money is given back, and in the answer to a return.")
-    ]
-    created_at: datetime.datetime | None
-    settled_at: Annotated[
-        datetime.datetime | None, Meta(description="When it succeeded or was declined; null while it is pending.")
-    ]
-    by: Annotated[str, Meta(description="Role and account; customers are not shown the accounts of staff.")]
-    internal_note: str
-
-
 class TimelineOut(Output):
     at: datetime.datetime
     part: str
@@ -266,31 +225,7 @@ class TimelineOut(Output):
     internal_note: str
 
 
-def refund_out(refund: Refund) -> RefundOut:
-    return RefundOut(
-        id=refund.id,
-        order_id=refund.order_id,
-        items=[
-            ReturnedOut(line_id=line.line_id, product_id=line.product_id, quantity=line.quantity)
-            for line in refund.lines
-        ],
-        amount=money(refund.amount_minor, refund.currency),
-        status=refund.status,
-        code=refund.code,
-        reason=refund.reason,
-        payment_id=refund.payment_id,
-        created_at=refund.created_at,
-        settled_at=refund.settled_at,
-        by=_by(refund.actor_role, refund.actor_id),
-        internal_note=refund.internal_note,
-    )
-
-
-def refunds_out(found: RefundList) -> Page:
-    return Page([refund_out(refund) for refund in found.refunds])
-
-
-def _by(role: str, account_id: int) -> str:
+def by(role: str, account_id: int) -> str:
     """`staff 7`; a role alone where the account is unknown, not shown, or none."""
     return f"{role} {account_id}" if account_id else role
 
@@ -313,9 +248,10 @@ def _history_out(history: History) -> Page:
                 before=entry.before,
                 after=entry.after,
                 reason=entry.reason,
-                by=_by(entry.actor_role, entry.actor_id),
+                by=by(entry.actor_role, entry.actor_id),
                 at=entry.at,
                 internal_note=entry.internal_note,
+                limit_reason=entry.limit_reason,
             )
             for entry in history.entries
         ]
@@ -339,29 +275,6 @@ def _place(request: RouteRequest) -> contract.PlaceOrder:
         idempotency_key=request.idempotency_key,
         fingerprint=request.fingerprint,
         **_of_placing(body),
-    )
-
-
-def _return(request: RouteRequest) -> contract.ReturnOrder:
-    body: ReturnIn = request.body
-    assert request.idempotency_key is not None
-    errors = [
-        FieldError(field=f"items[{i}]", message="needs line_id or product_id, to say which line is returned")
-        for i, item in enumerate(body.items or ())
-        if item.line_id is None and item.product_id is None
-    ]
-    if errors:
-        raise InvalidRequest(errors=tuple(errors))
-    return contract.ReturnOrder(
-        id=request.path["id"],
-        idempotency_key=request.idempotency_key,
-        fingerprint=request.fingerprint,
-        lines=tuple(
-            ReturnLine(line_id=item.line_id, product_id=item.product_id, quantity=item.quantity)
-            for item in body.items or ()
-        ),
-        reason=body.reason,
-        internal_note=body.internal_note,
     )
 
 
@@ -537,40 +450,6 @@ ROUTES: Final[tuple[Route, ...]] = (
         etag=_version,
         if_match=True,
         errors=(contract.OrderNotFound, contract.IllegalMove, contract.PaymentInProgress, StaleVersion),
-    ),
-    Route(
-        method="POST",
-        path="/orders/{id}/returns",
-        operation=Orders.take_back,
-        summary="Take goods of a delivered order back: restocked and refunded",
-        roles=STAFF_ONLY,
-        body=ReturnIn,
-        body_optional=True,
-        examples={"one of them": {"items": [{"line_id": 1, "quantity": 1}], "reason": "does not fit"}},
-        request=_return,
-        answer=refund_out,
-        output=RefundOut,
-        status=201,
-        idempotency=True,
-        idempotency_required=True,
-        replayed=lambda refund: refund.replayed,
-        errors=(
-            contract.OrderNotFound,
-            contract.IllegalMove,
-            contract.NotReturnable,
-            contract.PaymentInProgress,
-        ),
-    ),
-    Route(
-        method="GET",
-        path="/orders/{id}/refunds",
-        operation=Orders.refunds,
-        summary="What was given back of an order: refunds and returns, by time",
-        roles=SIGNED_IN,
-        request=lambda request: contract.ListRefunds(order_id=request.path["id"]),
-        answer=refunds_out,
-        output=list[RefundOut],
-        errors=(contract.OrderNotFound,),
     ),
     Route(
         method="GET",

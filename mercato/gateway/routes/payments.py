@@ -14,7 +14,8 @@ from mercato.contracts.payments import Method, Payment, PaymentPage, Payments
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
 from mercato.gateway.money import AmountIn, Currency, Money, currency_of, money, text_of
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
-from mercato.gateway.routes.orders import Id, InternalNote, PublicReason, RefundOut, refund_out, refunds_out
+from mercato.gateway.routes.orders import Id, InternalNote, PublicReason
+from mercato.gateway.routes.refunds import RefundOut, refund_out, refunds_out
 
 
 class PayIn(Input):
@@ -119,6 +120,13 @@ def _pay(request: RouteRequest) -> orders.PayOrder:
     )
 
 
+def _get(request: RouteRequest) -> contract.GetPayment | orders.GetGuestPayment:
+    payment_id, access_token = request.path["id"], request.access_token
+    if access_token is None:
+        return contract.GetPayment(id=payment_id)
+    return orders.GetGuestPayment(payment_id=payment_id, access_token=access_token)
+
+
 def _list(request: RouteRequest) -> contract.ListPayments:
     query: PaymentsQuery = request.query
     return contract.ListPayments(order_id=query.order_id, user_id=query.user_id, before=query.before, limit=query.limit)
@@ -209,7 +217,9 @@ ROUTES: Final[tuple[Route, ...]] = (
         operation=Payments.get,
         summary="One payment",
         roles=SIGNED_IN,
-        request=lambda request: contract.GetPayment(id=request.path["id"]),
+        takes_access_token=True,
+        guest_operation=Orders.guest_payment,
+        request=_get,
         answer=payment_out,
         output=PaymentOut,
         etag=_version,

@@ -90,6 +90,8 @@ def build(env: Env) -> Service:
     listing = RefundListing(database, payments)
     server.register(Orders.refunds, listing.of_order)
     server.register(Orders.payment_refunds, listing.of_payment)
+    server.register(Orders.one_refund, listing.one)
+    server.register(Orders.guest_payment, paying.guest_payment)
     return Service(
         server=server.complete(),
         database=database,

@@ -45,6 +45,14 @@ class Guests:
             return False
         return hmac.compare_digest(self.access_token(record.id, record.nonce).encode(), access_token.encode())
 
+    async def admitted(self, order_id: int, access_token: str) -> OrderRecord:
+        """The order that the token opens. Raises `OrderNotFound` for a wrong token."""
+        async with self._database.read() as tx:
+            record = (await store.get(tx, [order_id])).get(order_id)
+        if record is None or not self.admits(record, access_token):
+            raise OrderNotFound(order_id=order_id)
+        return record
+
     @contextlib.asynccontextmanager
     async def acting(self, order_id: int, access_token: str | None) -> AsyncGenerator[None]:
         """Calls in this block are made by the guest of an order; without a token, by their caller.
@@ -54,10 +62,7 @@ class Guests:
         if access_token is None:
             yield
             return
-        async with self._database.read() as tx:
-            record = (await store.get(tx, [order_id])).get(order_id)
-        if not self.admits(record, access_token):
-            raise OrderNotFound(order_id=order_id)
+        await self.admitted(order_id, access_token)
         with acting_as(Actor(GUEST, order_id)):
             yield
 

@@ -21,6 +21,7 @@ class HistoryRow(Row):
     tries: int
     at: datetime.datetime
     internal_note: str
+    limit_reason: str
 
 
 async def history(tx: Tx, order_id: int) -> list[HistoryRow]:
@@ -29,7 +30,7 @@ async def history(tx: Tx, order_id: int) -> list[HistoryRow]:
         HistoryRow,
         """
         SELECT version, status, payment, fulfilment, events, note, actor_role, actor_id, epoch, tries, at,
-               internal_note
+               internal_note, limit_reason
           FROM history
          WHERE order_id = $1
          ORDER BY version

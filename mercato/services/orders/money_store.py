@@ -85,6 +85,9 @@ class RefundRecord(msgspec.Struct, frozen=True):
     created_at: datetime.datetime
     settled_at: datetime.datetime | None
     internal_note: str
+    asked_minor: int | None
+    """More than `amount_minor` where so much was not left; None: of a refund that is older than this column."""
+    limit_reason: str
 
 
 class NewRefund(msgspec.Struct, frozen=True):
@@ -99,6 +102,8 @@ class NewRefund(msgspec.Struct, frozen=True):
     reason: str
     fingerprint: bytes | None
     internal_note: str
+    asked_minor: int
+    limit_reason: str
 
 
 class RefundRow(Row):
@@ -117,6 +122,8 @@ class RefundRow(Row):
     created_at: datetime.datetime
     settled_at: datetime.datetime | None
     internal_note: str
+    asked_minor: int | None
+    limit_reason: str
 
 
 def _refund_record(row: RefundRow) -> RefundRecord:
@@ -136,6 +143,8 @@ def _refund_record(row: RefundRow) -> RefundRecord:
         created_at=row.created_at,
         settled_at=row.settled_at,
         internal_note=row.internal_note,
+        asked_minor=row.asked_minor,
+        limit_reason=row.limit_reason,
     )
 
 
@@ -145,7 +154,7 @@ async def refund_of_key(tx: Tx, reference: str) -> RefundRecord | None:
         RefundRow,
         """
         SELECT order_id, reference, lines, amount_minor, currency, payment_attempt, status, code, reason, fingerprint,
-               actor_role, actor_id, created_at, settled_at, internal_note
+               actor_role, actor_id, created_at, settled_at, internal_note, asked_minor, limit_reason
           FROM refunds
          WHERE reference = $1 AND fingerprint IS NOT NULL
         """,
@@ -161,7 +170,7 @@ async def refunds(tx: Tx, keys: Sequence[Key]) -> dict[tuple[int, str], RefundRe
         """
         SELECT r.order_id, r.reference, r.lines, r.amount_minor, r.currency, r.payment_attempt, r.status, r.code,
                r.reason, r.fingerprint, r.actor_role, r.actor_id, r.created_at, r.settled_at,
-               r.internal_note
+               r.internal_note, r.asked_minor, r.limit_reason
           FROM unnest($1::bigint[], $2::text[]) AS w (order_id, reference)
          CROSS JOIN LATERAL (
             SELECT * FROM refunds WHERE order_id = w.order_id AND reference = w.reference LIMIT 1
@@ -179,7 +188,7 @@ async def refunds_of(tx: Tx, order_id: int) -> list[RefundRecord]:
         RefundRow,
         """
         SELECT order_id, reference, lines, amount_minor, currency, payment_attempt, status, code, reason, fingerprint,
-               actor_role, actor_id, created_at, settled_at, internal_note
+               actor_role, actor_id, created_at, settled_at, internal_note, asked_minor, limit_reason
           FROM refunds
          WHERE order_id = $1
          ORDER BY created_at, reference
@@ -193,8 +202,8 @@ async def insert_refund(tx: Tx, refund: NewRefund, actor: Actor) -> None:
     await tx.execute(
         """
         INSERT INTO refunds (order_id, reference, lines, amount_minor, currency, payment_attempt, reason, actor_role,
-                             actor_id, fingerprint, internal_note)
-        VALUES ($1, $2, $3::json, $4, $5, $6, $7, $8, $9, $10, $11)
+                             actor_id, fingerprint, internal_note, asked_minor, limit_reason)
+        VALUES ($1, $2, $3::json, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
         """,
         refund.order_id,
         refund.reference,
@@ -207,6 +216,8 @@ async def insert_refund(tx: Tx, refund: NewRefund, actor: Actor) -> None:
         actor.id,
         refund.fingerprint,
         refund.internal_note,
+        refund.asked_minor,
+        refund.limit_reason,
     )
 
 

@@ -33,16 +33,18 @@ from mercato.contracts.orders import (
     Axis,
     CancelOrder,
     CapturePart,
+    GetGuestPayment,
     MovePayment,
     NotPayable,
     Order,
     OrderCancelled,
+    OrderNotFound,
     PaidOrder,
     PaymentDeclined,
     PaymentInProgress,
     PayOrder,
 )
-from mercato.contracts.payments import GetPayment, ListPayments, Payment as PaymentRecord, Payments
+from mercato.contracts.payments import GetPayment, ListPayments, Payment as PaymentRecord, PaymentNotFound, Payments
 
 from . import money_store, rules, steps, store
 from .guests import Guests, without_email
@@ -131,6 +133,25 @@ class Paying:
         if redirected is not None:
             self._runner.drive([redirected])
         return begun
+
+    async def guest_payment(self, request: GetGuestPayment) -> PaymentRecord:
+        """A payment of the order that the token opens, not of another order that had its id.
+
+        Raises `PaymentNotFound`.
+        """
+        with as_service():
+            payment = await self._payments.get(GetPayment(id=request.payment_id))
+        try:
+            record = await self._guests.admitted(payment.order_id, request.access_token)
+        except OrderNotFound:
+            raise PaymentNotFound(payment_id=request.payment_id) from None
+        with as_service():
+            of_order = ListPayments(order_id=record.id, order_nonce=record.nonce, limit=200)
+            page = await self._payments.list(of_order)
+        for found in page.payments:
+            if found.id == payment.id:
+                return found
+        raise PaymentNotFound(payment_id=request.payment_id)
 
     async def capture(self, request: MovePayment) -> PaidOrder:
         """Takes all the money of a payment that was authorized by hand."""

@@ -7,7 +7,15 @@ from typing import Final
 
 from mercato.chassis.contract import Actor, as_service, current
 from mercato.chassis.postgres.database import Database
-from mercato.contracts.orders import ListPaymentRefunds, ListRefunds, Refund, RefundList
+from mercato.contracts.orders import (
+    GetRefund,
+    ListPaymentRefunds,
+    ListRefunds,
+    OrderNotFound,
+    Refund,
+    RefundList,
+    RefundNotFound,
+)
 from mercato.contracts.payments import GetPayment, ListPayments, Payments
 
 from . import history_store, money_store, rules, store
@@ -34,6 +42,24 @@ class RefundListing:
         payment = await self._payments.get(GetPayment(id=request.payment_id))
         found = await self._refunds(payment.order_id)
         return RefundList(refunds=tuple(refund for refund in found if refund.payment_id == payment.id))
+
+    async def one(self, request: GetRefund) -> Refund:
+        """Raises `RefundNotFound`, also for one of an order that the caller may not see."""
+        try:
+            found = await self._refunds(request.order_id or await self._order_of(request.id))
+        except OrderNotFound:
+            found = []
+        for refund in found:
+            if refund.id == request.id:
+                return refund
+        raise RefundNotFound(refund_id=request.id)
+
+    async def _order_of(self, refund_id: str) -> int:
+        async with self._database.read() as tx:
+            refund = await money_store.refund_of_key(tx, refund_id)
+        if refund is None:
+            raise RefundNotFound(refund_id=refund_id)
+        return refund.order_id
 
     async def _refunds(self, order_id: int) -> list[Refund]:
         actor = current.get().actor
@@ -70,6 +96,8 @@ def shown(refund: RefundRecord, actor: Actor, payment_id: int | None, *, replaye
         actor_role=refund.actor_role,
         actor_id=rules.shown_actor_id(refund.actor_role, refund.actor_id, actor),
         internal_note=refund.internal_note if not rules.is_buyer(actor) else "",
+        asked_minor=refund.asked_minor,
+        limit_reason=refund.limit_reason,
     )
 
 
@@ -100,5 +128,7 @@ def _of_cancelling(
             created_at=began.at,
             settled_at=ended.at,
             internal_note=began.internal_note,
+            asked_minor=amount_minor,
+            limit_reason="",
         )
     ]

@@ -31,7 +31,7 @@ from mercato.contracts.inventory import (
     ReturnTooLarge,
     StockLine,
 )
-from mercato.contracts.orders import Order, Refund, RefundOrder, ReturnLine, ReturnOrder
+from mercato.contracts.orders import PAID, Order, Refund, RefundOrder, ReturnLine, ReturnOrder
 from mercato.contracts.payments import (
     AnotherOrder as PaymentOfAnotherOrder,
     AttemptNotFound,
@@ -103,6 +103,8 @@ class RefundDraft(msgspec.Struct, frozen=True):
     lines: tuple[ReturnLine, ...] = ()
     reason: str = ""
     internal_note: str = ""
+    asked_minor: int | None = None
+    """More than `amount_minor` where so much is not left; None: as much."""
 
 
 BeginRefund = Callable[[Tx, Locked], Awaitable[Saga]]
@@ -177,6 +179,7 @@ class Refunding:
     async def _start(self, tx: Tx, locked: Locked, key: RefundKey | None, draft: RefundDraft) -> Saga:
         """Reserves the amount, writes the refund and its saga. The order is locked."""
         record = locked.record
+        asked_minor = draft.amount_minor if draft.asked_minor is None else draft.asked_minor
         if draft.amount_minor:
             is_reserved = await money_store.reserve_refund(tx, record.id, draft.amount_minor)
             assert is_reserved, "the order is locked, and so much was left"
@@ -190,6 +193,8 @@ class Refunding:
             reason=draft.reason,
             fingerprint=None if key is None else key.fingerprint,
             internal_note=draft.internal_note,
+            asked_minor=asked_minor,
+            limit_reason=rules.limit_reason(locked.order, asked_minor, draft.amount_minor),
         )
         await money_store.insert_refund(tx, refund, current.get().actor)
         started = Saga((record.id, REFUND, refund.reference), "refund", "")
@@ -200,20 +205,25 @@ class Refunding:
         self, tx: Tx, locked: Locked, wanted: Sequence[ReturnLine], reason: str, internal_note: str = ""
     ) -> RefundDraft:
         """Counts goods as returned, and says what was paid for them."""
-        order, amount_minor = locked.order, 0
+        order, asked_minor, amount_minor = locked.order, 0, 0
         lines = rules.check_return(order, wanted or rules.not_returned(order))
         await money_store.set_returned(tx, order.id, rules.returned_after(order, lines))
-        if order.payment in rules.REFUNDABLE:
-            # Part of what was paid for these goods may have been refunded by hand already.
-            amount_minor = min(rules.refund_value(order, lines), locked.record.refundable_minor)
+        if order.payment in PAID:
+            # Part of what was paid for these goods may have been refunded by hand already, or was never taken.
+            asked_minor = rules.refund_value(order, lines)
+            amount_minor = min(asked_minor, locked.record.refundable_minor)
+        limit_reason = rules.limit_reason(order, asked_minor, amount_minor)
         is_complete = rules.is_all(order, lines)
-        move = (
-            store.Move(order, fulfilment="returned", note=reason, internal_note=internal_note)
-            if is_complete
-            else store.Move(order, again="fulfilment", note=reason, internal_note=internal_note)
+        move = store.Move(
+            order,
+            fulfilment="returned" if is_complete else None,
+            again=None if is_complete else "fulfilment",
+            note=reason,
+            internal_note=internal_note,
+            limit_reason=limit_reason,
         )
         await self._move(tx, [move], current.get().actor)
-        return RefundDraft(amount_minor, lines, reason, internal_note)
+        return RefundDraft(amount_minor, lines, reason, internal_note, asked_minor)
 
     # ----------------------------------------------------------------------------------------------------- the one step
 
@@ -306,6 +316,7 @@ def _move(work: Work, order: Order) -> store.Move:
         pending_minor=amount_minor,
         note=work.refund.reason,
         internal_note=work.refund.internal_note,
+        limit_reason=work.refund.limit_reason,
         epoch=work.saga.epoch,
         tries=work.saga.tries,
     )

@@ -13,7 +13,7 @@ import msgspec
 
 from mercato.chassis.contract import Actor, FieldError, InvalidRequest, RuleBroken, ServiceError
 from mercato.chassis.mail import addresses
-from mercato.contracts.money import MAX_MINOR, to_minor
+from mercato.contracts.money import MAX_MINOR, to_minor, written
 from mercato.contracts.orders import (
     PAID,
     QUANTITY_LIMIT,
@@ -327,6 +327,18 @@ def refund_value(order: Order, lines: Sequence[ReturnLine]) -> int:
         for line in order.lines
         if line.id in back
     )
+
+
+def limit_reason(order: Order, asked_minor: int, given_minor: int) -> str:
+    """Why less is refunded than was asked: no more is left of what was paid. Empty where nothing is missing."""
+    if given_minor == asked_minor:
+        return ""
+    paid_minor = payable_minor(order)
+    asked, given, paid, before = (
+        written(minor, order.currency) for minor in (asked_minor, given_minor, paid_minor, paid_minor - given_minor)
+    )
+    why = f", and {before} of it was refunded before" if paid_minor > given_minor else ""
+    return f"asked for {asked}, refunded {given}: {paid} was paid for the order{why}"
 
 
 def returned_value(lines: Sequence[OrderLine]) -> int:

@@ -408,6 +408,8 @@ class Move(msgspec.Struct, frozen=True):
     """Of the saga whose step this is."""
     internal_note: str = ""
     """For the history, and for staff alone."""
+    limit_reason: str = ""
+    """For the history: of a refund that gives less than was asked."""
 
 
 class MovedRow(Row):
@@ -480,6 +482,7 @@ class _Transition(msgspec.Struct, frozen=True):
     on_account: bool
     actor: Actor
     internal_note: str
+    limit_reason: str
 
 
 def _transition(wanted: Move, actor: Actor) -> _Transition:
@@ -494,6 +497,7 @@ def _transition(wanted: Move, actor: Actor) -> _Transition:
         on_account=wanted.on_account,
         actor=actor,
         internal_note=wanted.internal_note,
+        limit_reason=wanted.limit_reason,
     )
 
 
@@ -527,8 +531,9 @@ async def _move_alike(tx: Tx, transition: _Transition, moves: Sequence[Move]) ->
                       w.epoch, w.tries
         ), noted AS (
             INSERT INTO history (order_id, version, status, payment, fulfilment, events, note, actor_role, actor_id,
-                                 epoch, tries, at, internal_note)
-            SELECT id, version, status, payment, fulfilment, $11::text[], $13, $15, $16, epoch, tries, updated_at, $18
+                                 epoch, tries, at, internal_note, limit_reason)
+            SELECT id, version, status, payment, fulfilment, $11::text[], $13, $15, $16, epoch, tries, updated_at, $18,
+                   $19
               FROM moved
         )
         SELECT id, version, updated_at, fulfilment, refunded_minor FROM moved
@@ -547,6 +552,7 @@ async def _move_alike(tx: Tx, transition: _Transition, moves: Sequence[Move]) ->
         transition.actor.id,
         [m.tries for m in ordered],
         transition.internal_note,
+        transition.limit_reason,
     )
 
 

@@ -66,6 +66,7 @@ def _moves(transitions: Sequence[HistoryRow], actor: Actor) -> list[tuple[Histor
                 actor_id=rules.shown_actor_id(row.actor_role, row.actor_id, actor),
                 at=row.at,
                 internal_note=row.internal_note if not rules.is_buyer(actor) else "",
+                limit_reason=row.limit_reason,
             )
             for axis in map(rules.axis_of, row.events)
         ]
@@ -84,7 +85,7 @@ def _entries(transition: HistoryRow, moves: Sequence[HistoryEntry]) -> list[Time
             attempts=transition.tries + 1,
             took_ms=None,
             by=f"{move.actor_role} {move.actor_id}" if move.actor_id else move.actor_role,
-            detail=move.reason,
+            detail="; ".join(filter(None, (move.reason, move.limit_reason))),
             internal_note=move.internal_note,
         )
         for move in moves

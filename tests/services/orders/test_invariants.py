@@ -344,7 +344,7 @@ INVARIANTS: Final[Mapping[str, Invariant]] = {
         """,
         (
             "UPDATE refunds SET status = 'declined'",
-            "UPDATE refunds SET amount_minor = amount_minor - 1",
+            "UPDATE refunds SET amount_minor = amount_minor - 1, asked_minor = asked_minor - 1",
             "UPDATE orders SET refunded_minor = refunded_minor - 1 WHERE refunded_minor > 0",
             """
             INSERT INTO refunds (order_id, reference, lines, amount_minor, currency, payment_attempt, status,

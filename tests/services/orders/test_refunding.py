@@ -20,8 +20,10 @@ from mercato.chassis.contract import (
 )
 from mercato.contracts.orders import (
     CancelOrder,
+    CapturePart,
     GetHistory,
     GetOrder,
+    GetRefund,
     GetTimeline,
     History,
     IllegalMove,
@@ -33,7 +35,9 @@ from mercato.contracts.orders import (
     Order,
     OrderNotFound,
     PaymentInProgress,
+    PayOrder,
     Refund,
+    RefundNotFound,
     RefundOrder,
     ReturnLine,
     ReturnOrder,
@@ -537,6 +541,56 @@ async def test_a_return_refunds_only_what_was_not_refunded_by_hand(shared_harnes
     assert await shared_harness.shelf(mug) == (10, 0)
 
 
+async def test_a_limited_refund_says_what_was_asked_what_was_given_and_why(shared_harness: OrdersHarness):
+    mug = await shared_harness.new_product(10)
+    order = await shared_harness.delivered("sandbox:ok", (mug, 3))
+    await refund(shared_harness, (await shared_harness.payments(order.id))[0].id, TOTAL - 100)
+    key = new_key()
+
+    returned = await take_back(shared_harness, order.id, (mug, 2), key=key)
+    nothing = await take_back(shared_harness, order.id, (mug, 1))
+
+    paid = "37.50 USD was paid for the order, and"
+    limits = [
+        f"asked for 25.00 USD, refunded 1.00 USD: {paid} 36.50 USD of it was refunded before",
+        f"asked for 12.50 USD, refunded 0.00 USD: {paid} 37.50 USD of it was refunded before",
+    ]
+    assert [(each.asked_minor, each.amount_minor) for each in (returned, nothing)] == [(2_500, 100), (1_250, 0)]
+    assert [returned.limit_reason, nothing.limit_reason] == limits
+    again = await take_back(shared_harness, order.id, (mug, 2), key=key)
+    assert again == msgspec.structs.replace(returned, replayed=True)
+    for actor in (STAFF, ALICE):
+        assert [each.limit_reason for each in await listed(shared_harness, order.id, actor)] == ["", *limits]
+        with shared_harness.acting(actor):
+            history = await shared_harness.orders.history(GetHistory(id=order.id))
+            timeline = await shared_harness.orders.timeline(GetTimeline(id=order.id))
+        limited = [(entry.axis, entry.after, entry.limit_reason) for entry in history.entries if entry.limit_reason]
+        assert limited == [
+            ("fulfilment", "delivered", limits[0]),
+            ("payment", "refunded", limits[0]),
+            ("fulfilment", "returned", limits[1]),
+        ]
+        assert sorted(entry.detail for entry in timeline.entries if "asked for" in entry.detail) == sorted(
+            [limits[0], limits[0], limits[1]]
+        )
+
+
+async def test_a_return_of_what_was_captured_in_part_says_how_much_was_paid(shared_harness: OrdersHarness):
+    mug = await shared_harness.new_product(10)
+    order = await shared_harness.checked_out(None, (mug, 3))
+    with shared_harness.acting(STAFF):
+        await shared_harness.orders.pay(PayOrder(id=order.id, method="sandbox:ok", capture=False))
+        [payment] = await shared_harness.payments(order.id)
+        await shared_harness.orders.capture_part(CapturePart(payment_id=payment.id, amount_minor=TOTAL - 500))
+        await shared_harness.orders.move(MoveOrder(id=order.id, fulfilment="shipped"))
+        await shared_harness.orders.move(MoveOrder(id=order.id, fulfilment="delivered"))
+
+    returned = await take_back(shared_harness, order.id)
+
+    assert (returned.asked_minor, returned.amount_minor) == (TOTAL, TOTAL - 500)
+    assert returned.limit_reason == "asked for 37.50 USD, refunded 32.50 USD: 32.50 USD was paid for the order"
+
+
 async def test_returned_goods_of_an_unpaid_order_are_not_refunded(shared_harness: OrdersHarness):
     mug = await shared_harness.new_product(10)
     order = await shared_harness.delivered(None, (mug, 3))
@@ -763,6 +817,7 @@ async def test_refunds_and_returns_are_listed_by_time_as_they_were_answered(shar
     first, second = await listed(shared_harness, order.id)
     assert first == part
     assert second == msgspec.structs.replace(back, payment_id=payment.id)
+    assert [(each.asked_minor, each.limit_reason) for each in (first, second)] == [(100, ""), (MUG_MINOR, "")]
     assert (first.amount_minor, first.reason, first.payment_id) == (100, "scratched", payment.id)
     assert [line.quantity for line in second.lines] == [1]
     assert {(each.actor_role, each.actor_id, each.status) for each in (first, second)} == {
@@ -789,6 +844,44 @@ async def test_customers_see_the_refunds_of_their_orders_without_the_accounts_of
         await listed(shared_harness, order.id, BOB)
     with shared_harness.acting(BOB), pytest.raises(PaymentNotFound):
         await shared_harness.orders.payment_refunds(ListPaymentRefunds(payment_id=payment_id))
+
+
+async def one(harness: OrdersHarness, refund_id: str, actor: Actor, order_id: int | None = None) -> Refund:
+    with harness.acting(actor):
+        return await harness.orders.one_refund(GetRefund(id=refund_id, order_id=order_id))
+
+
+async def test_one_refund_is_read_by_staff_and_by_the_customer_of_its_order(shared_harness: OrdersHarness):
+    order, payment_id = await paid(shared_harness)
+    first = await refund(shared_harness, payment_id, 100, internal_note="called the bank")
+    other = await refund(shared_harness, payment_id, 200)
+
+    assert await one(shared_harness, first.id, STAFF) == first
+    assert await one(shared_harness, other.id, STAFF, order.id) == other
+    assert await one(shared_harness, first.id, ALICE) == msgspec.structs.replace(first, actor_id=0, internal_note="")
+    for refund_id, actor, order_id in ((first.id, BOB, None), (first.id, BOB, order.id), ("0" * 24, ALICE, None)):
+        with pytest.raises(RefundNotFound) as refused:
+            await one(shared_harness, refund_id, actor, order_id)
+        assert refused.value.refund_id == refund_id
+
+
+async def test_the_refunds_that_each_order_has_are_read_with_the_order(shared_harness: OrdersHarness):
+    mug = await shared_harness.new_product(10)
+    for _ in range(2):
+        order = await shared_harness.delivered("sandbox:ok", (mug, 1))
+        with shared_harness.acting(STAFF):
+            await shared_harness.orders.move(MoveOrder(id=order.id, fulfilment="returned"))
+        await until(lambda id_=order.id: is_settled(shared_harness, id_))
+
+        rest = await one(shared_harness, "rest", ALICE, order.id)
+
+        assert (rest.order_id, rest.amount_minor, rest.status) == (order.id, MUG_MINOR, "succeeded")
+    with pytest.raises(RefundNotFound):
+        await one(shared_harness, "rest", STAFF)
+
+
+async def is_settled(harness: OrdersHarness, order_id: int) -> bool:
+    return all(refund.status != "pending" for refund in await listed(harness, order_id))
 
 
 async def test_an_order_of_which_nothing_was_given_back_has_no_refunds(shared_harness: OrdersHarness):
