@@ -12,7 +12,8 @@ from mercato.chassis.rpc.server import Server
 from mercato.contracts.payments import Payments
 from mercato.simulators.bank.contract import Sandbox
 
-from .charging import SWEPT_AT_ONCE, Charging
+from .charging import Charging
+from .finishing import SWEPT_AT_ONCE, Finishing
 from .provider import Provider, SandboxProvider
 from .reconciling import Reconciling
 from .service import Options, PaymentsService
@@ -24,17 +25,18 @@ def build(env: Env, providers: Mapping[str, Provider] | None = None) -> Service:
         providers = {"sandbox": SandboxProvider(env.client(Sandbox))}
     options = env.options(Options)
     charging = Charging(env.database, providers)
+    finishing = Finishing(env.database, charging)
     if wrong := charging.check_method(options.default_method):
         raise OptionError(f"The setting MERCATO_PAYMENTS_DEFAULT_METHOD is not valid: {wrong.errors[0].message}.")
     reconciling = Reconciling(
         env.database,
         providers,
-        charging,
+        finishing,
         env.telemetry,
         period_seconds=options.reconcile_seconds,
         lag_seconds=options.statement_lag_seconds,
     )
-    sweep = functools.partial(charging.sweep, options.sweep_seconds)
+    sweep = functools.partial(finishing.sweep, options.sweep_seconds)
     return Service(
         server=_server(env, charging, PaymentsService(env.database, charging, options)),
         database=env.database,

@@ -31,7 +31,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 import msgspec
-import structlog
 
 from mercato.chassis.contract import Batch, FieldError, InvalidRequest, ServiceError
 from mercato.chassis.messaging.events import Outgoing
@@ -64,7 +63,6 @@ AUTHORIZE, CHARGE, CAPTURE, VOID = Target("authorize"), Target("charge"), Target
 KINDS: Final[tuple[OperationKind, ...]] = ("authorize", "charge", "capture", "void", "refund")
 ROUNDS: Final = 4
 """The longest way is three operations: settle an authorize, settle a capture, void."""
-SWEPT_AT_ONCE: Final = 256
 
 PLACES: Final = (
     "before_intent_commit",
@@ -78,9 +76,6 @@ FLOWS: Final = (*KINDS, "sweep", "give_back")
 """What goes through the three parts: the requests, the sweep after a crash, the repair of the reconciliation."""
 
 faults.declare(*(f"payments.{flow}.{place}" for flow in FLOWS for place in PLACES))
-faults.declare("payments.reconcile.before_record_commit", "payments.reconcile.after_record_commit")
-
-log = structlog.stdlib.get_logger("mercato.payments")
 
 Answer = Payment | ServiceError
 OpeningRequest = AuthorizePayment | ChargePayment
@@ -215,8 +210,8 @@ class Charging:
             await self._record_intents(flow, unanswered)
             calling = [request for request in unanswered if request.call is not None]
             calls = [request.call for request in calling if request.call]
-            results = await self._call_provider(flow, calls)
-            settled = await self._record_results(flow, calls, results)
+            results = await self.call_provider(flow, calls)
+            settled = await self.record_results(flow, calls, results)
             for request in calling:
                 request.follow(results, settled)
         return [request.answer or request.pending() for request in requests]
@@ -237,10 +232,10 @@ class Charging:
                 request.call = _first_call(row, opening, key)
                 begun.append(request)
         calls = [request.call for request in begun if request.call]
-        results = await self._call_provider("charge", calls)
+        results = await self.call_provider("charge", calls)
         captured = await self._record_charges(calls, results)
         others = [call for call in calls if not isinstance(results[call.intent.id], Succeeded)]
-        settled = await self._record_results("charge", others, results)
+        settled = await self.record_results("charge", others, results)
         for request, call in zip(begun, calls, strict=True):
             if payment := captured.get(call.payment.id):
                 request.answer = payment_of(payment)
@@ -289,7 +284,7 @@ class Charging:
 
     # ------------------------------------------------------------------------------------------------ 2. call provider
 
-    async def _call_provider(self, flow: str, calls: Sequence[ProviderCall]) -> dict[OperationId, ProviderResult]:
+    async def call_provider(self, flow: str, calls: Sequence[ProviderCall]) -> dict[OperationId, ProviderResult]:
         """Results by operation, one for each call."""
         if not calls:
             return {}
@@ -334,78 +329,15 @@ class Charging:
 
     # ------------------------------------------------------------------------------------------------ 3. record result
 
-    async def _record_results(self, flow: str, calls: Sequence[ProviderCall], results: Results) -> Settled:
+    async def record_results(self, flow: str, calls: Sequence[ProviderCall], results: Results) -> Settled:
         """Records results and what follows from them."""
         if not calls:
             return {}
         async with self._database.transaction() as tx:
-            settled = await _settle(tx, {call.intent.id: results[call.intent.id] for call in calls})
+            settled = await settle(tx, {call.intent.id: results[call.intent.id] for call in calls})
             await faults.point(f"payments.{flow}.before_record_commit")
         await faults.point(f"payments.{flow}.after_record_commit")
         return settled
-
-    # ----------------------------------------------------------------------------------------------------------- sweep
-
-    async def sweep(self, quiet_seconds: float) -> int:
-        """Calls again for intents that no process has settled for a while; gives how many there were.
-
-        This finishes the work of a process that died between the parts, and operations whose answer was lost where the
-        client does not repeat its request.
-        """
-        async with self._database.transaction() as tx:
-            due = await store.lease_intents(tx, quiet_seconds, SWEPT_AT_ONCE)
-            payments = await store.payments(tx, [intent.payment_id for intent in due]) if due else {}
-            await faults.point("payments.sweep.before_intent_commit")
-        await faults.point("payments.sweep.after_intent_commit")
-        calls = [ProviderCall(intent, payments[intent.payment_id]) for intent in due]
-        try:
-            await self._finish("sweep", calls)
-        except ServiceError:
-            raise  # the database or the provider is unavailable: each alone would only wait as often
-        except Exception:  # an edge: one operation that cannot be finished must not hold back the others for ever
-            for call in calls:
-                await self._finish_alone(call)
-        return len(due)
-
-    async def _finish(self, flow: str, calls: Sequence[ProviderCall]) -> None:
-        await self._record_results(flow, calls, await self._call_provider(flow, calls))
-
-    async def _finish_alone(self, call: ProviderCall) -> None:
-        try:
-            await self._finish("sweep", [call])
-        except ServiceError:
-            raise
-        except Exception:  # an edge, as above
-            log.exception("operation_not_finished", key=call.intent.key)
-
-    # ---------------------------------------------------------------------------------------------------------- repair
-
-    async def record_statement(self, results: Results) -> int:
-        """Records what the provider's statement says of intents; gives how many it settled."""
-        async with self._database.transaction() as tx:
-            settled = await _settle(tx, results)
-            await faults.point("payments.reconcile.before_record_commit")
-        await faults.point("payments.reconcile.after_record_commit")
-        return len(settled)
-
-    async def give_back(self, charges: Mapping[int, int]) -> int:
-        """Voids authorizations that the provider holds for payments that are closed; gives how many it voided.
-
-        `charges` by payment. The key is that of every void of the payment, so that two who find it void it once.
-        """
-        async with self._database.transaction() as tx:
-            payments = await store.lock_payments(tx, sorted(charges))
-            closed = {i: _with_charge(p, charges[i]) for i, p in payments.items() if p.status in rules.CLOSED}
-            known = await _operations(tx, closed)
-            voidless = [p for p in closed.values() if ("void", "") not in known[p.id]]
-            await _write_payments(tx, [p for p in voidless if p is not payments[p.id]])
-            voids = [_new_intent(p, NextOperation("void", "", p.amount_minor)) for p in voidless]
-            calls = [ProviderCall(i, closed[i.payment_id]) for i in await store.begin_operations(tx, voids)]
-            await faults.point("payments.give_back.before_intent_commit")
-        await faults.point("payments.give_back.after_intent_commit")
-        results = await self._call_provider("give_back", calls)
-        await self._record_results("give_back", calls, results)
-        return sum(isinstance(result, Succeeded) for result in results.values())
 
 
 # --------------------------------------------------------------------------------------------- details of new charges
@@ -479,7 +411,7 @@ class _Batch:
             return
         id_ = (payment.id, following.kind, following.reference)
         if id_[1:] not in known:
-            known[id_[1:]] = self._new[id_] = _new_intent(payment, following)
+            known[id_[1:]] = self._new[id_] = new_intent(payment, following)
         self._calling.append((request, payment, id_))
 
     def _move(self, payment: PaymentRow) -> PaymentRow:
@@ -489,7 +421,7 @@ class _Batch:
 
     async def write(self, tx: Tx, requests: Sequence[PaymentRequest]) -> None:
         """Writes payments of nothing and intents; gives the requests their calls, and answers the times of changes."""
-        written = await _write_payments(tx, list(self._moved.values()))
+        written = await write_payments(tx, list(self._moved.values()))
         for request in requests:
             if isinstance(request.answer, Payment) and (payment := written.get(request.answer.id)):
                 request.answer = payment_of(payment)
@@ -517,12 +449,13 @@ async def _find(tx: Tx, requests: Sequence[PaymentRequest]) -> _Batch:
         payments |= {(row.order_id, row.attempt): row for row in await store.lock_attempts(tx, sorted(missing))}
     absent = [(r.attempt[0], r.nonce) for r in requests if r.attempt not in payments]
     used_by_others = await store.used_by_others(tx, absent) if absent else set[int]()
-    known: dict[int, Operations] = {row.id: {} for row in opened}
-    known |= await _operations(tx, [row.id for row in payments.values() if row.id not in known])
+    new = {row.id for row in opened}
+    known = await operations(tx, [row.id for row in payments.values() if row.id not in new])
+    known |= {id_: {} for id_ in new}
     return _Batch(payments, known, used_by_others)
 
 
-async def _operations(tx: Tx, payment_ids: Collection[int]) -> dict[int, Operations]:
+async def operations(tx: Tx, payment_ids: Collection[int]) -> dict[int, Operations]:
     known: dict[int, Operations] = {payment_id: {} for payment_id in payment_ids}
     if known:
         for operation in await store.operations_of(tx, list(known)):
@@ -530,7 +463,7 @@ async def _operations(tx: Tx, payment_ids: Collection[int]) -> dict[int, Operati
     return known
 
 
-def _new_intent(payment: PaymentRow, following: NextOperation) -> NewIntent:
+def new_intent(payment: PaymentRow, following: NextOperation) -> NewIntent:
     return NewIntent(
         payment_id=payment.id,
         kind=following.kind,
@@ -544,7 +477,7 @@ def _new_intent(payment: PaymentRow, following: NextOperation) -> NewIntent:
 # -------------------------------------------------------------------------------------------------- details of part 3
 
 
-async def _settle(tx: Tx, results: Results) -> dict[OperationId, PaymentRow]:
+async def settle(tx: Tx, results: Results) -> dict[OperationId, PaymentRow]:
     """Records results of intents; the payments as they are after it, by operation that this settled."""
     payments = await store.lock_payments(tx, sorted({payment_id for payment_id, _, _ in results}))
     if unknown := [id_ for id_, result in results.items() if isinstance(result, Unknown)]:
@@ -557,13 +490,13 @@ async def _settle(tx: Tx, results: Results) -> dict[OperationId, PaymentRow]:
         payment = after[operation.payment_id] = rules.settle(before, operation, known[operation.id])
         if payment.version != before.version:
             changes.append(_event(payment))
-    after |= await _write_payments(tx, [p for p in after.values() if p is not payments[p.id]])
+    after |= await write_payments(tx, [p for p in after.values() if p is not payments[p.id]])
     tx.emit(changes)
     await store.transfer(tx, [operation for operation in settled if isinstance(known[operation.id], Succeeded)])
     return {operation.id: after[operation.payment_id] for operation in settled}
 
 
-async def _write_payments(tx: Tx, changed: Sequence[PaymentRow]) -> dict[int, PaymentRow]:
+async def write_payments(tx: Tx, changed: Sequence[PaymentRow]) -> dict[int, PaymentRow]:
     if not changed:
         return {}
     times = await store.write_payments(tx, changed)
@@ -571,10 +504,6 @@ async def _write_payments(tx: Tx, changed: Sequence[PaymentRow]) -> dict[int, Pa
 
 
 # ----------------------------------------------------------------------------------------------------------- payments
-
-
-def _with_charge(payment: PaymentRow, charge_id: int) -> PaymentRow:
-    return payment if payment.charge_id == charge_id else msgspec.structs.replace(payment, charge_id=charge_id)
 
 
 def _at(payment: PaymentRow, updated_at: datetime.datetime) -> PaymentRow:

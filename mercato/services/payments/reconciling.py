@@ -27,7 +27,7 @@ from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database
 
 from . import reconciliation_store as store, rules
-from .charging import Charging
+from .finishing import Finishing
 from .provider import Page, Provider
 from .reconciliation_store import RecordedRow, Reported
 from .rules import KeyParts, ProviderResult, StatementLine, Unknown
@@ -56,7 +56,7 @@ class Reconciling:
         self,
         database: Database,
         providers: Mapping[str, Provider],
-        charging: Charging,
+        finishing: Finishing,
         telemetry: Telemetry,
         *,
         period_seconds: float,
@@ -64,7 +64,7 @@ class Reconciling:
     ) -> None:
         self._database = database
         self._providers = providers
-        self._charging = charging
+        self._finishing = finishing
         self._period_seconds = period_seconds
         self._lag_seconds = lag_seconds
         waiting = "What is wrong, and waits for a person to look at it."
@@ -172,9 +172,9 @@ class Reconciling:
 
     async def _repair(self, results: Mapping[OperationId, ProviderResult], charges: Mapping[int, int]) -> None:
         if results:
-            self._repaired.labels("outcome_recorded").inc(await self._charging.record_statement(results))
+            self._repaired.labels("outcome_recorded").inc(await self._finishing.record_statement(results))
         if charges:
-            self._repaired.labels("authorization_voided").inc(await self._charging.give_back(charges))
+            self._repaired.labels("authorization_voided").inc(await self._finishing.give_back(charges))
 
     async def _report(self, name: str, mismatches: Sequence[Reported]) -> None:
         if not mismatches:

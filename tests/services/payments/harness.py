@@ -22,6 +22,7 @@ from mercato.contracts.payments import (
 )
 from mercato.services.payments import app
 from mercato.services.payments.charging import Charging
+from mercato.services.payments.finishing import Finishing
 from mercato.services.payments.provider import SandboxProvider
 from mercato.services.payments.reconciling import Reconciling
 from mercato.simulators.bank.app import build as build_sandbox
@@ -46,7 +47,7 @@ EACH_VERSION_HAS_ITS_EVENT: Final = f"""
 
 
 class PaymentsHarness(ServiceHarness):
-    """`payments` is the client. `charging` and `reconciling` are on the same database, for rounds by hand."""
+    """`payments` is the client. `finishing` and `reconciling` are on the same database, for rounds by hand."""
 
     service = "payments"
     actor = SERVICE
@@ -65,9 +66,9 @@ class PaymentsHarness(ServiceHarness):
         """The service as it is, of which a test also runs the inner parts."""
         providers = {"sandbox": SandboxProvider(env.client(Sandbox))}
         self.telemetry = env.telemetry
-        self.charging = Charging(env.database, providers)
+        self.finishing = Finishing(env.database, Charging(env.database, providers))
         self.reconciling = Reconciling(
-            env.database, providers, self.charging, env.telemetry, period_seconds=0.0, lag_seconds=0.0
+            env.database, providers, self.finishing, env.telemetry, period_seconds=0.0, lag_seconds=0.0
         )
         return app.build(env)
 

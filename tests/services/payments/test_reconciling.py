@@ -237,7 +237,7 @@ async def test_a_round_that_dies_anywhere_is_done_again(harness: PaymentsHarness
 
     await harness.reconciling.round()
     await harness.age(hours=1)
-    await harness.charging.sweep(0.0)  # a void that was begun and not finished
+    await harness.finishing.sweep(0.0)  # a void that was begun and not finished
 
     assert sorted(await harness.rows("SELECT kind, status FROM operations")) == [
         ("authorize", "succeeded"),
@@ -256,7 +256,7 @@ async def test_one_process_compares_at_a_time(harness: PaymentsHarness):
     database = harness.host.services["payments"].database
     provider = {"sandbox": SandboxProvider(harness.sandbox)}
     one, other = (
-        Reconciling(database, provider, harness.charging, harness.telemetry, period_seconds=3_600, lag_seconds=0)
+        Reconciling(database, provider, harness.finishing, harness.telemetry, period_seconds=3_600, lag_seconds=0)
         for _ in range(2)
     )
 

@@ -78,7 +78,7 @@ async def test_what_nobody_asks_for_again_the_sweeper_finishes(harness: Payments
         remove()
     await harness.age(hours=1)
 
-    assert await harness.charging.sweep(QUIET_SECONDS) == len(PLACES) - 2  # the last one was recorded
+    assert await harness.finishing.sweep(QUIET_SECONDS) == len(PLACES) - 2  # the last one was recorded
 
     assert (await harness.taken())[kind] == len(PLACES) - 1
     assert await harness.rows("SELECT key FROM intents") == []
@@ -95,11 +95,11 @@ async def test_a_sweeper_that_dies_is_taken_over_by_the_next(harness: PaymentsHa
     await harness.age(hours=1)
     remove = inject(f"payments.sweep.{place}", fail)
     with contextlib.suppress(RuntimeError):  # of a call or a record: then each is tried alone, and given up
-        await harness.charging.sweep(QUIET_SECONDS)
+        await harness.finishing.sweep(QUIET_SECONDS)
     remove()
     await harness.age(hours=1)
 
-    await harness.charging.sweep(QUIET_SECONDS)
+    await harness.finishing.sweep(QUIET_SECONDS)
 
     assert await harness.steps() == [("authorize", "succeeded")]
     assert await harness.taken() == {"authorize": 1}
@@ -114,7 +114,7 @@ async def test_a_process_that_hangs_with_the_answer_in_its_hand_is_passed(harnes
     remove()
     await harness.age(hours=1)
 
-    await harness.charging.sweep(QUIET_SECONDS)
+    await harness.finishing.sweep(QUIET_SECONDS)
     assert (await harness.payments.authorize(request)).status == "authorized"
     stuck.cancel()
     pause.resume.set()
@@ -151,7 +151,7 @@ async def test_a_process_dies_between_two_records_of_one_batch(harness: Payments
     assert await harness.rows("SELECT status FROM payments ORDER BY order_id") == [("captured",), ("pending",)]
     await harness.age(hours=1)
 
-    await harness.charging.sweep(QUIET_SECONDS)
+    await harness.finishing.sweep(QUIET_SECONDS)
 
     assert await harness.rows("SELECT status FROM payments ORDER BY order_id") == [("captured",), ("failed",)]
 
@@ -226,7 +226,7 @@ async def test_the_sweeper_asks_until_it_knows(harness: PaymentsHarness, method:
     with pytest.raises(OutcomePending):
         await harness.authorized(method)
     await harness.age(hours=1)
-    await harness.charging.sweep(QUIET_SECONDS)
+    await harness.finishing.sweep(QUIET_SECONDS)
 
     assert await harness.steps() == [("authorize", "succeeded")]
     assert await harness.differences() == set()
@@ -281,10 +281,10 @@ async def test_an_operation_that_somebody_is_busy_with_is_left_alone(harness: Pa
         await harness.authorized()
     remove()
 
-    assert await harness.charging.sweep(QUIET_SECONDS) == 0
+    assert await harness.finishing.sweep(QUIET_SECONDS) == 0
     await harness.age(hours=1)
-    assert await harness.charging.sweep(QUIET_SECONDS) == 1
-    assert await harness.charging.sweep(QUIET_SECONDS) == 0
+    assert await harness.finishing.sweep(QUIET_SECONDS) == 1
+    assert await harness.finishing.sweep(QUIET_SECONDS) == 0
 
 
 async def test_two_sweepers_do_not_ask_for_the_same(harness: PaymentsHarness, inject: Inject):
@@ -295,8 +295,8 @@ async def test_two_sweepers_do_not_ask_for_the_same(harness: PaymentsHarness, in
     await harness.age(hours=1)
     inject("payments.sweep.before_call", fail)
 
-    assert await harness.charging.sweep(QUIET_SECONDS) == 1  # it dies with the lease in its hand
-    assert await harness.charging.sweep(QUIET_SECONDS) == 0
+    assert await harness.finishing.sweep(QUIET_SECONDS) == 1  # it dies with the lease in its hand
+    assert await harness.finishing.sweep(QUIET_SECONDS) == 0
 
 
 @pytest.mark.parametrize("locked", ["payments", "intents"])
@@ -314,7 +314,7 @@ async def test_a_sweep_leaves_out_what_another_transaction_has_locked(
 
     async with connected(harness.dsns["payments"]) as holder, holder.transaction():
         await holder.execute(f"SELECT 1 FROM {locked} WHERE {column} = $1 FOR UPDATE", first)
-        sweep = harness.charging.sweep(QUIET_SECONDS)
+        sweep = harness.finishing.sweep(QUIET_SECONDS)
         assert await without_waiting(harness.dsns["payments"], sweep) == 1
 
     assert await harness.rows("SELECT status FROM payments ORDER BY id") == [("pending",), ("authorized",)]
@@ -332,7 +332,7 @@ async def test_an_operation_that_cannot_be_recorded_does_not_hold_back_the_other
     await harness.rows("UPDATE payments SET amount_minor = 500, authorized_minor = 500 WHERE id = $1", payments[1].id)
     await harness.age(hours=1)
 
-    await harness.charging.sweep(QUIET_SECONDS)
+    await harness.finishing.sweep(QUIET_SECONDS)
 
     assert await harness.rows("SELECT status FROM payments ORDER BY id") == [
         ("captured",),
@@ -351,7 +351,7 @@ async def test_a_key_is_looked_up_when_the_provider_may_have_forgotten_it(harnes
     calls = await harness.bank("SELECT key, calls FROM operations")
     await harness.age(hours=24)
 
-    assert await harness.charging.sweep(QUIET_SECONDS) == 2
+    assert await harness.finishing.sweep(QUIET_SECONDS) == 2
 
     assert await harness.steps() == [("authorize", "succeeded")] * 2
     assert [row for row in await harness.bank("SELECT key, calls FROM operations") if row in calls] == calls
@@ -393,7 +393,7 @@ async def _until_all(
     """Asks again for what is pending, and lets the sweeper do the same."""
     done: dict[int, Payment] = {}
     while left := [n for n in range(len(requests)) if n not in done]:
-        answers, _ = await asyncio.gather(call([requests[n] for n in left]), harness.charging.sweep(0.0))
+        answers, _ = await asyncio.gather(call([requests[n] for n in left]), harness.finishing.sweep(0.0))
         assert isinstance(answers, list)
         for n, answer in zip(left, answers, strict=True):
             if isinstance(answer, Payment):

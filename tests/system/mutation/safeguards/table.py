@@ -265,7 +265,7 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
                 '            await faults.point("payments.charge.before_intent_commit")\n',
                 "            outside = attempt.set(None)\n"
                 "            calls = [_first_call(opened[o.order_id], o, k) for o, k in zip(openings, keys)]\n"
-                '            await self._call_provider("charge", calls)\n'
+                '            await self.call_provider("charge", calls)\n'
                 "            attempt.reset(outside)\n"
                 '            await faults.point("payments.charge.before_intent_commit")\n',
             ),
