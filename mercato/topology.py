@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import socket
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -32,6 +32,7 @@ from mercato.gateway.app import Asgi, Gateway
 from mercato.gateway.auth import Authenticator, Verifier, own_hosts
 from mercato.gateway.ended_sessions import READ_EVERY_SECONDS, READ_SECONDS, RETRY_SECONDS, EndedSessionsLog
 from mercato.gateway.pages import Pages
+from mercato.gateway.route import Route
 from mercato.gateway.routes import ROUTES
 from mercato.simulators.bank.contract import Sandbox
 
@@ -139,7 +140,8 @@ def called_by(caller: str) -> Sequence[Operation[Any, Any]]:
     if caller == GATEWAY:
         waits = [route.wait.operation for route in ROUTES if route.wait]
         forms = [form.operation for route in ROUTES for form in route.forms if form.operation]
-        return [*(route.operation for route in ROUTES), *forms, *waits, *VERIFYING]
+        parts = [part.operation for route in ROUTES for part in route.parts]
+        return [*(route.operation for route in ROUTES), *forms, *waits, *parts, *VERIFYING]
     own = () if caller == Users.service else VERIFYING
     return [*CALLS[caller], *own, *(event_log(source).read for source in READS.get(caller, ()))]
 
@@ -184,6 +186,10 @@ def migrations(name: str) -> Path:
     return Path(__file__).parent.joinpath(*package(name).split(".")[1:], "migrations")
 
 
+def _services_of_parts(route: Route) -> Iterator[str]:
+    return (part.operation.service for part in route.parts)
+
+
 def gateway(
     host: Hosting,
     *,
@@ -195,13 +201,13 @@ def gateway(
     problems: Callable[[], Awaitable[Mapping[str, str]]] | None = None,
     currency: str = DEFAULT_CURRENCY,
 ) -> Asgi:
-    """The rows of the public API that belong to `services`. `open_to`: the address of a shop that asks for no tokens.
+    """The rows of the public API that need `services` alone. `open_to`: the address of a shop that asks for no tokens.
 
     `details` is told by `/health/ready` besides; what makes it say that the process is not ready, `problems` gives, by
     default those of the databases; besides, that it does not know yet which sessions have ended. `caller` is whom
     services in other processes see.
     """
-    routes = [route for route in ROUTES if route.operation.service in services]
+    routes = [route for route in ROUTES if {route.operation.service, *_services_of_parts(route)} <= set(services)]
 
     async def fetch_keys() -> PublicKeys:
         return await host.client(Users, caller).keys(EmptyRequest())

@@ -22,7 +22,7 @@ from mercato.cli.hosting import hosted
 from mercato.cli.progress import fail, show, table
 from mercato.cli.starting import CannotStart
 from mercato.contracts.roles import Role
-from mercato.contracts.users import ListUsers, SetPassword, SetRole, User, Users
+from mercato.contracts.users import EraseAccount, ListUsers, SetPassword, SetRole, User, Users
 
 SERVICE: Final = "users"
 
@@ -62,6 +62,18 @@ def set_role(place: Place, who: str, role: Role) -> int:
         user = await _found(users, who)
         changed = await users.set_role(SetRole(id=user.id, role=role))
         _say(place, changed, f"{user.email} (user {user.id}) is {role}; it was {user.role}")
+
+    return run(lambda: _with_users(place, change))
+
+
+def erase(place: Place, who: str) -> int:
+    """Erases an account; gives the exit code. By its id, it may be repeated."""
+
+    async def change(users: Users) -> None:
+        user_id = int(who) if _is_id(who) else (await _found(users, who)).id
+        await users.erase(EraseAccount(id=user_id))
+        sentence = f"user {user_id} is erased; orders and payments stay, without the person"
+        show(json.dumps({"erased": user_id}) if place.json else sentence)
 
     return run(lambda: _with_users(place, change))
 
@@ -125,11 +137,15 @@ async def _list(users: Users, place: Place, role: Role | None) -> None:
 
 async def _found(users: Users, who: str) -> User:
     """The account with this id, or this e-mail address. Raises `CannotStart`."""
-    wanted = ListUsers(id=int(who)) if who.isascii() and who.isdigit() else ListUsers(email=who)
+    wanted = ListUsers(id=int(who)) if _is_id(who) else ListUsers(email=who)
     page = await users.list(wanted)
     if not page.users:
         raise CannotStart(f"there is no account {who}: `mercato users list` shows all")
     return page.users[0]
+
+
+def _is_id(who: str) -> bool:
+    return who.isascii() and who.isdigit()
 
 
 def _asked_password() -> str | None:

@@ -391,6 +391,34 @@ def set_role(
     return change(Place(data, dsn, json), who, role)
 
 
+@users.command
+def erase(
+    who: str,
+    *,
+    data: Path = Path(".mercato"),
+    dsn: str | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Erase an account for ever. Its orders and payments stay, without the person; its sessions end.
+
+    A backup that was made before still holds the account.
+
+    Parameters
+    ----------
+    who
+        The account's e-mail address, or its id.
+    data
+        The folder of the shop's data, of a shop that runs or not.
+    dsn
+        An administrator's DSN of the server instead. [default: MERCATO_POSTGRES_DSN, where it is set]
+    json
+        Print one JSON document.
+    """
+    from mercato.cli.accounts import Place, erase as run
+
+    return run(Place(data, dsn, json), who)
+
+
 @events.command
 def tail(
     *,

@@ -226,6 +226,18 @@ class EndOtherSessions(Message):
     id: SessionId
 
 
+class EraseAccount(Message):
+    """Erases an account, of which its id stays: in orders, payments and logs it leads to no person.
+
+    Its owner gives the password and the session that asks; services give neither. A repeated request gets the same
+    answer.
+    """
+
+    id: UserId
+    password: Password | None = None
+    session_id: SessionId | None = None
+
+
 class UserNotFound(ServiceError, code="users.not_found", kind=Kind.NOT_FOUND):
     sentence = "There is no user {user_id}."
     user_id: int
@@ -295,3 +307,4 @@ class Users(Contract, name="users"):
     sessions = single(ListSessions, SessionPage, allow=SIGNED_IN, retry=Retry.SAFE)
     end_session = single(EndSession, Empty, allow=SIGNED_IN)
     end_other_sessions = single(EndOtherSessions, Empty, allow=SIGNED_IN)
+    erase = single(EraseAccount, Empty, allow=SIGNED_IN, retry=Retry.SAFE)

@@ -45,7 +45,7 @@ from mercato.gateway import guests, idempotency, problems
 from mercato.gateway.auth import Authenticator
 from mercato.gateway.headers import RequestHeaders, check_content_type, expected_version, preferred_wait_ms
 from mercato.gateway.rates import PasswordTries, RateLimiter
-from mercato.gateway.route import NO_TEXT, Page, Route, RouteRequest
+from mercato.gateway.route import NO_TEXT, PART_LIMIT, Gathered, Page, Part, Route, RouteRequest
 from mercato.gateway.validation import decode_body, decode_query, decoder, invalid, members_of
 
 Scope = MutableMapping[str, Any]
@@ -162,7 +162,7 @@ class Gateway:
         elif (known := authenticator.remembered(authorization)) is not None:
             actor = known
         else:
-            actor = await self._verify(authorization, headers)
+            actor = await self._verify(authorization, headers, takes_ended=route.takes_ended_session)
         if actor.role not in route.roles and access_token is None and route.is_guest is None:
             raise _refusal(actor, route)
         if route.is_limited:
@@ -226,14 +226,14 @@ class Gateway:
         guests.check_key(request.idempotency_key)
         return ANONYMOUS
 
-    async def _verify(self, authorization: bytes, headers: RequestHeaders) -> Actor:
+    async def _verify(self, authorization: bytes, headers: RequestHeaders, *, takes_ended: bool) -> Actor:
         """The actor of a token that is not known yet. That may ask the users service for its keys, a call like any."""
         if guests.is_guest_scheme(authorization):
             return ANONYMOUS
         deadline = self._monotonic() + self._seconds
         anonymous = self._authenticator.anonymous_actor
         current.set(Context(anonymous, deadline, headers.trace_id, headers.request_id))
-        return await self._authenticator.actor(authorization)
+        return await self._authenticator.actor(authorization, takes_ended=takes_ended)
 
     def _note(self, route: BoundRoute | None, status: int, seconds: float, headers: RequestHeaders) -> None:
         if route is not None:
@@ -346,12 +346,15 @@ class BoundRoute:
     ) -> None:
         self.route = route
         self._currency = currency
-        self.call = client(route.operation)
+        self.call: Callable[[Any], Awaitable[Any]] = client(route.operation)
         self.guest_call = client(route.guest_operation) if route.guest_operation else self.call
+        if route.parts:
+            self.call = gathering(route.parts, self.call, client)
         self._wait_call = client(route.wait.operation) if route.wait else None
         self.name = f"{route.method} {route.path}"
         self.roles = route.roles
         self.ignores_token = route.ignores_token
+        self.takes_ended_session = route.takes_ended_session
         self.limits = route.limits
         self.is_limited = route.limits.per_second is not None
         self.tries = route.tries
@@ -509,6 +512,33 @@ class BoundRoute:
             lines.append(b"location: " + route.location(answer).encode())
         if route.replayed is not None and route.replayed(answer):
             lines.append(b"idempotent-replayed: true")
+
+
+def gathering(
+    parts: Sequence[Part],
+    call: Callable[[Any], Awaitable[Any]],
+    client: Callable[[Operation[Any, Any]], Call[Any, Any]],
+) -> Callable[[Any], Awaitable[Gathered]]:
+    """The call of a route with parts: its own, then each part page by page."""
+    calls = [(part, client(part.operation)) for part in parts]
+
+    async def gather(asked: Any) -> Gathered:
+        answer = await call(asked)
+        found: dict[str, list[Any]] = {}
+        following: dict[str, str] = {}
+        for part, ask in calls:
+            entries: list[Any] = []
+            query, is_last = part.first(answer), False
+            while not is_last and len(entries) < PART_LIMIT:
+                page = part.page(await ask(part.request(answer, query)))
+                entries += page.items
+                query, is_last = {**query, **(page.next_query or {})}, page.next_query is None
+            found[part.name] = entries
+            if not is_last:
+                following[part.name] = f"{part.path}?{urlencode(query)}"
+        return Gathered(answer, found, following)
+
+    return gather
 
 
 async def _read_body(receive: Receive, limit_bytes: int) -> bytes:

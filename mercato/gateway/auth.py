@@ -75,8 +75,10 @@ class Verifier:
         """The session of a token that has just been verified."""
         return self._known[token][2]
 
-    async def actor(self, token: str) -> Actor:
+    async def actor(self, token: str, *, takes_ended: bool = False) -> Actor:
         """Raises `Unauthenticated` for a token that is forged, foreign, expired, of an ended session or not a token.
+
+        `takes_ended`: one of an ended session is taken too.
 
         Raises `SessionsNotKnown` for staff while it is not known which sessions have ended.
         """
@@ -85,7 +87,7 @@ class Verifier:
         if not self._ended.is_loaded:
             await self._ended.load()
         actor, expires_at, session_id = self._read(await self._verified(token))
-        if session_id in self._ended.ids:
+        if session_id in self._ended.ids and not takes_ended:
             self._known.pop(token, None)
             raise Unauthenticated(reason=ENDED)
         if actor.role == STAFF and self._ended.is_behind:
@@ -190,12 +192,12 @@ class Authenticator:
         """The session of an Authorization header whose token has just been verified."""
         return self._verifier.session_id(authorization.decode("latin-1").partition(" ")[2].strip())
 
-    async def actor(self, authorization: bytes) -> Actor:
+    async def actor(self, authorization: bytes, *, takes_ended: bool = False) -> Actor:
         """Raises `Unauthenticated`."""
         scheme, _, token = authorization.decode("latin-1").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
             raise Unauthenticated(reason="The Authorization header must be: Bearer TOKEN.")
-        return await self._verifier.actor(token.strip())
+        return await self._verifier.actor(token.strip(), takes_ended=takes_ended)
 
 
 def own_hosts(host: str, port: int) -> list[str]:

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Final, Literal, Union, cast, get_args, get_or
 
 import msgspec
 
-from mercato.chassis.contract import ServiceError
+from mercato.chassis.contract import Operation, ServiceError
 from mercato.gateway import problems
-from mercato.gateway.route import Page, Route
+from mercato.gateway.route import Gathered, Page, Route
 
 TRACE_ID: Final = "4bf92f3577b34da6a3ce929d0e0e4736"
 """The example of W3C Trace Context."""
@@ -139,13 +139,20 @@ def bodies(route: Route) -> dict[str, Any]:
 
 def message(route: Route) -> Any:
     """An answer of the row's operation, as the contract has it."""
-    after_change = {"version": 2} if route.if_match else {}
-    return msgspec.convert(_value(route.operation.answer, known=after_change), route.operation.answer, strict=False)
+    return _message(route.operation, {"version": 2} if route.if_match else {})
+
+
+def _message(operation: Operation[Any, Any], known: Mapping[str, Any]) -> Any:
+    return msgspec.convert(_value(operation.answer, known=known), operation.answer, strict=False)
 
 
 def answer(route: Route) -> Any:
     """The JSON that the row answers with, to the first of its examples; None where it answers without a body."""
-    shown = route.answer(message(route))
+    answered = message(route)
+    if route.parts:
+        pages = [(part, part.page(_message(part.operation, {}))) for part in route.parts]
+        answered = Gathered(answered, {part.name: page.items for part, page in pages}, {})
+    shown = route.answer(answered)
     if shown is None:
         return None
     json = msgspec.to_builtins(shown.items if isinstance(shown, Page) else shown)

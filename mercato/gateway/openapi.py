@@ -187,6 +187,8 @@ def document(routes: Sequence[Route], *, open_shop: bool, server_url: str | None
 def operation_id(route: Route) -> str:
     """A name that stays: `orders.place`; `users.me.get` where the same operation also has a row for oneself."""
     service, _, name = route.operation.full_name.partition(".")
+    if route.parts:
+        return f"{service}.me.{route.path.rpartition('/')[2]}"
     if route.system:
         return f"{service}.reference_{route.system.lower()}.{name}"
     return f"{service}.me.{name}" if "me" in route.path.split("/") else f"{service}.{name}"

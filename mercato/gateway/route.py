@@ -14,6 +14,9 @@ Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 MAX_BODY_BYTES: Final = 1_048_576
 
+PART_LIMIT: Final = 1_000
+"""So many entries of a part are in one answer, or a few more."""
+
 NO_TEXT: Final[Mapping[str, str]] = types.MappingProxyType({})
 
 
@@ -80,6 +83,33 @@ class Wait(msgspec.Struct, frozen=True):
     operation: Operation[Any, Any]
     request: Callable[[Any, int], Any]
     answer: Callable[[Any, Any], Any]
+
+
+class Part(msgspec.Struct, frozen=True):
+    """What else a route's answer holds: the entries of a collection that another operation gives, page by page.
+
+    `first` makes the query of the first page of the answer of the route's own operation; the later pages change it by
+    `Page.next_query`. `request` makes the operation's request of both.
+    """
+
+    name: str
+    path: str
+    """Of the route that lists the collection by the same query: it gives what an answer leaves out."""
+    operation: Operation[Any, Any]
+    first: Callable[[Any], Mapping[str, str]]
+    request: Callable[[Any, Mapping[str, str]], Any]
+    page: Callable[[Any], Page]
+
+
+class Gathered(msgspec.Struct, frozen=True):
+    """The answer of a route with parts: that of its own operation, and at most `PART_LIMIT` entries of each part.
+
+    `next`: of the parts that have more, by name, where they go on, as path and query.
+    """
+
+    answer: Any
+    parts: Mapping[str, list[Any]]
+    next: Mapping[str, str]
 
 
 class Form(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,6 +190,10 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """Whether a request without `Idempotency-Key` is refused: doing it twice by accident would do harm."""
     wait: Wait | None = None
     """Whether `Prefer: wait=N` is honoured, and how."""
+    parts: tuple[Part, ...] = ()
+    """Whether the answer holds more than that of `operation`: `answer` is given a `Gathered` then."""
+    takes_ended_session: bool = False
+    """Whether an access token whose session has ended may come: the operation looks at the session by itself."""
     etag: Callable[[Any], int | None] | None = None
     """The version of the answer, for its ETag; None where there is no version yet that a change could name."""
     if_match: bool = False

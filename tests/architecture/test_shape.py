@@ -21,6 +21,7 @@ EMPTY_NAMES = {"base", "common", "helper", "helpers", "manager", "managers", "mi
 # tests look into them; a service's SQL stands in these alone.
 SQL_MODULES = {
     "store.py",
+    "erasure_store.py",
     "history_store.py",
     "letter_store.py",
     "money_store.py",

@@ -69,11 +69,25 @@ def test_a_role_is_set(shop: Process):
     assert [user["role"] for user in listed(shop.data) if user["id"] == 2] == ["customer"]
 
 
+def test_an_account_is_erased_and_by_its_id_again(shop: Process):
+    with shop.caller() as caller:
+        body = {"email": "erased@example.com", "name": "Erased", "password": NEW_PASSWORD}
+        user_id = caller.post("/register", body).json["id"]
+        sentence = f"user {user_id} is erased; orders and payments stay, without the person\n"
+        for who in ("Erased@example.com", str(user_id)):
+            done = users(shop.data, "erase", who)
+            assert (done.returncode, done.stdout, done.stderr) == (0, sentence, "")
+        assert caller.post("/login", {"email": body["email"], "password": NEW_PASSWORD}).status == 401
+    assert user_id not in {user["id"] for user in listed(shop.data)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "entered", "words"),
     [
         (["set-role", "dave@example.com", "staff"], "", "there is no account dave@example.com"),
         (["set-role", "9999", "staff"], "", "there is no account 9999"),
+        (["erase", "dave@example.com"], "", "there is no account dave@example.com"),
+        (["erase", "9999"], "", "There is no user 9999"),
         (["set-password", "1"], "short\n", "at least 10 characters"),
         (["set-password", "1"], "", "at least 10 characters"),
     ],

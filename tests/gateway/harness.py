@@ -73,6 +73,7 @@ class Things(msgspec.Struct, frozen=True):
             "POST /logout": {"refresh_token": "a token that was never issued"},
             "PATCH /users/me": {"name": "Renamed"},
             "POST /users/me/password": {"current_password": PASSWORD, "new_password": PASSWORD},
+            "DELETE /users/me": {"password": PASSWORD},
             "PATCH /users/{id}": {"name": "Renamed"},
             "PUT /users/{id}/role": {"role": CUSTOMER},
             "POST /products": {

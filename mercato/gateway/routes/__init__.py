@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Final
 
 from mercato.gateway.route import Route
-from mercato.gateway.routes import events, inventory, orders, payments, products, reference, refunds, users
+from mercato.gateway.routes import events, inventory, orders, own_data, payments, products, reference, refunds, users
 
 ROUTES: Final[tuple[Route, ...]] = reference.added_to(
     (
         *users.ROUTES,
+        *own_data.ROUTES,
         *products.ROUTES,
         *inventory.ROUTES,
         *orders.ROUTES,

@@ -234,7 +234,7 @@ def _timeline_out(timeline: Timeline) -> Page:
     return Page([TimelineOut(**msgspec.structs.asdict(entry)) for entry in timeline.entries])
 
 
-def _page(page: OrderPage) -> Page:
+def page_of(page: OrderPage) -> Page:
     following = None if page.next_before is None else {"before": str(page.next_before)}
     return Page([order_out(order) for order in page.orders], following)
 
@@ -391,7 +391,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         roles=SIGNED_IN,
         query=OrdersQuery,
         request=_list,
-        answer=_page,
+        answer=page_of,
         output=list[OrderOut],
     ),
     Route(

@@ -97,7 +97,7 @@ def paid_out(paid: PaidOrder) -> PaymentOut:
     return payment_out(paid.payment)
 
 
-def _page(page: PaymentPage) -> Page:
+def page_of(page: PaymentPage) -> Page:
     following = None if page.next_before is None else {"before": str(page.next_before)}
     return Page([payment_out(payment) for payment in page.payments], following)
 
@@ -208,7 +208,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         roles=SIGNED_IN,
         query=PaymentsQuery,
         request=_list,
-        answer=_page,
+        answer=page_of,
         output=list[PaymentOut],
     ),
     Route(

@@ -151,11 +151,11 @@ def _session_out(session: Session) -> SessionOut:
     )
 
 
-def _nothing(_: Empty) -> None:
+def nothing(_: Empty) -> None:
     return None
 
 
-def _me(request: RouteRequest) -> int:
+def me(request: RouteRequest) -> int:
     if not request.actor.id:
         raise SignInFirst
     return request.actor.id
@@ -176,13 +176,13 @@ def _signing_in(request: RouteRequest) -> str:
     return f"e-mail {unicodedata.normalize('NFC', body.email.strip()).casefold()}"
 
 
-def _own(request: RouteRequest) -> str | None:
+def own(request: RouteRequest) -> str | None:
     return f"id {request.actor.id}" if request.actor.id else None
 
 
 def _own_address(request: RouteRequest) -> str | None:
     body: ProfileIn = request.body
-    return _own(request) if body.current_password is not None else None
+    return own(request) if body.current_password is not None else None
 
 
 def _list(request: RouteRequest) -> contract.ListUsers:
@@ -204,13 +204,13 @@ def _profile(user_id: int, request: RouteRequest) -> contract.UpdateProfile:
 def _list_sessions(request: RouteRequest) -> contract.ListSessions:
     query: SessionsQuery = request.query
     current = request.session_id or None
-    return contract.ListSessions(user_id=_me(request), current=current, after=query.after, limit=query.limit)
+    return contract.ListSessions(user_id=me(request), current=current, after=query.after, limit=query.limit)
 
 
 def _password(request: RouteRequest) -> contract.ChangePassword:
     body: PasswordIn = request.body
     return contract.ChangePassword(
-        id=_me(request),
+        id=me(request),
         current_password=body.current_password,
         new_password=body.new_password,
         refresh_token=body.refresh_token,
@@ -284,7 +284,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         body=RefreshIn,
         examples={"the token of the last answer": {"refresh_token": "q4Wv0TgC2m9yRzJ1oX7sLkHbN5eUdFa8PiQ3wVtYxGc"}},
         request=lambda request: contract.SignOut(refresh_token=request.body.refresh_token),
-        answer=_nothing,
+        answer=nothing,
         output=None,
         status=204,
         limits=CREDENTIALS,
@@ -299,7 +299,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         body=ForgotIn,
         examples={"Alice of the demo data": {"email": "alice@example.com"}},
         request=lambda request: contract.ForgotPassword(email=request.body.email),
-        answer=_nothing,
+        answer=nothing,
         output=None,
         status=204,
         limits=CREDENTIALS,
@@ -316,7 +316,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         request=lambda request: contract.ResetPassword(
             token=request.body.token, new_password=request.body.new_password
         ),
-        answer=_nothing,
+        answer=nothing,
         output=None,
         status=204,
         limits=CREDENTIALS,
@@ -332,7 +332,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         body=LinkIn,
         examples={"what follows behind the # of the link": {"token": LINK}},
         request=lambda request: contract.ProveEmail(token=request.body.token),
-        answer=_nothing,
+        answer=nothing,
         output=None,
         status=204,
         limits=CREDENTIALS,
@@ -344,8 +344,8 @@ ROUTES: Final[tuple[Route, ...]] = (
         operation=Users.send_proof,
         summary="Have another link mailed by which your address can be proven",
         roles=SIGNED_IN,
-        request=lambda request: contract.SendProof(id=_me(request)),
-        answer=_nothing,
+        request=lambda request: contract.SendProof(id=me(request)),
+        answer=nothing,
         output=None,
         status=204,
         limits=CREDENTIALS,
@@ -368,7 +368,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         operation=Users.get,
         summary="Your own account",
         roles=SIGNED_IN,
-        request=lambda request: contract.GetUser(id=_me(request)),
+        request=lambda request: contract.GetUser(id=me(request)),
         answer=user_out,
         output=UserOut,
         etag=version_of,
@@ -385,7 +385,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             "a new name": {"name": "Alice Liddell"},
             "another e-mail address": {"email": "alice.liddell@example.com", "current_password": "demo-password"},
         },
-        request=lambda request: _profile(_me(request), request),
+        request=lambda request: _profile(me(request), request),
         tries=_own_address,
         answer=user_out,
         output=UserOut,
@@ -405,8 +405,8 @@ ROUTES: Final[tuple[Route, ...]] = (
             "a better one": {"current_password": "demo-password", "new_password": "correct horse battery staple"}
         },
         request=_password,
-        tries=_own,
-        answer=_nothing,
+        tries=own,
+        answer=nothing,
         output=None,
         status=204,
         limits=CREDENTIALS,
@@ -432,8 +432,8 @@ ROUTES: Final[tuple[Route, ...]] = (
         summary="End all your sessions but this one",
         roles=SIGNED_IN,
         knows_session=True,
-        request=lambda request: contract.EndOtherSessions(user_id=_me(request), id=request.session_id),
-        answer=_nothing,
+        request=lambda request: contract.EndOtherSessions(user_id=me(request), id=request.session_id),
+        answer=nothing,
         output=None,
         status=204,
         errors=(SignInFirst,),
@@ -445,8 +445,8 @@ ROUTES: Final[tuple[Route, ...]] = (
         summary="End one of your sessions",
         roles=SIGNED_IN,
         text={"id": contract.SessionId},
-        request=lambda request: contract.EndSession(user_id=_me(request), id=request.text["id"]),
-        answer=_nothing,
+        request=lambda request: contract.EndSession(user_id=me(request), id=request.text["id"]),
+        answer=nothing,
         output=None,
         status=204,
         errors=(SignInFirst, contract.SessionNotFound),

@@ -17,6 +17,7 @@ from mercato.contracts.users import Users
 
 from . import letter_store, store
 from .demo import seed_demo
+from .erasing import Erasing
 from .letters import KEY_PURPOSE as LINKS_PURPOSE, SENT_AT_ONCE, Letters
 from .passwords import Argon2Hasher, Hasher, Passwords
 from .proving import Proving
@@ -47,7 +48,7 @@ def build(env: Env, hasher: Hasher | None = None) -> Service:
     refresh_key = env.derive_key(REFRESH_KEY_PURPOSE)
     service = UsersService(env.database, passwords, tokens, letters, refresh_key, env.randomness)
     return Service(
-        server=_server(env, service, Proving(env.database, passwords, letters)),
+        server=_server(env, service, Proving(env.database, passwords, letters), Erasing(env.database, passwords)),
         database=env.database,
         tasks=(
             PeriodicTask(
@@ -85,7 +86,7 @@ def _letters(env: Env) -> Letters:
     return Letters(env.database, key, way, options.address.rstrip("/"), env.randomness, env.telemetry)
 
 
-def _server(env: Env, service: UsersService, proving: Proving) -> Server:
+def _server(env: Env, service: UsersService, proving: Proving, erasing: Erasing) -> Server:
     server = Server(Users, env.clock)
     server.register(Users.register, service.register)
     server.register(Users.sign_in, service.sign_in)
@@ -106,4 +107,5 @@ def _server(env: Env, service: UsersService, proving: Proving) -> Server:
     server.register(Users.sessions, service.sessions)
     server.register(Users.end_session, service.end_session)
     server.register(Users.end_other_sessions, service.end_other_sessions)
+    server.register(Users.erase, erasing.erase)
     return server.complete()

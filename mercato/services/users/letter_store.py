@@ -37,13 +37,18 @@ async def add_letter(
 ) -> None:
     """A letter to be sent at once; none where the address got `limit` of its kind `within` the time before now.
 
-    Without an account it is written all the same, and never sent: who asks cannot tell by the time that it takes.
+    Without an account it is written all the same, and never sent: who asks cannot tell by the time that it takes. Where
+    the account is being erased, the statement waits, and writes none.
     """
     await tx.execute(
         """
+        WITH account AS (
+            SELECT id FROM users WHERE id = $4::bigint FOR KEY SHARE
+        )
         INSERT INTO letters (id, kind, address, user_id, wake_at)
         SELECT $1, $2, lower($3), $4::bigint, CASE WHEN $4::bigint IS NULL THEN NULL ELSE now() END
-         WHERE (SELECT count(*) FROM letters
+         WHERE ($4::bigint IS NULL OR EXISTS (SELECT FROM account))
+           AND (SELECT count(*) FROM letters
                  WHERE address = lower($3) AND kind = $2 AND created_at > now() - $5::interval) < $6
         """,
         letter_id,
@@ -127,6 +132,16 @@ async def set_password(tx: Tx, user_id: int, password_hash: str) -> None:
         user_id,
         password_hash,
     )
+
+
+async def lock_letters_of(tx: Tx, user_id: int) -> None:
+    """The links of the account are not used until this transaction ends."""
+    await tx.fetch_values(int, "SELECT 1 FROM letters WHERE user_id = $1 ORDER BY id FOR NO KEY UPDATE", user_id)
+
+
+async def delete_letters_to(tx: Tx, address: str) -> None:
+    """All letters to an address, also those that were asked for while no account had it."""
+    await tx.execute("DELETE FROM letters WHERE address = lower($1)", address)
 
 
 async def delete_old_letters(tx: Tx, limit: int = CLEANED_AT_ONCE) -> int:

@@ -83,6 +83,8 @@ class Proving:
             raise InvalidRequest(errors=(FieldError(field="new_password", message=problem),))
         password_hash = await self._passwords.hash(password)
         async with self._database.transaction() as tx:
+            if not await store.lock_accounts(tx, [user.id]):
+                raise UserNotFound(user_id=user.id)  # it was erased while we hashed
             await letter_store.set_password(tx, user.id, password_hash)
             await letter_store.use_links(tx, user.id, "reset")
             await store.end_sessions(tx, await store.lock_sessions_of(tx, user.id), "password_changed")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import datetime
 import unicodedata
-from typing import Final
+from typing import Any, Final
 
-from mercato.chassis.contract import FieldError
+from mercato.chassis.contract import Actor, FieldError, Forbidden, Operation
 from mercato.chassis.mail import addresses
+from mercato.contracts.roles import CUSTOMER
+from mercato.contracts.users import UserNotFound
 
 SESSION_LENGTH: Final = datetime.timedelta(days=30)
 """From signing in; refreshing does not prolong it, so that a stolen session ends some day."""
@@ -79,6 +81,14 @@ def is_replaced(position: int, session_id: str | None, last: int, kept: str | No
     `last` is the last position of this log, and `kept` its entry at the reader's position, None where it is not kept.
     """
     return position > last or (kept is not None and kept != session_id)
+
+
+def check_oneself(actor: Actor, user_id: int, operation: Operation[Any, Any]) -> None:
+    """Raises `UserNotFound` or `Forbidden` where an account is not the actor's own."""
+    if actor.role == CUSTOMER and actor.id != user_id:
+        raise UserNotFound(user_id=user_id)
+    if actor.id != user_id:
+        raise Forbidden(operation=operation.full_name, role=actor.role)
 
 
 # ---------------------------------------------------------------------------------------------------------- the texts

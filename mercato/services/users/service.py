@@ -233,7 +233,7 @@ class UsersService:
 
     async def change_password(self, request: ChangePassword) -> Empty:
         """One's own alone. Raises UserNotFound, Forbidden, InvalidRequest, WrongCredentials, TooManyHashes."""
-        _only_oneself(current.get().actor, request.id, Users.change_password)
+        rules.check_oneself(current.get().actor, request.id, Users.change_password)
         async with self._database.read() as tx:
             credentials = await store.credentials_by_user(tx, request.id)
         if credentials is None:
@@ -289,7 +289,7 @@ class UsersService:
 
     async def sessions(self, request: ListSessions) -> SessionPage:
         """One's own alone. Raises UserNotFound, Forbidden."""
-        _only_oneself(current.get().actor, request.user_id, Users.sessions)
+        rules.check_oneself(current.get().actor, request.user_id, Users.sessions)
         after = None if request.after is None else uuid.UUID(request.after)
         async with self._database.read() as tx:
             rows = await store.sessions_of(tx, request.user_id, after, request.limit + 1)
@@ -307,7 +307,7 @@ class UsersService:
 
     async def end_session(self, request: EndSession) -> Empty:
         """One's own alone. Raises UserNotFound, Forbidden, SessionNotFound."""
-        _only_oneself(current.get().actor, request.user_id, Users.end_session)
+        rules.check_oneself(current.get().actor, request.user_id, Users.end_session)
         async with self._database.transaction() as tx:
             ending = await store.lock_session_of(tx, request.user_id, uuid.UUID(request.id))
             if not ending:
@@ -317,7 +317,7 @@ class UsersService:
 
     async def end_other_sessions(self, request: EndOtherSessions) -> Empty:
         """One's own alone. Raises UserNotFound, Forbidden."""
-        _only_oneself(current.get().actor, request.user_id, Users.end_other_sessions)
+        rules.check_oneself(current.get().actor, request.user_id, Users.end_other_sessions)
         async with self._database.transaction() as tx:
             ending = await store.lock_other_sessions_of(tx, request.user_id, uuid.UUID(request.id))
             await store.end_sessions(tx, ending, "ended_by_user")
@@ -459,10 +459,3 @@ def _check_staff(
 
 def _staff_of(accounts: Sequence[store.RoleRow]) -> Sequence[int]:
     return [account.id for account in accounts if account.role == STAFF]
-
-
-def _only_oneself(actor: Actor, user_id: int, operation: Operation[Any, Any]) -> None:
-    if actor.role == CUSTOMER and actor.id != user_id:
-        raise UserNotFound(user_id=user_id)
-    if actor.id != user_id:
-        raise Forbidden(operation=operation.full_name, role=actor.role)

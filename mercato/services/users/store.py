@@ -1,7 +1,7 @@
 """Every SQL statement of the users service. A function takes `tx` first and returns frozen rows.
 
-Locks are taken in this order: accounts, credentials, sessions, refresh tokens, the last position of the log of ended
-sessions; many rows of one table by ascending id.
+Locks are taken in this order: letters (`letter_store.py`), accounts, credentials, sessions, refresh tokens, the last
+position of the log of ended sessions; many rows of one table by ascending id.
 """
 
 from __future__ import annotations
@@ -426,7 +426,7 @@ async def lock_sessions_of(tx: Tx, user_id: int, *, except_with: bytes = b"") ->
 
 
 async def end_sessions(tx: Tx, session_ids: list[int], reason: str) -> None:
-    """Ends sessions that are live and locked, and appends them to the log. The last statement of a transaction.
+    """Ends sessions that are live and locked, and appends them to the log. Among the last statements of a transaction.
 
     The lock that orders the log is held from here to the commit.
     """
@@ -578,7 +578,7 @@ async def lock_users(tx: Tx) -> None:
 
 
 async def is_empty(tx: Tx) -> bool:
-    return not await tx.fetch_values(int, "SELECT id FROM users LIMIT 1")
+    return not await tx.fetch_values(int, "SELECT id FROM users UNION ALL SELECT user_id FROM erased_accounts LIMIT 1")
 
 
 async def add_demo_users(tx: Tx, ids: list[int], emails: list[str], names: list[str], password_hash: str) -> None:

@@ -1,0 +1,87 @@
+"""Erasing an account: what the shop knows of the person goes, its id stays in what was ordered and paid.
+
+One transaction ends the sessions, so that every process refuses their access tokens, and deletes the account with its
+credentials, letters and sessions. The id alone is kept: a repeated request gets the answer of the first.
+"""
+
+from __future__ import annotations
+
+import uuid
+
+from mercato.chassis.contract import SERVICE_ROLE, Empty, current
+from mercato.chassis.observability import faults
+from mercato.chassis.postgres.database import Database, Tx
+from mercato.contracts.roles import STAFF
+from mercato.contracts.users import (
+    EraseAccount,
+    LastStaffMember,
+    SessionEnded,
+    UserNotFound,
+    Users,
+    WrongCredentials,
+)
+
+from . import erasure_store, letter_store, rules, store
+from .passwords import Passwords
+
+faults.declare("users.erase.before_commit", "users.erase.after_commit")
+
+
+class Erasing:
+    """What the operation does. It opens its own transactions."""
+
+    def __init__(self, database: Database, passwords: Passwords) -> None:
+        self._database = database
+        self._passwords = passwords
+
+    async def erase(self, request: EraseAccount) -> Empty:
+        """By its owner, or a service. May be repeated.
+
+        Raises UserNotFound, Forbidden, SessionEnded, WrongCredentials, LastStaffMember, TooManyHashes.
+        """
+        actor, checked = current.get().actor, None
+        if actor.role != SERVICE_ROLE:
+            rules.check_oneself(actor, request.id, Users.erase)
+            checked = await self._check_password(request)
+            if checked is None:
+                return Empty()  # it is erased already
+        async with self._database.transaction() as tx:
+            await self._erase(tx, request.id, checked)
+            await faults.point("users.erase.before_commit")
+        await faults.point("users.erase.after_commit")
+        return Empty()
+
+    async def _check_password(self, request: EraseAccount) -> store.CredentialsRow | None:
+        """The credentials of the owner, whose session goes on; None where the account is erased."""
+        session_id = None if request.session_id is None else uuid.UUID(request.session_id)
+        async with self._database.read() as tx:
+            goes_on = session_id is not None and await erasure_store.is_live(tx, request.id, session_id)
+            credentials = await store.credentials_by_user(tx, request.id)
+            if await erasure_store.is_erased(tx, request.id):  # last: it may be done between these statements
+                return None
+        if not goes_on:
+            raise SessionEnded
+        if credentials is None:
+            raise UserNotFound(user_id=request.id)
+        password = rules.stored_password(request.password or "")
+        if not await self._passwords.matches(credentials.password_hash, password):
+            raise WrongCredentials
+        return credentials
+
+    async def _erase(self, tx: Tx, user_id: int, checked: store.CredentialsRow | None) -> None:
+        # Letters first, as where a link is used. The account's lock keeps what refers to it from being added.
+        await letter_store.lock_letters_of(tx, user_id)
+        locked = await erasure_store.lock_to_erase(tx, user_id)
+        if user_id not in {account.id for account in locked}:
+            if await erasure_store.is_erased(tx, user_id):
+                return  # another request has done it while this one waited
+            raise UserNotFound(user_id=user_id)
+        if [account.id for account in locked if account.role == STAFF] == [user_id]:
+            raise LastStaffMember(user_id=user_id)
+        if checked and not await store.lock_credentials(tx, user_id, checked.version):
+            raise WrongCredentials  # the password was changed while we checked it
+        await erasure_store.note_erased(tx, user_id)
+        # The log of ended sessions refers to none of the rows that go.
+        await store.end_sessions(tx, await store.lock_sessions_of(tx, user_id), "erased")
+        email = await erasure_store.delete_account(tx, user_id)
+        await letter_store.delete_letters_to(tx, email)
