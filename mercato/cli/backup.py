@@ -107,9 +107,7 @@ async def _restore(file: Path, data: Path, *, as_json: bool) -> int:
         )
     else:
         progress.say(f"{data}  {rows} rows, as of {found.manifest.taken_at:%Y-%m-%d %H:%M:%S} UTC")
-        progress.say(
-            f"Its next ids are {skipped} behind those of the backup: none of the lost time comes again."
-        )
+        progress.say(f"Its next ids are {skipped} behind those of the backup: none of the lost time comes again.")
         _judge(progress, report, "The new shop")
         progress.say(f"Start it: mercato up --data {data}")
     return VIOLATED if report.violated else HOLDS

@@ -14,6 +14,8 @@ from .roles import EVERYBODY, SERVICES_ONLY, SIGNED_IN, STAFF_ONLY, Role
 UserId = Annotated[int, Meta(ge=1, le=MAX_ID)]
 Email = Annotated[str, Meta(min_length=3, max_length=254, examples=["alice@example.com"])]
 Name = Annotated[str, Meta(min_length=1, max_length=200, examples=["Alice"])]
+Username = Annotated[str, Meta(min_length=1, max_length=254, examples=["Alice"])]
+"""The name of an account, or its e-mail address."""
 Password = Annotated[str, Meta(max_length=256)]
 """At most 256 characters, so that nobody makes us hash a book. How good one must be is a rule of the service."""
 LinkToken = Annotated[str, Meta(max_length=256)]
@@ -49,6 +51,20 @@ class Register(Message):
 
 class SignIn(Message):
     email: Email
+    password: Password
+
+
+class RegisterWithoutPassword(Message):
+    """Opens a customer's account that has no password; a link by which its owner sets one is mailed to the address."""
+
+    email: Email
+    name: Name
+
+
+class SignInNamed(Message):
+    """Signs in by a name: with an `@`, the e-mail address; else the name of an account."""
+
+    username: Username
     password: Password
 
 
@@ -308,3 +324,5 @@ class Users(Contract, name="users"):
     end_session = single(EndSession, Empty, allow=SIGNED_IN)
     end_other_sessions = single(EndOtherSessions, Empty, allow=SIGNED_IN)
     erase = single(EraseAccount, Empty, allow=SIGNED_IN, retry=Retry.SAFE)
+    register_without_password = single(RegisterWithoutPassword, User, allow=EVERYBODY)
+    sign_in_named = single(SignInNamed, Tokens, allow=EVERYBODY)

@@ -134,6 +134,7 @@ class Form(msgspec.Struct, frozen=True, kw_only=True):
     answer: Callable[[Any], Any] | None = None
     output: Any = None
     fields: Mapping[str, str] = {}
+    tries: Callable[[RouteRequest], str | None] | None = None
     errors: tuple[type[ServiceError], ...] = ()
 
     def of(self, route: Route) -> Route:
@@ -148,6 +149,7 @@ class Form(msgspec.Struct, frozen=True, kw_only=True):
             answer=self.answer or route.answer,
             output=self.output or route.output,
             fields={**route.fields, **self.fields},
+            tries=self.tries or route.tries,
             errors=(*route.errors, *self.errors),
             forms=(),
         )

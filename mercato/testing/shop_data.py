@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import hmac
 import itertools
 import os
+import uuid
 from typing import Final
 
 import msgspec
 
 from mercato import topology
+from mercato.chassis.hosting.keys import key_deriver, service_secrets
 from mercato.contracts.orders import AwaitOrder, Order, Orders, PayOrder, PlaceLine, PlaceOrder, RefundOrder
 from mercato.contracts.products import CreateProduct, Product, Products
 from mercato.contracts.roles import CUSTOMER, Role
 from mercato.contracts.users import Register, Users
+from mercato.services.users.letters import KEY_PURPOSE as LINKS_PURPOSE
 
+from .harness import TEST_SECRET
 from .shop import Shop
 
 PASSWORD: Final = "a password that is long enough"
@@ -89,3 +96,14 @@ async def new_refund(shop: Shop, user_id: int) -> str:
 async def staff_token(shop: Shop) -> str | None:
     """What a caller needs to act as staff; None in an open shop."""
     return None if shop.is_open else await shop.staff()
+
+
+async def token_of(shop: Shop, kind: str, user_id: int) -> str:
+    """What follows behind the # in the newest letter, as the service makes it; this shop sends none."""
+    newest = "SELECT id FROM letters WHERE kind = $1 AND user_id = $2 ORDER BY created_at DESC LIMIT 1"
+    [letter] = await shop.harness.values(newest, kind, user_id, of="users")
+    raw, key = (
+        uuid.UUID(str(letter)).bytes,
+        key_deriver(service_secrets(TEST_SECRET, ["users"])["users"])(LINKS_PURPOSE),
+    )
+    return base64.urlsafe_b64encode(raw + hmac.digest(key, f"{kind}/".encode() + raw, hashlib.sha256)).decode()

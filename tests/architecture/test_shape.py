@@ -24,6 +24,7 @@ SQL_MODULES = {
     "erasure_store.py",
     "history_store.py",
     "letter_store.py",
+    "name_store.py",
     "money_store.py",
     "reconciliation_store.py",
     "trace_store.py",

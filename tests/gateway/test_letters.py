@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import hmac
-import uuid
-
 import pytest
 
-from mercato.chassis.hosting.keys import key_deriver, service_secrets
 from mercato.gateway import docs
 from mercato.gateway.routes import ROUTES
-from mercato.services.users.letters import KEY_PURPOSE
-from mercato.testing.harness import TEST_SECRET
 from mercato.testing.responses import assert_problem
 from mercato.testing.shop import Shop
-from mercato.testing.shop_data import PASSWORD, new_person
+from mercato.testing.shop_data import PASSWORD, new_person, token_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 NEW_PASSWORD = "a wholly new password"
-KEY = key_deriver(service_secrets(TEST_SECRET, ["users"])["users"])(KEY_PURPOSE)
-
-
-async def token_of(shop: Shop, kind: str, user_id: int) -> str:
-    """What follows behind the # in the newest letter, as the service makes it; this shop sends none."""
-    newest = "SELECT id FROM letters WHERE kind = $1 AND user_id = $2 ORDER BY created_at DESC LIMIT 1"
-    [letter] = await shop.harness.values(newest, kind, user_id, of="users")
-    raw = uuid.UUID(str(letter)).bytes
-    return base64.urlsafe_b64encode(raw + hmac.digest(KEY, f"{kind}/".encode() + raw, hashlib.sha256)).decode()
 
 
 async def test_a_forgotten_password_is_set_by_the_link_of_a_letter(guarded_shop: Shop) -> None:

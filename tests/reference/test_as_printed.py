@@ -11,7 +11,7 @@ from mercato import topology
 from mercato.chassis.http import bind
 from mercato.testing.responses import Response, assert_problem
 from mercato.testing.shop import Shop
-from mercato.testing.shop_data import new_person, new_product, settled_order, unique
+from mercato.testing.shop_data import PASSWORD, new_person, new_product, settled_order, token_of, unique
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -234,11 +234,94 @@ async def test_d_a_user_has_a_username(open_shop: Shop) -> None:
     assert_problem(await send(open_shop, "GET /user/999999999"), 404, "users.not_found")
 
 
+async def registered(shop: Shop, name: str) -> Response:
+    return await send(shop, "POST /register", f'{{"username": "{name}", "email": "{unique(name)}@example.com"}}')
+
+
+async def signed_in(shop: Shop, name: str, password: str) -> Response:
+    return await send(shop, "POST /login", f'{{"username": "{name}", "password": "{password}"}}')
+
+
+async def set_password(shop: Shop, user_id: int, password: str) -> Response:
+    """Sets a password by the link of the newest letter."""
+    token = await token_of(shop, "reset", user_id)
+    return await shop.post("/password/reset", {"token": token, "new_password": password})
+
+
+async def test_d_an_account_is_opened_without_a_password(open_shop: Shop) -> None:
+    reply = await send(open_shop, "POST /register", '{"username": "carol", "email": "carol@example.com"}')
+    assert reply.status == 201, reply.body
+    printed = {"id": reply.json["id"], "username": "carol", "email": "carol@example.com", "email_proven": False}
+    assert printed.items() <= reply.json.items()
+    assert reply.headers["location"] == f"/users/{reply.json['id']}"
+    assert (await send(open_shop, f"GET /user/{reply.json['id']}")).json == reply.json
+
+
+async def test_d_an_account_without_a_password_is_not_signed_in_to_until_its_link_set_one(guarded_shop: Shop) -> None:
+    name = unique("carol")
+    account = (await registered(guarded_shop, name)).json
+    for password in ("", "carol", PASSWORD):
+        assert_problem(await signed_in(guarded_shop, name, password), 401, "users.wrong_credentials")
+        by_email = await guarded_shop.post("/login", {"email": account["email"], "password": password})
+        assert_problem(by_email, 401, "users.wrong_credentials")
+
+    assert (await set_password(guarded_shop, account["id"], PASSWORD)).status == 204
+    reply = await signed_in(guarded_shop, name, PASSWORD)
+    assert reply.status == 200, reply.body
+    assert reply.json["message"] == f"{name} is signed in."
+    assert (reply.json["user"]["id"], reply.json["user"]["email_proven"]) == (account["id"], True)
+    assert reply.json["refresh_token"]
+    me = await guarded_shop.get("/users/me", token=reply.json["access_token"])
+    assert (me.status, me.json["id"]) == (200, account["id"])
+    by_email = await signed_in(guarded_shop, account["email"].upper(), PASSWORD)
+    assert (by_email.status, by_email.json["user"]["id"]) == (200, account["id"])
+
+
+async def test_d_registering_an_address_again_changes_nothing_of_its_account(guarded_shop: Shop) -> None:
+    person = await new_person(guarded_shop)
+    again = await send(guarded_shop, "POST /register", f'{{"username": "mallory", "email": "{person.email}"}}')
+    assert_problem(again, 409, "users.email_taken")
+    letters = "SELECT count(*) FROM letters WHERE kind = 'reset' AND user_id = $1"
+    assert await guarded_shop.harness.values(letters, person.id, of="users") == [0]
+    old = await guarded_shop.post("/login", {"email": person.email, "password": PASSWORD})
+    assert (old.status, old.json["user"]["name"]) == (200, "Person")
+
+
+async def test_d_a_name_signs_in_to_the_oldest_account_that_has_a_password(guarded_shop: Shop) -> None:
+    name = unique("carol")
+    unset, first, second = [(await registered(guarded_shop, name)).json["id"] for _ in range(3)]
+    assert (await set_password(guarded_shop, second, "the second of them")).status == 204
+    assert (await set_password(guarded_shop, first, "the first of them")).status == 204
+    reply = await signed_in(guarded_shop, name, "the first of them")
+    assert (reply.status, reply.json["user"]["id"]) == (200, first)
+    assert_problem(await signed_in(guarded_shop, name, "the second of them"), 401, "users.wrong_credentials")
+    assert unset < first < second
+
+
+async def test_d_what_is_wrong_with_an_account_has_the_names_of_the_form(open_shop: Shop) -> None:
+    for body, fields in (
+        ('{"username": "  ", "email": "nowhere"}', {"username", "email"}),
+        ('{"username": "carol"}', {"email"}),
+        ('{"username": "carol", "email": "c@example.com", "role": "staff"}', {"role"}),
+    ):
+        reply = await send(open_shop, "POST /register", body)
+        assert_problem(reply, 400, "invalid_request")
+        assert reply.wrong_fields == fields
+
+
+async def test_d_wrong_passwords_for_a_name_make_further_tries_wait(guarded_shop: Shop) -> None:
+    name = unique("guessed")
+    tries = [await signed_in(guarded_shop, name if odd else name.upper(), "a guess") for odd in [True, False] * 4]
+    assert [reply.status for reply in tries][:5] == [401] * 5
+    assert_problem(tries[-1], 429, "too_many_requests")
+
+
 @pytest.mark.parametrize(
     ("service", "line", "body", "status"),
     [
         ("users", "GET /user/1", None, 200),
         ("users", "GET /customers/1", None, 200),
+        ("users", "POST /login", '{"username": "Alice", "password": "demo-password"}', 200),
         ("products", "GET /products/p1", None, 200),
         ("orders", "POST /orders", '{"user_id": "1", "product_ids": ["p1", "p2"]}', 201),
         ("orders", "POST /orders", '{"customer_id": 1, "items": [1, 2]}', 201),

@@ -30,7 +30,19 @@ from mercato.contracts.orders import NAMED_BY_SKU, Orders, PaidOrder, PlacedOrde
 from mercato.contracts.payments import Method
 from mercato.contracts.products import FindProduct, Products, Sku, SkuNotFound
 from mercato.contracts.roles import SIGNED_IN
-from mercato.contracts.users import GetUser, User, UserNotFound, Users
+from mercato.contracts.users import (
+    Email,
+    GetUser,
+    Name,
+    Password,
+    RegisterWithoutPassword,
+    SignInNamed,
+    Tokens,
+    User,
+    Username,
+    UserNotFound,
+    Users,
+)
 from mercato.gateway.money import Amount, text_of
 from mercato.gateway.route import Form, Input, Output, Route, RouteRequest
 from mercato.gateway.routes import orders, payments, users
@@ -165,6 +177,43 @@ class NamedUserOut(users.UserOut, frozen=True, kw_only=True, gc=False):
     username: str
 
 
+class RegisterNamedIn(Input):
+    """An account without a password: its owner sets one by a link that is mailed to the address."""
+
+    username: Name
+    email: Email
+
+
+class LoginNamedIn(Input):
+    """`username` is the name of an account, or with an `@` its e-mail address."""
+
+    username: Username
+    password: Password
+
+
+class NamedTokensOut(users.TokensOut, frozen=True, kw_only=True, gc=False):
+    message: str
+
+
+def _register_named(request: RouteRequest) -> RegisterWithoutPassword:
+    body: RegisterNamedIn = request.body
+    return RegisterWithoutPassword(email=body.email, name=body.username)
+
+
+def _sign_in_named(request: RouteRequest) -> SignInNamed:
+    body: LoginNamedIn = request.body
+    return SignInNamed(username=body.username, password=body.password)
+
+
+def _signing_in_named(request: RouteRequest) -> str:
+    body: LoginNamedIn = request.body
+    return users.account_of(body.username) if "@" in body.username else f"name {users.folded(body.username)}"
+
+
+def _signed_in_named(tokens: Tokens) -> NamedTokensOut:
+    return _extended(NamedTokensOut, users.tokens_out(tokens), message=f"{tokens.user.name} is signed in.")
+
+
 def _order_products(request: RouteRequest) -> contract.PlaceOrder:
     body: ProductsOrderIn = request.body
     user_id = None if body.user_id is None else int(body.user_id)
@@ -277,6 +326,34 @@ FORMS: Final[tuple[Form, ...]] = (
         answer=_ordered_by_customer,
         output=CustomerOrderOut,
         fields={"user_id": "customer_id"},
+    ),
+    Form(
+        system="D",
+        method="POST",
+        path="/register",
+        summary="an account without a password, which is set by a link that is mailed to the address",
+        is_body=lambda members: "username" in members,
+        body=RegisterNamedIn,
+        examples={"a name without a password": {"username": "carol", "email": "carol@example.com"}},
+        operation=Users.register_without_password,
+        request=_register_named,
+        answer=_named_user,
+        output=NamedUserOut,
+        fields={"name": "username"},
+    ),
+    Form(
+        system="D",
+        method="POST",
+        path="/login",
+        summary="by the name of an account or its e-mail address; of accounts with one name, the oldest",
+        is_body=lambda members: "username" in members,
+        body=LoginNamedIn,
+        examples={"Alice by her name": {"username": "Alice", "password": "demo-password"}},
+        operation=Users.sign_in_named,
+        request=_sign_in_named,
+        tries=_signing_in_named,
+        answer=_signed_in_named,
+        output=NamedTokensOut,
     ),
     Form(
         system="D",

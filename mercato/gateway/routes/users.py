@@ -173,7 +173,16 @@ def _sign_in(request: RouteRequest) -> contract.SignIn:
 
 def _signing_in(request: RouteRequest) -> str:
     body: LoginIn = request.body
-    return f"e-mail {unicodedata.normalize('NFC', body.email.strip()).casefold()}"
+    return account_of(body.email)
+
+
+def account_of(email: str) -> str:
+    """The account with an e-mail address, for `Route.tries`."""
+    return f"e-mail {folded(email)}"
+
+
+def folded(text: str) -> str:
+    return unicodedata.normalize("NFC", text.strip()).casefold()
 
 
 def own(request: RouteRequest) -> str | None:

@@ -68,8 +68,7 @@ KINDS: Final[Mapping[Kind, KindOfLetter]] = {
         "/account/password",
         datetime.timedelta(hours=1),
         "Hello {name},\n\na new password was asked for. Open this link to set one:\n\n{link}\n\n"
-        "It can be used once, within an hour. If you did not ask for it, you need not do anything: your password "
-        "stays as it is.\n",
+        "It can be used once, within an hour. If you did not ask for it, you need not do anything: nothing changes.\n",
     ),
 }
 

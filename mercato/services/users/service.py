@@ -44,12 +44,14 @@ from mercato.contracts.users import (
     PublicKeys,
     Refresh,
     Register,
+    RegisterWithoutPassword,
     Session,
     SessionEnded,
     SessionNotFound,
     SessionPage,
     SetRole,
     SignIn,
+    SignInNamed,
     SignOut,
     Tokens,
     TooManyHashes,
@@ -61,7 +63,7 @@ from mercato.contracts.users import (
     WrongCredentials,
 )
 
-from . import rules, store
+from . import name_store, rules, store
 from .letters import Letters
 from .passwords import Passwords
 from .tokens import (
@@ -128,15 +130,12 @@ class UsersService:
 
     async def sign_in(self, request: SignIn) -> Tokens:
         """Starts a session. Raises WrongCredentials, after the same work whatever was wrong, and TooManyHashes."""
-        spellings, password = addresses.spellings(request.email), rules.stored_password(request.password)
+        spellings = addresses.spellings(request.email)
         credentials = None
         if spellings:  # what cannot be stored cannot be asked for either
             async with self._database.read() as tx:
                 credentials = await store.credentials_by_email(tx, spellings)
-        matches = await self._passwords.matches(credentials.password_hash if credentials else None, password)
-        if credentials is None or not matches:
-            raise WrongCredentials
-        return await self._start_session(credentials, await self._better_hash(credentials, password))
+        return await self._signed_in(credentials, request.password)
 
     async def refresh(self, request: Refresh) -> Tokens:
         """Exchanges a refresh token for new ones, with the role that the user has now. Raises SessionEnded.
@@ -323,7 +322,41 @@ class UsersService:
             await store.end_sessions(tx, ending, "ended_by_user")
         return Empty()
 
+    async def register_without_password(self, request: RegisterWithoutPassword) -> User:
+        """A new account, which cannot be signed in to until its owner has set a password by the link of a letter.
+
+        Raises InvalidRequest, EmailTaken.
+        """
+        email, name = addresses.canonical(request.email), rules.stored_name(request.name)
+        _refuse(rules.account_errors(email=email, name=name))
+        try:
+            async with self._database.transaction() as tx:
+                added = await store.add_user(tx, email, name, CUSTOMER)
+                await self._letters.add(tx, "reset", added.email, added.id)
+        except UniqueViolation as violation:
+            raise _email_taken(violation) from violation
+        return _user(added)
+
+    async def sign_in_named(self, request: SignInNamed) -> Tokens:
+        """`sign_in` by an e-mail address or a name. Of accounts with one name, the oldest that has a password."""
+        if "@" in request.username:
+            return await self.sign_in(SignIn(email=request.username, password=request.password))
+        name = rules.stored_name(request.username)
+        credentials = None
+        if rules.name_problem(name) is None:  # what cannot be stored cannot be asked for either
+            async with self._database.read() as tx:
+                credentials = await name_store.credentials_by_name(tx, name)
+        return await self._signed_in(credentials, request.password)
+
     # ----------------------------------------------------------------------------------------------------------- steps
+
+    async def _signed_in(self, credentials: store.CredentialsRow | None, password: str) -> Tokens:
+        """Raises WrongCredentials, after the same work without credentials, and TooManyHashes."""
+        password = rules.stored_password(password)
+        matches = await self._passwords.matches(credentials.password_hash if credentials else None, password)
+        if credentials is None or not matches:
+            raise WrongCredentials
+        return await self._start_session(credentials, await self._better_hash(credentials, password))
 
     async def _one(self, tx: Tx, request: ListUsers) -> store.UserRow | None:
         """The account with the id and the address that are asked for."""
