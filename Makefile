@@ -109,6 +109,10 @@ bench: $(VENV)/.runtime $(BENCH_GO) ## measure it and a reference in Go in turns
 bench-split: $(VENV)/.runtime $(BENCH_GO) ## measure each service as a process of its own against one process
 	@$(RUN) bench.throughput.split $(ARGS)
 
+.PHONY: bench-edge
+bench-edge: $(VENV)/.runtime ## measure what others feel while clients abuse the public edge
+	@$(RUN) bench.throughput.edge $(ARGS)
+
 .PHONY: chaos
 chaos: $(VENV)/.dev ## kill a loaded shop at random, then audit it (SECONDS=60 SEED= ARGS="--json")
 	@PYTHONPATH=tests $(RUN) system.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)

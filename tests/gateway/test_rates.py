@@ -86,6 +86,8 @@ async def test_rows_that_cost_a_hash_or_give_a_session_are_limited() -> None:
         "POST /users/me/proof",
         "POST /users/me/password",
         "PATCH /users/me",
+        "DELETE /users/me",
+        "GET /users/me/export",
         "PATCH /users/{id}",
     }
 

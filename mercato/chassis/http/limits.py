@@ -18,7 +18,7 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
     connections_of_one: int = 512  # of one IPv4 address, or of one network of IPv6: no client closes the door to others
     first_byte_seconds: float = 5.0  # a connection that has sent nothing by then is closed
     keep_alive_seconds: float = 30.0  # and one that sends nothing after its last answer
-    pipelined_at_once: int = 32  # requests in work, of all connections, that their clients sent behind another
+    pipelined_at_once: int = 8  # requests in work, of all connections, that their clients sent behind another
     answers_half_closed: bool = True  # False: a client that ends its half of the connection does not wait any more
     drain_seconds: float = 3.0
 

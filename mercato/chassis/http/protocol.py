@@ -94,8 +94,10 @@ class ConnectionBook(ServerState):
         self.turned_away: set[BoundedProtocol] = set()
         self.by_network: Counter[str] = Counter()
         """How many admitted connections each network has that has any."""
+        self.silent: dict[BoundedProtocol, None] = {}
+        """Those that have sent nothing yet, the oldest first."""
         self.idle: deque[tuple[float, BoundedProtocol]] = deque()
-        """What was idle at the last sweep, and since when; first those that never sent anything, then the longest."""
+        """Of the others, what was idle at the last sweep, and since when; the longest first."""
         self.turns = PipelinedTurns(limits.pipelined_at_once)
         self.draining = False
 
@@ -109,21 +111,30 @@ class ConnectionBook(ServerState):
         if 2 * len(self.connections) < self.limits.connections:
             self.idle.clear()
             return
-        idle = [connection for connection in self.admitted if connection.is_idle]
-        idle.sort(key=lambda connection: (connection.has_sent, connection.idle_since))
+        idle = [connection for connection in self.admitted if connection.is_idle and connection not in self.silent]
+        idle.sort(key=lambda connection: connection.idle_since)
         self.idle = deque((connection.idle_since, connection) for connection in idle)
 
     def has_room(self) -> bool:
-        """Whether a connection may be admitted; the longest idle one is closed where that makes the room."""
+        """Whether a connection may be admitted; one that only waits is closed where that makes the room.
+
+        First those that have sent nothing, in the order in which they came, then the longest idle one.
+        """
         if len(self.connections) < self.limits.connections:
             return True
+        waiting = next(iter(self.silent), None) or self._longest_idle()
+        if waiting is None:
+            return False
+        self.on_refused(CLOSED_FOR_ROOM)
+        waiting.leave()
+        return True
+
+    def _longest_idle(self) -> "BoundedProtocol | None":
         while self.idle:
             since, connection = self.idle.popleft()
             if connection.is_idle and connection.idle_since == since and connection in self.connections:
-                self.on_refused(CLOSED_FOR_ROOM)
-                connection.leave()
-                return True
-        return False
+                return connection
+        return None
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -172,7 +183,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._network = ""
         self._has_turn = False
         self._half_closed = False
-        self.has_sent = False
+        self._has_sent = False
         self.waits_for_turn = False
         """The first request of `pipeline` waits until others that were pipelined are answered; none is in work."""
 
@@ -204,11 +215,13 @@ class BoundedProtocol(HttpToolsProtocol):
         else:
             self._network = network
             book.by_network[network] += 1
+            book.silent[self] = None
             super().connection_made(transport)
 
     def leave(self) -> None:
         """Closes an idle connection, whose place is free at once."""
         self._book.connections.discard(self)
+        self._book.silent.pop(self, None)
         self.transport.close()
 
     def _turn_away(self, transport: asyncio.Transport, refusal: Refusal) -> None:
@@ -225,6 +238,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self in self._book.turned_away:
             self._book.turned_away.discard(self)
             return
+        self._book.silent.pop(self, None)
         by_network = self._book.by_network
         by_network[self._network] -= 1
         if not by_network[self._network]:
@@ -257,7 +271,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self._discard(data)
             return
         self._read_bytes = len(data)
-        self.has_sent = True
+        if not self._has_sent:
+            self._has_sent = True
+            self._book.silent.pop(self, None)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -540,7 +556,7 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self._phase != IDLE:
             if age_seconds >= limits.request_seconds:
                 self._refuse(self._book.refusals.request_timeout)
-        elif age_seconds >= (limits.keep_alive_seconds if self.has_sent else limits.first_byte_seconds):
+        elif age_seconds >= (limits.keep_alive_seconds if self._has_sent else limits.first_byte_seconds):
             self.transport.close()
 
     def _is_answering(self) -> bool:

@@ -18,8 +18,12 @@ WAIT = GET.replace(b"/hello", b"/wait")
 
 
 async def until_idle(serving: Serving, count: int) -> None:
-    """Until a sweep has seen so many connections wait for a request."""
+    """Until a sweep has seen so many connections wait for another request than their first."""
     await serving.until(lambda: len(serving.server._book.idle) == count)
+
+
+async def until_silent(serving: Serving, count: int) -> None:
+    await serving.until(lambda: len(serving.server._book.silent) == count)
 
 
 def end_half(client: Client) -> None:
@@ -46,16 +50,15 @@ async def test_silent_connections_give_their_places_to_new_ones() -> None:
         used = await serving.connect()
         assert (await used.ask(GET))[0] == 200
         silent: list[Client] = []
-        for count in range(2, 5):
+        for count in range(1, 4):
             silent.append(await serving.connect())
-            await until_idle(serving, count)  # by sweeps of their own, so that each is idle for longer than the next
+            await until_silent(serving, count)
         for place in range(3):
             assert await serving.is_usable()
             assert await silent[place].rest() == b""  # the longest silent one
             await serving.until(lambda: serving.server.open_connections == 3)
-            more = await serving.connect()
-            silent.append(more)
-            await until_idle(serving, 4)
+            silent.append(await serving.connect())
+            await until_silent(serving, 3)
         assert (await used.ask(GET))[0] == 200  # it has sent something, and was not among them
         assert serving.refused == ["idle_closed_for_room"] * 3
         for client in (*silent, used):
@@ -66,9 +69,11 @@ async def test_silent_connections_give_their_places_to_new_ones() -> None:
 async def test_connection_with_a_request_keeps_its_place() -> None:
     async with serve(connections=2) as serving:
         busy, idle = await serving.connect(), await serving.connect()
+        for client in (busy, idle):
+            assert (await client.ask(GET))[0] == 200
         await until_idle(serving, 2)
         await busy.send(WAIT)  # after the sweep that noted it as idle
-        await serving.until(lambda: serving.app.paths == ["/wait"])
+        await serving.until(lambda: "/wait" in serving.app.paths)
         assert await serving.is_usable()
         assert await idle.rest() == b""
         serving.app.release.set()
