@@ -86,6 +86,7 @@ CALLS: Final[Mapping[str, tuple[Operation[Any, Any], ...]]] = {
         Payments.get,
         Payments.list,
         Payments.trace,
+        Payments.assign,
     ),
     "events": (),
 }

@@ -23,6 +23,8 @@ Status = Literal["pending", "confirmed", "completed", "cancelled"]
 Payment = Literal["unpaid", "authorized", "paid", "partially_refunded", "refunded", "failed", "voided"]
 Fulfilment = Literal["unfulfilled", "shipped", "delivered", "returned"]
 Axis = Literal["status", "payment", "fulfilment"]
+HistoryAxis = Literal["status", "payment", "fulfilment", "owner"]
+"""`owner`: of a guest's order that an account has claimed, from `guest` to `account`."""
 CancelCode = Literal["requested", "out_of_stock", "payment_declined", "payment_lost", "expired", "stock_lost"]
 
 PAID: Final = frozenset({"paid", "partially_refunded", "refunded"})
@@ -180,6 +182,16 @@ class CancelOrder(Message):
     access_token: AccessToken | None = None
     internal_note: InternalNote = ""
     """Staff alone may give one."""
+
+
+class ClaimOrder(Message):
+    """A guest's order becomes that of the caller's account, whose e-mail address is proven.
+
+    Of an order with an e-mail address, that address. A repetition by the same account answers with the order.
+    """
+
+    id: OrderId
+    access_token: AccessToken
 
 
 class AwaitOrder(Message):
@@ -382,7 +394,7 @@ class HistoryEntry(Message):
     """One move of one axis; moves of one transition have one version. The first entry of an order has no `before`."""
 
     version: int
-    axis: Open[Axis]
+    axis: Open[HistoryAxis]
     before: str | None
     after: str
     reason: str
@@ -507,10 +519,27 @@ class NotReturnable(ServiceError, code="orders.not_returnable", kind=Kind.CONFLI
     left: int
 
 
+class AlreadyClaimed(ServiceError, code="orders.already_claimed", kind=Kind.CONFLICT):
+    """Only who has the access token of the order is told so."""
+
+    sentence = "Order {order_id} belongs to another account already."
+    order_id: int
+
+
+class EmailNotProven(ServiceError, code="orders.email_not_proven", kind=Kind.FORBIDDEN):
+    sentence = "Prove the e-mail address of this account first, by the link that was mailed to it, or ask for another."
+
+
+class AnotherEmail(ServiceError, code="orders.another_email", kind=Kind.FORBIDDEN):
+    sentence = "Order {order_id} was placed with another e-mail address than that of this account."
+    order_id: int
+
+
 class OrderChanged(Message):
     """`order.placed`, and `order.<state>` for each state that an axis of the order reaches: the order as it is then.
 
-    A move along two axes at once is told as two events of one version.
+    A move along two axes at once is told as two events of one version. `order.claimed`: a guest's order has become that
+    of an account.
     """
 
     order_id: int
@@ -553,6 +582,7 @@ class Orders(Contract, name="orders"):
     payment_refunds = single(ListPaymentRefunds, RefundList, allow=SIGNED_IN, retry=Retry.SAFE)
     one_refund = single(GetRefund, Refund, allow=SIGNED_IN, retry=Retry.SAFE)
     guest_payment = single(GetGuestPayment, PaymentRecord, allow=EVERYBODY, retry=Retry.SAFE)
+    claim = single(ClaimOrder, Order, allow=SIGNED_IN, retry=Retry.SAFE)
 
     events: ClassVar = {
         f"order.{state}": OrderChanged
@@ -572,5 +602,6 @@ class Orders(Contract, name="orders"):
             "delivered",
             "returned",
             "partially_returned",
+            "claimed",
         )
     }

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Open, Retry, ServiceError, batched, single
+from mercato.chassis.contract import MAX_ID, Contract, Empty, Kind, Message, Open, Retry, ServiceError, batched, single
 
 from .money import MoneyError
 from .roles import SERVICES_ONLY, SIGNED_IN, STAFF_ONLY
@@ -211,6 +211,14 @@ class PaymentTrace(Message):
     steps: tuple[PaymentStep, ...]
 
 
+class AssignPayments(Message):
+    """The payments that a guest made for an order become those of an account, to which the order belongs by now."""
+
+    order_id: OrderId
+    order_nonce: OrderNonce
+    user_id: Annotated[int, Meta(ge=1, le=MAX_ID)]
+
+
 class PaymentNotFound(ServiceError, code="payments.not_found", kind=Kind.NOT_FOUND):
     sentence = "There is no payment {payment_id}."
     payment_id: int
@@ -329,6 +337,7 @@ class Payments(Contract, name="payments"):
     get = batched(GetPayment, Payment, allow=SIGNED_IN, retry=Retry.SAFE)
     list = single(ListPayments, PaymentPage, allow=SIGNED_IN, retry=Retry.SAFE)
     trace = single(TracePayments, PaymentTrace, allow=STAFF_ONLY, retry=Retry.SAFE)
+    assign = batched(AssignPayments, Empty, allow=SERVICES_ONLY, size=256, retry=Retry.SAFE)
 
     events: ClassVar = {
         "payment.authorized": PaymentChanged,

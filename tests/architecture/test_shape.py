@@ -22,6 +22,7 @@ EMPTY_NAMES = {"base", "common", "helper", "helpers", "manager", "managers", "mi
 SQL_MODULES = {
     "store.py",
     "erasure_store.py",
+    "claim_store.py",
     "history_store.py",
     "letter_store.py",
     "name_store.py",

@@ -85,7 +85,7 @@ def test_every_state_of_an_order_has_its_event():
     states = {f"order.{state}" for moves in orders.AXES.values() for state in moves if state != "pending"}
     states -= {"order.unfulfilled"}  # every order begins so, and none returns to it
 
-    assert states | {"order.placed", orders.PARTIALLY_RETURNED} == Orders.events.keys()
+    assert states | {"order.placed", orders.PARTIALLY_RETURNED, orders.CLAIMED} == Orders.events.keys()
 
 
 def test_every_state_of_a_payment_has_its_event():

@@ -92,6 +92,7 @@ class Things(msgspec.Struct, frozen=True):
                 "currency": "USD",
             },
             "PATCH /orders/{id}": {"status": "confirmed", "fulfilment": "shipped"},
+            "POST /orders/{id}/claim": {"access_token": "A" * 43},
             "POST /orders/{id}/cancel": {"reason": "changed my mind"},
             "POST /orders/{id}/returns": {"items": [{"product_id": 100, "quantity": 1}], "reason": "does not fit"},
             "PUT /products/{id}/stock": {"on_hand": 10, "reason": "counted"},

@@ -5,7 +5,18 @@ from __future__ import annotations
 from typing import Final
 
 from mercato.gateway.route import Route
-from mercato.gateway.routes import events, inventory, orders, own_data, payments, products, reference, refunds, users
+from mercato.gateway.routes import (
+    claims,
+    events,
+    inventory,
+    orders,
+    own_data,
+    payments,
+    products,
+    reference,
+    refunds,
+    users,
+)
 
 ROUTES: Final[tuple[Route, ...]] = reference.added_to(
     (
@@ -14,6 +25,7 @@ ROUTES: Final[tuple[Route, ...]] = reference.added_to(
         *products.ROUTES,
         *inventory.ROUTES,
         *orders.ROUTES,
+        *claims.ROUTES,
         *refunds.ROUTES,
         *payments.ROUTES,
         *events.ROUTES,

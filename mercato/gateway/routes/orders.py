@@ -152,7 +152,7 @@ class OrderOut(Output):
 
 class HistoryOut(Output):
     version: int
-    axis: Open[contract.Axis]
+    axis: Open[contract.HistoryAxis]
     before: str | None
     after: str
     reason: str

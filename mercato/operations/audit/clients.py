@@ -94,6 +94,10 @@ CLIENTS: Final = (
           FROM history.ops c
           JOIN orders.orders o ON o.id = c.order_id
          WHERE c.status < 300 AND c.user_id <> o.user_id AND c.role NOT IN ('staff', 'service')
+           -- A guest was shown it before an account has claimed it.
+           AND NOT (c.user_id = 0 AND EXISTS (
+            SELECT FROM orders.history h WHERE h.order_id = o.id AND 'order.claimed' = ANY (h.events)
+           ))
         """,
     ),
 )

@@ -19,6 +19,7 @@ from mercato.contracts.products import Products
 from mercato.contracts.users import Users
 
 from .checkout import CheckoutSteps
+from .claiming import Claiming
 from .guests import KEY_PURPOSE, Guests
 from .paying import Paying
 from .payment_methods import PaymentMethods
@@ -71,6 +72,7 @@ def build(env: Env) -> Service:
     )
     paying = Paying(database, runner, payments, methods, guests)
     refunding = Refunding(database, runner, inventory=inventory, payments=payments)
+    claiming = Claiming(database, runner, users=env.client(Users), payments=payments, paying=paying, guests=guests)
     service = OrdersService(database, runner, paying=paying, refunding=refunding, guests=guests)
     server = Server(Orders, env.clock)
     server.register(Orders.place, placing.run)
@@ -86,6 +88,7 @@ def build(env: Env) -> Service:
     server.register(Orders.capture_part, paying.capture_part)
     server.register(Orders.void, paying.void)
     server.register(Orders.refund, refunding.refund)
+    server.register(Orders.claim, claiming.claim)
     server.register(Orders.take_back, refunding.take_back)
     listing = RefundListing(database, payments)
     server.register(Orders.refunds, listing.of_order)

@@ -40,9 +40,13 @@ class Guests:
         return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
     def admits(self, record: OrderRecord | None, access_token: str | None) -> bool:
-        """Whether this is the token of an order that is there, and a guest's. Compared in constant time."""
+        """Whether this is the token of an order that is there, and a guest's."""
         if record is None or access_token is None or record.order.user_id != GUEST_USER:
             return False
+        return self.is_token_of(record, access_token)
+
+    def is_token_of(self, record: OrderRecord, access_token: str) -> bool:
+        """Whether the token was made for the order, which an account may own by now. Compared in constant time."""
         return hmac.compare_digest(self.access_token(record.id, record.nonce).encode(), access_token.encode())
 
     async def admitted(self, order_id: int, access_token: str) -> OrderRecord:
@@ -57,7 +61,8 @@ class Guests:
     async def acting(self, order_id: int, access_token: str | None) -> AsyncGenerator[None]:
         """Calls in this block are made by the guest of an order; without a token, by their caller.
 
-        Raises `OrderNotFound` for a wrong token. A token that is right stays so: the nonce of an order never changes.
+        Raises `OrderNotFound` for a wrong token. One that is right stays so until the order is claimed; a caller that
+        was let in before finds no order then (`rules.visible`).
         """
         if access_token is None:
             yield

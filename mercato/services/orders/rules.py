@@ -34,7 +34,7 @@ from mercato.contracts.orders import (
 )
 from mercato.contracts.payments import CaptureAmountChanged, CaptureTooLarge, Payment as PaymentRecord
 from mercato.contracts.products import Product, Quote
-from mercato.contracts.roles import ANONYMOUS, CUSTOMER, GUEST, may_see
+from mercato.contracts.roles import ANONYMOUS, CUSTOMER, GUEST, GUEST_USER, may_see
 
 Moves = Mapping[str, frozenset[str]]
 
@@ -92,16 +92,18 @@ REFUNDED_BLOCKS: Final = frozenset({"shipped", "completed"})
 """All money was given back before the goods have left: they stay, and the order is to be cancelled. What had left
 before goes on: it is delivered, comes back, and is closed."""
 
+CLAIMED: Final = "order.claimed"
 PARTIALLY_RETURNED: Final = "order.partially_returned"
 
 PLACED: Final[Mapping[Axis, str]] = {"status": "pending", "payment": "unpaid", "fulfilment": "unfulfilled"}
 """Where every order begins."""
 
 
-def as_placed(order: Order) -> Order:
-    """An order as it was when it was placed. Lines, total and currency stay as they were written."""
+def as_placed(order: Order, principal: str) -> Order:
+    """An order as it was when `principal` placed it. Lines, total and currency stay as they were written."""
     return msgspec.structs.replace(
         order,
+        user_id=GUEST_USER if principal == ANONYMOUS else order.user_id,  # it may have been claimed since
         status=PLACED["status"],
         payment=PLACED["payment"],
         fulfilment=PLACED["fulfilment"],
@@ -353,7 +355,10 @@ def _share(line: OrderLine, quantity: int) -> int:
 
 def visible(order: Order | None, order_id: int, actor: Actor) -> Order | OrderNotFound:
     """The order, where the caller may see it: that of another account answers like one that does not exist."""
-    if order is None or not (may_see(actor, order.user_id) or (actor.role, actor.id) == (GUEST, order.id)):
+    if order is None:
+        return OrderNotFound(order_id=order_id)
+    is_guests = order.user_id == GUEST_USER and (actor.role, actor.id) == (GUEST, order.id)
+    if not (is_guests or may_see(actor, order.user_id)):
         return OrderNotFound(order_id=order_id)
     return order
 

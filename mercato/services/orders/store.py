@@ -241,6 +241,10 @@ async def emit_placed(tx: Tx, orders: Sequence[Order]) -> None:
     tx.emit([_event("order.placed", order) for order in orders])
 
 
+async def emit_claimed(tx: Tx, order: Order) -> None:
+    tx.emit([_event(rules.CLAIMED, order)])
+
+
 async def seen(tx: Tx, order_id: int, actor: Actor) -> OrderRecord:
     """An order that the caller may see. Raises `OrderNotFound`."""
     record = (await get(tx, [order_id])).get(order_id)
@@ -271,7 +275,7 @@ async def by_keys(tx: Tx, identities: Sequence[Identity]) -> dict[Identity, Keye
     found = await get(tx, [row.order_id for row in rows]) if rows else {}
     return {
         (row.principal, row.key): KeyedOrder(
-            rules.as_placed(found[row.order_id].order), found[row.order_id].nonce, row.fingerprint
+            rules.as_placed(found[row.order_id].order, row.principal), found[row.order_id].nonce, row.fingerprint
         )
         for row in rows
     }

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from mercato.chassis.contract import Actor, as_service, current
 from mercato.chassis.postgres.database import Database
 from mercato.contracts.inventory import Inventory, StockStep, TraceStock
-from mercato.contracts.orders import GetTimeline, HistoryEntry, Timeline, TimelineEntry
+from mercato.contracts.orders import GetTimeline, HistoryAxis, HistoryEntry, Timeline, TimelineEntry
 from mercato.contracts.payments import Payments, PaymentStep, TracePayments
 
 from . import history_store, rules, store
@@ -59,8 +59,8 @@ def _moves(transitions: Sequence[HistoryRow], actor: Actor) -> list[tuple[Histor
             HistoryEntry(
                 version=row.version,
                 axis=axis,
-                before=None if before is None else getattr(before, axis),
-                after=getattr(row, axis),
+                before=was,
+                after=now,
                 reason=row.note,
                 actor_role=row.actor_role,
                 actor_id=rules.shown_actor_id(row.actor_role, row.actor_id, actor),
@@ -68,11 +68,19 @@ def _moves(transitions: Sequence[HistoryRow], actor: Actor) -> list[tuple[Histor
                 internal_note=row.internal_note if not rules.is_buyer(actor) else "",
                 limit_reason=row.limit_reason,
             )
-            for axis in map(rules.axis_of, row.events)
+            for axis, was, now in (_move(event, before, row) for event in row.events)
         ]
         found.append((row, moves))
         before = row
     return found
+
+
+def _move(event: str, before: HistoryRow | None, row: HistoryRow) -> tuple[HistoryAxis, str | None, str]:
+    """The axis of an event, where the order was on it, and where it is."""
+    if event == rules.CLAIMED:
+        return "owner", "guest", "account"
+    axis = rules.axis_of(event)
+    return axis, None if before is None else getattr(before, axis), getattr(row, axis)
 
 
 def _entries(transition: HistoryRow, moves: Sequence[HistoryEntry]) -> list[TimelineEntry]:

@@ -62,4 +62,5 @@ def _server(env: Env, charging: Charging, reading: PaymentsService) -> Server:
     server.register(Payments.get, reading.get)
     server.register(Payments.list, reading.list)
     server.register(Payments.trace, reading.trace)
+    server.register(Payments.assign, reading.assign)
     return server.complete()

@@ -1,4 +1,4 @@
-"""The operations that read payments, and check a method. Those that move money: `charging.py`."""
+"""The operations that read payments, check a method and change the owner. Those that move money: `charging.py`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from mercato.chassis.contract import Actor, Batch, InvalidRequest, ServiceError, current
+from mercato.chassis.contract import Actor, Batch, Empty, InvalidRequest, ServiceError, current
 from mercato.chassis.postgres.database import Database
 from mercato.contracts.payments import (
+    AssignPayments,
     CheckedMethod,
     CheckMethod,
     GetPayment,
@@ -24,7 +25,7 @@ from mercato.contracts.payments import (
 )
 from mercato.contracts.roles import CUSTOMER, may_see
 
-from . import store, trace_store
+from . import claim_store, store, trace_store
 from .charging import Answer, Charging, payment_of
 
 
@@ -75,6 +76,11 @@ class PaymentsService:
     async def trace(self, request: TracePayments) -> PaymentTrace:
         async with self._database.read() as tx:
             return PaymentTrace(steps=tuple(await trace_store.trace(tx, request.order_id, request.order_nonce)))
+
+    async def assign(self, batch: Batch[AssignPayments]) -> Sequence[Empty]:
+        async with self._database.transaction() as tx:
+            await claim_store.assign(tx, batch)
+        return [Empty() for _ in batch]
 
 
 def _visible(row: store.PaymentRow | None, payment_id: int, actor: Actor) -> Payment | ServiceError:

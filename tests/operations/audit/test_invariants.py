@@ -507,6 +507,7 @@ VIOLATIONS: dict[str, dict[str, str]] = {
     },
     "X1": {
         "shown to another customer": operation("injected", "look 1", user_id="2", principal="'user:2'"),
+        "shown to a guest": operation("injected", "look 1", user_id="0", principal="'guest:1'", role="'guest'"),
     },
 }
 

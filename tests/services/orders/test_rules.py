@@ -22,6 +22,7 @@ from mercato.contracts.orders import (
     NotReturnable,
     Order,
     OrderLine,
+    OrderNotFound,
     Payment,
     PlaceLine,
     PlaceOrder,
@@ -349,7 +350,7 @@ def test_the_refund_of_a_part_of_a_line_is_its_share_to_the_last_unit(line: Sold
 
 @given(orders)
 def test_an_order_as_placed_differs_only_by_its_moves(order: Order):
-    placed = rules.as_placed(order)
+    placed = rules.as_placed(order, "user:1")
 
     assert all(getattr(placed, axis) == state for axis, state in rules.PLACED.items())
     assert (placed.version, placed.updated_at) == (1, order.created_at)
@@ -359,6 +360,7 @@ def test_an_order_as_placed_differs_only_by_its_moves(order: Order):
         order.lines,
         order.total_minor,
     )
+    assert rules.as_placed(order, "anonymous").user_id == 0, "of a guest, whose order may have been claimed since"
 
 
 @given(baskets)
@@ -412,3 +414,13 @@ def test_another_total_or_currency_than_the_catalogues_is_refused(
     changed = rules.check_total(request, actual, currency)
 
     assert (changed is None) == (shown in (None, actual) and shown_currency in (None, currency))
+
+
+@given(orders)
+def test_a_guest_sees_the_order_until_an_account_has_claimed_it(order: Order):
+    guest = Actor("guest", order.id)
+    of_guest = msgspec.structs.replace(order, user_id=0)
+
+    assert rules.visible(of_guest, order.id, guest) is of_guest
+    assert isinstance(rules.visible(order, order.id, guest), OrderNotFound)
+    assert isinstance(rules.visible(of_guest, order.id, Actor("guest", order.id + 1)), OrderNotFound)

@@ -449,6 +449,33 @@ def reset_password(caller: Caller, mailed: Mailed) -> None:
     caller.sign_in(email_of(mailed.key), new)
 
 
+class Bought(msgspec.Struct):
+    """A guest's order that is paid, and the account that is going to claim it."""
+
+    order_id: int
+    access_token: str
+    email: str
+
+
+def bought_by_guest(shop: Shop, key: str) -> Bought:
+    with shop.caller() as caller:
+        prove(caller, unregistered(shop, key))
+        caller.token = None
+        order = expect(caller.post("/orders", {"product_id": PRODUCT}, Prefer="wait=20"), 201)
+        body = {"order_id": order["id"]}
+        expect(caller.post("/payments", body, Authorization=f"Guest {order['access_token']}"), 201)
+    return Bought(order["id"], order["access_token"], email_of(key))
+
+
+def claim(caller: Caller, bought: Bought) -> None:
+    user = caller.sign_in(bought.email, PASSWORD).json["user"]
+    claimed = expect(caller.post(f"/orders/{bought.order_id}/claim", {"access_token": bought.access_token}), 200)
+    assert claimed["user_id"] == user["id"]
+    wait_until(lambda: payments_of(caller, bought.order_id))
+    assert [payment["user_id"] for payment in payments_of(caller, bought.order_id)] == [user["id"]]
+    caller.token = None
+
+
 # --------------------------------------------------------------------------------------------------------- dead letters
 
 
@@ -586,6 +613,8 @@ ORDERS: Final = (
     *around("orders.confirm", "commit", sell_on_account),
     *around("orders.move", "commit", buy_and_ship),
     *around("orders.refund", "commit", refund),
+    *around("orders.claim", "commit", claim, prepare=bought_by_guest),
+    *around("claim.assign", "call", claim, prepare=bought_by_guest),
     *around("products.create", "commit", create_product),
     *around("products.update", "commit", reprice, prepare=new_product),
     *around("products.archive", "commit", archive, prepare=new_product),

@@ -1,0 +1,48 @@
+"""Guests' orders that become those of an account."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mercato.contracts import orders as contract
+from mercato.contracts.orders import Orders
+from mercato.contracts.roles import SIGNED_IN
+from mercato.gateway.problems import SignInFirst
+from mercato.gateway.route import Input, Route, RouteRequest
+from mercato.gateway.routes.orders import OrderOut, order_out
+
+
+class ClaimIn(Input):
+    access_token: contract.AccessToken
+
+
+def _claim(request: RouteRequest) -> contract.ClaimOrder:
+    if not request.actor.id:
+        raise SignInFirst
+    body: ClaimIn = request.body
+    return contract.ClaimOrder(id=request.path["id"], access_token=body.access_token)
+
+
+ROUTES: Final[tuple[Route, ...]] = (
+    Route(
+        method="POST",
+        path="/orders/{id}/claim",
+        operation=Orders.claim,
+        summary="Make a guest's order your own; its access token opens it no more",
+        roles=SIGNED_IN,
+        body=ClaimIn,
+        examples={"the token of the order": {"access_token": "p3uXUp0P0nbYt5Cc2iGqj4o5SgqUuGzX5mUe2E7rYtA"}},
+        request=_claim,
+        answer=order_out,
+        output=OrderOut,
+        etag=lambda order: order.version,
+        errors=(
+            SignInFirst,
+            contract.OrderNotFound,
+            contract.EmailNotProven,
+            contract.AnotherEmail,
+            contract.AlreadyClaimed,
+            contract.PaymentInProgress,
+        ),
+    ),
+)
