@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from mercato import topology
-from mercato.chassis.contract import InvalidRequest, ServiceError
+from mercato.chassis.contract import MAX_ID, InvalidRequest, ServiceError
 from mercato.chassis.hosting.host import Host
 from mercato.chassis.hosting.keys import SECRET_BYTES
 from mercato.cli.databases import reached, run
@@ -22,7 +22,17 @@ from mercato.cli.hosting import hosted
 from mercato.cli.progress import fail, show, table
 from mercato.cli.starting import CannotStart
 from mercato.contracts.roles import Role
-from mercato.contracts.users import EraseAccount, ListUsers, SetPassword, SetRole, User, Users
+from mercato.contracts.users import (
+    PAGE_LIMIT,
+    EraseAccount,
+    ListSecurityLog,
+    ListUsers,
+    SecurityEntry,
+    SetPassword,
+    SetRole,
+    User,
+    Users,
+)
 
 SERVICE: Final = "users"
 
@@ -76,6 +86,41 @@ def erase(place: Place, who: str) -> int:
         show(json.dumps({"erased": user_id}) if place.json else sentence)
 
     return run(lambda: _with_users(place, change))
+
+
+def show_log(place: Place, who: str | None, limit: int) -> int:
+    """Prints the newest entries of the security log, the newest first; gives the exit code."""
+
+    async def read(users: Users) -> None:
+        account_id = None
+        if who is not None:
+            account_id = int(who) if _is_id(who) else (await _found(users, who)).id
+        found: list[SecurityEntry] = []
+        before: int | None = MAX_ID
+        while before is not None and len(found) < limit:
+            page = await users.security_log(
+                ListSecurityLog(account_id=account_id, before=before, limit=min(PAGE_LIMIT, limit - len(found)))
+            )
+            found += page.entries
+            before = page.next_before
+        if place.json:
+            show(json.dumps({"entries": [msgspec.to_builtins(entry) for entry in found]}))
+            return
+        rows = [
+            (
+                f"{entry.at:%Y-%m-%dT%H:%M:%SZ}",
+                entry.kind,
+                str(entry.account_id or "-"),
+                f"{entry.actor_role} {entry.actor_id}" if entry.actor_id else entry.actor_role,
+                entry.address or "-",
+                f"{entry.subject} {entry.detail}".strip(),
+            )
+            for entry in found
+        ]
+        for line in table([("time", "what", "account", "by", "from", "about"), *rows]):
+            show(line)
+
+    return run(lambda: _with_users(place, read))
 
 
 async def _with_users(place: Place, work: Callable[[Users], Coroutine[Any, Any, None]]) -> int:

@@ -419,6 +419,35 @@ def erase(
     return run(Place(data, dsn, json), who)
 
 
+@users.command
+def log(
+    who: str | None = None,
+    *,
+    limit: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=1_000_000))] = 200,
+    data: Path = Path(".mercato"),
+    dsn: str | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Print the security log, the newest entries first: sign-ins and changes of the last 90 days.
+
+    Parameters
+    ----------
+    who
+        Only what is about this account, or was done by it: its e-mail address, or its id, also of one that is erased.
+    limit
+        How many entries at most.
+    data
+        The folder of the shop's data, of a shop that runs or not.
+    dsn
+        An administrator's DSN of the server instead. [default: MERCATO_POSTGRES_DSN, where it is set]
+    json
+        Print one JSON document.
+    """
+    from mercato.cli.accounts import Place, show_log
+
+    return show_log(Place(data, dsn, json), who, limit)
+
+
 @events.command
 def tail(
     *,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from msgspec import Meta
 
@@ -24,6 +24,21 @@ RefreshToken = Annotated[str, Meta(max_length=256)]
 Version = Annotated[int, Meta(ge=1, le=MAX_ID)]
 SessionId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z", examples=["4d1b0f0c6f0e4cf2a7a6f6e1f9f0a3b7"])]
 """128 random bits, the `sid` of access tokens."""
+
+ClientAddress = Annotated[str, Meta(max_length=64)]
+"""Of the client's connection, for the security log; empty where the caller does not know it."""
+
+SecurityKind = Literal[
+    "signed_in",
+    "sign_in_failed",
+    "wrong_password",
+    "token_reused",
+    "sessions_ended",
+    "role_changed",
+    "email_changed",
+    "password_changed",
+    "erased",
+]
 
 PAGE_LIMIT: Final = 200
 ENDED_LIMIT: Final = 1_000
@@ -52,6 +67,7 @@ class Register(Message):
 class SignIn(Message):
     email: Email
     password: Password
+    address: ClientAddress = ""
 
 
 class RegisterWithoutPassword(Message):
@@ -66,6 +82,7 @@ class SignInNamed(Message):
 
     username: Username
     password: Password
+    address: ClientAddress = ""
 
 
 class Tokens(Message):
@@ -81,6 +98,7 @@ class Tokens(Message):
 
 class Refresh(Message):
     refresh_token: RefreshToken
+    address: ClientAddress = ""
 
 
 class SignOut(Message):
@@ -120,6 +138,7 @@ class UpdateProfile(Message):
     email: Email | None = None
     name: Name | None = None
     current_password: Password | None = None
+    address: ClientAddress = ""
 
 
 class ChangePassword(Message):
@@ -129,6 +148,7 @@ class ChangePassword(Message):
     current_password: Password
     new_password: Password
     refresh_token: RefreshToken | None = None
+    address: ClientAddress = ""
 
 
 class SetPassword(Message):
@@ -149,6 +169,7 @@ class ResetPassword(Message):
 
     token: LinkToken
     new_password: Password
+    address: ClientAddress = ""
 
 
 class ProveEmail(Message):
@@ -167,6 +188,7 @@ class SetRole(Message):
     id: UserId
     role: Role
     version: Version | None = None
+    address: ClientAddress = ""
 
 
 class PublicKeys(Message):
@@ -233,6 +255,7 @@ class EndSession(Message):
 
     user_id: UserId
     id: SessionId
+    address: ClientAddress = ""
 
 
 class EndOtherSessions(Message):
@@ -240,6 +263,7 @@ class EndOtherSessions(Message):
 
     user_id: UserId
     id: SessionId
+    address: ClientAddress = ""
 
 
 class EraseAccount(Message):
@@ -252,6 +276,40 @@ class EraseAccount(Message):
     id: UserId
     password: Password | None = None
     session_id: SessionId | None = None
+    address: ClientAddress = ""
+
+
+class ListSecurityLog(Message):
+    """Entries of the security log by descending id, those before `before`."""
+
+    account_id: UserId | None = None
+    """Only what is about this account, or was done by it; also one that is erased."""
+    before: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
+    limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
+
+
+class SecurityEntry(Message):
+    """Ids only: an entry holds no e-mail address, password or token. Kept for 90 days."""
+
+    id: int
+    at: datetime.datetime
+    kind: Open[SecurityKind]
+    account_id: int
+    """Whom it is about; 0 where no account is known, as after a sign-in with an unknown address."""
+    actor_role: str
+    actor_id: int
+    """Who did it; 0 for callers without an account."""
+    address: str
+    """Of the client's connection; empty where it is not known."""
+    subject: str
+    """What else it is about, such as `product 100`; may be empty."""
+    detail: str
+
+
+class SecurityLogPage(Message):
+    entries: tuple[SecurityEntry, ...]
+    next_before: int | None = None
+    """The `before` of the next page; None on the last."""
 
 
 class UserNotFound(ServiceError, code="users.not_found", kind=Kind.NOT_FOUND):
@@ -323,6 +381,7 @@ class Users(Contract, name="users"):
     sessions = single(ListSessions, SessionPage, allow=SIGNED_IN, retry=Retry.SAFE)
     end_session = single(EndSession, Empty, allow=SIGNED_IN)
     end_other_sessions = single(EndOtherSessions, Empty, allow=SIGNED_IN)
-    erase = single(EraseAccount, Empty, allow=SIGNED_IN, retry=Retry.SAFE)
     register_without_password = single(RegisterWithoutPassword, User, allow=EVERYBODY)
     sign_in_named = single(SignInNamed, Tokens, allow=EVERYBODY)
+    security_log = single(ListSecurityLog, SecurityLogPage, allow=STAFF_ONLY, retry=Retry.SAFE)
+    erase = single(EraseAccount, Empty, allow=SIGNED_IN)

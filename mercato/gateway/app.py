@@ -56,6 +56,8 @@ Lines = list[bytes]
 """Header fields of an answer as they stand on the wire, `name: value`. The server adds Date and Content-Length."""
 
 REQUEST_SECONDS: Final = 10.0
+ADDRESS_LENGTH: Final = 64
+"""Of the client's, as contracts take it."""
 
 JSON: Final = b"content-type: application/json"
 
@@ -173,6 +175,8 @@ class Gateway:
         request.access_token = access_token
         if session_id:
             request.session_id = session_id
+        if route.knows_address:
+            request.address = _address(scope)[:ADDRESS_LENGTH]
         asked = route.request(request)
         if not actor.id and (access_token is not None or route.is_guest is not None):
             actor = self._checked_guest(route, request, asked, scope)
@@ -361,6 +365,7 @@ class BoundRoute:
         self.is_guarded = route.tries is not None or route.limits.done_per_hour is not None
         self.request = route.request
         self.knows_session = route.knows_session
+        self.knows_address = route.knows_address
         self._text = route.text
         self.is_guest = route.is_guest
         self.takes_access_token = route.takes_access_token

@@ -52,6 +52,8 @@ class RouteRequest(msgspec.Struct, gc=False):
     """The texts in the path, by name."""
     session_id: str = ""
     """The session of the caller's access token, for a route that asks for it; empty without a token."""
+    address: str = ""
+    """Of the client's connection, for a route that asks for it."""
     access_token: str | None = None
     """Of a guest's order, for the routes that take one."""
 
@@ -170,6 +172,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """The parameters of the path that are texts, with their types; the others are ids, which are numbers."""
     knows_session: bool = False
     """Whether `request` is given the session of the caller's access token."""
+    knows_address: bool = False
+    """Whether `request` is given the address of the client, for the security log."""
     request: Callable[[RouteRequest], Any]
     answer: Callable[[Any], Any]
     output: Any

@@ -26,6 +26,7 @@ SQL_MODULES = {
     "history_store.py",
     "letter_store.py",
     "name_store.py",
+    "log_store.py",
     "money_store.py",
     "reconciliation_store.py",
     "trace_store.py",

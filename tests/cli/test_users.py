@@ -69,6 +69,20 @@ def test_a_role_is_set(shop: Process):
     assert [user["role"] for user in listed(shop.data) if user["id"] == 2] == ["customer"]
 
 
+def test_the_security_log_is_read(shop: Process):
+    with shop.caller() as caller:
+        assert caller.post("/login", {"email": EMAIL, "password": "a wrong password"}).status == 401
+        caller.sign_in(EMAIL, PASSWORD)
+    read = json.loads(users(shop.data, "log", EMAIL, "--limit", "2", "--json").stdout)["entries"]
+    assert [(entry["kind"], entry["account_id"], entry["address"]) for entry in read] == [
+        ("signed_in", 1, "127.0.0.1"),
+        ("sign_in_failed", 1, "127.0.0.1"),
+    ]
+    lines = users(shop.data, "log", "1", "--limit", "1").stdout.splitlines()
+    assert lines[0].split() == ["time", "what", "account", "by", "from", "about"]
+    assert lines[1].split()[1:] == ["signed_in", "1", "customer", "1", "127.0.0.1"]
+
+
 def test_an_account_is_erased_and_by_its_id_again(shop: Process):
     with shop.caller() as caller:
         body = {"email": "erased@example.com", "name": "Erased", "password": NEW_PASSWORD}

@@ -15,6 +15,7 @@ from mercato.gateway.routes import (
     products,
     reference,
     refunds,
+    security_log,
     users,
 )
 
@@ -22,6 +23,7 @@ ROUTES: Final[tuple[Route, ...]] = reference.added_to(
     (
         *users.ROUTES,
         *own_data.ROUTES,
+        *security_log.ROUTES,
         *products.ROUTES,
         *inventory.ROUTES,
         *orders.ROUTES,

@@ -84,7 +84,9 @@ def _before(query: Mapping[str, str]) -> int | None:
 
 def _erase(request: RouteRequest) -> contract.EraseAccount:
     body: EraseIn = request.body
-    return contract.EraseAccount(id=me(request), password=body.password, session_id=request.session_id or None)
+    return contract.EraseAccount(
+        id=me(request), password=body.password, session_id=request.session_id or None, address=request.address
+    )
 
 
 ROUTES: Final[tuple[Route, ...]] = (
@@ -112,6 +114,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         summary="Erase your own account for ever; orders and payments stay, without the person. It may be repeated",
         roles=SIGNED_IN,
         knows_session=True,
+        knows_address=True,
         takes_ended_session=True,
         body=EraseIn,
         examples={"with the password": {"password": "demo-password"}},

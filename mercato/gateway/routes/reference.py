@@ -202,7 +202,7 @@ def _register_named(request: RouteRequest) -> RegisterWithoutPassword:
 
 def _sign_in_named(request: RouteRequest) -> SignInNamed:
     body: LoginNamedIn = request.body
-    return SignInNamed(username=body.username, password=body.password)
+    return SignInNamed(username=body.username, password=body.password, address=request.address)
 
 
 def _signing_in_named(request: RouteRequest) -> str:

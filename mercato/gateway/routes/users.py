@@ -168,7 +168,7 @@ def _register(request: RouteRequest) -> contract.Register:
 
 def _sign_in(request: RouteRequest) -> contract.SignIn:
     body: LoginIn = request.body
-    return contract.SignIn(email=body.email, password=body.password)
+    return contract.SignIn(email=body.email, password=body.password, address=request.address)
 
 
 def _signing_in(request: RouteRequest) -> str:
@@ -207,6 +207,7 @@ def _profile(user_id: int, request: RouteRequest) -> contract.UpdateProfile:
         email=body.email,
         name=body.name,
         current_password=body.current_password,
+        address=request.address,
     )
 
 
@@ -223,6 +224,7 @@ def _password(request: RouteRequest) -> contract.ChangePassword:
         current_password=body.current_password,
         new_password=body.new_password,
         refresh_token=body.refresh_token,
+        address=request.address,
     )
 
 
@@ -257,6 +259,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         path="/login",
         ignores_token=True,
         operation=Users.sign_in,
+        knows_address=True,
         summary="Sign in: an access token for 15 minutes and a refresh token for one use",
         roles=EVERYBODY,
         body=LoginIn,
@@ -273,11 +276,12 @@ ROUTES: Final[tuple[Route, ...]] = (
         path="/token/refresh",
         ignores_token=True,
         operation=Users.refresh,
+        knows_address=True,
         summary="New tokens for a refresh token; it may be repeated for 30 seconds, and later ends the session",
         roles=EVERYBODY,
         body=RefreshIn,
         examples={"the token of the last answer": {"refresh_token": "q4Wv0TgC2m9yRzJ1oX7sLkHbN5eUdFa8PiQ3wVtYxGc"}},
-        request=lambda request: contract.Refresh(refresh_token=request.body.refresh_token),
+        request=lambda request: contract.Refresh(refresh_token=request.body.refresh_token, address=request.address),
         answer=tokens_out,
         output=TokensOut,
         limits=CREDENTIALS,
@@ -318,12 +322,13 @@ ROUTES: Final[tuple[Route, ...]] = (
         path="/password/reset",
         ignores_token=True,
         operation=Users.reset_password,
+        knows_address=True,
         summary="A new password by the link of a letter; every session ends",
         roles=EVERYBODY,
         body=ResetIn,
         examples={"what follows behind the # of the link": {"token": LINK, "new_password": "correct horse battery"}},
         request=lambda request: contract.ResetPassword(
-            token=request.body.token, new_password=request.body.new_password
+            token=request.body.token, new_password=request.body.new_password, address=request.address
         ),
         answer=nothing,
         output=None,
@@ -387,6 +392,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="PATCH",
         path="/users/me",
         operation=Users.update_profile,
+        knows_address=True,
         summary="Change your own profile",
         roles=SIGNED_IN,
         body=ProfileIn,
@@ -407,6 +413,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="POST",
         path="/users/me/password",
         operation=Users.change_password,
+        knows_address=True,
         summary="Change your own password; every session ends but the one whose refresh token is given",
         roles=SIGNED_IN,
         body=PasswordIn,
@@ -438,10 +445,13 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="DELETE",
         path="/users/me/sessions",
         operation=Users.end_other_sessions,
+        knows_address=True,
         summary="End all your sessions but this one",
         roles=SIGNED_IN,
         knows_session=True,
-        request=lambda request: contract.EndOtherSessions(user_id=me(request), id=request.session_id),
+        request=lambda request: contract.EndOtherSessions(
+            user_id=me(request), id=request.session_id, address=request.address
+        ),
         answer=nothing,
         output=None,
         status=204,
@@ -451,10 +461,13 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="DELETE",
         path="/users/me/sessions/{id}",
         operation=Users.end_session,
+        knows_address=True,
         summary="End one of your sessions",
         roles=SIGNED_IN,
         text={"id": contract.SessionId},
-        request=lambda request: contract.EndSession(user_id=me(request), id=request.text["id"]),
+        request=lambda request: contract.EndSession(
+            user_id=me(request), id=request.text["id"], address=request.address
+        ),
         answer=nothing,
         output=None,
         status=204,
@@ -476,6 +489,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="PATCH",
         path="/users/{id}",
         operation=Users.update_profile,
+        knows_address=True,
         summary="Change a profile: your own, or anybody's for staff",
         roles=SIGNED_IN,
         body=ProfileIn,
@@ -499,12 +513,13 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="PUT",
         path="/users/{id}/role",
         operation=Users.set_role,
+        knows_address=True,
         summary="Make an account staff or customer; where that changes its role, its sessions end",
         roles=STAFF_ONLY,
         body=RoleIn,
         examples={"a new colleague": {"role": "staff"}},
         request=lambda request: contract.SetRole(
-            id=request.path["id"], role=request.body.role, version=request.if_match
+            id=request.path["id"], role=request.body.role, version=request.if_match, address=request.address
         ),
         answer=user_out,
         output=UserOut,

@@ -15,12 +15,13 @@ from mercato.chassis.mail.letters import MailSettingError, sending
 from mercato.chassis.rpc.server import Server
 from mercato.contracts.users import Users
 
-from . import letter_store, store
+from . import letter_store, log_store, store
 from .demo import seed_demo
 from .erasing import Erasing
 from .letters import KEY_PURPOSE as LINKS_PURPOSE, SENT_AT_ONCE, Letters
 from .passwords import Argon2Hasher, Hasher, Passwords
 from .proving import Proving
+from .security_log import SecurityLog
 from .service import UsersService
 from .tokens import KEY_PURPOSE, REFRESH_KEY_PURPOSE, AccessTokens
 
@@ -45,10 +46,12 @@ def build(env: Env, hasher: Hasher | None = None) -> Service:
     passwords = Passwords(hasher or Argon2Hasher(), env.clock, env.randomness)
     tokens = AccessTokens(env.derive_key(KEY_PURPOSE), env.clock, env.randomness)
     letters = _letters(env)
-    refresh_key = env.derive_key(REFRESH_KEY_PURPOSE)
-    service = UsersService(env.database, passwords, tokens, letters, refresh_key, env.randomness)
+    refresh_key, log = env.derive_key(REFRESH_KEY_PURPOSE), SecurityLog(env.database)
+    service = UsersService(env.database, passwords, tokens, letters, log, refresh_key, env.randomness)
     return Service(
-        server=_server(env, service, Proving(env.database, passwords, letters), Erasing(env.database, passwords)),
+        server=_server(
+            env, service, Proving(env.database, passwords, letters), Erasing(env.database, passwords, log), log
+        ),
         database=env.database,
         tasks=(
             PeriodicTask(
@@ -59,6 +62,7 @@ def build(env: Env, hasher: Hasher | None = None) -> Service:
                     store.delete_old_sessions,
                     letter_store.delete_old_letters,
                     store.delete_old_ended_sessions,
+                    log_store.delete_old_entries,
                 ),
                 CLEAN_UP_SECONDS,
                 limit=store.CLEANED_AT_ONCE,
@@ -86,7 +90,7 @@ def _letters(env: Env) -> Letters:
     return Letters(env.database, key, way, options.address.rstrip("/"), env.randomness, env.telemetry)
 
 
-def _server(env: Env, service: UsersService, proving: Proving, erasing: Erasing) -> Server:
+def _server(env: Env, service: UsersService, proving: Proving, erasing: Erasing, log: SecurityLog) -> Server:
     server = Server(Users, env.clock)
     server.register(Users.register, service.register)
     server.register(Users.sign_in, service.sign_in)
@@ -107,6 +111,7 @@ def _server(env: Env, service: UsersService, proving: Proving, erasing: Erasing)
     server.register(Users.sessions, service.sessions)
     server.register(Users.end_session, service.end_session)
     server.register(Users.end_other_sessions, service.end_other_sessions)
+    server.register(Users.security_log, log.list)
     server.register(Users.erase, erasing.erase)
     server.register(Users.register_without_password, service.register_without_password)
     server.register(Users.sign_in_named, service.sign_in_named)

@@ -21,8 +21,10 @@ from mercato.contracts.users import (
     WrongCredentials,
 )
 
-from . import erasure_store, letter_store, rules, store
+from . import erasure_store, letter_store, log_store, rules, store
+from .log_store import NewEntry
 from .passwords import Passwords
+from .security_log import SecurityLog
 
 faults.declare("users.erase.before_commit", "users.erase.after_commit")
 
@@ -30,7 +32,8 @@ faults.declare("users.erase.before_commit", "users.erase.after_commit")
 class Erasing:
     """What the operation does. It opens its own transactions."""
 
-    def __init__(self, database: Database, passwords: Passwords) -> None:
+    def __init__(self, database: Database, passwords: Passwords, log: SecurityLog) -> None:
+        self._log = log
         self._database = database
         self._passwords = passwords
 
@@ -46,7 +49,7 @@ class Erasing:
             if checked is None:
                 return Empty()  # it is erased already
         async with self._database.transaction() as tx:
-            await self._erase(tx, request.id, checked)
+            await self._erase(tx, request, checked)
             await faults.point("users.erase.before_commit")
         await faults.point("users.erase.after_commit")
         return Empty()
@@ -65,10 +68,13 @@ class Erasing:
             raise UserNotFound(user_id=request.id)
         password = rules.stored_password(request.password or "")
         if not await self._passwords.matches(credentials.password_hash, password):
+            entry = NewEntry("wrong_password", request.id, current.get().actor, request.address, Users.erase.name)
+            await self._log.add(entry)
             raise WrongCredentials
         return credentials
 
-    async def _erase(self, tx: Tx, user_id: int, checked: store.CredentialsRow | None) -> None:
+    async def _erase(self, tx: Tx, request: EraseAccount, checked: store.CredentialsRow | None) -> None:
+        user_id = request.id
         # Letters first, as where a link is used. The account's lock keeps what refers to it from being added.
         await letter_store.lock_letters_of(tx, user_id)
         locked = await erasure_store.lock_to_erase(tx, user_id)
@@ -81,6 +87,7 @@ class Erasing:
         if checked and not await store.lock_credentials(tx, user_id, checked.version):
             raise WrongCredentials  # the password was changed while we checked it
         await erasure_store.note_erased(tx, user_id)
+        await log_store.add(tx, [NewEntry("erased", user_id, current.get().actor, request.address)])
         # The log of ended sessions refers to none of the rows that go.
         await store.end_sessions(tx, await store.lock_sessions_of(tx, user_id), "erased")
         email = await erasure_store.delete_account(tx, user_id)

@@ -17,8 +17,9 @@ from mercato.contracts.users import (
     UserNotFound,
 )
 
-from . import letter_store, rules, store
+from . import letter_store, log_store, rules, store
 from .letters import KINDS, Letters
+from .log_store import NewEntry
 from .passwords import Passwords
 
 faults.declare("users.reset_password.before_commit", "users.reset_password.after_commit")
@@ -67,6 +68,8 @@ class Proving:
             await letter_store.set_password(tx, link.user_id, password_hash)
             await letter_store.prove_email(tx, link.user_id)
             await letter_store.use_links(tx, link.user_id, "reset")
+            actor = current.get().actor
+            await log_store.add(tx, [NewEntry("password_changed", link.user_id, actor, request.address, "by letter")])
             await store.end_sessions(tx, await store.lock_sessions_of(tx, link.user_id), "password_changed")
             await faults.point("users.reset_password.before_commit")
         await faults.point("users.reset_password.after_commit")
@@ -87,6 +90,7 @@ class Proving:
                 raise UserNotFound(user_id=user.id)  # it was erased while we hashed
             await letter_store.set_password(tx, user.id, password_hash)
             await letter_store.use_links(tx, user.id, "reset")
+            await log_store.add(tx, [NewEntry("password_changed", user.id, current.get().actor, detail="set")])
             await store.end_sessions(tx, await store.lock_sessions_of(tx, user.id), "password_changed")
         return Empty()
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import datetime
 import unicodedata
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
 
-from mercato.chassis.contract import Actor, FieldError, Forbidden, Operation
+from mercato.chassis.contract import ANONYMOUS, Actor, FieldError, Forbidden, Operation
 from mercato.chassis.mail import addresses
-from mercato.contracts.roles import CUSTOMER
+from mercato.contracts.roles import CUSTOMER, STAFF
 from mercato.contracts.users import UserNotFound
 
 SESSION_LENGTH: Final = datetime.timedelta(days=30)
@@ -81,6 +82,31 @@ def is_replaced(position: int, session_id: str | None, last: int, kept: str | No
     `last` is the last position of this log, and `kept` its entry at the reader's position, None where it is not kept.
     """
     return position > last or (kept is not None and kept != session_id)
+
+
+class HasRole(Protocol):
+    """An account, as far as its role is concerned."""
+
+    @property
+    def id(self) -> int: ...
+
+    @property
+    def role(self) -> str: ...
+
+
+def is_staff_account(actor: Actor) -> bool:
+    """True for an actor whose access token says that its account is staff; the account may say otherwise by now."""
+    return actor.role == STAFF and actor.id != 0
+
+
+def role_of(accounts: Sequence[HasRole], user_id: int) -> str:
+    return next((account.role for account in accounts if account.id == user_id), ANONYMOUS.role)
+
+
+def check_staff(accounts: Sequence[HasRole], actor: Actor, operation: Operation[Any, Any]) -> None:
+    """Raises `Forbidden` where the account of `actor`, as it was read or locked, is not staff."""
+    if (role := role_of(accounts, actor.id)) != STAFF:
+        raise Forbidden(operation=operation.full_name, role=role)
 
 
 def check_oneself(actor: Actor, user_id: int, operation: Operation[Any, Any]) -> None:

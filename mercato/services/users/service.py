@@ -13,7 +13,6 @@ from typing import Any
 import structlog
 
 from mercato.chassis.contract import (
-    ANONYMOUS,
     SERVICE_ROLE,
     Actor,
     Batch,
@@ -63,9 +62,11 @@ from mercato.contracts.users import (
     WrongCredentials,
 )
 
-from . import name_store, rules, store
+from . import log_store, name_store, rules, store
 from .letters import Letters
+from .log_store import NewEntry
 from .passwords import Passwords
+from .security_log import SecurityLog
 from .tokens import (
     ACCESS_TOKEN_LIFE,
     TOKEN_TYPE,
@@ -96,9 +97,11 @@ class UsersService:
         passwords: Passwords,
         tokens: AccessTokens,
         letters: Letters,
+        log: SecurityLog,
         refresh_key: bytes,
         randomness: Randomness,
     ) -> None:
+        self._log = log
         self._database = database
         self._letters = letters
         self._passwords = passwords
@@ -118,8 +121,8 @@ class UsersService:
         password_hash = await self._passwords.hash(password)
         try:
             async with self._database.transaction() as tx:
-                if by_staff and _is_staff_account(actor):
-                    _check_staff(await store.lock_accounts(tx, [actor.id]), actor, Users.register)
+                if by_staff and rules.is_staff_account(actor):
+                    rules.check_staff(await store.lock_accounts(tx, [actor.id]), actor, Users.register)
                 added = await store.add_user(tx, email, name, request.role)
                 await store.add_credentials(tx, added.id, password_hash)
                 await self._letters.add(tx, "proof", added.email, added.id)
@@ -135,7 +138,7 @@ class UsersService:
         if spellings:  # what cannot be stored cannot be asked for either
             async with self._database.read() as tx:
                 credentials = await store.credentials_by_email(tx, spellings)
-        return await self._signed_in(credentials, request.password)
+        return await self._signed_in(credentials, request.password, request.address)
 
     async def refresh(self, request: Refresh) -> Tokens:
         """Exchanges a refresh token for new ones, with the role that the user has now. Raises SessionEnded.
@@ -148,7 +151,8 @@ class UsersService:
         refresh_token = next_refresh_token(self._refresh_key, request.refresh_token)
         async with self._database.transaction() as tx:
             session = await store.lock_session(tx, used)
-            user = await self._rotate(tx, session, used, refresh_token_hash(refresh_token)) if session else None
+            successor = refresh_token_hash(refresh_token)
+            user = await self._rotate(tx, session, used, successor, request.address) if session else None
             await faults.point("users.refresh.before_commit")
         await faults.point("users.refresh.after_commit")
         # Outside: raising inside would roll back the end of the session.
@@ -171,12 +175,12 @@ class UsersService:
         """
         asked = list(zip(batch, batch.actors, strict=True))
         wanted = {r.id for r, actor in asked if may_see(actor, r.id)}
-        wanted |= {actor.id for r, actor in asked if _is_staff_account(actor) and actor.id != r.id}
+        wanted |= {actor.id for r, actor in asked if rules.is_staff_account(actor) and actor.id != r.id}
         async with self._database.read() as tx:
             found = {row.id: _user(row) for row in await store.users(tx, list(wanted))}
 
         def is_visible(actor: Actor, user_id: int) -> bool:
-            if actor.id == user_id or not _is_staff_account(actor):
+            if actor.id == user_id or not rules.is_staff_account(actor):
                 return may_see(actor, user_id)
             return (asking := found.get(actor.id)) is not None and asking.role == STAFF
 
@@ -195,8 +199,8 @@ class UsersService:
             else:
                 rows = await store.page_of_role(tx, request.role, request.after, one_more)
             # Last: an actor that is staff now was so while the page was read, or is allowed to see it by now.
-            if _is_staff_account(actor):
-                _check_staff(await store.users(tx, [actor.id]), actor, Users.list)
+            if rules.is_staff_account(actor):
+                rules.check_staff(await store.users(tx, [actor.id]), actor, Users.list)
         shown = tuple(_user(row) for row in rows[: request.limit])
         return UserPage(users=shown, next_after=shown[-1].id if len(rows) > len(shown) else None)
 
@@ -210,12 +214,12 @@ class UsersService:
         _refuse(rules.account_errors(email=email, name=name))
         checked = None
         if email is not None and actor.id == request.id:
-            checked = await self._check_password_for(request.id, email, request.current_password)
+            checked = await self._check_password_for(request, email)
         try:
             async with self._database.transaction() as tx:
-                if _is_staff_account(actor) and actor.id != request.id:
+                if rules.is_staff_account(actor) and actor.id != request.id:
                     locked = await store.lock_accounts(tx, [actor.id, request.id])
-                    if _role_of(locked, actor.id) != STAFF:
+                    if rules.role_of(locked, actor.id) != STAFF:
                         raise UserNotFound(user_id=request.id)
                 if email is None and name is None:
                     return await self._expected(tx, request.id, request.version)
@@ -224,6 +228,8 @@ class UsersService:
                     return await self._expected(tx, request.id, request.version)
                 if checked and not await store.lock_credentials(tx, checked.user_id, checked.version):
                     raise WrongCredentials  # the password was changed while we checked it
+                if checked or (email is not None and actor.id != request.id):
+                    await log_store.add(tx, [NewEntry("email_changed", request.id, actor, request.address)])
                 if email is not None and not changed.email_proven:
                     await self._letters.add(tx, "proof", changed.email, changed.id)
                 return _user(changed)
@@ -242,8 +248,9 @@ class UsersService:
             raise InvalidRequest(errors=(FieldError(field="new_password", message=problem),))
         checked = rules.stored_password(request.current_password)
         if not await self._passwords.matches(credentials.password_hash, checked):
+            await self._log.add(_wrong_password(request, Users.change_password))
             raise WrongCredentials
-        await self._replace_password(credentials, await self._passwords.hash(password), request.refresh_token)
+        await self._replace_password(credentials, await self._passwords.hash(password), request)
         return Empty()
 
     async def set_role(self, request: SetRole) -> User:
@@ -255,13 +262,15 @@ class UsersService:
         lock = store.lock_accounts if request.role == STAFF else store.lock_accounts_and_staff
         async with self._database.transaction() as tx:
             locked = await lock(tx, [actor.id, request.id])
-            if _is_staff_account(actor):
-                _check_staff(locked, actor, Users.set_role)
+            if rules.is_staff_account(actor):
+                rules.check_staff(locked, actor, Users.set_role)
             changed = await store.change_role(tx, request.id, request.role, request.version)
             # An actor without an account (the owner of a loopback shop, a command) can make an account staff again.
             if changed and request.role != STAFF and _staff_of(locked) == [request.id] and actor.id:
                 raise LastStaffMember(user_id=request.id)
-            if changed and _role_of(locked, request.id) != request.role:
+            if changed and rules.role_of(locked, request.id) != request.role:
+                moved = f"{rules.role_of(locked, request.id)} to {request.role}"
+                await log_store.add(tx, [NewEntry("role_changed", request.id, actor, request.address, moved)])
                 await store.end_sessions(tx, await store.lock_sessions_of(tx, request.id), "role_changed")
                 await faults.point("users.set_role.before_commit")
             return _user(changed) if changed else await self._expected(tx, request.id, request.version)
@@ -311,6 +320,7 @@ class UsersService:
             ending = await store.lock_session_of(tx, request.user_id, uuid.UUID(request.id))
             if not ending:
                 raise SessionNotFound(session_id=request.id)
+            await log_store.add(tx, [_sessions_ended(request, 1)])
             await store.end_sessions(tx, ending, "ended_by_user")
         return Empty()
 
@@ -319,6 +329,8 @@ class UsersService:
         rules.check_oneself(current.get().actor, request.user_id, Users.end_other_sessions)
         async with self._database.transaction() as tx:
             ending = await store.lock_other_sessions_of(tx, request.user_id, uuid.UUID(request.id))
+            if ending:
+                await log_store.add(tx, [_sessions_ended(request, len(ending))])
             await store.end_sessions(tx, ending, "ended_by_user")
         return Empty()
 
@@ -340,23 +352,26 @@ class UsersService:
     async def sign_in_named(self, request: SignInNamed) -> Tokens:
         """`sign_in` by an e-mail address or a name. Of accounts with one name, the oldest that has a password."""
         if "@" in request.username:
-            return await self.sign_in(SignIn(email=request.username, password=request.password))
+            by_email = SignIn(email=request.username, password=request.password, address=request.address)
+            return await self.sign_in(by_email)
         name = rules.stored_name(request.username)
         credentials = None
         if rules.name_problem(name) is None:  # what cannot be stored cannot be asked for either
             async with self._database.read() as tx:
                 credentials = await name_store.credentials_by_name(tx, name)
-        return await self._signed_in(credentials, request.password)
+        return await self._signed_in(credentials, request.password, request.address)
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
-    async def _signed_in(self, credentials: store.CredentialsRow | None, password: str) -> Tokens:
+    async def _signed_in(self, credentials: store.CredentialsRow | None, password: str, address: str) -> Tokens:
         """Raises WrongCredentials, after the same work without credentials, and TooManyHashes."""
         password = rules.stored_password(password)
         matches = await self._passwords.matches(credentials.password_hash if credentials else None, password)
         if credentials is None or not matches:
+            account_id = credentials.user_id if credentials else 0
+            await self._log.add(NewEntry("sign_in_failed", account_id, current.get().actor, address))
             raise WrongCredentials
-        return await self._start_session(credentials, await self._better_hash(credentials, password))
+        return await self._start_session(credentials, await self._better_hash(credentials, password), address)
 
     async def _one(self, tx: Tx, request: ListUsers) -> store.UserRow | None:
         """The account with the id and the address that are asked for."""
@@ -368,21 +383,23 @@ class UsersService:
         assert request.id is not None
         return await store.user(tx, request.id)
 
-    async def _check_password_for(self, user_id: int, email: str, password: str | None) -> store.CredentialsRow | None:
+    async def _check_password_for(self, request: UpdateProfile, email: str) -> store.CredentialsRow | None:
         """The credentials with which the owner of an account changes its e-mail address; None where it has it already.
 
         Who finds a device that is signed in must not take the account over: by its e-mail address it is got back.
         """
         async with self._database.read() as tx:
-            credentials = await store.credentials_by_user(tx, user_id)
+            credentials = await store.credentials_by_user(tx, request.id)
         if credentials is None:
-            raise UserNotFound(user_id=user_id)
+            raise UserNotFound(user_id=request.id)
         if credentials.email == email:
             return None
-        if password is None:
+        if request.current_password is None:
             needed = FieldError(field="current_password", message="is needed to change the e-mail address")
             raise InvalidRequest(errors=(needed,))
-        if not await self._passwords.matches(credentials.password_hash, rules.stored_password(password)):
+        password = rules.stored_password(request.current_password)
+        if not await self._passwords.matches(credentials.password_hash, password):
+            await self._log.add(_wrong_password(request, Users.update_profile))
             raise WrongCredentials
         return credentials
 
@@ -395,7 +412,7 @@ class UsersService:
         except TooManyHashes:
             return None  # the old hash is as good as it was yesterday; the next time they sign in will do
 
-    async def _start_session(self, checked: store.CredentialsRow, better_hash: str | None) -> Tokens:
+    async def _start_session(self, checked: store.CredentialsRow, better_hash: str | None, address: str) -> Tokens:
         refresh_token, sid = new_refresh_token(self._randomness), new_session_id(self._randomness)
         async with self._database.transaction() as tx:
             if better_hash:
@@ -405,23 +422,27 @@ class UsersService:
                 raise WrongCredentials  # the password was changed while we checked it
             await store.add_refresh_token(tx, session.id, refresh_token_hash(refresh_token))
             user = await self._expected(tx, session.user_id, None)
+            await log_store.add(tx, [NewEntry("signed_in", user.id, Actor(user.role, user.id), address)])
         return self._issued(user, session, refresh_token)
 
-    async def _rotate(self, tx: Tx, session: store.SessionRow, used: bytes, fresh: bytes) -> User | None:
+    async def _rotate(self, tx: Tx, session: store.SessionRow, used: bytes, fresh: bytes, address: str) -> User | None:
         """The session's user, with the token replaced; None where it was used too long ago, with the session ended."""
         if await store.use_refresh_token(tx, used):
             await store.add_refresh_token(tx, session.id, fresh)
         elif not await store.is_repeated(tx, used, fresh, rules.REPEATED_WITHIN):
+            await log_store.add(tx, [NewEntry("token_reused", session.user_id, current.get().actor, address)])
             await store.end_sessions(tx, [session.id], "token_reused")
             log.warning("refresh_token_reused", user_id=session.user_id, session_id=session.sid.hex)
             return None
         return await self._expected(tx, session.user_id, None)
 
-    async def _replace_password(self, checked: store.CredentialsRow, new_hash: str, refresh_token: str | None) -> None:
-        spared = refresh_token_hash(refresh_token) if refresh_token else b""
+    async def _replace_password(self, checked: store.CredentialsRow, new_hash: str, request: ChangePassword) -> None:
+        spared = refresh_token_hash(request.refresh_token) if request.refresh_token else b""
         async with self._database.transaction() as tx:
             if not await store.change_password(tx, checked.user_id, checked.version, new_hash):
                 raise WrongCredentials  # somebody changed it while we checked it
+            entry = NewEntry("password_changed", request.id, current.get().actor, request.address)
+            await log_store.add(tx, [entry])
             ending = await store.lock_sessions_of(tx, checked.user_id, except_with=spared)
             await store.end_sessions(tx, ending, "password_changed")
             await faults.point("users.change_password.before_commit")
@@ -443,6 +464,14 @@ class UsersService:
             expires_in=int(ACCESS_TOKEN_LIFE.total_seconds()),
             user=user,
         )
+
+
+def _wrong_password(request: ChangePassword | UpdateProfile, operation: Operation[Any, Any]) -> NewEntry:
+    return NewEntry("wrong_password", request.id, current.get().actor, request.address, operation.name)
+
+
+def _sessions_ended(request: EndSession | EndOtherSessions, count: int) -> NewEntry:
+    return NewEntry("sessions_ended", request.user_id, current.get().actor, request.address, str(count))
 
 
 def _user(row: store.UserRow) -> User:
@@ -471,23 +500,6 @@ def _entry_at(rows: Sequence[store.EndedRow], position: int) -> str | None:
     """The session of the entry at a position, where it is among `rows`, whose first it would be."""
     first = rows[0]
     return first.sid.hex if first.sid is not None and first.position == position else None
-
-
-def _is_staff_account(actor: Actor) -> bool:
-    """True for an actor whose access token says that its account is staff; the account may say otherwise by now."""
-    return actor.role == STAFF and actor.id != 0
-
-
-def _role_of(accounts: Sequence[store.RoleRow | store.UserRow], user_id: int) -> str:
-    return next((account.role for account in accounts if account.id == user_id), ANONYMOUS.role)
-
-
-def _check_staff(
-    accounts: Sequence[store.RoleRow | store.UserRow], actor: Actor, operation: Operation[Any, Any]
-) -> None:
-    """Raises `Forbidden` where the account of `actor`, as it was read or locked, is not staff."""
-    if (role := _role_of(accounts, actor.id)) != STAFF:
-        raise Forbidden(operation=operation.full_name, role=role)
 
 
 def _staff_of(accounts: Sequence[store.RoleRow]) -> Sequence[int]:
