@@ -309,13 +309,25 @@ users = App(name="users", help="Look at accounts, and change them where no membe
 app.command(users)
 
 
+Who = Annotated[str, Parameter(help="The account's e-mail address, or its id.")]
+AccountsData = Annotated[Path, Parameter(help="The folder of the shop's data, of a shop that runs or not.")]
+AccountsDsn = Annotated[
+    str | None,
+    Parameter(
+        help="An administrator's DSN of the server instead. [default: MERCATO_POSTGRES_DSN, where it is set]",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, Parameter(negative="", help="Print one JSON document.")]
+
+
 @users.command(name="list")
 def users_list(
     *,
     role: Literal["customer", "staff"] | None = None,
-    data: Path = Path(".mercato"),
-    dsn: str | None = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    data: AccountsData = Path(".mercato"),
+    dsn: AccountsDsn = None,
+    json: AsJson = False,
 ) -> int:
     """List all accounts.
 
@@ -323,12 +335,6 @@ def users_list(
     ----------
     role
         Only those with this role.
-    data
-        The folder of the shop's data, of a shop that runs or not.
-    dsn
-        An administrator's DSN of the server instead. [default: MERCATO_POSTGRES_DSN, where it is set]
-    json
-        Print one JSON document.
     """
     from mercato.cli.accounts import Place, list_accounts
 
@@ -337,25 +343,13 @@ def users_list(
 
 @users.command
 def set_password(
-    who: str,
+    who: Who,
     *,
-    data: Path = Path(".mercato"),
-    dsn: str | None = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    data: AccountsData = Path(".mercato"),
+    dsn: AccountsDsn = None,
+    json: AsJson = False,
 ) -> int:
-    """Set the password of an account. It is asked for, or read as a line from standard input. All sessions end.
-
-    Parameters
-    ----------
-    who
-        The account's e-mail address, or its id.
-    data
-        The folder of the shop's data, of a shop that runs or not.
-    dsn
-        An administrator's DSN of the server instead. [default: MERCATO_POSTGRES_DSN, where it is set]
-    json
-        Print one JSON document.
-    """
+    """Set the password of an account. It is asked for, or read as a line from standard input. All sessions end."""
     from mercato.cli.accounts import Place, set_password as change
 
     return change(Place(data, dsn, json), who)
@@ -363,28 +357,20 @@ def set_password(
 
 @users.command
 def set_role(
-    who: str,
+    who: Who,
     role: Literal["customer", "staff"],
     /,
     *,
-    data: Path = Path(".mercato"),
-    dsn: str | None = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    data: AccountsData = Path(".mercato"),
+    dsn: AccountsDsn = None,
+    json: AsJson = False,
 ) -> int:
     """Make an account staff, or a customer. Its sessions end, if that is a change.
 
     Parameters
     ----------
-    who
-        The account's e-mail address, or its id.
     role
         What it is to be.
-    data
-        The folder of the shop's data, of a shop that runs or not.
-    dsn
-        An administrator's DSN of the server instead. [default: MERCATO_POSTGRES_DSN, where it is set]
-    json
-        Print one JSON document.
     """
     from mercato.cli.accounts import Place, set_role as change
 
@@ -393,26 +379,15 @@ def set_role(
 
 @users.command
 def erase(
-    who: str,
+    who: Who,
     *,
-    data: Path = Path(".mercato"),
-    dsn: str | None = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    data: AccountsData = Path(".mercato"),
+    dsn: AccountsDsn = None,
+    json: AsJson = False,
 ) -> int:
     """Erase an account for ever. Its orders and payments stay, without the person; its sessions end.
 
     A backup that was made before still holds the account.
-
-    Parameters
-    ----------
-    who
-        The account's e-mail address, or its id.
-    data
-        The folder of the shop's data, of a shop that runs or not.
-    dsn
-        An administrator's DSN of the server instead. [default: MERCATO_POSTGRES_DSN, where it is set]
-    json
-        Print one JSON document.
     """
     from mercato.cli.accounts import Place, erase as run
 
@@ -424,9 +399,9 @@ def log(
     who: str | None = None,
     *,
     limit: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=1_000_000))] = 200,
-    data: Path = Path(".mercato"),
-    dsn: str | None = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    data: AccountsData = Path(".mercato"),
+    dsn: AccountsDsn = None,
+    json: AsJson = False,
 ) -> int:
     """Print the security log, the newest entries first: sign-ins and changes of the last 90 days.
 
@@ -436,12 +411,6 @@ def log(
         Only what is about this account, or was done by it: its e-mail address, or its id, also of one that is erased.
     limit
         How many entries at most.
-    data
-        The folder of the shop's data, of a shop that runs or not.
-    dsn
-        An administrator's DSN of the server instead. [default: MERCATO_POSTGRES_DSN, where it is set]
-    json
-        Print one JSON document.
     """
     from mercato.cli.accounts import Place, show_log
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mercato.chassis.contract import Empty, FieldError, InvalidRequest, current
 from mercato.chassis.mail import addresses
 from mercato.chassis.observability import faults
-from mercato.chassis.postgres.database import Database
+from mercato.chassis.postgres.database import Database, Tx
 from mercato.contracts.roles import may_see
 from mercato.contracts.users import (
     ForgotPassword,
@@ -52,9 +52,7 @@ class Proving:
             link = await letter_store.link(tx, letter_id, "reset", KINDS["reset"].life)
         if link is None:
             raise LinkNotValid
-        password = rules.stored_password(request.new_password)
-        if problem := rules.password_problem(password, link.email):
-            raise InvalidRequest(errors=(FieldError(field="new_password", message=problem),))
+        password = _new_password(request, link.email)
         if link.used_at is not None:
             # The answer to the first request may have been lost.
             if await self._passwords.matches(link.password_hash, password):
@@ -65,12 +63,9 @@ class Proving:
             link = await letter_store.link(tx, letter_id, "reset", KINDS["reset"].life)
             if link is None or link.used_at is not None:
                 raise LinkNotValid
-            await letter_store.set_password(tx, link.user_id, password_hash)
             await letter_store.prove_email(tx, link.user_id)
-            await letter_store.use_links(tx, link.user_id, "reset")
-            actor = current.get().actor
-            await log_store.add(tx, [NewEntry("password_changed", link.user_id, actor, request.address, "by letter")])
-            await store.end_sessions(tx, await store.lock_sessions_of(tx, link.user_id), "password_changed")
+            entry = NewEntry("password_changed", link.user_id, current.get().actor, request.address, "by letter")
+            await self._replace(tx, password_hash, entry)
             await faults.point("users.reset_password.before_commit")
         await faults.point("users.reset_password.after_commit")
         return Empty()
@@ -81,18 +76,20 @@ class Proving:
             user = await store.user(tx, request.id)
         if user is None:
             raise UserNotFound(user_id=request.id)
-        password = rules.stored_password(request.new_password)
-        if problem := rules.password_problem(password, user.email):
-            raise InvalidRequest(errors=(FieldError(field="new_password", message=problem),))
-        password_hash = await self._passwords.hash(password)
+        password_hash = await self._passwords.hash(_new_password(request, user.email))
         async with self._database.transaction() as tx:
             if not await store.lock_accounts(tx, [user.id]):
                 raise UserNotFound(user_id=user.id)  # it was erased while we hashed
-            await letter_store.set_password(tx, user.id, password_hash)
-            await letter_store.use_links(tx, user.id, "reset")
-            await log_store.add(tx, [NewEntry("password_changed", user.id, current.get().actor, detail="set")])
-            await store.end_sessions(tx, await store.lock_sessions_of(tx, user.id), "password_changed")
+            entry = NewEntry("password_changed", user.id, current.get().actor, detail="set")
+            await self._replace(tx, password_hash, entry)
         return Empty()
+
+    async def _replace(self, tx: Tx, password_hash: str, entry: NewEntry) -> None:
+        """Sets the password of the account that `entry` is about. Its links are used up, its sessions end."""
+        await letter_store.set_password(tx, entry.account_id, password_hash)
+        await letter_store.use_links(tx, entry.account_id, "reset")
+        await log_store.add(tx, [entry])
+        await store.end_sessions(tx, await store.lock_sessions_of(tx, entry.account_id), "password_changed")
 
     async def prove_email(self, request: ProveEmail) -> Empty:
         """May be repeated. Raises LinkNotValid."""
@@ -118,3 +115,11 @@ class Proving:
             if not row.email_proven:
                 await self._letters.add(tx, "proof", row.email, row.id)
         return Empty()
+
+
+def _new_password(request: ResetPassword | SetPassword, email: str) -> str:
+    """As it is hashed, for the account with this address. Raises InvalidRequest."""
+    password = rules.stored_password(request.new_password)
+    if problem := rules.password_problem(password, email):
+        raise InvalidRequest(errors=(FieldError(field="new_password", message=problem),))
+    return password

@@ -172,6 +172,8 @@ async def test_a_link_sets_one_password_and_the_same_one_again(
         with pytest.raises(LinkNotValid):
             await posting.reset_password(ResetPassword(token=token, new_password="another password"))
         await posting.sign_in(SignIn(email=EMAIL, password=NEW_PASSWORD))
+    logged = "SELECT detail FROM security_log WHERE kind = 'password_changed'"
+    assert await harness.values(logged, of="users") == ["by letter"]
 
 
 async def test_of_two_passwords_that_are_set_at_once_by_a_link_one_holds(

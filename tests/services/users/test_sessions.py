@@ -312,6 +312,7 @@ async def test_a_refresh_token_that_comes_again_later_ends_the_session(
             await refresh(harness, users, tokens)
 
     assert await look(harness, str, "SELECT end_reason FROM sessions WHERE ended_at IS NOT NULL") == ["token_reused"]
+    assert await look(harness, str, "SELECT kind FROM security_log ORDER BY id DESC LIMIT 1") == ["token_reused"]
     await refresh(harness, users, elsewhere)
 
 
