@@ -3,6 +3,7 @@
     make bench [QUICK=1] [ARGS="--json"]
     make bench ARGS="--only cost"          what an order costs: CPU, rows, WAL, disk
     make bench ARGS="--only rounds"        rates, latencies and ratios
+    make bench ARGS="--only sign-ins"      browsing alone, and beside a flood of sign-ins
     make bench ARGS="--only commit-latency"
 
 Both shops run on a PostgreSQL of their own, of the same kind, in a folder that is removed afterwards. Loads of a few

@@ -198,6 +198,23 @@ class CommitLatency(msgspec.Struct, frozen=True):
     rate: float
 
 
+class Flooded(msgspec.Struct, frozen=True):
+    """Browsing alone, and then or before beside a flood of sign-ins: median latency, microseconds."""
+
+    round: int
+    connections: int
+    alone_us: float
+    beside_us: float
+    sign_ins: int
+    """While it was browsed: those that were answered with 200 or 401, which cost a hash each."""
+    limited: int
+    """The others: 429, or 504 where no thread was free in time."""
+
+    @property
+    def ratio(self) -> float:
+        return self.beside_us / self.alone_us
+
+
 class Audit(msgspec.Struct, frozen=True):
     """The audit after all loads."""
 
@@ -220,6 +237,7 @@ class Raw(msgspec.Struct, frozen=True):
     """How long a commit took while commits were made slower; null where that was not measured."""
     costs: Mapping[str, tuple[Cost, ...]]
     audit: Audit
+    flooded: tuple[Flooded, ...] = ()
 
 
 class Result(msgspec.Struct, frozen=True):

@@ -15,6 +15,8 @@ PRODUCTS: Final = 1_000
 PIECES: Final = 1_000_000_000
 """In stock of each product: more than a run can sell."""
 USERS: Final = (1, 2)
+FLOODED_CONNECTIONS: Final = (1, 32)
+"""Of browsing beside a flood of sign-ins."""
 PAYMENT_METHOD: Final = "sandbox:ok"
 PAGE: Final = 20
 """Products on a page of a list or a search."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Iterator
 from typing import Final
@@ -49,6 +50,7 @@ def table(result: Result) -> Iterator[str]:
         yield from _ratios(result)
     yield from _rates(result.raw)
     yield from _fixed_rate(result.raw)
+    yield from _beside_sign_ins(result.raw)
     yield from _commit_latency(result.raw)
     for name, cpu in result.cpu_us.items():
         yield from _cpu(name, cpu)
@@ -105,6 +107,19 @@ def _fixed_rate(raw: Raw) -> Iterator[str]:
             f"{f'{fixed.subject} {fixed.case}':<40}{fixed.requests_per_second:>8.0f}{us.p50 / 1e3:>10.2f}"
             f"{us.p90 / 1e3:>11.2f}{us.p99 / 1e3:>9.2f}{us.p999 / 1e3:>9.2f}"
         )
+
+
+def _beside_sign_ins(raw: Raw) -> Iterator[str]:
+    if raw.flooded:
+        yield ""
+        title = "browsing beside a flood of sign-ins (medians)"
+        yield f"{title:<48}{'conn.':>6}{'alone ms':>10}{'beside ms':>11}{'ratio':>8}"
+    for connections in sorted({each.connections for each in raw.flooded}):
+        those = [each for each in raw.flooded if each.connections == connections]
+        alone, beside, ratio = (
+            statistics.median(getattr(each, field) for each in those) for field in ("alone_us", "beside_us", "ratio")
+        )
+        yield f"{'p50; at most 3.0':<48}{connections:>6}{alone / 1e3:>10.2f}{beside / 1e3:>11.2f}{ratio:>8.2f}"
 
 
 def _commit_latency(raw: Raw) -> Iterator[str]:

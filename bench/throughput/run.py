@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Final
@@ -11,7 +13,8 @@ from typing import Final
 import msgspec
 
 from bench.throughput import figures, plan, readings, shops
-from bench.throughput.figures import CommitLatency, Cost, Cpu, FixedRate, Loaded, Raw, Reading, Rows
+from bench.throughput.figures import CommitLatency, Cost, Cpu, FixedRate, Flooded, Loaded, Raw, Reading, Rows
+from bench.throughput.flood import SIGNED_IN, WRONG, flooded
 from bench.throughput.load import LONGEST_SECONDS, Plan, load
 from bench.throughput.plan import MOST_CONNECTIONS, Case, Length, Step
 from bench.throughput.report import Progress
@@ -19,7 +22,7 @@ from bench.throughput.shops import Mercato, Shop, ShopFailed
 from bench.throughput.toolchain import Built
 from mercato.embedded_postgres import EmbeddedPostgres
 
-PARTS: Final = ("rounds", "cost", "commit-latency")
+PARTS: Final = ("rounds", "cost", "sign-ins", "commit-latency")
 COMMIT_MS: Final = 5.0
 COMMIT_WORKERS: Final = (1, 4)
 COMMIT_CONNECTIONS: Final = (1, MOST_CONNECTIONS)
@@ -78,6 +81,7 @@ class Run:
                 rounds = await self._rounds(running) if "rounds" in self._wanted.parts else []
                 fixed = await self._fixed_rates(running, rounds) if rounds else []
                 costs, rows = await self._costs(running) if "cost" in self._wanted.parts else ({}, {})
+                beside = await self._beside_sign_ins(running["mercato"]) if "sign-ins" in self._wanted.parts else []
             slow, lone_us = await self._slow_commits(server) if "commit-latency" in self._wanted.parts else ([], None)
             self._progress.line(f"auditing {self._orders} orders")
             audit = await shops.audited(server, self._orders)
@@ -93,6 +97,7 @@ class Run:
                     lone_commit_us=lone_us,
                     costs={name: tuple(each) for name, each in costs.items()},
                     audit=audit,
+                    flooded=tuple(beside),
                 ),
                 postgres=server.version,
             )
@@ -207,6 +212,36 @@ class Run:
         await shop.finished(step.case, before, loaded.good)
         await self._check_orders(shop, last, loaded)
         return shop.cost(loaded.good, began, ended)
+
+    # -------------------------------------------------------------------------------------------------------- sign-ins
+
+    async def _beside_sign_ins(self, shop: Shop) -> list[Flooded]:
+        """Mercato's catalogue, browsed alone and beside a flood of sign-ins. Every second round goes backwards."""
+        found: list[Flooded] = []
+        for number, connections in itertools.product(range(self._length.rounds), plan.FLOODED_CONNECTIONS):
+            alone_us = beside_us = 0.0
+            answers: Counter[int] = Counter()
+            for is_flooded in (False, True) if number % 2 == 0 else (True, False):
+                await shop.idle()
+                if not is_flooded:
+                    alone_us = await self._browsed(shop, connections)
+                    continue
+                async with flooded(shop.address) as flood:
+                    beside_us = await self._browsed(shop, connections)
+                    answers = Counter(flood.answers)
+            hashed = answers[SIGNED_IN] + answers[WRONG]
+            one = Flooded(number, connections, alone_us, beside_us, hashed, answers.total() - hashed)
+            found.append(one)
+            self._progress.line(
+                f"browsing beside sign-ins, round {number + 1} of {self._length.rounds}  {connections:>3} connections "
+                f"p50 {alone_us / 1e3:.2f} ms alone, {beside_us / 1e3:.2f} ms beside {hashed} sign-ins: {one.ratio:.2f}"
+            )
+        return found
+
+    async def _browsed(self, shop: Shop, connections: int) -> float:
+        """Median latency of browsing, microseconds."""
+        done = await self.load(shop, "browse", connections, seconds=self._length.load_seconds)
+        return round(done.loaded.latency_us.p50, 1)
 
     # --------------------------------------------------------------------------------------------------- slow commits
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from bench.throughput.figures import (
     Cost,
     Counted,
     FixedRate,
+    Flooded,
     Latency,
     Machine,
     Raw,
@@ -23,6 +25,7 @@ from bench.throughput.figures import (
     Result,
     TableCount,
 )
+from bench.throughput.flood import check
 from bench.throughput.load import LoadFailed, Plan, checked
 from bench.throughput.plan import CONNECTIONS, MOST_CONNECTIONS, Product
 
@@ -306,3 +309,23 @@ def test_figures_of_two_runs_are_written_side_by_side_between_the_marks():
 def test_a_page_without_marks_is_refused():
     with pytest.raises(document.CannotWrite, match="has no place for figures"):
         document.replaced("a page", "figures")
+
+
+# ------------------------------------------------------------------------------------------------------------ sign-ins
+
+
+def test_sign_ins_that_are_no_flood_or_not_refused_as_they_must_be_fail_the_run():
+    check(Counter({200: 3, 401: 3, 429: 100}))
+    for answers in ({200: 3}, {401: 3}, {429: 100}, {}, {200: 3, 401: 3, 503: 1}):
+        with pytest.raises(LoadFailed):
+            check(Counter(answers))
+
+
+def test_the_report_has_the_median_ratio_of_browsing_beside_sign_ins_by_connections():
+    floods = tuple(Flooded(n, 32, 100.0, 100.0 * ratio, 50, 50) for n, ratio in enumerate((9.0, 2.0, 1.0)))
+    result = a_result()
+    result = msgspec.structs.replace(result, raw=msgspec.structs.replace(result.raw, flooded=floods))
+
+    [line] = [line for line in report.table(result) if line.startswith("p50; at most")]
+
+    assert line.split()[-4:] == ["32", "0.10", "0.20", "2.00"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -19,7 +20,7 @@ from . import letter_store, log_store, store
 from .demo import seed_demo
 from .erasing import Erasing
 from .letters import KEY_PURPOSE as LINKS_PURPOSE, SENT_AT_ONCE, Letters
-from .passwords import Argon2Hasher, Hasher, Passwords
+from .passwords import Argon2Hasher, Hasher, Passwords, threads_for
 from .proving import Proving
 from .security_log import SecurityLog
 from .service import UsersService
@@ -43,7 +44,8 @@ class Options(msgspec.Struct, frozen=True):
 
 def build(env: Env, hasher: Hasher | None = None) -> Service:
     """The users service. Tests pass a `hasher` of their own."""
-    passwords = Passwords(hasher or Argon2Hasher(), env.clock, env.randomness)
+    threads = threads_for(os.cpu_count())
+    passwords = Passwords(hasher or Argon2Hasher(), env.clock, env.randomness, threads=threads)
     tokens = AccessTokens(env.derive_key(KEY_PURPOSE), env.clock, env.randomness)
     letters = _letters(env)
     refresh_key, log = env.derive_key(REFRESH_KEY_PURPOSE), SecurityLog(env.database)

@@ -3,11 +3,17 @@
 An Argon2id hash takes a core for some 26 ms and 19 MiB, so it is the cheapest thing to overload a shop with. Hashes
 therefore run on two threads of their own, behind a queue of fifty: who comes then hears `TooManyHashes` at once. Nobody
 is hashed for who is gone or whose deadline has passed.
+
+Where the cores are wanted, these threads get a small share of them, and on two cores there is one thread: one core is
+left to the rest of the shop. Sign-ins wait under a flood of them, and not those who browse.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +28,10 @@ from mercato.contracts.users import TooManyHashes
 T = TypeVar("T")
 
 HASH_THREADS: Final = 2
+"""At most: `threads_for` says how many."""
 HASH_QUEUE_LIMIT: Final = 50
+NICENESS: Final = 10
+"""Of the threads that hash, above that of the process: a tenth of its weight. Linux counts it by thread."""
 SALT_BYTES: Final = 16
 
 # The OWASP Password Storage Cheat Sheet's first recommendation for Argon2id.
@@ -66,6 +75,18 @@ class Argon2Hasher:
         return self._argon2.check_needs_rehash(password_hash)
 
 
+def threads_for(cores: int | None) -> int:
+    """How many threads hash on so many cores; None: it is not known."""
+    return max(1, min(HASH_THREADS, (cores or 1) - 1))
+
+
+def _lower_own_priority() -> None:
+    """Of this thread alone. Elsewhere than on Linux it would be the whole process."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a sandbox that forbids it: they hash all the same
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
+
+
 def _as_bytes(password: str) -> bytes:
     # A password with half a surrogate pair is never stored, but somebody may try to sign in with one.
     return password.encode("utf-8", "surrogatepass")
@@ -74,12 +95,12 @@ def _as_bytes(password: str) -> bytes:
 class Passwords:
     """Hashes and checks passwords on threads of its own. Raises `TooManyHashes` and `DeadlineExceeded`."""
 
-    def __init__(self, hasher: Hasher, clock: Clock, randomness: Randomness) -> None:
+    def __init__(self, hasher: Hasher, clock: Clock, randomness: Randomness, *, threads: int = HASH_THREADS) -> None:
         self._hasher = hasher
         self._clock = clock
         self._randomness = randomness
-        self._threads = ThreadPoolExecutor(HASH_THREADS, thread_name_prefix="password-hash")
-        self._room = threading.BoundedSemaphore(HASH_THREADS + HASH_QUEUE_LIMIT)
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="password-hash", initializer=_lower_own_priority)
+        self._room = threading.BoundedSemaphore(threads + HASH_QUEUE_LIMIT)
         # Made like every other hash, so that checking against it takes as long as checking a real one.
         self._decoy = hasher.hash(randomness.token(SALT_BYTES).hex(), randomness.token(SALT_BYTES))
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import os
+import sys
 import threading
 from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 
@@ -16,7 +19,14 @@ from mercato.chassis.observability.clock import SystemClock, SystemRandomness
 from mercato.chassis.rpc.client import acting
 from mercato.contracts.users import Register, SignIn, TooManyHashes, Users
 from mercato.services.users.app import build
-from mercato.services.users.passwords import HASH_QUEUE_LIMIT, HASH_THREADS, Argon2Hasher, Passwords
+from mercato.services.users.passwords import (
+    HASH_QUEUE_LIMIT,
+    HASH_THREADS,
+    NICENESS,
+    Argon2Hasher,
+    Passwords,
+    threads_for,
+)
 from mercato.testing.harness import ServiceHarness
 
 PLACES = HASH_THREADS + HASH_QUEUE_LIMIT
@@ -106,6 +116,28 @@ async def test_two_are_hashed_at_once(passwords: Passwords, hasher: GatedHasher)
     await asyncio.gather(*tasks)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has a priority of its own on Linux alone")
+async def test_the_threads_that_hash_leave_the_cores_to_the_others():
+    class Noting(GatedHasher):
+        priorities: ClassVar[list[int]] = []
+
+        def hash(self, password: str, salt: bytes) -> str:
+            self.priorities.append(os.getpriority(os.PRIO_PROCESS, 0))
+            return super().hash(password, salt)
+
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    passwords = Passwords(Noting(), SystemClock(), SystemRandomness())  # makes the decoy on this thread
+    await passwords.hash("password")
+    passwords.close()
+
+    assert Noting.priorities == [own, min(own + NICENESS, 19)]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
+
+
+def test_one_core_is_left_to_the_others():
+    assert [threads_for(cores) for cores in (None, 1, 2, 3, 64)] == [1, 1, 1, 2, 2]
+
+
 async def test_places_are_given_back(passwords: Passwords, hasher: GatedHasher):
     for _ in range(2):
         tasks = await fill(passwords, hasher)
@@ -186,12 +218,13 @@ async def test_beyond_the_queue_signing_in_is_refused_and_nobody_else_is_harmed(
     def with_gate(env: Env) -> Service:
         return build(env, hasher)
 
+    places = threads_for(os.cpu_count()) + HASH_QUEUE_LIMIT
     users = (await harness.open({"users": with_gate})).client(Users)
     with harness.acting(Actor("anonymous"), seconds=WAIT_SECONDS):
         alice = await users.register(Register(email="alice@example.com", name="Alice", password="correct horse"))
         hasher.gate.clear()
         request = SignIn(email=alice.email, password="correct horse")
-        tasks = [asyncio.ensure_future(users.sign_in(request)) for _ in range(PLACES + 3)]
+        tasks = [asyncio.ensure_future(users.sign_in(request)) for _ in range(places + 3)]
         for answered_first in itertools.islice(asyncio.as_completed(tasks, timeout=WAIT_SECONDS), 3):
             with pytest.raises(TooManyHashes):
                 await answered_first
@@ -199,7 +232,7 @@ async def test_beyond_the_queue_signing_in_is_refused_and_nobody_else_is_harmed(
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
 
     names = sorted(type(outcome).__name__ for outcome in outcomes)
-    assert names == ["Tokens"] * PLACES + ["TooManyHashes"] * 3
+    assert names == ["Tokens"] * places + ["TooManyHashes"] * 3
 
 
 def test_argon2id_with_the_parameters_that_owasp_recommends():
