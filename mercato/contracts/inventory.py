@@ -97,7 +97,10 @@ class ReleaseStock(Message):
 
 
 class ReturnStock(Message):
-    """Puts goods of a committed reservation back on the shelf. Done once for each `reference`, for ever."""
+    """Puts goods of a committed reservation back on the shelf. Done once for each `reference`, for ever.
+
+    With other lines than the first time it is `ReturnReferenceReused`.
+    """
 
     order_id: OrderId
     lines: Annotated[tuple[StockLine, ...], Meta(min_length=1, max_length=LINES_LIMIT)]
@@ -241,9 +244,19 @@ class AnotherOrder(ServiceError, code="inventory.another_order", kind=Kind.CONFL
     """Final: the stored reservation has another nonce. Nothing was changed; asking again does not help."""
 
     sentence = "The stock of order {order_id} belongs to another order that had the same id."
+    key_field = "order_nonce"
     order_id: int
     newest_order_id: int = 0
     """The highest order id that is known here; 0: not said."""
+
+
+class ReturnReferenceReused(ServiceError, code="inventory.return_reference_reused", kind=Kind.CONFLICT):
+    """A reference of an order stands for one return. Nothing was changed; another return needs another reference."""
+
+    sentence = "A return of order {order_id} with this reference was made with other {field}."
+    key_field = "lines"
+    order_id: int
+    field: str = "lines"
 
 
 class BelowReserved(ServiceError, code="inventory.below_reserved", kind=Kind.CONFLICT):

@@ -72,7 +72,8 @@ class AuthorizePayment(Message):
     """Reserves an order's total with the provider. Once for each order and attempt.
 
     A repeated request continues where the first one stopped, with the same key at the provider, or answers with the
-    payment as it is by now. A declined card is an answer too: a payment with the status `failed`.
+    payment as it is by now. A declined card is an answer too: a payment with the status `failed`. With another user,
+    amount, currency or method than the first time it is `AttemptReused`.
     """
 
     order_id: OrderId
@@ -234,9 +235,20 @@ class AnotherOrder(ServiceError, code="payments.another_order", kind=Kind.CONFLI
     """The payments of this order id belong to an order with another nonce. Final: nothing was or will be done."""
 
     sentence = "The payments of order {order_id} belong to another order that had this id."
+    key_field = "order_nonce"
     order_id: int
     newest_order_id: int = 0
     """The highest order id that is known here; 0: not said."""
+
+
+class AttemptReused(ServiceError, code="payments.attempt_reused", kind=Kind.CONFLICT):
+    """An attempt of an order stands for one payment. Nothing was or will be done for the request that differs."""
+
+    sentence = "Payment {attempt} of order {order_id} was begun with another {field}."
+    key_field = "field"
+    order_id: int
+    attempt: int
+    field: str
 
 
 class OutcomePending(ServiceError, code="payments.outcome_pending", kind=Kind.UNAVAILABLE):
@@ -278,6 +290,7 @@ class CaptureAmountChanged(MoneyError, code="payments.capture_amount_changed", k
     """A payment is captured once: with the first amount. To give some of it back, refund it."""
 
     sentence = "Payment {payment_id} is captured with {captured_minor}, not {wanted_minor}."
+    key_field = "amount_minor"
     payment_id: int
     wanted_minor: int
     captured_minor: int
@@ -304,6 +317,7 @@ class RefundReferenceReused(MoneyError, code="payments.refund_reference_reused",
     """What a refund is for stands for one amount."""
 
     sentence = "{reference} was used for a refund of {amount_minor}, not {wanted_minor}."
+    key_field = "amount_minor"
     reference: str
     amount_minor: int
     wanted_minor: int

@@ -82,7 +82,7 @@ class InventoryModel:
             product_id=PRODUCT_ID, on_hand=on_hand, reserved=0, available=on_hand, updated_at=EPOCH, version=1
         )
         self.reservation: StoredReservation | None = None
-        self.returned: set[str] = set()
+        self.returned: dict[str, tuple[StockLine, ...]] = {}
 
     def reserve(self, quantity: int, *, for_payment: bool) -> Reservation | ServiceError:
         request = ReserveStock(
@@ -118,10 +118,10 @@ class InventoryModel:
             reference=reference,
             idempotency_key="return",
         )
-        is_repeated = reference in self.returned
-        answer = self._execute(lambda ledger: ledger.return_items(request, SHOP, is_repeated=is_repeated))
+        done = self.returned.get(reference)
+        answer = self._execute(lambda ledger: ledger.return_items(request, SHOP, done))
         if isinstance(answer, Reservation):
-            self.returned.add(reference)
+            self.returned[reference] = request.lines
         return answer
 
     def receive(self, quantity: int) -> None:

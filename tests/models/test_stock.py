@@ -144,7 +144,7 @@ class Stock(RuleBasedStateMachine):
                 order_nonce=NONCE,
             )
             ledger = self.ledger([order_id])
-            ledger.return_items(request, SERVICE, is_repeated=False)
+            ledger.return_items(request, SERVICE)
             self.write(ledger.write_set())
 
     @rule(order_id=ORDERS)

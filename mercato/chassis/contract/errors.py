@@ -54,6 +54,9 @@ class ServiceError(Exception):
     fields: ClassVar[tuple[str, ...]] = ()
     retry_after_s: int | None = None
     """Seconds after which trying again makes sense; None where that says nothing."""
+    key_field: str = ""
+    """Of a refusal because a key that is known belongs to another request: the field that differs. It stays with the
+    service, which counts and logs it."""
 
     def __init_subclass__(cls, *, code: str = "", kind: Kind = Kind.INTERNAL, is_base: bool = False) -> None:
         super().__init_subclass__()
@@ -63,7 +66,7 @@ class ServiceError(Exception):
             raise TypeError(f"{cls.__name__} has no code")
         cls.code, cls.kind = code, kind
         own = inspect.get_annotations(cls)
-        cls.fields = (*cls.fields, *(n for n in own if n not in ("sentence", "retry_after_s")))
+        cls.fields = (*cls.fields, *(n for n in own if n not in ("sentence", "retry_after_s", "key_field")))
         assert code not in errors_by_code, f"two errors share the code {code}"
         errors_by_code[code] = cls
 
@@ -228,7 +231,14 @@ def check_version(expected: int | None, actual: int) -> None:
 
 
 class IdempotencyKeyReused(ServiceError, code="idempotency_key_reused", kind=Kind.INVALID):
-    sentence = "This Idempotency-Key was used before with another request; use a new key for a new request."
+    """`field`: in what the two requests differ, where that is known; empty where only their fingerprints are."""
+
+    sentence = "This Idempotency-Key was used before with another {what}; use a new key for a new request."
+    key_field = "request"
+    field: str = ""
+
+    def spoken(self) -> dict[str, Any]:
+        return {**super().spoken(), "what": self.field or "request"}
 
 
 class RequestInProgress(ServiceError, code="request_in_progress", kind=Kind.CONFLICT):

@@ -114,6 +114,7 @@ class Host:
             )
             self.services[name] = build(env)
             self._servers[name] = self.services[name].server
+            self._servers[name].count_in(self.telemetry)
         self._logs = {n: OutboxLog(n, s.database) for n, s in self.services.items() if s.has_outbox}
         self._servers |= {event_log(name).service: served.server(self.clock) for name, served in self._logs.items()}
         self.consumers = self._consumers()

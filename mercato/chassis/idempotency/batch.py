@@ -47,6 +47,8 @@ class Stored(msgspec.Struct, Generic[A], frozen=True):
 
     fingerprint: bytes
     answer: A
+    field: str = ""
+    """In what the request that asks now differs, where that is seen; empty where the fingerprints alone can tell."""
 
 
 class KeyedAttempt(Generic[Q, A, W]):
@@ -72,11 +74,15 @@ class KeyedAttempt(Generic[Q, A, W]):
         assert self.answer is not None, "a step left a request without an answer"
         return self.answer
 
-    def replay(self, fingerprint: bytes, answer: A) -> None:
-        """Answers with what its key did, for the request with `fingerprint`."""
+    def replay(self, fingerprint: bytes, answer: A, field: str = "") -> None:
+        """Answers with what its key did, for the request with `fingerprint`, unless `field` of that one is another."""
         assert self.keyed
         is_same = self.keyed.fingerprint == fingerprint
-        self.answer = msgspec.structs.replace(answer, replayed=True) if is_same else IdempotencyKeyReused()
+        self.answer = (
+            msgspec.structs.replace(answer, replayed=True)
+            if is_same and not field
+            else IdempotencyKeyReused(field=field)
+        )
 
     def repeat(self, first: KeyedAttempt[Q, A, W]) -> None:
         """Answers as the first of the batch with its key. Unsettled where that one's key belongs to another request."""
@@ -135,7 +141,7 @@ class KeyedBatch(abc.ABC, Generic[Q, A, W]):
         found = await self.recall(with_key)
         for attempt in with_key:
             if old := found.get(attempt.identity):
-                attempt.replay(old.fingerprint, old.answer)
+                attempt.replay(old.fingerprint, old.answer, old.field)
 
     async def _write(self, attempts: Sequence[KeyedAttempt[Q, A, W]]) -> None:
         if not attempts:

@@ -60,8 +60,14 @@ class Keyed(msgspec.Struct, frozen=True):
     def identity(self) -> Identity:
         return self.principal, self.key
 
-    def check(self, fingerprint: bytes | None) -> None:
-        """Raises `IdempotencyKeyReused` where the key was used for a request with another fingerprint."""
+    def check(self, fingerprint: bytes | None, **fields: tuple[object, object]) -> None:
+        """Raises `IdempotencyKeyReused` where the key was used for a request with another fingerprint.
+
+        Also where one of `fields` differs, which it then names: of each, what the request has and what the key did.
+        """
+        for name, (asked, done) in fields.items():
+            if asked != done:
+                raise IdempotencyKeyReused(field=name)
         if self.fingerprint != fingerprint:
             raise IdempotencyKeyReused
 

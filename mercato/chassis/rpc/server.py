@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar, overload
 
 import structlog
+from prometheus_client import Counter
 
 from mercato.chassis.contract import (
     SERVICE_ROLE,
@@ -37,6 +38,7 @@ from mercato.chassis.contract import (
     current,
 )
 from mercato.chassis.observability.clock import Clock
+from mercato.chassis.observability.telemetry import Telemetry
 
 from .batching import Outcome
 
@@ -56,6 +58,7 @@ class Server:
         self.contract = contract
         self._clock = clock
         self._handlers: dict[str, Handler] = {}
+        self._refused_keys: Counter | None = None
 
     @overload
     def register(
@@ -68,6 +71,11 @@ class Server:
             f"{operation.full_name} is not of this contract"
         )
         self._handlers[operation.name] = handler
+
+    def count_in(self, telemetry: Telemetry) -> None:
+        """Counts from now on which keys are refused because they belong to another request."""
+        about = "Requests that were refused because their key belongs to another request, by the field that differs."
+        self._refused_keys = telemetry.counter("mercato_keys_refused", about, ["operation", "field"])
 
     def complete(self) -> Server:
         """This server, once every operation has a handler. Called at the end of `build`."""
@@ -112,6 +120,9 @@ class Server:
         try:
             outcomes = await self._handlers[operation.name](Batch[Any].of(requests, contexts))
             assert len(outcomes) == len(requests), f"{len(outcomes)} answers to {len(requests)} requests"
+            for outcome in outcomes:
+                if isinstance(outcome, ServiceError) and outcome.key_field:
+                    self._note_refused_key(outcome, operation)
             return outcomes
         except (Unavailable, Overloaded, DeadlineExceeded) as error:
             # Trying one by one would only wait as many times.
@@ -148,9 +159,18 @@ class Server:
 
     def _answer_to(self, error: Exception, operation: Operation[Any, Any], context: Context) -> ServiceError:
         if isinstance(error, ServiceError):
+            if error.key_field:
+                self._note_refused_key(error, operation)
             return error
         self._log_failure(error, operation, context)
         return Internal(operation=operation.full_name)
+
+    def _note_refused_key(self, error: ServiceError, operation: Operation[Any, Any]) -> None:
+        field = error.details.get("field") or error.key_field
+        if self._refused_keys is not None:
+            self._refused_keys.labels(operation.full_name, field).inc()
+        ids = {name: value for name, value in error.details.items() if name.endswith("_id")}
+        log.warning("key_refused", operation=operation.full_name, field=field, code=error.code, **ids)
 
     def _log_failure(self, error: Exception, operation: Operation[Any, Any], context: Context) -> None:
         log.error(

@@ -87,7 +87,11 @@ class Adjusting(KeyedBatch[AdjustLevel, AdjustedLevel, None]):
             old = [attempt for attempt in attempts if attempt.identity not in rows]
             movements = await store.adjustments(tx, [_reference(attempt) for attempt in old]) if old else {}
             levels = await store.levels(tx, [row.product_id for row in movements.values()]) if movements else {}
-        found = {identity: Stored(row.fingerprint, _decoded(row.answer)) for identity, row in rows.items()}
+        found = {
+            attempt.identity: _stored(attempt, row.fingerprint, _decoded(row.answer))
+            for attempt in attempts
+            if (row := rows.get(attempt.identity))
+        }
         for attempt in old:
             if row := movements.get(_reference(attempt)):
                 found[attempt.identity] = _recognised(attempt, row, levels[row.product_id])
@@ -210,11 +214,17 @@ def _decoded(answer: bytes) -> AdjustedLevel:
     return adjusted
 
 
+def _stored(attempt: Adjustment, fingerprint: bytes, answer: AdjustedLevel) -> Stored[AdjustedLevel]:
+    is_same = attempt.request.product_id == answer.level.product_id
+    return Stored(fingerprint, answer, "" if is_same else "product_id")
+
+
 def _recognised(attempt: Adjustment, row: store.AdjustmentRow, level: Level) -> Stored[AdjustedLevel]:
     """What an old key has done: this same adjustment, or another, whose fingerprint is not known any more."""
     asked = attempt.request
-    is_same = (row.product_id, row.delta, row.reason) == (asked.product_id, asked.delta, asked.reason)
-    return Stored(asked.fingerprint if is_same else b"", AdjustedLevel(level=level))
+    fields = ("product_id", "delta", "reason")
+    differing = next((name for name in fields if getattr(row, name) != getattr(asked, name)), "")
+    return Stored(asked.fingerprint, AdjustedLevel(level=level), differing)
 
 
 async def _remember(tx: Tx, attempts: Sequence[Adjustment], answers: Sequence[AdjustedLevel | ServiceError]) -> None:

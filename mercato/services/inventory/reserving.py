@@ -184,7 +184,10 @@ class Reserving:
     # -------------------------------------------------------------------------------------------------------- restock
 
     async def restock(self, batch: Batch[ReturnStock]) -> Sequence[Outcome]:
-        """Each gets its reservation, or `ReturnTooLarge`, `ReservationClosed`, `AnotherOrder`, `InvalidRequest`."""
+        """Each gets its reservation, or a refusal.
+
+        These are `ReturnTooLarge`, `ReservationClosed`, `AnotherOrder`, `ReturnReferenceReused`, `InvalidRequest`.
+        """
         refusals = [rules.check_lines(request.lines) for request in batch]
         valid = [i for i, refusal in enumerate(refusals) if refusal is None]
         if not valid:
@@ -217,9 +220,9 @@ async def _return_items(tx: Tx, requests: Sequence[tuple[ReturnStock, Actor]]) -
     outcomes: list[Outcome] = []
     for request, actor in requests:
         identity = (request.order_id, request.reference)
-        outcome = ledger.return_items(request, actor, is_repeated=identity in done)
+        outcome = ledger.return_items(request, actor, done.get(identity))
         if isinstance(outcome, Reservation):
-            done.add(identity)  # a duplicate in the same batch finds it done
+            done.setdefault(identity, rules.in_product_order(request.lines))  # for a duplicate in the same batch
         outcomes.append(outcome)
     await store.write(tx, ledger.write_set())
     return outcomes

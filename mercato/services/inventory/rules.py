@@ -27,6 +27,7 @@ from mercato.contracts.inventory import (
     ReservationClosed,
     ReservationState,
     ReserveStock,
+    ReturnReferenceReused,
     ReturnStock,
     ReturnTooLarge,
     ShortLine,
@@ -236,7 +237,9 @@ class StockLedger:
         if reservation.state not in ("held", "committed"):
             return ReservationClosed(order_id=order_id, state=reservation.state)
         if stock_lines(reservation) != in_product_order(request.lines):
-            return InvalidRequest(errors=(FieldError(field="lines", message="are not those of the first time"),))
+            refusal = InvalidRequest(errors=(FieldError(field="lines", message="are not those of the first time"),))
+            refusal.key_field = "lines"
+            return refusal
         if request.for_payment and reservation.expires_in_s is not None:
             reservation = self._put(reservation, expires_in_s=None)
         return answer(reservation)
@@ -288,16 +291,18 @@ class StockLedger:
     def expire(self, order_id: int) -> None:
         self._end(self._now[order_id], "expired")
 
-    def return_items(self, request: ReturnStock, actor: Actor, *, is_repeated: bool) -> Reservation | ServiceError:
-        """All lines of a return or none. `is_repeated`: this reference of the order has been returned already."""
+    def return_items(
+        self, request: ReturnStock, actor: Actor, done: Sequence[StockLine] | None = None
+    ) -> Reservation | ServiceError:
+        """All lines of a return or none. `done`: by ascending product, what this reference has returned already."""
         reservation = self._of_order(request.order_id, request.order_nonce)
         if isinstance(reservation, AnotherOrder):
             return reservation
         if reservation is None or reservation.state != "committed":
             return ReservationClosed(order_id=request.order_id, state=reservation.state if reservation else None)
-        if is_repeated:
-            return answer(reservation)
         lines = in_product_order(request.lines)
+        if done is not None:
+            return answer(reservation) if lines == tuple(done) else ReturnReferenceReused(order_id=request.order_id)
         left = {line.product_id: line.quantity - line.returned for line in reservation.lines}
         for line in lines:
             if line.quantity > left.get(line.product_id, 0):

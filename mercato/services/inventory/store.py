@@ -29,7 +29,7 @@ import msgspec
 
 from mercato.chassis.hosting.rounds import PAGE
 from mercato.chassis.postgres.database import Row, Tx
-from mercato.contracts.inventory import AnotherOrder, Hold, Level, ReservationState
+from mercato.contracts.inventory import LINES_LIMIT, AnotherOrder, Hold, Level, ReservationState, StockLine
 
 from .fast_path import NewReservation, new_columns, places
 from .rules import LevelDelta, Movement, ReservationChange, ReservedLine, StoredReservation, WriteSet
@@ -79,6 +79,8 @@ class OrderRow(Row):
 class ReturnRow(Row):
     order_id: int
     reference: str
+    product_id: int
+    quantity: int
 
 
 class AdjustmentRow(Row):
@@ -208,24 +210,33 @@ async def lock_overdue(tx: Tx, limit: int) -> dict[int, int]:
     return {row.order_id: row.nonce for row in rows}
 
 
-async def returns_made(tx: Tx, wanted: Collection[tuple[int, str]]) -> set[tuple[int, str]]:
-    """Which of these returns (order, reference) have been made. Their reservations are locked by the caller."""
+async def returns_made(tx: Tx, wanted: Collection[tuple[int, str]]) -> dict[tuple[int, str], tuple[StockLine, ...]]:
+    """Those of these returns (order, reference) that have been made, with their lines by ascending product.
+
+    Their reservations are locked by the caller.
+    """
     rows = await tx.fetch(
         ReturnRow,
         """
-        SELECT m.order_id, m.reference
+        SELECT m.order_id, m.reference, m.product_id, m.delta AS quantity
           FROM unnest($1::bigint[], $2::text[]) AS w (order_id, reference)
          CROSS JOIN LATERAL (
-            SELECT order_id, reference
+            SELECT order_id, reference, product_id, delta
               FROM movements
              WHERE kind = 'return' AND order_id = w.order_id AND reference = w.reference
-             LIMIT 1
+             LIMIT $3
          ) m
+         ORDER BY m.product_id
         """,
         [order_id for order_id, _ in wanted],
         [reference for _, reference in wanted],
+        LINES_LIMIT,
     )
-    return {(row.order_id, row.reference) for row in rows}
+    made: dict[tuple[int, str], tuple[StockLine, ...]] = {}
+    for row in rows:
+        line = StockLine(product_id=row.product_id, quantity=row.quantity)
+        made[row.order_id, row.reference] = (*made.get((row.order_id, row.reference), ()), line)
+    return made
 
 
 # ------------------------------------------------------------------------------------------------------------ levels

@@ -115,7 +115,7 @@ class Paying:
 
         async def begin(tx: Tx, locked: Locked) -> tuple[BegunPayment, Saga | None]:
             if key is not None and (found := await money_store.payment_of_key(tx, key.identity)):
-                key.check(found.fingerprint)
+                key.check(found.fingerprint, order_id=(request.id, found.order_id))
                 return BegunPayment(found.payment_attempt, locked.record.nonce, replayed=True), None
             decision = _begin_payment(request, method, locked)
             attempt = decision.state.attempt

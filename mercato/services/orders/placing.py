@@ -79,7 +79,11 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
         async with self._database.read() as tx:
             found = await store.by_keys(tx, [attempt.identity for attempt in attempts])
         return {
-            identity: Stored(old.fingerprint, self._answer(old.order, old.nonce)) for identity, old in found.items()
+            attempt.identity: Stored(
+                old.fingerprint, self._answer(old.order, old.nonce), _differing(attempt.request, old.order)
+            )
+            for attempt in attempts
+            if (old := found.get(attempt.identity))
         }
 
     async def prepare(self, attempts: Sequence[Placement]) -> None:
@@ -166,6 +170,15 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
         for start in range(0, len(wanted), QUOTED_AT_ONCE):
             quotes += await self._products.quote.many(wanted[start : start + QUOTED_AT_ONCE])
         return quotes
+
+
+def _differing(request: PlaceOrder, order: Order) -> str:
+    """The field in which a request is not that of an order; empty where none is seen."""
+    if order.user_id != (GUEST_USER if request.guest else request.user_id):
+        return "user_id"
+    asked = {line.product_id: line.quantity for line in request.lines}
+    is_named = all(line.sku is None for line in request.lines)
+    return "lines" if is_named and asked != {line.product_id: line.quantity for line in order.lines} else ""
 
 
 def _checkout(new: NewOrder, row: store.PlacedRow, order: Order) -> Saga:

@@ -10,7 +10,7 @@ again, however late, finds the refund that it has begun.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -108,6 +108,8 @@ class RefundDraft(msgspec.Struct, frozen=True):
 
 
 BeginRefund = Callable[[Tx, Locked], Awaitable[Saga]]
+Compared = Mapping[str, tuple[object, object]]
+"""Of each field, what a request has, and what the refund of its key has."""
 
 
 class Refunding:
@@ -134,8 +136,15 @@ class Refunding:
             draft = RefundDraft(amount_minor, reason=request.reason, internal_note=request.internal_note)
             return await self._start(tx, locked, key, draft)
 
+        def compared(old: RefundRecord) -> Compared:
+            wanted = rules.minor_of("amount", request.amount, request.amount_minor, old.currency)
+            return {
+                "payment_id": (payment.attempt, old.payment_attempt),
+                "amount": (old.amount_minor if wanted is None else wanted, old.amount_minor),
+            }
+
         key = _key_of("orders.refund", request)
-        return await self._begin(payment.order_id, key, begin, request.payment_id)
+        return await self._begin(payment.order_id, key, begin, compared, request.payment_id)
 
     async def take_back(self, request: ReturnOrder) -> Refund:
         """Goods, and what was paid for them."""
@@ -145,7 +154,7 @@ class Refunding:
             return await self._start(tx, locked, key, draft)
 
         key = _key_of("orders.take_back", request)
-        return await self._begin(request.id, key, begin)
+        return await self._begin(request.id, key, begin, lambda _: {})
 
     async def take_back_rest(self, tx: Tx, locked: Locked) -> Saga:
         """The return of all that is left, in the caller's transaction, after which the caller drives the saga."""
@@ -153,12 +162,22 @@ class Refunding:
 
     # ---------------------------------------------------------------------------------------------------- how it begins
 
-    async def _begin(self, order_id: int, key: RefundKey, begin: BeginRefund, payment_id: int | None = None) -> Refund:
-        """Begins a refund, or finds the one that its key has begun; answers when it is settled, or the time is over."""
+    async def _begin(
+        self,
+        order_id: int,
+        key: RefundKey,
+        begin: BeginRefund,
+        compared: Callable[[RefundRecord], Compared],
+        payment_id: int | None = None,
+    ) -> Refund:
+        """Begins a refund, or finds the one that its key has begun; answers when it is settled, or the time is over.
+
+        Raises `IdempotencyKeyReused` where that one is of another order, or another by what `compared` gives.
+        """
 
         async def work(tx: Tx, locked: Locked) -> tuple[int, Saga | None]:
             if (old := await money_store.refund_of_key(tx, key.reference)) is not None:
-                key.check(old.fingerprint)
+                key.check(old.fingerprint, **{"order_id": (order_id, old.order_id), **compared(old)})
                 return old.order_id, None
             locked.check_idle()
             started = await begin(tx, locked)

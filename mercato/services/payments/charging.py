@@ -40,6 +40,7 @@ from mercato.contracts.payments import (
     AnotherOrder,
     AnotherPaymentLive,
     AttemptNotFound,
+    AttemptReused,
     AuthorizePayment,
     CapturePart,
     CapturePayment,
@@ -61,6 +62,8 @@ from .store import Attempt, IntentRow, NewIntent, NewPayment, OpenedRow, Operati
 AUTHORIZE, CHARGE, CAPTURE, VOID = Target("authorize"), Target("charge"), Target("capture"), Target("void")
 
 KINDS: Final[tuple[OperationKind, ...]] = ("authorize", "charge", "capture", "void", "refund")
+VOIDED_WITH: Final = ("user_id", "currency")
+OPENED_WITH: Final = (*VOIDED_WITH, "amount_minor", "method")
 ROUNDS: Final = 4
 """The longest way is three operations: settle an authorize, settle a capture, void."""
 
@@ -88,17 +91,25 @@ Settled = Mapping[OperationId, PaymentRow]
 class PaymentRequest:
     """A request to bring a payment to a target state. `answer` is None until it is there, or cannot get there."""
 
-    __slots__ = ("answer", "attempt", "call", "nonce", "opening", "target")
+    __slots__ = ("answer", "asked", "attempt", "call", "nonce", "opening", "target")
 
     def __init__(self, request: Request, target: Target, opening: NewPayment | None = None) -> None:
         self.attempt: Attempt = (request.order_id, request.attempt)
         self.nonce = request.order_nonce
         self.target = target
-        self.opening = opening
+        self.opening = self.asked = opening
         """The payment to write where there is none; None where that is an error."""
         self.answer: Answer | None = None
         self.call: ProviderCall | None = None
         """The call to the provider in this round."""
+
+    def differing(self, payment: PaymentRow) -> str:
+        """The field in which the payment of its attempt is another; empty where it is the same."""
+        if self.asked is None:
+            return ""
+        # A void names the amount and the method for its tombstone alone: it voids what there is.
+        compared = VOIDED_WITH if self.target.kind == "void" else OPENED_WITH
+        return next((name for name in compared if getattr(self.asked, name) != getattr(payment, name)), "")
 
     def pending(self) -> OutcomePending:
         return OutcomePending(operation=self.target.kind, order_id=self.attempt[0])
@@ -275,6 +286,8 @@ class Charging:
                     request.answer = batch.missing(request)
                 elif payment.nonce != request.nonce:
                     request.answer = AnotherOrder(order_id=payment.order_id)
+                elif field := request.differing(payment):
+                    request.answer = AttemptReused(order_id=payment.order_id, attempt=payment.attempt, field=field)
                 else:
                     batch.decide(request, payment)
             await batch.write(tx, requests)

@@ -127,6 +127,7 @@ class Statement(Message):
 
 
 class SandboxKeyReused(ServiceError, code="sandbox.key_reused", kind=Kind.INVALID):
+    key_field = "parameters"
     sentence = "The key {key} was used for another operation."
     key: str
 

@@ -107,8 +107,8 @@ def test_an_order_of_another_nonce_changes_nothing(state: str):
         ledger.reserve(request),
         ledger.commit(7, NONCE + 1),
         ledger.release(7, NONCE + 1),
-        ledger.return_items(back, SERVICE, is_repeated=False),
-        ledger.return_items(back, SERVICE, is_repeated=True),
+        ledger.return_items(back, SERVICE),
+        ledger.return_items(back, SERVICE, back.lines),
     ]
 
     assert {type(h) for h in heard} == {AnotherOrder}

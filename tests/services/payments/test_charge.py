@@ -9,6 +9,7 @@ import pytest
 from mercato.chassis.contract import InvalidRequest, ServiceError
 from mercato.contracts.payments import (
     AnotherPaymentLive,
+    AttemptReused,
     ChargePayment,
     OutcomePending,
     Payment,
@@ -70,9 +71,11 @@ async def test_a_repeated_charge_answers_with_the_payment_as_it_is(harness: Paym
     request = harness.charge()
 
     first = await harness.payments.charge(request)
-    other = await harness.payments.charge(again(request, amount_minor=900, method="sandbox:declined"))
+    other = await harness.payments.charge(request)
 
     assert other == first
+    with pytest.raises(AttemptReused):
+        await harness.payments.charge(again(request, amount_minor=900, method="sandbox:declined"))
     refunded = await harness.payments.refund(refund(first, 400))
     assert await harness.payments.charge(request) == refunded
     assert await harness.taken() == {"charge": 1, "refund": 1}

@@ -14,6 +14,7 @@ from mercato.contracts.payments import (
     AnotherOrder,
     AnotherPaymentLive,
     AttemptNotFound,
+    AttemptReused,
     OutcomePending,
     Payment,
     Payments,
@@ -59,13 +60,14 @@ async def test_an_attempt_is_authorized_once(harness: PaymentsHarness):
     assert await harness.rows("SELECT key FROM operations") == [(key(first, "authorize"),)]
 
 
-async def test_what_was_stored_first_stands(harness: PaymentsHarness):
+async def test_an_attempt_with_another_amount_is_refused_and_the_first_stands(harness: PaymentsHarness):
     request = harness.authorization(amount=700)
     first = await harness.payments.authorize(request)
 
-    other = await harness.payments.authorize(again(request, amount_minor=900, method="sandbox:declined"))
+    with pytest.raises(AttemptReused):
+        await harness.payments.authorize(again(request, amount_minor=900, method="sandbox:declined"))
 
-    assert other == first
+    assert await harness.payments.authorize(request) == first
 
 
 @pytest.mark.parametrize(
