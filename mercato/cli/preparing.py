@@ -24,6 +24,7 @@ from mercato.cli.starting import CannotStart
 from mercato.contracts.roles import STAFF
 from mercato.contracts.users import EmailTaken, ListUsers, Register, Users
 from mercato.operations.ids import advance
+from mercato.operations.rejoining import rejoin
 
 STAFF_EMAIL: Final = "staff@mercato.local"
 
@@ -43,10 +44,16 @@ async def databases(
             progress.step(f"migrated the database of {name} to {revisions[-1]}")
     with explained("the next ids cannot be compared"):
         moved = await advance(dsns)
+        parted = await rejoin(dsns)
     for each in moved:
         progress.step(
             f"{each.by} knows ids up to {each.newest} of {each.sequence.owner}, whose database was restored and would "
             f"have given {each.next_id} again: it goes on behind them"
+        )
+    for each in parted:
+        restored = each.source if each.is_source else each.consumer
+        progress.step(
+            f"the database of {restored} was restored: {each.consumer} goes on with the events of {each.source}"
         )
     return dsns
 

@@ -148,7 +148,7 @@ async def advance(dsns: Mapping[str, str]) -> tuple[Moved, ...]:
     found = [known for known in KNOWN if known.sequence.owner in dsns and known.by in dsns]
     async with contextlib.AsyncExitStack() as stack:
         names = sorted({name for known in found for name in (known.sequence.owner, known.by)})
-        connections = {name: await stack.enter_async_context(_connected(dsns[name])) for name in names}
+        connections = {name: await stack.enter_async_context(connection_to(dsns[name])) for name in names}
         newest: dict[Sequence, tuple[int, str]] = {}
         for known in found:
             id_ = await connections[known.by].fetchval(known.newest)
@@ -177,7 +177,8 @@ async def _advance(connection: Any, sequence: Sequence, newest: int, by: str) ->
 
 
 @contextlib.asynccontextmanager
-async def _connected(dsn: str) -> AsyncGenerator[Any]:
+async def connection_to(dsn: str) -> AsyncGenerator[Any]:
+    """One connection that waits for no lock longer than `LOCK_SECONDS`."""
     connection = await connect(dsn, {**WHOLE_TABLES, "lock_timeout": f"{LOCK_SECONDS}s"})
     try:
         yield connection
