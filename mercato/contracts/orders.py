@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 
 from msgspec import Meta
 
@@ -25,6 +25,12 @@ Fulfilment = Literal["unfulfilled", "shipped", "delivered", "returned"]
 Axis = Literal["status", "payment", "fulfilment"]
 HistoryAxis = Literal["status", "payment", "fulfilment", "owner"]
 """`owner`: of a guest's order that an account has claimed, from `guest` to `account`."""
+CHANGES: Final = (
+    *("placed", "confirmed", "completed", "cancelled"),
+    *get_args(Payment),
+    *("shipped", "delivered", "returned", "partially_returned", "claimed"),
+)
+"""What an event says of an order: `order.placed`."""
 CancelCode = Literal["requested", "out_of_stock", "payment_declined", "payment_lost", "expired", "stock_lost"]
 
 PAID: Final = frozenset({"paid", "partially_refunded", "refunded"})
@@ -584,24 +590,4 @@ class Orders(Contract, name="orders"):
     guest_payment = single(GetGuestPayment, PaymentRecord, allow=EVERYBODY, retry=Retry.SAFE)
     claim = single(ClaimOrder, Order, allow=SIGNED_IN, retry=Retry.SAFE)
 
-    events: ClassVar = {
-        f"order.{state}": OrderChanged
-        for state in (
-            "placed",
-            "confirmed",
-            "completed",
-            "cancelled",
-            "unpaid",
-            "authorized",
-            "paid",
-            "failed",
-            "voided",
-            "partially_refunded",
-            "refunded",
-            "shipped",
-            "delivered",
-            "returned",
-            "partially_returned",
-            "claimed",
-        )
-    }
+    events: ClassVar = {f"order.{state}": OrderChanged for state in CHANGES}

@@ -42,9 +42,9 @@ class Options(msgspec.Struct, frozen=True):
     """Of the shop as customers reach it: where the links in letters lead."""
 
 
-def build(env: Env, hasher: Hasher | None = None) -> Service:
-    """The users service. Tests pass a `hasher` of their own."""
-    threads = threads_for(os.cpu_count())
+def build(env: Env, hasher: Hasher | None = None, threads: int | None = None) -> Service:
+    """The users service. Tests pass a `hasher` of their own, and how many threads call it."""
+    threads = threads or threads_for(os.cpu_count())
     passwords = Passwords(hasher or Argon2Hasher(), env.clock, env.randomness, threads=threads)
     tokens = AccessTokens(env.derive_key(KEY_PURPOSE), env.clock, env.randomness)
     letters = _letters(env)

@@ -94,11 +94,6 @@ class HasRole(Protocol):
     def role(self) -> str: ...
 
 
-def is_staff_account(actor: Actor) -> bool:
-    """True for an actor whose access token says that its account is staff; the account may say otherwise by now."""
-    return actor.role == STAFF and actor.id != 0
-
-
 def role_of(accounts: Sequence[HasRole], user_id: int) -> str:
     return next((account.role for account in accounts if account.id == user_id), ANONYMOUS.role)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mercato.chassis.contract import MAX_ID, current
 from mercato.chassis.postgres.database import Database
+from mercato.contracts.roles import is_staff_account
 from mercato.contracts.users import ListSecurityLog, SecurityEntry, SecurityLogPage, Users
 
 from . import log_store, rules, store
@@ -30,7 +31,7 @@ class SecurityLog:
             else:
                 rows = await log_store.page_of_account(tx, request.account_id, before, one_more)
             # Last, as where accounts are listed.
-            if rules.is_staff_account(actor):
+            if is_staff_account(actor):
                 rules.check_staff(await store.users(tx, [actor.id]), actor, Users.security_log)
         entries = tuple(_entry(row) for row in rows[: request.limit])
         return SecurityLogPage(entries=entries, next_before=entries[-1].id if len(rows) > len(entries) else None)

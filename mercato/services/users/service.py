@@ -28,7 +28,7 @@ from mercato.chassis.mail import addresses
 from mercato.chassis.observability import faults
 from mercato.chassis.observability.clock import Randomness
 from mercato.chassis.postgres.database import Database, Tx, UniqueViolation
-from mercato.contracts.roles import CUSTOMER, STAFF, may_see
+from mercato.contracts.roles import CUSTOMER, STAFF, is_staff_account, may_see
 from mercato.contracts.users import (
     ChangePassword,
     EmailTaken,
@@ -121,7 +121,7 @@ class UsersService:
         password_hash = await self._passwords.hash(password)
         try:
             async with self._database.transaction() as tx:
-                if by_staff and rules.is_staff_account(actor):
+                if by_staff and is_staff_account(actor):
                     rules.check_staff(await store.lock_accounts(tx, [actor.id]), actor, Users.register)
                 added = await store.add_user(tx, email, name, request.role)
                 await store.add_credentials(tx, added.id, password_hash)
@@ -175,12 +175,12 @@ class UsersService:
         """
         asked = list(zip(batch, batch.actors, strict=True))
         wanted = {r.id for r, actor in asked if may_see(actor, r.id)}
-        wanted |= {actor.id for r, actor in asked if rules.is_staff_account(actor) and actor.id != r.id}
+        wanted |= {actor.id for r, actor in asked if is_staff_account(actor) and actor.id != r.id}
         async with self._database.read() as tx:
             found = {row.id: _user(row) for row in await store.users(tx, list(wanted))}
 
         def is_visible(actor: Actor, user_id: int) -> bool:
-            if actor.id == user_id or not rules.is_staff_account(actor):
+            if actor.id == user_id or not is_staff_account(actor):
                 return may_see(actor, user_id)
             return (asking := found.get(actor.id)) is not None and asking.role == STAFF
 
@@ -199,7 +199,7 @@ class UsersService:
             else:
                 rows = await store.page_of_role(tx, request.role, request.after, one_more)
             # Last: an actor that is staff now was so while the page was read, or is allowed to see it by now.
-            if rules.is_staff_account(actor):
+            if is_staff_account(actor):
                 rules.check_staff(await store.users(tx, [actor.id]), actor, Users.list)
         shown = tuple(_user(row) for row in rows[: request.limit])
         return UserPage(users=shown, next_after=shown[-1].id if len(rows) > len(shown) else None)
@@ -217,7 +217,7 @@ class UsersService:
             checked = await self._check_password_for(request, email)
         try:
             async with self._database.transaction() as tx:
-                if rules.is_staff_account(actor) and actor.id != request.id:
+                if is_staff_account(actor) and actor.id != request.id:
                     locked = await store.lock_accounts(tx, [actor.id, request.id])
                     if rules.role_of(locked, actor.id) != STAFF:
                         raise UserNotFound(user_id=request.id)
@@ -262,7 +262,7 @@ class UsersService:
         lock = store.lock_accounts if request.role == STAFF else store.lock_accounts_and_staff
         async with self._database.transaction() as tx:
             locked = await lock(tx, [actor.id, request.id])
-            if rules.is_staff_account(actor):
+            if is_staff_account(actor):
                 rules.check_staff(locked, actor, Users.set_role)
             changed = await store.change_role(tx, request.id, request.role, request.version)
             # An actor without an account (the owner of a loopback shop, a command) can make an account staff again.

@@ -313,8 +313,8 @@ async def test_a_letter_whose_sender_dies_is_sent_again(
     remove = inject("users.letters.after_send", fail)
     await registered(harness, posting)
     await mailbox.proof()
-    remove()
     assert await harness.values("SELECT outcome FROM letters", of="users") == [None]
+    remove()
     await harness.rows("UPDATE letters SET wake_at = now() RETURNING id", of="users")
     await until(lambda: _outcomes(harness, ["sent"]))
     assert len(mailbox.letters("")) == 1

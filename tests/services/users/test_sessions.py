@@ -150,10 +150,10 @@ class CountingHasher(Argon2Hasher):
         return super().matches(password_hash, password)
 
 
-def build_with(hasher: Hasher) -> Build:
+def build_with(hasher: Hasher, threads: int | None = None) -> Build:
     @functools.wraps(build)
     def built(env: Env) -> Service:
-        return build(env, hasher)
+        return build(env, hasher, threads)
 
     return built
 
@@ -575,7 +575,7 @@ class PausingHasher(Argon2Hasher):
 async def test_a_sign_in_with_the_old_password_does_not_outlive_the_change(harness: ServiceHarness):
     """Its password was right when it was checked, and was changed before its session began."""
     hasher = PausingHasher()
-    users = (await harness.open({"users": build_with(hasher)})).client(Users)
+    users = (await harness.open({"users": build_with(hasher, threads=2)})).client(Users)
     with harness.acting(ANYBODY):
         alice = await users.register(Register(email=EMAIL, name="Alice", password=PASSWORD))
     signing_in = asyncio.create_task(sign_in(harness, users))

@@ -404,6 +404,21 @@ def change_role(caller: Caller, key: str) -> None:
     expect(caller.get("/users/me"), 200)
 
 
+def erase(caller: Caller, key: str) -> None:
+    caller.sign_in(email_of(key), PASSWORD)
+    expect(caller.call("DELETE", "/users/me", {"password": PASSWORD}), 204)
+
+
+def erased(caller: Caller, key: str) -> None:
+    """Also where the first request has done it: its session has ended, and its answer was lost."""
+    credentials = {"email": email_of(key), "password": PASSWORD}
+    caller.token = None
+    if caller.post("/login", credentials).status != 401:
+        erase(caller, key)
+    caller.token = None
+    expect(caller.post("/login", credentials), 401)
+
+
 class Mailed(msgspec.Struct):
     """An account, and the folder that the shop puts its letters into."""
 
@@ -625,6 +640,7 @@ ORDERS: Final = (
     Crash("users.set_role.before_commit", change_role, prepare=registered),
     Crash("users.letters.after_send", register_by_mail, prove, unregistered),
     *around("users.reset_password", "commit", reset_password, prepare=forgotten),
+    *around("users.erase", "commit", erase, erased, prepare=registered),
 )
 CHECKOUT: Final = (
     *around("checkout.reserve", "call", buy),
