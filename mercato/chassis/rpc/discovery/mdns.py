@@ -46,10 +46,18 @@ class MdnsRegistry:
     `interfaces` are addresses of this machine, by whose networks others are found; empty: all.
     """
 
-    def __init__(self, shop: str, interfaces: Sequence[str] = (), *, check_seconds: float = CHECK_SECONDS) -> None:
+    def __init__(
+        self,
+        shop: str,
+        interfaces: Sequence[str] = (),
+        *,
+        check_seconds: float = CHECK_SECONDS,
+        first_seconds: float = FIRST_SECONDS,
+    ) -> None:
         self._shop = shop
         self._interfaces = list(interfaces)
         self._check_seconds = check_seconds
+        self._first_seconds = first_seconds
         self._announced: dict[str, Instance] = {}
         """By the name of the record."""
         self._dead: set[str] = set()
@@ -61,7 +69,7 @@ class MdnsRegistry:
         self._browser: AsyncServiceBrowser | None = None
 
     async def open(self) -> None:
-        """Returns after `FIRST_SECONDS`, with what was answered by then."""
+        """Returns after `first_seconds`, with what was answered by then."""
         from zeroconf import DNSQuestionType, InterfaceChoice
         from zeroconf.asyncio import AsyncServiceBrowser, AsyncZeroconf
 
@@ -72,7 +80,7 @@ class MdnsRegistry:
             self._zeroconf.zeroconf, TYPE, handlers=[self._heard], question_type=DNSQuestionType.QM
         )
         self._start(self._check())
-        await asyncio.sleep(FIRST_SECONDS)
+        await asyncio.sleep(self._first_seconds)
 
     async def close(self) -> None:
         """Takes back what is still registered."""

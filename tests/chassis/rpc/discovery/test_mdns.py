@@ -11,7 +11,7 @@ import pytest
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
 from mercato.chassis.rpc.discovery import Instance
-from mercato.chassis.rpc.discovery.mdns import TYPE, MdnsRegistry
+from mercato.chassis.rpc.discovery.mdns import FIRST_SECONDS, TYPE, MdnsRegistry
 from mercato.testing.waiting import until_true
 
 LOOPBACK = ("127.0.0.1",)
@@ -24,8 +24,8 @@ def shop() -> str:
 
 
 @contextlib.asynccontextmanager
-async def opened(shop: str, *, check_seconds: float = 0.05) -> AsyncGenerator[MdnsRegistry]:
-    registry = MdnsRegistry(shop, LOOPBACK, check_seconds=check_seconds)
+async def opened(shop: str, *, check_seconds: float = 0.05, first_seconds: float = 0.0) -> AsyncGenerator[MdnsRegistry]:
+    registry = MdnsRegistry(shop, LOOPBACK, check_seconds=check_seconds, first_seconds=first_seconds)
     await registry.open()
     try:
         yield registry
@@ -96,7 +96,7 @@ async def test_one_that_opens_has_found_all_when_it_is_open(shop: str):
         last = await stack.enter_async_context(opened(shop, check_seconds=5))
         await until_found(last, wanted)  # all records have been multicast
         for _ in range(3):
-            async with opened(shop, check_seconds=5) as later:
+            async with opened(shop, check_seconds=5, first_seconds=FIRST_SECONDS) as later:
                 assert sorted(later.instances("orders"), key=str) == sorted(wanted, key=str)
 
 
