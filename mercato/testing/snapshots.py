@@ -20,7 +20,7 @@ BUSY_SAGAS: Final = """
 
 
 async def state_of(shop: Shop) -> dict[str, str]:
-    """A digest of every row of every table but those, by service and table: equal when nothing was changed.
+    """A digest of each table but `BACKGROUND` and `ATTEMPTS`, by service and table: equal when no row was changed.
 
     Waits until the shop is idle: sagas and consumers of events run in the background.
     """
