@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import secrets
 import shutil
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote, urlencode
 
-from mercato.embedded_postgres import place
+from mercato.embedded_postgres import place, server_log
 from mercato.embedded_postgres.folder import SupervisorError, explained, sync_folder
 from mercato.embedded_postgres.guarded import STOP_SECONDS, Guarded
 from mercato.embedded_postgres.processes import (
@@ -52,11 +51,7 @@ SOCKET_PATH_BYTES_MAX = 107 if sys.platform.startswith("linux") else 103  # sun_
 READY_SECONDS = 60.0
 READY_POLL_SECONDS = 0.02
 RECOVERY_NOTICE_SECONDS = 1.0
-LOG_BYTES_MAX = 10 * 1024 * 1024
-LOG_TAIL_BYTES = 64 * 1024
-REASON_LINES_MAX = 3
-STARTING_UP = "the database system is starting up"  # What it tells us, while we ask whether it is ready.
-DISK_FULL_BYTES = 4 * 1024 * 1024
+RECOVERY_POLL_SECONDS = 0.25  # Each question costs the server a process.
 
 # Given on the command line at each start, so that a change here applies to clusters that exist already.
 SETTINGS = {
@@ -72,6 +67,7 @@ SETTINGS = {
     "log_timezone": "UTC",
     "log_destination": "stderr",
     "logging_collector": "off",
+    "log_startup_progress_interval": f"{server_log.PROGRESS_SECONDS}s",
 }
 
 
@@ -141,7 +137,7 @@ class EmbeddedPostgres:
         _write_access_rules(layout)
         command = _server_command(layout, socket_folder, max_connections)
         with (layout.data / "postgres.log").open("ab") as log:
-            if log.tell() > LOG_BYTES_MAX:
+            if log.tell() > server_log.BYTES_MAX:
                 log.truncate(0)
             log_start = log.seek(0, os.SEEK_END)
             guarded = await Guarded.start(command, layout.account, errors=log.fileno())
@@ -179,17 +175,29 @@ class EmbeddedPostgres:
             raise
 
     async def _become_ready(self, progress: Callable[[str], None]) -> None:
-        """Wait until the server answers a query, or is gone, or a minute is over."""
-        started = time.monotonic()
-        told = False
+        """Wait until the server answers a query.
+
+        A recovery may take as long as it goes on: the server writes how far it is, and we pass it on. Raises
+        `SupervisorError` once the server is gone, or has written nothing of that kind for a minute.
+        """
+        heard = started = time.monotonic()
+        told = ""
+        pause = READY_POLL_SECONDS
         while not await self._answers():
-            elapsed = time.monotonic() - started
-            if self._watch.done() or elapsed > READY_SECONDS:
-                raise SupervisorError(self._failure(elapsed))
-            if elapsed > RECOVERY_NOTICE_SECONDS and not told:
-                progress("waiting for PostgreSQL, which is recovering from a crash; this can take a while")
-                told = True
-            await asyncio.wait([self._watch], timeout=READY_POLL_SECONDS)
+            now = time.monotonic()
+            if told and (state := self._recovery()) not in ("", told):
+                progress(f"PostgreSQL is recovering: {state}")
+                told, heard = state, now
+            if self._watch.done() or now - heard > READY_SECONDS:
+                raise SupervisorError(self._failure(now - started))
+            if now - started > RECOVERY_NOTICE_SECONDS and not told:
+                told = "waiting for PostgreSQL, which is recovering from a crash; this can take a while"
+                progress(told)
+                pause = RECOVERY_POLL_SECONDS
+            await asyncio.wait([self._watch], timeout=pause)
+
+    def _recovery(self) -> str:
+        return server_log.recovery(server_log.tail(self._log, self._log_start))
 
     async def _answers(self) -> bool:
         """Whether the server accepts us; learns its version."""
@@ -211,13 +219,17 @@ class EmbeddedPostgres:
         return True
 
     def _failure(self, elapsed: float) -> str:
-        log = self._layout.data / "postgres.log"
         if not self._watch.done():
             return (
-                f"PostgreSQL in {self._layout.cluster} is not ready after {elapsed:.0f} s: see {log}, and start again."
+                f"PostgreSQL in {self._layout.cluster} is not ready after {elapsed:.0f} s: see {self._log}, "
+                "and start again."
             )
-        reason = _reason(self._layout, _tail(log, self._log_start))
-        return f"PostgreSQL in {self._layout.cluster} did not start: {reason} (more in {log})."
+        reason = server_log.reason(server_log.tail(self._log, self._log_start), self._layout.home)
+        return f"PostgreSQL in {self._layout.cluster} did not start: {reason} (more in {self._log})."
+
+    @property
+    def _log(self) -> Path:
+        return self._layout.data / "postgres.log"
 
 
 async def _wait_for_former(layout: Layout, progress: Callable[[str], None]) -> None:
@@ -249,7 +261,7 @@ async def _create_cluster(layout: Layout, password: str) -> None:
         initdb = await Guarded.start(_initdb_command(layout, new, password_file), layout.account, errors=PIPE)
         succeeded, output = await initdb.finished()
         if not succeeded:
-            reason = _reason(layout, output)
+            reason = server_log.reason(output, layout.home)
             raise SupervisorError(f"No database could be made in {layout.cluster}: {reason}.")
         new.rename(layout.cluster)  # initdb has synced what is in it.
         sync_folder(layout.home)
@@ -341,37 +353,3 @@ def _dsn(password: str, socket_folder: Path) -> str:
     return f"postgresql://{ROLE}:{quote(password, safe='')}@/postgres?" + urlencode(
         {"host": str(socket_folder), "port": PORT}
     )
-
-
-def _reason(layout: Layout, output: str) -> str:
-    """Why PostgreSQL failed: the disk, or its own words, of which the last of the gravest kind say most.
-
-    A full disk is looked for first: the errors that follow from it are graver, and a log on it may lack its end.
-    """
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    if any(os.strerror(errno.ENOSPC) in line for line in lines) or _is_disk_full(layout.home):
-        return f"the disk that holds {layout.home} is full, free some space"
-    for kind in ("PANIC:", "FATAL:", "ERROR:", "error:"):
-        for line in reversed(lines):
-            _, found, words = line.partition(kind)
-            if found and words.strip() != STARTING_UP:
-                return words.strip().rstrip(".")
-    return " ".join(lines[-REASON_LINES_MAX:]).rstrip(".") or "it gave no reason"
-
-
-def _is_disk_full(home: Path) -> bool:
-    try:
-        return shutil.disk_usage(home).free < DISK_FULL_BYTES
-    except OSError:
-        return False
-
-
-def _tail(log: Path, start: int) -> str:
-    """What was written to the log from `start` on, the last part of it when that is much."""
-    try:
-        with log.open("rb") as stream:
-            end = stream.seek(0, os.SEEK_END)
-            stream.seek(max(start, end - LOG_TAIL_BYTES))
-            return stream.read().decode(errors="replace")
-    except OSError:
-        return ""

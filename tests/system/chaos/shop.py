@@ -81,6 +81,8 @@ class BatteredShop:
             ("--transport", transport, "--placement", "cluster") if transport else ("--workers", str(WORKERS))
         )
         self.up = asyncio.Event()
+        self.up_at = 0.0
+        """The monotonic time of the last `up`."""
         self.url = ""
         self._runs: list[Run] = []
         self._ready_seconds: list[float] = []
@@ -117,7 +119,8 @@ class BatteredShop:
             # Refused where a blow has fallen on it meanwhile.
             with contextlib.suppress(AssertionError):
                 await asyncio.to_thread(run.process.ready)
-                self._ready_seconds.append(time.monotonic() - run.started_at)
+                self.up_at = time.monotonic()
+                self._ready_seconds.append(self.up_at - run.started_at)
                 self.url = run.process.url
                 self.up.set()
             while run.process.is_running:  # a process that was not started here tells of its end to no one

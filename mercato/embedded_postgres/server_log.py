@@ -1,0 +1,69 @@
+"""What the server has written: how far its recovery is, and why it failed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+BYTES_MAX: Final = 10 * 1024 * 1024
+TAIL_BYTES: Final = 64 * 1024
+PROGRESS_SECONDS: Final = 5
+"""How often the server writes how far its recovery is (`log_startup_progress_interval`)."""
+PROGRESS: Final = re.compile(r"LOG:\s+(.+, elapsed time: .+)")
+REASON_LINES_MAX: Final = 3
+REFUSALS: Final = frozenset(
+    {
+        "the database system is starting up",
+        "the database system is in recovery mode",
+        "the database system is not yet accepting connections",
+        "the database system is shutting down",
+    }
+)
+"""What it answers while we ask whether it is ready: no reason for a failure."""
+DISK_FULL_BYTES: Final = 4 * 1024 * 1024
+
+
+def tail(log: Path, start: int) -> str:
+    """What was written to the log from `start` on, the last part of it when that is much."""
+    try:
+        with log.open("rb") as stream:
+            end = stream.seek(0, os.SEEK_END)
+            stream.seek(max(start, end - TAIL_BYTES))
+            return stream.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def recovery(output: str) -> str:
+    """How far a recovery is, in the server's words: "redo in progress, elapsed time: 10.00 s, ..."; or nothing."""
+    found = PROGRESS.findall(output)
+    return found[-1].strip() if found else ""
+
+
+def reason(output: str, home: Path) -> str:
+    """Why PostgreSQL failed: the disk, or its own words, of which the last of the gravest kind say most.
+
+    A full disk is looked for first: the errors that follow from it are graver, and a log on it may lack its end.
+    """
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    if any(os.strerror(errno.ENOSPC) in line for line in lines) or _is_disk_full(home):
+        return f"the disk that holds {home} is full, free some space"
+    for kind in ("PANIC:", "FATAL:", "ERROR:", "error:"):
+        for line in reversed(lines):
+            _, found, words = line.partition(kind)
+            if found and words.strip() not in REFUSALS:
+                return words.strip().rstrip(".")
+    return " ".join(lines[-REASON_LINES_MAX:]).rstrip(".") or "it gave no reason"
+
+
+def _is_disk_full(home: Path) -> bool:
+    try:
+        return shutil.disk_usage(home).free < DISK_FULL_BYTES
+    except OSError:
+        return False

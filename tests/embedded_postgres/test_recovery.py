@@ -1,0 +1,123 @@
+"""A server that recovers: it is waited for as long as it goes on, and no longer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from embedded_postgres.test_postgres import PASSWORD, alive, ask, data, home, quietly, running
+from mercato.embedded_postgres import EmbeddedPostgres, SupervisorError, postgres, server_log
+
+__all__ = ["data"]
+
+pytestmark = [
+    pytest.mark.asyncio,
+    pytest.mark.postgres,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc"),
+]
+
+
+async def killed_server(data: Path) -> None:
+    """Leaves a cluster in `data` whose next server has to recover."""
+    server = await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
+    await ask(server, "SELECT 1 FROM (SELECT pg_logical_emit_message(true, 'test', 'before the crash')) AS emitted")
+    os.kill(server.pid, signal.SIGKILL)
+    await server.died()
+
+
+def recovering(data: Path) -> int | None:
+    """The process that recovers the cluster of `data`."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            title = (process / "cmdline").read_bytes()
+            if title.startswith(b"postgres: startup") and os.readlink(process / "cwd") == f"{home(data)}/postgres":
+                return int(process.name)
+    return None
+
+
+@contextlib.contextmanager
+def slowed(data: Path, *, run_s: float, stop_s: float) -> Generator[None]:
+    """The process that recovers runs `run_s` seconds, and is stopped for `stop_s`, in turns; with 0 it never runs."""
+    over = threading.Event()
+
+    def slow() -> None:
+        while not over.is_set():
+            pid = recovering(data)
+            if pid is None:
+                time.sleep(0.001)
+                continue
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+                over.wait(stop_s)
+                if run_s or over.is_set():
+                    os.kill(pid, signal.SIGCONT)
+                    over.wait(run_s)
+
+    thread = threading.Thread(target=slow)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+async def test_a_recovery_that_goes_on_is_waited_for(data: Path, monkeypatch: pytest.MonkeyPatch):
+    await killed_server(data)
+    monkeypatch.setattr(postgres, "READY_SECONDS", 2.0)
+    monkeypatch.setitem(postgres.SETTINGS, "log_startup_progress_interval", "100ms")
+    told: list[tuple[float, str]] = []
+
+    with slowed(data, run_s=0.008, stop_s=0.15):
+        async with running(data, lambda line: told.append((time.monotonic(), line))) as server:
+            ready_at = time.monotonic()
+            assert await ask(server, "SELECT 1") == 1
+
+    waiting = next(at for at, line in told if line.startswith("waiting for PostgreSQL, which is recovering"))
+    states = [line for _, line in told if line.startswith("PostgreSQL is recovering: ")]
+    assert ready_at - waiting > 2.0
+    assert len(states) == len(set(states)) > 1
+    assert all("elapsed time: " in line for line in states)
+
+
+async def test_a_recovery_that_stands_still_ends_the_start_and_leaves_nothing(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+):
+    await killed_server(data)
+    monkeypatch.setattr(postgres, "READY_SECONDS", 2.0)
+
+    with (
+        slowed(data, run_s=0, stop_s=0.05),
+        pytest.raises(SupervisorError, match=r"is not ready after 2 s: see .*postgres.log, and start again"),
+    ):
+        await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
+
+    assert alive(data) == []
+    async with running(data) as server:
+        assert await ask(server, "SELECT 1") == 1
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "the database system is starting up",
+        "the database system is in recovery mode",
+        "the database system is not yet accepting connections",
+        "the database system is shutting down",
+    ],
+)
+async def test_what_the_server_says_to_early_callers_is_no_reason_for_its_failure(tmp_path: Path, refusal: str):
+    output = (
+        "2026-01-01 00:00:00.000 UTC [1] FATAL:  could not open file\n"
+        f"2026-01-01 00:00:00.100 UTC [2] FATAL:  {refusal}\n"
+    )
+
+    assert server_log.reason(output, tmp_path) == "could not open file"
