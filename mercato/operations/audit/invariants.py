@@ -395,6 +395,20 @@ STOCK: Final = (
          WHERE l.product_id IS NULL
         """,
     ),
+    Invariant(
+        "S9",
+        "stock",
+        "settled",
+        "Stock is of products that exist",
+        # A product is never deleted: its database was restored alone, from before it was entered.
+        """
+        SELECT l.product_id, l.on_hand, l.updated_at
+          FROM inventory.levels l
+          LEFT JOIN products.products p ON p.id = l.product_id
+         CROSS JOIN audit.clock c
+         WHERE p.id IS NULL AND l.on_hand > 0 AND l.updated_at < c.settled_before
+        """,
+    ),
 )
 
 ORDERS: Final = (

@@ -109,7 +109,7 @@ WANTED: Final[Mapping[str, Sequence[Table]]] = {
         *OUTBOX,
     ),
     "inventory": (
-        Table("levels", ("product_id", "on_hand", "reserved", "version")),
+        Table("levels", ("product_id", "on_hand", "reserved", "version", "updated_at")),
         Table(
             "reservations",
             ("order_id", "state", "updated_at", "product_ids", "quantities", "level_versions", "returned", "nonce"),

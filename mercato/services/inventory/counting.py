@@ -28,7 +28,7 @@ from mercato.chassis.observability import faults
 from mercato.chassis.postgres.database import Database, Tx
 from mercato.chassis.rpc.codec import decode_outcome, encode_outcome
 from mercato.contracts.inventory import AdjustedLevel, AdjustLevel, BelowReserved, Level, SetLevel
-from mercato.contracts.products import GetProduct, Products
+from mercato.contracts.products import GetProduct, ProductNotFound, Products
 
 from . import rules, store
 from .rules import Movement, StockLedger
@@ -51,11 +51,11 @@ class Counting:
 
     def __init__(self, database: Database, products: Products) -> None:
         self._database = database
-        self._products = products
+        self._known = KnownProducts(database, products)
 
     async def set(self, batch: Batch[SetLevel]) -> Sequence[Level | ServiceError]:
         """Each gets its level, or `ProductNotFound`, `StaleVersion` or `BelowReserved`."""
-        missing = await _missing(self._products, (request.product_id for request in batch))
+        missing = await self._known.missing(request.product_id for request in batch)
         known = [(r, actor) for r, actor in zip(batch, batch.actors, strict=True) if r.product_id not in missing]
         outcomes = iter(await self._set(known) if known else ())
         return [missing[r.product_id].copy() if r.product_id in missing else next(outcomes) for r in batch]
@@ -77,7 +77,7 @@ class Adjusting(KeyedBatch[AdjustLevel, AdjustedLevel, None]):
 
     def __init__(self, database: Database, products: Products) -> None:
         self._database = database
-        self._products = products
+        self._known = KnownProducts(database, products)
 
     async def recall(self, attempts: Sequence[Adjustment]) -> Mapping[Identity, Stored[AdjustedLevel]]:
         keys = [attempt.keyed for attempt in attempts if attempt.keyed]
@@ -101,7 +101,7 @@ class Adjusting(KeyedBatch[AdjustLevel, AdjustedLevel, None]):
         for attempt in attempts:
             attempt.answer = rules.check_delta(attempt.request.delta)
         possible = unsettled(attempts)
-        missing = await _missing(self._products, (attempt.request.product_id for attempt in possible))
+        missing = await self._known.missing(attempt.request.product_id for attempt in possible)
         for attempt in possible:
             if refusal := missing.get(attempt.request.product_id):
                 attempt.answer = refusal.copy()
@@ -117,11 +117,24 @@ class Adjusting(KeyedBatch[AdjustLevel, AdjustedLevel, None]):
             attempt.answer = answer
 
 
-async def _missing(products: Products, product_ids: Iterable[int]) -> dict[int, ServiceError]:
-    """The products that cannot be counted, and why: they do not exist, or products does not answer."""
-    asked = sorted(set(product_ids))
-    found = await products.get.many([GetProduct(id=i) for i in asked])
-    return {i: product for i, product in zip(asked, found, strict=True) if isinstance(product, ServiceError)}
+class KnownProducts:
+    """Which products can be counted: those that exist, and those that have a level."""
+
+    def __init__(self, database: Database, products: Products) -> None:
+        self._database = database
+        self._products = products
+
+    async def missing(self, product_ids: Iterable[int]) -> dict[int, ServiceError]:
+        """Those that cannot, and why: they do not exist, or products does not answer."""
+        asked = sorted(set(product_ids))
+        found = await self._products.get.many([GetProduct(id=i) for i in asked])
+        missing = {i: product for i, product in zip(asked, found, strict=True) if isinstance(product, ServiceError)}
+        if forgotten := [i for i, error in missing.items() if isinstance(error, ProductNotFound)]:
+            # A product that the restore of its database has lost: its pieces are there, and can be written off.
+            async with self._database.read() as tx:
+                counted = await store.levels(tx, forgotten)
+            return {i: error for i, error in missing.items() if i not in counted}
+        return missing
 
 
 # ----------------------------------------------------------------------------------------------------------- ledger

@@ -218,7 +218,8 @@ async def _fill_orders(connection: Any) -> None:
 
 async def _fill_inventory(connection: Any) -> None:
     await connection.executemany(
-        "INSERT INTO levels (product_id, on_hand, reserved, version) VALUES ($1, $2, $3, $4)", LEVELS
+        "INSERT INTO levels (product_id, on_hand, reserved, version, updated_at) VALUES ($1, $2, $3, $4, $5)",
+        [(*level, THEN) for level in LEVELS],
     )
     await connection.executemany(
         """

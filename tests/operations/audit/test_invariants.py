@@ -73,6 +73,13 @@ def intent(payment: int, kind: str, key: str, asked_at: str = "-infinity", refer
     """
 
 
+def stock_of_no_product(updated_at: str) -> str:
+    """Pieces of a product whose database was restored."""
+    return f"INSERT INTO inventory.levels VALUES (77, 5, 0, 1, '{updated_at}');" + movement(
+        90, 77, "receipt", 5, version=1
+    )
+
+
 def payment(n: int, order: int, status: str) -> str:
     """Of nothing."""
     return f"INSERT INTO payments.payments VALUES ({n}, {order}, 9, '{status}', 0, 0, 0, 0, '-infinity');"
@@ -361,6 +368,7 @@ VIOLATIONS: dict[str, dict[str, str]] = {
             UPDATE inventory.levels SET on_hand = on_hand + 1 WHERE product_id = 1;
         """,
     },
+    "S9": {"of a product that is lost": stock_of_no_product("-infinity")},
     "O1": {
         "delivered before it was shipped": move(6, 3, "fulfilment", "delivered"),
         "back from delivered": move(1, 7, "fulfilment", "shipped"),
@@ -541,6 +549,7 @@ FRESH = {
     "M8": VIOLATIONS["M8"]["paid"] + "UPDATE orders.orders SET updated_at = 'now' WHERE id = 1",
     "S5": VIOLATIONS["S5"]["more was ordered than sold"] + ";UPDATE orders.orders SET updated_at = 'now' WHERE id = 6",
     "S6": hold(3) + "UPDATE orders.orders SET updated_at = 'now' WHERE id = 3",
+    "S9": stock_of_no_product("now"),
     "O4": "UPDATE orders.sagas SET step = 'reserve', updated_at = 'now' WHERE subject_id = 4",
     "E1": VIOLATIONS["E1"]["not read"] + ";UPDATE orders.outbox SET at = 'now'",
     "M6": VIOLATIONS["M6"]["at the bank"] + "UPDATE sandbox.operations SET created_at = 'now' WHERE order_id = 999",

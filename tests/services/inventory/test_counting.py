@@ -541,6 +541,20 @@ async def test_unknown_products_have_no_stock(harness: InventoryHarness):
     assert await harness.values("SELECT 1 FROM levels") == []
 
 
+async def test_pieces_of_a_product_that_a_restore_has_lost_are_written_off(harness: InventoryHarness):
+    await harness.stock(mug=5, lamp=2)
+    del harness.products.answers[MUG]
+    with harness.acting(STAFF):
+        adjusted = await harness.inventory.adjust(adjusting(-5, product_id=MUG))
+        counted, unknown = await harness.inventory.set.many(
+            [SetLevel(product_id=MUG, on_hand=0), SetLevel(product_id=UNKNOWN, on_hand=0)]
+        )
+
+    assert adjusted.level.on_hand == 0
+    assert isinstance(counted, Level)
+    assert isinstance(unknown, ProductNotFound)
+
+
 async def test_customers_look_and_change_nothing(harness: InventoryHarness):
     with harness.acting(Actor("customer", 1)):
         assert (await harness.inventory.levels(GetLevel(product_id=MUG))).on_hand == 0
