@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import datetime
 import os
+import secrets
 import shutil
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -16,12 +17,14 @@ import msgspec
 from mercato import topology
 from mercato.chassis.hosting import settings as config
 from mercato.chassis.hosting.keys import key_deriver
-from mercato.chassis.postgres.migrations import checksum, revisions
+from mercato.chassis.postgres.dsn import shown
+from mercato.chassis.postgres.migrations import checksum, migrate, revisions
+from mercato.chassis.postgres.new_databases import new_databases
 from mercato.cli import preparing
 from mercato.cli.databases import Unreachable, reached, run
 from mercato.cli.progress import Progress
 from mercato.embedded_postgres import DataFolder, EmbeddedPostgres, remove_cluster
-from mercato.embedded_postgres.folder import explained, sync_folder
+from mercato.embedded_postgres.folder import SECRET_BYTES, explained, sync_folder
 from mercato.operations.audit.checking import Report, audit
 from mercato.operations.backup import archive, taking
 from mercato.operations.copying import located
@@ -42,9 +45,9 @@ def backup(file: Path, data: Path, dsn: str | None, *, as_json: bool) -> int:
     return run(lambda: _backup(Path(os.path.abspath(file)), data, dsn, as_json=as_json), failure=FAILED)
 
 
-def restore(file: Path, data: Path, *, as_json: bool) -> int:
-    """Makes a new shop out of a backup; gives the exit code."""
-    return run(lambda: _restore(file, Path(os.path.abspath(data)), as_json=as_json), failure=FAILED)
+def restore(file: Path, data: Path | None, dsn: str | None, *, as_json: bool) -> int:
+    """Makes a new shop out of a backup, in a folder or on a server; gives the exit code."""
+    return run(lambda: _restore(file, data, dsn, as_json=as_json), failure=FAILED)
 
 
 async def _backup(file: Path, data: Path, dsn: str | None, *, as_json: bool) -> int:
@@ -75,20 +78,15 @@ async def _backup(file: Path, data: Path, dsn: str | None, *, as_json: bool) -> 
     return HOLDS if manifest.holds else VIOLATED
 
 
-async def _restore(file: Path, data: Path, *, as_json: bool) -> int:
+async def _restore(file: Path, data: Path | None, dsn: str | None, *, as_json: bool) -> int:
     progress, tell = _telling(as_json=as_json)
     settings = config.load()
-    if settings.postgres_dsn is not None:
-        raise Unreachable(
-            "a shop is restored with a PostgreSQL of its own: run the command without MERCATO_POSTGRES_DSN"
-        )
-    _require_new(data)
+    where, making = _place(data, dsn, settings, tell)
     tell(f"checking {file}")
     with contextlib.ExitStack() as stack:
         found = await asyncio.to_thread(lambda: stack.enter_context(archive.opened(file)))
         taking.check_revisions(found.manifest, _known())
-        async with _made(data, settings, tell) as admin_dsn:
-            dsns = await located(admin_dsn, list(topology.SERVICES))
+        async with making() as (admin_dsn, dsns):
             skipped = margin(found.manifest.taken_at, datetime.datetime.now(datetime.UTC))
             rows = await taking.load(found, dsns, skipped=skipped, progress=tell)
             report = await audit(admin_dsn, dsns, is_stopped=True, progress=tell)
@@ -97,7 +95,7 @@ async def _restore(file: Path, data: Path, *, as_json: bool) -> int:
         taken_at = found.manifest.taken_at
         _document(
             {
-                "data": str(data),
+                "data" if isinstance(where, Path) else "server": str(where),
                 "rows": rows,
                 "taken_at": taken_at,
                 "skipped_ids": skipped,
@@ -106,10 +104,11 @@ async def _restore(file: Path, data: Path, *, as_json: bool) -> int:
             }
         )
     else:
-        progress.say(f"{data}  {rows} rows, as of {found.manifest.taken_at:%Y-%m-%d %H:%M:%S} UTC")
+        progress.say(f"{where}  {rows} rows, as of {found.manifest.taken_at:%Y-%m-%d %H:%M:%S} UTC")
         progress.say(f"Its next ids are {skipped} behind those of the backup: none of the lost time comes again.")
         _judge(progress, report, "The new shop")
-        progress.say(f"Start it: mercato up --data {data}")
+        on_server = "MERCATO_POSTGRES_DSN=... mercato up, with the DSN of that server"
+        progress.say(f"Start it: {f'mercato up --data {where}' if isinstance(where, Path) else on_server}")
     return VIOLATED if report.violated else HOLDS
 
 
@@ -143,6 +142,48 @@ def _known() -> dict[str, dict[str, str]]:
     return {name: {one: checksum(folder, one) for one in revisions(folder)} for name, folder in folders.items()}
 
 
+Making = Callable[[], contextlib.AbstractAsyncContextManager[tuple[str, Mapping[str, str]]]]
+"""Makes an empty shop: an administrator's DSN, and that of each database by service."""
+
+
+def _place(
+    data: Path | None, dsn: str | None, settings: config.Settings, tell: Callable[[str], None]
+) -> tuple[Path | str, Making]:
+    """Where the new shop is to be, as people call it, and what makes it there."""
+    if data is not None and dsn is not None:
+        raise Unreachable("a new shop is in one place: name a folder with --data, or a server with --dsn")
+    if data is None and dsn is None and settings.postgres_dsn is not None:
+        dsn = settings.postgres_dsn.get_secret_value()
+    if dsn is not None:
+        return shown(dsn), lambda: _made_on_server(dsn, settings, tell)
+    if data is None:
+        raise Unreachable("name a folder for the new shop with --data, or a server with --dsn")
+    if settings.postgres_dsn is not None:
+        raise Unreachable(
+            "a shop in a folder has a PostgreSQL of its own: run the command without MERCATO_POSTGRES_DSN, or "
+            "without --data to restore onto that server"
+        )
+    folder = Path(os.path.abspath(data))
+    _require_new(folder)
+    return folder, lambda: _made(folder, settings, tell)
+
+
+@contextlib.asynccontextmanager
+async def _made_on_server(
+    dsn: str, settings: config.Settings, tell: Callable[[str], None]
+) -> AsyncGenerator[tuple[str, Mapping[str, str]]]:
+    """The new, migrated databases of a shop on a server; they have their names only when the block has ended well."""
+    # The first start gives the roles the passwords of its own secret.
+    secret = settings.secret.get_secret_value().encode() if settings.secret else secrets.token_bytes(SECRET_BYTES)
+    derive = key_deriver(secret)
+    async with new_databases(dsn, tuple(topology.SERVICES), lambda role: derive(f"postgres/{role}").hex()) as new:
+        for name, each in new.owned.items():
+            tell(f"making the database of {name}")
+            await migrate(each, topology.migrations(name))
+        yield dsn, new.dsns
+        await new.take_names()
+
+
 def _require_new(data: Path) -> None:
     if os.path.lexists(data):
         raise Unreachable(f"{data} is there already, and a shop is never written over: name a new folder with --data")
@@ -155,8 +196,10 @@ def _require_new(data: Path) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _made(data: Path, settings: config.Settings, tell: Callable[[str], None]) -> AsyncGenerator[str]:
-    """An administrator's DSN of a new, migrated shop, which has its name only when the block has ended well."""
+async def _made(
+    data: Path, settings: config.Settings, tell: Callable[[str], None]
+) -> AsyncGenerator[tuple[str, Mapping[str, str]]]:
+    """The databases of a new, migrated shop in a folder, which has its name only when the block has ended well."""
     unfinished = data.with_name(data.name + UNFINISHED)
     with explained(data):
         unfinished.mkdir(mode=0o700)  # of two at once, one fails
@@ -169,7 +212,7 @@ async def _made(data: Path, settings: config.Settings, tell: Callable[[str], Non
             )
             try:
                 await preparing.databases(server.admin_dsn, secret, Steps(tell))
-                yield server.admin_dsn
+                yield server.admin_dsn, await located(server.admin_dsn, list(topology.SERVICES))
             finally:
                 await server.stop()
             with explained(data):

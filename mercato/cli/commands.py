@@ -221,8 +221,14 @@ def backup(
 
 
 @app.command
-def restore(file: Path, *, data: Path, json: Annotated[bool, Parameter(negative="")] = False) -> int:
-    """Make a new shop out of a backup, with a PostgreSQL of its own. A shop that exists is never written over.
+def restore(
+    file: Path,
+    *,
+    data: Path | None = None,
+    dsn: str | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Make a new shop out of a backup, in a folder or on a server. A shop that exists is never written over.
 
     The file is checked as a whole before anything is made, and the new shop is audited. It has a secret of its own:
     all sign in again. Exits with 0 for a shop that holds, 1 for one that does not, 2 if there is none.
@@ -232,13 +238,15 @@ def restore(file: Path, *, data: Path, json: Annotated[bool, Parameter(negative=
     file
         What `mercato backup` has made.
     data
-        The folder of the new shop; it must not be there.
+        The folder of the new shop, which gets a PostgreSQL of its own; it must not be there.
+    dsn
+        Instead of a folder, an administrator's DSN of a server without a shop. [env: MERCATO_POSTGRES_DSN]
     json
         Tell what was done as one JSON document.
     """
     from mercato.cli.backup import restore as run
 
-    return run(file, data, as_json=json)
+    return run(file, data, dsn, as_json=json)
 
 
 @app.command

@@ -24,6 +24,7 @@ from mercato.chassis.hosting import settings as config
 from mercato.chassis.hosting.keys import key_deriver
 from mercato.chassis.postgres.connections import translated
 from mercato.chassis.postgres.migrations import MigrationError, missing_revisions
+from mercato.chassis.postgres.provisioning import ProvisionError
 from mercato.cli import stopping
 from mercato.cli.progress import OutputFailed, fail
 from mercato.cli.starting import CannotStart
@@ -55,7 +56,15 @@ class Unreachable(Exception):
     """A sentence for the person who typed the command: what is not there, and the way out."""
 
 
-EXPECTED: Final = (Unreachable, CannotStart, CopyError, MigrationError, SupervisorError, config.SettingsError)
+EXPECTED: Final = (
+    Unreachable,
+    CannotStart,
+    CopyError,
+    MigrationError,
+    ProvisionError,
+    SupervisorError,
+    config.SettingsError,
+)
 """Failures whose message is all that the person needs."""
 
 

@@ -34,13 +34,18 @@ class ProvisionError(Exception):
 
 
 async def provision(
-    admin_dsn: str, services: Sequence[str], password: Callable[[str], str], *, prefix: str = "mercato_"
+    admin_dsn: str,
+    services: Sequence[str],
+    password: Callable[[str], str],
+    *,
+    prefix: str = "mercato_",
+    suffix: str = "",
 ) -> Mapping[str, str]:
     """Makes what is missing for `services`; gives the DSN of each. `password` gives the password of a role by its name.
 
-    Raises `ProvisionError`.
+    A database has the name of its role and `suffix`. Raises `ProvisionError`.
     """
-    connection = await _connect(admin_dsn)
+    connection = await connect_as_administrator(admin_dsn)
     try:
         await _require_version(connection)
         await _require_server(connection)
@@ -48,8 +53,8 @@ async def provision(
         dsns: dict[str, str] = {}
         for service in services:
             name = prefix + service
-            dsns[service] = service_dsn(admin_dsn, name, password(name))
-            await _ensure(connection, name, password(name), dsns[service])
+            dsns[service] = service_dsn(admin_dsn, name, password(name), database=name + suffix)
+            await _ensure(connection, name, name + suffix, password(name), dsns[service])
         return dsns
     except asyncpg.InsufficientPrivilegeError as error:
         raise ProvisionError(
@@ -67,12 +72,14 @@ async def provision(
         await connection.close()  # and with it the lock
 
 
-async def provisioned(admin_dsn: str, services: Sequence[str], *, prefix: str = "mercato_") -> Mapping[str, str]:
+async def provisioned(
+    admin_dsn: str, services: Sequence[str], *, prefix: str = "mercato_", suffix: str = ""
+) -> Mapping[str, str]:
     """Those of the databases that exist already: the DSN of each, as the administrator opens it. Changes nothing.
 
     Raises `ProvisionError`.
     """
-    connection = await _connect(admin_dsn)
+    connection = await connect_as_administrator(admin_dsn)
     try:
         await _require_version(connection)
         names = set(await connection.fetchval("SELECT array_agg(datname::text) FROM pg_database"))
@@ -80,10 +87,12 @@ async def provisioned(admin_dsn: str, services: Sequence[str], *, prefix: str = 
         raise ProvisionError(f"PostgreSQL could not name its databases: {error}") from error
     finally:
         await connection.close()
-    return {service: with_database(admin_dsn, prefix + service) for service in services if prefix + service in names}
+    found = {service: prefix + service + suffix for service in services}
+    return {service: with_database(admin_dsn, name) for service, name in found.items() if name in names}
 
 
-async def _connect(admin_dsn: str) -> Any:
+async def connect_as_administrator(admin_dsn: str) -> Any:
+    """A connection for making databases. Raises `ProvisionError`."""
     try:
         return await connect(admin_dsn)
     except ValueError as error:  # its words may be a part of the password
@@ -114,16 +123,16 @@ async def _require_server(connection: Any) -> None:
         )
 
 
-async def _ensure(connection: Any, name: str, password: str, dsn: str) -> None:
-    role, secret = _identifier(name), _literal(password)
+async def _ensure(connection: Any, name: str, database: str, password: str, dsn: str) -> None:
+    role, secret = identifier(name), _literal(password)
     if not await connection.fetchval("SELECT true FROM pg_roles WHERE rolname = $1", name):
         await connection.execute(f"CREATE ROLE {role} LOGIN PASSWORD {secret}")
-    if not await connection.fetchval("SELECT true FROM pg_database WHERE datname = $1", name):
+    if not await connection.fetchval("SELECT true FROM pg_database WHERE datname = $1", database):
         await connection.execute(f"GRANT {role} TO CURRENT_USER")
-        await connection.execute(f"CREATE DATABASE {role} OWNER {role}")
+        await connection.execute(f"CREATE DATABASE {identifier(database)} OWNER {role}")
     # Looked at each time: CREATE DATABASE lets everybody in, and knows no transaction that this could be part of.
-    if await connection.fetchval("SELECT has_database_privilege('public', $1, 'CONNECT')", name):
-        await connection.execute(f"REVOKE ALL ON DATABASE {role} FROM PUBLIC")
+    if await connection.fetchval("SELECT has_database_privilege('public', $1, 'CONNECT')", database):
+        await connection.execute(f"REVOKE ALL ON DATABASE {identifier(database)} FROM PUBLIC")
     has = {(row["name"], row["value"]) for row in await connection.fetch(_SETTINGS_OF, name)}
     for setting, value in sorted(SETTINGS.items() - has):
         await connection.execute(f"ALTER ROLE {role} SET {setting} = {_literal(value)}")
@@ -140,16 +149,16 @@ async def _opens(dsn: str) -> bool:
     return True
 
 
-def service_dsn(admin_dsn: str, name: str, password: str) -> str:
-    """The administrator's DSN with the user, password and database of a service."""
+def service_dsn(admin_dsn: str, name: str, password: str, *, database: str = "") -> str:
+    """The administrator's DSN with the user, password and database of a service; the last is named as the first."""
     parts = urlsplit(admin_dsn)
     where = parts.netloc.rpartition("@")[2]
-    return urlunsplit(
-        parts._replace(netloc=f"{quote(name, safe='')}:{quote(password, safe='')}@{where}", path=f"/{quote(name)}")
-    )
+    user = f"{quote(name, safe='')}:{quote(password, safe='')}"
+    return urlunsplit(parts._replace(netloc=f"{user}@{where}", path=f"/{quote(database or name)}"))
 
 
-def _identifier(name: str) -> str:
+def identifier(name: str) -> str:
+    """A name as SQL reads it, whatever is in it."""
     return '"' + name.replace('"', '""') + '"'
 
 

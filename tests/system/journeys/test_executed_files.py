@@ -3,6 +3,9 @@
 Counted is every file of which a function is called between the first byte of `POST /orders` and the moment from which
 nothing more happens to the order: HTTP, gateway, services, saga. Not counted are what consumes the events of the order,
 what looks for orders that were left, the sweep of idle connections, and the simulated bank, which is not ours.
+
+What runs now and then may run during an order, on a slow machine longer than on a quick one. So several are counted
+where one has too many, and only what all of them run through is what an order runs through.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ NOT_COUNTED: Final = ("testing/", "simulators/", "chassis/http/server.py")
 
 PLACED: Final = 32
 PAID: Final = 38
+ORDERS: Final = 6
 
 
 class OrdersAlone(ServiceHarness):
@@ -96,17 +100,27 @@ FIRST_INSTRUCTIONS: Final = 8
 async def test_one_order_runs_through_few_files(shop: Shop, fields: Mapping[str, str], limit: int):
     person, product = await new_person(shop), await new_product(shop)
     assert person.token
-    stocked = await shop.put(f"/products/{product.id}/stock", {"on_hand": 2}, token=await shop.staff())
+    stocked = await shop.put(f"/products/{product.id}/stock", {"on_hand": ORDERS + 1}, token=await shop.staff())
     assert stocked.status == 200, stocked.body
     order = {"user_id": person.id, "product_id": product.id, **fields}
-    files: dict[str, str] = {}
     await place(shop, person.token, order)  # what only the first order does, such as fetching keys, is done
 
-    with counting(files):
-        await place(shop, person.token, order)
+    files = await files_of(shop, person.token, order)
+    for _ in range(ORDERS - 1):
+        if len(files) <= limit:
+            break
+        again = await files_of(shop, person.token, order)
+        files = {name: function for name, function in files.items() if name in again}
 
     listed = "\n".join(f"  {name:<45} {function}" for name, function in sorted(files.items()))
     assert len(files) <= limit, f"{len(files)} files:\n{listed}"
+
+
+async def files_of(shop: Shop, token: str, order: Mapping[str, object]) -> dict[str, str]:
+    files: dict[str, str] = {}
+    with counting(files):
+        await place(shop, token, order)
+    return files
 
 
 async def place(shop: Shop, token: str, order: Mapping[str, object]) -> None:

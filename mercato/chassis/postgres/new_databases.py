@@ -1,0 +1,79 @@
+"""The databases of a shop that is being made on a server: all get their names at once, or none.
+
+They are made with a suffix, filled, and renamed in one transaction. What a killed process has left is dropped by the
+next one. A lock keeps two from working at once: advisory, of the session, in the database of the administrator's DSN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any, Final
+
+import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
+
+from mercato.chassis.postgres.dsn import shown, with_database
+
+from .provisioning import ProvisionError, connect_as_administrator, identifier, provision, provisioned
+
+SUFFIX: Final = "_restoring"
+LOCK_KEY: Final = 0x72657374  # "rest"
+
+
+class NewDatabases:
+    """What is made so far: the DSN of each by service, `dsns` as the administrator and `owned` as its role opens it."""
+
+    def __init__(self, connection: Any, admin_dsn: str, services: Sequence[str], prefix: str) -> None:
+        self.dsns: Mapping[str, str] = {s: with_database(admin_dsn, prefix + s + SUFFIX) for s in services}
+        self.owned: Mapping[str, str] = {}
+        self._connection = connection
+        self._admin_dsn = admin_dsn
+        self._names = [prefix + service for service in services]
+
+    async def take_names(self) -> None:
+        """Gives all their names. Raises `ProvisionError` where one is taken meanwhile, and then gives none."""
+        try:
+            async with self._connection.transaction():
+                for name in self._names:
+                    await self._connection.execute(
+                        f"ALTER DATABASE {identifier(name + SUFFIX)} RENAME TO {identifier(name)}"
+                    )
+        except asyncpg.DuplicateDatabaseError as error:
+            raise ProvisionError(f"{_taken(self._admin_dsn)}: {error}") from error
+
+    async def drop(self) -> None:
+        """Drops those that have no name yet."""
+        for name in self._names:
+            await self._connection.execute(f"DROP DATABASE IF EXISTS {identifier(name + SUFFIX)} WITH (FORCE)")
+
+
+@contextlib.asynccontextmanager
+async def new_databases(
+    admin_dsn: str, services: Sequence[str], password: Callable[[str], str], *, prefix: str = "mercato_"
+) -> AsyncGenerator[NewDatabases]:
+    """Empty databases of `services`, each owned by its role, for the block to fill; it ends with `take_names`.
+
+    Where it does not come to that, they are dropped; the roles stay. Raises `ProvisionError`, before anything is made
+    where one of the databases is there.
+    """
+    connection = await connect_as_administrator(admin_dsn)
+    try:
+        if not await connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK_KEY):
+            raise ProvisionError(f"another restore runs on {shown(admin_dsn)}: wait for it")
+        if there := await provisioned(admin_dsn, services, prefix=prefix):
+            raise ProvisionError(f"{_taken(admin_dsn)}: {prefix}{next(iter(there))}")
+        made = NewDatabases(connection, admin_dsn, services, prefix)
+        try:
+            await made.drop()
+            made.owned = await provision(admin_dsn, services, password, prefix=prefix, suffix=SUFFIX)
+            yield made
+        finally:
+            await made.drop()
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        raise ProvisionError(f"PostgreSQL could not make the databases: {error}") from error
+    finally:
+        await connection.close()  # and with it the lock
+
+
+def _taken(admin_dsn: str) -> str:
+    return f"{shown(admin_dsn)} has databases of a shop already, and a shop is never written over: name another server"

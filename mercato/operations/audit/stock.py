@@ -1,0 +1,146 @@
+"""What must hold of stock; `invariants.py` says what an invariant is, and when it holds."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mercato.operations.audit.invariant import Invariant
+
+STOCK: Final = (
+    Invariant(
+        "S1",
+        "stock",
+        "always",
+        "No level is below nothing, and no more is reserved than there is",
+        "SELECT * FROM inventory.levels WHERE on_hand < 0 OR reserved < 0 OR reserved > on_hand",
+    ),
+    Invariant(
+        "S2",
+        "stock",
+        "always",
+        "What is on hand is the sum of all movements less what was sold",
+        """
+        SELECT l.product_id, l.on_hand, coalesce(c.sum, 0) AS sum
+          FROM inventory.levels l
+          LEFT JOIN (SELECT product_id, sum(delta) AS sum FROM audit.stock_changes GROUP BY product_id) c
+            ON c.product_id = l.product_id
+         WHERE l.on_hand <> coalesce(c.sum, 0)
+        """,
+    ),
+    Invariant(
+        "S3",
+        "stock",
+        "always",
+        "What is reserved is the sum of what is held for orders",
+        """
+        SELECT l.product_id, l.reserved, h.held
+          FROM inventory.levels l
+          LEFT JOIN (SELECT product_id, sum(quantity) AS held FROM audit.held_lines GROUP BY product_id) h
+            ON h.product_id = l.product_id
+         WHERE l.reserved <> coalesce(h.held, 0)
+        """,
+    ),
+    Invariant(
+        "S4",
+        "stock",
+        "always",
+        "At no moment was more sold than there was",
+        # The versions of a level are in the order of its changes. What one batch sold shares a version.
+        """
+        SELECT product_id, level_version, on_hand
+          FROM (
+            SELECT product_id, level_version,
+                   sum(sum(delta)) OVER (PARTITION BY product_id ORDER BY level_version) AS on_hand
+              FROM audit.stock_changes GROUP BY product_id, level_version
+          ) then_
+         WHERE on_hand < 0
+        """,
+    ),
+    Invariant(
+        "S5",
+        "stock",
+        "settled",
+        "What was sold is what was ordered: confirmed orders and committed reservations have the same lines",
+        # A cancelled order that was confirmed before keeps its committed reservation, of which everything came back.
+        """
+        SELECT order_id, product_id, o.status, l.quantity AS ordered, r.quantity AS sold,
+               l.returned AS order_returned, r.returned AS stock_returned
+          FROM (
+            SELECT n.order_id, n.product_id, n.quantity, n.returned
+              FROM audit.order_lines n
+              JOIN audit.orders o ON o.id = n.order_id
+             WHERE o.status IN ('confirmed', 'completed')
+          ) l
+          FULL JOIN (SELECT * FROM audit.reservation_lines WHERE state = 'committed') r USING (order_id, product_id)
+          LEFT JOIN audit.orders o ON o.id = order_id
+         CROSS JOIN audit.clock c
+         WHERE coalesce(o.settled, true) AND coalesce(r.updated_at < c.settled_before, true)
+           AND CASE WHEN o.status = 'cancelled' THEN r.returned <> r.quantity
+                    ELSE (l.quantity, l.returned) IS DISTINCT FROM (r.quantity, r.returned) END
+        """,
+    ),
+    Invariant(
+        "S6",
+        "stock",
+        "settled",
+        "Stock is held for pending orders alone",
+        """
+        SELECT r.order_id, o.status, r.updated_at
+          FROM inventory.reservations r
+          LEFT JOIN audit.orders o ON o.id = r.order_id
+         CROSS JOIN audit.clock c
+         WHERE r.state = 'held' AND r.updated_at < c.settled_before AND coalesce(o.settled, true)
+           AND o.status IS DISTINCT FROM 'pending'
+        """,
+    ),
+    Invariant(
+        "S7",
+        "stock",
+        "always",
+        "Each sold line and each movement has a version that its level has had, and what came back is on the shelf",
+        """
+        SELECT c.order_id, c.product_id, c.level_version, l.version,
+               NULL::integer AS returned, NULL::bigint AS came_back
+          FROM audit.stock_changes c
+          JOIN inventory.levels l ON l.product_id = c.product_id
+         WHERE coalesce(c.level_version NOT BETWEEN 1 AND l.version, true)
+        UNION ALL
+        SELECT coalesce(n.order_id, m.order_id), coalesce(n.product_id, m.product_id), n.level_version, NULL,
+               n.returned, m.came_back
+          FROM (
+            SELECT * FROM audit.reservation_lines WHERE state = 'committed' OR returned > 0 OR level_version IS NOT NULL
+          ) n
+          FULL JOIN audit.came_back m ON m.order_id = n.order_id AND m.product_id = n.product_id
+         WHERE n.state IS DISTINCT FROM 'committed' OR n.returned <> coalesce(m.came_back, 0) OR n.returned > n.quantity
+        """,
+    ),
+    Invariant(
+        "S8",
+        "stock",
+        "always",
+        "Nothing was held, sold or moved of a product that has no level",
+        """
+        SELECT c.order_id, c.product_id
+          FROM (
+            SELECT order_id, product_id FROM audit.stock_changes
+            UNION ALL SELECT order_id, product_id FROM audit.held_lines
+          ) c
+          LEFT JOIN inventory.levels l ON l.product_id = c.product_id
+         WHERE l.product_id IS NULL
+        """,
+    ),
+    Invariant(
+        "S9",
+        "stock",
+        "settled",
+        "Stock is of products that exist",
+        # A product is never deleted: its database was restored alone, from before it was entered.
+        """
+        SELECT l.product_id, l.on_hand, l.updated_at
+          FROM inventory.levels l
+          LEFT JOIN products.products p ON p.id = l.product_id
+         CROSS JOIN audit.clock c
+         WHERE p.id IS NULL AND l.on_hand > 0 AND l.updated_at < c.settled_before
+        """,
+    ),
+)
