@@ -23,8 +23,10 @@ Guaranteed
 
 Not guaranteed, for it cannot be
     - Entries that the feed deleted before a bridge could publish them are missing. That is logged as an error.
-    - A feed that was restored from a backup may be behind the stream. Then the bridge publishes nothing, and says so,
-      until a person deletes the stream.
+    - A feed that was restored from a backup is behind the stream. The bridge publishes nothing, and says so, until the
+      feed has its next entry, whose position no reader has seen (`mercato restore`, and the start of a shop whose feed
+      was restored alone, see to that), or a person deletes the stream. Entries of the lost time stay in a stream that
+      goes on.
 """
 
 from __future__ import annotations

@@ -58,10 +58,10 @@ class Feed:
         self._purged = self.entries[count - 1].position
         del self.entries[:count]
 
-    def restore(self, count: int) -> None:
-        """The feed has only its first `count` entries, as its backup had."""
+    def restore(self, count: int, *, skipped: int = 0) -> None:
+        """The feed has only its first `count` entries, as its backup had; the next is `skipped` entries behind them."""
         del self.entries[count:]
-        self._count = count
+        self._count = count + skipped
 
     async def read(self, after: int) -> Sequence[FeedMessage]:
         last = self.entries[-1].position if self.entries else self._purged

@@ -228,6 +228,28 @@ async def test_a_feed_that_was_restored_is_reported_until_the_stream_is_deleted(
     assert errors == [{"event": "bridge_feed_is_behind", **behind}]
 
 
+async def test_a_restored_feed_goes_on_with_positions_that_the_stream_has_not_had(
+    broker: Broker, stream: Reader, feed: Feed
+):
+    feed.add(20)
+    async with bridging(broker, feed.read):
+        await stream.until_count(20)
+    before = await stream.messages()
+    feed.restore(12, skipped=1_000)
+
+    with capture_logs() as logs:
+        async with bridging(broker, feed.read):
+            await until_true(lambda: [log["event"] for log in logs].count("bridge_feed_is_behind") == 1)
+            assert await stream.messages() == before
+            feed.add(3)
+            await stream.until_count(23)
+
+    after = await stream.messages()
+    assert after[:20] == before
+    assert [message.body for message in after[20:]] == [entry.body for entry in feed.entries[-3:]]
+    assert [log["event"] for log in logs if log["log_level"] == "error"] == ["bridge_feed_is_behind"]
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
