@@ -1,8 +1,9 @@
 """Hashing passwords, without letting that stop the shop.
 
 An Argon2id hash takes a core for some 26 ms and 19 MiB, so it is the cheapest thing to overload a shop with. Hashes
-therefore run on two threads of their own, behind a queue of fifty: who comes then hears `TooManyHashes` at once. Nobody
-is hashed for who is gone or whose deadline has passed.
+therefore run on two threads of their own, behind a queue of fifty. Who comes when it is full hears `TooManyHashes` at
+once, and so does who would wait in it for more than half of the time until the deadline, as quick as hashes are at the
+moment. No password is hashed for a caller who is gone or whose deadline has passed.
 
 Where the cores are wanted, these threads get a small share of them, and on two cores there is one thread: one core is
 left to the rest of the shop. Sign-ins wait under a flood of them, and not those who browse.
@@ -30,6 +31,10 @@ T = TypeVar("T")
 HASH_THREADS: Final = 2
 """At most: `threads_for` says how many."""
 HASH_QUEUE_LIMIT: Final = 50
+WAIT_SHARE: Final = 0.5
+"""Of the time that a caller has, for waiting: what would wait longer is refused, as at other queues of a server."""
+RECENT_WEIGHT: Final = 0.2
+"""Of the last hash in how long one takes; the older ones weigh less and less."""
 NICENESS: Final = 10
 """Of the threads that hash, above that of the process: a tenth of its weight. Linux counts it by thread."""
 SALT_BYTES: Final = 16
@@ -92,6 +97,35 @@ def _as_bytes(password: str) -> bytes:
     return password.encode("utf-8", "surrogatepass")
 
 
+class _Places:
+    """Those of the callers who are hashed for, or wait. Used on several threads."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._lock = threading.Lock()
+        self._taken = 0
+        self._hash_s = 0.0
+        """How long a hash takes at the moment; 0.0 as long as none was made."""
+
+    def take(self, seconds_left: float) -> bool:
+        """Whether there is one, for a caller with so much time."""
+        with self._lock:
+            waits = self._taken >= self._threads
+            wait_s = self._taken * self._hash_s / self._threads
+            if self._taken >= self._threads + HASH_QUEUE_LIMIT or (waits and wait_s > seconds_left * WAIT_SHARE):
+                return False
+            self._taken += 1
+            return True
+
+    def give_back(self) -> None:
+        with self._lock:
+            self._taken -= 1
+
+    def note(self, hash_s: float) -> None:
+        with self._lock:
+            self._hash_s += (hash_s - self._hash_s) * (RECENT_WEIGHT if self._hash_s else 1.0)
+
+
 class Passwords:
     """Hashes and checks passwords on threads of its own. Raises `TooManyHashes` and `DeadlineExceeded`."""
 
@@ -100,7 +134,7 @@ class Passwords:
         self._clock = clock
         self._randomness = randomness
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="password-hash", initializer=_lower_own_priority)
-        self._room = threading.BoundedSemaphore(threads + HASH_QUEUE_LIMIT)
+        self._places = _Places(threads)
         # Made like every other hash, so that checking against it takes as long as checking a real one.
         self._decoy = hasher.hash(randomness.token(SALT_BYTES).hex(), randomness.token(SALT_BYTES))
 
@@ -121,18 +155,22 @@ class Passwords:
         self._threads.shutdown(cancel_futures=True)
 
     async def _run(self, work: Callable[[], T]) -> T:
-        if not self._room.acquire(blocking=False):
-            raise TooManyHashes
         call = current.get(None)
         deadline = call.deadline if call else float("inf")
+        if not self._places.take(deadline - self._clock.monotonic()):
+            raise TooManyHashes
         # A future of the pool, because its place is given back when the thread is done (or never began), which for a
         # caller that went away in the middle is later than its task.
         future = self._threads.submit(self._if_in_time, work, deadline)
-        future.add_done_callback(lambda _: self._room.release())
+        future.add_done_callback(lambda _: self._places.give_back())
         # Cancelling the caller cancels what has not begun.
         return await asyncio.wrap_future(future)
 
     def _if_in_time(self, work: Callable[[], T], deadline: float) -> T:
-        if self._clock.monotonic() >= deadline:
+        began = self._clock.monotonic()
+        if began >= deadline:
             raise DeadlineExceeded(operation="users.password_hash")
-        return work()
+        try:
+            return work()
+        finally:
+            self._places.note(self._clock.monotonic() - began)

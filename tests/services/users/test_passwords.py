@@ -194,6 +194,26 @@ async def test_nobody_is_hashed_for_whose_deadline_has_passed(
     assert "late" not in hasher.hashed
 
 
+async def test_who_would_wait_for_half_of_the_time_is_refused_at_once(
+    passwords: Passwords, hasher: GatedHasher, clock: StepClock
+):
+    first = await fill(passwords, hasher, HASH_THREADS)
+    clock.time += 2.0  # so long does a hash take here
+    hasher.gate.set()
+    await asyncio.gather(*first)
+
+    busy = await fill(passwords, hasher, HASH_THREADS)
+    current.set(acting(Actor("anonymous"), clock=clock, seconds=10.0))
+    # With n before it on two threads it would wait n seconds: the fifth, with six, for more than half of its ten.
+    *waiting, refused = [asyncio.create_task(passwords.hash(f"waits {i}")) for i in range(5)]
+    async with asyncio.timeout(WAIT_SECONDS):
+        with pytest.raises(TooManyHashes):
+            await refused
+    hasher.gate.set()
+
+    assert len(await asyncio.gather(*busy, *waiting)) == 6
+
+
 async def test_without_a_hash_the_work_is_done_and_the_answer_is_no(passwords: Passwords, hasher: GatedHasher):
     assert await passwords.matches("right", "right")
     assert not await passwords.matches("right", "wrong")
