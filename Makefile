@@ -121,6 +121,10 @@ chaos: $(VENV)/.dev ## kill a loaded shop at random, then audit it (SECONDS=60 S
 restarts: $(VENV)/.dev ## kill and pause one process of a split shop after the other (SECONDS=60 SEED= ARGS="--transport http")
 	@PYTHONPATH=tests $(RUN) system.chaos.restarts --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
+.PHONY: network
+network: $(VENV)/.dev ## let links between the processes of a shop fail (SECONDS=60 SEED= ARGS="--transport nats")
+	@PYTHONPATH=tests $(RUN) system.chaos.network --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
 .PHONY: safeguards
 safeguards: $(VENV)/.dev ## take each safeguard away in a copy, and see a test miss it (ARGS="cursor", ARGS=--list)
 	@PYTHONPATH=tests $(RUN) system.mutation.safeguards $(ARGS)

@@ -148,9 +148,13 @@ class Buyers(Clients):
                 if self.stopped.is_set():
                     return
 
+    def order(self, caller: Caller, key: str) -> Response:
+        """What each of them sends, again and again."""
+        return caller.order(key)
+
     def _try(self, caller: Caller, key: str) -> bool:
         try:
-            reply = caller.order(key)
+            reply = self.order(caller, key)
         except (OSError, http.client.HTTPException):
             self.unanswered += 1
             return False
@@ -164,11 +168,14 @@ class Buyers(Clients):
         assert set(self.statuses) <= {201, *LATER}
         assert set(self.placed.values()) <= set(all_order_ids(caller))
         for key in self.pending:
-            order = caller.ordered(key)
+            order = self._ordered(caller, key)
             assert order.status == 201, order.text
-            assert caller.ordered(key).json["id"] == order.json["id"]
+            assert self._ordered(caller, key).json["id"] == order.json["id"]
         for key, order_id in list(self.placed.items())[-3:]:
-            assert caller.ordered(key).json["id"] == order_id
+            assert self._ordered(caller, key).json["id"] == order_id
+
+    def _ordered(self, caller: Caller, key: str) -> Response:
+        return _recovered(lambda: self.order(caller, key))
 
 
 def all_order_ids(caller: Caller) -> list[int]:
