@@ -15,7 +15,7 @@ from mercato.chassis.contract import SERVICE_ROLE, Actor, Call, Contract, Empty 
 from mercato.chassis.hosting.host import GATEWAY, Hosting
 from mercato.chassis.hosting.periodic import PeriodicTask
 from mercato.chassis.hosting.service import Build
-from mercato.chassis.http import HttpLimits, HttpServer
+from mercato.chassis.http import HttpLimits, HttpServer, LoadLimits
 from mercato.chassis.messaging.outbox import event_log
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.rpc.client import acting
@@ -201,7 +201,8 @@ def gateway(
     caller: str = GATEWAY,
     problems: Callable[[], Awaitable[Mapping[str, str]]] | None = None,
     currency: str = DEFAULT_CURRENCY,
-) -> Asgi:
+    load: LoadLimits | None = None,
+) -> Gateway:
     """The rows of the public API that need `services` alone. `open_to`: the address of a shop that asks for no tokens.
 
     `details` is told by `/health/ready` besides; what makes it say that the process is not ready, `problems` gives, by
@@ -255,6 +256,7 @@ def gateway(
         fallback=pages,
         currency=currency,
         log_requests=log_requests,
+        load=load,
     )
 
 

@@ -26,7 +26,7 @@ from mercato.chassis.hosting import settings as config
 from mercato.chassis.hosting.host import GATEWAY, Host, hear_of_events
 from mercato.chassis.hosting.keys import signing_seed
 from mercato.chassis.hosting.options import OptionError
-from mercato.chassis.http import CannotListen, bind
+from mercato.chassis.http import CannotListen, LoadLimits, bind
 from mercato.chassis.observability.clock import SystemClock
 from mercato.chassis.observability.telemetry import Telemetry, configure_logging
 from mercato.chassis.postgres import sessions
@@ -164,6 +164,7 @@ class _Serving:
             services=tuple(topology.SERVICES) if self._has_gateway else self._services,
             caller=self._options.names[0] if not self._has_gateway else GATEWAY,
             problems=problems,
+            load=LoadLimits.up_to(self._settings.requests_in_work),
         )
         finished = asyncio.Event()
 

@@ -15,6 +15,7 @@ from mercato import topology
 from mercato.chassis.contract import ServiceError
 from mercato.chassis.hosting.host import Host
 from mercato.chassis.hosting.keys import service_secrets
+from mercato.chassis.http import LoadLimits
 from mercato.chassis.observability import faults
 from mercato.chassis.observability.telemetry import configure_logging
 from mercato.cli.hosting import hosted, spare_the_collector
@@ -66,6 +67,7 @@ async def _serve(assignment: Assignment, lifeline: Lifeline) -> None:
             log_requests=assignment.log_requests,
             currency=assignment.currency,
             details=background.details,
+            load=LoadLimits.up_to(assignment.requests_in_work),
         )
         spare_the_collector()
         with socket.socket(fileno=assignment.listener) as listener:

@@ -25,7 +25,7 @@ from mercato.chassis.hosting import settings as config
 from mercato.chassis.hosting.host import Host
 from mercato.chassis.hosting.keys import key_deriver
 from mercato.chassis.hosting.options import OptionError
-from mercato.chassis.http import CannotListen, PortTaken, bind
+from mercato.chassis.http import CannotListen, LoadLimits, PortTaken, bind
 from mercato.chassis.observability.telemetry import Telemetry, configure_logging
 from mercato.chassis.postgres.migrations import MigrationError
 from mercato.chassis.postgres.provisioning import ProvisionError
@@ -266,6 +266,7 @@ class _Up:
             log_requests=self._settings.log_requests,
             currency=self._settings.currency,
             details=background.details,
+            load=LoadLimits.up_to(self._settings.requests_in_work),
         )
 
         def on_ready() -> None:

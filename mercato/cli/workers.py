@@ -53,6 +53,7 @@ class Assignment(msgspec.Struct, frozen=True):
     open_to: tuple[str, int] | None
     transport: str
     pool_size: int
+    requests_in_work: int
     log_level: str
     log_requests: bool
     currency: str
@@ -87,6 +88,7 @@ class Workers:
             open_to=open_to,
             transport=settings.transport,
             pool_size=settings.pool_size,
+            requests_in_work=settings.requests_in_work,
             log_level=settings.log_level,
             log_requests=settings.log_requests,
             currency=settings.currency,

@@ -5,10 +5,11 @@ What happens to a request, in this order; each step may refuse:
     1. find the route        unknown path 404, unknown method 405 with Allow
     2. who asks              address of an open shop 403, token 401, role 403, rate 429
     3. what is asked         size 413, content type 415, JSON, path, query and headers 400, all wrong fields at once
-    4. call the operation    its errors become problems
+    4. call the operation    where requests of its class may enter, else 503; its errors become problems
     5. answer                one message where the server takes one (`mercato.chassis.http`), else two
 
-Everything that can be decided before the first request is decided in `BoundRoute`, once a route.
+A request that could not even wait for step 4 is refused before step 2 (`mercato.chassis.http.shedding`). Everything
+that can be decided before the first request is decided in `BoundRoute`, once a route.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from mercato.chassis.contract import (
     ServiceError,
     current,
 )
-from mercato.chassis.http import COMPLETE_RESPONSE
+from mercato.chassis.http import COMPLETE_RESPONSE, LoadLimits, Shedder
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.contracts.money import DEFAULT_CURRENCY
@@ -45,7 +46,7 @@ from mercato.gateway import guests, idempotency, problems
 from mercato.gateway.auth import Authenticator
 from mercato.gateway.headers import RequestHeaders, check_content_type, expected_version, preferred_wait_ms
 from mercato.gateway.rates import PasswordTries, RateLimiter
-from mercato.gateway.route import NO_TEXT, PART_LIMIT, Gathered, Page, Part, Route, RouteRequest
+from mercato.gateway.route import NO_TEXT, Page, Route, RouteRequest, gathering
 from mercato.gateway.validation import decode_body, decode_query, decoder, invalid, members_of
 
 Scope = MutableMapping[str, Any]
@@ -87,6 +88,7 @@ class Gateway:
         currency: str = DEFAULT_CURRENCY,
         request_seconds: float = REQUEST_SECONDS,
         log_requests: bool = False,
+        load: LoadLimits | None = None,
     ) -> None:
         self._table = Table([BoundRoute(route, client, telemetry, currency) for route in routes])
         self._authenticator = authenticator
@@ -97,6 +99,7 @@ class Gateway:
         self._rates = RateLimiter()
         self._tries = PasswordTries(clock)
         self._log_requests = log_requests
+        self.load = Shedder(load or LoadLimits(), monotonic=clock.monotonic, telemetry=telemetry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -154,6 +157,8 @@ class Gateway:
     async def _serve(
         self, route: BoundRoute, parts: Mapping[str, str], scope: Scope, receive: Receive, headers: RequestHeaders
     ) -> tuple[int, Lines, bytes]:
+        if (load := self.load).waiting and load.in_work >= load.room[route.priority]:
+            load.check(route.priority, route.name)
         authenticator, authorization = self._authenticator, headers.authorization
         authenticator.check_address(headers.host, headers.origin, headers.forwarded)
         access_token, query = None, scope["query_string"]
@@ -183,10 +188,7 @@ class Gateway:
         deadline = self._monotonic() + self._seconds
         current.set(Context(actor, deadline, headers.trace_id, headers.request_id))
         try:
-            if route.is_guarded:
-                answer = await self._call_guarded(route, request, asked, _address(scope))
-            else:
-                answer = await (route.call if access_token is None else route.guest_call)(asked)
+            answer = await self._call(route, request, asked, scope, deadline)
         except InvalidRequest as error:
             raise route.reworded(error) from None
         if request.wait_ms is None:
@@ -195,6 +197,28 @@ class Gateway:
         status, lines, body = route.respond(await route.waited(answer, request.wait_ms), scope)
         lines.append(b"preference-applied: wait=%d" % (request.wait_ms // 1_000))
         return status, lines, body
+
+    async def _call(self, route: BoundRoute, request: RouteRequest, asked: Any, scope: Scope, deadline: float) -> Any:
+        """The answer of a route's operation, as one of the requests in work. Raises its errors, and `Overloaded`."""
+        load, priority, entered_at = self.load, route.priority, deadline - self._seconds
+        if load.in_work < load.room[priority]:
+            load.in_work += 1
+            if load.in_work > load.peak:
+                load.peak = load.in_work
+        else:
+            entered_at = await load.queue(priority, route.name, deadline)
+        try:
+            if route.is_guarded:
+                return await self._call_guarded(route, request, asked, _address(scope))
+            return await (route.call if request.access_token is None else route.guest_call)(asked)
+        finally:
+            load.in_work -= 1
+            slow_seconds = load.slow_seconds[priority]
+            if slow_seconds is not None and not route.is_guarded:
+                load.measured += 1
+                load.slow += self._monotonic() - entered_at > slow_seconds
+            if load.waiting or load.measured >= load.window_requests:
+                load.settle()
 
     async def _call_guarded(self, route: BoundRoute, request: RouteRequest, asked: Any, address: str) -> Any:
         """The answer of a route that checks passwords or opens accounts. Raises `TooManyRequests` and its errors."""
@@ -357,6 +381,7 @@ class BoundRoute:
         self._wait_call = client(route.wait.operation) if route.wait else None
         self.name = f"{route.method} {route.path}"
         self.roles = route.roles
+        self.priority = route.priority
         self.ignores_token = route.ignores_token
         self.takes_ended_session = route.takes_ended_session
         self.limits = route.limits
@@ -517,33 +542,6 @@ class BoundRoute:
             lines.append(b"location: " + route.location(answer).encode())
         if route.replayed is not None and route.replayed(answer):
             lines.append(b"idempotent-replayed: true")
-
-
-def gathering(
-    parts: Sequence[Part],
-    call: Callable[[Any], Awaitable[Any]],
-    client: Callable[[Operation[Any, Any]], Call[Any, Any]],
-) -> Callable[[Any], Awaitable[Gathered]]:
-    """The call of a route with parts: its own, then each part page by page."""
-    calls = [(part, client(part.operation)) for part in parts]
-
-    async def gather(asked: Any) -> Gathered:
-        answer = await call(asked)
-        found: dict[str, list[Any]] = {}
-        following: dict[str, str] = {}
-        for part, ask in calls:
-            entries: list[Any] = []
-            query, is_last = part.first(answer), False
-            while not is_last and len(entries) < PART_LIMIT:
-                page = part.page(await ask(part.request(answer, query)))
-                entries += page.items
-                query, is_last = {**query, **(page.next_query or {})}, page.next_query is None
-            found[part.name] = entries
-            if not is_last:
-                following[part.name] = f"{part.path}?{urlencode(query)}"
-        return Gathered(answer, found, following)
-
-    return gather
 
 
 async def _read_body(receive: Receive, limit_bytes: int) -> bytes:

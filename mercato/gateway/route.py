@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, Literal, dataclass_transform
+from urllib.parse import urlencode
 
 import msgspec
 
-from mercato.chassis.contract import Actor, Operation, ServiceError
+from mercato.chassis.contract import Actor, Call, Operation, ServiceError
+from mercato.chassis.http import Priority
 
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 
@@ -114,6 +116,33 @@ class Gathered(msgspec.Struct, frozen=True):
     next: Mapping[str, str]
 
 
+def gathering(
+    parts: Sequence[Part],
+    call: Callable[[Any], Awaitable[Any]],
+    client: Callable[[Operation[Any, Any]], Call[Any, Any]],
+) -> Callable[[Any], Awaitable[Gathered]]:
+    """The call of a route with parts: its own, then each part page by page."""
+    calls = [(part, client(part.operation)) for part in parts]
+
+    async def gather(asked: Any) -> Gathered:
+        answer = await call(asked)
+        found: dict[str, list[Any]] = {}
+        following: dict[str, str] = {}
+        for part, ask in calls:
+            entries: list[Any] = []
+            query, is_last = part.first(answer), False
+            while not is_last and len(entries) < PART_LIMIT:
+                page = part.page(await ask(part.request(answer, query)))
+                entries += page.items
+                query, is_last = {**query, **(page.next_query or {})}, page.next_query is None
+            found[part.name] = entries
+            if not is_last:
+                following[part.name] = f"{part.path}?{urlencode(query)}"
+        return Gathered(answer, found, following)
+
+    return gather
+
+
 class Form(msgspec.Struct, frozen=True, kw_only=True):
     """Another form of a request that a route takes, as one of the reference systems prints it (A to E).
 
@@ -210,6 +239,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     replayed: Callable[[Any], bool] | None = None
     """Whether the answer is the stored one of an earlier request with the same key."""
     limits: Limits = Limits()
+    priority: Priority = Priority.BROWSE
+    """Which requests are let in first where there are too many. `PRIORITIES` in `routes/` sets it."""
     tries: Callable[[RouteRequest], str | None] | None = None
     """The account for which a request shows a password, in a spelling of its own; None for one that shows none. After
     wrong ones (errors of kind UNAUTHENTICATED), further tries from the same address wait."""

@@ -13,7 +13,7 @@ from typing import Any, Self
 import aiohttp
 
 from mercato import topology
-from mercato.chassis.http import bind
+from mercato.chassis.http import LoadLimits, Shedder, bind
 from mercato.contracts.money import DEFAULT_CURRENCY
 from mercato.contracts.roles import STAFF
 from mercato.contracts.users import Register, Users
@@ -30,6 +30,9 @@ STAFF_PASSWORD = "a password for the tests"
 
 class Shop:
     """A running shop with the demo data, and a client for it. Alice is user 1, Bob is user 2."""
+
+    load: Shedder
+    """Of the gateway: what is in work there, and what waits."""
 
     def __init__(
         self, harness: ServiceHarness, url: str, stop: asyncio.Event, serving: asyncio.Task[None], *, is_open: bool
@@ -52,6 +55,7 @@ class Shop:
         options: Mapping[str, str] | None = None,
         currency: str = DEFAULT_CURRENCY,
         harness_class: type[ServiceHarness] = ServiceHarness,
+        load: LoadLimits | None = None,
     ) -> Self:
         harness = harness_class(cluster, transport, options)
         await harness.open(topology.builds())
@@ -60,12 +64,13 @@ class Shop:
                 await service.seed_demo()
         listener = bind("127.0.0.1", 0)
         address = ("127.0.0.1", listener.getsockname()[1])
-        app = topology.gateway(harness.host, open_to=address if is_open else None, currency=currency)
+        app = topology.gateway(harness.host, open_to=address if is_open else None, currency=currency, load=load)
         stop, ready = asyncio.Event(), asyncio.Event()
         server = topology.server(app, listener, harness.host.telemetry, ready.set)
         serving = asyncio.create_task(server.run_until(stop))
         await ready.wait()
         shop = cls(harness, f"http://127.0.0.1:{address[1]}", stop, serving, is_open=is_open)
+        shop.load = app.load
         if not is_open:
             await shop._register_staff()
         return shop

@@ -10,6 +10,7 @@ answers some abuses in plain text. Here are the parts that close those gaps:
 `PipelinedTurns`   which requests that came behind another of their connection are in work.
 `BoundedCycle`     one request and its answer: takes a whole answer in one message.
 `Refusal`          why a request was refused, as an RFC 9457 problem.
+`Shedder`          which requests an application lets into work, by `Priority`, and which it refuses early.
 
 A connection is always in one of these phases:
 
@@ -35,6 +36,7 @@ from .limits import HttpLimits, Refusal
 from .listening import CannotListen, HostUnknown, PortForbidden, PortTaken, bind, translate
 from .protocol import BoundedProtocol, ConnectionBook
 from .server import HttpServer
+from .shedding import LoadLimits, Priority, Shedder
 
 __all__ = [
     "COMPLETE_RESPONSE",
@@ -45,9 +47,12 @@ __all__ = [
     "HostUnknown",
     "HttpLimits",
     "HttpServer",
+    "LoadLimits",
     "PortForbidden",
     "PortTaken",
+    "Priority",
     "Refusal",
+    "Shedder",
     "bind",
     "network_of",
     "translate",

@@ -1,9 +1,16 @@
-"""The table of the API: one file a service, and one for the requests of the reference systems."""
+"""The table of the API: one file a service, and one for the requests of the reference systems.
+
+`PRIORITIES` says which routes give way to which where there are more requests than can be answered.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
+import msgspec
+
+from mercato.chassis.http import Priority
 from mercato.gateway.route import Route
 from mercato.gateway.routes import (
     claims,
@@ -19,7 +26,74 @@ from mercato.gateway.routes import (
     users,
 )
 
-ROUTES: Final[tuple[Route, ...]] = reference.added_to(
+PRIORITIES: Final[Mapping[Priority, tuple[str, ...]]] = {
+    Priority.PAY: (
+        "POST /payments",
+        "POST /payments/process",
+        "POST /payments/{id}/capture",
+        "POST /payments/{id}/refunds",
+        "POST /payments/{id}/void",
+    ),
+    Priority.ORDER: (
+        "POST /orders",
+        "PATCH /orders/{id}",
+        "POST /orders/{id}/cancel",
+        "POST /orders/{id}/claim",
+        "POST /orders/{id}/returns",
+        "POST /token/refresh",  # without it, no checkout goes on after fifteen minutes
+    ),
+    Priority.BROWSE: (
+        "GET /customers/{id}",
+        "GET /orders",
+        "GET /orders/{id}",
+        "GET /orders/{id}/history",
+        "GET /orders/{id}/refunds",
+        "GET /orders/{id}/timeline",
+        "GET /payments",
+        "GET /payments/{id}",
+        "GET /payments/{id}/refunds",
+        "GET /products",
+        "POST /products",
+        "GET /products/{id}",
+        "PATCH /products/{id}",
+        "POST /products/{id}/archive",
+        "GET /products/{id}/stock",
+        "PUT /products/{id}/stock",
+        "POST /products/{id}/stock/adjustments",
+        "GET /refunds/{id}",
+        "POST /email/proof",
+        "POST /login",  # a password costs more than anything else here, and is guessed by others than customers
+        "POST /logout",
+        "POST /password/forgot",
+        "POST /password/reset",
+        "POST /register",
+        "GET /user/{id}",
+        "GET /users/{id}",
+        "PATCH /users/{id}",
+        "PUT /users/{id}/role",
+        "DELETE /users/me",
+        "GET /users/me",
+        "PATCH /users/me",
+        "POST /users/me/password",
+        "POST /users/me/proof",
+        "DELETE /users/me/sessions",
+        "GET /users/me/sessions",
+        "DELETE /users/me/sessions/{id}",
+    ),
+    Priority.REPORT: (
+        "GET /events",
+        "GET /security-log",
+        "GET /stock",
+        "GET /users",
+        "GET /users/me/export",
+    ),
+}
+"""The class of each route. A route that is not listed is of `BROWSE`, and a test fails for it."""
+
+_PRIORITY_OF: Final = {name: priority for priority, names in PRIORITIES.items() for name in names}
+
+
+_DECLARED: Final[tuple[Route, ...]] = reference.added_to(
     (
         *users.ROUTES,
         *own_data.ROUTES,
@@ -32,4 +106,9 @@ ROUTES: Final[tuple[Route, ...]] = reference.added_to(
         *payments.ROUTES,
         *events.ROUTES,
     )
+)
+
+ROUTES: Final[tuple[Route, ...]] = tuple(
+    msgspec.structs.replace(route, priority=_PRIORITY_OF.get(f"{route.method} {route.path}", Priority.BROWSE))
+    for route in _DECLARED
 )
