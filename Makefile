@@ -113,6 +113,10 @@ bench-split: $(VENV)/.runtime $(BENCH_GO) ## measure each service as a process o
 bench-edge: $(VENV)/.runtime ## measure what others feel while clients abuse the public edge
 	@$(RUN) bench.throughput.edge $(ARGS)
 
+.PHONY: bench-overload
+bench-overload: $(VENV)/.runtime $(BENCH_GO) ## measure what is answered of more requests than can be (ARGS="--seconds 5 --json")
+	@$(RUN) bench.throughput.overload $(ARGS)
+
 .PHONY: chaos
 chaos: $(VENV)/.dev ## kill a loaded shop at random, then audit it (SECONDS=60 SEED= ARGS="--json")
 	@PYTHONPATH=tests $(RUN) system.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)

@@ -7,6 +7,8 @@
 // moment when it was due. Sending stops after the given time; what is under way then is waited for, so that there are
 // exactly as many answers as requests.
 //
+// With refusals, an answer of 429 or 503 with Retry-After is no failure: it is counted and timed by itself.
+//
 // Answers are kept and checked after the load, so that checking costs nothing while it is measured. Only the standard
 // library is used, and one processor (GOMAXPROCS 1), for what the load costs is missing to the shop.
 package main
@@ -49,6 +51,8 @@ type Plan struct {
 	Rate        float64   `json:"rate"`  // requests a second; 0: a closed loop
 	Count       int64     `json:"count"` // how many requests at most; 0: as many as fit into the time
 	Seed        int64     `json:"seed"`
+	Refusals    bool      `json:"refusals"` // whether refusals are expected
+	Sources     int       `json:"sources"`  // addresses of loopback that connections come from, in turns; 0: the usual one
 	Requests    []Request `json:"requests"`
 }
 
@@ -72,6 +76,9 @@ type Result struct {
 	LatencyUS   Latency            `json:"latency_us"`
 	KindsUS     map[string]Latency `json:"kinds_us"`
 	LoadCPUUS   float64            `json:"load_cpu_us"` // what sending a request cost the load itself
+	Refused     int64              `json:"refused"`     // in none of the figures above but requests and load_cpu_us
+	RefusedUS   Latency            `json:"refused_us"`
+	KindsGood   map[string]int64   `json:"kinds_good"`
 }
 
 type Latency struct {
@@ -89,6 +96,7 @@ type answer struct {
 	status  int
 	latency time.Duration
 	body    []byte
+	refused bool
 }
 
 type schedule struct {
@@ -121,7 +129,7 @@ func run(plan Plan) Result {
 	workers := make([]*worker, plan.Connections)
 	wire := encoded(plan)
 	for i := range workers {
-		workers[i] = &worker{plan: &plan, wire: wire, random: rand.New(rand.NewSource(plan.Seed<<16 + int64(i)))}
+		workers[i] = &worker{plan: &plan, number: i, wire: wire, random: rand.New(rand.NewSource(plan.Seed<<16 + int64(i)))}
 		workers[i].first = make([][]byte, len(plan.Requests))
 		if err := workers[i].connect(); err != nil {
 			workers[i].fail(err)
@@ -160,6 +168,7 @@ func encoded(plan Plan) [][]byte {
 
 type worker struct {
 	plan     *Plan
+	number   int
 	wire     [][]byte
 	random   *rand.Rand
 	conn     net.Conn
@@ -172,7 +181,11 @@ type worker struct {
 }
 
 func (w *worker) connect() error {
-	conn, err := net.DialTimeout("tcp", w.plan.Address, answerTimeout)
+	dialer := net.Dialer{Timeout: answerTimeout}
+	if w.plan.Sources > 0 {
+		dialer.LocalAddr = &net.TCPAddr{IP: net.IPv4(127, 0, 1, byte(w.number%w.plan.Sources+1))}
+	}
+	conn, err := dialer.Dial("tcp", w.plan.Address)
 	if err != nil {
 		return err
 	}
@@ -194,12 +207,18 @@ func (w *worker) work(s *schedule) {
 		}
 		request := w.random.Intn(len(w.wire))
 		w.sent++
-		status, body, closes, err := w.exchange(request)
+		status, body, closes, later, err := w.exchange(request)
 		if err != nil {
 			w.fail(err)
 			return
 		}
-		w.answers = append(w.answers, answer{request, status, time.Since(due), w.kept(request, body)})
+		took, refused := time.Since(due), w.plan.Refusals && later && (status == 429 || status == 503)
+		if refused {
+			body = nil
+		} else {
+			body = w.kept(request, body)
+		}
+		w.answers = append(w.answers, answer{request, status, took, body, refused})
 		if closes {
 			w.conn.Close()
 			if err := w.connect(); err != nil {
@@ -232,29 +251,30 @@ func (w *worker) due(s *schedule) (time.Time, bool) {
 	return time.Now(), true
 }
 
-// exchange sends a request and reads its answer. The body is valid until the next one.
-func (w *worker) exchange(request int) (status int, body []byte, closes bool, err error) {
+// exchange sends a request and reads its answer. The body is valid until the next one; later: it has
+// a Retry-After.
+func (w *worker) exchange(request int) (status int, body []byte, closes, later bool, err error) {
 	if err := w.conn.SetDeadline(time.Now().Add(answerTimeout)); err != nil {
-		return 0, nil, false, err
+		return 0, nil, false, false, err
 	}
 	if _, err := w.conn.Write(w.wire[request]); err != nil {
-		return 0, nil, false, err
+		return 0, nil, false, false, err
 	}
 	line, err := w.reader.ReadSlice('\n')
 	if err != nil {
-		return 0, nil, false, err
+		return 0, nil, false, false, err
 	}
 	if len(line) < 12 || !bytes.HasPrefix(line, []byte("HTTP/1.1 ")) {
-		return 0, nil, false, fmt.Errorf("not HTTP/1.1: %q", line)
+		return 0, nil, false, false, fmt.Errorf("not HTTP/1.1: %q", line)
 	}
 	if status, err = strconv.Atoi(string(line[9:12])); err != nil {
-		return 0, nil, false, err
+		return 0, nil, false, false, err
 	}
 	length, chunked := -1, false
 	for {
 		line, err := w.reader.ReadSlice('\n')
 		if err != nil {
-			return 0, nil, false, err
+			return 0, nil, false, false, err
 		}
 		line = bytes.TrimRight(line, "\r\n")
 		if len(line) == 0 {
@@ -265,34 +285,36 @@ func (w *worker) exchange(request int) (status int, body []byte, closes bool, er
 		switch {
 		case bytes.EqualFold(name, []byte("content-length")):
 			if length, err = strconv.Atoi(string(value)); err != nil || length < 0 || length > maxBody {
-				return 0, nil, false, fmt.Errorf("content-length %q", value)
+				return 0, nil, false, false, fmt.Errorf("content-length %q", value)
 			}
 		case bytes.EqualFold(name, []byte("transfer-encoding")):
 			chunked = bytes.EqualFold(value, []byte("chunked"))
 		case bytes.EqualFold(name, []byte("connection")):
 			closes = bytes.EqualFold(value, []byte("close"))
+		case bytes.EqualFold(name, []byte("retry-after")):
+			later = true
 		}
 	}
 	switch {
 	case chunked:
 		whole, err := io.ReadAll(io.LimitReader(httputil.NewChunkedReader(w.reader), maxBody))
 		if err != nil {
-			return 0, nil, false, err
+			return 0, nil, false, false, err
 		}
 		// The reader of chunks leaves the empty line behind the last one.
 		if _, err := w.reader.ReadSlice('\n'); err != nil {
-			return 0, nil, false, err
+			return 0, nil, false, false, err
 		}
-		return status, whole, closes, nil
+		return status, whole, closes, later, nil
 	case length < 0:
-		return 0, nil, false, errors.New("an answer without a length")
+		return 0, nil, false, false, errors.New("an answer without a length")
 	}
 	if cap(w.buffer) < length {
 		w.buffer = make([]byte, length)
 	}
 	body = w.buffer[:length]
 	_, err = io.ReadFull(w.reader, body)
-	return status, body, closes, err
+	return status, body, closes, later, err
 }
 
 // kept gives a copy of the body to check later; nil where it is equal to one that will be checked.
@@ -312,7 +334,8 @@ func (w *worker) kept(request int, body []byte) []byte {
 func summary(plan Plan, workers []*worker, began time.Time, elapsed, cpu time.Duration) Result {
 	result := Result{BeganAt: float64(began.UnixNano()) / 1e9, Seconds: elapsed.Seconds(), Failures: []string{}}
 	ids := map[int64]struct{}{}
-	var all []time.Duration
+	var all, refused []time.Duration
+	result.KindsGood = map[string]int64{}
 	kinds := map[string][]time.Duration{}
 	for _, w := range workers {
 		result.Requests += w.sent
@@ -321,6 +344,10 @@ func summary(plan Plan, workers []*worker, began time.Time, elapsed, cpu time.Du
 		}
 		for _, a := range w.answers {
 			request := plan.Requests[a.request]
+			if a.refused {
+				refused = append(refused, a.latency)
+				continue
+			}
 			all = append(all, a.latency)
 			kinds[request.Kind] = append(kinds[request.Kind], a.latency)
 			id, err := checked(request, a)
@@ -329,6 +356,7 @@ func summary(plan Plan, workers []*worker, began time.Time, elapsed, cpu time.Du
 				continue
 			}
 			result.Good++
+			result.KindsGood[request.Kind]++
 			if request.Creates {
 				ids[id] = struct{}{}
 			}
@@ -336,6 +364,7 @@ func summary(plan Plan, workers []*worker, began time.Time, elapsed, cpu time.Du
 	}
 	result.DistinctIDs = int64(len(ids))
 	result.LatencyUS = latency(all)
+	result.Refused, result.RefusedUS = int64(len(refused)), latency(refused)
 	result.KindsUS = map[string]Latency{}
 	for kind, values := range kinds {
 		result.KindsUS[kind] = latency(values)

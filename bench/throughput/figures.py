@@ -45,6 +45,10 @@ class Loaded(msgspec.Struct, frozen=True):
     kinds_us: Mapping[str, Latency]
     load_cpu_us: float
     """CPU of the load generator itself, for each request."""
+    refused: int = 0
+    """Where refusals are expected: answers with 429 or 503 and Retry-After, in none of the latencies above."""
+    refused_us: Latency | None = None
+    kinds_good: Mapping[str, int] = {}
 
 
 class Reading(msgspec.Struct, frozen=True):
