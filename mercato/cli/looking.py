@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from mercato import topology
 from mercato.chassis.rpc.stats import Inspected, InstanceStats
 from mercato.cli import databases
@@ -18,6 +20,7 @@ from mercato.cli.progress import show, table
 SAMPLE_SECONDS: Final = 1.0
 """Calls per second are counted over so long."""
 MISSING: Final = 1
+CALL_HEADERS: Final = ("CALLER", "INSTANCE", "CALLS", "OPERATIONS", "BREAKER", "IN FLIGHT", "MAY RETRY")
 HEADERS: Final = ("SERVICE", "INSTANCE", "PID", "VERSION", "UP", "CALLS/S", "P99", "ERRORS", "HEALTH")
 
 Found = Mapping[str, Sequence[Inspected]]
@@ -44,6 +47,9 @@ async def _services(data: Path, *, as_json: bool) -> int:
         show(json.dumps({"services": rows}, indent=2))
     else:
         for line in table([HEADERS, *(_cells(row) for row in rows)]):
+            show(line)
+        show("")
+        for line in table([CALL_HEADERS, *(cells for row in rows for cells in _call_cells(row))]):
             show(line)
     return MISSING if any(not _answers(found) for found in after.values()) else 0
 
@@ -97,12 +103,28 @@ def _rows(name: str, found: Sequence[Inspected], before: Found, seconds: float) 
             "p99_ms": round(max((o.p99_ms for o in one.stats.operations.values()), default=0.0), 1),
             "errors": sum(operation.errors for operation in one.stats.operations.values()),
             "breakers_open": list(one.stats.open_breakers),
+            "calls": [msgspec.to_builtins(callee) for callee in one.stats.callees],
             "health": "up",
         }
 
 
 def _requests(stats: InstanceStats | None) -> int:
     return sum(operation.requests for operation in stats.operations.values()) if stats else 0
+
+
+def _call_cells(row: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """What a process calls, a line for the reads and one for the writes of each service."""
+    for callee in row.get("calls", ()):
+        budget = callee["retry_budget"]
+        yield (
+            str(row["service"]),
+            str(row["instance"]),
+            callee["service"],
+            callee["operations"],
+            callee["breaker"],
+            str(callee["in_flight"]),
+            "-" if budget is None else f"{budget:.0f}",
+        )
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -68,6 +68,7 @@ def whole_shop(dsns: Mapping[str, str], secret: bytes, settings: config.Settings
         pool_size=settings.pool_size,
         options=config.service_options(topology.SERVICES),
         may_call=topology.may_call,
+        limits=settings.call_limits,
     )
 
 

@@ -134,8 +134,10 @@ class _Serving:
             pool_size=self._settings.pool_size,
             options=config.service_options(self._services),
             may_call=topology.may_call,
+            limits=self._settings.call_limits,
         )
         self._stats.open_breakers = host.open_breakers
+        self._stats.callees = host.callees
         await _require_migrated(given.dsns)
         stack.push_async_callback(remote.close)
         await remote.open()

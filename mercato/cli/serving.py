@@ -55,6 +55,7 @@ async def _serve(assignment: Assignment, lifeline: Lifeline) -> None:
         pool_size=assignment.pool_size,
         options=assignment.options,
         may_call=topology.may_call,
+        limits=assignment.call_limits,
     )
     async with hosted(host):
         lifeline.on_end(ask_to_stop)

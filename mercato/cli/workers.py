@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from mercato.chassis.observability.telemetry import MULTIPROCESS_VARIABLE
+from mercato.chassis.rpc.limits import CallLimits
 
 if TYPE_CHECKING:
     # Reading settings is the owner's business; a worker that imported what that takes would start later.
@@ -61,6 +62,7 @@ class Assignment(msgspec.Struct, frozen=True):
     faults: str
     options: Mapping[str, str]
     """What the operator has set for single services."""
+    call_limits: CallLimits
 
 
 class Workers:
@@ -95,6 +97,7 @@ class Workers:
             audit_seconds=settings.audit_seconds,
             faults=settings.faults,
             options=options,
+            call_limits=settings.call_limits,
         )
         self._processes: list[asyncio.subprocess.Process] = []
         self._stopping = False

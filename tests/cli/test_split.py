@@ -6,8 +6,9 @@ import json
 import signal
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -205,10 +206,10 @@ def command(shop: Process, *arguments: str) -> subprocess.CompletedProcess[str]:
     return run(*arguments, "--data", str(shop.data), environment={})
 
 
-def test_the_processes_are_listed_with_what_they_have_done(shop: Process):
+def test_the_processes_are_listed_with_what_they_have_done(shop: Process, transport: str):
     recovered(shop)
     with shop.caller() as caller:
-        assert caller.paid("listed").status == 201
+        assert caller.paid(f"listed-over-{transport}").status == 201
     done = command(shop, "services", "--json")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["services"]
@@ -218,7 +219,27 @@ def test_the_processes_are_listed_with_what_they_have_done(shop: Process):
     assert {row["pid"] for row in rows} <= pids
     table = command(shop, "services").stdout.splitlines()
     assert table[0].split() == ["SERVICE", "INSTANCE", "PID", "VERSION", "UP", "CALLS/S", "P99", "ERRORS", "HEALTH"]
-    assert len(table) == 1 + len(rows)
+    end = table.index("")
+    assert end == 1 + len(rows)
+    assert table[end + 1].split() == [
+        "CALLER",
+        "INSTANCE",
+        "CALLS",
+        "OPERATIONS",
+        "BREAKER",
+        "IN",
+        "FLIGHT",
+        "MAY",
+        "RETRY",
+    ]
+    assert called(rows, "orders", "products", "reads"), "an order has been placed"
+    assert any("products" in line and "reads" in line and "closed" in line for line in table[end + 2 :])
+
+
+def called(rows: Sequence[Any], caller: str, service: str, operations: str) -> list[Any]:
+    """What `mercato services --json` says about the calls of `caller`, one for each of its processes that made some."""
+    found = [c for row in rows if row["service"] == caller for c in row["calls"]]
+    return [c for c in found if (c["service"], c["operations"]) == (service, operations)]
 
 
 def test_doctor_says_what_it_sees_and_what_it_does_not(shop: Process, transport: str):

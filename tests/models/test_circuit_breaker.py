@@ -80,6 +80,10 @@ class BreakerWalk(RuleBasedStateMachine):
     def fail_and_report_again_later(self, permit: Permit) -> None:
         self._report(permit, permit.failed)
 
+    @rule(permit=permits)
+    def is_slow(self, permit: Permit) -> None:
+        self._report(permit, permit.slow)
+
     def _report(self, permit: Permit, report: Callable[[], None], *, succeeded: bool = False) -> None:
         before, told, is_probe = self.breaker.state, len(self.told), permit is self.probe
         report()
@@ -118,8 +122,8 @@ class BreakerWalk(RuleBasedStateMachine):
     @invariant()
     def it_remembers_no_calls(self) -> None:
         window = self.breaker._window
-        assert (len(window._calls), len(window._failures)) == (BUCKETS, BUCKETS)
-        assert all(0 <= f <= c for f, c in zip(window._failures, window._calls, strict=True))
+        assert [len(counts) for counts in (window._calls, window._failures, window._slow)] == [BUCKETS] * 3
+        assert all(0 <= slow <= calls for slow, calls in zip(window._slow, window._calls, strict=True))
 
 
 BreakerWalk.TestCase.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)

@@ -125,12 +125,12 @@ async def test_while_the_breaker_is_open_the_answer_comes_at_once(shop: Shop, cl
                     return reply
 
     await asked_again_until_left_alone_for_long()
-    assert 'mercato_breaker_open{service="users"} 1.0' in (await shop.get("/metrics")).body.decode()
+    assert 'mercato_breaker_open{operations="reads",service="users"} 1.0' in (await shop.get("/metrics")).body.decode()
     await give_back(cluster, shop)
     # The users are there again, and nobody asks them before the time is over: so no answer has waited for them.
     assert_unavailable(await shop.post("/orders", ORDER))
     await until(lambda: shop.post("/orders", ORDER), 201)
-    assert 'mercato_breaker_open{service="users"} 0.0' in (await shop.get("/metrics")).body.decode()
+    assert 'mercato_breaker_open{operations="reads",service="users"} 0.0' in (await shop.get("/metrics")).body.decode()
 
 
 def next_page(reply: Response) -> str | None:

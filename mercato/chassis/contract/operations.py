@@ -56,7 +56,11 @@ class Call(Protocol[Q_contra, A_co]):
 
 
 class Operation(msgspec.Struct, Generic[Q, A], frozen=True, eq=False):
-    """One operation of a contract. `size` is the largest batch that its handler takes; 1 for a single operation."""
+    """One operation of a contract. `size` is the largest batch that its handler takes; 1 for a single operation.
+
+    `waits` says that an answer may take long although all is well: it waits for an order, or
+    for its turn to hash a password.
+    """
 
     request: type[Q]
     answer: type[A]
@@ -67,6 +71,7 @@ class Operation(msgspec.Struct, Generic[Q, A], frozen=True, eq=False):
     allow: frozenset[str]
     service: str = ""
     name: str = ""
+    waits: bool = False
 
     @property
     def full_name(self) -> str:
@@ -120,9 +125,10 @@ def single(
     lanes: int = DEFAULT_SINGLE_LANES,
     deadline_ms: int = DEFAULT_DEADLINE_MS,
     retry: Retry = Retry.NEVER,
+    waits: bool = False,
 ) -> SingleOperation[Q, A]:
     """An operation whose handler takes one request; up to `lanes` of them run at once."""
-    return SingleOperation(request, answer, 1, lanes, deadline_ms, retry, allow)
+    return SingleOperation(request, answer, 1, lanes, deadline_ms, retry, allow, waits=waits)
 
 
 class Contract:

@@ -13,16 +13,20 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, Literal, Protocol, TypeVar
 
+import structlog
+
 from mercato.chassis.contract import Contract
 from mercato.chassis.messaging.consumers import READ_SECONDS, Consumer
 from mercato.chassis.messaging.outbox import NOTE_EVERY_SECONDS, PURGED_AT_ONCE, OutboxLog, event_log
 from mercato.chassis.observability.clock import Clock, Randomness, SystemClock, SystemRandomness
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database
-from mercato.chassis.rpc.circuit_breaker import Breaker, BreakingTransport, State
+from mercato.chassis.rpc.circuit_breaker import Breaker, BreakingTransport, OperationClass, State
 from mercato.chassis.rpc.client import Clients, Connector, restricted
+from mercato.chassis.rpc.limits import CallLimits
 from mercato.chassis.rpc.retrying import RetryingTransport
 from mercato.chassis.rpc.server import Server
+from mercato.chassis.rpc.stats import CalleeStats
 from mercato.chassis.rpc.transports import Remote, Transport
 from mercato.chassis.rpc.transports.local import LocalFirst, LocalTransport
 from mercato.chassis.rpc.transports.loopback import LoopbackTransport
@@ -36,12 +40,7 @@ C = TypeVar("C", bound=Contract)
 
 TransportName = Literal["local", "loopback"]
 
-
-BREAKER_OPEN_SECONDS: Final = 1.0
-"""A database that restarts is back within a second or so; a shop should not refuse orders for longer than it must."""
-
-BREAKER_LONGEST_OPEN_SECONDS: Final = 4.0
-"""All is normal within five seconds of the return of a service; a probe every four costs it nothing."""
+log = structlog.stdlib.get_logger("mercato.hosting")
 
 CallerTransport = Callable[[str], Transport]
 """Gives the transport on which a service calls those of other processes. It knows the caller by its name."""
@@ -71,6 +70,7 @@ class Host:
 
     With a transport by its name, every service is in this process; with a `CallerTransport`, what is not here is in
     other processes. `may_call` gives the full names of the operations that a service calls; None: all.
+    `limits` are those of its breakers and retries.
     """
 
     def __init__(
@@ -86,16 +86,19 @@ class Host:
         pool_size: int = 6,
         options: Mapping[str, str] | None = None,
         may_call: Callable[[str], Collection[str]] | None = None,
+        limits: CallLimits | None = None,
     ) -> None:
         self.clock = clock or SystemClock()
         self.telemetry = telemetry or Telemetry()
         self.services: dict[str, Service] = {}
+        self._limits = limits or CallLimits()
+        self._retrying: list[RetryingTransport] = []
         self._servers: dict[str, Server] = {}
         self._reaches_others = callable(transport)
         self._carrier_of = self._split(transport) if callable(transport) else self._shared_carrier(transport)
         self._connector = Connector(self.clock, self.telemetry)
         self._transports: dict[Transport, Transport] = {}
-        self._breakers: dict[str, Breaker] = {}
+        self._breakers: dict[tuple[str, OperationClass], Breaker] = {}
         self._clients: dict[tuple[str, Transport], Contract] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._further: list[tuple[str, PeriodicTask]] = []
@@ -130,7 +133,9 @@ class Host:
     def _split(self, transport: CallerTransport) -> CallerTransport:
         @functools.cache
         def carrier_of(caller: str) -> Transport:
-            retrying = RetryingTransport(transport(caller), self.clock, self.telemetry, random.random)
+            share = self._limits.retry_share
+            retrying = RetryingTransport(transport(caller), self.clock, self.telemetry, random.random, share=share)
+            self._retrying.append(retrying)
             return LocalFirst(self._servers, retrying)
 
         return carrier_of
@@ -146,7 +151,9 @@ class Host:
         key = (contract.service, carrier)
         if key not in self._clients:
             if carrier not in self._transports:
-                self._transports[carrier] = BreakingTransport(carrier, self._breaker)
+                self._transports[carrier] = BreakingTransport(
+                    carrier, self._breaker, slow_seconds=self._limits.slow_seconds
+                )
             self._clients[key] = self._connector.client(contract, self._transports[carrier])
         client = self._clients[key]
         assert isinstance(client, contract)
@@ -160,30 +167,50 @@ class Host:
 
         return client
 
-    def _breaker(self, service: str) -> Breaker:
+    def _breaker(self, service: str, operations: OperationClass) -> Breaker:
         """The breaker in front of a service: all callers in this process learn from each other's failures."""
-        if service not in self._breakers:
-            self._breakers[service] = self._new_breaker(service)
-        return self._breakers[service]
+        key = (service, operations)
+        if key not in self._breakers:
+            self._breakers[key] = self._new_breaker(service, operations)
+        return self._breakers[key]
 
     def open_breakers(self) -> Sequence[str]:
-        """The services that are not called at the moment, because they have not answered."""
-        return [name for name, breaker in self._breakers.items() if breaker.state is not State.CLOSED]
+        """The services whose reads or writes are not called at the moment, because they have not answered."""
+        return sorted({name for (name, _), breaker in self._breakers.items() if breaker.state is not State.CLOSED})
 
-    def _new_breaker(self, service: str) -> Breaker:
-        about = "1 while calls to a service are refused because it does not answer."
-        gauge = self.telemetry.gauge("mercato_breaker_open", about, ["service"], workers="livemax").labels(service)
+    def callees(self) -> Sequence[CalleeStats]:
+        """What this process has called, and how that goes."""
+        budgets: dict[str, float] = {}
+        for retrying in self._retrying:
+            for service, budget in retrying.budgets.items():
+                budgets[service] = budgets.get(service, 0.0) + budget.left
+        return [
+            CalleeStats(service, operations, breaker.state, breaker.in_flight, budgets.get(service))
+            for (service, operations), breaker in sorted(self._breakers.items())
+        ]
+
+    def _new_breaker(self, service: str, operations: OperationClass) -> Breaker:
+        labels = {"service": service, "operations": operations.value}
+        about = "1 while calls of the reads, or the writes, of a service are refused because it does not answer."
+        is_open = self.telemetry.gauge("mercato_breaker_open", about, list(labels), workers="livemax")
+        about = "Requests to the reads, or the writes, of a service that have no answer yet."
+        in_flight = self.telemetry.gauge("mercato_calls_in_flight", about, list(labels), workers="livesum")
+        about = "How often the breaker of the reads, or the writes, of a service has changed, by its new state."
+        changes = self.telemetry.counter("mercato_breaker_changes", about, [*labels, "state"])
+        gauge = is_open.labels(**labels)
 
         def show(state: State) -> None:
             gauge.set(0 if state is State.CLOSED else 1)
+            changes.labels(**labels, state=state.value).inc()
+            log.warning("breaker_changed", **labels, state=state.value)
 
         return Breaker(
             service,
             clock=self.clock,
             jitter=random.random,
-            open_seconds=BREAKER_OPEN_SECONDS,
-            longest_open_seconds=BREAKER_LONGEST_OPEN_SECONDS,
+            limits=self._limits,
             on_change=show,
+            on_calls=in_flight.labels(**labels).inc,
         )
 
     async def open(self) -> None:

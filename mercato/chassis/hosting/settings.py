@@ -13,6 +13,8 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from mercato.chassis.rpc.limits import CallLimits
+
 
 class SettingsError(Exception):
     """A sentence that names the variable and what is wrong with it."""
@@ -42,12 +44,47 @@ class Settings(BaseSettings):
     """Requests that one process has in work at once, at most; what it measures may lower that."""
     audit_seconds: Annotated[float, Field(ge=0)] = 300.0
     """How often the shop checks its own books, all its processes together; 0: never."""
+    breaker_window_seconds: Annotated[float, Field(gt=0)] = CallLimits().window_seconds
+    """A circuit breaker judges the reads, or the writes, of a service by the calls of so long a time."""
+    breaker_minimum_calls: Annotated[int, Field(ge=1)] = CallLimits().minimum_calls
+    """With fewer calls in that time it does not open."""
+    breaker_failure_share: Annotated[float, Field(gt=0, le=1)] = CallLimits().failure_share
+    """It opens when such a share of them has failed."""
+    breaker_slow_share: Annotated[float, Field(gt=0, le=1)] = CallLimits().slow_share
+    """It opens when such a share of them was slow."""
+    breaker_slow_seconds: Annotated[float, Field(gt=0)] = CallLimits().slow_seconds
+    """A call without an answer for so long is slow."""
+    breaker_open_seconds: Annotated[float, Field(gt=0)] = CallLimits().open_seconds
+    """So long it refuses calls before it lets one through, at first; each further failure doubles it."""
+    breaker_longest_open_seconds: Annotated[float, Field(gt=0)] = CallLimits().longest_open_seconds
+    """But not beyond this."""
+    retry_share: Annotated[float, Field(ge=0, le=1)] = CallLimits().retry_share
+    """Of the requests between processes, those that may be sent again when their service does not answer; 0: none."""
     faults: str = ""
     """Faults to inject at start, for crash tests: `orders.place.after_commit=kill`."""
 
     @property
     def log_requests(self) -> bool:
         return self.log_level in ("debug", "info")
+
+    @property
+    def call_limits(self) -> CallLimits:
+        """Raises `SettingsError` for limits that contradict each other."""
+        if self.breaker_open_seconds > self.breaker_longest_open_seconds:
+            raise SettingsError(
+                "The setting MERCATO_BREAKER_OPEN_SECONDS is not valid: it must be at most "
+                f"MERCATO_BREAKER_LONGEST_OPEN_SECONDS, which is {self.breaker_longest_open_seconds:g}."
+            )
+        return CallLimits(
+            window_seconds=self.breaker_window_seconds,
+            minimum_calls=self.breaker_minimum_calls,
+            failure_share=self.breaker_failure_share,
+            slow_share=self.breaker_slow_share,
+            slow_seconds=self.breaker_slow_seconds,
+            open_seconds=self.breaker_open_seconds,
+            longest_open_seconds=self.breaker_longest_open_seconds,
+            retry_share=self.retry_share,
+        )
 
 
 class ServeSettings(Settings):

@@ -19,7 +19,7 @@ Guaranteed
     - Every caller gets exactly one outcome: its own answer or error, never a neighbour's.
     - It gets it in bounded time: at its deadline it gets `DeadlineExceeded`, whatever the service does.
     - Never more than `lanes` batches in flight, never more than `queue_limit` entries waiting: beyond, `Overloaded`,
-      at once.
+      at once. Only where `send` refuses batches at once (`pass_lanes`), they do not wait for a lane.
     - An entry that nobody waits for any more, because its caller was cancelled or its deadline passed, is not sent.
     - A batch without a waiting caller is cancelled, so that a service that hangs does not hold a lane for ever.
 
@@ -210,6 +210,7 @@ class Batcher:
         self._queue: deque[Entry] = deque()
         self._in_flight: set[InFlightBatch] = set()
         self._flush_scheduled = False
+        self._passes_lanes = False
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_at = float("inf")
         # What runs between calls sees no caller's context. Each batcher has its own: a context cannot be entered twice.
@@ -226,7 +227,7 @@ class Batcher:
         self._queue.append(Entry(request, context, future, self._monotonic()))
         if context.deadline < self._alarm_at:
             self._arm(loop, context.deadline)
-        if not self._flush_scheduled and len(self._in_flight) < self.lanes:
+        if not self._flush_scheduled and (len(self._in_flight) < self.lanes or self._passes_lanes):
             self._schedule_flush(loop)
         return future
 
@@ -243,7 +244,7 @@ class Batcher:
         self._queue.extend(GroupEntry(request, context, group, i, now) for i, request in enumerate(requests))
         if context.deadline < self._alarm_at:
             self._arm(loop, context.deadline)
-        if not self._flush_scheduled and len(self._in_flight) < self.lanes:
+        if not self._flush_scheduled and (len(self._in_flight) < self.lanes or self._passes_lanes):
             self._schedule_flush(loop)
         return future
 
@@ -254,6 +255,12 @@ class Batcher:
     @property
     def in_flight(self) -> int:
         return len(self._in_flight)
+
+    def pass_lanes(self, *, passing: bool) -> None:
+        """While `passing`, batches leave although no lane is free: `send` refuses them at once."""
+        self._passes_lanes = passing
+        if passing and self._queue and not self._flush_scheduled:
+            self._schedule_flush(asyncio.get_running_loop())
 
     async def close(self) -> None:
         """Lets the batches in flight complete, and fails what still waits.
@@ -284,7 +291,7 @@ class Batcher:
         self._dispatch()
 
     def _dispatch(self) -> None:
-        while self._queue and len(self._in_flight) < self.lanes:
+        while self._queue and (len(self._in_flight) < self.lanes or self._passes_lanes):
             if (batch := self._collect()) is None:
                 continue
             self._in_flight.add(batch)

@@ -17,6 +17,7 @@ from mercato.chassis.observability.clock import Clock
 from mercato.chassis.observability.telemetry import Telemetry
 
 from .batching import DEFAULT_QUEUE_LIMIT, BatchedCall, Batcher, BatchMetrics, Outcome
+from .circuit_breaker import BreakingTransport
 from .transports import Transport
 
 C = TypeVar("C", bound=Contract)
@@ -32,7 +33,7 @@ class Connector:
         self._batchers: list[Batcher] = []
 
     def client(self, contract: type[C], transport: Transport) -> C:
-        """A client of `contract` whose batches travel by `transport`."""
+        """A client of `contract` whose batches travel by `transport`. A transport with breakers watches its queues."""
 
         def connect(operation: Operation[Any, Any]) -> Call[Any, Any]:
             batcher = Batcher(
@@ -45,6 +46,8 @@ class Connector:
                 queue_limit=self._queue_limit,
             )
             self._batchers.append(batcher)
+            if isinstance(transport, BreakingTransport):
+                transport.watch(operation, batcher)
             return BatchedCall(batcher, self._clock.monotonic, operation)
 
         return contract(connect)

@@ -55,6 +55,20 @@ class Recorder:
         return OperationStats(self._batches, self._errors, self._requests, self._seconds, p99 * 1_000)
 
 
+class CalleeStats(msgspec.Struct, frozen=True):
+    """How a process calls one class of the operations of a service: its reads, or its writes."""
+
+    service: str
+    operations: str
+    """`reads` or `writes`."""
+    breaker: str
+    """`closed`, `open` or `half_open`."""
+    in_flight: int
+    """Requests without an answer yet."""
+    retry_budget: float | None = None
+    """Requests to the service that may be sent again now; None where the service is in the same process."""
+
+
 class InstanceStats(msgspec.Struct, frozen=True):
     """One service of one process."""
 
@@ -68,6 +82,8 @@ class InstanceStats(msgspec.Struct, frozen=True):
     """The services that its process does not call at the moment, because they have not answered."""
     operations: Mapping[str, OperationStats]
     """By name; only those that were called."""
+    callees: tuple[CalleeStats, ...] = ()
+    """Which its process has called, with whatever service of it."""
 
 
 class Inspected(msgspec.Struct, frozen=True):
@@ -86,6 +102,7 @@ class Stats:
         self.instance = instance
         self.version = version
         self.open_breakers: Callable[[], Iterable[str]] = tuple
+        self.callees: Callable[[], Iterable[CalleeStats]] = tuple
         self._started = time.monotonic()
         self._recorders: dict[str, dict[str, Recorder]] = {}
 
@@ -98,4 +115,7 @@ class Stats:
         operations = {name: recorder.stats() for name, recorder in recorded.items()}
         up_seconds = time.monotonic() - self._started
         breakers = tuple(sorted(self.open_breakers()))
-        return InstanceStats(service, self.instance, self.version, os.getpid(), up_seconds, breakers, operations)
+        callees = tuple(self.callees())
+        return InstanceStats(
+            service, self.instance, self.version, os.getpid(), up_seconds, breakers, operations, callees
+        )

@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Callable
 
 from mercato.chassis.rpc.circuit_breaker import Breaker, State
+from mercato.chassis.rpc.limits import CallLimits
 
 WINDOW, MINIMUM, OPEN, LONGEST, PROBE = 10.0, 4, 5.0, 30.0, 15.0
 
@@ -28,10 +29,9 @@ def breaker_with(
         "stock",
         clock=clock,
         jitter=jitter,
-        window_seconds=WINDOW,
-        minimum_calls=MINIMUM,
-        open_seconds=OPEN,
-        longest_open_seconds=LONGEST,
+        limits=CallLimits(
+            window_seconds=WINDOW, minimum_calls=MINIMUM, open_seconds=OPEN, longest_open_seconds=LONGEST
+        ),
         probe_seconds=PROBE,
         on_change=on_change,
     )

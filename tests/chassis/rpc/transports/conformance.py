@@ -42,6 +42,7 @@ from mercato.chassis.rpc.client import Connector
 from mercato.chassis.rpc.server import Server
 from mercato.chassis.rpc.transports import Transport
 from mercato.contracts.inventory import ShortLine
+from mercato.testing.waiting import until_true
 
 SIZE = 16
 CALL_SECONDS = 30.0
@@ -208,6 +209,33 @@ class Stage:
 
 
 CUSTOMER = Actor("customer", 7)
+
+
+class ChainEnd:
+    """Lets `operation` of a stage call itself, as a chain of services would, until `number` is 0; there it hangs."""
+
+    def __init__(self, stage: Stage, operation: str) -> None:
+        self._stage = stage
+        self._call = getattr(stage.things, operation)
+        stage.service.calls_on = self._pass_on
+        self.begin()
+
+    def begin(self) -> None:
+        self.reached = self.cancelled = self.work_after_the_end = 0
+        self._stage.service.remaining.clear()
+
+    async def _pass_on(self, request: Ask) -> Said:
+        depth = len(self._stage.service.remaining)
+        if depth < 3:
+            return await self._call(Ask(number=request.number, do="pass on"))
+        self.reached += 1
+        try:
+            await self._stage.service.release.wait()
+            self.work_after_the_end += 1
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return said(request, current.get())
 
 
 def all_errors() -> list[type[ServiceError]]:
@@ -433,6 +461,24 @@ class Conformance:
             await stage.things.move(Ask(do="pass on"))
         first, second = stage.service.remaining
         assert 5.0 >= first >= second > 0
+
+    @pytest.mark.parametrize("operation", ["move", "look"])
+    async def test_at_the_end_of_a_chain_less_time_is_left_and_what_hangs_there_is_cancelled(
+        self, stage: Stage, operation: str
+    ):
+        """Three services, of which the last one stands still: with the time of its caller its work ends as well."""
+        last = ChainEnd(stage, operation)
+        for left in (0.3, 3.0, CALL_SECONDS):  # on a machine that is too busy for a chain of 300 ms
+            last.begin()
+            with stage.acting(CUSTOMER, seconds=left), pytest.raises(DeadlineExceeded):
+                await getattr(stage.things, operation)(Ask(number=2, do="pass on"))
+            if last.reached:
+                break
+
+        await until_true(lambda: last.cancelled == last.reached, "what hangs at the last service is cancelled")
+        first, second, third = stage.service.remaining[:3]
+        assert left >= first >= second >= third > 0
+        assert last.work_after_the_end == 0
 
     async def test_a_deadline_of_the_operation_is_the_most_that_a_caller_gets(self, stage: Stage):
         with stage.acting(CUSTOMER, seconds=3_600.0):

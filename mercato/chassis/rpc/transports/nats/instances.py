@@ -33,7 +33,7 @@ class FoundEndpoint(msgspec.Struct, frozen=True):
     num_errors: int | None
     average_processing_time_s: float | None
     data: Mapping[str, Any]
-    """What Mercato says besides: `requests`, `p99_ms`, `open_breakers`."""
+    """What Mercato says besides: `requests`, `p99_ms`, `open_breakers`, `callees`."""
     metadata: Mapping[str, str]
 
 

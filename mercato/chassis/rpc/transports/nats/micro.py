@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 from nats.aio.msg import Msg
 
-from mercato.chassis.rpc.stats import Recorder, Stats
+from mercato.chassis.rpc.stats import CalleeStats, Recorder, Stats
 
 from .connection import NatsConnection, NotConnected, Subscribed
 from .wire import MICRO, micro_name
@@ -54,7 +54,7 @@ class Endpoint:
             "metadata": self.metadata,
         }
 
-    def stats(self, open_breakers: Sequence[str]) -> dict[str, Any]:
+    def stats(self, open_breakers: Sequence[str], callees: Sequence[CalleeStats]) -> dict[str, Any]:
         stats = self._recorder.stats()
         spent = int(stats.seconds * NANOSECONDS)
         return {
@@ -66,7 +66,12 @@ class Endpoint:
             "last_error": self._last_error,
             "processing_time": spent,
             "average_processing_time": spent // stats.batches if stats.batches else 0,
-            "data": {"requests": stats.requests, "p99_ms": stats.p99_ms, "open_breakers": open_breakers},
+            "data": {
+                "requests": stats.requests,
+                "p99_ms": stats.p99_ms,
+                "open_breakers": open_breakers,
+                "callees": callees,
+            },
         }
 
 
@@ -111,7 +116,9 @@ class MicroService:
 
     async def _stats(self, message: Msg) -> None:
         breakers = sorted(self._recorded.open_breakers())
-        endpoints = [endpoint.stats(breakers) for endpoint in self._endpoints]
+        # Of the process, not of an operation: the first endpoint says it for all.
+        callees = tuple(self._recorded.callees())
+        endpoints = [endpoint.stats(breakers, () if i else callees) for i, endpoint in enumerate(self._endpoints)]
         await self._respond(message, "stats_response", {"started": self._started, "endpoints": endpoints})
 
     async def _respond(self, message: Msg, kind: str, more: Mapping[str, Any]) -> None:

@@ -7,12 +7,13 @@ import datetime
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
+import msgspec
 import structlog
 from nats.aio.msg import Msg
 
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.rpc.server import Server
-from mercato.chassis.rpc.stats import Inspected, InstanceStats, OperationStats, Stats
+from mercato.chassis.rpc.stats import CalleeStats, Inspected, InstanceStats, OperationStats, Stats
 from mercato.chassis.rpc.trust import TokenSigner, Trust
 
 from .client import NatsTransport
@@ -153,6 +154,7 @@ def _stats_of(service: str, found: FoundInstance) -> InstanceStats:
     }
     now = datetime.datetime.now(datetime.UTC)
     breakers = {name for endpoint in found.endpoints for name in endpoint.data.get("open_breakers", ())}
+    callees = [said for endpoint in found.endpoints for said in endpoint.data.get("callees", ())]
     pid = found.metadata.get("pid", "")
     return InstanceStats(
         service=service,
@@ -162,6 +164,7 @@ def _stats_of(service: str, found: FoundInstance) -> InstanceStats:
         up_seconds=(now - found.started).total_seconds() if found.started else 0.0,
         open_breakers=tuple(sorted(breakers)),
         operations=operations,
+        callees=tuple(msgspec.convert(said, CalleeStats) for said in callees),
     )
 
 
