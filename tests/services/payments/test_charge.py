@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from mercato.chassis.contract import InvalidRequest, ServiceError
+from mercato.chassis.contract import DeadlineExceeded, InvalidRequest, ServiceError
 from mercato.contracts.payments import (
     AnotherPaymentLive,
     AttemptReused,
@@ -15,12 +15,15 @@ from mercato.contracts.payments import (
     Payment,
     PaymentStateConflict,
 )
-from mercato.testing.injection import Inject, fail
+from mercato.testing.actors import SERVICE
+from mercato.testing.injection import Inject, Pause, fail
 from mercato.testing.tables import EVENTS
-from services.payments.harness import PaymentsHarness, again, capture, key, refund, void
+from mercato.testing.waiting import until_true
+from services.payments.harness import PaymentsHarness, again, capture, key, refund, settled, void
 
 NEIGHBOURS = 8
 MANY = 20
+WAITS_SECONDS = 2.0
 
 
 def statuses(answers: object) -> list[str]:
@@ -381,3 +384,25 @@ async def test_the_key_of_an_open_charge_is_looked_up_once_the_provider_may_have
     is_called = (await harness.bank("SELECT calls FROM operations")) != calls
     assert is_called == (hours < 23)
     assert await harness.taken() == {"charge": 1}
+
+
+async def test_a_charge_whose_caller_timed_out_is_made_once(harness: PaymentsHarness, inject: Inject):
+    """The bank has taken the money when the caller stops waiting; with its key the charge hears of it."""
+    pause = Pause()
+    remove = inject("payments.charge.after_call", pause)
+    request = harness.charge()
+    with harness.acting(SERVICE, seconds=WAITS_SECONDS):
+        first = asyncio.ensure_future(harness.payments.charge(request))
+    await until_true(lambda: pause.reached.is_set() or first.done())
+    assert pause.reached.is_set(), "it had begun when its caller stopped waiting"
+    with pytest.raises(DeadlineExceeded):
+        await first
+    assert await harness.taken() == {"charge": 1}
+    remove()
+    pause.resume.set()
+
+    (payment,) = await settled(harness.payments.charge.many, [request])
+
+    assert payment.status == "captured"
+    assert await harness.taken() == {"charge": 1}
+    assert await harness.differences() == set()

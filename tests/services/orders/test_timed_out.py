@@ -1,0 +1,43 @@
+"""A write that takes longer than its caller waits: with its key it comes again, and is done once."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from mercato.chassis.contract import DeadlineExceeded
+from mercato.testing.actors import ALICE
+from mercato.testing.injection import Inject, Pause
+from mercato.testing.waiting import until_true
+from services.orders.harness import OrdersHarness, mugs
+
+WAITS_SECONDS = 2.0
+
+
+@pytest.mark.parametrize(
+    ("point", "is_stored"), [("orders.place.before_commit", False), ("orders.place.after_commit", True)]
+)
+async def test_an_order_whose_caller_timed_out_is_placed_once(
+    harness: OrdersHarness, inject: Inject, point: str, is_stored: bool
+):
+    pause = Pause()
+    remove = inject(point, pause)
+    with harness.acting(ALICE, seconds=WAITS_SECONDS):
+        first = asyncio.ensure_future(harness.orders.place(mugs(key="key")))
+    await until_true(lambda: pause.reached.is_set() or first.done())
+    assert pause.reached.is_set(), "it had begun when its caller stopped waiting"
+    with pytest.raises(DeadlineExceeded):
+        await first
+    assert await harness.count("orders") == int(is_stored)
+    remove()
+    pause.resume.set()
+
+    with harness.acting(ALICE):
+        again = await harness.orders.place(mugs(key="key"))
+        once_more = await harness.orders.place(mugs(key="key"))
+
+    assert again.replayed is is_stored or harness.repeats
+    assert (once_more.replayed, once_more.order.id) == (True, again.order.id)
+    for table in ("orders", "order_products", "history"):
+        assert await harness.count(table) == 1
