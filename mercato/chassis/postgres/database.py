@@ -35,6 +35,7 @@ from mercato.chassis.observability.telemetry import Telemetry
 
 from . import outbox_row
 from .connections import (
+    ACQUIRE_SECONDS,
     DRIVER_ERRORS,
     Connections,
     LentConnection,
@@ -48,6 +49,8 @@ from .connections import (
 R = TypeVar("R", bound="Row")
 T = TypeVar("T")
 
+WRITES_RESERVED: Final = 1
+"""Of the connections, those that reads leave alone: slow reads, however many, do not stop the writes of a service."""
 PING_SECONDS: Final = 1.0
 REFUSED_SECONDS: Final = 5.0
 """A process whose transaction was refused for want of space is not ready for so long, or until one is committed."""
@@ -134,6 +137,7 @@ class Database:
         self.size = size
         self._dsn = dsn
         self._connections: Connections | None = None
+        self._reads = asyncio.Semaphore(max(1, size - WRITES_RESERVED))
         self.on_events: list[Callable[[], None]] = []
         """Called after the commit of a transaction with events."""
         self.on_commit: list[Callable[[], None]] = []
@@ -172,13 +176,28 @@ class Database:
     @contextlib.asynccontextmanager
     async def read(self) -> AsyncGenerator[Tx]:
         """Statements that change nothing, each seeing what is committed when it starts."""
-        lease = await self._lease()
-        is_clean = False
+        await self._take_turn_to_read()
         try:
-            yield Tx(lease, self.service, writable=False)
-            is_clean = True
+            lease = await self._lease()
+            is_clean = False
+            try:
+                yield Tx(lease, self.service, writable=False)
+                is_clean = True
+            finally:
+                await self._give_back(lease, is_clean=is_clean)
         finally:
-            await self._give_back(lease, is_clean=is_clean)
+            self._reads.release()
+
+    async def _take_turn_to_read(self) -> None:
+        """Raises `Unavailable` where there is none within `ACQUIRE_SECONDS`."""
+        if not self._reads.locked():
+            await self._reads.acquire()  # at once
+            return
+        try:
+            async with asyncio.timeout(ACQUIRE_SECONDS):
+                await self._reads.acquire()
+        except TimeoutError:
+            raise Unavailable(service=self.service) from None
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncGenerator[Tx]:

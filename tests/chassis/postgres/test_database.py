@@ -35,6 +35,7 @@ from mercato.chassis.rpc.transports.local import LocalTransport
 from mercato.embedded_postgres import EmbeddedPostgres, remove_cluster
 from mercato.testing import databases
 from mercato.testing.cluster import Cluster
+from mercato.testing.waiting import until_true
 
 PACKAGE = Path(mercato.__file__).parent
 MIGRATIONS = Path(__file__).with_name("migrations_for_tests")
@@ -90,6 +91,42 @@ async def kill_backends(cluster: Cluster, dsn: str) -> int:
     return await backends(
         cluster, dsn, "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity WHERE datname = $1"
     )
+
+
+class TestTurns:
+    async def test_slow_reads_leave_a_connection_for_writes(self, database: Database):
+        """More reads than there are connections, none of which ends before the write has been made."""
+        release, reading = asyncio.Event(), 0
+        await fill(database)
+
+        async def read_slowly() -> list[int]:
+            nonlocal reading
+            async with database.read() as tx:
+                reading += 1
+                await release.wait()
+                return await tx.fetch_values(int, "SELECT id FROM things")
+
+        reads = [asyncio.create_task(read_slowly()) for _ in range(database.size * 2)]
+        await until_true(lambda: reading >= database.size - 1)
+        assert reading == database.size - 1
+        async with database.transaction() as tx:
+            await add(tx, 1)
+        release.set()
+
+        assert await asyncio.gather(*reads) == [[1]] * len(reads)
+        assert reading == len(reads)
+
+    async def test_a_read_that_gets_no_turn_is_unavailable_and_takes_none_from_others(
+        self, database: Database, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr("mercato.chassis.postgres.database.ACQUIRE_SECONDS", 0.01)
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(database.size - 1):
+                await stack.enter_async_context(database.read())
+            for _ in range(3):
+                with pytest.raises(Unavailable):
+                    await ids(database)
+        assert await asyncio.gather(*(ids(database) for _ in range(database.size - 1)))
 
 
 class TestStatements:
@@ -495,7 +532,8 @@ class TestOutages:
 async def fill(database: Database) -> None:
     """Opens every connection of the pool."""
     async with contextlib.AsyncExitStack() as stack:
-        for _ in range(database.size):
+        await stack.enter_async_context(database.transaction())
+        for _ in range(database.size - 1):
             await stack.enter_async_context(database.read())
 
 
@@ -525,14 +563,14 @@ class TestConnections:
                 tasks[turns % 12].cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
                 assert await server_pids(database) <= 3
-            async with database.read() as one, database.read() as two, database.read() as three:
+            async with database.read() as one, database.read() as two, database.transaction() as three:
                 pids = [await backend_of(tx) for tx in (one, two, three)]
             assert len(set(pids)) == 3
             assert all(number % 2 == 0 for number in await ids(database))
 
     async def test_those_that_were_idle_when_the_server_went_away_are_replaced(self, cluster: Cluster, dsn: str):
         async with opened(dsn, size=3) as database:
-            async with database.read(), database.read(), database.read():
+            async with database.read(), database.read(), database.transaction():
                 pass
             assert await kill_backends(cluster, dsn) >= 1
             found = await asyncio.gather(*(ids(database) for _ in range(12)))

@@ -1,0 +1,65 @@
+"""One service of a shop in one process gets no answer from its database: what the others have is not taken by it.
+
+Shared by all services of a process are the event loop, the threads (those of password hashes are bounded), and the
+connections of clients. Each service has database connections of its own, and each operation its queue and its lanes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import pytest
+import pytest_asyncio
+
+from mercato.testing.cluster import Cluster
+from mercato.testing.shop import Shop
+from mercato.testing.waiting import until_blocked, until_true
+
+pytestmark = pytest.mark.slow
+
+READS = 60
+ORDERS = 10
+ORDER = {"user_id": 1, "product_id": 100}
+
+
+@pytest_asyncio.fixture
+async def shop(cluster: Cluster) -> AsyncGenerator[Shop]:
+    made = await Shop.start(cluster)
+    yield made
+    await made.close()
+
+
+def gauge(shop: Shop, name: str, service: str) -> float:
+    return shop.harness.host.telemetry.registry.get_sample_value(name, {"service": service}) or 0.0
+
+
+async def test_products_without_a_database_take_nothing_from_payments(shop: Shop):
+    placed = [(await shop.post("/orders", ORDER)).json["id"] for _ in range(ORDERS)]
+    products = shop.harness.dsns["products"]
+    locking = await shop.harness.connection("products")
+    held = locking.transaction()
+    await held.start()
+    await locking.execute("LOCK TABLE products IN ACCESS EXCLUSIVE MODE")
+    paths = ["/products/100", "/products?limit=5", "/products?q=lamp"]
+    reads = [asyncio.create_task(shop.get(paths[number % len(paths)])) for number in range(READS)]
+    most = gauge(shop, "mercato_pool_connections_limit", "products") - 1
+    await until_blocked(products, int(most))  # reads hold all that they may have
+
+    for order_id in placed:
+        paid = await shop.post("/payments", {"order_id": order_id})
+        assert paid.status == 201, paid.text
+    assert gauge(shop, "mercato_pool_connections_busy", "products") == most
+    assert not all(read.done() for read in reads), "products have not answered meanwhile"
+
+    await held.rollback()
+    answers = await asyncio.gather(*reads)
+    assert {answer.status for answer in answers} <= {200, 503, 504}
+
+    async def serves_again() -> bool:
+        return (await shop.post("/orders", ORDER)).status == 201
+
+    async with asyncio.timeout(60):
+        while not await serves_again():
+            await asyncio.sleep(0.1)
+    await until_true(lambda: gauge(shop, "mercato_pool_connections_busy", "payments") == 0)
