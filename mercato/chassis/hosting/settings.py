@@ -69,12 +69,6 @@ class Settings(BaseSettings):
 
     @property
     def call_limits(self) -> CallLimits:
-        """Raises `SettingsError` for limits that contradict each other."""
-        if self.breaker_open_seconds > self.breaker_longest_open_seconds:
-            raise SettingsError(
-                "The setting MERCATO_BREAKER_OPEN_SECONDS is not valid: it must be at most "
-                f"MERCATO_BREAKER_LONGEST_OPEN_SECONDS, which is {self.breaker_longest_open_seconds:g}."
-            )
         return CallLimits(
             window_seconds=self.breaker_window_seconds,
             minimum_calls=self.breaker_minimum_calls,
@@ -145,4 +139,9 @@ def load(kind: type[S] = Settings) -> S:
         raise SettingsError(f"The setting {name} is not valid: {first['msg']}.") from None
     if settings.secret is not None and len(settings.secret.get_secret_value()) < 32:
         raise SettingsError("The setting MERCATO_SECRET is not valid: it must have at least 32 characters.")
+    if settings.breaker_open_seconds > settings.breaker_longest_open_seconds:
+        raise SettingsError(
+            "The setting MERCATO_BREAKER_OPEN_SECONDS is not valid: it must be at most "
+            f"MERCATO_BREAKER_LONGEST_OPEN_SECONDS ({settings.breaker_longest_open_seconds:g})."
+        )
     return settings

@@ -32,6 +32,7 @@ class Safeguard(msgspec.Struct, frozen=True):
     green: str
 
 
+DATABASE: Final = "mercato/chassis/postgres/database.py"
 CONNECTIONS: Final = "mercato/chassis/postgres/connections.py"
 OUTBOX: Final = "mercato/chassis/messaging/outbox.py"
 CONSUMERS: Final = "mercato/chassis/messaging/consumers.py"
@@ -39,6 +40,7 @@ PARKING: Final = "mercato/chassis/messaging/parking.py"
 SAGA: Final = "mercato/chassis/sagas/store.py"
 TRUST: Final = "mercato/chassis/rpc/trust.py"
 RETRYING: Final = "mercato/chassis/rpc/retrying.py"
+BREAKER: Final = "mercato/chassis/rpc/circuit_breaker.py"
 SAGA_TABLES_FOR_TESTS: Final = "tests/chassis/sagas/migrations_with_sagas/0001_sagas.py"
 KEYED_BATCH: Final = "mercato/chassis/idempotency/batch.py"
 KEYS: Final = "mercato/chassis/idempotency/keys.py"
@@ -54,12 +56,14 @@ STOCK: Final = "mercato/services/inventory/store.py"
 STOCK_BATCHES: Final = "mercato/services/inventory/fast_path.py"
 STOCK_TABLES: Final = "mercato/services/inventory/migrations/0001_stock.py"
 
+OF_DATABASE: Final = "tests/chassis/postgres/test_database.py"
 OF_EVENTS: Final = "tests/chassis/messaging/test_events.py"
 OF_STOPS: Final = "tests/chassis/messaging/test_events_stopped.py"
 OF_CONSUMERS: Final = "tests/chassis/messaging/test_consumers.py"
 OF_SAGA: Final = "tests/chassis/sagas/test_sagas.py"
 OF_TRUST: Final = "tests/chassis/rpc/test_trust.py"
 OF_RETRIES: Final = "tests/chassis/rpc/test_retrying.py"
+OF_BREAKERS: Final = "tests/chassis/rpc/test_circuit_breaker.py"
 OF_KEYS: Final = "tests/chassis/idempotency/test_keys.py"
 OF_PLACING: Final = "tests/services/orders/test_placing.py"
 OF_ORDER_KEYS: Final = "tests/services/orders/test_keys.py"
@@ -543,7 +547,7 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
     Safeguard(
         "retry-budget",
         "All that fails is sent again, however much it is.",
-        (Edit(RETRYING, "        if requests > self._left:\n            return False\n", ""),),
+        (Edit(RETRYING, "        if requests > self.left:\n            return False\n", ""),),
         red=(f"{OF_RETRIES}::test_a_service_that_is_down_gets_a_tenth_more_than_its_load",),
         green=f"{OF_RETRIES}::test_after_the_last_attempt_the_failure_stands",
     ),
@@ -553,5 +557,19 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
         (Edit(RETRYING, "if operation.repeatable(requests[i]) and contexts[i]", "if contexts[i]"),),
         red=(f"{OF_RETRIES}::test_what_may_not_come_again_is_sent_once[never]",),
         green=f"{OF_RETRIES}::test_a_request_with_a_key_is_sent_again",
+    ),
+    Safeguard(
+        "breaker-classes",
+        "Reads and writes of a service share a circuit breaker.",
+        (Edit(BREAKER, "cls.READS if operation.retry is Retry.SAFE else cls.WRITES", "cls.READS"),),
+        red=(f"{OF_BREAKERS}::test_slow_reads_stop_reads_and_no_writes",),
+        green=f"{OF_BREAKERS}::test_a_batch_is_one_permit",
+    ),
+    Safeguard(
+        "connection-for-writes",
+        "Reads may take all connections of a service.",
+        (Edit(DATABASE, "WRITES_RESERVED: Final = 1\n", "WRITES_RESERVED: Final = 0\n"),),
+        red=(f"{OF_DATABASE}::TestTurns::test_slow_reads_leave_a_connection_for_writes",),
+        green=f"{OF_DATABASE}::TestStatements::test_rows_values_and_counts",
     ),
 )
