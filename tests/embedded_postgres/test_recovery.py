@@ -25,41 +25,53 @@ pytestmark = [
 ]
 
 
-async def killed_server(data: Path) -> None:
+RECORDS = 1_000_000
+"""Of its log, for the recovery to read."""
+
+
+async def killed_server(data: Path, records: int = 1) -> None:
     """Leaves a cluster in `data` whose next server has to recover."""
     server = await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
-    await ask(server, "SELECT 1 FROM (SELECT pg_logical_emit_message(true, 'test', 'before the crash')) AS emitted")
+    await ask(
+        server,
+        f"SELECT count(pg_logical_emit_message(false, 'test', 'before the crash')) FROM generate_series(1, {records})",
+    )
     os.kill(server.pid, signal.SIGKILL)
     await server.died()
 
 
 def recovering(data: Path) -> int | None:
     """The process that recovers the cluster of `data`."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            title = (process / "cmdline").read_bytes()
-            if title.startswith(b"postgres: startup") and os.readlink(process / "cwd") == f"{home(data)}/postgres":
-                return int(process.name)
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        postmaster = int((home(data) / "postgres" / "postmaster.pid").read_text().split()[0])
+        for pid in Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split():
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"postgres: startup"):
+                return int(pid)
     return None
 
 
 @contextlib.contextmanager
-def slowed(data: Path, *, run_s: float, stop_s: float) -> Generator[None]:
-    """The process that recovers runs `run_s` seconds, and is stopped for `stop_s`, in turns; with 0 it never runs."""
+def slowed(data: Path, *, run_s: float, stop_s: float, seconds: float) -> Generator[None]:
+    """The process that recovers runs `run_s` and is stopped for `stop_s` in turns, for `seconds`; with 0 it never runs.
+
+    After that, or at the end of the block, it goes on.
+    """
     over = threading.Event()
 
     def slow() -> None:
-        while not over.is_set():
+        pid = None
+        while pid is None and not over.is_set():
             pid = recovering(data)
-            if pid is None:
-                time.sleep(0.001)
-                continue
-            with contextlib.suppress(ProcessLookupError):
+        end = time.monotonic() + seconds
+        with contextlib.suppress(ProcessLookupError):
+            while pid is not None and time.monotonic() < end and not over.is_set():
                 os.kill(pid, signal.SIGSTOP)
                 over.wait(stop_s)
-                if run_s or over.is_set():
+                if run_s:
                     os.kill(pid, signal.SIGCONT)
-                    over.wait(run_s)
+                    time.sleep(run_s)
+            if pid is not None:
+                os.kill(pid, signal.SIGCONT)
 
     thread = threading.Thread(target=slow)
     thread.start()
@@ -71,12 +83,12 @@ def slowed(data: Path, *, run_s: float, stop_s: float) -> Generator[None]:
 
 
 async def test_a_recovery_that_goes_on_is_waited_for(data: Path, monkeypatch: pytest.MonkeyPatch):
-    await killed_server(data)
+    await killed_server(data, RECORDS)
     monkeypatch.setattr(postgres, "READY_SECONDS", 2.0)
     monkeypatch.setitem(postgres.SETTINGS, "log_startup_progress_interval", "100ms")
     told: list[tuple[float, str]] = []
 
-    with slowed(data, run_s=0.008, stop_s=0.15):
+    with slowed(data, run_s=0.001, stop_s=0.1, seconds=4.0):
         async with running(data, lambda line: told.append((time.monotonic(), line))) as server:
             ready_at = time.monotonic()
             assert await ask(server, "SELECT 1") == 1
@@ -95,7 +107,7 @@ async def test_a_recovery_that_stands_still_ends_the_start_and_leaves_nothing(
     monkeypatch.setattr(postgres, "READY_SECONDS", 2.0)
 
     with (
-        slowed(data, run_s=0, stop_s=0.05),
+        slowed(data, run_s=0, stop_s=0.05, seconds=60.0),
         pytest.raises(SupervisorError, match=r"is not ready after 2 s: see .*postgres.log, and start again"),
     ):
         await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
@@ -103,6 +115,23 @@ async def test_a_recovery_that_stands_still_ends_the_start_and_leaves_nothing(
     assert alive(data) == []
     async with running(data) as server:
         assert await ask(server, "SELECT 1") == 1
+
+
+async def test_its_files_are_brought_to_the_disk_by_one_call_where_that_reports_errors(data: Path):
+    async with running(data) as server:
+        used = await ask(server, "SHOW recovery_init_sync_method")
+
+    assert used == postgres._sync_method(sys.platform, os.uname().release)
+    assert [
+        postgres._sync_method(*machine)
+        for machine in (
+            ("linux", "6.18.44-generic"),
+            ("linux", "5.8"),
+            ("linux", "5.4.0-150"),
+            ("linux", "unheard of"),
+            ("darwin", "24.1.0"),
+        )
+    ] == ["syncfs", "syncfs", "fsync", "fsync", "fsync"]
 
 
 @pytest.mark.parametrize(
