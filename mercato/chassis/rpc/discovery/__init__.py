@@ -48,6 +48,10 @@ class Registry(Protocol):
         """
         ...
 
+    def problem(self) -> str:
+        """Why the instances known now may not be those that there are, as a sentence; empty where nothing says so."""
+        ...
+
 
 class Registrar(Protocol):
     """A registry in which an instance registers itself. A static list and DNS are none."""

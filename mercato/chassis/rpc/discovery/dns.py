@@ -70,6 +70,12 @@ class DnsRegistry:
 
         return end
 
+    def problem(self) -> str:
+        if not self._failing:
+            return ""
+        names = ", ".join(sorted(self._failing))
+        return f"DNS gives no answer for {names}; the addresses that were known last stay in use."
+
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(self._seconds)

@@ -109,6 +109,9 @@ class MdnsRegistry:
 
         return end
 
+    def problem(self) -> str:
+        return ""
+
     async def register(self, instance: Instance) -> None:
         from zeroconf.asyncio import AsyncServiceInfo
 

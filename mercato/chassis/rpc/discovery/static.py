@@ -65,6 +65,9 @@ class StaticRegistry:
         """`changed` is never called."""
         return _nothing_to_end
 
+    def problem(self) -> str:
+        return ""
+
 
 def _nothing_to_end() -> None:
     pass

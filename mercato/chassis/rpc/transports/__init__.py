@@ -66,3 +66,7 @@ class Remote(Protocol):
     async def unreachable(self, services: Collection[str]) -> Mapping[str, str]:
         """Those of `services` of which no instance answers within a second, and why, in a few words."""
         ...
+
+    def registry_problem(self) -> str:
+        """Why the instances known now may not be those that there are, as a sentence; empty where nothing says so."""
+        ...

@@ -73,8 +73,10 @@ async def test_a_resolver_that_fails_takes_no_instance_away():
         asked = resolver.asked
         await until_true(lambda: resolver.asked > asked + 6)
         assert addresses(registry, "orders") == ["10.0.0.1:9083"]
+        assert "DNS gives no answer for orders;" in registry.problem()
         resolver.answers["orders.shop"] = ["10.0.0.7"]
         await until_true(lambda: addresses(registry, "orders") == ["10.0.0.7:9083"])
+        assert registry.problem() == ""
 
 
 async def test_it_opens_without_an_answer_and_closes_while_it_waits_for_one():

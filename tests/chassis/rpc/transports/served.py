@@ -135,6 +135,9 @@ class Listed:
         self._watching.append(changed)
         return lambda: self._watching.remove(changed)
 
+    def problem(self) -> str:
+        return ""
+
 
 class RawServer:
     """Reads one whole request of each connection, writes `answer`, and ends the connection: at once, if `reset`.

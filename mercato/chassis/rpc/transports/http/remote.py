@@ -126,6 +126,9 @@ class HttpRemote:
         reasons = {name: _reason(found) for name, found in (await self.inspect(services)).items()}
         return {service: reason for service, reason in reasons.items() if reason}
 
+    def registry_problem(self) -> str:
+        return self._registry.problem()
+
 
 def _reason(instances: Sequence[Inspected]) -> str:
     """Why no instance takes calls; empty where one does."""

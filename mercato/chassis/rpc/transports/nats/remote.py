@@ -114,6 +114,10 @@ class NatsRemote:
         reasons = await asyncio.gather(*(_reason(connection, service) for service in services))
         return {service: reason for service, reason in zip(services, reasons, strict=True) if reason}
 
+    def registry_problem(self) -> str:
+        """None: a server of NATS that is away is away for the calls too."""
+        return ""
+
     # ------------------------------------------------------------------------------------------------ event logs
 
     def announce(self, source: str) -> None:
