@@ -32,6 +32,7 @@ from mercato.chassis.rpc.discovery.dns import DnsRegistry
 from mercato.chassis.rpc.discovery.mdns import MdnsRegistry
 from mercato.chassis.rpc.discovery.static import LARGEST_PORT, MalformedInstances, StaticRegistry
 from mercato.chassis.rpc.signatures import public_key
+from mercato.cli import registries
 from mercato.cli.starting import is_loopback
 from mercato.contracts.money import EXPONENTS, unknown_currency
 
@@ -42,7 +43,7 @@ PUBLIC_KEY: Final = re.compile(r"[A-Za-z0-9_-]{43}")
 """32 bytes in base64url: the `x` of an Ed25519 key as a JWK."""
 CURVE: Final = {"kty": "OKP", "crv": "Ed25519"}
 SHOP_DIGITS: Final = 16
-"""Of the name under which a shop is announced by mDNS."""
+"""Of the name of a shop in a registry where each process registers itself."""
 MAIL: Final = "MERCATO_USERS_MAIL"
 LETTERS: Final = "letters"
 """The folder in the data folder of a shop that sends no mail."""
@@ -137,12 +138,18 @@ def _public_keys(text: str, names: Sequence[str]) -> Mapping[str, Mapping[str, s
 
 
 def registry(settings: ServeSettings) -> tuple[Registry, Registrar | None]:
-    """Where the others are, by MERCATO_SERVICES or mDNS; the event log of a service is where the service is.
+    """Where the others are, by MERCATO_SERVICES, or by a registry in which each process registers itself.
+
+    With MERCATO_SERVICES, the event log of a service is where the service is.
 
     Also where this process registers itself, if that is a thing of its registry. Raises `SettingsError`.
     """
     if settings.registry == "mdns":
         found = _mdns(settings)
+        return found, found
+    if settings.registry in ("etcd", "consul"):
+        _require_one_address(settings)
+        found = registries.leased(settings, _shop(settings))
         return found, found
     return _listed(settings), None
 
@@ -156,15 +163,25 @@ def _mdns(settings: ServeSettings) -> MdnsRegistry:
             raise SettingsError(
                 f"The setting MERCATO_MDNS_INTERFACES is not valid: {interface!r} is not an address of this machine."
             )
+    _require_one_address(settings)
+    return MdnsRegistry(_shop(settings), interfaces)
+
+
+def _require_one_address(settings: ServeSettings) -> None:
+    """Of this process, where it takes calls: it is registered as it stands."""
     address = host_and_port(settings.rpc_address)
     if address is not None and not _is_one_address(address[0]):
         raise SettingsError(
-            f"The setting MERCATO_RPC_ADDRESS has {address[0]}; with MERCATO_REGISTRY=mdns it is the one address that "
-            "others connect to."
+            f"The setting MERCATO_RPC_ADDRESS has {address[0]}; with MERCATO_REGISTRY={settings.registry} it is the "
+            "one address that others connect to."
         )
+
+
+def _shop(settings: ServeSettings) -> str:
+    """By which the processes of several shops are told apart in one registry."""
     if not settings.public_keys:
         raise SettingsError(f"The setting {PUBLIC_KEYS} is missing: by it the processes of one shop know each other.")
-    return MdnsRegistry(hashlib.sha256(settings.public_keys.encode()).hexdigest()[:SHOP_DIGITS], interfaces)
+    return hashlib.sha256(settings.public_keys.encode()).hexdigest()[:SHOP_DIGITS]
 
 
 def _is_one_address(text: str) -> bool:

@@ -58,11 +58,14 @@ async def _doctor(data: Path, *, as_json: bool) -> int:
     async with operating(data) as operator:
         found = await operator.remote.inspect(topology.SERVICES)
         registry, missing = operator.registry, operator.missing
+        problem = operator.remote.registry_problem()
     seen = {name: [_sentence(one) for one in instances] for name, instances in found.items()}
     if as_json:
-        show(json.dumps({"registry": registry, "services": seen}, indent=2))
+        show(json.dumps({"registry": registry, "problem": problem, "services": seen}, indent=2))
     else:
         show(f"Services are found through {registry}.")
+        if problem:
+            show(f"What is shown may be old or missing: {problem}")
         for name, instances in found.items():
             show(f"{name:<10} {'; '.join(seen[name]) or 'not seen: ' + _why(name, missing)}")
             for one in instances:

@@ -20,15 +20,21 @@ from mercato.chassis.hosting import settings as config
 from mercato.chassis.hosting.keys import service_secrets, signing_seed
 from mercato.chassis.observability.clock import SystemClock
 from mercato.chassis.observability.telemetry import Telemetry
+from mercato.chassis.rpc.discovery.leased import StoreRefused
 from mercato.chassis.rpc.stats import Stats
 from mercato.chassis.rpc.transports import Remote
 from mercato.chassis.rpc.trust import TokenSigner, Trust
 from mercato.cli import environment
 from mercato.cli.databases import shop_secret
+from mercato.cli.registries import ETCD_ROOT
 from mercato.cli.split import read_record
 from mercato.cli.starting import CannotStart
 
 FROM_ENVIRONMENT: Final = "the environment"
+ONE_REGISTRY: Final = (
+    "MERCATO_REGISTRY={}, a MERCATO_REGISTRY_URL of the same cluster, and the same MERCATO_PUBLIC_KEYS"
+)
+LIST_ETCD: Final = f"etcdctl get --prefix {ETCD_ROOT}"
 HTTP_REGISTRIES: Final = {
     "static": ("a static list", "add its address to MERCATO_SERVICES"),
     "dns": ("DNS", "look whether its name in MERCATO_SERVICES has addresses"),
@@ -37,6 +43,8 @@ HTTP_REGISTRIES: Final = {
         "look whether its process has MERCATO_REGISTRY=mdns, the same MERCATO_PUBLIC_KEYS, and a MERCATO_RPC_ADDRESS "
         "on the network of this one",
     ),
+    "etcd": ("etcd", f"look whether its process has {ONE_REGISTRY.format('etcd')}; `{LIST_ETCD}` shows all"),
+    "consul": ("Consul", f"look whether its process has {ONE_REGISTRY.format('consul')}"),
 }
 """What a registry is for people, and where to look if a service is not seen by it."""
 WAY_OUT: Final = "where its processes are by NATS_URL or MERCATO_SERVICES"
@@ -60,7 +68,7 @@ async def operating(data: Path) -> AsyncGenerator[Operator]:
     """
     settings = config.load(config.ServeSettings)
     source = FROM_ENVIRONMENT
-    if settings.nats_url is None and not settings.services and settings.registry != "mdns":
+    if settings.nats_url is None and not settings.services and settings.registry in ("static", "dns"):
         source = f"the shop in {data}"
         settings = _of_folder(data, settings)
     secret = _secret(data, settings)
@@ -68,6 +76,8 @@ async def operating(data: Path) -> AsyncGenerator[Operator]:
     try:
         await remote.open()
         yield Operator(remote, f"{registry}, by {source}", missing)
+    except StoreRefused as error:
+        raise CannotStart(str(error)) from error
     except Unavailable as error:
         raise CannotStart(f"{error} Is it running, and is it the one that {source} names?") from error
     finally:

@@ -32,6 +32,7 @@ from mercato.chassis.observability.telemetry import Telemetry, configure_logging
 from mercato.chassis.postgres import sessions
 from mercato.chassis.postgres.dsn import shown
 from mercato.chassis.postgres.migrations import MigrationError, missing_revisions
+from mercato.chassis.rpc.discovery.leased import StoreRefused
 from mercato.chassis.rpc.stats import Stats
 from mercato.chassis.rpc.transports import Remote
 from mercato.chassis.rpc.trust import TokenSigner, Trust
@@ -47,7 +48,7 @@ UNREADY_SECONDS: Final = 0.5
 DRAIN_SECONDS: Final = 3.0
 """Running requests of clients have so long at the end."""
 
-EXPECTED: Final = (CannotStart, CannotListen, MigrationError, OptionError, config.SettingsError)
+EXPECTED: Final = (CannotStart, CannotListen, MigrationError, OptionError, config.SettingsError, StoreRefused)
 """Failures whose message is all that the person needs."""
 
 
@@ -157,6 +158,10 @@ class _Serving:
             reasons = {name: f"it cannot be reached: {reason}" for name, reason in unreachable.items()}
             return {**found, **dict.fromkeys(needed, ""), **reasons}
 
+        def details() -> Mapping[str, str]:
+            problem = remote.registry_problem()
+            return {"registry": problem} if problem else {}
+
         url = url_of(self._options.host, listener)
         app = topology.gateway(
             host,
@@ -167,6 +172,7 @@ class _Serving:
             caller=self._options.names[0] if not self._has_gateway else GATEWAY,
             problems=problems,
             load=LoadLimits.up_to(self._settings.requests_in_work),
+            details=details,
         )
         finished = asyncio.Event()
 

@@ -19,6 +19,7 @@ from mercato.testing.responses import assert_problem
 from mercato.testing.served import Served, free_address, run, variables
 from mercato.testing.waiting import BOUND_SECONDS, wait_until
 from pgbouncer.pooler import Pooler, needs_new_pgbouncer, needs_pgbouncer
+from registries.etcd import Etcd, needs_etcd
 
 SECRET = "a secret of at least thirty-two characters"
 SERVICES = ("users", "products", "inventory", "sandbox", "payments", "orders", "events")
@@ -118,7 +119,12 @@ def test_each_process_refuses_the_token_of_a_session_that_has_ended(folder: Path
 
 def variables_address(shop: Mapping[str, Served]) -> str:
     """Where users takes the calls of others."""
-    environ = Path(f"/proc/{shop['users'].pid}/environ").read_bytes().split(b"\0")
+    return address_of(shop["users"])
+
+
+def address_of(served: Served) -> str:
+    """Where a process takes the calls of others."""
+    environ = Path(f"/proc/{served.pid}/environ").read_bytes().split(b"\0")
     return next(e.partition(b"=")[2].decode() for e in environ if e.startswith(b"MERCATO_RPC_ADDRESS="))
 
 
@@ -163,7 +169,7 @@ def test_a_missing_setting_is_named(folder: Path):
         ("MERCATO_PUBLIC_KEYS", "", "MERCATO_PUBLIC_KEYS is missing"),
         ("MERCATO_PUBLIC_KEYS", "orders=hunter2", "is not a name=key"),
         ("MERCATO_SERVICES", "orders", "The setting MERCATO_SERVICES is not valid"),
-        ("MERCATO_REGISTRY", "etcd", "MERCATO_REGISTRY is not valid"),
+        ("MERCATO_REGISTRY", "zookeeper", "MERCATO_REGISTRY is not valid"),
         ("MERCATO_RPC_ADDRESS", "9083", "MERCATO_RPC_ADDRESS is missing or not valid"),
         ("MERCATO_RPC_ADDRESS", "0.0.0.0:9083", "names 0.0.0.0 without encryption"),
         ("MERCATO_TLS_CA", "/nowhere.pem", "MERCATO_TLS_CERT is missing"),
@@ -307,6 +313,77 @@ def test_processes_find_each_other_by_mdns(folder: Path, tmp_path: Path):
             return "no process has registered it" in said and "the same MERCATO_PUBLIC_KEYS" in said
 
         wait_until(is_missed, BOUND_SECONDS)
+
+
+@pytest.mark.long
+@needs_etcd
+def test_processes_find_each_other_by_etcd(folder: Path, tmp_path: Path):
+    with Etcd() as etcd, contextlib.ExitStack() as stack:
+        etcd.require_passwords("shop", "hunter2", "/mercato/")
+        found = {
+            "MERCATO_REGISTRY": "etcd",
+            "MERCATO_REGISTRY_URL": f"http://{free_address()},{etcd.urls[0]}",
+            "MERCATO_REGISTRY_USER": "shop",
+            "MERCATO_REGISTRY_PASSWORD": "hunter2",
+        }
+        users, products, gateway = [
+            stack.enter_context(Served(name, environment={**given(folder, name), **found}))
+            for name in ("users", "products", "gateway")
+        ]
+        operator = {**variables(folder / "operator.env"), **found}
+
+        def doctor() -> str:
+            return run("doctor", "--data", str(tmp_path), environment=operator).stdout
+
+        users.ready()
+        products.ready()
+        with gateway.ready().caller() as caller:
+            wait_until(lambda: caller.get("/products/100").status == 200, BOUND_SECONDS)
+            wait_until(lambda: caller.get("/users/1").status == 200, BOUND_SECONDS)
+            assert "registry" not in caller.get("/health/ready").json
+            seen = doctor()
+            assert "Services are found through etcd over HTTP, by the environment." in seen
+            assert "orders     not seen: no process has registered it" in seen
+            assert (
+                "MERCATO_REGISTRY=etcd, a MERCATO_REGISTRY_URL of the same cluster, and the same MERCATO_PUBL" in seen
+            )
+
+            users.ask_to_stop()
+            assert users.exit_code() == 0
+            wait_until(lambda: "users      not seen" in doctor(), BOUND_SECONDS)
+            assert f"{address_of(products)} answers" in doctor()
+
+            etcd.kill()
+            wait_until(lambda: "registry" in caller.get("/health/ready").json, BOUND_SECONDS)
+            assert "the instances that were known last stay in use" in caller.get("/health/ready").json["registry"]
+            assert caller.get("/products/100").status == 200
+            assert "What is shown may be old or missing: etcd at 127.0.0.1:" in doctor()
+
+            etcd.start()
+            wait_until(lambda: "registry" not in caller.get("/health/ready").json, BOUND_SECONDS)
+            products.kill()
+            products.exit_code()
+            wait_until(lambda: "products   not seen" in doctor(), BOUND_SECONDS)
+
+
+@needs_etcd
+def test_a_password_that_etcd_does_not_accept_is_one_sentence(folder: Path, tmp_path: Path):
+    with Etcd() as etcd:
+        etcd.require_passwords("shop", "of the shop", "/mercato/")
+        found = {
+            "MERCATO_REGISTRY": "etcd",
+            "MERCATO_REGISTRY_URL": etcd.urls[0],
+            "MERCATO_REGISTRY_USER": "shop",
+            "MERCATO_REGISTRY_PASSWORD": "hunter2",
+        }
+        sentence = (
+            "etcd does not accept the user 'shop' with this password: look at MERCATO_REGISTRY_USER and "
+            "MERCATO_REGISTRY_PASSWORD"
+        )
+        with Served("orders", environment={**given(folder, "orders"), **found}) as refused:
+            assert refused.refusal() == sentence
+        asked = run("doctor", "--data", str(tmp_path), environment={**variables(folder / "operator.env"), **found})
+        assert (asked.returncode, asked.stderr) == (1, f"mercato: {sentence}\n")
 
 
 @pytest.mark.parametrize(

@@ -88,9 +88,18 @@ class ServeSettings(Settings):
     """Where the processes meet: `nats://orders:PASSWORD@127.0.0.1:4222`. Without it they call each other over HTTP."""
     services: str = ""
     """Where the others are, over HTTP: `orders=127.0.0.1:9083; users=127.0.0.1:9081,127.0.0.1:9181`."""
-    registry: Literal["static", "dns", "mdns"] = "static"
+    registry: Literal["static", "dns", "mdns", "etcd", "consul"] = "static"
     """`dns`: MERCATO_SERVICES has a name for each service, whose addresses are looked up again and again. `mdns`: the
-    processes on a network find each other; MERCATO_SERVICES is not read."""
+    processes on a network find each other; MERCATO_SERVICES is not read. `etcd`, `consul`: they register there."""
+    registry_url: str = ""
+    """For `etcd` and `consul`: where that is: `https://10.0.0.5:2379,https://10.0.0.6:2379`."""
+    registry_user: str = ""
+    """For `etcd`, where it asks for one; with `registry_password`."""
+    registry_password: SecretStr | None = None
+    registry_token: SecretStr | None = None
+    """For `consul`, where it asks for one."""
+    registry_ca: Path | None = None
+    """The certificates (PEM) by which etcd or Consul is verified; by default those of `tls_ca`, else the system's."""
     mdns_interfaces: str = ""
     """For `mdns`: addresses of this machine, by whose networks the others are found: `10.0.0.5`. Empty: all."""
     rpc_address: str = ""
