@@ -97,7 +97,7 @@ The event logs that a service reads are in `READS`. The gateway calls what its r
 
 READS: Final[Mapping[str, tuple[str, ...]]] = {
     "products": ("inventory",),
-    "events": ("inventory", "orders", "payments"),
+    "events": ("inventory", "orders", "payments", "products"),
 }
 """The services whose event logs a service reads."""
 

@@ -13,6 +13,7 @@ from .inventory import ShortLine
 from .money import AmountText, MoneyError
 from .payments import Method, Payment as PaymentRecord
 from .products import Sku
+from .refunds import OrderRefunded
 from .roles import EVERYBODY, SIGNED_IN, STAFF_ONLY
 from .users import Email
 
@@ -590,4 +591,7 @@ class Orders(Contract, name="orders"):
     guest_payment = single(GetGuestPayment, PaymentRecord, allow=EVERYBODY, retry=Retry.SAFE)
     claim = single(ClaimOrder, Order, allow=SIGNED_IN, retry=Retry.SAFE)
 
-    events: ClassVar = {f"order.{state}": OrderChanged for state in CHANGES}
+    events: ClassVar = {
+        **{f"order.{state}": OrderChanged for state in CHANGES},
+        "refund.succeeded": OrderRefunded,
+    }

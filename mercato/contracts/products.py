@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from typing import Annotated, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from msgspec import Meta
 
@@ -142,6 +142,21 @@ class SkuTaken(ServiceError, code="products.sku_taken", kind=Kind.CONFLICT):
     sku: str
 
 
+class PriceChanged(Message):
+    """`product.price_changed`: a product costs another amount, or has another currency. Amounts in minor units."""
+
+    product_id: int
+    old_price_minor: int
+    old_currency: str
+    price_minor: int
+    currency: str
+    version: int
+    """Of the product, with this change."""
+    actor_role: str
+    actor_id: int
+    """Who has changed it; 0 for callers without an account."""
+
+
 class Products(Contract, name="products"):
     """The catalogue. Everybody may read it; staff may change it."""
 
@@ -152,3 +167,5 @@ class Products(Contract, name="products"):
     search = single(SearchProducts, ProductPage, allow=EVERYBODY, retry=Retry.SAFE)
     quote = batched(QuoteProduct, Quote, allow=SIGNED_IN, retry=Retry.SAFE)
     find = batched(FindProduct, Product, allow=EVERYBODY, retry=Retry.SAFE)
+
+    events: ClassVar = {"product.price_changed": PriceChanged}

@@ -102,6 +102,12 @@ KNOWN: Final = (
         "SELECT max(product_id) FROM orders.order_products",
     ),
     Known(
+        PRODUCTS,
+        "events",
+        _IN_FEED.format(types="'product.price_changed'", rows=NEWEST_ROWS),
+        "SELECT max(subject_id) FROM events.feed WHERE type = 'product.price_changed'",
+    ),
+    Known(
         PAYMENTS,
         "events",
         _IN_FEED.format(types=_PAYMENT_TYPES, rows=NEWEST_ROWS),

@@ -80,6 +80,7 @@ CASES: Mapping[tuple[Sequence, str], str] = {
     (USERS, "payments"): PAYMENT.format(order=1, user=5000, charge="NULL"),
     (PRODUCTS, "inventory"): "INSERT INTO levels (product_id, on_hand, reserved, version) VALUES (5000, 0, 0, 1)",
     (PRODUCTS, "orders"): "INSERT INTO order_products (product_id, order_id) VALUES (5000, 1)",
+    (PRODUCTS, "events"): IN_FEED.format(type="product.price_changed"),
     (PAYMENTS, "events"): IN_FEED.format(type="payment.captured"),
     (CHARGES, "payments"): PAYMENT.format(order=1, user=1, charge=5000),
     (BANK_OPERATIONS, "payments"): """

@@ -74,7 +74,7 @@ IDEMPOTENCY: Final = Table("idempotency", ("principal", "operation", "key", "ans
 WANTED: Final[Mapping[str, Sequence[Table]]] = {
     # Whoever hears of something is copied before whoever says it. The snapshots are taken at once; this is for readers.
     "events": (FEED, *CONSUMER),
-    "products": (Table("products", ("id", "in_stock", "stock_version")), *CONSUMER, *_next_ids("products")),
+    "products": (Table("products", ("id", "in_stock", "stock_version")), *CONSUMER, *OUTBOX, *_next_ids("products")),
     "users": _next_ids("users"),
     "orders": (
         Table(
@@ -227,9 +227,11 @@ LAST_SIGN: Final = """
         UNION ALL SELECT max(at) FROM orders.outbox
         UNION ALL SELECT max(at) FROM inventory.outbox
         UNION ALL SELECT max(at) FROM payments.outbox
+        UNION ALL SELECT max(at) FROM products.outbox
         UNION ALL SELECT max(seen_at) FROM orders.outbox_readers
         UNION ALL SELECT max(seen_at) FROM inventory.outbox_readers
         UNION ALL SELECT max(seen_at) FROM payments.outbox_readers
+        UNION ALL SELECT max(seen_at) FROM products.outbox_readers
       ) signs
 """
 
@@ -284,7 +286,8 @@ VIEWS: Final = """
     CREATE VIEW audit.outbox AS
     SELECT 'orders' AS source, e.* FROM orders.outbox e
     UNION ALL SELECT 'inventory', e.* FROM inventory.outbox e
-    UNION ALL SELECT 'payments', e.* FROM payments.outbox e;
+    UNION ALL SELECT 'payments', e.* FROM payments.outbox e
+    UNION ALL SELECT 'products', e.* FROM products.outbox e;
 
     CREATE VIEW audit.cursors AS
     SELECT * FROM events.cursors UNION ALL SELECT * FROM products.cursors;

@@ -14,7 +14,7 @@ from . import store
 from .service import EventsService
 
 CONSUMER: Final = "events.feed"
-SOURCES: Final = ("inventory", "orders", "payments")
+SOURCES: Final = ("inventory", "orders", "payments", "products")
 PURGE_EVERY_SECONDS: Final = 60.0
 
 

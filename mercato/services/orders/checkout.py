@@ -26,7 +26,7 @@ import structlog
 
 from mercato.chassis.contract import SERVICE_ROLE, Actor, Message, ServiceError
 from mercato.chassis.observability import faults
-from mercato.chassis.postgres.database import Database
+from mercato.chassis.postgres.database import Database, Tx
 from mercato.chassis.postgres.sequences import move_own_past
 from mercato.chassis.sagas.runner import Runner
 from mercato.chassis.sagas.store import Next, Saga
@@ -54,7 +54,8 @@ from mercato.contracts.payments import (
 )
 from mercato.contracts.roles import GUEST_USER, STAFF
 
-from . import rules, steps, store
+from . import history_store, money_store, rules, steps, store
+from .money_store import CANCEL, Refunded
 from .steps import CHECKOUT, Checkout, Decision, RetryLater
 from .store import OrderRecord
 
@@ -255,6 +256,8 @@ class CheckoutSteps:
             moves = [move for saga, _ in kept if (move := _move(by_key[saga.key]))]
             moved = await store.move(tx, moves, SHOP) if moves else []
             assert all(moved), "status and payment of an order move under the lock of its saga only"
+            if step == "unwind":
+                await _emit_refunded(tx, [(o, m.refunded_minor) for o, m in zip(moved, moves, strict=True) if o])
             await faults.point(f"checkout.{step}.before_commit")
         for order in moved:
             if order:
@@ -282,6 +285,15 @@ _decode_state: Final = msgspec.json.Decoder(Checkout).decode
 
 def _undecided(works: Sequence[Work]) -> list[Work]:
     return [work for work in works if work.decision is None]
+
+
+async def _emit_refunded(tx: Tx, orders: Sequence[tuple[Order, int]]) -> None:
+    """Of cancelled orders with what was given back for it, in minor units."""
+    refunded = [(order, amount_minor) for order, amount_minor in orders if amount_minor]
+    if not refunded:
+        return
+    actors = await history_store.cancelled_by(tx, [order.id for order, _ in refunded])
+    money_store.emit_refunded(tx, [Refunded(o, CANCEL, amount_minor, actors[o.id]) for o, amount_minor in refunded])
 
 
 def _move(work: Work) -> store.Move | None:
@@ -414,7 +426,7 @@ def _refund(work: Work) -> RefundPayment:
         order_nonce=work.record.nonce,
         attempt=work.state.attempt,
         amount_minor=_minor_to_refund(work),
-        reference="cancel",
+        reference=CANCEL,
         idempotency_key=f"order:{work.id}:refund:cancel",
     )
 

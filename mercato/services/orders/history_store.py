@@ -1,9 +1,11 @@
-"""The SQL statement that reads what has become of an order."""
+"""The SQL statements that read what has become of orders."""
 
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 
+from mercato.chassis.contract import Actor
 from mercato.chassis.postgres.database import Row, Tx
 from mercato.contracts.orders import Fulfilment, Payment, Status
 
@@ -37,3 +39,29 @@ async def history(tx: Tx, order_id: int) -> list[HistoryRow]:
         """,
         order_id,
     )
+
+
+class CancelledByRow(Row):
+    order_id: int
+    actor_role: str
+    actor_id: int
+
+
+async def cancelled_by(tx: Tx, order_ids: Sequence[int]) -> dict[int, Actor]:
+    """Who has cancelled each of these orders, by id."""
+    rows = await tx.fetch(
+        CancelledByRow,
+        """
+        SELECT w.order_id, h.actor_role, h.actor_id
+          FROM unnest($1::bigint[]) AS w (order_id)
+         CROSS JOIN LATERAL (
+            SELECT actor_role, actor_id
+              FROM history
+             WHERE order_id = w.order_id AND status = 'cancelled'
+             ORDER BY version
+             LIMIT 1
+         ) h
+        """,
+        order_ids,
+    )
+    return {row.order_id: Actor(row.actor_role, row.actor_id) for row in rows}

@@ -10,12 +10,17 @@ import msgspec
 
 from mercato.chassis.contract import Actor
 from mercato.chassis.idempotency.keys import Identity, Keyed
+from mercato.chassis.messaging.events import Outgoing
 from mercato.chassis.postgres.database import Row, Tx
 from mercato.chassis.sagas.store import Key
-from mercato.contracts.orders import RefundStatus, ReturnLine
+from mercato.contracts.orders import Order, RefundStatus, ReturnLine
+from mercato.contracts.refunds import OrderRefunded
 
 _encode: Final = msgspec.json.Encoder().encode
 _decode_returned: Final = msgspec.json.Decoder(tuple[ReturnLine, ...]).decode
+
+CANCEL: Final = "cancel"
+"""The id of what cancelling a paid order has given back: it has no row of its own, the history tells of it."""
 
 # ----------------------------------------------------------------------------------------------------------- paying
 
@@ -242,6 +247,36 @@ async def settle_refunds(tx: Tx, settled: Sequence[tuple[RefundRecord, str | Non
         [refund.reference for refund, _ in settled],
         [code for _, code in settled],
     )
+
+
+class Refunded(msgspec.Struct, frozen=True):
+    """Money that was given back. `order`: as it is with it; `actor`: who asked for it."""
+
+    order: Order
+    refund_id: str
+    amount_minor: int
+    actor: Actor
+
+
+def emit_refunded(tx: Tx, refunds: Sequence[Refunded]) -> None:
+    """Emits their events, behind those of their orders."""
+    tx.emit([_refunded(refund) for refund in refunds])
+
+
+def _refunded(refund: Refunded) -> Outgoing:
+    order = refund.order
+    data = OrderRefunded(
+        order_id=order.id,
+        user_id=order.user_id,
+        refund_id=refund.refund_id,
+        amount_minor=refund.amount_minor,
+        refunded_minor=order.refunded_minor,
+        currency=order.currency,
+        version=order.version,
+        actor_role=refund.actor.role,
+        actor_id=refund.actor.id,
+    )
+    return Outgoing("refund.succeeded", "order", order.id, order.version, data)
 
 
 async def reserve_refund(tx: Tx, order_id: int, amount_minor: int) -> bool:

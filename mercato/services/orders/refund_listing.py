@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 from mercato.chassis.contract import Actor, as_service, current
 from mercato.chassis.postgres.database import Database
@@ -20,11 +19,8 @@ from mercato.contracts.payments import GetPayment, ListPayments, Payments
 
 from . import history_store, money_store, rules, store
 from .history_store import HistoryRow
-from .money_store import RefundRecord
+from .money_store import CANCEL, RefundRecord
 from .store import OrderRecord
-
-CANCEL: Final = "cancel"
-"""The id of what cancelling a paid order has given back: it has no row of its own, the history tells of it."""
 
 
 class RefundListing:

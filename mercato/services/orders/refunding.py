@@ -47,7 +47,7 @@ from mercato.contracts.payments import (
 from . import money_store, rules, store
 from .checkout import SHOP
 from .locking import Locked, in_lock
-from .money_store import NewRefund, RefundRecord
+from .money_store import NewRefund, Refunded, RefundRecord
 from .paying import ANSWER_SECONDS, LOCK_SECONDS
 from .refund_listing import shown
 from .store import OrderRecord
@@ -291,16 +291,19 @@ class Refunding:
             await money_store.settle_refunds(tx, [(work.refund, work.code) for work in settled])
             paid = [work for work in settled if work.refund.amount_minor]
             records = await store.lock(tx, [work.order_id for work in paid]) if paid else {}
-            if moves := [_move(work, records[work.order_id].order) for work in paid if work.code is None]:
-                await self._move(tx, moves, SHOP)
+            if given := [work for work in paid if work.code is None]:
+                moved = await self._move(tx, [_move(work, records[work.order_id].order) for work in given], SHOP)
+                money_store.emit_refunded(tx, list(map(_refunded, given, moved)))
             if declined := [(work.order_id, work.refund.amount_minor) for work in paid if work.code is not None]:
                 await money_store.release_refunds(tx, declined)
             await faults.point("refund.save.before_commit")
         await faults.point("refund.save.after_commit")
 
-    async def _move(self, tx: Tx, moves: Sequence[store.Move], actor: Actor) -> None:
-        if not all(await store.move(tx, moves, actor)):
+    async def _move(self, tx: Tx, moves: Sequence[store.Move], actor: Actor) -> list[Order]:
+        moved = [order for order in await store.move(tx, moves, actor) if order]
+        if len(moved) < len(moves):
             raise RuleBroken("the rows are locked: no other transaction can have changed them in between")
+        return moved
 
     def _next(self, work: Work) -> Next:
         if work.retry is not None:
@@ -339,6 +342,11 @@ def _move(work: Work, order: Order) -> store.Move:
         epoch=work.saga.epoch,
         tries=work.saga.tries,
     )
+
+
+def _refunded(work: Work, order: Order) -> Refunded:
+    refund = work.refund
+    return Refunded(order, refund.reference, refund.amount_minor, Actor(refund.actor_role, refund.actor_id))
 
 
 def _restock(work: Work) -> ReturnStock:

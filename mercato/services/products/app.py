@@ -27,5 +27,6 @@ def build(env: Env) -> Service:
         server.complete(),
         env.database,
         subscriptions=(IN_STOCK,),
+        has_outbox=True,
         seed_demo=functools.partial(demo.seed, env.database),
     )

@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Generator, Sequence
 from typing import Final
 
-from mercato.chassis.contract import Batch, check_version
+from mercato.chassis.contract import Actor, Batch, check_version, current
+from mercato.chassis.messaging.events import Outgoing
 from mercato.chassis.observability import faults
 from mercato.chassis.postgres.database import Database, Tx, UniqueViolation
 from mercato.contracts.products import (
@@ -14,6 +15,7 @@ from mercato.contracts.products import (
     CreateProduct,
     FindProduct,
     GetProduct,
+    PriceChanged,
     Product,
     ProductArchived,
     ProductNotFound,
@@ -77,12 +79,14 @@ class ProductsService:
         rules.check_product(request)
         with _sku_conflicts(request.sku):
             async with self._database.transaction() as tx:
-                row = await self._lock(tx, request.id)
-                check_version(request.version, row.version)
-                change = rules.with_price(request, row.currency)
+                before = await self._lock(tx, request.id)
+                check_version(request.version, before.version)
+                change = rules.with_price(request, before.currency)
                 if not rules.changes(change):
-                    return _product(row)
+                    return _product(before)
                 row = await store.update(tx, change)
+                if (row.price_minor, row.currency) != (before.price_minor, before.currency):
+                    tx.emit([_price_changed(before, row, current.get().actor)])
                 await faults.point(UPDATE_BEFORE_COMMIT)
         await faults.point(UPDATE_AFTER_COMMIT)
         return _product(row)
@@ -159,6 +163,20 @@ def _product(row: store.ProductRow) -> Product:
         version=row.version,
         in_stock=row.in_stock,
     )
+
+
+def _price_changed(before: store.ProductRow, now: store.ProductRow, actor: Actor) -> Outgoing:
+    data = PriceChanged(
+        product_id=now.id,
+        old_price_minor=before.price_minor,
+        old_currency=before.currency,
+        price_minor=now.price_minor,
+        currency=now.currency,
+        version=now.version,
+        actor_role=actor.role,
+        actor_id=actor.id,
+    )
+    return Outgoing("product.price_changed", "product", now.id, now.version, data)
 
 
 def _quote(product_id: int, row: store.QuoteRow | None) -> Quote | ProductNotFound | ProductArchived:

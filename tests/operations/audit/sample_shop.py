@@ -109,6 +109,10 @@ SIDES = {"refund": ("refunds", "provider")}
 STOCK_NEWS = ((1, 1, "stock.available", "product", 1, 1), (2, 2, "stock.available", "product", 2, 1))
 """Events of inventory that products subscribes to: first of all events, id, ..., subject, subject_id, version."""
 
+PRICE_NEWS = ("product.price_changed", "product", 1, 2)
+REFUND_NEWS = ("refund.succeeded", "order", 2, len(HISTORY[2]))
+"""Events without another effect in the shop: type, subject, subject_id, version."""
+
 Event = tuple[int, str, str, int, int]
 """Id of its outbox row, type, subject, subject id, version."""
 
@@ -128,9 +132,13 @@ def outboxes() -> dict[str, list[Event]]:
     money = [(f"payment.{kind}", "payment", payment, n)
              for payment, *_, operations in PAYMENTS for n, (kind, *_) in enumerate(operations, 2)]  # fmt: skip
     return {
-        "orders": [(n, type_, "order", order, version) for n, (type_, order, version) in enumerate(orders, 1)],
+        "orders": [
+            *((n, type_, "order", order, version) for n, (type_, order, version) in enumerate(orders, 1)),
+            (len(orders) + 1, *REFUND_NEWS),
+        ],
         "inventory": [(n, *event) for n, event in enumerate(stock, 1)],
         "payments": [(n, *event) for n, event in enumerate(money, 1)],
+        "products": [(1, *PRICE_NEWS)],
     }
 
 
@@ -317,6 +325,7 @@ async def _fill_products(connection: Any) -> None:
         [(id_, version) for *_, id_, version in STOCK_NEWS],
     )
     await _set_cursor(connection, "products.in_stock", "inventory", outboxes()["inventory"])
+    await _fill_outbox(connection, outboxes()["products"])
 
 
 async def _set_cursor(connection: Any, consumer: str, source: str, events: list[Event]) -> None:

@@ -43,6 +43,7 @@ CONSUMED: Final[Mapping[str, tuple[str, ...]]] = {
     "orders": ("events",),
     "inventory": ("events", "products"),
     "payments": ("events",),
+    "products": ("events",),
 }
 """Which services consume the events of each source. At rest each has read all rows."""
 
