@@ -96,6 +96,7 @@ The event logs that a service reads are in `READS`. The gateway calls what its r
 """
 
 READS: Final[Mapping[str, tuple[str, ...]]] = {
+    "users": ("orders", "products"),
     "products": ("inventory",),
     "events": ("inventory", "orders", "payments", "products"),
 }

@@ -411,7 +411,7 @@ def log(
     dsn: AccountsDsn = None,
     json: AsJson = False,
 ) -> int:
-    """Print the security log, the newest entries first: sign-ins and changes of the last 90 days.
+    """Print the security log, the newest entries first: sign-ins, changes and refunds of the last 90 days.
 
     Parameters
     ----------

@@ -38,6 +38,8 @@ SecurityKind = Literal[
     "email_changed",
     "password_changed",
     "erased",
+    "price_changed",
+    "refunded",
 ]
 
 PAGE_LIMIT: Final = 200
@@ -295,15 +297,16 @@ class SecurityEntry(Message):
     at: datetime.datetime
     kind: Open[SecurityKind]
     account_id: int
-    """Whom it is about; 0 where no account is known, as after a sign-in with an unknown address."""
+    """Whom it is about: of a refund, whose order it is. 0 where no account is known, or none is concerned."""
     actor_role: str
     actor_id: int
     """Who did it; 0 for callers without an account."""
     address: str
-    """Of the client's connection; empty where it is not known."""
+    """Of the client's connection; empty where it is not known, as of prices and refunds."""
     subject: str
     """What else it is about, such as `product 100`; may be empty."""
     detail: str
+    """What was changed: `99.99 USD to 89.99 USD`; of a refund its id, and what was refunded before and with it."""
 
 
 class SecurityLogPage(Message):

@@ -24,7 +24,7 @@ from mercato.operations.ids import connection_to
 
 log: Any = structlog.get_logger()
 
-CONSUMING: Final = ("products", "events")
+CONSUMING: Final = ("users", "products", "events")
 """The services that have cursors."""
 FEED: Final = "events.feed"
 OUTBOX_IDS: Final = "outbox_id_seq"

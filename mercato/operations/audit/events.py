@@ -54,6 +54,15 @@ EVENTS: Final = (
          WHERE e.consumer = 'products.in_stock'
            AND (p.stock_version < e.version
                 OR (p.stock_version = e.version AND p.in_stock <> (e.type = 'stock.available')))
+        UNION ALL
+        SELECT e.consumer, e.source, e.id, e.type, e.subject, e.subject_id
+          FROM audit.consumed e
+         CROSS JOIN audit.clock c
+          LEFT JOIN users.security_log l
+            ON (l.kind, l.subject, l.at)
+             = (CASE e.type WHEN 'refund.succeeded' THEN 'refunded' ELSE 'price_changed' END,
+                e.subject || ' ' || e.subject_id, e.at)
+         WHERE e.consumer = 'users.security_log' AND e.at > c.sure_after AND l.at IS NULL
         """,
     ),
     Invariant(
@@ -145,6 +154,20 @@ EVENTS: Final = (
              GROUP BY subject_id
           ) newest ON newest.subject_id = p.id AND newest.version = p.stock_version
          WHERE p.in_stock <> (l.on_hand > l.reserved) AND l.on_hand >= l.reserved
+        """,
+    ),
+    Invariant(
+        "E9",
+        "events",
+        "always",
+        "A change of price and a refund are in the security log once",
+        # A transaction changes the price of a product once, and settles one refund of an order: with the time of its
+        # row in the outbox, which entries have, that names one event.
+        """
+        SELECT kind, subject, at, count(*) AS times
+          FROM users.security_log
+         GROUP BY kind, subject, at
+        HAVING count(*) > 1
         """,
     ),
 )

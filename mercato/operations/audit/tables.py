@@ -63,6 +63,13 @@ CONSUMER: Final = (
     ),
 )
 
+# Entries that come from events alone, without the address.
+SECURITY_LOG: Final = Table(
+    "security_log",
+    ("e.kind", "e.subject", "e.at"),
+    f"security_log e WHERE e.kind IN ('price_changed', 'refunded') AND e.at > now() - interval '{KEPT_DAYS} days'",
+)
+
 
 def _next_ids(service: str) -> tuple[Table, ...]:
     # A sequence belongs to no snapshot. It is read after all of them are taken, so it is never behind their rows.
@@ -75,7 +82,7 @@ WANTED: Final[Mapping[str, Sequence[Table]]] = {
     # Whoever hears of something is copied before whoever says it. The snapshots are taken at once; this is for readers.
     "events": (FEED, *CONSUMER),
     "products": (Table("products", ("id", "in_stock", "stock_version")), *CONSUMER, *OUTBOX, *_next_ids("products")),
-    "users": _next_ids("users"),
+    "users": (SECURITY_LOG, *CONSUMER, *_next_ids("users")),
     "orders": (
         Table(
             "orders",
@@ -192,6 +199,7 @@ WANTED: Final[Mapping[str, Sequence[Table]]] = {
 SUBSCRIPTIONS: Final[Mapping[str, Sequence[str] | None]] = {
     "events.feed": None,
     "products.in_stock": ("stock.available", "stock.exhausted"),
+    "users.security_log": ("product.price_changed", "refund.succeeded"),
 }
 """What each consumer wants to hear; None: everything."""
 
@@ -290,10 +298,14 @@ VIEWS: Final = """
     UNION ALL SELECT 'products', e.* FROM products.outbox e;
 
     CREATE VIEW audit.cursors AS
-    SELECT * FROM events.cursors UNION ALL SELECT * FROM products.cursors;
+    SELECT * FROM events.cursors
+    UNION ALL SELECT * FROM products.cursors
+    UNION ALL SELECT * FROM users.cursors;
 
     CREATE VIEW audit.parked AS
-    SELECT * FROM events.parked UNION ALL SELECT * FROM products.parked;
+    SELECT * FROM events.parked
+    UNION ALL SELECT * FROM products.parked
+    UNION ALL SELECT * FROM users.parked;
 
     -- What came out of order, perhaps after its outbox row was gone.
     CREATE VIEW audit.replayed AS

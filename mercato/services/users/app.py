@@ -17,6 +17,7 @@ from mercato.chassis.rpc.server import Server
 from mercato.contracts.users import Users
 
 from . import letter_store, log_store, store
+from .consumers import SECURITY_LOG
 from .demo import seed_demo
 from .erasing import Erasing
 from .letters import KEY_PURPOSE as LINKS_PURPOSE, SENT_AT_ONCE, Letters
@@ -71,6 +72,7 @@ def build(env: Env, hasher: Hasher | None = None, threads: int | None = None) ->
             ),
             PeriodicTask("send letters", letters.send_due, LETTERS_SECONDS, limit=SENT_AT_ONCE, round_seconds=300.0),
         ),
+        subscriptions=(SECURITY_LOG,),
         seed_demo=functools.partial(seed_demo, env.database, passwords),
         close=passwords.close,
     )

@@ -111,7 +111,7 @@ STOCK_NEWS = ((1, 1, "stock.available", "product", 1, 1), (2, 2, "stock.availabl
 
 PRICE_NEWS = ("product.price_changed", "product", 1, 2)
 REFUND_NEWS = ("refund.succeeded", "order", 2, len(HISTORY[2]))
-"""Events without another effect in the shop: type, subject, subject_id, version."""
+"""Events that come into the security log: type, subject, subject_id, version."""
 
 Event = tuple[int, str, str, int, int]
 """Id of its outbox row, type, subject, subject id, version."""
@@ -328,6 +328,23 @@ async def _fill_products(connection: Any) -> None:
     await _fill_outbox(connection, outboxes()["products"])
 
 
+async def _fill_users(connection: Any) -> None:
+    await connection.executemany(
+        """
+        INSERT INTO security_log (at, kind, account_id, actor_role, actor_id, address, subject, detail)
+        VALUES ($1, $2, 0, 'staff', 9, $3, $4, '')
+        """,
+        [
+            (THEN, "price_changed", "", "product 1"),
+            (THEN, "refunded", "", "order 2"),
+            (THEN, "signed_in", "192.0.2.7", ""),
+            (THEN, "signed_in", "192.0.2.7", ""),
+        ],
+    )
+    for source in ("orders", "products"):
+        await _set_cursor(connection, "users.security_log", source, outboxes()[source])
+
+
 async def _set_cursor(connection: Any, consumer: str, source: str, events: list[Event]) -> None:
     """Behind everything."""
     await connection.execute(
@@ -364,6 +381,7 @@ FILLS = {
     "sandbox": _fill_sandbox,
     "events": _fill_events,
     "products": _fill_products,
+    "users": _fill_users,
 }
 
 

@@ -439,6 +439,7 @@ VIOLATIONS: dict[str, dict[str, str]] = {
     "E1": {
         "not read": "UPDATE events.cursors SET position = (3 << 12) - 1 WHERE source = 'orders'",
         "no cursor": "DELETE FROM products.cursors",
+        "not read by users": "DELETE FROM users.cursors WHERE source = 'products'",
         "its retry is long over": parked("'-infinity'"),
         "it waits behind nothing": parked("'infinity'"),
     },
@@ -448,6 +449,9 @@ VIOLATIONS: dict[str, dict[str, str]] = {
             UPDATE events.feed SET type = 'payment.other' WHERE source = 'payments' AND event_id = 2 << 12
         """,
         "not noted with its product": "UPDATE products.products SET stock_version = 0 WHERE id = 1",
+        "a change of price not in the security log": "DELETE FROM users.security_log WHERE kind = 'price_changed'",
+        "a refund in the security log with another order": "UPDATE users.security_log SET subject = 'order 5' "
+        "WHERE kind = 'refunded'",
     },
     "E3": {
         "in the feed": f"""
@@ -473,6 +477,10 @@ VIOLATIONS: dict[str, dict[str, str]] = {
             INSERT INTO products.parked
             VALUES ('products.in_stock', 'inventory', 1 << 12, 'stock.available', 'product', 1, 5, now(), now())
         """,
+        "of users": """
+            INSERT INTO users.parked
+            VALUES ('users.security_log', 'products', 1 << 12, 'product.price_changed', 'product', 1, 5, now(), now())
+        """,
     },
     "E7": {
         "a move was not told": """
@@ -490,6 +498,10 @@ VIOLATIONS: dict[str, dict[str, str]] = {
             UPDATE events.feed SET type = 'stock.exhausted' WHERE source = 'inventory' AND event_id = 2 << 12;
             UPDATE products.products SET in_stock = false WHERE id = 2;
         """,
+    },
+    "E9": {
+        "a refund": "INSERT INTO users.security_log SELECT * FROM users.security_log WHERE kind = 'refunded'",
+        "a change of price": "INSERT INTO users.security_log SELECT * FROM users.security_log WHERE kind LIKE 'price%'",
     },
     "O5": {
         "answered and not there": operation("injected", "place 6", order_id="999"),
@@ -551,7 +563,8 @@ FRESH = {
     "S6": hold(3) + "UPDATE orders.orders SET updated_at = 'now' WHERE id = 3",
     "S9": stock_of_no_product("now"),
     "O4": "UPDATE orders.sagas SET step = 'reserve', updated_at = 'now' WHERE subject_id = 4",
-    "E1": VIOLATIONS["E1"]["not read"] + ";UPDATE orders.outbox SET at = 'now'",
+    "E1": VIOLATIONS["E1"]["not read"]
+    + ";UPDATE orders.outbox SET at = 'now';UPDATE users.security_log SET at = 'now' WHERE kind = 'refunded'",
     "M6": VIOLATIONS["M6"]["at the bank"] + "UPDATE sandbox.operations SET created_at = 'now' WHERE order_id = 999",
 }
 
@@ -649,6 +662,9 @@ async def test_a_violation_is_counted_whole_and_shown_in_part(copies: Copies):
 async def test_no_secret_is_copied():
     copied_columns = {column for tables in WANTED.values() for table in tables for column in table.columns}
 
-    # Of accounts nothing but which id comes next.
-    assert [(table.name, table.columns) for table in WANTED["users"]] == [("users_id_seq", ("last_value", "is_called"))]
+    # Of accounts nothing but which id comes next; of the security log no account, no actor and no address.
+    assert {table.name: table.columns for table in WANTED["users"] if table.name not in ("cursors", "parked")} == {
+        "users_id_seq": ("last_value", "is_called"),
+        "security_log": ("e.kind", "e.subject", "e.at"),
+    }
     assert not {"data", "answer", "fingerprint", "method", "name", "sku", "reason", "error"} & copied_columns

@@ -40,10 +40,10 @@ LAST_ROW: Final = "SELECT coalesce(max(id), 0) FROM outbox"
 PARKED: Final = "SELECT count(*) FROM parked WHERE dead_at IS NULL"
 READ: Final = "SELECT coalesce(min(position), 0) FROM cursors WHERE source = '{source}'"
 CONSUMED: Final[Mapping[str, tuple[str, ...]]] = {
-    "orders": ("events",),
+    "orders": ("events", "users"),
     "inventory": ("events", "products"),
     "payments": ("events",),
-    "products": ("events",),
+    "products": ("events", "users"),
 }
 """Which services consume the events of each source. At rest each has read all rows."""
 

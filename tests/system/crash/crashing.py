@@ -95,6 +95,7 @@ UNREST: Final[Mapping[str, str]] = {
     "sandbox": "SELECT format('the bank is at %s', key) FROM operations WHERE status = 'processing'",
     "events": "SELECT format('parked event %s of %s', position, source) FROM parked WHERE dead_at IS NULL",
     "products": "SELECT format('parked event %s of %s', position, source) FROM parked WHERE dead_at IS NULL",
+    "users": "SELECT format('parked event %s of %s', position, source) FROM parked WHERE dead_at IS NULL",
 }
 
 LAST_ROW: Final = "SELECT id FROM outbox ORDER BY id DESC LIMIT 1"
