@@ -290,6 +290,17 @@ class ListSecurityLog(Message):
     limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
 
 
+class ListOwnSecurityLog(Message):
+    """Entries that are about one's own account, or were done by it, by descending id, those before `before`.
+
+    Of an entry that another account has made, who that is and its address are left out.
+    """
+
+    user_id: UserId
+    before: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
+    limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
+
+
 class SecurityEntry(Message):
     """Ids only: an entry holds no e-mail address, password or token. Kept for 90 days."""
 
@@ -388,3 +399,4 @@ class Users(Contract, name="users"):
     sign_in_named = single(SignInNamed, Tokens, allow=EVERYBODY)
     security_log = single(ListSecurityLog, SecurityLogPage, allow=STAFF_ONLY, retry=Retry.SAFE)
     erase = single(EraseAccount, Empty, allow=SIGNED_IN, waits=True)
+    own_security_log = single(ListOwnSecurityLog, SecurityLogPage, allow=SIGNED_IN, retry=Retry.SAFE)

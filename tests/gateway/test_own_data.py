@@ -45,9 +45,11 @@ async def test_what_an_export_leaves_out_is_found_where_it_says(
     person = await new_person(guarded_shop)
     placed = await order(guarded_shop, person.token)
     export = (await guarded_shop.get("/users/me/export", token=person.token)).json
-    assert (export["orders"], export["payments"]) == ([], [])
+    assert (export["orders"], export["payments"], export["security_log"]) == ([], [], [])
     followed = await guarded_shop.get(export["next"]["orders"], token=person.token)
     assert [found["id"] for found in followed.json] == [placed["id"]]
+    log = await guarded_shop.get(export["next"]["security_log"], token=person.token)
+    assert [entry["kind"] for entry in log.json] == ["signed_in"]
 
 
 async def test_staff_export_their_own_orders_alone(guarded_shop: Shop) -> None:

@@ -112,6 +112,30 @@ async def test_the_refund_of_an_order_that_its_customer_cancels_is_the_customers
     assert entry["detail"].startswith("refund cancel: 0.00 USD to ")
 
 
+async def test_an_account_reads_what_is_about_it_and_not_which_member_of_staff_it_was(guarded_shop: Shop) -> None:
+    person, member = await new_person(guarded_shop), await new_person(guarded_shop, "staff")
+    other = await new_person(guarded_shop)
+    for role in ("staff", "customer"):
+        changed = await guarded_shop.put(f"/users/{person.id}/role", {"role": role}, token=member.token)
+        assert changed.status == 200
+    token = (await guarded_shop.post("/login", {"email": person.email, "password": PASSWORD})).json["access_token"]
+
+    own = (await guarded_shop.get("/users/me/security-log", token=token)).json
+
+    by_staff = ("role_changed", "staff", 0, False)
+    by_oneself = ("signed_in", "customer", person.id, True)
+    assert [(e["kind"], e["actor_role"], e["actor_id"], bool(e["address"])) for e in own] == [
+        by_oneself, by_staff, by_staff, by_oneself,
+    ]  # fmt: skip
+    assert (await guarded_shop.get("/users/me/export", token=token)).json["security_log"] == own
+    page = await guarded_shop.get("/users/me/security-log?limit=3", token=token)
+    following = page.headers["link"].partition(">")[0].strip("<")
+    assert (await guarded_shop.get(following, token=token)).json == own[3:]
+    assert {e["account_id"] for e in (await guarded_shop.get("/users/me/security-log", token=other.token)).json} == {
+        other.id
+    }
+
+
 async def test_customers_do_not_read_it(guarded_shop: Shop) -> None:
     person = await new_person(guarded_shop)
     assert_problem(await guarded_shop.get("/security-log", token=person.token), 403, "forbidden")

@@ -12,11 +12,12 @@ from mercato.contracts import users as contract
 from mercato.contracts.orders import ListOrders, Orders
 from mercato.contracts.payments import ListPayments, Payments
 from mercato.contracts.roles import SIGNED_IN
-from mercato.contracts.users import ListSessions, SessionPage, User, Users
+from mercato.contracts.users import ListOwnSecurityLog, ListSessions, SessionPage, User, Users
 from mercato.gateway.problems import SignInFirst
 from mercato.gateway.route import Gathered, Input, Output, Page, Part, Route, RouteRequest
 from mercato.gateway.routes.orders import OrderOut, page_of as page_of_orders
 from mercato.gateway.routes.payments import PaymentOut, page_of as page_of_payments
+from mercato.gateway.routes.security_log import LogEntryOut, page_of_log
 from mercato.gateway.routes.users import CREDENTIALS, UserOut, me, nothing, own, user_out
 
 PAGE: Final = 200
@@ -40,6 +41,7 @@ class ExportOut(Output):
     sessions: list[ExportedSessionOut]
     orders: list[OrderOut]
     payments: list[PaymentOut]
+    security_log: list[LogEntryOut]
     next: Annotated[
         Mapping[str, str], Meta(description="Of each list that has more entries: the path that gives the next ones.")
     ]
@@ -78,6 +80,10 @@ def _payments(user: User, query: Mapping[str, str]) -> ListPayments:
     return ListPayments(user_id=user.id, before=_before(query), limit=PAGE)
 
 
+def _security_log(user: User, query: Mapping[str, str]) -> ListOwnSecurityLog:
+    return ListOwnSecurityLog(user_id=user.id, before=_before(query), limit=PAGE)
+
+
 def _before(query: Mapping[str, str]) -> int | None:
     return int(query["before"]) if "before" in query else None
 
@@ -94,13 +100,21 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="GET",
         path="/users/me/export",
         operation=Users.get,
-        summary="All that is kept about your account: itself, its sessions, orders and payments",
+        summary="All that is kept about your account: itself, its sessions, orders, payments, and its security log",
         roles=SIGNED_IN,
         request=lambda request: contract.GetUser(id=me(request)),
         parts=(
             Part("sessions", "/users/me/sessions", Users.sessions, _no_filter, _sessions, _page_of_sessions),
             Part("orders", "/orders", Orders.list, _of_user, _orders, page_of_orders),
             Part("payments", "/payments", Payments.list, _of_user, _payments, page_of_payments),
+            Part(
+                "security_log",
+                "/users/me/security-log",
+                Users.own_security_log,
+                _no_filter,
+                _security_log,
+                page_of_log,
+            ),
         ),
         answer=_export,
         output=ExportOut,

@@ -116,6 +116,7 @@ def _server(env: Env, service: UsersService, proving: Proving, erasing: Erasing,
     server.register(Users.end_session, service.end_session)
     server.register(Users.end_other_sessions, service.end_other_sessions)
     server.register(Users.security_log, log.list)
+    server.register(Users.own_security_log, log.list_own)
     server.register(Users.erase, erasing.erase)
     server.register(Users.register_without_password, service.register_without_password)
     server.register(Users.sign_in_named, service.sign_in_named)

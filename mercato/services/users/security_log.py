@@ -1,11 +1,18 @@
-"""The security log: written in the transaction of each change (`log_store.add`), read by staff, kept for 90 days."""
+"""The security log: written in the transaction of each change (`log_store.add`), read by staff, kept for 90 days.
+
+The owner of an account reads what is about it.
+"""
 
 from __future__ import annotations
 
-from mercato.chassis.contract import MAX_ID, current
+from collections.abc import Sequence
+
+import msgspec
+
+from mercato.chassis.contract import MAX_ID, Actor, current
 from mercato.chassis.postgres.database import Database
 from mercato.contracts.roles import is_staff_account
-from mercato.contracts.users import ListSecurityLog, SecurityEntry, SecurityLogPage, Users
+from mercato.contracts.users import ListOwnSecurityLog, ListSecurityLog, SecurityEntry, SecurityLogPage, Users
 
 from . import log_store, rules, store
 from .log_store import EntryRow, NewEntry
@@ -33,8 +40,29 @@ class SecurityLog:
             # Last, as where accounts are listed.
             if is_staff_account(actor):
                 rules.check_staff(await store.users(tx, [actor.id]), actor, Users.security_log)
-        entries = tuple(_entry(row) for row in rows[: request.limit])
-        return SecurityLogPage(entries=entries, next_before=entries[-1].id if len(rows) > len(entries) else None)
+        return _page(rows, request.limit)
+
+    async def list_own(self, request: ListOwnSecurityLog) -> SecurityLogPage:
+        """Raises UserNotFound, Forbidden."""
+        actor = current.get().actor
+        rules.check_oneself(actor, request.user_id, Users.own_security_log)
+        async with self._database.read() as tx:
+            rows = await log_store.page_of_account(tx, request.user_id, request.before or MAX_ID, request.limit + 1)
+        page = _page(rows, request.limit)
+        return msgspec.structs.replace(page, entries=tuple(_shown(entry, actor) for entry in page.entries))
+
+
+def _page(rows: Sequence[EntryRow], limit: int) -> SecurityLogPage:
+    """`rows`: one more than `limit`, if there is one more."""
+    entries = tuple(_entry(row) for row in rows[:limit])
+    return SecurityLogPage(entries=entries, next_before=entries[-1].id if len(rows) > len(entries) else None)
+
+
+def _shown(entry: SecurityEntry, actor: Actor) -> SecurityEntry:
+    """As its subject may see it: not which member of staff it was, nor from where."""
+    if entry.actor_id in (0, actor.id):
+        return entry
+    return msgspec.structs.replace(entry, actor_id=0, address="")
 
 
 def _entry(row: EntryRow) -> SecurityEntry:
