@@ -19,7 +19,7 @@ ORDERS = 300
 
 @pytest.fixture(scope="module")
 def shop(data: Path) -> Iterator[Process]:
-    with Process(data, "--workers", "3") as process:
+    with Process(data, "--workers", "3", environment={"MERCATO_REQUESTS_IN_WORK": "100"}) as process:
         yield process.ready()
         process.stop()
 
@@ -48,6 +48,11 @@ def test_the_metrics_are_those_of_all_together(shop: Process):
     counts = {requests_counted(shop) for _ in range(10)}
 
     assert counts == {before + 20}
+
+
+def test_each_has_the_limit_of_requests_that_is_set(shop: Process):
+    with shop.caller() as caller:
+        assert "\nmercato_http_limit 300.0\n" in caller.get("/metrics").text
 
 
 def test_all_show_the_same_orders(shop: Process):

@@ -157,7 +157,7 @@ class RemoteError(ServiceError, code="remote", kind=Kind.INTERNAL):
 
 
 class Overloaded(ServiceError, code="overloaded", kind=Kind.UNAVAILABLE):
-    """The bounded queue of an operation or of the server is full, or had no end in sight. Nothing was started."""
+    """A bounded queue, of an operation or of the server, is full or too slow. Nothing was started."""
 
     sentence = "{operation} has too much to do right now; nothing was started."
     operation: str

@@ -267,7 +267,7 @@ async def test_request_that_waited_for_half_of_its_time_is_refused() -> None:
     served.shedder.expire()
     assert await served.outcomes(short, long) == ["refused", "waits"]
     served.now += 1.0
-    served.leaves()  # the place is for nobody any more
+    served.leaves()  # no request is left that may take the place
     assert await served.outcomes(long) == ["refused"]
     assert served.shedder.in_work == 9
     assert served.shown("mercato_http_shed_total", **{"class": "pay", "reason": "waited"}) == 2
