@@ -158,7 +158,7 @@ class Gateway:
         self, route: BoundRoute, parts: Mapping[str, str], scope: Scope, receive: Receive, headers: RequestHeaders
     ) -> tuple[int, Lines, bytes]:
         if (load := self.load).waiting and load.in_work >= load.room[route.priority]:
-            load.check(route.priority, route.name)
+            await load.check(route.priority, route.name)
         authenticator, authorization = self._authenticator, headers.authorization
         authenticator.check_address(headers.host, headers.origin, headers.forwarded)
         access_token, query = None, scope["query_string"]

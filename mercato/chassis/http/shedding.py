@@ -16,6 +16,9 @@ limit of requests in work:
             empty for `standing_seconds` is no burst: it lets the newest enter first, whose clients still wait, and
             refuses what has waited for `standing_wait_seconds` (adaptive LIFO and controlled delay: B. Maurer, Fail at
             Scale, ACM Queue 13(8), 2015).
+    pace    Refusals for a full queue go out `refusals_at_once` every `refusal_seconds`, and no faster. Clients that
+            send again at once, without looking at Retry-After, would otherwise be answered in each turn of the event
+            loop, and every step of the requests in work would wait for hundreds of refusals.
 
 While the server has room, an application only counts, without a call, a task or a future:
 
@@ -67,22 +70,24 @@ class Priority(enum.IntEnum):
 class LoadLimits(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of a `Shedder`; tuples have one value for each `Priority`."""
 
-    floor: int = 64  # batches are large enough for good throughput (docs/performance.md)
+    floor: int = 192  # 128 connections, as many as `make bench` has, may all browse at once however slow the machine is
     start: int = 256
-    ceiling: int = 512  # with a queue of twice as many, no more than the connections of one server
+    ceiling: int = 512  # half of the connections of one server
     shares: tuple[float, ...] = (1.0, 0.9, 0.7, 0.5)
     slow_seconds: tuple[float | None, ...] = (None, 0.25, 0.1, None)
-    """From entering to the answer. None: not measured, for it says little about this server: a payment takes as long
-    as the provider does, a report as long as it is."""
+    """From entering to the answer: chosen, several times what either takes with room to spare. None: not measured, for
+    it says little about this server: a payment takes as long as the provider does, a report as long as it is."""
     slow_share: float = 0.1  # so the 90th percentile stays below `slow_seconds`
     window_seconds: float = 0.1
     window_requests: int = 32  # a window has at least so many, and lasts at least so long
-    step: int = 8  # from floor to ceiling within six seconds
+    step: int = 8  # from floor to ceiling within four seconds
     backoff: float = 0.9  # as in AIMDLimit
     queue_share: float = 2.0  # of the limit
     deadline_share: float = 0.5
     standing_seconds: float = 0.1  # as in Fail at Scale, and in CoDel (RFC 8289)
     standing_wait_seconds: float = 0.05  # a refusal comes within a tenth of a second
+    refusal_seconds: float = 0.02
+    refusals_at_once: int = 40  # 2 000 a second, each of some 50 us of CPU: a tenth of a core
     sweep_seconds: float = 0.025  # how often requests that wait are looked through, while there are any
     retry_after_seconds: int = 3  # 1 to so many, at random, so that clients do not come back at once
 
@@ -143,6 +148,8 @@ class Shedder:
         self._standing_since = 0.0
         self._queues: tuple[deque[Waiter], ...] = tuple(deque() for _ in Priority)
         self._sweeper: asyncio.TimerHandle | None = None
+        self._held: deque[asyncio.Future[None]] = deque()
+        self._is_pacing = False
         # A timer would otherwise run in the context of the request that armed it.
         self._no_request = contextvars.Context()
         gauge = telemetry.gauge
@@ -167,17 +174,19 @@ class Shedder:
 
     # ------------------------------------------------------------------------------------------------ for requests
 
-    def check(self, priority: Priority, name: str) -> None:
+    async def check(self, priority: Priority, name: str) -> None:
         """Raises `Overloaded` for a request that could not even wait, before anything is done for it."""
         if self.waiting >= self._limits.queue_share * self.limit and not any(self._queues[priority + 1 :]):
-            raise self._refusal(priority, name, "queue_full")
+            error = self._refusal(priority, name, "queue_full")
+            await self._hold()
+            raise error
 
     async def queue(self, priority: Priority, name: str, deadline: float) -> float:
         """Waits until a request may enter, counts it in `in_work`, and gives the time at which it has entered.
 
         `name` is what the refusal calls the request. Raises `Overloaded` for a request that is refused.
         """
-        self.check(priority, name)
+        await self.check(priority, name)
         loop, now = asyncio.get_running_loop(), self._monotonic()
         if not self.waiting:
             self._standing_since = now
@@ -203,6 +212,31 @@ class Shedder:
             self._window_ends_at = now + self._limits.window_seconds
         if self.waiting:
             self._let_in(now)
+
+    async def _hold(self) -> None:
+        """Waits for the turn of a refusal."""
+        loop = asyncio.get_running_loop()
+        turn: asyncio.Future[None] = loop.create_future()
+        self._held.append(turn)
+        if not self._is_pacing:
+            self._pace(loop)
+        await turn
+
+    def _pace(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._is_pacing = True
+        loop.call_later(self._limits.refusal_seconds, self.send_refusals, loop, context=self._no_request)
+
+    def send_refusals(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Sends as many refusals as may go out at once, the oldest first. A timer calls it while there are any."""
+        self._is_pacing = False
+        sent = 0
+        while self._held and sent < self._limits.refusals_at_once:
+            turn = self._held.popleft()
+            if not turn.done():  # or cancelled
+                turn.set_result(None)
+                sent += 1
+        if self._held:
+            self._pace(loop)
 
     # ------------------------------------------------------------------------------------------------- the machine
 

@@ -15,8 +15,8 @@ from mercato.chassis.observability.telemetry import Telemetry
 
 PAY, ORDER, BROWSE, REPORT = Priority
 DEADLINE_SECONDS = 10.0
-NO_SWEEP = LoadLimits(sweep_seconds=3_600.0)
-"""Only the test says when what waits is looked through."""
+NO_SWEEP = LoadLimits(sweep_seconds=3_600.0, refusal_seconds=0.0)
+"""Only the test says when what waits is looked through; refusals go out at once."""
 TEN = msgspec.structs.replace(NO_SWEEP, floor=10, start=10, ceiling=10)
 WINDOW = 32
 """As `LoadLimits.window_requests`: the fewest requests of a window."""
@@ -213,7 +213,7 @@ async def test_full_queue_refuses_the_newcomer() -> None:
     waiting = [await served.waits(BROWSE) for _ in range(20)]
     assert served.shown("mercato_http_waiting") == 20
     with pytest.raises(Overloaded):
-        served.shedder.check(BROWSE, "GET /products")
+        await served.shedder.check(BROWSE, "GET /products")
     error = await refusal(await served.waits(BROWSE))
     assert (error.retry_after_s, error.operation) == (3, "a BROWSE")
     assert set(await served.outcomes(*waiting)) == {"waits"}
@@ -221,11 +221,35 @@ async def test_full_queue_refuses_the_newcomer() -> None:
     await served.end()
 
 
+async def test_refusals_for_a_full_queue_go_out_a_few_at_once_the_oldest_first() -> None:
+    served = Served(msgspec.structs.replace(TEN, queue_share=0.0, refusal_seconds=3_600.0, refusals_at_once=2))
+    served.fill(PAY)
+    gone, *others = [await served.waits(BROWSE) for _ in range(6)]
+    assert set(await served.outcomes(gone, *others)) == {"waits"}
+    gone.cancel()
+    loop = asyncio.get_running_loop()
+    served.shedder.send_refusals(loop)
+    assert await served.outcomes(*others) == ["refused", "refused", "waits", "waits", "waits"]
+    served.shedder.send_refusals(loop)
+    assert await served.outcomes(*others) == [*["refused"] * 4, "waits"]
+    assert served.shedder.waiting == 0
+    await served.end()
+
+
+async def test_timer_sends_refusals_until_there_are_no_more() -> None:
+    served = Served(msgspec.structs.replace(TEN, queue_share=0.0, refusal_seconds=0.001, refusals_at_once=1))
+    served.fill(PAY)
+    async with asyncio.timeout(60):
+        for _ in range(2):
+            for task in [await served.waits(BROWSE) for _ in range(3)]:
+                assert isinstance(await refusal(task), Overloaded)
+
+
 async def test_full_queue_gives_the_place_of_the_oldest_of_the_lowest_class_to_a_higher_one() -> None:
     served = Served()
     served.fill(PAY)
     oldest, *others = [await served.waits(BROWSE) for _ in range(20)]
-    served.shedder.check(ORDER, "POST /orders")
+    await served.shedder.check(ORDER, "POST /orders")
     order = await served.waits(ORDER)
     assert await served.outcomes(oldest, order) == ["refused", "waits"]
     assert set(await served.outcomes(*others)) == {"waits"}
