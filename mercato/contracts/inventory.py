@@ -48,6 +48,16 @@ class StockLine(Message):
     quantity: Annotated[int, Meta(ge=1, le=QUANTITY_LIMIT)]
 
 
+class CustomerBound(Message):
+    """How much of a product the open orders of one customer may hold together: whichever of the two is more."""
+
+    units: Annotated[int, Meta(ge=0, le=ON_HAND_LIMIT)]
+    share_percent: Annotated[int, Meta(ge=0, le=100)]
+    """Of the pieces on hand, sold ones not counted, rounded down."""
+    before: Annotated[tuple[int, ...], Meta(max_length=LINES_LIMIT)]
+    """Element n: pieces of line n's product in orders of the customer that were open when this one was placed."""
+
+
 class ReserveStock(Message):
     """Holds all lines of an order, or none.
 
@@ -64,6 +74,8 @@ class ReserveStock(Message):
     order_nonce: OrderNonce = 0
     guest: bool = False
     """Of a guest's order: all that are held together have at most `GUEST_SHARE_PERCENT` of a product's pieces."""
+    customer_bound: CustomerBound | None = None
+    """None: the customer's other orders do not bound this one."""
 
 
 class Reservation(Message):
@@ -227,6 +239,18 @@ class OutOfStock(ServiceError, code="inventory.out_of_stock", kind=Kind.CONFLICT
     sentence = "There is not enough in stock for order {order_id}."
     order_id: int
     lines: tuple[ShortLine, ...]
+
+
+class HoldLimitReached(ServiceError, code="inventory.hold_limit_reached", kind=Kind.CONFLICT):
+    """Nothing was reserved. `lines` has the products; `available` is what this order could hold of each.
+
+    `bounds` has, for each of them, how much open orders of one customer may hold together.
+    """
+
+    sentence = "Open orders of one customer cannot hold as much as order {order_id} asks for."
+    order_id: int
+    lines: tuple[ShortLine, ...]
+    bounds: tuple[int, ...]
 
 
 class ReservationClosed(ServiceError, code="inventory.reservation_closed", kind=Kind.CONFLICT):

@@ -32,7 +32,9 @@ CHANGES: Final = (
     *("shipped", "delivered", "returned", "partially_returned", "claimed"),
 )
 """What an event says of an order: `order.placed`."""
-CancelCode = Literal["requested", "out_of_stock", "payment_declined", "payment_lost", "expired", "stock_lost"]
+CancelCode = Literal[
+    "requested", "out_of_stock", "payment_declined", "payment_lost", "expired", "stock_lost", "hold_limit"
+]
 
 PAID: Final = frozenset({"paid", "partially_refunded", "refunded"})
 """States of a payment whose money was taken, whatever has been given back since."""
@@ -44,11 +46,8 @@ REFUSED_MINOR: Final = MAX_ID
 NAMED_BY_SKU: Final = MAX_ID
 NO_USER: Final = MAX_ID
 
-
 Note = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*\Z")]
 """What a customer wants the shop to know about an order. Public: everyone who sees the order reads it."""
-
-
 AccessToken = Annotated[str, Meta(max_length=64)]
 """Of a guest's order. With a wrong one, the order is not found, as an unknown one is not."""
 InternalNote = Annotated[str, Meta(max_length=500)]
@@ -111,7 +110,7 @@ class CancelReason(Message):
 
     code: Open[CancelCode]
     message: str = ""
-    """In the words of whoever cancelled it."""
+    """In the words of the actor who cancelled it; of `hold_limit`, the bound of each product and the way out."""
     provider_code: str | None = None
     """The payment provider's, such as `insufficient_funds`."""
     lines: tuple[ShortLine, ...] = ()
@@ -434,6 +433,14 @@ class PriceChanged(MoneyError, code="orders.price_changed", kind=Kind.CONFLICT):
     expected_currency: str
     actual_minor: int
     actual_currency: str
+
+
+class TooManyOpenOrders(ServiceError, code="orders.too_many_open", kind=Kind.CONFLICT):
+    """Nothing was ordered. Open is an order that is pending: neither paid, confirmed, cancelled nor expired."""
+
+    sentence = "Customer {user_id} may have {limit} open orders; pay or cancel one of them first."
+    user_id: int
+    limit: int
 
 
 class MixedCurrencies(ServiceError, code="orders.mixed_currencies", kind=Kind.CONFLICT):

@@ -59,6 +59,7 @@ WAY_OUT: Final[Mapping[str, str]] = {
     "orders.email_not_proven": "Prove the address by the link of its letter: POST /users/me/proof sends another.",
     "orders.not_payable": "Settle it with the customer: goods have come back, or were never taken from the stock.",
     "orders.nothing_to_refund": "Refund at most details.left; where it is nothing, all was given back already.",
+    "orders.too_many_open": "Pay or cancel open orders (GET /orders?status=pending), then send it again.",
     "orders.payment_declined": "No money has moved. Pay with another method, as long as the order waits.",
     "orders.payment_in_progress": "Wait a moment and look at the order: a payment or refund is just being made.",
     "orders.refund_not_found": "GET /orders/{id}/refunds lists them; the ids rest and cancel need ?order_id=.",

@@ -25,6 +25,7 @@ SQL_MODULES = {
     "claim_store.py",
     "history_store.py",
     "letter_store.py",
+    "list_store.py",
     "name_store.py",
     "log_store.py",
     "money_store.py",

@@ -379,6 +379,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             ProductArchived,
             contract.PriceChanged,
             contract.MixedCurrencies,
+            contract.TooManyOpenOrders,
             IdempotencyKeyReused,
             RequestInProgress,
         ),

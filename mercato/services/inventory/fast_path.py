@@ -62,6 +62,7 @@ RESERVE_ALL: Final = """
             SELECT count(*)
               FROM levels
              WHERE product_id = ANY($8) AND on_hand - reserved >= ($9::integer[])[width_bucket(product_id, $8)]
+               AND on_hand >= ($11::integer[])[width_bucket(product_id, $8)]
          )
          ORDER BY n.order_id
             ON CONFLICT ON CONSTRAINT reservations_pkey DO NOTHING
@@ -78,6 +79,7 @@ RESERVE_ALL: Final = """
                updated_at = greatest(updated_at, clock_timestamp())
          WHERE product_id = ANY($8) AND (SELECT count(*) FROM locked) = cardinality($8)
            AND on_hand - reserved >= $9[width_bucket(product_id, $8)]
+           AND on_hand >= $11[width_bucket(product_id, $8)]
         RETURNING product_id, on_hand - reserved AS available, version
     )
     SELECT product_id, available, version, extract(epoch FROM clock_timestamp() - now())::float8 AS elapsed_s
@@ -86,9 +88,15 @@ RESERVE_ALL: Final = """
 
 
 async def reserve_all(
-    tx: Tx, reservations: Sequence[NewReservation], quantities: Mapping[int, int], hold_seconds: float
+    tx: Tx,
+    reservations: Sequence[NewReservation],
+    quantities: Mapping[int, int],
+    hold_seconds: float,
+    needed_on_hand: Mapping[int, int],
 ) -> list[ReservedLevelRow]:
     """Holds the lines of new orders, each order once; `quantities` are their sums by product.
+
+    `needed_on_hand`, by product: with fewer pieces on hand, an order would pass the bound of its customer.
 
     Gives the changed levels. Fewer than there are products: something does not fit or is there already, and the caller
     must roll back.
@@ -101,6 +109,7 @@ async def reserve_all(
         product_ids,
         [quantities[product_id] for product_id in product_ids],
         hold_seconds,
+        [needed_on_hand.get(product_id, 0) for product_id in product_ids],
     )
 
 

@@ -72,8 +72,11 @@ class Reserving:
     # -------------------------------------------------------------------------------------------------------- reserve
 
     async def reserve(self, batch: Batch[ReserveStock]) -> Sequence[Outcome]:
-        """Each gets its reservation, or `OutOfStock`, `ReservationClosed`, `AnotherOrder`, `InvalidRequest`."""
-        refusals = [rules.check_lines(request.lines) for request in batch]
+        """Each gets its reservation, or a refusal.
+
+        These are `OutOfStock`, `HoldLimitReached`, `ReservationClosed`, `AnotherOrder`, `InvalidRequest`.
+        """
+        refusals = [rules.check_lines(request.lines) or rules.check_bound(request) for request in batch]
         valid = [request for request, refusal in zip(batch, refusals, strict=True) if refusal is None]
         if not valid:
             return _merged(refusals, [])
@@ -103,7 +106,9 @@ class Reserving:
             for line in reservation.lines:
                 wanted[line.product_id] += line.quantity
         async with self._database.transaction() as tx:
-            levels = await fast_path.reserve_all(tx, list(new.values()), wanted, self._hold_seconds)
+            levels = await fast_path.reserve_all(
+                tx, list(new.values()), wanted, self._hold_seconds, rules.needed_on_hand(requests)
+            )
             if len(levels) < len(wanted):
                 raise DoesNotFitError
             expires_in_s = self._hold_seconds - levels[0].elapsed_s

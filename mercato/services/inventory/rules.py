@@ -20,6 +20,8 @@ from mercato.contracts.inventory import (
     ON_HAND_LIMIT,
     AnotherOrder,
     BelowReserved,
+    CustomerBound,
+    HoldLimitReached,
     Level,
     MovementKind,
     OutOfStock,
@@ -132,9 +134,39 @@ def check_lines(lines: Sequence[StockLine]) -> InvalidRequest | None:
     return InvalidRequest(errors=errors) if errors else None
 
 
+def check_bound(request: ReserveStock) -> InvalidRequest | None:
+    if request.customer_bound is None or len(request.customer_bound.before) == len(request.lines):
+        return None
+    return InvalidRequest(errors=(FieldError(field="customer_bound.before", message="has not one element a line"),))
+
+
 def guest_share(on_hand: int) -> int:
     """How many pieces of a product all orders of guests together may hold: one, where the share is none."""
     return max(min(on_hand, 1), on_hand * GUEST_SHARE_PERCENT // 100)
+
+
+def customer_share(on_hand: int, bound: CustomerBound) -> int:
+    """How many pieces of a product the open orders of one customer may hold together."""
+    return max(bound.units, on_hand * bound.share_percent // 100)
+
+
+def least_on_hand(wanted: int, bound: CustomerBound) -> int:
+    """The fewest pieces on hand of which a customer may hold `wanted`; more than there can be, where it is none."""
+    if wanted <= bound.units:
+        return 0
+    none = ON_HAND_LIMIT + 1
+    return min(-(-wanted * 100 // bound.share_percent), none) if bound.share_percent else none
+
+
+def needed_on_hand(requests: Iterable[ReserveStock]) -> dict[int, int]:
+    """By product, how many pieces must be on hand that all bounded requests fit, each by itself."""
+    needed: dict[int, int] = {}
+    for request in requests:
+        if bound := request.customer_bound:
+            for line, before in zip(request.lines, bound.before, strict=True):
+                least = least_on_hand(before + line.quantity, bound)
+                needed[line.product_id] = max(least, needed.get(line.product_id, 0))
+    return needed
 
 
 def check_delta(delta: int) -> InvalidRequest | None:
@@ -215,7 +247,7 @@ class StockLedger:
         self._before = {reservation.order_id: reservation for reservation in locked}
         self._now = dict(self._before)
         self._guests = None if held_by_guests is None else Counter(held_by_guests)
-        self._refused: dict[int, OutOfStock] = {}
+        self._refused: dict[int, OutOfStock | HoldLimitReached] = {}
         self._movements: list[Movement] = []
         self._events: list[Outgoing] = []
 
@@ -227,7 +259,7 @@ class StockLedger:
         if order_id in self._refused:
             return self._refused[order_id].copy()  # a duplicate in the batch gets the same answer
         if order_id not in self._now:
-            return self._keep(self._inserted[order_id])
+            return self._keep(self._inserted[order_id], request)
         reservation = self._of_order(order_id, request.order_nonce)
         if isinstance(reservation, AnotherOrder):
             return reservation
@@ -244,7 +276,7 @@ class StockLedger:
             reservation = self._put(reservation, expires_in_s=None)
         return answer(reservation)
 
-    def _keep(self, reservation: StoredReservation) -> Reservation | OutOfStock:
+    def _keep(self, reservation: StoredReservation, request: ReserveStock) -> Reservation | ServiceError:
         short = [
             ShortLine(product_id=line.product_id, requested=line.quantity, available=available)
             for line in reservation.lines
@@ -255,6 +287,9 @@ class StockLedger:
                 order_id=reservation.order_id, lines=tuple(short)
             )
             return refusal
+        if reached := self._limit_reached(request):
+            self._refused[reservation.order_id] = reached
+            return reached
         self._before[reservation.order_id] = self._now[reservation.order_id] = reservation
         for line in reservation.lines:
             self._change_level(line.product_id, reserved=line.quantity)
@@ -262,6 +297,21 @@ class StockLedger:
                 self._guests[line.product_id] += line.quantity
         self._emit("held", reservation)
         return answer(reservation)
+
+    def _limit_reached(self, request: ReserveStock) -> HoldLimitReached | None:
+        if (bound := request.customer_bound) is None:
+            return None
+        lines: list[ShortLine] = []
+        shares: list[int] = []
+        for line, before in zip(request.lines, bound.before, strict=True):
+            share = customer_share(self.level(line.product_id).on_hand, bound)
+            if before + line.quantity > share:
+                left = max(0, share - before)
+                lines.append(ShortLine(product_id=line.product_id, requested=line.quantity, available=left))
+                shares.append(share)
+        if not lines:
+            return None
+        return HoldLimitReached(order_id=request.order_id, lines=tuple(lines), bounds=tuple(shares))
 
     def kept(self) -> Sequence[StoredReservation]:
         """The inserted reservations that were not refused."""

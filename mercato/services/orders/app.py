@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta
@@ -27,8 +27,11 @@ from .placing import Placing
 from .reconciling import HoldReconciling, Reconciling
 from .refund_listing import RefundListing
 from .refunding import Refunding
+from .rules import BuyerLimits, Limits
 from .service import OrdersService
 from .timeline import Tracing
+
+LIMIT_MAX: Final = 1_000_000
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -42,6 +45,16 @@ class Options(msgspec.Struct, frozen=True):
     """Until how long after its placing an order can be paid. Before the first payment, inventory's hold decides."""
     reconcile_seconds: Annotated[float, Meta(gt=0, le=3_600)] = 60.0
     """The pause between two scans for orders that no process continues, and for stock that is held for none."""
+    customer_open_orders: Annotated[int, Meta(ge=0, le=LIMIT_MAX)] = 50
+    """Open orders that a customer may have: pending, neither paid nor over. 0: any number."""
+    customer_held_units: Annotated[int, Meta(ge=0, le=LIMIT_MAX)] = 10
+    """Pieces of a product that the open orders of a customer may hold, or else the next, whichever is more."""
+    customer_held_percent: Annotated[int, Meta(ge=0, le=100)] = 20
+    """Of the pieces on hand. With 0 here and for the pieces, orders may hold any number."""
+    staff_open_orders: Annotated[int, Meta(ge=0, le=LIMIT_MAX)] = 0
+    """The same for orders that staff, and programs with their role, place for a customer."""
+    staff_held_units: Annotated[int, Meta(ge=0, le=LIMIT_MAX)] = 0
+    staff_held_percent: Annotated[int, Meta(ge=0, le=100)] = 0
     quiet_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 600.0
     """How long nothing must have happened to an order, or to a hold, before it counts as left."""
 
@@ -56,7 +69,13 @@ def build(env: Env) -> Service:
         telemetry=env.telemetry,
         lease_seconds=options.lease_seconds,
     )
-    CheckoutSteps(database, runner, inventory=inventory, payments=payments, window_s=options.payment_seconds)
+    limits = Limits(
+        BuyerLimits(options.customer_open_orders, options.customer_held_units, options.customer_held_percent),
+        BuyerLimits(options.staff_open_orders, options.staff_held_units, options.staff_held_percent),
+    )
+    CheckoutSteps(
+        database, runner, inventory=inventory, payments=payments, window_s=options.payment_seconds, limits=limits
+    )
     reconciling = Reconciling(database, env.telemetry, quiet_seconds=options.quiet_seconds)
     holds = HoldReconciling(database, inventory, env.telemetry, quiet_seconds=options.quiet_seconds)
     methods = PaymentMethods(payments, env.clock)
@@ -69,6 +88,7 @@ def build(env: Env) -> Service:
         methods=methods,
         randomness=env.randomness,
         guests=guests,
+        limits=limits,
     )
     paying = Paying(database, runner, payments, methods, guests)
     refunding = Refunding(database, runner, inventory=inventory, payments=payments)

@@ -33,6 +33,7 @@ from mercato.chassis.sagas.store import Next, Saga
 from mercato.contracts.inventory import (
     AnotherOrder as StockOfAnotherOrder,
     CommitStock,
+    CustomerBound,
     Inventory,
     ReleaseStock,
     ReserveStock,
@@ -56,6 +57,7 @@ from mercato.contracts.roles import GUEST_USER, STAFF
 
 from . import history_store, money_store, rules, steps, store
 from .money_store import CANCEL, Refunded
+from .rules import Limits
 from .steps import CHECKOUT, Checkout, Decision, RetryLater
 from .store import OrderRecord
 
@@ -103,13 +105,21 @@ class CheckoutSteps:
     """The steps of checkout. `window_s`: until how long after its placing an order can be paid."""
 
     def __init__(
-        self, database: Database, runner: Runner, *, inventory: Inventory, payments: Payments, window_s: float
+        self,
+        database: Database,
+        runner: Runner,
+        *,
+        inventory: Inventory,
+        payments: Payments,
+        window_s: float,
+        limits: Limits,
     ) -> None:
         self._database = database
         self._runner = runner
         self._inventory = inventory
         self._payments = payments
         self._window_s = window_s
+        self._limits = limits
         runner.register(
             CHECKOUT,
             {"reserve": self.reserve, "awaiting": self.expire, "settle": self.settle, "unwind": self.unwind},
@@ -120,7 +130,7 @@ class CheckoutSteps:
     async def reserve(self, sagas: Sequence[Saga]) -> None:
         """Holds the stock, charges where there is a payment to make, and sells the stock."""
         works = await self._load(sagas)
-        reserved = await self._call("reserve", self._inventory.reserve.many, works, _reserve)
+        reserved = await self._call("reserve", self._inventory.reserve.many, works, self._reserve)
         await self._go_on_behind(reserved)
         for work, answer in reserved:
             work.decision = steps.after_reserve(work.order, work.state, answer, self._window_s)
@@ -173,6 +183,23 @@ class CheckoutSteps:
             for saga in sagas:
                 saga.memo = saga.memo or found[saga.subject_id]
         return [Work(saga, saga.memo, _decode_state(saga.state)) for saga in sagas]
+
+    def _reserve(self, work: Work) -> ReserveStock:
+        return ReserveStock(
+            order_id=work.id,
+            order_nonce=work.record.nonce,
+            lines=_lines(work.order),
+            for_payment=steps.is_final(work.order, work.state),
+            idempotency_key=f"order:{work.id}:reserve",
+            guest=work.order.user_id == GUEST_USER,
+            customer_bound=self._bound(work),
+        )
+
+    def _bound(self, work: Work) -> CustomerBound | None:
+        limits = self._limits.staff if work.state.by_staff else self._limits.customers
+        if work.record.open_units is None or not limits.bounds_units:
+            return None
+        return CustomerBound(units=limits.held_units, share_percent=limits.held_percent, before=work.record.open_units)
 
     async def _pay(self, works: Sequence[Work]) -> None:
         charging = [work for work in works if work.state.capture]
@@ -341,17 +368,6 @@ def _minor_to_refund(work: Work) -> int:
     if work.order.payment in rules.REFUNDABLE:
         return rules.payable_minor(work.order) - work.order.refunded_minor
     return work.payment.captured_minor - work.payment.refunded_minor if work.payment else 0
-
-
-def _reserve(work: Work) -> ReserveStock:
-    return ReserveStock(
-        order_id=work.id,
-        order_nonce=work.record.nonce,
-        lines=_lines(work.order),
-        for_payment=steps.is_final(work.order, work.state),
-        idempotency_key=f"order:{work.id}:reserve",
-        guest=work.order.user_id == GUEST_USER,
-    )
 
 
 def _charge(work: Work) -> ChargePayment:

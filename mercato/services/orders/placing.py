@@ -6,7 +6,9 @@ prepare   What is refused without asking another service: another account's orde
           to payments for methods that are not known yet, one to users and one to products for the whole batch: does the
           buyer exist, what does it cost.
 write     One transaction, one statement: orders with their lines, keys and history, the sagas that carry them on, and
-          the events `order.placed`. Then the sagas are driven (`checkout.py`). Two requests with one key at the same
+          the events `order.placed`. An order of a customer who has as many open ones as a customer may is left out. Its
+          customers are locked one by one until the commit: orders of one customer are counted one batch after another.
+          Then the sagas are driven (`checkout.py`). Two requests with one key at the same
           moment meet at the unique index of orders: the second waits for the end of the first transaction, at most two
           seconds, and then answers with its order.
 """
@@ -29,21 +31,21 @@ from mercato.chassis.observability.clock import Randomness
 from mercato.chassis.postgres.database import Database
 from mercato.chassis.sagas.runner import Runner
 from mercato.chassis.sagas.store import Saga
-from mercato.contracts.orders import Order, PlacedOrder, PlaceOrder
+from mercato.contracts.orders import Order, PlacedOrder, PlaceOrder, TooManyOpenOrders
 from mercato.contracts.products import FindProduct, Products, Quote, QuoteProduct
-from mercato.contracts.roles import GUEST_USER, may_see
+from mercato.contracts.roles import CUSTOMER, GUEST_USER, may_see
 from mercato.contracts.users import GetUser, User, UserNotFound, Users
 
 from . import rules, store
 from .guests import Guests, without_email
 from .payment_methods import PaymentMethods
+from .rules import BuyerLimits, Limits
 from .steps import CHECKOUT, Checkout, encoded
 from .store import NewOrder, OrderRecord
 
 QUOTED_AT_ONCE: Final = 4_096
 """A batch of long orders can name more products than the queue of an operation holds; two lanes of this fit."""
 
-WITHOUT_PAYMENT: Final = encoded(Checkout())
 NO_ID: Final = 0
 NO_TIME: Final = datetime.datetime.fromtimestamp(0, datetime.UTC)
 """Of an order that is not written yet: the database gives both."""
@@ -66,6 +68,7 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
         methods: PaymentMethods,
         randomness: Randomness,
         guests: Guests,
+        limits: Limits,
     ) -> None:
         self._database = database
         self._runner = runner
@@ -74,6 +77,7 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
         self._methods = methods
         self._randomness = randomness
         self._guests = guests
+        self._limits = limits
 
     async def recall(self, attempts: Sequence[Placement]) -> Mapping[Identity, Stored[PlacedOrder]]:
         async with self._database.read() as tx:
@@ -94,17 +98,27 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
         await self._look_up(unsettled(attempts))
 
     async def write(self, attempts: Sequence[Placement]) -> None:
-        orders = [a.prepared for a in attempts if a.prepared]
+        orders = [(a, a.prepared) for a in attempts if a.prepared]
         await self._runner.acquire_slot()
         async with self._database.transaction() as tx:
-            rows = await store.insert(tx, orders, CHECKOUT, "reserve", self._runner.driver)
-            placed = [_written(order, row) for order, row in zip(orders, rows, strict=True)]
-            await store.emit_placed(tx, placed)
+            rows = await store.insert(tx, [new for _, new in orders], CHECKOUT, "reserve", self._runner.driver)
+            written = [(*orders[row.n - 1], row) for row in rows]
+            placed = [_written(new, row) for _, new, row in written]
+            if placed:
+                await store.emit_placed(tx, placed)
             await faults.point("orders.place.before_commit")
-        for attempt, new, order in zip(attempts, orders, placed, strict=True):
+        for (attempt, new, _), order in zip(written, placed, strict=True):
             attempt.answer = self._answer(order, new.nonce)
         await faults.point("orders.place.after_commit")
-        self._runner.drive([_checkout(new, row, order) for new, row, order in zip(orders, rows, placed, strict=True)])
+        self._runner.drive([_checkout(new, row, order) for (_, new, row), order in zip(written, placed, strict=True)])
+        if len(placed) < len(orders):
+            await self._refuse([one for one in orders if one[0].answer is None])
+
+    async def _refuse(self, orders: Sequence[tuple[Placement, NewOrder]]) -> None:
+        """Those whose buyers have as many open orders as they may; a key that has an order by now answers with it."""
+        for attempt, new in orders:
+            attempt.answer = TooManyOpenOrders(user_id=new.order.user_id, limit=new.limits.open_orders)
+        await self._recall([attempt for attempt, _ in orders])
 
     # --------------------------------------------------------------------------------- payments, users and products
 
@@ -153,7 +167,8 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
         quotes_by_id = dict(zip(product_ids, quotes, strict=True))
         nonces = self._nonces(len(attempts))
         for attempt, nonce in zip(attempts, nonces, strict=True):
-            order = _prepare(attempt, users_by_id, quotes_by_id, nonce)
+            limits = self._limits.of(_buyer(attempt.request), attempt.actor)
+            order = _prepare(attempt, users_by_id, quotes_by_id, nonce, limits)
             if isinstance(order, ServiceError):
                 attempt.answer = order
             else:
@@ -183,7 +198,10 @@ def _differing(request: PlaceOrder, order: Order) -> str:
 
 def _checkout(new: NewOrder, row: store.PlacedRow, order: Order) -> Saga:
     """The saga of a new order, at its first step."""
-    record = OrderRecord(order, new.nonce, new.payment_attempt, on_account=False, refund_pending_minor=0)
+    open_units = None if row.open_units is None else tuple(row.open_units)
+    record = OrderRecord(
+        order, new.nonce, new.payment_attempt, on_account=False, refund_pending_minor=0, open_units=open_units
+    )
     return Saga((row.id, CHECKOUT, ""), "reserve", new.state, epoch=row.epoch, memo=record)
 
 
@@ -208,6 +226,7 @@ def _prepare(
     users: dict[int, User | ServiceError | None],
     quotes: dict[int, Quote | ServiceError],
     nonce: int,
+    limits: BuyerLimits,
 ) -> NewOrder | ServiceError:
     """The order as it will be written, or the first reason why it will not be."""
     request = attempt.request
@@ -228,6 +247,10 @@ def _prepare(
     if changed := rules.check_total(request, total_minor, currency):
         return changed
     method = request.payment_method
+    by_staff = limits.bounds_units and attempt.actor.role != CUSTOMER
+    state = Checkout(by_staff=by_staff)
+    if method is not None:
+        state = Checkout(paying=True, method=method, attempt=1, by_staff=by_staff)
     return NewOrder(
         order=Order(
             id=NO_ID,
@@ -246,9 +269,10 @@ def _prepare(
         ),
         nonce=nonce,
         payment_attempt=0 if method is None else 1,
-        state=WITHOUT_PAYMENT if method is None else encoded(Checkout(paying=True, method=method, attempt=1)),
+        state=encoded(state),
         actor=attempt.actor,
         keyed=attempt.keyed,
+        limits=limits,
     )
 
 

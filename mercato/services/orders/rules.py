@@ -6,6 +6,7 @@ error that lists the legal moves, and the test over all pairs are derived from t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
@@ -481,3 +482,75 @@ def check_total(request: PlaceOrder, actual_minor: int, currency: str) -> PriceC
         actual_minor=actual_minor,
         actual_currency=currency,
     )
+
+
+# ------------------------------------------------------------------------------------------- bounds of one customer
+
+
+class BuyerLimits(msgspec.Struct, frozen=True):
+    """What the open orders of one customer may be, all together; 0: as many as they like.
+
+    `held_units` and `held_percent` of the pieces on hand: whichever is more; there is no such bound where both are 0.
+    """
+
+    open_orders: int = 0
+    held_units: int = 0
+    held_percent: int = 0
+
+    @property
+    def bounds_units(self) -> bool:
+        return self.held_units > 0 or self.held_percent > 0
+
+
+UNLIMITED: Final = BuyerLimits()
+ANY_NUMBER: Final = 2**31 - 1
+"""More open orders than there can be."""
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """For orders that customers place themselves, and for those that staff or their programs place for customers."""
+
+    customers: BuyerLimits
+    staff: BuyerLimits
+
+    def of(self, user_id: int, actor: Actor) -> BuyerLimits:
+        """Guests have none here: what they all hold together is bounded by inventory."""
+        if user_id == GUEST_USER:
+            return UNLIMITED
+        return self.customers if actor.role == CUSTOMER else self.staff
+
+
+class Limited(msgspec.Struct, frozen=True, gc=False):
+    """What bounds an order of a batch."""
+
+    buyer: int = 0
+    """The place of its user among those whose open orders are counted, from 1; 0: not among them."""
+    room: int = 0
+    """How many open orders the buyer may have before the batch, that this one still fits."""
+    before: tuple[int, ...] | None = None
+    """Element n: pieces of line n's product in the buyer's orders that stand before this one in the batch."""
+
+
+_FREE: Final = Limited()
+
+
+def limited(orders: Sequence[tuple[Order, BuyerLimits]]) -> tuple[list[int], list[Limited]]:
+    """The users whose open orders are counted; and for each order what bounds it."""
+    users = sorted({order.user_id for order, limits in orders if limits != UNLIMITED})
+    if not users:
+        return [], [_FREE] * len(orders)
+    places = {user_id: place for place, user_id in enumerate(users, 1)}
+    counts, units = Counter[int](), Counter[tuple[int, int]]()
+    bounds = [_FREE] * len(orders)
+    # The highest limit first: an order that is refused must not take the place of one that would not be.
+    ordered = sorted(enumerate(orders), key=lambda one: one[1][1].open_orders or ANY_NUMBER, reverse=True)
+    for i, (order, limits) in ordered:
+        user_id = order.user_id
+        if limits != UNLIMITED:
+            room = limits.open_orders - counts[user_id] - 1 if limits.open_orders else ANY_NUMBER
+            before = tuple([units[user_id, line.product_id] for line in order.lines]) if limits.bounds_units else None
+            bounds[i] = Limited(places[user_id], room, before)
+        counts[user_id] += 1
+        for line in order.lines:
+            units[user_id, line.product_id] += line.quantity
+    return users, bounds

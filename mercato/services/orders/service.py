@@ -27,7 +27,7 @@ from mercato.contracts.orders import (
 )
 from mercato.contracts.roles import CUSTOMER
 
-from . import history_store, rules, store
+from . import history_store, list_store, rules, store
 from .guests import Guests, without_email
 from .locking import Locked, in_lock
 from .paying import Paying
@@ -78,7 +78,7 @@ class OrdersService:
             request = _only_own(request, actor)
         async with self._database.read() as tx:
             # One more than asked for tells whether there is a next page.
-            orders = await store.list_page(tx, request, request.limit + 1)
+            orders = await list_store.list_page(tx, request, request.limit + 1)
         page = tuple(orders[: request.limit])
         return OrderPage(orders=page, next_before=page[-1].id if len(orders) > request.limit else None)
 

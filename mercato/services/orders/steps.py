@@ -31,6 +31,7 @@ import msgspec
 from mercato.chassis.contract import ServiceError
 from mercato.contracts.inventory import (
     AnotherOrder as StockOfAnotherOrder,
+    HoldLimitReached,
     OutOfStock,
     Reservation,
     ReservationClosed,
@@ -47,6 +48,9 @@ Step = Literal["reserve", "awaiting", "settle", "authorized", "unwind"]
 
 ATTEMPTS_LIMIT: Final = 10
 """Payments that may be declined before an order is cancelled: each keeps its stock from other buyers for a while."""
+
+NAMED_PRODUCTS: Final = 5
+"""In the sentence of a cancelled order; all of them stand in the lines of its reason."""
 
 UNKNOWN_STATE: Final = "unknown_state"
 """Why a step is tried again after an answer with a state that this version does not know: a newer service sent it."""
@@ -71,6 +75,8 @@ class Checkout(msgspec.Struct, frozen=True, omit_defaults=True):
     """The account of that member of staff, where it is known."""
     capture_minor: int | None = None
     """What staff take of what was authorized; None: all of it."""
+    by_staff: bool = False
+    """The bound of what the order holds is that of orders which staff place."""
 
 
 def encoded(state: Checkout) -> str:
@@ -113,6 +119,8 @@ def after_reserve(
             # Continue with unwind: a fenced driver may still reserve, once there is stock again. The tombstones that
             # unwind leaves keep it from holding stock, and money, for an order that is cancelled.
             return _cancelled(state, "out_of_stock", lines=answer.lines)
+        case HoldLimitReached():
+            return _cancelled(state, "hold_limit", lines=answer.lines, message=_hold_limit(answer))
         case ReservationClosed():
             return _cancelled(state, "expired" if answer.state == "expired" else "stock_lost")
         case StockOfAnotherOrder():
@@ -287,7 +295,17 @@ def _cancelled(
     payment: Payment | None = None,
     provider_code: str | None = None,
     lines: tuple[ShortLine, ...] = (),
+    message: str = "",
 ) -> Decision:
-    reason = CancelReason(code=code, provider_code=provider_code, lines=lines)
+    reason = CancelReason(code=code, message=message, provider_code=provider_code, lines=lines)
     note = f"cancelled {code}"
     return Decision("unwind", note, state, running=True, status="cancelled", payment=payment, reason=reason)
+
+
+def _hold_limit(answer: HoldLimitReached) -> str:
+    held = ", ".join(
+        f"{bound} pieces of product {line.product_id}"
+        for line, bound in zip(answer.lines[:NAMED_PRODUCTS], answer.bounds, strict=False)
+    )
+    more = ", ..." if len(answer.lines) > NAMED_PRODUCTS else ""
+    return f"Open orders of one customer may hold at most {held}{more}. Pay or cancel open orders, or order less."

@@ -1,17 +1,16 @@
 """The SQL statements of orders: placing, reading, moving. Those of payments and refunds are in `money_store.py`,
-those that read the history in `history_store.py`."""
+those that read the history in `history_store.py`, lists in `list_store.py`."""
 
 from __future__ import annotations
 
 import datetime
-import itertools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 import msgspec
 
-from mercato.chassis.contract import MAX_ID, Actor
+from mercato.chassis.contract import Actor
 from mercato.chassis.idempotency.keys import Identity, Keyed
 from mercato.chassis.messaging import events
 from mercato.chassis.postgres.database import Row, Tx
@@ -19,7 +18,6 @@ from mercato.contracts.orders import (
     Axis,
     CancelReason,
     Fulfilment,
-    ListOrders,
     Order,
     OrderChanged,
     OrderLine,
@@ -29,8 +27,6 @@ from mercato.contracts.orders import (
 )
 
 from . import rules
-
-ABOVE_ALL_IDS: Final = MAX_ID + 1
 
 
 class OrderRecord(msgspec.Struct, frozen=True, gc=False):
@@ -44,6 +40,11 @@ class OrderRecord(msgspec.Struct, frozen=True, gc=False):
     on_account: bool
     """It was confirmed without a payment."""
     refund_pending_minor: int
+    open_units: tuple[int, ...] | None = None
+    """Element n: pieces of line n's product that other open orders of the buyer had when this one was placed.
+
+    None: they do not bound it.
+    """
 
     @property
     def id(self) -> int:
@@ -82,6 +83,7 @@ class OrderRow(Row):
     customer_note: str
     waived_minor: int
     guest_email: str | None
+    open_units: list[int] | None
 
 
 COLUMNS: Final = ", ".join(f"o.{name}" for name in OrderRow.__struct_fields__)
@@ -112,7 +114,7 @@ _as_stored: Final = operator.attrgetter(*AS_STORED)
 _decode_reason: Final = msgspec.json.Decoder(CancelReason).decode
 
 
-def _record(row: OrderRow) -> OrderRecord:
+def record_of(row: OrderRow) -> OrderRecord:
     stored = _decode_lines(row.lines)
     returned = row.returned or [0] * len(stored)
     lines = tuple(
@@ -137,7 +139,8 @@ def _record(row: OrderRow) -> OrderRecord:
         waived_minor=rules.returned_value(lines) if row.payment == "unpaid" else row.waived_minor,
         **dict(zip(AS_STORED, _as_stored(row), strict=True)),
     )
-    return OrderRecord(order, row.nonce, row.payment_attempt, row.on_account, row.refund_pending_minor)
+    open_units = None if row.open_units is None else tuple(row.open_units)
+    return OrderRecord(order, row.nonce, row.payment_attempt, row.on_account, row.refund_pending_minor, open_units)
 
 
 # ---------------------------------------------------------------------------------------------------------- placing
@@ -152,12 +155,16 @@ class NewOrder(msgspec.Struct, frozen=True):
     state: str
     actor: Actor
     keyed: Keyed | None
+    limits: rules.BuyerLimits = rules.UNLIMITED
 
 
 class PlacedRow(Row):
+    n: int
+    """Its place in the batch, counted from 1."""
     id: int
     epoch: int
     created_at: datetime.datetime
+    open_units: list[int] | None
 
 
 class KeyedRow(Row):
@@ -200,17 +207,32 @@ BESIDE: Final[Mapping[str, tuple[str, Callable[[NewOrder], object]]]] = {
 
 _ARRAYS: Final = {**INSERTED, **BESIDE}
 
+LIMITED: Final = {"buyer": "integer", "room": "integer", "before": "text"}
+"""What bounds each order: see `rules.Limited`. `before` as `product_ids`."""
+
+_TYPES: Final = {**{name: kind for name, (kind, _) in _ARRAYS.items()}, **LIMITED}
+
 INSERT_SQL: Final = f"""
     WITH bounded AS MATERIALIZED (
         SELECT set_config('lock_timeout', '2s', true) AS wait
+    ), opened AS MATERIALIZED (
+        -- Locks these buyers until the commit, then counts: another batch of theirs waits, and then sees these orders.
+        SELECT b.* FROM bounded CROSS JOIN LATERAL open_orders(CASE WHEN wait <> '' THEN $4::bigint[] END) AS b
     ), numbered AS MATERIALIZED (
-        SELECT nextval('orders_id_seq') AS id, nextval('saga_epochs') AS epoch, o.*
-          FROM bounded
-         CROSS JOIN unnest({", ".join(f"${n}::{kind}[]" for n, (kind, _) in enumerate(_ARRAYS.values(), 4))})
-               WITH ORDINALITY AS o ({", ".join(_ARRAYS)}, n)
+        SELECT nextval('orders_id_seq') AS id, nextval('saga_epochs') AS epoch, o.*,
+               CASE WHEN o.before IS NULL OR opened.units = '{{}}' THEN o.before::bigint[] ELSE ARRAY(
+                   SELECT coalesce((opened.units ->> (o.user_id || ':' || l.product_id))::bigint, 0) + l.before
+                     FROM unnest(o.product_ids::bigint[], o.before::bigint[]) WITH ORDINALITY
+                          AS l (product_id, before, n)
+                    ORDER BY l.n
+               ) END AS open_units
+          FROM opened
+         CROSS JOIN unnest({", ".join(f"${n}::{kind}[]" for n, kind in enumerate(_TYPES.values(), 5))})
+               WITH ORDINALITY AS o ({", ".join(_TYPES)}, n)
+         WHERE coalesce(opened.counts[o.buyer], 0) <= o.room
     ), placed AS (
-        INSERT INTO orders (id, {", ".join(INSERTED)})
-        SELECT id, {", ".join(INSERTED)}
+        INSERT INTO orders (id, open_units, {", ".join(INSERTED)})
+        SELECT id, open_units, {", ".join(INSERTED)}
           FROM numbered
          ORDER BY principal, idempotency_key
     ), listed AS (
@@ -223,18 +245,25 @@ INSERT_SQL: Final = f"""
         INSERT INTO sagas (subject_id, kind, reference, step, state, epoch, driver)
         SELECT id, $1, '', $2, state, epoch, $3 FROM numbered
     )
-    SELECT id, epoch, now() AS created_at FROM numbered ORDER BY n
+    SELECT n, id, epoch, now() AS created_at, open_units FROM numbered ORDER BY n
 """  # noqa: S608  # of constants alone
 
 
 async def insert(tx: Tx, orders: Sequence[NewOrder], kind: str, step: str, driver: int) -> list[PlacedRow]:
     """Writes orders, the first row of their history and the sagas that `driver` will drive.
 
-    Gives ids, epochs and times in the order given. Raises `UniqueViolation` where a key has an order already, after a
-    transaction that uses the same key at this moment has ended; `LockTimeout` where that takes more than 2 seconds.
+    Gives ids, epochs and times in the order given; no row for an order whose buyer has as many open ones as may be.
+    Raises `UniqueViolation` where a key has an order already, after a transaction that uses the same key, or orders for
+    the same limited buyer, at this moment has ended; `LockTimeout` where that takes more than 2 seconds.
     """
     values = [list(map(value, orders)) for _, value in _ARRAYS.values()]
-    return await tx.fetch(PlacedRow, INSERT_SQL, kind, step, driver, *values)
+    buyers, limited = rules.limited([(new.order, new.limits) for new in orders])
+    bounds: tuple[list[object], ...] = (
+        [one.buyer for one in limited],
+        [one.room for one in limited],
+        [None if one.before is None else _array(one.before) for one in limited],
+    )
+    return await tx.fetch(PlacedRow, INSERT_SQL, kind, step, driver, buyers, *values, *bounds)
 
 
 async def emit_placed(tx: Tx, orders: Sequence[Order]) -> None:
@@ -301,8 +330,12 @@ def _stored_lines(lines: Sequence[OrderLine]) -> str:
 
 
 def _products(lines: Sequence[OrderLine]) -> str:
-    """The products of the lines as PostgreSQL writes an array: arrays of several lengths make no array of arrays."""
-    return "{" + ",".join([str(line.product_id) for line in lines]) + "}"
+    return _array(line.product_id for line in lines)
+
+
+def _array(values: Iterable[int]) -> str:
+    """As PostgreSQL writes an array: arrays of several lengths make no array of arrays."""
+    return "{" + ",".join(map(str, values)) + "}"
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -313,7 +346,7 @@ LOCK_SQL: Final = f"{GET_SQL} ORDER BY o.id FOR NO KEY UPDATE"
 
 async def get(tx: Tx, ids: Sequence[int]) -> dict[int, OrderRecord]:
     """The orders that exist, by id."""
-    return {row.id: _record(row) for row in await tx.fetch(OrderRow, GET_SQL, ids)}
+    return {row.id: record_of(row) for row in await tx.fetch(OrderRow, GET_SQL, ids)}
 
 
 async def bound_lock_waits(tx: Tx, seconds: float) -> None:
@@ -323,63 +356,7 @@ async def bound_lock_waits(tx: Tx, seconds: float) -> None:
 
 async def lock(tx: Tx, ids: Sequence[int]) -> dict[int, OrderRecord]:
     """Orders that no other transaction changes before this one ends, by id."""
-    return {row.id: _record(row) for row in await tx.fetch(OrderRow, LOCK_SQL, ids)}
-
-
-def _list_statements() -> dict[Filters, str]:
-    """One statement for each combination of filters.
-
-    The states stand in it as constants. With `($1 IS NULL OR status = $1)` PostgreSQL soon makes one plan for all
-    values, reads orders from the newest on and filters: the whole table for a customer with one order. With a constant
-    it knows how rare a state is, also in a plan that is made once.
-    """
-    statuses, payments, fulfilments = ([None, *rules.AXES[axis]] for axis in ("status", "payment", "fulfilment"))
-    return {
-        (by_user, by_product, status, payment, fulfilment): "".join(
-            (
-                f"SELECT {COLUMNS} FROM ",  # noqa: S608  # of constants alone
-                # The orders of a product, the newest first, each looked up: never a sort of all of them.
-                "order_products p CROSS JOIN LATERAL (SELECT * FROM orders WHERE id = p.order_id LIMIT 1) o "
-                "WHERE p.order_id < $1 AND p.product_id = $4"
-                if by_product and not by_user
-                else "orders o WHERE o.id < $1",
-                # Of a user, the other way round: users have few orders, a product may have most of them.
-                " AND (SELECT true FROM order_products WHERE product_id = $4 AND order_id = o.id LIMIT 1)"
-                if by_product and by_user
-                else "",
-                # A parameter that the statement does not use has no type: it is named in all of them.
-                " AND o.user_id = $3" if by_user else " AND $3::bigint IS NULL",
-                "" if by_product else " AND $4::bigint IS NULL",
-                f" AND o.status = '{status}'" if status else "",
-                f" AND o.payment = '{payment}'" if payment else "",
-                f" AND o.fulfilment = '{fulfilment}'" if fulfilment else "",
-                f" ORDER BY {'p.order_id' if by_product and not by_user else 'o.id'} DESC LIMIT $2",
-            )
-        )
-        for by_user, by_product, status, payment, fulfilment in itertools.product(
-            (False, True), (False, True), statuses, payments, fulfilments
-        )
-    }
-
-
-Filters = tuple[bool, bool, str | None, str | None, str | None]
-"""Whether by user, whether by product; and by which status, payment, fulfilment."""
-
-LIST_SQL: Final[dict[Filters, str]] = _list_statements()
-
-
-async def list_page(tx: Tx, wanted: ListOrders, limit: int) -> list[Order]:
-    """Up to `limit` orders, the newest first."""
-    by_user, by_product = wanted.user_id is not None, wanted.product_id is not None
-    rows = await tx.fetch(
-        OrderRow,
-        LIST_SQL[by_user, by_product, wanted.status, wanted.payment, wanted.fulfilment],
-        ABOVE_ALL_IDS if wanted.before is None else wanted.before,
-        limit,
-        wanted.user_id,
-        wanted.product_id,
-    )
-    return [_record(row).order for row in rows]
+    return {row.id: record_of(row) for row in await tx.fetch(OrderRow, LOCK_SQL, ids)}
 
 
 # ----------------------------------------------------------------------------------------------------------- moving

@@ -111,7 +111,8 @@ async def test_a_batch_that_fits_is_one_statement_and_its_events(
 # --------------------------------------------------------------------------------------------------------------- plans
 
 TYPES = {
-    "reserve": "bigint[], bigint[], boolean[], integer[], integer[], bigint[], integer[], bigint[], integer[], float8",
+    "reserve": "bigint[], bigint[], boolean[], integer[], integer[], bigint[], integer[], bigint[], integer[], float8, "
+    "integer[]",
     "end": "bigint[], bigint[], text",
 }
 STATEMENTS = {"reserve": fast_path.RESERVE_ALL, "end": fast_path.END_ALL_HELD}
@@ -126,7 +127,7 @@ def execute(statement: str, ids: range) -> str:
     if statement == "end":
         return f"EXECUTE tried ({array(ids)}, {nonces}, 'committed')"
     places, ones, new = array(range(1, len(ids) + 1)), array([1] * len(ids)), array(i + 1_000_000 for i in ids)
-    values = (new, nonces, array(["t"] * len(ids)), places, places, array(ids), ones, array(ids), ones, "900")
+    values = (new, nonces, array(["t"] * len(ids)), places, places, array(ids), ones, array(ids), ones, "900", ones)
     return f"EXECUTE tried ({', '.join(values)})"
 
 

@@ -16,7 +16,7 @@ from mercato import topology
 from mercato.chassis.contract import MAX_ID, Actor
 from mercato.contracts.orders import ListOrders, Order, PlaceOrder
 from mercato.services.orders import rules
-from mercato.services.orders.store import LIST_SQL
+from mercato.services.orders.list_store import LIST_SQL
 from mercato.testing.actors import ALICE, BOB, STAFF
 from mercato.testing.builders import LAMP, MUG
 from mercato.testing.cluster import Cluster

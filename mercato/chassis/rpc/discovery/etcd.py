@@ -1,7 +1,7 @@
 """Records in etcd 3.4 or newer: a key for each process under one prefix, all with the lease of their process.
 
 It speaks to the gateway that etcd has for JSON over HTTP (https://etcd.io/docs/v3.5/dev-guide/api_grpc_gateway/):
-`docs/decisions/0030-etcd-and-consul-by-http.md` says why no library does.
+`docs/decisions/0031-etcd-and-consul-by-http.md` says why no library does.
 """
 
 from __future__ import annotations
