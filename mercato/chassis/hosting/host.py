@@ -13,8 +13,6 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, Literal, Protocol, TypeVar
 
-import structlog
-
 from mercato.chassis.contract import Contract
 from mercato.chassis.messaging.consumers import READ_SECONDS, Consumer
 from mercato.chassis.messaging.outbox import NOTE_EVERY_SECONDS, PURGED_AT_ONCE, OutboxLog, event_log
@@ -39,8 +37,6 @@ from .service import Build, Env, Service
 C = TypeVar("C", bound=Contract)
 
 TransportName = Literal["local", "loopback"]
-
-log = structlog.stdlib.get_logger("mercato.hosting")
 
 CallerTransport = Callable[[str], Transport]
 """Gives the transport on which a service calls those of other processes. It knows the caller by its name."""
@@ -202,7 +198,6 @@ class Host:
         def show(state: State) -> None:
             gauge.set(0 if state is State.CLOSED else 1)
             changes.labels(**labels, state=state.value).inc()
-            log.warning("breaker_changed", **labels, state=state.value)
 
         return Breaker(
             service,

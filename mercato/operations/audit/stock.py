@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from mercato.contracts.roles import GUEST_USER
 from mercato.operations.audit.invariant import Invariant
+from mercato.services.orders import rules as orders
 
 STOCK: Final = (
     Invariant(
@@ -142,5 +144,43 @@ STOCK: Final = (
          CROSS JOIN audit.clock c
          WHERE p.id IS NULL AND l.on_hand > 0 AND l.updated_at < c.settled_before
         """,
+    ),
+    Invariant(
+        "S10",
+        "stock",
+        "always",
+        "What counts as held by guests is what their reservations hold",
+        # Rows of reservations that have ended stay until a guest reserves the product again.
+        """
+        SELECT g.order_id, g.product_id, g.quantity AS counted, h.quantity AS held
+          FROM inventory.guest_holds g
+          JOIN inventory.reservations r ON r.order_id = g.order_id AND r.state = 'held'
+          LEFT JOIN audit.held_lines h ON h.order_id = g.order_id AND h.product_id = g.product_id
+         WHERE g.quantity IS DISTINCT FROM h.quantity
+        UNION ALL
+        SELECT h.order_id, h.product_id, NULL, h.quantity
+          FROM audit.held_lines h
+          JOIN (SELECT DISTINCT order_id FROM inventory.guest_holds) c ON c.order_id = h.order_id
+          LEFT JOIN inventory.guest_holds g ON g.order_id = h.order_id AND g.product_id = h.product_id
+         WHERE g.order_id IS NULL
+        """,
+    ),
+    Invariant(
+        "S11",
+        "stock",
+        "always",
+        "What guests hold counts as held by guests, and nothing else does",
+        # An order that an account has claimed was placed by a guest: what it holds counts as before.
+        f"""
+        SELECT h.order_id, h.product_id, o.user_id, g.quantity AS counted
+          FROM audit.held_lines h
+          JOIN inventory.reservations r ON r.order_id = h.order_id
+          JOIN orders.orders o ON o.id = r.order_id AND o.nonce = r.nonce
+          LEFT JOIN inventory.guest_holds g ON g.order_id = h.order_id AND g.product_id = h.product_id
+         WHERE CASE WHEN o.user_id = {GUEST_USER} THEN g.order_id IS NULL
+                    ELSE g.order_id IS NOT NULL AND NOT EXISTS (
+                        SELECT FROM orders.history c
+                         WHERE c.order_id = o.id AND '{orders.CLAIMED}' = ANY(c.events)) END
+        """,  # noqa: S608  # of constants alone
     ),
 )

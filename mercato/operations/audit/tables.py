@@ -121,6 +121,7 @@ WANTED: Final[Mapping[str, Sequence[Table]]] = {
             "reservations",
             ("order_id", "state", "updated_at", "product_ids", "quantities", "level_versions", "returned", "nonce"),
         ),
+        Table("guest_holds", ("product_id", "order_id", "quantity")),
         Table("movements", ("id", "product_id", "kind", "delta", "order_id", "reference", "level_version")),
         IDEMPOTENCY,
         *OUTBOX,

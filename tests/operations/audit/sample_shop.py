@@ -6,6 +6,7 @@
     order 4    waits for its payment, after one that was declined; its stock is held
     order 5    paid by one charge, then cancelled: everything came back
     order 6    sold on account
+    order 7    of a guest, waits for its payment; its stock is held
 
 All of it happened an hour ago.
 """
@@ -39,11 +40,12 @@ ORDERS = (
     (4, 2, "pending", "unpaid", "unfulfilled", 100, 0, 1, "k4"),
     (5, 2, "cancelled", "refunded", "unfulfilled", 100, 100, 4, "k5"),
     (6, 1, "confirmed", "unpaid", "unfulfilled", 500, 0, 2, None),
+    (7, 0, "pending", "unpaid", "unfulfilled", 500, 0, 1, None),
 )
 
 # order, product, quantity, returned, unit price
 LINES = ((1, 1, 2, 0, 500), (2, 1, 1, 0, 500), (2, 2, 3, 1, 100), (3, 1, 1, 0, 500), (4, 2, 1, 0, 100),
-         (5, 2, 1, 0, 100), (6, 1, 1, 0, 500))  # fmt: skip
+         (5, 2, 1, 0, 100), (6, 1, 1, 0, 500), (7, 1, 1, 0, 500))  # fmt: skip
 
 PLACED = ("status", None, "pending")
 AUTHORIZED = (("status", "pending", "confirmed"), ("payment", "unpaid", "authorized"))
@@ -60,6 +62,7 @@ HISTORY: Mapping[int, tuple[tuple[tuple[str, str | None, str], ...], ...]] = {
     4: ((PLACED,),),
     5: ((PLACED,), AUTHORIZED, (PAID,), (("status", "confirmed", "cancelled"), ("payment", "paid", "refunded"))),
     6: ((PLACED,), (("status", "pending", "confirmed"),)),
+    7: ((PLACED,),),
 }  # fmt: skip
 
 # order, state, lines (product, quantity, returned, version of the level)
@@ -70,6 +73,7 @@ RESERVATIONS = (
     (4, "held", ((2, 1, 0, None),)),
     (5, "committed", ((2, 1, 1, 5),)),
     (6, "committed", ((1, 1, 0, 5),)),
+    (7, "held", ((1, 1, 0, None),)),
 )
 
 # id, product, kind, delta, order, reference, version of the level
@@ -81,7 +85,7 @@ MOVEMENTS = (
 )
 
 # product, on hand, reserved, version
-LEVELS = ((1, 96, 0, 6), (2, 48, 1, 7))
+LEVELS = ((1, 96, 1, 6), (2, 48, 1, 7))
 
 # id, order, amount, authorized, captured, refunded, status, operations (kind, amount, reference, status)
 PAYMENTS = (
@@ -216,7 +220,7 @@ async def _fill_orders(connection: Any) -> None:
     await connection.execute(
         """
         INSERT INTO sagas (kind, subject_id, reference, step, state, wake_at, updated_at)
-        VALUES ('checkout', 4, '', 'awaiting', '{}', $1, $2)
+        VALUES ('checkout', 4, '', 'awaiting', '{}', $1, $2), ('checkout', 7, '', 'awaiting', '{}', $1, $2)
         """,
         due_at,
         THEN,
@@ -246,6 +250,7 @@ async def _fill_inventory(connection: Any) -> None:
         """,
         [(*movement, THEN) for movement in MOVEMENTS],
     )
+    await connection.execute("INSERT INTO guest_holds (order_id, product_id, quantity) VALUES (7, 1, 1)")
     await _fill_outbox(connection, outboxes()["inventory"])
 
 

@@ -369,6 +369,23 @@ VIOLATIONS: dict[str, dict[str, str]] = {
         """,
     },
     "S9": {"of a product that is lost": stock_of_no_product("-infinity")},
+    "S10": {
+        "another quantity": "UPDATE inventory.guest_holds SET quantity = 2 WHERE order_id = 7",
+        "another product": """
+            INSERT INTO inventory.guest_holds (product_id, order_id, quantity) VALUES (2, 7, 1)
+        """,
+        "a line is missing": """
+            INSERT INTO inventory.reservations VALUES (999, 'held', 'now', '{1,2}', '{1,1}', NULL, NULL);
+            INSERT INTO inventory.guest_holds (product_id, order_id, quantity) VALUES (1, 999, 1);
+            UPDATE inventory.levels SET reserved = reserved + 1;
+        """,
+    },
+    "S11": {
+        "a guest's hold does not count": "DELETE FROM inventory.guest_holds WHERE order_id = 7",
+        "the hold of an account counts": """
+            INSERT INTO inventory.guest_holds (product_id, order_id, quantity) VALUES (2, 4, 1)
+        """,
+    },
     "O1": {
         "delivered before it was shipped": move(6, 3, "fulfilment", "delivered"),
         "back from delivered": move(1, 7, "fulfilment", "shipped"),
@@ -531,6 +548,11 @@ VIOLATIONS: dict[str, dict[str, str]] = {
     },
 }
 
+CLAIMED_ORDER = """
+    UPDATE orders.orders SET user_id = 2 WHERE id = 7;
+    UPDATE orders.history SET events = events || '{order.claimed}' WHERE order_id = 7;
+"""
+
 CASES = [(name, case) for name, cases in VIOLATIONS.items() for case in cases]
 
 
@@ -553,6 +575,18 @@ async def test_what_is_planted_is_found_and_nothing_else(copies: Copies, name: s
         await copies.execute(VIOLATIONS[name][case])
 
         assert await violated(copies) == [name]
+
+
+async def test_the_hold_of_a_claimed_order_counts_as_a_guests(copies: Copies):
+    async with copies.undone():
+        await copies.execute(CLAIMED_ORDER)
+        assert not {"S10", "S11"} & {*await violated(copies)}
+
+
+async def test_a_guests_hold_that_has_ended_may_still_have_a_row(copies: Copies):
+    async with copies.undone():
+        await copies.execute("INSERT INTO inventory.guest_holds (product_id, order_id, quantity) VALUES (1, 3, 9)")
+        assert await violated(copies) == []
 
 
 FRESH = {
@@ -654,7 +688,7 @@ async def test_a_violation_is_counted_whole_and_shown_in_part(copies: Copies):
 
         [finding] = [found for found in await check(copies, ALL) if found.name == "M7"]
 
-        assert finding.violations == 6
+        assert finding.violations == 7
         assert len(finding.rows) == 5
         assert set(finding.rows[0]) == {"order_id", "total_minor", "sum_minor", "wrong_lines"}
 

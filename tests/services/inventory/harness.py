@@ -63,7 +63,7 @@ class InventoryHarness(ServiceHarness):
 
     service = "inventory"
     rules = {  # noqa: RUF012  # not changed
-        **audit_rules("inventory", "S1", "S2", "S3", "S4", "S7", "S8"),
+        **audit_rules("inventory", "S1", "S2", "S3", "S4", "S7", "S8", "S10"),
         "event versions rise": EVENT_VERSIONS_RISE,
     }
 

@@ -274,7 +274,7 @@ async def lock_all_held(tx: Tx, order_ids: Sequence[int]) -> None:
 async def lock_levels_of_all(tx: Tx, product_ids: Sequence[int]) -> None:
     """Those of an order that names its products in this order."""
     new = NewReservation(10 + product_ids[0], NONCE, True, tuple(ReservedLine(i, 1) for i in sorted(product_ids)))
-    assert len(await fast_path.reserve_all(tx, [new], dict.fromkeys(product_ids, 1), 900)) == 3
+    assert len(await fast_path.reserve_all(tx, [new], dict.fromkeys(product_ids, 1), 900, {})) == 3
 
 
 @pytest.mark.parametrize(

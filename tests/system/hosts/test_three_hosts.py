@@ -47,6 +47,7 @@ def test_a_link_that_is_cut_and_healed_loses_nothing(cluster: Cluster, tmp_path:
     with hosts(3) as (front, back, middle), broker_on(middle, given / "nats.conf", tmp_path) as url:
         common = {"NATS_URL": url, "MERCATO_PLAINTEXT": "everywhere"}
         own = {name: value for service in SERVICES for name, value in variables(given / f"{service}.env").items()}
+        own |= {"MERCATO_ORDERS_CUSTOMER_OPEN_ORDERS": "0", "MERCATO_ORDERS_CUSTOMER_HELD_UNITS": "0"}
         gateway_environment = {**variables(given / "gateway.env"), **common}
         with (
             Served(*SERVICES, environment={**own, **common}, host=back.address, inside=back.inside) as services,
