@@ -11,6 +11,7 @@ from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Open, Retr
 
 from .inventory import ShortLine
 from .money import AmountText, MoneyError
+from .order_history import History, Timeline
 from .payments import Method, Payment as PaymentRecord
 from .products import Sku
 from .refunds import OrderRefunded
@@ -24,8 +25,6 @@ Status = Literal["pending", "confirmed", "completed", "cancelled"]
 Payment = Literal["unpaid", "authorized", "paid", "partially_refunded", "refunded", "failed", "voided"]
 Fulfilment = Literal["unfulfilled", "shipped", "delivered", "returned"]
 Axis = Literal["status", "payment", "fulfilment"]
-HistoryAxis = Literal["status", "payment", "fulfilment", "owner"]
-"""`owner`: of a guest's order that an account has claimed, from `guest` to `account`."""
 CHANGES: Final = (
     *("placed", "confirmed", "completed", "cancelled"),
     *get_args(Payment),
@@ -359,33 +358,6 @@ class RefundList(Message):
     refunds: tuple[Refund, ...]
 
 
-TimelinePart = Literal["order", "stock", "money"]
-
-
-class TimelineEntry(Message):
-    """One step, of whichever part of the shop."""
-
-    at: datetime.datetime
-    part: Open[TimelinePart]
-    what: str
-    """`status confirmed`, `held`, `charge`."""
-    outcome: str
-    """`succeeded`, `declined insufficient_funds`, `unknown`."""
-    attempts: int
-    took_ms: int | None
-    """Where it is known when it began."""
-    by: str
-    detail: str
-    internal_note: str = ""
-    """Empty for customers."""
-
-
-class Timeline(Message):
-    """By time."""
-
-    entries: tuple[TimelineEntry, ...]
-
-
 class GetTimeline(Message):
     id: OrderId
     access_token: AccessToken | None = None
@@ -394,30 +366,6 @@ class GetTimeline(Message):
 class GetHistory(Message):
     id: OrderId
     access_token: AccessToken | None = None
-
-
-class HistoryEntry(Message):
-    """One move of one axis; moves of one transition have one version. The first entry of an order has no `before`."""
-
-    version: int
-    axis: Open[HistoryAxis]
-    before: str | None
-    after: str
-    reason: str
-    actor_role: str
-    actor_id: int
-    """0 for customers, where it is an account of staff."""
-    at: datetime.datetime
-    internal_note: str = ""
-    """Empty for customers."""
-    limit_reason: str = ""
-    """Of a refund or return that gave less than was asked: how much was asked and given, and why."""
-
-
-class History(Message):
-    """In the order in which it happened."""
-
-    entries: tuple[HistoryEntry, ...]
 
 
 class OrderNotFound(ServiceError, code="orders.not_found", kind=Kind.NOT_FOUND):

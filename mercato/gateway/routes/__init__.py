@@ -73,6 +73,7 @@ PRIORITIES: Final[Mapping[Priority, tuple[str, ...]]] = {
         "PUT /users/{id}/role",
         "DELETE /users/me",
         "GET /users/me",
+        "GET /users/me/security-log",
         "PATCH /users/me",
         "POST /users/me/password",
         "POST /users/me/proof",

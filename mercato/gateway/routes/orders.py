@@ -19,16 +19,15 @@ from mercato.chassis.contract import (
     StaleVersion,
 )
 from mercato.contracts import orders as contract, users
+from mercato.contracts.order_history import History, HistoryAxis, Timeline
 from mercato.contracts.orders import (
     CancelReason,
-    History,
     Order,
     OrderLine,
     OrderPage,
     Orders,
     PlacedOrder,
     PlaceLine,
-    Timeline,
 )
 from mercato.contracts.payments import Method
 from mercato.contracts.products import ProductArchived, ProductNotFound
@@ -152,7 +151,7 @@ class OrderOut(Output):
 
 class HistoryOut(Output):
     version: int
-    axis: Open[contract.HistoryAxis]
+    axis: Open[HistoryAxis]
     before: str | None
     after: str
     reason: str

@@ -11,13 +11,13 @@ from mercato.chassis.observability import faults
 from mercato.chassis.postgres.database import Database, Tx
 from mercato.chassis.sagas.runner import Runner
 from mercato.chassis.sagas.store import Saga
+from mercato.contracts.order_history import History
 from mercato.contracts.orders import (
     AwaitOrder,
     Axis,
     CancelOrder,
     GetHistory,
     GetOrder,
-    History,
     ListOrders,
     MoveOrder,
     Order,

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from mercato.chassis.contract import Actor, as_service, current
 from mercato.chassis.postgres.database import Database
 from mercato.contracts.inventory import Inventory, StockStep, TraceStock
-from mercato.contracts.orders import GetTimeline, HistoryAxis, HistoryEntry, Timeline, TimelineEntry
+from mercato.contracts.order_history import HistoryAxis, HistoryEntry, Timeline, TimelineEntry
+from mercato.contracts.orders import (
+    GetTimeline,
+)
 from mercato.contracts.payments import Payments, PaymentStep, TracePayments
 
 from . import history_store, rules, store

@@ -11,12 +11,12 @@ import msgspec
 import pytest
 
 from mercato.chassis.contract import Actor, Forbidden, Internal, StaleVersion, attempt
+from mercato.contracts.order_history import HistoryEntry
 from mercato.contracts.orders import (
     Axis,
     CancelOrder,
     GetHistory,
     GetOrder,
-    HistoryEntry,
     IllegalMove,
     MoveOrder,
     Order,

@@ -18,6 +18,7 @@ from mercato.chassis.contract import (
     RequestInProgress,
     ServiceError,
 )
+from mercato.contracts.order_history import History, Timeline
 from mercato.contracts.orders import (
     CancelOrder,
     CapturePart,
@@ -25,7 +26,6 @@ from mercato.contracts.orders import (
     GetOrder,
     GetRefund,
     GetTimeline,
-    History,
     IllegalMove,
     ListPaymentRefunds,
     ListRefunds,
@@ -41,7 +41,6 @@ from mercato.contracts.orders import (
     RefundOrder,
     ReturnLine,
     ReturnOrder,
-    Timeline,
 )
 from mercato.contracts.payments import PaymentNotFound
 from mercato.testing.actors import ALICE, BOB, STAFF

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from mercato.contracts.orders import CancelOrder, GetTimeline, RefundOrder, TimelineEntry
+from mercato.contracts.order_history import TimelineEntry
+from mercato.contracts.orders import (
+    CancelOrder,
+    GetTimeline,
+    RefundOrder,
+)
 from mercato.testing.actors import ALICE, STAFF
 from mercato.testing.injection import FailAt, Inject
 from services.orders.harness import OrdersHarness, basket
