@@ -673,7 +673,7 @@ class SettingRow(Row, frozen=True, gc=False):
 SETTINGS = "SELECT name, setting FROM pg_settings ORDER BY name"
 
 # Migrating, provisioning and copying use connections that nobody uses after them.
-CONNECTIONS_OF_THEIR_OWN = {"migrations.py", "provisioning.py", "cluster.py", "copying.py"}
+CONNECTIONS_OF_THEIR_OWN = {"migrations.py", "provisioning.py", "new_databases.py", "cluster.py", "copying.py"}
 
 PREPARED_ONCE = "PREPARE mercato_events_"
 """The statement that writes events: the next user of the connection wants the same."""

@@ -266,6 +266,8 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         return st.one_of([values(option) for option in get_args(hint)])
     if get_origin(hint) is Annotated:  # an open enumeration: also with a value that is not known here
         return st.from_regex(r"\A[a-z][a-z_]{0,63}\Z")
+    if get_args(hint) == (int, ...):
+        return st.lists(values(int), max_size=5).map(tuple)
     return st.from_type(hint)
 
 

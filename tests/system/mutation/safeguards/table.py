@@ -90,8 +90,8 @@ UNIQUE_KEY: Final = Edit(
 GUARD_OF_LEVELS: Final = Edit(STOCK, "           AND l.on_hand - l.reserved >= d.reserved - d.on_hand\n", "")
 GUARD_OF_BATCHES: Final = Edit(
     STOCK_BATCHES,
-    "           AND on_hand - reserved >= $9[width_bucket(product_id, $8)]\n        RETURNING",
-    "        RETURNING",
+    "           AND on_hand - reserved >= $9[width_bucket(product_id, $8)]\n           AND on_hand >= $11",
+    "           AND on_hand >= $11",
 )
 CHECK_OF_LEVELS: Final = Edit(
     STOCK_TABLES, "CONSTRAINT levels_reserved_within_on_hand CHECK (reserved BETWEEN 0 AND on_hand),", ""
