@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mercato.gateway import app
+from mercato.gateway import route
 from mercato.testing.responses import assert_problem
 from mercato.testing.shop import Shop
 from mercato.testing.shop_data import PASSWORD, new_person
@@ -41,7 +41,7 @@ async def test_the_export_has_the_account_its_sessions_orders_and_payments(guard
 async def test_what_an_export_leaves_out_is_found_where_it_says(
     guarded_shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "PART_LIMIT", 0)
+    monkeypatch.setattr(route, "PART_LIMIT", 0)
     person = await new_person(guarded_shop)
     placed = await order(guarded_shop, person.token)
     export = (await guarded_shop.get("/users/me/export", token=person.token)).json

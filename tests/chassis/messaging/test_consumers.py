@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -614,5 +615,7 @@ async def test_metrics_show_what_became_of_events_and_how_far_behind_a_consumer_
         await harness.drained()
         await until(lags_no_more, "it is behind no more")
         # Each is counted after the commit that `drained` has seen.
-        await until(all_is_counted, "every outcome is counted")
+        with contextlib.suppress(AssertionError):
+            await until(all_is_counted)
+    assert counts() == expected
     assert counts() == expected

@@ -40,8 +40,8 @@ NO_ORDER: Final = 999_999
 
 
 def emitted() -> str:
-    """The query of the events that orders have emitted: order_id, version, type, a row for each."""
-    return f"SELECT subject_id AS order_id, version, type FROM {EVENTS} WHERE subject = 'order'"
+    """The query of the events of transitions that orders have emitted: order_id, version, type, a row for each."""
+    return f"SELECT subject_id AS order_id, version, type FROM {EVENTS} WHERE subject = 'order' AND type LIKE 'order.%'"
 
 
 LINES: Final = """
