@@ -76,7 +76,7 @@ class OperationClass(enum.StrEnum):
 
 
 class Permit:
-    """The permission for one attempt of so many calls. Its first end counts; none is owed, but a probe's is waited for.
+    """The permission for one attempt of so many calls. Its first end counts; only a probe's is waited for.
 
     `slow` may come before the end.
     """

@@ -12,12 +12,10 @@ What is asked of a run
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import collections
 import contextlib
 import itertools
-import json
 import os
 import random
 import subprocess
@@ -40,6 +38,7 @@ from mercato.testing.links import Link, Links
 from mercato.testing.responses import Response
 from mercato.testing.served import Served, free_address, run, variables
 from mercato.testing.waiting import BOUND_SECONDS, wait_until
+from system.chaos import commands
 from system.chaos.shop import ENVIRONMENT
 
 GATEWAY: Final = "gateway"
@@ -299,12 +298,7 @@ def _tell(failure: Failure, buyers: Paying) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="make network", description="Let links between the processes of a shop fail.")
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--transport", choices=("nats", "http"), default="http")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    options = parser.parse_args()
+    options = commands.options("make network", "Let links between the processes of a shop fail.", transport="http")
     with asyncio.Runner() as runner, tempfile.TemporaryDirectory(prefix="mercato-network-") as folder:
         cluster = runner.run(Cluster.start())
         try:
@@ -318,12 +312,7 @@ def main() -> int:
             )
         finally:
             runner.run(cluster.stop())
-    shown: dict[str, Any] = msgspec.to_builtins(result)
-    if options.json:
-        print(json.dumps(shown))
-    else:
-        for name, value in shown.items():
-            print(f"{name:24} {value}")
+    commands.show(result, as_json=options.json)
     return 0 if result.ok else 1
 
 

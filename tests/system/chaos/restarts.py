@@ -13,11 +13,9 @@ What is asked of a run
 
 from __future__ import annotations
 
-import argparse
 import collections
 import http.client
 import itertools
-import json
 import random
 import signal
 import statistics
@@ -26,13 +24,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from mercato.embedded_postgres import processes
 from mercato.testing.caller import Caller, Clients
 from mercato.testing.process import Identity, Process, clean_environment, command_line, data_folder
+from system.chaos import commands
 
 BUYERS: Final = 6
 THINK_SECONDS: Final = 0.05
@@ -269,20 +268,12 @@ def _result(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Kill and pause the processes of a split shop, one after the other.")
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--transport", choices=("nats", "http"), default="nats")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    options = parser.parse_args()
+    options = commands.options(
+        "make restarts", "Kill and pause one process of a split shop after the other.", transport="nats"
+    )
     with data_folder() as data:
         result = campaign(data, seconds=options.seconds, seed=options.seed, transport=options.transport)
-    shown: dict[str, Any] = msgspec.to_builtins(result)
-    if options.json:
-        print(json.dumps(shown))
-    else:
-        for name, value in shown.items():
-            print(f"{name:24} {value}")
+    commands.show(result, as_json=options.json)
     return 0 if result.ok else 1
 
 
