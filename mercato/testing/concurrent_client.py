@@ -16,7 +16,11 @@ ANSWER_SECONDS = 60.0
 
 
 class ConcurrentClient:
-    """Sends requests, and the same again when the shop asks for it. `statuses` counts every response, final or not."""
+    """Sends requests, and the same again when the shop asks for it or closes the connection under it.
+
+    The shop may close a connection that was idle, or that sent nothing for seconds because this machine was busy: what
+    can be repeated without harm is, as by any careful client. `statuses` counts every response, final or not.
+    """
 
     def __init__(self, url: str, connections: int = CONNECTIONS) -> None:
         self.statuses: Counter[int] = Counter()
@@ -27,13 +31,22 @@ class ConcurrentClient:
         )
 
     async def request(self, method: str, path: str, body: Any = None, key: str | None = None) -> Response:
-        """Sends a request until its response is final."""
+        """Sends a request until its response is final.
+
+        Raises `aiohttp.ClientConnectionError` when one that cannot be repeated lost its connection.
+        """
         headers = {"Idempotency-Key": key} if key else {}
         while True:
-            async with self._session.request(method, self._url + path, json=body, headers=headers) as answer:
-                response = Response(
-                    answer.status, {k.lower(): v for k, v in answer.headers.items()}, await answer.read()
-                )
+            try:
+                async with self._session.request(method, self._url + path, json=body, headers=headers) as answer:
+                    response = Response(
+                        answer.status, {k.lower(): v for k, v in answer.headers.items()}, await answer.read()
+                    )
+            except aiohttp.ClientConnectionError:
+                if method != "GET" and not key:
+                    raise
+                await asyncio.sleep(0.1)
+                continue
             self.statuses[response.status] += 1
             if response.is_final:
                 return response
