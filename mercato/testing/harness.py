@@ -6,8 +6,9 @@ the readers that only they need.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Generator, Mapping
+from collections.abc import AsyncGenerator, Collection, Generator, Mapping
 from typing import Any, ClassVar, Final, NamedTuple, Self, TypeVar
 
 from mercato import topology
@@ -211,6 +212,8 @@ class ServiceHarness:
         found = await self.rows(f"SELECT type, subject, subject_id, version FROM {EVENTS} ORDER BY id", of=of)
         return [EmittedEvent(*row) for row in found]
 
-    async def until_blocked(self, statements: int = 1, of: str | None = None) -> None:
-        """Waits until so many statements in a service's database wait for a lock."""
-        await until_blocked(self.dsns[of or self.service], statements)
+    async def until_blocked(
+        self, statements: int = 1, of: str | None = None, by: Collection[asyncio.Future[Any]] = ()
+    ) -> None:
+        """As `waiting.until_blocked`, in the database of a service."""
+        await until_blocked(self.dsns[of or self.service], statements, by)

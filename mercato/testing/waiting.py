@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from typing import Any, Final, TypeVar
 
 from .tables import BLOCKED_STATEMENTS, connected
@@ -34,11 +34,16 @@ async def until_true(holds: Callable[[], object], what: str = IN_VAIN, seconds: 
     await until(is_true, what, seconds)
 
 
-async def until_blocked(dsn: str, statements: int = 1) -> None:
-    """Waits until so many statements in a database wait for a lock."""
+async def until_blocked(dsn: str, statements: int = 1, by: Collection[asyncio.Future[Any]] = ()) -> None:
+    """Waits until so many statements in a database wait for a lock.
+
+    `by` are the calls that are to wait: the test fails as soon as too few of them are left to do so.
+    """
     async with connected(dsn) as connection:
 
         async def are_blocked() -> bool:
+            ended = sum(call.done() for call in by)
+            assert len(by) - ended >= min(statements, len(by)), f"{ended} calls ended, and did not wait"
             return await connection.fetchval(BLOCKED_STATEMENTS) >= statements
 
         await until(are_blocked, f"{statements} statements wait for a lock")

@@ -93,7 +93,7 @@ async def test_a_twin_waits_and_hears_the_answer_of_the_first(database: Database
     async with database.transaction() as tx:
         await idempotency.claim(tx, OPERATION, [keyed("a")])
         twin = asyncio.create_task(do(database, [keyed("a"), keyed("b")]))
-        await until_blocked(database._dsn)
+        await until_blocked(database._dsn, by=[twin])
         await idempotency.remember(tx, OPERATION, [keyed("a")], [b"first"])
     assert await twin == {("customer:1", "b")}
     assert await recall(database, keyed("a"), keyed("b")) == [b"first", b"answerb"]
@@ -105,7 +105,7 @@ async def test_when_the_first_rolls_back_the_twin_does_it(database: Database):
         async with database.transaction() as tx:
             await idempotency.claim(tx, OPERATION, [keyed("a")])
             twin = asyncio.create_task(do(database, [keyed("a")]))
-            await until_blocked(database._dsn)
+            await until_blocked(database._dsn, by=[twin])
             raise KeyError
     assert twin is not None
     assert await twin == {("customer:1", "a")}
@@ -115,7 +115,7 @@ async def test_a_key_that_is_given_back_is_taken_by_the_twin_that_waits(database
     async with database.transaction() as tx:
         await idempotency.claim(tx, OPERATION, [keyed("a"), keyed("b")])
         twin = asyncio.create_task(do(database, [keyed("a", fingerprint=b"two"), keyed("b")]))
-        await until_blocked(database._dsn)
+        await until_blocked(database._dsn, by=[twin])
         await idempotency.release(tx, OPERATION, [keyed("a")])
         await idempotency.remember(tx, OPERATION, [keyed("b")], [b"first"])
     assert await twin == {("customer:1", "a")}
@@ -138,7 +138,7 @@ async def test_batches_with_the_same_keys_in_other_orders_do_not_deadlock(databa
             await idempotency.claim(tx, OPERATION, [keyed("m")])
             for order in ("amb", "bma"):
                 duplicates.append(asyncio.create_task(do(database, [keyed(key) for key in order])))
-                await until_blocked(database._dsn, len(duplicates))
+                await until_blocked(database._dsn, len(duplicates), by=duplicates)
             raise KeyError
     assert [len(ours) for ours in await asyncio.gather(*duplicates)] == [3, 0]
 

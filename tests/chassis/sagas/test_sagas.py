@@ -626,7 +626,7 @@ async def test_batches_that_meet_in_the_middle_do_not_wait_for_each_other(harnes
         await saga.lock(tx, sagas[1].key)
         for some in (sagas, sagas[::-1]):
             saving.append(asyncio.create_task(save_all(harness, some, mixed)))
-            await until_blocked(harness.dsn, len(saving))
+            await until_blocked(harness.dsn, len(saving), by=saving)
 
     assert await asyncio.gather(*saving) == [3, 0]
 

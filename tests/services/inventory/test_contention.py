@@ -67,7 +67,7 @@ async def test_two_concurrent_reservations_of_the_last_piece_do_not_oversell(har
                 asyncio.ensure_future(client.reserve(reserve(order_id, mug=1)))
                 for order_id, client in ((7, harness.inventory), (8, other.client(Inventory)))
             ]
-        await harness.until_blocked(2)
+        await harness.until_blocked(2, by=calls)
     heard = await asyncio.gather(*calls, return_exceptions=True)
 
     assert Counter(type(h) for h in heard) == {Reservation: 1, OutOfStock: 1}
@@ -87,7 +87,7 @@ async def test_of_a_batch_that_waits_for_a_level_each_order_gets_what_is_left(ha
             """
         )
         batch = asyncio.ensure_future(harness.reserve_many(*(reserve(order_id, mug=1) for order_id in (7, 8, 9))))
-        await harness.until_blocked()
+        await harness.until_blocked(by=[batch])
     heard = await batch
 
     assert [type(h) for h in heard] == [Reservation, Reservation, OutOfStock]
@@ -105,7 +105,7 @@ async def test_of_a_commit_and_a_release_at_the_same_moment_one_is_done(harness:
         with harness.acting(SERVICE):
             sold = asyncio.ensure_future(harness.inventory.commit(commit(7)))
             freed = asyncio.ensure_future(other.client(Inventory).release(release(7)))
-        await harness.until_blocked(2)
+        await harness.until_blocked(2, by=[sold, freed])
     heard = await asyncio.gather(sold, freed, return_exceptions=True)
 
     [state] = (await harness.states()).values()
@@ -191,7 +191,7 @@ async def test_a_twin_waits_for_the_first_and_hears_the_same(harness: InventoryH
                 asyncio.ensure_future(c.reserve(reserve(7, mug=1)))
                 for c in (harness.inventory, other.client(Inventory))
             ]
-        await harness.until_blocked(2)
+        await harness.until_blocked(2, by=calls)
     first, second = await asyncio.gather(*calls)
 
     assert (first.state, second.state) == ("held", "held")
@@ -259,7 +259,7 @@ async def test_locks_are_taken_in_ascending_order(harness: InventoryHarness):
         async with holder.transaction():
             await holder.execute(f"SELECT 1 FROM {table} WHERE {key} = 1 FOR UPDATE")
             task = asyncio.create_task(lock_backwards())
-            await harness.until_blocked()
+            await harness.until_blocked(by=[task])
             assert await free(harness, table, key) == [2, 3]
         assert await task == ([1, 2, 3], [1, 2, 3])
 
@@ -305,7 +305,7 @@ async def test_batches_that_name_the_same_rows_in_opposite_orders_do_not_deadloc
         await holder.execute(f"SELECT 1 FROM {table} WHERE {key} = 2 FOR UPDATE")
         for ids in ([1, 2, 3], [3, 2, 1]):
             locking.append(asyncio.create_task(lock_all(ids)))
-            await harness.until_blocked(len(locking))
+            await harness.until_blocked(len(locking), by=locking)
 
     await asyncio.gather(*locking)
     assert await deadlocks(harness) == 0

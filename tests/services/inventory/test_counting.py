@@ -218,7 +218,7 @@ async def test_who_waits_for_a_twin_hears_its_answer(harness: InventoryHarness):
             encode_outcome(AdjustedLevel(level=level)),
         )
         waiting = asyncio.create_task(adjust(harness, request))
-        await harness.until_blocked()
+        await harness.until_blocked(by=[waiting])
     heard = await waiting
 
     assert (heard.level, heard.replayed) == (level, True)
@@ -452,9 +452,9 @@ async def test_batches_in_opposite_orders_do_not_wait_for_each_other_for_ever(ha
         else "INSERT INTO levels (product_id) VALUES (2)"
     )
     sets = asyncio.create_task(count_many(harness, *(counting(7, product_id=i) for i in (MUG, LAMP, 3))))
-    await harness.until_blocked(1)
+    await harness.until_blocked(by=[sets])
     adjusts = asyncio.create_task(adjust_many(harness, *(adjusting(2, f"k{i}", product_id=i) for i in (3, LAMP, MUG))))
-    await harness.until_blocked(2)
+    await harness.until_blocked(2, by=[sets, adjusts])
     await held.rollback()
     heard = [*(await sets), *(await adjusts)]
 
@@ -613,7 +613,7 @@ async def test_of_two_processes_that_seed_the_stock_at_the_same_time_one_does(
     async def seed_once_more(_point: str) -> None:
         if not second:
             second.append(asyncio.ensure_future(seed()))
-            await harness.until_blocked()
+            await harness.until_blocked(by=second)
 
     inject(demo.SEED_BEFORE_COMMIT, seed_once_more)
 
@@ -629,7 +629,7 @@ async def test_the_demo_stock_waits_for_a_count_that_is_not_committed_and_is_lef
     async with counting.transaction():
         await counting.execute("INSERT INTO levels (product_id) VALUES ($1)", UNKNOWN)
         seeding = asyncio.ensure_future(seed())
-        await harness.until_blocked()
+        await harness.until_blocked(by=[seeding])
 
     assert await seeding is False
     assert await harness.values("SELECT product_id FROM levels") == [UNKNOWN]

@@ -40,7 +40,7 @@ async def test_guests_on_two_hosts_at_once_hold_their_share_and_no_more(harness:
         await holder.execute("SELECT 1 FROM levels FOR NO KEY UPDATE")
         with harness.acting(SERVICE):
             calls = [asyncio.ensure_future(clients[i % 2].reserve(of_guest(i, mug=1 + i % 2))) for i in range(1, 41)]
-        await harness.until_blocked(2)
+        await harness.until_blocked(2, by=calls)
     heard = await asyncio.gather(*calls, return_exceptions=True)
 
     assert {type(h) for h in heard} == {Reservation, OutOfStock}

@@ -73,7 +73,7 @@ async def race(harness: OrdersHarness, clients: list[Orders], requests: list[Pla
             calls = [
                 asyncio.ensure_future(clients[i % len(clients)].place(request)) for i, request in enumerate(requests)
             ]
-        await harness.until_blocked(2)
+        await harness.until_blocked(2, by=calls)
     return await asyncio.gather(*calls, return_exceptions=True)
 
 

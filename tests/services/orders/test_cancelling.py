@@ -256,7 +256,7 @@ async def test_a_cancel_waits_for_a_checkout_that_is_being_saved_and_refunds_it(
     lift()
 
     cancelling = asyncio.ensure_future(cancel(shared_harness, order))
-    await shared_harness.until_blocked()
+    await shared_harness.until_blocked(by=[cancelling])
     pause.resume.set()
     cancelled = await cancelling
 
@@ -279,7 +279,7 @@ async def test_a_cancel_waits_for_a_capture_that_is_being_saved_and_refunds_it(
     lift()
 
     cancelling = asyncio.ensure_future(cancel(shared_harness, order))
-    await shared_harness.until_blocked()
+    await shared_harness.until_blocked(by=[cancelling])
     pause.resume.set()
     cancelled = await cancelling
 
@@ -307,10 +307,10 @@ async def test_pay_and_cancel_at_once_of_an_order_without_a_saga_leave_one_end(
     async with connection.transaction():
         await connection.execute("SELECT FROM orders WHERE id = $1 FOR UPDATE", order.id)
         tasks = {first: asyncio.ensure_future(asked.pop(first)())}
-        await shared_harness.until_blocked()
+        await shared_harness.until_blocked(by=tasks.values())
         [(second, ask)] = asked.items()
         tasks[second] = asyncio.ensure_future(ask())
-        await shared_harness.until_blocked(2)
+        await shared_harness.until_blocked(2, by=tasks.values())
     outcomes = dict(zip(tasks, await asyncio.gather(*tasks.values(), return_exceptions=True), strict=True))
 
     assert isinstance(outcomes["cancel"], Order)

@@ -185,7 +185,7 @@ async def test_batches_that_share_keys_in_opposite_orders_do_not_deadlock(harnes
     with harness.acting(ALICE):
         here = asyncio.ensure_future(harness.orders.place.many(requests))
         there = asyncio.ensure_future(elsewhere.place.many(requests[::-1]))
-        await harness.until_blocked(2)
+        await harness.until_blocked(2, by=[here, there])
         await held.rollback()
         ids = order_ids(list(await here))
 
@@ -219,7 +219,7 @@ async def test_a_twin_waits_for_the_first_and_hears_its_answer(harness: OrdersHa
         lift()
         twin = asyncio.ensure_future(elsewhere.place(mugs(key="key")))
         other = asyncio.ensure_future(elsewhere.place(mugs(key="key", fingerprint=b"other")))
-        await harness.until_blocked()
+        await harness.until_blocked(by=[twin, other])
         pause.resume.set()
         placed = [await first, await twin]
 

@@ -280,7 +280,7 @@ async def test_a_move_that_waited_for_another_starts_from_where_that_one_ended(h
         await pause.reached.wait()
         lift()
         second = asyncio.ensure_future(elsewhere.move(MoveOrder(id=order.id, fulfilment="delivered")))
-        await harness.until_blocked()
+        await harness.until_blocked(by=[second])
         pause.resume.set()
         moved = [await first, await second]
 

@@ -150,7 +150,7 @@ async def test_two_payments_at_once_of_an_order_on_account_charge_once(shared_ha
                 asyncio.ensure_future(outcome_of(client.pay(PayOrder(id=order.id))))
                 for client in (shared_harness.orders, elsewhere)
             ]
-        await shared_harness.until_blocked(2)
+        await shared_harness.until_blocked(2, by=asked)
     outcomes = await asyncio.gather(*asked)
 
     assert [type(o) for o in outcomes].count(PaidOrder) == 1

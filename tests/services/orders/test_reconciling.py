@@ -175,9 +175,9 @@ async def test_two_processes_that_find_one_parked_saga_resume_it_once(harness: O
     connection = await harness.connection()
     async with connection.transaction():
         await connection.execute("SELECT FROM sagas WHERE subject_id = $1 FOR NO KEY UPDATE", order.id)
-        both = asyncio.gather(reconciling(harness).look(None), reconciling(harness).look(None))
-        await harness.until_blocked(2)
-    await both
+        both = [asyncio.ensure_future(reconciling(harness).look(None)) for _ in range(2)]
+        await harness.until_blocked(2, by=both)
+    await asyncio.gather(*both)
 
     assert resumed(harness) == 1
 

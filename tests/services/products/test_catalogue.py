@@ -90,7 +90,7 @@ async def test_of_two_who_create_the_same_sku_at_once_one_hears_that_it_is_taken
         if not second:
             # Somebody else's call: it knows nothing of the transaction that this one is in.
             second.append(asyncio.create_task(once_more(), context=contextvars.Context()))
-            await harness.until_blocked(of="products")
+            await harness.until_blocked(of="products", by=second)
 
     async def once_more() -> Product:
         with harness.acting(staff):
@@ -228,7 +228,7 @@ async def test_of_two_updates_of_one_version_at_once_the_second_is_stale(
     async def update_once_more(_point: str) -> None:
         if not second:
             second.append(asyncio.create_task(update_to("Second"), context=contextvars.Context()))
-            await harness.until_blocked(of="products")
+            await harness.until_blocked(of="products", by=second)
 
     with harness.acting(staff):
         product = await products.create(HEADPHONES)

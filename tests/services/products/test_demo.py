@@ -62,7 +62,7 @@ async def test_of_two_processes_that_seed_at_once_one_does(
     async def seed_once_more(_point: str) -> None:
         if not second:
             second.append(asyncio.ensure_future(seed(harness)))
-            await harness.until_blocked(of="products")
+            await harness.until_blocked(of="products", by=second)
 
     inject(demo.SEED_BEFORE_COMMIT, seed_once_more)
 

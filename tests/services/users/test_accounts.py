@@ -301,7 +301,7 @@ async def test_a_password_that_is_changed_meanwhile_changes_no_address(harness: 
     with harness.acting(customer(alice)):
         request = UpdateProfile(id=alice.id, email="alice@elsewhere.example", current_password=PASSWORD)
         changing = asyncio.ensure_future(users.update_profile(request))
-    await harness.until_blocked(of="users")
+    await harness.until_blocked(of="users", by=[changing])
     await transaction.commit()
 
     with pytest.raises(WrongCredentials):
@@ -451,7 +451,7 @@ async def test_who_loses_the_role_meanwhile_does_not_use_it(harness: ServiceHarn
         request = SetRole(id=alice.id, role="staff") if again == "role" else UpdateProfile(id=bob.id, name="Eve")
         call = users.set_role(request) if isinstance(request, SetRole) else users.update_profile(request)
         using = asyncio.ensure_future(call)
-    await harness.until_blocked(of="users")
+    await harness.until_blocked(of="users", by=[using])
     await transaction.commit()
 
     with pytest.raises((Forbidden, UserNotFound)):

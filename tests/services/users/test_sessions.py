@@ -640,7 +640,7 @@ async def test_a_sign_in_that_meets_a_change_of_role_gets_the_new_one(
     await transaction.start()
     await connection.execute("UPDATE users SET role = 'customer' WHERE id = $1", alice.id)
     signing_in = asyncio.create_task(sign_in(harness, users))
-    await harness.until_blocked(of="users")
+    await harness.until_blocked(of="users", by=[signing_in])
     await transaction.commit()
 
     assert part((await signing_in).access_token, 1)["role"] == "customer"
@@ -828,7 +828,7 @@ async def test_positions_of_the_log_are_in_the_order_of_commits(harness: Service
     ending = asyncio.create_task(end_slowly())
     await is_written.wait()
     overtaking = asyncio.create_task(sign_out(harness, users, late.refresh_token))
-    await harness.until_blocked(of="users")
+    await harness.until_blocked(of="users", by=[overtaking])
     assert (await ended(harness, users)).session_ids == ()
     may_commit.set()
     await asyncio.gather(ending, overtaking)

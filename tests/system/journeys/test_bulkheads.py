@@ -44,7 +44,7 @@ async def test_products_without_a_database_take_nothing_from_payments(shop: Shop
     paths = ["/products/100", "/products?limit=5", "/products?q=lamp"]
     reads = [asyncio.create_task(shop.get(paths[number % len(paths)])) for number in range(READS)]
     most = gauge(shop, "mercato_pool_connections_limit", "products") - 1
-    await until_blocked(products, int(most))  # reads hold all that they may have
+    await until_blocked(products, int(most), by=reads)  # reads hold all that they may have
 
     for order_id in placed:
         paid = await shop.post("/payments", {"order_id": order_id})
