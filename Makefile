@@ -30,6 +30,8 @@ PYTHON ?=
 CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
 
 export PIP_USER := 0
+# Images often forbid to keep compiled modules. Here hundreds of processes are started, and each would compile them all anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 # True for an interpreter that can build .venv. It is run, not looked up: a pyenv shim exists and yet may not work.
 SUITABLE := import sys, venv, ensurepip; ensurepip.version(); raise SystemExit(sys.version_info < (3, 11))
