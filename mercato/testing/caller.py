@@ -13,10 +13,8 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from .responses import Response
+from .waiting import BOUND_SECONDS
 
-ANSWER_SECONDS = 60.0
-RECOVERED_SECONDS = 60.0
-"""Bounds for a machine that is busy with other things; nothing is promised about them."""
 PAUSE_SECONDS_MAX = 0.5
 LATER = frozenset({503, 504})
 """Statuses of a shop that recovers, or whose machine is busy: a client reads again."""
@@ -29,7 +27,7 @@ class Caller:
         address = urlsplit(url)
         assert address.hostname
         self.token = token
-        self.connection = http.client.HTTPConnection(address.hostname, address.port, timeout=ANSWER_SECONDS)
+        self.connection = http.client.HTTPConnection(address.hostname, address.port, timeout=BOUND_SECONDS)
 
     def call(self, method: str, path: str, body: Any = None, **headers: str) -> Response:
         """`body` is sent as JSON; `If_Match="1"` is sent as a header."""
@@ -90,7 +88,7 @@ class Caller:
 
 def _recovered(ask: Callable[[], Response]) -> Response:
     """As documented, a client asks again after 503 or 504. A request that changes something needs a key for that."""
-    end = time.monotonic() + RECOVERED_SECONDS
+    end = time.monotonic() + BOUND_SECONDS
     while True:
         answer = ask()
         if answer.status not in LATER or time.monotonic() > end:
@@ -116,7 +114,7 @@ class Clients:
     def __exit__(self, *_: object) -> None:
         self.stopped.set()
         for thread in self._threads:
-            thread.join(ANSWER_SECONDS)
+            thread.join(BOUND_SECONDS)
 
 
 class Buyers(Clients):

@@ -9,10 +9,10 @@ from typing import Any, Self
 import aiohttp
 
 from .responses import Response
+from .waiting import BOUND_SECONDS
 
 CONNECTIONS = 400
 """At once: open files are limited to a thousand or so by default, in this process and in the shop."""
-ANSWER_SECONDS = 60.0
 
 
 class ConcurrentClient:
@@ -27,7 +27,7 @@ class ConcurrentClient:
         self._url = url
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=connections),
-            timeout=aiohttp.ClientTimeout(total=None, sock_read=ANSWER_SECONDS),
+            timeout=aiohttp.ClientTimeout(total=None, sock_read=BOUND_SECONDS),
         )
 
     async def request(self, method: str, path: str, body: Any = None, key: str | None = None) -> Response:

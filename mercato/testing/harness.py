@@ -29,7 +29,7 @@ from .waiting import until_blocked
 C = TypeVar("C", bound=Contract)
 
 TEST_SECRET: Final = b"a secret that everybody may know"
-TEST_CALL_SECONDS: Final = 30.0
+TEST_CALL_SECONDS: Final = 120.0
 NO_BUILDS: Final[Mapping[str, Build]] = {}
 
 

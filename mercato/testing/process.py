@@ -27,13 +27,11 @@ from mercato.chassis.hosting.keys import key_deriver
 from mercato.embedded_postgres import processes
 
 from .caller import Caller
-from .waiting import POLL_SECONDS, wait_until
+from .waiting import BOUND_SECONDS, POLL_SECONDS, wait_until
 
 ROOT: Final = Path(__file__).parents[2]
-READY_SECONDS: Final = 60.0
-"""A bound for a machine that is busy with other things; nothing is promised about it."""
-GONE_SECONDS: Final = 30.0
-"""A bound too. On a quiet machine nothing is running five seconds after a stop or a `kill -9`."""
+GONE_SECONDS: Final = 60.0
+"""A bound for a busy machine. On a quiet one nothing is running five seconds after a stop or a `kill -9`."""
 
 Identity = processes.Process
 
@@ -132,7 +130,7 @@ class Process:
         return sum(words in line for line in self.lines)
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
-        end = time.monotonic() + READY_SECONDS
+        end = time.monotonic() + BOUND_SECONDS
         while not condition():
             # Looked at before the condition: what was said last is still read after the end.
             ended = not self.is_running and not any(reader.is_alive() for reader in self._readers)
@@ -235,7 +233,7 @@ class Process:
 
     def refusal(self) -> str:
         """Waits for a start that fails as it should: exit code 1, one sentence, no traceback, nothing left."""
-        assert self.exit_code(READY_SECONDS) == 1, self.output
+        assert self.exit_code(BOUND_SECONDS) == 1, self.output
         assert len(self.complaints) == 1, self.output
         assert self.complaints[0].startswith("mercato: "), self.output
         assert not self.left

@@ -11,8 +11,8 @@ from .tables import BLOCKED_STATEMENTS, connected
 
 T = TypeVar("T")
 
-BOUND_SECONDS: Final = 120.0
-"""For a machine that is busy with other things; nothing is promised about it."""
+BOUND_SECONDS: Final = 240.0
+"""Of every wait of a test. For a machine that is busy with other things; nothing is promised about it."""
 POLL_SECONDS: Final = 0.01
 IN_VAIN: Final = "what the test waits for does not happen"
 

@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import pytest
 
+from mercato.testing.waiting import BOUND_SECONDS
+
 REPOSITORY = Path(__file__).parents[2]
 LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True, no_logo=True))"
-LINT_SECONDS = 60
 
 
 class Violation(NamedTuple):
@@ -56,7 +57,7 @@ def broken_contracts(folder: Path) -> set[str]:
     """Lint the package in `folder` and return the ids of the contracts reported as broken."""
     environment = {"PATH": "", "COLUMNS": "200", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", LINT], cwd=folder, env=environment, capture_output=True, text=True, timeout=LINT_SECONDS
+        [sys.executable, "-c", LINT], cwd=folder, env=environment, capture_output=True, text=True, timeout=BOUND_SECONDS
     )
     verdicts = dict(re.findall(r"^(.+?) (KEPT|BROKEN)\b", done.stdout, re.MULTILINE))
     names = contract_names()

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from mercato import topology
+from mercato.testing.waiting import BOUND_SECONDS
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "mercato"
 SERVICES = list(topology.SERVICES)
-IMPORT_SECONDS = 60
 
 IMPORT_APP = """
 import sys
@@ -47,7 +47,7 @@ def cut_slice(service: str, folder: Path) -> None:
 def import_app(service: str, folder: Path) -> subprocess.CompletedProcess[str]:
     # -I: neither the environment nor the working folder adds to the module path.
     command = [sys.executable, "-I", "-B", "-c", IMPORT_APP, str(folder), topology.package(service)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=IMPORT_SECONDS)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=BOUND_SECONDS)
 
 
 def test_there_are_services():

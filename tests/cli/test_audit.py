@@ -24,10 +24,8 @@ from mercato.cli.databases import OWN_URL
 from mercato.embedded_postgres import DataFolder, EmbeddedPostgres, processes
 from mercato.operations.audit.invariants import SHOP
 from mercato.testing.process import clean_environment, cluster_of, data_folder
-from mercato.testing.waiting import wait_until
+from mercato.testing.waiting import BOUND_SECONDS, wait_until
 from operations.audit.sample_shop import fill
-
-SECONDS = 60
 
 
 @asynccontextmanager
@@ -79,7 +77,7 @@ def start(*options: str, environment: Mapping[str, str] | None = None) -> subpro
 def finished(running: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Its exit code and what it has said."""
     try:
-        output, errors = running.communicate(timeout=SECONDS)
+        output, errors = running.communicate(timeout=BOUND_SECONDS)
     except subprocess.TimeoutExpired:
         running.kill()
         running.communicate()
@@ -199,7 +197,7 @@ def test_an_interrupted_audit_stops_what_it_has_started(shop: Path):
     code, _, errors = finished(running)
 
     assert (code, errors) == (130, "mercato: stopped before it was done\n")
-    wait_until(lambda: not processes.serving(cluster_of(shop)), SECONDS)
+    wait_until(lambda: not processes.serving(cluster_of(shop)), BOUND_SECONDS)
     assert_untouched(shop)
 
 

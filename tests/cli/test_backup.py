@@ -22,11 +22,9 @@ import pytest
 from cli.test_audit import change, make_shop, serving
 from mercato.operations.audit.invariants import SHOP
 from mercato.testing.process import ROOT, Process, clean_environment, data_folder, remove
-from mercato.testing.waiting import wait_until
+from mercato.testing.waiting import BOUND_SECONDS, wait_until
 
 pytestmark = pytest.mark.long
-
-SECONDS = 120
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +67,7 @@ def start(
 def finished(running: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Its exit code and what it has said."""
     try:
-        output, errors = running.communicate(timeout=SECONDS)
+        output, errors = running.communicate(timeout=BOUND_SECONDS)
     except subprocess.TimeoutExpired:
         running.kill()
         running.communicate()
@@ -182,7 +180,7 @@ def used(running: Process, account: Mapping[str, str]) -> dict[str, Any]:
     assert placed.status == 201, placed.text
     guest = running.caller().post("/orders", {"product_id": 100, "email": "guest@example.com"})
     assert guest.status == 201, guest.text
-    wait_until(lambda: bool(caller.get("/payments").json), SECONDS, lambda: caller.get("/orders").text)
+    wait_until(lambda: bool(caller.get("/payments").json), BOUND_SECONDS, lambda: caller.get("/orders").text)
     [payment] = caller.get("/payments").json
     return {
         "user": user.json["id"],

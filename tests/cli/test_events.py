@@ -23,11 +23,11 @@ from mercato.embedded_postgres.place import note_initialized
 from mercato.services.events.app import CONSUMER
 from mercato.services.products.consumers import IN_STOCK
 from mercato.testing.process import clean_environment, data_folder
+from mercato.testing.waiting import BOUND_SECONDS
 
 T = TypeVar("T")
 
 STOCK_CONSUMER = IN_STOCK.consumer
-SECONDS = 60
 ORDER = {"subject": "order", "subject_id": 1001, "version": 1, "data": {"order_id": 1001}}
 AT = "2026-01-15T09:30:00+00:00"
 
@@ -107,7 +107,7 @@ def run(*options: str) -> tuple[int, list[str], str]:
     """The exit code, the lines of the output, and what was said on standard error."""
     done = subprocess.run(
         mercato(*options),
-        capture_output=True, text=True, timeout=SECONDS, cwd="/", env=clean_environment(), check=False,
+        capture_output=True, text=True, timeout=BOUND_SECONDS, cwd="/", env=clean_environment(), check=False,
     )  # fmt: skip
     return done.returncode, done.stdout.splitlines(), done.stderr
 
@@ -177,7 +177,7 @@ def test_tail_follows_until_it_is_interrupted(shop: RunningShop):
         shop.put_entry(2)
         assert json.loads(running.stdout.readline())["id"] == name(2, "orders")
         running.send_signal(signal.SIGINT)
-        _, said = running.communicate(timeout=SECONDS)
+        _, said = running.communicate(timeout=BOUND_SECONDS)
     finally:
         running.kill()
         running.communicate()
@@ -220,7 +220,7 @@ def test_following_ends_quietly_when_nobody_reads_any_more(shop: RunningShop):
         assert "order.placed" in running.stdout.readline()
         running.stdout.close()
         shop.put_entry(2)
-        assert running.wait(SECONDS) == 0
+        assert running.wait(BOUND_SECONDS) == 0
         assert running.stderr.read() == ""
     finally:
         running.kill()
@@ -235,7 +235,7 @@ def test_a_full_disk_is_a_sentence(shop: RunningShop, command: str):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             mercato(command, "--data", str(shop.data)),
-            stdout=full, stderr=subprocess.PIPE, text=True, timeout=SECONDS, cwd="/", env=clean_environment(),
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=BOUND_SECONDS, cwd="/", env=clean_environment(),
             check=False,
         )  # fmt: skip
     sentence = "mercato: standard output cannot be written: No space left on device\n"
@@ -293,7 +293,7 @@ async def replay_beside_another(shop: RunningShop) -> tuple[int, list[str], str]
         await transaction.start()
         await connection.execute("UPDATE parked SET replayed_at = now()")
         replay = asyncio.create_task(asyncio.to_thread(run, "replay", "--all", "--data", str(shop.data)))
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(BOUND_SECONDS):
             while not await connection.fetch("SELECT FROM pg_locks WHERE NOT granted"):
                 await asyncio.sleep(0.05)
         await transaction.commit()

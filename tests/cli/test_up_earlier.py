@@ -19,10 +19,10 @@ from mercato.chassis.postgres.migrations import migrate
 from mercato.chassis.postgres.provisioning import provision
 from mercato.testing.cluster import Cluster
 from mercato.testing.process import ROOT, Process, clean_environment, cluster_of, data_folder
+from mercato.testing.waiting import BOUND_SECONDS
 
 EARLIER = "b01daaaf3141c2b70d5c24552955744ad62b4a95"
 """The last commit before revisions had checksums."""
-SECONDS = 60
 
 
 def fingerprint(data: Path) -> Mapping[str, tuple[int, bytes]]:
@@ -35,8 +35,8 @@ def complaint(*command: str, environment: Mapping[str, str] | None = None) -> st
     """The one sentence of a command that cannot do what it is asked to."""
     done = subprocess.run(
         [sys.executable, "-m", "mercato.cli", *command],
-        capture_output=True, text=True, cwd="/", env={**clean_environment(), **(environment or {})}, timeout=SECONDS,
-        check=False,
+        capture_output=True, text=True, cwd="/", env={**clean_environment(), **(environment or {})},
+        timeout=BOUND_SECONDS, check=False,
     )  # fmt: skip
     assert done.returncode != 0
     [sentence] = done.stderr.splitlines()

@@ -39,11 +39,11 @@ from mercato.chassis.rpc.transports.loopback import LoopbackTransport
 from mercato.contracts.inventory import StockTrace
 from mercato.contracts.orders import Orders
 from mercato.gateway import problems
+from mercato.testing.waiting import BOUND_SECONDS
 
 CONTRACTS = update_schemas.contracts()
 OPERATIONS = {o.full_name: o for c in CONTRACTS.values() for o in c.operations.values()}
 EVENTS = {type_: contract for contract in CONTRACTS.values() for type_ in contract.events}
-CALL_SECONDS = 30.0
 SERVICE = Actor("service", 1)
 
 
@@ -105,7 +105,7 @@ async def call(operation: Operation[Any, Any], request: Any, answer: Any, transp
     servers = {contract.service: server.complete()}
     carrier: Transport = LocalTransport(servers) if transport == "local" else LoopbackTransport(servers, clock)
     connector = Connector(clock, Telemetry())
-    token = current.set(msgspec.structs.replace(CONTEXT, deadline=clock.monotonic() + CALL_SECONDS))
+    token = current.set(msgspec.structs.replace(CONTEXT, deadline=clock.monotonic() + BOUND_SECONDS))
     try:
         return await getattr(connector.client(contract, carrier), operation.name)(request)
     finally:

@@ -19,7 +19,6 @@ from mercato.testing.waiting import BOUND_SECONDS
 
 STREAM = "MERCATO_EVENTS"
 PAGE = 200
-ANSWER_SECONDS = 10.0
 
 
 def subscriber_file(data: Path) -> Path:
@@ -34,14 +33,14 @@ async def read_stream(data: Path) -> list[tuple[str, str, Any]]:
     url = variables(subscriber_file(data))["NATS_URL"]
     client = await nats.connect(url, inbox_prefix="_INBOX.subscriber", connect_timeout=int(BOUND_SECONDS))
     try:
-        jetstream = client.jetstream(timeout=ANSWER_SECONDS)
+        jetstream = client.jetstream(timeout=BOUND_SECONDS)
         name = f"reader-{secrets.token_hex(4)}"
         config = ConsumerConfig(durable_name=name, ack_policy=AckPolicy.NONE)
         left = (await jetstream.add_consumer(STREAM, config)).num_pending or 0
         reads = await jetstream.pull_subscribe_bind(name, STREAM)
         found: list[tuple[str, str, Any]] = []
         while len(found) < left:
-            for message in await reads.fetch(min(PAGE, left - len(found)), timeout=ANSWER_SECONDS):
+            for message in await reads.fetch(min(PAGE, left - len(found)), timeout=BOUND_SECONDS):
                 assert message.headers
                 found.append((message.subject, message.headers["Nats-Msg-Id"], msgspec.json.decode(message.data)))
         await jetstream.delete_consumer(STREAM, name)

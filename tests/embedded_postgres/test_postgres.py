@@ -27,13 +27,13 @@ import pytest
 
 from mercato.embedded_postgres import EmbeddedPostgres, SupervisorError, place, remove_cluster
 from mercato.embedded_postgres.place import FORMAT, PLACES, read_record
+from mercato.testing.waiting import BOUND_SECONDS
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.postgres]
 
 ROOT = Path(__file__).parents[2]
 AS_ROOT = os.geteuid() == 0
 PASSWORD = "p@ss word/1"
-GONE_SECONDS = 30.0
 needs_root = pytest.mark.skipif(not AS_ROOT, reason="is about what root must do otherwise")
 needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 
@@ -92,7 +92,7 @@ async def until_busy(data: Path) -> None:
          WHERE state = 'active' AND pid <> pg_backend_pid() AND query LIKE '%generate_series(1, 10000000000)%'
     """
     try:
-        async with asyncio.timeout(GONE_SECONDS):
+        async with asyncio.timeout(BOUND_SECONDS):
             while not await connection.fetchval(busy):
                 await asyncio.sleep(0.01)
     finally:
@@ -120,7 +120,7 @@ def alive(data: Path) -> list[str]:
 
 
 async def assert_all_gone(data: Path) -> None:
-    deadline = time.monotonic() + GONE_SECONDS
+    deadline = time.monotonic() + BOUND_SECONDS
     while (left := alive(data)) and time.monotonic() < deadline:
         await asyncio.sleep(0.02)
     assert left == []
@@ -276,7 +276,7 @@ async def test_a_killed_guard_or_server_is_reported_and_leaves_nothing(data: Pat
 
     os.kill(server.pid if victim == "postmaster" else server.guard_pid, signal.SIGKILL)
 
-    sentence = await asyncio.wait_for(server.died(), GONE_SECONDS)
+    sentence = await asyncio.wait_for(server.died(), BOUND_SECONDS)
     assert f"pid {server.pid}" in sentence
     assert "SIGKILL" in sentence
     await assert_all_gone(data)
@@ -294,7 +294,7 @@ async def test_a_server_and_guard_killed_at_once_leave_nothing(data: Path):
     os.kill(server.guard_pid, signal.SIGKILL)
     os.kill(server.pid, signal.SIGKILL)
 
-    await asyncio.wait_for(server.died(), GONE_SECONDS)
+    await asyncio.wait_for(server.died(), BOUND_SECONDS)
     await assert_all_gone(data)
     async with running(data) as server:
         assert await ask(server, "SELECT 1") == 1
@@ -337,7 +337,7 @@ async def test_a_server_that_does_not_listen_is_stopped_all_the_same(data: Path)
     server = await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
     os.kill(server.pid, signal.SIGSTOP)
 
-    await asyncio.wait_for(server.stop(), GONE_SECONDS)
+    await asyncio.wait_for(server.stop(), BOUND_SECONDS)
 
     assert alive(data) == []
 

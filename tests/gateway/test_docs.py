@@ -9,6 +9,7 @@ import pytest
 
 from mercato.gateway import docs, openapi
 from mercato.gateway.routes import ROUTES
+from mercato.testing.waiting import BOUND_SECONDS
 
 PAGES = docs.pages(ROUTES)
 HTML_PATHS = ["/account/email", "/account/password", "/docs", "/docs/problems"]
@@ -127,7 +128,9 @@ def test_the_script_keeps_no_token_and_makes_no_markup_of_data():
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 def test_the_script_has_no_syntax_error():
-    done = subprocess.run(["node", "--check", "-"], input=PAGES["/docs/docs.js"].body, capture_output=True, timeout=60)
+    done = subprocess.run(
+        ["node", "--check", "-"], input=PAGES["/docs/docs.js"].body, capture_output=True, timeout=BOUND_SECONDS
+    )
 
     assert done.returncode == 0, done.stderr.decode()
 

@@ -13,11 +13,11 @@ from mercato.testing.responses import Response, assert_problem
 from mercato.testing.shop import Shop
 from mercato.testing.shop_data import new_order, new_person
 from mercato.testing.transports import TRANSPORTS
+from mercato.testing.waiting import BOUND_SECONDS
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 ORDER = {"user_id": 1, "product_id": 100}
-BACK_SECONDS = 60.0
 LEFT_ALONE_SECONDS = 3
 
 
@@ -77,7 +77,7 @@ async def give_back(cluster: Cluster, shop: Shop) -> None:
 
 async def until(answer: Callable[[], Awaitable[Response]], status: int) -> Response:
     """Asks until it is answered with this status; so long, nothing but a clear 503 is heard."""
-    async with asyncio.timeout(BACK_SECONDS):
+    async with asyncio.timeout(BOUND_SECONDS):
         while (reply := await answer()).status != status:
             assert_unavailable(reply)
             await asyncio.sleep(0.1)
@@ -117,7 +117,7 @@ async def test_while_the_breaker_is_open_the_answer_comes_at_once(shop: Shop, cl
 
     async def asked_again_until_left_alone_for_long() -> Response:
         # Each probe that fails doubles the time for which the breaker stays open; Retry-After says how long that is.
-        async with asyncio.timeout(BACK_SECONDS):
+        async with asyncio.timeout(BOUND_SECONDS):
             while True:
                 reply = await shop.post("/orders", ORDER)
                 assert_unavailable(reply)

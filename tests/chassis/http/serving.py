@@ -14,8 +14,8 @@ import pytest
 import uvloop
 
 from mercato.chassis.http import COMPLETE_RESPONSE, HttpLimits, HttpServer, bind
+from mercato.testing.waiting import BOUND_SECONDS
 
-BOUND_SECONDS = 60.0
 GET = b"GET /hello HTTP/1.1\r\nHost: shop\r\n\r\n"
 CHUNKED = b"POST /echo HTTP/1.1\r\nHost: shop\r\nTransfer-Encoding: chunked\r\n\r\n"
 SHORT = {"request_seconds": 0.3, "response_grace_seconds": 0.2}

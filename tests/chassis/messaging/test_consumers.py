@@ -35,7 +35,7 @@ from mercato.chassis.observability.faults import Fault
 from mercato.chassis.postgres import outbox_row
 from mercato.testing.cluster import Cluster
 from mercato.testing.injection import Inject
-from mercato.testing.waiting import until
+from mercato.testing.waiting import BOUND_SECONDS, until
 
 
 @pytest_asyncio.fixture
@@ -121,7 +121,7 @@ async def test_a_cancellation_at_the_moment_of_a_wake_up_is_not_lost(harness: Ev
     consumer.wake()
     task.cancel()
 
-    _, left = await asyncio.wait({task}, timeout=30)
+    _, left = await asyncio.wait({task}, timeout=BOUND_SECONDS)
     assert left == set()
 
 

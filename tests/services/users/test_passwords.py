@@ -28,9 +28,9 @@ from mercato.services.users.passwords import (
     threads_for,
 )
 from mercato.testing.harness import ServiceHarness
+from mercato.testing.waiting import BOUND_SECONDS
 
 PLACES = HASH_THREADS + HASH_QUEUE_LIMIT
-WAIT_SECONDS = 60
 
 
 class GatedHasher:
@@ -44,7 +44,7 @@ class GatedHasher:
 
     def hash(self, password: str, salt: bytes) -> str:
         self.begun.release()
-        assert self.gate.wait(WAIT_SECONDS), "the test forgot to open the gate"
+        assert self.gate.wait(BOUND_SECONDS), "the test forgot to open the gate"
         self.hashed.append(password)
         return password
 
@@ -89,14 +89,14 @@ async def fill(passwords: Passwords, hasher: GatedHasher, count: int = PLACES) -
     hasher.gate.clear()
     tasks = [asyncio.create_task(passwords.hash(f"password {i}")) for i in range(count)]
     for _ in range(HASH_THREADS):
-        assert await asyncio.to_thread(hasher.begun.acquire, timeout=WAIT_SECONDS)
+        assert await asyncio.to_thread(hasher.begun.acquire, timeout=BOUND_SECONDS)
     return tasks
 
 
 async def test_beyond_the_queue_the_answer_is_at_once_too_many(passwords: Passwords, hasher: GatedHasher):
     tasks = await fill(passwords, hasher)
 
-    async with asyncio.timeout(WAIT_SECONDS):
+    async with asyncio.timeout(BOUND_SECONDS):
         with pytest.raises(TooManyHashes) as refused:
             await passwords.hash("one too many")
         with pytest.raises(TooManyHashes):
@@ -170,7 +170,7 @@ async def test_a_caller_who_goes_while_hashed_keeps_the_place_until_the_thread_i
     tasks[0].cancel()
     await asyncio.wait(tasks[:1])
 
-    async with asyncio.timeout(WAIT_SECONDS):
+    async with asyncio.timeout(BOUND_SECONDS):
         with pytest.raises(TooManyHashes):
             await passwords.hash("one too many")
 
@@ -206,7 +206,7 @@ async def test_who_would_wait_for_half_of_the_time_is_refused_at_once(
     current.set(acting(Actor("anonymous"), clock=clock, seconds=10.0))
     # With n before it on two threads it would wait n seconds: the fifth, with six, for more than half of its ten.
     *waiting, refused = [asyncio.create_task(passwords.hash(f"waits {i}")) for i in range(5)]
-    async with asyncio.timeout(WAIT_SECONDS):
+    async with asyncio.timeout(BOUND_SECONDS):
         with pytest.raises(TooManyHashes):
             await refused
     hasher.gate.set()
@@ -240,12 +240,12 @@ async def test_beyond_the_queue_signing_in_is_refused_and_nobody_else_is_harmed(
 
     places = threads_for(os.cpu_count()) + HASH_QUEUE_LIMIT
     users = (await harness.open({"users": with_gate})).client(Users)
-    with harness.acting(Actor("anonymous"), seconds=WAIT_SECONDS):
+    with harness.acting(Actor("anonymous"), seconds=BOUND_SECONDS):
         alice = await users.register(Register(email="alice@example.com", name="Alice", password="correct horse"))
         hasher.gate.clear()
         request = SignIn(email=alice.email, password="correct horse")
         tasks = [asyncio.ensure_future(users.sign_in(request)) for _ in range(places + 3)]
-        for answered_first in itertools.islice(asyncio.as_completed(tasks, timeout=WAIT_SECONDS), 3):
+        for answered_first in itertools.islice(asyncio.as_completed(tasks, timeout=BOUND_SECONDS), 3):
             with pytest.raises(TooManyHashes):
                 await answered_first
         hasher.gate.set()

@@ -51,7 +51,7 @@ from mercato.services.users.app import build
 from mercato.services.users.passwords import Argon2Hasher, Hasher
 from mercato.testing.harness import ServiceHarness
 from mercato.testing.tables import connect
-from mercato.testing.waiting import without_waiting
+from mercato.testing.waiting import BOUND_SECONDS, without_waiting
 
 ANYBODY = Actor("anonymous")
 STAFF = Actor("staff")
@@ -59,7 +59,6 @@ STAFF = Actor("staff")
 EMAIL = "alice@example.com"
 PASSWORD = "correct horse"
 NEW_PASSWORD = "battery staple"
-WAIT_SECONDS = 60
 
 
 @pytest_asyncio.fixture
@@ -568,7 +567,7 @@ class PausingHasher(Argon2Hasher):
         matched = super().matches(password_hash, password)
         if not self.matched.is_set():
             self.matched.set()
-            assert self.go_on.wait(WAIT_SECONDS)
+            assert self.go_on.wait(BOUND_SECONDS)
         return matched
 
 
@@ -579,7 +578,7 @@ async def test_a_sign_in_with_the_old_password_does_not_outlive_the_change(harne
     with harness.acting(ANYBODY):
         alice = await users.register(Register(email=EMAIL, name="Alice", password=PASSWORD))
     signing_in = asyncio.create_task(sign_in(harness, users))
-    await asyncio.to_thread(hasher.matched.wait, WAIT_SECONDS)
+    await asyncio.to_thread(hasher.matched.wait, BOUND_SECONDS)
     await change_password(harness, users, Actor("customer", alice.id), alice.id)
     hasher.go_on.set()
 
@@ -862,7 +861,7 @@ async def clean_up(harness: ServiceHarness, sessions_left: int) -> None:
     [task] = [task for task in harness.host.services["users"].tasks if task.name == "clean up"]
     running = asyncio.create_task(task.run("users", harness.host.clock, harness.host.telemetry))
     try:
-        async with asyncio.timeout(WAIT_SECONDS):
+        async with asyncio.timeout(BOUND_SECONDS):
             while len(await look(harness, int, "SELECT id FROM sessions")) > sessions_left:  # the event is a row
                 await asyncio.sleep(0.01)
     finally:

@@ -37,6 +37,7 @@ from mercato.chassis.postgres.outbox_row import end_of_row
 from mercato.operations.audit.checking import audit
 from mercato.testing.caller import Caller
 from mercato.testing.process import Process
+from mercato.testing.waiting import BOUND_SECONDS
 from system.chaos.verdict import CONSUMED
 
 IS_CAMPAIGN: Final = os.environ.get("CAMPAIGN") == "full"
@@ -45,9 +46,9 @@ SEED: Final = os.environ.get("CRASH_SEED") or f"{datetime.datetime.now(datetime.
 SHARE_IN_RECOVERY: Final = 0.3
 SAMPLE_STEP: Final = 15
 """`make test` has every fifteenth point of each table: being odd, the step takes turns before and after a commit."""
-CONVERGED_SECONDS: Final = 60.0
+CONVERGED_SECONDS: Final = BOUND_SECONDS
 """A bound for a machine that is busy with other things. On a quiet one nothing is under way after 15 seconds."""
-REACHED_SECONDS: Final = 10.0
+REACHED_SECONDS: Final = 20.0
 """A bound for points that only the shop's own loops come to."""
 ATTEMPTS: Final = 5
 """A point that depends on who comes first is tried again."""

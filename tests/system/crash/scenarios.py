@@ -585,7 +585,7 @@ def replay(poison: Poison, crash_at: str = "") -> subprocess.CompletedProcess[st
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=CONVERGED_SECONDS,
     )
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from mercato.testing.concurrent_client import ConcurrentClient
-from mercato.testing.process import READY_SECONDS, Process, data_folder
+from mercato.testing.process import Process, data_folder
 from mercato.testing.responses import RETRYABLE, Response
+from mercato.testing.waiting import BOUND_SECONDS
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +40,7 @@ async def test_a_key_has_one_order_however_often_and_whenever_it_is_sent(data: P
             assert len(await client.orders("/orders")) == len(KEYS)
             await refuse_another_body(client)
         shop.kill()
-        shop.exit_code(READY_SECONDS)
+        shop.exit_code(BOUND_SECONDS)
 
     with Process(data, "--workers", "2") as shop:
         async with ConcurrentClient(shop.ready().url) as client:

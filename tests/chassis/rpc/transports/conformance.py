@@ -42,10 +42,9 @@ from mercato.chassis.rpc.client import Connector
 from mercato.chassis.rpc.server import Server
 from mercato.chassis.rpc.transports import Transport
 from mercato.contracts.inventory import ShortLine
-from mercato.testing.waiting import until_true
+from mercato.testing.waiting import BOUND_SECONDS, until_true
 
 SIZE = 16
-CALL_SECONDS = 30.0
 SECRET = "the handler's own words"
 
 
@@ -190,7 +189,7 @@ class Stage:
 
     @contextlib.contextmanager
     def acting(
-        self, actor: Actor, seconds: float = CALL_SECONDS, trace_id: str = "t", request_id: str = "r"
+        self, actor: Actor, seconds: float = BOUND_SECONDS, trace_id: str = "t", request_id: str = "r"
     ) -> Generator[None]:
         token = current.set(Context(actor, self.clock.monotonic() + seconds, trace_id, request_id))
         try:
@@ -199,7 +198,7 @@ class Stage:
             current.reset(token)
 
     def send_as(
-        self, actor: Actor, request: Ask, seconds: float = CALL_SECONDS, trace_id: str = "t"
+        self, actor: Actor, request: Ask, seconds: float = BOUND_SECONDS, trace_id: str = "t"
     ) -> Awaitable[Said]:
         with self.acting(actor, seconds, trace_id):
             return self.things.read(request)
@@ -470,7 +469,7 @@ class Conformance:
     ):
         """Three services, of which the last one stands still: with the time of its caller its work ends as well."""
         last = ChainEnd(stage, operation)
-        for left in (0.3, 3.0, CALL_SECONDS):  # on a machine that is too busy for a chain of 300 ms
+        for left in (0.3, 3.0, BOUND_SECONDS):  # on a machine that is too busy for a chain of 300 ms
             last.begin()
             with stage.acting(CUSTOMER, seconds=left), pytest.raises(DeadlineExceeded):
                 await getattr(stage.things, operation)(Ask(number=2, do="pass on"))
