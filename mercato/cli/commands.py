@@ -269,19 +269,29 @@ def services(*, data: Path = Path(".mercato"), json: Annotated[bool, Parameter(n
 
 
 @app.command
-def doctor(*, data: Path = Path(".mercato"), json: Annotated[bool, Parameter(negative="")] = False) -> int:
+def doctor(
+    *,
+    data: Path = Path(".mercato"),
+    prune: Annotated[bool, Parameter(negative="")] = False,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
     """Say through what the services of a shop are found, what is seen, and why a service is not.
+
+    Also lists the databases that root's shops have below /var/lib/mercato, with the data folder of each.
 
     Parameters
     ----------
     data
         The folder of the shop's data.
+    prune
+        Instead, delete for good the databases below /var/lib/mercato whose data folder is gone. A folder on a disk that
+        is not mounted looks like one that is gone.
     json
         Print one JSON document.
     """
-    from mercato.cli.looking import doctor as run
+    from mercato.cli.looking import doctor as run, prune as run_prune
 
-    return run(data, as_json=json)
+    return run_prune(as_json=json) if prune else run(data, as_json=json)
 
 
 @app.command

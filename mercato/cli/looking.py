@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from mercato import topology
 from mercato.chassis.rpc.stats import Inspected, InstanceStats
 from mercato.cli import databases
 from mercato.cli.operator import operating
-from mercato.cli.progress import show, table
+from mercato.cli.progress import fail, show, table
+from mercato.embedded_postgres.place import PLACES, FoundPlace, places, prune as prune_places
 
 SAMPLE_SECONDS: Final = 1.0
 """Calls per second are counted over so long."""
@@ -23,6 +25,12 @@ MISSING: Final = 1
 CALL_HEADERS: Final = ("CALLER", "INSTANCE", "CALLS", "OPERATIONS", "BREAKER", "IN FLIGHT", "MAY RETRY")
 HEADERS: Final = ("SERVICE", "INSTANCE", "PID", "VERSION", "UP", "CALLS/S", "P99", "ERRORS", "HEALTH")
 
+PLACE_STATES: Final = {
+    "used": "which uses it",
+    "deleted": "which was deleted: --prune removes it",
+    "moved": "which has another name or path now: its next start there finds it",
+    "missing": "which is not there: --prune removes it if the folder was deleted",
+}
 Found = Mapping[str, Sequence[Inspected]]
 
 
@@ -33,7 +41,26 @@ def services(data: Path, *, as_json: bool) -> int:
 
 def doctor(data: Path, *, as_json: bool) -> int:
     """Says what is used to find the services, what it sees, and why a service is not seen."""
-    return databases.run(lambda: _doctor(data, as_json=as_json))
+    found = places()
+    if not as_json:
+        for place in found:
+            show(f"{place.path} is {place.content} of {place.data}, {PLACE_STATES[place.state]}")
+    return databases.run(lambda: _doctor(data, found, as_json=as_json))
+
+
+def prune(*, as_json: bool) -> int:
+    """Deletes the databases whose data folder is gone; gives 1, after a sentence, to an ordinary user."""
+    if os.geteuid() != 0:
+        fail("only root has databases outside of data folders: run this as root")
+        return MISSING
+    removed = prune_places()
+    if as_json:
+        show(json.dumps({"removed": [str(place.path) for place in removed]}, indent=2))
+    for place in () if as_json else removed:
+        show(f"removed {place.path}, {place.content} of {place.data}")
+    if not removed and not as_json:
+        show(f"There is nothing below {PLACES} whose data folder is gone.")
+    return 0
 
 
 async def _services(data: Path, *, as_json: bool) -> int:
@@ -54,14 +81,19 @@ async def _services(data: Path, *, as_json: bool) -> int:
     return MISSING if any(not _answers(found) for found in after.values()) else 0
 
 
-async def _doctor(data: Path, *, as_json: bool) -> int:
+async def _doctor(data: Path, found_places: Sequence[FoundPlace], *, as_json: bool) -> int:
     async with operating(data) as operator:
         found = await operator.remote.inspect(topology.SERVICES)
         registry, missing = operator.registry, operator.missing
         problem = operator.remote.registry_problem()
     seen = {name: [_sentence(one) for one in instances] for name, instances in found.items()}
     if as_json:
-        show(json.dumps({"registry": registry, "problem": problem, "services": seen}, indent=2))
+        listed = [
+            {"path": str(each.path), "data": each.data, "state": each.state, "has_database": each.has_database}
+            for each in found_places
+        ]
+        document = {"registry": registry, "problem": problem, "services": seen, "outside": listed}
+        show(json.dumps(document, indent=2))
     else:
         show(f"Services are found through {registry}.")
         if problem:

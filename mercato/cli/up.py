@@ -134,6 +134,8 @@ class _Up:
         """By which it was asked to stop."""
         self._reason: str | None = None
         """Why the shop ends without having been asked to."""
+        self._cluster_outside: Path | None = None
+        """The database, if that is not in the data folder."""
 
     async def run(self) -> int:
         """The steps of a start, each undone in the opposite order at the end."""
@@ -248,6 +250,7 @@ class _Up:
 
         async with kept(server, again, "PostgreSQL", self._progress, self._end):
             self._progress.step(f"PostgreSQL {server.version} is running")
+            self._cluster_outside = server.cluster_outside
             yield server.admin_dsn
 
     def _services_hosted(self) -> int:
@@ -350,6 +353,11 @@ class _Up:
         say(f"Mercato is at  {url}")
         say(f"API docs       {url}/docs")
         say(f"Data           {data}")
+        if self._cluster_outside is not None:
+            say(
+                f"Database       {self._cluster_outside}, for PostgreSQL's account cannot reach the data folder: "
+                "a copy or volume of that folder is without it"
+            )
         if os.environ[environment.MAIL] == environment.mail_defaults(self._options.data, url)[environment.MAIL]:
             say(f"Letters        {data}/{environment.LETTERS}, instead of being mailed ({environment.MAIL})")
         if self._open:

@@ -1,8 +1,9 @@
 """Where a cluster lives and as whom its server runs: the part that being root makes difficult.
 
 As an ordinary user everything is in the data folder and runs as that user. PostgreSQL refuses root, so there root lends
-the server an unprivileged account, and what that account cannot reach (a virtual environment or a data folder below
-one of mode 0700) gets a place of its own below /var/lib/mercato:
+the server an unprivileged account. The cluster is in the data folder then too, which that account's group may pass
+through (mode 0710). What the account cannot reach all the same (a virtual environment or a data folder below a folder
+of mode 0700) gets a place of its own below /var/lib/mercato:
 
     <data>/postgres.json      which place, whether the cluster is in it (`Record`)
     <data>/postgres           the cluster, or a link to it
@@ -26,7 +27,7 @@ import shutil
 import stat
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
@@ -44,6 +45,9 @@ TRIAL_SECONDS = 30
 FORMAT = 2
 """Of the databases in a cluster. 1: those of the commits before revisions had checksums, which nothing continues."""
 REMOVE_COMMAND = "python -m mercato.embedded_postgres --remove"
+PRIVATE_MODE = 0o700
+PASSABLE_MODE = 0o710
+"""Of a data folder of root's: the group of the server's account passes through, and can list nothing."""
 
 
 class Account(msgspec.Struct, frozen=True):
@@ -96,6 +100,11 @@ class Layout(msgspec.Struct, frozen=True):
     @property
     def cluster(self) -> Path:
         return self.home / "postgres"
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether a copy of the data folder lacks the cluster."""
+        return self.home != self.data
 
     def give(self, path: Path) -> None:
         """Make the server's account the owner of `path`."""
@@ -201,7 +210,7 @@ def remove_cluster(folder: Path) -> bool:
 def _everything(data: Path, record: Record) -> Iterator[Path]:
     """All that a cluster consists of, the record last: removing can then be interrupted and done again."""
     yield from _leftovers(data)
-    for name in ("postgres", "socket", "pg_hba.conf", "postgres.log"):
+    for name in ("postgres", "socket", "pg_hba.conf", "postgres.log", "postgres.log.1"):
         yield data / name
     if record.socket_folder is not None:
         yield Path(record.socket_folder)
@@ -238,25 +247,32 @@ def _prepare_as_user(data: Path, record: Record) -> Layout:
 
 def _prepare_as_root(data: Path, record: Record) -> Layout:
     source = find_binaries()
-    account = _account_of(_home(data, record) / "postgres") or _chosen_account()
+    account = _account_of(_home(data, record) / "postgres") or chosen_account()
     binaries_reached = _can(account, str(source / "postgres"), "--version")
-    # Going there is what the server must be able to do: mode bits tell only half (ACLs, other file systems, ...).
-    data_reached = _can(account, "/bin/sh", "-c", 'cd -- "$1"', "sh", str(data))
-    outside = record.outside if (_home(data, record) / "postgres").exists() else not data_reached
-    if not (outside or data_reached):
+    if (_home(data, record) / "postgres").exists():
+        outside, data_reached = record.outside, record.outside or _let_through(account, data)
+    else:
+        data_reached = _let_through(account, data) and _may_own(account, data)
+        outside = not data_reached
+    if not data_reached and not outside:
         raise SupervisorError(
             f"The user {account.name}, whom the database in {data} belongs to, can no longer reach it: "
             f"make the folders above it passable (chmod o+x), or move it back."
         )
+    if record.place is not None and not outside and not _belongs(PLACES / record.place, data):
+        record = msgspec.structs.replace(record, place=None)  # a copied folder: the programs are those of the other
     if record.place is None and (outside or not binaries_reached):
         record = msgspec.structs.replace(record, place=secrets.token_hex(8))
     record = msgspec.structs.replace(record, outside=outside)
+    if not outside and (data / "postgres").is_symlink():
+        (data / "postgres").unlink()  # of an interrupted first start, when the folder could not be reached
     write_record(data, record)
     if record.place is not None:
         _claim(PLACES / record.place, data)
     layout = Layout(data, _home(data, record), source, account)
     if outside:
         _link_cluster(layout)
+    _give_copied(layout)
     return layout if binaries_reached else _with_copied_binaries(layout, PLACES / str(record.place))
 
 
@@ -278,7 +294,7 @@ def _account_of(cluster: Path) -> Account | None:
         return Account(str(status.st_uid), status.st_uid, status.st_gid)
 
 
-def _chosen_account() -> Account:
+def chosen_account() -> Account:
     wanted = os.environ.get(ACCOUNT_VARIABLE)
     for name in (wanted,) if wanted else ACCOUNTS:
         with contextlib.suppress(KeyError):
@@ -300,6 +316,45 @@ def _can(account: Account, *command: str) -> bool:
         ).returncode == 0  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return False
+
+
+def _let_through(account: Account, data: Path) -> bool:
+    """Whether the account can reach the folder, if need be by its group.
+
+    A mode that gives rights to a group or to others already is the operator's, and stays.
+    """
+    if _can_enter(account, data):
+        return True
+    before = data.stat()
+    if before.st_uid != 0 or stat.S_IMODE(before.st_mode) not in (PRIVATE_MODE, PASSABLE_MODE):
+        return False
+    with contextlib.suppress(OSError):
+        os.chown(data, -1, account.gid)
+        data.chmod(PASSABLE_MODE)
+        if _can_enter(account, data):
+            return True
+    with contextlib.suppress(OSError):  # a folder above it is closed to the account
+        os.chown(data, -1, before.st_gid)
+        data.chmod(stat.S_IMODE(before.st_mode))
+    return False
+
+
+def _can_enter(account: Account, folder: Path) -> bool:
+    # Going there is what the server must be able to do: mode bits tell only half (ACLs, other file systems, ...).
+    return _can(account, "/bin/sh", "-c", 'cd -- "$1"', "sh", str(folder))
+
+
+def _may_own(account: Account, data: Path) -> bool:
+    """Whether a folder in `data` can be given to the account: not on each shared or network file system."""
+    trial = data / f"postgres.new-{secrets.token_hex(4)}"
+    trial.mkdir(mode=PRIVATE_MODE)
+    try:
+        os.chown(trial, account.uid, account.gid)
+        return trial.stat().st_uid == account.uid and _can_enter(account, trial)
+    except OSError:
+        return False
+    finally:
+        _remove(trial)
 
 
 def _claim(place: Path, data: Path) -> None:
@@ -351,16 +406,66 @@ def _write_owner(place: Path, owner: PlaceOwner) -> None:
 def _remove_abandoned() -> list[str]:
     """Remove the places whose data folder was deleted; returns a line for each, and for each that is in doubt."""
     lines: list[str] = []
-    for place in sorted(PLACES.iterdir()) if PLACES.is_dir() else []:
-        owner = _read_owner(place)
-        if owner is None or _is_in_use(place, Path(owner.data)):
-            continue
-        if owner.linked and (place / "owner").stat().st_nlink == 1:
-            _remove(place)
-            lines.append(f"removed {place}, the database of {owner.data}, which was deleted")
-        elif not Path(owner.data).exists():
-            lines.append(f"kept {place}, the database of {owner.data}, which is not there: was it moved, or deleted?")
+    for found in places():
+        if found.state == "deleted":
+            _remove(found.path)
+            lines.append(f"removed {found.path}, {found.content} of {found.data}, which was deleted")
+        elif found.state == "missing" or (found.state == "moved" and not Path(found.data).exists()):
+            lines.append(
+                f"kept {found.path}, {found.content} of {found.data}, which is not there: was it moved, or deleted? "
+                "`mercato doctor` lists these"
+            )
     return lines
+
+
+class FoundPlace(msgspec.Struct, frozen=True):
+    """A place below /var/lib/mercato.
+
+    `state`: of its data folder. "used": it names the place, or a server runs there; "deleted": proven by the link;
+    "moved": the link says that it exists, under another name; "missing": it is not at its path, and nothing proves why.
+    """
+
+    path: Path
+    data: str
+    state: Literal["used", "deleted", "moved", "missing"]
+    has_database: bool
+
+    @property
+    def content(self) -> str:
+        return "the database" if self.has_database else "the programs"
+
+    @property
+    def is_abandoned(self) -> bool:
+        return self.state in ("deleted", "missing")
+
+
+def places() -> list[FoundPlace]:
+    """All places that say whose they are, sorted by path."""
+    found: list[FoundPlace] = []
+    for path in sorted(PLACES.iterdir()) if PLACES.is_dir() else []:
+        owner = _read_owner(path)
+        if owner is not None:
+            found.append(FoundPlace(path, owner.data, _state(path, owner), (path / "postgres").exists()))
+    return found
+
+
+def _state(place: Path, owner: PlaceOwner) -> Literal["used", "deleted", "moved", "missing"]:
+    if _is_in_use(place, Path(owner.data)):
+        return "used"
+    if not owner.linked:
+        return "missing"
+    return "deleted" if (place / "owner").stat().st_nlink == 1 else "moved"
+
+
+def prune() -> list[FoundPlace]:
+    """Remove the places whose data folder is gone, also those of which only the operator can know it; gives them.
+
+    For root. One whose folder was moved, or is used, stays.
+    """
+    abandoned = [found for found in places() if found.is_abandoned]
+    for found in abandoned:
+        _remove(found.path)
+    return abandoned
 
 
 def _is_in_use(place: Path, data: Path) -> bool:
@@ -379,6 +484,17 @@ def _link_cluster(layout: Layout) -> None:
     if link.is_symlink():
         link.unlink()
     link.symlink_to(layout.cluster)
+
+
+def _give_copied(layout: Layout) -> None:
+    """A cluster that is root's is a copy of one (`cp -r`): the server's account gets it back."""
+    with contextlib.suppress(FileNotFoundError):
+        if layout.cluster.lstat().st_uid != 0 or layout.cluster.is_symlink():
+            return
+        for folder, _, files in os.walk(layout.cluster, topdown=False):
+            for name in files:
+                layout.give(Path(folder, name))
+            layout.give(Path(folder))
 
 
 def _with_copied_binaries(layout: Layout, place: Path) -> Layout:

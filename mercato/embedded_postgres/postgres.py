@@ -99,6 +99,11 @@ class EmbeddedPostgres:
         self._gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._watch = asyncio.create_task(self._watch_guard())
 
+    @property
+    def cluster_outside(self) -> Path | None:
+        """Where the cluster is, if that is not in the data folder."""
+        return self._layout.cluster if self._layout.is_outside else None
+
     @classmethod
     async def start(
         cls, folder: Path, *, password: str, progress: Callable[[str], None], max_connections: int = 100

@@ -373,14 +373,61 @@ async def test_as_root_the_server_is_not_root(data: Path):
     assert lines["Groups"].strip() == ""
 
 
+def below_closed(data: Path, name: str) -> Path:
+    """A folder that only root reaches, for the one above it is closed."""
+    closed = data / "closed"
+    closed.mkdir(mode=0o700, exist_ok=True)
+    (closed / name).mkdir(mode=0o700)
+    return closed / name
+
+
 @needs_root
-async def test_as_root_a_private_folder_gets_a_place_of_its_own(data: Path):
-    data.chmod(0o700)
+async def test_as_root_a_private_folder_holds_its_database_and_a_copy_has_one_too(data: Path):
+    original, copy = data / "original", data / "copy"
+    original.mkdir(mode=0o700)
+    async with running(original) as server:
+        await ask(server, "CREATE TABLE kept AS SELECT 42 AS answer")
+        uid = (original / "postgres").stat().st_uid
+    # As `cp -r` does it: all of the copy is root's.
+    shutil.copytree(original, copy, symlinks=True)
+
+    async with running(copy) as server:
+        assert await ask(server, "SELECT answer FROM kept") == 42
+        assert server.cluster_outside is None
+        assert (copy / "postgres").stat().st_uid == uid
+    async with running(original) as server:
+        assert await ask(server, "SELECT answer FROM kept") == 42
+
+    assert home(original) == original
+    for folder in (original, copy):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o710, "its account's group passes through, and reads nothing"
+        assert stat.S_IMODE((folder / "postgres").stat().st_mode) == 0o700
+
+
+@needs_root
+async def test_as_root_a_mode_that_the_operator_has_chosen_stays(data: Path):
+    folder = data / "shared"
+    folder.mkdir()
+    folder.chmod(0o770)
+
+    async with running(folder) as server:
+        assert server.cluster_outside == home(folder) / "postgres"
+
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o770
+    remove_cluster(folder)
+
+
+@needs_root
+async def test_as_root_a_folder_below_a_closed_one_gets_a_place_of_its_own(data: Path):
+    data = below_closed(data, "data")
 
     async with running(data) as server:
         assert await ask(server, "SELECT 1") == 1
         outside = home(data)
+        assert server.cluster_outside == outside / "postgres"
 
+    assert stat.S_IMODE(data.stat().st_mode) == 0o700
+    assert data.stat().st_gid == 0
     assert outside.parent == PLACES
     assert (data / "postgres").readlink() == outside / "postgres"
     assert stat.S_IMODE((outside / "postgres").stat().st_mode) == 0o700
@@ -410,13 +457,20 @@ async def test_as_root_unreachable_programs_are_copied(data: Path, monkeypatch: 
     assert command.startswith(f"{PLACES}/{read_record(data).place}/binaries/")
     assert (data / "postgres" / "PG_VERSION").exists()
 
+    copy = data / "copy"
+    copy.mkdir(mode=0o700)
+    for source in data.glob("postgres*"):
+        subprocess.run(["cp", "-r", source, copy], check=True)
+    async with running(copy) as server:
+        assert await ask(server, "SELECT 1") == 1
+        assert read_record(copy).place != read_record(data).place, "each has programs of its own"
+    remove_cluster(copy)
+
 
 @pytest.mark.long
 @needs_root
 async def test_as_root_the_place_of_a_deleted_data_folder_is_removed(data: Path):
-    deleted, other = data / "deleted", data / "other"
-    for folder in (deleted, other):
-        folder.mkdir(mode=0o700)
+    deleted, other = below_closed(data, "deleted"), below_closed(data, "other")
     async with running(deleted):
         pass
     abandoned = home(deleted)
@@ -431,12 +485,47 @@ async def test_as_root_the_place_of_a_deleted_data_folder_is_removed(data: Path)
     assert any(str(abandoned) in line and str(deleted) in line for line in lines)
 
 
+@needs_root
+async def test_as_root_places_whose_folder_is_gone_are_listed_and_pruned(data: Path):
+    gone, moved, used = (below_closed(data, name) for name in ("gone", "moved", "used"))
+    for folder in (gone, moved, used):
+        async with running(folder):
+            pass
+    homes = {name: home(folder) for name, folder in {"gone": gone, "moved": moved, "used": used}.items()}
+    # As on another file system than the data folder: nothing proves that the folder was deleted, and not moved.
+    (gone / "postgres.owner").unlink()
+    place._write_owner(homes["gone"], place.PlaceOwner(str(gone), linked=False))
+    shutil.rmtree(gone)
+    moved.rename(moved.with_name("elsewhere"))
+    try:
+        states = {found.path: (found.data, found.state) for found in place.places()}
+        assert [states[homes[name]] for name in ("gone", "moved", "used")] == [
+            (str(gone), "missing"),
+            (str(moved), "moved"),
+            (str(used), "used"),
+        ]
+        listed = mercato("doctor", "--data", str(used))
+        assert f"{homes['gone']} is the database of {gone}, which is not there" in listed.stdout
+        pruned = mercato("doctor", "--prune")
+        assert pruned.returncode == 0
+        assert f"removed {homes['gone']}, the database of {gone}" in pruned.stdout
+        assert [homes[name].exists() for name in ("gone", "moved", "used")] == [False, True, True]
+    finally:
+        remove_cluster(moved.with_name("elsewhere"))
+        remove_cluster(used)
+
+
+def mercato(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mercato.cli", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
 @pytest.mark.long
 @needs_root
 async def test_as_root_a_moved_data_folder_keeps_its_place(data: Path):
-    before, after, other = data / "before", data / "after", data / "other"
-    for folder in (before, other):
-        folder.mkdir(mode=0o700)
+    before, other = below_closed(data, "before"), below_closed(data, "other")
+    after = before.with_name("after")
     async with running(before) as server:
         await ask(server, "CREATE TABLE kept AS SELECT 42 AS answer")
     before.rename(after)
@@ -453,8 +542,8 @@ async def test_as_root_a_moved_data_folder_keeps_its_place(data: Path):
 @pytest.mark.long
 @needs_root
 async def test_as_root_a_copied_data_folder_does_not_serve_the_other_ones_database(data: Path):
-    original, copy = data / "original", data / "copy"
-    original.mkdir(mode=0o700)
+    original = below_closed(data, "original")
+    copy = original.with_name("copy")
     try:
         async with running(original):
             shutil.copytree(original, copy, symlinks=True, ignore=shutil.ignore_patterns("*.sock"))
