@@ -13,7 +13,7 @@ from mercato.chassis.hosting.host import Host
 CLOSE_SECONDS: Final = 1.0
 """Requests have been answered or given up by then: who still waits for a statement waits for nobody.
 
-With the drain before it, and the end of PostgreSQL behind it, a stop stays below the five seconds that are promised.
+With the drain before it, a stop stays below five seconds; PostgreSQL may take longer as long as it writes.
 """
 
 YOUNG_OBJECTS: Final = 50_000

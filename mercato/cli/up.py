@@ -129,6 +129,7 @@ class _Up:
         self._placement = with_replicas(placements.read(options.placement), options.replicas)
         self._progress = Progress(as_json=options.json)
         self._stop = asyncio.Event()
+        self._is_ready = asyncio.Event()
         self._recorder: Recorder | None = None
         self._signal = 0
         """By which it was asked to stop."""
@@ -251,7 +252,24 @@ class _Up:
         async with kept(server, again, "PostgreSQL", self._progress, self._end):
             self._progress.step(f"PostgreSQL {server.version} is running")
             self._cluster_outside = server.cluster_outside
-            yield server.admin_dsn
+            async with self._checkpointing(server):
+                yield server.admin_dsn
+
+    @contextlib.asynccontextmanager
+    async def _checkpointing(self, server: EmbeddedPostgres) -> AsyncGenerator[None]:
+        """Has a new server write its databases to the disk once the shop is ready, not at its first stop."""
+
+        async def checkpoint() -> None:
+            await self._is_ready.wait()
+            await server.checkpoint()
+
+        task = asyncio.create_task(checkpoint(), name="first checkpoint") if server.is_new else None
+        try:
+            yield
+        finally:
+            if task is not None:
+                task.cancel()
+                await asyncio.wait({task})
 
     def _services_hosted(self) -> int:
         """By all processes together; one more for the populating, before those begin."""
@@ -370,6 +388,7 @@ class _Up:
         say()
         say(f"ready {url}")
         self._progress.event("ready", url=url)
+        self._is_ready.set()
 
 
 def _try_it(url: str, *, is_open: bool, has_demo: bool) -> list[str]:

@@ -7,6 +7,8 @@ on; this process stands between the two and sees it:
 
 - Standard input is a pipe from the owner. Its end means "the owner is gone" or "stop", which are the same to us:
   SIGINT to the command (PostgreSQL: fast shutdown), SIGQUIT after 3 s (immediate), SIGKILL a second later.
+  A line on it means "stop, and take your time": the 3 s count from the last sign that a checkpoint goes on, for at
+  most half a minute. A shutdown writes a checkpoint, and what it does not write, the next start recovers.
 - Standard output goes to the owner: `pid N` first, and last how the command ended. The command itself writes both its
   outputs to our standard error.
 - If the guard is killed, the kernel sends SIGQUIT to the command (PR_SET_PDEATHSIG).
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 
 # Seconds after the request to stop, and what is then sent. The owner waits for five in all.
 ESCALATION = ((0.0, signal.SIGINT), (3.0, signal.SIGQUIT), (4.0, signal.SIGKILL))
+PATIENT_SECONDS = 30.0
+PROGRESS_POLL_SECONDS = 0.25
+CHECKPOINTER = b"postgres: checkpointer"
 ORPHANS_QUIT_SECONDS = 0.3
 ORPHANS_KILL_SECONDS = 0.8
 OWNER_POLL_SECONDS = 1.0
@@ -49,6 +54,8 @@ class Guard:
     def __init__(self, command: list[str], ids: tuple[int, int] | None) -> None:
         self._owner = os.getppid()
         self._stop_asked_at: float | None = None
+        self._patient_until = 0.0
+        self._worked_ns = 0
         self._signals_sent = 0
         self._wake = _wake_on_signals(self._ask_stop)
         self._poll = select.poll()
@@ -72,20 +79,37 @@ class Guard:
         for descriptor, _ in self._poll.poll(self._patience_seconds() * 1000):
             if descriptor == self._wake:
                 os.read(self._wake, 512)
-            elif not _read_input():
-                self._poll.unregister(0)
+            elif _read_input():
                 self._ask_stop()
+                self._patient_until = time.monotonic() + PATIENT_SECONDS
+            else:
+                self._poll.unregister(0)
+                self._hurry()
         # A process that the owner forked may hold our pipe open after the owner's death: its pid tells all the same.
         if os.getppid() != self._owner:
-            self._ask_stop()
+            self._hurry()
+
+    def _hurry(self) -> None:
+        self._ask_stop()
+        self._patient_until = 0.0
 
     def _patience_seconds(self) -> float:
         if self._stop_asked_at is None or self._signals_sent == len(ESCALATION):
             return OWNER_POLL_SECONDS
-        return max(0.0, self._stop_asked_at + ESCALATION[self._signals_sent][0] - time.monotonic())
+        due = max(0.0, self._stop_asked_at + ESCALATION[self._signals_sent][0] - time.monotonic())
+        return min(due, PROGRESS_POLL_SECONDS) if self._patient_until else due
+
+    def _put_off(self) -> None:
+        """Let the time until SIGQUIT begin anew if the command has written since the last look."""
+        if self._signals_sent == 1 and time.monotonic() < self._patient_until:
+            worked_ns, waits_for_disk = _work(self.pid)
+            if waits_for_disk or worked_ns != self._worked_ns:
+                self._stop_asked_at = time.monotonic()
+            self._worked_ns = worked_ns
 
     def _escalate(self) -> None:
         """Send what is due. The command cannot have been reaped yet, so its pid is nobody else's."""
+        self._put_off()
         while (
             self._stop_asked_at is not None
             and self._signals_sent < len(ESCALATION)
@@ -180,10 +204,28 @@ def _end_orphans() -> None:
         number = signal.SIGQUIT if elapsed < ORPHANS_QUIT_SECONDS else signal.SIGKILL
         if number != sent or number == signal.SIGKILL:
             sent = number
-            for pid in _children():
+            for pid in _children(os.getpid()):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
         time.sleep(0.01)
+
+
+def _work(pid: int) -> tuple[int, bool]:
+    """How long the checkpointer of a server has run, in nanoseconds, and whether it waits for a disk at this moment.
+
+    Of its processes it is the one that works during a shutdown; others wake up now and then with nothing to do.
+    """
+    worked_ns, waits_for_disk = 0, False
+    for each in _children(pid):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            with open(f"/proc/{each}/cmdline", "rb") as title:
+                if not title.read().startswith(CHECKPOINTER):
+                    continue
+            with open(f"/proc/{each}/schedstat", "rb") as schedstat:
+                worked_ns += int(schedstat.read().split()[0])
+            with open(f"/proc/{each}/stat", "rb") as stat:
+                waits_for_disk |= stat.read().rpartition(b")")[2].split()[0] == b"D"
+    return worked_ns, waits_for_disk
 
 
 def _has_children() -> bool:
@@ -195,13 +237,13 @@ def _has_children() -> bool:
     return True
 
 
-def _children() -> list[int]:
-    """Our children, by the parent that each process's stat names (`pid (name) state parent ...`)."""
+def _children(parent: int) -> list[int]:
+    """The children of a process, by the parent that each process's stat names (`pid (name) state parent ...`)."""
     found: list[int] = []
     for entry in os.listdir("/proc") if IS_LINUX else []:
         if entry.isdigit():
             with contextlib.suppress(OSError, IndexError), open(f"/proc/{entry}/stat", "rb") as stat:
-                if int(stat.read().rpartition(b")")[2].split()[1]) == os.getpid():
+                if int(stat.read().rpartition(b")")[2].split()[1]) == parent:
                     found.append(int(entry))
     return found
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 GUARD = Path(__file__).with_name("guard.py")
 STOP_SECONDS = 4.9  # The guard's own schedule ends before: 3 s + 1 s + 0.8 s.
+PATIENT_STOP_SECONDS = 35.0  # And that of a stop which may take its time: 30 s before the same.
 
 
 class Guarded:
@@ -77,6 +78,11 @@ class Guarded:
     def ask_to_stop(self) -> None:
         """Let the guard stop the command: by closing its pipe, as our death would."""
         _close(self._guard)
+
+    def ask_to_finish(self) -> None:
+        """Let the guard stop the command, which may take as long as it works, for at most `PATIENT_STOP_SECONDS`."""
+        assert self._guard.stdin is not None
+        self._guard.stdin.write(b"stop\n")
 
     def kill(self) -> None:
         """End the guard at once; the kernel then signals the command."""

@@ -29,7 +29,7 @@ from urllib.parse import quote, urlencode
 
 from mercato.embedded_postgres import place, server_log
 from mercato.embedded_postgres.folder import SupervisorError, explained, sync_folder
-from mercato.embedded_postgres.guarded import STOP_SECONDS, Guarded
+from mercato.embedded_postgres.guarded import PATIENT_STOP_SECONDS, STOP_SECONDS, Guarded
 from mercato.embedded_postgres.processes import (
     FORMER_STOP_SECONDS,
     end_leftovers,
@@ -38,6 +38,7 @@ from mercato.embedded_postgres.processes import (
     postmaster_pid,
     process_at,
     serving,
+    takes_connections,
 )
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ SOCKET_PATH_BYTES_MAX = 107 if sys.platform.startswith("linux") else 103  # sun_
 READY_SECONDS = 60.0
 READY_POLL_SECONDS = 0.02
 RECOVERY_NOTICE_SECONDS = 1.0
-RECOVERY_POLL_SECONDS = 0.25  # Each question costs the server a process.
+RECOVERY_POLL_SECONDS = 0.25
+STOP_NOTICE_SECONDS = 2.0
+CLOSE_SECONDS = 1.0
 
 # Given on the command line at each start, so that a change here applies to clusters that exist already.
 SETTINGS = {
@@ -65,9 +68,7 @@ SETTINGS = {
     "shared_buffers": "128MB",
     "password_encryption": "scram-sha-256",
     "timezone": "UTC",
-    "log_timezone": "UTC",
-    "log_destination": "stderr",
-    "logging_collector": "off",
+    **server_log.SETTINGS,
     "log_startup_progress_interval": f"{server_log.PROGRESS_SECONDS}s",
 }
 
@@ -83,21 +84,26 @@ class EmbeddedPostgres:
         password: str,
         max_connections: int,
         log_start: int,
+        progress: Callable[[str], None],
     ) -> None:
         self.admin_dsn = _dsn(password, socket_folder)
         self.pid = guarded.pid
         self.guard_pid = guarded.guard_pid
         self.socket_folder = socket_folder
         self.version = ""
+        self.is_new = False
+        """Its cluster was made by this start."""
         self._layout = layout
         self._guarded = guarded
         self._password = password
         self._max_connections = max_connections
         self._log_start = log_start
+        self._progress = progress
         self._postmaster = process_at(guarded.pid)
         self._stopping = False
         self._gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._watch = asyncio.create_task(self._watch_guard())
+        self._rotation = asyncio.create_task(self._keep_log_short())
 
     @property
     def cluster_outside(self) -> Path | None:
@@ -114,17 +120,19 @@ class EmbeddedPostgres:
         each thing that takes time. Raises SupervisorError when there will be no server; then nothing is left running.
         """
         layout, lines = await asyncio.to_thread(place.prepare, folder)
+        is_new = not layout.cluster.exists()
         for line in lines:
             progress(line)
         await _wait_for_former(layout, progress)
         with explained(layout.data):
-            if not layout.cluster.exists():
+            if is_new:
                 progress(f"creating a database in {layout.cluster}")
                 await _create_cluster(layout, password)
             place.note_initialized(layout.data)
             place.remove_former_socket_folder(layout.data)
-            server = await cls._launch(layout, _make_socket_folder(layout), password, max_connections)
-        await server._become_ready_or_stop(progress)
+            server = await cls._launch(layout, _make_socket_folder(layout), password, max_connections, progress)
+        server.is_new = is_new
+        await server._become_ready_or_stop()
         return server
 
     async def start_again(self, progress: Callable[[str], None]) -> EmbeddedPostgres:
@@ -132,31 +140,69 @@ class EmbeddedPostgres:
         await _wait_for_former(self._layout, progress)
         with explained(self._layout.data):
             folder = _make_socket_folder(self._layout, self.socket_folder)
-            server = await self._launch(self._layout, folder, self._password, self._max_connections)
-        await server._become_ready_or_stop(progress)
+            server = await self._launch(self._layout, folder, self._password, self._max_connections, progress)
+        await server._become_ready_or_stop()
         return server
 
     @classmethod
     async def _launch(
-        cls, layout: Layout, socket_folder: Path, password: str, max_connections: int
+        cls,
+        layout: Layout,
+        socket_folder: Path,
+        password: str,
+        max_connections: int,
+        progress: Callable[[str], None],
     ) -> EmbeddedPostgres:
         _write_access_rules(layout)
         command = _server_command(layout, socket_folder, max_connections)
-        with (layout.data / "postgres.log").open("ab") as log:
-            if log.tell() > server_log.BYTES_MAX:
-                log.truncate(0)
+        with server_log.opened(layout.data / "postgres.log") as log:
+            server_log.rotate(layout.data / "postgres.log")
             log_start = log.seek(0, os.SEEK_END)
             guarded = await Guarded.start(command, layout.account, errors=log.fileno())
-        return cls(layout, guarded, socket_folder, password, max_connections, log_start)
+        return cls(layout, guarded, socket_folder, password, max_connections, log_start, progress)
+
+    async def checkpoint(self) -> None:
+        """Write to the disk what the server has in memory, so that its stop and a recovery have little left to do.
+
+        Where that fails, those take longer, and no more.
+        """
+        driver = _driver()
+        with contextlib.suppress(driver.PostgresError, driver.InterfaceError, OSError):
+            connection = await driver.connect(self.admin_dsn, ssl=False, timeout=READY_SECONDS)
+            try:
+                await connection.execute("CHECKPOINT")
+            finally:
+                await _close(connection)
 
     async def stop(self) -> None:
-        """Stop the server, orderly if it manages within three seconds; returns within five. May be called again."""
+        """Stop the server. It may take as long as it works, for at most half a minute; usually it takes less than a
+        second. May be called again."""
+        self._stopping = True
+        self._guarded.ask_to_finish()
+        await asyncio.wait([self._watch], timeout=STOP_NOTICE_SECONDS)
+        if not self._watch.done():
+            self._progress("waiting for PostgreSQL, which writes to the disk what it has in memory")
+        await self._ended_within(PATIENT_STOP_SECONDS)
+
+    async def _stop_soon(self) -> None:
+        """Stop the server, orderly if it manages within three seconds; returns within five."""
         self._stopping = True
         self._guarded.ask_to_stop()
-        await asyncio.wait([self._watch], timeout=STOP_SECONDS)
+        await self._ended_within(STOP_SECONDS)
+
+    async def _ended_within(self, seconds: float) -> None:
+        await asyncio.wait([self._watch], timeout=seconds)
         if not self._watch.done():
             self._guarded.kill()
         await self._watch
+        await self._rotation
+
+    async def _keep_log_short(self) -> None:
+        while not self._watch.done():
+            await asyncio.wait([self._watch], timeout=server_log.LOOK_SECONDS)
+            with contextlib.suppress(OSError):  # a full disk, or a folder that was deleted
+                if await asyncio.to_thread(server_log.rotate, self._log):
+                    self._log_start = 0
 
     async def died(self) -> str:
         """Wait until the server or its guard goes away unasked; a sentence about it. Never returns after `stop()`.
@@ -173,14 +219,14 @@ class EmbeddedPostgres:
         if not self._stopping:
             self._gone.set_result(f"PostgreSQL in {self._layout.cluster} (pid {self.pid}) is gone: {ending}.")
 
-    async def _become_ready_or_stop(self, progress: Callable[[str], None]) -> None:
+    async def _become_ready_or_stop(self) -> None:
         try:
-            await self._become_ready(progress)
+            await self._become_ready()
         except BaseException:
-            await self.stop()
+            await self._stop_soon()
             raise
 
-    async def _become_ready(self, progress: Callable[[str], None]) -> None:
+    async def _become_ready(self) -> None:
         """Wait until the server answers a query.
 
         A recovery may take as long as it goes on: the server writes how far it is, and we pass it on. Raises
@@ -192,13 +238,13 @@ class EmbeddedPostgres:
         while not await self._answers():
             now = time.monotonic()
             if told and (state := self._recovery()) not in ("", told):
-                progress(f"PostgreSQL is recovering: {state}")
+                self._progress(f"PostgreSQL is recovering: {state}")
                 told, heard = state, now
             if self._watch.done() or now - heard > READY_SECONDS:
                 raise SupervisorError(self._failure(now - started))
             if now - started > RECOVERY_NOTICE_SECONDS and not told:
                 told = "waiting for PostgreSQL, which is recovering from a crash; this can take a while"
-                progress(told)
+                self._progress(told)
                 pause = RECOVERY_POLL_SECONDS
             await asyncio.wait([self._watch], timeout=pause)
 
@@ -207,21 +253,20 @@ class EmbeddedPostgres:
 
     async def _answers(self) -> bool:
         """Whether the server accepts us; learns its version."""
-        # Imported here: it takes as long as the server needs to come up, which it does meanwhile.
-        import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # It has none.
-
-        driver = cast("Any", asyncpg)
+        driver = _driver()
+        if not takes_connections(self._layout.cluster, self.pid):
+            return False
         try:
             connection = await driver.connect(self.admin_dsn, ssl=False, timeout=READY_SECONDS)
-        except (OSError, asyncpg.CannotConnectNowError, asyncpg.ConnectionDoesNotExistError):
+        except (OSError, driver.CannotConnectNowError, driver.ConnectionDoesNotExistError):
             return False
-        except asyncpg.InvalidAuthorizationSpecificationError as error:
+        except driver.InvalidAuthorizationSpecificationError as error:
             raise SupervisorError(
                 f"The database in {self._layout.cluster} was made with another password: "
                 f"restore {self._layout.data / 'secret'} from a backup, or choose another data folder."
             ) from error
         self.version = str(connection.get_settings().server_version)
-        connection.terminate()
+        await _close(connection)
         return True
 
     def _failure(self, elapsed: float) -> str:
@@ -236,6 +281,20 @@ class EmbeddedPostgres:
     @property
     def _log(self) -> Path:
         return self._layout.data / "postgres.log"
+
+
+def _driver() -> Any:
+    # Imported here: it takes as long as the server needs to come up, which it does meanwhile.
+    import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # It has none.
+
+    return cast("Any", asyncpg)
+
+
+async def _close(connection: Any) -> None:
+    """Take leave: a connection that is only cut off, the server would note in its log."""
+    driver = _driver()
+    with contextlib.suppress(driver.PostgresError, driver.InterfaceError, OSError, TimeoutError):
+        await connection.close(timeout=CLOSE_SECONDS)
 
 
 async def _wait_for_former(layout: Layout, progress: Callable[[str], None]) -> None:

@@ -26,6 +26,8 @@ QUIT_SECONDS = 1.5
 KILL_SECONDS = 3.0
 FORMER_STOP_SECONDS = 10.0
 ORPHANS_GRACE_SECONDS = 1.0
+STATUS_LINE = 7
+"""Of `postmaster.pid`, counted from 0."""
 
 
 class Process(msgspec.Struct, frozen=True):
@@ -61,6 +63,15 @@ def postmaster_pid(cluster: Path) -> int | None:
         return int((cluster / "postmaster.pid").read_text().split("\n", 1)[0])
     except (OSError, ValueError):
         return None
+
+
+def takes_connections(cluster: Path, pid: int) -> bool:
+    """Whether the server says in `postmaster.pid` that it takes connections; it logs each question that comes early."""
+    try:
+        lines = (cluster / "postmaster.pid").read_text().splitlines()
+    except (OSError, ValueError):
+        return False
+    return len(lines) > STATUS_LINE and lines[0] == str(pid) and lines[STATUS_LINE].strip() == "ready"
 
 
 def is_taken(pid: int) -> bool:

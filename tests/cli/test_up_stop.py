@@ -135,6 +135,14 @@ def test_ctrl_c_at_any_moment_of_a_start_ends_it_with_one_line():
             shop.ready().stop()
 
 
+def test_a_first_start_writes_a_checkpoint_once_it_is_ready():
+    with data_folder() as folder, Process(folder) as shop:
+        log = folder / "postgres.log"
+        shop.ready()
+        wait_until(lambda: "checkpoint complete" in log.read_text(), BOUND_SECONDS)
+        shop.stop()
+
+
 def test_sigterm_while_workers_start_ends_it_with_one_line(data: Path):
     with Process(data, "--workers", "3") as shop:
         wait_until(lambda: len(shop.tree().workers) == 3)
