@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
-from mercato.cli import stopping
+from mercato.cli import stopping, streams
 
 
 def main() -> None:
     """What `mercato` runs."""
+    streams.prepare()
     stopping.leave_at_once()
     from mercato.cli.commands import app
+    from mercato.cli.progress import OutputFailed, fail
 
     try:
         app()
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OutputFailed as error:
+        if not error.is_closed:
+            fail(str(error))
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is not None or error.errno not in streams.UNWRITABLE:
+            raise
         # Who read our output has seen enough. Python would try to write the rest once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.discard_output()
+        if not isinstance(error, BrokenPipeError):
+            fail(str(OutputFailed(error)))
         sys.exit(1)

@@ -19,7 +19,7 @@ from mercato.chassis.hosting.host import Host
 from mercato.chassis.hosting.keys import SECRET_BYTES
 from mercato.cli.databases import reached, run
 from mercato.cli.hosting import hosted
-from mercato.cli.progress import fail, show, table
+from mercato.cli.progress import fail, note, show, table
 from mercato.cli.starting import CannotStart
 from mercato.contracts.roles import Role
 from mercato.contracts.users import (
@@ -126,7 +126,7 @@ def show_log(place: Place, who: str | None, limit: int) -> int:
 async def _with_users(place: Place, work: Callable[[Users], Coroutine[Any, Any, None]]) -> int:
     def tell(line: str) -> None:
         if not place.json:
-            sys.stderr.write(f"{line}\n")
+            note(line)
 
     async with reached(place.data, place.dsn, tell) as databases, _service(databases.dsns[SERVICE]) as host:
         try:

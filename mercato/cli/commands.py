@@ -524,8 +524,9 @@ def openapi() -> int:
     """Print the OpenAPI document of the API."""
     import json
 
+    from mercato.cli.progress import show
     from mercato.gateway import openapi as description
     from mercato.gateway.routes import ROUTES
 
-    print(json.dumps(description.document(ROUTES, open_shop=False, server_url=None), indent=2))
+    show(json.dumps(description.document(ROUTES, open_shop=False, server_url=None), indent=2))
     return 0

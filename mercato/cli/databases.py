@@ -29,7 +29,7 @@ from mercato.cli import stopping
 from mercato.cli.progress import OutputFailed, fail
 from mercato.cli.starting import CannotStart
 from mercato.embedded_postgres import DataFolder, DataFolderBusy, EmbeddedPostgres, SupervisorError
-from mercato.embedded_postgres.folder import SECRET_BYTES, explained
+from mercato.embedded_postgres.folder import SECRET_BYTES, explained, require_text
 from mercato.embedded_postgres.place import PLACES, read_record, require_known_format
 from mercato.embedded_postgres.postgres import PORT, ROLE
 from mercato.operations.copying import CopyError, located
@@ -169,6 +169,7 @@ async def _server(
 def _shop_in(data: Path) -> Path:
     """The whole path of a folder with a shop. Looks without touching: to take the lock of a folder would make it."""
     data = Path(os.path.abspath(data))
+    require_text(data)
     if not data.is_dir() or not (data / "lock").exists():
         raise Unreachable(f"there is no shop in {data}: name its folder with --data, or its server with --dsn")
     require_known_format(data)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -28,7 +27,7 @@ from mercato.chassis.observability.telemetry import Telemetry, configure_logging
 from mercato.chassis.postgres.database import Database
 from mercato.cli import databases
 from mercato.cli.databases import Databases, Unreachable
-from mercato.cli.progress import fail, say, show
+from mercato.cli.progress import fail, note, say, show
 from mercato.contracts.events import (
     PAGE_LIMIT,
     TYPES_LIMIT,
@@ -221,14 +220,10 @@ async def _reached(place: Place, *, must_run: bool = False) -> AsyncGenerator[Da
     """The databases; one that goes away in the middle is a sentence."""
     configure_logging("error")
     try:
-        async with databases.reached(place.data, place.dsn, _tell, must_run=must_run) as found:
+        async with databases.reached(place.data, place.dsn, note, must_run=must_run) as found:
             yield found
     except Unavailable as error:
         raise Unreachable(f"{error} Has the shop been stopped? Try again.") from error
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.asynccontextmanager

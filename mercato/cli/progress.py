@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+from mercato.cli import streams
 
 
 class Progress:
@@ -50,7 +53,7 @@ def show(line: str) -> None:
     try:
         print(line, flush=True)
     except OSError as error:
-        _discard()
+        streams.discard_output()
         raise OutputFailed(error) from error
 
 
@@ -61,9 +64,15 @@ def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
+def note(line: str) -> None:
+    """A line for people on standard error, beside what a command was asked for."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
 def fail(message: str) -> None:
     """The one sentence, on one line, with which a command ends that could not do its work."""
-    print(f"mercato: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    note(f"mercato: {' '.join(message.split())}")
 
 
 def say(line: str) -> None:
@@ -72,9 +81,4 @@ def say(line: str) -> None:
         print(line, flush=True)
     except OSError:
         # A reader that went away (`mercato up | head -1`), or a log on a full disk, is no reason to end a shop.
-        _discard()
-
-
-def _discard() -> None:
-    # What is in the buffer would be tried again for ever, the last time at the end of the process, which then fails.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.discard_output()

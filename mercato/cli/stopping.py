@@ -9,6 +9,7 @@ process, a Ctrl-C would print a traceback.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -52,5 +53,6 @@ def _handle(handler: Any) -> None:
 
 def _leave(number: int, _frame: FrameType | None) -> NoReturn:
     # An exception would come out in the middle of some import, where anybody may catch it.
-    os.write(2, f"mercato: {SENTENCE}\n".encode())
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        os.write(2, f"mercato: {SENTENCE}\n".encode())
     os._exit(exit_code(number))

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import secrets
+import sys
 import time
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -64,6 +65,7 @@ class DataFolder:
         Raises DataFolderBusy, or SupervisorError when the folder cannot be used.
         """
         path = Path(os.path.abspath(path))
+        require_text(path)
         with explained(path):
             _create(path)
             lock = _lock(path)
@@ -100,6 +102,19 @@ class DataFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def require_text(path: Path) -> None:
+    """Raise SupervisorError for a path with bytes that are no text: it stands in DSNs and JSON, which have none."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode("ascii", "backslashreplace")
+        encoding = sys.getfilesystemencoding()
+        raise SupervisorError(
+            f"The path {shown} is not text in the encoding {encoding} of this system: rename the folder, or choose "
+            "another (--data)."
+        ) from None
 
 
 def _create(path: Path) -> None:

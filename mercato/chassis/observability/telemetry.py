@@ -7,11 +7,13 @@ addition.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import sys
 from collections.abc import Callable, MutableMapping, Sequence
-from typing import Any, BinaryIO, Final, Literal, TypeVar
+from typing import Any, BinaryIO, Final, Literal, TypeVar, cast
 
 import msgspec
 import prometheus_client
@@ -42,10 +44,25 @@ def configure_logging(level: str = "info", stream: BinaryIO | None = None) -> No
             structlog.processors.JSONRenderer(serializer=_to_json),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.BytesLoggerFactory(stream or sys.stderr.buffer),
+        logger_factory=structlog.BytesLoggerFactory(cast(BinaryIO, _Tolerant(stream or sys.stderr.buffer))),
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(handlers=[_ToStructlog()], level=logging.WARNING, force=True)
+
+
+class _Tolerant:
+    """A stream whose failures are not passed on: a terminal that is gone, or a full disk, must not fail a request."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    def write(self, line: bytes) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(line)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 class _ToStructlog(logging.Handler):
@@ -81,7 +98,10 @@ def _add_call(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mu
 
 
 def _to_json(event: Any, **_options: Any) -> bytes:
-    return msgspec.json.encode(event, enc_hook=repr)
+    try:
+        return msgspec.json.encode(event, enc_hook=repr)
+    except UnicodeEncodeError:  # a name of a file that is no text
+        return json.dumps(event, default=repr).encode()
 
 
 # --------------------------------------------------------------------------------------------------------- metrics
