@@ -76,6 +76,7 @@ async def _migrate(options: Options, settings: config.Settings) -> None:
     with DataFolder.open(options.data, "(mercato migrate)") as folder:
         secret = settings.secret.get_secret_value().encode() if settings.secret else folder.secret()
         dsns = await preparing.databases(admin_dsn, secret, progress, names)
+        await preparing.tell_connections(admin_dsn, settings.pool_size * len(topology.SERVICES), progress)
         if dsns.keys() == topology.SERVICES.keys():
             host = preparing.whole_shop(dsns, secret, settings)
             async with hosted(host):

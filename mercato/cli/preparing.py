@@ -18,7 +18,7 @@ from mercato.chassis.hosting.host import Host
 from mercato.chassis.hosting.keys import key_deriver, service_secrets
 from mercato.chassis.postgres.connections import translated
 from mercato.chassis.postgres.migrations import migrate, missing_revisions
-from mercato.chassis.postgres.provisioning import provision, provisioned
+from mercato.chassis.postgres.provisioning import connections_taken, provision, provisioned
 from mercato.cli.progress import Progress
 from mercato.cli.starting import CannotStart
 from mercato.contracts.roles import STAFF
@@ -27,6 +27,8 @@ from mercato.operations.ids import advance
 from mercato.operations.rejoining import rejoin
 
 STAFF_EMAIL: Final = "staff@mercato.local"
+SPARE_CONNECTIONS: Final = 20
+"""Beside those of the pools: for the administrator, audits, migrations and a person with psql."""
 
 
 async def databases(
@@ -56,6 +58,20 @@ async def databases(
             f"the database of {restored} was restored: {each.consumer} goes on with the events of {each.source}"
         )
     return dsns
+
+
+async def tell_connections(admin_dsn: str, pools: int, progress: Progress) -> None:
+    """Says so where a server takes fewer connections than all processes of a shop may open.
+
+    `pools` is the sum of the sizes of their pools. Raises `ProvisionError`.
+    """
+    taken, needed = await connections_taken(admin_dsn), pools + SPARE_CONNECTIONS
+    if taken < needed:
+        progress.step(
+            f"the server takes {taken} connections of ordinary roles, and this shop may need {needed}: {pools} for its "
+            f"processes, {SPARE_CONNECTIONS} for audits, migrations and people; raise max_connections, or lower "
+            "MERCATO_POOL_SIZE"
+        )
 
 
 def whole_shop(dsns: Mapping[str, str], secret: bytes, settings: config.Settings) -> Host:

@@ -41,9 +41,6 @@ from mercato.operations.audit.background import Background
 
 T = TypeVar("T")
 
-SPARE_CONNECTIONS: Final = 20
-"""For the administrator, migrations and a person with psql."""
-
 
 class Options(msgspec.Struct, frozen=True):
     """The options of `up`, as the command line gives them."""
@@ -163,6 +160,8 @@ class _Up:
         split = self._importing(stack, listener) if self._is_split else None
         admin_dsn = await self._unless_stopped(stack.enter_async_context(self._postgres(folder, secret)))
         dsns = await self._unless_stopped(preparing.databases(admin_dsn, secret, self._progress))
+        if self._settings.postgres_dsn is not None:
+            await self._unless_stopped(preparing.tell_connections(admin_dsn, self._pools(), self._progress))
         async with contextlib.AsyncExitStack() as hosting:
             opening = hosting.enter_async_context(hosted(preparing.whole_shop(dsns, secret, self._settings)))
             host = await self._unless_stopped(opening)
@@ -243,7 +242,7 @@ class _Up:
             folder.path,
             password=key_deriver(secret)("postgres/superuser").hex(),
             progress=self._progress.step,
-            max_connections=SPARE_CONNECTIONS + self._settings.pool_size * self._services_hosted(),
+            max_connections=preparing.SPARE_CONNECTIONS + self._pools(),
         )
 
         async def again(died: EmbeddedPostgres) -> EmbeddedPostgres:
@@ -270,6 +269,10 @@ class _Up:
             if task is not None:
                 task.cancel()
                 await asyncio.wait({task})
+
+    def _pools(self) -> int:
+        """How many connections the pools of all processes may open together."""
+        return self._settings.pool_size * self._services_hosted()
 
     def _services_hosted(self) -> int:
         """By all processes together; one more for the populating, before those begin."""

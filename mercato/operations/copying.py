@@ -30,7 +30,8 @@ import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
 import msgspec
 
 from mercato.chassis.postgres.dsn import DSN_FORM, shown, with_database
-from mercato.chassis.postgres.sessions import WHOLE_TABLES, connect
+from mercato.chassis.postgres.provisioning import create_database
+from mercato.chassis.postgres.sessions import SAME_EVERYWHERE, WHOLE_TABLES, connect
 
 QUEUE_SECONDS: Final = 600.0
 LOCK_KEY: Final = 0x636F7079  # "copy"
@@ -40,11 +41,11 @@ SCRATCH: Final = "mercato_audit"
 
 # A server whose operator ends idle transactions would end snapshots that wait for their turn.
 _SESSION: Final = {
+    **SAME_EVERYWHERE,
     **WHOLE_TABLES,
     "application_name": "mercato-copying",
     "statement_timeout": "0",
     "lock_timeout": "10s",
-    "timezone": "UTC",
     "jit": "off",
     # Who is interrupted ends without a word: its server would go on with the statement, and keep others waiting for its
     # turn, until there is something to answer.
@@ -364,7 +365,7 @@ async def ensured(admin_dsn: str, name: str) -> str:
             if not await connection.fetchval("SELECT true FROM pg_database WHERE datname = $1", name):
                 # Somebody who makes it at the same moment has won; it is the same database.
                 with contextlib.suppress(asyncpg.DuplicateDatabaseError, asyncpg.UniqueViolationError):
-                    await connection.execute(f"CREATE DATABASE {identifier(name)}")
+                    await create_database(connection, name)
             if await connection.fetchval("SELECT has_database_privilege('public', $1, 'CONNECT')", name):
                 await connection.execute(f"REVOKE ALL ON DATABASE {identifier(name)} FROM PUBLIC")
     return with_database(admin_dsn, name)

@@ -16,8 +16,10 @@ import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
 from mercato.chassis.postgres.dsn import DSN_FORM, shown, with_database
 
 from .connections import OLDEST_VERSION
-from .sessions import SETTINGS, connect, is_pooled
+from .sessions import ENCODING, NEW_ENCODING, SETTINGS, connect, is_pooled, wrong_settings
 
+BUILTIN_LOCALES: Final = 17
+"""The first PostgreSQL that has locales of its own."""
 LOCK_KEY: Final = 0x70726F76  # "prov"
 LOCK_SECONDS: Final = 60.0
 
@@ -26,6 +28,20 @@ _SETTINGS_OF: Final = """
     SELECT split_part(setting, '=', 1) AS name, split_part(setting, '=', 2) AS value
     FROM pg_db_role_setting JOIN pg_roles ON oid = setrole, unnest(setconfig) AS setting
     WHERE rolname = $1 AND setdatabase = 0
+"""
+
+
+_OTHER_ENCODING: Final = """
+    SELECT datname::text AS datname, pg_encoding_to_char(encoding)::text AS encoding
+    FROM pg_database
+    WHERE datname = ANY($1::text[]) AND pg_encoding_to_char(encoding) <> $2
+    ORDER BY datname
+    LIMIT 1
+"""
+
+_CONNECTIONS: Final = """
+    SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int
+         - current_setting('reserved_connections')::int
 """
 
 
@@ -50,6 +66,7 @@ async def provision(
         await _require_version(connection)
         await _require_server(connection)
         await connection.execute("SELECT pg_advisory_lock($1)", LOCK_KEY, timeout=LOCK_SECONDS)
+        await _require_encoding(connection, [prefix + service + suffix for service in services])
         dsns: dict[str, str] = {}
         for service in services:
             name = prefix + service
@@ -129,7 +146,7 @@ async def _ensure(connection: Any, name: str, database: str, password: str, dsn:
         await connection.execute(f"CREATE ROLE {role} LOGIN PASSWORD {secret}")
     if not await connection.fetchval("SELECT true FROM pg_database WHERE datname = $1", database):
         await connection.execute(f"GRANT {role} TO CURRENT_USER")
-        await connection.execute(f"CREATE DATABASE {identifier(database)} OWNER {role}")
+        await create_database(connection, database, owner=name)
     # Looked at each time: CREATE DATABASE lets everybody in, and knows no transaction that this could be part of.
     if await connection.fetchval("SELECT has_database_privilege('public', $1, 'CONNECT')", database):
         await connection.execute(f"REVOKE ALL ON DATABASE {identifier(database)} FROM PUBLIC")
@@ -138,15 +155,62 @@ async def _ensure(connection: Any, name: str, database: str, password: str, dsn:
         await connection.execute(f"ALTER ROLE {role} SET {setting} = {_literal(value)}")
     if not await _opens(dsn):
         await connection.execute(f"ALTER ROLE {role} LOGIN PASSWORD {secret}")
+        await _opens(dsn)
 
 
 async def _opens(dsn: str) -> bool:
+    """Whether the role can connect. Raises `ProvisionError` where something overrides the settings of the role."""
     try:
         connection = await connect(dsn)
     except asyncpg.InvalidAuthorizationSpecificationError:
         return False
+    wrong = await wrong_settings(connection)
     await connection.close()
+    if wrong:
+        raise ProvisionError(
+            f"sessions at {shown(dsn)} have other settings ({', '.join(wrong)}) than their role: take those back that "
+            "stand in the DSN, or that ALTER ROLE ... IN DATABASE has given (RESET ALL)"
+        )
     return True
+
+
+async def create_database(connection: Any, name: str, *, owner: str | None = None) -> None:
+    """A database in UTF-8 whose text sorts and folds alike on every server, whatever that has in its template.
+
+    Servers before 17 have no such locale of their own; there it is that of the C library, or plain C.
+    """
+    create = f"CREATE DATABASE {identifier(name)} TEMPLATE template0 ENCODING '{ENCODING}'"
+    if owner is not None:
+        create += f" OWNER {identifier(owner)}"
+    if connection.get_server_version().major >= BUILTIN_LOCALES:
+        await connection.execute(f"{create} LOCALE_PROVIDER builtin BUILTIN_LOCALE 'C.UTF-8' LOCALE 'C'")
+        return
+    create += " LOCALE_PROVIDER libc LC_COLLATE 'C'"
+    try:
+        await connection.execute(f"{create} LC_CTYPE 'C.UTF-8'")
+    except asyncpg.WrongObjectTypeError:  # the machine has no such locale
+        await connection.execute(f"{create} LC_CTYPE 'C'")
+
+
+async def _require_encoding(connection: Any, databases: Sequence[str]) -> None:
+    """Before anything is made: of the databases that exist already."""
+    other = await connection.fetchrow(_OTHER_ENCODING, list(databases), ENCODING)
+    if other is not None:
+        raise ProvisionError(
+            f"the database {other['datname']} has the encoding {other['encoding']} instead of {ENCODING}: "
+            f"{NEW_ENCODING}"
+        )
+
+
+async def connections_taken(admin_dsn: str) -> int:
+    """How many connections of ordinary roles the server takes. Raises `ProvisionError`."""
+    connection = await connect_as_administrator(admin_dsn)
+    try:
+        return int(await connection.fetchval(_CONNECTIONS))
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        raise ProvisionError(f"PostgreSQL does not say how many connections it takes: {error}") from error
+    finally:
+        await connection.close()
 
 
 def service_dsn(admin_dsn: str, name: str, password: str, *, database: str = "") -> str:

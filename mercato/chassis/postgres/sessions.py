@@ -18,7 +18,17 @@ from typing import Any, Final, cast
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
 
+SAME_EVERYWHERE: Final = {
+    # What a server, a database or an administrator has as a default means something else to statements that rely on
+    # these. `default_transaction_read_only` is no part of it: by it an operator stops all writes, which is told.
+    "default_transaction_isolation": "read committed",
+    "default_transaction_deferrable": "off",
+    "search_path": "public",
+    "TimeZone": "UTC",
+}
+
 SETTINGS: Final = {
+    **SAME_EVERYWHERE,
     # Batches are short statements that are run very often: compiling them costs more than it saves.
     "jit": "off",
     # They find their rows by keys. A plan is made once for a session, perhaps when the table was new and reading all
@@ -42,6 +52,9 @@ WHOLE_TABLES: Final = {
     "plan_cache_mode": "auto",
     "idle_in_transaction_session_timeout": "0",
 }
+
+ENCODING: Final = "UTF8"
+NEW_ENCODING: Final = "it holds text in all letters; name another server, or rename that database and restore a backup"
 
 CONNECT_SECONDS: Final = 10.0
 CONNECT_POLL_SECONDS: Final = 0.1
@@ -70,6 +83,11 @@ async def connect(dsn: str, settings: Mapping[str, str] | None = None) -> Any:
             await asyncio.sleep(CONNECT_POLL_SECONDS)
 
 
+async def wrong_settings(connection: Any) -> list[str]:
+    """The names of `SETTINGS` that a session of a service's role has with another value."""
+    return await connection.fetchval(_WRONG, list(SETTINGS), list(SETTINGS.values())) or []
+
+
 async def is_pooled(connection: Any) -> bool:
     """Whether a pooler stands between the driver and the server: it gives out a process id of its own."""
     return await connection.fetchval("SELECT pg_backend_pid()") != connection.get_server_pid()
@@ -88,7 +106,10 @@ async def problem(dsn: str) -> str:
                     "goes through a pooler that keeps no prepared statements: it needs PgBouncer 1.21 or newer, in "
                     "transaction mode and with max_prepared_statements above 0; or name the server itself"
                 )
-            wrong = await connection.fetchval(_WRONG, list(SETTINGS), list(SETTINGS.values()))
+            wrong = await wrong_settings(connection)
+            encoding = await connection.fetchval("SELECT current_setting('server_encoding')")
+        if encoding != ENCODING:
+            return f"has the encoding {encoding} instead of {ENCODING}: {NEW_ENCODING}"
         if wrong:
             return (
                 f"has other settings ({', '.join(wrong)}) than `mercato migrate` gives to its role: run that first, "
