@@ -340,7 +340,15 @@ def _lost(error: Exception) -> bool:
 
 def refuses_writes(error: BaseException) -> bool:
     """Whether an error, or what it was translated from, says that the server stores nothing now: its disk is full."""
-    return isinstance(error.__cause__ or error, asyncpg.InsufficientResourcesError | asyncpg.PostgresIOError)
+    cause = error.__cause__ or error
+    if isinstance(cause, asyncpg.TooManyConnectionsError):
+        return False
+    return isinstance(cause, asyncpg.InsufficientResourcesError | asyncpg.PostgresIOError)
+
+
+def has_no_connection_left(error: BaseException) -> bool:
+    """Whether an error, or what it was translated from, says that others have all connections of the server."""
+    return isinstance(error.__cause__ or error, asyncpg.TooManyConnectionsError)
 
 
 def raise_translated(error: Exception, service: str) -> NoReturn:

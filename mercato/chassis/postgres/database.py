@@ -42,6 +42,7 @@ from .connections import (
     LockTimeout as LockTimeout,  # what a service may meet is imported from here
     RolledBackError as RolledBackError,
     UniqueViolation as UniqueViolation,
+    has_no_connection_left,
     raise_translated,
     refuses_writes,
 )
@@ -165,7 +166,9 @@ class Database:
         try:
             async with asyncio.timeout(PING_SECONDS), self.read() as tx:
                 is_read_only = await tx.fetch_values(bool, IS_READ_ONLY)
-        except (ServiceError, TimeoutError):
+        except (ServiceError, TimeoutError) as error:
+            if has_no_connection_left(error):
+                return "its database has no connection left, for others have all of them"
             return "its database does not answer"
         if is_read_only[0]:
             return "its database is read-only"
