@@ -46,6 +46,14 @@ def test_says_what_a_newcomer_needs_and_ready_last(shop: Process):
     assert shop.errors == []
 
 
+@pytest.mark.skipif(not AS_ROOT, reason="is about what root must do otherwise")
+def test_says_where_the_database_is_when_that_is_not_in_the_data_folder(shop: Process):
+    cluster = os.path.realpath(shop.data / "postgres")
+
+    assert cluster.startswith("/var/lib/mercato/"), "the folder of this test is below one that is closed to others"
+    assert shop.has_line(f"Database       {cluster}, for PostgreSQL's account cannot reach the data folder")
+
+
 def test_shows_progress_from_nothing_to_a_filled_shop(shop: Process):
     text = "\n".join(shop.lines)
 

@@ -435,6 +435,20 @@ async def test_as_root_a_folder_below_a_closed_one_gets_a_place_of_its_own(data:
     assert not outside.exists()
 
 
+@needs_root
+async def test_as_root_a_database_outside_stays_there_when_its_folder_becomes_reachable(data: Path):
+    folder = below_closed(data, "data")
+    async with running(folder) as server:
+        await ask(server, "CREATE TABLE kept AS SELECT 42 AS answer")
+    outside = home(folder)
+    folder.parent.chmod(0o755)
+
+    async with running(folder) as server:
+        assert await ask(server, "SELECT answer FROM kept") == 42
+        assert server.cluster_outside == outside / "postgres"
+    remove_cluster(folder)
+
+
 @pytest.mark.long
 @needs_root
 async def test_as_root_unreachable_programs_are_copied(data: Path, monkeypatch: pytest.MonkeyPatch):
