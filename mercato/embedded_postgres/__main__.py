@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -14,12 +15,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m mercato.embedded_postgres", description=__doc__)
     parser.add_argument("--remove", metavar="DATA", type=Path, required=True, help="the data folder")
     data: Path = parser.parse_args().remove
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not one that is closed
+            stream.reconfigure(errors="backslashreplace")
     try:
         removed = remove_cluster(data)
     except SupervisorError as error:
-        sys.stderr.write(f"{error}\n")
+        print(error, file=sys.stderr)  # noqa: T201  # a command; nothing where the stream is closed
         return 1
-    sys.stdout.write(f"removed the database of {data}\n" if removed else f"{data} has no database\n")
+    print(f"removed the database of {data}" if removed else f"{data} has no database")  # noqa: T201
     return 0
 
 

@@ -73,6 +73,18 @@ def test_a_refusal_with_closed_streams_has_its_exit_code(tmp_path: Path, closed:
     assert refused.stderr.count("\n") == (0 if "2" in closed else 1)
 
 
+@pytest.mark.parametrize("streams", ["", ">&-", "2>&-"])
+def test_removing_a_database_with_closed_streams_or_few_letters_works(tmp_path: Path, streams: str):
+    program = ("/bin/sh", "-c", f'exec "$0" "$@" {streams}', sys.executable, "-m", "mercato.embedded_postgres")
+    ended = subprocess.run(
+        [*program, "--remove", str(tmp_path / "größe")], cwd=ROOT, capture_output=True, text=True,
+        env={**clean_environment(), "PYTHONIOENCODING": "ascii"}, check=False,
+    )  # fmt: skip
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ("gr\\xf6\\xdfe has no database" in ended.stdout) == (streams != ">&-")
+
+
 @pytest.mark.parametrize("command", [["--help"], ["openapi"], ["up", "--data", "/no/such/folder", "--port", "0"]])
 def test_output_that_cannot_be_written_is_one_sentence(command: list[str]):
     with open("/dev/full", "wb") as full:
