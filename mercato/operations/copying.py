@@ -29,9 +29,9 @@ from typing import Any, Final
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
 import msgspec
 
-from mercato.chassis.postgres.dsn import DSN_FORM, shown, with_database
+from mercato.chassis.postgres.dsn import DSN_FORM, shown
 from mercato.chassis.postgres.provisioning import create_database
-from mercato.chassis.postgres.sessions import SAME_EVERYWHERE, WHOLE_TABLES, connect
+from mercato.chassis.postgres.sessions import SAME_EVERYWHERE, WHOLE_TABLES, as_administrator, connect
 
 QUEUE_SECONDS: Final = 600.0
 LOCK_KEY: Final = 0x636F7079  # "copy"
@@ -355,7 +355,7 @@ async def located(admin_dsn: str, services: Sequence[str], *, prefix: str = "mer
         raise CopyError(
             f"{shown(admin_dsn)} has no database {missing[0]}: start a shop on that server once, or name the right one"
         )
-    return {service: with_database(admin_dsn, prefix + service) for service in services}
+    return {service: as_administrator(admin_dsn, prefix + service) for service in services}
 
 
 async def ensured(admin_dsn: str, name: str) -> str:
@@ -368,7 +368,7 @@ async def ensured(admin_dsn: str, name: str) -> str:
                     await create_database(connection, name)
             if await connection.fetchval("SELECT has_database_privilege('public', $1, 'CONNECT')", name):
                 await connection.execute(f"REVOKE ALL ON DATABASE {identifier(name)} FROM PUBLIC")
-    return with_database(admin_dsn, name)
+    return as_administrator(admin_dsn, name)
 
 
 @contextlib.asynccontextmanager

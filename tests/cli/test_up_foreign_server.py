@@ -104,18 +104,21 @@ def test_the_defaults_of_the_server_and_of_the_shell_change_nothing(
     assert found == [tuple(SETTINGS.values())]
 
 
-def test_migrating_and_auditing_know_that_server_too(
+def test_the_other_commands_work_on_that_server_too(
     tmp_path: Path, server: ForeignServer, environment: Mapping[str, str]
 ):
     for command, words in (
         (("migrate", "--data", str(tmp_path / "data")), "the server takes 47 connections of ordinary roles"),
         (("audit", "--settled", "0"), ""),
+        (("users", "list"), "alice@example.com"),
+        (("events", "tail"), "order.placed"),
+        (("backup", str(tmp_path / "backup")), ""),
     ):
         ended = subprocess.run(
             [sys.executable, "-m", "mercato.cli", *command], cwd=ROOT, capture_output=True, text=True, check=False,
             env={**clean_environment(), **environment},
         )  # fmt: skip
-        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert ended.returncode == 0, (command, ended.stdout + ended.stderr)
         assert words in ended.stdout
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
@@ -17,6 +18,12 @@ NO_SECRETS: Final = "the given DSN"
 def with_database(dsn: str, name: str) -> str:
     """The same server and role, another database."""
     return urlunsplit(urlsplit(dsn)._replace(path=f"/{quote(name, safe='')}"))
+
+
+def with_settings(dsn: str, settings: Mapping[str, str]) -> str:
+    """The same server, role and database, whose sessions have these settings."""
+    parts = urlsplit(dsn)
+    return urlunsplit(parts._replace(query=urlencode({**dict(parse_qsl(parts.query)), **settings})))
 
 
 def with_server(dsn: str, host: str, port: int) -> str:

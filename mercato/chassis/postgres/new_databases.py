@@ -12,9 +12,10 @@ from typing import Any, Final
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
 
-from mercato.chassis.postgres.dsn import shown, with_database
+from mercato.chassis.postgres.dsn import shown
 
 from .provisioning import ProvisionError, connect_as_administrator, identifier, provision, provisioned
+from .sessions import as_administrator
 
 SUFFIX: Final = "_restoring"
 LOCK_KEY: Final = 0x72657374  # "rest"
@@ -24,7 +25,7 @@ class NewDatabases:
     """What is made so far: the DSN of each by service, `dsns` as the administrator and `owned` as its role opens it."""
 
     def __init__(self, connection: Any, admin_dsn: str, services: Sequence[str], prefix: str) -> None:
-        self.dsns: Mapping[str, str] = {s: with_database(admin_dsn, prefix + s + SUFFIX) for s in services}
+        self.dsns: Mapping[str, str] = {s: as_administrator(admin_dsn, prefix + s + SUFFIX) for s in services}
         self.owned: Mapping[str, str] = {}
         self._connection = connection
         self._admin_dsn = admin_dsn

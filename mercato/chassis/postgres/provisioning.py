@@ -13,10 +13,10 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
 
-from mercato.chassis.postgres.dsn import DSN_FORM, shown, with_database
+from mercato.chassis.postgres.dsn import DSN_FORM, shown
 
 from .connections import OLDEST_VERSION
-from .sessions import ENCODING, NEW_ENCODING, SETTINGS, connect, is_pooled, wrong_settings
+from .sessions import ENCODING, NEW_ENCODING, SETTINGS, as_administrator, connect, is_pooled, wrong_settings
 
 BUILTIN_LOCALES: Final = 17
 """The first PostgreSQL that has locales of its own."""
@@ -105,7 +105,7 @@ async def provisioned(
     finally:
         await connection.close()
     found = {service: prefix + service + suffix for service in services}
-    return {service: with_database(admin_dsn, name) for service, name in found.items() if name in names}
+    return {service: as_administrator(admin_dsn, name) for service, name in found.items() if name in names}
 
 
 async def connect_as_administrator(admin_dsn: str) -> Any:

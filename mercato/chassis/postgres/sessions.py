@@ -18,6 +18,8 @@ from typing import Any, Final, cast
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
 
+from .dsn import with_database, with_settings
+
 SAME_EVERYWHERE: Final = {
     # What a server, a database or an administrator has as a default means something else to statements that rely on
     # these. `default_transaction_read_only` is no part of it: by it an operator stops all writes, which is told.
@@ -81,6 +83,11 @@ async def connect(dsn: str, settings: Mapping[str, str] | None = None) -> Any:
             if time.monotonic() + CONNECT_POLL_SECONDS > end:
                 raise
             await asyncio.sleep(CONNECT_POLL_SECONDS)
+
+
+def as_administrator(admin_dsn: str, database: str) -> str:
+    """The DSN of a database as the administrator opens it, whose role has no settings of ours: the sessions have."""
+    return with_settings(with_database(admin_dsn, database), SAME_EVERYWHERE)
 
 
 async def wrong_settings(connection: Any) -> list[str]:
