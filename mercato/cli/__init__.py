@@ -15,9 +15,11 @@ def main() -> None:
     for name in [name for name in os.environ if name.startswith("PG")]:
         del os.environ[name]
     stopping.leave_at_once()
+    from mercato.chassis.hosting import variables
     from mercato.cli.commands import app
     from mercato.cli.progress import OutputFailed, fail
 
+    variables.forget_empty()
     try:
         app()
         sys.stdout.flush()

@@ -23,6 +23,7 @@ from mercato.chassis.postgres.new_databases import new_databases
 from mercato.cli import preparing
 from mercato.cli.databases import Unreachable, reached, run
 from mercato.cli.progress import Progress
+from mercato.cli.settings import load
 from mercato.embedded_postgres import DataFolder, EmbeddedPostgres, remove_cluster
 from mercato.embedded_postgres.folder import SECRET_BYTES, explained, sync_folder
 from mercato.operations.audit.checking import Report, audit
@@ -80,7 +81,7 @@ async def _backup(file: Path, data: Path, dsn: str | None, *, as_json: bool) -> 
 
 async def _restore(file: Path, data: Path | None, dsn: str | None, *, as_json: bool) -> int:
     progress, tell = _telling(as_json=as_json)
-    settings = config.load()
+    settings = load()
     where, making = _place(data, dsn, settings, tell)
     tell(f"checking {file}")
     with contextlib.ExitStack() as stack:

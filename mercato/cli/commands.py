@@ -8,12 +8,13 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError, validators
 
 from mercato import __version__
+from mercato.chassis.hosting import variables
 
 
 def _wrong_usage(error: CycloptsError) -> str:
     if isinstance(error, UnusedCliTokensError):
         return f"mercato: Unexpected argument: {' '.join(error.unused_tokens or ())}."
-    return f"mercato: {str(error).strip()}"
+    return f"mercato: {' '.join(str(error).split())}"
 
 
 app = App(
@@ -24,19 +25,33 @@ app = App(
 )
 
 
+DataFolder = Annotated[Path, Parameter(env_var="MERCATO_DATA")]
+ListenHost = Annotated[str, Parameter(env_var="MERCATO_LISTEN_HOST")]
+ListenPort = Annotated[int, Parameter(env_var="MERCATO_LISTEN_PORT", validator=validators.Number(gte=0, lte=65_535))]
+Authorization = Annotated[Literal["open", "required"] | None, Parameter(env_var="MERCATO_AUTH")]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+def _set_log_level(level: LogLevel | None) -> None:
+    """An option goes before the variable, also in the processes that this one starts."""
+    if level is not None:
+        variables.replace({"MERCATO_LOG_LEVEL": level})
+
+
 @app.command
 def up(
     *,
-    host: str = "127.0.0.1",
-    port: Annotated[int, Parameter(validator=validators.Number(gte=0, lte=65_535))] = 8080,
-    data: Path = Path(".mercato"),
-    demo: bool | None = None,
-    workers: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=64))] = 1,
+    host: ListenHost = "127.0.0.1",
+    port: ListenPort = 8080,
+    data: DataFolder = Path(".mercato"),
+    demo: Annotated[bool | None, Parameter(env_var="MERCATO_DEMO")] = None,
+    workers: Annotated[int, Parameter(env_var="MERCATO_WORKERS", validator=validators.Number(gte=1, lte=64))] = 1,
     split: Annotated[bool, Parameter(negative="")] = False,
-    placement: Literal["together", "split", "cluster"] | None = None,
-    replicas: str = "",
-    transport: Literal["nats", "http"] | None = None,
-    auth: Literal["open", "required"] | None = None,
+    placement: Annotated[Literal["together", "split", "cluster"] | None, Parameter(env_var="MERCATO_PLACEMENT")] = None,
+    replicas: Annotated[str, Parameter(env_var="MERCATO_REPLICAS")] = "",
+    transport: Annotated[Literal["nats", "http"] | None, Parameter(env_var="MERCATO_SPLIT_TRANSPORT")] = None,
+    auth: Authorization = None,
+    log_level: LogLevel | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Start the shop: PostgreSQL, all services and the gateway.
@@ -67,11 +82,14 @@ def up(
     auth
         "open": callers without a token act as staff (loopback only). "required": they do not. [default: open on
         loopback, required elsewhere]
+    log_level
+        From which level on events are logged, instead of MERCATO_LOG_LEVEL.
     json
         Tell what happens as one JSON object a line.
     """
     from mercato.cli.up import Options, run
 
+    _set_log_level(log_level)
     return run(
         Options(
             host=host,
@@ -92,9 +110,10 @@ def up(
 def serve(
     service: str,
     *more: str,
-    host: str = "127.0.0.1",
-    port: Annotated[int, Parameter(validator=validators.Number(gte=0, lte=65_535))] = 8080,
-    auth: Literal["open", "required"] | None = None,
+    host: ListenHost = "127.0.0.1",
+    port: ListenPort = 8080,
+    auth: Authorization = None,
+    log_level: LogLevel | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Serve one service, several, or the gateway, in this process.
@@ -116,21 +135,24 @@ def serve(
     auth
         "open": callers without a token act as staff (loopback only). "required": they do not. [default: open on
         loopback, required elsewhere]
+    log_level
+        From which level on events are logged, instead of MERCATO_LOG_LEVEL.
     json
         Tell what happens as one JSON object a line.
     """
     from mercato.cli.serve import Options, run
 
+    _set_log_level(log_level)
     return run(Options(names=(service, *more), host=host, port=port, auth=auth, json=json))
 
 
 @app.command
 def migrate(
     *services: str,
-    data: Path = Path(".mercato"),
+    data: DataFolder = Path(".mercato"),
     dsn: str | None = None,
-    pooler: str | None = None,
-    demo: Annotated[bool, Parameter(negative="")] = False,
+    pooler: Annotated[str | None, Parameter(env_var="MERCATO_POOLER")] = None,
+    demo: Annotated[bool, Parameter(negative="", env_var="MERCATO_DEMO")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Make and migrate the databases of a shop whose services run as processes of their own.
@@ -161,7 +183,7 @@ def migrate(
 @app.command
 def audit(
     *,
-    data: Path = Path(".mercato"),
+    data: DataFolder = Path(".mercato"),
     dsn: str | None = None,
     settled: Annotated[float, Parameter(validator=validators.Number(gte=0, lte=31_536_000))] = 60.0,
     json: Annotated[bool, Parameter(negative="")] = False,
@@ -193,7 +215,7 @@ def audit(
 def backup(
     file: Path,
     *,
-    data: Path = Path(".mercato"),
+    data: DataFolder = Path(".mercato"),
     dsn: str | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -250,7 +272,7 @@ def restore(
 
 
 @app.command
-def services(*, data: Path = Path(".mercato"), json: Annotated[bool, Parameter(negative="")] = False) -> int:
+def services(*, data: DataFolder = Path(".mercato"), json: Annotated[bool, Parameter(negative="")] = False) -> int:
     """List the processes of a shop whose services run apart: version, health, calls per second, 99th percentile.
 
     Exits with 1 if a service has no process that answers. Where they are comes from NATS_URL or MERCATO_SERVICES, else
@@ -271,7 +293,7 @@ def services(*, data: Path = Path(".mercato"), json: Annotated[bool, Parameter(n
 @app.command
 def doctor(
     *,
-    data: Path = Path(".mercato"),
+    data: DataFolder = Path(".mercato"),
     prune: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -299,7 +321,7 @@ def call(
     operation: str,
     request: str = "{}",
     *,
-    data: Path = Path(".mercato"),
+    data: DataFolder = Path(".mercato"),
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Call one operation of a shop whose services run apart, in the role of staff: orders.get '{"id": 1001}'
@@ -328,7 +350,9 @@ app.command(users)
 
 
 Who = Annotated[str, Parameter(help="The account's e-mail address, or its id.")]
-AccountsData = Annotated[Path, Parameter(help="The folder of the shop's data, of a shop that runs or not.")]
+AccountsData = Annotated[
+    Path, Parameter(env_var="MERCATO_DATA", help="The folder of the shop's data, of a shop that runs or not.")
+]
 AccountsDsn = Annotated[
     str | None,
     Parameter(
@@ -442,7 +466,7 @@ def tail(
     types: str = "",
     follow: bool = False,
     json: Annotated[bool, Parameter(negative="")] = False,
-    data: Path = Path(".mercato"),
+    data: DataFolder = Path(".mercato"),
     dsn: str | None = None,
 ) -> int:
     """Print what has become true in the shop, the oldest first.
@@ -471,7 +495,7 @@ def tail(
 def dead(
     *,
     json: Annotated[bool, Parameter(negative="")] = False,
-    data: Path = Path(".mercato"),
+    data: DataFolder = Path(".mercato"),
     dsn: str | None = None,
 ) -> int:
     """List the events that a consumer could not take, and why.
@@ -494,7 +518,7 @@ def dead(
 def replay(
     *ids: str,
     all: Annotated[bool, Parameter(negative="")] = False,
-    data: Path = Path(".mercato"),
+    data: DataFolder = Path(".mercato"),
     dsn: str | None = None,
 ) -> int:
     """Let consumers take what they could not take before, once its cause is mended.
@@ -517,6 +541,26 @@ def replay(
     from mercato.cli.events import Place, replay as run
 
     return run(Place(data, dsn), ids, all_=all)
+
+
+@app.command
+def settings(
+    *,
+    json: Annotated[bool, Parameter(negative="")] = False,
+    markdown: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """List all settings: variables of the environment with their defaults and bounds, and who reads them.
+
+    Parameters
+    ----------
+    json
+        Print one JSON document, which has what each means too.
+    markdown
+        Print the table of docs/operations.md.
+    """
+    from mercato.cli.settings import show_table
+
+    return show_table(as_json=json, as_markdown=markdown)
 
 
 @app.command

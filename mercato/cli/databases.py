@@ -27,6 +27,7 @@ from mercato.chassis.postgres.migrations import MigrationError, missing_revision
 from mercato.chassis.postgres.provisioning import ProvisionError
 from mercato.cli import stopping
 from mercato.cli.progress import OutputFailed, fail
+from mercato.cli.settings import load
 from mercato.cli.starting import CannotStart
 from mercato.embedded_postgres import DataFolder, DataFolderBusy, EmbeddedPostgres, SupervisorError
 from mercato.embedded_postgres.folder import SECRET_BYTES, explained, require_text
@@ -77,7 +78,7 @@ async def reached(
     `dsn` is an administrator's; where it is None, that of MERCATO_POSTGRES_DSN counts. `progress` gets a line for
     people about what takes time. `must_run` refuses a folder on which no shop runs. Raises one of `EXPECTED`.
     """
-    settings = config.load()
+    settings = load()
     if dsn is None and settings.postgres_dsn is not None:
         dsn = settings.postgres_dsn.get_secret_value()
     if dsn is not None:

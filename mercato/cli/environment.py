@@ -33,11 +33,12 @@ from mercato.chassis.rpc.discovery.mdns import MdnsRegistry
 from mercato.chassis.rpc.discovery.static import LARGEST_PORT, MalformedInstances, StaticRegistry
 from mercato.chassis.rpc.signatures import public_key
 from mercato.cli import registries
+from mercato.cli.settings import SERVICE_SECRET
 from mercato.cli.starting import is_loopback
 from mercato.contracts.money import EXPONENTS, unknown_currency
 
 DATABASE: Final = "DATABASE_URL"
-SECRET: Final = "MERCATO_SERVICE_SECRET"  # noqa: S105  # a name
+SECRET: Final = SERVICE_SECRET
 PUBLIC_KEYS: Final = "MERCATO_PUBLIC_KEYS"
 PUBLIC_KEY: Final = re.compile(r"[A-Za-z0-9_-]{43}")
 """32 bytes in base64url: the `x` of an Ed25519 key as a JWK."""

@@ -23,6 +23,7 @@ def main() -> None:
     import msgspec
 
     from mercato import topology
+    from mercato.chassis.hosting import variables
     from mercato.chassis.observability import faults
     from mercato.cli import serve
     from mercato.cli.split import InstanceAssignment
@@ -36,11 +37,11 @@ def main() -> None:
     lifeline = Lifeline(owner=int(owner))
     lifeline.follow()
     told = msgspec.json.decode(assignment, type=InstanceAssignment)
-    os.environ.update(told.environment)
-    if wanted := os.environ.get("MERCATO_FAULTS"):
+    variables.replace(told.environment)
+    if wanted := variables.value("MERCATO_FAULTS"):
         # Those of all services, which the owner has looked at: each process takes its own.
         own = (entry for entry in wanted.split(",") if entry.partition("=")[0] in faults.POINTS)
-        os.environ["MERCATO_FAULTS"] = ",".join(own)
+        variables.replace({"MERCATO_FAULTS": ",".join(own)})
 
     def ask_to_stop() -> None:
         os.kill(os.getpid(), signal.SIGTERM)

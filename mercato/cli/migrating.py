@@ -25,6 +25,7 @@ from mercato.chassis.postgres.provisioning import ProvisionError
 from mercato.cli import environment, nats, preparing, stopping
 from mercato.cli.hosting import hosted
 from mercato.cli.progress import Progress, fail
+from mercato.cli.settings import load
 from mercato.cli.starting import CannotStart, names_of
 from mercato.embedded_nats import authorization
 from mercato.embedded_postgres import DataFolder, SupervisorError, require_known_format
@@ -50,7 +51,7 @@ def run(options: Options) -> int:
     """Migrates; gives the exit code: 0, or 1 after one sentence."""
     try:
         stopping.leave_at_once()  # each step is one transaction, or is made again by the next run
-        settings = config.load()
+        settings = load()
         configure_logging(settings.log_level)
         asyncio.run(_migrate(options, settings))
     except EXPECTED as error:

@@ -27,6 +27,7 @@ from mercato.chassis.rpc.trust import TokenSigner, Trust
 from mercato.cli import environment
 from mercato.cli.databases import shop_secret
 from mercato.cli.registries import ETCD_ROOT
+from mercato.cli.settings import load
 from mercato.cli.split import read_record
 from mercato.cli.starting import CannotStart
 
@@ -66,7 +67,7 @@ async def operating(data: Path) -> AsyncGenerator[Operator]:
 
     Raises `CannotStart` where no process can be reached, or `SettingsError`.
     """
-    settings = config.load(config.ServeSettings)
+    settings = load(config.ServeSettings)
     source = FROM_ENVIRONMENT
     if settings.nats_url is None and not settings.services and settings.registry in ("static", "dns"):
         source = f"the shop in {data}"

@@ -41,6 +41,7 @@ from mercato.cli.environment import Given
 from mercato.cli.hosting import hosted, spare_the_collector
 from mercato.cli.preparing import explained
 from mercato.cli.progress import Progress, fail
+from mercato.cli.settings import load
 from mercato.cli.starting import Auth, CannotStart, inject_faults, is_open, names_of, open_to, url_of
 
 INSTANCE_BYTES: Final = 6
@@ -71,7 +72,7 @@ def run(options: Options, listener: socket.socket | None = None) -> int:
 
     try:
         options = msgspec.structs.replace(options, names=names_of(options.names, gateway=True))
-        settings = config.load(config.ServeSettings)
+        settings = load(config.ServeSettings)
         environment.check_currency(settings.currency)
         configure_logging(settings.log_level)
         inject_faults(settings.faults, options.names)

@@ -24,6 +24,7 @@ from typing import Final, Self
 import msgspec
 
 from mercato import topology
+from mercato.chassis.hosting import variables
 from mercato.chassis.hosting.host import GATEWAY
 from mercato.cli.starting import Auth, CannotStart
 from mercato.embedded_postgres import processes
@@ -253,7 +254,7 @@ class Instance:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "mercato.cli.instance", str(os.getpid()), self.transport, ",".join(self.plan.hosts),
             self.name,
-            env={name: value for name, value in os.environ.items() if name not in ADMINISTRATORS},
+            env=variables.for_child(without=ADMINISTRATORS),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
             pass_fds=[] if self.listener is None else [self.listener], start_new_session=True, limit=LINE_BYTES,
         )  # fmt: skip

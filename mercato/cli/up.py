@@ -21,7 +21,7 @@ import msgspec
 
 from mercato import placements, topology
 from mercato.chassis.contract import ServiceError
-from mercato.chassis.hosting import settings as config
+from mercato.chassis.hosting import settings as config, variables
 from mercato.chassis.hosting.host import Host
 from mercato.chassis.hosting.keys import key_deriver
 from mercato.chassis.hosting.options import OptionError
@@ -33,6 +33,7 @@ from mercato.cli import environment, preparing, stopping
 from mercato.cli.hosting import hosted, spare_the_collector
 from mercato.cli.keeping import kept
 from mercato.cli.progress import Progress, fail
+from mercato.cli.settings import load
 from mercato.cli.split import Instance, Recorder, Split, assign, planned, with_replicas
 from mercato.cli.starting import Auth, CannotStart, inject_faults, is_loopback, is_open, open_to, url_of
 from mercato.cli.workers import WorkerFailed, Workers
@@ -88,7 +89,7 @@ def run(options: Options) -> int:
     import uvloop
 
     try:
-        settings = config.load()
+        settings = load()
         environment.check_currency(settings.currency)
         configure_logging(settings.log_level)
         inject_faults(settings.faults)
@@ -155,7 +156,7 @@ class _Up:
         url = url_of(self._options.host, listener)
         folder = stack.enter_context(DataFolder.open(self._options.data, url))
         for name, value in environment.mail_defaults(folder.path, url).items():
-            os.environ.setdefault(name, value)
+            variables.set_default(name, value)
         secret = self._secret(folder)
         split = self._importing(stack, listener) if self._is_split else None
         admin_dsn = await self._unless_stopped(stack.enter_async_context(self._postgres(folder, secret)))
@@ -379,7 +380,7 @@ class _Up:
                 f"Database       {self._cluster_outside}, for PostgreSQL's account cannot reach the data folder: "
                 "a copy or volume of that folder is without it"
             )
-        if os.environ[environment.MAIL] == environment.mail_defaults(self._options.data, url)[environment.MAIL]:
+        if variables.value(environment.MAIL) == environment.mail_defaults(self._options.data, url)[environment.MAIL]:
             say(f"Letters        {data}/{environment.LETTERS}, instead of being mailed ({environment.MAIL})")
         if self._open:
             say("Sign-in        not needed: on this machine callers without a token act as staff (--auth required)")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from mercato.chassis.hosting import variables
 from mercato.chassis.observability.telemetry import MULTIPROCESS_VARIABLE
 from mercato.chassis.rpc.limits import CallLimits
 
@@ -139,7 +140,7 @@ class Workers:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             pass_fds=[self._listener.fileno()],
-            env={**os.environ, MULTIPROCESS_VARIABLE: metrics},
+            env=variables.for_child(**{MULTIPROCESS_VARIABLE: metrics}),
             start_new_session=True,  # Ctrl-C in the terminal is the owner's business
         )
         assert process.stdin is not None

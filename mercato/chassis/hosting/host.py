@@ -30,7 +30,7 @@ from mercato.chassis.rpc.transports.local import LocalFirst, LocalTransport
 from mercato.chassis.rpc.transports.loopback import LoopbackTransport
 
 from .keys import key_deriver
-from .options import option_reader
+from .options import OptionReader
 from .periodic import FIRST_RETRY_SECONDS, PeriodicTask
 from .service import Build, Env, Service
 
@@ -102,6 +102,7 @@ class Host:
         for name, build in builds.items():
             database = Database(dsns[name], name, self.telemetry, size=pool_size)
             clients = self.clients(name)
+            reader = OptionReader(name, options or {})
             env = Env(
                 database=database,
                 client=clients if may_call is None else restricted(clients, name, may_call(name)),
@@ -109,9 +110,10 @@ class Host:
                 randomness=randomness or SystemRandomness(),
                 telemetry=self.telemetry,
                 derive_key=key_deriver(secrets[name]),
-                options=option_reader(name, options or {}),
+                options=reader,
             )
             self.services[name] = build(env)
+            reader.require_known()
             self._servers[name] = self.services[name].server
             self._servers[name].count_in(self.telemetry)
         self._logs = {n: OutboxLog(n, s.database) for n, s in self.services.items() if s.has_outbox}

@@ -7,6 +7,8 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
+from .variables import PREFIX, is_service_link, no_such
+
 S = TypeVar("S", bound=msgspec.Struct)
 
 
@@ -20,25 +22,33 @@ class OptionError(Exception):
     """A sentence that names the variable and what is wrong with it."""
 
 
-def option_reader(service: str, given: Mapping[str, str]) -> OptionsReader:
-    """The options of `service` out of environment variables: `MERCATO_INVENTORY_HOLD_SECONDS` is its `hold_seconds`.
+class OptionReader:
+    """The options of `service` out of environment variables: `MERCATO_INVENTORY_HOLD_SECONDS` is its `hold_seconds`."""
 
-    What it gives raises `OptionError` for a value that does not fit.
-    """
-    prefix = f"MERCATO_{service.upper()}_"
-    own = {name.removeprefix(prefix).lower(): value for name, value in given.items() if name.startswith(prefix)}
+    def __init__(self, service: str, given: Mapping[str, str]) -> None:
+        self._prefix = f"{PREFIX}{service.upper()}_"
+        self._own = {
+            name.removeprefix(self._prefix).lower(): value
+            for name, value in given.items()
+            if name.startswith(self._prefix) and not is_service_link(name, value)
+        }
+        self._known: frozenset[str] = frozenset()
 
-    def read(kind: type[S]) -> S:
+    def __call__(self, kind: type[S]) -> S:
+        """Raises `OptionError` for a value that does not fit."""
         known = {field.name: field.type for field in msgspec.structs.fields(kind)}
-        if unknown := sorted(own.keys() - known.keys()):
-            names = ", ".join(prefix + name.upper() for name in sorted(known))
-            raise OptionError(f"There is no setting {prefix}{unknown[0].upper()}; {service} has {names}.")
+        self._known |= known.keys()
+        self.require_known()
         values: dict[str, object] = {}
-        for name, value in own.items():
+        for name, value in self._own.items():
             try:
                 values[name] = msgspec.convert(value, known[name], strict=False)
             except msgspec.ValidationError as error:
-                raise OptionError(f"The setting {prefix}{name.upper()} is not valid: {error}.") from None
+                raise OptionError(f"The setting {self._prefix}{name.upper()} is not valid: {error}.") from None
         return kind(**values)
 
-    return read
+    def require_known(self) -> None:
+        """Raises `OptionError` for an option that the service has not: after its `build`, for one that reads none."""
+        for name in sorted(self._own.keys() - self._known):
+            known = [self._prefix + each.upper() for each in self._known]
+            raise OptionError(no_such(self._prefix + name.upper(), known))

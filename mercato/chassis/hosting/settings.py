@@ -5,25 +5,25 @@ Every variable begins with `MERCATO_`. A wrong one ends the start with a sentenc
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Final, Literal, TypeVar
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from mercato.chassis.rpc.limits import CallLimits
 
+from . import variables
+from .variables import PREFIX, SettingsError
 
-class SettingsError(Exception):
-    """A sentence that names the variable and what is wrong with it."""
+LEAST_AUDIT_SECONDS: Final = 1.0
 
 
 class Settings(BaseSettings):
     """The settings of a process, with what they are when nobody says otherwise."""
 
-    model_config = SettingsConfigDict(env_prefix="MERCATO_", extra="ignore", env_ignore_empty=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", env_ignore_empty=True)
 
     postgres_dsn: SecretStr | None = None
     """An administrator's DSN of a PostgreSQL >= 16 to use instead of the embedded one."""
@@ -42,21 +42,21 @@ class Settings(BaseSettings):
     """Database connections of one service in one process, at most."""
     requests_in_work: Annotated[int, Field(ge=1, le=1_024)] = 512
     """Requests that one process has in work at once, at most; what it measures may lower that."""
-    audit_seconds: Annotated[float, Field(ge=0)] = 300.0
-    """How often the shop checks its own books, all its processes together; 0: never."""
-    breaker_window_seconds: Annotated[float, Field(gt=0)] = CallLimits().window_seconds
+    audit_seconds: Annotated[float, Field(ge=0, le=7 * 86_400)] = 300.0
+    """How often the shop checks its own books, all its processes together; 0: never, and else at least 1."""
+    breaker_window_seconds: Annotated[float, Field(ge=0.1, le=3_600)] = CallLimits().window_seconds
     """A circuit breaker judges the reads, or the writes, of a service by the calls of so long a time."""
-    breaker_minimum_calls: Annotated[int, Field(ge=1)] = CallLimits().minimum_calls
+    breaker_minimum_calls: Annotated[int, Field(ge=1, le=1_000_000)] = CallLimits().minimum_calls
     """With fewer calls in that time it does not open."""
-    breaker_failure_share: Annotated[float, Field(gt=0, le=1)] = CallLimits().failure_share
+    breaker_failure_share: Annotated[float, Field(ge=0.01, le=1)] = CallLimits().failure_share
     """It opens when such a share of them has failed."""
-    breaker_slow_share: Annotated[float, Field(gt=0, le=1)] = CallLimits().slow_share
+    breaker_slow_share: Annotated[float, Field(ge=0.01, le=1)] = CallLimits().slow_share
     """It opens when such a share of them was slow."""
-    breaker_slow_seconds: Annotated[float, Field(gt=0)] = CallLimits().slow_seconds
+    breaker_slow_seconds: Annotated[float, Field(ge=0.01, le=3_600)] = CallLimits().slow_seconds
     """A call without an answer for so long is slow."""
-    breaker_open_seconds: Annotated[float, Field(gt=0)] = CallLimits().open_seconds
+    breaker_open_seconds: Annotated[float, Field(ge=0.01, le=3_600)] = CallLimits().open_seconds
     """So long it refuses calls before it lets one through, at first; each further failure doubles it."""
-    breaker_longest_open_seconds: Annotated[float, Field(gt=0)] = CallLimits().longest_open_seconds
+    breaker_longest_open_seconds: Annotated[float, Field(ge=0.01, le=3_600)] = CallLimits().longest_open_seconds
     """But not beyond this."""
     retry_share: Annotated[float, Field(ge=0, le=1)] = CallLimits().retry_share
     """Of the requests between processes, those that may be sent again when their service does not answer; 0: none."""
@@ -94,8 +94,9 @@ class ServeSettings(Settings):
     registry_url: str = ""
     """For `etcd` and `consul`: where that is: `https://10.0.0.5:2379,https://10.0.0.6:2379`."""
     registry_user: str = ""
-    """For `etcd`, where it asks for one; with `registry_password`."""
+    """For `etcd`, where it asks for a user; with `registry_password`."""
     registry_password: SecretStr | None = None
+    """For `etcd`, where it asks for a password; with `registry_user`."""
     registry_token: SecretStr | None = None
     """For `consul`, where it asks for one."""
     registry_ca: Path | None = None
@@ -111,6 +112,7 @@ class ServeSettings(Settings):
     tls_cert: Path | None = None
     """The certificate (PEM) of this process, for those that call it over HTTP."""
     tls_key: Path | None = None
+    """The private key (PEM) of that certificate."""
     plaintext: Literal["loopback", "everywhere"] = "loopback"
     """Where connections may go without TLS; `everywhere` is for networks that encrypt by themselves."""
 
@@ -121,7 +123,7 @@ def variable_of(service: str, name: str, *, alone: bool) -> str:
     Raises `SettingsError` where there is none.
     """
     own = f"{name}_{service.upper()}"
-    value = os.environ.get(own) or (os.environ.get(name) if alone else None)
+    value = variables.value(own) or (variables.value(name) if alone else None)
     if not value:
         way_out = f" (or {name}, for this one service)" if alone else ""
         raise SettingsError(f"The setting {own} is missing{way_out}: `mercato migrate` writes it.")
@@ -130,8 +132,8 @@ def variable_of(service: str, name: str, *, alone: bool) -> str:
 
 def service_options(services: Iterable[str]) -> dict[str, str]:
     """The variables that belong to services: `MERCATO_<SERVICE>_<OPTION>`. Each service reads its own."""
-    prefixes = tuple(f"MERCATO_{service.upper()}_" for service in services)
-    return {name: value for name, value in os.environ.items() if name.startswith(prefixes) and value}
+    prefixes = tuple(f"{PREFIX}{service.upper()}_" for service in services)
+    return {name: value for name, value in variables.given().items() if name.startswith(prefixes)}
 
 
 S = TypeVar("S", bound=Settings)
@@ -144,7 +146,7 @@ def load(kind: type[S] = Settings) -> S:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = str(first["loc"][0])
-        name = field if field.isupper() else "MERCATO_" + field.upper()
+        name = field if field.isupper() else PREFIX + field.upper()
         raise SettingsError(f"The setting {name} is not valid: {first['msg']}.") from None
     if settings.secret is not None and len(settings.secret.get_secret_value()) < 32:
         raise SettingsError("The setting MERCATO_SECRET is not valid: it must have at least 32 characters.")
@@ -153,4 +155,6 @@ def load(kind: type[S] = Settings) -> S:
             "The setting MERCATO_BREAKER_OPEN_SECONDS is not valid: it must be at most "
             f"MERCATO_BREAKER_LONGEST_OPEN_SECONDS ({settings.breaker_longest_open_seconds:g})."
         )
+    if 0 < settings.audit_seconds < LEAST_AUDIT_SECONDS:
+        raise SettingsError("The setting MERCATO_AUDIT_SECONDS is not valid: it must be 0, or at least 1.")
     return settings

@@ -27,9 +27,9 @@ LONGEST_PAUSE_SECONDS: Final = 3_600
 class Options(msgspec.Struct, frozen=True):
     """What an operator may set: `MERCATO_INVENTORY_HOLD_SECONDS` and so on."""
 
-    hold_seconds: Annotated[float, Meta(gt=0, le=LONGEST_HOLD_SECONDS)] = 900.0
+    hold_seconds: Annotated[float, Meta(ge=0.01, le=LONGEST_HOLD_SECONDS)] = 900.0
     """Stock is held so long for an order whose payment has not begun."""
-    expire_every_seconds: Annotated[float, Meta(gt=0, le=LONGEST_PAUSE_SECONDS)] = 1.0
+    expire_every_seconds: Annotated[float, Meta(ge=0.01, le=LONGEST_PAUSE_SECONDS)] = 1.0
     """The pause between two looks for reservations whose time is over."""
 
 

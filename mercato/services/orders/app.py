@@ -43,7 +43,7 @@ class Options(msgspec.Struct, frozen=True):
     """How often a process looks for such orders."""
     payment_seconds: Annotated[float, Meta(ge=1, le=30 * 86_400)] = 900.0
     """Until how long after its placing an order can be paid. Before the first payment, inventory's hold decides."""
-    reconcile_seconds: Annotated[float, Meta(gt=0, le=3_600)] = 60.0
+    reconcile_seconds: Annotated[float, Meta(ge=0.01, le=3_600)] = 60.0
     """The pause between two scans for orders that no process continues, and for stock that is held for none."""
     customer_open_orders: Annotated[int, Meta(ge=0, le=LIMIT_MAX)] = 50
     """Open orders that a customer may have: pending, neither paid nor over. 0: any number."""
@@ -54,7 +54,9 @@ class Options(msgspec.Struct, frozen=True):
     staff_open_orders: Annotated[int, Meta(ge=0, le=LIMIT_MAX)] = 0
     """The same for orders that staff, and programs with their role, place for a customer."""
     staff_held_units: Annotated[int, Meta(ge=0, le=LIMIT_MAX)] = 0
+    """As `customer_held_units`, for such orders."""
     staff_held_percent: Annotated[int, Meta(ge=0, le=100)] = 0
+    """As `customer_held_percent`, for such orders."""
     quiet_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 600.0
     """How long nothing must have happened to an order, or to a hold, before it counts as left."""
 

@@ -34,10 +34,11 @@ class Options(msgspec.Struct, frozen=True):
 
     default_method: Method = "sandbox:ok"
     """What an order is paid with where its buyer names no method."""
-    sweep_seconds: Annotated[float, Meta(gt=0)] = 5.0
+    sweep_seconds: Annotated[float, Meta(ge=0.01, le=86_400)] = 5.0
     """After so long the provider is called again for an operation whose result is not known."""
-    reconcile_seconds: Annotated[float, Meta(gt=0)] = 60.0
-    statement_lag_seconds: Annotated[float, Meta(ge=0)] = 600.0
+    reconcile_seconds: Annotated[float, Meta(ge=0.01, le=86_400)] = 60.0
+    """The pause between two comparisons of the provider's statement with the payments."""
+    statement_lag_seconds: Annotated[float, Meta(ge=0, le=30 * 86_400)] = 600.0
     """After so long an operation must be on the provider's statement."""
 
 

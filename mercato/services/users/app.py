@@ -39,6 +39,7 @@ class Options(msgspec.Struct, frozen=True):
     mail: str = ""
     """Where letters leave: `smtp://USER:PASSWORD@HOST:PORT`, `smtps://...`, `folder:/path`. Empty: they wait."""
     mail_sender: str = DEFAULT_SENDER
+    """Whom letters come from."""
     address: str = DEFAULT_ADDRESS
     """Of the shop as customers reach it: where the links in letters lead."""
 

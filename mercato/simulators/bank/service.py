@@ -67,7 +67,8 @@ class Options(msgspec.Struct, frozen=True):
     failure_rate: Annotated[float, Meta(ge=0, le=1)] = 0.0
     """The share of calls that go wrong, whatever the method: they fail before anything, they fail after everything, or
     their answer is lost; a third each."""
-    statement_delay_seconds: Annotated[float, Meta(ge=0)] = 60.0
+    statement_delay_seconds: Annotated[float, Meta(ge=0, le=30 * 86_400)] = 60.0
+    """How long after a charge it is on the bank's statement."""
 
 
 class Trouble(enum.Enum):
