@@ -42,7 +42,16 @@ from mercato.cli.hosting import hosted, spare_the_collector
 from mercato.cli.preparing import explained
 from mercato.cli.progress import Progress, fail
 from mercato.cli.settings import load
-from mercato.cli.starting import Auth, CannotStart, inject_faults, is_open, names_of, open_to, url_of
+from mercato.cli.starting import (
+    Auth,
+    CannotStart,
+    announce_test_modes,
+    inject_faults,
+    is_open,
+    names_of,
+    open_to,
+    url_of,
+)
 
 INSTANCE_BYTES: Final = 6
 UNREADY_SECONDS: Final = 0.5
@@ -76,6 +85,7 @@ def run(options: Options, listener: socket.socket | None = None) -> int:
         environment.check_currency(settings.currency)
         configure_logging(settings.log_level)
         inject_faults(settings.faults, options.names)
+        announce_test_modes(settings, is_open=is_open(options.host, options.auth))
         serving = _Serving(options, settings, listener)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(serving.run())

@@ -7,11 +7,16 @@ import socket
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+import structlog
+
 from mercato import topology
 from mercato.chassis.hosting.host import GATEWAY
+from mercato.chassis.hosting.settings import Settings
 from mercato.chassis.observability import faults
 
 Auth = Literal["open", "required"]
+
+log = structlog.stdlib.get_logger("mercato.start")
 
 
 class CannotStart(Exception):
@@ -27,6 +32,23 @@ def inject_faults(wanted: str, names: Iterable[str] = tuple(topology.SERVICES)) 
         faults.inject_from_environment(wanted)
     except ValueError as error:
         raise CannotStart(str(error)) from error
+
+
+def announce_test_modes(settings: Settings, *, is_open: bool) -> Sequence[str]:
+    """Logs what is set for tests alone, and gives it as sentences. Raises `CannotStart` where tokens are required.
+
+    A shop that asks for tokens is one that others reach: its processes are not to be killed, nor its calls doubled.
+    """
+    found: list[tuple[str, str]] = []
+    if settings.faults:
+        found.append(("faults_injected", f"MERCATO_FAULTS injects faults: {settings.faults}"))
+    if settings.transport == "loopback":
+        found.append(("calls_are_repeated", "MERCATO_TRANSPORT=loopback sends every call that may be repeated twice"))
+    if found and not is_open:
+        raise CannotStart(f"{found[0][1]}; that is for tests, and is refused where tokens are required: unset it")
+    for event, sentence in found:
+        log.warning(event, reason=sentence)
+    return [sentence for _, sentence in found]
 
 
 def is_open(host: str, auth: Auth | None) -> bool:

@@ -13,7 +13,7 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -35,7 +35,16 @@ from mercato.cli.keeping import kept
 from mercato.cli.progress import Progress, fail
 from mercato.cli.settings import load
 from mercato.cli.split import Instance, Recorder, Split, assign, planned, with_replicas
-from mercato.cli.starting import Auth, CannotStart, inject_faults, is_loopback, is_open, open_to, url_of
+from mercato.cli.starting import (
+    Auth,
+    CannotStart,
+    announce_test_modes,
+    inject_faults,
+    is_loopback,
+    is_open,
+    open_to,
+    url_of,
+)
 from mercato.cli.workers import WorkerFailed, Workers
 from mercato.embedded_postgres import DataFolder, EmbeddedPostgres, SupervisorError, require_known_format
 from mercato.operations.audit.background import Background
@@ -94,8 +103,9 @@ def run(options: Options) -> int:
         configure_logging(settings.log_level)
         inject_faults(settings.faults)
         open_ = is_open(options.host, options.auth)
+        for_tests = announce_test_modes(settings, is_open=open_)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_Up(options, settings, is_open=open_).run())
+            return runner.run(_Up(options, settings, is_open=open_, for_tests=for_tests).run())
     except StoppedEarly as stop:
         fail(str(stop))
         return stopping.exit_code(stop.signal)
@@ -113,11 +123,14 @@ def run(options: Options) -> int:
 class _Up:
     """One run of `up`."""
 
-    def __init__(self, options: Options, settings: config.Settings, *, is_open: bool) -> None:
+    def __init__(
+        self, options: Options, settings: config.Settings, *, is_open: bool, for_tests: Sequence[str] = ()
+    ) -> None:
         self._options = options
         self._has_demo = is_loopback(options.host) if options.demo is None else options.demo
         self._settings = settings
         self._open = is_open
+        self._for_tests = for_tests
         self._is_split = options.placement != "together"
         if self._is_split and options.workers > 1:
             raise CannotStart(
@@ -386,6 +399,8 @@ class _Up:
             say("Sign-in        not needed: on this machine callers without a token act as staff (--auth required)")
         else:
             say("Sign-in        required: POST /login with e-mail and password gives an access token")
+        for sentence in self._for_tests:
+            say(f"For tests      {sentence}")
         say()
         for line in _try_it(url, is_open=self._open, has_demo=self._has_demo):
             say(line)

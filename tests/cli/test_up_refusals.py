@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from mercato.chassis.hosting.settings import Settings
+from mercato.chassis.observability.telemetry import configure_logging
+from mercato.cli.starting import announce_test_modes
 from mercato.testing.old_server import OldServer
 from mercato.testing.process import Process
+from mercato.testing.served import run
 from mercato.testing.waiting import wait_until
 
 UNWRITABLE = "/sys/kernel" if os.geteuid() == 0 else "/etc"
@@ -52,6 +56,46 @@ def test_wrong_settings_are_named(tmp_path: Path, environment: Mapping[str, str]
     with Process(tmp_path / "data", environment=environment) as process:
         assert words in process.refusal()
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("command", ["up", "serve"])
+@pytest.mark.parametrize("options", [["--auth", "required"], ["--host", "0.0.0.0"]])
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"MERCATO_FAULTS": "orders.place.after_commit=kill"}, "MERCATO_FAULTS injects faults"),
+        ({"MERCATO_TRANSPORT": "loopback"}, "MERCATO_TRANSPORT=loopback sends every call"),
+    ],
+)
+def test_what_is_for_tests_is_refused_where_tokens_are_required(
+    tmp_path: Path, command: str, options: list[str], environment: Mapping[str, str], words: str
+):
+    of_command = ["up", "--data", str(tmp_path / "data")] if command == "up" else ["serve", "orders"]
+    ended = run(*of_command, "--port", "0", *options, environment=environment)
+
+    assert ended.returncode == 1
+    assert words in ended.stderr.splitlines()[-1]
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"), [("orders.place.after_commit=kill", "faults_injected"), ("", "calls_are_repeated")]
+)
+def test_what_is_for_tests_is_announced(capfdbinary: pytest.CaptureFixture[bytes], setting: str, words: str):
+    configure_logging("warning")
+    settings = Settings(faults=setting, transport="local" if setting else "loopback")
+
+    [sentence] = announce_test_modes(settings, is_open=True)
+
+    assert (setting or "loopback") in sentence
+    assert words.encode() in capfdbinary.readouterr().err
+
+
+def test_an_ordinary_start_announces_nothing(capfdbinary: pytest.CaptureFixture[bytes]):
+    configure_logging("warning")
+
+    assert announce_test_modes(Settings(), is_open=False) == []
+    assert capfdbinary.readouterr().err == b""
 
 
 @pytest.mark.parametrize(

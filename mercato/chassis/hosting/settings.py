@@ -32,7 +32,8 @@ class Settings(BaseSettings):
 
     Machines that share one PostgreSQL need the same one."""
     transport: Literal["local", "loopback"] = "local"
-    """How services reach each other; `loopback` encodes every message and repeats what may be repeated, for tests."""
+    """How services reach each other; `loopback` encodes every message and repeats what may be repeated, for tests:
+    refused where tokens are required."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """`info` logs every request."""
 
@@ -61,7 +62,8 @@ class Settings(BaseSettings):
     retry_share: Annotated[float, Field(ge=0, le=1)] = CallLimits().retry_share
     """Of the requests between processes, those that may be sent again when their service does not answer; 0: none."""
     faults: str = ""
-    """Faults to inject at start, for crash tests: `orders.place.after_commit=kill`."""
+    """Faults to inject at start, for crash tests: `orders.place.after_commit=kill`. Refused where tokens are
+    required."""
 
     @property
     def log_requests(self) -> bool:
