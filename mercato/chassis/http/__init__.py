@@ -8,7 +8,7 @@ answers some abuses in plain text. Here are the parts that close those gaps:
 `HttpServer`       listens on sockets, sweeps over its connections four times a second, drains on stop.
 `BoundedProtocol`  one connection: counts what arrives, refuses what crosses a bound.
 `PipelinedTurns`   which requests that came behind another of their connection are in work.
-`BoundedCycle`     one request and its answer: takes a whole answer in one message.
+`BoundedCycle`     one request and its answer: takes a whole answer in one message, or one that takes long by intention.
 `Refusal`          why a request was refused, as an RFC 9457 problem.
 `Shedder`          which requests an application lets into work, by `Priority`, and which it refuses early.
 
@@ -31,7 +31,7 @@ no clock, it only forgets the connection's time stamp, and the next sweep sets a
 """
 
 from .addresses import network_of
-from .cycle import COMPLETE_RESPONSE, EXTENSIONS
+from .cycle import COMPLETE_RESPONSE, EXTENSIONS, LONG_RESPONSE
 from .limits import HttpLimits, Refusal
 from .listening import CannotListen, HostUnknown, PortForbidden, PortTaken, bind, translate
 from .protocol import BoundedProtocol, ConnectionBook
@@ -41,6 +41,7 @@ from .shedding import LoadLimits, Priority, Shedder
 __all__ = [
     "COMPLETE_RESPONSE",
     "EXTENSIONS",
+    "LONG_RESPONSE",
     "BoundedProtocol",
     "CannotListen",
     "ConnectionBook",

@@ -8,19 +8,27 @@ An application that knows its whole answer sends it as one message of the ASGI e
 Date and Connection are added here and may not be among them. It costs one check of the head and one write, where the
 two messages of plain ASGI cost two checks of each header and two passes through the flow control.
 
-The scope announces it under `extensions`; plain ASGI messages work as ever.
+An application whose answer takes longer than others by intention sends, before it answers, one of `http.response.long`:
+
+    {"type": "http.response.long", "seconds": 60.0, "interrupt": task.cancel}
+
+Its answer may take so many seconds more. `interrupt` is called, once at most, when there is no use in waiting on: the
+server is about to stop, or the client has left. An answer that comes at once after it is still sent.
+
+The scope announces both under `extensions`; plain ASGI messages work as ever.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 COMPLETE_RESPONSE: Final = "http.response.complete"
-EXTENSIONS: Final[Mapping[str, Mapping[str, Any]]] = {COMPLETE_RESPONSE: {}}
+LONG_RESPONSE: Final = "http.response.long"
+EXTENSIONS: Final[Mapping[str, Mapping[str, Any]]] = {COMPLETE_RESPONSE: {}, LONG_RESPONSE: {}}
 
 WITHOUT_CONTENT: Final = frozenset({204, 304})
 
@@ -58,7 +66,22 @@ class ResponseBuffer:
 class BoundedCycle(RequestResponseCycle):
     """One request of a `BoundedProtocol`."""
 
+    more_seconds: float = 0.0
+    """How much longer than others this answer may take."""
+    _interrupt: Callable[[], object] | None = None
+
+    def interrupt(self) -> None:
+        """Tells an application that waits by intention that there is no use in it any more."""
+        interrupt, self._interrupt = self._interrupt, None
+        if interrupt is not None:
+            interrupt()
+
     async def send(self, message: Any) -> None:
+        if message["type"] == LONG_RESPONSE:
+            self.more_seconds, self._interrupt = message["seconds"], message["interrupt"]
+            if self.disconnected:
+                self.interrupt()
+            return None
         if not self.response_complete and self.transport.is_closing():
             # The protocol hears of it in a later turn of the loop; until then, each write would raise.
             self.disconnected = True

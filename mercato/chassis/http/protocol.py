@@ -184,6 +184,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._has_turn = False
         self._half_closed = False
         self._has_sent = False
+        self._answering: BoundedCycle | None = None
+        """The request that the application works on, or has answered last; `cycle` is the newest."""
         self.waits_for_turn = False
         """The first request of `pipeline` waits until others that were pipelined are answered; none is in work."""
 
@@ -244,6 +246,9 @@ class BoundedProtocol(HttpToolsProtocol):
         if not by_network[self._network]:
             del by_network[self._network]
         super().connection_lost(exc)
+        if self._answering is not None:
+            self._answering.interrupt()
+            self._answering = None
         self.waits_for_turn = False
         self._end_turn()
         if self.cycle is not None:  # pyright: ignore[reportUnnecessaryComparison]  # uvicorn: None before the first
@@ -373,6 +378,7 @@ class BoundedProtocol(HttpToolsProtocol):
         )
         cycle.send_500_response = self._answer_internal_error
         if before is None or before.response_complete:  # pyright: ignore[reportUnnecessaryComparison]
+            self._answering = cycle
             self._start_asgi_task(cycle, self.app)
         else:
             self.flow.pause_reading()
@@ -472,6 +478,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.waits_for_turn = False
         self._has_turn = True
         cycle, app = self.pipeline.pop()
+        self._answering = cast(BoundedCycle, cycle)
         self._start_asgi_task(cycle, app)
 
     def _end_turn(self) -> None:
@@ -551,7 +558,9 @@ class BoundedProtocol(HttpToolsProtocol):
             if age_seconds >= LINGER_SECONDS:
                 self.transport.abort()
         elif self._is_answering():
-            if age_seconds >= self._book.response_seconds:
+            long = self._answering
+            more_seconds = 0.0 if long is None or long.response_complete else long.more_seconds
+            if age_seconds >= self._book.response_seconds + more_seconds:
                 self._abandon_answer()
         elif self._phase != IDLE:
             if age_seconds >= limits.request_seconds:
@@ -572,16 +581,17 @@ class BoundedProtocol(HttpToolsProtocol):
         # A client that does not read is no fault of this process: it is counted, and has no record in the log.
         if self._answer_is_due() and not self.transport.get_write_buffer_size():
             logger.warning(
-                "connection aborted: %s %s of %s was not answered within %g seconds",
+                "connection aborted: %s %s of %s was not answered in time",
                 self.scope.get("method", "?"),
                 self.scope.get("path", "?"),
                 self.client,
-                self._book.response_seconds,
             )
         self.transport.abort()
 
     def shutdown(self) -> None:
         """Asks the connection to end: at once if it is idle, else with its answer. Called repeatedly while draining."""
+        if self._answering is not None:
+            self._answering.interrupt()
         if self._phase == HEAD or self._phase >= WAITING:
             return
         if self._answer_is_due():

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import uvloop
 
-from mercato.chassis.http import COMPLETE_RESPONSE, HttpLimits, HttpServer, bind
+from mercato.chassis.http import COMPLETE_RESPONSE, LONG_RESPONSE, HttpLimits, HttpServer, bind
 from mercato.testing.waiting import BOUND_SECONDS
 
 GET = b"GET /hello HTTP/1.1\r\nHost: shop\r\n\r\n"
@@ -65,6 +65,7 @@ class App:
         self.paths: list[str] = []
         self.body_bytes_seen = 0
         self.disconnects = 0
+        self.interruptions = 0
         self.failures: list[Exception] = []
         self.headers: list[tuple[bytes, bytes]] = []
         self.entered = asyncio.Event()
@@ -107,6 +108,20 @@ class App:
     async def wait(self, scope: Any, receive: Any, send: Any) -> None:
         await self.release.wait()
         await self.answer(send, b"waited")
+
+    async def long(self, scope: Any, receive: Any, send: Any) -> None:
+        """Waits by intention: until it is released, or interrupted, for as many seconds as the query string says."""
+        assert LONG_RESPONSE in scope["extensions"]
+        seconds, interrupted = float(scope["query_string"]), asyncio.Event()
+        released = asyncio.ensure_future(self.release.wait())
+        await send({"type": LONG_RESPONSE, "seconds": seconds, "interrupt": interrupted.set})
+        stopped = asyncio.ensure_future(interrupted.wait())
+        self.entered.set()
+        await asyncio.wait((released, stopped), return_when=asyncio.FIRST_COMPLETED)
+        self.interruptions += interrupted.is_set()
+        for task in (released, stopped):
+            task.cancel()
+        await self.answer(send, b"interrupted" if interrupted.is_set() else b"released")
 
     async def wait_and_echo(self, scope: Any, receive: Any, send: Any) -> None:
         await self.release.wait()
