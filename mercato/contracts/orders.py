@@ -44,6 +44,8 @@ PAGE_LIMIT: Final = 200
 REFUSED_MINOR: Final = MAX_ID
 NAMED_BY_SKU: Final = MAX_ID
 NO_USER: Final = MAX_ID
+SPOKEN_ITEMS: Final = 5
+"""So many of the products that are short stand in the sentence of an error; all of them stand in its details."""
 
 Note = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*\Z")]
 """What a customer wants the shop to know about an order. Public: everyone who sees the order reads it."""
@@ -205,6 +207,9 @@ class AwaitOrder(Message):
     id: OrderId
     wait_ms: Annotated[int, Meta(ge=0, le=60_000)]
     access_token: AccessToken | None = None
+    refusals: bool = False
+    """Whether an order that was refused, and is not paid since, is answered with the reason: `OutOfStock`,
+    `HoldLimit`, `PaymentDeclined` or `OrderCancelled`. Otherwise the answer is the order, whatever it has come to."""
 
 
 class PayOrder(Message):
@@ -440,12 +445,45 @@ class NotPayable(ServiceError, code="orders.not_payable", kind=Kind.CONFLICT):
 
 
 class PaymentDeclined(ServiceError, code="orders.payment_declined", kind=Kind.REFUSED):
-    """No money has moved. The order can be paid in another way until its stock is no longer held for it."""
+    """No money has moved. The order can be paid in another way until its stock is no longer held for it.
 
-    sentence = "The payment of order {order_id} was declined: {provider_code}."
+    `payable_until`: that time; null where the order is cancelled, or where no stock waits for the payment.
+    """
+
+    sentence = "The payment of order {order_id} was declined: {provider_code}{until}."
     order_id: int
     payment_id: int
     provider_code: str
+    payable_until: datetime.datetime | None = None
+
+    def spoken(self) -> dict[str, Any]:
+        until = self.payable_until and self.payable_until.astimezone(datetime.UTC)
+        return {**super().spoken(), "until": f"; it can be paid until {until:%Y-%m-%dT%H:%M:%SZ}" if until else ""}
+
+
+class OutOfStock(ServiceError, code="orders.out_of_stock", kind=Kind.CONFLICT):
+    """The order was placed, and is cancelled. `items`: what there was not enough of. No money has moved."""
+
+    sentence = "Order {order_id} is cancelled: there is not enough in stock of {products}."
+    order_id: int
+    items: tuple[ShortLine, ...]
+
+    def spoken(self) -> dict[str, Any]:
+        short = [f"product {i.product_id} ({i.available} of {i.requested})" for i in self.items[:SPOKEN_ITEMS]]
+        more = ["more"] if len(self.items) > SPOKEN_ITEMS else []
+        return {**super().spoken(), "products": ", ".join([*short, *more]) or "its products"}
+
+
+class HoldLimit(ServiceError, code="orders.hold_limit", kind=Kind.CONFLICT):
+    """The order was placed, and is cancelled: its customer's open orders hold as much as they may. No money has moved.
+
+    `items`: of which products, and how much this order could hold.
+    """
+
+    sentence = "Order {order_id} is cancelled. {explanation}"
+    order_id: int
+    items: tuple[ShortLine, ...]
+    explanation: str
 
 
 class OrderCancelled(ServiceError, code="orders.cancelled", kind=Kind.CONFLICT):

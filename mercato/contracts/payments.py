@@ -258,6 +258,8 @@ class OutcomePending(ServiceError, code="payments.outcome_pending", kind=Kind.UN
     operation: str
     order_id: int
     retry_after_s: int | None = 1
+    settles_at: datetime.datetime | None = None
+    """When it will be known, as the provider says; None where it does not say so."""
 
 
 class AnotherPaymentLive(ServiceError, code="payments.another_live", kind=Kind.CONFLICT):

@@ -25,7 +25,6 @@ from prometheus_client import Counter
 
 from mercato.chassis.contract import (
     ANONYMOUS,
-    MAX_ID,
     Actor,
     Call,
     Context,
@@ -47,7 +46,16 @@ from mercato.gateway.auth import Authenticator
 from mercato.gateway.headers import RequestHeaders, check_content_type, expected_version, preferred_wait_ms
 from mercato.gateway.rates import PasswordTries, RateLimiter
 from mercato.gateway.route import NO_TEXT, Page, Route, RouteRequest, gathering
-from mercato.gateway.validation import decode_body, decode_query, decoder, invalid, members_of
+from mercato.gateway.validation import (
+    decode_body,
+    decode_query,
+    decoder,
+    invalid,
+    members_of,
+    numbers_of,
+    texts_of,
+)
+from mercato.gateway.waiting import Waiting
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -110,7 +118,7 @@ class Gateway:
         route = found if isinstance(found, BoundRoute) else None
         try:
             if route is not None:
-                status, lines, body = await self._serve(route, parts, scope, receive, headers)
+                status, lines, body = await self._serve(route, parts, scope, receive, send, headers)
             elif isinstance(found, ServiceError):
                 raise found
             else:
@@ -155,7 +163,13 @@ class Gateway:
             log.error("page_failed", trace_id=headers.trace_id, exc_info=error)
 
     async def _serve(
-        self, route: BoundRoute, parts: Mapping[str, str], scope: Scope, receive: Receive, headers: RequestHeaders
+        self,
+        route: BoundRoute,
+        parts: Mapping[str, str],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        headers: RequestHeaders,
     ) -> tuple[int, Lines, bytes]:
         if (load := self.load).waiting and load.in_work >= load.room[route.priority]:
             await load.check(route.priority, route.name)
@@ -194,9 +208,8 @@ class Gateway:
         if request.wait_ms is None:
             return route.respond(answer, scope)
         current.set(Context(actor, deadline + request.wait_ms / 1_000, headers.trace_id, headers.request_id))
-        status, lines, body = route.respond(await route.waited(answer, request.wait_ms), scope)
-        lines.append(b"preference-applied: wait=%d" % (request.wait_ms // 1_000))
-        return status, lines, body
+        assert route.waiting is not None
+        return await route.waiting.respond(answer, request.wait_ms, scope, send, headers.trace_id)
 
     async def _call(self, route: BoundRoute, request: RouteRequest, asked: Any, scope: Scope, deadline: float) -> Any:
         """The answer of a route's operation, as one of the requests in work. Raises its errors, and `Overloaded`."""
@@ -378,8 +391,8 @@ class BoundRoute:
         self.guest_call = client(route.guest_operation) if route.guest_operation else self.call
         if route.parts:
             self.call = gathering(route.parts, self.call, client)
-        self._wait_call = client(route.wait.operation) if route.wait else None
         self.name = f"{route.method} {route.path}"
+        self.waiting = Waiting(route.wait, client(route.wait.operation), self) if route.wait else None
         self.roles = route.roles
         self.priority = route.priority
         self.ignores_token = route.ignores_token
@@ -476,8 +489,8 @@ class BoundRoute:
         body: Any,
     ) -> RouteRequest:
         """The request with everything beside its body, which has been decoded."""
-        text = _texts(parts, self._text) if self._text else NO_TEXT
-        path = _numbers(parts, scope["path"]) if parts and not text else _NOTHING
+        text = texts_of(parts, self._text) if self._text else NO_TEXT
+        path = numbers_of(parts, scope["path"]) if parts and not text else _NOTHING
         query = None
         if self._query is not None:
             query = decode_query(self._query, query_string)
@@ -500,17 +513,6 @@ class BoundRoute:
         if headers.prefer is not None and self.route.wait is not None:
             wait_ms = preferred_wait_ms(headers.prefer)
         return RouteRequest(actor, path, query, body, version, key, fingerprint, wait_ms, self._currency, text)
-
-    async def waited(self, answer: Any, wait_ms: int) -> Any:
-        """The answer after having waited for what the route waits for, or as it was where that cannot be had."""
-        wait, call = self.route.wait, self._wait_call
-        assert wait is not None
-        assert call is not None
-        try:
-            return wait.answer(answer, await call(wait.request(answer, wait_ms)))
-        except ServiceError as error:
-            log.warning("wait_failed", route=self.name, reason=error.code)
-            return answer
 
     def reworded(self, error: InvalidRequest) -> InvalidRequest:
         """The error with the fields called as the API calls them."""
@@ -538,6 +540,11 @@ class BoundRoute:
         route = self.route
         if route.etag is not None and (version := route.etag(answer)) is not None:
             lines.append(b'etag: "%d"' % version)
+        self.add_place(answer, lines)
+
+    def add_place(self, answer: Any, lines: Lines) -> None:
+        """Where the thing is, and whether an earlier request has made it: also of one that was refused since."""
+        route = self.route
         if route.location is not None:
             lines.append(b"location: " + route.location(answer).encode())
         if route.replayed is not None and route.replayed(answer):
@@ -563,34 +570,6 @@ async def _read_body(receive: Receive, limit_bytes: int) -> bytes:
     if len(body) > limit_bytes:
         raise problems.BodyTooLarge(limit_bytes=limit_bytes)
     return body
-
-
-def _texts(parts: Mapping[str, str], kinds: Mapping[str, Any]) -> Mapping[str, str]:
-    for name, text in parts.items():
-        try:
-            msgspec.convert(text, kinds[name])
-        except msgspec.ValidationError:
-            raise invalid((f"path {name}", "is not what this takes")) from None
-    return parts
-
-
-def _numbers(parts: Mapping[str, str], path: str) -> Mapping[str, int]:
-    numbers: dict[str, int] = {}
-    errors: list[FieldError] = []
-    for name, text in parts.items():
-        if text.isascii() and text.isdigit():
-            numbers[name] = int(text) if len(text) <= MAX_ID_DIGITS else MAX_ID + 1
-        else:
-            errors.append(FieldError(field=f"path {name}", message="is not a number"))
-    if errors:
-        raise InvalidRequest(errors=tuple(errors))
-    # A number that no id can be is not a mistake in the request: there is nothing there.
-    if not all(1 <= number <= MAX_ID for number in numbers.values()):
-        raise problems.RouteNotFound(path=path)
-    return numbers
-
-
-MAX_ID_DIGITS: Final = len(str(MAX_ID))
 
 
 def _next_link(scope: Scope, changed: Mapping[str, str]) -> bytes:

@@ -50,6 +50,7 @@ WAY_OUT: Final[Mapping[str, str]] = {
     "method_not_allowed": "Use one of the methods in the header Allow.",
     "orders.amount_not_due": "Show what is due (details.due) to the buyer, and pay that. Nothing was charged.",
     "orders.cancelled": "Place a new order; GET /orders/{id} says why this one was cancelled.",
+    "orders.hold_limit": "Pay or cancel open orders (GET /orders?status=pending), or order less, with a new key.",
     "orders.illegal_move": "Make one of the moves in details.legal; where there is none, the order is at its end.",
     "orders.mixed_currencies": "Place one order for each currency.",
     "orders.not_found": "Check the id. Somebody else's order answers like one that does not exist.",
@@ -60,7 +61,9 @@ WAY_OUT: Final[Mapping[str, str]] = {
     "orders.not_payable": "Settle it with the customer: goods have come back, or were never taken from the stock.",
     "orders.nothing_to_refund": "Refund at most details.left; where it is nothing, all was given back already.",
     "orders.too_many_open": "Pay or cancel open orders (GET /orders?status=pending), then send it again.",
-    "orders.payment_declined": "No money has moved. Pay with another method, as long as the order waits.",
+    "orders.out_of_stock": "Order at most what details.items says is available, with a new key.",
+    "orders.payment_declined": "No money has moved. Pay with another method (POST /payments) until "
+    "details.payable_until.",
     "orders.payment_in_progress": "Wait a moment and look at the order: a payment or refund is just being made.",
     "orders.refund_not_found": "GET /orders/{id}/refunds lists them; the ids rest and cancel need ?order_id=.",
     "orders.price_changed": "Show the new total to the buyer, and place the order again with it. Nothing was ordered.",

@@ -16,7 +16,10 @@ _NO_TRACE_ID: Final = b"0" * 32
 
 
 class RequestHeaders:
-    """The headers of one request, found in one pass. Of a header that is given twice, the last one counts."""
+    """The headers of one request, found in one pass. Of a header that is given twice, the last one counts.
+
+    `prefer` is the exception: its lines are one list (RFC 7240 2).
+    """
 
     authorization: bytes | None = None
     content_type: bytes | None = None
@@ -26,7 +29,7 @@ class RequestHeaders:
     idempotency_key: bytes | None = None
     if_match: bytes | None = None
     origin: bytes | None = None
-    prefer: bytes | None = None
+    _prefer: bytes | None = None
     x_request_id: bytes | None = None
     traceparent: bytes | None = None
 
@@ -48,6 +51,14 @@ class RequestHeaders:
                 self.trace_id = given[1].decode()
         if self.x_request_id is not None and _REQUEST_ID.match(self.x_request_id):
             self.request_id = self.x_request_id.decode()
+
+    @property
+    def prefer(self) -> bytes | None:
+        return self._prefer
+
+    @prefer.setter
+    def prefer(self, line: bytes) -> None:
+        self._prefer = line if self._prefer is None else self._prefer + b"," + line
 
 
 _FIELDS: Final = {
@@ -90,17 +101,23 @@ def expected_version(if_match: bytes) -> int | None:
 
 
 WAIT_LIMIT_SECONDS: Final = 60
-_WAIT: Final = re.compile(rb"(?:^|[,;])\s*wait\s*=\s*([^,;\s]*)", re.IGNORECASE)
+_PREFERENCE: Final = re.compile(rb'(?:[^",]|"(?:[^"\\]|\\.)*"?)+')
+"""One preference with its parameters: up to a comma that is not in quotes."""
+_NAME_AND_VALUE: Final = re.compile(rb'(?:[^";]|"(?:[^"\\]|\\.)*"?)+')
 
 
 def preferred_wait_ms(prefer: bytes) -> int | None:
     """The milliseconds of `wait` (RFC 7240), at most a minute. None where only other preferences are named.
 
-    Raises `InvalidRequest` for a wait that is not a number of seconds.
+    Of a preference that is named twice, the first counts; a parameter of another one is none by itself. Raises
+    `InvalidRequest` for a wait that is not a number of seconds.
     """
-    if not (match := _WAIT.search(prefer)):
-        return None
-    seconds = match[1].strip(b'"')
-    if not seconds.isdigit():
-        raise invalid(("header Prefer", "wait is not a whole number of seconds, as in wait=5"))
-    return min(int(seconds[:6]), WAIT_LIMIT_SECONDS) * 1_000
+    for preference in _PREFERENCE.findall(prefer):
+        named = _NAME_AND_VALUE.match(preference)
+        name, _, value = (named[0] if named else b"").partition(b"=")
+        if name.strip().lower() == b"wait":
+            seconds = value.strip().strip(b'"')
+            if not seconds.isdigit():
+                raise invalid(("header Prefer", "wait is not a whole number of seconds, as in wait=5"))
+            return min(int(seconds[:6]), WAIT_LIMIT_SECONDS) * 1_000
+    return None

@@ -83,7 +83,7 @@ HEADERS: Final[Mapping[str, Json]] = {
         "schema": {"type": "string", "pattern": '^"[0-9]+"$', "examples": ['"1"']},
     },
     "Idempotent-Replayed": {
-        "description": "There when this is the stored answer of an earlier request with the same key.",
+        "description": "There when an earlier request with the same key has done this, and it was not done again.",
         "schema": {"const": "true"},
     },
     "Link": {
@@ -91,8 +91,14 @@ HEADERS: Final[Mapping[str, Json]] = {
         "schema": {"type": "string", "pattern": '^<.+>; rel="next"$'},
     },
     "Location": {
-        "description": "Where the new thing is.",
+        "description": "Where the new thing is. With a refusal: there where the thing was made, and refused while the "
+        "client waited for its end.",
         "schema": {"type": "string", "format": "uri-reference"},
+    },
+    "Preference-Applied": {
+        "description": "There when `Prefer: wait=N` was met, with the longest time in seconds. Not there where the "
+        "wait was ended early, as by a shop that stops: then the answer is the order as it is at that moment.",
+        "schema": {"type": "string", "pattern": "^wait=[0-9]+$", "examples": ["wait=5"]},
     },
     "Retry-After": {
         "description": "Seconds after which trying again makes sense.",
@@ -139,7 +145,11 @@ PARAMETERS: Final[Mapping[str, Json]] = {
         "name": "Prefer",
         "in": "header",
         "description": "`wait=N`: answer when the order is paid or refused, after N seconds at the latest, of which "
-        "there can be 60. Without it, the answer comes as soon as the order is durable.",
+        "there can be 60. A refused order is answered as a problem with its Location; `details.payable_until` says "
+        "until when it can be paid in another way. The key stands for the order all the same: a repetition is answered "
+        "with the problem as long as it is so, and then with the order. Without `wait`, the answer comes as soon as "
+        "the order is durable: 201 says that it is accepted, not that it is paid or that there is enough in stock. "
+        "Other preferences are ignored (RFC 7240).",
         "schema": {"type": "string"},
         "example": "wait=5",
     },
@@ -218,7 +228,8 @@ def errors_of(route: Route, *, open_shop: bool) -> tuple[type[ServiceError], ...
     if route.if_match:
         following.append(StaleVersion)
     of_forms = (error for form in route.forms for error in form.errors)
-    return tuple(dict.fromkeys((*route.errors, *of_forms, *following, *_CALLING)))
+    waited = route.wait.refusals if route.wait else ()
+    return tuple(dict.fromkeys((*route.errors, *waited, *of_forms, *following, *_CALLING)))
 
 
 _CALLING: Final = (Overloaded, Unavailable, DeadlineExceeded, OutcomeUnknown, Internal)
@@ -283,7 +294,9 @@ class _Described:
             described["parameters"] = parameters
         if route.body is not None:
             described["requestBody"] = self._body(route)
-        refusals = self._refusals(errors_of(route, open_shop=self._open_shop))
+        refusals = self._refusals(
+            errors_of(route, open_shop=self._open_shop), located=route.wait.refusals if route.wait else ()
+        )
         described["responses"] = {str(route.status): self._success(route), **refusals}
         return described
 
@@ -356,6 +369,7 @@ class _Described:
             "Idempotent-Replayed": route.replayed is not None,
             "Link": collection and route.query is not None,
             "Location": route.location is not None,
+            "Preference-Applied": route.wait is not None,
             "X-Request-Id": True,
         }
         success: Json = {
@@ -374,22 +388,32 @@ class _Described:
 
     # ---------------------------------------------------------------------------------------------------- refusals
 
-    def _refusals(self, kinds: Iterable[type[ServiceError]]) -> Json:
-        """By HTTP status, each a reference: many rows can answer the same."""
+    def _refusals(self, kinds: Iterable[type[ServiceError]], located: tuple[type[ServiceError], ...] = ()) -> Json:
+        """By HTTP status, each a reference: many rows can answer the same. `located`: those that have a Location."""
         by_status: dict[int, list[ServiceError]] = {}
         for error in map(examples.error, kinds):
             by_status.setdefault(problems.status_of(error), []).append(error)
         return {
-            str(status): {"$ref": f"#/components/responses/{self._refusal(status, by_status[status])}"}
+            str(status): {"$ref": f"#/components/responses/{self._refusal(status, by_status[status], located)}"}
             for status in sorted(by_status)
         }
 
-    def _refusal(self, status: int, errors: Sequence[ServiceError]) -> str:
+    def _refusal(
+        self, status: int, errors: Sequence[ServiceError], located: tuple[type[ServiceError], ...] = ()
+    ) -> str:
         errors = sorted(errors, key=lambda error: error.code)
-        name = "-".join((str(status), *(error.code for error in errors)))
+        is_located = any(isinstance(error, located) for error in errors)
+        name = "-".join((str(status), *(error.code for error in errors), *(["located"] if is_located else [])))
         if name not in self._responses:
             retry = any(error.retry_after_s is not None for error in errors)
-            wanted = {"Retry-After": retry, "WWW-Authenticate": status == 401, "X-Request-Id": True}
+            wanted = {
+                "Idempotent-Replayed": is_located,
+                "Location": is_located,
+                "Preference-Applied": is_located,
+                "Retry-After": retry,
+                "WWW-Authenticate": status == 401,
+                "X-Request-Id": True,
+            }
             self._responses[name] = {
                 "description": problems.TITLES[status],
                 "headers": _headers(name for name, there in wanted.items() if there),

@@ -57,6 +57,9 @@ TITLES: Final[Mapping[int, str]] = {
 }
 
 
+NO_DETAILS: Final[Mapping[str, Any]] = {}
+
+
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
     """The body of a refusal. `details` are the typed details of the error, such as the legal moves of an order."""
 
@@ -154,8 +157,8 @@ def status_of(error: ServiceError) -> int:
     return STATUS_OF_CODE.get(error.code) or STATUS_OF_KIND[error.kind]
 
 
-def render(error: ServiceError, trace_id: str) -> tuple[int, list[bytes], bytes]:
-    """Status, headers (`name: value`) and body of an error. The server adds Content-Length."""
+def render(error: ServiceError, trace_id: str, more: Mapping[str, Any] = NO_DETAILS) -> tuple[int, list[bytes], bytes]:
+    """Status, headers (`name: value`) and body of an error, and `more` details. The server adds Content-Length."""
     status = status_of(error)
     invalid = isinstance(error, InvalidRequest)
     problem = Problem(
@@ -166,7 +169,7 @@ def render(error: ServiceError, trace_id: str) -> tuple[int, list[bytes], bytes]
         detail=str(error),
         trace_id=trace_id,
         errors=error.errors if invalid else (),
-        details={} if invalid else _shown(error.details),
+        details={} if invalid else {**_shown(error.details), **more},
     )
     lines = [CONTENT_TYPE]
     if error.retry_after_s is not None:

@@ -87,6 +87,11 @@ class Wait(msgspec.Struct, frozen=True):
     operation: Operation[Any, Any]
     request: Callable[[Any, int], Any]
     answer: Callable[[Any, Any], Any]
+    refusals: tuple[type[ServiceError], ...] = ()
+    """Errors of `operation` that are answered as problems: what was begun has been refused. Their Location is where it
+    is all the same."""
+    details: Callable[[Any], Mapping[str, Any]] = lambda _: {}
+    """What such a problem says besides, out of the route's own answer."""
 
 
 class Part(msgspec.Struct, frozen=True):

@@ -15,9 +15,9 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from mercato.chassis.contract import FieldError, InvalidRequest
+from mercato.chassis.contract import MAX_ID, FieldError, InvalidRequest
 from mercato.gateway.money import AmountIn, MoneyIn, decode_amount, exact_float
-from mercato.gateway.problems import MalformedJson
+from mercato.gateway.problems import MalformedJson, RouteNotFound
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -96,6 +96,39 @@ _INTEGER: Final = re.compile(r"-?[0-9]+\Z")
 def invalid(*errors: tuple[str, str]) -> InvalidRequest:
     """An `InvalidRequest` of pairs of field and message."""
     return InvalidRequest(errors=tuple(FieldError(field=field, message=message) for field, message in errors))
+
+
+# -------------------------------------------------------------------------------------------------------- the path
+
+
+def texts_of(parts: Mapping[str, str], kinds: Mapping[str, Any]) -> Mapping[str, str]:
+    """The parameters of a path that are texts. Raises `InvalidRequest`."""
+    for name, text in parts.items():
+        try:
+            msgspec.convert(text, kinds[name])
+        except msgspec.ValidationError:
+            raise invalid((f"path {name}", "is not what this takes")) from None
+    return parts
+
+
+def numbers_of(parts: Mapping[str, str], path: str) -> Mapping[str, int]:
+    """The parameters of a path that are ids. Raises `InvalidRequest`, and `RouteNotFound` for what is no id."""
+    numbers: dict[str, int] = {}
+    errors: list[FieldError] = []
+    for name, text in parts.items():
+        if text.isascii() and text.isdigit():
+            numbers[name] = int(text) if len(text) <= MAX_ID_DIGITS else MAX_ID + 1
+        else:
+            errors.append(FieldError(field=f"path {name}", message="is not a number"))
+    if errors:
+        raise InvalidRequest(errors=tuple(errors))
+    # A number that no id can be is not a mistake in the request: there is nothing there.
+    if not all(1 <= number <= MAX_ID for number in numbers.values()):
+        raise RouteNotFound(path=path)
+    return numbers
+
+
+MAX_ID_DIGITS: Final = len(str(MAX_ID))
 
 
 # ---------------------------------------------------------------------------------------------------- which fields

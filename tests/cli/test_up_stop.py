@@ -81,6 +81,27 @@ def within_the_drain(stop: Callable[[], Response | None]) -> None:
 
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.long)])
+def test_a_request_that_waits_for_its_order_is_answered_with_the_order_as_it_is(data: Path, workers: str):
+    within_the_drain(lambda: stop_while_a_client_waits(data, workers))
+
+
+def stop_while_a_client_waits(data: Path, workers: str) -> Response | None:
+    with Process(data, "--workers", workers) as shop, shop.ready().caller() as caller:
+        before = len(caller.get("/orders?user_id=1").json)
+        order = InBackground(shop, payment_method="sandbox:slow:60000", Prefer="wait=60")
+        wait_until(lambda: len(caller.get("/orders?user_id=1").json) > before)
+
+        shop.signal(signal.SIGTERM)
+        answer = order.answer()
+        assert shop.exit_code() == 0
+        shop.assert_gone()
+    if answer is not None:
+        assert (answer.json["status"], answer.json["payment"]) == ("pending", "unpaid")
+        assert "preference-applied" not in answer.headers
+    return answer
+
+
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.long)])
 def test_a_request_that_never_ends_does_not_hold_it_up(data: Path, workers: str):
     with Process(data, "--workers", workers) as shop:
         shop.ready()
@@ -191,7 +212,9 @@ def refuses_connections(url: str) -> bool:
 class InBackground:
     """An order that is being placed by a thread."""
 
-    def __init__(self, shop: Process) -> None:
+    def __init__(self, shop: Process, Prefer: str | None = None, **fields: str) -> None:  # noqa: N803  # a header
+        self._body = {"user_id": 1, "product_id": 100, **fields}
+        self._headers = {} if Prefer is None else {"Prefer": Prefer}
         self._answers: list[Response] = []
         self._caller = shop.caller()
         self._thread = threading.Thread(target=self._place, daemon=True)
@@ -200,7 +223,7 @@ class InBackground:
     def _place(self) -> None:
         try:
             with self._caller as caller:
-                self._answers.append(caller.order())
+                self._answers.append(caller.post("/orders", self._body, **self._headers))
         except (OSError, http.client.HTTPException):
             pass
 

@@ -51,8 +51,12 @@ async def test_an_order_that_would_hold_too_much_is_cancelled_with_the_bound_and
     product, person = await stocked(guarded_shop, 100), await new_person(guarded_shop)
     order = {"product_id": product.id, "user_id": person.id, "quantity": 15}
     held = await guarded_shop.post("/orders", order, token=person.token, headers=WAIT)
-    refused = await guarded_shop.post("/orders", order, token=person.token, headers=WAIT)
+    answer = await guarded_shop.post("/orders", order, token=person.token, headers=WAIT)
+    refused = await guarded_shop.get(answer.headers["location"], token=person.token)
 
+    assert_problem(answer, 409, "orders.hold_limit")
+    assert f"at most 20 pieces of product {product.id}" in answer.json["detail"]
+    assert answer.json["details"]["items"] == [{"product_id": product.id, "requested": 15, "available": 5}]
     assert (held.json["status"], refused.json["status"]) == ("pending", "cancelled")
     reason = refused.json["reason"]
     assert reason["code"] == "hold_limit"

@@ -33,6 +33,14 @@ async def placed(shop: Shop, person: Person | None = None, **fields: Any) -> Res
     return reply
 
 
+async def declined_order(shop: Shop, method: str) -> Response:
+    """An order whose payment was declined while it was waited for."""
+    body = {"user_id": (await new_person(shop)).id, "product_id": (await stocked(shop)).id, "payment_method": method}
+    refused = await shop.post("/orders", body, headers={"Prefer": "wait=20"})
+    assert_problem(refused, 402, "orders.payment_declined")
+    return await shop.get(refused.headers["location"])
+
+
 async def pay(shop: Shop, order: Response, token: str | None = None, key: str | None = None, **fields: Any) -> Response:
     headers = {} if key is None else {"Idempotency-Key": key}
     return await shop.post("/payments", {"order_id": order.json["id"], **fields}, headers=headers, token=token)
@@ -75,7 +83,7 @@ async def test_an_order_with_a_method_is_paid_when_its_answer_is_waited_for(open
 async def test_an_order_whose_payment_is_declined_when_it_is_placed_stays_pending_and_can_be_paid(
     open_shop: Shop,
 ) -> None:
-    order = await placed(open_shop, payment_method="sandbox:insufficient_funds")
+    order = await declined_order(open_shop, "sandbox:insufficient_funds")
     [declined] = (await open_shop.get(f"/payments?order_id={order.json['id']}")).json
 
     paid = await pay(open_shop, order)
@@ -88,7 +96,7 @@ async def test_an_order_whose_payment_is_declined_when_it_is_placed_stays_pendin
 
 
 async def test_the_tenth_declined_payment_cancels_the_order_which_says_why(open_shop: Shop) -> None:
-    order = await placed(open_shop, payment_method="sandbox:declined")
+    order = await declined_order(open_shop, "sandbox:declined")
     for _ in range(8):
         assert_problem(await pay(open_shop, order, payment_method="sandbox:declined"), 402, "orders.payment_declined")
     assert (await order_of(open_shop, order))["status"] == "pending"
@@ -106,8 +114,10 @@ async def test_an_order_that_there_is_not_enough_for_says_what_is_short(open_sho
     product = await stocked(open_shop, 1)
     body = {"user_id": 1, "product_id": product.id, "quantity": 3}
 
-    order = await open_shop.post("/orders", body, headers={"Prefer": "wait=20"})
+    refused = await open_shop.post("/orders", body, headers={"Prefer": "wait=20"})
+    order = await open_shop.get(refused.headers["location"])
 
+    assert_problem(refused, 409, "orders.out_of_stock")
     assert order.json["status"] == "cancelled"
     assert order.json["reason"]["code"] == "out_of_stock"
     assert order.json["reason"]["items"] == [{"product_id": product.id, "requested": 3, "available": 1}]

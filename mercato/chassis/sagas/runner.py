@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
+import itertools
 import random
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -77,6 +79,8 @@ class Runner:
         """Those who wait for room."""
         self._waiters: dict[Key, list[asyncio.Future[Next | None]]] = {}
         """Who waits for a saga of this process to leave it: where it has come to, or None where it was lost."""
+        self._ending = asyncio.Event()
+        """The process is about to end: nothing is driven here any more, and nothing is waited for."""
         self.driver: Final = random.getrandbits(62)
         """The name of this process among the drivers of sagas."""
         self._renewed_at: float | None = None
@@ -113,24 +117,35 @@ class Runner:
             _wake(self._lanes)
 
     async def wait_until_idle(self, key: Key, resting: Sequence[str], seconds: float) -> None:
-        """Returns when no process works on a saga, or when the time is over.
+        """Returns when no process works on a saga, when the time is over, or when this process is about to end.
 
         It is finished, parked, or waits at one of the steps in `resting`.
         """
         end, pause = self._clock.monotonic() + seconds, POLL_SECONDS
-        while (left := end - self._clock.monotonic()) > 0:
+        while (left := end - self._clock.monotonic()) > 0 and not self._ending.is_set():
             if key in self._busy:
-                waiter: asyncio.Future[Next | None] = asyncio.get_running_loop().create_future()
-                self._waiters.setdefault(key, []).append(waiter)
-                await asyncio.wait([waiter], timeout=left)
-                if not waiter.done() or _rests(waiter.result(), resting):
-                    return
-            async with self._database.read() as tx:
-                if not await is_running(tx, key, resting):
-                    return
-            if key not in self._busy:  # another process drives it, or it waits for its next try
-                await asyncio.sleep(min(left, pause))
+                outcome = await self._outcome(key, left)
+            else:  # it is at rest, another process drives it, or it waits for its next try
+                async with self._database.read() as tx:
+                    if not await is_running(tx, key, resting):
+                        return
+                outcome = await self._outcome(key, min(left, pause))
                 pause = min(2 * pause, LONGEST_POLL_SECONDS)
+            if _rests(outcome, resting):
+                return
+
+    async def _outcome(self, key: Key, seconds: float) -> Next | None:
+        """Where a saga has come to when it leaves this process; None where it was lost, or the time is over."""
+        waiter: asyncio.Future[Next | None] = asyncio.get_running_loop().create_future()
+        waiters = self._waiters.setdefault(key, [])
+        waiters.append(waiter)
+        await asyncio.wait([waiter], timeout=seconds)
+        if waiter.done():
+            return waiter.result()
+        waiters.remove(waiter)
+        if not waiters and self._waiters.get(key) is waiters:
+            del self._waiters[key]
+        return None
 
     @contextlib.asynccontextmanager
     async def saving(self, decided: Decided) -> AsyncGenerator[tuple[Tx, Decided]]:
@@ -157,6 +172,16 @@ class Runner:
 
     async def drive_next(self) -> int:
         """Waits for sagas, and drives up to `BATCH_SIZE` of them as far as they go; gives how many."""
+        try:
+            return await self._drive_next()
+        except asyncio.CancelledError:  # the process is about to end
+            self._ending.set()
+            for waiter in itertools.chain.from_iterable(self._waiters.values()):
+                if not waiter.done():
+                    waiter.set_result(None)
+            raise
+
+    async def _drive_next(self) -> int:
         batch = await self._next_batch()
         for saga in batch:
             # One that lost its lease in the queue may have been taken over by ourselves, and stand here twice.
@@ -271,9 +296,14 @@ class Runner:
                 saga.live = False
             log.warning("saga_postponed_unsaved", count=len(sagas), reason=type(failure).__name__)
 
-    def retry_later(self, saga: Saga) -> Next:
-        """The same step once more, after a pause that doubles with every try and is different for each saga."""
+    def retry_later(self, saga: Saga, not_before: datetime.datetime | None = None) -> Next:
+        """The same step once more, after a pause that doubles with every try and is different for each saga.
+
+        `not_before`: when what the first try was about is done, as it says itself; the next try comes then.
+        """
         self._retried.inc()
+        if not_before is not None and saga.tries == 0:
+            return Next(saga.step, saga.state, wake_at=not_before, tries=1)
         pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(saga.tries, 20))
         wake_s = pause * (0.5 + random.random())
         return Next(saga.step, saga.state, wake_s=wake_s, tries=saga.tries + 1)

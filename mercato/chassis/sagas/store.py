@@ -297,6 +297,22 @@ async def find(tx: Tx, key: Key) -> Saga | None:
     return None if row is None else _saga(row)
 
 
+async def wakes_at(tx: Tx, key: Key, step: str) -> datetime.datetime | None:
+    """Until when a saga waits at a step; None where it does not wait there."""
+    found = await tx.fetch_values(
+        datetime.datetime,
+        """
+        SELECT wake_at
+          FROM sagas
+         WHERE subject_id = $1 AND kind = $2 AND reference = $3 AND step = $4 AND driver IS NULL
+           AND wake_at IS NOT NULL
+        """,
+        *key,
+        step,
+    )
+    return found[0] if found else None
+
+
 async def is_running(tx: Tx, key: Key, resting: Sequence[str]) -> bool:
     """Whether a saga is driven, or waits for its next try: there is one, and it is not at a step where it `rests`."""
     return bool(

@@ -212,6 +212,11 @@ def placed_out(placed: PlacedOrder) -> OrderOut:
     return order_out(placed.order, placed.access_token)
 
 
+def _guest_details(placed: PlacedOrder) -> dict[str, str]:
+    """A guest whose payment was declined needs the access token to pay in another way."""
+    return {} if placed.access_token is None else {"access_token": placed.access_token}
+
+
 class TimelineOut(Output):
     at: datetime.datetime
     part: str
@@ -363,9 +368,11 @@ ROUTES: Final[tuple[Route, ...]] = (
         wait=Wait(
             operation=Orders.settled,
             request=lambda placed, wait_ms: contract.AwaitOrder(
-                id=placed.order.id, wait_ms=wait_ms, access_token=placed.access_token
+                id=placed.order.id, wait_ms=wait_ms, access_token=placed.access_token, refusals=True
             ),
             answer=lambda placed, order: msgspec.structs.replace(placed, order=order),
+            refusals=(contract.OutOfStock, contract.HoldLimit, contract.PaymentDeclined, contract.OrderCancelled),
+            details=_guest_details,
         ),
         etag=lambda placed: placed.order.version,
         location=lambda placed: f"/orders/{placed.order.id}",

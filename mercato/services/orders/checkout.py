@@ -296,7 +296,7 @@ class CheckoutSteps:
         decision = work.decision
         assert decision is not None, "a step left an order without a decision"
         if isinstance(decision, RetryLater):
-            return self._runner.retry_later(work.saga)
+            return self._runner.retry_later(work.saga, decision.not_before)
         return Next(
             decision.step,
             work.saga.state if decision.state is work.state else steps.encoded(decision.state),

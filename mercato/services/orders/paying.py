@@ -7,6 +7,7 @@ one where the order has none. The driver that had the saga has lost it: its next
 
 from __future__ import annotations
 
+import datetime
 import functools
 from collections.abc import Callable
 from typing import Final, NoReturn
@@ -51,6 +52,7 @@ from .guests import Guests, without_email
 from .locking import Locked, in_lock
 from .payment_methods import PaymentMethods
 from .steps import CHECKOUT, RESTING, Checkout, Decision
+from .store import OrderRecord
 
 PAY: Final = "orders.pay"
 ANSWER_SECONDS: Final = 8.0
@@ -265,8 +267,35 @@ class Paying:
         reason = order.reason
         if reason is not None and reason.code not in ("payment_declined", "payment_lost"):
             return OrderCancelled(order_id=order.id, reason=reason.code)
-        code = payment.code or (reason.provider_code if reason else None) or payment.status
-        return PaymentDeclined(order_id=order.id, payment_id=payment.id, provider_code=code)
+        return await self._declined(order, payment)
+
+    async def refusal(self, record: OrderRecord) -> ServiceError | None:
+        """Why an order was refused: its last payment was declined, or it was cancelled by the shop.
+
+        None where that is not so, or not known yet. Asks payments only about an order with a payment that was declined.
+        """
+        order = record.order
+        if refusal := rules.cancelled_as(order):
+            return refusal
+        if not record.payment_attempt or not rules.may_be_declined(order):
+            return None
+        if order.status == "pending" and not await self._rests(order):
+            return None
+        payment = await self._payment(order.id, BegunPayment(record.payment_attempt, record.nonce))
+        return await self._declined(order, payment) if payment.status in ("failed", "voided") else None
+
+    async def _declined(self, order: Order, payment: PaymentRecord) -> PaymentDeclined:
+        code = payment.code or (order.reason.provider_code if order.reason else None) or payment.status
+        return PaymentDeclined(
+            order_id=order.id, payment_id=payment.id, provider_code=code, payable_until=await self._rests(order)
+        )
+
+    async def _rests(self, order: Order) -> datetime.datetime | None:
+        """Until when the stock of an order is held for its next payment; None where it waits for none."""
+        if order.status != "pending":
+            return None
+        async with self._database.read() as tx:
+            return await saga.wakes_at(tx, (order.id, CHECKOUT, ""), "awaiting")
 
     async def _payment(self, order_id: int, begun: BegunPayment) -> PaymentRecord:
         with as_service():

@@ -20,13 +20,16 @@ from mercato.contracts.orders import (
     QUANTITY_LIMIT,
     Axis,
     CapturePart,
+    HoldLimit,
     IllegalMove,
     MixedCurrencies,
     NothingToRefund,
     NotReturnable,
     Order,
+    OrderCancelled,
     OrderLine,
     OrderNotFound,
+    OutOfStock,
     PlaceLine,
     PlaceOrder,
     PriceChanged,
@@ -362,6 +365,28 @@ def visible(order: Order | None, order_id: int, actor: Actor) -> Order | OrderNo
     if not (is_guests or may_see(actor, order.user_id)):
         return OrderNotFound(order_id=order_id)
     return order
+
+
+def cancelled_as(order: Order) -> ServiceError | None:
+    """Why an order was refused that is cancelled; None where it was cancelled on request, or not paid in time.
+
+    Of one that was cancelled because a payment was declined, the caller knows the payment.
+    """
+    reason = order.reason
+    if reason is None or reason.code in ("requested", "expired", "payment_declined"):
+        return None
+    if reason.code == "out_of_stock":
+        return OutOfStock(order_id=order.id, items=reason.lines)
+    if reason.code == "hold_limit":
+        return HoldLimit(order_id=order.id, items=reason.lines, explanation=reason.message)
+    return OrderCancelled(order_id=order.id, reason=reason.code)
+
+
+def may_be_declined(order: Order) -> bool:
+    """Whether an order may be one whose last payment was declined, and that is not paid since."""
+    if order.status == "cancelled":
+        return order.reason is not None and order.reason.code == "payment_declined"
+    return (order.status, order.payment) == ("pending", "unpaid")
 
 
 def with_products(request: PlaceOrder, found: Mapping[str, Product | ServiceError]) -> PlaceOrder | ServiceError:

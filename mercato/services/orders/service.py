@@ -145,12 +145,17 @@ class OrdersService:
         async with self._guests.acting(request.id, request.access_token):
             await self._seen(request.id)
             await self._paying.wait_until_idle(request.id, request.wait_ms / 1_000)
-            order = await self._seen(request.id)
-        return order if request.access_token is None else without_email(order)
+            record = await self._record(request.id)
+            if request.refusals and (refusal := await self._paying.refusal(record)):
+                raise refusal
+        return record.order if request.access_token is None else without_email(record.order)
 
     async def _seen(self, order_id: int) -> Order:
+        return (await self._record(order_id)).order
+
+    async def _record(self, order_id: int) -> store.OrderRecord:
         async with self._database.read() as tx:
-            return (await store.seen(tx, order_id, current.get().actor)).order
+            return await store.seen(tx, order_id, current.get().actor)
 
 
 async def _move_one(tx: Tx, order: Order, axis: Axis, move: store.Move) -> Order:

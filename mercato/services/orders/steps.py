@@ -38,7 +38,11 @@ from mercato.contracts.inventory import (
     ShortLine,
 )
 from mercato.contracts.orders import CancelCode, CancelReason, Order, Payment, Status
-from mercato.contracts.payments import AnotherOrder as PaymentOfAnotherOrder, Payment as PaymentRecord
+from mercato.contracts.payments import (
+    AnotherOrder as PaymentOfAnotherOrder,
+    OutcomePending,
+    Payment as PaymentRecord,
+)
 
 from . import rules
 
@@ -108,6 +112,8 @@ class RetryLater(msgspec.Struct, frozen=True):
     """The answer does not say what became of the call: the same step, with the same keys, after a pause."""
 
     code: str
+    not_before: datetime.datetime | None = None
+    """When it is known, as the answer says; None where it does not."""
 
 
 def after_reserve(
@@ -170,6 +176,8 @@ def _refused(
     match answer:
         case PaymentOfAnotherOrder():
             return _cancelled(state, "payment_lost")
+        case OutcomePending():
+            return RetryLater(answer.code, answer.settles_at)
         case ServiceError():
             return RetryLater(answer.code)
         case PaymentRecord(status="pending"):
@@ -219,7 +227,7 @@ def after_commit(order: Order, state: Checkout, answer: Reservation | ServiceErr
 
 def after_capture(order: Order, state: Checkout, answer: PaymentRecord | ServiceError) -> Decision | RetryLater:
     if isinstance(answer, ServiceError):
-        return RetryLater(answer.code)
+        return RetryLater(answer.code, answer.settles_at if isinstance(answer, OutcomePending) else None)
     if answer.status in ("voided", "failed"):
         if state.on_account:
             # It was sold before it was paid, and perhaps shipped: it stays sold, and unpaid.

@@ -111,8 +111,8 @@ class PaymentRequest:
         compared = VOIDED_WITH if self.target.kind == "void" else OPENED_WITH
         return next((name for name in compared if getattr(self.asked, name) != getattr(payment, name)), "")
 
-    def pending(self) -> OutcomePending:
-        return OutcomePending(operation=self.target.kind, order_id=self.attempt[0])
+    def pending(self, settles_at: datetime.datetime | None = None) -> OutcomePending:
+        return OutcomePending(operation=self.target.kind, order_id=self.attempt[0], settles_at=settles_at)
 
     def decide(self, payment: PaymentRow, operations: Iterable[rules.OperationState]) -> NextOperation | None:
         """The next operation; None where there is none, and `answer` is set."""
@@ -128,7 +128,7 @@ class PaymentRequest:
         intent = self.call.intent
         result = results[intent.id]
         if isinstance(result, Unknown):
-            self.answer = self.pending()
+            self.answer = self.pending(result.settles_at)
         elif payment := settled.get(intent.id):
             code = result.code if isinstance(result, Declined) else None
             done = OperationRow(*intent.id, intent.amount_minor, store.status_of(result), code)

@@ -177,7 +177,7 @@ def _result(answer: SandboxOperation | ServiceError) -> ProviderResult:
             log.error("provider_refused", code=answer.code, reason=str(answer))
         return Unknown()
     if not _is_settled(answer):
-        return Unknown()
+        return Unknown(answer.settles_at)
     if answer.status == "declined" and (answer.kind, answer.code) not in DONE_ALREADY:
         return Declined(answer.code or "declined")
     return Succeeded(answer.id, answer.charge_id)

@@ -12,6 +12,7 @@ a crash, a duplicate and a repeated request all get the same next operation, wit
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Final, Literal, Protocol, TypeVar, cast
@@ -130,6 +131,9 @@ class Declined(msgspec.Struct, frozen=True, gc=False):
 
 class Unknown(msgspec.Struct, frozen=True, gc=False):
     """No answer, or none that says what was done."""
+
+    settles_at: datetime.datetime | None = None
+    """When the provider will know, as it says; None where it does not say so."""
 
 
 ProviderResult = Succeeded | Declined | Unknown

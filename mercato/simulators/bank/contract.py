@@ -107,6 +107,8 @@ class SandboxOperation(Message):
     code: str | None
     """Why it was declined."""
     created_at: datetime.datetime
+    settles_at: datetime.datetime | None = None
+    """While it is `processing`: from when on its result is known, in the answer to the operation itself."""
 
 
 class ListOperations(Message):

@@ -14,6 +14,7 @@ nothing is to be done, or after the commit, when only the answer changes.
 
 from __future__ import annotations
 
+import datetime
 import enum
 import itertools
 from collections import Counter
@@ -323,7 +324,15 @@ def _answer_of(row: OperationRow) -> SandboxOperation:
         status=row.status,
         code=row.code,
         created_at=row.created_at,
+        settles_at=_settles_at(row),
     )
+
+
+def _settles_at(row: OperationRow) -> datetime.datetime | None:
+    delay_ms = rules.delay_ms(row.method)
+    if row.status != "processing" or delay_ms is None:
+        return None
+    return row.created_at + datetime.timedelta(milliseconds=delay_ms, seconds=FINISH_EVERY_SECONDS)
 
 
 def _listed(row: store.ListedRow) -> SandboxOperation:

@@ -313,6 +313,16 @@ async def test_pauses_double_with_every_try_up_to_a_longest(harness: SagaHarness
         assert pause.tries == tries + 1
 
 
+async def test_the_second_try_comes_when_the_first_says_and_later_ones_after_pauses(harness: SagaHarness):
+    runner, then = harness.driver().runner, datetime.datetime(2026, 1, 15, tzinfo=datetime.UTC)
+
+    second = runner.retry_later(Saga((1, KIND, ""), "fetch", "", tries=0), then)
+    third = runner.retry_later(Saga((1, KIND, ""), "fetch", "", tries=second.tries), then)
+
+    assert (second.wake_at, second.wake_s, second.tries) == (then, None, 1)
+    assert (third.wake_at, third.tries) == (None, 2)
+
+
 async def test_one_that_fails_does_not_hold_up_those_that_share_its_batch(harness: SagaHarness):
     driver = harness.driver(lease_seconds=60)
 
@@ -686,6 +696,25 @@ async def test_a_request_that_waits_too_long_is_let_go(harness: SagaHarness):
 
     assert (await harness.standing()).step == "fetch"
     gate.opened.set()
+
+
+async def test_requests_that_wait_for_a_saga_are_let_go_when_their_process_ends(harness: SagaHarness):
+    driver = harness.driver(lease_seconds=60)
+    gate = driver.during = Gate()
+    driver.begin()
+    [mine, waits] = await harness.started(driver, 2)
+    driver.runner.drive([mine])
+    await gate.reached.wait()
+    async with harness.database.transaction() as tx:
+        await saga.save(tx, [(waits, Next("later", "", wake_s=3_600))])
+
+    idle = driver.runner.wait_until_idle
+    waiting = asyncio.gather(*(idle(each.key, (), 100 * IDLE_SECONDS) for each in (mine, waits)))
+    await until(lambda: is_seen(driver.runner._waiters.get(mine.key, ())))
+    await until(lambda: is_seen(driver.runner._waiters.get(waits.key, ())))
+    await driver.stop()
+
+    await waiting
 
 
 @pytest.mark.parametrize("key", [(404, KIND, ""), (1, "of another kind", "")])

@@ -14,6 +14,7 @@ from mercato.contracts.payments import CaptureAmountChanged
 from mercato.services.orders import rules
 from mercato.testing.actors import STAFF
 from mercato.testing.injection import FailAt, Inject
+from mercato.testing.waiting import until
 from services.orders.harness import MUG_MINOR, Bank, OrdersHarness, basket
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -249,6 +250,19 @@ async def test_settled_answers_with_the_order_as_it_is_when_its_time_is_over(sha
     waiting = await shared_harness.settled(order.id, wait_ms=50)
 
     assert (waiting.id, waiting.status, waiting.payment) == (order.id, "pending", "unpaid")
+
+
+async def test_a_slow_payment_is_looked_at_again_when_it_is_settled(shared_harness: OrdersHarness):
+    product_id = await shared_harness.new_product(10)
+    order = await shared_harness.place(basket((product_id, 1), payment_method="sandbox:slow:60000"))
+
+    async def is_put_off() -> bool:
+        return await shared_harness.values(WAKES, order.id) == [True]
+
+    await until(is_put_off, "the next try is a minute later")
+
+
+WAKES: Final = "SELECT wake_at - now() BETWEEN '50 seconds' AND '70 seconds' FROM sagas WHERE subject_id = $1"
 
 
 # ------------------------------------------------------------------------------------------------------------- crashes

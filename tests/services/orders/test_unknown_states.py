@@ -11,7 +11,7 @@ import pytest
 from mercato.chassis.contract import ServiceError
 from mercato.contracts.inventory import Reservation
 from mercato.contracts.orders import Order
-from mercato.contracts.payments import Payment
+from mercato.contracts.payments import OutcomePending, Payment
 from mercato.services.orders import steps
 from mercato.services.orders.steps import UNKNOWN_STATE, Checkout, Decision, RetryLater
 
@@ -64,6 +64,14 @@ def test_a_reservation_of_an_unknown_state_is_not_charged(state: Checkout, known
 def test_a_payment_of_an_unknown_status_is_not_taken_for_a_charge():
     assert steps.after_charge(order(), PAYING, payment(NEWER), WINDOW_S) == RetryLater(UNKNOWN_STATE)
     assert steps.after_charge(order(), PAYING, payment("captured"), WINDOW_S) is None
+
+
+def test_a_payment_that_is_processed_is_asked_for_again_when_its_provider_says():
+    pending = OutcomePending(operation="charge", order_id=1, settles_at=AT)
+    later = RetryLater("payments.outcome_pending", AT)
+    assert steps.after_charge(order(), PAYING, pending, WINDOW_S) == later
+    assert steps.after_authorize(order(), PAYING, pending, WINDOW_S) == later
+    assert steps.after_capture(order(), PAYING, pending) == later
 
 
 def test_a_payment_of_an_unknown_status_is_not_taken_for_an_authorization():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections import Counter
 
 import pytest
@@ -59,6 +60,9 @@ async def test_a_slow_operation_is_processing_and_its_neighbours_are_not(bank: B
     assert not isinstance(slow, ServiceError)
     assert not isinstance(quick, ServiceError)
     assert (result(slow), slow.charge_id) == (("processing", None), None)
+    assert slow.settles_at is not None
+    assert slow.settles_at - slow.created_at >= datetime.timedelta(milliseconds=150)
+    assert quick.settles_at is None
     assert result(quick) == ("succeeded", None)
 
     async def done() -> bool:

@@ -185,7 +185,7 @@ class Clients:
                 outcome=reply.outcome if reply else "unknown",
                 completed_at=datetime.datetime.now(datetime.UTC) if reply else None,
                 status=status,
-                idempotency_key=None if status in UNSTORED else key,
+                idempotency_key=None if status in UNSTORED and not _was_placed(route, reply) else key,
                 fingerprint=_digest([method, route, dict(where), body]) if key else None,
                 answer=_digest(_lasting(route, reply)) if reply else None,
                 order_id=shown["id"] if is_order else None,
@@ -203,6 +203,12 @@ def _outcome(status: int, has_retry_after: bool, value: Any) -> Outcome:
     if status == 201 and isinstance(value, dict) and "order_id" in value and value.get("status") == "pending":
         return "retryable"
     return "final"
+
+
+def _was_placed(route: str, reply: Reply | None) -> bool:
+    """Whether the answer says that the order was placed, and refused while the client waited: its key has it."""
+    is_refused = reply is not None and route == "/orders" and isinstance(reply.json, dict)
+    return is_refused and "order_id" in reply.json.get("details", {})
 
 
 def _lasting(route: str, reply: Reply) -> Any:
