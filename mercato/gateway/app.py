@@ -117,6 +117,7 @@ class Gateway:
         found, parts = self._table.find(scope["method"], scope["path"])
         route = found if isinstance(found, BoundRoute) else None
         try:
+            headers.check_repeated()
             if route is not None:
                 status, lines, body = await self._serve(route, parts, scope, receive, send, headers)
             elif isinstance(found, ServiceError):
@@ -143,7 +144,7 @@ class Gateway:
 
     async def _serve_page(self, scope: Scope, receive: Receive, send: Send, headers: RequestHeaders) -> None:
         """What is not in the table. The page answers by itself; request id and count are added on the way."""
-        self._authenticator.check_address(headers.host, headers.origin, headers.forwarded)
+        self._authenticator.check_source(headers, scope["method"])
         started, begun = time.perf_counter(), False
         current.set(Context(ANONYMOUS, self._monotonic() + self._seconds, headers.trace_id, headers.request_id))
 
@@ -174,7 +175,7 @@ class Gateway:
         if (load := self.load).waiting and load.in_work >= load.room[route.priority]:
             await load.check(route.priority, route.name)
         authenticator, authorization = self._authenticator, headers.authorization
-        authenticator.check_address(headers.host, headers.origin, headers.forwarded)
+        authenticator.check_source(headers, scope["method"])
         access_token, query = None, scope["query_string"]
         if route.takes_access_token:
             access_token, query = guests.access_token(authorization, query)

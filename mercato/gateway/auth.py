@@ -2,7 +2,8 @@
 
 With `--auth required` a request carries an access token (`Authorization: Bearer ...`), or its caller is anonymous and
 may do what anonymous callers may. With `--auth open`, which exists on loopback only, a caller without a token acts as
-staff; then Host, and Origin where a browser sends one, must name this shop, so that no web page can drive it.
+staff; then Host, and Origin and Sec-Fetch-Site where a browser sends them, must name this shop, so that no web page can
+drive it.
 
 Tokens are verified with the public keys of the users service (RFC 9068 tokens, EdDSA). A token that was verified is
 remembered until it expires: verifying costs 75 microseconds, looking it up a tenth of one. Whether its session has
@@ -26,6 +27,7 @@ from mercato.chassis.rpc.signatures import ALGORITHMS
 from mercato.contracts.roles import CUSTOMER, STAFF
 from mercato.contracts.users import PublicKeys
 from mercato.gateway.ended_sessions import EndedSessionsLog
+from mercato.gateway.headers import RequestHeaders
 from mercato.gateway.problems import HostNotAllowed, SessionsNotKnown
 
 REMEMBERED_TOKENS: Final = 10_000
@@ -36,6 +38,8 @@ KEYS_PAUSE_SECONDS: Final = 10.0
 SESSION_ID: Final = re.compile("[0-9a-f]{32}")
 
 OPEN_ACTOR: Final = Actor(STAFF, 0)
+OTHER_SITES: Final = frozenset({b"cross-site", b"same-site"})
+"""Of Sec-Fetch-Site. `same-site` is another origin as well: a site is a host with all its ports."""
 
 
 class Claims(msgspec.Struct):
@@ -182,6 +186,19 @@ class Authenticator:
             raise HostNotAllowed(header="Host")
         if origin is not None and origin.lower() not in self._origins:
             raise HostNotAllowed(header="Origin")
+
+    def check_source(self, headers: RequestHeaders, method: str) -> None:
+        """As `check_address`; also for what a page of another site, or of another port of this machine, asks for.
+
+        Reads as well: the page does not see the answer, but it sees how long it takes. A link may lead here.
+        """
+        if self._hosts is None:
+            return
+        self.check_address(headers.host, headers.origin, headers.forwarded)
+        if headers.fetch_site in OTHER_SITES and not (
+            method in ("GET", "HEAD") and headers.fetch_mode == b"navigate" and headers.fetch_dest == b"document"
+        ):
+            raise HostNotAllowed(header="Sec-Fetch-Site")
 
     def remembered(self, authorization: bytes) -> Actor | None:
         """The actor of an Authorization header whose token was verified before; None where `actor` has to look."""

@@ -38,6 +38,7 @@ WAY_OUT: Final[Mapping[str, str]] = {
     "events.cursor_too_old": "Look at the things themselves, then read on after details.oldest.",
     "forbidden": "Sign in as somebody who may do this; staff can make others staff.",
     "host_not_allowed": "Call the address that the shop printed when it started, or start it with tokens required.",
+    "http_version_not_supported": "Send the request in HTTP/1.1.",
     "idempotency_key_missing": "Send Idempotency-Key, a fresh UUID for each request, the same one for a repetition.",
     "idempotency_key_reused": "Make a new key for each request; send an old key only with exactly its old request.",
     "outcome_unknown": "It may or may not have been done. Look, or send it again with the same Idempotency-Key.",
@@ -165,7 +166,7 @@ def _server_refusals() -> list[Refusal]:
     limits = http.LimitRefusals.of(http.HttpLimits())
     of_limits: list[http.Refusal] = list(msgspec.structs.asdict(limits).values())
     crowded = [http.TOO_MANY_CONNECTIONS, http.TOO_MANY_CONNECTIONS_OF_ONE, http.TOO_MANY_PIPELINED]
-    others = [http.MALFORMED, http.INTERNAL_ERROR, *crowded]
+    others = [http.MALFORMED, http.VERSION_NOT_SUPPORTED, http.INTERNAL_ERROR, *crowded]
     return [Refusal(refusal.code, refusal.status, refusal.detail) for refusal in (*of_limits, *others)]
 
 

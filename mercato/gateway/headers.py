@@ -16,22 +16,25 @@ _NO_TRACE_ID: Final = b"0" * 32
 
 
 class RequestHeaders:
-    """The headers of one request, found in one pass. Of a header that is given twice, the last one counts.
-
-    `prefer` is the exception: its lines are one list (RFC 7240 2).
-    """
+    """The headers of one request, found in one pass. Lists that come in several lines are joined."""
 
     authorization: bytes | None = None
     content_type: bytes | None = None
     forwarded: bytes | None = None
     """What a proxy adds: X-Forwarded-For, X-Real-IP, Forwarded or Via."""
+    fetch_dest: bytes | None = None
+    fetch_mode: bytes | None = None
+    fetch_site: bytes | None = None
+    """What a browser says of the page that asks (Fetch Metadata): `same-origin`, `same-site`, `cross-site`, `none`."""
     host: bytes | None = None
     idempotency_key: bytes | None = None
     if_match: bytes | None = None
     origin: bytes | None = None
-    _prefer: bytes | None = None
+    prefer: bytes | None = None
     x_request_id: bytes | None = None
     traceparent: bytes | None = None
+    repeated: bytes | None = None
+    """The name of a header that came more than once, and may come once."""
 
     trace_id: str
     """Of `traceparent` (W3C Trace Context), else a new one: 32 hexadecimal digits."""
@@ -42,7 +45,10 @@ class RequestHeaders:
         for name, value in headers:
             field = _FIELDS.get(name)
             if field is not None:
-                setattr(self, field, value)
+                if field in self.__dict__:
+                    self._add_again(name, field, value)
+                else:
+                    setattr(self, field, value)
         new_id = random.randbytes(24).hex()
         self.trace_id, self.request_id = new_id[:32], new_id[32:]
         if self.traceparent is not None:
@@ -52,13 +58,19 @@ class RequestHeaders:
         if self.x_request_id is not None and _REQUEST_ID.match(self.x_request_id):
             self.request_id = self.x_request_id.decode()
 
-    @property
-    def prefer(self) -> bytes | None:
-        return self._prefer
+    def _add_again(self, name: bytes, field: str, value: bytes) -> None:
+        if field in _LISTS:
+            setattr(self, field, getattr(self, field) + b", " + value)
+        elif field in _REPLACED:
+            setattr(self, field, b"")
+        else:
+            self.repeated = name
 
-    @prefer.setter
-    def prefer(self, line: bytes) -> None:
-        self._prefer = line if self._prefer is None else self._prefer + b"," + line
+    def check_repeated(self) -> None:
+        """Raises `InvalidRequest` where one of several values would have to be chosen: a proxy may choose another."""
+        if self.repeated is not None:
+            name = self.repeated.decode("ascii").title()
+            raise invalid((f"header {name}", "was sent more than once; send it once"))
 
 
 _FIELDS: Final = {
@@ -69,6 +81,9 @@ _FIELDS: Final = {
     b"x-real-ip": "forwarded",
     b"via": "forwarded",
     b"host": "host",
+    b"sec-fetch-dest": "fetch_dest",
+    b"sec-fetch-mode": "fetch_mode",
+    b"sec-fetch-site": "fetch_site",
     b"idempotency-key": "idempotency_key",
     b"if-match": "if_match",
     b"origin": "origin",
@@ -76,6 +91,9 @@ _FIELDS: Final = {
     b"x-request-id": "x_request_id",
     b"traceparent": "traceparent",
 }
+_LISTS: Final = frozenset({"forwarded", "prefer"})
+_REPLACED: Final = frozenset({"traceparent", "x_request_id"})
+"""Of two, neither counts: a new one takes their place (W3C Trace Context 3.2.2.5)."""
 
 
 def check_content_type(value: bytes | None) -> None:

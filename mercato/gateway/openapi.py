@@ -434,7 +434,7 @@ class _Described:
     # ------------------------------------------------------------------------------------------------------ a page
 
     def page(self, page: PageBesideTheTable) -> Json:
-        kinds = [*page.errors, *([problems.HostNotAllowed] if self._open_shop else [])]
+        kinds = [InvalidRequest, *page.errors, *([problems.HostNotAllowed] if self._open_shop else [])]
         return {
             "operationId": page.operation_id,
             "summary": page.summary,

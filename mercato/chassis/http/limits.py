@@ -53,6 +53,9 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 MALFORMED: Final = Refusal(400, "Bad Request", "malformed_request", "The request is not valid HTTP/1.1.")
+VERSION_NOT_SUPPORTED: Final = Refusal(
+    505, "HTTP Version Not Supported", "http_version_not_supported", "The request is not in HTTP/1.1 or HTTP/1.0."
+)
 INTERNAL_ERROR: Final = Refusal(500, "Internal Server Error", "internal_error", "The request failed unexpectedly.")
 TOO_MANY_CONNECTIONS: Final = Refusal(
     503, "Service Unavailable", "too_many_connections", "Too many connections are open.", retry_after_seconds=1

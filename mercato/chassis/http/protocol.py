@@ -22,12 +22,14 @@ from .limits import (
     TOO_MANY_CONNECTIONS,
     TOO_MANY_CONNECTIONS_OF_ONE,
     TOO_MANY_PIPELINED,
+    VERSION_NOT_SUPPORTED,
     HttpLimits,
     LimitRefusals,
     Refusal,
     RequestRefused,
     ignore_refusal,
 )
+from .targets import VERSIONS, check_host_of_target, refusal_of
 
 logger = logging.getLogger(__name__)
 
@@ -285,8 +287,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._decline_upgrade()
         except httptools.HttpParserCallbackError as error:
             self._refuse(self._refusal_behind(error))
-        except httptools.HttpParserError:
-            self._refuse(MALFORMED)
+        except httptools.HttpParserError as error:
+            self._refuse(refusal_of(error))
         else:
             if self._phase != IDLE:
                 self._count_framing(len(data))
@@ -344,6 +346,10 @@ class BoundedProtocol(HttpToolsProtocol):
             # A target without a path (`CONNECT host:80`, `GET http://host`) has None in its place.
             raise RequestRefused(MALFORMED) from error
         http_version = parser.get_http_version()
+        if http_version not in VERSIONS:
+            raise RequestRefused(VERSION_NOT_SUPPORTED)
+        if url.schema is not None:  # pyright: ignore[reportUnnecessaryComparison]  # None for a path alone
+            check_host_of_target(self.url, self.headers)
         scope: dict[str, Any] = {
             "type": "http",
             "asgi": ASGI_VERSIONS,

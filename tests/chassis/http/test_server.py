@@ -370,7 +370,7 @@ async def test_body_sent_after_an_early_answer_does_not_break_the_connection() -
     [
         b"\x16\x03\x01\x02\x00\x01\x00\x01",
         b"NONSENSE\r\n\r\n",
-        b"GET / HTTP/9.9\r\nHost: a\r\n\r\n",
+        b"GET / HTTP/1.10\r\nHost: a\r\n\r\n",
         b"GET  / HTTP/1.1\r\nHost : a\r\n\r\n",
         b"GET / HTTP/1.1\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
@@ -379,7 +379,6 @@ async def test_body_sent_after_an_early_answer_does_not_break_the_connection() -
         b"GET /\xff HTTP/1.1\r\nHost: a\r\n\r\n",
         b"GET http://a HTTP/1.1\r\nHost: a\r\n\r\n",
         b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n",
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         CHUNKED + b"nonsense\r\n",
         CHUNKED + b"-1\r\na\r\n0\r\n\r\n",
         CHUNKED + b"fffffffffffffffff\r\na\r\n0\r\n\r\n",
@@ -392,6 +391,57 @@ async def test_malformed_request_gets_a_problem(request_bytes: bytes) -> None:
         await client.send(request_bytes)
         await client.problem(400, "malformed_request")
         assert await serving.is_usable()
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"GET http://evil.example/hello HTTP/1.1\r\nHost: shop\r\n\r\n",
+        b"GET http://shop:81/hello HTTP/1.1\r\nHost: shop\r\n\r\n",
+        b"GET http://shop@evil.example/hello HTTP/1.1\r\nHost: shop\r\n\r\n",
+        b"GET http://a@shop/hello HTTP/1.1\r\nHost: a@shop\r\n\r\n",
+        b"GET http://evil.example/hello HTTP/1.0\r\nHost: shop\r\n\r\n",
+        b"GET ftp://shop/hello HTTP/1.1\r\nHost: shop\r\n\r\n",
+    ],
+)
+@on_both_loops
+async def test_target_with_another_host_than_that_of_the_request_is_refused(request_bytes: bytes) -> None:
+    async with serve() as serving:
+        client = await serving.connect()
+        await client.send(request_bytes)
+        await client.problem(400, "malformed_request")
+        assert serving.app.paths == []
+
+
+@pytest.mark.parametrize("version", [b"0.9", b"1.2", b"2.0", b"3.0", b"9.9"])
+@on_both_loops
+async def test_version_that_is_not_spoken_is_refused(version: bytes) -> None:
+    async with serve() as serving:
+        client = await serving.connect()
+        await client.send(b"GET /hello HTTP/" + version + b"\r\nHost: a\r\n\r\n")
+        await client.problem(505, "http_version_not_supported")
+        assert serving.app.paths == []
+        assert await serving.is_usable()
+
+
+@pytest.mark.parametrize("beginning", [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET /hello\r\n\r\n"])
+@on_both_loops
+async def test_preface_of_http_2_and_a_request_without_a_version_are_refused(beginning: bytes) -> None:
+    async with serve() as serving:
+        client = await serving.connect()
+        await client.send(beginning)
+        await client.problem(505, "http_version_not_supported")
+        assert serving.app.paths == []
+
+
+@pytest.mark.parametrize("host", [b"", b"Host: SHOP:80\r\n"])
+@on_both_loops
+async def test_target_with_the_host_of_the_request_is_taken(host: bytes) -> None:
+    async with serve() as serving:
+        client = await serving.connect()
+        version = b"1.1" if host else b"1.0"
+        await client.send(b"GET http://shop:80/hello HTTP/" + version + b"\r\n" + host + b"\r\n")
+        assert (await client.read())[2] == b"/hello"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,33 @@
+"""What the head of a request says that the parser leaves to its caller: the version, and the host of its target."""
+
+from typing import Final
+
+import httptools
+
+from .limits import MALFORMED, VERSION_NOT_SUPPORTED, Refusal, RequestRefused
+
+VERSIONS: Final = frozenset({"1.1", "1.0"})
+VERSION_ERRORS: Final = ("Invalid HTTP version", "Pause on PRI/Upgrade")
+"""What llhttp says of a version that it does not know, and of the preface of HTTP/2."""
+
+
+def refusal_of(error: httptools.HttpParserError) -> Refusal:
+    """How a request is refused that the parser does not take."""
+    return VERSION_NOT_SUPPORTED if str(error) in VERSION_ERRORS else MALFORMED
+
+
+def check_host_of_target(target: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    """For a target with a host (`GET http://shop/orders`): raises `RequestRefused` where `Host` names another one.
+
+    RFC 9112 3.2.2: such a request is for the host of its target, and `Host` is to be the same. HTTP/1.0 may leave
+    `Host` out, which is added then.
+    """
+    scheme, _, rest = target.partition(b"://")
+    host = rest.partition(b"/")[0].partition(b"?")[0]
+    given = [value for name, value in headers if name == b"host"]
+    if scheme.lower() not in (b"http", b"https") or not host or b"@" in host:
+        raise RequestRefused(MALFORMED)
+    if not given:
+        headers.append((b"host", host))
+    elif given[0].lower() != host.lower():
+        raise RequestRefused(MALFORMED)
