@@ -30,6 +30,7 @@ from mercato.contracts.roles import EVERYBODY, STAFF_ONLY
 from mercato.contracts.users import EndedSessions, EndedSessionsAfter, PublicKeys, Users
 from mercato.gateway.app import Asgi, Gateway
 from mercato.gateway.auth import Authenticator, Verifier, own_hosts
+from mercato.gateway.cross_origin import CrossOrigin
 from mercato.gateway.ended_sessions import READ_EVERY_SECONDS, READ_SECONDS, RETRY_SECONDS, EndedSessionsLog
 from mercato.gateway.pages import Pages
 from mercato.gateway.route import Route
@@ -203,12 +204,13 @@ def gateway(
     problems: Callable[[], Awaitable[Mapping[str, str]]] | None = None,
     currency: str = DEFAULT_CURRENCY,
     load: LoadLimits | None = None,
+    cors_origins: Sequence[str] = (),
 ) -> Gateway:
     """The rows of the public API that need `services` alone. `open_to`: the address of a shop that asks for no tokens.
 
     `details` is told by `/health/ready` besides; what makes it say that the process is not ready, `problems` gives, by
     default those of the databases; besides, that it does not know yet which sessions have ended. `caller` is whom
-    services in other processes see.
+    services in other processes see. `cors_origins`: whose pages may call the API from a browser.
     """
     routes = [route for route in ROUTES if {route.operation.service, *_services_of_parts(route)} <= set(services)]
 
@@ -235,7 +237,7 @@ def gateway(
         ),
     )
     verifier = Verifier(fetch_keys, ended, host.clock)
-    authenticator = Authenticator(verifier, own_hosts(*open_to) if open_to else None)
+    authenticator = Authenticator(verifier, own_hosts(*open_to) if open_to else None, cors_origins)
     pages = Pages(
         routes=routes,
         authenticator=authenticator,
@@ -258,6 +260,7 @@ def gateway(
         currency=currency,
         log_requests=log_requests,
         load=load,
+        cross_origin=CrossOrigin(cors_origins) if cors_origins else None,
     )
 
 

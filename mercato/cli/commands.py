@@ -51,6 +51,7 @@ def up(
     replicas: Annotated[str, Parameter(env_var="MERCATO_REPLICAS")] = "",
     transport: Annotated[Literal["nats", "http"] | None, Parameter(env_var="MERCATO_SPLIT_TRANSPORT")] = None,
     auth: Authorization = None,
+    cors_origin: tuple[str, ...] = (),
     log_level: LogLevel | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -82,6 +83,9 @@ def up(
     auth
         "open": callers without a token act as staff (loopback only). "required": they do not. [default: open on
         loopback, required elsewhere]
+    cors_origin
+        An origin whose pages may call the API from a browser: https://shop.example. May be given several times.
+        [env: MERCATO_CORS_ORIGIN]
     log_level
         From which level on events are logged, instead of MERCATO_LOG_LEVEL.
     json
@@ -98,6 +102,7 @@ def up(
             demo=demo,
             workers=workers,
             auth=auth,
+            cors_origins=cors_origin,
             placement=placement or ("split" if split or replicas or transport else "together"),
             replicas=replicas,
             transport=transport,
@@ -113,6 +118,7 @@ def serve(
     host: ListenHost = "127.0.0.1",
     port: ListenPort = 8080,
     auth: Authorization = None,
+    cors_origin: tuple[str, ...] = (),
     log_level: LogLevel | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -135,6 +141,9 @@ def serve(
     auth
         "open": callers without a token act as staff (loopback only). "required": they do not. [default: open on
         loopback, required elsewhere]
+    cors_origin
+        An origin whose pages may call the API from a browser: https://shop.example. May be given several times.
+        [env: MERCATO_CORS_ORIGIN]
     log_level
         From which level on events are logged, instead of MERCATO_LOG_LEVEL.
     json
@@ -143,7 +152,7 @@ def serve(
     from mercato.cli.serve import Options, run
 
     _set_log_level(log_level)
-    return run(Options(names=(service, *more), host=host, port=port, auth=auth, json=json))
+    return run(Options(names=(service, *more), host=host, port=port, auth=auth, cors_origins=cors_origin, json=json))
 
 
 @app.command

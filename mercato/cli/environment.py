@@ -27,6 +27,7 @@ from mercato import topology
 from mercato.chassis.hosting.host import GATEWAY
 from mercato.chassis.hosting.keys import SECRET_BYTES, service_secrets, signing_seed
 from mercato.chassis.hosting.settings import ServeSettings, SettingsError, variable_of
+from mercato.chassis.hosting.variables import replace as set_variables
 from mercato.chassis.rpc.discovery import Registrar, Registry
 from mercato.chassis.rpc.discovery.dns import DnsRegistry
 from mercato.chassis.rpc.discovery.mdns import MdnsRegistry
@@ -36,6 +37,7 @@ from mercato.cli import registries
 from mercato.cli.settings import SERVICE_SECRET
 from mercato.cli.starting import is_loopback
 from mercato.contracts.money import EXPONENTS, unknown_currency
+from mercato.gateway.cross_origin import origins_of
 
 DATABASE: Final = "DATABASE_URL"
 SECRET: Final = SERVICE_SECRET
@@ -45,6 +47,7 @@ PUBLIC_KEY: Final = re.compile(r"[A-Za-z0-9_-]{43}")
 CURVE: Final = {"kty": "OKP", "crv": "Ed25519"}
 SHOP_DIGITS: Final = 16
 """Of the name of a shop in a registry where each process registers itself."""
+CORS_ORIGIN: Final = "MERCATO_CORS_ORIGIN"
 MAIL: Final = "MERCATO_USERS_MAIL"
 LETTERS: Final = "letters"
 """The folder in the data folder of a shop that sends no mail."""
@@ -267,3 +270,17 @@ def check_currency(currency: str) -> None:
     """Raises `SettingsError` for a currency that there is not."""
     if currency not in EXPONENTS:
         raise SettingsError(f"The setting MERCATO_CURRENCY is not valid: {unknown_currency(currency)}.")
+
+
+def set_origins(origins: Sequence[str]) -> None:
+    """Those of the command line take the place of the setting, also in the processes that this one starts."""
+    if origins:
+        set_variables({CORS_ORIGIN: ",".join(origins)})
+
+
+def check_origins(text: str) -> None:
+    """Raises `SettingsError` for what is not an origin."""
+    try:
+        origins_of(text)
+    except ValueError as error:
+        raise SettingsError(f"The setting {CORS_ORIGIN} is not valid: {error}.") from None

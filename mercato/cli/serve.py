@@ -52,6 +52,7 @@ from mercato.cli.starting import (
     open_to,
     url_of,
 )
+from mercato.gateway.cross_origin import origins_of
 
 INSTANCE_BYTES: Final = 6
 UNREADY_SECONDS: Final = 0.5
@@ -69,6 +70,7 @@ class Options(msgspec.Struct, frozen=True):
     host: str
     port: int
     auth: Auth | None = None
+    cors_origins: tuple[str, ...] = ()
     json: bool = False
 
 
@@ -81,8 +83,10 @@ def run(options: Options, listener: socket.socket | None = None) -> int:
 
     try:
         options = msgspec.structs.replace(options, names=names_of(options.names, gateway=True))
+        environment.set_origins(options.cors_origins)
         settings = load(config.ServeSettings)
         environment.check_currency(settings.currency)
+        environment.check_origins(settings.cors_origin)
         configure_logging(settings.log_level)
         inject_faults(settings.faults, options.names)
         announce_test_modes(settings, is_open=is_open(options.host, options.auth))
@@ -178,6 +182,7 @@ class _Serving:
             host,
             open_to=open_to(self._options.host, listener, open_=is_open(self._options.host, self._options.auth)),
             log_requests=self._settings.log_requests,
+            cors_origins=origins_of(self._settings.cors_origin),
             currency=self._settings.currency,
             services=tuple(topology.SERVICES) if self._has_gateway else self._services,
             caller=self._options.names[0] if not self._has_gateway else GATEWAY,

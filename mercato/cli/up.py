@@ -47,6 +47,7 @@ from mercato.cli.starting import (
 )
 from mercato.cli.workers import WorkerFailed, Workers
 from mercato.embedded_postgres import DataFolder, EmbeddedPostgres, SupervisorError, require_known_format
+from mercato.gateway.cross_origin import origins_of
 from mercato.operations.audit.background import Background
 
 T = TypeVar("T")
@@ -61,6 +62,7 @@ class Options(msgspec.Struct, frozen=True):
     demo: bool | None
     workers: int
     auth: Auth | None
+    cors_origins: tuple[str, ...]
     placement: Literal["together", "split", "cluster"]
     replicas: str
     transport: Literal["nats", "http"] | None
@@ -98,8 +100,10 @@ def run(options: Options) -> int:
     import uvloop
 
     try:
+        environment.set_origins(options.cors_origins)
         settings = load()
         environment.check_currency(settings.currency)
+        environment.check_origins(settings.cors_origin)
         configure_logging(settings.log_level)
         inject_faults(settings.faults)
         open_ = is_open(options.host, options.auth)
@@ -302,6 +306,7 @@ class _Up:
             host,
             open_to=open_to(self._options.host, listener, open_=self._open),
             log_requests=self._settings.log_requests,
+            cors_origins=origins_of(self._settings.cors_origin),
             currency=self._settings.currency,
             details=background.details,
             load=LoadLimits.up_to(self._settings.requests_in_work),

@@ -25,6 +25,7 @@ import msgspec
 from mercato.chassis.hosting import variables
 from mercato.chassis.observability.telemetry import MULTIPROCESS_VARIABLE
 from mercato.chassis.rpc.limits import CallLimits
+from mercato.gateway.cross_origin import origins_of
 
 if TYPE_CHECKING:
     # Reading settings is the owner's business; a worker that imported what that takes would start later.
@@ -58,6 +59,7 @@ class Assignment(msgspec.Struct, frozen=True):
     requests_in_work: int
     log_level: str
     log_requests: bool
+    cors_origins: tuple[str, ...]
     currency: str
     audit_seconds: float
     faults: str
@@ -94,6 +96,7 @@ class Workers:
             requests_in_work=settings.requests_in_work,
             log_level=settings.log_level,
             log_requests=settings.log_requests,
+            cors_origins=origins_of(settings.cors_origin),
             currency=settings.currency,
             audit_seconds=settings.audit_seconds,
             faults=settings.faults,

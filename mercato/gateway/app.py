@@ -2,7 +2,7 @@
 
 What happens to a request, in this order; each step may refuse:
 
-    1. find the route        unknown path 404, unknown method 405 with Allow
+    1. find the route        unknown path 404, unknown method 405 with Allow; OPTIONS is answered with Allow
     2. who asks              address of an open shop 403, token 401, role 403, rate 429
     3. what is asked         size 413, content type 415, JSON, path, query and headers 400, all wrong fields at once
     4. call the operation    where requests of its class may enter, else 503; its errors become problems
@@ -43,9 +43,11 @@ from mercato.chassis.observability.telemetry import Telemetry
 from mercato.contracts.money import DEFAULT_CURRENCY
 from mercato.gateway import guests, idempotency, problems
 from mercato.gateway.auth import Authenticator
+from mercato.gateway.cross_origin import CrossOrigin
 from mercato.gateway.headers import RequestHeaders, check_content_type, expected_version, preferred_wait_ms
 from mercato.gateway.rates import PasswordTries, RateLimiter
 from mercato.gateway.route import NO_TEXT, Page, Route, RouteRequest, gathering
+from mercato.gateway.table import NOTHING, Table
 from mercato.gateway.validation import (
     decode_body,
     decode_query,
@@ -97,6 +99,7 @@ class Gateway:
         request_seconds: float = REQUEST_SECONDS,
         log_requests: bool = False,
         load: LoadLimits | None = None,
+        cross_origin: CrossOrigin | None = None,
     ) -> None:
         self._table = Table([BoundRoute(route, client, telemetry, currency) for route in routes])
         self._authenticator = authenticator
@@ -107,6 +110,7 @@ class Gateway:
         self._rates = RateLimiter()
         self._tries = PasswordTries(clock)
         self._log_requests = log_requests
+        self._cross_origin = cross_origin
         self.load = Shedder(load or LoadLimits(), monotonic=clock.monotonic, telemetry=telemetry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -120,8 +124,8 @@ class Gateway:
             headers.check_repeated()
             if route is not None:
                 status, lines, body = await self._serve(route, parts, scope, receive, send, headers)
-            elif isinstance(found, ServiceError):
-                raise found
+            elif isinstance(found, problems.MethodNotAllowed):
+                status, lines, body = self._answer_other_method(found, scope["method"], headers)
             else:
                 await self._serve_page(scope, receive, send, headers)
                 return
@@ -135,6 +139,8 @@ class Gateway:
             )
             status, lines, body = problems.render(Internal(operation=scope["path"]), headers.trace_id)
         lines.append(b"x-request-id: " + headers.request_id.encode())
+        if self._cross_origin is not None:
+            lines += self._cross_origin.lines(headers, scope["method"])
         extensions = scope.get("extensions")
         if extensions is not None and COMPLETE_RESPONSE in extensions:
             await send({"type": COMPLETE_RESPONSE, "status": status, "lines": lines, "body": body})
@@ -152,7 +158,10 @@ class Gateway:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", headers.request_id.encode())]
+                lines = [b"x-request-id: " + headers.request_id.encode()]
+                if self._cross_origin is not None:
+                    lines += self._cross_origin.lines(headers, scope["method"])
+                message["headers"] = [*message.get("headers", ()), *_fields(lines)]
                 self._note(None, message["status"], time.perf_counter() - started, headers)
             await send(message)
 
@@ -162,6 +171,15 @@ class Gateway:
             if not begun:
                 raise
             log.error("page_failed", trace_id=headers.trace_id, exc_info=error)
+
+    def _answer_other_method(
+        self, found: problems.MethodNotAllowed, method: str, headers: RequestHeaders
+    ) -> tuple[int, Lines, bytes]:
+        """OPTIONS hears what the path takes; raises `found` for what it does not take."""
+        self._authenticator.check_source(headers, method)
+        if method != "OPTIONS":
+            raise found
+        return 204, [b"allow: " + ", ".join(found.allowed).encode()], b""
 
     async def _serve(
         self,
@@ -310,67 +328,12 @@ async def _send_in_two(send: Send, status: int, lines: Lines, body: bytes) -> No
     """The answer in the messages of plain ASGI, for a server without the extension."""
     if status != 204:
         lines.append(b"content-length: %d" % len(body))
-    fields = [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
-    await send({"type": "http.response.start", "status": status, "headers": fields})
+    await send({"type": "http.response.start", "status": status, "headers": _fields(lines)})
     await send({"type": "http.response.body", "body": body})
 
 
-# ----------------------------------------------------------------------------------------------------------- table
-
-
-class Table:
-    """Finds the route of a method and path: a path without a parameter by one look-up, one with it by its shape.
-
-    The shape of a path is the path without its parameter: that of `/orders/12/history` is `/orders//history`. A path
-    has at most one parameter, and in paths of one length it stands in few places; each of them costs one look-up.
-    """
-
-    def __init__(self, routes: Sequence[BoundRoute]) -> None:
-        self._fixed: dict[str, dict[str, BoundRoute]] = {}
-        self._shaped: dict[str, tuple[str, dict[str, BoundRoute]]] = {}
-        self._places: dict[int, list[int]] = {}
-        for route in routes:
-            path, method = route.route.path, route.route.method
-            methods = self._fixed.setdefault(path, {}) if "{" not in path else self._add_shape(path)
-            assert method not in methods, f"two routes for {route.name}"
-            methods[method] = route
-
-    def _add_shape(self, path: str) -> dict[str, BoundRoute]:
-        segments = path.split("/")
-        places = [i for i, segment in enumerate(segments) if "{" in segment]
-        assert len(places) == 1, f"{path} has more than one parameter"
-        place = places[0]
-        name, segments[place] = segments[place].strip("{}"), ""
-        known = self._places.setdefault(len(segments), [])
-        if place not in known:
-            known.append(place)
-        return self._shaped.setdefault("/".join(segments), (name, {}))[1]
-
-    def find(self, method: str, path: str) -> tuple[BoundRoute | ServiceError | None, Mapping[str, str]]:
-        """The route and the path's parameters; an error where the path takes other methods; None for unknown paths."""
-        methods, parts = self._fixed.get(path), _NOTHING
-        if methods is None:
-            methods, parts = self._find_shaped(path)
-            if methods is None:
-                return None, _NOTHING
-        route = methods.get("GET" if method == "HEAD" else method)
-        if route is None:
-            allowed = sorted(set(methods) | ({"HEAD"} if "GET" in methods else set()))
-            return problems.MethodNotAllowed(path=path, allowed=tuple(allowed)), _NOTHING
-        return route, parts
-
-    def _find_shaped(self, path: str) -> tuple[dict[str, BoundRoute] | None, Mapping[str, str]]:
-        segments = path.split("/")
-        for place in self._places.get(len(segments), ()):
-            value, segments[place] = segments[place], ""
-            found = self._shaped.get("/".join(segments))
-            if found is not None and value:
-                return found[1], {found[0]: value}
-            segments[place] = value
-        return None, _NOTHING
-
-
-_NOTHING: Final[Mapping[str, Any]] = {}
+def _fields(lines: Lines) -> list[tuple[bytes, bytes]]:
+    return [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
 
 
 # ---------------------------------------------------------------------------------------------------------- routes
@@ -491,7 +454,7 @@ class BoundRoute:
     ) -> RouteRequest:
         """The request with everything beside its body, which has been decoded."""
         text = texts_of(parts, self._text) if self._text else NO_TEXT
-        path = numbers_of(parts, scope["path"]) if parts and not text else _NOTHING
+        path = numbers_of(parts, scope["path"]) if parts and not text else NOTHING
         query = None
         if self._query is not None:
             query = decode_query(self._query, query_string)

@@ -163,12 +163,16 @@ class _UnknownKeyError(Exception):
 
 
 class Authenticator:
-    """Gives the actor of a request. `own_hosts` are the Host values of an open shop; None when tokens are required."""
+    """Gives the actor of a request. `own_hosts` are the Host values of an open shop; None when tokens are required.
 
-    def __init__(self, verifier: Verifier, own_hosts: Sequence[str] | None) -> None:
+    `cors_origins`: whose pages may call an open shop besides its own; without a token they act as staff.
+    """
+
+    def __init__(self, verifier: Verifier, own_hosts: Sequence[str] | None, cors_origins: Sequence[str] = ()) -> None:
         self._verifier = verifier
         self._hosts = frozenset(host.encode() for host in own_hosts) if own_hosts is not None else None
-        self._origins = frozenset(b"http://" + host for host in self._hosts or ())
+        self._allowed = frozenset(origin.encode() for origin in cors_origins)
+        self._origins = self._allowed | {b"http://" + host for host in self._hosts or ()}
         self.anonymous_actor = ANONYMOUS if own_hosts is None else OPEN_ACTOR
         """Who a caller without a token is."""
 
@@ -195,6 +199,8 @@ class Authenticator:
         if self._hosts is None:
             return
         self.check_address(headers.host, headers.origin, headers.forwarded)
+        if headers.origin in self._allowed:
+            return
         if headers.fetch_site in OTHER_SITES and not (
             method in ("GET", "HEAD") and headers.fetch_mode == b"navigate" and headers.fetch_dest == b"document"
         ):

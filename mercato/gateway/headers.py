@@ -33,6 +33,8 @@ class RequestHeaders:
     prefer: bytes | None = None
     x_request_id: bytes | None = None
     traceparent: bytes | None = None
+    requested_method: bytes | None = None
+    """Of a preflight: the method that a page of another origin would use."""
     repeated: bytes | None = None
     """The name of a header that came more than once, and may come once."""
 
@@ -74,6 +76,7 @@ class RequestHeaders:
 
 
 _FIELDS: Final = {
+    b"access-control-request-method": "requested_method",
     b"authorization": "authorization",
     b"content-type": "content_type",
     b"forwarded": "forwarded",

@@ -59,7 +59,8 @@ request with the same key again, as often as you like: it is one order.
 **Changing what you have seen.** Answers carry an `ETag`. Send it back in `If-Match`, and the change is made only if \
 nobody else has changed the thing since.
 
-Every GET answers HEAD too."""
+Every GET answers HEAD too. OPTIONS says in `Allow` which methods a path takes; another one is refused with 405, which \
+says so too."""
 
 TOKENS: Final = """\
 **Signing in.** `POST /login` gives an access token; send it as `Authorization: Bearer ...`."""
@@ -78,6 +79,10 @@ KEY_PATTERN: Final = r"""^([!#-~][!-~]*|"([!#-\[\]-~]|\\["\\])+")$"""
 """Bare, or a structured-field string (RFC 8941), as `idempotency.py` reads it."""
 
 HEADERS: Final[Mapping[str, Json]] = {
+    "Allow": {
+        "description": "The methods that the path takes.",
+        "schema": {"type": "string", "examples": ["GET, HEAD, OPTIONS"]},
+    },
     "ETag": {
         "description": "The version of what is answered, for If-Match.",
         "schema": {"type": "string", "pattern": '^"[0-9]+"$', "examples": ['"1"']},
@@ -206,7 +211,7 @@ def operation_id(route: Route) -> str:
 
 def errors_of(route: Route, *, open_shop: bool) -> tuple[type[ServiceError], ...]:
     """Every error that a row can answer with: its own, and those that follow from its properties."""
-    following: list[type[ServiceError]] = [InvalidRequest]
+    following: list[type[ServiceError]] = [InvalidRequest, problems.MethodNotAllowed]
     if not route.ignores_token:
         following += [Unauthenticated, problems.SessionsNotKnown]
     if open_shop:
@@ -410,6 +415,7 @@ class _Described:
                 "Idempotent-Replayed": is_located,
                 "Location": is_located,
                 "Preference-Applied": is_located,
+                "Allow": status == 405,
                 "Retry-After": retry,
                 "WWW-Authenticate": status == 401,
                 "X-Request-Id": True,
@@ -434,7 +440,12 @@ class _Described:
     # ------------------------------------------------------------------------------------------------------ a page
 
     def page(self, page: PageBesideTheTable) -> Json:
-        kinds = [InvalidRequest, *page.errors, *([problems.HostNotAllowed] if self._open_shop else [])]
+        kinds = [
+            InvalidRequest,
+            problems.MethodNotAllowed,
+            *page.errors,
+            *([problems.HostNotAllowed] if self._open_shop else []),
+        ]
         return {
             "operationId": page.operation_id,
             "summary": page.summary,

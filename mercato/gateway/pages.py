@@ -163,6 +163,8 @@ async def _bug(request: Request, _: Exception) -> Response:
 async def _http_problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        allowed = tuple(sorted((error.headers or {}).get("Allow", "GET, HEAD").split(", ")))
+        allowed = tuple(sorted(["OPTIONS", *(error.headers or {}).get("Allow", "GET, HEAD").split(", ")]))
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers={"allow": ", ".join(allowed)})
         return await _problem(request, problems.MethodNotAllowed(path=request.url.path, allowed=allowed))
     return await _problem(request, problems.RouteNotFound(path=request.url.path))

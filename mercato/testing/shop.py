@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import aiohttp
@@ -56,6 +56,7 @@ class Shop:
         currency: str = DEFAULT_CURRENCY,
         harness_class: type[ServiceHarness] = ServiceHarness,
         load: LoadLimits | None = None,
+        cors_origins: Sequence[str] = (),
     ) -> Self:
         harness = harness_class(cluster, transport, options)
         await harness.open(topology.builds())
@@ -64,7 +65,13 @@ class Shop:
                 await service.seed_demo()
         listener = bind("127.0.0.1", 0)
         address = ("127.0.0.1", listener.getsockname()[1])
-        app = topology.gateway(harness.host, open_to=address if is_open else None, currency=currency, load=load)
+        app = topology.gateway(
+            harness.host,
+            open_to=address if is_open else None,
+            currency=currency,
+            load=load,
+            cors_origins=cors_origins,
+        )
         stop, ready = asyncio.Event(), asyncio.Event()
         server = topology.server(app, listener, harness.host.telemetry, ready.set)
         serving = asyncio.create_task(server.run_until(stop))

@@ -15,11 +15,13 @@ from mercato.testing.process import Identity, Process
 from mercato.testing.waiting import wait_until
 
 ORDERS = 300
+PAGE = "https://pages.example"
 
 
 @pytest.fixture(scope="module")
 def shop(data: Path) -> Iterator[Process]:
-    with Process(data, "--workers", "3", environment={"MERCATO_REQUESTS_IN_WORK": "100"}) as process:
+    options = ("--workers", "3", "--cors-origin", PAGE, "--cors-origin", "http://localhost:3000")
+    with Process(data, *options, environment={"MERCATO_REQUESTS_IN_WORK": "100"}) as process:
         yield process.ready()
         process.stop()
 
@@ -53,6 +55,15 @@ def test_the_metrics_are_those_of_all_together(shop: Process):
 def test_each_has_the_limit_of_requests_that_is_set(shop: Process):
     with shop.caller() as caller:
         assert "\nmercato_http_limit 300.0\n" in caller.get("/metrics").text
+
+
+def test_pages_of_the_origins_that_are_set_may_call_each(shop: Process):
+    for _ in range(10):
+        with shop.caller() as caller:  # each on a connection of its own, so that several workers answer
+            for origin in (PAGE, "http://localhost:3000"):
+                answer = caller.get("/products?limit=1", Origin=origin)
+                assert (answer.status, answer.headers["access-control-allow-origin"]) == (200, origin)
+            assert caller.get("/products?limit=1", Origin="http://localhost:3001").status == 403
 
 
 def test_all_show_the_same_orders(shop: Process):

@@ -29,7 +29,7 @@ TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 ALLOWED: dict[str, set[str]] = {}
 for row in ROUTES:
-    ALLOWED.setdefault(row.path, set()).update({row.method, "HEAD"} if row.method == "GET" else {row.method})
+    ALLOWED.setdefault(row.path, {"OPTIONS"}).update({row.method, "HEAD"} if row.method == "GET" else {row.method})
 
 
 @pytest.mark.parametrize("path", ALLOWED)
@@ -43,11 +43,22 @@ async def test_a_path_names_the_methods_that_it_takes(open_shop: Shop, path: str
         assert method == "HEAD" or reply.code == "method_not_allowed"
 
 
-@pytest.mark.parametrize("path", ["/health/live", "/metrics", "/.well-known/jwks.json", "/"])
+@pytest.mark.parametrize("path", ALLOWED)
+async def test_options_says_which_methods_a_path_takes_and_does_nothing(open_shop: Shop, path: str) -> None:
+    reply = await open_shop.request("OPTIONS", path.replace("{id}", "1"))
+    assert (reply.status, reply.body) == (204, b"")
+    assert set(reply.headers["allow"].split(", ")) == ALLOWED[path]
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics", "/.well-known/jwks.json", "/", "/docs"])
 async def test_a_page_names_the_methods_that_it_takes(open_shop: Shop, path: str) -> None:
     reply = await open_shop.post(path, {})
     assert_problem(reply, 405, "method_not_allowed")
-    assert set(reply.headers["allow"].split(", ")) == {"GET", "HEAD"}
+    options = await open_shop.request("OPTIONS", path)
+    assert (options.status, options.body) == (204, b"")
+    for answered in (reply, options):
+        assert set(answered.headers["allow"].split(", ")) == {"GET", "HEAD", "OPTIONS"}
+    assert (await open_shop.request("HEAD", path)).status == (await open_shop.get(path)).status
 
 
 READS = [route for route in ROUTES if route.method == "GET"]

@@ -224,6 +224,15 @@ def test_every_error_of_a_row_is_at_its_status(route: Route, document: dict[str,
         assert (error.retry_after_s is None) or "Retry-After" in response["headers"]
 
 
+@each_document
+def test_every_path_says_that_it_refuses_other_methods(document: dict[str, Any]):
+    for _, _, operation in operations(document):
+        refused = resolved(operation["responses"]["405"], document)
+
+        assert "Allow" in refused["headers"]
+        assert "method_not_allowed" in refused["content"]["application/problem+json"]["examples"]
+
+
 def test_what_a_row_is_decides_what_it_can_refuse():
     place = described(next(r for r in ROUTES if r.idempotency))["responses"]
     update = described(next(r for r in ROUTES if r.if_match))["responses"]

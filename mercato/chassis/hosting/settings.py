@@ -41,6 +41,8 @@ class Settings(BaseSettings):
     """Of the shop, by ISO 4217: of an amount that is about nothing that has one, and of the price of a new product."""
     pool_size: Annotated[int, Field(ge=1, le=50)] = 6
     """Database connections of one service in one process, at most."""
+    cors_origin: str = ""
+    """The origins whose pages a browser lets call the API: `https://shop.example, http://localhost:3000`."""
     requests_in_work: Annotated[int, Field(ge=1, le=1_024)] = 512
     """Requests that one process has in work at once, at most; what it measures may lower that."""
     audit_seconds: Annotated[float, Field(ge=0, le=7 * 86_400)] = 300.0

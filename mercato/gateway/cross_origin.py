@@ -1,0 +1,62 @@
+"""Which pages of other origins a browser lets call the API (CORS), and what it lets them read.
+
+Tokens travel in Authorization, which a page sets by itself; no cookie is ever needed, so credentials are not allowed.
+Written for the table instead of Starlette's CORSMiddleware, which wraps each request in a second `send` and takes the
+messages of plain ASGI alone: a shop without such origins pays nothing here, and one with them looks up one header.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from mercato.gateway.headers import RequestHeaders
+
+ORIGIN: Final = re.compile(
+    r"(?P<scheme>https?)://(?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:]+\])(?::(?P<port>\d+))?\Z"
+)
+DEFAULT_PORTS: Final = {"http": "80", "https": "443"}
+
+VARY: Final = b"vary: Origin"
+EXPOSED: Final = (
+    b"access-control-expose-headers: Allow, ETag, Idempotent-Replayed, Link, Location, Preference-Applied, "
+    b"Retry-After, WWW-Authenticate, X-Request-Id"
+)
+PREFLIGHT: Final = (
+    b"access-control-allow-methods: GET, HEAD, POST, PUT, PATCH, DELETE",
+    b"access-control-allow-headers: Authorization, Content-Type, Idempotency-Key, If-Match, If-None-Match, Prefer, "
+    b"traceparent, X-Request-Id",
+    b"access-control-max-age: 600",
+)
+
+
+def origins_of(text: str) -> tuple[str, ...]:
+    """The origins of a setting, with commas or spaces between. Raises `ValueError` with a sentence."""
+    origins = tuple(dict.fromkeys(text.replace(",", " ").split()))
+    for origin in origins:
+        found = ORIGIN.match(origin)
+        if not found or found["port"] == DEFAULT_PORTS[found["scheme"]]:
+            raise ValueError(
+                f"{origin!r} is not an origin as browsers send it: scheme and host in small letters, the port where it "
+                "is not the scheme's own, and nothing behind it, as in https://shop.example or http://localhost:3000"
+            )
+    return origins
+
+
+class CrossOrigin:
+    """The header fields for pages of `origins`. An origin is matched exactly: scheme, host and port."""
+
+    def __init__(self, origins: Sequence[str]) -> None:
+        allowed = {origin.encode(): b"access-control-allow-origin: " + origin.encode() for origin in origins}
+        self._answers: Mapping[bytes, tuple[bytes, ...]] = {o: (line, EXPOSED, VARY) for o, line in allowed.items()}
+        self._preflights = {origin: (line, *PREFLIGHT, VARY) for origin, line in allowed.items()}
+
+    def lines(self, headers: RequestHeaders, method: str) -> Sequence[bytes]:
+        """What every answer has besides, also one to a request without Origin: caches must tell them apart."""
+        answer = self._answers.get(headers.origin or b"")
+        if answer is None:
+            return (VARY,)
+        if method == "OPTIONS" and headers.requested_method is not None:
+            return self._preflights[headers.origin or b""]
+        return answer

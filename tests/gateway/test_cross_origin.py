@@ -1,0 +1,109 @@
+"""Pages of other origins: those that are named may call the API, and the rest may not."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+
+import pytest
+import pytest_asyncio
+
+from mercato.gateway.cross_origin import origins_of
+from mercato.testing.cluster import Cluster
+from mercato.testing.responses import assert_problem
+from mercato.testing.shop import Shop
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+PAGE = "https://pages.example"
+OTHER_PAGE = "http://localhost:3000"
+FOREIGN = [
+    "https://evil.example",
+    "http://pages.example",
+    "https://pages.example:8443",
+    "https://pages.example.",
+    "null",
+]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session", params=[True, False], ids=["open", "guarded"])
+async def shop(cluster: Cluster, request: pytest.FixtureRequest) -> AsyncGenerator[Shop]:
+    shop = await Shop.start(cluster, "local", is_open=request.param, cors_origins=(PAGE, OTHER_PAGE))
+    yield shop
+    await shop.close()
+
+
+def granted(headers: Mapping[str, str]) -> set[str]:
+    return {name for name in headers if name.startswith("access-control-")}
+
+
+@pytest.mark.parametrize("origin", [PAGE, OTHER_PAGE])
+async def test_a_page_of_a_named_origin_reads_every_answer(shop: Shop, origin: str) -> None:
+    for path, status in (("/products", 200), ("/orders/999999", 404), ("/nothing", 404), ("/health/live", 200)):
+        headers = {"Origin": origin, "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "cors"}
+        token = None if shop.is_open else await shop.staff()
+        reply = await shop.get(path, headers=headers, token=token)
+        assert reply.status == status
+        assert reply.headers["access-control-allow-origin"] == origin
+        assert granted(reply.headers) == {"access-control-allow-origin", "access-control-expose-headers"}
+        exposed = {name.strip() for name in reply.headers["access-control-expose-headers"].split(",")}
+        wanted = {"Location", "Retry-After", "Idempotent-Replayed", "Preference-Applied", "ETag", "Link"}
+        assert wanted <= exposed
+
+
+@pytest.mark.parametrize("path", ["/orders", "/products/1", "/openapi.json"])
+async def test_a_browser_that_asks_first_hears_what_may_be_sent(shop: Shop, path: str) -> None:
+    asked = {"Origin": PAGE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    reply = await shop.request("OPTIONS", path, headers=asked)
+    assert (reply.status, reply.body) == (204, b"")
+    assert reply.headers["access-control-allow-origin"] == PAGE
+    assert {"POST", "PATCH", "DELETE"} <= set(reply.headers["access-control-allow-methods"].split(", "))
+    allowed = {name.strip().lower() for name in reply.headers["access-control-allow-headers"].split(",")}
+    assert {"authorization", "content-type", "idempotency-key", "if-match", "prefer"} <= allowed
+    assert "access-control-allow-credentials" not in reply.headers
+
+
+@pytest.mark.parametrize("origin", FOREIGN)
+async def test_a_page_of_another_origin_is_told_nothing(shop: Shop, origin: str) -> None:
+    asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    for reply in (
+        await shop.request("OPTIONS", "/orders", headers=asked),
+        await shop.get("/products", headers={"Origin": origin}),
+    ):
+        assert granted(reply.headers) == set()
+        if shop.is_open:
+            assert_problem(reply, 403, "host_not_allowed")
+
+
+async def test_caches_tell_the_answers_to_different_origins_apart(shop: Shop) -> None:
+    for headers in ({}, {"Origin": PAGE}):
+        for path in ("/products", "/openapi.json", "/nothing"):
+            reply = await shop.request("GET", path, headers=headers)
+            assert "Origin" in reply.headers["vary"]
+
+
+async def test_without_the_setting_no_answer_has_a_word_about_origins(guarded_shop: Shop) -> None:
+    reply = await guarded_shop.get("/products", headers={"Origin": PAGE})
+    assert granted(reply.headers) == set()
+    assert "Origin" not in reply.headers.get("vary", "")
+
+
+async def test_several_origins_are_read() -> None:
+    assert origins_of(f"{PAGE}, {OTHER_PAGE} http://[::1]:3000") == (PAGE, OTHER_PAGE, "http://[::1]:3000")
+    assert origins_of("") == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "*",
+        "null",
+        "shop.example",
+        "https://shop.example/",
+        "https://SHOP.example",
+        "https://shop.example:443",
+        "ftp://a",
+    ],
+)
+async def test_what_no_browser_sends_as_an_origin_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"as browsers send it"):
+        origins_of(text)
