@@ -396,6 +396,22 @@ class TooManyOpenOrders(ServiceError, code="orders.too_many_open", kind=Kind.CON
     limit: int
 
 
+class OrderLost(ServiceError, code="orders.lost", kind=Kind.CONFLICT):
+    """The key placed an order before the shop lost it, and what is left of it is not this request. Nothing was ordered.
+
+    `field`: in what they differ: `user_id`, `total`, `lines`; `payment`, where its money was moved since; `id`, where
+    another order has its id by now.
+    """
+
+    sentence = (
+        "This Idempotency-Key placed order {order_id}, which the shop has lost; "
+        "its payment {payment_id} is kept, and this request differs from it in {field}."
+    )
+    order_id: int
+    payment_id: int
+    field: str
+
+
 class MixedCurrencies(ServiceError, code="orders.mixed_currencies", kind=Kind.CONFLICT):
     sentence = "One order has one currency; these products are priced in {currencies}."
     currencies: tuple[str, ...]

@@ -61,6 +61,7 @@ WAY_OUT: Final[Mapping[str, str]] = {
     "orders.email_not_proven": "Prove the address by the link of its letter: POST /users/me/proof sends another.",
     "orders.not_payable": "Settle it with the customer: goods have come back, or were never taken from the stock.",
     "orders.nothing_to_refund": "Refund at most details.left; where it is nothing, all was given back already.",
+    "orders.lost": "Ask the shop about the order in details.order_id. Staff: GET /payments/{id} says what was paid.",
     "orders.too_many_open": "Pay or cancel open orders (GET /orders?status=pending), then send it again.",
     "orders.out_of_stock": "Order at most what details.items says is available, with a new key.",
     "orders.payment_declined": "No money has moved. Pay with another method (POST /payments) until "

@@ -2,6 +2,7 @@
 
 A database that was restored alone from an older backup has forgotten ids that other databases know. Its sequence would
 give them again, to another order or another account. `advance` moves it past them; the audit asks the same of copies.
+Orders also gets a list of those that payments knows: one that comes again by its key is not charged again.
 Of a whole shop that was restored no database knows the ids of the lost time: `margin` is how many there can be.
 """
 
@@ -15,7 +16,7 @@ from typing import Any, Final
 import msgspec
 import structlog
 
-from mercato.chassis.postgres.sequences import UNHEARD_IDS, move_past
+from mercato.chassis.postgres.sequences import NEXT, UNHEARD_IDS, move_past
 from mercato.chassis.postgres.sessions import WHOLE_TABLES, connect
 
 LOCK_SECONDS: Final = 10
@@ -126,6 +127,17 @@ KNOWN: Final = (
 SEQUENCES: Final = tuple(dict.fromkeys(known.sequence for known in KNOWN))
 
 
+LISTED_AT_ONCE: Final = 10_000
+_LOST_ORDERS: Final = """
+    SELECT DISTINCT ON (order_id) order_id, nonce FROM payments WHERE order_id >= $1 ORDER BY order_id LIMIT $2
+"""
+_KEEP_LOST: Final = """
+    INSERT INTO lost_orders (nonce, order_id)
+    SELECT * FROM unnest($1::bigint[], $2::bigint[])
+        ON CONFLICT (nonce) DO UPDATE SET order_id = greatest(lost_orders.order_id, excluded.order_id)
+"""
+
+
 class Moved(msgspec.Struct, frozen=True):
     """A sequence that was behind what another service knows."""
 
@@ -146,7 +158,7 @@ def margin(taken_at: datetime.datetime, now: datetime.datetime) -> int:
     return MARGIN_MIN + IDS_PER_SECOND_MAX * max(0, int((now - taken_at).total_seconds()))
 
 
-async def advance(dsns: Mapping[str, str]) -> tuple[Moved, ...]:
+async def advance(dsns: Mapping[str, str], *, listed_at_once: int = LISTED_AT_ONCE) -> tuple[Moved, ...]:
     """Moves each sequence of the services in `dsns` past all ids that others of them know, never backwards.
 
     Gives those that were behind, and logs them. Raises the errors of the driver.
@@ -160,10 +172,24 @@ async def advance(dsns: Mapping[str, str]) -> tuple[Moved, ...]:
             id_ = await connections[known.by].fetchval(known.newest)
             if id_ is not None:
                 newest[known.sequence] = max(newest.get(known.sequence, (0, "")), (id_, known.by))
+        if ORDERS in newest and "payments" in connections:
+            id_, _ = newest[ORDERS]
+            await _list_lost_orders(connections["orders"], connections["payments"], id_, listed_at_once)
         moved = [
             await _advance(connections[sequence.owner], sequence, id_, by) for sequence, (id_, by) in newest.items()
         ]
     return tuple(each for each in moved if each is not None)
+
+
+async def _list_lost_orders(orders: Any, payments: Any, newest: int, at_once: int) -> None:
+    """Where the sequence of orders is behind, gives orders the nonces of all orders that only payments has.
+
+    Before the sequence moves, and again after a crash in between: then it is behind still.
+    """
+    next_id = await orders.fetchval(NEXT.format(name=ORDERS.name))
+    while next_id <= newest and (rows := await payments.fetch(_LOST_ORDERS, next_id, at_once)):
+        await orders.execute(_KEEP_LOST, [row["nonce"] for row in rows], [row["order_id"] for row in rows])
+        next_id = rows[-1]["order_id"] + 1
 
 
 async def _advance(connection: Any, sequence: Sequence, newest: int, by: str) -> Moved | None:

@@ -28,6 +28,7 @@ SQL_MODULES = {
     "list_store.py",
     "name_store.py",
     "log_store.py",
+    "lost_order_store.py",
     "money_store.py",
     "reconciliation_store.py",
     "trace_store.py",

@@ -38,7 +38,7 @@ ODD: Final[Mapping[str, set[str]]] = {
     "inventory": {"S5", "E3"},
     "sandbox": {"M4", "M5"},
     "payments": {"M4", "E3"},
-    "orders": {"M6", "S5", "S6", "E3"},
+    "orders": {"M6", "S5", "S6", "E3", "E5"},
     "events": set(),
 }
 UNREAD: Final = """
@@ -58,6 +58,9 @@ class Customer(msgspec.Struct, frozen=True):
     open_id: int
     guest_order_id: int
     guest_token: str
+    keyed: Mapping[str, Any]
+    """A request that was paid, and is repeated with its key."""
+    keyed_id: int
 
 
 class Lost(msgspec.Struct, frozen=True):
@@ -86,7 +89,11 @@ def customer(shop: Process, email: str, product_id: int = 100) -> Customer:
     )
     open_ = ordered(caller, {"user_id": user_id, "product_id": product_id})
     guest = ordered(shop.caller(), {"product_id": product_id, "email": email})
+    body = {"user_id": user_id, "product_id": product_id, "quantity": 2, "payment_method": "sandbox:ok"}
+    keyed = ordered(caller, body, key=email)
     wait_until(lambda: status(caller, paid["id"]) != ("pending", "unpaid"), explain=lambda: str(paid))
+    wait_until(lambda: status(caller, keyed["id"]) != ("pending", "unpaid"), explain=lambda: str(keyed))
+    assert status(caller, keyed["id"]) == ("confirmed", "paid"), caller.get(f"/orders/{keyed['id']}").text
     assert status(caller, paid["id"]) == ("confirmed", "paid"), caller.get(f"/orders/{paid['id']}").text
     assert status(caller, open_["id"]) == ("pending", "unpaid"), caller.get(f"/orders/{open_['id']}").text
     return Customer(
@@ -98,11 +105,13 @@ def customer(shop: Process, email: str, product_id: int = 100) -> Customer:
         open_["id"],
         guest["id"],
         guest["access_token"],
+        body,
+        keyed["id"],
     )
 
 
-def ordered(caller: Caller, order: Mapping[str, Any]) -> dict[str, Any]:
-    placed = caller.post("/orders", order)
+def ordered(caller: Caller, order: Mapping[str, Any], key: str | None = None) -> dict[str, Any]:
+    placed = caller.post("/orders", order) if key is None else caller.post("/orders", order, Idempotency_Key=key)
     assert placed.status == 201, placed.text
     return placed.json
 
@@ -207,6 +216,9 @@ def test_after_one_database_alone_was_restored_the_shop_goes_on(
         assert_tokens_open_nothing_new(shop, lost, new)
         if alone == "users":
             assert shop.caller().post("/token/refresh", {"refresh_token": lost.late.refresh_token}).status == 401
+        if alone != "users":  # it has forgotten the account
+            repeated = repeat(shop, lost.late)
+            assert repeated == (lost.late.keyed_id, "confirmed", "paid")
         asyncio.run(assert_charged_once(shop, new))
         assert_cancels(shop, lost.early)
         wait_until(lambda: f"order {new.paid_id}" in paid_in_feed(staff), explain=lambda: str(paid_in_feed(staff)))
@@ -222,16 +234,18 @@ def test_after_one_database_alone_was_restored_the_shop_goes_on(
 
 def assert_nothing_is_anothers(shop: Process, lost: Lost, new: Customer) -> None:
     """Each sees what is its own: a new account, and one from before."""
-    known = {new: {new.paid_id, new.open_id}, lost.early: {lost.early.paid_id, lost.early.open_id}}
-    for who, own in known.items():
+    known = {who.email: {who.paid_id, who.open_id, who.keyed_id} for who in (new, lost.early)}
+    for who in (new, lost.early):
+        own = known[who.email]
         caller = shop.caller()
         caller.sign_in(who.email, PASSWORD)
         assert {order["id"] for order in everything(caller, "/orders")} == own
-        assert {payment["order_id"] for payment in everything(caller, "/payments")} <= {who.paid_id}
+        assert {payment["order_id"] for payment in everything(caller, "/payments")} <= {who.paid_id, who.keyed_id}
         for order_id in (lost.late.paid_id, lost.late.open_id, lost.late.guest_order_id):
             assert caller.get(f"/orders/{order_id}").status == 404
     assert new.id != lost.late.id
-    assert not {*known[new], new.guest_order_id} & {lost.late.paid_id, lost.late.open_id, lost.late.guest_order_id}
+    late = lost.late
+    assert not {*known[new.email], new.guest_order_id} & {late.paid_id, late.open_id, late.guest_order_id}
 
 
 def assert_tokens_open_nothing_new(shop: Process, lost: Lost, new: Customer) -> None:
@@ -240,6 +254,15 @@ def assert_tokens_open_nothing_new(shop: Process, lost: Lost, new: Customer) -> 
         assert old.get(path).status == 404, path
     for token, status_ in ((lost.late.guest_token, 404), (new.guest_token, 200)):
         assert shop.caller().get(f"/orders/{new.guest_order_id}?access_token={token}").status == status_
+
+
+def repeat(shop: Process, who: Customer) -> tuple[int, str, str]:
+    """The request that was paid, once more with its key: its order, when its checkout is over."""
+    caller = shop.caller()
+    caller.sign_in(who.email, PASSWORD)
+    order_id = ordered(caller, who.keyed, key=who.email)["id"]
+    wait_until(lambda: status(caller, order_id) != ("pending", "unpaid"))
+    return (order_id, *status(caller, order_id))
 
 
 async def assert_charged_once(shop: Process, new: Customer) -> None:

@@ -11,7 +11,7 @@ UNHEARD_IDS: Final = 1_000_000
 such as of accounts that never ordered. So many behind the last one that is known, it goes on."""
 
 # In these two, the next id is the last value, or the one behind it where that was given already.
-_NEXT: Final = "SELECT last_value + is_called::integer FROM {name}"
+NEXT: Final = "SELECT last_value + is_called::integer FROM {name}"
 # Blocks `nextval` until the transaction ends: no id is taken between the look and the move, and the sequence never
 # goes backwards. It changes nothing.
 _HOLD: Final = "ALTER SEQUENCE {name} CACHE 1"
@@ -30,7 +30,7 @@ async def move_past(session: Session, name: str, newest: int) -> int | None:
 
     Gives the id that it would have given next; None where that is past `newest` already.
     """
-    following = _NEXT.format(name=name)
+    following = NEXT.format(name=name)
     if await session.fetchval(following) > newest:
         return None
     await session.execute(_HOLD.format(name=name))

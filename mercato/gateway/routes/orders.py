@@ -386,6 +386,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             contract.PriceChanged,
             contract.MixedCurrencies,
             contract.TooManyOpenOrders,
+            contract.OrderLost,
             IdempotencyKeyReused,
             RequestInProgress,
         ),

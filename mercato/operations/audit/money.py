@@ -148,13 +148,14 @@ MONEY: Final = (
         "settled",
         "No money is asked for without an order",
         """
-        SELECT 'bank' AS books, b.key AS reference, b.order_id
+        SELECT 'bank' AS books, b.key AS reference, b.order_id,
+               'orders was restored? see docs/operations.md: refund it at the provider, or deliver the order' AS way_out
           FROM sandbox.operations b
          CROSS JOIN audit.clock c
           LEFT JOIN orders.orders o ON o.id = b.order_id
          WHERE b.status = 'succeeded' AND b.created_at < c.settled_before AND o.id IS NULL
         UNION ALL
-        SELECT 'ours', p.id::text, p.order_id
+        SELECT 'ours', p.id::text, p.order_id, 'the same'
           FROM payments.payments p
          CROSS JOIN audit.clock c
           LEFT JOIN orders.orders o ON o.id = p.order_id

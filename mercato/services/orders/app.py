@@ -21,9 +21,10 @@ from mercato.contracts.users import Users
 from .checkout import CheckoutSteps
 from .claiming import Claiming
 from .guests import KEY_PURPOSE, Guests
+from .lost_orders import LostOrders
 from .paying import Paying
 from .payment_methods import PaymentMethods
-from .placing import Placing
+from .placing import NONCES_PURPOSE, Placing
 from .reconciling import HoldReconciling, Reconciling
 from .refund_listing import RefundListing
 from .refunding import Refunding
@@ -89,6 +90,8 @@ def build(env: Env) -> Service:
         products=env.client(Products),
         methods=methods,
         randomness=env.randomness,
+        nonce_key=env.derive_key(NONCES_PURPOSE),
+        lost=LostOrders(database, inventory=inventory, payments=payments),
         guests=guests,
         limits=limits,
     )

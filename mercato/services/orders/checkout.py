@@ -182,7 +182,7 @@ class CheckoutSteps:
                 found = await store.get(tx, missing)
             for saga in sagas:
                 saga.memo = saga.memo or found[saga.subject_id]
-        return [Work(saga, saga.memo, _decode_state(saga.state)) for saga in sagas]
+        return [Work(saga, saga.memo, steps.decoded(saga.state)) for saga in sagas]
 
     def _reserve(self, work: Work) -> ReserveStock:
         return ReserveStock(
@@ -305,9 +305,6 @@ class CheckoutSteps:
             wake_at=decision.wake_at,
             finished=decision.finished,
         )
-
-
-_decode_state: Final = msgspec.json.Decoder(Checkout).decode
 
 
 def _undecided(works: Sequence[Work]) -> list[Work]:

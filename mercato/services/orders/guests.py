@@ -1,8 +1,8 @@
 """Guests: who ordered without an account, and shows so with the access token of the order.
 
 The token is an HMAC (SHA-256) of the order's id and nonce under a key of this service: nothing is stored, a replay
-answers with the same token, and a restored database that gives an id again gives it another token, for the nonce is
-random. With another secret of the shop all tokens are void.
+answers with the same token, and a restored database that gives an id to another order gives it another token, for its
+nonce is another (`placing.py`). With another secret of the shop all tokens are void.
 """
 
 from __future__ import annotations

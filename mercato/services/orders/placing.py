@@ -8,6 +8,7 @@ prepare   What is refused without asking another service: another account's orde
 write     One transaction, one statement: orders with their lines, keys and history, the sagas that carry them on, and
           the events `order.placed`. An order of a customer who has as many open ones as a customer may is left out. Its
           customers are locked one by one until the commit: orders of one customer are counted one batch after another.
+          One that may be an order that was lost in a restore is left out too, and looked at (`lost_orders.py`).
           Then the sagas are driven (`checkout.py`). Two requests with one key at the same
           moment meet at the unique index of orders: the second waits for the end of the first transaction, at most two
           seconds, and then answers with its order.
@@ -17,6 +18,8 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import hashlib
+import hmac
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -24,7 +27,7 @@ import msgspec
 
 from mercato.chassis.contract import ANONYMOUS, ServiceError
 from mercato.chassis.idempotency.batch import KeyedAttempt, KeyedBatch, Stored, unsettled
-from mercato.chassis.idempotency.keys import Identity
+from mercato.chassis.idempotency.keys import Identity, Keyed
 from mercato.chassis.mail import addresses
 from mercato.chassis.observability import faults
 from mercato.chassis.observability.clock import Randomness
@@ -38,6 +41,7 @@ from mercato.contracts.users import GetUser, User, UserNotFound, Users
 
 from . import rules, store
 from .guests import Guests, without_email
+from .lost_orders import LostOrders
 from .payment_methods import PaymentMethods
 from .rules import BuyerLimits, Limits
 from .steps import CHECKOUT, Checkout, encoded
@@ -45,6 +49,9 @@ from .store import NewOrder, OrderRecord
 
 QUOTED_AT_ONCE: Final = 4_096
 """A batch of long orders can name more products than the queue of an operation holds; two lanes of this fit."""
+
+NONCES_PURPOSE: Final = "nonces"
+NONCE_BYTES: Final = 8
 
 NO_ID: Final = 0
 NO_TIME: Final = datetime.datetime.fromtimestamp(0, datetime.UTC)
@@ -67,6 +74,8 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
         products: Products,
         methods: PaymentMethods,
         randomness: Randomness,
+        nonce_key: bytes,
+        lost: LostOrders,
         guests: Guests,
         limits: Limits,
     ) -> None:
@@ -76,6 +85,8 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
         self._products = products
         self._methods = methods
         self._randomness = randomness
+        self._nonce_key = nonce_key
+        self._lost = lost
         self._guests = guests
         self._limits = limits
 
@@ -98,7 +109,12 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
         await self._look_up(unsettled(attempts))
 
     async def write(self, attempts: Sequence[Placement]) -> None:
-        orders = [(a, a.prepared) for a in attempts if a.prepared]
+        left = await self._insert([(a, a.prepared) for a in attempts if a.prepared])
+        if left:
+            await self._insert_lost(left)
+
+    async def _insert(self, orders: Sequence[tuple[Placement, NewOrder]]) -> Sequence[tuple[Placement, NewOrder]]:
+        """Writes these orders, answers them and drives their sagas; gives those that the statement left out."""
         await self._runner.acquire_slot()
         async with self._database.transaction() as tx:
             rows = await store.insert(tx, [new for _, new in orders], CHECKOUT, "reserve", self._runner.driver)
@@ -111,8 +127,20 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
             attempt.answer = self._answer(order, new.nonce)
         await faults.point("orders.place.after_commit")
         self._runner.drive([_checkout(new, row, order) for (_, new, row), order in zip(written, placed, strict=True)])
-        if len(placed) < len(orders):
-            await self._refuse([one for one in orders if one[0].answer is None])
+        return [one for one in orders if one[0].answer is None] if len(placed) < len(orders) else ()
+
+    async def _insert_lost(self, left: Sequence[tuple[Placement, NewOrder]]) -> None:
+        """Writes those that were lost, and refuses the rest: their buyers have too many open orders."""
+        lost = await self._lost.recognise([new for _, new in left])
+        found: list[tuple[Placement, NewOrder]] = []
+        for attempt, new in left:
+            answer = lost.get(new.nonce)
+            if isinstance(answer, ServiceError):
+                attempt.answer = answer
+            elif answer is not None:
+                found.append((attempt, answer))
+        refused = await self._insert(found) if found else ()
+        await self._refuse([*(one for one in left if one[1].nonce not in lost), *refused])
 
     async def _refuse(self, orders: Sequence[tuple[Placement, NewOrder]]) -> None:
         """Those whose buyers have as many open orders as they may; a key that has an order by now answers with it."""
@@ -165,7 +193,7 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
             **dict(zip(user_ids, users, strict=True)),
         }
         quotes_by_id = dict(zip(product_ids, quotes, strict=True))
-        nonces = self._nonces(len(attempts))
+        nonces = self._nonces([attempt.keyed for attempt in attempts])
         for attempt, nonce in zip(attempts, nonces, strict=True):
             limits = self._limits.of(_buyer(attempt.request), attempt.actor)
             order = _prepare(attempt, users_by_id, quotes_by_id, nonce, limits)
@@ -174,10 +202,19 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
             else:
                 attempt.prepared = order
 
-    def _nonces(self, count: int) -> list[int]:
-        """Random numbers of 63 bits, all bytes of a batch drawn at once."""
-        drawn = self._randomness.token(8 * count)
-        return [int.from_bytes(drawn[i : i + 8]) >> 1 for i in range(0, 8 * count, 8)]
+    def _nonces(self, orders: Sequence[Keyed | None]) -> list[int]:
+        """The random part of each order, of 63 bits; all random bytes of a batch are drawn at once.
+
+        With a key it is an HMAC (SHA-256) of the key and of whose it is: after a restore the same request makes it
+        again, and finds what payments has of its former order. It cannot be told from a random one.
+        """
+        drawn = self._randomness.token(NONCE_BYTES * sum(keyed is None for keyed in orders))
+        random = iter([drawn[i : i + NONCE_BYTES] for i in range(0, len(drawn), NONCE_BYTES)])
+        return [int.from_bytes(next(random) if keyed is None else self._derived(keyed)) >> 1 for keyed in orders]
+
+    def _derived(self, keyed: Keyed) -> bytes:
+        named = f"{keyed.principal}\0{keyed.key}".encode()  # neither has a zero byte
+        return hmac.digest(self._nonce_key, named, hashlib.sha256)[:NONCE_BYTES]
 
     async def _quotes(self, product_ids: Sequence[int]) -> Sequence[Quote | ServiceError]:
         wanted = [QuoteProduct(id=i) for i in product_ids]

@@ -88,6 +88,10 @@ def encoded(state: Checkout) -> str:
     return msgspec.json.encode(state).decode()
 
 
+decoded: Final = msgspec.json.Decoder(Checkout).decode
+"""The state of a saga."""
+
+
 class Decision(msgspec.Struct, frozen=True):
     """The next step of a saga (`step` to `finished`; see `saga.Next`), and the move of its order (the rest)."""
 

@@ -156,6 +156,8 @@ class NewOrder(msgspec.Struct, frozen=True):
     actor: Actor
     keyed: Keyed | None
     limits: rules.BuyerLimits = rules.UNLIMITED
+    former_id: int | None = None
+    """The id that it had before it was lost (`lost_orders.py`), or 0; None: it was not compared with lost orders."""
 
 
 class PlacedRow(Row):
@@ -202,6 +204,7 @@ BESIDE: Final[Mapping[str, tuple[str, Callable[[NewOrder], object]]]] = {
     "actor_role": ("text", operator.attrgetter("actor.role")),
     "actor_id": ("bigint", operator.attrgetter("actor.id")),
     "state": ("text", operator.attrgetter("state")),
+    "former_id": ("bigint", operator.attrgetter("former_id")),
 }
 """What the other tables need of it."""
 
@@ -219,7 +222,7 @@ INSERT_SQL: Final = f"""
         -- Locks these buyers until the commit, then counts: another batch of theirs waits, and then sees these orders.
         SELECT b.* FROM bounded CROSS JOIN LATERAL open_orders(CASE WHEN wait <> '' THEN $4::bigint[] END) AS b
     ), numbered AS MATERIALIZED (
-        SELECT nextval('orders_id_seq') AS id, nextval('saga_epochs') AS epoch, o.*,
+        SELECT coalesce(nullif(o.former_id, 0), nextval('orders_id_seq')) AS id, nextval('saga_epochs') AS epoch, o.*,
                CASE WHEN o.before IS NULL OR opened.units = '{{}}' THEN o.before::bigint[] ELSE ARRAY(
                    SELECT coalesce((opened.units ->> (o.user_id || ':' || l.product_id))::bigint, 0) + l.before
                      FROM unnest(o.product_ids::bigint[], o.before::bigint[]) WITH ORDINALITY
@@ -230,6 +233,7 @@ INSERT_SQL: Final = f"""
          CROSS JOIN unnest({", ".join(f"${n}::{kind}[]" for n, kind in enumerate(_TYPES.values(), 5))})
                WITH ORDINALITY AS o ({", ".join(_TYPES)}, n)
          WHERE coalesce(opened.counts[o.buyer], 0) <= o.room
+           AND (o.former_id IS NOT NULL OR NOT EXISTS (SELECT FROM lost_orders l WHERE l.nonce = o.nonce))
     ), placed AS (
         INSERT INTO orders (id, open_units, {", ".join(INSERTED)})
         SELECT id, open_units, {", ".join(INSERTED)}
@@ -252,7 +256,8 @@ INSERT_SQL: Final = f"""
 async def insert(tx: Tx, orders: Sequence[NewOrder], kind: str, step: str, driver: int) -> list[PlacedRow]:
     """Writes orders, the first row of their history and the sagas that `driver` will drive.
 
-    Gives ids, epochs and times in the order given; no row for an order whose buyer has as many open ones as may be.
+    Gives ids, epochs and times in the order given; no row for an order whose buyer has as many open ones as may be,
+    nor for one that may be a lost one.
     Raises `UniqueViolation` where a key has an order already, after a transaction that uses the same key, or orders for
     the same limited buyer, at this moment has ended; `LockTimeout` where that takes more than 2 seconds.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import msgspec
 import pytest
 
 from mercato.contracts.orders import (
@@ -99,15 +100,15 @@ async def test_an_order_whose_id_has_a_reservation_of_an_earlier_order_is_cancel
     assert await harness.shelf(product_id) == (on_hand, reserved)
 
 
-async def test_the_same_request_with_the_same_key_is_another_order_after_a_restore(harness: OrdersHarness):
-    """Neither the id, nor the lines, nor the key of the client make it the earlier order: only the nonce does."""
+async def test_the_same_request_with_another_key_is_another_order_after_a_restore(harness: OrdersHarness):
+    """Neither the id nor the lines make it the earlier order: only the nonce does, which is made of the key."""
     product_id = await harness.new_product(10)
     request = basket((product_id, 3), payment_method="sandbox:ok", idempotency_key="key", fingerprint=b"one")
     old = await harness.settled((await harness.place(request)).id)
     before = await stored(harness, *INVENTORY, *MONEY)
     await restore_orders_from_an_older_backup(harness)
 
-    new = await harness.place(request)
+    new = await harness.place(msgspec.structs.replace(request, idempotency_key="another"))
 
     assert new.id == old.id
     await assert_cancelled(harness, new, "stock_lost")
