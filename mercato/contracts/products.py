@@ -84,12 +84,21 @@ class ArchiveProduct(Message):
     version: Version | None = None
 
 
-class SearchProducts(Message):
-    """Active products, a page at a time. `text` is what a person types into a search box (words, "phrases", -not).
+class RestoreProduct(Message):
+    """Puts an archived product back into the catalogue."""
 
+    id: ProductId
+    version: Version | None = None
+
+
+class SearchProducts(Message):
+    """Products, a page at a time: the active ones, or the archived.
+
+    `text` is what a person types into a search box (words, "phrases", -not, this or that).
     `after` is the `next_after` of the page before; it belongs to the same filters and sort. Price filters compare
-    products of `currency` only, of the default currency where none is given. Names are sorted by code point, ASCII
-    letters without their case. `relevance` needs a `text`.
+    products of `currency` only, of the default currency where none is given. Words are found, and names sorted, without
+    case and accents. `relevance` needs a `text`. Only staff may search the archived, which are sorted by id unless
+    there is a `text` or `sku`.
     """
 
     text: Annotated[str, Meta(max_length=200)] | None = None
@@ -100,6 +109,9 @@ class SearchProducts(Message):
     sort: Sort = "id"
     after: str | None = None
     limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
+    sku: Sku | None = None
+    """Only the product with this sku, compared without case."""
+    status: Status = "active"
 
 
 class ProductPage(Message):
@@ -167,5 +179,6 @@ class Products(Contract, name="products"):
     search = single(SearchProducts, ProductPage, allow=EVERYBODY, retry=Retry.SAFE)
     quote = batched(QuoteProduct, Quote, allow=SIGNED_IN, retry=Retry.SAFE)
     find = batched(FindProduct, Product, allow=EVERYBODY, retry=Retry.SAFE)
+    restore = single(RestoreProduct, Product, allow=STAFF_ONLY)
 
     events: ClassVar = {"product.price_changed": PriceChanged}

@@ -73,7 +73,7 @@ WAY_OUT: Final[Mapping[str, str]] = {
     "payments.capture_amount_changed": "GET the payment, and show what was taken; a payment is captured once.",
     "payments.capture_too_large": "Capture at most details.authorized_minor, in minor units; the rest is given back.",
     "payments.not_found": "Check the id. Somebody else's payment answers like one that does not exist.",
-    "products.archived": "Take the product out of the order.",
+    "products.archived": "Take the product out of the order; staff can POST /products/{id}/restore.",
     "products.not_found": "Check the id; GET /products lists what is for sale.",
     "products.sku_not_found": "Check the sku; GET /products lists what is for sale.",
     "products.sku_taken": "Choose another sku, or change the product that has this one.",

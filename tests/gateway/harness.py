@@ -85,6 +85,7 @@ class Things(msgspec.Struct, frozen=True):
             },
             "PATCH /products/{id}": {"name": "Something else", "price": {"amount": "8.99", "currency": "USD"}},
             "POST /products/{id}/archive": {},
+            "POST /products/{id}/restore": {},
             "POST /orders": {
                 "user_id": self.person.id,
                 "items": [{"product_id": 100, "quantity": 1}],

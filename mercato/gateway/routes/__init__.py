@@ -57,6 +57,7 @@ PRIORITIES: Final[Mapping[Priority, tuple[str, ...]]] = {
         "GET /products/{id}",
         "PATCH /products/{id}",
         "POST /products/{id}/archive",
+        "POST /products/{id}/restore",
         "GET /products/{id}/stock",
         "PUT /products/{id}/stock",
         "POST /products/{id}/stock/adjustments",

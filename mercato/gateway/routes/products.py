@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 from msgspec import Meta
 
-from mercato.chassis.contract import FieldError, InvalidRequest, Open, StaleVersion
+from mercato.chassis.contract import FieldError, Forbidden, InvalidRequest, Open, StaleVersion
 from mercato.contracts import products as contract
 from mercato.contracts.products import Product, ProductPage, Products
 from mercato.contracts.roles import EVERYBODY, STAFF_ONLY
@@ -41,7 +41,11 @@ class ProductsQuery(Input):
     q: (
         Annotated[
             str,
-            Meta(max_length=200, description='What a person types into a search box: words, "phrases", -not these.'),
+            Meta(
+                max_length=200,
+                description='What a person types into a search box: words, "phrases", -not these, this or that. '
+                "Without case and accents. A word is found by its beginning in names, skus and categories.",
+            ),
         ]
         | None
     ) = None
@@ -56,10 +60,12 @@ class ProductsQuery(Input):
     limit: Annotated[int, Meta(ge=1, le=contract.PAGE_LIMIT, description="How many at most.")] = 50
     after: (
         Annotated[
-            str, Meta(max_length=1_000, description="From the Link of the page before; for the same filters and sort.")
+            str, Meta(max_length=2_048, description="From the Link of the page before; for the same filters and sort.")
         ]
         | None
     ) = None
+    sku: Annotated[contract.Sku | None, Meta(description="Only the one with this sku, compared without case.")] = None
+    status: Annotated[contract.Status, Meta(description="`archived` is for staff, sorted by id alone.")] = "active"
 
 
 class ProductOut(Output):
@@ -156,6 +162,8 @@ def _search(request: RouteRequest) -> contract.SearchProducts:
         sort=query.sort or ("relevance" if query.q else "id"),
         after=query.after,
         limit=query.limit,
+        sku=query.sku,
+        status=query.status,
     )
 
 
@@ -171,10 +179,12 @@ ROUTES: Final[tuple[Route, ...]] = (
         summary="The catalogue: search (?q=), filter by category and price, sort, page by page",
         roles=EVERYBODY,
         query=ProductsQuery,
-        fields={field: f"?{field}" for field in ("category", "currency", "sort", "limit", "after")} | {"text": "?q"},
+        fields={name: f"?{name}" for name in ("category", "currency", "sort", "limit", "after", "sku")}
+        | {"text": "?q"},
         request=_search,
         answer=_page,
         output=list[ProductOut],
+        errors=(Forbidden,),
     ),
     Route(
         method="POST",
@@ -237,6 +247,22 @@ ROUTES: Final[tuple[Route, ...]] = (
         body_optional=True,
         examples={"nothing to say": {}},
         request=lambda request: contract.ArchiveProduct(id=request.path["id"], version=request.if_match),
+        answer=product_out,
+        output=ProductOut,
+        etag=_version,
+        if_match=True,
+        errors=(contract.ProductNotFound, StaleVersion),
+    ),
+    Route(
+        method="POST",
+        path="/products/{id}/restore",
+        operation=Products.restore,
+        summary="Put an archived product back into the catalogue",
+        roles=STAFF_ONLY,
+        body=ArchiveIn,
+        body_optional=True,
+        examples={"nothing to say": {}},
+        request=lambda request: contract.RestoreProduct(id=request.path["id"], version=request.if_match),
         answer=product_out,
         output=ProductOut,
         etag=_version,

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+from typing import Final
 
+from mercato.chassis.hosting.periodic import PeriodicTask
 from mercato.chassis.hosting.service import Env, Service
 from mercato.chassis.rpc.server import Server
 from mercato.contracts.products import Products
 
 from . import demo
 from .consumers import IN_STOCK
-from .service import ProductsService
+from .service import FILL_LIMIT, ProductsService
+
+FILL_SECONDS: Final = 60.0
+"""How often products are looked for that a version of the service without terms has written."""
 
 
 def build(env: Env) -> Service:
@@ -23,10 +28,12 @@ def build(env: Env) -> Service:
     server.register(Products.search, service.search)
     server.register(Products.quote, service.quote)
     server.register(Products.find, service.find)
+    server.register(Products.restore, service.restore)
     return Service(
         server.complete(),
         env.database,
         subscriptions=(IN_STOCK,),
         has_outbox=True,
+        tasks=(PeriodicTask("terms", service.fill_terms, every_seconds=FILL_SECONDS, limit=FILL_LIMIT),),
         seed_demo=functools.partial(demo.seed, env.database),
     )

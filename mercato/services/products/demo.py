@@ -10,6 +10,7 @@ from mercato.chassis.postgres.database import Database
 from mercato.contracts.products import CreateProduct
 
 from . import store
+from .rules import found_by
 
 SEED_BEFORE_COMMIT: Final = "products.seed.before_commit"
 
@@ -22,6 +23,7 @@ async def seed(database: Database) -> bool:
         if not await store.lock_catalogue(tx):
             return False
         await store.insert_many(tx, CATALOGUE)
+        await store.fill_terms(tx, [product_id for product_id, _ in CATALOGUE], [found_by(p) for _, p in CATALOGUE])
         await faults.point(SEED_BEFORE_COMMIT)
     return True
 

@@ -23,11 +23,15 @@ from mercato.contracts.products import (
     PAGE_LIMIT,
     CreateProduct,
     PriceMinor,
+    Product,
     ProductId,
     SearchProducts,
     Sort,
+    Status,
     UpdateProduct,
 )
+
+from . import folding
 
 NAME_LENGTH: Final = 200
 DESCRIPTION_LENGTH: Final = 10_000
@@ -116,6 +120,19 @@ def with_price(request: UpdateProduct, currency: str) -> UpdateProduct:
     return msgspec.structs.replace(request, price=None, price_minor=minor)
 
 
+def found_by(product: Product | CreateProduct) -> folding.FoundBy:
+    return folding.found_by(product.name, product.sku, product.category, product.description)
+
+
+def changed(product: Product, change: UpdateProduct) -> Product:
+    """The product with the texts of a change."""
+    given = {field: value for field in TEXTS if (value := getattr(change, field)) is not None}
+    return msgspec.structs.replace(product, **given)
+
+
+TEXTS: Final = ("sku", "name", "category", "description")
+
+
 def _is_blank(text: str) -> bool:
     """True without a character that leaves ink: separators (Z) and the invisible (C) do not."""
     return all(unicodedata.category(character)[0] in "ZC" for character in text)
@@ -136,8 +153,8 @@ def _refuse(errors: Iterator[FieldError]) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ search
 
-Scope = Literal["all", "category", "text"]
-"""What a search goes through: the catalogue, one category of it, or what has certain words."""
+Scope = Literal["all", "category", "archived", "sku", "text"]
+"""What a search goes through: the catalogue, a category of it, what is archived, one sku, or what has certain words."""
 
 MAX_RELEVANCE: Final = 1e9
 """More than any rank: ranks stay below 2."""
@@ -165,6 +182,8 @@ class Search(msgspec.Struct, frozen=True):
     max_price_minor: int | None
     after: Cursor
     limit: int
+    sku: str | None
+    status: Status
 
 
 BEGINNING: Final[Mapping[Sort, Cursor]] = {
@@ -187,7 +206,7 @@ def checked_search(request: SearchProducts) -> Search:
     text = request.text if request.text and not request.text.isspace() else None
     priced = request.min_price_minor is not None or request.max_price_minor is not None
     return Search(
-        scope="text" if text else "category" if request.category is not None else "all",
+        scope=_scope(request, text),
         sort=request.sort,
         text=text,
         category=request.category,
@@ -197,7 +216,19 @@ def checked_search(request: SearchProducts) -> Search:
         max_price_minor=request.max_price_minor,
         after=after,
         limit=request.limit,
+        sku=request.sku,
+        status=request.status,
     )
+
+
+def _scope(request: SearchProducts, text: str | None) -> Scope:
+    if text:
+        return "text"
+    if request.sku is not None:
+        return "sku"
+    if request.status == "archived":
+        return "archived"
+    return "all" if request.category is None else "category"
 
 
 def _wrong_search(request: SearchProducts, after: Cursor | None) -> Iterator[FieldError]:
@@ -208,6 +239,11 @@ def _wrong_search(request: SearchProducts, after: Cursor | None) -> Iterator[Fie
             yield FieldError(field="text", message=NOT_TEXT)
     if request.sort == "relevance" and (request.text is None or not request.text.strip()):
         yield FieldError(field="sort", message="Can be relevance only together with a text to search for.")
+    if request.sku is not None and (message := _wrong_sku(request.sku)):
+        yield FieldError(field="sku", message=message)
+    if request.sort != "id" and _scope(request, (request.text or "").strip()) == "archived":
+        message = "Can only be id for archived products, unless they are searched by a text or sku."
+        yield FieldError(field="sort", message=message)
     if request.category is not None and not _is_storable(request.category):
         yield FieldError(field="category", message=NOT_TEXT)
     if request.currency is not None and (message := _wrong_currency(request.currency)):

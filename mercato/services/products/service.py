@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Generator, Sequence
 from typing import Final
 
-from mercato.chassis.contract import Actor, Batch, check_version, current
+from mercato.chassis.contract import Actor, Batch, Forbidden, check_version, current
 from mercato.chassis.messaging.events import Outgoing
 from mercato.chassis.observability import faults
 from mercato.chassis.postgres.database import Database, Tx, UniqueViolation
@@ -20,16 +20,20 @@ from mercato.contracts.products import (
     ProductArchived,
     ProductNotFound,
     ProductPage,
+    Products,
     Quote,
     QuoteProduct,
+    RestoreProduct,
     SearchProducts,
     SkuNotFound,
     SkuTaken,
     Sort,
+    Status,
     UpdateProduct,
 )
+from mercato.contracts.roles import STAFF_ONLY
 
-from . import rules, store
+from . import folding, rules, store
 
 CREATE_BEFORE_COMMIT: Final = "products.create.before_commit"
 CREATE_AFTER_COMMIT: Final = "products.create.after_commit"
@@ -37,6 +41,8 @@ UPDATE_BEFORE_COMMIT: Final = "products.update.before_commit"
 UPDATE_AFTER_COMMIT: Final = "products.update.after_commit"
 ARCHIVE_BEFORE_COMMIT: Final = "products.archive.before_commit"
 ARCHIVE_AFTER_COMMIT: Final = "products.archive.after_commit"
+FILL_LIMIT: Final = 200
+"""Products in a round of `fill_terms`."""
 
 faults.declare(
     CREATE_BEFORE_COMMIT,
@@ -59,7 +65,7 @@ class ProductsService:
         rules.check_product(request)
         with _sku_conflicts(request.sku):
             async with self._database.transaction() as tx:
-                row = await store.insert(tx, request)
+                row = await store.insert(tx, request, rules.found_by(request))
                 await faults.point(CREATE_BEFORE_COMMIT)
         await faults.point(CREATE_AFTER_COMMIT)
         return _product(row)
@@ -84,7 +90,7 @@ class ProductsService:
                 change = rules.with_price(request, before.currency)
                 if not rules.changes(change):
                     return _product(before)
-                row = await store.update(tx, change)
+                row = await store.update(tx, change, rules.found_by(rules.changed(_product(before), change)))
                 if (row.price_minor, row.currency) != (before.price_minor, before.currency):
                     tx.emit([_price_changed(before, row, current.get().actor)])
                 await faults.point(UPDATE_BEFORE_COMMIT)
@@ -97,21 +103,16 @@ class ProductsService:
         One that is archived already stays as it is, whatever version the caller has seen: a caller who never heard the
         first answer asks again with the version from before.
         """
-        async with self._database.transaction() as tx:
-            row = await self._lock(tx, request.id)
-            if row.status == "archived":
-                return _product(row)
-            check_version(request.version, row.version)
-            row = await store.archive(tx, request.id)
-            await faults.point(ARCHIVE_BEFORE_COMMIT)
-        await faults.point(ARCHIVE_AFTER_COMMIT)
-        return _product(row)
+        return await self._set_status(request, "archived")
 
     async def search(self, request: SearchProducts) -> ProductPage:
-        """Raises `InvalidRequest`. What is created meanwhile may be on a later page, and shifts nothing."""
+        """Raises `InvalidRequest`, `Forbidden`. What is created meanwhile may be on a later page; it shifts nothing."""
+        if request.status != "active" and (role := current.get().actor.role) not in STAFF_ONLY:
+            raise Forbidden(operation=f"{Products.search.full_name} of archived products", role=role)
         search = rules.checked_search(request)
         async with self._database.read() as tx:
-            rows = await store.search(tx, search)
+            query = await store.query_of(tx, folding.question(search.text)) if search.text else None
+            rows = await store.search(tx, search, query)
         products = tuple(_product(row) for row in rows[: search.limit])
         if len(rows) <= search.limit:
             return ProductPage(products=products)
@@ -129,6 +130,30 @@ class ProductsService:
             rows = await store.by_skus(tx, list({request.sku for request in batch}))
         products = {row.wanted: _product(row) for row in rows}
         return [products.get(request.sku) or SkuNotFound(sku=request.sku) for request in batch]
+
+    async def restore(self, request: RestoreProduct) -> Product:
+        """Raises `ProductNotFound` or `StaleVersion`. One that is active stays as it is, as with `archive`."""
+        return await self._set_status(request, "active")
+
+    async def fill_terms(self) -> int:
+        """Makes the terms of products that were written without; gives their number, at most `FILL_LIMIT`."""
+        async with self._database.transaction() as tx:
+            rows = await store.lock_without_terms(tx, FILL_LIMIT)
+            if rows:
+                texts = [folding.found_by(row.name, row.sku, row.category, row.description) for row in rows]
+                await store.fill_terms(tx, [row.id for row in rows], texts)
+        return len(rows)
+
+    async def _set_status(self, request: ArchiveProduct | RestoreProduct, status: Status) -> Product:
+        async with self._database.transaction() as tx:
+            row = await self._lock(tx, request.id)
+            if row.status == status:
+                return _product(row)
+            check_version(request.version, row.version)
+            row = await store.set_status(tx, request.id, status)
+            await faults.point(ARCHIVE_BEFORE_COMMIT)
+        await faults.point(ARCHIVE_AFTER_COMMIT)
+        return _product(row)
 
     async def _lock(self, tx: Tx, product_id: int) -> store.ProductRow:
         row = await store.lock(tx, product_id)
@@ -190,8 +215,8 @@ def _quote(product_id: int, row: store.QuoteRow | None) -> Quote | ProductNotFou
 def _token_after(sort: Sort, row: store.FoundRow) -> str:
     keys: dict[Sort, rules.Key] = {
         "id": None,
-        "name": row.name,
-        "-name": row.name,
+        "name": row.sort_name,
+        "-name": row.sort_name,
         "price": row.price_minor,
         "-price": row.price_minor,
         "newest": row.created_at,

@@ -1,4 +1,8 @@
-"""Every SQL statement of the products service."""
+"""Every SQL statement of the products service.
+
+A write of a text of a product writes what it is found by (`folding.FoundBy`) with it, and `terms_version`, which says
+so. Rows without are of a version of the service that did not, until `fill_terms` makes it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import Final
 from mercato.chassis.postgres.database import Row, Tx
 from mercato.contracts.products import CreateProduct, Sort, Status, UpdateProduct
 
+from .folding import FoundBy, Question
 from .rules import Scope, Search
 
 SKU_KEY: Final = "products_sku_key"
@@ -33,6 +38,7 @@ class ProductRow(Row, frozen=True, gc=False):
 class FoundRow(ProductRow, frozen=True, gc=False):
     """A product that a search found. `relevance` is its rank for the text searched for, 0 without one."""
 
+    sort_name: str
     relevance: float
 
 
@@ -51,13 +57,18 @@ class QuoteRow(Row, frozen=True, gc=False):
     status: Status
 
 
-async def insert(tx: Tx, product: CreateProduct) -> ProductRow:
+async def insert(tx: Tx, product: CreateProduct, found_by: FoundBy) -> ProductRow:
     """Raises `UniqueViolation` of `SKU_KEY`, also when the other product is only just being created."""
     row = await tx.fetch_one(
         ProductRow,
         """
-        INSERT INTO products (sku, name, description, price_minor, currency, category)
-        VALUES ($1, $2, $3, $4, $5, $6)
+        INSERT INTO products (sku, name, description, price_minor, currency, category, terms, sort_name, terms_version)
+        VALUES ($1, $2, $3, $4, $5, $6,
+                setweight(to_tsvector('pg_catalog.english', $7), 'A')
+                || setweight(to_tsvector('pg_catalog.english', $8), 'B')
+                || setweight(to_tsvector('pg_catalog.english', $9), 'D')
+                || $10::text::tsvector,
+                $11, 1)
         RETURNING id, sku, name, description, price_minor, currency, category, status, created_at, updated_at, version,
                   in_stock
         """,
@@ -67,6 +78,11 @@ async def insert(tx: Tx, product: CreateProduct) -> ProductRow:
         product.price_minor,
         product.currency,
         product.category,
+        found_by.stemmed_name,
+        found_by.stemmed_labels,
+        found_by.stemmed_description,
+        found_by.terms,
+        found_by.sort_name,
     )
     assert row is not None
     return row
@@ -134,7 +150,7 @@ async def lock(tx: Tx, product_id: int) -> ProductRow | None:
     )
 
 
-async def update(tx: Tx, change: UpdateProduct) -> ProductRow:
+async def update(tx: Tx, change: UpdateProduct, found_by: FoundBy) -> ProductRow:
     """Changes what is given of a locked product. Raises `UniqueViolation` of `SKU_KEY`."""
     row = await tx.fetch_one(
         ProductRow,
@@ -146,6 +162,12 @@ async def update(tx: Tx, change: UpdateProduct) -> ProductRow:
                price_minor = coalesce($5, price_minor),
                currency = coalesce($6, currency),
                category = coalesce($7, category),
+               terms = setweight(to_tsvector('pg_catalog.english', $8), 'A')
+                       || setweight(to_tsvector('pg_catalog.english', $9), 'B')
+                       || setweight(to_tsvector('pg_catalog.english', $10), 'D')
+                       || $11::text::tsvector,
+               sort_name = $12,
+               terms_version = version + 1,
                updated_at = now(),
                version = version + 1
          WHERE id = $1
@@ -159,25 +181,34 @@ async def update(tx: Tx, change: UpdateProduct) -> ProductRow:
         change.price_minor,
         change.currency,
         change.category,
+        found_by.stemmed_name,
+        found_by.stemmed_labels,
+        found_by.stemmed_description,
+        found_by.terms,
+        found_by.sort_name,
     )
     assert row is not None, f"product {change.id} was not locked before"
     return row
 
 
-async def archive(tx: Tx, product_id: int) -> ProductRow:
-    """Takes a locked product out of the catalogue."""
+async def set_status(tx: Tx, product_id: int, status: Status) -> ProductRow:
+    """Takes a locked product out of the catalogue, or puts it back. It must have the other status."""
     row = await tx.fetch_one(
         ProductRow,
         """
         UPDATE products
-           SET status = 'archived', updated_at = now(), version = version + 1
-         WHERE id = $1 AND status = 'active'
+           SET status = $2,
+               updated_at = now(),
+               version = version + 1,
+               terms_version = CASE WHEN terms_version = version THEN version + 1 ELSE terms_version END
+         WHERE id = $1 AND status <> $2
         RETURNING id, sku, name, description, price_minor, currency, category, status, created_at, updated_at, version,
                   in_stock
         """,
         product_id,
+        status,
     )
-    assert row is not None, f"product {product_id} was not locked before, or is archived"
+    assert row is not None, f"product {product_id} was not locked before, or is {status} already"
     return row
 
 
@@ -209,33 +240,43 @@ async def note_stock(tx: Tx, product_ids: Sequence[int], in_stock: Sequence[bool
 
 # ------------------------------------------------------------------------------------------------------------ search
 
-# Every statement takes the same values: $1 text, $2 category, $3 currency, $4 and $5 the range of prices, $6 the number
-# of rows, $7 and $8 key and id of the cursor. `$n IS NULL` stands for a value that a statement has no use for; it also
-# makes sure that it got none. What decides which index is read is a condition of its own; what only filters is an
-# `IS NULL OR`, which no index can serve while the values are unknown: a plan made for all values then reads the index
-# of the sort, too, instead of, say, the index of prices for a range that is mostly everything.
+# Every statement takes the same values: $1 a tsquery as text, $2 category, $3 currency, $4 and $5 the range of prices,
+# $6 the number of rows, $7 and $8 key and id of the cursor, $9 sku, $10 status. `$n IS NULL` stands for a value that a
+# statement has no use for; it also makes sure that it got none. What decides which index is read is a condition of its
+# own; what only filters is an `IS NULL OR`, which no index can serve while the values are unknown: a plan made for all
+# values then reads the index of the sort, too, instead of, say, the index of prices for a range that is mostly
+# everything. The status is a constant where its index is partial.
 
 _COLUMNS: Final = """
-SELECT id, sku, name, description, price_minor, currency, category, status, created_at, updated_at, version, in_stock"""
+SELECT id, sku, name, description, price_minor, currency, category, status, created_at, updated_at, version, in_stock,
+       coalesce(sort_name, lower(name COLLATE "C")) AS sort_name, """
+
+_WITHOUT_TEXT: Final = """
+  FROM products
+ WHERE $1::text IS NULL"""
+
+# Of a row that was written without terms, its own words.
+_RANK: Final = "ts_rank(CASE WHEN terms_version = version THEN terms ELSE words END, query)"
+
+_RELEVANCE: Final = {False: "0::real AS relevance", True: f"{_RANK} AS relevance"}
 
 _SCOPES: Final[Mapping[Scope, str]] = {
-    "all": """, 0::real AS relevance
+    "all": f"""{_WITHOUT_TEXT}
+   AND status = 'active' AND $10 = 'active' AND $2::text IS NULL AND $9::text IS NULL""",
+    "category": f"""{_WITHOUT_TEXT}
+   AND status = 'active' AND $10 = 'active' AND category = $2 AND $9::text IS NULL""",
+    "archived": f"""{_WITHOUT_TEXT}
+   AND status = 'archived' AND $10 = 'archived' AND ($2::text IS NULL OR category = $2) AND $9::text IS NULL""",
+    "sku": f"""{_WITHOUT_TEXT}
+   AND status = $10 AND ($2::text IS NULL OR category = $2) AND lower(sku) = lower($9)""",
+    # Rows without terms by their ids: they are few, and PostgreSQL takes "is distinct from" for most rows.
+    "text": """
   FROM products
- WHERE status = 'active' AND $1::text IS NULL AND $2::text IS NULL""",
-    "category": """, 0::real AS relevance
-  FROM products
- WHERE status = 'active' AND $1::text IS NULL AND category = $2""",
-    # Stemmed; as it is where stemming leaves nothing. Asking for either of both at once would make "-shoes" find shoes:
-    # the one with the other's negation.
-    "text": """, ts_rank(words, query) AS relevance
-  FROM products
- CROSS JOIN (
-       SELECT CASE WHEN numnode(websearch_to_tsquery('pg_catalog.english', $1)) > 0
-                   THEN websearch_to_tsquery('pg_catalog.english', $1)
-                   ELSE websearch_to_tsquery('pg_catalog.simple', $1)
-              END AS query
-       ) AS asked
- WHERE status = 'active' AND words @@ query AND ($2::text IS NULL OR category = $2)""",
+ CROSS JOIN (SELECT $1::text::tsquery AS query) AS asked
+ WHERE (terms @@ query
+        OR id = ANY (ARRAY(
+           SELECT id FROM products WHERE terms_version IS DISTINCT FROM version AND words @@ $1::text::tsquery)))
+   AND status = $10 AND ($2::text IS NULL OR category = $2) AND ($9::text IS NULL OR lower(sku) = lower($9))""",
 }
 
 _FILTERS: Final = """
@@ -244,18 +285,18 @@ _FILTERS: Final = """
    AND ($5::bigint IS NULL OR price_minor <= $5)"""
 
 # The id makes every key unique: no product is skipped or shown twice among equals. Descending sorts descend by id, too,
-# so that each is one index, read in one direction. Names are sorted by code point, ASCII letters without their case:
-# the same on every server, whatever its locale.
+# so that each is one index, read in one direction. Names are sorted as they were folded, by code point: the same on
+# every server, whatever its locale.
 _ORDERS: Final[Mapping[Sort, str]] = {
     "id": """
    AND $7::text IS NULL AND id > $8
  ORDER BY id""",
     "name": """
-   AND (lower(name COLLATE "C"), id) > (lower($7::text COLLATE "C"), $8)
- ORDER BY lower(name COLLATE "C"), id""",
+   AND (coalesce(sort_name, lower(name COLLATE "C")), id) > ($7::text COLLATE "C", $8)
+ ORDER BY coalesce(sort_name, lower(name COLLATE "C")), id""",
     "-name": """
-   AND (lower(name COLLATE "C"), id) < (lower($7::text COLLATE "C"), $8)
- ORDER BY lower(name COLLATE "C") DESC, id DESC""",
+   AND (coalesce(sort_name, lower(name COLLATE "C")), id) < ($7::text COLLATE "C", $8)
+ ORDER BY coalesce(sort_name, lower(name COLLATE "C")) DESC, id DESC""",
     "price": """
    AND (price_minor, id) > ($7::bigint, $8)
  ORDER BY price_minor, id""",
@@ -265,8 +306,8 @@ _ORDERS: Final[Mapping[Sort, str]] = {
     "newest": """
    AND (created_at, id) < ($7::timestamptz, $8)
  ORDER BY created_at DESC, id DESC""",
-    "relevance": """
-   AND (ts_rank(words, query), id) < ($7::real, $8)
+    "relevance": f"""
+   AND ({_RANK}, id) < ($7::real, $8)
  ORDER BY relevance DESC, id DESC""",
 }
 
@@ -275,19 +316,61 @@ _LIMIT: Final = """
 """
 
 SEARCH_SQL: Final[Mapping[tuple[Scope, Sort], str]] = {
-    (scope, sort): _COLUMNS + _SCOPES[scope] + _FILTERS + _ORDERS[sort] + _LIMIT
+    (scope, sort): _COLUMNS + _RELEVANCE[scope == "text"] + _SCOPES[scope] + _FILTERS + _ORDERS[sort] + _LIMIT
     for scope in _SCOPES
     for sort in _ORDERS
-    if scope == "text" or sort != "relevance"
+    if (scope == "text" or sort != "relevance") and (scope != "archived" or sort == "id")
 }
 
 
-async def search(tx: Tx, search: Search) -> list[FoundRow]:
-    """The active products after the cursor, in the order of the sort: one more than a page, if there is one more."""
+async def query_of(tx: Tx, question: Question) -> str:
+    """The tsquery of a search, as text. Empty, which finds nothing, where there is no word in it.
+
+    A word is stemmed, and left out where stemming leaves nothing of it ("the"), unless that is so of all of them ("The
+    Who"). An alternative for each word, not one for all: "-shoes" must not find the shoes that "-shoe" leaves.
+    """
+    found = await tx.fetch_values(
+        str,
+        """
+        SELECT (ltrim(coalesce(
+                   string_agg(joiner || '(' || query || ')', '' ORDER BY n) FILTER (WHERE is_meant),
+                   string_agg(joiner || '(' || query || ')', '' ORDER BY n), ''), ' &|')::tsquery
+                || $7::text::tsquery)::text
+          FROM (
+                SELECT n, joiner, (stems || stems_as_typed || terms::tsquery)::text AS query,
+                       numnode(stems) > 0 OR NOT may_be_stop_word AS is_meant
+                  FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::boolean[], $6::boolean[])
+                       WITH ORDINALITY AS u (joiner, folded, raw, terms, is_phrase, may_be_stop_word, n)
+                 CROSS JOIN LATERAL (
+                    SELECT CASE WHEN is_phrase THEN phraseto_tsquery('pg_catalog.english', folded)
+                                ELSE plainto_tsquery('pg_catalog.english', folded)
+                           END AS stems,
+                           CASE WHEN is_phrase THEN phraseto_tsquery('pg_catalog.english', raw)
+                                ELSE plainto_tsquery('pg_catalog.english', raw)
+                           END AS stems_as_typed
+                 ) AS stemmed
+          ) AS units
+        """,
+        [unit.joiner for unit in question.units],
+        [unit.folded for unit in question.units],
+        [unit.raw for unit in question.units],
+        [unit.terms for unit in question.units],
+        [unit.is_phrase for unit in question.units],
+        [unit.may_be_stop_word for unit in question.units],
+        question.joined,
+    )
+    return found[0]
+
+
+async def search(tx: Tx, search: Search, query: str | None) -> list[FoundRow]:
+    """The products after the cursor, in the order of the sort: one more than a page, if there is one more.
+
+    `query`: what `query_of` gives for the text of the search; None without one.
+    """
     return await tx.fetch(
         FoundRow,
         SEARCH_SQL[search.scope, search.sort],
-        search.text,
+        query,
         search.category,
         search.currency,
         search.min_price_minor,
@@ -295,6 +378,59 @@ async def search(tx: Tx, search: Search) -> list[FoundRow]:
         search.limit + 1,
         search.after.key,
         search.after.id,
+        search.sku,
+        search.status,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- terms
+
+
+class TextRow(Row, frozen=True, gc=False):
+    id: int
+    sku: str
+    name: str
+    description: str
+    category: str
+
+
+async def lock_without_terms(tx: Tx, limit: int) -> list[TextRow]:
+    """Products that were written without terms, those that another transaction has locked left out."""
+    return await tx.fetch(
+        TextRow,
+        """
+        SELECT id, sku, name, description, category
+          FROM products
+         WHERE terms_version IS DISTINCT FROM version
+         ORDER BY id
+         LIMIT $1
+           FOR NO KEY UPDATE SKIP LOCKED
+        """,
+        limit,
+    )
+
+
+async def fill_terms(tx: Tx, ids: Sequence[int], found_by: Sequence[FoundBy]) -> int:
+    """What locked products are found by, from now on. It is no new version of them."""
+    return await tx.execute(
+        """
+        UPDATE products p
+           SET terms = setweight(to_tsvector('pg_catalog.english', f.name), 'A')
+                       || setweight(to_tsvector('pg_catalog.english', f.labels), 'B')
+                       || setweight(to_tsvector('pg_catalog.english', f.description), 'D')
+                       || f.terms::tsvector,
+               sort_name = f.sort_name,
+               terms_version = p.version
+          FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[])
+               AS f (id, name, labels, description, terms, sort_name)
+         WHERE p.id = f.id
+        """,
+        ids,
+        [text.stemmed_name for text in found_by],
+        [text.stemmed_labels for text in found_by],
+        [text.stemmed_description for text in found_by],
+        [text.terms for text in found_by],
+        [text.sort_name for text in found_by],
     )
 
 
@@ -309,7 +445,7 @@ async def lock_catalogue(tx: Tx) -> bool:
 
 
 async def insert_many(tx: Tx, products: Sequence[tuple[int, CreateProduct]]) -> int:
-    """Inserts products with the ids given; gives their number."""
+    """Inserts products with the ids given, without their terms; gives their number."""
     return await tx.execute(
         """
         INSERT INTO products (id, sku, name, description, price_minor, currency, category)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from mercato.chassis.contract import ANONYMOUS, Actor, InvalidRequest
 from mercato.chassis.postgres.database import Database
 from mercato.contracts.products import CreateProduct, Product, Products, SearchProducts, Sort
-from mercato.services.products import demo, rules, store
+from mercato.services.products import demo, folding, rules, store
 from mercato.testing.harness import ServiceHarness
 
 SORTS: tuple[Sort, ...] = get_args(Sort)
@@ -26,7 +26,10 @@ async def stock(database: Database, *batches: Sequence[CreateProduct]) -> None:
         await tx.execute("DELETE FROM products")
     for batch in batches:
         async with database.transaction() as tx:
-            await store.insert_many(tx, [(next(numbers), product) for product in batch])
+            numbered_batch = [(next(numbers), product) for product in batch]
+            await store.insert_many(tx, numbered_batch)
+            ids, found_by = [n for n, _ in numbered_batch], [rules.found_by(product) for _, product in numbered_batch]
+            await store.fill_terms(tx, ids, found_by)
 
 
 async def search(harness: ServiceHarness, products: Products, **wanted: Any) -> list[Product]:
@@ -156,17 +159,13 @@ async def test_prices_are_of_the_default_currency_where_none_is_given(
 
 SORT_KEYS: dict[Sort, Callable[[Product], Any]] = {
     "id": lambda product: product.id,
-    "name": lambda product: (ascii_lower(product.name), product.id),
-    "-name": lambda product: (ascii_lower(product.name), product.id),
+    "name": lambda product: (folding.sort_name(product.name), product.id),
+    "-name": lambda product: (folding.sort_name(product.name), product.id),
     "price": lambda product: (product.price_minor, product.id),
     "-price": lambda product: (product.price_minor, product.id),
     "newest": lambda product: (product.created_at, product.id),
 }
 DESCENDING = {"-name", "-price", "newest"}
-
-
-def ascii_lower(name: str) -> str:
-    return "".join(character.lower() if character.isascii() else character for character in name)
 
 
 def in_order(found: Sequence[Product], sort: Sort) -> bool:
