@@ -18,7 +18,6 @@ from typing import Final
 import msgspec
 
 from mercato.chassis.contract import ServiceError
-from mercato.chassis.http import limits as http
 from mercato.gateway import examples, openapi, problems
 from mercato.gateway.route import Route
 
@@ -164,11 +163,7 @@ def _refusal(kind: type[ServiceError], rows: Iterable[Route]) -> Refusal:
 
 def _server_refusals() -> list[Refusal]:
     """Those of requests that never become one: the server answers them before the API sees them."""
-    limits = http.LimitRefusals.of(http.HttpLimits())
-    of_limits: list[http.Refusal] = list(msgspec.structs.asdict(limits).values())
-    crowded = [http.TOO_MANY_CONNECTIONS, http.TOO_MANY_CONNECTIONS_OF_ONE, http.TOO_MANY_PIPELINED]
-    others = [http.MALFORMED, http.VERSION_NOT_SUPPORTED, http.INTERNAL_ERROR, *crowded]
-    return [Refusal(refusal.code, refusal.status, refusal.detail) for refusal in (*of_limits, *others)]
+    return [Refusal(refusal.code, refusal.status, refusal.detail) for refusal in examples.server_refusals()]
 
 
 def _account_pages(version: str) -> Mapping[str, bytes]:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final, Literal, Union, cast, get_args, get_or
 import msgspec
 
 from mercato.chassis.contract import Operation, ServiceError
+from mercato.chassis.http import limits as http
 from mercato.gateway import problems
 from mercato.gateway.route import Gathered, Page, Route
 
@@ -181,6 +182,13 @@ def problem(shown: ServiceError) -> dict[str, Any]:
     """The body of an error's answer."""
     _, _, body = problems.render(shown, TRACE_ID)
     return msgspec.json.decode(body)
+
+
+def server_refusals() -> list[http.Refusal]:
+    """What the server answers before the API sees a request: too large, too late, too many, or no HTTP."""
+    of_limits: list[http.Refusal] = list(msgspec.structs.asdict(http.LimitRefusals.of(http.HttpLimits())).values())
+    crowded = [http.TOO_MANY_CONNECTIONS, http.TOO_MANY_CONNECTIONS_OF_ONE, http.TOO_MANY_PIPELINED]
+    return [*of_limits, http.MALFORMED, http.VERSION_NOT_SUPPORTED, http.INTERNAL_ERROR, *crowded]
 
 
 def _told(route: Route, json: dict[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:

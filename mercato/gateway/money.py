@@ -13,7 +13,8 @@ from mercato.chassis.contract import FieldError
 from mercato.contracts.money import AMOUNT_LENGTH, AMOUNT_PATTERN, EXPONENTS, decimal_string, to_minor, unknown_currency
 from mercato.gateway.route import Input
 
-Currency = Annotated[str, msgspec.Meta(pattern=r"^[A-Z]{3}\Z", examples=["USD"])]
+CURRENCY_PATTERN: Final = r"^[A-Z]{3}\Z"
+Currency = Annotated[str, msgspec.Meta(pattern=CURRENCY_PATTERN, examples=["USD"])]
 
 REMEMBERED_AMOUNTS: Final = 4_096
 

@@ -31,7 +31,7 @@ from mercato.chassis.contract import (
     Unavailable,
 )
 from mercato.contracts.roles import ANONYMOUS, CUSTOMER, EVERYBODY
-from mercato.gateway import examples, guests, problems, schemas
+from mercato.gateway import examples, guests, problems, refusals, schemas
 from mercato.gateway.problems import Problem
 from mercato.gateway.route import MAX_BODY_BYTES, Route
 
@@ -75,8 +75,10 @@ ROLES: Final[Mapping[frozenset[str], str]] = {
     EVERYBODY - {ANONYMOUS, CUSTOMER}: "For staff.",
 }
 
-KEY_PATTERN: Final = r"""^([!#-~][!-~]*|"([!#-\[\]-~]|\\["\\])+")$"""
+KEY_PATTERN: Final = r"""^([!#-~][!-~]{0,254}|"([!#-\[\]-~]|\\["\\]){1,255}")$"""
 """Bare, or a structured-field string (RFC 8941), as `idempotency.py` reads it."""
+
+"""The one preference that is read, in its plainest form. Others are ignored (RFC 7240)."""
 
 HEADERS: Final[Mapping[str, Json]] = {
     "Allow": {
@@ -122,7 +124,7 @@ HEADERS: Final[Mapping[str, Json]] = {
 _IDEMPOTENCY_KEY: Final[Json] = {
     "name": "Idempotency-Key",
     "in": "header",
-    "schema": {"type": "string", "maxLength": 255, "pattern": KEY_PATTERN},
+    "schema": {"type": "string", "pattern": KEY_PATTERN},
     "example": "0c5ce2f0-9d1c-4f0e-8f0b-6b7c1f8f4f57",
 }
 
@@ -163,7 +165,7 @@ PARAMETERS: Final[Mapping[str, Json]] = {
         "in": "header",
         "description": "The ETag of what you have seen: the change is made only if it is still so. `*`, or no header: "
         "whatever it is now.",
-        "schema": {"type": "string", "pattern": r'^(\*|(W/)?"[0-9]{1,9}")$'},
+        "schema": {"type": "string", "pattern": r'^(\*|(W/)?"[1-9][0-9]{0,8}")$'},
         "example": '"1"',
     },
 }
@@ -173,7 +175,7 @@ def document(routes: Sequence[Route], *, open_shop: bool, server_url: str | None
     """The OpenAPI document. `open_shop`: callers need no token. `server_url`: where the API is, if that is known."""
     asked = [form for route in routes for form in (route, *(form.of(route) for form in route.forms))]
     models = [model for route in asked for model in (route.body, route.query, route.output) if model is not None]
-    references, named = schemas.components([*models, Problem])
+    references, named = schemas.components([*models, Problem], [route.query for route in routes])
     described = _Described(dict(zip(map(repr, models), references, strict=False)), named, open_shop)
     paths: dict[str, Json] = {}
     for route in routes:
@@ -339,7 +341,7 @@ class _Described:
             schema = schemas.plain(route.text[name])
             return {"schema": schema, "example": schema["examples"][0]}
         number: Json = {"type": "integer", "minimum": 1, "maximum": MAX_ID}
-        texts: list[Json] = [{"type": "string", "description": f.summary} for f in route.forms if name in f.text]
+        texts = [{**schemas.plain(f.text[name]), "description": f.summary} for f in route.forms if name in f.text]
         return {
             "schema": {"anyOf": [number, *texts]} if texts else number,
             "example": examples.number(route, name),
@@ -349,7 +351,7 @@ class _Described:
         required: Sequence[str] = model.get("required", ())
         parameters: list[Json] = []
         for name, property_ in cast(Mapping[str, Json], model["properties"]).items():
-            schema = schemas.without_null(property_)
+            schema = schemas.as_text(schemas.without_null(property_))
             words = {"description": schema["description"]} if "description" in schema else {}
             schema = {key: value for key, value in schema.items() if key != "description"}
             must = {"required": True} if name in required else {}
@@ -395,46 +397,45 @@ class _Described:
 
     def _refusals(self, kinds: Iterable[type[ServiceError]], located: tuple[type[ServiceError], ...] = ()) -> Json:
         """By HTTP status, each a reference: many rows can answer the same. `located`: those that have a Location."""
-        by_status: dict[int, list[ServiceError]] = {}
-        for error in map(examples.error, kinds):
-            by_status.setdefault(problems.status_of(error), []).append(error)
+        by_status: dict[int, dict[str, refusals.Shown]] = {}
+        takes_body = problems.BodyTooLarge in (kinds := tuple(kinds))
+        of_errors = (refusals.of_error(kind, is_located=issubclass(kind, located)) for kind in kinds)
+        for shown in (*of_errors, *refusals.of_server(takes_body=takes_body)):
+            by_status.setdefault(shown.status, {}).setdefault(shown.code, shown)
         return {
-            str(status): {"$ref": f"#/components/responses/{self._refusal(status, by_status[status], located)}"}
+            str(status): {"$ref": f"#/components/responses/{self._refusal(status, by_status[status].values())}"}
             for status in sorted(by_status)
         }
 
-    def _refusal(
-        self, status: int, errors: Sequence[ServiceError], located: tuple[type[ServiceError], ...] = ()
-    ) -> str:
-        errors = sorted(errors, key=lambda error: error.code)
-        is_located = any(isinstance(error, located) for error in errors)
+    def _refusal(self, status: int, shown: Iterable[refusals.Shown]) -> str:
+        errors = sorted(shown, key=lambda error: error.code)
+        is_located = any(error.is_located for error in errors)
         name = "-".join((str(status), *(error.code for error in errors), *(["located"] if is_located else [])))
         if name not in self._responses:
-            retry = any(error.retry_after_s is not None for error in errors)
             wanted = {
                 "Idempotent-Replayed": is_located,
                 "Location": is_located,
                 "Preference-Applied": is_located,
                 "Allow": status == 405,
-                "Retry-After": retry,
+                "Retry-After": any(error.retries for error in errors),
                 "WWW-Authenticate": status == 401,
                 "X-Request-Id": True,
             }
             self._responses[name] = {
-                "description": problems.TITLES[status],
+                "description": errors[0].title,
                 "headers": _headers(name for name, there in wanted.items() if there),
                 "content": {
                     problems.MEDIA_TYPE: {
-                        "schema": {"$ref": "#/components/schemas/Problem"},
+                        "schema": _problem([error.code for error in errors]),
                         "examples": {error.code: self._example(error) for error in errors},
                     }
                 },
             }
         return name
 
-    def _example(self, error: ServiceError) -> Json:
+    def _example(self, error: refusals.Shown) -> Json:
         if error.code not in self._examples:
-            self._examples[error.code] = {"summary": str(error), "value": examples.problem(error)}
+            self._examples[error.code] = {"summary": error.sentence, "value": error.body}
         return {"$ref": f"#/components/examples/{error.code}"}
 
     # ------------------------------------------------------------------------------------------------------ a page
@@ -453,8 +454,8 @@ class _Described:
             "security": [],
             "x-roles": sorted(EVERYBODY),
             "responses": {
-                **{str(status): _with_request_id(response) for status, response in page.responses.items()},
                 **self._refusals(kinds),
+                **{str(status): _with_request_id(response) for status, response in page.responses.items()},
             },
         }
 
@@ -464,6 +465,12 @@ _SUCCESSES: Final = {200: "Done", 201: "Made", 202: "Accepted", 204: "Done; ther
 
 def _headers(names: Iterable[str]) -> Json:
     return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def _problem(codes: Sequence[str]) -> Json:
+    """A problem with one of these codes: those of one operation at one status."""
+    closed = {"type": "object", "properties": {"code": {"type": "string", "enum": list(codes)}}, "required": ["code"]}
+    return {"allOf": [{"$ref": "#/components/schemas/Problem"}, closed]}
 
 
 def _with_request_id(response: Json) -> Json:

@@ -8,23 +8,27 @@ order's life), and every field of an answer is there.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Final, Literal, cast, get_args, get_origin
 
 import msgspec
 
 from mercato.chassis.contract import published_pattern
-from mercato.contracts.money import AMOUNT_LENGTH, AMOUNT_PATTERN
-from mercato.gateway.money import Amount, AmountIn, MoneyIn
-from mercato.gateway.route import Output
+from mercato.contracts.money import AMOUNT_LENGTH, AMOUNT_PATTERN, EXPONENTS
+from mercato.gateway.fields import RULES, STRICTER
+from mercato.gateway.money import CURRENCY_PATTERN, Amount, AmountIn, MoneyIn
+from mercato.gateway.route import Input, Output
 
 Schema = dict[str, Any]
 
 REFERENCE: Final = "#/components/schemas/{name}"
 
+CURRENCY: Final = "CurrencyCode"
+"""The component of the currencies that a request may name."""
 
-def components(models: Sequence[Any]) -> tuple[tuple[Schema, ...], dict[str, Schema]]:
-    """The schema of each model, in order, and what they refer to, by name."""
+
+def components(models: Sequence[Any], queries: Collection[Any] = ()) -> tuple[tuple[Schema, ...], dict[str, Schema]]:
+    """The schema of each model, in order, and what they refer to, by name. Those of `queries` keep their defaults."""
     structs = {struct: None for model in models for struct in _structs(model)}
     # msgspec sees no struct in a type of ours.
     referred = [MoneyIn] if MoneyIn in structs else []
@@ -33,8 +37,11 @@ def components(models: Sequence[Any]) -> tuple[tuple[Schema, ...], dict[str, Sch
     for struct in structs:
         schema = named[struct.__name__]
         _refine(struct, schema)
+        if struct not in queries:
+            _say_defaults(struct, schema)
         # The name is the key already.
         schema.pop("title", None)
+    named[CURRENCY] = {"description": "ISO 4217.", "type": "string", "enum": list(EXPONENTS)}
     return tuple(_plain(reference) for reference in references[: len(models)]), named
 
 
@@ -53,6 +60,11 @@ def plain(kind: Any) -> Schema:
 
 def without_null(schema: Schema) -> Schema:
     """The schema for a place that cannot hold null, such as a query parameter: there, nothing is its absence."""
+    options = schema.get("anyOf")
+    if isinstance(options, list):
+        left = [option for option in cast(list[Schema], options) if option != {"type": "null"}]
+        rest = {key: value for key, value in schema.items() if key != "anyOf"}
+        return {**left[0], **rest} if len(left) == 1 else {**rest, "anyOf": left}
     kinds = schema.get("type")
     if not isinstance(kinds, list) or "null" not in kinds:
         return schema
@@ -61,6 +73,13 @@ def without_null(schema: Schema) -> Schema:
     if "enum" in shown:
         shown["enum"] = [value for value in shown["enum"] if value is not None]
     return shown
+
+
+def as_text(schema: Schema) -> Schema:
+    """The schema for a place that holds text alone: an amount in it is a string."""
+    if schema.get("type") != ["string", "number"]:
+        return schema
+    return {key: part for key, part in schema.items() if key != "minimum"} | {"type": "string"}
 
 
 # -------------------------------------------------------------------------------------------------- from the schema
@@ -73,8 +92,16 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     schema = {name: _plain(part) for name, part in cast(Schema, value).items()}
-    if isinstance(pattern := schema.get("pattern"), str):
-        schema["pattern"] = published_pattern(pattern)
+    pattern = schema.get("pattern")
+    if STRICTER in schema:
+        schema["pattern"] = schema.pop(STRICTER)
+    if isinstance(schema.get("pattern"), str):
+        schema["pattern"] = published_pattern(schema["pattern"])
+    if pattern == CURRENCY_PATTERN:
+        words = {"description": schema["description"]} if "description" in schema else {}
+        return {**words, "$ref": REFERENCE.format(name=CURRENCY)}
+    if schema.get("type") == "object" and "properties" not in schema:
+        schema.setdefault("additionalProperties", True)
     if isinstance(schema.get("enum"), list) and all(isinstance(value, str) for value in schema["enum"]):
         schema.setdefault("type", "string")
     if schema.get("required") == []:
@@ -126,8 +153,18 @@ def _refine(struct: type[msgspec.Struct], schema: Schema) -> None:
             shown |= {"format": "date-time"}
         if declared := _literals(field.type):
             shown["enum"] = [*declared, *([None] if None in shown["enum"] else [])]
+    schema |= RULES.get(struct.__name__, {})
     if issubclass(struct, Output):
         schema["required"] = [field.encode_name for field in fields]
+
+
+def _say_defaults(struct: type[msgspec.Struct], schema: Schema) -> None:
+    """Defaults in words. As `default`, generators of clients take them for values that are always there."""
+    for shown in schema["properties"].values():
+        default = shown.pop("default", "")
+        if issubclass(struct, Input) and default != "":
+            words = f"Without it: `{msgspec.json.encode(default).decode()}`."
+            shown["description"] = f"{shown['description']} {words}" if "description" in shown else words
 
 
 def _literals(kind: Any) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from mercato.chassis.contract import MAX_ID, FieldError, InvalidRequest
-from mercato.gateway.money import AmountIn, MoneyIn, decode_amount, exact_float
+from mercato.gateway.money import AmountIn, ExactFloat, MoneyIn, decode_amount, exact_float
 from mercato.gateway.problems import MalformedJson, RouteNotFound
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -25,6 +25,9 @@ ERRORS_LIMIT: Final = 50
 """So many wrong fields are named; a body of a megabyte can have more."""
 
 QUERY_FIELDS_LIMIT: Final = 50
+
+WHOLE_DIGITS: Final = 20
+"""A number with more digits is none that a field takes."""
 
 
 def shared(source: type[msgspec.Struct], target: type[msgspec.Struct], *given: str) -> Callable[[Any], dict[str, Any]]:
@@ -40,11 +43,27 @@ def decode_body(decoder: msgspec.json.Decoder[S], body: bytes) -> S:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise _explain_body(decoder.type, body, error) from None
+        try:
+            return msgspec.convert(_with_integers(_decode(body)), decoder.type, dec_hook=decode_amount)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # of which ValidationError is one
+            raise _explain_body(decoder.type, body, error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _malformed(body, error) from None
     except RecursionError:
         raise MalformedJson(reason="it is nested too deeply", line=1, column=1, offset=0) from None
+
+
+def _with_integers(value: Any) -> Any:
+    """A decoded body in which 5.0 is 5: for JSON schemas, which describe the API, both are one integer."""
+    if isinstance(value, ExactFloat):
+        whole, _, fraction = value.written.partition(".")
+        is_whole = bool(fraction) and not fraction.strip("0") and whole != "-0" and len(whole) <= WHOLE_DIGITS
+        return int(whole) if is_whole else value
+    if isinstance(value, list):
+        return [_with_integers(item) for item in cast(list[Any], value)]
+    if isinstance(value, dict):
+        return {name: _with_integers(item) for name, item in cast(dict[str, Any], value).items()}
+    return value
 
 
 def members_of(body: bytes) -> Mapping[str, Any]:
@@ -229,7 +248,7 @@ def decoder(model: type[S]) -> msgspec.json.Decoder[S]:
 
 def _explain_body(model: Any, body: bytes, error: msgspec.ValidationError) -> Exception:
     try:
-        value = _decode(body)
+        value = _with_integers(_decode(body))
     except msgspec.ValidationError:
         # A number that only a decimal can hold. The typed decode has said where the first wrong field is.
         return InvalidRequest(errors=(FieldError(field=_place(error), message=_message(error)),))

@@ -10,12 +10,13 @@ from hypothesis import assume, given, strategies as st
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from mercato.chassis.contract import MAX_ID, Actor, InvalidRequest
-from mercato.gateway import examples, idempotency, openapi, problems
+from mercato.chassis.contract import MAX_ID, Actor, InvalidRequest, published_pattern
+from mercato.gateway import examples, fields, idempotency, openapi, problems
 from mercato.gateway.problems import HostNotAllowed, SignInFirst
 from mercato.gateway.route import Output, Route, RouteRequest
 from mercato.gateway.routes import ROUTES
 from mercato.gateway.validation import decode_body, decode_query, decoder
+from mercato.simulators.bank import contract as bank
 
 CLOSED = openapi.document(ROUTES, open_shop=False, server_url=None)
 OPEN = openapi.document(ROUTES, open_shop=True, server_url="http://127.0.0.1:8080")
@@ -205,6 +206,54 @@ def test_a_row_answers_with_its_status_and_the_headers_that_it_sets(route: Route
     assert "X-Request-Id" in success["headers"]
 
 
+@each_route
+@each_document
+def test_a_problem_of_an_operation_has_the_codes_that_it_can_have(route: Route, document: dict[str, Any]):
+    shown = described(route, document)["responses"]
+    of_route = [examples.error(kind) for kind in openapi.errors_of(route, open_shop=document is OPEN)]
+    codes = {(problems.status_of(error), error.code) for error in of_route}
+    codes |= {(r.status, r.code) for r in examples.server_refusals() if r.status != 413 or route.body is not None}
+    found = set[tuple[int, str]]()
+    for status, reference in shown.items():
+        content = resolved(reference, document).get("content", {}).get(problems.MEDIA_TYPE)
+        if content is not None:
+            base, closed = content["schema"]["allOf"]
+            assert base == {"$ref": "#/components/schemas/Problem"}
+            assert sorted(content["examples"]) == closed["properties"]["code"]["enum"]
+            found |= {(int(status), code) for code in closed["properties"]["code"]["enum"]}
+
+    assert found == codes
+
+
+def test_nothing_but_a_parameter_has_a_default():
+    """Generators of clients take it for a value that is always there."""
+
+    def places(thing: Any, path: str) -> Iterator[str]:
+        if isinstance(thing, dict):
+            yield from [path] if "default" in thing else []
+            thing = thing.items()
+        elif isinstance(thing, list):
+            thing = enumerate(thing)
+        else:
+            return
+        for name, part in thing:
+            yield from places(part, f"{path}/{name}")
+
+    assert list(places(CLOSED["components"], "")) == []
+    assert CLOSED["components"]["schemas"]["ItemIn"]["properties"]["quantity"]["description"] == "Without it: `1`."
+
+
+def test_an_object_without_known_members_is_open():
+    named = CLOSED["components"]["schemas"]
+
+    assert named["Problem"]["properties"]["details"] == {"type": "object", "additionalProperties": True}
+    assert named["ExportOut"]["properties"]["next"]["additionalProperties"] == {"type": "string"}
+
+
+def test_the_methods_of_payment_are_those_of_the_bank():
+    assert published_pattern(bank.METHOD_PATTERN) == published_pattern(fields.PAYMENT_METHOD_PATTERN)
+
+
 def test_pages_of_a_collection_have_a_link():
     success = CLOSED["paths"]["/orders"]["get"]["responses"]["200"]
 
@@ -386,15 +435,22 @@ def test_times_and_enumerations_are_exact():
         {"user_id": 1, "product_id": MAX_ID + 1},
         {"user_id": 1, "product_id": 1, "currency": "usd"},
         {"user_id": 1, "product_id": 1, "qty": 2},
+        {"user_id": 1, "product_id": 1, "items": [{"product_id": 1}]},
+        {"user_id": 1, "quantity": 1, "items": [{"product_id": 1}]},
+        {"user_id": 1, "product_id": 1, "items": None},
+        {"user_id": 1.0, "product_id": 1},
+        {"user_id": 1.5, "product_id": 1},
+        {"user_id": 1, "product_id": 1, "currency": "XXX"},
     ],
 )
 def test_schema_and_gateway_agree_on_an_order(body: dict[str, Any]):
     place = next(route for route in ROUTES if route.path == "/orders" and route.method == "POST")
     assert place.body is not None
     try:
-        msgspec.json.decode(msgspec.json.encode(body), type=place.body)
+        typed = decode_body(decoder(place.body), msgspec.json.encode(body))
+        place.request(RouteRequest(Actor("staff", 1), {}, None, typed, None, None, b"", None, "USD"))
         taken = True
-    except msgspec.ValidationError:
+    except InvalidRequest:
         taken = False
 
     assert component("PlaceOrderIn").is_valid(body) is taken
@@ -408,6 +464,14 @@ def test_schema_and_gateway_agree_on_an_order(body: dict[str, Any]):
         ("IfMatch", "*", True),
         ("IfMatch", "3", False),
         ("IfMatch", '"3", "4"', False),
+        ("IfMatch", '"0"', False),
+        ("IfMatch", '"999999999"', True),
+        ("IfMatch", '"1234567890"', False),
+        ("IdempotencyKey", "k" * 255, True),
+        ("IdempotencyKey", '"' + "k" * 255 + '"', True),
+        ("IdempotencyKey", '"' + "k" * 256 + '"', False),
+        ("Prefer", "wait=5", True),
+        ("Prefer", "wait=5s", False),
         ("IdempotencyKey", "k", True),
         ("IdempotencyKey", '"quoted"', True),
         ("IdempotencyKey", r'"with \" and \\"', False),

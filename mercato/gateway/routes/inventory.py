@@ -21,6 +21,7 @@ Delta = Annotated[
         le=contract.ON_HAND_LIMIT,
         description="So many pieces more; fewer, where it is negative. Not 0.",
         examples=[12],
+        extra_json_schema={"not": {"const": 0}},
     ),
 ]
 

@@ -12,13 +12,14 @@ from msgspec import Meta
 from mercato.chassis.contract import (
     MAX_ID,
     FieldError,
+    Forbidden,
     IdempotencyKeyReused,
     InvalidRequest,
     Open,
     RequestInProgress,
     StaleVersion,
 )
-from mercato.contracts import orders as contract, users
+from mercato.contracts import orders as contract
 from mercato.contracts.order_history import History, HistoryAxis, Timeline
 from mercato.contracts.orders import (
     CancelReason,
@@ -29,10 +30,10 @@ from mercato.contracts.orders import (
     PlacedOrder,
     PlaceLine,
 )
-from mercato.contracts.payments import Method
 from mercato.contracts.products import ProductArchived, ProductNotFound
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
 from mercato.contracts.users import UserNotFound
+from mercato.gateway.fields import Email, PaymentMethod
 from mercato.gateway.money import Amount, AmountIn, Currency, Money, currency_of, money, text_of
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest, Wait
 from mercato.gateway.validation import shared
@@ -66,9 +67,9 @@ class PlaceOrderIn(Input):
         | None
     ) = None
     currency: Annotated[Currency | None, Meta(description="Of `amount`; without it, that of the products.")] = None
-    payment_method: Method | None = None
+    payment_method: PaymentMethod | None = None
     customer_note: contract.Note = ""
-    email: Annotated[users.Email | None, Meta(description="Of a guest; staff see it.")] = None
+    email: Annotated[Email | None, Meta(description="Of a guest; staff see it.")] = None
 
 
 class MoveOrderIn(Input):
@@ -457,7 +458,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         output=OrderOut,
         etag=_version,
         if_match=True,
-        errors=(contract.OrderNotFound, contract.IllegalMove, contract.PaymentInProgress, StaleVersion),
+        errors=(contract.OrderNotFound, contract.IllegalMove, contract.PaymentInProgress, StaleVersion, Forbidden),
     ),
     Route(
         method="GET",

@@ -7,11 +7,20 @@ from typing import Annotated, Final
 
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, FieldError, IdempotencyKeyReused, InvalidRequest, Open, RequestInProgress
+from mercato.chassis.contract import (
+    MAX_ID,
+    FieldError,
+    Forbidden,
+    IdempotencyKeyReused,
+    InvalidRequest,
+    Open,
+    RequestInProgress,
+)
 from mercato.contracts import orders, payments as contract
 from mercato.contracts.orders import Orders, PaidOrder
-from mercato.contracts.payments import Method, Payment, PaymentPage, Payments
+from mercato.contracts.payments import Payment, PaymentPage, Payments
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
+from mercato.gateway.fields import NOT_ZERO, PaymentMethod
 from mercato.gateway.money import AmountIn, Currency, Money, currency_of, money, text_of
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
 from mercato.gateway.routes.orders import Id, InternalNote, PublicReason
@@ -30,7 +39,7 @@ class PayIn(Input):
         | None
     ) = None
     currency: Annotated[Currency | None, Meta(description="Of `amount`; without it, that of the order.")] = None
-    payment_method: Annotated[Method | None, Meta(description="Without it, the shop's default.")] = None
+    payment_method: Annotated[PaymentMethod | None, Meta(description="Without it, the shop's default.")] = None
     capture: Annotated[
         bool, Meta(description="false, for staff: only reserve the amount; POST /payments/{id}/capture takes it later.")
     ] = True
@@ -46,7 +55,7 @@ class CaptureIn(Input):
 class RefundIn(Input):
     """Without `amount`, all that is left."""
 
-    amount: Annotated[AmountIn, Meta(examples=["10.00"])] | None = None
+    amount: Annotated[AmountIn, Meta(examples=["10.00"], extra_json_schema=NOT_ZERO)] | None = None
     currency: Currency | None = None
     reason: PublicReason = ""
     internal_note: InternalNote = ""
@@ -196,6 +205,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             orders.IllegalMove,
             orders.PaymentInProgress,
             orders.NotPayable,
+            Forbidden,
             IdempotencyKeyReused,
             RequestInProgress,
         ),

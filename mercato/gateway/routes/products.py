@@ -11,6 +11,7 @@ from mercato.chassis.contract import FieldError, Forbidden, InvalidRequest, Open
 from mercato.contracts import products as contract
 from mercato.contracts.products import Product, ProductPage, Products
 from mercato.contracts.roles import EVERYBODY, STAFF_ONLY
+from mercato.gateway.fields import ProductDescription, ProductName
 from mercato.gateway.money import Amount, Money, MoneyIn, checked_currency, minor_of, money, text_of
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
 
@@ -19,18 +20,18 @@ PRICE_FILTER: Final = "In major units of `currency`, or of the shop's own. Produ
 
 class CreateProductIn(Input):
     sku: contract.Sku
-    name: contract.Name
+    name: ProductName
     price: MoneyIn
     category: contract.Category
-    description: contract.Description = ""
+    description: ProductDescription = ""
 
 
 class UpdateProductIn(Input):
     sku: contract.Sku | None = None
-    name: contract.Name | None = None
+    name: ProductName | None = None
     price: MoneyIn | None = None
     category: contract.Category | None = None
-    description: contract.Description | None = None
+    description: ProductDescription | None = None
 
 
 class ArchiveIn(Input):

@@ -24,16 +24,13 @@ from typing import Annotated, Any, Final, TypeVar, cast
 import msgspec
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID
+from mercato.chassis.contract import MAX_ID, Forbidden
 from mercato.contracts import orders as contract
 from mercato.contracts.orders import NAMED_BY_SKU, Orders, PaidOrder, PlacedOrder, PlaceLine
-from mercato.contracts.payments import Method
 from mercato.contracts.products import FindProduct, Products, Sku, SkuNotFound
 from mercato.contracts.roles import SIGNED_IN
 from mercato.contracts.users import (
-    Email,
     GetUser,
-    Name,
     Password,
     RegisterWithoutPassword,
     SignInNamed,
@@ -43,6 +40,8 @@ from mercato.contracts.users import (
     UserNotFound,
     Users,
 )
+from mercato.gateway import fields
+from mercato.gateway.fields import PaymentMethod, UserName
 from mercato.gateway.money import Amount, text_of
 from mercato.gateway.route import Form, Input, Output, Route, RouteRequest
 from mercato.gateway.routes import orders, payments, users
@@ -87,7 +86,7 @@ class ItemOrderOut(orders.OrderOut, frozen=True, kw_only=True, gc=False):
 class ProcessQuery(Input):
     order_id: orders.Id
     amount: Annotated[Amount, Meta(description="What is due; another amount is refused.", examples=["99.99"])]
-    payment_method: Annotated[Method, Meta(description="Without it, the shop's default.")] | None = None
+    payment_method: Annotated[PaymentMethod, Meta(description="Without it, the shop's default.")] | None = None
 
 
 class ProcessedOut(payments.PaymentOut, frozen=True, kw_only=True, gc=False):
@@ -180,8 +179,8 @@ class NamedUserOut(users.UserOut, frozen=True, kw_only=True, gc=False):
 class RegisterNamedIn(Input):
     """An account without a password: its owner sets one by a link that is mailed to the address."""
 
-    username: Name
-    email: Email
+    username: UserName
+    email: fields.Email
 
 
 class LoginNamedIn(Input):
@@ -258,7 +257,13 @@ ROUTES: Final[tuple[Route, ...]] = (
         etag=lambda paid: paid.payment.version,
         replayed=lambda paid: paid.replayed,
         fields={"id": "?order_id", "method": "?payment_method", "expected_total": "?amount"},
-        errors=next(route.errors for route in payments.ROUTES if route.operation is Orders.pay),
+        errors=tuple(
+            error
+            for route in payments.ROUTES
+            if route.operation is Orders.pay
+            for error in route.errors
+            if error is not Forbidden  # which is for payments without capture
+        ),
     ),
     Route(
         system="C",

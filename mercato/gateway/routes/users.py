@@ -13,6 +13,7 @@ from mercato.chassis.contract import MAX_ID, Empty, Open, StaleVersion
 from mercato.contracts import users as contract
 from mercato.contracts.roles import EVERYBODY, SIGNED_IN, STAFF_ONLY, Role
 from mercato.contracts.users import Session, SessionPage, Tokens, User, UserPage, Users
+from mercato.gateway.fields import Email, NewPassword, UserName
 from mercato.gateway.problems import SignInFirst
 from mercato.gateway.route import Input, Limits, Output, Page, Route, RouteRequest
 
@@ -23,9 +24,9 @@ REGISTRATIONS: Final = msgspec.structs.replace(CREDENTIALS, done_per_hour=60)
 
 
 class RegisterIn(Input):
-    email: contract.Email
-    name: contract.Name
-    password: contract.Password
+    email: Email
+    name: UserName
+    password: NewPassword
 
 
 class LoginIn(Input):
@@ -38,26 +39,26 @@ class RefreshIn(Input):
 
 
 class ProfileIn(Input):
-    email: contract.Email | None = None
-    name: contract.Name | None = None
+    email: Email | None = None
+    name: UserName | None = None
     current_password: contract.Password | None = None
     """To change your own e-mail address."""
 
 
 class PasswordIn(Input):
     current_password: contract.Password
-    new_password: contract.Password
+    new_password: NewPassword
     refresh_token: contract.RefreshToken | None = None
     """The one of the session to keep; without it every session ends."""
 
 
 class ForgotIn(Input):
-    email: contract.Email
+    email: Email
 
 
 class ResetIn(Input):
     token: contract.LinkToken
-    new_password: contract.Password
+    new_password: NewPassword
 
 
 class LinkIn(Input):

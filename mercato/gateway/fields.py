@@ -1,0 +1,79 @@
+"""Types of request fields about which a service knows more than their contract: what a JSON schema can say of it.
+
+The services enforce it, and name what is wrong in their own words; here it is described alone. `STRICTER` is the key
+of a schema under which a pattern stands that takes the place of the contract's.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+from msgspec import Meta
+
+from mercato.contracts import payments, products, users
+
+STRICTER: Final = "x-stricter-pattern"
+
+_CONTROLS: Final = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
+_VISIBLE: Final = rf"^[^{_CONTROLS}]*[^\s{_CONTROLS}][^{_CONTROLS}]*\Z"
+
+Email = Annotated[users.Email, Meta(extra_json_schema={"format": "email"})]
+UserName = Annotated[users.Name, Meta(extra_json_schema={"pattern": _VISIBLE})]
+ProductName = Annotated[products.Name, Meta(extra_json_schema={"pattern": _VISIBLE})]
+ProductDescription = Annotated[
+    products.Description, Meta(extra_json_schema={"pattern": r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]*\Z"})
+]
+NewPassword = Annotated[
+    users.Password,
+    Meta(
+        description="Not one character repeated, not the e-mail address, and none of the commonest passwords.",
+        extra_json_schema={"minLength": 10, "pattern": rf"^(?=(.)\1*(?!\1).)[^{_CONTROLS}]*\Z"},
+    ),
+]
+PAYMENT_METHOD_PATTERN: Final = (
+    r"^sandbox:(ok|declined|insufficient_funds|lost_answer|error_then_ok|capture_expired|slow:[0-9]{1,5})\Z"
+)
+"""Of the one provider that there is."""
+PaymentMethod = Annotated[
+    payments.Method,
+    Meta(
+        examples=["sandbox:ok"],
+        extra_json_schema={
+            STRICTER: PAYMENT_METHOD_PATTERN,
+        },
+    ),
+]
+
+_ZERO: Final[dict[str, Any]] = {"anyOf": [{"type": "number", "const": 0}, {"type": "string", "pattern": r"^[0.]*\Z"}]}
+NOT_ZERO: Final[dict[str, Any]] = {
+    "not": {"anyOf": [*_ZERO["anyOf"], {"type": "object", "properties": {"amount": _ZERO}, "required": ["amount"]}]}
+}
+"""Of an amount, bare or with its currency."""
+
+
+def _absent(*names: str) -> dict[str, Any]:
+    return {"properties": {name: {"type": "null"} for name in names}}
+
+
+def _given(name: str, kind: str) -> dict[str, Any]:
+    return {"properties": {name: {"type": kind}}, "required": [name]}
+
+
+def _both(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    return {"allOf": [one, other]}
+
+
+RULES: Final[dict[str, dict[str, Any]]] = {
+    "PlaceOrderIn": {
+        "not": {
+            "anyOf": [
+                _absent("items", "product_id"),
+                _both(_given("items", "array"), _given("product_id", "integer")),
+                _both(_given("items", "array"), _given("quantity", "integer")),
+            ]
+        }
+    },
+    "MoveOrderIn": {"not": _absent("status", "fulfilment")},
+    "ReturnItemIn": {"not": _absent("line_id", "product_id")},
+}
+"""By the name of a model: which of its fields go together."""
