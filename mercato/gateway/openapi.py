@@ -78,6 +78,7 @@ ROLES: Final[Mapping[frozenset[str], str]] = {
 KEY_PATTERN: Final = r"""^([!#-~][!-~]{0,254}|"([!#-\[\]-~]|\\["\\]){1,255}")$"""
 """Bare, or a structured-field string (RFC 8941), as `idempotency.py` reads it."""
 
+WAIT_PATTERN: Final = r"^wait=[0-9]{1,6}$"
 """The one preference that is read, in its plainest form. Others are ignored (RFC 7240)."""
 
 HEADERS: Final[Mapping[str, Json]] = {
@@ -157,7 +158,7 @@ PARAMETERS: Final[Mapping[str, Json]] = {
         "with the problem as long as it is so, and then with the order. Without `wait`, the answer comes as soon as "
         "the order is durable: 201 says that it is accepted, not that it is paid or that there is enough in stock. "
         "Other preferences are ignored (RFC 7240).",
-        "schema": {"type": "string"},
+        "schema": {"type": "string", "pattern": WAIT_PATTERN},
         "example": "wait=5",
     },
     "IfMatch": {

@@ -20,7 +20,7 @@ import pytest
 
 from mercato.embedded_postgres import DataFolder, DataFolderBusy, processes
 from mercato.testing.caller import Caller
-from mercato.testing.process import READY_SECONDS, ROOT, Process, clean_environment, cluster_of, data_folder
+from mercato.testing.process import ROOT, Process, clean_environment, cluster_of, data_folder
 from mercato.testing.waiting import BOUND_SECONDS, POLL_SECONDS, wait_until
 
 COMMAND = (sys.executable, "-m", "mercato.cli")
@@ -43,7 +43,7 @@ def url_of(data: Path) -> str:
                     return caller.get("/health/ready").status == 200
         return False
 
-    wait_until(answers, READY_SECONDS)
+    wait_until(answers, BOUND_SECONDS)
     return found[0]
 
 

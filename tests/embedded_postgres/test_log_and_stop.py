@@ -15,10 +15,11 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from embedded_postgres.test_postgres import GONE_SECONDS, PASSWORD, alive, ask, data, home, quietly, running
+from embedded_postgres.test_postgres import PASSWORD, alive, ask, data, home, quietly, running
 from embedded_postgres.test_recovery import killed_server, recovering, slowed
 from mercato.embedded_postgres import EmbeddedPostgres, server_log
 from mercato.embedded_postgres.guarded import Guarded
+from mercato.testing.waiting import BOUND_SECONDS
 
 __all__ = ["data"]
 
@@ -70,7 +71,7 @@ async def test_the_log_of_a_server_that_runs_is_bounded(data: Path, monkeypatch:
         for _ in range(2):
             former.unlink(missing_ok=True)
             await ask(server, "DO $$ BEGIN FOR i IN 1..500 LOOP RAISE LOG 'a line of the log'; END LOOP; END $$")
-            async with asyncio.timeout(GONE_SECONDS):
+            async with asyncio.timeout(BOUND_SECONDS):
                 while not (former.exists() and (data / "postgres.log").stat().st_size < server_log.BYTES_MAX):
                     await asyncio.sleep(0.02)
             assert former.stat().st_size <= server_log.BYTES_MAX
@@ -119,7 +120,7 @@ async def test_a_stop_waits_for_a_checkpoint_that_goes_on_and_the_death_of_the_o
 ):
     with (tmp_path / "log").open("wb") as log:
         server = await Guarded.start([sys.executable, "-c", LONG_CHECKPOINT], None, errors=log.fileno())
-    async with asyncio.timeout(GONE_SECONDS):
+    async with asyncio.timeout(BOUND_SECONDS):
         while "pausing" not in (tmp_path / "log").read_text():
             await asyncio.sleep(0.02)
 
@@ -146,7 +147,7 @@ async def test_a_stop_does_not_wait_for_a_server_that_does_nothing(data: Path):
     stopped = checkpointer(data)
     os.kill(stopped, signal.SIGSTOP)
 
-    await asyncio.wait_for(server.stop(), GONE_SECONDS)
+    await asyncio.wait_for(server.stop(), BOUND_SECONDS)
 
     assert alive(data) == []
     assert recovering(data) is None

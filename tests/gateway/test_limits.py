@@ -91,6 +91,7 @@ OF_PATTERNS: dict[str, Values] = {
     openapi.PARAMETERS["IfMatch"]["schema"]["pattern"]: [
         ('"1"', True), ('W/"999999999"', True), ('"0"', False), ('"1000000000"', False), ("1", False),
     ],
+    openapi.WAIT_PATTERN: [("wait=0", True), ("wait=999999", True), ("wait=", False), ("wait=-1", False)],
     openapi.KEY_PATTERN: [
         ("k" * 255, True), ("k" * 256, False), ("a b", False),
         ('"' + "k" * 255 + '"', True), ('"' + "k" * 256 + '"', False),
