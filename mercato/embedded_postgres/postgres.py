@@ -175,8 +175,10 @@ class EmbeddedPostgres:
                 await _close(connection)
 
     async def stop(self) -> None:
-        """Stop the server. It may take as long as it works, for at most half a minute; usually it takes less than a
-        second. May be called again."""
+        """Stop the server. May be called again.
+
+        It may take as long as it writes, for at most half a minute; usually that is less than a second.
+        """
         self._stopping = True
         self._guarded.ask_to_finish()
         await asyncio.wait([self._watch], timeout=STOP_NOTICE_SECONDS)

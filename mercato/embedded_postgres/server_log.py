@@ -5,6 +5,7 @@ The file is private and bounded: what is longer than `BYTES_MAX` is moved to `po
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -66,7 +67,7 @@ def rotate(log: Path) -> bool:
         return False
     former = log.with_name(log.name + ".1")
     former.unlink(missing_ok=True)
-    with log.open("rb") as stream, opened(former) as kept:
+    with contextlib.suppress(OSError), log.open("rb") as stream, opened(former) as kept:  # a full disk gets its space
         stream.seek(-BYTES_MAX, os.SEEK_END)
         shutil.copyfileobj(stream, kept)
     os.truncate(log, 0)

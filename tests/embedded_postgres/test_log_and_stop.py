@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import stat
@@ -76,6 +77,21 @@ async def test_the_log_of_a_server_that_runs_is_bounded(data: Path, monkeypatch:
                     await asyncio.sleep(0.02)
             assert former.stat().st_size <= server_log.BYTES_MAX
             assert stat.S_IMODE(former.stat().st_mode) == 0o600
+
+
+async def test_a_log_that_cannot_be_kept_is_emptied_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As on a disk that is full, which needs the space."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(server_log, "BYTES_MAX", 10)
+    monkeypatch.setattr(server_log.shutil, "copyfileobj", full)
+    log = tmp_path / "postgres.log"
+    log.write_bytes(bytes(20))
+
+    assert server_log.rotate(log)
+    assert log.stat().st_size == 0
 
 
 async def test_a_start_that_waits_for_a_recovery_writes_nothing_into_the_log(data: Path):
