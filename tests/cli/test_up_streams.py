@@ -178,14 +178,18 @@ def is_free(data: Path) -> bool:
     return False
 
 
-def test_a_terminal_that_goes_away_stops_the_shop(data: Path):
-    hang_up = ("/bin/sh", "-c", '"$0" "$@"; exit $?', *COMMAND)  # as under make: the shell leads the session
-    with on_a_terminal(data, *hang_up) as (process, window):
+def test_a_terminal_that_goes_away_stops_the_shop(data: Path, tmp_path: Path):
+    code = tmp_path / "code"
+    # A shell gets the signal when its terminal is closed, and hands it on to what it runs.
+    script = f'trap "kill -HUP \\$!" HUP; "$0" "$@" & wait $!; wait $!; echo $? > {code}'
+    leader = ("/bin/sh", "-c", script, *COMMAND)
+    with on_a_terminal(data, *leader) as (process, window):
         url_of(data)
         window.close()
 
         process.wait(BOUND_SECONDS)
         wait_until(lambda: is_free(data), BOUND_SECONDS)
+    assert code.read_text() == "0\n"
 
 
 def test_a_shop_that_outlives_its_terminal_goes_on(data: Path):
