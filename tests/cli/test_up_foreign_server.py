@@ -114,12 +114,21 @@ def test_the_other_commands_work_on_that_server_too(
         (("events", "tail"), "order.placed"),
         (("backup", str(tmp_path / "backup")), ""),
     ):
-        ended = subprocess.run(
-            [sys.executable, "-m", "mercato.cli", *command], cwd=ROOT, capture_output=True, text=True, check=False,
-            env={**clean_environment(), **environment},
-        )  # fmt: skip
+        ended = run(*command, environment=environment)
         assert ended.returncode == 0, (command, ended.stdout + ended.stderr)
         assert words in ended.stdout
+
+    for (name,) in ask(server.admin_dsn, "SELECT datname FROM pg_database WHERE datname LIKE 'mercato%'"):
+        ask(server.admin_dsn, f"DROP DATABASE {name} WITH (FORCE)")
+    restored = run("restore", str(tmp_path / "backup"), environment=environment)
+    assert restored.returncode == 0, restored.stdout + restored.stderr
+
+
+def run(*command: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mercato.cli", *command], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**clean_environment(), **environment},
+    )  # fmt: skip
 
 
 def test_a_setting_that_overrides_that_of_a_role_is_named(
