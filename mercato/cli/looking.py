@@ -44,7 +44,7 @@ def doctor(data: Path, *, as_json: bool) -> int:
     found = places()
     if not as_json:
         for place in found:
-            show(f"{place.path} is {place.content} of {place.data}, {PLACE_STATES[place.state]}")
+            show(f"{place.path} holds {place.content} of {place.data}, {PLACE_STATES[place.state]}")
     return databases.run(lambda: _doctor(data, found, as_json=as_json))
 
 

@@ -519,7 +519,7 @@ async def test_as_root_places_whose_folder_is_gone_are_listed_and_pruned(data: P
             (str(used), "used"),
         ]
         listed = mercato("doctor", "--data", str(used))
-        assert f"{homes['gone']} is the database of {gone}, which is not there" in listed.stdout
+        assert f"{homes['gone']} holds the database of {gone}, which is not there" in listed.stdout
         pruned = mercato("doctor", "--prune")
         assert pruned.returncode == 0
         assert f"removed {homes['gone']}, the database of {gone}" in pruned.stdout
