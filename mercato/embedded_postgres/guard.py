@@ -169,7 +169,7 @@ def _spawn(command: list[str], ids: tuple[int, int] | None) -> int:
         return pid
     try:
         _become(command, ids, guard, libc)
-    except BaseException as error:
+    except BaseException as error:  # no traceback: the child of a fork says one sentence
         os.write(2, f"FATAL:  {command[0]} cannot be run: {error}\n".encode())
     finally:
         os._exit(127)

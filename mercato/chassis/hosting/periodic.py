@@ -62,7 +62,7 @@ class PeriodicTask(msgspec.Struct, frozen=True):
             current.set(Context(Actor(SERVICE_ROLE), clock.monotonic() + self.round_seconds, "", ""))
             try:
                 count = await self.work()
-            except Exception as error:  # an edge: no failure of one round may end the others
+            except Exception as error:  # an edge: no failure of one round may end the others; logged by _report
                 failed.inc()
                 before, reason = reason, str(error) or type(error).__name__
                 if self.on_failure:

@@ -194,7 +194,10 @@ class Consumer:
         except (CursorMovedError, *INFRASTRUCTURE):
             raise
         except Exception as error:  # an edge: a consumer's handler failed
-            log.warning("events_processed_one_by_one", consumer=self.key[0], source=self.key[1], reason=_reason(error))
+            log.warning(
+                "events_processed_one_by_one", consumer=self.key[0], source=self.key[1], reason=_reason(error),
+                exc_info=error,
+            )  # fmt: skip
             for event in self._wanted(cursor, page):
                 cursor = await self._process_alone(cursor, event)
             async with self._database.transaction() as tx:
@@ -218,7 +221,7 @@ class Consumer:
             self._delivered.inc(count)
         except (CursorMovedError, *INFRASTRUCTURE):
             raise
-        except Exception as error:  # an edge: a consumer's handler failed
+        except Exception as error:  # an edge: a consumer's handler failed; logged by _note_failure
             async with _transaction(self._database, "park") as tx:
                 await parking.move_cursor(tx, self.key, cursor, to)
                 await parking.park(tx, self.key, [event], 1, self._retry_seconds[0], _reason(error))
@@ -258,7 +261,7 @@ class Consumer:
             self._delivered.inc()
         except INFRASTRUCTURE:
             raise
-        except Exception as error:  # an edge: a consumer's handler failed
+        except Exception as error:  # an edge: a consumer's handler failed; logged by _note_failure
             await self._fail_again(event, event.tries + 1, error)
             return None
         return following

@@ -11,9 +11,10 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, MutableMapping, Sequence
-from typing import Any, BinaryIO, Final, Literal, TypeVar, cast
+from typing import Any, BinaryIO, ClassVar, Final, Literal, TypeVar, cast
 
 import msgspec
 import prometheus_client
@@ -24,6 +25,9 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from mercato.chassis.contract import current
 
 SECONDS_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+URL_PASSWORD: Final = re.compile(r"(://[^\s:/@]*:)[^\s@]+@")
+ROW_VALUES: Final = re.compile(r"(DETAIL:).*")
 
 M = TypeVar("M", Counter, Gauge, Histogram)
 
@@ -41,28 +45,45 @@ def configure_logging(level: str = "info", stream: BinaryIO | None = None) -> No
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
+            _without_secrets,
             structlog.processors.JSONRenderer(serializer=_to_json),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.BytesLoggerFactory(cast(BinaryIO, _Tolerant(stream or sys.stderr.buffer))),
+        logger_factory=structlog.BytesLoggerFactory(cast(BinaryIO, LogStream(stream or _standard_error()))),
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(handlers=[_ToStructlog()], level=logging.WARNING, force=True)
 
 
-class _Tolerant:
-    """A stream whose failures are not passed on: a terminal that is gone, or a full disk, must not fail a request."""
+class LogStream:
+    """Where the lines go. Nothing that a log is told raises: the work that it tells of is done all the same.
+
+    A line that cannot be written, to a closed pipe or a full disk, is lost and counted; the next one is tried again.
+    """
+
+    lost_lines: ClassVar[int] = 0
+    """Of this process."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
 
     def write(self, line: bytes) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.write(line)
+        try:
+            left = memoryview(line)
+            while left:
+                left = left[self._stream.write(left) or len(left) :]
+        except (OSError, ValueError):  # a file that is closed raises ValueError
+            LogStream.lost_lines += 1
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
+
+
+def _standard_error() -> BinaryIO:
+    """Without a buffer: what is in one that cannot be written fails once more at the end of the process."""
+    buffered = sys.stderr.buffer
+    return cast(BinaryIO, getattr(buffered, "raw", buffered))
 
 
 class _ToStructlog(logging.Handler):
@@ -94,6 +115,14 @@ def _add_call(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mu
     if call is not None:
         event.setdefault("trace_id", call.trace_id)
         event.setdefault("request_id", call.request_id)
+    return event
+
+
+def _without_secrets(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """A traceback without the passwords of URLs, and without what PostgreSQL says of the values of a row."""
+    trace = event.get("exception")
+    if isinstance(trace, str):
+        event["exception"] = ROW_VALUES.sub(r"\1 (left out)", URL_PASSWORD.sub(r"\1***@", trace))
     return event
 
 

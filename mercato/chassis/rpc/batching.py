@@ -321,7 +321,7 @@ class Batcher:
                 raise AssertionError(f"{self.operation}: {len(outcomes)} answers to {len(entries)} requests")
         except ServiceError as error:
             self._settle_all(entries, error)
-        except Exception as error:  # an edge: whatever the transport did, every caller gets an outcome
+        except Exception as error:  # an edge: every caller gets an outcome; logged by failed
             self._settle_all(entries, Internal(operation=self.operation))
             self._observer.failed(error)
         except BaseException:

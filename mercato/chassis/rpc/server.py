@@ -134,7 +134,10 @@ class Server:
                 # Whose request it was is not known any more, so that even a refusal is nobody's answer.
                 self._log_failure(error, operation, contexts[0])
                 return [Internal(operation=operation.full_name) for _ in requests]
-            log.warning("batch_rerun", operation=operation.full_name, size=len(requests), reason=type(error).__name__)
+            log.warning(
+                "batch_rerun", operation=operation.full_name, size=len(requests), reason=type(error).__name__,
+                exc_info=None if isinstance(error, ServiceError) else error,
+            )  # fmt: skip
         outcomes: list[Outcome] = []
         for request, context in zip(requests, contexts, strict=True):
             outcomes.extend(await self.dispatch(operation, [request], [context]))
@@ -148,7 +151,7 @@ class Server:
             return await self._handlers[operation.name](request)
         except (Unavailable, Overloaded, DeadlineExceeded) as error:
             return _unless_committed(error, tried, operation)
-        except Exception as error:  # an edge: a handler failed
+        except Exception as error:  # an edge: a handler failed; logged by _log_failure
             return self._answer_to(error, operation, context)
 
     def _batch_context(self, contexts: Sequence[Context]) -> Context:

@@ -258,7 +258,7 @@ class Runner:
         except Exception as error:  # an edge: whatever went wrong, the sagas are there and are tried again
             left = [saga for saga in batch if saga.live]
             if len(left) > 1:
-                log.warning("saga_batch_rerun", size=len(left), reason=type(error).__name__)
+                log.warning("saga_batch_rerun", size=len(left), reason=type(error).__name__, exc_info=error)
                 for saga in left:
                     saga.memo = None
                     await self._drive_batch([saga])
@@ -294,7 +294,8 @@ class Runner:
         except Exception as failure:  # an edge, as above
             for saga in sagas:
                 saga.live = False
-            log.warning("saga_postponed_unsaved", count=len(sagas), reason=type(failure).__name__)
+            trace = None if isinstance(failure, ServiceError) else failure
+            log.warning("saga_postponed_unsaved", count=len(sagas), reason=type(failure).__name__, exc_info=trace)
 
     def retry_later(self, saga: Saga, not_before: datetime.datetime | None = None) -> Next:
         """The same step once more, after a pause that doubles with every try and is different for each saga.

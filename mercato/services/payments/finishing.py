@@ -52,7 +52,8 @@ class Finishing:
             await self._finish("sweep", calls)
         except ServiceError:
             raise  # the database or the provider is unavailable: each alone would only wait as often
-        except Exception:  # an edge: one operation that cannot be finished must not hold back the others for ever
+        except Exception as error:  # an edge: one operation that cannot be finished must not hold back the others
+            log.warning("sweep_rerun", size=len(calls), exc_info=error)
             for call in calls:
                 await self._finish_alone(call)
         return len(due)

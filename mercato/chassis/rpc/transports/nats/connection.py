@@ -235,7 +235,7 @@ class NatsConnection:
             try:
                 is_ready = await within(seconds, client, self._prepare(client)) and client.is_connected
                 self._note("" if is_ready else "timeout")
-            except Exception as error:  # an edge: nats-py raises what it meets, and the next attempt may succeed
+            except Exception as error:  # an edge; no traceback: nats-py raises what it meets, with each attempt
                 self._note("unauthorized" if "authorization" in str(error).lower() else type(error).__name__)
             finally:
                 if is_ready:

@@ -227,7 +227,7 @@ class NatsServer:
             for part, block in _parts(body, headers, self._connection.max_payload):
                 await self._connection.publish(message.reply, part, block=block)
         except Exception as error:  # an edge: there is no connection, or the reply subject is none
-            log.warning("rpc_answer_lost", reason=type(error).__name__)
+            log.warning("rpc_answer_lost", reason=type(error).__name__, exc_info=error)
 
 
 def _parts(body: bytes, headers: Mapping[str, str], max_payload: int) -> Sequence[tuple[bytes, bytes]]:
