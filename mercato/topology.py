@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from mercato import __version__
 from mercato.chassis.contract import SERVICE_ROLE, Actor, Call, Contract, Empty as EmptyRequest, Operation, current
 from mercato.chassis.hosting.host import GATEWAY, Hosting
 from mercato.chassis.hosting.periodic import PeriodicTask
@@ -225,6 +226,7 @@ def gateway(
         reason = ended.problem()
         return {**found, caller: reason} if reason and not found.get(caller) else found
 
+    host.telemetry.describe_process(__version__)
     ended = EndedSessionsLog(read_ended, host.clock)
     host.also_run(
         caller,

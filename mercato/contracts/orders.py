@@ -571,6 +571,7 @@ class OrderChanged(Message):
     reason: CancelReason | None = None
     waived_minor: int = 0
     """What of the total is not taken (`Order`)."""
+    outcome_field: ClassVar = "reason"
 
 
 class Orders(Contract, name="orders"):

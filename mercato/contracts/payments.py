@@ -338,6 +338,7 @@ class PaymentChanged(Message):
     captured_minor: int
     refunded_minor: int
     version: int
+    outcome_field: ClassVar = "code"
 
 
 class Payments(Contract, name="payments"):

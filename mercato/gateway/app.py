@@ -41,7 +41,7 @@ from mercato.chassis.http import COMPLETE_RESPONSE, LoadLimits, Shedder
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.contracts.money import DEFAULT_CURRENCY
-from mercato.gateway import guests, idempotency, problems
+from mercato.gateway import access_log, guests, idempotency, problems
 from mercato.gateway.auth import Authenticator
 from mercato.gateway.cross_origin import CrossOrigin
 from mercato.gateway.headers import RequestHeaders, check_content_type, expected_version, preferred_wait_ms
@@ -146,7 +146,7 @@ class Gateway:
             await send({"type": COMPLETE_RESPONSE, "status": status, "lines": lines, "body": body})
         else:
             await _send_in_two(send, status, lines, body)
-        self._note(route, status, time.perf_counter() - started, headers)
+        self._note(route, status, time.perf_counter() - started, headers, scope)
 
     async def _serve_page(self, scope: Scope, receive: Receive, send: Send, headers: RequestHeaders) -> None:
         """What is not in the table. The page answers by itself; request id and count are added on the way."""
@@ -162,7 +162,7 @@ class Gateway:
                 if self._cross_origin is not None:
                     lines += self._cross_origin.lines(headers, scope["method"])
                 message["headers"] = [*message.get("headers", ()), *_fields(lines)]
-                self._note(None, message["status"], time.perf_counter() - started, headers)
+                self._note(None, message["status"], time.perf_counter() - started, headers, scope)
             await send(message)
 
         try:
@@ -203,6 +203,7 @@ class Gateway:
             actor = known
         else:
             actor = await self._verify(authorization, headers, takes_ended=route.takes_ended_session)
+        headers.actor_id = actor.id
         if actor.role not in route.roles and access_token is None and route.is_guest is None:
             raise _refusal(actor, route)
         if route.is_limited:
@@ -295,22 +296,16 @@ class Gateway:
         current.set(Context(anonymous, deadline, headers.trace_id, headers.request_id))
         return await self._authenticator.actor(authorization, takes_ended=takes_ended)
 
-    def _note(self, route: BoundRoute | None, status: int, seconds: float, headers: RequestHeaders) -> None:
+    def _note(
+        self, route: BoundRoute | None, status: int, seconds: float, headers: RequestHeaders, scope: Scope
+    ) -> None:
         if route is not None:
             route.count(status)
             route.observe_seconds(seconds)
         else:
             self._requests.labels("none", str(status)).inc()
-        if self._log_requests:
-            # The route, not the path and its query: those are the client's words, and may hold what no log should.
-            log.info(
-                "request",
-                route=route.name if route else "none",
-                status=status,
-                milliseconds=round(seconds * 1_000, 3),
-                trace_id=headers.trace_id,
-                request_id=headers.request_id,
-            )
+        if self._log_requests or status >= 500 or seconds >= access_log.SLOW_SECONDS:
+            access_log.note(scope["method"], route.route.path if route else "none", status, seconds, headers)
 
 
 def _address(scope: Scope) -> str:

@@ -42,6 +42,8 @@ class RequestHeaders:
     """Of `traceparent` (W3C Trace Context), else a new one: 32 hexadecimal digits."""
     request_id: str
     """Of `X-Request-Id`, else a new one."""
+    actor_id: int = 0
+    """Of who sent the request, once that is known: for the log. 0: no account."""
 
     def __init__(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         for name, value in headers:

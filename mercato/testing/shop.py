@@ -57,6 +57,7 @@ class Shop:
         harness_class: type[ServiceHarness] = ServiceHarness,
         load: LoadLimits | None = None,
         cors_origins: Sequence[str] = (),
+        log_requests: bool = False,
     ) -> Self:
         harness = harness_class(cluster, transport, options)
         await harness.open(topology.builds())
@@ -71,6 +72,7 @@ class Shop:
             currency=currency,
             load=load,
             cors_origins=cors_origins,
+            log_requests=log_requests,
         )
         stop, ready = asyncio.Event(), asyncio.Event()
         server = topology.server(app, listener, harness.host.telemetry, ready.set)

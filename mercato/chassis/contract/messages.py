@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, TypeVar, dataclass_transform, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, TypeAlias, TypeVar, dataclass_transform, get_args
 
 import msgspec
 from msgspec import Meta
@@ -25,6 +25,10 @@ else:
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, metaclass=FrozenMeta):
     """A request, an answer or a part of one. Frozen; unknown fields are ignored when decoding (additive change)."""
+
+    outcome_field: ClassVar[str] = ""
+    """Of an event: its field with a code, of few, or with a message whose `code` that is. Metrics and the log tell
+    events of one type apart by it."""
 
 
 def published_pattern(pattern: str) -> str:

@@ -11,16 +11,20 @@ import contextlib
 import json
 import logging
 import os
+import platform
 import re
 import sys
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Final, Literal, TypeVar, cast
 
 import msgspec
 import prometheus_client
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
 from mercato.chassis.contract import current
 
@@ -136,12 +140,30 @@ def _to_json(event: Any, **_options: Any) -> bytes:
 # --------------------------------------------------------------------------------------------------------- metrics
 
 
+class WorkerProcesses(Collector):
+    """The `process_` metrics of all workers that share a folder of metrics, with a label `pid`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for pid in sorted({file.stem.rpartition("_")[2] for file in self._folder.glob("*_*.db")}):
+            for family in ProcessCollector(pid=lambda pid=pid: pid, registry=None).collect():
+                named = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                for sample in family.samples:
+                    named.add_sample(sample.name, {"pid": pid}, sample.value)
+        yield from families.values()
+
+
 class Telemetry:
     """The metrics of one process. A metric that is declared again, under the same name, is the same."""
 
     def __init__(self) -> None:
+        prometheus_client.disable_created_metrics()  # a series more for each, of which no query makes use
         self.registry = CollectorRegistry()
         self._declared: dict[str, Counter | Gauge | Histogram] = {}
+        self._is_described = False
 
     def counter(self, name: str, about: str, labels: Sequence[str] = ()) -> Counter:
         """`name` is without `_total`."""
@@ -172,10 +194,19 @@ class Telemetry:
         assert isinstance(metric, kind), f"{name} is declared as two kinds of metric"
         return metric
 
+    def describe_process(self, version: str) -> None:
+        """Adds the build and what the system knows of this process: CPU, memory, file descriptors, start."""
+        build = self.gauge("mercato_build_info", "1, with the version.", ["version", "python"], workers="livemax")
+        build.labels(version, platform.python_version()).set(1)
+        if not self._is_described:
+            self._is_described = True
+            ProcessCollector(registry=self.registry)
+
     def exposition(self) -> tuple[bytes, str]:
         """The metrics as text and its content type; of all workers together where they share a folder."""
         registry = self.registry
-        if os.environ.get(MULTIPROCESS_VARIABLE):
+        if folder := os.environ.get(MULTIPROCESS_VARIABLE):
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # pyright: ignore[reportUnknownMemberType, reportUnusedCallResult, reportArgumentType]
+            registry.register(WorkerProcesses(Path(folder)))
         return prometheus_client.generate_latest(registry), prometheus_client.CONTENT_TYPE_LATEST

@@ -29,8 +29,9 @@ from typing import Any, Final, TypeVar
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types; only its errors are named here
 import msgspec
+import structlog
 
-from mercato.chassis.contract import Attempt, FrozenMeta, ServiceError, Unavailable, attempt
+from mercato.chassis.contract import Attempt, FrozenMeta, Message, ServiceError, Unavailable, attempt
 from mercato.chassis.observability.telemetry import Telemetry
 
 from . import outbox_row
@@ -56,6 +57,12 @@ PING_SECONDS: Final = 1.0
 REFUSED_SECONDS: Final = 5.0
 """A process whose transaction was refused for want of space is not ready for so long, or until one is committed."""
 IS_READ_ONLY: Final = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean"
+
+
+OUTCOMES_COUNTED: Final = 100
+"""Types of events, each with its outcome codes, that one service counts by name."""
+
+log = structlog.stdlib.get_logger("mercato.events")
 
 
 class Row(msgspec.Struct, frozen=True, gc=False, metaclass=FrozenMeta):
@@ -146,6 +153,7 @@ class Database:
         self._refused_at: float | None = None
         self.pack: Callable[[Sequence[outbox_row.Outgoing]], Sequence[str]] = outbox_row.pack
         """Makes rows of the events of a transaction. Tests set one that also checks them."""
+        self._emitted = EmittedEvents(telemetry, service)
         busy, limit = "Database connections in use.", "Database connections that the pool may open."
         pool = functools.partial(telemetry.gauge, labels=("service",), workers="livesum")
         self._busy = pool("mercato_pool_connections_busy", busy).labels(service)
@@ -230,6 +238,7 @@ class Database:
             finally:
                 await self._give_back(lease, is_clean=is_clean)
         if events:
+            self._emitted.count(tx.events)
             for wake in self.on_events:
                 wake()
         for wake in self.on_commit:
@@ -260,6 +269,43 @@ class Database:
     async def _give_back(self, lease: LentConnection, *, is_clean: bool) -> None:
         self._busy.dec()
         await lease.release(is_clean=is_clean)
+
+
+class EmittedEvents:
+    """Counts the events of committed transactions, and logs the ids of those that have an outcome code."""
+
+    def __init__(self, telemetry: Telemetry, service: str) -> None:
+        about = "Events of committed transactions, by type and outcome code: orders, payments, refunds, stock."
+        self._counter = telemetry.counter("mercato_domain_events", about, ["service", "type", "outcome"])
+        self._service = service
+        self._children: dict[tuple[str, str], Callable[[float], None]] = {}
+
+    def count(self, events: Sequence[outbox_row.Outgoing]) -> None:
+        counts: dict[tuple[str, str], int] = {}
+        for event in events:
+            outcome = _outcome(event.data)
+            key = (event.type, outcome)
+            counts[key] = counts.get(key, 0) + 1
+            if outcome:
+                log.info(event.type, subject=event.subject, subject_id=event.subject_id, outcome=outcome)
+        for key, count in counts.items():
+            (self._children.get(key) or self._child(key))(count)
+
+    def _child(self, key: tuple[str, str]) -> Callable[[float], None]:
+        # A provider's codes are its own: what is beyond the bound is counted under one name.
+        type_, outcome = key if len(self._children) < OUTCOMES_COUNTED else (key[0], "other")
+        child = self._counter.labels(self._service, type_, outcome).inc
+        if len(self._children) < OUTCOMES_COUNTED:
+            self._children[key] = child
+        return child
+
+
+def _outcome(data: Message) -> str:
+    """The code in the message of an event; empty where it has none."""
+    if not (field := data.outcome_field):
+        return ""
+    found = getattr(data, field)
+    return getattr(found, "code", found) or ""
 
 
 def _now() -> float:
