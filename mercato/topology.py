@@ -32,6 +32,7 @@ from mercato.contracts.users import EndedSessions, EndedSessionsAfter, PublicKey
 from mercato.gateway.app import Asgi, Gateway
 from mercato.gateway.auth import Authenticator, Verifier, own_hosts
 from mercato.gateway.cross_origin import CrossOrigin
+from mercato.gateway.early import EarlyRefusals
 from mercato.gateway.ended_sessions import READ_EVERY_SECONDS, READ_SECONDS, RETRY_SECONDS, EndedSessionsLog
 from mercato.gateway.pages import Pages
 from mercato.gateway.route import Route
@@ -285,6 +286,7 @@ def server(
         limits=HttpLimits(drain_seconds=drain_seconds),
         on_ready=on_ready,
         on_refused=lambda code: refusals.labels(code).inc(),
+        early=EarlyRefusals(app) if isinstance(app, Gateway) else None,
     )
 
 

@@ -101,7 +101,7 @@ class Gateway:
         load: LoadLimits | None = None,
         cross_origin: CrossOrigin | None = None,
     ) -> None:
-        self._table = Table([BoundRoute(route, client, telemetry, currency) for route in routes])
+        self.table = Table([BoundRoute(route, client, telemetry, currency) for route in routes])
         self._authenticator = authenticator
         self._requests = answered(telemetry)
         self._monotonic = clock.monotonic
@@ -118,7 +118,7 @@ class Gateway:
             return
         started = time.perf_counter()
         headers = RequestHeaders(scope["headers"])
-        found, parts = self._table.find(scope["method"], scope["path"])
+        found, parts = self.table.find(scope["method"], scope["path"])
         route = found if isinstance(found, BoundRoute) else None
         try:
             headers.check_repeated()
@@ -146,7 +146,7 @@ class Gateway:
             await send({"type": COMPLETE_RESPONSE, "status": status, "lines": lines, "body": body})
         else:
             await _send_in_two(send, status, lines, body)
-        self._note(route, status, time.perf_counter() - started, headers, scope)
+        self.note(route, status, time.perf_counter() - started, headers, scope["method"])
 
     async def _serve_page(self, scope: Scope, receive: Receive, send: Send, headers: RequestHeaders) -> None:
         """What is not in the table. The page answers by itself; request id and count are added on the way."""
@@ -162,7 +162,7 @@ class Gateway:
                 if self._cross_origin is not None:
                     lines += self._cross_origin.lines(headers, scope["method"])
                 message["headers"] = [*message.get("headers", ()), *_fields(lines)]
-                self._note(None, message["status"], time.perf_counter() - started, headers, scope)
+                self.note(None, message["status"], time.perf_counter() - started, headers, scope["method"])
             await send(message)
 
         try:
@@ -296,16 +296,15 @@ class Gateway:
         current.set(Context(anonymous, deadline, headers.trace_id, headers.request_id))
         return await self._authenticator.actor(authorization, takes_ended=takes_ended)
 
-    def _note(
-        self, route: BoundRoute | None, status: int, seconds: float, headers: RequestHeaders, scope: Scope
-    ) -> None:
+    def note(self, route: BoundRoute | None, status: int, seconds: float, headers: RequestHeaders, method: str) -> None:
         if route is not None:
             route.count(status)
             route.observe_seconds(seconds)
         else:
             self._requests.labels("none", str(status)).inc()
-        if self._log_requests or status >= 500 or seconds >= access_log.SLOW_SECONDS:
-            access_log.note(scope["method"], route.route.path if route else "none", status, seconds, headers)
+        # 503 is what an overloaded process says to many: its metrics tell of them.
+        if self._log_requests or (status >= 500 and status != 503) or seconds >= access_log.SLOW_SECONDS:
+            access_log.note(method, route.route.path if route else "none", status, seconds, headers)
 
 
 def _address(scope: Scope) -> str:

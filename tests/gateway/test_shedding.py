@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
+import socket
 from collections.abc import AsyncGenerator, Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import msgspec
 import pytest
 
+from mercato import topology
 from mercato.chassis.http import LoadLimits
+from mercato.chassis.observability.clock import SystemClock
+from mercato.chassis.observability.telemetry import Telemetry
+from mercato.gateway.app import Gateway
+from mercato.gateway.early import EarlyRefusals
 from mercato.gateway.routes import PRIORITIES, ROUTES
 from mercato.testing.cluster import Cluster
 from mercato.testing.responses import assert_problem
@@ -101,6 +108,51 @@ async def test_request_that_could_not_even_wait_is_refused_before_it_is_read(clu
         assert {reply.status for reply in await asyncio.gather(*browsing)} == {200}
         assert shop.load.waiting == 0
         assert (await waiting).status == 200
+
+
+async def test_server_and_application_refuse_in_the_same_words(cluster: Cluster) -> None:
+    """Of two requests on one connection the server refuses the first by itself; the second, behind it, is refused later
+    by the application."""
+    ids = f"traceparent: 00-{'a' * 32}-{'b' * 16}-01\r\nX-Request-Id: mine"
+    request = f"GET /products/100 HTTP/1.1\r\nHost: localhost\r\n{ids}\r\n\r\n".encode()
+    for_ever = {"standing_seconds": 1e9, "deadline_share": 1e9}
+    async with shop_with(cluster, queue_share=1 / LIMIT, **for_ever) as shop:
+        async with locked(shop, "products", of="products"):
+            browsing = [asyncio.create_task(shop.get("/products/100")) for _ in range(SHOPPERS + 1)]
+            await until_true(lambda: shop.load.waiting == 1, "one waits")
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(shop.url.rpartition(":")[2]))
+            writer.write(request + request)
+            heads, bodies = [], []
+            for _ in range(2):
+                heads.append(await reader.readuntil(b"\r\n\r\n"))
+                length = int(heads[-1].partition(b"content-length: ")[2].split(b"\r\n")[0])
+                bodies.append(await reader.readexactly(length))
+            writer.close()
+            seen = await metrics(shop)
+        await asyncio.gather(*browsing)
+    without = [re.sub(rb"(date|retry-after): [^\r]*", rb"\1", head) for head in heads]
+    assert without[0] == without[1]
+    assert b"x-request-id: mine" in without[0]
+    assert bodies[0] == bodies[1]
+    assert msgspec.json.decode(bodies[0])["trace_id"] == "a" * 32
+    assert seen['mercato_http_requests_total{route="GET /products/{id}",status="503"}'] == 2
+    assert seen['mercato_http_request_seconds_count{route="GET /products/{id}"}'] == 2
+    assert seen['mercato_http_shed_total{class="browse",reason="queue_full"}'] == 2
+
+
+def test_server_of_a_shop_refuses_early() -> None:
+    gateway = Gateway(
+        ROUTES,
+        client=lambda operation: cast(Any, operation),
+        authenticator=cast(Any, None),
+        telemetry=Telemetry(),
+        clock=SystemClock(),
+        fallback=cast(Any, None),
+    )
+    with socket.socket() as listener:
+        server = topology.server(gateway, listener, Telemetry(), lambda: None)
+    assert isinstance(server._book.early, EarlyRefusals)
+    assert server._book.early.load is gateway.load
 
 
 @pytest.mark.parametrize(("seconds", "limit"), [(0.0, 9), (1e9, 18)])

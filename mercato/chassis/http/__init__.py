@@ -36,7 +36,7 @@ from .limits import HttpLimits, Refusal
 from .listening import CannotListen, HostUnknown, PortForbidden, PortTaken, bind, translate
 from .protocol import BoundedProtocol, ConnectionBook
 from .server import HttpServer
-from .shedding import LoadLimits, Priority, Shedder
+from .shedding import EarlyRefusals, LoadLimits, Priority, Rendered, Shedder
 
 __all__ = [
     "COMPLETE_RESPONSE",
@@ -45,6 +45,7 @@ __all__ = [
     "BoundedProtocol",
     "CannotListen",
     "ConnectionBook",
+    "EarlyRefusals",
     "HostUnknown",
     "HttpLimits",
     "HttpServer",
@@ -53,6 +54,7 @@ __all__ = [
     "PortTaken",
     "Priority",
     "Refusal",
+    "Rendered",
     "Shedder",
     "bind",
     "network_of",

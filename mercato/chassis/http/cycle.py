@@ -21,7 +21,7 @@ The scope announces both under `extensions`; plain ASGI messages work as ever.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
@@ -34,6 +34,35 @@ WITHOUT_CONTENT: Final = frozenset({204, 304})
 
 # RFC 9110 5.5: no control characters in a header, except tabs.
 CONTROLS: Final = bytes(set(range(32)) - {9}) + b"\x7f"
+
+
+def whole_answer(
+    status: int,
+    lines: Sequence[bytes],
+    body: bytes,
+    *,
+    default_headers: Iterable[tuple[bytes, bytes]],
+    keep_alive: bool,
+    is_head: bool,
+) -> bytes:
+    """An answer as it stands on the wire. Raises `RuntimeError` for a header that would smuggle another one in."""
+    fields = b"\r\n".join(lines)
+    # Only the line breaks of the join may be taken out of it.
+    if len(fields.translate(None, CONTROLS)) != len(fields) - 2 * (len(lines) - 1):
+        raise RuntimeError("A header has a control character.")
+    head = [STATUS_LINE[status]]
+    for name, value in default_headers:
+        head += (name, b": ", value, b"\r\n")
+    head.append(fields)
+    if not keep_alive:
+        head.append(b"\r\nconnection: close")
+    if status in WITHOUT_CONTENT:
+        head.append(b"\r\n\r\n")
+    else:
+        head.append(b"\r\ncontent-length: %d\r\n\r\n" % len(body))
+        if not is_head:
+            head.append(body)
+    return b"".join(head)
 
 
 class ResponseBuffer:
@@ -99,25 +128,17 @@ class BoundedCycle(RequestResponseCycle):
     def _respond(self, status: int, lines: Sequence[bytes], body: bytes) -> None:
         if self.response_started:
             raise RuntimeError("A second answer was sent to one request.")
-        fields = b"\r\n".join(lines)
-        # Only the line breaks of the join may be taken out of it: a header cannot smuggle another one in.
-        if len(fields.translate(None, CONTROLS)) != len(fields) - 2 * (len(lines) - 1):
-            raise RuntimeError("A header has a control character.")
+        answer = whole_answer(
+            status,
+            lines,
+            body,
+            default_headers=self.default_headers,
+            keep_alive=self.keep_alive,
+            is_head=self.scope["method"] == "HEAD",
+        )
         self.response_started = True
         self.waiting_for_100_continue = False
-        head = [STATUS_LINE[status]]
-        for name, value in self.default_headers:
-            head += (name, b": ", value, b"\r\n")
-        head.append(fields)
-        if not self.keep_alive:
-            head.append(b"\r\nconnection: close")
-        if status in WITHOUT_CONTENT:
-            head.append(b"\r\n\r\n")
-        else:
-            head.append(b"\r\ncontent-length: %d\r\n\r\n" % len(body))
-            if self.scope["method"] != "HEAD":
-                head.append(body)
-        self.transport.write(b"".join(head))
+        self.transport.write(answer)
         self.response_complete = True
         self.message_event.set()
         if not self.keep_alive:

@@ -29,7 +29,10 @@ from .limits import (
     RequestRefused,
     ignore_refusal,
 )
+from .refused_cycle import RefusedCycle
+from .shedding import EarlyRefusals
 from .targets import VERSIONS, check_host_of_target, refusal_of
+from .turns import PipelinedTurns
 
 logger = logging.getLogger(__name__)
 
@@ -55,40 +58,17 @@ CLOSED_FOR_ROOM: Final = "idle_closed_for_room"
 ASGI_VERSIONS: Final = {"version": "3.0", "spec_version": "2.3"}
 
 
-class PipelinedTurns:
-    """Which requests that came behind another of their connection are in work: `at_once` of all connections.
-
-    A client that sends its next request after an answer waits for its own requests alone. One that sends many at once
-    would fill the application with them; so they take turns, one request of each connection after the other.
-    """
-
-    def __init__(self, at_once: int) -> None:
-        self._free = at_once
-        self._waiting: deque[BoundedProtocol] = deque()
-
-    def ask(self, connection: "BoundedProtocol") -> None:
-        """`connection.take_turn` is called, now or later, unless it has ended by then; `end` follows a turn."""
-        if self._free > 0:
-            self._free -= 1
-            connection.take_turn()
-        else:
-            self._waiting.append(connection)
-
-    def end(self) -> None:
-        """A turn is over, and the next one begins."""
-        while self._waiting:
-            connection = self._waiting.popleft()
-            if connection.waits_for_turn:
-                connection.take_turn()
-                return
-        self._free += 1
-
-
 class ConnectionBook(ServerState):
     """What the connections of one server share: uvicorn's own state, the limits, and who was turned away."""
 
-    def __init__(self, limits: HttpLimits, on_refused: Callable[[str], None] = ignore_refusal) -> None:
+    def __init__(
+        self,
+        limits: HttpLimits,
+        on_refused: Callable[[str], None] = ignore_refusal,
+        early: EarlyRefusals | None = None,
+    ) -> None:
         super().__init__()
+        self.early = early
         self.limits = limits
         self.refusals = LimitRefusals.of(limits)
         self.on_refused = on_refused
@@ -350,6 +330,13 @@ class BoundedProtocol(HttpToolsProtocol):
             raise RequestRefused(VERSION_NOT_SUPPORTED)
         if url.schema is not None:  # pyright: ignore[reportUnnecessaryComparison]  # None for a path alone
             check_host_of_target(self.url, self.headers)
+        # Half received when the server was told to stop: it is answered, and is the last one.
+        keep_alive = http_version != "1.0" and parser.should_keep_alive() and not self._book.draining
+        method = parser.get_method().decode("ascii")
+        path = unquote(path) if "%" in path else path
+        early = self._book.early
+        if early is not None and early.load.waiting and self._refuse_early(early, method, path, keep_alive=keep_alive):
+            return
         scope: dict[str, Any] = {
             "type": "http",
             "asgi": ASGI_VERSIONS,
@@ -360,8 +347,8 @@ class BoundedProtocol(HttpToolsProtocol):
             "root_path": "",
             "headers": self.headers,
             "state": {},
-            "method": parser.get_method().decode("ascii"),
-            "path": unquote(path) if "%" in path else path,
+            "method": method,
+            "path": path,
             "raw_path": raw_path,
             "query_string": url.query or b"",
             "extensions": EXTENSIONS,
@@ -378,8 +365,7 @@ class BoundedProtocol(HttpToolsProtocol):
             default_headers=self._book.default_headers,
             message_event=asyncio.Event(),
             expect_100_continue=self.expect_100_continue,
-            # Half received when the server was told to stop: it is answered, and is the last one.
-            keep_alive=http_version != "1.0" and parser.should_keep_alive() and not self._book.draining,
+            keep_alive=keep_alive,
             on_response=self.on_response_complete,
         )
         cycle.send_500_response = self._answer_internal_error
@@ -389,12 +375,31 @@ class BoundedProtocol(HttpToolsProtocol):
         else:
             self.flow.pause_reading()
             self.pipeline.appendleft((cycle, self.app))
+        self._expect_body()
+
+    def _expect_body(self) -> None:
         self._phase = BODY
         self._framing_bytes = 0
         self._body_bytes = 0
         # The application holds the list of headers; trailers would be appended to it while it is being read, behind
         # the back of every check. They go to a list that nobody reads.
         self.headers = []
+
+    def _refuse_early(self, early: EarlyRefusals, method: str, path: str, *, keep_alive: bool) -> bool:
+        """Not behind another request, for answers keep their order; nor where a body waits for its invitation."""
+        if self._answer_is_due() or self.flow.write_paused or self.expect_100_continue:
+            return False
+        came_at = self.loop.time()
+        render = early.refuse(method, path, self.headers, lambda: self.loop.time() - came_at)
+        if render is None:
+            return False
+        headers, is_head = self._book.default_headers, method == "HEAD"
+        refused = RefusedCycle(early, render, headers, keep_alive=keep_alive, is_head=is_head)
+        refused.answers(self.transport, self.on_response_complete, self._answer_internal_error)
+        self.cycle = cast(BoundedCycle, refused)
+        self.scope = cast(Any, {"method": method, "path": path})
+        self._expect_body()
+        return True
 
     def _check_head(self) -> None:
         read_bytes = self._read_bytes

@@ -14,6 +14,7 @@ import uvicorn
 from .limits import HttpLimits, ignore_refusal
 from .listening import LISTEN_BACKLOG
 from .protocol import BoundedProtocol, ConnectionBook
+from .shedding import EarlyRefusals
 
 logger = logging.getLogger(__name__)
 uvicorn_logger = logging.getLogger("uvicorn.error")
@@ -32,7 +33,7 @@ class HttpServer:
 
     `on_ready` is called once, when every socket accepts connections. `on_refused` is called with the code of each
     refusal, and with `response_timeout` for each answer that was abandoned. The sockets are closed at the end; other
-    processes that inherited them go on accepting.
+    processes that inherited them go on accepting. `early` refuses requests before the application is called.
     """
 
     def __init__(
@@ -43,13 +44,14 @@ class HttpServer:
         limits: HttpLimits | None = None,
         on_ready: Callable[[], None] | None = None,
         on_refused: Callable[[str], None] = ignore_refusal,
+        early: EarlyRefusals | None = None,
         date_header: bool = True,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._sockets = tuple(sockets)
         self._tls = tls
         self._limits = limits or HttpLimits()
-        self._book = ConnectionBook(self._limits, on_refused)
+        self._book = ConnectionBook(self._limits, on_refused, early)
         self._on_ready = on_ready
         self._date_header = date_header
         self._config = uvicorn.Config(

@@ -1,0 +1,65 @@
+"""Requests that the HTTP server refuses by itself while there are too many, without the application.
+
+What such a request would hear is known before it comes: the class of its route decides, and the answer is made once for
+each route but for its trace id and its request id. A refusal then costs neither a scope nor a task.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from mercato.chassis.contract import Overloaded
+from mercato.chassis.http import Rendered
+from mercato.gateway import problems
+from mercato.gateway.app import BoundRoute, Gateway
+from mercato.gateway.headers import RequestHeaders
+
+_TRACE_ID: Final = "f" * 32
+"""In the place of that of a request; no route has it in its name."""
+
+Template = tuple[int, Sequence[bytes], bytes, bytes]
+"""Status, header lines, and what stands before and after the trace id in the body."""
+
+
+class EarlyRefusals:
+    """As `mercato.chassis.http.EarlyRefusals`; what it refuses, the gateway would refuse in the same words."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.load = gateway.load
+        self._find = gateway.table.find
+        self._note = gateway.note
+        self._templates: dict[tuple[str, int], Template] = {}
+
+    def refuse(
+        self, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], seconds: Callable[[], float]
+    ) -> Callable[[], Rendered] | None:
+        """None: the request is for the application. Else what renders its refusal, once it is its turn."""
+        route, _ = self._find(method, path)
+        if not isinstance(route, BoundRoute) or not self.load.is_full(route.priority):
+            return None
+        retry_after_s = self.load.count_refusal(route.priority, "queue_full")
+        return functools.partial(self._render, route, retry_after_s, method, headers, seconds)
+
+    def _render(
+        self,
+        route: BoundRoute,
+        retry_after_s: int,
+        method: str,
+        headers: Sequence[tuple[bytes, bytes]],
+        seconds: Callable[[], float],
+    ) -> Rendered:
+        read = RequestHeaders(headers)
+        status, lines, before, after = self._template(route.name, retry_after_s)
+        self._note(route, status, seconds(), read, method)
+        return status, [*lines, b"x-request-id: " + read.request_id.encode()], before + read.trace_id.encode() + after
+
+    def _template(self, name: str, retry_after_s: int) -> Template:
+        known = self._templates.get((name, retry_after_s))
+        if known is None:
+            error = Overloaded(operation=name, retry_after_s=retry_after_s)
+            status, lines, body = problems.render(error, _TRACE_ID)
+            before, _, after = body.partition(_TRACE_ID.encode())
+            known = self._templates[name, retry_after_s] = (status, lines, before, after)
+        return known
