@@ -287,6 +287,7 @@ def server(
         on_ready=on_ready,
         on_refused=lambda code: refusals.labels(code).inc(),
         early=EarlyRefusals(app) if isinstance(app, Gateway) else None,
+        headers=[(b"x-content-type-options", b"nosniff")],
     )
 
 

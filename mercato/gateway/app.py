@@ -71,6 +71,7 @@ ADDRESS_LENGTH: Final = 64
 """Of the client's, as contracts take it."""
 
 JSON: Final = b"content-type: application/json"
+REVALIDATE: Final = b"cache-control: no-cache"
 
 log = structlog.stdlib.get_logger("mercato.gateway")
 
@@ -379,6 +380,7 @@ class BoundRoute:
         self._encode = msgspec.json.Encoder().encode
         self._status = route.status
         self._show = route.answer
+        self._head = (JSON, REVALIDATE if route.is_public else problems.NO_STORE)
         self._plain = not (route.etag or route.location or route.replayed)
         self._forms = [(form, BoundRoute(form.of(route), client, telemetry, currency)) for form in route.forms]
 
@@ -484,8 +486,8 @@ class BoundRoute:
         """Status, headers and body of the operation's answer."""
         shown = self._show(answer)
         if shown is None:
-            return 204, [], b""
-        lines = [JSON]
+            return 204, [problems.NO_STORE], b""
+        lines = [*self._head]
         if isinstance(shown, Page):
             if shown.next_query is not None:
                 lines.append(_next_link(scope, shown.next_query))

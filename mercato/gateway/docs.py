@@ -193,7 +193,6 @@ def _page(content_type: str, body: bytes, caching: str) -> DocsPage:
         "cache-control": caching,
         "content-security-policy": POLICY,
         "referrer-policy": "no-referrer",
-        "x-content-type-options": "nosniff",
     }
     return DocsPage(content_type, body, headers)
 

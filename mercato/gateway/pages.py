@@ -24,6 +24,7 @@ from mercato.gateway.auth import Authenticator, Verifier
 from mercato.gateway.route import Route
 
 KEYS_SECONDS = 5.0
+NO_STORE = "no-store"
 
 
 class Pages:
@@ -85,7 +86,7 @@ class Pages:
         """For staff, and for a collector on this machine: how much a shop sells is nobody else's business."""
         await self._require_staff_or_loopback(request)
         text, content_type = await asyncio.to_thread(self._telemetry.exposition)
-        return Response(text, headers={"content-type": content_type})
+        return Response(text, headers={"content-type": content_type, "cache-control": NO_STORE})
 
     async def _jwks(self, _: Request) -> Response:
         self._cap_deadline()
@@ -146,7 +147,8 @@ def _prepared(page: docs.DocsPage) -> Callable[[Request], Awaitable[Response]]:
 
 
 def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json", headers=dict(headers or {}))
+    given = {"cache-control": NO_STORE, **(headers or {})}
+    return Response(msgspec.json.encode(value), status, media_type="application/json", headers=given)
 
 
 async def _problem(request: Request, error: Exception) -> Response:

@@ -12,6 +12,7 @@ from mercato.gateway.money import money
 
 MEDIA_TYPE: Final = "application/problem+json"
 CONTENT_TYPE: Final = f"content-type: {MEDIA_TYPE}".encode()
+NO_STORE: Final = b"cache-control: no-store"
 
 STATUS_OF_KIND: Final[Mapping[Kind, int]] = {
     Kind.NOT_FOUND: 404,
@@ -171,7 +172,7 @@ def render(error: ServiceError, trace_id: str, more: Mapping[str, Any] = NO_DETA
         errors=error.errors if invalid else (),
         details={} if invalid else {**_shown(error.details), **more},
     )
-    lines = [CONTENT_TYPE]
+    lines = [CONTENT_TYPE, NO_STORE]
     if error.retry_after_s is not None:
         lines.append(b"retry-after: %d" % error.retry_after_s)
     if status == 401:

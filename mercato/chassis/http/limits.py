@@ -47,6 +47,7 @@ class Refusal(msgspec.Struct, frozen=True):
         lines = [f"HTTP/1.1 {self.status} {self.title}".encode()]
         lines += [name + b": " + value for name, value in default_headers]
         lines += [b"content-type: application/problem+json", b"content-length: %d" % len(body), b"connection: close"]
+        lines.append(b"cache-control: no-store")
         if self.retry_after_seconds is not None:
             lines.append(b"retry-after: %d" % self.retry_after_seconds)
         return b"\r\n".join([*lines, b"", body])

@@ -34,6 +34,7 @@ class HttpServer:
     `on_ready` is called once, when every socket accepts connections. `on_refused` is called with the code of each
     refusal, and with `response_timeout` for each answer that was abandoned. The sockets are closed at the end; other
     processes that inherited them go on accepting. `early` refuses requests before the application is called.
+    `headers` are on every answer, also on those of the server itself.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class HttpServer:
         on_refused: Callable[[str], None] = ignore_refusal,
         early: EarlyRefusals | None = None,
         date_header: bool = True,
+        headers: Iterable[tuple[bytes, bytes]] = (),
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._sockets = tuple(sockets)
@@ -54,6 +56,8 @@ class HttpServer:
         self._book = ConnectionBook(self._limits, on_refused, early)
         self._on_ready = on_ready
         self._date_header = date_header
+        self._headers = list(headers)
+        self._book.default_headers = self._headers
         self._config = uvicorn.Config(
             app,
             http=BoundedProtocol,
@@ -135,7 +139,8 @@ class HttpServer:
     def _refresh_date(self) -> None:
         # RFC 9110 6.6.1 wants a date from a server with a clock; formatting it a few times a second costs nothing.
         if self._date_header:
-            self._book.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]
+            date = formatdate(time.time(), usegmt=True).encode()
+            self._book.default_headers = [(b"date", date), *self._headers]
 
     async def _drain(self) -> None:
         self._book.draining = True

@@ -176,6 +176,7 @@ ROUTES: Final[tuple[Route, ...]] = (
     Route(
         method="GET",
         path="/products",
+        is_public=True,
         operation=Products.search,
         summary="The catalogue: search (?q=), filter by category and price, sort, page by page",
         roles=EVERYBODY,
@@ -213,6 +214,7 @@ ROUTES: Final[tuple[Route, ...]] = (
     Route(
         method="GET",
         path="/products/{id}",
+        is_public=True,
         operation=Products.get,
         summary="One product",
         roles=EVERYBODY,
