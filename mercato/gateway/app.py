@@ -41,6 +41,7 @@ from mercato.chassis.http import COMPLETE_RESPONSE, LoadLimits, Shedder
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.contracts.money import DEFAULT_CURRENCY
+from mercato.contracts.roles import STAFF
 from mercato.gateway import access_log, guests, idempotency, problems
 from mercato.gateway.auth import Authenticator
 from mercato.gateway.cross_origin import CrossOrigin
@@ -226,6 +227,8 @@ class Gateway:
             answer = await self._call(route, request, asked, scope, deadline)
         except InvalidRequest as error:
             raise route.reworded(error) from None
+        if route.for_customers is not None and request.actor.role != STAFF:
+            answer = route.for_customers(answer)
         if request.wait_ms is None:
             return route.respond(answer, scope)
         current.set(Context(actor, deadline + request.wait_ms / 1_000, headers.trace_id, headers.request_id))
@@ -363,6 +366,7 @@ class BoundRoute:
         self.request = route.request
         self.knows_session = route.knows_session
         self.knows_address = route.knows_address
+        self.for_customers = route.for_customers
         self._text = route.text
         self.is_guest = route.is_guest
         self.takes_access_token = route.takes_access_token

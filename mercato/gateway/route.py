@@ -234,6 +234,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the answer holds more than that of `operation`: `answer` is given a `Gathered` then."""
     takes_ended_session: bool = False
     """Whether an access token whose session has ended may come: the operation looks at the session by itself."""
+    for_customers: Callable[[Any], Any] | None = None
+    """What callers other than staff get of the operation's answer: `answer` and `etag` take its result as well."""
     is_public: bool = False
     """Whether the answer is the same whoever asks: caches may keep it, and ask again. No cache keeps another one."""
     etag: Callable[[Any], int | None] | None = None

@@ -44,10 +44,38 @@ async def hold(shop: Shop, product_id: int, quantity: int) -> None:
 # -------------------------------------------------------------------------------------------------------------- look
 
 
-async def test_everybody_sees_how_much_there_is(guarded_shop: Shop) -> None:
+@pytest.mark.parametrize("on_hand", [0, 5])
+async def test_customers_and_guests_see_whether_there_is_any(guarded_shop: Shop, on_hand: int) -> None:
+    path, product_id = await counted(guarded_shop, on_hand)
+    for token in (None, (await new_person(guarded_shop)).token):
+        reply = await guarded_shop.get(path, token=token)
+        assert reply.status == 200
+        untold = dict.fromkeys(("on_hand", "reserved", "available", "updated_at", "version"))
+        assert reply.json == {"product_id": product_id, "in_stock": on_hand > 0, **untold}
+        assert "etag" not in reply.headers
+
+
+async def test_a_product_whose_pieces_are_all_reserved_is_not_in_stock(guarded_shop: Shop) -> None:
+    path, product_id = await counted(guarded_shop, 2)
+    await hold(guarded_shop, product_id, 2)
+    assert (await guarded_shop.get(path)).json["in_stock"] is False
+    assert (await guarded_shop.get(path, token=await guarded_shop.staff())).json["in_stock"] is False
+
+
+async def test_a_large_order_does_not_learn_how_large_the_stock_is(guarded_shop: Shop) -> None:
+    for on_hand, told in ((37, 10), (4, 4)):
+        _, product_id = await counted(guarded_shop, on_hand)
+        person = await new_person(guarded_shop)
+        body = {"user_id": person.id, "product_id": product_id, "quantity": 5_000}
+        order = await guarded_shop.post("/orders", body, token=person.token, headers={"Prefer": "wait=30"})
+        assert order.json["reason"]["code"] == "out_of_stock"
+        assert order.json["reason"]["items"] == [{"product_id": product_id, "requested": 5_000, "available": told}]
+
+
+async def test_staff_see_how_much_there_is(guarded_shop: Shop) -> None:
     path, product_id = await counted(guarded_shop, 5)
     await hold(guarded_shop, product_id, 2)
-    reply = await guarded_shop.get(path)
+    reply = await guarded_shop.get(path, token=await guarded_shop.staff())
 
     assert reply.status == 200
     assert {name: reply.json[name] for name in ("product_id", "on_hand", "reserved", "available", "version")} == {
@@ -228,4 +256,4 @@ async def test_customers_look_and_change_nothing(guarded_shop: Shop) -> None:
         await guarded_shop.get("/stock"),
     ):
         assert_problem(reply, 401, "sign_in_first")
-    assert (await guarded_shop.get(path, token=token)).json["on_hand"] == 5
+    assert (await guarded_shop.get(path, token=await guarded_shop.staff())).json["on_hand"] == 5

@@ -1,10 +1,12 @@
-"""Stock: what is there of each product, as everybody may see it and as staff count it."""
+"""Stock: whether a product is there, as everybody may see it, and how much there is, as staff count it."""
 
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from typing import Annotated, Final
 
+import msgspec
 from msgspec import Meta
 
 from mercato.chassis.contract import MAX_ID, IdempotencyKeyReused, RequestInProgress, StaleVersion
@@ -57,6 +59,36 @@ class StockOut(Output):
     version: int
 
 
+class Availability(msgspec.Struct, frozen=True):
+    """What customers learn of a level. Its version and time would tell how much is sold, and when."""
+
+    product_id: int
+    in_stock: bool
+
+
+class StockSeenOut(Output):
+    """Callers other than staff learn whether there is any; the rest is null for them."""
+
+    product_id: int
+    in_stock: bool
+    on_hand: int | None
+    reserved: int | None
+    available: int | None
+    updated_at: datetime.datetime | None
+    version: int | None
+
+
+def _for_customers(level: Level) -> Availability:
+    return Availability(level.product_id, level.available > 0)
+
+
+def _seen_out(level: Level | Availability) -> StockSeenOut:
+    if isinstance(level, Availability):
+        unseen: Mapping[str, None] = dict.fromkeys(("on_hand", "reserved", "available", "updated_at", "version"))
+        return StockSeenOut(product_id=level.product_id, in_stock=level.in_stock, **unseen)
+    return StockSeenOut(in_stock=level.available > 0, **msgspec.structs.asdict(stock_out(level)))
+
+
 def stock_out(level: Level) -> StockOut:
     return StockOut(
         product_id=level.product_id,
@@ -75,6 +107,10 @@ def _page(page: LevelPage) -> Page:
 
 def _adjusted_out(adjusted: AdjustedLevel) -> StockOut:
     return stock_out(adjusted.level)
+
+
+def _seen_version(level: Level | Availability) -> int | None:
+    return _version(level) if isinstance(level, Level) else None
 
 
 def _version(level: Level) -> int | None:
@@ -110,12 +146,13 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="GET",
         path="/products/{id}/stock",
         operation=Inventory.levels,
-        summary="How much there is of a product",
+        summary="Whether there is any of a product; for staff, how much",
         roles=EVERYBODY,
         request=lambda request: contract.GetLevel(product_id=request.path["id"]),
-        answer=stock_out,
-        output=StockOut,
-        etag=_version,
+        for_customers=_for_customers,
+        answer=_seen_out,
+        output=StockSeenOut,
+        etag=_seen_version,
         errors=(ProductNotFound,),
     ),
     Route(

@@ -107,10 +107,20 @@ class ItemOut(Output):
     returned: int
 
 
+AVAILABLE_TOLD: Final = 10
+"""A customer who orders too much learns how many pieces are left where it is a few, as shops say it."""
+
+
 class ShortItemOut(Output):
     product_id: int
     requested: int
-    available: int
+    available: Annotated[
+        int,
+        Meta(
+            description=f"Of `out_of_stock`: how many there were, or {AVAILABLE_TOLD} where there were more. Of "
+            "`hold_limit`: how many the order could hold."
+        ),
+    ]
 
 
 class ReasonOut(Output):
@@ -203,10 +213,14 @@ def _reason_out(reason: CancelReason) -> ReasonOut:
         message=reason.message,
         provider_code=reason.provider_code,
         items=[
-            ShortItemOut(product_id=line.product_id, requested=line.requested, available=line.available)
+            ShortItemOut(product_id=line.product_id, requested=line.requested, available=_told(reason, line.available))
             for line in reason.lines
         ],
     )
+
+
+def _told(reason: CancelReason, available: int) -> int:
+    return min(available, AVAILABLE_TOLD) if reason.code == "out_of_stock" else available
 
 
 def placed_out(placed: PlacedOrder) -> OrderOut:
