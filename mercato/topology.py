@@ -207,12 +207,14 @@ def gateway(
     currency: str = DEFAULT_CURRENCY,
     load: LoadLimits | None = None,
     cors_origins: Sequence[str] = (),
+    metrics_token: str = "",
 ) -> Gateway:
     """The rows of the public API that need `services` alone. `open_to`: the address of a shop that asks for no tokens.
 
     `details` is told by `/health/ready` besides; what makes it say that the process is not ready, `problems` gives, by
     default those of the databases; besides, that it does not know yet which sessions have ended. `caller` is whom
     services in other processes see. `cors_origins`: whose pages may call the API from a browser.
+    `metrics_token` opens `/metrics`.
     """
     routes = [route for route in ROUTES if {route.operation.service, *_services_of_parts(route)} <= set(services)]
 
@@ -248,6 +250,7 @@ def gateway(
         telemetry=host.telemetry,
         problems=reasons,
         details=details,
+        metrics_token=metrics_token,
     )
 
     def client(operation: Operation[Any, Any]) -> Call[Any, Any]:

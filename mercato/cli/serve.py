@@ -183,6 +183,7 @@ class _Serving:
             open_to=open_to(self._options.host, listener, open_=is_open(self._options.host, self._options.auth)),
             log_requests=self._settings.log_requests,
             cors_origins=origins_of(self._settings.cors_origin),
+            metrics_token=self._settings.metrics_token_text,
             currency=self._settings.currency,
             services=tuple(topology.SERVICES) if self._has_gateway else self._services,
             caller=self._options.names[0] if not self._has_gateway else GATEWAY,

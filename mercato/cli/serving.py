@@ -67,6 +67,7 @@ async def _serve(assignment: Assignment, lifeline: Lifeline) -> None:
             open_to=assignment.open_to,
             log_requests=assignment.log_requests,
             cors_origins=assignment.cors_origins,
+            metrics_token=assignment.metrics_token,
             currency=assignment.currency,
             details=background.details,
             load=LoadLimits.up_to(assignment.requests_in_work),

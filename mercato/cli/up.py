@@ -307,6 +307,7 @@ class _Up:
             open_to=open_to(self._options.host, listener, open_=self._open),
             log_requests=self._settings.log_requests,
             cors_origins=origins_of(self._settings.cors_origin),
+            metrics_token=self._settings.metrics_token_text,
             currency=self._settings.currency,
             details=background.details,
             load=LoadLimits.up_to(self._settings.requests_in_work),

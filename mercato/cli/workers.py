@@ -60,6 +60,7 @@ class Assignment(msgspec.Struct, frozen=True):
     log_level: str
     log_requests: bool
     cors_origins: tuple[str, ...]
+    metrics_token: str
     currency: str
     audit_seconds: float
     faults: str
@@ -97,6 +98,7 @@ class Workers:
             log_level=settings.log_level,
             log_requests=settings.log_requests,
             cors_origins=origins_of(settings.cors_origin),
+            metrics_token=settings.metrics_token_text,
             currency=settings.currency,
             audit_seconds=settings.audit_seconds,
             faults=settings.faults,

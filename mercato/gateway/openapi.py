@@ -33,6 +33,7 @@ from mercato.chassis.contract import (
 from mercato.contracts.roles import ANONYMOUS, CUSTOMER, EVERYBODY
 from mercato.gateway import examples, guests, problems, refusals, schemas
 from mercato.gateway.problems import Problem
+from mercato.gateway.readiness import DOWN, READINESS
 from mercato.gateway.route import MAX_BODY_BYTES, Route
 
 Json = dict[str, Any]
@@ -284,7 +285,10 @@ class _Described:
             "parameters": dict(PARAMETERS),
             "examples": dict(sorted(self._examples.items())),
             "headers": dict(HEADERS),
-            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"},
+                "metrics": {"type": "http", "scheme": "bearer", "description": "`MERCATO_METRICS_TOKEN` of the shop."},
+            },
         }
 
     # ------------------------------------------------------------------------------------------------------- a row
@@ -452,7 +456,7 @@ class _Described:
             "operationId": page.operation_id,
             "summary": page.summary,
             "tags": [PAGES_TAG],
-            "security": [],
+            "security": [{scheme: []} if scheme else {} for scheme in page.security],
             "x-roles": sorted(EVERYBODY),
             "responses": {
                 **self._refusals(kinds),
@@ -514,6 +518,8 @@ class PageBesideTheTable(msgspec.Struct, frozen=True, kw_only=True):
     operation_id: str
     summary: str
     responses: Mapping[int, Json]
+    security: tuple[str, ...] = ()
+    """The schemes of tokens of which one is needed; empty text: none is needed, by some callers."""
     errors: tuple[type[ServiceError], ...] = ()
 
 
@@ -525,11 +531,6 @@ def _object(**properties: Json) -> Json:
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-_READINESS: Final = _object(
-    status={"type": "string", "enum": ["ready", "not_ready"]},
-    services={"type": "object", "additionalProperties": {"type": "string", "enum": ["up", "down"]}},
-)
-
 PAGES: Final[Mapping[str, PageBesideTheTable]] = {
     "/health/live": PageBesideTheTable(
         operation_id="shop.live",
@@ -540,22 +541,22 @@ PAGES: Final[Mapping[str, PageBesideTheTable]] = {
         operation_id="shop.ready",
         summary="Whether every service can work; says which cannot",
         responses={
-            200: _json_response("All can", _READINESS, {"status": "ready", "services": {"orders": "up"}}),
-            503: _json_response("Some cannot", _READINESS, {"status": "not_ready", "services": {"orders": "down"}})
-            | {"headers": _headers(["Retry-After"])},
+            200: _json_response("All can", READINESS, {"status": "ready", "services": {"orders": "up"}}),
+            503: _json_response("Some cannot", READINESS, DOWN) | {"headers": _headers(["Retry-After"])},
         },
         errors=(Internal,),
     ),
     "/metrics": PageBesideTheTable(
         operation_id="shop.metrics",
-        summary="Metrics for Prometheus: for staff, and for a collector on the same machine",
+        summary="Metrics for Prometheus: for staff, a collector with MERCATO_METRICS_TOKEN, or one on the same machine",
         responses={
             200: {
                 "description": "All metrics of this process",
                 "content": {"text/plain": {"schema": {"type": "string"}}},
             }
         },
-        errors=(Unauthenticated, problems.SignInFirst, Forbidden, *_CALLING),
+        security=("", "metrics", "bearer"),
+        errors=(Unauthenticated, problems.SignInFirst, Forbidden, problems.SessionsNotKnown, *_CALLING),
     ),
     "/.well-known/jwks.json": PageBesideTheTable(
         operation_id="shop.keys",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import hmac
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 from starlette.applications import Starlette
@@ -39,14 +41,16 @@ class Pages:
         telemetry: Telemetry,
         problems: Callable[[], Awaitable[Mapping[str, str]]],
         details: Callable[[], Mapping[str, Any]],
+        metrics_token: str = "",
     ) -> None:
         """`problems`: for each service why it cannot work, empty where it can. `details`: what `/health/ready` tells
-        besides, whatever it is worth."""
+        besides, whatever it is worth. `metrics_token`: what a collector of metrics shows; empty where there is none."""
         self._authenticator = authenticator
         self._verifier = verifier
         self._telemetry = telemetry
         self._problems = problems
         self._details = details
+        self._metrics_token = f"Bearer {metrics_token}".encode() if metrics_token else None
         self._app = Starlette(
             routes=[
                 PageRoute("/", self._root),
@@ -83,8 +87,12 @@ class Pages:
         return _json(body, 503 if reasons else 200, headers)
 
     async def _metrics(self, request: Request) -> Response:
-        """For staff, and for a collector on this machine: how much a shop sells is nobody else's business."""
-        await self._require_staff_or_loopback(request)
+        """For staff, a collector with its token, and one on this machine: it says how much a shop sells.
+
+        On this machine under a name of loopback alone: a page whose own name leads to this address reads nothing.
+        """
+        if not self._is_collector(request):
+            await self._require_staff(request)
         text, content_type = await asyncio.to_thread(self._telemetry.exposition)
         return Response(text, headers={"content-type": content_type, "cache-control": NO_STORE})
 
@@ -93,10 +101,15 @@ class Pages:
         keys = await self._verifier.jwks()
         return _json({"keys": keys.keys}, headers={"cache-control": "public, max-age=300"})
 
-    async def _require_staff_or_loopback(self, request: Request) -> None:
+    def _is_collector(self, request: Request) -> bool:
+        given = request.headers.get("authorization", "").encode("latin-1")
+        if self._metrics_token is not None and hmac.compare_digest(given, self._metrics_token):
+            return True
         proxied = any(name in request.headers for name in ("forwarded", "x-forwarded-for", "x-real-ip", "via"))
-        if request.client and ip_address(request.client.host).is_loopback and not proxied:
-            return
+        is_here = request.client is not None and ip_address(request.client.host).is_loopback
+        return is_here and not proxied and _is_loopback(request.headers.get("host", "localhost"))
+
+    async def _require_staff(self, request: Request) -> None:
         self._cap_deadline()
         authorization = request.headers.get("authorization")
         actor = (
@@ -112,6 +125,15 @@ class Pages:
         call = current.get()
         deadline = min(call.deadline, time.monotonic() + KEYS_SECONDS)
         current.set(Context(call.actor, deadline, call.trace_id, call.request_id))
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a Host is a name of this machine for itself, with any port."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 class _Described:

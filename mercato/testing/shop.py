@@ -58,6 +58,7 @@ class Shop:
         load: LoadLimits | None = None,
         cors_origins: Sequence[str] = (),
         log_requests: bool = False,
+        metrics_token: str = "",
     ) -> Self:
         harness = harness_class(cluster, transport, options)
         await harness.open(topology.builds())
@@ -73,6 +74,7 @@ class Shop:
             load=load,
             cors_origins=cors_origins,
             log_requests=log_requests,
+            metrics_token=metrics_token,
         )
         stop, ready = asyncio.Event(), asyncio.Event()
         server = topology.server(app, listener, harness.host.telemetry, ready.set)

@@ -10,6 +10,8 @@ import pytest
 from mercato.cli.preparing import STAFF_EMAIL
 from mercato.testing.process import Process, data_folder
 
+METRICS_TOKEN = "a-token-of-the-collector-of-metrics-0123456789"
+
 
 def test_a_guarded_shop_tells_its_staff_password_once_and_asks_everybody_for_a_token():
     with data_folder() as data:
@@ -26,13 +28,16 @@ def test_a_guarded_shop_tells_its_staff_password_once_and_asks_everybody_for_a_t
             caller.sign_in(email, password)
             assert caller.get("/users?id=1").status == 200
             shop.stop()
-        with Process(data, "--host", "0.0.0.0") as shop:
+        with Process(data, "--host", "0.0.0.0", environment={"MERCATO_METRICS_TOKEN": METRICS_TOKEN}) as shop:
             shop.ready()
             shop.url = shop.url.replace("0.0.0.0", "127.0.0.1")
             with shop.caller() as caller:
                 assert password not in shop.output
                 assert [event["event"] for event in shop.events if event["event"] == "staff"] == []
                 assert caller.get("/orders").status == 401
+                assert caller.get("/metrics", Host="shop.example").status == 401
+                collected = caller.get("/metrics", Host="shop.example", Authorization=f"Bearer {METRICS_TOKEN}")
+                assert collected.status == 200
                 caller.sign_in(email, password)
                 assert caller.get("/orders").status == 200
             shop.stop()

@@ -49,6 +49,7 @@ def test_wrong_options_are_named(tmp_path: Path, options: list[str], words: str)
         ({"MERCATO_BREAKER_SLOW_SHARE": "2"}, "MERCATO_BREAKER_SLOW_SHARE"),
         ({"MERCATO_BREAKER_OPEN_SECONDS": "9"}, "at most MERCATO_BREAKER_LONGEST_OPEN_SECONDS (4)"),
         ({"MERCATO_SECRET": "short"}, "MERCATO_SECRET"),
+        ({"MERCATO_METRICS_TOKEN": "short"}, "MERCATO_METRICS_TOKEN"),
         ({"MERCATO_CORS_ORIGIN": "https://shop.example/"}, "MERCATO_CORS_ORIGIN"),
         ({"MERCATO_FAULTS": "no.such.point=kill"}, "no.such.point"),
     ],

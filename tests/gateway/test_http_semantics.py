@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
+import aiohttp
 import pytest
 import pytest_asyncio
+from jsonschema import Draft202012Validator
 
 from gateway.harness import Things
 from mercato import topology
+from mercato.chassis.http import bind
+from mercato.gateway import openapi
 from mercato.gateway.route import Route
 from mercato.gateway.routes import ROUTES
 from mercato.testing.cluster import Cluster
@@ -21,6 +25,7 @@ from mercato.testing.shop_data import PASSWORD, Person, new_order, new_person, n
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
+METRICS_TOKEN = "a-token-of-the-collector-of-metrics-0123456789"
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 
 
@@ -358,7 +363,7 @@ async def test_metrics_show_requests_batches_queues_and_pools(open_shop: Shop) -
 
 async def test_metrics_are_for_staff_and_for_a_collector_on_this_machine(guarded_shop: Shop) -> None:
     assert (await guarded_shop.get("/metrics")).status == 200
-    app = topology.gateway(guarded_shop.harness.host, open_to=None)
+    app = topology.gateway(guarded_shop.harness.host, open_to=None, metrics_token=METRICS_TOKEN)
 
     async def from_elsewhere(token: str | None) -> int:
         """The status that a caller hears who is not on this machine."""
@@ -396,6 +401,49 @@ async def test_metrics_are_for_staff_and_for_a_collector_on_this_machine(guarded
     assert await from_elsewhere("abc") == 401
     assert await from_elsewhere(await guarded_shop.alice()) == 403
     assert await from_elsewhere(await guarded_shop.staff()) == 200
+    assert await from_elsewhere(METRICS_TOKEN) == 200
+    assert await from_elsewhere(METRICS_TOKEN[:-1]) == 401
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:9090", "127.0.0.1:1", "[::1]:8080"])
+async def test_metrics_are_answered_on_this_machine_by_its_own_names(guarded_shop: Shop, host: str) -> None:
+    assert (await guarded_shop.get("/metrics", headers={"Host": host})).status == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "192.0.2.1"])
+async def test_metrics_are_not_for_a_page_whose_name_leads_to_this_machine(guarded_shop: Shop, host: str) -> None:
+    assert_problem(await guarded_shop.get("/metrics", headers={"Host": host}), 401, "sign_in_first")
+    staff = await guarded_shop.get("/metrics", headers={"Host": host}, token=await guarded_shop.staff())
+    assert staff.status == 200
+
+
+async def test_the_token_of_metrics_opens_nothing_else(guarded_shop: Shop) -> None:
+    assert_problem(await guarded_shop.get("/users", token=METRICS_TOKEN), 401, "unauthenticated")
+
+
+async def test_readiness_is_as_it_is_described(guarded_shop: Shop) -> None:
+    async def problems() -> Mapping[str, str]:
+        return {"users": "", "orders": "its database does not answer"}
+
+    audit = {"at": "2026-01-15T09:30:00Z", "violations": {"M1": 2}, "failure": "no connection"}
+    host, listener = guarded_shop.harness.host, bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/health/ready"
+    stop, started = asyncio.Event(), asyncio.Event()
+    app = topology.gateway(host, open_to=None, problems=problems, details=lambda: {"registry": "gone", "audit": audit})
+    serving = asyncio.create_task(topology.server(app, listener, host.telemetry, started.set).run_until(stop))
+    await started.wait()
+    try:
+        async with aiohttp.ClientSession() as session, session.get(url) as answer:
+            not_ready, status = await answer.json(), answer.status
+    finally:
+        stop.set()
+        await serving
+    ready = await guarded_shop.get("/health/ready")
+    assert (status, ready.status) == (503, 200)
+    assert not_ready["reasons"]["orders"] == "its database does not answer"
+    for answered, body in ((503, not_ready), (200, ready.json)):
+        described = openapi.PAGES["/health/ready"].responses[answered]["content"]["application/json"]
+        Draft202012Validator({**described["schema"], "additionalProperties": False}).validate(body)
 
 
 # ------------------------------------------------------------------------------------------------------------- pages

@@ -43,6 +43,8 @@ class Settings(BaseSettings):
     """Database connections of one service in one process, at most."""
     cors_origin: str = ""
     """The origins whose pages a browser lets call the API: `https://shop.example, http://localhost:3000`."""
+    metrics_token: SecretStr | None = None
+    """At least 32 characters that a collector of metrics shows: `Authorization: Bearer ...`."""
     requests_in_work: Annotated[int, Field(ge=1, le=1_024)] = 512
     """Requests that one process has in work at once, at most; what it measures may lower that."""
     audit_seconds: Annotated[float, Field(ge=0, le=7 * 86_400)] = 300.0
@@ -71,6 +73,11 @@ class Settings(BaseSettings):
     def log_requests(self) -> bool:
         """Each of them: a line costs as much as 3 % of a paid order."""
         return self.log_level == "debug"
+
+    @property
+    def metrics_token_text(self) -> str:
+        """Empty where there is none."""
+        return self.metrics_token.get_secret_value() if self.metrics_token else ""
 
     @property
     def call_limits(self) -> CallLimits:
@@ -155,6 +162,8 @@ def load(kind: type[S] = Settings) -> S:
         raise SettingsError(f"The setting {name} is not valid: {first['msg']}.") from None
     if settings.secret is not None and len(settings.secret.get_secret_value()) < 32:
         raise SettingsError("The setting MERCATO_SECRET is not valid: it must have at least 32 characters.")
+    if len(settings.metrics_token_text or "x" * 32) < 32:
+        raise SettingsError("The setting MERCATO_METRICS_TOKEN is not valid: it must have at least 32 characters.")
     if settings.breaker_open_seconds > settings.breaker_longest_open_seconds:
         raise SettingsError(
             "The setting MERCATO_BREAKER_OPEN_SECONDS is not valid: it must be at most "
