@@ -42,7 +42,7 @@ from mercato.chassis.observability.clock import Clock
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.contracts.money import DEFAULT_CURRENCY
 from mercato.contracts.roles import STAFF
-from mercato.gateway import access_log, guests, idempotency, problems
+from mercato.gateway import access_log, guests, idempotency, problems, representations
 from mercato.gateway.auth import Authenticator
 from mercato.gateway.cross_origin import CrossOrigin
 from mercato.gateway.headers import RequestHeaders, check_content_type, expected_version, preferred_wait_ms
@@ -230,7 +230,8 @@ class Gateway:
         if route.for_customers is not None and request.actor.role != STAFF:
             answer = route.for_customers(answer)
         if request.wait_ms is None:
-            return route.respond(answer, scope)
+            shown = route.respond(answer, scope)
+            return representations.negotiated(*shown, headers) if route.is_public else shown
         current.set(Context(actor, deadline + request.wait_ms / 1_000, headers.trace_id, headers.request_id))
         assert route.waiting is not None
         return await route.waiting.respond(answer, request.wait_ms, scope, send, headers.trace_id)
@@ -324,7 +325,7 @@ def _refusal(actor: Actor, route: BoundRoute) -> ServiceError:
 
 async def _send_in_two(send: Send, status: int, lines: Lines, body: bytes) -> None:
     """The answer in the messages of plain ASGI, for a server without the extension."""
-    if status != 204:
+    if status not in (204, 304):
         lines.append(b"content-length: %d" % len(body))
     await send({"type": "http.response.start", "status": status, "headers": _fields(lines)})
     await send({"type": "http.response.body", "body": body})
@@ -367,6 +368,7 @@ class BoundRoute:
         self.knows_session = route.knows_session
         self.knows_address = route.knows_address
         self.for_customers = route.for_customers
+        self.is_public = route.is_public
         self._text = route.text
         self.is_guest = route.is_guest
         self.takes_access_token = route.takes_access_token

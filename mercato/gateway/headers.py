@@ -18,6 +18,7 @@ _NO_TRACE_ID: Final = b"0" * 32
 class RequestHeaders:
     """The headers of one request, found in one pass. Lists that come in several lines are joined."""
 
+    accept_encoding: bytes | None = None
     authorization: bytes | None = None
     content_type: bytes | None = None
     forwarded: bytes | None = None
@@ -29,6 +30,7 @@ class RequestHeaders:
     host: bytes | None = None
     idempotency_key: bytes | None = None
     if_match: bytes | None = None
+    if_none_match: bytes | None = None
     origin: bytes | None = None
     prefer: bytes | None = None
     x_request_id: bytes | None = None
@@ -78,6 +80,7 @@ class RequestHeaders:
 
 
 _FIELDS: Final = {
+    b"accept-encoding": "accept_encoding",
     b"access-control-request-method": "requested_method",
     b"authorization": "authorization",
     b"content-type": "content_type",
@@ -91,12 +94,13 @@ _FIELDS: Final = {
     b"sec-fetch-site": "fetch_site",
     b"idempotency-key": "idempotency_key",
     b"if-match": "if_match",
+    b"if-none-match": "if_none_match",
     b"origin": "origin",
     b"prefer": "prefer",
     b"x-request-id": "x_request_id",
     b"traceparent": "traceparent",
 }
-_LISTS: Final = frozenset({"forwarded", "prefer"})
+_LISTS: Final = frozenset({"accept_encoding", "forwarded", "if_none_match", "prefer"})
 _REPLACED: Final = frozenset({"traceparent", "x_request_id"})
 """Of two, neither counts: a new one takes their place (W3C Trace Context 3.2.2.5)."""
 
@@ -111,7 +115,7 @@ def check_content_type(value: bytes | None) -> None:
         raise problems.UnsupportedMediaType
 
 
-_ETAG: Final = re.compile(rb'^(?:W/)?"([1-9]\d{0,8})"\Z')
+_ETAG: Final = re.compile(rb'^(?:W/)?"([1-9]\d{0,8})(?:-in-stock)?"\Z')
 
 
 def expected_version(if_match: bytes) -> int | None:

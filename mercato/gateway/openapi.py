@@ -88,8 +88,8 @@ HEADERS: Final[Mapping[str, Json]] = {
         "schema": {"type": "string", "examples": ["GET, HEAD, OPTIONS"]},
     },
     "ETag": {
-        "description": "The version of what is answered, for If-Match.",
-        "schema": {"type": "string", "pattern": '^"[0-9]+"$', "examples": ['"1"']},
+        "description": "The version of what is answered, for If-Match; of the catalogue, for If-None-Match as well.",
+        "schema": {"type": "string", "pattern": '^(W/)?"[0-9a-z-]+"$', "examples": ['"1"']},
     },
     "Idempotent-Replayed": {
         "description": "There when an earlier request with the same key has done this, and it was not done again.",
@@ -162,12 +162,19 @@ PARAMETERS: Final[Mapping[str, Json]] = {
         "schema": {"type": "string", "pattern": WAIT_PATTERN},
         "example": "wait=5",
     },
+    "IfNoneMatch": {
+        "name": "If-None-Match",
+        "in": "header",
+        "description": "ETags of answers that you have: 304 without a body where one of them is still so.",
+        "schema": {"type": "string"},
+        "example": '"1"',
+    },
     "IfMatch": {
         "name": "If-Match",
         "in": "header",
         "description": "The ETag of what you have seen: the change is made only if it is still so. `*`, or no header: "
         "whatever it is now.",
-        "schema": {"type": "string", "pattern": r'^(\*|(W/)?"[1-9][0-9]{0,8}")$'},
+        "schema": {"type": "string", "pattern": r'^(\*|(W/)?"[1-9][0-9]{0,8}(-in-stock)?")$'},
         "example": '"1"',
     },
 }
@@ -281,7 +288,7 @@ class _Described:
     def components(self) -> Json:
         return {
             "schemas": dict(sorted(self._schemas.items())),
-            "responses": dict(sorted(self._responses.items())),
+            "responses": {"304": _KNOWN, **dict(sorted(self._responses.items()))},
             "parameters": dict(PARAMETERS),
             "examples": dict(sorted(self._examples.items())),
             "headers": dict(HEADERS),
@@ -309,7 +316,8 @@ class _Described:
         refusals = self._refusals(
             errors_of(route, open_shop=self._open_shop), located=route.wait.refusals if route.wait else ()
         )
-        described["responses"] = {str(route.status): self._success(route), **refusals}
+        known = {"304": {"$ref": "#/components/responses/304"}} if route.is_public else {}
+        described["responses"] = {str(route.status): self._success(route), **known, **refusals}
         return described
 
     def _security(self, route: Route) -> list[Json]:
@@ -337,6 +345,8 @@ class _Described:
             parameters.append({"$ref": f"#/components/parameters/{name}"})
         if route.wait:
             parameters.append({"$ref": "#/components/parameters/Prefer"})
+        if route.is_public:
+            parameters.append({"$ref": "#/components/parameters/IfNoneMatch"})
         if route.if_match:
             parameters.append({"$ref": "#/components/parameters/IfMatch"})
         return parameters
@@ -377,7 +387,7 @@ class _Described:
     def _success(self, route: Route) -> Json:
         collection = get_origin(route.output) is list
         wanted = {
-            "ETag": route.etag is not None,
+            "ETag": route.etag is not None or route.is_public,
             "Idempotent-Replayed": route.replayed is not None,
             "Link": collection and route.query is not None,
             "Location": route.location is not None,
@@ -466,6 +476,12 @@ class _Described:
 
 
 _SUCCESSES: Final = {200: "Done", 201: "Made", 202: "Accepted", 204: "Done; there is nothing to say"}
+
+
+_KNOWN: Final[Json] = {
+    "description": "What If-None-Match names is still so",
+    "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in ("ETag", "X-Request-Id")},
+}
 
 
 def _headers(names: Iterable[str]) -> Json:

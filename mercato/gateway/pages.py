@@ -21,8 +21,9 @@ from starlette.routing import Route as PageRoute
 from mercato.chassis.contract import Context, Forbidden, Internal, ServiceError, current
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.contracts.roles import STAFF
-from mercato.gateway import docs, openapi, problems
+from mercato.gateway import docs, openapi, problems, representations
 from mercato.gateway.auth import Authenticator, Verifier
+from mercato.gateway.headers import RequestHeaders
 from mercato.gateway.route import Route
 
 KEYS_SECONDS = 5.0
@@ -158,12 +159,18 @@ class _Described:
 
 def _prepared(page: docs.DocsPage) -> Callable[[Request], Awaitable[Response]]:
     """An endpoint whose answer never changes: made, and compressed, before the first request."""
-    headers = {**page.headers, "content-type": page.content_type, "vary": "accept-encoding"}
+    tag = representations.tag_of(page.body)
+    kept = {**page.headers, "vary": "Accept-Encoding", "etag": tag}
+    headers = {**kept, "content-type": page.content_type}
     plain = Response(page.body, headers=headers)
-    packed = Response(gzip.compress(page.body), headers={**headers, "content-encoding": "gzip"})
+    packed = Response(gzip.compress(page.body, mtime=0), headers={**headers, "content-encoding": "gzip"})
+    known = Response(status_code=304, headers=kept)
 
     async def answer(request: Request) -> Response:
-        return packed if "gzip" in request.headers.get("accept-encoding", "") else plain
+        asked = RequestHeaders(request.scope["headers"])
+        if representations.is_known(asked.if_none_match, tag):
+            return known
+        return packed if representations.takes_gzip(asked.accept_encoding) else plain
 
     return answer
 

@@ -238,7 +238,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """What callers other than staff get of the operation's answer: `answer` and `etag` take its result as well."""
     is_public: bool = False
     """Whether the answer is the same whoever asks: caches may keep it, and ask again. No cache keeps another one."""
-    etag: Callable[[Any], int | None] | None = None
+    etag: Callable[[Any], int | str | None] | None = None
     """The version of the answer, for its ETag; None where there is no version yet that a change could name."""
     if_match: bool = False
     """Whether `If-Match` is honoured."""

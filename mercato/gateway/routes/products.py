@@ -168,8 +168,9 @@ def _search(request: RouteRequest) -> contract.SearchProducts:
     )
 
 
-def _version(product: Product) -> int:
-    return product.version
+def _tag(product: Product) -> str:
+    """The version, and what else is shown that changes without it. If-Match looks at the version alone."""
+    return f"{product.version}-in-stock" if product.in_stock else str(product.version)
 
 
 ROUTES: Final[tuple[Route, ...]] = (
@@ -207,7 +208,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         answer=product_out,
         output=ProductOut,
         status=201,
-        etag=_version,
+        etag=_tag,
         location=lambda product: f"/products/{product.id}",
         errors=(contract.SkuTaken,),
     ),
@@ -221,7 +222,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         request=lambda request: contract.GetProduct(id=request.path["id"]),
         answer=product_out,
         output=ProductOut,
-        etag=_version,
+        etag=_tag,
         errors=(contract.ProductNotFound,),
     ),
     Route(
@@ -236,7 +237,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         request=_update,
         answer=product_out,
         output=ProductOut,
-        etag=_version,
+        etag=_tag,
         if_match=True,
         errors=(contract.ProductNotFound, contract.SkuTaken, StaleVersion),
     ),
@@ -252,7 +253,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         request=lambda request: contract.ArchiveProduct(id=request.path["id"], version=request.if_match),
         answer=product_out,
         output=ProductOut,
-        etag=_version,
+        etag=_tag,
         if_match=True,
         errors=(contract.ProductNotFound, StaleVersion),
     ),
