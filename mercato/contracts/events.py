@@ -7,14 +7,22 @@ from typing import Annotated, Any, Final
 
 from msgspec import Meta
 
-from mercato.chassis.contract import Contract, Kind, Message, Retry, ServiceError, single
+from mercato.chassis.contract import Contract, Kind, Message, Retry, ServiceError, single, worded
 
 from .roles import STAFF_ONLY
 
 PAGE_LIMIT: Final = 500
 TYPES_LIMIT: Final = 20
 
-EventType = Annotated[str, Meta(pattern=r"^[a-z]+\.[a-z_]+\Z", max_length=64, examples=["order.paid"])]
+EventType = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-z]+\.[a-z_]+\Z",
+        extra=worded("must be a thing and what has happened to it, such as order.paid"),
+        max_length=64,
+        examples=["order.paid"],
+    ),
+]
 
 
 class FeedEntry(Message):

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Open, Retry, ServiceError, batched, single
+from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Open, Retry, ServiceError, batched, single, worded
 
 from .roles import EVERYBODY, SERVICES_ONLY, STAFF_ONLY
 
@@ -34,7 +34,8 @@ LINES_LIMIT: Final = 100
 PAGE_LIMIT: Final = 200
 
 OnHand = Annotated[int, Meta(ge=0, le=ON_HAND_LIMIT)]
-Reason = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00]*\Z")]
+NO_NUL: Final = worded("must not contain the character U+0000")
+Reason = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00]*\Z", extra=NO_NUL)]
 
 
 GUEST_SHARE_PERCENT: Final = 20

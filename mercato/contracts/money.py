@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final
 
 from msgspec import Meta
 
-from mercato.chassis.contract import ServiceError
+from mercato.chassis.contract import ServiceError, worded
 
 _BY_DIGITS: Final = {
     0: "BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF",
@@ -43,7 +43,15 @@ MAX_MINOR: Final = 10**12
 AMOUNT_PATTERN: Final = r"^[0-9]+(\.[0-9]+)?\Z"
 """The one grammar of amounts: digits, with or without a point and more digits."""
 AMOUNT_LENGTH: Final = 100
-AmountText = Annotated[str, Meta(pattern=AMOUNT_PATTERN, max_length=AMOUNT_LENGTH, examples=["99.99"])]
+AmountText = Annotated[
+    str,
+    Meta(
+        pattern=AMOUNT_PATTERN,
+        extra=worded("must be digits, with or without a point and more digits, such as 99.99"),
+        max_length=AMOUNT_LENGTH,
+        examples=["99.99"],
+    ),
+]
 """An amount in major units, as a client has written it."""
 
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Open, Retry, ServiceError, batched, single
+from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Open, Retry, ServiceError, batched, single, worded
 
-from .inventory import ShortLine
+from .inventory import NO_NUL, ShortLine
 from .money import AmountText, MoneyError
 from .order_history import History, Timeline
 from .payments import Method, Payment as PaymentRecord
@@ -47,7 +47,7 @@ NO_USER: Final = MAX_ID
 SPOKEN_ITEMS: Final = 5
 """So many of the products that are short stand in the sentence of an error; all of them stand in its details."""
 
-Note = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*\Z")]
+Note = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*\Z", extra=NO_NUL)]
 """What a customer wants the shop to know about an order. Public: everyone who sees the order reads it."""
 AccessToken = Annotated[str, Meta(max_length=64)]
 """Of a guest's order. With a wrong one, the order is not found, as an unknown one is not."""
@@ -305,7 +305,14 @@ class ReturnOrder(Message):
 
 
 RefundStatus = Literal["pending", "succeeded", "declined"]
-RefundId = Annotated[str, Meta(pattern=r"^[0-9a-z]{1,60}\Z", examples=["0f3a5c7e9b1d2f4a6c8e0b1d"])]
+RefundId = Annotated[
+    str,
+    Meta(
+        pattern=r"^[0-9a-z]{1,60}\Z",
+        extra=worded("must be 1 to 60 digits and small letters"),
+        examples=["0f3a5c7e9b1d2f4a6c8e0b1d"],
+    ),
+]
 
 
 class Refund(Message):
@@ -420,7 +427,7 @@ class MixedCurrencies(ServiceError, code="orders.mixed_currencies", kind=Kind.CO
 class IllegalMove(ServiceError, code="orders.illegal_move", kind=Kind.CONFLICT):
     """The order is not where that move starts. `legal` names the moves of this axis that it can make now.
 
-    `why`: what else of the order forbids a move that its axis allows, and the way out; empty where nothing else does.
+    `why`: what of the order forbids the move, and the way out where there is one.
     """
 
     sentence = "Order {order_id} cannot go from {current} to {wanted}{why}; legal from here: {legal}."
@@ -432,7 +439,7 @@ class IllegalMove(ServiceError, code="orders.illegal_move", kind=Kind.CONFLICT):
     why: str = ""
 
     def spoken(self) -> dict[str, Any]:
-        return {**super().spoken(), "why": f": {self.why}" if self.why else ""}
+        return {**super().spoken(), "why": f", because {self.why}" if self.why else ""}
 
 
 class AmountNotDue(MoneyError, code="orders.amount_not_due", kind=Kind.CONFLICT):

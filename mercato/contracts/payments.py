@@ -7,7 +7,19 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, Contract, Empty, Kind, Message, Open, Retry, ServiceError, batched, single
+from mercato.chassis.contract import (
+    MAX_ID,
+    Contract,
+    Empty,
+    Kind,
+    Message,
+    Open,
+    Retry,
+    ServiceError,
+    batched,
+    single,
+    worded,
+)
 
 from .money import MoneyError
 from .roles import SERVICES_ONLY, SIGNED_IN, STAFF_ONLY
@@ -18,7 +30,14 @@ OrderNonce = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 """The random part of an order, made when it is placed. With a database restored from a backup ids are used again: what
 has the id of an order and another nonce belongs to another order."""
 Attempt = Annotated[int, Meta(ge=1, le=10_000)]
-Method = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,31}:[!-~]{1,200}\Z", examples=["provider:token"])]
+Method = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-z][a-z0-9_]{0,31}:[!-~]{1,200}\Z",
+        extra=worded("must be the name of a provider and its token, such as sandbox:ok"),
+        examples=["provider:token"],
+    ),
+]
 """A token of the provider, with the provider's name before the colon. Card numbers never come here.
 
 Whether there is such a provider, and whether the token may be one of its own, `check_method` says."""

@@ -7,19 +7,39 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Open, Retry, ServiceError, batched, single
+from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Open, Retry, ServiceError, batched, single, worded
 
 from .money import MAX_MINOR, AmountText
 from .roles import EVERYBODY, SIGNED_IN, STAFF_ONLY
 
 ProductId = Annotated[int, Meta(ge=1, le=MAX_ID)]
 Version = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-Sku = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", examples=["HEAD-100"])]
+Sku = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=64,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z",
+        extra=worded("must be letters, digits, dots, underscores and hyphens, the first a letter or digit"),
+        examples=["HEAD-100"],
+    ),
+]
 Name = Annotated[str, Meta(min_length=1, max_length=200, examples=["Headphones"])]
 Description = Annotated[str, Meta(max_length=10_000)]
-Category = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9-]*\Z", examples=["audio"])]
+Category = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=64,
+        pattern=r"^[a-z0-9][a-z0-9-]*\Z",
+        extra=worded("must be small letters, digits and hyphens, the first a letter or digit"),
+        examples=["audio"],
+    ),
+]
 PriceMinor = Annotated[int, Meta(ge=0, le=MAX_MINOR)]
-Currency = Annotated[str, Meta(pattern=r"^[A-Z]{3}\Z", examples=["USD"])]
+Currency = Annotated[
+    str, Meta(pattern=r"^[A-Z]{3}\Z", extra=worded("must be three capital letters, such as USD"), examples=["USD"])
+]
 
 Status = Literal["active", "archived"]
 Sort = Literal["id", "name", "-name", "price", "-price", "newest", "relevance"]

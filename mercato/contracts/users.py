@@ -7,7 +7,19 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, Contract, Empty, Kind, Message, Open, Retry, ServiceError, batched, single
+from mercato.chassis.contract import (
+    MAX_ID,
+    Contract,
+    Empty,
+    Kind,
+    Message,
+    Open,
+    Retry,
+    ServiceError,
+    batched,
+    single,
+    worded,
+)
 
 from .roles import EVERYBODY, SERVICES_ONLY, SIGNED_IN, STAFF_ONLY, Role
 
@@ -16,13 +28,22 @@ Email = Annotated[str, Meta(min_length=3, max_length=254, examples=["alice@examp
 Name = Annotated[str, Meta(min_length=1, max_length=200, examples=["Alice"])]
 Username = Annotated[str, Meta(min_length=1, max_length=254, examples=["Alice"])]
 """The name of an account, or its e-mail address."""
+MIN_PASSWORD: Final = 10
+"""Characters of a new password."""
 Password = Annotated[str, Meta(max_length=256)]
 """At most 256 characters, so that nobody makes us hash a book. How good one must be is a rule of the service."""
 LinkToken = Annotated[str, Meta(max_length=256)]
 """What follows behind the # in the link of a letter."""
 RefreshToken = Annotated[str, Meta(max_length=256)]
 Version = Annotated[int, Meta(ge=1, le=MAX_ID)]
-SessionId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z", examples=["4d1b0f0c6f0e4cf2a7a6f6e1f9f0a3b7"])]
+SessionId = Annotated[
+    str,
+    Meta(
+        pattern=r"^[0-9a-f]{32}\Z",
+        extra=worded("must be 32 hexadecimal digits, in small letters"),
+        examples=["4d1b0f0c6f0e4cf2a7a6f6e1f9f0a3b7"],
+    ),
+]
 """128 random bits, the `sid` of access tokens."""
 
 ClientAddress = Annotated[str, Meta(max_length=64)]

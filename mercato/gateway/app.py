@@ -32,7 +32,6 @@ from mercato.chassis.contract import (
     Forbidden,
     Internal,
     InvalidRequest,
-    Kind,
     Operation,
     ServiceError,
     current,
@@ -46,10 +45,11 @@ from mercato.gateway import access_log, guests, idempotency, problems, represent
 from mercato.gateway.auth import Authenticator
 from mercato.gateway.cross_origin import CrossOrigin
 from mercato.gateway.headers import RequestHeaders, check_content_type, expected_version, preferred_wait_ms
-from mercato.gateway.rates import PasswordTries, RateLimiter
+from mercato.gateway.rates import PasswordTries, RateLimiter, call_guarded
 from mercato.gateway.route import NO_TEXT, Page, Route, RouteRequest, gathering
 from mercato.gateway.table import NOTHING, Table
 from mercato.gateway.validation import (
+    all_wrong,
     decode_body,
     decode_query,
     decoder,
@@ -247,7 +247,7 @@ class Gateway:
             entered_at = await load.queue(priority, route.name, deadline)
         try:
             if route.is_guarded:
-                return await self._call_guarded(route, request, asked, _address(scope))
+                return await call_guarded(route, request, asked, _address(scope), self._rates, self._tries)
             return await (route.call if request.access_token is None else route.guest_call)(asked)
         finally:
             load.in_work -= 1
@@ -257,28 +257,6 @@ class Gateway:
                 load.slow += self._monotonic() - entered_at > slow_seconds
             if load.waiting or load.measured >= load.window_requests:
                 load.settle()
-
-    async def _call_guarded(self, route: BoundRoute, request: RouteRequest, asked: Any, address: str) -> Any:
-        """The answer of a route that checks passwords or opens accounts. Raises `TooManyRequests` and its errors."""
-        account = route.tries(request) if route.tries else None
-        per_hour = route.limits.done_per_hour if request.actor == ANONYMOUS else None
-        if per_hour is not None:
-            self._rates.check_done(route.name, per_hour, address)
-        if account is not None:
-            self._tries.begin(account, address)
-        is_right = None
-        try:
-            answer = await route.call(asked)
-            is_right = True
-        except ServiceError as error:
-            is_right = False if error.kind is Kind.UNAUTHENTICATED else None
-            raise
-        finally:
-            if account is not None:
-                self._tries.end(account, address, is_right=is_right)
-        if per_hour is not None:
-            self._rates.note_done(route.name, per_hour, address)
-        return answer
 
     def _checked_guest(self, route: BoundRoute, request: RouteRequest, asked: Any, scope: Scope) -> Actor:
         """Who calls without an account: a guest, or who may call the route without one."""
@@ -333,6 +311,10 @@ async def _send_in_two(send: Send, status: int, lines: Lines, body: bytes) -> No
 
 def _fields(lines: Lines) -> list[tuple[bytes, bytes]]:
     return [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
+
+
+NO_BODY: Final = (None, b"0")
+"""The Content-Length of a request without a body, unless it has a Transfer-Encoding."""
 
 
 # ---------------------------------------------------------------------------------------------------------- routes
@@ -419,14 +401,24 @@ class BoundRoute:
                 check_content_type(headers.content_type)
             try:
                 body = decode_body(self._decoder, raw or (b"{}" if self._body_optional else b""))
-            except InvalidRequest:
+            except InvalidRequest as error:
                 form = self._form_of(raw)
                 if form is None:
-                    raise
+                    raise self._all_wrong(error.errors, parts, scope, query_string, headers) from None
                 return form, form.typed(actor, parts, scope, query_string, headers, raw, form.decode(raw))
-        elif self._forms and (form := self._form_of_path(parts)) is not None:
+        elif headers.content_length not in NO_BODY or headers.transfer_encoding is not None:
+            try:
+                await self._check_no_body(receive)
+            except InvalidRequest as error:
+                raise self._all_wrong(error.errors, parts, scope, query_string, headers) from None
+        if self._decoder is None and self._forms and (form := self._form_of_path(parts)) is not None:
             return form, form.typed(actor, parts, scope, query_string, headers, None, None)
         return self, self.typed(actor, parts, scope, query_string, headers, raw, body)
+
+    async def _check_no_body(self, receive: Receive) -> None:
+        """Raises `InvalidRequest` for a body that says something, of a route that takes none."""
+        if (await _read_body(receive, self._body_bytes)).strip() not in (b"", b"{}"):
+            raise invalid(("body", f"{self.name} takes none; leave it out"))
 
     def _form_of(self, raw: bytes) -> BoundRoute | None:
         """The form that the body of a request is in, where it is not in the route's own."""
@@ -455,30 +447,62 @@ class BoundRoute:
         body: Any,
     ) -> RouteRequest:
         """The request with everything beside its body, which has been decoded."""
-        text = texts_of(parts, self._text) if self._text else NO_TEXT
-        path = numbers_of(parts, scope["path"]) if parts and not text else NOTHING
-        query = None
-        if self._query is not None:
-            query = decode_query(self._query, query_string)
-        elif query_string:
-            raise invalid(("?", "this takes no query parameters"))
-        key, fingerprint = None, b""
-        if headers.idempotency_key is not None:
-            if not self.route.idempotency:
-                raise invalid(("header Idempotency-Key", f"{self.name} does not take one"))
-            key = idempotency.key_of(headers.idempotency_key)
-            fingerprint = idempotency.fingerprint(self.route.method, self.route.path, parts, query_string, raw or b"")
-        elif self.route.idempotency_required:
-            raise problems.IdempotencyKeyMissing(operation=self.name)
-        version = None
-        if headers.if_match is not None:
-            if not self.route.if_match:
-                raise invalid(("header If-Match", f"{self.name} does not take one"))
-            version = expected_version(headers.if_match)
-        wait_ms = None
-        if headers.prefer is not None and self.route.wait is not None:
-            wait_ms = preferred_wait_ms(headers.prefer)
+        try:
+            text = texts_of(parts, self._text) if self._text else NO_TEXT
+            path = numbers_of(parts, scope["path"]) if parts and not text else NOTHING
+            query = self._asked(query_string)
+            key, fingerprint = self._key(headers), b""
+            if key is not None:
+                method, pattern = self.route.method, self.route.path
+                fingerprint = idempotency.fingerprint(method, pattern, parts, query_string, raw or b"")
+            elif self.route.idempotency_required:
+                raise problems.IdempotencyKeyMissing(operation=self.name)
+            version, wait_ms = self._version(headers), self._wait_ms(headers)
+        except InvalidRequest:
+            raise self._all_wrong((), parts, scope, query_string, headers) from None
         return RouteRequest(actor, path, query, body, version, key, fingerprint, wait_ms, self._currency, text)
+
+    def _asked(self, query_string: bytes) -> Any:
+        if self._query is not None:
+            return decode_query(self._query, query_string)
+        if query_string:
+            raise invalid(("?", "this takes no query parameters"))
+        return None
+
+    def _key(self, headers: RequestHeaders) -> str | None:
+        if headers.idempotency_key is None:
+            return None
+        if not self.route.idempotency:
+            raise invalid(("header Idempotency-Key", f"{self.name} does not take one"))
+        return idempotency.key_of(headers.idempotency_key)
+
+    def _version(self, headers: RequestHeaders) -> int | None:
+        if headers.if_match is None:
+            return None
+        if not self.route.if_match:
+            raise invalid(("header If-Match", f"{self.name} does not take one"))
+        return expected_version(headers.if_match)
+
+    def _wait_ms(self, headers: RequestHeaders) -> int | None:
+        return preferred_wait_ms(headers.prefer) if headers.prefer is not None and self.route.wait is not None else None
+
+    def _all_wrong(
+        self,
+        of_body: Sequence[FieldError],
+        parts: Mapping[str, str],
+        scope: Scope,
+        query_string: bytes,
+        headers: RequestHeaders,
+    ) -> InvalidRequest:
+        """What is wrong with the body, and with everything beside it, in one refusal."""
+        return all_wrong(
+            of_body,
+            lambda: texts_of(parts, self._text) if self._text else numbers_of(parts, scope["path"]),
+            lambda: self._asked(query_string),
+            lambda: self._key(headers),
+            lambda: self._version(headers),
+            lambda: self._wait_ms(headers),
+        )
 
     def reworded(self, error: InvalidRequest) -> InvalidRequest:
         """The error with the fields called as the API calls them."""

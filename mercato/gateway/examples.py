@@ -109,7 +109,7 @@ VALUES: Final[Mapping[str, Any]] = {
     "due_minor": 9999,
     "provider_code": "insufficient_funds",
     "FieldError.field": "items[0].quantity",
-    "FieldError.message": "expected int >= 1",
+    "FieldError.message": "must be at least 1",
     "MalformedJson.column": 16,
     "MalformedJson.line": 3,
     "MalformedJson.offset": 42,

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Final
 
 from msgspec import Meta
 
+from mercato.chassis.contract import checked
+from mercato.chassis.mail import addresses
 from mercato.contracts import payments, products, users
 
 STRICTER: Final = "x-stricter-pattern"
@@ -17,7 +19,13 @@ STRICTER: Final = "x-stricter-pattern"
 _CONTROLS: Final = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
 _VISIBLE: Final = rf"^[^{_CONTROLS}]*[^\s{_CONTROLS}][^{_CONTROLS}]*\Z"
 
-Email = Annotated[users.Email, Meta(extra_json_schema={"format": "email"})]
+Email = Annotated[
+    users.Email,
+    Meta(
+        extra=checked(lambda email: addresses.problem(addresses.composed(email))),
+        extra_json_schema={"format": "email"},
+    ),
+]
 UserName = Annotated[users.Name, Meta(extra_json_schema={"pattern": _VISIBLE})]
 ProductName = Annotated[products.Name, Meta(extra_json_schema={"pattern": _VISIBLE})]
 ProductDescription = Annotated[
@@ -27,7 +35,12 @@ NewPassword = Annotated[
     users.Password,
     Meta(
         description="Not one character repeated, not the e-mail address, and none of the commonest passwords.",
-        extra_json_schema={"minLength": 10, "pattern": rf"^(?=(.)\1*(?!\1).)[^{_CONTROLS}]*\Z"},
+        extra=checked(
+            lambda password: (
+                f"must have at least {users.MIN_PASSWORD} characters" if len(password) < users.MIN_PASSWORD else None
+            )
+        ),
+        extra_json_schema={"minLength": users.MIN_PASSWORD, "pattern": rf"^(?=(.)\1*(?!\1).)[^{_CONTROLS}]*\Z"},
     ),
 ]
 PAYMENT_METHOD_PATTERN: Final = (

@@ -20,6 +20,7 @@ class RequestHeaders:
 
     accept_encoding: bytes | None = None
     authorization: bytes | None = None
+    content_length: bytes | None = None
     content_type: bytes | None = None
     forwarded: bytes | None = None
     """What a proxy adds: X-Forwarded-For, X-Real-IP, Forwarded or Via."""
@@ -39,6 +40,7 @@ class RequestHeaders:
     """Of a preflight: the method that a page of another origin would use."""
     repeated: bytes | None = None
     """The name of a header that came more than once, and may come once."""
+    transfer_encoding: bytes | None = None
 
     trace_id: str
     """Of `traceparent` (W3C Trace Context), else a new one: 32 hexadecimal digits."""
@@ -83,6 +85,7 @@ _FIELDS: Final = {
     b"accept-encoding": "accept_encoding",
     b"access-control-request-method": "requested_method",
     b"authorization": "authorization",
+    b"content-length": "content_length",
     b"content-type": "content_type",
     b"forwarded": "forwarded",
     b"x-forwarded-for": "forwarded",
@@ -99,6 +102,7 @@ _FIELDS: Final = {
     b"prefer": "prefer",
     b"x-request-id": "x_request_id",
     b"traceparent": "traceparent",
+    b"transfer-encoding": "transfer_encoding",
 }
 _LISTS: Final = frozenset({"accept_encoding", "forwarded", "if_none_match", "prefer"})
 _REPLACED: Final = frozenset({"traceparent", "x_request_id"})

@@ -9,12 +9,22 @@ from typing import Annotated, Any, Final, Self, cast
 
 import msgspec
 
-from mercato.chassis.contract import FieldError
+from mercato.chassis.contract import FieldError, checked, worded
 from mercato.contracts.money import AMOUNT_LENGTH, AMOUNT_PATTERN, EXPONENTS, decimal_string, to_minor, unknown_currency
 from mercato.gateway.route import Input
 
 CURRENCY_PATTERN: Final = r"^[A-Z]{3}\Z"
-Currency = Annotated[str, msgspec.Meta(pattern=CURRENCY_PATTERN, examples=["USD"])]
+Currency = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=CURRENCY_PATTERN,
+        examples=["USD"],
+        extra={
+            **worded("must be three capital letters, such as USD"),
+            **checked(lambda currency: None if currency in EXPONENTS else unknown_currency(currency)),
+        },
+    ),
+]
 
 REMEMBERED_AMOUNTS: Final = 4_096
 

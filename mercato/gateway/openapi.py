@@ -43,7 +43,8 @@ REFERENCE_TAG: Final = "reference forms"
 
 INTRODUCTION: Final = f"""\
 Everything is JSON over HTTP. Send bodies of at most {MAX_BODY_BYTES} bytes, with `Content-Type: application/json`. \
-Fields and query parameters that are not known are refused, so that a misspelt one is never ignored. Answers may get \
+Fields and query parameters that are not known are refused, so that a misspelt one is never ignored, and so is a body \
+where none is described (`{{}}` counts as none). Answers may get \
 new fields: ignore those that you do not know.
 
 **Money** is a decimal string with its currency (ISO 4217). Ids are integers below 2^53. Times are RFC 3339, in UTC.

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import Final
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Protocol
 
 import msgspec
 from throttled import RateLimiterType, Throttled, rate_limiter, store
 
-from mercato.chassis.contract import Actor
+from mercato.chassis.contract import ANONYMOUS, Actor, Kind, ServiceError
 from mercato.chassis.http import network_of
 from mercato.chassis.observability.clock import Clock
 from mercato.gateway.problems import TooManyRequests
-from mercato.gateway.route import Limits
+from mercato.gateway.route import Limits, RouteRequest
 
 REMEMBERED_CALLERS: Final = 10_000
 HOUR_SECONDS: Final = 3_600
@@ -71,6 +72,40 @@ class RateLimiter:
                 store=self._store,
             )
         return self._throttles[name]
+
+
+class GuardedRoute(Protocol):
+    """A route that checks passwords, or opens accounts."""
+
+    name: str
+    limits: Limits
+    tries: Callable[[RouteRequest], str | None] | None
+    call: Callable[[Any], Awaitable[Any]]
+
+
+async def call_guarded(
+    route: GuardedRoute, request: RouteRequest, asked: Any, address: str, rates: RateLimiter, tries: PasswordTries
+) -> Any:
+    """The answer of a route that checks passwords or opens accounts. Raises `TooManyRequests` and its errors."""
+    account = route.tries(request) if route.tries else None
+    per_hour = route.limits.done_per_hour if request.actor == ANONYMOUS else None
+    if per_hour is not None:
+        rates.check_done(route.name, per_hour, address)
+    if account is not None:
+        tries.begin(account, address)
+    is_right = None
+    try:
+        answer = await route.call(asked)
+        is_right = True
+    except ServiceError as error:
+        is_right = False if error.kind is Kind.UNAUTHENTICATED else None
+        raise
+    finally:
+        if account is not None:
+            tries.end(account, address, is_right=is_right)
+    if per_hour is not None:
+        rates.note_done(route.name, per_hour, address)
+    return answer
 
 
 class Failures(msgspec.Struct):

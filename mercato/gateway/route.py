@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, dataclass_transform
 from urllib.parse import urlencode
 
@@ -25,6 +25,11 @@ NO_TEXT: Final[Mapping[str, str]] = types.MappingProxyType({})
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
 class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A JSON body or the query parameters. Unknown fields are refused: a misspelt filter must not be ignored."""
+
+    @classmethod
+    def wrong_members(cls, given: Collection[str]) -> Iterable[tuple[str, str]]:
+        """What is wrong with which members are given, and not null: pairs of field and message."""
+        return ()
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))

@@ -15,9 +15,10 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from mercato.chassis.contract import MAX_ID, FieldError, InvalidRequest
-from mercato.gateway.money import AmountIn, ExactFloat, MoneyIn, decode_amount, exact_float
+from mercato.chassis.contract import MAX_ID, FieldError, InvalidRequest, ServiceError, checks, explained
+from mercato.gateway.money import AmountIn, ExactFloat, MoneyIn, checked_currency, decode_amount, exact_float
 from mercato.gateway.problems import MalformedJson, RouteNotFound
+from mercato.gateway.route import Input
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -105,7 +106,8 @@ def _stretched(asked: msgspec.Struct, given: Mapping[str, str]) -> list[FieldErr
     for name, text in given.items():
         value = getattr(asked, name)
         if value is None or (isinstance(value, int) and not _INTEGER.match(text)):
-            errors.append(FieldError(field=f"?{name}", message="is not a value that this takes"))
+            message = "must be a whole number" if isinstance(value, int) else "must not be null; leave it out"
+            errors.append(FieldError(field=f"?{name}", message=message))
     return errors
 
 
@@ -117,6 +119,19 @@ def invalid(*errors: tuple[str, str]) -> InvalidRequest:
     return InvalidRequest(errors=tuple(FieldError(field=field, message=message) for field, message in errors))
 
 
+def all_wrong(errors: Sequence[FieldError], *checks: Callable[[], object]) -> InvalidRequest:
+    """One refusal of `errors` and of what each of `checks` refuses."""
+    found = list(errors)
+    for check in checks:
+        try:
+            check()
+        except InvalidRequest as error:
+            found += error.errors
+        except ServiceError:  # of another kind: that is for a request that is valid
+            pass
+    return InvalidRequest(errors=tuple(found[:ERRORS_LIMIT]))
+
+
 # -------------------------------------------------------------------------------------------------------- the path
 
 
@@ -125,8 +140,8 @@ def texts_of(parts: Mapping[str, str], kinds: Mapping[str, Any]) -> Mapping[str,
     for name, text in parts.items():
         try:
             msgspec.convert(text, kinds[name])
-        except msgspec.ValidationError:
-            raise invalid((f"path {name}", "is not what this takes")) from None
+        except msgspec.ValidationError as error:
+            raise invalid((f"path {name}", _message(error, kinds[name]))) from None
     return parts
 
 
@@ -164,10 +179,12 @@ def _collect(model: Any, value: Any, path: str, strict: bool, errors: list[Field
     if len(errors) >= ERRORS_LIMIT:
         return
     try:
-        msgspec.convert(value, model, strict=strict, dec_hook=decode_amount)
-        return
+        fitting = msgspec.convert(value, model, strict=strict, dec_hook=decode_amount)
     except msgspec.ValidationError as error:
-        message = _message(error)
+        message = _message(error, model)
+    else:
+        _check(model, fitting, path, errors)
+        return
     model = _without_none(model)
     model = MoneyIn if model is AmountIn and isinstance(value, Mapping) else model
     if _is_struct(model) and isinstance(value, Mapping):
@@ -182,6 +199,16 @@ def _collect(model: Any, value: Any, path: str, strict: bool, errors: list[Field
         errors.append(FieldError(field=path or "body", message=message))
 
 
+def _check(model: Any, value: Any, path: str, errors: list[FieldError]) -> None:
+    """What a service would find wrong with a value that fits its type: said together with what does not fit."""
+    if value is None:
+        return
+    found = [FieldError(field=path, message=message) for check in checks(model) if (message := check(value))]
+    if isinstance(value, AmountIn):
+        checked_currency(f"{path}.currency", value.currency, found)
+    errors += found
+
+
 def _collect_struct(
     model: type[msgspec.Struct], value: Mapping[str, Any], path: str, strict: bool, errors: list[FieldError]
 ) -> None:
@@ -193,6 +220,9 @@ def _collect_struct(
         elif field.required:
             errors.append(FieldError(field=dot + field.encode_name, message="is missing"))
     known = {field.encode_name for field in fields}
+    if issubclass(model, Input):
+        given = {name for name, member in value.items() if member is not None}
+        errors += [FieldError(field=dot + name, message=message) for name, message in model.wrong_members(given)]
     unknown = (name for name in value if name not in known)
     errors += [FieldError(field=_shortened(dot + name), message="is not a known field") for name in unknown]
 
@@ -225,10 +255,8 @@ def _place(error: msgspec.ValidationError) -> str:
     return (found and found[1]) or "body"
 
 
-def _message(error: msgspec.ValidationError) -> str:
-    text = _PLACE.sub("", str(error)).replace("`", "").replace(" | null", "")
-    text = text.replace("ExactFloat", "float").replace(r"\\Z'", "$'")  # as the document of the API has it
-    return text[:1].lower() + text[1:]
+def _message(error: msgspec.ValidationError, model: Any = None) -> str:
+    return explained(_PLACE.sub("", str(error)), model)
 
 
 def _shortened(name: str) -> str:

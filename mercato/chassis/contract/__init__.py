@@ -12,6 +12,12 @@ Messages are frozen structs and sequences in them are tuples, so a call inside o
 itself and is as safe as a remote one. A contract changes additively: a new operation, a new field with a default.
 """
 
+from .constraints import (
+    checked as checked,
+    checks as checks,
+    explained as explained,
+    worded as worded,
+)
 from .context import (
     ANONYMOUS as ANONYMOUS,
     GUEST_ROLE as GUEST_ROLE,

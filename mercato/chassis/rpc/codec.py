@@ -23,6 +23,7 @@ from mercato.chassis.contract import (
     Operation,
     ServiceError,
 )
+from mercato.chassis.contract.constraints import explained
 
 A = TypeVar("A", bound=Message)
 B = TypeVar("B")
@@ -101,7 +102,7 @@ def _decode_request(operation: Operation[Any, Any], body: msgspec.Raw) -> Any | 
         return msgspec.msgpack.decode(body, type=operation.request)
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$")
-        return InvalidRequest(errors=(FieldError(field=where.strip(".`"), message=what),))
+        return InvalidRequest(errors=(FieldError(field=where.strip(".`"), message=explained(what)),))
 
 
 # ----------------------------------------------------------------------------------------------------------- outcomes

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID
+from mercato.chassis.contract import MAX_ID, worded
 from mercato.contracts import events as contract
 from mercato.contracts.events import CursorAhead, CursorTooOld, EventPage, Events, ListEvents
 from mercato.contracts.roles import STAFF_ONLY
@@ -37,6 +37,7 @@ class EventsQuery(Input):
             str,
             Meta(
                 pattern=TYPES_PATTERN,
+                extra=worded("must be types of events with commas between, such as order.placed,order.paid"),
                 description=f"Only events of these types: up to {contract.TYPES_LIMIT}, with commas between.",
                 examples=["order.placed,order.paid"],
             ),

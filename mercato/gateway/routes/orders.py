@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -20,6 +20,7 @@ from mercato.chassis.contract import (
     StaleVersion,
 )
 from mercato.contracts import orders as contract
+from mercato.contracts.inventory import NO_NUL
 from mercato.contracts.order_history import History, HistoryAxis, Timeline
 from mercato.contracts.orders import (
     CancelReason,
@@ -40,7 +41,7 @@ from mercato.gateway.validation import shared
 
 Id = Annotated[int, Meta(ge=1, le=MAX_ID)]
 Quantity = Annotated[int, Meta(ge=1, le=contract.QUANTITY_LIMIT)]
-Reason = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*\Z")]
+Reason = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*\Z", extra=NO_NUL)]
 PublicReason = Annotated[Reason, Meta(description="The customer reads it.")]
 InternalNote = Annotated[Reason, Meta(description="Of staff, for staff: no customer reads it.")]
 
@@ -71,12 +72,25 @@ class PlaceOrderIn(Input):
     customer_note: contract.Note = ""
     email: Annotated[Email | None, Meta(description="Of a guest; staff see it.")] = None
 
+    @classmethod
+    def wrong_members(cls, given: Collection[str]) -> Iterable[tuple[str, str]]:
+        if "items" in given:
+            if "product_id" in given or "quantity" in given:
+                yield "items", "is one form, product_id and quantity the other; give one"
+        elif "product_id" not in given:
+            yield "items", "is missing; or give product_id for an order of one item"
+
 
 class MoveOrderIn(Input):
     """`status`, `fulfilment` or both."""
 
     status: contract.Status | None = None
     fulfilment: contract.Fulfilment | None = None
+
+    @classmethod
+    def wrong_members(cls, given: Collection[str]) -> Iterable[tuple[str, str]]:
+        if not {"status", "fulfilment"} & set(given):
+            yield "status", "is missing; give status, fulfilment or both"
 
 
 class CancelIn(Input):
@@ -298,14 +312,17 @@ def _place(request: RouteRequest) -> contract.PlaceOrder:
 
 
 def _lines(body: PlaceOrderIn, errors: list[FieldError]) -> tuple[PlaceLine, ...]:
-    if body.items is None:
-        if body.product_id is None:
-            errors.append(FieldError(field="items", message="is missing; or give product_id for an order of one item"))
-            return ()
+    if body.items is None and body.product_id is not None:
         return (PlaceLine(product_id=body.product_id, quantity=body.quantity or 1),)
-    if body.product_id is not None or body.quantity is not None:
-        errors.append(FieldError(field="items", message="is one form, product_id and quantity the other; give one"))
-    return tuple(PlaceLine(product_id=item.product_id, quantity=item.quantity) for item in body.items)
+    if body.items is None or body.product_id is not None or body.quantity is not None:
+        errors += members_errors(body)
+    return tuple(PlaceLine(product_id=item.product_id, quantity=item.quantity) for item in body.items or ())
+
+
+def members_errors(body: Input) -> list[FieldError]:
+    """What is wrong with which members of a body are given."""
+    given = {name for name in body.__struct_fields__ if getattr(body, name) is not None}
+    return [FieldError(field=name, message=message) for name, message in body.wrong_members(given)]
 
 
 def placing(
@@ -346,9 +363,8 @@ def _list(request: RouteRequest) -> contract.ListOrders:
 
 def _move(request: RouteRequest) -> contract.MoveOrder:
     body: MoveOrderIn = request.body
-    if body.status is None and body.fulfilment is None:
-        missing = FieldError(field="status", message="is missing; give status, fulfilment or both")
-        raise InvalidRequest(errors=(missing,))
+    if errors := members_errors(body):
+        raise InvalidRequest(errors=tuple(errors))
     return contract.MoveOrder(
         id=request.path["id"], status=body.status, fulfilment=body.fulfilment, version=request.if_match
     )

@@ -269,7 +269,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         request=lambda request: contract.RestoreProduct(id=request.path["id"], version=request.if_match),
         answer=product_out,
         output=ProductOut,
-        etag=_version,
+        etag=_tag,
         if_match=True,
         errors=(contract.ProductNotFound, StaleVersion),
     ),

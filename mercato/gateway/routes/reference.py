@@ -24,7 +24,7 @@ from typing import Annotated, Any, Final, TypeVar, cast
 import msgspec
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, Forbidden
+from mercato.chassis.contract import MAX_ID, Forbidden, worded
 from mercato.contracts import orders as contract
 from mercato.contracts.orders import NAMED_BY_SKU, Orders, PaidOrder, PlacedOrder, PlaceLine
 from mercato.contracts.products import FindProduct, Products, Sku, SkuNotFound
@@ -49,7 +49,13 @@ from mercato.gateway.validation import invalid
 
 T = TypeVar("T", bound=Output)
 
-UserNumber = orders.Id | Annotated[str, Meta(pattern=r"^[1-9][0-9]{0,15}\Z", examples=["1"])]
+UserNumber = (
+    orders.Id
+    | Annotated[
+        str,
+        Meta(pattern=r"^[1-9][0-9]{0,15}\Z", extra=worded("must be a number without leading zeros"), examples=["1"]),
+    ]
+)
 """An id of a user as a number, or as a string of digits."""
 
 

@@ -163,9 +163,10 @@ def illegal(order: Order, axis: Axis, wanted: str) -> IllegalMove:
 
 
 def _why_not(order: Order, axis: Axis, wanted: str) -> str:
-    """Which other axis forbids a move that its own allows; empty where none does."""
-    if wanted not in AXES[axis].get(getattr(order, axis), ()):
-        return ""
+    """What forbids a move: where the order is on its axis, or another axis."""
+    current: str = getattr(order, axis)
+    if wanted not in AXES[axis].get(current, ()):
+        return _why_not_from(axis, current, wanted)
     if axis == "fulfilment" and order.status not in SHIPPABLE:
         return f"the order is {order.status}"
     if order.payment == "authorized" and wanted in AUTHORIZED_BLOCKS:
@@ -176,6 +177,17 @@ def _why_not(order: Order, axis: Axis, wanted: str) -> str:
     if axis == "status" and wanted == "cancelled" and order.fulfilment not in CANCELLABLE:
         return f"its goods are {order.fulfilment}; take them back instead"
     return ""
+
+
+def _why_not_from(axis: Axis, current: str, wanted: str) -> str:
+    """Why an axis has no move from one state to another."""
+    what = {"status": "it is", "payment": "its payment is", "fulfilment": "its goods are"}[axis]
+    if current == wanted:
+        return f"{what} {current} already"
+    sources = [before for before, after in AXES[axis].items() if wanted in after]
+    if not sources:
+        return f"{what} {current}, and no order goes back to {wanted}"
+    return f"{what} {current}, and only an order that is {' or '.join(sources)} can become {wanted}"
 
 
 def check_declared(order: Order, status: str | None, payment: str | None, fulfilment: str | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 from mercato.chassis.contract import ANONYMOUS, Actor, FieldError, Forbidden, Operation
 from mercato.chassis.mail import addresses
 from mercato.contracts.roles import CUSTOMER, STAFF
-from mercato.contracts.users import UserNotFound
+from mercato.contracts.users import MIN_PASSWORD, UserNotFound
 
 SESSION_LENGTH: Final = datetime.timedelta(days=30)
 """From signing in; refreshing does not prolong it, so that a stolen session ends some day."""
@@ -29,7 +29,6 @@ ENDED_KEPT: Final = datetime.timedelta(minutes=20)
 """How long the log of ended sessions keeps an entry: as long as access tokens live (15 minutes), and a margin."""
 
 MAX_NAME: Final = 200
-MIN_PASSWORD: Final = 10
 MAX_PASSWORD: Final = 256
 
 # Those with at least ten characters that open every list of leaked passwords. Shorter ones are refused anyway.

@@ -155,7 +155,7 @@ def test_what_has_left_goes_on_although_it_was_refunded(order: Order):
 
 
 @given(orders, st.sampled_from(["status", "payment", "fulfilment"]), st.data())
-def test_a_refusal_says_why_where_another_axis_forbids_the_move(order: Order, axis: Axis, data: st.DataObject):
+def test_a_refusal_says_why_the_move_is_not_made(order: Order, axis: Axis, data: st.DataObject):
     wanted = data.draw(st.sampled_from(STATES[axis]))
     if wanted in rules.legal_moves(order, axis):
         return
@@ -163,8 +163,35 @@ def test_a_refusal_says_why_where_another_axis_forbids_the_move(order: Order, ax
     refused = rules.illegal(order, axis, wanted)
 
     is_declared = wanted in rules.AXES[axis][getattr(order, axis)]
-    assert bool(refused.why) == is_declared
-    assert refused.why in str(refused)
+    assert refused.why
+    assert f", because {refused.why}; legal from here" in str(refused)
+    if not is_declared:
+        assert getattr(order, axis) in refused.why
+
+
+@pytest.mark.parametrize(
+    ("axis", "current", "wanted", "why"),
+    [
+        ("fulfilment", "shipped", "shipped", "its goods are shipped already"),
+        ("fulfilment", "shipped", "unfulfilled", "its goods are shipped, and no order goes back to unfulfilled"),
+        (
+            "fulfilment",
+            "unfulfilled",
+            "delivered",
+            "its goods are unfulfilled, and only an order that is shipped can become delivered",
+        ),
+        (
+            "status",
+            "completed",
+            "cancelled",
+            "it is completed, and only an order that is pending or confirmed can become cancelled",
+        ),
+    ],
+)
+def test_a_move_that_its_axis_does_not_have_is_refused_with_where_the_order_is(
+    axis: Axis, current: str, wanted: str, why: str
+):
+    assert rules._why_not_from(axis, current, wanted) == why
 
 
 @given(orders, st.data())
