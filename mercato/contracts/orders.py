@@ -478,6 +478,8 @@ class PaymentDeclined(ServiceError, code="orders.payment_declined", kind=Kind.RE
     payment_id: int
     provider_code: str
     payable_until: datetime.datetime | None = None
+    replayed: bool = False
+    """An earlier request with the same key has made this payment."""
 
     def spoken(self) -> dict[str, Any]:
         until = self.payable_until and self.payable_until.astimezone(datetime.UTC)

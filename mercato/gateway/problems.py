@@ -58,6 +58,8 @@ TITLES: Final[Mapping[int, str]] = {
 }
 
 
+REPLAYED: Final = "replayed"
+"""The field of an error that an earlier request with the same key has led to: a header says so, and no detail."""
 NO_DETAILS: Final[Mapping[str, Any]] = {}
 
 
@@ -142,6 +144,8 @@ def _shown(details: Mapping[str, Any]) -> dict[str, Any]:
     """
     shown: dict[str, Any] = {}
     for name, value in details.items():
+        if name == REPLAYED:
+            continue
         subject, _, unit = name.rpartition("_")
         currency = details.get(f"{subject}_currency", details.get("currency"))
         if unit == "minor" and currency is not None:
@@ -173,6 +177,8 @@ def render(error: ServiceError, trace_id: str, more: Mapping[str, Any] = NO_DETA
         details={} if invalid else {**_shown(error.details), **more},
     )
     lines = [CONTENT_TYPE, NO_STORE]
+    if REPLAYED in error.fields and getattr(error, REPLAYED):
+        lines.append(b"idempotent-replayed: true")
     if error.retry_after_s is not None:
         lines.append(b"retry-after: %d" % error.retry_after_s)
     if status == 401:

@@ -109,7 +109,7 @@ class Paying:
         # A payment that was made, and refunded since, is what its key stands for.
         was_made = begun.replayed and payment.authorized_minor > 0 and payment.code is None
         if payment.status in ("failed", "voided") and not was_made:
-            raise await self._refusal(payment)
+            raise await self._refusal(payment, replayed=begun.replayed)
         return PaidOrder(payment=payment, replayed=begun.replayed)
 
     async def _begin_payment(self, request: PayOrder, method: str) -> BegunPayment:
@@ -260,14 +260,14 @@ class Paying:
         with as_service():
             return await self._payments.get(GetPayment(id=payment_id))
 
-    async def _refusal(self, payment: PaymentRecord) -> ServiceError:
+    async def _refusal(self, payment: PaymentRecord, *, replayed: bool = False) -> ServiceError:
         """Why a payment came to nothing: the provider declined it, or its order ended before it was made."""
         async with self._database.read() as tx:
             order = (await store.get(tx, [payment.order_id]))[payment.order_id].order
         reason = order.reason
         if reason is not None and reason.code not in ("payment_declined", "payment_lost"):
             return OrderCancelled(order_id=order.id, reason=reason.code)
-        return await self._declined(order, payment)
+        return await self._declined(order, payment, replayed=replayed)
 
     async def refusal(self, record: OrderRecord) -> ServiceError | None:
         """Why an order was refused: its last payment was declined, or it was cancelled by the shop.
@@ -284,10 +284,14 @@ class Paying:
         payment = await self._payment(order.id, BegunPayment(record.payment_attempt, record.nonce))
         return await self._declined(order, payment) if payment.status in ("failed", "voided") else None
 
-    async def _declined(self, order: Order, payment: PaymentRecord) -> PaymentDeclined:
+    async def _declined(self, order: Order, payment: PaymentRecord, *, replayed: bool = False) -> PaymentDeclined:
         code = payment.code or (order.reason.provider_code if order.reason else None) or payment.status
         return PaymentDeclined(
-            order_id=order.id, payment_id=payment.id, provider_code=code, payable_until=await self._rests(order)
+            order_id=order.id,
+            payment_id=payment.id,
+            provider_code=code,
+            payable_until=await self._rests(order),
+            replayed=replayed,
         )
 
     async def _rests(self, order: Order) -> datetime.datetime | None:
