@@ -37,6 +37,7 @@ from mercato.gateway.ended_sessions import READ_EVERY_SECONDS, READ_SECONDS, RET
 from mercato.gateway.pages import Pages
 from mercato.gateway.route import Route
 from mercato.gateway.routes import ROUTES
+from mercato.gateway.shared_counts import SharedCounts
 from mercato.simulators.bank.contract import Sandbox
 
 if TYPE_CHECKING:
@@ -208,13 +209,14 @@ def gateway(
     load: LoadLimits | None = None,
     cors_origins: Sequence[str] = (),
     metrics_token: str = "",
+    counts: int | None = None,
 ) -> Gateway:
     """The rows of the public API that need `services` alone. `open_to`: the address of a shop that asks for no tokens.
 
     `details` is told by `/health/ready` besides; what makes it say that the process is not ready, `problems` gives, by
     default those of the databases; besides, that it does not know yet which sessions have ended. `caller` is whom
     services in other processes see. `cors_origins`: whose pages may call the API from a browser.
-    `metrics_token` opens `/metrics`.
+    `metrics_token` opens `/metrics`. `counts`: the file that the gateways of a machine count in together.
     """
     routes = [route for route in ROUTES if {route.operation.service, *_services_of_parts(route)} <= set(services)]
 
@@ -267,6 +269,7 @@ def gateway(
         log_requests=log_requests,
         load=load,
         cross_origin=CrossOrigin(cors_origins) if cors_origins else None,
+        counts=SharedCounts(host.clock.monotonic, counts),
     )
 
 

@@ -49,7 +49,7 @@ def main() -> None:
     lifeline.on_end(ask_to_stop)
     listener = None if told.listener is None else socket.socket(fileno=told.listener)
     options = serve.Options(names=told.hosts, host=told.host, port=0, auth=told.auth, json=True)
-    sys.exit(serve.run(options, listener))
+    sys.exit(serve.run(options, listener, told.counts))
 
 
 if __name__ == "__main__":

@@ -74,10 +74,11 @@ class Options(msgspec.Struct, frozen=True):
     json: bool = False
 
 
-def run(options: Options, listener: socket.socket | None = None) -> int:
+def run(options: Options, listener: socket.socket | None = None, counts: int | None = None) -> int:
     """Serves until the process is asked to stop; gives the exit code, as `up` does.
 
-    `listener` is a socket that listens already, in place of `options.host` and `options.port`.
+    `listener` is a socket that listens already, in place of `options.host` and `options.port`; `counts` the file in
+    which several gateways count together.
     """
     import uvloop
 
@@ -90,7 +91,7 @@ def run(options: Options, listener: socket.socket | None = None) -> int:
         configure_logging(settings.log_level)
         inject_faults(settings.faults, options.names)
         announce_test_modes(settings, is_open=is_open(options.host, options.auth))
-        serving = _Serving(options, settings, listener)
+        serving = _Serving(options, settings, listener, counts)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(serving.run())
     except EXPECTED as error:
@@ -108,10 +109,12 @@ class _Serving:
         options: Options,
         settings: config.ServeSettings,
         listener: socket.socket | None,
+        counts: int | None,
     ) -> None:
         self._options = options
         self._settings = settings
         self._listener = listener
+        self._counts = counts
         self._progress = Progress(as_json=options.json)
         self._services = [name for name in options.names if name != GATEWAY]
         self._has_gateway = GATEWAY in options.names
@@ -189,6 +192,7 @@ class _Serving:
             caller=self._options.names[0] if not self._has_gateway else GATEWAY,
             problems=problems,
             load=LoadLimits.up_to(self._settings.requests_in_work),
+            counts=self._counts,
             details=details,
         )
         finished = asyncio.Event()

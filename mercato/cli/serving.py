@@ -71,6 +71,7 @@ async def _serve(assignment: Assignment, lifeline: Lifeline) -> None:
             currency=assignment.currency,
             details=background.details,
             load=LoadLimits.up_to(assignment.requests_in_work),
+            counts=assignment.counts,
         )
         spare_the_collector()
         with socket.socket(fileno=assignment.listener) as listener:

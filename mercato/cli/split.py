@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 import msgspec
 
@@ -48,6 +48,13 @@ PORTS: Final = range(20_000, 32_768)
 """For addresses that stay when a process starts again: below those from which the system takes its own."""
 
 
+class Shared(NamedTuple):
+    """The file descriptors that all gateways inherit."""
+
+    listener: int
+    counts: int
+
+
 class InstanceAssignment(msgspec.Struct, frozen=True):
     """What a process is told."""
 
@@ -58,6 +65,8 @@ class InstanceAssignment(msgspec.Struct, frozen=True):
     environment: Mapping[str, str]
     listener: int | None = None
     """The file descriptor of a listening socket for clients; None: a free port on `host`."""
+    counts: int | None = None
+    """That of the file in which the gateways count the requests of each caller together."""
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -89,10 +98,14 @@ def with_replicas(placement: Placement, wanted: str) -> Placement:
     return msgspec.structs.replace(placement, processes=processes)
 
 
-def planned(placement: Placement, transport: str, listener: socket.socket) -> list[Instance]:
-    """All processes of a placement, which may begin to import. Gateways are to listen on `listener`."""
+def planned(placement: Placement, transport: str, listener: socket.socket, counts: int) -> list[Instance]:
+    """All processes of a placement, which may begin to import. Gateways are to listen on `listener`.
+
+    `counts`: the file in which they count together.
+    """
+    shared = Shared(listener.fileno(), counts)
     return [
-        Instance(name, plan, number, transport, listener.fileno() if GATEWAY in plan.hosts else None)
+        Instance(name, plan, number, transport, shared if GATEWAY in plan.hosts else None)
         for name, plan in placement.processes.items()
         for number in range(plan.replicas)
     ]
@@ -125,7 +138,8 @@ def assign(
                 host=host if instance.is_gateway else LOOPBACK,
                 auth=auth,
                 environment=variables,
-                listener=instance.listener,
+                listener=instance.shared and instance.shared.listener,
+                counts=instance.shared and instance.shared.counts,
             )
         )
 
@@ -201,14 +215,14 @@ class Instance:
     It begins to import at once, which takes longer than all that it does before it serves, and waits for `assign`.
     """
 
-    def __init__(self, process: str, plan: ProcessPlan, number: int, transport: str, listener: int | None) -> None:
+    def __init__(self, process: str, plan: ProcessPlan, number: int, transport: str, shared: Shared | None) -> None:
         self.name = f"{process}.{number + 1}" if plan.replicas > 1 else process
         self.process = process
         self.plan = plan
         self.transport = transport
         self.number = number
         """Among the replicas, from 0."""
-        self.listener = listener
+        self.shared = shared
         self.assignment: InstanceAssignment | None = None
         self.url = ""
         """Where it serves clients, once it is ready."""
@@ -256,7 +270,7 @@ class Instance:
             self.name,
             env=variables.for_child(without=ADMINISTRATORS),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-            pass_fds=[] if self.listener is None else [self.listener], start_new_session=True, limit=LINE_BYTES,
+            pass_fds=self.shared or (), start_new_session=True, limit=LINE_BYTES,
         )  # fmt: skip
         self._process = process
         self.pid = process.pid

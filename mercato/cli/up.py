@@ -48,6 +48,7 @@ from mercato.cli.starting import (
 from mercato.cli.workers import WorkerFailed, Workers
 from mercato.embedded_postgres import DataFolder, EmbeddedPostgres, SupervisorError, require_known_format
 from mercato.gateway.cross_origin import origins_of
+from mercato.gateway.shared_counts import new_file
 from mercato.operations.audit.background import Background
 
 T = TypeVar("T")
@@ -342,7 +343,9 @@ class _Up:
 
     def _importing(self, stack: contextlib.AsyncExitStack, listener: socket.socket) -> Split:
         """The processes, which import while the databases are made ready."""
-        split = Split(planned(self._placement, self._transport, listener))
+        counts = new_file()
+        stack.callback(os.close, counts)
+        split = Split(planned(self._placement, self._transport, listener, counts))
         self._progress.step(f"starting {len(split.instances)} processes")
         stack.push_async_callback(split.stop)
         split.start(self._note_process, self._end)

@@ -26,6 +26,7 @@ from mercato.chassis.hosting import variables
 from mercato.chassis.observability.telemetry import MULTIPROCESS_VARIABLE
 from mercato.chassis.rpc.limits import CallLimits
 from mercato.gateway.cross_origin import origins_of
+from mercato.gateway.shared_counts import new_file
 
 if TYPE_CHECKING:
     # Reading settings is the owner's business; a worker that imported what that takes would start later.
@@ -49,6 +50,8 @@ class Assignment(msgspec.Struct, frozen=True):
 
     listener: int
     """The file descriptor of the listening socket."""
+    counts: int
+    """That of the file in which the workers count the requests of each caller together."""
     admin_dsn: str
     """For audits, which make a database of their own."""
     dsns: Mapping[str, str]
@@ -86,8 +89,10 @@ class Workers:
     ) -> None:
         self._count = count
         self._listener = listener
+        self._counts = new_file()
         self._assignment = Assignment(
             listener=listener.fileno(),
+            counts=self._counts,
             admin_dsn=admin_dsn,
             dsns=dict(dsns),
             secret=secret,
@@ -126,6 +131,7 @@ class Workers:
             for watch in watches:
                 watch.cancel()
             shutil.rmtree(metrics, ignore_errors=True)
+            os.close(self._counts)
 
     async def ready(self) -> None:
         """Returns when every worker accepts connections. Raises `WorkerFailed` when one ends instead."""
@@ -144,7 +150,7 @@ class Workers:
             metrics,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            pass_fds=[self._listener.fileno()],
+            pass_fds=[self._listener.fileno(), self._counts],
             env=variables.for_child(**{MULTIPROCESS_VARIABLE: metrics}),
             start_new_session=True,  # Ctrl-C in the terminal is the owner's business
         )

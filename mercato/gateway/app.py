@@ -47,6 +47,7 @@ from mercato.gateway.cross_origin import CrossOrigin
 from mercato.gateway.headers import RequestHeaders, check_content_type, expected_version, preferred_wait_ms
 from mercato.gateway.rates import PasswordTries, RateLimiter, call_guarded
 from mercato.gateway.route import NO_TEXT, Page, Route, RouteRequest, gathering
+from mercato.gateway.shared_counts import SharedCounts
 from mercato.gateway.table import NOTHING, Table
 from mercato.gateway.validation import (
     all_wrong,
@@ -102,6 +103,7 @@ class Gateway:
         log_requests: bool = False,
         load: LoadLimits | None = None,
         cross_origin: CrossOrigin | None = None,
+        counts: SharedCounts | None = None,
     ) -> None:
         self.table = Table([BoundRoute(route, client, telemetry, currency) for route in routes])
         self._authenticator = authenticator
@@ -109,8 +111,9 @@ class Gateway:
         self._monotonic = clock.monotonic
         self._fallback = fallback
         self._seconds = request_seconds
-        self._rates = RateLimiter()
-        self._tries = PasswordTries(clock)
+        counts = counts or SharedCounts(clock.monotonic)
+        self._rates = RateLimiter(counts, clock)
+        self._tries = PasswordTries(counts, clock)
         self._log_requests = log_requests
         self._cross_origin = cross_origin
         self.load = Shedder(load or LoadLimits(), monotonic=clock.monotonic, telemetry=telemetry)
@@ -313,10 +316,6 @@ def _fields(lines: Lines) -> list[tuple[bytes, bytes]]:
     return [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
 
 
-NO_BODY: Final = (None, b"0")
-"""The Content-Length of a request without a body, unless it has a Transfer-Encoding."""
-
-
 # ---------------------------------------------------------------------------------------------------------- routes
 
 
@@ -406,7 +405,7 @@ class BoundRoute:
                 if form is None:
                     raise self._all_wrong(error.errors, parts, scope, query_string, headers) from None
                 return form, form.typed(actor, parts, scope, query_string, headers, raw, form.decode(raw))
-        elif headers.content_length not in NO_BODY or headers.transfer_encoding is not None:
+        elif headers.content_length not in (None, b"0") or headers.transfer_encoding is not None:
             try:
                 await self._check_no_body(receive)
             except InvalidRequest as error:

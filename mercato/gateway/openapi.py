@@ -429,7 +429,7 @@ class _Described:
         name = "-".join((str(status), *(error.code for error in errors), *(["located"] if is_located else [])))
         if name not in self._responses:
             wanted = {
-                "Idempotent-Replayed": is_located or any(problems.REPLAYED in error.fields for error in errors),
+                "Idempotent-Replayed": is_located or any(error.is_replayed for error in errors),
                 "Location": is_located,
                 "Preference-Applied": is_located,
                 "Allow": status == 405,

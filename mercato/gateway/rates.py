@@ -1,26 +1,23 @@
 """How often one caller may use a route (GCRA), and how soon one may try a password again after wrong ones.
 
-Per process: with N workers a caller may do up to N times as much. An address is that of the connection: behind a proxy,
-all its clients have one.
+The processes of a gateway on one machine count together (`shared_counts.py`); of several machines, each counts by
+itself (docs/decisions/0033-rates-of-one-machine.md). An address is that of the connection: behind a proxy, all its
+clients have one.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol
-
-import msgspec
-from throttled import RateLimiterType, Throttled, rate_limiter, store
 
 from mercato.chassis.contract import ANONYMOUS, Actor, Kind, ServiceError
 from mercato.chassis.http import network_of
 from mercato.chassis.observability.clock import Clock
 from mercato.gateway.problems import TooManyRequests
 from mercato.gateway.route import Limits, RouteRequest
+from mercato.gateway.shared_counts import NOTHING, Numbers, SharedCounts
 
-REMEMBERED_CALLERS: Final = 10_000
 HOUR_SECONDS: Final = 3_600
 
 FREE_FAILURES: Final = 5
@@ -28,50 +25,51 @@ FREE_FAILURES: Final = 5
 FIRST_DELAY_SECONDS: Final = 1.0
 """It doubles with each further failure, up to `LONGEST_DELAY_SECONDS`."""
 LONGEST_DELAY_SECONDS: Final = 60.0
+DOUBLINGS: Final = 10
+"""More than `LONGEST_DELAY_SECONDS` needs."""
 FORGOTTEN_SECONDS: Final = 900.0
 """After the last failure."""
-REMEMBERED_FAILURES: Final = 10_000
+TRIED_SECONDS: Final = 30.0
+"""A try that has not ended by then has ended with its process."""
 
 
 class RateLimiter:
     """Counts by route and by who calls: the signed-in account, else the address that the connection comes from."""
 
-    def __init__(self) -> None:
-        self._store = store.MemoryStore(options={"MAX_SIZE": REMEMBERED_CALLERS})
-        self._throttles: dict[str, Throttled] = {}
+    def __init__(self, counts: SharedCounts, clock: Clock) -> None:
+        self._counts = counts
+        self._clock = clock
 
     def check(self, route: str, limits: Limits, actor: Actor, address: str) -> None:
         """Raises `TooManyRequests` with the seconds to wait."""
         assert limits.per_second is not None
-        throttle = self._throttles.get(route)
-        if throttle is None:
-            throttle = self._throttles[route] = Throttled(
-                using=RateLimiterType.GCRA.value,
-                quota=rate_limiter.per_sec(limits.per_second, burst=limits.burst),
-                store=self._store,
-            )
         caller = f"{actor.role}:{actor.id}" if actor.id else address
-        result = throttle.limit(f"{route} {caller}")
-        if result.limited:
-            raise TooManyRequests(max(1, math.ceil(result.state.retry_after)))
+        self._take(f"{route} {caller}", 1 / limits.per_second, limits.burst)
 
     def check_done(self, route: str, per_hour: int, address: str) -> None:
         """Raises `TooManyRequests` where callers from an address have done it too often; `note_done` counts."""
-        if self._of_done(route, per_hour).peek(f"{route} done {network_of(address)}").remaining < 1:
-            raise TooManyRequests(math.ceil(HOUR_SECONDS / per_hour))
+        self._take(f"{route} done {network_of(address)}", HOUR_SECONDS / per_hour, per_hour, only_looks=True)
 
     def note_done(self, route: str, per_hour: int, address: str) -> None:
-        self._of_done(route, per_hour).limit(f"{route} done {network_of(address)}")
+        self._take(f"{route} done {network_of(address)}", HOUR_SECONDS / per_hour, per_hour, is_refused=False)
 
-    def _of_done(self, route: str, per_hour: int) -> Throttled:
-        name = f"{route} done"
-        if name not in self._throttles:
-            self._throttles[name] = Throttled(
-                using=RateLimiterType.GCRA.value,
-                quota=rate_limiter.per_hour(per_hour, burst=per_hour),
-                store=self._store,
-            )
-        return self._throttles[name]
+    def _take(
+        self, key: str, interval: float, burst: int, *, only_looks: bool = False, is_refused: bool = True
+    ) -> None:
+        """GCRA: the number of a key is when its next request would come at the rate; `burst` may come before."""
+        now, wait = self._clock.monotonic(), 0.0
+
+        def take(numbers: Numbers) -> tuple[Numbers, float]:
+            nonlocal wait
+            due = max(numbers[0], now)
+            wait = due - (burst - 1) * interval - now
+            if only_looks or (wait > 0 and is_refused):
+                return numbers, numbers[0]
+            return (due + interval, 0.0, 0.0), due + interval
+
+        self._counts.change(key, take)
+        if wait > 0 and is_refused:
+            raise TooManyRequests(max(1, math.ceil(wait)))
 
 
 class GuardedRoute(Protocol):
@@ -108,49 +106,50 @@ async def call_guarded(
     return answer
 
 
-class Failures(msgspec.Struct):
-    count: int
-    last_at: float
-    is_tried: bool = False
-
-
 class PasswordTries:
     """Delays further tries for an account from an address where wrong passwords have come for it.
 
-    Only from there: failures elsewhere keep no owner out. Beyond `FREE_FAILURES`, tries come one after the other.
+    Only from there: failures elsewhere keep no owner out. Beyond `FREE_FAILURES`, tries come one after the other. The
+    numbers of a key are how many have failed in a row, when the last one did, and until when another one is going on.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, counts: SharedCounts, clock: Clock) -> None:
+        self._counts = counts
         self._clock = clock
-        self._failures: OrderedDict[tuple[str, str], Failures] = OrderedDict()
 
     def begin(self, account: str, address: str) -> None:
         """Raises `TooManyRequests` with the seconds to wait. `end` follows otherwise."""
-        found = self._failures.get((account, network_of(address)))
-        if found is None or found.count < FREE_FAILURES:
-            return
-        now = self._clock.monotonic()
-        if now - found.last_at >= FORGOTTEN_SECONDS:
-            found.count = 0
-            return
-        delay = min(FIRST_DELAY_SECONDS * 2 ** (found.count - FREE_FAILURES), LONGEST_DELAY_SECONDS)
-        wait = 1.0 if found.is_tried else found.last_at + delay - now
+        now, wait = self._clock.monotonic(), 0.0
+
+        def begin(numbers: Numbers) -> tuple[Numbers, float]:
+            nonlocal wait
+            count, last_at, tried_until = numbers
+            if count < FREE_FAILURES:
+                return numbers, last_at + FORGOTTEN_SECONDS if count else 0.0
+            delay = min(FIRST_DELAY_SECONDS * 2 ** min(count - FREE_FAILURES, DOUBLINGS), LONGEST_DELAY_SECONDS)
+            wait = 1.0 if tried_until > now else last_at + delay - now
+            if wait <= 0:
+                tried_until = now + TRIED_SECONDS
+            return (count, last_at, tried_until), last_at + FORGOTTEN_SECONDS
+
+        self._counts.change(_key(account, address), begin)
         if wait > 0:
             raise TooManyRequests(math.ceil(wait))
-        found.is_tried = True
 
     def end(self, account: str, address: str, *, is_right: bool | None) -> None:
         """None: the password was not checked."""
-        key = (account, network_of(address))
-        if is_right:
-            self._failures.pop(key, None)
-        elif (found := self._failures.get(key)) is not None:
-            found.is_tried = False
-        if is_right is not False:
-            return
-        failures = self._failures.setdefault(key, Failures(0, 0.0))
-        failures.count += 1
-        failures.last_at = self._clock.monotonic()
-        self._failures.move_to_end(key)
-        if len(self._failures) > REMEMBERED_FAILURES:
-            self._failures.popitem(last=False)
+        now = self._clock.monotonic()
+
+        def end(numbers: Numbers) -> tuple[Numbers, float]:
+            if is_right:
+                return NOTHING, 0.0
+            count, last_at, _ = numbers
+            if is_right is False:
+                count, last_at = count + 1, now
+            return (count, last_at, 0.0), last_at + FORGOTTEN_SECONDS if count else 0.0
+
+        self._counts.change(_key(account, address), end)
+
+
+def _key(account: str, address: str) -> str:
+    return f"password of {account} from {network_of(address)}"

@@ -13,7 +13,8 @@ from mercato.gateway import examples, problems
 class Shown(msgspec.Struct, frozen=True):
     """A refusal with the body of its answer.
 
-    `retries`: whether it comes with Retry-After; `is_located`: whether with Location.
+    `retries`: whether it comes with Retry-After; `is_located`: whether with Location;
+    `is_replayed`: whether it may be said again to a key.
     """
 
     status: int
@@ -23,13 +24,15 @@ class Shown(msgspec.Struct, frozen=True):
     body: dict[str, Any]
     retries: bool
     is_located: bool = False
+    is_replayed: bool = False
 
 
 def of_error(kind: type[ServiceError], *, is_located: bool = False) -> Shown:
     error = examples.error(kind)
     status, body = problems.status_of(error), examples.problem(error)
     retries = error.retry_after_s is not None
-    return Shown(status, problems.TITLES[status], error.code, str(error), body, retries, is_located)
+    is_replayed = problems.REPLAYED in error.fields
+    return Shown(status, problems.TITLES[status], error.code, str(error), body, retries, is_located, is_replayed)
 
 
 def of_server(*, takes_body: bool) -> list[Shown]:

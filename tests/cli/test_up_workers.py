@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from mercato.gateway.rates import FREE_FAILURES
 from mercato.testing.caller import Buyers, all_order_ids
 from mercato.testing.process import Identity, Process
 from mercato.testing.waiting import wait_until
@@ -88,6 +90,23 @@ def test_all_refuse_the_token_of_a_session_that_has_ended(shop: Process):
 
     for caller in callers:
         wait_until(lambda caller=caller: caller.get("/users/me").status == 401)
+
+
+def test_wrong_passwords_are_counted_by_all_of_them_together(shop: Process):
+    callers = [shop.caller() for _ in range(24)]
+    for caller in callers:
+        caller.get("/health/live")  # all connected at once, hence by several workers
+    began = time.monotonic()
+    wrong = {"email": "alice@example.com", "password": "a wrong password"}
+    statuses = [caller.post("/login", wrong).status for caller in callers]
+    seconds = time.monotonic() - began
+    for caller in callers:
+        caller.connection.close()
+
+    assert set(statuses) == {401, 429}
+    # After the free ones, one more may fail after 1 s, the next after 2 s more, and so on.
+    delayed = sum(2**n - 1 <= seconds for n in range(1, 8))
+    assert FREE_FAILURES <= statuses.count(401) <= FREE_FAILURES + delayed
 
 
 def requests_counted(shop: Process) -> int:

@@ -13,19 +13,19 @@ import pytest
 
 from mercato import topology
 from mercato.chassis.contract import ANONYMOUS, Actor
-from mercato.chassis.observability.clock import SystemClock
+from mercato.chassis.observability.clock import Clock, SystemClock
 from mercato.gateway.app import Asgi, Gateway
 from mercato.gateway.problems import TooManyRequests
 from mercato.gateway.rates import (
     FORGOTTEN_SECONDS,
     FREE_FAILURES,
-    REMEMBERED_FAILURES,
     PasswordTries,
     RateLimiter,
 )
 from mercato.gateway.route import Limits
 from mercato.gateway.routes import ROUTES
 from mercato.gateway.routes.users import CREDENTIALS, REGISTRATIONS
+from mercato.gateway.shared_counts import SharedCounts
 from mercato.testing.responses import Response, assert_problem
 from mercato.testing.shop import Shop
 from mercato.testing.shop_data import PASSWORD, new_person, unique
@@ -37,6 +37,14 @@ FEW = Limits(per_second=1, burst=5)
 AGAIN_SECONDS = 60.0
 FLOOD = 300
 FLOOD_MAX = 10 * FLOOD
+
+
+def limiter_of(clock: Clock) -> RateLimiter:
+    return RateLimiter(SharedCounts(clock.monotonic), clock)
+
+
+def tries_of(clock: Clock) -> PasswordTries:
+    return PasswordTries(SharedCounts(clock.monotonic), clock)
 
 
 def accepted(limiter: RateLimiter, row: str, actor: Actor, address: str, times: int = 50) -> int:
@@ -51,11 +59,11 @@ def accepted(limiter: RateLimiter, row: str, actor: Actor, address: str, times: 
 
 async def test_a_burst_passes_and_then_the_rate() -> None:
     # One more a second may pass while this runs.
-    assert 5 <= accepted(RateLimiter(), "row", ANONYMOUS, "192.0.2.1") <= 15
+    assert 5 <= accepted(limiter_of(SystemClock()), "row", ANONYMOUS, "192.0.2.1") <= 15
 
 
 async def test_rows_and_callers_are_counted_apart() -> None:
-    limiter = RateLimiter()
+    limiter = limiter_of(SystemClock())
     callers = [
         (ANONYMOUS, "192.0.2.1"),
         (ANONYMOUS, "192.0.2.2"),
@@ -68,7 +76,7 @@ async def test_rows_and_callers_are_counted_apart() -> None:
 
 
 async def test_an_account_is_counted_wherever_it_calls_from() -> None:
-    limiter, somebody = RateLimiter(), Actor("customer", 1)
+    limiter, somebody = limiter_of(SystemClock()), Actor("customer", 1)
     passed = sum(accepted(limiter, "row", somebody, f"192.0.2.{i}", times=1) for i in range(100))
     assert passed < 50
 
@@ -157,7 +165,7 @@ def wait_of(tries: PasswordTries, account: str = "alice", address: str = HERE) -
 
 async def test_wrong_passwords_delay_further_tries_more_and_more_up_to_a_bound() -> None:
     clock = StoppedClock()
-    tries = PasswordTries(clock)
+    tries = tries_of(clock)
     fail(tries, FREE_FAILURES - 1)
     assert wait_of(tries) == 0
     waits: list[int] = []
@@ -173,7 +181,7 @@ async def test_wrong_passwords_delay_further_tries_more_and_more_up_to_a_bound()
 
 
 async def test_only_tries_for_this_account_from_this_address_wait() -> None:
-    tries = PasswordTries(StoppedClock())
+    tries = tries_of(StoppedClock())
     fail(tries, FREE_FAILURES)
 
     assert wait_of(tries) > 0
@@ -182,7 +190,7 @@ async def test_only_tries_for_this_account_from_this_address_wait() -> None:
 
 async def test_the_right_password_and_a_long_pause_forget_the_wrong_ones() -> None:
     clock = StoppedClock()
-    tries = PasswordTries(clock)
+    tries = tries_of(clock)
     for _ in range(2):
         fail(tries, FREE_FAILURES)
         clock.seconds += 60
@@ -197,21 +205,13 @@ async def test_the_right_password_and_a_long_pause_forget_the_wrong_ones() -> No
 
 async def test_after_wrong_passwords_tries_come_one_after_the_other() -> None:
     clock = StoppedClock()
-    tries = PasswordTries(clock)
+    tries = tries_of(clock)
     fail(tries, FREE_FAILURES)
     clock.seconds += 60
     tries.begin("alice", HERE)
     assert wait_of(tries) == 1
     tries.end("alice", HERE, is_right=None)
     assert wait_of(tries) == 0
-
-
-async def test_the_memory_of_failures_is_bounded() -> None:
-    tries = PasswordTries(StoppedClock())
-    for number in range(REMEMBERED_FAILURES + 10):
-        fail(tries, account=str(number))
-
-    assert len(tries._failures) == REMEMBERED_FAILURES
 
 
 async def ask(app: Asgi, address: str, path: str, body: Mapping[str, Any]) -> int:
