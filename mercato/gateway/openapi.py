@@ -93,7 +93,8 @@ HEADERS: Final[Mapping[str, Json]] = {
         "schema": {"type": "string", "pattern": '^(W/)?"[0-9a-z-]+"$', "examples": ['"1"']},
     },
     "Idempotent-Replayed": {
-        "description": "There when an earlier request with the same key has done this, and it was not done again.",
+        "description": "There when an earlier request with the same key has done this, and it was not done again. What "
+        "takes no key and is the same however often it is asked for, such as cancelling, is answered without it.",
         "schema": {"const": "true"},
     },
     "Link": {
@@ -396,7 +397,9 @@ class _Described:
             "X-Request-Id": True,
         }
         success: Json = {
-            "description": _SUCCESSES[route.status],
+            "description": "Accepted; with `Prefer: wait=N`, as it is after the wait"
+            if route.wait
+            else _SUCCESSES[route.status],
             "headers": _headers(name for name, there in wanted.items() if there),
         }
         if route.output is not None:

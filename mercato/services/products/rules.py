@@ -39,7 +39,7 @@ TEXT_LENGTH: Final = 200
 TOKEN_LENGTH: Final = 2_048
 """A cursor holds a name of at most 200 characters: 800 bytes, or 1100 characters of base64, and what is around them."""
 
-NOT_TEXT: Final = "Must be text: no NUL, no lone surrogate."
+NOT_TEXT: Final = "must be text: no NUL, no lone surrogate"
 
 _SKU: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CATEGORY: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
@@ -68,25 +68,25 @@ def _wrong_fields(request: CreateProduct | UpdateProduct) -> Iterator[FieldError
 def _wrong_sku(sku: str) -> str | None:
     if _SKU.fullmatch(sku):
         return None
-    return "Must be 1 to 64 letters, digits, dots, underscores or hyphens, the first a letter or digit."
+    return "must be 1 to 64 letters, digits, dots, underscores or hyphens, the first a letter or digit"
 
 
 def _wrong_name(name: str) -> str | None:
     if len(name) > NAME_LENGTH:
-        return f"Must have at most {NAME_LENGTH} characters."
+        return f"must have at most {NAME_LENGTH} characters"
     if _is_blank(name):
-        return "Must not be blank."
+        return "must not be blank"
     return _wrong_characters(name)
 
 
 def _wrong_description(description: str) -> str | None:
     if len(description) > DESCRIPTION_LENGTH:
-        return f"Must have at most {DESCRIPTION_LENGTH} characters."
+        return f"must have at most {DESCRIPTION_LENGTH} characters"
     return _wrong_characters(description, allowed=_LINE_BREAKS)
 
 
 def _wrong_price(price_minor: int) -> str | None:
-    return None if 0 <= price_minor <= MAX_MINOR else f"Must be between 0 and {MAX_MINOR} minor units."
+    return None if 0 <= price_minor <= MAX_MINOR else f"must be between 0 and {MAX_MINOR} minor units"
 
 
 def _wrong_currency(currency: str) -> str | None:
@@ -96,7 +96,7 @@ def _wrong_currency(currency: str) -> str | None:
 def _wrong_category(category: str) -> str | None:
     if _CATEGORY.fullmatch(category):
         return None
-    return "Must be 1 to 64 lower-case letters, digits or hyphens, the first a letter or digit."
+    return "must be 1 to 64 lower-case letters, digits or hyphens, the first a letter or digit"
 
 
 PRODUCT_FIELDS: Final[Mapping[str, Any]] = {
@@ -142,7 +142,7 @@ def _wrong_characters(text: str, allowed: str = "") -> str | None:
     """Control characters (Cc) show nothing and upset terminals; a lone surrogate (Cs) is no text in UTF-8."""
     for character in text:
         if character not in allowed and unicodedata.category(character) in ("Cc", "Cs"):
-            return f"Must not contain the character U+{ord(character):04X}."
+            return f"must not contain the character U+{ord(character):04X}"
     return None
 
 
@@ -234,15 +234,15 @@ def _scope(request: SearchProducts, text: str | None) -> Scope:
 def _wrong_search(request: SearchProducts, after: Cursor | None) -> Iterator[FieldError]:
     if request.text is not None:
         if len(request.text) > TEXT_LENGTH:
-            yield FieldError(field="text", message=f"Must have at most {TEXT_LENGTH} characters.")
+            yield FieldError(field="text", message=f"must have at most {TEXT_LENGTH} characters")
         elif not _is_storable(request.text):
             yield FieldError(field="text", message=NOT_TEXT)
     if request.sort == "relevance" and (request.text is None or not request.text.strip()):
-        yield FieldError(field="sort", message="Can be relevance only together with a text to search for.")
+        yield FieldError(field="sort", message="can be relevance only together with a text to search for")
     if request.sku is not None and (message := _wrong_sku(request.sku)):
         yield FieldError(field="sku", message=message)
     if request.sort != "id" and _scope(request, (request.text or "").strip()) == "archived":
-        message = "Can only be id for archived products, unless they are searched by a text or sku."
+        message = "can only be id for archived products, unless they are searched by a text or sku"
         yield FieldError(field="sort", message=message)
     if request.category is not None and not _is_storable(request.category):
         yield FieldError(field="category", message=NOT_TEXT)
@@ -253,9 +253,9 @@ def _wrong_search(request: SearchProducts, after: Cursor | None) -> Iterator[Fie
         if price is not None and (message := _wrong_price(price)):
             yield FieldError(field=field, message=message)
     if not 1 <= request.limit <= PAGE_LIMIT:
-        yield FieldError(field="limit", message=f"Must be between 1 and {PAGE_LIMIT}.")
+        yield FieldError(field="limit", message=f"must be between 1 and {PAGE_LIMIT}")
     if after is None:
-        yield FieldError(field="after", message="Must be the next_after of a page with the same sort.")
+        yield FieldError(field="after", message="must be the next_after of a page with the same sort")
 
 
 def _is_storable(text: str) -> bool:
