@@ -200,6 +200,7 @@ class _Serving:
         async def leave() -> None:
             await self._stop.wait()
             self._progress.step("stopping, as soon as the running requests are answered")
+            host.drain()
             draining = asyncio.create_task(remote.drain())
             # Clients still come for a moment, until what sends them here has seen that the process is not ready.
             await asyncio.sleep(UNREADY_SECONDS)

@@ -264,6 +264,12 @@ class Host:
         problems = await asyncio.gather(*(service.database.problem() for service in self.services.values()))
         return dict(zip(self.services, problems, strict=True))
 
+    def drain(self) -> None:
+        """Before the end of a process that others call: they are answered soon, or call another one."""
+        for service in self.services.values():
+            if service.drain:
+                service.drain()
+
     async def close(self) -> None:
         """Ends the periodic tasks, lets batches land, closes what the services hold."""
         await _cancel(self._tasks)

@@ -50,6 +50,8 @@ class Service(msgspec.Struct, frozen=True):
     """Puts the demo data into an empty database. False, and nothing done, where there is anything already."""
     close: Callable[[], None] | None = None
     """Frees what the service itself holds, such as threads."""
+    drain: Callable[[], None] | None = None
+    """Ends what only waits: the process takes no more calls, and ends when those that it has taken are answered."""
 
 
 Build = Callable[[Env], Service]

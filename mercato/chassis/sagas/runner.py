@@ -18,7 +18,7 @@ from typing import Final
 
 import structlog
 
-from mercato.chassis.contract import SERVICE_ROLE, Actor, Context, ServiceError, current
+from mercato.chassis.contract import SERVICE_ROLE, Actor, Context, ServiceError, Unavailable, current
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database, Tx
@@ -81,6 +81,7 @@ class Runner:
         """Who waits for a saga of this process to leave it: where it has come to, or None where it was lost."""
         self._ending = asyncio.Event()
         """The process is about to end: nothing is driven here any more, and nothing is waited for."""
+        self._is_draining = False
         self.driver: Final = random.getrandbits(62)
         """The name of this process among the drivers of sagas."""
         self._renewed_at: float | None = None
@@ -116,22 +117,35 @@ class Runner:
         for _ in range(min(len(self._lanes), -(-len(self._queue) // BATCH_SIZE))):
             _wake(self._lanes)
 
-    async def wait_until_idle(self, key: Key, resting: Sequence[str], seconds: float) -> None:
+    def drain(self) -> None:
+        """The process is asked to stop. It ends when all calls are answered, so none may wait for long."""
+        self._is_draining = True
+        self._release_waiters()
+
+    def _release_waiters(self) -> None:
+        for waiter in itertools.chain.from_iterable(self._waiters.values()):
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def wait_until_idle(
+        self, key: Key, resting: Sequence[str], seconds: float, *, until_drained: bool = False
+    ) -> None:
         """Returns when no process works on a saga, when the time is over, or when this process is about to end.
 
-        It is finished, parked, or waits at one of the steps in `resting`.
+        It is finished, parked, or waits at one of the steps in `resting`. `until_drained`: for a wait that may be long;
+        raises `Unavailable` once this process is asked to stop, and another one can be asked.
         """
         end, pause = self._clock.monotonic() + seconds, POLL_SECONDS
         while (left := end - self._clock.monotonic()) > 0 and not self._ending.is_set():
-            if key in self._busy:
-                outcome = await self._outcome(key, left)
-            else:  # it is at rest, another process drives it, or it waits for its next try
+            longest = left
+            if key not in self._busy:  # it is at rest, another process drives it, or it waits for its next try
                 async with self._database.read() as tx:
                     if not await is_running(tx, key, resting):
                         return
-                outcome = await self._outcome(key, min(left, pause))
-                pause = min(2 * pause, LONGEST_POLL_SECONDS)
-            if _rests(outcome, resting):
+                longest, pause = min(left, pause), min(2 * pause, LONGEST_POLL_SECONDS)
+            if until_drained and self._is_draining:
+                raise Unavailable(service=self._database.service)
+            if _rests(await self._outcome(key, longest), resting):
                 return
 
     async def _outcome(self, key: Key, seconds: float) -> Next | None:
@@ -176,9 +190,7 @@ class Runner:
             return await self._drive_next()
         except asyncio.CancelledError:  # the process is about to end
             self._ending.set()
-            for waiter in itertools.chain.from_iterable(self._waiters.values()):
-                if not waiter.done():
-                    waiter.set_result(None)
+            self._release_waiters()
             raise
 
     async def _drive_next(self) -> int:

@@ -130,4 +130,5 @@ def build(env: Env) -> Service:
             *(PeriodicTask("drive sagas", runner.drive_next, 0.0, limit=0) for _ in range(LANES)),
         ),
         has_outbox=True,
+        drain=runner.drain,
     )

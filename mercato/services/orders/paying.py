@@ -205,9 +205,14 @@ class Paying:
         if found and found.step == "reserve" and not msgspec.json.decode(found.state, type=Checkout).paying:
             await self.wait_until_idle(order_id, HOLDING_SECONDS)
 
-    async def wait_until_idle(self, order_id: int, seconds: float = ANSWER_SECONDS) -> None:
-        """Returns when no process works on the checkout of an order, or when the time is over."""
-        await self._runner.wait_until_idle((order_id, CHECKOUT, ""), RESTING, seconds)
+    async def wait_until_idle(
+        self, order_id: int, seconds: float = ANSWER_SECONDS, *, until_drained: bool = False
+    ) -> None:
+        """Returns when no process works on the checkout of an order, or when the time is over.
+
+        `until_drained`: raises `Unavailable` where this process is asked to stop meanwhile.
+        """
+        await self._runner.wait_until_idle((order_id, CHECKOUT, ""), RESTING, seconds, until_drained=until_drained)
 
     # --------------------------------------------------------------------------------------------------- how it is done
 

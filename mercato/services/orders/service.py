@@ -144,7 +144,7 @@ class OrdersService:
     async def settled(self, request: AwaitOrder) -> Order:
         async with self._guests.acting(request.id, request.access_token):
             await self._seen(request.id)
-            await self._paying.wait_until_idle(request.id, request.wait_ms / 1_000)
+            await self._paying.wait_until_idle(request.id, request.wait_ms / 1_000, until_drained=True)
             record = await self._record(request.id)
             if request.refusals and (refusal := await self._paying.refusal(record)):
                 raise refusal

@@ -698,6 +698,34 @@ async def test_a_request_that_waits_too_long_is_let_go(harness: SagaHarness):
     gate.opened.set()
 
 
+async def test_a_process_that_is_asked_to_stop_sends_long_waits_elsewhere_and_keeps_short_ones(harness: SagaHarness):
+    driver = harness.driver(lease_seconds=60)
+    gate = driver.during = Gate()
+    driver.begin()
+    [mine] = await harness.started(driver)
+    driver.runner.drive([mine])
+    await gate.reached.wait()
+
+    idle = driver.runner.wait_until_idle
+    long = asyncio.ensure_future(idle(mine.key, (), 100 * IDLE_SECONDS, until_drained=True))
+    short = asyncio.ensure_future(idle(mine.key, (), 100 * IDLE_SECONDS))
+
+    async def both_wait() -> bool:
+        return len(driver.runner._waiters.get(mine.key, ())) == 2
+
+    await until(both_wait)
+    driver.runner.drain()
+    with pytest.raises(Unavailable):
+        await long
+    with pytest.raises(Unavailable):
+        await idle(mine.key, (), 100 * IDLE_SECONDS, until_drained=True)
+    assert not short.done()
+    gate.opened.set()
+    await short
+
+    assert await harness.effects() == every_effect(1)
+
+
 async def test_requests_that_wait_for_a_saga_are_let_go_when_their_process_ends(harness: SagaHarness):
     driver = harness.driver(lease_seconds=60)
     gate = driver.during = Gate()

@@ -1,4 +1,4 @@
-"""A write that takes longer than its caller waits: with its key it comes again, and is done once."""
+"""A write that takes longer than its caller waits comes again with its key, and is done once; and waits that end."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import asyncio
 
 import pytest
 
-from mercato.chassis.contract import DeadlineExceeded
+from mercato.chassis.contract import DeadlineExceeded, Unavailable
 from mercato.testing.actors import ALICE
+from mercato.testing.builders import MUG
 from mercato.testing.injection import Inject, Pause
 from mercato.testing.waiting import until_true
-from services.orders.harness import OrdersHarness, mugs
+from services.orders.harness import OrdersHarness, basket, mugs
 
 WAITS_SECONDS = 2.0
 
@@ -41,3 +42,15 @@ async def test_an_order_whose_caller_timed_out_is_placed_once(
     assert (once_more.replayed, once_more.order.id) == (True, again.order.id)
     for table in ("orders", "order_products", "history"):
         assert await harness.count(table) == 1
+
+
+async def test_a_wait_for_an_order_ends_when_its_process_is_asked_to_stop(harness: OrdersHarness):
+    """Its caller asks another process, or answers with the order as it was."""
+    order = await harness.place(basket((MUG, 1), payment_method="sandbox:slow:60000"))
+    waiting = asyncio.ensure_future(harness.settled(order.id, 60_000))
+    drain = harness.host.services["orders"].drain
+    assert drain is not None
+    drain()
+
+    with pytest.raises(Unavailable):
+        await waiting
