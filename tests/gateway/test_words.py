@@ -175,14 +175,14 @@ async def test_query_and_headers_are_judged_in_one_pass(open_shop: Shop) -> None
 
 
 async def test_an_order_with_five_wrong_fields_names_all_five(open_shop: Shop) -> None:
-    body = {"product_id": 0, "quantity": "two", "currency": "XXX", "email": "nobody", "payment_method": "cash"}
+    body = {"product_id": 0, "quantity": "two", "currency": "XXX", "email": "nowhere", "payment_method": "cash"}
     reply = await open_shop.post("/orders", body, headers={"Prefer": "wait=soon"})
 
     assert set(reply.wrong_fields) == {*body, "header Prefer"}
 
 
 async def test_what_the_service_asks_of_an_account_is_said_with_the_fields_that_do_not_fit(open_shop: Shop) -> None:
-    reply = await open_shop.post("/register", {"email": "nobody", "name": "", "password": "short", "colour": 1})
+    reply = await open_shop.post("/register", {"email": "nowhere", "name": "", "password": "short", "colour": 1})
 
     assert {error["field"]: error["message"] for error in reply.json["errors"]} == {
         "email": "must look like name@example.com",

@@ -101,7 +101,7 @@ class TestWire(Conformance):
             answers = await stage.things.change.many([Ask(number=1), wrong, Ask(number=2)])
         assert [type(answer) for answer in answers] == [Said, InvalidRequest, Said]
         assert isinstance(answers[1], InvalidRequest)
-        assert [(e.field, e.message) for e in answers[1].errors] == [("number", "Expected `int`, got `str`")]
+        assert [(e.field, e.message) for e in answers[1].errors] == [("number", "must be a whole number, not a text")]
 
     async def test_an_answer_that_cannot_be_encoded_or_decoded_fails_alone(self, stage: Stage):
         async def careless(batch: Batch[Ask]) -> Sequence[Said | ServiceError]:
