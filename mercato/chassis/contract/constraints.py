@@ -116,9 +116,11 @@ def _pattern(found: re.Match[str], kind: Any) -> str:
     return "does not have the form that this takes"
 
 
-def _enumeration(_found: re.Match[str], kind: Any) -> str:
+def _enumeration(found: re.Match[str], kind: Any) -> str:
     values = [value for option in _options(kind) if get_origin(option) is Literal for value in get_args(option)]
-    return f"must be one of {', '.join(map(str, values))}" if values else "is not one of the values that this takes"
+    return (
+        f"must be one of {', '.join(map(str, values))}" if values else f"is {found[1][:100]}, which this does not take"
+    )
 
 
 def _always(words: str) -> Sentence:
@@ -131,7 +133,7 @@ _TABLE: Final[tuple[tuple[str, Sentence], ...]] = (
     (r"Expected `\w+` (>=|<=|>|<) (-?[0-9.e+]+)\Z", _range),
     (r"Expected `\w+` that's a multiple of (.+)\Z", lambda found, _: f"must be a multiple of {found[1]}"),
     (r"Expected `str` matching regex .*\Z", _pattern),
-    (r"Invalid enum value .*\Z", _enumeration),
+    (r"Invalid enum value (.*)\Z", _enumeration),
     (r"Object missing required field `([^`]*)`\Z", lambda found, _: f"must have the field {found[1]}"),
     (r"Object contains unknown field `([^`]*)`\Z", lambda found, _: f"has no field {found[1]}"),
     (r"Invalid RFC3339 encoded datetime\Z", _always(f"must be {KINDS['datetime']}")),
