@@ -53,7 +53,7 @@ from .store import ChargeRow, NewOperation, OperationRow
 KINDS: Final[tuple[OperationKind, ...]] = ("authorize", "charge", "capture", "void", "refund")
 TRIES: Final = 3
 FINISHED_AT_ONCE: Final = 256
-FINISH_EVERY_SECONDS: Final = 0.2
+FINISH_EVERY_SECONDS: Final = 0.5
 
 for _flow in (*KINDS, "finish"):
     faults.declare(f"sandbox.{_flow}.before_commit", f"sandbox.{_flow}.after_commit")
