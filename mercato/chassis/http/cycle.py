@@ -21,6 +21,7 @@ The scope announces both under `extensions`; plain ASGI messages work as ever.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, cast
 
@@ -29,6 +30,9 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCy
 COMPLETE_RESPONSE: Final = "http.response.complete"
 LONG_RESPONSE: Final = "http.response.long"
 EXTENSIONS: Final[Mapping[str, Mapping[str, Any]]] = {COMPLETE_RESPONSE: {}, LONG_RESPONSE: {}}
+
+READS: Final = frozenset({"GET", "HEAD"})
+"""The methods of requests that change nothing."""
 
 WITHOUT_CONTENT: Final = frozenset({204, 304})
 
@@ -98,12 +102,38 @@ class BoundedCycle(RequestResponseCycle):
     more_seconds: float = 0.0
     """How much longer than others this answer may take."""
     _interrupt: Callable[[], object] | None = None
+    _task: asyncio.Task[None] | None = None
+    """Of a read that was started."""
 
     def interrupt(self) -> None:
         """Tells an application that waits by intention that there is no use in it any more."""
         interrupt, self._interrupt = self._interrupt, None
         if interrupt is not None:
             interrupt()
+
+    def start(self, app: Any, loop: asyncio.AbstractEventLoop, tasks: set[asyncio.Task[None]]) -> BoundedCycle:
+        """Runs the application in a task, which is in `tasks` until it has ended."""
+        is_read = self.scope["method"] in READS
+        task = loop.create_task(self.run_asgi(functools.partial(self._read, app) if is_read else app))
+        if is_read:
+            self._task = task
+        task.add_done_callback(tasks.discard)
+        tasks.add(task)
+        return self
+
+    def leave(self) -> None:
+        """The connection is lost: a read that has no answer yet is cancelled. A write goes on, but waits for nothing more."""
+        self.interrupt()
+        if self._task is not None and not self.response_complete:
+            self.disconnected = True
+            self._task.cancel()
+
+    async def _read(self, app: Any, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await app(scope, receive, send)
+        except asyncio.CancelledError:
+            if not self.disconnected:  # it was cancelled at the end of a drain
+                raise
 
     async def send(self, message: Any) -> None:
         if message["type"] == LONG_RESPONSE:

@@ -229,7 +229,7 @@ class BoundedProtocol(HttpToolsProtocol):
             del by_network[self._network]
         super().connection_lost(exc)
         if self._answering is not None:
-            self._answering.interrupt()
+            self._answering.leave()
             self._answering = None
         self.waits_for_turn = False
         self._end_turn()
@@ -370,8 +370,7 @@ class BoundedProtocol(HttpToolsProtocol):
         )
         cycle.send_500_response = self._answer_internal_error
         if before is None or before.response_complete:  # pyright: ignore[reportUnnecessaryComparison]
-            self._answering = cycle
-            self._start_asgi_task(cycle, self.app)
+            self._answering = cycle.start(self.app, self.loop, self.tasks)
         else:
             self.flow.pause_reading()
             self.pipeline.appendleft((cycle, self.app))
@@ -489,8 +488,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.waits_for_turn = False
         self._has_turn = True
         cycle, app = self.pipeline.pop()
-        self._answering = cast(BoundedCycle, cycle)
-        self._start_asgi_task(cycle, app)
+        self._answering = cast(BoundedCycle, cycle).start(app, self.loop, self.tasks)
 
     def _end_turn(self) -> None:
         if self._has_turn:

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import contextvars
 import inspect
+import socket
+import struct
 import urllib.parse
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass, field
@@ -66,6 +68,7 @@ class App:
         self.body_bytes_seen = 0
         self.disconnects = 0
         self.interruptions = 0
+        self.cancelled = 0
         self.failures: list[Exception] = []
         self.headers: list[tuple[bytes, bytes]] = []
         self.entered = asyncio.Event()
@@ -106,7 +109,11 @@ class App:
         await self.answer(send, body)
 
     async def wait(self, scope: Any, receive: Any, send: Any) -> None:
-        await self.release.wait()
+        try:
+            await self.release.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
         await self.answer(send, b"waited")
 
     async def long(self, scope: Any, receive: Any, send: Any) -> None:
@@ -229,6 +236,12 @@ class Client:
 
     def close(self) -> None:
         self.writer.close()
+
+    def abort(self) -> None:
+        """Resets the connection; after `close` a server cannot tell whether the client still reads."""
+        at_once = struct.pack("ii", 1, 0)
+        self.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+        self.writer.transport.abort()
 
 
 @contextlib.asynccontextmanager
