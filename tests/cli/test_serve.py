@@ -19,6 +19,7 @@ from mercato.testing.responses import assert_problem
 from mercato.testing.served import Served, free_address, run, variables
 from mercato.testing.waiting import BOUND_SECONDS, wait_until
 from pgbouncer.pooler import Pooler, needs_new_pgbouncer, needs_pgbouncer
+from registries.consul import consul_beside
 from registries.etcd import Etcd, needs_etcd
 
 SECRET = "a secret of at least thirty-two characters"
@@ -364,6 +365,63 @@ def test_processes_find_each_other_by_etcd(folder: Path, tmp_path: Path):
             products.kill()
             products.exit_code()
             wait_until(lambda: "products   not seen" in doctor(), BOUND_SECONDS)
+
+
+@pytest.mark.long
+def test_processes_find_each_other_by_consul(folder: Path, tmp_path: Path):
+    with consul_beside("hunter2") as consul, contextlib.ExitStack() as stack:
+        found = {
+            "MERCATO_REGISTRY": "consul",
+            "MERCATO_REGISTRY_URL": f"http://{free_address()},{consul.url}",
+            "MERCATO_REGISTRY_TOKEN": "hunter2",
+        }
+        users, products, gateway = [
+            stack.enter_context(Served(name, environment={**given(folder, name), **found}))
+            for name in ("users", "products", "gateway")
+        ]
+        operator = {**variables(folder / "operator.env"), **found}
+
+        def doctor() -> str:
+            return run("doctor", "--data", str(tmp_path), environment=operator).stdout
+
+        users.ready()
+        products.ready()
+        with gateway.ready().caller() as caller:
+            wait_until(lambda: caller.get("/products/100").status == 200, BOUND_SECONDS)
+            wait_until(lambda: caller.get("/users/1").status == 200, BOUND_SECONDS)
+            assert "registry" not in caller.get("/health/ready").json
+            seen = doctor()
+            assert "Services are found through Consul over HTTP, by the environment." in seen
+            assert "orders     not seen: no process has registered it" in seen
+
+            users.ask_to_stop()
+            assert users.exit_code() == 0
+            wait_until(lambda: "users      not seen" in doctor(), BOUND_SECONDS)
+            assert f"{address_of(products)} answers" in doctor()
+
+            consul.failure = (500, "No cluster leader")
+            wait_until(lambda: "registry" in caller.get("/health/ready").json, BOUND_SECONDS)
+            assert "the instances that were known last stay in use" in caller.get("/health/ready").json["registry"]
+            assert caller.get("/products/100").status == 200
+
+            consul.failure = None
+            wait_until(lambda: "registry" not in caller.get("/health/ready").json, BOUND_SECONDS)
+            products.kill()
+            products.exit_code()
+            wait_until(lambda: "products   not seen" in doctor(), BOUND_SECONDS)
+
+
+def test_a_token_that_consul_does_not_accept_is_one_sentence(folder: Path):
+    with consul_beside("of the shop") as consul:
+        found = {
+            "MERCATO_REGISTRY": "consul",
+            "MERCATO_REGISTRY_URL": consul.url,
+            "MERCATO_REGISTRY_TOKEN": "hunter2",
+        }
+        with Served("orders", environment={**given(folder, "orders"), **found}) as refused:
+            sentence = refused.refusal()
+    assert "MERCATO_REGISTRY_TOKEN" in sentence
+    assert "hunter2" not in sentence
 
 
 @needs_etcd

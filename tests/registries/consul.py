@@ -7,15 +7,35 @@ services, agent checks, health, blocking queries), and does no more than the ada
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import time
+from collections.abc import Generator
 from typing import Any, Final
 
 from aiohttp import web
 
 from mercato.testing.served import free_address
+from mercato.testing.waiting import BOUND_SECONDS
 
 POLL_SECONDS: Final = 0.02
 FIRST_INDEX: Final = 7
+
+
+@contextlib.contextmanager
+def consul_beside(token: str = "") -> Generator[FakeConsul]:
+    """A running one in a thread of its own, for tests that block while processes ask it."""
+    fake, loop = FakeConsul(token), asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="consul")
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(fake.start(), loop).result(BOUND_SECONDS)
+        yield fake
+    finally:
+        asyncio.run_coroutine_threadsafe(fake.stop(), loop).result(BOUND_SECONDS)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(BOUND_SECONDS)
+        loop.close()
 
 
 class FakeConsul:
