@@ -17,7 +17,6 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Final
-from urllib.parse import parse_qsl, urlencode
 
 import msgspec
 import structlog
@@ -41,7 +40,7 @@ from mercato.chassis.observability.clock import Clock
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.contracts.money import DEFAULT_CURRENCY
 from mercato.contracts.roles import STAFF
-from mercato.gateway import access_log, guests, idempotency, problems, representations
+from mercato.gateway import access_log, cursors, guests, idempotency, problems, representations
 from mercato.gateway.auth import Authenticator
 from mercato.gateway.cross_origin import CrossOrigin
 from mercato.gateway.headers import RequestHeaders, check_content_type, expected_version, preferred_wait_ms
@@ -233,7 +232,7 @@ class Gateway:
         if route.for_customers is not None and request.actor.role != STAFF:
             answer = route.for_customers(answer)
         if request.wait_ms is None:
-            shown = route.respond(answer, scope)
+            shown = route.respond(answer, scope, request.query)
             return representations.negotiated(*shown, headers) if route.is_public else shown
         current.set(Context(actor, deadline + request.wait_ms / 1_000, headers.trace_id, headers.request_id))
         assert route.waiting is not None
@@ -364,6 +363,7 @@ class BoundRoute:
         self._body_optional = route.body_optional
         self._body_bytes = route.limits.body_bytes
         self._query = route.query
+        self._is_paged = cursors.is_paged(route)
         self._encode = msgspec.json.Encoder().encode
         self._status = route.status
         self._show = route.answer
@@ -449,7 +449,7 @@ class BoundRoute:
         try:
             text = texts_of(parts, self._text) if self._text else NO_TEXT
             path = numbers_of(parts, scope["path"]) if parts and not text else NOTHING
-            query = self._asked(query_string)
+            query = self._asked(scope["path"], query_string)
             key, fingerprint = self._key(headers), b""
             if key is not None:
                 method, pattern = self.route.method, self.route.path
@@ -461,9 +461,10 @@ class BoundRoute:
             raise self._all_wrong((), parts, scope, query_string, headers) from None
         return RouteRequest(actor, path, query, body, version, key, fingerprint, wait_ms, self._currency, text)
 
-    def _asked(self, query_string: bytes) -> Any:
+    def _asked(self, path: str, query_string: bytes) -> Any:
         if self._query is not None:
-            return decode_query(self._query, query_string)
+            asked = cursors.opened(path, query_string) if self._is_paged else query_string
+            return decode_query(self._query, asked)
         if query_string:
             raise invalid(("?", "this takes no query parameters"))
         return None
@@ -497,7 +498,7 @@ class BoundRoute:
         return all_wrong(
             of_body,
             lambda: texts_of(parts, self._text) if self._text else numbers_of(parts, scope["path"]),
-            lambda: self._asked(query_string),
+            lambda: self._asked(scope["path"], query_string),
             lambda: self._key(headers),
             lambda: self._version(headers),
             lambda: self._wait_ms(headers),
@@ -511,15 +512,16 @@ class BoundRoute:
 
     # ----------------------------------------------------------------------------------------------- what is answered
 
-    def respond(self, answer: Any, scope: Scope) -> tuple[int, Lines, bytes]:
+    def respond(self, answer: Any, scope: Scope, query: Any = None) -> tuple[int, Lines, bytes]:
         """Status, headers and body of the operation's answer."""
         shown = self._show(answer)
         if shown is None:
             return 204, [problems.NO_STORE], b""
         lines = [*self._head]
         if isinstance(shown, Page):
+            shown = cursors.sliced(shown, query)
             if shown.next_query is not None:
-                lines.append(_next_link(scope, shown.next_query))
+                lines.append(cursors.link(scope, shown.next_query))
             return self._status, lines, self._encode(shown.items)
         if not self._plain:
             self._add_headers(answer, lines)
@@ -559,8 +561,3 @@ async def _read_body(receive: Receive, limit_bytes: int) -> bytes:
     if len(body) > limit_bytes:
         raise problems.BodyTooLarge(limit_bytes=limit_bytes)
     return body
-
-
-def _next_link(scope: Scope, changed: Mapping[str, str]) -> bytes:
-    query = {**dict(parse_qsl(str(scope["query_string"], "ascii"))), **changed}
-    return f'link: <{scope["path"]}?{urlencode(query)}>; rel="next"'.encode()

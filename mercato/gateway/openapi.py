@@ -31,7 +31,7 @@ from mercato.chassis.contract import (
     Unavailable,
 )
 from mercato.contracts.roles import ANONYMOUS, CUSTOMER, EVERYBODY
-from mercato.gateway import examples, guests, problems, refusals, schemas
+from mercato.gateway import cursors, examples, guests, problems, refusals, schemas
 from mercato.gateway.problems import Problem
 from mercato.gateway.readiness import DOWN, READINESS
 from mercato.gateway.route import MAX_BODY_BYTES, Route
@@ -52,8 +52,8 @@ new fields: ignore those that you do not know.
 **Refusals** are problems (RFC 9457). Decide by `code`, show `detail`, and quote `trace_id` when you ask for help; \
 `errors` names every wrong field at once. All codes are at [/docs/problems](/docs/problems).
 
-**Collections** are arrays. The next page is the address in the header `Link` with `rel="next"`; where there is none, \
-the page is the last.
+**Collections** are arrays. They take `limit`, and a `cursor`. The next page is the address in the header `Link` with \
+`rel="next"`, which has the cursor of it; where there is none, the page is the last. A cursor belongs to its filters.
 
 **Doing it once.** Send an `Idempotency-Key` of your own making with each order. When no answer comes, send the same \
 request with the same key again, as often as you like: it is one order.
@@ -140,6 +140,12 @@ PARAMETERS: Final[Mapping[str, Json]] = {
         "done for that order alone. It may come as `Authorization: Guest ACCESS_TOKEN` as well.",
         "schema": {"type": "string", "maxLength": 64},
     },
+    "Cursor": {
+        "name": cursors.CURSOR,
+        "in": "query",
+        "description": "Where a page begins: from the Link of the page before, for the same collection and filters.",
+        "schema": {"type": "string", "maxLength": cursors.CURSOR_LENGTH},
+    },
     "IdempotencyKey": {
         **_IDEMPOTENCY_KEY,
         "description": "A name of your own for this request: however often it is sent, it is done once, and answered "
@@ -195,7 +201,7 @@ def document(routes: Sequence[Route], *, open_shop: bool, server_url: str | None
         paths[path] = {"get": described.page(page)}
     for route in routes:
         if route.query is not None:
-            named.pop(route.query.__name__)
+            named.pop(route.query.__name__, None)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -340,6 +346,8 @@ class _Described:
         ]
         if route.query is not None:
             parameters += self._query(self._schemas[route.query.__name__])
+        if cursors.is_paged(route):
+            parameters.append({"$ref": "#/components/parameters/Cursor"})
         if route.takes_access_token:
             parameters.append({"$ref": "#/components/parameters/AccessToken"})
         if route.idempotency:

@@ -10,7 +10,7 @@ import operator
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeVar, Union, cast, get_args, get_origin
+from typing import Any, Final, Literal, TypeVar, Union, cast, get_args, get_origin
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -196,6 +196,8 @@ def _collect(model: Any, value: Any, path: str, strict: bool, errors: list[Field
         if len(errors) == before:  # each element fits: it is the length that does not
             errors.append(FieldError(field=path, message=message))
     else:
+        known = get_args(model) if get_origin(model) is Literal else ()
+        message = f"is not one of {', '.join(map(str, known))}" if known and isinstance(value, str) else message
         errors.append(FieldError(field=path or "body", message=message))
 
 

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from mercato.gateway.routes.events import KNOWN_TYPES
 from mercato.testing.responses import Response, assert_problem
 from mercato.testing.shop import Shop
 from mercato.testing.shop_data import new_order, new_person, staff_token
@@ -71,7 +72,8 @@ async def test_pages_have_a_link_while_they_are_full_and_positions_rise(open_sho
     assert positions == sorted(set(positions))
     first = await open_shop.get("/events?limit=2", token=await staff_token(open_shop))
     assert len(first.json) == 2
-    assert first.headers["link"] == f'</events?limit=2&after={first.json[-1]["position"]}>; rel="next"'
+    second = await open_shop.get(first.headers["link"][1:].partition(">")[0], token=await staff_token(open_shop))
+    assert second.json[0]["position"] > first.json[-1]["position"]
     behind = await behind_the_last(open_shop, positions[-1])
     assert (behind.json, behind.headers.get("link")) == ([], None)
     nowhere = await open_shop.get("/events?after=9007199254740991", token=await staff_token(open_shop))
@@ -93,6 +95,7 @@ async def test_pages_have_a_link_while_they_are_full_and_positions_rise(open_sho
         ("types=order.paid&types=order.placed", "?types"),
         ("types=" + ",".join(["order.paid"] * 21), "?types"),
         ("types=order." + "a" * 60, "?types"),
+        ("types=order.paid,order.payed", "?types"),
         ("type=order.paid", "?type"),
     ],
 )
@@ -102,16 +105,26 @@ async def test_a_query_of_another_shape_is_refused(open_shop: Shop, query: str, 
     assert reply.wrong_fields == {field}
 
 
+async def test_an_unknown_type_is_refused_with_those_that_there_are(open_shop: Shop):
+    reply = await open_shop.get("/events?types=order.paid,order.payed", token=await staff_token(open_shop))
+
+    assert_problem(reply, 400, "invalid_request")
+    assert "order.payed" in reply.json["errors"][0]["message"]
+    assert "order.paid" in reply.json["errors"][0]["message"].partition("only ")[2].split(", ")
+    known = ",".join(sorted(KNOWN_TYPES)[:20])
+    assert (await open_shop.get(f"/events?types={known}", token=await staff_token(open_shop))).status == 200
+
+
 async def test_a_cursor_from_before_what_was_deleted_is_gone(open_shop: Shop):
     database = open_shop.harness.host.services["events"].database
     async with database.transaction() as tx:
-        await tx.execute("INSERT INTO feed_purged VALUES ('thing.forgotten', 7)")
+        await tx.execute("INSERT INTO feed_purged VALUES ('stock.exhausted', 7)")
     try:
-        reply = await open_shop.get("/events?after=6&types=thing.forgotten", token=await staff_token(open_shop))
-        last = await open_shop.get("/events?after=7&types=thing.forgotten", token=await staff_token(open_shop))
+        reply = await open_shop.get("/events?after=6&types=stock.exhausted", token=await staff_token(open_shop))
+        last = await open_shop.get("/events?after=7&types=stock.exhausted", token=await staff_token(open_shop))
     finally:
         async with database.transaction() as tx:
-            await tx.execute("DELETE FROM feed_purged WHERE type = 'thing.forgotten'")
+            await tx.execute("DELETE FROM feed_purged WHERE type = 'stock.exhausted'")
 
     assert_problem(reply, 410, "events.cursor_too_old")
     assert reply.json["details"] == {"after": 6, "oldest": 7}

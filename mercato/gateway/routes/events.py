@@ -10,6 +10,10 @@ from msgspec import Meta
 from mercato.chassis.contract import MAX_ID, worded
 from mercato.contracts import events as contract
 from mercato.contracts.events import CursorAhead, CursorTooOld, EventPage, Events, ListEvents
+from mercato.contracts.inventory import Inventory
+from mercato.contracts.orders import Orders
+from mercato.contracts.payments import Payments
+from mercato.contracts.products import Products
 from mercato.contracts.roles import STAFF_ONLY
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
 from mercato.gateway.validation import invalid
@@ -18,6 +22,9 @@ from mercato.gateway.validation import invalid
 TYPES_PATTERN: Final = (
     rf"^[a-z]{{1,31}}\.[a-z_]{{1,32}}(,[a-z]{{1,31}}\.[a-z_]{{1,32}}){{0,{contract.TYPES_LIMIT - 1}}}\Z"
 )
+
+
+KNOWN_TYPES: Final = frozenset(kind for service in (Inventory, Orders, Payments, Products) for kind in service.events)
 
 
 class EventsQuery(Input):
@@ -67,6 +74,8 @@ def _list(request: RouteRequest) -> ListEvents:
     types = tuple(query.types.split(",")) if query.types else ()
     if len(types) > contract.TYPES_LIMIT:
         raise invalid(("?types", f"has more than {contract.TYPES_LIMIT} types"))
+    if unknown := [kind for kind in types if kind not in KNOWN_TYPES]:
+        raise invalid(("?types", f"has {', '.join(unknown)}, and there are only {', '.join(sorted(KNOWN_TYPES))}"))
     return ListEvents(after=query.after, limit=query.limit, types=types)
 
 

@@ -34,6 +34,7 @@ from mercato.contracts.orders import (
 from mercato.contracts.products import ProductArchived, ProductNotFound
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
 from mercato.contracts.users import UserNotFound
+from mercato.gateway.cursors import SliceQuery
 from mercato.gateway.fields import Email, PaymentMethod
 from mercato.gateway.money import Amount, AmountIn, Currency, Money, currency_of, money, text_of
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest, Wait
@@ -497,6 +498,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         summary="What happened to an order: its moves, its stock, its money, by time",
         roles=SIGNED_IN,
         takes_access_token=True,
+        query=SliceQuery,
         request=lambda request: contract.GetTimeline(id=request.path["id"], access_token=request.access_token),
         answer=_timeline_out,
         output=list[TimelineOut],
@@ -509,6 +511,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         summary="Every move of an order, in order",
         roles=SIGNED_IN,
         takes_access_token=True,
+        query=SliceQuery,
         request=lambda request: contract.GetHistory(id=request.path["id"], access_token=request.access_token),
         answer=_history_out,
         output=list[HistoryOut],

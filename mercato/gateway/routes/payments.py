@@ -20,6 +20,7 @@ from mercato.contracts import orders, payments as contract
 from mercato.contracts.orders import Orders, PaidOrder
 from mercato.contracts.payments import Payment, PaymentPage, Payments
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
+from mercato.gateway.cursors import SliceQuery
 from mercato.gateway.fields import NOT_ZERO, PaymentMethod
 from mercato.gateway.money import AmountIn, Currency, Money, currency_of, money, text_of
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
@@ -264,6 +265,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         operation=Orders.payment_refunds,
         summary="What was given back of a payment, by time",
         roles=SIGNED_IN,
+        query=SliceQuery,
         request=lambda request: orders.ListPaymentRefunds(payment_id=request.path["id"]),
         answer=refunds_out,
         output=list[RefundOut],

@@ -11,6 +11,7 @@ from mercato.chassis.contract import MAX_ID, FieldError, InvalidRequest, Open
 from mercato.contracts import orders as contract
 from mercato.contracts.orders import Orders, Refund, RefundList, ReturnLine
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
+from mercato.gateway.cursors import SliceQuery
 from mercato.gateway.money import Money, money
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
 from mercato.gateway.routes.orders import Id, InternalNote, PublicReason, Quantity, by
@@ -150,6 +151,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         operation=Orders.refunds,
         summary="What was given back of an order: refunds and returns, by time",
         roles=SIGNED_IN,
+        query=SliceQuery,
         request=lambda request: contract.ListRefunds(order_id=request.path["id"]),
         answer=refunds_out,
         output=list[RefundOut],
