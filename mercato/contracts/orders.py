@@ -41,6 +41,7 @@ PAID: Final = frozenset({"paid", "partially_refunded", "refunded"})
 LINES_LIMIT: Final = 100
 QUANTITY_LIMIT: Final = 10_000
 PAGE_LIMIT: Final = 200
+SCANNED_AT_ONCE: Final = 10_000
 REFUSED_MINOR: Final = MAX_ID
 NAMED_BY_SKU: Final = MAX_ID
 NO_USER: Final = MAX_ID
@@ -154,6 +155,9 @@ class GetOrder(Message):
     access_token: AccessToken | None = None
 
 
+Time = Annotated[datetime.datetime, Meta(tz=True)]
+
+
 class ListOrders(Message):
     """Orders by descending id, those before `before`; with `product_id`, those that have the product in a line."""
 
@@ -164,12 +168,21 @@ class ListOrders(Message):
     fulfilment: Fulfilment | None = None
     before: OrderId | None = None
     limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
+    created_from: Time | None = None
+    created_to: Time | None = None
+    """Those placed from the one time on, and before the other."""
+    currency: str | None = None
+    min_total_minor: Annotated[int, Meta(ge=0)] | None = None
+    max_total_minor: Annotated[int, Meta(ge=0)] | None = None
+    text: Annotated[str, Meta(max_length=200, pattern=r"^[^\x00]*\Z")] | None = None
+    """Digits alone are an id; any other text stands in the `customer_note`, without case."""
 
 
 class OrderPage(Message):
     orders: tuple[Order, ...]
     next_before: int | None = None
-    """The `before` of the next page; None on the last."""
+    """The `before` of the next page; None on the last. With times, totals or a text, a page that is not the last may
+    have fewer orders than were asked for, also none: `SCANNED_AT_ONCE` orders are looked through for one page."""
 
 
 class MoveOrder(Message):

@@ -122,7 +122,7 @@ class BoundedCycle(RequestResponseCycle):
         return self
 
     def leave(self) -> None:
-        """The connection is lost: a read without an answer is cancelled; a write goes on, and waits for nothing more."""
+        """The connection is lost: a read without an answer is cancelled; a write goes on, and waits for nothing."""
         self.interrupt()
         if self._task is not None and not self.response_complete:
             self.disconnected = True

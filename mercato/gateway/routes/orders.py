@@ -36,7 +36,17 @@ from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
 from mercato.contracts.users import UserNotFound
 from mercato.gateway.cursors import SliceQuery
 from mercato.gateway.fields import Email, PaymentMethod
-from mercato.gateway.money import Amount, AmountIn, Currency, Money, currency_of, money, text_of
+from mercato.gateway.money import (
+    Amount,
+    AmountIn,
+    Currency,
+    Money,
+    checked_currency,
+    currency_of,
+    minor_of,
+    money,
+    text_of,
+)
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest, Wait
 from mercato.gateway.validation import shared
 
@@ -99,6 +109,9 @@ class CancelIn(Input):
     internal_note: InternalNote = ""
 
 
+TOTAL_FILTER: Final = "In major units of `currency`, or of the shop's own. Orders in other currencies are left out."
+
+
 class OrdersQuery(Input):
     user_id: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
     product_id: Annotated[int, Meta(ge=1, le=MAX_ID, description="Only orders of this product.")] | None = None
@@ -107,6 +120,23 @@ class OrdersQuery(Input):
     fulfilment: contract.Fulfilment | None = None
     limit: Annotated[int, Meta(ge=1, le=contract.PAGE_LIMIT, description="How many at most.")] = 50
     before: Annotated[int, Meta(ge=1, le=MAX_ID, description="Only ids below this one.")] | None = None
+    created_from: Annotated[contract.Time | None, Meta(description="Placed at this time or later.")] = None
+    created_to: Annotated[contract.Time | None, Meta(description="Placed before this time.")] = None
+    currency: Currency | None = None
+    min_total: Annotated[Amount, Meta(description=TOTAL_FILTER)] | None = None
+    max_total: Annotated[Amount, Meta(description=TOTAL_FILTER)] | None = None
+    q: (
+        Annotated[
+            str,
+            Meta(
+                max_length=200,
+                pattern=r"^[^\x00]*\Z",
+                description="An id, or a part of a `customer_note`. Pages by time, total or text may be short, or "
+                "empty: follow the Link to the last.",
+            ),
+        ]
+        | None
+    ) = None
 
 
 class ItemOut(Output):
@@ -351,6 +381,18 @@ def is_guest(placing: contract.PlaceOrder) -> bool:
 
 def _list(request: RouteRequest) -> contract.ListOrders:
     query: OrdersQuery = request.query
+    errors: list[FieldError] = []
+    priced = query.min_total is not None or query.max_total is not None
+    currency = query.currency or (request.currency if priced else None)
+    checked_currency("?currency", currency, errors)
+    least, most = (
+        None if total is None or errors else minor_of(field, total, str(currency), errors)
+        for field, total in (("?min_total", query.min_total), ("?max_total", query.max_total))
+    )
+    created_from = _utc("?created_from", query.created_from, errors)
+    created_to = _utc("?created_to", query.created_to, errors)
+    if errors:
+        raise InvalidRequest(errors=tuple(errors))
     return contract.ListOrders(
         user_id=query.user_id,
         product_id=query.product_id,
@@ -359,7 +401,23 @@ def _list(request: RouteRequest) -> contract.ListOrders:
         fulfilment=query.fulfilment,
         before=query.before,
         limit=query.limit,
+        created_from=created_from,
+        created_to=created_to,
+        currency=currency,
+        min_total_minor=least,
+        max_total_minor=most,
+        text=query.q if query.q and not query.q.isspace() else None,
     )
+
+
+def _utc(field: str, time: datetime.datetime | None, errors: list[FieldError]) -> datetime.datetime | None:
+    """The time in UTC, and at least a day within what a time can be."""
+    if time is None:
+        return None
+    if 1 < time.year < datetime.MAXYEAR:
+        return time.astimezone(datetime.UTC)
+    errors.append(FieldError(field=field, message="must be in a year from 2 to 9998"))
+    return None
 
 
 def _move(request: RouteRequest) -> contract.MoveOrder:

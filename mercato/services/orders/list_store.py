@@ -1,13 +1,19 @@
-"""The SQL statements of lists of orders: one for each combination of filters."""
+"""The SQL statements of lists of orders: one for each combination of filters that have an index.
+
+Times, totals and texts have none, for it would be written with each order that is placed. Ids rise with the time of
+placing: a range of times is a range of ids, whose ends are found by halving. In it, a page looks through so many orders
+and no more, and the next goes on behind them.
+"""
 
 from __future__ import annotations
 
+import datetime
 import itertools
 from typing import Final
 
 from mercato.chassis.contract import MAX_ID
 from mercato.chassis.postgres.database import Tx
-from mercato.contracts.orders import ListOrders, Order
+from mercato.contracts.orders import SCANNED_AT_ONCE, ListOrders, Order
 
 from . import rules
 from .store import COLUMNS, OrderRow, record_of
@@ -69,3 +75,106 @@ async def list_page(tx: Tx, wanted: ListOrders, limit: int) -> list[Order]:
         wanted.product_id,
     )
     return [record_of(row).order for row in rows]
+
+
+# ----------------------------------------------------------------------------------------- times, totals and texts
+
+SKEW: Final = datetime.timedelta(minutes=1)
+"""An order has the time at which its transaction began, and an id of a moment later: so far apart at most."""
+
+
+def is_scanned(wanted: ListOrders) -> bool:
+    """Whether a list has filters without an index."""
+    filters = (wanted.created_from, wanted.created_to, wanted.min_total_minor, wanted.max_total_minor, wanted.text)
+    return any(value is not None for value in filters) or wanted.currency is not None
+
+
+_SCANNED: Final = "FROM orders o WHERE o.id < $1 AND o.id > $2"
+_OF_USER: Final = {False: " AND $3::bigint IS NULL", True: " AND o.user_id = $3"}
+
+LAST_SCANNED_SQL: Final[dict[bool, str]] = {
+    by_user: f"SELECT o.id {_SCANNED}{clause} ORDER BY o.id DESC OFFSET $4 LIMIT 1"  # of constants alone
+    for by_user, clause in _OF_USER.items()
+}
+
+SCAN_SQL: Final[dict[bool, str]] = {
+    by_user: f"""
+    SELECT {COLUMNS}
+      {_SCANNED}{clause}
+       AND ($4::bigint IS NULL
+            OR EXISTS (SELECT 1 FROM order_products p WHERE p.product_id = $4 AND p.order_id = o.id))
+       AND ($5::text IS NULL OR o.status = $5)
+       AND ($6::text IS NULL OR o.payment = $6)
+       AND ($7::text IS NULL OR o.fulfilment = $7)
+       AND ($8::timestamptz IS NULL OR o.created_at >= $8)
+       AND ($9::timestamptz IS NULL OR o.created_at < $9)
+       AND ($10::text IS NULL OR o.currency = $10)
+       AND ($11::bigint IS NULL OR o.total_minor >= $11)
+       AND ($12::bigint IS NULL OR o.total_minor <= $12)
+       AND ($13::text IS NULL OR position(lower($13) IN lower(o.customer_note)) > 0)
+     ORDER BY o.id DESC
+     LIMIT $14
+    """  # noqa: S608  # of constants alone
+    for by_user, clause in _OF_USER.items()
+}
+
+
+async def scan_page(tx: Tx, wanted: ListOrders, limit: int) -> tuple[list[Order], int | None]:
+    """Up to `limit` orders, the newest first, of the next `SCANNED_AT_ONCE`; and the last of these, if more follow."""
+    by_user, below = wanted.user_id is not None, ABOVE_ALL_IDS if wanted.before is None else wanted.before
+    above, text = 0, wanted.text
+    if text is not None and text.isascii() and text.isdigit():
+        found = int(text) if len(text) <= len(str(MAX_ID)) else ABOVE_ALL_IDS
+        below, above, text = min(below, found + 1), found - 1, None
+    if wanted.created_to is not None:
+        below = min(below, await _last_until(tx, wanted.created_to + SKEW) + 1)
+    if wanted.created_from is not None:
+        above = max(above, await _last_until(tx, wanted.created_from - SKEW))
+    ends = await tx.fetch_values(int, LAST_SCANNED_SQL[by_user], below, above, wanted.user_id, SCANNED_AT_ONCE - 1)
+    rows = await tx.fetch(
+        OrderRow,
+        SCAN_SQL[by_user],
+        below,
+        max(above, ends[0] - 1) if ends else above,
+        wanted.user_id,
+        wanted.product_id,
+        wanted.status,
+        wanted.payment,
+        wanted.fulfilment,
+        wanted.created_from,
+        wanted.created_to,
+        wanted.currency,
+        wanted.min_total_minor,
+        wanted.max_total_minor,
+        text,
+        limit,
+    )
+    return [record_of(row).order for row in rows], ends[0] if ends else None
+
+
+async def _last_until(tx: Tx, time: datetime.datetime) -> int:
+    """The last id of the orders until a time; 0 where there is none."""
+    # Orders up to `low` are of that time or before, those from `high` on after it. Each round looks at the first order
+    # of the upper half, and halves what is between: ids have 53 bits.
+    found = await tx.fetch_values(
+        int,
+        """
+        WITH RECURSIVE halved (low, high) AS (
+            SELECT 0::bigint, (SELECT coalesce(max(id), 0) + 1 FROM orders)
+            UNION ALL
+            SELECT CASE WHEN probe.created_at <= $1 THEN probe.id ELSE low END,
+                   CASE WHEN probe.created_at <= $1 THEN high ELSE (low + high) / 2 END
+              FROM halved
+              LEFT JOIN LATERAL (
+                SELECT o.id, o.created_at FROM orders o
+                 WHERE o.id >= (low + high) / 2 AND o.id < high
+                 ORDER BY o.id
+                 LIMIT 1
+              ) probe ON true
+             WHERE high - low > 1
+        )
+        SELECT max(low) FROM halved
+        """,
+        time,
+    )
+    return found[0]

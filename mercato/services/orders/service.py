@@ -78,9 +78,13 @@ class OrdersService:
             request = _only_own(request, actor)
         async with self._database.read() as tx:
             # One more than asked for tells whether there is a next page.
-            orders = await list_store.list_page(tx, request, request.limit + 1)
+            following = None
+            if list_store.is_scanned(request):
+                orders, following = await list_store.scan_page(tx, request, request.limit + 1)
+            else:
+                orders = await list_store.list_page(tx, request, request.limit + 1)
         page = tuple(orders[: request.limit])
-        return OrderPage(orders=page, next_before=page[-1].id if len(orders) > request.limit else None)
+        return OrderPage(orders=page, next_before=page[-1].id if len(orders) > request.limit else following)
 
     async def move(self, request: MoveOrder) -> Order:
         """Status and fulfilment by hand. Confirming and cancelling redirect the checkout: it moves stock and money."""
