@@ -45,6 +45,7 @@ Status = Literal["active", "archived"]
 Sort = Literal["id", "name", "-name", "price", "-price", "newest", "relevance"]
 
 PAGE_LIMIT: Final = 200
+COUNTED_AT_MOST: Final = 1_000
 
 
 class Product(Message):
@@ -134,6 +135,25 @@ class SearchProducts(Message):
     status: Status = "active"
 
 
+class ListCategories(Message):
+    """The categories of active products, in the order of their names, those after `after`."""
+
+    after: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
+
+
+class CategoryCount(Message):
+    category: str
+    products: int
+    """The active products of it; `COUNTED_AT_MOST` where there are more."""
+    is_exact: bool
+
+
+class CategoryPage(Message):
+    categories: tuple[CategoryCount, ...]
+    next_after: str | None = None
+
+
 class ProductPage(Message):
     products: tuple[Product, ...]
     next_after: str | None = None
@@ -200,5 +220,6 @@ class Products(Contract, name="products"):
     quote = batched(QuoteProduct, Quote, allow=SIGNED_IN, retry=Retry.SAFE)
     find = batched(FindProduct, Product, allow=EVERYBODY, retry=Retry.SAFE)
     restore = single(RestoreProduct, Product, allow=STAFF_ONLY)
+    categories = single(ListCategories, CategoryPage, allow=EVERYBODY, retry=Retry.SAFE)
 
     events: ClassVar = {"product.price_changed": PriceChanged}

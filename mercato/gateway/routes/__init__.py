@@ -43,6 +43,7 @@ PRIORITIES: Final[Mapping[Priority, tuple[str, ...]]] = {
         "POST /token/refresh",  # without it, no checkout goes on after fifteen minutes
     ),
     Priority.BROWSE: (
+        "GET /categories",
         "GET /customers/{id}",
         "GET /orders",
         "GET /orders/{id}",

@@ -83,6 +83,19 @@ class ProductOut(Output):
     in_stock: bool
 
 
+class CategoriesQuery(Input):
+    limit: Annotated[int, Meta(ge=1, le=contract.PAGE_LIMIT, description="How many at most.")] = 50
+    after: Annotated[str, Meta(max_length=64, description="Only those that come after this one.")] | None = None
+
+
+class CategoryOut(Output):
+    category: str
+    products: Annotated[
+        int, Meta(description=f"Active products of it; {contract.COUNTED_AT_MOST} where there are more.")
+    ]
+    is_exact: bool
+
+
 def product_out(product: Product) -> ProductOut:
     return ProductOut(
         id=product.id,
@@ -102,6 +115,12 @@ def product_out(product: Product) -> ProductOut:
 def _page(page: ProductPage) -> Page:
     following = None if page.next_after is None else {"after": page.next_after}
     return Page([product_out(product) for product in page.products], following)
+
+
+def _categories(page: contract.CategoryPage) -> Page:
+    following = None if page.next_after is None else {"after": page.next_after}
+    shown = [CategoryOut(category=c.category, products=c.products, is_exact=c.is_exact) for c in page.categories]
+    return Page(shown, following)
 
 
 def _checked(errors: list[FieldError]) -> None:
@@ -188,6 +207,18 @@ ROUTES: Final[tuple[Route, ...]] = (
         answer=_page,
         output=list[ProductOut],
         errors=(Forbidden,),
+    ),
+    Route(
+        method="GET",
+        path="/categories",
+        operation=Products.categories,
+        summary="The categories of the catalogue, with the number of their products",
+        roles=EVERYBODY,
+        query=CategoriesQuery,
+        fields={"after": "?after"},
+        request=lambda request: contract.ListCategories(after=request.query.after, limit=request.query.limit),
+        answer=_categories,
+        output=list[CategoryOut],
     ),
     Route(
         method="POST",

@@ -29,6 +29,7 @@ def build(env: Env) -> Service:
     server.register(Products.quote, service.quote)
     server.register(Products.find, service.find)
     server.register(Products.restore, service.restore)
+    server.register(Products.categories, service.categories)
     return Service(
         server.complete(),
         env.database,

@@ -22,6 +22,7 @@ from mercato.contracts.money import DEFAULT_CURRENCY, EXPONENTS, MAX_MINOR, to_m
 from mercato.contracts.products import (
     PAGE_LIMIT,
     CreateProduct,
+    ListCategories,
     PriceMinor,
     Product,
     ProductId,
@@ -256,6 +257,14 @@ def _wrong_search(request: SearchProducts, after: Cursor | None) -> Iterator[Fie
         yield FieldError(field="limit", message=f"must be between 1 and {PAGE_LIMIT}")
     if after is None:
         yield FieldError(field="after", message="must be the next_after of a page with the same sort")
+
+
+def checked_categories(request: ListCategories) -> str:
+    """The category after which a page begins. Raises `InvalidRequest`."""
+    after = request.after or ""
+    if not _is_storable(after) or len(after) > TEXT_LENGTH:
+        raise InvalidRequest(errors=(FieldError(field="after", message="Must be a category."),))
+    return after
 
 
 def _is_storable(text: str) -> bool:

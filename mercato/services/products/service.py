@@ -11,10 +11,14 @@ from mercato.chassis.messaging.events import Outgoing
 from mercato.chassis.observability import faults
 from mercato.chassis.postgres.database import Database, Tx, UniqueViolation
 from mercato.contracts.products import (
+    COUNTED_AT_MOST,
     ArchiveProduct,
+    CategoryCount,
+    CategoryPage,
     CreateProduct,
     FindProduct,
     GetProduct,
+    ListCategories,
     PriceChanged,
     Product,
     ProductArchived,
@@ -134,6 +138,22 @@ class ProductsService:
     async def restore(self, request: RestoreProduct) -> Product:
         """Raises `ProductNotFound` or `StaleVersion`. One that is active stays as it is, as with `archive`."""
         return await self._set_status(request, "active")
+
+    async def categories(self, request: ListCategories) -> CategoryPage:
+        """Raises `InvalidRequest`. The categories are found one by one through an index, not by all products."""
+        after = rules.checked_categories(request)
+        async with self._database.read() as tx:
+            # One more than asked for tells whether there is a next page.
+            rows = await store.categories(tx, after, request.limit + 1, COUNTED_AT_MOST + 1)
+        found = tuple(
+            CategoryCount(
+                category=row.category,
+                products=min(row.products, COUNTED_AT_MOST),
+                is_exact=row.products <= COUNTED_AT_MOST,
+            )
+            for row in rows[: request.limit]
+        )
+        return CategoryPage(categories=found, next_after=found[-1].category if len(rows) > request.limit else None)
 
     async def fill_terms(self) -> int:
         """Makes the terms of products that were written without; gives their number, at most `FILL_LIMIT`."""

@@ -383,6 +383,49 @@ async def search(tx: Tx, search: Search, query: str | None) -> list[FoundRow]:
     )
 
 
+# --------------------------------------------------------------------------------------------------------- categories
+
+
+class CategoryRow(Row, frozen=True, gc=False):
+    category: str
+    products: int
+
+
+CATEGORIES_SQL: Final = """
+WITH RECURSIVE found (category, n) AS (
+    (SELECT category, 1 FROM products
+      WHERE status = 'active' AND category > $1 ORDER BY category LIMIT 1)
+    UNION ALL
+    SELECT following.category, n + 1
+      FROM found
+     CROSS JOIN LATERAL (
+        SELECT p.category FROM products p
+         WHERE p.status = 'active' AND p.category > found.category ORDER BY p.category LIMIT 1
+     ) following
+     WHERE n < $2
+)
+SELECT found.category, counted.products
+  FROM found
+ CROSS JOIN LATERAL (
+    SELECT count(*) AS products
+      FROM (SELECT 1 FROM products p
+             WHERE p.status = 'active' AND p.category = found.category LIMIT $3) AS these
+ ) counted
+ ORDER BY n
+"""
+
+
+async def categories(tx: Tx, after: str, limit: int, count_limit: int) -> list[CategoryRow]:
+    """Up to `limit` categories of active products after one, by name, each with its products, counted up to a limit."""
+    return await tx.fetch(
+        CategoryRow,
+        CATEGORIES_SQL,
+        after,
+        limit,
+        count_limit,
+    )
+
+
 # -------------------------------------------------------------------------------------------------------------- terms
 
 
