@@ -32,6 +32,7 @@ from mercato.chassis.contract import (
 )
 from mercato.contracts.roles import ANONYMOUS, CUSTOMER, EVERYBODY
 from mercato.gateway import cursors, examples, guests, problems, refusals, schemas
+from mercato.gateway.explained import EXPLAINED
 from mercato.gateway.problems import Problem
 from mercato.gateway.readiness import DOWN, READINESS
 from mercato.gateway.route import MAX_BODY_BYTES, Route
@@ -513,6 +514,7 @@ def _with_request_id(response: Json) -> Json:
 def _description(route: Route) -> str:
     """What the row's properties mean for a caller, in sentences."""
     limits = route.limits
+    explained = EXPLAINED.get(f"{route.method} {route.path}")
     sentences = [ROLES.get(route.roles, f"For {' and '.join(sorted(route.roles))}.")]
     if route.system:
         sentences.append(f"The reference form of system {route.system}.")
@@ -534,7 +536,7 @@ def _description(route: Route) -> str:
         sentences.append("After several wrong passwords for an account, further tries from the same address must wait.")
     if route.body is not None and limits.body_bytes < MAX_BODY_BYTES:
         sentences.append(f"The body has at most {limits.body_bytes} bytes.")
-    return " ".join(sentences)
+    return "\n\n".join(filter(None, (explained, " ".join(sentences))))
 
 
 # ------------------------------------------------------------------------------------------------ beside the table

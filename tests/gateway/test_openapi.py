@@ -12,6 +12,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from mercato.chassis.contract import MAX_ID, Actor, InvalidRequest, published_pattern
 from mercato.gateway import examples, fields, idempotency, openapi, problems
+from mercato.gateway.explained import EXPLAINED
 from mercato.gateway.problems import HostNotAllowed, SignInFirst
 from mercato.gateway.route import Output, Route, RouteRequest
 from mercato.gateway.routes import ROUTES
@@ -252,6 +253,27 @@ def test_an_object_without_known_members_is_open():
 
 def test_the_methods_of_payment_are_those_of_the_bank():
     assert published_pattern(bank.METHOD_PATTERN) == published_pattern(fields.PAYMENT_METHOD_PATTERN)
+
+
+WRITES = [route for route in ROUTES if route.method != "GET"]
+
+
+@pytest.mark.parametrize("route", WRITES, ids=openapi.operation_id)
+def test_what_an_operation_that_changes_something_does_is_said_in_sentences(route: Route):
+    explained, rules = described(route)["description"].split("\n\n")
+    sentences = re.split(r"(?<=\.)\s+", explained)
+
+    assert 3 <= len(sentences) <= 6
+    assert all(re.fullmatch(r"[`A-Z0-9].{10,}\.", sentence) for sentence in sentences)
+    assert rules
+
+
+def test_no_operation_is_explained_that_is_not_there():
+    assert set(EXPLAINED) == {f"{route.method} {route.path}" for route in WRITES}
+
+
+def test_an_order_is_said_to_be_accepted_and_no_more():
+    assert "201 means accepted" in CLOSED["paths"]["/orders"]["post"]["description"]
 
 
 def test_pages_of_a_collection_have_a_link():
