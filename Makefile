@@ -144,6 +144,7 @@ lock: $(VENV)/.dev ## recompile the pins in requirements/ (ARGS=--upgrade for ne
 	@$(call compile,runtime,--extra embedded)
 	@$(call compile,dev,--extra embedded --extra mdns --extra dev --constraint requirements/runtime.txt)
 	@$(call compile,bench,--extra bench --constraint requirements/runtime.txt)
+	@$(call compile_file,clients,requirements/clients.in)
 
 .PHONY: clean
 clean: ## remove .venv, the local shop's data in .mercato, and caches
@@ -189,6 +190,8 @@ endef
 install = echo "installing $$(grep -c == requirements/$(1).txt) packages for $(1) (once) ..."; \
 	$(PIP) install --require-hashes --requirement requirements/$(1).txt
 
-compile = echo "compiling requirements/$(1).txt ..."; $(VENV)/bin/uv pip compile pyproject.toml requirements/build.in $(2) \
+compile = $(call compile_file,$(1),pyproject.toml requirements/build.in $(2))
+
+compile_file = echo "compiling requirements/$(1).txt ..."; $(VENV)/bin/uv pip compile $(2) \
 	--universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet \
 	--output-file requirements/$(1).txt $(ARGS)
