@@ -369,7 +369,8 @@
         make("ul", null, group.entries.map((entry) => entry.link)));
     }
     status.textContent = "";
-    byId("main").append(introduction, ...groups.map((group) => group.view));
+    byId("states").before(introduction);
+    byId("main").append(...groups.map((group) => group.view));
     byId("nav").append(...groups.map((group) => group.list));
     byId("filter").addEventListener("input", () => filter(groups, introduction, status));
   }
@@ -387,7 +388,7 @@
       group.view.hidden = group.list.hidden = !shown;
       found += shown;
     }
-    introduction.hidden = wanted.length > 0;
+    introduction.hidden = byId("states").hidden = wanted.length > 0;
     status.textContent = wanted.length ? `${found} ${found === 1 ? "operation" : "operations"}` : "";
   }
 

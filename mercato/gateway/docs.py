@@ -18,7 +18,8 @@ from typing import Final
 import msgspec
 
 from mercato.chassis.contract import ServiceError
-from mercato.gateway import examples, openapi, problems
+from mercato.contracts.order_moves import AXES
+from mercato.gateway import diagram, examples, openapi, problems
 from mercato.gateway.route import Route
 
 POLICY: Final = (
@@ -124,7 +125,7 @@ def pages(routes: Sequence[Route]) -> Mapping[str, DocsPage]:
     """Every page of the documentation, by path."""
     script, style = _file("docs.js"), _file("docs.css")
     version = hashlib.sha256(script + style + _file("account.js")).hexdigest()[:12]
-    frame = Template(_file("docs.html").decode()).substitute(version=version)
+    frame = Template(_file("docs.html").decode()).substitute(version=version, states=_states())
     return {
         "/docs": _page(HTML, frame.encode(), FRESH),
         "/docs/docs.js": _page("text/javascript; charset=utf-8", script, FOR_EVER),
@@ -133,6 +134,14 @@ def pages(routes: Sequence[Route]) -> Mapping[str, DocsPage]:
         "/docs/account.js": _page("text/javascript; charset=utf-8", _file("account.js"), FOR_EVER),
         "/docs/problems": _page(HTML, _problems_page(refusals(routes), version).encode(), FRESH),
     }
+
+
+def _states() -> str:
+    """The diagrams of the states of an order, by axis."""
+    return "\n".join(
+        f"<figure><figcaption><code>{axis}</code></figcaption>{diagram.svg(axis, moves)}</figure>"
+        for axis, moves in AXES.items()
+    )
 
 
 def refusals(routes: Sequence[Route]) -> list[Refusal]:

@@ -7,7 +7,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mercato.gateway import docs, openapi
+from mercato.contracts.order_moves import AXES
+from mercato.contracts.orders import Axis
+from mercato.gateway import diagram, docs, openapi
 from mercato.gateway.routes import ROUTES
 from mercato.testing.waiting import BOUND_SECONDS
 
@@ -113,6 +115,30 @@ def test_an_asset_that_is_kept_for_ever_has_its_content_in_its_address():
     assert all(re.search(r"\?v=[0-9a-f]{12}$", address) for address in addresses)
     assert "immutable" in PAGES["/docs/docs.js"].headers["cache-control"]
     assert "immutable" not in PAGES["/docs"].headers["cache-control"]
+
+
+# ---------------------------------------------------------------------------------------------------------- states
+
+
+def test_the_diagram_of_an_orders_states_has_its_legal_moves_and_no_others():
+    arrows = [attributes for _, attributes in Elements(text("/docs")).seen if "data-from" in attributes]
+    shown = {
+        axis: sorted((a["data-from"], a["data-to"]) for a in arrows if a["marker-end"] == f"url(#arrow-{axis})")
+        for axis in AXES
+    }
+
+    assert shown == {
+        axis: sorted((before, after) for before in moves for after in moves[before]) for axis, moves in AXES.items()
+    }
+    assert len(arrows) == sum(len(moves) for moves in shown.values())
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_the_boxes_of_a_diagram_do_not_cover_each_other(axis: Axis):
+    boxes = [a for tag, a in Elements(diagram.svg(axis, AXES[axis])).seen if tag == "rect"]
+    corners = {(box["x"], box["y"]) for box in boxes}
+
+    assert len(corners) == len(boxes) == len(AXES[axis])
 
 
 # ---------------------------------------------------------------------------------------------------------- script

@@ -1,13 +1,12 @@
 """What may happen to an order. Pure: no I/O, no clock.
 
-The three tables of moves are the only place where an order's life is written down: the guard of every UPDATE, the
-error that lists the legal moves, and the test over all pairs are derived from them.
+The moves of an order are in `mercato/contracts/order_moves.py`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -15,6 +14,7 @@ import msgspec
 from mercato.chassis.contract import Actor, FieldError, InvalidRequest, RuleBroken, ServiceError
 from mercato.chassis.mail import addresses
 from mercato.contracts.money import MAX_MINOR, to_minor, written
+from mercato.contracts.order_moves import AXES
 from mercato.contracts.orders import (
     PAID,
     QUANTITY_LIMIT,
@@ -39,47 +39,6 @@ from mercato.contracts.orders import (
 from mercato.contracts.payments import CaptureAmountChanged, CaptureTooLarge, Payment as PaymentRecord
 from mercato.contracts.products import Product, Quote
 from mercato.contracts.roles import ANONYMOUS, CUSTOMER, GUEST, GUEST_USER, may_see
-
-Moves = Mapping[str, frozenset[str]]
-
-
-def _moves(table: Mapping[str, Iterable[str]]) -> Moves:
-    return {before: frozenset(after) for before, after in table.items()}
-
-
-STATUS: Final[Moves] = _moves(
-    {
-        "pending": {"confirmed", "cancelled"},
-        "confirmed": {"completed", "cancelled"},
-        "completed": set(),
-        "cancelled": set(),
-    }
-)
-
-PAYMENT: Final[Moves] = _moves(
-    {
-        "unpaid": {"authorized", "paid", "failed"},
-        # To refunded: it was captured while the order was being cancelled. To unpaid: the authorization of an order
-        # that was sold on account expired; the order stays sold.
-        "authorized": {"paid", "voided", "refunded", "unpaid"},
-        "paid": {"partially_refunded", "refunded"},
-        "partially_refunded": {"partially_refunded", "refunded"},
-        "refunded": set(),
-        "failed": set(),
-        "voided": set(),
-    }
-)
-
-FULFILMENT: Final[Moves] = _moves(
-    {
-        "unfulfilled": {"shipped"},
-        "shipped": {"delivered"},
-        "delivered": {"returned"},
-        "returned": set(),
-    }
-)
-
-AXES: Final[Mapping[Axis, Moves]] = {"status": STATUS, "payment": PAYMENT, "fulfilment": FULFILMENT}
 
 SHIPPABLE: Final = frozenset({"confirmed", "completed"})
 """Goods move only for an order that was confirmed and is not cancelled."""
