@@ -131,8 +131,6 @@
   const freshKey = () =>
     Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 
-  const shell = (text) => `'${text.replace(/'/g, `'\\''`)}'`;
-
   function startValue(parameter) {
     if (parameter.name === "Idempotency-Key") return freshKey();
     return parameter.required && parameter.example !== undefined ? String(parameter.example) : "";
@@ -206,21 +204,15 @@
     }
   }
 
-  /** The command line that does the same. The token itself is not shown: command lines are pasted elsewhere. */
-  function curl(method, { target, headers, body }, needsToken) {
-    const lines = [`curl -i${method === "GET" ? "" : ` -X ${method}`} ${shell(location.origin + target)}`];
-    if (needsToken || byId("token").value.trim()) lines.push('-H "Authorization: Bearer $TOKEN"');
-    for (const [name, value] of Object.entries(headers)) lines.push(`-H ${shell(`${name}: ${value}`)}`);
-    if (body !== undefined) lines.push(`-d ${shell(compact(body))}`);
-    return lines.join(" \\\n  ");
-  }
+  const language = make("select", { class: "language", "aria-label": "Language of the samples" },
+    Object.keys(samples).map((name) => make("option", { value: name }, name)));
+  let chosen = language.value;
 
-  function compact(text) {
-    try {
-      return JSON.stringify(JSON.parse(text));
-    } catch {
-      return text;
-    }
+  /** The request in the chosen language. The token stands in it only where that is wanted: samples are pasted elsewhere. */
+  function sample(method, { target, headers, body }, needsToken) {
+    const token = byId("token").value.trim();
+    const shown = token && byId("shown").checked ? token : needsToken || token ? "" : null;
+    return samples[chosen]({ method, url: location.origin + target, headers, body, token: shown });
   }
 
   async function copy(button, text) {
@@ -261,10 +253,59 @@
   }
 
   const useToken = (token) => make("button", { type: "button", onclick: (event) => {
-    byId("token").value = token;
-    byId("token").dispatchEvent(new Event("input"));
+    setToken(token);
     event.target.textContent = "In use until this page is closed";
   } }, "Use this access token");
+
+  // -------------------------------------------------------------------------------------------------------- sign-in
+
+  function setToken(token) {
+    byId("token").value = token;
+    byId("token").dispatchEvent(new Event("input"));
+  }
+
+  function toggle(button, view) {
+    const opens = button.getAttribute("aria-expanded") !== "true";
+    button.setAttribute("aria-expanded", String(opens));
+    view(opens);
+  }
+
+  async function signIn(event) {
+    event.preventDefault();
+    const form = event.target;
+    const said = byId("signed");
+    const body = JSON.stringify(Object.fromEntries(new FormData(form)));
+    try {
+      const { answer, text } = await send("POST", { target: "/login", headers: { "Content-Type": JSON_TYPE }, body });
+      const json = JSON.parse(text);
+      if (answer.ok) {
+        setToken(json.access_token);
+        form.reset();
+      }
+      said.textContent = answer.ok
+        ? `Signed in as ${json.user.email} (${json.user.role}). The token is kept in the memory of this page alone.` : json.detail;
+    } catch (error) {
+      said.textContent = `No answer: ${error.message}`;
+    }
+  }
+
+  byId("credentials").addEventListener("submit", signIn);
+  byId("account").addEventListener("click", () => toggle(byId("account"), (opens) => {
+    byId("sign-in").hidden = !opens;
+    if (opens) byId("credentials").elements.email.focus();
+  }));
+  byId("token").addEventListener("input", () => {
+    byId("account").textContent = byId("token").value ? "Signed in" : "Sign in";
+    document.dispatchEvent(new Event("sample"));
+  });
+  byId("shown").addEventListener("change", () => document.dispatchEvent(new Event("sample")));
+
+  // On a narrow screen the list of operations is a menu, which closes when one is chosen.
+  const showMenu = () => toggle(byId("menu"), (opens) => byId("nav").classList.toggle("open", opens));
+  byId("menu").addEventListener("click", showMenu);
+  byId("nav").addEventListener("click", (event) => {
+    if (event.target.closest("a") && byId("nav").classList.contains("open")) showMenu();
+  });
 
   function responseView(status, reference) {
     const response = resolved(reference);
@@ -293,13 +334,19 @@
   function operationBody({ method, path, operation }) {
     const needsToken = (operation.security || []).length > 0 && !operation.security.some((one) => !Object.keys(one).length);
     const command = make("code");
+    const languages = language.cloneNode(true);
+    languages.addEventListener("change", () => {
+      chosen = languages.value;
+      document.dispatchEvent(new Event("sample"));
+    });
     const form = new Form(operation);
     const button = make("button", { type: "button", onclick: () => copy(button, command.textContent) }, "Copy");
     const output = make("div", { class: "output", role: "status" });
     const go = make("button", { type: "submit", class: "main" }, "Send");
 
     function refresh() {
-      command.textContent = curl(method, form.request(path), needsToken);
+      languages.value = chosen;
+      command.textContent = sample(method, form.request(path), needsToken);
     }
     async function submit(event) {
       event.preventDefault();
@@ -313,12 +360,12 @@
       }
     }
     refresh();
-    byId("token").addEventListener("input", refresh);
+    document.addEventListener("sample", refresh);
     return [
       make("div", { class: "about" }, prose(operation.description)),
       make("form", { class: "pair", oninput: refresh, onchange: refresh, onsubmit: submit },
         make("div", null, form.view()),
-        make("div", null, heading("Try it"),
+        make("div", null, make("div", { class: "row" }, heading("Try it"), languages),
           make("div", { class: "command" }, make("pre", { tabindex: "0" }, command), button),
           make("div", { class: "row" }, go, make("span", { class: "quiet" }, "sends it to this shop, for real")), output)),
       heading("Answers"),

@@ -1,7 +1,8 @@
 """The documentation for people: `/docs` shows `/openapi.json` and calls the API, `/docs/problems` explains refusals.
 
-Everything that the pages need comes from this shop (`docs.html`, `docs.js`, `docs.css`, next to this file); a policy
-forbids browsers to load or call anything else. All is made at start-up and never changes while the process runs.
+Everything that the pages need comes from this shop (`docs.html`, `docs.js`, `samples.js`, `docs.css`, next to this
+file); a policy forbids browsers to load or call anything else. All is made at start-up and never changes while the
+process runs.
 """
 
 from __future__ import annotations
@@ -123,12 +124,13 @@ class Refusal(msgspec.Struct, frozen=True):
 
 def pages(routes: Sequence[Route]) -> Mapping[str, DocsPage]:
     """Every page of the documentation, by path."""
-    script, style = _file("docs.js"), _file("docs.css")
-    version = hashlib.sha256(script + style + _file("account.js")).hexdigest()[:12]
+    script, style, samples = _file("docs.js"), _file("docs.css"), _file("samples.js")
+    version = hashlib.sha256(script + style + samples + _file("account.js")).hexdigest()[:12]
     frame = Template(_file("docs.html").decode()).substitute(version=version, states=_states())
     return {
         "/docs": _page(HTML, frame.encode(), FRESH),
         "/docs/docs.js": _page("text/javascript; charset=utf-8", script, FOR_EVER),
+        "/docs/samples.js": _page("text/javascript; charset=utf-8", samples, FOR_EVER),
         "/docs/docs.css": _page("text/css; charset=utf-8", style, FOR_EVER),
         **{path: _page(HTML, page, FRESH) for path, page in _account_pages(version).items()},
         "/docs/account.js": _page("text/javascript; charset=utf-8", _file("account.js"), FOR_EVER),

@@ -1,9 +1,15 @@
 """The documentation's pages: complete, self-contained, and allowed to do no more than they must."""
 
+import io
+import json
 import re
+import shlex
 import shutil
 import subprocess
+import urllib.request
 from html.parser import HTMLParser
+from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -59,6 +65,7 @@ def test_these_are_the_pages():
         "/docs": "text/html",
         "/docs/account.js": "text/javascript",
         "/docs/docs.js": "text/javascript",
+        "/docs/samples.js": "text/javascript",
         "/docs/docs.css": "text/css",
         "/docs/problems": "text/html",
     }
@@ -145,19 +152,146 @@ def test_the_boxes_of_a_diagram_do_not_cover_each_other(axis: Axis):
 
 
 def test_the_script_keeps_no_token_and_makes_no_markup_of_data():
-    script = text("/docs/docs.js")
+    script = text("/docs/docs.js") + text("/docs/samples.js")
 
     assert [word for word in ("localStorage", "sessionStorage", "indexedDB", "document.cookie") if word in script] == []
     assert [word for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval(") if word in script] == []
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
-def test_the_script_has_no_syntax_error():
-    done = subprocess.run(
-        ["node", "--check", "-"], input=PAGES["/docs/docs.js"].body, capture_output=True, timeout=BOUND_SECONDS
-    )
+@pytest.mark.parametrize("path", ["/docs/docs.js", "/docs/samples.js"])
+def test_a_script_has_no_syntax_error(path: str):
+    script = PAGES[path].body
+    done = subprocess.run(["node", "--check", "-"], input=script, capture_output=True, timeout=BOUND_SECONDS)
 
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_the_elements_that_the_script_looks_for_are_in_the_page():
+    wanted = set(re.findall(r'byId\("([\w-]+)"\)', text("/docs/docs.js")))
+
+    assert wanted <= set(Elements(text("/docs")).ids)
+
+
+# --------------------------------------------------------------------------------------------------------- samples
+
+URL = "http://shop.example"
+TOKENS = [None, "", "a.token"]
+
+
+def requests() -> list[dict[str, Any]]:
+    """One for each example of each operation of the description, with each kind of token."""
+    document = openapi.document(ROUTES, open_shop=False, server_url=None)
+    found: list[dict[str, Any]] = []
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            headers: dict[str, str] = {}
+            target = path
+            for parameter in operation.get("parameters", ()):
+                named = document["components"]["parameters"].get(
+                    parameter.get("$ref", "").rpartition("/")[2], parameter
+                )
+                if named["in"] == "header":
+                    headers[named["name"]] = named["example"]
+                elif named["in"] == "path":
+                    target = path.replace(f"{{{named['name']}}}", str(named["example"]))
+            content = operation.get("requestBody", {}).get("content", {"": {}})
+            examples: list[Any] = [e["value"] for e in next(iter(content.values())).get("examples", {}).values()]
+            for i, body in enumerate(examples or [None]):
+                one = {"method": method.upper(), "url": URL + target, "token": TOKENS[i % 3], "headers": headers}
+                if body is not None:
+                    json_headers = {**headers, "Content-Type": "application/json"}
+                    one |= {"headers": json_headers, "body": json.dumps(body, indent=2)}
+                found.append(one)
+    return found
+
+
+RUN = """
+const given = JSON.parse(require("fs").readFileSync(0, "utf8"));
+eval(given.script);
+const made = given.requests.map((request) => {
+  return Object.fromEntries(Object.entries(samples).map(([name, make]) => [name, make(request)]));
+});
+const run = async () => {
+  for (const one of made) {
+    globalThis.fetch = async (url, options) => {
+      one.called = { url, ...options };
+      return { status: 200, text: async () => "" };
+    };
+    console.log = () => {};
+    await eval(`(async () => { ${one.JavaScript} })()`);
+  }
+  process.stdout.write(JSON.stringify(made));
+};
+run();
+"""
+
+
+@pytest.fixture(scope="module")
+def made() -> list[dict[str, Any]]:
+    """The samples of each request, and in `called` what the one in JavaScript calls `fetch` with."""
+    given = json.dumps({"script": text("/docs/samples.js"), "requests": requests()})
+    done = subprocess.run(["node", "-e", RUN], input=given, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def expected(request: dict[str, Any], stand_in: str) -> tuple[str, str, dict[str, str], Any]:
+    """Method, address, headers and body; of the token that is not shown, what stands in for it."""
+    headers = {name.lower(): value for name, value in request["headers"].items()}
+    if request["token"] is not None:
+        headers["authorization"] = f"Bearer {request['token'] or stand_in}"
+    return request["method"], request["url"], headers, json.loads(request["body"]) if "body" in request else None
+
+
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+
+
+@needs_node
+def test_every_sample_in_javascript_sends_its_request(made: list[dict[str, Any]]):
+    for request, one in zip(requests(), made, strict=True):
+        called = one["called"]
+        headers = {name.lower(): value for name, value in called["headers"].items()}
+        body = json.loads(called["body"]) if "body" in called else None
+
+        assert (called["method"], called["url"], headers, body) == expected(request, "ACCESS_TOKEN")
+
+
+@needs_node
+def test_every_sample_in_python_sends_its_request(made: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch):
+    sent: list[urllib.request.Request] = []
+
+    class Answer(io.BytesIO):
+        status = 200
+
+    def urlopen(request: urllib.request.Request, timeout: float) -> Answer:
+        assert timeout > 0
+        sent.append(request)
+        return Answer()
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    for request, one in zip(requests(), made, strict=True):
+        exec(compile(one["Python"], "sample", "exec"), {})
+        last = sent[-1]
+        headers = {name.lower(): value for name, value in last.header_items()}
+        body = json.loads(last.data) if isinstance(last.data, bytes) else None
+
+        assert (last.get_method(), last.full_url, headers, body) == expected(request, "ACCESS_TOKEN")
+
+
+@needs_node
+def test_every_sample_of_a_shell_sends_its_request(made: list[dict[str, Any]]):
+    for request, one in zip(requests(), made, strict=True):
+        words = shlex.split(one["curl"].replace("\\\n", ""))
+        options = list(pairwise(words))
+        headers = dict(value.split(": ", 1) for name, value in options if name == "-H")
+        bodies = [json.loads(value) for name, value in options if name == "-d"]
+        methods = [value for name, value in options if name == "-X"] or ["GET"]
+        sent = methods[0], next(word for word in words if word.startswith(URL))
+
+        assert (*sent, {n.lower(): v for n, v in headers.items()}, bodies[0] if bodies else None) == expected(
+            request, "$TOKEN"
+        )
 
 
 # -------------------------------------------------------------------------------------------------------- problems
