@@ -29,9 +29,13 @@ LEFT_OUT: Final = (
     "*/alembic_environment/*",
     "mercato/chassis/observability/faults.py",  # What tests use.
     "mercato/gateway/docs.py",  # What describes the gateway to people.
+    "mercato/gateway/diagram.py",
     "mercato/gateway/examples.py",
+    "mercato/gateway/explained.py",
+    "mercato/gateway/fields.py",
     "mercato/gateway/openapi.py",
     "mercato/gateway/pages.py",
+    "mercato/gateway/refusals.py",
     "mercato/gateway/schemas.py",
 )
 CONTEXT_LINES: Final = 1
