@@ -74,8 +74,9 @@ async def test_head_is_get_without_the_body(guarded_shop: Shop, route: Route) ->
     person = await new_person(guarded_shop, "staff")
     things = await Things.of(guarded_shop, person, needs_refund=route.path.startswith("/refunds/"))
     path = things.path(route)
-    got = await guarded_shop.get(path, token=person.token)
-    head = await guarded_shop.request("HEAD", path, token=person.token)
+    plain = {"Accept-Encoding": "identity"}  # the client decompresses, and the length is that of what is sent
+    got = await guarded_shop.get(path, token=person.token, headers=plain)
+    head = await guarded_shop.request("HEAD", path, token=person.token, headers=plain)
     assert (head.status, head.body) == (200, b"")
     changing = {"date", "x-request-id"}
     assert {n: v for n, v in head.headers.items() if n not in changing} == {

@@ -28,7 +28,7 @@ async def test_orders_placed_at_the_same_moment_have_numbers_of_their_own(open_s
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH"])
 async def test_orders_are_not_placed_by_any_method(open_shop: Shop, method: str) -> None:
     reply = await open_shop.request(method, "/orders", {"user_id": 1, "product_id": 100})
-    assert (reply.status, reply.headers["allow"]) == (405, "GET, HEAD, POST")
+    assert (reply.status, reply.headers["allow"]) == (405, "GET, HEAD, OPTIONS, POST")
 
 
 async def waiting_order(shop: Shop) -> int:
@@ -74,7 +74,7 @@ async def test_what_is_not_a_number_is_400(open_shop: Shop, payment: dict[str, o
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH"])
 async def test_payments_are_not_made_by_any_method(open_shop: Shop, method: str) -> None:
     reply = await open_shop.request(method, "/payments", {"order_id": 1001})
-    assert (reply.status, reply.headers["allow"]) == (405, "GET, HEAD, POST")
+    assert (reply.status, reply.headers["allow"]) == (405, "GET, HEAD, OPTIONS, POST")
 
 
 async def test_payments_at_the_same_moment_are_one_charge(open_shop: Shop) -> None:

@@ -110,7 +110,7 @@ async def test_a_a_payment_that_the_provider_refuses_is_402(open_shop: Shop) -> 
 async def test_a_payments_are_processed_by_post_alone(open_shop: Shop, method: str) -> None:
     reply = await send(open_shop, f"{method} /payments/process?order_id=1001&amount=1299.99")
     assert_problem(reply, 405, "method_not_allowed")
-    assert reply.headers["allow"] == "POST"
+    assert reply.headers["allow"] == "OPTIONS, POST"
 
 
 # --------------------------------------------------------------------- B: users and orders

@@ -1,4 +1,4 @@
-"""Stock: whether a product is there, as everybody may see it, and how much there is, as staff count it."""
+"""Stock: whether a product is there, for all callers, and how much there is, for staff."""
 
 from __future__ import annotations
 
