@@ -31,6 +31,8 @@ from mercato.chassis.contract.messages import OPEN_VALUES
 CHASSIS: Final = "chassis"
 MESSAGES: Final = "messages"
 ENUMS: Final = "enums"
+PARTS: Final = {"order_refusals": "orders"}
+"""Modules that were split from another: names and numbers stay those of that one."""
 LAST_NUMBER: Final = 18_999
 """Protobuf keeps 19 000 to 19 999 for itself, and no message of ours needs so many."""
 
@@ -173,6 +175,7 @@ class _Collected:
         module = owner.__module__
         name = CHASSIS if module.startswith("mercato.chassis.") else self._services.get(module)
         name = name or module.rpartition(".")[2]
+        name = PARTS.get(name, name)
         return self.names.setdefault(name, {MESSAGES: {}, ENUMS: {}})
 
 

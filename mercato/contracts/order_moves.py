@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from mercato.contracts.orders import Axis
+from mercato.contracts.order_refusals import Axis
 
 Moves = Mapping[str, frozenset[str]]
 

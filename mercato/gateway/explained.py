@@ -66,6 +66,9 @@ EXPLAINED: Final[Mapping[str, str]] = {
     "POST /products/{id}/archive": "Takes a product out of the catalogue. "
     "It can be read by its id, and not ordered any more. "
     "Orders that have it go on. It may be sent again: the product stays archived.",
+    "POST /products/{id}/restore": "Puts an archived product back into the catalogue. "
+    "It is found by searches again, and can be ordered. "
+    "Its price and its stock are those that it had. It may be sent again: the product stays in the catalogue.",
     "PUT /products/{id}/stock": "Says how many pieces of a product are there, as they were counted. "
     "What open orders hold counts as there; fewer pieces than they hold are refused. "
     "With If-Match it is done only where nothing has changed since you looked. "

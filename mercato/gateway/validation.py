@@ -197,7 +197,7 @@ def _collect(model: Any, value: Any, path: str, strict: bool, errors: list[Field
             errors.append(FieldError(field=path, message=message))
     else:
         known = get_args(model) if get_origin(model) is Literal else ()
-        message = f"is not one of {', '.join(map(str, known))}" if known and isinstance(value, str) else message
+        message = f"must be one of {', '.join(map(str, known))}" if known and isinstance(value, str) else message
         errors.append(FieldError(field=path or "body", message=message))
 
 

@@ -216,4 +216,4 @@ async def test_an_unknown_value_of_a_filter_is_refused_with_those_that_there_are
     refused = await open_shop.get(path)
 
     assert_problem(refused, 400, "invalid_request")
-    assert [error["message"] for error in refused.json["errors"]] == [f"is not one of {known}"]
+    assert [error["message"] for error in refused.json["errors"]] == [f"must be one of {known}"]

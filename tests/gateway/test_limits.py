@@ -15,7 +15,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from gateway.harness import Things
-from mercato.gateway import openapi
+from mercato.gateway import described_headers, openapi
 from mercato.gateway.route import Route
 from mercato.gateway.routes import ROUTES
 from mercato.testing.shop import Shop
@@ -88,11 +88,11 @@ OF_PATTERNS: dict[str, Values] = {
     r"^[0-9]+(\.[0-9]+)?$": [("1.5", True), ("1.", False), (".5", False), ("-1", False), ("1" * 101, False)],
     "^[0-9a-f]{32}$": [("0" * 32, True), ("0" * 31, False), ("0" * 33, False), ("g" * 32, False)],
     "^[0-9a-z]{1,60}$": [("0" * 60, True), ("0" * 61, False), ("A", False)],
-    openapi.PARAMETERS["IfMatch"]["schema"]["pattern"]: [
+    described_headers.PARAMETERS["IfMatch"]["schema"]["pattern"]: [
         ('"1"', True), ('W/"999999999"', True), ('"0"', False), ('"1000000000"', False), ("1", False),
     ],
-    openapi.WAIT_PATTERN: [("wait=0", True), ("wait=999999", True), ("wait=", False), ("wait=-1", False)],
-    openapi.KEY_PATTERN: [
+    described_headers.WAIT_PATTERN: [("wait=0", True), ("wait=999999", True), ("wait=", False), ("wait=-1", False)],
+    described_headers.KEY_PATTERN: [
         ("k" * 255, True), ("k" * 256, False), ("a b", False),
         ('"' + "k" * 255 + '"', True), ('"' + "k" * 256 + '"', False),
     ],

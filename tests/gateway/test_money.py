@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 
 from mercato.chassis.contract import FieldError, InvalidRequest
 from mercato.contracts.money import AMOUNT_LENGTH, EXPONENTS, MAX_MINOR, decimal_string, to_minor, written
-from mercato.contracts.orders import AmountNotDue, NothingToRefund
+from mercato.contracts.order_refusals import AmountNotDue, NothingToRefund
 from mercato.gateway.money import Amount, AmountIn, currency_of, money
 from mercato.gateway.route import Input
 from mercato.gateway.validation import decode_body, decode_query, decoder

@@ -10,7 +10,8 @@ import pytest
 
 from mercato.chassis.contract import Actor, InvalidRequest, Unavailable
 from mercato.chassis.http import LONG_RESPONSE
-from mercato.contracts.orders import AwaitOrder, Order, Orders, OutOfStock, PaymentDeclined
+from mercato.contracts.order_refusals import OutOfStock, PaymentDeclined
+from mercato.contracts.orders import AwaitOrder, Order, Orders
 from mercato.contracts.roles import CUSTOMER
 from mercato.gateway.headers import RequestHeaders, preferred_wait_ms
 from mercato.gateway.route import Wait
@@ -158,10 +159,10 @@ async def test_a_payment_that_is_declined_by_itself_says_until_when_its_order_ca
 class AnyRoute:
     name = "POST /things"
 
-    def respond(self, answer: Any, _scope: Any) -> tuple[int, list[bytes], bytes]:
+    def respond(self, answer: Any, scope: Any) -> tuple[int, list[bytes], bytes]:
         return 201, [], str(answer).encode()
 
-    def add_place(self, _answer: Any, lines: list[bytes]) -> None:
+    def add_place(self, answer: Any, lines: list[bytes]) -> None:
         lines.append(b"location: /things/1")
 
 

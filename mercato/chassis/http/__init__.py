@@ -31,10 +31,11 @@ no clock, it only forgets the connection's time stamp, and the next sweep sets a
 """
 
 from .addresses import network_of
+from .connection_book import ConnectionBook
 from .cycle import COMPLETE_RESPONSE, EXTENSIONS, LONG_RESPONSE
 from .limits import HttpLimits, Refusal
 from .listening import CannotListen, HostUnknown, PortForbidden, PortTaken, bind, translate
-from .protocol import BoundedProtocol, ConnectionBook
+from .protocol import BoundedProtocol
 from .server import HttpServer
 from .shedding import EarlyRefusals, LoadLimits, Priority, Rendered, Shedder
 

@@ -11,9 +11,10 @@ from typing import Any, Final
 
 import uvicorn
 
+from .connection_book import ConnectionBook
 from .limits import HttpLimits, ignore_refusal
 from .listening import LISTEN_BACKLOG
-from .protocol import BoundedProtocol, ConnectionBook
+from .protocol import BoundedProtocol
 from .shedding import EarlyRefusals
 
 logger = logging.getLogger(__name__)

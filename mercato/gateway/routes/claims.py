@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mercato.contracts import orders as contract
+from mercato.contracts import order_refusals, orders as contract
 from mercato.contracts.orders import Orders
 from mercato.contracts.roles import SIGNED_IN
 from mercato.gateway.problems import SignInFirst
@@ -38,11 +38,11 @@ ROUTES: Final[tuple[Route, ...]] = (
         etag=lambda order: order.version,
         errors=(
             SignInFirst,
-            contract.OrderNotFound,
-            contract.EmailNotProven,
-            contract.AnotherEmail,
-            contract.AlreadyClaimed,
-            contract.PaymentInProgress,
+            order_refusals.OrderNotFound,
+            order_refusals.EmailNotProven,
+            order_refusals.AnotherEmail,
+            order_refusals.AlreadyClaimed,
+            order_refusals.PaymentInProgress,
         ),
     ),
 )

@@ -22,15 +22,20 @@ from mercato.chassis.contract import (
 from mercato.contracts import orders as contract
 from mercato.contracts.inventory import NO_NUL
 from mercato.contracts.order_history import History, HistoryAxis, Timeline
-from mercato.contracts.orders import (
-    CancelReason,
-    Order,
-    OrderLine,
-    OrderPage,
-    Orders,
-    PlacedOrder,
-    PlaceLine,
+from mercato.contracts.order_refusals import (
+    HoldLimit,
+    IllegalMove,
+    MixedCurrencies,
+    OrderCancelled,
+    OrderLost,
+    OrderNotFound,
+    OutOfStock,
+    PaymentDeclined,
+    PaymentInProgress,
+    PriceChanged,
+    TooManyOpenOrders,
 )
+from mercato.contracts.orders import CancelReason, Order, OrderLine, OrderPage, Orders, PlacedOrder, PlaceLine
 from mercato.contracts.products import ProductArchived, ProductNotFound
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
 from mercato.contracts.users import UserNotFound
@@ -131,6 +136,7 @@ class OrdersQuery(Input):
             Meta(
                 max_length=200,
                 pattern=r"^[^\x00]*\Z",
+                extra=NO_NUL,
                 description="An id, or a part of a `customer_note`. Pages by time, total or text may be short, or "
                 "empty: follow the Link to the last.",
             ),
@@ -461,7 +467,12 @@ ROUTES: Final[tuple[Route, ...]] = (
                 id=placed.order.id, wait_ms=wait_ms, access_token=placed.access_token, refusals=True
             ),
             answer=lambda placed, order: msgspec.structs.replace(placed, order=order),
-            refusals=(contract.OutOfStock, contract.HoldLimit, contract.PaymentDeclined, contract.OrderCancelled),
+            refusals=(
+                OutOfStock,
+                HoldLimit,
+                PaymentDeclined,
+                OrderCancelled,
+            ),
             details=_guest_details,
         ),
         etag=lambda placed: placed.order.version,
@@ -473,10 +484,10 @@ ROUTES: Final[tuple[Route, ...]] = (
             UserNotFound,
             ProductNotFound,
             ProductArchived,
-            contract.PriceChanged,
-            contract.MixedCurrencies,
-            contract.TooManyOpenOrders,
-            contract.OrderLost,
+            PriceChanged,
+            MixedCurrencies,
+            TooManyOpenOrders,
+            OrderLost,
             IdempotencyKeyReused,
             RequestInProgress,
         ),
@@ -503,7 +514,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         answer=order_out,
         output=OrderOut,
         etag=_version,
-        errors=(contract.OrderNotFound,),
+        errors=(OrderNotFound,),
     ),
     Route(
         method="PATCH",
@@ -519,10 +530,10 @@ ROUTES: Final[tuple[Route, ...]] = (
         etag=_version,
         if_match=True,
         errors=(
-            contract.OrderNotFound,
-            contract.IllegalMove,
-            contract.OrderCancelled,
-            contract.PaymentInProgress,
+            OrderNotFound,
+            IllegalMove,
+            OrderCancelled,
+            PaymentInProgress,
             StaleVersion,
         ),
     ),
@@ -547,7 +558,13 @@ ROUTES: Final[tuple[Route, ...]] = (
         output=OrderOut,
         etag=_version,
         if_match=True,
-        errors=(contract.OrderNotFound, contract.IllegalMove, contract.PaymentInProgress, StaleVersion, Forbidden),
+        errors=(
+            OrderNotFound,
+            IllegalMove,
+            PaymentInProgress,
+            StaleVersion,
+            Forbidden,
+        ),
     ),
     Route(
         method="GET",
@@ -560,7 +577,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         request=lambda request: contract.GetTimeline(id=request.path["id"], access_token=request.access_token),
         answer=_timeline_out,
         output=list[TimelineOut],
-        errors=(contract.OrderNotFound,),
+        errors=(OrderNotFound,),
     ),
     Route(
         method="GET",
@@ -573,6 +590,6 @@ ROUTES: Final[tuple[Route, ...]] = (
         request=lambda request: contract.GetHistory(id=request.path["id"], access_token=request.access_token),
         answer=_history_out,
         output=list[HistoryOut],
-        errors=(contract.OrderNotFound,),
+        errors=(OrderNotFound,),
     ),
 )

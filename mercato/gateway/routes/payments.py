@@ -16,7 +16,7 @@ from mercato.chassis.contract import (
     Open,
     RequestInProgress,
 )
-from mercato.contracts import orders, payments as contract
+from mercato.contracts import order_refusals, orders, payments as contract
 from mercato.contracts.orders import Orders, PaidOrder
 from mercato.contracts.payments import Payment, PaymentPage, Payments
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
@@ -199,13 +199,13 @@ ROUTES: Final[tuple[Route, ...]] = (
         replayed=lambda paid: paid.replayed,
         fields={"id": "order_id", "method": "payment_method", "expected_total": "amount"},
         errors=(
-            orders.OrderNotFound,
-            orders.AmountNotDue,
-            orders.PaymentDeclined,
-            orders.OrderCancelled,
-            orders.IllegalMove,
-            orders.PaymentInProgress,
-            orders.NotPayable,
+            order_refusals.OrderNotFound,
+            order_refusals.AmountNotDue,
+            order_refusals.PaymentDeclined,
+            order_refusals.OrderCancelled,
+            order_refusals.IllegalMove,
+            order_refusals.PaymentInProgress,
+            order_refusals.NotPayable,
             Forbidden,
             IdempotencyKeyReused,
             RequestInProgress,
@@ -254,9 +254,9 @@ ROUTES: Final[tuple[Route, ...]] = (
         replayed=lambda refund: refund.replayed,
         errors=(
             contract.PaymentNotFound,
-            orders.IllegalMove,
-            orders.NothingToRefund,
-            orders.PaymentInProgress,
+            order_refusals.IllegalMove,
+            order_refusals.NothingToRefund,
+            order_refusals.PaymentInProgress,
         ),
     ),
     Route(
@@ -288,9 +288,9 @@ ROUTES: Final[tuple[Route, ...]] = (
             contract.PaymentNotFound,
             contract.CaptureTooLarge,
             contract.CaptureAmountChanged,
-            orders.IllegalMove,
-            orders.PaymentDeclined,
-            orders.PaymentInProgress,
+            order_refusals.IllegalMove,
+            order_refusals.PaymentDeclined,
+            order_refusals.PaymentInProgress,
         ),
     ),
     Route(
@@ -303,6 +303,6 @@ ROUTES: Final[tuple[Route, ...]] = (
         answer=paid_out,
         output=PaymentOut,
         etag=lambda paid: paid.payment.version,
-        errors=(contract.PaymentNotFound, orders.IllegalMove, orders.PaymentInProgress),
+        errors=(contract.PaymentNotFound, order_refusals.IllegalMove, order_refusals.PaymentInProgress),
     ),
 )

@@ -8,7 +8,7 @@ from typing import Annotated, Final
 from msgspec import Meta
 
 from mercato.chassis.contract import MAX_ID, FieldError, InvalidRequest, Open
-from mercato.contracts import orders as contract
+from mercato.contracts import order_refusals, orders as contract
 from mercato.contracts.orders import Orders, Refund, RefundList, ReturnLine
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
 from mercato.gateway.cursors import SliceQuery
@@ -139,10 +139,10 @@ ROUTES: Final[tuple[Route, ...]] = (
         idempotency_required=True,
         replayed=lambda refund: refund.replayed,
         errors=(
-            contract.OrderNotFound,
-            contract.IllegalMove,
-            contract.NotReturnable,
-            contract.PaymentInProgress,
+            order_refusals.OrderNotFound,
+            order_refusals.IllegalMove,
+            order_refusals.NotReturnable,
+            order_refusals.PaymentInProgress,
         ),
     ),
     Route(
@@ -155,7 +155,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         request=lambda request: contract.ListRefunds(order_id=request.path["id"]),
         answer=refunds_out,
         output=list[RefundOut],
-        errors=(contract.OrderNotFound,),
+        errors=(order_refusals.OrderNotFound,),
     ),
     Route(
         method="GET",
@@ -168,6 +168,6 @@ ROUTES: Final[tuple[Route, ...]] = (
         request=_refund,
         answer=refund_out,
         output=RefundOut,
-        errors=(contract.RefundNotFound,),
+        errors=(order_refusals.RefundNotFound,),
     ),
 )

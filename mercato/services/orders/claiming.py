@@ -20,7 +20,8 @@ from mercato.chassis.postgres.database import Database, Tx
 from mercato.chassis.sagas import store as saga
 from mercato.chassis.sagas.runner import Runner
 from mercato.chassis.sagas.store import Next, Saga
-from mercato.contracts.orders import AlreadyClaimed, AnotherEmail, ClaimOrder, EmailNotProven, Order, OrderNotFound
+from mercato.contracts.order_refusals import AlreadyClaimed, AnotherEmail, EmailNotProven, OrderNotFound
+from mercato.contracts.orders import ClaimOrder, Order
 from mercato.contracts.payments import AssignPayments, Payments
 from mercato.contracts.roles import GUEST_USER
 from mercato.contracts.users import GetUser, Users

@@ -18,7 +18,8 @@ import msgspec
 
 from mercato.chassis.contract import Actor, acting_as
 from mercato.chassis.postgres.database import Database
-from mercato.contracts.orders import Order, OrderNotFound
+from mercato.contracts.order_refusals import OrderNotFound
+from mercato.contracts.orders import Order
 from mercato.contracts.roles import GUEST, GUEST_USER
 
 from . import store

@@ -16,7 +16,8 @@ from mercato.chassis.contract import Overloaded, current
 from mercato.chassis.postgres.database import Database, Tx
 from mercato.chassis.sagas import store as saga
 from mercato.chassis.sagas.store import Saga
-from mercato.contracts.orders import Order, OrderNotFound, PaymentInProgress
+from mercato.contracts.order_refusals import OrderNotFound, PaymentInProgress
+from mercato.contracts.orders import Order
 
 from . import rules, store
 from .steps import CHECKOUT, Checkout

@@ -20,7 +20,7 @@ import msgspec
 from mercato.chassis.contract import RequestInProgress, ServiceError, as_service
 from mercato.chassis.postgres.database import Database
 from mercato.contracts.inventory import Inventory, StockTrace, TraceStock
-from mercato.contracts.orders import OrderLost
+from mercato.contracts.order_refusals import OrderLost
 from mercato.contracts.payments import ListPayments, Payment, Payments
 
 from . import lost_order_store

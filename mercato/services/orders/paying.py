@@ -29,22 +29,16 @@ from mercato.chassis.postgres.database import Database, Tx
 from mercato.chassis.sagas import store as saga
 from mercato.chassis.sagas.runner import Runner
 from mercato.chassis.sagas.store import Next, Saga
-from mercato.contracts.orders import (
+from mercato.contracts.order_refusals import (
     AmountNotDue,
     Axis,
-    CancelOrder,
-    CapturePart,
-    GetGuestPayment,
-    MovePayment,
     NotPayable,
-    Order,
     OrderCancelled,
     OrderNotFound,
-    PaidOrder,
     PaymentDeclined,
     PaymentInProgress,
-    PayOrder,
 )
+from mercato.contracts.orders import CancelOrder, CapturePart, GetGuestPayment, MovePayment, Order, PaidOrder, PayOrder
 from mercato.contracts.payments import GetPayment, ListPayments, Payment as PaymentRecord, PaymentNotFound, Payments
 
 from . import money_store, rules, steps, store

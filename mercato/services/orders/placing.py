@@ -34,7 +34,8 @@ from mercato.chassis.observability.clock import Randomness
 from mercato.chassis.postgres.database import Database
 from mercato.chassis.sagas.runner import Runner
 from mercato.chassis.sagas.store import Saga
-from mercato.contracts.orders import Order, PlacedOrder, PlaceOrder, TooManyOpenOrders
+from mercato.contracts.order_refusals import TooManyOpenOrders
+from mercato.contracts.orders import Order, PlacedOrder, PlaceOrder
 from mercato.contracts.products import FindProduct, Products, Quote, QuoteProduct
 from mercato.contracts.roles import CUSTOMER, GUEST_USER, may_see
 from mercato.contracts.users import GetUser, User, UserNotFound, Users

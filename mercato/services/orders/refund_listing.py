@@ -6,15 +6,8 @@ from collections.abc import Sequence
 
 from mercato.chassis.contract import Actor, as_service, current
 from mercato.chassis.postgres.database import Database
-from mercato.contracts.orders import (
-    GetRefund,
-    ListPaymentRefunds,
-    ListRefunds,
-    OrderNotFound,
-    Refund,
-    RefundList,
-    RefundNotFound,
-)
+from mercato.contracts.order_refusals import OrderNotFound, RefundNotFound
+from mercato.contracts.orders import GetRefund, ListPaymentRefunds, ListRefunds, Refund, RefundList
 from mercato.contracts.payments import GetPayment, ListPayments, Payments
 
 from . import history_store, money_store, rules, store

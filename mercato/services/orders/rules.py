@@ -15,24 +15,26 @@ from mercato.chassis.contract import Actor, FieldError, InvalidRequest, RuleBrok
 from mercato.chassis.mail import addresses
 from mercato.contracts.money import MAX_MINOR, to_minor, written
 from mercato.contracts.order_moves import AXES
-from mercato.contracts.orders import (
-    PAID,
-    QUANTITY_LIMIT,
+from mercato.contracts.order_refusals import (
     Axis,
-    CapturePart,
     HoldLimit,
     IllegalMove,
     MixedCurrencies,
     NothingToRefund,
     NotReturnable,
-    Order,
     OrderCancelled,
-    OrderLine,
     OrderNotFound,
     OutOfStock,
+    PriceChanged,
+)
+from mercato.contracts.orders import (
+    PAID,
+    QUANTITY_LIMIT,
+    CapturePart,
+    Order,
+    OrderLine,
     PlaceLine,
     PlaceOrder,
-    PriceChanged,
     RefundOrder,
     ReturnLine,
 )

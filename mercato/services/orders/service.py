@@ -12,18 +12,16 @@ from mercato.chassis.postgres.database import Database, Tx
 from mercato.chassis.sagas.runner import Runner
 from mercato.chassis.sagas.store import Saga
 from mercato.contracts.order_history import History
+from mercato.contracts.order_refusals import Axis, OrderNotFound, PaymentInProgress
 from mercato.contracts.orders import (
     AwaitOrder,
-    Axis,
     CancelOrder,
     GetHistory,
     GetOrder,
     ListOrders,
     MoveOrder,
     Order,
-    OrderNotFound,
     OrderPage,
-    PaymentInProgress,
 )
 from mercato.contracts.roles import CUSTOMER
 

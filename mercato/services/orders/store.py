@@ -14,17 +14,8 @@ from mercato.chassis.contract import Actor
 from mercato.chassis.idempotency.keys import Identity, Keyed
 from mercato.chassis.messaging import events
 from mercato.chassis.postgres.database import Row, Tx
-from mercato.contracts.orders import (
-    Axis,
-    CancelReason,
-    Fulfilment,
-    Order,
-    OrderChanged,
-    OrderLine,
-    OrderNotFound,
-    Payment,
-    Status,
-)
+from mercato.contracts.order_refusals import Axis, OrderNotFound
+from mercato.contracts.orders import CancelReason, Fulfilment, Order, OrderChanged, OrderLine, Payment, Status
 
 from . import rules
 

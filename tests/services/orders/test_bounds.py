@@ -10,16 +10,8 @@ import pytest
 
 from mercato.chassis.contract import Actor, ServiceError
 from mercato.contracts.inventory import ShortLine
-from mercato.contracts.orders import (
-    CancelOrder,
-    MoveOrder,
-    Order,
-    Orders,
-    PlacedOrder,
-    PlaceLine,
-    PlaceOrder,
-    TooManyOpenOrders,
-)
+from mercato.contracts.order_refusals import TooManyOpenOrders
+from mercato.contracts.orders import CancelOrder, MoveOrder, Order, Orders, PlacedOrder, PlaceLine, PlaceOrder
 from mercato.services.orders.rules import ANY_NUMBER, BuyerLimits, Limited, limited
 from mercato.testing.actors import ALICE, BOB, STAFF
 from mercato.testing.injection import FailAt, Inject

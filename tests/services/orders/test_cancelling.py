@@ -7,16 +7,8 @@ from typing import Final
 
 import pytest
 
-from mercato.contracts.orders import (
-    CancelOrder,
-    CancelReason,
-    MoveOrder,
-    MovePayment,
-    Order,
-    OrderCancelled,
-    PaidOrder,
-    RefundOrder,
-)
+from mercato.contracts.order_refusals import OrderCancelled
+from mercato.contracts.orders import CancelOrder, CancelReason, MoveOrder, MovePayment, Order, PaidOrder, RefundOrder
 from mercato.testing.actors import ALICE, STAFF
 from mercato.testing.injection import FailAt, Inject, Pause, fail
 from mercato.testing.waiting import until

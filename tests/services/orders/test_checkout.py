@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from mercato.contracts.inventory import ShortLine
-from mercato.contracts.orders import CancelCode, CancelReason, CapturePart, IllegalMove, Order, Payment, Status
+from mercato.contracts.order_refusals import IllegalMove
+from mercato.contracts.orders import CancelCode, CancelReason, CapturePart, Order, Payment, Status
 from mercato.contracts.payments import CaptureAmountChanged
 from mercato.services.orders import rules
 from mercato.testing.actors import STAFF

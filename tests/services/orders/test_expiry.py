@@ -7,7 +7,8 @@ from typing import Final
 import pytest
 
 from mercato.chassis.contract import ServiceError
-from mercato.contracts.orders import CancelReason, Order, OrderCancelled, PaidOrder, PaymentDeclined
+from mercato.contracts.order_refusals import OrderCancelled, PaymentDeclined
+from mercato.contracts.orders import CancelReason, Order, PaidOrder
 from mercato.testing.builders import MUG
 from mercato.testing.injection import Inject, Pause
 from mercato.testing.waiting import until

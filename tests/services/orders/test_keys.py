@@ -19,7 +19,8 @@ from mercato.chassis.contract import (
     ServiceError,
 )
 from mercato.chassis.observability.faults import Fault
-from mercato.contracts.orders import MoveOrder, Order, PlacedOrder, PriceChanged
+from mercato.contracts.order_refusals import PriceChanged
+from mercato.contracts.orders import MoveOrder, Order, PlacedOrder
 from mercato.contracts.products import ProductNotFound
 from mercato.testing.actors import ALICE, BOB, STAFF
 from mercato.testing.builders import MUG, quote

@@ -9,16 +9,8 @@ import msgspec
 import pytest
 
 from mercato.chassis.contract import ANONYMOUS, RequestInProgress
-from mercato.contracts.orders import (
-    CancelOrder,
-    GetOrder,
-    Order,
-    OrderLost,
-    PaymentDeclined,
-    PlacedOrder,
-    PlaceLine,
-    PlaceOrder,
-)
+from mercato.contracts.order_refusals import OrderLost, PaymentDeclined
+from mercato.contracts.orders import CancelOrder, GetOrder, Order, PlacedOrder, PlaceLine, PlaceOrder
 from mercato.operations.ids import advance
 from mercato.testing.actors import ALICE, BOB, STAFF
 from mercato.testing.builders import quote

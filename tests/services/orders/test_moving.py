@@ -12,16 +12,8 @@ import pytest
 
 from mercato.chassis.contract import Actor, Forbidden, Internal, StaleVersion, attempt
 from mercato.contracts.order_history import HistoryEntry
-from mercato.contracts.orders import (
-    Axis,
-    CancelOrder,
-    GetHistory,
-    GetOrder,
-    IllegalMove,
-    MoveOrder,
-    Order,
-    OrderNotFound,
-)
+from mercato.contracts.order_refusals import Axis, IllegalMove, OrderNotFound
+from mercato.contracts.orders import CancelOrder, GetHistory, GetOrder, MoveOrder, Order
 from mercato.services.orders import rules, store
 from mercato.testing.actors import ALICE, BOB, STAFF
 from mercato.testing.injection import Inject, Pause, fail

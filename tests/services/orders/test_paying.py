@@ -8,24 +8,26 @@ from typing import Any, cast
 import pytest
 
 from mercato.chassis.contract import Forbidden, IdempotencyKeyReused, InvalidRequest, RequestInProgress, ServiceError
-from mercato.contracts.orders import (
+from mercato.contracts.order_refusals import (
     AmountNotDue,
+    IllegalMove,
+    NothingToRefund,
+    NotPayable,
+    OrderCancelled,
+    OrderNotFound,
+    PaymentDeclined,
+    PaymentInProgress,
+)
+from mercato.contracts.orders import (
     AwaitOrder,
     CancelOrder,
     CancelReason,
     CapturePart,
     GetTimeline,
-    IllegalMove,
     MoveOrder,
     MovePayment,
-    NothingToRefund,
-    NotPayable,
     Order,
-    OrderCancelled,
-    OrderNotFound,
     PaidOrder,
-    PaymentDeclined,
-    PaymentInProgress,
     PayOrder,
     Refund,
     RefundOrder,

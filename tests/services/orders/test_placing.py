@@ -19,17 +19,16 @@ from mercato.chassis.contract import (
 from mercato.chassis.hosting.host import TransportName
 from mercato.chassis.observability.faults import Fault
 from mercato.contracts.money import MAX_MINOR
+from mercato.contracts.order_refusals import MixedCurrencies, PriceChanged
 from mercato.contracts.orders import (
     LINES_LIMIT,
     NO_USER,
     QUANTITY_LIMIT,
     GetOrder,
-    MixedCurrencies,
     Orders,
     PlacedOrder,
     PlaceLine,
     PlaceOrder,
-    PriceChanged,
 )
 from mercato.contracts.products import (
     ArchiveProduct,

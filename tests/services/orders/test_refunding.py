@@ -19,6 +19,14 @@ from mercato.chassis.contract import (
     ServiceError,
 )
 from mercato.contracts.order_history import History, Timeline
+from mercato.contracts.order_refusals import (
+    IllegalMove,
+    NothingToRefund,
+    NotReturnable,
+    OrderNotFound,
+    PaymentInProgress,
+    RefundNotFound,
+)
 from mercato.contracts.orders import (
     CancelOrder,
     CapturePart,
@@ -26,18 +34,12 @@ from mercato.contracts.orders import (
     GetOrder,
     GetRefund,
     GetTimeline,
-    IllegalMove,
     ListPaymentRefunds,
     ListRefunds,
     MoveOrder,
-    NothingToRefund,
-    NotReturnable,
     Order,
-    OrderNotFound,
-    PaymentInProgress,
     PayOrder,
     Refund,
-    RefundNotFound,
     RefundOrder,
     ReturnLine,
     ReturnOrder,

@@ -8,13 +8,8 @@ from typing import Any, Final
 import msgspec
 import pytest
 
-from mercato.contracts.orders import (
-    CancelOrder,
-    CancelReason,
-    GetTimeline,
-    Order,
-    OrderCancelled,
-)
+from mercato.contracts.order_refusals import OrderCancelled
+from mercato.contracts.orders import CancelOrder, CancelReason, GetTimeline, Order
 from mercato.testing.actors import ALICE, STAFF
 from services.orders.harness import MUG_MINOR, OrdersHarness, basket
 

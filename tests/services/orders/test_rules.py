@@ -11,18 +11,20 @@ from hypothesis import given, strategies as st
 
 from mercato.chassis.contract import Actor, InvalidRequest
 from mercato.contracts.money import MAX_MINOR
-from mercato.contracts.orders import (
-    LINES_LIMIT,
-    QUANTITY_LIMIT,
+from mercato.contracts.order_refusals import (
     Axis,
-    Fulfilment,
     IllegalMove,
     MixedCurrencies,
     NothingToRefund,
     NotReturnable,
+    OrderNotFound,
+)
+from mercato.contracts.orders import (
+    LINES_LIMIT,
+    QUANTITY_LIMIT,
+    Fulfilment,
     Order,
     OrderLine,
-    OrderNotFound,
     Payment,
     PlaceLine,
     PlaceOrder,

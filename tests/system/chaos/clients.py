@@ -207,8 +207,9 @@ def _outcome(status: int, has_retry_after: bool, value: Any) -> Outcome:
 
 def _was_placed(route: str, reply: Reply | None) -> bool:
     """Whether the answer says that the order was placed, and refused while the client waited: its key has it."""
-    is_refused = reply is not None and route == "/orders" and isinstance(reply.json, dict)
-    return is_refused and "order_id" in reply.json.get("details", {})
+    if reply is None or route != "/orders" or not isinstance(reply.json, dict):
+        return False
+    return "order_id" in reply.json.get("details", {})
 
 
 def _lasting(route: str, reply: Reply) -> Any:

@@ -1,0 +1,120 @@
+"""The headers and query parameters that many operations have in common, as the API's description shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from mercato.gateway import cursors
+
+Json = dict[str, Any]
+
+KEY_PATTERN: Final = r"""^([!#-~][!-~]{0,254}|"([!#-\[\]-~]|\\["\\]){1,255}")$"""
+"""Bare, or a structured-field string (RFC 8941), as `idempotency.py` reads it."""
+
+WAIT_PATTERN: Final = r"^wait=[0-9]{1,6}$"
+"""The one preference that is read, in its plainest form. Others are ignored (RFC 7240)."""
+
+HEADERS: Final[Mapping[str, Json]] = {
+    "Allow": {
+        "description": "The methods that the path takes.",
+        "schema": {"type": "string", "examples": ["GET, HEAD, OPTIONS"]},
+    },
+    "ETag": {
+        "description": "The version of what is answered, for If-Match; of the catalogue, for If-None-Match as well.",
+        "schema": {"type": "string", "pattern": '^(W/)?"[0-9a-z-]+"$', "examples": ['"1"']},
+    },
+    "Idempotent-Replayed": {
+        "description": "There when an earlier request with the same key has done this, and it was not done again. What "
+        "takes no key and is the same however often it is asked for, such as cancelling, is answered without it.",
+        "schema": {"const": "true"},
+    },
+    "Link": {
+        "description": "The next page; missing on the last.",
+        "schema": {"type": "string", "pattern": '^<.+>; rel="next"$'},
+    },
+    "Location": {
+        "description": "Where the new thing is. With a refusal: there where the thing was made, and refused while the "
+        "client waited for its end.",
+        "schema": {"type": "string", "format": "uri-reference"},
+    },
+    "Preference-Applied": {
+        "description": "There when `Prefer: wait=N` was met, with the longest time in seconds. Not there where the "
+        "wait was ended early, as by a shop that stops: then the answer is the order as it is at that moment.",
+        "schema": {"type": "string", "pattern": "^wait=[0-9]+$", "examples": ["wait=5"]},
+    },
+    "Retry-After": {
+        "description": "Seconds after which trying again makes sense.",
+        "schema": {"type": "integer", "minimum": 1},
+    },
+    "WWW-Authenticate": {
+        "description": "How to sign in.",
+        "schema": {"type": "string", "examples": ['Bearer realm="mercato"']},
+    },
+    "X-Request-Id": {
+        "description": "The X-Request-Id of the request, or a new one; it is in our logs.",
+        "schema": {"type": "string", "minLength": 1, "maxLength": 128},
+    },
+}
+
+_IDEMPOTENCY_KEY: Final[Json] = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "schema": {"type": "string", "pattern": KEY_PATTERN},
+    "example": "0c5ce2f0-9d1c-4f0e-8f0b-6b7c1f8f4f57",
+}
+
+PARAMETERS: Final[Mapping[str, Json]] = {
+    "AccessToken": {
+        "name": "access_token",
+        "in": "query",
+        "description": "Of a guest's order, from the answer to its placing: with it, and without an account, this is "
+        "done for that order alone. It may come as `Authorization: Guest ACCESS_TOKEN` as well.",
+        "schema": {"type": "string", "maxLength": 64},
+    },
+    "Cursor": {
+        "name": cursors.CURSOR,
+        "in": "query",
+        "description": "Where a page begins: from the Link of the page before, for the same collection and filters.",
+        "schema": {"type": "string", "maxLength": cursors.CURSOR_LENGTH},
+    },
+    "IdempotencyKey": {
+        **_IDEMPOTENCY_KEY,
+        "description": "A name of your own for this request: however often it is sent, it is done once, and answered "
+        "the same. 1 to 255 printable ASCII characters without spaces; use a fresh UUID. One order for a "
+        "key, for ever.",
+    },
+    "RequiredIdempotencyKey": {
+        **_IDEMPOTENCY_KEY,
+        "required": True,
+        "description": "A name of your own for this request: however often it is sent, it is done once, and never "
+        "again. 1 to 255 printable ASCII characters without spaces; use a fresh UUID.",
+    },
+    "Prefer": {
+        "name": "Prefer",
+        "in": "header",
+        "description": "`wait=N`: answer when the order is paid or refused, after N seconds at the latest, of which "
+        "there can be 60. A refused order is answered as a problem with its Location; `details.payable_until` says "
+        "until when it can be paid in another way. The key stands for the order all the same: a repetition is answered "
+        "with the problem as long as it is so, and then with the order. Without `wait`, the answer comes as soon as "
+        "the order is durable: 201 says that it is accepted, not that it is paid or that there is enough in stock. "
+        "Other preferences are ignored (RFC 7240).",
+        "schema": {"type": "string", "pattern": WAIT_PATTERN},
+        "example": "wait=5",
+    },
+    "IfNoneMatch": {
+        "name": "If-None-Match",
+        "in": "header",
+        "description": "ETags of answers that you have: 304 without a body where one of them is still so.",
+        "schema": {"type": "string"},
+        "example": '"1"',
+    },
+    "IfMatch": {
+        "name": "If-Match",
+        "in": "header",
+        "description": "The ETag of what you have seen: the change is made only if it is still so. `*`, or no header: "
+        "whatever it is now.",
+        "schema": {"type": "string", "pattern": r'^(\*|(W/)?"[1-9][0-9]{0,8}(-in-stock)?")$'},
+        "example": '"1"',
+    },
+}
