@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from mercato.cli import stopping, streams
@@ -11,15 +10,13 @@ from mercato.cli import stopping, streams
 def main() -> None:
     """What `mercato` runs."""
     streams.prepare()
-    # What a DSN does not say has a default of ours, not one of the shell that a command was typed in.
-    for name in [name for name in os.environ if name.startswith("PG")]:
-        del os.environ[name]
     stopping.leave_at_once()
     from mercato.chassis.hosting import variables
     from mercato.cli.commands import app
     from mercato.cli.progress import OutputFailed, fail
 
     variables.forget_empty()
+    variables.forget_postgres()
     try:
         app()
         sys.stdout.flush()

@@ -43,6 +43,12 @@ def forget_empty() -> None:
         del os.environ[name]
 
 
+def forget_postgres() -> None:
+    """Removes those of PostgreSQL's clients: what a DSN does not say has a default of ours, not one of a shell."""
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        del os.environ[name]
+
+
 def replace(values: Mapping[str, str]) -> None:
     """Sets variables of this process, and of those that it starts."""
     os.environ.update(values)
