@@ -529,8 +529,8 @@ class BoundRoute:
 
     def _add_headers(self, answer: Any, lines: Lines) -> None:
         route = self.route
-        if route.etag is not None and (version := route.etag(answer)) is not None:
-            lines.append(b'etag: "%d"' % version)
+        if route.etag is not None and (tag := route.etag(answer)) is not None:
+            lines.append(f'etag: "{tag}"'.encode())
         self.add_place(answer, lines)
 
     def add_place(self, answer: Any, lines: Lines) -> None:
