@@ -99,7 +99,8 @@ def ask(tools: Path, url: str, folder: Path, *options: str) -> str:
     return run(
         tools / "schemathesis", "run", f"{url}/openapi.json", "--phases", "examples,coverage,fuzzing,stateful",
         "--exclude-checks", "positive_data_acceptance", "--max-examples", str(EXAMPLES), "--max-time",
-        str(REQUESTS_SECONDS), "--seed", "1", "--generation-database", "none", "--warnings", "off", "--no-color", *options,
+        str(REQUESTS_SECONDS), "--seed", "1", "--generation-database", "none", "--warnings", "off", "--no-color",
+        *options,
         cwd=folder, SCHEMATHESIS_HOOKS=str(HERE / "hooks.py"),
     )  # fmt: skip
 
