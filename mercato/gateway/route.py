@@ -97,6 +97,8 @@ class Wait(msgspec.Struct, frozen=True):
     is all the same."""
     details: Callable[[Any], Mapping[str, Any]] = lambda _: {}
     """What such a problem says besides, out of the route's own answer."""
+    told: Callable[[ServiceError], ServiceError] = lambda error: error
+    """What of such an error callers get."""
 
 
 class Part(msgspec.Struct, frozen=True):

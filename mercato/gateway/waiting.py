@@ -60,7 +60,7 @@ class Waiting:
         if waited.refusal is None:
             status, lines, body = self._route.respond(waited.answer, scope)
         else:
-            status, lines, body = problems.render(waited.refusal, trace_id, self._wait.details(answer))
+            status, lines, body = problems.render(self._wait.told(waited.refusal), trace_id, self._wait.details(answer))
             self._route.add_place(answer, lines)
         if waited.is_met:
             lines.append(b"preference-applied: wait=%d" % (wait_ms // 1_000))

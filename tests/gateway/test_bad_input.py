@@ -155,7 +155,7 @@ CASES = [
     order("wrong types", {"user_id": "1", "items": "x", "currency": 1}, "user_id", "items", "currency"),
     order("a boolean user", {"user_id": True}, "user_id"),
     order("a float user", {"user_id": 1.5}, "user_id"),
-    order("a whole float beside a wrong field", {"user_id": 1.0, "product_id": 1.5}, "product_id"),
+    order("a whole float beside wrong fields", {"user_id": 1.0, "product_id": 1.5}, "product_id", "items"),
     order("user zero", {"user_id": 0}, "user_id"),
     order("user -1", {"user_id": -1}, "user_id"),
     order("user 2^53", {"user_id": 2**53}, "user_id"),

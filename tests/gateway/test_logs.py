@@ -136,7 +136,7 @@ async def test_a_decline_and_a_cancellation_are_logged_with_ids_and_code_alone(s
     assert set(decline) <= {"event", "level", "timestamp", "subject", "subject_id", "outcome", "trace_id", "request_id"}
     assert decline["outcome"] == "insufficient_funds"
     [cancellation] = lines.named("order.cancelled")
-    assert (cancellation["subject_id"], cancellation["outcome"]) == (refused["id"], refused["reason"]["code"])
+    assert (cancellation["subject_id"], cancellation["outcome"]) == (refused["details"]["order_id"], "out_of_stock")
 
 
 async def stocked(shop: Shop) -> Product:
@@ -150,7 +150,7 @@ async def stocked(shop: Shop) -> Product:
 async def order(shop: Shop, user_id: int, product_id: int, quantity: int, method: str) -> Mapping[str, Any]:
     body = {"user_id": user_id, "items": [{"product_id": product_id, "quantity": quantity}], "payment_method": method}
     placed = await shop.request("POST", "/orders", body, headers={"Prefer": "wait=10"})
-    assert placed.status == 201
+    assert placed.status in (201, 402, 409), placed.text
     return placed.json
 
 

@@ -67,9 +67,12 @@ async def test_a_large_order_does_not_learn_how_large_the_stock_is(guarded_shop:
         _, product_id = await counted(guarded_shop, on_hand)
         person = await new_person(guarded_shop)
         body = {"user_id": person.id, "product_id": product_id, "quantity": 5_000}
-        order = await guarded_shop.post("/orders", body, token=person.token, headers={"Prefer": "wait=30"})
-        assert order.json["reason"]["code"] == "out_of_stock"
-        assert order.json["reason"]["items"] == [{"product_id": product_id, "requested": 5_000, "available": told}]
+        short = [{"product_id": product_id, "requested": 5_000, "available": told}]
+        refused = await guarded_shop.post("/orders", body, token=person.token, headers={"Prefer": "wait=30"})
+        assert (refused.code, refused.json["details"]["items"]) == ("orders.out_of_stock", short)
+        assert f"({told} of 5000)" in refused.json["detail"]
+        order = await guarded_shop.get(refused.headers["location"], token=person.token)
+        assert order.json["reason"]["items"] == short
 
 
 async def test_staff_see_how_much_there_is(guarded_shop: Shop) -> None:

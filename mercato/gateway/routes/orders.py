@@ -17,6 +17,7 @@ from mercato.chassis.contract import (
     InvalidRequest,
     Open,
     RequestInProgress,
+    ServiceError,
     StaleVersion,
 )
 from mercato.contracts import orders as contract
@@ -274,6 +275,13 @@ def _told(reason: CancelReason, available: int) -> int:
     return min(available, AVAILABLE_TOLD) if reason.code == "out_of_stock" else available
 
 
+def _refusal_told(error: ServiceError) -> ServiceError:
+    if not isinstance(error, OutOfStock):
+        return error
+    told = (msgspec.structs.replace(line, available=min(line.available, AVAILABLE_TOLD)) for line in error.items)
+    return OutOfStock(order_id=error.order_id, items=tuple(told))
+
+
 def placed_out(placed: PlacedOrder) -> OrderOut:
     return order_out(placed.order, placed.access_token)
 
@@ -467,13 +475,9 @@ ROUTES: Final[tuple[Route, ...]] = (
                 id=placed.order.id, wait_ms=wait_ms, access_token=placed.access_token, refusals=True
             ),
             answer=lambda placed, order: msgspec.structs.replace(placed, order=order),
-            refusals=(
-                OutOfStock,
-                HoldLimit,
-                PaymentDeclined,
-                OrderCancelled,
-            ),
+            refusals=(OutOfStock, HoldLimit, PaymentDeclined, OrderCancelled),
             details=_guest_details,
+            told=_refusal_told,
         ),
         etag=lambda placed: placed.order.version,
         location=lambda placed: f"/orders/{placed.order.id}",
