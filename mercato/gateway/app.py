@@ -28,7 +28,6 @@ from mercato.chassis.contract import (
     Call,
     Context,
     FieldError,
-    Forbidden,
     Internal,
     InvalidRequest,
     Operation,
@@ -47,7 +46,6 @@ from mercato.gateway.headers import RequestHeaders, check_content_type, expected
 from mercato.gateway.rates import PasswordTries, RateLimiter, call_guarded
 from mercato.gateway.route import NO_TEXT, Page, Route, RouteRequest, gathering
 from mercato.gateway.shared_counts import SharedCounts
-from mercato.gateway.table import NOTHING, Table
 from mercato.gateway.validation import (
     all_wrong,
     decode_body,
@@ -149,7 +147,7 @@ class Gateway:
         if extensions is not None and COMPLETE_RESPONSE in extensions:
             await send({"type": COMPLETE_RESPONSE, "status": status, "lines": lines, "body": body})
         else:
-            await _send_in_two(send, status, lines, body)
+            await representations.send_in_two(send, status, lines, body)
         self.note(route, status, time.perf_counter() - started, headers, scope["method"])
 
     async def _serve_page(self, scope: Scope, receive: Receive, send: Send, headers: RequestHeaders) -> None:
@@ -165,7 +163,7 @@ class Gateway:
                 lines = [b"x-request-id: " + headers.request_id.encode()]
                 if self._cross_origin is not None:
                     lines += self._cross_origin.lines(headers, scope["method"])
-                message["headers"] = [*message.get("headers", ()), *_fields(lines)]
+                message["headers"] = [*message.get("headers", ()), *representations.fields(lines)]
                 self.note(None, message["status"], time.perf_counter() - started, headers, scope["method"])
             await send(message)
 
@@ -209,7 +207,7 @@ class Gateway:
             actor = await self._verify(authorization, headers, takes_ended=route.takes_ended_session)
         headers.actor_id = actor.id
         if actor.role not in route.roles and access_token is None and route.is_guest is None:
-            raise _refusal(actor, route)
+            raise problems.not_allowed(actor.role, route.name)
         if route.is_limited:
             self._rates.check(route.name, route.limits, actor, _address(scope))
         # Before anything else is waited for: what is remembered may be forgotten.
@@ -266,7 +264,7 @@ class Gateway:
             assert route.is_guest is not None
             if not route.is_guest(asked):
                 if request.actor.role not in route.roles:
-                    raise _refusal(request.actor, route)
+                    raise problems.not_allowed(request.actor.role, route.name)
                 return request.actor
             self._rates.check(f"{route.name} of guests", guests.ORDERS, ANONYMOUS, _address(scope))
         guests.check_key(request.idempotency_key)
@@ -297,22 +295,59 @@ def _address(scope: Scope) -> str:
     return client[0] if client else ""
 
 
-def _refusal(actor: Actor, route: BoundRoute) -> ServiceError:
-    if actor.role == "anonymous":
-        return problems.SignInFirst()
-    return Forbidden(operation=route.name, role=actor.role)
+class Table:
+    """Finds the route of a method and path: a path without a parameter by one look-up, one with it by its shape.
+
+    The shape of a path is the path without its parameter: that of `/orders/12/history` is `/orders//history`. A path
+    has at most one parameter, and in paths of one length it stands in few places; each of them costs one look-up.
+    """
+
+    def __init__(self, routes: Sequence[BoundRoute]) -> None:
+        self._fixed: dict[str, dict[str, BoundRoute]] = {}
+        self._shaped: dict[str, tuple[str, dict[str, BoundRoute]]] = {}
+        self._places: dict[int, list[int]] = {}
+        for route in routes:
+            path, method = route.route.path, route.route.method
+            methods = self._fixed.setdefault(path, {}) if "{" not in path else self._add_shape(path)
+            assert method not in methods, f"two routes for {route.name}"
+            methods[method] = route
+
+    def _add_shape(self, path: str) -> dict[str, BoundRoute]:
+        segments = path.split("/")
+        places = [i for i, segment in enumerate(segments) if "{" in segment]
+        assert len(places) == 1, f"{path} has more than one parameter"
+        place = places[0]
+        name, segments[place] = segments[place].strip("{}"), ""
+        known = self._places.setdefault(len(segments), [])
+        if place not in known:
+            known.append(place)
+        return self._shaped.setdefault("/".join(segments), (name, {}))[1]
+
+    def find(self, method: str, path: str) -> tuple[BoundRoute | problems.MethodNotAllowed | None, Mapping[str, str]]:
+        """The route and the path's parameters; an error where the path takes other methods; None for unknown paths."""
+        methods, parts = self._fixed.get(path), NOTHING
+        if methods is None:
+            methods, parts = self._find_shaped(path)
+            if methods is None:
+                return None, NOTHING
+        route = methods.get("GET" if method == "HEAD" else method)
+        if route is None:
+            allowed = sorted({*methods, "OPTIONS"} | ({"HEAD"} if "GET" in methods else set()))
+            return problems.MethodNotAllowed(path=path, allowed=tuple(allowed)), NOTHING
+        return route, parts
+
+    def _find_shaped(self, path: str) -> tuple[dict[str, BoundRoute] | None, Mapping[str, str]]:
+        segments = path.split("/")
+        for place in self._places.get(len(segments), ()):
+            value, segments[place] = segments[place], ""
+            found = self._shaped.get("/".join(segments))
+            if found is not None and value:
+                return found[1], {found[0]: value}
+            segments[place] = value
+        return None, NOTHING
 
 
-async def _send_in_two(send: Send, status: int, lines: Lines, body: bytes) -> None:
-    """The answer in the messages of plain ASGI, for a server without the extension."""
-    if status not in (204, 304):
-        lines.append(b"content-length: %d" % len(body))
-    await send({"type": "http.response.start", "status": status, "headers": _fields(lines)})
-    await send({"type": "http.response.body", "body": body})
-
-
-def _fields(lines: Lines) -> list[tuple[bytes, bytes]]:
-    return [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
+NOTHING: Final[Mapping[str, Any]] = {}
 
 
 # ---------------------------------------------------------------------------------------------------------- routes

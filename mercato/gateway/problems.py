@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
-from mercato.chassis.contract import FieldError, InvalidRequest, Kind, ServiceError
+from mercato.chassis.contract import FieldError, Forbidden, InvalidRequest, Kind, ServiceError
 from mercato.gateway.money import money
 
 MEDIA_TYPE: Final = "application/problem+json"
@@ -135,6 +135,11 @@ class TooManyRequests(ServiceError, code="too_many_requests", kind=Kind.TOO_MANY
     def __init__(self, retry_after_s: int) -> None:
         Exception.__init__(self, f"Too many requests; try again in {retry_after_s} s.")
         self.retry_after_s = retry_after_s
+
+
+def not_allowed(role: str, operation: str) -> ServiceError:
+    """What a caller hears whose role may not do it."""
+    return SignInFirst() if role == "anonymous" else Forbidden(operation=operation, role=role)
 
 
 def _shown(details: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import re
-from typing import Final
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Final
 
 from mercato.gateway.headers import RequestHeaders
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 SMALLEST_BYTES: Final = 1_024
 """What is smaller fits in one packet with its headers, compressed or not."""
@@ -58,3 +61,16 @@ def negotiated(status: int, lines: list[bytes], body: bytes, headers: RequestHea
         lines.append(GZIP)
         body = gzip.compress(body, LEVEL, mtime=0)
     return status, lines, body
+
+
+async def send_in_two(send: Send, status: int, lines: list[bytes], body: bytes) -> None:
+    """The answer in the messages of plain ASGI, for a server without the extension."""
+    if status not in (204, 304):
+        lines.append(b"content-length: %d" % len(body))
+    await send({"type": "http.response.start", "status": status, "headers": fields(lines)})
+    await send({"type": "http.response.body", "body": body})
+
+
+def fields(lines: list[bytes]) -> list[tuple[bytes, bytes]]:
+    """Header lines as ASGI has them."""
+    return [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]

@@ -133,7 +133,7 @@ def on_a_terminal(data: Path, *command: str) -> Generator[tuple[subprocess.Popen
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [*command, "up", "--data", str(data), "--port", "0"], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs,
-        env={**clean_environment(), "MERCATO_LOG_LEVEL": "debug", "MERCATO_LOG_REQUESTS": "true"},
+        env={**clean_environment(), "MERCATO_LOG_LEVEL": "debug"},
         start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
     os.close(theirs)
