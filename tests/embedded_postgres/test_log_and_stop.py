@@ -145,7 +145,9 @@ async def test_a_stop_waits_for_a_checkpoint_that_goes_on_and_the_death_of_the_o
     else:
         server.ask_to_stop()  # as the end of the pipe, which is all that is left of an owner that died
 
-    assert await server.ended() == ("it exited with code 0" if is_patient else "it was killed by SIGQUIT")
+    # A busy machine may need longer for SIGQUIT than is left to it.
+    at_once = ("it was killed by SIGQUIT", "it was killed by SIGKILL")
+    assert await server.ended() in (("it exited with code 0",) if is_patient else at_once)
 
 
 async def test_a_stopped_server_has_written_its_checkpoint(data: Path):

@@ -10,7 +10,7 @@ from chassis.http.serving import BOUND_SECONDS, GET, SHORT, on_both_loops, serve
 
 pytestmark = pytest.mark.slow
 
-LONG = GET.replace(b"/hello", b"/long?%d")
+LONG = GET.replace(b"GET /hello", b"POST /long?%d")  # a read whose connection is lost is cancelled
 
 
 @on_both_loops

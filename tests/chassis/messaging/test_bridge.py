@@ -120,6 +120,7 @@ async def test_a_stream_that_takes_no_batches_is_reported(broker: Broker, stream
             await until_true(lambda: logs)
             await stream.delete()
             await assert_same(stream, feed)
+            await until_true(lambda: len(logs) > 1)
     assert [log["event"] for log in logs] == ["bridge_stopped", "bridge_stream_made"]
     assert "does not take batches (allow_atomic), which NATS has since 2.12" in logs[0]["reason"]
 

@@ -39,7 +39,7 @@ def an_outcome_that_nobody_asks_for_any_more(shop: Shop, caller: Caller) -> Call
     # Slow enough that the bank has not finished when the order is left alone, also where this machine stands still for
     # some seconds.
     order_id = stories.place(caller, "unknown", "sandbox:slow:15000")
-    asked = "SELECT 1 FROM intents i JOIN payments p ON p.id = i.payment_id WHERE p.order_id = $1 AND i.calls > 1"
+    asked = "SELECT 1 FROM intents i JOIN payments p ON p.id = i.payment_id WHERE p.order_id = $1 AND i.calls > 0"
     shop.until("payments", asked, order_id)
     left = """
         UPDATE sagas SET wake_at = 'infinity', epoch = nextval('saga_epochs')
