@@ -104,7 +104,6 @@ def test_the_defaults_of_the_server_and_of_the_shell_change_nothing(
     assert found == [tuple(SETTINGS.values())]
 
 
-@pytest.mark.long
 def test_the_other_commands_work_on_that_server_too(
     tmp_path: Path, server: ForeignServer, environment: Mapping[str, str]
 ):
