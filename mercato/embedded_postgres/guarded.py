@@ -82,7 +82,9 @@ class Guarded:
     def ask_to_finish(self) -> None:
         """Let the guard stop the command, which may take as long as it works, for at most `PATIENT_STOP_SECONDS`."""
         assert self._guard.stdin is not None
-        self._guard.stdin.write(b"stop\n")
+        # The pipe is closed where the guard has ended, as after a server that died: then there is nothing to stop.
+        with contextlib.suppress(OSError, RuntimeError):
+            self._guard.stdin.write(b"stop\n")
 
     def kill(self) -> None:
         """End the guard at once; the kernel then signals the command."""
