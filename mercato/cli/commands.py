@@ -68,7 +68,7 @@ def up(
     data
         The folder of the shop's data; made when it is not there.
     demo
-        Put demo users and products, whose passwords everybody knows, into an empty shop. [default: on loopback only]
+        Put demo users and products, whose passwords are public, into an empty shop. [default: on loopback only]
     workers
         How many processes serve requests, each with all services.
     split

@@ -1,6 +1,6 @@
 """Answers that clients and caches may have already: entity tags, 304, and compression.
 
-For reads that are the same whoever asks, and for the pages. Private answers have no use for it: no cache keeps them.
+For reads that are the same for all callers, and for the pages. Private answers have no use for it: no cache has them.
 """
 
 from __future__ import annotations

@@ -244,7 +244,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     for_customers: Callable[[Any], Any] | None = None
     """What callers other than staff get of the operation's answer: `answer` and `etag` take its result as well."""
     is_public: bool = False
-    """Whether the answer is the same whoever asks: caches may keep it, and ask again. No cache keeps another one."""
+    """Whether the answer is the same for all callers: caches may keep it, and ask again. No cache keeps another."""
     etag: Callable[[Any], int | str | None] | None = None
     """The version of the answer, for its ETag; None where there is no version yet that a change could name."""
     if_match: bool = False

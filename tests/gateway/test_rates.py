@@ -76,8 +76,8 @@ async def test_rows_and_callers_are_counted_apart() -> None:
 
 
 async def test_an_account_is_counted_wherever_it_calls_from() -> None:
-    limiter, somebody = limiter_of(SystemClock()), Actor("customer", 1)
-    passed = sum(accepted(limiter, "row", somebody, f"192.0.2.{i}", times=1) for i in range(100))
+    limiter, caller = limiter_of(SystemClock()), Actor("customer", 1)
+    passed = sum(accepted(limiter, "row", caller, f"192.0.2.{i}", times=1) for i in range(100))
     assert passed < 50
 
 

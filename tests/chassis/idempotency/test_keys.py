@@ -92,33 +92,33 @@ async def test_a_key_belongs_to_whoever_sent_it_and_to_one_operation(database: D
 async def test_a_twin_waits_and_hears_the_answer_of_the_first(database: Database):
     async with database.transaction() as tx:
         await idempotency.claim(tx, OPERATION, [keyed("a")])
-        twin = asyncio.create_task(do(database, [keyed("a"), keyed("b")]))
-        await until_blocked(database._dsn, by=[twin])
+        duplicate = asyncio.create_task(do(database, [keyed("a"), keyed("b")]))
+        await until_blocked(database._dsn, by=[duplicate])
         await idempotency.remember(tx, OPERATION, [keyed("a")], [b"first"])
-    assert await twin == {("customer:1", "b")}
+    assert await duplicate == {("customer:1", "b")}
     assert await recall(database, keyed("a"), keyed("b")) == [b"first", b"answerb"]
 
 
 async def test_when_the_first_rolls_back_the_twin_does_it(database: Database):
-    twin: asyncio.Task[set[tuple[str, str]]] | None = None
+    duplicate: asyncio.Task[set[tuple[str, str]]] | None = None
     with pytest.raises(KeyError):
         async with database.transaction() as tx:
             await idempotency.claim(tx, OPERATION, [keyed("a")])
-            twin = asyncio.create_task(do(database, [keyed("a")]))
-            await until_blocked(database._dsn, by=[twin])
+            duplicate = asyncio.create_task(do(database, [keyed("a")]))
+            await until_blocked(database._dsn, by=[duplicate])
             raise KeyError
-    assert twin is not None
-    assert await twin == {("customer:1", "a")}
+    assert duplicate is not None
+    assert await duplicate == {("customer:1", "a")}
 
 
 async def test_a_key_that_is_given_back_is_taken_by_the_twin_that_waits(database: Database):
     async with database.transaction() as tx:
         await idempotency.claim(tx, OPERATION, [keyed("a"), keyed("b")])
-        twin = asyncio.create_task(do(database, [keyed("a", fingerprint=b"two"), keyed("b")]))
-        await until_blocked(database._dsn, by=[twin])
+        duplicate = asyncio.create_task(do(database, [keyed("a", fingerprint=b"two"), keyed("b")]))
+        await until_blocked(database._dsn, by=[duplicate])
         await idempotency.release(tx, OPERATION, [keyed("a")])
         await idempotency.remember(tx, OPERATION, [keyed("b")], [b"first"])
-    assert await twin == {("customer:1", "a")}
+    assert await duplicate == {("customer:1", "a")}
     assert await recall(database, keyed("a", fingerprint=b"two"), keyed("b")) == [b"answera", b"first"]
 
 
@@ -173,7 +173,7 @@ async def test_answers_are_deleted_after_their_day_and_not_before(database: Data
 
 
 async def test_an_answer_past_its_day_counts_until_it_is_deleted(database: Database):
-    """Or a twin between the end of the day and the clean-up would find neither an answer nor a free key."""
+    """Or a duplicate between the end of the day and the clean-up would find neither an answer nor a free key."""
     await do(database, [keyed("old")])
     async with database.transaction() as tx:
         await tx.execute("UPDATE idempotency SET expires_at = now() - interval '1 hour'")

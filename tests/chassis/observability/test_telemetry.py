@@ -72,7 +72,7 @@ def test_what_others_say_has_its_trace(stream: io.BytesIO, logger: str):
 
 
 class Closed(io.BytesIO):
-    """The end of a pipe that nobody reads, until it is `open`."""
+    """The end of a pipe without a reader, until it is `open`."""
 
     is_open = False
 

@@ -218,11 +218,11 @@ async def test_a_twin_waits_for_the_first_and_hears_its_answer(harness: OrdersHa
         first = asyncio.ensure_future(harness.orders.place(mugs(key="key")))
         await pause.reached.wait()
         lift()
-        twin = asyncio.ensure_future(elsewhere.place(mugs(key="key")))
+        duplicate = asyncio.ensure_future(elsewhere.place(mugs(key="key")))
         other = asyncio.ensure_future(elsewhere.place(mugs(key="key", fingerprint=b"other")))
-        await harness.until_blocked(by=[twin, other])
+        await harness.until_blocked(by=[duplicate, other])
         pause.resume.set()
-        placed = [await first, await twin]
+        placed = [await first, await duplicate]
 
     assert len(set(order_ids(placed))) == 1
     with pytest.raises(IdempotencyKeyReused):
