@@ -4,8 +4,9 @@ A table of fixed size in a file without a name, which the processes inherit and 
 memory of its own. A key is kept as a keyed hash, whose first bytes choose a set of `WAYS` slots. A new key takes the
 slot that expires first in its set: the memory is bounded, and what is forgotten first matters least.
 
-A change is made under a lock of its set (`fcntl`), which takes microseconds. No process waits for another: one that
-was stopped with the lock does not stop the others, which then count without it, and may count one request too few.
+A change is made under a lock of its set (`fcntl`), which takes microseconds. No process waits long for another: where
+one loses its processor, or is stopped, while it has the lock, the others give up after `TRIES`, count without the lock,
+and may count a request too few.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Final
 SLOTS: Final = 16_384
 WAYS: Final = 16
 TRIES: Final = 200
-"""For a lock that another process has, which it gives back within microseconds."""
+"""For a lock that another process has, which it gives back within microseconds; a millisecond in all."""
 
 KEY_BYTES: Final = 16
 HEADER_BYTES: Final = 64
@@ -49,11 +50,15 @@ def new_file() -> int:
 
 
 class SharedCounts:
-    """`file`: a descriptor of `new_file`; None: nothing is shared. `clock` is that of the machine."""
+    """`file`: a descriptor of `new_file`; None: nothing is shared. `clock` is that of the machine.
 
-    def __init__(self, clock: Callable[[], float], file: int | None = None) -> None:
+    `tries`: how often a lock is asked for before a change is made without it.
+    """
+
+    def __init__(self, clock: Callable[[], float], file: int | None = None, *, tries: int = TRIES) -> None:
         self._clock = clock
         self._file = file
+        self._tries = tries
         size = HEADER_BYTES + SLOTS * SLOT.size
         self._memory = mmap.mmap(-1 if file is None else file, size)
         if file is None:
@@ -86,7 +91,7 @@ class SharedCounts:
         if self._file is None:
             yield
             return
-        is_locked = any(self._lock(begin) for _ in range(TRIES))
+        is_locked = any(self._lock(begin) for _ in range(self._tries))
         try:
             yield
         finally:
