@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import signal
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from typing import Any
 
 import pytest
 import pytest_asyncio
+import structlog
 
 from mercato.chassis.hosting.host import TransportName
 from mercato.testing.cluster import Cluster
@@ -17,6 +19,8 @@ from mercato.testing.harness import ServiceHarness
 from mercato.testing.injection import Inject, injecting
 from mercato.testing.shop import Shop
 from mercato.testing.transports import TRANSPORTS
+
+LOGGER_CLASS = structlog.get_config()["wrapper_class"]
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -50,6 +54,17 @@ async def harness(
 ) -> AsyncGenerator[ServiceHarness]:
     async with harness_class(cluster, transport).running(**options) as made:
         yield made
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """Takes back what a test sets for the logs of this process: a later one would find its lines filtered."""
+    yield
+    if structlog.get_config()["wrapper_class"] is not LOGGER_CLASS:
+        structlog.reset_defaults()
+        root = logging.getLogger()
+        for handler in [handler for handler in root.handlers if type(handler).__module__.startswith("mercato.")]:
+            root.removeHandler(handler)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from urllib.parse import quote
 
 import msgspec
 import pytest
-import structlog
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from gateway.harness import Things
@@ -757,11 +756,8 @@ async def test_no_secret_shows_up_in_an_answer_or_in_the_log(
 ) -> None:
     written = io.BytesIO()
     telemetry.configure_logging("debug", written)
-    try:
-        with caplog.at_level("DEBUG"):
-            replies, tokens = await life_with_secrets(guarded_shop, await new_person(guarded_shop))
-    finally:
-        structlog.reset_defaults()
+    with caplog.at_level("DEBUG"):
+        replies, tokens = await life_with_secrets(guarded_shop, await new_person(guarded_shop))
     said = b"\n".join(
         [*(reply.body + repr(reply.headers).encode() for reply in replies), (await guarded_shop.get("/metrics")).body]
     )

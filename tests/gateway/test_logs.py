@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 import pytest
 import pytest_asyncio
-import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
 import mercato
@@ -69,7 +68,6 @@ def lines() -> Generator[Lines]:
     try:
         yield Lines()
     finally:
-        structlog.reset_defaults()
         root.handlers[:] = handlers
 
 

@@ -34,7 +34,6 @@ def stream() -> Generator[io.BytesIO]:
     try:
         yield made
     finally:
-        structlog.reset_defaults()
         root.handlers[:] = handlers
 
 
