@@ -15,6 +15,8 @@ ARGS ?=
 # that ends its process is begun again with its file: the restarts are bounded, or the run would never end.
 WORKERS ?= 4
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 3
+# Tests of the source, which run nothing of it but the contracts.
+RULES := tests/architecture tests/contracts tests/docs
 # How long `make chaos` strikes, and the seed of a run to see again.
 SECONDS ?= 60
 SEED ?=
@@ -79,12 +81,12 @@ test-split: $(VENV)/.dev ## run the tests of services with a host for each, over
 	@MERCATO_TEST_TRANSPORTS=nats,http $(RUN) pytest $(PARALLEL) tests/services tests/simulators tests/gateway tests/reference $(ARGS)
 
 .PHONY: check
-check: $(VENV)/.dev ## format, lint, types, import rules, slices and fast tests: before each commit
+check: $(VENV)/.dev ## format, lint, types, and the rules of imports, contracts and documents: before each commit
 	@$(RUN) ruff format --check --quiet . || { echo "Unformatted files: run make format"; exit 1; }
 	@$(RUN) ruff check --quiet .
 	@$(VENV)/bin/basedpyright --pythonpath $(PY)
 	@$(VENV)/bin/lint-imports --no-logo
-	@$(RUN) pytest -q -n $(WORKERS) --dist loadfile -m "not slow and not postgres"
+	@$(RUN) pytest -q -n $(WORKERS) --dist loadfile -m "not slow and not postgres" $(RULES)
 
 .PHONY: format
 format: $(VENV)/.dev ## format the code and mend what the linter can mend by itself

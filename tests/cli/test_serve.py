@@ -207,6 +207,7 @@ def test_migrate_needs_a_server_and_known_services(tmp_path: Path, cluster: Clus
     assert (wrong.returncode, "there is no service 'order'" in wrong.stderr) == (1, True)
 
 
+@pytest.mark.long
 def test_a_shop_is_carried_by_any_nats_server_that_includes_what_migrate_writes(folder: Path, tmp_path: Path):
     """A real server with that configuration, and a process for each service, started by hand."""
     with nats_server(tmp_path, folder / "nats.conf") as url, contextlib.ExitStack() as stack:
@@ -243,6 +244,7 @@ def test_processes_encrypt_what_they_say_to_each_other(folder: Path, tmp_path: P
             assert_problem(other.get("/products/100"), 503, "unavailable")
 
 
+@pytest.mark.long
 def test_services_are_found_through_dns(folder: Path):
     """A name instead of an address; every resolver knows this one."""
     address = free_address()

@@ -60,6 +60,7 @@ def test_an_open_shop_takes_an_anonymous_caller_for_staff(data: Path):
         shop.stop()
 
 
+@pytest.mark.long
 def test_a_customer_with_the_address_of_staff_is_not_taken_for_staff():
     with data_folder() as data:
         with Process(data) as shop, shop.ready().caller() as caller:

@@ -55,6 +55,7 @@ def assert_refused(data: Path) -> None:
     assert fingerprint(data) == before
 
 
+@pytest.mark.long
 def test_a_folder_without_the_mark_of_this_format_is_refused_and_left_as_it_is():
     with data_folder() as data:
         with Process(data) as shop:

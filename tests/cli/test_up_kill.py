@@ -115,7 +115,7 @@ def test_a_database_server_that_dies_again_and_again_ends_the_shop(keeper: Share
         assert "for the 4th time within a minute" in shop.complaints[0]
 
 
-@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.long), "3"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("3", marks=pytest.mark.long)])
 def test_the_death_of_a_database_connection_is_survived(keeper: SharedProcess, workers: str):
     shop = keeper.shop("--workers", workers)
     with Buyers(shop.caller) as buyers:

@@ -238,6 +238,7 @@ def test_the_help_of_up_lists_every_option():
         assert option in text
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not AS_ROOT, reason="everything else here is that test then")
 def test_an_ordinary_user_runs_all_of_it(tmp_path: Path):
     uid = pwd.getpwnam("nobody").pw_uid

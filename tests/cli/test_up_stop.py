@@ -145,6 +145,7 @@ def test_a_closed_terminal_stops_it_too(data: Path):
         shop.assert_gone()
 
 
+@pytest.mark.long
 def test_ctrl_c_at_any_moment_of_a_start_ends_it_with_one_line():
     moments = ["", "starting PostgreSQL", "creating a database", "is running", "migrated the database of users"]
     with data_folder() as folder:

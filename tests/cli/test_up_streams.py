@@ -47,7 +47,9 @@ def url_of(data: Path) -> str:
     return found[0]
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed", [*(pytest.param(one, marks=pytest.mark.long) for one in (">&-", "2>&-", "<&-")), "<&- >&- 2>&-"]
+)
 def test_a_shop_with_closed_streams_runs_and_stops(data: Path, closed: str):
     with Process(data, command=with_streams(closed)) as shop:
         url = url_of(data)
@@ -98,6 +100,7 @@ def test_output_that_cannot_be_written_is_one_sentence(command: list[str]):
     assert ended.stderr.count("\n") == 1, ended.stderr
 
 
+@pytest.mark.long
 def test_a_stream_without_the_letters_of_a_name_shows_escapes():
     with data_folder() as folder:
         data = folder.with_name("größe")

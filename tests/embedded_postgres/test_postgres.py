@@ -435,6 +435,7 @@ async def test_as_root_a_folder_below_a_closed_one_gets_a_place_of_its_own(data:
     assert not outside.exists()
 
 
+@pytest.mark.long
 @needs_root
 async def test_as_root_a_database_outside_stays_there_when_its_folder_becomes_reachable(data: Path):
     folder = below_closed(data, "data")
@@ -499,6 +500,7 @@ async def test_as_root_the_place_of_a_deleted_data_folder_is_removed(data: Path)
     assert any(str(abandoned) in line and str(deleted) in line for line in lines)
 
 
+@pytest.mark.long
 @needs_root
 async def test_as_root_places_whose_folder_is_gone_are_listed_and_pruned(data: Path):
     gone, moved, used = (below_closed(data, name) for name in ("gone", "moved", "used"))
@@ -630,6 +632,7 @@ def runs_as(uid: int, program: str) -> bool:
         return False
 
 
+@pytest.mark.long
 @needs_proc
 @pytest.mark.parametrize("delay_seconds", [0.05, 0.2, 0.35])
 async def test_an_owner_killed_during_the_first_start_leaves_a_startable_folder(data: Path, delay_seconds: float):
@@ -678,6 +681,7 @@ async def test_a_start_cancelled_before_the_guard_has_spoken_leaves_nothing(data
     assert list(home(data).glob("*.new-*")) == []
 
 
+@pytest.mark.long
 async def test_a_lost_cluster_is_not_replaced_by_an_empty_one(data: Path):
     async with running(data):
         pass
@@ -714,6 +718,7 @@ async def test_a_cluster_in_use_is_not_removed(data: Path):
             remove_cluster(data)
 
 
+@pytest.mark.long
 async def test_a_long_log_starts_anew(data: Path):
     log = data / "postgres.log"
     log.write_bytes(b"x" * (10 * 1024 * 1024 + 1))
@@ -747,6 +752,7 @@ async def test_a_full_disk_is_one_sentence_and_leaves_nothing_running(data: Path
         subprocess.run(["umount", str(data)], check=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("format_", "words"), [(None, "an earlier commit"), (3, "a newer version")])
 async def test_a_cluster_of_another_format_is_refused_and_nothing_changes(data: Path, format_: int | None, words: str):
     async with running(data):
@@ -761,6 +767,7 @@ async def test_a_cluster_of_another_format_is_refused_and_nothing_changes(data: 
     assert fingerprint(data) == before
 
 
+@pytest.mark.long
 async def test_a_first_start_that_was_cut_short_gets_this_format(data: Path):
     """Its cluster is complete and empty, and was not noted: whichever version made it, this one can go on."""
     async with running(data):

@@ -82,6 +82,7 @@ def slowed(data: Path, *, run_s: float, stop_s: float, seconds: float) -> Genera
         thread.join()
 
 
+@pytest.mark.long
 async def test_a_recovery_that_goes_on_is_waited_for(data: Path, monkeypatch: pytest.MonkeyPatch):
     await killed_server(data, RECORDS)
     monkeypatch.setattr(postgres, "READY_SECONDS", 2.0)

@@ -44,8 +44,8 @@ IS_CAMPAIGN: Final = os.environ.get("CAMPAIGN") == "full"
 SEED: Final = os.environ.get("CRASH_SEED") or f"{datetime.datetime.now(datetime.UTC):%Y%m%d}"
 """Chooses the points that are crashed at in recovery too: others each day. A failure shows it, CRASH_SEED sets it."""
 SHARE_IN_RECOVERY: Final = 0.3
-SAMPLE_STEP: Final = 15
-"""`make test` has every fifteenth point of each table: being odd, the step takes turns before and after a commit."""
+SAMPLE_STEP: Final = 29
+"""`make test` has every 29th point of each table: being odd, the step takes turns before and after a commit."""
 CONVERGED_SECONDS: Final = BOUND_SECONDS
 """A bound for a machine that is busy with other things. On a quiet one nothing is under way after 15 seconds."""
 REACHED_SECONDS: Final = 20.0
