@@ -93,7 +93,7 @@ decoded: Final = msgspec.json.Decoder(Checkout).decode
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """The next step of a saga (`step` to `finished`; see `saga.Next`), and the move of its order (the rest)."""
+    """The next step of a saga (`step` to `finished`; see `sagas/store.py`), and the move of its order (the rest)."""
 
     step: Step
     note: str

@@ -85,7 +85,7 @@ class KeyTaken(Exception):
 
 
 class SandboxService:
-    """See `contracts/sandbox.py` for what each operation promises."""
+    """See `contract.py` for what each operation promises."""
 
     def __init__(self, database: Database, options: Options, randomness: Randomness) -> None:
         self._database = database

@@ -23,7 +23,17 @@ import msgspec
 from mercato.embedded_postgres.processes import serving
 from system.mutation.witness import Testimony
 
-COPIED: Final = ("mercato", "tests", "bench", "docs", "requirements", "pyproject.toml", "Makefile", "README.md")
+COPIED: Final = (
+    "mercato",
+    "tests",
+    "bench",
+    "docs",
+    "requirements",
+    "pyproject.toml",
+    "Makefile",
+    "README.md",
+    "CONTRIBUTING.md",
+)
 STOP_SECONDS: Final = 15.0
 POLL_SECONDS: Final = 0.05
 OUTPUT_SHOWN: Final = 500

@@ -152,7 +152,7 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
     ),
     Safeguard(
         "place-in-row",
-        "The cursor counts rows: who dies among the events of a row has them all once more.",
+        "The cursor counts rows: a consumer that dies among the events of a row gets them all once more.",
         (Edit(CONSUMERS, "        to = Cursor(event.id, event.at)\n", "        to = cursor\n"),),
         red=(f"{OF_CONSUMERS}::test_a_row_of_many_events_that_is_processed_one_by_one_repeats_nothing_after_a_crash",),
         green=f"{OF_CONSUMERS}::test_every_consumer_gets_what_it_wants_in_order",
@@ -199,7 +199,7 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
     # ----------------------------------------------------------------------------------------------------------- keys
     Safeguard(
         "claim",
-        "Who finds a key taken goes on as if it were its own.",
+        "A request that finds its key taken goes on as if the key were free.",
         (CLAIM,),
         red=(f"{OF_KEYS}::test_a_twin_waits_and_hears_the_answer_of_the_first",),
         green=f"{OF_KEYS}::test_when_the_first_rolls_back_the_twin_does_it",
@@ -341,7 +341,7 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
     ),
     Safeguard(
         "give-back",
-        "The reconciliation does not give back an authorization that nobody wants.",
+        "The reconciliation does not void an authorization of a payment that is closed.",
         (Edit(RECONCILING, "        if charges:\n", "        if False:\n"),),
         red=(f"{OF_RECONCILING}::test_an_authorization_that_nobody_wants_is_given_back[local-voided]",),
         green=f"{OF_RECONCILING}::test_books_that_agree_have_no_mismatch[local]",
@@ -349,7 +349,7 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
     # ---------------------------------------------------------------------------------------------------------- stock
     Safeguard(
         "stock-decision",
-        "Nobody looks whether there is enough before writing: nothing is oversold, but buyers hear of a failure.",
+        "Levels are not checked before the UPDATE: nothing is oversold, but buyers get an internal failure.",
         (
             Edit(
                 STOCK_RULES,
