@@ -57,7 +57,7 @@ def up(
 ) -> int:
     """Start the shop: PostgreSQL, all services and the gateway.
 
-    Ctrl-C stops it. Everything it keeps is in the data folder.
+    Ctrl-C stops it. Its data is in the data folder; under root the database may be below /var/lib/mercato.
 
     Parameters
     ----------
@@ -199,9 +199,10 @@ def audit(
 ) -> int:
     """Check that no order is lost or doubled, no card is charged twice, nothing is oversold.
 
-    Copies the databases of a shop, running or not, and asks every invariant of the copies. Changes nothing in the shop;
-    a small database for the copies, mercato_audit, stays on its server. A shop that does not run is judged as of its
-    last sign of life. Exits with 0 if all hold, 1 if any does not, 2 if it could not be asked.
+    Copies the databases of a shop, running or not, and checks the copies against each invariant that needs databases
+    alone. Changes nothing in the shop; a small database for the copies, mercato_audit, stays on its server. A shop that
+    does not run is judged as of its last sign of life. Exits with 0 if all hold, 1 if any does not, 2 if it could not
+    be asked.
 
     Parameters
     ----------
@@ -238,7 +239,7 @@ def backup(
     Parameters
     ----------
     file
-        The file to make. It tells its readers all about the customers.
+        The file to make. It holds the data of all customers.
     data
         The folder of the shop's data.
     dsn
@@ -351,7 +352,7 @@ def call(
     return run(operation, request, data, as_json=json)
 
 
-events = App(name="events", help="Read the feed of events, and replay those that a consumer could not take.")
+events = App(name="events", help="Read the feed of events, and replay dead events (dead letters).")
 app.command(events)
 
 users = App(name="users", help="Look at accounts, and change them where no member of staff can sign in.")
@@ -478,7 +479,7 @@ def tail(
     data: DataFolder = Path(".mercato"),
     dsn: str | None = None,
 ) -> int:
-    """Print what has become true in the shop, the oldest first.
+    """Print the feed of events, the oldest first.
 
     Parameters
     ----------
@@ -507,7 +508,7 @@ def dead(
     data: DataFolder = Path(".mercato"),
     dsn: str | None = None,
 ) -> int:
-    """List the events that a consumer could not take, and why.
+    """List dead events (dead letters): those that a consumer could not process, and why.
 
     Parameters
     ----------
@@ -530,11 +531,10 @@ def replay(
     data: DataFolder = Path(".mercato"),
     dsn: str | None = None,
 ) -> int:
-    """Let consumers take what they could not take before, once its cause is mended.
+    """Replay dead events, once the cause of their failure is mended.
 
-    Each is taken and struck off the list in one transaction: whatever happens meanwhile, the command can be repeated.
-    What is replayed comes out of order: behind what has happened to its subject since.
-    Exits with 1 if one could not be taken again.
+    Each is processed and marked in one transaction: the command can be repeated at any time. A replayed event comes
+    out of order: after the later events of its subject. Exits with 1 if one failed again.
 
     Parameters
     ----------

@@ -72,7 +72,7 @@ WAY_OUT: Final[Mapping[str, str]] = {
     "orders.price_changed": "Show the new total to the buyer, and place the order again with it. Nothing was ordered.",
     "overloaded": "Nothing was started: send it again after Retry-After seconds.",
     "payments.capture_amount_changed": "GET the payment, and show what was taken; a payment is captured once.",
-    "payments.capture_too_large": "Capture at most details.authorized_minor, in minor units; the rest is given back.",
+    "payments.capture_too_large": "Capture at most details.authorized; the rest is given back.",
     "payments.not_found": "Check the id. Somebody else's payment answers like one that does not exist.",
     "products.archived": "Take the product out of the order; staff can POST /products/{id}/restore.",
     "products.not_found": "Check the id; GET /products lists what is for sale.",

@@ -49,7 +49,9 @@ Fields and query parameters that are not known are refused, so that a misspelt o
 where none is described (`{{}}` counts as none). Answers may get \
 new fields: ignore those that you do not know.
 
-**Money** is a decimal string with its currency (ISO 4217). Ids are integers below 2^53. Times are RFC 3339, in UTC.
+**Money** is a decimal string with its currency (ISO 4217). In the `data` of events and the \
+texts of a timeline it is an integer of minor units: 1250 is 12.50 EUR. Ids are integers below 2^53. Times are \
+RFC 3339, in UTC.
 
 **Refusals** are problems (RFC 9457). Decide by `code`, show `detail`, and quote `trace_id` when you ask for help; \
 `errors` names every wrong field at once. All codes are at [/docs/problems](/docs/problems).
@@ -60,8 +62,8 @@ new fields: ignore those that you do not know.
 **Doing it once.** Send an `Idempotency-Key` of your own making with each order. When no answer comes, send the same \
 request with the same key again, as often as you like: it is one order.
 
-**Changing what you have seen.** Answers carry an `ETag`. Send it back in `If-Match`, and the change is made only if \
-nobody else has changed the thing since.
+**Changing what you have seen.** An answer that has a version carries an `ETag`. Send it back in `If-Match`, and the \
+change is made only if the version is still the same.
 
 Every GET answers HEAD too. OPTIONS says in `Allow` which methods a path takes; another one is refused with 405, which \
 says so too."""

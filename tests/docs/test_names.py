@@ -18,7 +18,7 @@ from mercato.chassis.contract import ServiceError
 from mercato.chassis.observability import faults
 from mercato.cli.commands import app
 from mercato.cli.settings import rows
-from mercato.gateway import docs, explained, openapi
+from mercato.gateway import docs, examples, explained, openapi
 from mercato.gateway.routes import ROUTES
 from mercato.operations.audit.clients import CLIENTS
 from mercato.operations.audit.invariants import SHOP
@@ -300,6 +300,14 @@ def test_everything_that_a_docstring_of_the_product_names_exists() -> None:
 @pytest.mark.parametrize("texts", [explained.EXPLAINED, docs.WAY_OUT], ids=["explained", "ways out"])
 def test_everything_that_the_description_of_the_api_names_exists(texts: Mapping[str, str]) -> None:
     assert [(name, found) for name, text in texts.items() for found in wrong_names(text)] == []
+
+
+@pytest.mark.parametrize("code", sorted(code for code, text in docs.WAY_OUT.items() if "details." in text))
+def test_a_way_out_names_details_that_the_problem_has(code: str) -> None:
+    error = next(error for error in _subclasses(ServiceError) if error.code == code)
+    shown = examples.problem(examples.error(error))["details"]
+
+    assert [name for name in re.findall(r"details\.(\w+)", docs.WAY_OUT[code]) if name not in shown] == []
 
 
 @pytest.mark.parametrize(

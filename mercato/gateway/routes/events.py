@@ -61,7 +61,7 @@ class EventOut(Output):
         str,
         Meta(
             description="What it is about. Its events are in the order in which they happened, but for one that could "
-            "not be told at first: it comes late, and its version says where it belongs."
+            "not be delivered at first: it comes late, and its version says where it belongs."
         ),
     ]
     version: int
@@ -100,7 +100,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="GET",
         path="/events",
         operation=Events.list,
-        summary="What has become true in the shop, in the order in which it became known; kept for seven days",
+        summary="The feed of events, in the order in which it received them; kept for seven days",
         roles=STAFF_ONLY,
         query=EventsQuery,
         request=_list,
