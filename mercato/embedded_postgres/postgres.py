@@ -370,8 +370,8 @@ def _server_command(layout: Layout, socket_folder: Path, max_connections: int) -
 def _sync_method(platform: str, release: str) -> str:
     """How the server brings all of its files to the disk before it recovers.
 
-    One `syncfs` takes a tenth of the time of an `fsync` a file, of which a new shop has 3 700: on a busy machine 0.3 to
-    1 s against 4 to 10 s (`docs/performance.md`). Before Linux 5.8 it does not report what could not be written.
+    One `syncfs` takes a fraction of the time of an `fsync` for each of thousands of files. Before Linux 5.8 it does not
+    report what could not be written.
     """
     found = re.match(r"(\d+)\.(\d+)", release, re.ASCII)
     knows_errors = found is not None and (int(found[1]), int(found[2])) >= (5, 8)
