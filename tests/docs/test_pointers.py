@@ -67,6 +67,47 @@ def test_the_life_of_an_order_has_pointers() -> None:
     assert len(POINTER.findall((ROOT / "docs/life-of-an-order.md").read_text())) > 20
 
 
+def wrong_links(document: Path) -> list[str]:
+    """The relative links of a document that lead to no file, or to no heading of it."""
+    wrong: list[str] = []
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", document.read_text()):
+        name, _, anchor = target.partition("#")
+        path = document.parent / name if name else document
+        headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE) if path.is_file() else []
+        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        if not path.exists() or (anchor and anchor not in anchors):
+            wrong.append(target)
+    return wrong
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_of_a_document_leads_somewhere(document: Path) -> None:
+    assert wrong_links(document) == []
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
+    document = tmp_path / "a.md"
+    document.write_text("# One thing\n[a](#one-thing) [b](#another) [c](b.md) [d](https://example.com/d.md) [e](a.md)")
+    assert wrong_links(document) == ["#another", "b.md"]
+
+
+def test_the_life_of_an_order_is_short() -> None:
+    assert len((ROOT / "docs/life-of-an-order.md").read_text().splitlines()) < 120
+
+
+def test_the_exercise_has_ten_questions_each_with_the_place_of_its_answer() -> None:
+    questions = re.split(r"^\d+\. \*\*", (ROOT / "docs/exercise.md").read_text(), flags=re.MULTILINE)[1:]
+    assert len(questions) == 10
+    assert [question[:40] for question in questions if not POINTER.search(question)] == []
+
+
+def test_every_term_of_the_glossary_says_where_to_look() -> None:
+    rows = [line.split(" | ") for line in (ROOT / "docs/glossary.md").read_text().splitlines() if line.startswith("| ")]
+    terms = [row for row in rows if not row[0].startswith(("| term", "| ---"))]
+    assert len(terms) > 40
+    assert [row[0] for row in terms if len(row) != 3 or not (POINTER.search(row[2]) or FILE.search(row[2]))] == []
+
+
 def test_a_pointer_that_leads_nowhere_is_found() -> None:
     batching = "mercato/chassis/rpc/batching.py"
     right = f"`{batching}::Batcher`, `{batching}::Batcher.__init__`, `{batching}`"
