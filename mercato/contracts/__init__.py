@@ -1,1 +1,1 @@
-"""What each service offers: one file a service."""
+"""What each service offers: one file a service, and what several of them share."""

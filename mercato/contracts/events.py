@@ -1,4 +1,4 @@
-"""Events: everything that has become true in the shop, in one feed."""
+"""The feed: the domain events of all services, in one sequence."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The access log: one line for a request that failed or was slow at `info`, and one for each other at `debug`.
 
 A line has method and route, never the path and its query: those are the client's words, and may hold what no log
-should. It costs 12 us, where a paid order costs some 400: so not each request has one by default.
+should. It costs CPU for each request: so not each request has one by default.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ staff; then Host, and Origin and Sec-Fetch-Site where a browser sends them, must
 drive it.
 
 Tokens are verified with the public keys of the users service (RFC 9068 tokens, EdDSA). A token that was verified is
-remembered until it expires: verifying costs 75 microseconds, looking it up a tenth of one. Whether its session has
-ended is looked up each time, in memory (`ended_sessions.py`).
+remembered until it expires: looking it up costs a fraction of verifying it. Whether its session has ended is looked up
+each time, in memory (`ended_sessions.py`).
 """
 
 from __future__ import annotations

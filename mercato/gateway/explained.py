@@ -9,7 +9,7 @@ EXPLAINED: Final[Mapping[str, str]] = {
     "POST /register": "Opens an account for a customer with an e-mail address that no other account has. "
     "Where the shop sends letters, one with a link goes to the address; by that link its owner proves it. "
     "The answer has no token. Sign in with POST /login next.",
-    "POST /login": "Checks an e-mail address and a password, and begins a session. "
+    "POST /login": "Checks an e-mail address, or the name of an account, and a password, and begins a session. "
     "The answer has an access token for 15 minutes and a refresh token for one use. "
     "Send the access token with each request, as `Authorization: Bearer ACCESS_TOKEN`. "
     "Before it expires, exchange the refresh token at POST /token/refresh.",
@@ -29,7 +29,7 @@ EXPLAINED: Final[Mapping[str, str]] = {
     "With the same password it may be sent again. Sign in with POST /login next.",
     "POST /email/proof": "Proves an e-mail address by the token of a letter. "
     "From then on the account has `email_proven`. "
-    "Guests' orders that name the address can then be claimed with POST /orders/{id}/claim.",
+    "Orders that its owner placed as a guest can then be claimed with POST /orders/{id}/claim.",
     "POST /users/me/proof": "Asks for another letter with a link by which your address can be proven. "
     "It is sent after the answer. The link leads to a page of the shop, which sends POST /email/proof.",
     "PATCH /users/me": "Changes your name, your e-mail address or both; what is not named stays. "
@@ -69,7 +69,7 @@ EXPLAINED: Final[Mapping[str, str]] = {
     "POST /products/{id}/restore": "Puts an archived product back into the catalogue. "
     "It is found by searches again, and can be ordered. "
     "Its price and its stock are those that it had. It may be sent again: the product stays in the catalogue.",
-    "PUT /products/{id}/stock": "Says how many pieces of a product are there, as they were counted. "
+    "PUT /products/{id}/stock": "Sets how many pieces of a product there are, as they were counted. "
     "What open orders hold counts as there; fewer pieces than they hold are refused. "
     "With If-Match it is done only where nothing has changed since you looked. "
     "For goods that arrive or break, POST /products/{id}/stock/adjustments is safer.",
@@ -94,8 +94,9 @@ EXPLAINED: Final[Mapping[str, str]] = {
     "Where a payment is just being made it is refused: look again in a moment. "
     "Read GET /orders/{id} next: `payment` says when the money is back.",
     "POST /orders/{id}/claim": "Makes an order that you placed as a guest one of your account. "
-    "The order must name the e-mail address of your account, and the address must be proven. "
-    "Its access token opens it no more. GET /orders lists it from then on.",
+    "It takes the access token of the order, and an account whose e-mail address is proven. "
+    "An order that names an address must name that one. "
+    "The access token opens the order no more. GET /orders lists it from then on.",
     "POST /orders/{id}/returns": "Takes goods of a delivered order back: all, or the `items` that are named. "
     "They go into the stock at once, and what was paid for them is refunded after that. "
     "It needs an Idempotency-Key: sent again with its key it is done once. "

@@ -1,1 +1,1 @@
-"""What operators run: the audit, and copies of databases."""
+"""What operators run: the audit, backups, and what follows a restore."""

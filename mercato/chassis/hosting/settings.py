@@ -1,6 +1,6 @@
-"""What a process is told by its environment, read once at start-up.
+"""The settings of a process, read from its environment once at start-up.
 
-Every variable begins with `MERCATO_`. A wrong one ends the start with a sentence that names it.
+Each variable but `NATS_URL` begins with `MERCATO_`. A wrong one ends the start with a sentence that names it.
 """
 
 from __future__ import annotations

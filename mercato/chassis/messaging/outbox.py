@@ -3,7 +3,8 @@
 A read names the consumer, the position that its cursor has committed, and the time of the row in which that is. Where
 the log has another row there, or none although retention has deleted none, its database is not the one that the
 consumer has read (it was restored from a backup), and later ids stand for other events: the read is refused. So is one
-whose next rows are deleted. Retention waits for the positions of all consumers.
+whose next rows are deleted. Retention waits for the positions of all consumers that have read within 30
+days.
 """
 
 from __future__ import annotations

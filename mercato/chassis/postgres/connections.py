@@ -1,9 +1,9 @@
 """Connections to PostgreSQL, and what their driver says: the one module that runs statements through it.
 
 A `LentConnection` serves one block of `database.py`. `Connections` lends them: it keeps those that are idle on a stack
-of its own, and asks the pool of the driver when there is none. The pool costs 25 to 50 us of CPU for each use (a timer,
-a task and a proxy), the stack none; the pool still makes connections, bounds their number, hands over to those who
-wait, and takes back every connection whose block has not ended well.
+of its own, and asks the pool of the driver when there is none. Each use of the pool costs a timer, a task and a proxy,
+a use of the stack none of them. The pool still makes connections, bounds their number, hands them to callers that wait,
+and takes back every connection whose block has not ended well.
 
 Driver errors are translated here: lost or refused connections become `Unavailable`, the rest that a service can act on
 is `UniqueViolation` or `LockTimeout`.

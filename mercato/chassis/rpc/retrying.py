@@ -2,8 +2,8 @@
 
 Only what may come again is sent again: requests that the contract calls repeatable, to which the answer was that their
 service is unavailable. At most `ATTEMPTS` in all, after a pause that chance shortens and that doubles, within the
-time that the caller still waits, and inside a budget: one request in ten. Without the budget, callers of a service that
-is down or too slow would send it three times the load.
+time that the caller still waits, and inside a budget: by default one request in ten. Without the budget, callers of a
+service that is down or too slow would send it three times the load.
 
 An attempt of what may come again gets its share of that time: a third for the first one, half of the rest for the
 second. An instance that has died in silence, or stands still, costs its caller that much and not all; over NATS nothing

@@ -1,9 +1,9 @@
 """Hashing passwords, without letting that stop the shop.
 
-An Argon2id hash takes a core for some 26 ms and 19 MiB, so it is the cheapest thing to overload a shop with. Hashes
-therefore run on two threads of their own, behind a queue of fifty. Who comes when it is full hears `TooManyHashes` at
-once, and so does who would wait in it for more than half of the time until the deadline, as quick as hashes are at the
-moment. No password is hashed for a caller who is gone or whose deadline has passed.
+An Argon2id hash is slow by design and takes 19 MiB, so a flood of sign-ins would overload a shop. Hashes therefore run
+on at most two threads of their own, behind a queue of fifty. A caller gets `TooManyHashes` at once where the queue is
+full, and where it would wait there for more than half of the time until its deadline, at the present speed. No password
+is hashed for a caller that is gone or whose deadline has passed.
 
 Where the cores are wanted, these threads get a small share of them, and on two cores there is one thread: one core is
 left to the rest of the shop. Sign-ins wait under a flood of them, and not those who browse.
