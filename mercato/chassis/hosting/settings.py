@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     requests_in_work: Annotated[int, Field(ge=1, le=1_024)] = 512
     """Requests that one process has in work at once, at most; what it measures may lower that."""
     audit_seconds: Annotated[float, Field(ge=0, le=7 * 86_400)] = 300.0
-    """How often the shop checks its own books, all its processes together; 0: never, and else at least 1."""
+    """How often the shop audits itself, all its processes together; 0: never, and else at least 1."""
     breaker_window_seconds: Annotated[float, Field(ge=0.1, le=3_600)] = CallLimits().window_seconds
     """A circuit breaker judges the reads, or the writes, of a service by the calls of so long a time."""
     breaker_minimum_calls: Annotated[int, Field(ge=1, le=1_000_000)] = CallLimits().minimum_calls
