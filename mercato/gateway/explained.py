@@ -74,7 +74,7 @@ EXPLAINED: Final[Mapping[str, str]] = {
     "With If-Match it is done only where nothing has changed since you looked. "
     "For goods that arrive or break, POST /products/{id}/stock/adjustments is safer.",
     "POST /products/{id}/stock/adjustments": "Adds pieces to the stock of a product, or takes some away. "
-    "It needs an Idempotency-Key: sent again with its key it is done once, and answered the same. "
+    "It needs an Idempotency-Key: sent again with its key it is done once, and answered the same for a day. "
     "Fewer pieces than open orders hold are refused. "
     "The answer has the level as it is now.",
     "POST /orders": "Places an order at the prices of the catalogue. "
