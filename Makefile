@@ -22,7 +22,7 @@ SECONDS ?= 60
 SEED ?=
 # How many mutants `make mutants` makes.
 N ?= 100
-# 1: `make bench` takes two minutes instead of ten.
+# 1: `make bench` has shorter loads, and none with slow commits.
 QUICK ?=
 # What `make release` releases: a version, and its commit where that is not HEAD.
 VERSION ?=
@@ -58,7 +58,7 @@ setup: $(VENV)/.runtime ## install what the shop needs to run into .venv
 	@echo "Ready. The command line is $(VENV)/bin/mercato"
 
 .PHONY: test
-test: $(VENV)/.dev ## run the tests, in less than ten minutes (ARGS="-k checkout")
+test: $(VENV)/.dev ## run the tests (ARGS="-k checkout")
 	@$(RUN) pytest $(PARALLEL) -m "not long" $(ARGS)
 
 .PHONY: test-all
@@ -77,7 +77,7 @@ test-all: $(VENV)/.dev ## run what takes longer: safeguards, every crash point, 
 	[ -z "$$failed" ] || { echo "safeguards: 1 failed, see above"; exit 1; }
 
 .PHONY: test-split
-test-split: $(VENV)/.dev ## run the tests of services with a host for each, over NATS and HTTP (half an hour)
+test-split: $(VENV)/.dev ## run the tests of services with a host for each, over NATS and HTTP
 	@MERCATO_TEST_TRANSPORTS=nats,http $(RUN) pytest $(PARALLEL) tests/services tests/simulators tests/gateway tests/reference $(ARGS)
 
 .PHONY: check

@@ -74,7 +74,7 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench", description="Measure Mercato and a reference in Go in turns.")
-    parser.add_argument("--quick", action="store_true", help="about two minutes; commit latency is left out")
+    parser.add_argument("--quick", action="store_true", help="shorter loads; commit latency is left out")
     parser.add_argument("--json", action="store_true", help="print the result as JSON, and no progress")
     parser.add_argument("--only", choices=PARTS, action="append", help="measure this part alone, and write no file")
     parser.add_argument("--workers", type=int, default=1, help="processes of Mercato that serve requests (1)")

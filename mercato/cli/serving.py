@@ -1,4 +1,4 @@
-"""What a worker does: it serves on the listening socket of its owner, until its lifeline ends."""
+"""What a worker does: it serves on the listening socket of its owner, until that asks it to stop or dies."""
 
 from __future__ import annotations
 

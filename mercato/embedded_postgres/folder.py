@@ -1,8 +1,9 @@
 """The data folder: one owner at a time, and the secret that it keeps.
 
-Everything that an embedded Mercato stores lives below one folder. `DataFolder.open` takes it for this process: an
-exclusive `flock` on `<data>/lock` that the kernel gives back on any kind of death, so there is no stale lock to
-clean up and none to believe in. What is written in the file only tells a second owner whom it is up against.
+What an embedded Mercato stores lives below one folder; under root the database may be elsewhere (`place.py`).
+`DataFolder.open` takes it for this process: an exclusive `flock` on `<data>/lock` that the kernel gives back on any
+kind of death, so there is no stale lock to clean up and none to believe in. What is written in the file only tells a
+second owner which process has the folder.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which processes serve a cluster, told from strangers that only have the same pid, and how they are ended.
+"""Which processes serve a cluster, and not only have the pid of one that did, and how they are ended.
 
 A pid alone proves nothing: it is reused, and a `postmaster.pid` file outlives its server. On Linux a PostgreSQL process
 is known by its name together with its working directory, which is the cluster's folder for the postmaster and for each

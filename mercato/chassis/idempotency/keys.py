@@ -4,7 +4,7 @@ A service that takes keys has this table in its own database (`TABLE` in its fir
 transaction of the change itself:
 
     recall    before any work: the answers that are there already
-    claim     first statement of the transaction: takes the keys; a simultaneous twin waits here until we are done
+    claim     first statement of the transaction: takes the keys; a simultaneous duplicate waits here until the commit
     remember  last statement: stores the answers
     release   instead of it: gives back keys whose requests were refused after all, beside others that were not
 
@@ -12,7 +12,7 @@ Because claim, change and answer commit together, there is no row "in progress" 
 crash leaves nothing, and the client's retry runs as if it were the first. Answers are kept for a day; what must never
 happen twice, even later, has a unique key of its own in the service's table.
 
-Keys belong to whoever sent them (`principal`) and to one operation: others may use the same key.
+Keys belong to the account that sent them (`principal`) and to one operation: others may use the same key.
 """
 
 from __future__ import annotations
@@ -133,9 +133,9 @@ async def recall(tx: Tx, operation: str, wanted: Sequence[Keyed]) -> Mapping[Ide
 
 
 async def claim(tx: Tx, operation: str, wanted: Sequence[Keyed]) -> set[Identity]:
-    """Takes keys; gives the identities of those that are ours now. The others were taken by a twin that committed.
+    """Takes keys; gives the identities of those that are ours now. The others were taken by a duplicate that committed.
 
-    Raises `LockTimeout` when a twin is not done within the time that we are willing to wait.
+    Raises `LockTimeout` when a duplicate is not done within the time that we are willing to wait.
     """
     await tx.execute("SET LOCAL lock_timeout = '2s'")
     # In key order: two batches that share keys in different orders would wait for each other for ever.
@@ -178,7 +178,7 @@ async def remember(tx: Tx, operation: str, done: Sequence[Keyed], answers: Seque
 
 
 async def release(tx: Tx, operation: str, refused: Sequence[Keyed]) -> None:
-    """Gives back keys that this transaction has claimed. A twin that waits for one takes it after the commit."""
+    """Gives back keys that this transaction has claimed. A duplicate that waits for one takes it after the commit."""
     await tx.execute(
         """
         DELETE FROM idempotency
