@@ -138,7 +138,7 @@ def _is_loopback(host: str) -> bool:
 
 
 class _Described:
-    """The API's description, made at the first request for it: it takes a tenth of the CPU time of a start."""
+    """The API's description, made at the first request for it, for a start has to be quick."""
 
     def __init__(self, routes: Sequence[Route], *, open_shop: bool) -> None:
         self._routes = routes

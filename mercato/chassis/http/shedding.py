@@ -91,7 +91,7 @@ class LoadLimits(msgspec.Struct, frozen=True, kw_only=True):
     standing_seconds: float = 0.1  # as in Fail at Scale, and in CoDel (RFC 8289)
     standing_wait_seconds: float = 0.05  # a refusal comes within a tenth of a second
     refusal_seconds: float = 0.02
-    refusals_at_once: int = 100  # 5 000 a second, each of some 30 us of CPU: a seventh of a core
+    refusals_at_once: int = 100  # 5 000 a second: a part of a core
     sweep_seconds: float = 0.025  # how often requests that wait are looked through, while there are any
     retry_after_seconds: int = 3  # 1 to so many, at random, so that clients do not come back at once
 

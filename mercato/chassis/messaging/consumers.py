@@ -68,7 +68,7 @@ class Pace(msgspec.Struct, frozen=True):
     poll_s: float = 0.2
     """After the first empty page; each further one doubles it up to `idle_s`. A wake-up ends the pause."""
     idle_s: float = 3.0
-    """The longest pause. What an idle shop does is mostly such reads: with 1.0 it took 2 % of a core instead of 1 %."""
+    """The longest pause. What an idle shop does is mostly such reads."""
 
 
 class Consumer:

@@ -32,7 +32,7 @@ LIFE_SECONDS: Final = 60.0
 SKEW_SECONDS: Final = 5.0
 """The clocks of two machines may differ so much."""
 REMEMBERED_TOKENS: Final = 1_000
-"""Verifying costs 75 microseconds: a token that was verified is remembered until it expires."""
+"""A token that was verified is remembered until it expires: verifying is slow."""
 
 log = structlog.stdlib.get_logger("mercato.trust")
 

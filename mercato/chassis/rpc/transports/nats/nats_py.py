@@ -5,7 +5,7 @@ All knowledge about the inside of nats-py 2.16 is here:
 - It writes a PING at once, and everything else from a task: the PING of `flush` overtakes what was sent before it, so
   that a `flush` proves nothing. The second PING cannot: the task has run before the first PONG arrives.
 - `Subscription.drain` relies on `flush`, and drops what arrives between the overtaking PING and the UNSUB.
-- `publish` takes 8 us a message, most of it for its headers: `send` takes what `wire.py` has written.
+- `publish` takes most of its time for headers: `send` takes what `wire.py` has written.
 - It swallows cancellations in places, and waits without a bound for a server that does not read. Its coroutines
   therefore run in tasks that `within` leaves behind, and `abort` ends what they wait for.
 - It speaks without TLS to a server that does not offer it, whatever the scheme of the URL.
