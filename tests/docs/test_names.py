@@ -22,6 +22,7 @@ from mercato.gateway import docs, examples, explained, openapi
 from mercato.gateway.routes import ROUTES
 from mercato.operations.audit.clients import CLIENTS
 from mercato.operations.audit.invariants import SHOP
+from system.mutation.safeguards.table import SAFEGUARDS
 
 ROOT: Final = Path(__file__).parents[2]
 DOCUMENTS: Final = {
@@ -44,6 +45,8 @@ ELSEWHERE: Final = {"--env-file", "Subscription.drain"}
 LIBRARIES: Final = {"aiohttp", "msgspec"}
 NO_SETTINGS: Final = {"MERCATO_EVENTS"}
 """The name of the stream of events."""
+COUNTED_WHOLE: Final = {"databases", "services", "operations", "settings"}
+"""Of these a document may name some: only "all seven services" and "the seven services" are counts of all."""
 NUMBERS: Final = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 
 
@@ -93,7 +96,7 @@ def _metrics(text: str) -> Iterator[str]:
 
 
 def _log_events(text: str) -> Iterator[str]:
-    for names in re.findall(r"\blogs? ((?:`\w+`(?:, | and | or )?)+)", text):
+    for names in re.findall(r"\blogs?(?: has)? ((?:`\w+`(?:, | and | or )?)+)", text):
         yield from (name for name in SPAN.findall(names) if name not in _texts())
 
 
@@ -123,6 +126,9 @@ def _files(text: str) -> Iterator[str]:
     for name in re.findall(r"`([\w/-]+(?:\.[\w-]+)*\.(?:py|md|cjs|toml|html|css|js))`", text):
         if name not in _ends_of_paths():
             yield name
+    for path in re.findall(r"(?<![\w/.])((?:mercato|tests|bench|docs)/[\w/.-]+\.(?:py|md|cjs|toml|go|json))\b", text):
+        if not (ROOT / path).is_file():
+            yield path
 
 
 def _members(text: str) -> Iterator[str]:
@@ -136,10 +142,12 @@ def _members(text: str) -> Iterator[str]:
 
 
 def _counts(text: str) -> Iterator[str]:
-    counted = r"\b(all\s+|the\s+)?(\w+)\s+(invariants|fault\s+points|databases)\b"
+    counted = (
+        r"\b(all\s+|the\s+)?(\w+)\s+(invariants|fault\s+points|safeguards|databases|services|operations|settings)\b"
+    )
     for whole, number, thing in re.findall(counted, text):
         value = int(number) if number.isdigit() else NUMBERS.index(number) + 1 if number in NUMBERS else None
-        is_of_all = whole or not thing.startswith("databases")
+        is_of_all = whole or thing not in COUNTED_WHOLE
         if value is not None and is_of_all and value not in _COUNTED[" ".join(thing.split())]():
             yield f"{number} {thing}"
 
@@ -163,7 +171,11 @@ _FIRST_WORDS: Final = {*topology.SERVICES, "order", "payment", "product", "refun
 _COUNTED: Final[dict[str, Callable[[], set[int]]]] = {
     "invariants": lambda: {len(SHOP), len(CLIENTS), len(SHOP) + len(CLIENTS)},
     "fault points": lambda: {len(faults.POINTS)},
+    "safeguards": lambda: {len(SAFEGUARDS)},
     "databases": lambda: {len(topology.SERVICES)},
+    "services": lambda: {len(topology.SERVICES)},
+    "operations": lambda: {sum(len(contract.operations) for contract in topology.SERVICES.values())},
+    "settings": lambda: {len(rows())},
 }
 
 
@@ -329,14 +341,20 @@ def test_a_way_out_names_details_that_the_problem_has(code: str) -> None:
         ("`mercato_http_shed_total{class}`, `mercato_http_shade_total{class}`", "metric: mercato_http_shade_total"),
         ("`mercato_saga_fenced_total`, `mercato_saga_fended_total`", "metric: mercato_saga_fended_total"),
         ("logs `sequence_moved`, and the log `sequence_lost`", "log event: sequence_lost"),
+        ("the log has `key_refused` or `key_reused`", "log event: key_reused"),
         ("GET /orders/ID/history, GET /orders/1/geography", "route: GET /orders/1/geography"),
         ("`test_everything_that_a_document_names_exists`, `test_it`", "test: test_it"),
         ("`orders.out_of_stock`, `order.paid`, `orders.place`, `orders.no_such`", "code: orders.no_such"),
         ("`orders/placing.py`, `orders/plating.py`", "file: orders/plating.py"),
+        ("    make test ARGS=tests/docs/test_names.py tests/docs/test_games.py", "file: tests/docs/test_games.py"),
         ("`Retry.SAFE`, `Retry.SAVE`", "member: Retry.SAVE"),
         ("`topology.SERVICES`, `topology.Serving`", "member: topology.Serving"),
         (f"all {len(SHOP)} invariants, 3 invariants", "count: 3 invariants"),
-        (f"{len(topology.SERVICES)} databases, the eight databases", "count: eight databases"),
+        (f"all {len(topology.SERVICES)} databases, two databases, the eight databases", "count: eight databases"),
+        (f"the {len(topology.SERVICES)} services, all nine services", "count: nine services"),
+        ("its two operations, the 3 operations", "count: 3 operations"),
+        (f"{len(SAFEGUARDS)} safeguards, 2 safeguards", "count: 2 safeguards"),
+        ("some 12 settings, all 12 settings", "count: 12 settings"),
     ],
 )
 def test_a_name_of_what_is_not_there_is_found(text: str, wrong: str) -> None:
