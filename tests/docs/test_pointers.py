@@ -151,6 +151,19 @@ def test_every_invariant_that_a_document_names_exists(document: str) -> None:
     assert named - {invariant.name for invariant in (*SHOP, *CLIENTS)} == set()
 
 
+def test_the_table_of_invariants_is_that_of_the_code() -> None:
+    rows = [f"| {each.name} | {each.when} | {each.title} |" for each in (*SHOP, *CLIENTS)]
+    assert table_behind("### The invariants") == rows, "\n".join(rows)
+
+
+def test_every_invariant_belongs_to_a_guarantee() -> None:
+    cells = " ".join(row.rpartition(" | ")[2] for row in table_behind("## What holds"))
+    for kind, first, last in re.findall(r"([A-Z])(\d+) to [A-Z](\d+)", cells):
+        cells += "".join(f" {kind}{number}" for number in range(int(first), int(last) + 1))
+    listed = set(re.findall(r"\b[EKMOSX]\d{1,2}\b", cells))
+    assert {invariant.name for invariant in (*SHOP, *CLIENTS)} - listed == set()
+
+
 def test_the_invariants_that_need_the_words_of_clients_are_listed() -> None:
     text = (ROOT / "docs/reliability.md").read_text()
     assert f"({', '.join(invariant.name for invariant in CLIENTS)})" in text
@@ -193,7 +206,7 @@ def all_names(path: Path) -> set[str]:
 def table_behind(heading: str) -> list[str]:
     """The rows of the first table of that section in the reliability document."""
     _, _, section = (ROOT / "docs/reliability.md").read_text().partition(f"{heading}\n")
-    lines = section.partition("\n## ")[0].splitlines()
+    lines = re.split(r"\n##+ ", section)[0].splitlines()
     rows = [line for line in lines if line.startswith("|")]
     assert len(rows) > 2
     return rows[2:]

@@ -88,7 +88,7 @@ CLIENTS: Final = (
         "X1",
         "clients",
         "always",
-        "Nobody but staff is shown an order of somebody else",
+        "An order is shown to its owner and to staff alone",
         """
         SELECT c.op_id, c.route, c.user_id, o.id AS order_id, o.user_id AS owner
           FROM history.ops c
