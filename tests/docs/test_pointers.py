@@ -18,6 +18,8 @@ from mercato.operations.audit.invariants import SHOP
 from system.mutation.safeguards.table import SAFEGUARDS
 
 ROOT = Path(__file__).parents[2]
+USUAL = {"app.py", "service.py", "store.py", "rules.py", "consumers.py", "demo.py"}
+"""Files that several services have."""
 UNLISTED = {"assertions.py"}
 """Of one test."""
 POINTER = re.compile(r"`((?:mercato|tests|bench)/[\w/.]+\.py)::([\w.]+)`")
@@ -131,6 +133,16 @@ def test_every_file_of_a_folder_is_on_the_map(folder: str) -> None:
     files = list((ROOT / "mercato" / folder).glob("[!_]*.py"))
     assert len(files) > 2
     assert [file.name for file in files if f"`{file.name}`" not in text and file.name not in UNLISTED] == []
+
+
+def test_every_file_of_a_service_beside_the_usual_ones_is_on_the_map() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    files = [file for file in (ROOT / "mercato/services").glob("*/[!_]*.py") if file.name not in USUAL]
+    assert len(files) > 20
+    named = {
+        name for names in re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE) for name in re.findall(r"[\w/]+\.py", names)
+    }
+    assert [f for f in files if f.name not in named and f"{f.parent.name}/{f.name}" not in named] == []
 
 
 @pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/architecture.md"])
