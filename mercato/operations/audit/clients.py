@@ -11,7 +11,7 @@ CLIENTS: Final = (
         "O5",
         "clients",
         "always",
-        "No order that a client was told of is lost",
+        "No order that a client was answered with is lost",
         """
         SELECT c.op_id, c.order_id
           FROM history.ops c
