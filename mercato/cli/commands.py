@@ -29,6 +29,7 @@ DataFolder = Annotated[Path, Parameter(env_var="MERCATO_DATA")]
 ListenHost = Annotated[str, Parameter(env_var="MERCATO_LISTEN_HOST")]
 ListenPort = Annotated[int, Parameter(env_var="MERCATO_LISTEN_PORT", validator=validators.Number(gte=0, lte=65_535))]
 Authorization = Annotated[Literal["open", "required"] | None, Parameter(env_var="MERCATO_AUTH")]
+Origins = Annotated[tuple[str, ...], Parameter(negative="")]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -51,7 +52,7 @@ def up(
     replicas: Annotated[str, Parameter(env_var="MERCATO_REPLICAS")] = "",
     transport: Annotated[Literal["nats", "http"] | None, Parameter(env_var="MERCATO_SPLIT_TRANSPORT")] = None,
     auth: Authorization = None,
-    cors_origin: tuple[str, ...] = (),
+    cors_origin: Origins = (),
     log_level: LogLevel | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -118,7 +119,7 @@ def serve(
     host: ListenHost = "127.0.0.1",
     port: ListenPort = 8080,
     auth: Authorization = None,
-    cors_origin: tuple[str, ...] = (),
+    cors_origin: Origins = (),
     log_level: LogLevel | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -474,7 +475,7 @@ def tail(
     *,
     after: Annotated[int, Parameter(validator=validators.Number(gte=0, lte=9_007_199_254_740_991))] | None = None,
     types: str = "",
-    follow: bool = False,
+    follow: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
     data: DataFolder = Path(".mercato"),
     dsn: str | None = None,

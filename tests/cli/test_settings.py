@@ -120,6 +120,20 @@ def test_variables_of_commands_are_listed():
     assert found == set(COMMAND_VARIABLES)
 
 
+def test_no_option_undoes_what_is_not_the_default():
+    commands = [app[name] for name in app if not name.startswith("-")]
+    commands += [command[name] for command in commands for name in command if not name.startswith("-")]
+    negatives = {
+        negative
+        for command in commands
+        if command.default_command is not None
+        for argument in command.assemble_argument_collection()
+        for negative in argument.negatives
+    }
+
+    assert negatives == {"--no-demo"}
+
+
 # ------------------------------------------------------------------------------------------------------- unknown names
 
 
