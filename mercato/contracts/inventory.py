@@ -171,12 +171,16 @@ class ListLevels(Message):
     below: Annotated[int, Meta(ge=1, le=ON_HAND_LIMIT)] | None = None
     after: ProductId | None = None
     limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
+    count: bool = False
+    """Whether `total` of the page is asked for."""
 
 
 class LevelPage(Message):
     levels: tuple[Level, ...]
     next_after: int | None = None
     """The `after` of the next page; None on the last."""
+    total: int | None = None
+    """All that the filters match, whatever the page; None where it is not asked for, or takes too long to count."""
 
 
 class TraceStock(Message):

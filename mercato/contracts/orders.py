@@ -173,6 +173,8 @@ class ListOrders(Message):
     max_total_minor: Annotated[int, Meta(ge=0)] | None = None
     text: Annotated[str, Meta(max_length=200, pattern=r"^[^\x00]*\Z", extra=NO_NUL)] | None = None
     """Digits alone are an id; any other text stands in the `customer_note`, without case."""
+    count: bool = False
+    """Whether `total` of the page is asked for."""
 
 
 class OrderPage(Message):
@@ -180,6 +182,8 @@ class OrderPage(Message):
     next_before: int | None = None
     """The `before` of the next page; None on the last. With times, totals or a text, a page that is not the last may
     have fewer orders than were asked for, also none: `SCANNED_AT_ONCE` orders are looked through for one page."""
+    total: int | None = None
+    """All that the filters match, whatever the page; None where it is not asked for, or takes too long to count."""
 
 
 class MoveOrder(Message):

@@ -191,12 +191,16 @@ class ListPayments(Message):
     before: PaymentId | None = None
     limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
     order_nonce: OrderNonce | None = None
+    count: bool = False
+    """Whether `total` of the page is asked for."""
 
 
 class PaymentPage(Message):
     payments: tuple[Payment, ...]
     next_before: int | None = None
     """The `before` of the next page; None on the last."""
+    total: int | None = None
+    """All that the filters match, whatever the page; None where it is not asked for, or takes too long to count."""
 
 
 class TracePayments(Message):

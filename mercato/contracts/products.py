@@ -133,6 +133,8 @@ class SearchProducts(Message):
     sku: Sku | None = None
     """Only the product with this sku, compared without case."""
     status: Status = "active"
+    count: bool = False
+    """Whether `total` of the page is asked for."""
 
 
 class ListCategories(Message):
@@ -140,6 +142,8 @@ class ListCategories(Message):
 
     after: str | None = None
     limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
+    count: bool = False
+    """Whether `total` of the page is asked for."""
 
 
 class CategoryCount(Message):
@@ -152,12 +156,16 @@ class CategoryCount(Message):
 class CategoryPage(Message):
     categories: tuple[CategoryCount, ...]
     next_after: str | None = None
+    total: int | None = None
+    """All that the filters match, whatever the page; None where it is not asked for, or takes too long to count."""
 
 
 class ProductPage(Message):
     products: tuple[Product, ...]
     next_after: str | None = None
     """The `after` of the next page; None on the last."""
+    total: int | None = None
+    """All that the filters match, whatever the page; None where it is not asked for, or takes too long to count."""
 
 
 class QuoteProduct(Message):

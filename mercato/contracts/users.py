@@ -142,12 +142,16 @@ class ListUsers(Message):
     """Only this one."""
     email: Email | None = None
     """Only the one with this address, however it is spelled."""
+    count: bool = False
+    """Whether `total` of the page is asked for."""
 
 
 class UserPage(Message):
     users: tuple[User, ...]
     next_after: int | None = None
     """The `after` of the next page; None on the last."""
+    total: int | None = None
+    """All that the filters match, whatever the page; None where it is not asked for, or takes too long to count."""
 
 
 class UpdateProfile(Message):
@@ -256,6 +260,8 @@ class ListSessions(Message):
     after: SessionId | None = None
     """Only those that are older than this one, which is of the same user."""
     limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
+    count: bool = False
+    """Whether `total` of the page is asked for."""
 
 
 class Session(Message):
@@ -271,6 +277,8 @@ class SessionPage(Message):
     sessions: tuple[Session, ...]
     next_after: SessionId | None = None
     """The `after` of the next page; None on the last."""
+    total: int | None = None
+    """All that the filters match, whatever the page; None where it is not asked for, or takes too long to count."""
 
 
 class EndSession(Message):
@@ -309,6 +317,8 @@ class ListSecurityLog(Message):
     """Only what is about this account, or was done by it; also one that is erased."""
     before: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
     limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
+    count: bool = False
+    """Whether `total` of the page is asked for."""
 
 
 class ListOwnSecurityLog(Message):
@@ -320,6 +330,8 @@ class ListOwnSecurityLog(Message):
     user_id: UserId
     before: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
     limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
+    count: bool = False
+    """Whether `total` of the page is asked for."""
 
 
 class SecurityEntry(Message):
@@ -345,6 +357,8 @@ class SecurityLogPage(Message):
     entries: tuple[SecurityEntry, ...]
     next_before: int | None = None
     """The `before` of the next page; None on the last."""
+    total: int | None = None
+    """All that the filters match, whatever the page; None where it is not asked for, or takes too long to count."""
 
 
 class UserNotFound(ServiceError, code="users.not_found", kind=Kind.NOT_FOUND):

@@ -34,19 +34,27 @@ from mercato.chassis.contract import (
     ServiceError,
     current,
 )
-from mercato.chassis.http import COMPLETE_RESPONSE, LoadLimits, Shedder
+from mercato.chassis.http import COMPLETE_RESPONSE, LoadLimits, Priority, Shedder
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.contracts.money import DEFAULT_CURRENCY
 from mercato.contracts.roles import STAFF
-from mercato.gateway import access_log, cursors, guests, idempotency, problems, representations
+from mercato.gateway import access_log, cursors, guests, idempotency, problems, representations, totals
 from mercato.gateway.auth import Authenticator
 from mercato.gateway.cross_origin import CrossOrigin
-from mercato.gateway.headers import RequestHeaders, check_content_type, expected_version, preferred_wait_ms
+from mercato.gateway.headers import (
+    RequestHeaders,
+    check_content_type,
+    expected_version,
+    preferred_wait_ms,
+    prefers_count,
+)
 from mercato.gateway.rates import PasswordTries, RateLimiter, call_guarded
 from mercato.gateway.route import NO_TEXT, Page, Route, RouteRequest, gathering
 from mercato.gateway.shared_counts import SharedCounts
 from mercato.gateway.validation import (
+    ClientGone,
+    Receive,
     all_wrong,
     decode_body,
     decode_query,
@@ -54,12 +62,12 @@ from mercato.gateway.validation import (
     invalid,
     members_of,
     numbers_of,
+    read_body,
     texts_of,
 )
 from mercato.gateway.waiting import Waiting
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 Lines = list[bytes]
@@ -77,10 +85,6 @@ log = structlog.stdlib.get_logger("mercato.gateway")
 
 def answered(telemetry: Telemetry) -> Counter:
     return telemetry.counter("mercato_http_requests", "Requests answered.", ["route", "status"])
-
-
-class ClientGone(Exception):
-    """The client closed the connection before its request was complete. There is no one to answer."""
 
 
 class Gateway:
@@ -214,6 +218,8 @@ class Gateway:
         session_id = authenticator.session_id(authorization) if route.knows_session and authorization else ""
         route, request = await route.read(actor, parts, scope, query, receive, headers)
         request.access_token = access_token
+        if route.are_counted and headers.prefer is not None:
+            request.counts = prefers_count(headers.prefer)
         if session_id:
             request.session_id = session_id
         if route.knows_address:
@@ -230,7 +236,7 @@ class Gateway:
         if route.for_customers is not None and request.actor.role != STAFF:
             answer = route.for_customers(answer)
         if request.wait_ms is None:
-            shown = route.respond(answer, scope, request.query)
+            shown = route.respond(answer, scope, request.query, counts=request.counts)
             return representations.negotiated(*shown, headers) if route.is_public else shown
         current.set(Context(actor, deadline + request.wait_ms / 1_000, headers.trace_id, headers.request_id))
         assert route.waiting is not None
@@ -238,7 +244,8 @@ class Gateway:
 
     async def _call(self, route: BoundRoute, request: RouteRequest, asked: Any, scope: Scope, deadline: float) -> Any:
         """The answer of a route's operation, as one of the requests in work. Raises its errors, and `Overloaded`."""
-        load, priority, entered_at = self.load, route.priority, deadline - self._seconds
+        load, entered_at = self.load, deadline - self._seconds
+        priority = Priority.REPORT if request.counts else route.priority
         if load.in_work < load.room[priority]:
             load.in_work += 1
             if load.in_work > load.peak:
@@ -379,7 +386,8 @@ class BoundRoute:
         self.is_limited = route.limits.per_second is not None
         self.tries = route.tries
         self.is_guarded = route.tries is not None or route.limits.done_per_hour is not None
-        self.request = route.request
+        self.request = totals.asking(route)
+        self.are_counted = totals.are_counted(route)
         self.knows_session = route.knows_session
         self.knows_address = route.knows_address
         self.for_customers = route.for_customers
@@ -402,7 +410,7 @@ class BoundRoute:
         self._encode = msgspec.json.Encoder().encode
         self._status = route.status
         self._show = route.answer
-        self._head = (JSON, REVALIDATE if route.is_public else problems.NO_STORE)
+        self._head = (JSON, *((REVALIDATE, *totals.vary(route)) if route.is_public else (problems.NO_STORE,)))
         self._plain = not (route.etag or route.location or route.replayed)
         self._forms = [(form, BoundRoute(form.of(route), client, telemetry, currency)) for form in route.forms]
 
@@ -430,7 +438,7 @@ class BoundRoute:
         """
         body = raw = None
         if self._decoder is not None:
-            raw = await _read_body(receive, self._body_bytes)
+            raw = await read_body(receive, self._body_bytes)
             if raw or not self._body_optional:
                 check_content_type(headers.content_type)
             try:
@@ -451,7 +459,7 @@ class BoundRoute:
 
     async def _check_no_body(self, receive: Receive) -> None:
         """Raises `InvalidRequest` for a body that says something, of a route that takes none."""
-        if (await _read_body(receive, self._body_bytes)).strip() not in (b"", b"{}"):
+        if (await read_body(receive, self._body_bytes)).strip() not in (b"", b"{}"):
             raise invalid(("body", f"{self.name} takes none; leave it out"))
 
     def _form_of(self, raw: bytes) -> BoundRoute | None:
@@ -547,13 +555,16 @@ class BoundRoute:
 
     # ----------------------------------------------------------------------------------------------- what is answered
 
-    def respond(self, answer: Any, scope: Scope, query: Any = None) -> tuple[int, Lines, bytes]:
+    def respond(
+        self, answer: Any, scope: Scope, query: Any = None, *, counts: bool = False
+    ) -> tuple[int, Lines, bytes]:
         """Status, headers and body of the operation's answer."""
         shown = self._show(answer)
         if shown is None:
             return 204, [problems.NO_STORE], b""
         lines = [*self._head]
         if isinstance(shown, Page):
+            lines += totals.lines(answer, shown) if counts else ()
             shown = cursors.sliced(shown, query)
             if shown.next_query is not None:
                 lines.append(cursors.link(scope, shown.next_query))
@@ -575,24 +586,3 @@ class BoundRoute:
             lines.append(b"location: " + route.location(answer).encode())
         if route.replayed is not None and route.replayed(answer):
             lines.append(b"idempotent-replayed: true")
-
-
-async def _read_body(receive: Receive, limit_bytes: int) -> bytes:
-    message = await receive()
-    if message["type"] == "http.disconnect":
-        raise ClientGone
-    body: bytes = message.get("body", b"")
-    if message.get("more_body"):
-        chunks, size = [body], len(body)
-        while message.get("more_body"):
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
-            if size > limit_bytes:
-                break
-        body = b"".join(chunks)
-    if len(body) > limit_bytes:
-        raise problems.BodyTooLarge(limit_bytes=limit_bytes)
-    return body

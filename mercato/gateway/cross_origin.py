@@ -21,7 +21,7 @@ DEFAULT_PORTS: Final = {"http": "80", "https": "443"}
 VARY: Final = b"vary: Origin"
 EXPOSED: Final = (
     b"access-control-expose-headers: Allow, ETag, Idempotent-Replayed, Link, Location, Preference-Applied, "
-    b"Retry-After, WWW-Authenticate, X-Request-Id"
+    b"Retry-After, Total-Count, WWW-Authenticate, X-Request-Id"
 )
 PREFLIGHT: Final = (
     b"access-control-allow-methods: GET, HEAD, POST, PUT, PATCH, DELETE",

@@ -15,6 +15,8 @@ KEY_PATTERN: Final = r"""^([!#-~][!-~]{0,254}|"([!#-\[\]-~]|\\["\\]){1,255}")$""
 WAIT_PATTERN: Final = r"^wait=[0-9]{1,6}$"
 """The one preference that is read, in its plainest form. Others are ignored (RFC 7240)."""
 
+COUNT_PATTERN: Final = "^count=exact$"
+
 HEADERS: Final[Mapping[str, Json]] = {
     "Allow": {
         "description": "The methods that the path takes.",
@@ -40,12 +42,18 @@ HEADERS: Final[Mapping[str, Json]] = {
     },
     "Preference-Applied": {
         "description": "There when `Prefer: wait=N` was met, with the longest time in seconds. Not there where the "
-        "wait was ended early, as by a shop that stops: then the answer is the order as it is at that moment.",
-        "schema": {"type": "string", "pattern": "^wait=[0-9]+$", "examples": ["wait=5"]},
+        "wait was ended early, as by a shop that stops: then the answer is the order as it is at that moment. Of a "
+        "collection: there with Total-Count, when `Prefer: count=exact` was met.",
+        "schema": {"type": "string", "pattern": "^(wait=[0-9]+|count=exact)$", "examples": ["wait=5"]},
     },
     "Retry-After": {
         "description": "Seconds after which trying again makes sense.",
         "schema": {"type": "integer", "minimum": 1},
+    },
+    "Total-Count": {
+        "description": "How many entries the collection has with these filters, whatever the page: there where "
+        "`Prefer: count=exact` asked for it, and they could be counted in time.",
+        "schema": {"type": "integer", "minimum": 0, "examples": [137]},
     },
     "WWW-Authenticate": {
         "description": "How to sign in.",
@@ -101,6 +109,16 @@ PARAMETERS: Final[Mapping[str, Json]] = {
         "Other preferences are ignored (RFC 7240).",
         "schema": {"type": "string", "pattern": WAIT_PATTERN},
         "example": "wait=5",
+    },
+    "PreferCount": {
+        "name": "Prefer",
+        "in": "header",
+        "description": "`count=exact`: the answer says in Total-Count how many entries the collection has with these "
+        "filters. Counting reads all of them: where that takes longer than two seconds, the page comes without "
+        "Total-Count and Preference-Applied. A request that counts gives way to others like a report. The number is "
+        "that of a moment right after the page. Other preferences are ignored (RFC 7240).",
+        "schema": {"type": "string", "pattern": COUNT_PATTERN},
+        "example": "count=exact",
     },
     "IfNoneMatch": {
         "name": "If-None-Match",

@@ -140,15 +140,26 @@ _NAME_AND_VALUE: Final = re.compile(rb'(?:[^";]|"(?:[^"\\]|\\.)*"?)+')
 def preferred_wait_ms(prefer: bytes) -> int | None:
     """The milliseconds of `wait` (RFC 7240), at most a minute. None where only other preferences are named.
 
-    Of a preference that is named twice, the first counts; a parameter of another one is none by itself. Raises
-    `InvalidRequest` for a wait that is not a number of seconds.
+    Raises `InvalidRequest` for a wait that is not a number of seconds.
     """
+    seconds = _preference(prefer, b"wait")
+    if seconds is None:
+        return None
+    if not seconds.isdigit():
+        raise invalid(("header Prefer", "wait is not a whole number of seconds, as in wait=5"))
+    return min(int(seconds[:6]), WAIT_LIMIT_SECONDS) * 1_000
+
+
+def prefers_count(prefer: bytes) -> bool:
+    """Whether `count=exact` is among the preferences. Another count is ignored, as what is not known (RFC 7240)."""
+    return _preference(prefer, b"count") == b"exact"
+
+
+def _preference(prefer: bytes, wanted: bytes) -> bytes | None:
+    """The value of a preference. Of one that is named twice, the first counts; a parameter of another is none."""
     for preference in _PREFERENCE.findall(prefer):
         named = _NAME_AND_VALUE.match(preference)
         name, _, value = (named[0] if named else b"").partition(b"=")
-        if name.strip().lower() == b"wait":
-            seconds = value.strip().strip(b'"')
-            if not seconds.isdigit():
-                raise invalid(("header Prefer", "wait is not a whole number of seconds, as in wait=5"))
-            return min(int(seconds[:6]), WAIT_LIMIT_SECONDS) * 1_000
+        if name.strip().lower() == wanted:
+            return value.strip().strip(b'"')
     return None

@@ -31,7 +31,7 @@ from mercato.chassis.contract import (
     Unavailable,
 )
 from mercato.contracts.roles import ANONYMOUS, CUSTOMER, EVERYBODY
-from mercato.gateway import cursors, examples, guests, problems, refusals, schemas
+from mercato.gateway import cursors, examples, guests, problems, refusals, schemas, totals
 from mercato.gateway.described_headers import HEADERS, PARAMETERS
 from mercato.gateway.explained import EXPLAINED
 from mercato.gateway.problems import Problem
@@ -57,7 +57,8 @@ RFC 3339, in UTC.
 `errors` names every wrong field at once. All codes are at [/docs/problems](/docs/problems).
 
 **Collections** are arrays. They take `limit`, and a `cursor`. The next page is the address in the header `Link` with \
-`rel="next"`, which has the cursor of it; where there is none, the page is the last. A cursor belongs to its filters.
+`rel="next"`, which has the cursor of it; where there is none, the page is the last. A cursor belongs to its filters. \
+With `Prefer: count=exact`, `Total-Count` says how many entries there are on all pages.
 
 **Doing it once.** Send an `Idempotency-Key` of your own making with each order. When no answer comes, send the same \
 request with the same key again, as often as you like: it is one order.
@@ -249,6 +250,8 @@ class _Described:
             parameters.append({"$ref": f"#/components/parameters/{name}"})
         if route.wait:
             parameters.append({"$ref": "#/components/parameters/Prefer"})
+        if totals.are_counted(route):
+            parameters.append({"$ref": "#/components/parameters/PreferCount"})
         if route.is_public:
             parameters.append({"$ref": "#/components/parameters/IfNoneMatch"})
         if route.if_match:
@@ -295,7 +298,8 @@ class _Described:
             "Idempotent-Replayed": route.replayed is not None,
             "Link": collection and route.query is not None,
             "Location": route.location is not None,
-            "Preference-Applied": route.wait is not None,
+            "Preference-Applied": route.wait is not None or totals.are_counted(route),
+            "Total-Count": totals.are_counted(route),
             "X-Request-Id": True,
         }
         success: Json = {

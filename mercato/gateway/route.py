@@ -63,6 +63,8 @@ class RouteRequest(msgspec.Struct, gc=False):
     """Of the client's connection, for a route that asks for it."""
     access_token: str | None = None
     """Of a guest's order, for the routes that take one."""
+    counts: bool = False
+    """Whether the client asks how many entries a collection has (`Prefer: count=exact`)."""
 
 
 class Limits(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Final, Literal, TypeVar, Union, cast, get_args, get_origin
 from urllib.parse import parse_qsl
 
@@ -17,10 +17,12 @@ import msgspec
 
 from mercato.chassis.contract import MAX_ID, FieldError, InvalidRequest, ServiceError, checks, explained
 from mercato.gateway.money import AmountIn, ExactFloat, MoneyIn, checked_currency, decode_amount, exact_float
-from mercato.gateway.problems import MalformedJson, RouteNotFound
+from mercato.gateway.problems import BodyTooLarge, MalformedJson, RouteNotFound
 from mercato.gateway.route import Input
 
 S = TypeVar("S", bound=msgspec.Struct)
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 ERRORS_LIMIT: Final = 50
 """So many wrong fields are named; a body of a megabyte can have more."""
@@ -37,6 +39,32 @@ def shared(source: type[msgspec.Struct], target: type[msgspec.Struct], *given: s
     assert len(names) > 1, "of a single one, the getter would not give a tuple"
     values = operator.attrgetter(*names)
     return lambda message: dict(zip(names, values(message), strict=True))
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its request was complete. There is no one to answer."""
+
+
+async def read_body(receive: Receive, limit_bytes: int) -> bytes:
+    """Raises `ClientGone`, `BodyTooLarge`."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientGone
+    body: bytes = message.get("body", b"")
+    if message.get("more_body"):
+        chunks, size = [body], len(body)
+        while message.get("more_body"):
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            if size > limit_bytes:
+                break
+        body = b"".join(chunks)
+    if len(body) > limit_bytes:
+        raise BodyTooLarge(limit_bytes=limit_bytes)
+    return body
 
 
 def decode_body(decoder: msgspec.json.Decoder[S], body: bytes) -> S:

@@ -23,6 +23,7 @@ SQL_MODULES = {
     "store.py",
     "erasure_store.py",
     "claim_store.py",
+    "count_store.py",
     "history_store.py",
     "letter_store.py",
     "list_store.py",

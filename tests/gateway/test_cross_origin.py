@@ -46,7 +46,7 @@ async def test_a_page_of_a_named_origin_reads_every_answer(shop: Shop, origin: s
         assert reply.headers["access-control-allow-origin"] == origin
         assert granted(reply.headers) == {"access-control-allow-origin", "access-control-expose-headers"}
         exposed = {name.strip() for name in reply.headers["access-control-expose-headers"].split(",")}
-        wanted = {"Location", "Retry-After", "Idempotent-Replayed", "Preference-Applied", "ETag", "Link"}
+        wanted = {"Location", "Retry-After", "Idempotent-Replayed", "Preference-Applied", "ETag", "Link", "Total-Count"}
         assert wanted <= exposed
 
 

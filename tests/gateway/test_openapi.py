@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_origin
 
 import msgspec
 import pytest
@@ -285,6 +285,15 @@ def test_pages_of_a_collection_have_a_link():
 
 
 @each_route
+def test_a_collection_that_is_counted_says_so(route: Route):
+    operation = described(route)
+    is_asked = {"$ref": "#/components/parameters/PreferCount"} in operation.get("parameters", [])
+    is_answered = "Total-Count" in operation["responses"][str(route.status)]["headers"]
+
+    assert is_asked == is_answered == (get_origin(route.output) is list and route.path != "/events")
+
+
+@each_route
 @each_document
 def test_every_error_of_a_row_is_at_its_status(route: Route, document: dict[str, Any]):
     for kind in (*route.errors, *openapi.errors_of(route, open_shop=document is OPEN)):
@@ -496,6 +505,8 @@ def test_schema_and_gateway_agree_on_an_order(body: dict[str, Any]):
         ("IdempotencyKey", '"' + "k" * 256 + '"', False),
         ("Prefer", "wait=5", True),
         ("Prefer", "wait=5s", False),
+        ("PreferCount", "count=exact", True),
+        ("PreferCount", "count=planned", False),
         ("IdempotencyKey", "k", True),
         ("IdempotencyKey", '"quoted"', True),
         ("IdempotencyKey", r'"with \" and \\"', False),

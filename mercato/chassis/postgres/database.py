@@ -24,7 +24,7 @@ import asyncio
 import contextlib
 import functools
 import re
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Sequence
 from typing import Any, Final, TypeVar
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types; only its errors are named here
@@ -53,6 +53,8 @@ T = TypeVar("T")
 
 WRITES_RESERVED: Final = 1
 """Of the connections, those that reads leave alone: slow reads, however many, do not stop the writes of a service."""
+COUNT_SECONDS: Final = 2.0
+"""For a count of all rows that some filters match, the wait for its turn included."""
 PING_SECONDS: Final = 1.0
 REFUSED_SECONDS: Final = 5.0
 """A process whose transaction was refused for want of space is not ready for so long, or until one is committed."""
@@ -146,6 +148,7 @@ class Database:
         self._dsn = dsn
         self._connections: Connections | None = None
         self._reads = asyncio.Semaphore(max(1, size - WRITES_RESERVED))
+        self._counting = asyncio.Lock()
         self.on_events: list[Callable[[], None]] = []
         """Called after the commit of a transaction with events."""
         self.on_commit: list[Callable[[], None]] = []
@@ -198,6 +201,18 @@ class Database:
                 await self._give_back(lease, is_clean=is_clean)
         finally:
             self._reads.release()
+
+    async def count(self, counted: Callable[[Tx], Awaitable[int]], *, seconds: float = COUNT_SECONDS) -> int | None:
+        """What `counted` counts; None where that takes longer than `seconds`: the server is then told to stop.
+
+        For counts that read all that they count. They go one after another: however many ask, the other connections
+        are left to reads that are short.
+        """
+        try:
+            async with asyncio.timeout(seconds), self._counting, self.read() as tx:
+                return await counted(tx)
+        except TimeoutError:
+            return None
 
     async def _take_turn_to_read(self) -> None:
         """Raises `Unavailable` where there is none within `ACQUIRE_SECONDS`."""

@@ -49,7 +49,11 @@ class Reading:
             # One more than requested tells whether there is a next page.
             levels = await store.list_levels(tx, request.below, request.after or 0, request.limit + 1)
         page = tuple(levels[: request.limit])
-        return LevelPage(levels=page, next_after=page[-1].product_id if len(levels) > request.limit else None)
+        total = None
+        if request.count:
+            total = await self._database.count(lambda tx: store.count_levels(tx, request.below))
+        following = page[-1].product_id if len(levels) > request.limit else None
+        return LevelPage(levels=page, next_after=following, total=total)
 
     async def holds(self, request: ListHolds) -> HoldPage:
         before = ABOVE_ALL_IDS if request.before is None else request.before

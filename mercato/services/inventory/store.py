@@ -354,6 +354,14 @@ async def list_levels(tx: Tx, below: int | None, after: int, limit: int) -> list
     return [_level(row) for row in rows]
 
 
+async def count_levels(tx: Tx, below: int | None) -> int:
+    """All that `list_levels` lists, whatever the page."""
+    found = await tx.fetch_values(
+        int, """SELECT count(*) FROM levels WHERE $1::integer IS NULL OR on_hand - reserved < $1""", below
+    )
+    return found[0]
+
+
 def _level(row: LevelRow) -> Level:
     return Level(**msgspec.structs.asdict(row))
 

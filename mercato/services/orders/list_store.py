@@ -11,6 +11,8 @@ import datetime
 import itertools
 from typing import Final
 
+import msgspec
+
 from mercato.chassis.contract import MAX_ID
 from mercato.chassis.postgres.database import Tx
 from mercato.contracts.orders import SCANNED_AT_ONCE, ListOrders, Order
@@ -21,8 +23,8 @@ from .store import COLUMNS, OrderRow, record_of
 ABOVE_ALL_IDS: Final = MAX_ID + 1
 
 
-def _list_statements() -> dict[Filters, str]:
-    """One statement for each combination of filters.
+def _list_statements(columns: str) -> dict[Filters, str]:
+    """One statement for each combination of filters: a list of orders by their `columns`; without any, their number.
 
     The states stand in it as constants. With `($1 IS NULL OR status = $1)` PostgreSQL soon makes one plan for all
     values, reads orders from the newest on and filters: the whole table for a customer with one order. With a constant
@@ -32,7 +34,7 @@ def _list_statements() -> dict[Filters, str]:
     return {
         (by_user, by_product, status, payment, fulfilment): "".join(
             (
-                f"SELECT {COLUMNS} FROM ",  # noqa: S608  # of constants alone
+                f"SELECT {columns} FROM " if columns else "SELECT count(*) FROM (SELECT 1 FROM ",  # noqa: S608  # of constants alone
                 # The orders of a product, the newest first, each looked up: never a sort of all of them.
                 "order_products p CROSS JOIN LATERAL (SELECT * FROM orders WHERE id = p.order_id LIMIT 1) o "
                 "WHERE p.order_id < $1 AND p.product_id = $4"
@@ -48,7 +50,8 @@ def _list_statements() -> dict[Filters, str]:
                 f" AND o.status = '{status}'" if status else "",
                 f" AND o.payment = '{payment}'" if payment else "",
                 f" AND o.fulfilment = '{fulfilment}'" if fulfilment else "",
-                f" ORDER BY {'p.order_id' if by_product and not by_user else 'o.id'} DESC LIMIT $2",
+                f" ORDER BY {'p.order_id' if by_product and not by_user else 'o.id'} DESC" if columns else "",
+                " LIMIT $2" if columns else " LIMIT $2) AS matched",
             )
         )
         for by_user, by_product, status, payment, fulfilment in itertools.product(
@@ -60,7 +63,8 @@ def _list_statements() -> dict[Filters, str]:
 Filters = tuple[bool, bool, str | None, str | None, str | None]
 """Whether by user, whether by product; and by which status, payment, fulfilment."""
 
-LIST_SQL: Final[dict[Filters, str]] = _list_statements()
+LIST_SQL: Final[dict[Filters, str]] = _list_statements(COLUMNS)
+COUNT_SQL: Final[dict[Filters, str]] = _list_statements("")
 
 
 async def list_page(tx: Tx, wanted: ListOrders, limit: int) -> list[Order]:
@@ -75,6 +79,22 @@ async def list_page(tx: Tx, wanted: ListOrders, limit: int) -> list[Order]:
         wanted.product_id,
     )
     return [record_of(row).order for row in rows]
+
+
+async def count(tx: Tx, wanted: ListOrders) -> int:
+    """All orders that a list holds, whatever the page."""
+    if is_scanned(wanted):
+        return await _count_scanned(tx, msgspec.structs.replace(wanted, before=None))
+    by_user, by_product = wanted.user_id is not None, wanted.product_id is not None
+    found = await tx.fetch_values(
+        int,
+        COUNT_SQL[by_user, by_product, wanted.status, wanted.payment, wanted.fulfilment],
+        ABOVE_ALL_IDS,
+        None,
+        wanted.user_id,
+        wanted.product_id,
+    )
+    return found[0]
 
 
 # ----------------------------------------------------------------------------------------- times, totals and texts
@@ -97,9 +117,8 @@ LAST_SCANNED_SQL: Final[dict[bool, str]] = {
     for by_user, clause in _OF_USER.items()
 }
 
-SCAN_SQL: Final[dict[bool, str]] = {
+_MATCHED: Final[dict[bool, str]] = {
     by_user: f"""
-    SELECT {COLUMNS}
       {_SCANNED}{clause}
        AND ($4::bigint IS NULL
             OR EXISTS (SELECT 1 FROM order_products p WHERE p.product_id = $4 AND p.order_id = o.id))
@@ -112,17 +131,48 @@ SCAN_SQL: Final[dict[bool, str]] = {
        AND ($11::bigint IS NULL OR o.total_minor >= $11)
        AND ($12::bigint IS NULL OR o.total_minor <= $12)
        AND ($13::text IS NULL OR position(lower($13) IN lower(o.customer_note)) > 0)
-     ORDER BY o.id DESC
-     LIMIT $14
     """  # noqa: S608  # of constants alone
     for by_user, clause in _OF_USER.items()
+}
+
+SCAN_SQL: Final[dict[bool, str]] = {
+    by_user: f"SELECT {COLUMNS} {matched} ORDER BY o.id DESC LIMIT $14"  # of constants alone
+    for by_user, matched in _MATCHED.items()
+}
+
+COUNT_SCANNED_SQL: Final[dict[bool, str]] = {
+    by_user: f"SELECT count(*) {matched}"  # of constants alone
+    for by_user, matched in _MATCHED.items()
 }
 
 
 async def scan_page(tx: Tx, wanted: ListOrders, limit: int) -> tuple[list[Order], int | None]:
     """Up to `limit` orders, the newest first, of the next `SCANNED_AT_ONCE`; and the last of these, if more follow."""
-    by_user, below = wanted.user_id is not None, ABOVE_ALL_IDS if wanted.before is None else wanted.before
-    above, text = 0, wanted.text
+    by_user, (below, above, text) = wanted.user_id is not None, await _bounds(tx, wanted)
+    ends = await tx.fetch_values(int, LAST_SCANNED_SQL[by_user], below, above, wanted.user_id, SCANNED_AT_ONCE - 1)
+    rows = await tx.fetch(
+        OrderRow,
+        SCAN_SQL[by_user],
+        below,
+        max(above, ends[0] - 1) if ends else above,
+        *_filters(wanted, text),
+        limit,
+    )
+    return [record_of(row).order for row in rows], ends[0] if ends else None
+
+
+async def _count_scanned(tx: Tx, wanted: ListOrders) -> int:
+    """Without the bound of a page."""
+    below, above, text = await _bounds(tx, wanted)
+    found = await tx.fetch_values(
+        int, COUNT_SCANNED_SQL[wanted.user_id is not None], below, above, *_filters(wanted, text)
+    )
+    return found[0]
+
+
+async def _bounds(tx: Tx, wanted: ListOrders) -> tuple[int, int, str | None]:
+    """Below and above which ids all orders of a list are, and which text they have to have besides."""
+    below, above, text = ABOVE_ALL_IDS if wanted.before is None else wanted.before, 0, wanted.text
     if text is not None and text.isascii() and text.isdigit():
         found = int(text) if len(text) <= len(str(MAX_ID)) else ABOVE_ALL_IDS
         below, above, text = min(below, found + 1), found - 1, None
@@ -130,12 +180,12 @@ async def scan_page(tx: Tx, wanted: ListOrders, limit: int) -> tuple[list[Order]
         below = min(below, await _last_until(tx, wanted.created_to + SKEW) + 1)
     if wanted.created_from is not None:
         above = max(above, await _last_until(tx, wanted.created_from - SKEW))
-    ends = await tx.fetch_values(int, LAST_SCANNED_SQL[by_user], below, above, wanted.user_id, SCANNED_AT_ONCE - 1)
-    rows = await tx.fetch(
-        OrderRow,
-        SCAN_SQL[by_user],
-        below,
-        max(above, ends[0] - 1) if ends else above,
+    return below, above, text
+
+
+def _filters(wanted: ListOrders, text: str | None) -> tuple[object, ...]:
+    """What `_MATCHED` takes from its third value on."""
+    return (
         wanted.user_id,
         wanted.product_id,
         wanted.status,
@@ -147,9 +197,7 @@ async def scan_page(tx: Tx, wanted: ListOrders, limit: int) -> tuple[list[Order]
         wanted.min_total_minor,
         wanted.max_total_minor,
         text,
-        limit,
     )
-    return [record_of(row).order for row in rows], ends[0] if ends else None
 
 
 async def _last_until(tx: Tx, time: datetime.datetime) -> int:

@@ -72,7 +72,7 @@ class OrdersService:
         actor = current.get().actor
         if actor.role == CUSTOMER:
             if request.user_id is not None and request.user_id != actor.id:
-                return OrderPage(orders=())
+                return OrderPage(orders=(), total=0 if request.count else None)
             request = _only_own(request, actor)
         async with self._database.read() as tx:
             # One more than asked for tells whether there is a next page.
@@ -82,7 +82,9 @@ class OrdersService:
             else:
                 orders = await list_store.list_page(tx, request, request.limit + 1)
         page = tuple(orders[: request.limit])
-        return OrderPage(orders=page, next_before=page[-1].id if len(orders) > request.limit else following)
+        total = await self._database.count(lambda tx: list_store.count(tx, request)) if request.count else None
+        following = page[-1].id if len(orders) > request.limit else following
+        return OrderPage(orders=page, next_before=following, total=total)
 
     async def move(self, request: MoveOrder) -> Order:
         """Status and fulfilment by hand. Confirming and cancelling redirect the checkout: it moves stock and money."""

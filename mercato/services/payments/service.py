@@ -25,7 +25,7 @@ from mercato.contracts.payments import (
 )
 from mercato.contracts.roles import CUSTOMER, may_see
 
-from . import claim_store, store, trace_store
+from . import claim_store, count_store, store, trace_store
 from .charging import Answer, Charging, payment_of
 
 
@@ -66,13 +66,14 @@ class PaymentsService:
         actor = current.get().actor
         if actor.role == CUSTOMER:
             if request.user_id is not None and request.user_id != actor.id:
-                return PaymentPage(payments=())
+                return PaymentPage(payments=(), total=0 if request.count else None)
             request = msgspec.structs.replace(request, user_id=actor.id)
         async with self._database.read() as tx:
             # One more than asked for tells whether there is a next page.
             rows = await store.list_page(tx, request, request.limit + 1)
         page = tuple(payment_of(row) for row in rows[: request.limit])
-        return PaymentPage(payments=page, next_before=page[-1].id if len(rows) > request.limit else None)
+        total = await self._database.count(lambda tx: count_store.payments(tx, request)) if request.count else None
+        return PaymentPage(payments=page, next_before=page[-1].id if len(rows) > request.limit else None, total=total)
 
     async def trace(self, request: TracePayments) -> PaymentTrace:
         async with self._database.read() as tx:

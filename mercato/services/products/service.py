@@ -117,10 +117,10 @@ class ProductsService:
         async with self._database.read() as tx:
             query = await store.query_of(tx, folding.question(search.text)) if search.text else None
             rows = await store.search(tx, search, query)
+        total = await self._database.count(lambda tx: store.count(tx, search, query)) if request.count else None
         products = tuple(_product(row) for row in rows[: search.limit])
-        if len(rows) <= search.limit:
-            return ProductPage(products=products)
-        return ProductPage(products=products, next_after=_token_after(search.sort, rows[search.limit - 1]))
+        following = _token_after(search.sort, rows[search.limit - 1]) if len(rows) > search.limit else None
+        return ProductPage(products=products, next_after=following, total=total)
 
     async def quote(self, batch: Batch[QuoteProduct]) -> Sequence[Quote | ProductNotFound | ProductArchived]:
         async with self._database.read() as tx:
@@ -153,7 +153,9 @@ class ProductsService:
             )
             for row in rows[: request.limit]
         )
-        return CategoryPage(categories=found, next_after=found[-1].category if len(rows) > request.limit else None)
+        following = found[-1].category if len(rows) > request.limit else None
+        total = await self._database.count(store.count_categories) if request.count else None
+        return CategoryPage(categories=found, next_after=following, total=total)
 
     async def fill_terms(self) -> int:
         """Makes the terms of products that were written without; gives their number, at most `FILL_LIMIT`."""

@@ -323,6 +323,13 @@ SEARCH_SQL: Final[Mapping[tuple[Scope, Sort], str]] = {
 }
 
 
+# The same values without those of the page: they are renumbered, for each has to be used.
+COUNT_SQL: Final[Mapping[Scope, str]] = {
+    scope: "SELECT count(*)" + (matched + _FILTERS).replace("$10", "$7").replace("$9", "$6")
+    for scope, matched in _SCOPES.items()
+}
+
+
 async def query_of(tx: Tx, question: Question) -> str:
     """The tsquery of a search, as text. Empty, which finds nothing, where there is no word in it.
 
@@ -383,6 +390,22 @@ async def search(tx: Tx, search: Search, query: str | None) -> list[FoundRow]:
     )
 
 
+async def count(tx: Tx, search: Search, query: str | None) -> int:
+    """All products that `search` finds, whatever the page."""
+    found = await tx.fetch_values(
+        int,
+        COUNT_SQL[search.scope],
+        query,
+        search.category,
+        search.currency,
+        search.min_price_minor,
+        search.max_price_minor,
+        search.sku,
+        search.status,
+    )
+    return found[0]
+
+
 # --------------------------------------------------------------------------------------------------------- categories
 
 
@@ -424,6 +447,27 @@ async def categories(tx: Tx, after: str, limit: int, count_limit: int) -> list[C
         limit,
         count_limit,
     )
+
+
+async def count_categories(tx: Tx) -> int:
+    """The categories of active products, found one by one through their index."""
+    found = await tx.fetch_values(
+        int,
+        """
+        WITH RECURSIVE found (category) AS (
+            (SELECT category FROM products WHERE status = 'active' ORDER BY category LIMIT 1)
+            UNION ALL
+            SELECT following.category
+              FROM found
+             CROSS JOIN LATERAL (
+                SELECT p.category FROM products p
+                 WHERE p.status = 'active' AND p.category > found.category ORDER BY p.category LIMIT 1
+             ) following
+        )
+        SELECT count(*) FROM found
+        """,
+    )
+    return found[0]
 
 
 # -------------------------------------------------------------------------------------------------------------- terms

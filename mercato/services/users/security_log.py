@@ -14,7 +14,7 @@ from mercato.chassis.postgres.database import Database
 from mercato.contracts.roles import is_staff_account
 from mercato.contracts.users import ListOwnSecurityLog, ListSecurityLog, SecurityEntry, SecurityLogPage, Users
 
-from . import log_store, rules, store
+from . import count_store, log_store, rules, store
 from .log_store import EntryRow, NewEntry
 
 
@@ -40,7 +40,7 @@ class SecurityLog:
             # Last, as where accounts are listed.
             if is_staff_account(actor):
                 rules.check_staff(await store.users(tx, [actor.id]), actor, Users.security_log)
-        return _page(rows, request.limit)
+        return _page(rows, request.limit, await self._total(request.account_id) if request.count else None)
 
     async def list_own(self, request: ListOwnSecurityLog) -> SecurityLogPage:
         """Raises UserNotFound, Forbidden."""
@@ -48,14 +48,18 @@ class SecurityLog:
         rules.check_oneself(actor, request.user_id, Users.own_security_log)
         async with self._database.read() as tx:
             rows = await log_store.page_of_account(tx, request.user_id, request.before or MAX_ID, request.limit + 1)
-        page = _page(rows, request.limit)
+        page = _page(rows, request.limit, await self._total(request.user_id) if request.count else None)
         return msgspec.structs.replace(page, entries=tuple(_shown(entry, actor) for entry in page.entries))
 
+    async def _total(self, account_id: int | None) -> int | None:
+        return await self._database.count(lambda tx: count_store.security_log(tx, account_id))
 
-def _page(rows: Sequence[EntryRow], limit: int) -> SecurityLogPage:
+
+def _page(rows: Sequence[EntryRow], limit: int, total: int | None) -> SecurityLogPage:
     """`rows`: one more than `limit`, if there is one more."""
     entries = tuple(_entry(row) for row in rows[:limit])
-    return SecurityLogPage(entries=entries, next_before=entries[-1].id if len(rows) > len(entries) else None)
+    following = entries[-1].id if len(rows) > len(entries) else None
+    return SecurityLogPage(entries=entries, next_before=following, total=total)
 
 
 def _shown(entry: SecurityEntry, actor: Actor) -> SecurityEntry:

@@ -62,7 +62,7 @@ from mercato.contracts.users import (
     WrongCredentials,
 )
 
-from . import log_store, name_store, rules, store
+from . import count_store, log_store, name_store, rules, store
 from .letters import Letters
 from .log_store import NewEntry
 from .passwords import Passwords
@@ -190,8 +190,9 @@ class UsersService:
 
     async def list(self, request: ListUsers) -> UserPage:
         one_more, actor = request.limit + 1, current.get().actor  # one more tells whether there is another page
+        is_one = request.id is not None or request.email is not None
         async with self._database.read() as tx:
-            if request.id is not None or request.email is not None:
+            if is_one:
                 found = await self._one(tx, request)
                 rows = [found] if found and request.role in (None, found.role) else []
             elif request.role is None:
@@ -202,7 +203,10 @@ class UsersService:
             if is_staff_account(actor):
                 rules.check_staff(await store.users(tx, [actor.id]), actor, Users.list)
         shown = tuple(_user(row) for row in rows[: request.limit])
-        return UserPage(users=shown, next_after=shown[-1].id if len(rows) > len(shown) else None)
+        total = None
+        if request.count:
+            total = len(rows) if is_one else await self._database.count(lambda tx: count_store.users(tx, request.role))
+        return UserPage(users=shown, next_after=shown[-1].id if len(rows) > len(shown) else None, total=total)
 
     async def update_profile(self, request: UpdateProfile) -> User:
         """Raises UserNotFound, InvalidRequest, WrongCredentials, TooManyHashes, EmailTaken, StaleVersion."""
@@ -311,7 +315,10 @@ class UsersService:
             )
             for row in rows[: request.limit]
         )
-        return SessionPage(sessions=shown, next_after=shown[-1].id if len(rows) > len(shown) else None)
+        total = None
+        if request.count:
+            total = await self._database.count(lambda tx: count_store.sessions_of(tx, request.user_id))
+        return SessionPage(sessions=shown, next_after=shown[-1].id if len(rows) > len(shown) else None, total=total)
 
     async def end_session(self, request: EndSession) -> Empty:
         """One's own alone. Raises UserNotFound, Forbidden, SessionNotFound."""

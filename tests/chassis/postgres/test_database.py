@@ -128,6 +128,36 @@ class TestTurns:
                     await ids(database)
         assert await asyncio.gather(*(ids(database) for _ in range(database.size - 1)))
 
+    async def test_a_count_that_takes_too_long_is_given_up_and_ended_on_the_server(self, dsn: str, database: Database):
+        async def slow(tx: Tx) -> int:
+            return (await tx.fetch_values(int, "SELECT 1 FROM pg_sleep(3600)"))[0]
+
+        async def fast(tx: Tx) -> int:
+            return (await tx.fetch_values(int, "SELECT count(*) FROM things"))[0]
+
+        await fill(database)
+        counted = await asyncio.gather(database.count(slow, seconds=0.2), database.count(fast, seconds=600))
+        await until_none_sleeps(dsn)
+
+        assert counted == [None, len(await ids(database))]
+
+    async def test_counts_leave_the_connections_to_other_reads(self, database: Database):
+        """However many are asked for, one is made at a time."""
+        release, counting = asyncio.Event(), 0
+
+        async def count(_: Tx) -> int:
+            nonlocal counting
+            counting += 1
+            await release.wait()
+            return counting
+
+        counts = [asyncio.create_task(database.count(count, seconds=600)) for _ in range(2 * database.size)]
+        await until_true(lambda: counting > 0)
+        assert await asyncio.gather(*(ids(database) for _ in range(2 * database.size))) == [[]] * (2 * database.size)
+        assert counting == 1
+        release.set()
+        assert sorted(n for n in await asyncio.gather(*counts) if n) == list(range(1, 2 * database.size + 1))
+
 
 class TestStatements:
     async def test_rows_values_and_counts(self, database: Database):
@@ -330,6 +360,21 @@ async def until_it_sleeps(dsn: str) -> None:
     try:
         async with asyncio.timeout(60):
             while not await connection.fetchval(
+                """
+                SELECT count(*) FROM pg_stat_activity
+                 WHERE datname = current_database() AND wait_event = 'PgSleep'
+                """
+            ):
+                await asyncio.sleep(0.01)
+    finally:
+        await connection.close()
+
+
+async def until_none_sleeps(dsn: str) -> None:
+    connection = await cast(Any, asyncpg).connect(dsn)
+    try:
+        async with asyncio.timeout(60):
+            while await connection.fetchval(
                 """
                 SELECT count(*) FROM pg_stat_activity
                  WHERE datname = current_database() AND wait_event = 'PgSleep'
