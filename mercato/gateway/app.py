@@ -2,7 +2,7 @@
 
 What happens to a request, in this order; each step may refuse:
 
-    1. find the route        unknown path 404, unknown method 405 with Allow; OPTIONS is answered with Allow
+    1. find the route        unknown path 404, unknown method 405 with Allow; OPTIONS hears Allow, also of *
     2. who asks              address of an open shop 403, token 401, role 403, rate 429
     3. what is asked         size 413, content type 415, JSON, path, query and headers 400, all wrong fields at once
     4. call the operation    where requests of its class may enter, else 503; its errors become problems
@@ -15,7 +15,7 @@ that can be decided before the first request is decided in `BoundRoute`, once a 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -313,6 +313,7 @@ class Table:
         self._fixed: dict[str, dict[str, BoundRoute]] = {}
         self._shaped: dict[str, tuple[str, dict[str, BoundRoute]]] = {}
         self._places: dict[int, list[int]] = {}
+        self._all_methods = _allowed(route.route.method for route in routes)
         for route in routes:
             path, method = route.route.path, route.route.method
             methods = self._fixed.setdefault(path, {}) if "{" not in path else self._add_shape(path)
@@ -331,16 +332,19 @@ class Table:
         return self._shaped.setdefault("/".join(segments), (name, {}))[1]
 
     def find(self, method: str, path: str) -> tuple[BoundRoute | problems.MethodNotAllowed | None, Mapping[str, str]]:
-        """The route and the path's parameters; an error where the path takes other methods; None for unknown paths."""
+        """The route and the path's parameters; an error where the path takes other methods; None for unknown paths.
+
+        `*` is the server itself, which takes OPTIONS alone, and says which methods it has at all.
+        """
         methods, parts = self._fixed.get(path), NOTHING
         if methods is None:
             methods, parts = self._find_shaped(path)
             if methods is None:
-                return None, NOTHING
+                is_server = path == "*"
+                return problems.MethodNotAllowed(path=path, allowed=self._all_methods) if is_server else None, NOTHING
         route = methods.get("GET" if method == "HEAD" else method)
         if route is None:
-            allowed = sorted({*methods, "OPTIONS"} | ({"HEAD"} if "GET" in methods else set()))
-            return problems.MethodNotAllowed(path=path, allowed=tuple(allowed)), NOTHING
+            return problems.MethodNotAllowed(path=path, allowed=_allowed(methods)), NOTHING
         return route, parts
 
     def _find_shaped(self, path: str) -> tuple[dict[str, BoundRoute] | None, Mapping[str, str]]:
@@ -352,6 +356,12 @@ class Table:
                 return found[1], {found[0]: value}
             segments[place] = value
         return None, NOTHING
+
+
+def _allowed(methods: Iterable[str]) -> tuple[str, ...]:
+    """What Allow names for routes of these methods."""
+    found = {*methods, "OPTIONS"}
+    return tuple(sorted(found | {"HEAD"} if "GET" in found else found))
 
 
 NOTHING: Final[Mapping[str, Any]] = {}

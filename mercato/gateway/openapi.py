@@ -66,8 +66,8 @@ request with the same key again, as often as you like: it is one order.
 **Changing what you have seen.** An answer that has a version carries an `ETag`. Send it back in `If-Match`, and the \
 change is made only if the version is still the same.
 
-Every GET answers HEAD too. OPTIONS says in `Allow` which methods a path takes; another one is refused with 405, which \
-says so too."""
+Every GET answers HEAD too. OPTIONS says in `Allow` which methods a path takes, and `OPTIONS *` which there are; \
+another one is refused with 405, which says so too."""
 
 TOKENS: Final = """\
 **Signing in.** `POST /login` gives an access token; send it as `Authorization: Bearer ...`."""

@@ -66,6 +66,34 @@ async def test_a_page_names_the_methods_that_it_takes(open_shop: Shop, path: str
     assert (await open_shop.request("HEAD", path)).status == (await open_shop.get(path)).status
 
 
+@pytest.mark.parametrize("target", ["*", "http://{host}"])
+async def test_options_of_the_server_itself_says_which_methods_there_are(open_shop: Shop, target: str) -> None:
+    """Not of one path: with `*`, or an address without a path (RFC 9110 9.3.7, RFC 9112 3.2.4)."""
+    host = open_shop.url.removeprefix("http://")
+    reader, writer = await asyncio.open_connection(*host.split(":"))
+    for line in (f"OPTIONS {target.format(host=host)}", "GET /health/live"):
+        writer.write(f"{line} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    after = await reader.readline()
+    writer.close()
+
+    assert head.startswith("http/1.1 204 ")
+    assert "\r\nallow: delete, get, head, options, patch, post, put\r\n" in head
+    assert "\r\nx-request-id: " in head
+    assert after.startswith(b"HTTP/1.1 200 ")
+
+
+async def test_options_of_the_server_itself_is_refused_under_another_name(open_shop: Shop) -> None:
+    host, port = open_shop.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"OPTIONS * HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n")
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+
+    assert head.startswith(b"HTTP/1.1 403 ")
+    assert b"host_not_allowed" in body
+
+
 READS = [route for route in ROUTES if route.method == "GET"]
 
 

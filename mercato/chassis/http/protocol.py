@@ -27,7 +27,7 @@ from .limits import (
 )
 from .refused_cycle import RefusedCycle
 from .shedding import EarlyRefusals
-from .targets import VERSIONS, check_host_of_target, refusal_of
+from .targets import VERSIONS, check_host_of_target, path_of_other_form, refusal_of
 
 logger = logging.getLogger(__name__)
 
@@ -251,11 +251,12 @@ class BoundedProtocol(HttpToolsProtocol):
         parser = self.parser
         try:
             url = httptools.parse_url(self.url)
-            raw_path: bytes = url.path
-            path = raw_path.decode("ascii")
-        except (httptools.HttpParserInvalidURLError, AttributeError) as error:
-            # A target without a path (`CONNECT host:80`, `GET http://host`) has None in its place.
+        except httptools.HttpParserInvalidURLError as error:
             raise RequestRefused(MALFORMED) from error
+        raw_path = cast(bytes | None, url.path)  # None: `OPTIONS http://host`, `CONNECT host:80`
+        if raw_path is None or raw_path[:1] != b"/":
+            raw_path = path_of_other_form(self.url, raw_path, parser.get_method())
+        path = raw_path.decode("ascii")
         http_version = parser.get_http_version()
         if http_version not in VERSIONS:
             raise RequestRefused(VERSION_NOT_SUPPORTED)

@@ -1,4 +1,4 @@
-"""What the head of a request says that the parser leaves to its caller: the version, and the host of its target."""
+"""What the head of a request says that the parser leaves to its caller: the version, and the form of its target."""
 
 from typing import Final
 
@@ -14,6 +14,22 @@ VERSION_ERRORS: Final = ("Invalid HTTP version", "Pause on PRI/Upgrade")
 def refusal_of(error: httptools.HttpParserError) -> Refusal:
     """How a request is refused that the parser does not take."""
     return VERSION_NOT_SUPPORTED if str(error) in VERSION_ERRORS else MALFORMED
+
+
+SERVER_ITSELF: Final = b"*"
+"""In the place of a path: `OPTIONS *` asks about the server, not about anything that it has (RFC 9110 9.3.7)."""
+
+
+def path_of_other_form(target: bytes, path: bytes | None, method: bytes) -> bytes:
+    """The path of a target whose path does not begin with a slash. Raises `RequestRefused`.
+
+    That is the server itself, which OPTIONS alone may name: `*`, or an address without path and query
+    (`OPTIONS http://shop`, RFC 9112 3.2.4).
+    """
+    names_server = target == SERVER_ITSELF or (path is None and b"://" in target and b"?" not in target)
+    if method != b"OPTIONS" or not names_server:
+        raise RequestRefused(MALFORMED)
+    return SERVER_ITSELF
 
 
 def check_host_of_target(target: bytes, headers: list[tuple[bytes, bytes]]) -> None:
