@@ -285,6 +285,7 @@ def server(
 
     refused = "Requests refused before any route saw them."
     refusals = telemetry.counter("mercato_http_requests_refused", refused, ["code"])
+    cross_origin = app.cross_origin if isinstance(app, Gateway) else None
 
     return HttpServer(
         app,
@@ -294,6 +295,7 @@ def server(
         on_refused=lambda code: refusals.labels(code).inc(),
         early=EarlyRefusals(app) if isinstance(app, Gateway) else None,
         headers=[(b"x-content-type-options", b"nosniff")],
+        refusal_headers=cross_origin.lines_of_refusal if cross_origin else None,
     )
 
 

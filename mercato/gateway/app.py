@@ -116,7 +116,7 @@ class Gateway:
         self._rates = RateLimiter(counts, clock)
         self._tries = PasswordTries(counts, clock)
         self._log_requests = log_requests
-        self._cross_origin = cross_origin
+        self.cross_origin = cross_origin
         self.load = Shedder(load or LoadLimits(), monotonic=clock.monotonic, telemetry=telemetry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -145,8 +145,8 @@ class Gateway:
             )
             status, lines, body = problems.render(Internal(operation=scope["path"]), headers.trace_id)
         lines.append(b"x-request-id: " + headers.request_id.encode())
-        if self._cross_origin is not None:
-            lines += self._cross_origin.lines(headers, scope["method"])
+        if self.cross_origin is not None:
+            lines += self.cross_origin.lines(headers, scope["method"])
         extensions = scope.get("extensions")
         if extensions is not None and COMPLETE_RESPONSE in extensions:
             await send({"type": COMPLETE_RESPONSE, "status": status, "lines": lines, "body": body})
@@ -165,8 +165,8 @@ class Gateway:
             if message["type"] == "http.response.start":
                 begun = True
                 lines = [b"x-request-id: " + headers.request_id.encode()]
-                if self._cross_origin is not None:
-                    lines += self._cross_origin.lines(headers, scope["method"])
+                if self.cross_origin is not None:
+                    lines += self.cross_origin.lines(headers, scope["method"])
                 message["headers"] = [*message.get("headers", ()), *representations.fields(lines)]
                 self.note(None, message["status"], time.perf_counter() - started, headers, scope["method"])
             await send(message)

@@ -8,7 +8,7 @@ messages of plain ASGI alone: a shop without such origins pays nothing here, and
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from mercato.gateway.headers import RequestHeaders
@@ -60,3 +60,8 @@ class CrossOrigin:
         if method == "OPTIONS" and headers.requested_method is not None:
             return self._preflights[headers.origin or b""]
         return answer
+
+    def lines_of_refusal(self, headers: Iterable[tuple[bytes, bytes]]) -> Sequence[bytes]:
+        """As `lines`, for what the server refuses below the API, with those headers of the request that were read."""
+        origins = [value for name, value in headers if name == b"origin"]
+        return self._answers.get(origins[0], (VARY,)) if len(origins) == 1 else (VARY,)

@@ -30,6 +30,7 @@ class EarlyRefusals:
         self.load = gateway.load
         self._find = gateway.table.find
         self._note = gateway.note
+        self._cross_origin = gateway.cross_origin
         self._templates: dict[tuple[str, int], Template] = {}
 
     def refuse(
@@ -53,7 +54,10 @@ class EarlyRefusals:
         read = RequestHeaders(headers)
         status, lines, before, after = self._template(route.name, retry_after_s)
         self._note(route, status, seconds(), read, method)
-        return status, [*lines, b"x-request-id: " + read.request_id.encode()], before + read.trace_id.encode() + after
+        lines = [*lines, b"x-request-id: " + read.request_id.encode()]
+        if self._cross_origin is not None:
+            lines += self._cross_origin.lines(read, method)
+        return status, lines, before + read.trace_id.encode() + after
 
     def _template(self, name: str, retry_after_s: int) -> Template:
         known = self._templates.get((name, retry_after_s))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Final, cast
 
 from uvicorn.server import ServerState
 
-from .limits import HttpLimits, LimitRefusals, ignore_refusal
+from .limits import HttpLimits, LimitRefusals, ignore_refusal, no_more_headers
 from .shedding import EarlyRefusals
 from .turns import PipelinedTurns
 
 if TYPE_CHECKING:
     from .protocol import BoundedProtocol
+
+RefusalHeaders = Callable[[Iterable[tuple[bytes, bytes]]], Sequence[bytes]]
+"""Makes header fields, `name: value`, for the refusal of a request of which these headers have been read."""
 
 CLOSED_FOR_ROOM: Final = "idle_closed_for_room"
 """What `on_refused` is called with for an idle connection that gave its place to a new one."""
@@ -27,8 +30,10 @@ class ConnectionBook(ServerState):
         limits: HttpLimits,
         on_refused: Callable[[str], None] = ignore_refusal,
         early: EarlyRefusals | None = None,
+        refusal_headers: RefusalHeaders = no_more_headers,
     ) -> None:
         super().__init__()
+        self.refusal_headers = refusal_headers
         self.early = early
         self.limits = limits
         self.refusals = LimitRefusals.of(limits)

@@ -1,7 +1,7 @@
 """The bounds, and what a client hears that crosses one."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -32,8 +32,11 @@ class Refusal(msgspec.Struct, frozen=True):
     detail: str
     retry_after_seconds: int | None = None
 
-    def answer(self, default_headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-        """The whole HTTP response: an RFC 9457 problem that announces the end of the connection."""
+    def answer(self, default_headers: Iterable[tuple[bytes, bytes]], more: Iterable[bytes] = ()) -> bytes:
+        """The whole HTTP response: an RFC 9457 problem that announces the end of the connection.
+
+        `more`: header fields besides, as `name: value`.
+        """
         problem = {
             "type": "about:blank",
             "title": self.title,
@@ -46,6 +49,7 @@ class Refusal(msgspec.Struct, frozen=True):
         body = msgspec.json.encode(problem)
         lines = [f"HTTP/1.1 {self.status} {self.title}".encode()]
         lines += [name + b": " + value for name, value in default_headers]
+        lines += more
         lines += [b"content-type: application/problem+json", b"content-length: %d" % len(body), b"connection: close"]
         lines.append(b"cache-control: no-store")
         if self.retry_after_seconds is not None:
@@ -105,3 +109,8 @@ class RequestRefused(Exception):
 
 def ignore_refusal(code: str) -> None:
     """The default for `on_refused`."""
+
+
+def no_more_headers(headers: Iterable[tuple[bytes, bytes]]) -> Sequence[bytes]:
+    """The default for `refusal_headers`."""
+    return ()

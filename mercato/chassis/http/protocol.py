@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, cast
 from urllib.parse import unquote
 
@@ -70,6 +71,9 @@ class BoundedProtocol(HttpToolsProtocol):
     # uvicorn sets it to None when the connection is lost, after which nothing arrives.
     parser: httptools.HttpRequestParser  # pyright: ignore[reportIncompatibleVariableOverride]
     app: Any
+
+    _refusal_headers: Sequence[bytes] = ()
+    """Of the refusal that is the last answer here, besides those of all answers."""
 
     def __init__(
         self,
@@ -253,7 +257,7 @@ class BoundedProtocol(HttpToolsProtocol):
             url = httptools.parse_url(self.url)
         except httptools.HttpParserInvalidURLError as error:
             raise RequestRefused(MALFORMED) from error
-        raw_path = cast(bytes | None, url.path)  # None: `OPTIONS http://host`, `CONNECT host:80`
+        raw_path: Any = url.path  # None: `OPTIONS http://host`, `CONNECT host:80`
         if raw_path is None or raw_path[:1] != b"/":
             raw_path = path_of_other_form(self.url, raw_path, parser.get_method())
         path = raw_path.decode("ascii")
@@ -328,7 +332,7 @@ class BoundedProtocol(HttpToolsProtocol):
         refused = RefusedCycle(early, render, headers, keep_alive=keep_alive, is_head=is_head)
         refused.answers(self.transport, self.on_response_complete, self._answer_internal_error)
         self.cycle = cast(BoundedCycle, refused)
-        self.scope = cast(Any, {"method": method, "path": path})
+        self.scope = cast(Any, {"method": method, "path": path, "headers": self.headers})
         self._expect_body()
         return True
 
@@ -437,6 +441,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._book.on_refused(refusal.code)
         phase, self._phase = self._phase, WAITING
         self._refusal = refusal
+        # `headers` are those of the head that is being received, or trailers.
+        self._note_headers(self.scope["headers"] if phase == BODY else self.headers or ())
         if phase != BODY:
             if not self._answer_is_due():
                 self._linger(refusal)
@@ -448,6 +454,9 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._linger(refusal)
         else:
             self._interrupt(refusal)
+
+    def _note_headers(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        self._refusal_headers = self._book.refusal_headers(headers)
 
     def _interrupt(self, refusal: Refusal) -> None:
         """The application works on the very request that is refused: it hears of a disconnect, and is not heard."""
@@ -470,7 +479,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if transport.is_closing():
             return
         if refusal is not None:
-            transport.write(refusal.answer(self._book.default_headers))
+            transport.write(refusal.answer(self._book.default_headers, self._refusal_headers))
         if self._half_closed:
             transport.close()
             return
@@ -483,6 +492,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._phase != LINGERING:
             # Requests behind the failed one are not answered, which a client that pipelines must expect of any close.
             self.pipeline.clear()
+            if self._answering is not None:
+                self._note_headers(self._answering.scope["headers"])
             self._linger(INTERNAL_ERROR)
         self._end_turn()
 

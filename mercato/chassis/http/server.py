@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import uvicorn
 
-from .connection_book import ConnectionBook
-from .limits import HttpLimits, ignore_refusal
+from .connection_book import ConnectionBook, RefusalHeaders
+from .limits import HttpLimits, ignore_refusal, no_more_headers
 from .listening import LISTEN_BACKLOG
 from .protocol import BoundedProtocol
 from .shedding import EarlyRefusals
@@ -35,7 +35,8 @@ class HttpServer:
     `on_ready` is called once, when every socket accepts connections. `on_refused` is called with the code of each
     refusal, and with `response_timeout` for each answer that was abandoned. The sockets are closed at the end; other
     processes that inherited them go on accepting. `early` refuses requests before the application is called.
-    `headers` are on every answer, also on those of the server itself.
+    `headers` are on every answer, also on those of the server itself. `refusal_headers` makes more for its refusals out
+    of those headers of the request that were read; a connection that is turned away has none.
     """
 
     def __init__(
@@ -49,12 +50,13 @@ class HttpServer:
         early: EarlyRefusals | None = None,
         date_header: bool = True,
         headers: Iterable[tuple[bytes, bytes]] = (),
+        refusal_headers: RefusalHeaders | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._sockets = tuple(sockets)
         self._tls = tls
         self._limits = limits or HttpLimits()
-        self._book = ConnectionBook(self._limits, on_refused, early)
+        self._book = ConnectionBook(self._limits, on_refused, early, refusal_headers or no_more_headers)
         self._on_ready = on_ready
         self._date_header = date_header
         self._headers = list(headers)

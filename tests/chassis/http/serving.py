@@ -16,6 +16,7 @@ import pytest
 import uvloop
 
 from mercato.chassis.http import COMPLETE_RESPONSE, LONG_RESPONSE, EarlyRefusals, HttpLimits, HttpServer, bind
+from mercato.chassis.http.connection_book import RefusalHeaders
 from mercato.testing.waiting import BOUND_SECONDS
 
 GET = b"GET /hello HTTP/1.1\r\nHost: shop\r\n\r\n"
@@ -245,12 +246,22 @@ class Client:
 
 
 @contextlib.asynccontextmanager
-async def serve(early: EarlyRefusals | None = None, /, **limits: Any) -> AsyncGenerator[Serving]:
+async def serve(
+    early: EarlyRefusals | None = None, /, refusal_headers: RefusalHeaders | None = None, **limits: Any
+) -> AsyncGenerator[Serving]:
     app, stop, ready, refused = App(), asyncio.Event(), asyncio.Event(), list[str]()
     sock = bind("127.0.0.1", 0)
     port = sock.getsockname()[1]
     options = msgspec.convert({"drain_seconds": 0.2, **limits}, HttpLimits)
-    server = HttpServer(app, limits=options, sockets=[sock], on_ready=ready.set, on_refused=refused.append, early=early)
+    server = HttpServer(
+        app,
+        limits=options,
+        sockets=[sock],
+        on_ready=ready.set,
+        on_refused=refused.append,
+        early=early,
+        refusal_headers=refusal_headers,
+    )
     running = asyncio.create_task(server.run_until(stop))
     try:
         async with asyncio.timeout(BOUND_SECONDS):
