@@ -8,7 +8,6 @@ MAKEFLAGS += --no-print-directory
 VENV := .venv
 PY := $(VENV)/bin/python
 RUN := $(PY) -m
-PIP := $(RUN) pip --quiet --disable-pip-version-check
 # Arguments for the program behind a target: make up ARGS="--port 9000", make test ARGS="-k checkout".
 ARGS ?=
 # Test processes: more than cores, for they wait a lot. The tests of a file stay together, and share its fixtures. A test
@@ -161,7 +160,7 @@ $(VENV)/.runtime: requirements/runtime.txt pyproject.toml $(BROKEN)
 	@rm -f $(VENV)/.runtime $(VENV)/.dev $(VENV)/.bench
 	@$(if $(BROKEN),$(make_venv))
 	@$(call install,runtime)
-	@$(PIP) install --no-build-isolation --no-deps --editable .
+	@$(call install,.)
 	@touch $@
 
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.runtime
@@ -189,8 +188,7 @@ echo "Mercato needs Python 3.11 or newer with its venv module: install it (Debia
 exit 1
 endef
 
-install = echo "installing $$(grep -c == requirements/$(1).txt) packages for $(1) (once) ..."; \
-	$(PIP) install --require-hashes --requirement requirements/$(1).txt
+install = $(PY) requirements/install.py $(1)
 
 compile = $(call compile_file,$(1),pyproject.toml requirements/build.in $(2))
 
