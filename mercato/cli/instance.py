@@ -26,6 +26,7 @@ def main() -> None:
     from mercato.chassis.hosting import variables
     from mercato.chassis.observability import faults
     from mercato.cli import serve
+    from mercato.cli.shared_metrics import folder_of_owner
     from mercato.cli.split import InstanceAssignment
 
     owner, transport, hosts, _ = sys.argv[1:]
@@ -34,7 +35,7 @@ def main() -> None:
     assignment = sys.stdin.buffer.readline()
     if not assignment:  # the owner stops already, or has died
         sys.exit(1)
-    lifeline = Lifeline(owner=int(owner))
+    lifeline = Lifeline(owner=int(owner), metrics=folder_of_owner())
     lifeline.follow()
     told = msgspec.json.decode(assignment, type=InstanceAssignment)
     variables.replace(told.environment)
@@ -49,7 +50,11 @@ def main() -> None:
     lifeline.on_end(ask_to_stop)
     listener = None if told.listener is None else socket.socket(fileno=told.listener)
     options = serve.Options(names=told.hosts, host=told.host, port=0, auth=told.auth, json=True)
-    sys.exit(serve.run(options, listener, told.counts))
+    try:
+        code = serve.run(options, listener, told.counts)
+    finally:
+        lifeline.clean_up()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

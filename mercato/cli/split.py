@@ -2,8 +2,8 @@
 
 Each is a `mercato serve` of its own (`instance.py`). One that ends by itself is started again, at once the first time
 and with a growing pause after that. All gateways accept from one listening socket, which they inherit: while one of
-them is away, the others answer, and with none of them connections wait. What the processes log comes out as one
-log, each line with the name of its process.
+them is away, the others answer, and with none of them connections wait. Which of several answers is chance: they share
+their metrics. What the processes log comes out as one log, each line with the name of its process.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import msgspec
 from mercato import topology
 from mercato.chassis.hosting import variables
 from mercato.chassis.hosting.host import GATEWAY
+from mercato.chassis.observability.telemetry import MULTIPROCESS_VARIABLE
+from mercato.cli.shared_metrics import MetricsFolder
 from mercato.cli.starting import Auth, CannotStart
 from mercato.embedded_postgres import processes
 from mercato.embedded_postgres.folder import write_atomically
@@ -49,10 +51,15 @@ PORTS: Final = range(20_000, 32_768)
 
 
 class Shared(NamedTuple):
-    """The file descriptors that all gateways inherit."""
+    """What all gateways inherit: two file descriptors, and a folder where there are several of them."""
 
     listener: int
     counts: int
+    metrics: MetricsFolder | None
+
+    @property
+    def descriptors(self) -> tuple[int, int]:
+        return self.listener, self.counts
 
 
 class InstanceAssignment(msgspec.Struct, frozen=True):
@@ -98,17 +105,24 @@ def with_replicas(placement: Placement, wanted: str) -> Placement:
     return msgspec.structs.replace(placement, processes=processes)
 
 
-def planned(placement: Placement, transport: str, listener: socket.socket, counts: int) -> list[Instance]:
+def planned(
+    placement: Placement, transport: str, listener: socket.socket, counts: int, metrics: MetricsFolder | None
+) -> list[Instance]:
     """All processes of a placement, which may begin to import. Gateways are to listen on `listener`.
 
-    `counts`: the file in which they count together.
+    `counts`: the file in which they count together; `metrics`: the folder of their metrics, where they are several.
     """
-    shared = Shared(listener.fileno(), counts)
+    shared = Shared(listener.fileno(), counts, metrics)
     return [
         Instance(name, plan, number, transport, shared if GATEWAY in plan.hosts else None)
         for name, plan in placement.processes.items()
         for number in range(plan.replicas)
     ]
+
+
+def has_several_gateways(placement: Placement) -> bool:
+    """Whether several processes answer clients on one port."""
+    return sum(plan.replicas for plan in placement.processes.values() if GATEWAY in plan.hosts) > 1
 
 
 def assign(
@@ -265,12 +279,13 @@ class Instance:
 
     async def _live(self, changed: Callable[[Instance], None]) -> str:
         """One life of the process; the last line that it wrote."""
+        metrics = self.shared.metrics if self.shared else None
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "mercato.cli.instance", str(os.getpid()), self.transport, ",".join(self.plan.hosts),
             self.name,
-            env=variables.for_child(without=ADMINISTRATORS),
+            env=variables.for_child(ADMINISTRATORS, **({MULTIPROCESS_VARIABLE: metrics.path} if metrics else {})),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-            pass_fds=self.shared or (), start_new_session=True, limit=LINE_BYTES,
+            pass_fds=self.shared.descriptors if self.shared else (), start_new_session=True, limit=LINE_BYTES,
         )  # fmt: skip
         self._process = process
         self.pid = process.pid
@@ -282,6 +297,8 @@ class Instance:
         finally:
             if process.returncode is None:
                 process.kill()
+            elif metrics:
+                metrics.note_end(process.pid)
         return last
 
     async def _tell(self, process: asyncio.subprocess.Process) -> None:

@@ -34,7 +34,8 @@ from mercato.cli.hosting import hosted, spare_the_collector
 from mercato.cli.keeping import kept
 from mercato.cli.progress import Progress, fail
 from mercato.cli.settings import load
-from mercato.cli.split import Instance, Recorder, Split, assign, planned, with_replicas
+from mercato.cli.shared_metrics import MetricsFolder
+from mercato.cli.split import Instance, Recorder, Split, assign, has_several_gateways, planned, with_replicas
 from mercato.cli.starting import (
     Auth,
     CannotStart,
@@ -345,7 +346,10 @@ class _Up:
         """The processes, which import while the databases are made ready."""
         counts = new_file()
         stack.callback(os.close, counts)
-        split = Split(planned(self._placement, self._transport, listener, counts))
+        metrics = MetricsFolder() if has_several_gateways(self._placement) else None
+        if metrics:
+            stack.callback(metrics.remove)
+        split = Split(planned(self._placement, self._transport, listener, counts, metrics))
         self._progress.step(f"starting {len(split.instances)} processes")
         stack.push_async_callback(split.stop)
         split.start(self._note_process, self._end)

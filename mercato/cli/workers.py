@@ -11,13 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import AsyncGenerator, Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -25,6 +22,7 @@ import msgspec
 from mercato.chassis.hosting import variables
 from mercato.chassis.observability.telemetry import MULTIPROCESS_VARIABLE
 from mercato.chassis.rpc.limits import CallLimits
+from mercato.cli.shared_metrics import MetricsFolder
 from mercato.gateway.cross_origin import origins_of
 from mercato.gateway.shared_counts import new_file
 
@@ -36,9 +34,6 @@ STOP_SECONDS: Final = 3.5
 """After a worker was asked to stop, so long it may take; then it is killed."""
 
 READY_LINE: Final = b"ready\n"
-
-SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  # a folder with a random name is made in it
-"""Where the workers share their metrics, on systems that have it: a mapped file on a full disk ends its process."""
 
 
 class WorkerFailed(Exception):
@@ -116,12 +111,11 @@ class Workers:
     @contextlib.asynccontextmanager
     async def running(self, on_death: Callable[[str], None]) -> AsyncGenerator[None]:
         """Runs the workers for the time of the block. `on_death` hears a sentence about one that ends by itself."""
-        shared = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
-        metrics = tempfile.mkdtemp(prefix="mercato-metrics-", dir=shared)
+        metrics = MetricsFolder()
         watches: list[asyncio.Task[None]] = []
         try:
             for _ in range(self._count):
-                process = await self._start(metrics)
+                process = await self._start(metrics.path)
                 self._processes.append(process)
                 watches.append(asyncio.create_task(self._watch(process, on_death)))
             yield
@@ -130,7 +124,7 @@ class Workers:
             await asyncio.gather(*(self._stop(process) for process in self._processes))
             for watch in watches:
                 watch.cancel()
-            shutil.rmtree(metrics, ignore_errors=True)
+            metrics.remove()
             os.close(self._counts)
 
     async def ready(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 from collections import Counter
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from mercato.embedded_postgres import processes
 from mercato.testing.caller import Buyers, Caller, everything
@@ -149,11 +152,14 @@ def server(shop: Process, name: str) -> Identity:
 
 @pytest.mark.long
 def test_the_death_of_the_owner_ends_all(keeper: SharedProcess):
-    shop = keeper.shop("--split")
+    shop = keeper.shop("--split", "--replicas", "gateway=2")
+    metrics = metrics_folder(shop)
     with Buyers(shop.caller) as buyers:
         wait_until(lambda: len(buyers.placed) >= ORDERS, BOUND_SECONDS, lambda: str(buyers.statuses))
+        assert metrics.is_dir()
         shop.kill()
         shop.assert_gone()
+    assert not metrics.exists()
     for command in (("services",), ("doctor",), ("call", "orders.get", '{"id": 1}')):
         refused = run(*command, "--data", str(shop.data), environment={})
         assert (refused.returncode, "no shop that is split runs on" in refused.stderr) == (1, True), refused.stderr
@@ -197,6 +203,65 @@ def test_wrong_options_are_refused_in_a_sentence(tmp_path: Path, options: list[s
     with Process(tmp_path / "data", *options) as shop:
         assert words in shop.refusal()
         assert not (tmp_path / "data").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+
+def reads_counted(shop: Process) -> int:
+    """How often the catalogue was read, as a gateway says on a new connection."""
+    [count] = [sample.value for sample in samples(shop) if sample.labels.get("route") == "GET /products"]
+    return int(count)
+
+
+def samples(shop: Process) -> list[Sample]:
+    """Of the requests, and of the processes, that a gateway shows."""
+    with shop.caller() as caller:
+        families = list(text_string_to_metric_families(caller.get("/metrics").text))
+    wanted = ("mercato_http_requests", "process_start_time_seconds")
+    return [sample for family in families if family.name in wanted for sample in family.samples]
+
+
+def gateways(shop: Process) -> set[str]:
+    return {str(process.pid) for name, process in shop.tree().instances.items() if name.startswith("gateway.")}
+
+
+def metrics_folder(shop: Process) -> Path:
+    """Where the gateways share their metrics."""
+    environment = Path(f"/proc/{shop.tree().instances['gateway.1'].pid}/environ").read_bytes().split(b"\0")
+    [found] = [line for line in environment if line.startswith(b"PROMETHEUS_MULTIPROC_DIR=")]
+    return Path(os.fsdecode(found.partition(b"=")[2]))
+
+
+def test_any_gateway_shows_the_metrics_of_all(shop: Process):
+    recovered(shop)
+    with shop.caller() as caller:
+        assert caller.get("/products").status == 200
+    before = reads_counted(shop)
+    for _ in range(ORDERS):
+        with shop.caller() as caller:  # each on a connection of its own: both gateways answer some
+            assert caller.get("/products").status == 200
+    # A request is counted when its answer has been sent.
+    wait_until(lambda: reads_counted(shop) >= before + ORDERS, BOUND_SECONDS)
+
+    assert {reads_counted(shop) for _ in range(10)} == {before + ORDERS}
+    assert {s.labels["pid"] for s in samples(shop) if s.name.startswith("process_")} == gateways(shop)
+
+
+def test_what_a_gateway_has_counted_outlives_it_and_what_it_had_in_work_does_not(shop: Process):
+    recovered(shop)
+    with shop.caller() as caller:
+        assert caller.get("/products").status == 200
+    before, killed, folder = reads_counted(shop), shop.tree().instances["gateway.1"], metrics_folder(shop)
+    assert list(folder.glob(f"gauge_livesum_{killed.pid}.db"))
+
+    shop.kill(killed)
+    wait_until(lambda: shop.tree().instances.get("gateway.1") not in (killed, None), BOUND_SECONDS)
+    recovered(shop)
+
+    assert not list(folder.glob(f"gauge_live*_{killed.pid}.db"))
+    assert {reads_counted(shop) for _ in range(10)} == {before}
+    assert {s.labels["pid"] for s in samples(shop) if s.name.startswith("process_")} == gateways(shop)
 
 
 # -------------------------------------------------------------------------------------- commands that look at processes
