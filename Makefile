@@ -46,7 +46,10 @@ BROKEN := $(shell [ -x $(PY) ] && $(PY) -I -c '$(SERVES_HERE)' 2>/dev/null || ec
 
 .PHONY: help
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
+		/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+
+##@ Run it
 
 .PHONY: up
 up: $(VENV)/.runtime ## start the shop on this machine (ARGS="--port 9000")
@@ -55,6 +58,8 @@ up: $(VENV)/.runtime ## start the shop on this machine (ARGS="--port 9000")
 .PHONY: setup
 setup: $(VENV)/.runtime ## install what the shop needs to run into .venv
 	@echo "Ready. The command line is $(VENV)/bin/mercato"
+
+##@ Develop
 
 .PHONY: test
 test: $(VENV)/.dev ## run the tests (ARGS="-k checkout")
@@ -104,6 +109,8 @@ release: $(VENV)/.dev ## freeze the contracts as those of a version (VERSION=0.2
 freeze: $(VENV)/.dev ## commit to the migrations as they are now, by their checksums
 	@$(PY) tests/chassis/postgres/freeze_migrations.py $(ARGS)
 
+##@ Measure
+
 .PHONY: bench
 bench: $(VENV)/.runtime $(BENCH_GO) ## measure it and a reference in Go in turns (QUICK=1, ARGS="--json", ARGS="--only cost")
 	@$(RUN) bench.throughput $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
@@ -119,6 +126,8 @@ bench-edge: $(VENV)/.runtime ## measure what others feel while clients abuse the
 .PHONY: bench-overload
 bench-overload: $(VENV)/.runtime $(BENCH_GO) ## measure what is answered of more requests than can be (ARGS="--seconds 5 --json")
 	@$(RUN) bench.throughput.overload $(ARGS)
+
+##@ Break it
 
 .PHONY: chaos
 chaos: $(VENV)/.dev ## kill a loaded shop at random, then audit it (SECONDS=60 SEED= ARGS="--json")
@@ -139,6 +148,8 @@ safeguards: $(VENV)/.dev ## take each safeguard away in a copy, and see a test m
 .PHONY: mutants
 mutants: $(VENV)/.dev ## change the product at random in copies, and see a test fail (N=100 SEED= ARGS="--json")
 	@PYTHONPATH=tests $(RUN) system.mutation.mutants --count $(N) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+##@ Maintain
 
 .PHONY: lock
 lock: $(VENV)/.dev ## recompile the pins in requirements/ (ARGS=--upgrade for newer versions)
