@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mercato import topology
 from mercato.chassis.postgres.dsn import with_database
 from mercato.embedded_nats.server import program
 from mercato.testing.caller import Caller, everything
@@ -23,7 +24,7 @@ from registries.consul import consul_beside
 from registries.etcd import Etcd, needs_etcd
 
 SECRET = "a secret of at least thirty-two characters"
-SERVICES = ("users", "products", "inventory", "sandbox", "payments", "orders", "events")
+SERVICES = tuple(topology.SERVICES)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from mercato import topology
 from mercato.embedded_postgres import processes
 from mercato.testing.caller import Buyers, Caller, everything
 from mercato.testing.cluster import Cluster
@@ -23,7 +24,7 @@ from mercato.testing.served import run
 from mercato.testing.waiting import BOUND_SECONDS, wait_until
 
 ORDERS = 20
-SERVICES = {"users", "products", "inventory", "sandbox", "payments", "orders", "events"}
+SERVICES = set(topology.SERVICES)
 
 
 @pytest.fixture(scope="module")

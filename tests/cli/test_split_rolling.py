@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mercato import topology
 from mercato.embedded_postgres import processes
 from mercato.testing.caller import Buyers, Caller, Clients
 from mercato.testing.process import Process, SharedProcess
@@ -17,7 +18,7 @@ from mercato.testing.waiting import BOUND_SECONDS, wait_until
 
 pytestmark = pytest.mark.long
 
-TWICE = ("users", "products", "inventory", "sandbox", "payments", "orders", "events")
+TWICE = tuple(topology.SERVICES)
 ORDERS = 10
 IS_CAMPAIGN = os.environ.get("CAMPAIGN") == "full"
 READS = 100
