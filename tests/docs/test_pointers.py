@@ -222,3 +222,21 @@ def table_behind(heading: str) -> list[str]:
     rows = [line for line in lines if line.startswith("|")]
     assert len(rows) > 2
     return rows[2:]
+
+
+def test_the_reading_list_takes_an_hour_and_its_files_are_there() -> None:
+    _, _, section = (ROOT / "README.md").read_text().partition("## Where to read on\n")
+    rows = re.findall(r"^\| (\d+) \| `([\w/.-]+)` \| (.+) \|$", section, re.MULTILINE)
+    assert len(rows) > 10
+    assert sum(int(minutes) for minutes, _, _ in rows) == 60
+    for _, file, hint in rows:
+        text = (ROOT / file).read_text()
+        # What it names in quotes is a heading, and in backquotes a word, of the file.
+        headings = re.findall(r"\"([^\"]+)\"", hint)
+        assert [name for name in headings if f"## {name}\n" not in text] == []
+        assert [name for name in re.findall(r"`([^`]+)`", hint) if name not in text] == []
+
+
+def test_the_readme_says_that_the_bank_is_the_only_payment_provider() -> None:
+    assert [path.name for path in (ROOT / "mercato/simulators").iterdir() if (path / "app.py").exists()] == ["bank"]
+    assert "The one payment provider so far is the\nsandbox bank" in (ROOT / "README.md").read_text()
