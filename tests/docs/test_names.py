@@ -25,10 +25,12 @@ from mercato.operations.audit.invariants import SHOP
 from system.mutation.safeguards.table import SAFEGUARDS
 
 ROOT: Final = Path(__file__).parents[2]
+EXAMPLE: Final = "adding-a-service.md"
+"""It names what it makes: `test_adding_a_service.py` makes it."""
 DOCUMENTS: Final = {
     str(path.relative_to(ROOT)): path
     for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-    if "\nSuperseded by " not in path.read_text()
+    if "\nSuperseded by " not in path.read_text() and path.name != EXAMPLE
 }
 SOURCES: Final = {
     path: path.read_text() for name in ("mercato", "tests", "bench") for path in ROOT.glob(f"{name}/**/*.py")

@@ -247,7 +247,7 @@ class Client:
 
 @contextlib.asynccontextmanager
 async def serve(
-    early: EarlyRefusals | None = None, /, refusal_headers: RefusalHeaders | None = None, **limits: Any
+    early: EarlyRefusals | None = None, refusal_headers: RefusalHeaders | None = None, /, **limits: Any
 ) -> AsyncGenerator[Serving]:
     app, stop, ready, refused = App(), asyncio.Event(), asyncio.Event(), list[str]()
     sock = bind("127.0.0.1", 0)

@@ -29,7 +29,7 @@ def seen(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
 )
 @on_both_loops
 async def test_refusal_has_headers_made_of_those_of_the_request(request_bytes: bytes, status: int, code: str) -> None:
-    async with serve(refusal_headers=seen, body_bytes=1_000, header_bytes=1_000) as serving:
+    async with serve(None, seen, body_bytes=1_000, header_bytes=1_000) as serving:
         client = await serving.connect()
         await client.send(request_bytes)
         assert (await client.problem(status, code))["x-seen"] == SEEN
@@ -38,7 +38,7 @@ async def test_refusal_has_headers_made_of_those_of_the_request(request_bytes: b
 @pytest.mark.parametrize("sent", [POST + b"X", POST + b"Content-Length: 5\r\n\r\nhal"])
 @on_both_loops
 async def test_request_that_is_late_is_refused_with_them(sent: bytes) -> None:
-    async with serve(refusal_headers=seen, **SHORT) as serving:
+    async with serve(None, seen, **SHORT) as serving:
         client = await serving.connect()
         await client.send(sent)
         assert (await client.problem(408, "request_timeout"))["x-seen"] == SEEN
@@ -47,7 +47,7 @@ async def test_request_that_is_late_is_refused_with_them(sent: bytes) -> None:
 @on_both_loops
 async def test_headers_are_those_of_the_request_that_is_refused() -> None:
     """Not of the one before it on the connection, whose answer comes first."""
-    async with serve(refusal_headers=seen, body_bytes=1_000) as serving:
+    async with serve(None, seen, body_bytes=1_000) as serving:
         client = await serving.connect()
         before = b"GET /wait HTTP/1.1\r\nHost: shop\r\nOrigin: https://other.example\r\n\r\n"
         await client.send(before + POST + b"Content-Length: 2000\r\n\r\n")
@@ -61,7 +61,7 @@ async def test_headers_are_those_of_the_request_that_is_refused() -> None:
 
 @on_both_loops
 async def test_trailers_are_no_headers_of_a_request() -> None:
-    async with serve(refusal_headers=seen) as serving:
+    async with serve(None, seen) as serving:
         client = await serving.connect()
         await client.send(CHUNKED.replace(b"/echo", b"/wait_and_echo") + b"0\r\n" + ORIGIN + b"X: a\x00b\r\n\r\n")
         assert (await client.problem(400, "malformed_request"))["x-seen"] == ""
@@ -69,7 +69,7 @@ async def test_trailers_are_no_headers_of_a_request() -> None:
 
 @on_both_loops
 async def test_connection_that_is_turned_away_has_said_nothing() -> None:
-    async with serve(refusal_headers=seen, connections_of_one=1) as serving:
+    async with serve(None, seen, connections_of_one=1) as serving:
         first, second = await serving.connect(), await serving.connect()
         assert "x-seen" not in await second.problem(503, "too_many_connections_of_one")
         first.close()

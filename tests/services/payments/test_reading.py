@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mercato.chassis.contract import Forbidden
@@ -28,7 +30,7 @@ async def test_customers_list_their_own(harness: PaymentsHarness):
     mine = await harness.payments.authorize(harness.authorization(user_id=ALICE.id))
     theirs = await harness.payments.authorize(harness.authorization(user_id=BOB.id))
 
-    async def listed(**filters: int) -> list[int]:
+    async def listed(**filters: Any) -> list[int]:
         return [p.id for p in (await harness.payments.list(ListPayments(**filters))).payments]
 
     with harness.acting(ALICE):
