@@ -16,6 +16,8 @@ WORKERS ?= 4
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 3
 # Tests of the source, which run nothing of it but the contracts.
 RULES := tests/architecture tests/contracts tests/docs
+# What `make coverage` runs: the tests that run the code in their own process.
+COVERED := $(addprefix tests/,chassis contracts gateway models placements services simulators)
 # How long `make chaos` strikes, and the seed of a run to see again.
 SECONDS ?= 60
 SEED ?=
@@ -83,6 +85,13 @@ test-all: $(VENV)/.dev ## run what takes longer: safeguards, every crash point, 
 .PHONY: test-split
 test-split: $(VENV)/.dev ## run the tests of services with a host for each, over NATS and HTTP
 	@MERCATO_TEST_TRANSPORTS=nats,http $(RUN) pytest $(PARALLEL) tests/services tests/simulators tests/gateway tests/reference $(ARGS)
+
+.PHONY: coverage
+coverage: $(VENV)/.dev ## measure which lines and branches the tests in COVERED run; fails below the floor in pyproject.toml
+	@$(RUN) coverage erase
+	@$(RUN) coverage run -m pytest -q $(PARALLEL) -m "not long" $(COVERED) $(ARGS)
+	@$(RUN) coverage combine --quiet
+	@$(RUN) coverage report
 
 .PHONY: check
 check: $(VENV)/.dev ## format, lint, types, and the rules of imports, contracts and documents: before each commit

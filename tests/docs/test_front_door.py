@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,16 @@ def test_the_container_sets_the_shop_up_and_forwards_its_port() -> None:
     assert container["postCreateCommand"] == "make setup"
     assert container["forwardPorts"] == [8080]
     assert re.fullmatch(r"python:3\.\d+", container["image"])
+
+
+def test_coverage_measures_what_its_tests_are_about_and_has_a_floor() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["coverage"]
+    covered = re.search(r"^COVERED := \$\(addprefix tests/,(.+)\)$", MAKEFILE, re.MULTILINE)
+
+    assert covered
+    assert all((ROOT / "tests" / folder).is_dir() for folder in covered[1].split())
+    assert settings["run"]["branch"]
+    assert settings["report"]["fail_under"] >= 80
+    # The rest are the random walks through rules, and the placements, which are data.
+    measured = {pattern.split("/")[1] for pattern in settings["report"]["include"]}
+    assert set(covered[1].split()) - measured == {"models", "placements"}
