@@ -114,9 +114,9 @@ PARAMETERS: Final[Mapping[str, Json]] = {
         "name": "Prefer",
         "in": "header",
         "description": "`count=exact`: the answer says in Total-Count how many entries the collection has with these "
-        "filters. Counting reads all of them: where that takes longer than two seconds, the page comes without "
-        "Total-Count and Preference-Applied. A request that counts gives way to others like a report. The number is "
-        "that of a moment right after the page. Other preferences are ignored (RFC 7240).",
+        "filters. Counting reads all of them: where that takes longer than two seconds, or too many ask for it at "
+        "once, the page comes without Total-Count and Preference-Applied. A request that counts gives way to others "
+        "like a report. The number is that of a moment right after the page. Other preferences are ignored (RFC 7240).",
         "schema": {"type": "string", "pattern": COUNT_PATTERN},
         "example": "count=exact",
     },

@@ -1,8 +1,9 @@
 """`Prefer: count=exact` (RFC 7240): a page comes with the number of all that its filters match, in `Total-Count`.
 
 A count reads all that it counts. So it is made for those alone who ask, enters as a report does where there are too
-many requests, and is given up after a time that the service sets (`Database.count`): then the page comes without the
-number and without Preference-Applied. The number is of another moment than the page, if only a little.
+many requests, and is given up after a time that the service sets, or at once where many ask (`Database.count`): then
+the page comes without the number and without Preference-Applied. The number is of another moment than the page, if only
+a little.
 """
 
 from __future__ import annotations

@@ -55,6 +55,8 @@ WRITES_RESERVED: Final = 1
 """Of the connections, those that reads leave alone: slow reads, however many, do not stop the writes of a service."""
 COUNT_SECONDS: Final = 2.0
 """For a count of all rows that some filters match, the wait for its turn included."""
+COUNTS_WAITING: Final = 16
+"""Behind the one that is made; each holds one of the calls of its operation meanwhile."""
 PING_SECONDS: Final = 1.0
 REFUSED_SECONDS: Final = 5.0
 """A process whose transaction was refused for want of space is not ready for so long, or until one is committed."""
@@ -149,6 +151,8 @@ class Database:
         self._connections: Connections | None = None
         self._reads = asyncio.Semaphore(max(1, size - WRITES_RESERVED))
         self._counting = asyncio.Lock()
+        self._counts = 0
+        """The one that is made, and those that wait."""
         self.on_events: list[Callable[[], None]] = []
         """Called after the commit of a transaction with events."""
         self.on_commit: list[Callable[[], None]] = []
@@ -206,13 +210,18 @@ class Database:
         """What `counted` counts; None where that takes longer than `seconds`: the server is then told to stop.
 
         For counts that read all that they count. They go one after another: however many ask, the other connections
-        are left to reads that are short.
+        are left to reads that are short. None at once where `COUNTS_WAITING` wait already.
         """
+        if self._counts > COUNTS_WAITING:
+            return None
+        self._counts += 1
         try:
             async with asyncio.timeout(seconds), self._counting, self.read() as tx:
                 return await counted(tx)
         except TimeoutError:
             return None
+        finally:
+            self._counts -= 1
 
     async def _take_turn_to_read(self) -> None:
         """Raises `Unavailable` where there is none within `ACQUIRE_SECONDS`."""
