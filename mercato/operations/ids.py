@@ -21,7 +21,8 @@ from mercato.chassis.postgres.sessions import WHOLE_TABLES, connect
 
 LOCK_SECONDS: Final = 10
 IDS_PER_SECOND_MAX: Final = 10_000
-"""On average since the backup: more than one machine places (`docs/performance.md`). A shop that gave more ids than this and `MARGIN_MIN` may give some of them again."""
+"""On average since the backup: more than one machine places (`docs/performance.md`). A shop that gave more ids than
+this and `MARGIN_MIN` may give some of them again."""
 MARGIN_MIN: Final = UNHEARD_IDS
 """Also for a burst before a backup that is minutes old, and for clocks of machines that differ by minutes."""
 NEWEST_ROWS: Final = 1000

@@ -22,8 +22,10 @@ CALLS_UNTIL_OPEN = 20
 PROBES_MAX = 10
 PAID_MEANWHILE = 5
 
+pytestmark = pytest.mark.long
 
-@pytest.fixture(params=["nats", pytest.param("http", marks=pytest.mark.long)], scope="module")
+
+@pytest.fixture(params=["nats", "http"], scope="module")
 def transport(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -38,7 +38,10 @@ def some_worker(tree: Tree) -> Identity | None:
     return tree.workers[1]
 
 
-KILLS: list[Any] = [("1", owner), ("3", some_worker), pytest.param("3", owner, marks=pytest.mark.long)]
+KILLS: list[Any] = [
+    ("1", owner),
+    *(pytest.param("3", victim, marks=pytest.mark.long) for victim in (some_worker, owner)),
+]
 SERVER_KILLS: list[Any] = [
     *(("1", victim) for victim in (guard, postmaster)),
     *(pytest.param("3", victim, marks=pytest.mark.long) for victim in (guard, postmaster)),
