@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
+import select
 import threading
 import time
 from collections import Counter
@@ -36,6 +37,8 @@ class Caller:
             sent["Authorization"] = f"Bearer {self.token}"
         if body is not None:
             sent["Content-Type"] = "application/json"
+        if _has_ended(self.connection):
+            self.connection.close()
         try:
             self.connection.request(method, path, None if body is None else json.dumps(body), sent)
             return self.answer()
@@ -84,6 +87,11 @@ class Caller:
 
     def __exit__(self, *_: object) -> None:
         self.connection.close()
+
+
+def _has_ended(connection: http.client.HTTPConnection) -> bool:
+    """Whether the server has closed an idle connection. The next request then has one of its own."""
+    return connection.sock is not None and bool(select.select([connection.sock], [], [], 0)[0])
 
 
 def _recovered(ask: Callable[[], Response]) -> Response:
