@@ -31,7 +31,7 @@ from mercato.chassis.rpc.transports.loopback import LoopbackTransport
 
 from .keys import key_deriver
 from .options import OptionReader
-from .periodic import FIRST_RETRY_SECONDS, PeriodicTask
+from .periodic import PeriodicTask
 from .service import Build, Env, Service
 
 C = TypeVar("C", bound=Contract)
@@ -293,14 +293,9 @@ async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
         _, left = await asyncio.wait(left, timeout=CANCEL_AGAIN_SECONDS)
 
 
-def consumer_tasks(consumer: Consumer, first_retry_seconds: float = FIRST_RETRY_SECONDS) -> tuple[PeriodicTask, ...]:
+def consumer_tasks(consumer: Consumer) -> tuple[PeriodicTask, ...]:
     """The two tasks of a consumer. `follow` pauses by itself, for a wake-up ends its pause."""
-    task = functools.partial(
-        PeriodicTask,
-        round_seconds=READ_SECONDS,
-        first_retry_seconds=first_retry_seconds,
-        on_failure=consumer.note_failed_round,
-    )
+    task = functools.partial(PeriodicTask, round_seconds=READ_SECONDS, on_failure=consumer.note_failed_round)
     source = consumer.key[1]
     return (
         task(f"follow {source}", consumer.follow, 0.0, limit=0),

@@ -605,7 +605,7 @@ async def test_idle_connection_is_not_a_request_that_is_late() -> None:
 
 @on_both_loops
 async def test_idle_connections_are_closed_without_a_word() -> None:
-    async with serve(keep_alive_seconds=0.1) as serving:
+    async with serve(keep_alive_seconds=0.1, first_byte_seconds=0.1) as serving:
         fresh, used = await serving.connect(), await serving.connect()
         assert (await used.ask(GET))[0] == 200
         assert await fresh.rest() == await used.rest() == b""
@@ -675,6 +675,7 @@ async def test_turned_away_connections_cannot_pile_up() -> None:
         assert len(serving.server._book.turned_away) <= protocol.LINGERING_CONNECTIONS + 1
         for client in many:
             await client.problem(503, "too_many_connections")
+        serving.app.release.set()
         first.close()
         await serving.until(lambda: serving.server.open_connections == 0)
         assert await serving.is_usable()

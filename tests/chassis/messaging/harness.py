@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
+import msgspec
+
 from mercato.chassis.contract import Message
 from mercato.chassis.hosting.host import consumer_tasks
 from mercato.chassis.messaging.consumers import Consumer, Pace
@@ -195,8 +197,9 @@ async def run(consumer: Consumer) -> None:
     """As a host runs it, but for the pause after a round that fails. Never returns."""
     telemetry = Telemetry()
     async with asyncio.TaskGroup() as group:
-        for task in consumer_tasks(consumer, first_retry_seconds=0.02):
-            group.create_task(task.run("handler", SystemClock(), telemetry))
+        for task in consumer_tasks(consumer):
+            quick = msgspec.structs.replace(task, first_retry_seconds=0.02, longest_retry_seconds=0.1)
+            group.create_task(quick.run("handler", SystemClock(), telemetry))
 
 
 @contextlib.asynccontextmanager
