@@ -52,7 +52,7 @@ class Etcd:
                     PROGRAM, "--name", f"m{member}", "--data-dir", str(self._folder / str(member)),
                     "--listen-client-urls", self.urls[member], "--advertise-client-urls", self.urls[member],
                     "--listen-peer-urls", self._peers[member], "--initial-advertise-peer-urls", self._peers[member],
-                    "--initial-cluster", cluster, "--logger", "zap", *encrypted,
+                    "--initial-cluster", cluster, "--logger", "zap", "--bcrypt-cost", "4", *encrypted,
                 ],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip

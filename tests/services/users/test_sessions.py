@@ -169,7 +169,10 @@ async def test_an_unknown_address_costs_the_same_work_as_a_wrong_password(harnes
     assert len(set(hasher.checked)) == 1, "the same parameters each time"
 
 
-async def test_signing_in_renews_a_hash_of_former_parameters(harness: ServiceHarness, users: Users, alice: User):
+async def test_signing_in_renews_a_hash_of_former_parameters(harness: ServiceHarness):
+    users = (await harness.open({"users": build})).client(Users)
+    with harness.acting(ANYBODY):
+        await users.register(Register(email=EMAIL, name="Alice", password=PASSWORD))
     weak = Argon2Hasher(memory_kib=1_024, iterations=1).hash(PASSWORD, b"0123456789abcdef")
     await make_it_so(harness, f"UPDATE credentials SET password_hash = '{weak}'")
 
