@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 
-from mercato.cli.worker import Lifeline
+from mercato.cli.worker import OwnerWatch
 
 
 def main() -> None:
@@ -35,8 +35,8 @@ def main() -> None:
     assignment = sys.stdin.buffer.readline()
     if not assignment:  # the owner stops already, or has died
         sys.exit(1)
-    lifeline = Lifeline(owner=int(owner), metrics=folder_of_owner())
-    lifeline.follow()
+    owner_watch = OwnerWatch(owner=int(owner), metrics=folder_of_owner())
+    owner_watch.follow()
     told = msgspec.json.decode(assignment, type=InstanceAssignment)
     variables.replace(told.environment)
     if wanted := variables.value("MERCATO_FAULTS"):
@@ -47,13 +47,13 @@ def main() -> None:
     def ask_to_stop() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    lifeline.on_end(ask_to_stop)
+    owner_watch.on_end(ask_to_stop)
     listener = None if told.listener is None else socket.socket(fileno=told.listener)
     options = serve.Options(names=told.hosts, host=told.host, port=0, auth=told.auth, json=True)
     try:
         code = serve.run(options, listener, told.counts)
     finally:
-        lifeline.clean_up()
+        owner_watch.clean_up()
     sys.exit(code)
 
 

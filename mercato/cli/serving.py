@@ -20,25 +20,25 @@ from mercato.chassis.observability import faults
 from mercato.chassis.observability.telemetry import configure_logging
 from mercato.cli.hosting import hosted, spare_the_collector
 from mercato.cli.progress import fail
-from mercato.cli.worker import Lifeline
+from mercato.cli.worker import OwnerWatch
 from mercato.cli.workers import READY_LINE, Assignment
 from mercato.operations.audit.background import Background
 
 
-def run(line: bytes, lifeline: Lifeline) -> int:
+def run(line: bytes, owner_watch: OwnerWatch) -> int:
     """Serves as `line`, an encoded `Assignment`, says; gives the exit code."""
     assignment = msgspec.json.decode(line, type=Assignment)
     configure_logging(assignment.log_level)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(assignment, lifeline))
+            runner.run(_serve(assignment, owner_watch))
     except ServiceError as error:
         fail(f"a worker could not start: {error}")
         return 1
     return 0
 
 
-async def _serve(assignment: Assignment, lifeline: Lifeline) -> None:
+async def _serve(assignment: Assignment, owner_watch: OwnerWatch) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
 
@@ -58,7 +58,7 @@ async def _serve(assignment: Assignment, lifeline: Lifeline) -> None:
         limits=assignment.call_limits,
     )
     async with hosted(host):
-        lifeline.on_end(ask_to_stop)
+        owner_watch.on_end(ask_to_stop)
         background = Background(
             assignment.admin_dsn, assignment.dsns, host.telemetry, every_seconds=assignment.audit_seconds
         )

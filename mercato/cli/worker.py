@@ -16,7 +16,7 @@ LAST_SECONDS: Final = 4.0
 """An orphan that has not stopped after this is ended, whatever it is doing."""
 
 
-class Lifeline:
+class OwnerWatch:
     """The pipe from the owner. Its end means that the owner asks to stop, or that it died.
 
     `metrics` is a folder of the owner, to be removed where that has died.
@@ -60,15 +60,15 @@ class Lifeline:
 
 def main() -> None:
     """Serves until the owner closes the pipe; exits with 1, after a sentence, when it cannot begin."""
-    lifeline = Lifeline(owner=int(sys.argv[1]), metrics=sys.argv[2])
+    owner_watch = OwnerWatch(owner=int(sys.argv[1]), metrics=sys.argv[2])
     assignment = sys.stdin.buffer.readline()
-    lifeline.follow()
+    owner_watch.follow()
     from mercato.cli import serving
 
     try:
-        code = serving.run(assignment, lifeline)
+        code = serving.run(assignment, owner_watch)
     finally:
-        lifeline.clean_up()
+        owner_watch.clean_up()
     sys.exit(code)
 
 
