@@ -42,8 +42,12 @@ WAY_OUT: Final = (
 
 _RECORDED: Final = "SELECT revision, checksum FROM revision_checksums"
 _STATE: Final = """
-    SELECT to_regclass('alembic_version') IS NOT NULL, to_regclass('revision_checksums') IS NOT NULL
+    SELECT coalesce(bool_or(relname = 'alembic_version'), false), coalesce(bool_or(relname = 'revision_checksums'), false)
+      FROM pg_class
+     WHERE relnamespace = current_schema()::regnamespace
 """
+"""Both from one snapshot. `to_regclass` reads the cache of the session, which may know one of two tables that another
+session has made in one transaction, and still hold that there is no other."""
 _MAKE_RECORDS: Final = """
     CREATE TABLE revision_checksums (
         revision text CONSTRAINT revision_checksums_pkey PRIMARY KEY,
