@@ -39,6 +39,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Protocol
 
 import structlog
+from prometheus_client import Histogram
 
 from mercato.chassis.contract import (
     Attempt,
@@ -87,15 +88,21 @@ class BatchMetrics:
         wait = "How long the first request of a batch waited for a lane."
         refused = "Calls refused because the queue was full."
         failed = "Batches that failed unexpectedly."
-        self._size = size.labels(operation)
-        self._wait = telemetry.histogram("mercato_queue_wait_seconds", wait, labels).labels(operation)
+        self._sizes = size
+        self._waits = telemetry.histogram("mercato_queue_wait_seconds", wait, labels)
         self._refused = telemetry.counter("mercato_calls_refused", refused, labels).labels(operation)
         self._failed = telemetry.counter("mercato_batches_failed", failed, labels).labels(operation)
         self._operation = operation
 
+    @functools.cached_property
+    def _series(self) -> tuple[Histogram, Histogram]:
+        """Sizes and waits, made by the first batch: a process calls few of its operations, and each has 26 buckets."""
+        return self._sizes.labels(self._operation), self._waits.labels(self._operation)
+
     def sent(self, size: int, longest_wait_s: float) -> None:
-        self._size.observe(size)
-        self._wait.observe(longest_wait_s)
+        sizes, waits = self._series
+        sizes.observe(size)
+        waits.observe(longest_wait_s)
 
     def refused(self, count: int) -> None:
         self._refused.inc(count)
