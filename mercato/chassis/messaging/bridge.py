@@ -207,6 +207,8 @@ class Bridge:
             raise CannotGoOn(f"the stream {STREAM} does not take batches (allow_atomic), which NATS has since 2.12")
         sequence = answer.state.last_seq
         position = await self._last_position() if answer.state.messages else 0
+        if position is None:
+            return await self._read_end()
         self._position.set(position)
         return End(sequence, position)
 
@@ -220,10 +222,13 @@ class Bridge:
         log.info("bridge_stream_made", stream=STREAM)
         return answer
 
-    async def _last_position(self) -> int:
+    async def _last_position(self) -> int | None:
+        """0 where the stream is empty; None where there is no stream, for it was deleted a moment ago."""
         try:
             answer = await self._jetstream.ask(f"STREAM.MSG.GET.{STREAM}", {"last_by_subj": SUBJECTS})
         except JetStreamRefused as refused:
+            if refused.code == STREAM_NOT_FOUND:
+                return None
             if refused.code != MESSAGE_NOT_FOUND:
                 raise
             return 0

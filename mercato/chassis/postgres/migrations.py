@@ -42,7 +42,8 @@ WAY_OUT: Final = (
 
 _RECORDED: Final = "SELECT revision, checksum FROM revision_checksums"
 _STATE: Final = """
-    SELECT coalesce(bool_or(relname = 'alembic_version'), false), coalesce(bool_or(relname = 'revision_checksums'), false)
+    SELECT count(*) FILTER (WHERE relname = 'alembic_version') > 0,
+           count(*) FILTER (WHERE relname = 'revision_checksums') > 0
       FROM pg_class
      WHERE relnamespace = current_schema()::regnamespace
 """

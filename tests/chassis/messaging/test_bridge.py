@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import shutil
 import signal
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -15,6 +16,7 @@ from structlog.testing import capture_logs
 from embedded_nats.broker import Broker, started
 from mercato.chassis.messaging.bridge import BATCH, Bridge
 from mercato.chassis.messaging.consumers import Pace
+from mercato.chassis.messaging.jetstream import Answer
 from mercato.chassis.messaging.stream import CONFIGURATION, STREAM
 from mercato.chassis.observability.clock import SystemClock
 from mercato.chassis.observability.telemetry import Telemetry
@@ -136,6 +138,26 @@ async def test_a_deleted_stream_is_made_again_with_all_that_the_feed_has(broker:
         # Also where nothing new comes.
         await stream.delete()
         await assert_same(stream, feed)
+
+
+async def test_a_stream_that_is_deleted_while_its_end_is_read_is_made_again(
+    broker: Broker, stream: Reader, feed: Feed, monkeypatch: pytest.MonkeyPatch
+):
+    feed.add(3)
+    async with bridging(broker, feed.read):
+        await assert_same(stream, feed)
+    async with connected(broker, "events") as connection:
+        bridge = Bridge(feed.read, connection, SystemClock(), Telemetry())
+        await bridge.open()
+        ask = bridge._jetstream.ask
+
+        async def ask_after_a_deletion(what: str, question: Mapping[str, Any] | None = None) -> Answer:
+            if what.startswith("STREAM.MSG.GET"):
+                await stream.delete()
+            return await ask(what, question)
+
+        monkeypatch.setattr(bridge._jetstream, "ask", ask_after_a_deletion)
+        assert (await bridge._read_end()).position == 0
 
 
 async def test_a_deleted_store_is_filled_again(broker: Broker, stream: Reader, feed: Feed):
