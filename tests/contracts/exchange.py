@@ -112,10 +112,10 @@ def errors_from_the_released(released: ReleasedContract, contract: type[Contract
             details = msgspec.to_builtins(msgspec.convert(sent, sender))
             message = {"code": code, "kind": kind, "message": "A sentence.", "details": details}
             encoded = msgspec.msgpack.encode([{"error": message}])
-            (heard,) = codec.decode_outcomes(_NO_OPERATION, encoded)
-            assert type(heard) is known[code], f"{code} is not read as itself"
-            assert isinstance(heard, ServiceError)
-            same(sent, heard.details)
+            (received,) = codec.decode_outcomes(_NO_OPERATION, encoded)
+            assert type(received) is known[code], f"{code} is not read as itself"
+            assert isinstance(received, ServiceError)
+            same(sent, received.details)
 
         for_each(released, described["details"], check)
 

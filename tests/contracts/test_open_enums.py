@@ -124,29 +124,29 @@ def test_details_of_errors_with_unknown_values_are_decoded(service: str):
         def check(sent: Any, code: str = code, error: type = error) -> None:
             message = ErrorMessage(code, Kind.CONFLICT, "A sentence.", msgspec.to_builtins(sent))
             encoded = msgspec.msgpack.encode([codec.WireOutcome(error=message)])
-            (heard,) = codec.decode_outcomes(Orders.get, encoded)
-            assert type(heard) is error
-            assert isinstance(heard, ServiceError)
-            same(sent, heard.details)
+            (received,) = codec.decode_outcomes(Orders.get, encoded)
+            assert type(received) is error
+            assert isinstance(received, ServiceError)
+            same(sent, received.details)
 
         newest(contract, schemas(contract)["errors"][code]["details"], check)
 
 
 def test_an_unknown_kind_of_error_is_internal():
     newer = {"code": "orders.newer", "kind": "newer", "message": "A sentence.", "details": {}}
-    (heard,) = codec.decode_outcomes(Orders.get, msgspec.msgpack.encode([{"error": newer}]))
+    (received,) = codec.decode_outcomes(Orders.get, msgspec.msgpack.encode([{"error": newer}]))
 
-    assert isinstance(heard, RemoteError)
-    assert (heard.code, heard.kind, str(heard)) == ("orders.newer", Kind.INTERNAL, "A sentence.")
-    assert problems.status_of(heard) == 500
+    assert isinstance(received, RemoteError)
+    assert (received.code, received.kind, str(received)) == ("orders.newer", Kind.INTERNAL, "A sentence.")
+    assert problems.status_of(received) == 500
 
 
 def test_an_unknown_kind_does_not_change_an_error_that_is_known():
     newer = {"code": "orders.not_found", "kind": "newer", "message": "A sentence.", "details": {"order_id": 7}}
-    (heard,) = codec.decode_outcomes(Orders.get, msgspec.msgpack.encode([{"error": newer}]))
+    (received,) = codec.decode_outcomes(Orders.get, msgspec.msgpack.encode([{"error": newer}]))
 
-    assert isinstance(heard, errors_of(Orders)["orders.not_found"])
-    assert heard.kind is Kind.NOT_FOUND
+    assert isinstance(received, errors_of(Orders)["orders.not_found"])
+    assert received.kind is Kind.NOT_FOUND
 
 
 # ------------------------------------------------------------------------------------------------------------- events

@@ -762,8 +762,8 @@ async def test_no_secret_shows_up_in_an_answer_or_in_the_log(
         [*(reply.body + repr(reply.headers).encode() for reply in replies), (await guarded_shop.get("/metrics")).body]
     )
     # The server keeps no access log; pytest, which listens to every logger, makes uvicorn believe that one is read.
-    heard = [record.getMessage() for record in caplog.records if record.name != "uvicorn.access"]
-    logged = written.getvalue() + "\n".join(heard).encode()
+    messages = [record.getMessage() for record in caplog.records if record.name != "uvicorn.access"]
+    logged = written.getvalue() + "\n".join(messages).encode()
     assert b"an injected failure" in logged, "the test would not notice anything"
     for secret in (CANARY, *tokens):
         assert secret.encode() not in said

@@ -395,7 +395,7 @@ async def test_metrics_are_for_staff_and_for_a_collector_on_this_machine(guarded
     app = topology.gateway(guarded_shop.harness.host, open_to=None, metrics_token=METRICS_TOKEN)
 
     async def from_elsewhere(token: str | None) -> int:
-        """The status that a caller hears who is not on this machine."""
+        """The status that a caller on another machine receives."""
         headers = [(b"host", b"shop.example")]
         if token is not None:
             headers.append((b"authorization", f"Bearer {token}".encode()))
@@ -413,18 +413,18 @@ async def test_metrics_are_for_staff_and_for_a_collector_on_this_machine(guarded
             "root_path": "",
             "asgi": {"version": "3.0"},
         }
-        heard: list[int] = []
+        statuses: list[int] = []
 
         async def receive() -> dict[str, Any]:
             return {"type": "http.request", "body": b"", "more_body": False}
 
         async def send(message: Any) -> None:
             if message["type"] == "http.response.start":
-                heard.append(message["status"])
+                statuses.append(message["status"])
 
         await app(scope, receive, send)
-        assert len(heard) == 1
-        return heard[0]
+        assert len(statuses) == 1
+        return statuses[0]
 
     assert await from_elsewhere(None) == 401
     assert await from_elsewhere("abc") == 401

@@ -32,8 +32,8 @@ class BreakerWalk(RuleBasedStateMachine):
     @initialize(jitter=st.floats(0.0, 1.0))
     def start(self, jitter: float) -> None:
         self.clock = ManualClock()
-        self.told: list[State] = []
-        self.breaker = breaker_with(self.clock, jitter=lambda: jitter, on_change=self.told.append)
+        self.changes: list[State] = []
+        self.breaker = breaker_with(self.clock, jitter=lambda: jitter, on_change=self.changes.append)
         self.probe: Permit | None = None
         self.probe_since = 0.0
         self.refused_since: float | None = None
@@ -85,9 +85,9 @@ class BreakerWalk(RuleBasedStateMachine):
         self._report(permit, permit.slow)
 
     def _report(self, permit: Permit, report: Callable[[], None], *, succeeded: bool = False) -> None:
-        before, told, is_probe = self.breaker.state, len(self.told), permit is self.probe
+        before, changes, is_probe = self.breaker.state, len(self.changes), permit is self.probe
         report()
-        changed = self.told[told:]
+        changed = self.changes[changes:]
         if before is State.CLOSED:
             assert changed in ([], [State.OPEN])
             assert not (succeeded and changed)

@@ -33,7 +33,7 @@ class Bank:
         self.state = "none"
         self.captured = self.refunded = self.captures = self.opened = 0
 
-    def hear(self, operation: Operation) -> ProviderResult:
+    def execute(self, operation: Operation) -> ProviderResult:
         if operation.key not in self.done:
             code = getattr(self, operation.kind)(operation.amount_minor)
             self.done[operation.key] = Declined(code) if code else Succeeded(len(self.done) + 1, 1)
@@ -107,14 +107,14 @@ class Machine(RuleBasedStateMachine):
         assert operation.status in rules.OPEN, "the provider is not called again with what is settled"
         match fate:
             case "done":
-                self.record(operation.key, self.bank.hear(operation))
+                self.record(operation.key, self.bank.execute(operation))
             case "the answer is lost":
-                self.bank.hear(operation)
+                self.bank.execute(operation)
                 self.record(operation.key, Unknown())
             case "the call is late":
                 self.calls.append(operation.key)
             case "the answer is late":
-                self.answers.append((operation.key, self.bank.hear(operation)))
+                self.answers.append((operation.key, self.bank.execute(operation)))
             case _:
                 """The power fails: the intent is there, and no process remembers it."""
 
@@ -124,7 +124,7 @@ class Machine(RuleBasedStateMachine):
         """In any order, and perhaps not for the last time."""
         late = data.draw(st.sampled_from([*self.calls, *self.answers]))
         if isinstance(late, str):
-            self.answers.append((late, self.bank.hear(self.operations[late])))
+            self.answers.append((late, self.bank.execute(self.operations[late])))
             if not twice:
                 self.calls.remove(late)
             return
@@ -174,7 +174,7 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Once faults stop, calls with the same keys bring both sides together."""
         for key, operation in list(self.operations.items()):
-            self.record(key, self.bank.hear(operation))
+            self.record(key, self.bank.execute(operation))
         assert all(o.status not in rules.OPEN for o in self.operations.values())
         assert (self.payment.captured_minor, self.payment.refunded_minor) == (self.bank.captured, self.bank.refunded)
         expected = {"open": "authorized", "voided": "voided", "expired": "voided"}

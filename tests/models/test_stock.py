@@ -37,7 +37,7 @@ PRODUCTS = (1, 2, 3)
 LINES = st.dictionaries(st.sampled_from(PRODUCTS), st.integers(1, 3), min_size=1).map(
     lambda d: tuple(StockLine(product_id=i, quantity=q) for i, q in d.items())
 )
-Heard = list[Reservation | ServiceError]
+Outcomes = list[Reservation | ServiceError]
 
 
 class Stock(RuleBasedStateMachine):
@@ -58,7 +58,7 @@ class Stock(RuleBasedStateMachine):
         self.lines: dict[int, tuple[StockLine, ...]] = {}
         self.answered: dict[tuple[str, int], str] = {}
         self.references = itertools.count(1)
-        self.available_told: dict[int, bool] = {}
+        self.available_emitted: dict[int, bool] = {}
 
     @initialize(on_hand=st.lists(st.integers(0, 6), min_size=3, max_size=3))
     def open(self, on_hand: list[int]) -> None:
@@ -81,21 +81,21 @@ class Stock(RuleBasedStateMachine):
         ]
         for _ in range(crashes):
             self.decide_reserve(requests)  # decided and never written: a crash before the commit
-        heard, written = self.decide_reserve(requests)
+        outcomes, written = self.decide_reserve(requests)
         self.write(written)
-        for request, answer in zip(requests, heard, strict=True):
+        for request, answer in zip(requests, outcomes, strict=True):
             if isinstance(answer, Reservation):
                 assert answer.lines == rules.in_product_order(request.lines)
             else:
                 assert isinstance(answer, OutOfStock | ReservationClosed)
                 assert request.order_id not in self.reservations or isinstance(answer, ReservationClosed)
         if doubled:
-            again, written = self.decide_reserve([r for r, h in zip(requests, heard, strict=True) if held(h)])
+            again, written = self.decide_reserve([r for r, h in zip(requests, outcomes, strict=True) if held(h)])
             self.write(written)
             assert all(isinstance(h, Reservation) for h in again)
             assert written.movements == written.deltas == written.refused == ()
 
-    def decide_reserve(self, requests: list[ReserveStock]) -> tuple[Heard, WriteSet]:
+    def decide_reserve(self, requests: list[ReserveStock]) -> tuple[Outcomes, WriteSet]:
         self.inserted = {}
         for r in requests:
             if r.order_id not in self.reservations:
@@ -113,9 +113,9 @@ class Stock(RuleBasedStateMachine):
             _ = [ledger.commit(i, NONCE) for i in orders]
             ledger.write_set()
         ledger = self.ledger(orders)
-        heard = [ledger.commit(i, NONCE) for i in orders]
+        outcomes = [ledger.commit(i, NONCE) for i in orders]
         self.write(ledger.write_set())
-        for order_id, answer in zip(orders, heard, strict=True):
+        for order_id, answer in zip(orders, outcomes, strict=True):
             self.agree("commit", order_id, answer)
 
     @rule(orders=st.lists(ORDERS, min_size=1, max_size=5), crashes=st.booleans())
@@ -124,13 +124,13 @@ class Stock(RuleBasedStateMachine):
             StoredReservation(i, NONCE, "released", 1, None) for i in set(orders) if i not in self.reservations
         ]
         ledger = StockLedger(self.levels.values(), [*tombstones, *self.there(orders)])
-        heard = [ledger.release(i, NONCE) for i in orders]
+        outcomes = [ledger.release(i, NONCE) for i in orders]
         written = ledger.write_set()
         if crashes:
             return  # decided and never written
         self.reservations.update({tombstone.order_id: tombstone for tombstone in tombstones})
         self.write(written)
-        for order_id, answer in zip(orders, heard, strict=True):
+        for order_id, answer in zip(orders, outcomes, strict=True):
             self.agree("release", order_id, answer)
 
     @rule(order_id=ORDERS, wanted=LINES, twice=st.booleans())
@@ -202,7 +202,7 @@ class Stock(RuleBasedStateMachine):
         for movement in written.movements:
             self.put_on_hand(movement.product_id, movement.level_version, movement.delta)
         self.movements += written.movements
-        self.hear(written)
+        self.record_events(written)
 
     def change(self, change: ReservationChange) -> None:
         old = self.reservations[change.order_id]
@@ -221,7 +221,7 @@ class Stock(RuleBasedStateMachine):
         assert 1 <= level_version <= self.levels[product_id].version
         self.on_hand[product_id][level_version] += pieces
 
-    def hear(self, written: WriteSet) -> None:
+    def record_events(self, written: WriteSet) -> None:
         for event in written.events:
             subject = (event.subject, event.subject_id)
             before = self.versions.get(subject, 0)
@@ -229,8 +229,8 @@ class Stock(RuleBasedStateMachine):
             self.versions[subject] = event.version
             if event.type in ("stock.available", "stock.exhausted"):
                 now = event.type == "stock.available"
-                assert self.available_told.get(event.subject_id, False) != now
-                self.available_told[event.subject_id] = now
+                assert self.available_emitted.get(event.subject_id, False) != now
+                self.available_emitted[event.subject_id] = now
 
     # ------------------------------------------------------------------------------------------------- invariants
 
@@ -261,9 +261,9 @@ class Stock(RuleBasedStateMachine):
         assert all(0 <= line.returned <= line.quantity for r in self.reservations.values() for line in r.lines)
 
     @invariant()
-    def everybody_was_told_whether_there_is_any(self) -> None:
+    def availability_events_match_the_levels(self) -> None:
         for product_id, found in self.levels.items():
-            assert self.available_told.get(product_id, False) == (found.available > 0)
+            assert self.available_emitted.get(product_id, False) == (found.available > 0)
 
 
 def held(answer: Reservation | ServiceError) -> bool:

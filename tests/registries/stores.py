@@ -12,7 +12,7 @@ from mercato.chassis.rpc.discovery.leased import FIRST_SECONDS, TTL_SECONDS, Lea
 def registry(
     kind: str, urls: Sequence[str], name: str, *, ttl_seconds: int = TTL_SECONDS, first_seconds: float = FIRST_SECONDS
 ) -> LeasedRegistry:
-    """Of the shop `name`. Changes are heard of: nothing is asked again within a test."""
+    """Of the shop `name`. Changes are notified: nothing is polled within a test."""
     store = (
         EtcdStore(urls, f"/tests/{name}/", ttl_seconds=ttl_seconds, check_seconds=600.0)
         if kind == "etcd"

@@ -22,7 +22,7 @@ class Listener(socketserver.ThreadingTCPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Echo)
-        self.heard: list[bytes] = []
+        self.received: list[bytes] = []
         self.lost = 0
 
 
@@ -31,7 +31,7 @@ class Echo(socketserver.BaseRequestHandler):
         assert isinstance(self.server, Listener)
         try:
             while data := self.request.recv(1024):
-                self.server.heard.append(data)
+                self.server.received.append(data)
                 self.request.sendall(data)
         except ConnectionError:
             self.server.lost += 1
@@ -74,7 +74,7 @@ def once(link: Link) -> bytes:
         return answered(end, b"b") or end.recv(1024)
 
 
-def hears_nothing(end: socket.socket) -> bool:
+def receives_nothing(end: socket.socket) -> bool:
     end.settimeout(SILENCE_SECONDS)
     try:
         end.recv(1024)
@@ -111,9 +111,9 @@ def test_a_silent_link_keeps_everything_until_it_heals(links: Links, link: Link,
         with connected(link) as new:
             old.sendall(b"b")
             new.sendall(b"c")
-            assert hears_nothing(old)
-            assert hears_nothing(new)
-            assert listener.heard == [b"a"]
+            assert receives_nothing(old)
+            assert receives_nothing(new)
+            assert listener.received == [b"a"]
             links.heal()
             assert {old.recv(1024), new.recv(1024)} == {b"b", b"c"}
 
@@ -123,8 +123,8 @@ def test_answers_get_lost_after_the_request_was_heard(links: Links, link: Link, 
         assert answered(end, b"a") == b"a"
         links.do("silence", [link], "back")
         end.sendall(b"b")
-        wait_until(lambda: listener.heard == [b"a", b"b"])
-        assert hears_nothing(end)
+        wait_until(lambda: listener.received == [b"a", b"b"])
+        assert receives_nothing(end)
         links.do("cut", [link])
         with pytest.raises(ConnectionResetError):
             end.recv(1024)
@@ -137,15 +137,15 @@ def test_of_a_halved_connection_the_caller_hears_nothing(links: Links, link: Lin
         wait_until(lambda: listener.lost == 1)
         with contextlib.suppress(ConnectionError):
             old.sendall(b"b")
-        assert hears_nothing(old)
+        assert receives_nothing(old)
         with connected(link) as new:
             assert answered(new, b"c") == b"c"
-    assert listener.heard == [b"a", b"c"]
+    assert listener.received == [b"a", b"c"]
 
 
 def test_a_slow_link_is_late_and_loses_nothing(links: Links, link: Link):
     with connected(link) as end:
         links.do("slow", [link], SILENCE_SECONDS * 2)
         end.sendall(b"a")
-        assert hears_nothing(end)
+        assert receives_nothing(end)
         assert end.recv(1024) == b"a"

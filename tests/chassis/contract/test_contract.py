@@ -212,10 +212,10 @@ def test_a_copy_of_an_error_is_another_object_with_the_same_to_say():
     error = Refused(number=1)
     error.retry_after_s = 7
     error.__cause__ = KeyError()
-    twin = error.copy()
-    assert twin is not error
-    assert (type(twin), str(twin), twin.details, twin.retry_after_s) == (Refused, str(error), error.details, 7)
-    assert twin.__cause__ is error.__cause__
+    copy = error.copy()
+    assert copy is not error
+    assert (type(copy), str(copy), copy.details, copy.retry_after_s) == (Refused, str(error), error.details, 7)
+    assert copy.__cause__ is error.__cause__
 
 
 def test_a_detail_that_an_older_process_does_not_send_has_its_default():

@@ -72,17 +72,17 @@ class Recorder:
 
 
 class Sent:
-    """A batch that reached the service. It hangs until the test lands it."""
+    """A batch that reached the service. It hangs until the test completes it."""
 
     def __init__(self, requests: Sequence[int], contexts: Sequence[Context]) -> None:
         self.requests = list(requests)
         self.contexts = list(contexts)
-        self.landing: asyncio.Future[Sequence[Any]] = asyncio.get_running_loop().create_future()
+        self.result: asyncio.Future[Sequence[Any]] = asyncio.get_running_loop().create_future()
         self.cancelled = False
 
 
 class Service:
-    """A `send` whose batches are landed, failed, miscounted or left hanging by the test."""
+    """A `send` whose batches are completed, failed, miscounted or left hanging by the test."""
 
     def __init__(self) -> None:
         self.batches: list[Sent] = []
@@ -91,18 +91,18 @@ class Service:
         batch = Sent(requests, contexts)
         self.batches.append(batch)
         try:
-            return await batch.landing
+            return await batch.result
         except asyncio.CancelledError:
             batch.cancelled = True
             raise
 
     @property
     def hanging(self) -> list[Sent]:
-        return [batch for batch in self.batches if not batch.landing.done()]
+        return [batch for batch in self.batches if not batch.result.done()]
 
 
 def answer(request: int) -> Any:
-    """Every third request is refused by itself; the answer tells whose it is."""
+    """Every third request is refused by itself; the answer says whose it is."""
     return Refused(number=request) if request % 3 == 0 else f"answer {request}"
 
 
@@ -141,7 +141,7 @@ class Bench:
 
     async def finish(self) -> None:
         for batch in self.service.hanging:
-            batch.landing.cancel()
+            batch.result.cancel()
         await self.batcher.close()
 
 
@@ -151,8 +151,8 @@ async def turns(count: int = 6) -> None:
         await asyncio.sleep(0)
 
 
-def land(batch: Sent) -> None:
-    batch.landing.set_result([answer(request) for request in batch.requests])
+def complete(batch: Sent) -> None:
+    batch.result.set_result([answer(request) for request in batch.requests])
 
 
 # ------------------------------------------------------------------------------------------------------- one thing each
@@ -165,7 +165,7 @@ async def test_a_lone_call_is_sent_at_the_next_turn_as_a_batch_of_one():
 
     await turns(2)  # one turn until it leaves, one until its task runs
     assert [batch.requests for batch in bench.service.batches] == [[1]]
-    land(bench.service.batches[0])
+    complete(bench.service.batches[0])
     assert await future == "answer 1"
     assert bench.observer.waits == [0.0]
 
@@ -176,7 +176,7 @@ async def test_calls_of_one_turn_leave_together_in_the_order_of_the_calls():
     await turns()
 
     assert [batch.requests for batch in bench.service.batches] == [[1, 2, 4, 5, 7]]
-    land(bench.service.batches[0])
+    complete(bench.service.batches[0])
     assert await asyncio.gather(*futures) == ["answer 1", "answer 2", ["answer 4", "answer 5"], "answer 7"]
 
 
@@ -195,7 +195,7 @@ async def test_calls_of_one_turn_leave_together_also_when_a_flight_lands_in_betw
         bench.call(4)
 
     tasks = [asyncio.create_task(early())]
-    land(bench.service.batches[0])  # wakes the flight between the two
+    complete(bench.service.batches[0])  # wakes the lane between the two
     tasks.append(asyncio.create_task(late()))
     await turns()
 
@@ -214,7 +214,7 @@ async def test_what_waits_for_a_lane_leaves_when_one_lands_in_batches_of_at_most
 
     for _ in range(4):
         for batch in bench.service.hanging:
-            land(batch)
+            complete(batch)
         await turns()
     assert [batch.requests for batch in bench.service.batches] == [[1], [10, 11, 12, 13], [14, 15, 16, 17], [18]]
     assert len(await rest) == 9
@@ -226,8 +226,8 @@ async def test_outcomes_of_a_group_keep_their_places_and_errors_do_not_raise():
     await turns()
     second, first = reversed(bench.service.batches), bench.service.batches[0]
     for batch in (*second, first):
-        if not batch.landing.done():
-            land(batch)
+        if not batch.result.done():
+            complete(batch)
     outcomes = await group
 
     assert [str(outcome) for outcome in outcomes] == ["answer 1", "Not 3.", "answer 4", "Not 6."]
@@ -252,7 +252,7 @@ async def test_a_full_queue_refuses_at_once_and_keeps_what_it_has():
     for _ in range(3):
         await turns()
         for batch in bench.service.hanging:
-            land(batch)
+            complete(batch)
     assert await kept == ["answer 1", "answer 2", "answer 4"]
 
 
@@ -260,7 +260,7 @@ async def test_an_error_of_the_batch_reaches_every_caller_as_an_object_of_its_ow
     bench = Bench()
     futures = [bench.call(1), bench.call(2)]
     await turns()
-    bench.service.batches[0].landing.set_exception(Unavailable(service="things"))
+    bench.service.batches[0].result.set_exception(Unavailable(service="things"))
     errors = await asyncio.gather(*futures, return_exceptions=True)
 
     assert all(isinstance(error, Unavailable) for error in errors)
@@ -273,7 +273,7 @@ async def test_a_wrong_number_of_answers_is_internal_for_all_and_reported(answer
     bench = Bench()
     futures = [bench.call(1), bench.call(2)]
     await turns()
-    bench.service.batches[0].landing.set_result(answers)
+    bench.service.batches[0].result.set_result(answers)
     outcomes = await asyncio.gather(*futures, return_exceptions=True)
 
     assert all(isinstance(outcome, Internal) for outcome in outcomes)
@@ -295,7 +295,7 @@ async def test_a_deadline_is_kept_although_the_service_hangs_and_its_lane_is_fre
     await turns()
     assert bench.service.batches[0].cancelled
     assert bench.service.batches[1].requests == [4]
-    land(bench.service.batches[1])
+    complete(bench.service.batches[1])
     assert await queued == "answer 4"
 
 
@@ -308,7 +308,7 @@ async def test_a_late_answer_after_the_deadline_changes_nothing():
     with pytest.raises(DeadlineExceeded):
         await late
     assert not bench.service.batches[0].cancelled  # the group still waits for it
-    land(bench.service.batches[0])
+    complete(bench.service.batches[0])
 
     assert await group == ["answer 2", "answer 4"]
 
@@ -321,18 +321,18 @@ async def test_what_is_cancelled_or_expired_in_the_queue_is_never_sent():
     gone.cancel()
     group.cancel()
     bench.clock.now += 1
-    land(bench.service.batches[0])
+    complete(bench.service.batches[0])
     await turns()
 
     assert [batch.requests for batch in bench.service.batches] == [[1], [8]]
     with pytest.raises(DeadlineExceeded):
         await expired
-    land(bench.service.batches[1])
+    complete(bench.service.batches[1])
     await good
 
 
 async def test_a_flight_that_is_cancelled_before_its_first_step_frees_its_lane():
-    """Such a task runs nothing at all. It happens when the alarm rings in the turn in which the flight leaves."""
+    """Such a task runs nothing at all. It happens when the alarm rings in the turn in which the batch is sent."""
     bench = Bench(lanes=1)
     first = bench.call(1, seconds=5)
     bench.batcher._flush()
@@ -346,7 +346,7 @@ async def test_a_flight_that_is_cancelled_before_its_first_step_frees_its_lane()
 
     second = bench.call(2)
     await turns()
-    land(bench.service.batches[0])
+    complete(bench.service.batches[0])
     assert await second == "answer 2"
 
 
@@ -380,9 +380,9 @@ async def test_a_flight_whose_task_is_cancelled_from_outside_says_that_the_outco
     bench = Bench()
     future = bench.call(1)
     await turns()
-    flight = next(iter(bench.batcher._in_flight))
-    assert flight.task is not None
-    flight.task.cancel()
+    batch = next(iter(bench.batcher._in_flight))
+    assert batch.task is not None
+    batch.task.cancel()
     with pytest.raises(OutcomeUnknown):
         await future
     assert bench.batcher.in_flight == 0
@@ -396,7 +396,7 @@ async def test_an_observer_that_raises_leaves_nobody_waiting(broken: str, monkey
     futures = [bench.call(1), bench.call(2)]
     await turns()
     for batch in bench.service.hanging:
-        batch.landing.set_exception(Broken("transport"))
+        batch.result.set_exception(Broken("transport"))
     outcomes = await asyncio.gather(*futures, return_exceptions=True)
 
     assert all(isinstance(outcome, Internal) for outcome in outcomes)
@@ -404,7 +404,7 @@ async def test_an_observer_that_raises_leaves_nobody_waiting(broken: str, monkey
 
 
 async def test_callers_that_are_gone_leave_no_noise():
-    """An error for somebody who does not listen any more must not be reported as "never retrieved"."""
+    """An error for a caller that does not wait any more must not be reported as "never retrieved"."""
     reported: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, problem: reported.append(problem))
     bench = Bench(size=8)
@@ -417,8 +417,8 @@ async def test_callers_that_are_gone_leave_no_noise():
     await turns()
     early.cancel()
     await turns()
-    land(bench.service.batches[0])
-    await asyncio.sleep(0)  # the flight has set its answers, nobody has taken them yet
+    complete(bench.service.batches[0])
+    await asyncio.sleep(0)  # the answers are set, no caller has taken them yet
     same_turn.cancel()
     impatient.cancel()
     await asyncio.gather(early, same_turn, impatient, return_exceptions=True)
@@ -439,7 +439,7 @@ async def test_close_lets_flights_land_and_refuses_what_waits():
     with pytest.raises(Unavailable):
         await waiting
     assert all(isinstance(outcome, Unavailable) for outcome in await group)
-    land(bench.service.batches[0])
+    complete(bench.service.batches[0])
     await closing
 
     assert await flying == "answer 1"
@@ -450,26 +450,26 @@ async def test_a_call_made_while_closing_is_settled_too():
     bench = Bench(size=1, lanes=1)
     first = bench.call(1)
     await turns()
-    heard: list[Any] = []
+    outcomes: list[Any] = []
 
     async def again() -> None:
         await first
-        heard.extend(await asyncio.gather(bench.call(2), return_exceptions=True))
+        outcomes.extend(await asyncio.gather(bench.call(2), return_exceptions=True))
 
     task = asyncio.create_task(again())
     closing = asyncio.create_task(bench.batcher.close())
     await turns()
-    land(bench.service.batches[0])
+    complete(bench.service.batches[0])
     await turns()
     for batch in bench.service.hanging:
-        land(batch)
+        complete(batch)
     await closing
     await turns()
     for batch in bench.service.hanging:
-        land(batch)
+        complete(batch)
     await task
 
-    assert len(heard) == 1
+    assert len(outcomes) == 1
 
 
 async def test_two_loops_in_two_threads_do_not_disturb_each_other():
@@ -482,7 +482,7 @@ async def test_two_loops_in_two_threads_do_not_disturb_each_other():
             future = bench.call(1)
             while not bench.service.hanging:
                 await asyncio.sleep(0)
-            land(bench.service.hanging[0])
+            complete(bench.service.hanging[0])
             bench.service.batches.clear()
             answers.append(await asyncio.wait_for(future, 10))
         return answers
@@ -569,7 +569,7 @@ Step = tuple[str, int]
 STEPS = st.one_of(
     st.tuples(st.just("call"), st.integers(1, 12)),  # seconds until its deadline
     st.tuples(st.just("many"), st.integers(0, 5)),  # how many
-    st.tuples(st.just("land"), st.integers(0, 9)),
+    st.tuples(st.just("complete"), st.integers(0, 9)),
     st.tuples(st.just("fail"), st.integers(0, 9)),
     st.tuples(st.just("break"), st.integers(0, 9)),
     st.tuples(st.just("miscount"), st.integers(0, 9)),
@@ -582,7 +582,7 @@ STEPS = st.one_of(
 
 
 class Caller:
-    """Somebody who called, and what they may hear."""
+    """A caller, and how often its call was settled."""
 
     def __init__(self, future: asyncio.Future[Any], requests: list[int], deadline: float, *, alone: bool) -> None:
         self.future = future
@@ -590,11 +590,11 @@ class Caller:
         self.deadline = deadline
         self.alone = alone
         self.left_at: float | None = None
-        self.heard = 0
-        future.add_done_callback(self._hear)
+        self.settled = 0
+        future.add_done_callback(self._settle)
 
-    def _hear(self, _: object) -> None:
-        self.heard += 1
+    def _settle(self, _: object) -> None:
+        self.settled += 1
 
 
 class Schedule:
@@ -635,26 +635,26 @@ class Schedule:
             assert not full
             self.callers.append(Caller(future, requests, self.bench.clock.now + seconds, alone=alone))
 
-    async def step_land(self, which: int) -> None:
+    async def step_complete(self, which: int) -> None:
         if batch := self.pick(which):
-            land(batch)
+            complete(batch)
 
     async def step_fail(self, which: int) -> None:
         if batch := self.pick(which):
-            batch.landing.set_exception(Unavailable(service="things"))
+            batch.result.set_exception(Unavailable(service="things"))
 
     async def step_break(self, which: int) -> None:
         if batch := self.pick(which):
-            batch.landing.set_exception(Broken())
+            batch.result.set_exception(Broken())
 
     async def step_miscount(self, which: int) -> None:
         if batch := self.pick(which):
-            batch.landing.set_result(["neighbour"] * (len(batch.requests) + 1))
+            batch.result.set_result(["neighbour"] * (len(batch.requests) + 1))
 
     async def step_kill(self, which: int) -> None:
-        """Cancels a flight's task, started or not."""
-        if flights := list(self.bench.batcher._in_flight):
-            task = flights[which % len(flights)].task
+        """Cancels the task of a batch, started or not."""
+        if batches := list(self.bench.batcher._in_flight):
+            task = batches[which % len(batches)].task
             assert task is not None
             task.cancel()
 
@@ -672,7 +672,7 @@ class Schedule:
         await turns(count)
 
     async def step_flush_and_ring(self, seconds: int) -> None:
-        """The alarm rings in the turn in which flights leave: their tasks have not begun."""
+        """The alarm rings in the turn in which batches are sent: their tasks have not begun."""
         self.bench.batcher._flush()
         self.bench.clock.now += seconds
         self.bench.ring()
@@ -686,14 +686,14 @@ class Schedule:
         assert batcher.in_flight <= batcher.lanes
         assert batcher.queued <= batcher.queue_limit
         for caller in self.callers:
-            self.check_heard(caller)
-            # Nobody waits longer than to the deadline, whatever hangs.
+            self.check_settled(caller)
+            # No caller waits longer than to the deadline, whatever hangs.
             if caller.deadline <= now and batcher._alarm_at <= now:
                 raise AssertionError("the alarm should have rung")
         self.check_sent()
 
-    def check_heard(self, caller: Caller) -> None:
-        assert caller.heard <= 1
+    def check_settled(self, caller: Caller) -> None:
+        assert caller.settled <= 1
         if not caller.future.done():
             assert caller.deadline > self.bench.clock.now, "a deadline has passed in silence"
             return
@@ -717,7 +717,7 @@ class Schedule:
             assert batch.requests == sorted(batch.requests), "out of order"
 
     async def end(self) -> None:
-        """Everything hangs from now on: yet everybody hears, every lane is free again, and the batcher works."""
+        """Everything hangs from now on: yet every caller is answered, every lane is free, and the batcher works."""
         await turns()
         self.bench.clock.now += 1_000
         self.bench.ring()
@@ -726,7 +726,7 @@ class Schedule:
         assert (self.bench.batcher.in_flight, self.bench.batcher.queued) == (0, 0)
         after = self.bench.call(1_000)
         await turns()
-        land(self.bench.service.batches[-1])
+        complete(self.bench.service.batches[-1])
         assert await after == answer(1_000)
         await self.bench.batcher.close()
         self.check()
@@ -755,11 +755,11 @@ def test_close_settles_everybody_at_any_moment(steps: list[Step], closed_at: int
         closing = asyncio.create_task(schedule.bench.batcher.close())
         await turns()
         for batch in schedule.bench.service.hanging:
-            land(batch)
+            complete(batch)
         await asyncio.wait_for(closing, 10)
         assert all(caller.future.done() for caller in schedule.callers)
         for caller in schedule.callers:
-            schedule.check_heard(caller)
+            schedule.check_settled(caller)
 
     asyncio.run(body())
 
@@ -777,7 +777,7 @@ def test_of_what_waits_exactly_the_wanted_is_sent(cancelled: set[int], expired: 
         bench.clock.now += 1
         bench.ring()
         while bench.service.hanging:
-            land(bench.service.hanging[0])
+            complete(bench.service.hanging[0])
             await turns()
         sent = [request for batch in bench.service.batches[1:] for request in batch.requests]
         assert sent == [n for n in range(1, 13) if n not in cancelled | expired]

@@ -323,8 +323,8 @@ def test_reports_from_before_it_opened_change_nothing(
 
 
 def test_every_change_of_state_is_told_once(clock: ManualClock):
-    told: list[State] = []
-    breaker = breaker_with(clock, on_change=told.append)
+    changes: list[State] = []
+    breaker = breaker_with(clock, on_change=changes.append)
     trip(breaker)
     clock.seconds += OPEN
     breaker.admit()
@@ -333,7 +333,7 @@ def test_every_change_of_state_is_told_once(clock: ManualClock):
     clock.seconds += OPEN * 2
     breaker.admit().succeeded()
 
-    assert told == [State.OPEN, State.HALF_OPEN, State.OPEN, State.HALF_OPEN, State.CLOSED]
+    assert changes == [State.OPEN, State.HALF_OPEN, State.OPEN, State.HALF_OPEN, State.CLOSED]
 
 
 # --------------------------------------------------------------------------------------------------------- transport

@@ -34,11 +34,11 @@ async def test_two_hundred_buyers_of_fifty_pieces_get_fifty(harness: InventoryHa
     await harness.stock(mug=50)
     clients = [harness.inventory, other.client(Inventory)]
     with harness.acting(SERVICE):
-        heard = await asyncio.gather(
+        outcomes = await asyncio.gather(
             *(clients[i % 2].reserve(reserve(i, mug=1)) for i in range(1, 201)), return_exceptions=True
         )
 
-    assert Counter(type(h) for h in heard) == {Reservation: 50, OutOfStock: 150}
+    assert Counter(type(one) for one in outcomes) == {Reservation: 50, OutOfStock: 150}
     assert await harness.pieces() == (50, 50)
     assert [what for what, _ in await harness.emitted("product", MUG)].count("stock.exhausted") == 1
 
@@ -68,9 +68,9 @@ async def test_two_concurrent_reservations_of_the_last_piece_do_not_oversell(har
                 for order_id, client in ((7, harness.inventory), (8, other.client(Inventory)))
             ]
         await harness.until_blocked(2, by=calls)
-    heard = await asyncio.gather(*calls, return_exceptions=True)
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
 
-    assert Counter(type(h) for h in heard) == {Reservation: 1, OutOfStock: 1}
+    assert Counter(type(one) for one in outcomes) == {Reservation: 1, OutOfStock: 1}
     assert await harness.pieces() == (1, 1)
 
 
@@ -88,9 +88,9 @@ async def test_of_a_batch_that_waits_for_a_level_each_order_gets_what_is_left(ha
         )
         batch = asyncio.ensure_future(harness.reserve_many(*(reserve(order_id, mug=1) for order_id in (7, 8, 9))))
         await harness.until_blocked(by=[batch])
-    heard = await batch
+    outcomes = await batch
 
-    assert [type(h) for h in heard] == [Reservation, Reservation, OutOfStock]
+    assert [type(one) for one in outcomes] == [Reservation, Reservation, OutOfStock]
     assert await harness.pieces() == (2, 2)
     assert await harness.emitted("reservation", 9) == []
 
@@ -106,12 +106,12 @@ async def test_of_a_commit_and_a_release_at_the_same_moment_one_is_done(harness:
             sold = asyncio.ensure_future(harness.inventory.commit(commit(7)))
             freed = asyncio.ensure_future(other.client(Inventory).release(release(7)))
         await harness.until_blocked(2, by=[sold, freed])
-    heard = await asyncio.gather(sold, freed, return_exceptions=True)
+    outcomes = await asyncio.gather(sold, freed, return_exceptions=True)
 
     [state] = (await harness.states()).values()
-    assert isinstance(heard[1], Reservation)
-    assert heard[1].state == state
-    assert isinstance(heard[0], Reservation if state == "committed" else ReservationClosed)
+    assert isinstance(outcomes[1], Reservation)
+    assert outcomes[1].state == state
+    assert isinstance(outcomes[0], Reservation if state == "committed" else ReservationClosed)
     assert await harness.pieces() == ((0, 0) if state == "committed" else (2, 0))
 
 
@@ -156,17 +156,17 @@ async def hurry_about_the_same_orders(harness: InventoryHarness) -> None:
         order_id, client = i % 20 + 1, clients[i // 20 % 2]
         match i % 3:
             case 0:
-                [heard] = await client.commit.many([commit(order_id)])
+                [outcome] = await client.commit.many([commit(order_id)])
             case 1:
-                [heard] = await client.release.many([release(order_id)])
+                [outcome] = await client.release.many([release(order_id)])
             case _:
-                [heard] = await client.reserve.many([reserve(order_id, lamp=1, mug=1, for_payment=bool(i % 2))])
-        return heard
+                [outcome] = await client.reserve.many([reserve(order_id, lamp=1, mug=1, for_payment=bool(i % 2))])
+        return outcome
 
     with harness.acting(SERVICE):
-        heard = await asyncio.gather(*(hurry(i) for i in range(240)))
+        outcomes = await asyncio.gather(*(hurry(i) for i in range(240)))
 
-    assert {type(h) for h in heard} <= {Reservation, ReservationClosed}
+    assert {type(one) for one in outcomes} <= {Reservation, ReservationClosed}
     assert await deadlocks(harness) == 0
     states = Counter((await harness.states()).values())
     sold = states["committed"]

@@ -196,10 +196,12 @@ async def test_many_with_one_key_at_once_adjust_once(harness: InventoryHarness):
     other = await harness.another_host()
     clients = [harness.inventory, other.client(type(harness.inventory))]
     with harness.acting(STAFF):
-        heard = await asyncio.gather(*(clients[i % 2].adjust(adjusting(5)) for i in range(12)), return_exceptions=True)
+        outcomes = await asyncio.gather(
+            *(clients[i % 2].adjust(adjusting(5)) for i in range(12)), return_exceptions=True
+        )
 
-    done = [h for h in heard if isinstance(h, AdjustedLevel)]
-    assert all(isinstance(h, AdjustedLevel | RequestInProgress) for h in heard)
+    done = [h for h in outcomes if isinstance(h, AdjustedLevel)]
+    assert all(isinstance(h, AdjustedLevel | RequestInProgress) for h in outcomes)
     assert sum(not h.replayed for h in done) == 1
     assert (await harness.level()).on_hand == 5
 
@@ -219,9 +221,9 @@ async def test_who_waits_for_a_twin_hears_its_answer(harness: InventoryHarness):
         )
         waiting = asyncio.create_task(adjust(harness, request))
         await harness.until_blocked(by=[waiting])
-    heard = await waiting
+    outcome = await waiting
 
-    assert (heard.level, heard.replayed) == (level, True)
+    assert (outcome.level, outcome.replayed) == (level, True)
     assert await harness.movements() == [("receipt", 5)]
 
 
@@ -291,10 +293,10 @@ async def test_what_has_moved_stays_as_it_was_written(harness: InventoryHarness,
 
 async def test_thousands_are_counted_a_batch_at_a_time_and_not_one_by_one(harness: InventoryHarness):
     harness.products.answers |= {i: product(i) for i in range(1, 513)}
-    heard = await count_many(harness, *(counting(i, product_id=i) for i in range(1, 513)))
+    outcomes = await count_many(harness, *(counting(i, product_id=i) for i in range(1, 513)))
     more = await adjust_many(harness, *(adjusting(1, f"k{i}", product_id=i) for i in range(1, 513)))
 
-    assert [level.on_hand for level in heard if isinstance(level, Level)] == list(range(1, 513))
+    assert [level.on_hand for level in outcomes if isinstance(level, Level)] == list(range(1, 513))
     assert [m.level.on_hand for m in more if isinstance(m, AdjustedLevel)] == list(range(2, 514))
     assert await transactions(harness) == 4
 
@@ -302,7 +304,7 @@ async def test_thousands_are_counted_a_batch_at_a_time_and_not_one_by_one(harnes
 async def test_each_count_of_a_batch_has_its_own_answer_or_its_own_error(harness: InventoryHarness):
     await harness.stock(mug=5, p3=9)
     await harness.reserve(7, mug=3)
-    heard = await count_many(
+    outcomes = await count_many(
         harness,
         counting(2),
         counting(8, product_id=LAMP),
@@ -313,11 +315,19 @@ async def test_each_count_of_a_batch_has_its_own_answer_or_its_own_error(harness
         counting(0, product_id=5),
     )
 
-    assert [type(h) for h in heard] == [BelowReserved, Level, ProductNotFound, StaleVersion, StaleVersion, Level, Level]
-    assert [(h.product_id, h.on_hand, h.version) for h in heard if isinstance(h, Level)] == [
+    assert [type(one) for one in outcomes] == [
+        BelowReserved,
+        Level,
+        ProductNotFound,
+        StaleVersion,
+        StaleVersion,
+        Level,
+        Level,
+    ]
+    assert [(h.product_id, h.on_hand, h.version) for h in outcomes if isinstance(h, Level)] == [
         (LAMP, 8, 1), (3, 6, 2), (5, 0, 1)
     ]  # fmt: skip
-    assert [(h.expected, h.actual) for h in heard if isinstance(h, StaleVersion)] == [(2, 0), (9, 1)]
+    assert [(h.expected, h.actual) for h in outcomes if isinstance(h, StaleVersion)] == [(2, 0), (9, 1)]
     assert await transactions(harness) == 3, "two before, and one for the batch"
     assert await harness.values("SELECT product_id FROM levels ORDER BY 1") == [MUG, LAMP, 3, 5]
     assert await harness.pieces() == (5, 3)
@@ -325,7 +335,7 @@ async def test_each_count_of_a_batch_has_its_own_answer_or_its_own_error(harness
 
 async def test_each_adjustment_of_a_batch_has_its_own_answer_or_its_own_error(harness: InventoryHarness):
     await adjust(harness, adjusting(1, "used"))
-    heard = await adjust_many(
+    outcomes = await adjust_many(
         harness,
         adjusting(4, "a"),
         adjusting(-9, "b"),
@@ -338,11 +348,11 @@ async def test_each_adjustment_of_a_batch_has_its_own_answer_or_its_own_error(ha
         adjusting(2, "g", product_id=LAMP),
     )
 
-    assert [type(h) for h in heard] == [
+    assert [type(one) for one in outcomes] == [
         AdjustedLevel, BelowReserved, ProductNotFound, InvalidRequest, IdempotencyKeyReused, AdjustedLevel,
         BelowReserved, InvalidRequest, AdjustedLevel,
     ]  # fmt: skip
-    assert [(h.level.on_hand, h.replayed) for h in heard if isinstance(h, AdjustedLevel)] == [
+    assert [(h.level.on_hand, h.replayed) for h in outcomes if isinstance(h, AdjustedLevel)] == [
         (5, False), (1, True), (2, False)
     ]  # fmt: skip
     assert await harness.movements() == [("receipt", 1), ("receipt", 4)]
@@ -358,9 +368,9 @@ async def test_a_key_that_was_refused_in_a_batch_is_free_again(harness: Inventor
 
 
 async def test_each_request_of_a_batch_is_its_own_callers(harness: InventoryHarness):
-    heard = await asyncio.gather(*(adjust(harness, adjusting(5), Actor("staff", i)) for i in (1, 2, 1)))
+    outcomes = await asyncio.gather(*(adjust(harness, adjusting(5), Actor("staff", i)) for i in (1, 2, 1)))
 
-    assert [(h.level.on_hand, h.replayed) for h in heard] == [(5, False), (10, False), (5, True)]
+    assert [(h.level.on_hand, h.replayed) for h in outcomes] == [(5, False), (10, False), (5, True)]
     assert await harness.values("SELECT actor_id FROM movements ORDER BY id") == [1, 2]
     assert await transactions(harness) == 1
 
@@ -381,10 +391,10 @@ async def test_twins_in_one_batch_adjust_once(harness: InventoryHarness):
 
 
 async def test_twins_in_one_batch_are_refused_alike(harness: InventoryHarness):
-    heard = await adjust_many(harness, adjusting(-1), adjusting(-1), adjusting(5))
+    outcomes = await adjust_many(harness, adjusting(-1), adjusting(-1), adjusting(5))
 
-    assert [type(h) for h in heard] == [BelowReserved, BelowReserved, IdempotencyKeyReused]
-    assert heard[0] is not heard[1]
+    assert [type(one) for one in outcomes] == [BelowReserved, BelowReserved, IdempotencyKeyReused]
+    assert outcomes[0] is not outcomes[1]
     assert await harness.movements() == []
 
 
@@ -456,9 +466,9 @@ async def test_batches_in_opposite_orders_do_not_wait_for_each_other_for_ever(ha
     adjusts = asyncio.create_task(adjust_many(harness, *(adjusting(2, f"k{i}", product_id=i) for i in (3, LAMP, MUG))))
     await harness.until_blocked(2, by=[sets, adjusts])
     await held.rollback()
-    heard = [*(await sets), *(await adjusts)]
+    outcomes = [*(await sets), *(await adjusts)]
 
-    assert [h for h in heard if isinstance(h, ServiceError)] == []
+    assert [h for h in outcomes if isinstance(h, ServiceError)] == []
     assert await transactions(harness) == before + 2
 
 

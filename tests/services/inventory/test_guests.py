@@ -41,10 +41,10 @@ async def test_guests_on_two_hosts_at_once_hold_their_share_and_no_more(harness:
         with harness.acting(SERVICE):
             calls = [asyncio.ensure_future(clients[i % 2].reserve(of_guest(i, mug=1 + i % 2))) for i in range(1, 41)]
         await harness.until_blocked(2, by=calls)
-    heard = await asyncio.gather(*calls, return_exceptions=True)
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
 
-    assert {type(h) for h in heard} == {Reservation, OutOfStock}
-    pieces = sum(line.quantity for h in heard if isinstance(h, Reservation) for line in h.lines)
+    assert {type(one) for one in outcomes} == {Reservation, OutOfStock}
+    pieces = sum(line.quantity for h in outcomes if isinstance(h, Reservation) for line in h.lines)
     assert pieces == 10
     assert await harness.pieces() == (50, 10)
 

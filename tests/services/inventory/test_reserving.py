@@ -90,18 +90,18 @@ async def test_a_product_in_two_lines_is_refused_and_its_neighbours_are_not(harn
     await harness.stock(mug=5)
     twice = tuple(StockLine(product_id=MUG, quantity=1) for _ in range(2))
     wrong = ReserveStock(order_id=8, lines=twice, for_payment=False, idempotency_key="8", order_nonce=NONCE)
-    heard = await harness.reserve_many(reserve(7, mug=1), wrong, reserve(9, mug=1))
+    outcomes = await harness.reserve_many(reserve(7, mug=1), wrong, reserve(9, mug=1))
 
-    assert [type(h) for h in heard] == [Reservation, InvalidRequest, Reservation]
-    assert [e.field for e in getattr(heard[1], "errors")] == ["lines[0].product_id", "lines[1].product_id"]  # noqa: B009
+    assert [type(one) for one in outcomes] == [Reservation, InvalidRequest, Reservation]
+    assert [e.field for e in getattr(outcomes[1], "errors")] == ["lines[0].product_id", "lines[1].product_id"]  # noqa: B009
     assert await harness.states() == {7: "held", 9: "held"}
 
 
 async def test_in_one_batch_the_first_get_what_there_is(harness: InventoryHarness):
     await harness.stock(mug=3)
-    heard = await harness.reserve_many(*(reserve(i, mug=2 if i == 2 else 1) for i in range(1, 6)))
+    outcomes = await harness.reserve_many(*(reserve(i, mug=2 if i == 2 else 1) for i in range(1, 6)))
 
-    assert [type(h) for h in heard] == [Reservation, Reservation, OutOfStock, OutOfStock, OutOfStock]
+    assert [type(one) for one in outcomes] == [Reservation, Reservation, OutOfStock, OutOfStock, OutOfStock]
     assert await harness.states() == {1: "held", 2: "held"}
     [level_versions] = [[v for _, v in await harness.emitted("product", MUG)]]
     assert level_versions == [1, 1, 2]  # one change of the level for the whole batch
@@ -274,11 +274,11 @@ async def test_returns_of_one_batch_are_counted_together(harness: InventoryHarne
     await harness.reserve(7, mug=2)
     await harness.commit(7)
     with harness.acting(SERVICE):
-        heard = await harness.inventory.restock.many(
+        outcomes = await harness.inventory.restock.many(
             [give_back(7, reference, mug=1) for reference in ("a", "a", "b", "c")]
         )
 
-    assert [type(h) for h in heard] == [Reservation, Reservation, Reservation, ReturnTooLarge]
+    assert [type(one) for one in outcomes] == [Reservation, Reservation, Reservation, ReturnTooLarge]
     assert await harness.pieces() == (5, 0)
     # One transaction for the batch (`loopback` sends it twice): the duplicate was seen before the key refused it.
     assert len(rounds) == (2 if harness.repeats else 1)
@@ -333,14 +333,14 @@ async def test_a_request_of_another_order_with_the_same_id_is_refused_and_change
         await harness.release(7)
     before = await harness.pieces(), await harness.states(), await harness.emitted("reservation", 7)
     with harness.acting(SERVICE):
-        heard = [
+        outcomes = [
             *await harness.inventory.reserve.many([reserve(7, mug=2, nonce=5)]),
             *await harness.inventory.commit.many([commit(7, 5)]),
             *await harness.inventory.release.many([release(7, 5)]),
             *await harness.inventory.restock.many([give_back(7, mug=1, nonce=5)]),
         ]
 
-    assert [(type(h), getattr(h, "order_id", None)) for h in heard] == [(AnotherOrder, 7)] * 4
+    assert [(type(h), getattr(h, "order_id", None)) for h in outcomes] == [(AnotherOrder, 7)] * 4
     assert (await harness.pieces(), await harness.states(), await harness.emitted("reservation", 7)) == before
     if not neighbours:
         return

@@ -43,11 +43,11 @@ def test_a_reservation_moves_only_where_the_table_says(before: str, after: str):
     if after == "held":
         assert not allowed
         return
-    heard = ledger.commit(7, NONCE) if after == "committed" else ledger.release(7, NONCE)
+    outcome = ledger.commit(7, NONCE) if after == "committed" else ledger.release(7, NONCE)
     changed = bool(ledger.write_set().changes)
     assert changed == allowed
     if not allowed:
-        assert getattr(heard, "state", None) == before
+        assert getattr(outcome, "state", None) == before
 
 
 def test_a_level_that_ends_as_it_was_has_not_changed():
@@ -103,7 +103,7 @@ def test_an_order_of_another_nonce_changes_nothing(state: str):
     ledger = StockLedger([level(1, 2, 2)], [stored(7, state, mug=2)])
     request = msgspec.structs.replace(ask(7, stock_lines(mug=2)), order_nonce=NONCE + 1)
     back = ReturnStock(order_id=7, lines=stock_lines(mug=1), reference="r", idempotency_key="k", order_nonce=NONCE + 1)
-    heard = [
+    outcomes = [
         ledger.reserve(request),
         ledger.commit(7, NONCE + 1),
         ledger.release(7, NONCE + 1),
@@ -111,5 +111,5 @@ def test_an_order_of_another_nonce_changes_nothing(state: str):
         ledger.return_items(back, SERVICE, back.lines),
     ]
 
-    assert {type(h) for h in heard} == {AnotherOrder}
+    assert {type(one) for one in outcomes} == {AnotherOrder}
     assert ledger.write_set() == WriteSet((), (), (), (), ())

@@ -95,10 +95,10 @@ async def test_orders_of_one_batch_count_together(harness: OrdersHarness):
 @COUNTED
 async def test_concurrent_orders_on_two_hosts_do_not_pass_the_limit_together(harness: OrdersHarness):
     clients = [harness.orders, await harness.another_process()]
-    heard = await race(harness, clients, [mugs()] * 12)
+    outcomes = await race(harness, clients, [mugs()] * 12)
 
-    assert sum(isinstance(one, PlacedOrder) for one in heard) == 3
-    assert sum(isinstance(one, TooManyOpenOrders) for one in heard) == 9
+    assert sum(isinstance(one, PlacedOrder) for one in outcomes) == 3
+    assert sum(isinstance(one, TooManyOpenOrders) for one in outcomes) == 9
     assert await harness.count("orders") == 3
 
 
@@ -124,11 +124,11 @@ async def test_a_key_gets_its_old_answer_when_the_limit_is_reached(harness: Orde
 @ONE
 async def test_one_key_at_the_same_moment_on_two_hosts_is_one_order_at_the_limit(harness: OrdersHarness):
     clients = [harness.orders, await harness.another_process()]
-    heard = await race(harness, clients, [mugs(key="key")] * 2)
+    outcomes = await race(harness, clients, [mugs(key="key")] * 2)
 
-    assert [type(one) for one in heard] == [PlacedOrder] * 2, heard
-    assert len({one.order.id for one in heard if isinstance(one, PlacedOrder)}) == 1
-    assert sorted(one.replayed for one in heard if isinstance(one, PlacedOrder)) == [False, True]
+    assert [type(one) for one in outcomes] == [PlacedOrder] * 2, outcomes
+    assert len({one.order.id for one in outcomes if isinstance(one, PlacedOrder)}) == 1
+    assert sorted(one.replayed for one in outcomes if isinstance(one, PlacedOrder)) == [False, True]
 
 
 @ONE
@@ -192,8 +192,8 @@ async def test_the_share_is_never_less_than_the_pieces(harness: OrdersHarness, o
 async def test_concurrent_orders_on_two_hosts_do_not_hold_more_than_the_share_together(harness: OrdersHarness):
     product_id = await harness.new_product(100)
     clients = [harness.orders, await harness.another_process()]
-    heard = await race(harness, clients, [of(product_id, 5)] * 12)
-    orders = [await harness.settled(one.order.id) for one in heard if isinstance(one, PlacedOrder)]
+    outcomes = await race(harness, clients, [of(product_id, 5)] * 12)
+    orders = [await harness.settled(one.order.id) for one in outcomes if isinstance(one, PlacedOrder)]
 
     assert len(orders) == 12
     assert sorted(order.status for order in orders) == ["cancelled"] * 8 + ["pending"] * 4

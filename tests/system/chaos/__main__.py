@@ -2,14 +2,15 @@
 
     make chaos SECONDS=60 [SEED=1] [ARGS="--json"]
 
-Starts `mercato up --workers 2` on a fresh folder, or with ARGS="--split nats" each service as two processes. People
+Starts `mercato up --workers 2` on a fresh folder, or with ARGS="--split nats" each service as two processes. Clients
 order, pay, cancel, return, get refunds, send things twice and give up waiting; meanwhile workers, the owner, the guard,
-the postmaster and single processes of PostgreSQL are killed, connections are ended, workers are stopped and go on as
-zombies. The bank fails one call in twenty. In the end the kills stop, the shop comes to rest by itself (within a
-minute), and the audit asks every invariant, those of the clients' history among them. Ends with 0 if all is well. When
-it is not, the folder is kept, with databases, logs and history.
+the postmaster and single processes of PostgreSQL are killed, connections are ended, workers are stopped and go on
+later, when others have taken over their work. The bank fails one call in twenty. In the end the kills stop, the shop
+comes to rest by itself (within a minute), and the audit asks every invariant, those of the clients' history among them.
+Ends with 0 if all is well. When it is not, the folder is kept, with databases, logs and history.
 
-The seed decides what is struck and after which pause, and what people want; it does not decide who wins a race.
+The seed decides which faults are injected, after which pauses, and what the clients request; it does not decide the
+outcome of a race.
 """
 
 from __future__ import annotations
@@ -38,15 +39,14 @@ ROOT: Final = Path(__file__).parents[3]
 # How a test finds and ends the processes of a shop is how it is done here.
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from system.chaos.buyers import Visit, people, stock_up  # noqa: E402
+from system.chaos.buyers import Scenario, people, stock_up  # noqa: E402
 from system.chaos.clients import Clients  # noqa: E402
+from system.chaos.final_state import CONVERGENCE_SECONDS, FinalState, final_state  # noqa: E402
 from system.chaos.schedule import schedule  # noqa: E402
-from system.chaos.shop import BatteredShop, Struck  # noqa: E402
-from system.chaos.verdict import CONVERGENCE_SECONDS, Verdict, judge  # noqa: E402
+from system.chaos.shop import ProcessReport, ShopUnderTest  # noqa: E402
 
 DEMO_PASSWORD: Final = "demo-password"
-VISITORS: Final = 48
-"""People in the shop at once."""
+CONCURRENT_SCENARIOS: Final = 48
 STARTING_SECONDS: Final = 150.0
 """A start that PostgreSQL does not let succeed is given up after a minute; it is the next one that must."""
 LOG: Final = "log.txt"
@@ -67,7 +67,7 @@ class Result(msgspec.Struct, frozen=True):
     accepted_within_3_retries: float
     kills: int
     """SIGKILLs."""
-    blows: dict[str, int]
+    faults: dict[str, int]
     starts: int
     ready_seconds_median: float
     ready_seconds_longest: float
@@ -82,7 +82,7 @@ class Result(msgspec.Struct, frozen=True):
     violated: list[dict[str, Any]]
     under_way: dict[str, int]
     unexpected: list[str]
-    """Answers that no client should see, and runs that ended without having been struck."""
+    """Answers that no client should see, and runs that ended without an injected fault."""
     errors_logged: dict[str, int]
 
 
@@ -92,17 +92,17 @@ class NotUpError(Exception):
 
 def main() -> int:
     options = _options()
-    # Settings of whoever runs this are none of the shop's business, nor of the audit's.
+    # Settings of the shell that runs this must reach neither the shop nor the audit.
     for name in set(os.environ) - set(clean_environment()):
         del os.environ[name]
     folder = Path(tempfile.mkdtemp(prefix="mercato-chaos-"))
-    tell = _Teller(options.json)
-    tell.line(
+    display = _Display(options.json)
+    display.line(
         f"seed {options.seed}   (the same schedule again: make chaos SECONDS={options.seconds} SEED={options.seed})"
     )
     keep = False
     try:
-        result = asyncio.run(_interruptible(_campaign(options, folder, tell)))
+        result = asyncio.run(_interruptible(_campaign(options, folder, display)))
         keep = not result.ok
     except (asyncio.CancelledError, KeyboardInterrupt):
         print("\nstopped", file=sys.stderr)
@@ -115,13 +115,13 @@ def main() -> int:
         if not keep:
             remove(folder / "data")
             shutil.rmtree(folder, ignore_errors=True)
-    tell.result(result, folder)
+    display.result(result, folder)
     return 0 if result.ok else 1
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make chaos", description="Kill a shop under load, and audit what is left.")
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long blows fall (60)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long faults are injected (60)")
     parser.add_argument("--seed", type=int, default=None, help="the schedule and the mix of another run")
     parser.add_argument("--split", choices=("nats", "http"), help="each service as processes of its own, two of each")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -138,9 +138,9 @@ async def _interruptible(work: Any) -> Any:
     return await task
 
 
-async def _campaign(options: argparse.Namespace, folder: Path, tell: _Teller) -> Result:
+async def _campaign(options: argparse.Namespace, folder: Path, display: _Display) -> Result:
     async with (
-        BatteredShop(folder / "data", options.split) as shop,
+        ShopUnderTest(folder / "data", options.split) as shop,
         contextlib.aclosing(Clients(shop, DEMO_PASSWORD)) as clients,
     ):
         await _come_up(shop, folder)
@@ -151,23 +151,23 @@ async def _campaign(options: argparse.Namespace, folder: Path, tell: _Teller) ->
 
         began_at = time.monotonic()
         end = began_at + options.seconds
-        visitors = _visitors(clients, customers, options.seed, end)
-        bar = asyncio.create_task(tell.progress(options.seconds, lambda: _standing(clients, shop)))
+        running = _scenarios(clients, customers, options.seed, end)
+        bar = asyncio.create_task(display.progress(options.seconds, lambda: _standing(clients, shop)))
         try:
-            await _strike(shop, options.seed, end)
+            await _inject_faults(shop, options.seed, end)
             calm_at = time.monotonic()
-            tell.phase = "no more blows: coming to rest"
-            await _finish(visitors, clients, calm_at)
+            display.phase = "no more faults: coming to rest"
+            await _finish(running, clients, calm_at)
             await _come_up(shop, folder)
-            tell.phase = "auditing"
-            verdict = await judge(shop.data, clients.history, max(calm_at, shop.up_at))
+            display.phase = "auditing"
+            state = await final_state(shop.data, clients.history, max(calm_at, shop.up_at))
         finally:
             bar.cancel()
-            for visitor in visitors:
-                visitor.cancel()
-            await asyncio.gather(bar, *visitors, return_exceptions=True)
+            for task in running:
+                task.cancel()
+            await asyncio.gather(bar, *running, return_exceptions=True)
         await shop.stop()
-        result = _result(options, clients, shop.struck(), verdict)
+        result = _result(options, clients, shop.report(), state)
         if not result.ok:
             (folder / LOG).write_text(shop.log())
             (folder / "history.jsonl").write_bytes(b"\n".join(map(msgspec.json.encode, clients.history)))
@@ -175,31 +175,31 @@ async def _campaign(options: argparse.Namespace, folder: Path, tell: _Teller) ->
         return result
 
 
-def _visitors(clients: Clients, customers: list[Any], seed: int, end: float) -> list[asyncio.Task[None]]:
+def _scenarios(clients: Clients, customers: list[Any], seed: int, end: float) -> list[asyncio.Task[None]]:
     numbers = itertools.count(1)
 
-    async def visit() -> None:
+    async def run_scenarios() -> None:
         while time.monotonic() < end:
-            await Visit(clients, customers, seed, next(numbers)).live()
+            await Scenario(clients, customers, seed, next(numbers)).run()
 
-    return [asyncio.create_task(visit()) for _ in range(VISITORS)]
+    return [asyncio.create_task(run_scenarios()) for _ in range(CONCURRENT_SCENARIOS)]
 
 
-async def _strike(shop: BatteredShop, seed: int, end: float) -> None:
-    """Strikes as the schedule says until the time is over."""
-    for blow in schedule(seed, split=shop.is_split):
+async def _inject_faults(shop: ShopUnderTest, seed: int, end: float) -> None:
+    """Injects faults as the schedule says until the time is over."""
+    for fault in schedule(seed, split=shop.is_split):
         left = end - time.monotonic()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, left)):
-                if not blow.early:
+                if not fault.early:
                     await shop.up.wait()
-                await asyncio.sleep(blow.gap_s)
-                await shop.strike(blow)
+                await asyncio.sleep(fault.gap_s)
+                await shop.inject(fault)
         if time.monotonic() >= end:
             return
 
 
-async def _come_up(shop: BatteredShop, folder: Path) -> None:
+async def _come_up(shop: ShopUnderTest, folder: Path) -> None:
     """Waits until the shop takes requests. Raises `NotUpError`, and leaves the log."""
     try:
         async with asyncio.timeout(STARTING_SECONDS):
@@ -209,49 +209,49 @@ async def _come_up(shop: BatteredShop, folder: Path) -> None:
         raise NotUpError(f"the shop was not ready within {STARTING_SECONDS:.0f} s") from None
 
 
-async def _finish(visitors: list[asyncio.Task[None]], clients: Clients, calm_at: float) -> None:
-    """Lets the people who are in the shop do what they came for. Raises what has gone wrong with one of them."""
+async def _finish(running: list[asyncio.Task[None]], clients: Clients, calm_at: float) -> None:
+    """Lets the scenarios that run come to their end. Raises what has gone wrong in one of them."""
     end = calm_at + CONVERGENCE_SECONDS / 2
-    await asyncio.wait(visitors, timeout=end - time.monotonic())
+    await asyncio.wait(running, timeout=end - time.monotonic())
     clients.given_up.set()
-    await asyncio.gather(*visitors)
+    await asyncio.gather(*running)
 
 
-def _result(options: argparse.Namespace, clients: Clients, struck: Struck, verdict: Verdict) -> Result:
-    unexpected = [*clients.unexpected, *struck.unexplained]
+def _result(options: argparse.Namespace, clients: Clients, report: ProcessReport, state: FinalState) -> Result:
+    unexpected = [*clients.unexpected, *report.unexplained]
     tried = max(1, clients.retries.total())
     return Result(
-        ok=not (verdict.findings or unexpected) and verdict.convergence_s is not None,
+        ok=not (state.findings or unexpected) and state.convergence_s is not None,
         seed=options.seed,
         seconds=options.seconds,
-        orders=verdict.orders,
-        paid=verdict.paid,
+        orders=state.orders,
+        paid=state.paid,
         requests=len(clients.history),
         statuses=dict(clients.statuses.most_common()),
         accepted_within_3_retries=round(sum(n for tries, n in clients.retries.items() if tries <= 3) / tried, 4),
-        kills=sum(n for kind, n in struck.blows.items() if kind not in ("pause", "terminate")),
-        blows=struck.blows,
-        starts=struck.starts,
-        ready_seconds_median=round(statistics.median(struck.ready_seconds), 1),
-        ready_seconds_longest=round(max(struck.ready_seconds), 1),
-        convergence_seconds=verdict.convergence_s,
-        takeovers=struck.takeovers,
-        fenced=struck.fenced,
-        **verdict.counts,
-        invariants=verdict.invariants,
-        violated=[msgspec.to_builtins(finding, enc_hook=str) for finding in verdict.findings],
-        under_way=verdict.under_way,
+        kills=sum(n for kind, n in report.faults.items() if kind not in ("pause", "terminate")),
+        faults=report.faults,
+        starts=report.starts,
+        ready_seconds_median=round(statistics.median(report.ready_seconds), 1),
+        ready_seconds_longest=round(max(report.ready_seconds), 1),
+        convergence_seconds=state.convergence_s,
+        takeovers=report.takeovers,
+        fenced=report.fenced,
+        **state.counts,
+        invariants=state.invariants,
+        violated=[msgspec.to_builtins(finding, enc_hook=str) for finding in state.findings],
+        under_way=state.under_way,
         unexpected=unexpected[:50],
-        errors_logged=struck.errors_logged,
+        errors_logged=report.errors_logged,
     )
 
 
-def _standing(clients: Clients, shop: BatteredShop) -> str:
-    blows = sum(shop.struck_so_far.values())
-    return f"{len(clients.history):6d} requests  {blows:4d} blows  {'up' if shop.up.is_set() else 'down':4s}"
+def _standing(clients: Clients, shop: ShopUnderTest) -> str:
+    faults = sum(shop.injected.values())
+    return f"{len(clients.history):6d} requests  {faults:4d} faults  {'up' if shop.up.is_set() else 'down':4s}"
 
 
-class _Teller:
+class _Display:
     """What a person sees: a bar on a terminal, a line now and then elsewhere, nothing but the result with --json."""
 
     def __init__(self, as_json: bool) -> None:
@@ -289,11 +289,11 @@ class _Teller:
 
 
 def _lines(result: Result) -> list[str]:
-    blows = "  ".join(f"{kind} {n}" for kind, n in sorted(result.blows.items()))
+    faults = "  ".join(f"{kind} {n}" for kind, n in sorted(result.faults.items()))
     rest = "not within a minute" if result.convergence_seconds is None else f"after {result.convergence_seconds} s"
     lines = [
         f"orders          {result.orders} ({result.paid} paid), by {result.requests} requests",
-        f"kills           {result.kills} (SIGKILL); blows: {blows}",
+        f"kills           {result.kills} (SIGKILL); faults: {faults}",
         f"starts          {result.starts}; ready after {result.ready_seconds_median} s (median), "
         f"{result.ready_seconds_longest} s (longest)",
         f"at rest         {rest}",

@@ -1,6 +1,6 @@
-"""What people do in the shop while it is struck: the same for the same seed, whatever the answers.
+"""What clients do in the shop while faults are injected: the same for the same seed, whatever the answers.
 
-One `Visit` is one person's way: a few requests that belong together. `LIVES` says how often each kind comes.
+One `Scenario` is a few requests of one client that belong together. `SCENARIO_WEIGHTS` says how often each kind comes.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ SHORT_PIECES: Final = 25
 GOOD: Final = ("sandbox:ok", "sandbox:ok", "sandbox:lost_answer", "sandbox:error_then_ok", "sandbox:slow:200")
 BAD: Final = ("sandbox:declined", "sandbox:insufficient_funds", "sandbox:capture_expired")
 LOOKS: Final = 8
-"""How often somebody looks for what has become of an order before they lose interest."""
+"""How often a client reads an order before it gives up waiting for the result."""
 
 
 def people() -> list[Who]:
-    """Two customers with tokens; and staff, who are everybody without one."""
+    """Two customers with tokens. A client without a token is staff."""
     return [
         Who("user:1", 1, "customer", "alice@example.com"),
         Who("user:2", 2, "customer", "bob@example.com"),
@@ -47,25 +47,25 @@ async def stock_up(clients: Clients) -> None:
         assert reply.status == 200, reply
 
 
-class Visit:
-    """One way through the shop. `number` and the seed decide everything about it."""
+class Scenario:
+    """A sequence of requests. `number` and the seed decide everything about it."""
 
     def __init__(self, clients: Clients, customers: list[Who], seed: int, number: int) -> None:
         self._clients = clients
         self._customers = customers
-        self._rng = random.Random(f"{seed}:visit:{number}")
+        self._rng = random.Random(f"{seed}:scenario:{number}")
         self._name = f"{seed}-{number}"
         self._keys = itertools.count(1)
         customer = self._rng.choice(customers)
-        # Most orders are placed by staff on behalf of somebody, as in a shop without sign-in.
+        # Most orders are placed by staff on behalf of a customer, as in a shop without sign-in.
         self._user_id = customer.user_id
         self._who = customer if self._rng.random() < 0.4 else STAFF
 
-    async def live(self) -> None:
-        [life] = self._rng.choices(list(LIVES), list(LIVES.values()))
-        await life(self)
+    async def run(self) -> None:
+        [steps] = self._rng.choices(list(SCENARIO_WEIGHTS), list(SCENARIO_WEIGHTS.values()))
+        await steps(self)
 
-    # ------------------------------------------------------------------------------------------------------ whole lives
+    # -------------------------------------------------------------------------------------------------------- scenarios
 
     async def pays_with_the_order(self) -> None:
         order = await self._order(self._rng.choice(GOOD))
@@ -102,11 +102,11 @@ class Visit:
 
     async def sends_everything_twice(self) -> None:
         body, key = self._basket(self._rng.choice((*GOOD, None))), self._key()
-        twins = [self._insist(self._who, "POST", "/orders", body, key=key) for _ in range(self._rng.randint(2, 4))]
+        duplicates = [self._insist(self._who, "POST", "/orders", body, key=key) for _ in range(self._rng.randint(2, 4))]
         if self._rng.random() < 0.3:
             other = {**body, "user_id": body["user_id"], "items": [{"product_id": 9, "quantity": 9}]}
-            twins.append(self._insist(self._who, "POST", "/orders", other, key=key))
-        replies = await asyncio.gather(*twins)
+            duplicates.append(self._insist(self._who, "POST", "/orders", other, key=key))
+        replies = await asyncio.gather(*duplicates)
         await self._settled(_shown(next((r for r in replies if r and r.status == 201), None)))
 
     async def uses_a_key_again(self) -> None:
@@ -117,7 +117,7 @@ class Visit:
         await self._insist(self._who, "POST", "/orders", body, key=key)
         await self._settled(_shown(first))
 
-    async def orders_for_everybody(self) -> None:
+    async def places_many_orders_at_once(self) -> None:
         """Several at once, so that what the shop does becomes batches."""
         methods = [self._rng.choice((*GOOD, *BAD)) for _ in range(self._rng.randint(5, 15))]
         bodies = [(self._basket(method), self._key()) for method in methods]
@@ -166,11 +166,11 @@ class Visit:
         key = self._key()
         body = self._rng.choice(({}, {"amount": "1.00"}, {"amount": "2.50", "reason": "scratched"}))
         times = self._rng.choice((1, 2))
-        twins = (
+        duplicates = (
             self._insist(STAFF, "POST", "/payments/{id}/refunds", body, key=key, id=reply.json[0]["id"])
             for _ in range(times)
         )
-        await asyncio.gather(*twins)
+        await asyncio.gather(*duplicates)
         if self._rng.random() < 0.3:
             await self._insist(STAFF, "POST", "/payments/{id}/refunds", {}, key=self._key(), id=reply.json[0]["id"])
 
@@ -230,15 +230,15 @@ def _shown(reply: Reply | None) -> dict[str, Any] | None:
     return reply.json if reply is not None and reply.status < 300 else None
 
 
-LIVES: Final[dict[Callable[[Visit], Awaitable[None]], int]] = {
-    Visit.pays_with_the_order: 40,
-    Visit.is_declined: 10,
-    Visit.pays_later: 14,
-    Visit.reserves_the_amount_first: 6,
-    Visit.never_pays: 8,
-    Visit.orders_for_everybody: 25,
-    Visit.sends_everything_twice: 8,
-    Visit.uses_a_key_again: 4,
-    Visit.counts_stock: 6,
-    Visit.looks_at_what_is_not_theirs: 4,
+SCENARIO_WEIGHTS: Final[dict[Callable[[Scenario], Awaitable[None]], int]] = {
+    Scenario.pays_with_the_order: 40,
+    Scenario.is_declined: 10,
+    Scenario.pays_later: 14,
+    Scenario.reserves_the_amount_first: 6,
+    Scenario.never_pays: 8,
+    Scenario.places_many_orders_at_once: 25,
+    Scenario.sends_everything_twice: 8,
+    Scenario.uses_a_key_again: 4,
+    Scenario.counts_stock: 6,
+    Scenario.looks_at_what_is_not_theirs: 4,
 }

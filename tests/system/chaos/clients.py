@@ -1,4 +1,4 @@
-"""Clients that do what the documentation tells them, and write down all that they were told.
+"""Clients that do what the documentation says, and record every answer.
 
 Who gets no answer, a 503 or a 504 sends the same request again, with the same key. Every request, with what was
 answered, becomes a `ClientOperation`: the audit asks whether each of these answers was true.
@@ -19,7 +19,7 @@ import aiohttp
 import msgspec
 
 from mercato.operations.audit.history import ClientOperation, Outcome
-from system.chaos.shop import BatteredShop
+from system.chaos.shop import ShopUnderTest
 
 ANSWER_SECONDS: Final = 12.0
 CONNECT_SECONDS: Final = 1.0
@@ -32,7 +32,7 @@ EXPECTED: Final = frozenset({200, 201, 204, 402, 404, 409, 422, 429, 502, 503, 5
 
 
 class Who(msgspec.Struct):
-    """Somebody with requests. `token` None: nobody, who is staff in an open shop."""
+    """The account of a client. `token` None: the anonymous client, which is staff in an open shop."""
 
     principal: str
     user_id: int
@@ -52,7 +52,7 @@ class Reply(msgspec.Struct, frozen=True):
 class Clients:
     """Sends requests to the shop wherever it is at the moment, and keeps the history of all of them."""
 
-    def __init__(self, shop: BatteredShop, password: str) -> None:
+    def __init__(self, shop: ShopUnderTest, password: str) -> None:
         self.history: list[ClientOperation] = []
         self.statuses: Counter[str] = Counter()
         self.unexpected: list[str] = []
@@ -60,7 +60,7 @@ class Clients:
         self.retries: Counter[int] = Counter()
         """By how often an order was sent again before it was answered."""
         self.given_up = asyncio.Event()
-        """Set when nobody shall try again any more."""
+        """Set when no client shall try again any more."""
         self._shop = shop
         self._password = password
         self._numbers = itertools.count(1)
@@ -134,7 +134,7 @@ class Clients:
         return reply
 
     async def sign_in(self, who: Who) -> None:
-        """Gives somebody a token; tries again until it works."""
+        """Gives a client a token; tries again until it works."""
         credentials = {"email": who.email, "password": self._password}
         while not self.given_up.is_set():
             reply = await self._exchange("POST", "/login", credentials, {}, ANSWER_SECONDS)

@@ -192,7 +192,9 @@ def _broker(users: Path, folder: Path) -> Generator[int]:
         process.wait(BOUND_SECONDS)
 
 
-def campaign(admin_dsn: str, folder: Path, *, seconds: float, seed: int, transport: str, tells: bool = False) -> Result:
+def campaign(
+    admin_dsn: str, folder: Path, *, seconds: float, seed: int, transport: str, report_progress: bool = False
+) -> Result:
     """One run."""
     rng = random.Random(f"{seed}:network")
     failures: list[Failure] = []
@@ -210,8 +212,8 @@ def campaign(admin_dsn: str, folder: Path, *, seconds: float, seed: int, transpo
                     break
                 failed |= {link.name for link in links}
                 failures.append(_fail(shop, kind, links, rng.uniform(*FAILED_SECONDS), buyers))
-                if tells:
-                    _tell(failures[-1], buyers)
+                if report_progress:
+                    _print_failure(failures[-1], buyers)
         lost = _lost(shop, buyers, token)
         holds = _comes_to_rest(admin_dsn)
         errors = [line for line in shop.gateway.errors if '"level":"error"' in line]
@@ -292,7 +294,7 @@ def _audited(admin_dsn: str) -> subprocess.CompletedProcess[str]:
     return run("audit", "--settled", "0", "--dsn", admin_dsn, environment={"MERCATO_SECRET": SECRET})
 
 
-def _tell(failure: Failure, buyers: Paying) -> None:
+def _print_failure(failure: Failure, buyers: Paying) -> None:
     said = f"{failure.kind:14} {failure.links:24} {failure.seconds:3.1f} s; an order {failure.after_s:4.1f} s after it"
     print(f"{said}; {len(buyers.placed)} orders", file=sys.stderr, flush=True)
 
@@ -308,7 +310,7 @@ def main() -> int:
                 seconds=options.seconds,
                 seed=options.seed,
                 transport=options.transport,
-                tells=True,
+                report_progress=True,
             )
         finally:
             runner.run(cluster.stop())

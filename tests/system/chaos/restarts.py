@@ -147,7 +147,7 @@ def campaign(data: Path, *, seconds: float, seed: int, transport: str) -> Result
                     break
                 failures.append(_inject(shop, kind, rng))
                 time.sleep(CALM_SECONDS)
-                _tell(failures[-1], buyers)
+                _print_failure(failures[-1], buyers)
         for failure, following in itertools.zip_longest(failures, failures[1:]):
             until = following.at if following else float("inf")
             failure.normal_after = _last_failed(buyers, failure.back_at, until)
@@ -221,7 +221,7 @@ def _audit(data: Path) -> bool:
     return done.returncode == 0
 
 
-def _tell(failure: Failure, buyers: Buyers) -> None:
+def _print_failure(failure: Failure, buyers: Buyers) -> None:
     failed = [t for t in buyers.tries if t.at > failure.at and t.status != 201]
     back, last = failure.back_at - failure.at, _last_failed(buyers, failure.back_at)
     said = (

@@ -1,4 +1,4 @@
-"""What is struck, and when: the same for the same seed."""
+"""Which faults are injected, and when: the same for the same seed."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ SPLIT_WEIGHTS: Final[dict[Kind, int]] = {**WEIGHTS, "owner": 1, "guard": 1, "pos
 """Of a shop whose services are processes of their own, here its workers: each is started again by itself."""
 
 MEAN_GAP_SECONDS: Final = 1.2
-"""With the restarts between them, a blow falls every three seconds or so."""
+"""With the restarts between them, a fault is injected every three seconds or so."""
 DOUBLES: Final = 0.2
 DOUBLE_WITHIN_SECONDS: Final = 0.3
 EARLY: Final = 0.15
-"""So many do not wait until the shop is ready again: they strike while it starts and recovers."""
+"""So many do not wait until the shop is ready again: they are injected while it starts and recovers."""
 PAUSE_SECONDS: Final = (1.0, 8.0)
 
 
-class Blow(msgspec.Struct, frozen=True):
-    """One stroke: `gap_s` after the one before, or after the shop is ready again when that is later."""
+class ProcessFault(msgspec.Struct, frozen=True):
+    """Injected `gap_s` after the one before, or after the shop is ready again when that is later."""
 
     number: int
     kind: Kind
     gap_s: float
     early: bool
-    """Strikes `gap_s` after the one before in any case."""
+    """Injected `gap_s` after the one before in any case."""
     choice: float
     """0 to 1: which of several processes it is."""
     pause_s: float
 
 
-def schedule(seed: int, *, split: bool) -> Iterator[Blow]:
-    """Endless. The times are gaps, not instants: how long a restart takes is the machine's business."""
+def schedule(seed: int, *, split: bool) -> Iterator[ProcessFault]:
+    """Endless. The times are gaps, not instants: how long a restart takes depends on the machine."""
     rng = random.Random(f"{seed}:schedule")
     double = False
     number = 0
@@ -59,5 +59,5 @@ def schedule(seed: int, *, split: bool) -> Iterator[Blow]:
         weights = SPLIT_WEIGHTS if split else WEIGHTS
         [kind] = rng.choices(list(weights), list(weights.values()))
         early, choice, pause_s = rng.random() < EARLY, rng.random(), rng.uniform(*PAUSE_SECONDS)
-        yield Blow(number, kind, gap_s, double or early, choice, pause_s)
+        yield ProcessFault(number, kind, gap_s, double or early, choice, pause_s)
         double = not double and rng.random() < DOUBLES

@@ -1,4 +1,4 @@
-"""The shop that is struck: the real command, started again whenever it has ended, and the processes below it.
+"""The shop under test: the real command, started again whenever it has ended, and the processes below it.
 
 Only processes that belong to a run which was started here are ever signalled, by pid and starting time.
 """
@@ -22,7 +22,7 @@ import msgspec
 from mercato.cli.split import read_record
 from mercato.embedded_postgres import processes
 from mercato.testing.process import Identity, Process, command_line
-from system.chaos.schedule import Blow
+from system.chaos.schedule import ProcessFault
 
 ENVIRONMENT: Final = {
     # Short, so that whatever waits for a time to be over does so several times in a minute.
@@ -57,15 +57,15 @@ class Run:
         self.process = Process(data, *options, environment=ENVIRONMENT)
         self.started_at = time.monotonic()
         self.may_end = False
-        """Whether a blow has fallen after which it is right to end."""
+        """Whether a fault was injected after which it is right to end."""
         self.counted: Counter[tuple[str, str]] = Counter()
         """By URL and what is counted."""
 
 
-class Struck(msgspec.Struct, frozen=True):
+class ProcessReport(msgspec.Struct, frozen=True):
     """What happened to the processes, for the report."""
 
-    blows: dict[str, int]
+    faults: dict[str, int]
     starts: int
     ready_seconds: list[float]
     unexplained: list[str]
@@ -74,8 +74,8 @@ class Struck(msgspec.Struct, frozen=True):
     errors_logged: dict[str, int]
 
 
-class BatteredShop:
-    """Keeps a shop running on `data`, and strikes it. `up` is set, and `url` true, while it takes requests."""
+class ShopUnderTest:
+    """Keeps a shop running on `data`, and injects faults. `up` is set, and `url` true, while it takes requests."""
 
     def __init__(self, data: Path, transport: str | None = None) -> None:
         """`transport`: each service is a process of its own, twice, over `nats` or `http`; None: workers."""
@@ -90,7 +90,7 @@ class BatteredShop:
         self.url = ""
         self._runs: list[Run] = []
         self._ready_seconds: list[float] = []
-        self._blows: Counter[str] = Counter()
+        self._faults: Counter[str] = Counter()
         self._paused: set[Identity] = set()
         self._unexplained: list[str] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -120,14 +120,14 @@ class BatteredShop:
             # Shielded: a process that is being started when everything ends must be known, or it would stay.
             self._starting = asyncio.ensure_future(asyncio.to_thread(self._start))
             run = await asyncio.shield(self._starting)
-            # Refused where a blow has fallen on it meanwhile.
+            # Fails where a fault was injected meanwhile.
             with contextlib.suppress(AssertionError):
                 await asyncio.to_thread(run.process.ready)
                 self.up_at = time.monotonic()
                 self._ready_seconds.append(self.up_at - run.started_at)
                 self.url = run.process.url
                 self.up.set()
-            while run.process.is_running:  # a process that was not started here tells of its end to no one
+            while run.process.is_running:  # a process that was not started here does not report its end
                 await asyncio.sleep(POLL_SECONDS)
             self.up.clear()
             self.url = ""
@@ -154,16 +154,16 @@ class BatteredShop:
             except AssertionError as left:
                 self._unexplained.append(f"of run {number}, this lives on: {left}")
 
-    # --------------------------------------------------------------------------------------------------------- striking
+    # ------------------------------------------------------------------------------------------------- fault injection
 
-    async def strike(self, blow: Blow) -> None:
-        """One blow on whatever is there. Where there is nothing of that kind, nothing happens, and none is counted."""
+    async def inject(self, fault: ProcessFault) -> None:
+        """Injects a fault into a process. Where there is none of that kind, nothing happens, and none is counted."""
         if not self._runs or not self._runs[-1].process.is_running:
             return
         run = self._runs[-1]
-        if blow.kind == "terminate":
+        if fault.kind == "terminate":
             run.may_end = run.may_end or not self.up.is_set()
-            await self._terminate(run.process, blow.choice)
+            await self._terminate(run.process, fault.choice)
             return
         tree = await asyncio.to_thread(run.process.tree)
         targets: Sequence[Identity | None] = {
@@ -174,22 +174,22 @@ class BatteredShop:
             "worker": [*tree.workers, *tree.instances.values()],
             "backend": [*tree.backends],
             "pause": [*tree.workers, *tree.instances.values()],
-        }[blow.kind]
+        }[fault.kind]
         found = sorted((target for target in targets if target), key=lambda target: target.pid)
         if not found:
             return
-        target = found[int(blow.choice * len(found))]
-        if blow.kind == "pause":
-            self._tasks.append(asyncio.create_task(self._pause(target, blow.pause_s)))
+        target = found[int(fault.choice * len(found))]
+        if fault.kind == "pause":
+            self._tasks.append(asyncio.create_task(self._pause(target, fault.pause_s)))
         else:
             # PostgreSQL survives the death of any process but the one that recovers it. A shop that cannot reach it
             # while it starts says so, and ends.
-            harmless = blow.kind == "backend" and "startup" not in command_line(target.pid)
+            harmless = fault.kind == "backend" and "startup" not in command_line(target.pid)
             # What dies of a shop that is split is started again; a start does not wait for it for ever.
-            harmless = harmless or (self.is_split and blow.kind in ("worker", "nats"))
+            harmless = harmless or (self.is_split and fault.kind in ("worker", "nats"))
             run.may_end = run.may_end or not (harmless and self.up.is_set())
             processes.send(target, signal.SIGKILL)
-        self._blows[blow.kind] += 1
+        self._faults[fault.kind] += 1
 
     async def _pause(self, target: Identity, seconds: float) -> None:
         processes.send(target, signal.SIGSTOP)
@@ -222,7 +222,7 @@ class BatteredShop:
                     choice,
                     choice * 1000 % 1 < 0.5,
                 )
-                self._blows["terminate"] += bool(ended)
+                self._faults["terminate"] += bool(ended)
             finally:
                 connection.terminate()
 
@@ -251,10 +251,10 @@ class BatteredShop:
         return [u for name, u in record.urls.items() if name.startswith("orders")] if record else [url]
 
     @property
-    def struck_so_far(self) -> dict[str, int]:
-        return dict(self._blows)
+    def injected(self) -> dict[str, int]:
+        return dict(self._faults)
 
-    def struck(self) -> Struck:
+    def report(self) -> ProcessReport:
         """What has happened so far."""
         total: Counter[str] = Counter()
         for run in self._runs:
@@ -262,8 +262,8 @@ class BatteredShop:
                 total[name] += count
         logged = self._errors_logged()
         alarms = [text for text in logged if text.startswith(ALARM)]
-        return Struck(
-            blows=dict(self._blows),
+        return ProcessReport(
+            faults=dict(self._faults),
             starts=len(self._runs),
             ready_seconds=self._ready_seconds,
             unexplained=[*self._unexplained, *alarms],

@@ -2,8 +2,8 @@
 
 For each point, on one data folder:
 
-1. While the shop is at rest, the fault is injected, and a client's story runs into it. The process is killed (SIGKILL),
-   and its database goes with it.
+1. While the shop is at rest, the fault is injected, and a client's scenario runs into it. The process is killed
+   (SIGKILL), and its database goes with it.
 2. Where the point is one of those that are crashed at in recovery too (`dies_in_recovery`), it is started with the same
    fault still injected. Recovery mostly comes to the same point, and dies there; else it must come to rest.
 3. It is started without the fault, and must come to rest. The client, who never got an
@@ -38,7 +38,7 @@ from mercato.operations.audit.checking import audit
 from mercato.testing.caller import Caller
 from mercato.testing.process import Process
 from mercato.testing.waiting import BOUND_SECONDS
-from system.chaos.verdict import CONSUMED
+from system.chaos.final_state import CONSUMED
 
 IS_CAMPAIGN: Final = os.environ.get("CAMPAIGN") == "full"
 SEED: Final = os.environ.get("CRASH_SEED") or f"{datetime.datetime.now(datetime.UTC):%Y%m%d}"
@@ -110,7 +110,7 @@ _numbers = itertools.count(1)
 
 
 class Crash(msgspec.Struct):
-    """A point, and the story of a client that comes to it.
+    """A point, and the scenario of a client that comes to it.
 
     `prepare` is what was done before, when nothing is wrong yet; its result is given to the others. `act` runs into the
     fault, or leaves work for a loop of the shop that does. `recover` is what the client does when the shop is back, and
@@ -325,7 +325,7 @@ def crash_and_recover(shop: Shop, crash: Crash) -> None:
 
 
 def _run_into(shop: Shop, crash: Crash) -> Iterator[Any]:
-    """Lets the story run into the fault. Gives what was prepared, for each attempt that it took."""
+    """Lets the scenario run into the fault. Gives what was prepared, for each attempt that it took."""
     shop.ensure(crash.environment)
     for _ in range(ATTEMPTS):
         prepared = crash.prepare(shop, f"{crash.point}-{next(_numbers)}")

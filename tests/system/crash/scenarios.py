@@ -1,7 +1,7 @@
 """What clients do to come to each fault point, and the table of all points.
 
-A story is written so that a client can begin it again from the start, with the same keys, wherever it was interrupted;
-it says at its end what must have come of it.
+A scenario is written so that a client can begin it again from the start, with the same keys, wherever it was
+interrupted; it asserts its result at its end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ALICE: Final = ("alice@example.com", "demo-password")
 USER: Final = 1
 PRODUCT: Final = 100
 
-Story = Callable[[Caller, str], object]
+Scenario = Callable[[Caller, str], object]
 
 
 def expect(answer: Response, *statuses: int) -> Any:
@@ -83,7 +83,7 @@ def payments_of(caller: Caller, order_id: int) -> list[dict[str, Any]]:
     return everything(caller, f"/payments?order_id={order_id}")
 
 
-def buying(method: str, status: str = "confirmed", payment: str = "paid") -> Story:
+def buying(method: str, status: str = "confirmed", payment: str = "paid") -> Scenario:
     def buy(caller: Caller, key: str) -> int:
         order_id = place(caller, key, method)
         await_order(caller, order_id, status=status, payment=payment)
@@ -110,7 +110,7 @@ def buy_declined(caller: Caller, key: str) -> None:
 
 
 def pay(caller: Caller, key: str, **body: Any) -> dict[str, Any]:
-    """The payment of this key. While the stock of its order is only being held, one is told to try again."""
+    """The payment of this key. While the stock of its order is only being held, the client has to try again."""
     end = time.monotonic() + CONVERGED_SECONDS
     while (answer := caller.post("/payments", body, Idempotency_Key=key)).status == 409:
         assert answer.json["code"] == "orders.payment_in_progress", answer.text
@@ -311,7 +311,7 @@ def receive_stock(caller: Caller, key: str) -> int:
     return product_id
 
 
-def hear_of_stock(caller: Caller, key: str) -> None:
+def receive_stock_event(caller: Caller, key: str) -> None:
     await_in_stock(caller, receive_stock(caller, key))
 
 
@@ -610,9 +610,9 @@ def around(
     return [Crash(f"{place}.{when}_{what}", act, recover, prepare, environment) for when in ("before", "after")]
 
 
-def parts(flow: str, story: Story) -> list[Crash]:
+def parts(flow: str, scenario: Scenario) -> list[Crash]:
     """The points of a payment's three parts."""
-    return [crash for what in ("intent_commit", "call", "record_commit") for crash in around(flow, what, story)]
+    return [crash for what in ("intent_commit", "call", "record_commit") for crash in around(flow, what, scenario)]
 
 
 RECONCILED_FIRST: Final = {
@@ -705,7 +705,7 @@ STOCK_SETTINGS: Final = {
     "MERCATO_ORDERS_SWEEP_SECONDS": "0.5",
 }
 EVENTS: Final = (
-    *around("consumer.batch", "commit", hear_of_stock),
+    *around("consumer.batch", "commit", receive_stock_event),
     Crash("feed.before_commit", buy),
     *around("consumer.park", "commit", fail_once, has_its_effect, prepare=mended_when_parked),
     *around("consumer.retry", "commit", try_again, has_its_effect, prepare=tried_again),

@@ -37,7 +37,7 @@ PART: Final = 5
 """One point of so many, others by each seed."""
 EVERY: Final = os.environ.get("CRASH_POINTS") == "all"
 LATER: Final = re.compile(r'^50[34] |"status":50[34]')
-"""How a story complains of an answer after which a client tries again."""
+"""How a scenario complains of an answer after which a client tries again."""
 
 T = TypeVar("T")
 _numbers = itertools.count(1)
@@ -56,9 +56,9 @@ class SplitShop(Shop):
         assert point is None, "a fault is armed while the shop is at rest"
         self.stop()
         self._own = own
-        told = {"PYTHONPATH": str(SITE), "MERCATO_TEST_FAULTS": str(self._faults)}
+        test_variables = {"PYTHONPATH": str(SITE), "MERCATO_TEST_FAULTS": str(self._faults)}
         options = ("--split", "--transport", self._transport)
-        self._process = Process(self.data, *options, environment={**self._environment, **own, **told})
+        self._process = Process(self.data, *options, environment={**self._environment, **own, **test_variables})
         self._process.ready()
         return True
 
@@ -108,22 +108,22 @@ def crash_one_and_recover(shop: SplitShop, crash: Crash, settings: Mapping[str, 
     else:
         raise AssertionError(f"{crash.point} was not reached")
     assert shop.comes_to_rest()
-    story = crash.recover or crash.act
+    scenario = crash.recover or crash.act
     for prepared in runs:
         with shop.caller() as caller:
-            _served(lambda caller=caller, prepared=prepared: story(caller, prepared))
+            _served(lambda caller=caller, prepared=prepared: scenario(caller, prepared))
     assert shop.comes_to_rest()
     shop.assert_correct()
 
 
 class _Later(Exception):
-    """A client is told to try again, or gets no answer."""
+    """The answer asks the client to try again, or gets no answer."""
 
 
-def _once(story: Callable[[], T]) -> T:
+def _once(scenario: Callable[[], T]) -> T:
     """Raises `_Later` where that is what the client got."""
     try:
-        return story()
+        return scenario()
     except NO_ANSWER as error:
         raise _Later from error
     except AssertionError as error:
@@ -132,12 +132,12 @@ def _once(story: Callable[[], T]) -> T:
         raise
 
 
-def _served(story: Callable[[], T]) -> T:
-    """What a client gets that begins again whenever it is told to."""
+def _served(scenario: Callable[[], T]) -> T:
+    """What a client gets that begins again whenever an answer asks it to."""
     end = time.monotonic() + CONVERGED_SECONDS
     while True:
         try:
-            return _once(story)
+            return _once(scenario)
         except _Later:
             assert time.monotonic() < end, "the shop does not recover"
             time.sleep(POLL_SECONDS)

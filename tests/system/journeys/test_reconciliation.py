@@ -15,7 +15,7 @@ import pytest
 
 from mercato.testing.caller import Caller
 from mercato.testing.process import data_folder
-from system.crash import scenarios as stories
+from system.crash import scenarios
 from system.crash.crashing import CONVERGED_SECONDS, POLL_SECONDS, Shop
 
 SETTINGS: Final = {
@@ -35,10 +35,10 @@ def shop() -> Iterator[Shop]:
         yield made
 
 
-def an_outcome_that_nobody_asks_for_any_more(shop: Shop, caller: Caller) -> Callable[[], None]:
+def an_outcome_without_a_waiting_request(shop: Shop, caller: Caller) -> Callable[[], None]:
     # Slow enough that the bank has not finished when the order is left alone, also where this machine stands still for
     # some seconds.
-    order_id = stories.place(caller, "unknown", "sandbox:slow:15000")
+    order_id = scenarios.place(caller, "unknown", "sandbox:slow:15000")
     asked = "SELECT 1 FROM intents i JOIN payments p ON p.id = i.payment_id WHERE p.order_id = $1 AND i.calls > 0"
     shop.until("payments", asked, order_id)
     left = """
@@ -46,39 +46,39 @@ def an_outcome_that_nobody_asks_for_any_more(shop: Shop, caller: Caller) -> Call
          WHERE subject_id = $1 AND tries > 0 AND wake_at IS NOT NULL
         RETURNING 1
     """
-    # Neither a sweep nor the scan for parked sagas finds it: the outcome is heard from the statement, or not at all.
+    # Neither a sweep nor the scan for parked sagas finds it: the outcome is read from the statement, or not at all.
     shop.until("orders", left, order_id)
 
     def healed() -> None:
         shop.execute("orders", "UPDATE sagas SET wake_at = now() WHERE subject_id = $1", order_id)
-        stories.await_order(caller, order_id, status="confirmed", payment="paid")
+        scenarios.await_order(caller, order_id, status="confirmed", payment="paid")
 
     return healed
 
 
-def an_authorization_that_nobody_wants(shop: Shop, caller: Caller) -> Callable[[], None]:
-    begun = stories.unwanted_authorization(shop, "unwanted")
-    stories.read_statement_again(caller, begun)
+def an_unwanted_authorization(shop: Shop, caller: Caller) -> Callable[[], None]:
+    begun = scenarios.unwanted_authorization(shop, "unwanted")
+    scenarios.read_statement_again(caller, begun)
 
     def healed() -> None:
         shop.until("sandbox", "SELECT 1 FROM charges WHERE order_id = $1 AND state = 'voided'", begun.order_id)
-        stories.settled(caller, begun)
+        scenarios.settled(caller, begun)
 
     return healed
 
 
-def an_order_that_nobody_carries_on(shop: Shop, caller: Caller) -> Callable[[], None]:
-    order_id = stories.forgotten_order(shop, "forgotten")
+def a_forgotten_order(shop: Shop, caller: Caller) -> Callable[[], None]:
+    order_id = scenarios.forgotten_order(shop, "forgotten")
 
     def healed() -> None:
-        stories.carried_on(caller, order_id)
+        scenarios.carried_on(caller, order_id)
 
     return healed
 
 
-def stock_that_is_held_for_nobody(shop: Shop, caller: Caller) -> Callable[[], None]:
-    order_id = stories.place(caller, "held")
-    stories.cancel(caller, order_id)
+def a_hold_of_a_cancelled_order(shop: Shop, caller: Caller) -> Callable[[], None]:
+    order_id = scenarios.place(caller, "held")
+    scenarios.cancel(caller, order_id)
     shop.until("inventory", "SELECT 1 FROM reservations WHERE order_id = $1 AND state = 'released'", order_id)
     held = """
         WITH held AS (
@@ -97,10 +97,10 @@ def stock_that_is_held_for_nobody(shop: Shop, caller: Caller) -> Callable[[], No
 
 
 INJECTED: Final[Mapping[str, Callable[[Shop, Caller], Callable[[], None]]]] = {
-    "outcome_recorded": an_outcome_that_nobody_asks_for_any_more,
-    "authorization_voided": an_authorization_that_nobody_wants,
-    "order_resumed": an_order_that_nobody_carries_on,
-    "hold_released": stock_that_is_held_for_nobody,
+    "outcome_recorded": an_outcome_without_a_waiting_request,
+    "authorization_voided": an_unwanted_authorization,
+    "order_resumed": a_forgotten_order,
+    "hold_released": a_hold_of_a_cancelled_order,
 }
 
 

@@ -19,13 +19,13 @@ import pytest
 
 from mercato.testing.process import ROOT, clean_environment, command_line, process_table
 from system.mutation.copies import CannotTell, Run
-from system.mutation.mutants import choosing, judged, trial
+from system.mutation.mutants import choosing, equivalents, trial
 from system.mutation.mutants.__main__ import main, summed_up
 from system.mutation.mutants.choosing import Mutant, Place
 from system.mutation.mutants.python_changes import python_changes
 from system.mutation.mutants.relevance import Record, covering, own_files, touching, wider_files
 from system.mutation.mutants.sql_changes import edits, literals, parses, sql_changes
-from system.mutation.mutants.trial import Verdict
+from system.mutation.mutants.trial import MutantResult
 from system.mutation.witness import Seen, Testimony as WrittenDown
 
 RULES: Final = """
@@ -211,7 +211,7 @@ def planted() -> Iterator[Path]:
         root / "tests/system/mutation",
         ignore=shutil.ignore_patterns("__pycache__", "test_*"),
     )
-    (root / judged.FILE).write_text("")
+    (root / equivalents.FILE).write_text("")
     yield root
     shutil.rmtree(root)
 
@@ -240,11 +240,11 @@ def test_migrations_texts_and_tests_are_not_mutated():
     assert [f for f in files if "/migrations/" in f or "/testing/" in f or f.endswith(("openapi.py", "docs.py"))] == []
 
 
-def test_every_judgement_is_about_a_mutant_that_there_is():
-    judgements = judged.read(ROOT)
-    for file in {judgement.file for judgement in judgements}:
+def test_every_listed_equivalent_mutant_exists():
+    known = equivalents.read(ROOT)
+    for file in {one.file for one in known}:
         source = (ROOT / file).read_text()
-        wanted = {(j.function, j.line) for j in judgements if j.file == file}
+        wanted = {(one.function, one.line) for one in known if one.file == file}
         functions = {function for function, _ in wanted}
         there_are = {
             (change.function, choosing.mutant(file, source, change).mutated)
@@ -289,7 +289,7 @@ def test_the_mirrored_tests_come_first_and_then_those_of_the_layers_above():
     assert "tests/gateway/test_payments.py" in wider_files(ROOT, "mercato/services/orders/paying.py")
 
 
-# ------------------------------------------------------------------------------------------------------- the verdict
+# ------------------------------------------------------------------------------------------------------- the result
 
 
 @pytest.mark.parametrize(
@@ -304,23 +304,25 @@ def test_the_mirrored_tests_come_first_and_then_those_of_the_layers_above():
         (4, None, "ImportError while loading conftest", "killed"),
     ],
 )
-def test_a_run_is_judged_by_how_it_ended(exit_code: int | None, seen: Seen | None, output: str, outcome: str):
+def test_the_end_of_a_run_decides_the_outcome_of_its_mutant(
+    exit_code: int | None, seen: Seen | None, output: str, outcome: str
+):
     copy = Path("/copy")
     testimony = WrittenDown("/copy/mercato/__init__.py", {"tests/test_it.py::test": seen} if seen else {})
 
-    verdict = trial._verdict(a_mutant(), copy, Run(exit_code, testimony, output, 1.0), 1.0)
+    result = trial._result(a_mutant(), copy, Run(exit_code, testimony, output, 1.0), 1.0)
 
-    assert verdict is not None
-    assert verdict.outcome == outcome
+    assert result is not None
+    assert result.outcome == outcome
 
 
 def test_a_run_with_another_package_than_that_of_the_copy_says_nothing():
     seen = WrittenDown("/installed/mercato/__init__.py", {"tests/test_it.py::test": Seen()})
     with pytest.raises(CannotTell, match="not with the copy"):
-        trial._verdict(a_mutant(), Path("/copy"), Run(0, seen, "", 1.0), 1.0)
+        trial._result(a_mutant(), Path("/copy"), Run(0, seen, "", 1.0), 1.0)
 
 
-def verdicts(**counts: int) -> list[Verdict]:
+def results(**counts: int) -> list[MutantResult]:
     return [
         trial._of(a_mutant(), outcome, 1.0)  # pyright: ignore[reportArgumentType]
         for outcome, count in counts.items()
@@ -329,8 +331,8 @@ def verdicts(**counts: int) -> list[Verdict]:
 
 
 def test_the_rate_leaves_out_what_is_equivalent_or_invalid_and_95_of_100_are_required():
-    enough = summed_up(verdicts(killed=94, timed_out=1, survived=5, equivalent=7, invalid=9), 1, 1, 1.0)
-    too_few = summed_up(verdicts(killed=94, survived=6, equivalent=7), 1, 1, 1.0)
+    enough = summed_up(results(killed=94, timed_out=1, survived=5, equivalent=7, invalid=9), 1, 1, 1.0)
+    too_few = summed_up(results(killed=94, survived=6, equivalent=7), 1, 1, 1.0)
 
     assert (enough.ok, enough.rate) == (True, 0.95)
     assert (too_few.ok, too_few.rate) == (False, 0.94)
@@ -356,8 +358,8 @@ def test_a_planted_gap_survives_and_what_is_tested_is_killed(planted: Path, caps
     assert (planted / "mercato/services/shop/rules.py").read_text() == RULES
 
 
-def test_a_survivor_that_was_judged_equivalent_is_not_tried(planted: Path, capsys: pytest.CaptureFixture[str]):
-    (planted / judged.FILE).write_text(
+def test_a_mutant_that_is_listed_as_equivalent_is_not_tried(planted: Path, capsys: pytest.CaptureFixture[str]):
+    (planted / equivalents.FILE).write_text(
         '[[equivalent]]\nfile = "mercato/services/shop/rules.py"\nfunction = "is_large"\n'
         'line = "return count >= 10"\nreason = "for this test"\n'
     )

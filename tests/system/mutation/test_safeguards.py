@@ -22,7 +22,7 @@ from mercato.testing.process import ROOT, clean_environment, command_line, proce
 from system.mutation.copies import CannotTell
 from system.mutation.safeguards.__main__ import main
 from system.mutation.safeguards.table import PARKING, SAFEGUARDS, Edit, Safeguard
-from system.mutation.safeguards.trial import Heard, edit, edited, judge
+from system.mutation.safeguards.trial import RunResults, edit, edited, evaluate
 from system.mutation.witness import Seen
 
 RED: Final = "tests/test_it.py::test_red"
@@ -115,7 +115,7 @@ def test_a_migration_that_was_edited_is_not_frozen_any_more(tmp_path: Path):
     assert {path.name: path.read_text() for path in folder.iterdir()} == {"0001_gate.py": ""}
 
 
-# --------------------------------------------------------------------------------------------------------- the verdict
+# ---------------------------------------------------------------------------------------------------- the evaluation
 
 
 @pytest.mark.parametrize(
@@ -130,21 +130,21 @@ def test_a_migration_that_was_edited_is_not_frozen_any_more(tmp_path: Path):
     ],
 )
 def test_what_does_not_count_as_missed_says_why(red: Seen, green: Seen, wrong: str):
-    finding = judge(GUARD, Heard("", {RED: red, GREEN: green}, 1.0))
+    finding = evaluate(GUARD, RunResults("", {RED: red, GREEN: green}, 1.0))
 
     assert not finding.missed
     assert wrong in finding.wrong
 
 
 def test_a_test_that_fails_because_of_it_has_missed_it():
-    finding = judge(GUARD, Heard("", {RED: MISSED, GREEN: Seen()}, 1.0))
+    finding = evaluate(GUARD, RunResults("", {RED: MISSED, GREEN: Seen()}, 1.0))
 
     assert finding.missed
     assert finding.said == {RED: "assert 2 == 1"}
 
 
-def test_a_run_that_says_nothing_is_no_verdict():
-    finding = judge(GUARD, Heard("the tests did not end.", {}, 1.0))
+def test_a_run_without_results_is_not_counted_as_missed():
+    finding = evaluate(GUARD, RunResults("the tests did not end.", {}, 1.0))
 
     assert (finding.missed, finding.wrong) == (False, "the tests did not end.")
 

@@ -1,4 +1,4 @@
-"""The registry that is DNS: addresses come and go, the resolver fails, and listeners hear of changes alone."""
+"""The registry that is DNS: addresses come and go, the resolver fails, and listeners are notified of changes alone."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ async def test_the_addresses_of_a_name_are_its_instances():
         assert addresses(registry, "payments") == []
 
 
-async def test_instances_come_and_go_and_each_change_is_told_once():
-    resolver, told = Resolver(), list[str]()
+async def test_instances_come_and_go_and_each_change_is_notified_once():
+    resolver, notified = Resolver(), list[str]()
     async with opened(resolver) as registry:
-        end = registry.watch(told.append)
+        end = registry.watch(notified.append)
         resolver.answers["orders.shop"] = ["10.0.0.1", "10.0.0.2"]
         await until_true(lambda: len(addresses(registry, "orders")) == 2)
         resolver.answers["orders.shop"] = ["10.0.0.2"]
         await until_true(lambda: addresses(registry, "orders") == ["10.0.0.2:9083"])
-        assert told == ["orders", "orders"]
+        assert notified == ["orders", "orders"]
         end()
         resolver.answers["orders.shop"] = ["10.0.0.3"]
         await until_true(lambda: addresses(registry, "orders") == ["10.0.0.3:9083"])
-        assert told == ["orders", "orders"]
+        assert notified == ["orders", "orders"]
 
 
 async def test_a_resolver_that_fails_takes_no_instance_away():

@@ -204,8 +204,8 @@ async def process(place: Place, shop: str, wanted: Instance) -> AsyncGenerator[i
 
 async def test_what_one_registers_another_finds_until_it_is_taken_back(place: Place, shop: str):
     async with opened(place, shop) as one, opened(place, shop) as other:
-        heard: list[str] = []
-        end = other.watch(heard.append)
+        notified: list[str] = []
+        end = other.watch(notified.append)
         orders = instance()
         feed = Instance("orders.log", orders.address, orders.id, orders.version)
         more = instance(port=9183, host="[::1]")
@@ -214,7 +214,7 @@ async def test_what_one_registers_another_finds_until_it_is_taken_back(place: Pl
         await until_found(other, [orders, more])
         await until_found(other, [feed], "orders.log")
         await until_found(one, [orders, more])
-        assert set(heard) == {"orders", "orders.log"}
+        assert set(notified) == {"orders", "orders.log"}
         assert other.instances("users") == ()
 
         await one.deregister(orders)
@@ -222,10 +222,10 @@ async def test_what_one_registers_another_finds_until_it_is_taken_back(place: Pl
         await until_found(other, [more])
         await until_found(other, [feed], "orders.log")
         end()
-        heard.clear()
+        notified.clear()
         await one.deregister(more)
         await until_found(other, [])
-        assert heard == []
+        assert notified == []
         assert (one.problem(), other.problem()) == ("", "")
 
 
@@ -299,18 +299,18 @@ async def test_a_process_that_stood_still_for_longer_than_its_ttl_registers_agai
 @pytest.mark.long
 async def test_a_process_that_renews_outlives_its_ttl(place: Place, shop: str):
     async with opened(place, shop) as other, opened(place, shop, ttl_seconds=3 * TTL_SECONDS) as one:
-        heard: list[str] = []
+        notified: list[str] = []
         wanted, paused = instance(), instance()
         await one.register(wanted)
         async with process(place, shop, paused) as pid:
             await until_found(other, [wanted, paused])
-            other.watch(heard.append)
+            other.watch(notified.append)
             for _ in range(4):  # each takes a TTL of the process
                 os.kill(pid, signal.SIGSTOP)
                 await until_found(other, [wanted])
                 os.kill(pid, signal.SIGCONT)
                 await until_found(other, [wanted, paused])
-        assert len(heard) == 8, "no change but those of the other"
+        assert len(notified) == 8, "no change but those of the other"
 
 
 async def test_a_registry_that_is_away_takes_no_instance_away(place: Place, shop: str):
@@ -322,7 +322,7 @@ async def test_a_registry_that_is_away_takes_no_instance_away(place: Place, shop
         await until_true(other.problem)
         assert other.problem().endswith("; the instances that were known last stay in use.")
         assert place.url.partition("://")[2] in other.problem()
-        await one.register(more)  # is heard of when the registry is back
+        await one.register(more)  # arrives when the registry is back
         assert list(other.instances("orders")) == [wanted]
 
         await place.start()

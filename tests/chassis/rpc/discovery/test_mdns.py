@@ -52,8 +52,8 @@ async def until_found(registry: MdnsRegistry, wanted: Sequence[Instance], servic
 
 async def test_what_one_registers_another_finds_until_it_is_taken_back(shop: str):
     async with opened(shop) as one, opened(shop) as other:
-        heard: list[str] = []
-        end = other.watch(heard.append)
+        notified: list[str] = []
+        end = other.watch(notified.append)
         with listening() as first, listening() as second:
             orders, log, more = made(first), made(first, "orders.log"), made(second)
             for instance in (orders, log, more):
@@ -62,16 +62,16 @@ async def test_what_one_registers_another_finds_until_it_is_taken_back(shop: str
             await until_found(other, [orders, more])
             await until_found(other, [log], "orders.log")
             await until_found(one, [orders, more])
-            assert set(heard) == {"orders", "orders.log"}
+            assert set(notified) == {"orders", "orders.log"}
 
             await one.deregister(orders)
             await one.deregister(orders)
             await until_found(other, [more])
             end()
-            heard.clear()
+            notified.clear()
             await one.deregister(more)
             await until_found(other, [])
-            assert heard == []
+            assert notified == []
 
 
 async def test_one_that_opens_later_finds_what_is_there(shop: str):
@@ -113,17 +113,17 @@ async def test_one_that_closes_takes_back_what_it_registered(shop: str):
 async def test_one_that_accepts_nothing_is_left_out_until_it_does(shop: str):
     """A process that is killed says no goodbye."""
     async with opened(shop) as one, opened(shop) as other:
-        heard: list[str] = []
+        notified: list[str] = []
         with listening() as port:
             instance = made(port)
             await one.register(instance)
             await until_found(other, [instance])
-            other.watch(heard.append)
+            other.watch(notified.append)
         await until_found(other, [])
-        assert heard == ["orders"]
+        assert notified == ["orders"]
         with listening(port):
             await until_found(other, [instance])
-        assert heard[:2] == ["orders", "orders"]
+        assert notified[:2] == ["orders", "orders"]
 
 
 async def test_another_shop_and_other_programs_are_overlooked(shop: str):
@@ -139,7 +139,7 @@ async def test_another_shop_and_other_programs_are_overlooked(shop: str):
                 theirs, ours = made(port), made(port)
                 await elsewhere.register(theirs)
                 await until_found(elsewhere, [theirs])
-                await one.register(ours)  # is heard of last
+                await one.register(ours)  # is received last
                 await until_found(one, [ours])
                 assert list(elsewhere.instances("orders")) == [theirs]
             finally:

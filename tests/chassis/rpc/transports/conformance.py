@@ -350,13 +350,13 @@ class Conformance:
         await stage.open()
         stage.service.one = lambda request, context: sent
         with stage.acting(CUSTOMER):
-            (heard,) = await stage.things.change.many([Ask()])
-        assert isinstance(heard, ServiceError)
-        assert type(heard) is type(sent)
-        assert (heard.code, heard.kind, str(heard)) == (sent.code, sent.kind, str(sent))
-        assert heard.details == sent.details
-        assert [type(v) for v in heard.details.values()] == [type(v) for v in sent.details.values()]
-        assert heard.retry_after_s == sent.retry_after_s
+            (received,) = await stage.things.change.many([Ask()])
+        assert isinstance(received, ServiceError)
+        assert type(received) is type(sent)
+        assert (received.code, received.kind, str(received)) == (sent.code, sent.kind, str(sent))
+        assert received.details == sent.details
+        assert [type(v) for v in received.details.values()] == [type(v) for v in sent.details.values()]
+        assert received.retry_after_s == sent.retry_after_s
         await stage.close()
 
     async def test_each_request_has_its_own_error(self, stage: Stage):
@@ -414,11 +414,11 @@ class Conformance:
         try:
             del errors.errors_by_code["things.newer"]
             with stage.acting(CUSTOMER):
-                (heard,) = await stage.things.change.many([Ask()])
+                (received,) = await stage.things.change.many([Ask()])
         finally:
             errors.errors_by_code.pop("things.newer", None)
-        assert isinstance(heard, ServiceError)
-        assert (heard.code, heard.kind, str(heard), heard.details) == (
+        assert isinstance(received, ServiceError)
+        assert (received.code, received.kind, str(received), received.details) == (
             "things.newer", Kind.CONFLICT, "New: rules.", {"what": "rules"},
         )  # fmt: skip
 

@@ -262,14 +262,14 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
-@pytest.mark.parametrize(("operation", "request_", "heard"), CLASSES.values(), ids=CLASSES)
+@pytest.mark.parametrize(("operation", "request_", "expected"), CLASSES.values(), ids=CLASSES)
 async def test_a_connection_that_is_cut_is_unavailability_only_where_repeating_is_safe(
-    cut: RawServer, operation: Operation[Any, Any], request_: Ask, heard: type[ServiceError]
+    cut: RawServer, operation: Operation[Any, Any], request_: Ask, expected: type[ServiceError]
 ):
     raw = RawServer(cut.answer, reset=cut.reset)
     await raw.open()
     async with running() as other, calling(raw.address, other.address) as caller:
-        assert kinds(await caller.send(request_, operation=operation)) == [heard]
+        assert kinds(await caller.send(request_, operation=operation)) == [expected]
         # It was not repeated, and the instance is left alone.
         assert (len(raw.requests), other.numbers, other.service.singles) == (1, [], [])
         assert kinds(await caller.send(request_, operation=operation)) == [Said]
@@ -324,8 +324,8 @@ async def test_an_answer_that_does_not_say_what_was_done_leaves_it_unknown_and_e
     raw = RawServer(answer.replace(b"\r\n", b"\r\nconnection: close\r\n", 1))
     await raw.open()
     async with calling(raw.address, limits=HttpClientLimits(answer_bytes=MIB // 2)) as caller:
-        for operation, heard in ((Things.change, OutcomeUnknown), (Things.read, Unavailable)):
-            assert kinds(await caller.send(Ask(), operation=operation)) == [heard]
+        for operation, expected in ((Things.change, OutcomeUnknown), (Things.read, Unavailable)):
+            assert kinds(await caller.send(Ask(), operation=operation)) == [expected]
     await raw.close()
     assert len(raw.requests) == 2
 

@@ -59,8 +59,8 @@ async def test_calls_in_flight_end_when_the_connection_is_lost(broker: Broker):
         }
         await until_true(lambda: len(service.batches) == 2)
         await broker.kill()
-        heard = {name: kinds(await call) for name, call in calls.items()}
-        assert heard == {"read": [Unavailable], "change": [OutcomeUnknown]}
+        received = {name: kinds(await call) for name, call in calls.items()}
+        assert received == {"read": [Unavailable], "change": [OutcomeUnknown]}
         await until_true(lambda: not one.own.is_connected)
         for _ in range(3):
             with pytest.raises(Unavailable):

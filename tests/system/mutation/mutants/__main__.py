@@ -28,10 +28,10 @@ import msgspec
 
 from system.mutation.console import Console, interruptible
 from system.mutation.copies import CannotTell, take_snapshot
-from system.mutation.mutants import choosing, judged
+from system.mutation.mutants import choosing, equivalents
 from system.mutation.mutants.choosing import Mutant
 from system.mutation.mutants.relevance import Relevance
-from system.mutation.mutants.trial import Verdict, equivalent, try_mutant
+from system.mutation.mutants.trial import MutantResult, equivalent, try_mutant
 
 ROOT: Final = Path(__file__).parents[4]
 CACHE: Final = ".mutants"
@@ -55,30 +55,30 @@ class Result(msgspec.Struct, frozen=True):
     invalid: int
     equivalent: int
     seconds: float
-    mutants: tuple[Verdict, ...]
+    mutants: tuple[MutantResult, ...]
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     options = _options(arguments)
-    tell = Teller(options.json)
+    display = Display(options.json)
     try:
         files = choosing.product_files(root, options.only)
-        tell.now(f"looking for what can be changed in {len(files)} files")
+        display.now(f"looking for what can be changed in {len(files)} files")
         all_places = choosing.places(root, files, root / CACHE)
         there_are = [place for place in all_places if not options.kind or place.kind in options.kind]
         mutants = choosing.make(root, choosing.choose(there_are, options.count, options.seed))
-        tell.line(f"{len(mutants)} of {len(there_are)} mutants, seed {options.seed}")
+        display.line(f"{len(mutants)} of {len(there_are)} mutants, seed {options.seed}")
         if options.list:
-            tell.list(mutants)
+            display.list(mutants)
             return 0
-        result = asyncio.run(interruptible(try_all(mutants, len(there_are), options, tell, root)))
+        result = asyncio.run(interruptible(try_all(mutants, len(there_are), options, display, root)))
     except CannotTell as reason:
         print(f"mutants: {reason}", file=sys.stderr)
         return 2
     except (asyncio.CancelledError, KeyboardInterrupt):
         print("\nstopped", file=sys.stderr)
         return 130
-    tell.result(result)
+    display.result(result)
     return 0 if result.ok else 1
 
 
@@ -112,10 +112,10 @@ def _options(arguments: Sequence[str] | None) -> Options:
     return options
 
 
-async def try_all(mutants: Sequence[Mutant], of: int, options: Options, tell: Teller, root: Path = ROOT) -> Result:
+async def try_all(mutants: Sequence[Mutant], of: int, options: Options, display: Display, root: Path = ROOT) -> Result:
     """Tries mutants in the order given, some at a time. Raises `CannotTell`."""
     began_at = time.monotonic()
-    judgements = judged.read(root)
+    listed = equivalents.read(root)
     with tempfile.TemporaryDirectory(prefix="mercato-mutants-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         snapshot = take_snapshot(root, folder)
@@ -125,17 +125,17 @@ async def try_all(mutants: Sequence[Mutant], of: int, options: Options, tell: Te
         turn = asyncio.Semaphore(options.at_once)
         relevance = Relevance(snapshot, root / CACHE, asyncio.Semaphore(options.at_once))
 
-        async def try_one(n: int, mutant: Mutant) -> Verdict:
-            if (reason := judged.reason(mutant, judgements)) is not None:
-                verdict = equivalent(mutant, reason)
+        async def try_one(n: int, mutant: Mutant) -> MutantResult:
+            if (reason := equivalents.reason(mutant, listed)) is not None:
+                result = equivalent(mutant, reason)
             else:
                 async with turn:
-                    tell.begin(n, len(mutants), mutant)
+                    display.begin(n, len(mutants), mutant)
                     # By number: a socket's path must be short.
                     (folder / str(n)).mkdir(mode=0o755)
-                    verdict = await try_mutant(mutant, snapshot, folder / str(n), relevance)
-            tell.end(n, len(mutants), verdict)
-            return verdict
+                    result = await try_mutant(mutant, snapshot, folder / str(n), relevance)
+            display.end(n, len(mutants), result)
+            return result
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -148,7 +148,7 @@ async def try_all(mutants: Sequence[Mutant], of: int, options: Options, tell: Te
         finally:
             await relevance.close()
     for test in sorted(relevance.failed):
-        tell.line(f"failed without any change, and was left out: {test}")
+        display.line(f"failed without any change, and was left out: {test}")
     return summed_up([task.result() for task in tasks], options.seed, of, time.monotonic() - began_at)
 
 
@@ -157,11 +157,11 @@ def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
-def summed_up(verdicts: Sequence[Verdict], seed: int, of: int, seconds: float) -> Result:
-    count = Counter(verdict.outcome for verdict in verdicts)
+def summed_up(results: Sequence[MutantResult], seed: int, of: int, seconds: float) -> Result:
+    count = Counter(result.outcome for result in results)
     detected = count["killed"] + count["timed_out"]
-    judged_by_tests = detected + count["survived"]
-    rate = detected / judged_by_tests if judged_by_tests else 1.0
+    counted = detected + count["survived"]
+    rate = detected / counted if counted else 1.0
     return Result(
         ok=rate >= REQUIRED,
         seed=seed,
@@ -173,11 +173,11 @@ def summed_up(verdicts: Sequence[Verdict], seed: int, of: int, seconds: float) -
         invalid=count["invalid"],
         equivalent=count["equivalent"],
         seconds=round(seconds, 1),
-        mutants=tuple(verdicts),
+        mutants=tuple(results),
     )
 
 
-class Teller(Console):
+class Display(Console):
     """What a person sees: what goes on, a line for what is done, the survivors. With --json nothing but the result."""
 
     def list(self, mutants: Sequence[Mutant]) -> None:
@@ -191,21 +191,21 @@ class Teller(Console):
         self.going[n] = f"[{n:3d}/{count}] {mutant.file}:{mutant.line} {mutant.kind}"
         self.draw()
 
-    def end(self, n: int, count: int, verdict: Verdict) -> None:
+    def end(self, n: int, count: int, result: MutantResult) -> None:
         self.going.pop(n, None)
-        place = f"{verdict.file.removeprefix('mercato/')}:{verdict.line}"
-        self.line(f"[{n:3d}/{count}] {place:44s} {verdict.kind:16s} {verdict.outcome:10s} {verdict.seconds:6.1f} s")
+        place = f"{result.file.removeprefix('mercato/')}:{result.line}"
+        self.line(f"[{n:3d}/{count}] {place:44s} {result.kind:16s} {result.outcome:10s} {result.seconds:6.1f} s")
         self.draw()
 
     def result(self, result: Result) -> None:
         if self.as_json:
             print(msgspec.json.encode(result).decode())
             return
-        for verdict in result.mutants:
-            if verdict.outcome == "survived":
-                place = f"{verdict.file}:{verdict.line} {verdict.function} ({verdict.kind})"
-                print(f"\nSURVIVED {place}\n{_indented(verdict.diff)}")
-                print(f"  ran: {_by_file(verdict.ran) or 'no test runs this statement'}")
+        for mutant in result.mutants:
+            if mutant.outcome == "survived":
+                place = f"{mutant.file}:{mutant.line} {mutant.function} ({mutant.kind})"
+                print(f"\nSURVIVED {place}\n{_indented(mutant.diff)}")
+                print(f"  ran: {_by_file(mutant.ran) or 'no test runs this statement'}")
         print(
             f"\n{result.killed} killed, {result.timed_out} hung until their time was up, {result.survived} survived, "
             f"{result.equivalent} equivalent, {result.invalid} invalid: {result.rate:.1%} "

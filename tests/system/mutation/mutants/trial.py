@@ -33,7 +33,7 @@ BROKEN: Final = re.compile(
 Outcome = Literal["killed", "timed_out", "survived", "invalid", "equivalent"]
 
 
-class Verdict(msgspec.Struct, frozen=True):
+class MutantResult(msgspec.Struct, frozen=True):
     """`by`: the test that failed, and with what. `ran`: the tests that ran and passed."""
 
     file: str
@@ -48,7 +48,7 @@ class Verdict(msgspec.Struct, frozen=True):
     seconds: float
 
 
-async def try_mutant(mutant: Mutant, snapshot: Path, folder: Path, relevance: Relevance) -> Verdict:
+async def try_mutant(mutant: Mutant, snapshot: Path, folder: Path, relevance: Relevance) -> MutantResult:
     """Runs the tests of a mutant in `folder`, of which nothing is left: the nearest first, until one fails."""
     seconds = 0.0
     ran: list[str] = []
@@ -63,14 +63,14 @@ async def try_mutant(mutant: Mutant, snapshot: Path, folder: Path, relevance: Re
                 continue
             run = await _run(copy, chosen)
             seconds += run.seconds
-            if (verdict := _verdict(mutant, copy, run, seconds)) is not None:
-                return verdict
+            if (result := _result(mutant, copy, run, seconds)) is not None:
+                return result
             ran += list(run.seen.tests)
         if not ran:
             run = await run_pytest(copy, ("-x", "-m", FILTER, *WHOLE), RUN_SECONDS_MIN * SLOWER_AT_MOST)
             seconds += run.seconds
-            if (verdict := _verdict(mutant, copy, run, seconds)) is not None:
-                return verdict
+            if (result := _result(mutant, copy, run, seconds)) is not None:
+                return result
             ran += list(run.seen.tests)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -105,7 +105,7 @@ async def _run(copy: Path, tests: Sequence[Test]) -> Run:
     return await run_pytest(copy, (*plugin, "-x", "--timeout", f"{each:.0f}", "-m", FILTER, *files), total)
 
 
-def _verdict(mutant: Mutant, copy: Path, run: Run, seconds: float) -> Verdict | None:
+def _result(mutant: Mutant, copy: Path, run: Run, seconds: float) -> MutantResult | None:
     """None where all tests passed."""
     if run.seen.tests and not is_of_copy(run, copy):
         raise CannotTell(f"The tests ran with {run.seen.package}, and not with the copy in {copy}.")
@@ -130,8 +130,8 @@ def _has_failed(seen: Seen) -> bool:
 
 def _of(
     mutant: Mutant, outcome: Outcome, seconds: float, *, by: str = "", said: str = "", ran: tuple[str, ...] = ()
-) -> Verdict:
-    return Verdict(
+) -> MutantResult:
+    return MutantResult(
         file=mutant.file,
         line=mutant.line,
         function=mutant.function,
@@ -145,5 +145,5 @@ def _of(
     )
 
 
-def equivalent(mutant: Mutant, reason: str) -> Verdict:
+def equivalent(mutant: Mutant, reason: str) -> MutantResult:
     return _of(mutant, "equivalent", 0.0, said=reason)

@@ -23,7 +23,7 @@ import msgspec
 from system.mutation.console import Console, interruptible
 from system.mutation.copies import CannotTell, take_snapshot
 from system.mutation.safeguards.table import SAFEGUARDS, Safeguard
-from system.mutation.safeguards.trial import Finding, hear_as_it_is, misfits, short, take_away
+from system.mutation.safeguards.trial import Finding, misfits, run_unchanged, short, take_away
 
 ROOT: Final = Path(__file__).parents[4]
 AT_ONCE: Final = 2
@@ -40,13 +40,13 @@ class Result(msgspec.Struct, frozen=True):
 
 def main(arguments: Sequence[str] | None = None, safeguards: Sequence[Safeguard] = SAFEGUARDS) -> int:
     options = _options(arguments)
-    tell = Teller(options.json)
+    display = Display(options.json)
     try:
         chosen = _chosen(safeguards, options.names)
         if options.list:
-            tell.list(chosen)
+            display.list(chosen)
             return 0
-        result = asyncio.run(interruptible(try_all(chosen, tell)))
+        result = asyncio.run(interruptible(try_all(chosen, display)))
     except CannotTell as reason:
         for sentence in str(reason).splitlines():
             print(f"safeguards: {sentence}", file=sys.stderr)
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None, safeguards: Sequence[Safeguard]
     except (asyncio.CancelledError, KeyboardInterrupt):
         print("\nstopped", file=sys.stderr)
         return 130
-    tell.result(result)
+    display.result(result)
     return 0 if result.ok else 1
 
 
@@ -75,7 +75,7 @@ def _chosen(safeguards: Sequence[Safeguard], names: Sequence[str]) -> Sequence[S
     return [known[name] for name in dict.fromkeys(names)] if names else safeguards
 
 
-async def try_all(safeguards: Sequence[Safeguard], tell: Teller) -> Result:
+async def try_all(safeguards: Sequence[Safeguard], display: Display) -> Result:
     """Tries safeguards in the order given, some at a time. Raises `CannotTell`."""
     began_at = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mercato-safeguards-", ignore_cleanup_errors=True) as name:
@@ -83,24 +83,24 @@ async def try_all(safeguards: Sequence[Safeguard], tell: Teller) -> Result:
         snapshot = take_snapshot(ROOT, folder)
         if sentences := misfits(safeguards, snapshot):
             raise CannotTell("\n".join(sentences))
-        tell.line(f"the tests of {len(safeguards)} safeguards, with all of them in place")
-        as_it_is = await hear_as_it_is(snapshot, safeguards)
-        tell.line(f"        {len(as_it_is.tests)} tests pass ({as_it_is.seconds:.1f} s)")
-        findings = await _try_each(safeguards, snapshot, folder, tell)
+        display.line(f"the tests of {len(safeguards)} safeguards, with all of them in place")
+        as_it_is = await run_unchanged(snapshot, safeguards)
+        display.line(f"        {len(as_it_is.tests)} tests pass ({as_it_is.seconds:.1f} s)")
+        findings = await _try_each(safeguards, snapshot, folder, display)
     seconds = round(time.monotonic() - began_at, 1)
     return Result(all(finding.missed for finding in findings), seconds, tuple(findings))
 
 
-async def _try_each(safeguards: Sequence[Safeguard], snapshot: Path, folder: Path, tell: Teller) -> list[Finding]:
+async def _try_each(safeguards: Sequence[Safeguard], snapshot: Path, folder: Path, display: Display) -> list[Finding]:
     turn = asyncio.Semaphore(AT_ONCE)
 
     async def try_one(n: int, safeguard: Safeguard) -> Finding:
         async with turn:
-            tell.begin(n, len(safeguards), safeguard)
+            display.begin(n, len(safeguards), safeguard)
             # By number: a socket's path must be short.
             (folder / str(n)).mkdir(mode=0o755)
             finding = await take_away(safeguard, snapshot, folder / str(n))
-            tell.end(n, len(safeguards), finding)
+            display.end(n, len(safeguards), finding)
             return finding
 
     async with asyncio.TaskGroup() as group:
@@ -108,7 +108,7 @@ async def _try_each(safeguards: Sequence[Safeguard], snapshot: Path, folder: Pat
     return [task.result() for task in tasks]
 
 
-class Teller(Console):
+class Display(Console):
     """What a person sees: what goes on, a line for what is done, a table. With --json nothing but the result."""
 
     def list(self, safeguards: Sequence[Safeguard]) -> None:
@@ -126,7 +126,7 @@ class Teller(Console):
 
     def end(self, n: int, count: int, finding: Finding) -> None:
         del self.going[n]
-        self.line(f"[{n:2d}/{count}] {finding.name:24s}{_verdict(finding)} ({finding.seconds:.1f} s)")
+        self.line(f"[{n:2d}/{count}] {finding.name:24s}{_outcome(finding)} ({finding.seconds:.1f} s)")
         self.draw()
 
     def result(self, result: Result) -> None:
@@ -141,7 +141,7 @@ class Teller(Console):
         print(f"\n{missed} of {len(result.safeguards)} safeguards were missed by a test ({result.seconds:.0f} s)")
 
 
-def _verdict(finding: Finding) -> str:
+def _outcome(finding: Finding) -> str:
     return "missed" if finding.missed else "NOT MISSED"
 
 

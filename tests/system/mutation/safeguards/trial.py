@@ -44,7 +44,7 @@ BROKEN_CODE: Final = frozenset(
 """Who takes away a safeguard leaves code that runs: a test that fails with one of these has missed nothing."""
 
 
-class Heard(msgspec.Struct, frozen=True):
+class RunResults(msgspec.Struct, frozen=True):
     """What a run has said. `wrong`: why that is worth nothing, in a sentence; empty where it is worth something."""
 
     wrong: str
@@ -77,16 +77,16 @@ class Finding(msgspec.Struct, frozen=True):
 # ----------------------------------------------------------------------------------------------------------- the steps
 
 
-async def hear_as_it_is(snapshot: Path, safeguards: Sequence[Safeguard]) -> Heard:
+async def run_unchanged(snapshot: Path, safeguards: Sequence[Safeguard]) -> RunResults:
     """Raises `CannotTell` where a test fails although every safeguard is in its place."""
     tests = sorted({test for safeguard in safeguards for test in (*safeguard.red, safeguard.green)})
-    heard = await run_tests(snapshot, tests, AS_IT_IS_SECONDS)
-    if heard.wrong:
-        raise CannotTell(f"With all safeguards in place, {heard.wrong}")
-    if failed := [test for test in tests if not heard.passed(test)]:
-        said = heard.tests[failed[0]].said
+    results = await run_tests(snapshot, tests, AS_IT_IS_SECONDS)
+    if results.wrong:
+        raise CannotTell(f"With all safeguards in place, {results.wrong}")
+    if failed := [test for test in tests if not results.passed(test)]:
+        said = results.tests[failed[0]].said
         raise CannotTell(f"With all safeguards in place, {failed[0]} fails, one of {len(failed)} that do: {said}")
-    return heard
+    return results
 
 
 async def take_away(safeguard: Safeguard, snapshot: Path, folder: Path) -> Finding:
@@ -96,10 +96,10 @@ async def take_away(safeguard: Safeguard, snapshot: Path, folder: Path) -> Findi
         # With the byte code that the first run has left: that of edited files no longer fits them, and is made anew.
         shutil.copytree(snapshot, copy)
         edit(safeguard, copy)
-        heard = await run_tests(copy, (*safeguard.red, safeguard.green))
+        results = await run_tests(copy, (*safeguard.red, safeguard.green))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return judge(safeguard, heard)
+    return evaluate(safeguard, results)
 
 
 def edit(safeguard: Safeguard, copy: Path) -> None:
@@ -137,28 +137,30 @@ def edited(safeguard: Safeguard, root: Path) -> dict[str, str]:
     return texts
 
 
-def judge(safeguard: Safeguard, heard: Heard) -> Finding:
+def evaluate(safeguard: Safeguard, results: RunResults) -> Finding:
     return Finding(
         name=safeguard.name,
         removed=safeguard.removed,
-        said={test: heard.tests[test].said for test in safeguard.red if test in heard.tests and heard.failed(test)},
-        wrong=_wrong(safeguard, heard),
-        seconds=round(heard.seconds, 1),
+        said={
+            test: results.tests[test].said for test in safeguard.red if test in results.tests and results.failed(test)
+        },
+        wrong=_wrong(safeguard, results),
+        seconds=round(results.seconds, 1),
     )
 
 
-def _wrong(safeguard: Safeguard, heard: Heard) -> str:
-    if heard.wrong:
-        return heard.wrong
+def _wrong(safeguard: Safeguard, results: RunResults) -> str:
+    if results.wrong:
+        return results.wrong
     for test in safeguard.red:
-        seen = heard.tests[test]
-        if heard.passed(test):
+        seen = results.tests[test]
+        if results.passed(test):
             return f"{short(test)} passes without it: nothing misses it."
-        if not heard.failed(test):
+        if not results.failed(test):
             how = "was skipped" if seen.failed_in == "skipped" else f"failed in its {seen.failed_in}"
             return f"{short(test)} {how} with {seen.said}: that is no answer."
-    if not heard.passed(safeguard.green):
-        said = heard.tests[safeguard.green].said
+    if not results.passed(safeguard.green):
+        said = results.tests[safeguard.green].said
         return f"{short(safeguard.green)} fails as well, which can do without: the edits break the code ({said})."
     return ""
 
@@ -170,13 +172,13 @@ def short(test: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-async def run_tests(copy: Path, tests: Sequence[str], seconds_max: float = RUN_SECONDS) -> Heard:
+async def run_tests(copy: Path, tests: Sequence[str], seconds_max: float = RUN_SECONDS) -> RunResults:
     run = await run_pytest(copy, tests, seconds_max)
     if run.exit_code is None:
-        return Heard(f"the tests did not end within {seconds_max:.0f} s.", {}, run.seconds)
+        return RunResults(f"the tests did not end within {seconds_max:.0f} s.", {}, run.seconds)
     wrong = ""
     if run.exit_code not in (PASSED, FAILED) or any(test not in run.seen.tests for test in tests):
         wrong = f"not all tests ran (pytest ended with {run.exit_code}): {run.last}"
     elif not is_of_copy(run, copy):
         wrong = f"the tests ran with {run.seen.package}, and not with the copy in {copy}."
-    return Heard(wrong, run.seen.tests, run.seconds)
+    return RunResults(wrong, run.seen.tests, run.seconds)

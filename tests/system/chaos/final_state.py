@@ -1,4 +1,4 @@
-"""Whether all is well: first the shop comes to rest by itself, then the audit looks at everything that is there."""
+"""The state of the shop after the faults: first it comes to rest by itself, then the audit checks every invariant."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ MEANINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "charged_twice": ("M3",),
     "oversold": ("S1", "S4"),
 }
-"""The words that people know, and the invariants that they stand for."""
+"""Words of the report, and the invariants that they stand for."""
 
 
-class Verdict(msgspec.Struct, frozen=True):
+class FinalState(msgspec.Struct, frozen=True):
     """`convergence_s` None: it did not come to rest in time; `under_way` says what was left."""
 
     convergence_s: float | None
@@ -72,7 +72,7 @@ class Verdict(msgspec.Struct, frozen=True):
         return {word: sum(by_name.get(name, 0) for name in names) for word, names in MEANINGS.items()}
 
 
-async def judge(data: Path, history: Sequence[ClientOperation], began_at: float) -> Verdict:
+async def final_state(data: Path, history: Sequence[ClientOperation], began_at: float) -> FinalState:
     """Waits for the running shop in `data` to come to rest since `began_at`, a monotonic time, and audits it."""
     async with reached(data, None, lambda _line: None) as databases:
         left = await _at_rest(databases.dsns, began_at + CONVERGENCE_SECONDS)
@@ -84,7 +84,7 @@ async def judge(data: Path, history: Sequence[ClientOperation], began_at: float)
             databases.dsns["orders"],
             ["SELECT count(*) FROM orders WHERE payment IN ('paid', 'partially_refunded', 'refunded')"],
         )
-    return Verdict(took, left, orders, paid, len(report.findings), report.violated)
+    return FinalState(took, left, orders, paid, len(report.findings), report.violated)
 
 
 async def _at_rest(dsns: Mapping[str, str], end: float) -> dict[str, int]:
