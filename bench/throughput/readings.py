@@ -79,7 +79,7 @@ async def spent_by_server(admin_dsn: str, postmaster: int) -> Spending:
     }
     names[postmaster] = "(postmaster)"
     spending = spent_by(tree(postmaster), lambda pid: names.get(pid) or "(other)")
-    ended = {0: _reaped(postmaster)}
+    ended = {0: _ended_children_of(postmaster)}
     return Spending({**spending.ns, **ended}, {**spending.names, 0: "(ended)"})
 
 
@@ -120,7 +120,7 @@ def _schedstat(pid: int) -> int:
     return on_core
 
 
-def _reaped(pid: int) -> int:
+def _ended_children_of(pid: int) -> int:
     """CPU time of the children of a process that have ended, in nanoseconds; the kernel counts it in ticks."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     return (int(fields[13]) + int(fields[14])) * (1_000_000_000 // os.sysconf("SC_CLK_TCK"))
@@ -187,7 +187,7 @@ async def checkpoint(admin_dsn: str) -> None:
 
 
 async def vacuum(admin_dsn: str, prefix: str) -> None:
-    """Does now what autovacuum owes to the databases whose names begin with `prefix`, or it would fall on later loads.
+    """Does the pending work of autovacuum in the databases whose names begin with `prefix` now, before later loads.
 
     What is left to autovacuum comes from the load that is counted.
     """

@@ -59,10 +59,10 @@ def broken_contracts(folder: Path) -> set[str]:
     done = subprocess.run(
         [sys.executable, "-c", LINT], cwd=folder, env=environment, capture_output=True, text=True, timeout=BOUND_SECONDS
     )
-    verdicts = dict(re.findall(r"^(.+?) (KEPT|BROKEN)\b", done.stdout, re.MULTILINE))
+    results = dict(re.findall(r"^(.+?) (KEPT|BROKEN)\b", done.stdout, re.MULTILINE))
     names = contract_names()
-    assert set(verdicts) == set(names.values()), done.stdout + done.stderr
-    return {contract for contract, name in names.items() if verdicts[name] == "BROKEN"}
+    assert set(results) == set(names.values()), done.stdout + done.stderr
+    return {contract for contract, name in names.items() if results[name] == "BROKEN"}
 
 
 def add_violation(folder: Path, violation: Violation) -> None:

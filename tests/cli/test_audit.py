@@ -110,7 +110,7 @@ def test_a_stopped_shop_is_audited_and_left_stopped(shop: Path):
 
 
 @pytest.mark.long
-def test_time_stands_still_in_a_stopped_shop(shop: Path):
+def test_a_stopped_shop_is_audited_as_of_its_last_sign_of_life(shop: Path):
     """An event that a consumer has not read within the hour would be a violation in a shop that runs."""
     asyncio.run(change(shop, "UPDATE cursors SET position = position - (1 << 12)", "events"))
     try:
@@ -160,11 +160,11 @@ async def test_a_running_shop_is_audited_beside_itself(shop: Path):
 
 async def test_a_server_is_named_by_option_or_environment(shop: Path):
     async with serving(shop) as server:
-        named = await asyncio.to_thread(lambda: finished(start("--dsn", server.admin_dsn)))
+        by_option = await asyncio.to_thread(lambda: finished(start("--dsn", server.admin_dsn)))
         environment = {"MERCATO_POSTGRES_DSN": server.admin_dsn}
-        told = await asyncio.to_thread(lambda: finished(start("--data", "/nowhere", environment=environment)))
+        by_environment = await asyncio.to_thread(lambda: finished(start("--data", "/nowhere", environment=environment)))
 
-    assert (named[0], told[0]) == (0, 0), (named, told)
+    assert (by_option[0], by_environment[0]) == (0, 0), (by_option, by_environment)
 
 
 @pytest.mark.long
@@ -176,7 +176,7 @@ def test_two_audits_of_a_stopped_shop_wait_for_each_other(shop: Path):
     assert_untouched(shop)
 
 
-def test_a_command_that_waits_for_another_says_for_whom(shop: Path):
+def test_a_command_that_waits_for_another_names_it(shop: Path):
     with DataFolder.open(shop, OWN_URL):
         running = start("--data", str(shop))
         assert running.stdout is not None

@@ -195,7 +195,7 @@ def test_tail_says_where_to_go_on_from_after_what_was_deleted(shop: RunningShop)
 
 
 def test_a_shop_that_does_not_run_is_not_followed(tmp_path: Path):
-    """It would be read for ever, and nobody else could look at its databases."""
+    """It would be read for ever, and no other command could read its databases."""
     with DataFolder.open(tmp_path / "data", "http://127.0.0.1:8080") as folder:
         folder.secret()
         note_initialized(folder.path)
@@ -207,7 +207,7 @@ def test_a_shop_that_does_not_run_is_not_followed(tmp_path: Path):
     DataFolder.open(tmp_path / "data", "a test").close()
 
 
-def test_following_ends_quietly_when_nobody_reads_any_more(shop: RunningShop):
+def test_following_ends_without_an_error_when_its_output_is_closed(shop: RunningShop):
     """As in `mercato events tail --follow | head -1`."""
     shop.put_entry(1)
     running = subprocess.Popen(
@@ -278,7 +278,7 @@ def test_a_replay_takes_what_it_can_and_keeps_the_rest(shop: RunningShop):
 
 
 @pytest.mark.long
-def test_what_somebody_else_has_replayed_meanwhile_is_not_counted(shop: RunningShop):
+def test_events_that_another_process_replays_meanwhile_are_not_counted(shop: RunningShop):
     shop.put_dead_letter("events", CONSUMER, 3)
     code, lines, said = asyncio.run(replay_beside_another(shop))
     assert (code, said) == (0, "")

@@ -266,7 +266,7 @@ def repeat(shop: Process, who: Customer) -> tuple[int, str, str]:
 
 
 async def assert_charged_once(shop: Process, new: Customer) -> None:
-    """Of the bank's own books: no order has two charges, and what is paid has one."""
+    """Of the bank's own ledger: no order has two charges, and what is paid has one."""
     async with connected(shop.dsn("sandbox")) as connection:
         charges = await connection.fetch("SELECT order_id, count(*) AS n FROM charges GROUP BY order_id")
     counts = {charge["order_id"]: charge["n"] for charge in charges}

@@ -1,4 +1,4 @@
-"""The settings of etcd and Consul: what is wrong is named, and no password or token is told."""
+"""The settings of etcd and Consul: what is wrong is named, and no password or token is shown."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_certificates_of_a_registry(tmp_path: Path):
         ({"public_keys": ""}, "MERCATO_PUBLIC_KEYS is missing"),
     ],
 )
-def test_a_wrong_setting_is_named_and_no_secret_is_told(given: dict[str, Any], words: str):
+def test_a_wrong_setting_is_named_and_no_secret_is_shown(given: dict[str, Any], words: str):
     with pytest.raises(SettingsError) as error:
         environment.registry(settings(**given))
     assert words in str(error.value)

@@ -108,7 +108,7 @@ async def test_an_interrupted_restore_leaves_no_database(shop: Path, place: Path
     assert await names(server) == set()
 
 
-async def test_two_at_once_do_not_share_a_server(shop: Path, place: Path, server: Cluster):
+async def test_two_concurrent_restores_do_not_share_a_server(shop: Path, place: Path, server: Cluster):
     await asyncio.to_thread(done, "backup", place / "shop", "--data", shop)
     async with connected(server.server.admin_dsn) as other:
         await other.execute(f"SELECT pg_advisory_lock({LOCK_KEY})")
@@ -127,7 +127,7 @@ async def test_two_at_once_do_not_share_a_server(shop: Path, place: Path, server
         (("--dsn", "postgresql://someone:hunter2@127.0.0.1:1/x"), {}, "no connection with"),
     ],
 )
-async def test_where_it_shall_be_is_said_once(
+async def test_the_target_of_a_restore_is_given_once(
     place: Path, shop: Path, options: tuple[str, ...], environment: Mapping[str, str], words: str
 ):
     await asyncio.to_thread(done, "backup", place / "shop", "--data", shop)

@@ -1,4 +1,4 @@
-"""`mercato serve`: a process that is told everything by its environment, as a container is, and `mercato migrate`."""
+"""`mercato serve`: a process that is configured by its environment, as a container is, and `mercato migrate`."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_a_missing_setting_is_named(folder: Path):
         ("MERCATO_CURRENCY", "EURO", "MERCATO_CURRENCY is not valid: EURO is no currency of ISO 4217."),
     ],
 )
-def test_a_wrong_setting_is_named_and_no_secret_is_told(folder: Path, name: str, value: str, words: str):
+def test_a_wrong_setting_is_named_and_no_secret_is_shown(folder: Path, name: str, value: str, words: str):
     with Served("orders", environment={**given(folder, "orders"), name: value}) as refused:
         sentence = refused.refusal()
     assert words in sentence

@@ -64,11 +64,11 @@ def test_every_service_is_a_process_and_the_gateway_reaches_them(shop: Process):
         assert (placed.status, placed.json["user_id"]) == (201, 1)
         wait_until(lambda: caller.get(f"/orders/{placed.json['id']}").json["payment"] == "paid", BOUND_SECONDS)
         wanted = {"order.placed", "order.paid", "order.confirmed"}
-        wait_until(lambda: wanted <= told(caller, placed.json["id"]), BOUND_SECONDS)
+        wait_until(lambda: wanted <= event_types(caller, placed.json["id"]), BOUND_SECONDS)
         assert caller.read("/health/ready").json["services"] == dict.fromkeys(SERVICES - {"sandbox"}, "up")
 
 
-def told(caller: Caller, order_id: int) -> set[str]:
+def event_types(caller: Caller, order_id: int) -> set[str]:
     """What the feed says of an order, wherever that stands in it."""
     return {e["type"] for e in everything(caller, "/events?limit=500") if e["subject"] == f"order {order_id}"}
 
@@ -83,7 +83,7 @@ def test_no_process_can_become_another_or_the_administrator(shop: Process):
 
 
 @pytest.mark.parametrize(
-    "victim",
+    "target",
     [
         "gateway.1",
         "orders.1",
@@ -95,12 +95,12 @@ def test_no_process_can_become_another_or_the_administrator(shop: Process):
         pytest.param("events", marks=pytest.mark.long),
     ],
 )
-def test_a_process_that_is_killed_starts_again_and_no_order_is_lost(shop: Process, victim: str):
+def test_a_process_that_is_killed_starts_again_and_no_order_is_lost(shop: Process, target: str):
     with Buyers(shop.caller) as buyers:
         wait_until(lambda: len(buyers.placed) >= ORDERS, BOUND_SECONDS, lambda: str(buyers.statuses))
-        before = shop.tree().instances[victim]
+        before = shop.tree().instances[target]
         shop.kill(before)
-        wait_until(lambda: shop.tree().instances.get(victim) not in (before, None), BOUND_SECONDS)
+        wait_until(lambda: shop.tree().instances.get(target) not in (before, None), BOUND_SECONDS)
         placed = len(buyers.placed)
         wait_until(lambda: len(buyers.placed) >= placed + ORDERS, BOUND_SECONDS, lambda: str(buyers.statuses))
     assert_nothing_lost(shop, buyers)
@@ -131,7 +131,7 @@ def resume(process: Identity) -> None:
 
 
 @pytest.mark.parametrize("name", ["nats-server", "postgres"])
-def test_what_the_processes_stand_on_is_started_again(shop: Process, transport: str, name: str):
+def test_a_killed_database_or_nats_server_is_started_again(shop: Process, transport: str, name: str):
     if name == "nats-server" and transport != "nats":
         pytest.skip("over HTTP there is no NATS")
     with Buyers(shop.caller) as buyers:
@@ -152,7 +152,7 @@ def server(shop: Process, name: str) -> Identity:
 
 
 @pytest.mark.long
-def test_the_death_of_the_owner_ends_all(keeper: SharedProcess):
+def test_every_process_ends_when_the_owner_is_killed(keeper: SharedProcess):
     shop = keeper.shop("--split", "--replicas", "gateway=2")
     metrics = metrics_folder(shop)
     with Buyers(shop.caller) as buyers:

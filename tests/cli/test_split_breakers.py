@@ -39,7 +39,7 @@ def keeper(data: Path) -> Iterator[SharedProcess]:
 
 @contextlib.contextmanager
 def standing_still(shop: Process, service: str) -> Generator[None]:
-    """A process of which no one hears for the time of the block, though it lives and its connections are open."""
+    """A process that answers nothing for the time of the block, though it lives and its connections are open."""
     paused = shop.tree().instances[service]
     processes.send(paused, signal.SIGSTOP)
     try:

@@ -13,13 +13,13 @@ from mercato.testing.process import Process, data_folder
 METRICS_TOKEN = "a-token-of-the-collector-of-metrics-0123456789"
 
 
-def test_a_guarded_shop_tells_its_staff_password_once_and_asks_everybody_for_a_token():
+def test_a_guarded_shop_prints_its_staff_password_once_and_requires_tokens():
     with data_folder() as data:
         with Process(data, "--auth", "required", as_json=False) as shop, shop.ready().caller() as caller:
-            told = re.search(r"^Staff account +(\S+) +password +(\S+) ", shop.output, re.MULTILINE)
-            assert told is not None
+            printed = re.search(r"^Staff account +(\S+) +password +(\S+) ", shop.output, re.MULTILINE)
+            assert printed is not None
             assert "POST /login" in shop.output
-            email, password = told.groups()
+            email, password = printed.groups()
 
             for path in ("/orders", "/users?id=1"):
                 assert caller.get(path).status == 401

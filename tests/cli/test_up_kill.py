@@ -40,22 +40,22 @@ def some_worker(tree: Tree) -> Identity | None:
 
 KILLS: list[Any] = [
     ("1", owner),
-    *(pytest.param("3", victim, marks=pytest.mark.long) for victim in (some_worker, owner)),
+    *(pytest.param("3", target, marks=pytest.mark.long) for target in (some_worker, owner)),
 ]
 SERVER_KILLS: list[Any] = [
-    *(("1", victim) for victim in (guard, postmaster)),
-    *(pytest.param("3", victim, marks=pytest.mark.long) for victim in (guard, postmaster)),
+    *(("1", target) for target in (guard, postmaster)),
+    *(pytest.param("3", target, marks=pytest.mark.long) for target in (guard, postmaster)),
 ]
 
 
-@pytest.mark.parametrize(("workers", "victim"), KILLS)
-def test_whoever_is_killed_nothing_is_left_and_no_order_is_lost(
-    keeper: SharedProcess, workers: str, victim: Callable[[Tree], Identity | None]
+@pytest.mark.parametrize(("workers", "target"), KILLS)
+def test_after_any_process_is_killed_no_process_is_left_and_no_order_is_lost(
+    keeper: SharedProcess, workers: str, target: Callable[[Tree], Identity | None]
 ):
     shop = keeper.shop("--workers", workers)
     with Buyers(shop.caller) as buyers:
         wait_until(lambda: len(buyers.placed) >= ORDERS, BOUND_SECONDS, lambda: str(buyers.statuses))
-        process = victim(shop.tree())
+        process = target(shop.tree())
         assert process is not None
         shop.kill(process)
         shop.assert_gone()
@@ -78,15 +78,15 @@ def assert_explained(shop: Process, code: int, killed: Identity) -> None:
     assert "no acknowledged order is lost" in shop.complaints[0]
 
 
-@pytest.mark.parametrize(("workers", "victim"), SERVER_KILLS)
+@pytest.mark.parametrize(("workers", "target"), SERVER_KILLS)
 def test_a_database_server_that_is_killed_is_started_again(
-    keeper: SharedProcess, workers: str, victim: Callable[[Tree], Identity | None]
+    keeper: SharedProcess, workers: str, target: Callable[[Tree], Identity | None]
 ):
     shop = keeper.shop("--workers", workers)
     with Buyers(shop.caller) as buyers:
         wait_until(lambda: len(buyers.placed) >= ORDERS, BOUND_SECONDS, lambda: str(buyers.statuses))
         before = shop.tree()
-        process = victim(before)
+        process = target(before)
         assert process is not None
         shop.kill(process)
         shop.wait_for_line("PostgreSQL is running again")

@@ -16,7 +16,7 @@ from mercato.testing.waiting import BOUND_SECONDS, wait_until
 
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.long)])
-def test_a_server_that_becomes_read_only_is_told_and_reads_go_on(data: Path, workers: str):
+def test_a_server_that_becomes_read_only_is_reported_and_reads_continue(data: Path, workers: str):
     with Process(data, "--workers", workers) as shop, shop.ready().caller() as caller:
         order_id = caller.order().json["id"]
         with administrator(shop) as server:
@@ -37,7 +37,7 @@ def test_a_server_that_becomes_read_only_is_told_and_reads_go_on(data: Path, wor
         shop.stop()
 
 
-def test_a_server_whose_connections_others_have_is_told_and_reads_go_on(data: Path):
+def test_a_server_without_a_free_connection_is_reported_and_reads_continue(data: Path):
     with Process(data) as shop, shop.ready().caller() as caller:
         assert caller.order().status == 201
         with administrator(shop) as server:

@@ -1,4 +1,4 @@
-"""`mercato up` on a PostgreSQL that somebody else runs, named by MERCATO_POSTGRES_DSN."""
+"""`mercato up` on a PostgreSQL that is run elsewhere, named by MERCATO_POSTGRES_DSN."""
 
 from __future__ import annotations
 

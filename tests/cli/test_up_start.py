@@ -129,7 +129,7 @@ async def test_each_service_has_a_database_and_a_plain_role_of_its_own(shop: Pro
     assert [tuple(role) for role in roles] == expected
 
 
-async def test_nobody_gets_in_without_the_right_password(shop: Process):
+async def test_a_connection_without_the_right_password_is_refused(shop: Process):
     folder = str(socket_folder_of(shop.data))
 
     for user in ("mercato", "mercato_orders"):

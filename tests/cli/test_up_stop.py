@@ -38,7 +38,7 @@ def stop_in_the_middle_of_a_request(data: Path, workers: str) -> Response | None
         connection.putheader("Content-Type", "application/json")
         connection.putheader("Content-Length", str(len(body)))
         connection.endheaders(body[:9])
-        assert caller_is_heard(shop)
+        assert what_was_sent_is_read(shop)
 
         shop.interrupt()
         wait_until(lambda: refuses_connections(shop.url))
@@ -199,7 +199,7 @@ def takes_signals(shop: Process) -> bool:
     return bool(caught >> (signal.SIGHUP - 1) & 1)
 
 
-def caller_is_heard(shop: Process) -> bool:
+def what_was_sent_is_read(shop: Process) -> bool:
     """Any answered request after something was sent means that it has been read by then, near enough."""
     with shop.caller() as other:
         return other.get("/health/live").status == 200
@@ -240,7 +240,7 @@ class InBackground:
 
 
 class Lock:
-    """A lock on a table that somebody else holds, seen from a second connection."""
+    """A lock on a table that another connection holds, seen from a second connection."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, connection: asyncpg.Connection) -> None:
         self._loop = loop
@@ -255,7 +255,7 @@ class Lock:
 
 @contextmanager
 def locked(shop: Process, service: str) -> Generator[Lock]:
-    """Keeps everybody from the table of a service for the time of the block."""
+    """Locks the table of a service against all others for the time of the block."""
     loop = asyncio.new_event_loop()
     connection = loop.run_until_complete(asyncpg.connect(shop.dsn(service)))
     try:

@@ -28,7 +28,7 @@ def shop(data: Path) -> Iterator[Process]:
         process.stop()
 
 
-def test_there_are_three(shop: Process):
+def test_three_workers_run(shop: Process):
     assert len(shop.tree().workers) == 3
 
 

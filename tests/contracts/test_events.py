@@ -19,7 +19,7 @@ from mercato.testing.assertions import needs_assertions
 from mercato.testing.shop import Shop as OpenShop
 
 
-class Told(Message):
+class Changed(Message):
     n: int
 
 
@@ -28,7 +28,7 @@ class Other(Message):
 
 
 class Shop(Contract, name="events_test"):
-    events: ClassVar = {"thing.changed": Told, "thing.gone": Told}
+    events: ClassVar = {"thing.changed": Changed, "thing.gone": Changed}
 
 
 def outgoing(type_: str, data: Message) -> Outgoing:
@@ -36,7 +36,7 @@ def outgoing(type_: str, data: Message) -> Outgoing:
 
 
 def test_declared_events_are_packed_as_always():
-    events = [outgoing("thing.changed", Told(n=1)), outgoing("thing.gone", Told(n=2))]
+    events = [outgoing("thing.changed", Changed(n=1)), outgoing("thing.gone", Changed(n=2))]
 
     assert declared_only(Shop)(events) == outbox_row.pack(events)
 
@@ -45,21 +45,21 @@ def test_declared_events_are_packed_as_always():
 @pytest.mark.parametrize(
     ("type_", "data", "sentence"),
     [
-        ("thing.made", Told(n=1), "events_test emits thing.made with Told: its contract declares no such event"),
-        ("thing.changed", Other(n=1), "events_test emits thing.changed with Other: its contract declares Told"),
+        ("thing.made", Changed(n=1), "events_test emits thing.made with Changed: its contract declares no such event"),
+        ("thing.changed", Other(n=1), "events_test emits thing.changed with Other: its contract declares Changed"),
     ],
 )
 def test_an_undeclared_event_is_refused(type_: str, data: Message, sentence: str):
     with pytest.raises(AssertionError, match=sentence):
-        declared_only(Shop)([outgoing("thing.gone", Told(n=1)), outgoing(type_, data)])
+        declared_only(Shop)([outgoing("thing.gone", Changed(n=1)), outgoing(type_, data)])
 
 
 def test_a_consumer_decodes_with_the_declared_message():
-    assert decoder(Shop, Told, "thing.changed", "thing.gone")('{"n": 7, "newer": 1}') == Told(n=7)
+    assert decoder(Shop, Changed, "thing.changed", "thing.gone")('{"n": 7, "newer": 1}') == Changed(n=7)
 
 
 @needs_assertions
-@pytest.mark.parametrize(("message", "type_"), [(Other, "thing.changed"), (Told, "thing.made")])
+@pytest.mark.parametrize(("message", "type_"), [(Other, "thing.changed"), (Changed, "thing.made")])
 def test_a_consumer_of_another_message_or_type_is_refused_at_once(message: type[Message], type_: str):
     with pytest.raises(AssertionError, match="events_test emits thing"):
         decoder(Shop, message, type_)
@@ -69,7 +69,7 @@ def test_a_consumer_of_another_message_or_type_is_refused_at_once(message: type[
 @pytest.mark.parametrize("type_", ["thing", "Thing.changed", "thing.changed2", "thing.changed.again", "thing changed"])
 def test_a_contract_refuses_what_is_no_type_of_an_event(type_: str):
     with pytest.raises(AssertionError, match="no types of events"):
-        type("Wrong", (Contract,), {"events": {type_: Told}}, name="wrong")
+        type("Wrong", (Contract,), {"events": {type_: Changed}}, name="wrong")
 
 
 def test_a_type_is_declared_by_one_service():

@@ -166,7 +166,7 @@ def test_an_event_with_unknown_values_is_decoded(type_: str):
 # -------------------------------------------------------------------------------------------------------- closed, open
 
 
-def test_an_unknown_wish_is_refused_by_its_name():
+def test_a_request_with_an_unknown_value_is_refused_with_the_name_of_the_field():
     asked = msgspec.msgpack.encode({"id": 1, "status": NEWER})
     sent = msgspec.msgpack.encode([codec.WireRequest(msgspec.Raw(asked), SERVICE, 1_000.0, "t", "r")])
     ((refused,), _) = codec.decode_requests(Orders.move, sent, 0.0)

@@ -115,14 +115,14 @@ class NotToday(ServiceError, code="released.not_today", kind=Kind.REFUSED):
     hours: int = 0
 
 
-class Told(Message):
+class Changed(Message):
     number: int
 
 
 class Shop(Contract, name="released"):
     read = batched(Ask, Said, allow=frozenset({"staff"}), retry=Retry.SAFE)
 
-    events: ClassVar = {"thing.changed": Told}
+    events: ClassVar = {"thing.changed": Changed}
 
 
 Change = Callable[[dict[str, Any]], object]
@@ -200,8 +200,8 @@ NOT_UNDERSTOOD: dict[str, tuple[str, Change]] = {
         "errors_from_the_released",
         lambda s: fields(s, "NotToday").update(hours={"type": "string"}),
     ),
-    "a field of an event is gone": ("events_to_the_released", besides("Told", "colour", NUMBER, required=True)),
-    "a field of an event is new": ("events_from_the_released", without("Told", "number")),
+    "a field of an event is gone": ("events_to_the_released", besides("Changed", "colour", NUMBER, required=True)),
+    "a field of an event is new": ("events_from_the_released", without("Changed", "number")),
 }
 
 

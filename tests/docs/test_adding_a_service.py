@@ -94,7 +94,7 @@ class Example(msgspec.Struct, frozen=True):
         run = await run_pytest(self.copy, ["-m", "not long", *arguments], 10 * BOUND_SECONDS)
         assert run.exit_code == PASSED, run.output
         assert is_of_copy(run, self.copy)
-        assert run.seen.tests
+        assert run.recorded.tests
 
     def make(self, target: str) -> None:
         """Runs the script of a target of the Makefile, without the installation on which the target depends."""

@@ -50,7 +50,7 @@ def test_the_tour_does_what_the_readme_says() -> None:
         finally:
             remove(data)
     found, alice, first, again, listed, short, paid, timeline, lost, stock = answers[:10]
-    illegal, shipped, told, after_kill, audited, login = answers[10:]
+    illegal, shipped, entries, after_kill, audited, login = answers[10:]
     assert "Headphones" in [product["name"] for product in found]
     assert [user["name"] for user in alice] == ["Alice"]
     assert first["id"] == 1001
@@ -64,7 +64,7 @@ def test_the_tour_does_what_the_readme_says() -> None:
     assert (stock["on_hand"], stock["reserved"]) == (1_000_000 - 2, 0)
     assert (illegal["status"], illegal["details"]["legal"]) == (409, ["shipped"])
     assert (shipped["payment"], shipped["fulfilment"]) == ("paid", "shipped")
-    assert "order.paid" in {entry["type"] for entry in told}
+    assert "order.paid" in {entry["type"] for entry in entries}
     assert after_kill == shipped
     assert "invariants hold" in audited
     assert login["user"]["name"] == "Alice"

@@ -58,7 +58,7 @@ def test_a_new_folder_is_private_and_says_who_owns_it(parent: Path):
     assert owner["url"] == URL
 
 
-def test_a_second_owner_is_told_who_is_there(parent: Path):
+def test_a_second_owner_gets_an_error_that_names_the_first(parent: Path):
     with DataFolder.open(parent, URL), pytest.raises(DataFolderBusy) as refused:
         DataFolder.open(parent, "http://127.0.0.1:8001")
 

@@ -1,6 +1,6 @@
-"""The embedded PostgreSQL: whoever is killed, nothing lives on, nothing is lost, and the next start works."""
+"""The embedded PostgreSQL: after a kill of any process, none lives on, nothing is lost, and the next start works."""
 
-# The loop may block here: nothing else runs on it. And what is waited for, processes, tells nobody when it ends.
+# The loop may block here: nothing else runs on it. And the processes that it waits for do not report their end.
 # ruff: noqa: ASYNC220, ASYNC221, ASYNC240
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ async def test_the_server_is_durable_and_independent_of_the_machine(data: Path):
 
 
 async def test_the_environment_does_not_reach_the_server(data: Path, monkeypatch: pytest.MonkeyPatch):
-    for name, value in {"PGPORT": "1", "PGDATA": "/nowhere", "LC_ALL": "xx_YY", "PGUSER": "nobody"}.items():
+    for name, value in {"PGPORT": "1", "PGDATA": "/nowhere", "LC_ALL": "xx_YY", "PGUSER": "unknown"}.items():
         monkeypatch.setenv(name, value)
 
     async with running(data) as server:
@@ -224,7 +224,7 @@ async def test_the_short_folder_of_a_killed_owner_is_removed_by_the_next(data: P
 
 
 @needs_proc
-async def test_a_killed_owner_takes_the_server_with_it(data: Path):
+async def test_the_server_ends_when_its_owner_is_killed(data: Path):
     owner = start_owner(data)
     assert owner.stdout is not None
     await asyncio.to_thread(owner.stdout.readline)
@@ -249,7 +249,7 @@ async def test_the_next_start_waits_for_the_server_of_a_killed_owner(data: Path)
 
 
 @needs_proc
-async def test_an_owner_killed_while_a_query_runs_takes_the_server_with_it(data: Path):
+async def test_the_server_ends_when_its_owner_is_killed_during_a_query(data: Path):
     owner = start_owner(data)
     assert owner.stdout is not None
     await asyncio.to_thread(owner.stdout.readline)
@@ -268,13 +268,13 @@ async def test_an_owner_killed_while_a_query_runs_takes_the_server_with_it(data:
 
 
 @needs_proc
-@pytest.mark.parametrize("victim", ["guard", "postmaster"])
-async def test_a_killed_guard_or_server_is_reported_and_leaves_nothing(data: Path, victim: str):
+@pytest.mark.parametrize("target", ["guard", "postmaster"])
+async def test_a_killed_guard_or_server_is_reported_and_leaves_nothing(data: Path, target: str):
     server = await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
     busy = asyncio.create_task(ask(server, "SELECT count(*) FROM generate_series(1, 10000000000)"))
     await until_busy(data)
 
-    os.kill(server.pid if victim == "postmaster" else server.guard_pid, signal.SIGKILL)
+    os.kill(server.pid if target == "postmaster" else server.guard_pid, signal.SIGKILL)
 
     sentence = await asyncio.wait_for(server.died(), BOUND_SECONDS)
     assert f"pid {server.pid}" in sentence
@@ -302,7 +302,7 @@ async def test_a_server_and_guard_killed_at_once_leave_nothing(data: Path):
 
 @needs_proc
 @pytest.mark.parametrize("survivor", ["guard", "postmaster"])
-async def test_what_survives_the_others_ends_by_itself(data: Path, survivor: str):
+async def test_a_guard_or_server_that_survives_the_others_ends_by_itself(data: Path, survivor: str):
     """No owner cleans up here: the kernel tells the server of its guard's death, the guard ends orphaned backends."""
     owner = start_owner(data)
     assert owner.stdout is not None
@@ -342,19 +342,19 @@ async def test_a_server_that_does_not_listen_is_stopped_all_the_same(data: Path)
     assert alive(data) == []
 
 
-async def test_a_pid_file_that_names_a_stranger_does_not_block(data: Path):
+async def test_a_pid_file_that_names_another_program_does_not_block_a_start(data: Path):
     async with running(data):
         pass
-    stranger = subprocess.Popen(["sleep", "60"], user=server_uid(data) if AS_ROOT else None)
+    other = subprocess.Popen(["sleep", "60"], user=server_uid(data) if AS_ROOT else None)
     try:
         file = home(data) / "postgres" / "postmaster.pid"
-        file.write_text(f"{stranger.pid}\n{file.parent}\n1\n5432\n\n\n0 0\nready\n")
+        file.write_text(f"{other.pid}\n{file.parent}\n1\n5432\n\n\n0 0\nready\n")
         async with running(data) as server:
             assert await ask(server, "SELECT 1") == 1
-        assert stranger.poll() is None
+        assert other.poll() is None
     finally:
-        stranger.kill()
-        stranger.wait()
+        other.kill()
+        other.wait()
 
 
 def server_uid(data: Path) -> int:
@@ -580,7 +580,7 @@ async def test_as_root_an_unknown_account_is_named(data: Path, monkeypatch: pyte
         await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
 
 
-AS_NOBODY = """
+AS_OTHER_USER = """
 import asyncio, asyncpg, concurrent.futures.thread, os, sys
 from pathlib import Path
 from mercato.embedded_postgres import EmbeddedPostgres
@@ -610,7 +610,7 @@ async def test_an_ordinary_user_starts_it_in_a_private_folder(data: Path):
 
     answer = await asyncio.to_thread(
         subprocess.run,
-        [sys.executable, "-c", AS_NOBODY, str(private), str(uid), python],
+        [sys.executable, "-c", AS_OTHER_USER, str(private), str(uid), python],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -703,7 +703,7 @@ async def test_the_data_of_another_major_version_is_refused(data: Path):
         await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
 
 
-async def test_the_reason_of_a_failed_start_is_told(data: Path):
+async def test_the_reason_of_a_failed_start_is_reported(data: Path):
     async with running(data):
         pass
     (home(data) / "postgres" / "global" / "pg_control").unlink()

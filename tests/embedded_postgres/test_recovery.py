@@ -87,15 +87,15 @@ async def test_a_recovery_that_goes_on_is_waited_for(data: Path, monkeypatch: py
     await killed_server(data, RECORDS)
     monkeypatch.setattr(postgres, "READY_SECONDS", 2.0)
     monkeypatch.setitem(postgres.SETTINGS, "log_startup_progress_interval", "100ms")
-    told: list[tuple[float, str]] = []
+    reported: list[tuple[float, str]] = []
 
     with slowed(data, run_s=0.001, stop_s=0.1, seconds=4.0):
-        async with running(data, lambda line: told.append((time.monotonic(), line))) as server:
+        async with running(data, lambda line: reported.append((time.monotonic(), line))) as server:
             ready_at = time.monotonic()
             assert await ask(server, "SELECT 1") == 1
 
-    waiting = next(at for at, line in told if line.startswith("waiting for PostgreSQL, which is recovering"))
-    states = [line for _, line in told if line.startswith("PostgreSQL is recovering: ")]
+    waiting = next(at for at, line in reported if line.startswith("waiting for PostgreSQL, which is recovering"))
+    states = [line for _, line in reported if line.startswith("PostgreSQL is recovering: ")]
     assert ready_at - waiting > 2.0
     assert len(states) == len(set(states)) > 1
     assert all("elapsed time: " in line for line in states)

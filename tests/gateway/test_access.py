@@ -1,4 +1,4 @@
-"""Who may what: denied by default, owners see their own, and an open shop listens to nobody's web page."""
+"""Access: denied by default, owners see their own, and an open shop refuses web pages of other origins."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ async def test_no_filter_shows_orders_of_others(guarded_shop: Shop, filters: str
     assert [order["id"] for order in reply.json] == ([] if "user_id" in filters else [own])
 
 
-async def test_a_customer_makes_nobody_staff(guarded_shop: Shop) -> None:
+async def test_a_customer_cannot_give_the_role_of_staff(guarded_shop: Shop) -> None:
     person = await new_person(guarded_shop)
     sneaky = {"email": f"sneaky.{person.email}", "name": "x", "password": PASSWORD, "role": "staff"}
     assert (await guarded_shop.post("/register", sneaky)).wrong_fields == {"role"}
@@ -140,7 +140,7 @@ async def test_signing_out_ends_the_session_and_the_access_token_runs_out_by_its
     refresh = {"refresh_token": login["refresh_token"]}
     assert (await guarded_shop.post("/logout", refresh)).status == 204
     assert_problem(await guarded_shop.post("/token/refresh", refresh), 401, "users.session_ended")
-    # An access token is good for its fifteen minutes: nobody is asked about it.
+    # An access token is good for its fifteen minutes: no service is asked about it.
     assert (await guarded_shop.get("/users/me", token=login["access_token"])).status == 200
     assert (await guarded_shop.post("/logout", refresh)).status == 204, "signing out twice is signing out"
 
@@ -263,7 +263,9 @@ async def test_an_open_shop_answers_under_its_own_names(open_shop: Shop) -> None
     ("method", "path"),
     [("POST", "/orders"), ("POST", "/orders/{order}/cancel"), ("GET", "/users"), ("GET", "/metrics")],
 )
-async def test_a_page_of_another_origin_drives_nothing(open_shop: Shop, origin: str, method: str, path: str) -> None:
+async def test_a_request_of_a_page_of_another_origin_is_refused_and_changes_nothing(
+    open_shop: Shop, origin: str, method: str, path: str
+) -> None:
     order_id = await new_order(open_shop, 1)
     before = await state_of(open_shop)
     body = {"user_id": 1, "product_id": 100} if path == "/orders" else None
@@ -273,7 +275,7 @@ async def test_a_page_of_another_origin_drives_nothing(open_shop: Shop, origin: 
     assert await state_of(open_shop) == before
 
 
-async def test_a_form_of_a_page_is_no_order(open_shop: Shop) -> None:
+async def test_a_body_with_the_content_type_of_a_form_is_refused(open_shop: Shop) -> None:
     # What a page can send without asking first: the three content types of forms.
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
         body = b'{"user_id": 1, "product_id": 100}'
@@ -281,7 +283,7 @@ async def test_a_form_of_a_page_is_no_order(open_shop: Shop) -> None:
         assert_problem(reply, 415, "unsupported_media_type")
 
 
-async def test_a_browser_that_asks_first_is_told_nothing(open_shop: Shop) -> None:
+async def test_a_preflight_request_to_an_open_shop_gets_no_cors_headers(open_shop: Shop) -> None:
     asked = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
     reply = await open_shop.request("OPTIONS", "/orders", headers=asked)
     assert reply.status in (403, 405)
@@ -314,7 +316,7 @@ async def test_an_open_shop_does_not_answer_through_a_proxy(open_shop: Shop, hea
         assert_problem(await open_shop.get(path, headers={header: "203.0.113.7"}), 403, "host_not_allowed")
 
 
-async def test_metrics_are_not_for_whoever_comes_through_a_proxy(guarded_shop: Shop) -> None:
+async def test_metrics_are_refused_through_a_proxy(guarded_shop: Shop) -> None:
     assert (await guarded_shop.get("/metrics")).status == 200
     reply = await guarded_shop.get("/metrics", headers={"X-Forwarded-For": "203.0.113.7"})
     assert_problem(reply, 401, "sign_in_first")

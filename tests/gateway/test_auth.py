@@ -193,14 +193,14 @@ async def test_a_token_with_another_header_is_refused(
 
 
 async def test_a_token_of_another_key_is_refused_also_under_our_key_id(verifier: Verifier, signer: Signer) -> None:
-    stranger = Signer()
+    other = Signer()
     with pytest.raises(Unauthenticated):
-        await verifier.actor(stranger.sign())
+        await verifier.actor(other.sign())
     with pytest.raises(Unauthenticated):
-        await verifier.actor(signer.sign({"kid": signer.key.thumbprint()}, key=stranger.key))
+        await verifier.actor(signer.sign({"kid": signer.key.thumbprint()}, key=other.key))
 
 
-async def test_a_token_that_nobody_signed_is_refused(verifier: Verifier, signer: Signer) -> None:
+async def test_an_unsigned_token_is_refused(verifier: Verifier, signer: Signer) -> None:
     header, claims, _ = signer.sign().split(".")
     unsigned = plain({"alg": "none", "typ": "at+jwt", "kid": signer.key.thumbprint()})
     for token in (
@@ -266,7 +266,7 @@ async def test_forged_tokens_do_not_make_us_ask_for_keys_again_and_again(ended: 
     assert users.asked == 1
 
 
-async def test_without_the_users_service_nobody_is_let_in_and_nobody_is_blamed(
+async def test_without_the_users_service_a_token_is_answered_as_unavailable_and_not_as_invalid(
     verifier: Verifier, signer: Signer
 ) -> None:
     signer.away = True
@@ -434,7 +434,7 @@ async def test_the_scheme_is_not_case_sensitive(verifier: Verifier, signer: Sign
         assert await Authenticator(verifier, None).actor(f"{scheme} {signer.sign()}".encode()) == Actor("customer", 7)
 
 
-def test_nobody_is_anonymous_or_in_an_open_shop_staff(verifier: Verifier) -> None:
+def test_a_request_without_a_token_is_anonymous_or_in_an_open_shop_staff(verifier: Verifier) -> None:
     assert Authenticator(verifier, None).anonymous_actor == ANONYMOUS
     assert Authenticator(verifier, ["localhost:1"]).anonymous_actor == OPEN_ACTOR
 

@@ -1,6 +1,6 @@
-"""What nobody should send: each gets a clear problem, and changes nothing.
+"""Invalid input: each gets a clear problem, and changes nothing.
 
-The table names inputs that somebody will send some day; the property tests after it send what nobody thought of.
+The table names inputs that a client will send some day; the property tests after it send generated ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PRODUCT: Mapping[str, Any] = {
     "price": {"amount": "9.99", "currency": "USD"},
     "category": "things",
 }
-ACCOUNT: Mapping[str, Any] = {"email": "bad.input@example.com", "name": "Somebody", "password": PASSWORD}
+ACCOUNT: Mapping[str, Any] = {"email": "bad.input@example.com", "name": "Alice", "password": PASSWORD}
 
 NUL = "a\x00b"
 RTL = "\u202eevil\u202c"
@@ -313,7 +313,7 @@ CASES = [
     nothing("product to change", "PATCH", f"/products/{UNKNOWN_ID}", "products.not_found", {"name": "x"}),
     # Accounts.
     wrong("account: nothing in it", "POST", "/register", {}, "email", "name", "password"),
-    account("all wrong", {"email": "nobody", "name": " ", "password": "short"}, "email", "name", "password"),
+    account("all wrong", {"email": "alice", "name": " ", "password": "short"}, "email", "name", "password"),
     account("a role", {"role": "staff"}, "role"),
     account("an id", {"id": 1}, "id"),
     account("e-mail with a NUL", {"email": "a\x00b@example.com"}, "email"),
@@ -592,7 +592,7 @@ async def test_an_illegal_move_names_the_legal_ones_and_moves_nothing(
     assert (await open_shop.get(path)).body == before.body
 
 
-# ----------------------------------------------------------------------------------------- what nobody thought of
+# ------------------------------------------------------------------------------------------------ generated input
 
 WITH_BODY = [route for route in ROUTES if route.body is not None]
 WITH_QUERY = [route for route in ROUTES if route.method == "GET"]
@@ -659,7 +659,7 @@ def assert_answered(reply: Response) -> None:
         assert_problem(reply, reply.status, reply.code)
 
 
-async def tell(shop: Shop, route: Route, things: Things, raw: bytes) -> None:
+async def send_checked(shop: Shop, route: Route, things: Things, raw: bytes) -> None:
     assert_answered(
         await send(shop, route.method, things.path(route), raw=raw, headers=JSON, token=things.person.token)
     )
@@ -670,7 +670,7 @@ def named(route: Route) -> str:
 
 
 async def target(shop: Shop) -> Things:
-    """What the property tests shoot at: their own staff member, who may do everything and is needed by nobody."""
+    """What the property tests act on: their own staff member, who may do everything and whom no other test needs."""
     if shop not in _targets:
         _targets[shop] = await Things.of(shop, await new_person(shop, "staff"))
     return _targets[shop]
@@ -685,14 +685,14 @@ _targets: dict[Shop, Things] = {}
 async def test_no_nearly_right_body_breaks_a_row(guarded_shop: Shop, route: Route, data: st.DataObject) -> None:
     things = await target(guarded_shop)
     body = mutated(data, things.body(route))
-    await tell(guarded_shop, route, things, json.dumps(body).encode())
+    await send_checked(guarded_shop, route, things, json.dumps(body).encode())
 
 
 @pytest.mark.parametrize("route", WITH_BODY, ids=named)
 @fuzz(25)
 @given(raw=st.binary(max_size=200) | anything.map(lambda value: json.dumps(value).encode()))
 async def test_no_bytes_break_a_row(guarded_shop: Shop, route: Route, raw: bytes) -> None:
-    await tell(guarded_shop, route, await target(guarded_shop), raw)
+    await send_checked(guarded_shop, route, await target(guarded_shop), raw)
 
 
 PARAMETERS = sorted({f.encode_name for r in ROUTES if r.query for f in msgspec.structs.fields(r.query)})

@@ -55,7 +55,7 @@ async def test_a_page_of_a_named_origin_reads_every_answer(shop: Shop, origin: s
 
 
 @pytest.mark.parametrize("path", ["/orders", "/products/1", "/openapi.json"])
-async def test_a_browser_that_asks_first_hears_what_may_be_sent(shop: Shop, path: str) -> None:
+async def test_a_preflight_request_gets_the_allowed_methods_and_headers(shop: Shop, path: str) -> None:
     asked = {"Origin": PAGE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
     reply = await shop.request("OPTIONS", path, headers=asked)
     assert (reply.status, reply.body) == (204, b"")
@@ -67,7 +67,7 @@ async def test_a_browser_that_asks_first_hears_what_may_be_sent(shop: Shop, path
 
 
 @pytest.mark.parametrize("origin", FOREIGN)
-async def test_a_page_of_another_origin_is_told_nothing(shop: Shop, origin: str) -> None:
+async def test_an_answer_to_another_origin_has_no_cors_headers(shop: Shop, origin: str) -> None:
     asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
     for reply in (
         await shop.request("OPTIONS", "/orders", headers=asked),
@@ -78,7 +78,7 @@ async def test_a_page_of_another_origin_is_told_nothing(shop: Shop, origin: str)
             assert_problem(reply, 403, "host_not_allowed")
 
 
-async def test_caches_tell_the_answers_to_different_origins_apart(shop: Shop) -> None:
+async def test_caches_keep_the_answers_to_different_origins_apart(shop: Shop) -> None:
     for headers in ({}, {"Origin": PAGE}):
         for path in ("/products", "/openapi.json", "/nothing"):
             reply = await shop.request("GET", path, headers=headers)

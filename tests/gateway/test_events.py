@@ -18,7 +18,7 @@ POLLS = 5_000
 POLL_SECONDS = 0.02
 
 
-async def told(shop: Shop, order_id: int, query: str = "") -> list[dict[str, object]]:
+async def entries_about(shop: Shop, order_id: int, query: str = "") -> list[dict[str, object]]:
     """The entries about an order, once it is in the feed."""
     for _ in range(POLLS):
         entries = [e for e in await all_entries(shop, query) if e["subject"] == f"order {order_id}"]
@@ -57,7 +57,7 @@ async def behind_the_last(shop: Shop, position: int) -> Response:
 async def test_a_placed_order_is_in_the_feed(open_shop: Shop):
     person = await new_person(open_shop)
     order_id = await new_order(open_shop, person.id)
-    entries = await told(open_shop, order_id, "&types=order.placed")
+    entries = await entries_about(open_shop, order_id, "&types=order.placed")
     assert len(entries) == 1
     assert set(entries[0]) == {"position", "id", "type", "subject", "version", "data", "at"}
     assert str(entries[0]["id"]).startswith("orders:")
@@ -67,7 +67,7 @@ async def test_a_placed_order_is_in_the_feed(open_shop: Shop):
 async def test_pages_have_a_link_while_they_are_full_and_positions_rise(open_shop: Shop):
     person = await new_person(open_shop)
     orders = [await new_order(open_shop, person.id) for _ in range(3)]
-    await told(open_shop, orders[-1])
+    await entries_about(open_shop, orders[-1])
     positions = [int(str(entry["position"])) for entry in await all_entries(open_shop)]
     assert positions == sorted(set(positions))
     first = await open_shop.get("/events?limit=2", token=await staff_token(open_shop))

@@ -497,7 +497,7 @@ async def test_a_problem_is_never_kept_and_says_its_length(open_shop: Shop) -> N
 
 
 async def test_an_answer_without_content_has_none(guarded_shop: Shop) -> None:
-    reply = await guarded_shop.post("/logout", {"refresh_token": "a token that nobody has"})
+    reply = await guarded_shop.post("/logout", {"refresh_token": "an unknown token"})
     assert (reply.status, reply.body) == (204, b"")
     assert "content-type" not in reply.headers
     assert "content-length" not in reply.headers

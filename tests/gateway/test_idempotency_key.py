@@ -45,7 +45,7 @@ def assert_replayed(first: Response, again: Response) -> None:
     assert again.headers["etag"] == first.headers["etag"]
 
 
-async def test_the_same_request_again_hears_the_first_answer(open_shop: Shop) -> None:
+async def test_a_repeated_request_gets_the_first_answer(open_shop: Shop) -> None:
     key, before = unique("key"), await order_count(open_shop)
     first = await place(open_shop, key)
     assert "idempotent-replayed" not in first.headers
@@ -54,7 +54,7 @@ async def test_the_same_request_again_hears_the_first_answer(open_shop: Shop) ->
     assert await order_count(open_shop) == before + 1
 
 
-async def test_the_first_answer_is_heard_also_when_the_order_has_moved_on(open_shop: Shop) -> None:
+async def test_a_repeated_request_gets_the_first_answer_also_when_the_order_has_moved_on(open_shop: Shop) -> None:
     key = unique("key")
     first = await place(open_shop, key)
     assert (await open_shop.post(f"{first.headers['location']}/cancel")).status == 200
@@ -134,7 +134,7 @@ async def test_a_refusal_leaves_the_key_free(open_shop: Shop, refused: dict[str,
     assert (await place(open_shop, key)).status == 201
 
 
-async def test_a_refusal_is_thought_over_when_its_reason_is_gone(open_shop: Shop) -> None:
+async def test_a_refused_request_is_accepted_when_the_reason_is_gone(open_shop: Shop) -> None:
     product, key = await new_product(open_shop, price_minor=10_00), unique("key")
     wanted = {"user_id": 1, "product_id": product.id, "amount": "12.00"}
     assert_problem(await place(open_shop, key, wanted), 409, "orders.price_changed")
@@ -142,7 +142,7 @@ async def test_a_refusal_is_thought_over_when_its_reason_is_gone(open_shop: Shop
     assert (await place(open_shop, key, wanted)).status == 201
 
 
-async def test_who_may_not_order_does_not_use_up_a_key(guarded_shop: Shop) -> None:
+async def test_a_forbidden_order_does_not_use_its_key(guarded_shop: Shop) -> None:
     key, person = unique("key"), await new_person(guarded_shop)
     wanted = {**ORDER, "user_id": person.id}
     assert_problem(await place(guarded_shop, key, wanted), 401, "sign_in_first")

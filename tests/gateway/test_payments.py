@@ -215,7 +215,7 @@ async def test_what_came_back_before_it_was_paid_is_not_due(open_shop: Shop) -> 
 # ---------------------------------------------------------------------------------------------------------------- keys
 
 
-async def test_a_key_that_comes_again_hears_of_the_same_payment(open_shop: Shop) -> None:
+async def test_a_repeated_key_gets_the_same_payment(open_shop: Shop) -> None:
     order, key = await placed(open_shop), unique("pay")
 
     first = await pay(open_shop, order, key=key)

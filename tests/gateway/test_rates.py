@@ -1,4 +1,4 @@
-"""How often one caller may: beyond the burst they hear when to come back, and nobody else hears anything."""
+"""How often one caller may: beyond the burst it is refused with a time to retry, and no other caller is refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mercato.testing.shop_data import PASSWORD, new_person, unique
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-NOBODYS = {"refresh_token": "a token that nobody has"}
+UNKNOWN_TOKEN = {"refresh_token": "an unknown token"}
 FEW = Limits(per_second=1, burst=5)
 AGAIN_SECONDS = 60.0
 FLOOD = 300
@@ -104,11 +104,13 @@ async def flood(shop: Shop, headers: Callable[[int], Mapping[str, str]] = lambda
     """Asks more often than the row lets a caller; again where a busy machine is slower than the rate of the row."""
     replies: list[Response] = []
     while len(replies) < FLOOD_MAX and 429 not in {reply.status for reply in replies}:
-        replies += await asyncio.gather(*(shop.post("/logout", NOBODYS, headers=headers(n)) for n in range(FLOOD)))
+        replies += await asyncio.gather(
+            *(shop.post("/logout", UNKNOWN_TOKEN, headers=headers(n)) for n in range(FLOOD))
+        )
     return replies
 
 
-async def test_who_asks_too_often_hears_when_to_come_back(guarded_shop: Shop) -> None:
+async def test_a_caller_beyond_its_rate_gets_a_time_to_retry(guarded_shop: Shop) -> None:
     replies = await flood(guarded_shop)
     refused = [reply for reply in replies if reply.status != 204]
     assert len(replies) - len(refused) >= 1
@@ -118,11 +120,11 @@ async def test_who_asks_too_often_hears_when_to_come_back(guarded_shop: Shop) ->
         assert int(reply.headers["retry-after"]) >= 1
     # Others, and other rows, do not notice.
     person = await new_person(guarded_shop)
-    assert (await guarded_shop.post("/logout", NOBODYS, token=person.token)).status == 204
+    assert (await guarded_shop.post("/logout", UNKNOWN_TOKEN, token=person.token)).status == 204
     assert (await guarded_shop.get("/products/100")).status == 200
     # And they may again, by themselves.
     async with asyncio.timeout(AGAIN_SECONDS):
-        while (await guarded_shop.post("/logout", NOBODYS)).status != 204:
+        while (await guarded_shop.post("/logout", UNKNOWN_TOKEN)).status != 204:
             await asyncio.sleep(0.1)
 
 

@@ -1,4 +1,4 @@
-"""Stock in the API: everybody looks, staff count and adjust, and an adjustment is made once for its key."""
+"""Stock in the API: every caller reads it, staff count and adjust, and an adjustment is made once for its key."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ async def test_a_product_whose_pieces_are_all_reserved_is_not_in_stock(guarded_s
 
 
 async def test_a_large_order_does_not_learn_how_large_the_stock_is(guarded_shop: Shop) -> None:
-    for on_hand, told in ((37, 10), (4, 4)):
+    for on_hand, shown in ((37, 10), (4, 4)):
         _, product_id = await counted(guarded_shop, on_hand)
         person = await new_person(guarded_shop)
         body = {"user_id": person.id, "product_id": product_id, "quantity": 5_000}
-        short = [{"product_id": product_id, "requested": 5_000, "available": told}]
+        short = [{"product_id": product_id, "requested": 5_000, "available": shown}]
         refused = await guarded_shop.post("/orders", body, token=person.token, headers={"Prefer": "wait=30"})
         assert (refused.code, refused.json["details"]["items"]) == ("orders.out_of_stock", short)
-        assert f"({told} of 5000)" in refused.json["detail"]
+        assert f"({shown} of 5000)" in refused.json["detail"]
         order = await guarded_shop.get(refused.headers["location"], token=person.token)
         assert order.json["reason"]["items"] == short
 
@@ -92,7 +92,7 @@ async def test_staff_see_how_much_there_is(guarded_shop: Shop) -> None:
     assert reply.headers["etag"] == '"2"'
 
 
-async def test_of_what_nobody_has_counted_there_is_nothing_and_no_tag(open_shop: Shop) -> None:
+async def test_a_product_without_a_count_has_no_stock_and_no_tag(open_shop: Shop) -> None:
     product = await new_product(open_shop)
     reply = await open_shop.get(f"/products/{product.id}/stock")
 
@@ -127,7 +127,7 @@ async def test_a_count_of_what_was_seen_is_taken_and_of_what_was_not_is_refused(
     assert (taken.status, taken.json["on_hand"], taken.headers["etag"]) == (200, 4, '"2"')
 
 
-async def test_promised_pieces_are_not_counted_away(open_shop: Shop) -> None:
+async def test_reserved_pieces_cannot_be_counted_away(open_shop: Shop) -> None:
     path, product_id = await counted(open_shop, 5)
     await hold(open_shop, product_id, 3)
     reply = await open_shop.put(path, {"on_hand": 2})
@@ -243,7 +243,7 @@ async def test_a_list_that_makes_no_sense_is_refused(open_shop: Shop, query: str
 # ------------------------------------------------------------------------------------------------------------ access
 
 
-async def test_customers_look_and_change_nothing(guarded_shop: Shop) -> None:
+async def test_customers_read_stock_and_cannot_change_it(guarded_shop: Shop) -> None:
     path, _ = await counted(guarded_shop, 5)
     token = (await new_person(guarded_shop)).token
     key = {"Idempotency-Key": unique("key")}

@@ -152,7 +152,7 @@ async def test_a_value_of_a_query_is_explained_as_one_of_a_body_is() -> None:
 # ------------------------------------------------------------------------------------------------------ all in one pass
 
 
-async def test_body_path_query_and_headers_are_judged_in_one_pass(open_shop: Shop) -> None:
+async def test_body_path_query_and_headers_are_validated_in_one_pass(open_shop: Shop) -> None:
     body = {"status": "gone", "fulfilment": 5, "colour": "red"}
     reply = await open_shop.patch("/orders/first?dry=1", body, headers={"If-Match": "x", "Idempotency-Key": "k"})
 
@@ -168,7 +168,7 @@ async def test_body_path_query_and_headers_are_judged_in_one_pass(open_shop: Sho
     }
 
 
-async def test_query_and_headers_are_judged_in_one_pass(open_shop: Shop) -> None:
+async def test_query_and_headers_are_validated_in_one_pass(open_shop: Shop) -> None:
     reply = await open_shop.get("/orders?limit=0&colour=red&status=gone", headers={"If-Match": '"1"'})
 
     assert set(reply.wrong_fields) == {"?limit", "?colour", "?status", "header If-Match"}

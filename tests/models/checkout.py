@@ -764,7 +764,7 @@ class CheckoutMachine(RuleBasedStateMachine):
                 self.payments.deliver_late()
 
     def goods_arrive(self, pieces: int) -> None:
-        """A fenced driver that was told "out of stock" may find enough when it asks again."""
+        """A fenced driver that was answered "out of stock" may find enough when it asks again."""
         self.inventory.receive(pieces)
         self.on_hand += pieces
 

@@ -25,7 +25,7 @@ from mercato.chassis.rpc.circuit_breaker import BUCKETS, Permit, State
 
 
 class BreakerWalk(RuleBasedStateMachine):
-    """Callers come, go and report in any order, at any time, also long after anybody cares."""
+    """Callers come, go and report in any order, at any time, also long after their calls have ended."""
 
     permits: Bundle[Permit] = Bundle("permits")
 

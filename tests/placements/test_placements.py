@@ -13,7 +13,7 @@ from mercato.chassis.hosting.host import GATEWAY
 NAMES = sorted(path.stem for path in Path(placements.__file__).parent.glob("*.toml"))
 
 
-def test_there_are_three():
+def test_three_workers_run():
     assert NAMES == ["cluster", "split", "together"]
 
 

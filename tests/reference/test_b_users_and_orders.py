@@ -54,7 +54,7 @@ async def test_an_unknown_user_has_no_orders(open_shop: Shop) -> None:
 
 @pytest_asyncio.fixture(loop_scope="session", params=TRANSPORTS)
 async def shop(cluster: Cluster, request: pytest.FixtureRequest) -> AsyncGenerator[Shop]:
-    """A shop of its own: nobody else shall miss its users."""
+    """A shop of its own: no other test needs its users."""
     own = await Shop.start(cluster, request.param)
     yield own
     await give_back(cluster, own)
@@ -76,7 +76,7 @@ async def give_back(cluster: Cluster, shop: Shop) -> None:
 
 
 async def until(answer: Callable[[], Awaitable[Response]], status: int) -> Response:
-    """Asks until it is answered with this status; so long, nothing but a clear 503 is heard."""
+    """Asks until it is answered with this status; until then, each answer is a clear 503."""
     async with asyncio.timeout(BOUND_SECONDS):
         while (reply := await answer()).status != status:
             assert_unavailable(reply)
@@ -127,7 +127,7 @@ async def test_while_the_breaker_is_open_the_answer_comes_at_once(shop: Shop, cl
     await asked_again_until_left_alone_for_long()
     assert 'mercato_breaker_open{operations="reads",service="users"} 1.0' in (await shop.get("/metrics")).body.decode()
     await give_back(cluster, shop)
-    # The users are there again, and nobody asks them before the time is over: so no answer has waited for them.
+    # The users are there again, and the open breaker does not call them before its time is over: no answer waits.
     assert_unavailable(await shop.post("/orders", ORDER))
     await until(lambda: shop.post("/orders", ORDER), 201)
     assert 'mercato_breaker_open{operations="reads",service="users"} 0.0' in (await shop.get("/metrics")).body.decode()

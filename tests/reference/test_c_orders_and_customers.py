@@ -37,7 +37,7 @@ async def test_a_customer_who_does_not_exist_orders_nothing(open_shop: Shop) -> 
     assert reply.json["details"] == {"user_id": 999_999}
 
 
-async def test_without_a_body_there_is_an_answer(open_shop: Shop) -> None:
+async def test_an_order_without_a_body_is_refused(open_shop: Shop) -> None:
     assert_problem(await open_shop.post("/orders"), 415, "unsupported_media_type")
     empty = await open_shop.post("/orders", raw=b"", headers={"Content-Type": "application/json"})
     assert_problem(empty, 400, "malformed_json")

@@ -18,7 +18,7 @@ def account() -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------------- users
 
 
-async def test_somebody_registers(open_shop: Shop) -> None:
+async def test_an_account_is_registered(open_shop: Shop) -> None:
     wanted = account()
     reply = await open_shop.post("/register", wanted)
     assert (reply.status, reply.headers["location"]) == (201, f"/users/{reply.json['id']}")
@@ -56,7 +56,7 @@ async def test_signing_in_gives_an_access_and_a_refresh_token(guarded_shop: Shop
 async def test_a_wrong_password_and_an_unknown_email_are_answered_alike(guarded_shop: Shop) -> None:
     person = await new_person(guarded_shop)
     wrong = await guarded_shop.post("/login", {"email": person.email, "password": "not the password"})
-    unknown = await guarded_shop.post("/login", {"email": "nobody@example.com", "password": "not the password"})
+    unknown = await guarded_shop.post("/login", {"email": "unknown@example.com", "password": "not the password"})
     assert_problem(wrong, 401, "users.wrong_credentials")
     one, other = wrong.json, unknown.json
     assert one.pop("trace_id") != other.pop("trace_id")
@@ -79,7 +79,7 @@ async def test_an_unknown_profile_is_not_found(guarded_shop: Shop) -> None:
 # ---------------------------------------------------------------------------------------------------------- products
 
 
-async def test_everybody_reads_the_catalogue(guarded_shop: Shop) -> None:
+async def test_the_catalogue_is_read_without_an_account(guarded_shop: Shop) -> None:
     reply = await guarded_shop.get("/products?limit=200")
     prices = {product["id"]: product["price"] for product in reply.json}
     assert prices[1] == {"amount": "1299.99", "currency": "USD"}

@@ -132,7 +132,7 @@ async def opened_in_the_end(database: Database) -> None:
                 await asyncio.sleep(0.1)
 
 
-async def test_what_was_left_to_do_there_is_done_here(open_shop: Shop) -> None:
+async def test_health_metrics_and_trace_ids_are_there(open_shop: Shop) -> None:
     assert (await open_shop.get("/health/live")).status == 200
     metrics = (await open_shop.get("/metrics")).body.decode()
     for name in ("mercato_http_requests_total", "mercato_pool_connections_limit", "mercato_queue_wait_seconds_bucket"):

@@ -1,4 +1,4 @@
-"""Links between processes, each kind of failure alone, before a listener that answers what it hears."""
+"""Links between processes, each kind of failure alone, before a listener that answers what it receives."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_silent_link_keeps_everything_until_it_heals(links: Links, link: Link,
             assert {old.recv(1024), new.recv(1024)} == {b"b", b"c"}
 
 
-def test_answers_get_lost_after_the_request_was_heard(links: Links, link: Link, listener: Listener):
+def test_answers_get_lost_after_the_request_was_received(links: Links, link: Link, listener: Listener):
     with connected(link) as end:
         assert answered(end, b"a") == b"a"
         links.do("silence", [link], "back")
@@ -130,7 +130,7 @@ def test_answers_get_lost_after_the_request_was_heard(links: Links, link: Link, 
             end.recv(1024)
 
 
-def test_of_a_halved_connection_the_caller_hears_nothing(links: Links, link: Link, listener: Listener):
+def test_the_caller_of_a_halved_connection_receives_nothing(links: Links, link: Link, listener: Listener):
     with connected(link) as old:
         assert answered(old, b"a") == b"a"
         links.do("halve", [link])

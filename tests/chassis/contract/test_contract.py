@@ -148,7 +148,7 @@ class Said(Message):
     mood: Open[Mood] = "glad"
 
 
-class Told(Message):
+class Changed(Message):
     at: datetime.datetime
 
 
@@ -164,7 +164,7 @@ class Shop(Contract, name="test_contract"):
     read = batched(Ask, Said, allow=frozenset({"staff", "customer"}), retry=Retry.SAFE, size=64)
     change = single(Ask, Empty, allow=frozenset({"staff"}))
 
-    events: ClassVar = {"thing.changed": Told}
+    events: ClassVar = {"thing.changed": Changed}
 
 
 def test_operations_know_their_names():
@@ -254,9 +254,9 @@ def test_schemas_hold_operations_errors_and_components():
         "allow": ["customer", "staff"],
     }
     assert made["errors"] == {"test_contract.refused": {"kind": "refused", "details": {"$ref": "#/components/Refused"}}}
-    assert made["events"] == {"thing.changed": {"$ref": "#/components/Told"}}
-    assert set(made["components"]) == {"Ask", "Said", "Empty", "Refused", "Told"}
-    assert made["components"]["Told"]["properties"]["at"] == {"type": "string", "format": "date-time"}
+    assert made["events"] == {"thing.changed": {"$ref": "#/components/Changed"}}
+    assert set(made["components"]) == {"Ask", "Said", "Empty", "Refused", "Changed"}
+    assert made["components"]["Changed"]["properties"]["at"] == {"type": "string", "format": "date-time"}
     assert made["components"]["Said"]["properties"]["mood"]["x-extensible-enum"] == ["glad", "sad"]
     assert made["components"]["Ask"]["properties"]["mood"]["anyOf"][0] == {"enum": ["glad", "sad"]}
     assert made["components"]["Ask"]["required"] == ["number"]

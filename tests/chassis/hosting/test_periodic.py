@@ -133,12 +133,12 @@ async def test_a_reason_is_logged_when_it_is_new(pauses: list[float]):
     assert {(entry["service"], entry["task"]) for entry in logs} == {("shop", "work")}
 
 
-async def test_who_wants_to_is_told_of_each_failure(pauses: list[float]):
-    away, told = Unavailable(service="shop"), list[Exception]()
+async def test_on_failure_is_called_with_each_failure(pauses: list[float]):
+    away, failures = Unavailable(service="shop"), list[Exception]()
     with capture_logs() as logs:
-        await run_through(Rounds(away, away, 0), on_failure=told.append)
+        await run_through(Rounds(away, away, 0), on_failure=failures.append)
 
-    assert (told, logs) == ([away, away], [])
+    assert (failures, logs) == ([away, away], [])
 
 
 async def test_calls_of_a_round_come_from_the_service_and_have_a_deadline_of_their_own():

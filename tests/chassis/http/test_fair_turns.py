@@ -183,7 +183,7 @@ async def test_client_that_ends_its_half_gets_its_answers() -> None:
 
 
 @on_both_loops
-async def test_client_that_ends_its_half_in_the_middle_of_a_request_is_told() -> None:
+async def test_client_that_ends_its_half_in_the_middle_of_a_request_gets_a_problem() -> None:
     async with serve() as serving:
         client = await serving.connect()
         await client.send(GET + b"GET /hello HT")

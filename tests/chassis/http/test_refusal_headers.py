@@ -68,7 +68,7 @@ async def test_trailers_are_no_headers_of_a_request() -> None:
 
 
 @on_both_loops
-async def test_connection_that_is_turned_away_has_said_nothing() -> None:
+async def test_refusal_of_a_connection_has_no_headers_made_of_a_request() -> None:
     async with serve(None, seen, connections_of_one=1) as serving:
         first, second = await serving.connect(), await serving.connect()
         assert "x-seen" not in await second.problem(503, "too_many_connections_of_one")

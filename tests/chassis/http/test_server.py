@@ -339,7 +339,7 @@ async def test_too_large_body_of_a_pipelined_request_is_refused_after_the_earlie
 
 
 @on_both_loops
-async def test_refusal_never_lands_inside_an_answer_that_has_begun() -> None:
+async def test_refusal_is_never_written_into_an_answer_that_has_begun() -> None:
     async with serve(body_bytes=1_000) as serving:
         client = await serving.connect()
         await client.send(CHUNKED.replace(b"/echo", b"/started"))
@@ -558,7 +558,7 @@ async def test_request_that_trickles_in_times_out(beginning: bytes) -> None:
 
 
 @on_both_loops
-async def test_application_hears_of_the_refusal_while_the_client_still_reads() -> None:
+async def test_application_gets_the_disconnect_while_the_client_still_reads() -> None:
     async with serve(body_bytes=1_000) as serving:
         client = await serving.connect()
         await client.send(CHUNKED)
@@ -570,7 +570,7 @@ async def test_application_hears_of_the_refusal_while_the_client_still_reads() -
 
 
 @on_both_loops
-async def test_application_that_comes_too_late_is_not_heard_and_does_not_fail() -> None:
+async def test_late_answer_of_the_application_is_dropped_without_an_error() -> None:
     async with serve(**SHORT) as serving:
         client = await serving.connect()
         head = b"POST /wait_and_echo HTTP/1.1\r\nHost: shop\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n"
@@ -604,7 +604,7 @@ async def test_idle_connection_is_not_a_request_that_is_late() -> None:
 
 
 @on_both_loops
-async def test_idle_connections_are_closed_without_a_word() -> None:
+async def test_idle_connections_are_closed_without_a_response() -> None:
     async with serve(keep_alive_seconds=0.1, first_byte_seconds=0.1) as serving:
         fresh, used = await serving.connect(), await serving.connect()
         assert (await used.ask(GET))[0] == 200

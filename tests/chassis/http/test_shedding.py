@@ -269,7 +269,7 @@ async def test_full_queue_spares_the_higher_of_two_lower_classes() -> None:
     await served.end()
 
 
-async def test_refused_clients_are_told_to_come_back_at_different_times() -> None:
+async def test_refused_clients_get_different_times_to_retry() -> None:
     seconds: set[int | None] = set()
     for jitter in (0.0, 0.34, 0.67, 0.999):
         served = Served(msgspec.structs.replace(TEN, queue_share=0.0), jitter=jitter)

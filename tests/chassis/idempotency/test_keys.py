@@ -65,7 +65,7 @@ async def count(database: Database) -> int:
         return (await tx.fetch_values(int, "SELECT count(*) FROM idempotency"))[0]
 
 
-async def test_a_key_is_new_then_ours_then_answered(database: Database):
+async def test_a_key_is_new_then_claimed_then_answered(database: Database):
     wanted = [keyed("b"), keyed("a")]
     assert await recall(database, *wanted) == [None, None]
     assert await do(database, wanted) == {("customer:1", "a"), ("customer:1", "b")}
@@ -74,13 +74,13 @@ async def test_a_key_is_new_then_ours_then_answered(database: Database):
     assert await recall(database, *wanted) == [b"answerb", b"answera"]
 
 
-async def test_another_request_with_the_key_is_told_so_at_its_place(database: Database):
+async def test_another_request_with_a_used_key_is_refused_at_its_position(database: Database):
     await do(database, [keyed("a"), keyed("b")])
     wanted = [keyed("a"), keyed("b", fingerprint=b"two"), keyed("a")]
     assert await recall(database, *wanted) == [b"answera", IdempotencyKeyReused, b"answera"]
 
 
-async def test_a_key_belongs_to_whoever_sent_it_and_to_one_operation(database: Database):
+async def test_a_key_is_scoped_to_its_principal_and_its_operation(database: Database):
     await do(database, [keyed("a")])
     assert await recall(database, keyed("a", principal="customer:2")) == [None]
     assert await recall(database, keyed("a"), operation="things.other") == [None]
@@ -89,7 +89,7 @@ async def test_a_key_belongs_to_whoever_sent_it_and_to_one_operation(database: D
     assert principal_of(Actor("customer", 1)) == principal_of(Actor("staff", 1)), "who is promoted keeps their keys"
 
 
-async def test_a_twin_waits_and_hears_the_answer_of_the_first(database: Database):
+async def test_a_concurrent_duplicate_waits_and_gets_the_answer_of_the_first(database: Database):
     async with database.transaction() as tx:
         await idempotency.claim(tx, OPERATION, [keyed("a")])
         duplicate = asyncio.create_task(do(database, [keyed("a"), keyed("b")]))
@@ -99,7 +99,7 @@ async def test_a_twin_waits_and_hears_the_answer_of_the_first(database: Database
     assert await recall(database, keyed("a"), keyed("b")) == [b"first", b"answerb"]
 
 
-async def test_when_the_first_rolls_back_the_twin_does_it(database: Database):
+async def test_when_the_first_request_rolls_back_its_duplicate_runs(database: Database):
     duplicate: asyncio.Task[set[tuple[str, str]]] | None = None
     with pytest.raises(KeyError):
         async with database.transaction() as tx:
@@ -111,7 +111,7 @@ async def test_when_the_first_rolls_back_the_twin_does_it(database: Database):
     assert await duplicate == {("customer:1", "a")}
 
 
-async def test_a_key_that_is_given_back_is_taken_by_the_twin_that_waits(database: Database):
+async def test_a_released_key_is_claimed_by_the_duplicate_that_waits(database: Database):
     async with database.transaction() as tx:
         await idempotency.claim(tx, OPERATION, [keyed("a"), keyed("b")])
         duplicate = asyncio.create_task(do(database, [keyed("a", fingerprint=b"two"), keyed("b")]))
@@ -122,7 +122,7 @@ async def test_a_key_that_is_given_back_is_taken_by_the_twin_that_waits(database
     assert await recall(database, keyed("a", fingerprint=b"two"), keyed("b")) == [b"answera", b"first"]
 
 
-async def test_a_twin_that_waits_too_long_gives_up_and_leaves_nothing(database: Database):
+async def test_a_duplicate_that_waits_too_long_fails_and_writes_nothing(database: Database):
     async with database.transaction() as tx:
         await idempotency.claim(tx, OPERATION, [keyed("a")])
         with pytest.raises(LockTimeout):
@@ -143,11 +143,11 @@ async def test_batches_with_the_same_keys_in_other_orders_do_not_deadlock(databa
     assert [len(ours) for ours in await asyncio.gather(*duplicates)] == [3, 0]
 
 
-async def test_who_dies_between_claim_and_commit_leaves_nothing(database: Database):
+async def test_a_crash_between_claim_and_commit_leaves_no_key(database: Database):
     with pytest.raises(KeyError):
         async with database.transaction() as tx:
             await idempotency.claim(tx, OPERATION, [keyed("a")])
-            await idempotency.remember(tx, OPERATION, [keyed("a")], [b"never told"])
+            await idempotency.remember(tx, OPERATION, [keyed("a")], [b"never stored"])
             raise KeyError
     assert await count(database) == 0
 
@@ -159,7 +159,7 @@ async def test_a_key_that_is_not_printable_is_refused_by_the_table_too(database:
 
 
 @pytest.mark.parametrize("key", ["!", "~", "x" * 255])
-async def test_the_edges_of_what_a_key_may_be(database: Database, key: str):
+async def test_keys_at_the_bounds_of_what_is_valid(database: Database, key: str):
     assert len(await do(database, [keyed(key)])) == 1
 
 

@@ -227,7 +227,7 @@ async def opened(cluster: Cluster) -> AsyncGenerator[EventHarness]:
         ]
         harness = EventHarness(
             publisher,
-            RecordingHandler("left", left, frozenset({"thing.changed", "thing.told"})),
+            RecordingHandler("left", left, frozenset({"thing.changed", "thing.noted"})),
             RecordingHandler("right", right, takes_rows=True),
         )
         stack.push_async_callback(harness.connector.close)

@@ -330,7 +330,7 @@ async def test_large_entries_travel_in_smaller_batches(broker: Broker, stream: R
         await assert_same(stream, feed)
 
 
-async def test_what_it_waits_for_is_bounded(broker: Broker, feed: Feed):
+async def test_every_wait_of_the_bridge_is_bounded(broker: Broker, feed: Feed):
     """A cancellation ends it at once, also while the server does not read."""
     feed.add(10)
     async with contextlib.AsyncExitStack() as stack:

@@ -133,7 +133,7 @@ async def has_cursor(handler: RecordingHandler) -> bool:
     return bool(await position_of(handler))
 
 
-async def test_polling_finds_what_no_wake_up_told(harness: EventHarness):
+async def test_polling_finds_events_without_a_wake_up(harness: EventHarness):
     async with harness.consuming(harness.left):
         await until(lambda: has_cursor(harness.left), "it has begun")
         await harness.emit(1)
@@ -274,7 +274,7 @@ async def test_a_second_poison_event_behind_the_first_is_tried_alone(harness: Ev
     assert await harness.left.ids() == [place(1, 2), place(1, 4)]
 
 
-async def test_a_reason_that_postgresql_cannot_store_does_not_keep_an_event_alive(harness: EventHarness):
+async def test_a_reason_that_postgresql_cannot_store_does_not_keep_an_event_from_becoming_dead(harness: EventHarness):
     async def refuse(*_: object) -> None:
         raise ValueError("\0 \ud800 " + "x" * 5_000)
 
@@ -398,7 +398,7 @@ async def has_logged(logs: Sequence[Mapping[str, Any]], event: str) -> bool:
     return any(entry["event"] == event for entry in logs)
 
 
-async def test_the_publishers_database_may_go_and_come_back(harness: EventHarness):
+async def test_a_consumer_reads_on_after_an_outage_of_the_publishers_database(harness: EventHarness):
     async with harness.consuming():
         with capture_logs() as logs:
             await harness.publisher.close()
@@ -487,7 +487,7 @@ async def dies_at(harness: EventHarness, inject: Inject, point: str, work: Calla
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("what", ["batch", "park", "retry", "dead"])
-async def test_a_process_that_dies_at_any_point_leaves_all_to_the_next(
+async def test_after_a_crash_at_any_point_the_next_process_completes_the_work(
     harness: EventHarness, inject: Inject, what: str, when: str
 ):
     if what != "batch":
@@ -582,7 +582,7 @@ async def test_a_replay_that_dies_can_be_repeated(harness: EventHarness, inject:
 # --------------------------------------------------------------------------------------------------------- metrics
 
 
-async def test_metrics_show_what_became_of_events_and_how_far_behind_a_consumer_is(harness: EventHarness):
+async def test_metrics_show_the_outcomes_of_events_and_the_lag_of_a_consumer(harness: EventHarness):
     harness.left.poison = {place(1, 1)}
     await harness.emit(1, 2, 2)
     await harness.execute("UPDATE outbox SET at = at - interval '1 hour'")

@@ -1,4 +1,4 @@
-"""Emitting events: with the COMMIT of the change, in the order of commits, and what a reader of the log is told."""
+"""Emitting events: with the COMMIT of the change, in the order of commits, and what a reader of the log gets."""
 
 # What fails stands inside a transaction, which is a block.
 # ruff: noqa: PT012
@@ -373,7 +373,7 @@ async def test_deleting_leaves_no_gap_where_the_clock_was_set_back(harness: Even
     assert await left_of(harness) == [2, 3]
 
 
-async def test_after_thirty_days_rows_go_unread_and_the_consumer_is_told(harness: EventHarness):
+async def test_after_thirty_days_unread_rows_are_deleted_and_reading_on_is_refused(harness: EventHarness):
     await harness.emit_alone(1, 2, 3)
     async with harness.publisher.read() as tx:
         first, second = await tx.fetch_values(datetime.datetime, "SELECT at FROM outbox WHERE id < 3 ORDER BY id")

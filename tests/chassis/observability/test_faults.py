@@ -1,4 +1,4 @@
-"""Fault points: free when unused, and only where somebody declared one."""
+"""Fault points: free when unused, and only where a module declares one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def point() -> Iterator[str]:
     faults.POINTS.discard("tests.here")
 
 
-async def test_a_planted_fault_happens_until_it_is_removed(point: str):
+async def test_an_injected_fault_happens_until_it_is_removed(point: str):
     seen: list[str] = []
 
     async def note(name: str) -> None:
@@ -29,7 +29,7 @@ async def test_a_planted_fault_happens_until_it_is_removed(point: str):
     assert seen == [point]
 
 
-def test_nothing_can_be_planted_where_nobody_declared_a_point():
+def test_a_fault_at_an_undeclared_point_is_refused():
     with pytest.raises(KeyError):
         faults.inject("tests.nowhere", faults.hang)
 

@@ -60,7 +60,7 @@ def test_the_driver_says_that_its_server_went_away_without_a_trace(stream: io.By
 
 
 @pytest.mark.parametrize("logger", ["asyncio", "uvicorn.error"])
-def test_what_others_say_has_its_trace(stream: io.BytesIO, logger: str):
+def test_records_of_other_loggers_have_their_traceback(stream: io.BytesIO, logger: str):
     line = said(stream, logger, "Task exception was never retrieved")
 
     assert "Traceback" in line["exception"]

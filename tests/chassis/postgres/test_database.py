@@ -124,7 +124,7 @@ class TestTurns:
         assert await asyncio.gather(*reads) == [[1]] * len(reads)
         assert reading == len(reads)
 
-    async def test_a_read_that_gets_no_turn_is_unavailable_and_takes_none_from_others(
+    async def test_a_read_without_a_free_connection_is_unavailable_and_delays_no_other(
         self, database: Database, monkeypatch: pytest.MonkeyPatch
     ):
         monkeypatch.setattr("mercato.chassis.postgres.database.ACQUIRE_SECONDS", 0.01)
@@ -313,7 +313,7 @@ class TestTransactions:
                 assert await ids(database) == []
         assert problems == []
 
-    async def test_one_whose_roll_back_is_cancelled_too_leaves_a_clean_connection(self, dsn: str):
+    async def test_a_transaction_whose_rollback_is_cancelled_too_leaves_a_clean_connection(self, dsn: str):
         async with opened(dsn, size=1) as database:
             for again in range(12):
                 inside = asyncio.Event()
@@ -592,7 +592,7 @@ async def fill(database: Database) -> None:
 
 
 class TestConnections:
-    async def test_the_one_that_was_used_last_is_used_next(self, dsn: str):
+    async def test_the_connection_that_was_used_last_is_used_next(self, dsn: str):
         async with opened(dsn) as database:
             async with database.read() as one, database.read() as two:
                 pids = {await backend_of(one), await backend_of(two)}
@@ -601,14 +601,14 @@ class TestConnections:
             assert len(set(used)) == 1
             assert set(used) <= pids
 
-    async def test_one_that_is_given_back_goes_to_who_waits(self, dsn: str):
+    async def test_a_released_connection_goes_to_a_waiting_caller(self, dsn: str):
         async with opened(dsn, size=1) as database:
             async with database.read():
                 waiting = [asyncio.create_task(ids(database)) for _ in range(20)]
                 await asyncio.sleep(0)
             assert await asyncio.gather(*waiting) == [[]] * 20
 
-    async def test_many_that_end_well_fail_or_are_cancelled_share_a_few(self, dsn: str):
+    async def test_many_transactions_that_commit_fail_or_are_cancelled_share_a_few_connections(self, dsn: str):
         async with opened(dsn, size=3) as database:
             for turns in range(30):
                 tasks = [asyncio.create_task(add_and_fail(database, 100 * turns + n)) for n in range(12)]
@@ -622,7 +622,7 @@ class TestConnections:
             assert len(set(pids)) == 3
             assert all(number % 2 == 0 for number in await ids(database))
 
-    async def test_those_that_were_idle_when_the_server_went_away_are_replaced(self, cluster: Cluster, dsn: str):
+    async def test_connections_that_were_idle_when_the_server_went_away_are_replaced(self, cluster: Cluster, dsn: str):
         async with opened(dsn, size=3) as database:
             async with database.read(), database.read(), database.transaction():
                 pass
@@ -631,7 +631,7 @@ class TestConnections:
             assert found == [[]] * 12
             assert await server_pids(database) <= 3
 
-    async def test_close_closes_those_that_are_idle_and_those_that_come_back(self, cluster: Cluster, dsn: str):
+    async def test_close_closes_idle_connections_and_those_that_are_released_later(self, cluster: Cluster, dsn: str):
         database = Database(dsn, "things", Telemetry(), size=3)
         await database.open()
         async with database.read() as busy:
@@ -684,10 +684,10 @@ class TestNothingIsLeftOnAConnection:
             'await tx.execute("DECLARE x CURSOR WITH HOLD FOR SELECT 1")',
         ],
     )
-    def test_what_would_be_left_is_found(self, injected: str):
+    def test_a_statement_that_changes_the_session_is_found(self, injected: str):
         assert len(list(session_state(injected))) == 1
 
-    def test_what_ends_with_the_transaction_is_not_reported(self):
+    def test_a_setting_that_ends_with_the_transaction_is_not_reported(self):
         source = '["SET LOCAL x = 1", "SELECT pg_advisory_xact_lock(1)", "UPDATE x\\n   SET y = 1", "SET_ROLE"]'
         assert list(session_state(source)) == []
 
@@ -726,7 +726,7 @@ class SettingRow(Row, frozen=True, gc=False):
 
 SETTINGS = "SELECT name, setting FROM pg_settings ORDER BY name"
 
-# Migrating, provisioning and copying use connections that nobody uses after them.
+# Migrating, provisioning and copying use connections that are not used after them.
 CONNECTIONS_OF_THEIR_OWN = {"migrations.py", "provisioning.py", "new_databases.py", "cluster.py", "copying.py"}
 
 PREPARED_ONCE = "PREPARE mercato_events_"
@@ -741,7 +741,7 @@ SESSION_STATE = re.compile(
 
 
 def session_state(source: str) -> Iterator[tuple[int, str]]:
-    """Strings of a module that would change a connection for whoever uses it next; docstrings left out."""
+    """Strings of a module that would change a connection for its next user; docstrings left out."""
     tree = ast.parse(source)
     prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):

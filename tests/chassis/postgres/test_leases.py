@@ -42,18 +42,18 @@ async def shift(database: Database, interval: str) -> None:
         await tx.execute(f"UPDATE turns SET leased_until = leased_until + interval '{interval}'")
 
 
-async def test_one_of_many_has_the_turn(database: Database):
+async def test_one_of_many_processes_gets_the_lease(database: Database):
     taken = await asyncio.gather(*(take(database) for _ in range(5)))
 
     assert sorted(taken) == [False] * 4 + [True]
     assert not await take(database)
 
 
-async def test_each_name_has_turns_of_its_own(database: Database):
+async def test_each_name_has_a_lease_of_its_own(database: Database):
     assert [await take(database, name) for name in ("audit", "bank", "audit")] == [True, True, False]
 
 
-async def test_it_can_be_taken_when_it_has_ended(database: Database):
+async def test_an_expired_lease_can_be_taken(database: Database):
     assert await take(database)
     await shift(database, "-59 minutes")
     assert not await take(database)
@@ -62,7 +62,7 @@ async def test_it_can_be_taken_when_it_has_ended(database: Database):
     assert [await take(database), await take(database)] == [True, False]
 
 
-async def test_one_that_was_taken_before_the_clock_was_set_back_has_ended(database: Database):
+async def test_a_lease_from_before_the_clock_was_set_back_has_expired(database: Database):
     assert await take(database)
     await shift(database, "59 minutes")
     assert not await take(database)
@@ -71,7 +71,7 @@ async def test_one_that_was_taken_before_the_clock_was_set_back_has_ended(databa
     assert await take(database)
 
 
-async def test_a_turn_that_is_rolled_back_was_not_taken(database: Database):
+async def test_a_lease_whose_transaction_rolls_back_was_not_taken(database: Database):
     class Died(Exception):
         pass
 
@@ -85,7 +85,7 @@ async def test_a_turn_that_is_rolled_back_was_not_taken(database: Database):
     assert await take(database)
 
 
-async def test_what_else_stands_in_the_row_stays(database: Database, cluster: Cluster):
+async def test_taking_a_lease_keeps_the_other_columns_of_its_row(database: Database, cluster: Cluster):
     assert await take(database)
     async with connected(database._dsn) as connection:
         await connection.execute("UPDATE turns SET place = 8, leased_until = now() - interval '1 s'")

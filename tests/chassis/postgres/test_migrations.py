@@ -92,7 +92,7 @@ async def tables(dsn: str) -> str:
     return await ask(dsn, "SELECT coalesce(string_agg(relname, ' ' ORDER BY relname), '') FROM pg_stat_user_tables")
 
 
-async def test_what_is_missing_runs_in_order_and_once(dsn: str, folder: Path):
+async def test_missing_revisions_run_in_order_and_once(dsn: str, folder: Path):
     assert revisions(folder) == ["0001", "0002"]
     assert await migrate(dsn, folder) == ["0001", "0002"]
     assert await migrate(dsn, folder) == []
@@ -286,7 +286,7 @@ async def dump(dsn: str) -> str:
     return await ask(dsn, f"SELECT string_agg(row, chr(10) ORDER BY row) FROM ({' UNION ALL '.join(rows)}) AS rows")
 
 
-async def test_what_is_missing_can_be_asked_without_changing_anything(dsn: str, folder: Path):
+async def test_missing_revisions_can_be_listed_without_changing_anything(dsn: str, folder: Path):
     assert await missing_revisions(dsn, folder) == ["0001", "0002"]
     assert await tables(dsn) == ""
     await migrate(dsn, folder)
@@ -295,7 +295,9 @@ async def test_what_is_missing_can_be_asked_without_changing_anything(dsn: str, 
     assert await missing_revisions(dsn, folder) == ["0003"]
 
 
-async def test_what_a_role_may_not_read_is_not_judged(dsn: str, folder: Path, cluster: Cluster):
+async def test_a_database_that_a_role_may_not_read_has_no_list_of_missing_revisions(
+    dsn: str, folder: Path, cluster: Cluster
+):
     await migrate(dsn, folder)
     await provision(cluster.server.admin_dsn, ["foreign"], lambda role: "p", prefix="empty_")
     try:
@@ -316,7 +318,7 @@ async def test_a_frozen_revision_that_was_changed_does_not_run(dsn: str, folder:
     assert await tables(dsn) == ""
 
 
-async def test_what_is_written_about_a_frozen_revision_may_change(dsn: str, folder: Path):
+async def test_comments_and_docstrings_of_a_frozen_revision_may_change(dsn: str, folder: Path):
     freeze(folder)
     await migrate(dsn, folder)
     write(folder, 2, "# Said better.", 'op.execute("CREATE TABLE two (a int)")')
@@ -339,7 +341,7 @@ def test_freezing_adds_what_is_new_and_refuses_what_has_changed(folder: Path, ca
     assert frozen_checksums(folder)["0002"] != frozen["0002"]
 
 
-def test_a_frozen_revision_may_not_go(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_frozen_revision_may_not_be_removed(folder: Path, capsys: pytest.CaptureFixture[str]):
     freeze(folder)
     (folder / "0002_step.py").unlink()
     assert freeze_migrations.main([], [folder]) == 1

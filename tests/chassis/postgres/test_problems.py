@@ -34,12 +34,12 @@ async def add(database: Database, number: int) -> None:
         await tx.execute("INSERT INTO things (id, name) VALUES ($1, 'thing')", number)
 
 
-async def test_one_that_takes_writes_has_no_problem(dsn: str):
+async def test_a_server_that_takes_writes_has_no_problem(dsn: str):
     async with opened(dsn) as database:
         assert await database.problem() == ""
 
 
-async def test_one_that_is_read_only_says_so(cluster: Cluster, dsn: str):
+async def test_a_read_only_server_is_named_as_the_problem(cluster: Cluster, dsn: str):
     await cluster.execute(f'ALTER DATABASE "{database_name(dsn)}" SET default_transaction_read_only = on')
     try:
         async with opened(dsn) as database:
@@ -48,13 +48,13 @@ async def test_one_that_is_read_only_says_so(cluster: Cluster, dsn: str):
         await cluster.execute(f'ALTER DATABASE "{database_name(dsn)}" RESET default_transaction_read_only')
 
 
-async def test_one_that_is_gone_does_not_answer(cluster: Cluster, dsn: str):
+async def test_a_server_that_has_stopped_is_named_as_not_answering(cluster: Cluster, dsn: str):
     async with opened(dsn) as database:
         await cluster.execute(f'DROP DATABASE "{database_name(dsn)}" WITH (FORCE)')
         assert await database.problem() == "its database does not answer"
 
 
-async def test_one_whose_disk_is_full_says_so_until_it_stores_again(dsn: str, monkeypatch: pytest.MonkeyPatch):
+async def test_a_full_disk_is_the_problem_until_the_server_stores_again(dsn: str, monkeypatch: pytest.MonkeyPatch):
     async with opened(dsn) as database:
         async with database.transaction() as tx:
             for statement in FULL_DISK:

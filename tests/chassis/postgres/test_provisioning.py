@@ -51,7 +51,7 @@ async def ask(dsn: str, query: str) -> Any:
         await connection.close()
 
 
-async def test_each_service_owns_its_database_and_is_nobody_special(place: Place):
+async def test_each_service_owns_its_database_and_has_no_other_rights(place: Place):
     dsns = await place.provision()
     for service in SERVICES:
         dsn, name = dsns[service], place.prefix + service
@@ -86,7 +86,7 @@ async def test_another_password_is_corrected(place: Place):
 
 
 async def test_a_run_that_was_cut_short_is_completed(place: Place):
-    """CREATE DATABASE lets everybody in; who died right after it must not leave the door open."""
+    """CREATE DATABASE lets every role connect; a crash right after it must not leave it so."""
     for step in (
         f'CREATE ROLE "{place.prefix}first" LOGIN',
         f'CREATE DATABASE "{place.prefix}first" OWNER "{place.prefix}first"',
@@ -119,7 +119,7 @@ async def test_an_administrator_without_superuser_is_enough(place: Place):
         await place.cluster.execute(f'DROP ROLE "{admin}"')
 
 
-async def test_an_administrator_who_may_not_is_told_what_is_missing(place: Place):
+async def test_an_administrator_without_rights_gets_an_error_that_names_them(place: Place):
     dsns = await place.provision()
     with pytest.raises(ProvisionError, match="CREATEROLE and CREATEDB"):
         await provision(dsns["first"], ["third"], lambda role: "p", prefix=place.prefix)

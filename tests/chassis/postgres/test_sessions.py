@@ -83,7 +83,7 @@ async def test_a_role_with_another_setting_is_found_and_mended(cluster: Cluster,
     assert role_of(made["orders"]) == role
 
 
-async def test_who_reads_whole_tables_takes_the_settings_back(dsn: str):
+async def test_a_connection_that_reads_whole_tables_resets_the_settings_of_its_role(dsn: str):
     async with connected(dsn) as connection:
         for name, value in sessions.WHOLE_TABLES.items():
             assert await connection.fetchval("SELECT current_setting($1)", name) == value
@@ -137,7 +137,7 @@ async def test_transactions_meet_changing_sessions_and_lose_nothing(dsn: str):
 
 @needs_pgbouncer
 async def test_a_pooler_that_keeps_no_statements_is_refused(dsn: str):
-    """Whatever its version: one before 1.21, or a later one that was told to keep none."""
+    """Whatever its version: one before 1.21, or a later one that is configured to keep none."""
     with Pooler(dsn, max_prepared_statements=0) as pooler:
         for _ in range(3):
             assert "needs PgBouncer 1.21 or newer" in await sessions.problem(pooler.dsn(dsn))

@@ -3,7 +3,7 @@
 A statement is a string that a function gives to `tx.fetch`, `fetch_one`, `fetch_values` or `execute`, or any value of
 the module-level constant (a string, or a mapping of strings) that it gives instead. Of those that fill rows the columns
 must have the names of the row's fields, in their order: rows are filled by position, so that two columns of one type
-that changed places would be seen by nobody else.
+that changed places would be seen by no other test.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Statement(msgspec.Struct, frozen=True):
 
 
 class UnreadableStatement(Exception):
-    """SQL that is put together where it is used: nobody could prepare it before."""
+    """SQL that is put together where it is used: no test could prepare it before."""
 
 
 def statements_of(source: str, names: Mapping[str, Any]) -> Iterator[Statement]:
@@ -168,7 +168,7 @@ EXCLUDED = {
     "prefer-bigint-over-int": "versions, quantities: far from two thousand million",
     "prefer-bigint-over-smallint": "the position of a line in its order, of which there are at most a hundred",
 }
-"""Rules that do not fit, with the reason. That nobody waits for a table made in the same revision, squawk knows."""
+"""Rules that do not fit, with the reason. Squawk knows that no transaction waits for a table of the same revision."""
 
 
 def squawk() -> str:

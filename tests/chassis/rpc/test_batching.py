@@ -170,7 +170,7 @@ async def test_a_lone_call_is_sent_at_the_next_turn_as_a_batch_of_one():
     assert bench.observer.waits == [0.0]
 
 
-async def test_calls_of_one_turn_leave_together_in_the_order_of_the_calls():
+async def test_calls_of_one_turn_are_sent_as_one_batch_in_their_order():
     bench = Bench(size=8)
     futures = [bench.call(1), bench.call(2), bench.many([4, 5]), bench.call(7)]
     await turns()
@@ -180,7 +180,7 @@ async def test_calls_of_one_turn_leave_together_in_the_order_of_the_calls():
     assert await asyncio.gather(*futures) == ["answer 1", "answer 2", ["answer 4", "answer 5"], "answer 7"]
 
 
-async def test_calls_of_one_turn_leave_together_also_when_a_flight_lands_in_between():
+async def test_calls_of_one_turn_are_one_batch_also_when_another_batch_completes_in_between():
     bench = Bench()
     bench.call(1)
     await turns()
@@ -204,7 +204,7 @@ async def test_calls_of_one_turn_leave_together_also_when_a_flight_lands_in_betw
     await bench.finish()
 
 
-async def test_what_waits_for_a_lane_leaves_when_one_lands_in_batches_of_at_most_size():
+async def test_queued_calls_are_sent_in_batches_of_at_most_size_when_a_lane_is_free():
     bench = Bench(size=4, lanes=1, queue_limit=100)
     bench.call(1)
     await turns()
@@ -331,7 +331,7 @@ async def test_what_is_cancelled_or_expired_in_the_queue_is_never_sent():
     await good
 
 
-async def test_a_flight_that_is_cancelled_before_its_first_step_frees_its_lane():
+async def test_a_batch_that_is_cancelled_before_its_first_step_frees_its_lane():
     """Such a task runs nothing at all. It happens when the alarm rings in the turn in which the batch is sent."""
     bench = Bench(lanes=1)
     first = bench.call(1, seconds=5)
@@ -350,7 +350,7 @@ async def test_a_flight_that_is_cancelled_before_its_first_step_frees_its_lane()
     assert await second == "answer 2"
 
 
-async def test_an_abandoned_flight_is_cancelled_once_so_that_it_can_roll_back():
+async def test_an_abandoned_batch_is_cancelled_once_so_that_it_can_roll_back():
     rolled_back: list[int] = []
     clock = FakeClock()
 
@@ -376,7 +376,7 @@ async def test_an_abandoned_flight_is_cancelled_once_so_that_it_can_roll_back():
     assert sorted(rolled_back) == [1, 2]
 
 
-async def test_a_flight_whose_task_is_cancelled_from_outside_says_that_the_outcome_is_unknown():
+async def test_a_batch_whose_task_is_cancelled_from_outside_has_an_unknown_outcome():
     bench = Bench()
     future = bench.call(1)
     await turns()
@@ -389,7 +389,7 @@ async def test_a_flight_whose_task_is_cancelled_from_outside_says_that_the_outco
 
 
 @pytest.mark.parametrize("broken", ["sent", "failed"])
-async def test_an_observer_that_raises_leaves_nobody_waiting(broken: str, monkeypatch: pytest.MonkeyPatch):
+async def test_an_observer_that_raises_leaves_no_caller_waiting(broken: str, monkeypatch: pytest.MonkeyPatch):
     reported: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, problem: reported.append(problem))
     bench = Bench(breaks=[broken])
@@ -403,7 +403,7 @@ async def test_an_observer_that_raises_leaves_nobody_waiting(broken: str, monkey
     assert bench.batcher.in_flight == 0
 
 
-async def test_callers_that_are_gone_leave_no_noise():
+async def test_errors_for_callers_that_are_gone_are_not_reported():
     """An error for a caller that does not wait any more must not be reported as "never retrieved"."""
     reported: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, problem: reported.append(problem))
@@ -428,7 +428,7 @@ async def test_callers_that_are_gone_leave_no_noise():
     assert reported == []
 
 
-async def test_close_lets_flights_land_and_refuses_what_waits():
+async def test_close_completes_batches_in_flight_and_refuses_queued_calls():
     bench = Bench(size=1, lanes=1)
     flying = bench.call(1)
     await turns()
@@ -741,13 +741,13 @@ class Schedule:
     queue_limit=st.integers(1, 10),
     steps=st.lists(STEPS, max_size=60),
 )
-def test_any_schedule_keeps_every_promise(size: int, lanes: int, queue_limit: int, steps: list[Step]):
+def test_any_schedule_keeps_every_invariant(size: int, lanes: int, queue_limit: int, steps: list[Step]):
     asyncio.run(Schedule(size, lanes, queue_limit).run(steps))
 
 
 @settings(max_examples=100, deadline=None)
 @given(steps=st.lists(STEPS, max_size=40), closed_at=st.integers(0, 40))
-def test_close_settles_everybody_at_any_moment(steps: list[Step], closed_at: int):
+def test_close_settles_every_caller_at_any_moment(steps: list[Step], closed_at: int):
     async def body() -> None:
         schedule = Schedule(3, 2, 8)
         for name, value in steps[:closed_at]:
@@ -766,7 +766,7 @@ def test_close_settles_everybody_at_any_moment(steps: list[Step], closed_at: int
 
 @settings(max_examples=100, deadline=None)
 @given(cancelled=st.sets(st.integers(1, 12)), expired=st.sets(st.integers(1, 12)))
-def test_of_what_waits_exactly_the_wanted_is_sent(cancelled: set[int], expired: set[int]):
+def test_queued_calls_are_sent_unless_they_are_cancelled_or_expired(cancelled: set[int], expired: set[int]):
     async def body() -> None:
         bench = Bench(size=5, lanes=1, queue_limit=20)
         bench.call(100)

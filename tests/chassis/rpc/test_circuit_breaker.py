@@ -322,7 +322,7 @@ def test_reports_from_before_it_opened_change_nothing(
     assert breaker.state is State.CLOSED
 
 
-def test_every_change_of_state_is_told_once(clock: ManualClock):
+def test_every_change_of_state_is_notified_once(clock: ManualClock):
     changes: list[State] = []
     breaker = breaker_with(clock, on_change=changes.append)
     trip(breaker)
@@ -386,7 +386,7 @@ def label(answer: Any) -> str:
 
 
 @pytest.mark.parametrize("answer", FAILED, ids=label)
-async def test_a_batch_that_nobody_answers_has_failed(breaker: Breaker, answer: Any):
+async def test_a_batch_without_an_answer_has_failed(breaker: Breaker, answer: Any):
     inner = ScriptedTransport()
     batches = MINIMUM // 2  # of two calls each
     inner.script = [answer] * batches
@@ -413,9 +413,7 @@ async def test_a_batch_that_is_answered_has_not_failed(breaker: Breaker, answer:
     assert breaker.state is State.CLOSED
 
 
-async def test_a_batch_that_is_cancelled_because_somebody_waited_in_vain_has_failed(
-    breaker: Breaker, clock: ManualClock
-):
+async def test_a_batch_that_is_cancelled_at_its_deadline_has_failed(breaker: Breaker, clock: ManualClock):
     inner = ScriptedTransport()
     inner.script = [asyncio.CancelledError()] * MINIMUM
     transport = BreakingTransport(inner, lambda *_: breaker)
@@ -509,7 +507,7 @@ class Calling:
         await self.connector.close()
 
 
-async def test_a_service_that_stands_still_is_left_alone_and_calls_in_the_queue_hear_so():
+async def test_an_unresponsive_service_gets_no_more_calls_and_queued_calls_are_unavailable():
     """With two lanes only two batches reach the service: without an answer these hold the lanes, not the callers."""
     calling = Calling(StandsStill(), slow_seconds=0.05)
     first = [calling.call("look") for _ in range(2)]

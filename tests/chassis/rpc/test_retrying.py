@@ -106,7 +106,7 @@ async def test_after_the_last_attempt_the_failure_stands():
 @pytest.mark.parametrize(
     ("operation", "key"), [(Things.once, None), (Things.once, "key"), (Things.write, None)], ids=["never", "k", "keyed"]
 )
-async def test_what_may_not_come_again_is_sent_once(operation: Operation[Any, Any], key: str | None):
+async def test_a_request_that_must_not_be_repeated_is_sent_once(operation: Operation[Any, Any], key: str | None):
     flaky = Flaky({1})
 
     outcomes = await transport(flaky).send(operation, picks(1, key=key), contexts(1))
@@ -121,7 +121,7 @@ async def test_a_request_with_a_key_is_sent_again():
     assert await transport(flaky).send(Things.write, picks(1, key="key"), contexts(1)) == [1]
 
 
-async def test_what_another_service_lacks_is_not_repeated_here():
+async def test_unavailability_of_another_service_is_not_retried_here():
     flaky = Flaky(Unavailable(service="others"))
 
     with pytest.raises(Unavailable):
@@ -137,7 +137,7 @@ async def test_other_failures_are_not_repeated():
     assert flaky.sent == [[1]]
 
 
-async def test_who_waits_no_longer_than_the_pause_is_not_repeated():
+async def test_a_request_whose_deadline_is_within_the_pause_is_not_retried():
     flaky = Flaky({1, 2})
 
     outcomes = await transport(flaky).send(Things.read, picks(1, 2), [*contexts(1, 0.01), *contexts(1)])
@@ -154,7 +154,7 @@ async def test_an_instance_that_is_silent_costs_a_share_of_the_time():
     assert (list(outcomes), silent.sent) == ([1], [[1], [1]])
 
 
-async def test_what_may_not_come_again_is_waited_for_to_the_end():
+async def test_a_request_that_must_not_be_repeated_is_awaited_until_its_deadline():
     silent = Silent()
 
     waiting = asyncio.create_task(transport(silent).send(Things.once, picks(1), contexts(1, 0.3)))

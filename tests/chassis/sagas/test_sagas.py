@@ -250,7 +250,7 @@ async def test_steps_run_one_after_the_other_and_a_finished_saga_is_deleted(harn
     assert await harness.effects() == every_effect(1)
 
 
-async def test_those_at_the_same_step_go_through_it_as_one_batch(harness: SagaHarness):
+async def test_sagas_at_the_same_step_run_as_one_batch(harness: SagaHarness):
     driver = harness.driver(lease_seconds=60)
     sagas = await harness.started(driver, BATCH_SIZE)
     driver.begin()
@@ -323,7 +323,7 @@ async def test_the_second_try_comes_when_the_first_says_and_later_ones_after_pau
     assert (third.wake_at, third.tries) == (None, 2)
 
 
-async def test_one_that_fails_does_not_hold_up_those_that_share_its_batch(harness: SagaHarness):
+async def test_a_failing_saga_does_not_delay_the_others_of_its_batch(harness: SagaHarness):
     driver = harness.driver(lease_seconds=60)
 
     async def poison(_step: str, sagas: Sequence[Saga]) -> None:
@@ -362,7 +362,7 @@ async def test_a_failure_that_cannot_be_saved_is_found_by_its_own_process(harnes
     assert await harness.effects() == every_effect(1)
 
 
-async def test_a_saga_whose_start_was_never_heard_of_is_found_by_its_own_process(harness: SagaHarness):
+async def test_a_saga_whose_start_has_an_unknown_outcome_is_found_by_its_own_process(harness: SagaHarness):
     """The answer to the commit was lost: it is there, with this driver, and was never driven."""
     driver = harness.driver(lease_seconds=0.3)
     driver.begin()
@@ -414,7 +414,7 @@ async def test_one_lease_covers_all_sagas_of_a_process(harness: SagaHarness):
         assert await tx.fetch_values(int, "SELECT driver FROM saga_drivers") == [driver.runner.driver]
 
 
-async def test_what_waits_for_its_time_is_not_taken_over_before(harness: SagaHarness):
+async def test_a_saga_that_waits_for_its_time_is_not_taken_over_before(harness: SagaHarness):
     driver = harness.driver(lease_seconds=60)
     [mine] = await harness.started(driver)
     async with harness.database.transaction() as tx:
@@ -460,7 +460,7 @@ async def test_a_lease_from_before_the_clock_was_set_back_does_not_hold(harness:
     assert len(await harness.take_over()) == 1
 
 
-async def test_what_is_parked_is_never_taken_over(harness: SagaHarness):
+async def test_a_parked_saga_is_never_taken_over(harness: SagaHarness):
     driver = harness.driver()
     [mine] = await harness.started(driver)
     async with harness.database.transaction() as tx:
@@ -471,7 +471,7 @@ async def test_what_is_parked_is_never_taken_over(harness: SagaHarness):
 
 
 @pytest.mark.parametrize("due", [True, False])
-async def test_two_that_sweep_at_once_take_over_each_saga_once_and_do_not_wait(harness: SagaHarness, due: bool):
+async def test_two_concurrent_sweeps_take_over_each_saga_once_and_do_not_wait(harness: SagaHarness, due: bool):
     mine = await harness.started(None, 40)
     if due:
         async with harness.database.transaction() as tx:
@@ -501,10 +501,10 @@ async def test_two_that_sweep_at_once_take_over_each_saga_once_and_do_not_wait(h
 
 
 async def test_a_fenced_driver_changes_nothing_and_is_counted(harness: SagaHarness):
-    zombie = harness.driver("zombie")
-    gate = zombie.during = Gate()
-    zombie.begin(sweeping=False)
-    zombie.runner.drive(await harness.started(zombie))
+    stale = harness.driver("stale")
+    gate = stale.during = Gate()
+    stale.begin(sweeping=False)
+    stale.runner.drive(await harness.started(stale))
     await gate.reached.wait()
     await harness.expire_leases()
     successor = harness.driver("second")
@@ -514,14 +514,14 @@ async def test_a_fenced_driver_changes_nothing_and_is_counted(harness: SagaHarne
     gate.opened.set()
 
     async def is_refused() -> bool:
-        return zombie.count("fenced") == 1
+        return stale.count("fenced") == 1
 
     await until(is_refused)
-    assert zombie.batches == [("fetch", 1)]  # and it does not go on
+    assert stale.batches == [("fetch", 1)]  # and it does not go on
     assert await harness.effects() == every_effect(1)
 
 
-async def test_one_that_a_process_takes_over_from_itself_is_driven_once(harness: SagaHarness):
+async def test_a_saga_that_a_process_takes_over_from_itself_is_driven_once(harness: SagaHarness):
     """It lost its lease while it stood in the queue, because the process stood still."""
     driver = harness.driver(lease_seconds=60)
     [mine] = await harness.started(driver)
@@ -536,7 +536,7 @@ async def test_one_that_a_process_takes_over_from_itself_is_driven_once(harness:
     assert await harness.effects() == every_effect(1)
 
 
-async def test_of_two_that_have_the_same_saga_only_the_last_saves(harness: SagaHarness):
+async def test_of_two_drivers_of_one_saga_only_the_last_saves(harness: SagaHarness):
     [old] = await harness.started()
     async with harness.database.transaction() as tx:
         new = await saga.seize(tx, old.key, 60)
@@ -550,19 +550,19 @@ async def test_of_two_that_have_the_same_saga_only_the_last_saves(harness: SagaH
     assert ((await harness.standing()).step, old.step, new.step) == ("bring", "fetch", "bring")
 
 
-async def test_a_request_that_seizes_a_saga_fences_its_driver(harness: SagaHarness):
+async def test_a_request_for_a_saga_fences_its_driver(harness: SagaHarness):
     [mine] = await harness.started()
     async with harness.database.transaction() as tx:
-        seized = await saga.seize(tx, mine.key, 60)
-        assert seized
-        kept = await saga.save(tx, [(seized, Next("elsewhere", ""))])
-    assert kept == {(mine.key, seized.epoch)}
+        fenced = await saga.seize(tx, mine.key, 60)
+        assert fenced
+        kept = await saga.save(tx, [(fenced, Next("elsewhere", ""))])
+    assert kept == {(mine.key, fenced.epoch)}
 
     async with harness.database.transaction() as tx:
         assert await saga.save(tx, [(mine, Next("bring", ""))]) == set()
         assert await saga.save(tx, [(mine, Next("", "", finished=True))]) == set()
 
-    assert ((await harness.standing()).step, (await harness.standing()).epoch) == ("elsewhere", seized.epoch)
+    assert ((await harness.standing()).step, (await harness.standing()).epoch) == ("elsewhere", fenced.epoch)
 
 
 async def test_a_driver_of_another_epoch_is_refused_though_the_version_is_right(harness: SagaHarness):
@@ -576,7 +576,7 @@ async def test_a_driver_of_another_epoch_is_refused_though_the_version_is_right(
     assert (await harness.standing()).version == 1
 
 
-async def test_a_row_that_is_made_again_has_an_epoch_that_never_was(harness: SagaHarness):
+async def test_a_row_that_is_inserted_again_has_a_new_epoch(harness: SagaHarness):
     """Its first driver was fenced, and the row finished and begun anew meanwhile: its save is refused all the same."""
     [mine] = await harness.started()
     [successor] = await harness.take_over()
@@ -592,18 +592,18 @@ async def test_a_row_that_is_made_again_has_an_epoch_that_never_was(harness: Sag
 
 
 @pytest.mark.parametrize("finished", [False, True])
-async def test_a_save_whose_commit_was_not_heard_of_is_not_made_again(harness: SagaHarness, finished: bool):
+async def test_a_save_whose_commit_has_an_unknown_outcome_is_not_repeated(harness: SagaHarness, finished: bool):
     [mine] = await harness.started()
     outcome = Next("bring", "f", running=not finished, finished=finished)
     async with harness.database.transaction() as tx:
         assert await saga.save(tx, [(mine, outcome)]) == {(mine.key, mine.epoch)}
-    # The driver has heard of no answer, and has not moved on: it saves as before.
+    # The driver has received no answer, and has not moved on: it saves as before.
 
     async with harness.database.transaction() as tx:
         assert await saga.save(tx, [(mine, outcome)]) == set()
 
 
-async def test_those_of_a_batch_that_were_not_taken_over_are_saved(harness: SagaHarness):
+async def test_sagas_of_a_batch_that_were_not_taken_over_are_saved(harness: SagaHarness):
     sagas = await harness.started(None, 4)
     async with harness.database.transaction() as tx:
         assert await saga.seize(tx, sagas[1].key, 60)
@@ -651,7 +651,7 @@ async def save_all(harness: SagaHarness, some: Sequence[Saga], mixed: bool) -> i
 # -------------------------------------------------------------------------------------------------------------- resting
 
 
-async def test_a_request_that_waits_for_a_saga_hears_when_it_is_idle(harness: SagaHarness):
+async def test_a_request_that_waits_for_a_saga_continues_when_it_is_idle(harness: SagaHarness):
     driver = harness.driver(lease_seconds=60)
     gate = driver.during = Gate()
     driver.begin()
@@ -668,7 +668,7 @@ async def test_a_request_that_waits_for_a_saga_hears_when_it_is_idle(harness: Sa
     assert await harness.effects() == every_effect(1)
 
 
-async def test_a_request_that_waits_for_a_saga_of_another_process_hears_it_too(harness: SagaHarness):
+async def test_a_request_that_waits_for_a_saga_of_another_process_continues_when_it_is_idle(harness: SagaHarness):
     driver, other = harness.driver(lease_seconds=60), harness.driver("second")
     gate = driver.during = Gate()
     driver.begin()
@@ -746,7 +746,7 @@ async def test_requests_that_wait_for_a_saga_are_let_go_when_their_process_ends(
 
 
 @pytest.mark.parametrize("key", [(404, KIND, ""), (1, "of another kind", "")])
-async def test_what_is_not_there_or_waits_for_a_client_is_idle(harness: SagaHarness, key: Key):
+async def test_a_saga_that_is_gone_or_waits_for_a_client_is_idle(harness: SagaHarness, key: Key):
     runner = harness.driver().runner
     await runner.wait_until_idle(key, (), IDLE_SECONDS)
     [mine] = await harness.started(None, 1, "awaiting")
@@ -758,7 +758,7 @@ async def test_what_is_not_there_or_waits_for_a_client_is_idle(harness: SagaHarn
 # -------------------------------------------------------------------------------------------------------------- crashes
 
 
-async def test_what_one_process_leaves_in_the_middle_another_finishes(harness: SagaHarness):
+async def test_a_saga_that_one_process_leaves_in_the_middle_is_finished_by_another(harness: SagaHarness):
     first = harness.driver(lease_seconds=0.3)
     held = Gate()
 
@@ -806,7 +806,7 @@ async def test_two_processes_that_take_each_others_sagas_over_do_each_step_once(
         drivers[0].runner.drive(sagas[n : n + 10])
     await harness.until_done()
 
-    async def is_fenced() -> bool:  # a driver that has lost a saga may still be on its way to hear so
+    async def is_fenced() -> bool:  # a driver that has lost a saga may not have received the refusal yet
         return sum(driver.count("fenced") for driver in drivers) > 0
 
     await until(is_fenced)

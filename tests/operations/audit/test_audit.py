@@ -67,7 +67,7 @@ async def test_without_the_clients_only_the_databases_are_asked(cluster: Cluster
     assert "clients" not in {finding.group for finding in report.findings}
 
 
-async def test_what_was_touched_just_now_is_judged_when_the_shop_stands_still(
+async def test_rows_that_changed_just_now_are_checked_without_a_time_to_settle(
     cluster: Cluster, dsns: Mapping[str, str]
 ):
     async with connected(dsns["orders"]) as connection:
@@ -82,7 +82,7 @@ UNDER_WAY_AN_HOUR_AGO = """
 """
 
 
-async def test_a_stopped_shop_is_judged_as_of_its_last_sign_of_life(cluster: Cluster, dsns: Mapping[str, str]):
+async def test_ages_in_a_stopped_shop_count_until_its_last_sign_of_life(cluster: Cluster, dsns: Mapping[str, str]):
     async with connected(dsns["orders"]) as connection:
         await connection.execute(UNDER_WAY_AN_HOUR_AGO)
     async with connected(dsns["events"]) as connection:
@@ -106,9 +106,7 @@ async def test_a_wait_that_has_ended_since_the_shop_was_stopped_is_no_violation(
     assert await violated(cluster, dsns, is_stopped=True, settled_seconds=0) == []
 
 
-async def test_what_nobody_touched_long_before_the_last_sign_of_life_is_a_violation(
-    cluster: Cluster, dsns: Mapping[str, str]
-):
+async def test_work_that_was_overdue_at_the_last_sign_of_life_is_a_violation(cluster: Cluster, dsns: Mapping[str, str]):
     """The shop sold nothing any more, but its consumers went on reading for a while."""
     async with connected(dsns["orders"]) as connection:
         await connection.execute(UNDER_WAY_AN_HOUR_AGO)
@@ -133,14 +131,14 @@ async def test_of_two_audits_at_once_the_second_waits_until_the_copies_of_the_fi
     assert report.violated == ()
 
 
-async def test_an_audit_that_is_cancelled_leaves_nothing_and_holds_up_nobody(cluster: Cluster, dsns: Mapping[str, str]):
+async def test_a_cancelled_audit_leaves_nothing_and_delays_no_other(cluster: Cluster, dsns: Mapping[str, str]):
     copying = asyncio.Event()
 
-    def tell(line: str) -> None:
+    def progress(line: str) -> None:
         if line == "copying payments":
             copying.set()
 
-    running = asyncio.create_task(audit(cluster.server.admin_dsn, dsns, progress=tell))
+    running = asyncio.create_task(audit(cluster.server.admin_dsn, dsns, progress=progress))
     await copying.wait()
     running.cancel()
     await asyncio.wait({running})
@@ -153,10 +151,10 @@ async def test_an_audit_that_is_cancelled_leaves_nothing_and_holds_up_nobody(clu
 OURS = "SELECT pid FROM pg_stat_activity WHERE application_name = 'mercato-copying' AND datname = $1"
 
 
-async def test_of_an_audit_that_is_cancelled_in_the_middle_of_a_question_no_server_works_on(
+async def test_an_audit_that_is_cancelled_during_a_query_ends_it_on_the_server(
     cluster: Cluster, dsns: Mapping[str, str]
 ):
-    """It would hold the lock of the copies until the question is answered: everybody else waits for that."""
+    """It would hold the lock of the copies until the question is answered: every other audit waits for that."""
     async with connected(cluster.server.admin_dsn) as admin:
         running = asyncio.create_task(ask_for_ever(cluster, dsns))
         while not await admin.fetch(f"{OURS} AND query LIKE '%pg_sleep%' AND state = 'active'", SCRATCH):
@@ -183,7 +181,7 @@ async def test_a_server_that_goes_away_while_it_is_asked_is_a_sentence(cluster: 
             await check(copies, SHOP)
 
 
-async def test_a_question_that_is_wrong_is_loud(cluster: Cluster, dsns: Mapping[str, str]):
+async def test_a_wrong_query_raises(cluster: Cluster, dsns: Mapping[str, str]):
     async with copied(cluster.server.admin_dsn, dsns, WANTED, progress=print) as copies:
         with pytest.raises(asyncpg.UndefinedTableError):
             await copies.fetch("SELECT * FROM nothing")
@@ -237,8 +235,8 @@ async def test_what_is_no_dsn_is_refused_without_its_password(dsn: str):
 
 
 async def test_a_server_without_the_shop_is_named(cluster: Cluster):
-    with pytest.raises(CopyError, match=r"has no database nobody_orders: start a shop on that server once") as refusal:
-        await located(cluster.server.admin_dsn, ["orders"], prefix="nobody_")
+    with pytest.raises(CopyError, match=r"has no database unknown_orders: start a shop on that server once") as refusal:
+        await located(cluster.server.admin_dsn, ["orders"], prefix="unknown_")
 
     assert "test-password" not in str(refusal.value)
 

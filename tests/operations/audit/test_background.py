@@ -78,7 +78,7 @@ async def test_a_turn_moves_sequences_past_ids_that_others_know(cluster: Cluster
         assert await connection.fetchval("SELECT nextval('users_id_seq')") > 5000
 
 
-async def test_it_goes_on_after_a_turn_that_failed_and_ends_when_it_is_told(cluster: Cluster, dsns: Mapping[str, str]):
+async def test_it_continues_after_a_turn_that_failed_and_ends_on_request(cluster: Cluster, dsns: Mapping[str, str]):
     background, _ = process(cluster, dsns, every_seconds=0.1)
     async with background.running():
         await execute(dsns["orders"], "ALTER TABLE sagas RENAME TO epics")
@@ -91,7 +91,7 @@ async def test_it_goes_on_after_a_turn_that_failed_and_ends_when_it_is_told(clus
     assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
 
 
-async def test_a_turn_from_before_the_clock_was_set_back_holds_up_nobody(cluster: Cluster, dsns: Mapping[str, str]):
+async def test_a_turn_from_before_the_clock_was_set_back_delays_no_process(cluster: Cluster, dsns: Mapping[str, str]):
     background, _ = process(cluster, dsns)
     assert await background.turn()
     ahead = "UPDATE audits SET leased_until = leased_until + interval '1 day', at = at + interval '1 day'"

@@ -38,8 +38,8 @@ async def violated(copies: Copies) -> list[str]:
 STAND_STILL = "UPDATE audit.clock SET settled_before = 'infinity'"
 
 
-def bank_and_books(n: int, order: int, kind: str, amount: int, *, payment: int, charge: int) -> str:
-    """One more operation that succeeded, at the bank and in our books alike."""
+def bank_and_payments(n: int, order: int, kind: str, amount: int, *, payment: int, charge: int) -> str:
+    """One more operation that succeeded, at the bank and in payments alike."""
     return f"""
         INSERT INTO sandbox.operations (id, key, kind, charge_id, order_id, amount_minor, currency, status, created_at)
         VALUES ({n}, 'injected {n}', '{kind}', {charge}, {order}, {amount}, 'USD', 'succeeded', '-infinity');
@@ -211,18 +211,18 @@ VIOLATIONS: dict[str, dict[str, str]] = {
     },
     "M3": {
         "two charges captured": charge(90, 1, "captured")
-        + bank_and_books(90, 1, "authorize", 0, payment=1, charge=90)
-        + bank_and_books(91, 1, "capture", 0, payment=1, charge=90),
+        + bank_and_payments(90, 1, "authorize", 0, payment=1, charge=90)
+        + bank_and_payments(91, 1, "capture", 0, payment=1, charge=90),
         "two charges open": charge(90, 4, "open", 100)
         + charge(91, 4, "open", 100)
-        + bank_and_books(90, 4, "authorize", 100, payment=4, charge=90)
-        + bank_and_books(91, 4, "authorize", 100, payment=4, charge=91),
-        "one charge captured twice": bank_and_books(90, 1, "capture", 0, payment=1, charge=1),
+        + bank_and_payments(90, 4, "authorize", 100, payment=4, charge=90)
+        + bank_and_payments(91, 4, "authorize", 100, payment=4, charge=91),
+        "one charge captured twice": bank_and_payments(90, 1, "capture", 0, payment=1, charge=1),
         "two charges of one order": payment(90, 5, "captured")
         + charge(90, 5, "captured")
         + charge(91, 5, "captured")
-        + bank_and_books(90, 5, "charge", 0, payment=90, charge=90)
-        + bank_and_books(91, 5, "charge", 0, payment=90, charge=91),
+        + bank_and_payments(90, 5, "charge", 0, payment=90, charge=90)
+        + bank_and_payments(91, 5, "charge", 0, payment=90, charge=91),
     },
     "M4": {
         "the bank knows more": "DELETE FROM payments.operations WHERE key = '3:void'",
@@ -250,12 +250,12 @@ VIOLATIONS: dict[str, dict[str, str]] = {
         "an order does not know what was refunded": "UPDATE orders.orders SET refunded_minor = 99 WHERE id = 5",
     },
     "M6": {
-        "at the bank and in our books": charge(90, 999, "voided")
+        "at the bank and in payments": charge(90, 999, "voided")
         + payment(90, 999, "voided")
-        + bank_and_books(90, 999, "authorize", 0, payment=90, charge=90)
-        + bank_and_books(91, 999, "void", 0, payment=90, charge=90),
-        "at the bank": charge(90, 999, "voided") + bank_and_books(90, 999, "authorize", 0, payment=3, charge=90),
-        "in our books": payment(90, 999, "voided"),
+        + bank_and_payments(90, 999, "authorize", 0, payment=90, charge=90)
+        + bank_and_payments(91, 999, "void", 0, payment=90, charge=90),
+        "at the bank": charge(90, 999, "voided") + bank_and_payments(90, 999, "authorize", 0, payment=3, charge=90),
+        "in payments": payment(90, 999, "voided"),
     },
     "M7": {
         "another total": "UPDATE orders.orders SET total_minor = total_minor + 1 WHERE id = 6",
@@ -263,11 +263,11 @@ VIOLATIONS: dict[str, dict[str, str]] = {
         "a discount was not taken off": line(6, discount_minor=1),
     },
     "M8": {
-        "cancelled": charge(90, 3, "open", 500) + bank_and_books(90, 3, "authorize", 500, payment=3, charge=90),
-        "paid": charge(90, 1, "open", 9) + bank_and_books(90, 1, "authorize", 9, payment=1, charge=90),
+        "cancelled": charge(90, 3, "open", 500) + bank_and_payments(90, 3, "authorize", 500, payment=3, charge=90),
+        "paid": charge(90, 1, "open", 9) + bank_and_payments(90, 1, "authorize", 9, payment=1, charge=90),
     },
     "M9": {
-        "everywhere": bank_and_books(90, 2, "refund", 710, payment=2, charge=2)
+        "everywhere": bank_and_payments(90, 2, "refund", 710, payment=2, charge=2)
         + transfer(2, "refund", 710, "refunds", "provider", "injected 90")
         + """
             UPDATE payments.payments SET refunded_minor = refunded_minor + 710 WHERE id = 2;
@@ -282,17 +282,17 @@ VIOLATIONS: dict[str, dict[str, str]] = {
     },
     "M10": {
         "an operation without a payment": charge(90, 3, "voided")
-        + bank_and_books(90, 3, "authorize", 0, payment=99, charge=90),
+        + bank_and_payments(90, 3, "authorize", 0, payment=99, charge=90),
         "an intent without a payment": intent(99, "void", "of nothing"),
         "a transfer without a payment": charge(90, 4, "captured")
-        + bank_and_books(90, 4, "charge", 100, payment=99, charge=90)
-        + bank_and_books(91, 4, "refund", 100, payment=99, charge=90)
+        + bank_and_payments(90, 4, "charge", 100, payment=99, charge=90)
+        + bank_and_payments(91, 4, "refund", 100, payment=99, charge=90)
         + transfer(99, "charge", 100, "provider", "sales", "injected 90")
         + transfer(99, "refund", 100, "refunds", "provider", "injected 91"),
         "pending without an intent": payment(90, 4, "pending"),
         "an open charge of a payment that is not pending": intent(3, "charge", "3:charge"),
         "settled, and an intent": intent(3, "void", "injected"),
-        "authorized and charged": bank_and_books(90, 3, "charge", 0, payment=3, charge=3),
+        "authorized and charged": bank_and_payments(90, 3, "charge", 0, payment=3, charge=3),
     },
     "S1": {
         "more is reserved than there is": "UPDATE inventory.levels SET on_hand = 0 WHERE product_id = 2;"
@@ -500,11 +500,11 @@ VIOLATIONS: dict[str, dict[str, str]] = {
         """,
     },
     "E7": {
-        "a move was not told": """
+        "a move was not emitted": """
             DELETE FROM orders.outbox WHERE subject_id = 6 AND version = 2;
             DELETE FROM events.feed WHERE source = 'orders' AND subject_id = 6 AND version = 2;
         """,
-        "one of its axes was not told": """
+        "one of its axes was not emitted": """
             DELETE FROM orders.outbox WHERE subject_id = 1 AND type = 'order.authorized';
             DELETE FROM events.feed WHERE source = 'orders' AND subject_id = 1 AND type = 'order.authorized';
         """,
@@ -561,7 +561,7 @@ async def test_every_invariant_has_a_planted_case():
 
 
 @pytest.mark.parametrize("still", [False, True], ids=["running", "standing still"])
-async def test_a_right_world_violates_nothing(copies: Copies, still: bool):
+async def test_a_consistent_shop_violates_nothing(copies: Copies, still: bool):
     async with copies.undone():
         if still:
             await copies.execute(STAND_STILL)

@@ -24,7 +24,7 @@ async def test_a_shop_that_was_busy_passes_while_it_runs_and_when_it_stands_stil
             await refund_one(shop, orders[0])
             reached = {await state(shop, order_id) for order_id in orders}
         running = await audit(cluster.server.admin_dsn, shop.harness.dsns)
-        still = await until_told(cluster, shop)
+        still = await until_consistent(cluster, shop)
     finally:
         await shop.close()
 
@@ -71,8 +71,8 @@ async def refund_one(shop: Shop, order_id: int) -> None:
     await shop.harness.client(Orders).refund(RefundOrder(payment_id=payment.id, idempotency_key="r", amount_minor=1))
 
 
-async def until_told(cluster: Cluster, shop: Shop) -> list[object]:
-    """What is violated when everything had its time: events are told a moment after what they tell of."""
+async def until_consistent(cluster: Cluster, shop: Shop) -> list[object]:
+    """What is still violated after a while: events are consumed a moment after the changes that they report."""
     found: list[object] = []
     for _ in range(120):
         report = await audit(cluster.server.admin_dsn, shop.harness.dsns, settled_seconds=0)

@@ -88,7 +88,7 @@ async def test_two_hosts_on_the_same_databases_write_each_event_once_and_in_orde
         assert of_subject == list(range(1, VERSIONS + 1))
 
 
-async def test_what_was_emitted_before_a_host_ended_is_told_by_the_next(cluster: Cluster, dsns: Mapping[str, str]):
+async def test_events_emitted_before_a_host_ended_are_delivered_by_the_next(cluster: Cluster, dsns: Mapping[str, str]):
     async with hosted(dsns) as host:
         await publish(host.services["orders"].database, 1, 1)
     async with hosted(dsns) as host:

@@ -1,4 +1,4 @@
-"""Many at once, over two hosts on one database: nothing is oversold, and nobody waits for ever."""
+"""Many at once, over two hosts on one database: nothing is oversold, and no request waits for ever."""
 
 from __future__ import annotations
 
@@ -141,18 +141,18 @@ async def test_carts_in_opposite_orders_do_not_wait_for_each_other_for_ever(harn
     assert await deadlocks(harness) == 0
 
 
-async def test_everything_at_once_about_the_same_orders_ends_each_of_them_once(cluster: Cluster):
+async def test_concurrent_operations_on_the_same_orders_end_each_of_them_once(cluster: Cluster):
     """Over `local` alone: `loopback` would send a reserve again after the release, and call that a failure."""
     async with InventoryHarness(cluster, "local").running() as harness:
-        await hurry_about_the_same_orders(harness)
+        await operate_on_the_same_orders(harness)
 
 
-async def hurry_about_the_same_orders(harness: InventoryHarness) -> None:
+async def operate_on_the_same_orders(harness: InventoryHarness) -> None:
     other = await harness.another_host()
     await harness.stock(mug=30, lamp=30)
     clients = [harness.inventory, other.client(Inventory)]
 
-    async def hurry(i: int) -> ServiceError | Reservation:
+    async def operate(i: int) -> ServiceError | Reservation:
         order_id, client = i % 20 + 1, clients[i // 20 % 2]
         match i % 3:
             case 0:
@@ -164,7 +164,7 @@ async def hurry_about_the_same_orders(harness: InventoryHarness) -> None:
         return outcome
 
     with harness.acting(SERVICE):
-        outcomes = await asyncio.gather(*(hurry(i) for i in range(240)))
+        outcomes = await asyncio.gather(*(operate(i) for i in range(240)))
 
     assert {type(one) for one in outcomes} <= {Reservation, ReservationClosed}
     assert await deadlocks(harness) == 0
@@ -179,7 +179,7 @@ async def deadlocks(harness: InventoryHarness) -> int:
     return await connection.fetchval("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()")
 
 
-async def test_a_twin_waits_for_the_first_and_hears_the_same(harness: InventoryHarness):
+async def test_a_concurrent_duplicate_waits_for_the_first_and_gets_the_same_answer(harness: InventoryHarness):
     """The first has inserted and not committed; the second must neither refuse nor take pieces of its own."""
     other = await harness.another_host()
     await harness.stock(mug=1)
@@ -230,7 +230,7 @@ async def test_the_check_of_levels_is_a_lock_of_its_own(harness: InventoryHarnes
         await (await harness.connection()).execute("UPDATE levels SET reserved = 4")
 
 
-async def test_a_reservation_that_was_changed_by_somebody_else_is_not_changed(harness: InventoryHarness):
+async def test_a_reservation_that_another_process_has_changed_is_not_overwritten(harness: InventoryHarness):
     await harness.stock(mug=3)
     await harness.reserve(7, mug=1)
     async with harness.database.transaction() as tx:

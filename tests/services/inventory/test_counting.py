@@ -117,13 +117,13 @@ async def test_a_count_of_what_has_changed_since_is_refused(harness: InventoryHa
     assert (await count(harness, 4, version=2)).on_hand == 4
 
 
-async def test_a_version_of_what_nobody_has_counted_is_refused_and_leaves_nothing(harness: InventoryHarness):
+async def test_a_version_of_a_product_without_a_count_is_refused_and_leaves_nothing(harness: InventoryHarness):
     with pytest.raises(StaleVersion):
         await count(harness, 4, version=1)
     assert await harness.values("SELECT 1 FROM levels") == []
 
 
-async def test_promised_pieces_are_not_counted_away(harness: InventoryHarness):
+async def test_reserved_pieces_cannot_be_counted_away(harness: InventoryHarness):
     await count(harness, 5)
     await harness.reserve(7, mug=3)
     with pytest.raises(BelowReserved) as refused:
@@ -134,7 +134,7 @@ async def test_promised_pieces_are_not_counted_away(harness: InventoryHarness):
     assert (await harness.emitted("product", MUG))[-2:] == [("stock.adjusted", 3), ("stock.exhausted", 3)]
 
 
-async def test_of_two_first_counts_at_once_both_are_told_and_one_is_last(harness: InventoryHarness):
+async def test_two_concurrent_first_counts_are_two_versions(harness: InventoryHarness):
     other = await harness.another_host()
     clients = [harness.inventory, other.client(Inventory)]
     with harness.acting(STAFF):
@@ -155,7 +155,7 @@ async def test_adjusting_adds_and_takes_away(harness: InventoryHarness):
     assert await harness.movements() == [("receipt", 5), ("adjustment", -2)]
 
 
-async def test_the_same_key_again_hears_the_first_answer(harness: InventoryHarness):
+async def test_a_repeated_key_gets_the_first_answer(harness: InventoryHarness):
     first = await adjust(harness, adjusting(5))
     await count(harness, 9)
     again = await adjust(harness, adjusting(5))
@@ -172,7 +172,7 @@ async def test_the_same_key_for_another_adjustment_is_refused(harness: Inventory
     assert await harness.movements() == [("receipt", 5)]
 
 
-async def test_keys_belong_to_whoever_sent_them(harness: InventoryHarness):
+async def test_keys_are_scoped_to_their_principal(harness: InventoryHarness):
     await adjust(harness, adjusting(5), Actor("staff", 1))
     await adjust(harness, adjusting(5), Actor("staff", 2))
 
@@ -206,7 +206,7 @@ async def test_many_with_one_key_at_once_adjust_once(harness: InventoryHarness):
     assert (await harness.level()).on_hand == 5
 
 
-async def test_who_waits_for_a_twin_hears_its_answer(harness: InventoryHarness):
+async def test_a_concurrent_duplicate_waits_and_gets_the_first_answer(harness: InventoryHarness):
     level = await count(harness, 5)
     request = adjusting(3)
     holder = await harness.connection()
@@ -256,7 +256,7 @@ async def test_an_impossible_adjustment_is_refused_and_its_key_stays_free(
     assert (await adjust(harness, adjusting(-5))).level.on_hand == 0
 
 
-async def test_nothing_is_taken_away_where_nobody_has_counted(harness: InventoryHarness):
+async def test_nothing_can_be_taken_from_a_product_without_a_count(harness: InventoryHarness):
     with pytest.raises(BelowReserved):
         await adjust(harness, adjusting(-1))
     assert (await harness.level()).version == 0
@@ -375,7 +375,7 @@ async def test_each_request_of_a_batch_is_its_own_callers(harness: InventoryHarn
     assert await transactions(harness) == 1
 
 
-async def test_twins_in_one_batch_adjust_once(harness: InventoryHarness):
+async def test_duplicates_in_one_batch_adjust_once(harness: InventoryHarness):
     first, duplicate, other, neighbour = await adjust_many(
         harness, adjusting(5), adjusting(5), adjusting(6), adjusting(2, "another")
     )
@@ -390,7 +390,7 @@ async def test_twins_in_one_batch_adjust_once(harness: InventoryHarness):
     assert await adjust(harness, adjusting(5)) == duplicate
 
 
-async def test_twins_in_one_batch_are_refused_alike(harness: InventoryHarness):
+async def test_duplicates_in_one_batch_are_refused_alike(harness: InventoryHarness):
     outcomes = await adjust_many(harness, adjusting(-1), adjusting(-1), adjusting(5))
 
     assert [type(one) for one in outcomes] == [BelowReserved, BelowReserved, IdempotencyKeyReused]
@@ -496,7 +496,7 @@ async def test_the_key_of_an_old_adjustment_starts_no_level_elsewhere(harness: I
     assert await harness.values("SELECT product_id FROM levels") == [MUG]
 
 
-async def test_a_key_that_is_being_used_for_too_long_holds_up_no_neighbour(cluster: Cluster):
+async def test_a_key_in_use_for_too_long_delays_no_other_request_of_its_batch(cluster: Cluster):
     """Over `local` alone: each wait for the key takes seconds, and `loopback` would wait twice as often."""
     async with InventoryHarness(cluster, "local").running() as harness:
         holder = await harness.connection()
@@ -518,7 +518,7 @@ async def test_a_key_that_is_being_used_for_too_long_holds_up_no_neighbour(clust
 # ----------------------------------------------------------------------------------------------------- levels, list
 
 
-async def test_a_product_that_nobody_has_counted_has_nothing_and_an_unknown_one_is_unknown(harness: InventoryHarness):
+async def test_a_product_without_a_count_has_a_level_of_0_and_an_unknown_one_is_not_found(harness: InventoryHarness):
     await harness.stock(mug=5)
     with harness.acting(ANONYMOUS):
         mug, lamp, unknown, again = await harness.inventory.levels.many(
@@ -565,7 +565,7 @@ async def test_pieces_of_a_product_that_a_restore_has_lost_are_written_off(harne
     assert isinstance(unknown, ProductNotFound)
 
 
-async def test_customers_look_and_change_nothing(harness: InventoryHarness):
+async def test_customers_read_stock_and_cannot_change_it(harness: InventoryHarness):
     with harness.acting(Actor("customer", 1)):
         assert (await harness.inventory.levels(GetLevel(product_id=MUG))).on_hand == 0
         with pytest.raises(Forbidden):

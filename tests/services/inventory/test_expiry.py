@@ -28,7 +28,7 @@ async def brisk(cluster: Cluster) -> AsyncGenerator[InventoryHarness]:
         yield harness
 
 
-async def test_what_is_over_ends_and_its_pieces_are_free(brisk: InventoryHarness):
+async def test_an_expired_hold_ends_and_frees_its_pieces(brisk: InventoryHarness):
     await brisk.stock(mug=2)
     await brisk.reserve(7, mug=2)
     await brisk.let_time_pass(7)
@@ -48,7 +48,7 @@ async def test_what_is_over_ends_and_its_pieces_are_free(brisk: InventoryHarness
     assert [step.what for step in trace.steps] == ["held", "expired"]
 
 
-async def test_what_is_being_paid_for_does_not_end(brisk: InventoryHarness):
+async def test_a_hold_of_a_payment_under_way_does_not_expire(brisk: InventoryHarness):
     await brisk.stock(mug=4)
     await brisk.reserve(7, mug=1)
     await brisk.reserve(7, mug=1, for_payment=True)
@@ -80,7 +80,7 @@ async def test_the_operator_says_how_long_stock_is_held(cluster: Cluster):
 
 @pytest.mark.parametrize("name", ["HOLD_SECONDS", "EXPIRE_EVERY_SECONDS"])
 @pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf"])
-async def test_no_other_times_than_sensible_ones_are_taken(cluster: Cluster, name: str, value: str):
+async def test_a_hold_time_out_of_its_bounds_is_refused(cluster: Cluster, name: str, value: str):
     harness = ServiceHarness(cluster, "local", {f"MERCATO_INVENTORY_{name}": value})
     with pytest.raises(OptionError, match=name):
         await harness.open({"inventory": build})
@@ -97,7 +97,7 @@ async def idle(cluster: Cluster) -> AsyncGenerator[InventoryHarness]:
 
 
 @pytest.mark.parametrize("for_payment", [False, True])
-async def test_a_payment_cannot_begin_when_the_time_is_over(idle: InventoryHarness, for_payment: bool):
+async def test_a_payment_cannot_begin_when_its_hold_has_expired(idle: InventoryHarness, for_payment: bool):
     await idle.stock(mug=2)
     await idle.reserve(7, mug=2)
     await idle.let_time_pass(7)
@@ -110,7 +110,7 @@ async def test_a_payment_cannot_begin_when_the_time_is_over(idle: InventoryHarne
     assert await idle.emitted("reservation", 7) == [("stock.held", 1), ("stock.expired", 2)]
 
 
-async def test_what_is_over_is_still_sold_or_released_while_nobody_has_ended_it(idle: InventoryHarness):
+async def test_an_expired_hold_that_has_not_ended_yet_can_be_committed_or_released(idle: InventoryHarness):
     await idle.stock(mug=2)
     for order_id in (7, 8):
         await idle.reserve(order_id, mug=1)
@@ -121,7 +121,7 @@ async def test_what_is_over_is_still_sold_or_released_while_nobody_has_ended_it(
     assert await idle.pieces() == (1, 0)
 
 
-async def test_the_pieces_of_what_is_over_go_to_the_next_of_the_same_batch(idle: InventoryHarness):
+async def test_pieces_of_an_expired_hold_go_to_the_next_request_of_the_same_batch(idle: InventoryHarness):
     await idle.stock(mug=1)
     await idle.reserve(7, mug=1)
     await idle.let_time_pass(7)
@@ -145,7 +145,7 @@ async def test_one_round_is_bounded_and_says_that_there_are_more(
     assert await idle.pieces() == (9, 0)
 
 
-async def test_what_somebody_else_is_at_is_left_to_them(idle: InventoryHarness):
+async def test_a_hold_that_another_transaction_has_locked_is_skipped(idle: InventoryHarness):
     await idle.stock(mug=2)
     for order_id in (7, 8):
         await idle.reserve(order_id, mug=1)
@@ -158,7 +158,7 @@ async def test_what_somebody_else_is_at_is_left_to_them(idle: InventoryHarness):
     assert await idle.states() == {7: "held", 8: "expired"}
 
 
-async def test_two_lookers_at_once_end_each_reservation_once(idle: InventoryHarness):
+async def test_two_concurrent_scans_end_each_reservation_once(idle: InventoryHarness):
     await idle.stock(mug=20)
     for order_id in range(1, 21):
         await idle.reserve(order_id, mug=1)

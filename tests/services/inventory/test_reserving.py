@@ -52,7 +52,7 @@ async def test_all_lines_or_none(harness: InventoryHarness):
     assert await harness.emitted("reservation", 7) == []
 
 
-async def test_of_what_nobody_has_counted_there_is_nothing(harness: InventoryHarness):
+async def test_a_product_without_a_count_has_no_stock(harness: InventoryHarness):
     with pytest.raises(OutOfStock) as refused:
         await harness.reserve(7, p3=1)
 
@@ -107,7 +107,7 @@ async def test_in_one_batch_the_first_get_what_there_is(harness: InventoryHarnes
     assert level_versions == [1, 1, 2]  # one change of the level for the whole batch
 
 
-async def test_the_same_order_twice_in_one_batch_hears_the_same(harness: InventoryHarness):
+async def test_the_same_order_twice_in_one_batch_gets_the_same_answer(harness: InventoryHarness):
     await harness.stock(mug=3)
     held = await harness.reserve_many(reserve(7, mug=2), reserve(8, mug=2), reserve(7, mug=2), reserve(8, mug=2))
 
@@ -117,7 +117,7 @@ async def test_the_same_order_twice_in_one_batch_hears_the_same(harness: Invento
     assert await harness.pieces() == (3, 2)
 
 
-async def test_the_twin_of_a_batch_may_begin_the_payment(harness: InventoryHarness):
+async def test_a_duplicate_in_a_batch_may_begin_the_payment(harness: InventoryHarness):
     await harness.stock(mug=3)
     _, paid = await harness.reserve_many(reserve(7, mug=2), reserve(7, mug=2, for_payment=True))
 
@@ -126,7 +126,7 @@ async def test_the_twin_of_a_batch_may_begin_the_payment(harness: InventoryHarne
     assert await harness.values("SELECT expires_at FROM reservations") == [None]
 
 
-async def test_payment_takes_the_expiry_away(harness: InventoryHarness):
+async def test_a_payment_that_begins_removes_the_expiry(harness: InventoryHarness):
     await harness.stock(mug=3)
     await harness.reserve(7, mug=2)
     begun = await harness.reserve(7, mug=2, for_payment=True)
@@ -169,7 +169,7 @@ async def test_a_release_gives_back_and_happens_once(harness: InventoryHarness):
     assert [what for what, _ in await harness.emitted("product", MUG)][-2:] == ["stock.exhausted", "stock.available"]
 
 
-async def test_a_release_before_the_reserve_closes_the_door(harness: InventoryHarness):
+async def test_a_tombstone_rejects_a_reserve_that_arrives_after_the_release(harness: InventoryHarness):
     await harness.stock(mug=2)
     assert (await harness.release(7)).lines == ()
     with pytest.raises(ReservationClosed) as refused:
@@ -180,7 +180,7 @@ async def test_a_release_before_the_reserve_closes_the_door(harness: InventoryHa
     assert await harness.emitted("reservation", 7) == []  # a tombstone emits nothing
 
 
-async def test_what_is_sold_is_not_released(harness: InventoryHarness):
+async def test_sold_pieces_are_not_released(harness: InventoryHarness):
     await harness.stock(mug=2)
     await harness.reserve(7, mug=2)
     sold = await harness.commit(7)
@@ -190,7 +190,7 @@ async def test_what_is_sold_is_not_released(harness: InventoryHarness):
 
 
 @pytest.mark.parametrize("state", ["released", "expired", None])
-async def test_what_is_not_held_is_not_sold(harness: InventoryHarness, state: str | None):
+async def test_pieces_that_are_not_held_are_not_sold(harness: InventoryHarness, state: str | None):
     await harness.stock(mug=2)
     if state == "released":
         await harness.release(7)

@@ -51,7 +51,7 @@ def test_a_reservation_moves_only_where_the_table_says(before: str, after: str):
 
 
 def test_a_level_that_ends_as_it_was_has_not_changed():
-    """One hold is over, and the next takes its pieces in the same batch: nobody needs to hear of it."""
+    """One hold is over, and the next takes its pieces in the same batch: no event is needed."""
     ledger = StockLedger([level(1, 2, 2)], [stored(7, expires_in_s=-1.0, mug=2)], [stored(8, mug=2)])
     assert isinstance(ledger.reserve(ask(7, stock_lines(mug=2))), ReservationClosed)
     assert isinstance(ledger.reserve(ask(8, stock_lines(mug=2))), Reservation)
@@ -74,7 +74,7 @@ def test_a_refused_order_stays_refused_in_its_batch_also_when_pieces_come_back()
 
 
 @pytest.mark.parametrize(
-    ("before", "delta", "told"),
+    ("before", "delta", "emitted"),
     [
         (level(1, 0), 3, ["stock.adjusted", "stock.available"]),
         (level(1, 3), -3, ["stock.adjusted", "stock.exhausted"]),
@@ -83,12 +83,12 @@ def test_a_refused_order_stays_refused_in_its_batch_also_when_pieces_come_back()
         (rules.never_counted(1), 0, ["stock.adjusted"]),
     ],
 )
-def test_availability_is_told_when_it_crosses_zero(before: Level, delta: int, told: list[str]):
+def test_availability_is_emitted_when_it_crosses_zero(before: Level, delta: int, emitted: list[str]):
     ledger = StockLedger([before])
     ledger.count(Movement(1, "adjustment", delta, STAFF))
     written = ledger.write_set()
 
-    assert [event.type for event in written.events] == told
+    assert [event.type for event in written.events] == emitted
     assert {event.version for event in written.events} == {before.version + 1}
 
 

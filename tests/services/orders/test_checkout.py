@@ -1,4 +1,4 @@
-"""Checkout: from an order to money and stock, once, whatever a payment does and whoever fails on the way."""
+"""Checkout: from an order to money and stock, once, whatever a payment does and whichever process fails on the way."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from services.orders.harness import OrdersHarness, mugs
 async def try_place(
     harness: OrdersHarness, *, key: str = "key", fingerprint: bytes = b"mugs", actor: Actor = ALICE
 ) -> object:
-    """The answer or the error, as a client hears it."""
+    """The answer or the error, as a client receives it."""
     with harness.acting(actor):
         try:
             return await harness.orders.place(mugs(key=key, fingerprint=fingerprint, user_id=1))
@@ -48,7 +48,7 @@ def order_ids(outcomes: object) -> list[int]:
 # --------------------------------------------------------------------------------------------------------- the answer
 
 
-async def test_a_second_place_with_the_same_key_hears_the_first_answer(harness: OrdersHarness):
+async def test_a_second_place_with_the_same_key_gets_the_first_answer(harness: OrdersHarness):
     with harness.acting(ALICE):
         first = await harness.orders.place(mugs(key="key"))
         again = await harness.orders.place(mugs(key="key"))
@@ -210,7 +210,7 @@ async def hold_key(harness: OrdersHarness, key: str) -> Any:
     return held
 
 
-async def test_a_twin_waits_for_the_first_and_hears_its_answer(harness: OrdersHarness, inject: Inject):
+async def test_a_concurrent_duplicate_waits_for_the_first_and_gets_its_answer(harness: OrdersHarness, inject: Inject):
     pause = Pause()
     elsewhere = await harness.another_process()
     lift = inject("orders.place.before_commit", pause)

@@ -253,7 +253,7 @@ async def test_of_two_concurrent_moves_from_one_version_one_is_made(harness: Ord
             return_exceptions=True,
         )
 
-    # Who confirms may have begun when the cancel came, and be told so; or hears that the version is another by now.
+    # The confirming request may have begun when the cancel came, and is refused for that; or its version is stale.
     assert sorted(type(outcome).__name__ for outcome in outcomes) in (
         ["Order", "StaleVersion"],
         ["Order", "OrderCancelled"],
@@ -296,7 +296,7 @@ async def test_times_of_an_order_go_forward_when_a_move_waited_for_a_later_one(h
 
 
 async def move_in_task(harness: OrdersHarness, order_id: int) -> Order:
-    attempt.set(None)  # as somebody else, who is in no transaction
+    attempt.set(None)  # as another caller, which is in no transaction
     return await move(harness, order_id, status="confirmed")
 
 

@@ -86,7 +86,7 @@ async def test_methods_are_asked_for_again_after_a_minute(methods: PaymentMethod
     assert len(payments.asked) == 2
 
 
-async def test_while_payments_is_away_what_it_said_last_counts(
+async def test_while_payments_is_unavailable_its_last_answer_counts(
     methods: PaymentMethods, payments: Checking, clock: Clock
 ):
     await methods.check(["bank:a", None])

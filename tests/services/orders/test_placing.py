@@ -189,11 +189,11 @@ async def test_an_unknown_user_cannot_order(harness: OrdersHarness):
 
 
 async def test_an_order_for_another_customer_is_refused_like_one_for_an_unknown_user(harness: OrdersHarness):
-    for_bob, for_nobody = await refusal(harness, mugs(user_id=2)), await refusal(harness, mugs(user_id=404))
+    for_bob, for_unknown = await refusal(harness, mugs(user_id=2)), await refusal(harness, mugs(user_id=404))
 
     assert isinstance(for_bob, UserNotFound)
-    assert isinstance(for_nobody, UserNotFound)
-    assert (for_bob.user_id, for_nobody.user_id) == (2, 404)
+    assert isinstance(for_unknown, UserNotFound)
+    assert (for_bob.user_id, for_unknown.user_id) == (2, 404)
     assert harness.users.sizes == []  # nor does the time that it takes tell who exists
 
 
@@ -399,7 +399,7 @@ async def test_a_crash_after_the_commit_is_not_run_again(
     assert await harness.count("orders") == 2
 
 
-async def test_what_is_committed_is_told_and_carried_on_though_the_power_fails_right_after(
+async def test_a_committed_order_is_emitted_and_continued_after_a_crash_right_after_the_commit(
     harness: OrdersHarness, inject: Callable[[str, Fault], object]
 ):
     inject("orders.place.after_commit", fail)

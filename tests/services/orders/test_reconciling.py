@@ -140,7 +140,7 @@ async def test_a_parked_refund_is_refunded_once(harness: OrdersHarness, inject: 
     assert await harness.bank_operations(order.id) == [("charge", "succeeded"), ("refund", "succeeded")]
 
 
-async def test_sagas_that_rest_rightly_are_left_alone(harness: OrdersHarness):
+async def test_sagas_that_are_parked_for_a_reason_are_not_resumed(harness: OrdersHarness):
     paid = await harness.checked_out("sandbox:ok", (MUG, 1))
     declined = await harness.checked_out("sandbox:declined", (MUG, 1))
     by_hand = await harness.checked_out(None, (MUG, 1))
@@ -195,7 +195,7 @@ async def test_every_page_of_sagas_is_read(harness: OrdersHarness, monkeypatch: 
     assert resumed(harness) == 1
 
 
-def test_a_parked_checkout_rests_rightly_only_where_staff_have_to_capture():
+def test_a_parked_checkout_is_not_resumed_only_where_staff_have_to_capture():
     rests = {
         (status, payment, step)
         for status in ("pending", "confirmed", "completed", "cancelled")

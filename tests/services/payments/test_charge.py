@@ -387,7 +387,7 @@ async def test_the_key_of_an_open_charge_is_looked_up_once_the_provider_may_have
 
 
 async def test_a_charge_whose_caller_timed_out_is_made_once(harness: PaymentsHarness, inject: Inject):
-    """The bank has taken the money when the caller stops waiting; with its key the charge hears of it."""
+    """The bank has taken the money when the caller stops waiting; with its key the charge gets its result."""
     pause = Pause()
     remove = inject("payments.charge.after_call", pause)
     request = harness.charge()

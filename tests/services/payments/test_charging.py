@@ -313,7 +313,7 @@ async def test_of_capture_and_void_at_the_same_moment_one_happens(harness: Payme
 # ----------------------------------------------------------------------------------------------------------- refund
 
 
-async def test_money_is_given_back_in_parts(harness: PaymentsHarness):
+async def test_a_payment_is_refunded_in_parts(harness: PaymentsHarness):
     payment = await harness.captured(1_000)
 
     part = await harness.payments.refund(refund(payment, 400, "one"))
@@ -402,7 +402,7 @@ async def test_only_captured_money_is_refunded(harness: PaymentsHarness):
 # ----------------------------------------------------------------------------------------------------------- events
 
 
-async def test_each_change_is_told_once_in_order(harness: PaymentsHarness):
+async def test_each_change_is_emitted_once_in_order(harness: PaymentsHarness):
     payment = await harness.captured(1_000)
     await harness.payments.refund.many([refund(payment, 400, "one"), refund(payment, 600, "two")])
 

@@ -1,4 +1,4 @@
-"""Our books against the bank's statement: an injected case of every difference is found; what is safe is repaired."""
+"""Our operations against the bank's statement: every injected difference is found; what is safe is repaired."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ async def mismatches(harness: PaymentsHarness) -> list[tuple[str, str]]:
 
 
 async def left_unknown(harness: PaymentsHarness, inject: Inject) -> None:
-    """Authorized at the bank; whoever had the answer has died."""
+    """Authorized at the bank; the process that had the answer has died."""
     remove = inject("payments.authorize.after_call", fail)
     with pytest.raises(ServiceError):
         await harness.authorized()
     remove()
 
 
-async def test_books_that_agree_have_no_mismatch(harness: PaymentsHarness):
+async def test_operations_that_agree_with_the_statement_have_no_mismatch(harness: PaymentsHarness):
     await harness.captured()
     await harness.payments.void(void(await harness.authorized()))
     await harness.authorized("sandbox:declined")
@@ -113,7 +113,7 @@ async def test_what_the_bank_has_declined_is_recorded(harness: PaymentsHarness, 
 
 
 @pytest.mark.parametrize("status", ["voided", "failed"])
-async def test_an_authorization_that_nobody_wants_is_given_back(harness: PaymentsHarness, status: str):
+async def test_an_authorization_of_a_failed_or_voided_payment_is_voided(harness: PaymentsHarness, status: str):
     payment = await harness.authorized()
     await harness.rows("UPDATE payments SET status = $1, charge_id = NULL", status)
 
@@ -133,7 +133,7 @@ async def test_an_authorization_that_nobody_wants_is_given_back(harness: Payment
 # ---------------------------------------------------------------------------------------------------------- mismatches
 
 
-async def test_money_that_we_know_nothing_of_is_reported(harness: PaymentsHarness):
+async def test_an_unknown_operation_of_the_bank_is_reported(harness: PaymentsHarness):
     await harness.sandbox.authorize(
         AuthorizeCharge(idempotency_key="stray", order_id=7, amount_minor=5, currency="EUR", method="sandbox:ok")
     )
@@ -226,7 +226,7 @@ async def test_what_never_gets_on_the_statement_is_reported(harness: PaymentsHar
 
 
 @pytest.mark.parametrize("point", RECONCILE_POINTS)
-async def test_a_round_that_dies_anywhere_is_done_again(harness: PaymentsHarness, inject: Inject, point: str):
+async def test_a_reconciliation_that_crashes_anywhere_is_repeated(harness: PaymentsHarness, inject: Inject, point: str):
     await left_unknown(harness, inject)
     given_back = await harness.authorized()
     await harness.rows("UPDATE payments SET status = 'voided' WHERE id = $1", given_back.id)

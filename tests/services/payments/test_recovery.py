@@ -52,7 +52,7 @@ REACHED: Final = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_whatever_part_the_power_fails_in_the_next_try_finishes_it(
+async def test_after_a_crash_in_any_part_the_next_try_finishes_the_payment(
     harness: PaymentsHarness, inject: Inject, kind: str
 ):
     for place in PLACES:
@@ -69,7 +69,9 @@ async def test_whatever_part_the_power_fails_in_the_next_try_finishes_it(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_what_nobody_asks_for_again_the_sweeper_finishes(harness: PaymentsHarness, inject: Inject, kind: str):
+async def test_an_operation_that_is_not_requested_again_is_finished_by_the_sweeper(
+    harness: PaymentsHarness, inject: Inject, kind: str
+):
     for place in PLACES[1:]:
         ask = await prepared(harness, kind)
         remove = inject(f"payments.{kind}.{place}", fail)
@@ -105,7 +107,7 @@ async def test_a_sweeper_that_dies_is_taken_over_by_the_next(harness: PaymentsHa
     assert await harness.taken() == {"authorize": 1}
 
 
-async def test_a_process_that_hangs_with_the_answer_in_its_hand_is_passed(harness: PaymentsHarness, inject: Inject):
+async def test_a_process_that_hangs_before_it_records_an_answer_is_passed(harness: PaymentsHarness, inject: Inject):
     pause = Pause()
     remove = inject("payments.authorize.after_call", pause)
     request = harness.authorization()
@@ -156,18 +158,20 @@ async def test_a_process_dies_between_two_records_of_one_batch(harness: Payments
     assert await harness.rows("SELECT status FROM payments ORDER BY order_id") == [("captured",), ("failed",)]
 
 
-async def test_a_zombie_that_records_late_changes_nothing(harness: PaymentsHarness, inject: Inject):
+async def test_a_process_that_records_after_others_have_moved_on_changes_nothing(
+    harness: PaymentsHarness, inject: Inject
+):
     """It has the answer to an authorize, sleeps, and wakes up after others have captured the money."""
     pause = Pause(first_only=True)
     inject("payments.authorize.after_call", pause)
     other, request = await harness.another_process(), harness.authorization()
-    zombie = asyncio.ensure_future(harness.payments.authorize(request))
+    late = asyncio.ensure_future(harness.payments.authorize(request))
     await pause.reached.wait()
     await other.authorize(request)
     captured = await other.capture(capture(request))
     pause.resume.set()
 
-    assert await zombie == captured
+    assert await late == captured
     assert await harness.rows(f"SELECT type FROM {EVENTS} ORDER BY id") == [
         ("payment.authorized",),
         ("payment.captured",),
@@ -178,11 +182,11 @@ async def test_an_answer_that_never_came_does_not_undo_what_others_know(harness:
     pause = Pause(first_only=True)
     inject("payments.authorize.after_call", pause)
     other, request = await harness.another_process(), harness.authorization("sandbox:lost_answer")
-    zombie = asyncio.ensure_future(harness.payments.authorize(request))
+    late = asyncio.ensure_future(harness.payments.authorize(request))
     await pause.reached.wait()
     await other.authorize(request)
     pause.resume.set()
-    await asyncio.gather(zombie, return_exceptions=True)
+    await asyncio.gather(late, return_exceptions=True)
 
     assert await harness.steps() == [("authorize", "succeeded")]
 
@@ -222,7 +226,7 @@ async def test_money_whose_answer_was_lost_is_taken_once(harness: PaymentsHarnes
 
 
 @pytest.mark.parametrize("method", ["sandbox:lost_answer", "sandbox:error_then_ok"])
-async def test_the_sweeper_asks_until_it_knows(harness: PaymentsHarness, method: str):
+async def test_the_sweeper_repeats_until_the_outcome_is_known(harness: PaymentsHarness, method: str):
     with pytest.raises(OutcomePending):
         await harness.authorized(method)
     await harness.age(hours=1)
@@ -275,7 +279,7 @@ async def test_a_void_of_an_authorize_that_was_never_sent_leaves_nothing_open(ha
 # --------------------------------------------------------------------------------------------------------- the sweeper
 
 
-async def test_an_operation_that_somebody_is_busy_with_is_left_alone(harness: PaymentsHarness, inject: Inject):
+async def test_an_operation_in_progress_in_another_process_is_left_alone(harness: PaymentsHarness, inject: Inject):
     remove = inject("payments.authorize.after_call", fail)
     with pytest.raises(ServiceError):
         await harness.authorized()
@@ -287,7 +291,7 @@ async def test_an_operation_that_somebody_is_busy_with_is_left_alone(harness: Pa
     assert await harness.finishing.sweep(QUIET_SECONDS) == 0
 
 
-async def test_two_sweepers_do_not_ask_for_the_same(harness: PaymentsHarness, inject: Inject):
+async def test_two_sweepers_do_not_take_the_same_operation(harness: PaymentsHarness, inject: Inject):
     remove = inject("payments.authorize.before_call", fail)
     with pytest.raises(ServiceError):
         await harness.authorized()
@@ -342,7 +346,7 @@ async def test_an_operation_that_cannot_be_recorded_does_not_hold_back_the_other
 
 
 async def test_a_key_is_looked_up_when_the_provider_may_have_forgotten_it(harness: PaymentsHarness, inject: Inject):
-    """The bank has done the first and has never heard of the second."""
+    """The bank has done the first and has not received the second."""
     for place in ("after_call", "before_call"):
         remove = inject(f"payments.authorize.{place}", fail)
         with pytest.raises(ServiceError):
@@ -362,7 +366,7 @@ async def test_a_key_is_looked_up_when_the_provider_may_have_forgotten_it(harnes
 
 
 @pytest.mark.options(sandbox_failure_rate=0.3)
-async def test_in_a_storm_every_payment_is_settled_and_every_card_is_charged_once(harness: PaymentsHarness):
+async def test_with_frequent_failures_every_payment_is_settled_and_every_card_is_charged_once(harness: PaymentsHarness):
     requests = [harness.authorization() for _ in range(PAYMENTS // 2)]
     await _until_all(harness, harness.payments.authorize.many, requests)
     payments = await _until_all(harness, harness.payments.capture.many, [capture(r) for r in requests])

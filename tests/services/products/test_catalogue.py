@@ -33,7 +33,7 @@ from mercato.testing.injection import Inject, fail
 
 CUSTOMER = Actor("customer", 7)
 HEADPHONES = CreateProduct(
-    sku="HEAD-1", name="Headphones", price_minor=9999, currency="USD", category="audio", description="To hear with."
+    sku="HEAD-1", name="Headphones", price_minor=9999, currency="USD", category="audio", description="To listen with."
 )
 
 
@@ -56,7 +56,7 @@ async def test_a_created_product_is_active_and_can_be_read(harness: ServiceHarne
 
     assert read == created
     assert (created.sku, created.name, created.price_minor, created.currency) == ("HEAD-1", "Headphones", 9999, "USD")
-    assert (created.category, created.description) == ("audio", "To hear with.")
+    assert (created.category, created.description) == ("audio", "To listen with.")
     assert (created.status, created.version) == ("active", 1)
     assert created.created_at == created.updated_at
     assert created.created_at.utcoffset() is not None
@@ -78,7 +78,7 @@ async def test_a_sku_belongs_to_one_product(harness: ServiceHarness, products: P
     assert taken.value.sku == "HEAD-1"
 
 
-async def test_of_two_who_create_the_same_sku_at_once_one_hears_that_it_is_taken(
+async def test_of_two_concurrent_creations_of_a_sku_one_is_refused(
     harness: ServiceHarness,
     products: Products,
     staff: Actor,
@@ -88,7 +88,7 @@ async def test_of_two_who_create_the_same_sku_at_once_one_hears_that_it_is_taken
 
     async def create_once_more(_point: str) -> None:
         if not second:
-            # Somebody else's call: it knows nothing of the transaction that this one is in.
+            # The call of another request: it knows nothing of the transaction that this one is in.
             second.append(asyncio.create_task(once_more(), context=contextvars.Context()))
             await harness.until_blocked(of="products", by=second)
 
@@ -331,7 +331,7 @@ async def test_quotes_say_what_products_are_called_and_cost_now(
     assert quotes[0] is not quotes[4]
 
 
-async def test_nobody_anonymous_gets_a_quote(harness: ServiceHarness, products: Products):
+async def test_an_anonymous_caller_gets_no_quote(harness: ServiceHarness, products: Products):
     with harness.acting(ANONYMOUS), pytest.raises(Forbidden):
         await products.quote(QuoteProduct(id=1))
 
@@ -342,7 +342,7 @@ async def test_nobody_anonymous_gets_a_quote(harness: ServiceHarness, products: 
 async def test_a_failure_before_the_commit_leaves_nothing_and_after_it_everything(
     harness: ServiceHarness, products: Products, staff: Actor
 ):
-    """The caller hears of neither; what it does next must be told the truth."""
+    """The caller gets no answer in either case; its next request must be answered correctly."""
     with harness.acting(staff):
         remove = faults.inject(service.CREATE_BEFORE_COMMIT, fail)
         with pytest.raises(Internal):
@@ -371,7 +371,7 @@ async def test_a_failure_before_the_commit_leaves_nothing_and_after_it_everythin
                 await products.archive(ArchiveProduct(id=product.id, version=2))
             remove()
             assert (await products.get(GetProduct(id=product.id))).status == status
-        # The caller who never heard asks again.
+        # The caller that got no answer asks again.
         assert (await products.archive(ArchiveProduct(id=product.id, version=2))).status == "archived"
 
 

@@ -1,4 +1,4 @@
-"""Whether a product can be bought: what inventory has told, the newest news, in whatever order they come."""
+"""Whether a product can be bought: the newest stock event of inventory counts, in whatever order events come."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ AT = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 _ids = itertools.count(1)
 
 
-def news(product_id: int, what: str, version: int) -> Event:
-    told = StockAvailability(product_id=product_id, version=version)
-    data = msgspec.json.encode(told).decode()
+def stock_event(product_id: int, what: str, version: int) -> Event:
+    availability = StockAvailability(product_id=product_id, version=version)
+    data = msgspec.json.encode(availability).decode()
     return Event("inventory", next(_ids), f"stock.{what}", "product", product_id, version, data, AT)
 
 
-async def tell(database: Database, *events: Event) -> None:
+async def handle(database: Database, *events: Event) -> None:
     async with database.transaction() as tx:
         await IN_STOCK.handle(tx, events)
 
@@ -49,9 +49,9 @@ async def test_a_product_is_in_stock_from_when_inventory_says_so(
 ):
     product = await made(harness, products, staff)
     assert not product.in_stock
-    await tell(database, news(product.id, "available", 1))
+    await handle(database, stock_event(product.id, "available", 1))
     there = await seen(harness, products, product.id)
-    await tell(database, news(product.id, "exhausted", 4))
+    await handle(database, stock_event(product.id, "exhausted", 4))
     gone = await seen(harness, products, product.id)
 
     assert (there.in_stock, gone.in_stock) == (True, False)
@@ -59,36 +59,40 @@ async def test_a_product_is_in_stock_from_when_inventory_says_so(
     assert there.updated_at == product.updated_at
 
 
-async def test_news_that_come_late_or_twice_change_nothing(
+async def test_late_or_repeated_stock_events_change_nothing(
     harness: ServiceHarness, products: Products, database: Database, staff: Actor
 ):
     product = await made(harness, products, staff)
-    for event in (news(product.id, "available", 5), news(product.id, "exhausted", 4), news(product.id, "exhausted", 5)):
-        await tell(database, event)
+    for event in (
+        stock_event(product.id, "available", 5),
+        stock_event(product.id, "exhausted", 4),
+        stock_event(product.id, "exhausted", 5),
+    ):
+        await handle(database, event)
 
     assert (await seen(harness, products, product.id)).in_stock
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-async def test_the_newest_of_a_batch_counts(
+async def test_the_newest_stock_event_of_a_batch_counts(
     harness: ServiceHarness, products: Products, database: Database, staff: Actor, order: tuple[int, ...]
 ):
     product = await made(harness, products, staff)
-    events = [news(product.id, what, v) for v, what in ((1, "available"), (2, "exhausted"), (7, "available"))]
-    await tell(database, *(events[i] for i in order))
+    events = [stock_event(product.id, what, v) for v, what in ((1, "available"), (2, "exhausted"), (7, "available"))]
+    await handle(database, *(events[i] for i in order))
 
     assert (await seen(harness, products, product.id)).in_stock
 
 
-async def test_news_of_a_product_that_is_not_here_are_no_failure(products: Products, database: Database):
-    await tell(database, news(424242, "available", 1))
+async def test_a_stock_event_of_an_unknown_product_is_no_failure(products: Products, database: Database):
+    await handle(database, stock_event(424242, "available", 1))
 
 
 async def test_searches_and_changes_show_it(
     harness: ServiceHarness, products: Products, database: Database, staff: Actor
 ):
     one, other = await made(harness, products, staff, "A"), await made(harness, products, staff, "B")
-    await tell(database, news(other.id, "available", 1))
+    await handle(database, stock_event(other.id, "available", 1))
     with harness.acting(staff):
         page = await products.search(SearchProducts())
         changed = await products.update(UpdateProduct(id=other.id, name="Other thing"))
@@ -97,14 +101,14 @@ async def test_searches_and_changes_show_it(
     assert changed.in_stock
 
 
-async def test_two_who_note_in_different_orders_do_not_wait_for_each_other_for_ever(
+async def test_two_consumers_that_update_in_different_orders_do_not_deadlock(
     harness: ServiceHarness, products: Products, database: Database, staff: Actor
 ):
     ids = [(await made(harness, products, staff, f"SKU-{i}")).id for i in range(20)]
 
     async def note(backwards: bool, version: int) -> None:
         order = list(reversed(ids)) if backwards else ids
-        await tell(database, *(news(i, "available", version) for i in order))
+        await handle(database, *(stock_event(i, "available", version) for i in order))
 
     await asyncio.gather(*(note(bool(n % 2), n) for n in range(1, 21)))
     assert all([(await seen(harness, products, i)).in_stock for i in ids])

@@ -127,7 +127,7 @@ def test_the_longest_name_fits_in_a_token():
 
 
 @given(st.sampled_from(SORTS), st.text(st.characters(), max_size=100))
-def test_garbage_is_no_token(sort: Sort, garbage: str):
+def test_a_malformed_token_is_not_parsed(sort: Sort, garbage: str):
     assert parse_token(sort, garbage) is None
 
 
@@ -152,7 +152,7 @@ FORGERIES = [
 
 
 @pytest.mark.parametrize(("sort", "forged"), FORGERIES)
-def test_a_forged_token_is_no_token(sort: Sort, forged: list[Any]):
+def test_a_forged_token_is_not_parsed(sort: Sort, forged: list[Any]):
     assert parse_token(sort, base64.urlsafe_b64encode(msgspec.json.encode(forged)).decode().rstrip("=")) is None
 
 

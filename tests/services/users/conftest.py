@@ -23,5 +23,5 @@ def build_quick(env: Env) -> Service:
 
 @pytest_asyncio.fixture
 async def users(harness: ServiceHarness) -> Users:
-    """The client of a users service without anybody in it."""
+    """The client of a users service without any account."""
     return (await harness.open({"users": build_quick})).client(Users)

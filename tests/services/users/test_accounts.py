@@ -28,7 +28,7 @@ from mercato.services.users.demo import DEMO_PASSWORD
 from mercato.testing.harness import ServiceHarness
 from mercato.testing.tables import connect
 
-ANYBODY = Actor("anonymous")
+ANONYMOUS = Actor("anonymous")
 STAFF = Actor("staff")
 """Without an account, such as the operator: its role is in no database."""
 SERVICE = Actor("service")
@@ -40,7 +40,7 @@ def customer(user: User) -> Actor:
 
 
 async def registered(harness: ServiceHarness, users: Users, *names: str) -> Sequence[User]:
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         return [
             await users.register(Register(email=f"{name.lower()}@example.com", name=name, password=PASSWORD))
             for name in names
@@ -50,8 +50,8 @@ async def registered(harness: ServiceHarness, users: Users, *names: str) -> Sequ
 # --------------------------------------------------------------------------------------------------------- registering
 
 
-async def test_whoever_registers_becomes_a_customer(harness: ServiceHarness, users: Users):
-    with harness.acting(ANYBODY):
+async def test_a_registered_account_is_a_customer(harness: ServiceHarness, users: Users):
+    with harness.acting(ANONYMOUS):
         user = await users.register(Register(email=" Ju\u0308rgen@Example.com ", name=" Jürgen ", password=PASSWORD))
     with harness.acting(customer(user)):
         read = await users.get(GetUser(id=user.id))
@@ -64,12 +64,12 @@ async def test_whoever_registers_becomes_a_customer(harness: ServiceHarness, use
 
 async def test_an_address_has_one_account_however_it_is_spelled(harness: ServiceHarness, users: Users):
     await registered(harness, users, "Alice")
-    with harness.acting(ANYBODY), pytest.raises(EmailTaken):
+    with harness.acting(ANONYMOUS), pytest.raises(EmailTaken):
         await users.register(Register(email="ALICE@Example.COM", name="Alice", password=PASSWORD))
 
 
 async def test_a_domain_in_letters_and_as_it_travels_are_one_address(harness: ServiceHarness, users: Users):
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         user = await users.register(Register(email="Carol@XN--mnchen-3ya.DE", name="Carol", password=PASSWORD))
         assert user.email == "Carol@münchen.de"
         for email in ("carol@MÜNCHEN.de", "carol@xn--mnchen-3ya.de"):
@@ -85,13 +85,13 @@ async def test_an_account_of_an_earlier_version_is_found_as_it_was_spelled(
     """An earlier version stored addresses as they were written, and took some that are refused today."""
     [carol, _dave] = await registered(harness, users, "Carol", "Dave")
     await harness.rows("UPDATE users SET email = $2 WHERE id = $1 RETURNING id", carol.id, stored, of="users")
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         assert (await users.sign_in(SignIn(email=stored, password=PASSWORD))).user.id == carol.id
 
 
 async def test_of_simultaneous_registrations_of_an_address_one_succeeds(harness: ServiceHarness, users: Users):
     spellings = ["alice@example.com", "Alice@example.com", "ALICE@EXAMPLE.COM"]
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         outcomes = await asyncio.gather(
             *(users.register(Register(email=email, name="Alice", password=PASSWORD)) for email in spellings),
             return_exceptions=True,
@@ -101,8 +101,8 @@ async def test_of_simultaneous_registrations_of_an_address_one_succeeds(harness:
 
 
 async def test_every_wrong_field_of_a_registration_is_named_at_once(harness: ServiceHarness, users: Users):
-    with harness.acting(ANYBODY), pytest.raises(InvalidRequest) as refused:
-        await users.register(Register(email="nobody", name=" ", password="short"))
+    with harness.acting(ANONYMOUS), pytest.raises(InvalidRequest) as refused:
+        await users.register(Register(email="alice", name=" ", password="short"))
 
     assert [error.field for error in refused.value.errors] == ["email", "name", "password"]
 
@@ -111,7 +111,7 @@ async def test_every_wrong_field_of_a_registration_is_named_at_once(harness: Ser
 async def test_what_cannot_be_stored_is_refused_and_never_reaches_the_database(
     harness: ServiceHarness, users: Users, bad: str
 ):
-    with harness.acting(ANYBODY), pytest.raises(InvalidRequest) as refused:
+    with harness.acting(ANONYMOUS), pytest.raises(InvalidRequest) as refused:
         await users.register(Register(email=f"al{bad}ice@example.com", name=f"Al{bad}ice", password=f"{bad}{PASSWORD}"))
 
     fields = [error.field for error in refused.value.errors]
@@ -126,7 +126,7 @@ async def test_a_lost_answer_to_a_registration_leaves_an_account_that_can_be_use
 
     remove = faults.inject("users.register.after_commit", crash)
     request = Register(email="alice@example.com", name="Alice", password=PASSWORD)
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         with pytest.raises(Exception, match="failed"):
             await users.register(request)
         remove()
@@ -169,13 +169,13 @@ async def test_a_batch_is_answered_in_its_order_each_for_its_own_actor(harness: 
     assert [seen[1], seen[2], seen[4]] == [bob, bob, alice]
 
 
-async def test_who_is_not_signed_in_reads_nobody(harness: ServiceHarness, users: Users):
+async def test_an_anonymous_caller_reads_no_account(harness: ServiceHarness, users: Users):
     (alice,) = await registered(harness, users, "Alice")
-    with harness.acting(ANYBODY), pytest.raises(Forbidden):
+    with harness.acting(ANONYMOUS), pytest.raises(Forbidden):
         await users.get(GetUser(id=alice.id))
 
 
-async def test_staff_page_through_everybody(harness: ServiceHarness, users: Users):
+async def test_staff_page_through_all_accounts(harness: ServiceHarness, users: Users):
     all_three = await registered(harness, users, "Alice", "Bob", "Carol")
     with harness.acting(STAFF):
         first = await users.list(ListUsers(limit=2))
@@ -254,7 +254,7 @@ async def test_a_change_of_nothing_gives_the_user_as_it_is(harness: ServiceHarne
             await users.update_profile(UpdateProfile(id=alice.id, version=7))
 
 
-async def test_an_address_cannot_be_taken_from_somebody(harness: ServiceHarness, users: Users):
+async def test_an_address_of_another_account_is_refused(harness: ServiceHarness, users: Users):
     _, bob = await registered(harness, users, "Alice", "Bob")
     with harness.acting(customer(bob)):
         with pytest.raises(EmailTaken):
@@ -437,7 +437,9 @@ async def test_an_account_that_is_gone_is_not_staff(harness: ServiceHarness, use
 
 
 @pytest.mark.parametrize("again", ["role", "profile"])
-async def test_who_loses_the_role_meanwhile_does_not_use_it(harness: ServiceHarness, users: Users, again: str):
+async def test_a_member_of_staff_who_loses_the_role_meanwhile_is_refused(
+    harness: ServiceHarness, users: Users, again: str
+):
     """The role is taken, and the transaction that does so has not ended, when its former owner wants to use it."""
     alice, bob = await registered(harness, users, "Alice", "Bob")
     former = await member_of_staff(harness, users, alice)
@@ -476,18 +478,18 @@ async def test_the_demo_has_alice_and_bob(harness: ServiceHarness, users: Users)
         (1, "alice@example.com", "Alice", "customer"),
         (2, "bob@example.com", "Bob", "customer"),
     ]
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         assert (await users.sign_in(SignIn(email="alice@example.com", password=DEMO_PASSWORD))).user.id == 1
 
 
-async def test_the_demo_leaves_a_shop_alone_in_which_there_is_somebody(harness: ServiceHarness, users: Users):
+async def test_the_demo_changes_nothing_in_a_shop_with_an_account(harness: ServiceHarness, users: Users):
     await registered(harness, users, "Carol")
     seed = harness.host.services["users"].seed_demo
     assert seed
     assert await seed() is False
 
 
-async def test_the_demo_waits_for_who_is_just_registering_and_then_leaves_the_shop_alone(
+async def test_the_demo_waits_for_a_concurrent_registration_and_then_changes_nothing(
     harness: ServiceHarness, users: Users
 ):
     service = harness.host.services["users"]

@@ -28,7 +28,7 @@ from mercato.testing.harness import ServiceHarness
 from mercato.testing.injection import Inject, fail
 from mercato.testing.tables import connected
 
-ANYBODY = Actor("anonymous")
+ANONYMOUS = Actor("anonymous")
 EMAIL, PASSWORD = "alice@example.com", "correct horse"
 
 
@@ -43,7 +43,7 @@ class Account:
 
 
 async def account(harness: ServiceHarness, users: Users, email: str = EMAIL) -> Account:
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         user = await users.register(Register(email=email, name="Alice", password=PASSWORD))
         tokens = await users.sign_in(SignIn(email=email, password=PASSWORD))
     with harness.acting(Actor("customer", user.id)):
@@ -74,17 +74,17 @@ async def rows_with(harness: ServiceHarness, *texts: str) -> list[str]:
 async def test_nothing_of_the_person_is_kept_and_the_address_gets_another_account(
     harness: ServiceHarness, users: Users
 ):
-    with harness.acting(ANYBODY):  # one letter before there is an account, one behind it
+    with harness.acting(ANONYMOUS):  # one letter before there is an account, one behind it
         await users.forgot_password(ForgotPassword(email=EMAIL))
     alice = await account(harness, users)
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         await users.forgot_password(ForgotPassword(email=EMAIL))
     assert set(await rows_with(harness, EMAIL)) == {"users", "letters"}
 
     await erase(harness, users, alice)
 
     assert await rows_with(harness, EMAIL, "Alice", "argon2") == []
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         with pytest.raises(WrongCredentials):
             await users.sign_in(SignIn(email=EMAIL, password=PASSWORD))
         again = await users.register(Register(email=EMAIL, name="Alice", password=PASSWORD))
@@ -96,7 +96,7 @@ async def test_nothing_of_the_person_is_kept_and_the_address_gets_another_accoun
 async def test_all_sessions_end_and_other_processes_read_it(harness: ServiceHarness, users: Users):
     alice = await account(harness, users)
     await erase(harness, users, alice)
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         with pytest.raises(SessionEnded):
             await users.refresh(Refresh(refresh_token=alice.refresh_token))
         ended = await users.ended_sessions(EndedSessionsAfter())
@@ -113,7 +113,7 @@ async def test_a_repeated_request_gets_the_same_answer(harness: ServiceHarness, 
 async def test_requests_at_the_same_time_erase_once(harness: ServiceHarness, users: Users):
     alice = await account(harness, users)
     await asyncio.gather(*(erase(harness, users, alice) for _ in range(4)))
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         assert (await users.ended_sessions(EndedSessionsAfter())).position == 1
 
 

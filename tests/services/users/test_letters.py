@@ -38,7 +38,7 @@ from mercato.testing.harness import ServiceHarness
 from mercato.testing.injection import Inject, fail
 from mercato.testing.waiting import until, until_true
 
-ANYBODY = Actor("anonymous")
+ANONYMOUS = Actor("anonymous")
 EMAIL = "alice@example.com"
 PASSWORD = "correct horse"
 NEW_PASSWORD = "battery staple"
@@ -87,7 +87,7 @@ async def posting(harness: ServiceHarness, mailbox: Mailbox) -> AsyncGenerator[U
 
 
 async def registered(harness: ServiceHarness, users: Users, address: str = EMAIL) -> User:
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         return await users.register(Register(email=address, name="Alice", password=PASSWORD))
 
 
@@ -101,7 +101,7 @@ async def test_an_address_is_proven_by_the_link_that_was_sent_to_it(
     assert alice.email_proven is False
     token = await mailbox.proof()
     for _ in range(2):  # a client that lost the answer asks again
-        with harness.acting(ANYBODY):
+        with harness.acting(ANONYMOUS):
             await posting.prove_email(ProveEmail(token=token))
     with harness.acting(Actor("customer", alice.id)):
         assert (await posting.get(GetUser(id=alice.id))).email_proven is True
@@ -112,7 +112,7 @@ async def test_an_address_that_was_changed_is_not_proven_by_the_old_one(
 ):
     alice = await registered(harness, posting)
     token = await mailbox.proof()
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         await posting.prove_email(ProveEmail(token=token))
     with harness.acting(Actor("customer", alice.id)):
         renamed = await posting.update_profile(
@@ -123,7 +123,7 @@ async def test_an_address_that_was_changed_is_not_proven_by_the_old_one(
             UpdateProfile(id=alice.id, email="al@example.com", current_password=PASSWORD)
         )
     assert moved.email_proven is False
-    with harness.acting(ANYBODY), pytest.raises(LinkNotValid):
+    with harness.acting(ANONYMOUS), pytest.raises(LinkNotValid):
         await posting.prove_email(ProveEmail(token=token))
     await until_true(lambda: {"al@example.com", EMAIL} == {letter["To"] for letter in mailbox.letters("Confirm")})
 
@@ -144,7 +144,7 @@ async def test_a_forgotten_password_is_set_by_a_link_and_ends_every_session(
     harness: ServiceHarness, posting: Users, mailbox: Mailbox
 ):
     alice = await registered(harness, posting)
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         tokens = await posting.sign_in(SignIn(email=EMAIL, password=PASSWORD))
         await posting.forgot_password(ForgotPassword(email="ALICE@Example.com"))
         reset = ResetPassword(token=await mailbox.reset(), new_password=NEW_PASSWORD)
@@ -162,7 +162,7 @@ async def test_a_link_sets_one_password_and_the_same_one_again(
     harness: ServiceHarness, posting: Users, mailbox: Mailbox
 ):
     await registered(harness, posting)
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         await posting.forgot_password(ForgotPassword(email=EMAIL))
         token = await mailbox.reset()
         with pytest.raises(InvalidRequest):
@@ -181,7 +181,7 @@ async def test_of_two_passwords_that_are_set_at_once_by_a_link_one_holds(
 ):
     await registered(harness, posting)
     passwords = ["first password", "second password"]
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         await posting.forgot_password(ForgotPassword(email=EMAIL))
         token = await mailbox.reset()
         outcomes = await asyncio.gather(
@@ -197,7 +197,7 @@ async def test_a_reset_is_done_wholly_or_not_at_all(
     harness: ServiceHarness, posting: Users, mailbox: Mailbox, inject: Inject
 ):
     await registered(harness, posting)
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         tokens = await posting.sign_in(SignIn(email=EMAIL, password=PASSWORD))
         await posting.forgot_password(ForgotPassword(email=EMAIL))
         token = await mailbox.reset()
@@ -213,7 +213,7 @@ async def test_an_unknown_address_answers_alike_and_gets_no_letter(
     harness: ServiceHarness, posting: Users, mailbox: Mailbox
 ):
     await registered(harness, posting)
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         assert await posting.forgot_password(ForgotPassword(email="mallory@example.com")) == (
             await posting.forgot_password(ForgotPassword(email=EMAIL))
         )
@@ -227,7 +227,7 @@ async def test_an_unknown_address_answers_alike_and_gets_no_letter(
 
 async def test_an_address_gets_a_bounded_number_of_letters(harness: ServiceHarness, posting: Users):
     await registered(harness, posting)
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         for _ in range(LETTERS_LIMIT + 2):
             await posting.forgot_password(ForgotPassword(email=EMAIL))
             await posting.forgot_password(ForgotPassword(email="mallory@example.com"))
@@ -240,7 +240,7 @@ async def test_a_link_that_is_no_good_any_more_is_refused(
     harness: ServiceHarness, posting: Users, mailbox: Mailbox, change: str
 ):
     alice = await registered(harness, posting)
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         await posting.forgot_password(ForgotPassword(email=EMAIL))
         token = await mailbox.reset()
     changes = {
@@ -250,7 +250,7 @@ async def test_a_link_that_is_no_good_any_more_is_refused(
         "deleted": "DELETE FROM users RETURNING id",
     }
     await harness.rows(changes[change], of="users")
-    with harness.acting(ANYBODY), pytest.raises(LinkNotValid):
+    with harness.acting(ANONYMOUS), pytest.raises(LinkNotValid):
         await posting.reset_password(ResetPassword(token=token, new_password=NEW_PASSWORD))
     assert alice.id
 
@@ -262,7 +262,7 @@ async def test_a_link_of_another_kind_or_a_forged_one_is_refused(
     proof = await mailbox.proof()
     forged = [proof, "", "x", proof[:-4], proof[:40], "A" * 64, proof[:-1] + ("B" if proof[-1] == "A" else "A"), "ü"]
     for token in forged:
-        with harness.acting(ANYBODY), pytest.raises(LinkNotValid):
+        with harness.acting(ANONYMOUS), pytest.raises(LinkNotValid):
             await posting.reset_password(ResetPassword(token=token, new_password=NEW_PASSWORD))
 
 

@@ -1,4 +1,4 @@
-"""Hashing is bounded: two at once, fifty waiting, and nobody is hashed for who does not wait any more."""
+"""Hashing is bounded: two at once, fifty waiting, and no password is hashed for a caller that waits no longer."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ async def test_places_are_given_back(passwords: Passwords, hasher: GatedHasher):
             hasher.begun.acquire(blocking=False)
 
 
-async def test_nobody_is_hashed_for_who_is_gone(passwords: Passwords, hasher: GatedHasher):
+async def test_no_password_is_hashed_for_a_caller_that_is_gone(passwords: Passwords, hasher: GatedHasher):
     tasks = await fill(passwords, hasher)
     for task in tasks[HASH_THREADS:]:
         task.cancel()
@@ -163,7 +163,7 @@ async def test_nobody_is_hashed_for_who_is_gone(passwords: Passwords, hasher: Ga
     assert sorted(hasher.hashed) == ["late", "password 0", "password 1"]
 
 
-async def test_a_caller_who_goes_while_hashed_keeps_the_place_until_the_thread_is_done(
+async def test_a_caller_that_leaves_during_its_hash_keeps_its_place_until_the_thread_ends(
     passwords: Passwords, hasher: GatedHasher
 ):
     tasks = await fill(passwords, hasher)
@@ -178,7 +178,7 @@ async def test_a_caller_who_goes_while_hashed_keeps_the_place_until_the_thread_i
     await asyncio.gather(*tasks[1:])
 
 
-async def test_nobody_is_hashed_for_whose_deadline_has_passed(
+async def test_no_password_is_hashed_after_the_deadline_of_its_caller(
     passwords: Passwords, hasher: GatedHasher, clock: StepClock
 ):
     busy = await fill(passwords, hasher, HASH_THREADS)
@@ -194,7 +194,7 @@ async def test_nobody_is_hashed_for_whose_deadline_has_passed(
     assert "late" not in hasher.hashed
 
 
-async def test_who_would_wait_for_half_of_the_time_is_refused_at_once(
+async def test_a_caller_that_would_wait_for_half_of_its_time_is_refused_at_once(
     passwords: Passwords, hasher: GatedHasher, clock: StepClock
 ):
     first = await fill(passwords, hasher, HASH_THREADS)
@@ -221,7 +221,7 @@ async def test_without_a_hash_the_work_is_done_and_the_answer_is_no(passwords: P
     assert hasher.hashed == ["right", "wrong", "anything"]
 
 
-async def test_the_decoy_itself_does_not_let_anybody_in():
+async def test_the_decoy_hash_matches_no_password():
     class Yes(GatedHasher):
         def matches(self, password_hash: str, password: str) -> bool:
             return True
@@ -231,7 +231,7 @@ async def test_the_decoy_itself_does_not_let_anybody_in():
     passwords.close()
 
 
-async def test_beyond_the_queue_signing_in_is_refused_and_nobody_else_is_harmed(
+async def test_beyond_the_queue_sign_ins_are_refused_and_other_requests_are_answered(
     harness: ServiceHarness, hasher: GatedHasher
 ):
     @functools.wraps(build)

@@ -33,7 +33,7 @@ from mercato.testing.waiting import until
 
 Q = TypeVar("Q")
 A = TypeVar("A")
-ANYBODY = Actor("anonymous")
+ANONYMOUS = Actor("anonymous")
 EMAIL, PASSWORD, NEW_PASSWORD, ADDRESS = "alice@example.com", "correct horse", "battery staple", "192.0.2.7"
 
 
@@ -42,12 +42,12 @@ async def as_shop(harness: ServiceHarness, call: Callable[[Q], Awaitable[A]], re
 
 
 async def registered(harness: ServiceHarness, users: Users, email: str = EMAIL) -> int:
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         return (await users.register(Register(email=email, name="Alice", password=PASSWORD))).id
 
 
 async def sign_in(harness: ServiceHarness, users: Users, password: str = PASSWORD, email: str = EMAIL) -> None:
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         await users.sign_in(SignIn(email=email, password=password, address=ADDRESS))
 
 
@@ -57,7 +57,7 @@ async def entries(harness: ServiceHarness, users: Users, account_id: int | None 
     return list(reversed(page.entries))
 
 
-async def told(harness: ServiceHarness, users: Users, account_id: int | None = None) -> list[tuple[object, ...]]:
+async def logged(harness: ServiceHarness, users: Users, account_id: int | None = None) -> list[tuple[object, ...]]:
     found = await entries(harness, users, account_id)
     return [(e.kind, e.account_id, e.actor_role, e.actor_id, e.address, e.detail) for e in found]
 
@@ -68,7 +68,7 @@ async def test_sign_ins_are_written_whether_they_succeed_or_not(harness: Service
     for email, password in ((EMAIL, "a wrong password"), ("unknown@example.com", PASSWORD)):
         with pytest.raises(WrongCredentials):
             await sign_in(harness, users, password, email)
-    assert await told(harness, users) == [
+    assert await logged(harness, users) == [
         ("signed_in", alice, "customer", alice, ADDRESS, ""),
         ("sign_in_failed", alice, "anonymous", 0, ADDRESS, ""),
         ("sign_in_failed", 0, "anonymous", 0, ADDRESS, ""),
@@ -102,8 +102,8 @@ async def test_what_an_owner_changes_is_written(harness: ServiceHarness, users: 
             except WrongCredentials:
                 assert password != NEW_PASSWORD
     about = [("customer", alice, ADDRESS)]
-    assert {(e[2], e[3], e[4]) for e in await told(harness, users, alice)} == set(about)
-    assert [(e[0], e[5]) for e in await told(harness, users, alice)][4:] == [
+    assert {(e[2], e[3], e[4]) for e in await logged(harness, users, alice)} == set(about)
+    assert [(e[0], e[5]) for e in await logged(harness, users, alice)][4:] == [
         ("sessions_ended", "1"),
         ("sessions_ended", "2"),
         ("email_changed", ""),
@@ -127,8 +127,8 @@ async def test_what_staff_change_is_found_by_the_account_and_by_the_member(harne
         ("role_changed", alice, "staff", member, ADDRESS, "customer to staff"),
         ("email_changed", alice, "staff", member, ADDRESS, ""),
     ]
-    assert await told(harness, users, alice) == [*by_member, ("password_changed", alice, "service", 0, "", "set")]
-    assert (await told(harness, users, member))[1:] == by_member
+    assert await logged(harness, users, alice) == [*by_member, ("password_changed", alice, "service", 0, "", "set")]
+    assert (await logged(harness, users, member))[1:] == by_member
 
 
 @pytest.mark.parametrize("point", ["before_commit", "after_commit"])
@@ -141,7 +141,7 @@ async def test_a_change_and_its_entry_are_one(harness: ServiceHarness, users: Us
     remove()
     assert len(await entries(harness, users)) == (point == "after_commit")
     await as_shop(harness, users.erase, erasing)
-    assert [e[0] for e in await told(harness, users)] == ["erased"]
+    assert [e[0] for e in await logged(harness, users)] == ["erased"]
 
 
 async def test_nothing_secret_is_written(harness: ServiceHarness, users: Users):
@@ -171,7 +171,7 @@ async def test_pages_follow_each_other(harness: ServiceHarness, users: Users):
 async def test_staff_alone_read_it(harness: ServiceHarness, users: Users):
     alice = await registered(harness, users)
     refused: ServiceError
-    for actor in (ANYBODY, Actor("customer", alice), Actor("staff", alice)):  # the last is no member any more
+    for actor in (ANONYMOUS, Actor("customer", alice), Actor("staff", alice)):  # the last is no member any more
         with harness.acting(actor), pytest.raises(Forbidden) as refusal:
             await users.security_log(ListSecurityLog(account_id=alice))
         refused = refusal.value

@@ -52,7 +52,7 @@ from mercato.testing.harness import ServiceHarness
 from mercato.testing.tables import connect
 from mercato.testing.waiting import BOUND_SECONDS, without_waiting
 
-ANYBODY = Actor("anonymous")
+ANONYMOUS = Actor("anonymous")
 STAFF = Actor("staff")
 """Without an account, such as the operator: its role is in no database."""
 EMAIL = "alice@example.com"
@@ -62,22 +62,22 @@ NEW_PASSWORD = "battery staple"
 
 @pytest_asyncio.fixture
 async def alice(harness: ServiceHarness, users: Users) -> User:
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         return await users.register(Register(email=EMAIL, name="Alice", password=PASSWORD))
 
 
 async def sign_in(harness: ServiceHarness, users: Users, password: str = PASSWORD, email: str = EMAIL) -> Tokens:
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         return await users.sign_in(SignIn(email=email, password=password))
 
 
 async def refresh(harness: ServiceHarness, users: Users, tokens: Tokens) -> Tokens:
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         return await users.refresh(Refresh(refresh_token=tokens.refresh_token))
 
 
 async def sign_out(harness: ServiceHarness, users: Users, refresh_token: str) -> Empty:
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         return await users.sign_out(SignOut(refresh_token=refresh_token))
 
 
@@ -110,7 +110,7 @@ def session_id(tokens: Tokens) -> str:
 # ---------------------------------------------------------------------------------------------------------- signing in
 
 
-async def test_whoever_signs_in_gets_tokens(harness: ServiceHarness, users: Users, alice: User):
+async def test_signing_in_gives_tokens(harness: ServiceHarness, users: Users, alice: User):
     tokens = await sign_in(harness, users, email=" ALICE@example.com ")
 
     assert (tokens.user, tokens.token_type, tokens.expires_in) == (alice, "Bearer", 900)
@@ -124,7 +124,7 @@ async def test_an_unknown_address_and_a_wrong_password_get_the_same_answer(
         (EMAIL, "wrong password"),
         (EMAIL, ""),
         (EMAIL, "wrong\x00password"),
-        ("nobody@example.com", PASSWORD),
+        ("unknown@example.com", PASSWORD),
         ("no address", PASSWORD),
         ("al\x00ice@example.com", PASSWORD),
     ]:
@@ -159,9 +159,9 @@ def build_with(hasher: Hasher, threads: int | None = None) -> Build:
 async def test_an_unknown_address_costs_the_same_work_as_a_wrong_password(harness: ServiceHarness):
     hasher = CountingHasher()
     users = (await harness.open({"users": build_with(hasher)})).client(Users)
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         await users.register(Register(email=EMAIL, name="Alice", password=PASSWORD))
-    for email in (EMAIL, "nobody@example.com", "no address"):
+    for email in (EMAIL, "unknown@example.com", "no address"):
         with pytest.raises(WrongCredentials):
             await sign_in(harness, users, "wrong password", email)
 
@@ -171,7 +171,7 @@ async def test_an_unknown_address_costs_the_same_work_as_a_wrong_password(harnes
 
 async def test_signing_in_renews_a_hash_of_former_parameters(harness: ServiceHarness):
     users = (await harness.open({"users": build})).client(Users)
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         await users.register(Register(email=EMAIL, name="Alice", password=PASSWORD))
     weak = Argon2Hasher(memory_kib=1_024, iterations=1).hash(PASSWORD, b"0123456789abcdef")
     await make_it_so(harness, f"UPDATE credentials SET password_hash = '{weak}'")
@@ -201,7 +201,7 @@ async def test_an_access_token_says_who_until_when_and_is_signed_by_the_public_k
 ):
     before = int(harness.host.clock.now().timestamp())
     tokens = await sign_in(harness, users)
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         public = await users.keys(Empty())
 
     (key,) = public.keys
@@ -389,7 +389,7 @@ async def test_of_a_successor_only_the_hash_is_stored(harness: ServiceHarness, u
 
 @pytest.mark.parametrize("token", ["", "unknown", "\x00", "x" * 256])
 async def test_an_unknown_refresh_token_is_refused(harness: ServiceHarness, users: Users, alice: User, token: str):
-    with harness.acting(ANYBODY), pytest.raises(SessionEnded):
+    with harness.acting(ANONYMOUS), pytest.raises(SessionEnded):
         await users.refresh(Refresh(refresh_token=token))
 
 
@@ -495,7 +495,7 @@ async def test_a_used_token_keeps_no_session_alive(harness: ServiceHarness, user
 
 
 async def test_the_sessions_of_others_go_on(harness: ServiceHarness, users: Users, alice: User):
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         await users.register(Register(email="bob@example.com", name="Bob", password=PASSWORD))
     bobs = await sign_in(harness, users, email="bob@example.com")
     await change_password(harness, users, Actor("customer", alice.id), alice.id)
@@ -520,7 +520,7 @@ async def test_a_weak_new_password_is_refused(harness: ServiceHarness, users: Us
     assert [error.field for error in refused.value.errors] == ["new_password"]
 
 
-async def test_nobody_changes_the_password_of_another(harness: ServiceHarness, users: Users, alice: User):
+async def test_an_account_cannot_change_the_password_of_another(harness: ServiceHarness, users: Users, alice: User):
     with pytest.raises(UserNotFound):
         await change_password(harness, users, Actor("customer", alice.id + 1), alice.id)
     with pytest.raises(UserNotFound):
@@ -574,7 +574,7 @@ async def test_a_sign_in_with_the_old_password_does_not_outlive_the_change(harne
     """Its password was right when it was checked, and was changed before its session began."""
     hasher = PausingHasher()
     users = (await harness.open({"users": build_with(hasher, threads=2)})).client(Users)
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         alice = await users.register(Register(email=EMAIL, name="Alice", password=PASSWORD))
     signing_in = asyncio.create_task(sign_in(harness, users))
     await asyncio.to_thread(hasher.matched.wait, BOUND_SECONDS)
@@ -658,7 +658,7 @@ async def end_session(harness: ServiceHarness, users: Users, actor: Actor, user:
 
 
 async def bob_of(harness: ServiceHarness, users: Users) -> User:
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         return await users.register(Register(email="bob@example.com", name="Bob", password=PASSWORD))
 
 
@@ -745,7 +745,7 @@ async def ended(
 ) -> EndedSessions:
     """What the log has behind a page that was read."""
     behind: dict[str, Any] = {} if page is None else {"after": page.position, "session_id": page.session_id}
-    with harness.acting(ANYBODY):
+    with harness.acting(ANONYMOUS):
         return await users.ended_sessions(EndedSessionsAfter(**behind, **details))
 
 

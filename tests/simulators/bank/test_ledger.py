@@ -147,7 +147,7 @@ async def test_an_authorization_that_ran_out_gives_no_money(bank: BankHarness):
     assert result(await bank.sandbox.refund(bank.refund(charge_id, 1))) == ("declined", "not_captured")
 
 
-async def test_a_charge_that_nobody_opened_is_unknown_and_nothing_is_kept(bank: BankHarness):
+async def test_an_unknown_charge_is_refused_and_nothing_is_kept(bank: BankHarness):
     with pytest.raises(ChargeUnknown):
         await bank.sandbox.capture(bank.capture(404))
     assert await bank.rows("SELECT key FROM operations") == []
@@ -180,8 +180,8 @@ async def test_a_key_stands_for_one_operation(bank: BankHarness):
 
 
 async def test_the_same_key_twice_in_a_batch_is_one_operation(bank: BankHarness):
-    request = bank.authorization(key="twin")
-    requests = [request, bank.authorization(key="alone"), request, bank.authorization(amount=2, key="twin")]
+    request = bank.authorization(key="duplicate")
+    requests = [request, bank.authorization(key="alone"), request, bank.authorization(amount=2, key="duplicate")]
 
     first, _, again, other = await bank.sandbox.authorize.many(requests)
 
@@ -312,6 +312,6 @@ async def test_an_operation_that_is_too_young_is_not_on_the_statement(bank: Bank
 
 
 @pytest.mark.parametrize("actor", [Actor("staff", 1), Actor("customer", 1), Actor("anonymous")])
-async def test_nobody_but_services_may_ask(bank: BankHarness, actor: Actor):
+async def test_only_services_may_call_the_bank(bank: BankHarness, actor: Actor):
     with bank.acting(actor), pytest.raises(Forbidden):
         await bank.sandbox.statement(ListOperations())

@@ -1,6 +1,6 @@
 # pyright: reportMissingImports=false, reportUnknownVariableType=false, reportUnknownMemberType=false
 # pyright: reportUnknownParameterType=false, reportUntypedFunctionDecorator=false, reportUnknownArgumentType=false
-"""What schemathesis is told of the shop: which refusals of requests that fit their schemas are right.
+"""What schemathesis is given about the shop: which refusals of requests that fit their schemas are right.
 
 A schema says what one field may hold. Refused for the state of the shop, or for how two fields go together, are the
 requests below, each with a problem that names the reason; any other refusal of such a request is a fault.

@@ -9,7 +9,7 @@ For each point, on one data folder:
 3. It is started without the fault, and must come to rest. The client, who never got an
    answer, does what is documented: the same again, with the same keys. Everything has happened once, and an audit of
    all databases finds nothing.
-4. With `CAMPAIGN=full`: where 2 has killed it, the same once more with a recovery that nobody disturbs.
+4. With `CAMPAIGN=full`: where 2 has killed it, the same once more with an undisturbed recovery.
 
 To be at rest means that no order, payment, event or operation of the bank is on its way anywhere.
 """
@@ -64,7 +64,7 @@ QUICKLY: Final[Mapping[str, str]] = {
     "MERCATO_SANDBOX_STATEMENT_DELAY_SECONDS": "0",
     "MERCATO_AUDIT_SECONDS": "0",
 }
-"""Leases and pauses of a shop that is in a hurry. What they mean is the same."""
+"""Leases and pauses of a shop with short times. What they mean is the same."""
 
 NO_ANSWER: Final = (OSError, http.client.HTTPException)
 # The driver is not at its best when the server dies in the middle of its words.
@@ -168,11 +168,11 @@ class Shop:
 
     def inject(self, point: str) -> bool:
         """From now on the process dies at this point. False: it has done so at once."""
-        return self._tell(f"inject {point}")
+        return self._command(f"inject {point}")
 
     def remove(self, point: str) -> bool:
         """Removes the fault again. False: the process has died of it."""
-        return self._tell(f"remove {point}")
+        return self._command(f"remove {point}")
 
     def stop(self) -> None:
         """Ends the process, whatever it does."""
@@ -194,7 +194,7 @@ class Shop:
     def caller(self) -> Caller:
         return self.process.caller()
 
-    def _tell(self, line: str) -> bool:
+    def _command(self, line: str) -> bool:
         self.process.write_line(line)
         return self._wait_for('"event": "executed"', f'"line": "{line}"')
 

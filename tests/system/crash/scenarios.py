@@ -619,7 +619,7 @@ RECONCILED_FIRST: Final = {
     "MERCATO_PAYMENTS_SWEEP_SECONDS": "3600",
     "MERCATO_PAYMENTS_RECONCILE_SECONDS": "0.02",
 }
-"""The statement tells what became of an operation before anybody has asked again."""
+"""The statement gives the result of an operation before it is requested again."""
 
 ORDERS: Final = (
     *around("orders.place", "commit", buy),

@@ -18,5 +18,5 @@ def shop() -> Iterator[Shop]:
 
 
 @pytest.mark.parametrize("crash", ORDERS, ids=str)
-def test_all_ends_well_after_a_crash_at(crash: Crash, shop: Shop):
+def test_every_invariant_holds_after_a_crash_at(crash: Crash, shop: Shop):
     crash_and_recover(shop, crash)

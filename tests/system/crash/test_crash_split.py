@@ -27,5 +27,5 @@ def shop(request: pytest.FixtureRequest) -> Iterator[SplitShop]:
 
 @pytest.mark.long
 @pytest.mark.parametrize(("shop", "crash"), POINTS, ids=str, indirect=["shop"], scope="module")
-def test_all_ends_well_after_a_crash_of_one_process_at(shop: SplitShop, crash: Crash):
+def test_every_invariant_holds_after_a_crash_of_one_process_at(shop: SplitShop, crash: Crash):
     crash_one_and_recover(shop, crash, SETTINGS.get(crash.point, NO_SETTINGS))

@@ -33,7 +33,7 @@ def shop() -> Iterator[Process]:
         yield process.ready()
 
 
-async def test_a_worker_that_comes_back_from_the_dead_changes_nothing(shop: Process):
+async def test_a_paused_worker_that_continues_after_others_took_over_changes_nothing(shop: Process):
     keys: list[str] = []
     for number in range(ROUNDS):
         keys += await stop_one_in_the_middle(shop, number)
@@ -54,7 +54,7 @@ async def test_a_worker_that_comes_back_from_the_dead_changes_nothing(shop: Proc
 async def stop_one_in_the_middle(shop: Process, number: int) -> list[str]:
     """Places orders, and stops one of the workers until the other has finished all of them; gives the keys."""
     worker = shop.tree().workers[number % 2]
-    keys = [f"zombie-{number}-{n}" for n in range(ORDERS)]
+    keys = [f"paused-{number}-{n}" for n in range(ORDERS)]
     async with aiohttp.ClientSession() as session:
         asking = [asyncio.create_task(order(session, shop.url, key, n)) for n, key in enumerate(keys)]
         # Where it is stopped is chance; a different moment each time finds it in the middle of a batch soon.

@@ -59,8 +59,8 @@ def test_a_link_that_is_cut_and_healed_loses_nothing(cluster: Cluster, tmp_path:
                 token = alice.token
             with Buyers(lambda: Caller(gateway.url, token)) as buyers:
                 wait_until(lambda: len(buyers.placed) >= ORDERS, BOUND_SECONDS, lambda: str(buyers.statuses))
-                victim = {"services": back, "gateway": front, "broker": middle}[cut]
-                victim.cut()
+                link = {"services": back, "gateway": front, "broker": middle}[cut]
+                link.cut()
                 missed = buyers.statuses[503] + buyers.statuses[504] + buyers.unanswered
                 if cut == "gateway":  # its clients are cut off as well, and only wait
                     placed = len(buyers.placed)
@@ -69,7 +69,7 @@ def test_a_link_that_is_cut_and_healed_loses_nothing(cluster: Cluster, tmp_path:
                         lambda: buyers.statuses[503] + buyers.statuses[504] + buyers.unanswered > missed, BOUND_SECONDS
                     )
                     placed = len(buyers.placed)
-                victim.heal()
+                link.heal()
                 wait_until(lambda: len(buyers.placed) >= placed + ORDERS, BOUND_SECONDS, lambda: str(buyers.statuses))
             with Caller(gateway.url, token) as caller:
                 buyers.assert_nothing_lost(caller)

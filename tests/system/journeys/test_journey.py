@@ -88,8 +88,8 @@ def order(caller: Caller, user_id: int, products: list[dict[str, Any]]):
 
 
 def assert_hidden_from_others(shop: Process, order_id: int, *, is_open: bool) -> None:
-    with shop.caller() as anybody:
-        assert anybody.get(f"/orders/{order_id}").status == (200 if is_open else 401)
-        anybody.sign_in("alice@example.com", "demo-password")
-        assert anybody.get(f"/orders/{order_id}").status == 404
-        assert everything(anybody, "/orders") == []
+    with shop.caller() as anonymous:
+        assert anonymous.get(f"/orders/{order_id}").status == (200 if is_open else 401)
+        anonymous.sign_in("alice@example.com", "demo-password")
+        assert anonymous.get(f"/orders/{order_id}").status == 404
+        assert everything(anonymous, "/orders") == []

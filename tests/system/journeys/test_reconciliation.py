@@ -21,7 +21,7 @@ from system.crash.crashing import CONVERGED_SECONDS, POLL_SECONDS, Shop
 SETTINGS: Final = {
     # What is left alone for so long counts as left: longer than the bank takes for what is slow here.
     "MERCATO_ORDERS_QUIET_SECONDS": "3",
-    # The statement tells what became of an operation, not the sweep.
+    # The statement gives the result of an operation, not the sweep.
     "MERCATO_PAYMENTS_SWEEP_SECONDS": "3600",
 }
 
@@ -105,7 +105,7 @@ INJECTED: Final[Mapping[str, Callable[[Shop, Caller], Callable[[], None]]]] = {
 
 
 @pytest.mark.parametrize("kind", INJECTED)
-def test_what_was_planted_is_put_right_and_counted(shop: Shop, kind: str):
+def test_an_injected_difference_is_repaired_and_counted(shop: Shop, kind: str):
     with shop.caller() as caller:
         before = repaired(caller, kind)
 

@@ -1,4 +1,4 @@
-"""Many buyers, few pieces: as many orders are paid as there were pieces, and nobody else's card is touched.
+"""Many buyers, few pieces: as many orders are paid as there were pieces, and no other buyer's card is charged.
 
 Two worker processes sell the same pieces. `CAMPAIGN=full` has twenty runs instead of two.
 """
@@ -50,8 +50,8 @@ async def test_the_last_hundred_pieces_are_sold_to_a_hundred_of_a_thousand_buyer
         placed = await asyncio.gather(
             *(client.request("POST", "/orders", order, key=f"last-{run}-{buyer}") for buyer in range(BUYERS))
         )
-        assert {told.status for told in placed} == {201}
-        ids = {told.json["id"] for told in placed}
+        assert {answer.status for answer in placed} == {201}
+        ids = {answer.json["id"] for answer in placed}
         assert len(ids) == BUYERS
         ended = [order for order in await when_settled(client) if order["id"] in ids]
 

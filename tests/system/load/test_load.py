@@ -51,9 +51,9 @@ async def place(shop: Shop, key: str) -> Response:
 
 
 def mean_batch(metrics: str) -> float:
-    """Orders in a batch, from what the shop tells about itself."""
-    placed, flown = (
+    """Orders in a batch, from the metrics of the shop."""
+    placed, dispatched = (
         float(re.findall(rf'mercato_batch_size_{part}{{operation="orders.place"}} (\S+)', metrics)[0])
         for part in ("sum", "count")
     )
-    return placed / flown
+    return placed / dispatched

@@ -36,7 +36,7 @@ async def test_a_key_has_one_order_however_often_and_whenever_it_is_sent(data: P
     with Process(data, "--workers", "2") as shop:
         async with ConcurrentClient(shop.ready().url) as client:
             first = await send_all(client)
-            assert len({told.json["id"] for told in first}) == len(KEYS)
+            assert len({answer.json["id"] for answer in first}) == len(KEYS)
             assert len(await client.orders("/orders")) == len(KEYS)
             await refuse_another_body(client)
         shop.kill()
@@ -45,8 +45,8 @@ async def test_a_key_has_one_order_however_often_and_whenever_it_is_sent(data: P
     with Process(data, "--workers", "2") as shop:
         async with ConcurrentClient(shop.ready().url) as client:
             again = await send_all(client)
-            assert [told.body for told in again] == [told.body for told in first]
-            assert {told.headers["idempotent-replayed"] for told in again} == {"true"}
+            assert [answer.body for answer in again] == [answer.body for answer in first]
+            assert {answer.headers["idempotent-replayed"] for answer in again} == {"true"}
             assert len(await client.orders("/orders")) == len(KEYS)
             await refuse_another_body(client)
 
@@ -68,12 +68,12 @@ async def test_carts_with_the_same_products_in_opposite_orders_are_all_paid(data
                     for cart in range(CARTS)
                 )
             )
-            assert {told.status for told in placed} == {201}
+            assert {answer.status for answer in placed} == {201}
             assert set(client.statuses) <= {200, 201, *RETRYABLE}
             async with asyncio.timeout(SETTLED_SECONDS):
                 while len(paid := await client.orders("/orders?payment=paid&user_id=2")) < CARTS:
                     await asyncio.sleep(0.2)
-            assert {order["id"] for order in paid} == {told.json["id"] for told in placed}
+            assert {order["id"] for order in paid} == {answer.json["id"] for answer in placed}
         assert "deadlock" not in shop.output.lower()
 
 
@@ -90,7 +90,7 @@ async def send_all(client: ConcurrentClient) -> list[Response]:
     assert set(client.statuses) <= {200, 201, *RETRYABLE}
     by_key = [answers[start : start + TIMES] for start in range(0, len(answers), TIMES)]
     for same in by_key:
-        assert {(told.status, told.body) for told in same} == {(201, same[0].body)}
+        assert {(answer.status, answer.body) for answer in same} == {(201, same[0].body)}
     return [same[0] for same in by_key]
 
 
@@ -98,5 +98,5 @@ async def refuse_another_body(client: ConcurrentClient) -> None:
     refused = await asyncio.gather(
         *(client.request("POST", "/orders", {"user_id": 1, "product_id": 101}, key=key) for key in KEYS)
     )
-    assert {told.status for told in refused} == {422}
+    assert {answer.status for answer in refused} == {422}
     client.statuses.pop(422)

@@ -21,7 +21,7 @@ from typing import Final
 import msgspec
 
 from mercato.embedded_postgres.processes import serving
-from system.mutation.witness import Testimony
+from system.mutation.recording import RecordedRun
 
 COPIED: Final = (
     "mercato",
@@ -43,7 +43,7 @@ FAILED: Final = 1
 """Exit codes of pytest: all tests ran, and some failed. Any other says that not all of them ran."""
 
 
-class CannotTell(Exception):
+class Inconclusive(Exception):
     """Why nothing can be said, in a sentence."""
 
 
@@ -51,7 +51,7 @@ class Run(msgspec.Struct, frozen=True):
     """A run of pytest that has ended. `exit_code` is None where it did not end in time, and was ended."""
 
     exit_code: int | None
-    seen: Testimony
+    recorded: RecordedRun
     output: str
     seconds: float
 
@@ -77,9 +77,9 @@ def take_snapshot(root: Path, folder: Path) -> Path:
 
 async def run_pytest(copy: Path, arguments: Sequence[str], seconds_max: float) -> Run:
     """Runs tests in a copy, with its package, and with a folder for temporary files beside it."""
-    temporary, testimony = copy.parent / f"{copy.name}-tmp", copy.parent / f"{copy.name}.json"
+    temporary, recording = copy.parent / f"{copy.name}-tmp", copy.parent / f"{copy.name}.json"
     shutil.rmtree(temporary, ignore_errors=True)
-    testimony.unlink(missing_ok=True)
+    recording.unlink(missing_ok=True)
     temporary.mkdir(mode=0o755)
     began_at = time.monotonic()
     output = temporary / "output.txt"
@@ -87,7 +87,7 @@ async def run_pytest(copy: Path, arguments: Sequence[str], seconds_max: float) -
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
             *("-p", "pytest_asyncio.plugin", "-p", "pytest_timeout"),
-            *("-p", "system.mutation.witness", "--witness", str(testimony), *arguments),
+            *("-p", "system.mutation.recording", "--recording", str(recording), *arguments),
             cwd=copy,
             env=_environment(copy, temporary),
             stdin=asyncio.subprocess.DEVNULL,
@@ -103,13 +103,13 @@ async def run_pytest(copy: Path, arguments: Sequence[str], seconds_max: float) -
             exit_code = process.returncode
         finally:
             await _end(process, temporary)
-    seen = msgspec.json.decode(testimony.read_bytes(), type=Testimony) if testimony.exists() else Testimony("", {})
+    seen = msgspec.json.decode(recording.read_bytes(), type=RecordedRun) if recording.exists() else RecordedRun("", {})
     return Run(exit_code, seen, output.read_text(errors="replace"), time.monotonic() - began_at)
 
 
 def is_of_copy(run: Run, copy: Path) -> bool:
     """Whether a run tested the package of its copy."""
-    return Path(run.seen.package).resolve().is_relative_to(copy.resolve())
+    return Path(run.recorded.package).resolve().is_relative_to(copy.resolve())
 
 
 def _environment(copy: Path, temporary: Path) -> dict[str, str]:

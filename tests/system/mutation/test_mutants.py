@@ -18,7 +18,7 @@ from typing import Any, Final
 import pytest
 
 from mercato.testing.process import ROOT, clean_environment, command_line, process_table
-from system.mutation.copies import CannotTell, Run
+from system.mutation.copies import Inconclusive, Run
 from system.mutation.mutants import choosing, equivalents, trial
 from system.mutation.mutants.__main__ import main, summed_up
 from system.mutation.mutants.choosing import Mutant, Place
@@ -26,7 +26,7 @@ from system.mutation.mutants.python_changes import python_changes
 from system.mutation.mutants.relevance import Record, covering, own_files, touching, wider_files
 from system.mutation.mutants.sql_changes import edits, literals, parses, sql_changes
 from system.mutation.mutants.trial import MutantResult
-from system.mutation.witness import Seen, Testimony as WrittenDown
+from system.mutation.recording import Recorded, RecordedRun
 
 RULES: Final = """
 def total(price, quantity):
@@ -229,7 +229,7 @@ def test_the_same_seed_chooses_the_same_mutants_also_from_the_cache(planted: Pat
 
 
 def test_files_in_which_there_is_nothing_to_change_are_an_error_of_one_sentence():
-    with pytest.raises(CannotTell, match="nothing to mutate"):
+    with pytest.raises(Inconclusive, match="nothing to mutate"):
         choosing.choose([], 1, 1)
 
 
@@ -295,30 +295,35 @@ def test_the_mirrored_tests_come_first_and_then_those_of_the_layers_above():
 @pytest.mark.parametrize(
     ("exit_code", "seen", "output", "outcome"),
     [
-        (1, Seen("call", "AssertionError", "assert 1 == 2"), "", "killed"),
-        (1, Seen("setup", "Unavailable", "the database"), "", "killed"),
-        (1, Seen("call", "Failed", "Failed: Timeout (>60.0s) from pytest-timeout."), "", "timed_out"),
-        (None, Seen(), "", "timed_out"),
-        (1, Seen("call", "InternalError", "it failed"), "asyncpg.UndefinedFunctionError: no such operator", "invalid"),
-        (1, Seen("call", "TypeError", "x"), "TypeError: f() missing 1 required keyword-only argument", "invalid"),
+        (1, Recorded("call", "AssertionError", "assert 1 == 2"), "", "killed"),
+        (1, Recorded("setup", "Unavailable", "the database"), "", "killed"),
+        (1, Recorded("call", "Failed", "Failed: Timeout (>60.0s) from pytest-timeout."), "", "timed_out"),
+        (None, Recorded(), "", "timed_out"),
+        (
+            1,
+            Recorded("call", "InternalError", "it failed"),
+            "asyncpg.UndefinedFunctionError: no such operator",
+            "invalid",
+        ),
+        (1, Recorded("call", "TypeError", "x"), "TypeError: f() missing 1 required keyword-only argument", "invalid"),
         (4, None, "ImportError while loading conftest", "killed"),
     ],
 )
 def test_the_end_of_a_run_decides_the_outcome_of_its_mutant(
-    exit_code: int | None, seen: Seen | None, output: str, outcome: str
+    exit_code: int | None, seen: Recorded | None, output: str, outcome: str
 ):
     copy = Path("/copy")
-    testimony = WrittenDown("/copy/mercato/__init__.py", {"tests/test_it.py::test": seen} if seen else {})
+    recorded = RecordedRun("/copy/mercato/__init__.py", {"tests/test_it.py::test": seen} if seen else {})
 
-    result = trial._result(a_mutant(), copy, Run(exit_code, testimony, output, 1.0), 1.0)
+    result = trial._result(a_mutant(), copy, Run(exit_code, recorded, output, 1.0), 1.0)
 
     assert result is not None
     assert result.outcome == outcome
 
 
 def test_a_run_with_another_package_than_that_of_the_copy_says_nothing():
-    seen = WrittenDown("/installed/mercato/__init__.py", {"tests/test_it.py::test": Seen()})
-    with pytest.raises(CannotTell, match="not with the copy"):
+    seen = RecordedRun("/installed/mercato/__init__.py", {"tests/test_it.py::test": Recorded()})
+    with pytest.raises(Inconclusive, match="not with the copy"):
         trial._result(a_mutant(), Path("/copy"), Run(0, seen, "", 1.0), 1.0)
 
 
@@ -370,7 +375,7 @@ def test_a_mutant_that_is_listed_as_equivalent_is_not_tried(planted: Path, capsy
 
 
 @pytest.mark.long
-def test_who_stops_it_finds_no_file_and_no_process(planted: Path):
+def test_an_interrupted_run_leaves_no_file_and_no_process(planted: Path):
     (planted / "tests/services/shop/test_rules.py").write_text(HANGING_TESTS)
     temporary = planted / "tmp"
     temporary.mkdir()

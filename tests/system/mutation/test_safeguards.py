@@ -19,15 +19,15 @@ import pytest
 
 from mercato.chassis.postgres.migrations import CHECKSUMS
 from mercato.testing.process import ROOT, clean_environment, command_line, process_table
-from system.mutation.copies import CannotTell
+from system.mutation.copies import Inconclusive
+from system.mutation.recording import Recorded
 from system.mutation.safeguards.__main__ import main
 from system.mutation.safeguards.table import PARKING, SAFEGUARDS, Edit, Safeguard
 from system.mutation.safeguards.trial import RunResults, edit, edited, evaluate
-from system.mutation.witness import Seen
 
 RED: Final = "tests/test_it.py::test_red"
 GREEN: Final = "tests/test_it.py::test_green"
-GUARD: Final = Safeguard("guard", "Nobody is at the gate.", (), red=(RED,), green=GREEN)
+GUARD: Final = Safeguard("guard", "The gate has no guard.", (), red=(RED,), green=GREEN)
 OF_FAULTS: Final = "tests/chassis/observability/test_faults.py"
 IDLE: Final = Safeguard(
     "idle",
@@ -39,17 +39,17 @@ IDLE: Final = Safeguard(
             "",
         ),
     ),
-    red=(f"{OF_FAULTS}::test_a_planted_fault_happens_until_it_is_removed",),
-    green=f"{OF_FAULTS}::test_nothing_can_be_planted_where_nobody_declared_a_point",
+    red=(f"{OF_FAULTS}::test_an_injected_fault_happens_until_it_is_removed",),
+    green=f"{OF_FAULTS}::test_a_fault_at_an_undeclared_point_is_refused",
 )
-MISSED: Final = Seen("call", "AssertionError", "assert 2 == 1")
+MISSED: Final = Recorded("call", "AssertionError", "assert 2 == 1")
 
 
 # ----------------------------------------------------------------------------------------------------------- the table
 
 
 @pytest.mark.parametrize("safeguard", SAFEGUARDS, ids=lambda safeguard: safeguard.name)
-def test_what_is_taken_away_is_there_and_what_is_left_is_code(safeguard: Safeguard):
+def test_every_edit_fits_and_leaves_code_that_compiles(safeguard: Safeguard):
     for file, text in edited(safeguard, ROOT).items():
         assert text != (ROOT / file).read_text()
         ast.parse(text)
@@ -81,7 +81,7 @@ def test_an_edit_that_does_not_fit_is_named_with_its_file(tmp_path: Path, text: 
         (tmp_path / "gate.py").write_text(text)
     broken = Safeguard("at-the-gate", "", (Edit("gate.py", "guard", ""),), red=(RED,), green=GREEN)
 
-    with pytest.raises(CannotTell, match=r"at-the-gate: .* times in gate\.py, not once"):
+    with pytest.raises(Inconclusive, match=r"at-the-gate: .* times in gate\.py, not once"):
         edited(broken, tmp_path)
 
 
@@ -121,15 +121,19 @@ def test_a_migration_that_was_edited_is_not_frozen_any_more(tmp_path: Path):
 @pytest.mark.parametrize(
     ("red", "green", "wrong"),
     [
-        (Seen(), Seen(), "test_red passes without it"),
-        (Seen("setup", "Unavailable", "no database"), Seen(), "test_red failed in its setup with no database"),
-        (Seen("call", "NameError", "no `rows`"), Seen(), "test_red failed in its call with no `rows`"),
-        (Seen("teardown", "AssertionError", "left over"), Seen(), "test_red failed in its teardown"),
-        (Seen("skipped", "Skipped", "not today"), Seen(), "test_red was skipped"),
+        (Recorded(), Recorded(), "test_red passes without it"),
+        (
+            Recorded("setup", "Unavailable", "no database"),
+            Recorded(),
+            "test_red failed in its setup with no database",
+        ),
+        (Recorded("call", "NameError", "no `rows`"), Recorded(), "test_red failed in its call with no `rows`"),
+        (Recorded("teardown", "AssertionError", "left over"), Recorded(), "test_red failed in its teardown"),
+        (Recorded("skipped", "Skipped", "not today"), Recorded(), "test_red was skipped"),
         (MISSED, MISSED, "test_green fails as well"),
     ],
 )
-def test_what_does_not_count_as_missed_says_why(red: Seen, green: Seen, wrong: str):
+def test_a_removal_that_does_not_count_as_missed_has_a_reason(red: Recorded, green: Recorded, wrong: str):
     finding = evaluate(GUARD, RunResults("", {RED: red, GREEN: green}, 1.0))
 
     assert not finding.missed
@@ -137,7 +141,7 @@ def test_what_does_not_count_as_missed_says_why(red: Seen, green: Seen, wrong: s
 
 
 def test_a_test_that_fails_because_of_it_has_missed_it():
-    finding = evaluate(GUARD, RunResults("", {RED: MISSED, GREEN: Seen()}, 1.0))
+    finding = evaluate(GUARD, RunResults("", {RED: MISSED, GREEN: Recorded()}, 1.0))
 
     assert finding.missed
     assert finding.said == {RED: "assert 2 == 1"}
@@ -217,7 +221,7 @@ def test_a_safeguard_that_nothing_misses_is_a_failure(capsys: pytest.CaptureFixt
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_test_that_cannot_be_run_with_everything_in_place_proves_nothing(capsys: pytest.CaptureFixture[str]):
-    lost = msgspec.structs.replace(IDLE, red=(f"{OF_FAULTS}::test_that_nobody_has_written",))
+    lost = msgspec.structs.replace(IDLE, red=(f"{OF_FAULTS}::test_that_does_not_exist",))
 
     assert main(["--json"], (lost,)) == 2
 
@@ -228,7 +232,7 @@ def test_a_test_that_cannot_be_run_with_everything_in_place_proves_nothing(capsy
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_who_stops_it_finds_no_file_and_no_process(temporary: Path):
+def test_an_interrupted_run_leaves_no_file_and_no_process(temporary: Path):
     with command(temporary, "cursor") as process:
         assert process.stdout
         while "[ 1/1]" not in (line := process.stdout.readline()):

@@ -51,7 +51,7 @@ def installed() -> Path:
 
 
 class Script:
-    """A run of one of the scripts here, which is told `given` on its standard input. Use it as a context manager."""
+    """A run of one of the scripts here, which gets `given` on its standard input. Use it as a context manager."""
 
     def __init__(self, name: str, packages: Path, given: Mapping[str, Any]) -> None:
         self._process = subprocess.Popen(

@@ -3,7 +3,7 @@
 "use strict";
 
 const { Svcm } = require("@nats-io/services");
-const { told, connected, call } = require("./shop.cjs");
+const { input, connected, call } = require("./shop.cjs");
 
 async function all(answers) {
   const found = [];
@@ -12,7 +12,7 @@ async function all(answers) {
 }
 
 async function main() {
-  const given = await told();
+  const given = await input();
   const connection = await connected(given);
   const client = new Svcm(connection).client({ strategy: "timer", maxWait: given.listMs });
   const result = { ping: await all(client.ping()), info: await all(client.info()), stats: await all(client.stats()) };

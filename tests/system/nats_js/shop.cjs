@@ -11,7 +11,7 @@ const CALL_MS = 10_000;
 const PKCS8_ED25519 = Buffer.from("302e020100300506032b657004220420", "hex");
 
 /** What the test has written on standard input, as JSON. */
-async function told() {
+async function input() {
   let text = "";
   for await (const part of process.stdin) text += part;
   return JSON.parse(text);
@@ -63,4 +63,4 @@ async function call(connection, { user, seed }, operation, requests) {
   return refused ? { refused } : { outcomes: decode(answer.data) };
 }
 
-module.exports = { told, connected, call };
+module.exports = { input, connected, call };

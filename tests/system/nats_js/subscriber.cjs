@@ -12,7 +12,7 @@
 
 const fs = require("node:fs");
 const { jetstream, jetstreamManager, AckPolicy, DeliverPolicy } = require("@nats-io/jetstream");
-const { told, connected } = require("./shop.cjs");
+const { input, connected } = require("./shop.cjs");
 
 const STREAM = "MERCATO_EVENTS";
 const DURABLE = "positions";
@@ -79,7 +79,7 @@ async function follow(connection, taken, isStopped) {
 }
 
 async function main() {
-  const given = await told();
+  const given = await input();
   const taken = new Taken(given.file);
   let isStopped = false;
   process.on("SIGTERM", () => (isStopped = true));

@@ -74,7 +74,7 @@ async def test_a_token_goes_along_and_a_wrong_one_is_refused(consul: FakeConsul)
     ("failure", "words"),
     [((500, "No cluster leader"), "answers 500: No cluster leader"), ((200, "<html>"), "is not the API of Consul")],
 )
-async def test_an_agent_that_is_of_no_use_is_named(consul: FakeConsul, failure: tuple[int, str], words: str):
+async def test_an_unusable_agent_is_named(consul: FakeConsul, failure: tuple[int, str], words: str):
     async with opened(consul.url) as registry:
         await registry.register(ONE)
         await until_true(lambda: list(registry.instances("orders")) == [ONE])
@@ -95,7 +95,7 @@ async def test_an_index_that_goes_back_begins_anew(consul: FakeConsul):
         await until_true(lambda: list(registry.instances("orders")) == [ONE])
 
 
-async def test_an_agent_that_is_of_no_use_is_left_for_the_next(consul: FakeConsul):
+async def test_an_unusable_agent_is_replaced_by_the_next(consul: FakeConsul):
     other = FakeConsul()
     await other.start()
     try:

@@ -202,7 +202,7 @@ async def process(place: Place, shop: str, wanted: Instance) -> AsyncGenerator[i
         await made.communicate()
 
 
-async def test_what_one_registers_another_finds_until_it_is_taken_back(place: Place, shop: str):
+async def test_a_registered_instance_is_found_by_others_until_it_is_removed(place: Place, shop: str):
     async with opened(place, shop) as one, opened(place, shop) as other:
         notified: list[str] = []
         end = other.watch(notified.append)
@@ -238,7 +238,7 @@ async def test_all_contracts_of_a_process_are_registered_by_one_request(place: P
         assert place.writes(shop) == 1
 
 
-async def test_one_that_opens_has_found_all_when_it_is_open(place: Place, shop: str):
+async def test_an_opened_registry_has_found_all_instances(place: Place, shop: str):
     async with opened(place, shop) as one:
         wanted = instance()
         await one.register(wanted)
@@ -246,7 +246,7 @@ async def test_one_that_opens_has_found_all_when_it_is_open(place: Place, shop: 
             assert list(later.instances("orders")) == [wanted]
 
 
-async def test_one_that_closes_takes_back_what_it_registered(place: Place, shop: str):
+async def test_a_closed_registry_has_removed_what_it_registered(place: Place, shop: str):
     """Its TTL is longer than the test."""
     async with opened(place, shop) as other:
         async with opened(place, shop, ttl_seconds=600) as one:
@@ -256,7 +256,7 @@ async def test_one_that_closes_takes_back_what_it_registered(place: Place, shop:
         await until_found(other, [])
 
 
-async def test_another_shop_is_overlooked(place: Place, shop: str):
+async def test_records_of_another_shop_are_ignored(place: Place, shop: str):
     async with opened(place, shop) as one, opened(place, f"{shop}0") as elsewhere:
         theirs, ours = instance(), instance()
         await elsewhere.register(theirs)
@@ -266,7 +266,7 @@ async def test_another_shop_is_overlooked(place: Place, shop: str):
         assert list(elsewhere.instances("orders")) == [theirs]
 
 
-async def test_what_others_wrote_is_checked(place: Place, shop: str):
+async def test_records_of_others_are_validated(place: Place, shop: str):
     async with opened(place, shop) as one:
         await place.write_nonsense(shop)
         wanted = instance()
@@ -313,7 +313,7 @@ async def test_a_process_that_renews_outlives_its_ttl(place: Place, shop: str):
         assert len(notified) == 8, "no change but those of the other"
 
 
-async def test_a_registry_that_is_away_takes_no_instance_away(place: Place, shop: str):
+async def test_an_unavailable_registry_removes_no_instance(place: Place, shop: str):
     async with opened(place, shop) as one, opened(place, shop) as other:
         wanted, more = instance(), instance()
         await one.register(wanted)
@@ -330,7 +330,7 @@ async def test_a_registry_that_is_away_takes_no_instance_away(place: Place, shop
         await until_true(lambda: not other.problem() and not one.problem())
 
 
-async def test_a_registry_that_lost_everything_is_told_again(place: Place, shop: str):
+async def test_instances_are_registered_again_after_a_registry_has_lost_its_data(place: Place, shop: str):
     async with opened(place, shop, ttl_seconds=TTL_SECONDS) as one, opened(place, shop) as other:
         wanted, more = instance(), instance()
         await one.register(wanted)
@@ -350,7 +350,7 @@ async def test_a_record_that_was_deleted_by_hand_is_written_again(place: Place, 
         await until_found(other, [wanted])
 
 
-async def test_one_opens_without_a_registry_and_finds_it_later(place: Place, shop: str):
+async def test_a_process_opens_without_a_registry_and_finds_it_later(place: Place, shop: str):
     await place.stop()
     async with opened(place, shop, first_seconds=0.1) as one:
         wanted = instance()
@@ -361,7 +361,7 @@ async def test_one_opens_without_a_registry_and_finds_it_later(place: Place, sho
         await until_found(one, [wanted])
 
 
-async def test_one_closes_without_a_registry(place: Place, shop: str):
+async def test_a_process_closes_without_a_registry(place: Place, shop: str):
     async with opened(place, shop, ttl_seconds=TTL_SECONDS) as one:
         await one.register(instance())
         await place.stop()

@@ -50,7 +50,7 @@ async def until_found(registry: MdnsRegistry, wanted: Sequence[Instance], servic
     await until_true(found, f"{wanted} are found, and no others")
 
 
-async def test_what_one_registers_another_finds_until_it_is_taken_back(shop: str):
+async def test_a_registered_instance_is_found_by_others_until_it_is_removed(shop: str):
     async with opened(shop) as one, opened(shop) as other:
         notified: list[str] = []
         end = other.watch(notified.append)
@@ -74,7 +74,7 @@ async def test_what_one_registers_another_finds_until_it_is_taken_back(shop: str
             assert notified == []
 
 
-async def test_one_that_opens_later_finds_what_is_there(shop: str):
+async def test_a_registry_that_opens_later_finds_the_registered_instances(shop: str):
     async with opened(shop) as one:
         with listening() as port:
             instance = made(port)
@@ -84,7 +84,7 @@ async def test_one_that_opens_later_finds_what_is_there(shop: str):
 
 
 @pytest.mark.long
-async def test_one_that_opens_has_found_all_when_it_is_open(shop: str):
+async def test_an_opened_registry_has_found_all_instances(shop: str):
     """Processes of one machine share the port of mDNS, and a packet to it that is not multicast reaches one of them."""
     async with contextlib.AsyncExitStack() as stack:
         port = stack.enter_context(listening())  # it has room for as many connections as are not accepted here
@@ -100,7 +100,7 @@ async def test_one_that_opens_has_found_all_when_it_is_open(shop: str):
                 assert sorted(later.instances("orders"), key=str) == sorted(wanted, key=str)
 
 
-async def test_one_that_closes_takes_back_what_it_registered(shop: str):
+async def test_a_closed_registry_has_removed_what_it_registered(shop: str):
     async with opened(shop) as other:
         with listening() as port:
             async with opened(shop) as one:
@@ -110,7 +110,7 @@ async def test_one_that_closes_takes_back_what_it_registered(shop: str):
             await until_found(other, [])
 
 
-async def test_one_that_accepts_nothing_is_left_out_until_it_does(shop: str):
+async def test_an_instance_that_accepts_no_connection_is_left_out_until_it_does(shop: str):
     """A process that is killed says no goodbye."""
     async with opened(shop) as one, opened(shop) as other:
         notified: list[str] = []
@@ -126,7 +126,7 @@ async def test_one_that_accepts_nothing_is_left_out_until_it_does(shop: str):
         assert notified[:2] == ["orders", "orders"]
 
 
-async def test_another_shop_and_other_programs_are_overlooked(shop: str):
+async def test_records_of_another_shop_and_of_other_programs_are_ignored(shop: str):
     async with opened(shop) as one, opened(shop[::-1] + "x") as elsewhere:
         with listening() as port:
             foreign = AsyncZeroconf(interfaces=list(LOOPBACK))

@@ -388,7 +388,7 @@ class Conformance:
     async def test_nothing_is_run_again_after_a_commit(self, stage: Stage, failure: str):
         with stage.acting(CUSTOMER):
             answers = await stage.things.change.many([Ask(do="commit"), Ask(do=failure), Ask()])
-        # Whose failure it was is not known: a refusal of one must not be told to the others.
+        # Whose failure it was is not known: a refusal of one must not be sent to the others.
         assert [type(answer) for answer in answers] == [Internal] * 3
         assert len(stage.service.batches) == 1
 
@@ -398,7 +398,7 @@ class Conformance:
         assert [type(answer) for answer in answers] == [Unavailable] * 2
         assert len(stage.service.batches) == 1
 
-    async def test_a_wrong_number_of_answers_is_nobodys_answer(self, stage: Stage):
+    async def test_a_wrong_number_of_answers_fails_every_request(self, stage: Stage):
         with stage.acting(CUSTOMER):
             answers = await stage.things.change.many([Ask(number=1, do="miscount"), Ask(number=2)])
         assert [type(answer) for answer in answers] == [Internal, Said]

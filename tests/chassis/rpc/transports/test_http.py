@@ -177,7 +177,7 @@ async def test_a_process_that_starts_again_after_a_drain_gets_calls_when_that_is
             assert again.numbers == [2]
 
 
-async def test_the_next_instance_hears_how_much_time_is_left_then():
+async def test_the_next_instance_gets_the_time_that_is_left_then():
     draining = b"HTTP/1.1 503 Service Unavailable\r\nmercato-not-started: draining\r\ncontent-length: 0\r\n\r\n"
     first, second = RawServer(draining), RawServer(b"")
     await first.open()
@@ -290,7 +290,7 @@ async def test_a_connection_that_was_kept_and_breaks_at_the_next_batch_is_not_a_
     assert (raw.connections, len(raw.requests)) == (1, 2)
 
 
-async def test_each_request_of_a_batch_that_was_cut_is_judged_by_itself():
+async def test_each_request_of_a_batch_that_was_cut_has_its_own_outcome():
     raw = RawServer(b"")
     await raw.open()
     async with calling(raw.address) as caller:
@@ -489,7 +489,7 @@ async def test_only_what_is_asked_in_the_name_of_another_role_is_forbidden():
         assert one.numbers == [0, 2]
 
 
-async def test_a_caller_that_is_not_believed_hears_that_something_is_wrong():
+async def test_a_caller_with_a_forged_token_gets_an_internal_error():
     async with running() as one, calling(one.address) as caller:
         caller.transport._signer = TokenSigner("orders", b"x" * 32, SystemClock())
         assert kinds(await caller.send(Ask())) == [Internal]

@@ -89,7 +89,7 @@ async def test_a_service_without_an_instance_is_unreachable_and_it_is_said_why()
             await both.ask()
 
 
-async def test_who_is_not_trusted_learns_nothing_about_an_instance():
+async def test_an_untrusted_caller_gets_no_details_of_an_instance():
     async with pair() as both:
         forged = HttpRemote(
             StaticRegistry({"things": [Instance("things", both.address, "1")]}),

@@ -24,6 +24,6 @@ class TestLocal(Conformance):
         assert isinstance(answer, Said)
         assert answer.echo is request
 
-    async def test_it_does_not_see_that_a_read_counts(self, stage: Stage):
+    async def test_a_read_with_a_side_effect_runs_once_and_is_not_found(self, stage: Stage):
         """The counterpart of the test of the wire: what only that one finds."""
         assert await counting(stage) == COUNT

@@ -71,7 +71,7 @@ class TestWire(Conformance):
         assert numbers(stage.service.batches) == [[1]]
         assert len(stage.service.singles) == 1
 
-    async def test_a_planted_false_promise_is_found(self, stage: Stage):
+    async def test_a_read_with_a_side_effect_runs_twice_and_is_found(self, stage: Stage):
         assert await counting(stage) == 2 * COUNT
 
     @pytest.mark.parametrize(

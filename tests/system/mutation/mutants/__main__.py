@@ -27,7 +27,7 @@ from typing import Final
 import msgspec
 
 from system.mutation.console import Console, interruptible
-from system.mutation.copies import CannotTell, take_snapshot
+from system.mutation.copies import Inconclusive, take_snapshot
 from system.mutation.mutants import choosing, equivalents
 from system.mutation.mutants.choosing import Mutant
 from system.mutation.mutants.relevance import Relevance
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
             display.list(mutants)
             return 0
         result = asyncio.run(interruptible(try_all(mutants, len(there_are), options, display, root)))
-    except CannotTell as reason:
+    except Inconclusive as reason:
         print(f"mutants: {reason}", file=sys.stderr)
         return 2
     except (asyncio.CancelledError, KeyboardInterrupt):
@@ -113,7 +113,7 @@ def _options(arguments: Sequence[str] | None) -> Options:
 
 
 async def try_all(mutants: Sequence[Mutant], of: int, options: Options, display: Display, root: Path = ROOT) -> Result:
-    """Tries mutants in the order given, some at a time. Raises `CannotTell`."""
+    """Tries mutants in the order given, some at a time. Raises `Inconclusive`."""
     began_at = time.monotonic()
     listed = equivalents.read(root)
     with tempfile.TemporaryDirectory(prefix="mercato-mutants-", ignore_cleanup_errors=True) as name:
@@ -141,10 +141,10 @@ async def try_all(mutants: Sequence[Mutant], of: int, options: Options, display:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(try_one(n, mutant)) for n, mutant in enumerate(mutants, 1)]
         except BaseExceptionGroup as errors:
-            known, others = errors.split(CannotTell)
+            known, others = errors.split(Inconclusive)
             if known is None or others is not None:
                 raise
-            raise CannotTell(str(_first(known))) from errors
+            raise Inconclusive(str(_first(known))) from errors
         finally:
             await relevance.close()
     for test in sorted(relevance.failed):

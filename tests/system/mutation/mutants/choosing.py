@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from system.mutation.copies import CannotTell
+from system.mutation.copies import Inconclusive
 from system.mutation.mutants.change import Change
 from system.mutation.mutants.python_changes import python_changes
 from system.mutation.mutants.sql_changes import sql_changes
@@ -92,9 +92,9 @@ def changes(source: str) -> list[Change]:
 
 
 def choose(all_places: Sequence[Place], count: int, seed: int) -> list[Place]:
-    """Raises `CannotTell` where there is none."""
+    """Raises `Inconclusive` where there is none."""
     if not all_places:
-        raise CannotTell("There is nothing to mutate in these files.")
+        raise Inconclusive("There is nothing to mutate in these files.")
     return random.Random(seed).sample(all_places, min(count, len(all_places)))
 
 

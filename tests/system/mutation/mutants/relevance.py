@@ -18,7 +18,7 @@ from typing import Final
 
 import msgspec
 
-from system.mutation.copies import FAILED, PASSED, CannotTell, is_of_copy, run_pytest
+from system.mutation.copies import FAILED, PASSED, Inconclusive, is_of_copy, run_pytest
 from system.mutation.mutants.choosing import Mutant, write
 from system.mutation.mutants.plugin import Lines, Recorded
 
@@ -139,12 +139,12 @@ class Relevance:
         out = folder / "lines.json"
         plugin = ("-p", "system.mutation.mutants.plugin", "--record", str(out))
         run = await run_pytest(folder / "tree", (*plugin, "-m", FILTER, file), RECORD_SECONDS)
-        if run.exit_code not in (PASSED, FAILED) and run.seen.tests:
-            raise CannotTell(f"With the tree as it is, the tests of {file} do not end: {run.last}")
-        if run.seen.tests and not is_of_copy(run, folder / "tree"):
-            raise CannotTell(f"The tests ran with {run.seen.package}, and not with the copy in {folder}.")
+        if run.exit_code not in (PASSED, FAILED) and run.recorded.tests:
+            raise Inconclusive(f"With the tree as it is, the tests of {file} do not end: {run.last}")
+        if run.recorded.tests and not is_of_copy(run, folder / "tree"):
+            raise Inconclusive(f"The tests ran with {run.recorded.package}, and not with the copy in {folder}.")
         recorded = msgspec.json.decode(out.read_bytes(), type=Recorded) if out.exists() else Recorded({}, ())
-        lines, tests = recorded.lines, run.seen.tests
+        lines, tests = recorded.lines, run.recorded.tests
         return Record(
             needed=self._digests([file, *recorded.support, *(name for of_test in lines.values() for name in of_test)]),
             seconds={name: seen.seconds for name, seen in tests.items() if seen.failed_in == "none"},

@@ -10,10 +10,10 @@ from typing import Final, Literal
 
 import msgspec
 
-from system.mutation.copies import FAILED, PASSED, CannotTell, Run, is_of_copy, run_pytest
+from system.mutation.copies import FAILED, PASSED, Inconclusive, Run, is_of_copy, run_pytest
 from system.mutation.mutants.choosing import Mutant
 from system.mutation.mutants.relevance import FILTER, WHOLE, Relevance, Test
-from system.mutation.witness import Seen
+from system.mutation.recording import Recorded
 
 TEST_SECONDS_MIN: Final = 60.0
 RUN_SECONDS_MIN: Final = 120.0
@@ -65,13 +65,13 @@ async def try_mutant(mutant: Mutant, snapshot: Path, folder: Path, relevance: Re
             seconds += run.seconds
             if (result := _result(mutant, copy, run, seconds)) is not None:
                 return result
-            ran += list(run.seen.tests)
+            ran += list(run.recorded.tests)
         if not ran:
             run = await run_pytest(copy, ("-x", "-m", FILTER, *WHOLE), RUN_SECONDS_MIN * SLOWER_AT_MOST)
             seconds += run.seconds
             if (result := _result(mutant, copy, run, seconds)) is not None:
                 return result
-            ran += list(run.seen.tests)
+            ran += list(run.recorded.tests)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return _of(mutant, "survived", seconds, ran=tuple(ran))
@@ -107,15 +107,15 @@ async def _run(copy: Path, tests: Sequence[Test]) -> Run:
 
 def _result(mutant: Mutant, copy: Path, run: Run, seconds: float) -> MutantResult | None:
     """None where all tests passed."""
-    if run.seen.tests and not is_of_copy(run, copy):
-        raise CannotTell(f"The tests ran with {run.seen.package}, and not with the copy in {copy}.")
+    if run.recorded.tests and not is_of_copy(run, copy):
+        raise Inconclusive(f"The tests ran with {run.recorded.package}, and not with the copy in {copy}.")
     if run.exit_code is None:
         return _of(mutant, "timed_out", seconds, said="the run did not end")
-    if run.exit_code == PASSED and run.seen.tests:
+    if run.exit_code == PASSED and run.recorded.tests:
         return None
     if BROKEN.search(run.output):
         return _of(mutant, "invalid", seconds, said=run.last)
-    failed = [(test, seen) for test, seen in run.seen.tests.items() if _has_failed(seen)]
+    failed = [(test, seen) for test, seen in run.recorded.tests.items() if _has_failed(seen)]
     if run.exit_code == FAILED and failed:
         [(test, seen), *_] = failed
         outcome: Outcome = "timed_out" if seen.said.startswith("Failed: Timeout") else "killed"
@@ -124,7 +124,7 @@ def _result(mutant: Mutant, copy: Path, run: Run, seconds: float) -> MutantResul
     return _of(mutant, "killed", seconds, said=run.last)
 
 
-def _has_failed(seen: Seen) -> bool:
+def _has_failed(seen: Recorded) -> bool:
     return seen.failed_in not in ("none", "skipped")
 
 

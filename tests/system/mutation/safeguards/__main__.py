@@ -21,7 +21,7 @@ from typing import Final
 import msgspec
 
 from system.mutation.console import Console, interruptible
-from system.mutation.copies import CannotTell, take_snapshot
+from system.mutation.copies import Inconclusive, take_snapshot
 from system.mutation.safeguards.table import SAFEGUARDS, Safeguard
 from system.mutation.safeguards.trial import Finding, misfits, run_unchanged, short, take_away
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None, safeguards: Sequence[Safeguard]
             display.list(chosen)
             return 0
         result = asyncio.run(interruptible(try_all(chosen, display)))
-    except CannotTell as reason:
+    except Inconclusive as reason:
         for sentence in str(reason).splitlines():
             print(f"safeguards: {sentence}", file=sys.stderr)
         return 2
@@ -71,18 +71,18 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _chosen(safeguards: Sequence[Safeguard], names: Sequence[str]) -> Sequence[Safeguard]:
     known = {safeguard.name: safeguard for safeguard in safeguards}
     if unknown := [name for name in names if name not in known]:
-        raise CannotTell(f"There is no safeguard {unknown[0]!r}; there are {', '.join(known)}.")
+        raise Inconclusive(f"There is no safeguard {unknown[0]!r}; there are {', '.join(known)}.")
     return [known[name] for name in dict.fromkeys(names)] if names else safeguards
 
 
 async def try_all(safeguards: Sequence[Safeguard], display: Display) -> Result:
-    """Tries safeguards in the order given, some at a time. Raises `CannotTell`."""
+    """Tries safeguards in the order given, some at a time. Raises `Inconclusive`."""
     began_at = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mercato-safeguards-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         snapshot = take_snapshot(ROOT, folder)
         if sentences := misfits(safeguards, snapshot):
-            raise CannotTell("\n".join(sentences))
+            raise Inconclusive("\n".join(sentences))
         display.line(f"the tests of {len(safeguards)} safeguards, with all of them in place")
         as_it_is = await run_unchanged(snapshot, safeguards)
         display.line(f"        {len(as_it_is.tests)} tests pass ({as_it_is.seconds:.1f} s)")

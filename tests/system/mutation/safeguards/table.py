@@ -1,7 +1,7 @@
 """The safeguards, and which tests miss each of them. Read from top to bottom: events, keys, money, stock, locks, sagas,
 calls between processes.
 
-An entry takes away one safeguard, by hand, as somebody might who does not know what it is for. Where two cover each
+An entry takes away one safeguard, by hand, as an engineer might who does not know what it is for. Where two cover each
 other, so that nothing happens while one of them is left, the entry takes both, and says so. `red` are the tests that
 must fail then. `green` is a test of the same part that does well without: if it fails as well, the code was broken, and
 the safeguard proves nothing.
@@ -193,7 +193,9 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
                 "            await store.emit_placed(tx, placed)\n",
             ),
         ),
-        red=(f"{OF_PLACING}::test_what_is_committed_is_told_and_carried_on_though_the_power_fails_right_after[local]",),
+        red=(
+            f"{OF_PLACING}::test_a_committed_order_is_emitted_and_continued_after_a_crash_right_after_the_commit[local]",
+        ),
         green=f"{OF_PLACING}::test_the_first_entry_of_the_history_says_who_placed_it[local]",
     ),
     # ----------------------------------------------------------------------------------------------------------- keys
@@ -201,22 +203,22 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
         "claim",
         "A request that finds its key taken goes on as if the key were free.",
         (CLAIM,),
-        red=(f"{OF_KEYS}::test_a_twin_waits_and_hears_the_answer_of_the_first",),
-        green=f"{OF_KEYS}::test_when_the_first_rolls_back_the_twin_does_it",
+        red=(f"{OF_KEYS}::test_a_concurrent_duplicate_waits_and_gets_the_answer_of_the_first",),
+        green=f"{OF_KEYS}::test_when_the_first_request_rolls_back_its_duplicate_runs",
     ),
     Safeguard(
         "fingerprint",
         "A key is answered whatever the request is.",
         (Edit(KEYS, "        if self.fingerprint != fingerprint:\n", "        if self.fingerprint is None:\n"),),
-        red=(f"{OF_KEYS}::test_another_request_with_the_key_is_told_so_at_its_place",),
-        green=f"{OF_KEYS}::test_when_the_first_rolls_back_the_twin_does_it",
+        red=(f"{OF_KEYS}::test_another_request_with_a_used_key_is_refused_at_its_position",),
+        green=f"{OF_KEYS}::test_when_the_first_request_rolls_back_its_duplicate_runs",
     ),
     Safeguard(
         "unique-key",
         "Two orders may have one key.",
         (UNIQUE_KEY,),
-        red=(f"{OF_ORDER_KEYS}::test_a_twin_waits_for_the_first_and_hears_its_answer[local]",),
-        green=f"{OF_ORDER_KEYS}::test_a_second_place_with_the_same_key_hears_the_first_answer[local]",
+        red=(f"{OF_ORDER_KEYS}::test_a_concurrent_duplicate_waits_for_the_first_and_gets_its_answer[local]",),
+        green=f"{OF_ORDER_KEYS}::test_a_second_place_with_the_same_key_gets_the_first_answer[local]",
     ),
     Safeguard(
         "fingerprint-of-orders",
@@ -226,7 +228,7 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
             f"{OF_ORDER_KEYS}::test_the_same_key_with_another_request_is_refused[local]",
             f"{OF_KEYS_AT_THE_EDGE}::test_the_key_with_another_body_is_refused_and_nothing_runs",
         ),
-        green=f"{OF_ORDER_KEYS}::test_a_second_place_with_the_same_key_hears_the_first_answer[local]",
+        green=f"{OF_ORDER_KEYS}::test_a_second_place_with_the_same_key_gets_the_first_answer[local]",
     ),
     # ---------------------------------------------------------------------------------------------------------- money
     Safeguard(
@@ -255,7 +257,7 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
             Edit(CHARGING, "key=self.intent.key,", 'key=f"{self.intent.key}:{secrets.token_hex(8)}",'),
         ),
         red=(
-            f"{OF_RECOVERY}::test_a_process_that_hangs_with_the_answer_in_its_hand_is_passed[local]",
+            f"{OF_RECOVERY}::test_a_process_that_hangs_before_it_records_an_answer_is_passed[local]",
             f"{OF_CHARGE}::test_one_attempt_from_two_processes_at_once_is_charged_once[local]",
         ),
         green=f"{OF_CHARGING}::test_an_authorized_payment_holds_the_amount_and_takes_nothing[local]",
@@ -337,14 +339,14 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
         "The reconciliation does not record what the bank has done.",
         (Edit(RECONCILING, "        if results:\n", "        if False:\n"),),
         red=(f"{OF_RECONCILING}::test_what_the_bank_has_done_is_recorded[local]",),
-        green=f"{OF_RECONCILING}::test_books_that_agree_have_no_mismatch[local]",
+        green=f"{OF_RECONCILING}::test_operations_that_agree_with_the_statement_have_no_mismatch[local]",
     ),
     Safeguard(
         "give-back",
         "The reconciliation does not void an authorization of a payment that is closed.",
         (Edit(RECONCILING, "        if charges:\n", "        if False:\n"),),
-        red=(f"{OF_RECONCILING}::test_an_authorization_that_nobody_wants_is_given_back[local-voided]",),
-        green=f"{OF_RECONCILING}::test_books_that_agree_have_no_mismatch[local]",
+        red=(f"{OF_RECONCILING}::test_an_authorization_of_a_failed_or_voided_payment_is_voided[local-voided]",),
+        green=f"{OF_RECONCILING}::test_operations_that_agree_with_the_statement_have_no_mismatch[local]",
     ),
     # ---------------------------------------------------------------------------------------------------------- stock
     Safeguard(
@@ -417,7 +419,7 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
         "Idempotency keys are claimed in the order in which they are named.",
         (Edit(KEYS, "         ORDER BY w.principal, w.key\n", ""),),
         red=(f"{OF_KEYS}::test_batches_with_the_same_keys_in_other_orders_do_not_deadlock",),
-        green=f"{OF_KEYS}::test_a_twin_waits_and_hears_the_answer_of_the_first",
+        green=f"{OF_KEYS}::test_a_concurrent_duplicate_waits_and_gets_the_answer_of_the_first",
     ),
     Safeguard(
         "order-of-reservations",
@@ -457,7 +459,7 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
         "Sagas are locked in the order in which they are named.",
         (Edit(SAGA, "    ordered = sorted(saved, key=lambda each: each[0].key)\n", "    ordered = list(saved)\n"),),
         red=(f"{OF_SAGA}::test_batches_that_meet_in_the_middle_do_not_wait_for_each_other[updated]",),
-        green=f"{OF_SAGA}::test_those_of_a_batch_that_were_not_taken_over_are_saved",
+        green=f"{OF_SAGA}::test_sagas_of_a_batch_that_were_not_taken_over_are_saved",
     ),
     # ---------------------------------------------------------------------------------------------------------- sagas
     Safeguard(
@@ -484,7 +486,7 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
             ),
         ),
         red=(f"{OF_SAGA}::test_a_driver_of_another_epoch_is_refused_though_the_version_is_right",),
-        green=f"{OF_SAGA}::test_a_save_whose_commit_was_not_heard_of_is_not_made_again[False]",
+        green=f"{OF_SAGA}::test_a_save_whose_commit_has_an_unknown_outcome_is_not_repeated[False]",
     ),
     Safeguard(
         "epoch-sequence",
@@ -496,12 +498,12 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
                 "epoch bigint NOT NULL DEFAULT 1,",
             ),
         ),
-        red=(f"{OF_SAGA}::test_a_row_that_is_made_again_has_an_epoch_that_never_was",),
-        green=f"{OF_SAGA}::test_a_save_whose_commit_was_not_heard_of_is_not_made_again[False]",
+        red=(f"{OF_SAGA}::test_a_row_that_is_inserted_again_has_a_new_epoch",),
+        green=f"{OF_SAGA}::test_a_save_whose_commit_has_an_unknown_outcome_is_not_repeated[False]",
     ),
     Safeguard(
         "version",
-        "A saga is saved once more by a driver that never heard that it was.",
+        "A saga is saved once more by a driver that did not receive the answer.",
         (
             Edit(
                 SAGA,
@@ -513,7 +515,7 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
                 '        """,\n        [s.subject_id for s, _ in going_on],\n',
             ),
         ),
-        red=(f"{OF_SAGA}::test_a_save_whose_commit_was_not_heard_of_is_not_made_again[False]",),
+        red=(f"{OF_SAGA}::test_a_save_whose_commit_has_an_unknown_outcome_is_not_repeated[False]",),
         green=f"{OF_SAGA}::test_a_driver_of_another_epoch_is_refused_though_the_version_is_right",
     ),
     # ------------------------------------------------------------------------------------------- between processes
@@ -555,7 +557,7 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
         "retry-class",
         "What may not come again is sent again.",
         (Edit(RETRYING, "if operation.repeatable(requests[i]) and contexts[i]", "if contexts[i]"),),
-        red=(f"{OF_RETRIES}::test_what_may_not_come_again_is_sent_once[never]",),
+        red=(f"{OF_RETRIES}::test_a_request_that_must_not_be_repeated_is_sent_once[never]",),
         green=f"{OF_RETRIES}::test_a_request_with_a_key_is_sent_again",
     ),
     Safeguard(

@@ -1,6 +1,6 @@
 """Copies of the working tree, with a safeguard or without, and what the tests in them say.
 
-    snapshot    One copy, taken first: whoever goes on writing in the tree does not disturb what runs here.
+    snapshot    One copy, taken first: changes in the tree do not disturb what runs here.
     as it is    All tests that will be asked, in the snapshot. They must pass, or their failing later means nothing.
     without     For each safeguard a copy of the snapshot with its edits: its `red` tests must fail, `green` must pass.
 
@@ -17,9 +17,9 @@ from typing import Final
 import msgspec
 
 from mercato.chassis.postgres.migrations import CHECKSUMS
-from system.mutation.copies import FAILED, PASSED, CannotTell, is_of_copy, run_pytest
+from system.mutation.copies import FAILED, PASSED, Inconclusive, is_of_copy, run_pytest
+from system.mutation.recording import Recorded
 from system.mutation.safeguards.table import Safeguard
-from system.mutation.witness import Seen
 
 RUN_SECONDS: Final = 240.0
 """A bound for a run that hangs: where a lock is gone, a test may wait for what never comes."""
@@ -48,7 +48,7 @@ class RunResults(msgspec.Struct, frozen=True):
     """What a run has said. `wrong`: why that is worth nothing, in a sentence; empty where it is worth something."""
 
     wrong: str
-    tests: dict[str, Seen]
+    tests: dict[str, Recorded]
     seconds: float
 
     def failed(self, test: str) -> bool:
@@ -78,14 +78,14 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 async def run_unchanged(snapshot: Path, safeguards: Sequence[Safeguard]) -> RunResults:
-    """Raises `CannotTell` where a test fails although every safeguard is in its place."""
+    """Raises `Inconclusive` where a test fails although every safeguard is in its place."""
     tests = sorted({test for safeguard in safeguards for test in (*safeguard.red, safeguard.green)})
     results = await run_tests(snapshot, tests, AS_IT_IS_SECONDS)
     if results.wrong:
-        raise CannotTell(f"With all safeguards in place, {results.wrong}")
+        raise Inconclusive(f"With all safeguards in place, {results.wrong}")
     if failed := [test for test in tests if not results.passed(test)]:
         said = results.tests[failed[0]].said
-        raise CannotTell(f"With all safeguards in place, {failed[0]} fails, one of {len(failed)} that do: {said}")
+        raise Inconclusive(f"With all safeguards in place, {failed[0]} fails, one of {len(failed)} that do: {said}")
     return results
 
 
@@ -103,7 +103,7 @@ async def take_away(safeguard: Safeguard, snapshot: Path, folder: Path) -> Findi
 
 
 def edit(safeguard: Safeguard, copy: Path) -> None:
-    """Makes the edits of a safeguard in a copy. Raises `CannotTell` where one does not fit."""
+    """Makes the edits of a safeguard in a copy. Raises `Inconclusive` where one does not fit."""
     for file, text in edited(safeguard, copy).items():
         (copy / file).write_text(text)
         # A revision whose checksum stands beside it is frozen, and does not run once it was edited.
@@ -116,20 +116,20 @@ def misfits(safeguards: Sequence[Safeguard], root: Path) -> list[str]:
     for safeguard in safeguards:
         try:
             edited(safeguard, root)
-        except CannotTell as reason:
+        except Inconclusive as reason:
             sentences.append(str(reason))
     return sentences
 
 
 def edited(safeguard: Safeguard, root: Path) -> dict[str, str]:
-    """The files of a safeguard as they are without it. Raises `CannotTell` where an edit does not fit."""
+    """The files of a safeguard as they are without it. Raises `Inconclusive` where an edit does not fit."""
     texts: dict[str, str] = {}
     for edit in safeguard.edits:
         text = texts.get(edit.file)
         if text is None:
             text = (root / edit.file).read_text() if (root / edit.file).is_file() else ""
         if (found := text.count(edit.old)) != 1:
-            raise CannotTell(
+            raise Inconclusive(
                 f"{safeguard.name}: what it takes away stands {found} times in {edit.file}, not once: "
                 "see tests/system/mutation/safeguards/table.py."
             )
@@ -177,8 +177,8 @@ async def run_tests(copy: Path, tests: Sequence[str], seconds_max: float = RUN_S
     if run.exit_code is None:
         return RunResults(f"the tests did not end within {seconds_max:.0f} s.", {}, run.seconds)
     wrong = ""
-    if run.exit_code not in (PASSED, FAILED) or any(test not in run.seen.tests for test in tests):
+    if run.exit_code not in (PASSED, FAILED) or any(test not in run.recorded.tests for test in tests):
         wrong = f"not all tests ran (pytest ended with {run.exit_code}): {run.last}"
     elif not is_of_copy(run, copy):
-        wrong = f"the tests ran with {run.seen.package}, and not with the copy in {copy}."
-    return RunResults(wrong, run.seen.tests, run.seconds)
+        wrong = f"the tests ran with {run.recorded.package}, and not with the copy in {copy}."
+    return RunResults(wrong, run.recorded.tests, run.seconds)

@@ -1,4 +1,4 @@
-"""What a developer meets first: the list of `make`, the hooks of pre-commit, the container for development."""
+"""The setup of a developer: the list of `make`, the hooks of pre-commit, the container for development."""
 
 from __future__ import annotations
 
