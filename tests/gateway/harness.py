@@ -126,7 +126,7 @@ class SameDatabases(Cluster):
         await self._cluster.release_database(dsn)
 
 
-def without_ids(response: Response, *ids: int) -> tuple[int, dict[str, str], str]:
+def without_ids(response: Response, *ids: int | str) -> tuple[int, dict[str, str], str]:
     """An answer without what may differ between two things that the caller may not see: ids and times."""
     body = response.body.decode().replace(response.json.get("trace_id", "-"), "TRACE") if response.json else ""
     for known in ids:

@@ -69,14 +69,39 @@ async def test_a_refusal_comes_before_a_look_at_the_request(guarded_shop: Shop) 
 
 # ------------------------------------------------------------------------------------------------------------ owners
 
+OWNED = [route for route in ROUTES if "{" in route.path and CUSTOMER in route.roles and ANONYMOUS not in route.roles]
+"""The rows about one thing that customers may ask for, and callers without an account may not: each thing has an owner."""
+
+
+@pytest.mark.parametrize("route", OWNED, ids=named)
+async def test_a_row_answers_for_anothers_thing_as_for_one_that_does_not_exist(
+    guarded_shop: Shop, route: Route
+) -> None:
+    owner, other = await new_person(guarded_shop), await new_person(guarded_shop)
+    things = await Things.of(guarded_shop, owner, needs_refund=route.path.startswith("/refunds/"))
+    unknown_things = msgspec.structs.replace(
+        things,
+        person=msgspec.structs.replace(owner, id=UNKNOWN_ID),
+        order_id=UNKNOWN_ID,
+        payment_id=UNKNOWN_ID,
+        refund_id="0" * 32,
+    )
+    before = await state_of(guarded_shop)
+
+    async def ask(asked: Things) -> tuple[int, dict[str, str], str]:
+        reply = await guarded_shop.request(route.method, asked.path(route), things.body(route), token=other.token)
+        return without_ids(reply, asked.person.id, asked.order_id, asked.payment_id, asked.refund_id)
+
+    foreign, unknown = await ask(things), await ask(unknown_things)
+    assert foreign == unknown
+    assert foreign[0] == 404
+    assert await state_of(guarded_shop) == before
+
 
 @pytest.mark.parametrize(
     ("method", "path", "body"),
     [
         ("GET", "/orders/{order}", None),
-        ("GET", "/orders/{order}/history", None),
-        ("GET", "/orders/{order}/timeline", None),
-        ("GET", "/orders/{order}/refunds", None),
         ("POST", "/orders/{order}/cancel", {"reason": "mine now"}),
         ("GET", "/users/{user}", None),
         ("PATCH", "/users/{user}", {"name": "Mine now"}),
