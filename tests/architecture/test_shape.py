@@ -3,11 +3,15 @@
 import ast
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 
 from mercato import topology
+from mercato.gateway import routes
+from mercato.gateway.routes import ROUTES
 
 PACKAGE = Path(__file__).parents[2] / "mercato"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -111,7 +115,19 @@ def test_a_revision_that_imports_is_found(line: str):
 def test_no_module_is_longer_than_a_reader_holds():
     lengths = {label(module): len(module.read_text().splitlines()) for module in MODULES}
 
-    assert {name: lines for name, lines in lengths.items() if lines > MAX_LINES} == {}
+    assert {name: lines for name, lines in lengths.items() if lines > MAX_LINES} == {}, (
+        f"more than {MAX_LINES} lines: give a use case of it a module of its own"
+    )
+
+
+def test_every_module_of_routes_is_in_the_table():
+    table = {(route.method, route.path) for route in ROUTES}
+    modules = [import_module(f"{routes.__name__}.{name}") for _, name, _ in iter_modules(routes.__path__)]
+    declared = {module.__name__: {(route.method, route.path) for route in module.ROUTES} for module in modules}
+
+    assert {name: missing for name, rows in declared.items() if (missing := rows - table)} == {}, (
+        "add the ROUTES of the module to mercato/gateway/routes/__init__.py"
+    )
 
 
 def test_every_module_name_says_what_it_holds():

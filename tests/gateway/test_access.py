@@ -70,7 +70,7 @@ async def test_a_refusal_comes_before_a_look_at_the_request(guarded_shop: Shop) 
 # ------------------------------------------------------------------------------------------------------------ owners
 
 OWNED = [route for route in ROUTES if "{" in route.path and CUSTOMER in route.roles and ANONYMOUS not in route.roles]
-"""The rows about one thing that customers may ask for, and callers without an account may not: each thing has an owner."""
+"""The rows about one thing that customers may ask for, and callers without an account may not: it has an owner."""
 
 
 @pytest.mark.parametrize("route", OWNED, ids=named)

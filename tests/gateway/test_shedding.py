@@ -58,7 +58,9 @@ async def metrics(shop: Shop) -> Mapping[str, float]:
 
 async def test_every_route_has_one_class() -> None:
     classed = [name for names in PRIORITIES.values() for name in names]
-    assert sorted(classed) == sorted(f"{route.method} {route.path}" for route in ROUTES)
+    declared = [f"{route.method} {route.path}" for route in ROUTES]
+    assert set(declared) - set(classed) == set(), "add them to PRIORITIES in mercato/gateway/routes/__init__.py"
+    assert sorted(classed) == sorted(declared), "PRIORITIES names a route twice, or one that there is not"
     for priority, names in PRIORITIES.items():
         for route in ROUTES:
             assert (f"{route.method} {route.path}" in names) == (route.priority is priority)
