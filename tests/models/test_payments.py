@@ -6,7 +6,7 @@ import msgspec
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mercato.services.payments import rules, store
+from mercato.services.payments import rules
 from mercato.services.payments.rules import (
     Declined,
     NextOperation,
@@ -144,7 +144,7 @@ class Machine(RuleBasedStateMachine):
         if operation.status not in rules.OPEN:
             return
         code = outcome.code if isinstance(outcome, Declined) else None
-        self.operations[key] = msgspec.structs.replace(operation, status=store.status_of(outcome), code=code)
+        self.operations[key] = msgspec.structs.replace(operation, status=rules.status_of(outcome), code=code)
         if not isinstance(outcome, Unknown):
             self.payment = rules.settle(self.payment, operation, outcome)
 

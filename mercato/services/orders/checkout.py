@@ -55,11 +55,11 @@ from mercato.contracts.payments import (
 )
 from mercato.contracts.roles import GUEST_USER, STAFF
 
-from . import history_store, money_store, rules, steps, store
+from . import history_store, money_store, read_store, rules, steps, store
 from .money_store import CANCEL, Refunded
+from .read_store import OrderRecord
 from .rules import Limits
 from .steps import CHECKOUT, Checkout, Decision, RetryLater
-from .store import OrderRecord
 
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
@@ -94,7 +94,7 @@ class Work(msgspec.Struct):
 
     @property
     def id(self) -> int:
-        return self.record.id
+        return self.record.order.id
 
     @property
     def order(self) -> Order:
@@ -179,7 +179,7 @@ class CheckoutSteps:
     async def _load(self, sagas: Sequence[Saga]) -> list[Work]:
         if missing := [saga.subject_id for saga in sagas if saga.memo is None]:
             async with self._database.read() as tx:
-                found = await store.get(tx, missing)
+                found = await read_store.get(tx, missing)
             for saga in sagas:
                 saga.memo = saga.memo or found[saga.subject_id]
         return [Work(saga, saga.memo, steps.decoded(saga.state)) for saga in sagas]

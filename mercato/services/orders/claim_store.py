@@ -5,7 +5,9 @@ from __future__ import annotations
 from mercato.chassis.contract import Actor
 from mercato.chassis.postgres.database import Tx
 
-from .store import OrderRecord, emit_claimed, get
+from . import rules
+from .read_store import OrderRecord, get
+from .store import event_of
 
 
 async def claim(tx: Tx, order_id: int, actor: Actor) -> OrderRecord:
@@ -27,5 +29,5 @@ async def claim(tx: Tx, order_id: int, actor: Actor) -> OrderRecord:
     )
     assert claimed == 1, "the row is locked, and was a guest's"
     record = (await get(tx, [order_id]))[order_id]
-    await emit_claimed(tx, record.order)
+    tx.emit([event_of(rules.CLAIMED, record.order)])
     return record

@@ -26,7 +26,7 @@ from mercato.contracts.payments import AssignPayments, Payments
 from mercato.contracts.roles import GUEST_USER
 from mercato.contracts.users import GetUser, Users
 
-from . import claim_store, store
+from . import claim_store, read_store
 from .guests import Guests
 from .locking import Locked, in_lock
 from .paying import ANSWER_SECONDS, Paying
@@ -71,11 +71,11 @@ class Claiming:
             await self._change_owner(order.id, actor)
         await self._runner.wait_until_idle((order.id, CLAIM, ""), (), ANSWER_SECONDS)
         async with self._database.read() as tx:
-            return (await store.seen(tx, order.id, actor)).order
+            return (await read_store.seen(tx, order.id, actor)).order
 
     async def _of_token(self, request: ClaimOrder) -> Order:
         async with self._database.read() as tx:
-            record = (await store.get(tx, [request.id])).get(request.id)
+            record = (await read_store.get(tx, [request.id])).get(request.id)
         if record is None or not self._guests.is_token_of(record, request.access_token):
             raise OrderNotFound(order_id=request.id)
         return record.order
@@ -107,7 +107,7 @@ class Claiming:
 
     async def _assign(self, sagas: Sequence[Saga]) -> None:
         async with self._database.read() as tx:
-            records = await store.get(tx, [each.subject_id for each in sagas])
+            records = await read_store.get(tx, [each.subject_id for each in sagas])
         await faults.point("claim.assign.before_call")
         answers = await self._payments.assign.many(
             [

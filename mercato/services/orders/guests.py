@@ -22,8 +22,8 @@ from mercato.contracts.order_refusals import OrderNotFound
 from mercato.contracts.orders import Order
 from mercato.contracts.roles import GUEST, GUEST_USER
 
-from . import store
-from .store import OrderRecord
+from . import read_store
+from .read_store import OrderRecord
 
 KEY_PURPOSE: Final = "guests"
 
@@ -53,7 +53,7 @@ class Guests:
     async def admitted(self, order_id: int, access_token: str) -> OrderRecord:
         """The order that the token opens. Raises `OrderNotFound` for a wrong token."""
         async with self._database.read() as tx:
-            record = (await store.get(tx, [order_id])).get(order_id)
+            record = (await read_store.get(tx, [order_id])).get(order_id)
         if record is None or not self.admits(record, access_token):
             raise OrderNotFound(order_id=order_id)
         return record

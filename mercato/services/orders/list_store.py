@@ -18,7 +18,7 @@ from mercato.chassis.postgres.database import Tx
 from mercato.contracts.orders import SCANNED_AT_ONCE, ListOrders, Order
 
 from . import rules
-from .store import COLUMNS, OrderRow, record_of
+from .read_store import COLUMNS, OrderRow, record_of
 
 ABOVE_ALL_IDS: Final = MAX_ID + 1
 

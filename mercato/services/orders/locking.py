@@ -19,9 +19,9 @@ from mercato.chassis.sagas.store import Saga
 from mercato.contracts.order_refusals import OrderNotFound, PaymentInProgress
 from mercato.contracts.orders import Order
 
-from . import rules, store
+from . import read_store, rules
+from .read_store import OrderRecord
 from .steps import CHECKOUT, Checkout
-from .store import OrderRecord
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ async def in_lock(
         try:
             async with database.transaction() as tx:
                 if lock_seconds is not None:
-                    await store.bound_lock_waits(tx, lock_seconds)
+                    await read_store.bound_lock_waits(tx, lock_seconds)
                 return await work(tx, await _lock(tx, order_id))
         except _CheckoutAppeared:
             continue
@@ -72,7 +72,7 @@ async def in_lock(
 async def _lock(tx: Tx, order_id: int) -> Locked:
     key = (order_id, CHECKOUT, "")
     checkout = await saga.lock(tx, key)
-    record = (await store.lock(tx, [order_id])).get(order_id)
+    record = (await read_store.lock(tx, [order_id])).get(order_id)
     order = rules.visible(record.order if record else None, order_id, current.get().actor)
     if record is None or isinstance(order, OrderNotFound):
         raise OrderNotFound(order_id=order_id)

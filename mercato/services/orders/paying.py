@@ -41,12 +41,12 @@ from mercato.contracts.order_refusals import (
 from mercato.contracts.orders import CancelOrder, CapturePart, GetGuestPayment, MovePayment, Order, PaidOrder, PayOrder
 from mercato.contracts.payments import GetPayment, ListPayments, Payment as PaymentRecord, PaymentNotFound, Payments
 
-from . import money_store, rules, steps, store
+from . import money_store, read_store, rules, steps, store
 from .guests import Guests, without_email
 from .locking import Locked, in_lock
 from .payment_methods import PaymentMethods
+from .read_store import OrderRecord
 from .steps import CHECKOUT, RESTING, Checkout, Decision
-from .store import OrderRecord
 
 PAY: Final = "orders.pay"
 ANSWER_SECONDS: Final = 8.0
@@ -185,7 +185,7 @@ class Paying:
         await self._send(order_id, "confirm", functools.partial(_confirm, version))
         await self.wait_until_idle(order_id)
         async with self._database.read() as tx:
-            order = (await store.get(tx, [order_id]))[order_id].order
+            order = (await read_store.get(tx, [order_id]))[order_id].order
         if order.status == "cancelled":
             raise OrderCancelled(order_id=order_id, reason=order.reason.code if order.reason else "requested")
         if order.status == "pending":
@@ -262,7 +262,7 @@ class Paying:
     async def _refusal(self, payment: PaymentRecord, *, replayed: bool = False) -> ServiceError:
         """Why a payment came to nothing: the provider declined it, or its order ended before it was made."""
         async with self._database.read() as tx:
-            order = (await store.get(tx, [payment.order_id]))[payment.order_id].order
+            order = (await read_store.get(tx, [payment.order_id]))[payment.order_id].order
         reason = order.reason
         if reason is not None and reason.code not in ("payment_declined", "payment_lost"):
             return OrderCancelled(order_id=order.id, reason=reason.code)
@@ -308,7 +308,7 @@ class Paying:
                 return payment
         # The provider was not asked yet: the stock was gone, the order was cancelled, or there is too much to do.
         async with self._database.read() as tx:
-            order = (await store.get(tx, [order_id]))[order_id].order
+            order = (await read_store.get(tx, [order_id]))[order_id].order
         if order.status == "cancelled":
             raise OrderCancelled(order_id=order_id, reason=order.reason.code if order.reason else "requested")
         raise OutcomeUnknown(operation=PAY)

@@ -40,13 +40,14 @@ from mercato.contracts.products import FindProduct, Products, Quote, QuoteProduc
 from mercato.contracts.roles import CUSTOMER, GUEST_USER, may_see
 from mercato.contracts.users import GetUser, User, UserNotFound, Users
 
-from . import rules, store
+from . import read_store, rules, store
 from .guests import Guests, without_email
 from .lost_orders import LostOrders
 from .payment_methods import PaymentMethods
+from .read_store import OrderRecord
 from .rules import BuyerLimits, Limits
 from .steps import CHECKOUT, Checkout, encoded
-from .store import NewOrder, OrderRecord
+from .store import NewOrder
 
 QUOTED_AT_ONCE: Final = 4_096
 """A batch of long orders can name more products than the queue of an operation holds; two lanes of this fit."""
@@ -93,7 +94,7 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
 
     async def recall(self, attempts: Sequence[Placement]) -> Mapping[Identity, Stored[PlacedOrder]]:
         async with self._database.read() as tx:
-            found = await store.by_keys(tx, [attempt.identity for attempt in attempts])
+            found = await read_store.by_keys(tx, [attempt.identity for attempt in attempts])
         return {
             attempt.identity: Stored(
                 old.fingerprint, self._answer(old.order, old.nonce), _differing(attempt.request, old.order)

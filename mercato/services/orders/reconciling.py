@@ -29,7 +29,7 @@ from mercato.chassis.sagas import store as saga
 from mercato.chassis.sagas.store import Key, Next, Saga
 from mercato.contracts.inventory import Hold, Inventory, ListHolds, ReleaseStock, Reservation
 
-from . import reconciliation_store, steps, store
+from . import read_store, reconciliation_store, steps
 from .steps import CHECKOUT
 
 RESUMED: Final = "order_resumed"
@@ -85,7 +85,7 @@ class HoldReconciling:
         """Releases what is held for no order among a page of holds; gives the place of the next page."""
         page = await self._inventory.holds(ListHolds(before=before, quiet_seconds=self._quiet_seconds))
         async with self._database.read() as tx:
-            orders = await store.get(tx, [hold.order_id for hold in page.holds]) if page.holds else {}
+            orders = await read_store.get(tx, [hold.order_id for hold in page.holds]) if page.holds else {}
         over = [hold for hold in page.holds if _is_over(hold, orders.get(hold.order_id))]
         if over:
             await self._release(over)
@@ -102,7 +102,7 @@ class HoldReconciling:
             log.warning("holds_released", orders=released)
 
 
-def _is_over(hold: Hold, record: store.OrderRecord | None) -> bool:
+def _is_over(hold: Hold, record: read_store.OrderRecord | None) -> bool:
     return record is None or record.nonce != hold.order_nonce or record.order.status == "cancelled"
 
 

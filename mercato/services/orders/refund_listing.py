@@ -10,10 +10,10 @@ from mercato.contracts.order_refusals import OrderNotFound, RefundNotFound
 from mercato.contracts.orders import GetRefund, ListPaymentRefunds, ListRefunds, Refund, RefundList
 from mercato.contracts.payments import GetPayment, ListPayments, Payments
 
-from . import history_store, money_store, rules, store
+from . import history_store, money_store, read_store, rules
 from .history_store import HistoryRow
 from .money_store import CANCEL, RefundRecord
-from .store import OrderRecord
+from .read_store import OrderRecord
 
 
 class RefundListing:
@@ -53,7 +53,7 @@ class RefundListing:
     async def _refunds(self, order_id: int) -> list[Refund]:
         actor = current.get().actor
         async with self._database.read() as tx:
-            record = await store.seen(tx, order_id, actor)
+            record = await read_store.seen(tx, order_id, actor)
             found = await money_store.refunds_of(tx, order_id)
             if record.order.status == "cancelled":
                 found += _of_cancelling(record, found, await history_store.history(tx, order_id))

@@ -44,13 +44,13 @@ from mercato.contracts.payments import (
     RefundTooLarge,
 )
 
-from . import money_store, rules, store
+from . import money_store, read_store, rules, store
 from .checkout import SHOP
 from .locking import Locked, in_lock
 from .money_store import NewRefund, Refunded, RefundRecord
 from .paying import ANSWER_SECONDS, LOCK_SECONDS
+from .read_store import OrderRecord
 from .refund_listing import shown
-from .store import OrderRecord
 
 REFUND: Final = "refund"
 REST: Final = "rest"
@@ -249,7 +249,7 @@ class Refunding:
     async def _execute(self, sagas: Sequence[Saga]) -> None:
         async with self._database.read() as tx:
             refunds = await money_store.refunds(tx, [each.key for each in sagas])
-            records = await store.get(tx, list({each.subject_id for each in sagas}))
+            records = await read_store.get(tx, list({each.subject_id for each in sagas}))
         left = [Work(each, records[each.subject_id], refunds[each.subject_id, each.reference]) for each in sagas]
         while left:
             now, left = _one_an_order(left)
@@ -290,7 +290,7 @@ class Refunding:
             settled = [work for each, _ in kept if (work := by_key[each.key]).retry is None]
             await money_store.settle_refunds(tx, [(work.refund, work.code) for work in settled])
             paid = [work for work in settled if work.refund.amount_minor]
-            records = await store.lock(tx, [work.order_id for work in paid]) if paid else {}
+            records = await read_store.lock(tx, [work.order_id for work in paid]) if paid else {}
             if given := [work for work in paid if work.code is None]:
                 moved = await self._move(tx, [_move(work, records[work.order_id].order) for work in given], SHOP)
                 money_store.emit_refunded(tx, list(map(_refunded, given, moved)))

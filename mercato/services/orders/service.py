@@ -25,7 +25,7 @@ from mercato.contracts.orders import (
 )
 from mercato.contracts.roles import CUSTOMER
 
-from . import history_store, list_store, rules, store
+from . import history_store, list_store, read_store, rules, store
 from .guests import Guests, without_email
 from .locking import Locked, in_lock
 from .paying import Paying
@@ -55,7 +55,7 @@ class OrdersService:
 
     async def get(self, batch: Batch[GetOrder]) -> Sequence[Order | ServiceError]:
         async with self._database.read() as tx:
-            found = await store.get(tx, list({request.id for request in batch}))
+            found = await read_store.get(tx, list({request.id for request in batch}))
         return [
             rules.visible(found[request.id].order if request.id in found else None, request.id, actor)
             if request.access_token is None
@@ -63,7 +63,7 @@ class OrdersService:
             for request, actor in zip(batch, batch.actors, strict=True)
         ]
 
-    def _of_guest(self, record: store.OrderRecord | None, request: GetOrder) -> Order | OrderNotFound:
+    def _of_guest(self, record: read_store.OrderRecord | None, request: GetOrder) -> Order | OrderNotFound:
         if record is None or not self._guests.admits(record, request.access_token):
             return OrderNotFound(order_id=request.id)
         return without_email(record.order)
@@ -127,7 +127,7 @@ class OrdersService:
             if is_returning:
                 record = msgspec.structs.replace(locked.record, order=order)
                 returning = await self._refunding.take_back_rest(tx, msgspec.structs.replace(locked, record=record))
-                order = (await store.get(tx, [order.id]))[order.id].order
+                order = (await read_store.get(tx, [order.id]))[order.id].order
             elif request.fulfilment is not None:
                 order = await _move_one(tx, order, "fulfilment", store.Move(order, fulfilment=request.fulfilment))
             await faults.point("orders.move.before_commit")
@@ -142,7 +142,7 @@ class OrdersService:
     async def history(self, request: GetHistory) -> History:
         async with self._guests.acting(request.id, request.access_token), self._database.read() as tx:
             actor = current.get().actor
-            await store.seen(tx, request.id, actor)
+            await read_store.seen(tx, request.id, actor)
             return History(entries=entries_of(await history_store.history(tx, request.id), actor))
 
     async def settled(self, request: AwaitOrder) -> Order:
@@ -157,9 +157,9 @@ class OrdersService:
     async def _seen(self, order_id: int) -> Order:
         return (await self._record(order_id)).order
 
-    async def _record(self, order_id: int) -> store.OrderRecord:
+    async def _record(self, order_id: int) -> read_store.OrderRecord:
         async with self._database.read() as tx:
-            return await store.seen(tx, order_id, current.get().actor)
+            return await read_store.seen(tx, order_id, current.get().actor)
 
 
 async def _move_one(tx: Tx, order: Order, axis: Axis, move: store.Move) -> Order:

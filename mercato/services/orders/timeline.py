@@ -15,7 +15,7 @@ from mercato.contracts.orders import (
 )
 from mercato.contracts.payments import Payments, PaymentStep, TracePayments
 
-from . import history_store, rules, store
+from . import history_store, read_store, rules
 from .guests import Guests
 from .history_store import HistoryRow
 
@@ -33,7 +33,7 @@ class Tracing:
         order_id = request.id
         async with self._guests.acting(order_id, request.access_token), self._database.read() as tx:
             actor = current.get().actor
-            nonce = (await store.seen(tx, order_id, actor)).nonce
+            nonce = (await read_store.seen(tx, order_id, actor)).nonce
             transitions = await history_store.history(tx, order_id)
         with as_service():
             stock, money = await asyncio.gather(

@@ -54,10 +54,11 @@ from mercato.contracts.payments import (
     VoidPayment,
 )
 
-from . import rules, store
+from . import operation_store, payment_store, rules, store
+from .operation_store import NewIntent, OperationRow
 from .provider import Provider, ProviderRequest, provider_of
 from .rules import Declined, NextOperation, ProviderResult, Succeeded, Target, Unknown
-from .store import Attempt, IntentRow, NewIntent, NewPayment, OpenedRow, OperationId, OperationRow, PaymentRow
+from .store import Attempt, IntentRow, NewPayment, OpenedRow, OperationId, PaymentRow
 
 AUTHORIZE, CHARGE, CAPTURE, VOID = Target("authorize"), Target("charge"), Target("capture"), Target("void")
 
@@ -131,7 +132,7 @@ class PaymentRequest:
             self.answer = self.pending(result.settles_at)
         elif payment := settled.get(intent.id):
             code = result.code if isinstance(result, Declined) else None
-            done = OperationRow(*intent.id, intent.amount_minor, store.status_of(result), code)
+            done = OperationRow(*intent.id, intent.amount_minor, rules.status_of(result), code)
             others = [o for o in self.call.others if (o.kind, o.reference) != (done.kind, done.reference)]
             self.decide(payment, [*others, done])
 
@@ -291,7 +292,10 @@ class Charging:
                 else:
                     batch.decide(request, payment)
             await batch.write(tx, requests)
-            await store.name_newest_order(tx, [r.answer for r in requests if isinstance(r.answer, AnotherOrder)])
+            if refused := [r.answer for r in requests if isinstance(r.answer, AnotherOrder)]:
+                newest_order_id = await payment_store.newest_order_id(tx)
+                for refusal in refused:
+                    refusal.newest_order_id = newest_order_id
             await faults.point(f"payments.{flow}.before_intent_commit")
         await faults.point(f"payments.{flow}.after_intent_commit")
 
@@ -440,9 +444,9 @@ class _Batch:
                 request.answer = payment_of(payment)
         intents: dict[OperationId, IntentRow] = {}
         if self._new:
-            intents |= {row.id: row for row in await store.begin_operations(tx, list(self._new.values()))}
+            intents |= {row.id: row for row in await operation_store.begin_operations(tx, list(self._new.values()))}
         if begun := {id_ for _, _, id_ in self._calling} - self._new.keys():
-            intents |= {row.id: row for row in await store.count_calls(tx, sorted(begun))}
+            intents |= {row.id: row for row in await operation_store.count_calls(tx, sorted(begun))}
         for request, payment, id_ in self._calling:
             request.call = ProviderCall(intents[id_], payment, tuple(self._known[payment.id].values()))
         tx.emit(self._events)
@@ -455,13 +459,13 @@ async def _find(tx: Tx, requests: Sequence[PaymentRequest]) -> _Batch:
         if request.opening:
             openings.setdefault(request.attempt, request.opening)
             request.opening = None  # from now on it is there, or its order has another
-    opened = await store.open_payments(tx, list(openings.values())) if openings else []
+    opened = await payment_store.open_payments(tx, list(openings.values())) if openings else []
     tx.emit([_event(row) for row in opened if row.status in rules.EVENTS])
     payments = {(row.order_id, row.attempt): row for row in opened}
     if missing := {request.attempt for request in requests} - payments.keys():
-        payments |= {(row.order_id, row.attempt): row for row in await store.lock_attempts(tx, sorted(missing))}
+        payments |= {(row.order_id, row.attempt): row for row in await payment_store.lock_attempts(tx, sorted(missing))}
     absent = [(r.attempt[0], r.nonce) for r in requests if r.attempt not in payments]
-    used_by_others = await store.used_by_others(tx, absent) if absent else set[int]()
+    used_by_others = await payment_store.used_by_others(tx, absent) if absent else set[int]()
     new = {row.id for row in opened}
     known = await operations(tx, [row.id for row in payments.values() if row.id not in new])
     known |= {id_: {} for id_ in new}
@@ -471,7 +475,7 @@ async def _find(tx: Tx, requests: Sequence[PaymentRequest]) -> _Batch:
 async def operations(tx: Tx, payment_ids: Collection[int]) -> dict[int, Operations]:
     known: dict[int, Operations] = {payment_id: {} for payment_id in payment_ids}
     if known:
-        for operation in await store.operations_of(tx, list(known)):
+        for operation in await operation_store.operations_of(tx, list(known)):
             known[operation.payment_id][operation.kind, operation.reference] = operation
     return known
 
@@ -492,11 +496,11 @@ def new_intent(payment: PaymentRow, following: NextOperation) -> NewIntent:
 
 async def settle(tx: Tx, results: Results) -> dict[OperationId, PaymentRow]:
     """Records results of intents; the payments as they are after it, by operation that this settled."""
-    payments = await store.lock_payments(tx, sorted({payment_id for payment_id, _, _ in results}))
+    payments = await payment_store.lock_payments(tx, sorted({payment_id for payment_id, _, _ in results}))
     if unknown := [id_ for id_, result in results.items() if isinstance(result, Unknown)]:
-        await store.mark_unknown(tx, unknown)
+        await operation_store.mark_unknown(tx, unknown)
     known = {id_: result for id_, result in results.items() if not isinstance(result, Unknown)}
-    settled = await store.settle_operations(tx, known) if known else []
+    settled = await operation_store.settle_operations(tx, known) if known else []
     after, changes = dict(payments), list[Outgoing]()
     for operation in settled:
         before = after[operation.payment_id]
@@ -505,14 +509,14 @@ async def settle(tx: Tx, results: Results) -> dict[OperationId, PaymentRow]:
             changes.append(_event(payment))
     after |= await write_payments(tx, [p for p in after.values() if p is not payments[p.id]])
     tx.emit(changes)
-    await store.transfer(tx, [operation for operation in settled if isinstance(known[operation.id], Succeeded)])
+    await operation_store.transfer(tx, [o for o in settled if isinstance(known[o.id], Succeeded)])
     return {operation.id: after[operation.payment_id] for operation in settled}
 
 
 async def write_payments(tx: Tx, changed: Sequence[PaymentRow]) -> dict[int, PaymentRow]:
     if not changed:
         return {}
-    times = await store.write_payments(tx, changed)
+    times = await payment_store.write_payments(tx, changed)
     return {payment.id: _at(payment, times[payment.id]) for payment in changed}
 
 

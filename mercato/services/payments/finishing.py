@@ -15,7 +15,7 @@ from mercato.chassis.contract import ServiceError
 from mercato.chassis.observability import faults
 from mercato.chassis.postgres.database import Database
 
-from . import rules, store
+from . import list_store, operation_store, payment_store, rules
 from .charging import Charging, ProviderCall, Results, new_intent, operations, settle, write_payments
 from .rules import NextOperation, Succeeded
 from .store import PaymentRow
@@ -43,8 +43,8 @@ class Finishing:
         client does not repeat its request.
         """
         async with self._database.transaction() as tx:
-            due = await store.lease_intents(tx, quiet_seconds, SWEPT_AT_ONCE)
-            payments = await store.payments(tx, [intent.payment_id for intent in due]) if due else {}
+            due = await operation_store.lease_intents(tx, quiet_seconds, SWEPT_AT_ONCE)
+            payments = await list_store.payments(tx, [intent.payment_id for intent in due]) if due else {}
             await faults.point("payments.sweep.before_intent_commit")
         await faults.point("payments.sweep.after_intent_commit")
         calls = [ProviderCall(intent, payments[intent.payment_id]) for intent in due]
@@ -85,13 +85,13 @@ class Finishing:
         `charges` by payment. The key is that of every void of the payment, so that two who find it void it once.
         """
         async with self._database.transaction() as tx:
-            payments = await store.lock_payments(tx, sorted(charges))
+            payments = await payment_store.lock_payments(tx, sorted(charges))
             closed = {i: _with_charge(p, charges[i]) for i, p in payments.items() if p.status in rules.CLOSED}
             known = await operations(tx, closed)
             voidless = [p for p in closed.values() if ("void", "") not in known[p.id]]
             await write_payments(tx, [p for p in voidless if p is not payments[p.id]])
             voids = [new_intent(p, NextOperation("void", "", p.amount_minor)) for p in voidless]
-            calls = [ProviderCall(i, closed[i.payment_id]) for i in await store.begin_operations(tx, voids)]
+            calls = [ProviderCall(i, closed[i.payment_id]) for i in await operation_store.begin_operations(tx, voids)]
             await faults.point("payments.give_back.before_intent_commit")
         await faults.point("payments.give_back.after_intent_commit")
         results = await self._charging.call_provider("give_back", calls)

@@ -138,6 +138,18 @@ class Unknown(msgspec.Struct, frozen=True, gc=False):
 
 ProviderResult = Succeeded | Declined | Unknown
 
+
+def status_of(result: ProviderResult) -> OperationStatus:
+    """The status of an operation with this result."""
+    match result:
+        case Succeeded():
+            return "succeeded"
+        case Declined():
+            return "declined"
+        case Unknown():
+            return "unknown"
+
+
 NOT_ASKED: Final = Succeeded(provider_id=0, charge_id=None)
 """The result of an operation on an amount of 0: it succeeds without the provider, and is not recorded."""
 

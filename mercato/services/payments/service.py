@@ -25,8 +25,9 @@ from mercato.contracts.payments import (
 )
 from mercato.contracts.roles import CUSTOMER, may_see
 
-from . import claim_store, count_store, store, trace_store
+from . import claim_store, list_store, trace_store
 from .charging import Answer, Charging, payment_of
+from .store import PaymentRow
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -56,7 +57,7 @@ class PaymentsService:
 
     async def get(self, batch: Batch[GetPayment]) -> Sequence[Answer]:
         async with self._database.read() as tx:
-            found = await store.payments(tx, list({request.id for request in batch}))
+            found = await list_store.payments(tx, list({request.id for request in batch}))
         return [
             _visible(found.get(request.id), request.id, actor)
             for request, actor in zip(batch, batch.actors, strict=True)
@@ -70,9 +71,9 @@ class PaymentsService:
             request = msgspec.structs.replace(request, user_id=actor.id)
         async with self._database.read() as tx:
             # One more than asked for tells whether there is a next page.
-            rows = await store.list_page(tx, request, request.limit + 1)
+            rows = await list_store.list_page(tx, request, request.limit + 1)
         page = tuple(payment_of(row) for row in rows[: request.limit])
-        total = await self._database.count(lambda tx: count_store.payments(tx, request)) if request.count else None
+        total = await self._database.count(lambda tx: list_store.count(tx, request)) if request.count else None
         return PaymentPage(payments=page, next_before=page[-1].id if len(rows) > request.limit else None, total=total)
 
     async def trace(self, request: TracePayments) -> PaymentTrace:
@@ -85,7 +86,7 @@ class PaymentsService:
         return [Empty() for _ in batch]
 
 
-def _visible(row: store.PaymentRow | None, payment_id: int, actor: Actor) -> Payment | ServiceError:
+def _visible(row: PaymentRow | None, payment_id: int, actor: Actor) -> Payment | ServiceError:
     """Another's payment answers exactly like one that does not exist."""
     if row is None or not may_see(actor, row.user_id):
         return PaymentNotFound(payment_id=payment_id)

@@ -25,7 +25,7 @@ from mercato.contracts.orders import (
 from mercato.contracts.payments import ListPayments, Payment, Payments
 from mercato.services.inventory import app as inventory
 from mercato.services.orders import app
-from mercato.services.orders.store import OrderRecord, get
+from mercato.services.orders.read_store import OrderRecord, get
 from mercato.services.payments import app as payments
 from mercato.simulators.bank import app as sandbox
 from mercato.testing.actors import ALICE, BOB, STAFF

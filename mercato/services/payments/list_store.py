@@ -1,0 +1,83 @@
+"""The SQL statements that read payments: by id, and lists with their number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from mercato.chassis.contract import MAX_ID
+from mercato.chassis.postgres.database import Tx
+from mercato.contracts.payments import ListPayments
+
+from .store import PaymentRow
+
+ABOVE_ALL_IDS: Final = MAX_ID + 1
+
+
+async def payments(tx: Tx, ids: Sequence[int]) -> dict[int, PaymentRow]:
+    rows = await tx.fetch(
+        PaymentRow,
+        """
+        SELECT id, order_id, nonce, attempt, user_id, method, currency, amount_minor, authorized_minor, captured_minor,
+               refunded_minor, status, code, charge_id, version, created_at, updated_at
+          FROM payments
+         WHERE id = ANY($1::bigint[])
+        """,
+        ids,
+    )
+    return {row.id: row for row in rows}
+
+
+LIST_SQL: Final[dict[tuple[bool, bool], str]] = {
+    (by_order, by_user): "".join(
+        (
+            """
+            SELECT id, order_id, nonce, attempt, user_id, method, currency, amount_minor, authorized_minor,
+                   captured_minor, refunded_minor, status, code, charge_id, version, created_at, updated_at
+              FROM payments
+             WHERE id < $1""",
+            " AND order_id = $3 AND ($4::bigint IS NULL OR nonce = $4)" if by_order else "",
+            f" AND user_id = ${5 if by_order else 3}" if by_user else "",
+            " ORDER BY id DESC LIMIT $2",
+        )
+    )
+    for by_order in (False, True)
+    for by_user in (False, True)
+}
+"""By whether an order and whether a user is asked for: each its own statement, so that each has its own plan."""
+
+
+async def list_page(tx: Tx, wanted: ListPayments, limit: int) -> list[PaymentRow]:
+    """Up to `limit` payments, the newest first."""
+    by_order, by_user = wanted.order_id is not None, wanted.user_id is not None
+    return await tx.fetch(
+        PaymentRow,
+        LIST_SQL[by_order, by_user],
+        ABOVE_ALL_IDS if wanted.before is None else wanted.before,
+        limit,
+        *((wanted.order_id, wanted.order_nonce) if by_order else ()),
+        *((wanted.user_id,) if by_user else ()),
+    )
+
+
+COUNT_SQL: Final[dict[tuple[bool, bool], str]] = {
+    (False, False): "SELECT count(*) FROM payments",
+    (False, True): "SELECT count(*) FROM payments WHERE user_id = $1",
+    (True, False): "SELECT count(*) FROM payments WHERE order_id = $1 AND ($2::bigint IS NULL OR nonce = $2)",
+    (True, True): """
+        SELECT count(*) FROM payments WHERE order_id = $1 AND ($2::bigint IS NULL OR nonce = $2) AND user_id = $3
+    """,
+}
+"""By whether an order and whether a user is asked for, as `LIST_SQL`."""
+
+
+async def count(tx: Tx, wanted: ListPayments) -> int:
+    """All payments that a list holds, whatever the page."""
+    by_order, by_user = wanted.order_id is not None, wanted.user_id is not None
+    found = await tx.fetch_values(
+        int,
+        COUNT_SQL[by_order, by_user],
+        *((wanted.order_id, wanted.order_nonce) if by_order else ()),
+        *((wanted.user_id,) if by_user else ()),
+    )
+    return found[0]
