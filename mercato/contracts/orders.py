@@ -1,4 +1,4 @@
-"""Orders: what was bought, at which prices, and what has become of it."""
+"""Orders: what was bought, at which prices, and in which state it is."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ CHANGES: Final = (
     *get_args(Payment),
     *("shipped", "delivered", "returned", "partially_returned", "claimed"),
 )
-"""What an event says of an order: `order.placed`."""
+"""The changes of an order of which events are emitted: `order.placed`, and so on."""
 CancelCode = Literal[
     "requested", "out_of_stock", "payment_declined", "payment_lost", "expired", "stock_lost", "hold_limit"
 ]
 
 PAID: Final = frozenset({"paid", "partially_refunded", "refunded"})
-"""States of a payment whose money was taken, whatever has been given back since."""
+"""States of a payment whose money was taken, whether or not it was refunded since."""
 
 LINES_LIMIT: Final = 100
 QUANTITY_LIMIT: Final = 10_000
@@ -46,11 +46,11 @@ NAMED_BY_SKU: Final = MAX_ID
 NO_USER: Final = MAX_ID
 
 Note = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*\Z", extra=NO_NUL)]
-"""What a customer wants the shop to know about an order. Public: everyone who sees the order reads it."""
+"""A customer's note to the shop about an order. Public: shown to all who may see the order."""
 AccessToken = Annotated[str, Meta(max_length=64)]
-"""Of a guest's order. With a wrong one, the order is not found, as an unknown one is not."""
+"""Of a guest's order. With a wrong token the answer is the one for an unknown order: not found."""
 InternalNote = Annotated[str, Meta(max_length=500)]
-"""What staff note for staff. Customers and guests never read it; a `reason` is for them."""
+"""A note of staff for staff. Customers and guests never see it; a `reason` is for them."""
 
 
 class PlaceLine(Message):
@@ -63,11 +63,11 @@ class PlaceLine(Message):
 class PlaceOrder(Message):
     """One order. Prices come from the catalogue; `expected_total_minor` is what the client showed to the buyer.
 
-    With `payment_method` it is paid at once. Without one, or where that payment is declined, it waits with its stock
-    held until it is paid or its time is over. An order whose total is 0 is paid without a payment.
+    With `payment_method` it is paid at once. Without one, or where that payment is declined, its stock is held until it
+    is paid or expires. An order whose total is 0 is paid without a payment.
 
-    With `idempotency_key`, an account gets one order for one key, for ever: the same answer for the same `fingerprint`
-    of the request, `IdempotencyKeyReused` for another.
+    With `idempotency_key`, an account gets one order for one key, without a time limit: the same answer for the same
+    `fingerprint` of the request, `IdempotencyKeyReused` for another.
     """
 
     user_id: Annotated[int, Meta(ge=1, le=MAX_ID)]
@@ -81,9 +81,9 @@ class PlaceOrder(Message):
     expected_total: AmountText | None = None
     """As `expected_total_minor`, in the currency of the order."""
     guest: bool = False
-    """A guest orders. `user_id` does not count then; it is `NO_USER`, which a service that knows no guests refuses."""
+    """A guest orders. `user_id` is ignored then; it is `NO_USER`, which a service that knows no guests refuses."""
     guest_email: Email | None = None
-    """For staff to read."""
+    """Shown to staff."""
 
 
 class OrderLine(Message):
@@ -105,15 +105,15 @@ class OrderLine(Message):
 
 
 class CancelReason(Message):
-    """Why an order was cancelled, and what a person or a program can make of it."""
+    """Why an order was cancelled: a code for programs, and a message for people."""
 
     code: Open[CancelCode]
     message: str = ""
-    """In the words of the actor who cancelled it; of `hold_limit`, the bound of each product and the way out."""
+    """Written by the actor who cancelled it; of `hold_limit`, the bound of each product and the remedy."""
     provider_code: str | None = None
     """The payment provider's, such as `insufficient_funds`."""
     lines: tuple[ShortLine, ...] = ()
-    """Which lines there was not enough of, and how much there was."""
+    """The lines that were short of stock, with what was available."""
 
 
 class Order(Message):
@@ -134,17 +134,17 @@ class Order(Message):
     """Of a cancelled order."""
     customer_note: str = ""
     waived_minor: int = 0
-    """What of the total is not taken: goods came back before they were paid, or only a part was captured."""
+    """The part of the total that is not taken: goods were returned before they were paid, or a part was captured."""
     guest_email: str | None = None
-    """Of a guest's order, where one was given. For staff alone."""
+    """Of a guest's order, where one was given. Shown to staff only."""
 
 
 class PlacedOrder(Message):
     order: Order
-    """As it was when it was placed, also when the answer is replayed later."""
+    """The order as it was when it was placed, also when the answer is replayed later."""
     replayed: bool = False
     access_token: str | None = None
-    """Of a guest's order: who sends it may see, pay and cancel the order."""
+    """Of a guest's order: a caller that sends it may see, pay and cancel the order."""
 
 
 class GetOrder(Message):
@@ -167,12 +167,12 @@ class ListOrders(Message):
     limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
     created_from: Time | None = None
     created_to: Time | None = None
-    """Those placed from the one time on, and before the other."""
+    """Those placed from `created_from` on, and before `created_to`."""
     currency: str | None = None
     min_total_minor: Annotated[int, Meta(ge=0)] | None = None
     max_total_minor: Annotated[int, Meta(ge=0)] | None = None
     text: Annotated[str, Meta(max_length=200, pattern=r"^[^\x00]*\Z", extra=NO_NUL)] | None = None
-    """Digits alone are an id; any other text stands in the `customer_note`, without case."""
+    """Digits alone are an id; any other text is searched in the `customer_note`, without case."""
     count: bool = False
     """Whether `total` of the page is asked for."""
 
@@ -181,7 +181,7 @@ class OrderPage(Message):
     orders: tuple[Order, ...]
     next_before: int | None = None
     """The `before` of the next page; None on the last. With times, totals or a text, a page that is not the last may
-    have fewer orders than were asked for, also none: `SCANNED_AT_ONCE` orders are looked through for one page."""
+    have fewer orders than were asked for, also none: one page scans at most `SCANNED_AT_ONCE` orders."""
     total: int | None = None
     """All that the filters match, whatever the page; None where it is not asked for, or takes too long to count."""
 
@@ -206,9 +206,9 @@ class CancelOrder(Message):
 
 
 class ClaimOrder(Message):
-    """A guest's order becomes that of the caller's account, whose e-mail address is proven.
+    """The caller's account, whose e-mail address is proven, becomes the owner of a guest's order.
 
-    Of an order with an e-mail address, that address. A repetition by the same account answers with the order.
+    Where the order has an e-mail address, it must be that of the account. A repetition answers with the order.
     """
 
     id: OrderId
@@ -216,20 +216,20 @@ class ClaimOrder(Message):
 
 
 class AwaitOrder(Message):
-    """Waits until nothing is under way for the order: it is paid, cancelled, or waits for its payment itself."""
+    """Waits until no process works on the order: it is paid, cancelled, or waits for its payment."""
 
     id: OrderId
     wait_ms: Annotated[int, Meta(ge=0, le=60_000)]
     access_token: AccessToken | None = None
     refusals: bool = False
     """Whether an order that was refused, and is not paid since, is answered with the reason: `OutOfStock`,
-    `HoldLimit`, `PaymentDeclined` or `OrderCancelled`. Otherwise the answer is the order, whatever it has come to."""
+    `HoldLimit`, `PaymentDeclined` or `OrderCancelled`. Otherwise the answer is the order in whichever state."""
 
 
 class PayOrder(Message):
     """Pays an order that is not paid yet. `expected_total_minor` is what the client thinks is due.
 
-    With an `idempotency_key` a repetition joins the first: it hears of the payment that the first one began.
+    With an `idempotency_key` a repetition joins the first request: it is answered with the payment of the first.
     """
 
     id: OrderId
@@ -248,12 +248,12 @@ class PayOrder(Message):
 
 class PaidOrder(Message):
     payment: PaymentRecord
-    """`pending` where the provider's answer is still not known when the time is over."""
+    """`pending` where the provider's answer is not known before the deadline."""
     replayed: bool = False
 
 
 class GetGuestPayment(Message):
-    """A payment of the guest's order whose access token is sent. Another one is `payments.not_found`."""
+    """A payment of the guest's order whose access token is sent. Any other payment is `payments.not_found`."""
 
     payment_id: OrderId
     access_token: AccessToken
@@ -266,7 +266,7 @@ class MovePayment(Message):
 
 
 class CapturePart(Message):
-    """Captures a payment that was authorized: an amount of it, or all. The rest is given back, and not due any more.
+    """Captures a payment that was authorized: an amount of it, or all. The rest is released, and not due any more.
 
     Once, with one amount: with another one it is `payments.CaptureAmountChanged`.
     """
@@ -279,7 +279,7 @@ class CapturePart(Message):
 
 
 class RefundOrder(Message):
-    """Gives back all that is left of what was paid, or an amount of it. Once for each key, for ever."""
+    """Refunds all that is left of what was paid, or an amount of it. Once for each key, without a time limit."""
 
     payment_id: OrderId
     idempotency_key: str
@@ -290,14 +290,14 @@ class RefundOrder(Message):
     amount: AmountText | None = None
     """As `amount_minor`, in the currency of the order, and before it.
 
-    A service that does not know this field yet must not give back all that is left: the sender also gives
+    A service that does not know this field yet must not refund all that is left: the sender also gives
     `REFUSED_MINOR` as `amount_minor`, which is more than any order has left.
     """
     internal_note: InternalNote = ""
 
 
 class ReturnLine(Message):
-    """So many pieces of one line, which is named by its id, or by its product. Answers name both."""
+    """A quantity of one line, which is named by its id, or by its product. Answers name both."""
 
     quantity: Annotated[int, Meta(ge=1, le=QUANTITY_LIMIT)]
     line_id: Annotated[int, Meta(ge=1, le=LINES_LIMIT)] | None = None
@@ -305,9 +305,9 @@ class ReturnLine(Message):
 
 
 class ReturnOrder(Message):
-    """Takes goods of a delivered order back: they are on the shelf again, and what was paid for them is refunded.
+    """Returns goods of a delivered order: they are restocked, and what was paid for them is refunded.
 
-    Without `lines`, everything that has not come back yet. Once for each key, for ever.
+    Without `lines`, everything that was not returned yet. Once for each key, without a time limit.
     """
 
     id: OrderId
@@ -330,7 +330,7 @@ RefundId = Annotated[
 
 
 class Refund(Message):
-    """One refund, with the goods that came back for it, if any. `pending` until the provider's answer is known."""
+    """One refund, with the goods that were returned for it, if any. `pending` until the provider's answer is known."""
 
     id: str
     order_id: int
@@ -343,24 +343,24 @@ class Refund(Message):
     reason: str
     replayed: bool = False
     payment_id: int | None = None
-    """Of which payment the money is. None where none is given back, and in the answer to a return."""
+    """The payment that is refunded. None where no money is refunded, and in the answer to a return."""
     created_at: datetime.datetime | None = None
     settled_at: datetime.datetime | None = None
     """When the provider's answer was known; None while it is not."""
     actor_role: str = ""
     actor_id: int = 0
-    """Whose request it was. 0 for customers, who are not shown the accounts of staff."""
+    """The account that requested it. 0 for customers, who are not shown the accounts of staff."""
     internal_note: str = ""
     """Empty for customers."""
     asked_minor: int | None = None
-    """The amount that was asked for, or what the returned goods were sold for. None: not known, of a refund that is
-    older than this field."""
+    """The amount that was asked for, or the price of the returned goods. None: not known; the refund is older than
+    this field."""
     limit_reason: str = ""
     """Why `amount_minor` is less than `asked_minor`, in plain words; empty where it is not."""
 
 
 class GetRefund(Message):
-    """One refund or return. The ids `rest` and `cancel` stand for one in each order: they need `order_id`."""
+    """One refund or return. Each order may have one with the id `rest` and one with `cancel`: they need `order_id`."""
 
     id: RefundId
     order_id: OrderId | None = None
@@ -373,13 +373,13 @@ class ListRefunds(Message):
 
 
 class ListPaymentRefunds(Message):
-    """What of one payment was given back."""
+    """The refunds of one payment."""
 
     payment_id: OrderId
 
 
 class RefundList(Message):
-    """By time. Of a cancelled order, also what cancelling it has given back, with the id `cancel`."""
+    """By time. Of a cancelled order, also the refund by which it was cancelled, with the id `cancel`."""
 
     refunds: tuple[Refund, ...]
 
@@ -397,8 +397,8 @@ class GetHistory(Message):
 class OrderChanged(Message):
     """`order.placed`, and `order.<state>` for each state that an axis of the order reaches: the order as it is then.
 
-    A move along two axes at once is told as two events of one version. `order.claimed`: a guest's order has become that
-    of an account.
+    A move along two axes at once emits two events of one version. `order.claimed`: an account has become the owner of a
+    guest's order.
     """
 
     order_id: int
@@ -413,12 +413,12 @@ class OrderChanged(Message):
     version: int
     reason: CancelReason | None = None
     waived_minor: int = 0
-    """What of the total is not taken (`Order`)."""
+    """The part of the total that is not taken (`Order`)."""
     outcome_field: ClassVar = "reason"
 
 
 class Orders(Contract, name="orders"):
-    """Orders, their history, and what is to be done for them. What happens to stock and money is decided here.
+    """Orders, their history, and the requests that change them. Orders decides what happens to stock and money.
 
     Customers place, see, pay and cancel their own; staff see and move all. Guests place, and see, pay and cancel the
     order whose access token they send.

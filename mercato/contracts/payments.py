@@ -1,4 +1,4 @@
-"""Payments: what was paid for an order, and what has been asked of the provider for it."""
+"""Payments: what was paid for an order, and with which operations the provider was called for it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from .roles import SERVICES_ONLY, SIGNED_IN, STAFF_ONLY
 PaymentId = Annotated[int, Meta(ge=1, le=MAX_ID)]
 OrderId = Annotated[int, Meta(ge=1, le=MAX_ID)]
 OrderNonce = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-"""The random part of an order, made when it is placed. With a database restored from a backup ids are used again: what
-has the id of an order and another nonce belongs to another order."""
+"""The random part of an order, made when it is placed. A database that was restored from a backup uses ids again: a
+payment with the id of an order and another nonce belongs to another order."""
 Attempt = Annotated[int, Meta(ge=1, le=10_000)]
 Method = Annotated[
     str,
@@ -38,9 +38,9 @@ Method = Annotated[
         examples=["provider:token"],
     ),
 ]
-"""A token of the provider, with the provider's name before the colon. Card numbers never come here.
+"""A token of the provider, with the provider's name before the colon. Card numbers are never sent here.
 
-Whether there is such a provider, and whether the token may be one of its own, `check_method` says."""
+`check_method` says whether there is such a provider, and whether the token may be one of its own."""
 
 Status = Literal["pending", "failed", "authorized", "voided", "captured", "partially_refunded", "refunded"]
 OperationKind = Literal["authorize", "charge", "capture", "void", "refund"]
@@ -52,8 +52,8 @@ PAGE_LIMIT: Final = 200
 class Payment(Message):
     """One attempt to pay one order. Amounts in minor units of `currency`.
 
-    `pending` until the provider's answer is known; `failed` when it declined; `voided` when the authorization was given
-    back, or ran out before it was captured (`code`). A payment of nothing is never asked for at the provider.
+    `pending` until the provider's answer is known; `failed` when it declined; `voided` when the authorization was
+    voided, or expired before it was captured (`code`). For an amount of 0 the provider is never called.
     """
 
     id: PaymentId
@@ -82,7 +82,7 @@ class CheckMethod(Message):
 
 
 class CheckedMethod(Message):
-    """A method that a provider accepts the look of."""
+    """A method that has the form of one of its provider."""
 
     method: Method
 
@@ -91,8 +91,8 @@ class AuthorizePayment(Message):
     """Reserves an order's total with the provider. Once for each order and attempt.
 
     A repeated request continues where the first one stopped, with the same key at the provider, or answers with the
-    payment as it is by now. A declined card is an answer too: a payment with the status `failed`. With another user,
-    amount, currency or method than the first time it is `AttemptReused`.
+    payment as it is by now. A declined card is no error: the answer is a payment with the status `failed`. With another
+    user, amount, currency or method than the first time it is `AttemptReused`.
     """
 
     order_id: OrderId
@@ -132,7 +132,7 @@ class CapturePayment(Message):
 
 
 class CapturePart(Message):
-    """Takes a part of what was authorized; the provider gives the rest back. Otherwise as `CapturePayment`.
+    """Takes a part of what was authorized; the provider releases the rest. Otherwise as `CapturePayment`.
 
     Once, with one amount: with another one it is `CaptureAmountChanged`. An operation of its own: a service that does
     not know it must not take the whole.
@@ -146,10 +146,10 @@ class CapturePart(Message):
 
 
 class VoidPayment(Message):
-    """Gives an authorization back, after settling an authorize or charge whose result is not known. Once.
+    """Voids an authorization, after settling an authorize or charge whose result is not known. Once.
 
-    For an attempt that never began it leaves a voided payment, a tombstone: an authorize or charge that arrives later,
-    from a process that was taken for dead, is answered with it. A captured payment stays captured, also where this
+    For an attempt that never began it inserts a voided payment, a tombstone: an authorize or charge of a fenced process
+    that arrives later is answered with it. A captured payment stays captured, also where this
     settles its charge: the caller refunds it. `user_id`, `amount_minor` and `currency` are those of the authorize or
     charge.
     """
@@ -165,13 +165,13 @@ class VoidPayment(Message):
 
 
 class RefundPayment(Message):
-    """Gives captured money back. Once for each `reference`."""
+    """Refunds captured money. Once for each `reference`."""
 
     order_id: OrderId
     attempt: Attempt
     amount_minor: Annotated[int, Meta(ge=1)]
     reference: Annotated[str, Meta(min_length=1, max_length=60, pattern=r"^[\x21-\x7e]+\Z")]
-    """What the money is given back for: unique within the order."""
+    """The purpose of the refund: unique within the order."""
     idempotency_key: str
     order_nonce: OrderNonce = 0
 
@@ -181,7 +181,7 @@ class GetPayment(Message):
 
 
 class ListPayments(Message):
-    """Payments by descending id, those before `before`. Customers get their own, whatever they ask for.
+    """Payments by descending id, those before `before`. Customers get only their own.
 
     With `order_id` and `order_nonce`, no payments of another order that had the same id.
     """
@@ -204,7 +204,7 @@ class PaymentPage(Message):
 
 
 class TracePayments(Message):
-    """What was asked of the provider for an order; with `order_nonce`, not for another order that had the same id."""
+    """The operations of an order with the provider; with `order_nonce`, not those of another order with the same id."""
 
     order_id: OrderId
     order_nonce: OrderNonce | None = None
@@ -213,7 +213,7 @@ class TracePayments(Message):
 class PaymentStep(Message):
     """One operation of the provider: `succeeded` or `declined`, or an `intent`, whose result is not known.
 
-    An intent is `unknown` once the provider was called and gave no answer that tells the result.
+    An intent is `unknown` once the provider was called and its answer does not say the result.
     """
 
     payment_id: int
@@ -236,7 +236,7 @@ class PaymentTrace(Message):
 
 
 class AssignPayments(Message):
-    """The payments that a guest made for an order become those of an account, to which the order belongs by now."""
+    """Makes an account, which owns the order by now, the owner of the payments that a guest made for the order."""
 
     order_id: OrderId
     order_nonce: OrderNonce
@@ -265,7 +265,7 @@ class AnotherOrder(ServiceError, code="payments.another_order", kind=Kind.CONFLI
 
 
 class AttemptReused(ServiceError, code="payments.attempt_reused", kind=Kind.CONFLICT):
-    """An attempt of an order stands for one payment. Nothing was or will be done for the request that differs."""
+    """An attempt of an order names one payment. Nothing was or will be done for the request that differs."""
 
     sentence = "Payment {attempt} of order {order_id} was begun with another {field}."
     key_field = "field"
@@ -293,7 +293,7 @@ class AnotherPaymentLive(ServiceError, code="payments.another_live", kind=Kind.C
 
 
 class PaymentStateConflict(ServiceError, code="payments.state_conflict", kind=Kind.CONFLICT):
-    """The payment is not where that operation starts."""
+    """The payment is not in a state where that operation starts."""
 
     sentence = "Payment {payment_id} is {status}: it cannot be {wanted}."
     payment_id: int
@@ -312,7 +312,7 @@ class CaptureTooLarge(MoneyError, code="payments.capture_too_large", kind=Kind.C
 
 
 class CaptureAmountChanged(MoneyError, code="payments.capture_amount_changed", kind=Kind.CONFLICT):
-    """A payment is captured once: with the first amount. To give some of it back, refund it."""
+    """A payment is captured once: with the first amount. To reduce it, refund a part."""
 
     sentence = "Payment {payment_id} is captured with {captured_minor}, not {wanted_minor}."
     key_field = "amount_minor"
@@ -331,7 +331,7 @@ class RefundTooLarge(MoneyError, code="payments.refund_too_large", kind=Kind.CON
 
 
 class RefundDeclined(ServiceError, code="payments.refund_declined", kind=Kind.REFUSED):
-    """The provider does not give the money back, and will not; another `reference` is another try."""
+    """The provider has declined the refund, which is final; another `reference` is another try."""
 
     sentence = "The provider has declined the refund of payment {payment_id}: {reason}."
     payment_id: int
@@ -339,7 +339,7 @@ class RefundDeclined(ServiceError, code="payments.refund_declined", kind=Kind.RE
 
 
 class RefundReferenceReused(MoneyError, code="payments.refund_reference_reused", kind=Kind.CONFLICT):
-    """What a refund is for stands for one amount."""
+    """A reference names one refund, of one amount."""
 
     sentence = "{reference} was used for a refund of {amount_minor}, not {wanted_minor}."
     key_field = "amount_minor"

@@ -1,1 +1,1 @@
-"""Orders: what was bought, at which prices, and what has become of it."""
+"""Orders: what was bought, at which prices, and in which state it is."""

@@ -1,8 +1,8 @@
-"""Checkout: from an order to money, exactly once. Which step is next is decided in `steps.py`; here it is executed.
+"""Checkout: from an order to money, exactly once. `steps.py` decides which step is next; this module executes it.
 
-Each step takes a batch of orders, asks inventory and payments for all of them at once, and saves the outcome in one
+Each step takes a batch of orders, calls inventory and payments for all of them at once, and saves the outcome in one
 transaction: the saga's next step or its end, the move of the order, its history, its events. Every call carries a key
-made of stored data and is executed once by the service that is asked: a step that was cut short runs again.
+made of stored data, and the called service executes it once: a step that was interrupted can run again.
 
 A paid order takes seven transactions, each for a whole batch: place; reserve; record the intent, charge at the bank,
 record the result; commit the stock; save.
@@ -67,7 +67,7 @@ A = TypeVar("A", bound=Message)
 log = structlog.stdlib.get_logger("mercato.orders")
 
 SHOP: Final = Actor(SERVICE_ROLE)
-"""The actor of moves that no client asked for: they follow from the step before."""
+"""The actor of moves that no client asked for: the step before leads to them."""
 
 ORDER_IDS: Final = "orders_id_seq"
 
@@ -80,17 +80,17 @@ faults.declare(
 )
 
 
-class Work(msgspec.Struct):
-    """One order in one step. `decision` is None until an answer decides."""
+class CheckoutRun(msgspec.Struct):
+    """One order in one run of a step. `decision` is None until an answer decides."""
 
     saga: Saga
     record: OrderRecord
     state: Checkout
     decision: Decision | RetryLater | None = None
     payment: PaymentRecord | None = None
-    """Of an unwind: the payment as it is after it was voided or refunded."""
+    """In an unwind: the payment after it was voided or refunded."""
     is_kept: bool = False
-    """Of an unwind: the provider has declined to refund the payment."""
+    """In an unwind: the provider has declined to refund the payment."""
 
     @property
     def id(self) -> int:
@@ -102,7 +102,7 @@ class Work(msgspec.Struct):
 
 
 class CheckoutSteps:
-    """The steps of checkout. `window_s`: until how long after its placing an order can be paid."""
+    """The steps of checkout. `window_s`: how long after its placing an order can be paid."""
 
     def __init__(
         self,
@@ -129,91 +129,91 @@ class CheckoutSteps:
 
     async def reserve(self, sagas: Sequence[Saga]) -> None:
         """Holds the stock, charges where there is a payment to make, and sells the stock."""
-        works = await self._load(sagas)
-        reserved = await self._call("reserve", self._inventory.reserve.many, works, self._reserve)
-        await self._go_on_behind(reserved)
-        for work, answer in reserved:
-            work.decision = steps.after_reserve(work.order, work.state, answer, self._window_s)
-        paying = [work for work in _undecided(works) if work.state.paying]
+        runs = await self._load(sagas)
+        reserved = await self._call("reserve", self._inventory.reserve.many, runs, self._reserve)
+        await self._move_sequence_past(reserved)
+        for run, answer in reserved:
+            run.decision = steps.after_reserve(run.order, run.state, answer, self._window_s)
+        paying = [run for run in _undecided(runs) if run.state.paying]
         await self._pay(paying)
-        for work, answer in await self._call("commit", self._inventory.commit.many, _undecided(works), _commit):
-            work.decision = steps.after_commit(work.order, work.state, answer)
-        await self._save("reserve", works)
+        for run, answer in await self._call("commit", self._inventory.commit.many, _undecided(runs), _commit):
+            run.decision = steps.after_commit(run.order, run.state, answer)
+        await self._save("reserve", runs)
 
     async def settle(self, sagas: Sequence[Saga]) -> None:
         """Sells what is held, and captures what was authorized."""
-        works = await self._load(sagas)
-        for work, answer in await self._call("commit", self._inventory.commit.many, works, _commit):
-            work.decision = steps.after_commit(work.order, work.state, answer)
-        wholes = [work for work in _undecided(works) if work.state.capture_minor is None]
-        parts = [work for work in _undecided(works) if work.state.capture_minor is not None]
-        for work, answer in (
+        runs = await self._load(sagas)
+        for run, answer in await self._call("commit", self._inventory.commit.many, runs, _commit):
+            run.decision = steps.after_commit(run.order, run.state, answer)
+        wholes = [run for run in _undecided(runs) if run.state.capture_minor is None]
+        parts = [run for run in _undecided(runs) if run.state.capture_minor is not None]
+        for run, answer in (
             *await self._call("capture", self._payments.capture.many, wholes, _capture),
             *await self._call("capture", self._payments.capture_part.many, parts, _capture_part),
         ):
-            work.decision = steps.after_capture(work.order, work.state, answer)
-        await self._save("settle", works)
+            run.decision = steps.after_capture(run.order, run.state, answer)
+        await self._save("settle", runs)
 
     async def expire(self, sagas: Sequence[Saga]) -> None:
         """Cancels orders that were not paid in time."""
-        works = await self._load(sagas)
-        for work in works:
-            work.decision = steps.after_waiting(work.state)
-        await self._save("waiting", works)
+        runs = await self._load(sagas)
+        for run in runs:
+            run.decision = steps.after_waiting(run.state)
+        await self._save("waiting", runs)
 
     async def unwind(self, sagas: Sequence[Saga]) -> None:
-        """Undoes what was done for cancelled orders: money first, for it hurts most, then stock."""
-        works = await self._load(sagas)
-        await self._undo_payments(works)
-        released = await self._undo("release", self._inventory.release.many, _undecided(works), _release)
-        for work, reservation in released:
-            work.decision = steps.after_release(reservation)
-        sold = [work for work, reservation in released if reservation.state == "committed" and _lines_to_restock(work)]
+        """Undoes what was done for cancelled orders: the payment first, which hurts customers most, then the stock."""
+        runs = await self._load(sagas)
+        await self._undo_payments(runs)
+        released = await self._undo("release", self._inventory.release.many, _undecided(runs), _release)
+        for run, reservation in released:
+            run.decision = steps.after_release(reservation)
+        sold = [run for run, reservation in released if reservation.state == "committed" and _lines_to_restock(run)]
         await self._undo("restock", self._inventory.restock.many, sold, _restock)
-        for work in _undecided(works):
-            work.decision = steps.after_unwind(work.order, work.state, work.payment, is_kept=work.is_kept)
-        await self._save("unwind", works)
+        for run in _undecided(runs):
+            run.decision = steps.after_unwind(run.order, run.state, run.payment, is_kept=run.is_kept)
+        await self._save("unwind", runs)
 
-    # ------------------------------------------------------------------------------------------------------ their parts
+    # ----------------------------------------------------------------------------------------------- parts of the steps
 
-    async def _load(self, sagas: Sequence[Saga]) -> list[Work]:
+    async def _load(self, sagas: Sequence[Saga]) -> list[CheckoutRun]:
         if missing := [saga.subject_id for saga in sagas if saga.memo is None]:
             async with self._database.read() as tx:
                 found = await read_store.get(tx, missing)
             for saga in sagas:
                 saga.memo = saga.memo or found[saga.subject_id]
-        return [Work(saga, saga.memo, steps.decoded(saga.state)) for saga in sagas]
+        return [CheckoutRun(saga, saga.memo, steps.decoded(saga.state)) for saga in sagas]
 
-    def _reserve(self, work: Work) -> ReserveStock:
+    def _reserve(self, run: CheckoutRun) -> ReserveStock:
         return ReserveStock(
-            order_id=work.id,
-            order_nonce=work.record.nonce,
-            lines=_lines(work.order),
-            for_payment=steps.is_final(work.order, work.state),
-            idempotency_key=f"order:{work.id}:reserve",
-            guest=work.order.user_id == GUEST_USER,
-            customer_bound=self._bound(work),
+            order_id=run.id,
+            order_nonce=run.record.nonce,
+            lines=_lines(run.order),
+            for_payment=steps.is_final(run.order, run.state),
+            idempotency_key=f"order:{run.id}:reserve",
+            guest=run.order.user_id == GUEST_USER,
+            customer_bound=self._bound(run),
         )
 
-    def _bound(self, work: Work) -> CustomerBound | None:
-        limits = self._limits.staff if work.state.by_staff else self._limits.customers
-        if work.record.open_units is None or not limits.bounds_units:
+    def _bound(self, run: CheckoutRun) -> CustomerBound | None:
+        limits = self._limits.staff if run.state.by_staff else self._limits.customers
+        if run.record.open_units is None or not limits.bounds_units:
             return None
-        return CustomerBound(units=limits.held_units, share_percent=limits.held_percent, before=work.record.open_units)
+        return CustomerBound(units=limits.held_units, share_percent=limits.held_percent, before=run.record.open_units)
 
-    async def _pay(self, works: Sequence[Work]) -> None:
-        charging = [work for work in works if work.state.capture]
+    async def _pay(self, runs: Sequence[CheckoutRun]) -> None:
+        charging = [run for run in runs if run.state.capture]
         charged = await self._call("charge", self._payments.charge.many, charging, _charge)
-        for work, answer in charged:
-            work.decision = steps.after_charge(work.order, work.state, answer, self._window_s)
-        authorizing = [work for work in works if not work.state.capture]
+        for run, answer in charged:
+            run.decision = steps.after_charge(run.order, run.state, answer, self._window_s)
+        authorizing = [run for run in runs if not run.state.capture]
         authorized = await self._call("authorize", self._payments.authorize.many, authorizing, _authorize)
-        for work, answer in authorized:
-            work.decision = steps.after_authorize(work.order, work.state, answer, self._window_s)
-        await self._go_on_behind([*charged, *authorized])
+        for run, answer in authorized:
+            run.decision = steps.after_authorize(run.order, run.state, answer, self._window_s)
+        await self._move_sequence_past([*charged, *authorized])
 
-    async def _go_on_behind(self, answers: Sequence[tuple[Work, Message | ServiceError]]) -> None:
-        """Gives no id again that another service knows: the database of orders was restored from an older backup."""
+    async def _move_sequence_past(self, answers: Sequence[tuple[CheckoutRun, Message | ServiceError]]) -> None:
+        """Moves the ids past those that other services know: this database was restored from an older backup."""
         refused = [a for _, a in answers if isinstance(a, (StockOfAnotherOrder, PaymentOfAnotherOrder))]
         if not refused:
             return
@@ -225,81 +225,81 @@ class CheckoutSteps:
                 "sequence_moved", owner="orders", sequence=ORDER_IDS, known_by=by, next_id=next_id, known_id=known_id
             )
 
-    async def _undo_payments(self, works: Sequence[Work]) -> None:
-        """Voids payments whose end is not known, which settles them first, and refunds those that were captured."""
+    async def _undo_payments(self, runs: Sequence[CheckoutRun]) -> None:
+        """Voids payments whose result is not known, which settles them first, and refunds those that were captured."""
         # Without a method this checkout has begun no payment; earlier ones have ended.
-        open_ = [work for work in works if work.order.payment not in rules.REFUNDABLE and work.state.method is not None]
-        for work, payment in await self._undo("void", self._payments.void.many, open_, _void):
-            work.payment = payment
-        captured = [work for work in _undecided(works) if _minor_to_refund(work)]
-        for work, answer in await self._call("refund", self._payments.refund.many, captured, _refund):
+        open_ = [run for run in runs if run.order.payment not in rules.REFUNDABLE and run.state.method is not None]
+        for run, payment in await self._undo("void", self._payments.void.many, open_, _void):
+            run.payment = payment
+        captured = [run for run in _undecided(runs) if _minor_to_refund(run)]
+        for run, answer in await self._call("refund", self._payments.refund.many, captured, _refund):
             if not isinstance(answer, ServiceError):
-                work.payment = answer
+                run.payment = answer
             elif isinstance(answer, RefundDeclined):
-                # For good: the stock is released all the same, and people have to settle the money (M5).
-                work.is_kept = True
-                log.error("cancelled_order_keeps_money", order_id=work.id, payment_id=answer.payment_id)
+                # Final: the stock is released nevertheless, and staff settle the money (the audit reports it, M5).
+                run.is_kept = True
+                log.error("cancelled_order_keeps_money", order_id=run.id, payment_id=answer.payment_id)
             else:
-                work.decision = RetryLater(answer.code)
+                run.decision = RetryLater(answer.code)
 
     async def _call(
         self,
         what: str,
         call: Callable[[Sequence[Q]], Awaitable[Sequence[A | ServiceError]]],
-        works: Sequence[Work],
-        request: Callable[[Work], Q],
-    ) -> list[tuple[Work, A | ServiceError]]:
-        """Asks for all of them in one call; gives each with its answer."""
-        if not works:
+        runs: Sequence[CheckoutRun],
+        request: Callable[[CheckoutRun], Q],
+    ) -> list[tuple[CheckoutRun, A | ServiceError]]:
+        """Calls another service once for all of them; gives each with its answer."""
+        if not runs:
             return []
         await faults.point(f"checkout.{what}.before_call")
-        answers = await call([request(work) for work in works])
+        answers = await call([request(run) for run in runs])
         await faults.point(f"checkout.{what}.after_call")
-        return list(zip(works, answers, strict=True))
+        return list(zip(runs, answers, strict=True))
 
     async def _undo(
         self,
         what: str,
         call: Callable[[Sequence[Q]], Awaitable[Sequence[A | ServiceError]]],
-        works: Sequence[Work],
-        request: Callable[[Work], Q],
-    ) -> list[tuple[Work, A]]:
-        """Undoes one thing; gives those that are undone. The others are tried again: all of it can be repeated.
+        runs: Sequence[CheckoutRun],
+        request: Callable[[CheckoutRun], Q],
+    ) -> list[tuple[CheckoutRun, A]]:
+        """Undoes one thing; gives those that are undone. The others are tried again: each call can be repeated.
 
-        What another service holds for an earlier order with the same id is left alone: there is nothing to undo.
+        Nothing is undone where the other service answers for an earlier order that had the same id.
         """
-        undone: list[tuple[Work, A]] = []
-        for work, answer in await self._call(what, call, works, request):
+        undone: list[tuple[CheckoutRun, A]] = []
+        for run, answer in await self._call(what, call, runs, request):
             if not isinstance(answer, ServiceError):
-                undone.append((work, answer))
+                undone.append((run, answer))
             elif not isinstance(answer, (StockOfAnotherOrder, PaymentOfAnotherOrder)):
-                work.decision = RetryLater(answer.code)
+                run.decision = RetryLater(answer.code)
         return undone
 
-    async def _save(self, step: str, works: Sequence[Work]) -> None:
+    async def _save(self, step: str, runs: Sequence[CheckoutRun]) -> None:
         """Writes the decisions, and moves the orders, in one transaction."""
-        by_key = {work.saga.key: work for work in works}
-        async with self._runner.saving([(work.saga, self._next(work)) for work in works]) as (tx, kept):
+        by_key = {run.saga.key: run for run in runs}
+        async with self._runner.saving([(run.saga, self._next(run)) for run in runs]) as (tx, kept):
             moves = [move for saga, _ in kept if (move := _move(by_key[saga.key]))]
             moved = await store.move(tx, moves, SHOP) if moves else []
-            assert all(moved), "status and payment of an order move under the lock of its saga only"
+            assert all(moved), "status and payment of an order move under the lock of its saga alone"
             if step == "unwind":
                 await _emit_refunded(tx, [(o, m.refunded_minor) for o, m in zip(moved, moves, strict=True) if o])
             await faults.point(f"checkout.{step}.before_commit")
         for order in moved:
             if order:
-                work = by_key[order.id, CHECKOUT, ""]
-                work.saga.memo = msgspec.structs.replace(work.record, order=order)
+                run = by_key[order.id, CHECKOUT, ""]
+                run.saga.memo = msgspec.structs.replace(run.record, order=order)
         await faults.point(f"checkout.{step}.after_commit")
 
-    def _next(self, work: Work) -> Next:
-        decision = work.decision
+    def _next(self, run: CheckoutRun) -> Next:
+        decision = run.decision
         assert decision is not None, "a step left an order without a decision"
         if isinstance(decision, RetryLater):
-            return self._runner.retry_later(work.saga, decision.not_before)
+            return self._runner.retry_later(run.saga, decision.not_before)
         return Next(
             decision.step,
-            work.saga.state if decision.state is work.state else steps.encoded(decision.state),
+            run.saga.state if decision.state is run.state else steps.encoded(decision.state),
             running=decision.running,
             wake_s=decision.wake_s,
             wake_at=decision.wake_at,
@@ -307,12 +307,12 @@ class CheckoutSteps:
         )
 
 
-def _undecided(works: Sequence[Work]) -> list[Work]:
-    return [work for work in works if work.decision is None]
+def _undecided(runs: Sequence[CheckoutRun]) -> list[CheckoutRun]:
+    return [run for run in runs if run.decision is None]
 
 
 async def _emit_refunded(tx: Tx, orders: Sequence[tuple[Order, int]]) -> None:
-    """Of cancelled orders with what was given back for it, in minor units."""
+    """Emits the events of refunds by cancelling. `orders`: each with the refunded amount in minor units."""
     refunded = [(order, amount_minor) for order, amount_minor in orders if amount_minor]
     if not refunded:
         return
@@ -320,12 +320,12 @@ async def _emit_refunded(tx: Tx, orders: Sequence[tuple[Order, int]]) -> None:
     money_store.emit_refunded(tx, [Refunded(o, CANCEL, amount_minor, actors[o.id]) for o, amount_minor in refunded])
 
 
-def _move(work: Work) -> store.Move | None:
-    decision = work.decision
+def _move(run: CheckoutRun) -> store.Move | None:
+    decision = run.decision
     if not isinstance(decision, Decision) or not (decision.status or decision.payment):
         return None
-    is_on_account = work.state.on_account and decision.status == "confirmed"
-    order = work.order
+    is_on_account = run.state.on_account and decision.status == "confirmed"
+    order = run.order
     is_waiving = decision.waived_minor is not None and decision.waived_minor != order.waived_minor
     if is_waiving:
         order = msgspec.structs.replace(order, waived_minor=decision.waived_minor)
@@ -337,10 +337,10 @@ def _move(work: Work) -> store.Move | None:
         reason=decision.reason,
         refunded_minor=decision.refunded_minor,
         note=decision.note,
-        actor=Actor(STAFF, work.state.confirmed_by) if is_on_account else None,
+        actor=Actor(STAFF, run.state.confirmed_by) if is_on_account else None,
         on_account=is_on_account,
-        epoch=work.saga.epoch,
-        tries=work.saga.tries,
+        epoch=run.saga.epoch,
+        tries=run.saga.tries,
     )
 
 
@@ -351,108 +351,108 @@ def _lines(order: Order) -> tuple[StockLine, ...]:
     return tuple([StockLine(product_id=line.product_id, quantity=line.quantity) for line in order.lines])
 
 
-def _lines_to_restock(work: Work) -> tuple[StockLine, ...]:
-    """What of a sold order was not returned yet."""
+def _lines_to_restock(run: CheckoutRun) -> tuple[StockLine, ...]:
+    """The lines of a sold order that were not returned yet."""
     return tuple(
         StockLine(product_id=line.product_id, quantity=line.quantity - line.returned)
-        for line in work.order.lines
+        for line in run.order.lines
         if line.quantity > line.returned
     )
 
 
-def _minor_to_refund(work: Work) -> int:
-    """What was captured and not refunded: of a paid order as it says itself, else as its payment says."""
-    if work.order.payment in rules.REFUNDABLE:
-        return rules.payable_minor(work.order) - work.order.refunded_minor
-    return work.payment.captured_minor - work.payment.refunded_minor if work.payment else 0
+def _minor_to_refund(run: CheckoutRun) -> int:
+    """The amount that was captured and not refunded: as a paid order records it, else as its payment does."""
+    if run.order.payment in rules.REFUNDABLE:
+        return rules.payable_minor(run.order) - run.order.refunded_minor
+    return run.payment.captured_minor - run.payment.refunded_minor if run.payment else 0
 
 
-def _charge(work: Work) -> ChargePayment:
-    assert work.state.method is not None
+def _charge(run: CheckoutRun) -> ChargePayment:
+    assert run.state.method is not None
     return ChargePayment(
-        order_id=work.id,
-        order_nonce=work.record.nonce,
-        attempt=work.state.attempt,
-        user_id=work.order.user_id,
-        amount_minor=rules.payable_minor(work.order),
-        currency=work.order.currency,
-        method=work.state.method,
-        idempotency_key=f"order:{work.id}:charge:{work.state.attempt}",
+        order_id=run.id,
+        order_nonce=run.record.nonce,
+        attempt=run.state.attempt,
+        user_id=run.order.user_id,
+        amount_minor=rules.payable_minor(run.order),
+        currency=run.order.currency,
+        method=run.state.method,
+        idempotency_key=f"order:{run.id}:charge:{run.state.attempt}",
     )
 
 
-def _authorize(work: Work) -> AuthorizePayment:
-    assert work.state.method is not None
+def _authorize(run: CheckoutRun) -> AuthorizePayment:
+    assert run.state.method is not None
     return AuthorizePayment(
-        order_id=work.id,
-        order_nonce=work.record.nonce,
-        attempt=work.state.attempt,
-        user_id=work.order.user_id,
-        amount_minor=rules.payable_minor(work.order),
-        currency=work.order.currency,
-        method=work.state.method,
-        idempotency_key=f"order:{work.id}:authorize:{work.state.attempt}",
+        order_id=run.id,
+        order_nonce=run.record.nonce,
+        attempt=run.state.attempt,
+        user_id=run.order.user_id,
+        amount_minor=rules.payable_minor(run.order),
+        currency=run.order.currency,
+        method=run.state.method,
+        idempotency_key=f"order:{run.id}:authorize:{run.state.attempt}",
     )
 
 
-def _commit(work: Work) -> CommitStock:
-    return CommitStock(order_id=work.id, order_nonce=work.record.nonce, idempotency_key=f"order:{work.id}:commit")
+def _commit(run: CheckoutRun) -> CommitStock:
+    return CommitStock(order_id=run.id, order_nonce=run.record.nonce, idempotency_key=f"order:{run.id}:commit")
 
 
-def _capture(work: Work) -> CapturePayment:
+def _capture(run: CheckoutRun) -> CapturePayment:
     return CapturePayment(
-        order_id=work.id,
-        order_nonce=work.record.nonce,
-        attempt=work.state.attempt,
-        idempotency_key=f"order:{work.id}:capture:{work.state.attempt}",
+        order_id=run.id,
+        order_nonce=run.record.nonce,
+        attempt=run.state.attempt,
+        idempotency_key=f"order:{run.id}:capture:{run.state.attempt}",
     )
 
 
-def _capture_part(work: Work) -> CapturePart:
-    assert work.state.capture_minor is not None
+def _capture_part(run: CheckoutRun) -> CapturePart:
+    assert run.state.capture_minor is not None
     return CapturePart(
-        order_id=work.id,
-        order_nonce=work.record.nonce,
-        attempt=work.state.attempt,
-        amount_minor=work.state.capture_minor,
-        idempotency_key=f"order:{work.id}:capture:{work.state.attempt}",
+        order_id=run.id,
+        order_nonce=run.record.nonce,
+        attempt=run.state.attempt,
+        amount_minor=run.state.capture_minor,
+        idempotency_key=f"order:{run.id}:capture:{run.state.attempt}",
     )
 
 
-def _void(work: Work) -> VoidPayment:
-    assert work.state.method is not None
+def _void(run: CheckoutRun) -> VoidPayment:
+    assert run.state.method is not None
     return VoidPayment(
-        order_id=work.id,
-        order_nonce=work.record.nonce,
-        attempt=work.state.attempt,
-        user_id=work.order.user_id,
-        amount_minor=rules.payable_minor(work.order),
-        currency=work.order.currency,
-        method=work.state.method,
-        idempotency_key=f"order:{work.id}:void:{work.state.attempt}",
+        order_id=run.id,
+        order_nonce=run.record.nonce,
+        attempt=run.state.attempt,
+        user_id=run.order.user_id,
+        amount_minor=rules.payable_minor(run.order),
+        currency=run.order.currency,
+        method=run.state.method,
+        idempotency_key=f"order:{run.id}:void:{run.state.attempt}",
     )
 
 
-def _refund(work: Work) -> RefundPayment:
+def _refund(run: CheckoutRun) -> RefundPayment:
     return RefundPayment(
-        order_id=work.id,
-        order_nonce=work.record.nonce,
-        attempt=work.state.attempt,
-        amount_minor=_minor_to_refund(work),
+        order_id=run.id,
+        order_nonce=run.record.nonce,
+        attempt=run.state.attempt,
+        amount_minor=_minor_to_refund(run),
         reference=CANCEL,
-        idempotency_key=f"order:{work.id}:refund:cancel",
+        idempotency_key=f"order:{run.id}:refund:cancel",
     )
 
 
-def _release(work: Work) -> ReleaseStock:
-    return ReleaseStock(order_id=work.id, order_nonce=work.record.nonce, idempotency_key=f"order:{work.id}:release")
+def _release(run: CheckoutRun) -> ReleaseStock:
+    return ReleaseStock(order_id=run.id, order_nonce=run.record.nonce, idempotency_key=f"order:{run.id}:release")
 
 
-def _restock(work: Work) -> ReturnStock:
+def _restock(run: CheckoutRun) -> ReturnStock:
     return ReturnStock(
-        order_id=work.id,
-        order_nonce=work.record.nonce,
-        lines=_lines_to_restock(work),
+        order_id=run.id,
+        order_nonce=run.record.nonce,
+        lines=_lines_to_restock(run),
         reference="cancel",
-        idempotency_key=f"order:{work.id}:restock:cancel",
+        idempotency_key=f"order:{run.id}:restock:cancel",
     )

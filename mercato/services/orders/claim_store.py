@@ -1,4 +1,4 @@
-"""The SQL statement that gives a guest's order to an account."""
+"""The SQL statement that makes an account the owner of a guest's order."""
 
 from __future__ import annotations
 

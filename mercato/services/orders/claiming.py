@@ -1,9 +1,9 @@
 """A guest's order becomes that of an account.
 
-Who claims it sends its access token, is signed in to an account whose e-mail address is proven, and where the order has
-an address, it is that one. The order changes its owner in one transaction under its lock, so that of two claims one
-wins; from then on the access token opens nothing. The payments that the guest made follow by a saga of one step, which
-also goes on where this process dies.
+The caller sends the order's access token, and is signed in to an account with a proven e-mail address; where the order
+has an address, it is that one. The order changes its owner in one transaction under its lock, so that of two claims one
+succeeds; from then on the access token opens nothing. A saga of one step assigns the payments that the guest made; a
+sweeper continues it where this process dies.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import msgspec
 from mercato.chassis.contract import Actor, Forbidden, ServiceError, as_service, current
 from mercato.chassis.mail import addresses
 from mercato.chassis.observability import faults
-from mercato.chassis.postgres.database import Database, Tx
+from mercato.chassis.postgres.database import Database
 from mercato.chassis.sagas import store as saga
 from mercato.chassis.sagas.runner import Runner
 from mercato.chassis.sagas.store import Next, Saga
@@ -28,7 +28,7 @@ from mercato.contracts.users import GetUser, Users
 
 from . import claim_store, read_store
 from .guests import Guests
-from .locking import Locked, in_lock
+from .locking import locked_order
 from .paying import ANSWER_SECONDS, Paying
 
 CLAIM: Final = "claim"
@@ -40,7 +40,7 @@ faults.declare(
 
 
 class Assigning(msgspec.Struct, frozen=True):
-    """What the saga remembers: to whom the payments go."""
+    """The state of the saga: the account that gets the payments."""
 
     user_id: int
 
@@ -89,20 +89,17 @@ class Claiming:
             raise AnotherEmail(order_id=order.id)
 
     async def _change_owner(self, order_id: int, actor: Actor) -> None:
-        async def work(tx: Tx, locked: Locked) -> Saga | None:
-            if _is_owned(locked.order, actor):
-                return None  # by a repetition of this request
-            locked.check_idle()  # what is at work has read whose the order is
-            await claim_store.claim(tx, order_id, actor)
-            started = Saga((order_id, CLAIM, ""), "assign", msgspec.json.encode(Assigning(actor.id)).decode())
-            await saga.start(tx, [started], self._runner.driver)
-            await faults.point("orders.claim.before_commit")
-            return started
-
-        with as_service():  # neither a guest any more nor the owner yet
-            started = await in_lock(self._database, order_id, work)
+        started = Saga((order_id, CLAIM, ""), "assign", msgspec.json.encode(Assigning(actor.id)).decode())
+        with as_service():  # the caller is not the guest any more, and not the owner yet
+            async with locked_order(self._database, order_id) as (tx, locked):
+                is_owned = _is_owned(locked.order, actor)  # by a repetition of this request
+                if not is_owned:
+                    locked.check_idle()  # a driver at work has read the owner of the order
+                    await claim_store.claim(tx, order_id, actor)
+                    await saga.start(tx, [started], self._runner.driver)
+                    await faults.point("orders.claim.before_commit")
         await faults.point("orders.claim.after_commit")
-        if started is not None:
+        if not is_owned:
             self._runner.drive([started])
 
     async def _assign(self, sagas: Sequence[Saga]) -> None:

@@ -1,8 +1,8 @@
-"""Guests: who ordered without an account, and shows so with the access token of the order.
+"""Guests: callers who order without an account. The access token of an order identifies its guest.
 
 The token is an HMAC (SHA-256) of the order's id and nonce under a key of this service: nothing is stored, a replay
-answers with the same token, and a restored database that gives an id to another order gives it another token, for its
-nonce is another (`placing.py`). With another secret of the shop all tokens are void.
+answers with the same token. Where a restored database gives an id to another order, that one gets another token, since
+its nonce is another (`placing.py`). With another secret of the shop all tokens are void.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class Guests:
         return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
     def admits(self, record: OrderRecord | None, access_token: str | None) -> bool:
-        """Whether this is the token of an order that is there, and a guest's."""
+        """Whether the order exists and is a guest's, and this is its token."""
         if record is None or access_token is None or record.order.user_id != GUEST_USER:
             return False
         return self.is_token_of(record, access_token)
 
     def is_token_of(self, record: OrderRecord, access_token: str) -> bool:
-        """Whether the token was made for the order, which an account may own by now. Compared in constant time."""
+        """Whether the token was made for the order, which an account may own by now. Compares in constant time."""
         return hmac.compare_digest(self.access_token(record.id, record.nonce).encode(), access_token.encode())
 
     async def admitted(self, order_id: int, access_token: str) -> OrderRecord:
@@ -62,8 +62,8 @@ class Guests:
     async def acting(self, order_id: int, access_token: str | None) -> AsyncGenerator[None]:
         """Calls in this block are made by the guest of an order; without a token, by their caller.
 
-        Raises `OrderNotFound` for a wrong token. One that is right stays so until the order is claimed; a caller that
-        was let in before finds no order then (`rules.visible`).
+        Raises `OrderNotFound` for a wrong token. A token is valid until the order is claimed; a caller that was
+        admitted before does not find the order after that (`rules.visible`).
         """
         if access_token is None:
             yield
@@ -74,5 +74,5 @@ class Guests:
 
 
 def without_email(order: Order) -> Order:
-    """The order as all but staff see it."""
+    """The order as callers other than staff see it."""
     return order if order.guest_email is None else msgspec.structs.replace(order, guest_email=None)

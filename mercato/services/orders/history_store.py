@@ -1,4 +1,4 @@
-"""The SQL statements that read what has become of orders."""
+"""The SQL statements that read the history of orders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class HistoryRow(Row):
 
 
 async def history(tx: Tx, order_id: int) -> list[HistoryRow]:
-    """A row a transition, in order."""
+    """One row for each transition, in order."""
     return await tx.fetch(
         HistoryRow,
         """
@@ -48,7 +48,7 @@ class CancelledByRow(Row):
 
 
 async def cancelled_by(tx: Tx, order_ids: Sequence[int]) -> dict[int, Actor]:
-    """Who has cancelled each of these orders, by id."""
+    """The actor that cancelled each of these orders, by id of the order."""
     rows = await tx.fetch(
         CancelledByRow,
         """

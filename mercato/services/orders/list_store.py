@@ -1,8 +1,8 @@
 """The SQL statements of lists of orders: one for each combination of filters that have an index.
 
-Times, totals and texts have none, for it would be written with each order that is placed. Ids rise with the time of
-placing: a range of times is a range of ids, whose ends are found by halving. In it, a page looks through so many orders
-and no more, and the next goes on behind them.
+Times, totals and texts have no index, since each order that is placed would have to write it. Ids rise with the time of
+placing: a range of times is a range of ids, whose ends a bisection finds. A page scans at most `SCANNED_AT_ONCE` orders
+of that range, and the next page continues after them.
 """
 
 from __future__ import annotations
@@ -23,45 +23,50 @@ from .read_store import COLUMNS, OrderRow, record_of
 ABOVE_ALL_IDS: Final = MAX_ID + 1
 
 
+Filters = tuple[bool, bool, str | None, str | None, str | None]
+"""Whether by user, whether by product; and by which status, payment, fulfilment."""
+
+
 def _list_statements(columns: str) -> dict[Filters, str]:
     """One statement for each combination of filters: a list of orders by their `columns`; without any, their number.
 
-    The states stand in it as constants. With `($1 IS NULL OR status = $1)` PostgreSQL soon makes one plan for all
-    values, reads orders from the newest on and filters: the whole table for a customer with one order. With a constant
-    it knows how rare a state is, also in a plan that is made once.
+    The states are constants in it. With `($1 IS NULL OR status = $1)` PostgreSQL soon makes one plan for all values,
+    reads orders from the newest on and filters: the whole table for a customer with one order. With a constant it knows
+    how rare a state is, also in a plan that is made once.
     """
     statuses, payments, fulfilments = ([None, *rules.AXES[axis]] for axis in ("status", "payment", "fulfilment"))
-    return {
-        (by_user, by_product, status, payment, fulfilment): "".join(
-            (
-                f"SELECT {columns} FROM " if columns else "SELECT count(*) FROM (SELECT 1 FROM ",  # noqa: S608  # of constants alone
-                # The orders of a product, the newest first, each looked up: never a sort of all of them.
-                "order_products p CROSS JOIN LATERAL (SELECT * FROM orders WHERE id = p.order_id LIMIT 1) o "
-                "WHERE p.order_id < $1 AND p.product_id = $4"
-                if by_product and not by_user
-                else "orders o WHERE o.id < $1",
-                # Of a user, the other way round: users have few orders, a product may have most of them.
-                " AND (SELECT true FROM order_products WHERE product_id = $4 AND order_id = o.id LIMIT 1)"
-                if by_product and by_user
-                else "",
-                # A parameter that the statement does not use has no type: it is named in all of them.
-                " AND o.user_id = $3" if by_user else " AND $3::bigint IS NULL",
-                "" if by_product else " AND $4::bigint IS NULL",
-                f" AND o.status = '{status}'" if status else "",
-                f" AND o.payment = '{payment}'" if payment else "",
-                f" AND o.fulfilment = '{fulfilment}'" if fulfilment else "",
-                f" ORDER BY {'p.order_id' if by_product and not by_user else 'o.id'} DESC" if columns else "",
-                " LIMIT $2" if columns else " LIMIT $2) AS matched",
-            )
-        )
-        for by_user, by_product, status, payment, fulfilment in itertools.product(
-            (False, True), (False, True), statuses, payments, fulfilments
-        )
-    }
+    combinations = itertools.product((False, True), (False, True), statuses, payments, fulfilments)
+    return {filters: _list_statement(columns, filters) for filters in combinations}
 
 
-Filters = tuple[bool, bool, str | None, str | None, str | None]
-"""Whether by user, whether by product; and by which status, payment, fulfilment."""
+def _list_statement(columns: str, filters: Filters) -> str:
+    by_user, by_product, status, payment, fulfilment = filters
+    source, order_id = "orders o WHERE o.id < $1", "o.id"
+    if by_product and by_user:
+        # Users have few orders, a product may have most of them: the orders of the user are filtered by the product.
+        source += " AND (SELECT true FROM order_products WHERE product_id = $4 AND order_id = o.id LIMIT 1)"
+    elif by_product:
+        # The orders of a product, the newest first, each read by its id: never a sort of all of them.
+        source, order_id = (
+            "order_products p CROSS JOIN LATERAL (SELECT * FROM orders WHERE id = p.order_id LIMIT 1) o "
+            "WHERE p.order_id < $1 AND p.product_id = $4",
+            "p.order_id",
+        )
+    matched = "".join(
+        (
+            source,
+            # A parameter that a statement does not use has no type: each statement names all of them.
+            " AND o.user_id = $3" if by_user else " AND $3::bigint IS NULL",
+            "" if by_product else " AND $4::bigint IS NULL",
+            f" AND o.status = '{status}'" if status else "",
+            f" AND o.payment = '{payment}'" if payment else "",
+            f" AND o.fulfilment = '{fulfilment}'" if fulfilment else "",
+        )
+    )
+    if columns:
+        return f"SELECT {columns} FROM {matched} ORDER BY {order_id} DESC LIMIT $2"  # noqa: S608  # of constants alone
+    return f"SELECT count(*) FROM (SELECT 1 FROM {matched} LIMIT $2) AS matched"  # noqa: S608  # of constants alone
+
 
 LIST_SQL: Final[dict[Filters, str]] = _list_statements(COLUMNS)
 COUNT_SQL: Final[dict[Filters, str]] = _list_statements("")
@@ -82,7 +87,7 @@ async def list_page(tx: Tx, wanted: ListOrders, limit: int) -> list[Order]:
 
 
 async def count(tx: Tx, wanted: ListOrders) -> int:
-    """All orders that a list holds, whatever the page."""
+    """The number of all orders that match, whatever the page."""
     if is_scanned(wanted):
         return await _count_scanned(tx, msgspec.structs.replace(wanted, before=None))
     by_user, by_product = wanted.user_id is not None, wanted.product_id is not None
@@ -100,7 +105,7 @@ async def count(tx: Tx, wanted: ListOrders) -> int:
 # ----------------------------------------------------------------------------------------- times, totals and texts
 
 SKEW: Final = datetime.timedelta(minutes=1)
-"""An order has the time at which its transaction began, and an id of a moment later: so far apart at most."""
+"""An order has the time at which its transaction began, and its id is drawn later: at most so much later."""
 
 
 def is_scanned(wanted: ListOrders) -> bool:
@@ -147,7 +152,7 @@ COUNT_SCANNED_SQL: Final[dict[bool, str]] = {
 
 
 async def scan_page(tx: Tx, wanted: ListOrders, limit: int) -> tuple[list[Order], int | None]:
-    """Up to `limit` orders, the newest first, of the next `SCANNED_AT_ONCE`; and the last of these, if more follow."""
+    """Up to `limit` orders of the next `SCANNED_AT_ONCE`, the newest first; and their last id, if more follow."""
     by_user, (below, above, text) = wanted.user_id is not None, await _bounds(tx, wanted)
     ends = await tx.fetch_values(int, LAST_SCANNED_SQL[by_user], below, above, wanted.user_id, SCANNED_AT_ONCE - 1)
     rows = await tx.fetch(
@@ -171,7 +176,7 @@ async def _count_scanned(tx: Tx, wanted: ListOrders) -> int:
 
 
 async def _bounds(tx: Tx, wanted: ListOrders) -> tuple[int, int, str | None]:
-    """Below and above which ids all orders of a list are, and which text they have to have besides."""
+    """The ids below and above which all orders of a list are, and the text that their notes have to contain."""
     below, above, text = ABOVE_ALL_IDS if wanted.before is None else wanted.before, 0, wanted.text
     if text is not None and text.isascii() and text.isdigit():
         found = int(text) if len(text) <= len(str(MAX_ID)) else ABOVE_ALL_IDS
@@ -184,7 +189,7 @@ async def _bounds(tx: Tx, wanted: ListOrders) -> tuple[int, int, str | None]:
 
 
 def _filters(wanted: ListOrders, text: str | None) -> tuple[object, ...]:
-    """What `_MATCHED` takes from its third value on."""
+    """The parameters of `_MATCHED` from the third on."""
     return (
         wanted.user_id,
         wanted.product_id,
@@ -202,8 +207,8 @@ def _filters(wanted: ListOrders, text: str | None) -> tuple[object, ...]:
 
 async def _last_until(tx: Tx, time: datetime.datetime) -> int:
     """The last id of the orders until a time; 0 where there is none."""
-    # Orders up to `low` are of that time or before, those from `high` on after it. Each round looks at the first order
-    # of the upper half, and halves what is between: ids have 53 bits.
+    # Orders up to `low` are of that time or before, those from `high` on after it. Each iteration reads the first order
+    # of the upper half, and halves the range between: ids have 53 bits.
     found = await tx.fetch_values(
         int,
         """

@@ -1,14 +1,15 @@
 """An order and its checkout, locked for a request: no driver saves, and no other request moves it, meanwhile.
 
-One lock order, for every transaction of this service: the saga if there is one, then the order. A request that finds no
-saga locks the order and looks for a saga again: sagas of an order are made under its lock, so that none can appear from
-then on. Where one has appeared in between, the request lets go of the order and begins again.
+Every transaction of this service locks in one order: the saga if there is one, then the order. A request that finds no
+saga locks the order and reads the saga again: sagas of an order are inserted under its lock, so that none can appear
+from then on. Where one has appeared in between, the request rolls back and begins again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Final, TypeVar
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import Final
 
 import msgspec
 
@@ -23,10 +24,8 @@ from . import read_store, rules
 from .read_store import OrderRecord
 from .steps import CHECKOUT, Checkout
 
-T = TypeVar("T")
-
-ROUNDS: Final = 20
-"""Each needs a checkout that begins and ends in the middle of this request."""
+TRIES: Final = 20
+"""A try fails only where a checkout begins between its two reads of the saga."""
 
 
 class Locked(msgspec.Struct, frozen=True):
@@ -41,29 +40,31 @@ class Locked(msgspec.Struct, frozen=True):
         return self.record.order
 
     def check_idle(self) -> None:
-        """Raises `PaymentInProgress` where the checkout is at work: its next save starts from where the order is."""
+        """Raises `PaymentInProgress` where the checkout is at work: its next save starts from the order as it is."""
         if self.checkout is not None and self.checkout.step not in ("awaiting", "authorized"):
             raise PaymentInProgress(order_id=self.record.id)
 
 
 class _CheckoutAppeared(Exception):
-    """A checkout was begun between the two looks for it."""
+    """A checkout was begun between the two reads of its saga."""
 
 
-async def in_lock(
-    database: Database, order_id: int, work: Callable[[Tx, Locked], Awaitable[T]], *, lock_seconds: float | None = None
-) -> T:
-    """Runs `work` in a transaction in which the order and its checkout are locked; gives what it gives.
+@contextlib.asynccontextmanager
+async def locked_order(
+    database: Database, order_id: int, *, lock_seconds: float | None = None
+) -> AsyncGenerator[tuple[Tx, Locked]]:
+    """A transaction in which the order and its checkout are locked.
 
-    Raises `OrderNotFound` also for an order that the caller may not see, and what `work` raises; with `lock_seconds`,
-    `LockTimeout` where another transaction holds a lock for longer.
+    Raises `OrderNotFound` also for an order that the caller may not see; with `lock_seconds`, `LockTimeout` where
+    another transaction holds a lock for longer.
     """
-    for _ in range(ROUNDS):
+    for _ in range(TRIES):
         try:
             async with database.transaction() as tx:
                 if lock_seconds is not None:
                     await read_store.bound_lock_waits(tx, lock_seconds)
-                return await work(tx, await _lock(tx, order_id))
+                yield tx, await _lock(tx, order_id)
+                return
         except _CheckoutAppeared:
             continue
     raise Overloaded(operation="orders")

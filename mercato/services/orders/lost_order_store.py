@@ -15,7 +15,7 @@ class LostRow(Row):
 
 
 async def lost(tx: Tx, nonces: Sequence[int]) -> dict[int, LostRow]:
-    """Those of lost orders, by nonce."""
+    """Those of the nonces that lost orders had, by nonce."""
     rows = await tx.fetch(
         LostRow,
         """

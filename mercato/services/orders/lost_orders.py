@@ -1,11 +1,11 @@
-"""Orders that come again by their key, after the database of orders alone was restored from an older backup.
+"""Requests that repeat a lost order by its key, after the database of orders alone was restored from an older backup.
 
-The key makes the nonce of the former order again (`placing.py`), and `lost_orders` has the nonces of all orders that
-payments knew when the restore was found. Such an order is not written as a new one before this has asked what became
-of the former:
+The nonce of an order is derived from its key (`placing.py`), and the table `lost_orders` has the nonces of all orders
+that payments knew when the restore was detected. Before such an order is written, this asks payments and inventory for
+the former one:
 
-    charged, and the same      it is written anew under its former id: all further calls find what was done for it
-    charged, not the same      refused (`OrderLost`): user, total or lines are other ones by now, or the money was
+    charged, and the same      it is written again under its former id: all further calls find what was done for it
+    charged, not the same      refused (`OrderLost`): user, total or lines differ by now, or the money was
                                moved since; staff settle it by what the audit lists (M6)
     no money was taken         it is placed as a new order
 """
@@ -40,7 +40,7 @@ class LostOrders:
         self._payments = payments
 
     async def recognise(self, orders: Sequence[NewOrder]) -> Mapping[int, NewOrder | ServiceError]:
-        """By nonce, those that were lost: as they are to be written, or why they are not placed.
+        """By nonce, the lost ones: the order to write, or the reason why it is not placed.
 
         An error is `OrderLost`, `RequestInProgress`, or what payments or inventory answer.
         """
@@ -64,14 +64,14 @@ class LostOrders:
         if payment is None:
             return msgspec.structs.replace(new, former_id=ANEW)
         if payment.status == "pending":
-            return RequestInProgress()  # the sweep of payments asks for its outcome
+            return RequestInProgress()  # the sweep of payments asks the provider for its outcome
         if differing := _differing(new, payment, stock) or ("id" if lost.is_taken else ""):
             return OrderLost(order_id=order_id, payment_id=payment.id, field=differing)
         return _former(new, payment)
 
 
 def _differing(new: NewOrder, payment: Payment, stock: StockTrace) -> str:
-    """In what the order is not the one that was paid; empty where it is."""
+    """The field in which the order differs from the one that was paid; empty where it is the same."""
     order = new.order
     if payment.user_id != order.user_id:
         return "user_id"
@@ -86,7 +86,7 @@ def _differing(new: NewOrder, payment: Payment, stock: StockTrace) -> str:
 
 
 def _former(new: NewOrder, payment: Payment) -> NewOrder:
-    """The order under its former id, at the payment that was made for it."""
+    """The order under its former id, with the payment that was made for it."""
     state = decoded(new.state)
     paid = Checkout(paying=True, method=payment.method, attempt=payment.attempt, by_staff=state.by_staff)
     return msgspec.structs.replace(

@@ -20,13 +20,13 @@ _encode: Final = msgspec.json.Encoder().encode
 _decode_returned: Final = msgspec.json.Decoder(tuple[ReturnLine, ...]).decode
 
 CANCEL: Final = "cancel"
-"""The id of what cancelling a paid order has given back: it has no row of its own, the history tells of it."""
+"""The id of the refund by which a paid order was cancelled: it has no row of its own; the history records it."""
 
 # ----------------------------------------------------------------------------------------------------------- paying
 
 
 class PaymentKeyRow(Row):
-    """Which payment a key has begun."""
+    """The payment that a key has begun."""
 
     order_id: int
     payment_attempt: int
@@ -56,7 +56,7 @@ async def insert_payment_key(tx: Tx, key: Keyed, order_id: int, payment_attempt:
 
 
 async def begin_payment(tx: Tx, order_id: int, payment_attempt: int, waived_minor: int) -> None:
-    """Counts a payment of an order that the caller has locked, and notes what of the total it does not take."""
+    """Writes the number of a new payment of a locked order, and the part of the total that it does not take."""
     await tx.execute(
         "UPDATE orders SET payment_attempt = $2, waived_minor = $3 WHERE id = $1",
         order_id,
@@ -91,7 +91,7 @@ class RefundRecord(msgspec.Struct, frozen=True):
     settled_at: datetime.datetime | None
     internal_note: str
     asked_minor: int | None
-    """More than `amount_minor` where so much was not left; None: of a refund that is older than this column."""
+    """More than `amount_minor` where less was left; None: the refund is older than this column."""
     limit_reason: str
 
 
@@ -154,7 +154,7 @@ def _refund_record(row: RefundRow) -> RefundRecord:
 
 
 async def refund_of_key(tx: Tx, reference: str) -> RefundRecord | None:
-    """The refund that a key has begun, of whichever order."""
+    """The refund that a key has begun, of any order."""
     row = await tx.fetch_one(
         RefundRow,
         """
@@ -227,7 +227,7 @@ async def insert_refund(tx: Tx, refund: NewRefund, actor: Actor) -> None:
 
 
 async def settle_refunds(tx: Tx, settled: Sequence[tuple[RefundRecord, str | None]]) -> None:
-    """Writes the ends of refunds: succeeded, or declined with a code. The caller has locked their sagas."""
+    """Writes the results of refunds: succeeded, or declined with a code. The caller has locked their sagas."""
     await tx.execute(
         """
         UPDATE refunds r
@@ -250,7 +250,7 @@ async def settle_refunds(tx: Tx, settled: Sequence[tuple[RefundRecord, str | Non
 
 
 class Refunded(msgspec.Struct, frozen=True):
-    """Money that was given back. `order`: as it is with it; `actor`: who asked for it."""
+    """Money that was refunded. `order`: with this refund; `actor`: the one that asked for it."""
 
     order: Order
     refund_id: str
@@ -259,7 +259,7 @@ class Refunded(msgspec.Struct, frozen=True):
 
 
 def emit_refunded(tx: Tx, refunds: Sequence[Refunded]) -> None:
-    """Emits their events, behind those of their orders."""
+    """Emits the events of refunds. The caller has emitted those of their orders."""
     tx.emit([_refunded(refund) for refund in refunds])
 
 
@@ -280,9 +280,9 @@ def _refunded(refund: Refunded) -> Outgoing:
 
 
 async def reserve_refund(tx: Tx, order_id: int, amount_minor: int) -> bool:
-    """Reserves what is about to be refunded. False, and nothing done, where so much is not left.
+    """Reserves an amount for a refund. False, and nothing written, where less is left.
 
-    Of two refunds that are asked for at once, the second sees what the first has reserved.
+    Of two concurrent refunds, the second sees what the first has reserved.
     """
     return bool(
         await tx.execute(
@@ -298,7 +298,7 @@ async def reserve_refund(tx: Tx, order_id: int, amount_minor: int) -> bool:
 
 
 async def release_refunds(tx: Tx, amounts: Sequence[tuple[int, int]]) -> None:
-    """Releases what was reserved for refunds that were declined: order and minor units. The caller locks the orders."""
+    """Releases the reservations of declined refunds of locked orders. `amounts`: order and minor units of each."""
     await tx.execute(
         """
         UPDATE orders o
@@ -313,5 +313,5 @@ async def release_refunds(tx: Tx, amounts: Sequence[tuple[int, int]]) -> None:
 
 
 async def set_returned(tx: Tx, order_id: int, returned: Sequence[int]) -> None:
-    """Writes how much of each line was returned, of an order that the caller has locked."""
+    """Writes the returned quantity of each line of an order that the caller has locked."""
     await tx.execute("UPDATE orders SET returned = $2::integer[] WHERE id = $1", order_id, returned)

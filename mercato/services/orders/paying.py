@@ -1,8 +1,7 @@
-"""What clients ask of a checkout: pay, capture, void, cancel, confirm on account.
+"""The requests of clients about a checkout: pay, capture, void, cancel, confirm on account.
 
-Each request looks at the order and its checkout under their locks, and redirects the saga to another step, or begins
-one where the order has none. The driver that had the saga has lost it: its next save is refused. The steps are in
-`checkout.py`.
+Each request reads the order and its checkout under their locks, and redirects the saga to another step, or starts one
+where the order has none. The driver that had the saga is fenced: its next save is refused. `checkout.py` has the steps.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from mercato.chassis.contract import (
     current,
 )
 from mercato.chassis.idempotency.batch import bounded_by_key
-from mercato.chassis.idempotency.keys import keyed
+from mercato.chassis.idempotency.keys import Keyed, keyed
 from mercato.chassis.observability import faults
 from mercato.chassis.postgres.database import Database, Tx
 from mercato.chassis.sagas import store as saga
@@ -43,25 +42,25 @@ from mercato.contracts.payments import GetPayment, ListPayments, Payment as Paym
 
 from . import money_store, read_store, rules, steps, store
 from .guests import Guests, without_email
-from .locking import Locked, in_lock
+from .locking import Locked, locked_order
 from .payment_methods import PaymentMethods
 from .read_store import OrderRecord
-from .steps import CHECKOUT, RESTING, Checkout, Decision
+from .steps import CHECKOUT, WAITING, Checkout, Decision
 
 PAY: Final = "orders.pay"
 ANSWER_SECONDS: Final = 8.0
-"""A request is answered when its checkout is idle, or after so long with how far it has come."""
+"""A request is answered when its checkout is idle, or after this time with the state that it has reached."""
 HOLDING_SECONDS: Final = 1.0
-"""Together with it below the ten seconds of a request."""
+"""Together with `ANSWER_SECONDS` below the ten seconds of a request."""
 LOCK_SECONDS: Final = 2.0
-"""How long a request with a key waits for another one with the same key, or about the same order."""
+"""How long a request with a key waits for another one that has the same key, or locks the same order."""
 
 faults.declare(
     *(f"orders.{what}.{when}_commit" for what in ("pay", "cancel", "confirm") for when in ("before", "after"))
 )
 
 Decide = Callable[[Locked], Decision | None]
-"""Where a checkout is sent; None: it stays as it is."""
+"""The step to which a locked checkout is redirected; None: it stays as it is."""
 
 
 class BegunPayment(msgspec.Struct, frozen=True):
@@ -85,7 +84,7 @@ class Paying:
         self._methods = methods
         self._guests = guests
 
-    # ---------------------------------------------------------------------------------------------------- what is asked
+    # --------------------------------------------------------------------------------------------------------- requests
 
     async def pay(self, request: PayOrder) -> PaidOrder:
         if request.access_token is None:
@@ -100,7 +99,7 @@ class Paying:
             begun = await self._begin_payment(request, method)
         await self.wait_until_idle(request.id)
         payment = await self._payment(request.id, begun)
-        # A payment that was made, and refunded since, is what its key stands for.
+        # The key has begun this payment: also where it was made, and refunded since, the payment is the answer.
         was_made = begun.replayed and payment.authorized_minor > 0 and payment.code is None
         if payment.status in ("failed", "voided") and not was_made:
             raise await self._refusal(payment, replayed=begun.replayed)
@@ -108,30 +107,26 @@ class Paying:
 
     async def _begin_payment(self, request: PayOrder, method: str) -> BegunPayment:
         """Begins a payment, or finds the one that the key of the request has begun, however long ago."""
-
-        async def begin(tx: Tx, locked: Locked) -> tuple[BegunPayment, Saga | None]:
-            if key is not None and (found := await money_store.payment_of_key(tx, key.identity)):
-                key.check(found.fingerprint, order_id=(request.id, found.order_id))
-                return BegunPayment(found.payment_attempt, locked.record.nonce, replayed=True), None
-            decision = _begin_payment(request, method, locked)
-            attempt = decision.state.attempt
-            if key is not None:
-                await money_store.insert_payment_key(tx, key, request.id, attempt)
-            await money_store.begin_payment(tx, request.id, attempt, locked.order.waived_minor)
-            record = msgspec.structs.replace(locked.record, payment_attempt=attempt)
-            redirected = await self._redirect(tx, msgspec.structs.replace(locked, record=record), decision)
-            await faults.point("orders.pay.before_commit")
-            return BegunPayment(attempt, record.nonce), redirected
-
         key = keyed(request, current.get().actor)
-        begun, redirected = await in_lock(self._database, request.id, begin, lock_seconds=LOCK_SECONDS)
+        async with locked_order(self._database, request.id, lock_seconds=LOCK_SECONDS) as (tx, locked):
+            redirected = None
+            begun = await _payment_of_key(tx, key, locked.record) if key is not None else None
+            if begun is None:
+                decision = _begin_payment(request, method, locked)
+                begun = BegunPayment(decision.state.attempt, locked.record.nonce)
+                if key is not None:
+                    await money_store.insert_payment_key(tx, key, request.id, begun.attempt)
+                await money_store.begin_payment(tx, request.id, begun.attempt, locked.order.waived_minor)
+                record = msgspec.structs.replace(locked.record, payment_attempt=begun.attempt)
+                redirected = await self._redirect(tx, msgspec.structs.replace(locked, record=record), decision)
+                await faults.point("orders.pay.before_commit")
         await faults.point("orders.pay.after_commit")
         if redirected is not None:
             self._runner.drive([redirected])
         return begun
 
     async def guest_payment(self, request: GetGuestPayment) -> PaymentRecord:
-        """A payment of the order that the token opens, not of another order that had its id.
+        """A payment of the order whose token is sent, not of another order that had its id.
 
         Raises `PaymentNotFound`.
         """
@@ -150,28 +145,28 @@ class Paying:
         raise PaymentNotFound(payment_id=request.payment_id)
 
     async def capture(self, request: MovePayment) -> PaidOrder:
-        """Takes all the money of a payment that was authorized by hand."""
+        """Captures the whole amount of a payment that staff have authorized."""
         return await self.capture_part(CapturePart(payment_id=request.payment_id))
 
     async def capture_part(self, request: CapturePart) -> PaidOrder:
-        """Takes an amount of a payment that was authorized by hand, or all."""
+        """Captures an amount of a payment that staff have authorized, or all of it."""
         payment = await self._get(request.payment_id)
         await self._send(payment.order_id, "pay", functools.partial(_capture, payment, request))
         await self.wait_until_idle(payment.order_id)
         captured = await self._get(request.payment_id)
-        if captured.status == "voided":  # it ran out before
+        if captured.status == "voided":  # the authorization has expired before
             raise await self._refusal(captured)
         return PaidOrder(payment=captured)
 
     async def void(self, request: MovePayment) -> PaidOrder:
-        """Gives an authorization back: an order that is not paid for is not sold."""
+        """Voids an authorization, and cancels its order: goods that are not paid for are not sold."""
         payment = await self._get(request.payment_id)
         await self._send(payment.order_id, "cancel", functools.partial(_void, payment))
         await self.wait_until_idle(payment.order_id)
         return PaidOrder(payment=await self._get(request.payment_id))
 
     async def cancel(self, request: CancelOrder) -> Order:
-        """Answers at once; money and stock follow."""
+        """Cancels an order, and answers at once: the saga undoes payment and stock afterwards."""
         async with self._guests.acting(request.id, request.access_token):
             actor = current.get().actor
             if request.internal_note and rules.is_buyer(actor):
@@ -180,7 +175,7 @@ class Paying:
         return order if request.access_token is None else without_email(order)
 
     async def confirm(self, order_id: int, version: int | None) -> Order:
-        """Sells an order without a payment: it will be paid later, or elsewhere. Raises `OrderCancelled`."""
+        """Sells an order without a payment: the customer pays later, or elsewhere. Raises `OrderCancelled`."""
         await self._wait_until_held(order_id)
         await self._send(order_id, "confirm", functools.partial(_confirm, version))
         await self.wait_until_idle(order_id)
@@ -193,7 +188,7 @@ class Paying:
         return order
 
     async def _wait_until_held(self, order_id: int) -> None:
-        """Waits for the stock of an order that was just placed, which is being held at this moment."""
+        """Waits while a checkout without a payment reserves the stock of an order that was just placed."""
         async with self._database.read() as tx:
             found = await saga.find(tx, (order_id, CHECKOUT, ""))
         if found and found.step == "reserve" and not msgspec.json.decode(found.state, type=Checkout).paying:
@@ -202,42 +197,38 @@ class Paying:
     async def wait_until_idle(
         self, order_id: int, seconds: float = ANSWER_SECONDS, *, until_drained: bool = False
     ) -> None:
-        """Returns when no process works on the checkout of an order, or when the time is over.
+        """Returns when no process works on the checkout of an order, or after `seconds`.
 
-        `until_drained`: raises `Unavailable` where this process is asked to stop meanwhile.
+        `until_drained`: raises `Unavailable` where this process has to stop meanwhile.
         """
-        await self._runner.wait_until_idle((order_id, CHECKOUT, ""), RESTING, seconds, until_drained=until_drained)
+        await self._runner.wait_until_idle((order_id, CHECKOUT, ""), WAITING, seconds, until_drained=until_drained)
 
-    # --------------------------------------------------------------------------------------------------- how it is done
+    # ------------------------------------------------------------------------------------------- redirects and refusals
 
     async def _send(self, order_id: int, what: str, decide: Decide) -> Order:
-        """Redirects a checkout to where `decide` says. Gives the order as it is then."""
-
-        async def send(tx: Tx, locked: Locked) -> tuple[Order, Saga | None]:
-            decision = decide(locked)
-            if decision is None:
-                return locked.order, None
-            redirected = await self._redirect(tx, locked, decision)
-            await faults.point(f"orders.{what}.before_commit")
-            return redirected.memo.order, redirected
-
-        order, redirected = await in_lock(self._database, order_id, send)
+        """Redirects a checkout to the step that `decide` gives. Gives the order as it is then."""
+        async with locked_order(self._database, order_id) as (tx, locked):
+            order, redirected = locked.order, None
+            if decision := decide(locked):
+                redirected = await self._redirect(tx, locked, decision)
+                order = redirected.memo.order
+                await faults.point(f"orders.{what}.before_commit")
         await faults.point(f"orders.{what}.after_commit")
         if redirected is not None:
             self._runner.drive([redirected])
         return order
 
     async def _redirect(self, tx: Tx, locked: Locked, decision: Decision) -> Saga:
-        """Sends the saga of a locked order to a step, and moves the order. The caller drives it after the commit."""
+        """Moves the saga of a locked order to a step, and the order with it. The caller drives it after the commit."""
         key, record = (locked.record.id, CHECKOUT, ""), locked.record
         outcome = Next(decision.step, steps.encoded(decision.state), running=True)
         if locked.checkout is None:
             redirected = Saga(key, outcome.step, outcome.state)
             await saga.start(tx, [redirected], self._runner.driver)
         else:
-            seized = await saga.seize(tx, key, self._runner.driver)
-            assert seized is not None, "the row is locked"
-            redirected = seized
+            fenced = await saga.seize(tx, key, self._runner.driver)
+            assert fenced is not None, "the row is locked"
+            redirected = fenced
             await saga.save(tx, [(redirected, outcome)])
             redirected.advance(outcome)
         if decision.status:
@@ -260,7 +251,7 @@ class Paying:
             return await self._payments.get(GetPayment(id=payment_id))
 
     async def _refusal(self, payment: PaymentRecord, *, replayed: bool = False) -> ServiceError:
-        """Why a payment came to nothing: the provider declined it, or its order ended before it was made."""
+        """Why a payment was not made: the provider declined it, or its order was cancelled before."""
         async with self._database.read() as tx:
             order = (await read_store.get(tx, [payment.order_id]))[payment.order_id].order
         reason = order.reason
@@ -271,14 +262,14 @@ class Paying:
     async def refusal(self, record: OrderRecord) -> ServiceError | None:
         """Why an order was refused: its last payment was declined, or it was cancelled by the shop.
 
-        None where that is not so, or not known yet. Asks payments only about an order with a payment that was declined.
+        None where neither is so, or it is not known yet. Calls payments only where a payment may have been declined.
         """
         order = record.order
         if refusal := rules.cancelled_as(order):
             return refusal
         if not record.payment_attempt or not rules.may_be_declined(order):
             return None
-        if order.status == "pending" and not await self._rests(order):
+        if order.status == "pending" and not await self._payable_until(order):
             return None
         payment = await self._payment(order.id, BegunPayment(record.payment_attempt, record.nonce))
         return await self._declined(order, payment) if payment.status in ("failed", "voided") else None
@@ -289,12 +280,12 @@ class Paying:
             order_id=order.id,
             payment_id=payment.id,
             provider_code=code,
-            payable_until=await self._rests(order),
+            payable_until=await self._payable_until(order),
             replayed=replayed,
         )
 
-    async def _rests(self, order: Order) -> datetime.datetime | None:
-        """Until when the stock of an order is held for its next payment; None where it waits for none."""
+    async def _payable_until(self, order: Order) -> datetime.datetime | None:
+        """The time until which the stock of an order is held for its next payment; None where it waits for none."""
         if order.status != "pending":
             return None
         async with self._database.read() as tx:
@@ -306,7 +297,7 @@ class Paying:
         for payment in page.payments:
             if payment.attempt == begun.attempt:
                 return payment
-        # The provider was not asked yet: the stock was gone, the order was cancelled, or there is too much to do.
+        # Payments was not called yet: out of stock, the order was cancelled, or the service is overloaded.
         async with self._database.read() as tx:
             order = (await read_store.get(tx, [order_id]))[order_id].order
         if order.status == "cancelled":
@@ -314,14 +305,23 @@ class Paying:
         raise OutcomeUnknown(operation=PAY)
 
 
-# ------------------------------------------------------------------------------------------------------ what is decided
+# ----------------------------------------------------------------------------------------------------------- decisions
+
+
+async def _payment_of_key(tx: Tx, key: Keyed, record: OrderRecord) -> BegunPayment | None:
+    """The payment that the key of a request has begun. Raises `IdempotencyKeyReused` for another request."""
+    found = await money_store.payment_of_key(tx, key.identity)
+    if found is None:
+        return None
+    key.check(found.fingerprint, order_id=(record.id, found.order_id))
+    return BegunPayment(found.payment_attempt, record.nonce, replayed=True)
 
 
 def _begin_payment(request: PayOrder, method: str, locked: Locked) -> Decision:
-    """Raises what speaks against the payment."""
+    """Raises why the order cannot be paid in this way."""
     actor = current.get().actor
     if not request.capture and rules.is_buyer(actor):
-        # It sells stock that is not paid for, without an end: staff decide that.
+        # It holds stock that is not paid for, without a time limit: only staff may decide that.
         raise Forbidden(operation="orders.pay without capture", role=actor.role)
     _check_due(locked.order, request)
     _check_payable(locked)
@@ -347,7 +347,7 @@ def _check_payable(locked: Locked) -> None:
     if order.status != "pending" and not locked.record.on_account:
         raise NotPayable(order_id=order.id, why="it was sold without stock")
     if rules.due_minor(order) == 0:
-        raise NotPayable(order_id=order.id, why="nothing is due, all that was to be paid has come back")
+        raise NotPayable(order_id=order.id, why="nothing is due, all goods that were to be paid were returned")
 
 
 def _check_due(order: Order, request: PayOrder) -> None:

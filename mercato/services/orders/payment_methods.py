@@ -1,6 +1,6 @@
-"""Payment methods, as payments knows them. Orders asks before it writes anything, and remembers for a minute.
+"""Payment methods that payments accepts. Orders asks before it writes anything, and caches the answers for a minute.
 
-While payments does not answer, what it said last counts: an order with a method that was used before is still placed.
+While payments is unavailable, the cached answer of the minute before counts: an order with a known method is placed.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from mercato.chassis.observability.clock import Clock
 from mercato.contracts.payments import CheckMethod, Payments
 
 REMEMBERED: Final = 10_000
-"""Methods that are known to be good; with one more, a new minute begins. Those of the last minute fit at 160 a second,
-and a shop that has more asks for more of them: that costs a call for each batch of orders."""
+"""Accepted methods that are cached; with one more, a new minute begins. Those of the last minute fit at 160 a second.
+A shop that has more asks for more of them: that costs a call for each batch of orders."""
 REMEMBERED_SECONDS: Final = 60.0
 
 NO_ANSWER: Final = frozenset({Kind.UNAVAILABLE, Kind.DEADLINE})
 
 Checked = Mapping[str | None, str | ServiceError]
-"""The method of each that was asked for (None: the default one), or why it is refused."""
+"""By method that was asked for (None: the default one), the method itself or its refusal."""
 
 
 class PaymentMethods:
@@ -31,11 +31,11 @@ class PaymentMethods:
         self._clock = clock
         self._known: dict[str | None, str] = {}
         self._before: dict[str | None, str] = {}
-        """What was known in the minute before."""
+        """The methods that were cached in the minute before."""
         self._known_until = 0.0
 
     async def check(self, methods: Iterable[str | None]) -> Checked:
-        """Asks payments once for those that are not remembered. A refusal is `InvalidRequest`, or that it is away."""
+        """Asks payments once for those that are not cached. A refusal is `InvalidRequest`, or a failed call."""
         if self._clock.monotonic() >= self._known_until or len(self._known) > REMEMBERED:
             self._before, self._known = self._known, {}
             self._known_until = self._clock.monotonic() + REMEMBERED_SECONDS

@@ -1,17 +1,17 @@
 """Placing orders, a batch at a time: a keyed batch (`chassis/idempotency/batch.py`) with these steps.
 
-recall    The order is what its key stores, for ever: there is no stored answer that could expire. A key that has an
-          order answers with it, as it was when it was placed.
-prepare   What is refused without asking another service: another account's order, a product in two lines. Then one call
-          to payments for methods that are not known yet, one to users and one to products for the whole batch: does the
-          buyer exist, what does it cost.
-write     One transaction, one statement: orders with their lines, keys and history, the sagas that carry them on, and
-          the events `order.placed`. An order of a customer who has as many open ones as a customer may is left out. Its
-          customers are locked one by one until the commit: orders of one customer are counted one batch after another.
-          One that may be an order that was lost in a restore is left out too, and looked at (`lost_orders.py`).
-          Then the sagas are driven (`checkout.py`). Two requests with one key at the same
-          moment meet at the unique index of orders: the second waits for the end of the first transaction, at most two
-          seconds, and then answers with its order.
+recall    A key that has an order is answered with it, as it was when it was placed. The answer is made from the order,
+          which stays: no stored answer can expire.
+prepare   Refuses what needs no other service: another account's order, a product in two lines. Then one call to
+          payments for methods that are not cached, one to users and one to products for the whole batch: whether the
+          buyers exist, and the prices.
+write     One transaction, one statement: orders with their lines, keys and history, the sagas that continue them, and
+          the events `order.placed`. It leaves out an order of a customer who has as many open ones as a customer may.
+          It locks each limited customer until the commit: the open orders of a customer are counted by one batch after
+          another. It also leaves out an order that may have been lost in a restore, which `lost_orders.py` then checks.
+          After the commit the sagas are driven (`checkout.py`). Of two concurrent requests with one key, the second
+          waits at the unique index of orders for the end of the first transaction, at most two seconds, and then
+          answers with its order.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mercato.chassis.postgres.database import Database
 from mercato.chassis.sagas.runner import Runner
 from mercato.chassis.sagas.store import Saga
 from mercato.contracts.order_refusals import TooManyOpenOrders
-from mercato.contracts.orders import Order, PlacedOrder, PlaceOrder
+from mercato.contracts.orders import Order, OrderLine, PlacedOrder, PlaceOrder
 from mercato.contracts.products import FindProduct, Products, Quote, QuoteProduct
 from mercato.contracts.roles import CUSTOMER, GUEST_USER, may_see
 from mercato.contracts.users import GetUser, User, UserNotFound, Users
@@ -57,7 +57,7 @@ NONCE_BYTES: Final = 8
 
 NO_ID: Final = 0
 NO_TIME: Final = datetime.datetime.fromtimestamp(0, datetime.UTC)
-"""Of an order that is not written yet: the database gives both."""
+"""The id and the time of an order that is not written yet: the database assigns both."""
 
 faults.declare("orders.place.before_commit", "orders.place.after_commit")
 
@@ -65,7 +65,7 @@ Placement = KeyedAttempt[PlaceOrder, PlacedOrder, NewOrder]
 
 
 class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
-    """Places orders. Asks users and products by their contracts, and writes to the database of orders."""
+    """Places orders: calls users, products and payments, and writes to the database of orders."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
         }
 
     async def prepare(self, attempts: Sequence[Placement]) -> None:
-        """Turns each request into a priced order, or settles it with the reason why not."""
+        """Makes a priced order of each request, or answers it with the refusal."""
         await self._find_skus(attempts)
         _validate(unsettled(attempts))
         await self._check_methods(unsettled(attempts))
@@ -116,7 +116,7 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
             await self._insert_lost(left)
 
     async def _insert(self, orders: Sequence[tuple[Placement, NewOrder]]) -> Sequence[tuple[Placement, NewOrder]]:
-        """Writes these orders, answers them and drives their sagas; gives those that the statement left out."""
+        """Writes orders, answers their requests and drives their sagas; gives those that the statement left out."""
         await self._runner.acquire_slot()
         async with self._database.transaction() as tx:
             rows = await store.insert(tx, [new for _, new in orders], CHECKOUT, "reserve", self._runner.driver)
@@ -132,7 +132,7 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
         return [one for one in orders if one[0].answer is None] if len(placed) < len(orders) else ()
 
     async def _insert_lost(self, left: Sequence[tuple[Placement, NewOrder]]) -> None:
-        """Writes those that were lost, and refuses the rest: their buyers have too many open orders."""
+        """Writes the lost orders among those left out, and refuses the rest: their buyers have too many open orders."""
         lost = await self._lost.recognise([new for _, new in left])
         found: list[tuple[Placement, NewOrder]] = []
         for attempt, new in left:
@@ -145,7 +145,7 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
         await self._refuse([*(one for one in left if one[1].nonce not in lost), *refused])
 
     async def _refuse(self, orders: Sequence[tuple[Placement, NewOrder]]) -> None:
-        """Those whose buyers have as many open orders as they may; a key that has an order by now answers with it."""
+        """Refuses orders of buyers with too many open ones. A key that has an order by now is answered with it."""
         for attempt, new in orders:
             attempt.answer = TooManyOpenOrders(user_id=new.order.user_id, limit=new.limits.open_orders)
         await self._recall([attempt for attempt, _ in orders])
@@ -158,7 +158,7 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
         return PlacedOrder(order=without_email(order), access_token=self._guests.access_token(order.id, nonce))
 
     async def _find_skus(self, attempts: Sequence[Placement]) -> None:
-        """Puts the id of the product into each line that names a sku; settles those with one that there is not."""
+        """Puts the id of the product into each line that names a sku; refuses requests with an unknown sku."""
         naming = [a for a in attempts if any(line.sku is not None for line in a.request.lines)]
         if not naming:
             return
@@ -173,7 +173,7 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
                 attempt.request = request
 
     async def _check_methods(self, attempts: Sequence[Placement]) -> None:
-        """Settles those whose payment method payments refuses."""
+        """Refuses requests with a payment method that payments does not accept."""
         paying = [attempt for attempt in attempts if attempt.request.payment_method is not None]
         if not paying:
             return
@@ -207,8 +207,8 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
     def _nonces(self, orders: Sequence[Keyed | None]) -> list[int]:
         """The random part of each order, of 63 bits; all random bytes of a batch are drawn at once.
 
-        With a key it is an HMAC (SHA-256) of the key and of whose it is: after a restore the same request makes it
-        again, and finds what payments has of its former order. It cannot be told from a random one.
+        With a key it is an HMAC (SHA-256) of the key and its principal: after a restore the same request derives the
+        same nonce, by which payments finds the payments of the former order. It is indistinguishable from a random one.
         """
         drawn = self._randomness.token(NONCE_BYTES * sum(keyed is None for keyed in orders))
         random = iter([drawn[i : i + NONCE_BYTES] for i in range(0, len(drawn), NONCE_BYTES)])
@@ -227,7 +227,7 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
 
 
 def _differing(request: PlaceOrder, order: Order) -> str:
-    """The field in which a request is not that of an order; empty where none is seen."""
+    """The field in which a request differs from an order; empty where no difference is known."""
     if order.user_id != (GUEST_USER if request.guest else request.user_id):
         return "user_id"
     asked = {line.product_id: line.quantity for line in request.lines}
@@ -282,14 +282,23 @@ def _prepare(
     if isinstance(currency, ServiceError):
         return currency
     lines = rules.priced(request.lines, known)
-    total_minor = rules.total(lines)
-    if changed := rules.check_total(request, total_minor, currency):
+    if changed := rules.check_total(request, rules.total(lines), currency):
         return changed
-    method = request.payment_method
-    by_staff = limits.bounds_units and attempt.actor.role != CUSTOMER
-    state = Checkout(by_staff=by_staff)
-    if method is not None:
-        state = Checkout(paying=True, method=method, attempt=1, by_staff=by_staff)
+    return _new_order(attempt, lines, currency, nonce, limits)
+
+
+def _new_order(
+    attempt: Placement, lines: tuple[OrderLine, ...], currency: str, nonce: int, limits: BuyerLimits
+) -> NewOrder:
+    """An order as it will be written, with its checkout: at its first payment where the request names a method."""
+    request = attempt.request
+    is_paying = request.payment_method is not None
+    state = Checkout(
+        paying=is_paying,
+        method=request.payment_method,
+        attempt=1 if is_paying else 0,
+        by_staff=limits.bounds_units and attempt.actor.role != CUSTOMER,
+    )
     return NewOrder(
         order=Order(
             id=NO_ID,
@@ -298,7 +307,7 @@ def _prepare(
             payment="unpaid",
             fulfilment="unfulfilled",
             currency=currency,
-            total_minor=total_minor,
+            total_minor=rules.total(lines),
             lines=lines,
             created_at=NO_TIME,
             updated_at=NO_TIME,
@@ -307,7 +316,7 @@ def _prepare(
             guest_email=addresses.canonical(request.guest_email) if request.guest and request.guest_email else None,
         ),
         nonce=nonce,
-        payment_attempt=0 if method is None else 1,
+        payment_attempt=state.attempt,
         state=encoded(state),
         actor=attempt.actor,
         keyed=attempt.keyed,

@@ -19,13 +19,13 @@ from . import rules
 
 
 class OrderRecord(msgspec.Struct, frozen=True, gc=False):
-    """An order, and what of it only this service knows."""
+    """An order, and what only this service knows of it."""
 
     order: Order
     nonce: int
-    """The random part of the order: what is asked of other services for it carries it beside the id."""
+    """The random part of the order: requests to other services carry it beside the id."""
     payment_attempt: int
-    """The number of the last payment that was begun; 0: none. Of a paid order, the payment that was captured."""
+    """The number of the last payment that was begun, which is the captured one of a paid order; 0: none."""
     on_account: bool
     """It was confirmed without a payment."""
     refund_pending_minor: int
@@ -41,12 +41,12 @@ class OrderRecord(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def refundable_minor(self) -> int:
-        """What is left of what was paid that was neither refunded nor reserved for a refund."""
+        """The part of what was paid that was neither refunded nor reserved for a refund."""
         return rules.payable_minor(self.order) - self.order.refunded_minor - self.refund_pending_minor
 
     @property
     def is_being_refunded(self) -> bool:
-        """Refunds are under way that give back all that is left."""
+        """Whether refunds of all that is left are under way."""
         return self.refund_pending_minor > 0 and self.refundable_minor == 0
 
 
@@ -80,11 +80,11 @@ NOT_AS_STORED: Final = ("lines", "reason", "waived_minor")
 AS_STORED: Final = tuple(
     name for name in Order.__struct_fields__ if name in OrderRow.__struct_fields__ and name not in NOT_AS_STORED
 )
-"""The fields of an order that are columns as they are."""
+"""The fields of an order that are columns with the same name and value."""
 
 
 class StoredLine(msgspec.Struct, frozen=True, gc=False):
-    """A line as the JSON of its order has it. Amounts in minor units."""
+    """A line as the JSON of its order stores it. Amounts in minor units."""
 
     id: int
     product_id: int
@@ -138,7 +138,7 @@ class KeyedRow(Row):
 
 
 class KeyedOrder(msgspec.Struct, frozen=True):
-    """The order that was placed with a key, and for which request."""
+    """The order that was placed with a key, and the fingerprint of its request."""
 
     order: Order
     nonce: int
@@ -147,7 +147,7 @@ class KeyedOrder(msgspec.Struct, frozen=True):
 
 async def by_keys(tx: Tx, identities: Sequence[Identity]) -> dict[Identity, KeyedOrder]:
     """The one order that was ever placed with each key, as it was when it was placed, by principal and key."""
-    # One look at the index for each key: a join that was planned when the shop was new would read all orders.
+    # One index lookup for each key: a join that was planned when the shop was new would read all orders.
     rows = await tx.fetch(
         KeyedRow,
         """
@@ -193,7 +193,7 @@ def record_of(row: OrderRow) -> OrderRecord:
     order = Order(
         lines=lines,
         reason=None if row.reason is None else _decode_reason(row.reason),
-        # The column is written when a payment begins: what comes back before then lowers what is due.
+        # The column is written when a payment begins: goods that are returned before then lower what is due.
         waived_minor=rules.returned_value(lines) if row.payment == "unpaid" else row.waived_minor,
         **dict(zip(AS_STORED, _as_stored(row), strict=True)),
     )

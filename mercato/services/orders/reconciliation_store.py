@@ -11,11 +11,11 @@ from mercato.chassis.sagas.store import Key, Saga
 from mercato.contracts.orders import Payment, Status
 
 NEWEST: Final[Key] = (MAX_ID + 1, "", "")
-"""A key behind those of all sagas."""
+"""A key above those of all sagas."""
 
 
 class ParkedRow(Row):
-    """A saga that no process will wake, and where its order is."""
+    """A saga that no process will wake, and the state of its order."""
 
     subject_id: int
     kind: str
@@ -39,7 +39,7 @@ class KeyRow(Row):
 
 
 async def parked(tx: Tx, before: Key | None, quiet_seconds: float) -> list[ParkedRow]:
-    """Of the page of sagas before a key, the newest first: those that are parked, and were not saved for a while."""
+    """The parked sagas of the page before a key, the newest first, that were not saved for `quiet_seconds`."""
     return await tx.fetch(
         ParkedRow,
         """
@@ -62,7 +62,7 @@ async def parked(tx: Tx, before: Key | None, quiet_seconds: float) -> list[Parke
 
 
 async def end_of_page(tx: Tx, before: Key | None) -> Key | None:
-    """The last key of that page; None where there are no more behind it."""
+    """The last key of that page; None where no page follows."""
     row = await tx.fetch_one(
         KeyRow,
         """

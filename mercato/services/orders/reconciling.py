@@ -1,17 +1,18 @@
-"""Finds parked checkouts whose order is not where it may rest, and resumes them; and stock that is held for no order.
+"""Resumes stalled checkouts, and releases stock that is held for no order.
 
-A process that dies leaves sagas that a sweeper takes over, and nothing in this service parks a saga whose order is not
-at rest. What is found here has another cause: a release with a fault, a database that was restored, a change by hand.
-Resuming is safe all the same: a step asks with its usual keys, hears what was done with them, and decides by that.
+A saga is parked when no time and no driver will wake it. A parked saga is stalled where its order does not wait for a
+request at its step. A sweeper reclaims the sagas of a process that dies, and nothing in this service parks a saga that
+stalls: a stalled one has another cause, such as a faulty release, a restored database, or a manual change. Resuming is
+safe nevertheless: a step calls with its usual keys, gets what was done with them as the answer, and decides by that.
 
-A pending order without any saga is not resumed: what was asked for it is unknown. The audit reports it (O4), as it does
-whatever is still not at rest after a while.
+A pending order without any saga is not resumed: which calls were made for it is unknown. The audit reports it (O4), as
+it does every saga that is still stalled after a while.
 
-A hold whose payment has begun has no end of its own: orders commits or releases it. Orders scans the holds that have
-stood for a while, and releases those of which it knows that they are over: the order is cancelled, or there is none
-with this id and this nonce. Both are final, so that it does not matter what happens between the scan and the release;
-and a release is done once, whatever else releases. What is held for an order that was sold is not touched: the saga of
-that order commits it, and the audit reports it for as long as it stands (S6).
+An indefinite hold, whose payment has begun, does not expire: orders commits or releases it. This module scans such
+holds once they are old, and releases those whose order is cancelled, or does not exist with this id and this nonce.
+Both are final, so that nothing between the scan and the release can change it; and a release is done once, even where
+others release as well. The hold of an order that was sold is not changed: the saga of that order commits it, and the
+audit reports it until then (S6).
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ log = structlog.stdlib.get_logger("mercato.orders")
 
 
 class Reconciling:
-    """`quiet_seconds`: how long a saga must not have been saved before it counts as left."""
+    """`quiet_seconds`: how long a saga must not have been saved before it can count as stalled."""
 
     def __init__(self, database: Database, telemetry: Telemetry, *, quiet_seconds: float) -> None:
         self._database = database
         self._quiet_seconds = quiet_seconds
         self._resumed = repairs(telemetry).labels(RESUMED)
 
-    async def look(self, before: Key | None) -> Key | None:
-        """Resumes what is found among a page of sagas; gives the place of the next page (`rounds.py`).
+    async def resume_page(self, before: Key | None) -> Key | None:
+        """Resumes the stalled sagas of a page; gives the place of the next page (`rounds.py`).
 
         Two processes that find the same saga resume it once: of two saves of one version, the second is refused.
         """
@@ -62,7 +63,7 @@ class Reconciling:
         return after
 
     async def _resume(self, found: list[tuple[Saga, Next]]) -> None:
-        """Any sweeper takes them over at once."""
+        """Makes them due: any sweeper reclaims them at once."""
         async with self._database.transaction() as tx:
             resumed = await saga.save(tx, found)
             await faults.point("orders.reconcile.before_commit")
@@ -73,7 +74,7 @@ class Reconciling:
 
 
 class HoldReconciling:
-    """`quiet_seconds`: how long a hold without an end must have stood before it is looked at."""
+    """`quiet_seconds`: how old an indefinite hold must be before it is scanned."""
 
     def __init__(self, database: Database, inventory: Inventory, telemetry: Telemetry, *, quiet_seconds: float) -> None:
         self._database = database
@@ -81,8 +82,8 @@ class HoldReconciling:
         self._quiet_seconds = quiet_seconds
         self._released = repairs(telemetry).labels(RELEASED)
 
-    async def look(self, before: int | None) -> int | None:
-        """Releases what is held for no order among a page of holds; gives the place of the next page."""
+    async def release_page(self, before: int | None) -> int | None:
+        """Releases the holds of a page that belong to no order; gives the place of the next page."""
         page = await self._inventory.holds(ListHolds(before=before, quiet_seconds=self._quiet_seconds))
         async with self._database.read() as tx:
             orders = await read_store.get(tx, [hold.order_id for hold in page.holds]) if page.holds else {}
@@ -107,5 +108,5 @@ def _is_over(hold: Hold, record: read_store.OrderRecord | None) -> bool:
 
 
 def _resumed(row: reconciliation_store.ParkedRow) -> str | None:
-    """The step at which a parked saga goes on; None: it is parked rightly."""
+    """The step with which a parked saga continues; None: it waits rightly."""
     return steps.resumed(row.step, row.status, row.payment) if row.kind == CHECKOUT else row.step

@@ -1,4 +1,4 @@
-"""The refunds and returns of an order, for those who may see it."""
+"""The refunds and returns of an order, for callers that may see it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .read_store import OrderRecord
 
 
 class RefundListing:
-    """Which payments they are of, payments says: here each payment of an order has a number."""
+    """Reads the ids of payments from payments: orders stores only the number of each payment of an order."""
 
     def __init__(self, database: Database, payments: Payments) -> None:
         self._database = database
@@ -27,7 +27,7 @@ class RefundListing:
         return RefundList(refunds=tuple(await self._refunds(request.order_id)))
 
     async def of_payment(self, request: ListPaymentRefunds) -> RefundList:
-        """As the caller, payments refuses those of others."""
+        """Calls payments as the caller: it refuses the payments of other users."""
         payment = await self._payments.get(GetPayment(id=request.payment_id))
         found = await self._refunds(payment.order_id)
         return RefundList(refunds=tuple(refund for refund in found if refund.payment_id == payment.id))
@@ -68,7 +68,7 @@ class RefundListing:
 
 
 def shown(refund: RefundRecord, actor: Actor, payment_id: int | None, *, replayed: bool = False) -> Refund:
-    """A refund as `actor` may see it: customers learn that staff made it, not who, nor what staff note for staff."""
+    """A refund as `actor` may see it: customers see neither the account of staff nor the internal note."""
     return Refund(
         id=refund.reference,
         order_id=refund.order_id,
@@ -93,7 +93,7 @@ def shown(refund: RefundRecord, actor: Actor, payment_id: int | None, *, replaye
 def _of_cancelling(
     record: OrderRecord, refunds: Sequence[RefundRecord], history: Sequence[HistoryRow]
 ) -> list[RefundRecord]:
-    """What cancelling the order has given back: all that was refunded, less what its refunds did."""
+    """The refund by which the order was cancelled: all that was refunded, less the amounts of its other refunds."""
     order = record.order
     amount_minor = order.refunded_minor - sum(r.amount_minor for r in refunds if r.status == "succeeded")
     if amount_minor == 0:

@@ -1,16 +1,16 @@
 """Refunds of money that was paid, and returns of goods.
 
 A refund is a row that stays (`refunds`), and a saga with one step while it is under way: restock the goods, if any were
-returned, then refund the money, then write both ends on the order. The amount is reserved on the order in the
-transaction that begins the refund, so that two refunds never have the same money; goods are counted as returned there,
-so that they are never returned twice. The reference of a refund is derived from its key and unique: a key that comes
-again, however late, finds the refund that it has begun.
+returned, then refund the money, then record both on the order. The transaction that begins the refund reserves its
+amount on the order, so that two refunds never refund the same money; it also counts the goods as returned, so that
+they are never returned twice. The reference of a refund is derived from its key and unique: a repeated key, however
+late, finds the refund that it has begun.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
@@ -46,7 +46,7 @@ from mercato.contracts.payments import (
 
 from . import money_store, read_store, rules, store
 from .checkout import SHOP
-from .locking import Locked, in_lock
+from .locking import Locked, locked_order
 from .money_store import NewRefund, Refunded, RefundRecord
 from .paying import ANSWER_SECONDS, LOCK_SECONDS
 from .read_store import OrderRecord
@@ -70,14 +70,14 @@ FINAL: Final = (
     RefundReferenceReused,
     RefundTooLarge,
 )
-"""Answers of payments that will be the same the next time."""
+"""Answers of payments that a retry does not change."""
 
 NOT_RETURNABLE: Final = (ReservationClosed, ReturnTooLarge, StockOfAnotherOrder)
-"""Inventory knows of no such goods, and never will: the order is older than it. The money is due all the same."""
+"""Inventory has no such goods, and never will: the order is older than it. The money is refunded nevertheless."""
 
 
-class Work(msgspec.Struct):
-    """One refund in its step. `retry`: why it has to be tried again; `code`: why it was declined."""
+class RefundRun(msgspec.Struct):
+    """One refund in one run of its step. `retry`: why it has to be tried again; `code`: why it was declined."""
 
     saga: Saga
     record: OrderRecord
@@ -91,25 +91,27 @@ class Work(msgspec.Struct):
 
 
 class RefundKey(Keyed, frozen=True):
-    """The key of a refund. `reference` stands for it for ever."""
+    """The key of a refund. `reference` is derived from it and unique."""
 
     reference: str
 
 
 class RefundDraft(msgspec.Struct, frozen=True):
-    """What a refund gives back: an amount, and the goods that were returned for it."""
+    """The amount of a refund, and the goods that were returned for it."""
 
     amount_minor: int
     lines: tuple[ReturnLine, ...] = ()
     reason: str = ""
     internal_note: str = ""
     asked_minor: int | None = None
-    """More than `amount_minor` where so much is not left; None: as much."""
+    """More than `amount_minor` where less is left; None: as much."""
 
 
-BeginRefund = Callable[[Tx, Locked], Awaitable[Saga]]
-Compared = Mapping[str, tuple[object, object]]
-"""Of each field, what a request has, and what the refund of its key has."""
+class BegunRefund(msgspec.Struct, frozen=True):
+    """The refund of a key. `saga`: this request has begun it; None: an earlier request with the key has."""
+
+    order_id: int
+    saga: Saga | None = None
 
 
 class Refunding:
@@ -125,78 +127,62 @@ class Refunding:
     # ------------------------------------------------------------------------------------------------------- requests
 
     async def refund(self, request: RefundOrder) -> Refund:
-        """Money alone, of a payment."""
+        """Refunds money of a payment, without goods."""
         with as_service():
             payment = await self._payments.get(GetPayment(id=request.payment_id))
 
-        async def begin(tx: Tx, locked: Locked) -> Saga:
-            is_paid_with = payment.attempt == locked.record.payment_attempt
-            left_minor = locked.record.refundable_minor if is_paid_with else 0
-            amount_minor = rules.check_refund(locked.order, request, left_minor)
-            draft = RefundDraft(amount_minor, reason=request.reason, internal_note=request.internal_note)
-            return await self._start(tx, locked, key, draft)
-
-        def compared(old: RefundRecord) -> Compared:
-            wanted = rules.minor_of("amount", request.amount, request.amount_minor, old.currency)
-            return {
-                "payment_id": (payment.attempt, old.payment_attempt),
-                "amount": (old.amount_minor if wanted is None else wanted, old.amount_minor),
-            }
-
-        key = _key_of("orders.refund", request)
-        return await self._begin(payment.order_id, key, begin, compared, request.payment_id)
+        order_id, key = payment.order_id, _key_of("orders.refund", request)
+        with bounded_by_key():
+            async with locked_order(self._database, order_id, lock_seconds=LOCK_SECONDS) as (tx, locked):
+                old = await money_store.refund_of_key(tx, key.reference)
+                if old is None:
+                    locked.check_idle()
+                    begun = await self._begin(tx, locked, key, _refund_draft(request, payment.attempt, locked))
+                else:
+                    _check_same_refund(key, old, order_id, request, payment.attempt)
+                    begun = BegunRefund(old.order_id)
+        return await self._answer(key, begun, request.payment_id)
 
     async def take_back(self, request: ReturnOrder) -> Refund:
-        """Goods, and what was paid for them."""
-
-        async def begin(tx: Tx, locked: Locked) -> Saga:
-            draft = await self._return(tx, locked, request.lines, request.reason, request.internal_note)
-            return await self._start(tx, locked, key, draft)
+        """Returns goods, and refunds what was paid for them."""
 
         key = _key_of("orders.take_back", request)
-        return await self._begin(request.id, key, begin, lambda _: {})
+        with bounded_by_key():
+            async with locked_order(self._database, request.id, lock_seconds=LOCK_SECONDS) as (tx, locked):
+                old = await money_store.refund_of_key(tx, key.reference)
+                if old is None:
+                    locked.check_idle()
+                    draft = await self._return(tx, locked, request.lines, request.reason, request.internal_note)
+                    begun = await self._begin(tx, locked, key, draft)
+                else:
+                    key.check(old.fingerprint, order_id=(request.id, old.order_id))
+                    begun = BegunRefund(old.order_id)
+        return await self._answer(key, begun)
 
-    async def take_back_rest(self, tx: Tx, locked: Locked) -> Saga:
-        """The return of all that is left, in the caller's transaction, after which the caller drives the saga."""
+    async def return_rest(self, tx: Tx, locked: Locked) -> Saga:
+        """Begins the return of all that is left, in the caller's transaction; the caller drives the saga afterwards."""
         return await self._start(tx, locked, None, await self._return(tx, locked, (), ""))
 
     # ---------------------------------------------------------------------------------------------------- how it begins
 
-    async def _begin(
-        self,
-        order_id: int,
-        key: RefundKey,
-        begin: BeginRefund,
-        compared: Callable[[RefundRecord], Compared],
-        payment_id: int | None = None,
-    ) -> Refund:
-        """Begins a refund, or finds the one that its key has begun; answers when it is settled, or the time is over.
+    async def _begin(self, tx: Tx, locked: Locked, key: RefundKey, draft: RefundDraft) -> BegunRefund:
+        started = await self._start(tx, locked, key, draft)
+        await faults.point("orders.refund.before_commit")
+        return BegunRefund(locked.record.id, started)
 
-        Raises `IdempotencyKeyReused` where that one is of another order, or another by what `compared` gives.
-        """
-
-        async def work(tx: Tx, locked: Locked) -> tuple[int, Saga | None]:
-            if (old := await money_store.refund_of_key(tx, key.reference)) is not None:
-                key.check(old.fingerprint, **{"order_id": (order_id, old.order_id), **compared(old)})
-                return old.order_id, None
-            locked.check_idle()
-            started = await begin(tx, locked)
-            await faults.point("orders.refund.before_commit")
-            return order_id, started
-
-        with bounded_by_key():
-            order_id, started = await in_lock(self._database, order_id, work, lock_seconds=LOCK_SECONDS)
+    async def _answer(self, key: RefundKey, begun: BegunRefund, payment_id: int | None = None) -> Refund:
+        """Drives a refund that was begun; answers when it is settled, or the time is over."""
         await faults.point("orders.refund.after_commit")
-        if started is not None:
-            self._runner.drive([started])
-        saga_key = (order_id, REFUND, key.reference)
+        if begun.saga is not None:
+            self._runner.drive([begun.saga])
+        saga_key = (begun.order_id, REFUND, key.reference)
         await self._runner.wait_until_idle(saga_key, (), ANSWER_SECONDS)
         async with self._database.read() as tx:
-            found = (await money_store.refunds(tx, [saga_key]))[order_id, key.reference]
-        return shown(found, current.get().actor, payment_id, replayed=started is None)
+            found = (await money_store.refunds(tx, [saga_key]))[begun.order_id, key.reference]
+        return shown(found, current.get().actor, payment_id, replayed=begun.saga is None)
 
     async def _start(self, tx: Tx, locked: Locked, key: RefundKey | None, draft: RefundDraft) -> Saga:
-        """Reserves the amount, writes the refund and its saga. The order is locked."""
+        """Reserves the amount, writes the refund and its saga. The caller has locked the order."""
         record = locked.record
         asked_minor = draft.amount_minor if draft.asked_minor is None else draft.asked_minor
         if draft.amount_minor:
@@ -223,12 +209,12 @@ class Refunding:
     async def _return(
         self, tx: Tx, locked: Locked, wanted: Sequence[ReturnLine], reason: str, internal_note: str = ""
     ) -> RefundDraft:
-        """Counts goods as returned, and says what was paid for them."""
+        """Counts goods as returned; gives the draft of the refund of what was paid for them."""
         order, asked_minor, amount_minor = locked.order, 0, 0
         lines = rules.check_return(order, wanted or rules.not_returned(order))
         await money_store.set_returned(tx, order.id, rules.returned_after(order, lines))
         if order.payment in PAID:
-            # Part of what was paid for these goods may have been refunded by hand already, or was never taken.
+            # Staff may have refunded a part of what was paid for these goods, or a part was never taken.
             asked_minor = rules.refund_value(order, lines)
             amount_minor = min(asked_minor, locked.record.refundable_minor)
         limit_reason = rules.limit_reason(order, asked_minor, amount_minor)
@@ -250,7 +236,7 @@ class Refunding:
         async with self._database.read() as tx:
             refunds = await money_store.refunds(tx, [each.key for each in sagas])
             records = await read_store.get(tx, list({each.subject_id for each in sagas}))
-        left = [Work(each, records[each.subject_id], refunds[each.subject_id, each.reference]) for each in sagas]
+        left = [RefundRun(each, records[each.subject_id], refunds[each.subject_id, each.reference]) for each in sagas]
         while left:
             now, left = _one_an_order(left)
             self._runner.enter_service_context()
@@ -258,43 +244,43 @@ class Refunding:
             await self._refund(now)
             await self._save(now)
 
-    async def _restock(self, works: Sequence[Work]) -> None:
-        """Puts returned goods on the shelf."""
-        asked = [work for work in works if work.refund.lines]
+    async def _restock(self, runs: Sequence[RefundRun]) -> None:
+        """Restocks returned goods."""
+        asked = [run for run in runs if run.refund.lines]
         if not asked:
             return
         await faults.point("refund.restock.before_call")
-        answers = await self._inventory.restock.many([_restock(work) for work in asked])
+        answers = await self._inventory.restock.many([_restock(run) for run in asked])
         await faults.point("refund.restock.after_call")
-        for work, answer in zip(asked, answers, strict=True):
+        for run, answer in zip(asked, answers, strict=True):
             if isinstance(answer, ServiceError) and not isinstance(answer, NOT_RETURNABLE):
-                work.retry = answer.code
+                run.retry = answer.code
 
-    async def _refund(self, works: Sequence[Work]) -> None:
-        """Refunds the money, of those whose goods are on the shelf."""
-        asked = [work for work in works if work.refund.amount_minor and work.retry is None]
+    async def _refund(self, runs: Sequence[RefundRun]) -> None:
+        """Refunds the money of those whose goods are restocked."""
+        asked = [run for run in runs if run.refund.amount_minor and run.retry is None]
         if not asked:
             return
         await faults.point("refund.refund.before_call")
-        answers = await self._payments.refund.many([_refund(work) for work in asked])
+        answers = await self._payments.refund.many([_refund(run) for run in asked])
         await faults.point("refund.refund.after_call")
-        for work, answer in zip(asked, answers, strict=True):
+        for run, answer in zip(asked, answers, strict=True):
             if isinstance(answer, FINAL):
-                work.code = answer.code
+                run.code = answer.code
             elif isinstance(answer, ServiceError):
-                work.retry = answer.code
+                run.retry = answer.code
 
-    async def _save(self, works: Sequence[Work]) -> None:
-        by_key = {work.saga.key: work for work in works}
-        async with self._runner.saving([(work.saga, self._next(work)) for work in works]) as (tx, kept):
-            settled = [work for each, _ in kept if (work := by_key[each.key]).retry is None]
-            await money_store.settle_refunds(tx, [(work.refund, work.code) for work in settled])
-            paid = [work for work in settled if work.refund.amount_minor]
-            records = await read_store.lock(tx, [work.order_id for work in paid]) if paid else {}
-            if given := [work for work in paid if work.code is None]:
-                moved = await self._move(tx, [_move(work, records[work.order_id].order) for work in given], SHOP)
+    async def _save(self, runs: Sequence[RefundRun]) -> None:
+        by_key = {run.saga.key: run for run in runs}
+        async with self._runner.saving([(run.saga, self._next(run)) for run in runs]) as (tx, kept):
+            settled = [run for each, _ in kept if (run := by_key[each.key]).retry is None]
+            await money_store.settle_refunds(tx, [(run.refund, run.code) for run in settled])
+            paid = [run for run in settled if run.refund.amount_minor]
+            records = await read_store.lock(tx, [run.order_id for run in paid]) if paid else {}
+            if given := [run for run in paid if run.code is None]:
+                moved = await self._move(tx, [_move(run, records[run.order_id].order) for run in given], SHOP)
                 money_store.emit_refunded(tx, list(map(_refunded, given, moved)))
-            if declined := [(work.order_id, work.refund.amount_minor) for work in paid if work.code is not None]:
+            if declined := [(run.order_id, run.refund.amount_minor) for run in paid if run.code is not None]:
                 await money_store.release_refunds(tx, declined)
             await faults.point("refund.save.before_commit")
         await faults.point("refund.save.after_commit")
@@ -305,9 +291,9 @@ class Refunding:
             raise RuleBroken("the rows are locked: no other transaction can have changed them in between")
         return moved
 
-    def _next(self, work: Work) -> Next:
-        if work.retry is not None:
-            return self._runner.retry_later(work.saga)
+    def _next(self, run: RefundRun) -> Next:
+        if run.retry is not None:
+            return self._runner.retry_later(run.saga)
         return Next("refund", "", finished=True)
 
 
@@ -320,15 +306,33 @@ def _key_of(operation: str, request: RefundOrder | ReturnOrder) -> RefundKey:
     return RefundKey(principal, key, request.fingerprint, reference=digest[:24])
 
 
-def _one_an_order(works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
-    """The first of each order, and the others: those of one order are executed one after the other."""
-    firsts: dict[int, Work] = {}
-    others = [work for work in works if firsts.setdefault(work.order_id, work) is not work]
+def _refund_draft(request: RefundOrder, attempt: int, locked: Locked) -> RefundDraft:
+    """Raises what `rules.check_refund` raises. `attempt`: the number of the payment that is to be refunded."""
+    left_minor = locked.record.refundable_minor if attempt == locked.record.payment_attempt else 0
+    amount_minor = rules.check_refund(locked.order, request, left_minor)
+    return RefundDraft(amount_minor, reason=request.reason, internal_note=request.internal_note)
+
+
+def _check_same_refund(key: RefundKey, old: RefundRecord, order_id: int, request: RefundOrder, attempt: int) -> None:
+    """Raises `IdempotencyKeyReused` where the refund of the key is not the one that the request asks for."""
+    wanted_minor = rules.minor_of("amount", request.amount, request.amount_minor, old.currency)
+    key.check(
+        old.fingerprint,
+        order_id=(order_id, old.order_id),
+        payment_id=(attempt, old.payment_attempt),
+        amount=(old.amount_minor if wanted_minor is None else wanted_minor, old.amount_minor),
+    )
+
+
+def _one_an_order(runs: Sequence[RefundRun]) -> tuple[list[RefundRun], list[RefundRun]]:
+    """The first refund of each order, and the others: refunds of one order are executed one after the other."""
+    firsts: dict[int, RefundRun] = {}
+    others = [run for run in runs if firsts.setdefault(run.order_id, run) is not run]
     return list(firsts.values()), others
 
 
-def _move(work: Work, order: Order) -> store.Move:
-    amount_minor = work.refund.amount_minor
+def _move(run: RefundRun, order: Order) -> store.Move:
+    amount_minor = run.refund.amount_minor
     is_all = order.refunded_minor + amount_minor == rules.payable_minor(order)
     return store.Move(
         order,
@@ -336,42 +340,42 @@ def _move(work: Work, order: Order) -> store.Move:
         again="payment",
         refunded_minor=amount_minor,
         pending_minor=amount_minor,
-        note=work.refund.reason,
-        internal_note=work.refund.internal_note,
-        limit_reason=work.refund.limit_reason,
-        epoch=work.saga.epoch,
-        tries=work.saga.tries,
+        note=run.refund.reason,
+        internal_note=run.refund.internal_note,
+        limit_reason=run.refund.limit_reason,
+        epoch=run.saga.epoch,
+        tries=run.saga.tries,
     )
 
 
-def _refunded(work: Work, order: Order) -> Refunded:
-    refund = work.refund
+def _refunded(run: RefundRun, order: Order) -> Refunded:
+    refund = run.refund
     return Refunded(order, refund.reference, refund.amount_minor, Actor(refund.actor_role, refund.actor_id))
 
 
-def _restock(work: Work) -> ReturnStock:
-    lines = {line.id: line.product_id for line in work.record.order.lines}
-    reference = work.saga.reference
+def _restock(run: RefundRun) -> ReturnStock:
+    lines = {line.id: line.product_id for line in run.record.order.lines}
+    reference = run.saga.reference
     return ReturnStock(
-        order_id=work.order_id,
-        order_nonce=work.record.nonce,
+        order_id=run.order_id,
+        order_nonce=run.record.nonce,
         lines=tuple(
             StockLine(product_id=lines[line.line_id], quantity=line.quantity)
-            for line in work.refund.lines
+            for line in run.refund.lines
             if line.line_id is not None
         ),
         reference=reference,
-        idempotency_key=f"order:{work.order_id}:restock:{reference}",
+        idempotency_key=f"order:{run.order_id}:restock:{reference}",
     )
 
 
-def _refund(work: Work) -> RefundPayment:
-    reference = work.saga.reference
+def _refund(run: RefundRun) -> RefundPayment:
+    reference = run.saga.reference
     return RefundPayment(
-        order_id=work.order_id,
-        order_nonce=work.record.nonce,
-        attempt=work.refund.payment_attempt,
-        amount_minor=work.refund.amount_minor,
+        order_id=run.order_id,
+        order_nonce=run.record.nonce,
+        attempt=run.refund.payment_attempt,
+        amount_minor=run.refund.amount_minor,
         reference=reference,
-        idempotency_key=f"order:{work.order_id}:refund:{reference}",
+        idempotency_key=f"order:{run.order_id}:refund:{reference}",
     )

@@ -1,4 +1,4 @@
-"""What may happen to an order. Pure: no I/O, no clock.
+"""The rules of orders. Pure: no I/O, no clock.
 
 The moves of an order are in `mercato/contracts/order_moves.py`.
 """
@@ -46,22 +46,22 @@ SHIPPABLE: Final = frozenset({"confirmed", "completed"})
 """Goods move only for an order that was confirmed and is not cancelled."""
 
 CANCELLABLE: Final = frozenset({"unfulfilled"})
-"""What has left the house is not cancelled: it comes back, and is refunded (`take_back`)."""
+"""An order whose goods were sent is not cancelled: they are returned and refunded (`take_back`)."""
 
 REFUNDABLE: Final = frozenset({"paid", "partially_refunded"})
 
 AUTHORIZED_BLOCKS: Final = frozenset({"shipped", "returned", "completed"})
-"""The money is promised, not taken: until it is, nothing is sent, nothing comes back, and nothing is closed."""
+"""Until the authorized money is captured, no goods are sent or returned, and no order is completed."""
 
 REFUNDED_BLOCKS: Final = frozenset({"shipped", "completed"})
-"""All money was given back before the goods have left: they stay, and the order is to be cancelled. What had left
-before goes on: it is delivered, comes back, and is closed."""
+"""Where all money was refunded before the goods were sent, they are not sent, and the order is to be cancelled. Goods
+that were sent before are delivered or returned, and the order is completed."""
 
 CLAIMED: Final = "order.claimed"
 PARTIALLY_RETURNED: Final = "order.partially_returned"
 
 PLACED: Final[Mapping[Axis, str]] = {"status": "pending", "payment": "unpaid", "fulfilment": "unfulfilled"}
-"""Where every order begins."""
+"""The states of a new order."""
 
 
 def as_placed(order: Order, principal: str) -> Order:
@@ -87,7 +87,7 @@ def sources(axis: Axis, wanted: str) -> list[str]:
 
 
 def legal_moves(order: Order, axis: Axis) -> tuple[str, ...]:
-    """Where this order can go next on an axis."""
+    """The states that this order can move to on an axis."""
     if axis == "fulfilment" and order.status not in SHIPPABLE:
         return ()
     moves = AXES[axis][getattr(order, axis)]
@@ -101,7 +101,7 @@ def legal_moves(order: Order, axis: Axis) -> tuple[str, ...]:
 
 
 def _is_refunded_here(order: Order) -> bool:
-    """All that was paid was given back, and the goods have not left."""
+    """Whether all that was paid was refunded, and the goods were not sent."""
     return order.payment == "refunded" and order.fulfilment == "unfulfilled"
 
 
@@ -112,7 +112,7 @@ def check_move(order: Order, axis: Axis, wanted: str) -> None:
 
 
 def illegal(order: Order, axis: Axis, wanted: str) -> IllegalMove:
-    """The refusal of a move: the legal ones, and what else of the order stands in its way."""
+    """The refusal of a move, with the legal moves, and the state of the order that forbids it."""
     return IllegalMove(
         order_id=order.id,
         axis=axis,
@@ -124,7 +124,7 @@ def illegal(order: Order, axis: Axis, wanted: str) -> IllegalMove:
 
 
 def _why_not(order: Order, axis: Axis, wanted: str) -> str:
-    """What forbids a move: where the order is on its axis, or another axis."""
+    """What forbids a move: the state on its axis, or on another axis."""
     current: str = getattr(order, axis)
     if wanted not in AXES[axis].get(current, ()):
         return _why_not_from(axis, current, wanted)
@@ -136,7 +136,7 @@ def _why_not(order: Order, axis: Axis, wanted: str) -> str:
         why = "all that was paid was refunded"
         return f"{why}; cancel the order instead" if "cancelled" in legal_moves(order, "status") else why
     if axis == "status" and wanted == "cancelled" and order.fulfilment not in CANCELLABLE:
-        return f"its goods are {order.fulfilment}; take them back instead"
+        return f"its goods are {order.fulfilment}; return them instead"
     return ""
 
 
@@ -152,7 +152,7 @@ def _why_not_from(axis: Axis, current: str, wanted: str) -> str:
 
 
 def check_declared(order: Order, status: str | None, payment: str | None, fulfilment: str | None) -> None:
-    """The last look before a move is written: what the tables above do not have does not happen."""
+    """Raises `RuleBroken` for a move that the tables do not declare: the last check before a move is written."""
     wanted_by_axis: Mapping[Axis, str | None] = {"status": status, "payment": payment, "fulfilment": fulfilment}
     for axis, wanted in wanted_by_axis.items():
         before: str = getattr(order, axis)
@@ -162,11 +162,11 @@ def check_declared(order: Order, status: str | None, payment: str | None, fulfil
 
 
 States = tuple[str, str, str]
-"""Where an order is on its axes, in the order of `AXES`."""
+"""The states of an order, in the order of `AXES`."""
 
 
 def events_between(before: States, after: States, again: Axis | None = None) -> list[str]:
-    """The events of a move: one for each axis that has changed, or reached the same state `again`."""
+    """The types of the events of a move: one for each axis that has changed, or reached the same state `again`."""
     emitted: list[str] = []
     for axis, was, now in zip(AXES, before, after, strict=True):
         if axis == again == "fulfilment":
@@ -186,7 +186,7 @@ def events_of(before: Order, after: Order, again: Axis | None = None) -> list[st
 
 
 def axis_of(event: str) -> Axis:
-    """The axis along which a move was that emitted this event."""
+    """The axis of the move that emitted this event."""
     if event == "order.placed":
         return "status"
     if event == PARTIALLY_RETURNED:
@@ -195,7 +195,7 @@ def axis_of(event: str) -> Axis:
 
 
 def check_refund(order: Order, request: RefundOrder, left_minor: int) -> int:
-    """How much is to be given back. Raises `IllegalMove`, `InvalidRequest` or `NothingToRefund`."""
+    """The amount to refund. Raises `IllegalMove`, `InvalidRequest` or `NothingToRefund`."""
     if order.payment not in REFUNDABLE:
         raise illegal(order, "payment", "refunded")
     check_currency(order, request.currency)
@@ -207,7 +207,7 @@ def check_refund(order: Order, request: RefundOrder, left_minor: int) -> int:
 
 
 def check_capture(order: Order, payment: PaymentRecord, request: CapturePart) -> int:
-    """How much is to be taken of a payment. Raises `InvalidRequest` or `CaptureTooLarge`."""
+    """The amount to capture. Raises `InvalidRequest` or `CaptureTooLarge`."""
     check_currency(order, request.currency)
     wanted = minor_of("amount", request.amount, request.amount_minor, order.currency)
     if wanted is None:
@@ -226,7 +226,7 @@ def check_capture(order: Order, payment: PaymentRecord, request: CapturePart) ->
 
 
 def check_captured(payment: PaymentRecord, wanted_minor: int, captured_minor: int) -> None:
-    """Whether a capture is a repetition of the one that was made. Raises `CaptureAmountChanged`."""
+    """Raises `CaptureAmountChanged` where a capture is no repetition of the one that was made."""
     if wanted_minor != captured_minor:
         raise CaptureAmountChanged(
             payment_id=payment.id,
@@ -237,7 +237,7 @@ def check_captured(payment: PaymentRecord, wanted_minor: int, captured_minor: in
 
 
 def check_currency(order: Order, currency: str | None) -> None:
-    """Raises `InvalidRequest` for another currency than that of the order."""
+    """Raises `InvalidRequest` for a currency that is not the one of the order."""
     if currency is not None and currency != order.currency:
         wrong = FieldError(field="currency", message=f"is not that of the order, {order.currency}")
         raise InvalidRequest(errors=(wrong,))
@@ -288,13 +288,13 @@ def _line_of(order: Order, wanted: ReturnLine) -> OrderLine | None:
 
 
 def returned_after(order: Order, lines: Sequence[ReturnLine]) -> list[int]:
-    """How much of each line of the order was returned, once these are."""
+    """The returned quantity of each line of the order, including these."""
     back = {line.line_id: line.quantity for line in lines}
     return [line.returned + back.get(line.id, 0) for line in order.lines]
 
 
 def is_all(order: Order, lines: Sequence[ReturnLine]) -> bool:
-    """Whether nothing is left once these are returned."""
+    """Whether these lines are all that was not returned yet."""
     return sum(line.quantity for line in lines) == sum(line.quantity - line.returned for line in order.lines)
 
 
@@ -309,7 +309,7 @@ def refund_value(order: Order, lines: Sequence[ReturnLine]) -> int:
 
 
 def limit_reason(order: Order, asked_minor: int, given_minor: int) -> str:
-    """Why less is refunded than was asked: no more is left of what was paid. Empty where nothing is missing."""
+    """Why less is refunded than was asked: no more is left of what was paid. Empty where the amounts are equal."""
     if given_minor == asked_minor:
         return ""
     paid_minor = payable_minor(order)
@@ -321,7 +321,7 @@ def limit_reason(order: Order, asked_minor: int, given_minor: int) -> str:
 
 
 def returned_value(lines: Sequence[OrderLine]) -> int:
-    """What the goods that have come back were sold for: not due, where they came back before they were paid."""
+    """The price of returned goods. It is not due where they were returned before the order was paid."""
     return sum(_share(line, line.returned) for line in lines if line.returned)
 
 
@@ -331,7 +331,7 @@ def _share(line: OrderLine, quantity: int) -> int:
 
 
 def visible(order: Order | None, order_id: int, actor: Actor) -> Order | OrderNotFound:
-    """The order, where the caller may see it: that of another account answers like one that does not exist."""
+    """The order, where the caller may see it: an order of another account is answered like one that does not exist."""
     if order is None:
         return OrderNotFound(order_id=order_id)
     is_guests = order.user_id == GUEST_USER and (actor.role, actor.id) == (GUEST, order.id)
@@ -341,9 +341,9 @@ def visible(order: Order | None, order_id: int, actor: Actor) -> Order | OrderNo
 
 
 def cancelled_as(order: Order) -> ServiceError | None:
-    """Why an order was refused that is cancelled; None where it was cancelled on request, or not paid in time.
+    """Why a cancelled order was refused; None where it was cancelled on request, or not paid in time.
 
-    Of one that was cancelled because a payment was declined, the caller knows the payment.
+    Also None where a payment was declined: the caller makes that refusal from the payment.
     """
     reason = order.reason
     if reason is None or reason.code in ("requested", "expired", "payment_declined"):
@@ -356,14 +356,14 @@ def cancelled_as(order: Order) -> ServiceError | None:
 
 
 def may_be_declined(order: Order) -> bool:
-    """Whether an order may be one whose last payment was declined, and that is not paid since."""
+    """Whether the last payment of the order may have been declined, and the order is not paid since."""
     if order.status == "cancelled":
         return order.reason is not None and order.reason.code == "payment_declined"
     return (order.status, order.payment) == ("pending", "unpaid")
 
 
 def with_products(request: PlaceOrder, found: Mapping[str, Product | ServiceError]) -> PlaceOrder | ServiceError:
-    """The request with one line a product, named by its id; `found` has the products, or refusals, by sku."""
+    """The request with one line for each product, named by its id. `found`: the products, or refusals, by sku."""
     quantities: dict[int, int] = {}
     for line in request.lines:
         product = None if line.sku is None else found[line.sku]
@@ -379,32 +379,32 @@ def with_products(request: PlaceOrder, found: Mapping[str, Product | ServiceErro
 
 
 def payable_minor(order: Order) -> int:
-    """What a payment takes, or has taken."""
+    """The amount that a payment takes, or has taken."""
     return order.total_minor - order.waived_minor
 
 
 def due_minor(order: Order) -> int:
-    """What is still to be paid. The gateway shows it as well (`order_out`)."""
+    """The amount that is still to be paid. The gateway shows it as well (`order_out`)."""
     return payable_minor(order) if order.payment == "unpaid" and order.status != "cancelled" else 0
 
 
 def paid_minor(order: Order) -> int:
-    """What was taken, of which `refunded_minor` was given back."""
+    """The amount that was taken, of which `refunded_minor` was refunded."""
     return payable_minor(order) if order.payment in PAID else 0
 
 
 def is_buyer(actor: Actor) -> bool:
-    """A customer or a guest: what staff note for staff, and who of them did something, is not for them."""
+    """Whether the actor is a customer or a guest, who see neither internal notes nor the accounts of staff."""
     return actor.role in (ANONYMOUS, CUSTOMER, GUEST)
 
 
 def shown_actor_id(role: str, account_id: int, actor: Actor) -> int:
-    """The account that has done something, as `actor` may see it: 0 for a buyer who is another."""
+    """The account that acted, as `actor` may see it: 0 where a buyer is another actor."""
     return account_id if not is_buyer(actor) or (role, account_id) == (actor.role, actor.id) else 0
 
 
 def check_request(request: PlaceOrder) -> InvalidRequest | None:
-    """A product stands in one line of an order: stock is reserved by order and product. An e-mail address is one."""
+    """A product is in one line of an order: stock is reserved by order and product. An e-mail address is valid."""
     errors = _repeated([line.product_id for line in request.lines])
     if request.guest_email is not None and (problem := addresses.problem(addresses.composed(request.guest_email))):
         errors = (*errors, FieldError(field="guest_email", message=problem))
@@ -417,13 +417,13 @@ def _repeated(product_ids: Sequence[int]) -> tuple[FieldError, ...]:
     for i, product_id in enumerate(product_ids):
         j = first.setdefault(product_id, i)
         if j != i:
-            message = f"product {product_id} stands in items[{j}] already; give one item with the whole quantity"
+            message = f"product {product_id} is in items[{j}] already; give one item with the whole quantity"
             errors.append(FieldError(field=f"items[{i}].product_id", message=message))
     return tuple(errors)
 
 
 def priced(lines: Sequence[PlaceLine], quotes: Mapping[int, Quote]) -> tuple[OrderLine, ...]:
-    """The lines as the order keeps them: named and priced as the catalogue says at this moment."""
+    """The lines as the order stores them: with the names and prices that the catalogue has now."""
     return tuple(
         OrderLine(
             id=i,
@@ -456,7 +456,7 @@ LARGEST_TOTAL_MINOR: Final = MAX_MINOR * QUANTITY_LIMIT
 
 
 def minor_of(field: str, amount: str | None, minor: int | None, currency: str) -> int | None:
-    """What a client wrote in a field, in minor units of the currency of the order. Raises `InvalidRequest`."""
+    """The amount of a request's field, in minor units of the currency of the order. Raises `InvalidRequest`."""
     if amount is None:
         return minor
     found = to_minor(amount, currency, LARGEST_TOTAL_MINOR)
@@ -466,7 +466,7 @@ def minor_of(field: str, amount: str | None, minor: int | None, currency: str) -
 
 
 def check_total(request: PlaceOrder, actual_minor: int, currency: str) -> PriceChanged | None:
-    """What the client showed to the buyer, amount and currency, must be what the catalogue says.
+    """The amount and currency that the client showed to the buyer must be those of the catalogue.
 
     Raises `InvalidRequest` where it is no amount of that currency.
     """
@@ -486,9 +486,9 @@ def check_total(request: PlaceOrder, actual_minor: int, currency: str) -> PriceC
 
 
 class BuyerLimits(msgspec.Struct, frozen=True):
-    """What the open orders of one customer may be, all together; 0: as many as they like.
+    """The bounds of all open orders of one customer together; 0: no bound.
 
-    `held_units` and `held_percent` of the pieces on hand: whichever is more; there is no such bound where both are 0.
+    `held_units` and `held_percent` of the pieces on hand: the larger of the two; no bound where both are 0.
     """
 
     open_orders: int = 0
@@ -506,48 +506,48 @@ ANY_NUMBER: Final = 2**31 - 1
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """For orders that customers place themselves, and for those that staff or their programs place for customers."""
+    """Limits of orders that customers place themselves, and of those that staff or programs of staff place for them."""
 
     customers: BuyerLimits
     staff: BuyerLimits
 
     def of(self, user_id: int, actor: Actor) -> BuyerLimits:
-        """Guests have none here: what they all hold together is bounded by inventory."""
+        """Guests have no limits here: inventory bounds what all guests hold together."""
         if user_id == GUEST_USER:
             return UNLIMITED
         return self.customers if actor.role == CUSTOMER else self.staff
 
 
 class Limited(msgspec.Struct, frozen=True, gc=False):
-    """What bounds an order of a batch."""
+    """The bounds of one order of a batch."""
 
     buyer: int = 0
-    """The place of its user among those whose open orders are counted, from 1; 0: not among them."""
-    room: int = 0
-    """How many open orders the buyer may have before the batch, that this one still fits."""
+    """The position of its user among those whose open orders are counted, from 1; 0: not among them."""
+    most_open: int = 0
+    """The open orders that the buyer may have before the batch for this one to be within the limit."""
     before: tuple[int, ...] | None = None
-    """Element n: pieces of line n's product in the buyer's orders that stand before this one in the batch."""
+    """Element n: pieces of line n's product in the buyer's orders before this one in the batch."""
 
 
 _FREE: Final = Limited()
 
 
 def limited(orders: Sequence[tuple[Order, BuyerLimits]]) -> tuple[list[int], list[Limited]]:
-    """The users whose open orders are counted; and for each order what bounds it."""
+    """The users whose open orders are counted; and the bounds of each order."""
     users = sorted({order.user_id for order, limits in orders if limits != UNLIMITED})
     if not users:
         return [], [_FREE] * len(orders)
     places = {user_id: place for place, user_id in enumerate(users, 1)}
     counts, units = Counter[int](), Counter[tuple[int, int]]()
     bounds = [_FREE] * len(orders)
-    # The highest limit first: an order that is refused must not take the place of one that would not be.
+    # The highest limit first: an order that is refused must not count against one that would be written.
     ordered = sorted(enumerate(orders), key=lambda one: one[1][1].open_orders or ANY_NUMBER, reverse=True)
     for i, (order, limits) in ordered:
         user_id = order.user_id
         if limits != UNLIMITED:
-            room = limits.open_orders - counts[user_id] - 1 if limits.open_orders else ANY_NUMBER
+            most_open = limits.open_orders - counts[user_id] - 1 if limits.open_orders else ANY_NUMBER
             before = tuple([units[user_id, line.product_id] for line in order.lines]) if limits.bounds_units else None
-            bounds[i] = Limited(places[user_id], room, before)
+            bounds[i] = Limited(places[user_id], most_open, before)
         counts[user_id] += 1
         for line in order.lines:
             units[user_id, line.product_id] += line.quantity

@@ -1,4 +1,5 @@
-"""The operations that read orders, or move them by hand. The others: `placing.py`, `paying.py`, `refunding.py`."""
+"""The operations that read orders, and those with which staff move them. The others: `placing.py`, `paying.py`,
+`refunding.py`, `claiming.py`, `timeline.py`."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from mercato.contracts.roles import CUSTOMER
 
 from . import history_store, list_store, read_store, rules, store
 from .guests import Guests, without_email
-from .locking import Locked, in_lock
+from .locking import Locked, locked_order
 from .paying import Paying
 from .refunding import Refunding
 from .timeline import entries_of
@@ -75,7 +76,7 @@ class OrdersService:
                 return OrderPage(orders=(), total=0 if request.count else None)
             request = _only_own(request, actor)
         async with self._database.read() as tx:
-            # One more than asked for tells whether there is a next page.
+            # One order more than asked for: whether there is a next page.
             following = None
             if list_store.is_scanned(request):
                 orders, following = await list_store.scan_page(tx, request, request.limit + 1)
@@ -87,7 +88,7 @@ class OrdersService:
         return OrderPage(orders=page, next_before=following, total=total)
 
     async def move(self, request: MoveOrder) -> Order:
-        """Status and fulfilment by hand. Confirming and cancelling redirect the checkout: it moves stock and money."""
+        """Moves status and fulfilment. Confirming and cancelling redirect the checkout, which moves stock and money."""
         version = request.version
         if request.status in ("cancelled", "confirmed") and request.fulfilment is not None:
             await self._check_both(request)
@@ -102,7 +103,7 @@ class OrdersService:
         return await self._move(MoveOrder(id=request.id, fulfilment=request.fulfilment), None)
 
     async def _check_both(self, request: MoveOrder) -> None:
-        """Both axes move or none: the second is judged before the first, which commits by itself, has moved."""
+        """Both axes move or none: the second is validated before the first moves, which commits by itself."""
         order = await self._seen(request.id)
         assert request.status is not None
         after = msgspec.structs.replace(order, status=request.status)
@@ -110,34 +111,28 @@ class OrdersService:
             rules.check_move(after, "fulfilment", request.fulfilment)
 
     async def _move(self, request: MoveOrder, version: int | None) -> Order:
-        async def work(tx: Tx, locked: Locked) -> tuple[Order, Saga | None]:
-            order, returning = locked.order, None
-            check_version(version, order.version)
-            is_moving = request.status is not None and request.status != order.status
-            is_returning = request.fulfilment == "returned" and order.fulfilment != "returned"
-            if request.status is not None and is_moving:
-                rules.check_move(order, "status", request.status)
-            if is_moving or is_returning:
-                locked.check_idle()
-            wanted = {request.status if is_moving else None, request.fulfilment}
-            if order.fulfilment == "unfulfilled" and wanted & rules.REFUNDED_BLOCKS and locked.record.is_being_refunded:
-                raise PaymentInProgress(order_id=order.id)
-            if request.status is not None:
-                order = await _move_one(tx, order, "status", store.Move(order, status=request.status))
-            if is_returning:
-                record = msgspec.structs.replace(locked.record, order=order)
-                returning = await self._refunding.take_back_rest(tx, msgspec.structs.replace(locked, record=record))
-                order = (await read_store.get(tx, [order.id]))[order.id].order
-            elif request.fulfilment is not None:
-                order = await _move_one(tx, order, "fulfilment", store.Move(order, fulfilment=request.fulfilment))
+        async with locked_order(self._database, request.id) as (tx, locked):
+            check_version(version, locked.order.version)
+            _check_not_under_way(request, locked)
+            order, returning = await self._move_locked(tx, request, locked)
             await faults.point("orders.move.before_commit")
-            return order, returning
-
-        order, returning = await in_lock(self._database, request.id, work)
         await faults.point("orders.move.after_commit")
         if returning is not None:
             self._runner.drive([returning])
         return order
+
+    async def _move_locked(self, tx: Tx, request: MoveOrder, locked: Locked) -> tuple[Order, Saga | None]:
+        """Moves a locked order. Gives the order as it is now and, where its goods are returned, the saga of that."""
+        order = locked.order
+        if request.status is not None:
+            order = await _move_one(tx, order, "status", store.Move(order, status=request.status))
+        if _is_returning(request, order):
+            record = msgspec.structs.replace(locked.record, order=order)
+            returning = await self._refunding.return_rest(tx, msgspec.structs.replace(locked, record=record))
+            return (await read_store.get(tx, [order.id]))[order.id].order, returning
+        if request.fulfilment is not None:
+            order = await _move_one(tx, order, "fulfilment", store.Move(order, fulfilment=request.fulfilment))
+        return order, None
 
     async def history(self, request: GetHistory) -> History:
         async with self._guests.acting(request.id, request.access_token), self._database.read() as tx:
@@ -162,6 +157,23 @@ class OrdersService:
             return await read_store.seen(tx, order_id, current.get().actor)
 
 
+def _check_not_under_way(request: MoveOrder, locked: Locked) -> None:
+    """Raises `IllegalMove`, or `PaymentInProgress` where a checkout or a refund under way excludes the move."""
+    order = locked.order
+    is_moving = request.status is not None and request.status != order.status
+    if request.status is not None and is_moving:
+        rules.check_move(order, "status", request.status)
+    if is_moving or _is_returning(request, order):
+        locked.check_idle()
+    wanted = {request.status if is_moving else None, request.fulfilment}
+    if order.fulfilment == "unfulfilled" and wanted & rules.REFUNDED_BLOCKS and locked.record.is_being_refunded:
+        raise PaymentInProgress(order_id=order.id)
+
+
+def _is_returning(request: MoveOrder, order: Order) -> bool:
+    return request.fulfilment == "returned" and order.fulfilment != "returned"
+
+
 async def _move_one(tx: Tx, order: Order, axis: Axis, move: store.Move) -> Order:
     """The move of a locked order along one axis."""
     wanted: str = getattr(move, axis)
@@ -169,7 +181,7 @@ async def _move_one(tx: Tx, order: Order, axis: Axis, move: store.Move) -> Order
         return order  # a retry of a move whose answer was lost
     rules.check_move(order, axis, wanted)
     [moved] = await store.move(tx, [move], current.get().actor)
-    assert moved, "the row is locked: nobody can have moved it in between"
+    assert moved, "the row is locked: no other transaction can have moved it in between"
     return moved
 
 

@@ -1,7 +1,7 @@
 """The decisions of checkout: which step is next for an order. Pure: no I/O, no clock.
 
     reserve    hold the stock; charge the payment, if there is one; sell the stock; then the order is confirmed and paid
-       ├─ no method ──────► awaiting    the stock is held until the order is paid (► reserve) or time is over (► unwind)
+       ├─ no method ──────► awaiting    the stock is held until the order is paid (► reserve) or expires (► unwind)
        ├─ declined ───────► awaiting    the order can be paid in another way; after ten declines ► unwind
        ├─ out of stock ───► unwind      cancelled
        ├─ capture later ──► settle      authorized instead of charged: confirmed before the money is taken
@@ -9,16 +9,16 @@
     finished   paid, or sold on account
 
     settle     sell the stock, capture the payment
-       ├─ by hand ────────► authorized  captured (► settle) or cancelled (► unwind) by staff
+       ├─ manual capture ─► authorized  captured (► settle) or cancelled (► unwind) by staff
        └─ not captured ───► unwind      cancelled: the authorization has expired
 
     unwind     void or refund the payment, release or restock the goods. From any step, when the order is cancelled.
 
-The pivot is the charge (with manual capture: confirming the order). Before it, a step that cannot be done is undone.
-After it the order goes forward only; a request to cancel that comes in between undoes all of it, the charge included.
+The pivot is the charge (with manual capture: confirming the order). Before it, a step that fails is compensated. After
+it the order goes forward only; a request to cancel that arrives in between undoes all of it, the charge included.
 
 Each function takes an order, the state of its saga and the answer of a service, and decides. The same answer gives the
-same decision, so that a step that runs again after a crash comes to the same end.
+same decision, so that a step that runs again after a crash has the same result.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ CHECKOUT: Final = "checkout"
 Step = Literal["reserve", "awaiting", "settle", "authorized", "unwind"]
 
 ATTEMPTS_LIMIT: Final = 10
-"""Payments that may be declined before an order is cancelled: each keeps its stock from other buyers for a while."""
+"""Payments that may be declined before an order is cancelled: each holds its stock for a while."""
 
 NAMED_PRODUCTS: Final = 5
-"""In the sentence of a cancelled order; all of them stand in the lines of its reason."""
+"""Products that the message of a cancelled order names at most; the lines of its reason have all of them."""
 
 UNKNOWN_STATE: Final = "unknown_state"
-"""Why a step is tried again after an answer with a state that this version does not know: a newer service sent it."""
+"""The code of a retry after an answer with a state that this version does not know: a newer service sent it."""
 
-RESTING: Final = ("awaiting",)
-"""Where a checkout waits for its buyer, though a time is set for it. At `authorized` it waits without one."""
+WAITING: Final = ("awaiting",)
+"""The steps at which a checkout waits for its buyer until a set time. At `authorized` it waits without a time."""
 
 
 class Checkout(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -69,22 +69,22 @@ class Checkout(msgspec.Struct, frozen=True, omit_defaults=True):
     paying: bool = False
     """Whether there is a payment to make."""
     method: str | None = None
-    """Of the payment that this checkout has begun; None: it has begun none."""
+    """The method of the payment that this checkout has begun; None: it has begun none."""
     attempt: int = 0
     """The number of that payment, or of the last one of the order; 0: there was none."""
     capture: bool = True
     on_account: bool = False
     """Staff confirm the order without a payment."""
     confirmed_by: int = 0
-    """The account of that member of staff, where it is known."""
+    """The account of that member of staff; 0: not known."""
     capture_minor: int | None = None
-    """What staff take of what was authorized; None: all of it."""
+    """The part of the authorized amount that staff capture; None: all of it."""
     by_staff: bool = False
-    """The bound of what the order holds is that of orders which staff place."""
+    """The bounds of orders that staff place apply to what this order holds."""
 
 
 def encoded(state: Checkout) -> str:
-    """As the saga keeps it."""
+    """The state as the saga stores it."""
     return msgspec.json.encode(state).decode()
 
 
@@ -97,7 +97,7 @@ class Decision(msgspec.Struct, frozen=True):
 
     step: Step
     note: str
-    """Of the move, for the history."""
+    """The note of the move, for the history."""
     state: Checkout
     running: bool = False
     wake_s: float | None = None
@@ -108,22 +108,22 @@ class Decision(msgspec.Struct, frozen=True):
     reason: CancelReason | None = None
     refunded_minor: int = 0
     waived_minor: int | None = None
-    """What of the total was not taken; None: as before."""
+    """The part of the total that was not taken; None: as before."""
     internal_note: str = ""
 
 
 class RetryLater(msgspec.Struct, frozen=True):
-    """The answer does not say what became of the call: the same step, with the same keys, after a pause."""
+    """The result of the call is not known: run the same step again, with the same keys, after a pause."""
 
     code: str
     not_before: datetime.datetime | None = None
-    """When it is known, as the answer says; None where it does not."""
+    """When the result will be known, as the answer says; None: it does not say so."""
 
 
 def after_reserve(
     order: Order, state: Checkout, answer: Reservation | ServiceError, window_s: float
 ) -> Decision | RetryLater | None:
-    """None: the stock is held, and the payment, if there is one, is to be made."""
+    """None: the stock is held; continue with the payment, if there is one, and the commit."""
     match answer:
         case OutOfStock():
             # Continue with unwind: a fenced driver may still reserve, once there is stock again. The tombstones that
@@ -156,7 +156,7 @@ def is_final(order: Order, state: Checkout) -> bool:
 def after_charge(
     order: Order, state: Checkout, answer: PaymentRecord | ServiceError, window_s: float
 ) -> Decision | RetryLater | None:
-    """None: the money is taken, and now the stock is to be sold."""
+    """None: the money is taken; continue with the commit of the stock."""
     refused = _refused(order, state, answer, window_s)
     if refused is not None or isinstance(answer, ServiceError):
         return refused
@@ -195,9 +195,9 @@ def _refused(
 
 
 def _declined(order: Order, state: Checkout, code: str, window_s: float) -> Decision:
-    """One rule, whichever way the payment came: the order stays payable until its hold ends, ten times at most."""
+    """The order stays payable until its hold ends, at most `ATTEMPTS_LIMIT` times."""
     left = msgspec.structs.replace(state, paying=False)
-    if order.status != "pending":  # it was sold on account, and stays sold
+    if order.status != "pending":  # sold on account: it stays sold
         return Decision("reserve", f"declined {code}", left, finished=True)
     if state.attempt >= ATTEMPTS_LIMIT:
         return _cancelled(state, "payment_declined", payment="failed", provider_code=code)
@@ -205,12 +205,12 @@ def _declined(order: Order, state: Checkout, code: str, window_s: float) -> Deci
 
 
 def _end_of_hold(order: Order, window_s: float) -> datetime.datetime:
-    """A payment that is declined does not prolong the hold; one under way at this time does, until its answer."""
+    """A declined payment does not prolong the hold; a payment under way at this time does, until its answer."""
     return order.created_at + datetime.timedelta(seconds=window_s)
 
 
 def after_commit(order: Order, state: Checkout, answer: Reservation | ServiceError) -> Decision | RetryLater | None:
-    """None: the stock is sold, and now the payment is to be captured."""
+    """None: the stock is sold; continue with the capture."""
     match answer:
         case ReservationClosed() | StockOfAnotherOrder():
             return _cancelled(state, "stock_lost")
@@ -251,7 +251,7 @@ def after_waiting(state: Checkout) -> Decision:
 
 
 def cancelled_by(state: Checkout, message: str, internal_note: str = "") -> Decision:
-    """A client that may has asked for it."""
+    """A client that may cancel the order has requested it."""
     reason = CancelReason(code="requested", message=message)
     return Decision(
         "unwind", message, state, running=True, status="cancelled", reason=reason, internal_note=internal_note
@@ -259,7 +259,7 @@ def cancelled_by(state: Checkout, message: str, internal_note: str = "") -> Deci
 
 
 def after_release(answer: Reservation) -> RetryLater | None:
-    """None: the stock is no longer held. It is released, or it was sold and has to come back."""
+    """None: the stock is no longer held. It is released, or it was sold and has to be restocked."""
     return None if answer.state in ("released", "expired", "committed") else RetryLater(UNKNOWN_STATE)
 
 
@@ -267,7 +267,7 @@ def after_unwind(order: Order, state: Checkout, payment: PaymentRecord | None, *
     """Everything is undone. `payment` is the one that was undone, as it is now; `is_kept`: its refund was declined."""
     waived_minor = order.total_minor - payment.captured_minor if payment and payment.captured_minor else None
     if is_kept or (payment and payment.captured_minor > payment.refunded_minor):
-        # The provider has declined the refund for good: that is for people to settle.
+        # The provider has declined the refund, which is final: staff settle it.
         kept: Payment | None = "paid" if order.payment in ("authorized", "unpaid") else None
         return Decision("unwind", "refund declined", state, finished=True, payment=kept, waived_minor=waived_minor)
     became: Payment | None = None
@@ -289,9 +289,9 @@ def after_unwind(order: Order, state: Checkout, payment: PaymentRecord | None, *
 
 
 def resumed(step: str, status: Status, payment: Payment) -> str | None:
-    """The step at which a parked checkout has to go on, by its own step and its order. None: it is parked rightly.
+    """The step with which a parked checkout has to continue, by its own step and its order. None: it waits rightly.
 
-    A step that was left in the middle is done again: each begins by hearing what was done already.
+    A step that was interrupted runs again: each call answers with what was already done.
     """
     if step == "authorized" and payment == "authorized":
         return "unwind" if status == "cancelled" else None

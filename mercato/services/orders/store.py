@@ -64,7 +64,7 @@ INSERTED: Final[Mapping[str, tuple[str, Callable[[NewOrder], object]]]] = {
     "idempotency_key": ("text", lambda new: new.keyed and new.keyed.key),
     "fingerprint": ("bytea", lambda new: new.keyed and new.keyed.fingerprint),
 }
-"""The columns with which an order begins: type and value."""
+"""The columns of a new order: type and value."""
 
 BESIDE: Final[Mapping[str, tuple[str, Callable[[NewOrder], object]]]] = {
     "product_ids": ("text", lambda new: _products(new.order.lines)),
@@ -73,12 +73,12 @@ BESIDE: Final[Mapping[str, tuple[str, Callable[[NewOrder], object]]]] = {
     "state": ("text", operator.attrgetter("state")),
     "former_id": ("bigint", operator.attrgetter("former_id")),
 }
-"""What the other tables need of it."""
+"""The values of a new order for the other tables: type and value."""
 
 _ARRAYS: Final = {**INSERTED, **BESIDE}
 
-LIMITED: Final = {"buyer": "integer", "room": "integer", "before": "text"}
-"""What bounds each order: see `rules.Limited`. `before` as `product_ids`."""
+LIMITED: Final = {"buyer": "integer", "most_open": "integer", "before": "text"}
+"""The bounds of each order (`rules.Limited`): types. `before` is written as `product_ids` are."""
 
 _TYPES: Final = {**{name: kind for name, (kind, _) in _ARRAYS.items()}, **LIMITED}
 
@@ -99,7 +99,7 @@ INSERT_SQL: Final = f"""
           FROM opened
          CROSS JOIN unnest({", ".join(f"${n}::{kind}[]" for n, kind in enumerate(_TYPES.values(), 5))})
                WITH ORDINALITY AS o ({", ".join(_TYPES)}, n)
-         WHERE coalesce(opened.counts[o.buyer], 0) <= o.room
+         WHERE coalesce(opened.counts[o.buyer], 0) <= o.most_open
            AND (o.former_id IS NOT NULL OR NOT EXISTS (SELECT FROM lost_orders l WHERE l.nonce = o.nonce))
     ), placed AS (
         INSERT INTO orders (id, open_units, {", ".join(INSERTED)})
@@ -123,16 +123,16 @@ INSERT_SQL: Final = f"""
 async def insert(tx: Tx, orders: Sequence[NewOrder], kind: str, step: str, driver: int) -> list[PlacedRow]:
     """Writes orders, the first row of their history and the sagas that `driver` will drive.
 
-    Gives ids, epochs and times in the order given; no row for an order whose buyer has as many open ones as may be,
-    nor for one that may be a lost one.
-    Raises `UniqueViolation` where a key has an order already, after a transaction that uses the same key, or orders for
-    the same limited buyer, at this moment has ended; `LockTimeout` where that takes more than 2 seconds.
+    Gives ids, epochs and times in the order given; no row for an order whose buyer has too many open ones, nor for one
+    that may have been lost.
+    Raises `UniqueViolation` where a key has an order already. Waits for concurrent transactions with the same key or
+    the same limited buyer; raises `LockTimeout` where that takes more than 2 seconds.
     """
     values = [list(map(value, orders)) for _, value in _ARRAYS.values()]
     buyers, limited = rules.limited([(new.order, new.limits) for new in orders])
     bounds: tuple[list[object], ...] = (
         [one.buyer for one in limited],
-        [one.room for one in limited],
+        [one.most_open for one in limited],
         [None if one.before is None else _array(one.before) for one in limited],
     )
     return await tx.fetch(PlacedRow, INSERT_SQL, kind, step, driver, buyers, *values, *bounds)
@@ -166,7 +166,7 @@ def _products(lines: Sequence[OrderLine]) -> str:
 
 
 def _array(values: Iterable[int]) -> str:
-    """As PostgreSQL writes an array: arrays of several lengths make no array of arrays."""
+    """The text of a PostgreSQL array: arrays of different lengths cannot be passed as an array of arrays."""
     return "{" + ",".join(map(str, values)) + "}"
 
 
@@ -174,7 +174,7 @@ def _array(values: Iterable[int]) -> str:
 
 
 class Move(msgspec.Struct, frozen=True):
-    """A move of one order along one or more axes, from where `order` is. None: this axis stays."""
+    """A move of one order along one or more axes, from the states of `order`. None: no move along this axis."""
 
     order: Order
     status: Status | None = None
@@ -184,7 +184,7 @@ class Move(msgspec.Struct, frozen=True):
     note: str = ""
     """For the history."""
     actor: Actor | None = None
-    """Who moves this one, where it is not the actor who moves the others."""
+    """The actor of this move, where it is not the one of the other moves."""
     again: Axis | None = None
     """The axis of which a further part reaches the state that the order is in: one more partial refund or return."""
     refunded_minor: int = 0
@@ -197,9 +197,9 @@ class Move(msgspec.Struct, frozen=True):
     """The move confirms the order without a payment."""
     epoch: int | None = None
     tries: int = 0
-    """Of the saga whose step this is."""
+    """`epoch` and `tries` of the saga whose step makes the move."""
     internal_note: str = ""
-    """For the history, and for staff alone."""
+    """For the history; only staff see it."""
     limit_reason: str = ""
     """For the history: of a refund that gives less than was asked."""
 
@@ -215,8 +215,8 @@ class MovedRow(Row):
 async def move(tx: Tx, moves: Sequence[Move], actor: Actor) -> list[Order | None]:
     """Moves orders, writes their history and emits their events; gives them as they are now, in order.
 
-    None, and nothing done, for one that has left the place where its move starts. An order stands in one move at most.
-    The caller holds the lock of each order's saga, or of the order itself. Only declared moves are made.
+    None, and nothing written, for an order that is not in the states where its move starts. Each order is in at most
+    one move. The caller holds the lock of each order's saga, or of the order itself. Only declared moves are made.
     """
     for wanted in moves:
         rules.check_declared(wanted.order, wanted.status, wanted.payment, wanted.fulfilment)
@@ -232,11 +232,11 @@ async def move(tx: Tx, moves: Sequence[Move], actor: Actor) -> list[Order | None
         await _waive(tx, waived)
     moved: dict[int, MovedRow] = {}
     for transition, some in alike.items():
-        moved |= {row.id: row for row in await _move_alike(tx, transition, some)}
-        # A row that another transaction has changed meanwhile is at another place (ctid) than the statement has seen.
-        # It may have been shipped only: the next statement sees it where it is, and its guards decide.
+        moved |= {row.id: row for row in await _move_together(tx, transition, some)}
+        # A row that another transaction has changed meanwhile has another ctid than the statement has read. That change
+        # may only have shipped the order: the next statement reads the new ctid, and its guards decide.
         if missing := [m for m in some if m.order.id not in moved]:
-            moved |= {row.id: row for row in await _move_alike(tx, transition, missing)}
+            moved |= {row.id: row for row in await _move_together(tx, transition, missing)}
     orders = [_moved(m, moved[m.order.id]) if m.order.id in moved else None for m in moves]
     emitted = [
         event_of(type_, now)
@@ -249,7 +249,7 @@ async def move(tx: Tx, moves: Sequence[Move], actor: Actor) -> list[Order | None
 
 
 async def _waive(tx: Tx, orders: Sequence[Order]) -> None:
-    """Writes what of their totals is not taken, of orders that the caller has locked."""
+    """Writes `waived_minor` of orders that the caller has locked."""
     await tx.execute(
         """
         UPDATE orders o
@@ -264,7 +264,7 @@ async def _waive(tx: Tx, orders: Sequence[Order]) -> None:
 
 
 class _Transition(msgspec.Struct, frozen=True):
-    """What moves of many orders have in common: passed once for all of them, not as an array each."""
+    """What several moves have in common: one parameter for all of them, instead of an array."""
 
     before: tuple[str, str, str]
     after: tuple[str, str, str]
@@ -293,47 +293,53 @@ def _transition(wanted: Move, actor: Actor) -> _Transition:
     )
 
 
-async def _move_alike(tx: Tx, transition: _Transition, moves: Sequence[Move]) -> list[MovedRow]:
+MOVE_SQL: Final = """
+    WITH moved AS (
+        UPDATE orders o
+           SET status = $9,
+               payment = $10,
+               fulfilment = CASE WHEN $11 <> $8 THEN $11 ELSE o.fulfilment END,
+               reason = coalesce($13, o.reason),
+               on_account = o.on_account OR $15,
+               refunded_minor = o.refunded_minor + w.refunded_minor,
+               refund_pending_minor = o.refund_pending_minor - w.pending_minor,
+               version = o.version + 1,
+               -- Not the time of the transaction's start: it may be before that of a change it has waited for.
+               updated_at = greatest(o.updated_at, clock_timestamp())
+          FROM (
+            SELECT w.*, k.place
+              FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[], $5::integer[])
+                   AS w (id, refunded_minor, pending_minor, epoch, tries)
+             CROSS JOIN LATERAL (SELECT ctid AS place FROM orders WHERE id = w.id LIMIT 1) k
+          ) w
+         WHERE o.ctid = w.place AND o.status = $6 AND o.payment = $7
+           -- Goods are shipped without the saga: a payment can move all the same.
+           AND (o.fulfilment = $8 OR $11 = $8)
+        RETURNING o.id, o.version, o.updated_at, o.status, o.payment, o.fulfilment, o.refunded_minor,
+                  w.epoch, w.tries
+    ), noted AS (
+        INSERT INTO history (order_id, version, status, payment, fulfilment, events, note, actor_role, actor_id,
+                             epoch, tries, at, internal_note, limit_reason)
+        SELECT id, version, status, payment, fulfilment, $12::text[], $14, $16, $17, epoch, tries, updated_at, $18,
+               $19
+          FROM moved
+    )
+    SELECT id, version, updated_at, fulfilment, refunded_minor FROM moved
+"""
+"""$1 to $5: columns of the moves. $6 to $8: their states before; $9 to $11: after; from $12 on: what they share."""
+
+
+async def _move_together(tx: Tx, transition: _Transition, moves: Sequence[Move]) -> list[MovedRow]:
+    """Moves orders of one transition. An order without a row is not in the states before, or was changed."""
     ordered = sorted(moves, key=lambda m: m.order.id)
     return await tx.fetch(
         MovedRow,
-        """
-        WITH moved AS (
-            UPDATE orders o
-               SET status = $8,
-                   payment = $9,
-                   fulfilment = CASE WHEN $10 <> $7 THEN $10 ELSE o.fulfilment END,
-                   reason = coalesce($12, o.reason),
-                   on_account = o.on_account OR $14,
-                   refunded_minor = o.refunded_minor + w.refunded_minor,
-                   refund_pending_minor = o.refund_pending_minor - w.pending_minor,
-                   version = o.version + 1,
-                   -- Not the time of the transaction's start: it may be before that of a change it has waited for.
-                   updated_at = greatest(o.updated_at, clock_timestamp())
-              FROM (
-                SELECT w.*, k.place
-                  FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[], $17::integer[])
-                       AS w (id, refunded_minor, pending_minor, epoch, tries)
-                 CROSS JOIN LATERAL (SELECT ctid AS place FROM orders WHERE id = w.id LIMIT 1) k
-              ) w
-             WHERE o.ctid = w.place AND o.status = $5 AND o.payment = $6
-               -- Goods are shipped without the saga: that does not stand in the way of money.
-               AND (o.fulfilment = $7 OR $10 = $7)
-            RETURNING o.id, o.version, o.updated_at, o.status, o.payment, o.fulfilment, o.refunded_minor,
-                      w.epoch, w.tries
-        ), noted AS (
-            INSERT INTO history (order_id, version, status, payment, fulfilment, events, note, actor_role, actor_id,
-                                 epoch, tries, at, internal_note, limit_reason)
-            SELECT id, version, status, payment, fulfilment, $11::text[], $13, $15, $16, epoch, tries, updated_at, $18,
-                   $19
-              FROM moved
-        )
-        SELECT id, version, updated_at, fulfilment, refunded_minor FROM moved
-        """,
+        MOVE_SQL,
         [m.order.id for m in ordered],
         [m.refunded_minor for m in ordered],
         [m.pending_minor for m in ordered],
         [m.epoch for m in ordered],
+        [m.tries for m in ordered],
         *transition.before,
         *transition.after,
         list(transition.events),
@@ -342,7 +348,6 @@ async def _move_alike(tx: Tx, transition: _Transition, moves: Sequence[Move]) ->
         transition.on_account,
         transition.actor.role,
         transition.actor.id,
-        [m.tries for m in ordered],
         transition.internal_note,
         transition.limit_reason,
     )

@@ -1,4 +1,4 @@
-"""What has happened to an order: its own moves, its stock and its money, in one list by time."""
+"""The timeline of an order: its own moves, its stock and its money, in one list by time."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .guests import Guests
 from .history_store import HistoryRow
 
 
-class Tracing:
-    """Asks the services that did something for an order. Times are those of their databases."""
+class TimelineReader:
+    """Asks inventory and payments for their steps. Times are those of their databases."""
 
     def __init__(self, database: Database, guests: Guests, *, inventory: Inventory, payments: Payments) -> None:
         self._database = database
@@ -79,7 +79,7 @@ def _moves(transitions: Sequence[HistoryRow], actor: Actor) -> list[tuple[Histor
 
 
 def _move(event: str, before: HistoryRow | None, row: HistoryRow) -> tuple[HistoryAxis, str | None, str]:
-    """The axis of an event, where the order was on it, and where it is."""
+    """The axis of an event, the state of the order before it, and the state after it."""
     if event == rules.CLAIMED:
         return "owner", "guest", "account"
     axis = rules.axis_of(event)

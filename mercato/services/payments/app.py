@@ -20,7 +20,7 @@ from .service import Options, PaymentsService
 
 
 def build(env: Env, providers: Mapping[str, Provider] | None = None) -> Service:
-    """The payments service. Tests pass `providers` of their own, by what methods have before the colon."""
+    """The payments service. Tests pass `providers` of their own, by the name that methods have before the colon."""
     if providers is None:
         providers = {"sandbox": SandboxProvider(env.client(Sandbox))}
     options = env.options(Options)

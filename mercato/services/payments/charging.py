@@ -8,18 +8,18 @@
 
 The parts repeat for a payment whose target takes another operation: a void first settles an authorize or a charge.
 
-A charge of a payment that does not exist yet, which is what nearly all requests are, needs no decision: parts 1 and 3
-are one statement each for the whole batch (`_charge_new_payments`). Whatever does not fit (the attempt exists, the card
-is declined, another process was faster) is not changed by these statements, and goes the general way.
+Nearly all requests charge a payment that does not exist yet, and need no decision: parts 1 and 3 are one statement each
+for the whole batch (`_charge_new_payments`). These statements do not change payments that do not fit (the attempt
+exists, the card is declined, another process was faster); those take the general way.
 
 Guaranteed
     - The provider is called with an operation only after its key is committed, and always with the same key.
-    - An operation is settled once, by the first transaction that records its result; the others read what followed.
-    - A result that is not known is never taken for one that is: the answer is `OutcomePending`, and the sweep calls
-      again with the same key until it is known.
+    - An operation is settled once, by the first transaction that records its result; others read the payment as it is.
+    - An unknown result is never treated as a known one: the answer is `OutcomePending`, and the sweep calls again with
+      the same key until the result is known.
 
-A key is repeated blindly for 23 hours. Providers forget keys after a day, and would take an old one for a new
-operation: from then on it is looked up first, and sent again only if the provider says that it does not know it.
+For 23 hours a key is repeated without a question. Providers forget keys after a day, and would take an old one for a
+new operation: from then on it is looked up first, and sent again only if the provider says that it does not know it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ KINDS: Final[tuple[OperationKind, ...]] = ("authorize", "charge", "capture", "vo
 VOIDED_WITH: Final = ("user_id", "currency")
 OPENED_WITH: Final = (*VOIDED_WITH, "amount_minor", "method")
 ROUNDS: Final = 4
-"""The longest way is three operations: settle an authorize, settle a capture, void."""
+"""The longest sequence is three operations: settle an authorize, settle a capture, void."""
 
 PLACES: Final = (
     "before_intent_commit",
@@ -76,8 +76,8 @@ PLACES: Final = (
     "before_record_commit",
     "after_record_commit",
 )
-FLOWS: Final = (*KINDS, "sweep", "give_back")
-"""What goes through the three parts: the requests, the sweep after a crash, the repair of the reconciliation."""
+FLOWS: Final = (*KINDS, "sweep", "void_authorization")
+"""What executes the three parts: the requests, the sweep after a crash, a repair of the reconciliation."""
 
 faults.declare(*(f"payments.{flow}.{place}" for flow in FLOWS for place in PLACES))
 
@@ -90,9 +90,9 @@ Settled = Mapping[OperationId, PaymentRow]
 
 
 class PaymentRequest:
-    """A request to bring a payment to a target state. `answer` is None until it is there, or cannot get there."""
+    """A request to bring a payment to a target state. `answer` is None until the payment is there, or cannot be."""
 
-    __slots__ = ("answer", "asked", "attempt", "call", "nonce", "opening", "target")
+    __slots__ = ("answer", "asked", "attempt", "nonce", "opening", "target")
 
     def __init__(self, request: Request, target: Target, opening: NewPayment | None = None) -> None:
         self.attempt: Attempt = (request.order_id, request.attempt)
@@ -101,14 +101,12 @@ class PaymentRequest:
         self.opening = self.asked = opening
         """The payment to write where there is none; None where that is an error."""
         self.answer: Answer | None = None
-        self.call: ProviderCall | None = None
-        """The call to the provider in this round."""
 
     def differing(self, payment: PaymentRow) -> str:
         """The field in which the payment of its attempt is another; empty where it is the same."""
         if self.asked is None:
             return ""
-        # A void names the amount and the method for its tombstone alone: it voids what there is.
+        # A void names the amount and the method only for its tombstone: it voids whatever was authorized.
         compared = VOIDED_WITH if self.target.kind == "void" else OPENED_WITH
         return next((name for name in compared if getattr(self.asked, name) != getattr(payment, name)), "")
 
@@ -123,22 +121,21 @@ class PaymentRequest:
         self.answer = payment_of(payment) if following is None else following
         return None
 
-    def follow(self, results: Results, settled: Settled) -> None:
-        """Sets the answer if the call has led to it. Where another process has settled it, the next round looks."""
-        assert self.call
-        intent = self.call.intent
+    def follow(self, call: ProviderCall, results: Results, settled: Settled) -> None:
+        """Sets the answer if the call has led to the target. What another process settled, the next round reads."""
+        intent = call.intent
         result = results[intent.id]
         if isinstance(result, Unknown):
             self.answer = self.pending(result.settles_at)
         elif payment := settled.get(intent.id):
             code = result.code if isinstance(result, Declined) else None
             done = OperationRow(*intent.id, intent.amount_minor, rules.status_of(result), code)
-            others = [o for o in self.call.others if (o.kind, o.reference) != (done.kind, done.reference)]
+            others = [o for o in call.others if (o.kind, o.reference) != (done.kind, done.reference)]
             self.decide(payment, [*others, done])
 
 
 class ProviderCall(msgspec.Struct, frozen=True, eq=False, gc=False):
-    """An intent with which the provider is about to be called, and what else its payment had when it was decided."""
+    """An intent with which the provider is about to be called, its payment, and the other operations of that."""
 
     intent: IntentRow
     payment: PaymentRow
@@ -155,8 +152,12 @@ class ProviderCall(msgspec.Struct, frozen=True, eq=False, gc=False):
         )
 
 
+BegunRequest = tuple[PaymentRequest, ProviderCall]
+"""A request whose intent is committed, and the call of the provider with it."""
+
+
 def _new_payment(request: OpeningRequest | VoidPayment, status: Status) -> NewPayment:
-    """The payment that is written where there is none. A `voided` one is a tombstone."""
+    """The payment to write where there is none. A `voided` one is a tombstone."""
     return NewPayment(
         order_id=request.order_id,
         nonce=request.order_nonce,
@@ -177,7 +178,7 @@ class Charging:
         self._providers = providers
 
     def check_method(self, method: str) -> InvalidRequest | None:
-        """What is wrong with a method: no provider has it, or its provider has no such token."""
+        """The refusal of a method: no provider has it, or its provider has no such token."""
         provider = self._providers.get(provider_of(method))
         wrong = provider.check_method(method) if provider else "no payment provider is behind this method"
         return InvalidRequest(errors=(FieldError(field="payment_method", message=wrong),)) if wrong else None
@@ -219,43 +220,42 @@ class Charging:
             unanswered = [request for request in requests if request.answer is None]
             if not unanswered:
                 break
-            await self._record_intents(flow, unanswered)
-            calling = [request for request in unanswered if request.call is not None]
-            calls = [request.call for request in calling if request.call]
+            begun = await self._record_intents(flow, unanswered)
+            calls = [call for _, call in begun]
             results = await self.call_provider(flow, calls)
             settled = await self.record_results(flow, calls, results)
-            for request in calling:
-                request.follow(results, settled)
+            for request, call in begun:
+                request.follow(call, results, settled)
         return [request.answer or request.pending() for request in requests]
 
     # -------------------------------------------------------------------------------------------- charges that are new
 
     async def _charge_new_payments(self, requests: Sequence[PaymentRequest]) -> None:
-        """Answers the requests whose payments it has written and charged; the others are as they were."""
+        """Writes and charges new payments, and answers their requests; the other requests stay as they are."""
         openings = [request.opening for request in requests if request.opening]
         keys = [rules.key_of(p.order_id, p.nonce, p.attempt, "charge") for p in openings]
         async with self._database.transaction() as tx:
             opened = {row.order_id: row for row in await store.begin_charges(tx, openings, keys)}
             await faults.point("payments.charge.before_intent_commit")
         await faults.point("payments.charge.after_intent_commit")
-        begun: list[PaymentRequest] = []
-        for request, opening, key in zip(requests, openings, keys, strict=True):
-            if row := opened.get(opening.order_id):
-                request.call = _first_call(row, opening, key)
-                begun.append(request)
-        calls = [request.call for request in begun if request.call]
+        begun = [
+            (request, _first_call(opened[opening.order_id], opening, key))
+            for request, opening, key in zip(requests, openings, keys, strict=True)
+            if opening.order_id in opened
+        ]
+        calls = [call for _, call in begun]
         results = await self.call_provider("charge", calls)
         captured = await self._record_charges(calls, results)
         others = [call for call in calls if not isinstance(results[call.intent.id], Succeeded)]
         settled = await self.record_results("charge", others, results)
-        for request, call in zip(begun, calls, strict=True):
+        for request, call in begun:
             if payment := captured.get(call.payment.id):
                 request.answer = payment_of(payment)
             else:
-                request.follow(results, settled)
+                request.follow(call, results, settled)
 
     async def _record_charges(self, calls: Sequence[ProviderCall], results: Results) -> dict[int, PaymentRow]:
-        """Records the charges that succeeded; the payments that this has captured, by id."""
+        """Records the charges that succeeded; gives the payments that this has captured, by id."""
         succeeded: dict[int, Succeeded] = {}
         for call in calls:
             if isinstance(result := results[call.intent.id], Succeeded):
@@ -276,12 +276,11 @@ class Charging:
 
     # ------------------------------------------------------------------------------------------------ 1. record intent
 
-    async def _record_intents(self, flow: str, requests: Sequence[PaymentRequest]) -> None:
-        """Gives each request its `call`, whose intent is committed, or its answer."""
+    async def _record_intents(self, flow: str, requests: Sequence[PaymentRequest]) -> list[BegunRequest]:
+        """Answers requests, or commits their intents; gives those with an intent, each with its call."""
         async with self._database.transaction() as tx:
             batch = await _find(tx, requests)
             for request in requests:
-                request.call = None
                 payment = batch.payments.get(request.attempt)
                 if payment is None:
                     request.answer = batch.missing(request)
@@ -291,13 +290,14 @@ class Charging:
                     request.answer = AttemptReused(order_id=payment.order_id, attempt=payment.attempt, field=field)
                 else:
                     batch.decide(request, payment)
-            await batch.write(tx, requests)
+            begun = await batch.write(tx, requests)
             if refused := [r.answer for r in requests if isinstance(r.answer, AnotherOrder)]:
                 newest_order_id = await payment_store.newest_order_id(tx)
                 for refusal in refused:
                     refusal.newest_order_id = newest_order_id
             await faults.point(f"payments.{flow}.before_intent_commit")
         await faults.point(f"payments.{flow}.after_intent_commit")
+        return begun
 
     # ------------------------------------------------------------------------------------------------ 2. call provider
 
@@ -332,7 +332,7 @@ class Charging:
         return dict(zip(calls, await call([call.request() for call in calls.values()]), strict=True))
 
     async def _look_up(self, calls: Sequence[ProviderCall]) -> dict[OperationId, ProviderResult]:
-        """The results of keys that must not be repeated blindly. Those that may be repeated are not in it."""
+        """The results of old keys that the provider knows. The other keys may be sent again."""
         results: dict[OperationId, ProviderResult] = {}
         by_provider: dict[str, list[ProviderCall]] = defaultdict(list)
         for call in calls:
@@ -347,7 +347,7 @@ class Charging:
     # ------------------------------------------------------------------------------------------------ 3. record result
 
     async def record_results(self, flow: str, calls: Sequence[ProviderCall], results: Results) -> Settled:
-        """Records results and what follows from them."""
+        """Records results, and the changes of payments that follow from them."""
         if not calls:
             return {}
         async with self._database.transaction() as tx:
@@ -361,7 +361,7 @@ class Charging:
 
 
 def _new_payments(requests: Sequence[PaymentRequest]) -> list[PaymentRequest]:
-    """The requests that may be charges of new payments: of orders that are in the batch once, and of an amount."""
+    """The requests that may charge a new payment: of orders that are in the batch once, and of an amount above 0."""
     times = Counter(request.attempt[0] for request in requests)
     return [r for r in requests if not r.answer and r.opening and r.opening.amount_minor and times[r.attempt[0]] == 1]
 
@@ -396,7 +396,7 @@ Operations = dict[tuple[str, str], OperationRow | NewIntent]
 
 
 class _Batch:
-    """The payments of a batch, locked, with their operations; and what is to be written of them."""
+    """The payments of a batch, locked, with their operations; and the changes to write."""
 
     def __init__(
         self, payments: dict[Attempt, PaymentRow], known: dict[int, Operations], used_by_others: Collection[int]
@@ -418,7 +418,7 @@ class _Batch:
         return AttemptNotFound(order_id=order_id, attempt=attempt)
 
     def decide(self, request: PaymentRequest, payment: PaymentRow) -> None:
-        """Sets the answer of the request, or notes its call. The next request for the payment sees what it changes."""
+        """Sets the answer of the request, or collects its call. The next request for the payment sees the changes."""
         known = self._known[payment.id]
         following = request.decide(payment, known.values())
         while following and payment.amount_minor == 0:
@@ -436,8 +436,8 @@ class _Batch:
         self._events.append(_event(payment))
         return payment
 
-    async def write(self, tx: Tx, requests: Sequence[PaymentRequest]) -> None:
-        """Writes payments of nothing and intents; gives the requests their calls, and answers the times of changes."""
+    async def write(self, tx: Tx, requests: Sequence[PaymentRequest]) -> list[BegunRequest]:
+        """Writes payments of 0 and intents; gives the requests with a call. Sets the change times in the answers."""
         written = await write_payments(tx, list(self._moved.values()))
         for request in requests:
             if isinstance(request.answer, Payment) and (payment := written.get(request.answer.id)):
@@ -447,18 +447,20 @@ class _Batch:
             intents |= {row.id: row for row in await operation_store.begin_operations(tx, list(self._new.values()))}
         if begun := {id_ for _, _, id_ in self._calling} - self._new.keys():
             intents |= {row.id: row for row in await operation_store.count_calls(tx, sorted(begun))}
-        for request, payment, id_ in self._calling:
-            request.call = ProviderCall(intents[id_], payment, tuple(self._known[payment.id].values()))
         tx.emit(self._events)
+        return [
+            (request, ProviderCall(intents[id_], payment, tuple(self._known[payment.id].values())))
+            for request, payment, id_ in self._calling
+        ]
 
 
 async def _find(tx: Tx, requests: Sequence[PaymentRequest]) -> _Batch:
-    """Writes the payments that are to be opened, and locks the others."""
+    """Writes the payments of requests that open one, and locks the others."""
     openings: dict[Attempt, NewPayment] = {}
     for request in requests:
         if request.opening:
             openings.setdefault(request.attempt, request.opening)
-            request.opening = None  # from now on it is there, or its order has another
+            request.opening = None  # from now on the payment exists, or its order has another one
     opened = await payment_store.open_payments(tx, list(openings.values())) if openings else []
     tx.emit([_event(row) for row in opened if row.status in rules.EVENTS])
     payments = {(row.order_id, row.attempt): row for row in opened}
@@ -495,7 +497,7 @@ def new_intent(payment: PaymentRow, following: NextOperation) -> NewIntent:
 
 
 async def settle(tx: Tx, results: Results) -> dict[OperationId, PaymentRow]:
-    """Records results of intents; the payments as they are after it, by operation that this settled."""
+    """Records results of intents; gives the changed payments, by operation that this transaction settled."""
     payments = await payment_store.lock_payments(tx, sorted({payment_id for payment_id, _, _ in results}))
     if unknown := [id_ for id_, result in results.items() if isinstance(result, Unknown)]:
         await operation_store.mark_unknown(tx, unknown)

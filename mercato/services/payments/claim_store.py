@@ -1,4 +1,4 @@
-"""The SQL statement that gives the payments of a guest's order to an account."""
+"""The SQL statement that makes an account the owner of the payments of a guest's order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mercato.contracts.payments import AssignPayments
 
 
 async def assign(tx: Tx, requests: Sequence[AssignPayments]) -> None:
-    """Payments that belong to an account already stay as they are."""
+    """Payments that an account owns already are not changed."""
     await tx.execute(
         """
         UPDATE payments p

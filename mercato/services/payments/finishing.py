@@ -1,6 +1,6 @@
-"""Operations that no request waits for any more are finished: the sweep, and what the reconciliation repairs.
+"""Finishes operations that no request waits for any more: the sweep, and the repairs of the reconciliation.
 
-They go through parts 2 and 3 of `charging.py`, with the keys that are stored.
+Both use parts 2 and 3 of `charging.py`, with the stored keys.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Finishing:
     # ----------------------------------------------------------------------------------------------------------- sweep
 
     async def sweep(self, quiet_seconds: float) -> int:
-        """Calls again for intents that no process has settled for a while; gives how many there were.
+        """Calls the provider again with intents that no process has settled for a while; gives how many these were.
 
-        This finishes the work of a process that died between the parts, and operations whose answer was lost where the
+        This finishes the operations of a process that died between the parts, and those whose answer was lost where the
         client does not repeat its request.
         """
         async with self._database.transaction() as tx:
@@ -51,8 +51,8 @@ class Finishing:
         try:
             await self._finish("sweep", calls)
         except ServiceError:
-            raise  # the database or the provider is unavailable: each alone would only wait as often
-        except Exception as error:  # an edge: one operation that cannot be finished must not hold back the others
+            raise  # the database or the provider is unavailable: single calls would fail as well
+        except Exception as error:  # an edge: one operation that fails must not block the others
             log.warning("sweep_rerun", size=len(calls), exc_info=error)
             for call in calls:
                 await self._finish_alone(call)
@@ -72,30 +72,30 @@ class Finishing:
     # ---------------------------------------------------------------------------------------------------------- repair
 
     async def record_statement(self, results: Results) -> int:
-        """Records what the provider's statement says of intents; gives how many it settled."""
+        """Records the results of intents that are on the provider's statement; gives how many it settled."""
         async with self._database.transaction() as tx:
             settled = await settle(tx, results)
             await faults.point("payments.reconcile.before_record_commit")
         await faults.point("payments.reconcile.after_record_commit")
         return len(settled)
 
-    async def give_back(self, charges: Mapping[int, int]) -> int:
+    async def void_authorizations(self, charges: Mapping[int, int]) -> int:
         """Voids authorizations that the provider holds for payments that are closed; gives how many it voided.
 
-        `charges` by payment. The key is that of every void of the payment, so that two who find it void it once.
+        `charges` by payment. All voids of a payment have one key, so that two processes void it once.
         """
         async with self._database.transaction() as tx:
             payments = await payment_store.lock_payments(tx, sorted(charges))
             closed = {i: _with_charge(p, charges[i]) for i, p in payments.items() if p.status in rules.CLOSED}
             known = await operations(tx, closed)
-            voidless = [p for p in closed.values() if ("void", "") not in known[p.id]]
-            await write_payments(tx, [p for p in voidless if p is not payments[p.id]])
-            voids = [new_intent(p, NextOperation("void", "", p.amount_minor)) for p in voidless]
+            unvoided = [p for p in closed.values() if ("void", "") not in known[p.id]]
+            await write_payments(tx, [p for p in unvoided if p is not payments[p.id]])
+            voids = [new_intent(p, NextOperation("void", "", p.amount_minor)) for p in unvoided]
             calls = [ProviderCall(i, closed[i.payment_id]) for i in await operation_store.begin_operations(tx, voids)]
-            await faults.point("payments.give_back.before_intent_commit")
-        await faults.point("payments.give_back.after_intent_commit")
-        results = await self._charging.call_provider("give_back", calls)
-        await self._charging.record_results("give_back", calls, results)
+            await faults.point("payments.void_authorization.before_intent_commit")
+        await faults.point("payments.void_authorization.after_intent_commit")
+        results = await self._charging.call_provider("void_authorization", calls)
+        await self._charging.record_results("void_authorization", calls, results)
         return sum(isinstance(result, Succeeded) for result in results.values())
 
 

@@ -44,7 +44,7 @@ LIST_SQL: Final[dict[tuple[bool, bool], str]] = {
     for by_order in (False, True)
     for by_user in (False, True)
 }
-"""By whether an order and whether a user is asked for: each its own statement, so that each has its own plan."""
+"""By whether the list filters by order and by user: each has its own statement, and so its own plan."""
 
 
 async def list_page(tx: Tx, wanted: ListPayments, limit: int) -> list[PaymentRow]:
@@ -68,11 +68,11 @@ COUNT_SQL: Final[dict[tuple[bool, bool], str]] = {
         SELECT count(*) FROM payments WHERE order_id = $1 AND ($2::bigint IS NULL OR nonce = $2) AND user_id = $3
     """,
 }
-"""By whether an order and whether a user is asked for, as `LIST_SQL`."""
+"""By whether the list filters by order and by user, as `LIST_SQL`."""
 
 
 async def count(tx: Tx, wanted: ListPayments) -> int:
-    """All payments that a list holds, whatever the page."""
+    """The number of all payments that match, whatever the page."""
     by_order, by_user = wanted.order_id is not None, wanted.user_id is not None
     found = await tx.fetch_values(
         int,

@@ -92,7 +92,7 @@ async def begin_operations(tx: Tx, intents: Sequence[NewIntent]) -> list[IntentR
 
 
 async def count_calls(tx: Tx, ids: Sequence[OperationId]) -> list[IntentRow]:
-    """Notes that the caller is about to call the provider again with these intents of locked payments."""
+    """Counts another call of the provider, which the caller is about to make, with intents of locked payments."""
     return await tx.fetch(
         IntentRow,
         """
@@ -111,10 +111,11 @@ async def count_calls(tx: Tx, ids: Sequence[OperationId]) -> list[IntentRow]:
 
 
 async def lease_intents(tx: Tx, quiet_seconds: float, limit: int) -> list[IntentRow]:
-    """Intents that were left alone for a while, the oldest payments first; the caller is about to call again.
+    """Leases intents that no process has called for a while, the oldest payments first, for another call.
 
-    `asked_at` is the lease: the next caller waits so long after it, and longer each time. Locked payments are skipped,
-    with their intents: another transaction is at work on them. The primary key is the order in which they are read.
+    `asked_at` begins the lease: the next process leases the intent `quiet_seconds` later, and later after each call.
+    Locked payments are skipped, with their intents: another transaction changes them. Intents are read in the order of
+    the primary key.
     """
     return await tx.fetch(
         IntentRow,
@@ -142,9 +143,9 @@ async def lease_intents(tx: Tx, quiet_seconds: float, limit: int) -> list[Intent
 
 
 async def settle_operations(tx: Tx, results: Mapping[OperationId, Succeeded | Declined]) -> list[SettledRow]:
-    """Moves intents of locked payments to the operations, with their results; those that are still intents.
+    """Moves intents of locked payments that still exist to the operations, with their results.
 
-    What is not in the result was settled by another transaction first, whose record stands.
+    An operation that is not in the result was settled by another transaction first, whose record stays.
     """
     return await tx.fetch(
         SettledRow,
@@ -177,7 +178,7 @@ async def settle_operations(tx: Tx, results: Mapping[OperationId, Succeeded | De
 
 
 async def mark_unknown(tx: Tx, ids: Sequence[OperationId]) -> None:
-    """Notes of intents of locked payments that the provider was called, and its answer tells no result."""
+    """Marks intents of locked payments as `unknown`: the provider was called, and its answer has no result."""
     await tx.execute(
         """
         UPDATE intents i
@@ -197,8 +198,8 @@ async def mark_unknown(tx: Tx, ids: Sequence[OperationId]) -> None:
 async def transfer(tx: Tx, operations: Sequence[SettledRow]) -> None:
     """Writes the transfers of operations that moved money, and changes the balances of their accounts.
 
-    All payments of a currency meet at the same few account rows. So this is the last statement before the commit, and
-    a batch changes each balance once.
+    All payments of a currency lock the same few account rows. So this is the last statement before the commit, and a
+    batch changes each balance once.
     """
     moving = [o for o in operations if o.kind in TRANSFERS and o.amount_minor]
     if not moving:

@@ -12,7 +12,7 @@ from .store import Attempt, ChangedRow, NewPayment, PaymentRow
 
 
 async def open_payments(tx: Tx, payments: Sequence[NewPayment]) -> list[PaymentRow]:
-    """Writes payments. What is not in the result is not, for the reasons that `begin_charges` has."""
+    """Writes payments. Those that are not in the result are not written, for the reasons in `store.begin_charges`."""
     return await tx.fetch(
         PaymentRow,
         """
@@ -62,8 +62,8 @@ async def newest_order_id(tx: Tx) -> int:
 
 
 async def lock_attempts(tx: Tx, attempts: Sequence[Attempt]) -> list[PaymentRow]:
-    """The payments that exist. Until the end of the transaction no other one changes them or begins operations."""
-    # One look at the index for each: a join that was planned when the shop was new would read all payments.
+    """Locks the payments that exist: no other transaction changes them or begins operations before this one ends."""
+    # One index lookup for each: a join that was planned when the shop was new would read all payments.
     return await tx.fetch(
         PaymentRow,
         """
@@ -84,7 +84,7 @@ async def lock_attempts(tx: Tx, attempts: Sequence[Attempt]) -> list[PaymentRow]
 
 
 async def lock_payments(tx: Tx, ids: Sequence[int]) -> dict[int, PaymentRow]:
-    """The same by id."""
+    """Locks payments by id, as `lock_attempts` does."""
     rows = await tx.fetch(
         PaymentRow,
         """

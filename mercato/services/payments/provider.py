@@ -1,8 +1,8 @@
-"""Payment providers: the port, and the adapter of the one that there is.
+"""Payment providers: the port, and the adapter of the sandbox.
 
-An adapter never raises for what a provider answers or fails to answer. It gives a result for each operation, and
-`Unknown` whenever it is not certain what was done. The same key always means the same operation to a provider, so
-that repeating one is safe.
+An adapter never raises for an answer of the provider, or for a missing one. It gives a result for each operation, and
+`Unknown` whenever the effect is uncertain. The same key always means the same operation to a provider, so that
+repeating one is safe.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ log = structlog.stdlib.get_logger("mercato.payments")
 
 
 class ProviderRequest(msgspec.Struct, frozen=True, gc=False):
-    """An operation as a provider is called with it. Amounts in minor units."""
+    """An operation for a call of the provider. Amounts in minor units."""
 
     key: str
     order_id: int
@@ -55,14 +55,14 @@ class Page(msgspec.Struct, frozen=True):
     operations: tuple[StatementLine, ...]
     next_after: int
     is_last: bool
-    """Nothing came after it when it was read."""
+    """No operation followed when it was read."""
 
 
 class Provider(Protocol):
     """Each method takes any number of operations and answers for each, in order. `check_method` calls nothing."""
 
     def check_method(self, method: str) -> str | None:
-        """What is wrong with a method of this provider, as far as can be told without calling it."""
+        """Why a method of this provider is not valid, as far as is known without calling it; None: it is."""
         ...
 
     async def authorize(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]: ...
@@ -71,14 +71,14 @@ class Provider(Protocol):
         ...
 
     async def capture(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]:
-        """Takes the amount, which is not above what was authorized, and gives the rest of the reservation back."""
+        """Takes the amount, which is at most the authorized one, and releases the rest."""
         ...
 
     async def void(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]: ...
     async def refund(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]: ...
 
     async def look_up(self, keys: Sequence[str]) -> Sequence[StatementLine | Unknown | None]:
-        """What was done with each key. None: the provider says that it does not know it."""
+        """The operation of each key. None: the provider says that it does not know the key."""
         ...
 
     async def statement(self, after: int) -> Page:
@@ -87,15 +87,15 @@ class Provider(Protocol):
 
 
 DONE_ALREADY: Final = frozenset({("capture", "already_captured"), ("void", "already_voided")})
-"""Declines that say that the operation was done before. They come when the provider has forgotten a key after a day: we
-use one key alone, so no other operation can have done it."""
+"""Declines that say that the operation was done before. The provider answers so when it has forgotten a key after a
+day: each operation has one key, so no other operation can have done it."""
 
 METHOD: Final = re.compile(METHOD_PATTERN)
 NO_ANSWER: Final = frozenset({Kind.UNAVAILABLE, Kind.DEADLINE, Kind.INTERNAL})
 
 
 def provider_of(method: str) -> str:
-    """The name of the provider that is behind a method, `provider:token`."""
+    """The name of the provider of a method, `provider:token`."""
     return method.partition(":")[0]
 
 
@@ -142,7 +142,7 @@ class SandboxProvider:
         page = await self._sandbox.statement(ListOperations(after=after))
         operations = tuple(_line(o) for o in page.operations if _is_settled(o))
         if len(operations) < len(page.operations):
-            # Operations of ours on this page are looked up one by one; the others wait for a version that knows more.
+            # The reconciliation looks up our operations of this page one by one; the others need a newer version.
             log.error("statement_with_unknown_status", after=after, skipped=len(page.operations) - len(operations))
         return Page(operations, page.next_after, is_last=len(page.operations) < PAGE_LIMIT)
 
@@ -163,17 +163,17 @@ def _opening(message: type[Opening], request: ProviderRequest) -> Opening:
 async def _call(call: Call[Q, SandboxOperation], requests: Sequence[Q]) -> Sequence[ProviderResult]:
     try:
         answers = await call.many(requests)
-    except ServiceError:  # not even sent
+    except ServiceError:  # the batch was not sent
         return [Unknown() for _ in requests]
     return [_result(answer) for answer in answers]
 
 
 def _result(answer: SandboxOperation | ServiceError) -> ProviderResult:
     if isinstance(answer, InvalidRequest):
-        return Declined("invalid_request")  # refused before the bank looked at it
+        return Declined("invalid_request")  # refused before the bank processed it
     if isinstance(answer, ServiceError):
         if answer.kind not in NO_ANSWER:
-            # A key that stands for something else, a charge that is not there: no retry helps, and nothing is settled.
+            # Such as a key of another operation, or a missing charge: no retry helps, and nothing is settled.
             log.error("provider_refused", code=answer.code, reason=str(answer))
         return Unknown()
     if not _is_settled(answer):

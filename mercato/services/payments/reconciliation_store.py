@@ -1,4 +1,4 @@
-"""Every SQL statement of the reconciliation: its place in the statement, what it compares, and the mismatches."""
+"""The SQL statements of the reconciliation: its cursor, the operations that it compares, and the mismatches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RecordedRow(Row):
     payment_status: Status
     payment_code: str | None
     has_void: bool
-    """Whether its payment has a void, in whatever state."""
+    """Whether its payment has a void, in any state."""
 
     @property
     def id(self) -> OperationId:
@@ -57,16 +57,16 @@ class Reported(msgspec.Struct, frozen=True):
 
 
 TURN: Final = Lease("reconciliation")
-"""Which process compares with a provider, by the provider's name."""
+"""The lease of the process that compares with a provider, by the provider's name."""
 
 
 async def cursor(tx: Tx, provider: str) -> int:
-    """Where the comparison has come to."""
+    """The position in the provider's statement up to which it was compared."""
     return (await tx.fetch_values(int, "SELECT after FROM reconciliation WHERE name = $1", provider))[0]
 
 
 async def move_cursor(tx: Tx, provider: str, before: int, after: int) -> None:
-    """Moves it on. Nothing happens where another process has moved it already."""
+    """Moves the cursor. Changes nothing where another process has moved it already."""
     await tx.execute("UPDATE reconciliation SET after = $3 WHERE name = $1 AND after = $2", provider, before, after)
 
 
@@ -81,7 +81,7 @@ RECORDED_SQL: Final[dict[str, str]] = {
           FROM SOURCE
         """.replace("SOURCE", source)
     for by, source in {
-        # The key leads to the payment and the operation; that it is theirs, the stored key says.
+        # The parts of the key identify the payment and the operation; the stored key confirms them.
         "key": """unnest($1::text[], $2::bigint[], $3::integer[], $4::text[], $5::text[])
                AS w (key, order_id, attempt, kind, reference)
          CROSS JOIN LATERAL (
@@ -126,12 +126,12 @@ async def recorded_by_keys(tx: Tx, keys: Mapping[str, KeyParts]) -> dict[str, Re
 
 
 async def recorded_between(tx: Tx, provider: str, after: int, up_to: int, limit: int) -> dict[str, RecordedRow]:
-    """Our operations that have a place in that part of the provider's statement, by key."""
+    """Our operations whose provider ids are in that part of the provider's statement, by key."""
     return {row.key: row for row in await tx.fetch(RecordedRow, RECORDED_SQL["place"], provider, after, up_to, limit)}
 
 
 async def recorded_beyond(tx: Tx, provider: str, after: int, seconds: float, limit: int) -> dict[str, RecordedRow]:
-    """Our operations that were done so many seconds ago, and are still not on the statement, which ends at `after`."""
+    """Our operations that were settled more than `seconds` ago, with provider ids after the end of the statement."""
     return {
         row.key: row for row in await tx.fetch(RecordedRow, RECORDED_SQL["beyond"], provider, after, seconds, limit)
     }
@@ -141,7 +141,7 @@ async def recorded_beyond(tx: Tx, provider: str, after: int, seconds: float, lim
 
 
 async def report(tx: Tx, provider: str, mismatches: Sequence[Reported]) -> None:
-    """Writes mismatches; one that was resolved and is back is open again."""
+    """Writes mismatches; opens one again that was resolved before."""
     await tx.execute(
         """
         INSERT INTO mismatches AS m (kind, key, provider, detail)
@@ -157,7 +157,7 @@ async def report(tx: Tx, provider: str, mismatches: Sequence[Reported]) -> None:
 
 
 async def open_mismatches(tx: Tx, provider: str, limit: int) -> list[MismatchRow]:
-    """The oldest that are not resolved."""
+    """The oldest mismatches that are not resolved."""
     return await tx.fetch(
         MismatchRow,
         """
@@ -181,7 +181,7 @@ async def resolve(tx: Tx, mismatches: Sequence[MismatchRow]) -> None:
 
 
 async def count_mismatches(tx: Tx) -> dict[str, int]:
-    """How many of each kind are open."""
+    """The number of open mismatches of each kind."""
     rows = await tx.fetch(
         CountRow, "SELECT kind, count(*) AS count FROM mismatches WHERE resolved_at IS NULL GROUP BY kind"
     )

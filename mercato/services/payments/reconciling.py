@@ -1,16 +1,16 @@
-"""Reconciliation: our operations against the provider's statement, in both directions, for ever.
+"""Reconciliation: compares our operations with the provider's statement, in both directions.
 
-A round, of which there is one a period in the whole shop (a row with a lease says which process does it):
+There is one round in each period in the whole shop; a lease decides which process executes it:
 
-1. Read the statement from where the last round ended, a page at a time. Each line of it is compared with our
-   operation or intent of the same key, and each operation of ours that has its place on the page with the page.
-2. At its end: operations of ours that were done long ago must have been on it by now.
-3. Compare the open mismatches again: what is right by now is resolved.
+1. Read the statement from where the last round ended, a page at a time. Compare each line with our operation or intent
+   of the same key, and each of our operations whose provider id is in the range of the page with the page.
+2. At the end of the statement: our operations that were settled long ago must be on it.
+3. Compare the open mismatches again: those that agree by now are resolved.
 
-What is safe to repair is repaired at once (`rules.Repair`): the result of an intent is recorded, an authorization of a
-closed payment is voided. The rest is a row in `mismatches` and a number in `mercato_reconciliation_mismatches`, and a
-person has to look at it. A round may be done twice, or half: a repair that is repeated changes nothing, and the place
-in the statement moves only when a page is done.
+Safe repairs are made at once (`rules.Repair`): the result of an intent is recorded, an authorization of a closed
+payment is voided. Every other difference is a row in `mismatches`, which `mercato_reconciliation_mismatches` counts and
+staff have to examine. A round may be executed twice, or in part: a repeated repair changes nothing, and the cursor
+moves only after a whole page.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Reconciling:
         self._repaired = repairs(telemetry)
 
     async def round(self) -> int:
-        """Compares with each provider at which this process gets the turn; gives how many these were."""
+        """Compares with each provider whose lease this process gets; gives how many these were."""
         compared = 0
         for name, provider in self._providers.items():
             async with self._database.transaction() as tx:
@@ -122,9 +122,9 @@ class Reconciling:
         await self._compare_by_key(name, provider, beyond)
 
     async def _compare_by_key(self, name: str, provider: Provider, ours: Ours) -> None:
-        """Compares operations of ours that were not where they should be: the provider has the last word on each."""
-        theirs, doubtful = await _look_up(provider, list(ours))
-        await self._compare(name, theirs, {key: row for key, row in ours.items() if key not in doubtful})
+        """Compares our operations that are not on the statement as expected: looks each up at the provider."""
+        theirs, uncertain = await _look_up(provider, list(ours))
+        await self._compare(name, theirs, {key: row for key, row in ours.items() if key not in uncertain})
 
     async def _compare_again(self, name: str, provider: Provider) -> None:
         async with self._database.read() as tx:
@@ -133,14 +133,14 @@ class Reconciling:
             ours = await store.recorded_by_keys(tx, _parts(keys))
         if not open_:
             return
-        theirs, doubtful = await _look_up(provider, keys)
+        theirs, uncertain = await _look_up(provider, keys)
         changed = [
-            m for m in open_ if m.key not in doubtful and rules.compare(theirs.get(m.key), ours.get(m.key)) != m.kind
+            m for m in open_ if m.key not in uncertain and rules.compare(theirs.get(m.key), ours.get(m.key)) != m.kind
         ]
         async with self._database.transaction() as tx:
             await store.resolve(tx, changed)
         keys = {mismatch.key for mismatch in changed}
-        # What is wrong in another way now is found, or repaired, as if it were new.
+        # An operation that differs in another way now is reported, or repaired, as if it were new.
         await self._compare(
             name, {k: theirs[k] for k in keys & theirs.keys()}, {k: ours[k] for k in keys & ours.keys()}
         )
@@ -174,7 +174,7 @@ class Reconciling:
         if results:
             self._repaired.labels("outcome_recorded").inc(await self._finishing.record_statement(results))
         if charges:
-            self._repaired.labels("authorization_voided").inc(await self._finishing.give_back(charges))
+            self._repaired.labels("authorization_voided").inc(await self._finishing.void_authorizations(charges))
 
     async def _report(self, name: str, mismatches: Sequence[Reported]) -> None:
         if not mismatches:
@@ -193,7 +193,7 @@ async def _statement(provider: Provider, after: int) -> Page:
 
 
 async def _look_up(provider: Provider, keys: Sequence[str]) -> tuple[dict[str, StatementLine], set[str]]:
-    """What the provider has of each key, and the keys of which it does not say now."""
+    """The provider's operation of each key, and the keys for which it has no certain answer now."""
     found = dict(zip(keys, await provider.look_up(keys), strict=True)) if keys else {}
     return (
         {key: line for key, line in found.items() if isinstance(line, StatementLine)},
@@ -202,12 +202,12 @@ async def _look_up(provider: Provider, keys: Sequence[str]) -> tuple[dict[str, S
 
 
 def _parts(keys: Iterable[str]) -> dict[str, KeyParts]:
-    """What the keys were made of, of those that are like ours."""
+    """The parts of the keys that have the form of ours."""
     return {key: parts for key in keys if (parts := rules.parts_of(key))}
 
 
 def _described(theirs: StatementLine | None, ours: RecordedRow | None) -> str:
-    """Both sides in a sentence. No method and no card is in it."""
+    """Both sides in a sentence, without the method."""
     bank = (
         f"{theirs.kind} {theirs.amount_minor} {theirs.currency} {theirs.code or 'succeeded'}" if theirs else "nothing"
     )

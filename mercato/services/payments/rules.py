@@ -1,13 +1,13 @@
 """The states of a payment. Pure: no I/O, no clock.
 
-Three functions carry the service:
+Three functions make the decisions of the service:
 
-    next_operation  the operation of the provider that brings a payment nearer to its target state; or none, or an error
+    next_operation  the next operation of the provider towards the target state of a payment; or none, or an error
     settle          the payment after the result of an operation is known
-    compare         what a line of the provider's statement says against what we have recorded
+    compare         a line of the provider's statement with what we have recorded
 
-The first two are called under the lock of the payment's row. They need not know whether an operation was begun before:
-a crash, a duplicate and a repeated request all get the same next operation, with the same key.
+The first two are called under the lock of the payment's row. After a crash, for a duplicate and for a repeated request
+they give the same next operation, with the same key.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ MOVES: Final[Mapping[Status, frozenset[Status]]] = {
     "partially_refunded": frozenset({"partially_refunded", "refunded"}),
     "refunded": frozenset(),
 }
-"""The life of a payment. It begins `pending`, or `voided` as the tombstone of an attempt that never began."""
+"""The legal moves of a payment. It begins `pending`, or `voided` as the tombstone of an attempt that never began."""
 
 OPEN: Final[Collection[OperationStatus]] = frozenset({"intent", "unknown"})
 """The provider may or may not have received the operation, and may or may not have done it."""
 
 OPENING: Final[Collection[OperationKind]] = frozenset({"authorize", "charge"})
-"""The operation with which a payment begins: one of the two. It is open exactly while the payment is `pending`."""
+"""A payment begins with one of these two operations. It is open exactly while the payment is `pending`."""
 
 CAPTURED: Final[Collection[Status]] = frozenset({"captured", "partially_refunded", "refunded"})
 CLOSED: Final[Collection[Status]] = frozenset({"failed", "voided"})
-"""No money was taken, and none will be: an authorization that the provider still holds for it is to be given back."""
+"""No money was taken, and none will be: an authorization that the provider still holds for it is to be voided."""
 
 AUTHORIZATION_GONE: Final = frozenset({"authorization_expired", "charge_voided", "already_voided"})
-"""An operation that is declined with one of these says that the provider holds nothing any more."""
+"""Codes of declined operations that say that the provider holds no authorization any more."""
 
 EVENTS: Final[Mapping[Status, str]] = {
     "authorized": "payment.authorized",
@@ -77,7 +77,7 @@ PAST: Final[Mapping[OperationKind, str]] = {
 
 
 class PaymentState(Protocol):
-    """What decisions about a payment are based on. Amounts in minor units."""
+    """The fields of a payment on which decisions are based. Amounts in minor units."""
 
     @property
     def id(self) -> int: ...
@@ -120,20 +120,20 @@ class Succeeded(msgspec.Struct, frozen=True, gc=False):
     provider_id: int
     """The provider's number of the operation."""
     charge_id: int | None
-    """The charge that it opened or changed; None where the provider does not say."""
+    """The charge that it opened or changed; None: the provider does not say so."""
 
 
 class Declined(msgspec.Struct, frozen=True, gc=False):
-    """Not done, and it never will be, with this key."""
+    """The operation was not done, and never will be with this key."""
 
     code: str
 
 
 class Unknown(msgspec.Struct, frozen=True, gc=False):
-    """No answer, or none that says what was done."""
+    """No answer, or one without a result."""
 
     settles_at: datetime.datetime | None = None
-    """When the provider will know, as it says; None where it does not say so."""
+    """When the result will be known, as the provider says; None: it does not say so."""
 
 
 ProviderResult = Succeeded | Declined | Unknown
@@ -158,7 +158,7 @@ NOT_ASKED: Final = Succeeded(provider_id=0, charge_id=None)
 
 
 class Target(msgspec.Struct, frozen=True, gc=False):
-    """The state to which a request wants to bring a payment, as the operation that leads there."""
+    """The target state of a request, as the operation that leads to it."""
 
     kind: OperationKind
     reference: str = ""
@@ -167,7 +167,7 @@ class Target(msgspec.Struct, frozen=True, gc=False):
 
 
 class NextOperation(msgspec.Struct, frozen=True, gc=False):
-    """The operation to call the provider with: one that was begun before, or a new one."""
+    """The operation for the next call of the provider: one that was begun before, or a new one."""
 
     kind: OperationKind
     reference: str
@@ -177,7 +177,7 @@ class NextOperation(msgspec.Struct, frozen=True, gc=False):
 def next_operation(
     target: Target, payment: PaymentState, operations: Iterable[OperationState]
 ) -> NextOperation | ServiceError | None:
-    """The operation to call the provider with. None: the payment as it is is the answer. An error: it cannot be done.
+    """The operation for the next call of the provider. None: the payment is the answer. An error: it cannot be done.
 
     `operations` are all that this payment has. Of authorize, charge, capture and void at most one is open at any time:
     a request for another one first settles the open one.
@@ -201,7 +201,7 @@ Known = Mapping[tuple[str, str], OperationState]
 
 
 def _opening(new: OperationKind, payment: PaymentState, known: Known) -> NextOperation:
-    """The operation that the payment began with, whatever the target; `new` for a payment that has none."""
+    """The operation with which the payment began, whatever the target; `new` for a payment that has none."""
     begun: list[OperationKind] = [kind for kind in OPENING if (kind, "") in known]
     return NextOperation(begun[0] if begun else new, "", payment.amount_minor)
 
@@ -235,7 +235,7 @@ def _next_to_capture(target: Target, payment: PaymentState, known: Known) -> Nex
 
 
 def _check_captured(target: Target, payment: PaymentState, captured_minor: int) -> CaptureAmountChanged | None:
-    """A capture of all joins one that was begun; a part has to be the same part."""
+    """A capture of all joins one that was begun; a capture of a part must have the same amount."""
     if target.amount_minor in (0, captured_minor):
         return None
     return CaptureAmountChanged(
@@ -248,8 +248,8 @@ def _check_captured(target: Target, payment: PaymentState, captured_minor: int) 
 
 def _next_to_void(payment: PaymentState, known: Known) -> NextOperation | ServiceError | None:
     if payment.status == "pending":
-        # A call may be on its way to the provider at this moment, so that looking it up would prove nothing. Sent again
-        # with its key, the operation is settled; then there is something to void or to refund, or there never will be.
+        # Another process may be calling the provider now, so that a look-up would prove nothing. A repeated call with
+        # its key settles the operation; then there is something to void or to refund, or there never will be.
         return _opening("authorize", payment, known)
     if payment.status != "authorized":
         return None
@@ -257,7 +257,7 @@ def _next_to_void(payment: PaymentState, known: Known) -> NextOperation | Servic
         return NextOperation("capture", "", known["capture", ""].amount_minor)
     void = known.get(("void", ""))
     if void is not None and void.status not in OPEN:
-        return _conflict(payment, "void")  # declined, though nothing of ours has captured it
+        return _conflict(payment, "void")  # declined, though we have not captured it
     return NextOperation("void", "", payment.amount_minor)
 
 
@@ -281,9 +281,9 @@ def _next_to_refund(target: Target, payment: PaymentState, known: Known) -> Next
 
 
 def _check_refund(target: Target, payment: PaymentState, known: Known) -> RefundTooLarge | None:
-    """Refunds whose result is not known count as done: what is given back never exceeds what was taken."""
-    promised = sum(o.amount_minor for o in known.values() if o.kind == "refund" and o.status != "declined")
-    left_minor = payment.captured_minor - promised
+    """Refunds whose result is not known count as done: refunds never exceed what was captured."""
+    refunded_minor = sum(o.amount_minor for o in known.values() if o.kind == "refund" and o.status != "declined")
+    left_minor = payment.captured_minor - refunded_minor
     if target.amount_minor <= left_minor:
         return None
     return RefundTooLarge(
@@ -329,7 +329,7 @@ def settle(payment: P, operation: SettledOperation, result: ProviderResult) -> P
         case "capture", Succeeded() if payment.status == "authorized":
             return _moved(payment, "captured", captured_minor=operation.amount_minor)
         case "capture", Declined(code=code) if payment.status == "authorized":
-            # Without it there is no money. An authorization that the provider still holds runs out by itself.
+            # No money can be taken any more. An authorization that the provider still holds expires.
             return _moved(payment, "voided", code=code)
         case "void", Succeeded() if payment.status == "authorized":
             return _moved(payment, "voided")
@@ -347,7 +347,7 @@ def _authorized(payment: P, charge_id: int | None) -> P:
     if payment.status == "pending":
         return _moved(payment, "authorized", charge_id=charge_id, authorized_minor=payment.amount_minor)
     if payment.charge_id is None:
-        # The payment is closed, and the provider has opened a charge: remembered, so that it can be voided.
+        # The payment is closed, and the provider has opened a charge: stored, so that it can be voided.
         return _replaced(payment, charge_id=charge_id)
     return payment
 
@@ -374,7 +374,7 @@ TRANSFERS: Final[Mapping[OperationKind, tuple[Account, Account]]] = {
 
 
 class KeyParts(msgspec.Struct, frozen=True, gc=False):
-    """What a provider's key was made of."""
+    """The parts of a provider's key."""
 
     order_id: int
     nonce: int
@@ -384,7 +384,7 @@ class KeyParts(msgspec.Struct, frozen=True, gc=False):
 
 
 def key_of(order_id: int, nonce: int, attempt: int, kind: OperationKind, reference: str = "") -> str:
-    """The provider's idempotency key: unique for each operation, also after ids were used again (the nonce)."""
+    """The provider's idempotency key: unique for each operation; with the nonce also where order ids are used again."""
     key = f"{order_id}-{nonce:016x}-{attempt}-{kind}"
     return f"{key}-{reference}" if reference else key
 
@@ -405,7 +405,7 @@ def parts_of(key: str) -> KeyParts | None:
 
 
 class StatementLine(msgspec.Struct, frozen=True):
-    """An operation that is settled, as the provider has it."""
+    """A settled operation, as the provider has recorded it."""
 
     provider_id: int
     key: str
@@ -422,7 +422,7 @@ class StatementLine(msgspec.Struct, frozen=True):
 
 
 class RecordedOperation(Protocol):
-    """An operation or intent as we have it, with what matters of its payment."""
+    """An operation or intent as we have recorded it, with the state of its payment."""
 
     @property
     def kind(self) -> OperationKind: ...
@@ -444,14 +444,14 @@ Repair = Literal["outcome_recorded", "authorization_voided"]
 """Safe to do at once: the provider's result decides, or the payment will never use its authorization."""
 
 Mismatch = Literal["not_in_our_books", "not_at_the_provider", "other_amount", "other_outcome"]
-"""For people to look at."""
+"""For staff to examine."""
 
 REPAIRS: Final[tuple[Repair, ...]] = ("outcome_recorded", "authorization_voided")
 MISMATCHES: Final[tuple[Mismatch, ...]] = ("not_in_our_books", "not_at_the_provider", "other_amount", "other_outcome")
 
 
 def compare(theirs: StatementLine | None, ours: RecordedOperation | None) -> Repair | Mismatch | None:
-    """What is wrong with one operation; None where both sides agree. Each side is None where it has no such key."""
+    """The difference in one operation; None where both sides agree. Each side is None where it has no such key."""
     if theirs is None:
         return "not_at_the_provider" if ours is not None and ours.status == "succeeded" else None
     done = theirs.code is None

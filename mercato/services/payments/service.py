@@ -31,16 +31,16 @@ from .store import PaymentRow
 
 
 class Options(msgspec.Struct, frozen=True):
-    """What the operator can set."""
+    """What an operator may set: `MERCATO_PAYMENTS_DEFAULT_METHOD` and so on."""
 
     default_method: Method = "sandbox:ok"
-    """What an order is paid with where its buyer names no method."""
+    """The method of a payment whose request names none."""
     sweep_seconds: Annotated[float, Meta(ge=0.01, le=86_400)] = 5.0
-    """After so long the provider is called again for an operation whose result is not known."""
+    """How long after a call the provider is called again for an operation whose result is not known."""
     reconcile_seconds: Annotated[float, Meta(ge=0.01, le=86_400)] = 60.0
     """The pause between two comparisons of the provider's statement with the payments."""
     statement_lag_seconds: Annotated[float, Meta(ge=0, le=30 * 86_400)] = 600.0
-    """After so long an operation must be on the provider's statement."""
+    """How long after its settlement an operation must be on the provider's statement."""
 
 
 class PaymentsService:
@@ -70,7 +70,7 @@ class PaymentsService:
                 return PaymentPage(payments=(), total=0 if request.count else None)
             request = msgspec.structs.replace(request, user_id=actor.id)
         async with self._database.read() as tx:
-            # One more than asked for tells whether there is a next page.
+            # One payment more than asked for: whether there is a next page.
             rows = await list_store.list_page(tx, request, request.limit + 1)
         page = tuple(payment_of(row) for row in rows[: request.limit])
         total = await self._database.count(lambda tx: list_store.count(tx, request)) if request.count else None
@@ -87,7 +87,7 @@ class PaymentsService:
 
 
 def _visible(row: PaymentRow | None, payment_id: int, actor: Actor) -> Payment | ServiceError:
-    """Another's payment answers exactly like one that does not exist."""
+    """A payment of another user is answered exactly like one that does not exist."""
     if row is None or not may_see(actor, row.user_id):
         return PaymentNotFound(payment_id=payment_id)
     return payment_of(row)

@@ -92,8 +92,8 @@ async def begin_charges(tx: Tx, payments: Sequence[NewPayment], keys: Sequence[s
     """Writes payments, each with the intent of its charge and the key for it. At most one payment for each order.
 
     A payment is not in the result where the attempt exists, where its order has another live payment, or where the
-    earlier attempts belong to an order with another nonce. Another transaction that is writing the same attempt is
-    waited for: the unique keys are the lock.
+    earlier attempts belong to an order with another nonce. The statement waits for another transaction that writes the
+    same attempt: the unique keys are the lock.
     """
     return await tx.fetch(
         OpenedRow,
@@ -129,8 +129,8 @@ async def begin_charges(tx: Tx, payments: Sequence[NewPayment], keys: Sequence[s
 async def record_charges(tx: Tx, results: Mapping[int, Succeeded]) -> dict[int, datetime.datetime]:
     """Records charges that succeeded, by payment: operation, payment, transfer, balances. Gives the time of each.
 
-    A payment that is not in the result was settled by another transaction first, whose record stands. The update locks
-    the payments by id; where it has waited for another transaction it looks at the status again.
+    A payment that is not in the result was settled by another transaction first, whose record stays. The update locks
+    the payments by id; where it has waited for another transaction it checks the status again.
     """
     results = dict(sorted(results.items()))
     rows = await tx.fetch(

@@ -1,4 +1,4 @@
-"""The SQL statement of an order's trace: what the provider was asked for, and what it answered."""
+"""The SQL statement of an order's trace: the operations of the provider, and their results."""
 
 from __future__ import annotations
 

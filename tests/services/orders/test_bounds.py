@@ -301,7 +301,7 @@ def test_what_an_order_finds_before_it_in_its_batch():
 def test_an_order_with_a_lower_limit_takes_no_place_of_one_with_a_higher():
     customers, staff, free = BuyerLimits(open_orders=1), BuyerLimits(open_orders=2), BuyerLimits(held_units=1)
     batch = [(order_of(1), customers), (order_of(1), staff), (order_of(1), free)]
-    assert [bound.room for bound in limited(batch)[1]] == [-2, 0, ANY_NUMBER]
+    assert [bound.most_open for bound in limited(batch)[1]] == [-2, 0, ANY_NUMBER]
 
 
 def test_refusals_are_errors_of_the_contract():

@@ -24,7 +24,7 @@ def reconciling(harness: OrdersHarness, quiet_seconds: float = 0.0) -> HoldRecon
 async def look(harness: OrdersHarness, place: int | None = None, quiet_seconds: float = 0.0) -> int | None:
     """As the periodic task does: in the name of the service."""
     with harness.acting(SERVICE):
-        return await reconciling(harness, quiet_seconds).look(place)
+        return await reconciling(harness, quiet_seconds).release_page(place)
 
 
 async def hold(harness: OrdersHarness, order_id: int, nonce: int) -> None:
@@ -125,7 +125,7 @@ async def test_without_inventory_nothing_happens_until_it_is_back(harness: Order
     inventory = harness.host.services["inventory"].database
     await inventory.close()
     with harness.acting(SERVICE), pytest.raises(Unavailable):
-        await reconciling(harness).look(None)
+        await reconciling(harness).release_page(None)
     await inventory.open()
 
     await look(harness)

@@ -47,7 +47,7 @@ async def test_a_parked_pending_order_waits_for_its_payment_again(harness: Order
     order = await harness.checked_out(None, (MUG, 1))
     await park(harness, order.id, step)
 
-    await reconciling(harness).look(None)
+    await reconciling(harness).resume_page(None)
 
     await until_waiting_with_a_time(harness, order.id)
     assert resumed(harness) == 1
@@ -72,8 +72,8 @@ async def test_an_order_parked_before_its_capture_is_captured_once(harness: Orde
     await (await harness.connection()).execute(f"{captured} WHERE subject_id = $1", order.id)
     await park(harness, order.id, "settle")
 
-    await reconciling(harness).look(None)
-    await reconciling(harness).look(None)
+    await reconciling(harness).resume_page(None)
+    await reconciling(harness).resume_page(None)
 
     await until_step(harness, order.id)
     assert (await harness.settled(order.id)).payment == "paid"
@@ -88,7 +88,7 @@ async def test_an_order_parked_before_its_charge_is_charged_once(harness: Orders
     lift()
     await park(harness, order.id, "reserve")
 
-    await reconciling(harness).look(None)
+    await reconciling(harness).resume_page(None)
 
     await until_step(harness, order.id)
     pause.resume.set()
@@ -110,7 +110,7 @@ async def test_a_cancelled_order_that_was_parked_gives_back_money_and_stock(
     await park(harness, order.id, step)
     stuck()
 
-    await reconciling(harness).look(None)
+    await reconciling(harness).resume_page(None)
 
     await until_step(harness, order.id)
     assert (await harness.settled(order.id)).payment == "voided"
@@ -131,7 +131,7 @@ async def test_a_parked_refund_is_refunded_once(harness: OrdersHarness, inject: 
     lift()
     await park(harness, order.id, "refund", "refund")
 
-    await reconciling(harness).look(None)
+    await reconciling(harness).resume_page(None)
 
     await until_step(harness, order.id, kind="refund")
     pause.resume.set()
@@ -149,7 +149,7 @@ async def test_sagas_that_are_parked_for_a_reason_are_not_resumed(harness: Order
     waiting = await harness.checked_out(None, (MUG, 1))
     versions = await harness.values("SELECT version FROM sagas ORDER BY subject_id")
 
-    assert await reconciling(harness).look(None) is None
+    assert await reconciling(harness).resume_page(None) is None
 
     assert await harness.values("SELECT version FROM sagas ORDER BY subject_id") == versions
     assert resumed(harness) == 0
@@ -163,7 +163,7 @@ async def test_a_saga_that_was_saved_a_moment_ago_is_not_resumed_yet(harness: Or
     order = await harness.checked_out(None, (MUG, 1))
     await park(harness, order.id, "awaiting")
 
-    await reconciling(harness, quiet_seconds=600.0).look(None)
+    await reconciling(harness, quiet_seconds=600.0).resume_page(None)
 
     assert await harness.values("SELECT wake_at FROM sagas WHERE subject_id = $1", order.id) == [None]
     assert resumed(harness) == 0
@@ -175,7 +175,7 @@ async def test_two_processes_that_find_one_parked_saga_resume_it_once(harness: O
     connection = await harness.connection()
     async with connection.transaction():
         await connection.execute("SELECT FROM sagas WHERE subject_id = $1 FOR NO KEY UPDATE", order.id)
-        both = [asyncio.ensure_future(reconciling(harness).look(None)) for _ in range(2)]
+        both = [asyncio.ensure_future(reconciling(harness).resume_page(None)) for _ in range(2)]
         await harness.until_blocked(2, by=both)
     await asyncio.gather(*both)
 
@@ -187,9 +187,9 @@ async def test_every_page_of_sagas_is_read(harness: OrdersHarness, monkeypatch: 
     orders = [await harness.checked_out(None, (MUG, 1)) for _ in range(5)]
     await park(harness, orders[0].id, "awaiting")
 
-    place, pages = await reconciling(harness).look(None), 1
+    place, pages = await reconciling(harness).resume_page(None), 1
     while place is not None:
-        place, pages = await reconciling(harness).look(place), pages + 1
+        place, pages = await reconciling(harness).resume_page(place), pages + 1
 
     assert pages == 3
     assert resumed(harness) == 1

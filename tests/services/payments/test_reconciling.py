@@ -14,7 +14,7 @@ from mercato.testing.injection import Inject, fail
 from services.payments.harness import PaymentsHarness, capture, key, void
 
 RECONCILE_POINTS = sorted(
-    point for point in faults.POINTS if point.startswith(("payments.reconcile.", "payments.give_back."))
+    point for point in faults.POINTS if point.startswith(("payments.reconcile.", "payments.void_authorization."))
 )
 
 

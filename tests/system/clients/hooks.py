@@ -39,7 +39,7 @@ BETWEEN_FIELDS: Final = (
     # Types are open: a reader of events takes one that is not known yet, and a request for it names those that are.
     (r"\?types", r"and there are only"),
     (r"\?cursor", r"stands for after and before|is not a cursor of this collection"),
-    (r"items\[\d+\](\.product_id)?", r"product \d+ stands in items|has not|is not of this order"),
+    (r"items\[\d+\](\.product_id)?", r"product \d+ is in items|has not|is not of this order"),
     (r"header Idempotency-Key", r"the least for a caller without an account"),
     (r"delta", r"would be more than"),
     (r"(new_)?password|current_password", r"must not be|commonest|is missing|is needed"),

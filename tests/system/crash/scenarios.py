@@ -684,9 +684,13 @@ BANK: Final = (
     *around("payments.reconcile", "call", nothing, settled, prepare=slow_order),
     *around("payments.reconcile", "cursor_commit", nothing, settled, prepare=slow_order),
     *around("payments.reconcile", "record_commit", nothing, settled, prepare=slow_order, environment=RECONCILED_FIRST),
-    *around("payments.give_back", "intent_commit", read_statement_again, settled, prepare=unwanted_authorization),
-    *around("payments.give_back", "call", read_statement_again, settled, prepare=unwanted_authorization),
-    *around("payments.give_back", "record_commit", read_statement_again, settled, prepare=unwanted_authorization),
+    *around(
+        "payments.void_authorization", "intent_commit", read_statement_again, settled, prepare=unwanted_authorization
+    ),
+    *around("payments.void_authorization", "call", read_statement_again, settled, prepare=unwanted_authorization),
+    *around(
+        "payments.void_authorization", "record_commit", read_statement_again, settled, prepare=unwanted_authorization
+    ),
 )
 STOCK: Final = (
     *around("inventory.reserve", "commit", buy),
