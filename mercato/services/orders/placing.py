@@ -8,10 +8,11 @@ prepare   Refuses what needs no other service: another account's order, a produc
 write     One transaction, one statement: orders with their lines, keys and history, the sagas that continue them, and
           the events `order.placed`. It leaves out an order of a customer who has as many open ones as a customer may.
           It locks each limited customer until the commit: the open orders of a customer are counted by one batch after
-          another. It also leaves out an order that may have been lost in a restore, which `lost_orders.py` then checks.
+          another. It also leaves out an order that may have been lost in a restore: `lost_orders.py` checks it, and a
+          second transaction writes it.
           After the commit the sagas are driven (`checkout.py`). Of two concurrent requests with one key, the second
-          waits at the unique index of orders for the end of the first transaction, at most two seconds, and then
-          answers with its order.
+          waits for the end of the first transaction, at most two seconds, at the lock of their customer or at the
+          unique index of orders, and then answers with its order.
 """
 
 from __future__ import annotations
