@@ -27,7 +27,7 @@ from mercato.contracts.money import DEFAULT_CURRENCY
 from mercato.contracts.orders import Orders
 from mercato.contracts.payments import Payments
 from mercato.contracts.products import Products
-from mercato.contracts.roles import EVERYBODY, STAFF_ONLY
+from mercato.contracts.roles import ALL_ROLES, STAFF_ONLY
 from mercato.contracts.users import EndedSessions, EndedSessionsAfter, PublicKeys, Users
 from mercato.gateway.app import Asgi, Gateway
 from mercato.gateway.auth import Authenticator, Verifier, own_hosts
@@ -154,7 +154,7 @@ def called_by(caller: str) -> Sequence[Operation[Any, Any]]:
 
 def grants() -> Mapping[str, Grant]:
     """What each caller may do, by its name; only services call for the shop itself."""
-    roles = {GATEWAY: EVERYBODY, OPERATOR: STAFF_ONLY}
+    roles = {GATEWAY: ALL_ROLES, OPERATOR: STAFF_ONLY}
     return {
         caller: Grant(frozenset(operation.full_name for operation in called_by(caller)), roles.get(caller))
         for caller in CALLERS

@@ -1,1 +1,1 @@
-"""What each service offers: one file a service, and what several of them share."""
+"""The contracts of the services: one file a service, and files that several of them share."""

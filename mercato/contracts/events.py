@@ -27,26 +27,26 @@ EventType = Annotated[
 
 class FeedEntry(Message):
     position: int
-    """Where it stands in the feed: the cursor of a reader that has read it."""
+    """Its position in the feed: the cursor of a reader that has read it."""
     id: str
-    """Of the event, the same at every delivery: `orders:69632`. The number rises with the commits of the source."""
+    """The id of the event, the same at every delivery: `orders:69632`. The number rises with the source's commits."""
     type: str
     subject: str
     """What it is about: `order 1001`, `payment 1001`, `product 100`, `reservation 1001` (by order)."""
     version: int
-    """Of the subject, rising."""
+    """The version of the subject, which rises."""
     data: Any
     at: datetime.datetime
-    """When it became true."""
+    """When the event happened."""
 
 
 class ListEvents(Message):
-    """Entries by ascending position, those after `after`; of `types` only, where there are any.
+    """Entries by ascending position, those after `after`; only of `types`, where there are any.
 
-    Positions are given in the order of commits, one writer at a time: a reader that goes on from its last position
-    never misses an entry. The entries of one subject are in the order in which they happened, but for one that the feed
-    could not take at first, a dead letter: it comes when it is replayed, behind what happened since. Raises
-    `CursorTooOld` where wanted entries after `after` have been deleted (from 0 on it gives what there is), and
+    Positions are given in the order of commits, one writer at a time: a reader that continues from its last position
+    never misses an entry. The entries of a subject are in the order in which they happened, except for dead letters,
+    which the feed could not take at first: such an entry comes when it is replayed, after later ones. Raises
+    `CursorTooOld` where wanted entries after `after` have been deleted (from 0 on it gives those that are left), and
     `CursorAhead` where the feed has never reached `after`.
     """
 
@@ -58,27 +58,27 @@ class ListEvents(Message):
 class EventPage(Message):
     entries: tuple[FeedEntry, ...]
     next_after: int
-    """The `after` of the next page. Behind the last entry it is what was asked for: ask again later."""
+    """The `after` of the next page. After the last entry it is that of the request: request it again later."""
     is_full: bool = False
-    """Whether there are as many entries as were asked for, so that there may be more."""
+    """Whether there are as many entries as requested, so that there may be more."""
 
 
 class CursorTooOld(ServiceError, code="events.cursor_too_old", kind=Kind.NOT_FOUND):
-    """The reader was away for longer than the feed is kept, and would miss entries without knowing it.
+    """The reader was away for longer than the feed is kept, and would miss entries without notice.
 
     `oldest` is the lowest `after` that is sure to miss nothing.
     """
 
     sentence = (
-        "Of what came after position {after}, the oldest is not in the feed any more: look at the things themselves, "
-        "then go on after {oldest}."
+        "The oldest events after position {after} are not in the feed any more: read the orders and products "
+        "themselves, then continue after {oldest}."
     )
     after: int
     oldest: int
 
 
 class CursorAhead(ServiceError, code="events.cursor_ahead", kind=Kind.NOT_FOUND):
-    """The reader has a position that the feed has not reached: it has read another feed, or one that was restored."""
+    """The reader has a position that the feed has not reached: of another feed, or of one that was restored since."""
 
     sentence = "Position {after} is behind the end of this feed, which is {last}: was it restored from a backup?"
     after: int

@@ -1,8 +1,8 @@
 """Field numbers: a number for each field of a message and each value of an enumeration, for encodings such as protobuf.
 
-They are committed (`field_numbers.json`) and kept for ever. A new field gets the next number that its
-message has never used. The number of a removed field stays reserved under the name that it had, because old messages
-still carry it. In an enumeration 0 means "unspecified" (protobuf's rule for proto3), so that values begin with 1.
+They are committed (`field_numbers.json`) and kept for ever. A new field gets the next number that its message has never
+used. The number of a removed field stays reserved under its old name, because old messages still contain it. In an
+enumeration 0 means "unspecified" (protobuf's rule for proto3), so values begin with 1.
 
     {"orders": {"messages": {"Order": {"numbers": {"id": 1, "user_id": 2}, "reserved": {"3": "colour"}}},
                 "enums": {"Status": {"numbers": {"pending": 1}, "reserved": {}}}}}
@@ -32,22 +32,22 @@ CHASSIS: Final = "chassis"
 MESSAGES: Final = "messages"
 ENUMS: Final = "enums"
 PARTS: Final = {"order_refusals": "orders"}
-"""Modules that were split from another: names and numbers stay those of that one."""
+"""Modules that were split from another one: their names and numbers stay in that one."""
 LAST_NUMBER: Final = 18_999
-"""Protobuf keeps 19 000 to 19 999 for itself, and no message of ours needs so many."""
+"""Protobuf reserves 19 000 to 19 999, and no message here needs so many."""
 
 Names = dict[str, dict[str, dict[str, Sequence[str]]]]
 """By module, `messages` or `enums`, and name: the fields of a message or the values of an enumeration, as declared."""
 
 
 class Numbering(msgspec.Struct, frozen=True):
-    """Of one message or enumeration. `reserved`: the names of what is gone, by their numbers."""
+    """The numbers of a message or enumeration. `reserved`: the names of removed fields or values, by number."""
 
     numbers: dict[str, int] = {}
     reserved: dict[int, str] = {}
 
     def extended(self, names: Sequence[str]) -> Numbering:
-        """With a number for each of `names`, and those of all others reserved."""
+        """A copy with a number for each of `names`, and the numbers of all other names reserved."""
         numbers = {name: number for name, number in self.numbers.items() if name in names}
         reserved = self.reserved | {number: name for name, number in self.numbers.items() if name not in names}
         last = max([*self.numbers.values(), *self.reserved], default=0)
@@ -75,7 +75,7 @@ def written(numbers: Numbers) -> bytes:
 
 
 def assign(committed: Numbers, contracts: Iterable[type[Contract]]) -> Numbers:
-    """The committed numbers, extended by what the contracts have besides. No number changes, and none is used twice."""
+    """The committed numbers, extended by new names of the contracts. No number changes, and none is used twice."""
     names = declared(contracts)
     return {
         module: {
@@ -91,7 +91,7 @@ def assign(committed: Numbers, contracts: Iterable[type[Contract]]) -> Numbers:
 
 
 def changes(old: Numbers, new: Numbers) -> list[str]:
-    """What of `old` does not hold in `new`: numbers that have changed, are lost, or stand for another name."""
+    """Sentences about numbers of `old` that changed, are missing, or have another name in `new`."""
     return [sentence for module in old for kind in old[module] for sentence in _changes(old, new, module, kind)]
 
 
@@ -107,11 +107,11 @@ def _changes(old: Numbers, new: Numbers, module: str, kind: str) -> Iterator[str
                 yield f"{module}.{name}: {number} was reserved, and is used again"
 
 
-# -------------------------------------------------------------------------------------------------------- what there is
+# ------------------------------------------------------------------------------------------------------ declared names
 
 
 def declared(contracts: Iterable[type[Contract]]) -> Names:
-    """Every message that contracts lead to (requests, answers, details of errors, events), and every enumeration."""
+    """Every message within contracts (requests, answers, details of errors, events), and every enumeration."""
     contracts = tuple(contracts)
     collected = _Collected({contract.__module__: contract.service for contract in contracts})
     collected.add_hint(ErrorMessage, ErrorMessage)
@@ -127,7 +127,7 @@ def declared(contracts: Iterable[type[Contract]]) -> Names:
 
 
 class _Collected:
-    """`services`: the names of the modules that define a contract."""
+    """Collects names. `services`: the services by the modules that define their contracts."""
 
     def __init__(self, services: Mapping[str, str]) -> None:
         self.names: Names = {}
@@ -135,7 +135,7 @@ class _Collected:
         self._added: set[type] = set()
 
     def add(self, owner: type[msgspec.Struct] | type[ServiceError], hints: Mapping[str, Any]) -> None:
-        """A message with its fields."""
+        """Adds a message with its fields."""
         if owner in self._added:
             return
         self._added.add(owner)
@@ -144,7 +144,7 @@ class _Collected:
             self.add_hint(hint, owner)
 
     def add_hint(self, hint: Any, owner: type) -> None:
-        """What the type of a field of `owner` leads to."""
+        """Adds the messages and enumerations within the type of a field of `owner`."""
         if inspect.isclass(hint) and issubclass(hint, msgspec.Struct):
             fields = [field.name for field in msgspec.structs.fields(hint)]
             hints = get_type_hints(hint, include_extras=True)

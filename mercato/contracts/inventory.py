@@ -1,4 +1,4 @@
-"""Inventory: how much there is of each product, who has reserved it, and why it changed.
+"""Inventory: the stock of each product, its reservations, and the reasons of its changes.
 
 Every request about an order carries `order_nonce` beside `order_id`. A request whose nonce is not the one stored with
 the reservation is about another order with the same id: it is refused with `AnotherOrder`, and nothing changes.
@@ -13,22 +13,22 @@ from msgspec import Meta
 
 from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Open, Retry, ServiceError, batched, single, worded
 
-from .roles import EVERYBODY, SERVICES_ONLY, STAFF_ONLY
+from .roles import ALL_ROLES, SERVICES_ONLY, STAFF_ONLY
 
 OrderId = Annotated[int, Meta(ge=1, le=MAX_ID)]
 ProductId = Annotated[int, Meta(ge=1, le=MAX_ID)]
 Version = Annotated[int, Meta(ge=1, le=MAX_ID)]
-"""Rises with every batch that changes a level: on a product that everybody buys, hundreds of times a second."""
+"""Rises with every batch that changes a level: hundreds of times a second for a product in high demand."""
 
 OrderNonce = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-"""The random part of an order. Ids are used again after a restore; this tells an order from the earlier one."""
+"""The random part of an order. After a restore ids are given again; the nonce distinguishes the new order."""
 
 ReservationState = Literal["held", "committed", "released", "expired"]
 MovementKind = Literal["receipt", "adjustment", "return"]
-"""Why `on_hand` changed. A sale is no movement: the committed reservation is the sale."""
+"""The kind of a change of `on_hand`. A sale is no movement: the committed reservation is the sale."""
 
 ON_HAND_LIMIT: Final = 10**9
-"""Pieces of one product: below 2^31, and far above what one shop keeps."""
+"""Pieces of one product: below 2^31, and far above the stock of one shop."""
 QUANTITY_LIMIT: Final = 10_000
 LINES_LIMIT: Final = 100
 PAGE_LIMIT: Final = 200
@@ -39,22 +39,22 @@ Reason = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00]*\Z
 
 
 GUEST_SHARE_PERCENT: Final = 20
-"""Of the pieces on hand, sold ones not counted, rounded down; but one piece where there is one."""
+"""Of the pieces on hand, without sold ones, rounded down; at least one piece where one is on hand."""
 
 
 class StockLine(Message):
-    """So many pieces of a product. A product stands in one line of a request."""
+    """So many pieces of a product. A request has at most one line of a product."""
 
     product_id: ProductId
     quantity: Annotated[int, Meta(ge=1, le=QUANTITY_LIMIT)]
 
 
 class CustomerBound(Message):
-    """How much of a product the open orders of one customer may hold together: whichever of the two is more."""
+    """How much of a product the open orders of one customer may hold together: the larger of the two."""
 
     units: Annotated[int, Meta(ge=0, le=ON_HAND_LIMIT)]
     share_percent: Annotated[int, Meta(ge=0, le=100)]
-    """Of the pieces on hand, sold ones not counted, rounded down."""
+    """Of the pieces on hand, without sold ones, rounded down."""
     before: Annotated[tuple[int, ...], Meta(max_length=LINES_LIMIT)]
     """Element n: pieces of line n's product in orders of the customer that were open when this one was placed."""
 
@@ -62,19 +62,19 @@ class CustomerBound(Message):
 class ReserveStock(Message):
     """Holds all lines of an order, or none.
 
-    Once for each order: asked again, the answer is the reservation as it is by now. `for_payment` takes away the
-    expiry: its payment begins, and from then on only a commit or a release ends it. A reservation that was held without
-    it and has not expired yet becomes such a one; the lines must be those of the first time.
+    Done once for each order: a repeated request gets the reservation as it is by now. `for_payment` removes the expiry:
+    the payment begins, and from then on only a commit or a release ends the reservation. A repeated request with it
+    also removes the expiry of a held reservation; its lines must be those of the first request.
     """
 
     order_id: OrderId
     lines: Annotated[tuple[StockLine, ...], Meta(min_length=1, max_length=LINES_LIMIT)]
     for_payment: bool
     idempotency_key: str
-    """Of the caller, for the transport; what makes it happen once is the order."""
+    """For the retries of the transport; the order id makes the operation happen once."""
     order_nonce: OrderNonce = 0
     guest: bool = False
-    """Of a guest's order: all that are held together have at most `GUEST_SHARE_PERCENT` of a product's pieces."""
+    """Whether it is a guest's order: all of these together hold at most `GUEST_SHARE_PERCENT` of a product's pieces."""
     customer_bound: CustomerBound | None = None
     """None: the customer's other orders do not bound this one."""
 
@@ -98,10 +98,10 @@ class CommitStock(Message):
 
 
 class ReleaseStock(Message):
-    """Gives back what is held for an order. Done once for each order; nothing happens to one that is not held.
+    """Releases the held stock of an order. Done once for each order; a reservation that is not held does not change.
 
-    For an order that has no reservation it leaves a released one, a tombstone: it refuses a reserve that arrives later,
-    from a process that was taken for dead.
+    For an order without a reservation it inserts a released one, a tombstone, which rejects a reserve that arrives
+    later, from a fenced process.
     """
 
     order_id: OrderId
@@ -110,15 +110,15 @@ class ReleaseStock(Message):
 
 
 class ReturnStock(Message):
-    """Puts goods of a committed reservation back on the shelf. Done once for each `reference`, for ever.
+    """Adds returned goods of a committed reservation to `on_hand`. Done once for each `reference`, for ever.
 
-    With other lines than the first time it is `ReturnReferenceReused`.
+    A repeated request with other lines raises `ReturnReferenceReused`.
     """
 
     order_id: OrderId
     lines: Annotated[tuple[StockLine, ...], Meta(min_length=1, max_length=LINES_LIMIT)]
     reference: Annotated[str, Meta(min_length=1, max_length=100)]
-    """What the goods come back with: unique within the order."""
+    """Names the return: unique within the order."""
     idempotency_key: str
     order_nonce: OrderNonce = 0
 
@@ -126,14 +126,14 @@ class ReturnStock(Message):
 class Level(Message):
     product_id: ProductId
     on_hand: int
-    """Pieces on the shelf, the reserved ones included."""
+    """All pieces in stock, the reserved ones included."""
     reserved: int
     available: int
-    """`on_hand - reserved`: what can still be promised to somebody."""
+    """`on_hand - reserved`: the pieces that can be reserved."""
     updated_at: datetime.datetime | None
-    """None for a product that nobody has ever counted."""
+    """None for a product that was never counted."""
     version: int
-    """0 for a product that nobody has ever counted. Each count makes one; orders that come together make one."""
+    """0 for a product that was never counted. Each count makes a new version, and so does each batch of orders."""
 
 
 class GetLevel(Message):
@@ -141,7 +141,7 @@ class GetLevel(Message):
 
 
 class SetLevel(Message):
-    """What was counted. With `version`, only if the level still has it. The answer is the level right after it."""
+    """Sets the counted pieces. With `version`, only if the level still has it. The answer is the new level."""
 
     product_id: ProductId
     on_hand: OnHand
@@ -150,7 +150,7 @@ class SetLevel(Message):
 
 
 class AdjustLevel(Message):
-    """So many pieces more, or fewer. Once for each `idempotency_key`, for ever; one that was refused leaves it free."""
+    """Adds or removes pieces. Once for each `idempotency_key`, for ever; after a refusal the key can be used again."""
 
     product_id: ProductId
     delta: Annotated[int, Meta(ge=-ON_HAND_LIMIT, le=ON_HAND_LIMIT)]
@@ -161,7 +161,7 @@ class AdjustLevel(Message):
 
 class AdjustedLevel(Message):
     level: Level
-    """As it was right after this adjustment, also when the answer is replayed within a day; as it is by then later."""
+    """The level right after this adjustment, also in an answer that is replayed within a day; later the current one."""
     replayed: bool = False
 
 
@@ -172,7 +172,7 @@ class ListLevels(Message):
     after: ProductId | None = None
     limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
     count: bool = False
-    """Whether `total` of the page is asked for."""
+    """Whether the page must have its `total`."""
 
 
 class LevelPage(Message):
@@ -180,11 +180,11 @@ class LevelPage(Message):
     next_after: int | None = None
     """The `after` of the next page; None on the last."""
     total: int | None = None
-    """All that the filters match, whatever the page; None where it is not asked for, or takes too long to count."""
+    """All entries that the filters match, on all pages; None where it is not requested, or takes too long to count."""
 
 
 class TraceStock(Message):
-    """What happened to the stock of an order; without steps where the reservation is that of another order."""
+    """Lists the changes of an order's stock; the answer is empty where the reservation belongs to another order."""
 
     order_id: OrderId
     order_nonce: OrderNonce = 0
@@ -194,7 +194,7 @@ StockStepKind = Literal["held", "committed", "released", "expired", "returned"]
 
 
 class StockStep(Message):
-    """One thing that happened to the stock of an order."""
+    """A change of the stock of an order."""
 
     what: Open[StockStepKind]
     lines: tuple[StockLine, ...]
@@ -202,24 +202,24 @@ class StockStep(Message):
 
 
 class StockTrace(Message):
-    """In the order in which it happened."""
+    """The steps in the order in which they happened."""
 
     steps: tuple[StockStep, ...]
 
 
 class ListHolds(Message):
-    """A scan of all reservations, a page at a time, the newest first: those that have no end of their own.
+    """A scan of all reservations, a page at a time, the newest first: it gives the holds without an expiry.
 
     `before` is the order before which the page begins; None: at the newest.
     """
 
     before: OrderId | None = None
     quiet_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 600.0
-    """Only those that have not changed for so long."""
+    """Only holds that have not changed for so long."""
 
 
 class Hold(Message):
-    """Stock that is held until its order is paid or over, however long that takes."""
+    """Stock that is held without an expiry, until its order is paid or cancelled."""
 
     order_id: int
     order_nonce: int
@@ -227,7 +227,7 @@ class Hold(Message):
 
 class HoldPage(Message):
     holds: tuple[Hold, ...]
-    """Perhaps none: most reservations of a page are over."""
+    """May be empty: most reservations of a page have ended."""
     next_before: int | None = None
     """The `before` of the next page; None on the last."""
 
@@ -239,7 +239,7 @@ class ShortLine(Message):
 
 
 class OutOfStock(ServiceError, code="inventory.out_of_stock", kind=Kind.CONFLICT):
-    """Nothing was reserved. `lines` has those that there is not enough of, and how much there is."""
+    """Nothing was reserved. `lines` has the lines with too little stock, and how much is available."""
 
     sentence = "There is not enough in stock for order {order_id}."
     order_id: int
@@ -259,7 +259,7 @@ class HoldLimitReached(ServiceError, code="inventory.hold_limit_reached", kind=K
 
 
 class ReservationClosed(ServiceError, code="inventory.reservation_closed", kind=Kind.CONFLICT):
-    """What was asked for needs a held reservation (`return`: a committed one), and this one is not, or is not any more.
+    """The operation needs a held reservation (a return needs a committed one), and this one has another state.
 
     `state` is None where there is no reservation.
     """
@@ -270,17 +270,17 @@ class ReservationClosed(ServiceError, code="inventory.reservation_closed", kind=
 
 
 class AnotherOrder(ServiceError, code="inventory.another_order", kind=Kind.CONFLICT):
-    """Final: the stored reservation has another nonce. Nothing was changed; asking again does not help."""
+    """Final: the stored reservation has another nonce. Nothing was changed; a retry gets the same error."""
 
     sentence = "The stock of order {order_id} belongs to another order that had the same id."
     key_field = "order_nonce"
     order_id: int
     newest_order_id: int = 0
-    """The highest order id that is known here; 0: not said."""
+    """The highest order id that inventory knows; 0: not given."""
 
 
 class ReturnReferenceReused(ServiceError, code="inventory.return_reference_reused", kind=Kind.CONFLICT):
-    """A reference of an order stands for one return. Nothing was changed; another return needs another reference."""
+    """A reference of an order names one return. Nothing was changed; another return needs another reference."""
 
     sentence = "A return of order {order_id} with this reference was made with other {field}."
     key_field = "lines"
@@ -289,7 +289,7 @@ class ReturnReferenceReused(ServiceError, code="inventory.return_reference_reuse
 
 
 class BelowReserved(ServiceError, code="inventory.below_reserved", kind=Kind.CONFLICT):
-    """A level cannot sink below what is reserved: those pieces are promised."""
+    """A level cannot be lower than its reserved pieces."""
 
     sentence = "Product {product_id} cannot have {wanted} pieces: {reserved} are reserved for orders."
     product_id: int
@@ -313,7 +313,7 @@ class StockMoved(Message):
 
 
 class StockLevelSet(Message):
-    """`stock.adjusted`: somebody counted, received or wrote off."""
+    """`stock.adjusted`: pieces were counted, received or written off."""
 
     product_id: int
     delta: int
@@ -322,15 +322,15 @@ class StockLevelSet(Message):
 
 
 class StockAvailability(Message):
-    """`stock.available`, `stock.exhausted`: the last available piece was taken, or the first one came."""
+    """`stock.exhausted`, `stock.available`: the last available piece was reserved, or one is available again."""
 
     product_id: int
     version: int
-    """Of the level: a consumer that has seen a later one ignores this."""
+    """The version of the level: a consumer that has seen a later one ignores this event."""
 
 
 class Inventory(Contract, name="inventory"):
-    """Stock. Orders reserves, commits and releases; staff count and adjust; everybody may look."""
+    """Stock. Orders reserves, commits and releases; staff count and adjust; all callers may read."""
 
     reserve = batched(ReserveStock, Reservation, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
     commit = batched(CommitStock, Reservation, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
@@ -338,7 +338,7 @@ class Inventory(Contract, name="inventory"):
     restock = batched(ReturnStock, Reservation, allow=SERVICES_ONLY, size=256, retry=Retry.KEYED)
     set = batched(SetLevel, Level, allow=STAFF_ONLY, size=256)
     adjust = batched(AdjustLevel, AdjustedLevel, allow=STAFF_ONLY, size=256, retry=Retry.KEYED)
-    levels = batched(GetLevel, Level, allow=EVERYBODY, retry=Retry.SAFE)
+    levels = batched(GetLevel, Level, allow=ALL_ROLES, retry=Retry.SAFE)
     list = single(ListLevels, LevelPage, allow=STAFF_ONLY, retry=Retry.SAFE)
     holds = single(ListHolds, HoldPage, allow=SERVICES_ONLY, retry=Retry.SAFE)
     trace = single(TraceStock, StockTrace, allow=STAFF_ONLY, retry=Retry.SAFE)

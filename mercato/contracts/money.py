@@ -1,8 +1,7 @@
-"""Money inside the shop: integer minor units and an ISO 4217 currency, and amounts as people write them.
+"""Money inside the shop: integer minor units and an ISO 4217 currency; and decimal amounts of clients.
 
-An amount belongs to the currency of what it is about: a price to that of its product, what is paid or refunded to that
-of its order. Where a client writes an amount without a currency, it travels as it was written, and the service that
-knows the currency makes minor units of it.
+A price has the currency of its product, a payment or refund that of its order. An amount that a client sends without a
+currency is passed on as text, and the service that knows the currency converts it to minor units.
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ _BY_DIGITS: Final = {
     3: "BHD IQD JOD KWD LYD OMR TND",
     4: "CLF UYW",
 }
-"""ISO 4217, list one, without funds codes that have no digits, metals and test codes."""
+"""ISO 4217, list one, without metals, test codes, and funds codes that have no digits."""
 
 EXPONENTS: Final[Mapping[str, int]] = dict(
     sorted((currency, digits) for digits, currencies in _BY_DIGITS.items() for currency in currencies.split())
 )
-"""The currencies that there are, each with its digits after the decimal point."""
+"""All currencies, with their digits after the decimal point."""
 
 DEFAULT_CURRENCY: Final = "USD"
-"""Of a shop that names none."""
+"""The currency of a shop without a setting."""
 
 MAX_MINOR: Final = 10**12
 """The largest price of a product, in minor units: with 100 lines of 10 000 pieces a total stays below 2^63."""
 
 AMOUNT_PATTERN: Final = r"^[0-9]+(\.[0-9]+)?\Z"
-"""The one grammar of amounts: digits, with or without a point and more digits."""
+"""The grammar of amounts: digits, with or without a point and more digits."""
 AMOUNT_LENGTH: Final = 100
 AmountText = Annotated[
     str,
@@ -52,7 +51,7 @@ AmountText = Annotated[
         examples=["99.99"],
     ),
 ]
-"""An amount in major units, as a client has written it."""
+"""An amount in major units, unchanged from the client."""
 
 
 def to_minor(amount: str, currency: str, limit_minor: int = MAX_MINOR) -> int | str:
@@ -78,7 +77,7 @@ def decimal_string(minor: int, digits: int) -> str:
 
 
 def written(minor: int, currency: str) -> str:
-    """As people write it: `12.50 EUR`, `1200 JPY`."""
+    """For people: `12.50 EUR`, `1200 JPY`."""
     return f"{decimal_string(minor, EXPONENTS.get(currency, 2))} {currency}"
 
 
@@ -87,8 +86,8 @@ def unknown_currency(currency: str) -> str:
 
 
 class MoneyError(ServiceError, is_base=True):
-    """An error whose sentence has amounts. A field `left_minor` is written with the currency of the error, which is its
-    field `left_currency` or else `currency`."""
+    """An error whose sentence has amounts. The currency of a field `left_minor` is the field `left_currency`, or else
+    `currency`."""
 
     def spoken(self) -> dict[str, Any]:
         fields = super().spoken()

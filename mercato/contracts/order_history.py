@@ -1,4 +1,4 @@
-"""What has happened to an order: its moves, and its timeline over all parts of the shop."""
+"""The history of an order: its moves, and its timeline over all services."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TimelinePart = Literal["order", "stock", "money"]
 
 
 class TimelineEntry(Message):
-    """One step, of whichever part of the shop."""
+    """One step of an order, its stock or its money."""
 
     at: datetime.datetime
     part: Open[TimelinePart]
@@ -23,7 +23,7 @@ class TimelineEntry(Message):
     """`succeeded`, `declined insufficient_funds`, `unknown`."""
     attempts: int
     took_ms: int | None
-    """Where it is known when it began."""
+    """How long it took, where its beginning is known."""
     by: str
     detail: str
     internal_note: str = ""
@@ -31,7 +31,7 @@ class TimelineEntry(Message):
 
 
 class Timeline(Message):
-    """By time."""
+    """The timeline of an order, by time."""
 
     entries: tuple[TimelineEntry, ...]
 
@@ -46,15 +46,15 @@ class HistoryEntry(Message):
     reason: str
     actor_role: str
     actor_id: int
-    """0 for customers, where it is an account of staff."""
+    """Customers see 0 for an account of staff."""
     at: datetime.datetime
     internal_note: str = ""
     """Empty for customers."""
     limit_reason: str = ""
-    """Of a refund or return that gave less than was asked: how much was asked and given, and why."""
+    """Of a refund or return of less than was requested: both amounts, and why."""
 
 
 class History(Message):
-    """In the order in which it happened."""
+    """The entries in the order in which they happened."""
 
     entries: tuple[HistoryEntry, ...]

@@ -1,7 +1,7 @@
-"""Which states an order may go through, on each of its axes.
+"""The state machines of an order, one for each of its axes.
 
-These tables are the only place where an order's life is written down: the guard of every UPDATE, the error that lists
-the legal moves, the diagram in the documentation and the test over all pairs are derived from them.
+These tables are the only definition of the legal moves: the guard of every UPDATE, the error that lists the legal
+moves, the diagram in the documentation and the test over all pairs are derived from them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STATUS: Final[Moves] = _moves(
 PAYMENT: Final[Moves] = _moves(
     {
         "unpaid": {"authorized", "paid", "failed"},
-        # To refunded: it was captured while the order was being cancelled. To unpaid: the authorization of an order
+        # To refunded: it was captured during the cancellation of the order. To unpaid: the authorization of an order
         # that was sold on account expired; the order stays sold.
         "authorized": {"paid", "voided", "refunded", "unpaid"},
         "paid": {"partially_refunded", "refunded"},

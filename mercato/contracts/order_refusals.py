@@ -1,4 +1,4 @@
-"""What orders refuses, and why: the errors of its operations."""
+"""The errors of the operations of orders."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .inventory import ShortLine
 from .money import MoneyError
 
 Axis = Literal["status", "payment", "fulfilment"]
-"""Along which an order moves."""
+"""The axes of the states of an order."""
 SPOKEN_ITEMS: Final = 5
-"""So many of the products that are short stand in the sentence of an error; all of them stand in its details."""
+"""The sentence of an error names at most so many products without enough stock; its details name all."""
 
 
 class OrderNotFound(ServiceError, code="orders.not_found", kind=Kind.NOT_FOUND):
@@ -22,7 +22,7 @@ class OrderNotFound(ServiceError, code="orders.not_found", kind=Kind.NOT_FOUND):
 
 
 class PriceChanged(MoneyError, code="orders.price_changed", kind=Kind.CONFLICT):
-    """The client showed another total than the catalogue gives. Nothing was ordered."""
+    """The client sent another total than the catalogue gives. Nothing was ordered."""
 
     sentence = "The catalogue's total for this order is {actual_minor}; the buyer was shown {expected_minor}."
     expected_minor: int
@@ -32,7 +32,7 @@ class PriceChanged(MoneyError, code="orders.price_changed", kind=Kind.CONFLICT):
 
 
 class TooManyOpenOrders(ServiceError, code="orders.too_many_open", kind=Kind.CONFLICT):
-    """Nothing was ordered. Open is an order that is pending: neither paid, confirmed, cancelled nor expired."""
+    """Nothing was ordered. An open order is pending: neither paid, confirmed, cancelled nor expired."""
 
     sentence = "Customer {user_id} may have {limit} open orders; pay or cancel one of them first."
     user_id: int
@@ -40,10 +40,10 @@ class TooManyOpenOrders(ServiceError, code="orders.too_many_open", kind=Kind.CON
 
 
 class OrderLost(ServiceError, code="orders.lost", kind=Kind.CONFLICT):
-    """The key placed an order before the shop lost it, and what is left of it is not this request. Nothing was ordered.
+    """The key placed an order that the shop has lost since, and this request differs from it. Nothing was ordered.
 
-    `field`: in what they differ: `user_id`, `total`, `lines`; `payment`, where its money was moved since; `id`, where
-    another order has its id by now.
+    `field`: what differs: `user_id`, `total`, `lines`; `payment`, where its money was moved since; `id`, where another
+    order has its id by now.
     """
 
     sentence = (
@@ -61,9 +61,9 @@ class MixedCurrencies(ServiceError, code="orders.mixed_currencies", kind=Kind.CO
 
 
 class IllegalMove(ServiceError, code="orders.illegal_move", kind=Kind.CONFLICT):
-    """The order is not where that move starts. `legal` names the moves of this axis that it can make now.
+    """The move is not legal in the order's current state. `legal` names the moves of this axis that are.
 
-    `why`: what of the order forbids the move, and the way out where there is one.
+    `why`: what forbids the move, and what to do instead, where that is possible.
     """
 
     sentence = "Order {order_id} cannot go from {current} to {wanted}{why}; legal from here: {legal}."
@@ -79,7 +79,7 @@ class IllegalMove(ServiceError, code="orders.illegal_move", kind=Kind.CONFLICT):
 
 
 class AmountNotDue(MoneyError, code="orders.amount_not_due", kind=Kind.CONFLICT):
-    """The client wants to pay another amount than is due. Nothing was charged."""
+    """The client sent another amount than is due. Nothing was charged."""
 
     sentence = "For order {order_id}, {due_minor} is due, not {expected_minor}."
     order_id: int
@@ -96,7 +96,7 @@ class PaymentInProgress(ServiceError, code="orders.payment_in_progress", kind=Ki
 
 
 class NotPayable(ServiceError, code="orders.not_payable", kind=Kind.CONFLICT):
-    """Nothing is due: all that was to be paid has come back; or staff confirmed it before shops reserved stock."""
+    """Nothing is due: all unpaid goods were returned; or staff confirmed it before shops reserved stock."""
 
     sentence = "Order {order_id} cannot be paid: {why}."
     order_id: int
@@ -106,7 +106,7 @@ class NotPayable(ServiceError, code="orders.not_payable", kind=Kind.CONFLICT):
 class PaymentDeclined(ServiceError, code="orders.payment_declined", kind=Kind.REFUSED):
     """No money has moved. The order can be paid in another way until its stock is no longer held for it.
 
-    `payable_until`: that time; null where the order is cancelled, or where no stock waits for the payment.
+    `payable_until`: that time; null where the order is cancelled, or where no stock is held for the payment.
     """
 
     sentence = "The payment of order {order_id} was declined: {provider_code}{until}."
@@ -123,7 +123,7 @@ class PaymentDeclined(ServiceError, code="orders.payment_declined", kind=Kind.RE
 
 
 class OutOfStock(ServiceError, code="orders.out_of_stock", kind=Kind.CONFLICT):
-    """The order was placed, and is cancelled. `items`: what there was not enough of. No money has moved."""
+    """The order was placed, and is cancelled. `items`: the products with too little stock. No money has moved."""
 
     sentence = "Order {order_id} is cancelled: there is not enough in stock of {products}."
     order_id: int
@@ -138,7 +138,7 @@ class OutOfStock(ServiceError, code="orders.out_of_stock", kind=Kind.CONFLICT):
 class HoldLimit(ServiceError, code="orders.hold_limit", kind=Kind.CONFLICT):
     """The order was placed, and is cancelled: its customer's open orders hold as much as they may. No money has moved.
 
-    `items`: of which products, and how much this order could hold.
+    `items`: the products, and how much this order could hold.
     """
 
     sentence = "Order {order_id} is cancelled. {explanation}"
@@ -148,7 +148,7 @@ class HoldLimit(ServiceError, code="orders.hold_limit", kind=Kind.CONFLICT):
 
 
 class OrderCancelled(ServiceError, code="orders.cancelled", kind=Kind.CONFLICT):
-    """What was asked for cannot be done any more. `reason` is why it was cancelled."""
+    """The operation is not possible any more. `reason`: why the order was cancelled."""
 
     sentence = "Order {order_id} is cancelled: {reason}."
     order_id: int
@@ -156,7 +156,7 @@ class OrderCancelled(ServiceError, code="orders.cancelled", kind=Kind.CONFLICT):
 
 
 class NothingToRefund(MoneyError, code="orders.nothing_to_refund", kind=Kind.CONFLICT):
-    """More was asked for than is left of what was paid."""
+    """The amount is larger than what is left of the payment."""
 
     sentence = "Order {order_id} has {left_minor} left to refund, not {wanted_minor}."
     order_id: int
@@ -171,7 +171,7 @@ class RefundNotFound(ServiceError, code="orders.refund_not_found", kind=Kind.NOT
 
 
 class NotReturnable(ServiceError, code="orders.not_returnable", kind=Kind.CONFLICT):
-    """`left`: how many of the product were delivered and have not come back yet."""
+    """`left`: how many pieces of the product were delivered and not returned yet."""
 
     sentence = "Order {order_id} has {left} of product {product_id} that could come back, not {wanted}."
     order_id: int
@@ -181,7 +181,7 @@ class NotReturnable(ServiceError, code="orders.not_returnable", kind=Kind.CONFLI
 
 
 class AlreadyClaimed(ServiceError, code="orders.already_claimed", kind=Kind.CONFLICT):
-    """Only who has the access token of the order is told so."""
+    """Only a caller with the access token of the order gets this error."""
 
     sentence = "Order {order_id} belongs to another account already."
     order_id: int

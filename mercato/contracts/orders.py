@@ -15,7 +15,7 @@ from .order_history import History, Timeline
 from .payments import Method, Payment as PaymentRecord
 from .products import Sku
 from .refunds import OrderRefunded
-from .roles import EVERYBODY, SIGNED_IN, STAFF_ONLY
+from .roles import ALL_ROLES, SIGNED_IN, STAFF_ONLY
 from .users import Email
 
 OrderId = Annotated[int, Meta(ge=1, le=MAX_ID)]
@@ -424,15 +424,15 @@ class Orders(Contract, name="orders"):
     order whose access token they send.
     """
 
-    place = batched(PlaceOrder, PlacedOrder, allow=EVERYBODY, size=256, retry=Retry.KEYED)
-    get = batched(GetOrder, Order, allow=EVERYBODY, retry=Retry.SAFE)
+    place = batched(PlaceOrder, PlacedOrder, allow=ALL_ROLES, size=256, retry=Retry.KEYED)
+    get = batched(GetOrder, Order, allow=ALL_ROLES, retry=Retry.SAFE)
     list = single(ListOrders, OrderPage, allow=SIGNED_IN, retry=Retry.SAFE)
     move = single(MoveOrder, Order, allow=STAFF_ONLY)
-    cancel = single(CancelOrder, Order, allow=EVERYBODY)
-    history = single(GetHistory, History, allow=EVERYBODY, retry=Retry.SAFE)
-    settled = single(AwaitOrder, Order, allow=EVERYBODY, lanes=1_024, deadline_ms=70_000, retry=Retry.SAFE, waits=True)
-    timeline = single(GetTimeline, Timeline, allow=EVERYBODY, retry=Retry.SAFE)
-    pay = single(PayOrder, PaidOrder, allow=EVERYBODY, lanes=256, retry=Retry.KEYED, waits=True)
+    cancel = single(CancelOrder, Order, allow=ALL_ROLES)
+    history = single(GetHistory, History, allow=ALL_ROLES, retry=Retry.SAFE)
+    settled = single(AwaitOrder, Order, allow=ALL_ROLES, lanes=1_024, deadline_ms=70_000, retry=Retry.SAFE, waits=True)
+    timeline = single(GetTimeline, Timeline, allow=ALL_ROLES, retry=Retry.SAFE)
+    pay = single(PayOrder, PaidOrder, allow=ALL_ROLES, lanes=256, retry=Retry.KEYED, waits=True)
     capture = single(MovePayment, PaidOrder, allow=STAFF_ONLY)
     capture_part = single(CapturePart, PaidOrder, allow=STAFF_ONLY)
     void = single(MovePayment, PaidOrder, allow=STAFF_ONLY)
@@ -441,7 +441,7 @@ class Orders(Contract, name="orders"):
     refunds = single(ListRefunds, RefundList, allow=SIGNED_IN, retry=Retry.SAFE)
     payment_refunds = single(ListPaymentRefunds, RefundList, allow=SIGNED_IN, retry=Retry.SAFE)
     one_refund = single(GetRefund, Refund, allow=SIGNED_IN, retry=Retry.SAFE)
-    guest_payment = single(GetGuestPayment, PaymentRecord, allow=EVERYBODY, retry=Retry.SAFE)
+    guest_payment = single(GetGuestPayment, PaymentRecord, allow=ALL_ROLES, retry=Retry.SAFE)
     claim = single(ClaimOrder, Order, allow=SIGNED_IN, retry=Retry.SAFE)
 
     events: ClassVar = {

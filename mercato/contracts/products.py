@@ -10,7 +10,7 @@ from msgspec import Meta
 from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Open, Retry, ServiceError, batched, single, worded
 
 from .money import MAX_MINOR, AmountText
-from .roles import EVERYBODY, SIGNED_IN, STAFF_ONLY
+from .roles import ALL_ROLES, SIGNED_IN, STAFF_ONLY
 
 ProductId = Annotated[int, Meta(ge=1, le=MAX_ID)]
 Version = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -61,7 +61,7 @@ class Product(Message):
     updated_at: datetime.datetime
     version: int
     in_stock: bool = False
-    """Whether there was any of it when inventory last told. Not part of the version: buyers change it, not staff."""
+    """From the last event of inventory. Not a part of the version: orders change it, not staff."""
 
 
 class CreateProduct(Message):
@@ -78,13 +78,13 @@ class GetProduct(Message):
 
 
 class FindProduct(Message):
-    """The product with this sku; without one, that with the sku compared without case, and the lowest id."""
+    """The product with this sku; else, of those whose sku is equal without case, the one with the lowest id."""
 
     sku: Sku
 
 
 class UpdateProduct(Message):
-    """Changes what is given. With `version`, only if the product still has it."""
+    """Changes the fields that are given. With `version`, only if the product still has it."""
 
     id: ProductId
     version: Version | None = None
@@ -95,11 +95,11 @@ class UpdateProduct(Message):
     category: Category | None = None
     description: Description | None = None
     price: AmountText | None = None
-    """As `price_minor`, in `currency`, or in that of the product where none is given."""
+    """As `price_minor`, in `currency`, or else in that of the product."""
 
 
 class ArchiveProduct(Message):
-    """Takes a product out of the catalogue: it can be read by its id, but not found, quoted or ordered."""
+    """Removes a product from the catalogue: it can be read by its id, but not found, quoted or ordered."""
 
     id: ProductId
     version: Version | None = None
@@ -115,11 +115,10 @@ class RestoreProduct(Message):
 class SearchProducts(Message):
     """Products, a page at a time: the active ones, or the archived.
 
-    `text` is what a person types into a search box (words, "phrases", -not, this or that).
-    `after` is the `next_after` of the page before; it belongs to the same filters and sort. Price filters compare
-    products of `currency` only, of the default currency where none is given. Words are found, and names sorted, without
-    case and accents. `relevance` needs a `text`. Only staff may search the archived, which are sorted by id unless
-    there is a `text` or `sku`.
+    `text` is that of a search box (words, "phrases", -not, this or that). `after` is the `next_after` of the previous
+    page, for the same filters and sort. Price filters compare only products of `currency`, or else of the default
+    currency. Words are found, and names sorted, without case and accents. `relevance` needs a `text`. Only staff may
+    search archived products, which are sorted by id unless there is a `text` or `sku`.
     """
 
     text: Annotated[str, Meta(max_length=200)] | None = None
@@ -134,7 +133,7 @@ class SearchProducts(Message):
     """Only the product with this sku, compared without case."""
     status: Status = "active"
     count: bool = False
-    """Whether `total` of the page is asked for."""
+    """Whether the page must have its `total`."""
 
 
 class ListCategories(Message):
@@ -143,13 +142,13 @@ class ListCategories(Message):
     after: str | None = None
     limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
     count: bool = False
-    """Whether `total` of the page is asked for."""
+    """Whether the page must have its `total`."""
 
 
 class CategoryCount(Message):
     category: str
     products: int
-    """The active products of it; `COUNTED_AT_MOST` where there are more."""
+    """The number of its active products; `COUNTED_AT_MOST` where there are more."""
     is_exact: bool
 
 
@@ -157,7 +156,7 @@ class CategoryPage(Message):
     categories: tuple[CategoryCount, ...]
     next_after: str | None = None
     total: int | None = None
-    """All that the filters match, whatever the page; None where it is not asked for, or takes too long to count."""
+    """All entries that the filters match, on all pages; None where it is not requested, or takes too long to count."""
 
 
 class ProductPage(Message):
@@ -165,7 +164,7 @@ class ProductPage(Message):
     next_after: str | None = None
     """The `after` of the next page; None on the last."""
     total: int | None = None
-    """All that the filters match, whatever the page; None where it is not asked for, or takes too long to count."""
+    """All entries that the filters match, on all pages; None where it is not requested, or takes too long to count."""
 
 
 class QuoteProduct(Message):
@@ -173,7 +172,7 @@ class QuoteProduct(Message):
 
 
 class Quote(Message):
-    """What a product is called and costs at this moment, for an order to keep."""
+    """The name and price of a product at this moment, which an order stores."""
 
     id: ProductId
     sku: str
@@ -203,7 +202,7 @@ class SkuTaken(ServiceError, code="products.sku_taken", kind=Kind.CONFLICT):
 
 
 class PriceChanged(Message):
-    """`product.price_changed`: a product costs another amount, or has another currency. Amounts in minor units."""
+    """`product.price_changed`: the price of a product, or its currency, changed. Amounts in minor units."""
 
     product_id: int
     old_price_minor: int
@@ -211,23 +210,23 @@ class PriceChanged(Message):
     price_minor: int
     currency: str
     version: int
-    """Of the product, with this change."""
+    """The version of the product after this change."""
     actor_role: str
     actor_id: int
-    """Who has changed it; 0 for callers without an account."""
+    """The account that changed it; 0 for callers without an account."""
 
 
 class Products(Contract, name="products"):
-    """The catalogue. Everybody may read it; staff may change it."""
+    """The catalogue. All callers may read it; staff may change it."""
 
     create = single(CreateProduct, Product, allow=STAFF_ONLY)
-    get = batched(GetProduct, Product, allow=EVERYBODY, retry=Retry.SAFE)
+    get = batched(GetProduct, Product, allow=ALL_ROLES, retry=Retry.SAFE)
     update = single(UpdateProduct, Product, allow=STAFF_ONLY)
     archive = single(ArchiveProduct, Product, allow=STAFF_ONLY)
-    search = single(SearchProducts, ProductPage, allow=EVERYBODY, retry=Retry.SAFE)
+    search = single(SearchProducts, ProductPage, allow=ALL_ROLES, retry=Retry.SAFE)
     quote = batched(QuoteProduct, Quote, allow=SIGNED_IN, retry=Retry.SAFE)
-    find = batched(FindProduct, Product, allow=EVERYBODY, retry=Retry.SAFE)
+    find = batched(FindProduct, Product, allow=ALL_ROLES, retry=Retry.SAFE)
     restore = single(RestoreProduct, Product, allow=STAFF_ONLY)
-    categories = single(ListCategories, CategoryPage, allow=EVERYBODY, retry=Retry.SAFE)
+    categories = single(ListCategories, CategoryPage, allow=ALL_ROLES, retry=Retry.SAFE)
 
     events: ClassVar = {"product.price_changed": PriceChanged}

@@ -1,4 +1,4 @@
-"""Users: accounts, who they are, and how they prove it."""
+"""Users: accounts and their authentication."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mercato.chassis.contract import (
     worded,
 )
 
-from .roles import EVERYBODY, SERVICES_ONLY, SIGNED_IN, STAFF_ONLY, Role
+from .roles import ALL_ROLES, SERVICES_ONLY, SIGNED_IN, STAFF_ONLY, Role
 
 UserId = Annotated[int, Meta(ge=1, le=MAX_ID)]
 Email = Annotated[str, Meta(min_length=3, max_length=254, examples=["alice@example.com"])]
@@ -29,11 +29,11 @@ Name = Annotated[str, Meta(min_length=1, max_length=200, examples=["Alice"])]
 Username = Annotated[str, Meta(min_length=1, max_length=254, examples=["Alice"])]
 """The name of an account, or its e-mail address."""
 MIN_PASSWORD: Final = 10
-"""Characters of a new password."""
+"""The minimum length of a new password."""
 Password = Annotated[str, Meta(max_length=256)]
-"""At most 256 characters, so that nobody makes us hash a book. How good one must be is a rule of the service."""
+"""At most 256 characters, so that a client cannot make the service hash long texts. The service checks its quality."""
 LinkToken = Annotated[str, Meta(max_length=256)]
-"""What follows behind the # in the link of a letter."""
+"""The part after # of the link in a letter."""
 RefreshToken = Annotated[str, Meta(max_length=256)]
 Version = Annotated[int, Meta(ge=1, le=MAX_ID)]
 SessionId = Annotated[
@@ -47,7 +47,7 @@ SessionId = Annotated[
 """128 random bits, the `sid` of access tokens."""
 
 ClientAddress = Annotated[str, Meta(max_length=64)]
-"""Of the client's connection, for the security log; empty where the caller does not know it."""
+"""The address of the client's connection, for the security log; empty where the caller does not know it."""
 
 SecurityKind = Literal[
     "signed_in",
@@ -76,7 +76,7 @@ class User(Message):
     updated_at: datetime.datetime
     version: int
     email_proven: bool = False
-    """Whether a link that was mailed to the address was opened."""
+    """Whether the owner has opened a link that was mailed to the address."""
 
 
 class Register(Message):
@@ -94,7 +94,7 @@ class SignIn(Message):
 
 
 class RegisterWithoutPassword(Message):
-    """Opens a customer's account that has no password; a link by which its owner sets one is mailed to the address."""
+    """Opens a customer's account without a password, and mails its owner a link to set one."""
 
     email: Email
     name: Name
@@ -109,7 +109,7 @@ class SignInNamed(Message):
 
 
 class Tokens(Message):
-    """A session's tokens. The access token is a JWT; the refresh token is good for one use."""
+    """A session's tokens. The access token is a JWT; the refresh token can be used once."""
 
     access_token: str
     refresh_token: str
@@ -139,11 +139,11 @@ class ListUsers(Message):
     limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
     role: Role | None = None
     id: UserId | None = None
-    """Only this one."""
+    """Only this account."""
     email: Email | None = None
-    """Only the one with this address, however it is spelled."""
+    """Only the account with this address, compared without case."""
     count: bool = False
-    """Whether `total` of the page is asked for."""
+    """Whether the page must have its `total`."""
 
 
 class UserPage(Message):
@@ -151,13 +151,13 @@ class UserPage(Message):
     next_after: int | None = None
     """The `after` of the next page; None on the last."""
     total: int | None = None
-    """All that the filters match, whatever the page; None where it is not asked for, or takes too long to count."""
+    """All entries that the filters match, on all pages; None where it is not requested, or takes too long to count."""
 
 
 class UpdateProfile(Message):
-    """Changes what is given. With `version`, only if the account still has it.
+    """Changes the fields that are given. With `version`, only if the account still has it.
 
-    Another e-mail address for one's own account needs the `current_password`; staff change those of others without.
+    Another e-mail address for one's own account needs the `current_password`; staff change other accounts without.
     """
 
     id: UserId
@@ -169,7 +169,7 @@ class UpdateProfile(Message):
 
 
 class ChangePassword(Message):
-    """Ends the account's sessions, except the one that `refresh_token` belongs to."""
+    """Changes the password, and ends the account's sessions except that of `refresh_token`."""
 
     id: UserId
     current_password: Password
@@ -179,14 +179,14 @@ class ChangePassword(Message):
 
 
 class SetPassword(Message):
-    """Sets the password of an account whose owner cannot; every session ends."""
+    """Sets the password for an owner who has lost it; every session ends."""
 
     id: UserId
     new_password: Password
 
 
 class ForgotPassword(Message):
-    """A link by which a new password can be set is mailed to the address, if an account has it."""
+    """Mails a link that sets a new password to the address, if an account has it."""
 
     email: Email
 
@@ -200,13 +200,13 @@ class ResetPassword(Message):
 
 
 class ProveEmail(Message):
-    """By the link of a letter, which proves that its reader owns the address."""
+    """Proves the address by the token of the link in a letter."""
 
     token: LinkToken
 
 
 class SendProof(Message):
-    """Mails another link by which the account's address can be proven."""
+    """Mails another link that proves the account's address."""
 
     id: UserId
 
@@ -219,7 +219,7 @@ class SetRole(Message):
 
 
 class PublicKeys(Message):
-    """A JSON Web Key Set (RFC 7517) with the public keys that access tokens are signed with, and what tokens say."""
+    """A JSON Web Key Set (RFC 7517) with the public keys of access tokens, and their issuer and audience."""
 
     keys: tuple[dict[str, str], ...]
     issuer: str
@@ -227,48 +227,48 @@ class PublicKeys(Message):
 
 
 class EndedSessionsAfter(Message):
-    """Asks for entries of the log of ended sessions."""
+    """Requests entries of the log of ended sessions."""
 
     after: Annotated[int, Meta(ge=0, le=MAX_ID)] = 0
-    """The position that the caller has read up to; 0: none."""
+    """The position up to which the caller has read; 0: none."""
     session_id: SessionId | None = None
-    """Of the entry at this position."""
+    """The session of the entry at this position."""
     limit: Annotated[int, Meta(ge=1, le=ENDED_LIMIT)] = ENDED_LIMIT
 
 
 class EndedSessions(Message):
     """Entries in the order of commits. Those whose access tokens have all expired may be missing.
 
-    Where the log has not the entry that the caller has read (its database was restored), it begins with what is kept.
+    Where the log lacks the entry that the caller has read (its database was restored), it begins with the oldest entry.
     """
 
     session_ids: tuple[SessionId, ...]
     position: int
-    """Of the last entry that the caller has read, with these; may be lower than the one in the request."""
+    """The position of the last of these entries; may be lower than the one in the request."""
     session_id: SessionId | None = None
-    """Of the entry at this position."""
+    """The session of the entry at this position."""
     is_full: bool = False
-    """Whether there may be more."""
+    """Whether there may be more entries."""
 
 
 class ListSessions(Message):
-    """Asks for one's own sessions that go on, the newest first."""
+    """Lists one's own sessions that have not ended, the newest first."""
 
     user_id: UserId
     current: SessionId | None = None
     """The session of the caller."""
     after: SessionId | None = None
-    """Only those that are older than this one, which is of the same user."""
+    """Only sessions that are older than this one, which must be of the same user."""
     limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
     count: bool = False
-    """Whether `total` of the page is asked for."""
+    """Whether the page must have its `total`."""
 
 
 class Session(Message):
     id: SessionId
     created_at: datetime.datetime
     last_used_at: datetime.datetime
-    """When its tokens were given out last."""
+    """When its tokens were last issued."""
     expires_at: datetime.datetime
     is_current: bool
 
@@ -278,7 +278,7 @@ class SessionPage(Message):
     next_after: SessionId | None = None
     """The `after` of the next page; None on the last."""
     total: int | None = None
-    """All that the filters match, whatever the page; None where it is not asked for, or takes too long to count."""
+    """All entries that the filters match, on all pages; None where it is not requested, or takes too long to count."""
 
 
 class EndSession(Message):
@@ -298,9 +298,9 @@ class EndOtherSessions(Message):
 
 
 class EraseAccount(Message):
-    """Erases an account, of which its id stays: in orders, payments and logs it leads to no person.
+    """Erases an account except for its id, which leads to no person in orders, payments and logs.
 
-    Its owner gives the password and the session that asks; services give neither. A repeated request gets the same
+    Its owner sends the password and the current session; services send neither. A repeated request gets the same
     answer.
     """
 
@@ -314,43 +314,43 @@ class ListSecurityLog(Message):
     """Entries of the security log by descending id, those before `before`."""
 
     account_id: UserId | None = None
-    """Only what is about this account, or was done by it; also one that is erased."""
+    """Only entries about this account, or of its actions; it may be erased."""
     before: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
     limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
     count: bool = False
-    """Whether `total` of the page is asked for."""
+    """Whether the page must have its `total`."""
 
 
 class ListOwnSecurityLog(Message):
-    """Entries that are about one's own account, or were done by it, by descending id, those before `before`.
+    """Entries about one's own account, or of its actions, by descending id, those before `before`.
 
-    Of an entry that another account has made, who that is and its address are left out.
+    An entry of another account's action has neither that account nor its address.
     """
 
     user_id: UserId
     before: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
     limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
     count: bool = False
-    """Whether `total` of the page is asked for."""
+    """Whether the page must have its `total`."""
 
 
 class SecurityEntry(Message):
-    """Ids only: an entry holds no e-mail address, password or token. Kept for 90 days."""
+    """It has only ids: no e-mail address, password or token. Kept for 90 days."""
 
     id: int
     at: datetime.datetime
     kind: Open[SecurityKind]
     account_id: int
-    """Whom it is about: of a refund, whose order it is. 0 where no account is known, or none is concerned."""
+    """The account that it is about; of a refund, the owner of the order. 0: no account, or an unknown one."""
     actor_role: str
     actor_id: int
-    """Who did it; 0 for callers without an account."""
+    """The account that did it; 0 for callers without an account."""
     address: str
-    """Of the client's connection; empty where it is not known, as of prices and refunds."""
+    """The address of the client; empty where it is not known, as of prices and refunds."""
     subject: str
     """What else it is about, such as `product 100`; may be empty."""
     detail: str
-    """What was changed: `99.99 USD to 89.99 USD`; of a refund its id, and what was refunded before and with it."""
+    """What was changed: `99.99 USD to 89.99 USD`; of a refund its id, and the refunded total before and after it."""
 
 
 class SecurityLogPage(Message):
@@ -358,7 +358,7 @@ class SecurityLogPage(Message):
     next_before: int | None = None
     """The `before` of the next page; None on the last."""
     total: int | None = None
-    """All that the filters match, whatever the page; None where it is not asked for, or takes too long to count."""
+    """All entries that the filters match, on all pages; None where it is not requested, or takes too long to count."""
 
 
 class UserNotFound(ServiceError, code="users.not_found", kind=Kind.NOT_FOUND):
@@ -381,27 +381,27 @@ class SessionEnded(ServiceError, code="users.session_ended", kind=Kind.UNAUTHENT
 
 
 class LinkNotValid(ServiceError, code="users.link_not_valid", kind=Kind.CONFLICT):
-    """It was used, is too old, or the account has another address by now; or it is none of this shop."""
+    """It was used, has expired, or the account has another address by now; or this shop did not issue it."""
 
     sentence = "This link is not valid any more; ask for a new one."
 
 
 class SessionNotFound(ServiceError, code="users.session_not_found", kind=Kind.NOT_FOUND):
-    """The same answer for one that has ended and for one of another account."""
+    """The same answer for a session that has ended and for one of another account."""
 
-    sentence = "There is no session {session_id} of this account that goes on."
+    sentence = "This account has no session {session_id}, or it has ended."
     session_id: str
 
 
 class LastStaffMember(ServiceError, code="users.last_staff_member", kind=Kind.CONFLICT):
-    """Nobody would be left who could make somebody staff."""
+    """Without staff, no account could be made staff."""
 
-    sentence = "User {user_id} is the last member of staff; make somebody else staff first."
+    sentence = "User {user_id} is the last member of staff; make another account staff first."
     user_id: int
 
 
 class TooManyHashes(ServiceError, code="users.too_many_sign_ins", kind=Kind.TOO_MANY):
-    """The bounded queue in front of the password hashes is full."""
+    """The bounded queue of password hashes is full."""
 
     sentence = "Too many people are signing in right now; try again in a moment."
     retry_after_s: int | None = 2
@@ -410,28 +410,28 @@ class TooManyHashes(ServiceError, code="users.too_many_sign_ins", kind=Kind.TOO_
 class Users(Contract, name="users"):
     """Accounts, credentials, sessions, roles. Customers see and change only themselves."""
 
-    register = single(Register, User, allow=EVERYBODY, waits=True)
-    sign_in = single(SignIn, Tokens, allow=EVERYBODY, waits=True)
-    refresh = single(Refresh, Tokens, allow=EVERYBODY)
-    sign_out = single(SignOut, Empty, allow=EVERYBODY, retry=Retry.SAFE)
+    register = single(Register, User, allow=ALL_ROLES, waits=True)
+    sign_in = single(SignIn, Tokens, allow=ALL_ROLES, waits=True)
+    refresh = single(Refresh, Tokens, allow=ALL_ROLES)
+    sign_out = single(SignOut, Empty, allow=ALL_ROLES, retry=Retry.SAFE)
     get = batched(GetUser, User, allow=SIGNED_IN, retry=Retry.SAFE)
     list = single(ListUsers, UserPage, allow=STAFF_ONLY, retry=Retry.SAFE)
     update_profile = single(UpdateProfile, User, allow=SIGNED_IN)
     change_password = single(ChangePassword, Empty, allow=SIGNED_IN, waits=True)
     set_role = single(SetRole, User, allow=STAFF_ONLY)
-    forgot_password = single(ForgotPassword, Empty, allow=EVERYBODY)
-    reset_password = single(ResetPassword, Empty, allow=EVERYBODY, retry=Retry.SAFE, waits=True)
-    prove_email = single(ProveEmail, Empty, allow=EVERYBODY, retry=Retry.SAFE)
+    forgot_password = single(ForgotPassword, Empty, allow=ALL_ROLES)
+    reset_password = single(ResetPassword, Empty, allow=ALL_ROLES, retry=Retry.SAFE, waits=True)
+    prove_email = single(ProveEmail, Empty, allow=ALL_ROLES, retry=Retry.SAFE)
     set_password = single(SetPassword, Empty, allow=SERVICES_ONLY, waits=True)
     send_proof = single(SendProof, Empty, allow=SIGNED_IN)
-    keys = single(Empty, PublicKeys, allow=EVERYBODY, retry=Retry.SAFE)
-    ended_sessions = single(EndedSessionsAfter, EndedSessions, allow=EVERYBODY, retry=Retry.SAFE)
-    """For those that verify access tokens."""
+    keys = single(Empty, PublicKeys, allow=ALL_ROLES, retry=Retry.SAFE)
+    ended_sessions = single(EndedSessionsAfter, EndedSessions, allow=ALL_ROLES, retry=Retry.SAFE)
+    """For processes that verify access tokens."""
     sessions = single(ListSessions, SessionPage, allow=SIGNED_IN, retry=Retry.SAFE)
     end_session = single(EndSession, Empty, allow=SIGNED_IN)
     end_other_sessions = single(EndOtherSessions, Empty, allow=SIGNED_IN)
-    register_without_password = single(RegisterWithoutPassword, User, allow=EVERYBODY)
-    sign_in_named = single(SignInNamed, Tokens, allow=EVERYBODY)
+    register_without_password = single(RegisterWithoutPassword, User, allow=ALL_ROLES)
+    sign_in_named = single(SignInNamed, Tokens, allow=ALL_ROLES)
     security_log = single(ListSecurityLog, SecurityLogPage, allow=STAFF_ONLY, retry=Retry.SAFE)
     erase = single(EraseAccount, Empty, allow=SIGNED_IN, waits=True)
     own_security_log = single(ListOwnSecurityLog, SecurityLogPage, allow=SIGNED_IN, retry=Retry.SAFE)

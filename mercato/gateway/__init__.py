@@ -1,1 +1,1 @@
-"""The public HTTP API: a declarative table of routes for each service, and what turns a row into an answer."""
+"""The public HTTP API: a declarative table of routes for each service, and the code that answers requests from it."""

@@ -1,7 +1,7 @@
 """The access log: one line for a request that failed or was slow at `info`, and one for each other at `debug`.
 
-A line has method and route, never the path and its query: those are the client's words, and may hold what no log
-should. It costs CPU for each request: so not each request has one by default.
+A line has method and route, never the path and its query: the client writes those, and they may hold secrets. A line
+costs CPU, so not each request has one by default.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ log = structlog.stdlib.get_logger("mercato.access")
 
 
 def note(method: str, route: str, status: int, seconds: float, headers: RequestHeaders) -> None:
-    """Logs one request. `route` is the path of its row in the table, `none` for what is not there."""
+    """Logs one request. `route` is the path of its route in the table, `none` for a path that is not there."""
     log.log(
         logging.INFO if status >= 500 or seconds >= SLOW_SECONDS else logging.DEBUG,
         "request",

@@ -2,14 +2,14 @@
 
 What happens to a request, in this order; each step may refuse:
 
-    1. find the route        unknown path 404, unknown method 405 with Allow; OPTIONS hears Allow, also of *
-    2. who asks              address of an open shop 403, token 401, role 403, rate 429
-    3. what is asked         size 413, content type 415, JSON, path, query and headers 400, all wrong fields at once
-    4. call the operation    where requests of its class may enter, else 503; its errors become problems
+    1. find the route        unknown path 404, unknown method 405 with Allow; OPTIONS gets Allow, also of *
+    2. identify the caller   address of an open shop 403, token 401, role 403, rate 429
+    3. decode the request    size 413, content type 415, JSON, path, query and headers 400, all wrong fields at once
+    4. call the operation    while its class is below its limit, else 503; its errors become problems
     5. answer                one message where the server takes one (`mercato.chassis.http`), else two
 
-A request that could not even wait for step 4 is refused before step 2 (`mercato.chassis.http.shedding`). Everything
-that can be decided before the first request is decided in `BoundRoute`, once a route.
+A request that finds the queue for step 4 full is refused before step 2 (`mercato.chassis.http.shedding`). `BoundRoute`
+decides everything that can be decided before the first request, once for each route.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 Lines = list[bytes]
-"""Header fields of an answer as they stand on the wire, `name: value`. The server adds Date and Content-Length."""
+"""Header fields of an answer as they are on the wire, `name: value`. The server adds Date and Content-Length."""
 
 REQUEST_SECONDS: Final = 10.0
 ADDRESS_LENGTH: Final = 64
-"""Of the client's, as contracts take it."""
+"""The longest client address that contracts take."""
 
 JSON: Final = b"content-type: application/json"
 REVALIDATE: Final = b"cache-control: no-cache"
@@ -88,7 +88,7 @@ def answered(telemetry: Telemetry) -> Counter:
 
 
 class Gateway:
-    """The table as an ASGI application. `fallback` gets what is not in the table: pages, health, metrics."""
+    """The table as an ASGI application. `fallback` gets requests for other paths: pages, health, metrics."""
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class Gateway:
             status, lines, body = problems.render(error, headers.trace_id)
         except ClientGone:
             return
-        except Exception as error:  # an edge: whatever went wrong, the client gets an answer and the log the cause
+        except Exception as error:  # any bug: the client gets an answer and the log the cause
             log.error(
                 "request_failed", trace_id=headers.trace_id, route=route.name if route else "none", exc_info=error
             )
@@ -155,7 +155,7 @@ class Gateway:
         self.note(route, status, time.perf_counter() - started, headers, scope["method"])
 
     async def _serve_page(self, scope: Scope, receive: Receive, send: Send, headers: RequestHeaders) -> None:
-        """What is not in the table. The page answers by itself; request id and count are added on the way."""
+        """Answers a path that is not in the table: by `fallback`, with the request id added, and counted."""
         self._authenticator.check_source(headers, scope["method"])
         started, begun = time.perf_counter(), False
         current.set(Context(ANONYMOUS, self._monotonic() + self._seconds, headers.trace_id, headers.request_id))
@@ -173,7 +173,7 @@ class Gateway:
 
         try:
             await self._fallback(scope, receive, send_noted)
-        except Exception as error:  # an edge: a page that fails in the middle of its answer cannot be given another
+        except Exception as error:  # a page that fails after its answer has begun cannot get another
             if not begun:
                 raise
             log.error("page_failed", trace_id=headers.trace_id, exc_info=error)
@@ -181,7 +181,7 @@ class Gateway:
     def _answer_other_method(
         self, found: problems.MethodNotAllowed, method: str, headers: RequestHeaders
     ) -> tuple[int, Lines, bytes]:
-        """OPTIONS hears what the path takes; raises `found` for what it does not take."""
+        """Answers OPTIONS with the methods of the path; raises `found` for any other method."""
         self._authenticator.check_source(headers, method)
         if method != "OPTIONS":
             raise found
@@ -214,7 +214,7 @@ class Gateway:
             raise problems.not_allowed(actor.role, route.name)
         if route.is_limited:
             self._rates.check(route.name, route.limits, actor, _address(scope))
-        # Before anything else is waited for: what is remembered may be forgotten.
+        # Before the next await: another request may evict the token from the cache.
         session_id = authenticator.session_id(authorization) if route.knows_session and authorization else ""
         route, request = await route.read(actor, parts, scope, query, receive, headers)
         request.access_token = access_token
@@ -243,7 +243,7 @@ class Gateway:
         return await route.waiting.respond(answer, request.wait_ms, scope, send, headers.trace_id)
 
     async def _call(self, route: BoundRoute, request: RouteRequest, asked: Any, scope: Scope, deadline: float) -> Any:
-        """The answer of a route's operation, as one of the requests in work. Raises its errors, and `Overloaded`."""
+        """The answer of a route's operation, counted as a request in work. Raises its errors, and `Overloaded`."""
         load, entered_at = self.load, deadline - self._seconds
         priority = Priority.REPORT if request.counts else route.priority
         if load.in_work < load.room[priority]:
@@ -266,7 +266,7 @@ class Gateway:
                 load.settle()
 
     def _checked_guest(self, route: BoundRoute, request: RouteRequest, asked: Any, scope: Scope) -> Actor:
-        """Who calls without an account: a guest, or who may call the route without one."""
+        """The actor of a call without an account: a guest, or an anonymous caller whom the route allows."""
         if request.access_token is None:
             assert route.is_guest is not None
             if not route.is_guest(asked):
@@ -278,7 +278,7 @@ class Gateway:
         return ANONYMOUS
 
     async def _verify(self, authorization: bytes, headers: RequestHeaders, *, takes_ended: bool) -> Actor:
-        """The actor of a token that is not known yet. That may ask the users service for its keys, a call like any."""
+        """The actor of a token that is not cached. Verifying it may call the users service for its keys."""
         if guests.is_guest_scheme(authorization):
             return ANONYMOUS
         deadline = self._monotonic() + self._seconds
@@ -292,7 +292,7 @@ class Gateway:
             route.observe_seconds(seconds)
         else:
             self._requests.labels("none", str(status)).inc()
-        # 503 is what an overloaded process says to many: its metrics tell of them.
+        # An overloaded process answers 503 to many: its metrics count them.
         if self._log_requests or (status >= 500 and status != 503) or seconds >= access_log.SLOW_SECONDS:
             access_log.note(method, route.route.path if route else "none", status, seconds, headers)
 
@@ -303,10 +303,10 @@ def _address(scope: Scope) -> str:
 
 
 class Table:
-    """Finds the route of a method and path: a path without a parameter by one look-up, one with it by its shape.
+    """Finds the route of a method and path: a path without a parameter by one look-up, a path with one by its shape.
 
     The shape of a path is the path without its parameter: that of `/orders/12/history` is `/orders//history`. A path
-    has at most one parameter, and in paths of one length it stands in few places; each of them costs one look-up.
+    has at most one parameter, and in paths of one length it is at few positions; each of them costs one look-up.
     """
 
     def __init__(self, routes: Sequence[BoundRoute]) -> None:
@@ -334,7 +334,7 @@ class Table:
     def find(self, method: str, path: str) -> tuple[BoundRoute | problems.MethodNotAllowed | None, Mapping[str, str]]:
         """The route and the path's parameters; an error where the path takes other methods; None for unknown paths.
 
-        `*` is the server itself, which takes OPTIONS alone, and says which methods it has at all.
+        `*` is the server itself, which takes only OPTIONS, and answers with all methods of the API.
         """
         methods, parts = self._fixed.get(path), NOTHING
         if methods is None:
@@ -359,7 +359,7 @@ class Table:
 
 
 def _allowed(methods: Iterable[str]) -> tuple[str, ...]:
-    """What Allow names for routes of these methods."""
+    """The value of Allow for routes of these methods."""
     found = {*methods, "OPTIONS"}
     return tuple(sorted(found | {"HEAD"} if "GET" in found else found))
 
@@ -371,7 +371,7 @@ NOTHING: Final[Mapping[str, Any]] = {}
 
 
 class BoundRoute:
-    """A route with its client, its metrics, its decoder, and everything else that can be known before a request."""
+    """A route with its client, its metrics, its decoder, and everything else that is known before a request."""
 
     def __init__(
         self,
@@ -431,7 +431,7 @@ class BoundRoute:
         count = self._counts[status] = self._requests.labels(self.name, str(status)).inc
         return count
 
-    # ------------------------------------------------------------------------------------------------- what is asked
+    # ------------------------------------------------------------------------------------------- decode the request
 
     async def read(
         self,
@@ -442,7 +442,7 @@ class BoundRoute:
         receive: Receive,
         headers: RequestHeaders,
     ) -> tuple[BoundRoute, RouteRequest]:
-        """The request, checked and typed, and the route for it: this one, or that of another form of the request.
+        """The request, checked and typed, and the route for it: this one, or that of a form in which the request is.
 
         Raises a `ServiceError`, or `ClientGone`.
         """
@@ -468,12 +468,12 @@ class BoundRoute:
         return self, self.typed(actor, parts, scope, query_string, headers, raw, body)
 
     async def _check_no_body(self, receive: Receive) -> None:
-        """Raises `InvalidRequest` for a body that says something, of a route that takes none."""
+        """Raises `InvalidRequest` for a body that is not empty, of a route that takes none."""
         if (await read_body(receive, self._body_bytes)).strip() not in (b"", b"{}"):
             raise invalid(("body", f"{self.name} takes none; leave it out"))
 
     def _form_of(self, raw: bytes) -> BoundRoute | None:
-        """The form that the body of a request is in, where it is not in the route's own."""
+        """The form of a request's body, where that is not the route's own."""
         if not self._forms:
             return None
         members = members_of(raw)
@@ -498,7 +498,7 @@ class BoundRoute:
         raw: bytes | None,
         body: Any,
     ) -> RouteRequest:
-        """The request with everything beside its body, which has been decoded."""
+        """The request with its decoded body and everything beside it."""
         try:
             text = texts_of(parts, self._text) if self._text else NO_TEXT
             path = numbers_of(parts, scope["path"]) if parts and not text else NOTHING
@@ -547,7 +547,7 @@ class BoundRoute:
         query_string: bytes,
         headers: RequestHeaders,
     ) -> InvalidRequest:
-        """What is wrong with the body, and with everything beside it, in one refusal."""
+        """One error that names all that is wrong with the body and with everything beside it."""
         return all_wrong(
             of_body,
             lambda: texts_of(parts, self._text) if self._text else numbers_of(parts, scope["path"]),
@@ -558,12 +558,12 @@ class BoundRoute:
         )
 
     def reworded(self, error: InvalidRequest) -> InvalidRequest:
-        """The error with the fields called as the API calls them."""
+        """The error with the API's names of the fields."""
         named = self.route.fields
         errors = (FieldError(field=named.get(e.field, e.field), message=e.message) for e in error.errors)
         return InvalidRequest(errors=tuple(errors))
 
-    # ----------------------------------------------------------------------------------------------- what is answered
+    # ------------------------------------------------------------------------------------------------------ respond
 
     def respond(
         self, answer: Any, scope: Scope, query: Any = None, *, counts: bool = False
@@ -580,19 +580,19 @@ class BoundRoute:
                 lines.append(cursors.link(scope, shown.next_query))
             return self._status, lines, self._encode(shown.items)
         if not self._plain:
-            self._add_headers(answer, lines)
+            lines += (*self._etag(answer), *self.location_lines(answer))
         return self._status, lines, self._encode(shown)
 
-    def _add_headers(self, answer: Any, lines: Lines) -> None:
-        route = self.route
-        if route.etag is not None and (tag := route.etag(answer)) is not None:
-            lines.append(f'etag: "{tag}"'.encode())
-        self.add_place(answer, lines)
+    def _etag(self, answer: Any) -> Sequence[bytes]:
+        tag = None if self.route.etag is None else self.route.etag(answer)
+        return () if tag is None else (f'etag: "{tag}"'.encode(),)
 
-    def add_place(self, answer: Any, lines: Lines) -> None:
-        """Where the thing is, and whether an earlier request has made it: also of one that was refused since."""
+    def location_lines(self, answer: Any) -> Lines:
+        """The path of the resource, and whether an earlier request created it; also for a refused order."""
         route = self.route
+        lines: Lines = []
         if route.location is not None:
             lines.append(b"location: " + route.location(answer).encode())
         if route.replayed is not None and route.replayed(answer):
             lines.append(b"idempotent-replayed: true")
+        return lines

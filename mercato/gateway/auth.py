@@ -1,13 +1,12 @@
-"""Who asks: from the headers of a request to an `Actor`.
+"""Authentication: from the headers of a request to an `Actor`.
 
-With `--auth required` a request carries an access token (`Authorization: Bearer ...`), or its caller is anonymous and
-may do what anonymous callers may. With `--auth open`, which exists on loopback only, a caller without a token acts as
-staff; then Host, and Origin and Sec-Fetch-Site where a browser sends them, must name this shop, so that no web page can
-drive it.
+With `--auth required` a request carries an access token (`Authorization: Bearer ...`), or its caller is anonymous. With
+`--auth open`, which exists on loopback only, a caller without a token acts as staff; then Host, and Origin and
+Sec-Fetch-Site where a browser sends them, must name this shop, so that no web page can call it.
 
-Tokens are verified with the public keys of the users service (RFC 9068 tokens, EdDSA). A token that was verified is
-remembered until it expires: looking it up costs a fraction of verifying it. Whether its session has ended is looked up
-each time, in memory (`ended_sessions.py`).
+Tokens are verified with the public keys of the users service (RFC 9068 tokens, EdDSA). A verified token is cached until
+it expires: looking it up costs a fraction of verifying it. Whether its session has ended is looked up each time, in
+memory (`ended_sessions.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from mercato.gateway.problems import HostNotAllowed, SessionsNotKnown
 REMEMBERED_TOKENS: Final = 10_000
 TOKEN_TYPE: Final = "at+jwt"  # noqa: S105  # RFC 9068
 KEYS_PAUSE_SECONDS: Final = 10.0
-"""The keys are asked for again, because of an unknown one, at most this often."""
+"""The shortest time between two fetches of the keys because of an unknown one."""
 
 SESSION_ID: Final = re.compile("[0-9a-f]{32}")
 
@@ -43,7 +42,7 @@ OTHER_SITES: Final = frozenset({b"cross-site", b"same-site"})
 
 
 class Claims(msgspec.Struct):
-    """What is read from a token. `exp` is a time in seconds since 1970, `sid` the id of the session."""
+    """The claims that are read from a token. `exp` is a time in seconds since 1970, `sid` the id of the session."""
 
     iss: str
     aud: str
@@ -54,7 +53,7 @@ class Claims(msgspec.Struct):
 
 
 class Verifier:
-    """Access tokens to actors. `fetch_keys` asks the users service."""
+    """Verifies access tokens, and gives their actors. `fetch_keys` calls the users service."""
 
     def __init__(self, fetch_keys: Callable[[], Awaitable[PublicKeys]], ended: EndedSessionsLog, clock: Clock) -> None:
         self._fetch_keys = fetch_keys
@@ -66,7 +65,7 @@ class Verifier:
         self._known: dict[str, tuple[Actor, float, str]] = {}
 
     def remembered(self, token: str) -> Actor | None:
-        """The actor of a token that was verified before, has not expired, and whose session goes on."""
+        """The actor of a cached token that has not expired and whose session has not ended."""
         known = self._known.get(token)
         if known is None:
             return None
@@ -82,7 +81,7 @@ class Verifier:
     async def actor(self, token: str, *, takes_ended: bool = False) -> Actor:
         """Raises `Unauthenticated` for a token that is forged, foreign, expired, of an ended session or not a token.
 
-        `takes_ended`: one of an ended session is taken too.
+        `takes_ended`: a token of an ended session is accepted too.
 
         Raises `SessionsNotKnown` for staff while it is not known which sessions have ended.
         """
@@ -102,7 +101,7 @@ class Verifier:
         return actor
 
     async def jwks(self) -> PublicKeys:
-        """The public keys, for others to verify tokens with."""
+        """The public keys, with which other programs can verify tokens."""
         if self._keys is None:
             await self._fetch()
         assert self._keys is not None
@@ -114,7 +113,7 @@ class Verifier:
         try:
             return self._decode(token)
         except _UnknownKeyError:
-            # Another process may have begun to sign with a new key. Not at every forged token, though.
+            # Another process may sign with a new key by now. Forged tokens must not cause a fetch each.
             if self._clock.monotonic() - self._fetched_at < KEYS_PAUSE_SECONDS:
                 raise Unauthenticated(reason=FORGED) from None
             await self._fetch()
@@ -155,17 +154,17 @@ class Verifier:
 
 
 ENDED: Final = "The session of this access token has ended; sign in again."
-FORGED: Final = "The access token is not one of this shop."
+FORGED: Final = "This shop did not issue the access token."
 
 
 class _UnknownKeyError(Exception):
-    """A token is signed with a key that we do not have."""
+    """A token is signed with a key that is not among the fetched ones."""
 
 
 class Authenticator:
-    """Gives the actor of a request. `own_hosts` are the Host values of an open shop; None when tokens are required.
+    """Gives the actor of a request. `own_hosts` are the Host values of an open shop; None where tokens are required.
 
-    `cors_origins`: whose pages may call an open shop besides its own; without a token they act as staff.
+    `cors_origins`: origins whose pages may call an open shop besides its own; without a token they act as staff.
     """
 
     def __init__(self, verifier: Verifier, own_hosts: Sequence[str] | None, cors_origins: Sequence[str] = ()) -> None:
@@ -174,17 +173,17 @@ class Authenticator:
         self._allowed = frozenset(origin.encode() for origin in cors_origins)
         self._origins = self._allowed | {b"http://" + host for host in self._hosts or ()}
         self.anonymous_actor = ANONYMOUS if own_hosts is None else OPEN_ACTOR
-        """Who a caller without a token is."""
+        """The actor of a caller without a token."""
 
     @property
     def open(self) -> bool:
         return self._hosts is not None
 
     def check_address(self, host: bytes | None, origin: bytes | None, forwarded: bytes | None = None) -> None:
-        """Raises `HostNotAllowed` in an open shop for a request that was meant for, or comes from, elsewhere."""
+        """Raises `HostNotAllowed` in an open shop for a request to another host, or from another origin."""
         if self._hosts is None:
             return
-        if forwarded is not None:  # a proxy on this machine would make staff of the whole world
+        if forwarded is not None:  # a proxy on this machine would make staff of every caller
             raise HostNotAllowed(header="what a proxy has added")
         if host is None or host.lower() not in self._hosts:
             raise HostNotAllowed(header="Host")
@@ -192,9 +191,9 @@ class Authenticator:
             raise HostNotAllowed(header="Origin")
 
     def check_source(self, headers: RequestHeaders, method: str) -> None:
-        """As `check_address`; also for what a page of another site, or of another port of this machine, asks for.
+        """As `check_address`; also for requests of a page of another site, or of another port of this machine.
 
-        Reads as well: the page does not see the answer, but it sees how long it takes. A link may lead here.
+        Also for reads: the page does not see the answer, but it sees how long it takes. A link may lead here.
         """
         if self._hosts is None:
             return
@@ -207,7 +206,7 @@ class Authenticator:
             raise HostNotAllowed(header="Sec-Fetch-Site")
 
     def remembered(self, authorization: bytes) -> Actor | None:
-        """The actor of an Authorization header whose token was verified before; None where `actor` has to look."""
+        """The actor of an Authorization header whose token is cached; None where `actor` has to verify it."""
         scheme, _, token = authorization.partition(b" ")
         return self._verifier.remembered(token.decode("latin-1")) if scheme == b"Bearer" else None
 
@@ -224,7 +223,7 @@ class Authenticator:
 
 
 def own_hosts(host: str, port: int) -> list[str]:
-    """The Host values under which a shop on loopback is itself."""
+    """The Host values of a shop on loopback."""
     names = {"localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host}
     with_port = [f"{name}:{port}" for name in sorted(names)]
     return with_port + (sorted(names) if port == 80 else [])

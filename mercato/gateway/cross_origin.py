@@ -1,8 +1,8 @@
-"""Which pages of other origins a browser lets call the API (CORS), and what it lets them read.
+"""CORS: the pages of other origins that a browser lets call the API, and the headers that it lets them read.
 
-Tokens travel in Authorization, which a page sets by itself; no cookie is ever needed, so credentials are not allowed.
-Written for the table instead of Starlette's CORSMiddleware, which wraps each request in a second `send` and takes the
-messages of plain ASGI alone: a shop without such origins pays nothing here, and one with them looks up one header.
+A page sends its token in Authorization, and no cookie is needed, so credentials are not allowed. Written for the table
+instead of Starlette's CORSMiddleware, which wraps each request in a second `send` and takes only the messages of plain
+ASGI. This costs nothing in a shop without such origins, and the look-up of one header in a shop with them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PREFLIGHT: Final = (
 
 
 def origins_of(text: str) -> tuple[str, ...]:
-    """The origins of a setting, with commas or spaces between. Raises `ValueError` with a sentence."""
+    """The origins of a setting, with commas or spaces between. Raises `ValueError` with a sentence for users."""
     origins = tuple(dict.fromkeys(text.replace(",", " ").split()))
     for origin in origins:
         found = ORIGIN.match(origin)
@@ -53,7 +53,7 @@ class CrossOrigin:
         self._preflights = {origin: (line, *PREFLIGHT, VARY) for origin, line in allowed.items()}
 
     def lines(self, headers: RequestHeaders, method: str) -> Sequence[bytes]:
-        """What every answer has besides, also one to a request without Origin: caches must tell them apart."""
+        """The CORS headers of an answer. Vary is in all, also without Origin: caches must distinguish the answers."""
         answer = self._answers.get(headers.origin or b"")
         if answer is None:
             return (VARY,)
@@ -62,6 +62,6 @@ class CrossOrigin:
         return answer
 
     def lines_of_refusal(self, headers: Iterable[tuple[bytes, bytes]]) -> Sequence[bytes]:
-        """As `lines`, for what the server refuses below the API, with those headers of the request that were read."""
+        """As `lines`, for refusals of the server below the API, with those headers of the request that were read."""
         origins = [value for name, value in headers if name == b"origin"]
         return self._answers.get(origins[0], (VARY,)) if len(origins) == 1 else (VARY,)

@@ -1,8 +1,8 @@
-"""Cursors: where the next page of a collection begins, the same way for all collections.
+"""Cursors: where the next page of a collection begins, in the same form for all collections.
 
-A cursor stands for the parameters of the next page (`after`, `before`), which mean something else in each collection.
-It belongs to its path and filters: with others it is refused, instead of giving a page that begins anywhere. It is no
-secret, and gives nothing that its parameters would not.
+A cursor encodes the parameters of the next page (`after`, `before`), which mean something else in each collection. It
+belongs to its path and filters: with others it is refused, instead of giving a page that begins anywhere. It is no
+secret, and gives no access that its parameters would not give.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, urlencode
 import msgspec
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID
+from mercato.chassis.contract import MAX_ID, InvalidRequest
 from mercato.gateway.route import Input, Page, Route
 from mercato.gateway.validation import QUERY_FIELDS_LIMIT, invalid
 
@@ -33,7 +33,7 @@ Scope = MutableMapping[str, Any]
 
 
 class SliceQuery(Input):
-    """Of a collection whose operation gives all of it: the gateway answers a part."""
+    """The query of a collection whose operation gives all entries: the gateway answers with a part of them."""
 
     limit: Annotated[int, Meta(ge=1, le=SLICE_LIMIT, description="How many at most; all without it.")] | None = None
     after: Annotated[int, Meta(ge=0, le=MAX_ID, description="Without so many at the beginning.")] = 0
@@ -53,27 +53,29 @@ def is_paged(route: Route) -> bool:
 
 
 def opened(path: str, query: bytes) -> bytes:
-    """A query with the parameters that its cursor stands for. Raises `InvalidRequest` for a cursor of another list."""
+    """A query with the parameters that its cursor encodes. Raises `InvalidRequest` for a cursor of another list."""
     if _MARK not in query:
         return query
     try:
         pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, max_num_fields=QUERY_FIELDS_LIMIT)
     except ValueError:
-        return query  # refused as a whole, where it is decoded
+        return query  # `decode_query` refuses it as a whole
     tokens = [value for name, value in pairs if name == CURSOR]
     rest = [(name, value) for name, value in pairs if name != CURSOR]
     if len(tokens) != 1:
-        return query if not tokens else _refused("is given more than once")
+        if not tokens:
+            return query
+        raise _refusal("is given more than once")
     if any(name in _POSITIONS for name, _ in rest):
-        return _refused("stands for after and before; give it alone")
+        raise _refusal("stands for after and before; give it alone")
     position = _position(tokens[0], _filters(path, rest))
     if position is None:
-        return _refused("is not a cursor of this collection with these filters; begin without it")
+        raise _refusal("is not a cursor of this collection with these filters; begin without it")
     return urlencode([*rest, *position.items()]).encode()
 
 
 def link(scope: Scope, position: Mapping[str, str]) -> bytes:
-    """The header field that leads to the page at this position."""
+    """The Link field of the page at this position."""
     pairs = parse_qsl(str(scope["query_string"], "ascii"), keep_blank_values=True)
     rest = [(name, value) for name, value in pairs if name != CURSOR and name not in _POSITIONS]
     token = msgspec.json.encode(_Token(_filters(scope["path"], rest), dict(position)))
@@ -91,7 +93,7 @@ def sliced(page: Page, query: Any) -> Page:
 
 
 def _filters(path: str, pairs: Iterable[tuple[str, str]]) -> str:
-    """A short digest of what is listed."""
+    """A short digest of the path and filters."""
     kept = sorted((name, value) for name, value in pairs if name not in _NO_FILTERS)
     return hashlib.blake2b(msgspec.json.encode((path, kept)), digest_size=6).hexdigest()
 
@@ -106,5 +108,5 @@ def _position(token: str, filters: str) -> Mapping[str, str] | None:
     return found.position if found.filters == filters and found.position.keys() <= _POSITIONS else None
 
 
-def _refused(message: str) -> bytes:
-    raise invalid((f"?{CURSOR}", message))
+def _refusal(message: str) -> InvalidRequest:
+    return invalid((f"?{CURSOR}", message))

@@ -10,10 +10,10 @@ from mercato.gateway import cursors
 Json = dict[str, Any]
 
 KEY_PATTERN: Final = r"""^([!#-~][!-~]{0,254}|"([!#-\[\]-~]|\\["\\]){1,255}")$"""
-"""Bare, or a structured-field string (RFC 8941), as `idempotency.py` reads it."""
+"""Bare, or a structured-field string (RFC 8941); `idempotency.py` reads both."""
 
 WAIT_PATTERN: Final = r"^wait=[0-9]{1,6}$"
-"""The one preference that is read, in its plainest form. Others are ignored (RFC 7240)."""
+"""Of the preferences of a write only this one is read, shown in its simplest form. Others are ignored (RFC 7240)."""
 
 COUNT_PATTERN: Final = "^count=exact$"
 
@@ -23,12 +23,12 @@ HEADERS: Final[Mapping[str, Json]] = {
         "schema": {"type": "string", "examples": ["GET, HEAD, OPTIONS"]},
     },
     "ETag": {
-        "description": "The version of what is answered, for If-Match; of the catalogue, for If-None-Match as well.",
+        "description": "The version of the resource, for If-Match; of the catalogue, for If-None-Match as well.",
         "schema": {"type": "string", "pattern": '^(W/)?"[0-9a-z-]+"$', "examples": ['"1"']},
     },
     "Idempotent-Replayed": {
-        "description": "There when an earlier request with the same key has done this, and it was not done again. What "
-        "takes no key and is the same however often it is asked for, such as cancelling, is answered without it.",
+        "description": "Present when an earlier request with the same key has done this, and it was not done again. "
+        "Idempotent operations that take no key, such as cancelling, are answered without it.",
         "schema": {"const": "true"},
     },
     "Link": {
@@ -36,14 +36,14 @@ HEADERS: Final[Mapping[str, Json]] = {
         "schema": {"type": "string", "pattern": '^<.+>; rel="next"$'},
     },
     "Location": {
-        "description": "Where the new thing is. With a refusal: there where the thing was made, and refused while the "
-        "client waited for its end.",
+        "description": "The path of the new resource. A refusal has it where the resource was created, and refused "
+        "while the client waited for its result.",
         "schema": {"type": "string", "format": "uri-reference"},
     },
     "Preference-Applied": {
-        "description": "There when `Prefer: wait=N` was met, with the longest time in seconds. Not there where the "
-        "wait was ended early, as by a shop that stops: then the answer is the order as it is at that moment. Of a "
-        "collection: there with Total-Count, when `Prefer: count=exact` was met.",
+        "description": "Present when `Prefer: wait=N` was met, with the longest time in seconds. Missing where the "
+        "wait ended early, as by a shop that stops: then the answer is the order as it is at that moment. Of a "
+        "collection: present with Total-Count, when `Prefer: count=exact` was met.",
         "schema": {"type": "string", "pattern": "^(wait=[0-9]+|count=exact)$", "examples": ["wait=5"]},
     },
     "Retry-After": {
@@ -51,7 +51,7 @@ HEADERS: Final[Mapping[str, Json]] = {
         "schema": {"type": "integer", "minimum": 1},
     },
     "Total-Count": {
-        "description": "How many entries the collection has with these filters, whatever the page: there where "
+        "description": "How many entries the collection has with these filters, on all pages: present where "
         "`Prefer: count=exact` asked for it, and they could be counted in time.",
         "schema": {"type": "integer", "minimum": 0, "examples": [137]},
     },
@@ -60,7 +60,7 @@ HEADERS: Final[Mapping[str, Json]] = {
         "schema": {"type": "string", "examples": ['Bearer realm="mercato"']},
     },
     "X-Request-Id": {
-        "description": "The X-Request-Id of the request, or a new one; it is in our logs.",
+        "description": "The X-Request-Id of the request, or a new one; it is in the logs of the shop.",
         "schema": {"type": "string", "minLength": 1, "maxLength": 128},
     },
 }
@@ -76,21 +76,21 @@ PARAMETERS: Final[Mapping[str, Json]] = {
     "AccessToken": {
         "name": "access_token",
         "in": "query",
-        "description": "Of a guest's order, from the answer to its placing: with it, and without an account, this is "
-        "done for that order alone. It may come as `Authorization: Guest ACCESS_TOKEN` as well.",
+        "description": "The access token of a guest's order, from the answer to its placing: with it, a caller without "
+        "an account may do this for that order. It may come as `Authorization: Guest ACCESS_TOKEN` as well.",
         "schema": {"type": "string", "maxLength": 64},
     },
     "Cursor": {
         "name": cursors.CURSOR,
         "in": "query",
-        "description": "Where a page begins: from the Link of the page before, for the same collection and filters.",
+        "description": "Where the page begins: from the Link of the page before, for the same collection and filters.",
         "schema": {"type": "string", "maxLength": cursors.CURSOR_LENGTH},
     },
     "IdempotencyKey": {
         **_IDEMPOTENCY_KEY,
-        "description": "A name of your own for this request: however often it is sent, it is done once, and answered "
-        "the same. 1 to 255 printable ASCII characters without spaces; use a fresh UUID. One order for a "
-        "key, for ever.",
+        "description": "A name of your own for this request: however often it is sent, it is done once, with the same "
+        "answer. 1 to 255 printable ASCII characters without spaces; use a fresh UUID. A key creates one order, "
+        "for ever.",
     },
     "RequiredIdempotencyKey": {
         **_IDEMPOTENCY_KEY,
@@ -103,9 +103,9 @@ PARAMETERS: Final[Mapping[str, Json]] = {
         "in": "header",
         "description": "`wait=N`: answer when the order is paid or refused, after N seconds at the latest, of which "
         "there can be 60. A refused order is answered as a problem with its Location; `details.payable_until` says "
-        "until when it can be paid in another way. The key stands for the order all the same: a repetition is answered "
-        "with the problem as long as it is so, and then with the order. Without `wait`, the answer comes as soon as "
-        "the order is durable: 201 says that it is accepted, not that it is paid or that there is enough in stock. "
+        "until when it can be paid in another way. The key stays that of the order: a repetition gets the problem as "
+        "long as the order is refused, and then the order. Without `wait`, the answer comes as soon as the order is "
+        "durable: 201 says that it is accepted, not that it is paid or that there is enough in stock. "
         "Other preferences are ignored (RFC 7240).",
         "schema": {"type": "string", "pattern": WAIT_PATTERN},
         "example": "wait=5",
@@ -114,24 +114,24 @@ PARAMETERS: Final[Mapping[str, Json]] = {
         "name": "Prefer",
         "in": "header",
         "description": "`count=exact`: the answer says in Total-Count how many entries the collection has with these "
-        "filters. Counting reads all of them: where that takes longer than two seconds, or too many ask for it at "
-        "once, the page comes without Total-Count and Preference-Applied. A request that counts gives way to others "
-        "like a report. The number is that of a moment right after the page. Other preferences are ignored (RFC 7240).",
+        "filters. Counting reads all of them: where that takes longer than two seconds, or too many requests count at "
+        "once, the page comes without Total-Count and Preference-Applied. A request that counts has the low priority "
+        "of a report. The number is counted right after the page. Other preferences are ignored (RFC 7240).",
         "schema": {"type": "string", "pattern": COUNT_PATTERN},
         "example": "count=exact",
     },
     "IfNoneMatch": {
         "name": "If-None-Match",
         "in": "header",
-        "description": "ETags of answers that you have: 304 without a body where one of them is still so.",
+        "description": "ETags of answers that you have: 304 without a body where one of them is still current.",
         "schema": {"type": "string"},
         "example": '"1"',
     },
     "IfMatch": {
         "name": "If-Match",
         "in": "header",
-        "description": "The ETag of what you have seen: the change is made only if it is still so. `*`, or no header: "
-        "whatever it is now.",
+        "description": "The ETag of the answer that you have seen: the change is made only if it is still current. "
+        "`*`, or no header: the change is made to any version.",
         "schema": {"type": "string", "pattern": r'^(\*|(W/)?"[1-9][0-9]{0,8}(-in-stock)?")$'},
         "example": '"1"',
     },

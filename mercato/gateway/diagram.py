@@ -1,7 +1,7 @@
 """Diagrams of states, as SVG that is a part of a page: a box for each state, an arrow for each legal move.
 
-A state stands right of those that lead to it; the first state is the leftmost. Moves back go below, moves past a state
-above it. Colours and fonts come from the style sheet of the page (`.states`).
+A state is right of those that lead to it; the first state is the leftmost. Arrows of moves back run below, arrows past
+a state above it. Colours and fonts come from the style sheet of the page (`.states`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ARCH: Final = 22
 
 
 def svg(name: str, moves: Moves) -> str:
-    """The diagram of the states of `name`. The first of `moves` is where all begins."""
+    """The diagram of the states of `name`. The first of `moves` is the initial state."""
     places = _places(moves)
     columns = 1 + max(column for column, _ in places.values())
     rows = 1 + max(row for _, row in places.values())
@@ -59,7 +59,7 @@ def _places(moves: Moves) -> dict[str, tuple[int, int]]:
     places: dict[str, tuple[int, int]] = {}
     for i, state in enumerate(order):
         columns[state] = 1 + max((columns[before] for before in order[:i] if state in moves[before]), default=-1)
-    # Of the states of a column, one that leads on stands in the first row, next to those that follow.
+    # In a column, a state with moves is in the first row, next to the states that follow it.
     for state in sorted(order, key=lambda state: not moves[state]):
         column = columns[state]
         places[state] = (column, filled.get(column, 0))

@@ -1,8 +1,8 @@
-"""The documentation for people: `/docs` shows `/openapi.json` and calls the API, `/docs/problems` explains refusals.
+"""The documentation pages: `/docs` shows `/openapi.json` and calls the API, `/docs/problems` explains refusals.
 
 Everything that the pages need comes from this shop (`docs.html`, `docs.js`, `samples.js`, `docs.css`, next to this
-file); a policy forbids browsers to load or call anything else. All is made at start-up and never changes while the
-process runs.
+file); a policy forbids browsers to load or call anything else. The pages are rendered at start-up and never change
+while the process runs.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ POLICY: Final = (
 HTML: Final = "text/html; charset=utf-8"
 FRESH: Final = "no-cache"
 FOR_EVER: Final = "public, max-age=31536000, immutable"
-"""For what is asked for with the hash of its content in the address."""
+"""For files whose address has the hash of their content."""
 
-WAY_OUT: Final[Mapping[str, str]] = {
+REMEDIES: Final[Mapping[str, str]] = {
     "body_too_large": "Send less at once.",
-    "deadline_exceeded": "It may or may not have been done. Look, or send it again with the same Idempotency-Key.",
+    "deadline_exceeded": "It may or may not be done. GET the resource, or repeat it with the same Idempotency-Key.",
     "events.cursor_ahead": "Read the orders and products themselves, then continue after details.last.",
     "events.cursor_too_old": "Read the orders and products themselves, then continue after details.oldest.",
     "forbidden": "Sign in to an account that may do this; staff can make others staff.",
@@ -42,9 +42,9 @@ WAY_OUT: Final[Mapping[str, str]] = {
     "http_version_not_supported": "Send the request in HTTP/1.1.",
     "idempotency_key_missing": "Send Idempotency-Key, a fresh UUID for each request, the same one for a repetition.",
     "idempotency_key_reused": "Make a new key for each request; send an old key only with exactly its old request.",
-    "outcome_unknown": "It may or may not have been done. Look, or send it again with the same Idempotency-Key.",
-    "internal": "This is a fault of ours. Look for trace_id in the log, or report it.",
-    "internal_error": "This is a fault of ours. Look into the log, or report it.",
+    "outcome_unknown": "It may or may not be done. GET the resource, or repeat it with the same Idempotency-Key.",
+    "internal": "This is a bug in the shop. Look for trace_id in the log, or report it.",
+    "internal_error": "This is a bug in the shop. Look into the log, or report it.",
     "invalid_request": "Correct the fields that errors names; the description of the operation says what each takes.",
     "inventory.below_reserved": "Count again, or cancel orders that hold the pieces; GET .../stock says how many.",
     "malformed_json": "Correct the JSON at the line and column that are named.",
@@ -53,15 +53,15 @@ WAY_OUT: Final[Mapping[str, str]] = {
     "orders.amount_not_due": "Show what is due (details.due) to the buyer, and pay that. Nothing was charged.",
     "orders.cancelled": "Place a new order; GET /orders/{id} says why this one was cancelled.",
     "orders.hold_limit": "Pay or cancel open orders (GET /orders?status=pending), or order less, with a new key.",
-    "orders.illegal_move": "Make one of the moves in details.legal; where there is none, the order is at its end.",
+    "orders.illegal_move": "Make one of the moves in details.legal; where it is empty, the order cannot move any more.",
     "orders.mixed_currencies": "Place one order for each currency.",
     "orders.not_found": "Check the id. The order of another account answers like one that does not exist.",
     "orders.not_returnable": "GET /orders/{id} says how many were bought, and how many have come back (returned).",
     "orders.already_claimed": "Sign in to the account that has claimed it.",
     "orders.another_email": "Sign in to the account whose address the order names.",
     "orders.email_not_proven": "Prove the address by the link of its letter: POST /users/me/proof sends another.",
-    "orders.not_payable": "Settle it with the customer: goods have come back, or were never taken from the stock.",
-    "orders.nothing_to_refund": "Refund at most details.left; where it is nothing, all was given back already.",
+    "orders.not_payable": "Settle it with the customer: goods were returned, or were never taken from the stock.",
+    "orders.nothing_to_refund": "Refund at most details.left; where it is 0, all was refunded already.",
     "orders.lost": "Ask the shop about the order in details.order_id. Staff: GET /payments/{id} says what was paid.",
     "orders.too_many_open": "Pay or cancel open orders (GET /orders?status=pending), then send it again.",
     "orders.out_of_stock": "Order at most what details.items says is available, with a new key.",
@@ -72,7 +72,7 @@ WAY_OUT: Final[Mapping[str, str]] = {
     "orders.price_changed": "Show the new total to the buyer, and place the order again with it. Nothing was ordered.",
     "overloaded": "Nothing was started: send it again after Retry-After seconds.",
     "payments.capture_amount_changed": "GET the payment, and show what was taken; a payment is captured once.",
-    "payments.capture_too_large": "Capture at most details.authorized; the rest is given back.",
+    "payments.capture_too_large": "Capture at most details.authorized; the rest is released.",
     "payments.not_found": "Check the id. The payment of another account answers like one that does not exist.",
     "products.archived": "Take the product out of the order; staff can POST /products/{id}/restore.",
     "products.not_found": "Check the id; GET /products lists what is for sale.",
@@ -82,9 +82,9 @@ WAY_OUT: Final[Mapping[str, str]] = {
     "request_in_progress": "Wait a moment, then send the same again: it gets the answer of the first.",
     "request_timeout": "Send the whole request without pauses.",
     "route_not_found": "Check the path; /docs has all of them.",
-    "sessions_not_known": "Send it again after Retry-After seconds: users has not been reached for a while.",
+    "sessions_not_known": "Send it again after Retry-After seconds: the users service has not answered for a while.",
     "sign_in_first": "POST /login, then send the access token as Authorization: Bearer ACCESS_TOKEN.",
-    "stale_version": "GET it again, look at what has changed, and send the change with the new ETag.",
+    "stale_version": "GET it again, see what has changed, and send the change with the new ETag.",
     "too_many_connections_of_one": "Use fewer connections; close those that you do not need.",
     "too_many_connections": "Use fewer connections; keep them open for many requests.",
     "too_many_pipelined": "Wait for answers before sending more requests on one connection.",
@@ -98,14 +98,14 @@ WAY_OUT: Final[Mapping[str, str]] = {
     "users.last_staff_member": "Make another account staff first.",
     "users.not_found": "Check the id. Another account answers like one that does not exist.",
     "users.session_ended": "Sign in again with POST /login.",
-    "users.session_not_found": "GET /users/me/sessions lists those that go on.",
+    "users.session_not_found": "GET /users/me/sessions lists those that have not ended.",
     "users.too_many_sign_ins": "Wait for Retry-After seconds.",
     "users.wrong_credentials": "Check e-mail and password.",
 }
 
 
 class DocsPage(msgspec.Struct, frozen=True):
-    """What a path answers. `headers` go with it; the length is whoever's who sends it."""
+    """The answer of a path. `headers` are without the length: the sender of the body adds it."""
 
     content_type: str
     body: bytes
@@ -113,13 +113,13 @@ class DocsPage(msgspec.Struct, frozen=True):
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """A problem as `/docs/problems` shows it. `meaning` may be empty, `rows` too: then any request can meet it."""
+    """A problem as `/docs/problems` shows it. `meaning` may be empty. Empty `routes`: any request can get it."""
 
     code: str
     status: int
     sentence: str
     meaning: str = ""
-    rows: tuple[Route, ...] = ()
+    routes: tuple[Route, ...] = ()
 
 
 def pages(routes: Sequence[Route]) -> Mapping[str, DocsPage]:
@@ -147,16 +147,16 @@ def _states() -> str:
 
 
 def refusals(routes: Sequence[Route]) -> list[Refusal]:
-    """Every problem that the API can answer, by code: of the rows, of the gateway, and of the HTTP server before it."""
-    rows: dict[type[ServiceError], list[Route]] = {}
+    """Every problem that the API can answer, by code: of routes, of the gateway, and of the HTTP server before it."""
+    routes_of: dict[type[ServiceError], list[Route]] = {}
     for route in routes:
         for kind in openapi.errors_of(route, open_shop=False):
-            rows.setdefault(kind, []).append(route)
+            routes_of.setdefault(kind, []).append(route)
     anywhere = (problems.RouteNotFound, problems.MethodNotAllowed, problems.HostNotAllowed)
     of_errors = [
         *(
             _refusal(kind, () if len(used) == len(routes) else used)
-            for kind, used in rows.items()
+            for kind, used in routes_of.items()
             if kind not in anywhere
         ),
         *(_refusal(kind, ()) for kind in anywhere),
@@ -166,26 +166,26 @@ def refusals(routes: Sequence[Route]) -> list[Refusal]:
     return sorted([*of_errors, *of_server], key=lambda refusal: refusal.code)
 
 
-def _refusal(kind: type[ServiceError], rows: Iterable[Route]) -> Refusal:
+def _refusal(kind: type[ServiceError], routes: Iterable[Route]) -> Refusal:
     error = examples.error(kind)
     meaning = inspect.cleandoc(kind.__dict__.get("__doc__") or "")
-    return Refusal(error.code, problems.status_of(error), str(error), meaning, tuple(rows))
+    return Refusal(error.code, problems.status_of(error), str(error), meaning, tuple(routes))
 
 
 def _server_refusals() -> list[Refusal]:
-    """Those of requests that never become one: the server answers them before the API sees them."""
+    """The refusals that the server answers before the API sees a request."""
     return [Refusal(refusal.code, refusal.status, refusal.detail) for refusal in examples.server_refusals()]
 
 
 def _account_pages(version: str) -> Mapping[str, bytes]:
-    """Where the links in letters lead. What follows behind their # stays in the browser, and goes into a body."""
+    """The pages of the links in letters. The token after # stays in the browser, which sends it in a body."""
     frame = Template(_file("account.html").decode())
     return {
         "/account/password": frame.substitute(
             version=version, title="A new password", path="/password/reset", fields=_FIELD, button="Save"
         ).encode(),
         "/account/email": frame.substitute(
-            version=version, title="Confirm your address", path="/email/proof", fields="", button="It is mine"
+            version=version, title="Confirm your address", path="/email/proof", fields="", button="Confirm"
         ).encode(),
     }
 
@@ -226,10 +226,10 @@ _PROBLEMS: Final = Template("""\
 <header class="bar"><a class="brand" href="/docs">Mercato <span>API</span></a></header>
 <main id="main" class="problems" tabindex="-1">
 <h1>Problems</h1>
-<p>What is refused is answered with a problem (RFC 9457, <code>application/problem+json</code>): <code>code</code> is
-for programs, <code>detail</code> for people, <code>errors</code> names wrong fields, <code>details</code> has what else
-is known, <code>trace_id</code> finds the request in our logs, and <code>type</code> leads to this page. Codes below 500
-are for the caller to mend; 503 and 504 pass; 500 is a fault of ours.</p>
+<p>A refusal is answered with a problem (RFC 9457, <code>application/problem+json</code>): <code>code</code> is
+for programs, <code>detail</code> for people, <code>errors</code> names wrong fields, <code>details</code> has further
+facts, <code>trace_id</code> finds the request in the logs of the shop, and <code>type</code> leads to this page. The
+caller must correct what is refused with a status below 500; 503 and 504 pass; 500 is a bug in the shop.</p>
 $articles
 </main>
 </body>
@@ -241,8 +241,8 @@ _ARTICLE: Final = Template("""\
 <h2><a href="#$code"><code>$code</code></a> <span class="status s$class_">$status</span></h2>
 $meaning<dl>
 <dt>Says</dt><dd>$sentence</dd>
-<dt>Way out</dt><dd>$way_out</dd>
-<dt>Answered by</dt><dd class="from">$rows</dd>
+<dt>What to do</dt><dd>$remedy</dd>
+<dt>Answered by</dt><dd class="from">$routes</dd>
 </dl>
 </article>""")
 
@@ -258,8 +258,8 @@ def _article(refusal: Refusal) -> str:
         class_=refusal.status // 100,
         meaning=f"<p>{_marked(refusal.meaning)}</p>\n" if refusal.meaning else "",
         sentence=escape(refusal.sentence),
-        way_out=escape(WAY_OUT.get(refusal.code, "See the description of the operation.")),
-        rows=" ".join(map(_link, refusal.rows)) or "any request",
+        remedy=escape(REMEDIES.get(refusal.code, "See the description of the operation.")),
+        routes=" ".join(map(_link, refusal.routes)) or "any request",
     )
 
 
@@ -271,5 +271,5 @@ _CODE: Final = re.compile(r"`([^`]+)`")
 
 
 def _marked(text: str) -> str:
-    """HTML of a docstring: its `code` is set apart."""
+    """HTML of a docstring, with its `code` as an element."""
     return _CODE.sub(r"<code>\1</code>", escape(text))

@@ -1,7 +1,7 @@
 """Requests that the HTTP server refuses by itself while there are too many, without the application.
 
-What such a request would hear is known before it comes: the class of its route decides, and the answer is made once for
-each route but for its trace id and its request id. A refusal then costs neither a scope nor a task.
+The class of its route decides whether a request is refused. The answer is rendered once for each route, without its
+trace id and its request id. A refusal then costs neither a scope nor a task.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from mercato.gateway.app import BoundRoute, Gateway
 from mercato.gateway.headers import RequestHeaders
 
 _TRACE_ID: Final = "f" * 32
-"""In the place of that of a request; no route has it in its name."""
+"""A placeholder for the trace id of a request; no route has it in its name."""
 
 Template = tuple[int, Sequence[bytes], bytes, bytes]
-"""Status, header lines, and what stands before and after the trace id in the body."""
+"""Status, header lines, and the parts of the body before and after the trace id."""
 
 
 class EarlyRefusals:
-    """As `mercato.chassis.http.EarlyRefusals`; what it refuses, the gateway would refuse in the same words."""
+    """As `mercato.chassis.http.EarlyRefusals`. It answers what the gateway would answer."""
 
     def __init__(self, gateway: Gateway) -> None:
         self.load = gateway.load
@@ -36,7 +36,7 @@ class EarlyRefusals:
     def refuse(
         self, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], seconds: Callable[[], float]
     ) -> Callable[[], Rendered] | None:
-        """None: the request is for the application. Else what renders its refusal, once it is its turn."""
+        """None: the request is for the application. Else a function that renders its refusal when it is sent."""
         route, _ = self._find(method, path)
         if not isinstance(route, BoundRoute) or not self.load.is_full(route.priority):
             return None

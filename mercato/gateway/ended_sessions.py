@@ -1,13 +1,13 @@
 """Which sessions have ended: the log of the users service, followed by every process that verifies access tokens.
 
-A token says for up to 15 minutes who its owner is. So that it ends with its session, each process reads the log of
-ended sessions about every second, and holds what it has read for as long as a token lives, as a set in memory: looking
-a session up costs no call. What is bounded by the log of one moment stays so here: a session begins with a password
-hash, of which a process makes some 80 a second.
+An access token is valid for up to 15 minutes. So that it ends with its session, each process reads the log of ended
+sessions about every second, and keeps what it has read for as long as a token is valid, as a set in memory: looking a
+session up costs no call. The set is bounded like the log: a session begins with a password hash, of which a process
+makes some 80 a second.
 
-    not loaded    no token is accepted; the first that comes waits for the first read
+    not loaded    no token is accepted; the first request with one waits for the first read
     followed      tokens of ended sessions are refused
-    behind        the last read is more than `BEHIND_SECONDS` old: staff are refused, customers go on
+    behind        the last read is more than `BEHIND_SECONDS` old: staff are refused, customers are not
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from mercato.contracts.users import EndedSessions, EndedSessionsAfter
 READ_EVERY_SECONDS: Final = 0.8
 """A fifth more or less, as for every periodic task: at most one second."""
 READ_SECONDS: Final = 2.0
-"""A read has so long; what it has read by then is kept."""
+"""The deadline of a read; the pages that it has read by then are kept."""
 RETRY_SECONDS: Final = 0.8
 """After a read that failed, at most."""
 BEHIND_SECONDS: Final = 10.0
 HELD_SECONDS: Final = 20 * 60.0
-"""From reading an entry on: as long as the log keeps it, which is longer than any access token lives."""
+"""From reading an entry on: as long as the log keeps it, which is longer than any access token is valid."""
 
 Read = Callable[[EndedSessionsAfter], Awaitable[EndedSessions]]
 
 
 class EndedSessionsLog:
-    """The ids of ended sessions, as far as `follow` has read them. `read` asks the users service."""
+    """The ids of ended sessions that `follow` has read so far. `read` calls the users service."""
 
     def __init__(self, read: Read, clock: Clock) -> None:
         self.ids: dict[str, float] = {}
-        """With the time at which each may be forgotten, the earliest first."""
+        """With the time at which each may be removed, the earliest first."""
         self._read_page = read
         self._clock = clock
         self._position = 0
@@ -59,11 +59,11 @@ class EndedSessionsLog:
         return "" if self.is_loaded else "it has not read which sessions have ended"
 
     async def load(self) -> None:
-        """Waits for a read. Raises what the read raises."""
+        """Waits for a read. Raises the errors of the read."""
         await asyncio.shield(self._begin())
 
     async def follow(self) -> int:
-        """One read, to the end of the log; gives the number of its entries. Raises what the call raises."""
+        """One read, to the end of the log; gives the number of its entries. Raises the errors of the call."""
         reading = self._begin()
         try:
             return await asyncio.shield(reading)
@@ -72,10 +72,10 @@ class EndedSessionsLog:
             raise
 
     def _begin(self) -> asyncio.Task[int]:
-        """The read that runs, shared by those who wait for it, or a new one."""
+        """The read in progress, which all waiting callers share, or a new one."""
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self._read())
-            self._reading.add_done_callback(_look_at)
+            self._reading.add_done_callback(_retrieve_exception)
         return self._reading
 
     async def _read(self) -> int:
@@ -87,7 +87,7 @@ class EndedSessionsLog:
             self._position, self._session_id, is_full = page.position, page.session_id, page.is_full
             self._hold(page, began + HELD_SECONDS)
             count += len(page.session_ids)
-        self._forget(began)
+        self._remove_expired(began)
         self._read_at = began
         return count
 
@@ -96,7 +96,7 @@ class EndedSessionsLog:
             self.ids.pop(session_id, None)  # read again after the log was replaced: it moves to the end
             self.ids[session_id] = until
 
-    def _forget(self, now: float) -> None:
+    def _remove_expired(self, now: float) -> None:
         over: list[str] = []
         for session_id, until in self.ids.items():
             if until > now:
@@ -106,7 +106,7 @@ class EndedSessionsLog:
             del self.ids[session_id]
 
 
-def _look_at(reading: asyncio.Task[int]) -> None:
-    """A failure that all who waited for it did not wait for to the end is not one to report."""
+def _retrieve_exception(reading: asyncio.Task[int]) -> None:
+    """Keeps asyncio from logging a failure whose waiters were all cancelled."""
     if not reading.cancelled():
         reading.exception()

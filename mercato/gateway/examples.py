@@ -1,7 +1,7 @@
-"""Examples for the documentation, made by the code that answers requests.
+"""Examples for the documentation, rendered by the code that answers requests.
 
-An answer's example starts as a message of the contract, goes through the row's own `answer`, and is then what a client
-would get; a problem's example is a real error, rendered as errors are. So no example can differ from the API.
+An example of an answer is a message of the contract, rendered by the `answer` of its route; an example of a problem is
+an error, rendered as errors are. So no example can differ from the API.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TRACE_ID: Final = "4bf92f3577b34da6a3ce929d0e0e4736"
 """The example of W3C Trace Context."""
 
 VALUES: Final[Mapping[str, Any]] = {
-    # By the name of a field, or of a message and its field.
+    # Keys: the name of a field, or of a message and its field.
     "access_token": "eyJhbGciOiJFZERTQSIsInR5cCI6ImF0K2p3dCJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl",
     "actor_id": 1,
     "actor_role": "customer",
@@ -121,17 +121,17 @@ VALUES: Final[Mapping[str, Any]] = {
 }
 
 FIRST_MADE_ID: Final = 1001
-"""Below are those of the demo data."""
+"""The demo data has lower ids."""
 
 AFTERWARDS: Final[Mapping[str, Mapping[str, Any]]] = {
-    # What an operation has made of the thing that it answers with, where the request does not say it.
+    # Fields of the answer that the operation has changed and the request does not name.
     "orders.cancel": {"status": "cancelled"},
     "products.archive": {"status": "archived"},
 }
 
 
 def bodies(route: Route) -> dict[str, Any]:
-    """Bodies that the row takes, by what they show; at least one. The row must have a body."""
+    """Bodies that the route takes, by what they show; at least one. The route must have a body."""
     assert route.body is not None
     if route.examples:
         return {name: dict(body) for name, body in route.examples.items()}
@@ -139,7 +139,7 @@ def bodies(route: Route) -> dict[str, Any]:
 
 
 def message(route: Route) -> Any:
-    """An answer of the row's operation, as the contract has it."""
+    """An answer of the route's operation, as a message of the contract."""
     return _message(route.operation, {"version": 2} if route.if_match else {})
 
 
@@ -148,7 +148,7 @@ def _message(operation: Operation[Any, Any], known: Mapping[str, Any]) -> Any:
 
 
 def answer(route: Route) -> Any:
-    """The JSON that the row answers with, to the first of its examples; None where it answers without a body."""
+    """The JSON that the route answers with, to the first of its examples; None where it answers without a body."""
     answered = message(route)
     if route.parts:
         pages = [(part, part.page(_message(part.operation, {}))) for part in route.parts]
@@ -159,18 +159,19 @@ def answer(route: Route) -> Any:
     json = msgspec.to_builtins(shown.items if isinstance(shown, Page) else shown)
     if not isinstance(json, dict):
         return json
-    said: Mapping[str, Any] = next(iter(bodies(route).values())) if route.body else {}
-    return _told(route, cast(dict[str, Any], json), {**said, **AFTERWARDS.get(route.operation.full_name, {})})
+    sent: Mapping[str, Any] = next(iter(bodies(route).values())) if route.body else {}
+    changed = AFTERWARDS.get(route.operation.full_name, {})
+    return _with_values(route, cast(dict[str, Any], json), {**sent, **changed})
 
 
 def number(route: Route, name: str) -> int:
-    """A number for the path of the row; those of the demo shop are there after its first order."""
+    """An id for the path of the route; the demo shop has it after its first order."""
     found = getattr(message(route), name, 1)
-    return found if isinstance(found, int) else FIRST_MADE_ID  # a refund has a name, and is of an order or payment
+    return found if isinstance(found, int) else FIRST_MADE_ID  # the id of a refund is a text
 
 
 def error(kind: type[ServiceError]) -> ServiceError:
-    """An error of this class as a client may meet it."""
+    """An error of this class as a client may get it."""
     if kind is problems.TooManyRequests:
         return problems.TooManyRequests(1)
     hints = get_type_hints(kind, include_extras=True)
@@ -185,20 +186,20 @@ def problem(shown: ServiceError) -> dict[str, Any]:
 
 
 def server_refusals() -> list[http.Refusal]:
-    """What the server answers before the API sees a request: too large, too late, too many, or no HTTP."""
+    """The refusals of the server before the API sees a request: too large, too late, too many, or not HTTP."""
     of_limits: list[http.Refusal] = list(msgspec.structs.asdict(http.LimitRefusals.of(http.HttpLimits())).values())
     crowded = [http.TOO_MANY_CONNECTIONS, http.TOO_MANY_CONNECTIONS_OF_ONE, http.TOO_MANY_PIPELINED]
     return [*of_limits, http.MALFORMED, http.VERSION_NOT_SUPPORTED, http.INTERNAL_ERROR, *crowded]
 
 
-def _told(route: Route, json: dict[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
-    """The answer with what the request says about it: one that sets a name is answered with that name."""
-    for name in sorted(json.keys() & said.keys()):
-        changed = {**json, name: said[name]}
+def _with_values(route: Route, json: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer with values of the request: a request that sets a name is answered with that name."""
+    for name in sorted(json.keys() & values.keys()):
+        changed = {**json, name: values[name]}
         try:
             msgspec.convert(changed, route.output)
         except msgspec.ValidationError:
-            continue  # the same word for something else: an order's items are asked for by id and answered in full
+            continue  # the same name with another type: a request names items by id, the answer has them in full
         json = changed
     return json
 
@@ -207,7 +208,7 @@ def _told(route: Route, json: dict[str, Any], said: Mapping[str, Any]) -> dict[s
 
 
 def _value(kind: Any, name: str = "", owner: str = "", known: Mapping[str, Any] | None = None) -> Any:
-    """A value of a type, as JSON has it. `name` and `owner` say which field of which message it is for."""
+    """A value of a type in JSON. `name` and `owner`: the field, and the message of which it is one."""
     for table, key in ((known or {}, name), (VALUES, f"{owner}.{name}"), (VALUES, name)):
         if key in table:
             return table[key]
@@ -221,7 +222,7 @@ def _value(kind: Any, name: str = "", owner: str = "", known: Mapping[str, Any] 
     if origin in (tuple, list):
         return [_value(parts[0], name, owner, known)]
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-        # What has a default is left to it.
+        # Other fields keep their defaults.
         fields = [field for field in msgspec.structs.fields(kind) if field.required]
         return {field.encode_name: _value(field.type, field.name, kind.__name__, known) for field in fields}
     return _SIMPLE[origin or kind]

@@ -1,7 +1,7 @@
-"""Types of request fields about which a service knows more than their contract: what a JSON schema can say of it.
+"""Types of request fields whose service checks more than their contract: what a JSON schema can say of those checks.
 
-The services enforce it, and name what is wrong in their own words; here it is described alone. `STRICTER` is the key
-of a schema under which a pattern stands that takes the place of the contract's.
+The services enforce the checks, and word their errors; this module only describes them. `STRICTER` is the key of a
+schema whose value is a pattern that replaces the contract's.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NewPassword = Annotated[
 PAYMENT_METHOD_PATTERN: Final = (
     r"^sandbox:(ok|declined|insufficient_funds|lost_answer|error_then_ok|capture_expired|slow:[0-9]{1,5})\Z"
 )
-"""Of the one provider that there is."""
+"""The methods of the only provider, the sandbox."""
 PaymentMethod = Annotated[
     payments.Method,
     Meta(
@@ -61,7 +61,7 @@ _ZERO: Final[dict[str, Any]] = {"anyOf": [{"type": "number", "const": 0}, {"type
 NOT_ZERO: Final[dict[str, Any]] = {
     "not": {"anyOf": [*_ZERO["anyOf"], {"type": "object", "properties": {"amount": _ZERO}, "required": ["amount"]}]}
 }
-"""Of an amount, bare or with its currency."""
+"""The schema of an amount that is not 0, bare or with its currency."""
 
 
 def _absent(*names: str) -> dict[str, Any]:
@@ -89,4 +89,4 @@ RULES: Final[dict[str, dict[str, Any]]] = {
     "MoveOrderIn": {"not": _absent("status", "fulfilment")},
     "ReturnItemIn": {"not": _absent("line_id", "product_id")},
 }
-"""By the name of a model: which of its fields go together."""
+"""By the name of a model: which of its fields must or must not be given together."""

@@ -1,7 +1,7 @@
-"""Guests at the edge: who calls without an account, to order or with the access token of an order.
+"""Guests in the gateway: anonymous callers who place an order, or send the access token of one.
 
-The token comes as `?access_token=...` or `Authorization: Guest ...`. Whether it is right, the orders service says: a
-wrong one answers like an unknown order.
+The token comes as `?access_token=...` or `Authorization: Guest ...`. The orders service checks it: a wrong token gets
+the answer of an unknown order.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ SCHEME: Final = b"guest"
 ORDERS: Final = Limits(per_second=1, burst=30)
 """How often guests of one address may order: each order holds stock."""
 KEY_LENGTH: Final = 22
-"""The least characters of a guest's Idempotency-Key, 128 bits in base64: who sends the key and the request of another
-guest gets that order, with its access token."""
+"""The minimum length of a guest's Idempotency-Key, 128 bits in base64: a caller who sends the key and the request of
+another guest gets that order, with its access token."""
 TOKEN_LENGTH: Final = 64
 
 
@@ -40,12 +40,12 @@ def access_token(authorization: bytes | None, query: bytes) -> tuple[str | None,
         token = authorization[6:].strip()
     if token is None:
         return None, query
-    # One that is too long is as wrong as any other.
+    # A token that is too long becomes an empty one, which is wrong as well.
     return token.decode("latin-1") if len(token) <= TOKEN_LENGTH else "", query
 
 
 def check_key(key: str | None) -> None:
-    """Raises `InvalidRequest` for an Idempotency-Key that others could guess."""
+    """Raises `InvalidRequest` for an Idempotency-Key that another caller could guess."""
     if key is not None and len(key) < KEY_LENGTH:
         message = f"has fewer than {KEY_LENGTH} characters, the least for a caller without an account; use a fresh UUID"
         raise invalid(("header Idempotency-Key", message))

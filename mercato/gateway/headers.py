@@ -16,18 +16,18 @@ _NO_TRACE_ID: Final = b"0" * 32
 
 
 class RequestHeaders:
-    """The headers of one request, found in one pass. Lists that come in several lines are joined."""
+    """The headers of one request, read in one pass. A list that comes in several lines is joined."""
 
     accept_encoding: bytes | None = None
     authorization: bytes | None = None
     content_length: bytes | None = None
     content_type: bytes | None = None
     forwarded: bytes | None = None
-    """What a proxy adds: X-Forwarded-For, X-Real-IP, Forwarded or Via."""
+    """A header that proxies add: X-Forwarded-For, X-Real-IP, Forwarded or Via."""
     fetch_dest: bytes | None = None
     fetch_mode: bytes | None = None
     fetch_site: bytes | None = None
-    """What a browser says of the page that asks (Fetch Metadata): `same-origin`, `same-site`, `cross-site`, `none`."""
+    """Where the calling page comes from (Fetch Metadata): `same-origin`, `same-site`, `cross-site`, `none`."""
     host: bytes | None = None
     idempotency_key: bytes | None = None
     if_match: bytes | None = None
@@ -39,7 +39,7 @@ class RequestHeaders:
     requested_method: bytes | None = None
     """Of a preflight: the method that a page of another origin would use."""
     repeated: bytes | None = None
-    """The name of a header that came more than once, and may come once."""
+    """The name of a header that came more than once, and may come only once."""
     transfer_encoding: bytes | None = None
 
     trace_id: str
@@ -47,7 +47,7 @@ class RequestHeaders:
     request_id: str
     """Of `X-Request-Id`, else a new one."""
     actor_id: int = 0
-    """Of who sent the request, once that is known: for the log. 0: no account."""
+    """The actor of the request, once known: for the log. 0: no account."""
 
     def __init__(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         for name, value in headers:
@@ -75,7 +75,7 @@ class RequestHeaders:
             self.repeated = name
 
     def check_repeated(self) -> None:
-        """Raises `InvalidRequest` where one of several values would have to be chosen: a proxy may choose another."""
+        """Raises `InvalidRequest` for a header with several values: a proxy may choose another one than the gateway."""
         if self.repeated is not None:
             name = self.repeated.decode("ascii").title()
             raise invalid((f"header {name}", "was sent more than once; send it once"))
@@ -106,11 +106,11 @@ _FIELDS: Final = {
 }
 _LISTS: Final = frozenset({"accept_encoding", "forwarded", "if_none_match", "prefer"})
 _REPLACED: Final = frozenset({"traceparent", "x_request_id"})
-"""Of two, neither counts: a new one takes their place (W3C Trace Context 3.2.2.5)."""
+"""Of two values, neither counts: a new one replaces them (W3C Trace Context 3.2.2.5)."""
 
 
 def check_content_type(value: bytes | None) -> None:
-    """Raises `UnsupportedMediaType` for a body that does not say that it is JSON."""
+    """Raises `UnsupportedMediaType` where Content-Type does not say JSON."""
     if value == b"application/json":
         return
     kind, _, parameters = (value or b"").lower().partition(b";")
@@ -151,12 +151,12 @@ def preferred_wait_ms(prefer: bytes) -> int | None:
 
 
 def prefers_count(prefer: bytes) -> bool:
-    """Whether `count=exact` is among the preferences. Another count is ignored, as what is not known (RFC 7240)."""
+    """Whether `count=exact` is among the preferences. Other counts are ignored, as unknown preferences (RFC 7240)."""
     return _preference(prefer, b"count") == b"exact"
 
 
 def _preference(prefer: bytes, wanted: bytes) -> bytes | None:
-    """The value of a preference. Of one that is named twice, the first counts; a parameter of another is none."""
+    """The value of a preference. Of a repeated one the first counts; parameters of other preferences do not count."""
     for preference in _PREFERENCE.findall(prefer):
         named = _NAME_AND_VALUE.match(preference)
         name, _, value = (named[0] if named else b"").partition(b"=")

@@ -1,4 +1,4 @@
-"""`Idempotency-Key` at the edge: what a key may look like, and when two requests are the same request."""
+"""`Idempotency-Key` in the gateway: the syntax of a key, and when two requests are the same request."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def key_of(header: bytes) -> str:
 
 
 def fingerprint(method: str, template: str, parts: Mapping[str, str], query: bytes, body: bytes) -> bytes:
-    """32 bytes that are the same for two requests that mean the same.
+    """32 bytes that are equal for two requests with the same meaning.
 
-    The body counts as JSON, not as bytes: its members are put in order, and white space does not count (the purpose
-    of RFC 8785; numbers keep the form that the decoder gives them). Headers do not count.
+    The body counts as JSON, not as bytes: its members are sorted, and white space does not count (the purpose of RFC
+    8785; numbers keep the form that the decoder gives them). Headers do not count.
     """
     meaning = (
         method,
@@ -53,5 +53,5 @@ def _meaning(body: bytes) -> Any:
     try:
         return _decode(body)
     except msgspec.DecodeError:
-        # A number beyond what a float or an integer holds, in a field that takes decimals. It counts as it is written.
+        # A number that no float or integer can hold, in a field that takes decimals. Its text counts.
         return body

@@ -1,4 +1,4 @@
-"""Money at the edge: a decimal string and a currency, never a float. Inside: minor units (`contracts/money.py`)."""
+"""Money in the API: a decimal string and a currency, never a float. Services use minor units (`contracts/money.py`)."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Money(msgspec.Struct, frozen=True):
 
 @functools.lru_cache(REMEMBERED_AMOUNTS)
 def money(minor: int, currency: str) -> Money:
-    """Remembered: prices are few, and an order shows the same amount in several places."""
+    """Cached: an order shows the same amount in several places, and there are few prices."""
     return Money(decimal_string(minor, EXPONENTS[currency]), currency)
 
 
 class Amount(str):
-    """What a client has written in a place for an amount: a JSON string or number, as it stands there.
+    """The text of an amount in a request: a JSON string or number, unchanged.
 
     Digits, with or without a point and more digits (`AMOUNT_PATTERN`): no sign, exponent, blank or separator.
     """
@@ -54,13 +54,13 @@ class Amount(str):
 
 
 class MoneyIn(Input):
-    """An amount and its currency, in the shape that answers have: what was read can be sent back."""
+    """An amount and its currency, in the form that answers have: a client can send back what it has read."""
 
     amount: Annotated[
         Amount, msgspec.Meta(description="In major units, as a JSON string or number.", examples=["99.99"])
     ]
     currency: Annotated[
-        Currency | None, msgspec.Meta(description="Without it that of what the amount is about, or else of the shop.")
+        Currency | None, msgspec.Meta(description="Without it, that of the order or product, or else of the shop.")
     ] = None
 
 
@@ -69,7 +69,7 @@ class AmountIn(Amount):
 
     __slots__ = ("currency",)
     currency: str | None
-    """Of the object; None where there is none in it, or the amount is bare."""
+    """The currency in the object; None where it has none, or the amount is bare."""
 
     def __new__(cls, amount: str, currency: str | None = None) -> Self:
         made = super().__new__(cls, amount)
@@ -90,7 +90,7 @@ def exact_float(written: str) -> ExactFloat:
 
 
 def decode_amount(kind: type[Any], value: Any) -> Any:
-    """What msgspec calls for fields of the types `Amount` and `AmountIn`. Raises ValueError."""
+    """The hook that msgspec calls for fields of the types `Amount` and `AmountIn`. Raises ValueError."""
     if kind is not AmountIn:
         assert kind is Amount, f"{kind} is not decoded here"
         return Amount(_checked(value))
@@ -118,33 +118,39 @@ def _checked(value: Any) -> str:
 
 
 def text_of(amount: Amount | None) -> str | None:
-    """The amount as it travels to the service that knows its currency."""
+    """The amount as text, for the service that knows its currency."""
     return None if amount is None else str(amount)
 
 
-def checked_currency(field: str, currency: str | None, errors: list[FieldError]) -> None:
-    if currency is not None and currency not in EXPONENTS:
-        errors.append(FieldError(field=field, message=unknown_currency(currency)))
+def currency_of(amount: AmountIn | None, beside: str | None) -> str | None:
+    """The currency that a body gives: in its field `amount`, or beside it in `currency`."""
+    return beside if amount is None or amount.currency is None else amount.currency
 
 
-def currency_of(amount: AmountIn | None, beside: str | None, errors: list[FieldError]) -> str | None:
-    """The currency that a body gives: in its field `amount`, or beside it in `currency`.
-
-    Adds an error where one of them is no currency, and where the two differ.
-    """
+def body_currency_errors(amount: AmountIn | None, beside: str | None) -> list[FieldError]:
+    """What is wrong with the currencies of a body: one of them is unknown, or the two differ."""
     inside = None if amount is None else amount.currency
-    checked_currency("amount.currency", inside, errors)
-    checked_currency("currency", beside, errors)
+    errors = [*currency_errors("amount.currency", inside), *currency_errors("currency", beside)]
     if inside is not None and beside is not None and inside != beside:
         message = f"is {inside}, and currency is {beside}; give one of the two, or the same in both"
         errors.append(FieldError(field="amount.currency", message=message))
-    return inside or beside
+    return errors
 
 
-def minor_of(field: str, amount: str, currency: str, errors: list[FieldError]) -> int:
-    """The amount in minor units. Adds an error, and gives 0, where it is none of this currency."""
-    minor = to_minor(amount, currency)
-    if isinstance(minor, int):
-        return minor
-    errors.append(FieldError(field=field, message=minor))
-    return 0
+def currency_errors(field: str, currency: str | None) -> list[FieldError]:
+    if currency is None or currency in EXPONENTS:
+        return []
+    return [FieldError(field=field, message=unknown_currency(currency))]
+
+
+def minor_of(amount: str | None, currency: str | None) -> int | None:
+    """The amount in minor units; None without one. `amount_errors` must have found nothing."""
+    minor = None if amount is None or currency is None else to_minor(amount, currency)
+    assert not isinstance(minor, str), minor
+    return minor
+
+
+def amount_errors(field: str, amount: str | None, currency: str | None) -> list[FieldError]:
+    """What is wrong with an amount of a known currency, such as too many digits after the point."""
+    minor = None if amount is None or currency is None else to_minor(amount, currency)
+    return [FieldError(field=field, message=minor)] if isinstance(minor, str) else []

@@ -1,7 +1,7 @@
-"""The API's description (OpenAPI 3.1), derived from the table of rows, the types of their messages and their errors.
+"""The API's description (OpenAPI 3.1), derived from the table of routes, the types of their messages and their errors.
 
-Nothing is written here that the code knows elsewhere: a row that is added, a field, a limit or an error shows up by
-itself. Written by hand are the few paths beside the table (`PAGES`) and the words of the introduction.
+A route, a field, a limit or an error that is added to the code is described without a change here. Only the few paths
+beside the table (`PAGES`) and the introduction are written by hand.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mercato.chassis.contract import (
     Unauthenticated,
     Unavailable,
 )
-from mercato.contracts.roles import ANONYMOUS, CUSTOMER, EVERYBODY
+from mercato.contracts.roles import ALL_ROLES, ANONYMOUS, CUSTOMER
 from mercato.gateway import cursors, examples, guests, problems, refusals, schemas, totals
 from mercato.gateway.described_headers import HEADERS, PARAMETERS
 from mercato.gateway.explained import EXPLAINED
@@ -45,7 +45,7 @@ REFERENCE_TAG: Final = "reference forms"
 
 INTRODUCTION: Final = f"""\
 Everything is JSON over HTTP. Send bodies of at most {MAX_BODY_BYTES} bytes, with `Content-Type: application/json`. \
-Fields and query parameters that are not known are refused, so that a misspelt one is never ignored, and so is a body \
+Unknown fields and query parameters are refused, so that a misspelt one is never ignored, and so is a body \
 where none is described (`{{}}` counts as none). Answers may get \
 new fields: ignore those that you do not know.
 
@@ -60,14 +60,14 @@ RFC 3339, in UTC.
 `rel="next"`, which has the cursor of it; where there is none, the page is the last. A cursor belongs to its filters. \
 With `Prefer: count=exact`, `Total-Count` says how many entries there are on all pages.
 
-**Doing it once.** Send an `Idempotency-Key` of your own making with each order. When no answer comes, send the same \
+**Idempotency.** Send an `Idempotency-Key` of your own with each order. When no answer comes, send the same \
 request with the same key again, as often as you like: it is one order.
 
-**Changing what you have seen.** An answer that has a version carries an `ETag`. Send it back in `If-Match`, and the \
+**Concurrent changes.** An answer that has a version carries an `ETag`. Send it back in `If-Match`, and the \
 change is made only if the version is still the same.
 
-Every GET answers HEAD too. OPTIONS says in `Allow` which methods a path takes, and `OPTIONS *` which there are; \
-another one is refused with 405, which says so too."""
+Every GET answers HEAD too. OPTIONS says in `Allow` which methods a path takes, and `OPTIONS *` which the API has; \
+another method is refused with 405, which has `Allow` too."""
 
 TOKENS: Final = """\
 **Signing in.** `POST /login` gives an access token; send it as `Authorization: Bearer ...`."""
@@ -77,9 +77,9 @@ NO_TOKENS: Final = """\
 counts."""
 
 ROLES: Final[Mapping[frozenset[str], str]] = {
-    EVERYBODY: "Anybody may call this.",
-    EVERYBODY - {ANONYMOUS}: "For callers who are signed in.",
-    EVERYBODY - {ANONYMOUS, CUSTOMER}: "For staff.",
+    ALL_ROLES: "Needs no account.",
+    ALL_ROLES - {ANONYMOUS}: "For callers who are signed in.",
+    ALL_ROLES - {ANONYMOUS, CUSTOMER}: "For staff.",
 }
 
 
@@ -114,7 +114,7 @@ def document(routes: Sequence[Route], *, open_shop: bool, server_url: str | None
 
 
 def operation_id(route: Route) -> str:
-    """A name that stays: `orders.place`; `users.me.get` where the same operation also has a row for oneself."""
+    """A stable name: `orders.place`; `users.me.get` where the operation also has a route for one's own account."""
     service, _, name = route.operation.full_name.partition(".")
     if route.parts:
         return f"{service}.me.{route.path.rpartition('/')[2]}"
@@ -124,7 +124,7 @@ def operation_id(route: Route) -> str:
 
 
 def errors_of(route: Route, *, open_shop: bool) -> tuple[type[ServiceError], ...]:
-    """Every error that a row can answer with: its own, and those that follow from its properties."""
+    """Every error that a route can answer with: its own, and those that follow from its properties."""
     following: list[type[ServiceError]] = [InvalidRequest, problems.MethodNotAllowed]
     if not route.ignores_token:
         following += [Unauthenticated, problems.SessionsNotKnown]
@@ -152,7 +152,7 @@ def errors_of(route: Route, *, open_shop: bool) -> tuple[type[ServiceError], ...
 
 
 _CALLING: Final = (Overloaded, Unavailable, DeadlineExceeded, OutcomeUnknown, Internal)
-"""What every call of an operation may come to."""
+"""The errors of every call of an operation."""
 
 
 def _tags(routes: Sequence[Route]) -> list[Json]:
@@ -167,9 +167,9 @@ def _tags(routes: Sequence[Route]) -> list[Json]:
         {
             "name": REFERENCE_TAG,
             "description": "Requests as the documents of five reference systems (A to E) print them. Each is another "
-            "form of an operation that the API has; the answer has the fields of theirs besides.",
+            "form of an operation that the API has; the answer has their fields in addition.",
         },
-        {"name": PAGES_TAG, "description": "How the shop is, and how to read it."},
+        {"name": PAGES_TAG, "description": "The state of the shop, and the documentation of its API."},
     ]
 
 
@@ -177,7 +177,7 @@ def _tags(routes: Sequence[Route]) -> list[Json]:
 
 
 class _Described:
-    """Describes rows and pages, and collects what several of them share."""
+    """Describes routes and pages, and collects the components that several of them share."""
 
     def __init__(self, references: Mapping[str, Json], named: dict[str, Json], open_shop: bool) -> None:
         self._references = references
@@ -185,7 +185,7 @@ class _Described:
         self._open_shop = open_shop
         self._responses: dict[str, Json] = {}
         self._examples: dict[str, Json] = {}
-        # A connection that is refused before there is a request, such as one that sends too much, has no trace.
+        # A connection that is refused before its request is read, such as one that sends too much, has no trace.
         named["Problem"]["required"].remove("trace_id")
 
     def components(self) -> Json:
@@ -201,7 +201,7 @@ class _Described:
             },
         }
 
-    # ------------------------------------------------------------------------------------------------------- a row
+    # ----------------------------------------------------------------------------------------------------- a route
 
     def operation(self, route: Route) -> Json:
         described: Json = {
@@ -321,7 +321,7 @@ class _Described:
     # ---------------------------------------------------------------------------------------------------- refusals
 
     def _refusals(self, kinds: Iterable[type[ServiceError]], located: tuple[type[ServiceError], ...] = ()) -> Json:
-        """By HTTP status, each a reference: many rows can answer the same. `located`: those that have a Location."""
+        """By HTTP status, each a reference: many routes have the same. `located`: those that have a Location."""
         by_status: dict[int, dict[str, refusals.Shown]] = {}
         takes_body = problems.BodyTooLarge in (kinds := tuple(kinds))
         of_errors = (refusals.of_error(kind, is_located=issubclass(kind, located)) for kind in kinds)
@@ -377,7 +377,7 @@ class _Described:
             "summary": page.summary,
             "tags": [PAGES_TAG],
             "security": [{scheme: []} if scheme else {} for scheme in page.security],
-            "x-roles": sorted(EVERYBODY),
+            "x-roles": sorted(ALL_ROLES),
             "responses": {
                 **self._refusals(kinds),
                 **{str(status): _with_request_id(response) for status, response in page.responses.items()},
@@ -385,11 +385,11 @@ class _Described:
         }
 
 
-_SUCCESSES: Final = {200: "Done", 201: "Made", 202: "Accepted", 204: "Done; there is nothing to say"}
+_SUCCESSES: Final = {200: "Done", 201: "Created", 202: "Accepted", 204: "Done; the answer has no body"}
 
 
 _KNOWN: Final[Json] = {
-    "description": "What If-None-Match names is still so",
+    "description": "An ETag in If-None-Match is still current",
     "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in ("ETag", "X-Request-Id")},
 }
 
@@ -399,7 +399,7 @@ def _headers(names: Iterable[str]) -> Json:
 
 
 def _problem(codes: Sequence[str]) -> Json:
-    """A problem with one of these codes: those of one operation at one status."""
+    """The schema of a problem with one of these codes: those of one operation at one status."""
     closed = {"type": "object", "properties": {"code": {"type": "string", "enum": list(codes)}}, "required": ["code"]}
     return {"allOf": [{"$ref": "#/components/schemas/Problem"}, closed]}
 
@@ -409,7 +409,7 @@ def _with_request_id(response: Json) -> Json:
 
 
 def _description(route: Route) -> str:
-    """What the row's properties mean for a caller, in sentences."""
+    """What the route's properties mean for a caller, in sentences."""
     limits = route.limits
     explained = EXPLAINED.get(f"{route.method} {route.path}")
     sentences = [ROLES.get(route.roles, f"For {' and '.join(sorted(route.roles))}.")]
@@ -430,7 +430,9 @@ def _description(route: Route) -> str:
     if limits.done_per_hour is not None:
         sentences.append(f"Up to {limits.done_per_hour} times an hour from one address, without an account.")
     if route.tries is not None:
-        sentences.append("After several wrong passwords for an account, further tries from the same address must wait.")
+        sentences.append(
+            "After several wrong passwords for an account, further attempts from the same address must wait."
+        )
     if route.body is not None and limits.body_bytes < MAX_BODY_BYTES:
         sentences.append(f"The body has at most {limits.body_bytes} bytes.")
     return "\n\n".join(filter(None, (explained, " ".join(sentences))))
@@ -446,7 +448,7 @@ class PageBesideTheTable(msgspec.Struct, frozen=True, kw_only=True):
     summary: str
     responses: Mapping[int, Json]
     security: tuple[str, ...] = ()
-    """The schemes of tokens of which one is needed; empty text: none is needed, by some callers."""
+    """The schemes of tokens of which one is needed; an empty text: some callers need none."""
     errors: tuple[type[ServiceError], ...] = ()
 
 
@@ -516,4 +518,4 @@ PAGES: Final[Mapping[str, PageBesideTheTable]] = {
         },
     ),
 }
-"""The paths beside the table. The documentation's own pages are for people, and not described."""
+"""The paths beside the table. The documentation's own pages are not described."""

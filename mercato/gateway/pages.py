@@ -1,4 +1,4 @@
-"""What is not in the table: health, metrics, keys, the API's description and its documentation."""
+"""The paths beside the table: health, metrics, keys, the API's description and its documentation."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Pages:
         details: Callable[[], Mapping[str, Any]],
         metrics_token: str = "",
     ) -> None:
-        """`problems`: for each service why it cannot work, empty where it can. `details`: what `/health/ready` tells
-        besides, whatever it is worth. `metrics_token`: what a collector of metrics shows; empty where there is none."""
+        """`problems`: for each service why it cannot work, empty where it can. `details`: further members of
+        `/health/ready`. `metrics_token`: the token of a collector of metrics; empty where there is none."""
         self._authenticator = authenticator
         self._verifier = verifier
         self._telemetry = telemetry
@@ -64,7 +64,7 @@ class Pages:
             ],
             exception_handlers={HTTPException: _http_problem, ServiceError: _problem, Exception: _bug},
         )
-        # A redirect to the path without its last slash would name whatever host the client says that we are.
+        # A redirect to the path without its last slash would repeat any Host that the client sends.
         self._app.router.redirect_slashes = False
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -88,9 +88,9 @@ class Pages:
         return _json(body, 503 if reasons else 200, headers)
 
     async def _metrics(self, request: Request) -> Response:
-        """For staff, a collector with its token, and one on this machine: it says how much a shop sells.
+        """For staff, a collector with its token, and one on this machine: metrics say how much a shop sells.
 
-        On this machine under a name of loopback alone: a page whose own name leads to this address reads nothing.
+        A collector on this machine must name loopback in Host: a page whose own name resolves to it reads nothing.
         """
         if not self._is_collector(request):
             await self._require_staff(request)
@@ -122,14 +122,14 @@ class Pages:
             raise problems.SignInFirst() if not authorization else Forbidden(operation="metrics", role=actor.role)
 
     def _cap_deadline(self) -> None:
-        """What is called from here, such as the users service for its keys, has this long."""
+        """Limits calls of other services, such as the users service for its keys, to `KEYS_SECONDS`."""
         call = current.get()
         deadline = min(call.deadline, time.monotonic() + KEYS_SECONDS)
         current.set(Context(call.actor, deadline, call.trace_id, call.request_id))
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether a Host is a name of this machine for itself, with any port."""
+    """Whether a Host is a name of loopback, with any port."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
         return name == "localhost" or ip_address(name).is_loopback
@@ -138,27 +138,27 @@ def _is_loopback(host: str) -> bool:
 
 
 class _Described:
-    """The API's description, made at the first request for it, for a start has to be quick."""
+    """The API's description, rendered at the first request for it, so that the start is quick."""
 
     def __init__(self, routes: Sequence[Route], *, open_shop: bool) -> None:
         self._routes = routes
         self._open_shop = open_shop
-        self._making = asyncio.Lock()
+        self._rendering = asyncio.Lock()
         self._answer: Callable[[Request], Awaitable[Response]] | None = None
 
     async def answer(self, request: Request) -> Response:
-        async with self._making:
+        async with self._rendering:
             if self._answer is None:
-                self._answer = await asyncio.to_thread(self._made)  # other requests go on meanwhile
+                self._answer = await asyncio.to_thread(self._render)  # other requests continue meanwhile
         return await self._answer(request)
 
-    def _made(self) -> Callable[[Request], Awaitable[Response]]:
+    def _render(self) -> Callable[[Request], Awaitable[Response]]:
         body = msgspec.json.encode(openapi.document(self._routes, open_shop=self._open_shop, server_url=None))
         return _prepared(docs.DocsPage("application/json", body, {"cache-control": "no-cache"}))
 
 
 def _prepared(page: docs.DocsPage) -> Callable[[Request], Awaitable[Response]]:
-    """An endpoint whose answer never changes: made, and compressed, before the first request."""
+    """An endpoint whose answer never changes: rendered, and compressed, before the first request."""
     tag = representations.tag_of(page.body)
     kept = {**page.headers, "vary": "Accept-Encoding", "etag": tag}
     headers = {**kept, "content-type": page.content_type}

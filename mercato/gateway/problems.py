@@ -1,4 +1,4 @@
-"""Problems (RFC 9457): what an HTTP client hears when something is refused. The only place that knows status codes."""
+"""Problems (RFC 9457): the answers to refused requests. The only place that knows status codes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STATUS_OF_KIND: Final[Mapping[Kind, int]] = {
 }
 
 STATUS_OF_CODE: Final[Mapping[str, int]] = {
-    # Where HTTP, or a draft that clients know, has a more exact word than the kind.
+    # Where HTTP, or a draft that clients know, has a more exact status than that of the kind.
     "stale_version": 412,
     "events.cursor_ahead": 410,
     "events.cursor_too_old": 410,
@@ -45,8 +45,8 @@ TITLES: Final[Mapping[int, str]] = {
     403: "Not allowed",
     404: "Not found",
     405: "Method not allowed",
-    409: "This conflicts with what is there",
-    410: "Not there any more",
+    409: "This conflicts with the current state",
+    410: "Not available any more",
     412: "It has changed since",
     413: "The body is too large",
     415: "Send JSON",
@@ -59,7 +59,7 @@ TITLES: Final[Mapping[int, str]] = {
 
 
 REPLAYED: Final = "replayed"
-"""The field of an error that an earlier request with the same key has led to: a header says so, and no detail."""
+"""The field of an error that is the answer of an earlier request with the same key. It becomes a header, no detail."""
 NO_DETAILS: Final[Mapping[str, Any]] = {}
 
 
@@ -92,7 +92,7 @@ class SignInFirst(ServiceError, code="sign_in_first", kind=Kind.UNAUTHENTICATED)
 
 
 class SessionsNotKnown(ServiceError, code="sessions_not_known", kind=Kind.UNAVAILABLE):
-    """Staff alone meet it: a session that was ended because its owner is staff no more must not be used meanwhile."""
+    """Only for staff: a session that ended because its owner is no longer staff must not be used meanwhile."""
 
     sentence = "Which sessions have ended is not known at the moment, and staff are refused until it is; try again."
     retry_after_s: int | None = 2
@@ -123,7 +123,7 @@ class IdempotencyKeyMissing(ServiceError, code="idempotency_key_missing", kind=K
 
 
 class HostNotAllowed(ServiceError, code="host_not_allowed", kind=Kind.FORBIDDEN):
-    """Without tokens, only this machine's own names are answered, so that no web page can drive a shop on loopback."""
+    """A shop without tokens answers only to names of its own machine, so that no web page can call it."""
 
     sentence = "This shop runs without tokens and answers only requests to its own address; {header} names another."
     header: str
@@ -138,14 +138,14 @@ class TooManyRequests(ServiceError, code="too_many_requests", kind=Kind.TOO_MANY
 
 
 def not_allowed(role: str, operation: str) -> ServiceError:
-    """What a caller hears whose role may not do it."""
+    """The error for a caller whose role may not do it."""
     return SignInFirst() if role == "anonymous" else Forbidden(operation=operation, role=role)
 
 
 def _shown(details: Mapping[str, Any]) -> dict[str, Any]:
-    """Details for people outside: what is minor units inside is money here.
+    """Details for clients: amounts of minor units become money.
 
-    The currency of `total_minor` is in `total_currency`, or in `currency` where one is for all.
+    The currency of `total_minor` is in `total_currency`, or in `currency` where all have the same.
     """
     shown: dict[str, Any] = {}
     for name, value in details.items():

@@ -12,12 +12,12 @@ READINESS: Final[dict[str, Any]] = {
         "services": {"type": "object", "additionalProperties": {"type": "string", "enum": ["up", "down"]}},
         "reasons": {
             "type": "object",
-            "description": "Of each service that is down, why. Missing where all are up.",
+            "description": "Why each service that is down is so. Missing where all are up.",
             "additionalProperties": {"type": "string", "minLength": 1},
         },
         "registry": {
             "type": "string",
-            "description": "Why the registry of instances does not answer, where it does not.",
+            "description": "Why the registry of instances does not answer. Missing where it does.",
         },
         "audit": {
             "type": "object",

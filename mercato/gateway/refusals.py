@@ -13,8 +13,8 @@ from mercato.gateway import examples, problems
 class Shown(msgspec.Struct, frozen=True):
     """A refusal with the body of its answer.
 
-    `retries`: whether it comes with Retry-After; `is_located`: whether with Location;
-    `is_replayed`: whether it may be said again to a key.
+    `retries`: whether it has Retry-After; `is_located`: whether it has Location; `is_replayed`: whether it may be the
+    answer of an earlier request with the same key.
     """
 
     status: int
@@ -36,7 +36,7 @@ def of_error(kind: type[ServiceError], *, is_located: bool = False) -> Shown:
 
 
 def of_server(*, takes_body: bool) -> list[Shown]:
-    """What any request can meet. Bodies are too large for operations that take one."""
+    """The refusals of the server that any request can get. Only operations with a body can get 413."""
     found = [
         Shown(
             refusal.status,

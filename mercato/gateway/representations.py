@@ -1,6 +1,6 @@
-"""Answers that clients and caches may have already: entity tags, 304, and compression.
+"""Answers for caches: entity tags, 304, and compression.
 
-For reads that are the same for all callers, and for the pages. Private answers have no use for it: no cache has them.
+For reads that are the same for all callers, and for the pages. Private answers do not need it: no cache stores them.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from mercato.gateway.headers import RequestHeaders
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 SMALLEST_BYTES: Final = 1_024
-"""What is smaller fits in one packet with its headers, compressed or not."""
+"""A smaller body fits in one packet with its headers, compressed or not."""
 LEVEL: Final = 1
-"""Of gzip, for answers that are compressed anew each time."""
+"""The level of gzip, for answers that are compressed anew each time."""
 VARY: Final = b"vary: Accept-Encoding"
 GZIP: Final = b"content-encoding: gzip"
 _REFUSED: Final = re.compile(r"\s*q\s*=\s*0(?:\.0*)?\s*\Z")
 
 
 def tag_of(body: bytes) -> str:
-    """The entity tag of a body: weak, for it is that of the compressed one too."""
+    """The entity tag of a body: weak, because the compressed body has the same."""
     return f'W/"{hashlib.blake2b(body, digest_size=12).hexdigest()}"'
 
 
 def is_known(if_none_match: bytes | None, tag: str) -> bool:
-    """Whether the client has what `tag` names. Tags are compared weakly (RFC 9110 13.1.2)."""
+    """Whether the client has the answer with this tag. Tags are compared weakly (RFC 9110 13.1.2)."""
     if if_none_match is None:
         return False
     given = (one.strip().removeprefix("W/") for one in if_none_match.decode("latin-1").split(","))
@@ -47,9 +47,9 @@ def takes_gzip(accept_encoding: bytes | None) -> bool:
 
 
 def negotiated(status: int, lines: list[bytes], body: bytes, headers: RequestHeaders) -> tuple[int, list[bytes], bytes]:
-    """An answer with status 200 as its client takes it: 304 where it is known, compressed where that is worth it.
+    """An answer with status 200 for its client: 304 where the client has it, compressed where that saves a packet.
 
-    One that has an entity tag of its own keeps it, and is not compressed: such a tag names exactly these bytes.
+    An answer with an entity tag of its own keeps it, and is not compressed: such a tag names exactly these bytes.
     """
     own = next((line for line in lines if line.startswith(b"etag: ")), None)
     tag = own[len(b"etag: ") :].decode() if own is not None else tag_of(body)
@@ -72,5 +72,5 @@ async def send_in_two(send: Send, status: int, lines: list[bytes], body: bytes) 
 
 
 def fields(lines: list[bytes]) -> list[tuple[bytes, bytes]]:
-    """Header lines as ASGI has them."""
+    """Header lines in the form of ASGI."""
     return [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]

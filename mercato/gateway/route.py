@@ -1,4 +1,4 @@
-"""What a route of the API's table says. The routes are in `routes/`, one file a service; `app.py` answers from them."""
+"""The declaration of a route. The routes are in `routes/`, one file a service; `app.py` answers requests from them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 MAX_BODY_BYTES: Final = 1_048_576
 
 PART_LIMIT: Final = 1_000
-"""So many entries of a part are in one answer, or a few more."""
+"""The entries of a part in one answer; the last page may exceed it."""
 
 NO_TEXT: Final[Mapping[str, str]] = types.MappingProxyType({})
 
@@ -28,7 +28,7 @@ class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     @classmethod
     def wrong_members(cls, given: Collection[str]) -> Iterable[tuple[str, str]]:
-        """What is wrong with which members are given, and not null: pairs of field and message."""
+        """Errors in the combination of members that are given, and not null: pairs of field and message."""
         return ()
 
 
@@ -38,7 +38,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class RouteRequest(msgspec.Struct, gc=False):
-    """A request as a route sees it: who asks, and its parts, checked and typed."""
+    """A request as a route gets it: its actor and its parts, checked and typed."""
 
     actor: Actor
     path: Mapping[str, int]
@@ -52,29 +52,29 @@ class RouteRequest(msgspec.Struct, gc=False):
     idempotency_key: str | None
     fingerprint: bytes
     wait_ms: int | None
-    """How long the client would wait (`Prefer: wait=N`); None where it did not say so."""
+    """How long the client waits (`Prefer: wait=N`); None without that preference."""
     currency: str
-    """Of the shop: of an amount that is about nothing that has one."""
+    """The currency of the shop, for amounts without one."""
     text: Mapping[str, str] = NO_TEXT
     """The texts in the path, by name."""
     session_id: str = ""
-    """The session of the caller's access token, for a route that asks for it; empty without a token."""
+    """The session of the caller's access token, for a route with `knows_session`; empty without a token."""
     address: str = ""
-    """Of the client's connection, for a route that asks for it."""
+    """The address of the client's connection, for a route with `knows_address`."""
     access_token: str | None = None
-    """Of a guest's order, for the routes that take one."""
+    """The access token of a guest's order, for the routes that take one."""
     counts: bool = False
     """Whether the client asks how many entries a collection has (`Prefer: count=exact`)."""
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """`body_bytes`: the largest body. `per_second`, `burst`: how often one caller may; None: as often as they like."""
+    """`body_bytes`: the largest body. `per_second`, `burst`: the rate of one caller; None: no limit."""
 
     body_bytes: int = MAX_BODY_BYTES
     per_second: int | None = None
     burst: int = 1
     done_per_hour: int | None = None
-    """How often callers without an account may succeed from one address; None: as often as they like."""
+    """How often anonymous callers from one address may succeed; None: no limit."""
 
 
 class Page(msgspec.Struct, frozen=True):
@@ -87,32 +87,31 @@ class Page(msgspec.Struct, frozen=True):
 class Wait(msgspec.Struct, frozen=True):
     """What `Prefer: wait=N` (RFC 7240) waits for, once the route's own operation has answered.
 
-    `operation` gets what `request` makes of that answer and the milliseconds to wait; `answer` makes the route's answer
-    out of both. Where waiting fails, the route's own answer stands: it is true.
+    `request` makes the request of `operation` from that answer and the milliseconds to wait; `answer` makes the route's
+    answer from both answers. Where waiting fails, the client gets the route's own answer, which is still correct.
     """
 
     operation: Operation[Any, Any]
     request: Callable[[Any, int], Any]
     answer: Callable[[Any, Any], Any]
     refusals: tuple[type[ServiceError], ...] = ()
-    """Errors of `operation` that are answered as problems: what was begun has been refused. Their Location is where it
-    is all the same."""
+    """Errors of `operation` that are answered as problems: the order was refused. They have its Location."""
     details: Callable[[Any], Mapping[str, Any]] = lambda _: {}
-    """What such a problem says besides, out of the route's own answer."""
-    told: Callable[[ServiceError], ServiceError] = lambda error: error
-    """What of such an error callers get."""
+    """Further details of such a problem, from the route's own answer."""
+    shown: Callable[[ServiceError], ServiceError] = lambda error: error
+    """The error that callers get for such an error."""
 
 
 class Part(msgspec.Struct, frozen=True):
-    """What else a route's answer holds: the entries of a collection that another operation gives, page by page.
+    """A part of a route's answer: the entries of a collection that another operation gives, page by page.
 
-    `first` makes the query of the first page of the answer of the route's own operation; the later pages change it by
-    `Page.next_query`. `request` makes the operation's request of both.
+    `first` makes the query of the first page from the answer of the route's own operation; `Page.next_query` changes it
+    for the next pages. `request` makes the operation's request from both.
     """
 
     name: str
     path: str
-    """Of the route that lists the collection by the same query: it gives what an answer leaves out."""
+    """The path of the route that lists the collection by the same query: it gives the entries beyond the limit."""
     operation: Operation[Any, Any]
     first: Callable[[Any], Mapping[str, str]]
     request: Callable[[Any, Mapping[str, str]], Any]
@@ -122,7 +121,7 @@ class Part(msgspec.Struct, frozen=True):
 class Gathered(msgspec.Struct, frozen=True):
     """The answer of a route with parts: that of its own operation, and at most `PART_LIMIT` entries of each part.
 
-    `next`: of the parts that have more, by name, where they go on, as path and query.
+    `next`: for each part that has more, by name, the path and query of the next entries.
     """
 
     answer: Any
@@ -135,7 +134,7 @@ def gathering(
     call: Callable[[Any], Awaitable[Any]],
     client: Callable[[Operation[Any, Any]], Call[Any, Any]],
 ) -> Callable[[Any], Awaitable[Gathered]]:
-    """The call of a route with parts: its own, then each part page by page."""
+    """The call of a route with parts: of its own operation, then of each part page by page."""
     calls = [(part, client(part.operation)) for part in parts]
 
     async def gather(asked: Any) -> Gathered:
@@ -158,20 +157,20 @@ def gathering(
 
 
 class Form(msgspec.Struct, frozen=True, kw_only=True):
-    """Another form of a request that a route takes, as one of the reference systems prints it (A to E).
+    """Another form of a request that a route takes, from the documents of a reference system (A to E).
 
-    It is looked at only where the request is not in the route's own form. What it does not say is as in its route.
+    It is tried only where the request is not in the route's own form. Its defaults are the values of its route.
     """
 
     system: str
     method: Method
     path: str
-    """With `method`: of the route."""
+    """`method` and `path` are those of the route."""
     summary: str
     is_body: Callable[[Mapping[str, Any]], bool] | None = None
-    """How its body is recognised, by the members of the JSON object; None: by `text`."""
+    """Recognises its body by the members of the JSON object; None: the form is recognised by `text`."""
     text: Mapping[str, Any] = {}
-    """The parameters of the path that are texts in this form, with their types, and numbers in the route's own."""
+    """The types of those path parameters that are texts in this form, and numbers in the route's own."""
     body: type[Input] | None = None
     examples: Mapping[str, Mapping[str, Any]] = {}
     operation: Operation[Any, Any] | None = None
@@ -183,7 +182,7 @@ class Form(msgspec.Struct, frozen=True, kw_only=True):
     errors: tuple[type[ServiceError], ...] = ()
 
     def of(self, route: Route) -> Route:
-        """The route as it is for this form."""
+        """The route for this form."""
         return msgspec.structs.replace(
             route,
             text=self.text or route.text,
@@ -203,7 +202,7 @@ class Form(msgspec.Struct, frozen=True, kw_only=True):
 class Route(msgspec.Struct, frozen=True, kw_only=True):
     """One route: everything that the API promises about a method and a path.
 
-    `request` makes the operation's request of what was asked; `answer` makes the JSON of the operation's answer: an
+    `request` makes the operation's request; `answer` makes the JSON answer from that of the operation: an
     `Output`, a `Page` for a collection, or None for no body. Both are pure.
     """
 
@@ -212,7 +211,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     operation: Operation[Any, Any]
     summary: str
     text: Mapping[str, Any] = {}
-    """The parameters of the path that are texts, with their types; the others are ids, which are numbers."""
+    """The types of those path parameters that are texts; the others are ids, which are numbers."""
     knows_session: bool = False
     """Whether `request` is given the session of the caller's access token."""
     knows_address: bool = False
@@ -222,10 +221,10 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     output: Any
     """The type of the JSON answer, for the documentation: what `answer` gives, `list[X]` for a page of X, or None."""
     roles: frozenset[str]
-    """Who may. Without a default: a route that forgets to say so is refused at the start, instead of being public."""
+    """The roles that may call it. Required: a route without roles fails at the start, instead of being public."""
     ignores_token: bool = False
-    """For the routes that give tokens: one that has expired must not keep its owner from a new one, and accounts of an
-    attacker's own must not multiply how often a password may be guessed."""
+    """For the routes that issue tokens: an expired token must not prevent its owner from getting a new one, and
+    accounts of an attacker must not multiply how often a password may be guessed."""
     status: int = 200
     query: type[Input] | None = None
     body: type[Input] | None = None
@@ -236,41 +235,40 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     idempotency: bool = False
     """Whether `Idempotency-Key` is honoured. Where it is not, sending it is refused rather than ignored."""
     idempotency_required: bool = False
-    """Whether a request without `Idempotency-Key` is refused: doing it twice by accident would do harm."""
+    """Whether a request without `Idempotency-Key` is refused, because doing it twice would do harm."""
     wait: Wait | None = None
-    """Whether `Prefer: wait=N` is honoured, and how."""
+    """How `Prefer: wait=N` is honoured; None: it is ignored."""
     parts: tuple[Part, ...] = ()
-    """Whether the answer holds more than that of `operation`: `answer` is given a `Gathered` then."""
+    """Further parts of the answer. `answer` gets a `Gathered` then."""
     takes_ended_session: bool = False
-    """Whether an access token whose session has ended may come: the operation looks at the session by itself."""
+    """Whether an access token of an ended session is accepted: the operation checks the session by itself."""
     for_customers: Callable[[Any], Any] | None = None
-    """What callers other than staff get of the operation's answer: `answer` and `etag` take its result as well."""
+    """Reduces the operation's answer for callers other than staff: `answer` and `etag` take its result as well."""
     is_public: bool = False
-    """Whether the answer is the same for all callers: caches may keep it, and ask again. No cache keeps another."""
+    """Whether the answer is the same for all callers: caches may store it, and revalidate. No cache stores others."""
     etag: Callable[[Any], int | str | None] | None = None
-    """The version of the answer, for its ETag; None where there is no version yet that a change could name."""
+    """The version of the answer, for its ETag; None where it has no version yet."""
     if_match: bool = False
     """Whether `If-Match` is honoured."""
     fields: Mapping[str, str] = {}
-    """What the operation calls a field, to what the API calls it, where that differs."""
+    """From the operation's name of a field to the API's, where they differ."""
     location: Callable[[Any], str] | None = None
     replayed: Callable[[Any], bool] | None = None
     """Whether the answer is the stored one of an earlier request with the same key."""
     limits: Limits = Limits()
     priority: Priority = Priority.BROWSE
-    """Which requests are let in first where there are too many. `PRIORITIES` in `routes/` sets it."""
+    """Which requests enter first under overload. `PRIORITIES` in `routes/` sets it."""
     tries: Callable[[RouteRequest], str | None] | None = None
-    """The account for which a request shows a password, in a spelling of its own; None for one that shows none. After
-    wrong ones (errors of kind UNAUTHENTICATED), further tries from the same address wait."""
+    """The key of the account for which a request has a password; None for a request without one. After wrong passwords
+    (errors of kind UNAUTHENTICATED), further attempts from the same address wait."""
     errors: tuple[type[ServiceError], ...] = ()
     """The operation's own errors, for the documentation."""
     is_guest: Callable[[Any], bool] | None = None
-    """For a route that guests may use: whether the request of the operation is a guest's. Then it is anonymous."""
+    """For a route that guests may use: whether the operation's request is a guest's. Then its actor is anonymous."""
     takes_access_token: bool = False
     """Whether a guest who sends the access token of an order may use the route for that order."""
     guest_operation: Operation[Any, Any] | None = None
-    """What answers a request with an access token, where that is not `operation`. `request` makes the request of
-    either."""
+    """The operation for requests with an access token, where it is not `operation`. `request` makes its request too."""
     system: str = ""
-    """The reference system whose request this is; empty for the API's own."""
+    """The reference system that has this request; empty for a route of the API's own."""
     forms: tuple[Form, ...] = ()

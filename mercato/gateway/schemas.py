@@ -1,8 +1,8 @@
-"""JSON schemas (Draft 2020-12) of the messages at the edge: what msgspec says about a type, made exact and readable.
+"""JSON schemas (Draft 2020-12) of the API's messages: those of msgspec, made exact and readable.
 
-msgspec describes how it encodes; the API's reader wants to know what may be sent and what comes back. So amounts are
-strings or numbers, times have their format, enumerations keep the order in which they are declared (the order of an
-order's life), and every field of an answer is there.
+msgspec describes how it encodes; a client needs to know what it may send and what it gets. So amounts are strings or
+numbers, times have their format, enumerations keep the order in which they are declared (the order of the states of an
+order), and every field of an answer is required.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CURRENCY: Final = "CurrencyCode"
 def components(models: Sequence[Any], queries: Collection[Any] = ()) -> tuple[tuple[Schema, ...], dict[str, Schema]]:
     """The schema of each model, in order, and what they refer to, by name. Those of `queries` keep their defaults."""
     structs = {struct: None for model in models for struct in _structs(model)}
-    # msgspec sees no struct in a type of ours.
+    # msgspec does not look for structs in custom types.
     referred = [MoneyIn] if MoneyIn in structs else []
     references, raw = msgspec.json.schema_components([*models, *referred], schema_hook=_amount, ref_template=REFERENCE)
     named = {name: _plain(schema) for name, schema in raw.items()}
@@ -39,7 +39,7 @@ def components(models: Sequence[Any], queries: Collection[Any] = ()) -> tuple[tu
         _refine(struct, schema)
         if struct not in queries:
             _say_defaults(struct, schema)
-        # The name is the key already.
+        # The key is the name already.
         schema.pop("title", None)
     named[CURRENCY] = {"description": "ISO 4217.", "type": "string", "enum": list(EXPONENTS)}
     return tuple(_plain(reference) for reference in references[: len(models)]), named
@@ -49,17 +49,17 @@ def _amount(kind: type[Any]) -> Schema:
     if kind is AmountIn:
         return {"anyOf": [_amount(Amount), {"$ref": REFERENCE.format(name=MoneyIn.__name__)}]}
     assert kind is Amount, f"{kind} has no schema"
-    # `pattern` speaks about strings alone and `minimum` about numbers alone.
+    # `pattern` applies only to strings and `minimum` only to numbers.
     return {"type": ["string", "number"], "pattern": AMOUNT_PATTERN, "maxLength": AMOUNT_LENGTH, "minimum": 0}
 
 
 def plain(kind: Any) -> Schema:
-    """The schema of a type that is no model, in its plainest form."""
+    """The schema of a type that is no model, in its simplest form."""
     return _plain(msgspec.json.schema(kind))
 
 
 def without_null(schema: Schema) -> Schema:
-    """The schema for a place that cannot hold null, such as a query parameter: there, nothing is its absence."""
+    """The schema for a query parameter: it cannot be null, only missing."""
     options = schema.get("anyOf")
     if isinstance(options, list):
         left = [option for option in cast(list[Schema], options) if option != {"type": "null"}]
@@ -76,7 +76,7 @@ def without_null(schema: Schema) -> Schema:
 
 
 def as_text(schema: Schema) -> Schema:
-    """The schema for a place that holds text alone: an amount in it is a string."""
+    """The schema for a query parameter: an amount in it is a string."""
     if schema.get("type") != ["string", "number"]:
         return schema
     return {key: part for key, part in schema.items() if key != "minimum"} | {"type": "string"}
@@ -86,7 +86,7 @@ def as_text(schema: Schema) -> Schema:
 
 
 def _plain(value: Any) -> Any:
-    """A schema, or a part of one, in its plainest equivalent form."""
+    """A schema, or a part of one, in its simplest equivalent form."""
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in cast(Sequence[Any], value)]
     if not isinstance(value, dict):
@@ -110,7 +110,7 @@ def _plain(value: Any) -> Any:
 
 
 def _nullable(schema: Schema) -> Schema:
-    """`{"type": [X, "null"]}` for an X or null, where X is not a reference. A default of null goes without saying."""
+    """`{"type": [X, "null"]}` for an X or null, where X is not a reference. Drops a default of null."""
     if "default" in schema and schema["default"] is None:
         del schema["default"]
     options = schema.get("anyOf")
@@ -133,7 +133,7 @@ def _nullable(schema: Schema) -> Schema:
 
 
 def _structs(model: Any) -> Iterator[type[msgspec.Struct]]:
-    """Every struct that a type is made of."""
+    """Every struct within a type."""
     if model is AmountIn:
         model = MoneyIn
     if isinstance(model, type) and issubclass(model, msgspec.Struct):
@@ -145,7 +145,7 @@ def _structs(model: Any) -> Iterator[type[msgspec.Struct]]:
 
 
 def _refine(struct: type[msgspec.Struct], schema: Schema) -> None:
-    """Adds what the types know and msgspec's schema does not say."""
+    """Adds what msgspec's schema omits about the types."""
     fields = msgspec.structs.fields(struct)
     for field in fields:
         shown = schema["properties"][field.encode_name]
@@ -159,7 +159,7 @@ def _refine(struct: type[msgspec.Struct], schema: Schema) -> None:
 
 
 def _say_defaults(struct: type[msgspec.Struct], schema: Schema) -> None:
-    """Defaults in words. As `default`, generators of clients take them for values that are always there."""
+    """Moves defaults to descriptions. Generators of clients take `default` for a value that is always present."""
     for shown in schema["properties"].values():
         default = shown.pop("default", "")
         if issubclass(struct, Input) and default != "":
@@ -168,7 +168,7 @@ def _say_defaults(struct: type[msgspec.Struct], schema: Schema) -> None:
 
 
 def _literals(kind: Any) -> tuple[Any, ...]:
-    """The values of `Literal[...]`, also inside of `... | None` and `Annotated`, as declared. None: no literal."""
+    """The values of `Literal[...]`, also inside of `... | None` and `Annotated`, as declared. Empty: no literal."""
     if get_origin(kind) is Literal:
         return get_args(kind)
     if get_origin(kind) in (list, tuple, dict):

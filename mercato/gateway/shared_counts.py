@@ -1,12 +1,12 @@
-"""Numbers that the processes of a gateway on one machine share, by key: what has been counted about a caller.
+"""Numbers that the processes of a gateway on one machine share, by key: counts of the requests of a caller.
 
-A table of fixed size in a file without a name, which the processes inherit and map (`new_file`); one process alone has
-memory of its own. A key is kept as a keyed hash, whose first bytes choose a set of `WAYS` slots. A new key takes the
-slot that expires first in its set: the memory is bounded, and what is forgotten first matters least.
+A table of fixed size in a file without a name, which the processes inherit and map (`new_file`); a single process has
+memory of its own. A key is stored as a keyed hash, whose first bytes choose a set of `WAYS` slots. A new key takes the
+slot that expires first in its set: so the memory is bounded.
 
 A change is made under a lock of its set (`fcntl`), which takes microseconds. No process waits long for another: where
-one loses its processor, or is stopped, while it has the lock, the others give up after `TRIES`, count without the lock,
-and may count a request too few.
+one loses its processor, or is stopped, while it has the lock, the others give up after `LOCK_ATTEMPTS`, count without
+the lock, and may count a request too few.
 """
 
 from __future__ import annotations
@@ -21,27 +21,35 @@ import struct
 import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 SLOTS: Final = 16_384
 WAYS: Final = 16
-TRIES: Final = 200
-"""For a lock that another process has, which it gives back within microseconds; a millisecond in all."""
+LOCK_ATTEMPTS: Final = 200
+"""For a lock that another process has, which it releases within microseconds; a millisecond in all."""
 
 KEY_BYTES: Final = 16
 HEADER_BYTES: Final = 64
 """The file begins with the key of its hashes."""
 SLOT: Final = struct.Struct(f"={KEY_BYTES}s4d")
-SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  # the file has no name in it
+SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  # the file gets no name there
 
 Numbers = tuple[float, float, float]
 NOTHING: Final[Numbers] = (0.0, 0.0, 0.0)
-Change = Callable[[Numbers], tuple[Numbers, float]]
-"""From the numbers of a key, `NOTHING` for a new one, to those that it has then, and when they may be forgotten."""
+Change = Callable[[Numbers], "Changed"]
+"""Takes the numbers of a key, `NOTHING` for a new one."""
+
+
+class Changed(NamedTuple):
+    """The new numbers of a key, when they may be removed, and how many seconds the caller has to wait, if any."""
+
+    numbers: Numbers
+    expires_at: float
+    wait: float = 0.0
 
 
 def new_file() -> int:
-    """The descriptor of a file for processes that inherit it. It is gone when the last of them has ended."""
+    """The descriptor of a file for processes that inherit it. The kernel removes it when the last of them has ended."""
     folder = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         file.write(secrets.token_bytes(HEADER_BYTES))
@@ -52,31 +60,33 @@ def new_file() -> int:
 class SharedCounts:
     """`file`: a descriptor of `new_file`; None: nothing is shared. `clock` is that of the machine.
 
-    `tries`: how often a lock is asked for before a change is made without it.
+    `lock_attempts`: how often a lock is tried before a change is made without it.
     """
 
-    def __init__(self, clock: Callable[[], float], file: int | None = None, *, tries: int = TRIES) -> None:
+    def __init__(
+        self, clock: Callable[[], float], file: int | None = None, *, lock_attempts: int = LOCK_ATTEMPTS
+    ) -> None:
         self._clock = clock
         self._file = file
-        self._tries = tries
+        self._lock_attempts = lock_attempts
         size = HEADER_BYTES + SLOTS * SLOT.size
         self._memory = mmap.mmap(-1 if file is None else file, size)
         if file is None:
             self._memory[:HEADER_BYTES] = secrets.token_bytes(HEADER_BYTES)
         self._key = bytes(self._memory[:HEADER_BYTES])
 
-    def change(self, key: str, change: Change) -> Numbers:
-        """Changes the numbers of a key, and gives them as they are then. `change` must not wait for anything."""
+    def change(self, key: str, change: Change) -> Changed:
+        """Changes the numbers of a key, and gives the result of `change`, which must not wait for anything."""
         digest = hashlib.blake2b(key.encode(), key=self._key, digest_size=KEY_BYTES).digest()
         begin = HEADER_BYTES + int.from_bytes(digest[:4]) % (SLOTS // WAYS) * WAYS * SLOT.size
         with self._locked(begin):
             offset, numbers = self._find(digest, begin)
-            changed, expires_at = change(numbers)
-            SLOT.pack_into(self._memory, offset, digest, *changed, expires_at)
+            changed = change(numbers)
+            SLOT.pack_into(self._memory, offset, digest, *changed.numbers, changed.expires_at)
         return changed
 
     def _find(self, digest: bytes, begin: int) -> tuple[int, Numbers]:
-        """The place of a key in its set with its numbers, or that of the key which gives way to it."""
+        """The slot of a key in its set, with its numbers; for a new key, the slot that it takes from another."""
         now, first, first_at = self._clock(), begin, float("inf")
         for offset in range(begin, begin + WAYS * SLOT.size, SLOT.size):
             known, *numbers, expires_at = SLOT.unpack_from(self._memory, offset)
@@ -91,7 +101,7 @@ class SharedCounts:
         if self._file is None:
             yield
             return
-        is_locked = any(self._lock(begin) for _ in range(self._tries))
+        is_locked = any(self._lock(begin) for _ in range(self._lock_attempts))
         try:
             yield
         finally:

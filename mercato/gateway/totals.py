@@ -1,9 +1,8 @@
-"""`Prefer: count=exact` (RFC 7240): a page comes with the number of all that its filters match, in `Total-Count`.
+"""`Prefer: count=exact` (RFC 7240): a page has the number of all entries that its filters match, in `Total-Count`.
 
-A count reads all that it counts. So it is made for those alone who ask, enters as a report does where there are too
-many requests, and is given up after a time that the service sets, or at once where many ask (`Database.count`): then
-the page comes without the number and without Preference-Applied. The number is of another moment than the page, if only
-a little.
+A count reads all entries. So it is made only for requests that ask for it, has the priority of a report under overload,
+and is given up after a time that the service sets, or at once where many ask (`Database.count`): then the page comes
+without the number and without Preference-Applied. The number is counted right after the page is read.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def are_counted(route: Route) -> bool:
 
 
 def asking(route: Route) -> Callable[[RouteRequest], Any]:
-    """What makes the request of the route's operation, so that it asks for the total where the client does."""
+    """The function that makes the request of the route's operation, with `count` where the client asks for it."""
     if not are_counted(route) or _is_whole(route):
         return route.request
 
@@ -35,16 +34,16 @@ def asking(route: Route) -> Callable[[RouteRequest], Any]:
 
 
 def lines(answer: Any, page: Page) -> tuple[bytes, ...]:
-    """The header fields of a page for which the total was asked. `answer`: of the operation; `page`: before slicing."""
+    """The header fields of a page with a total. `answer`: of the operation; `page`: before slicing."""
     total = getattr(answer, "total", len(page.items))
     return () if total is None else (b"total-count: %d" % total, b"preference-applied: count=exact")
 
 
 def vary(route: Route) -> tuple[bytes, ...]:
-    """For caches: the answer with the total is another."""
+    """For caches: the answer with the total differs."""
     return (b"vary: Prefer",) if are_counted(route) else ()
 
 
 def _is_whole(route: Route) -> bool:
-    """Whether the operation gives all of the collection, whatever the page."""
+    """Whether the operation gives all entries of the collection for each page."""
     return route.query is not None and issubclass(route.query, cursors.SliceQuery)

@@ -1,22 +1,23 @@
 """From bytes to typed input, with every wrong field named at once.
 
-The fast path is one typed decode. Only when it fails is the input looked at field by field; msgspec itself stops at
-the first error.
+The fast path is one typed decode. Only when it fails is the input checked field by field, because msgspec stops at the
+first error.
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
 import types
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Final, Literal, TypeVar, Union, cast, get_args, get_origin
 from urllib.parse import parse_qsl
 
 import msgspec
 
 from mercato.chassis.contract import MAX_ID, FieldError, InvalidRequest, ServiceError, checks, explained
-from mercato.gateway.money import AmountIn, ExactFloat, MoneyIn, checked_currency, decode_amount, exact_float
+from mercato.gateway.money import AmountIn, ExactFloat, MoneyIn, currency_errors, decode_amount, exact_float
 from mercato.gateway.problems import BodyTooLarge, MalformedJson, RouteNotFound
 from mercato.gateway.route import Input
 
@@ -25,24 +26,24 @@ S = TypeVar("S", bound=msgspec.Struct)
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 ERRORS_LIMIT: Final = 50
-"""So many wrong fields are named; a body of a megabyte can have more."""
+"""At most so many wrong fields are named; a body of a megabyte can have more."""
 
 QUERY_FIELDS_LIMIT: Final = 50
 
 WHOLE_DIGITS: Final = 20
-"""A number with more digits is none that a field takes."""
+"""No field takes a whole number with more digits."""
 
 
 def shared(source: type[msgspec.Struct], target: type[msgspec.Struct], *given: str) -> Callable[[Any], dict[str, Any]]:
-    """Gives the values of those fields that both have by name, as keywords; but not of those that are `given`."""
+    """A getter of the fields that both types have, as keywords; without those that the caller has `given`."""
     names = tuple(n for n in target.__struct_fields__ if n in source.__struct_fields__ and n not in given)
-    assert len(names) > 1, "of a single one, the getter would not give a tuple"
+    assert len(names) > 1, "for a single name, attrgetter gives no tuple"
     values = operator.attrgetter(*names)
     return lambda message: dict(zip(names, values(message), strict=True))
 
 
 class ClientGone(Exception):
-    """The client closed the connection before its request was complete. There is no one to answer."""
+    """The client closed the connection before its request was complete, so there is nothing to answer."""
 
 
 async def read_body(receive: Receive, limit_bytes: int) -> bytes:
@@ -83,7 +84,7 @@ def decode_body(decoder: msgspec.json.Decoder[S], body: bytes) -> S:
 
 
 def _with_integers(value: Any) -> Any:
-    """A decoded body in which 5.0 is 5: for JSON schemas, which describe the API, both are one integer."""
+    """A decoded body in which 5.0 is 5: for JSON schemas, which describe the API, both are integers."""
     if isinstance(value, ExactFloat):
         whole, _, fraction = value.written.partition(".")
         is_whole = bool(fraction) and not fraction.strip("0") and whole != "-0" and len(whole) <= WHOLE_DIGITS
@@ -96,7 +97,7 @@ def _with_integers(value: Any) -> Any:
 
 
 def members_of(body: bytes) -> Mapping[str, Any]:
-    """The members of a body that is a JSON object; nothing for any other."""
+    """The members of a body that is a JSON object; empty for any other body."""
     try:
         value = _decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -129,7 +130,7 @@ def decode_query(model: type[S], query: bytes) -> S:
 
 
 def _stretched(asked: msgspec.Struct, given: Mapping[str, str]) -> list[FieldError]:
-    """What msgspec reads into a text and nobody means: `null` would be no filter at all, `1e2` a hundred."""
+    """Texts that msgspec accepts and this refuses: `null` would mean no filter, `1e2` a hundred."""
     errors: list[FieldError] = []
     for name, text in given.items():
         value = getattr(asked, name)
@@ -147,15 +148,21 @@ def invalid(*errors: tuple[str, str]) -> InvalidRequest:
     return InvalidRequest(errors=tuple(FieldError(field=field, message=message) for field, message in errors))
 
 
+def refuse_wrong(errors: Sequence[FieldError]) -> None:
+    """Raises `InvalidRequest` where there are errors."""
+    if errors:
+        raise InvalidRequest(errors=tuple(errors))
+
+
 def all_wrong(errors: Sequence[FieldError], *checks: Callable[[], object]) -> InvalidRequest:
-    """One refusal of `errors` and of what each of `checks` refuses."""
+    """One error that has `errors` and those that `checks` raise."""
     found = list(errors)
     for check in checks:
         try:
             check()
         except InvalidRequest as error:
             found += error.errors
-        except ServiceError:  # of another kind: that is for a request that is valid
+        except ServiceError:  # of another kind: it matters only for a valid request
             pass
     return InvalidRequest(errors=tuple(found[:ERRORS_LIMIT]))
 
@@ -174,7 +181,7 @@ def texts_of(parts: Mapping[str, str], kinds: Mapping[str, Any]) -> Mapping[str,
 
 
 def numbers_of(parts: Mapping[str, str], path: str) -> Mapping[str, int]:
-    """The parameters of a path that are ids. Raises `InvalidRequest`, and `RouteNotFound` for what is no id."""
+    """The parameters of a path that are ids. Raises `InvalidRequest`, and `RouteNotFound` for an impossible id."""
     numbers: dict[str, int] = {}
     errors: list[FieldError] = []
     for name, text in parts.items():
@@ -184,7 +191,7 @@ def numbers_of(parts: Mapping[str, str], path: str) -> Mapping[str, int]:
             errors.append(FieldError(field=f"path {name}", message="is not a number"))
     if errors:
         raise InvalidRequest(errors=tuple(errors))
-    # A number that no id can be is not a mistake in the request: there is nothing there.
+    # A number that no id can be is not a malformed request: it is not found.
     if not all(1 <= number <= MAX_ID for number in numbers.values()):
         raise RouteNotFound(path=path)
     return numbers
@@ -193,68 +200,67 @@ def numbers_of(parts: Mapping[str, str], path: str) -> Mapping[str, int]:
 MAX_ID_DIGITS: Final = len(str(MAX_ID))
 
 
-# ---------------------------------------------------------------------------------------------------- which fields
+# ---------------------------------------------------------------------------------------------------- wrong fields
 
 
 def wrong_fields(model: Any, value: Any, path: str, *, strict: bool = True) -> list[FieldError]:
     """Every field of `value` that does not fit `model`, at most `ERRORS_LIMIT` of them, in the order of the model."""
-    errors: list[FieldError] = []
-    _collect(model, value, path, strict, errors)
-    return errors[:ERRORS_LIMIT]
+    return list(itertools.islice(_wrong(model, value, path, strict), ERRORS_LIMIT))
 
 
-def _collect(model: Any, value: Any, path: str, strict: bool, errors: list[FieldError]) -> None:
-    if len(errors) >= ERRORS_LIMIT:
-        return
+def _wrong(model: Any, value: Any, path: str, strict: bool) -> Iterator[FieldError]:
     try:
         fitting = msgspec.convert(value, model, strict=strict, dec_hook=decode_amount)
     except msgspec.ValidationError as error:
         message = _message(error, model)
     else:
-        _check(model, fitting, path, errors)
+        yield from _check(model, fitting, path)
         return
     model = _without_none(model)
     model = MoneyIn if model is AmountIn and isinstance(value, Mapping) else model
     if _is_struct(model) and isinstance(value, Mapping):
-        _collect_struct(model, cast(Mapping[str, Any], value), path, strict, errors)
+        yield from _wrong_in_struct(model, cast(Mapping[str, Any], value), path, strict)
     elif (item := _item_type(model)) is not None and isinstance(value, Sequence) and not isinstance(value, str):
-        before = len(errors)
-        for i, element in enumerate(cast(Sequence[Any], value)):
-            _collect(item, element, f"{path}[{i}]", strict, errors)
-        if len(errors) == before:  # each element fits: it is the length that does not
-            errors.append(FieldError(field=path, message=message))
+        elements = enumerate(cast(Sequence[Any], value))
+        found = (error for i, element in elements for error in _wrong(item, element, f"{path}[{i}]", strict))
+        # Where each element fits, the length is wrong.
+        yield next(found, FieldError(field=path, message=message))
+        yield from found
     else:
         known = get_args(model) if get_origin(model) is Literal else ()
         message = f"must be one of {', '.join(map(str, known))}" if known and isinstance(value, str) else message
-        errors.append(FieldError(field=path or "body", message=message))
+        yield FieldError(field=path or "body", message=message)
 
 
-def _check(model: Any, value: Any, path: str, errors: list[FieldError]) -> None:
-    """What a service would find wrong with a value that fits its type: said together with what does not fit."""
+def _check(model: Any, value: Any, path: str) -> Iterator[FieldError]:
+    """Errors that only the service would find in a value of the right type: reported with the other errors."""
     if value is None:
         return
-    found = [FieldError(field=path, message=message) for check in checks(model) if (message := check(value))]
+    for check in checks(model):
+        if message := check(value):
+            yield FieldError(field=path, message=message)
     if isinstance(value, AmountIn):
-        checked_currency(f"{path}.currency", value.currency, found)
-    errors += found
+        yield from currency_errors(f"{path}.currency", value.currency)
 
 
-def _collect_struct(
-    model: type[msgspec.Struct], value: Mapping[str, Any], path: str, strict: bool, errors: list[FieldError]
-) -> None:
+def _wrong_in_struct(
+    model: type[msgspec.Struct], value: Mapping[str, Any], path: str, strict: bool
+) -> Iterator[FieldError]:
     dot = f"{path}." if path else ""
     fields = msgspec.structs.fields(model)
     for field in fields:
         if field.encode_name in value:
-            _collect(field.type, value[field.encode_name], dot + field.encode_name, strict, errors)
+            yield from _wrong(field.type, value[field.encode_name], dot + field.encode_name, strict)
         elif field.required:
-            errors.append(FieldError(field=dot + field.encode_name, message="is missing"))
+            yield FieldError(field=dot + field.encode_name, message="is missing")
     known = {field.encode_name for field in fields}
     if issubclass(model, Input):
         given = {name for name, member in value.items() if member is not None}
-        errors += [FieldError(field=dot + name, message=message) for name, message in model.wrong_members(given)]
-    unknown = (name for name in value if name not in known)
-    errors += [FieldError(field=_shortened(dot + name), message="is not a known field") for name in unknown]
+        for name, message in model.wrong_members(given):
+            yield FieldError(field=dot + name, message=message)
+    for name in value:
+        if name not in known:
+            yield FieldError(field=_shortened(dot + name), message="is not a known field")
 
 
 def _is_struct(model: Any) -> bool:
@@ -293,14 +299,14 @@ def _shortened(name: str) -> str:
     return name if len(name) <= 100 else name[:100] + "..."
 
 
-# ---------------------------------------------------------------------------------------------------------- broken
+# -------------------------------------------------------------------------------------------------------- wrong JSON
 
 
 _decode: Final = msgspec.json.Decoder(float_hook=exact_float).decode
 
 
 def decoder(model: type[S]) -> msgspec.json.Decoder[S]:
-    """Of bodies of a route."""
+    """The decoder of a route's bodies."""
     return msgspec.json.Decoder(model, dec_hook=decode_amount, float_hook=exact_float)
 
 
@@ -308,10 +314,10 @@ def _explain_body(model: Any, body: bytes, error: msgspec.ValidationError) -> Ex
     try:
         value = _with_integers(_decode(body))
     except msgspec.ValidationError:
-        # A number that only a decimal can hold. The typed decode has said where the first wrong field is.
+        # A number that only a decimal can hold. The error of the typed decode names the first wrong field.
         return InvalidRequest(errors=(FieldError(field=_place(error), message=_message(error)),))
     except (msgspec.DecodeError, UnicodeDecodeError) as broken:
-        # The typed decode stopped at a wrong field; further on it is not even JSON.
+        # The typed decode stopped at a wrong field; the rest of the body is not JSON.
         return _malformed(body, broken)
     except RecursionError:
         return MalformedJson(reason="it is nested too deeply", line=1, column=1, offset=0)

@@ -1,9 +1,9 @@
-"""`Prefer: wait=N` (RFC 7240): the answer comes when what was begun has ended, or after N seconds.
+"""`Prefer: wait=N` (RFC 7240): the answer comes when the order is settled, or after N seconds.
 
-What was begun may be refused meanwhile. Then the answer is a problem, with the Location of what was begun.
+The order may be refused meanwhile. Then the answer is a problem, with the Location of the order.
 
-The server gives such an answer more time, and interrupts it when there is no use in waiting on: it is about to stop, or
-the client has left. The answer is then as things are at that moment, without Preference-Applied.
+The server gives such an answer more time, and interrupts the wait when it is about to stop, or the client has closed
+the connection. The answer is then the current state, without Preference-Applied.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Send = Callable[[Any], Awaitable[None]]
 
 
 class WaitingRoute(Protocol):
-    """How the route answers."""
+    """Renders the answers of the route."""
 
     name: str
 
     def respond(self, answer: Any, scope: Any) -> tuple[int, list[bytes], bytes]: ...
-    def add_place(self, answer: Any, lines: list[bytes]) -> None: ...
+    def location_lines(self, answer: Any) -> list[bytes]: ...
 
 
 class Waited(msgspec.Struct, frozen=True):
@@ -41,11 +41,11 @@ class Waited(msgspec.Struct, frozen=True):
     answer: Any
     is_met: bool = True
     refusal: ServiceError | None = None
-    """How what was begun has been refused, which the client hears instead of the answer."""
+    """The error with which the order was refused: the client gets it instead of the answer."""
 
 
 class Waiting:
-    """What one route waits for, by the client of its operation."""
+    """Waits for the result of one route. `ask` calls the operation that waits."""
 
     def __init__(self, wait: Wait, ask: Ask, route: WaitingRoute) -> None:
         self._wait = wait
@@ -60,16 +60,17 @@ class Waiting:
         if waited.refusal is None:
             status, lines, body = self._route.respond(waited.answer, scope)
         else:
-            status, lines, body = problems.render(self._wait.told(waited.refusal), trace_id, self._wait.details(answer))
-            self._route.add_place(answer, lines)
+            shown, details = self._wait.shown(waited.refusal), self._wait.details(answer)
+            status, lines, body = problems.render(shown, trace_id, details)
+            lines += self._route.location_lines(answer)
         if waited.is_met:
             lines.append(b"preference-applied: wait=%d" % (wait_ms // 1_000))
         return status, lines, body
 
     async def _outcome(self, answer: Any, wait_ms: int, send: Send | None) -> Waited:
-        """What the route's `answer` has come to. Where waiting fails, it is as it was: that is true.
+        """The result after the wait. Where waiting fails, it is the route's `answer`, which is still correct.
 
-        `send`: to a server that knows long answers.
+        `send`: to a server with the extension for long answers; None without it.
         """
         try:
             asking = asyncio.ensure_future(self._ask(self._wait.request(answer, wait_ms)))

@@ -318,17 +318,17 @@ def test_everything_that_a_docstring_of_the_product_names_exists() -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("texts", [explained.EXPLAINED, docs.WAY_OUT], ids=["explained", "ways out"])
+@pytest.mark.parametrize("texts", [explained.EXPLAINED, docs.REMEDIES], ids=["explained", "remedies"])
 def test_everything_that_the_description_of_the_api_names_exists(texts: Mapping[str, str]) -> None:
     assert [(name, found) for name, text in texts.items() for found in wrong_names(text)] == []
 
 
-@pytest.mark.parametrize("code", sorted(code for code, text in docs.WAY_OUT.items() if "details." in text))
-def test_a_way_out_names_details_that_the_problem_has(code: str) -> None:
+@pytest.mark.parametrize("code", sorted(code for code, text in docs.REMEDIES.items() if "details." in text))
+def test_a_remedy_names_details_that_the_problem_has(code: str) -> None:
     error = next(error for error in _subclasses(ServiceError) if error.code == code)
     shown = examples.problem(examples.error(error))["details"]
 
-    assert [name for name in re.findall(r"details\.(\w+)", docs.WAY_OUT[code]) if name not in shown] == []
+    assert [name for name in re.findall(r"details\.(\w+)", docs.REMEDIES[code]) if name not in shown] == []
 
 
 @pytest.mark.parametrize(

@@ -301,10 +301,10 @@ def test_every_problem_of_the_description_has_its_place():
     assert codes_in_the_description() <= set(Elements(text("/docs/problems")).ids)
 
 
-def test_every_problem_has_a_status_and_a_way_out():
+def test_every_problem_has_a_status_and_a_remedy():
     refusals = docs.refusals(ROUTES)
 
-    assert {refusal.code for refusal in refusals} == set(docs.WAY_OUT)
+    assert {refusal.code for refusal in refusals} == set(docs.REMEDIES)
     assert all(400 <= refusal.status < 600 and refusal.sentence for refusal in refusals)
     assert len({refusal.code for refusal in refusals}) == len(refusals)
 

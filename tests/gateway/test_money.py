@@ -9,10 +9,10 @@ import msgspec
 import pytest
 from hypothesis import given, strategies as st
 
-from mercato.chassis.contract import FieldError, InvalidRequest
+from mercato.chassis.contract import InvalidRequest
 from mercato.contracts.money import AMOUNT_LENGTH, EXPONENTS, MAX_MINOR, decimal_string, to_minor, written
 from mercato.contracts.order_refusals import AmountNotDue, NothingToRefund
-from mercato.gateway.money import Amount, AmountIn, currency_of, money
+from mercato.gateway.money import Amount, AmountIn, body_currency_errors, currency_of, money
 from mercato.gateway.route import Input
 from mercato.gateway.validation import decode_body, decode_query, decoder
 
@@ -155,9 +155,9 @@ def asked(body: Any) -> Asked:
 
 
 def currency_and_errors(body: Any) -> tuple[str | None, list[str]]:
-    errors: list[FieldError] = []
     read = asked(body)
-    return currency_of(read.amount, read.currency, errors), [error.field for error in errors]
+    errors = body_currency_errors(read.amount, read.currency)
+    return currency_of(read.amount, read.currency), [error.field for error in errors]
 
 
 @given(st.integers(0, MAX_MINOR), currencies)
@@ -195,8 +195,7 @@ def test_a_body_has_one_currency(body: Any, currency: str | None, wrong: list[st
 
 
 def test_two_currencies_are_refused_with_both() -> None:
-    errors: list[FieldError] = []
-    currency_of(AmountIn("1", "EUR"), "USD", errors)
+    errors = body_currency_errors(AmountIn("1", "EUR"), "USD")
     assert [e.message for e in errors] == ["is EUR, and currency is USD; give one of the two, or the same in both"]
 
 

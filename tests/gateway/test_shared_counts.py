@@ -10,7 +10,7 @@ from multiprocessing.synchronize import Barrier, Event
 
 import pytest
 
-from mercato.gateway.shared_counts import NOTHING, SLOTS, Numbers, SharedCounts, new_file
+from mercato.gateway.shared_counts import NOTHING, SLOTS, Changed, Numbers, SharedCounts, new_file
 
 PROCESSES = 2
 TIMES = 2_000
@@ -25,17 +25,17 @@ class StoppedClock:
         return self.seconds
 
 
-def one_more(numbers: Numbers) -> tuple[Numbers, float]:
-    return (numbers[0] + 1, numbers[1], numbers[2]), LATER
+def one_more(numbers: Numbers) -> Changed:
+    return Changed((numbers[0] + 1, numbers[1], numbers[2]), LATER)
 
 
-def look(numbers: Numbers) -> tuple[Numbers, float]:
-    return numbers, LATER if numbers != NOTHING else 0.0
+def look(numbers: Numbers) -> Changed:
+    return Changed(numbers, LATER if numbers != NOTHING else 0.0)
 
 
 def count_up(file: int, start: Barrier) -> None:
     # The other process may lose its processor while it has the lock, for as long as the machine likes.
-    counts = SharedCounts(StoppedClock().monotonic, file, tries=sys.maxsize)
+    counts = SharedCounts(StoppedClock().monotonic, file, lock_attempts=sys.maxsize)
     start.wait()
     for _ in range(TIMES):
         counts.change("a key", one_more)
@@ -54,7 +54,7 @@ def test_processes_count_together_and_lose_nothing() -> None:
 
         assert [process.exitcode for process in processes] == [0] * PROCESSES
         counts = SharedCounts(StoppedClock().monotonic, file)
-        assert counts.change("a key", look) == (PROCESSES * TIMES, 0.0, 0.0)
+        assert counts.change("a key", look).numbers == (PROCESSES * TIMES, 0.0, 0.0)
     finally:
         os.close(file)
 
@@ -63,18 +63,20 @@ def test_one_process_alone_shares_nothing() -> None:
     one, other = SharedCounts(StoppedClock().monotonic), SharedCounts(StoppedClock().monotonic)
     one.change("a key", one_more)
 
-    assert (one.change("a key", look), other.change("a key", look)) == ((1.0, 0.0, 0.0), NOTHING)
+    assert one.change("a key", look).numbers == (1.0, 0.0, 0.0)
+    assert other.change("a key", look).numbers == NOTHING
 
 
 def test_what_has_expired_is_forgotten() -> None:
     clock = StoppedClock()
     counts = SharedCounts(clock.monotonic)
-    counts.change("a key", lambda _: ((1.0, 2.0, 3.0), clock.seconds + 5))
+    counts.change("a key", lambda _: Changed((1.0, 2.0, 3.0), clock.seconds + 5))
     clock.seconds += 4
-    before = counts.change("a key", lambda numbers: (numbers, clock.seconds + 1))
+    before = counts.change("a key", lambda numbers: Changed(numbers, clock.seconds + 1))
     clock.seconds += 1
 
-    assert (before, counts.change("a key", look)) == ((1.0, 2.0, 3.0), NOTHING)
+    assert before.numbers == (1.0, 2.0, 3.0)
+    assert counts.change("a key", look).numbers == NOTHING
 
 
 @pytest.mark.parametrize("file", ["none", "shared"])
@@ -83,17 +85,17 @@ def test_the_memory_is_bounded_and_what_expires_first_gives_way(file: str) -> No
     counts = SharedCounts(StoppedClock().monotonic, descriptor)
     counts.change("lasting", one_more)
     for number in range(3 * SLOTS):
-        counts.change(f"passing {number}", lambda _: ((1.0, 0.0, 0.0), 2_000.0))
+        counts.change(f"passing {number}", lambda _: Changed((1.0, 0.0, 0.0), 2_000.0))
 
-    assert counts.change("lasting", look)[0] == 1
-    found = sum(counts.change(f"passing {number}", look_briefly)[0] for number in range(3 * SLOTS))
+    assert counts.change("lasting", look).numbers[0] == 1
+    found = sum(counts.change(f"passing {number}", look_briefly).numbers[0] for number in range(3 * SLOTS))
     assert found < 3 * SLOTS
     if descriptor is not None:
         os.close(descriptor)
 
 
-def look_briefly(numbers: Numbers) -> tuple[Numbers, float]:
-    return numbers, 2_000.0
+def look_briefly(numbers: Numbers) -> Changed:
+    return Changed(numbers, 2_000.0)
 
 
 def test_a_lock_that_is_not_given_back_stops_no_process() -> None:
@@ -105,7 +107,7 @@ def test_a_lock_that_is_not_given_back_stops_no_process() -> None:
     try:
         assert locked.wait(60)
         counts = SharedCounts(StoppedClock().monotonic, file)
-        assert counts.change("a key", one_more)[0] == 1
+        assert counts.change("a key", one_more).numbers[0] == 1
     finally:
         done.set()
         process.join()

@@ -162,8 +162,8 @@ class AnyRoute:
     def respond(self, answer: Any, scope: Any) -> tuple[int, list[bytes], bytes]:
         return 201, [], str(answer).encode()
 
-    def add_place(self, answer: Any, lines: list[bytes]) -> None:
-        lines.append(b"location: /things/1")
+    def location_lines(self, answer: Any) -> list[bytes]:
+        return [b"location: /things/1"]
 
 
 WAITS: Final = Wait(

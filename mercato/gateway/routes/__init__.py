@@ -1,6 +1,6 @@
-"""The table of the API: one file a service, and one for the requests of the reference systems.
+"""The API's table of routes: one file a service, and one for the requests of the reference systems.
 
-`PRIORITIES` says which routes give way to which where there are more requests than can be answered.
+`PRIORITIES` says which routes enter first under overload.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PRIORITIES: Final[Mapping[Priority, tuple[str, ...]]] = {
         "POST /orders/{id}/cancel",
         "POST /orders/{id}/claim",
         "POST /orders/{id}/returns",
-        "POST /token/refresh",  # without it, no checkout goes on after fifteen minutes
+        "POST /token/refresh",  # without it, no checkout can continue after fifteen minutes
     ),
     Priority.BROWSE: (
         "GET /categories",
@@ -64,7 +64,7 @@ PRIORITIES: Final[Mapping[Priority, tuple[str, ...]]] = {
         "POST /products/{id}/stock/adjustments",
         "GET /refunds/{id}",
         "POST /email/proof",
-        "POST /login",  # a password costs more than anything else here, and is guessed by others than customers
+        "POST /login",  # hashing a password costs more than anything else here, and attackers call it too
         "POST /logout",
         "POST /password/forgot",
         "POST /password/reset",
@@ -91,7 +91,7 @@ PRIORITIES: Final[Mapping[Priority, tuple[str, ...]]] = {
         "GET /users/me/export",
     ),
 }
-"""The class of each route. A route that is not listed is of `BROWSE`, and a test fails for it."""
+"""The priority of each route. A route that is not listed has `BROWSE`, and a test fails for it."""
 
 _PRIORITY_OF: Final = {name: priority for priority, names in PRIORITIES.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""Guests' orders that become those of an account."""
+"""Claims: an account takes over an order that its owner placed as a guest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="POST",
         path="/orders/{id}/claim",
         operation=Orders.claim,
-        summary="Make a guest's order your own; its access token opens it no more",
+        summary="Claim a guest's order for your account; its access token is not valid any more",
         roles=SIGNED_IN,
         body=ClaimIn,
         examples={"the token of the order": {"access_token": "p3uXUp0P0nbYt5Cc2iGqj4o5SgqUuGzX5mUe2E7rYtA"}},

@@ -33,8 +33,8 @@ class EventsQuery(Input):
         Meta(
             ge=0,
             le=MAX_ID,
-            description="Only positions behind this one. To follow the feed, ask again with the last position that you "
-            "have read, also when there was no Link to a next page. Where wanted events after it have been "
+            description="Only positions after this one. To follow the feed, request it again with the last position "
+            "that you have read, also when there was no Link to a next page. Where wanted events after it have been "
             "deleted, or the feed has never reached it, the answer is 410.",
         ),
     ] = 0
@@ -60,8 +60,8 @@ class EventOut(Output):
     subject: Annotated[
         str,
         Meta(
-            description="What it is about. Its events are in the order in which they happened, but for one that could "
-            "not be delivered at first: it comes late, and its version says where it belongs."
+            description="What it is about. Its events are in the order in which they happened, except for one whose "
+            "first delivery failed: it comes late, and its version says where it belongs."
         ),
     ]
     version: int

@@ -1,4 +1,4 @@
-"""Stock: whether a product is there, for all callers, and how much there is, for staff."""
+"""Stock: whether a product is in stock, for all callers, and how much, for staff."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mercato.chassis.contract import MAX_ID, IdempotencyKeyReused, RequestInProg
 from mercato.contracts import inventory as contract
 from mercato.contracts.inventory import AdjustedLevel, Inventory, Level, LevelPage
 from mercato.contracts.products import ProductNotFound
-from mercato.contracts.roles import EVERYBODY, STAFF_ONLY
+from mercato.contracts.roles import ALL_ROLES, STAFF_ONLY
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
 
 Delta = Annotated[
@@ -21,7 +21,7 @@ Delta = Annotated[
     Meta(
         ge=-contract.ON_HAND_LIMIT,
         le=contract.ON_HAND_LIMIT,
-        description="So many pieces more; fewer, where it is negative. Not 0.",
+        description="The number of pieces to add, or to take away where it is negative. Not 0.",
         examples=[12],
         extra_json_schema={"not": {"const": 0}},
     ),
@@ -60,14 +60,14 @@ class StockOut(Output):
 
 
 class Availability(msgspec.Struct, frozen=True):
-    """What customers learn of a level. Its version and time would tell how much is sold, and when."""
+    """The part of a level that customers may see. Its version and time would reveal how much is sold, and when."""
 
     product_id: int
     in_stock: bool
 
 
 class StockSeenOut(Output):
-    """Callers other than staff learn whether there is any; the rest is null for them."""
+    """Callers other than staff get only `in_stock`; the rest is null for them."""
 
     product_id: int
     in_stock: bool
@@ -114,7 +114,7 @@ def _seen_version(level: Level | Availability) -> int | None:
 
 
 def _version(level: Level) -> int | None:
-    return level.version or None  # 0: nobody has ever counted it
+    return level.version or None  # 0: it was never counted
 
 
 def _set(request: RouteRequest) -> contract.SetLevel:
@@ -126,7 +126,7 @@ def _set(request: RouteRequest) -> contract.SetLevel:
 
 def _adjust(request: RouteRequest) -> contract.AdjustLevel:
     body: AdjustStockIn = request.body
-    assert request.idempotency_key is not None, "the row requires one"
+    assert request.idempotency_key is not None, "the route requires one"
     return contract.AdjustLevel(
         product_id=request.path["id"],
         delta=body.delta,
@@ -146,8 +146,8 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="GET",
         path="/products/{id}/stock",
         operation=Inventory.levels,
-        summary="Whether there is any of a product; for staff, how much",
-        roles=EVERYBODY,
+        summary="Whether a product is in stock; for staff, how much",
+        roles=ALL_ROLES,
         request=lambda request: contract.GetLevel(product_id=request.path["id"]),
         for_customers=_for_customers,
         answer=_seen_out,
@@ -159,7 +159,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="PUT",
         path="/products/{id}/stock",
         operation=Inventory.set,
-        summary="Say how much there is of a product, as it was counted",
+        summary="Set how many pieces of a product were counted",
         roles=STAFF_ONLY,
         body=SetStockIn,
         examples={"counted": {"on_hand": 240}},
@@ -194,7 +194,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="GET",
         path="/stock",
         operation=Inventory.list,
-        summary="How much there is of each product, or of those that run out (?below=)",
+        summary="The stock of each product, or of those that run out (?below=)",
         roles=STAFF_ONLY,
         query=StockQuery,
         request=_list,

@@ -14,7 +14,6 @@ from mercato.chassis.contract import (
     FieldError,
     Forbidden,
     IdempotencyKeyReused,
-    InvalidRequest,
     Open,
     RequestInProgress,
     ServiceError,
@@ -47,14 +46,16 @@ from mercato.gateway.money import (
     AmountIn,
     Currency,
     Money,
-    checked_currency,
+    amount_errors,
+    body_currency_errors,
+    currency_errors,
     currency_of,
     minor_of,
     money,
     text_of,
 )
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest, Wait
-from mercato.gateway.validation import shared
+from mercato.gateway.validation import refuse_wrong, shared
 
 Id = Annotated[int, Meta(ge=1, le=MAX_ID)]
 Quantity = Annotated[int, Meta(ge=1, le=contract.QUANTITY_LIMIT)]
@@ -159,8 +160,8 @@ class ItemOut(Output):
     returned: int
 
 
-AVAILABLE_TOLD: Final = 10
-"""A customer who orders too much learns how many pieces are left where it is a few, as shops say it."""
+AVAILABLE_SHOWN: Final = 10
+"""The largest number of available pieces that a customer sees who orders too much."""
 
 
 class ShortItemOut(Output):
@@ -169,14 +170,14 @@ class ShortItemOut(Output):
     available: Annotated[
         int,
         Meta(
-            description=f"Of `out_of_stock`: how many there were, or {AVAILABLE_TOLD} where there were more. Of "
+            description=f"Of `out_of_stock`: how many there were, or {AVAILABLE_SHOWN} where there were more. Of "
             "`hold_limit`: how many the order could hold."
         ),
     ]
 
 
 class ReasonOut(Output):
-    """Why an order was cancelled. `items`: what there was not enough of."""
+    """Why an order was cancelled. `items`: the products with too little stock."""
 
     code: Open[contract.CancelCode]
     message: str
@@ -185,7 +186,7 @@ class ReasonOut(Output):
 
 
 class OrderOut(Output):
-    """`customer_id` is the `user_id`, and `amount` that of the `total`: reference systems call them so.
+    """`customer_id` is the `user_id`, and `amount` that of the `total`: the names of the reference systems.
 
     A guest's order has no user. The answer to its placing has its `access_token`; staff see the `email` that the guest
     has given.
@@ -265,21 +266,21 @@ def _reason_out(reason: CancelReason) -> ReasonOut:
         message=reason.message,
         provider_code=reason.provider_code,
         items=[
-            ShortItemOut(product_id=line.product_id, requested=line.requested, available=_told(reason, line.available))
+            ShortItemOut(product_id=line.product_id, requested=line.requested, available=_shown(reason, line.available))
             for line in reason.lines
         ],
     )
 
 
-def _told(reason: CancelReason, available: int) -> int:
-    return min(available, AVAILABLE_TOLD) if reason.code == "out_of_stock" else available
+def _shown(reason: CancelReason, available: int) -> int:
+    return min(available, AVAILABLE_SHOWN) if reason.code == "out_of_stock" else available
 
 
-def _refusal_told(error: ServiceError) -> ServiceError:
+def _refusal_shown(error: ServiceError) -> ServiceError:
     if not isinstance(error, OutOfStock):
         return error
-    told = (msgspec.structs.replace(line, available=min(line.available, AVAILABLE_TOLD)) for line in error.items)
-    return OutOfStock(order_id=error.order_id, items=tuple(told))
+    shown = (msgspec.structs.replace(line, available=min(line.available, AVAILABLE_SHOWN)) for line in error.items)
+    return OutOfStock(order_id=error.order_id, items=tuple(shown))
 
 
 def placed_out(placed: PlacedOrder) -> OrderOut:
@@ -338,34 +339,33 @@ def _history_out(history: History) -> Page:
 
 def _place(request: RouteRequest) -> contract.PlaceOrder:
     body: PlaceOrderIn = request.body
-    errors: list[FieldError] = []
-    lines = _lines(body, errors)
-    # Most orders are placed without either.
-    currency = currency_of(body.amount, body.currency, errors) if body.amount or body.currency else None
-    if errors:
-        raise InvalidRequest(errors=tuple(errors))
+    refuse_wrong([*_items_errors(body), *body_currency_errors(body.amount, body.currency)])
     return contract.PlaceOrder(
         **buyer(request, body.user_id),
         guest_email=body.email,
-        lines=lines,
-        expected_total=None if body.amount is None else str(body.amount),
-        expected_currency=currency,
+        lines=_lines(body),
+        expected_total=text_of(body.amount),
+        expected_currency=currency_of(body.amount, body.currency),
         idempotency_key=request.idempotency_key,
         fingerprint=request.fingerprint,
         **_of_placing(body),
     )
 
 
-def _lines(body: PlaceOrderIn, errors: list[FieldError]) -> tuple[PlaceLine, ...]:
+def _items_errors(body: PlaceOrderIn) -> list[FieldError]:
+    # The form that most orders have needs no look at all members.
+    is_usual = body.items is not None and body.product_id is None and body.quantity is None
+    return [] if is_usual else members_errors(body)
+
+
+def _lines(body: PlaceOrderIn) -> tuple[PlaceLine, ...]:
     if body.items is None and body.product_id is not None:
         return (PlaceLine(product_id=body.product_id, quantity=body.quantity or 1),)
-    if body.items is None or body.product_id is not None or body.quantity is not None:
-        errors += members_errors(body)
     return tuple(PlaceLine(product_id=item.product_id, quantity=item.quantity) for item in body.items or ())
 
 
 def members_errors(body: Input) -> list[FieldError]:
-    """What is wrong with which members of a body are given."""
+    """Errors in the combination of members that a body has."""
     given = {name for name in body.__struct_fields__ if getattr(body, name) is not None}
     return [FieldError(field=name, message=message) for name, message in body.wrong_members(given)]
 
@@ -373,7 +373,7 @@ def members_errors(body: Input) -> list[FieldError]:
 def placing(
     request: RouteRequest, user_id: int | None, lines: Sequence[PlaceLine], amount: Amount | None = None
 ) -> contract.PlaceOrder:
-    """What places an order that was asked for in a reference form. Without a user, it is that of the token."""
+    """The request that places an order from a reference form. Without a user, it is that of the token."""
     return contract.PlaceOrder(
         **buyer(request, user_id),
         lines=tuple(lines),
@@ -395,18 +395,13 @@ def is_guest(placing: contract.PlaceOrder) -> bool:
 
 def _list(request: RouteRequest) -> contract.ListOrders:
     query: OrdersQuery = request.query
-    errors: list[FieldError] = []
     priced = query.min_total is not None or query.max_total is not None
     currency = query.currency or (request.currency if priced else None)
-    checked_currency("?currency", currency, errors)
-    least, most = (
-        None if total is None or errors else minor_of(field, total, str(currency), errors)
-        for field, total in (("?min_total", query.min_total), ("?max_total", query.max_total))
-    )
-    created_from = _utc("?created_from", query.created_from, errors)
-    created_to = _utc("?created_to", query.created_to, errors)
-    if errors:
-        raise InvalidRequest(errors=tuple(errors))
+    totals = (("?min_total", query.min_total), ("?max_total", query.max_total))
+    errors = currency_errors("?currency", currency)
+    errors += () if errors else [error for field, total in totals for error in amount_errors(field, total, currency)]
+    errors += _time_errors("?created_from", query.created_from) + _time_errors("?created_to", query.created_to)
+    refuse_wrong(errors)
     return contract.ListOrders(
         user_id=query.user_id,
         product_id=query.product_id,
@@ -415,29 +410,25 @@ def _list(request: RouteRequest) -> contract.ListOrders:
         fulfilment=query.fulfilment,
         before=query.before,
         limit=query.limit,
-        created_from=created_from,
-        created_to=created_to,
+        created_from=query.created_from and query.created_from.astimezone(datetime.UTC),
+        created_to=query.created_to and query.created_to.astimezone(datetime.UTC),
         currency=currency,
-        min_total_minor=least,
-        max_total_minor=most,
+        min_total_minor=minor_of(query.min_total, currency),
+        max_total_minor=minor_of(query.max_total, currency),
         text=query.q if query.q and not query.q.isspace() else None,
     )
 
 
-def _utc(field: str, time: datetime.datetime | None, errors: list[FieldError]) -> datetime.datetime | None:
-    """The time in UTC, and at least a day within what a time can be."""
-    if time is None:
-        return None
-    if 1 < time.year < datetime.MAXYEAR:
-        return time.astimezone(datetime.UTC)
-    errors.append(FieldError(field=field, message="must be in a year from 2 to 9998"))
-    return None
+def _time_errors(field: str, time: datetime.datetime | None) -> list[FieldError]:
+    """A time must be at least a day within the limits of `datetime`, or its conversion to UTC can fail."""
+    if time is None or 1 < time.year < datetime.MAXYEAR:
+        return []
+    return [FieldError(field=field, message="must be in a year from 2 to 9998")]
 
 
 def _move(request: RouteRequest) -> contract.MoveOrder:
     body: MoveOrderIn = request.body
-    if errors := members_errors(body):
-        raise InvalidRequest(errors=tuple(errors))
+    refuse_wrong(members_errors(body))
     return contract.MoveOrder(
         id=request.path["id"], status=body.status, fulfilment=body.fulfilment, version=request.if_match
     )
@@ -477,7 +468,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             answer=lambda placed, order: msgspec.structs.replace(placed, order=order),
             refusals=(OutOfStock, HoldLimit, PaymentDeclined, OrderCancelled),
             details=_guest_details,
-            told=_refusal_told,
+            shown=_refusal_shown,
         ),
         etag=lambda placed: placed.order.version,
         location=lambda placed: f"/orders/{placed.order.id}",

@@ -1,4 +1,4 @@
-"""What the shop keeps about an account: its owner has it shown as a whole, or erased."""
+"""All data of an account: its owner can export it, or erase it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ExportedSessionOut(Output):
 
 
 class ExportOut(Output):
-    """Dates, amounts and names are as in the other answers of the API."""
+    """Dates, amounts and names have the forms of the other answers of the API."""
 
     account: UserOut
     sessions: list[ExportedSessionOut]
@@ -56,7 +56,7 @@ def _no_filter(_: User) -> Mapping[str, str]:
 
 
 def _of_user(user: User) -> Mapping[str, str]:
-    """Staff, whose lists have those of all, see their own too."""
+    """A filter by owner: without it, the lists of staff have those of all accounts."""
     return {"user_id": str(user.id)}
 
 
@@ -100,7 +100,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="GET",
         path="/users/me/export",
         operation=Users.get,
-        summary="All that is kept about your account: itself, its sessions, orders, payments, and its security log",
+        summary="All data of your account: itself, its sessions, orders, payments, and its security log",
         roles=SIGNED_IN,
         request=lambda request: contract.GetUser(id=me(request)),
         parts=(

@@ -1,4 +1,4 @@
-"""Payments. What a person may see of them is theirs to answer; what is to happen to them, orders decides."""
+"""Payments. Reads call the payments service; changes call the orders service."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from mercato.chassis.contract import (
     FieldError,
     Forbidden,
     IdempotencyKeyReused,
-    InvalidRequest,
     Open,
     RequestInProgress,
 )
@@ -22,10 +21,11 @@ from mercato.contracts.payments import Payment, PaymentPage, Payments
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
 from mercato.gateway.cursors import SliceQuery
 from mercato.gateway.fields import NOT_ZERO, PaymentMethod
-from mercato.gateway.money import AmountIn, Currency, Money, currency_of, money, text_of
+from mercato.gateway.money import AmountIn, Currency, Money, body_currency_errors, currency_of, money, text_of
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
 from mercato.gateway.routes.orders import Id, InternalNote, PublicReason
 from mercato.gateway.routes.refunds import RefundOut, refund_out, refunds_out
+from mercato.gateway.validation import refuse_wrong
 
 
 class PayIn(Input):
@@ -35,19 +35,19 @@ class PayIn(Input):
     amount: (
         Annotated[
             AmountIn,
-            Meta(description="What the client thinks is due; another amount is refused.", examples=["99.99"]),
+            Meta(description="The amount that the client expects to be due; another is refused.", examples=["99.99"]),
         ]
         | None
     ) = None
     currency: Annotated[Currency | None, Meta(description="Of `amount`; without it, that of the order.")] = None
     payment_method: Annotated[PaymentMethod | None, Meta(description="Without it, the shop's default.")] = None
     capture: Annotated[
-        bool, Meta(description="false, for staff: only reserve the amount; POST /payments/{id}/capture takes it later.")
+        bool, Meta(description="false, for staff: only authorize it; POST /payments/{id}/capture takes it later.")
     ] = True
 
 
 class CaptureIn(Input):
-    """Without `amount`, all that was reserved. What is not taken is given back, and not due any more."""
+    """Without `amount`, all that was authorized. The rest is released, and not due any more."""
 
     amount: Annotated[AmountIn, Meta(examples=["79.99"])] | None = None
     currency: Currency | None = None
@@ -114,16 +114,13 @@ def page_of(page: PaymentPage) -> Page:
 
 def _pay(request: RouteRequest) -> orders.PayOrder:
     body: PayIn = request.body
-    errors: list[FieldError] = []
-    currency = currency_of(body.amount, body.currency, errors)
-    if errors:
-        raise InvalidRequest(errors=tuple(errors))
+    refuse_wrong(body_currency_errors(body.amount, body.currency))
     return orders.PayOrder(
         id=body.order_id,
         method=body.payment_method,
         capture=body.capture,
         expected_total=text_of(body.amount),
-        expected_currency=currency,
+        expected_currency=currency_of(body.amount, body.currency),
         idempotency_key=request.idempotency_key,
         fingerprint=request.fingerprint,
         access_token=request.access_token,
@@ -144,12 +141,10 @@ def _list(request: RouteRequest) -> contract.ListPayments:
 
 def _refund(request: RouteRequest) -> orders.RefundOrder:
     body: RefundIn = request.body
-    errors: list[FieldError] = []
-    currency = currency_of(body.amount, body.currency, errors)
+    errors = body_currency_errors(body.amount, body.currency)
     if body.amount is not None and not body.amount.strip("0."):
         errors.append(FieldError(field="amount", message="is nothing"))
-    if errors:
-        raise InvalidRequest(errors=tuple(errors))
+    refuse_wrong(errors)
     assert request.idempotency_key is not None
     return orders.RefundOrder(
         payment_id=request.path["id"],
@@ -157,7 +152,7 @@ def _refund(request: RouteRequest) -> orders.RefundOrder:
         fingerprint=request.fingerprint,
         amount=text_of(body.amount),
         amount_minor=None if body.amount is None else orders.REFUSED_MINOR,
-        currency=currency,
+        currency=currency_of(body.amount, body.currency),
         reason=body.reason,
         internal_note=body.internal_note,
     )
@@ -165,10 +160,8 @@ def _refund(request: RouteRequest) -> orders.RefundOrder:
 
 def _capture(request: RouteRequest) -> orders.CapturePart:
     body: CaptureIn = request.body
-    errors: list[FieldError] = []
-    currency = currency_of(body.amount, body.currency, errors)
-    if errors:
-        raise InvalidRequest(errors=tuple(errors))
+    refuse_wrong(body_currency_errors(body.amount, body.currency))
+    currency = currency_of(body.amount, body.currency)
     return orders.CapturePart(payment_id=request.path["id"], amount=text_of(body.amount), currency=currency)
 
 
@@ -186,7 +179,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         body=PayIn,
         examples={
             "with the amount that is due": {"order_id": 1001, "amount": 99.99, "payment_method": "sandbox:ok"},
-            "reserve now, capture later": {"order_id": 1001, "capture": False},
+            "authorize now, capture later": {"order_id": 1001, "capture": False},
         },
         takes_access_token=True,
         request=_pay,
@@ -240,7 +233,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="POST",
         path="/payments/{id}/refunds",
         operation=Orders.refund,
-        summary="Give money back: all that is left, or a part",
+        summary="Refund a payment: all that is left, or a part",
         roles=STAFF_ONLY,
         body=RefundIn,
         body_optional=True,
@@ -263,7 +256,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="GET",
         path="/payments/{id}/refunds",
         operation=Orders.payment_refunds,
-        summary="What was given back of a payment, by time",
+        summary="The refunds of a payment, by time",
         roles=SIGNED_IN,
         query=SliceQuery,
         request=lambda request: orders.ListPaymentRefunds(payment_id=request.path["id"]),
@@ -275,11 +268,11 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="POST",
         path="/payments/{id}/capture",
         operation=Orders.capture_part,
-        summary="Take the money of a payment that was only reserved: all, or a part",
+        summary="Capture a payment that was only authorized: all, or a part",
         roles=STAFF_ONLY,
         body=CaptureIn,
         body_optional=True,
-        examples={"a part, and the rest is given back": {"amount": 79.99}},
+        examples={"a part, and the rest is released": {"amount": 79.99}},
         request=_capture,
         answer=paid_out,
         output=PaymentOut,
@@ -297,7 +290,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="POST",
         path="/payments/{id}/void",
         operation=Orders.void,
-        summary="Give a reserved amount back, and cancel its order",
+        summary="Release an authorized amount, and cancel its order",
         roles=STAFF_ONLY,
         request=lambda request: orders.MovePayment(payment_id=request.path["id"]),
         answer=paid_out,

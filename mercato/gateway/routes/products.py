@@ -7,13 +7,14 @@ from typing import Annotated, Final
 
 from msgspec import Meta
 
-from mercato.chassis.contract import FieldError, Forbidden, InvalidRequest, Open, StaleVersion
+from mercato.chassis.contract import Forbidden, Open, StaleVersion
 from mercato.contracts import products as contract
 from mercato.contracts.products import Product, ProductPage, Products
-from mercato.contracts.roles import EVERYBODY, STAFF_ONLY
+from mercato.contracts.roles import ALL_ROLES, STAFF_ONLY
 from mercato.gateway.fields import ProductDescription, ProductName
-from mercato.gateway.money import Amount, Money, MoneyIn, checked_currency, minor_of, money, text_of
+from mercato.gateway.money import Amount, Money, MoneyIn, amount_errors, currency_errors, minor_of, money, text_of
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
+from mercato.gateway.validation import refuse_wrong
 
 PRICE_FILTER: Final = "In major units of `currency`, or of the shop's own. Products in other currencies are left out."
 
@@ -44,8 +45,8 @@ class ProductsQuery(Input):
             str,
             Meta(
                 max_length=200,
-                description='What a person types into a search box: words, "phrases", -not these, this or that. '
-                "Without case and accents. A word is found by its beginning in names, skus and categories.",
+                description='The text of a search box: words, "phrases", -not these, this or that. '
+                "Compared without case and accents. A word is found by its beginning in names, skus and categories.",
             ),
         ]
         | None
@@ -123,22 +124,15 @@ def _categories(page: contract.CategoryPage) -> Page:
     return Page(shown, following)
 
 
-def _checked(errors: list[FieldError]) -> None:
-    if errors:
-        raise InvalidRequest(errors=tuple(errors))
-
-
 def _create(request: RouteRequest) -> contract.CreateProduct:
     body: CreateProductIn = request.body
-    errors: list[FieldError] = []
     currency = body.price.currency or request.currency
-    checked_currency("price.currency", currency, errors)
-    price_minor = 0 if errors else minor_of("price.amount", body.price.amount, currency, errors)
-    _checked(errors)
+    refuse_wrong(currency_errors("price.currency", currency))
+    refuse_wrong(amount_errors("price.amount", body.price.amount, currency))
     return contract.CreateProduct(
         sku=body.sku,
         name=body.name,
-        price_minor=price_minor,
+        price_minor=minor_of(body.price.amount, currency) or 0,
         currency=currency,
         category=body.category,
         description=body.description,
@@ -147,10 +141,8 @@ def _create(request: RouteRequest) -> contract.CreateProduct:
 
 def _update(request: RouteRequest) -> contract.UpdateProduct:
     body: UpdateProductIn = request.body
-    errors: list[FieldError] = []
     price = body.price
-    checked_currency("price.currency", price.currency if price else None, errors)
-    _checked(errors)
+    refuse_wrong(currency_errors("price.currency", price.currency if price else None))
     return contract.UpdateProduct(
         id=request.path["id"],
         version=request.if_match,
@@ -165,20 +157,17 @@ def _update(request: RouteRequest) -> contract.UpdateProduct:
 
 def _search(request: RouteRequest) -> contract.SearchProducts:
     query: ProductsQuery = request.query
-    errors: list[FieldError] = []
     priced = query.min_price is not None or query.max_price is not None
     currency = query.currency or (request.currency if priced else None)
-    checked_currency("?currency", currency, errors)
-    _checked(errors)
-    least = None if query.min_price is None else minor_of("?min_price", query.min_price, str(currency), errors)
-    most = None if query.max_price is None else minor_of("?max_price", query.max_price, str(currency), errors)
-    _checked(errors)
+    refuse_wrong(currency_errors("?currency", currency))
+    prices = (("?min_price", query.min_price), ("?max_price", query.max_price))
+    refuse_wrong([error for field, price in prices for error in amount_errors(field, price, currency)])
     return contract.SearchProducts(
         text=query.q,
         category=query.category,
         currency=currency,
-        min_price_minor=least,
-        max_price_minor=most,
+        min_price_minor=minor_of(query.min_price, currency),
+        max_price_minor=minor_of(query.max_price, currency),
         sort=query.sort or ("relevance" if query.q else "id"),
         after=query.after,
         limit=query.limit,
@@ -188,7 +177,7 @@ def _search(request: RouteRequest) -> contract.SearchProducts:
 
 
 def _tag(product: Product) -> str:
-    """The version, and what else is shown that changes without it. If-Match looks at the version alone."""
+    """The version, and whether it is in stock, which changes without it. If-Match compares only the version."""
     return f"{product.version}-in-stock" if product.in_stock else str(product.version)
 
 
@@ -199,7 +188,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         is_public=True,
         operation=Products.search,
         summary="The catalogue: search (?q=), filter by category and price, sort, page by page",
-        roles=EVERYBODY,
+        roles=ALL_ROLES,
         query=ProductsQuery,
         fields={name: f"?{name}" for name in ("category", "currency", "sort", "limit", "after", "sku")}
         | {"text": "?q"},
@@ -213,7 +202,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         path="/categories",
         operation=Products.categories,
         summary="The categories of the catalogue, with the number of their products",
-        roles=EVERYBODY,
+        roles=ALL_ROLES,
         query=CategoriesQuery,
         fields={"after": "?after"},
         request=lambda request: contract.ListCategories(after=request.query.after, limit=request.query.limit),
@@ -249,7 +238,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         is_public=True,
         operation=Products.get,
         summary="One product",
-        roles=EVERYBODY,
+        roles=ALL_ROLES,
         request=lambda request: contract.GetProduct(id=request.path["id"]),
         answer=product_out,
         output=ProductOut,
@@ -280,7 +269,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         roles=STAFF_ONLY,
         body=ArchiveIn,
         body_optional=True,
-        examples={"nothing to say": {}},
+        examples={"an empty body": {}},
         request=lambda request: contract.ArchiveProduct(id=request.path["id"], version=request.if_match),
         answer=product_out,
         output=ProductOut,
@@ -296,7 +285,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         roles=STAFF_ONLY,
         body=ArchiveIn,
         body_optional=True,
-        examples={"nothing to say": {}},
+        examples={"an empty body": {}},
         request=lambda request: contract.RestoreProduct(id=request.path["id"], version=request.if_match),
         answer=product_out,
         output=ProductOut,

@@ -1,10 +1,10 @@
-"""The requests of the five reference systems, as their documents print them.
+"""The requests in the documents of the five reference systems.
 
-Two tables, translated here into the operations that exist:
+Two tables translate them to the operations of the shop:
 
-    ROUTES    paths of theirs that the API does not have
+    ROUTES    their paths that the API does not have
     FORMS     other forms of requests that the API has: how each is recognised, how it becomes the request of the
-              operation, and which fields its answer has besides
+              operation, and which additional fields its answer has
 
 A system has a letter:
 
@@ -60,12 +60,12 @@ UserNumber = (
 
 
 def _extended(kind: type[T], answer: Output, **more: Any) -> T:
-    """The answer of the API's own form, with the fields that `kind` has besides."""
+    """The answer of the API's own form, with the additional fields of `kind`."""
     return kind(**{name: getattr(answer, name) for name in answer.__struct_fields__}, **more)
 
 
 def _counted(named: Iterable[int | str]) -> Sequence[PlaceLine]:
-    """A line a product; one that is named twice is bought twice. Text that is not a number is a sku."""
+    """A line for each product; its quantity is how often it is named. Text that is not a number is a sku."""
     return [
         PlaceLine(product_id=int(name), quantity=quantity)
         if str(name).isdigit()
@@ -142,7 +142,7 @@ class CustomerOrderOut(orders.OrderOut, frozen=True, kw_only=True, gc=False):
 
 
 def _is_of_customer(members: Mapping[str, Any]) -> bool:
-    """It has `customer_id`; or it would need one, because its items are plain numbers, or none."""
+    """It has `customer_id`; or it needs one, because its items are plain numbers, or there are none."""
     items = members.get("items")
     is_plain = isinstance(items, list) and not any(isinstance(item, dict) for item in cast(list[Any], items))
     return "customer_id" in members or (is_plain and "user_id" not in members)
@@ -268,7 +268,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             for route in payments.ROUTES
             if route.operation is Orders.pay
             for error in route.errors
-            if error is not Forbidden  # which is for payments without capture
+            if error is not Forbidden  # only payments without capture raise it
         ),
     ),
     Route(
@@ -380,7 +380,7 @@ FORMS: Final[tuple[Form, ...]] = (
 
 
 def added_to(routes: Sequence[Route]) -> tuple[Route, ...]:
-    """The table of the API with what is here."""
+    """The routes with their forms, and the routes of this module."""
     found: dict[tuple[str, str], list[Form]] = {}
     for form in FORMS:
         found.setdefault((form.method, form.path), []).append(form)

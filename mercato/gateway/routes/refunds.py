@@ -26,7 +26,7 @@ class ReturnItemIn(Input):
 
 
 class ReturnIn(Input):
-    """What is returned; without `items`, everything that was not returned yet."""
+    """The items that are returned; without `items`, everything that was not returned yet."""
 
     items: Annotated[tuple[ReturnItemIn, ...], Meta(min_length=1, max_length=contract.LINES_LIMIT)] | None = None
     reason: PublicReason = ""
@@ -63,7 +63,7 @@ class RefundOut(Output):
     ]
     by: Annotated[str, Meta(description="Role and account; customers are not shown the accounts of staff.")]
     internal_note: str
-    asked: Annotated[Money, Meta(description="More than `amount` where so much was not left of what was paid.")]
+    asked: Annotated[Money, Meta(description="More than `amount` where less was left of what was paid.")]
     limit_reason: Annotated[str, Meta(description="Why `amount` is less than `asked`; empty where it is not.")]
 
 
@@ -149,7 +149,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="GET",
         path="/orders/{id}/refunds",
         operation=Orders.refunds,
-        summary="What was given back of an order: refunds and returns, by time",
+        summary="The refunds and returns of an order, by time",
         roles=SIGNED_IN,
         query=SliceQuery,
         request=lambda request: contract.ListRefunds(order_id=request.path["id"]),

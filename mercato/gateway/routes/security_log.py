@@ -29,23 +29,23 @@ class LogQuery(OwnLogQuery):
 
 
 class LogEntryOut(Output):
-    """0 as an id: there is no account, or none is known."""
+    """An id of 0: no account, or an unknown one."""
 
     id: int
     at: datetime.datetime
     kind: Open[contract.SecurityKind]
-    account_id: Annotated[int, Meta(description="Whom it is about: of a refund, whose order it is.")]
+    account_id: Annotated[int, Meta(description="The account that it is about; of a refund, the owner of the order.")]
     actor_role: str
-    actor_id: Annotated[int, Meta(description="Who did it. In one's own entries, 0 for another account.")]
+    actor_id: Annotated[int, Meta(description="The account that did it. In one's own entries, 0 for another account.")]
     address: Annotated[
-        str, Meta(description="Of the client's connection; empty where it is not known, as of prices and refunds.")
+        str, Meta(description="The address of the client; empty where it is not known, as of prices and refunds.")
     ]
     subject: Annotated[str, Meta(description="What else it is about: `product 100`, `order 1001`.")]
     detail: Annotated[
         str,
         Meta(
-            description="What was changed: `99.99 USD to 89.99 USD`. Of a refund its id, and what of the order was"
-            " refunded before and with it."
+            description="What was changed: `99.99 USD to 89.99 USD`. Of a refund its id, and the total refunded of"
+            " the order before and after it."
         ),
     ]
 
@@ -81,7 +81,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="GET",
         path="/users/me/security-log",
         operation=Users.own_security_log,
-        summary="What the security log has about your own account, or of what it did; the newest first",
+        summary="The entries of the security log about your own account, or about what it did; the newest first",
         roles=SIGNED_IN,
         query=OwnLogQuery,
         request=_list_own,

@@ -11,14 +11,14 @@ from msgspec import Meta
 
 from mercato.chassis.contract import MAX_ID, Empty, Open, StaleVersion
 from mercato.contracts import users as contract
-from mercato.contracts.roles import EVERYBODY, SIGNED_IN, STAFF_ONLY, Role
+from mercato.contracts.roles import ALL_ROLES, SIGNED_IN, STAFF_ONLY, Role
 from mercato.contracts.users import Session, SessionPage, Tokens, User, UserPage, Users
 from mercato.gateway.fields import Email, NewPassword, UserName
 from mercato.gateway.problems import SignInFirst
 from mercato.gateway.route import Input, Limits, Output, Page, Route, RouteRequest
 
 CREDENTIALS: Final = Limits(body_bytes=16_384, per_second=20, burst=40)
-"""Passwords are guessed by trying, and each try costs a hash."""
+"""Attackers guess passwords, and each attempt costs a hash."""
 LINK: Final = "bG9vayBhdCB0aGUgbGV0dGVyIHRoYXQgeW91IGhhdmUgZ290LCBpdCBpcyB0aGVyZQ"
 REGISTRATIONS: Final = msgspec.structs.replace(CREDENTIALS, done_per_hour=60)
 
@@ -49,7 +49,7 @@ class PasswordIn(Input):
     current_password: contract.Password
     new_password: NewPassword
     refresh_token: contract.RefreshToken | None = None
-    """The one of the session to keep; without it every session ends."""
+    """The refresh token of the session to keep; without it every session ends."""
 
 
 class ForgotIn(Input):
@@ -178,7 +178,7 @@ def _signing_in(request: RouteRequest) -> str:
 
 
 def account_of(email: str) -> str:
-    """The account with an e-mail address, for `Route.tries`."""
+    """The key of the account with an e-mail address, for `Route.tries`."""
     return f"e-mail {folded(email)}"
 
 
@@ -244,7 +244,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         ignores_token=True,
         operation=Users.register,
         summary="Open an account",
-        roles=EVERYBODY,
+        roles=ALL_ROLES,
         body=RegisterIn,
         examples={"a customer": {"email": "carol@example.com", "name": "Carol", "password": "correct horse battery"}},
         request=_register,
@@ -262,7 +262,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         operation=Users.sign_in,
         knows_address=True,
         summary="Sign in: an access token for 15 minutes and a refresh token for one use",
-        roles=EVERYBODY,
+        roles=ALL_ROLES,
         body=LoginIn,
         examples={"Alice of the demo data": {"email": "alice@example.com", "password": "demo-password"}},
         request=_sign_in,
@@ -278,8 +278,8 @@ ROUTES: Final[tuple[Route, ...]] = (
         ignores_token=True,
         operation=Users.refresh,
         knows_address=True,
-        summary="New tokens for a refresh token; it may be repeated for 30 seconds, and later ends the session",
-        roles=EVERYBODY,
+        summary="New tokens for a refresh token; it may be sent again for 30 seconds, and later ends the session",
+        roles=ALL_ROLES,
         body=RefreshIn,
         examples={"the token of the last answer": {"refresh_token": "q4Wv0TgC2m9yRzJ1oX7sLkHbN5eUdFa8PiQ3wVtYxGc"}},
         request=lambda request: contract.Refresh(refresh_token=request.body.refresh_token, address=request.address),
@@ -294,7 +294,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         ignores_token=True,
         operation=Users.sign_out,
         summary="End the session of a refresh token",
-        roles=EVERYBODY,
+        roles=ALL_ROLES,
         body=RefreshIn,
         examples={"the token of the last answer": {"refresh_token": "q4Wv0TgC2m9yRzJ1oX7sLkHbN5eUdFa8PiQ3wVtYxGc"}},
         request=lambda request: contract.SignOut(refresh_token=request.body.refresh_token),
@@ -308,8 +308,8 @@ ROUTES: Final[tuple[Route, ...]] = (
         path="/password/forgot",
         ignores_token=True,
         operation=Users.forgot_password,
-        summary="Have a link mailed by which a new password can be set; the answer is the same without an account",
-        roles=EVERYBODY,
+        summary="Request a letter with a link that sets a new password; the answer is the same without an account",
+        roles=ALL_ROLES,
         body=ForgotIn,
         examples={"Alice of the demo data": {"email": "alice@example.com"}},
         request=lambda request: contract.ForgotPassword(email=request.body.email),
@@ -324,8 +324,8 @@ ROUTES: Final[tuple[Route, ...]] = (
         ignores_token=True,
         operation=Users.reset_password,
         knows_address=True,
-        summary="A new password by the link of a letter; every session ends",
-        roles=EVERYBODY,
+        summary="Set a new password by the link of a letter; every session ends",
+        roles=ALL_ROLES,
         body=ResetIn,
         examples={"what follows behind the # of the link": {"token": LINK, "new_password": "correct horse battery"}},
         request=lambda request: contract.ResetPassword(
@@ -343,7 +343,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         ignores_token=True,
         operation=Users.prove_email,
         summary="Prove an e-mail address by the link of a letter",
-        roles=EVERYBODY,
+        roles=ALL_ROLES,
         body=LinkIn,
         examples={"what follows behind the # of the link": {"token": LINK}},
         request=lambda request: contract.ProveEmail(token=request.body.token),
@@ -357,7 +357,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="POST",
         path="/users/me/proof",
         operation=Users.send_proof,
-        summary="Have another link mailed by which your address can be proven",
+        summary="Request another letter with a link that proves your address",
         roles=SIGNED_IN,
         request=lambda request: contract.SendProof(id=me(request)),
         answer=nothing,
@@ -433,7 +433,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="GET",
         path="/users/me/sessions",
         operation=Users.sessions,
-        summary="Your own sessions that go on, the newest first",
+        summary="Your own sessions that have not ended, the newest first",
         roles=SIGNED_IN,
         knows_session=True,
         query=SessionsQuery,
@@ -478,7 +478,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         method="GET",
         path="/users/{id}",
         operation=Users.get,
-        summary="One user: yourself, or anybody for staff",
+        summary="One user: yourself, or any for staff",
         roles=SIGNED_IN,
         request=lambda request: contract.GetUser(id=request.path["id"]),
         answer=user_out,
@@ -491,7 +491,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         path="/users/{id}",
         operation=Users.update_profile,
         knows_address=True,
-        summary="Change a profile: your own, or anybody's for staff",
+        summary="Change a profile: your own, or any for staff",
         roles=SIGNED_IN,
         body=ProfileIn,
         examples={"another e-mail address": {"email": "alice.liddell@example.com"}},

@@ -17,7 +17,7 @@ from mercato.chassis.postgres.database import Database
 from mercato.chassis.postgres.outbox_row import Stored
 from mercato.chassis.rpc.server import Server
 from mercato.contracts.events import EventPage, Events, EventType, FeedEntry, ListEvents
-from mercato.contracts.roles import EVERYBODY
+from mercato.contracts.roles import ALL_ROLES
 from mercato.services.events.app import build
 from mercato.testing.actors import STAFF
 from mercato.testing.harness import ServiceHarness
@@ -89,7 +89,7 @@ class Nothing(Message):
 
 
 class Publishing(Contract, name="orders"):
-    wait = single(Nothing, Nothing, allow=EVERYBODY)
+    wait = single(Nothing, Nothing, allow=ALL_ROLES)
 
     events: ClassVar = {"thing.changed": Changed}
 
