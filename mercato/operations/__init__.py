@@ -1,1 +1,1 @@
-"""What operators run: the audit, backups, and what follows a restore."""
+"""Programs for operators: the audit, backups, and the steps after a restore."""

@@ -1,19 +1,19 @@
-"""Copies of the tables of several databases, side by side in one scratch database, to be asked questions over all.
+"""Copies of the tables of several databases in one scratch database, for queries over all of them.
 
     database A ── REPEATABLE READ ──┐
     database B ── REPEATABLE READ ──┼─ binary COPY ──► scratch database: schemas a, b, c in ONE open transaction
-    database C ── REPEATABLE READ ──┘                                    which is rolled back in the end
+    database C ── REPEATABLE READ ──┘                                    which is rolled back at the end
 
 Guaranteed
-    - What is copied of one database is one snapshot of it. All snapshots are taken within milliseconds, after the last
-      connection stands, and none before `Copies.taken_at`: what was committed by then is in every copy.
-    - The databases are only read, and no statement of theirs waits for the copying.
-    - Nothing is left of the copies, however the process ends: nobody commits them. Who is killed has its transaction
-      rolled back by the server; of a killed server, recovery empties the tables, which are unlogged.
-    - Copies are made one after the other: the second waits until the first are gone.
+    - The copy of a database is one snapshot of it. All snapshots are taken within milliseconds, after the last
+      connection is open, and none before `Copies.taken_at`: what was committed by then is in every copy.
+    - The databases are only read, and none of their statements waits for the copying.
+    - Nothing is left of the copies, however the process ends: they are never committed. The server rolls back the
+      transaction of a killed process; after the server is killed, recovery empties the tables, which are unlogged.
+    - Copies are made one after the other: another process waits until the first copies are removed.
 
-The snapshots are let go of as soon as everything is copied, before the first question: an old one keeps the server from
-cleaning up behind everybody else.
+The snapshots are released as soon as everything is copied, before the first query: an old snapshot keeps the server
+from vacuuming.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from mercato.chassis.postgres.sessions import SAME_EVERYWHERE, WHOLE_TABLES, as_
 QUEUE_SECONDS: Final = 600.0
 LOCK_KEY: Final = 0x636F7079  # "copy"
 CHUNKS_IN_FLIGHT: Final = 16
-"""Of up to 64 KiB each, between the database that is read and the one that is written."""
+"""Of up to 64 KiB each, between the source database and the scratch database."""
 SCRATCH: Final = "mercato_audit"
 
-# A server whose operator ends idle transactions would end snapshots that wait for their turn.
+# These settings include no time-out for idle transactions: it would end snapshots that wait to be copied.
 _SESSION: Final = {
     **SAME_EVERYWHERE,
     **WHOLE_TABLES,
@@ -47,16 +47,16 @@ _SESSION: Final = {
     "statement_timeout": "0",
     "lock_timeout": "10s",
     "jit": "off",
-    # Who is interrupted ends without a word: its server would go on with the statement, and keep others waiting for its
-    # turn, until there is something to answer.
+    # An interrupted process closes its connection. Without this, the server would continue the statement, and block
+    # other copies, until it has a result to send.
     "client_connection_check_interval": "1s",
 }
 
 
-# Below `deadlock_timeout` (1 s): a pause that deadlocks with a service gives up before the server ends either.
+# Below `deadlock_timeout` (1 s): a pause that deadlocks with a service gives up before the server ends one of the two.
 PAUSE_LOCK_MILLISECONDS: Final = 500
 PAUSE_SECONDS: Final = 2.0
-"""No try to hold all databases at one moment lasts longer; the server ends one whose process stands still."""
+"""The longest attempt to lock all databases; the server ends the transaction of a process that hangs."""
 PAUSE_TRIES: Final = 10
 _PAUSE: Final = f"""
     BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
@@ -81,7 +81,7 @@ _DRIVER_ERRORS: Final = (
 )
 
 
-# What a statement of ours meets when its server goes away; anything else is a bug of the statement.
+# The errors of a statement whose server is lost; any other error is a bug of the statement.
 _LOST: Final = (
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,
@@ -93,24 +93,24 @@ _LOST: Final = (
 )
 
 
-# What a try to lock all tables meets that another may not: a writer who takes long, or a server that ended the session.
+# Errors after which locking all tables is tried again: a long transaction, or a server that ended the session.
 _BUSY: Final = (asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError, asyncpg.DeadlockDetectedError, TimeoutError)
 
 
 class CopyError(Exception):
-    """A sentence for the operator: which server or database is not as it must be, and the way out."""
+    """A sentence for the operator: which server or database has a problem, and how to solve it."""
 
 
 class Table(msgspec.Struct, frozen=True):
-    """What is copied of a table: `columns` are expressions over its own, so that what is secret or large stays there.
+    """The copied part of a table: `columns` are expressions over its own, so that secret or large values stay there.
 
-    A column that is not simply one of the table's has a name: `answer IS NOT NULL AS answered`.
+    An expression that is not just a column has a name: `answer IS NOT NULL AS answered`.
     """
 
     name: str
     columns: tuple[str, ...]
     source: str = ""
-    """What stands behind FROM, where it is not the table as it is: a row may become several."""
+    """The FROM clause, where it is not just the table: a row may become several."""
 
     @property
     def query(self) -> str:
@@ -118,47 +118,47 @@ class Table(msgspec.Struct, frozen=True):
 
 
 class Moment(msgspec.Struct, frozen=True):
-    """A snapshot of each database, all of one moment at which no transaction of any of them was writing."""
+    """A snapshot of each database, all at one moment at which no transaction was writing."""
 
     snapshots: Mapping[str, tuple[Any, datetime.datetime]]
     """By the name of the database: a connection in a read-only transaction, and the moment by the server's clock."""
     taken_at: datetime.datetime
     pause_seconds: float
-    """How long writes waited, in the longest of the tries."""
+    """How long writes were blocked, in the longest attempt."""
     tries: int
 
 
 class Copies:
-    """The copies, in a transaction that nobody else sees and that ends with `copied`."""
+    """The copies, in a transaction that no other session sees and that ends with `copied`."""
 
     def __init__(self, connection: Any, taken_at: datetime.datetime) -> None:
         self._connection = connection
         self.taken_at = taken_at
         """By the server's clock, right before the first snapshot."""
         self.rows = 0
-        """How many were copied."""
+        """The number of copied rows."""
 
     async def fetch(self, sql: str, *values: object) -> list[dict[str, Any]]:
-        """All rows, by the names of their columns. Here and below: `CopyError` when the server goes away."""
+        """All rows, by the names of their columns. This and the methods below raise `CopyError` for a lost server."""
         with explained("the copies", _LOST):
             return [dict(record) for record in await self._connection.fetch(sql, *values)]
 
     async def execute(self, sql: str, *values: object) -> None:
-        """Changes the copies; several statements at once where there are no values."""
+        """Changes the copies; `sql` may have several statements where there are no values."""
         with explained("the copies", _LOST):
             await self._connection.execute(sql, *values)
 
     async def fill(
         self, schema: str, table: str, columns: Mapping[str, str], rows: Sequence[tuple[object, ...]]
     ) -> None:
-        """Makes a table that is no copy: `columns` are names and types, `rows` have their order."""
+        """Creates a table that is no copy: `columns` are names and types, `rows` have their order."""
         with explained("the copies", _LOST):
             await self._make_table(schema, table, columns)
             await self._connection.copy_records_to_table(table, schema_name=schema, columns=list(columns), records=rows)
 
     @contextlib.asynccontextmanager
     async def undone(self) -> AsyncGenerator[None]:
-        """What is changed in this block is taken back at its end."""
+        """Rolls back the changes of this block at its end."""
         await self._connection.execute("SAVEPOINT undone")
         try:
             yield
@@ -166,7 +166,7 @@ class Copies:
             await self._connection.execute("ROLLBACK TO SAVEPOINT undone; RELEASE SAVEPOINT undone")
 
     async def take(self, source: Any, schema: str, table: Table) -> None:
-        """Copies one table out of the snapshot that `source` has open."""
+        """Copies one table from the open snapshot of `source`."""
         statement = await source.prepare(table.query)
         columns = {attribute.name: attribute.type.name for attribute in statement.get_attributes()}
         await self._make_table(schema, table.name, columns)
@@ -204,9 +204,9 @@ async def copied(
 ) -> AsyncGenerator[Copies]:
     """Copies the `wanted` tables of each database (by its name in `dsns`) into the scratch database, for this block.
 
-    `admin_dsn` names the server that has, or gets, the scratch database, and a role that may make one. The block may
-    ask and change the copies. `progress` gets a line for people about what takes time. With `moment`, what is copied
-    is that one, which stays open. Raises `CopyError`.
+    `admin_dsn` names the server that has, or gets, the scratch database, and a role that may create one. The block may
+    query and change the copies. `progress` gets lines of text about steps that take time. With `moment`, its snapshots
+    are copied, and stay open. Raises `CopyError`.
     """
     scratch_dsn = await ensured(admin_dsn, scratch)
     async with contextlib.AsyncExitStack() as stack:
@@ -226,14 +226,14 @@ async def copied(
                 source, _ = sources[name]
                 progress(f"copying {name}")
                 for table in wanted[name]:
-                    await _taken(copies, source, name, table)
+                    await _copy_table(copies, source, name, table)
         with explained(f"the copies in {scratch}"):
             await connection.execute("ANALYZE")
         yield copies
 
 
 async def _take_turn(connection: Any, progress: Callable[[str], None]) -> None:
-    """Waits until nobody else has copies; for as long as this connection is open nobody else will."""
+    """Waits until no other process has copies, and keeps others from making any while this connection is open."""
     if await connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK_KEY):
         return
     progress("waiting for others to finish with their copies")
@@ -242,7 +242,7 @@ async def _take_turn(connection: Any, progress: Callable[[str], None]) -> None:
         await connection.execute("SELECT pg_advisory_lock($1)", LOCK_KEY, timeout=QUEUE_SECONDS)
     except TimeoutError:
         raise CopyError(
-            f"somebody else has been at work in {SCRATCH} for {QUEUE_SECONDS:.0f} s: wait for them, or end them"
+            f"another process has used {SCRATCH} for {QUEUE_SECONDS:.0f} s: wait for it, or end it"
         ) from None
 
 
@@ -253,7 +253,7 @@ async def _snapshots(
     opened = {name: await stack.enter_async_context(connected(dsn, name)) for name, dsn in dsns.items()}
 
     async def begin(connection: Any) -> datetime.datetime:
-        # The transaction's time is that of BEGIN; its first query takes the snapshot, never before that.
+        # The transaction's time is that of BEGIN; the first query takes the snapshot, after it.
         await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         return await connection.fetchval("SELECT now()")
 
@@ -264,10 +264,10 @@ async def _snapshots(
 
 @contextlib.asynccontextmanager
 async def one_moment(dsns: Mapping[str, str], *, progress: Callable[[str], None]) -> AsyncGenerator[Moment]:
-    """A snapshot of each database, all of one moment, for the time of the block.
+    """A snapshot of each database, all at one moment, for the time of the block.
 
-    All tables of all databases are locked against writes until each database has its snapshot; reading goes on. A try
-    that meets a long transaction lets go at once, and another follows. Raises `CopyError`.
+    All tables of all databases are locked against writes until each database has its snapshot; reads continue. An
+    attempt that meets a long transaction releases all locks at once, and another follows. Raises `CopyError`.
     """
     longest = 0.0
     for tried in range(1, PAUSE_TRIES + 1):
@@ -277,7 +277,7 @@ async def one_moment(dsns: Mapping[str, str], *, progress: Callable[[str], None]
             with explained("the databases"):
                 tables = {name: await connection.fetchval(_WRITTEN) for name, connection in opened.items()}
             began = time.monotonic()
-            moments = await _held_still(opened, tables)
+            moments = await _snapshots_under_locks(opened, tables)
             longest = max(longest, time.monotonic() - began)
             if moments is not None:
                 snapshots = {name: (opened[name], moments[name]) for name in opened}
@@ -291,10 +291,10 @@ async def one_moment(dsns: Mapping[str, str], *, progress: Callable[[str], None]
     )
 
 
-async def _held_still(
+async def _snapshots_under_locks(
     opened: Mapping[str, Any], tables: Mapping[str, str | None]
 ) -> Mapping[str, datetime.datetime] | None:
-    """Begins a snapshot in each of the connections while writes wait in all; None where that took too long."""
+    """Takes a snapshot in each of the connections while writes are blocked in all; None where that took too long."""
 
     async def lock(name: str) -> None:
         await opened[name].execute(_PAUSE)
@@ -305,7 +305,8 @@ async def _held_still(
         return await opened[name].fetchval("SELECT clock_timestamp()")
 
     async def release(name: str) -> None:
-        await opened[name].execute("ROLLBACK TO SAVEPOINT pause")  # the snapshot is the transaction's, and stays
+        # Releases the locks. The snapshot belongs to the transaction, and stays.
+        await opened[name].execute("ROLLBACK TO SAVEPOINT pause")
 
     with explained("the databases"):
         try:
@@ -318,7 +319,7 @@ async def _held_still(
     return dict(zip(opened, moments, strict=True))
 
 
-async def _taken(copies: Copies, source: Any, name: str, table: Table) -> None:
+async def _copy_table(copies: Copies, source: Any, name: str, table: Table) -> None:
     with explained(f"the table {table.name} of {name}"):
         try:
             await copies.take(source, name, table)
@@ -343,11 +344,11 @@ async def _until_none(chunks: asyncio.Queue[bytes | None]) -> AsyncIterator[byte
         yield chunk
 
 
-# ------------------------------------------------------------------------------------------------------ which databases
+# ----------------------------------------------------------------------------------------------------------- databases
 
 
 async def located(admin_dsn: str, services: Sequence[str], *, prefix: str = "mercato_") -> dict[str, str]:
-    """The DSN of each service's database, as the administrator opens it. Raises `CopyError` where one is missing."""
+    """The DSN of each service's database, for the administrator. Raises `CopyError` where a database is missing."""
     async with connected(admin_dsn, "the server") as connection:
         with explained("the server"):
             names = set(await connection.fetchval("SELECT array_agg(datname::text) FROM pg_database"))
@@ -359,11 +360,11 @@ async def located(admin_dsn: str, services: Sequence[str], *, prefix: str = "mer
 
 
 async def ensured(admin_dsn: str, name: str) -> str:
-    """The DSN of a database that is made, and closed to everybody else, where it is not there. Raises `CopyError`."""
+    """The DSN of a database, which is created where it is missing, and closed to other roles. Raises `CopyError`."""
     async with connected(admin_dsn, "the server") as connection:
         with explained(f"the database {name}"):
             if not await connection.fetchval("SELECT true FROM pg_database WHERE datname = $1", name):
-                # Somebody who makes it at the same moment has won; it is the same database.
+                # Another process may create the same database at the same moment.
                 with contextlib.suppress(asyncpg.DuplicateDatabaseError, asyncpg.UniqueViolationError):
                     await create_database(connection, name)
             if await connection.fetchval("SELECT has_database_privilege('public', $1, 'CONNECT')", name):
@@ -376,7 +377,7 @@ async def connected(dsn: str, what: str) -> AsyncGenerator[Any]:
     """A connection that reads whole tables, for the time of the block. Raises `CopyError`."""
     try:
         connection = await connect(dsn, _SESSION)
-    except ValueError as error:  # its words may be a part of the password, as whoever mistook it for a port has it
+    except ValueError as error:  # its text may contain a part of the password that was parsed as the port
         raise CopyError(f"{what} cannot be reached at {shown(dsn)}: {DSN_FORM}") from error
     except _DRIVER_ERRORS as error:
         raise CopyError(
@@ -386,17 +387,17 @@ async def connected(dsn: str, what: str) -> AsyncGenerator[Any]:
     try:
         yield connection
     finally:
-        # Not `close()`, which would wait for whatever a cancelled statement still does. The server rolls back.
+        # Not `close()`, which would wait for a cancelled statement. The server rolls back.
         connection.terminate()
 
 
 @contextlib.contextmanager
 def explained(what: str, errors: tuple[type[Exception], ...] = _DRIVER_ERRORS) -> Generator[None]:
-    """Turns an error of the driver into a sentence about what could not be read or made."""
+    """Turns an error of the driver into a sentence that names what could not be used."""
     try:
         yield
     except errors as error:
-        raise CopyError(f"{what} cannot be used: {_reason(error)}; try again when the server is well") from error
+        raise CopyError(f"{what} cannot be used: {_reason(error)}; try again when the server works") from error
 
 
 def _reason(error: BaseException) -> str:
@@ -405,5 +406,5 @@ def _reason(error: BaseException) -> str:
 
 
 def identifier(name: str) -> str:
-    """A name as SQL has it, in quotes."""
+    """A quoted identifier of SQL."""
     return '"' + name.replace('"', '""') + '"'

@@ -1,9 +1,10 @@
-"""Ids that are never given twice: who knows whose, and sequences that are moved past what others know.
+"""Ids that are never given twice: which service knows the ids of which other, and moving sequences past known ids.
 
-A database that was restored alone from an older backup has forgotten ids that other databases know. Its sequence would
-give them again, to another order or another account. `advance` moves it past them; the audit asks the same of copies.
-Orders also gets a list of those that payments knows: one that comes again by its key is not charged again.
-Of a whole shop that was restored no database knows the ids of the lost time: `margin` is how many there can be.
+A database that was restored alone from an older backup lacks ids that other databases know. Its sequence would give
+them again, to another order or another account. `advance` moves it past them; the audit checks the same on copies.
+Orders also gets a list of the lost orders that payments knows: an order that is placed again with its key is not
+charged again. After the restore of a whole shop no database knows the ids of the lost time: `margin` is how many there
+can be.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from mercato.chassis.postgres.sessions import WHOLE_TABLES, connect
 
 LOCK_SECONDS: Final = 10
 IDS_PER_SECOND_MAX: Final = 10_000
-"""On average since the backup: more than one machine places (`docs/performance.md`). A shop that gave more ids than
-this and `MARGIN_MIN` may give some of them again."""
+"""On average since the backup: more orders than one machine places (`docs/performance.md`). A shop that gave more ids
+than this and `MARGIN_MIN` may give some of them again."""
 MARGIN_MIN: Final = UNHEARD_IDS
 """Also for a burst before a backup that is minutes old, and for clocks of machines that differ by minutes."""
 NEWEST_ROWS: Final = 1000
-"""Of rows without an index on the id, the newest so many are asked: later ids stand in later rows."""
+"""Without an index on the id, only the newest so many rows are read: later ids are in later rows."""
 
 
 log: Any = structlog.get_logger()
 
 
 class Sequence(msgspec.Struct, frozen=True):
-    """Gives the ids of one kind."""
+    """A sequence of ids."""
 
     owner: str
     """The service."""
@@ -41,7 +42,7 @@ class Sequence(msgspec.Struct, frozen=True):
 
 
 class Known(msgspec.Struct, frozen=True):
-    """Where a service keeps ids of another."""
+    """Ids of a service that another service stores."""
 
     sequence: Sequence
     by: str
@@ -49,7 +50,7 @@ class Known(msgspec.Struct, frozen=True):
     newest: str
     """A query for the highest id, or NULL; an index answers it."""
     copied: str | None
-    """The same of the copies of an audit; None where they do not have it."""
+    """The same query on the copies of an audit; None where they do not have the rows."""
 
 
 ORDERS: Final = Sequence("orders", "orders_id_seq")
@@ -140,30 +141,30 @@ _KEEP_LOST: Final = """
 
 
 class Moved(msgspec.Struct, frozen=True):
-    """A sequence that was behind what another service knows."""
+    """A sequence that was behind the ids that another service knows."""
 
     sequence: Sequence
     by: str
     """The service that knows the highest id."""
     next_id: int
-    """What it would have given next."""
+    """The id that it would have given next."""
     newest: int
-    """The highest id that is known; the sequence goes on `UNHEARD_IDS` behind it."""
+    """The highest known id; the sequence continues `UNHEARD_IDS` after it."""
 
 
 def margin(taken_at: datetime.datetime, now: datetime.datetime) -> int:
     """How many ids a sequence may have given between a backup and its restore; never less than `MARGIN_MIN`.
 
-    A backup that is a year old costs 3 * 10^11 ids. A number in JSON can hold 9 * 10^15 of them, and the rows of an
-    outbox, whose ids stand in positions of events, have 2 * 10^12.
+    A backup that is a year old costs 3 * 10^11 ids. A number in JSON can hold 9 * 10^15 of them; the rows of an
+    outbox, whose ids are a part of positions, have 2 * 10^12.
     """
     return MARGIN_MIN + IDS_PER_SECOND_MAX * max(0, int((now - taken_at).total_seconds()))
 
 
 async def advance(dsns: Mapping[str, str], *, listed_at_once: int = LISTED_AT_ONCE) -> tuple[Moved, ...]:
-    """Moves each sequence of the services in `dsns` past all ids that others of them know, never backwards.
+    """Moves each sequence of the services in `dsns` past all ids that other services know, never backwards.
 
-    Gives those that were behind, and logs them. Raises the errors of the driver.
+    Gives the sequences that were behind, and logs them. Raises the errors of the driver.
     """
     found = [known for known in KNOWN if known.sequence.owner in dsns and known.by in dsns]
     async with contextlib.AsyncExitStack() as stack:
@@ -186,7 +187,7 @@ async def advance(dsns: Mapping[str, str], *, listed_at_once: int = LISTED_AT_ON
 async def _list_lost_orders(orders: Any, payments: Any, newest: int, at_once: int) -> None:
     """Where the sequence of orders is behind, gives orders the nonces of all orders that only payments has.
 
-    Before the sequence moves, and again after a crash in between: then it is behind still.
+    It runs before the sequence moves. After a crash in between the sequence is still behind, so it runs again.
     """
     next_id = await orders.fetchval(NEXT.format(name=ORDERS.name))
     while next_id <= newest and (rows := await payments.fetch(_LOST_ORDERS, next_id, at_once)):
@@ -212,7 +213,7 @@ async def _advance(connection: Any, sequence: Sequence, newest: int, by: str) ->
 
 @contextlib.asynccontextmanager
 async def connection_to(dsn: str) -> AsyncGenerator[Any]:
-    """One connection that waits for no lock longer than `LOCK_SECONDS`."""
+    """A connection that waits for a lock at most `LOCK_SECONDS`."""
     connection = await connect(dsn, {**WHOLE_TABLES, "lock_timeout": f"{LOCK_SECONDS}s"})
     try:
         yield connection

@@ -1,11 +1,11 @@
-"""Event logs and consumers that a restore has parted: who was restored alone goes on with the others.
+"""After a restore of one database: sources and consumers of events continue together.
 
-A source that was restored does not have the row in which its consumers stand, and refuses them (`LogReplaced`). What it
-has, they have read: so its outbox goes on behind the ids that they know, and their cursors go to its last row. What its
-events of the lost time have done stays, and the audit reports it (E3).
+A restored source lacks the row of its consumers' cursors, and refuses them (`LogReplaced`). They have read all rows
+that it has: so its outbox continues after the ids that they know, and their cursors move to its last row. The effects
+of its events of the lost time stay, and the audit reports them (E3).
 
-Where the feed was restored, its cursors are behind what it has acknowledged. It reads those rows again, for which its
-sources keep them, and gives their events positions that no reader outside of the shop has seen.
+A restored feed has cursors behind the rows that it has acknowledged. It reads those rows again, which its sources keep
+for this, and gives their events positions that no reader outside of the shop has seen.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ OUTBOX_IDS: Final = "outbox_id_seq"
 FEED_POSITIONS: Final = "feed_position_seq"
 
 _CURSORS: Final = "SELECT consumer, source, position, at FROM cursors WHERE at IS NOT NULL ORDER BY consumer, source"
-# `is_parted`: the log ends before the cursor, and has nothing that is younger than what the consumer has read. Where
-# services have written to it since its restore, a person has to look.
+# `is_behind`: the log ends before the cursor, and has no row that is younger than what the consumer has read. Where
+# services have written to it since its restore, an operator has to decide.
 _LAST_ROW: Final = """
     SELECT last.id, last.at,
-           coalesce(last.id, 0) < $1 AND NOT EXISTS (SELECT FROM outbox WHERE at > $2) AS is_parted
+           coalesce(last.id, 0) < $1 AND NOT EXISTS (SELECT FROM outbox WHERE at > $2) AS is_behind
       FROM (SELECT 1) AS always
       LEFT JOIN LATERAL (
         SELECT id, at
@@ -53,41 +53,27 @@ _NEXT_FEED_POSITION: Final = "SELECT last_value + is_called::integer FROM feed_p
 
 
 class Rejoined(msgspec.Struct, frozen=True):
-    """A consumer and a source of which one was restored."""
+    """A consumer and a source, one of which was restored."""
 
     consumer: str
     source: str
     is_source: bool
-    """Whether it was the source; else the consumer."""
+    """Whether the source was restored; else the consumer."""
 
 
 async def rejoin(dsns: Mapping[str, str]) -> tuple[Rejoined, ...]:
-    """Lets sources and consumers of the services in `dsns` go on; gives and logs those that were parted.
+    """Lets sources and consumers of the services in `dsns` continue; gives and logs the pairs with a restored one.
 
     For services that do not run. Raises the errors of the driver.
     """
     found: list[Rejoined] = []
     async with contextlib.AsyncExitStack() as stack:
-        connections: dict[str, Any] = {}
-
-        async def of(service: str) -> Any:
-            if service not in connections:
-                connections[service] = await stack.enter_async_context(connection_to(dsns[service]))
-            return connections[service]
-
+        connections = _Connections(dsns, stack)
         for service in CONSUMING:
-            if service not in dsns:
-                continue
-            consuming = await of(service)
-            for cursor in await consuming.fetch(_CURSORS):
-                if cursor["source"] in dsns:
-                    source = await of(cursor["source"])
-                    if await _source_rejoined(consuming, source, cursor):
-                        found.append(Rejoined(cursor["consumer"], cursor["source"], is_source=True))
-                    elif cursor["consumer"] == FEED and await _is_behind(source, cursor):
-                        found.append(Rejoined(FEED, cursor["source"], is_source=False))
+            if service in dsns:
+                found += await _rejoin_consumers(connections, service)
         if any(not each.is_source for each in found):
-            feed = await of("events")
+            feed = await connections.of("events")
             async with feed.transaction():
                 await move_past(feed, FEED_POSITIONS, await feed.fetchval(_NEXT_FEED_POSITION))
     for each in found:
@@ -96,12 +82,41 @@ async def rejoin(dsns: Mapping[str, str]) -> tuple[Rejoined, ...]:
     return tuple(found)
 
 
+class _Connections:
+    """A connection to each service that is asked for, until `stack` is closed."""
+
+    def __init__(self, dsns: Mapping[str, str], stack: contextlib.AsyncExitStack) -> None:
+        self.dsns = dsns
+        self._stack = stack
+        self._open: dict[str, Any] = {}
+
+    async def of(self, service: str) -> Any:
+        if service not in self._open:
+            self._open[service] = await self._stack.enter_async_context(connection_to(self.dsns[service]))
+        return self._open[service]
+
+
+async def _rejoin_consumers(connections: _Connections, service: str) -> list[Rejoined]:
+    """Compares the cursors of a service with their sources, and moves those of restored sources."""
+    consuming = await connections.of(service)
+    found: list[Rejoined] = []
+    for cursor in await consuming.fetch(_CURSORS):
+        if cursor["source"] not in connections.dsns:
+            continue
+        source = await connections.of(cursor["source"])
+        if await _source_rejoined(consuming, source, cursor):
+            found.append(Rejoined(cursor["consumer"], cursor["source"], is_source=True))
+        elif cursor["consumer"] == FEED and await _is_behind(source, cursor):
+            found.append(Rejoined(FEED, cursor["source"], is_source=False))
+    return found
+
+
 async def _source_rejoined(consuming: Any, source: Any, cursor: Mapping[str, Any]) -> bool:
     position: int = cursor["position"]
     at: datetime.datetime = cursor["at"]
     row_id, _ = outbox_row.place_of(position)
     last = await source.fetchrow(_LAST_ROW, row_id, at)
-    if not last["is_parted"]:
+    if not last["is_behind"]:
         return False
     async with source.transaction():
         await move_past(source, OUTBOX_IDS, row_id)

@@ -1,1 +1,1 @@
-"""What must always hold, asked of copies of all databases."""
+"""The audit: invariants, checked on copies of all databases."""

@@ -1,8 +1,8 @@
-"""The audit that a running shop makes of itself every few minutes, and where its result is shown.
+"""The periodic audit of a running shop, every few minutes, and where its result is shown.
 
-Every process has a `Background`. One of them takes the turn (`store.TURN`) and audits; all read the result and
+Every process has a `Background`. One of them takes the lease (`store.TURN`) and audits; all read the result and
 show it: `mercato_audit_violations{invariant}`, `mercato_audit_timestamp_seconds`, and `audit` in `/health/ready`. A
-violation does not make a shop unready: it goes on selling, and a person has to look.
+violation does not make a shop unready: it continues to sell, and an operator has to investigate.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from mercato.operations.copying import SCRATCH, ensured
 from mercato.operations.ids import advance
 
 FIRST_SECONDS: Final = 30.0
-"""After the start of a process, which has other things to do; sooner where audits are more frequent."""
+"""The delay after the start of a process, which is busy then; shorter where audits are more frequent."""
 LOOK_SECONDS: Final = (0.5, 15.0)
-"""Between two looks at what others have found, a tenth of the time between audits within these bounds."""
+"""Bounds of the time between two reads of the last result, which is a tenth of the time between audits."""
 CLOSE_SECONDS: Final = 0.5
 
 log = structlog.stdlib.get_logger("mercato.operations.audit")
@@ -39,11 +39,11 @@ class Last(msgspec.Struct, frozen=True):
 
     at: datetime.datetime
     violations: Mapping[str, int]
-    """Of every invariant, also of those that hold."""
+    """The number of violations of every invariant, also of those that hold."""
 
 
 class Background:
-    """Audits the shop every `every_seconds`, together with all its other processes, for as long as it is `running`."""
+    """Audits the shop every `every_seconds`, in one of its processes, for as long as it is `running`."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Background:
         self._failure = ""
         self._logged = ""
         self._database: Database | None = None
-        # Every process shows what it has read last: that of the newest is the newest.
+        # Every process shows the result that it has read last: the most recent value is the newest.
         violations = "Places where an invariant did not hold in the last audit."
         self._violations = telemetry.gauge("mercato_audit_violations", violations, ["invariant"], workers="mostrecent")
         timestamp = "When the databases were copied for the last audit."
@@ -88,18 +88,18 @@ class Background:
             yield
         finally:
             task.cancel()
-            # The end of a process is not held up by an audit: what it has open, its server ends.
+            # The end of a process does not wait for an audit: the server ends its sessions.
             await asyncio.wait({task}, timeout=CLOSE_SECONDS)
 
     async def turn(self) -> bool:
-        """Audits if it is time and no other process does; then shows the last result. Whether it was this one.
+        """Audits if it is time and no other process does; then shows the last result. Gives whether it audited.
 
-        Raises what the server makes impossible: `CopyError`, `Unavailable`. Nothing is left open when it is cancelled.
+        Raises the errors of the server: `CopyError`, `Unavailable`. Nothing is left open when it is cancelled.
         """
         try:
             mine = await self._turn()
         except Exception as error:
-            # It may be gone, or was made anew without its table: the next turn begins from nothing.
+            # It may be deleted, or created again without its table: the next turn opens it anew.
             self._database = None
             self._failure = _sentence(error)
             raise
@@ -107,7 +107,7 @@ class Background:
         return mine
 
     def _report(self, error: Exception) -> None:
-        """Logged once, as long as it does not change by itself, such as a role that may make no database."""
+        """Logs a failure, such as that of a role that may not create databases, once until it changes."""
         if _sentence(error) != self._logged:
             self._logged = _sentence(error)
             log.warning("audit_failed", reason=self._logged)
@@ -122,16 +122,16 @@ class Background:
             async with database.read() as tx:
                 row = await store.latest(tx)
         finally:
-            # Not kept between turns: one connection for each process would be taken from those that serve.
+            # Closed between turns: a connection for each process would reduce those that serve requests.
             await database.close()
         if row is not None:
             self._show(Last(row.at, msgspec.json.decode(row.violations, type=dict[str, int])))
         return mine
 
     def details(self) -> Mapping[str, Any]:
-        """For `/health/ready`: what does not hold, by the last audit; nothing before the first.
+        """For `/health/ready`: the violations of the last audit; empty before the first.
 
-        While turns fail, `failure` says why: what the last audit found gets older and older.
+        While turns fail, `failure` says why: the last result gets older.
         """
         shown: dict[str, Any] = {}
         if self._last is not None:
@@ -158,15 +158,15 @@ class Background:
 
     async def _opened(self) -> Database:
         if self._database is None:
-            made = Database(await ensured(self._admin_dsn, SCRATCH), "audit", self._telemetry, size=1)
-            await made.open()
+            database = Database(await ensured(self._admin_dsn, SCRATCH), "audit", self._telemetry, size=1)
+            await database.open()
             try:
-                async with made.transaction() as tx:
+                async with database.transaction() as tx:
                     await store.make_table(tx)
             except BaseException:
-                await made.close()
+                await database.close()
                 raise
-            self._database = made
+            self._database = database
         else:
             await self._database.open()
         return self._database

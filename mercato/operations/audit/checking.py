@@ -1,4 +1,4 @@
-"""The audit: copies of all databases, every invariant asked of them, and what was found."""
+"""The audit: copies all databases, checks every invariant on the copies, and reports the violations."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from mercato.operations.audit.tables import WANTED, prepare
 from mercato.operations.copying import Copies, Moment, copied
 
 SETTLED_SECONDS: Final = 60.0
-"""How long nobody may have touched what several services do together, before they must agree about it."""
+"""The time since the last change of something that several services change, after which they must agree."""
 ROWS_SHOWN: Final = 5
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """What was found of one invariant."""
+    """The result of one invariant."""
 
     name: str
     group: Group
@@ -29,17 +29,17 @@ class Finding(msgspec.Struct, frozen=True):
     title: str
     violations: int
     rows: tuple[Mapping[str, Any], ...]
-    """The first few of them."""
+    """The first few violations."""
 
 
 class Report(msgspec.Struct, frozen=True):
-    """An audit. `findings` has every invariant that was asked, also those that hold."""
+    """An audit. `findings` has every invariant that was checked, also those that hold."""
 
     taken_at: datetime.datetime
     """Right before the copies, by the clock of the server."""
     is_stopped: bool
     as_of: datetime.datetime
-    """From when on time is counted back: `taken_at`; of a stopped shop, its last sign of life."""
+    """The reference time of the checks: `taken_at`; of a stopped shop, its last activity."""
     settled_seconds: float
     copied_rows: int
     findings: tuple[Finding, ...]
@@ -59,28 +59,27 @@ async def audit(
     progress: Callable[[str], None] = lambda _line: None,
     moment: Moment | None = None,
 ) -> Report:
-    """Asks every invariant of the databases in `dsns`, by service, as they are now; also while the shop is running.
+    """Checks every invariant on the databases in `dsns`, by service, as they are now; also while the shop is running.
 
-    `admin_dsn` may make a database on its server. `settled_seconds` 0 is for a shop that stands still: everything must
-    have come to its end. `is_stopped`: nobody runs the shop; it is judged as it was when it gave its last sign of life.
-    With `history`, the clients' side is asked too; with `moment`, all is asked of that one. Raises `CopyError` when it
-    cannot be done.
+    `admin_dsn` may create a database on its server. `settled_seconds` 0 is for an idle shop: everything must have
+    ended. `is_stopped`: the shop does not run; it is checked as of its last activity. With `history`, the invariants of
+    clients are checked too; with `moment`, that moment is checked. Raises `CopyError` where that is not possible.
     """
     async with copied(admin_dsn, dsns, WANTED, progress=progress, moment=moment) as copies:
         as_of = await prepare(copies, settled_seconds=settled_seconds, history=history, is_stopped=is_stopped)
         invariants = SHOP if history is None else (*SHOP, *CLIENTS)
-        progress(f"asking {len(invariants)} questions of {copies.rows} rows")
+        progress(f"checking {len(invariants)} invariants on {copies.rows} rows")
         findings = await check(copies, invariants)
         return Report(copies.taken_at, is_stopped, as_of, settled_seconds, copies.rows, findings)
 
 
 async def check(copies: Copies, invariants: Sequence[Invariant]) -> tuple[Finding, ...]:
-    """Asks each of the invariants, in order."""
+    """Checks each of the invariants, in order."""
     return tuple([await _find(copies, invariant) for invariant in invariants])
 
 
 async def _find(copies: Copies, invariant: Invariant) -> Finding:
-    # All are counted, and few are fetched: a shop that is wrong in one place is often wrong in a million.
+    # All violations are counted, and few are fetched: there can be millions.
     rows = await copies.fetch(
         f"SELECT found.*, count(*) OVER () AS how_many FROM ({invariant.sql}) found LIMIT {ROWS_SHOWN}"  # noqa: S608
     )

@@ -1,4 +1,4 @@
-"""What must hold between the databases and what clients were told: queries that also read `history.ops`."""
+"""Invariants between the databases and the answers that clients got: their queries also read `history.ops`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CLIENTS: Final = (
         "O5",
         "clients",
         "always",
-        "No order that a client was answered with is lost",
+        "No order with which a client was answered is missing",
         """
         SELECT c.op_id, c.order_id
           FROM history.ops c
@@ -23,8 +23,8 @@ CLIENTS: Final = (
         "O7",
         "clients",
         "always",
-        "No order is there that no client has asked for",
-        # Without a key, an order whose answer was lost can be any of those that its buyer was not answered about.
+        "No order exists without a request of a client",
+        # An order without a key and without an answer can belong to any unanswered request of its buyer.
         """
         SELECT o.id AS order_id, o.principal, o.idempotency_key
           FROM orders.orders o
@@ -46,7 +46,7 @@ CLIENTS: Final = (
         "O8",
         "clients",
         "always",
-        "No client sees an order go backwards",
+        "No client sees an order go back to an earlier version",
         """
         SELECT earlier.op_id AS saw, earlier.version, later.op_id AS then_saw, later.version AS then_version
           FROM history.ops earlier
@@ -72,7 +72,7 @@ CLIENTS: Final = (
         "K2",
         "clients",
         "always",
-        "Another request with a key that was used is refused with 422 for a day",
+        "A different request with a used key is refused with 422 for a day",
         """
         SELECT first.op_id AS first, other.op_id AS other, other.status
           FROM history.ops first
@@ -88,13 +88,13 @@ CLIENTS: Final = (
         "X1",
         "clients",
         "always",
-        "An order is shown to its owner and to staff alone",
+        "Only its owner and staff see an order",
         """
         SELECT c.op_id, c.route, c.user_id, o.id AS order_id, o.user_id AS owner
           FROM history.ops c
           JOIN orders.orders o ON o.id = c.order_id
          WHERE c.status < 300 AND c.user_id <> o.user_id AND c.role NOT IN ('staff', 'service')
-           -- A guest was shown it before an account has claimed it.
+           -- The guest saw it before an account claimed it.
            AND NOT (c.user_id = 0 AND EXISTS (
             SELECT FROM orders.history h WHERE h.order_id = o.id AND 'order.claimed' = ANY (h.events)
            ))

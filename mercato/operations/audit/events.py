@@ -1,4 +1,4 @@
-"""What must hold of events: see `invariants.py`. The copies have a row for each event, in outboxes and in the feed."""
+"""The invariants of events: see `invariants.py`. The copies of outboxes and of the feed have a row for each event."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ EVENTS: Final = (
         "E1",
         "events",
         "settled",
-        "Every consumer has read every event that it wants, and no event is parked longer than until its retry",
-        # Of the parked events of a subject the first has the time of its retry; the others wait for it ('infinity').
+        "Every consumer has read every event that it subscribes to, and no event stays parked after its retry is due",
+        # Of the parked events of a subject, the first has the time of its retry; the others wait for it ('infinity').
         """
         SELECT s.consumer, e.source, e.id AS event_id, e.type, e.subject, e.subject_id, e.at
           FROM audit.outbox e
@@ -38,7 +38,7 @@ EVENTS: Final = (
         "E2",
         "events",
         "always",
-        "Every event that a consumer has read had its effect there, or is parked or dead",
+        "Every event that a consumer has read had its effect, or is parked or dead",
         """
         SELECT e.consumer, e.source, e.id AS event_id, e.type, e.subject, e.subject_id
           FROM audit.consumed e
@@ -70,8 +70,8 @@ EVENTS: Final = (
         "events",
         "always",
         "The feed has no event that was not emitted",
-        # A consumer reads an event after it was committed: by `taken_at`, it was in every snapshot. A replayed event is
-        # kept for longer than its outbox row.
+        # A consumer reads an event after its commit: an event that was received by `taken_at` is in every snapshot. A
+        # replayed event is kept for longer than its outbox row.
         """
         SELECT f.source, f.event_id, f.subject, f.subject_id
           FROM events.feed f
@@ -97,16 +97,16 @@ EVENTS: Final = (
         "E5",
         "events",
         "always",
-        "The feed has the events of a subject in the order of their commits, but for dead ones that were replayed",
-        # One change may make two events of the same version.
+        "The feed has the events of a subject in the order of their commits, except for replayed dead ones",
+        # One change may emit two events of the same version.
         """
         SELECT source, event_id, subject, subject_id, version, version_before
           FROM (
-            SELECT f.*, lag(version) OVER told AS version_before, lag(event_id) OVER told AS event_before
+            SELECT f.*, lag(version) OVER in_order AS version_before, lag(event_id) OVER in_order AS event_before
               FROM events.feed f
              WHERE ('events.feed', source, event_id) NOT IN (SELECT consumer, source, event_id FROM audit.replayed)
-            WINDOW told AS (PARTITION BY source, subject, subject_id ORDER BY position)
-          ) heard
+            WINDOW in_order AS (PARTITION BY source, subject, subject_id ORDER BY position)
+          ) fed
          WHERE (version, event_id) < (version_before, event_before)
         """,
     ),
@@ -142,7 +142,7 @@ EVENTS: Final = (
         "E8",
         "events",
         "always",
-        "A product is in stock where its level says so, once the newest event of the level has had its effect",
+        "A product is in stock where its level has available pieces, once the level's newest event had its effect",
         """
         SELECT p.id AS product_id, p.in_stock, p.stock_version, l.on_hand, l.reserved
           FROM products.products p
@@ -160,9 +160,9 @@ EVENTS: Final = (
         "E9",
         "events",
         "always",
-        "A change of price and a refund are in the security log once",
-        # A transaction changes the price of a product once, and settles one refund of an order: with the time of its
-        # row in the outbox, which entries have, that names one event.
+        "A change of price, and a refund, is in the security log at most once",
+        # A transaction changes the price of a product once, and settles one refund of an order. So the time of its
+        # outbox row, which the entry has, identifies the event.
         """
         SELECT kind, subject, at, count(*) AS times
           FROM users.security_log

@@ -1,6 +1,6 @@
-"""What clients have asked for and were told: the one witness that no database of the shop is.
+"""The requests of clients and the answers that they got: the record that is in no database of the shop.
 
-A load generator that keeps one `ClientOperation` for each request lets the audit ask whether every answer was true.
+A load generator that records a `ClientOperation` for each request lets the audit check every answer.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ Outcome = Literal["final", "retryable", "unknown"]
 
 
 class ClientOperation(msgspec.Struct, frozen=True):
-    """One request, and what its client knows about it."""
+    """One request, and what its client knows of its result."""
 
     op_id: str
     principal: str
-    """As the shop keeps it with a key: `user:17`, or the role of who has no account."""
+    """As the shop stores it with a key: `user:17`, or the role of a caller without an account."""
     user_id: int
-    """0 for who has no account."""
+    """0 for a caller without an account."""
     role: str
     route: str
     """Method and template: `POST /orders`, `GET /orders/{id}`."""
@@ -31,13 +31,13 @@ class ClientOperation(msgspec.Struct, frozen=True):
     status: int | None = None
     idempotency_key: str | None = None
     fingerprint: str | None = None
-    """The same for requests that are the same."""
+    """Equal for equal requests."""
     answer: str | None = None
-    """A digest of the body."""
+    """A digest of the answer's body."""
     order_id: int | None = None
-    """The order that the answer shows."""
+    """The order in the answer."""
     version: int | None = None
-    """Of that order, as the answer shows it."""
+    """The version of that order in the answer."""
 
 
 COLUMNS: Final = {
@@ -56,7 +56,7 @@ COLUMNS: Final = {
     "order_id": "bigint",
     "version": "integer",
 }
-"""Of the table `history.ops`: the fields, in their order."""
+"""The columns of the table `history.ops`: the fields, in their order."""
 
 
 def as_row(operation: ClientOperation) -> tuple[object, ...]:

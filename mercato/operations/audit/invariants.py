@@ -1,12 +1,12 @@
-"""What must hold, each as one query that finds whatever breaks it. A shop is correct where none finds a row.
+"""The invariants, each one a query that finds its violations. A shop is correct where no query finds a row.
 
-`always` holds at every moment: it looks at one database, or takes into account that events are on their way. `settled`
-holds for what nobody has touched for a while: it compares what several services do one after the other, and leaves out
-what is under way. With nothing running at all, everything is settled.
+`always` holds at every moment: it reads one database, or allows for events that are not delivered yet. `settled` holds
+for what was not changed for a while: it compares what several services do one after the other, and leaves out work in
+progress. In a shop where nothing runs, everything is settled.
 
 The queries read the copies (`tables.py`) by the names of the services. `audit.clock` has one row: `taken_at`, before
-every snapshot; `as_of`, the same while the shop runs, else its last sign of life: whatever should have been done by a
-certain time should have been done by then; `settled_before`; `sure_after`, since when nothing has been cleaned up.
+every snapshot; `as_of`, the same while the shop runs, else its last activity: work that was due before it must be done;
+`settled_before`; `sure_after`, since when nothing was purged.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def _legal_moves() -> str:
 
 
 _PLACED: Final = ", ".join(f"'{state}'" for state in orders.PLACED.values())
-"""Where every order begins: status, payment, fulfilment."""
+"""The initial state of an order: status, payment, fulfilment."""
 
 ORDERS: Final = (
     Invariant(
         "O1",
         "orders",
         "always",
-        "Orders make legal moves only, from where every order begins",
+        "Orders begin in the initial state, and make only legal moves",
         f"""
         SELECT t.order_id, t.version, moved.axis, moved.before, moved.after
           FROM audit.transitions t
@@ -52,7 +52,7 @@ ORDERS: Final = (
         SELECT order_id, version, 'placed', NULL, concat_ws(' ', status, payment, fulfilment)
           FROM audit.transitions
          WHERE was_version IS NULL AND (status, payment, fulfilment) <> ({_PLACED})
-        """,  # noqa: S608  # of constants alone
+        """,  # noqa: S608  # only constants
     ),
     Invariant(
         "O2",
@@ -74,7 +74,7 @@ ORDERS: Final = (
         "O3",
         "orders",
         "always",
-        "An order is where its history ends",
+        "An order has the state of its last history entry",
         """
         SELECT o.id AS order_id, o.version, h.version AS history_version, o.status, o.payment, o.fulfilment
           FROM orders.orders o
@@ -91,9 +91,9 @@ ORDERS: Final = (
         "O4",
         "orders",
         "settled",
-        "Every order comes to an end, and so does the work for it, unless it waits for its payment",
-        # A failed try touches the saga, a move the order: ten tries since its last move are too many. A wait for
-        # a payment ends when its time is over: `wake_at`.
+        "Every order ends, and its sagas end, unless it waits for its payment",
+        # A failed attempt updates the saga, a move updates the order: ten attempts since its last move are too many. A
+        # wait for a payment ends at `wake_at`.
         """
         SELECT o.id AS order_id, o.status, s.kind, s.step, s.tries, s.wake_at, o.refund_pending_minor
           FROM orders.orders o
@@ -109,7 +109,7 @@ ORDERS: Final = (
          CROSS JOIN audit.clock c
          WHERE CASE WHEN s.driver IS NOT NULL OR s.wake_at IS NOT NULL
                     THEN s.step <> 'awaiting' OR o.status <> 'pending'
-                    -- No process will wake it: it must wait for staff to capture.
+                    -- No process wakes it: it must wait for staff to capture.
                     ELSE (s.step, o.status, o.payment) IS DISTINCT FROM ('authorized', 'confirmed', 'authorized') END
            AND (s.updated_at < c.settled_before OR (s.tries >= 10 AND o.updated_at < c.settled_before))
            AND NOT (s.kind = 'checkout' AND coalesce(o.status = 'pending', false))
@@ -130,7 +130,7 @@ ORDERS: Final = (
         "O6",
         "orders",
         "always",
-        "One key of one principal has made one order",
+        "A key of a principal has one order",
         """
         SELECT principal, idempotency_key, count(*) AS orders
           FROM orders.orders
@@ -143,8 +143,8 @@ ORDERS: Final = (
         "O9",
         "orders",
         "always",
-        "An order has refunded, and reserves for refunds, what its refunds say",
-        # A cancelled order has given back what it had taken, without a refund of its own.
+        "The refunded and pending amounts of an order are the sums of its refunds",
+        # A cancelled order gave its money back without a row in `refunds`.
         """
         SELECT o.id AS order_id, o.refunded_minor, r.refunded, o.refund_pending_minor, r.pending
           FROM orders.orders o
@@ -163,7 +163,7 @@ ORDERS: Final = (
         "O10",
         "orders",
         "always",
-        "What belongs to an order has its order, and an order stands under each of its products",
+        "Every row of an order has its order, and `order_products` has each order under each of its products",
         """
         SELECT orphan.what, orphan.order_id
           FROM (
@@ -185,8 +185,8 @@ ORDERS: Final = (
         "O11",
         "orders",
         "always",
-        "Stock and payments were made for this order, and for no earlier one of the same number",
-        # After a restore of its database, orders gives numbers again; the random part of an order it does not.
+        "Reservations and payments belong to this order, and to no earlier one with the same id",
+        # After a restore of its database, orders may give an id again; the nonce of an order is random.
         """
         SELECT o.id AS order_id, 'stock' AS wrong
           FROM orders.orders o
@@ -203,8 +203,8 @@ ORDERS: Final = (
         "O12",
         "orders",
         "always",
-        "No service knows an id that its owner has yet to give: else it would stand for two things",
-        # After a restore of the owner's database alone. The next start moves its sequence.
+        "No service knows an id that its owner has not given yet, and would give to something else",
+        # It happens after a restore of the owner's database alone. The next start moves its sequence.
         behind(),
     ),
 )
@@ -214,10 +214,10 @@ IDEMPOTENCY: Final = (
         "K3",
         "idempotency",
         "always",
-        "No key waits for its answer: key, change and answer are committed together",
+        "No key is stored without its answer: key, change and answer are committed together",
         "SELECT service, principal, operation, key FROM audit.idempotency WHERE NOT answered",
     ),
 )
 
 SHOP: Final = (*MONEY, *STOCK, *ORDERS, *IDEMPOTENCY, *EVENTS)
-"""What the databases can answer by themselves. What takes the word of the clients is in `clients.py`."""
+"""The invariants that need only the databases. Those that need the answers of clients are in `clients.py`."""

@@ -1,4 +1,4 @@
-"""What must hold of money; `invariants.py` says what an invariant is, and when it holds."""
+"""The invariants of money; `invariants.py` says what an invariant is, and when it holds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MONEY: Final = (
         "An account's balance is the sum of its transfers, and a payment's amounts are those of its operations",
         """
         SELECT coalesce(a.account, t.account) AS account, coalesce(a.currency, t.currency) AS currency,
-               NULL AS payment_id, a.balance_minor AS kept_minor, t.sum_minor
+               NULL AS payment_id, a.balance_minor AS stored_minor, t.sum_minor
           FROM payments.accounts a
           FULL JOIN (
             SELECT account, currency, sum(amount_minor) AS sum_minor
@@ -67,7 +67,7 @@ MONEY: Final = (
         "M3",
         "money",
         "always",
-        "No order is charged twice: by the bank's books it has one charge that is kept, and one that is open, at most",
+        "No order is charged twice: in `sandbox.charges` it has at most one that is not refunded, and one that is open",
         """
         SELECT order_id, 'captured' AS what, count(*) AS times
           FROM sandbox.charges
@@ -92,11 +92,11 @@ MONEY: Final = (
         "M4",
         "money",
         "settled",
-        "The bank's statement and our books have the same operations with the same amounts",
-        # A void has no amount of its own. An intent with which the bank is being called again was touched just now.
+        "`sandbox.operations` and `payments.operations` have the same operations with the same amounts",
+        # A void has no amount of its own. An intent with which the sandbox is called again has a new `asked_at`.
         """
-        SELECT coalesce(b.key, p.key) AS key, coalesce(b.kind, p.kind) AS kind, b.status AS bank, p.status AS ours,
-               b.amount_minor AS bank_minor, p.amount_minor AS ours_minor
+        SELECT coalesce(b.key, p.key) AS key, coalesce(b.kind, p.kind) AS kind, b.status AS sandbox,
+               p.status AS payments, b.amount_minor AS sandbox_minor, p.amount_minor AS payments_minor
           FROM sandbox.operations b
           FULL JOIN (
             SELECT key, kind, status, amount_minor, currency, settled_at AS touched_at FROM payments.operations
@@ -117,11 +117,11 @@ MONEY: Final = (
         "M5",
         "money",
         "settled",
-        "What the bank has taken for an order, less what it gave back, is what the order says; nothing, if cancelled",
-        # A refund that is under way may have happened at the bank or not: between the two, both are right. What the
-        # bank did after `taken_at` is left out: its copy may be a moment younger than that of the orders.
+        "What the sandbox took for an order, less its refunds, is what the order says; nothing for a cancelled order",
+        # The sandbox may have done a pending refund or not: both are right. What it did after `taken_at` is left out:
+        # its copy may be newer than that of the orders.
         """
-        SELECT o.id AS order_id, o.status, o.payment, coalesce(b.net_minor, 0) AS bank_minor, o.kept_minor
+        SELECT o.id AS order_id, o.status, o.payment, coalesce(b.net_minor, 0) AS sandbox_minor, o.kept_minor
           FROM (
             SELECT *, CASE WHEN payment IN ('paid', 'partially_refunded', 'refunded')
                            THEN total_minor - waived_minor - refunded_minor ELSE 0 END AS kept_minor
@@ -146,16 +146,16 @@ MONEY: Final = (
         "M6",
         "money",
         "settled",
-        "No money is asked for without an order",
+        "No operation of the sandbox, and no payment, is without an order",
         """
-        SELECT 'bank' AS books, b.key AS reference, b.order_id,
+        SELECT 'sandbox' AS service, b.key AS reference, b.order_id,
                'orders was restored? see docs/operations.md: refund it at the provider, or deliver the order' AS way_out
           FROM sandbox.operations b
          CROSS JOIN audit.clock c
           LEFT JOIN orders.orders o ON o.id = b.order_id
          WHERE b.status = 'succeeded' AND b.created_at < c.settled_before AND o.id IS NULL
         UNION ALL
-        SELECT 'ours', p.id::text, p.order_id, 'the same'
+        SELECT 'payments', p.id::text, p.order_id, 'the same'
           FROM payments.payments p
          CROSS JOIN audit.clock c
           LEFT JOIN orders.orders o ON o.id = p.order_id
@@ -166,7 +166,7 @@ MONEY: Final = (
         "M7",
         "money",
         "always",
-        "An order's total is the sum of its lines, and a line's total that of its pieces, its discount and its tax",
+        "An order's total is the sum of its lines, and a line's total that of its pieces and tax, less its discount",
         """
         SELECT o.id AS order_id, o.total_minor, l.sum_minor, l.wrong_lines
           FROM orders.orders o
@@ -185,7 +185,7 @@ MONEY: Final = (
         "M8",
         "money",
         "settled",
-        "Nothing stays reserved on a card for an order that is cancelled, or whose payment is over",
+        "No charge stays open for an order that is cancelled, or is neither unpaid nor authorized",
         """
         SELECT b.id AS charge_id, o.id AS order_id, o.status, o.payment
           FROM sandbox.charges b
@@ -199,9 +199,9 @@ MONEY: Final = (
         "M9",
         "money",
         "always",
-        "Never is more given back than was taken: not by the bank, not in our books, not of an order",
+        "No more is refunded than was captured: in `sandbox.operations`, in `payments.payments` and of an order",
         """
-        SELECT 'bank' AS books, order_id
+        SELECT 'sandbox' AS service, order_id
           FROM sandbox.operations
          WHERE status = 'succeeded'
          GROUP BY order_id

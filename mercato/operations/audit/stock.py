@@ -1,4 +1,4 @@
-"""What must hold of stock; `invariants.py` says what an invariant is, and when it holds."""
+"""The invariants of stock; `invariants.py` says what an invariant is, and when it holds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STOCK: Final = (
         "S1",
         "stock",
         "always",
-        "No level is below nothing, and no more is reserved than there is",
+        "No level is negative, and no more is reserved than is on hand",
         "SELECT * FROM inventory.levels WHERE on_hand < 0 OR reserved < 0 OR reserved > on_hand",
     ),
     Invariant(
@@ -33,7 +33,7 @@ STOCK: Final = (
         "S3",
         "stock",
         "always",
-        "What is reserved is the sum of what is held for orders",
+        "What is reserved of a product is the sum of its held reservations",
         """
         SELECT l.product_id, l.reserved, h.held
           FROM inventory.levels l
@@ -46,8 +46,8 @@ STOCK: Final = (
         "S4",
         "stock",
         "always",
-        "At no moment was more sold than there was",
-        # The versions of a level are in the order of its changes. What one batch sold shares a version.
+        "At no version of a level was more sold than was on hand",
+        # The versions of a level are in the order of its changes. All lines that one batch sold have one version.
         """
         SELECT product_id, level_version, on_hand
           FROM (
@@ -62,8 +62,8 @@ STOCK: Final = (
         "S5",
         "stock",
         "settled",
-        "What was sold is what was ordered: confirmed orders and committed reservations have the same lines",
-        # A cancelled order that was confirmed before keeps its committed reservation, of which everything came back.
+        "Confirmed orders and committed reservations have the same lines",
+        # A cancelled order that was confirmed before keeps its committed reservation, with all pieces returned.
         """
         SELECT order_id, product_id, o.status, l.quantity AS ordered, r.quantity AS sold,
                l.returned AS order_returned, r.returned AS stock_returned
@@ -85,7 +85,7 @@ STOCK: Final = (
         "S6",
         "stock",
         "settled",
-        "Stock is held for pending orders alone",
+        "Only pending orders hold stock",
         """
         SELECT r.order_id, o.status, r.updated_at
           FROM inventory.reservations r
@@ -99,7 +99,7 @@ STOCK: Final = (
         "S7",
         "stock",
         "always",
-        "Each sold line and each movement has a version that its level has had, and what came back is on the shelf",
+        "Each sold line and each movement has a version that its level has had, and returned pieces have movements",
         """
         SELECT c.order_id, c.product_id, c.level_version, l.version,
                NULL::integer AS returned, NULL::bigint AS came_back
@@ -120,7 +120,7 @@ STOCK: Final = (
         "S8",
         "stock",
         "always",
-        "Nothing was held, sold or moved of a product that has no level",
+        "No product without a level has reservations or movements",
         """
         SELECT c.order_id, c.product_id
           FROM (
@@ -135,8 +135,8 @@ STOCK: Final = (
         "S9",
         "stock",
         "settled",
-        "Stock is of products that exist",
-        # A product is never deleted: its database was restored alone, from before it was entered.
+        "Every level with stock has a product",
+        # A product is never deleted. It is missing after a restore of the database of products alone.
         """
         SELECT l.product_id, l.on_hand, l.updated_at
           FROM inventory.levels l
@@ -149,8 +149,8 @@ STOCK: Final = (
         "S10",
         "stock",
         "always",
-        "What counts as held by guests is what their reservations hold",
-        # Rows of reservations that have ended stay until a guest reserves the product again.
+        "`guest_holds` has the quantities that the reservations of guests hold",
+        # Rows of ended reservations stay until a guest reserves the product again.
         """
         SELECT g.order_id, g.product_id, g.quantity AS counted, h.quantity AS held
           FROM inventory.guest_holds g
@@ -169,8 +169,8 @@ STOCK: Final = (
         "S11",
         "stock",
         "always",
-        "What guests hold counts as held by guests, and nothing else does",
-        # An order that an account has claimed was placed by a guest: what it holds counts as before.
+        "`guest_holds` has every held reservation of a guest's order, and no other",
+        # An order that an account has claimed was placed by a guest: its reservation stays in the table.
         f"""
         SELECT h.order_id, h.product_id, o.user_id, g.quantity AS counted
           FROM audit.held_lines h
@@ -181,6 +181,6 @@ STOCK: Final = (
                     ELSE g.order_id IS NOT NULL AND NOT EXISTS (
                         SELECT FROM orders.history c
                          WHERE c.order_id = o.id AND '{orders.CLAIMED}' = ANY(c.events)) END
-        """,  # noqa: S608  # of constants alone
+        """,  # noqa: S608  # only constants
     ),
 )

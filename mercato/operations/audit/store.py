@@ -1,4 +1,4 @@
-"""The last audit of a shop, where all its processes find it: a table that stays in the scratch database."""
+"""The result of the last audit, for all processes of the shop: a table that stays in the scratch database."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from mercato.chassis.postgres.leases import Lease
 class LastRow(Row):
     at: datetime.datetime
     violations: str
-    """JSON: how many of each invariant, also of those that hold."""
+    """JSON: the number of violations of each invariant, also of those that hold."""
 
 
 TURN: Final = Lease("audits")
-"""Which process audits next. The row of the last audit is that of the turn, too."""
+"""The lease of the process that audits. It is in the row of the last audit."""
 
 LAST: Final = "last"
 
 
 async def make_table(tx: Tx) -> None:
-    # Two processes that make it at once: IF NOT EXISTS looks before it locks, and one of them would fail.
+    # Without the lock, one of two concurrent processes fails: IF NOT EXISTS checks before it locks.
     await tx.execute("SELECT pg_advisory_xact_lock(hashtext('audits'))")
     await tx.execute(
         """
@@ -37,7 +37,8 @@ async def make_table(tx: Tx) -> None:
 
 
 async def save(tx: Tx, at: datetime.datetime, violations: str) -> None:
-    # Of two that overlap, the newer copies count; those from before the clock was set back are not newer.
+    # Of two overlapping audits, the one with newer copies counts. A time in the future is from before the clock was
+    # set back, and does not count.
     await tx.execute(
         """
         UPDATE audits SET at = $2, violations = $3

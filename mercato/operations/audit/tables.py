@@ -1,7 +1,7 @@
-"""What an audit copies, and the views over the copies that the invariants share.
+"""The tables that an audit copies, and the views over the copies that the invariants share.
 
-Only tables that an invariant needs, and of these only the columns: no password, no session, no address, no stored
-answer and no payload of an event ever leaves its own database.
+It copies only the tables and columns that an invariant needs: no password, session, address, stored answer or payload
+of an event leaves its own database.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mercato.operations.audit.history import COLUMNS as HISTORY_COLUMNS, ClientO
 from mercato.operations.copying import Copies, Table
 from mercato.operations.ids import SEQUENCES
 
-# A row for each event of a row. Their positions, as in `chassis/messaging/rows.py`: 12 bits for the place.
+# A row for each event of an outbox row. Positions as in `chassis/messaging/rows.py`: 12 bits for the place.
 _EVENTS: Final = """
     CROSS JOIN LATERAL ROWS FROM (
         json_to_recordset(r.events::json) AS (type text, subject text, subject_id bigint, version bigint)
@@ -63,7 +63,7 @@ CONSUMER: Final = (
     ),
 )
 
-# Entries that come from events alone, without the address.
+# Only entries that come from events, without the address.
 SECURITY_LOG: Final = Table(
     "security_log",
     ("e.kind", "e.subject", "e.at"),
@@ -72,14 +72,15 @@ SECURITY_LOG: Final = Table(
 
 
 def _next_ids(service: str) -> tuple[Table, ...]:
-    # A sequence belongs to no snapshot. It is read after all of them are taken, so it is never behind their rows.
+    # A sequence belongs to no snapshot. It is read after all snapshots are taken, so it is never behind their rows.
     return tuple(Table(each.name, ("last_value", "is_called")) for each in SEQUENCES if each.owner == service)
 
 
 IDEMPOTENCY: Final = Table("idempotency", ("principal", "operation", "key", "answer IS NOT NULL AS answered"))
 
 WANTED: Final[Mapping[str, Sequence[Table]]] = {
-    # Whoever hears of something is copied before whoever says it. The snapshots are taken at once; this is for readers.
+    # Consumers before their sources, in the order of reading. The snapshots are taken at once, so the order has no
+    # effect.
     "events": (FEED, *CONSUMER),
     "products": (Table("products", ("id", "in_stock", "stock_version")), *CONSUMER, *OUTBOX, *_next_ids("products")),
     "users": (SECURITY_LOG, *CONSUMER, *_next_ids("users")),
@@ -195,17 +196,17 @@ WANTED: Final[Mapping[str, Sequence[Table]]] = {
         ),
     ),
 }
-"""By service."""
+"""The tables by service."""
 
 SUBSCRIPTIONS: Final[Mapping[str, Sequence[str] | None]] = {
     "events.feed": None,
     "products.in_stock": ("stock.available", "stock.exhausted"),
     "users.security_log": ("product.price_changed", "refund.succeeded"),
 }
-"""What each consumer wants to hear; None: everything."""
+"""The types of events to which each consumer subscribes; None: all."""
 
 SURE_DAYS: Final = KEPT_DAYS - 1
-"""Published events, and the feed, are kept for `KEPT_DAYS`: what is younger than this must be there on both sides."""
+"""Published events, and the feed, are kept for `KEPT_DAYS`: younger events must be in the outbox and in the feed."""
 
 CLOCK: Final = """
     CREATE UNLOGGED TABLE audit.clock AS
@@ -213,17 +214,17 @@ CLOCK: Final = """
            CASE WHEN $2::float8 > 0 THEN shop.as_of - make_interval(secs => $2) ELSE 'infinity' END AS settled_before,
            $1::timestamptz - make_interval(days => $3::integer) AS sure_after
       FROM (
-        SELECT CASE WHEN $4::boolean THEN coalesce(least(sign.at, $1::timestamptz), $1::timestamptz)
+        SELECT CASE WHEN $4::boolean THEN coalesce(least(activity.at, $1::timestamptz), $1::timestamptz)
                     ELSE $1::timestamptz END AS as_of
-          FROM audit.last_sign sign
+          FROM audit.last_activity activity
       ) shop
 """
 
-# While a shop is stopped, nothing goes on: what was a minute old then is a minute old now. A shop that runs notes every
-# few seconds that its consumers read (`outbox_readers`). What the feed and the consumers hold is no sign: a replay
-# writes there without a shop.
-LAST_SIGN: Final = """
-    CREATE VIEW audit.last_sign AS
+# In a stopped shop nothing continues, so ages are counted back from its last activity. The consumers of a running shop
+# update `outbox_readers` every few seconds. The feed and the tables of consumers do not count: a replay writes there
+# without a running shop.
+LAST_ACTIVITY: Final = """
+    CREATE VIEW audit.last_activity AS
     SELECT max(at) AS at
       FROM (
         SELECT max(updated_at) AS at FROM orders.orders
@@ -241,13 +242,13 @@ LAST_SIGN: Final = """
         UNION ALL SELECT max(seen_at) FROM inventory.outbox_readers
         UNION ALL SELECT max(seen_at) FROM payments.outbox_readers
         UNION ALL SELECT max(seen_at) FROM products.outbox_readers
-      ) signs
+      ) activities
 """
 
 VIEWS: Final = """
     CREATE VIEW audit.orders AS
     SELECT o.*,
-           -- What is under way touches the order, or its saga.
+           -- Work in progress updates the order, or its saga.
            greatest(o.updated_at, touched.at) < c.settled_before AS settled
       FROM orders.orders o
      CROSS JOIN audit.clock c
@@ -262,14 +263,14 @@ VIEWS: Final = """
            id integer, product_id bigint, quantity integer, unit_price_minor bigint, discount_minor bigint,
            tax_minor bigint, total_minor bigint);
 
-    -- Each transition beside the one before it.
+    -- Each transition with the one before it.
     CREATE VIEW audit.transitions AS
     SELECT h.*, lag(h.version) OVER steps AS was_version, lag(h.status) OVER steps AS was_status,
            lag(h.payment) OVER steps AS was_payment, lag(h.fulfilment) OVER steps AS was_fulfilment
       FROM orders.history h
     WINDOW steps AS (PARTITION BY h.order_id ORDER BY h.version);
 
-    -- What is held or sold, line by line.
+    -- The lines of reservations.
     CREATE VIEW audit.reservation_lines AS
     SELECT r.order_id, r.state, r.updated_at, l.product_id, l.quantity, l.level_version,
            coalesce(l.returned, 0) AS returned
@@ -286,7 +287,7 @@ VIEWS: Final = """
      WHERE kind = 'return'
      GROUP BY order_id, product_id;
 
-    -- Everything that has changed what is on hand, with the version that its level had right after it.
+    -- All changes of the pieces on hand, with the version of the level right after each.
     CREATE VIEW audit.stock_changes AS
     SELECT order_id, product_id, level_version, delta FROM inventory.movements
     UNION ALL
@@ -308,11 +309,11 @@ VIEWS: Final = """
     UNION ALL SELECT * FROM products.parked
     UNION ALL SELECT * FROM users.parked;
 
-    -- What came out of order, perhaps after its outbox row was gone.
+    -- Events that came out of order, perhaps after their outbox rows were purged.
     CREATE VIEW audit.replayed AS
     SELECT consumer, source, event_id FROM audit.parked WHERE replayed_at IS NOT NULL;
 
-    -- What is behind the cursor of a consumer, and neither parked nor dead: it must have had its effect.
+    -- Events before the cursor of a consumer that are neither parked nor dead: they must have had their effect.
     CREATE VIEW audit.consumed AS
     SELECT s.consumer, e.*
       FROM audit.outbox e
@@ -334,13 +335,13 @@ async def prepare(
     history: Sequence[ClientOperation] | None,
     is_stopped: bool = False,
 ) -> datetime.datetime:
-    """Puts beside the copies what the invariants need besides: the time, the subscriptions, the clients' history.
+    """Adds what the invariants need besides the copies: the time, the subscriptions, the clients' history.
 
-    Gives the moment as of which is judged: that of the copies; of a stopped shop, that of its last sign of life.
+    Gives the reference time of the checks: that of the copies; of a stopped shop, that of its last activity.
     """
-    # With 0 nothing is too young: the shop stands still, and everything must have come to its end.
+    # With 0 nothing is too young: the shop is idle, and everything must have ended.
     await copies.execute("CREATE SCHEMA audit")
-    await copies.execute(LAST_SIGN)
+    await copies.execute(LAST_ACTIVITY)
     await copies.execute(CLOCK, copies.taken_at, settled_seconds, SURE_DAYS, is_stopped)
     subscribed = [(consumer, type_) for consumer, types in SUBSCRIPTIONS.items() for type_ in types or (None,)]
     await copies.fill("audit", "subscriptions", {"consumer": "text", "type": "text"}, subscribed)

@@ -1,1 +1,1 @@
-"""Backups of a whole shop: one file, of one moment, from which a new shop is made."""
+"""Backups of a whole shop: a file with all databases at one moment, from which a new shop is created."""

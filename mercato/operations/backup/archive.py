@@ -1,11 +1,11 @@
-"""The file of a backup: a zip archive that any unzip opens.
+"""The file of a backup: a zip archive.
 
-    orders/orders.copy       the rows of a table, as PostgreSQL's `COPY ... TO STDOUT` writes them, in UTF-8
+    orders/orders.copy       the rows of a table, in the format of PostgreSQL's `COPY ... TO STDOUT`, in UTF-8
     ...
-    manifest.json            the last one: `Manifest`
+    manifest.json            the last entry: `Manifest`
 
-The schema is not in it: the migrations of the version that the manifest names make it. Each table has the SHA-256 of
-its rows in the manifest; the checksums of zip stand for the manifest.
+It has no schema: the migrations of the version in the manifest create it. The manifest has the SHA-256 of the rows of
+each table; the checksums of zip protect the manifest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import secrets
 import struct
 import zipfile
 import zlib
-from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Annotated, Final
 
@@ -33,9 +33,9 @@ MANIFEST_BYTES_MAX: Final = 16 * 1024 * 1024
 CHUNK_BYTES: Final = 1024 * 1024
 MODE: Final = 0o600
 VIOLATED: Final = ".violated"
-"""What the name of a backup ends with in which an invariant does not hold."""
+"""The suffix of the name of a backup in which an invariant does not hold."""
 
-# What the libraries raise for bytes that were never an archive, or are one no more.
+# The errors of the libraries for bytes that are not, or no longer, an archive.
 _UNREADABLE: Final = (
     zipfile.BadZipFile,
     zlib.error,
@@ -48,7 +48,6 @@ _UNREADABLE: Final = (
     ValueError,
 )
 
-Take = Callable[[bytes], Awaitable[None]]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
@@ -61,7 +60,7 @@ class TableEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Sequence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a sequence stood."""
+    """The position of a sequence."""
 
     last_value: int
     is_called: bool
@@ -71,13 +70,13 @@ class DatabaseEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The database of a service in the archive."""
 
     revisions: Mapping[str, Sha256]
-    """Those that made its schema, with the checksums of their statements."""
+    """The revisions of its schema, with the checksums of their statements."""
     tables: Mapping[str, TableEntry]
     sequences: Mapping[str, Sequence]
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is in the archive. `holds`: no invariant was violated; `violated` names those that were."""
+    """The content of the archive. `holds`: no invariant was violated; `violated` names those that were."""
 
     format: int
     version: str
@@ -89,32 +88,43 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Writer:
-    """Writes an archive, a table after the other."""
+    """Writes an archive, table by table."""
 
     def __init__(self, archive: zipfile.ZipFile, target: Path) -> None:
         self._archive = archive
         self._target = target
 
-    async def write(self, service: str, table: str, read: Callable[[Take], Awaitable[None]]) -> Sha256:
-        """Writes what `read` gives to the function that it gets; gives its checksum. Raises `CopyError`."""
-        digest = hashlib.sha256()
-        with _explained(self._target), self._archive.open(_entry(service, table), "w", force_zip64=True) as entry:
-
-            async def take(chunk: bytes) -> None:
-                digest.update(chunk)
-                with _explained(self._target):
-                    entry.write(chunk)
-
-            await read(take)
-        return digest.hexdigest()
+    @contextlib.contextmanager
+    def table(self, service: str, table: str) -> Generator[TableWriter]:
+        """Writes the rows of a table for the time of the block. Raises `CopyError`."""
+        with _explained(self._target), self._archive.open(_entry(service, table), "w", force_zip64=True) as stream:
+            yield TableWriter(stream, self._target)
 
     def finish(self, manifest: Manifest) -> None:
-        """Writes the manifest, behind which nothing may come."""
+        """Writes the manifest, which must be the last entry."""
         self._archive.writestr(MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=1))
 
 
+class TableWriter:
+    """Writes the rows of one table, and computes their checksum."""
+
+    def __init__(self, stream: IO[bytes], target: Path) -> None:
+        self._stream = stream
+        self._target = target
+        self._digest = hashlib.sha256()
+
+    async def write(self, chunk: bytes) -> None:
+        self._digest.update(chunk)
+        with _explained(self._target):
+            self._stream.write(chunk)
+
+    @property
+    def sha256(self) -> Sha256:
+        return self._digest.hexdigest()
+
+
 class Draft:
-    """A file beside the `target`, whose name it has not got yet."""
+    """A temporary file in the folder of `target`, until it is published."""
 
     def __init__(self, stream: IO[bytes], path: Path, target: Path) -> None:
         self._path = path
@@ -122,7 +132,7 @@ class Draft:
         self.target = target
 
     def publish(self, target: Path) -> None:
-        """Gives it a name, at once and with all that is in it. Raises `CopyError` where the name is taken."""
+        """Gives it a name, atomically and with all its content. Raises `CopyError` where the name is taken."""
         self.stream.flush()
         os.fsync(self.stream.fileno())
         try:
@@ -134,7 +144,7 @@ class Draft:
 
 @contextlib.contextmanager
 def draft(target: Path) -> Generator[Draft]:
-    """A file in the folder of `target`, which is gone at the end of the block unless it was published.
+    """A file in the folder of `target`, which is deleted at the end of the block unless it was published.
 
     Raises `CopyError` for a name that is taken, or a file that cannot be written.
     """
@@ -157,14 +167,14 @@ def writer(file: Draft) -> Generator[Writer]:
     try:
         yield Writer(archive, file.target)
     except BaseException:
-        with contextlib.suppress(OSError, ValueError):  # of a file that gets no name
+        with contextlib.suppress(OSError, ValueError):  # the file is not published
             archive.close()
         raise
     archive.close()
 
 
 class Archive:
-    """An archive that was checked as a whole."""
+    """An archive whose checksums were all verified."""
 
     def __init__(self, archive: zipfile.ZipFile, path: Path, manifest: Manifest) -> None:
         self._archive = archive
@@ -183,9 +193,9 @@ class Archive:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Generator[Archive]:
-    """Reads a whole archive and compares its checksums, then gives it for the time of the block.
+    """Reads a whole archive and verifies its checksums, then gives it for the time of the block.
 
-    Raises `CopyError` for a file that is none, is damaged or cut, or is of another format.
+    Raises `CopyError` for a file that is no archive, is damaged or truncated, or has another format.
     """
     with contextlib.ExitStack() as stack:
         try:

@@ -1,6 +1,6 @@
-"""Taking a backup of a shop that may be running, and loading one into databases that are new.
+"""Taking a backup of a shop that may be running, and loading one into new databases.
 
-Left out are the sessions of users: one that was ended after the backup would be alive again.
+A backup has no sessions of users: a session that was ended after the backup would be valid again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from mercato.operations.backup.archive import (
     Manifest,
     Sequence,
     TableEntry,
-    Take,
     Writer,
     draft,
     writer,
@@ -52,11 +51,11 @@ class Taken(msgspec.Struct, frozen=True):
     """A backup that was taken."""
 
     path: Path
-    """Not the name that was asked for where an invariant does not hold."""
+    """The requested name; with a suffix where an invariant does not hold."""
     manifest: Manifest
     report: Report
     tries: int
-    """How often writes had to wait."""
+    """How often writes were blocked."""
     size: int
     """In bytes."""
 
@@ -69,13 +68,13 @@ async def take(
     is_stopped: bool,
     progress: Callable[[str], None],
 ) -> Taken:
-    """Writes a backup of the databases in `dsns`, all of one moment, and audits that moment. Raises `CopyError`.
+    """Writes a backup of the databases in `dsns`, all at one moment, and audits that moment. Raises `CopyError`.
 
-    A backup in which an invariant does not hold gets a name that says so.
+    The name of a backup in which an invariant does not hold gets the suffix `VIOLATED`.
     """
     with draft(target) as file:
         async with one_moment(dsns, progress=progress) as moment:
-            progress(f"all databases stood still for {moment.pause_seconds * 1000:.0f} ms")
+            progress(f"writes to all databases were blocked for {moment.pause_seconds * 1000:.0f} ms")
             with writer(file) as archive:
                 entries = {name: await _written(archive, moment, name, progress) for name in dsns}
                 report = await audit(admin_dsn, dsns, is_stopped=is_stopped, progress=progress, moment=moment)
@@ -104,7 +103,7 @@ async def _written(archive: Writer, moment: Moment, name: str, progress: Callabl
         for found in await source.fetch(_TABLES):
             columns = tuple(found["columns"])
             tables[found["name"]] = await _table(archive, source, name, found["name"], columns)
-        # After the snapshot: a sequence, which belongs to no snapshot, is then never behind the rows.
+        # A sequence belongs to no snapshot. Read after the snapshot, it is never behind the rows.
         sequences = {
             sequence: Sequence(*await source.fetchrow(f"SELECT last_value, is_called FROM {identifier(sequence)}"))  # noqa: S608
             for (sequence,) in await source.fetch(_SEQUENCES)
@@ -116,40 +115,35 @@ async def _table(archive: Writer, source: Any, name: str, table: str, columns: t
     listed = ", ".join(map(identifier, columns))
     condition = " WHERE false" if table in LEFT_OUT.get(name, ()) else ""
     query = f"SELECT {listed} FROM {identifier(table)}{condition}"  # noqa: S608  # names of the catalog
-    done = ""
-
-    async def read(take_chunk: Take) -> None:
-        nonlocal done
-        done = await source.copy_from_query(query, output=take_chunk, format="text", encoding="utf8")
-
-    sha256 = await archive.write(name, table, read)
-    return TableEntry(columns, int(done.rpartition(" ")[2]), sha256)
+    with archive.table(name, table) as entry:
+        done: str = await source.copy_from_query(query, output=entry.write, format="text", encoding="utf8")
+    return TableEntry(columns, int(done.rpartition(" ")[2]), entry.sha256)
 
 
 # ----------------------------------------------------------------------------------------------------------- restoring
 
 
 def check_revisions(manifest: Manifest, known: Mapping[str, Mapping[str, str]]) -> None:
-    """Raises `CopyError` where other revisions than those in `known`, by service, made what is in a backup."""
-    way_out = (
+    """Raises `CopyError` where a backup has other revisions than those in `known`, by service."""
+    remedy = (
         f"it was made by mercato {manifest.version}: restore it with the commit that made it, start that shop, and "
         "upgrade it as any other"
     )
     if manifest.databases.keys() != known.keys():
-        raise CopyError(f"the backup has other services than this version of mercato; {way_out}")
+        raise CopyError(f"the backup has other services than this version of mercato; {remedy}")
     for name, entry in manifest.databases.items():
         if dict(entry.revisions) != dict(known[name]):
             newest = max(entry.revisions, default="none")
             raise CopyError(
                 f"the backup has the database of {name} at revision {newest}, of which this version of mercato has "
-                f"another text or others behind it; {way_out}"
+                f"another text or others behind it; {remedy}"
             )
 
 
 async def load(archive: Archive, dsns: Mapping[str, str], *, skipped: int, progress: Callable[[str], None]) -> int:
-    """Fills new, migrated databases; gives how many rows there are. `dsns` are the superuser's. Raises `CopyError`.
+    """Fills new, migrated databases; gives the number of rows. `dsns` are the superuser's. Raises `CopyError`.
 
-    Each sequence goes on `skipped` ids behind where it stood in the backup.
+    Each sequence continues `skipped` ids after its position in the backup.
     """
     rows = 0
     for name, entry in archive.manifest.databases.items():
@@ -166,7 +160,7 @@ async def _load(archive: Archive, connection: Any, name: str, entry: DatabaseEnt
     if has != {table: found.columns for table, found in entry.tables.items()} or sequences != set(entry.sequences):
         raise CopyError(f"the backup has other tables of {name} than its revisions make: take another backup")
     rows = 0
-    # Neither triggers nor foreign keys ask again what was asked of these rows when they were written.
+    # Triggers and foreign keys do not run: these rows were checked when they were written.
     await connection.execute("BEGIN; SET LOCAL session_replication_role = replica")
     await connection.execute(f"TRUNCATE {', '.join(map(identifier, has))}")
     for table, found in entry.tables.items():

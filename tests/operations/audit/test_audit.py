@@ -82,7 +82,7 @@ UNDER_WAY_AN_HOUR_AGO = """
 """
 
 
-async def test_ages_in_a_stopped_shop_count_until_its_last_sign_of_life(cluster: Cluster, dsns: Mapping[str, str]):
+async def test_a_stopped_shop_is_checked_as_of_its_last_activity(cluster: Cluster, dsns: Mapping[str, str]):
     async with connected(dsns["orders"]) as connection:
         await connection.execute(UNDER_WAY_AN_HOUR_AGO)
     async with connected(dsns["events"]) as connection:

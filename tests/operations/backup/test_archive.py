@@ -7,7 +7,6 @@ import datetime
 import os
 import stat
 import zipfile
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from mercato.operations.backup.archive import (
     Manifest,
     Sequence,
     TableEntry,
+    TableWriter,
     draft,
     opened,
     writer,
@@ -29,18 +29,20 @@ ROWS = b"".join(b"%d\tname of %d\n" % (n, n * n) for n in range(2_000))
 
 
 def make(target: Path, *, format_: int = FORMAT) -> None:
-    async def rows(take: Callable[[bytes], Awaitable[None]]) -> None:
-        for start in range(0, len(ROWS), 1_000):
-            await take(ROWS[start : start + 1_000])
-
     with draft(target) as file:
         with writer(file) as archive:
-            sha256 = asyncio.run(archive.write("users", "users", rows))
-            tables = {"users": TableEntry(("id", "name"), 2_000, sha256)}
+            with archive.table("users", "users") as rows:
+                asyncio.run(write(rows))
+            tables = {"users": TableEntry(("id", "name"), 2_000, rows.sha256)}
             entry = DatabaseEntry({"0001": "0" * 64}, tables, {"users_id_seq": Sequence(2_000, True)})
             now = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
             archive.finish(Manifest(format_, "1", now, 0.1, True, (), {"users": entry}))
         file.publish(target)
+
+
+async def write(rows: TableWriter) -> None:
+    for start in range(0, len(ROWS), 1_000):
+        await rows.write(ROWS[start : start + 1_000])
 
 
 def refusal(path: Path) -> str:
