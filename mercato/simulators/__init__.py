@@ -1,1 +1,1 @@
-"""Stand-ins for systems that are not ours, each with a store of its own."""
+"""Simulators of external systems, each with a store of its own."""

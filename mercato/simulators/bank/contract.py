@@ -1,18 +1,18 @@
-"""The sandbox: a payment provider that plays a bank. Its ledger is its own, and the independent witness of ours.
+"""The sandbox: a payment provider that simulates a bank. Its ledger is independent of the payments service's.
 
-Money moves here and nowhere else. What a payment method does is in its name:
+Money moves only here. The name of a payment method says what it does:
 
     sandbox:ok                   everything succeeds
     sandbox:declined             authorize and charge are declined with `card_declined`
     sandbox:insufficient_funds   authorize and charge are declined with `insufficient_funds`
-    sandbox:lost_answer          everything succeeds, and the first answer to each operation is lost
+    sandbox:lost_answer          everything succeeds, but the first answer to each operation is lost
     sandbox:error_then_ok        the first call of each operation fails and does nothing; the next succeeds
     sandbox:slow:MS              each operation is `processing` for MS milliseconds, then succeeds (at most 60 000)
     sandbox:capture_expired      authorize succeeds, and capture is declined with `authorization_expired`; charge, which
-                                 is both in one, is declined with it and leaves nothing reserved
+                                 does both, is declined with it and leaves nothing authorized
 
-An operation is done once for each `idempotency_key`. The same key with other parameters is `SandboxKeyReused`. Keys
-never expire here. The key alone decides: a second charge for one order, with another key, takes the money again.
+An operation is done once for each `idempotency_key`. The same key with other parameters raises `SandboxKeyReused`. Keys
+never expire here. Only the key counts: a second charge for one order, with another key, takes the money again.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ METHOD_PATTERN: Final = (
 )
 PAGE_LIMIT: Final = 500
 DEADLINE_MS: Final = 2_500
-"""Shorter than the deadlines of those who ask: a bank that hangs leaves them the time to write down that it did."""
+"""Shorter than the deadlines of callers: when the bank hangs, they have time left to record that."""
 
 
 class AuthorizeCharge(Message):
-    """Reserves an amount on a card: opens a charge."""
+    """Authorizes an amount on a card: opens a charge."""
 
     idempotency_key: Key
     order_id: OrderReference
@@ -62,7 +62,7 @@ class ChargeCard(Message):
 
 
 class CaptureCharge(Message):
-    """Takes an authorized charge: its whole amount, or a part, and gives the rest of the reservation back.
+    """Captures an authorized charge: its whole amount, or a part, and releases the rest of the authorization.
 
     A charge is captured once, whatever the key. More than was authorized is declined with `amount_too_large`.
     """
@@ -74,14 +74,14 @@ class CaptureCharge(Message):
 
 
 class VoidCharge(Message):
-    """Gives an authorization back. A captured charge is refunded instead."""
+    """Releases an authorization. A captured charge is refunded instead."""
 
     idempotency_key: Key
     charge_id: int
 
 
 class RefundCharge(Message):
-    """Gives captured money back: as often as it takes, never more than was captured."""
+    """Refunds captured money: in any number of parts, never more than was captured."""
 
     idempotency_key: Key
     charge_id: int
@@ -93,7 +93,7 @@ class LookUpOperation(Message):
 
 
 class SandboxOperation(Message):
-    """An operation as the bank's ledger has it."""
+    """An operation in the bank's ledger."""
 
     id: int
     key: str
@@ -108,14 +108,14 @@ class SandboxOperation(Message):
     """Why it was declined."""
     created_at: datetime.datetime
     settles_at: datetime.datetime | None = None
-    """While it is `processing`: from when on its result is known, in the answer to the operation itself."""
+    """While it is `processing`: when its result is known. Only in the answer to the operation itself."""
 
 
 class ListOperations(Message):
     """The bank statement: operations by ascending id, those after `after`.
 
-    An operation gets on it some time after it was asked for (a minute, unless the bank is configured otherwise), when
-    it and every earlier one are settled: a reader who goes on from the last id misses none.
+    It lists an operation some time after its request (a minute by default), when it and every earlier one are settled:
+    a reader that continues from the last id misses none.
     """
 
     after: int = 0
@@ -125,7 +125,7 @@ class ListOperations(Message):
 class Statement(Message):
     operations: tuple[SandboxOperation, ...]
     next_after: int
-    """The `after` of the next page; what was asked for where there is nothing new."""
+    """The `after` of the next page; that of the request where there is nothing new."""
 
 
 class SandboxKeyReused(ServiceError, code="sandbox.key_reused", kind=Kind.INVALID):
@@ -145,19 +145,19 @@ class ChargeUnknown(ServiceError, code="sandbox.charge_unknown", kind=Kind.NOT_F
 
 
 class AnswerLost(ServiceError, code="sandbox.answer_lost", kind=Kind.DEADLINE):
-    """What a connection that breaks looks like. Whether the operation was done, this does not say."""
+    """Simulates a broken connection. The operation may or may not have been done."""
 
     sentence = "The bank did not answer."
 
 
 class BankFailed(ServiceError, code="sandbox.failed", kind=Kind.UNAVAILABLE):
-    """A 500 of the bank. Whether the operation was done, this does not say."""
+    """Simulates a 500 of the bank. The operation may or may not have been done."""
 
     sentence = "The bank has failed."
 
 
 class Sandbox(Contract, name="sandbox"):
-    """The bank's side. Nobody but services may ask it for anything."""
+    """The bank. Only services may call it."""
 
     authorize = batched(
         AuthorizeCharge, SandboxOperation, allow=SERVICES_ONLY, size=256, deadline_ms=DEADLINE_MS, retry=Retry.KEYED

@@ -1,6 +1,6 @@
-"""What the bank does with what it is asked. Pure: no I/O, no clock, no chance.
+"""The decisions of the bank. Pure: no I/O, no clock, no randomness.
 
-`REFUSALS` is the whole life of a charge: what a state does not refuse, it allows.
+`REFUSALS` is the state machine of a charge: a state allows what it does not refuse.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from mercato.simulators.bank.contract import (
 
 State = Literal["open", "captured", "voided", "expired"]
 OpeningRequest = AuthorizeCharge | ChargeCard
-"""Opens a charge."""
+"""A request that opens a charge."""
 ChargeRequest = CaptureCharge | VoidCharge | RefundCharge
-"""Changes a charge that is there."""
+"""A request that changes a charge."""
 
 LONGEST_SLOW_MS: Final = 60_000
 LOST_ANSWER: Final = "sandbox:lost_answer"
@@ -39,11 +39,11 @@ DECLINED: Final[Mapping[OperationKind, Mapping[str, str]]] = {
     "charge": {
         "sandbox:declined": "card_declined",
         "sandbox:insufficient_funds": "insufficient_funds",
-        # The amount could be reserved and not be taken: as one operation it is declined, and nothing stays reserved.
+        # The amount could be authorized but not captured: as one operation it is declined, and nothing is authorized.
         CAPTURE_EXPIRED: "authorization_expired",
     },
 }
-"""The cards for which no charge is opened: the code by kind and method."""
+"""The methods for which no charge is opened: the code by kind and method."""
 
 REFUSALS: Final[Mapping[OperationKind, Mapping[State, str]]] = {
     "capture": {
@@ -65,7 +65,7 @@ REFUSALS: Final[Mapping[OperationKind, Mapping[State, str]]] = {
 
 
 class Charge(Protocol):
-    """What is decided by. Amounts in minor units."""
+    """The fields of a charge that decisions need. Amounts in minor units."""
 
     @property
     def id(self) -> int: ...
@@ -89,7 +89,7 @@ C = TypeVar("C", bound=Charge)
 
 
 class RequestedOperation(msgspec.Struct, frozen=True):
-    """An operation that a client asks for. Two with the same key are the same operation, or one is refused."""
+    """An operation that a client requests. Two with the same key are the same operation, or one is refused."""
 
     key: str
     kind: OperationKind
@@ -128,7 +128,7 @@ def on_charge(kind: OperationKind, request: ChargeRequest, charge: Charge) -> Re
 
 
 def carry_out(charge: C, kind: OperationKind, amount_minor: int) -> tuple[C, str | None]:
-    """The charge after an operation, and the code with which it was declined, if it was."""
+    """The charge after an operation, and the code of its decline, if any."""
     if code := REFUSALS[kind].get(charge.state):
         return charge, code
     match kind:
@@ -151,7 +151,7 @@ def _replaced(charge: C, **changes: object) -> C:
 
 
 def delay_ms(method: str) -> int | None:
-    """How long an operation of this method is `processing`; None for one that is settled at once."""
+    """How long an operation of this method is `processing`; None where it is settled at once."""
     if not method.startswith(SLOW):
         return None
     return min(int(method.removeprefix(SLOW)), LONGEST_SLOW_MS)

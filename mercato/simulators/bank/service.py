@@ -1,15 +1,15 @@
 """The operations of the sandbox, in contract order, and the loop that finishes what is `processing`.
 
-A batch is one transaction. Authorize and charge open charges, which depends on nothing but the request: one statement
-writes the operations and their charges, and a second one only counts the calls of keys that were used before. Of
-capture, void and refund
+A batch is one transaction. Authorize and charge open charges, which depends only on the request: one statement writes
+the operations and their charges, and a second one counts the calls of keys that were used before. Capture, void and
+refund
 
-1. the charges that the requests name are locked, in the order of their ids,
-2. keys that were used before give the operation that they stand for, with one more call counted,
-3. new keys are decided one after the other, each on the charge as the one before has left it, and written.
+1. lock the charges that the requests name, in the order of their ids,
+2. read the operations of keys that were used before, and count one more call of each,
+3. decide new keys one after the other, each on the charge as the previous one has left it, and write them.
 
-What goes wrong on purpose (an answer that is lost, a failure of the bank) is decided outside of it: before, when
-nothing is to be done, or after the commit, when only the answer changes.
+Simulated failures (a lost answer, a failure of the bank) are decided outside of the transaction: before it, when
+nothing is done, or after the commit, when only the answer changes.
 """
 
 from __future__ import annotations
@@ -63,17 +63,17 @@ Answer = SandboxOperation | ServiceError
 
 
 class Options(msgspec.Struct, frozen=True):
-    """What the operator of the bank can set."""
+    """The settings of the bank."""
 
     failure_rate: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    """The share of calls that go wrong, whatever the method: they fail before anything, they fail after everything, or
-    their answer is lost; a third each."""
+    """The share of calls of any method that fail: before the operation, after it, or with a lost answer; a third each.
+    """
     statement_delay_seconds: Annotated[float, Meta(ge=0, le=30 * 86_400)] = 60.0
-    """How long after a charge it is on the bank's statement."""
+    """The delay until an operation is on the bank's statement."""
 
 
-class Trouble(enum.Enum):
-    """What goes wrong with a call, by chance."""
+class Failure(enum.Enum):
+    """A random failure of a call."""
 
     FAILS_BEFORE = enum.auto()
     FAILS_AFTER = enum.auto()
@@ -81,7 +81,7 @@ class Trouble(enum.Enum):
 
 
 class KeyTaken(Exception):
-    """Another transaction wrote one of the keys after this one had looked for it. Rolls back; the next try finds it."""
+    """Another transaction wrote one of the keys after this one had read them. Rolls back; the next attempt finds it."""
 
 
 class SandboxService:
@@ -118,31 +118,31 @@ class SandboxService:
         final = tuple(_listed(row) for row in itertools.takewhile(lambda row: row.is_final, rows))
         return Statement(operations=final, next_after=final[-1].id if final else request.after)
 
-    # ----------------------------------------------------------------------------------------------------- trouble
+    # ---------------------------------------------------------------------------------------------------- failures
 
     async def _answer(
         self, requests: Sequence[Q], run: Callable[[Sequence[Q]], Awaitable[Sequence[Answer]]]
     ) -> Sequence[Answer]:
-        """Runs those requests that the bank receives; every answer may be replaced by an error."""
+        """Runs the requests that do not fail before; replaces answers of those that fail after by errors."""
         if not self._options.failure_rate:
             return await run(requests)
-        troubles = [self._trouble() for _ in requests]
-        received = [r for r, trouble in zip(requests, troubles, strict=True) if trouble is not Trouble.FAILS_BEFORE]
+        failures = [self._failure() for _ in requests]
+        received = [r for r, failure in zip(requests, failures, strict=True) if failure is not Failure.FAILS_BEFORE]
         done = iter(await run(received) if received else [])
         answers: list[Answer] = []
-        for trouble in troubles:
-            answer = BankFailed() if trouble is Trouble.FAILS_BEFORE else next(done)
-            if trouble is Trouble.FAILS_AFTER:
+        for failure in failures:
+            answer = BankFailed() if failure is Failure.FAILS_BEFORE else next(done)
+            if failure is Failure.FAILS_AFTER:
                 answer = BankFailed()
-            elif trouble is Trouble.ANSWER_LOST:
+            elif failure is Failure.ANSWER_LOST:
                 answer = AnswerLost()
             answers.append(answer)
         return answers
 
-    def _trouble(self) -> Trouble | None:
+    def _failure(self) -> Failure | None:
         rate = self._options.failure_rate
         drawn = int.from_bytes(self._randomness.token(8), "big") / 2**64
-        return list(Trouble)[int(drawn / rate * len(Trouble))] if drawn < rate else None
+        return list(Failure)[int(drawn / rate * len(Failure))] if drawn < rate else None
 
     # ---------------------------------------------------------------------------------------------------- one batch
 
@@ -187,12 +187,10 @@ class SandboxService:
             return 0
         async with self._database.transaction() as tx:
             charges = await store.lock_charges(tx, sorted({o.charge_id for o in due if o.charge_id is not None}))
-            before = dict(charges)
-            codes: dict[int, str | None] = {}
-            for operation in await store.lock_processing(tx, [o.id for o in due]):
-                codes[operation.id] = _change(operation, charges)
-            await store.write_charges(tx, [c for c in charges.values() if c is not before[c.id]])
-            await store.finish(tx, codes)
+            locked = await store.lock_processing(tx, [o.id for o in due])
+            changed, codes = _carry_out(locked, charges)
+            await store.write_charges(tx, changed)
+            await store.finish(tx, {o.id: code for o, code in zip(locked, codes, strict=True)})
             await faults.point("sandbox.finish.before_commit")
         await faults.point("sandbox.finish.after_commit")
         return len(due)
@@ -211,7 +209,7 @@ def _on_charge(
 async def _without_first_calls(
     tx: Tx, requested: Sequence[RequestedOperation | ServiceError]
 ) -> list[RequestedOperation | ServiceError]:
-    """The same, where the first call of an operation that fails at first is a `BankFailed`."""
+    """The requests, with `BankFailed` in place of the first call of each operation whose method fails at first."""
     failing = {r.key for r in requested if isinstance(r, RequestedOperation) and r.method == rules.ERROR_THEN_OK}
     if not failing:
         return list(requested)
@@ -231,7 +229,7 @@ def _new_operations(
     calls: Mapping[str, int],
     known: Mapping[str, OperationRow],
 ) -> list[NewOperation]:
-    """One for each key that was not used before, in the order of the requests; nothing is decided yet."""
+    """An undecided operation for each new key, in the order of the requests."""
     new: dict[str, NewOperation] = {}
     for each in accepted:
         if isinstance(each, RequestedOperation) and each.key not in known and each.key not in new:
@@ -244,26 +242,26 @@ def _new_operations(
 def _opening_operations(
     accepted: Sequence[RequestedOperation | ServiceError], calls: Mapping[str, int]
 ) -> list[NewOperation]:
-    """One for each key, with its result."""
+    """An operation with its result for each key."""
     return [
         _with_code(new, rules.DECLINED[new.requested.kind].get(new.requested.method))
         for new in _new_operations(accepted, calls, {})
     ]
 
 
-async def _write_changes(tx: Tx, new: Sequence[NewOperation], charges: dict[int, ChargeRow]) -> dict[str, OperationRow]:
+async def _write_changes(
+    tx: Tx, new: Sequence[NewOperation], charges: Mapping[int, ChargeRow]
+) -> dict[str, OperationRow]:
     """Decides and writes. Raises `KeyTaken`."""
     if not new:
         return {}
-    before = dict(charges)
-    decided = [
-        operation if operation.status == "processing" else _with_code(operation, _change(operation.requested, charges))
-        for operation in new
-    ]
-    written = await store.insert_operations(tx, decided)
+    settled = [operation.requested for operation in new if operation.status != "processing"]
+    changed, codes = _carry_out(settled, charges)
+    code_of = {requested.key: code for requested, code in zip(settled, codes, strict=True)}
+    written = await store.insert_operations(tx, [_with_code(each, code_of.get(each.requested.key)) for each in new])
     if len(written) < len(new):
         raise KeyTaken
-    await store.write_charges(tx, [c for c in charges.values() if c is not before[c.id]])
+    await store.write_charges(tx, changed)
     return written
 
 
@@ -271,19 +269,28 @@ def _with_code(new: NewOperation, code: str | None) -> NewOperation:
     return msgspec.structs.replace(new, status="declined", code=code) if code else new
 
 
-def _change(operation: RequestedOperation | OperationRow, charges: dict[int, ChargeRow]) -> str | None:
-    """Carries an operation out on its charge in `charges`; the code with which it is declined, if it is."""
-    if operation.charge_id is None:
-        return rules.DECLINED[operation.kind].get(operation.method)
-    charge, code = rules.carry_out(charges[operation.charge_id], operation.kind, operation.amount_minor)
-    charges[charge.id] = charge
-    return code
+def _carry_out(
+    operations: Sequence[RequestedOperation | OperationRow], charges: Mapping[int, ChargeRow]
+) -> tuple[list[ChargeRow], list[str | None]]:
+    """Carries operations out one after the other; gives the changed charges, and the code of each decline, or None."""
+    changed: dict[int, ChargeRow] = {}
+    codes: list[str | None] = []
+    for operation in operations:
+        if operation.charge_id is None:
+            codes.append(rules.DECLINED[operation.kind].get(operation.method))
+            continue
+        before = changed.get(operation.charge_id, charges[operation.charge_id])
+        after, code = rules.carry_out(before, operation.kind, operation.amount_minor)
+        if after is not before:
+            changed[after.id] = after
+        codes.append(code)
+    return list(changed.values()), codes
 
 
 def _answers(
     accepted: Sequence[RequestedOperation | ServiceError], calls: Mapping[str, int], known: Mapping[str, OperationRow]
 ) -> list[Answer]:
-    """The answer to each request; of several with one key the first in the batch was the first call."""
+    """The answer to each request; of several with one key, the first in the batch counts as the first call."""
     answered: Counter[str] = Counter()
     answers: list[Answer] = []
     for each in accepted:

@@ -1,8 +1,8 @@
 """Every SQL statement of the sandbox.
 
-Operations on charges lock the charges by id, then the operations that exist by key, then write new keys. Operations
-that open charges lock none: they write new keys in order, then lock the operations that exist by key. A new key that
-another transaction is writing is waited for; it then does not come back from the INSERT.
+Operations on charges lock the charges by id, then the existing operations by key, then write new keys. Operations
+that open charges lock no charge: they write new keys in order, then lock the existing operations by key. The INSERT
+waits for a transaction that is writing the same key, and then does not return it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ListedRow(Row):
 
 
 class NewOperation(msgspec.Struct, frozen=True):
-    """An operation that is about to be written, with its result."""
+    """An operation that is not written yet, with its result."""
 
     requested: RequestedOperation
     calls: int
@@ -72,7 +72,7 @@ class NewOperation(msgspec.Struct, frozen=True):
 
 
 async def lock_charges(tx: Tx, ids: Sequence[int]) -> dict[int, ChargeRow]:
-    """The charges that exist. Until the end of the transaction no other one changes them."""
+    """The charges that exist. No other transaction changes them until this one ends."""
     rows = await tx.fetch(
         ChargeRow,
         """
@@ -110,7 +110,7 @@ async def write_charges(tx: Tx, charges: Sequence[ChargeRow]) -> None:
 
 
 async def remember_first_calls(tx: Tx, keys: Sequence[str]) -> set[str]:
-    """Those of the keys with which no call was made before."""
+    """The keys with which no call was made before."""
     return set(
         await tx.fetch_values(
             str,
@@ -126,7 +126,7 @@ async def remember_first_calls(tx: Tx, keys: Sequence[str]) -> set[str]:
 
 
 async def count_calls(tx: Tx, calls: Mapping[str, int]) -> dict[str, OperationRow]:
-    """The operations that exist, by key, after adding so many calls to each."""
+    """The existing operations, by key, after adding so many calls to each."""
     rows = await tx.fetch(
         OperationRow,
         """
@@ -148,7 +148,7 @@ async def count_calls(tx: Tx, calls: Mapping[str, int]) -> dict[str, OperationRo
 
 
 async def insert_operations(tx: Tx, new: Sequence[NewOperation]) -> dict[str, OperationRow]:
-    """Writes operations on charges that exist; by key. A key that was taken is not in it."""
+    """Writes operations on existing charges; by key. A key that was taken is not in the result."""
     rows = await tx.fetch(
         OperationRow,
         """
@@ -231,7 +231,7 @@ async def open_charges(tx: Tx, new: Sequence[NewOperation]) -> dict[str, Operati
 
 
 async def due(tx: Tx, limit: int) -> list[OperationRow]:
-    """Operations whose time is over by the database's clock."""
+    """Operations whose delay has passed by the database's clock."""
     return await tx.fetch(
         OperationRow,
         """
@@ -246,7 +246,7 @@ async def due(tx: Tx, limit: int) -> list[OperationRow]:
 
 
 async def lock_processing(tx: Tx, ids: Sequence[int]) -> list[OperationRow]:
-    """Those that nobody else has finished in the meantime, by id. Their charges are locked already."""
+    """The operations that no other process has finished in the meantime, by id. Their charges are locked already."""
     rows = await tx.fetch(
         OperationRow,
         """
@@ -311,8 +311,8 @@ async def by_keys(tx: Tx, keys: Sequence[str]) -> dict[str, OperationRow]:
 async def listed(tx: Tx, after: int, limit: int, delay_seconds: float) -> list[ListedRow]:
     """Operations by id. Only those before the first that is not final are on the statement.
 
-    Ids are taken before the commit: while a transaction as old as the delay still writes, an id that is missing may
-    yet come, and nothing is final.
+    Ids are drawn before the commit: while a transaction as old as the delay still writes, a missing id may still
+    appear, and nothing is final.
     """
     return await tx.fetch(
         ListedRow,
