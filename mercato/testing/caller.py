@@ -1,4 +1,4 @@
-"""A blocking client, for tests of processes: one connection, and nothing between the test and what was sent."""
+"""A blocking client, for tests of processes: one connection, without retries or a pool."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .waiting import BOUND_SECONDS
 
 PAUSE_SECONDS_MAX = 0.5
 LATER = frozenset({503, 504})
-"""Statuses of a shop that recovers, or whose machine is busy: a client reads again."""
+"""Statuses of a shop that recovers, or whose machine is busy: a client sends the request again."""
 
 
 class Caller:
-    """A client of one shop. Raises OSError or HTTPException when no answer comes."""
+    """A client of one shop. Raises OSError or HTTPException where it gets no answer."""
 
     def __init__(self, url: str, token: str | None = None) -> None:
         address = urlsplit(url)
@@ -47,7 +47,7 @@ class Caller:
             raise
 
     def answer(self) -> Response:
-        """The answer to what was sent last."""
+        """The answer to the last request."""
         received = self.connection.getresponse()
         return Response(received.status, {k.lower(): v for k, v in received.headers.items()}, received.read())
 
@@ -55,7 +55,7 @@ class Caller:
         return self.call("GET", path, **headers)
 
     def read(self, path: str, **headers: str) -> Response:
-        """What `get` gives once the shop has recovered."""
+        """As `get`, and again until the shop has recovered."""
         return _recovered(lambda: self.get(path, **headers))
 
     def post(self, path: str, body: Any = None, **headers: str) -> Response:
@@ -67,16 +67,16 @@ class Caller:
         return self.post("/orders", {"user_id": user_id, "product_id": product_id}, **headers)
 
     def ordered(self, key: str) -> Response:
-        """What `order` gives for this key once the shop has recovered."""
+        """As `order`, and again until the shop has recovered."""
         return _recovered(lambda: self.order(key))
 
     def paid(self, key: str) -> Response:
-        """Places an order of one piece that is paid at once, and gives the answer once the shop has recovered."""
+        """Places an order of one piece that is paid at once, again until the shop has recovered."""
         order = {"user_id": 1, "product_id": 100, "amount": 99.99, "payment_method": "sandbox:ok"}
         return _recovered(lambda: self.post("/orders", order, Idempotency_Key=key))
 
     def sign_in(self, email: str, password: str) -> Response:
-        """Further calls come from this account."""
+        """Signs in: further calls come from this account."""
         reply = self.post("/login", {"email": email, "password": password})
         assert reply.status == 200, reply.text
         self.token = reply.json["access_token"]
@@ -90,15 +90,15 @@ class Caller:
 
 
 def _has_ended(connection: http.client.HTTPConnection) -> bool:
-    """Whether the server has closed an idle connection. The next request then has one of its own."""
+    """Whether the server has closed an idle connection. The next request then opens a new one."""
     return connection.sock is not None and bool(select.select([connection.sock], [], [], 0)[0])
 
 
-def _recovered(ask: Callable[[], Response]) -> Response:
-    """As documented, a client asks again after 503 or 504. A request that changes something needs a key for that."""
+def _recovered(send: Callable[[], Response]) -> Response:
+    """Sends again after 503 or 504, as documented. A request that changes something needs a key for that."""
     end = time.monotonic() + BOUND_SECONDS
     while True:
-        answer = ask()
+        answer = send()
         if answer.status not in LATER or time.monotonic() > end:
             return answer
         time.sleep(min(PAUSE_SECONDS_MAX, float(answer.headers.get("retry-after", PAUSE_SECONDS_MAX))))
@@ -126,9 +126,9 @@ class Clients:
 
 
 class Buyers(Clients):
-    """Clients that place orders with keys of their own until the block ends; every answer is counted.
+    """Clients that place orders, each with a new key, until the block ends; every answer is counted.
 
-    A buyer whose request got no answer, a 503 or a 504, tries again with the same key, as documented.
+    A buyer whose request got no answer, a 503 or a 504, sends it again with the same key, as documented.
     """
 
     _runs = itertools.count(1)
@@ -155,7 +155,7 @@ class Buyers(Clients):
                     return
 
     def order(self, caller: Caller, key: str) -> Response:
-        """What each of them sends, again and again."""
+        """Sends the request of a buyer."""
         return caller.order(key)
 
     def _try(self, caller: Caller, key: str) -> bool:
@@ -170,7 +170,7 @@ class Buyers(Clients):
         return reply.status == 201
 
     def assert_nothing_lost(self, caller: Caller) -> None:
-        """Afterwards: each order that was answered is there, and a key without an answer gives one order."""
+        """Asserts that each answered order exists, and that a key without an answer gives one order."""
         assert set(self.statuses) <= {201, *LATER}
         assert set(self.placed.values()) <= set(all_order_ids(caller))
         for key in self.pending:
@@ -190,7 +190,7 @@ def all_order_ids(caller: Caller) -> list[int]:
 
 
 def everything(caller: Caller, path: str) -> list[Any]:
-    """All that a collection has, by following the links to the next page."""
+    """All entries of a collection, by following the links to the next page."""
     found: list[Any] = []
     following: str | None = path
     while following is not None:

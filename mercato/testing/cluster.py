@@ -1,7 +1,7 @@
 """The PostgreSQL of a run of tests.
 
 A `Cluster` is one embedded PostgreSQL. It migrates a template of each service's database once; a fresh database is a
-copy of it, or one that an earlier test has used and that was emptied.
+copy of the template, or an emptied database of an earlier test.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Cluster:
     @classmethod
     async def start(cls) -> Self:
         folder = Path(tempfile.mkdtemp(prefix="mercato-test-"))
-        # The unprivileged user that PostgreSQL runs as under root must be able to pass through.
-        folder.chmod(0o755)  # noqa: ASYNC240  # nothing else runs yet
+        # Under root, PostgreSQL runs as an unprivileged user, which needs to enter this folder.
+        folder.chmod(0o755)  # noqa: ASYNC240  # no other task runs yet
         (folder / "data").mkdir(mode=0o755)
         password = "test-password"  # of a server that only this run can reach
         server = await EmbeddedPostgres.start(folder / "data", password=password, progress=_silent, max_connections=400)
         cluster = cls(folder, server)
-        # Tests connect some ten thousand times, and each time the password is hashed so often.
+        # Tests connect some ten thousand times, and each connection hashes the password so often.
         await cluster._admin("ALTER SYSTEM SET scram_iterations = 1")
         await cluster._admin("SELECT pg_reload_conf()")
         return cluster
@@ -54,7 +54,7 @@ class Cluster:
         shutil.rmtree(self.folder)
 
     async def fresh_database(self, service: str, migrations: Path) -> str:
-        """The DSN of a migrated, empty database of a service, as the service's own role sees it."""
+        """The DSN of a migrated, empty database of a service, for the service's own role."""
         template = await self._template(service, migrations)
         if self._free[template]:
             name = self._free[template].pop()
@@ -67,7 +67,7 @@ class Cluster:
         return user_and_password.replace(f"/{template}?", f"/{name}?")
 
     async def release_database(self, dsn: str) -> None:
-        """Takes a database back. It is emptied for the next test; one whose schema was changed is dropped."""
+        """Empties a database for the next test. A database whose schema was changed is dropped."""
         name = database_name(dsn)
         template = self._lent.pop(name)
         try:
@@ -79,7 +79,7 @@ class Cluster:
         await self._admin(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
 
     async def execute(self, statement: str) -> None:
-        """Runs a statement as the administrator, for tests that take something away."""
+        """Runs a statement as the administrator, for tests that revoke or drop something."""
         await self._admin(statement)
 
     async def _template(self, service: str, migrations: Path) -> str:
@@ -124,7 +124,7 @@ _EMPTY: Final = """
           WHERE pg_sequence_last_value(seqrelid) IS NOT NULL;
     END $$
 """
-"""TRUNCATE makes new files for a table and its indexes, so tables without a page, which were not used, are left out."""
+"""TRUNCATE creates new files for a table and its indexes, so unused tables, which have no page, are left out."""
 
 _SHAPE: Final = """
     SELECT md5(string_agg(part, ',' ORDER BY part))
@@ -144,11 +144,11 @@ _SHAPE: Final = """
          WHERE setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())
       ) AS schema (part)
 """
-"""`xmin` is the transaction that wrote a row of a catalogue: a copy of a database has those of its template."""
+"""`xmin` is the transaction that wrote a row of a catalogue. A copy of a database has those of its template."""
 
 
 def database_name(dsn: str) -> str:
-    """The name of the database that a DSN leads to."""
+    """The name of the database in a DSN."""
     return dsn.partition("?")[0].rpartition("/")[2]
 
 

@@ -16,10 +16,10 @@ CONNECTIONS = 400
 
 
 class ConcurrentClient:
-    """Sends requests, and the same again when the shop asks for it or closes the connection under it.
+    """Sends requests, and sends them again when the shop asks for it or closes the connection.
 
-    The shop may close a connection that was idle, or that sent nothing for seconds because this machine was busy: what
-    can be repeated without harm is, as by any careful client. `statuses` counts every response, final or not.
+    The shop may close a connection that was idle, or that sent nothing for seconds because this machine was busy. The
+    client then repeats requests that are safe to repeat. `statuses` counts every response, final or not.
     """
 
     def __init__(self, url: str, connections: int = CONNECTIONS) -> None:
@@ -33,7 +33,7 @@ class ConcurrentClient:
     async def request(self, method: str, path: str, body: Any = None, key: str | None = None) -> Response:
         """Sends a request until its response is final.
 
-        Raises `aiohttp.ClientConnectionError` when one that cannot be repeated lost its connection.
+        Raises `aiohttp.ClientConnectionError` where a request that is not safe to repeat lost its connection.
         """
         headers = {"Idempotency-Key": key} if key else {}
         while True:

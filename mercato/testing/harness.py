@@ -1,7 +1,7 @@
-"""Services without HTTP, as their tests open them: on fresh databases, over one of the transports.
+"""Services without HTTP, for their tests: on fresh databases, over one of the transports.
 
-The tests of a service have a subclass in a `harness.py` beside them. It says what is opened, and adds the requests and
-the readers that only they need.
+The tests of a service have a subclass in the `harness.py` of their folder. It opens the services, and adds the requests
+and readers that only these tests need.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .waiting import until_blocked
 
 C = TypeVar("C", bound=Contract)
 
-TEST_SECRET: Final = b"a secret that everybody may know"
+TEST_SECRET: Final = b"a secret that may be public"
 TEST_CALL_SECONDS: Final = 120.0
 NO_BUILDS: Final[Mapping[str, Build]] = {}
 
@@ -49,22 +49,22 @@ class ServiceHarness:
     defaults: ClassVar[Mapping[str, object]] = {}
     """Options as `configure` takes them, for tests that set no others."""
     rules: ClassVar[Mapping[str, str]] = {}
-    """What holds at every moment, by name: queries that find the rows which contradict it. See `rules.py`."""
+    """Invariants by name: queries that find the rows which violate them. See `rules.py`."""
     actor: ClassVar[Actor | None] = None
-    """Whom calls come from while it is `running`, unless a test is `acting` as another."""
+    """The actor of calls while it is `running`, unless a test is `acting` as another."""
 
     def __init__(self, cluster: Cluster, transport: AnyTransport, options: Mapping[str, str] | None = None) -> None:
         self.cluster = cluster
         self.transport: AnyTransport = transport
         self.options: dict[str, str] = {}
-        """By the names that an operator uses: `MERCATO_INVENTORY_HOLD_SECONDS`. Read by `open`."""
+        """By the names of their environment variables: `MERCATO_INVENTORY_HOLD_SECONDS`. Read by `open`."""
         self.configure(**self.defaults)
         self.options.update(options or {})
         self.dsns: dict[str, str] = {}
         self.host: Host | SplitHosts
         self._builds: dict[str, Build] = {}
         self.closing = contextlib.AsyncExitStack()
-        """What a test opens besides is closed here."""
+        """Closes what a test opens besides."""
         self._readers: dict[str, TableReader] = {}
 
     # ----------------------------------------------------------------------------------------------- opening, closing
@@ -100,7 +100,7 @@ class ServiceHarness:
 
     @contextlib.asynccontextmanager
     async def running(self, **options: object) -> AsyncGenerator[Self]:
-        """Started for the time of a block, with options as `configure` takes them; at its end nothing is violated."""
+        """Started for the time of a block, with options as `configure` takes them. Asserts `rules` at its end."""
         self.configure(**options)
         try:
             await self.start()
@@ -112,10 +112,10 @@ class ServiceHarness:
             await self.close()
 
     async def start(self) -> None:
-        """Opens what the tests of a service need. Here nothing: a test opens what it wants."""
+        """Opens what the tests of a service need. Here nothing: each test opens its own services."""
 
     async def violations(self) -> dict[str, int]:
-        """How many rows contradict each of `rules`; only those that are violated."""
+        """How many rows violate each of `rules`; only the violated ones."""
         found = {name: len(await self.rows(sql)) for name, sql in self.rules.items()}
         return {name: count for name, count in found.items() if count}
 
@@ -178,19 +178,19 @@ class ServiceHarness:
 
     @property
     def dsn(self) -> str:
-        """Of the database of the service under test."""
+        """The DSN of the database of the service under test."""
         return self.dsns[self.service]
 
     @property
     def database(self) -> Database:
-        """Of the service under test, as the service has it."""
+        """The `Database` of the service under test."""
         return self.host.services[self.service].database
 
     async def connection(self, of: str | None = None) -> Any:
-        """A connection of the driver to a service's database, to hold locks by hand; closed with this harness."""
-        made = await connect(self.dsns[of or self.service])
-        self.closing.push_async_callback(made.close)
-        return made
+        """A connection of the driver to a service's database, for tests that hold locks; closed with this harness."""
+        connection = await connect(self.dsns[of or self.service])
+        self.closing.push_async_callback(connection.close)
+        return connection
 
     async def rows(self, sql: str, *values: object, of: str | None = None) -> list[tuple[Any, ...]]:
         """The rows of one statement in a service's database, which commits by itself."""

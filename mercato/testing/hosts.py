@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces, each with an address and a link of its own that can be cut."""
+"""Several hosts on one machine: network namespaces, each with an address and a link that can be cut."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Generator
 from typing import Final
 
 NETWORK: Final = "10.213.7"
-"""Of these tests alone; one machine runs one of them at a time."""
+"""The network of these tests; a machine runs one of them at a time."""
 
 
 def why_not() -> str:
-    """Why this machine has no network namespaces; empty where it has."""
+    """Why this machine cannot create network namespaces; empty where it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None:
@@ -29,18 +29,18 @@ def why_not() -> str:
 
 
 class Host:
-    """One host: what runs `inside` sees its own address and its own loopback alone."""
+    """One host: a process that runs `inside` sees only its address and its own loopback."""
 
     def __init__(self, network: Network, number: int) -> None:
         self.address = f"{NETWORK}.{number}"
         self._name = f"mercato-{os.getpid()}-{network.number}-{number}"
-        # A namespace that is removed keeps its links for a moment more: names are not used again.
+        # The kernel removes the links of a namespace later than its name, so names are not used again.
         self._link = f"{network.bridge}-{number}"
         self._network = network
 
     @property
     def inside(self) -> tuple[str, ...]:
-        """Before a command: runs it on this host."""
+        """The prefix of a command that runs on this host."""
         return ("ip", "netns", "exec", self._name)
 
     def make(self) -> None:
@@ -60,7 +60,7 @@ class Host:
                 _ip(*command)
 
     def cut(self) -> None:
-        """Nothing reaches it, and nothing leaves it; its connections stay as they are."""
+        """Drops all its packets in both directions; its connections stay open."""
         _ip("link", "set", self._link, "down")
 
     def heal(self) -> None:

@@ -1,4 +1,4 @@
-"""Faults as tests inject them at the fault points of the product, and two that many tests need."""
+"""Faults that tests inject at the fault points of the product, and some that many tests need."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def injecting() -> Generator[Inject]:
 
 
 async def fail(_point: str) -> None:
-    """A fault: the task ends at the point, as far as a task can."""
+    """A fault: the task fails at the point."""
     raise RuntimeError(POWER_FAILS)
 
 
 class FailAt:
-    """A fault: of the tasks that come to the point, those with these numbers fail, from 1 on; `arrived` counts all."""
+    """A fault: of the tasks that reach the point, those with these numbers fail, from 1 on; `arrived` counts all."""
 
     def __init__(self, *numbers: int) -> None:
         self._numbers = numbers
@@ -51,7 +51,7 @@ class FailAt:
 
 
 class Pause:
-    """A fault: tasks that come to the point wait there until the test lets them continue; or only the first of them."""
+    """A fault: tasks that reach the point, or only the first of them, wait there until the test sets `resume`."""
 
     def __init__(self, *, first_only: bool = False) -> None:
         self._first_only = first_only
@@ -67,8 +67,8 @@ class Pause:
 class Overlap:
     """A fault for a `before_commit` point: two transactions overlap.
 
-    The first waits before its commit until the second is there too, or waits for a lock. A second one that arrives
-    without having waited was stopped by no lock.
+    The first waits before its commit until the second reaches the point too, or waits for a lock. `arrived` is 2 where
+    no lock stopped the second.
     """
 
     def __init__(self, dsn: str) -> None:
@@ -84,4 +84,4 @@ class Overlap:
             async def is_second_there() -> bool:
                 return self.arrived > 1 or await connection.fetchval(BLOCKED_STATEMENTS) > 0
 
-            await until(is_second_there, "the second transaction never came")
+            await until(is_second_there, "the second transaction does not begin")

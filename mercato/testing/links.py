@@ -1,7 +1,7 @@
-"""Links between processes: TCP proxies that delay, cut, or swallow what passes, each by itself, while it passes.
+"""Links between processes: TCP proxies that delay, cut or hold back their traffic, each for itself.
 
-A link is what a cable is: neither end knows of it. `Links` runs them on a thread of its own, so that they go on while a
-test waits. What a link does is changed at once, also for the connections that are open.
+The processes at both ends do not know of a link. `Links` runs them on a thread of its own, so that they continue while
+a test waits. A change of a link also applies to its open connections.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class _Ends:
 
 
 class Link:
-    """The way from callers to one listener: `there` are the bytes of callers, `back` the answers.
+    """A proxy from callers to one listener: `there` are the bytes of callers, `back` the answers.
 
-    `target` is a host and a port, or the path of a socket. `address` is what callers connect to.
+    `target` is a host and a port, or the path of a socket. Callers connect to `address`.
     """
 
     def __init__(self, name: str, target: tuple[str, int] | str) -> None:
@@ -50,16 +50,16 @@ class Link:
         self._tasks: set[asyncio.Task[None]] = set()
         self.heal()
 
-    # ------------------------------------------------------------------------- what it does, on the thread of the links
+    # ---------------------------------------------------------------------------- faults, on the thread of the links
 
     def heal(self) -> None:
-        """Carries everything at once. What a silent link has kept arrives now, as TCP would send it again."""
+        """Forwards everything at once. The bytes that a silent link has held back arrive now, as TCP resends them."""
         self._is_cut, self._delay_s = False, 0.0
         for flow in self._flows.values():
             flow.set()
 
     def slow(self, seconds: float) -> None:
-        """Each piece arrives so much later."""
+        """Delays each chunk by so many seconds."""
         self._delay_s = seconds
 
     def cut(self) -> None:
@@ -70,17 +70,17 @@ class Link:
             _reset(ends.far)
 
     def silence(self, *directions: Direction) -> None:
-        """Nothing arrives, and neither end hears of it: new connections open, and stay silent."""
+        """Holds all bytes back, and reports no error to either end: new connections open, and stay silent."""
         for direction in directions or DIRECTIONS:
             self._flows[direction].clear()
 
     def halve(self) -> None:
-        """The listener loses all connections; the callers keep their half, and hear nothing. New ones are whole."""
+        """Resets the listener's half of all connections, and keeps the callers' half open. New ones are whole."""
         for ends in self._open:
             ends.is_halved = True
             _reset(ends.far)
 
-    # --------------------------------------------------------------------------------------------------------- carrying
+    # ------------------------------------------------------------------------------------------------------- forwarding
 
     async def open(self) -> None:
         self._listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -116,7 +116,7 @@ class Link:
         try:
             await asyncio.gather(self._pump(reader, ends, "there"), self._pump(far_reader, ends, "back"))
             while ends.is_halved and await reader.read(CHUNK_BYTES):
-                pass  # the caller's half stays open until the caller ends it
+                pass  # the caller's half stays open until the caller closes it
         finally:
             far_writer.transport.abort()
             self._open.remove(ends)
@@ -153,23 +153,13 @@ class Links:
 
     def make(self, name: str, target: tuple[str, int] | str) -> Link:
         """A new link, which is open."""
-
-        async def made() -> Link:
-            link = Link(name, target)
-            await link.open()
-            return link
-
-        self.made[name] = self._on_the_loop(made())
-        return self.made[name]
+        link = self.made[name] = Link(name, target)
+        self._on_the_loop(link.open())
+        return link
 
     def do(self, what: str, links: Iterable[Link], *how: Any) -> None:
-        """Calls a method of each: `do("slow", [link], 0.5)`."""
-
-        async def done() -> None:
-            for link in links:
-                getattr(link, what)(*how)
-
-        self._on_the_loop(done())
+        """Calls a method of each on their thread: `do("slow", [link], 0.5)`."""
+        self._on_the_loop(_do(what, links, *how))
 
     def heal(self) -> None:
         self.do("heal", self.made.values())
@@ -182,14 +172,16 @@ class Links:
         return self
 
     def __exit__(self, *_: object) -> None:
-        async def closed() -> None:
-            for link in self.made.values():
-                await link.close()
-
-        self._on_the_loop(closed())
+        for link in self.made.values():
+            self._on_the_loop(link.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+async def _do(what: str, links: Iterable[Link], *how: Any) -> None:
+    for link in links:
+        getattr(link, what)(*how)
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -1,4 +1,4 @@
-"""A server that speaks just enough of PostgreSQL's protocol to say that it is an old one."""
+"""A server that implements as much of PostgreSQL's protocol as it needs to report an old version."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TEXT_OID = 25
 
 
 class OldServer:
-    """Answers every query with its version: as a number where one is asked for. Use it as a context manager."""
+    """Answers every query with its version: as a number where the query asks for that. Use it as a context manager."""
 
     def __init__(self, version: str = "15.4", number: str = "150004") -> None:
         self._version, self._number = version, number

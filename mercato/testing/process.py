@@ -1,7 +1,7 @@
-"""The real command in a process of its own, as a person or an operator has it, and all the processes below it.
+"""The real command in a process of its own, as users run it, and all its child processes.
 
-A `Process` is one run of `mercato up`. It knows everything that the run has started (`tree`), and at the end of its
-`with` block nothing of it is alive, whatever the test did to it.
+A `Process` is one run of `mercato up`. It knows all processes that the run has started (`tree`), and at the end of its
+`with` block none of them is running, whatever the test did.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .waiting import BOUND_SECONDS, POLL_SECONDS, wait_until
 
 ROOT: Final = Path(__file__).parents[2]
 GONE_SECONDS: Final = 60.0
-"""A bound for a busy machine. On a quiet one nothing is running five seconds after a stop or a `kill -9`."""
+"""A bound for a busy machine. On an idle one all processes end within five seconds of a stop or a `kill -9`."""
 
 Identity = processes.Process
 
@@ -45,7 +45,7 @@ class Tree(msgspec.Struct, frozen=True):
     backends: tuple[Identity, ...]
     workers: tuple[Identity, ...]
     instances: Mapping[str, Identity]
-    """Of a shop that is split, by their names."""
+    """The instances of a split shop, by their names."""
     others: tuple[Identity, ...]
 
     @property
@@ -68,7 +68,7 @@ class Process:
         is_second: bool = False,
         has_input: bool = False,
     ) -> None:
-        """`is_second`: another run serves this data, so that this one does not look at its database.
+        """`is_second`: another run serves this data, so the processes of its database do not count for this run.
 
         `has_input`: the command reads what `write_line` writes; otherwise its standard input is empty.
         """
@@ -117,7 +117,7 @@ class Process:
         self.wait_for(lambda: self.has_line(words), words)
 
     def write_line(self, line: str) -> None:
-        """Writes a line to its standard input; nothing happens when it has died."""
+        """Writes a line to its standard input; does nothing after the process has ended."""
         assert self._popen.stdin is not None, "it was started without an input"
         with contextlib.suppress(BrokenPipeError):
             self._popen.stdin.write(line + "\n")
@@ -132,7 +132,7 @@ class Process:
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
         end = time.monotonic() + BOUND_SECONDS
         while not condition():
-            # Looked at before the condition: what was said last is still read after the end.
+            # Checked before the condition: the last lines may be read after the end.
             ended = not self.is_running and not any(reader.is_alive() for reader in self._readers)
             assert condition() or (not ended and time.monotonic() < end), f"{what!r} did not come: {self.output}"
             with self._progress:
@@ -157,7 +157,7 @@ class Process:
 
     @property
     def complaints(self) -> list[str]:
-        """What it has said on standard error to the person who started it: all but the logs."""
+        """The lines for users on standard error: all but the logs."""
         return [line for line in self.errors if not line.startswith("{")]
 
     def caller(self, token: str | None = None) -> Caller:
@@ -167,7 +167,7 @@ class Process:
     # ---------------------------------------------------------------------------------------------- its processes
 
     def tree(self) -> Tree:
-        """All processes that this run consists of now."""
+        """All processes of this run at this moment."""
         table = process_table()
         below = list(_descendants(self.pid, table))
         serving = [process.pid for process in processes.serving(cluster_of(self.data))]
@@ -197,14 +197,14 @@ class Process:
 
     @property
     def left(self) -> list[Identity]:
-        """What lives of everything that was ever seen of this run, and what serves its database."""
+        """The running processes among all that `tree` has seen of this run, and those that serve its database."""
         alive = [p for p in self._seen if p.pid != self.pid and processes.process_at(p.pid) == p]
         if self._popen.poll() is None:
             alive.append(_identity(self.pid))
         return list({*alive, *([] if self._is_second else processes.serving(cluster_of(self.data)))})
 
     def assert_gone(self) -> None:
-        """Waits until nothing is left."""
+        """Waits until no process is left."""
         wait_until(lambda: not self.left, GONE_SECONDS, lambda: f"left: {[describe(p) for p in self.left]}")
 
     # -------------------------------------------------------------------------------------------------------- its end
@@ -217,12 +217,12 @@ class Process:
         self.signal(signal.SIGINT)
 
     def kill(self, process: Identity | None = None) -> None:
-        """`kill -9`, of the owner where no other is named."""
+        """`kill -9` of a process, by default of the owner."""
         self.tree()
         processes.send(process or _identity(self.pid), signal.SIGKILL)
 
     def exit_code(self, seconds: float = GONE_SECONDS) -> int:
-        """Waits for the end; everything that it wrote is in `lines` and `errors` then."""
+        """Waits for the end; all its output is in `lines` and `errors` then."""
         try:
             code = self._popen.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -232,7 +232,7 @@ class Process:
         return code
 
     def refusal(self) -> str:
-        """Waits for a start that fails as it should: exit code 1, one sentence, no traceback, nothing left."""
+        """Waits for a refused start: exit code 1, one sentence, no traceback, no process left. Gives the sentence."""
         assert self.exit_code(BOUND_SECONDS) == 1, self.output
         assert len(self.complaints) == 1, self.output
         assert self.complaints[0].startswith("mercato: "), self.output
@@ -240,7 +240,7 @@ class Process:
         return self.complaints[0].removeprefix("mercato: ")
 
     def stop(self) -> None:
-        """The usual end: SIGTERM, exit code 0, no complaint, nothing left."""
+        """Stops it: SIGTERM, exit code 0, no complaint, no process left."""
         self.signal(signal.SIGTERM)
         code = self.exit_code()
         assert code == 0, self.output
@@ -269,12 +269,12 @@ class Process:
     # ---------------------------------------------------------------------------------------------------- its database
 
     def dsn(self, service: str) -> str:
-        """Of the database of a service, as the administrator."""
+        """The DSN of the database of a service, for the administrator."""
         return self._dsn(f"mercato_{service}")
 
     @property
     def admin_dsn(self) -> str:
-        """Of the server itself."""
+        """The DSN of the server."""
         return self._dsn("postgres")
 
     def _dsn(self, database: str) -> str:
@@ -284,7 +284,7 @@ class Process:
 
 
 class SharedProcess:
-    """Runs one shop for many tests, so that the start after one crash is the start before the next."""
+    """Runs one shop for many tests: the start after the crash of one test serves the next test."""
 
     def __init__(self, data: Path) -> None:
         self._data = data
@@ -292,21 +292,21 @@ class SharedProcess:
         self._shop: Process | None = None
 
     def shop(self, *options: str, **environment: str) -> Process:
-        """The running shop if it was started like this, else one that is."""
+        """A shop with these options: the running one where it has them, else a new one."""
         wanted = (options, environment)
         if self._shop is None or self._wanted != wanted or not self._shop.is_running:
-            self.forget()
+            self.end()
             self._shop, self._wanted = Process(self._data, *options, environment=environment), wanted
             self._shop.ready()
         return self._shop
 
     def stop(self) -> None:
-        """Ends it as a person would, and looks how it ends."""
+        """Stops it, and asserts how it ends."""
         if self._shop is not None and self._shop.is_running:
             self._shop.stop()
 
-    def forget(self) -> None:
-        """Ends it in any case; it may have ended by itself."""
+    def end(self) -> None:
+        """Ends it in any case; it may have ended already."""
         if self._shop is not None:
             with self._shop:
                 self._shop = None
@@ -315,7 +315,7 @@ class SharedProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.forget()
+        self.end()
 
 
 # ------------------------------------------------------------------------------------------------------------- folders
@@ -323,7 +323,7 @@ class SharedProcess:
 
 @contextlib.contextmanager
 def data_folder(parent: Path | None = None) -> Generator[Path]:
-    """A place for the data of a shop, not made yet; in the end its database is removed with the product's own tool."""
+    """A path for the data of a shop, which does not exist yet. At the end the product's tool removes its database."""
     folder = Path(tempfile.mkdtemp(prefix="mercato-test-", dir=parent))
     try:
         yield folder / "data"
@@ -333,7 +333,7 @@ def data_folder(parent: Path | None = None) -> Generator[Path]:
 
 
 def remove(data: Path) -> None:
-    """What the documentation tells people who want to be rid of a shop."""
+    """Removes the database of a shop, as the documentation says."""
     subprocess.run(
         [sys.executable, "-m", "mercato.embedded_postgres", "--remove", str(data)],
         check=True,
@@ -343,7 +343,7 @@ def remove(data: Path) -> None:
 
 
 def cluster_of(data: Path) -> Path:
-    """The folder of the database, wherever it lives."""
+    """The folder of the database, behind its link."""
     return Path(os.path.realpath(data / "postgres"))
 
 

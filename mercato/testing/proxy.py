@@ -1,4 +1,4 @@
-"""A TCP proxy in front of PostgreSQL that loses or refuses a connection at the moment that a test wants."""
+"""A TCP proxy in front of PostgreSQL that cuts or refuses connections at the moment that a test sets."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _IN_RECOVERY = b"SFATAL\0C57P03\0Mthe database system is in recovery mode\0\0"
 
 
 class TcpProxy:
-    """Carries bytes between a service and PostgreSQL, and cuts the connection at a COMMIT.
+    """Forwards bytes between a service and PostgreSQL, and cuts the connection at a COMMIT.
 
-    `cut` is "before" (the server never receives it) or "after" (it has committed, and its answer is lost); None cuts
-    nothing. The next `refusals` connections are refused as a server does that recovers from a crash; `refused` counts
+    `cut` is "before" (the server never receives the COMMIT) or "after" (it has committed, and its answer is lost); None
+    cuts nothing. The next `refusals` connections are refused with the error of a server in recovery; `refused` counts
     them. A service connects to `dsn`, which `open` sets.
     """
 

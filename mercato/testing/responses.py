@@ -1,4 +1,4 @@
-"""An HTTP response as the clients of tests see it, and what every problem must be."""
+"""An HTTP response of the clients of tests, and an assertion for problems."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class Response(msgspec.Struct, frozen=True):
 
 
 def assert_problem(response: Response, status: int, code: str) -> None:
-    """That a response is a whole RFC 9457 problem with this status and code."""
+    """Asserts that a response is a complete RFC 9457 problem with this status and code."""
     assert response.status == status, response.body
     assert response.headers["content-type"] == "application/problem+json", response.headers
     assert response.code == code, response.body
     assert response.json["status"] == status
-    # The server refuses some requests before the API sees them; its problems have no page of their own.
+    # The problems of the server, which it answers before the API sees a request, have no page.
     assert response.json["type"] in (f"/docs/problems#{code}", "about:blank")
     assert response.json["title"]
     assert response.json["detail"]

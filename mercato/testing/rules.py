@@ -1,6 +1,6 @@
-"""What holds at every moment in the tables of one service: invariants of the audit, and the order of events.
+"""Rules for the tables of one service, which hold at every moment: invariants of the audit, and the order of events.
 
-A rule is a query that finds the rows which contradict it.
+A rule is a query that finds the rows which violate it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EVENT_VERSIONS_RISE: Final = f"""
 
 
 def audit_rules(service: str, *names: str) -> dict[str, str]:
-    """Invariants of the audit that read the tables of `service` alone, by name, as SQL in its own database."""
+    """Invariants of the audit that read only the tables of `service`, by name, as SQL for its database."""
     rules: dict[str, str] = {}
     for invariant in SHOP:
         if invariant.name in names:
@@ -33,7 +33,7 @@ def audit_rules(service: str, *names: str) -> dict[str, str]:
             views = ", ".join(f"{view} AS ({sql})" for view, sql in _VIEWS.items() if view in needed)
             sql = f"WITH {views} {invariant.sql}" if views else invariant.sql
             rules[invariant.name] = sql.replace("audit.", "").replace(f"{service}.", "")
-    assert set(rules) == set(names), "an invariant has another name now"
+    assert set(rules) == set(names), "an invariant was renamed"
     return rules
 
 

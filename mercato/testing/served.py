@@ -1,4 +1,4 @@
-"""`mercato serve`, `mercato migrate` and other commands as processes of their own, for tests."""
+"""`mercato serve`, `mercato migrate` and other commands as processes, for tests."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(*arguments: str, environment: Mapping[str, str]) -> subprocess.Completed
 
 
 def variables(file: Path) -> dict[str, str]:
-    """What `mercato migrate` wrote for one service."""
+    """The environment variables that `mercato migrate` wrote for one service."""
     return dict(line.split("=", 1) for line in file.read_text().splitlines())
 
 
@@ -55,7 +55,7 @@ class Served:
         host: str = "127.0.0.1",
         inside: tuple[str, ...] = (),
     ) -> None:
-        """`inside` stands before the command, to run it on another host."""
+        """`inside`: the prefix of a command that runs on another host."""
         self.url: str = ""
         self.lines: list[str] = []
         self.errors: list[str] = []
@@ -107,11 +107,11 @@ class Served:
         return code
 
     def refusal(self) -> str:
-        """The one sentence of a start that fails as it should."""
+        """The one sentence of a refused start."""
         assert self.exit_code() == 1, self.errors
-        said = [line for line in self.errors if not line.startswith("{")]
-        assert len(said) == 1, self.errors
-        return said[0].removeprefix("mercato: ")
+        complaints = [line for line in self.errors if not line.startswith("{")]
+        assert len(complaints) == 1, self.errors
+        return complaints[0].removeprefix("mercato: ")
 
     def __enter__(self) -> Self:
         return self

@@ -1,6 +1,6 @@
 """A whole shop over real HTTP, inside the test's process: every service, the gateway, a socket on loopback.
 
-For tests of what the API answers. Tests of processes (start, stop, kill -9) start the real command instead.
+For tests of the API. Tests of processes (start, stop, kill -9) start the real command instead.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Shop:
     """A running shop with the demo data, and a client for it. Alice is user 1, Bob is user 2."""
 
     load: Shedder
-    """Of the gateway: what is in work there, and what waits."""
+    """The gateway's requests in work and in the queue."""
 
     def __init__(
         self, harness: ServiceHarness, url: str, stop: asyncio.Event, serving: asyncio.Task[None], *, is_open: bool
@@ -132,7 +132,7 @@ class Shop:
     # ------------------------------------------------------------------------------------------------------ tokens
 
     async def token(self, email: str, password: str = DEMO_PASSWORD) -> str:
-        """An access token; signed in once for each e-mail."""
+        """An access token; it signs in once for each e-mail."""
         if email not in self._tokens:
             reply = await self.post("/login", {"email": email, "password": password})
             assert reply.status == 200, reply.body

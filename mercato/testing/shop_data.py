@@ -1,4 +1,4 @@
-"""People, products, orders and payments of a running shop: each test makes its own, so that none sees another's."""
+"""People, products, orders and payments of a running shop: each test creates its own."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _numbers = itertools.count(1)
 
 
 def unique(prefix: str) -> str:
-    """A word that no other test of this run, and no test of another process, has."""
+    """A text that no other test of this run, or of another process, has."""
     return f"{prefix}-{os.getpid()}-{next(_numbers)}"
 
 
 class Person(msgspec.Struct, frozen=True):
-    """The owner of an account. `token` is an access token; None in an open shop, which asks for none."""
+    """The owner of an account. `token` is an access token; None in an open shop, which needs none."""
 
     id: int
     email: str
@@ -69,7 +69,7 @@ async def new_order(shop: Shop, user_id: int, product_id: int = 100) -> int:
 
 
 async def settled_order(shop: Shop, order_id: int) -> Order:
-    """An order when no work of its sagas is due; raises nothing when that takes longer than `SETTLED_MS`."""
+    """An order once no work of its sagas is due, or after `SETTLED_MS`, without an error."""
     orders = shop.harness.client(Orders)
     return await topology.as_the_shop(
         shop.harness.host, lambda: orders.settled(AwaitOrder(id=order_id, wait_ms=SETTLED_MS))
@@ -77,7 +77,7 @@ async def settled_order(shop: Shop, order_id: int) -> Order:
 
 
 async def new_payment(shop: Shop, user_id: int) -> int:
-    """The id of a payment that was authorized, and may be captured or voided."""
+    """The id of an authorized payment, which can be captured or voided."""
     order = await settled_order(shop, await new_order(shop, user_id))
     orders = shop.harness.client(Orders)
     paid = await topology.as_the_shop(shop.harness.host, lambda: orders.pay(PayOrder(id=order.id, capture=False)))
@@ -85,7 +85,7 @@ async def new_payment(shop: Shop, user_id: int) -> int:
 
 
 async def new_refund(shop: Shop, user_id: int) -> str:
-    """The id of a refund of an order that was paid."""
+    """The id of a refund of a paid order."""
     order = await settled_order(shop, await new_order(shop, user_id))
     orders, key = shop.harness.client(Orders), unique("refund")
     paid = await topology.as_the_shop(shop.harness.host, lambda: orders.pay(PayOrder(id=order.id)))
@@ -94,12 +94,12 @@ async def new_refund(shop: Shop, user_id: int) -> str:
 
 
 async def staff_token(shop: Shop) -> str | None:
-    """What a caller needs to act as staff; None in an open shop."""
+    """The access token of staff; None in an open shop."""
     return None if shop.is_open else await shop.staff()
 
 
 async def token_of(shop: Shop, kind: str, user_id: int) -> str:
-    """What follows behind the # in the newest letter, as the service makes it; this shop sends none."""
+    """The token after # in the link of the newest letter, computed as the service does; this shop sends no letters."""
     newest = "SELECT id FROM letters WHERE kind = $1 AND user_id = $2 ORDER BY created_at DESC LIMIT 1"
     [letter] = await shop.harness.values(newest, kind, user_id, of="users")
     raw, key = (

@@ -1,4 +1,4 @@
-"""The whole state of a running shop, to compare: what a refused request must leave as it was."""
+"""Digests of the whole state of a running shop: a refused request must not change it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .shop import Shop
 from .waiting import until
 
 BACKGROUND: Final = {"outbox_readers", "reconciliation", "saga_drivers"}
-"""Tables in which the shop notes what it does by itself."""
+"""Tables to which the shop writes without a request."""
 ATTEMPTS: Final = {"security_log"}
-"""Tables in which it notes what was refused, too."""
+"""Tables to which it also writes for a refused request."""
 
 BUSY_SAGAS: Final = """
     SELECT 1 FROM sagas WHERE driver IS NOT NULL OR (wake_at IS NOT NULL AND step <> 'awaiting') LIMIT 1

@@ -1,6 +1,6 @@
-"""A shop that is split, within one process: a host for each service, and real sockets between them.
+"""A split shop within one process: a host for each service, and real sockets between them.
 
-For the tests that run over every transport. Real processes are those of `process.py`.
+For the tests that run over every transport. `process.py` has real processes.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ C = TypeVar("C", bound=Contract)
 
 HOST: Final = "127.0.0.1"
 TEST: Final = "test"
-"""The caller that is a test: it may call everything, for whomever."""
+"""The caller of tests: it may call every operation, for any actor."""
 
 
 class SplitHosts:
-    """What a test needs of a `Host`, over one for each service. `secrets` are also those of callers that are none."""
+    """The interface of a `Host` that tests need, over a host for each service. `secrets` are those of all callers."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class SplitHosts:
             await self._remotes[name].serve(host.servers)
 
     async def close(self) -> None:
-        """As a process ends: each lets its batches land before its connections close."""
+        """Closes as a process ends: each host completes its batches before its connections close."""
         await asyncio.gather(*(host.close() for host in self._hosts.values()))
         await asyncio.gather(*(remote.close() for remote in self._remotes.values()))
         await self._closing.aclose()

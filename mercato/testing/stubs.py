@@ -1,4 +1,4 @@
-"""Stubs of the services that a service under test calls: each answers one operation from a table."""
+"""Stubs of the services that a service under test calls: each answers one operation from a mapping."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class StubService(Generic[Q, A]):
     """A service with one batched operation, which reads by id.
 
     An id that is not in `answers` gets the error `unknown(id)`. While `failure` is set, every batch fails with it.
-    `before_answer` runs before each batch is answered. `batches` has the ids of each batch that came, in order.
+    `before_answer` runs before each batch is answered. `batches` has the ids of each received batch, in order.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class StubService(Generic[Q, A]):
 
     @property
     def sizes(self) -> list[int]:
-        """Of the batches that came, in order."""
+        """The sizes of the received batches, in order."""
         return [len(batch) for batch in self.batches]
 
     def build(self, env: Env) -> Service:
@@ -73,6 +73,6 @@ def stub_products(ids: Iterable[int]) -> StubService[GetProduct, Product]:
 
 
 def stub_quotes(quotes: Iterable[Quote]) -> StubService[QuoteProduct, Quote]:
-    """Products that are for sale."""
+    """A stub of products with these quotes."""
     found = {quote.id: quote for quote in quotes}
     return StubService(Products, Products.quote, found, lambda id_: ProductNotFound(product_id=id_))

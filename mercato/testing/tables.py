@@ -1,4 +1,4 @@
-"""Databases as tests look into them: over connections of their own, without the service that they belong to."""
+"""Reading databases in tests: over connections of their own, without the service that owns the database."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVENTS: Final = """(
             AS (type text, subject text, subject_id bigint, version bigint, data json)
      ) WITH ORDINALITY AS e (type, subject, subject_id, version, data, n)
 ) AS events"""
-"""Stands behind FROM: a row for each event of an outbox, with `id` its position."""
+"""A FROM clause: a row for each event of an outbox, with its position as `id`."""
 
 BLOCKED_STATEMENTS: Final = """
     SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'
@@ -27,7 +27,7 @@ BLOCKED_STATEMENTS: Final = """
 
 
 async def connect(dsn: str) -> Any:
-    """A connection of the driver; the caller closes it. It caches no plans, for tests alter tables."""
+    """A connection of the driver; the caller closes it. It caches no plans, because tests alter tables."""
     return await cast(Any, asyncpg).connect(dsn, statement_cache_size=0, server_settings=WHOLE_TABLES)
 
 
@@ -47,7 +47,7 @@ async def rows(dsn: str, sql: str, *values: object) -> list[tuple[Any, ...]]:
 
 
 class TableReader:
-    """One connection to a database that is kept; statements that are sent at the same time run one after the other."""
+    """A connection to a database that stays open; concurrent statements run one after the other."""
 
     def __init__(self, dsn: str) -> None:
         self._dsn = dsn

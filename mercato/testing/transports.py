@@ -10,4 +10,4 @@ AnyTransport = Literal["local", "loopback", "http", "nats"]
 TRANSPORTS: Final = [
     cast(AnyTransport, name) for name in os.environ.get("MERCATO_TEST_TRANSPORTS", "local,loopback").split(",")
 ]
-"""`make test-split` names those between processes."""
+"""`make test-split` sets the transports between processes."""

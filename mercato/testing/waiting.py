@@ -1,4 +1,4 @@
-"""Waiting until something holds, with a bound: a test that waits in vain fails and says for what."""
+"""Waiting for a condition, with a bound: a test whose condition does not become true fails with its description."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from .tables import BLOCKED_STATEMENTS, connected
 T = TypeVar("T")
 
 BOUND_SECONDS: Final = 240.0
-"""Of every wait of a test. For a machine that is busy with other things; nothing is promised about it."""
+"""The bound of every wait of a test, for a busy machine. It is no promise about the product."""
 POLL_SECONDS: Final = 0.01
-IN_VAIN: Final = "what the test waits for does not happen"
+TIMED_OUT: Final = "the condition of the test does not become true"
 
 
-async def until(holds: Callable[[], Awaitable[object]], what: str = IN_VAIN, seconds: float = BOUND_SECONDS) -> None:
-    """Polls until the condition is true. Raises AssertionError with `what` when it is not in time."""
+async def until(holds: Callable[[], Awaitable[object]], what: str = TIMED_OUT, seconds: float = BOUND_SECONDS) -> None:
+    """Polls until the condition is true. Raises AssertionError with `what` where it is not in time."""
     end = time.monotonic() + seconds
     while not await holds():
         assert time.monotonic() < end, what
         await asyncio.sleep(POLL_SECONDS)
 
 
-async def until_true(holds: Callable[[], object], what: str = IN_VAIN, seconds: float = BOUND_SECONDS) -> None:
+async def until_true(holds: Callable[[], object], what: str = TIMED_OUT, seconds: float = BOUND_SECONDS) -> None:
     """As `until`, for a condition that needs no await."""
 
     async def is_true() -> object:
@@ -37,7 +37,7 @@ async def until_true(holds: Callable[[], object], what: str = IN_VAIN, seconds: 
 async def until_blocked(dsn: str, statements: int = 1, by: Collection[asyncio.Future[Any]] = ()) -> None:
     """Waits until so many statements in a database wait for a lock.
 
-    `by` are the calls that are to wait: the test fails as soon as too few of them are left to do so.
+    `by` are the calls that must wait: the test fails as soon as too few of them are in progress.
     """
     async with connected(dsn) as connection:
 
@@ -50,7 +50,7 @@ async def until_blocked(dsn: str, statements: int = 1, by: Collection[asyncio.Fu
 
 
 async def without_waiting(dsn: str, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`. Fails as soon as a statement in its database waits for a lock: it might wait for ever."""
+    """The result of `work`. Fails as soon as a statement in its database waits for a lock, which might never end."""
     task = asyncio.ensure_future(work)
     try:
         async with asyncio.timeout(BOUND_SECONDS), connected(dsn) as connection:

@@ -164,7 +164,7 @@ def test_every_process_ends_when_the_owner_is_killed(keeper: SharedProcess):
     for command in (("services",), ("doctor",), ("call", "orders.get", '{"id": 1}')):
         refused = run(*command, "--data", str(shop.data), environment={})
         assert (refused.returncode, "no shop that is split runs on" in refused.stderr) == (1, True), refused.stderr
-    keeper.forget()
+    keeper.end()
 
     shop = keeper.shop("--split")
     with shop.caller() as caller:
@@ -182,7 +182,7 @@ def test_a_fault_is_injected_where_its_point_is(keeper: SharedProcess):
     assert {n: p for n, p in shop.tree().instances.items() if n != "orders"} == {
         n: p for n, p in before.items() if n != "orders"
     }
-    keeper.forget()
+    keeper.end()
 
     shop = keeper.shop("--split")
     with shop.caller() as caller:

@@ -61,7 +61,7 @@ def test_after_any_process_is_killed_no_process_is_left_and_no_order_is_lost(
         shop.assert_gone()
     code = shop.exit_code()
     assert_explained(shop, code, process)
-    keeper.forget()
+    keeper.end()
 
     shop = keeper.shop("--workers", workers)
     with shop.caller() as caller:
@@ -103,7 +103,7 @@ def test_a_database_server_that_is_killed_is_started_again(
 @pytest.mark.long
 def test_a_database_server_that_dies_again_and_again_ends_the_shop(keeper: SharedProcess, data: Path):
     """The fourth time within a minute: then it has a cause that no start removes."""
-    keeper.forget()
+    keeper.end()
     with Process(data) as shop:
         shop.ready()
         for death in range(1, 5):
