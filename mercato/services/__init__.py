@@ -1,1 +1,1 @@
-"""The services. Each owns its database and knows the others only by their contracts."""
+"""The services. Each owns its database and depends on the others only by their contracts."""

@@ -1,4 +1,4 @@
-"""How the feed names things. Pure."""
+"""The names of events and subjects in the feed. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The feed: what writes it, and what reads it."""
+"""The feed: writing and reading it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class EventsService:
         self._database = database
 
     async def take_rows(self, tx: Tx, page: Sequence[SourceRow]) -> int:
-        """Appends outbox rows as they are; gives how many events they hold."""
+        """Appends outbox rows unchanged; gives how many events they have."""
         entries = [
             Entry(row.source, row.id, 0, row.at, row.events, [event.type for event in _types.decode(row.events)])
             for row in page
@@ -56,7 +56,7 @@ class EventsService:
     async def list(self, request: ListEvents) -> EventPage:
         after, types = request.after, list(dict.fromkeys(request.types))
         position, place = outbox_row.place_of(after)
-        # In the first row, the events up to the reader's are skipped.
+        # The reader has read some events of the first row, which are skipped.
         wanted = request.limit + place + 1
         async with self._database.read() as tx:
             if types:
@@ -65,7 +65,7 @@ class EventsService:
                 found = await store.page(tx, position, wanted)
             purged = await store.last_purged(tx, types)
             last = position if found else await store.last_position(tx)
-        # Looked up after the page: the other way round, what is deleted between the two would be missed without a word.
+        # Read after the page: in the other order, the reader would miss events that are deleted in between.
         if 0 < after < purged:
             raise CursorTooOld(after=after, oldest=purged)
         if position > last:
@@ -78,7 +78,7 @@ class EventsService:
         )
 
     async def before_last(self, count: int, types: Sequence[str] = ()) -> int:
-        """The position behind which the last `count` events are, of some types or of all; 0 where there are fewer."""
+        """The position before the last `count` events, of some types or of all; 0 where there are fewer."""
         wanted = list(dict.fromkeys(types))
         async with self._database.read() as tx:
             if wanted:
@@ -90,7 +90,7 @@ class EventsService:
 
 
 def _packed(event: Event) -> str:
-    """A row of this event alone."""
+    """A row with only this event."""
     data = msgspec.Raw(event.data.encode())
     return outbox_row.pack([Stored(event.type, event.subject, event.subject_id, event.version, data)])[0]
 

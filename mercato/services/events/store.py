@@ -16,7 +16,7 @@ PURGED_AT_ONCE: Final = 1_000
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
-    """A row to be appended: the events of an outbox row from `place` on. `types` are those of its events, in order."""
+    """A row to append: the events of an outbox row from `place` on. `types` are those of its events, in order."""
 
     source: str
     outbox_id: int
@@ -39,8 +39,8 @@ class FeedRow(Row):
 
 
 async def append(tx: Tx, entries: Sequence[Entry]) -> None:
-    """Writes rows behind all others, in the order given."""
-    # A statement of its own, before the one that takes positions. The writer has this lock until the commit: so
+    """Writes rows after all others, in the given order."""
+    # A statement of its own, before the one that draws positions. The writer has this lock until the commit, so
     # positions become visible in their order. Without it a later position could commit first, and a reader that
     # continues from there would miss the earlier one.
     await tx.execute("SELECT pg_advisory_xact_lock($1)", WRITE_LOCK)
@@ -87,7 +87,7 @@ def _types_of(types: Sequence[str]) -> str:
 
 
 async def page(tx: Tx, position: int, wanted: int) -> list[FeedRow]:
-    """The rows from a position on, as many as hold `wanted` events."""
+    """The rows from a position on, as many as contain `wanted` events."""
     return await tx.fetch(
         FeedRow,
         """
@@ -108,9 +108,9 @@ async def page(tx: Tx, position: int, wanted: int) -> list[FeedRow]:
 
 
 async def page_of_types(tx: Tx, position: int, wanted: int, types: Sequence[str]) -> list[FeedRow]:
-    """The rows from a position on, as many as hold `wanted` events of some types."""
-    # A page of each type from the index, of which the first make the page. Asked for as a part of the index's order,
-    # from (type, position) to the end of the type: with `type = w.type` the planner may think that a type is frequent,
+    """The rows from a position on, as many as contain `wanted` events of some types."""
+    # Reads a page of each type from the index, and takes the first of all. The condition is a range of the index, from
+    # (type, position) to the end of the type: with `type = w.type` the planner may estimate that a type is frequent,
     # and read all rows in the order of positions until it has found a page of it.
     return await tx.fetch(
         FeedRow,
@@ -146,7 +146,7 @@ async def page_of_types(tx: Tx, position: int, wanted: int, types: Sequence[str]
 
 
 async def last_rows(tx: Tx, wanted: int) -> list[FeedRow]:
-    """The last rows, the newest first, as many as hold `wanted` events."""
+    """The last rows, the newest first, as many as contain `wanted` events."""
     return await tx.fetch(
         FeedRow,
         """
@@ -157,7 +157,7 @@ async def last_rows(tx: Tx, wanted: int) -> list[FeedRow]:
 
 
 async def last_rows_of_types(tx: Tx, wanted: int, types: Sequence[str]) -> list[FeedRow]:
-    """The last rows that hold an event of some types, the newest first; `wanted` of them."""
+    """The last rows with an event of some types, the newest first; `wanted` of them."""
     return await tx.fetch(
         FeedRow,
         """
@@ -186,7 +186,7 @@ async def last_rows_of_types(tx: Tx, wanted: int, types: Sequence[str]) -> list[
 
 
 async def last_position(tx: Tx) -> int:
-    """The position of the last row; 0 where there never was one."""
+    """The position of the last row, also where it was purged; 0 where there never was one."""
     found = await tx.fetch_values(
         int,
         """
@@ -200,7 +200,7 @@ async def last_position(tx: Tx) -> int:
 
 
 async def last_purged(tx: Tx, types: Collection[str]) -> int:
-    """The position of the last event that was deleted, of some types or (where none are named) of all; 0: none was."""
+    """The position of the last deleted event, of some types or (where none are named) of all; 0: none."""
     found = await tx.fetch_values(
         int,
         """
@@ -215,7 +215,7 @@ async def last_purged(tx: Tx, types: Collection[str]) -> int:
 
 
 async def purge(tx: Tx) -> int:
-    """Deletes a bounded number of the oldest rows, where they are past their days, and notes how far; how many."""
+    """Deletes up to `PURGED_AT_ONCE` rows older than `KEPT_DAYS`, and stores their last position; gives how many."""
     deleted = await tx.fetch_values(
         int,
         """

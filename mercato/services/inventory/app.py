@@ -1,4 +1,4 @@
-"""Makes the inventory service out of what the host gives."""
+"""Builds the inventory service."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ LONGEST_PAUSE_SECONDS: Final = 3_600
 
 
 class Options(msgspec.Struct, frozen=True):
-    """What an operator may set: `MERCATO_INVENTORY_HOLD_SECONDS` and so on."""
+    """The settings for operators: `MERCATO_INVENTORY_HOLD_SECONDS` and so on."""
 
     hold_seconds: Annotated[float, Meta(ge=0.01, le=LONGEST_HOLD_SECONDS)] = 900.0
-    """Stock is held so long for an order whose payment has not begun."""
+    """How long stock is held for an order whose payment has not begun."""
     expire_every_seconds: Annotated[float, Meta(ge=0.01, le=LONGEST_PAUSE_SECONDS)] = 1.0
-    """The pause between two looks for reservations whose time is over."""
+    """The pause between two searches for expired reservations."""
 
 
 def build(env: Env) -> Service:
-    """The inventory service. Everything that it is made of is made here."""
+    """The inventory service with all its parts."""
     options = env.options(Options)
     products = env.client(Products)
     reserving = Reserving(env.database, options.hold_seconds)

@@ -1,16 +1,16 @@
 """Levels that staff set (counted) or adjust (received, written off), a batch at a time.
 
-Both ask products once for all that a batch names. Then one transaction locks the levels, enters each request into the
-ledger in the order of the batch, and writes the result at once. A refused request leaves nothing and does not affect
-its neighbours.
+Both call products once for all products of a batch. Then one transaction locks the levels, applies each request to the
+ledger in the order of the batch, and writes the result at once. A refused request changes nothing and does not affect
+the others.
 
 Adjustments are a keyed batch (`chassis/idempotency/batch.py`) with these steps:
 
-recall    A key that was used within a day has its answer. One that was used longer ago stands on its movement for ever:
-          what it did is known, what was answered is not any more; the answer is the level as it is by now.
-prepare   What changes nothing, and products that do not exist.
-write     One transaction: claim the keys, lock, decide, write, store the answers under the keys. Keys of what the
-          ledger refuses are released.
+recall    A key that was used within a day has its stored answer. A key that was used earlier stays in its movement for
+          ever: that has the adjustment but not the answer, so the answer is the current level.
+prepare   Refuse a delta of 0, and products that do not exist.
+write     One transaction: claim the keys, lock, decide, write, store the answers under the keys. Keys of requests that
+          the ledger refuses are released.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Adjustment = KeyedAttempt[AdjustLevel, AdjustedLevel, None]
 
 
 class Counting:
-    """Sets levels. Asks products whether a product exists, and writes to the database of inventory."""
+    """Sets levels. Calls products to check that a product exists, and writes to the database of inventory."""
 
     def __init__(self, database: Database, products: Products) -> None:
         self._database = database
@@ -62,7 +62,7 @@ class Counting:
 
     async def _set(self, requests: Sequence[tuple[SetLevel, Actor]]) -> Sequence[Level | ServiceError]:
         async with self._database.transaction() as tx:
-            # A request with a version has seen a level: where there is none, it is stale and nothing is counted.
+            # The client of a request with a version has seen a level: without a level, the version is stale.
             starting = {request.product_id for request, _ in requests if request.version is None}
             ledger = await _open_ledger(tx, {request.product_id for request, _ in requests}, starting)
             outcomes = [_set(ledger, request, actor) for request, actor in requests]
@@ -108,8 +108,8 @@ class Adjusting(KeyedBatch[AdjustLevel, AdjustedLevel, None]):
 
     async def write(self, attempts: Sequence[Adjustment]) -> None:
         async with self._database.transaction() as tx:
-            ours = await idempotency.claim(tx, OPERATION, [attempt.keyed for attempt in attempts if attempt.keyed])
-            claimed = [attempt for attempt in attempts if attempt.identity in ours]
+            keys = await idempotency.claim(tx, OPERATION, [attempt.keyed for attempt in attempts if attempt.keyed])
+            claimed = [attempt for attempt in attempts if attempt.identity in keys]
             answers = await _adjust(tx, claimed) if claimed else ()
             await faults.point("inventory.adjust.before_commit")
         await faults.point("inventory.adjust.after_commit")
@@ -118,21 +118,21 @@ class Adjusting(KeyedBatch[AdjustLevel, AdjustedLevel, None]):
 
 
 class KnownProducts:
-    """Which products can be counted: those that exist, and those that have a level."""
+    """The products that can be counted: those that exist, and those that have a level."""
 
     def __init__(self, database: Database, products: Products) -> None:
         self._database = database
         self._products = products
 
     async def missing(self, product_ids: Iterable[int]) -> dict[int, ServiceError]:
-        """Those that cannot, and why: they do not exist, or products does not answer."""
-        asked = sorted(set(product_ids))
-        found = await self._products.get.many([GetProduct(id=i) for i in asked])
-        missing = {i: product for i, product in zip(asked, found, strict=True) if isinstance(product, ServiceError)}
-        if forgotten := [i for i, error in missing.items() if isinstance(error, ProductNotFound)]:
-            # A product that the restore of its database has lost: its pieces are there, and can be written off.
+        """The products that cannot be counted, and why: they do not exist, or products does not answer."""
+        wanted = sorted(set(product_ids))
+        found = await self._products.get.many([GetProduct(id=i) for i in wanted])
+        missing = {i: product for i, product in zip(wanted, found, strict=True) if isinstance(product, ServiceError)}
+        if unknown := [i for i, error in missing.items() if isinstance(error, ProductNotFound)]:
+            # A product that was lost in a restore of its database still has a level: its pieces can be written off.
             async with self._database.read() as tx:
-                counted = await store.levels(tx, forgotten)
+                counted = await store.levels(tx, unknown)
             return {i: error for i, error in missing.items() if i not in counted}
         return missing
 
@@ -143,12 +143,12 @@ class KnownProducts:
 async def _open_ledger(tx: Tx, product_ids: Collection[int], starting: Collection[int]) -> StockLedger:
     """The ledger of these levels, locked.
 
-    Of `starting`, those that were never counted are at version 0 from now on, for this transaction alone: the caller
-    counts something there.
+    Of `starting`, products that were never counted get a level at version 0. Only this transaction sees it, and the
+    caller must count something there.
     """
     if starting:
         await store.insert_levels(tx, sorted(starting))
-    # Of two first counts at once, the second has waited, and sees here what the first has counted.
+    # Of two concurrent first counts, the second has waited in the insert, and sees the result of the first here.
     return StockLedger(await store.lock_levels(tx, product_ids))
 
 
@@ -159,7 +159,7 @@ def _set(ledger: StockLedger, request: SetLevel, actor: Actor) -> Level | Servic
     except StaleVersion as stale:
         return stale
     if level.version and level.on_hand == request.on_hand:
-        return level  # as many as were thought, or a retry whose answer was lost
+        return level  # the count confirms the level, or is a retry whose answer was lost
     movement = Movement(
         product_id=request.product_id,
         kind="adjustment" if level.version else "receipt",
@@ -172,7 +172,7 @@ def _set(ledger: StockLedger, request: SetLevel, actor: Actor) -> Level | Servic
 
 async def _adjust(tx: Tx, attempts: Sequence[Adjustment]) -> Sequence[AdjustedLevel | ServiceError]:
     """Makes the adjustments of keys that this transaction has claimed; gives the answers, in order."""
-    # Where there is nothing, the first that adds something always can; one that only takes away is refused.
+    # Without a level, an adjustment that adds pieces starts one; one that removes pieces is refused.
     starting = {a.request.product_id for a in attempts if a.request.delta > 0}
     ledger = await _open_ledger(tx, {a.request.product_id for a in attempts}, starting)
     outcomes = [_adjusted(ledger, attempt) for attempt in attempts]
@@ -206,7 +206,7 @@ def _counted(ledger: StockLedger, movement: Movement) -> Level | ServiceError:
 
 
 def _as_written(outcome: Level | ServiceError, written: Mapping[int, Level]) -> Level | ServiceError:
-    """What the ledger has answered, with the time of the change where there was any before it."""
+    """The answer of the ledger, with the time of the write for a level that was changed."""
     if isinstance(outcome, ServiceError) or outcome.updated_at is not None or outcome.version == 0:
         return outcome
     return msgspec.structs.replace(outcome, updated_at=written[outcome.product_id].updated_at)
@@ -216,7 +216,7 @@ def _as_written(outcome: Level | ServiceError, written: Mapping[int, Level]) -> 
 
 
 def _reference(attempt: Adjustment) -> str:
-    """How its movement keeps the key."""
+    """The reference of its movement, which has the key."""
     principal, key = attempt.identity
     return f"key:{principal}:{key}"
 
@@ -233,15 +233,15 @@ def _stored(attempt: Adjustment, fingerprint: bytes, answer: AdjustedLevel) -> S
 
 
 def _recognised(attempt: Adjustment, row: store.AdjustmentRow, level: Level) -> Stored[AdjustedLevel]:
-    """What an old key has done: this same adjustment, or another, whose fingerprint is not known any more."""
-    asked = attempt.request
+    """The stored result of an old key, whose fingerprint is not stored any more: its fields are compared instead."""
+    request = attempt.request
     fields = ("product_id", "delta", "reason")
-    differing = next((name for name in fields if getattr(row, name) != getattr(asked, name)), "")
-    return Stored(asked.fingerprint, AdjustedLevel(level=level), differing)
+    differing = next((name for name in fields if getattr(row, name) != getattr(request, name)), "")
+    return Stored(request.fingerprint, AdjustedLevel(level=level), differing)
 
 
 async def _remember(tx: Tx, attempts: Sequence[Adjustment], answers: Sequence[AdjustedLevel | ServiceError]) -> None:
-    """Stores what was done under the keys, and releases the keys of what was refused."""
+    """Stores the answers under their keys, and releases the keys of refused requests."""
     settled = [(attempt.keyed, answer) for attempt, answer in zip(attempts, answers, strict=True) if attempt.keyed]
     made = [(keyed, encode_outcome(answer)) for keyed, answer in settled if isinstance(answer, AdjustedLevel)]
     refused = [keyed for keyed, answer in settled if isinstance(answer, ServiceError)]

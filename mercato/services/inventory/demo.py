@@ -21,7 +21,7 @@ faults.declare(SEED_BEFORE_COMMIT)
 
 
 async def seed(database: Database) -> bool:
-    """Counts all products or none. False where there is any level."""
+    """Counts all products or none. Gives False where a level exists."""
     async with database.transaction() as tx:
         if not await store.lock_all_levels(tx):
             return False

@@ -1,11 +1,11 @@
 """The hot path of stock: one statement for a whole batch, which changes everything or nothing.
 
-    reserve_all     holds new orders, where all of them are new and there is enough for all together
+    reserve_all     holds new orders, where all are new and there is enough stock for all together
     end_all_held    commits, releases or expires, where all reservations are held
 
-A batch that does not fit is rolled back and goes the general way (`store.py`): one order without stock, or one that
-was asked for before, must not fail the others. Locks are taken in the order of `store.py`, and in the order of keys,
-because the CTE that locks is sorted and the update takes its rows from there.
+A batch that does not fit is rolled back and decided one by one (`store.py`): an order without stock, or a repeated one,
+must not fail the others. Locks are taken in the order of `store.py`, and in the order of keys, because the CTE that
+locks is sorted and the update takes its rows from it.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class ReservedLevelRow(Row):
     available: int
     version: int
     elapsed_s: float
-    """Since the transaction began: the holds of the batch end so much sooner than `hold_seconds` from now."""
+    """The time since the transaction began: the holds of the batch end so much sooner than `hold_seconds` from now."""
 
 
 class EndedRow(Row):
-    """A reservation that was held and has been ended. `available` of each line's level is that after the batch."""
+    """A reservation that the batch has ended. `available` is that of each line's level after the batch."""
 
     order_id: int
     version: int
@@ -57,7 +57,7 @@ RESERVE_ALL: Final = """
                ($6::bigint[])[n.first:n.last], ($7::integer[])[n.first:n.last]
           FROM unnest($1::bigint[], $2::bigint[], $3::boolean[], $4::integer[], $5::integer[])
                AS n (order_id, nonce, for_payment, first, last)
-         -- Read without a lock, and so no promise: it spares batches of a product that is sold out the inserts.
+         -- Read without a lock, so it guarantees nothing: it saves batches of a sold-out product the inserts.
          WHERE cardinality($8::bigint[]) = (
             SELECT count(*)
               FROM levels
@@ -96,10 +96,10 @@ async def reserve_all(
 ) -> list[ReservedLevelRow]:
     """Holds the lines of new orders, each order once; `quantities` are their sums by product.
 
-    `needed_on_hand`, by product: with fewer pieces on hand, an order would pass the bound of its customer.
+    `needed_on_hand`, by product: with fewer pieces on hand, an order would exceed the bound of its customer.
 
-    Gives the changed levels. Fewer than there are products: something does not fit or is there already, and the caller
-    must roll back.
+    Gives the changed levels. Where these are fewer than the products, something does not fit or exists already, and the
+    caller must roll back.
     """
     product_ids = sorted(quantities)
     return await tx.fetch(
@@ -129,7 +129,7 @@ def new_columns(reservations: Sequence[NewReservation]) -> tuple[list[object], .
 
 
 def places(lengths: Sequence[int]) -> tuple[list[object], list[object]]:
-    """Where each of several arrays that are laid end to end begins and ends, counted from 1."""
+    """The first and last index, from 1, of each of several arrays in their concatenation."""
     lasts = list(itertools.accumulate(lengths))
     return [last - length + 1 for last, length in zip(lasts, lengths, strict=True)], [*lasts]
 
@@ -161,7 +161,7 @@ END_ALL_HELD: Final = """
          ORDER BY product_id
            FOR NO KEY UPDATE
     ), changed AS (
-        -- `wanted` by uncorrelated subqueries, which are evaluated once, also for a row that has changed meanwhile.
+        -- `wanted` in uncorrelated subqueries, which are evaluated once, also for a row that has changed meanwhile.
         UPDATE levels
            SET on_hand = on_hand - ($3 = 'committed')::integer
                          * (SELECT quantities FROM wanted)[width_bucket(product_id, (SELECT product_ids FROM wanted))],
@@ -185,8 +185,8 @@ END_ALL_HELD: Final = """
                    AS available
           FROM locked l CROSS JOIN sorted s
     ), ended AS (
-        -- By place, as it was locked. A row that another transaction has changed since this statement began has another
-        -- place by then and is not found: nothing may be committed, and the caller sees that by the count.
+        -- By the ctid of the locked row. A row that another transaction has changed since this statement began has
+        -- another ctid and is not found: the count shows that to the caller, who must not commit.
         UPDATE reservations r
            SET state = $3, expires_at = NULL, version = d.version, ended_at = clock_timestamp(),
                updated_at = greatest(r.updated_at, clock_timestamp()),
@@ -202,8 +202,8 @@ END_ALL_HELD: Final = """
 
 
 async def end_all_held(tx: Tx, orders: Mapping[int, int], state: ReservationState) -> list[EndedRow]:
-    """Ends the reservations of these orders (id to nonce), where all of them are there, held, and have that nonce.
+    """Ends the reservations of these orders (id to nonce), where all exist, are held, and have that nonce.
 
-    Gives all of them by ascending order, or nothing: then the caller must roll back.
+    Gives all of them by ascending order, or none: then the caller must roll back.
     """
     return await tx.fetch(EndedRow, END_ALL_HELD, list(orders), list(orders.values()), state)

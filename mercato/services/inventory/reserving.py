@@ -1,9 +1,9 @@
 """Reservations, a batch at a time: reserve, commit, release, restock, and expiry.
 
-A batch that fits as a whole is one statement (`fast_path.py`). Any other is rolled back and decided one by one, in the
-order of the batch, still in one transaction: insert and lock (in the order that `store.py` gives), decide
-(`rules.StockLedger`), write. A crash before the commit leaves nothing; a request that is repeated after it finds the
-reservation as it is, and nothing is done twice.
+A batch that fits as a whole is one statement (`fast_path.py`). Any other batch is rolled back and decided request by
+request, in order, still in one transaction: insert and lock (in the order of `store.py`), decide
+(`rules.StockLedger`), write. A crash before the commit changes nothing; a request that is repeated after the commit
+finds the reservation, and nothing is done twice.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Reserving:
         others = [request for request in valid if not request.guest] if guests else valid
         outcomes: Sequence[Outcome] = await self._reserve_others(others) if others else ()
         if guests:
-            # By themselves: they are counted, which the one statement for the others does not do.
+            # Separately: the holds of guests are counted, which the single statement for the others does not do.
             of_guests = iter(await self._reserve_each(guests, guests=True))
             of_others = iter(outcomes)
             outcomes = [next(of_guests if request.guest else of_others) for request in valid]
@@ -151,7 +151,7 @@ class Reserving:
         return await self._end([(request.order_id, request.order_nonce) for request in batch], "committed")
 
     async def release(self, batch: Batch[ReleaseStock]) -> Sequence[Outcome]:
-        """Each gets its reservation as it is by now, whatever ended it, or `AnotherOrder`."""
+        """Each gets its current reservation, however it ended, or `AnotherOrder`."""
         return await self._end([(request.order_id, request.order_nonce) for request in batch], "released")
 
     async def _end(self, orders: Sequence[OrderKey], state: Literal["committed", "released"]) -> Sequence[Outcome]:
@@ -206,7 +206,7 @@ class Reserving:
     # --------------------------------------------------------------------------------------------------------- expiry
 
     async def expire(self) -> int:
-        """Ends up to `EXPIRED_AT_ONCE` reservations whose time is over; gives how many."""
+        """Ends up to `EXPIRED_AT_ONCE` expired reservations; gives how many."""
         async with self._database.transaction() as tx:
             overdue = await store.lock_overdue(tx, EXPIRED_AT_ONCE)
             if not overdue:
@@ -219,7 +219,7 @@ class Reserving:
 
 async def _return_items(tx: Tx, requests: Sequence[tuple[ReturnStock, Actor]]) -> Sequence[Outcome]:
     locked = await store.lock_reservations(tx, {request.order_id for request, _ in requests})
-    # Looked up under the lock of the reservation: a duplicate has either committed its return, or has not begun.
+    # Read under the lock of the reservation: a concurrent duplicate has committed its return, or has not begun.
     done = await store.returns_made(tx, {(request.order_id, request.reference) for request, _ in requests})
     ledger = StockLedger(await store.lock_levels(tx, _products(locked)), locked)
     outcomes: list[Outcome] = []
@@ -234,7 +234,7 @@ async def _return_items(tx: Tx, requests: Sequence[tuple[ReturnStock, Actor]]) -
 
 
 async def _end_all_held(tx: Tx, nonces: Mapping[int, int], state: ReservationState) -> Mapping[int, Reservation]:
-    """Raises `DoesNotFitError` unless all of them are held, for orders of these nonces."""
+    """Ends reservations. Raises `DoesNotFitError` unless all of them are held, for orders of these nonces."""
     rows = await fast_path.end_all_held(tx, nonces, state)
     if len(rows) < len(nonces):
         raise DoesNotFitError
@@ -252,8 +252,8 @@ async def _end_all_held(tx: Tx, nonces: Mapping[int, int], state: ReservationSta
         )
         for row in rows
     ]
-    told = [_event(reservation, row.version) for reservation, row in zip(ended, rows, strict=True)]
-    tx.emit([*told, *(() if state == "committed" else _available(rows))])
+    moved = [_event(reservation, row.version) for reservation, row in zip(ended, rows, strict=True)]
+    tx.emit([*moved, *(() if state == "committed" else _available(rows))])
     return {reservation.order_id: reservation for reservation in ended}
 
 
@@ -272,15 +272,15 @@ def _exhausted(levels: Iterable[fast_path.ReservedLevelRow], taken: Mapping[int,
 
 
 def _available(rows: Iterable[fast_path.EndedRow]) -> Iterable[Outgoing]:
-    """Of products that had nothing available before these reservations gave their pieces back."""
-    given_back = Counter[int]()
+    """The events of products that had no available pieces before these reservations ended."""
+    freed = Counter[int]()
     levels: dict[int, tuple[int, int]] = {}
     for row in rows:
         for i, product_id in enumerate(row.product_ids):
-            given_back[product_id] += row.quantities[i]
+            freed[product_id] += row.quantities[i]
             levels[product_id] = row.level_versions[i], row.available[i]
     for product_id, (version, available) in sorted(levels.items()):
-        before = available - given_back[product_id]
+        before = available - freed[product_id]
         if event := rules.availability_event(product_id, version, before=before, after=available):
             yield event
 
@@ -298,6 +298,6 @@ def _products(reservations: Iterable[StoredReservation]) -> set[int]:
 
 
 def _merged(refusals: Sequence[InvalidRequest | None], outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """For each request what it was refused with, or the next of the outcomes."""
+    """The refusal of each request, or the next of the outcomes."""
     others = iter(outcomes)
     return [next(others) if refusal is None else refusal for refusal in refusals]

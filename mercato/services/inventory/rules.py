@@ -1,8 +1,8 @@
-"""What may happen to stock. Pure: no I/O, no clock.
+"""The rules of stock. Pure: no I/O, no clock.
 
-A transaction locks reservations and levels and makes a `StockLedger` of them. The ledger takes each request of the
-batch, in order, and gives its answer; it keeps what is available up to date, so that of two requests for the last piece
-the second is refused. `StockLedger.write_set` gives everything that has changed, for the store to write.
+A transaction locks reservations and levels and creates a `StockLedger` of them. The ledger takes each request of the
+batch, in order, and gives its answer; it updates the available pieces, so that of two requests for the last piece the
+second is refused. `StockLedger.write_set` gives all changes, for the store to write.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ MOVES: Final[Mapping[ReservationState, frozenset[ReservationState]]] = {
     "released": frozenset(),
     "expired": frozenset(),
 }
-"""The states of a reservation. Sold goods may come back, line by line; the reservation stays committed."""
+"""The states of a reservation. Sold goods may be returned, line by line; the reservation stays committed."""
 
 
 class ReservedLine(msgspec.Struct, frozen=True, gc=False):
-    """A line of a reservation. `returned` of its pieces are back on the shelf."""
+    """A line of a reservation. `returned`: how many of its pieces were returned."""
 
     product_id: int
     quantity: int
@@ -57,7 +57,7 @@ class ReservedLine(msgspec.Struct, frozen=True, gc=False):
 
 
 class StoredReservation(msgspec.Struct, frozen=True):
-    """A reservation as its row has it. Lines by ascending product; `expires_in_s` is negative when its time is over."""
+    """The row of a reservation. Lines by ascending product; `expires_in_s` is negative after the expiry."""
 
     order_id: int
     nonce: int
@@ -68,12 +68,12 @@ class StoredReservation(msgspec.Struct, frozen=True):
 
     @property
     def is_overdue(self) -> bool:
-        """Held, and past its time: the next transaction that reserves for its order, or the expiry, ends it."""
+        """Held after its expiry: the next transaction that reserves for its order, or the expiry task, ends it."""
         return self.state == "held" and self.expires_in_s is not None and self.expires_in_s <= 0
 
 
 class Movement(msgspec.Struct, frozen=True):
-    """A change of `on_hand` that is no sale. `level_version` is that of the level right after it."""
+    """A change of `on_hand` that is no sale. `level_version` is the version of the level right after it."""
 
     product_id: int
     kind: MovementKind
@@ -86,7 +86,7 @@ class Movement(msgspec.Struct, frozen=True):
 
 
 class LevelDelta(msgspec.Struct, frozen=True):
-    """By how much a level changes, and how many new versions that makes."""
+    """The change of a level, and how many new versions it makes."""
 
     product_id: int
     on_hand: int
@@ -95,9 +95,9 @@ class LevelDelta(msgspec.Struct, frozen=True):
 
 
 class ReservationChange(msgspec.Struct, frozen=True):
-    """A reservation as it will be, and the version at which it must still be.
+    """The new state of a reservation, and the version that it must still have.
 
-    `level_versions` and `returned` have an element a line; empty where they do not change.
+    `level_versions` and `returned` have an element for each line; empty where they do not change.
     """
 
     order_id: int
@@ -109,7 +109,7 @@ class ReservationChange(msgspec.Struct, frozen=True):
 
 
 class WriteSet(msgspec.Struct, frozen=True):
-    """What a transaction writes. `refused` are orders whose reservation it has inserted and deletes again."""
+    """The writes of a transaction. `refused` are orders whose reservation it has inserted and deletes again."""
 
     refused: tuple[int, ...]
     changes: tuple[ReservationChange, ...]
@@ -122,7 +122,7 @@ class WriteSet(msgspec.Struct, frozen=True):
 
 
 def check_lines(lines: Sequence[StockLine]) -> InvalidRequest | None:
-    """A product stands in one line: two of them would be checked against the same pieces."""
+    """A product may have only one line: two lines would be checked against the same pieces."""
     if len(lines) == 1:
         return None
     counts = Counter(line.product_id for line in lines)
@@ -141,7 +141,7 @@ def check_bound(request: ReserveStock) -> InvalidRequest | None:
 
 
 def guest_share(on_hand: int) -> int:
-    """How many pieces of a product all orders of guests together may hold: one, where the share is none."""
+    """How many pieces of a product all orders of guests together may hold: at least one, where one is on hand."""
     return max(min(on_hand, 1), on_hand * GUEST_SHARE_PERCENT // 100)
 
 
@@ -151,7 +151,7 @@ def customer_share(on_hand: int, bound: CustomerBound) -> int:
 
 
 def least_on_hand(wanted: int, bound: CustomerBound) -> int:
-    """The fewest pieces on hand of which a customer may hold `wanted`; more than there can be, where it is none."""
+    """The fewest pieces on hand with which a customer may hold `wanted`; above the limit where no number allows it."""
     if wanted <= bound.units:
         return 0
     none = ON_HAND_LIMIT + 1
@@ -159,7 +159,7 @@ def least_on_hand(wanted: int, bound: CustomerBound) -> int:
 
 
 def needed_on_hand(requests: Iterable[ReserveStock]) -> dict[int, int]:
-    """By product, how many pieces must be on hand that all bounded requests fit, each by itself."""
+    """By product, how many pieces must be on hand so that each bounded request fits by itself."""
     needed: dict[int, int] = {}
     for request in requests:
         if bound := request.customer_bound:
@@ -180,7 +180,7 @@ def never_counted(product_id: int) -> Level:
 
 
 def in_product_order(lines: Sequence[StockLine]) -> tuple[StockLine, ...]:
-    """How lines are kept and answered, whatever order they came in."""
+    """The order of lines in rows and answers."""
     return tuple(sorted(lines, key=_product)) if len(lines) > 1 else tuple(lines)
 
 
@@ -205,12 +205,12 @@ def answer(reservation: StoredReservation) -> Reservation:
 
 
 def reservation_event(what: str, order_id: int, version: int, lines: tuple[StockLine, ...]) -> Outgoing:
-    """`stock.<what>`: the stock of one order has moved."""
+    """`stock.<what>`: the stock of one order has changed its state."""
     return Outgoing(f"stock.{what}", "reservation", order_id, version, StockMoved(order_id=order_id, lines=lines))
 
 
 def availability_event(product_id: int, version: int, *, before: int, after: int) -> Outgoing | None:
-    """The event where the last available piece of a product was taken, or the first one came."""
+    """The event where the last available piece of a product was taken, or a piece is available again."""
     if (before > 0) == (after > 0):
         return None
     what = "stock.available" if after > 0 else "stock.exhausted"
@@ -225,11 +225,11 @@ def _product_event(what: str, product_id: int, version: int, data: Message) -> O
 
 
 class StockLedger:
-    """Levels and reservations as they become while a batch is decided.
+    """The current levels and reservations while a batch is decided.
 
-    `levels` and `locked` are those that the transaction has locked; a product that is not among them has nothing.
-    `inserted` are the reservations that it has just inserted, held: `reserve` keeps or refuses each. Where these are of
-    guests, `held_by_guests` are the pieces that other orders of guests hold, by product.
+    `levels` and `locked` are those that the transaction has locked; a product without a level has no stock. `inserted`
+    are the held reservations that it has just inserted: `reserve` keeps or refuses each. Where these are of guests,
+    `held_by_guests` are the pieces that other orders of guests hold, by product.
     """
 
     def __init__(
@@ -318,7 +318,7 @@ class StockLedger:
         return [reservation for order_id, reservation in self._inserted.items() if order_id in self._now]
 
     def commit(self, order_id: int, nonce: int) -> Reservation | ServiceError:
-        """Also one that is past its time, as long as it has not been ended."""
+        """Commits a held reservation, also after its expiry, as long as it was not ended."""
         reservation = self._of_order(order_id, nonce)
         if isinstance(reservation, AnotherOrder):
             return reservation
@@ -329,7 +329,7 @@ class StockLedger:
         return answer(reservation)
 
     def release(self, order_id: int, nonce: int) -> Reservation | AnotherOrder:
-        """For an order without a reservation the transaction has inserted a tombstone: released, without an event."""
+        """For an order without a reservation the caller has inserted a tombstone: it is released, without an event."""
         reservation = self._of_order(order_id, nonce)
         if isinstance(reservation, AnotherOrder):
             return reservation
@@ -344,7 +344,7 @@ class StockLedger:
     def return_items(
         self, request: ReturnStock, actor: Actor, done: Sequence[StockLine] | None = None
     ) -> Reservation | ServiceError:
-        """All lines of a return or none. `done`: by ascending product, what this reference has returned already."""
+        """All lines of a return or none. `done`: the lines that this reference has returned already, by product."""
         reservation = self._of_order(request.order_id, request.order_nonce)
         if isinstance(reservation, AnotherOrder):
             return reservation
@@ -378,7 +378,7 @@ class StockLedger:
         return reservation
 
     def _end(self, reservation: StoredReservation, state: ReservationState) -> StoredReservation:
-        """Ends a held reservation: its pieces are available again, or sold."""
+        """Ends a held reservation: its pieces become available, or are sold."""
         if state not in MOVES[reservation.state]:
             raise RuleBroken(f"a reservation that is {reservation.state} cannot become {state}")
         ended = self._put(reservation, state=state, expires_in_s=None)
@@ -400,7 +400,7 @@ class StockLedger:
     # ---------------------------------------------------------------------------------------------------------- levels
 
     def level(self, product_id: int) -> Level:
-        """As it is by now. One that was counted in this batch has no time yet: that comes with the write."""
+        """The current level. A level that was counted in this batch has no time yet: the write sets it."""
         before = self._level_before(product_id)
         on_hand, reserved = before.on_hand + self._on_hand[product_id], before.reserved + self._reserved[product_id]
         return Level(
@@ -413,9 +413,9 @@ class StockLedger:
         )
 
     def count(self, movement: Movement) -> Level:
-        """Enters what staff counted, received or wrote off; gives the level as it is then.
+        """Applies a count, receipt or write-off; gives the new level.
 
-        Raises `BelowReserved`; beyond the limit `InvalidRequest`.
+        Raises `BelowReserved`, and `InvalidRequest` above the limit.
         """
         product_id = movement.product_id
         level = self.level(product_id)
@@ -440,7 +440,7 @@ class StockLedger:
         return self._level_before(product_id).available + self._on_hand[product_id] - self._reserved[product_id]
 
     def _may_be_held(self, product_id: int) -> int:
-        """What is available; of that, for guests, what is left of their share."""
+        """The available pieces; for guests, at most what is left of their share."""
         available = self._available(product_id)
         if self._guests is None:
             return available
@@ -451,15 +451,15 @@ class StockLedger:
         self._on_hand[product_id] += on_hand
         self._reserved[product_id] += reserved
         if self._available(product_id) < 0:
-            raise RuleBroken(f"product {product_id} would be promised twice")
+            raise RuleBroken(f"product {product_id} would be oversold")
 
     # ------------------------------------------------------------------------------------------------------- write set
 
     def write_set(self) -> WriteSet:
-        """Everything that has changed. A level that is as it was before the batch has not."""
+        """All changes. A level with its values of before the batch has not changed."""
         uncounted = [i for i, level in self._levels_before.items() if level.version == 0 and not self._counts[i]]
         if uncounted:
-            raise RuleBroken(f"levels of {uncounted} were made for nothing: version 0 is never committed")
+            raise RuleBroken(f"levels of {uncounted} were inserted but not counted: version 0 is never committed")
         deltas = self._deltas()
         versions = {delta.product_id: self._level_before(delta.product_id).version + delta.versions for delta in deltas}
         return WriteSet(
@@ -477,7 +477,7 @@ class StockLedger:
 
     def _deltas(self) -> tuple[LevelDelta, ...]:
         products = sorted({*self._on_hand, *self._reserved})
-        # Each count makes a version of its own: a client that names an older one is refused. Orders make one together.
+        # Each count makes a version, so that a client with an older one is refused. A batch of orders makes one.
         deltas = (LevelDelta(i, self._on_hand[i], self._reserved[i], max(1, self._counts[i])) for i in products)
         return tuple(d for d in deltas if d.on_hand or d.reserved or self._counts[d.product_id])
 

@@ -1,4 +1,4 @@
-"""The operations of inventory that read. Those that change stock are in `reserving.py` and `counting.py`."""
+"""The read operations of inventory. Those that change stock are in `reserving.py` and `counting.py`."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ class Reading:
         self._products = products
 
     async def levels(self, batch: Batch[GetLevel]) -> Sequence[Level | ServiceError]:
-        """A product that was never counted has nothing; whether there is such a product, products says."""
+        """A product that was never counted has an empty level, or `ProductNotFound` from products."""
         wanted = {request.product_id for request in batch}
         async with self._database.read() as tx:
             counted = await store.levels(tx, list(wanted))
         uncounted = sorted(wanted - counted.keys())
-        asked = await self._products.get.many([GetProduct(id=i) for i in uncounted]) if uncounted else ()
-        refusals = {i: found for i, found in zip(uncounted, asked, strict=True) if isinstance(found, ServiceError)}
+        answers = await self._products.get.many([GetProduct(id=i) for i in uncounted]) if uncounted else ()
+        refusals = {i: found for i, found in zip(uncounted, answers, strict=True) if isinstance(found, ServiceError)}
         return [_level(request.product_id, counted, refusals) for request in batch]
 
     async def list(self, request: ListLevels) -> LevelPage:
         async with self._database.read() as tx:
-            # One more than requested tells whether there is a next page.
+            # One more than requested shows whether there is a next page.
             levels = await store.list_levels(tx, request.below, request.after or 0, request.limit + 1)
         page = tuple(levels[: request.limit])
         total = None
@@ -63,7 +63,7 @@ class Reading:
 
     async def trace(self, request: TraceStock) -> StockTrace:
         async with self._database.read() as tx:
-            # The reservation first: a return that commits meanwhile is then shown at most too early.
+            # The reservation is read first: a return that commits in between is then shown early, and never missed.
             reservation = await store.traced_reservation(tx, request.order_id)
             if reservation is None or reservation.nonce != request.order_nonce:
                 return StockTrace(steps=())

@@ -1,22 +1,22 @@
 """Every SQL statement of inventory.
 
-Locks are taken in one order in every transaction, or two batches would wait for each other for ever:
+Every transaction takes locks in one order, or two batches would deadlock:
 
     0. the keys of adjustments, in key order
     1. new reservations, by ascending order (the insert itself locks; a second insert of the same one waits)
-    2. reservations that are there, by ascending order
+    2. existing reservations, by ascending order
     3. new levels, by ascending product (as in step 1)
-    4. levels that are there, by ascending product
+    4. existing levels, by ascending product
 
-A transaction that waits in step 1 or 3 holds nothing that those in later steps wait for: they see only what is
-committed. The expiry skips step 2 where another transaction holds the lock, so that it never waits there.
+A transaction that waits in step 1 or 3 has no lock for which transactions in later steps wait: they see only committed
+rows. The expiry skips locked rows in step 2, so that it never waits there.
 
-A transaction inserts and locks, decides (`rules.StockLedger`), and writes. `fast_path.py` has single statements for the
+A transaction inserts and locks, decides (`rules.StockLedger`), and writes. `fast_path.py` has single statements for
 batches that fit as a whole.
 
-Rows are looked up with CROSS JOIN LATERAL (... LIMIT 1), one search of the index each: a plain join that was planned
-while the table was small walks over all of it. The lines of many orders are passed end to end in one array;
-`first` and `last` say which of them are those of an order.
+Rows are looked up with CROSS JOIN LATERAL (... LIMIT 1), one index search each: a plain join that was planned while the
+table was small scans all of it. The lines of many orders are passed in one array; `first` and `last` are the indexes of
+an order's lines.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ HOLDS_LIMIT: Final = 500
 
 
 class NotAsLockedError(Exception):
-    """A guard refused what was decided about locked rows: nothing of this transaction may be committed."""
+    """The guard of an UPDATE refused a change of locked rows: this transaction must not be committed."""
 
 
 class InsertedRow(Row):
@@ -112,8 +112,8 @@ class TracedReturnRow(Row):
 async def insert_reservations(
     tx: Tx, reservations: Sequence[NewReservation], hold_seconds: float
 ) -> list[StoredReservation]:
-    """Inserts held reservations; gives those that were not there. The rest is there, and committed."""
-    # A transaction that is inserting one of them makes this wait for its commit; one it has refused by then is ours.
+    """Inserts held reservations; gives the inserted ones. The others exist, and are committed."""
+    # This waits for a transaction that is inserting one of them. If that deleted its refused row, this inserts one.
     rows = await tx.fetch(
         InsertedRow,
         """
@@ -137,9 +137,9 @@ async def insert_reservations(
 
 
 async def insert_tombstones(tx: Tx, orders: Mapping[int, int]) -> list[StoredReservation]:
-    """Inserts released reservations without lines for these orders (id to nonce); gives those that were not there.
+    """Inserts released reservations without lines for these orders (id to nonce); gives the inserted ones.
 
-    A reserve that arrives later finds them, also one that is running at this moment: one of the two waits.
+    A reserve that arrives later finds them, and so does a concurrent one: one of the two waits.
     """
     inserted = await tx.fetch_values(
         int,
@@ -158,10 +158,10 @@ async def insert_tombstones(tx: Tx, orders: Mapping[int, int]) -> list[StoredRes
 
 
 async def lock_reservations(tx: Tx, order_ids: Collection[int]) -> list[StoredReservation]:
-    """Those that are there, by ascending order, as they stay until this transaction ends."""
+    """The existing reservations, by ascending order. No other transaction changes them until this one ends."""
     if not order_ids:
         return []
-    # What its time is measured by is this clock alone, and not that of the transaction's start: it may have waited.
+    # The expiry is compared with the current time, not with that of the transaction's start: it may have waited.
     rows = await tx.fetch(
         ReservationRow,
         """
@@ -185,7 +185,7 @@ def _stored(row: ReservationRow) -> StoredReservation:
 
 
 async def name_newest_order(tx: Tx, refused: Sequence[AnotherOrder]) -> None:
-    """Puts into refusals the highest order id that has a reservation or a tombstone."""
+    """Sets the highest order id that has a reservation or a tombstone in refusals."""
     if refused:
         [newest] = await tx.fetch_values(int, "SELECT max(order_id) FROM reservations")
         for refusal in refused:
@@ -193,8 +193,8 @@ async def name_newest_order(tx: Tx, refused: Sequence[AnotherOrder]) -> None:
 
 
 async def lock_overdue(tx: Tx, limit: int) -> dict[int, int]:
-    """Up to `limit` held reservations whose time is over and that no other transaction has locked: id to nonce."""
-    # A payment that begins meanwhile takes the expiry away: the row is looked at again under its lock, and left out.
+    """Up to `limit` expired held reservations that no other transaction has locked: id to nonce."""
+    # A payment that begins meanwhile removes the expiry: the condition is checked again under the lock.
     rows = await tx.fetch(
         OrderRow,
         """
@@ -211,9 +211,9 @@ async def lock_overdue(tx: Tx, limit: int) -> dict[int, int]:
 
 
 async def returns_made(tx: Tx, wanted: Collection[tuple[int, str]]) -> dict[tuple[int, str], tuple[StockLine, ...]]:
-    """Those of these returns (order, reference) that have been made, with their lines by ascending product.
+    """The committed ones of these returns (order, reference), with their lines by ascending product.
 
-    Their reservations are locked by the caller.
+    The caller has locked their reservations.
     """
     rows = await tx.fetch(
         ReturnRow,
@@ -243,7 +243,7 @@ async def returns_made(tx: Tx, wanted: Collection[tuple[int, str]]) -> dict[tupl
 
 
 async def lock_levels(tx: Tx, product_ids: Collection[int]) -> list[Level]:
-    """Those that have been counted, by ascending product, as they stay until this transaction ends."""
+    """The existing levels, by ascending product. No other transaction changes them until this one ends."""
     if not product_ids:
         return []
     rows = await tx.fetch(
@@ -261,9 +261,9 @@ async def lock_levels(tx: Tx, product_ids: Collection[int]) -> list[Level]:
 
 
 async def held_by_guests(tx: Tx, product_ids: Collection[int]) -> dict[int, int]:
-    """Pieces that are held for orders of guests, by product; its level is locked by the caller.
+    """Pieces that orders of guests hold, by product. The caller has locked the levels.
 
-    Who holds or ends holds of a product has its level locked: what this statement sees stays true.
+    A transaction that changes holds of a product locks its level, so the result does not change until the commit.
     """
     await tx.execute(
         """
@@ -287,7 +287,7 @@ async def held_by_guests(tx: Tx, product_ids: Collection[int]) -> dict[int, int]
 
 
 async def insert_guest_holds(tx: Tx, reservations: Sequence[StoredReservation]) -> None:
-    """Notes that these new reservations are of guests."""
+    """Stores that these new reservations are of guests."""
     lines = [(line.product_id, r.order_id, line.quantity) for r in reservations for line in r.lines]
     await tx.execute(
         """
@@ -302,7 +302,7 @@ async def insert_guest_holds(tx: Tx, reservations: Sequence[StoredReservation]) 
 
 
 async def insert_levels(tx: Tx, product_ids: Sequence[int]) -> int:
-    """Inserts empty levels at version 0 where there are none, for this transaction to count; gives how many."""
+    """Inserts missing levels, at version 0, which this transaction must count; gives how many."""
     return await tx.execute(
         """
         INSERT INTO levels (product_id)
@@ -315,14 +315,14 @@ async def insert_levels(tx: Tx, product_ids: Sequence[int]) -> int:
 
 
 async def lock_all_levels(tx: Tx) -> bool:
-    """Keeps all other transactions from writing levels until this one ends; True where there are none."""
+    """Locks all levels against writes until this transaction ends; True where there are no levels."""
     await tx.execute("""LOCK TABLE levels IN SHARE ROW EXCLUSIVE MODE""")
-    # A statement of its own: it must see what was committed while the lock was waited for.
+    # A statement of its own: it must see rows that were committed while the lock was waited for.
     return not await tx.fetch_values(int, """SELECT 1 FROM levels LIMIT 1""")
 
 
 async def levels(tx: Tx, product_ids: Sequence[int]) -> dict[int, Level]:
-    """Those that have been counted, by product."""
+    """The existing levels, by product."""
     rows = await tx.fetch(
         LevelRow,
         """
@@ -337,7 +337,7 @@ async def levels(tx: Tx, product_ids: Sequence[int]) -> dict[int, Level]:
 
 async def list_levels(tx: Tx, below: int | None, after: int, limit: int) -> list[Level]:
     """Up to `limit` levels by ascending product."""
-    # What is available has no index: each reservation would write to it. This reads levels until the page is full.
+    # Availability has no index, because each reservation would write to it. This reads levels until the page is full.
     rows = await tx.fetch(
         LevelRow,
         """
@@ -355,7 +355,7 @@ async def list_levels(tx: Tx, below: int | None, after: int, limit: int) -> list
 
 
 async def count_levels(tx: Tx, below: int | None) -> int:
-    """All that `list_levels` lists, whatever the page."""
+    """The number of levels on all pages of `list_levels`."""
     found = await tx.fetch_values(
         int, """SELECT count(*) FROM levels WHERE $1::integer IS NULL OR on_hand - reserved < $1""", below
     )
@@ -367,7 +367,7 @@ def _level(row: LevelRow) -> Level:
 
 
 async def adjustments(tx: Tx, references: Sequence[str]) -> dict[str, AdjustmentRow]:
-    """What was once adjusted under these references, by reference."""
+    """The adjustments with these references, by reference."""
     rows = await tx.fetch(
         AdjustmentRow,
         """
@@ -389,9 +389,9 @@ async def adjustments(tx: Tx, references: Sequence[str]) -> dict[str, Adjustment
 
 
 async def write(tx: Tx, write_set: WriteSet) -> dict[int, Level]:
-    """Writes what was decided about the rows that this transaction has locked; gives the changed levels.
+    """Writes the changes of rows that this transaction has locked; gives the changed levels.
 
-    Raises `NotAsLockedError` when a guard refuses any of it: what did not come back did not happen.
+    Raises `NotAsLockedError` where a guard refuses a change: RETURNING lacks its row.
     """
     if write_set.refused:
         await _delete_reservations(tx, write_set.refused)
@@ -407,12 +407,12 @@ async def write(tx: Tx, write_set: WriteSet) -> dict[int, Level]:
 
 
 async def _delete_reservations(tx: Tx, order_ids: Sequence[int]) -> None:
-    # They were inserted by this transaction: no other has ever seen them.
+    # This transaction has inserted them: no other has seen them.
     await tx.execute("""DELETE FROM reservations WHERE order_id = ANY($1::bigint[])""", order_ids)
 
 
 async def change_reservations(tx: Tx, changes: Sequence[ReservationChange]) -> int:
-    """Gives the number of those that were still at the version before. What has changed does not expire any more."""
+    """Changes reservations that still have the version before; gives their number. A changed one does not expire."""
     firsts, lasts = places([len(change.level_versions) for change in changes])
     first_returns, last_returns = places([len(change.returned) for change in changes])
     return await tx.execute(
@@ -443,9 +443,9 @@ async def change_reservations(tx: Tx, changes: Sequence[ReservationChange]) -> i
 
 
 async def change_levels(tx: Tx, deltas: Sequence[LevelDelta]) -> list[Level]:
-    """Changes levels, one delta a product; gives those that had enough, as they are now.
+    """Changes levels, one delta for each product; gives the changed levels.
 
-    The guard decides, whatever the caller believes: pieces are taken only where so many are available in this moment.
+    The guard in the statement decides: pieces are taken only where so many are available at this moment.
     """
     rows = await tx.fetch(
         LevelRow,
@@ -509,7 +509,7 @@ async def traced_reservation(tx: Tx, order_id: int) -> TracedReservationRow | No
 
 
 async def traced_returns(tx: Tx, order_id: int) -> list[TracedReturnRow]:
-    """Returned lines of an order, in the order in which they came back."""
+    """Returned lines of an order, in the order of their returns."""
     return await tx.fetch(
         TracedReturnRow,
         """
@@ -526,7 +526,7 @@ async def traced_returns(tx: Tx, order_id: int) -> list[TracedReturnRow]:
 
 
 async def indefinite_holds(tx: Tx, before: int, quiet_seconds: float) -> list[Hold]:
-    """Of the page of reservations before an order, up to `HOLDS_LIMIT` of those held without an end for a while."""
+    """From the page of reservations before an order, up to `HOLDS_LIMIT` quiet holds without an expiry."""
     rows = await tx.fetch(
         OrderRow,
         """
@@ -551,7 +551,7 @@ async def indefinite_holds(tx: Tx, before: int, quiet_seconds: float) -> list[Ho
 
 
 async def end_of_page(tx: Tx, before: int) -> int | None:
-    """The last order of that page; None where there are no more behind it."""
+    """The last order of that page; None on the last page."""
     last = await tx.fetch_values(
         int,
         "SELECT order_id FROM reservations WHERE order_id < $1 ORDER BY order_id DESC OFFSET $2 - 1 LIMIT 1",

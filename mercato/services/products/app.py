@@ -15,7 +15,7 @@ from .consumers import IN_STOCK
 from .service import FILL_LIMIT, ProductsService
 
 FILL_SECONDS: Final = 60.0
-"""How often products are looked for that a version of the service without terms has written."""
+"""The pause between two searches for products that an older version of the service has written without terms."""
 
 
 def build(env: Env) -> Service:

@@ -1,4 +1,4 @@
-"""What products hears from inventory: whether there is anything left."""
+"""The consumer of inventory's events: whether a product is in stock."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ EXHAUSTED: Final = "stock.exhausted"
 _decode: Final = decoder(Inventory, StockAvailability, AVAILABLE, EXHAUSTED)
 
 
-async def note_stock(tx: Tx, events: Sequence[Event]) -> None:
-    """The newest news of each product count; later ones that are noted already stay."""
+async def store_stock(tx: Tx, events: Sequence[Event]) -> None:
+    """Stores the newest event of each product. A later one that is stored already stays."""
     newest: dict[int, tuple[int, bool]] = {}
     for event in events:
-        told = _decode(event.data)
-        news = (told.version, event.type == AVAILABLE)
-        newest[told.product_id] = max(newest.get(told.product_id, news), news)
+        availability = _decode(event.data)
+        state = (availability.version, event.type == AVAILABLE)
+        newest[availability.product_id] = max(newest.get(availability.product_id, state), state)
     product_ids = list(newest)
     versions = [version for version, _ in newest.values()]
-    await store.note_stock(tx, product_ids, [in_stock for _, in_stock in newest.values()], versions)
+    await store.store_stock(tx, product_ids, [in_stock for _, in_stock in newest.values()], versions)
 
 
 IN_STOCK: Final = Subscription(
-    consumer="products.in_stock", sources=("inventory",), types=frozenset({AVAILABLE, EXHAUSTED}), handle=note_stock
+    consumer="products.in_stock", sources=("inventory",), types=frozenset({AVAILABLE, EXHAUSTED}), handle=store_stock
 )

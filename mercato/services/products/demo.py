@@ -1,4 +1,4 @@
-"""The catalogue of the demo shop: what the examples of the documentation buy."""
+"""The catalogue of the demo shop, which the examples of the documentation use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ faults.declare(SEED_BEFORE_COMMIT)
 
 
 async def seed(database: Database) -> bool:
-    """Puts the demo catalogue into an empty database, all of it or nothing. False where there is any product."""
+    """Inserts the demo catalogue into an empty database, all of it or nothing. Gives False where a product exists."""
     async with database.transaction() as tx:
         if not await store.lock_catalogue(tx):
             return False
@@ -75,4 +75,4 @@ CATALOGUE: Final = tuple(
     for category, shelf in _SHELVES.items()
     for product_id, sku, name, cents, description in shelf
 )
-"""Ids and products. Ids up to 1000 are kept for them: those that the database gives begin above."""
+"""Ids and products. Ids up to 1000 are reserved for them: the sequence of the database begins above."""

@@ -1,8 +1,8 @@
-"""Texts as people look for them: without case, accents and punctuation, also in scripts without blanks. Pure.
+"""Folding of texts for the search: without case, accents and punctuation, also in scripts without blanks. Pure.
 
-A product is found by lexemes, which stand in its row as a `tsvector`: its words, the parts of a word with punctuation
-and both joined (`usb`, `c`, `usbc`), two neighbours of a name joined, and pairs of characters of scripts that have no
-blanks between words. A search is parsed into units, each with a `tsquery` over them; PostgreSQL adds English stems.
+A product is found by the lexemes in the `tsvector` of its row: its words, the parts of a word with punctuation and both
+joined (`usb`, `c`, `usbc`), two neighbouring words of a name joined, and pairs of characters of scripts without blanks
+between words. A search is parsed into units, each with a `tsquery` over them; PostgreSQL adds English stems.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ SORT_NAME_LENGTH: Final = 200
 """In characters: 800 bytes at most, and an entry of an index has up to 2 704."""
 MAX_POSITION: Final = 16_383
 MAX_POSITIONS: Final = 255
-"""Those of PostgreSQL, of a lexeme in a tsvector."""
+"""The limits of PostgreSQL for a lexeme in a tsvector."""
 JOINED_WORDS: Final = 3
-"""So many words of a search are also looked for as one."""
+"""A search of at most so many words also matches them joined."""
 
 # ------------------------------------------------------------------------------------------------------------- folding
 
-# Letters that have no decomposition, and that keyboards of other languages lack; the first is the dotless i.
+# Letters without a decomposition that other keyboards lack; the first is the dotless i.
 _LETTERS: Final = str.maketrans(
     {"\u0131": "i", "ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "æ": "ae", "œ": "oe", "ħ": "h", "ŧ": "t"}
 )
 _KATAKANA_TO_HIRAGANA: Final = {code: code - 0x60 for code in range(0x30A1, 0x30F7)}
-# Kana, Han, Thai and Lao, Myanmar, Khmer: they have no blanks between words.
+# Kana, Han, Thai and Lao, Myanmar, Khmer: scripts without blanks between words.
 _BLANKLESS: Final = (
     r"\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"
     r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
@@ -44,7 +44,7 @@ _PUNCTUATION: Final = "-"
 
 
 def sort_name(name: str) -> str:
-    """What products are sorted by as names: folded, in the order of code points."""
+    """The sort key of a name: folded, in the order of code points."""
     return fold(name)[:SORT_NAME_LENGTH]
 
 
@@ -54,7 +54,7 @@ def fold(text: str) -> str:
 
 
 def _folded(text: str) -> str:
-    """As `fold`, with a hyphen for punctuation and blanks as they are."""
+    """As `fold`, but with a hyphen for punctuation, and blanks unchanged."""
     decomposed = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
     kept = "".join(map(_folded_character, decomposed.translate(_LETTERS)))
     return unicodedata.normalize("NFC", kept).translate(_KATAKANA_TO_HIRAGANA)[:FOLDED_LENGTH]
@@ -101,7 +101,7 @@ def _joined(texts: Sequence[str]) -> str:
 
 
 class FoundBy(msgspec.Struct, frozen=True, gc=False):
-    """What a product is found and sorted by. `stemmed_*` are texts of which PostgreSQL makes stems."""
+    """The search terms and sort key of a product. `stemmed_*` are texts of which PostgreSQL makes stems."""
 
     sort_name: str
     stemmed_name: str
@@ -127,7 +127,7 @@ def found_by(name: str, sku: str, category: str, description: str) -> FoundBy:
 
 
 class _Lexemes:
-    """Collects lexemes with their positions. A pair of characters stands where its first one does."""
+    """Collects lexemes with their positions. A pair of characters has the position of its first one."""
 
     def __init__(self) -> None:
         self._positions: dict[str, list[str]] = {}
@@ -148,7 +148,7 @@ class _Lexemes:
             if joins_neighbours and before:
                 self._add(_joined((before, whole)), start, weight)
             before = whole
-        self._next += 1  # no phrase goes on in another text
+        self._next += 1  # no phrase spans two texts
 
     def _add_part(self, part: _Part, weight: str) -> None:
         if not part.is_run:
@@ -165,7 +165,7 @@ class _Lexemes:
             positions.append(f"{min(position, MAX_POSITION)}{weight}")
 
     def tsvector(self) -> str:
-        # Of letters, digits and marks alone: nothing in a lexeme has to be escaped.
+        # Lexemes have only letters, digits and marks: nothing has to be escaped.
         return " ".join(f"'{lexeme}':{','.join(positions)}" for lexeme, positions in self._positions.items())
 
 
@@ -173,21 +173,21 @@ class _Lexemes:
 
 
 class Unit(msgspec.Struct, frozen=True, gc=False):
-    """A word or phrase of a search, with what a product must have for it."""
+    """A word or phrase of a search, with the condition for products."""
 
     joiner: str
-    """What stands before it in a tsquery: ` & `, ` | `, and ` & !` where it must not be there."""
+    """The operator before it in a tsquery: ` & `, ` | `, and ` & !` for an excluded word."""
     folded: str
     raw: str
-    """As it was typed: products whose terms are not made yet are found by it."""
+    """The unchanged text: products without terms are found by it."""
     terms: str
     """A tsquery as text."""
     is_phrase: bool
     may_be_stop_word: bool
 
 
-class Question(msgspec.Struct, frozen=True, gc=False):
-    """A search, parsed. `joined`: a tsquery as text for all its words written as one; empty where there is none."""
+class ParsedSearch(msgspec.Struct, frozen=True, gc=False):
+    """A parsed search. `joined`: a tsquery as text for all its words joined; may be empty."""
 
     units: tuple[Unit, ...]
     joined: str
@@ -196,11 +196,11 @@ class Question(msgspec.Struct, frozen=True, gc=False):
 _UNIT: Final = re.compile(r'(?P<minus>-)?(?:"(?P<phrase>[^"]*)"|(?P<word>[^\s"]+))')
 
 
-def question(text: str) -> Question:
-    """What a person typed into a search box: words, "phrases", -not these, either or.
+def parse_search(text: str) -> ParsedSearch:
+    """Parses the text of a search box: words, "phrases", -not these, either or.
 
-    A word is found by its beginning in names, skus and categories, and whole in descriptions; what must not be there is
-    always meant whole.
+    A word matches the beginnings of words in names, skus and categories, and whole words in descriptions; an excluded
+    word matches only whole words.
     """
     units: list[Unit] = []
     is_or, is_plain = False, True
@@ -227,7 +227,7 @@ def question(text: str) -> Question:
             )
         )
         is_or = False
-    return Question(tuple(units), _all_joined(units) if is_plain else "")
+    return ParsedSearch(tuple(units), _all_joined(units) if is_plain else "")
 
 
 def _all_joined(units: Sequence[Unit]) -> str:
@@ -264,7 +264,7 @@ def _exact(part: _Part) -> str:
 
 
 def _phrase(parts: Sequence[_Part]) -> str:
-    """The parts one behind the other, at the distances at which `_Lexemes` puts them."""
+    """The parts one after the other, at the distances that `_Lexemes` gives them."""
     found, last_position = "", 0
     for position, lexeme in _placed(parts):
         found += f" <{position - last_position}> {lexeme}" if found else lexeme

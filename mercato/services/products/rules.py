@@ -1,7 +1,7 @@
-"""What a product may look like, and where a page of the catalogue begins.
+"""The rules for the fields of a product, and the cursors of pages of the catalogue.
 
-Pure. The schema of a message bounds what arrives over HTTP; here stands everything again that the database would
-refuse, so that a caller in the same process hears the same, and all wrong fields at once.
+Pure. The schema of a message limits what arrives over HTTP; these rules repeat everything that the database would
+refuse, so that a caller in the same process gets the same errors, and all wrong fields at once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NAME_LENGTH: Final = 200
 DESCRIPTION_LENGTH: Final = 10_000
 TEXT_LENGTH: Final = 200
 TOKEN_LENGTH: Final = 2_048
-"""A cursor holds a name of at most 200 characters: 800 bytes, or 1100 characters of base64, and what is around them."""
+"""A cursor has a name of at most 200 characters: 800 bytes, or 1100 characters of base64, and a few more fields."""
 
 NOT_TEXT: Final = "must be text: no NUL, no lone surrogate"
 
@@ -50,12 +50,12 @@ _LINE_BREAKS: Final = "\t\n\r"
 
 
 def check_product(request: CreateProduct | UpdateProduct) -> None:
-    """Raises `InvalidRequest` with every field that no product may have. A field that is None is not given."""
+    """Raises `InvalidRequest` with every wrong field. A field that is None is not given."""
     _refuse(_wrong_fields(request))
 
 
 def changes(request: UpdateProduct) -> bool:
-    """Whether anything is to be changed."""
+    """Whether the request changes anything."""
     return any(getattr(request, field) is not None for field in PRODUCT_FIELDS)
 
 
@@ -108,11 +108,11 @@ PRODUCT_FIELDS: Final[Mapping[str, Any]] = {
     "category": _wrong_category,
     "description": _wrong_description,
 }
-"""The fields of a product that somebody may set, each with what says what is wrong with a value."""
+"""The fields of a product that a client may set, each with the function that checks its value."""
 
 
 def with_price(request: UpdateProduct, currency: str) -> UpdateProduct:
-    """The request with its price in minor units, of a product with this currency. Raises `InvalidRequest`."""
+    """The request with its price in minor units, for a product with this currency. Raises `InvalidRequest`."""
     if request.price is None:
         return request
     minor = to_minor(request.price, request.currency or currency)
@@ -135,12 +135,12 @@ TEXTS: Final = ("sku", "name", "category", "description")
 
 
 def _is_blank(text: str) -> bool:
-    """True without a character that leaves ink: separators (Z) and the invisible (C) do not."""
+    """True without a visible character: separators (Z) and control characters and the like (C) are invisible."""
     return all(unicodedata.category(character)[0] in "ZC" for character in text)
 
 
 def _wrong_characters(text: str, allowed: str = "") -> str | None:
-    """Control characters (Cc) show nothing and upset terminals; a lone surrogate (Cs) is no text in UTF-8."""
+    """Control characters (Cc) are invisible and disturb terminals; a lone surrogate (Cs) cannot be encoded in UTF-8."""
     for character in text:
         if character not in allowed and unicodedata.category(character) in ("Cc", "Cs"):
             return f"must not contain the character U+{ord(character):04X}"
@@ -155,24 +155,24 @@ def _refuse(errors: Iterator[FieldError]) -> None:
 # ------------------------------------------------------------------------------------------------------------ search
 
 Scope = Literal["all", "category", "archived", "sku", "text"]
-"""What a search goes through: the catalogue, a category of it, what is archived, one sku, or what has certain words."""
+"""The products that a search reads: the catalogue, a category, archived products, one sku, or those with some words."""
 
 MAX_RELEVANCE: Final = 1e9
 """More than any rank: ranks stay below 2."""
 
 Key = str | int | float | datetime.datetime | None
-"""What products are sorted by; None where the id alone is."""
+"""The sort key of a product; None where products are sorted only by id."""
 
 
 class Cursor(msgspec.Struct, frozen=True):
-    """A place between two products: right after the one with this key and id, in the order of a sort."""
+    """A position between two products: right after the one with this key and id, in the order of a sort."""
 
     key: Key
     id: int
 
 
 class Search(msgspec.Struct, frozen=True):
-    """A search that can be run: the database takes every value. None does not limit."""
+    """A checked search: the database accepts every value. None is no filter."""
 
     scope: Scope
     sort: Sort
@@ -196,11 +196,11 @@ BEGINNING: Final[Mapping[Sort, Cursor]] = {
     "newest": Cursor(datetime.datetime.max.replace(tzinfo=datetime.UTC), 0),
     "relevance": Cursor(MAX_RELEVANCE, 0),
 }
-"""The place before the first product of each sort: with it the first page is a page like any other."""
+"""The position before the first product of each sort: with it the first page needs no other statement."""
 
 
 def checked_search(request: SearchProducts) -> Search:
-    """The search that was asked for. Raises `InvalidRequest` with every field that is wrong."""
+    """The checked search of a request. Raises `InvalidRequest` with every wrong field."""
     after = _cursor_of(request)
     _refuse(_wrong_search(request, after))
     assert after is not None
@@ -268,7 +268,7 @@ def checked_categories(request: ListCategories) -> str:
 
 
 def _is_storable(text: str) -> bool:
-    """Whether PostgreSQL takes this as text."""
+    """Whether PostgreSQL can store this text."""
     return not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -286,13 +286,13 @@ KEY_TYPES: Final[Mapping[Sort, Any]] = {
 
 
 def token(sort: Sort, cursor: Cursor) -> str:
-    """The cursor as something that fits in a URL and that nobody is tempted to take apart."""
+    """The cursor as an opaque text for URLs."""
     packed = msgspec.json.encode((sort, cursor.key, cursor.id))
     return base64.urlsafe_b64encode(packed).rstrip(b"=").decode()
 
 
 def parse_token(sort: Sort, given: str) -> Cursor | None:
-    """The cursor in a token; None for a token of another sort, and for what is no token at all."""
+    """The cursor in a token; None for a token of another sort, and for other texts."""
     if len(given) > TOKEN_LENGTH:
         return None
     try:
@@ -313,5 +313,5 @@ def _cursor_of(request: SearchProducts) -> Cursor | None:
 def _is_key(key: Key) -> bool:
     if isinstance(key, str):
         return _is_storable(key)
-    # Tokens say UTC. A first day of the year 1 in another zone would lie outside of what a date can be.
+    # Tokens are in UTC. In another zone, the first day of the year 1 would be outside of the range of dates.
     return not isinstance(key, datetime.datetime) or key.tzinfo is datetime.UTC

@@ -46,7 +46,7 @@ UPDATE_AFTER_COMMIT: Final = "products.update.after_commit"
 ARCHIVE_BEFORE_COMMIT: Final = "products.archive.before_commit"
 ARCHIVE_AFTER_COMMIT: Final = "products.archive.after_commit"
 FILL_LIMIT: Final = 200
-"""Products in a round of `fill_terms`."""
+"""The products of one call of `fill_terms`."""
 
 faults.declare(
     CREATE_BEFORE_COMMIT,
@@ -59,13 +59,13 @@ faults.declare(
 
 
 class ProductsService:
-    """Implements `Products`. A change locks its product first: what is then decided about it stays true."""
+    """Implements `Products`. A change locks its product first, so that no other transaction changes it meanwhile."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     async def create(self, request: CreateProduct) -> Product:
-        """Raises `InvalidRequest` or `SkuTaken`. Sent twice it creates once: the second hears `SkuTaken`."""
+        """Raises `InvalidRequest` or `SkuTaken`. A repeated request gets `SkuTaken`."""
         rules.check_product(request)
         with _sku_conflicts(request.sku):
             async with self._database.transaction() as tx:
@@ -75,7 +75,7 @@ class ProductsService:
         return _product(row)
 
     async def get(self, batch: Batch[GetProduct]) -> Sequence[Product | ProductNotFound]:
-        """Also products that are archived: orders of theirs are still looked at."""
+        """Also archived products, because their orders still show them."""
         async with self._database.read() as tx:
             rows = await store.by_ids(tx, list({request.id for request in batch}))
         products = {row.id: _product(row) for row in rows}
@@ -84,7 +84,7 @@ class ProductsService:
     async def update(self, request: UpdateProduct) -> Product:
         """Raises `InvalidRequest`, `ProductNotFound`, `StaleVersion` or `SkuTaken`.
 
-        Archived products may be changed as well, for one to give up a sku that another needs.
+        Archived products can be changed as well, for example to free a sku for another product.
         """
         rules.check_product(request)
         with _sku_conflicts(request.sku):
@@ -104,18 +104,18 @@ class ProductsService:
     async def archive(self, request: ArchiveProduct) -> Product:
         """Raises `ProductNotFound` or `StaleVersion`.
 
-        One that is archived already stays as it is, whatever version the caller has seen: a caller who never heard the
-        first answer asks again with the version from before.
+        An archived product does not change, whatever the version in the request: a caller that got no answer repeats
+        the request with the version from before.
         """
         return await self._set_status(request, "archived")
 
     async def search(self, request: SearchProducts) -> ProductPage:
-        """Raises `InvalidRequest`, `Forbidden`. What is created meanwhile may be on a later page; it shifts nothing."""
+        """Raises `InvalidRequest`, `Forbidden`. A product that is created meanwhile does not shift the pages."""
         if request.status != "active" and (role := current.get().actor.role) not in STAFF_ONLY:
             raise Forbidden(operation=f"{Products.search.full_name} of archived products", role=role)
         search = rules.checked_search(request)
         async with self._database.read() as tx:
-            query = await store.query_of(tx, folding.question(search.text)) if search.text else None
+            query = await store.query_of(tx, folding.parse_search(search.text)) if search.text else None
             rows = await store.search(tx, search, query)
         total = await self._database.count(lambda tx: store.count(tx, search, query)) if request.count else None
         products = tuple(_product(row) for row in rows[: search.limit])
@@ -129,21 +129,21 @@ class ProductsService:
         return [_quote(request.id, found.get(request.id)) for request in batch]
 
     async def find(self, batch: Batch[FindProduct]) -> Sequence[Product | SkuNotFound]:
-        """Also products that are archived, as `get`."""
+        """Also archived products, as `get`."""
         async with self._database.read() as tx:
             rows = await store.by_skus(tx, list({request.sku for request in batch}))
         products = {row.wanted: _product(row) for row in rows}
         return [products.get(request.sku) or SkuNotFound(sku=request.sku) for request in batch]
 
     async def restore(self, request: RestoreProduct) -> Product:
-        """Raises `ProductNotFound` or `StaleVersion`. One that is active stays as it is, as with `archive`."""
+        """Raises `ProductNotFound` or `StaleVersion`. An active product does not change, as with `archive`."""
         return await self._set_status(request, "active")
 
     async def categories(self, request: ListCategories) -> CategoryPage:
-        """Raises `InvalidRequest`. The categories are found one by one through an index, not by all products."""
+        """Raises `InvalidRequest`. The categories are found one by one in an index, without reading all products."""
         after = rules.checked_categories(request)
         async with self._database.read() as tx:
-            # One more than asked for tells whether there is a next page.
+            # One more than requested shows whether there is a next page.
             rows = await store.categories(tx, after, request.limit + 1, COUNTED_AT_MOST + 1)
         found = tuple(
             CategoryCount(
@@ -158,7 +158,7 @@ class ProductsService:
         return CategoryPage(categories=found, next_after=following, total=total)
 
     async def fill_terms(self) -> int:
-        """Makes the terms of products that were written without; gives their number, at most `FILL_LIMIT`."""
+        """Writes the terms of products that have none; gives their number, at most `FILL_LIMIT`."""
         async with self._database.transaction() as tx:
             rows = await store.lock_without_terms(tx, FILL_LIMIT)
             if rows:
@@ -186,7 +186,7 @@ class ProductsService:
 
 @contextlib.contextmanager
 def _sku_conflicts(sku: str | None) -> Generator[None]:
-    """The unique key decides, not a look beforehand: of two who take a sku at the same moment one hears so here."""
+    """Turns a violation of the unique key into `SkuTaken`. A check beforehand would miss a concurrent request."""
     try:
         yield
     except UniqueViolation as violation:

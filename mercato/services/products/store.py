@@ -1,7 +1,7 @@
 """Every SQL statement of the products service.
 
-A write of a text of a product writes what it is found by (`folding.FoundBy`) with it, and `terms_version`, which says
-so. Rows without are of a version of the service that did not, until `fill_terms` makes it.
+A write of a text of a product also writes its search terms (`folding.FoundBy`), and `terms_version`. An older version
+of the service has written rows without terms; `fill_terms` adds them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final
 from mercato.chassis.postgres.database import Row, Tx
 from mercato.contracts.products import CreateProduct, Sort, Status, UpdateProduct
 
-from .folding import FoundBy, Question
+from .folding import FoundBy, ParsedSearch
 from .rules import Scope, Search
 
 SKU_KEY: Final = "products_sku_key"
@@ -43,7 +43,7 @@ class FoundRow(ProductRow, frozen=True, gc=False):
 
 
 class SkuRow(ProductRow, frozen=True, gc=False):
-    """A product that was asked for by a sku: `wanted`."""
+    """A product that was found by a sku: `wanted`."""
 
     wanted: str
 
@@ -58,7 +58,7 @@ class QuoteRow(Row, frozen=True, gc=False):
 
 
 async def insert(tx: Tx, product: CreateProduct, found_by: FoundBy) -> ProductRow:
-    """Raises `UniqueViolation` of `SKU_KEY`, also when the other product is only just being created."""
+    """Raises `UniqueViolation` of `SKU_KEY`, also where a concurrent transaction creates the other product."""
     row = await tx.fetch_one(
         ProductRow,
         """
@@ -89,7 +89,7 @@ async def insert(tx: Tx, product: CreateProduct, found_by: FoundBy) -> ProductRo
 
 
 async def by_ids(tx: Tx, ids: Sequence[int]) -> list[ProductRow]:
-    """Those of the products that exist, in no order."""
+    """The products that exist, in no order."""
     return await tx.fetch(
         ProductRow,
         """
@@ -103,7 +103,7 @@ async def by_ids(tx: Tx, ids: Sequence[int]) -> list[ProductRow]:
 
 
 async def by_skus(tx: Tx, skus: Sequence[str]) -> list[SkuRow]:
-    """Those of the products that exist, in no order: by the sku itself, else without case, by the lowest id."""
+    """The products that exist, in no order: by the exact sku, else without case, by the lowest id."""
     return await tx.fetch(
         SkuRow,
         """
@@ -123,7 +123,7 @@ async def by_skus(tx: Tx, skus: Sequence[str]) -> list[SkuRow]:
 
 
 async def quotes(tx: Tx, ids: Sequence[int]) -> list[QuoteRow]:
-    """Those of the products that exist, in no order."""
+    """The products that exist, in no order."""
     return await tx.fetch(
         QuoteRow,
         """
@@ -136,7 +136,7 @@ async def quotes(tx: Tx, ids: Sequence[int]) -> list[QuoteRow]:
 
 
 async def lock(tx: Tx, product_id: int) -> ProductRow | None:
-    """The product as it is now, and as it stays until this transaction ends."""
+    """The product. No other transaction changes it until this one ends."""
     return await tx.fetch_one(
         ProductRow,
         """
@@ -151,7 +151,7 @@ async def lock(tx: Tx, product_id: int) -> ProductRow | None:
 
 
 async def update(tx: Tx, change: UpdateProduct, found_by: FoundBy) -> ProductRow:
-    """Changes what is given of a locked product. Raises `UniqueViolation` of `SKU_KEY`."""
+    """Changes the given fields of a locked product. Raises `UniqueViolation` of `SKU_KEY`."""
     row = await tx.fetch_one(
         ProductRow,
         """
@@ -192,7 +192,7 @@ async def update(tx: Tx, change: UpdateProduct, found_by: FoundBy) -> ProductRow
 
 
 async def set_status(tx: Tx, product_id: int, status: Status) -> ProductRow:
-    """Takes a locked product out of the catalogue, or puts it back. It must have the other status."""
+    """Archives a locked product, or restores it. It must have the other status."""
     row = await tx.fetch_one(
         ProductRow,
         """
@@ -215,12 +215,12 @@ async def set_status(tx: Tx, product_id: int, status: Status) -> ProductRow:
 # ------------------------------------------------------------------------------------------------------------- stock
 
 
-async def note_stock(tx: Tx, product_ids: Sequence[int], in_stock: Sequence[bool], versions: Sequence[int]) -> int:
-    """Notes whether there is any of each product; gives how many of these news were new.
+async def store_stock(tx: Tx, product_ids: Sequence[int], in_stock: Sequence[bool], versions: Sequence[int]) -> int:
+    """Stores whether each product is in stock; gives how many rows have changed.
 
-    `versions` are those of the levels. News older than those noted change nothing, in whatever order they come.
+    `versions` are those of the levels. Events older than the stored ones change nothing, in whatever order they come.
     """
-    # Locked in the order of ids first: two who note the same products in different orders would wait for each other.
+    # Locked in the order of ids first: two transactions with the same products in different orders would deadlock.
     return await tx.execute(
         """
         WITH locked AS MATERIALIZED (
@@ -241,11 +241,11 @@ async def note_stock(tx: Tx, product_ids: Sequence[int], in_stock: Sequence[bool
 # ------------------------------------------------------------------------------------------------------------ search
 
 # Every statement takes the same values: $1 a tsquery as text, $2 category, $3 currency, $4 and $5 the range of prices,
-# $6 the number of rows, $7 and $8 key and id of the cursor, $9 sku, $10 status. `$n IS NULL` stands for a value that a
-# statement has no use for; it also makes sure that it got none. What decides which index is read is a condition of its
-# own; what only filters is an `IS NULL OR`, which no index can serve while the values are unknown: a plan made for all
-# values then reads the index of the sort, too, instead of, say, the index of prices for a range that is mostly
-# everything. The status is a constant where its index is partial.
+# $6 the number of rows, $7 and $8 key and id of the cursor, $9 sku, $10 status. `$n IS NULL` is for a value that a
+# statement does not use; it also asserts that there is none. A value that selects the index is a condition of its own;
+# a value that only filters is an `IS NULL OR`, which no index can serve while the values are unknown: so a generic plan
+# reads the index of the sort, too, instead of, for example, the index of prices for a range of nearly all prices. The
+# status is a constant where its index is partial.
 
 _COLUMNS: Final = """
 SELECT id, sku, name, description, price_minor, currency, category, status, created_at, updated_at, version, in_stock,
@@ -255,7 +255,7 @@ _WITHOUT_TEXT: Final = """
   FROM products
  WHERE $1::text IS NULL"""
 
-# Of a row that was written without terms, its own words.
+# A row without terms is ranked by its words.
 _RANK: Final = "ts_rank(CASE WHEN terms_version = version THEN terms ELSE words END, query)"
 
 _RELEVANCE: Final = {False: "0::real AS relevance", True: f"{_RANK} AS relevance"}
@@ -269,7 +269,7 @@ _SCOPES: Final[Mapping[Scope, str]] = {
    AND status = 'archived' AND $10 = 'archived' AND ($2::text IS NULL OR category = $2) AND $9::text IS NULL""",
     "sku": f"""{_WITHOUT_TEXT}
    AND status = $10 AND ($2::text IS NULL OR category = $2) AND lower(sku) = lower($9)""",
-    # Rows without terms by their ids: they are few, and PostgreSQL takes "is distinct from" for most rows.
+    # Rows without terms are found by their ids: they are few, but PostgreSQL estimates that most rows are "distinct".
     "text": """
   FROM products
  CROSS JOIN (SELECT $1::text::tsquery AS query) AS asked
@@ -284,8 +284,8 @@ _FILTERS: Final = """
    AND ($4::bigint IS NULL OR price_minor >= $4)
    AND ($5::bigint IS NULL OR price_minor <= $5)"""
 
-# The id makes every key unique: no product is skipped or shown twice among equals. Descending sorts descend by id, too,
-# so that each is one index, read in one direction. Names are sorted as they were folded, by code point: the same on
+# The id makes every key unique, so that no product is skipped or shown twice among equal keys. Descending sorts also
+# descend by id, so that each reads one index in one direction. Names are sorted folded, by code point: the same on
 # every server, whatever its locale.
 _ORDERS: Final[Mapping[Sort, str]] = {
     "id": """
@@ -323,18 +323,18 @@ SEARCH_SQL: Final[Mapping[tuple[Scope, Sort], str]] = {
 }
 
 
-# The same values without those of the page: they are renumbered, for each has to be used.
+# The same values without those of the page. They are renumbered, because a statement must use every value.
 COUNT_SQL: Final[Mapping[Scope, str]] = {
     scope: "SELECT count(*)" + (matched + _FILTERS).replace("$10", "$7").replace("$9", "$6")
     for scope, matched in _SCOPES.items()
 }
 
 
-async def query_of(tx: Tx, question: Question) -> str:
-    """The tsquery of a search, as text. Empty, which finds nothing, where there is no word in it.
+async def query_of(tx: Tx, parsed: ParsedSearch) -> str:
+    """The tsquery of a search, as text. Without a word it is empty, and finds nothing.
 
-    A word is stemmed, and left out where stemming leaves nothing of it ("the"), unless that is so of all of them ("The
-    Who"). An alternative for each word, not one for all: "-shoes" must not find the shoes that "-shoe" leaves.
+    A word is stemmed, and left out where it is a stop word ("the"), unless all words are ("The Who"). Each word has its
+    own alternatives, instead of one for all words: "-shoes" must not find the shoes that "-shoe" leaves.
     """
     found = await tx.fetch_values(
         str,
@@ -358,13 +358,13 @@ async def query_of(tx: Tx, question: Question) -> str:
                  ) AS stemmed
           ) AS units
         """,
-        [unit.joiner for unit in question.units],
-        [unit.folded for unit in question.units],
-        [unit.raw for unit in question.units],
-        [unit.terms for unit in question.units],
-        [unit.is_phrase for unit in question.units],
-        [unit.may_be_stop_word for unit in question.units],
-        question.joined,
+        [unit.joiner for unit in parsed.units],
+        [unit.folded for unit in parsed.units],
+        [unit.raw for unit in parsed.units],
+        [unit.terms for unit in parsed.units],
+        [unit.is_phrase for unit in parsed.units],
+        [unit.may_be_stop_word for unit in parsed.units],
+        parsed.joined,
     )
     return found[0]
 
@@ -372,7 +372,7 @@ async def query_of(tx: Tx, question: Question) -> str:
 async def search(tx: Tx, search: Search, query: str | None) -> list[FoundRow]:
     """The products after the cursor, in the order of the sort: one more than a page, if there is one more.
 
-    `query`: what `query_of` gives for the text of the search; None without one.
+    `query`: the result of `query_of` for the text of the search; None without one.
     """
     return await tx.fetch(
         FoundRow,
@@ -391,7 +391,7 @@ async def search(tx: Tx, search: Search, query: str | None) -> list[FoundRow]:
 
 
 async def count(tx: Tx, search: Search, query: str | None) -> int:
-    """All products that `search` finds, whatever the page."""
+    """The number of products on all pages of `search`."""
     found = await tx.fetch_values(
         int,
         COUNT_SQL[search.scope],
@@ -439,7 +439,7 @@ SELECT found.category, counted.products
 
 
 async def categories(tx: Tx, after: str, limit: int, count_limit: int) -> list[CategoryRow]:
-    """Up to `limit` categories of active products after one, by name, each with its products, counted up to a limit."""
+    """Up to `limit` categories of active products, by name, those after `after`; products are counted up to a limit."""
     return await tx.fetch(
         CategoryRow,
         CATEGORIES_SQL,
@@ -450,7 +450,7 @@ async def categories(tx: Tx, after: str, limit: int, count_limit: int) -> list[C
 
 
 async def count_categories(tx: Tx) -> int:
-    """The categories of active products, found one by one through their index."""
+    """The number of categories of active products, found one by one in their index."""
     found = await tx.fetch_values(
         int,
         """
@@ -482,7 +482,7 @@ class TextRow(Row, frozen=True, gc=False):
 
 
 async def lock_without_terms(tx: Tx, limit: int) -> list[TextRow]:
-    """Products that were written without terms, those that another transaction has locked left out."""
+    """Products without terms, except those that another transaction has locked."""
     return await tx.fetch(
         TextRow,
         """
@@ -498,7 +498,7 @@ async def lock_without_terms(tx: Tx, limit: int) -> list[TextRow]:
 
 
 async def fill_terms(tx: Tx, ids: Sequence[int], found_by: Sequence[FoundBy]) -> int:
-    """What locked products are found by, from now on. It is no new version of them."""
+    """Writes the terms of locked products. Their version stays."""
     return await tx.execute(
         """
         UPDATE products p
@@ -525,14 +525,14 @@ async def fill_terms(tx: Tx, ids: Sequence[int], found_by: Sequence[FoundBy]) ->
 
 
 async def lock_catalogue(tx: Tx) -> bool:
-    """Keeps everybody else from writing until this transaction ends; True where there is no product."""
+    """Locks all products against writes until this transaction ends; True where there is no product."""
     await tx.execute("""LOCK TABLE products IN SHARE ROW EXCLUSIVE MODE""")
-    # A statement of its own: it must see what was committed while the lock was waited for.
+    # A statement of its own: it must see rows that were committed while the lock was waited for.
     return not await tx.fetch_values(int, """SELECT 1 FROM products LIMIT 1""")
 
 
 async def insert_many(tx: Tx, products: Sequence[tuple[int, CreateProduct]]) -> int:
-    """Inserts products with the ids given, without their terms; gives their number."""
+    """Inserts products with the given ids, without their terms; gives their number."""
     return await tx.execute(
         """
         INSERT INTO products (id, sku, name, description, price_minor, currency, category)

@@ -37,15 +37,15 @@ class Options(msgspec.Struct, frozen=True):
     """`MERCATO_USERS_*`."""
 
     mail: str = ""
-    """Where letters leave: `smtp://USER:PASSWORD@HOST:PORT`, `smtps://...`, `folder:/path`. Empty: they wait."""
+    """The target of letters: `smtp://USER:PASSWORD@HOST:PORT`, `smtps://...`, `folder:/path`. Empty: they wait."""
     mail_sender: str = DEFAULT_SENDER
-    """Whom letters come from."""
+    """The sender of letters."""
     address: str = DEFAULT_ADDRESS
-    """Of the shop as customers reach it: where the links in letters lead."""
+    """The public address of the shop, for the links in letters."""
 
 
 def build(env: Env, hasher: Hasher | None = None, threads: int | None = None) -> Service:
-    """The users service. Tests pass a `hasher` of their own, and how many threads call it."""
+    """The users service. Tests pass a `hasher`, and the number of its threads."""
     threads = threads or threads_for(os.cpu_count())
     passwords = Passwords(hasher or Argon2Hasher(), env.clock, env.randomness, threads=threads)
     tokens = AccessTokens(env.derive_key(KEY_PURPOSE), env.clock, env.randomness)
@@ -85,14 +85,14 @@ def _letters(env: Env) -> Letters:
     address = urlsplit(options.address)
     if address.scheme not in ("http", "https") or not address.netloc or address.query or address.fragment:
         raise OptionError("The setting MERCATO_USERS_ADDRESS is not valid: write it as https://shop.example.com.")
-    way = None
+    target = None
     if options.mail:
         try:
-            way = sending(options.mail, options.mail_sender, env.clock)
+            target = sending(options.mail, options.mail_sender, env.clock)
         except MailSettingError as error:
             raise OptionError(f"The setting MERCATO_USERS_MAIL is not valid: {error}.") from None
     key = env.derive_key(LINKS_PURPOSE)
-    return Letters(env.database, key, way, options.address.rstrip("/"), env.randomness, env.telemetry)
+    return Letters(env.database, key, target, options.address.rstrip("/"), env.randomness, env.telemetry)
 
 
 def _server(env: Env, service: UsersService, proving: Proving, erasing: Erasing, log: SecurityLog) -> Server:

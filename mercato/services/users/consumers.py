@@ -1,7 +1,7 @@
-"""What the security log takes from the events of other services: changes of prices, and refunds.
+"""The consumer that writes changes of prices, and refunds, to the security log.
 
-An entry is written in the transaction that moves the cursor: once, whatever comes again. Events have no addresses, so
-these entries have none.
+An entry is written in the transaction that moves the cursor: once, also where an event is delivered again. Events have
+no addresses, so these entries have none.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _of_price(event: Event) -> NewEntry:
 
 
 def _of_refund(event: Event) -> NewEntry:
-    """About the account whose order it is; 0: a guest's."""
+    """An entry about the owner of the order; 0: a guest."""
     refund = _refunded(event.data)
     before = written(refund.refunded_minor - refund.amount_minor, refund.currency)
     after = written(refund.refunded_minor, refund.currency)

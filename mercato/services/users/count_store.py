@@ -1,4 +1,4 @@
-"""The SQL statements that count what lists of the users service hold, whatever the page."""
+"""The SQL statements that count the entries of lists of the users service, on all pages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ async def users(tx: Tx, role: Role | None) -> int:
 
 
 async def sessions_of(tx: Tx, user_id: int) -> int:
-    """The live ones, as `store.sessions_of`."""
+    """The number of live sessions, as in `store.sessions_of`."""
     found = await tx.fetch_values(
         int,
         """SELECT count(*) FROM sessions WHERE user_id = $1 AND ended_at IS NULL AND expires_at > now()""",
@@ -25,7 +25,7 @@ async def sessions_of(tx: Tx, user_id: int) -> int:
 
 
 async def security_log(tx: Tx, account_id: int | None) -> int:
-    """All entries, or those that are about an account or were done by it. Each half reads one index."""
+    """All entries, or those about an account or of its actions. Each half reads one index."""
     if account_id is None:
         found = await tx.fetch_values(int, """SELECT count(*) FROM security_log""")
     else:

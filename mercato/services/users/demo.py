@@ -1,4 +1,4 @@
-"""The demo's people: Alice and Bob, two customers."""
+"""The accounts of the demo: Alice and Bob, two customers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ NAMES: Final = ["Alice", "Bob"]
 
 
 async def seed_demo(database: Database, passwords: Passwords) -> bool:
-    """Puts the demo's people into an empty database. False, and nothing done, where there is anybody already."""
+    """Inserts the demo's accounts into an empty database. Gives False, and does nothing, where an account exists."""
     async with database.read() as tx:
         if not await store.is_empty(tx):
             return False  # before the work of a hash
     password_hash = await passwords.hash(DEMO_PASSWORD)
     async with database.transaction() as tx:
-        # Another process may be here at the same time, and somebody may register: under the lock it is empty or not.
+        # Checked again under the lock: another process may have done the same, or a customer may have registered.
         await store.lock_users(tx)
         if not await store.is_empty(tx):
             return False

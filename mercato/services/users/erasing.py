@@ -1,7 +1,7 @@
-"""Erasing an account: what the shop knows of the person goes, its id stays in what was ordered and paid.
+"""Erasing an account: personal data is deleted, its id stays in orders and payments.
 
 One transaction ends the sessions, so that every process refuses their access tokens, and deletes the account with its
-credentials, letters and sessions. The id alone is kept: a repeated request gets the answer of the first.
+credentials, letters and sessions. Only the id is kept, so that a repeated request gets the same answer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ faults.declare("users.erase.before_commit", "users.erase.after_commit")
 
 
 class Erasing:
-    """What the operation does. It opens its own transactions."""
+    """Implements `erase`. It opens its own transactions."""
 
     def __init__(self, database: Database, passwords: Passwords, log: SecurityLog) -> None:
         self._log = log
@@ -38,7 +38,7 @@ class Erasing:
         self._passwords = passwords
 
     async def erase(self, request: EraseAccount) -> Empty:
-        """By its owner, or a service. May be repeated.
+        """For its owner, or a service. May be repeated.
 
         Raises UserNotFound, Forbidden, SessionEnded, WrongCredentials, LastStaffMember, TooManyHashes.
         """
@@ -55,14 +55,14 @@ class Erasing:
         return Empty()
 
     async def _check_password(self, request: EraseAccount) -> store.CredentialsRow | None:
-        """The credentials of the owner, whose session goes on; None where the account is erased."""
+        """The credentials of the owner, whose session must be live; None where the account is erased."""
         session_id = None if request.session_id is None else uuid.UUID(request.session_id)
         async with self._database.read() as tx:
-            goes_on = session_id is not None and await erasure_store.is_live(tx, request.id, session_id)
+            is_live = session_id is not None and await erasure_store.is_live(tx, request.id, session_id)
             credentials = await store.credentials_by_user(tx, request.id)
-            if await erasure_store.is_erased(tx, request.id):  # last: it may be done between these statements
+            if await erasure_store.is_erased(tx, request.id):  # last: it may be erased between these statements
                 return None
-        if not goes_on:
+        if not is_live:
             raise SessionEnded
         if credentials is None:
             raise UserNotFound(user_id=request.id)
@@ -75,20 +75,20 @@ class Erasing:
 
     async def _erase(self, tx: Tx, request: EraseAccount, checked: store.CredentialsRow | None) -> None:
         user_id = request.id
-        # Letters first, as where a link is used. The account's lock keeps what refers to it from being added.
+        # Letters are locked first, as in the use of a link. The account's lock prevents inserts that refer to it.
         await letter_store.lock_letters_of(tx, user_id)
         locked = await erasure_store.lock_to_erase(tx, user_id)
         if user_id not in {account.id for account in locked}:
             if await erasure_store.is_erased(tx, user_id):
-                return  # another request has done it while this one waited
+                return  # another request has erased it while this one waited
             raise UserNotFound(user_id=user_id)
         if [account.id for account in locked if account.role == STAFF] == [user_id]:
             raise LastStaffMember(user_id=user_id)
         if checked and not await store.lock_credentials(tx, user_id, checked.version):
-            raise WrongCredentials  # the password was changed while we checked it
+            raise WrongCredentials  # the password was changed after it was checked
         await erasure_store.note_erased(tx, user_id)
         await log_store.add(tx, [NewEntry("erased", user_id, current.get().actor, request.address)])
-        # The log of ended sessions refers to none of the rows that go.
+        # The log of ended sessions does not refer to the deleted rows.
         await store.end_sessions(tx, await store.lock_sessions_of(tx, user_id), "erased")
         email = await erasure_store.delete_account(tx, user_id)
         await letter_store.delete_letters_to(tx, email)

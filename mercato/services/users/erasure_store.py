@@ -1,4 +1,4 @@
-"""Every SQL statement about erasing an account."""
+"""The SQL statements that erase an account."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .store import RoleRow
 
 
 async def is_live(tx: Tx, user_id: int, sid: uuid.UUID) -> bool:
-    """Whether a user has this session, and it goes on."""
+    """Whether a user has this session, and it is live."""
     found = await tx.fetch_values(
         int,
         """
@@ -25,7 +25,7 @@ async def is_live(tx: Tx, user_id: int, sid: uuid.UUID) -> bool:
 
 
 async def lock_to_erase(tx: Tx, user_id: int) -> list[RoleRow]:
-    """The account, where it exists, and for one of staff all staff. No row that refers to them is added meanwhile."""
+    """The account, where it exists, and for staff all staff. The lock prevents inserts that refer to them."""
     return await tx.fetch(
         RoleRow,
         """

@@ -1,4 +1,4 @@
-"""Every SQL statement about letters: the links that prove an address, or let its owner set a password."""
+"""The SQL statements of letters, whose links prove an address, or let its owner set a password."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mercato.chassis.postgres.database import Row, Tx
 
 CLEANED_AT_ONCE: Final = 1_000
 KEPT: Final = datetime.timedelta(days=8)
-"""Longer than any link is of use."""
+"""Longer than any link is valid."""
 
 
 class LetterRow(Row, frozen=True, gc=False):
@@ -35,10 +35,10 @@ class LinkRow(Row, frozen=True, gc=False):
 async def add_letter(
     tx: Tx, letter_id: uuid.UUID, kind: str, address: str, user_id: int | None, within: datetime.timedelta, limit: int
 ) -> None:
-    """A letter to be sent at once; none where the address got `limit` of its kind `within` the time before now.
+    """Adds a letter, which is due at once, unless the address got `limit` of its kind `within` the time before now.
 
-    Without an account it is written all the same, and never sent: who asks cannot tell by the time that it takes. Where
-    the account is being erased, the statement waits, and writes none.
+    Without an account it is written too, but never sent, so that the time of the answer does not reveal whether there
+    is an account. While the account is being erased, the statement waits, and then writes no letter.
     """
     await tx.execute(
         """
@@ -61,7 +61,7 @@ async def add_letter(
 
 
 async def claim_due(tx: Tx, limit: int, lease: datetime.timedelta) -> list[LetterRow]:
-    """Letters to be sent now, in any order. Other processes leave them alone for the time of `lease`."""
+    """Letters that are due, in any order. Other processes do not get them for the time of `lease`."""
     return await tx.fetch(
         LetterRow,
         """
@@ -80,7 +80,7 @@ async def claim_due(tx: Tx, limit: int, lease: datetime.timedelta) -> list[Lette
 
 
 async def settle(tx: Tx, letter_id: uuid.UUID, outcome: str) -> None:
-    """`outcome`: `sent`, `refused` or `given_up`. It is not tried again."""
+    """`outcome`: `sent`, `refused` or `given_up`. It is not sent again."""
     await tx.execute(
         "UPDATE letters SET outcome = $2, settled_at = now(), wake_at = NULL WHERE id = $1", letter_id, outcome
     )
@@ -91,7 +91,7 @@ async def delay(tx: Tx, letter_id: uuid.UUID, pause: datetime.timedelta) -> None
 
 
 async def link(tx: Tx, letter_id: uuid.UUID, kind: str, life: datetime.timedelta) -> LinkRow | None:
-    """The link of a letter that is at most `life` old; used ones too. Others wait that would use it."""
+    """The link of a letter that is at most `life` old, also a used one. It is locked until the commit."""
     return await tx.fetch_one(
         LinkRow,
         """
@@ -109,19 +109,19 @@ async def link(tx: Tx, letter_id: uuid.UUID, kind: str, life: datetime.timedelta
 
 
 async def use_links(tx: Tx, user_id: int, kind: str) -> None:
-    """All unused links of a kind that an account has are of no use any more."""
+    """Marks all unused links of a kind of an account as used."""
     await tx.execute(
         "UPDATE letters SET used_at = now() WHERE user_id = $1 AND kind = $2 AND used_at IS NULL", user_id, kind
     )
 
 
 async def prove_email(tx: Tx, user_id: int) -> None:
-    """The account's owner reads what is sent to its address."""
+    """Marks the account's address as proven."""
     await tx.execute("UPDATE users SET email_proven_at = now() WHERE id = $1 AND email_proven_at IS NULL", user_id)
 
 
 async def set_password(tx: Tx, user_id: int, password_hash: str) -> None:
-    """Also of an account that has none yet."""
+    """Sets the password, also of an account without one."""
     await tx.execute(
         """
         INSERT INTO credentials (user_id, password_hash)
@@ -135,17 +135,17 @@ async def set_password(tx: Tx, user_id: int, password_hash: str) -> None:
 
 
 async def lock_letters_of(tx: Tx, user_id: int) -> None:
-    """The links of the account are not used until this transaction ends."""
+    """Locks the links of the account against use until this transaction ends."""
     await tx.fetch_values(int, "SELECT 1 FROM letters WHERE user_id = $1 ORDER BY id FOR NO KEY UPDATE", user_id)
 
 
 async def delete_letters_to(tx: Tx, address: str) -> None:
-    """All letters to an address, also those that were asked for while no account had it."""
+    """Deletes all letters to an address, also those from before an account had it."""
     await tx.execute("DELETE FROM letters WHERE address = lower($1)", address)
 
 
 async def delete_old_letters(tx: Tx, limit: int = CLEANED_AT_ONCE) -> int:
-    """How many letters whose links are of no use any more were deleted."""
+    """Deletes up to `limit` letters whose links have expired; gives how many."""
     return await tx.execute(
         """
         DELETE FROM letters

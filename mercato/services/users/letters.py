@@ -1,7 +1,6 @@
-"""Letters of the users service: written in the transaction that wants them, sent after its commit.
+"""Letters of the users service: written in the transaction of their change, sent after its commit.
 
-A link holds the letter's random id and an HMAC of it. Nothing that opens an account is stored: a letter's text is made
-when it is sent.
+A link has the letter's random id and an HMAC of it. No secret is stored: a letter's text is made when it is sent.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ from mercato.chassis.postgres.database import Database, Tx
 from . import letter_store as store
 
 KEY_PURPOSE: Final = "users/letter-link/1"
-"""The number is for the day on which the key must change."""
+"""The number allows a change of the key."""
 
 Kind = Literal["proof", "reset"]
 
 SENT_AT_ONCE: Final = 10
 LEASE: Final = datetime.timedelta(minutes=5)
-"""For all letters of a round, one after the other; a process that dies leaves them to others after it."""
+"""For all letters of a batch, one after the other. After it, other processes send the letters of one that ended."""
 FIRST_PAUSE: Final = datetime.timedelta(seconds=10)
 LONGEST_PAUSE: Final = datetime.timedelta(minutes=15)
 LETTERS_LIMIT: Final = 3
 LETTERS_WITHIN: Final = datetime.timedelta(hours=1)
-"""An address gets `LETTERS_LIMIT` letters of a kind in this time, from all who ask."""
+"""An address gets at most `LETTERS_LIMIT` letters of a kind in this time, whoever requests them."""
 
 ID_BYTES: Final = 16
 
@@ -50,7 +49,7 @@ faults.declare("users.letters.after_send")
 class KindOfLetter(msgspec.Struct, frozen=True):
     subject: str
     path: str
-    """Behind the address of the shop; the token follows behind a `#`, which browsers send to no server."""
+    """After the address of the shop; the token follows after a `#`, which browsers do not send to servers."""
     life: datetime.timedelta
     text: str
 
@@ -74,7 +73,7 @@ KINDS: Final[Mapping[Kind, KindOfLetter]] = {
 
 
 class Letters:
-    """Writes and sends letters. `sending` None: they wait. `address`: of the shop, without a slash at its end."""
+    """Writes and sends letters. `sending` None: they wait. `address`: that of the shop, without a slash at its end."""
 
     def __init__(
         self,
@@ -95,12 +94,12 @@ class Letters:
         )
 
     async def add(self, tx: Tx, kind: Kind, address: str, user_id: int | None) -> None:
-        """Writes a letter, which is sent after the commit; none where the address has got enough of them."""
+        """Writes a letter, which is sent after the commit, unless the address has reached its limit."""
         letter_id = uuid.UUID(bytes=self._randomness.token(ID_BYTES), version=4)
         await store.add_letter(tx, letter_id, kind, address, user_id, LETTERS_WITHIN, LETTERS_LIMIT)
 
     def letter_of(self, token: str, kind: Kind) -> uuid.UUID | None:
-        """The letter whose link holds the token; None for a token that we have not made."""
+        """The letter whose link has the token; None for a token that this service has not made."""
         try:
             raw = base64.b64decode(token.encode("ascii"), altchars=b"-_", validate=True)
         except (ValueError, binascii.Error):
@@ -117,7 +116,7 @@ class Letters:
         return letter_id + hmac.digest(self._key, kind.encode() + b"/" + letter_id, hashlib.sha256)
 
     async def send_due(self) -> int:
-        """Sends the letters that are due, `SENT_AT_ONCE` at most; how many there were."""
+        """Sends up to `SENT_AT_ONCE` letters that are due; gives how many."""
         if self._sending is None:
             return 0
         async with self._database.transaction() as tx:
@@ -149,7 +148,7 @@ class Letters:
             await store.settle(tx, row.id, outcome)
 
     async def _delay(self, row: store.LetterRow, reason: str) -> None:
-        """Tries again, after a pause that doubles with each try; the link in it is of no use after its life."""
+        """Schedules another attempt, after a pause that doubles each time, until the link has expired."""
         if row.age > KINDS["reset" if row.kind == "reset" else "proof"].life:
             await self._settle(row, "given_up", reason)
             return

@@ -1,4 +1,4 @@
-"""Every SQL statement of the security log. Entries hold ids: no e-mail address, password or token."""
+"""The SQL statements of the security log. Entries have ids: no e-mail address, password or token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KEPT: Final = datetime.timedelta(days=90)
 
 
 class NewEntry(msgspec.Struct, frozen=True):
-    """`account_id`: whom it is about; 0 where no account is known. `address`: of the client; empty where unknown."""
+    """`account_id`: the account that it is about; 0: unknown. `address`: that of the client; empty: unknown."""
 
     kind: SecurityKind
     account_id: int
@@ -42,7 +42,7 @@ class EntryRow(Row, frozen=True, gc=False):
 
 
 async def add(tx: Tx, entries: Sequence[NewEntry]) -> None:
-    """Writes entries in the transaction of what they are about."""
+    """Writes entries in the transaction of their change."""
     await tx.execute(
         """
         INSERT INTO security_log (at, kind, account_id, actor_role, actor_id, address, subject, detail)
@@ -79,7 +79,7 @@ async def page(tx: Tx, before: int, limit: int) -> list[EntryRow]:
 
 
 async def page_of_account(tx: Tx, account_id: int, before: int, limit: int) -> list[EntryRow]:
-    """As `page`, of what is about an account or was done by it. Each half reads one index."""
+    """As `page`, but only entries about an account or of its actions. Each half reads one index."""
     return await tx.fetch(
         EntryRow,
         """
@@ -104,7 +104,7 @@ async def page_of_account(tx: Tx, account_id: int, before: int, limit: int) -> l
 
 
 async def delete_old_entries(tx: Tx, limit: int = CLEANED_AT_ONCE) -> int:
-    """Deletes up to `limit` of the entries that are older than `KEPT`; says how many."""
+    """Deletes up to `limit` entries older than `KEPT`; gives how many."""
     return await tx.execute(
         """
         DELETE FROM security_log

@@ -8,7 +8,7 @@ from .store import CredentialsRow
 
 
 async def credentials_by_name(tx: Tx, name: str) -> CredentialsRow | None:
-    """Of the oldest account with a name and a password: an account that takes the name later changes nothing."""
+    """The credentials of the oldest account with this name: a newer account with the name does not replace it."""
     return await tx.fetch_one(
         CredentialsRow,
         """

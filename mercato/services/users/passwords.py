@@ -1,12 +1,12 @@
-"""Hashing passwords, without letting that stop the shop.
+"""Hashing passwords without overloading the shop.
 
 An Argon2id hash is slow by design and takes 19 MiB, so a flood of sign-ins would overload a shop. Hashes therefore run
-on at most two threads of their own, behind a queue of fifty. A caller gets `TooManyHashes` at once where the queue is
+on at most two threads of their own, with a queue of fifty. A caller gets `TooManyHashes` at once where the queue is
 full, and where it would wait there for more than half of the time until its deadline, at the present speed. No password
-is hashed for a caller that is gone or whose deadline has passed.
+is hashed for a caller that was cancelled or whose deadline has passed.
 
-Where the cores are wanted, these threads get a small share of them, and on two cores there is one thread: one core is
-left to the rest of the shop. Sign-ins wait under a flood of them, and not those who browse.
+Under load these threads get a small share of the cores, and on two cores there is one thread: one core is left to the
+rest of the shop. So a flood of sign-ins delays sign-ins, but not other requests.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from mercato.contracts.users import TooManyHashes
 T = TypeVar("T")
 
 HASH_THREADS: Final = 2
-"""At most: `threads_for` says how many."""
+"""The most threads; `threads_for` gives their number."""
 HASH_QUEUE_LIMIT: Final = 50
 WAIT_SHARE: Final = 0.5
-"""Of the time that a caller has, for waiting: what would wait longer is refused, as at other queues of a server."""
+"""The largest share of a caller's time for waiting: a longer wait is refused, as in other queues of a server."""
 RECENT_WEIGHT: Final = 0.2
-"""Of the last hash in how long one takes; the older ones weigh less and less."""
+"""The weight of the last hash in the moving average of their durations."""
 NICENESS: Final = 10
-"""Of the threads that hash, above that of the process: a tenth of its weight. Linux counts it by thread."""
+"""Added to the process's niceness for hashing threads: a tenth of its weight. Linux has it for each thread."""
 SALT_BYTES: Final = 16
 
 # The OWASP Password Storage Cheat Sheet's first recommendation for Argon2id.
@@ -55,7 +55,7 @@ class Hasher(Protocol):
     def matches(self, password_hash: str, password: str) -> bool: ...
 
     def outdated(self, password_hash: str) -> bool:
-        """True for a hash made with other parameters than today's."""
+        """True for a hash with other parameters than the current ones."""
         ...
 
 
@@ -81,34 +81,34 @@ class Argon2Hasher:
 
 
 def threads_for(cores: int | None) -> int:
-    """How many threads hash on so many cores; None: it is not known."""
+    """The number of hashing threads for so many cores; None: unknown."""
     return max(1, min(HASH_THREADS, (cores or 1) - 1))
 
 
 def _lower_own_priority() -> None:
-    """Of this thread alone. Elsewhere than on Linux it would be the whole process."""
+    """Lowers the priority of this thread. On other systems than Linux it would be that of the whole process."""
     if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # a sandbox that forbids it: they hash all the same
+        with contextlib.suppress(OSError):  # a sandbox may forbid it: they hash at the usual priority
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
 
 
 def _as_bytes(password: str) -> bytes:
-    # A password with half a surrogate pair is never stored, but somebody may try to sign in with one.
+    # A password with a lone surrogate is never stored, but a client may try to sign in with one.
     return password.encode("utf-8", "surrogatepass")
 
 
-class _Places:
-    """Those of the callers who are hashed for, or wait. Used on several threads."""
+class _Slots:
+    """The slots of callers whose hashes run or wait. Used on several threads."""
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
         self._lock = threading.Lock()
         self._taken = 0
         self._hash_s = 0.0
-        """How long a hash takes at the moment; 0.0 as long as none was made."""
+        """The moving average of the duration of a hash; 0.0 before the first."""
 
-    def take(self, seconds_left: float) -> bool:
-        """Whether there is one, for a caller with so much time."""
+    def acquire(self, seconds_left: float) -> bool:
+        """Takes a slot for a caller with so much time; False where there is none."""
         with self._lock:
             waits = self._taken >= self._threads
             wait_s = self._taken * self._hash_s / self._threads
@@ -117,11 +117,11 @@ class _Places:
             self._taken += 1
             return True
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         with self._lock:
             self._taken -= 1
 
-    def note(self, hash_s: float) -> None:
+    def record(self, hash_s: float) -> None:
         with self._lock:
             self._hash_s += (hash_s - self._hash_s) * (RECENT_WEIGHT if self._hash_s else 1.0)
 
@@ -134,8 +134,8 @@ class Passwords:
         self._clock = clock
         self._randomness = randomness
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="password-hash", initializer=_lower_own_priority)
-        self._places = _Places(threads)
-        # Made like every other hash, so that checking against it takes as long as checking a real one.
+        self._slots = _Slots(threads)
+        # A hash with the usual parameters, so that checking against it takes as long as checking a stored one.
         self._decoy = hasher.hash(randomness.token(SALT_BYTES).hex(), randomness.token(SALT_BYTES))
 
     async def hash(self, password: str) -> str:
@@ -143,7 +143,7 @@ class Passwords:
         return await self._run(lambda: self._hasher.hash(password, salt))
 
     async def matches(self, password_hash: str | None, password: str) -> bool:
-        """Whether the password belongs to the hash. Without a hash the answer is no, after the same work."""
+        """Whether the password matches the hash. Without a hash it gives False, after the same work."""
         matched = await self._run(lambda: self._hasher.matches(password_hash or self._decoy, password))
         return matched and password_hash is not None
 
@@ -151,19 +151,19 @@ class Passwords:
         return self._hasher.outdated(password_hash)
 
     def close(self) -> None:
-        """Waits for the hashes that run, and cancels those that wait."""
+        """Waits for the running hashes, and cancels the waiting ones."""
         self._threads.shutdown(cancel_futures=True)
 
     async def _run(self, work: Callable[[], T]) -> T:
         call = current.get(None)
         deadline = call.deadline if call else float("inf")
-        if not self._places.take(deadline - self._clock.monotonic()):
+        if not self._slots.acquire(deadline - self._clock.monotonic()):
             raise TooManyHashes
-        # A future of the pool, because its place is given back when the thread is done (or never began), which for a
-        # caller that went away in the middle is later than its task.
+        # The slot is released by the future of the pool, when the thread is done or was never begun. For a cancelled
+        # caller that is later than the end of its task.
         future = self._threads.submit(self._if_in_time, work, deadline)
-        future.add_done_callback(lambda _: self._places.give_back())
-        # Cancelling the caller cancels what has not begun.
+        future.add_done_callback(lambda _: self._slots.release())
+        # Cancelling the caller cancels a hash that has not begun.
         return await asyncio.wrap_future(future)
 
     def _if_in_time(self, work: Callable[[], T], deadline: float) -> T:
@@ -173,4 +173,4 @@ class Passwords:
         try:
             return work()
         finally:
-            self._places.note(self._clock.monotonic() - began)
+            self._slots.record(self._clock.monotonic() - began)

@@ -1,4 +1,4 @@
-"""What people do by the links of letters: they prove their address, and set a password that they have forgotten."""
+"""The operations with links of letters: proving an address, and setting a forgotten password."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ faults.declare("users.reset_password.before_commit", "users.reset_password.after
 
 
 class Proving:
-    """What the operations do. Each opens its own transactions."""
+    """Implements these operations. Each opens its own transactions."""
 
     def __init__(self, database: Database, passwords: Passwords, letters: Letters) -> None:
         self._database = database
@@ -34,7 +34,7 @@ class Proving:
         self._letters = letters
 
     async def forgot_password(self, request: ForgotPassword) -> Empty:
-        """Answers alike, after the same work, whether there is such an account. Raises InvalidRequest."""
+        """The answer, and the work before it, is the same without an account. Raises InvalidRequest."""
         email = addresses.canonical(request.email)
         async with self._database.transaction() as tx:
             found = await store.user_by_email(tx, addresses.spellings(request.email))
@@ -71,7 +71,7 @@ class Proving:
         return Empty()
 
     async def set_password(self, request: SetPassword) -> Empty:
-        """For who runs the shop. Raises UserNotFound, InvalidRequest, TooManyHashes."""
+        """For operators of the shop. Raises UserNotFound, InvalidRequest, TooManyHashes."""
         async with self._database.read() as tx:
             user = await store.user(tx, request.id)
         if user is None:
@@ -79,13 +79,13 @@ class Proving:
         password_hash = await self._passwords.hash(_new_password(request, user.email))
         async with self._database.transaction() as tx:
             if not await store.lock_accounts(tx, [user.id]):
-                raise UserNotFound(user_id=user.id)  # it was erased while we hashed
+                raise UserNotFound(user_id=user.id)  # it was erased during the hash
             entry = NewEntry("password_changed", user.id, current.get().actor, detail="set")
             await self._replace(tx, password_hash, entry)
         return Empty()
 
     async def _replace(self, tx: Tx, password_hash: str, entry: NewEntry) -> None:
-        """Sets the password of the account that `entry` is about. Its links are used up, its sessions end."""
+        """Sets the password of the account that `entry` is about. Its links become invalid, and its sessions end."""
         await letter_store.set_password(tx, entry.account_id, password_hash)
         await letter_store.use_links(tx, entry.account_id, "reset")
         await log_store.add(tx, [entry])
@@ -105,7 +105,7 @@ class Proving:
         return Empty()
 
     async def send_proof(self, request: SendProof) -> Empty:
-        """To oneself, or by staff to anyone; nothing where the address is proven. Raises UserNotFound."""
+        """For one's own account, or staff for any; does nothing where the address is proven. Raises UserNotFound."""
         if not may_see(current.get().actor, request.id):
             raise UserNotFound(user_id=request.id)
         async with self._database.transaction() as tx:
@@ -118,7 +118,7 @@ class Proving:
 
 
 def _new_password(request: ResetPassword | SetPassword, email: str) -> str:
-    """As it is hashed, for the account with this address. Raises InvalidRequest."""
+    """The new password in its stored form, for the account with this address. Raises InvalidRequest."""
     password = rules.stored_password(request.new_password)
     if problem := rules.password_problem(password, email):
         raise InvalidRequest(errors=(FieldError(field="new_password", message=problem),))

@@ -1,7 +1,7 @@
-"""What an account may look like, and who may see and change which. Pure: no I/O, no clock.
+"""The rules for the fields of accounts, and which actors may see and change them. Pure: no I/O, no clock.
 
-Texts are judged after they were put into the form in which they are stored: `addresses.canonical`, `stored_name`,
-`stored_password`. Each `*_problem` is a sentence about what is wrong, or None.
+Texts are checked in their stored form: `addresses.canonical`, `stored_name`, `stored_password`. Each `*_problem` is a
+sentence about what is wrong, or None.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from mercato.contracts.roles import CUSTOMER, STAFF
 from mercato.contracts.users import MIN_PASSWORD, UserNotFound
 
 SESSION_LENGTH: Final = datetime.timedelta(days=30)
-"""From signing in; refreshing does not prolong it, so that a stolen session ends some day."""
+"""From the sign-in; a refresh does not extend it, so that a stolen session ends."""
 
 REPEATED_WITHIN: Final = datetime.timedelta(seconds=30)
-"""So long after its use a refresh token may come again, from a client that has not got the answer or asked twice."""
+"""So long after its use a refresh token may be sent again, by a client that got no answer or sent it twice."""
 
 SESSION_KEPT: Final = datetime.timedelta(days=7)
-"""How long a session that is over stays, for whoever looks into what happened."""
+"""How long an ended session is kept, for investigations."""
 
 ENDED_KEPT: Final = datetime.timedelta(minutes=20)
-"""How long the log of ended sessions keeps an entry: as long as access tokens live (15 minutes), and a margin."""
+"""How long the log of ended sessions keeps an entry: the life of access tokens (15 minutes), and a margin."""
 
 MAX_NAME: Final = 200
 MAX_PASSWORD: Final = 256
 
-# Those with at least ten characters that open every list of leaked passwords. Shorter ones are refused anyway.
+# The passwords of at least ten characters at the top of lists of leaked passwords. Shorter ones are refused anyway.
 COMMONEST_PASSWORDS: Final = frozenset(
     {
         "0123456789",
@@ -76,15 +76,15 @@ COMMONEST_PASSWORDS: Final = frozenset(
 
 
 def is_replaced(position: int, session_id: str | None, last: int, kept: str | None) -> bool:
-    """Whether a log of ended sessions is another one than its reader has read, whose entry at `position` it names.
+    """Whether the log of ended sessions was replaced since its reader read `session_id` at `position`.
 
-    `last` is the last position of this log, and `kept` its entry at the reader's position, None where it is not kept.
+    `last` is the last position of this log, and `kept` its entry at the reader's position, None where it was deleted.
     """
     return position > last or (kept is not None and kept != session_id)
 
 
 class HasRole(Protocol):
-    """An account, as far as its role is concerned."""
+    """An account with its role."""
 
     @property
     def id(self) -> int: ...
@@ -98,7 +98,7 @@ def role_of(accounts: Sequence[HasRole], user_id: int) -> str:
 
 
 def check_staff(accounts: Sequence[HasRole], actor: Actor, operation: Operation[Any, Any]) -> None:
-    """Raises `Forbidden` where the account of `actor`, as it was read or locked, is not staff."""
+    """Raises `Forbidden` where the account of `actor`, among the read or locked `accounts`, is not staff."""
     if (role := role_of(accounts, actor.id)) != STAFF:
         raise Forbidden(operation=operation.full_name, role=role)
 
@@ -119,14 +119,14 @@ def stored_name(name: str) -> str:
 
 
 def stored_password(password: str) -> str:
-    """Composed (NFC, as RFC 8265 4.2 asks), so that it is the same from every keyboard. Spaces belong to it."""
+    """Composed (NFC, RFC 8265 4.2), so that it is the same from every keyboard. Spaces count."""
     return unicodedata.normalize("NFC", password)
 
 
 def account_errors(
     *, email: str | None = None, name: str | None = None, password: str | None = None
 ) -> tuple[FieldError, ...]:
-    """Everything that is wrong with what is given; the password is judged together with the e-mail."""
+    """All errors of the given fields; the password is checked together with the e-mail address."""
     problems = {
         "email": None if email is None else addresses.problem(email),
         "name": None if name is None else name_problem(name),
@@ -146,7 +146,7 @@ def name_problem(name: str) -> str | None:
 
 
 def password_problem(password: str, email: str) -> str | None:
-    """All that is wrong with it at once. `email` is whose password it is going to be."""
+    """All problems at once. `email`: the address of the account."""
     if _has_control(password):
         return "must not have control characters"
     reasons = tuple(_weaknesses(password, email))
@@ -166,5 +166,5 @@ def _weaknesses(password: str, email: str) -> list[str]:
 
 
 def _has_control(text: str) -> bool:
-    """True for control characters, halves of surrogate pairs (neither can be stored as text) and line separators."""
+    """True for control characters, lone surrogates (neither can be stored as text) and line separators."""
     return any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)

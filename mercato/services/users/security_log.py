@@ -1,6 +1,6 @@
 """The security log: written in the transaction of each change (`log_store.add`), read by staff, kept for 90 days.
 
-The owner of an account reads what is about it.
+The owner of an account reads the entries about it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .log_store import EntryRow, NewEntry
 
 
 class SecurityLog:
-    """What staff may read of it, and entries without another change."""
+    """Reads the log, and writes entries that belong to no other change."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     async def add(self, entry: NewEntry) -> None:
-        """An entry about what was refused, in a transaction of its own."""
+        """Writes an entry about a refusal, in a transaction of its own."""
         async with self._database.transaction() as tx:
             await log_store.add(tx, [entry])
 
@@ -37,7 +37,7 @@ class SecurityLog:
                 rows = await log_store.page(tx, before, one_more)
             else:
                 rows = await log_store.page_of_account(tx, request.account_id, before, one_more)
-            # Last, as where accounts are listed.
+            # Checked last, as in the list of accounts.
             if is_staff_account(actor):
                 rules.check_staff(await store.users(tx, [actor.id]), actor, Users.security_log)
         return _page(rows, request.limit, await self._total(request.account_id) if request.count else None)
@@ -63,7 +63,7 @@ def _page(rows: Sequence[EntryRow], limit: int, total: int | None) -> SecurityLo
 
 
 def _shown(entry: SecurityEntry, actor: Actor) -> SecurityEntry:
-    """As its subject may see it: not which member of staff it was, nor from where."""
+    """For the account that it is about: without the account and address of a member of staff."""
     if entry.actor_id in (0, actor.id):
         return entry
     return msgspec.structs.replace(entry, actor_id=0, address="")

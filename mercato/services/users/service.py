@@ -1,7 +1,7 @@
 """The operations of the users service, in the order of the contract, and the clean-up of old sessions.
 
-Hashing and signing happen outside transactions: a hash takes longer than everything else here together. What was read
-before a hash is therefore checked again after it, by the version of the credentials.
+Hashing and signing happen outside of transactions: a hash takes longer than everything else here together. Credentials
+that were read before a hash are therefore checked again after it, by their version.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ faults.declare(
 
 
 class UsersService:
-    """What the operations do. Each opens its own transactions."""
+    """Implements the operations. Each opens its own transactions."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class UsersService:
         self._randomness = randomness
 
     async def register(self, request: Register) -> User:
-        """A new account. Raises InvalidRequest, EmailTaken, TooManyHashes, Forbidden."""
+        """Opens an account. Raises InvalidRequest, EmailTaken, TooManyHashes, Forbidden."""
         actor = current.get().actor
         by_staff = request.role != CUSTOMER
         if by_staff and actor.role not in (STAFF, SERVICE_ROLE):
@@ -132,20 +132,20 @@ class UsersService:
         return _user(added)
 
     async def sign_in(self, request: SignIn) -> Tokens:
-        """Starts a session. Raises WrongCredentials, after the same work whatever was wrong, and TooManyHashes."""
+        """Starts a session. Raises WrongCredentials, after the same work for any cause, and TooManyHashes."""
         spellings = addresses.spellings(request.email)
         credentials = None
-        if spellings:  # what cannot be stored cannot be asked for either
+        if spellings:  # PostgreSQL refuses a text that cannot be stored in a query too
             async with self._database.read() as tx:
                 credentials = await store.credentials_by_email(tx, spellings)
         return await self._signed_in(credentials, request.password, request.address)
 
     async def refresh(self, request: Refresh) -> Tokens:
-        """Exchanges a refresh token for new ones, with the role that the user has now. Raises SessionEnded.
+        """Exchanges a refresh token for new tokens, with the current role of the user. Raises SessionEnded.
 
-        A token that comes a second time within `rules.REPEATED_WITHIN` is taken for a repeated request, and gets the
-        same refresh token as the first time, used or not. Later it has been stolen, by this caller or by the one
-        before: the session ends.
+        A token that comes a second time within `rules.REPEATED_WITHIN` counts as a repeated request, and gets the same
+        refresh token as the first time, used or not. Later it counts as stolen, by this caller or the one before: the
+        session ends.
         """
         used = refresh_token_hash(request.refresh_token)
         refresh_token = next_refresh_token(self._refresh_key, request.refresh_token)
@@ -155,13 +155,13 @@ class UsersService:
             user = await self._rotate(tx, session, used, successor, request.address) if session else None
             await faults.point("users.refresh.before_commit")
         await faults.point("users.refresh.after_commit")
-        # Outside: raising inside would roll back the end of the session.
+        # After the commit: raising inside would roll back the end of the session.
         if session is None or user is None:
             raise SessionEnded
         return self._issued(user, session, refresh_token)
 
     async def sign_out(self, request: SignOut) -> Empty:
-        """Ends the session of a refresh token, used or not. Nothing happens where there is none."""
+        """Ends the session of a refresh token, used or not, if there is one."""
         async with self._database.transaction() as tx:
             session = await store.lock_session(tx, refresh_token_hash(request.refresh_token))
             if session:
@@ -169,27 +169,22 @@ class UsersService:
         return Empty()
 
     async def get(self, batch: Batch[GetUser]) -> Sequence[User | UserNotFound]:
-        """To a customer, another's id answers like an unknown one.
+        """A customer gets UserNotFound for the id of another account.
 
-        The statement that reads the accounts also reads those of the staff who ask, and with them their roles.
+        The statement that reads the accounts also reads those of the calling staff, and with them their current roles.
         """
-        asked = list(zip(batch, batch.actors, strict=True))
-        wanted = {r.id for r, actor in asked if may_see(actor, r.id)}
-        wanted |= {actor.id for r, actor in asked if is_staff_account(actor) and actor.id != r.id}
+        requests = list(zip(batch, batch.actors, strict=True))
+        wanted = {r.id for r, actor in requests if may_see(actor, r.id)}
+        wanted |= {actor.id for r, actor in requests if is_staff_account(actor) and actor.id != r.id}
         async with self._database.read() as tx:
             found = {row.id: _user(row) for row in await store.users(tx, list(wanted))}
-
-        def is_visible(actor: Actor, user_id: int) -> bool:
-            if actor.id == user_id or not is_staff_account(actor):
-                return may_see(actor, user_id)
-            return (asking := found.get(actor.id)) is not None and asking.role == STAFF
-
         return [
-            (found.get(r.id) if is_visible(actor, r.id) else None) or UserNotFound(user_id=r.id) for r, actor in asked
+            (found.get(r.id) if _is_visible(r.id, actor, found.get(actor.id)) else None) or UserNotFound(user_id=r.id)
+            for r, actor in requests
         ]
 
     async def list(self, request: ListUsers) -> UserPage:
-        one_more, actor = request.limit + 1, current.get().actor  # one more tells whether there is another page
+        one_more, actor = request.limit + 1, current.get().actor  # one more shows whether there is another page
         is_one = request.id is not None or request.email is not None
         async with self._database.read() as tx:
             if is_one:
@@ -199,7 +194,7 @@ class UsersService:
                 rows = await store.page(tx, request.after, one_more)
             else:
                 rows = await store.page_of_role(tx, request.role, request.after, one_more)
-            # Last: an actor that is staff now was so while the page was read, or is allowed to see it by now.
+            # Checked last: an actor that is staff now may see the page, also where it was not while the page was read.
             if is_staff_account(actor):
                 rules.check_staff(await store.users(tx, [actor.id]), actor, Users.list)
         shown = tuple(_user(row) for row in rows[: request.limit])
@@ -231,7 +226,7 @@ class UsersService:
                 if changed is None:
                     return await self._expected(tx, request.id, request.version)
                 if checked and not await store.lock_credentials(tx, checked.user_id, checked.version):
-                    raise WrongCredentials  # the password was changed while we checked it
+                    raise WrongCredentials  # the password was changed after it was checked
                 if checked or (email is not None and actor.id != request.id):
                     await log_store.add(tx, [NewEntry("email_changed", request.id, actor, request.address)])
                 if email is not None and not changed.email_proven:
@@ -241,7 +236,7 @@ class UsersService:
             raise _email_taken(violation) from violation
 
     async def change_password(self, request: ChangePassword) -> Empty:
-        """One's own alone. Raises UserNotFound, Forbidden, InvalidRequest, WrongCredentials, TooManyHashes."""
+        """For one's own account. Raises UserNotFound, Forbidden, InvalidRequest, WrongCredentials, TooManyHashes."""
         rules.check_oneself(current.get().actor, request.id, Users.change_password)
         async with self._database.read() as tx:
             credentials = await store.credentials_by_user(tx, request.id)
@@ -258,7 +253,7 @@ class UsersService:
         return Empty()
 
     async def set_role(self, request: SetRole) -> User:
-        """Ends the account's sessions where it has another role now.
+        """Changes the role of an account. Where the role differs, all its sessions end.
 
         Raises UserNotFound, Forbidden, StaleVersion, LastStaffMember.
         """
@@ -269,7 +264,7 @@ class UsersService:
             if is_staff_account(actor):
                 rules.check_staff(locked, actor, Users.set_role)
             changed = await store.change_role(tx, request.id, request.role, request.version)
-            # An actor without an account (the owner of a loopback shop, a command) can make an account staff again.
+            # An actor without an account (the caller of an open shop, a command) can make an account staff again.
             if changed and request.role != STAFF and _staff_of(locked) == [request.id] and actor.id:
                 raise LastStaffMember(user_id=request.id)
             if changed and rules.role_of(locked, request.id) != request.role:
@@ -290,17 +285,17 @@ class UsersService:
                 after = 0
                 rows = await store.ended_sessions(tx, after, request.limit)
         entries = [(row.position, row.sid.hex) for row in rows if row.position is not None and row.sid is not None]
-        behind = [entry for entry in entries if entry[0] > after][: request.limit]
-        position, session_id = behind[-1] if behind else (after, request.session_id if after else None)
+        later = [entry for entry in entries if entry[0] > after][: request.limit]
+        position, session_id = later[-1] if later else (after, request.session_id if after else None)
         return EndedSessions(
-            session_ids=tuple(sid for _, sid in behind),
+            session_ids=tuple(sid for _, sid in later),
             position=position,
             session_id=session_id,
             is_full=len(entries) > request.limit,
         )
 
     async def sessions(self, request: ListSessions) -> SessionPage:
-        """One's own alone. Raises UserNotFound, Forbidden."""
+        """For one's own account. Raises UserNotFound, Forbidden."""
         rules.check_oneself(current.get().actor, request.user_id, Users.sessions)
         after = None if request.after is None else uuid.UUID(request.after)
         async with self._database.read() as tx:
@@ -321,7 +316,7 @@ class UsersService:
         return SessionPage(sessions=shown, next_after=shown[-1].id if len(rows) > len(shown) else None, total=total)
 
     async def end_session(self, request: EndSession) -> Empty:
-        """One's own alone. Raises UserNotFound, Forbidden, SessionNotFound."""
+        """For one's own account. Raises UserNotFound, Forbidden, SessionNotFound."""
         rules.check_oneself(current.get().actor, request.user_id, Users.end_session)
         async with self._database.transaction() as tx:
             ending = await store.lock_session_of(tx, request.user_id, uuid.UUID(request.id))
@@ -332,7 +327,7 @@ class UsersService:
         return Empty()
 
     async def end_other_sessions(self, request: EndOtherSessions) -> Empty:
-        """One's own alone. Raises UserNotFound, Forbidden."""
+        """For one's own account. Raises UserNotFound, Forbidden."""
         rules.check_oneself(current.get().actor, request.user_id, Users.end_other_sessions)
         async with self._database.transaction() as tx:
             ending = await store.lock_other_sessions_of(tx, request.user_id, uuid.UUID(request.id))
@@ -342,7 +337,7 @@ class UsersService:
         return Empty()
 
     async def register_without_password(self, request: RegisterWithoutPassword) -> User:
-        """A new account, which cannot be signed in to until its owner has set a password by the link of a letter.
+        """Opens an account without a password; its owner can sign in after setting one by the link of a letter.
 
         Raises InvalidRequest, EmailTaken.
         """
@@ -357,13 +352,13 @@ class UsersService:
         return _user(added)
 
     async def sign_in_named(self, request: SignInNamed) -> Tokens:
-        """`sign_in` by an e-mail address or a name. Of accounts with one name, the oldest that has a password."""
+        """`sign_in` by an e-mail address or a name. Of accounts with the same name, the oldest with a password."""
         if "@" in request.username:
             by_email = SignIn(email=request.username, password=request.password, address=request.address)
             return await self.sign_in(by_email)
         name = rules.stored_name(request.username)
         credentials = None
-        if rules.name_problem(name) is None:  # what cannot be stored cannot be asked for either
+        if rules.name_problem(name) is None:  # PostgreSQL refuses a text that cannot be stored in a query too
             async with self._database.read() as tx:
                 credentials = await name_store.credentials_by_name(tx, name)
         return await self._signed_in(credentials, request.password, request.address)
@@ -381,7 +376,7 @@ class UsersService:
         return await self._start_session(credentials, await self._better_hash(credentials, password), address)
 
     async def _one(self, tx: Tx, request: ListUsers) -> store.UserRow | None:
-        """The account with the id and the address that are asked for."""
+        """The account with the requested id and address."""
         if request.email is not None:
             by_email = await store.user_by_email(tx, addresses.spellings(request.email))
             if by_email is None or request.id in (None, by_email.id):
@@ -391,9 +386,10 @@ class UsersService:
         return await store.user(tx, request.id)
 
     async def _check_password_for(self, request: UpdateProfile, email: str) -> store.CredentialsRow | None:
-        """The credentials with which the owner of an account changes its e-mail address; None where it has it already.
+        """The credentials with which an owner changes the e-mail address; None where the address is the same.
 
-        Who finds a device that is signed in must not take the account over: by its e-mail address it is got back.
+        The password is needed so that a person with a signed-in device cannot take over the account: the e-mail
+        address resets its password.
         """
         async with self._database.read() as tx:
             credentials = await store.credentials_by_user(tx, request.id)
@@ -411,13 +407,13 @@ class UsersService:
         return credentials
 
     async def _better_hash(self, credentials: store.CredentialsRow, password: str) -> str | None:
-        """A hash with today's parameters, where the stored one was made with others."""
+        """A hash with the current parameters, where the stored one has others."""
         if not self._passwords.outdated(credentials.password_hash):
             return None
         try:
             return await self._passwords.hash(password)
         except TooManyHashes:
-            return None  # the old hash is as good as it was yesterday; the next time they sign in will do
+            return None  # the old hash stays valid; the next sign-in tries again
 
     async def _start_session(self, checked: store.CredentialsRow, better_hash: str | None, address: str) -> Tokens:
         refresh_token, sid = new_refresh_token(self._randomness), new_session_id(self._randomness)
@@ -426,14 +422,14 @@ class UsersService:
                 await store.rehash(tx, checked.user_id, checked.version, better_hash)
             session = await store.start_session(tx, checked.user_id, checked.version, sid, rules.SESSION_LENGTH)
             if session is None:
-                raise WrongCredentials  # the password was changed while we checked it
+                raise WrongCredentials  # the password was changed after it was checked
             await store.add_refresh_token(tx, session.id, refresh_token_hash(refresh_token))
             user = await self._expected(tx, session.user_id, None)
             await log_store.add(tx, [NewEntry("signed_in", user.id, Actor(user.role, user.id), address)])
         return self._issued(user, session, refresh_token)
 
     async def _rotate(self, tx: Tx, session: store.SessionRow, used: bytes, fresh: bytes, address: str) -> User | None:
-        """The session's user, with the token replaced; None where it was used too long ago, with the session ended."""
+        """Replaces the token, and gives the session's user. Ends the session, and gives None, for a reused token."""
         if await store.use_refresh_token(tx, used):
             await store.add_refresh_token(tx, session.id, fresh)
         elif not await store.is_repeated(tx, used, fresh, rules.REPEATED_WITHIN):
@@ -444,13 +440,13 @@ class UsersService:
         return await self._expected(tx, session.user_id, None)
 
     async def _replace_password(self, checked: store.CredentialsRow, new_hash: str, request: ChangePassword) -> None:
-        spared = refresh_token_hash(request.refresh_token) if request.refresh_token else b""
+        kept = refresh_token_hash(request.refresh_token) if request.refresh_token else b""
         async with self._database.transaction() as tx:
             if not await store.change_password(tx, checked.user_id, checked.version, new_hash):
-                raise WrongCredentials  # somebody changed it while we checked it
+                raise WrongCredentials  # the password was changed after it was checked
             entry = NewEntry("password_changed", request.id, current.get().actor, request.address)
             await log_store.add(tx, [entry])
-            ending = await store.lock_sessions_of(tx, checked.user_id, except_with=spared)
+            ending = await store.lock_sessions_of(tx, checked.user_id, except_with=kept)
             await store.end_sessions(tx, ending, "password_changed")
             await faults.point("users.change_password.before_commit")
 
@@ -471,6 +467,13 @@ class UsersService:
             expires_in=int(ACCESS_TOKEN_LIFE.total_seconds()),
             user=user,
         )
+
+
+def _is_visible(user_id: int, actor: Actor, account: User | None) -> bool:
+    """Whether an actor may see an account. `account`: that of the actor, where it was read."""
+    if actor.id == user_id or not is_staff_account(actor):
+        return may_see(actor, user_id)
+    return account is not None and account.role == STAFF
 
 
 def _wrong_password(request: ChangePassword | UpdateProfile, operation: Operation[Any, Any]) -> NewEntry:
@@ -504,7 +507,7 @@ def _email_taken(violation: UniqueViolation) -> Exception:
 
 
 def _entry_at(rows: Sequence[store.EndedRow], position: int) -> str | None:
-    """The session of the entry at a position, where it is among `rows`, whose first it would be."""
+    """The session of the entry at a position, where it is in `rows`: it is the first then."""
     first = rows[0]
     return first.sid.hex if first.sid is not None and first.position == position else None
 

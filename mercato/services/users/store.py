@@ -44,9 +44,9 @@ class CredentialsRow(Row, frozen=True, gc=False):
 
 class SessionRow(Row, frozen=True, gc=False):
     id: int
-    """Inside this database alone: it counts, and counts again after a restore."""
+    """Only for this database: after a restore it gives the same ids again."""
     sid: uuid.UUID
-    """The id that others see: 128 random bits."""
+    """The public id: 128 random bits."""
     user_id: int
 
 
@@ -67,7 +67,7 @@ class EndedRow(Row, frozen=True, gc=False):
 
 
 async def add_user(tx: Tx, email: str, name: str, role: Role) -> UserRow:
-    """A new account. Raises UniqueViolation of `EMAIL_KEY`."""
+    """Adds an account. Raises UniqueViolation of `EMAIL_KEY`."""
     row = await tx.fetch_one(
         UserRow,
         """
@@ -79,12 +79,12 @@ async def add_user(tx: Tx, email: str, name: str, role: Role) -> UserRow:
         name,
         role,
     )
-    assert row is not None, "INSERT without ON CONFLICT gives its row back, or raises"
+    assert row is not None, "INSERT without ON CONFLICT returns its row, or raises"
     return row
 
 
 async def users(tx: Tx, ids: list[int]) -> list[UserRow]:
-    """Those that exist, in any order."""
+    """The accounts that exist, in any order."""
     return await tx.fetch(
         UserRow,
         """
@@ -116,7 +116,7 @@ async def page(tx: Tx, after: int, limit: int) -> list[UserRow]:
 
 
 async def page_of_role(tx: Tx, role: Role, after: int, limit: int) -> list[UserRow]:
-    # A statement of its own: `$1 IS NULL OR role = $1` would keep the planner from the index over (role, id).
+    # A statement of its own: with `$1 IS NULL OR role = $1` the planner does not use the index of (role, id).
     return await tx.fetch(
         UserRow,
         """
@@ -135,7 +135,7 @@ async def page_of_role(tx: Tx, role: Role, after: int, limit: int) -> list[UserR
 async def change_profile(
     tx: Tx, user_id: int, email: str | None, name: str | None, version: int | None
 ) -> UserRow | None:
-    """The changed user; None where there is none, or it is not at `version`. Raises UniqueViolation of `EMAIL_KEY`."""
+    """The changed user; None for an unknown id or another version. Raises UniqueViolation of `EMAIL_KEY`."""
     return await tx.fetch_one(
         UserRow,
         """
@@ -153,7 +153,7 @@ async def change_profile(
 
 
 async def change_role(tx: Tx, user_id: int, role: Role, version: int | None) -> UserRow | None:
-    """The changed user; None where there is none, or it is not at `version`."""
+    """The changed user; None for an unknown id or another version."""
     return await tx.fetch_one(
         UserRow,
         """
@@ -169,7 +169,7 @@ async def change_role(tx: Tx, user_id: int, role: Role, version: int | None) -> 
 
 
 async def lock_accounts(tx: Tx, ids: list[int]) -> list[RoleRow]:
-    """Those that exist, with their roles, which stay as they are until this transaction ends."""
+    """The accounts that exist, with their roles. No other transaction changes them until this one ends."""
     return await tx.fetch(
         RoleRow,
         """
@@ -186,8 +186,8 @@ async def lock_accounts(tx: Tx, ids: list[int]) -> list[RoleRow]:
 async def lock_accounts_and_staff(tx: Tx, ids: list[int]) -> list[RoleRow]:
     """`lock_accounts`, and all staff.
 
-    Two members who take the role from each other at the same time: the second waits here, and is then given the role
-    that the first has left it, because PostgreSQL reads a row again once it has its lock.
+    Of two members who concurrently take the role from each other, the second waits here, and then gets its new role,
+    because PostgreSQL reads a row again once it has its lock.
     """
     return await tx.fetch(
         RoleRow,
@@ -221,7 +221,7 @@ async def add_credentials(tx: Tx, user_id: int, password_hash: str) -> None:
 
 
 async def user_by_email(tx: Tx, spellings: list[str]) -> UserRow | None:
-    """The account with one of the spellings of an address; the first of them that there is."""
+    """The account with one of the spellings of an address; the first spelling that an account has."""
     return await tx.fetch_one(
         UserRow,
         """
@@ -236,7 +236,7 @@ async def user_by_email(tx: Tx, spellings: list[str]) -> UserRow | None:
 
 
 async def credentials_by_email(tx: Tx, spellings: list[str]) -> CredentialsRow | None:
-    """Of the account with one of the spellings of an address; the first of them that there is."""
+    """As `user_by_email`, the credentials."""
     return await tx.fetch_one(
         CredentialsRow,
         """
@@ -265,7 +265,7 @@ async def credentials_by_user(tx: Tx, user_id: int) -> CredentialsRow | None:
 
 
 async def lock_credentials(tx: Tx, user_id: int, version: int) -> bool:
-    """False where the password was changed after `version` was read. It stays as it is until this transaction ends."""
+    """False where the password was changed after `version` was read. Locks it until this transaction ends."""
     found = await tx.fetch_values(
         int,
         """
@@ -281,7 +281,7 @@ async def lock_credentials(tx: Tx, user_id: int, version: int) -> bool:
 
 
 async def rehash(tx: Tx, user_id: int, version: int, password_hash: str) -> None:
-    """Another hash of the same password."""
+    """Replaces the hash by another one of the same password."""
     await tx.execute(
         """
         UPDATE credentials
@@ -295,7 +295,7 @@ async def rehash(tx: Tx, user_id: int, version: int, password_hash: str) -> None
 
 
 async def change_password(tx: Tx, user_id: int, version: int, password_hash: str) -> bool:
-    """False where the password was changed after `version` was read: the one that was checked is not it any more."""
+    """False where the password was changed after `version` was read and checked."""
     changed = await tx.execute(
         """
         UPDATE credentials
@@ -315,10 +315,10 @@ async def change_password(tx: Tx, user_id: int, version: int, password_hash: str
 async def start_session(
     tx: Tx, user_id: int, version: int, sid: uuid.UUID, length: datetime.timedelta
 ) -> SessionRow | None:
-    """A new session; None where the password was changed after `version` was read.
+    """Starts a session; None where the password was changed after `version` was read.
 
-    The locks make a change of the password or the role wait for this session, so that it ends this one too, or this
-    wait for it.
+    The locks order this statement and a change of the password or the role: the change ends this session too, or this
+    statement waits for it.
     """
     return await tx.fetch_one(
         SessionRow,
@@ -339,7 +339,7 @@ async def start_session(
 
 
 async def lock_session(tx: Tx, token_hash: bytes) -> SessionRow | None:
-    """The live session of a refresh token, used or not. Whoever else refreshes or ends it waits."""
+    """The live session of a refresh token, used or not. Locked against other refreshes and its end."""
     return await tx.fetch_one(
         SessionRow,
         """
@@ -375,7 +375,7 @@ async def sessions_of(tx: Tx, user_id: int, after: uuid.UUID | None, limit: int)
 
 
 async def lock_session_of(tx: Tx, user_id: int, sid: uuid.UUID) -> list[int]:
-    """The session of a user by the id that others see, where it is live."""
+    """The live session of a user with this public id."""
     return await tx.fetch_values(
         int,
         """
@@ -426,7 +426,7 @@ async def lock_sessions_of(tx: Tx, user_id: int, *, except_with: bytes = b"") ->
 
 
 async def end_sessions(tx: Tx, session_ids: list[int], reason: str) -> None:
-    """Ends sessions that are live and locked, and appends them to the log. Among the last statements of a transaction.
+    """Ends live, locked sessions, and appends them to the log. One of the last statements of a transaction.
 
     The lock that orders the log is held from here to the commit.
     """
@@ -455,9 +455,9 @@ async def end_sessions(tx: Tx, session_ids: list[int], reason: str) -> None:
 
 
 async def ended_sessions(tx: Tx, after: int, limit: int) -> list[EndedRow]:
-    """The entry at the position `after`, where it is kept, and up to `limit` behind it, by ascending position.
+    """The entry at the position `after`, if it still exists, and up to `limit` after it, by ascending position.
 
-    There is at least one row, with the last position that was given out; its `sid` is None where there are no entries.
+    There is at least one row, with the last given position; its `sid` is None where there are no entries.
     """
     return await tx.fetch(
         EndedRow,
@@ -476,7 +476,7 @@ async def ended_sessions(tx: Tx, after: int, limit: int) -> list[EndedRow]:
 
 
 async def delete_old_ended_sessions(tx: Tx, limit: int = CLEANED_AT_ONCE) -> int:
-    """Deletes up to `limit` of the oldest entries whose access tokens have long expired; says how many."""
+    """Deletes up to `limit` of the oldest entries whose access tokens have expired; gives how many."""
     return await tx.execute(
         """
         DELETE FROM ended_sessions
@@ -502,7 +502,7 @@ async def add_refresh_token(tx: Tx, session_id: int, token_hash: bytes) -> None:
 
 
 async def use_refresh_token(tx: Tx, token_hash: bytes) -> bool:
-    """False where it was used before. The guard decides between two who use it at the same time."""
+    """False where it was used before. The guard decides between two concurrent uses."""
     used = await tx.execute(
         """
         UPDATE refresh_tokens
@@ -532,7 +532,7 @@ async def is_repeated(tx: Tx, used: bytes, successor: bytes, within: datetime.ti
 
 
 async def delete_old_refresh_tokens(tx: Tx, limit: int = CLEANED_AT_ONCE) -> int:
-    """Deletes up to `limit` tokens of sessions that have been over for long; says how many."""
+    """Deletes up to `limit` tokens of sessions that ended `SESSION_KEPT` ago; gives how many."""
     return await tx.execute(
         """
         DELETE FROM refresh_tokens
@@ -551,7 +551,7 @@ async def delete_old_refresh_tokens(tx: Tx, limit: int = CLEANED_AT_ONCE) -> int
 
 
 async def delete_old_sessions(tx: Tx, limit: int = CLEANED_AT_ONCE) -> int:
-    """Deletes up to `limit` sessions that have been over for long and have no tokens; says how many."""
+    """Deletes up to `limit` sessions without tokens that ended `SESSION_KEPT` ago; gives how many."""
     return await tx.execute(
         """
         DELETE FROM sessions
@@ -573,7 +573,7 @@ async def delete_old_sessions(tx: Tx, limit: int = CLEANED_AT_ONCE) -> int:
 
 
 async def lock_users(tx: Tx) -> None:
-    """Nobody else adds or changes users until this transaction ends; reading goes on."""
+    """Locks all users against writes until this transaction ends; reads continue."""
     await tx.execute("LOCK TABLE users IN SHARE ROW EXCLUSIVE MODE")
 
 

@@ -1,6 +1,6 @@
-"""Access tokens (signed, short-lived, read with the public key) and refresh tokens (read by this service).
+"""Access tokens (signed, short-lived, verified with the public key) and refresh tokens (read by this service).
 
-An access token is a JWT as RFC 9068 profiles it: `typ: at+jwt`, so that no other JWT signed by this key passes for one.
+An access token is a JWT of RFC 9068: `typ: at+jwt`, so that no other JWT signed with this key is accepted as one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mercato.contracts.users import PublicKeys, User
 
 KEY_PURPOSE: Final = "users/access-token/1"
 REFRESH_KEY_PURPOSE: Final = "users/refresh-token/1"
-"""The numbers are for the day on which a key must change."""
+"""The numbers allow a change of the keys."""
 
 ISSUER: Final = "mercato"
 AUDIENCE: Final = "mercato"
@@ -62,7 +62,7 @@ class AccessTokens:
 
 
 def new_session_id(randomness: Randomness) -> uuid.UUID:
-    """Random in all its bits: not a UUID of a version that others know."""
+    """All its bits are random: it is no UUID of a standard version."""
     return uuid.UUID(bytes=randomness.token(SESSION_ID_BYTES))
 
 
@@ -73,13 +73,13 @@ def new_refresh_token(randomness: Randomness) -> str:
 def next_refresh_token(key: bytes, refresh_token: str) -> str:
     """The successor of a refresh token: always the same, so that a repeated refresh gets it although it is not stored.
 
-    Without the key it says nothing about its successor, and nothing about its predecessor.
+    Without the key, a token reveals neither its successor nor its predecessor.
     """
     return _url_safe(hmac.digest(key, _as_bytes(refresh_token), hashlib.sha256))
 
 
 def refresh_token_hash(refresh_token: str) -> bytes:
-    """What is stored of a refresh token. A fast hash will do for 256 bits that nobody can guess."""
+    """The stored hash of a refresh token. A fast hash is enough for 256 random bits."""
     return hashlib.sha256(_as_bytes(refresh_token)).digest()
 
 
