@@ -31,11 +31,11 @@ OUTBOX_IDS: Final = "outbox_id_seq"
 FEED_POSITIONS: Final = "feed_position_seq"
 
 _CURSORS: Final = "SELECT consumer, source, position, at FROM cursors WHERE at IS NOT NULL ORDER BY consumer, source"
-# `is_behind`: the log ends before the cursor, and has no row that is younger than what the consumer has read. Where
+# `was_restored`: the log ends before the cursor, and has no row that is younger than what the consumer has read. Where
 # services have written to it since its restore, an operator has to decide.
 _LAST_ROW: Final = """
     SELECT last.id, last.at,
-           coalesce(last.id, 0) < $1 AND NOT EXISTS (SELECT FROM outbox WHERE at > $2) AS is_behind
+           coalesce(last.id, 0) < $1 AND NOT EXISTS (SELECT FROM outbox WHERE at > $2) AS was_restored
       FROM (SELECT 1) AS always
       LEFT JOIN LATERAL (
         SELECT id, at
@@ -116,7 +116,7 @@ async def _source_rejoined(consuming: Any, source: Any, cursor: Mapping[str, Any
     at: datetime.datetime = cursor["at"]
     row_id, _ = outbox_row.place_of(position)
     last = await source.fetchrow(_LAST_ROW, row_id, at)
-    if not last["is_behind"]:
+    if not last["was_restored"]:
         return False
     async with source.transaction():
         await move_past(source, OUTBOX_IDS, row_id)
