@@ -67,7 +67,7 @@ MONEY: Final = (
         "M3",
         "money",
         "always",
-        "No order is charged twice: in `sandbox.charges` it has at most one that is not refunded, and one that is open",
+        "No order is charged twice: in sandbox.charges it has at most one that is not refunded, and one that is open",
         """
         SELECT order_id, 'captured' AS what, count(*) AS times
           FROM sandbox.charges
@@ -92,7 +92,7 @@ MONEY: Final = (
         "M4",
         "money",
         "settled",
-        "`sandbox.operations` and `payments.operations` have the same operations with the same amounts",
+        "sandbox.operations and payments.operations have the same operations with the same amounts",
         # A void has no amount of its own. An intent with which the sandbox is called again has a new `asked_at`.
         """
         SELECT coalesce(b.key, p.key) AS key, coalesce(b.kind, p.kind) AS kind, b.status AS sandbox,
@@ -199,7 +199,7 @@ MONEY: Final = (
         "M9",
         "money",
         "always",
-        "No more is refunded than was captured: in `sandbox.operations`, in `payments.payments` and of an order",
+        "No more is refunded than was captured: in sandbox.operations, in payments.payments and of an order",
         """
         SELECT 'sandbox' AS service, order_id
           FROM sandbox.operations
