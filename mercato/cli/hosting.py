@@ -21,7 +21,7 @@ YOUNG_OBJECTS: Final = 50_000
 number (700) it looked many times in every batch, found nothing, and took a twelfth of the process's time for it."""
 
 
-def spare_the_collector() -> None:
+def tune_garbage_collection() -> None:
     """At the end of the start: what is there by now is for good, and need not be looked at again."""
     gc.collect()
     gc.freeze()

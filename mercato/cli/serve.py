@@ -23,7 +23,7 @@ import msgspec
 from mercato import __version__, topology
 from mercato.chassis.contract import ServiceError
 from mercato.chassis.hosting import settings as config
-from mercato.chassis.hosting.host import GATEWAY, Host, hear_of_events
+from mercato.chassis.hosting.host import GATEWAY, Host, forward_wake_ups
 from mercato.chassis.hosting.keys import signing_seed
 from mercato.chassis.hosting.options import OptionError
 from mercato.chassis.http import CannotListen, LoadLimits, bind
@@ -38,7 +38,7 @@ from mercato.chassis.rpc.transports import Remote
 from mercato.chassis.rpc.trust import TokenSigner, Trust
 from mercato.cli import environment, stopping
 from mercato.cli.environment import Given
-from mercato.cli.hosting import hosted, spare_the_collector
+from mercato.cli.hosting import hosted, tune_garbage_collection
 from mercato.cli.preparing import explained
 from mercato.cli.progress import Progress, fail
 from mercato.cli.settings import load
@@ -160,7 +160,7 @@ class _Serving:
         await _require_migrated(given.dsns)
         stack.push_async_callback(remote.close)
         await remote.open()
-        await hear_of_events(host, remote)
+        await forward_wake_ups(host, remote)
         await self._bridge(host, remote)
         await stack.enter_async_context(hosted(host))
         await remote.serve(host.servers)
@@ -211,7 +211,7 @@ class _Serving:
             self._progress.say(f"ready {url}")
             self._progress.event("ready", url=url, services=self._options.names)
 
-        spare_the_collector()
+        tune_garbage_collection()
         leaving = asyncio.create_task(leave())
         try:
             server = topology.server(app, listener, self._telemetry, announce, drain_seconds=DRAIN_SECONDS)

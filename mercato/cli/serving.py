@@ -18,7 +18,7 @@ from mercato.chassis.hosting.keys import service_secrets
 from mercato.chassis.http import LoadLimits
 from mercato.chassis.observability import faults
 from mercato.chassis.observability.telemetry import configure_logging
-from mercato.cli.hosting import hosted, spare_the_collector
+from mercato.cli.hosting import hosted, tune_garbage_collection
 from mercato.cli.progress import fail
 from mercato.cli.worker import OwnerWatch
 from mercato.cli.workers import READY_LINE, Assignment
@@ -73,7 +73,7 @@ async def _serve(assignment: Assignment, owner_watch: OwnerWatch) -> None:
             load=LoadLimits.up_to(assignment.requests_in_work),
             counts=assignment.counts,
         )
-        spare_the_collector()
+        tune_garbage_collection()
         with socket.socket(fileno=assignment.listener) as listener:
             async with background.running():
                 await topology.server(app, listener, host.telemetry, _tell_ready).run_until(stop)

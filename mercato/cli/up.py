@@ -30,7 +30,7 @@ from mercato.chassis.observability.telemetry import Telemetry, configure_logging
 from mercato.chassis.postgres.migrations import MigrationError
 from mercato.chassis.postgres.provisioning import ProvisionError
 from mercato.cli import environment, preparing, stopping
-from mercato.cli.hosting import hosted, spare_the_collector
+from mercato.cli.hosting import hosted, tune_garbage_collection
 from mercato.cli.keeping import kept
 from mercato.cli.progress import Progress, fail
 from mercato.cli.settings import load
@@ -318,7 +318,7 @@ class _Up:
         def on_ready() -> None:
             self._announce(url)
 
-        spare_the_collector()
+        tune_garbage_collection()
         async with background.running():
             await topology.server(app, listener, host.telemetry, on_ready).run_until(self._stop)
 

@@ -133,7 +133,7 @@ class Workers:
             assert process.stdout is not None
             if await process.stdout.readline() != READY_LINE:
                 await process.wait()
-                raise WorkerFailed(f"{_obituary(process)} before it was ready")
+                raise WorkerFailed(f"{_describe_exit(process)} before it was ready")
 
     async def _start(self, metrics: str) -> asyncio.subprocess.Process:
         process = await asyncio.create_subprocess_exec(
@@ -156,7 +156,7 @@ class Workers:
     async def _watch(self, process: asyncio.subprocess.Process, on_death: Callable[[str], None]) -> None:
         await process.wait()
         if not self._stopping:
-            on_death(f"{_obituary(process)}; the shop has stopped. Start it again: no acknowledged order is lost")
+            on_death(f"{_describe_exit(process)}; the shop has stopped. Start it again: no acknowledged order is lost")
 
     async def _stop(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdin is not None
@@ -169,7 +169,7 @@ class Workers:
             await process.wait()
 
 
-def _obituary(process: asyncio.subprocess.Process) -> str:
+def _describe_exit(process: asyncio.subprocess.Process) -> str:
     code = process.returncode
     assert code is not None
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"

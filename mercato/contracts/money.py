@@ -89,8 +89,8 @@ class MoneyError(ServiceError, is_base=True):
     """An error whose sentence has amounts. The currency of a field `left_minor` is the field `left_currency`, or else
     `currency`."""
 
-    def spoken(self) -> dict[str, Any]:
-        fields = super().spoken()
+    def sentence_values(self) -> dict[str, Any]:
+        fields = super().sentence_values()
         for name in fields:
             kind = name.removesuffix("_minor")
             currency = fields.get(f"{kind}_currency", fields.get("currency"))

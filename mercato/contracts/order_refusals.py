@@ -74,8 +74,8 @@ class IllegalMove(ServiceError, code="orders.illegal_move", kind=Kind.CONFLICT):
     legal: tuple[str, ...]
     why: str = ""
 
-    def spoken(self) -> dict[str, Any]:
-        return {**super().spoken(), "why": f", because {self.why}" if self.why else ""}
+    def sentence_values(self) -> dict[str, Any]:
+        return {**super().sentence_values(), "why": f", because {self.why}" if self.why else ""}
 
 
 class AmountNotDue(MoneyError, code="orders.amount_not_due", kind=Kind.CONFLICT):
@@ -117,9 +117,12 @@ class PaymentDeclined(ServiceError, code="orders.payment_declined", kind=Kind.RE
     replayed: bool = False
     """An earlier request with the same key has made this payment."""
 
-    def spoken(self) -> dict[str, Any]:
+    def sentence_values(self) -> dict[str, Any]:
         until = self.payable_until and self.payable_until.astimezone(datetime.UTC)
-        return {**super().spoken(), "until": f"; it can be paid until {until:%Y-%m-%dT%H:%M:%SZ}" if until else ""}
+        return {
+            **super().sentence_values(),
+            "until": f"; it can be paid until {until:%Y-%m-%dT%H:%M:%SZ}" if until else "",
+        }
 
 
 class OutOfStock(ServiceError, code="orders.out_of_stock", kind=Kind.CONFLICT):
@@ -129,10 +132,10 @@ class OutOfStock(ServiceError, code="orders.out_of_stock", kind=Kind.CONFLICT):
     order_id: int
     items: tuple[ShortLine, ...]
 
-    def spoken(self) -> dict[str, Any]:
+    def sentence_values(self) -> dict[str, Any]:
         short = [f"product {i.product_id} ({i.available} of {i.requested})" for i in self.items[:SPOKEN_ITEMS]]
         more = ["more"] if len(self.items) > SPOKEN_ITEMS else []
-        return {**super().spoken(), "products": ", ".join([*short, *more]) or "its products"}
+        return {**super().sentence_values(), "products": ", ".join([*short, *more]) or "its products"}
 
 
 class HoldLimit(ServiceError, code="orders.hold_limit", kind=Kind.CONFLICT):

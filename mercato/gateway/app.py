@@ -196,7 +196,7 @@ class Gateway:
         send: Send,
         headers: RequestHeaders,
     ) -> tuple[int, Lines, bytes]:
-        if (load := self.load).waiting and load.in_work >= load.room[route.priority]:
+        if (load := self.load).waiting and load.in_work >= load.capacity[route.priority]:
             await load.check(route.priority, route.name)
         authenticator, authorization = self._authenticator, headers.authorization
         authenticator.check_source(headers, scope["method"])
@@ -246,7 +246,7 @@ class Gateway:
         """The answer of a route's operation, counted as a request in work. Raises its errors, and `Overloaded`."""
         load, entered_at = self.load, deadline - self._seconds
         priority = Priority.REPORT if request.counts else route.priority
-        if load.in_work < load.room[priority]:
+        if load.in_work < load.capacity[priority]:
             load.in_work += 1
             if load.in_work > load.peak:
                 load.peak = load.in_work

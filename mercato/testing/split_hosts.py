@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, TypeVar
 
 from mercato import __version__, topology
 from mercato.chassis.contract import Contract, Operation
-from mercato.chassis.hosting.host import GATEWAY, Host, hear_of_events
+from mercato.chassis.hosting.host import GATEWAY, Host, forward_wake_ups
 from mercato.chassis.hosting.keys import nats_password, signing_seed
 from mercato.chassis.hosting.periodic import PeriodicTask
 from mercato.chassis.hosting.service import Build, Service
@@ -132,7 +132,7 @@ class SplitHosts:
             await self._start_nats()
         for name, host in self._hosts.items():
             await self._remotes[name].open()
-            await hear_of_events(host, self._remotes[name])
+            await forward_wake_ups(host, self._remotes[name])
             await host.open()
             await self._remotes[name].serve(host.servers)
 

@@ -153,8 +153,8 @@ def test_server_of_a_shop_refuses_early() -> None:
     )
     with socket.socket() as listener:
         server = topology.server(gateway, listener, Telemetry(), lambda: None)
-    assert isinstance(server._book.early, EarlyRefusals)
-    assert server._book.early.load is gateway.load
+    assert isinstance(server._table.early, EarlyRefusals)
+    assert server._table.early.load is gateway.load
 
 
 @pytest.mark.parametrize(("seconds", "limit"), [(0.0, 9), (1e9, 18)])

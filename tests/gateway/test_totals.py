@@ -190,7 +190,7 @@ async def test_a_page_comes_without_the_number_where_counting_takes_too_long(
 async def test_a_request_that_counts_waits_like_a_report_where_another_enters(cluster: Cluster) -> None:
     for_ever = {"standing_seconds": 1e9, "deadline_share": 1e9}
     async with shop_with(cluster, **for_ever) as shop:
-        reports = int(shop.load.room[Priority.REPORT])
+        reports = int(shop.load.capacity[Priority.REPORT])
         async with locked(shop, "products", of="products"):
             browsing = [asyncio.create_task(shop.get("/products/100")) for _ in range(reports)]
             await until_true(lambda: shop.load.in_work == reports, "they are in work")

@@ -1,8 +1,8 @@
-"""Whether a contract has changed additively: compares the JSON schemas of then (`schemas(...)`, committed) and now.
+"""Checks that a contract changes additively: compares its JSON schemas (`schemas(...)`) with the committed ones.
 
-Services are deployed one by one, so that for a while old callers talk to new services, and new callers to old ones.
-What works in both directions is additive: a new operation or event, a new field with a default, a larger batch, one
-role more, a new value of an enumeration.
+Services are deployed one by one, so that for a while old callers call new services, and new callers old ones.
+A change is additive if both work: a new operation or event, a new field with a default, a larger batch, a further
+role, a new value of an enumeration.
 
 A new value of an open enumeration (`Open[...]`, in answers, errors and events) is read by old processes as it is. A new
 value of a closed one (in requests) is refused by old services by its name.
@@ -21,7 +21,7 @@ from .messages import OPEN_VALUES, published_pattern
 from .operations import Contract
 
 REPEATABLE: Final = {"never": 0, "keyed": 1, "safe": 2}
-"""An operation may promise more than before, and never less: old callers hold it to its word."""
+"""An operation may promise more than before, and never less: old callers rely on the old promise."""
 
 CLOSED_VALUES: Final = "enum"
 VALUES: Final = (OPEN_VALUES, CLOSED_VALUES)
@@ -32,7 +32,7 @@ Schema = dict[str, Any]
 
 
 class Chassis(Contract, name="chassis"):
-    """What every operation may be answered with beside its own errors: the errors of the chassis."""
+    """The errors of the chassis, with which every operation may be answered besides its own."""
 
 
 def errors_of(contract: type[Contract]) -> dict[str, type[ServiceError]]:
@@ -62,8 +62,7 @@ def schemas(contract: type[Contract]) -> dict[str, Any]:
     errors = errors_of(contract)
     messages = [t for o in contract.operations.values() for t in (o.request, o.answer)]
     details = [_details_of(e) for e in errors.values()]
-    told = list(contract.events.values())
-    models = (*messages, *details, *told)
+    models = (*messages, *details, *contract.events.values())
     references, components = msgspec.json.schema_components(models, ref_template=COMPONENT)
     for struct in {struct: None for model in models for struct in _structs(model)}:
         for field in msgspec.structs.fields(struct):
@@ -92,7 +91,7 @@ def schemas(contract: type[Contract]) -> dict[str, Any]:
 
 
 def _published(part: Any) -> Any:
-    """The part of a schema, with patterns as JSON schemas have them."""
+    """A part of a schema, its patterns in the syntax of JSON schemas."""
     if isinstance(part, list):
         return [_published(item) for item in cast(list[Any], part)]
     if not isinstance(part, dict):
@@ -104,7 +103,7 @@ def _published(part: Any) -> Any:
 
 
 def _structs(hint: Any) -> Iterator[type[msgspec.Struct]]:
-    """Every struct that a type is made of."""
+    """Every struct that a type contains."""
     if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
         yield hint
         for field in msgspec.structs.fields(hint):
@@ -114,7 +113,7 @@ def _structs(hint: Any) -> Iterator[type[msgspec.Struct]]:
 
 
 def _mark_times(hint: Any, schema: Schema) -> None:
-    """Says of each time that it is one, which msgspec says only of times that must have a time zone."""
+    """Marks every time as one; msgspec marks only times that must have a time zone."""
     if hint is datetime.datetime:
         schema["format"] = "date-time"
     elif datetime.datetime in get_args(hint):
@@ -124,12 +123,12 @@ def _mark_times(hint: Any, schema: Schema) -> None:
 
 
 def breaks(old: Schema, new: Schema) -> list[str]:
-    """What would fail between a process with the contract `old` and one with `new`; empty where it is additive."""
+    """What would fail between a process with the contract `old` and one with `new`; empty if the change is additive."""
     return [*_operations(old, new), *_errors(old, new), *_events(old, new), *_components(old, new)]
 
 
 def misplaced(schema: Schema) -> list[str]:
-    """Enumerations that are closed where they are read by others, or open in a request; empty where all are right.
+    """Enumerations that are closed in an answer or event, or open in a request; empty if all are right.
 
     A message that is both a part of a request and of an answer has no enumeration.
     """
@@ -205,7 +204,7 @@ def _fields(name: str, before: Schema, after: Schema) -> Iterator[str]:
         elif _compared(was) != _compared(without_added_values(was, now)):
             yield f"{name}.{field} has another type, range or default"
     for field in sorted(set(after.get("required", ())) - set(before.get("required", ()))):
-        yield f"{name}.{field} has no default: who does not know it does not send it"
+        yield f"{name}.{field} has no default: old callers do not send it"
 
 
 # -------------------------------------------------------------------------------------------------- parts of schemas
@@ -243,7 +242,7 @@ def _removed(old: Any, new: Any) -> list[str]:
 
 
 def _compared(schema: Any) -> Any:
-    """What matters of the schema of a field: no prose, values of enumerations in no order."""
+    """The parts of a field's schema that are compared: no prose, and the values of enumerations sorted."""
     if isinstance(schema, dict):
         return {
             key: sorted(part) if key in VALUES else _compared(part)
@@ -254,7 +253,7 @@ def _compared(schema: Any) -> Any:
 
 
 def _reached(schema: Schema, references: list[Schema]) -> list[str]:
-    """The names of the components that these references lead to, over others too."""
+    """The names of the components that these references lead to, also indirectly."""
     found: dict[str, None] = {}
     waiting = [name for reference in references for name in _named(reference)]
     while waiting:

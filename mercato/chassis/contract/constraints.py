@@ -1,7 +1,7 @@
-"""What a value was refused for, in the words of an API: `must be at least 1`, `must be one of red, green`.
+"""Messages about refused values, in the terms of the API: `must be at least 1`, `must be one of red, green`.
 
-msgspec checks the values, and says what is wrong in words of its own, which name Python types and regular expressions.
-This is the one place that translates them. What a pattern asks for is said where it stands, in the `Meta` of the type:
+msgspec checks the values; its messages name Python types and regular expressions. This module alone translates them.
+The text for a pattern stands beside it, in the `Meta` of the type:
 
     Sku = Annotated[str, Meta(pattern=r"^[A-Z]+\\Z", extra=worded("must be capital letters"))]
 """
@@ -33,7 +33,7 @@ KINDS: Final[Mapping[str, str]] = {
     "str": "a text",
     "ExactFloat": "a number",
 }
-"""The types of JSON values as msgspec calls them, as a sentence has them."""
+"""The types of JSON values: msgspec's name, and the words of a sentence."""
 
 GOT: Final[Mapping[str, str]] = {**KINDS, "float": "a number with a fraction", "ExactFloat": "a number with a fraction"}
 PIECES: Final[Mapping[str, str]] = {"array": "item", "object": "member", "bytes": "byte", "str": "character"}
@@ -46,17 +46,17 @@ BOUNDS: Final[Mapping[str, str]] = {
 
 
 def worded(words: str) -> dict[str, Any]:
-    """The `extra` of a `Meta` with a pattern: what it asks for, as the end of a sentence about the field."""
+    """The `extra` of a `Meta` with a pattern: what it requires, as the end of a sentence about the field."""
     return {WORDS: words}
 
 
 def checked(check: Check) -> dict[str, Any]:
-    """The `extra` of a `Meta` with a further check. It explains; what must hold is asked again by what needs it."""
+    """The `extra` of a `Meta` with a further check. It only explains; the code that relies on it checks again."""
     return {CHECK: check}
 
 
 def explained(text: str, kind: Any = None) -> str:
-    """What msgspec says is wrong with a value, in words of the API. `kind`: the type that it does not fit, if known."""
+    """A message of msgspec in the terms of the API. `kind`: the type that the value does not fit, if known."""
     for pattern, words in _SENTENCES:
         if found := pattern.match(text):
             return words(found, kind)
@@ -65,14 +65,14 @@ def explained(text: str, kind: Any = None) -> str:
 
 
 def checks(kind: Any) -> Iterator[Check]:
-    """What else is asked of the values of a type, beside what msgspec checks."""
+    """The checks of a type besides those of msgspec."""
     for meta in metas(kind):
         if meta.extra and CHECK in meta.extra:
             yield cast(Check, meta.extra[CHECK])
 
 
 def metas(kind: Any) -> Iterator[msgspec.Meta]:
-    """Every `Meta` of a type, of the options of a union too."""
+    """Every `Meta` of a type, and of the options of a union."""
     for option in _options(kind):
         yield from (meta for meta in getattr(option, "__metadata__", ()) if isinstance(meta, msgspec.Meta))
 

@@ -1,4 +1,4 @@
-"""What travels with a call beside the request: who calls, until when, and what the handler has done so far."""
+"""The context of a call: its caller, its deadline, and what the handler has done so far."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Q = TypeVar("Q", bound=Message)
 
 
 class Actor(msgspec.Struct, frozen=True):
-    """Who asks: a role and, for people, their id (0 where there is none)."""
+    """The caller: a role and, for people, their id (else 0)."""
 
     role: str
     id: int = 0
@@ -25,14 +25,14 @@ ANONYMOUS: Final = Actor("anonymous")
 
 
 GUEST_ROLE: Final = "guest"
-"""The role of a caller without an account who holds the access token of one thing; the id is that of the thing."""
+"""The role of a caller without an account who holds the access token of one object, whose id is the caller's."""
 
 
 class Context(msgspec.Struct, frozen=True, gc=False):
-    """What travels with every call beside the request itself.
+    """What is passed with every call besides the request.
 
-    `deadline` is a time of this process's monotonic clock, in seconds. Between processes the remaining time travels,
-    never a clock reading.
+    `deadline` is a time of this process's monotonic clock, in seconds. Transports send the remaining time to another
+    process, never a clock reading.
     """
 
     actor: Actor
@@ -42,7 +42,7 @@ class Context(msgspec.Struct, frozen=True, gc=False):
 
 
 current: Final[contextvars.ContextVar[Context]] = contextvars.ContextVar("current_call")
-"""The call that is being served here. What is called from it inherits its deadline and its trace."""
+"""The call that is being served here. Calls that its handler makes inherit its deadline and its trace."""
 
 
 class Batch(tuple[Q, ...]):
@@ -82,7 +82,7 @@ def as_service() -> contextlib.AbstractContextManager[None]:
 
 
 class Attempt:
-    """What a handler has done so far, as far as running it again is concerned."""
+    """Whether a handler may be run again: what it has done so far."""
 
     __slots__ = ("committed", "open_transactions")
 

@@ -13,7 +13,7 @@ from .messages import Message
 
 
 class Kind(enum.StrEnum):
-    """What sort of failure an error is. Only the gateway turns kinds into HTTP status codes.
+    """The sort of failure. Only the gateway turns kinds into HTTP status codes.
 
     A kind that this process does not know, of a newer service, is read as `INTERNAL`.
     """
@@ -53,10 +53,10 @@ class ServiceError(Exception):
     sentence: ClassVar[str] = "Something went wrong."
     fields: ClassVar[tuple[str, ...]] = ()
     retry_after_s: int | None = None
-    """Seconds after which trying again makes sense; None where that says nothing."""
+    """Seconds after which the caller may try again; None if the error gives no such time."""
     key_field: str = ""
-    """Of a refusal because a key that is known belongs to another request: the field that differs. It stays with the
-    service, which counts and logs it."""
+    """If a known key belongs to another request: the field that differs. It is not sent to the caller; the service
+    counts and logs it."""
 
     def __init_subclass__(cls, *, code: str = "", kind: Kind = Kind.INTERNAL, is_base: bool = False) -> None:
         super().__init_subclass__()
@@ -77,37 +77,37 @@ class ServiceError(Exception):
         assert not unknown, f"{type(self).__name__} has no {unknown}"
         for name, value in details.items():
             setattr(self, name, value)
-        super().__init__(self.sentence.format_map(self.spoken()))
+        super().__init__(self.sentence.format_map(self.sentence_values()))
 
-    def spoken(self) -> dict[str, Any]:
-        """The details as the sentence has them."""
-        return {name: _spoken(getattr(self, name)) for name in self.fields}
+    def sentence_values(self) -> dict[str, Any]:
+        """The details as they are written in the sentence."""
+        return {name: _in_sentence(getattr(self, name)) for name in self.fields}
 
     @property
     def details(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.fields}
 
     def copy(self) -> Self:
-        """The same error as an object of its own: one exception raised in several tasks would mix their tracebacks."""
+        """A copy: one exception object raised in several tasks would mix their tracebacks."""
         copied = type(self).__new__(type(self), *self.args)
         copied.__dict__.update(self.__dict__)
         copied.__cause__ = self.__cause__
         return copied
 
 
-def _spoken(value: Any) -> Any:
+def _in_sentence(value: Any) -> Any:
     return (", ".join(map(str, cast(tuple[Any, ...], value))) or "nothing") if isinstance(value, tuple) else value
 
 
 class RuleBroken(AssertionError):
-    """A service would have broken a rule of its own, such as one about money or stock: a bug, and nothing is written.
+    """A bug: a service was about to break one of its rules, such as one about money or stock. Nothing is written.
 
     Raised, not asserted: `python -O` does not run assertions.
     """
 
 
 class ErrorMessage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A `ServiceError` on its way over a transport or in a stored answer."""
+    """A `ServiceError` as a transport sends it, or as a stored answer holds it."""
 
     code: str
     kind: Kind
@@ -121,7 +121,7 @@ class ErrorMessage(msgspec.Struct, frozen=True, omit_defaults=True):
         return cls(error.code, error.kind, str(error), details, error.retry_after_s)
 
     def to_error(self) -> ServiceError:
-        """The error itself; `RemoteError` with the same code, kind and sentence where this process does not know it."""
+        """The error; a `RemoteError` with the same code, kind and sentence if this process does not know the code."""
         known = errors_by_code.get(self.code)
         if known is None or known is RemoteError:
             return RemoteError(self)
@@ -157,7 +157,7 @@ class RemoteError(ServiceError, code="remote", kind=Kind.INTERNAL):
 
 
 class Overloaded(ServiceError, code="overloaded", kind=Kind.UNAVAILABLE):
-    """A bounded queue, of an operation or of the server, is full or too slow. Nothing was started."""
+    """A bounded queue of an operation or of the server is full or too slow. Nothing was started."""
 
     sentence = "{operation} has too much to do right now; nothing was started."
     operation: str
@@ -178,7 +178,7 @@ class DeadlineExceeded(ServiceError, code="deadline_exceeded", kind=Kind.DEADLIN
 
 
 class OutcomeUnknown(ServiceError, code="outcome_unknown", kind=Kind.DEADLINE):
-    """The connection was lost at the very commit, or the process ended in the middle: it may have been done."""
+    """The connection was lost during the commit, or the process ended in the middle: it may have been done."""
 
     sentence = "Whether {operation} was done is not known: look, or send it again with the same key."
     operation: str
@@ -217,7 +217,7 @@ class InvalidRequest(ServiceError, code="invalid_request", kind=Kind.INVALID):
 
 
 class StaleVersion(ServiceError, code="stale_version", kind=Kind.CONFLICT):
-    """What the caller wanted to change is not any more what the caller had seen."""
+    """What the caller wanted to change has another version than the one that the caller has read."""
 
     sentence = "This has changed since: it is at version {actual} now, not {expected}."
     expected: int
@@ -225,20 +225,20 @@ class StaleVersion(ServiceError, code="stale_version", kind=Kind.CONFLICT):
 
 
 def check_version(expected: int | None, actual: int) -> None:
-    """Raises `StaleVersion` where the caller has seen another version; None accepts any."""
+    """Raises `StaleVersion` if the caller has read another version; None accepts any."""
     if expected is not None and expected != actual:
         raise StaleVersion(expected=expected, actual=actual)
 
 
 class IdempotencyKeyReused(ServiceError, code="idempotency_key_reused", kind=Kind.INVALID):
-    """`field`: in what the two requests differ, where that is known; empty where only their fingerprints are."""
+    """`field`: the field in which the two requests differ; empty if only their fingerprints are known."""
 
     sentence = "This Idempotency-Key was used before with another {what}; use a new key for a new request."
     key_field = "request"
     field: str = ""
 
-    def spoken(self) -> dict[str, Any]:
-        return {**super().spoken(), "what": self.field or "request"}
+    def sentence_values(self) -> dict[str, Any]:
+        return {**super().sentence_values(), "what": self.field or "request"}
 
 
 class RequestInProgress(ServiceError, code="request_in_progress", kind=Kind.CONFLICT):

@@ -1,4 +1,4 @@
-"""Messages: what travels, as frozen structs; and enumerations that may grow."""
+"""Messages: frozen structs that are sent between services; and enumerations that may grow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     @dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
     class FrozenMeta(msgspec.StructMeta):
-        """Tells type checkers that what is derived from a frozen struct is frozen as well."""
+        """Declares to type checkers that subclasses of a frozen struct are frozen as well."""
 
 else:
     FrozenMeta = msgspec.StructMeta  # a metaclass of our own would double the time that a message takes to make
@@ -27,21 +27,21 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, metaclass=FrozenMeta):
     """A request, an answer or a part of one. Frozen; unknown fields are ignored when decoding (additive change)."""
 
     outcome_field: ClassVar[str] = ""
-    """Of an event: its field with a code, of few, or with a message whose `code` that is. Metrics and the log tell
-    events of one type apart by it."""
+    """Of an event: the field with a code (one of few), or with a message that has a field `code`. Metrics and the log
+    distinguish events of one type by it."""
 
 
 def published_pattern(pattern: str) -> str:
-    r"""A pattern as JSON schemas have it, which know no `\Z`.
+    r"""A pattern in the syntax of JSON schemas, which have no `\Z`.
 
-    In Python `$` also stands before a newline at the end, so that `^a$` would let "a\n" through: our patterns end with
-    `\Z`. In ECMA 262, which JSON schemas follow, `$` is the end alone.
+    In Python `$` also matches before a newline at the end, so that `^a$` would accept "a\n": our patterns end with
+    `\Z`. In ECMA 262, which JSON schemas follow, `$` matches only the end.
     """
     return pattern.removesuffix(r"\Z") + "$" if pattern.endswith(r"\Z") else pattern
 
 
 OPEN_VALUES: Final = "x-extensible-enum"
-"""The key of a JSON schema under which the known values of an open enumeration stand."""
+"""The key of a JSON schema for the known values of an open enumeration."""
 
 OPEN_LENGTH_LIMIT: Final = 64
 
@@ -51,10 +51,10 @@ if TYPE_CHECKING:
 else:
 
     class Open:
-        """`Open[Status]`: one of the values of `Status = Literal[...]`, or one that a newer sender has.
+        """`Open[Status]`: one of the values of `Status = Literal[...]`, or one that only a newer sender knows.
 
-        For the fields of answers, errors and events. Decoding takes any string of 1 to 64 characters, and gives it as
-        it is. To a type checker the field is a `Status`, so that a service can only send known values. Code that
+        For the fields of answers, errors and events. Decoding accepts any string of 1 to 64 characters unchanged.
+        To a type checker the field is a `Status`, so that a service can only send known values. Code that
         branches on a value of another service has a default branch. Requests are closed: their fields are a `Status`,
         and a service refuses a value that it does not know (docs/decisions/0018-open-enums.md).
         """
@@ -73,4 +73,4 @@ else:
 
 
 class Empty(Message):
-    """The request or answer of an operation that has nothing to say."""
+    """A request or answer without fields."""

@@ -34,7 +34,7 @@ A_co = TypeVar("A_co", bound=Message, covariant=True)
 
 
 class Retry(enum.StrEnum):
-    """Whether a caller may send an operation again when it does not know what became of it."""
+    """Whether a caller may send an operation again when it does not know the outcome."""
 
     NEVER = "never"
     SAFE = "safe"
@@ -58,8 +58,8 @@ class Call(Protocol[Q_contra, A_co]):
 class Operation(msgspec.Struct, Generic[Q, A], frozen=True, eq=False):
     """One operation of a contract. `size` is the largest batch that its handler takes; 1 for a single operation.
 
-    `waits` says that an answer may take long although all is well: it waits for an order, or
-    for its turn to hash a password.
+    `waits` says that an answer may take long without a failure: it waits for an order, or in the queue for
+    hashing a password.
     """
 
     request: type[Q]
@@ -78,7 +78,7 @@ class Operation(msgspec.Struct, Generic[Q, A], frozen=True, eq=False):
         return f"{self.service}.{self.name}"
 
     def repeatable(self, request: Q) -> bool:
-        """True where sending `request` again cannot do it twice. The field of a key is called `idempotency_key`."""
+        """True if sending `request` again cannot do it twice. The field of a key is called `idempotency_key`."""
         if self.retry is Retry.KEYED:
             return getattr(request, "idempotency_key", None) is not None
         return self.retry is Retry.SAFE

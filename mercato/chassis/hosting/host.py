@@ -39,14 +39,14 @@ C = TypeVar("C", bound=Contract)
 TransportName = Literal["local", "loopback"]
 
 CallerTransport = Callable[[str], Transport]
-"""Gives the transport on which a service calls those of other processes. It knows the caller by its name."""
+"""Gives the transport over which a service, by its name, calls services of other processes."""
 
 GATEWAY: Final = "gateway"
-"""The name of the caller that is no service."""
+"""The name of the gateway as a caller; it is no service."""
 
 
 class Hosting(Protocol):
-    """What a `Host` is to those that call its services."""
+    """The part of a `Host` that callers of its services use."""
 
     @property
     def clock(self) -> Clock: ...
@@ -64,9 +64,9 @@ class Hosting(Protocol):
 class Host:
     """The services of one process. `builds`, `dsns` and `secrets` are by service name.
 
-    With a transport by its name, every service is in this process; with a `CallerTransport`, what is not here is in
-    other processes. `may_call` gives the full names of the operations that a service calls; None: all.
-    `limits` are those of its breakers and retries.
+    With a `TransportName`, every service is in this process; with a `CallerTransport`, the services that are not in
+    `builds` are in other processes. `may_call` gives the full names of the operations that a service calls; None: all.
+    `limits` are those of circuit breakers and retries.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Host:
         return client
 
     def _breaker(self, service: str, operations: OperationClass) -> Breaker:
-        """The breaker in front of a service: all callers in this process learn from each other's failures."""
+        """The breaker of a service, shared by all callers in this process: each failure counts for all of them."""
         key = (service, operations)
         if key not in self._breakers:
             self._breakers[key] = self._new_breaker(service, operations)
@@ -177,7 +177,7 @@ class Host:
         return sorted({name for (name, _), breaker in self._breakers.items() if breaker.state is not State.CLOSED})
 
     def callees(self) -> Sequence[CalleeStats]:
-        """What this process has called, and how that goes."""
+        """The services that this process has called, with the states of their breakers and retry budgets."""
         budgets: dict[str, float] = {}
         for retrying in self._retrying:
             for service, budget in retrying.budgets.items():
@@ -229,7 +229,7 @@ class Host:
         self._is_open = True
 
     def also_run(self, name: str, task: PeriodicTask) -> None:
-        """A further periodic task beside a service, which only some processes have. It begins when the host is open."""
+        """Adds a periodic task that only some processes run for a service. It begins when the host is open."""
         if self._is_open:
             self._start(name, task)
         else:
@@ -244,7 +244,7 @@ class Host:
         """One for each subscription and source that this process can reach.
 
         A source of this process wakes its consumers here after each commit with events. The clients have no circuit
-        breaker: a consumer pauses by itself, and should notice soon that its source is back.
+        breaker: a consumer pauses by itself, and should soon notice that its source is available again.
         """
         consumers: list[Consumer] = []
         for name, service in self.services.items():
@@ -260,24 +260,24 @@ class Host:
         return consumers
 
     async def problems(self) -> Mapping[str, str]:
-        """For each service, why it cannot work, in a few words; empty where it can."""
+        """For each service, why it cannot work, in a few words; empty if it can."""
         problems = await asyncio.gather(*(service.database.problem() for service in self.services.values()))
         return dict(zip(self.services, problems, strict=True))
 
     def drain(self) -> None:
-        """Before the end of a process that others call: they are answered soon, or call another one."""
+        """Called before a process ends that others call: it makes operations that wait answer soon."""
         for service in self.services.values():
             if service.drain:
                 service.drain()
 
     async def close(self) -> None:
-        """Ends the periodic tasks, lets batches land, closes what the services hold."""
+        """Ends the periodic tasks, lets batches in flight complete, and closes the services."""
         await _cancel(self._tasks)
         await self._connector.close()
         for service in reversed(self.services.values()):
-            with contextlib.ExitStack() as held:
+            with contextlib.ExitStack() as closing:
                 if service.close:
-                    held.callback(service.close)
+                    closing.callback(service.close)
                 await service.database.close()
 
 
@@ -294,7 +294,7 @@ async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
 
 
 def consumer_tasks(consumer: Consumer) -> tuple[PeriodicTask, ...]:
-    """The two tasks of a consumer. `follow` pauses by itself, for a wake-up ends its pause."""
+    """The two tasks of a consumer. `follow` has its own pause, which a wake-up ends."""
     task = functools.partial(PeriodicTask, round_seconds=READ_SECONDS, on_failure=consumer.note_failed_round)
     source = consumer.key[1]
     return (
@@ -303,8 +303,8 @@ def consumer_tasks(consumer: Consumer) -> tuple[PeriodicTask, ...]:
     )
 
 
-async def hear_of_events(host: Host, remote: Remote) -> None:
-    """Between processes, a source wakes the consumers of its log by way of the transport. Before the host is opened."""
+async def forward_wake_ups(host: Host, remote: Remote) -> None:
+    """Sources wake consumers of their logs in other processes over the transport. Called before the host is opened."""
     for name, service in host.services.items():
         if service.has_outbox:
             service.database.on_events.append(functools.partial(remote.announce, name))

@@ -1,8 +1,8 @@
-"""Secrets and keys: all are derived from the secret of the shop, and a service is given only its own.
+"""Secrets and keys: all are derived from the secret of the shop, and a service gets only its own.
 
     the shop's secret ──► the secret of a service ──► the key that signs its calls, and keys for its own purposes
 
-Who has the secret of one service can derive nothing of another, nor the shop's.
+From the secret of one service, neither that of another service nor that of the shop can be derived.
 """
 
 from __future__ import annotations

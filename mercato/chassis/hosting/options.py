@@ -13,7 +13,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 
 class OptionsReader(Protocol):
-    """Reads the options of one service into a struct of its own, whose defaults hold for what is not set."""
+    """Reads the options of one service into its struct; options that are not set have the defaults of the struct."""
 
     def __call__(self, kind: type[S]) -> S: ...
 
@@ -23,7 +23,7 @@ class OptionError(Exception):
 
 
 class OptionReader:
-    """The options of `service` out of environment variables: `MERCATO_INVENTORY_HOLD_SECONDS` is its `hold_seconds`."""
+    """The options of `service` from environment variables: `MERCATO_INVENTORY_HOLD_SECONDS` is its `hold_seconds`."""
 
     def __init__(self, service: str, given: Mapping[str, str]) -> None:
         self._prefix = f"{PREFIX}{service.upper()}_"
@@ -48,7 +48,7 @@ class OptionReader:
         return kind(**values)
 
     def require_known(self) -> None:
-        """Raises `OptionError` for an option that the service has not: after its `build`, for one that reads none."""
+        """Raises `OptionError` for an option that the service lacks. Called after `build`, which may read none."""
         for name in sorted(self._own.keys() - self._known):
             known = [self._prefix + each.upper() for each in self._known]
             raise OptionError(no_such(self._prefix + name.upper(), known))

@@ -30,24 +30,24 @@ class PeriodicTask(msgspec.Struct, frozen=True):
     """One kind of work of a service. Rounds follow each other; no two of one process run at once.
 
     After a round that reached its `limit`, the next begins at once. After one that failed, it begins after a pause that
-    doubles with each failure in a row, up to `longest_retry_seconds`. A reason is logged when it is new: not again as
-    long as the rounds fail for the same one.
+    doubles with each failure in a row, up to `longest_retry_seconds`. A reason is logged once, until rounds fail for
+    another reason or succeed.
     """
 
     name: str
     work: Work
     every_seconds: float
     """The pause after a round that did less than `limit`. Each is up to a fifth shorter or longer, so that processes
-    that were started together do not look at the same moment."""
+    that were started together do not work at the same moment."""
     limit: int | None = None
-    """What one round does at most: one that did so much leaves more to do. None: each is followed by a pause."""
+    """What one round does at most: after a full round there is more to do. None: each is followed by a pause."""
     delay_seconds: float = 0.0
     """The pause before the first round."""
     round_seconds: float = 30.0
-    """Calls of a round come from the service itself, and have so long from its beginning."""
+    """The deadline of all calls of a round, which the service makes as itself."""
     first_retry_seconds: float = FIRST_RETRY_SECONDS
     on_failure: Callable[[Exception], None] | None = None
-    """Reports a failure, where the log of this module does not say enough."""
+    """Reports a failure instead of this module's log."""
     longest_retry_seconds: float = LONGEST_RETRY_SECONDS
 
     async def run(self, service: str, clock: Clock, telemetry: Telemetry) -> None:
@@ -78,7 +78,7 @@ class PeriodicTask(msgspec.Struct, frozen=True):
                 await asyncio.sleep(0 if is_more_due else _varied(self.every_seconds))
 
     def _report(self, service: str, error: Exception, reason: str) -> None:
-        if isinstance(error, INFRASTRUCTURE):  # the database, or who was asked, is away: no trace tells more than that
+        if isinstance(error, INFRASTRUCTURE):  # the database or a called service is away: a traceback adds nothing
             log.warning("task_waits", service=service, task=self.name, reason=reason)
         else:
             log.error("task_failed", service=service, task=self.name, exc_info=error)
@@ -89,7 +89,7 @@ def _varied(seconds: float) -> float:
 
 
 def cleaning(database: Database, *deletes: Callable[[Tx], Awaitable[int]]) -> Work:
-    """Work that deletes what is too old: each of `deletes` up to the limit of the task, and says how many."""
+    """Work that deletes old rows: each of `deletes` deletes up to the limit of the task, and gives how many."""
 
     async def clean() -> int:
         deleted: list[int] = []

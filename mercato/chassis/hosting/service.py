@@ -1,4 +1,4 @@
-"""What a service is made of: `build(env)` in its `app.py` takes an `Env` and gives a `Service`."""
+"""The parts of a service: `build(env)` in its `app.py` takes an `Env` and gives a `Service`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ C = TypeVar("C", bound=Contract)
 
 
 class Env(msgspec.Struct, frozen=True):
-    """What a service is given. It takes nothing from anywhere else."""
+    """Everything that a service gets from its host. It uses nothing else of the process."""
 
     database: Database
     client: Clients
@@ -47,11 +47,11 @@ class Service(msgspec.Struct, frozen=True):
     subscriptions: tuple[Subscription, ...] = ()
     """Its consumers. Their names are unique in the whole shop."""
     seed_demo: Callable[[], Awaitable[bool]] | None = None
-    """Puts the demo data into an empty database. False, and nothing done, where there is anything already."""
+    """Puts the demo data into an empty database. Does nothing, and gives False, if the database has data."""
     close: Callable[[], None] | None = None
     """Frees what the service itself holds, such as threads."""
     drain: Callable[[], None] | None = None
-    """Ends what only waits: the process takes no more calls, and ends when those that it has taken are answered."""
+    """Makes operations that wait answer soon: the process accepts no more calls, and ends when all are answered."""
 
 
 Build = Callable[[Env], Service]

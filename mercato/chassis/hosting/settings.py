@@ -21,7 +21,7 @@ LEAST_AUDIT_SECONDS: Final = 1.0
 
 
 class Settings(BaseSettings):
-    """The settings of a process, with what they are when nobody says otherwise."""
+    """The settings of a process, with their defaults."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", env_ignore_empty=True)
 
@@ -32,13 +32,13 @@ class Settings(BaseSettings):
 
     Machines that share one PostgreSQL need the same one."""
     transport: Literal["local", "loopback"] = "local"
-    """How services reach each other; `loopback` encodes every message and repeats what may be repeated, for tests:
+    """How services call each other; `loopback` encodes every message and repeats what may be repeated, for tests:
     refused where tokens are required."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """`info`: slow and failed requests, declines and cancellations; `debug`: every request."""
 
     currency: str = "USD"
-    """Of the shop, by ISO 4217: of an amount that is about nothing that has one, and of the price of a new product."""
+    """The shop's currency (ISO 4217): of new products, and of amounts that belong to nothing with a currency."""
     pool_size: Annotated[int, Field(ge=1, le=50)] = 6
     """Database connections of one service in one process, at most."""
     cors_origin: str = ""
@@ -50,33 +50,33 @@ class Settings(BaseSettings):
     audit_seconds: Annotated[float, Field(ge=0, le=7 * 86_400)] = 300.0
     """How often the shop audits itself, all its processes together; 0: never, and else at least 1."""
     breaker_window_seconds: Annotated[float, Field(ge=0.1, le=3_600)] = CallLimits().window_seconds
-    """A circuit breaker judges the reads, or the writes, of a service by the calls of so long a time."""
+    """The sliding window of calls by which a circuit breaker (one for a service's reads, one for its writes) opens."""
     breaker_minimum_calls: Annotated[int, Field(ge=1, le=1_000_000)] = CallLimits().minimum_calls
-    """With fewer calls in that time it does not open."""
+    """A breaker does not open with fewer calls in the window."""
     breaker_failure_share: Annotated[float, Field(ge=0.01, le=1)] = CallLimits().failure_share
-    """It opens when such a share of them has failed."""
+    """A breaker opens when this share of the calls has failed."""
     breaker_slow_share: Annotated[float, Field(ge=0.01, le=1)] = CallLimits().slow_share
-    """It opens when such a share of them was slow."""
+    """A breaker opens when this share of the calls was slow."""
     breaker_slow_seconds: Annotated[float, Field(ge=0.01, le=3_600)] = CallLimits().slow_seconds
-    """A call without an answer for so long is slow."""
+    """A call without an answer after this time is slow."""
     breaker_open_seconds: Annotated[float, Field(ge=0.01, le=3_600)] = CallLimits().open_seconds
-    """So long it refuses calls before it lets one through, at first; each further failure doubles it."""
+    """How long a breaker refuses calls before it lets one through; each further failure doubles it."""
     breaker_longest_open_seconds: Annotated[float, Field(ge=0.01, le=3_600)] = CallLimits().longest_open_seconds
-    """But not beyond this."""
+    """The longest time for which a breaker refuses calls."""
     retry_share: Annotated[float, Field(ge=0, le=1)] = CallLimits().retry_share
-    """Of the requests between processes, those that may be sent again when their service does not answer; 0: none."""
+    """The share of requests between processes that may be sent again if their service does not answer; 0: none."""
     faults: str = ""
     """Faults to inject at start, for crash tests: `orders.place.after_commit=kill`. Refused where tokens are
     required."""
 
     @property
     def log_requests(self) -> bool:
-        """Each of them, which costs CPU for each request."""
+        """Whether each request is logged, which costs CPU."""
         return self.log_level == "debug"
 
     @property
     def metrics_token_text(self) -> str:
-        """Empty where there is none."""
+        """The token, or an empty text."""
         return self.metrics_token.get_secret_value() if self.metrics_token else ""
 
     @property
@@ -94,29 +94,29 @@ class Settings(BaseSettings):
 
 
 class ServeSettings(Settings):
-    """What a process is told besides that serves some of the services, among others that serve the rest."""
+    """Further settings of a process that serves some of the services, while other processes serve the rest."""
 
     nats_url: Annotated[SecretStr | None, Field(validation_alias="NATS_URL")] = None
-    """Where the processes meet: `nats://orders:PASSWORD@127.0.0.1:4222`. Without it they call each other over HTTP."""
+    """The NATS server: `nats://orders:PASSWORD@127.0.0.1:4222`. Without it the processes call each other over HTTP."""
     services: str = ""
-    """Where the others are, over HTTP: `orders=127.0.0.1:9083; users=127.0.0.1:9081,127.0.0.1:9181`."""
+    """The addresses of the other processes, over HTTP: `orders=127.0.0.1:9083; users=127.0.0.1:9081,127.0.0.1:9181`."""
     registry: Literal["static", "dns", "mdns", "etcd", "consul"] = "static"
     """`dns`: MERCATO_SERVICES has a name for each service, whose addresses are looked up again and again. `mdns`: the
     processes on a network find each other; MERCATO_SERVICES is not read. `etcd`, `consul`: they register there."""
     registry_url: str = ""
-    """For `etcd` and `consul`: where that is: `https://10.0.0.5:2379,https://10.0.0.6:2379`."""
+    """For `etcd` and `consul`: the addresses of its servers: `https://10.0.0.5:2379,https://10.0.0.6:2379`."""
     registry_user: str = ""
-    """For `etcd`, where it asks for a user; with `registry_password`."""
+    """For an `etcd` with authentication: the user; with `registry_password`."""
     registry_password: SecretStr | None = None
-    """For `etcd`, where it asks for a password; with `registry_user`."""
+    """For an `etcd` with authentication: the password; with `registry_user`."""
     registry_token: SecretStr | None = None
-    """For `consul`, where it asks for one."""
+    """For a `consul` with access control: the token."""
     registry_ca: Path | None = None
     """The certificates (PEM) by which etcd or Consul is verified; by default those of `tls_ca`, else the system's."""
     mdns_interfaces: str = ""
-    """For `mdns`: addresses of this machine, by whose networks the others are found: `10.0.0.5`. Empty: all."""
+    """For `mdns`: addresses of this machine, in whose networks the others are found: `10.0.0.5`. Empty: all."""
     rpc_address: str = ""
-    """Where this process takes the calls of others, over HTTP: `127.0.0.1:9083`."""
+    """The address at which this process accepts the calls of others, over HTTP: `127.0.0.1:9083`."""
     public_keys: str = ""
     """The public keys of all callers, as `mercato migrate` writes them."""
     tls_ca: Path | None = None
@@ -130,15 +130,15 @@ class ServeSettings(Settings):
 
 
 def variable_of(service: str, name: str, *, alone: bool) -> str:
-    """The value of `NAME_SERVICE`; of `NAME` too where the process serves this service `alone`.
+    """The value of `NAME_SERVICE`, or of `NAME` if the process serves this service `alone`.
 
-    Raises `SettingsError` where there is none.
+    Raises `SettingsError` if neither is set.
     """
     own = f"{name}_{service.upper()}"
     value = variables.value(own) or (variables.value(name) if alone else None)
     if not value:
-        way_out = f" (or {name}, for this one service)" if alone else ""
-        raise SettingsError(f"The setting {own} is missing{way_out}: `mercato migrate` writes it.")
+        hint = f" (or {name}, for this one service)" if alone else ""
+        raise SettingsError(f"The setting {own} is missing{hint}: `mercato migrate` writes it.")
     return value
 
 

@@ -1,7 +1,7 @@
 """The environment variables of Mercato: every module but `settings.py` reads and writes them through this one.
 
-A variable that is set to an empty text counts as not set. A name that is not known is a misspelling, and ends the start
-with a sentence that has the nearest known one: a setting that has no effect is found when it is needed.
+A variable that is set to an empty text counts as not set. An unknown name is a misspelling, and ends the start with a
+sentence that has the nearest known one: otherwise its lack of effect would be noticed only when it is needed.
 """
 
 from __future__ import annotations
@@ -38,30 +38,30 @@ def given() -> Mapping[str, str]:
 
 
 def forget_empty() -> None:
-    """Removes empty variables of Mercato, for libraries that would take them for values."""
+    """Removes empty variables of Mercato: libraries would treat them as values."""
     for name in [name for name, value in os.environ.items() if name.startswith(PREFIX) and not value]:
         del os.environ[name]
 
 
 def forget_postgres() -> None:
-    """Removes those of PostgreSQL's clients: what a DSN does not say has a default of ours, not one of a shell."""
+    """Removes the variables of PostgreSQL's clients: what a DSN leaves out has our default, not one of the shell."""
     for name in [name for name in os.environ if name.startswith("PG")]:
         del os.environ[name]
 
 
 def replace(values: Mapping[str, str]) -> None:
-    """Sets variables of this process, and of those that it starts."""
+    """Sets variables of this process, and of the processes that it starts."""
     os.environ.update(values)
 
 
 def set_default(name: str, value: str) -> None:
-    """Sets a variable that has no value."""
+    """Sets a variable unless it has a value."""
     if not os.environ.get(name):
         os.environ[name] = value
 
 
 def for_child(without: Collection[str] = (), **added: str) -> dict[str, str]:
-    """The environment of a process that this one starts."""
+    """The environment for a child process."""
     return {**{name: value for name, value in os.environ.items() if name not in without}, **added}
 
 
@@ -85,5 +85,5 @@ def unknown(known: Collection[str], passed_over: Iterable[str] = ()) -> list[str
 def no_such(name: str, known: Iterable[str]) -> str:
     """The sentence about a variable that is not known, with the nearest name that is."""
     near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
-    way_out = f"did you mean {near[0]}?" if near else "`mercato settings` lists those that there are."
-    return f"There is no setting {name}: {way_out}"
+    hint = f"did you mean {near[0]}?" if near else "`mercato settings` lists those that there are."
+    return f"There is no setting {name}: {hint}"

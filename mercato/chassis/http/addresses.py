@@ -1,17 +1,17 @@
-"""What addresses have in common: the one place from which many connections or requests come."""
+"""Groups client addresses by network, to limit what comes from one client."""
 
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from typing import Final
 
 IPV6_PREFIX_BITS: Final = 64
-"""One customer of an internet provider has that many addresses, or more."""
+"""An internet provider gives one customer a network of this prefix, or a larger one."""
 REMEMBERED_ADDRESSES: Final = 4_096
 
 
 @lru_cache(maxsize=REMEMBERED_ADDRESSES)
 def network_of(address: str) -> str:
-    """What callers from one place share: an IPv4 address, or the network of an IPv6 address."""
+    """The key by which callers are counted: an IPv4 address, or the network of an IPv6 address."""
     try:
         parsed = ip_address(address)
     except ValueError:

@@ -8,14 +8,14 @@ An application that knows its whole answer sends it as one message of the ASGI e
 Date and Connection are added here and may not be among them. It costs one check of the head and one write, where the
 two messages of plain ASGI cost two checks of each header and two passes through the flow control.
 
-An application whose answer takes longer than others by intention sends, before it answers, one of `http.response.long`:
+An application whose answer takes long on purpose sends one message of `http.response.long` before it answers:
 
     {"type": "http.response.long", "seconds": 60.0, "interrupt": task.cancel}
 
-Its answer may take so many seconds more. `interrupt` is called, once at most, when there is no use in waiting on: the
-server is about to stop, or the client has left. An answer that comes at once after it is still sent.
+Its answer may take so many seconds more. The server calls `interrupt` at most once, when the wait has become useless:
+the server is about to stop, or the client has left. An answer that follows at once is still sent.
 
-The scope announces both under `extensions`; plain ASGI messages work as ever.
+The scope announces both under `extensions`; plain ASGI messages work unchanged.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def whole_answer(
     keep_alive: bool,
     is_head: bool,
 ) -> bytes:
-    """An answer as it stands on the wire. Raises `RuntimeError` for a header that would smuggle another one in."""
+    """The bytes of an answer. Raises `RuntimeError` for a control character in a header, which could add another."""
     fields = b"\r\n".join(lines)
-    # Only the line breaks of the join may be taken out of it.
+    # The only control characters are the line breaks of the join.
     if len(fields.translate(None, CONTROLS)) != len(fields) - 2 * (len(lines) - 1):
         raise RuntimeError("A header has a control character.")
     head = [STATUS_LINE[status]]
@@ -70,10 +70,10 @@ def whole_answer(
 
 
 class ResponseBuffer:
-    """The transport as one answer sees it: its head waits for the first piece of its body, and both go together.
+    """The transport of one answer: holds the head back until the first part of the body, and writes both at once.
 
-    uvicorn writes head and body by themselves, and the loop sends each at once: two system calls and two packets
-    where one does. Sending is a quarter of what a small request costs.
+    uvicorn writes head and body separately, and the loop sends each at once: two system calls and two packets
+    instead of one. Sending is a quarter of what a small request costs.
     """
 
     __slots__ = ("_held", "_transport", "is_closing")
@@ -103,10 +103,10 @@ class BoundedCycle(RequestResponseCycle):
     """How much longer than others this answer may take."""
     _interrupt: Callable[[], object] | None = None
     _task: asyncio.Task[None] | None = None
-    """Of a read that was started."""
+    """The running task of the application, for a read."""
 
     def interrupt(self) -> None:
-        """Tells an application that waits by intention that there is no use in it any more."""
+        """Interrupts an application that has sent `http.response.long`."""
         interrupt, self._interrupt = self._interrupt, None
         if interrupt is not None:
             interrupt()
@@ -121,8 +121,8 @@ class BoundedCycle(RequestResponseCycle):
         tasks.add(task)
         return self
 
-    def leave(self) -> None:
-        """The connection is lost: a read without an answer is cancelled; a write goes on, and waits for nothing."""
+    def on_connection_lost(self) -> None:
+        """Cancels a read that has no answer yet. A write goes on, but no longer waits on purpose."""
         self.interrupt()
         if self._task is not None and not self.response_complete:
             self.disconnected = True
@@ -142,10 +142,10 @@ class BoundedCycle(RequestResponseCycle):
                 self.interrupt()
             return None
         if not self.response_complete and self.transport.is_closing():
-            # The protocol hears of it in a later turn of the loop; until then, each write would raise.
+            # asyncio notifies the protocol in a later turn of the loop; until then, each write would raise.
             self.disconnected = True
         if message["type"] != COMPLETE_RESPONSE:
-            # The answer to HEAD has a head only, which would wait for ever.
+            # The answer to HEAD has no body: its head would never be written.
             if message["type"] == "http.response.start" and self.scope["method"] != "HEAD":
                 self.transport = cast(asyncio.Transport, ResponseBuffer(self.transport))
             return await super().send(message)

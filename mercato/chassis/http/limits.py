@@ -1,4 +1,4 @@
-"""The bounds, and what a client hears that crosses one."""
+"""The limits of the HTTP server, and the answer to a client that exceeds one."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -8,14 +8,14 @@ import msgspec
 
 
 class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What one server grants to its clients."""
+    """The limits that one server sets its clients."""
 
     header_bytes: int = 16_384  # request line and headers together; also chunked trailers
     body_bytes: int = 1_048_576
     request_seconds: float = 10.0  # from a request's first byte to its last
     response_grace_seconds: float = 5.0  # an answer may take request_seconds and this, until the client has read it
     connections: int = 1_024
-    connections_of_one: int = 512  # of one IPv4 address, or of one network of IPv6: no client closes the door to others
+    connections_of_one: int = 512  # of one IPv4 address or IPv6 network: no client can take all the connections
     first_byte_seconds: float = 5.0  # a connection that has sent nothing by then is closed
     keep_alive_seconds: float = 30.0  # and one that sends nothing after its last answer
     pipelined_at_once: int = 8  # requests in work, of all connections, that their clients sent behind another
@@ -33,9 +33,9 @@ class Refusal(msgspec.Struct, frozen=True):
     retry_after_seconds: int | None = None
 
     def answer(self, default_headers: Iterable[tuple[bytes, bytes]], more: Iterable[bytes] = ()) -> bytes:
-        """The whole HTTP response: an RFC 9457 problem that announces the end of the connection.
+        """The whole HTTP response: an RFC 9457 problem with `Connection: close`.
 
-        `more`: header fields besides, as `name: value`.
+        `more`: further header fields, as `name: value`.
         """
         problem = {
             "type": "about:blank",
@@ -43,7 +43,7 @@ class Refusal(msgspec.Struct, frozen=True):
             "status": self.status,
             "code": self.code,
             "detail": self.detail,
-            # It was refused before anybody read its traceparent; a new one still tells two complaints apart.
+            # The request is refused before its traceparent is read; a new id distinguishes reports of two clients.
             "trace_id": f"{random.getrandbits(128):032x}",
         }
         body = msgspec.json.encode(problem)
@@ -78,7 +78,7 @@ TOO_MANY_PIPELINED: Final = Refusal(
 
 
 class LimitRefusals(msgspec.Struct, frozen=True):
-    """The refusals whose sentence names a limit."""
+    """The refusals whose detail names a limit."""
 
     uri_too_long: Refusal
     headers_too_large: Refusal
@@ -100,7 +100,7 @@ class LimitRefusals(msgspec.Struct, frozen=True):
 
 
 class RequestRefused(Exception):
-    """Raised inside a parser callback: it is what makes the parser stop in the middle of a read."""
+    """Raised inside a parser callback; the exception stops the parser in the middle of a read."""
 
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal.code)

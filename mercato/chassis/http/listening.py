@@ -1,4 +1,4 @@
-"""A listening socket, or one sentence that says why not."""
+"""Opens a listening socket, or raises an error of one sentence that names the fix."""
 
 import contextlib
 import errno
@@ -9,7 +9,7 @@ LISTEN_BACKLOG: Final = 2_048
 
 
 class CannotListen(Exception):
-    """A socket cannot listen where it was told to; the message is one sentence that names the way out."""
+    """A socket cannot listen at the requested address; the message is one sentence that names the fix."""
 
 
 class PortTaken(CannotListen):
@@ -59,7 +59,7 @@ def resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
 
 
 def translate(error: OSError, host: str, port: int) -> CannotListen:
-    """What the operating system said, in the words of the one who has to act on it."""
+    """The operating system's error as a sentence that tells the operator what to change."""
     where = f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
     if error.errno == errno.EADDRINUSE:
         return PortTaken(f"{where} is taken by another process: stop it, or choose another port with --port.")

@@ -14,7 +14,7 @@ from uvicorn.protocols.utils import get_remote_addr
 from uvicorn.server import ServerState
 
 from .addresses import network_of
-from .connection_book import ConnectionBook
+from .connection_table import ConnectionTable
 from .cycle import EXTENSIONS, BoundedCycle
 from .limits import (
     INTERNAL_ERROR,
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 # What a refused client may still send, and how long it may take to read its answer, before it is cut off.
 LINGER_SECONDS: Final = 2.0
 LINGER_BYTES: Final = 4_194_304
-# Turned-away connections that may linger at once; beyond it they are closed as soon as their answer is written.
+# Rejected connections that may linger at once; beyond it they are closed as soon as their answer is written.
 LINGERING_CONNECTIONS: Final = 128
 # Requests of one connection that may wait for their turn. One read can hold ten thousand tiny ones.
 PIPELINED_REQUESTS: Final = 64
@@ -52,7 +52,7 @@ ASGI_VERSIONS: Final = {"version": "3.0", "spec_version": "2.3"}
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One HTTP connection within the limits of its `ConnectionBook`.
+    """One HTTP connection within the limits of its `ConnectionTable`.
 
     What it depends on in uvicorn, each pinned by a test (`test_uvicorn_is_the_one_this_was_written_for`):
 
@@ -73,7 +73,7 @@ class BoundedProtocol(HttpToolsProtocol):
     app: Any
 
     _refusal_headers: Sequence[bytes] = ()
-    """Of the refusal that is the last answer here, besides those of all answers."""
+    """Headers of the refusal that ends this connection, besides those of all answers."""
 
     def __init__(
         self,
@@ -84,8 +84,8 @@ class BoundedProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.access_log = False  # uvicorn asks the global loggers, which others may have changed since
-        assert isinstance(server_state, ConnectionBook), "BoundedProtocol needs the limits: serve it with HttpServer"
-        self._book = server_state
+        assert isinstance(server_state, ConnectionTable), "BoundedProtocol needs the limits: serve it with HttpServer"
+        self._table = server_state
         self._header_limit_bytes = server_state.limits.header_bytes
         self._body_limit_bytes = server_state.limits.body_bytes
         self._phase = IDLE
@@ -102,13 +102,13 @@ class BoundedProtocol(HttpToolsProtocol):
         self._half_closed = False
         self._has_sent = False
         self._answering: BoundedCycle | None = None
-        """The request that the application works on, or has answered last; `cycle` is the newest."""
+        """The request that the application works on, or answered last; `cycle` is the newest request."""
         self.waits_for_turn = False
         """The first request of `pipeline` waits until others that were pipelined are answered; none is in work."""
 
     @property
     def idle_since(self) -> float:
-        """By the clock of the sweeps."""
+        """When it became idle, by the clock of the sweeps."""
         return self._stamped_at
 
     @property
@@ -118,53 +118,53 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def is_lingering(self) -> bool:
-        """Everything that this client will ever get is written; what it still sends is thrown away."""
+        """The last answer is written; what the client still sends is dropped."""
         return self._phase == LINGERING
 
     # The connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
-        book = self._book
+        table = self._table
         peer = get_remote_addr(transport)
         network = network_of(peer[0]) if peer else ""
-        if book.by_network[network] >= book.limits.connections_of_one:
-            self._turn_away(transport, TOO_MANY_CONNECTIONS_OF_ONE)
-        elif not book.has_room():
-            self._turn_away(transport, TOO_MANY_CONNECTIONS)
+        if table.by_network[network] >= table.limits.connections_of_one:
+            self._reject(transport, TOO_MANY_CONNECTIONS_OF_ONE)
+        elif not table.ensure_place():
+            self._reject(transport, TOO_MANY_CONNECTIONS)
         else:
             self._network = network
-            book.by_network[network] += 1
-            book.silent[self] = None
+            table.by_network[network] += 1
+            table.silent[self] = None
             super().connection_made(transport)
 
-    def leave(self) -> None:
-        """Closes an idle connection, whose place is free at once."""
-        self._book.connections.discard(self)
-        self._book.silent.pop(self, None)
+    def evict(self) -> None:
+        """Closes an idle connection; its place is free at once."""
+        self._table.connections.discard(self)
+        self._table.silent.pop(self, None)
         self.transport.close()
 
-    def _turn_away(self, transport: asyncio.Transport, refusal: Refusal) -> None:
-        # uvicorn never learns of this connection, so that those who linger do not fill the places of those who left.
+    def _reject(self, transport: asyncio.Transport, refusal: Refusal) -> None:
+        # uvicorn does not register this connection, so that connections that linger take no place from others.
         self.transport = transport
-        turned_away = self._book.turned_away
-        turned_away.add(self)
-        self._book.on_refused(refusal.code)
+        rejected = self._table.rejected
+        rejected.add(self)
+        self._table.on_refused(refusal.code)
         self._linger(refusal)
-        if len(turned_away) > LINGERING_CONNECTIONS:
+        if len(rejected) > LINGERING_CONNECTIONS:
             transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self in self._book.turned_away:
-            self._book.turned_away.discard(self)
+        if self in self._table.rejected:
+            self._table.rejected.discard(self)
             return
-        self._book.silent.pop(self, None)
-        by_network = self._book.by_network
+        self._table.silent.pop(self, None)
+        by_network = self._table.by_network
         by_network[self._network] -= 1
         if not by_network[self._network]:
             del by_network[self._network]
         super().connection_lost(exc)
         if self._answering is not None:
-            self._answering.leave()
+            self._answering.on_connection_lost()
             self._answering = None
         self.waits_for_turn = False
         self._end_turn()
@@ -175,9 +175,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def eof_received(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]  # asyncio reads the answer
         """A client that ends its half may still wait for answers: True keeps the connection open for them.
 
-        Not where an answer is on its way that goes on and on: a client that has left looks the same.
+        False while a chunked answer is sent, which may go on for ever: a client that has left looks the same.
         """
-        if not self._book.limits.answers_half_closed or self.scheme == "https":
+        if not self._table.limits.answers_half_closed or self.scheme == "https":
             return False
         self._half_closed = True
         if self._phase in (HEAD, BODY):
@@ -195,7 +195,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._read_bytes = len(data)
         if not self._has_sent:
             self._has_sent = True
-            self._book.silent.pop(self, None)
+            self._table.silent.pop(self, None)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -266,14 +266,14 @@ class BoundedProtocol(HttpToolsProtocol):
             raise RequestRefused(VERSION_NOT_SUPPORTED)
         if url.schema is not None:  # pyright: ignore[reportUnnecessaryComparison]  # None for a path alone
             check_host_of_target(self.url, self.headers)
-        # Half received when the server was told to stop: it is answered, and is the last one.
-        keep_alive = http_version != "1.0" and parser.should_keep_alive() and not self._book.draining
+        # A request that is half received when the drain begins is answered, as the last one of its connection.
+        keep_alive = http_version != "1.0" and parser.should_keep_alive() and not self._table.draining
         method = parser.get_method().decode("ascii")
         path = unquote(path) if "%" in path else path
-        early = self._book.early
+        early = self._table.early
         if early is not None and early.load.waiting and self._refuse_early(early, method, path, keep_alive=keep_alive):
             return
-        scope: dict[str, Any] = {
+        scope: Any = {
             "type": "http",
             "asgi": ASGI_VERSIONS,
             "http_version": http_version,
@@ -289,16 +289,20 @@ class BoundedProtocol(HttpToolsProtocol):
             "query_string": url.query or b"",
             "extensions": EXTENSIONS,
         }
-        self.scope = cast(Any, scope)
+        self._start_request(scope, keep_alive=keep_alive)
+
+    def _start_request(self, scope: Any, *, keep_alive: bool) -> None:
+        """Calls the application, or queues the request behind earlier ones of this connection."""
         before = self.cycle
+        self.scope = scope
         self.cycle = cycle = BoundedCycle(
-            scope=self.scope,
+            scope=scope,
             transport=self.transport,
             flow=self.flow,
             logger=self.logger,
             access_logger=self.access_logger,
             access_log=False,
-            default_headers=self._book.default_headers,
+            default_headers=self._table.default_headers,
             message_event=asyncio.Event(),
             expect_100_continue=self.expect_100_continue,
             keep_alive=keep_alive,
@@ -316,21 +320,24 @@ class BoundedProtocol(HttpToolsProtocol):
         self._phase = BODY
         self._framing_bytes = 0
         self._body_bytes = 0
-        # The application holds the list of headers; trailers would be appended to it while it is being read, behind
-        # the back of every check. They go to a list that nobody reads.
+        # The application holds the list of headers. The parser appends trailers, which no check has seen: they go to
+        # another list, which is dropped.
         self.headers = []
 
     def _refuse_early(self, early: EarlyRefusals, method: str, path: str, *, keep_alive: bool) -> bool:
-        """Not behind another request, for answers keep their order; nor where a body waits for its invitation."""
+        """Refuses the request before the application is called, if the server is too full; gives whether it did.
+
+        Not behind an unanswered request, for answers keep their order; nor if the client waits for `100 Continue`.
+        """
         if self._answer_is_due() or self.flow.write_paused or self.expect_100_continue:
             return False
-        came_at = self.loop.time()
-        render = early.refuse(method, path, self.headers, lambda: self.loop.time() - came_at)
+        received_at = self.loop.time()
+        render = early.refuse(method, path, self.headers, lambda: self.loop.time() - received_at)
         if render is None:
             return False
-        headers, is_head = self._book.default_headers, method == "HEAD"
+        headers, is_head = self._table.default_headers, method == "HEAD"
         refused = RefusedCycle(early, render, headers, keep_alive=keep_alive, is_head=is_head)
-        refused.answers(self.transport, self.on_response_complete, self._answer_internal_error)
+        refused.attach(self.transport, self.on_response_complete, self._answer_internal_error)
         self.cycle = cast(BoundedCycle, refused)
         self.scope = cast(Any, {"method": method, "path": path, "headers": self.headers})
         self._expect_body()
@@ -346,7 +353,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 hosts += 1
             elif name == b"content-length":
                 if int(value) > self._body_limit_bytes:
-                    raise RequestRefused(self._book.refusals.body_too_large)
+                    raise RequestRefused(self._table.refusals.body_too_large)
             elif name == b"transfer-encoding":
                 self._check_transfer_encoding(value)
         # RFC 9112 3.2: an HTTP/1.1 request names its host exactly once.
@@ -358,13 +365,13 @@ class BoundedProtocol(HttpToolsProtocol):
             raise RequestRefused(TOO_MANY_PIPELINED)
 
     def _measure_head(self) -> None:
-        # Each header stands for its colon, space and line end; the request line for method, version and the rest.
+        # 4 for the colon, space and line end of each header; 16 for method, version and spaces of the request line.
         head_bytes = len(self.url) + 16 + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if head_bytes > self._header_limit_bytes:
             raise RequestRefused(self._head_refusal())
 
     def _head_refusal(self) -> Refusal:
-        refusals = self._book.refusals
+        refusals = self._table.refusals
         return refusals.uri_too_long if len(self.url) > self._header_limit_bytes else refusals.headers_too_large
 
     def _check_transfer_encoding(self, value: bytes) -> None:
@@ -374,8 +381,8 @@ class BoundedProtocol(HttpToolsProtocol):
             raise RequestRefused(MALFORMED)
 
     def _check_upgrade(self) -> None:
-        # The parser takes whatever follows an upgrade for another protocol. A declared body would be lost, and when
-        # it comes in a later read, it would be taken for a request: smuggling.
+        # The parser treats all bytes after an upgrade as another protocol. A declared body would be lost, and in a
+        # later read it would be parsed as a request (request smuggling).
         for name, value in self.headers:
             if name == b"transfer-encoding" or (name == b"content-length" and int(value) > 0):
                 raise RequestRefused(MALFORMED)
@@ -385,7 +392,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._body_bytes += len(body)
         # A declared length was checked with the head; this is for chunked bodies.
         if self._body_bytes > self._body_limit_bytes:
-            raise RequestRefused(self._book.refusals.body_too_large)
+            raise RequestRefused(self._table.refusals.body_too_large)
         cycle = self.cycle
         if not cycle.response_complete:
             cycle.body += body
@@ -417,10 +424,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self._linger(self._refusal)
         self._end_turn()
         if self.waits_for_turn:
-            self._book.turns.ask(self)
+            self._table.turns.ask(self)
 
     def take_turn(self) -> None:
-        """Starts the first request that waits on this connection."""
+        """Starts the first request of `pipeline`."""
         self.waits_for_turn = False
         self._has_turn = True
         cycle, app = self.pipeline.pop()
@@ -429,7 +436,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _end_turn(self) -> None:
         if self._has_turn:
             self._has_turn = False
-            self._book.turns.end()
+            self._table.turns.end()
 
     def _answer_is_due(self) -> bool:
         """A request was handed to the application, and its answer is not written yet."""
@@ -437,8 +444,8 @@ class BoundedProtocol(HttpToolsProtocol):
         return cycle is not None and not cycle.response_complete  # pyright: ignore[reportUnnecessaryComparison]
 
     def _refuse(self, refusal: Refusal) -> None:
-        """Answers the request that is being received, after the answers to those before it, and takes no other."""
-        self._book.on_refused(refusal.code)
+        """Answers the request that is being received, after the answers to earlier ones, and accepts no further one."""
+        self._table.on_refused(refusal.code)
         phase, self._phase = self._phase, WAITING
         self._refusal = refusal
         # `headers` are those of the head that is being received, or trailers.
@@ -447,7 +454,7 @@ class BoundedProtocol(HttpToolsProtocol):
             if not self._answer_is_due():
                 self._linger(refusal)
         elif self.pipeline:
-            # Its turn has not come, and never will: the application is not called.
+            # Its turn has not come: the application is not called for it.
             self.pipeline.popleft()
             if self.waits_for_turn and not self.pipeline:
                 self.waits_for_turn = False
@@ -456,17 +463,17 @@ class BoundedProtocol(HttpToolsProtocol):
             self._interrupt(refusal)
 
     def _note_headers(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        self._refusal_headers = self._book.refusal_headers(headers)
+        self._refusal_headers = self._table.refusal_headers(headers)
 
     def _interrupt(self, refusal: Refusal) -> None:
-        """The application works on the very request that is refused: it hears of a disconnect, and is not heard."""
+        """Refuses a request that the application works on: `receive` reports a disconnect, `send` drops the answer."""
         cycle = self.cycle
         if cycle.response_complete:
-            # It answered without waiting for the body. That was the answer.
+            # The application answered without waiting for the body; no refusal follows that answer.
             self._linger(None)
             return
         cycle.disconnected = True
-        # A late `receive` must not invite the body after the final answer.
+        # A late `receive` must not send `100 Continue` after the final answer.
         cycle.waiting_for_100_continue = False
         cycle.message_event.set()
         self.flow.resume_writing()
@@ -479,16 +486,16 @@ class BoundedProtocol(HttpToolsProtocol):
         if transport.is_closing():
             return
         if refusal is not None:
-            transport.write(refusal.answer(self._book.default_headers, self._refusal_headers))
+            transport.write(refusal.answer(self._table.default_headers, self._refusal_headers))
         if self._half_closed:
             transport.close()
             return
         transport.write_eof()
-        if self.flow is not None:  # pyright: ignore[reportUnnecessaryComparison]  # None when turned away at the door
+        if self.flow is not None:  # pyright: ignore[reportUnnecessaryComparison]  # None if rejected at once
             self.flow.resume_reading()
 
     async def _answer_internal_error(self) -> None:
-        """In the place of uvicorn's plain text, for an application that failed before it began to answer."""
+        """Answers for an application that failed before it began to answer, instead of uvicorn's plain text."""
         if self._phase != LINGERING:
             # Requests behind the failed one are not answered, which a client that pipelines must expect of any close.
             self.pipeline.clear()
@@ -505,32 +512,31 @@ class BoundedProtocol(HttpToolsProtocol):
             self._stamped_at = now
             return
         age_seconds = now - self._stamped_at
-        limits = self._book.limits
+        limits = self._table.limits
         if self._phase == LINGERING:
             if age_seconds >= LINGER_SECONDS:
                 self.transport.abort()
         elif self._is_answering():
-            long = self._answering
-            more_seconds = 0.0 if long is None or long.response_complete else long.more_seconds
-            if age_seconds >= self._book.response_seconds + more_seconds:
+            cycle = self._answering
+            more_seconds = 0.0 if cycle is None or cycle.response_complete else cycle.more_seconds
+            if age_seconds >= self._table.response_seconds + more_seconds:
                 self._abandon_answer()
         elif self._phase != IDLE:
             if age_seconds >= limits.request_seconds:
-                self._refuse(self._book.refusals.request_timeout)
+                self._refuse(self._table.refusals.request_timeout)
         elif age_seconds >= (limits.keep_alive_seconds if self._has_sent else limits.first_byte_seconds):
             self.transport.close()
 
     def _is_answering(self) -> bool:
-        # An answer that is complete for uvicorn may still be in the transport's buffer, and stay there for ever if
-        # the client does not read. While the application answers a request whose body is still on its way, what is
-        # late is the body.
+        # An answer that is complete for uvicorn may still be in the transport's buffer, and stays there if the client
+        # does not read. While the body of a request is still arriving, the deadline is that of the body.
         if self._answer_is_due():
             return self._phase != BODY or bool(self.pipeline)
         return self.transport.get_write_buffer_size() > 0 or self.transport.is_closing()
 
     def _abandon_answer(self) -> None:
-        self._book.on_refused("response_timeout")
-        # A client that does not read is no fault of this process: it is counted, and has no record in the log.
+        self._table.on_refused("response_timeout")
+        # A client that does not read is no fault of this process: it is counted, but not logged.
         if self._answer_is_due() and not self.transport.get_write_buffer_size():
             logger.warning(
                 "connection aborted: %s %s of %s was not answered in time",

@@ -1,4 +1,4 @@
-"""A request that is refused without an application: its body is dropped, then its answer waits for its turn."""
+"""A request that is refused without the application: its body is dropped, then its answer waits to be sent."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .shedding import EarlyRefusals, Rendered
 
 
 class RefusedCycle:
-    """In the place of a request's cycle; to its connection it is one whose application takes its time to answer.
+    """Replaces a request's cycle; the connection treats it as one whose application has not answered yet.
 
-    It has what the connection, and uvicorn's part of it, read and set, and no more: uvicorn's own costs a scope and an
-    event.
+    It has only the attributes that `BoundedProtocol` and uvicorn's part of it read and set: uvicorn's own cycle also
+    needs a scope and an event.
     """
 
     __slots__ = (
@@ -53,20 +53,20 @@ class RefusedCycle:
         self._is_head = is_head
         self._is_held = False
 
-    def answers(
+    def attach(
         self,
         transport: asyncio.Transport,
         on_response: Callable[[], None],
         send_500_response: Callable[[], Awaitable[None]],
     ) -> None:
-        """Where its answer goes, and what is called after it. `send_500_response` stands as in every cycle."""
+        """Sets the transport of the answer and what is called after it. Every cycle has a `send_500_response`."""
         self._transport = transport
         self.on_response = on_response
         self.send_500_response = send_500_response
 
     @property
     def body(self) -> bytes:
-        """What has arrived of it is dropped."""
+        """Empty: the body is dropped."""
         return b""
 
     @body.setter
@@ -78,7 +78,7 @@ class RefusedCycle:
         return self
 
     def set(self) -> None:
-        """Something has arrived, or the connection is lost: the place of the event that an application waits for."""
+        """Called in place of `message_event.set`: a part of the request has arrived, or the connection is lost."""
         if not (self.more_body or self._is_held):
             self._is_held = True
             self._early.load.hold(self._answer)

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import uvicorn
 
-from .connection_book import ConnectionBook, RefusalHeaders
+from .connection_table import ConnectionTable, RefusalHeaders
 from .limits import HttpLimits, ignore_refusal, no_more_headers
 from .listening import LISTEN_BACKLOG
 from .protocol import BoundedProtocol
@@ -30,13 +30,13 @@ class HttpServer:
     """Serves one ASGI application on sockets that are already bound.
 
     uvicorn's own Server is not used: its signal handlers, its ten polls a second and its shutdown (which leaves
-    connections open when the time is over) would all have to be replaced, and a call of `create_server` is the rest.
+    connections open at its timeout) would all have to be replaced; what is left is a call of `create_server`.
 
     `on_ready` is called once, when every socket accepts connections. `on_refused` is called with the code of each
     refusal, and with `response_timeout` for each answer that was abandoned. The sockets are closed at the end; other
     processes that inherited them go on accepting. `early` refuses requests before the application is called.
-    `headers` are on every answer, also on those of the server itself. `refusal_headers` makes more for its refusals out
-    of those headers of the request that were read; a connection that is turned away has none.
+    `headers` are on every answer, also on those of the server itself. `refusal_headers` makes further ones for its
+    refusals from those headers of the request that were read; a connection that is rejected at once has none.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class HttpServer:
         self._sockets = tuple(sockets)
         self._tls = tls
         self._limits = limits or HttpLimits()
-        self._book = ConnectionBook(self._limits, on_refused, early, refusal_headers or no_more_headers)
+        self._table = ConnectionTable(self._limits, on_refused, early, refusal_headers or no_more_headers)
         self._on_ready = on_ready
         self._date_header = date_header
         self._headers = list(headers)
-        self._book.default_headers = self._headers
+        self._table.default_headers = self._headers
         self._config = uvicorn.Config(
             app,
             http=BoundedProtocol,
@@ -79,8 +79,8 @@ class HttpServer:
 
     @property
     def open_connections(self) -> int:
-        """How many connections are open now, without those that were turned away."""
-        return len(self._book.connections)
+        """How many connections are open now, without the rejected ones."""
+        return len(self._table.connections)
 
     async def run_until(self, stop: asyncio.Event) -> None:
         """Serves until `stop` is set, then lets running requests finish for up to `drain_seconds`, and returns.
@@ -106,7 +106,7 @@ class HttpServer:
         loop = asyncio.get_running_loop()
 
         def connection() -> BoundedProtocol:
-            return BoundedProtocol(self._config, self._book, {}, loop)
+            return BoundedProtocol(self._config, self._table, {}, loop)
 
         for sock in self._sockets:
             # One by one: when a later socket fails, the caller closes those that already accept.
@@ -125,59 +125,59 @@ class HttpServer:
         swept_at, now = loop.time(), 0.0
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
-            # A process that was stopped or starved for a while does not blame its clients for it: their bytes may be
-            # waiting in the kernel. So the sweeps' own clock never jumps.
+            # After a pause of the whole process, the bytes of clients may wait in the kernel: their deadlines must not
+            # have passed meanwhile. So the clock of the sweeps advances by two intervals at most.
             elapsed, swept_at = loop.time() - swept_at, loop.time()
             now += min(elapsed, 2 * SWEEP_SECONDS)
             self._refresh_date()
-            self._book.note_idle()
-            for connection in (*self._book.admitted, *self._book.turned_away):
+            self._table.note_idle()
+            for connection in (*self._table.admitted, *self._table.rejected):
                 try:
                     connection.sweep(now)
                 except Exception:
-                    # One connection in a state that nobody foresaw must not take the deadlines from all the others.
+                    # A bug in one connection's state must not end the deadlines of all other connections.
                     logger.exception("the sweep failed for a connection, which is aborted")
                     connection.transport.abort()
 
     def _refresh_date(self) -> None:
-        # RFC 9110 6.6.1 wants a date from a server with a clock; formatting it a few times a second costs nothing.
+        # RFC 9110 6.6.1: a server with a clock sends a date. Formatting it a few times a second costs nothing.
         if self._date_header:
             date = formatdate(time.time(), usegmt=True).encode()
-            self._book.default_headers = [(b"date", date), *self._headers]
+            self._table.default_headers = [(b"date", date), *self._headers]
 
     async def _drain(self) -> None:
-        self._book.draining = True
+        self._table.draining = True
         loop = asyncio.get_running_loop()
         drained_at = loop.time() + self._limits.drain_seconds
-        # Polled, so that a running server pays nothing for the day when it is stopped.
+        # Polled, so that requests pay nothing for it before the stop.
         while self._shut_down_connections() and loop.time() < drained_at:  # noqa: ASYNC110
             await asyncio.sleep(DRAIN_POLL_SECONDS)
 
     def _shut_down_connections(self) -> bool:
-        """Asks every connection to end; True while one of them, or a request without one, still has to be waited for.
+        """Asks every connection to end; True while one of them, or a request without one, is still open.
 
-        Every round asks again: a request that was half received in the last round is running in this one.
+        Each poll asks again: a request that was half received at the last poll may be running now.
         """
-        for connection in tuple(self._book.admitted):
+        for connection in tuple(self._table.admitted):
             connection.shutdown()
-        return bool(self._book.tasks) or any(not connection.is_lingering for connection in self._book.admitted)
+        return bool(self._table.tasks) or any(not connection.is_lingering for connection in self._table.admitted)
 
     async def _force(self) -> None:
-        for connection in (*self._book.admitted, *self._book.turned_away):
+        for connection in (*self._table.admitted, *self._table.rejected):
             connection.transport.abort()
-        tasks = tuple(self._book.tasks)
+        tasks = tuple(self._table.tasks)
         if tasks:
             logger.warning("cancelling %d requests that did not finish within the drain", len(tasks))
-            uvicorn_logger.addFilter(_tells_more)
+            uvicorn_logger.addFilter(_is_no_cancellation)
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=UNWIND_SECONDS)
-            uvicorn_logger.removeFilter(_tells_more)
+            uvicorn_logger.removeFilter(_is_no_cancellation)
         # Transports report their end in the next turns of the loop.
         for _ in range(2):
             await asyncio.sleep(0)
 
 
-def _tells_more(record: logging.LogRecord) -> bool:
-    """False for the trace that uvicorn logs of a request which was cancelled: that it was is said already."""
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """False for the traceback that uvicorn logs for a cancelled request: the warning above has reported it."""
     return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))

@@ -8,24 +8,24 @@ limit of requests in work:
             single ones: a batch makes many requests slow at once. A window in which more than `slow_share` of the
             requests took longer than `slow_seconds` lowers the limit; any other raises it. It stays as it is while
             fewer than half of it were in work at once, for then the limit has no part in how long they took.
-    shares  The requests of a class enter while fewer than its share of the limit are in work, whatever their classes:
-            what is left belongs to the classes above.
+    shares  The requests of a class enter while fewer than its share of the limit are in work, of all classes together:
+            the rest is left to the classes above.
     queue   Requests that may not enter yet wait, at most twice the limit, the classes in their order. A full queue
-            refuses the oldest request of the lowest class for one of a higher class, and the newcomer otherwise.
+            refuses the oldest request of the lowest class for one of a higher class, and the new request otherwise.
             Requests that have waited for half of the time until their deadline are refused. A queue that has not been
             empty for `standing_seconds` is no burst: it lets the newest enter first, whose clients still wait, and
-            refuses what has waited for `standing_wait_seconds` (adaptive LIFO and controlled delay: B. Maurer, Fail at
-            Scale, ACM Queue 13(8), 2015).
-    pace    Refusals for a full queue go out `refusals_at_once` every `refusal_seconds`, and no faster. Clients that
-            send again at once, without looking at Retry-After, would otherwise be answered in each turn of the event
-            loop, and every step of the requests in work would wait for hundreds of refusals.
+            refuses requests that have waited for `standing_wait_seconds` (adaptive LIFO and controlled delay:
+            B. Maurer, Fail at Scale, ACM Queue 13(8), 2015).
+    pace    Refusals for a full queue are sent `refusals_at_once` every `refusal_seconds`, and no faster. Clients that
+            ignore Retry-After and send again at once would otherwise be answered in each turn of the event loop, and
+            every step of the requests in work would wait for hundreds of refusals.
 
-The server itself refuses what could not even wait (`EarlyRefusals`), as long as it is behind no other request of its
-connection. Its body is read and dropped, so that the connection goes on.
+The server itself refuses a request that finds the queue full (`EarlyRefusals`), unless an earlier request of its
+connection is unanswered. Its body is read and dropped, so that the connection stays open.
 
-While the server has room, an application only counts, without a call, a task or a future:
+While the server has capacity, an application only counts, without a further call, task or future:
 
-    if shedder.in_work < shedder.room[priority]:
+    if shedder.in_work < shedder.capacity[priority]:
         shedder.in_work += 1
     else:
         entered_at = await shedder.queue(priority, name, deadline)
@@ -37,8 +37,8 @@ While the server has room, an application only counts, without a call, a task or
         if shedder.waiting or shedder.measured >= shedder.window_requests:
             shedder.settle()
 
-Guaranteed: what was let in is never refused later; a refused request was not started; every request that waits is
-let in or refused, whether or not others are answered. A shedder belongs to one event loop.
+Guaranteed: a request that was let in is never refused later; a refused request was not started; every request that
+waits is let in or refused, even if no other request is answered. A shedder belongs to one event loop.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ class Priority(enum.IntEnum):
 class LoadLimits(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of a `Shedder`; tuples have one value for each `Priority`."""
 
-    floor: int = 192  # 128 connections, as many as `make bench` has, may all browse at once however slow the machine is
+    floor: int = 192  # the 128 connections of `make bench` may all browse at once, however slow the machine is
     start: int = 256
     ceiling: int = 512  # half of the connections of one server
     shares: tuple[float, ...] = (1.0, 0.9, 0.7, 0.5)
     slow_seconds: tuple[float | None, ...] = (None, 0.25, 0.1, None)
-    """From entering to the answer: chosen, several times what either takes with room to spare. None: not measured, for
-    it says little about this server: a payment takes as long as the provider does, a report as long as it is."""
+    """From entering to the answer: chosen as several times what each takes without load. None: not measured, for the
+    time says little about this server: a payment takes as long as the provider needs, a report depends on its size."""
     slow_share: float = 0.1  # so the 90th percentile stays below `slow_seconds`
     window_seconds: float = 0.1
     window_requests: int = 32  # a window has at least so many, and lasts at least so long
@@ -92,8 +92,8 @@ class LoadLimits(msgspec.Struct, frozen=True, kw_only=True):
     standing_wait_seconds: float = 0.05  # a refusal comes within a tenth of a second
     refusal_seconds: float = 0.02
     refusals_at_once: int = 100  # 5 000 a second: a part of a core
-    sweep_seconds: float = 0.025  # how often requests that wait are looked through, while there are any
-    retry_after_seconds: int = 3  # 1 to so many, at random, so that clients do not come back at once
+    sweep_seconds: float = 0.025  # how often requests that wait are checked, while there are any
+    retry_after_seconds: int = 3  # 1 to so many, at random, so that clients do not all come back at once
 
     @classmethod
     def up_to(cls, ceiling: int) -> LoadLimits:
@@ -107,7 +107,7 @@ Rendered = tuple[int, Sequence[bytes], bytes]
 
 
 class EarlyRefusals(Protocol):
-    """What refuses requests in the place of an application, as soon as their heads are read."""
+    """Refuses requests before the application is called, as soon as their heads are read."""
 
     @property
     def load(self) -> Shedder: ...
@@ -115,9 +115,9 @@ class EarlyRefusals(Protocol):
     def refuse(
         self, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], seconds: Callable[[], float]
     ) -> Callable[[], Rendered] | None:
-        """None: the request is for the application. Else it is refused, and the result renders its answer, once.
+        """None: the application answers the request. Else it is refused, and the result renders its answer, once.
 
-        `seconds` gives how long the request has been there.
+        `seconds` gives how long ago the request was received.
         """
         ...
 
@@ -158,16 +158,16 @@ class Shedder:
         self.in_work = 0
         self.waiting = 0
         self.measured = 0
-        """Of this window: requests whose time was measured."""
+        """How many requests of this window were measured."""
         self.slow = 0
-        """Of those."""
+        """How many of the measured requests were slow."""
         self.peak = 0
-        """Of this window: the most that were in work at once."""
+        """The most requests of this window that were in work at once."""
         self.slow_seconds = limits.slow_seconds
         self.window_requests = limits.window_requests
         self.limit = 0
-        self.room: tuple[int, ...] = ()
-        """By `Priority`: a request enters while fewer are in work."""
+        self.capacity: tuple[int, ...] = ()
+        """By `Priority`: a request enters while fewer than this are in work."""
         self._window_ends_at = monotonic() + limits.window_seconds
         self._standing_since = 0.0
         self._queues: tuple[deque[Waiter], ...] = tuple(deque() for _ in Priority)
@@ -193,22 +193,22 @@ class Shedder:
 
     def _set_limit(self, limit: int) -> None:
         self.limit = limit
-        self.room = tuple(max(1, int(limit * share)) for share in self._limits.shares)
+        self.capacity = tuple(max(1, int(limit * share)) for share in self._limits.shares)
         self._shown_limit.set(limit)
 
     # ------------------------------------------------------------------------------------------------ for requests
 
     def is_full(self, priority: Priority) -> bool:
-        """Whether a request that came now could not even wait."""
-        return self.in_work >= self.room[priority] and self._has_no_place(priority)
+        """Whether a new request could neither enter nor wait."""
+        return self.in_work >= self.capacity[priority] and self._queue_is_full(priority)
 
-    def _has_no_place(self, priority: Priority) -> bool:
-        """In the queue, which is full, and has none of a lower class."""
+    def _queue_is_full(self, priority: Priority) -> bool:
+        """Full, and without a request of a lower class that could be displaced."""
         return self.waiting >= self._limits.queue_share * self.limit and not any(self._queues[priority + 1 :])
 
     async def check(self, priority: Priority, name: str) -> None:
-        """Raises `Overloaded` for a request that could not even wait, before anything is done for it."""
-        if self._has_no_place(priority):
+        """Raises `Overloaded` for a request that could not even wait, before any work is done for it."""
+        if self._queue_is_full(priority):
             error = self._refusal(priority, name, "queue_full")
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self.hold(functools.partial(_end_wait, turn))
@@ -239,7 +239,7 @@ class Shedder:
             raise
 
     def settle(self) -> None:
-        """Ends the window where it is complete, and lets in what waits and has room. Called when a request ends."""
+        """Ends a complete window, and lets waiting requests in as capacity allows. Called when a request ends."""
         now = self._monotonic()
         if self.measured >= self.window_requests and now >= self._window_ends_at:
             self._adapt()
@@ -248,7 +248,7 @@ class Shedder:
             self._let_in(now)
 
     def hold(self, send: Callable[[], bool]) -> None:
-        """Calls `send` when it is the turn of a refusal; it gives False where its client has left meanwhile."""
+        """Calls `send` when the pace allows this refusal. `send` gives False if its client has left meanwhile."""
         self._held.append(send)
         if not self._is_pacing:
             self._pace(asyncio.get_running_loop())
@@ -271,7 +271,7 @@ class Shedder:
         if self._held:
             self._pace(loop)
 
-    # ------------------------------------------------------------------------------------------------- the machine
+    # ------------------------------------------------------------------------------------------------ limit, queues
 
     def _adapt(self) -> None:
         limits = self._limits
@@ -288,7 +288,7 @@ class Shedder:
         is_standing = self._is_standing(now)
         for priority in Priority:
             queue = self._queues[priority]
-            while queue and self.in_work < self.room[priority]:
+            while queue and self.in_work < self.capacity[priority]:
                 waiter = queue.pop() if is_standing else queue.popleft()
                 if waiter.future.done():  # cancelled, in this turn of the loop
                     self._set_waiting(self.waiting - 1)
@@ -302,7 +302,7 @@ class Shedder:
                 waiter.future.set_result(now)
 
     def expire(self) -> None:
-        """Refuses what has waited for too long. A timer calls it while requests wait."""
+        """Refuses requests that have waited for too long. A timer calls it while requests wait."""
         now = self._monotonic()
         is_standing = self._is_standing(now)
         for priority in Priority:
@@ -332,7 +332,7 @@ class Shedder:
         return Overloaded(operation=name, retry_after_s=self.count_refusal(priority, reason))
 
     def _forget(self, waiter: Waiter, priority: Priority) -> None:
-        """For a request that was cancelled while it waited, or after it was let in and before it went on."""
+        """Removes a request that was cancelled while it waited, or after it was let in and before it resumed."""
         if waiter in self._queues[priority]:
             self._queues[priority].remove(waiter)
             self._set_waiting(self.waiting - 1)

@@ -1,4 +1,4 @@
-"""What the head of a request says that the parser leaves to its caller: the version, and the form of its target."""
+"""Checks of a request's head that the parser leaves to its caller: the version, and the form of the target."""
 
 from typing import Final
 
@@ -12,12 +12,12 @@ VERSION_ERRORS: Final = ("Invalid HTTP version", "Pause on PRI/Upgrade")
 
 
 def refusal_of(error: httptools.HttpParserError) -> Refusal:
-    """How a request is refused that the parser does not take."""
+    """The refusal of a request that the parser rejects."""
     return VERSION_NOT_SUPPORTED if str(error) in VERSION_ERRORS else MALFORMED
 
 
 SERVER_ITSELF: Final = b"*"
-"""In the place of a path: `OPTIONS *` asks about the server, not about anything that it has (RFC 9110 9.3.7)."""
+"""Instead of a path: `OPTIONS *` asks about the server, not about a resource (RFC 9110 9.3.7)."""
 
 
 def path_of_other_form(target: bytes, path: bytes | None, method: bytes) -> bytes:
@@ -33,10 +33,10 @@ def path_of_other_form(target: bytes, path: bytes | None, method: bytes) -> byte
 
 
 def check_host_of_target(target: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-    """For a target with a host (`GET http://shop/orders`): raises `RequestRefused` where `Host` names another one.
+    """For a target with a host (`GET http://shop/orders`): raises `RequestRefused` if `Host` names another one.
 
-    RFC 9112 3.2.2: such a request is for the host of its target, and `Host` is to be the same. HTTP/1.0 may leave
-    `Host` out, which is added then.
+    RFC 9112 3.2.2: such a request is for the host of its target, and `Host` must be the same. HTTP/1.0 may leave
+    `Host` out; it is then added.
     """
     scheme, _, rest = target.partition(b"://")
     host = rest.partition(b"/")[0].partition(b"?")[0]

@@ -6,8 +6,8 @@ from collections import deque
 from typing import Protocol
 
 
-class Waiting(Protocol):
-    """A connection with requests that came behind another."""
+class WaitingConnection(Protocol):
+    """A connection with pipelined requests."""
 
     waits_for_turn: bool
 
@@ -15,18 +15,18 @@ class Waiting(Protocol):
 
 
 class PipelinedTurns:
-    """Which requests that came behind another of their connection are in work: `at_once` of all connections.
+    """Bounds the pipelined requests in work to `at_once` for all connections together.
 
-    A client that sends its next request after an answer waits for its own requests alone. One that sends many at once
-    would fill the application with them; so they take turns, one request of each connection after the other.
+    A client that sends each request after the answer to the last one waits for its own requests alone. One that
+    pipelines many would fill the application with them; so connections take turns, one request each (round robin).
     """
 
     def __init__(self, at_once: int) -> None:
         self._free = at_once
-        self._waiting: deque[Waiting] = deque()
+        self._waiting: deque[WaitingConnection] = deque()
 
-    def ask(self, connection: Waiting) -> None:
-        """`connection.take_turn` is called, now or later, unless it has ended by then; `end` follows a turn."""
+    def ask(self, connection: WaitingConnection) -> None:
+        """Calls `connection.take_turn`, now or later, unless it has ended by then. The caller calls `end` after it."""
         if self._free > 0:
             self._free -= 1
             connection.take_turn()
@@ -34,7 +34,7 @@ class PipelinedTurns:
             self._waiting.append(connection)
 
     def end(self) -> None:
-        """A turn is over, and the next one begins."""
+        """Ends a turn; the next connection takes its turn."""
         while self._waiting:
             connection = self._waiting.popleft()
             if connection.waits_for_turn:

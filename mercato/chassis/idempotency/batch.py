@@ -1,14 +1,14 @@
 """The keyed batch: every request of a batch is done once for its key.
 
-A batch runs through these steps; each settles some of its requests, and the next sees what is left:
+A batch runs through these steps; each settles some of its requests, and the next gets those that are left:
 
 1. recall    A key that was used before has its answer, or belongs to another request.
-2. prepare   What is refused without writing anything: by rules, or by what another service says.
-3. recall    Again those that were refused: a request with the same key may have been done since the first look.
+2. prepare   Refuses requests without writing anything: by rules, or by the answer of another service.
+3. recall    Again for those that were refused: a request with the same key may have been done since the first recall.
 4. write     One transaction, which claims the keys, does the work, and stores the answers. A request whose key another
-             transaction has used at this moment waits for the end of that transaction, and is then recalled.
-5. repeat    Further requests with a key of this same batch get the answer of the first one with that key, or hear that
-             the key belongs to that other request.
+             transaction is using waits for the end of that transaction, and is then recalled.
+5. repeat    Duplicates in the batch get the answer of the first request with their key, or the refusal that the key
+             belongs to that other request.
 
 Refusals are not stored: nothing was begun, and the same key may be sent again when the reason is gone.
 
@@ -42,17 +42,17 @@ A = TypeVar("A", bound=Message)
 W = TypeVar("W")
 
 
-class Stored(msgspec.Struct, Generic[A], frozen=True):
-    """What a key has done: the answer, and the fingerprint of the request that got it."""
+class StoredAnswer(msgspec.Struct, Generic[A], frozen=True):
+    """What is stored for a key: the answer, and the fingerprint of the request that got it."""
 
     fingerprint: bytes
     answer: A
     field: str = ""
-    """In what the request that asks now differs, where that is seen; empty where the fingerprints alone can tell."""
+    """The field in which the new request differs, if known; empty if the fingerprints alone are compared."""
 
 
 class KeyedAttempt(Generic[Q, A, W]):
-    """One request on its way through the steps. `answer` is None until a step settles it."""
+    """One request that passes through the steps. `answer` is None until a step settles it."""
 
     __slots__ = ("actor", "answer", "keyed", "prepared", "request")
 
@@ -61,12 +61,12 @@ class KeyedAttempt(Generic[Q, A, W]):
         self.actor = actor
         self.keyed = None if request.idempotency_key is None else keyed(request, actor)
         self.prepared: W | None = None
-        """What `prepare` has made of it, for `write`."""
+        """The result of `prepare`, for `write`."""
         self.answer: A | ServiceError | None = None
 
     @property
     def identity(self) -> Identity:
-        """Of its key, which it must have."""
+        """The identity of its key, which it must have."""
         assert self.keyed
         return self.keyed.identity
 
@@ -75,7 +75,7 @@ class KeyedAttempt(Generic[Q, A, W]):
         return self.answer
 
     def replay(self, fingerprint: bytes, answer: A, field: str = "") -> None:
-        """Answers with what its key did, for the request with `fingerprint`, unless `field` of that one is another."""
+        """Replays the stored `answer` to the request with `fingerprint`; refuses if that, or a `field`, differs."""
         assert self.keyed
         is_same = self.keyed.fingerprint == fingerprint
         self.answer = (
@@ -85,7 +85,7 @@ class KeyedAttempt(Generic[Q, A, W]):
         )
 
     def repeat(self, first: KeyedAttempt[Q, A, W]) -> None:
-        """Answers as the first of the batch with its key. Unsettled where that one's key belongs to another request."""
+        """Answers as the first request of the batch with its key. Unsettled if that key belongs to another request."""
         assert self.keyed
         assert first.keyed
         answer = first.settled()
@@ -98,12 +98,12 @@ class KeyedAttempt(Generic[Q, A, W]):
 
 
 class KeyedBatch(abc.ABC, Generic[Q, A, W]):
-    """An operation whose requests are done once for each key. `A` has a field `replayed`."""
+    """An operation that does each key once. `A` has a field `replayed`."""
 
     async def run(self, batch: Batch[Any]) -> Sequence[A | ServiceError]:
         """The handler of the operation for a batch of `Q`: one answer or refusal for each request, in order.
 
-        Beside what the steps give: `IdempotencyKeyReused` and `RequestInProgress`. Raises `LockTimeout` where one of
+        Besides the answers of the steps: `IdempotencyKeyReused` and `RequestInProgress`. Raises `LockTimeout` if one of
         several requests would be in progress: the server then runs each alone.
         """
         attempts = [KeyedAttempt[Q, A, W](request, actor) for request, actor in zip(batch, batch.actors, strict=True)]
@@ -114,24 +114,24 @@ class KeyedBatch(abc.ABC, Generic[Q, A, W]):
         await self._write(unsettled(firsts))
         for attempt, first in duplicates:
             attempt.repeat(first)
-        # Where the first was refused because its key is another request's, a further one may be that request.
+        # If the first was refused because its key belongs to another request, a duplicate may be that request.
         await self._recall(unsettled([attempt for attempt, _ in duplicates]))
         return [attempt.settled() for attempt in attempts]
 
     @abc.abstractmethod
-    async def recall(self, attempts: Sequence[KeyedAttempt[Q, A, W]]) -> Mapping[Identity, Stored[A]]:
-        """What the keys of these attempts have done, by their identity; those that are new are missing."""
+    async def recall(self, attempts: Sequence[KeyedAttempt[Q, A, W]]) -> Mapping[Identity, StoredAnswer[A]]:
+        """The stored answers of these attempts, by identity; new keys are missing."""
 
     @abc.abstractmethod
     async def prepare(self, attempts: Sequence[KeyedAttempt[Q, A, W]]) -> None:
-        """Settles what is refused, and prepares the others for `write`. May call other services."""
+        """Settles the requests that it refuses, and prepares the others for `write`. May call other services."""
 
     @abc.abstractmethod
     async def write(self, attempts: Sequence[KeyedAttempt[Q, A, W]]) -> None:
-        """Does the work in one transaction, and settles each whose key it could claim; commits the answers with it.
+        """Does the work in one transaction, and settles the requests whose keys it could claim; commits their answers.
 
-        Leaves those unsettled whose key another transaction has used, or raises `UniqueViolation`, nothing committed.
-        Raises `LockTimeout` where another transaction holds a key for too long.
+        If another transaction has used a key, leaves its request unsettled, or raises `UniqueViolation` and commits
+        nothing. Raises `LockTimeout` if another transaction holds a key for too long.
         """
 
     async def _recall(self, attempts: Sequence[KeyedAttempt[Q, A, W]]) -> None:
@@ -153,7 +153,7 @@ class KeyedBatch(abc.ABC, Generic[Q, A, W]):
             taken = error
         except LockTimeout:
             if len(attempts) > 1:
-                raise  # the server runs each alone; then it is clear whose key is in use
+                raise  # the server runs each request alone, which shows whose key is in use
             attempts[0].answer = RequestInProgress()
         if not (before := unsettled(attempts)):
             return
@@ -166,7 +166,7 @@ class KeyedBatch(abc.ABC, Generic[Q, A, W]):
 
 @contextlib.contextmanager
 def bounded_by_key() -> Generator[None]:
-    """Raises `RequestInProgress` where another transaction uses the key of the request in this block."""
+    """Raises `RequestInProgress` if another transaction uses the key of the request in this block."""
     try:
         yield
     except (LockTimeout, UniqueViolation):
@@ -184,7 +184,7 @@ def _is_refused(answer: object) -> bool:
 def _split_duplicates(
     attempts: Sequence[KeyedAttempt[Q, A, W]],
 ) -> tuple[list[KeyedAttempt[Q, A, W]], list[tuple[KeyedAttempt[Q, A, W], KeyedAttempt[Q, A, W]]]]:
-    """Those that are tried, and those whose key an earlier one of this batch has, each with that earlier one."""
+    """The first request of each key, and the duplicates in the batch, each with the first one of its key."""
     firsts: list[KeyedAttempt[Q, A, W]] = []
     duplicates: list[tuple[KeyedAttempt[Q, A, W], KeyedAttempt[Q, A, W]]] = []
     by_identity: dict[Identity, KeyedAttempt[Q, A, W]] = {}

@@ -1,18 +1,18 @@
-"""Idempotency keys: a request that comes again gets the answer of the first time, and nothing is done twice.
+"""Idempotency keys: a request that is sent again gets the answer of the first time, and nothing is done twice.
 
 A service that takes keys has this table in its own database (`TABLE` in its first migration), and uses it inside the
 transaction of the change itself:
 
-    recall    before any work: the answers that are there already
-    claim     first statement of the transaction: takes the keys; a simultaneous duplicate waits here until the commit
+    recall    before any work: reads the stored answers
+    claim     first statement of the transaction: inserts the keys; a concurrent duplicate waits here until the commit
     remember  last statement: stores the answers
-    release   instead of it: gives back keys whose requests were refused after all, beside others that were not
+    release   instead of `remember`, for single requests that were refused after the claim: deletes their keys
 
 Because claim, change and answer commit together, there is no row "in progress" that a crash could leave behind: a
-crash leaves nothing, and the client's retry runs as if it were the first. Answers are kept for a day; what must never
-happen twice, even later, has a unique key of its own in the service's table.
+crash leaves nothing, and the client's retry runs as the first request. Answers are kept for a day; effects that must
+never happen twice, even later, have a unique key in the service's own table.
 
-Keys belong to the account that sent them (`principal`) and to one operation: others may use the same key.
+A key belongs to the account that sent it (`principal`) and to one operation: other accounts may use the same key.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from mercato.chassis.contract import GUEST_ROLE, Actor, IdempotencyKeyReused
 from mercato.chassis.postgres.database import Row, Tx
 
 KEPT_HOURS: Final = 24
-REAPED_AT_ONCE: Final = 1_000
-REAP_EVERY_SECONDS: Final = 60.0
+PURGED_AT_ONCE: Final = 1_000
+PURGE_EVERY_SECONDS: Final = 60.0
 
 # The pattern has no {1,255}: PostgreSQL would unroll it, and matching it would cost more than writing the row.
 TABLE: Final = """
@@ -46,11 +46,11 @@ EXPIRY_INDEX: Final = "CREATE INDEX idempotency_expires_at_idx ON idempotency (e
 
 
 Identity = tuple[str, str]
-"""Of a key within an operation: whose it is, and the key."""
+"""Identifies a key within an operation: its principal, and the key."""
 
 
 class Keyed(msgspec.Struct, frozen=True):
-    """Whose key, which key, and for which request. Two requests with one fingerprint are the same request."""
+    """A key with its principal and the fingerprint of its request. Equal fingerprints mean the same request."""
 
     principal: str
     key: str
@@ -61,9 +61,10 @@ class Keyed(msgspec.Struct, frozen=True):
         return self.principal, self.key
 
     def check(self, fingerprint: bytes | None, **fields: tuple[object, object]) -> None:
-        """Raises `IdempotencyKeyReused` where the key was used for a request with another fingerprint.
+        """Raises `IdempotencyKeyReused` if the key was used for a request with another fingerprint.
 
-        Also where one of `fields` differs, which it then names: of each, what the request has and what the key did.
+        Also if one of `fields` differs, which the error then names. Each is a pair: the value of this request, and the
+        stored one.
         """
         for name, (asked, done) in fields.items():
             if asked != done:
@@ -85,7 +86,7 @@ class ClaimedRow(Row):
 
 
 class KeyedRequest(Protocol):
-    """A request that may have a key. Two requests with one fingerprint are the same request."""
+    """A request that may have a key. Equal fingerprints mean the same request."""
 
     @property
     def idempotency_key(self) -> str | None: ...
@@ -95,15 +96,15 @@ class KeyedRequest(Protocol):
 
 
 def keyed(request: KeyedRequest, actor: Actor) -> Keyed | None:
-    """The key of a request of `actor`, where it has one."""
+    """The key of a request of `actor`; None without a key."""
     key = request.idempotency_key
     return None if key is None else Keyed(principal_of(actor), key, request.fingerprint)
 
 
 def principal_of(actor: Actor) -> str:
-    """Whose key it is: the account's, whatever its role is by now; the role's where there is no account.
+    """The owner of a key: the account, whatever its current role; without an account, the role.
 
-    A guest's is that of the thing whose access token the guest holds.
+    For a guest: the object whose access token the guest holds.
     """
     if actor.role == GUEST_ROLE:
         return f"{GUEST_ROLE}:{actor.id}"
@@ -111,8 +112,8 @@ def principal_of(actor: Actor) -> str:
 
 
 async def recall(tx: Tx, operation: str, wanted: Sequence[Keyed]) -> Mapping[Identity, StoredRow]:
-    """What is stored under these keys, by their identity; those that are new are missing."""
-    # One look at the index for each key: a join that was planned when the table was empty would read all of it.
+    """The stored answers of these keys, by identity; new keys are missing."""
+    # One index lookup for each key: a join that was planned when the table was empty would read all of it.
     rows = await tx.fetch(
         StoredRow,
         """
@@ -133,12 +134,12 @@ async def recall(tx: Tx, operation: str, wanted: Sequence[Keyed]) -> Mapping[Ide
 
 
 async def claim(tx: Tx, operation: str, wanted: Sequence[Keyed]) -> set[Identity]:
-    """Takes keys; gives the identities of those that are ours now. The others were taken by a duplicate that committed.
+    """Inserts keys; gives the identities of those that this transaction claimed. Duplicates have committed the others.
 
-    Raises `LockTimeout` when a duplicate is not done within the time that we are willing to wait.
+    Raises `LockTimeout` if a duplicate has not committed within the lock timeout.
     """
     await tx.execute("SET LOCAL lock_timeout = '2s'")
-    # In key order: two batches that share keys in different orders would wait for each other for ever.
+    # In key order: two batches that share keys in different orders would deadlock.
     rows = await tx.fetch(
         ClaimedRow,
         """
@@ -178,7 +179,7 @@ async def remember(tx: Tx, operation: str, done: Sequence[Keyed], answers: Seque
 
 
 async def release(tx: Tx, operation: str, refused: Sequence[Keyed]) -> None:
-    """Gives back keys that this transaction has claimed. A duplicate that waits for one takes it after the commit."""
+    """Deletes keys that this transaction has claimed. A duplicate that waits for one claims it after the commit."""
     await tx.execute(
         """
         DELETE FROM idempotency
@@ -196,12 +197,12 @@ async def release(tx: Tx, operation: str, refused: Sequence[Keyed]) -> None:
     )
 
 
-async def reap(tx: Tx) -> int:
-    """Deletes up to `REAPED_AT_ONCE` answers that are past their day; gives how many."""
+async def purge_expired(tx: Tx) -> int:
+    """Deletes up to `PURGED_AT_ONCE` expired answers; gives how many."""
     return await tx.execute(
         """
         DELETE FROM idempotency
          WHERE ctid IN (SELECT ctid FROM idempotency WHERE expires_at < now() LIMIT $1 FOR UPDATE SKIP LOCKED)
         """,
-        REAPED_AT_ONCE,
+        PURGED_AT_ONCE,
     )

@@ -1,4 +1,4 @@
-"""Time and randomness as things that are passed in, so that a test can own them."""
+"""Time and randomness as parameters, so that a test can control them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Clock(Protocol):
         ...
 
     def now(self) -> datetime.datetime:
-        """The wall clock, in UTC. Never for deciding a deadline that another process or the database also judges."""
+        """The wall clock, in UTC. Not for deadlines that another process or the database checks as well."""
         ...
 
 
 class Randomness(Protocol):
     def token(self, length_bytes: int, /) -> bytes:
-        """Bytes that nobody can guess."""
+        """Unpredictable bytes."""
         ...
 
 

@@ -2,8 +2,8 @@
 
 `await faults.point("orders.place.after_commit")` does nothing unless a test, or `MERCATO_FAULTS` at the start of the
 process, has injected a fault there. The injected faults are a dictionary that is empty in production, so a point costs
-one look at it. Points are declared at import with `declare`, so that a crash test can enumerate them and fail for a
-point that nothing reaches.
+one lookup. Points are declared at import with `declare`, so that a crash test can list them, and fail for a point that
+it does not reach.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _injected: Final[dict[str, Fault]] = {}
 
 
 def declare(*names: str) -> None:
-    """Makes points known; each name belongs to one place in the code."""
+    """Declares points; each name belongs to one place in the code."""
     POINTS.update(names)
 
 

@@ -1,4 +1,4 @@
-"""What a process tells about itself: JSON logs and Prometheus metrics.
+"""JSON logs and Prometheus metrics of a process.
 
 Logs are one JSON object a line on standard error, with the trace and request id of the call that is being served. A
 metric is declared where it is counted; its labels are bound at start-up, so that counting on the hot path is one
@@ -60,13 +60,13 @@ def configure_logging(level: str = "info", stream: BinaryIO | None = None) -> No
 
 
 class LogStream:
-    """Where the lines go. Nothing that a log is told raises: the work that it tells of is done all the same.
+    """The stream of log lines. Writing never raises: a log that fails must not fail the work that it reports.
 
-    A line that cannot be written, to a closed pipe or a full disk, is lost and counted; the next one is tried again.
+    A line that cannot be written, to a closed pipe or a full disk, is dropped and counted; the next one is tried again.
     """
 
     lost_lines: ClassVar[int] = 0
-    """Of this process."""
+    """Counted over this process."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -85,27 +85,28 @@ class LogStream:
 
 
 def _standard_error() -> BinaryIO:
-    """Without a buffer: what is in one that cannot be written fails once more at the end of the process."""
+    """Without a buffer: Python flushes a buffer at the end of the process, which would fail once more."""
     buffered = sys.stderr.buffer
     return cast(BinaryIO, getattr(buffered, "raw", buffered))
 
 
 class _ToStructlog(logging.Handler):
-    """What libraries say through the standard library's logging comes out as the same JSON lines."""
+    """Writes what libraries log through the standard library's logging as the same JSON lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
         logger = structlog.stdlib.get_logger(record.name)
         message = record.getMessage()
-        told: dict[str, Any] = {"exc_info": record.exc_info}
+        fields: dict[str, Any] = {"exc_info": record.exc_info}
         if _is_of_the_driver(record.name, message):
-            told = {"reason": _in_a_line(record.exc_info[1])} if record.exc_info and record.exc_info[1] else {}
-        logger.log(record.levelno, message, logger=record.name, **told)
+            fields = {"reason": _in_a_line(record.exc_info[1])} if record.exc_info and record.exc_info[1] else {}
+        logger.log(record.levelno, message, logger=record.name, **fields)
 
 
 def _is_of_the_driver(logger: str, message: str) -> bool:
-    """What asyncpg says by itself, and what asyncio says of its tasks: that a server went away, each for itself.
+    """Whether a record reports a lost connection of asyncpg: logged by asyncpg, or by asyncio about its tasks.
 
-    Where in the driver that was noticed helps nobody, and a restart of the server would fill the log with traces.
+    Each connection logs one. The traceback only shows where in the driver it was noticed, and a restart of the server
+    would fill the log with them.
     """
     return logger.partition(".")[0] == "asyncpg" or (logger == "asyncio" and "asyncpg" in message)
 
@@ -123,7 +124,7 @@ def _add_call(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mu
 
 
 def _without_secrets(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """A traceback without the passwords of URLs, and without what PostgreSQL says of the values of a row."""
+    """Removes the passwords of URLs and the row values of PostgreSQL's messages from a traceback."""
     trace = event.get("exception")
     if isinstance(trace, str):
         event["exception"] = ROW_VALUES.sub(r"\1 (left out)", URL_PASSWORD.sub(r"\1***@", trace))
@@ -157,10 +158,10 @@ class WorkerProcesses(Collector):
 
 
 class Telemetry:
-    """The metrics of one process. A metric that is declared again, under the same name, is the same."""
+    """The metrics of one process. Declaring a name again gives the same metric."""
 
     def __init__(self) -> None:
-        prometheus_client.disable_created_metrics()  # a series more for each, of which no query makes use
+        prometheus_client.disable_created_metrics()  # a further series for each metric, which no query uses
         self.registry = CollectorRegistry()
         self._declared: dict[str, Counter | Gauge | Histogram] = {}
         self._is_described = False
@@ -183,7 +184,7 @@ class Telemetry:
         *,
         workers: Literal["livesum", "livemax", "mostrecent", "livemostrecent"],
     ) -> Gauge:
-        """`workers` says what is shown where several processes share their metrics; `live`: of those that still run."""
+        """`workers`: how the values of several processes are combined; `live`: only of those that still run."""
         made = lambda: Gauge(name, about, labels, registry=self.registry, multiprocess_mode=workers)  # noqa: E731
         return self._once(Gauge, name, made)
 
@@ -195,7 +196,7 @@ class Telemetry:
         return metric
 
     def describe_process(self, version: str) -> None:
-        """Adds the build and what the system knows of this process: CPU, memory, file descriptors, start."""
+        """Adds the build, and the system's figures about this process: CPU, memory, file descriptors, start."""
         build = self.gauge("mercato_build_info", "1, with the version.", ["version", "python"], workers="livemax")
         build.labels(version, platform.python_version()).set(1)
         if not self._is_described:
@@ -203,7 +204,7 @@ class Telemetry:
             ProcessCollector(registry=self.registry)
 
     def exposition(self) -> tuple[bytes, str]:
-        """The metrics as text and its content type; of all workers together where they share a folder."""
+        """The metrics as text, and its content type; of all workers together if they share a folder."""
         registry = self.registry
         if folder := os.environ.get(MULTIPROCESS_VARIABLE):
             registry = CollectorRegistry()

@@ -57,9 +57,9 @@ def build(env: Env) -> Service:
             PeriodicTask("expire", reserving.expire, options.expire_every_seconds, limit=EXPIRED_AT_ONCE),
             PeriodicTask(
                 "forget keys",
-                cleaning(env.database, idempotency.reap),
-                idempotency.REAP_EVERY_SECONDS,
-                limit=idempotency.REAPED_AT_ONCE,
+                cleaning(env.database, idempotency.purge_expired),
+                idempotency.PURGE_EVERY_SECONDS,
+                limit=idempotency.PURGED_AT_ONCE,
             ),
         ),
         has_outbox=True,

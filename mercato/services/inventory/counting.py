@@ -22,7 +22,7 @@ import msgspec
 
 from mercato.chassis.contract import Actor, Batch, InvalidRequest, ServiceError, StaleVersion, check_version
 from mercato.chassis.idempotency import keys as idempotency
-from mercato.chassis.idempotency.batch import KeyedAttempt, KeyedBatch, Stored, unsettled
+from mercato.chassis.idempotency.batch import KeyedAttempt, KeyedBatch, StoredAnswer, unsettled
 from mercato.chassis.idempotency.keys import Identity
 from mercato.chassis.observability import faults
 from mercato.chassis.postgres.database import Database, Tx
@@ -79,7 +79,7 @@ class Adjusting(KeyedBatch[AdjustLevel, AdjustedLevel, None]):
         self._database = database
         self._known = KnownProducts(database, products)
 
-    async def recall(self, attempts: Sequence[Adjustment]) -> Mapping[Identity, Stored[AdjustedLevel]]:
+    async def recall(self, attempts: Sequence[Adjustment]) -> Mapping[Identity, StoredAnswer[AdjustedLevel]]:
         keys = [attempt.keyed for attempt in attempts if attempt.keyed]
         async with self._database.read() as tx:
             rows = await idempotency.recall(tx, OPERATION, keys)
@@ -227,17 +227,17 @@ def _decoded(answer: bytes) -> AdjustedLevel:
     return adjusted
 
 
-def _stored(attempt: Adjustment, fingerprint: bytes, answer: AdjustedLevel) -> Stored[AdjustedLevel]:
+def _stored(attempt: Adjustment, fingerprint: bytes, answer: AdjustedLevel) -> StoredAnswer[AdjustedLevel]:
     is_same = attempt.request.product_id == answer.level.product_id
-    return Stored(fingerprint, answer, "" if is_same else "product_id")
+    return StoredAnswer(fingerprint, answer, "" if is_same else "product_id")
 
 
-def _recognised(attempt: Adjustment, row: store.AdjustmentRow, level: Level) -> Stored[AdjustedLevel]:
+def _recognised(attempt: Adjustment, row: store.AdjustmentRow, level: Level) -> StoredAnswer[AdjustedLevel]:
     """The stored result of an old key, whose fingerprint is not stored any more: its fields are compared instead."""
     request = attempt.request
     fields = ("product_id", "delta", "reason")
     differing = next((name for name in fields if getattr(row, name) != getattr(request, name)), "")
-    return Stored(request.fingerprint, AdjustedLevel(level=level), differing)
+    return StoredAnswer(request.fingerprint, AdjustedLevel(level=level), differing)
 
 
 async def _remember(tx: Tx, attempts: Sequence[Adjustment], answers: Sequence[AdjustedLevel | ServiceError]) -> None:

@@ -27,7 +27,7 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis.hosting.rounds import PAGE
+from mercato.chassis.hosting.table_scan import PAGE
 from mercato.chassis.postgres.database import Row, Tx
 from mercato.contracts.inventory import LINES_LIMIT, AnotherOrder, Hold, Level, ReservationState, StockLine
 

@@ -8,8 +8,8 @@ import msgspec
 from msgspec import Meta
 
 from mercato.chassis.hosting.periodic import PeriodicTask
-from mercato.chassis.hosting.rounds import Rounds
 from mercato.chassis.hosting.service import Env, Service
+from mercato.chassis.hosting.table_scan import TableScan
 from mercato.chassis.rpc.server import Server
 from mercato.chassis.sagas.runner import LANES, SWEPT_AT_ONCE, Runner
 from mercato.contracts.inventory import Inventory

@@ -27,7 +27,7 @@ from typing import Final
 import msgspec
 
 from mercato.chassis.contract import ANONYMOUS, ServiceError
-from mercato.chassis.idempotency.batch import KeyedAttempt, KeyedBatch, Stored, unsettled
+from mercato.chassis.idempotency.batch import KeyedAttempt, KeyedBatch, StoredAnswer, unsettled
 from mercato.chassis.idempotency.keys import Identity, Keyed
 from mercato.chassis.mail import addresses
 from mercato.chassis.observability import faults
@@ -93,11 +93,11 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
         self._guests = guests
         self._limits = limits
 
-    async def recall(self, attempts: Sequence[Placement]) -> Mapping[Identity, Stored[PlacedOrder]]:
+    async def recall(self, attempts: Sequence[Placement]) -> Mapping[Identity, StoredAnswer[PlacedOrder]]:
         async with self._database.read() as tx:
             found = await read_store.by_keys(tx, [attempt.identity for attempt in attempts])
         return {
-            attempt.identity: Stored(
+            attempt.identity: StoredAnswer(
                 old.fingerprint, self._answer(old.order, old.nonce), _differing(attempt.request, old.order)
             )
             for attempt in attempts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from mercato.chassis.contract import MAX_ID
-from mercato.chassis.hosting.rounds import PAGE
+from mercato.chassis.hosting.table_scan import PAGE
 from mercato.chassis.postgres.database import Row, Tx
 from mercato.chassis.sagas.store import Key, Saga
 from mercato.contracts.orders import Payment, Status

@@ -22,7 +22,7 @@ from typing import Final
 
 import structlog
 
-from mercato.chassis.hosting.rounds import repairs
+from mercato.chassis.hosting.table_scan import repairs
 from mercato.chassis.observability import faults
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database
@@ -50,7 +50,7 @@ class Reconciling:
         self._resumed = repairs(telemetry).labels(RESUMED)
 
     async def resume_page(self, before: Key | None) -> Key | None:
-        """Resumes the stalled sagas of a page; gives the place of the next page (`rounds.py`).
+        """Resumes the stalled sagas of a page; gives the place of the next page (`table_scan.py`).
 
         Two processes that find the same saga resume it once: of two saves of one version, the second is refused.
         """

@@ -21,7 +21,7 @@ from typing import Final
 import structlog
 
 from mercato.chassis.contract import ServiceError
-from mercato.chassis.hosting.rounds import repairs
+from mercato.chassis.hosting.table_scan import repairs
 from mercato.chassis.observability import faults
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database

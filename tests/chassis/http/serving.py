@@ -16,7 +16,7 @@ import pytest
 import uvloop
 
 from mercato.chassis.http import COMPLETE_RESPONSE, LONG_RESPONSE, EarlyRefusals, HttpLimits, HttpServer, bind
-from mercato.chassis.http.connection_book import RefusalHeaders
+from mercato.chassis.http.connection_table import RefusalHeaders
 from mercato.testing.waiting import BOUND_SECONDS
 
 GET = b"GET /hello HTTP/1.1\r\nHost: shop\r\n\r\n"

@@ -170,7 +170,7 @@ async def test_drain_waits_for_the_answer() -> None:
         await client.send(POST + b"12345")
         await serving.until(lambda: bool(refusing.load._held))
         serving.stop.set()
-        await serving.until(lambda: serving.server._book.draining)
+        await serving.until(lambda: serving.server._table.draining)
         refusing.send()
         status, _, _ = await client.read()
         assert status == 503

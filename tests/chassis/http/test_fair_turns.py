@@ -19,11 +19,11 @@ WAIT = GET.replace(b"/hello", b"/wait")
 
 async def until_idle(serving: Serving, count: int) -> None:
     """Until a sweep has seen so many connections wait for another request than their first."""
-    await serving.until(lambda: len(serving.server._book.idle) == count)
+    await serving.until(lambda: len(serving.server._table.idle) == count)
 
 
 async def until_silent(serving: Serving, count: int) -> None:
-    await serving.until(lambda: len(serving.server._book.silent) == count)
+    await serving.until(lambda: len(serving.server._table.silent) == count)
 
 
 def end_half(client: Client) -> None:
@@ -100,7 +100,7 @@ async def test_one_address_does_not_take_all_places() -> None:
         assert await serving.is_usable()
         second.close()
         await serving.until(lambda: serving.server.open_connections == 0)
-        assert not serving.server._book.by_network
+        assert not serving.server._table.by_network
 
 
 # Turns
@@ -145,7 +145,7 @@ async def test_turns_come_back_however_their_connections_end(ending: bytes) -> N
         for client in (holds, waits):
             client.close()
         await serving.until(lambda: serving.server.open_connections == 0)
-        assert serving.server._book.turns._free == 1
+        assert serving.server._table.turns._free == 1
 
 
 @on_both_loops
@@ -162,7 +162,7 @@ async def test_too_large_body_that_waits_for_its_turn_is_refused_at_once() -> No
         serving.app.release.set()
         holds.close()
         await serving.until(lambda: serving.server.open_connections == 0)
-        assert serving.server._book.turns._free == 1
+        assert serving.server._table.turns._free == 1
 
 
 # Half-closed connections

@@ -26,7 +26,7 @@ async def test_read_whose_client_has_left_is_cancelled_and_leaves_no_record(capl
             await serving.until(lambda waiting=waiting: serving.app.paths.count("/wait") > waiting)
             client.abort()
             await serving.until(lambda before=before: serving.app.cancelled == before + 1)
-        await serving.until(lambda: not serving.server._book.tasks)
+        await serving.until(lambda: not serving.server._table.tasks)
         assert await serving.is_usable()
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
@@ -39,9 +39,9 @@ async def test_write_whose_client_has_left_goes_on_to_its_end() -> None:
         await serving.until(lambda: "/wait" in serving.app.paths)
         client.abort()
         await serving.until(lambda: serving.server.open_connections == 0)
-        assert len(serving.server._book.tasks) == 1
+        assert len(serving.server._table.tasks) == 1
         serving.app.release.set()
-        await serving.until(lambda: not serving.server._book.tasks)
+        await serving.until(lambda: not serving.server._table.tasks)
         assert serving.app.cancelled == 0
 
 
@@ -52,7 +52,7 @@ async def test_client_that_ends_its_half_has_not_left() -> None:
         await client.send(WAIT)
         await serving.until(lambda: "/wait" in serving.app.paths)
         client.writer.write_eof()
-        await serving.until(lambda: all(each._half_closed for each in serving.server._book.admitted))
+        await serving.until(lambda: all(each._half_closed for each in serving.server._table.admitted))
         serving.app.release.set()
         assert (await client.read())[2] == b"waited"
         assert serving.app.cancelled == 0

@@ -672,7 +672,7 @@ async def test_turned_away_connections_cannot_pile_up() -> None:
         await serving.until(lambda: serving.app.paths == ["/wait"])
         many = [await serving.connect() for _ in range(protocol.LINGERING_CONNECTIONS + 20)]
         await serving.until(lambda: len(serving.refused) == len(many))
-        assert len(serving.server._book.turned_away) <= protocol.LINGERING_CONNECTIONS + 1
+        assert len(serving.server._table.rejected) <= protocol.LINGERING_CONNECTIONS + 1
         for client in many:
             await client.problem(503, "too_many_connections")
         serving.app.release.set()

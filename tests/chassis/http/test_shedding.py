@@ -40,7 +40,7 @@ class Served:
     def enters(self, priority: Priority) -> bool:
         """Whether a request of a class enters at once; it stays in work until `leaves`."""
         shedder = self.shedder
-        if shedder.in_work >= shedder.room[priority]:
+        if shedder.in_work >= shedder.capacity[priority]:
             return False
         shedder.in_work += 1
         shedder.peak = max(shedder.peak, shedder.in_work)
@@ -162,7 +162,7 @@ async def test_each_class_leaves_room_for_those_above_it() -> None:
 
 async def test_every_class_has_a_place_in_the_smallest_limit() -> None:
     served = Served(LoadLimits(floor=1, start=1, ceiling=1))
-    assert served.shedder.room == (1, 1, 1, 1)
+    assert served.shedder.capacity == (1, 1, 1, 1)
 
 
 # The queue

@@ -23,7 +23,7 @@ from mercato.chassis.contract import (
     ServiceError,
 )
 from mercato.chassis.idempotency import keys
-from mercato.chassis.idempotency.batch import KeyedAttempt, KeyedBatch, Stored
+from mercato.chassis.idempotency.batch import KeyedAttempt, KeyedBatch, StoredAnswer
 from mercato.chassis.idempotency.keys import Identity
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database, LockTimeout, UniqueViolation
@@ -63,10 +63,10 @@ class Counter(KeyedBatch[Add, Sum, int]):
         self.prepared: list[int] = []
         self.between = _nothing
 
-    async def recall(self, attempts: Sequence[KeyedAttempt[Add, Sum, int]]) -> Mapping[Identity, Stored[Sum]]:
+    async def recall(self, attempts: Sequence[KeyedAttempt[Add, Sum, int]]) -> Mapping[Identity, StoredAnswer[Sum]]:
         async with self.database.read() as tx:
             rows = await keys.recall(tx, OPERATION, [a.keyed for a in attempts if a.keyed])
-        return {i: Stored(row.fingerprint, msgspec.json.decode(row.answer, type=Sum)) for i, row in rows.items()}
+        return {i: StoredAnswer(row.fingerprint, msgspec.json.decode(row.answer, type=Sum)) for i, row in rows.items()}
 
     async def prepare(self, attempts: Sequence[KeyedAttempt[Add, Sum, int]]) -> None:
         for attempt in attempts:

@@ -168,7 +168,7 @@ async def test_answers_are_deleted_after_their_day_and_not_before(database: Data
     async with database.transaction() as tx:
         await tx.execute("UPDATE idempotency SET expires_at = expires_at - interval '24 hours' WHERE key = 'old'")
     async with database.transaction() as tx:
-        assert await idempotency.reap(tx) == 1
+        assert await idempotency.purge_expired(tx) == 1
     assert await recall(database, keyed("old"), keyed("new")) == [None, b"answernew"]
 
 
@@ -182,7 +182,7 @@ async def test_an_answer_past_its_day_counts_until_it_is_deleted(database: Datab
 
 
 async def test_deleting_takes_a_bounded_number_and_passes_over_what_others_hold(database: Database):
-    many = idempotency.REAPED_AT_ONCE + 10
+    many = idempotency.PURGED_AT_ONCE + 10
     async with database.transaction() as tx:
         await tx.execute(
             """
@@ -192,7 +192,7 @@ async def test_deleting_takes_a_bounded_number_and_passes_over_what_others_hold(
             many,
         )
     async with database.transaction() as first, database.transaction() as second:
-        deleted = await idempotency.reap(first)
-        assert deleted == idempotency.REAPED_AT_ONCE
-        assert await without_waiting(database._dsn, idempotency.reap(second)) == many - deleted
+        deleted = await idempotency.purge_expired(first)
+        assert deleted == idempotency.PURGED_AT_ONCE
+        assert await without_waiting(database._dsn, idempotency.purge_expired(second)) == many - deleted
     assert await count(database) == 0

@@ -132,7 +132,7 @@ class InventoryHarness(ServiceHarness):
             ):
                 await tx.execute(statement)
         async with self.database.transaction() as tx:
-            await idempotency.reap(tx)
+            await idempotency.purge_expired(tx)
 
     async def states(self) -> dict[int, str]:
         """Of the reservations, by order."""

@@ -1,4 +1,4 @@
-"""What the connections of one server share, and which of them gives its place to a new one."""
+"""The connections of one server: their shared state, and which one is closed so that a new one can be admitted."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from .protocol import BoundedProtocol
 
 RefusalHeaders = Callable[[Iterable[tuple[bytes, bytes]]], Sequence[bytes]]
-"""Makes header fields, `name: value`, for the refusal of a request of which these headers have been read."""
+"""Gives header fields (`name: value`) for the refusal of a request, from those of its headers that have been read."""
 
-CLOSED_FOR_ROOM: Final = "idle_closed_for_room"
-"""What `on_refused` is called with for an idle connection that gave its place to a new one."""
+IDLE_EVICTED: Final = "idle_closed_for_room"
+"""The code for `on_refused` when an idle connection is closed so that a new one can be admitted."""
 
 
-class ConnectionBook(ServerState):
-    """What the connections of one server share: uvicorn's own state, the limits, and who was turned away."""
+class ConnectionTable(ServerState):
+    """What the connections of one server share: uvicorn's own state, the limits, and the rejected connections."""
 
     def __init__(
         self,
@@ -39,23 +39,23 @@ class ConnectionBook(ServerState):
         self.refusals = LimitRefusals.of(limits)
         self.on_refused = on_refused
         self.response_seconds = limits.request_seconds + limits.response_grace_seconds
-        self.turned_away: set[BoundedProtocol] = set()
+        self.rejected: set[BoundedProtocol] = set()
         self.by_network: Counter[str] = Counter()
-        """How many admitted connections each network has that has any."""
+        """How many admitted connections each network has; networks without any are left out."""
         self.silent: dict[BoundedProtocol, None] = {}
-        """Those that have sent nothing yet, the oldest first."""
+        """Connections that have sent nothing yet, the oldest first."""
         self.idle: deque[tuple[float, BoundedProtocol]] = deque()
-        """Of the others, what was idle at the last sweep, and since when; the longest first."""
+        """The other connections that were idle at the last sweep, and since when; the longest first."""
         self.turns = PipelinedTurns(limits.pipelined_at_once)
         self.draining = False
 
     @property
     def admitted(self) -> set[BoundedProtocol]:
-        """The open connections, without those that were turned away at the door."""
+        """The open connections, without the rejected ones."""
         return cast("set[BoundedProtocol]", self.connections)
 
     def note_idle(self) -> None:
-        """Called by each sweep; nothing is noted while half of the places are free."""
+        """Lists the idle connections; called by each sweep. The list stays empty while half of the places are free."""
         if 2 * len(self.connections) < self.limits.connections:
             self.idle.clear()
             return
@@ -63,18 +63,18 @@ class ConnectionBook(ServerState):
         idle.sort(key=lambda connection: connection.idle_since)
         self.idle = deque((connection.idle_since, connection) for connection in idle)
 
-    def has_room(self) -> bool:
-        """Whether a connection may be admitted; one that only waits is closed where that makes the room.
+    def ensure_place(self) -> bool:
+        """Whether a connection may be admitted. If all places are taken, closes one that waits, to free a place.
 
-        First those that have sent nothing, in the order in which they came, then the longest idle one.
+        Connections that have sent nothing come first, the oldest of them first, then the one that is idle for longest.
         """
         if len(self.connections) < self.limits.connections:
             return True
         waiting = next(iter(self.silent), None) or self._longest_idle()
         if waiting is None:
             return False
-        self.on_refused(CLOSED_FOR_ROOM)
-        waiting.leave()
+        self.on_refused(IDLE_EVICTED)
+        waiting.evict()
         return True
 
     def _longest_idle(self) -> BoundedProtocol | None:
