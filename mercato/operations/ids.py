@@ -17,14 +17,14 @@ from typing import Any, Final
 import msgspec
 import structlog
 
-from mercato.chassis.postgres.sequences import NEXT, UNHEARD_IDS, move_past
+from mercato.chassis.postgres.sequences import NEXT, UNKNOWN_IDS, move_past
 from mercato.chassis.postgres.sessions import WHOLE_TABLES, connect
 
 LOCK_SECONDS: Final = 10
 IDS_PER_SECOND_MAX: Final = 10_000
 """On average since the backup: more orders than one machine places (`docs/performance.md`). A shop that gave more ids
 than this and `MARGIN_MIN` may give some of them again."""
-MARGIN_MIN: Final = UNHEARD_IDS
+MARGIN_MIN: Final = UNKNOWN_IDS
 """Also for a burst before a backup that is minutes old, and for clocks of machines that differ by minutes."""
 NEWEST_ROWS: Final = 1000
 """Without an index on the id, only the newest so many rows are read: later ids are in later rows."""
@@ -149,7 +149,7 @@ class Moved(msgspec.Struct, frozen=True):
     next_id: int
     """The id that it would have given next."""
     newest: int
-    """The highest known id; the sequence continues `UNHEARD_IDS` after it."""
+    """The highest known id; the sequence continues `UNKNOWN_IDS` after it."""
 
 
 def margin(taken_at: datetime.datetime, now: datetime.datetime) -> int:

@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from mercato import topology
-from mercato.chassis.postgres.sequences import UNHEARD_IDS
+from mercato.chassis.postgres.sequences import UNKNOWN_IDS
 from mercato.operations.ids import (
     BANK_OPERATIONS,
     CHARGES,
@@ -104,7 +104,7 @@ async def test_a_sequence_behind_what_another_service_knows_goes_on_behind_it(
     moved = await advance(dsns)
 
     assert moved == (Moved(sequence, by, first, 5000),)
-    assert await next_id(dsns, sequence) == 5001 + UNHEARD_IDS
+    assert await next_id(dsns, sequence) == 5001 + UNKNOWN_IDS
     assert await advance(dsns) == ()
 
 
@@ -121,7 +121,7 @@ async def test_an_id_that_is_the_next_one_is_passed_over(dsns: Mapping[str, str]
     await execute(dsns, "orders", "SELECT setval('orders_id_seq', 5000, false)")
 
     assert await advance(dsns) == (Moved(ORDERS, "inventory", 5000, 5000),)
-    assert await next_id(dsns, ORDERS) == 5001 + UNHEARD_IDS
+    assert await next_id(dsns, ORDERS) == 5001 + UNKNOWN_IDS
 
 
 async def test_a_shop_of_which_no_service_knows_anything_stays_as_it_is(dsns: Mapping[str, str]):

@@ -307,7 +307,7 @@ async def forward_wake_ups(host: Host, remote: Remote) -> None:
     """Sources wake consumers of their logs in other processes over the transport. Called before the host is opened."""
     for name, service in host.services.items():
         if service.has_outbox:
-            service.database.on_events.append(functools.partial(remote.announce, name))
+            service.database.on_events.append(functools.partial(remote.wake_consumers, name))
     for consumer in host.consumers:
         source = consumer.key[1]
         if source not in host.services:

@@ -1,1 +1,1 @@
-"""Mail: addresses, letters, and the ways on which letters leave."""
+"""E-mail: addresses, letters, and their transports."""

@@ -1,8 +1,8 @@
-"""E-mail addresses: which are taken, and when two spellings are one address.
+"""E-mail addresses: which are accepted, and when two spellings are one address.
 
 A dot-atom (RFC 5322, RFC 6532), `@`, and a domain name of at least two labels (IDNA 2008): no quoted local part, no
-address literal. Letters beyond ASCII are taken on both sides; characters that are not seen, or that stand for another
-letter, on neither. Whether a letter to it arrives is for a letter to find out.
+address literal. Letters beyond ASCII are accepted on both sides; invisible characters, and characters that are
+equivalent to another letter, on neither. Only sending a letter shows whether the address exists.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ MAX_LENGTH: Final = 254
 
 MAX_LOCAL_PART: Final = 64
 
-# The library refuses names such as shop.test and corp.local, which the mail server of a shop may well know; emptying
-# its list is the way that it documents.
+# The library refuses names such as shop.test and corp.local, which the mail server of a shop may know. Emptying this
+# list is the documented way to accept them.
 SPECIAL_USE_DOMAIN_NAMES.clear()
 
 _BEYOND_ASCII: Final = re.compile(r"[^\x00-\x7f]+")
@@ -32,10 +32,9 @@ def composed(email: str) -> str:
 
 
 def canonical(email: str) -> str:
-    """The spelling that is stored: the domain in small letters and no A-labels, what is before the @ as it was written.
+    """The spelling that is stored: the domain in lower case without A-labels, the local part as it was written.
 
-    Two spellings of one address have canonical ones that differ in capital letters alone. What is no address stays as
-    `composed` gives it.
+    The canonical spellings of one address differ in case alone. A text that is no address stays as `composed` gives it.
     """
     email = composed(email)
     parsed = _parsed(email)
@@ -43,9 +42,9 @@ def canonical(email: str) -> str:
 
 
 def spellings(email: str) -> list[str]:
-    """The spellings under which the address may have been stored, the canonical one first; none of what cannot be text.
+    """The spellings under which the address may be stored, the canonical one first; none that PostgreSQL cannot store.
 
-    Accounts of earlier versions have their address as it was written, also some that are not taken any more.
+    Accounts of earlier versions have their address as it was written, also some that are no longer accepted.
     """
     email = composed(email)
     parsed = _parsed(email)
@@ -56,13 +55,13 @@ def spellings(email: str) -> list[str]:
 
 
 def on_the_wire(email: str) -> str:
-    """The address with its domain in ASCII, as mail servers know it; what is no address stays as it is."""
+    """The address with its domain in ASCII, as mail servers need it; a text that is no address is unchanged."""
     parsed = _parsed(composed(email))
     return email if isinstance(parsed, str) else f"{parsed.local_part}@{parsed.ascii_domain}"
 
 
 def problem(email: str) -> str | None:
-    """What is wrong with an address, as the end of a sentence; None where nothing is."""
+    """What is wrong with an address, as the end of a sentence; None if it is valid."""
     parsed = _parsed(email)
     return parsed if isinstance(parsed, str) else None
 

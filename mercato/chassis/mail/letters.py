@@ -1,7 +1,7 @@
-"""Letters and the ways on which they leave: an SMTP server, or a folder on a laptop.
+"""Letters and their transports: an SMTP server, or a folder on a laptop.
 
-A way may deliver a letter twice: who sends tries again where the outcome is not known. The copies have one Message-ID,
-by which mail programs show one of them.
+A letter may be delivered twice: the sender tries again if the outcome is unknown. The copies have one Message-ID, by
+which mail programs show one of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mercato.chassis.observability.clock import Clock
 from . import addresses
 
 SEND_SECONDS: Final = 20.0
-"""For one letter, the connection included."""
+"""The deadline for one letter, the connection included."""
 PORTS: Final = {"smtp": 587, "smtps": 465}
 FORM: Final = "folder:/path/of/a/folder, smtp://USER:PASSWORD@HOST:PORT, or smtps://... (TLS from the first byte)"
 LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
@@ -44,18 +44,18 @@ class Letter(msgspec.Struct, frozen=True):
 
 
 class LetterRefused(Exception):
-    """This letter will never be taken: no further try helps. The reason is the server's, without the letter's text."""
+    """The server permanently rejects this letter: no further try helps. The reason has no text of the letter."""
 
 
 class LetterDelayed(Exception):
-    """The letter may not have left; it may be tried again."""
+    """The letter may not have been sent; it may be tried again."""
 
 
 class Sending(Protocol):
-    """A way on which letters leave."""
+    """A transport of letters."""
 
     async def send(self, letter: Letter) -> None:
-        """Returns once the letter has been taken. Raises `LetterRefused`, `LetterDelayed`."""
+        """Returns once the letter has been accepted. Raises `LetterRefused`, `LetterDelayed`."""
         ...
 
 
@@ -64,7 +64,7 @@ class MailSettingError(ValueError):
 
 
 def sending(setting: str, sender: str, clock: Clock) -> Sending:
-    """The way that a setting names, in one of the shapes of `FORM`; `sender` is `NAME <ADDRESS>` or an address.
+    """The transport that a setting names, in one of the forms of `FORM`; `sender` is `NAME <ADDRESS>` or an address.
 
     Raises `MailSettingError`.
     """
@@ -104,13 +104,13 @@ def _message(letter: Letter, from_: Address, clock: Clock, encoding: str) -> Ema
     message["Subject"] = letter.subject
     message["Date"] = format_datetime(clock.now())
     message["Message-ID"] = f"<{letter.id}@{from_.domain}>"
-    message["Auto-Submitted"] = "auto-generated"  # RFC 3834: no reply of a machine, please
+    message["Auto-Submitted"] = "auto-generated"  # RFC 3834: asks for no automatic reply
     message.set_content(letter.text, cte=encoding)
     return message
 
 
 class _Folder:
-    """Each letter as a file `ID.eml`, which a mail program opens, and a person can read as it is."""
+    """Writes each letter to a file `ID.eml`, which a mail program opens, and a person can read unchanged."""
 
     def __init__(self, folder: Path, from_: Address, clock: Clock) -> None:
         self._folder, self._from, self._clock = folder, from_, clock
@@ -134,7 +134,7 @@ class _Folder:
 
 
 class _Smtp:
-    """One connection a letter: letters are few. Without TLS on this machine alone."""
+    """One connection for each letter, because letters are few. Without TLS only to this machine."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class _Smtp:
             if not addresses.on_the_wire(letter.to).isascii():
                 raise LetterRefused("the server does not take letters beyond ASCII before the @") from error
             raise LetterDelayed("the server lacks what we need of it: TLS, or the way of signing in") from error
-        except aiosmtplib.SMTPResponseException as error:  # its words may hold what we have sent
+        except aiosmtplib.SMTPResponseException as error:  # its text may contain a part of the letter
             raise LetterDelayed(f"the server refuses us ({error.code})") from error
         except (aiosmtplib.SMTPException, OSError, TimeoutError) as error:
             raise LetterDelayed(f"the mail server cannot be reached: {type(error).__name__}") from error

@@ -1,6 +1,6 @@
 """The bridge: publishes the feed of events to a JetStream stream, for consumers in any language.
 
-    feed ──► bridge ──► stream MERCATO_EVENTS ──► consumers of others, each at its own pace
+    feed ──► bridge ──► stream MERCATO_EVENTS ──► external consumers, each at its own pace
                ▲                 │
                └─── the end ◄────┘
 
@@ -8,25 +8,25 @@ Each entry is a message on `mercato.events.<type>`, such as `mercato.events.orde
 position of the entry, its body the entry as `GET /events` shows it. (`mercato.events.log.read` would be such a subject
 too; the events service has no event log, and no user may publish there.)
 
-The bridge has no cursor. It reads the last message of the stream and goes on behind its position. So what happens to
-the stream needs no repair: one that is gone, with its whole store or alone, is made again and filled with all that the
-feed keeps; one that has lost its last messages gets them again.
+The bridge has no cursor. It reads the last message of the stream and continues behind its position. So a damaged stream
+needs no repair: if it is deleted, alone or with its whole store, the bridge creates it again and publishes all that the
+feed keeps; if it has lost its last messages, the bridge publishes them again.
 
 Guaranteed
     - The stream has the entries of the feed in their order, each once, from the first to the last without a gap.
     - That holds while several bridges run, one in each process of the events service. Each batch names the sequence
-      number behind which it belongs, and the server takes all of it or nothing: of two bridges that publish at once,
-      one is refused, and reads the end of the stream again. The number also says which stream is meant: one that is
-      made again begins at a number that no former one has reached, for its entries may be others. (A stream that a
-      person has made begins where that person says.)
-    - Nothing in the shop waits for the bridge or relies on the stream: correctness never depends on a broker.
+      number that it follows, and the server accepts all of it or nothing: of two bridges that publish at once,
+      one is refused, and reads the end of the stream again. The number also identifies the stream: one that is
+      created again begins at a number that no earlier one has reached, for its entries may differ. (A stream that an
+      operator creates begins where the operator chooses.)
+    - No part of the shop waits for the bridge or relies on the stream: correctness never depends on a broker.
 
-Not guaranteed, for it cannot be
+Not guaranteed
     - Entries that the feed deleted before a bridge could publish them are missing. That is logged as an error.
-    - A feed that was restored from a backup is behind the stream. The bridge publishes nothing, and says so, until the
-      feed has its next entry, whose position no reader has seen (`mercato restore`, and the start of a shop whose feed
-      was restored alone, see to that), or a person deletes the stream. Entries of the lost time stay in a stream that
-      goes on.
+    - A feed that was restored from a backup is behind the stream. The bridge publishes nothing, and logs that, until
+      the feed has its next entry, whose position no reader has seen (`mercato restore`, and the start of a shop whose
+      feed alone was restored, ensure that), or an operator deletes the stream. Entries after the backup stay in a
+      stream that is not deleted.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ from .jetstream import (
     STREAM_EXISTS,
     STREAM_NOT_FOUND,
     WRONG_LAST_SEQUENCE,
-    Answer,
     JetStream,
+    JetStreamAnswer,
     JetStreamMissing,
     JetStreamRefused,
     Published,
@@ -62,13 +62,13 @@ from .jetstream import (
 from .stream import STREAM, SUBJECT, SUBJECTS, configuration
 
 BATCH: Final = 500
-"""Entries at most: the server takes twice as many at once, and writes each batch with one `fsync`."""
+"""Entries at most: the server accepts twice as many at once, and writes each batch with one `fsync`."""
 BATCH_BYTES_MAX: Final = 8 * 1_048_576
-"""Less than NATS holds for a connection. A single entry may be larger."""
+"""Less than NATS buffers for a connection. A single entry may be larger."""
 PACE: Final = Pace(gather_s=0.1, poll_s=0.5, idle_s=2.0)
 
 CONFLICTS: Final = frozenset({WRONG_LAST_SEQUENCE, DUPLICATE_IN_BATCH, INCOMPLETE_BATCH})
-"""Another bridge was faster, or the stream was made again while a batch came."""
+"""Another bridge was faster, or the stream was created again while a batch arrived."""
 
 log = structlog.stdlib.get_logger("mercato.bridge")
 
@@ -82,7 +82,7 @@ class FeedMessage(msgspec.Struct, frozen=True):
 
 
 class FeedPurged(Exception):
-    """Entries behind the position that was asked for have been deleted. None is missing behind `oldest`."""
+    """Entries behind the requested position were deleted. None is missing behind `oldest`."""
 
     def __init__(self, oldest: int) -> None:
         super().__init__(oldest)
@@ -90,15 +90,15 @@ class FeedPurged(Exception):
 
 
 class FeedBehind(Exception):
-    """The feed has never reached the position that was asked for: it ends at `last`."""
+    """The feed ends at `last`, before the requested position."""
 
     def __init__(self, last: int) -> None:
         super().__init__(last)
         self.last = last
 
 
-class CannotGoOn(Exception):
-    """A sentence about what a person has to mend."""
+class BridgeBlocked(Exception):
+    """A sentence about what an operator has to fix."""
 
 
 ReadFeed = Callable[[int], Awaitable[Sequence[FeedMessage]]]
@@ -113,7 +113,7 @@ class End(msgspec.Struct, frozen=True):
 
 
 class Bridge:
-    """One bridge of one process. `open` once, then `follow` again and again. `wake` tells that there may be more."""
+    """One bridge of one process. `open` once, then `follow` again and again. `wake` ends the pause of `follow`."""
 
     def __init__(
         self, read: ReadFeed, connection: NatsConnection, clock: Clock, telemetry: Telemetry, *, pace: Pace = PACE
@@ -125,9 +125,9 @@ class Bridge:
         self._pause_s = pace.poll_s
         self._woken = asyncio.Event()
         self._end: End | None = None
-        """As this process knows it; None: to be read. It is only relied on with the server's consent."""
+        """The end as this process knows it; None: to be read. The server checks it at each publication."""
         self._reported: set[str] = set()
-        """Failures that are logged, and not again before entries are published, or there are none to publish."""
+        """Logged failures; each is logged again only after entries were published, or there were none to publish."""
         self._published = telemetry.counter(
             "mercato_bridge_published", "Entries of the feed in batches that the stream has taken."
         )
@@ -141,12 +141,12 @@ class Bridge:
         self._woken.set()
 
     def note_failure(self, error: Exception) -> None:
-        """What ends a round; a reason is logged when it is new."""
+        """Handles the failure of a round; logs its reason if it is new."""
         if isinstance(error, JetStreamMissing):
             self._report("bridge_waits", reason="the NATS server has no JetStream, or no stream takes the events")
         elif isinstance(error, JetStreamRefused):
             self._report("bridge_refused", code=error.code)
-        elif isinstance(error, CannotGoOn):
+        elif isinstance(error, BridgeBlocked):
             self._report("bridge_stopped", reason=str(error))
         elif isinstance(error, INFRASTRUCTURE):
             self._report("bridge_waits", reason=str(error))
@@ -154,17 +154,17 @@ class Bridge:
             log.error("bridge_failed", exc_info=error)
 
     def _report(self, event: str, **about: object) -> None:
-        said = f"{event} {about}"
-        if said not in self._reported:
+        failure = f"{event} {about}"
+        if failure not in self._reported:
             (log.warning if event == "bridge_waits" else log.error)(event, **about)
-        self._reported.add(said)
+        self._reported.add(failure)
 
     # --------------------------------------------------------------------------------------------------------- follow
 
     async def follow(self) -> int:
         """Publishes the next entries, then pauses; gives how many there were."""
         self._woken.clear()
-        # Until all acknowledgements are here, it is not known where the stream ends.
+        # Until all acknowledgements have arrived, the end of the stream is unknown.
         end, self._end = self._end, None
         if end is None:
             end = await self._read_end()
@@ -179,14 +179,14 @@ class Bridge:
         self._pause_s = self._pace.poll_s
         self._end = await self._publish(end, page)
         if self._end is None:
-            # Another bridge publishes: let it, and come back when it may have ended.
+            # Another bridge publishes: wait for as long as it may run.
             await asyncio.sleep(self._pace.idle_s * random.uniform(0.5, 1.0))
             return 0
         await asyncio.sleep(0 if len(page) >= BATCH else self._pace.gather_s)
         return len(page)
 
     async def _idle(self) -> None:
-        """Waits for a wake-up, but not for ever: it may be lost, and the stream may be deleted at any time."""
+        """Waits for a wake-up, with a bound: it may be lost, and the stream may be deleted at any time."""
         try:
             async with asyncio.timeout(self._pause_s):
                 await self._woken.wait()
@@ -195,7 +195,7 @@ class Bridge:
             self._end = None
 
     async def _read_end(self) -> End:
-        """The end of the stream, which is made where it is not there."""
+        """The end of the stream, which it creates if it is missing."""
         try:
             answer = await self._jetstream.ask(f"STREAM.INFO.{STREAM}")
         except JetStreamRefused as refused:
@@ -204,7 +204,7 @@ class Bridge:
             answer = await self._make_stream()
         assert answer.state is not None, "the answer about a stream has its state"
         if answer.config is None or not answer.config.allow_atomic:
-            raise CannotGoOn(f"the stream {STREAM} does not take batches (allow_atomic), which NATS has since 2.12")
+            raise BridgeBlocked(f"the stream {STREAM} does not take batches (allow_atomic), which NATS has since 2.12")
         sequence = answer.state.last_seq
         position = await self._last_position() if answer.state.messages else 0
         if position is None:
@@ -212,7 +212,7 @@ class Bridge:
         self._position.set(position)
         return End(sequence, position)
 
-    async def _make_stream(self) -> Answer:
+    async def _make_stream(self) -> JetStreamAnswer:
         try:
             answer = await self._jetstream.ask(f"STREAM.CREATE.{STREAM}", configuration(self._clock.now()))
         except JetStreamRefused as refused:
@@ -235,11 +235,11 @@ class Bridge:
         assert answer.message is not None, "the answer has the message"
         position = answer.message.header(MESSAGE_ID)
         if not position.isascii() or not position.isdigit():
-            raise CannotGoOn("the last message of the stream is not an entry of the feed: delete it")
+            raise BridgeBlocked("the last message of the stream is not an entry of the feed: delete it")
         return int(position)
 
     async def _read(self, end: End) -> Sequence[FeedMessage] | None:
-        """What comes next; None where the feed is another one than that of the stream."""
+        """The next entries; None if the feed was replaced, for instance restored, since it filled the stream."""
         after = end.position
         while True:
             try:
@@ -248,7 +248,7 @@ class Bridge:
                 after = purged.oldest
                 self._report("bridge_missed_events", after=end.position, oldest=after)
             except FeedBehind as behind:
-                # Until a person has looked and deleted the stream: its consumers have read what is not true any more.
+                # Until an operator deletes the stream: its consumers have read entries that the feed no longer has.
                 self._report("bridge_feed_is_behind", position=end.position, last=behind.last)
                 return None
             else:
@@ -259,7 +259,7 @@ class Bridge:
     # -------------------------------------------------------------------------------------------------------- publish
 
     async def _publish(self, end: End, page: Sequence[FeedMessage]) -> End | None:
-        """The new end; None where it has to be read, for another bridge was faster, or the stream is another one."""
+        """The new end; None if it has to be read: another bridge was faster, or the stream was created again."""
         batch = self._batch(page)
         try:
             answer = await self._jetstream.publish(batch, end.sequence)
@@ -273,7 +273,7 @@ class Bridge:
         return End(answer.seq, page[len(batch) - 1].position)
 
     def _batch(self, page: Sequence[FeedMessage]) -> list[Published]:
-        """Messages out of the first entries of a page, as many as may be sent at once."""
+        """Messages of the first entries of a page, as many as may be sent at once."""
         room, total = self._jetstream.max_payload, 0
         batch: list[Published] = []
         for entry in page:
@@ -282,6 +282,6 @@ class Bridge:
             if batch and (total > BATCH_BYTES_MAX or size > room):
                 break
             if size > room:
-                raise CannotGoOn(f"the entry at {entry.position} has {size} bytes, more than max_payload of NATS")
+                raise BridgeBlocked(f"the entry at {entry.position} has {size} bytes, more than max_payload of NATS")
             batch.append(Published(f"{SUBJECT}.{entry.type}", str(entry.position), entry.body))
         return batch

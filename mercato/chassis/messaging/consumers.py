@@ -48,11 +48,11 @@ for _what in ("batch", "park", "retry", "dead", "replay"):
     faults.declare(f"consumer.{_what}.before_commit", f"consumer.{_what}.after_commit")
 
 RETRY_SECONDS: Final = (1.0, 5.0, 30.0, 120.0)
-"""How long an event waits after each try but the last, after which it is dead."""
+"""How long an event waits after each failed try; after the last try it is dead."""
 assert len(RETRY_SECONDS) == TRIES - 1
 
 INFRASTRUCTURE: Final = (Unavailable, Overloaded, DeadlineExceeded, OutcomeUnknown, LockTimeout)
-"""Failures that no event causes: a database or another service is away, or busy."""
+"""Failures that no event causes: a database or another service is unavailable, or busy."""
 
 READ_SECONDS: Final = 5.0
 REASON_LENGTH: Final = 1_000
@@ -68,13 +68,13 @@ class Pace(msgspec.Struct, frozen=True):
     poll_s: float = 0.2
     """After the first empty page; each further one doubles it up to `idle_s`. A wake-up ends the pause."""
     idle_s: float = 3.0
-    """The longest pause. What an idle shop does is mostly such reads."""
+    """The longest pause. Such reads are most of the load of an idle shop."""
 
 
 class Consumer:
     """Consumes the events of `source`: `follow` and `retry` again and again, side by side.
 
-    `wake` tells that there may be new events.
+    `wake` ends the pause of `follow`: there may be new events.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Consumer:
         self._retry_seconds = retry_seconds
         self._woken = asyncio.Event()
         self._cursor: Cursor | None = None
-        """As this process has moved it last; None: to be looked up."""
+        """The cursor as this process moved it last; None: to be read."""
         self._is_refused = False
         self._delivered, self._retried, self._dead = (
             telemetry.counter(f"mercato_events_{name}", about, ["consumer"]).labels(subscription.consumer)
@@ -120,7 +120,7 @@ class Consumer:
         self._woken.set()
 
     def note_failed_round(self, error: Exception) -> None:
-        """The next round begins with the cursor as it is stored."""
+        """Handles the failure of a round; the next round reads the stored cursor."""
         self._cursor = None
         about = {"consumer": self.key[0], "source": self.key[1], "reason": _reason(error)}
         if isinstance(error, (LogPurged, LogReplaced)):
@@ -151,7 +151,7 @@ class Consumer:
         try:
             self._cursor = await self._process(cursor, page.rows)
         except CursorMovedError:
-            # Another process consumes: let it, and come back when it may have ended.
+            # Another process consumes: wait for as long as it may run.
             self._cursor = None
             await asyncio.sleep(self.pace.idle_s * random.uniform(0.5, 1.0))
             return 0
@@ -172,7 +172,7 @@ class Consumer:
         return page
 
     async def _idle(self) -> None:
-        """Waits for a wake-up, but not for ever: it may be lost, or another process may have moved the cursor."""
+        """Waits for a wake-up, with a bound: it may be lost, or another process may have moved the cursor."""
         try:
             async with asyncio.timeout(self._pause_s):
                 await self._woken.wait()
@@ -213,7 +213,7 @@ class Consumer:
         return events if types is None else [event for event in events if event.type in types]
 
     async def _process_alone(self, cursor: Cursor, event: Event) -> Cursor:
-        """Moves the cursor to the event with its effect, or with its place among the parked."""
+        """Moves the cursor to the event, in the transaction that has its effect or parks it."""
         to = Cursor(event.id, event.at)
         try:
             async with _transaction(self._database, "batch") as tx:
@@ -251,7 +251,7 @@ class Consumer:
         return len(due)
 
     async def _retry_one(self, event: Event) -> Event | None:
-        """Gives the next event of the subject, which waited for this one."""
+        """Processes a parked event; gives the next event of its subject, which waited for this one."""
         try:
             async with _transaction(self._database, "retry") as tx:
                 await parking.lock_cursor(tx, self.key)
@@ -279,7 +279,7 @@ class Consumer:
         self._note_failure(event, tries, error)
 
     def _note_failure(self, event: Event, tries: int, error: Exception) -> None:
-        # Where it failed is logged with the first try and the last: in between it is the same.
+        # The traceback is logged with the first try and the last: in between it is the same.
         is_dead, cause = tries >= TRIES, error if tries in (1, TRIES) else None
         (self._dead if is_dead else self._retried).inc()
         log.log(
@@ -299,7 +299,7 @@ async def _transaction(database: Database, what: str) -> AsyncGenerator[Tx]:
 
 
 def _reason(error: Exception) -> str:
-    """What PostgreSQL can store of an error: no NUL, no half characters, not too long."""
+    """The text of an error as PostgreSQL can store it: no NUL, no lone surrogates, not too long."""
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return text[:REASON_LENGTH].replace("\0", "").encode(errors="replace").decode()
 

@@ -42,7 +42,7 @@ KEPT_DAYS: Final = 7
 UNREAD_KEPT_DAYS: Final = 30
 """After so long a row is deleted, acknowledged or not."""
 REPLAYED_KEPT_DAYS: Final = 14
-"""A dead event that was replayed is kept for so long: the audit must know what came out of order."""
+"""A dead event that was replayed is kept for so long: the audit must know which events came out of order."""
 
 
 class Event(Row):
@@ -57,7 +57,7 @@ class Event(Row):
     subject_id: int
     version: int
     data: str
-    """`decoder` makes the message of it."""
+    """`decoder` decodes it to a message."""
     at: datetime.datetime
     tries: int = 0
     """How often the consumer has failed to process it."""
@@ -80,11 +80,10 @@ class SourceRow(Message):
 
 
 class Subscription(msgspec.Struct, frozen=True):
-    """A consumer: what it reads, and what it does with it.
+    """A consumer: the events that it reads, and how it handles them.
 
     `handle` gets events of one source, in order, inside the transaction of the consumer's database in which its cursor
-    moves. It raises for what it cannot process: then the transaction rolls back, and each event is processed alone. It
-    calls no other service.
+    moves. If it raises, the transaction rolls back, and each event is processed alone. It calls no other service.
     """
 
     consumer: str
@@ -94,7 +93,7 @@ class Subscription(msgspec.Struct, frozen=True):
     types: frozenset[str] | None = None
     """None: all."""
     handle_rows: Callable[[Tx, Sequence[SourceRow]], Awaitable[int]] | None = None
-    """Does the same with whole rows, where a consumer of all types prefers them; gives how many events they hold."""
+    """Instead of `handle`, for a consumer of all types: handles whole rows; gives how many events they hold."""
 
 
 def decoder(contract: type[Contract], message: type[M], *types: str) -> Callable[[str], M]:

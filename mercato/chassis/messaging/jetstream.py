@@ -1,8 +1,7 @@
 """The few requests to JetStream that the bridge needs, on the connection of a user of NATS.
 
-JetStream is asked like any service: a message with a reply subject, answered in JSON. The connection comes back by
-itself, and this with it. All waiting is bounded; an answer that cannot come any more, because the connection is lost,
-is not waited for.
+A request to JetStream is a message with a reply subject, answered in JSON. The connection reconnects by itself, and
+`JetStream` then works again. All waiting is bounded; it ends at once when the connection of the answer is lost.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from mercato.chassis.rpc.transports.nats.wire import frame, header_block
 API: Final = "$JS.API"
 ANSWER_SECONDS: Final = 5.0
 BATCH_MAX: Final = 1_000
-"""The server takes no more messages in one batch."""
+"""The most messages that the server accepts in one batch."""
 
 MESSAGE_ID: Final = "Nats-Msg-Id"
 EXPECTED_SEQUENCE: Final = "Nats-Expected-Last-Sequence"
@@ -33,7 +32,7 @@ BATCH_SEQUENCE: Final = "Nats-Batch-Sequence"
 BATCH_COMMIT: Final = "Nats-Batch-Commit"
 BATCH_ID_BYTES: Final = 12
 BATCH_HEADERS_BYTES: Final = 256
-"""More than the headers of a message in a batch take of `max_payload`."""
+"""An upper bound of the headers of a message in a batch, which count against `max_payload`."""
 STATUS: Final = "Status"
 NO_RESPONDERS: Final = "503"
 STREAM_NOT_FOUND: Final = 10059
@@ -47,11 +46,11 @@ log = structlog.stdlib.get_logger("mercato.bridge")
 
 
 class JetStreamMissing(Exception):
-    """The server has no JetStream, or it is not there yet, or no stream takes the subject."""
+    """The server has no JetStream, or has not started it yet, or no stream has the subject."""
 
 
 class JetStreamRefused(Exception):
-    """JetStream has answered with an error; `code` is its own (`err_code`). Texts of the server stay out."""
+    """JetStream has answered with an error; `code` is its `err_code`. The server's text is left out."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"JetStream error {code}")
@@ -65,7 +64,7 @@ class StreamState(msgspec.Struct, frozen=True):
 
 class StreamConfig(msgspec.Struct, frozen=True):
     allow_atomic: bool = False
-    """Whether it takes batches. A server before 2.12 knows none, and leaves it out."""
+    """Whether it accepts batches. A server before 2.12 does not support them, and leaves this field out."""
 
 
 class StoredMessage(msgspec.Struct, frozen=True):
@@ -75,7 +74,7 @@ class StoredMessage(msgspec.Struct, frozen=True):
     data: bytes = b""
 
     def header(self, name: str) -> str:
-        """A header of the message; empty where it has none of this name."""
+        """A header of the message; empty if it has none of this name."""
         for line in self.hdrs.decode(errors="replace").split("\r\n"):
             found, _, value = line.partition(":")
             if found == name:
@@ -87,15 +86,15 @@ class _Error(msgspec.Struct, frozen=True):
     err_code: int = 0
 
 
-class Answer(msgspec.Struct, frozen=True):
-    """What JetStream answers: of each kind of answer the part that is needed."""
+class JetStreamAnswer(msgspec.Struct, frozen=True):
+    """An answer of JetStream: of each kind of answer the fields that are used."""
 
     error: _Error | None = None
     config: StreamConfig | None = None
     state: StreamState | None = None
     message: StoredMessage | None = None
     seq: int = 0
-    """Of a batch that was published: the place of its last message in the stream."""
+    """The sequence number of the last message of a published batch."""
     duplicate: bool = False
 
 
@@ -108,11 +107,11 @@ class Published(msgspec.Struct, frozen=True):
     body: bytes
 
 
-_decode: Final = msgspec.json.Decoder(Answer).decode
+_decode: Final = msgspec.json.Decoder(JetStreamAnswer).decode
 
 
 class JetStream:
-    """Asks JetStream. `open` once, before the first request. It belongs to one event loop."""
+    """A client of JetStream. `open` once, before the first request. It belongs to one event loop."""
 
     def __init__(self, connection: NatsConnection) -> None:
         self._connection = connection
@@ -133,21 +132,21 @@ class JetStream:
         except NotConnected:
             raise self._unavailable() from None
 
-    async def ask(self, what: str, question: Mapping[str, Any] | None = None) -> Answer:
+    async def ask(self, what: str, question: Mapping[str, Any] | None = None) -> JetStreamAnswer:
         """The answer to one request of the API.
 
-        Raises `JetStreamRefused` where it is an error, `Unavailable` where none comes, `JetStreamMissing` where there
-        is no JetStream.
+        Raises `JetStreamRefused` for an error, `Unavailable` without an answer, and `JetStreamMissing` if there is no
+        JetStream.
         """
         body = b"" if question is None else msgspec.json.encode(question)
         return await self._ask(b"", f"{API}.{what}", body)
 
-    async def publish(self, messages: Sequence[Published], last_sequence: int) -> Answer:
-        """Stores all of 1 to `BATCH_MAX` messages in a stream that takes batches, in order, or none of them.
+    async def publish(self, messages: Sequence[Published], last_sequence: int) -> JetStreamAnswer:
+        """Stores all of 1 to `BATCH_MAX` messages in a stream that accepts batches, in order, or none of them.
 
-        They are refused where the last message of the stream has another number than `last_sequence`. The server writes
-        them with one `fsync`, and acknowledges the last one alone. Raises as `ask` does; after `Unavailable` it is not
-        known whether they are stored.
+        The server refuses them if the last message of the stream has another number than `last_sequence`. It writes
+        them with one `fsync`, and acknowledges only the last one. Raises as `ask` does; after `Unavailable` it is
+        unknown whether they are stored.
         """
         assert 1 <= len(messages) <= BATCH_MAX, f"{len(messages)} messages are no batch"
         batch = secrets.token_urlsafe(BATCH_ID_BYTES)
@@ -158,8 +157,8 @@ class JetStream:
         frames = [frame(one.subject, one.body, "", block) for one, block in zip(messages, blocks, strict=True)]
         return await self._ask(b"".join(frames[:-1]), messages[-1].subject, messages[-1].body, blocks[-1])
 
-    async def _ask(self, before: bytes, subject: str, body: bytes, block: bytes = b"") -> Answer:
-        """The answer to one message, which is sent behind others that get none."""
+    async def _ask(self, before: bytes, subject: str, body: bytes, block: bytes = b"") -> JetStreamAnswer:
+        """The answer to one message, which is sent behind messages (`before`) that get none."""
         assert self._inbox is not None, "it is not open"
         word = str(next(self._numbers))
         awaited: asyncio.Future[Msg | None] = asyncio.get_running_loop().create_future()
@@ -174,7 +173,7 @@ class JetStream:
             self._pending.pop(word, None)
         return self._read(answer)
 
-    def _read(self, answer: Msg | None) -> Answer:
+    def _read(self, answer: Msg | None) -> JetStreamAnswer:
         if answer is None:
             raise self._unavailable()
         if answer.headers and answer.headers.get(STATUS) == NO_RESPONDERS:

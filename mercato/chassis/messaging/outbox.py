@@ -1,10 +1,9 @@
 """The event log of a service: how consumers read its outbox, and how long it keeps its rows.
 
-A read names the consumer, the position that its cursor has committed, and the time of the row in which that is. Where
-the log has another row there, or none although retention has deleted none, its database is not the one that the
-consumer has read (it was restored from a backup), and later ids stand for other events: the read is refused. So is one
-whose next rows are deleted. Retention waits for the positions of all consumers that have read within 30
-days.
+A read names the consumer, the position that its cursor has committed, and the time of the row at that position. If the
+log has another row there, or none although retention has deleted none, its database is not the one that the consumer
+has read (it was restored from a backup), and later ids belong to other events: the read is refused. So is a read
+whose next rows are deleted. Retention waits for the positions of all consumers that have read within 30 days.
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ class ReadLog(Message):
 
 
 class LogPage(Message):
-    """Rows by ascending id. The first may be the one in which the position is, where events of it are left."""
+    """Rows by ascending id. The first may be the row of the position itself, if events of it are left."""
 
     rows: tuple[SourceRow, ...]
     start: int = 0
-    """The position of a consumer that has had none."""
+    """The position for a consumer that had none."""
     is_full: bool = False
     """Whether there may be more rows."""
 
@@ -118,7 +117,7 @@ class OutboxLog:
         return LogPage(rows=tuple(kept), start=start, is_full=is_full)
 
     def _check(self, request: ReadLog, kept: Sequence[SourceRow], purged: PageRow) -> None:
-        """Whether the row in which the consumer stands is the one that it has read, and none behind it is deleted."""
+        """Raises unless the row at the consumer's position is the one that it has read, and none behind is deleted."""
         after = request.after or 0
         row_id, place = outbox_row.place_of(after)
         about = {"source": self._source, "consumer": request.consumer, "after": after}
@@ -132,7 +131,7 @@ class OutboxLog:
             raise LogReplaced(**about)
 
     async def _acknowledge(self, consumer: str, position: int) -> None:
-        """Keeps the position for the next note; a new consumer is registered at once, so that retention waits."""
+        """Keeps the position for the next `note`; a new consumer is registered at once, so that retention waits."""
         self._acknowledged[consumer] = position
         if consumer not in self._registered:
             async with self._database.transaction() as tx:
@@ -140,7 +139,7 @@ class OutboxLog:
             self._registered.add(consumer)
 
     async def maintain(self) -> int:
-        """Notes the positions that were read, also those that have not moved: so the audit knows until when a shop ran.
+        """Notes the positions that were read, also unchanged ones: they show the audit until when the shop ran.
 
         Deletes up to `PURGED_AT_ONCE` old rows; gives how many.
         """
@@ -160,9 +159,9 @@ class PageRow(Row):
 
 
 async def page(tx: Tx, row_id: int, limit: int, *, is_read: bool) -> list[PageRow]:
-    """The row itself (without its events where it `is_read`), and up to `limit` behind it; the last that was deleted.
+    """The row itself (without its events if it `is_read`), up to `limit` behind it, and the last deleted id.
 
-    All of one snapshot. There is at least one answer, in which `id` is None where there are no rows.
+    All from one snapshot. There is at least one answer; its `id` is None if there are no rows.
     """
     return await tx.fetch(
         PageRow,
@@ -188,7 +187,7 @@ async def page(tx: Tx, row_id: int, limit: int, *, is_read: bool) -> list[PageRo
 
 
 async def note(tx: Tx, acknowledged: Mapping[str, int]) -> None:
-    """Writes down the positions of consumers. The highest counts."""
+    """Stores the positions of consumers; a stored position never decreases."""
     await tx.execute(
         """
         INSERT INTO outbox_readers AS readers (consumer, position)
@@ -203,9 +202,9 @@ async def note(tx: Tx, acknowledged: Mapping[str, int]) -> None:
 async def purge(tx: Tx) -> int:
     """Deletes a bounded number of the oldest rows that need not be kept, and notes the last; gives how many.
 
-    A consumer that has not read for `UNREAD_KEPT_DAYS` is forgotten. Where none is registered, the rows wait for one.
+    A consumer that has not read for `UNREAD_KEPT_DAYS` is unregistered. Without registered consumers, rows are kept.
     """
-    # Only rows before the first that is kept: also where a clock was set back, what is left has no gap.
+    # Only rows before the first that is kept: even if a clock was set back, the remaining rows have no gap.
     deleted = await tx.fetch_values(
         int,
         """

@@ -18,7 +18,7 @@ Key = tuple[str, str]
 
 
 class Cursor(Row):
-    """Everything up to `position` has had its effect, or is parked. `at`: the time of the row in which it is."""
+    """Every event up to `position` has had its effect, or is parked. `at`: the time of the row at that position."""
 
     position: int
     at: datetime.datetime | None
@@ -49,7 +49,7 @@ async def cursor_of(tx: Tx, key: Key) -> Cursor | None:
 
 
 async def begin_cursor(tx: Tx, key: Key, position: int) -> None:
-    """Where another process begins at the same moment, its cursor stays."""
+    """Inserts a cursor, unless another process has done so at the same time."""
     await tx.execute(
         "INSERT INTO cursors (consumer, source, position) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING", *key, position
     )
@@ -57,8 +57,8 @@ async def begin_cursor(tx: Tx, key: Key, position: int) -> None:
 
 async def move_cursor(tx: Tx, key: Key, cursor: Cursor, to: Cursor) -> bool:
     """Moves the cursor; gives whether any event is parked that is not dead. Raises `CursorMovedError`."""
-    # Only a batch parks events, and it moves the cursor: when this statement has waited for the lock and the cursor is
-    # still there, no event was parked meanwhile that it does not see.
+    # Only a batch parks events, and it moves the cursor: if this statement has waited for the lock and the cursor has
+    # not moved, no event was parked meanwhile that the statement does not see.
     moved = await tx.fetch_values(
         bool,
         """
@@ -116,7 +116,7 @@ async def due(tx: Tx, key: Key) -> list[Event]:
 
 
 async def remove(tx: Tx, key: Key, position: int, tries: int) -> bool:
-    """False: another process has tried the event meanwhile."""
+    """Deletes a parked event. False: another process has tried it meanwhile."""
     removed = await tx.execute(
         """
         DELETE FROM parked
@@ -128,7 +128,7 @@ async def remove(tx: Tx, key: Key, position: int, tries: int) -> bool:
 
 
 async def release_next(tx: Tx, key: Key, event: Event) -> Event | None:
-    """Lets the next event of the subject be due, behind one that has had its effect or is dead; gives it."""
+    """Makes the next event of the subject due, after one that has had its effect or is dead; gives it."""
     return await tx.fetch_one(
         Event,
         """
@@ -145,7 +145,7 @@ async def release_next(tx: Tx, key: Key, event: Event) -> Event | None:
 
 
 async def note_failure(tx: Tx, key: Key, position: int, tries: int, wait_s: float, error: str, is_dead: bool) -> bool:
-    """Notes a try of a parked event. False: another process has noted that try, or the event is parked no longer."""
+    """Notes a try of a parked event. False: another process has noted that try, or the event is no longer parked."""
     noted = await tx.execute(
         """
         UPDATE parked
@@ -159,7 +159,7 @@ async def note_failure(tx: Tx, key: Key, position: int, tries: int, wait_s: floa
 
 
 async def mark_replayed(tx: Tx, key: Key, position: int) -> Event | None:
-    """A dead event, which counts as replayed from now on; None: there is none. Deletes what was replayed long ago."""
+    """Marks a dead event as replayed and gives it; None: there is none. Deletes events that were replayed long ago."""
     await tx.execute(
         """
         DELETE FROM parked
@@ -180,7 +180,7 @@ async def mark_replayed(tx: Tx, key: Key, position: int) -> Event | None:
 
 
 async def dead_letters(tx: Tx, consumer: str, after: tuple[str, int] = ("", 0)) -> list[DeadLetter]:
-    """The dead events of a consumer by source and position, those behind `after`; at most `LISTED`."""
+    """The dead events of a consumer behind `after`, by source and position; at most `LISTED`."""
     return await tx.fetch(
         DeadLetter,
         """

@@ -15,13 +15,13 @@ SUBJECTS: Final = f"{SUBJECT}.*.*"
 
 NANOSECONDS: Final = 1_000_000_000
 KEPT_SECONDS: Final = 8 * 86_400
-"""A day longer than the feed keeps its entries. In an empty stream the bridge begins with the oldest entry that the
-feed has: had the stream forgotten it first, it would be published again."""
+"""A day longer than the feed keeps its entries. In an empty stream the bridge begins with the oldest entry of the
+feed: if the stream deleted entries first, the bridge would publish them again."""
 DUPLICATES_SECONDS: Final = 120
 STREAM_BYTES_MAX: Final = 4 * 1024**3
 """About six million events. A stream that is full refuses new messages, and does not delete what is still unread."""
 SEQUENCES_A_MILLISECOND: Final = 2_048
-"""More than messages can be stored. JavaScript reads the numbers of streams exactly that are made before 2109."""
+"""More than can be stored. JavaScript represents the numbers of streams that are created before 2109 exactly."""
 
 CONFIGURATION: Final[dict[str, Any]] = {
     "name": STREAM,
@@ -39,7 +39,7 @@ CONFIGURATION: Final[dict[str, Any]] = {
 
 
 def configuration(now: datetime.datetime) -> dict[str, Any]:
-    """Of a stream that is made now: no stream that was made before under its name has had these sequence numbers."""
+    """The configuration of a new stream: its sequence numbers are higher than those of any earlier one of its name."""
     return {**CONFIGURATION, "first_seq": int(now.timestamp() * 1_000) * SEQUENCES_A_MILLISECOND}
 
 
@@ -49,11 +49,11 @@ BRIDGE_PUBLISHES: Final = (
     f"{API}.STREAM.CREATE.{STREAM}",
     f"{API}.STREAM.MSG.GET.{STREAM}",
 )
-"""What the user of a bridge publishes to."""
+"""The subjects to which the user of a bridge publishes."""
 
 
 def subscriber_permissions(user: str) -> Permissions:
-    """Of a user that reads the stream by consumers of its own, and does nothing else."""
+    """The permissions of a user that only reads the stream, by its own consumers."""
     consumer = f"{API}.CONSUMER"
     return Permissions(
         publish=(

@@ -1,12 +1,12 @@
-"""Connections to PostgreSQL, and what their driver says: the one module that runs statements through it.
+"""Connections to PostgreSQL, and errors of their driver: the one module that runs statements through it.
 
-A `LentConnection` serves one block of `database.py`. `Connections` lends them: it keeps those that are idle on a stack
-of its own, and asks the pool of the driver when there is none. Each use of the pool costs a timer, a task and a proxy,
-a use of the stack none of them. The pool still makes connections, bounds their number, hands them to callers that wait,
-and takes back every connection whose block has not ended well.
+A `LentConnection` serves one block of `database.py`. `Connections` lends them: it keeps idle ones on its own stack, and
+uses the driver's pool if the stack is empty. Each use of the pool costs a timer, a task and a proxy, a use of the stack
+none of them. The pool still opens connections, bounds their number, gives them to callers that wait, and takes back
+every connection whose block has failed.
 
-Driver errors are translated here: lost or refused connections become `Unavailable`, the rest that a service can act on
-is `UniqueViolation` or `LockTimeout`.
+Driver errors are translated here: lost or refused connections become `Unavailable`, other errors that a service can
+handle become `UniqueViolation` or `LockTimeout`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ OLDEST_VERSION: Final = 16
 """Of PostgreSQL."""
 STATEMENT_SECONDS: Final = 10.0
 CONNECT_SECONDS: Final = 30.0
-"""At the start of a process, whose database may be as busy as the machine. Later a batch waits for at most
-`ACQUIRE_SECONDS` for a connection, whether it is a new one or one of those that there are."""
+"""At the start of a process, while machine and database may be busy. Later a batch waits at most `ACQUIRE_SECONDS` for
+a connection, new or existing."""
 ACQUIRE_SECONDS: Final = 5.0
 CLOSE_SECONDS: Final = 2.0
 
@@ -40,7 +40,7 @@ _WRITE_EVENTS: Final = f"INSERT INTO outbox (events) SELECT %s FROM pg_advisory_
 
 
 def check_containers_by_type(protocol: Any) -> bool:
-    """Makes the driver accept only lists and tuples as arrays. False, and nothing changed: it is another driver.
+    """Makes the driver accept only lists and tuples as arrays. Does nothing, and gives False, for another driver.
 
     It asks abstract base classes whether each element of an array is itself a container, which costs more than to
     encode the element.
@@ -69,13 +69,13 @@ class LockTimeout(Exception):
 
 
 class RolledBackError(AssertionError):
-    """A statement failed, and the block went on as if it had not: PostgreSQL answered its COMMIT with a roll-back."""
+    """A statement failed, and the block ignored the error: PostgreSQL answered its COMMIT with a roll-back."""
 
 
 class _Connection(asyncpg.Connection):
-    """A connection that has prepared the statement which writes events, from the first transaction on that has any.
+    """A connection that prepares the statement which writes events, at the first transaction that has any.
 
-    Behind a pooler it has not: the next transaction may meet another session.
+    Not behind a pooler, where the next transaction may run in another session.
     """
 
     __slots__ = ("_events_prepared", "_events_tried", "_is_pooled")
@@ -105,9 +105,9 @@ class Connections:
         self.service = service
         self._pool = pool
         self._idle: list[Any] = []
-        """Taken from the pool and not in use; the last one is used next, so that few are used often."""
+        """Idle connections outside of the pool; the last one is used next, so that few are used often."""
         self._waiting = 0
-        """Who asks the pool at this moment."""
+        """Callers that wait for the pool."""
         self._is_closing = False
 
     @classmethod
@@ -130,7 +130,7 @@ class Connections:
         return cls(pool, service)
 
     async def acquire(self) -> Any:
-        """A connection. Raises `Unavailable` where none is to be had within `ACQUIRE_SECONDS`."""
+        """A connection. Raises `Unavailable` if none is free within `ACQUIRE_SECONDS`."""
         while self._idle:
             connection = self._idle.pop()
             if _is_open(connection):
@@ -140,25 +140,25 @@ class Connections:
         try:
             return await self._pool.acquire(timeout=ACQUIRE_SECONDS)
         except DRIVER_ERRORS as error:
-            # Whatever the reason: without a connection nothing is done, and nothing is the statement's fault.
+            # Any error means `Unavailable`: without a connection nothing was done, and no statement has failed.
             raise Unavailable(service=self.service) from error
         finally:
             self._waiting -= 1
 
     async def release(self, connection: Any, *, is_clean: bool) -> None:
-        """Gives a connection back. `is_clean`: its block has ended well, and left nothing on it."""
+        """Gives a connection back. `is_clean`: its block has succeeded, and left no state on it."""
         if is_clean and not self._waiting and not self._is_closing:
             self._idle.append(connection)
         else:
             await self._return(connection)
 
     async def renew(self) -> None:
-        """Closes the idle connections, and the others when they come back: they are probably as dead as one was."""
+        """Closes the idle connections, and the others when they are released: after one was lost, all probably are."""
         await self._pool.expire_connections()
         await self._return_idle()
 
     async def close(self) -> None:
-        """Waits for what runs, then closes; after `CLOSE_SECONDS` it no longer waits."""
+        """Waits for running statements, up to `CLOSE_SECONDS`, then closes."""
         self._is_closing = True
         await self._return_idle()
         try:
@@ -197,23 +197,23 @@ class LentConnection:
             await self._connections.release(connection, is_clean=is_clean)
 
     def is_lost(self, error: Exception) -> bool:
-        """True where `error` says that the connection is gone, and it may be replaced: once in a block."""
+        """Whether `error` means that the connection is lost and may be replaced: once in a block."""
         return not self._is_renewed and _lost(error)
 
     async def renew(self) -> None:
-        """A connection made now."""
+        """A new connection."""
         self._is_renewed = True
         await self.release(is_clean=False)
         await self._connections.renew()
         await self.acquire()
 
     async def begin(self) -> None:
-        """Begins a transaction; on another connection where this one is gone."""
+        """Begins a transaction; on a new connection if this one is lost."""
         try:
             await self.connection.execute("BEGIN")
             return
         except asyncio.CancelledError:
-            # The server may have begun all the same, and no block goes on: the connection must not stay like that.
+            # The server may have begun the transaction, which no block would end: the connection is not reused.
             await self.roll_back()
             raise
         except DRIVER_ERRORS as error:
@@ -225,19 +225,19 @@ class LentConnection:
     async def commit(self, events: Sequence[str]) -> None:
         """Writes the rows of the outbox and commits. `is_rolled_back` says whether a failure is known to be one.
 
-        Raises `RolledBackError` where nothing was committed because a statement before had failed.
+        Raises `RolledBackError` if nothing was committed because an earlier statement had failed.
         """
         try:
             outcome: str = await self.connection.execute(await self._with_events(events) if events else "COMMIT")
         except asyncio.CancelledError:
-            await self.roll_back()  # where it came too late, nothing happens
+            await self.roll_back()  # does nothing if the transaction has ended
             raise
         except asyncpg.InFailedSQLTransactionError:
             await self.roll_back()
             outcome = "ROLLBACK"
         except DRIVER_ERRORS as error:
             if getattr(error, "severity_en", None) == "ERROR" and self.connection.is_in_transaction():
-                # A statement before the COMMIT failed, and the server has told so: it skips the rest of the message.
+                # The server answered that a statement before the COMMIT failed; it then skips the rest of the message.
                 await self.roll_back()
                 self.is_rolled_back = True
             raise_translated(error, self._connections.service)
@@ -246,9 +246,9 @@ class LentConnection:
             raise RolledBackError("an error inside the transaction was caught there; nothing was committed")
 
     async def _with_events(self, events: Sequence[str]) -> str:
-        # As literals, so that a single message carries the rows and the COMMIT: a process that is stopped between two
-        # messages would hold the lock, and every writer of the service up. Prepared, because planning costs more than
-        # the literals do. A lock timeout of this transaction was not meant for this lock.
+        # As literals, so that a single message has the rows and the COMMIT: a process that is stopped between two
+        # messages would hold the lock, and block every writer of the service. Prepared, because planning costs more
+        # than the literals. A lock timeout that the transaction has set does not apply to this lock.
         name = await self.connection.prepare_events()
         write = f"EXECUTE {name} (%s)" if name else _WRITE_EVENTS
         literals = [row.replace("'", "''") for row in events]
@@ -256,7 +256,7 @@ class LentConnection:
         return f"SET LOCAL lock_timeout = 0; {writes}; COMMIT"
 
     async def roll_back(self) -> None:
-        """Never fails: a lost connection has rolled back by itself."""
+        """Never fails: the server rolls back when a connection is lost."""
         with contextlib.suppress(*DRIVER_ERRORS):
             await self.connection.execute("ROLLBACK")
 
@@ -270,20 +270,20 @@ class LentConnection:
 def _is_open(connection: Any) -> bool:
     try:
         return not connection.is_closed()
-    except asyncpg.InterfaceError:  # it was lost, and the pool has noticed and taken it back
+    except asyncpg.InterfaceError:  # it was lost, and the pool has already taken it back
         return False
 
 
 async def _leave_as_is(_connection: Any) -> None:
-    """Takes the place of the driver's reset between two uses of a connection. See the top of `database.py`.
+    """Replaces the driver's reset between two uses of a connection. See the top of `database.py`.
 
-    A transaction that a cancelled roll-back left open, the driver still ends by itself.
+    The driver itself still ends a transaction that a cancelled roll-back has left open.
     """
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
 
-# The driver's InternalClientError is what a statement meets on a connection that the server ended in this very moment.
+# The driver raises InternalClientError for a statement on a connection that the server is just closing.
 DRIVER_ERRORS: Final = (
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
@@ -292,7 +292,7 @@ DRIVER_ERRORS: Final = (
     TimeoutError,
 )
 
-# The server is not there, goes away, or has no room: nothing that the statement itself is to blame for.
+# The server is unavailable, is shutting down, or has no connection or disk space left: no fault of the statement.
 _UNAVAILABLE: Final = (
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,
@@ -316,13 +316,13 @@ _LOST: Final = (
     ConnectionError,
 )
 
-# The driver's InterfaceError stands for a connection that is gone as well as for a wrong use of it (a value of the
-# wrong type, two statements at once); only its words tell them apart.
+# The driver raises InterfaceError for a lost connection and for a wrong use of one (a value of the wrong type, two
+# statements at once); only its text distinguishes them.
 _GONE: Final = re.compile(r"\bclos(ed|ing)\b|released back to the pool")
 
 
 def translated(error: Exception, service: str) -> Exception:
-    """The chassis' own word for a driver's error; the error itself where it is a bug of a statement."""
+    """The chassis' error for a driver's error; the error itself if it is a bug of a statement."""
     if isinstance(error, asyncpg.UniqueViolationError):
         return UniqueViolation(str(getattr(error, "constraint_name", "") or ""))
     if isinstance(error, asyncpg.LockNotAvailableError):
@@ -339,7 +339,7 @@ def _lost(error: Exception) -> bool:
 
 
 def refuses_writes(error: BaseException) -> bool:
-    """Whether an error, or what it was translated from, says that the server stores nothing now: its disk is full."""
+    """Whether an error, or its cause, means that the server cannot store anything: its disk is full."""
     cause = error.__cause__ or error
     if isinstance(cause, asyncpg.TooManyConnectionsError):
         return False
@@ -347,7 +347,7 @@ def refuses_writes(error: BaseException) -> bool:
 
 
 def has_no_connection_left(error: BaseException) -> bool:
-    """Whether an error, or what it was translated from, says that others have all connections of the server."""
+    """Whether an error, or its cause, means that all connections of the server are in use."""
     return isinstance(error.__cause__ or error, asyncpg.TooManyConnectionsError)
 
 

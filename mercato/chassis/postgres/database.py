@@ -12,10 +12,10 @@ The rules that the rest relies on
     - No remote call inside a transaction: the client refuses it.
     - Connections are not reset between uses (that halves the cost of a read), so nothing may be left on them:
       `SET LOCAL` only, locks of a transaction only. A test holds this.
-    - Driver errors are translated (`connections.py`): lost or refused connections become `Unavailable`, the rest that a
-      service can act on is `UniqueViolation` or `LockTimeout`.
-    - A connection that was lost while nothing had been done on it is replaced once, unseen: after a restart of the
-      server the first batch works. Nothing had been done means: a statement of `read()`, or the BEGIN of a transaction.
+    - Driver errors are translated (`connections.py`): lost or refused connections become `Unavailable`, other errors
+      that a service can handle become `UniqueViolation` or `LockTimeout`.
+    - A connection that is lost at a statement of `read()`, or at the BEGIN of a transaction, is replaced once, and the
+      statement is run again: after a restart of the server the first batch works.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ R = TypeVar("R", bound="Row")
 T = TypeVar("T")
 
 WRITES_RESERVED: Final = 1
-"""Of the connections, those that reads leave alone: slow reads, however many, do not stop the writes of a service."""
+"""Connections that reads may not use: however many reads are slow, they do not stop the writes of a service."""
 COUNT_SECONDS: Final = 2.0
-"""For a count of all rows that some filters match, the wait for its turn included."""
+"""The deadline of a count of all rows that some filters match, the wait for its turn included."""
 COUNTS_WAITING: Final = 16
-"""Behind the one that is made; each holds one of the calls of its operation meanwhile."""
+"""Counts that wait while one runs; each occupies one of the concurrent calls of its operation."""
 PING_SECONDS: Final = 1.0
 REFUSED_SECONDS: Final = 5.0
 """A process whose transaction was refused for want of space is not ready for so long, or until one is committed."""
@@ -74,7 +74,7 @@ class Row(msgspec.Struct, frozen=True, gc=False, metaclass=FrozenMeta):
 
 
 class Tx:
-    """What a store runs its statements on."""
+    """A transaction or read, through which a store runs its statements."""
 
     __slots__ = ("_lease", "_service", "_writable", "events")
 
@@ -136,7 +136,7 @@ _QUOTED: Final = re.compile(r"'[^']*'|\"[^\"]*\"|--[^\n]*")
 
 
 def _check_read(sql: str) -> None:
-    # A change outside `transaction` would commit without being noted, and could then be run a second time.
+    # A change outside of `transaction` would commit without a note in the attempt, and could be run a second time.
     assert not _CHANGES.search(_QUOTED.sub("", sql)), f"db.read() does not change or lock anything: {sql}"
     _known_reads.add(sql)
 
@@ -152,7 +152,7 @@ class Database:
         self._reads = asyncio.Semaphore(max(1, size - WRITES_RESERVED))
         self._counting = asyncio.Lock()
         self._counts = 0
-        """The one that is made, and those that wait."""
+        """How many counts run or wait."""
         self.on_events: list[Callable[[], None]] = []
         """Called after the commit of a transaction with events."""
         self.on_commit: list[Callable[[], None]] = []
@@ -177,7 +177,7 @@ class Database:
             await connections.close()
 
     async def problem(self) -> str:
-        """Why the database does not take writes now, in a few words; empty where it does. Within a second."""
+        """Why the database does not accept writes now, in a few words; empty if it does. Within a second."""
         try:
             async with asyncio.timeout(PING_SECONDS), self.read() as tx:
                 is_read_only = await tx.fetch_values(bool, IS_READ_ONLY)
@@ -207,10 +207,10 @@ class Database:
             self._reads.release()
 
     async def count(self, counted: Callable[[Tx], Awaitable[int]], *, seconds: float = COUNT_SECONDS) -> int | None:
-        """What `counted` counts; None where that takes longer than `seconds`: the server is then told to stop.
+        """The result of `counted`; None if it takes longer than `seconds`, and the statement is then cancelled.
 
-        For counts that read all that they count. They go one after another: however many ask, the other connections
-        are left to reads that are short. None at once where `COUNTS_WAITING` wait already.
+        For counts that read every row that they count. They run one after another, so that the other connections
+        are left to short reads. None at once if `COUNTS_WAITING` counts already wait.
         """
         if self._counts > COUNTS_WAITING:
             return None
@@ -224,7 +224,7 @@ class Database:
             self._counts -= 1
 
     async def _take_turn_to_read(self) -> None:
-        """Raises `Unavailable` where there is none within `ACQUIRE_SECONDS`."""
+        """Raises `Unavailable` if no connection is free within `ACQUIRE_SECONDS`."""
         if not self._reads.locked():
             await self._reads.acquire()  # at once
             return
@@ -316,7 +316,7 @@ class EmittedEvents:
             (self._children.get(key) or self._child(key))(count)
 
     def _child(self, key: tuple[str, str]) -> Callable[[float], None]:
-        # A provider's codes are its own: what is beyond the bound is counted under one name.
+        # A provider may have any number of codes: those beyond the bound are counted under one name.
         type_, outcome = key if len(self._children) < OUTCOMES_COUNTED else (key[0], "other")
         child = self._counter.labels(self._service, type_, outcome).inc
         if len(self._children) < OUTCOMES_COUNTED:

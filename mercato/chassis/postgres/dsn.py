@@ -1,4 +1,4 @@
-"""DSNs: the same server with another database, and what of a DSN people may see."""
+"""DSNs: the same server with another database, and the parts of a DSN without secrets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DSN_FORM: Final = (
 
 
 NO_SECRETS: Final = "the given DSN"
-"""How a DSN is called of which it is not clear what of it is secret."""
+"""Shown instead of a DSN whose secret parts cannot be recognized."""
 
 
 def with_database(dsn: str, name: str) -> str:
@@ -36,14 +36,14 @@ def with_server(dsn: str, host: str, port: int) -> str:
 
 
 def shown(dsn: str) -> str:
-    """Host, port and database of a DSN: what people may see of it. `NO_SECRETS` where they cannot be told apart."""
+    """Host, port and database of a DSN, without secrets. `NO_SECRETS` if the secret parts cannot be recognized."""
     try:
         parts = urlsplit(dsn)
         asked = dict(parse_qsl(parts.query, strict_parsing=True) if parts.query else ())
         host, port = asked.get("host", parts.hostname), asked.get("port", parts.port)
     except ValueError:
         return NO_SECRETS
-    # A password with a slash, a question mark or a number sign in it ends the host for who parses it.
+    # A slash, question mark or number sign in a password would end the host for a parser.
     is_cut_short = "@" in parts.path + parts.query or parts.fragment
     if parts.scheme not in ("postgresql", "postgres") or is_cut_short:
         return NO_SECRETS

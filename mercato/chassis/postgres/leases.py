@@ -1,4 +1,4 @@
-"""Whose turn it is, of all processes: a row of the database says until when one of them has it."""
+"""Leases: a row of the database says until when one process, of all, may do some work."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from .database import Tx
 def holds(column: str, seconds: str) -> str:
     """The condition under which a lease of so many seconds, which ends at `column`, has not ended. Both are SQL.
 
-    One that would last longer than any that is given was written before the server's clock was set back: it has ended.
+    A lease that would last longer than any new one was written before the server's clock was set back: it has ended.
     """
     return f"{column} BETWEEN clock_timestamp() AND clock_timestamp() + make_interval(secs => 2 * {seconds})"
 
 
 class Lease:
-    """Turns at work that one process at a time should do: a row each in `table`, with `name` and `leased_until`.
+    """Leases for work that one process at a time should do: a row each in `table`, with `name` and `leased_until`.
 
-    A process that dies has the turn until the lease ends. One that stands still goes on when another has the turn: what
-    both do must be right nevertheless.
+    A process that dies keeps the lease until it ends. One that is paused continues while another process has the lease:
+    the work of both must be correct nevertheless.
     """
 
     def __init__(self, table: str) -> None:
-        # Who waits for the row sees, once it has it, that the turn is taken: the condition is looked at again.
+        # A process that waited for the row lock sees that the lease is taken: PostgreSQL checks the condition again.
         self._take = f"""
             INSERT INTO {table} AS t (name, leased_until)
             VALUES ($1, clock_timestamp() + make_interval(secs => $2))
@@ -31,5 +31,5 @@ class Lease:
             """  # noqa: S608
 
     async def take(self, tx: Tx, name: str, seconds: float) -> bool:
-        """Whether this process has the turn, for so many seconds from now: of all that ask, one has."""
+        """Takes the lease for so many seconds; gives whether this process has it. Of all that ask, one gets it."""
         return await tx.execute(self._take, name, seconds) == 1

@@ -1,13 +1,13 @@
-"""Migrations: what brings the database of a service to the newest revision.
+"""Migrations: bring the database of a service to the newest revision.
 
 A service's `migrations/` holds Alembic revisions `0001_what.py`, `0002_what.py`, ... in one line, forward only, each a
 list of plain SQL statements. Alembic turns the missing ones into SQL; our own driver runs it, one transaction a
-revision (except what stands in an `autocommit_block`), so that no second driver is needed. Where nothing is missing
+revision (except in an `autocommit_block`), so that no second driver is needed. If no revision is missing,
 Alembic is not even imported (0.7 s).
 
-A revision that has landed is frozen. Its checksum is committed beside it (`checksums.txt`, written by `make freeze`),
+A released revision is frozen. Its checksum is committed beside it (`checksums.txt`, written by `make freeze`),
 and the transaction that runs a revision records the checksum of its statements in the database (`revision_checksums`).
-Each start compares the two with one query: a database that other revisions have made is refused, and left as it is.
+Each start compares the two with one query: a database of other revisions is refused, and not changed.
 
 Processes that start together wait for each other by polling `pg_try_advisory_lock`: the blocking form would deadlock
 with a `CREATE INDEX CONCURRENTLY`, which waits for every older transaction, the one that waits for the lock included.
@@ -30,7 +30,8 @@ LOCK_KEY: Final = 0x6D657263  # "merc"
 LOCK_SECONDS: Final = 60.0
 LOCK_POLL_SECONDS: Final = 0.1
 TABLE_LOCK_TIMEOUT: Final = "10s"
-"""A revision that waits for a busy table makes everybody else wait behind it: then rather none, and another try."""
+"""A revision that waits for a lock on a busy table makes all later statements wait behind it: it fails instead, and may
+be tried again."""
 
 CHECKSUMS: Final = "checksums.txt"
 """In a folder of migrations: a line `REVISION SHA256` for each frozen revision."""
@@ -72,7 +73,7 @@ async def migrate(dsn: str, folder: Path) -> Sequence[str]:
         if not await _missing(connection, dsn, folder):
             return []
         await _lock(connection)
-        # Only now is it certain: another process may have migrated while this one waited.
+        # Read again under the lock: another process may have migrated while this one waited.
         missing = await _missing(connection, dsn, folder)
         scripts = [_script(folder, revision) for revision in missing]
         await connection.execute("SELECT set_config('lock_timeout', $1, false)", TABLE_LOCK_TIMEOUT)
@@ -86,7 +87,7 @@ async def migrate(dsn: str, folder: Path) -> Sequence[str]:
 
 
 async def missing_revisions(dsn: str, folder: Path) -> Sequence[str] | None:
-    """The revisions in `folder` that a database does not have; None where this role may not read it. Changes nothing.
+    """The revisions in `folder` that a database does not have; None if this role may not read it. Changes nothing.
 
     Raises `MigrationError` for a database that `migrate` would refuse; errors of the connection as the driver's.
     """
@@ -132,7 +133,7 @@ async def _recorded(connection: Any, dsn: str) -> Mapping[str, str]:
             return {}
         if not has_records:
             break
-        # Another process has run the first revision since the records were asked for.
+        # Another process has run the first revision since the first query.
     raise MigrationError(
         f"the database {_name(dsn)} was made by a commit of mercato from before its revisions had checksums, which "
         f"this one cannot continue; {WAY_OUT}"
@@ -168,7 +169,7 @@ def computed_checksum(folder: Path, revision: str) -> str:
 
 
 def _digest(made: Sequence[str]) -> str:
-    # Alembic's own bookkeeping may be worded otherwise by another version of it.
+    # Another version of Alembic may word the statements for its own table differently.
     own = (statement for statement in made if "alembic_version" not in statement)
     return hashlib.sha256("\0".join(own).encode()).hexdigest()
 
@@ -189,7 +190,7 @@ def _script(folder: Path, revision: str) -> list[str]:
 
 
 async def _lock(connection: Any) -> None:
-    """Waits until nobody else migrates this database; for as long as this connection is open nobody else will."""
+    """Waits until no other process migrates this database; none can until this connection is closed."""
     deadline = asyncio.get_running_loop().time() + LOCK_SECONDS
     while not await connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK_KEY):
         if asyncio.get_running_loop().time() > deadline:
@@ -198,7 +199,7 @@ async def _lock(connection: Any) -> None:
 
 
 class _Statements:
-    """Where Alembic writes SQL to: it gives one statement at a time, so that none has to be cut out of a text."""
+    """The output of Alembic, which writes one statement at a time, so that no text has to be split."""
 
     def __init__(self) -> None:
         self.written: list[str] = []
@@ -235,10 +236,10 @@ def _literal(path: Path) -> str:
 
 
 def append_only(table: str) -> Sequence[str]:
-    """The statements after which rows of a table can be inserted, and never changed or deleted, by whatever code.
+    """The statements after which rows of a table can be inserted, but no code can change or delete them.
 
-    The trigger is one of statements that change or delete: an insert pays nothing. TRUNCATE stays: tests empty their
-    databases with it, and nobody does so by mistake.
+    The trigger is for UPDATE and DELETE: an insert costs nothing more. TRUNCATE stays possible: tests empty their
+    databases with it, and it is not run by mistake.
     """
     return (
         f"""

@@ -1,7 +1,7 @@
-"""The databases of a shop that is being made on a server: all get their names at once, or none.
+"""The databases of a new shop on a server: all get their names at once, or none.
 
-They are made with a suffix, filled, and renamed in one transaction. What a killed process has left is dropped by the
-next one. A lock keeps two from working at once: advisory, of the session, in the database of the administrator's DSN.
+They are created with a suffix, filled, and renamed in one transaction. The next process drops those that a killed one
+has left. A lock excludes a second process: advisory, of the session, in the database of the administrator's DSN.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOCK_KEY: Final = 0x72657374  # "rest"
 
 
 class NewDatabases:
-    """What is made so far: the DSN of each by service, `dsns` as the administrator and `owned` as its role opens it."""
+    """The new databases: DSNs by service, `dsns` with the administrator's role, `owned` with the service's."""
 
     def __init__(self, connection: Any, admin_dsn: str, services: Sequence[str], prefix: str) -> None:
         self.dsns: Mapping[str, str] = {s: as_administrator(admin_dsn, prefix + s + SUFFIX) for s in services}
@@ -32,7 +32,7 @@ class NewDatabases:
         self._names = [prefix + service for service in services]
 
     async def take_names(self) -> None:
-        """Gives all their names. Raises `ProvisionError` where one is taken meanwhile, and then gives none."""
+        """Renames all databases. Raises `ProvisionError` if a name is taken meanwhile, and then renames none."""
         try:
             async with self._connection.transaction():
                 for name in self._names:
@@ -43,7 +43,7 @@ class NewDatabases:
             raise ProvisionError(f"{_taken(self._admin_dsn)}: {error}") from error
 
     async def drop(self) -> None:
-        """Drops those that have no name yet."""
+        """Drops those that were not renamed."""
         for name in self._names:
             await self._connection.execute(f"DROP DATABASE IF EXISTS {identifier(name + SUFFIX)} WITH (FORCE)")
 
@@ -54,8 +54,8 @@ async def new_databases(
 ) -> AsyncGenerator[NewDatabases]:
     """Empty databases of `services`, each owned by its role, for the block to fill; it ends with `take_names`.
 
-    Where it does not come to that, they are dropped; the roles stay. Raises `ProvisionError`, before anything is made
-    where one of the databases is there.
+    If the block fails before, they are dropped; the roles stay. Raises `ProvisionError`; if one of the databases
+    exists, before any is created.
     """
     connection = await connect_as_administrator(admin_dsn)
     try:

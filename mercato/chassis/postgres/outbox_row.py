@@ -27,8 +27,8 @@ class Outgoing(msgspec.Struct, frozen=True, gc=False):
     data: Message
 
 
-class Stored(msgspec.Struct, frozen=True, gc=False):
-    """An event as it stands in a row. `data` is JSON."""
+class OutboxEvent(msgspec.Struct, frozen=True, gc=False):
+    """An event in a row of the outbox. `data` is JSON."""
 
     type: str
     subject: str
@@ -37,10 +37,10 @@ class Stored(msgspec.Struct, frozen=True, gc=False):
     data: msgspec.Raw
 
 
-unpack: Final = msgspec.json.Decoder(list[Stored]).decode
+unpack: Final = msgspec.json.Decoder(list[OutboxEvent]).decode
 
 
-def pack(events: Sequence[Outgoing] | Sequence[Stored]) -> list[str]:
+def pack(events: Sequence[Outgoing] | Sequence[OutboxEvent]) -> list[str]:
     """The rows that hold these events, in order. A single event that is too large has a row of its own."""
     row = msgspec.json.encode(events)
     if len(events) == 1 or (len(events) <= ROW_EVENTS and len(row) <= ROW_BYTES):
@@ -50,7 +50,7 @@ def pack(events: Sequence[Outgoing] | Sequence[Stored]) -> list[str]:
 
 
 def position(row_id: int, place: int) -> int:
-    """Of an event: rises with the row, and within a row with the event's place, which begins at 0."""
+    """The position of an event: it rises with the row, and within a row with the event's place, which begins at 0."""
     return row_id << PLACE_BITS | place
 
 

@@ -1,8 +1,8 @@
 """One database and one role for each service, on any PostgreSQL that an administrator's DSN names.
 
-A service's role owns its database and can connect to no other; nobody else can connect to it. Running this again
-changes nothing but what is not as it should be: a password, or a right that a run cut short did not take away yet.
-Processes that start together wait for each other: PostgreSQL gives up on two that change the same role or rights.
+A service's role owns its database and can connect to no other; no other service's role can connect to it. Running this
+again repairs only what differs: a password, or a right that an interrupted run did not revoke.
+Processes that start together wait for each other: PostgreSQL fails if two change the same role or rights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .connections import OLDEST_VERSION
 from .sessions import ENCODING, NEW_ENCODING, SETTINGS, as_administrator, connect, is_pooled, wrong_settings
 
 BUILTIN_LOCALES: Final = 17
-"""The first PostgreSQL that has locales of its own."""
+"""The first PostgreSQL with built-in locales."""
 LOCK_KEY: Final = 0x70726F76  # "prov"
 LOCK_SECONDS: Final = 60.0
 
@@ -46,7 +46,7 @@ _CONNECTIONS: Final = """
 
 
 class ProvisionError(Exception):
-    """A sentence for the operator: what is wrong with the server or the DSN, and the way out."""
+    """A sentence for the operator: what is wrong with the server or the DSN, and how to fix it."""
 
 
 async def provision(
@@ -57,7 +57,7 @@ async def provision(
     prefix: str = "mercato_",
     suffix: str = "",
 ) -> Mapping[str, str]:
-    """Makes what is missing for `services`; gives the DSN of each. `password` gives the password of a role by its name.
+    """Creates missing roles and databases; gives the DSN of each service. `password` gives a role's password by name.
 
     A database has the name of its role and `suffix`. Raises `ProvisionError`.
     """
@@ -112,7 +112,7 @@ async def connect_as_administrator(admin_dsn: str) -> Any:
     """A connection for making databases. Raises `ProvisionError`."""
     try:
         return await connect(admin_dsn)
-    except ValueError as error:  # its words may be a part of the password
+    except ValueError as error:  # its text may contain a part of the password
         raise ProvisionError(f"MERCATO_POSTGRES_DSN ({shown(admin_dsn)}) cannot be used: {DSN_FORM}") from error
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -147,7 +147,7 @@ async def _ensure(connection: Any, name: str, database: str, password: str, dsn:
     if not await connection.fetchval("SELECT true FROM pg_database WHERE datname = $1", database):
         await connection.execute(f"GRANT {role} TO CURRENT_USER")
         await create_database(connection, database, owner=name)
-    # Looked at each time: CREATE DATABASE lets everybody in, and knows no transaction that this could be part of.
+    # Checked at each run: CREATE DATABASE lets every role connect, and cannot run in one transaction with the REVOKE.
     if await connection.fetchval("SELECT has_database_privilege('public', $1, 'CONNECT')", database):
         await connection.execute(f"REVOKE ALL ON DATABASE {identifier(database)} FROM PUBLIC")
     has = {(row["name"], row["value"]) for row in await connection.fetch(_SETTINGS_OF, name)}
@@ -159,7 +159,7 @@ async def _ensure(connection: Any, name: str, database: str, password: str, dsn:
 
 
 async def _opens(dsn: str) -> bool:
-    """Whether the role can connect. Raises `ProvisionError` where something overrides the settings of the role."""
+    """Whether the role can connect. Raises `ProvisionError` if DSN or database override the role's settings."""
     try:
         connection = await connect(dsn)
     except asyncpg.InvalidAuthorizationSpecificationError:
@@ -175,9 +175,9 @@ async def _opens(dsn: str) -> bool:
 
 
 async def create_database(connection: Any, name: str, *, owner: str | None = None) -> None:
-    """A database in UTF-8 whose text sorts and folds alike on every server, whatever that has in its template.
+    """A database in UTF-8 whose text sorts and folds alike on every server, whatever its template.
 
-    Servers before 17 have no such locale of their own; there it is that of the C library, or plain C.
+    Servers before 17 have no built-in locale; there it is that of the C library, or plain C.
     """
     create = f"CREATE DATABASE {identifier(name)} TEMPLATE template0 ENCODING '{ENCODING}'"
     if owner is not None:
@@ -193,7 +193,7 @@ async def create_database(connection: Any, name: str, *, owner: str | None = Non
 
 
 async def _require_encoding(connection: Any, databases: Sequence[str]) -> None:
-    """Before anything is made: of the databases that exist already."""
+    """Checks the existing databases before any is created."""
     other = await connection.fetchrow(_OTHER_ENCODING, list(databases), ENCODING)
     if other is not None:
         raise ProvisionError(
@@ -203,7 +203,7 @@ async def _require_encoding(connection: Any, databases: Sequence[str]) -> None:
 
 
 async def connections_taken(admin_dsn: str) -> int:
-    """How many connections of ordinary roles the server takes. Raises `ProvisionError`."""
+    """How many connections of ordinary roles the server accepts. Raises `ProvisionError`."""
     connection = await connect_as_administrator(admin_dsn)
     try:
         return int(await connection.fetchval(_CONNECTIONS))
@@ -222,7 +222,7 @@ def service_dsn(admin_dsn: str, name: str, password: str, *, database: str = "")
 
 
 def identifier(name: str) -> str:
-    """A name as SQL reads it, whatever is in it."""
+    """A name, quoted for SQL."""
     return '"' + name.replace('"', '""') + '"'
 
 

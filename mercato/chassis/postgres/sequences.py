@@ -1,4 +1,4 @@
-"""Moving a sequence past ids that others know already, while ids are taken from it."""
+"""Moves a sequence past ids that other services already know, while ids are taken from it."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from typing import Any, Final, Protocol
 
 from .database import Database, Tx
 
-UNHEARD_IDS: Final = 1_000_000
-"""A sequence that is behind belongs to a database that was restored: it has given more ids than others have heard of,
-such as of accounts that never ordered. So many behind the last one that is known, it goes on."""
+UNKNOWN_IDS: Final = 1_000_000
+"""A sequence that is behind belongs to a restored database: before, it had given more ids than other services know, for
+instance of accounts that never ordered. It continues so many ids after the last known one."""
 
-# In these two, the next id is the last value, or the one behind it where that was given already.
+# The next id is the last value, or the one after it if that was already given.
 NEXT: Final = "SELECT last_value + is_called::integer FROM {name}"
-# Blocks `nextval` until the transaction ends: no id is taken between the look and the move, and the sequence never
+# Blocks `nextval` until the transaction ends: no id is taken between reading and moving, and the sequence never
 # goes backwards. It changes nothing.
 _HOLD: Final = "ALTER SEQUENCE {name} CACHE 1"
 _MOVE: Final = "SELECT setval($1::text::regclass, $2)"
 
 
-class Session(Protocol):
-    """A connection of the driver in a transaction, or what looks like one."""
+class SqlSession(Protocol):
+    """A connection of the driver in a transaction, or an adapter with its methods."""
 
     async def fetchval(self, sql: str, *values: object) -> Any: ...
     async def execute(self, sql: str, *values: object) -> object: ...
 
 
-async def move_past(session: Session, name: str, newest: int) -> int | None:
-    """Moves a sequence past an id that is known, never backwards, in the transaction of `session`.
+async def move_past(session: SqlSession, name: str, newest: int) -> int | None:
+    """Moves a sequence past a known id, never backwards, in the transaction of `session`.
 
-    Gives the id that it would have given next; None where that is past `newest` already.
+    Gives the id that it would have given next; None if that is already past `newest`.
     """
     following = NEXT.format(name=name)
     if await session.fetchval(following) > newest:
@@ -37,7 +37,7 @@ async def move_past(session: Session, name: str, newest: int) -> int | None:
     next_id: int = await session.fetchval(following)
     if next_id > newest:  # another process has moved it meanwhile
         return None
-    await session.fetchval(_MOVE, name, newest + UNHEARD_IDS)
+    await session.fetchval(_MOVE, name, newest + UNKNOWN_IDS)
     return next_id
 
 

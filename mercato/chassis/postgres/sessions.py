@@ -1,4 +1,4 @@
-"""What a session of a service's role has, whether it is the server that hands it out or a pooler in between.
+"""The settings of the sessions of a service's role, with or without a pooler in between.
 
 Settings belong to the role: `provision` gives them to it. A pooler in transaction mode refuses them at the start of a
 connection, and a `SET` would be left on a session that the next caller gets. Sessions that read whole tables, which
@@ -21,8 +21,8 @@ import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
 from .dsn import with_database, with_settings
 
 SAME_EVERYWHERE: Final = {
-    # What a server, a database or an administrator has as a default means something else to statements that rely on
-    # these. `default_transaction_read_only` is no part of it: by it an operator stops all writes, which is told.
+    # Statements rely on these, so that other defaults of a server, a database or an administrator must not apply.
+    # `default_transaction_read_only` is left out: an operator stops all writes by it; `Database.problem` reports it.
     "default_transaction_isolation": "read committed",
     "default_transaction_deferrable": "off",
     "search_path": "public",
@@ -96,12 +96,12 @@ async def wrong_settings(connection: Any) -> list[str]:
 
 
 async def is_pooled(connection: Any) -> bool:
-    """Whether a pooler stands between the driver and the server: it gives out a process id of its own."""
+    """Whether a pooler is between the driver and the server: it sends its own process id."""
     return await connection.fetchval("SELECT pg_backend_pid()") != connection.get_server_pid()
 
 
 async def problem(dsn: str) -> str:
-    """Why a service cannot work through `dsn`, as the end of a sentence; empty where it can.
+    """Why a service cannot work through `dsn`, as the end of a sentence; empty if it can.
 
     Raises the errors of the driver.
     """
@@ -128,7 +128,7 @@ async def problem(dsn: str) -> str:
 
 
 async def _hands_on_statements(connection: Any) -> bool:
-    """Whether a pooler gives names of statements to the server as they came."""
+    """Whether a pooler passes names of statements to the server unchanged."""
     try:
         statement = await connection.prepare("SELECT name FROM pg_prepared_statements")
         names = [row["name"] for row in await statement.fetch()]

@@ -2,19 +2,19 @@
 
 The parts
     A `Balancer` belongs to one service in one calling process. `pick` gives a `Pick`: an instance for one batch. The
-    caller reports exactly once what came of it.
+    caller reports the result exactly once.
 
 An instance is in one of these states
-    available   It is one of two that chance names, and the one with fewer requests in flight gets the batch.
-    paused      It gets no batch until its pause is over: after a transport error, or because it said that it drains.
-    probing     Its pause is over, and one batch, the probe, was sent to it. Others go elsewhere until that is reported.
+    available   Of two such instances chosen at random, the one with fewer requests in flight gets the batch.
+    paused      It gets no batch until its pause is over: after a transport error, or because it drains.
+    probing     Its pause is over, and it got one batch, the probe. It gets no other until the probe is reported.
 
 Guaranteed
-    - Only transport errors eject. An answer is an answer, whatever it says: errors of the service never empty the list.
+    - Only transport errors eject. Errors that a service answers never empty the list.
     - The first pause is at most a second; each failed probe doubles it, up to a cap of seconds.
-    - While an instance is available, at most one probe at a time for each other; one without a report gives way after
-      `probe_seconds`. While none is available, batches go out of turn to those that were paused longer ago than a first
-      pause: to fail would be worse.
+    - While an instance is available, each other has at most one probe at a time; a probe without a report is replaced
+      after `probe_seconds`. While none is available, batches go to instances that were paused longer ago than a first
+      pause, before their pause is over: otherwise they would fail at once.
     - A report from before the latest change of state changes nothing: a process that dies with a hundred batches in
       flight is ejected once.
 
@@ -35,32 +35,32 @@ from .discovery import Instance
 log = structlog.stdlib.get_logger("mercato.balancing")
 
 FIRST_PAUSE_SECONDS: Final = 0.25
-"""Enough for a connection that broke by accident; a process that starts again takes a few of them."""
+"""Enough for a broken connection; a process that restarts takes a few such pauses."""
 
 LONGEST_PAUSE_SECONDS: Final = 5.0
-"""An instance that is back gets calls after this long at the latest."""
+"""An instance that is available again gets calls after this time at the latest."""
 
 JITTER_SHARE: Final = 0.25
-"""The part of a pause that chance may take away, so that many callers do not all probe at one moment."""
+"""The part of a pause that may be cut at random, so that many callers do not all probe at one moment."""
 
 PROBE_SECONDS: Final = 2.0
-"""A probe may be a call that waits for long; the others do not wait with it."""
+"""A probe may be a call that waits for long; after this time another batch may probe."""
 
 LONGEST_DRAIN_SECONDS: Final = 30.0
-"""An instance that says that it drains for longer is probed all the same."""
+"""An instance that announces a longer drain is probed nevertheless."""
 
 
 class Pick:
-    """One batch at one instance. The first report counts; each pick gets one."""
+    """One batch at one instance. Each pick gets one report; later ones are ignored."""
 
-    __slots__ = ("_balancer", "_era", "_member", "_open", "_requests", "instance", "is_probe")
+    __slots__ = ("_balancer", "_generation", "_member", "_open", "_requests", "instance", "is_probe")
 
     def __init__(self, balancer: Balancer, member: _Member, requests: int, *, is_probe: bool) -> None:
         self.instance = member.instance
         self.is_probe = is_probe
         self._balancer = balancer
         self._member = member
-        self._era = member.era
+        self._generation = member.generation
         self._requests = requests
         self._open = True
         member.in_flight += requests
@@ -76,37 +76,37 @@ class Pick:
             self._balancer._eject(self._member)  # pyright: ignore[reportPrivateUsage]
 
     def drains(self, seconds: float) -> None:
-        """The instance takes no calls any more, and will have ended in so many seconds."""
+        """The instance accepts no more calls, and will have ended in so many seconds."""
         if self._counts():
             self._balancer._retire(self._member, seconds)  # pyright: ignore[reportPrivateUsage]
 
     def given_up(self) -> None:
-        """The caller did not wait for the end, and nothing is known about the instance. Does nothing after a report."""
+        """The caller did not wait for the result, which says nothing about the instance. Ignored after a report."""
         if self._counts() and self.is_probe:
             self._member.paused_until = 0.0  # the next batch probes
 
     def _counts(self) -> bool:
-        """Ends the pick; True where its report is the first, and not a late one."""
+        """Ends the pick; True if its report is the first one, and of the current generation."""
         if not self._open:
             return False
         self._open = False
         self._member.in_flight -= self._requests
-        return self._era == self._member.era
+        return self._generation == self._member.generation
 
 
 class _Member:
-    """An instance and what is known about it. `paused_until` is None while it is available."""
+    """An instance and its state. `paused_until` is None while it is available."""
 
-    __slots__ = ("era", "in_flight", "instance", "pause_seconds", "paused_until", "rested_at")
+    __slots__ = ("generation", "in_flight", "instance", "pause_seconds", "paused_until", "retry_from")
 
     def __init__(self, instance: Instance, pause_seconds: float) -> None:
         self.instance = instance
         self.in_flight = 0
         self.paused_until: float | None = None
         self.pause_seconds = pause_seconds
-        self.rested_at = 0.0
-        # A new era begins with each change of state and with each probe: reports of older ones are late.
-        self.era = 0
+        self.retry_from = 0.0
+        # A new generation begins with each change of state and with each probe; reports of older ones are ignored.
+        self.generation = 0
 
 
 class Balancer:
@@ -131,28 +131,28 @@ class Balancer:
         self._members: dict[Instance, _Member] = {}
 
     def update(self, instances: Sequence[Instance]) -> None:
-        """The instances that there are now. What is known about those that stay is kept."""
+        """Sets the current instances. Those that were known before keep their state."""
         known = self._members
         self._members = {i: known.get(i) or _Member(i, self._first_pause_seconds) for i in instances}
 
     def pick(self, requests: int, tried: Collection[Instance] = ()) -> Pick | None:
-        """An instance for a batch of so many requests, none of those `tried`; None where no other takes calls now."""
+        """An instance for a batch of so many requests, none of those `tried`; None if no other accepts calls now."""
         members = [member for instance, member in self._members.items() if instance not in tried]
         now = self._clock.monotonic()
         for member in members:
             if member.paused_until is not None and member.paused_until <= now:
-                member.era += 1
+                member.generation += 1
                 member.paused_until = now + self._probe_seconds
                 return Pick(self, member, requests, is_probe=True)
         available = [member for member in members if member.paused_until is None]
         if available:
             return Pick(self, self._less_busy(available), requests, is_probe=False)
-        # The last that was available has gone. One that was paused a while ago may be back: its next probe may be far.
-        rested = [member for member in members if member.rested_at <= now]
-        return Pick(self, self._less_busy(rested), requests, is_probe=True) if rested else None
+        # No instance is available. One that was paused a while ago may be available again long before its next probe.
+        retryable = [member for member in members if member.retry_from <= now]
+        return Pick(self, self._less_busy(retryable), requests, is_probe=True) if retryable else None
 
     def _less_busy(self, available: list[_Member]) -> _Member:
-        """The power of two choices: near the best of all, without all callers choosing the same one."""
+        """The power of two choices: close to the least busy one, without all callers choosing the same."""
         first = available.pop(int(self._chance() * len(available)))
         if not available:
             return first
@@ -174,7 +174,7 @@ class Balancer:
 
     def _pause(self, member: _Member, seconds: float | None, next_pause_seconds: float) -> None:
         now = self._clock.monotonic()
-        member.era += 1
+        member.generation += 1
         member.paused_until = None if seconds is None else now + seconds
-        member.rested_at = now + self._first_pause_seconds
+        member.retry_from = now + self._first_pause_seconds
         member.pause_seconds = next_pause_seconds

@@ -2,29 +2,28 @@
 
 The parts
     A `Batcher` belongs to one operation in one calling process. It holds a queue and up to `lanes` batches in flight.
-    Each of these has a task that awaits `send` and hands every caller its own answer.
+    Each of these has a task that awaits `send` and gives every caller its own answer.
 
-What happens when
-    A call joins the queue. If a lane is free, a flush runs at the next turn of the event loop, so that everything
-    that was called in this turn goes together; there is no timer and no added wait, and a lone call is a batch of
-    one. If no lane is free, calls gather until a batch completes, and leave together: under load batches grow by
-    themselves.
+Flow
+    A call joins the queue. If a lane is free, a flush runs in the next turn of the event loop, so that all calls of
+    this turn are sent together; there is no timer and no added wait, and a single call is a batch of one. If no lane is
+    free, calls gather until a batch completes, and are then sent together: under load batches grow by themselves.
 
-An entry is in one of these states
+A pending request is in one of these states
     queued      waiting for a lane
     in flight   in a batch that was sent
-    settled     its caller has an answer, an error, or is gone
+    settled     its caller has an answer, an error, or was cancelled
 
 Guaranteed
-    - Every caller gets exactly one outcome: its own answer or error, never a neighbour's.
+    - Every caller gets exactly one outcome: its own answer or error, never that of another request.
     - It gets it in bounded time: at its deadline it gets `DeadlineExceeded`, whatever the service does.
-    - Never more than `lanes` batches in flight, never more than `queue_limit` entries waiting: beyond, `Overloaded`,
-      at once. Only where `send` refuses batches at once (`pass_lanes`), they do not wait for a lane.
-    - An entry that nobody waits for any more, because its caller was cancelled or its deadline passed, is not sent.
+    - Never more than `lanes` batches in flight, never more than `queue_limit` requests waiting: a further one gets
+      `Overloaded` at once. Batches do not wait for a lane while `send` refuses them at once (`bypass_lanes`).
+    - A request without a waiting caller, because it was cancelled or its deadline passed, is not sent.
     - A batch without a waiting caller is cancelled, so that a service that hangs does not hold a lane for ever.
 
-Deadlines cost nothing on the way: one timer per batcher stands at the earliest deadline that was ever armed, looks
-through the entries when it rings (in practice once in ten seconds), and is armed again for the earliest that is left.
+Deadlines cost almost nothing: one timer per batcher is set to the earliest deadline that was ever armed, checks all
+pending requests when it fires (in practice once in ten seconds), and is armed again for the earliest one left.
 
 A batcher belongs to one event loop.
 """
@@ -67,8 +66,8 @@ Send = Callable[[Sequence[Any], Sequence[Context]], Awaitable[Sequence[Outcome]]
 DEFAULT_QUEUE_LIMIT: Final = 10_000
 SIZE_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
-ALARM_RESOLUTION_SECONDS: Final = 0.001
-"""The alarm never sleeps less: a loop whose timers ring a little early (uvloop rounds to milliseconds) would spin."""
+TIMER_RESOLUTION_SECONDS: Final = 0.001
+"""The shortest delay of the timer: a loop whose timers fire a little early (uvloop rounds to ms) would spin."""
 
 
 class Observer(Protocol):
@@ -80,7 +79,7 @@ class Observer(Protocol):
 
 
 class BatchMetrics:
-    """What the batcher of one operation counts."""
+    """The metrics of the batcher of one operation."""
 
     def __init__(self, telemetry: Telemetry, operation: str) -> None:
         labels = ("operation",)
@@ -112,8 +111,8 @@ class BatchMetrics:
         log.error("batch_failed", operation=self._operation, exc_info=error)
 
 
-class Entry:
-    """One request on its way to one answer: the only one of its call, whose future it resolves or fails."""
+class PendingRequest:
+    """The only request of a call, whose future it resolves or fails."""
 
     __slots__ = ("context", "future", "queued_at", "request")
 
@@ -123,8 +122,8 @@ class Entry:
         self.future = future
         self.queued_at = queued_at
 
-    def wanted(self) -> bool:
-        """False once it is settled, or its caller is gone."""
+    def is_waiting(self) -> bool:
+        """Whether a caller waits: False once it is settled, or its caller was cancelled."""
         return not self.future.done()
 
     def settle(self, outcome: Outcome) -> None:
@@ -137,8 +136,8 @@ class Entry:
             self.future.set_result(outcome)
 
 
-class Group:
-    """The outcomes of a call with many requests, whose one future is resolved by the last of them."""
+class RequestGroup:
+    """The outcomes of a call with many requests; the last outcome resolves the future of the call."""
 
     __slots__ = ("future", "missing", "outcomes")
 
@@ -148,12 +147,12 @@ class Group:
         self.missing = size
 
 
-class GroupEntry(Entry):
-    """One of the requests of a `Group`, at `place` among them."""
+class GroupedRequest(PendingRequest):
+    """One of the requests of a `RequestGroup`, at `place` among them."""
 
     __slots__ = ("group", "place", "settled")
 
-    def __init__(self, request: Any, context: Context, group: Group, place: int, queued_at: float) -> None:
+    def __init__(self, request: Any, context: Context, group: RequestGroup, place: int, queued_at: float) -> None:
         self.request = request
         self.context = context
         self.future = group.future
@@ -162,7 +161,7 @@ class GroupEntry(Entry):
         self.place = place
         self.settled = False
 
-    def wanted(self) -> bool:
+    def is_waiting(self) -> bool:
         return not self.settled and not self.future.done()
 
     def settle(self, outcome: Outcome) -> None:
@@ -181,7 +180,7 @@ class InFlightBatch:
 
     __slots__ = ("abandoned", "entries", "longest_wait_s", "task")
 
-    def __init__(self, entries: list[Entry], longest_wait_s: float) -> None:
+    def __init__(self, entries: list[PendingRequest], longest_wait_s: float) -> None:
         self.entries = entries
         self.longest_wait_s = longest_wait_s
         self.abandoned = False
@@ -214,13 +213,13 @@ class Batcher:
         self._send = send
         self._observer = observer
         self._monotonic = monotonic
-        self._queue: deque[Entry] = deque()
+        self._queue: deque[PendingRequest] = deque()
         self._in_flight: set[InFlightBatch] = set()
         self._flush_scheduled = False
-        self._passes_lanes = False
-        self._alarm: asyncio.TimerHandle | None = None
-        self._alarm_at = float("inf")
-        # What runs between calls sees no caller's context. Each batcher has its own: a context cannot be entered twice.
+        self._bypasses_lanes = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = float("inf")
+        # Callbacks must not run in the context of a caller. Each batcher has its own: a context is not entered twice.
         self._no_caller = contextvars.Context()
 
     # ------------------------------------------------------------------------------------------------ for callers
@@ -231,15 +230,15 @@ class Batcher:
             self._refuse(1)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        self._queue.append(Entry(request, context, future, self._monotonic()))
-        if context.deadline < self._alarm_at:
+        self._queue.append(PendingRequest(request, context, future, self._monotonic()))
+        if context.deadline < self._timer_at:
             self._arm(loop, context.deadline)
-        if not self._flush_scheduled and (len(self._in_flight) < self.lanes or self._passes_lanes):
+        if not self._flush_scheduled and (len(self._in_flight) < self.lanes or self._bypasses_lanes):
             self._schedule_flush(loop)
         return future
 
     def submit_many(self, requests: Sequence[Any], context: Context) -> asyncio.Future[Sequence[Outcome]]:
-        """A future of the outcomes, in the order of the requests. Raises `Overloaded` when they do not all fit."""
+        """A future of the outcomes, in the order of the requests. Raises `Overloaded` if they do not all fit."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Sequence[Outcome]] = loop.create_future()
         if not requests:
@@ -247,11 +246,11 @@ class Batcher:
             return future
         if len(self._queue) + len(requests) > self.queue_limit:
             self._refuse(len(requests))
-        group, now = Group(future, len(requests)), self._monotonic()
-        self._queue.extend(GroupEntry(request, context, group, i, now) for i, request in enumerate(requests))
-        if context.deadline < self._alarm_at:
+        group, now = RequestGroup(future, len(requests)), self._monotonic()
+        self._queue.extend(GroupedRequest(request, context, group, i, now) for i, request in enumerate(requests))
+        if context.deadline < self._timer_at:
             self._arm(loop, context.deadline)
-        if not self._flush_scheduled and (len(self._in_flight) < self.lanes or self._passes_lanes):
+        if not self._flush_scheduled and (len(self._in_flight) < self.lanes or self._bypasses_lanes):
             self._schedule_flush(loop)
         return future
 
@@ -263,14 +262,14 @@ class Batcher:
     def in_flight(self) -> int:
         return len(self._in_flight)
 
-    def pass_lanes(self, *, passing: bool) -> None:
-        """While `passing`, batches leave although no lane is free: `send` refuses them at once."""
-        self._passes_lanes = passing
-        if passing and self._queue and not self._flush_scheduled:
+    def bypass_lanes(self, *, bypassing: bool) -> None:
+        """While `bypassing`, batches are sent although no lane is free: `send` refuses them at once."""
+        self._bypasses_lanes = bypassing
+        if bypassing and self._queue and not self._flush_scheduled:
             self._schedule_flush(asyncio.get_running_loop())
 
     async def close(self) -> None:
-        """Lets the batches in flight complete, and fails what still waits.
+        """Lets the batches in flight complete, and fails the queued requests.
 
         For the end of a process, after requests have stopped.
         """
@@ -279,11 +278,11 @@ class Batcher:
                 self._queue.popleft().settle(self._unavailable())
             if tasks := [batch.task for batch in self._in_flight if batch.task]:
                 await asyncio.wait(tasks)
-        if self._alarm:
-            self._alarm.cancel()
-        self._alarm, self._alarm_at = None, float("inf")
+        if self._timer:
+            self._timer.cancel()
+        self._timer, self._timer_at = None, float("inf")
 
-    # ------------------------------------------------------------------------------------------------ the machine
+    # --------------------------------------------------------------------------------------------------- dispatch
 
     def _refuse(self, count: int) -> None:
         self._observer.refused(count)
@@ -298,7 +297,7 @@ class Batcher:
         self._dispatch()
 
     def _dispatch(self) -> None:
-        while self._queue and (len(self._in_flight) < self.lanes or self._passes_lanes):
+        while self._queue and (len(self._in_flight) < self.lanes or self._bypasses_lanes):
             if (batch := self._collect()) is None:
                 continue
             self._in_flight.add(batch)
@@ -307,11 +306,11 @@ class Batcher:
             batch.task.add_done_callback(functools.partial(self._release, batch), context=self._no_caller)
 
     def _collect(self) -> InFlightBatch | None:
-        """A batch of up to `size` entries that are still worth sending; the others get their error, or are dropped."""
-        queue, size, now, entries = self._queue, self.size, self._monotonic(), list[Entry]()
+        """A batch of up to `size` requests with waiting callers. Expired ones get their error, others are dropped."""
+        queue, size, now, entries = self._queue, self.size, self._monotonic(), list[PendingRequest]()
         while queue and len(entries) < size:
             entry = queue.popleft()
-            if not entry.wanted():
+            if not entry.is_waiting():
                 continue
             if entry.context.deadline <= now:
                 entry.settle(DeadlineExceeded(operation=self.operation))
@@ -332,7 +331,7 @@ class Batcher:
             self._settle_all(entries, Internal(operation=self.operation))
             self._observer.failed(error)
         except BaseException:
-            # Cancelled: nobody waits any more, or the process ends. The service may have done it all the same.
+            # Cancelled: no caller waits, or the process ends. The service may nevertheless have done it.
             self._settle_all(entries, OutcomeUnknown(operation=self.operation))
             raise
         else:
@@ -343,16 +342,16 @@ class Batcher:
 
     def _complete(self, batch: InFlightBatch) -> None:
         self._in_flight.discard(batch)
-        if not self._flush_scheduled:  # or else what was called in this turn leaves together, at the next
+        if not self._flush_scheduled:  # otherwise the flush of the next turn sends all calls of this turn together
             self._dispatch()
 
     def _release(self, batch: InFlightBatch, _: asyncio.Task[None]) -> None:
-        """For a batch whose task was cancelled before its first step: such a task runs nothing, not even `finally`."""
+        """Completes a batch whose task was cancelled before its first step: it runs nothing, not even `finally`."""
         if batch in self._in_flight:
             self._settle_all(batch.entries, self._unavailable())
             self._complete(batch)
 
-    def _settle_all(self, entries: Sequence[Entry], error: ServiceError) -> None:
+    def _settle_all(self, entries: Sequence[PendingRequest], error: ServiceError) -> None:
         for entry in entries:
             entry.settle(error.copy())
 
@@ -362,36 +361,36 @@ class Batcher:
     # -------------------------------------------------------------------------------------------------- deadlines
 
     def _arm(self, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
-        if self._alarm:
-            self._alarm.cancel()
-        self._alarm_at = deadline
-        delay = max(ALARM_RESOLUTION_SECONDS, deadline - self._monotonic())
-        self._alarm = loop.call_later(delay, self._ring, context=self._no_caller)
+        if self._timer:
+            self._timer.cancel()
+        self._timer_at = deadline
+        delay = max(TIMER_RESOLUTION_SECONDS, deadline - self._monotonic())
+        self._timer = loop.call_later(delay, self._on_timer, context=self._no_caller)
 
-    def _ring(self) -> None:
-        """Fails the entries whose time is over, cancels batches without a waiting caller, and arms for the next."""
+    def _on_timer(self) -> None:
+        """Fails expired requests, cancels batches without a waiting caller, and arms the timer again."""
         now, left = self._monotonic(), float("inf")
         for entry in (*self._queue, *(e for batch in self._in_flight for e in batch.entries)):
-            if not entry.wanted():
+            if not entry.is_waiting():
                 continue
             if entry.context.deadline <= now:
                 entry.settle(DeadlineExceeded(operation=self.operation))
             else:
                 left = min(left, entry.context.deadline)
         for batch in self._in_flight:
-            if batch.task and not batch.abandoned and not any(entry.wanted() for entry in batch.entries):
-                # Cancelled once: a second time would hit the roll-back that the first one began
+            if batch.task and not batch.abandoned and not any(entry.is_waiting() for entry in batch.entries):
+                # Once: a second cancellation would interrupt the roll-back that the first one began.
                 batch.abandoned = True
                 batch.task.cancel()
-        # What has left the queue's front is dropped when collected; its back must not keep dead entries either.
-        self._queue = deque(entry for entry in self._queue if entry.wanted())
-        self._alarm, self._alarm_at = None, float("inf")
+        # `_collect` drops settled requests at the front of the queue; this drops those behind.
+        self._queue = deque(entry for entry in self._queue if entry.is_waiting())
+        self._timer, self._timer_at = None, float("inf")
         if left < float("inf"):
             self._arm(asyncio.get_running_loop(), left)
 
 
 class RemoteCallInTransactionError(AssertionError):
-    """A handler called another service inside a transaction: row locks would be held while the network decides."""
+    """A handler called another service inside a transaction: row locks would be held during a network call."""
 
 
 class BatchedCall:
@@ -425,7 +424,7 @@ class BatchedCall:
         return self._submit_many(requests, context)
 
     def _note(self, made: Attempt, requests: Sequence[Any]) -> None:
-        """A handler calls: refused inside a transaction, and remembered if it must not be done twice."""
+        """Refuses a handler's call inside a transaction; marks the handler's attempt if it must not be done twice."""
         if made.open_transactions:
             raise RemoteCallInTransactionError(f"{self._operation.full_name} was called inside a transaction")
         if self._operation.retry is not Retry.SAFE and not all(map(self._operation.repeatable, requests)):

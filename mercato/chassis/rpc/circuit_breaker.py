@@ -1,28 +1,28 @@
-"""A circuit breaker: who keeps failing is left alone for a while, and callers hear so at once instead of waiting.
+"""A circuit breaker: a service that keeps failing gets no calls for a while, and callers get an error at once.
 
 The parts
-    A `Breaker` stands before one callee in one calling process: the reads of one service, or its writes. `admit()`
-    gives a `Permit` for one attempt, or refuses; the permit is told what became of the attempt, and also when it has
-    taken long. A `BreakingTransport` does that for every batch of a transport. What counts as a failure is the
-    caller's decision; business errors never should: a service that says no is in good health.
+    A `Breaker` belongs to one callee in one calling process: the reads of one service, or its writes. `admit()` gives
+    a `Permit` for one attempt, or refuses; the caller reports to the permit how the attempt ended, and that it is slow.
+    A `BreakingTransport` does that for every batch of a transport. What counts as a failure is the caller's decision;
+    business errors never should: a service that refuses a request works.
 
 The states
-    closed      everybody is let through. Results are counted over a sliding window; once there are enough of them and
+    closed      Every call is let through. Results are counted over a sliding window; once there are enough of them and
                 too many failed, or too many were slow, the breaker opens. A slow call counts as soon as it is slow, not
-                when it ends: a service that stands still is found out before the time of its callers is over.
-    open        everybody is refused, at once, until the open time is over.
-    half-open   one attempt, the probe, was let through; everybody else is refused until it reports. Its success closes
-                the breaker; its failure, and also its slowness, opens it for twice as long as before.
+                when it ends: the breaker opens before the callers of a service that hangs reach their deadlines.
+    open        Every call is refused at once, until the open time is over.
+    half-open   One attempt, the probe, was let through; all others are refused until it reports. Its success closes
+                the breaker; a probe that fails or is slow opens it for twice as long as before.
 
 Guaranteed
-    - At most one probe at a time, however many callers come at once.
+    - At most one probe at a time, however many callers there are.
     - From open to closed only by the success of a probe.
     - Time to the next probe is bounded: an open time is never longer than `longest_open_seconds`, and a probe whose
-      caller was cancelled, or that has not reported when its lease is over, gives way to the next caller.
-    - A report that comes late, from a permit of an earlier state, changes nothing: what failed before the service was
-      left alone says nothing about its health after.
+      caller was cancelled, or that has not reported when its lease is over, is replaced by that of the next caller.
+    - A late report, from a permit of an earlier generation, changes nothing: a failure from before the breaker opened
+      says nothing about the service afterwards.
     - One batch alone never opens it, however many calls it has.
-    - While it is not closed, no call waits in a queue for a lane that a batch without an answer holds: batches leave
+    - While it is not closed, no call waits in a queue for a lane that a batch without an answer holds: batches are sent
       without a lane, and are refused.
     - Memory does not grow with calls: results are counted in a fixed number of buckets, permits are kept while they
       are in flight.
@@ -48,14 +48,14 @@ from .limits import CallLimits
 from .transports import Transport
 
 BUCKETS: Final = 10
-"""Parts of the window. Results leave it a part at a time, so it covers between 9 and 10 tenths of its length."""
+"""Parts of the window. Results are dropped a part at a time, so it covers between 9 and 10 tenths of its length."""
 
 JITTER_SHARE: Final = 0.25
-"""The part of an open time that chance may take away, so that many processes do not all probe at one moment."""
+"""The part of an open time that may be cut at random, so that many processes do not all probe at one moment."""
 
 
 TIMER_RESOLUTION_SECONDS: Final = 0.001
-"""A loop whose timers ring a little early (uvloop rounds to milliseconds) is not asked again for the rest."""
+"""Timers may fire so much too early (uvloop rounds to milliseconds); no second timer is set for the rest."""
 
 
 class State(enum.StrEnum):
@@ -65,7 +65,7 @@ class State(enum.StrEnum):
 
 
 class OperationClass(enum.StrEnum):
-    """Reads and writes of a service have a breaker each: a slow search does not stop orders."""
+    """Reads and writes of a service have separate breakers: a slow search does not stop orders."""
 
     READS = "reads"
     WRITES = "writes"
@@ -76,49 +76,48 @@ class OperationClass(enum.StrEnum):
 
 
 class Permit:
-    """The permission for one attempt of so many calls. Its first end counts; only a probe's is waited for.
-
-    `slow` may come before the end.
+    """The permission for one attempt of so many calls. The first report of its end counts; a breaker waits only for
+    that of a probe. `slow` may be reported before the end.
     """
 
-    __slots__ = ("_breaker", "_calls", "_era", "_is_counted")
+    __slots__ = ("_breaker", "_calls", "_generation", "_is_counted")
 
-    def __init__(self, breaker: Breaker, era: int, calls: int) -> None:
+    def __init__(self, breaker: Breaker, generation: int, calls: int) -> None:
         self._breaker = breaker
         self._calls = calls
-        self._era: int | None = era
+        self._generation: int | None = generation
         self._is_counted = False
 
     def succeeded(self) -> None:
         counted = 0 if self._is_counted else self._calls
-        self._breaker._report(self._spend(), counted, 0)  # pyright: ignore[reportPrivateUsage]  # its own permit
+        self._breaker._report(self._end(), counted, 0)  # pyright: ignore[reportPrivateUsage]  # its own permit
 
     def failed(self) -> None:
         counted = 0 if self._is_counted else self._calls
-        self._breaker._report(self._spend(), counted, self._calls)  # pyright: ignore[reportPrivateUsage]
+        self._breaker._report(self._end(), counted, self._calls)  # pyright: ignore[reportPrivateUsage]
 
     def slow(self, waiting: int = 0) -> None:
-        """There is no answer yet, and so many further calls wait until there is one."""
+        """Reports that there is no answer yet, while so many further calls are `waiting` for a lane."""
         if not self._is_counted:
             self._is_counted = True
-            self._breaker._note_slow(self._era, self._calls + waiting)  # pyright: ignore[reportPrivateUsage]
+            self._breaker._note_slow(self._generation, self._calls + waiting)  # pyright: ignore[reportPrivateUsage]
 
     def cancelled(self) -> None:
-        """The attempt was given up, and nothing is known about the service."""
-        self._breaker._give_up(self._spend())  # pyright: ignore[reportPrivateUsage]
+        """The attempt was given up, which says nothing about the service."""
+        self._breaker._release_probe(self._end())  # pyright: ignore[reportPrivateUsage]
 
-    def _spend(self) -> int | None:
-        era, self._era = self._era, None
-        return era
+    def _end(self) -> int | None:
+        generation, self._generation = self._generation, None
+        return generation
 
 
 class Breaker:
-    """See the top of this file. `name` is what `Unavailable` says is not available; `jitter` gives 0.0 to 1.0.
+    """See the top of this file. `name` is the service that `Unavailable` names; `jitter` gives 0.0 to 1.0.
 
     A share of failures, or of slow calls, among at least `minimum_calls` within `window_seconds` opens it
     (`CallLimits`). `probe_seconds` is the lease of a probe: longer than the deadline of any call, so that it ends only
-    for a probe that will never report. `on_change` hears each new state, `on_calls` how many more or fewer calls are in
-    flight.
+    for a probe that will never report. `on_change` gets each new state, `on_calls` each change of the number of calls
+    in flight.
     """
 
     def __init__(
@@ -152,21 +151,21 @@ class Breaker:
         self._window = _Window(limits.window_seconds)
         self._next_open_seconds = limits.open_seconds
         self._refuse_until: float
-        """While it is open."""
-        # Permits carry the number of the era in which they were given. A new era begins with each change of state and
-        # with each probe: reports of older ones are late.
-        self._era = 0
+        """The end of the open time, or of the lease of a probe."""
+        # A permit has the number of its generation. A new one begins with each change of state and with each probe;
+        # reports of older ones are ignored.
+        self._generation = 0
 
     def admit(self, calls: int = 1) -> Permit:
-        """Permission for one attempt, to be told what became of it. Raises `Unavailable` with `retry_after_s`."""
+        """Permission for one attempt, to which the caller reports. Raises `Unavailable` with `retry_after_s`."""
         if self.state is not State.CLOSED:
             now = self.clock.monotonic()
             if now < self._refuse_until:
                 seconds = max(1, math.ceil(self._refuse_until - now))
-                # How long a probe takes is not known, but hardly as long as its lease.
+                # A probe takes an unknown time, but hardly as long as its lease.
                 raise Unavailable(service=self.name, retry_after_s=1 if self.state is State.HALF_OPEN else seconds)
             self._enter(State.HALF_OPEN, refuse_until=now + self._probe_seconds)
-        return Permit(self, self._era, min(calls, self._most_at_once))
+        return Permit(self, self._generation, min(calls, self._most_at_once))
 
     def count(self, calls: int) -> None:
         """So many more calls are in flight; below 0: fewer."""
@@ -174,8 +173,8 @@ class Breaker:
         if self._on_calls:
             self._on_calls(calls)
 
-    def _report(self, era: int | None, calls: int, failures: int) -> None:
-        if era != self._era:
+    def _report(self, generation: int | None, calls: int, failures: int) -> None:
+        if generation != self._generation:
             return
         if self.state is State.HALF_OPEN:
             if failures:
@@ -185,8 +184,8 @@ class Breaker:
             return
         self._count(calls, failures, 0)
 
-    def _note_slow(self, era: int | None, calls: int) -> None:
-        if era != self._era:
+    def _note_slow(self, generation: int | None, calls: int) -> None:
+        if generation != self._generation:
             return
         if self.state is State.HALF_OPEN:
             self._open()
@@ -201,8 +200,8 @@ class Breaker:
         if failed >= self._limits.failure_share * of_calls or were_slow >= self._limits.slow_share * of_calls:
             self._open()
 
-    def _give_up(self, era: int | None) -> None:
-        if era == self._era and self.state is State.HALF_OPEN:
+    def _release_probe(self, generation: int | None) -> None:
+        if generation == self._generation and self.state is State.HALF_OPEN:
             self._refuse_until = 0.0
 
     def _open(self) -> None:
@@ -216,13 +215,13 @@ class Breaker:
         self._enter(State.CLOSED, refuse_until=0.0)
 
     def _enter(self, state: State, *, refuse_until: float) -> None:
-        self._era += 1
+        self._generation += 1
         self._refuse_until = refuse_until
         changed = state is not self.state
         self.state = state
         if changed:
-            for heard in self.on_change:
-                heard(state)
+            for listener in self.on_change:
+                listener(state)
 
 
 class _Window:
@@ -262,18 +261,17 @@ class Queue(Protocol):
     @property
     def queued(self) -> int: ...
 
-    def pass_lanes(self, *, passing: bool) -> None: ...
+    def bypass_lanes(self, *, bypassing: bool) -> None: ...
 
 
 class BreakingTransport:
-    """A transport that asks a breaker before each batch: one permit and one report a batch, which counts its calls.
+    """A transport with circuit breakers: one permit and one report a batch, which counts its calls.
 
-    `make` gives the breaker of a service and a class of its operations, at the first batch. A refused batch raises
-    `Unavailable`, which each of its callers hears. A batch has failed if it did not arrive or was not answered in time,
-    or if the service says of every request that it is not available itself: what it stands on, such as its database, is
-    gone. That another service, which it needs, is not available says nothing against it. A batch that has no answer
-    after `slow_seconds` is slow, and so is what waits behind it; not so where the contract says that the operation
-    waits by itself (`Operation.waits`).
+    `make` makes the breaker of a service and a class of its operations, at the first batch. A refused batch raises
+    `Unavailable` to each of its callers. A batch has failed if it did not arrive or was not answered in time, or if the
+    service answers every request that it is itself unavailable, for instance because its database is. That it answers
+    that another service is unavailable is no failure. A batch without an answer after `slow_seconds` is slow, and so
+    are the calls that wait behind it, unless the contract says that the operation waits (`Operation.waits`).
     """
 
     def __init__(
@@ -290,7 +288,7 @@ class BreakingTransport:
         self._slow = _SlowBatches(slow_seconds)
 
     def watch(self, operation: Operation[Any, Any], queue: Queue) -> None:
-        """The calls of an operation wait in `queue` before they become batches here."""
+        """Registers the `queue` in which the calls of an operation wait before they become batches here."""
         self._queues[operation] = queue
 
     async def send(
@@ -300,7 +298,7 @@ class BreakingTransport:
         breaker = self._breakers.get(key)
         if breaker is None:
             breaker = self._breakers[key] = self._make(*key)
-            breaker.on_change.append(lambda state: self._pass_lanes(key, passing=state is not State.CLOSED))
+            breaker.on_change.append(lambda state: self._bypass_lanes(key, bypassing=state is not State.CLOSED))
         permit = breaker.admit(len(requests))
         breaker.count(len(requests))
         if not operation.waits:
@@ -311,14 +309,14 @@ class BreakingTransport:
             permit.failed()
             raise
         except asyncio.CancelledError:
-            # A batch is also cancelled because its deadlines passed: then its callers have waited for it in vain.
+            # A batch is also cancelled when its deadlines have passed: then the service did not answer in time.
             now = breaker.clock.monotonic()
             if any(context.deadline <= now for context in contexts):
                 permit.failed()
             else:
                 permit.cancelled()
             raise
-        except BaseException:  # whatever it was, something was there that answered
+        except BaseException:  # any other error is an answer of the service
             permit.succeeded()
             raise
         finally:
@@ -330,17 +328,17 @@ class BreakingTransport:
             permit.succeeded()
         return outcomes
 
-    def _pass_lanes(self, key: tuple[str, OperationClass], *, passing: bool) -> None:
+    def _bypass_lanes(self, key: tuple[str, OperationClass], *, bypassing: bool) -> None:
         for operation, queue in self._queues.items():
             if (operation.service, OperationClass.of(operation)) == key:
-                queue.pass_lanes(passing=passing)
+                queue.bypass_lanes(bypassing=bypassing)
 
 
 class _SlowBatches:
-    """Tells permits when their batches have taken `seconds`. One timer, for the oldest.
+    """Reports batches that have taken `seconds` to their permits. One timer, for the oldest.
 
-    Times are of the event loop. A timer that rings much too late shows that this process stood still itself: answers
-    may have come meanwhile, so that the batches get their time once more.
+    Times are of the event loop. A timer that fires much too late shows that this process itself was stopped: answers
+    may have arrived meanwhile, so that the batches get their time once more.
     """
 
     __slots__ = ("_is_armed", "_seconds", "_watched")
@@ -363,9 +361,9 @@ class _SlowBatches:
 
     def _arm(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
         self._is_armed = True
-        loop.call_at(due, self._ring, context=contextvars.Context())
+        loop.call_at(due, self._on_timer, context=contextvars.Context())
 
-    def _ring(self) -> None:
+    def _on_timer(self) -> None:
         self._is_armed = False
         loop = asyncio.get_running_loop()
         now = loop.time()

@@ -1,4 +1,4 @@
-"""Client: connects the operations of a contract to a transport, each through a batcher of its own."""
+"""Client: connects the operations of a contract to a transport, each through its own batcher."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Connector:
         self._batchers: list[Batcher] = []
 
     def client(self, contract: type[C], transport: Transport) -> C:
-        """A client of `contract` whose batches travel by `transport`. A transport with breakers watches its queues."""
+        """A client of `contract` that sends by `transport`. A transport with breakers watches its queues."""
 
         def connect(operation: Operation[Any, Any]) -> Call[Any, Any]:
             batcher = Batcher(
@@ -53,20 +53,20 @@ class Connector:
         return contract(connect)
 
     async def close(self) -> None:
-        # Again, as long as the last handlers of one service still call another whose batcher was closed before.
+        # Repeated while the last handlers of one service still call another one whose batcher was closed before.
         while busy := [b for b in self._batchers if b.queued or b.in_flight]:
             for batcher in busy:
                 await batcher.close()
         for batcher in self._batchers:
-            await batcher.close()  # those at rest have an alarm left
+            await batcher.close()  # an idle one may still have a timer
 
 
 class UndeclaredCallError(AssertionError):
-    """A service calls an operation that it is not known to call: between processes its callee would refuse it."""
+    """A service calls an operation that it has not declared: in another process the callee would refuse it."""
 
 
-class _Undeclared:
-    """The `Call` of an operation that a service is not known to call."""
+class _UndeclaredCall:
+    """The `Call` of an operation that a service has not declared."""
 
     def __init__(self, service: str, operation: str) -> None:
         self._sentence = f"{service} calls {operation}, which is not among its calls: declare it in mercato/topology.py"
@@ -79,13 +79,13 @@ class _Undeclared:
 
 
 class Clients(Protocol):
-    """Gives the client of a service. How it reaches that service is the host's business."""
+    """Gives the client of a service. The host decides which transport it uses."""
 
     def __call__(self, contract: type[C]) -> C: ...
 
 
 def restricted(clients: Clients, service: str, may_call: Collection[str]) -> Clients:
-    """The clients of one service, with which it calls the operations in `may_call` (full names) alone."""
+    """The clients of one service, which may call only the operations in `may_call` (full names)."""
 
     def client(contract: type[C]) -> C:
         whole = clients(contract)
@@ -93,7 +93,7 @@ def restricted(clients: Clients, service: str, may_call: Collection[str]) -> Cli
         def connect(operation: Operation[Any, Any]) -> Call[Any, Any]:
             if operation.full_name in may_call:
                 return getattr(whole, operation.name)
-            return _Undeclared(service, operation.full_name)
+            return _UndeclaredCall(service, operation.full_name)
 
         return contract(connect)
 
@@ -101,5 +101,5 @@ def restricted(clients: Clients, service: str, may_call: Collection[str]) -> Cli
 
 
 def acting(actor: Actor, *, clock: Clock, seconds: float, trace_id: str = "", request_id: str = "") -> Context:
-    """A context for a call that comes from nowhere: a test, a start-up step, a background loop."""
+    """A context for a call that serves no request: of a test, a start-up step, a background loop."""
     return Context(actor, clock.monotonic() + seconds, trace_id, request_id)

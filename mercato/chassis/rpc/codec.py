@@ -1,6 +1,6 @@
-"""Requests and outcomes as bytes (MessagePack): what transports carry, and what is stored under an idempotency key.
+"""Requests and outcomes as bytes (MessagePack): what transports send, and what is stored under an idempotency key.
 
-One request or outcome that cannot be encoded or decoded is an error of its own, and leaves its neighbours alone.
+A request or outcome that cannot be encoded or decoded becomes an error, and does not affect the others of its batch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ B = TypeVar("B")
 log = structlog.stdlib.get_logger("mercato.codec")
 
 LONGEST_REMAINING_MS: Final = 86_400_000.0
-"""A day. A sender may be mistaken: more, or what is no number, would be a deadline that never comes."""
+"""A day. A sender may be wrong: a longer time, or NaN, would be a deadline that never passes."""
 
 UNENCODABLE: Final = (TypeError, ValueError, OverflowError)
 """What msgspec raises about values that it cannot encode."""
@@ -59,7 +59,7 @@ _encode = msgspec.msgpack.Encoder().encode
 
 @functools.cache
 def _decoder(wire: type[msgspec.Struct], body: type[Any]) -> Callable[[bytes], list[Any]]:
-    """Of a batch with such bodies; with `Raw` nothing is asked of them."""
+    """The decoder of a batch with such bodies; `Raw` bodies are not checked."""
     return msgspec.msgpack.Decoder(list[cast(Any, wire)[body]]).decode
 
 
@@ -67,7 +67,7 @@ def _decoder(wire: type[msgspec.Struct], body: type[Any]) -> Callable[[bytes], l
 
 
 def encode_requests(requests: Sequence[Any], contexts: Sequence[Context], now: float) -> bytes:
-    """A batch on its way. `now` is the sender's monotonic clock: the time that is left travels, not a reading."""
+    """Encodes a batch. `now` is the sender's monotonic clock: the remaining time is sent, not a clock reading."""
     return _encode(
         [
             WireRequest(r, c.actor, _remaining_ms(c, now), c.trace_id, c.request_id)
@@ -83,10 +83,10 @@ def _remaining_ms(context: Context, now: float) -> float:
 def decode_requests(
     operation: Operation[Any, Any], sent: bytes, now: float
 ) -> tuple[list[Any | InvalidRequest], list[Context]]:
-    """A batch that arrived, in order. `now` is the receiver's monotonic clock.
+    """Decodes a batch, in order. `now` is the receiver's monotonic clock.
 
-    In the place of a request that does not fit the contract stands what is wrong with it. Raises `msgspec.MsgspecError`
-    or `RecursionError` where `sent` is no batch.
+    A request that does not fit the contract is replaced by an `InvalidRequest`. Raises `msgspec.MsgspecError` or
+    `RecursionError` if `sent` is no batch.
     """
     try:
         arrived: list[WireRequest[Any]] = _decoder(WireRequest, operation.request)(sent)

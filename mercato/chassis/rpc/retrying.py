@@ -1,13 +1,12 @@
-"""Retries: a request that met an instance in its last moment is sent to another one.
+"""Retries: a request whose instance was ending is sent to another one.
 
-Only what may come again is sent again: requests that the contract calls repeatable, to which the answer was that their
-service is unavailable. At most `ATTEMPTS` in all, after a pause that chance shortens and that doubles, within the
-time that the caller still waits, and inside a budget: by default one request in ten. Without the budget, callers of a
-service that is down or too slow would send it three times the load.
+Only requests that the contract calls repeatable are sent again, if their service was unavailable: `ATTEMPTS` at most,
+after a jittered pause that doubles, before the caller's deadline, and within a budget: by default one request in ten.
+Without the budget, callers of a service that is down or too slow would send it three times the load.
 
-An attempt of what may come again gets its share of that time: a third for the first one, half of the rest for the
-second. An instance that has died in silence, or stands still, costs its caller that much and not all; over NATS nothing
-else tells of it.
+An attempt of a repeatable request gets its share of that time: a third for the first one, half of the rest for the
+second. An instance that dies without closing its connections, or hangs, costs its caller only that share; over NATS
+a caller cannot detect it otherwise.
 
 This is the only place that repeats a call between processes: a retry at two layers multiplies.
 """
@@ -29,28 +28,28 @@ from .transports import Transport
 ATTEMPTS: Final = 3
 FIRST_PAUSE_SECONDS: Final = 0.05
 BUDGET_ADVANCE: Final = 10.0
-"""Requests that a process may repeat before it has sent any others. The first ones that it sends earn nothing until
-this is paid back: of N requests at least, and of a hundred, no more than N / 10 are repeated."""
+"""Requests that a process may repeat before it has earned any. The first attempts earn nothing until they have made up
+for this: of N requests, once N is a hundred, at most N / 10 are repeated."""
 BUDGET_LARGEST: Final = 100.0
 """Requests that may be repeated at once after a long time without any."""
 
 
 class Budget:
-    """How many requests may be repeated: each first attempt earns a `share` of one. `on_change` hears by how much."""
+    """How many requests may be repeated: each first attempt earns a `share` of one. `on_change` gets each change."""
 
     def __init__(self, share: float, on_change: Callable[[float], None] = lambda _: None) -> None:
         assert 0 <= share <= 1
         self.left = BUDGET_ADVANCE if share else 0.0
-        self._owed = self.left
+        self._unearned = self.left
         self._share = share
         self._on_change = on_change
         on_change(self.left)
 
     def earn(self, requests: int) -> None:
         earned = requests * self._share
-        paid_back = min(earned, self._owed)
-        self._owed -= paid_back
-        if gained := min(earned - paid_back, BUDGET_LARGEST - self.left):
+        already_given = min(earned, self._unearned)
+        self._unearned -= already_given
+        if gained := min(earned - already_given, BUDGET_LARGEST - self.left):
             self.left += gained
             self._on_change(gained)
 
@@ -64,10 +63,9 @@ class Budget:
 
 
 class RetryingTransport:
-    """Sends by `transport`, and sends again what failed and may be repeated. `chance` gives 0.0 up to 1.0, without 1.0.
+    """Sends by `transport`, and repeats failed requests if possible. `chance` gives 0.0 up to 1.0, without 1.0.
 
-    A budget for each service that is called; outcomes are in the order of the requests, as those of any transport.
-    `share` is the part of the requests that may be sent again.
+    Each called service has its own budget. `share` is the part of the requests that may be sent again.
     """
 
     def __init__(
@@ -124,9 +122,9 @@ class RetryingTransport:
     async def _attempt(
         self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context], left: int
     ) -> Sequence[Outcome]:
-        """As `send`; that the service is unavailable for the whole batch becomes the outcome of each request.
+        """As `send`, but if the service is unavailable for the whole batch, that is the outcome of each request.
 
-        So does silence, while further attempts are `left`.
+        Also if it does not answer within this attempt's share of the time, while further attempts are `left`.
         """
         seconds = None
         if left > 1 and all(map(operation.repeatable, requests)):

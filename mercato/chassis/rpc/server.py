@@ -73,7 +73,7 @@ class Server:
         self._handlers[operation.name] = handler
 
     def count_in(self, telemetry: Telemetry) -> None:
-        """Counts from now on which keys are refused because they belong to another request."""
+        """From now on counts keys that are refused because they belong to another request."""
         about = "Requests that were refused because their key belongs to another request, by the field that differs."
         self._refused_keys = telemetry.counter("mercato_keys_refused", about, ["operation", "field"])
 
@@ -90,11 +90,11 @@ class Server:
         refusals = self._refusals(operation, contexts)
         if not refusals:
             return await self._run(operation, requests, contexts)
-        welcome = [i for i in range(len(requests)) if i not in refusals]
+        accepted = [i for i in range(len(requests)) if i not in refusals]
         outcomes: list[Outcome] = [refusals.get(i) for i in range(len(requests))]
-        if welcome:
-            results = await self._run(operation, [requests[i] for i in welcome], [contexts[i] for i in welcome])
-            for i, result in zip(welcome, results, strict=True):
+        if accepted:
+            results = await self._run(operation, [requests[i] for i in accepted], [contexts[i] for i in accepted])
+            for i, result in zip(accepted, results, strict=True):
                 outcomes[i] = result
         return outcomes
 
@@ -125,13 +125,13 @@ class Server:
                     self._note_refused_key(outcome, operation)
             return outcomes
         except (Unavailable, Overloaded, DeadlineExceeded) as error:
-            # Trying one by one would only wait as many times.
+            # Running the requests one by one would only wait once for each.
             return [_unless_committed(error, tried, operation).copy() for _ in requests]
         except Exception as error:  # an edge: a handler failed
             if len(requests) == 1:
                 return [self._answer_to(error, operation, contexts[0])]
             if tried.committed:
-                # Whose request it was is not known any more, so that even a refusal is nobody's answer.
+                # The error may belong to any of the requests, so that even a refusal is the answer to none.
                 self._log_failure(error, operation, contexts[0])
                 return [Internal(operation=operation.full_name) for _ in requests]
             log.warning(
@@ -155,7 +155,7 @@ class Server:
             return self._answer_to(error, operation, context)
 
     def _batch_context(self, contexts: Sequence[Context]) -> Context:
-        """What a batch calls others with: as the service itself, until the last of its requests expires."""
+        """The context of calls that a batch makes: as the service itself, until the last of its requests expires."""
         deadline = contexts[0].deadline if len(contexts) == 1 else max(c.deadline for c in contexts)
         actor = Actor(SERVICE_ROLE)
         return Context(actor, deadline, contexts[0].trace_id, contexts[0].request_id)
@@ -186,5 +186,5 @@ class Server:
 
 
 def _unless_committed(error: ServiceError, tried: Attempt, operation: Operation[Any, Any]) -> ServiceError:
-    """`error`, which says that trying again is safe; that is not true once something was, or may be, committed."""
+    """`error`, after which a retry is safe; `OutcomeUnknown` once something was, or may be, committed."""
     return OutcomeUnknown(operation=operation.full_name) if tried.committed else error

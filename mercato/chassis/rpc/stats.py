@@ -1,4 +1,4 @@
-"""What the operations of one process have done since its start, for people who look at its services."""
+"""Statistics of the operations of one process since its start, for operators who inspect its services."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ KEPT_DURATIONS: Final = 512
 
 
 class OperationStats(msgspec.Struct, frozen=True):
-    """Of one operation. Batches that were refused count, and are errors; errors that a service answers are answers."""
+    """Of one operation. A refused batch counts as an error; an error that the service answers does not."""
 
     batches: int
     errors: int
     requests: int
     seconds: float
-    """In which all batches together were worked on."""
+    """The total time for which batches ran."""
     p99_ms: float
     """Of the latest batches, from the start of the work to the answer."""
 
 
-class Recorder:
+class OperationRecorder:
     """Records what one operation does."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Recorder:
         self._durations.append(seconds)
 
     def failed(self, seconds: float = 0.0) -> None:
-        """A batch was refused, or failed unexpectedly, after so long at work."""
+        """A batch was refused, or failed unexpectedly, after running for `seconds`."""
         self._batches += 1
         self._errors += 1
         self._seconds += seconds
@@ -79,15 +79,15 @@ class InstanceStats(msgspec.Struct, frozen=True):
     pid: int
     up_seconds: float
     open_breakers: tuple[str, ...]
-    """The services that its process does not call at the moment, because they have not answered."""
+    """The services that its process does not call now, because their breakers are open."""
     operations: Mapping[str, OperationStats]
     """By name; only those that were called."""
     callees: tuple[CalleeStats, ...] = ()
-    """Which its process has called, with whatever service of it."""
+    """The services that any service of its process has called."""
 
 
 class Inspected(msgspec.Struct, frozen=True):
-    """One instance of a service, as a registry names it, and what it says; `problem` says why there is nothing."""
+    """One instance of a service, as a registry names it, and its stats; `problem` says why there are none."""
 
     where: str
     """Its address, or its id."""
@@ -104,11 +104,11 @@ class Stats:
         self.open_breakers: Callable[[], Iterable[str]] = tuple
         self.callees: Callable[[], Iterable[CalleeStats]] = tuple
         self._started = time.monotonic()
-        self._recorders: dict[str, dict[str, Recorder]] = {}
+        self._recorders: dict[str, dict[str, OperationRecorder]] = {}
 
-    def recorder(self, service: str, operation: str) -> Recorder:
+    def recorder(self, service: str, operation: str) -> OperationRecorder:
         """Always the same for one operation."""
-        return self._recorders.setdefault(service, {}).setdefault(operation, Recorder())
+        return self._recorders.setdefault(service, {}).setdefault(operation, OperationRecorder())
 
     def of(self, service: str) -> InstanceStats:
         recorded = self._recorders.get(service, {})

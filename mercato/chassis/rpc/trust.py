@@ -1,12 +1,12 @@
-"""Which service calls, and what it may do.
+"""Authenticates and authorizes services that call each other.
 
-Each service has a private key of its own (32 bytes, Ed25519), and all have the public keys of all. A caller sends a
-token that it has signed: a JWT of the type `mercato-service+jwt` with its name (`iss`), the called service (`aud`), and
-an end a minute away (`exp`). A token that is read on the way can be used for a minute, towards that one
-service; what is repeated with it is answered by idempotency keys.
+Each service has its own private key (32 bytes, Ed25519), and all have the public keys of all. A caller sends a token
+that it has signed: a JWT of the type `mercato-service+jwt` with its name (`iss`), the called service (`aud`), and an
+expiry a minute away (`exp`). An attacker who reads a token can use it for a minute, for that one service; idempotency
+keys make requests that are repeated with it harmless.
 
-A verified caller may call the operations that it is known to call, and say for whom: the gateway for customers, staff
-and anonymous callers, another service also for the shop itself. Everything else is refused before a handler sees it,
+A verified caller may call the operations that it has declared, and name the actor: the gateway customers, staff
+and anonymous callers, another service also the shop itself. Everything else is refused before it reaches a handler,
 and counted in `mercato_rpc_untrusted_total{reason}`.
 """
 
@@ -30,7 +30,7 @@ from .signatures import ALGORITHM, ALGORITHMS, signing_key
 TOKEN_TYPE: Final = "mercato-service+jwt"  # noqa: S105  # no secret
 LIFE_SECONDS: Final = 60.0
 SKEW_SECONDS: Final = 5.0
-"""The clocks of two machines may differ so much."""
+"""How much the clocks of two machines may differ."""
 REMEMBERED_TOKENS: Final = 1_000
 """A token that was verified is remembered until it expires: verifying is slow."""
 
@@ -43,11 +43,11 @@ class Grant(msgspec.Struct, frozen=True):
     operations: frozenset[str]
     """By full name: `orders.get`."""
     roles: frozenset[str] | None = None
-    """For whom it may call; None: for all."""
+    """The roles for which it may call; None: all."""
 
 
-class Claims(msgspec.Struct):
-    """What is read from a token. Times are in seconds since 1970."""
+class ServiceClaims(msgspec.Struct):
+    """The claims of a service token. Times are in seconds since 1970."""
 
     iss: str
     aud: str
@@ -65,7 +65,7 @@ class TokenSigner:
         self._tokens: dict[str, tuple[str, float]] = {}
 
     def token(self, audience: str) -> str:
-        """For calls to a service. One token serves for half of its life."""
+        """The token for calls to a service. Each is used for half of its lifetime."""
         now = self._clock.now().timestamp()
         token, renewed_at = self._tokens.get(audience, ("", 0.0))
         if now >= renewed_at:
@@ -77,7 +77,7 @@ class TokenSigner:
 
 
 class Trust:
-    """Judges the callers of the services of one process.
+    """Verifies the callers of the services of one process.
 
     `public_keys` (JWKs) and `grants` are by the name of the caller. `services` are those that this process serves: a
     token is for one of them.
@@ -95,7 +95,7 @@ class Trust:
         self._keys = KeySet.import_key_set({"keys": [{**key, "kid": name} for name, key in public_keys.items()]})
         self._grants = grants
         self._clock = clock
-        self._verified: dict[str, Claims] = {}
+        self._verified: dict[str, ServiceClaims] = {}
         about = "Batches and requests of callers that were not believed, by reason."
         self._refused = telemetry.counter("mercato_rpc_untrusted", about, ["reason"])
 
@@ -118,7 +118,7 @@ class Trust:
     def refusals(
         self, caller: str, operation: Operation[Any, Any], contexts: Sequence[Context]
     ) -> Mapping[int, ServiceError]:
-        """What is refused of a batch, by place: all of it, or what is in the name of a role that `caller` has not."""
+        """The refusals of a batch, by index: of all requests, or of those for a role that `caller` may not act for."""
         grant = self._grants.get(caller)
         name = operation.full_name
         if grant is None or name not in grant.operations:
@@ -131,7 +131,7 @@ class Trust:
             self._count("role", name, caller)
         return {place: Forbidden(operation=name, role=contexts[place].actor.role) for place in wrong}
 
-    def _read(self, token: str | None) -> Claims:
+    def _read(self, token: str | None) -> ServiceClaims:
         if not token:
             raise _UntrustedError("missing")
         if token not in self._verified:
@@ -140,10 +140,10 @@ class Trust:
             self._verified[token] = self._decode(token)
         return self._verified[token]
 
-    def _decode(self, token: str) -> Claims:
+    def _decode(self, token: str) -> ServiceClaims:
         try:
             decoded = jwt.decode(token, self._keys, registry=ALGORITHMS)
-            claims = msgspec.convert(decoded.claims, Claims)
+            claims = msgspec.convert(decoded.claims, ServiceClaims)
         except JoseError as error:
             raise _UntrustedError("signature") from error
         except (ValueError, TypeError, KeyError, msgspec.ValidationError) as error:

@@ -1,1 +1,1 @@
-"""Sagas: steps with compensations that go on after a crash."""
+"""Sagas: steps with compensations that are continued after a crash."""

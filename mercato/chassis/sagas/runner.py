@@ -1,8 +1,8 @@
 """Drives the sagas of one process. What a saga is, who drives it and what is guaranteed: `store.py`.
 
 drive      sagas join a queue; the lanes take up to `BATCH_SIZE` of them at a time
-a lane     takes its batch from step to step, until each saga is finished, waits, or was taken over by another process
-the sweep  renews the lease of this process, and takes over sagas whose time has come or whose driver's lease has ended
+a lane     runs its batch step by step, until each saga is finished, waits, or was taken over by another process
+the sweep  renews the lease of this process, and takes over sagas that are due or whose driver's lease has ended
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ BATCH_SIZE: Final = 256
 LANES: Final = 2
 """Batches that a process drives at once. A batch spends its time waiting for one database after another."""
 GATHER_SECONDS: Final = 0.02
-"""The shortest time from the start of one batch to that of the next, unless the next is full. A saga that comes alone
-starts at once; those that follow it closely share a batch, and leave the cores to the requests that bring them."""
+"""The shortest time from the start of one batch to that of the next, unless the next is full. A single saga starts at
+once; those that follow it closely share a batch, and leave the cores to the requests that start them."""
 BACKLOG_LIMIT: Final = 2_000
-"""Sagas that one process has started and not finished. Who would start more waits (`Runner.acquire_slot`)."""
+"""Sagas that one process has started and not finished. A request that starts more waits (`Runner.acquire_slot`)."""
 STEP_SECONDS: Final = 4.0
-"""The deadline of the calls of one step. A lease may run out meanwhile: then somebody else does the same step."""
+"""The deadline of the calls of one step. The lease may end meanwhile: then another process runs the same step."""
 SWEPT_AT_ONCE: Final = 1_000
 FIRST_PAUSE_SECONDS: Final = 0.1
 LONGEST_PAUSE_SECONDS: Final = 30.0
 POLL_SECONDS: Final = 0.1
 LONGEST_POLL_SECONDS: Final = 1.0
-"""How often somebody who waits for a saga that another process drives, or that waits itself, looks at it: ever less."""
+"""A request that waits for a saga of another process, or for one that waits, reads its row with growing pauses."""
 
 log = structlog.stdlib.get_logger("mercato.saga")
 
 Step = Callable[[Sequence[Saga]], Awaitable[None]]
-"""Takes sagas that are at the same step, and saves what came of it by `Runner.saving`."""
+"""Runs sagas that are at the same step, and saves their outcomes by `Runner.saving`."""
 
 Decided = Sequence[tuple[Saga, Next]]
 
@@ -70,17 +70,17 @@ class Runner:
         self._clock = clock
         self._queue: deque[Saga] = deque()
         self._busy: dict[Key, Saga] = {}
-        """Those of this process, queued or in a lane."""
+        """The sagas of this process, queued or in a lane."""
         self._lanes: deque[asyncio.Future[None]] = deque()
-        """Lanes with nothing to do."""
+        """Idle lanes."""
         self._next_start = 0.0
-        """When the next batch may start that is not full, by the clock of the event loop."""
+        """When the next batch may start if it is not full, by the clock of the event loop."""
         self._wanting: deque[asyncio.Future[None]] = deque()
-        """Those who wait for room."""
+        """Callers that wait in `acquire_slot`."""
         self._waiters: dict[Key, list[asyncio.Future[Next | None]]] = {}
-        """Who waits for a saga of this process to leave it: where it has come to, or None where it was lost."""
+        """Callers that wait until this process ends its work on a saga: its outcome, or None if it was lost."""
         self._ending = asyncio.Event()
-        """The process is about to end: nothing is driven here any more, and nothing is waited for."""
+        """The process is about to end: it drives no sagas, and ends all waiting."""
         self._is_draining = False
         self.driver: Final = random.getrandbits(62)
         """The name of this process among the drivers of sagas."""
@@ -97,7 +97,7 @@ class Runner:
         )
 
     def register(self, kind: str, steps: Mapping[str, Step]) -> None:
-        """The code of each step of a kind of saga, by its name. A step without code is one that nothing wakes."""
+        """Registers the code of each step of a kind of saga, by name. A step without code is never woken."""
         self._steps.update({(kind, step): code for step, code in steps.items()})
 
     async def acquire_slot(self) -> None:
@@ -118,7 +118,7 @@ class Runner:
             _wake(self._lanes)
 
     def drain(self) -> None:
-        """The process is asked to stop. It ends when all calls are answered, so none may wait for long."""
+        """Ends long waits: the process was asked to stop, and ends when all calls are answered."""
         self._is_draining = True
         self._release_waiters()
 
@@ -132,13 +132,13 @@ class Runner:
     ) -> None:
         """Returns when no process works on a saga, when the time is over, or when this process is about to end.
 
-        It is finished, parked, or waits at one of the steps in `resting`. `until_drained`: for a wait that may be long;
-        raises `Unavailable` once this process is asked to stop, and another one can be asked.
+        An idle saga is finished, parked, or waits at one of the steps in `resting`. `until_drained`, for a long wait:
+        raises `Unavailable` once this process is asked to stop, so that the caller asks another process.
         """
         end, pause = self._clock.monotonic() + seconds, POLL_SECONDS
         while (left := end - self._clock.monotonic()) > 0 and not self._ending.is_set():
             longest = left
-            if key not in self._busy:  # it is at rest, another process drives it, or it waits for its next try
+            if key not in self._busy:  # it is idle, another process drives it, or it waits for its next try
                 async with self._database.read() as tx:
                     if not await is_running(tx, key, resting):
                         return
@@ -149,7 +149,7 @@ class Runner:
                 return
 
     async def _outcome(self, key: Key, seconds: float) -> Next | None:
-        """Where a saga has come to when it leaves this process; None where it was lost, or the time is over."""
+        """The outcome of a saga when this process ends its work on it; None if it was lost, or the time is over."""
         waiter: asyncio.Future[Next | None] = asyncio.get_running_loop().create_future()
         waiters = self._waiters.setdefault(key, [])
         waiters.append(waiter)
@@ -163,9 +163,9 @@ class Runner:
 
     @contextlib.asynccontextmanager
     async def saving(self, decided: Decided) -> AsyncGenerator[tuple[Tx, Decided]]:
-        """A transaction in which outcomes of steps are saved; gives those sagas whose change is to be made in it.
+        """A transaction in which outcomes of steps are saved; gives the sagas whose change the caller makes in it.
 
-        The others were taken over meanwhile. After the commit, each saga stands at its next step.
+        The others were taken over meanwhile. After the commit, each saga is at its next step.
         """
         async with self._database.transaction() as tx:
             kept = await save(tx, decided)
@@ -174,10 +174,10 @@ class Runner:
             if (saga.key, saga.epoch) in kept:
                 saga.advance(outcome)
                 if not saga.live:
-                    self._let_go(saga, outcome)
+                    self._release(saga, outcome)
             else:
                 saga.live = False
-                self._let_go(saga, None)
+                self._release(saga, None)
         if fenced := len(decided) - len(kept):
             self._fenced.inc(fenced)
             log.warning("saga_fenced", service=self._database.service, count=fenced)
@@ -185,7 +185,7 @@ class Runner:
     # ------------------------------------------------------------------------------------------------- periodic tasks
 
     async def drive_next(self) -> int:
-        """Waits for sagas, and drives up to `BATCH_SIZE` of them as far as they go; gives how many."""
+        """Waits for sagas, and drives up to `BATCH_SIZE` of them until none can continue; gives how many."""
         try:
             return await self._drive_next()
         except asyncio.CancelledError:  # the process is about to end
@@ -196,13 +196,13 @@ class Runner:
     async def _drive_next(self) -> int:
         batch = await self._next_batch()
         for saga in batch:
-            # One that lost its lease in the queue may have been taken over by ourselves, and stand here twice.
+            # This process may have taken over its own saga, whose lease ended in the queue; it is then queued twice.
             saga.live = self._busy.get(saga.key) is saga
         try:
             await self._drive_batch([saga for saga in batch if saga.live])
         finally:
             for saga in batch:
-                self._let_go(saga, None)
+                self._release(saga, None)
         return len(batch)
 
     async def _next_batch(self) -> list[Saga]:
@@ -219,7 +219,7 @@ class Runner:
                 return [self._queue.popleft() for _ in range(min(BATCH_SIZE, len(self._queue)))]
 
     async def sweep(self) -> int:
-        """Keeps the lease of this process, and takes over sagas that no process drives any more; gives how many."""
+        """Renews the lease of this process, and takes over sagas without a driver; gives how many."""
         if self._renewed_at is None or self._clock.monotonic() - self._renewed_at >= self.lease_seconds / 3:
             await self._renew()
         taken = await self._take_over()
@@ -243,12 +243,12 @@ class Runner:
             taken = await take_over(tx, self.driver, free, expired)
         if taken:
             self._taken.inc(len(taken))
-            # One that this process still works on was lost while the process stood still: the new epoch counts.
+            # A saga that this process still works on was lost while the process was paused: the new epoch counts.
             self.drive(taken)
         return taken
 
     async def _take_over_own(self) -> None:
-        """Takes over sagas that name this process as their driver, which does not know of them.
+        """Takes over sagas whose row names this process as their driver, but which are not in its memory.
 
         Their start or their postponement was committed, and the answer to the commit was lost.
         """
@@ -264,10 +264,10 @@ class Runner:
     # ---------------------------------------------------------------------------------------------------------- driving
 
     async def _drive_batch(self, batch: Sequence[Saga]) -> None:
-        """Takes a batch as far as it goes. One that fails goes on later; the others are not held up by it."""
+        """Drives a batch until no saga can continue. One that fails is tried later, and does not block the others."""
         try:
             await self._drive_through(batch)
-        except Exception as error:  # an edge: whatever went wrong, the sagas are there and are tried again
+        except Exception as error:  # an edge: after any error, the sagas are still stored and are tried again
             left = [saga for saga in batch if saga.live]
             if len(left) > 1:
                 log.warning("saga_batch_rerun", size=len(left), reason=type(error).__name__, exc_info=error)
@@ -287,7 +287,7 @@ class Runner:
                 self.enter_service_context()
                 try:
                     await self._steps[where](sagas)
-                except ServiceError:  # what a step called, or its database, does not answer
+                except ServiceError:  # a called service, or the database, does not answer
                     await self._postpone([saga for saga in sagas if saga.live])
 
     def enter_service_context(self) -> None:
@@ -297,7 +297,7 @@ class Runner:
         current.set(Context(Actor(SERVICE_ROLE), deadline, trace_id, ""))
 
     async def _postpone(self, sagas: Sequence[Saga]) -> None:
-        """Saves that a try has failed. Where even that fails, this process takes the saga over from itself."""
+        """Saves that a try has failed. If even that fails, the sweep of this process takes its own saga over."""
         for saga in sagas:
             saga.memo = None
         try:
@@ -310,9 +310,9 @@ class Runner:
             log.warning("saga_postponed_unsaved", count=len(sagas), reason=type(failure).__name__, exc_info=trace)
 
     def retry_later(self, saga: Saga, not_before: datetime.datetime | None = None) -> Next:
-        """The same step once more, after a pause that doubles with every try and is different for each saga.
+        """The same step once more, after a pause that doubles with every try and differs between sagas.
 
-        `not_before`: when what the first try was about is done, as it says itself; the next try comes then.
+        `not_before`: the time at which the awaited work announces to be done; the next try is then.
         """
         self._retried.inc()
         if not_before is not None and saga.tries == 0:
@@ -321,8 +321,8 @@ class Runner:
         wake_s = pause * (0.5 + random.random())
         return Next(saga.step, saga.state, wake_s=wake_s, tries=saga.tries + 1)
 
-    def _let_go(self, saga: Saga, outcome: Next | None) -> None:
-        """Its driver is done with it, at once: who waits for it does not wait for the others of its batch."""
+    def _release(self, saga: Saga, outcome: Next | None) -> None:
+        """Ends the work on a saga, so that a caller who waits for it does not wait for the rest of its batch."""
         if self._busy.get(saga.key) is not saga:  # it was taken over again meanwhile
             return
         del self._busy[saga.key]

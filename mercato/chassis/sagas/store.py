@@ -1,8 +1,8 @@
-"""Sagas: work of several steps over several services that is finished, whichever process dies on the way.
+"""Sagas: work of several steps over several services that is finished, even if processes die meanwhile.
 
 The parts
-    A saga is a row in its service's database while there is work to do: which step is next, and what the steps must
-    remember (`state`, JSON). A finished saga is deleted; what must outlast it stands in the service's own tables.
+    A saga is a row in its service's database while there is work to do: the next step, and the data of the steps
+    (`state`, JSON). A finished saga is deleted; data that must outlast it is in the service's own tables.
     A step calls other services, then saves its outcome and the next step in one transaction with its own change.
     Every call carries a key that is derived from stored data: running, retrying and resuming are the same code.
     A `Runner` (`runner.py`) drives the sagas of one process, many at a time: those at the same step are one batch.
@@ -11,7 +11,7 @@ Who drives
     The process that starts a saga drives it at once: the row names its `driver`. Each process has one lease for all its
     sagas (`saga_drivers`), renewed while it runs. When the lease has ended, because the process died or was stopped, a
     sweeper of any process takes its sagas over. Each take-over gives the saga a new `epoch` from a sequence, so that no
-    epoch comes twice, also not of a row that was deleted and made again. Every save names the epoch it was taken with:
+    epoch is used twice, even if a row is deleted and inserted again. Every save names the epoch of its driver:
     the save of a driver that has lost its saga is refused, and counted (`mercato_saga_fenced_total`).
 
 A saga is in one of these states
@@ -22,7 +22,7 @@ A saga is in one of these states
 Guaranteed
     - A step runs at least once; its change is saved once.
     - A step that fails is tried again until it succeeds, with growing pauses.
-    - A saga that fails does not hold up the others of its batch: each is tried again alone.
+    - A saga that fails does not block the others of its batch: each is tried again alone.
 
 The tables, in the first migration of a service with sagas: sequence `saga_epochs`, tables `sagas` and `saga_drivers`.
 """
@@ -43,7 +43,7 @@ Key = tuple[int, str, str]
 
 
 class Saga:
-    """A saga in the hands of its driver. `memo` is what the driver need not read again; it is never the truth."""
+    """A saga in the memory of its driver. `memo` caches what the driver has read; no decision relies on it alone."""
 
     __slots__ = ("epoch", "key", "live", "memo", "state", "step", "tries", "version")
 
@@ -83,7 +83,7 @@ class Saga:
 class Next(msgspec.Struct, frozen=True):
     """The outcome of a step: which step is next, and when.
 
-    `running`: the same driver goes on at once. `wake_s`: any process goes on after so many seconds; `wake_at`: from
+    `running`: the same driver continues at once. `wake_s`: any process continues after so many seconds; `wake_at`: from
     that time of the database's clock on. None of them: the saga is parked until a request moves it. `finished`: there
     is no next step, and the row is deleted.
     """
@@ -151,14 +151,14 @@ EXPIRED_DRIVERS: Final = f"""
 
 
 async def expired_drivers(tx: Tx, lease_seconds: float) -> list[int]:
-    """The drivers that have sagas and no lease that holds."""
-    # The drivers of all sagas, one look at the index for each: there are as many as processes, and far more sagas.
+    """The drivers that have sagas and no valid lease."""
+    # The drivers of all sagas, one index lookup for each: there are as many as processes, and far more sagas.
     return await tx.fetch_values(int, EXPIRED_DRIVERS, lease_seconds)
 
 
 async def take_over(tx: Tx, driver: int, limit: int, expired: Sequence[int]) -> list[Saga]:
-    """Up to `limit` sagas whose time has come, the oldest first, or whose driver is one of `expired`: each with a new
-    epoch, driven by `driver`. Of two processes that take over at once, each gets sagas of its own."""
+    """Takes over up to `limit` sagas that are due, the oldest first, or whose driver is one of `expired`: each gets a
+    new epoch, and the driver `driver`. Two processes that take over at once get different sagas."""
     rows = await tx.fetch(
         SagaRow,
         """
@@ -230,7 +230,7 @@ async def reclaim(tx: Tx, driver: int, epochs: Sequence[int]) -> list[Saga]:
 
 
 async def start(tx: Tx, sagas: Sequence[Saga], driver: int) -> None:
-    """Writes new sagas that `driver` will drive, in the transaction of what they are about, and sets their epochs."""
+    """Inserts new sagas that `driver` will drive, in the transaction of their subject, and sets their epochs."""
     rows = await tx.fetch(
         KeyRow,
         """
@@ -252,8 +252,8 @@ async def start(tx: Tx, sagas: Sequence[Saga], driver: int) -> None:
         saga.epoch = epochs[saga.key]
 
 
-async def seize(tx: Tx, key: Key, driver: int) -> Saga | None:
-    """Takes a saga from its driver. From here on, a save of the driver that had it is refused. None: there is none."""
+async def fence(tx: Tx, key: Key, driver: int) -> Saga | None:
+    """Fences off the driver of a saga, whose saves are refused from now on. None: there is no such saga."""
     row = await tx.fetch_one(
         SagaRow,
         """
@@ -269,7 +269,7 @@ async def seize(tx: Tx, key: Key, driver: int) -> Saga | None:
 
 
 async def lock(tx: Tx, key: Key) -> Saga | None:
-    """A saga for the rest of this transaction: its driver saves before or after, not meanwhile. None: there is none."""
+    """Locks a saga for the rest of this transaction: its driver saves before or after it. None: there is no saga."""
     row = await tx.fetch_one(
         SagaRow,
         """
@@ -298,7 +298,7 @@ async def find(tx: Tx, key: Key) -> Saga | None:
 
 
 async def wakes_at(tx: Tx, key: Key, step: str) -> datetime.datetime | None:
-    """Until when a saga waits at a step; None where it does not wait there."""
+    """Until when a saga waits at a step; None if it does not wait there."""
     found = await tx.fetch_values(
         datetime.datetime,
         """
@@ -334,8 +334,8 @@ async def save(tx: Tx, saved: Sequence[tuple[Saga, Next]]) -> set[tuple[Key, int
     """Writes the outcomes of steps; gives key and epoch of those that were written.
 
     The others have been taken over meanwhile (`epoch`), or were saved by a commit whose answer was lost (`version`):
-    their change must not be made. So this is the first statement of the transaction, and the caller changes only what
-    it has given back. Rows are locked in the order of their keys, or two batches that share sagas could deadlock.
+    their change must not be made. So this is the first statement of the transaction, and the caller makes only the
+    changes of sagas that it returns. Rows are locked in key order: two batches that share sagas could deadlock.
     """
     ordered = sorted(saved, key=lambda each: each[0].key)
     ended = [saga for saga, outcome in ordered if outcome.finished]
@@ -355,9 +355,9 @@ async def _lock_all(tx: Tx, subject_ids: Sequence[int]) -> None:
     )
 
 
-# In both statements one look at the index for each saga (LATERAL): the table is small and often changed, so that a
-# plain join may walk all of it, dead rows included, for each batch. A row that another transaction changes meanwhile
-# has another place (ctid) and another epoch or version: it is not written, which is what the guard is for.
+# Both statements do one index lookup for each saga (LATERAL): the table is small and often changed, so that a plain
+# join may scan all of it, dead rows included, for each batch. A row that another transaction changes meanwhile
+# has another ctid and another epoch or version: the guard keeps it from being written.
 
 
 async def _delete(tx: Tx, ended: Sequence[Saga]) -> list[KeyRow]:

@@ -11,7 +11,7 @@ from mercato.chassis.messaging.events import Event, SourceRow
 from mercato.chassis.observability import faults
 from mercato.chassis.postgres import outbox_row
 from mercato.chassis.postgres.database import Database, Tx
-from mercato.chassis.postgres.outbox_row import Stored
+from mercato.chassis.postgres.outbox_row import OutboxEvent
 from mercato.contracts.events import CursorAhead, CursorTooOld, EventPage, FeedEntry, ListEvents
 
 from . import rules, store
@@ -92,7 +92,7 @@ class EventsService:
 def _packed(event: Event) -> str:
     """A row with only this event."""
     data = msgspec.Raw(event.data.encode())
-    return outbox_row.pack([Stored(event.type, event.subject, event.subject_id, event.version, data)])[0]
+    return outbox_row.pack([OutboxEvent(event.type, event.subject, event.subject_id, event.version, data)])[0]
 
 
 def _entries(found: Sequence[FeedRow], types: Sequence[str]) -> Iterator[FeedEntry]:

@@ -131,8 +131,8 @@ def _tasks(env: Env, runner: Runner, inventory: Inventory, options: Options) -> 
     sagas = Reconciling(env.database, env.telemetry, quiet_seconds=options.quiet_seconds)
     holds = HoldReconciling(env.database, inventory, env.telemetry, quiet_seconds=options.quiet_seconds)
     return (
-        Rounds(sagas.resume_page).task("resume sagas", options.reconcile_seconds),
-        Rounds(holds.release_page).task("release holds", options.reconcile_seconds),
+        TableScan(sagas.resume_page).task("resume sagas", options.reconcile_seconds),
+        TableScan(holds.release_page).task("release holds", options.reconcile_seconds),
         PeriodicTask("sweep sagas", runner.sweep, options.sweep_seconds, limit=SWEPT_AT_ONCE),
         *(PeriodicTask("drive sagas", runner.drive_next, 0.0, limit=0) for _ in range(LANES)),
     )

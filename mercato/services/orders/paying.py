@@ -226,7 +226,7 @@ class Paying:
             redirected = Saga(key, outcome.step, outcome.state)
             await saga.start(tx, [redirected], self._runner.driver)
         else:
-            fenced = await saga.seize(tx, key, self._runner.driver)
+            fenced = await saga.fence(tx, key, self._runner.driver)
             assert fenced is not None, "the row is locked"
             redirected = fenced
             await saga.save(tx, [(redirected, outcome)])

@@ -22,7 +22,7 @@ from mercato.chassis.contract import (
     ServiceError,
     Unavailable,
 )
-from mercato.chassis.rpc.batching import Batcher, Entry
+from mercato.chassis.rpc.batching import Batcher, PendingRequest
 
 OPERATION = "things.do"
 
@@ -134,10 +134,10 @@ class Bench:
 
     def ring(self) -> None:
         """What the timer does when the fake time has come; the real one would wait for real seconds."""
-        if self.batcher._alarm_at <= self.clock.now:
-            assert self.batcher._alarm is not None
-            self.batcher._alarm.cancel()
-            self.batcher._ring()
+        if self.batcher._timer_at <= self.clock.now:
+            assert self.batcher._timer is not None
+            self.batcher._timer.cancel()
+            self.batcher._on_timer()
 
     async def finish(self) -> None:
         for batch in self.service.hanging:
@@ -368,7 +368,7 @@ async def test_an_abandoned_batch_is_cancelled_once_so_that_it_can_roll_back():
     await turns()
     for _ in range(2):
         clock.now += 1
-        batcher._ring()
+        batcher._on_timer()
         await turns(2)  # the first is still rolling back when the second rings
     await asyncio.gather(first, second, return_exceptions=True)
     await batcher.close()
@@ -443,7 +443,7 @@ async def test_close_completes_batches_in_flight_and_refuses_queued_calls():
     await closing
 
     assert await flying == "answer 1"
-    assert (bench.batcher.queued, bench.batcher.in_flight, bench.batcher._alarm) == (0, 0, None)
+    assert (bench.batcher.queued, bench.batcher.in_flight, bench.batcher._timer) == (0, 0, None)
 
 
 async def test_a_call_made_while_closing_is_settled_too():
@@ -520,14 +520,14 @@ def test_a_clock_that_stands_or_a_timer_that_rings_early_makes_no_busy_loop():
     async def body() -> None:
         bench = Bench()
         rings = 0
-        ring = bench.batcher._ring
+        ring = bench.batcher._on_timer
 
         def counted() -> None:
             nonlocal rings
             rings += 1
             ring()
 
-        bench.batcher._ring = counted
+        bench.batcher._on_timer = counted
         future = bench.call(1, seconds=0.000_01)  # the timer rings, but for the clock no time has passed
         deadline = asyncio.get_running_loop().time() + 0.05
         while asyncio.get_running_loop().time() < deadline:
@@ -548,15 +548,15 @@ def test_the_alarm_is_armed_again_for_the_earliest_deadline_that_is_left():
         bench.call(2, seconds=10)
         bench.call(4, seconds=30)
         start = bench.clock.now
-        assert bench.batcher._alarm_at == start + 10
+        assert bench.batcher._timer_at == start + 10
         bench.clock.now = start + 10
         bench.ring()
-        assert bench.batcher._alarm_at == start + 30
+        assert bench.batcher._timer_at == start + 30
         bench.clock.now = start + 60
         bench.ring()
-        assert bench.batcher._alarm is None
+        assert bench.batcher._timer is None
         bench.call(5, seconds=5)
-        assert bench.batcher._alarm_at == start + 65
+        assert bench.batcher._timer_at == start + 65
         await bench.finish()
 
     asyncio.run(body())
@@ -688,7 +688,7 @@ class Schedule:
         for caller in self.callers:
             self.check_settled(caller)
             # No caller waits longer than to the deadline, whatever hangs.
-            if caller.deadline <= now and batcher._alarm_at <= now:
+            if caller.deadline <= now and batcher._timer_at <= now:
                 raise AssertionError("the alarm should have rung")
         self.check_sent()
 
@@ -789,10 +789,10 @@ def test_queued_calls_are_sent_unless_they_are_cancelled_or_expired(cancelled: s
 def test_an_entry_of_a_single_call_takes_one_outcome():
     async def body() -> None:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        entry = Entry(1, Context(ANONYMOUS, 1.0, "", ""), future, 0.0)
+        entry = PendingRequest(1, Context(ANONYMOUS, 1.0, "", ""), future, 0.0)
         entry.settle("first")
         entry.settle(Refused(number=1))
-        assert (entry.wanted(), await future) == (False, "first")
+        assert (entry.is_waiting(), await future) == (False, "first")
 
     asyncio.run(body())
 

@@ -539,7 +539,7 @@ async def test_a_saga_that_a_process_takes_over_from_itself_is_driven_once(harne
 async def test_of_two_drivers_of_one_saga_only_the_last_saves(harness: SagaHarness):
     [old] = await harness.started()
     async with harness.database.transaction() as tx:
-        new = await saga.seize(tx, old.key, 60)
+        new = await saga.fence(tx, old.key, 60)
     assert new
 
     runner = harness.driver().runner
@@ -553,7 +553,7 @@ async def test_of_two_drivers_of_one_saga_only_the_last_saves(harness: SagaHarne
 async def test_a_request_for_a_saga_fences_its_driver(harness: SagaHarness):
     [mine] = await harness.started()
     async with harness.database.transaction() as tx:
-        fenced = await saga.seize(tx, mine.key, 60)
+        fenced = await saga.fence(tx, mine.key, 60)
         assert fenced
         kept = await saga.save(tx, [(fenced, Next("elsewhere", ""))])
     assert kept == {(mine.key, fenced.epoch)}
@@ -606,7 +606,7 @@ async def test_a_save_whose_commit_has_an_unknown_outcome_is_not_repeated(harnes
 async def test_sagas_of_a_batch_that_were_not_taken_over_are_saved(harness: SagaHarness):
     sagas = await harness.started(None, 4)
     async with harness.database.transaction() as tx:
-        assert await saga.seize(tx, sagas[1].key, 60)
+        assert await saga.fence(tx, sagas[1].key, 60)
 
     runner = harness.driver().runner
     outcomes = [(each, Next("bring", "f", finished=each.subject_id == 3)) for each in sagas]

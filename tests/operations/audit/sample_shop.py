@@ -22,7 +22,7 @@ import msgspec
 
 from mercato import topology
 from mercato.chassis.postgres import outbox_row
-from mercato.chassis.postgres.outbox_row import Stored
+from mercato.chassis.postgres.outbox_row import OutboxEvent
 from mercato.operations.audit.history import ClientOperation
 from mercato.operations.audit.tables import WANTED
 from mercato.testing.cluster import Cluster
@@ -366,7 +366,9 @@ async def _fill_outbox(connection: Any, events: list[Event]) -> None:
 def _row(event: Event) -> str:
     """A row of this event alone."""
     _, type_, subject, subject_id, version = event
-    [row] = outbox_row.pack([Stored(type_, subject, subject_id, version, msgspec.Raw(b'{"secret": "of an event"}'))])
+    [row] = outbox_row.pack(
+        [OutboxEvent(type_, subject, subject_id, version, msgspec.Raw(b'{"secret": "of an event"}'))]
+    )
     return row
 
 

@@ -14,7 +14,7 @@ from mercato.chassis.hosting.service import Env, Service
 from mercato.chassis.messaging.events import Event, Outgoing, SourceRow, Subscription
 from mercato.chassis.postgres import outbox_row
 from mercato.chassis.postgres.database import Database
-from mercato.chassis.postgres.outbox_row import Stored
+from mercato.chassis.postgres.outbox_row import OutboxEvent
 from mercato.chassis.rpc.server import Server
 from mercato.contracts.events import EventPage, Events, EventType, FeedEntry, ListEvents
 from mercato.contracts.roles import ALL_ROLES
@@ -34,7 +34,7 @@ def event(
 
 def row(id: int, *types: str, source: str = "orders") -> SourceRow:
     """An outbox row with an event of each type; versions are places."""
-    events = [Stored(type_, "order", 1, n, msgspec.Raw(b"{}")) for n, type_ in enumerate(types, 1)]
+    events = [OutboxEvent(type_, "order", 1, n, msgspec.Raw(b"{}")) for n, type_ in enumerate(types, 1)]
     return SourceRow(source=source, id=id, at=AT, events=outbox_row.pack(events)[0])
 
 

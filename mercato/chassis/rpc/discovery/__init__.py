@@ -1,8 +1,7 @@
-"""Where the instances of a service are: the port for registries, and a file for each adapter.
+"""Service discovery: the port for registries, and a file for each adapter.
 
-A registry is asked on the way of every new list of instances and never on the way of a call: `instances` answers from
-memory. An adapter whose registry is elsewhere (NATS, mDNS, DNS, etcd, Consul) keeps that memory current by a task of
-its own, and notifies its listeners.
+A call never waits for a registry: `instances` answers from memory. The adapter of a registry outside of the process
+(mDNS, DNS, etcd, Consul) keeps that memory current in a task, and notifies its listeners.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ class Instance(msgspec.Struct, frozen=True):
     """One process that serves one contract.
 
     `service` is the name of the contract. `address` is `host:port`, with an IPv6 host in brackets. `id` is new at each
-    start of a process, where the registry knows it: another id at the same address is another process. `version` is
-    the release that it runs; empty where the registry does not say.
+    start of a process, if the registry has it: another id at the same address is another process. `version` is
+    its release; empty if the registry does not have it.
     """
 
     service: str
@@ -28,7 +27,7 @@ class Instance(msgspec.Struct, frozen=True):
 
 
 class Registry(Protocol):
-    """Says which instances of a service there are. Whether they answer is for its reader to find out.
+    """Lists the instances of a service. It does not check that they answer.
 
     `open` before use, and `close` at the end.
     """
@@ -38,7 +37,7 @@ class Registry(Protocol):
     async def close(self) -> None: ...
 
     def instances(self, service: str) -> Sequence[Instance]:
-        """Those known now, in no particular order; empty for a service without any. Waits for nothing."""
+        """The instances known now, in no particular order; empty for a service without any. Does not wait."""
         ...
 
     def watch(self, changed: Callable[[str], None]) -> Callable[[], None]:
@@ -49,17 +48,17 @@ class Registry(Protocol):
         ...
 
     def problem(self) -> str:
-        """Why the instances known now may not be those that there are, as a sentence; empty where nothing says so."""
+        """Why the known instances may be out of date, as a sentence; empty if they are not known to be."""
         ...
 
 
 class Registrar(Protocol):
-    """A registry in which an instance registers itself. A static list and DNS are none."""
+    """A registry in which an instance registers itself; not a static list or DNS."""
 
     async def register(self, instance: Instance) -> None:
-        """From now on others find it. Registering the same instance again changes nothing."""
+        """From now on other processes find it. Registering the same instance again changes nothing."""
         ...
 
     async def deregister(self, instance: Instance) -> None:
-        """From now on others do not find it any more. Nothing happens where it is not registered."""
+        """From now on other processes do not find it. Does nothing if it is not registered."""
         ...

@@ -1,8 +1,8 @@
 """Records in Consul: a service instance for each process, with a TTL check, and the contracts that it serves as tags.
 
-By the documented HTTP API (https://developer.hashicorp.com/consul/api-docs): `/v1/agent/service` and `/v1/agent/check`
-to register and to renew, blocking queries on `/v1/health/service` to follow. A dead instance is critical when its TTL
-is over, which takes it out of the answers, and deregistered by Consul a minute later.
+It uses the documented HTTP API (https://developer.hashicorp.com/consul/api-docs): `/v1/agent/service` and
+`/v1/agent/check` to register and to renew, blocking queries on `/v1/health/service` to follow. A dead instance becomes
+critical when its TTL is over, and is no longer in the answers; Consul deregisters it a minute later.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from urllib.parse import quote
 import msgspec
 import structlog
 
-from .endpoints import ANSWER_SECONDS, Answer, Endpoints
-from .leased import TTL_SECONDS, Record, StoreRefused
+from .endpoints import ANSWER_SECONDS, Endpoints, RegistryAnswer
+from .leased import TTL_SECONDS, ProcessRecord, StoreRefused
 
 WAIT_SECONDS: Final = 10
-"""Of a blocking query; Consul adds up to a sixteenth."""
+"""The longest wait of a blocking query; Consul adds up to a sixteenth."""
 PAUSE_SECONDS: Final = 0.2
-"""Between two queries: each change in Consul may end one."""
+"""The pause between two queries: each change in Consul may end one."""
 DEREGISTER_AFTER: Final = "1m"
-"""The shortest time that Consul takes."""
+"""The shortest time that Consul accepts."""
 INDEX: Final = "X-Consul-Index"
 
 log = structlog.stdlib.get_logger("mercato.discovery")
@@ -61,8 +61,8 @@ class ConsulStore:
         self._headers = {"X-Consul-Token": token} if token else {}
         self._ttl_seconds = ttl_seconds
         self._wait_seconds = wait_seconds
-        self._held: dict[str, Record] = {}
-        """What is registered, by the id of the instance in Consul."""
+        self._held: dict[str, ProcessRecord] = {}
+        """The registered records, by the id of the instance in Consul."""
 
     async def open(self) -> None:
         self._endpoints.open()
@@ -72,8 +72,8 @@ class ConsulStore:
 
     # -------------------------------------------------------------------------------------------------- this process
 
-    async def hold(self, records: Sequence[Record]) -> None:
-        """A request for each record, and for each that ends; a process has one."""
+    async def hold(self, records: Sequence[ProcessRecord]) -> None:
+        """Sends a request for each record, and for each one that ends; a process has one record."""
         wanted = {f"{self._name}-{record.id}-{_split(record.address)[1]}": record for record in records}
         for id_ in [id_ for id_ in self._held if id_ not in wanted]:
             await self._put(f"/v1/agent/service/deregister/{quote(id_, safe='')}", also=(404,))
@@ -82,9 +82,9 @@ class ConsulStore:
             if self._held.get(id_) != record or not await self._renew(id_):
                 await self._register(id_, record)
 
-    async def _register(self, id_: str, record: Record) -> None:
+    async def _register(self, id_: str, record: ProcessRecord) -> None:
         host, port = _split(record.address)
-        # It may be registered even where the answer does not come.
+        # It may be registered even if the answer does not arrive.
         self._held[id_] = msgspec.structs.replace(record, services=())
         await self._put(
             "/v1/agent/service/register",
@@ -106,7 +106,7 @@ class ConsulStore:
         self._held[id_] = record
 
     async def _renew(self, id_: str) -> bool:
-        """False where the agent does not know the instance: it has forgotten it, or another agent answers."""
+        """False if the agent does not know the instance: it has lost its state, or another agent answers."""
         path = f"/v1/agent/check/update/{quote(_check_of(id_), safe='')}"
         given = await self._request("PUT", path, {"Status": "passing"})
         if given.status == 404 or (given.status == 500 and b"check" in given.body.lower()):  # 500: before 1.11
@@ -114,12 +114,12 @@ class ConsulStore:
         self._require(given)
         return True
 
-    # ----------------------------------------------------------------------------------------------------- the others
+    # --------------------------------------------------------------------------------------------------- all processes
 
-    async def follow(self) -> AsyncGenerator[Sequence[Record]]:
+    async def follow(self) -> AsyncGenerator[Sequence[ProcessRecord]]:
         index = 0
         while True:
-            # Without an index the answer comes at once.
+            # Without an index, Consul answers at once.
             waiting = f"&index={index}&wait={self._wait_seconds}s" if index else ""
             path = f"/v1/health/service/{quote(self._name, safe='')}?passing=true{waiting}"
             longest = ANSWER_SECONDS + (self._wait_seconds * 17 / 16 if index else 0.0)
@@ -130,7 +130,7 @@ class ConsulStore:
             except ValueError:  # msgspec's errors are
                 raise self._endpoints.unavailable(given.endpoint, "is not the API of Consul") from None
             yield [_record(entry.Service) for entry in entries]
-            # An index that goes back is that of servers that were restored: begin anew. It is never below 1.
+            # An index that decreases belongs to restored servers: begin without an index. It is never below 1.
             index = 0 if now < index else max(now, 1)
             await asyncio.sleep(PAUSE_SECONDS)
 
@@ -143,11 +143,11 @@ class ConsulStore:
 
     async def _request(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, *, seconds: float = ANSWER_SECONDS
-    ) -> Answer:
+    ) -> RegistryAnswer:
         content = None if body is None else msgspec.json.encode(body)
         return await self._endpoints.request(method, path, body=content, headers=self._headers, seconds=seconds)
 
-    def _require(self, given: Answer) -> Answer:
+    def _require(self, given: RegistryAnswer) -> RegistryAnswer:
         """The answer, if it is a 200. Raises `StoreUnavailable`, or `StoreRefused`."""
         if given.status == 200:
             return given
@@ -160,10 +160,12 @@ class ConsulStore:
         raise self._endpoints.unavailable(given.endpoint, f"answers {given.status}: {said}")
 
 
-def _record(service: _Service) -> Record:
+def _record(service: _Service) -> ProcessRecord:
     said = service.Meta or {}
     host = f"[{service.Address}]" if ":" in service.Address else service.Address
-    return Record(said.get("id", ""), f"{host}:{service.Port}", tuple(service.Tags or ()), said.get("version", ""))
+    return ProcessRecord(
+        said.get("id", ""), f"{host}:{service.Port}", tuple(service.Tags or ()), said.get("version", "")
+    )
 
 
 def _split(address: str) -> tuple[str, int]:

@@ -1,8 +1,8 @@
-"""The registry that is DNS: a name for each service, with an address for each instance, as a headless service of
-Kubernetes has it: `orders=orders.shop.svc.cluster.local:9083; users=users.shop.svc.cluster.local:9081`.
+"""DNS as a registry: a name for each service, with an address for each instance, like a headless service of
+Kubernetes: `orders=orders.shop.svc.cluster.local:9083; users=users.shop.svc.cluster.local:9081`.
 
-Names are looked up anew every second, by the resolver of the system. An answer replaces the addresses known before;
-while there is none, these stay: that the resolver is away says nothing about the instances.
+The resolver of the system looks the names up every second. An answer replaces the addresses known before; without an
+answer these stay in use, because a failure of the resolver says nothing about the instances.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from . import Instance
 
 LOOK_UP_SECONDS: Final = 1.0
 ANSWER_SECONDS: Final = 2.0
-"""With the time between look-ups, an instance that has gone from DNS is out of the list within three seconds."""
+"""With the time between look-ups, an instance that was removed from DNS is out of the list within three seconds."""
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
-"""The addresses (`host:port`) of a name and a port. Raises `OSError` where there is no answer."""
+"""The addresses (`host:port`) of a name and a port. Raises `OSError` without an answer."""
 
 log = structlog.stdlib.get_logger("mercato.discovery")
 
@@ -49,7 +49,7 @@ class DnsRegistry:
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Returns when every name has been looked up once, whether there was an answer or not."""
+        """Returns when every name has been looked up once, with or without an answer."""
         await self._look_up_all()
         self._task = asyncio.create_task(self._follow(), name="look up services")
 

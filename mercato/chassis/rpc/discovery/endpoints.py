@@ -1,4 +1,4 @@
-"""Requests to a registry that has several endpoints: to the one that answered last, and to the next where it fails."""
+"""Requests to a registry that has several endpoints: to the one that answered last, and to the next if it fails."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .leased import StoreUnavailable
 
 CONNECT_SECONDS: Final = 1.0
 ANSWER_SECONDS: Final = 1.5
-"""Of one endpoint: then the next one is asked."""
+"""How long one endpoint may take; then the next one is asked."""
 ANSWER_BYTES: Final = 4 * 1024 * 1024
-"""Of one answer. A record has some 300 bytes."""
+"""The largest answer. A record has some 300 bytes."""
 LINE_BYTES: Final = 1024 * 1024
-"""Of one line of a stream; a longer one ends the stream."""
+"""The longest line of a stream; a longer one ends the stream."""
 
 
-class Answer(msgspec.Struct, frozen=True):
-    """What an endpoint answered, complete."""
+class RegistryAnswer(msgspec.Struct, frozen=True):
+    """A complete answer of an endpoint."""
 
     endpoint: int
     status: int
@@ -31,7 +31,7 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class Endpoints:
-    """`urls` are `http://` or `https://` with host and port; `name` is what is there, for people."""
+    """`urls` are `http://` or `https://` with host and port; `name` names the registry in messages."""
 
     def __init__(self, name: str, urls: Sequence[str], tls: ssl.SSLContext | None = None) -> None:
         assert urls
@@ -54,11 +54,11 @@ class Endpoints:
             await self._session.close()
 
     def where(self, endpoint: int) -> str:
-        """An endpoint, for people."""
+        """The name of an endpoint in messages."""
         return f"{self._name} at {self._urls[endpoint].partition('://')[2]}"
 
     def unavailable(self, endpoint: int, why: str) -> StoreUnavailable:
-        """The error that says why an endpoint is of no use now; the next one is asked from here on."""
+        """The error of an endpoint that cannot be used now; later requests go to the next one."""
         if self._current == endpoint:
             self._current = (endpoint + 1) % len(self._urls)
         return StoreUnavailable(f"{self.where(endpoint)} {why}")
@@ -71,11 +71,11 @@ class Endpoints:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
         seconds: float = ANSWER_SECONDS,
-    ) -> Answer:
-        """The answer of the first endpoint that gives one, whatever it says; each has `seconds`.
+    ) -> RegistryAnswer:
+        """The answer of the first endpoint that gives one, whatever its status; each has `seconds`.
 
-        An endpoint that breaks off may have done what it was asked: only what may be repeated is asked here. Raises
-        `StoreUnavailable` where none answers.
+        An endpoint may have done a request whose connection broke: only repeatable requests are sent here. Raises
+        `StoreUnavailable` if none answers.
         """
         error: StoreUnavailable | None = None
         for _ in self._urls:
@@ -88,7 +88,7 @@ class Endpoints:
 
     async def _ask(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str] | None, seconds: float
-    ) -> Answer:
+    ) -> RegistryAnswer:
         timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_SECONDS)
         endpoint = self._current
         async with self._connected(endpoint, method, path, body, headers, timeout) as response:
@@ -99,7 +99,7 @@ class Endpoints:
                 if size > ANSWER_BYTES:
                     response.close()
                     raise self.unavailable(endpoint, f"answers with more than {ANSWER_BYTES} bytes")
-            return Answer(endpoint, response.status, response.headers, b"".join(parts))
+            return RegistryAnswer(endpoint, response.status, response.headers, b"".join(parts))
 
     @contextlib.asynccontextmanager
     async def _connected(
@@ -111,7 +111,7 @@ class Endpoints:
         headers: Mapping[str, str] | None,
         timeout: aiohttp.ClientTimeout,
     ) -> AsyncGenerator[aiohttp.ClientResponse]:
-        """A response whose headers have come. aiohttp's errors end here."""
+        """A response whose headers have arrived. Translates aiohttp's errors."""
         assert self._session is not None, "it is not open"
         url = self._urls[endpoint] + path
         try:
@@ -133,9 +133,9 @@ class Endpoints:
     async def stream(
         self, path: str, *, body: bytes, headers: Mapping[str, str] | None = None, idle_seconds: float
     ) -> AsyncGenerator[bytes]:
-        """The lines of an endless answer of the current endpoint to a POST, until none came for `idle_seconds`.
+        """The lines of an endless answer of the current endpoint to a POST, until none arrives for `idle_seconds`.
 
-        Raises `StoreUnavailable` where the connection breaks.
+        Raises `StoreUnavailable` if the connection breaks.
         """
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=idle_seconds)
         async with self._connected(self._current, "POST", path, body, headers, timeout) as response:

@@ -1,7 +1,7 @@
 """Records in etcd 3.4 or newer: a key for each process under one prefix, all with the lease of their process.
 
-It speaks to the gateway that etcd has for JSON over HTTP (https://etcd.io/docs/v3.5/dev-guide/api_grpc_gateway/):
-`docs/decisions/0031-etcd-and-consul-by-http.md` says why no library does.
+It uses etcd's gateway for JSON over HTTP (https://etcd.io/docs/v3.5/dev-guide/api_grpc_gateway/);
+`docs/decisions/0031-etcd-and-consul-by-http.md` says why it uses no library.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any, Final, TypeVar
 import msgspec
 import structlog
 
-from .endpoints import Answer, Endpoints
-from .leased import TTL_SECONDS, Record, StoreRefused, StoreUnavailable
+from .endpoints import Endpoints, RegistryAnswer
+from .leased import TTL_SECONDS, ProcessRecord, StoreRefused, StoreUnavailable
 
 CHECK_SECONDS: Final = 5.0
-"""All keys are read again when nothing was heard for so long: a connection may be dead without a sign."""
+"""All keys are read again when nothing has arrived for so long: a connection may be dead without an error."""
 BREAK_SECONDS: Final = 0.2
-"""Between the end of a stream and the next one."""
+"""The pause between the end of a stream and the next one."""
 
 INVALID, NOT_FOUND, DENIED, UNAUTHENTICATED = 3, 5, 7, 16
-"""Codes of gRPC."""
+"""gRPC status codes."""
 NO_AUTHENTICATION: Final = "authentication is not enabled"
 LOGIN_AGAIN: Final = (
     "user name is empty",
@@ -78,7 +78,7 @@ class _Watched(msgspec.Struct, frozen=True):
 
 
 class _Line(msgspec.Struct, frozen=True):
-    """Of the stream of a watch. One without a result is an error, after which the stream ends."""
+    """A line of the stream of a watch. One without a result is an error, after which the stream ends."""
 
     result: _Watched | None = None
 
@@ -90,7 +90,7 @@ class _Failure(msgspec.Struct, frozen=True):
 
 
 class EtcdError(StoreUnavailable):
-    """An answer of etcd that is an error, with its code of gRPC."""
+    """An error that etcd answers, with its gRPC status code."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(f"etcd answers: {message}")
@@ -119,12 +119,12 @@ class EtcdStore:
         self._ttl_seconds = ttl_seconds
         self._check_seconds = check_seconds
         self._token: str | None = None
-        """None: not asked for yet; empty: etcd asks for none."""
+        """None: not requested yet; empty: etcd has no authentication."""
         self._lease = ""
-        self._held: dict[str, Record] = {}
-        """What is known to be written with this lease, by key."""
+        self._held: dict[str, ProcessRecord] = {}
+        """The records that are known to be written with this lease, by key."""
         self._written: set[str] = set()
-        """The keys that may be there with this lease."""
+        """The keys that may exist with this lease."""
 
     async def open(self) -> None:
         self._endpoints.open()
@@ -134,8 +134,8 @@ class EtcdStore:
 
     # -------------------------------------------------------------------------------------------------- this process
 
-    async def hold(self, records: Sequence[Record]) -> None:
-        """With one request, where nothing has changed."""
+    async def hold(self, records: Sequence[ProcessRecord]) -> None:
+        """Sends one request, if nothing has changed."""
         wanted = {f"{self._prefix}{record.address}/{record.id}": record for record in records}
         if not wanted:
             await self._revoke()
@@ -154,11 +154,11 @@ class EtcdStore:
                 raise
 
     async def _renew(self) -> bool:
-        """False where the lease has ended."""
+        """False if the lease has ended."""
         renewed = await self._call("/v3/lease/keepalive", {"ID": self._lease}, _Renewed)
         return int(renewed.result.TTL) > 0
 
-    async def _write(self, wanted: Mapping[str, Record]) -> None:
+    async def _write(self, wanted: Mapping[str, ProcessRecord]) -> None:
         changes: list[Mapping[str, Any]] = []
         for key, record in wanted.items():
             if self._held.get(key) != record:
@@ -180,20 +180,20 @@ class EtcdStore:
         self._forget()
 
     def _forget(self) -> None:
-        """The lease has ended, and its keys with it."""
+        """Resets the state of this lease, which has ended together with its keys."""
         self._lease = ""
         self._held = {}
         self._written = set()
 
-    # ----------------------------------------------------------------------------------------------------- the others
+    # --------------------------------------------------------------------------------------------------- all processes
 
-    async def follow(self) -> AsyncGenerator[Sequence[Record]]:
+    async def follow(self) -> AsyncGenerator[Sequence[ProcessRecord]]:
         while True:
             answer = await self._call("/v3/kv/range", self._keys, _Range)
             found = {pair.key: pair.value for pair in answer.kvs}
             yield self._read(found)
             request = {"create_request": {**self._keys, "start_revision": str(int(answer.header.revision) + 1)}}
-            with contextlib.suppress(StoreUnavailable):  # then the next range says what the matter is
+            with contextlib.suppress(StoreUnavailable):  # the next range request raises the reason
                 async with contextlib.aclosing(self._watch(request)) as changes:
                     async for events in changes:
                         for event in events:
@@ -205,7 +205,7 @@ class EtcdStore:
             await asyncio.sleep(BREAK_SECONDS)
 
     async def _watch(self, request: Mapping[str, Any]) -> AsyncGenerator[Sequence[_Event]]:
-        """What changes. It ends when that is not to be known from this stream any more."""
+        """The changes. Ends when the stream can no longer give all of them."""
         stream = self._endpoints.stream(
             "/v3/watch", body=msgspec.json.encode(request), headers=self._headers(), idle_seconds=self._check_seconds
         )
@@ -220,14 +220,14 @@ class EtcdStore:
                 if watched.events:
                     yield watched.events
 
-    def _read(self, found: Mapping[str, str]) -> Sequence[Record]:
-        """What is of this process and is not there is written again with the next renewal."""
+    def _read(self, found: Mapping[str, str]) -> Sequence[ProcessRecord]:
+        """The records of all processes. A missing record of this process is written again with the next renewal."""
         for key in [key for key in self._held if _encoded(key) not in found]:
             del self._held[key]
-        records = list[Record]()
+        records = list[ProcessRecord]()
         for key, value in found.items():
             try:
-                records.append(msgspec.json.decode(base64.b64decode(value), type=Record))
+                records.append(msgspec.json.decode(base64.b64decode(value), type=ProcessRecord))
             except (msgspec.MsgspecError, ValueError):
                 log.warning("service_not_resolved", name=_decoded(key), reason="malformed")
         return records
@@ -235,7 +235,7 @@ class EtcdStore:
     # ----------------------------------------------------------------------------------------------------- the gateway
 
     async def _call(self, path: str, body: Mapping[str, Any], answer: type[T]) -> T:
-        """Raises `StoreUnavailable`, also `StoreRefused`, and `EtcdError` whose code the caller may read."""
+        """Raises `StoreUnavailable`: also its subclasses `StoreRefused`, and `EtcdError` with a code."""
         if self._user and self._token is None:
             await self._authenticate()
         try:
@@ -272,7 +272,7 @@ class EtcdStore:
     def _headers(self) -> Mapping[str, str]:
         return {"Authorization": self._token} if self._token else {}
 
-    def _failure(self, given: Answer) -> Exception:
+    def _failure(self, given: RegistryAnswer) -> Exception:
         try:
             said = msgspec.json.decode(given.body, type=_Failure)
         except msgspec.MsgspecError:

@@ -1,14 +1,14 @@
-"""A registry of records that end by themselves: the part that etcd and Consul have in common.
+"""A registry of records that expire: the common part of etcd and Consul.
 
 The parts
-    A process has one `Record`, with all contracts that it serves. A `Store` (`etcd.py`, `consul.py`) keeps the records
-    of all processes, each until its TTL is over. `LeasedRegistry` has the memory and the listeners, and two tasks: one
-    follows the records of all, one renews the record of this process.
+    A process has one `ProcessRecord`, with all contracts that it serves. A `Store` (`etcd.py`, `consul.py`) keeps the
+    records of all processes, each until its TTL is over. `LeasedRegistry` has the memory and the listeners, and two
+    tasks: one follows the records of all, one renews the record of this process.
 
 Guaranteed
     - A process that dies is out of the list when its TTL is over; one that closes or drains, at once.
     - While the store does not answer, the instances known last stay in use, and `problem` says so.
-    - A record that was lost, because the process stood still for longer than its TTL or the store was emptied, is
+    - A record that was lost, because the process was paused for longer than its TTL or the store was emptied, is
       written again with the next renewal.
 """
 
@@ -28,24 +28,24 @@ from .static import ADDRESS, SERVICE_NAME
 
 TTL_SECONDS: Final = 10
 RENEWALS: Final = 4
-"""In a TTL. One that fails is repeated soon, so that a record outlives an endpoint that does not answer."""
+"""Renewals in a TTL. One that fails is repeated soon, so that a record outlives an endpoint that does not answer."""
 HOLD_SECONDS: Final = 3.0
-"""For one renewal, with all its requests."""
+"""The deadline of one renewal, with all its requests."""
 CLOSE_SECONDS: Final = 1.0
-"""For the last one, which takes back what draining could not: a process ends within ten seconds."""
+"""The deadline of `close`, which deregisters what `drain` could not: a process ends within ten seconds."""
 FIRST_SECONDS: Final = 3.0
 """`open` waits so long for the first answer of a store."""
 RETRY_SECONDS: Final = 1.0
 REFUSED_SECONDS: Final = 5.0
-"""Until a store that refuses is asked again: each time it compares a password."""
+"""The pause before a store that refuses is asked again: each time it has to check a password."""
 JITTER_SHARE: Final = 0.25
-"""The part of a pause that chance may take away, so that many processes do not all come back at one moment."""
+"""The part of a pause that may be cut at random, so that many processes do not all retry at one moment."""
 
 log = structlog.stdlib.get_logger("mercato.discovery")
 
 
-class Record(msgspec.Struct, frozen=True):
-    """What one process says of itself: where it takes calls, for which contracts."""
+class ProcessRecord(msgspec.Struct, frozen=True):
+    """The address at which one process accepts calls, and the contracts that it serves."""
 
     id: str
     address: str
@@ -54,28 +54,28 @@ class Record(msgspec.Struct, frozen=True):
 
 
 class StoreUnavailable(Exception):
-    """A store does not answer, or not as it should. A sentence without its full stop."""
+    """A store does not answer, or not as expected. The message is a sentence without its full stop."""
 
 
 class StoreRefused(StoreUnavailable):
-    """A store does not accept the user, the password or the token of this process; a person has to change something."""
+    """A store does not accept the user, the password or the token of this process; an operator must fix it."""
 
 
 class Store(Protocol):
-    """Keeps records, each until its TTL is over. The methods are not called concurrently, but `follow` runs on."""
+    """Keeps records, each until its TTL is over. The other methods are called one at a time while `follow` runs."""
 
     async def open(self) -> None:
-        """Connects to nothing yet."""
+        """Prepares the store; it does not connect yet."""
         ...
 
     async def close(self) -> None: ...
 
-    async def hold(self, records: Sequence[Record]) -> None:
-        """The records of this process are these, for the next TTL; none: those there were end. Raises as `follow`."""
+    async def hold(self, records: Sequence[ProcessRecord]) -> None:
+        """Stores exactly these records of this process for the next TTL; others of it end. Raises as `follow`."""
         ...
 
-    def follow(self) -> AsyncGenerator[Sequence[Record]]:
-        """The records of all processes: those there are now, and all of them again after each change.
+    def follow(self) -> AsyncGenerator[Sequence[ProcessRecord]]:
+        """Yields the records of all processes: at once, and again after each change.
 
         Raises `StoreUnavailable`, or `StoreRefused`.
         """
@@ -93,16 +93,16 @@ class LeasedRegistry:
         self._listeners: list[Callable[[str], None]] = []
         self._wanted: frozenset[Instance] = frozenset()
         self._attempted: frozenset[Instance] = frozenset()
-        """What the store was asked to hold last, whether it answered or not."""
+        """The records that were last sent to the store, with or without an answer."""
         self._holding = asyncio.Lock()
         self._first = asyncio.Event()
-        """The first answer, or the first failure, of following."""
+        """Set by the first answer, or the first failure, of `Store.follow`."""
         self._find_error: StoreUnavailable | None = None
         self._hold_error: StoreUnavailable | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
-        """Returns with the instances that there are, or without any where the store does not answer in time.
+        """Returns when the instances are known, or without any if the store does not answer in time.
 
         Raises `StoreRefused`.
         """
@@ -118,7 +118,7 @@ class LeasedRegistry:
             raise self._find_error
 
     async def close(self) -> None:
-        """Takes back what is still registered."""
+        """Deregisters what is still registered."""
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -148,7 +148,7 @@ class LeasedRegistry:
         return ""
 
     async def register(self, instance: Instance) -> None:
-        """As the port has it; where the store does not answer, others find it as soon as that does again."""
+        """As in `Registrar`; if the store does not answer, other processes find it as soon as the store does."""
         self._wanted |= {instance}
         await self._publish()
 
@@ -159,7 +159,7 @@ class LeasedRegistry:
     # -------------------------------------------------------------------------------------------------- this process
 
     async def _publish(self) -> None:
-        # One turn of the loop: what is registered together is one request.
+        # After one turn of the loop, so that all registrations of this turn are one request.
         await asyncio.sleep(0)
         async with self._holding:
             if self._attempted != self._wanted:
@@ -194,7 +194,7 @@ class LeasedRegistry:
             log.warning("instance_not_registered", reason=str(error))
         self._hold_error = error
 
-    # ----------------------------------------------------------------------------------------------------- the others
+    # --------------------------------------------------------------------------------------------------- all processes
 
     async def _follow(self) -> None:
         while True:
@@ -216,7 +216,7 @@ class LeasedRegistry:
             log.warning("registry_not_reached", reason=str(error))
         self._find_error = error
 
-    def _found(self, records: Iterable[Record]) -> None:
+    def _found(self, records: Iterable[ProcessRecord]) -> None:
         if self._find_error is not None:
             log.info("registry_reached_again")
         self._find_error = None
@@ -230,15 +230,17 @@ class LeasedRegistry:
                     listener(service)
 
 
-def _records(instances: Iterable[Instance]) -> Sequence[Record]:
+def _records(instances: Iterable[Instance]) -> Sequence[ProcessRecord]:
     services: dict[tuple[str, str, str], list[str]] = {}
     for instance in instances:
         services.setdefault((instance.id, instance.address, instance.version), []).append(instance.service)
-    return [Record(id_, at, tuple(sorted(names)), version) for (id_, at, version), names in sorted(services.items())]
+    return [
+        ProcessRecord(id_, at, tuple(sorted(names)), version) for (id_, at, version), names in sorted(services.items())
+    ]
 
 
-def _by_service(records: Iterable[Record]) -> Mapping[str, tuple[Instance, ...]]:
-    """What others wrote is checked: an address is connected to."""
+def _by_service(records: Iterable[ProcessRecord]) -> Mapping[str, tuple[Instance, ...]]:
+    """The valid instances by service. Records are checked, because this process connects to their addresses."""
     found: dict[str, set[Instance]] = {}
     for record in records:
         if not record.id or not ADDRESS.fullmatch(record.address):

@@ -1,12 +1,12 @@
-"""The registry that is multicast DNS: processes on one network find each other without a list (extra `mdns`).
+"""Multicast DNS as a registry: processes on one network find each other without a list (extra `mdns`).
 
 Each instance announces a DNS-SD service of the type `_mercato._tcp.local.`, with the name of its contract, its id and
-its release. One that ends says goodbye, and is out of the list at once. One that dies says nothing, and its records
-would be believed for minutes: so every known address is connected to once a second, and left out while it accepts
-nothing.
+its release. An instance that ends sends a goodbye, and is out of the list at once. One that crashes does not, and its
+records would stay valid for minutes: so every known address is connected to once a second, and is left out while it
+accepts no connection.
 
-Several shops may be on one network: each announces its own name for itself, and overlooks the others. That is no
-protection: calls are, as everywhere, with tokens.
+Several shops may be on one network: each announces its own name, and ignores records of others. That is no protection:
+calls are authenticated with tokens, as on every transport.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 TYPE: Final = "_mercato._tcp.local."
 FIRST_SECONDS: Final = 2.0
-"""`open` waits for so long, and gives what was answered by then; later answers come as changes.
+"""`open` waits for so long, and returns with the instances that have answered; later answers are changes.
 
 A question that another process has asked within the last second is not asked again (RFC 6762, section 7.3), and its
 answer may have come before this process listened; the next question follows after a second.
@@ -41,9 +41,9 @@ log = structlog.stdlib.get_logger("mercato.discovery")
 
 
 class MdnsRegistry:
-    """A `Registry` and a `Registrar`, of the shop of that name. It belongs to one event loop.
+    """A `Registry` and a `Registrar` of the shop of this name. It belongs to one event loop.
 
-    `interfaces` are addresses of this machine, by whose networks others are found; empty: all.
+    `interfaces` are addresses of this machine, in whose networks other instances are found; empty: all.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class MdnsRegistry:
         self._check_seconds = check_seconds
         self._first_seconds = first_seconds
         self._announced: dict[str, Instance] = {}
-        """By the name of the record."""
+        """The known instances, by the name of the record."""
         self._dead: set[str] = set()
-        """Addresses that accept nothing now."""
+        """Addresses that accept no connections now."""
         self._own: dict[Instance, AsyncServiceInfo] = {}
         self._listeners: list[Callable[[str], None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -69,21 +69,21 @@ class MdnsRegistry:
         self._browser: AsyncServiceBrowser | None = None
 
     async def open(self) -> None:
-        """Returns after `first_seconds`, with what was answered by then."""
+        """Returns after `first_seconds`, with the instances that have answered by then."""
         from zeroconf import DNSQuestionType, InterfaceChoice
         from zeroconf.asyncio import AsyncServiceBrowser, AsyncZeroconf
 
-        # All questions are for multicast answers: the processes of a machine share one port, and an answer that is not
-        # multicast, which the library asks for first, reaches only one of them.
+        # All questions ask for multicast answers: the processes of a machine share one port, and a unicast answer,
+        # which the library asks for first, reaches only one of them.
         self._zeroconf = AsyncZeroconf(interfaces=self._interfaces or InterfaceChoice.All)
         self._browser = AsyncServiceBrowser(
-            self._zeroconf.zeroconf, TYPE, handlers=[self._heard], question_type=DNSQuestionType.QM
+            self._zeroconf.zeroconf, TYPE, handlers=[self._on_change], question_type=DNSQuestionType.QM
         )
         self._start(self._check())
         await asyncio.sleep(self._first_seconds)
 
     async def close(self) -> None:
-        """Takes back what is still registered."""
+        """Deregisters what is still registered."""
         if self._zeroconf is None or self._browser is None:
             return
         for task in self._tasks:
@@ -140,9 +140,9 @@ class MdnsRegistry:
         if info is not None and self._zeroconf is not None:
             await (await cast(Any, self._zeroconf).async_unregister_service(info))
 
-    # ----------------------------------------------------------------------------------------------------------- heard
+    # -------------------------------------------------------------------------------------------------- all processes
 
-    def _heard(self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
+    def _on_change(self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
         from zeroconf import ServiceStateChange as Change
 
         if state_change is Change.Removed:
@@ -192,7 +192,7 @@ class MdnsRegistry:
 
 
 def _instance(info: AsyncServiceInfo) -> Instance | None:
-    """What a record says; None where it is not one of ours."""
+    """The instance in a record; None if it is not one of ours."""
     said: Mapping[str, str | None] = info.decoded_properties
     addresses = info.parsed_addresses()
     service, id_ = said.get("service"), said.get("id")

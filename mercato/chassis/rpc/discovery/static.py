@@ -1,6 +1,6 @@
-"""The registry that is a list in a setting: `orders=127.0.0.1:8083,127.0.0.1:9083; users=127.0.0.1:8081`.
+"""A list in a setting as a registry: `orders=127.0.0.1:8083,127.0.0.1:9083; users=127.0.0.1:8081`.
 
-It never changes. That an instance has started again at its address is found by the callers' probes.
+It never changes. The callers' probes detect that an instance has restarted at its address.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ EXAMPLE: Final = "orders=127.0.0.1:8083,127.0.0.1:9083; users=127.0.0.1:8081"
 
 
 class MalformedInstances(ValueError):
-    """A list of instances cannot be read. The message names the setting, what is wrong, and how it is written."""
+    """A list of instances cannot be read. The message names the setting and the error, and gives an example."""
 
     def __init__(self, setting: str, problem: str) -> None:
         super().__init__(f"The setting {setting} is not valid: {problem} Write it as in {EXAMPLE!r}.")
@@ -32,7 +32,7 @@ class StaticRegistry:
 
     @classmethod
     def parse(cls, text: str, *, setting: str) -> Self:
-        """Reads entries `service=address,address`, with semicolons between them. `setting` is where it comes from.
+        """Reads entries `service=address,address`, separated by semicolons. `setting` is the variable of the text.
 
         Raises `MalformedInstances`. An empty text is an empty list.
         """

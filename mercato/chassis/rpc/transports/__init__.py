@@ -1,4 +1,4 @@
-"""How a batch reaches a service, and how a process is connected with those that serve the others."""
+"""How a batch reaches a service, and how a process is connected with other processes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mercato.chassis.rpc.stats import Inspected
 
 
 class Transport(Protocol):
-    """How a batch reaches a service.
+    """Sends a batch to a service.
 
-    `send` takes the requests of one operation and their contexts, and answers with as many outcomes, in the same
-    order. It raises `ServiceError` when the batch as a whole did not reach a service: then no request was started, or
-    it is not known whether it was.
+    `send` takes the requests of one operation and their contexts, and gives as many outcomes, in the same order. It
+    raises `ServiceError` if the batch as a whole did not reach a service: then no request was started, or it is unknown
+    whether one was.
     """
 
     async def send(
@@ -25,17 +25,17 @@ class Transport(Protocol):
 
 
 class Remote(Protocol):
-    """The connection of a process with other processes: it calls their services, and they call its own.
+    """The connection of a process with other processes: it calls their services, and they call those of this process.
 
     `open` before the first call, `serve` once the services are open, `drain` before they close, `close` at the end.
     """
 
     def transport(self, caller: str) -> Transport:
-        """On which a service of this process, or the gateway, calls those of others. Always the same for one caller."""
+        """The transport of one caller, a service of this process or the gateway; the same at each call."""
         ...
 
     async def open(self) -> None:
-        """Raises `Unavailable` where what the processes meet at is not there."""
+        """Raises `Unavailable` if the message broker or registry between the processes does not answer."""
         ...
 
     async def serve(self, servers: Mapping[str, Server]) -> None:
@@ -43,23 +43,23 @@ class Remote(Protocol):
         ...
 
     async def drain(self) -> None:
-        """Takes no more batches, and has answered those that it took when it returns: within a few seconds."""
+        """Accepts no more batches; returns within a few seconds, when all accepted ones are answered."""
         ...
 
     async def close(self) -> None: ...
 
-    def announce(self, source: str) -> None:
-        """Tells consumers elsewhere that the event log of a service has something new. It may get lost: they poll."""
+    def wake_consumers(self, source: str) -> None:
+        """Wakes consumers of a service's event log in other processes. A wake-up may get lost: consumers also poll."""
         ...
 
     async def listen(self, consumer: str, source: str, wake: Callable[[], None]) -> None:
-        """Calls `wake` when `source` has something new for a consumer of the service `consumer`, if that is heard."""
+        """Calls `wake` for each wake-up from `source` that arrives for a consumer of the service `consumer`."""
         ...
 
     async def inspect(self, services: Collection[str]) -> Mapping[str, Sequence[Inspected]]:
-        """All instances of each of `services` that are known, and what they say, within two seconds.
+        """All known instances of each of `services`, with their stats, within two seconds.
 
-        Only the operator may ask this of all services.
+        Only the operator may do this for all services.
         """
         ...
 
@@ -68,5 +68,5 @@ class Remote(Protocol):
         ...
 
     def registry_problem(self) -> str:
-        """Why the instances known now may not be those that there are, as a sentence; empty where nothing says so."""
+        """Why the known instances may be out of date, as a sentence; empty if they are not known to be."""
         ...

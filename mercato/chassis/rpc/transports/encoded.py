@@ -1,4 +1,4 @@
-"""What all transports that carry bytes share: batches in parts, bytes of outcomes, and what is not known."""
+"""Shared by all transports that send bytes: batches in parts, encoded outcomes, and unknown outcomes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = structlog.stdlib.get_logger("mercato.rpc")
 
 
 async def answer_encoded(server: Server, operation: Operation[Any, Any], sent: bytes, clock: Clock) -> bytes:
-    """As many outcomes as there are requests in `sent`, in their order. Raises where `sent` is no batch."""
+    """The outcomes of the requests in `sent`, in their order. Raises if `sent` is no batch."""
     requests, contexts = decode_requests(operation, sent, clock.monotonic())
     return await answer_decoded(server, operation, requests, contexts)
 
@@ -37,7 +37,7 @@ async def answer_decoded(
     requests: Sequence[Any | ServiceError],
     contexts: Sequence[Context],
 ) -> bytes:
-    """The outcomes of what `decode_requests` gave, in the same order; an error in place of a request is its own."""
+    """The outcomes of decoded requests, in the same order; the outcome of an `InvalidRequest` is itself."""
     outcomes: list[Outcome] = list(requests)
     fit = [i for i, request in enumerate(requests) if not isinstance(request, ServiceError)]
     if fit:
@@ -55,7 +55,7 @@ Send = Callable[[Operation[Any, Any], Sequence[Any], Sequence[Context]], Awaitab
 async def in_parts(
     send: Send, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context], bound: int
 ) -> Sequence[Outcome]:
-    """Sends the two halves of a batch that is larger than `bound` bytes, which fail by themselves."""
+    """Sends the two halves of a batch that is larger than `bound` bytes; each may fail without the other."""
     if len(requests) == 1:
         return [InvalidRequest(errors=(FieldError(field="", message=f"The request is larger than {bound} bytes."),))]
     half = len(requests) // 2
@@ -69,7 +69,7 @@ async def in_parts(
 
 
 def not_known(operation: Operation[Any, Any], requests: Sequence[Any]) -> Sequence[Outcome]:
-    """Each request may have been started. Only to those that may come again is that no more than unavailability."""
+    """The outcomes of requests that may have been started: `Unavailable` if repeatable, else `OutcomeUnknown`."""
     return [
         Unavailable(service=operation.service)
         if operation.repeatable(request)
@@ -79,7 +79,7 @@ def not_known(operation: Operation[Any, Any], requests: Sequence[Any]) -> Sequen
 
 
 def outcomes_of(operation: Operation[Any, Any], requests: Sequence[Any], body: bytes) -> Sequence[Outcome]:
-    """The outcomes of a batch, out of the body of its answer. One that says something else leaves it unknown."""
+    """Decodes the outcomes of a batch from the body of its answer. If it is malformed, the outcomes are unknown."""
     try:
         outcomes = decode_outcomes(operation, body)
     except (msgspec.MsgspecError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""The service is in this process: a batch is a method call, and messages are handed over as they are."""
+"""The service is in this process: a batch is a method call, and messages are passed as objects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mercato.chassis.rpc.transports import Transport
 
 
 class LocalTransport:
-    """Sends to the servers of this process. `servers` maps a service's name to its server; it may still be filled."""
+    """Sends to the servers of this process. `servers` maps a service's name to its server, and may be filled later."""
 
     def __init__(self, servers: Mapping[str, Server]) -> None:
         self._servers = servers
@@ -24,7 +24,7 @@ class LocalTransport:
 
 
 class LocalFirst:
-    """Sends to the servers of this process what these serve, and by `remote` what they do not."""
+    """Sends to the servers of this process, and by `remote` to services that it does not serve."""
 
     def __init__(self, servers: Mapping[str, Server], remote: Transport) -> None:
         self._servers = servers

@@ -1,8 +1,8 @@
-"""Everything in one process, but as if it were not: the transport that finds what only a network would.
+"""A transport within one process that behaves as one between processes, for tests.
 
-Every batch and every answer is really encoded and decoded, the remaining time travels instead of a clock reading, and
-each request that may be repeated (`safe`, or `keyed` with a key) is sent twice. A test that passes `local` and fails
-`loopback` has found a message that does not survive encoding, or an operation whose promise to be repeatable is false.
+It encodes and decodes every batch and every answer, sends the remaining time instead of a clock reading, and sends
+each request that may be repeated (`safe`, or `keyed` with a key) twice. A test that passes `local` and fails
+`loopback` has found a message that does not survive encoding, or an operation that is wrongly declared repeatable.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class LoopbackTransport:
 
 
 _UNKNOWN: Final = (Kind.UNAVAILABLE, Kind.DEADLINE)
-"""Says nothing about what a service did."""
+"""Kinds of errors after which it is unknown what the service did."""
 
 
 def _agree(operation: Operation[Any, Any], first: Outcome, second: Outcome) -> None:
-    """A keyed request that was done must be done when it comes again. What a read says may change in between."""
+    """Asserts that a keyed request that succeeded succeeds again. The answer of a read may change in between."""
     if operation.retry is not Retry.KEYED or isinstance(first, ServiceError):
         return
     if isinstance(second, ServiceError) and second.kind not in _UNKNOWN:

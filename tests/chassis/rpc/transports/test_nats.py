@@ -31,7 +31,7 @@ from mercato.chassis.rpc.transports.nats import (
     NatsTransport,
     permissions,
 )
-from mercato.chassis.rpc.transports.nats.client import Answer
+from mercato.chassis.rpc.transports.nats.client import NatsAnswer
 from mercato.chassis.rpc.transports.nats.wire import header_block
 from mercato.embedded_nats import NatsUser
 from mercato.testing.waiting import until_true
@@ -299,7 +299,7 @@ async def test_a_caller_that_is_not_granted_an_operation_starts_nothing():
         assert numbers(service) == []
 
 
-async def ask(instance: Instance, headers: Mapping[str, str], body: bytes) -> Answer:
+async def ask(instance: Instance, headers: Mapping[str, str], body: bytes) -> NatsAnswer:
     answer = await instance.client._ask(Things.change, header_block(headers), body)
     assert answer is not None
     return answer

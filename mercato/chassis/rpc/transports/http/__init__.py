@@ -7,27 +7,26 @@
       mercato-version                 the release of the caller, and so of its contracts
 
 The parts
-    `HttpTransport`  in the calling process: chooses an instance (`rpc/balancing.py`), sends, says what came of it.
-    `RpcApp`         in the serving process: an ASGI application before the `Server`s, behind `mercato.chassis.http`.
-                     `GET /rpc/orders` tells a caller what the instance has done (`rpc/stats.py`).
+    `HttpTransport`  in the calling process: chooses an instance (`rpc/balancing.py`), sends, reports the result to it.
+    `RpcApp`         in the serving process: an ASGI application in front of the `Server`s, behind
+                     `mercato.chassis.http`. `GET /rpc/orders` gives the stats of the instance (`rpc/stats.py`).
     `HttpRemote`     both, with the lifecycle of a process.
 
-What an answer says about the batch
+What an answer means
     200 with outcomes                       done: an outcome for each request, errors of the service included
     any status with `mercato-not-started`   nothing was started; another instance may be tried
-    anything else, or no complete answer    not known
+    anything else, or no complete answer    unknown
 
 Guaranteed
-    - A batch is sent to another instance only while nothing was started: there was no connection, or an answer that
-      says so.
-    - Where it is not known whether a request was started, its caller gets `Unavailable` if repeating it is safe
+    - A batch is sent to another instance only if nothing was started: there was no connection, or the answer says so.
+    - If it is unknown whether a request was started, its caller gets `Unavailable` if repeating it is safe
       (`safe`, or `keyed` with a key), and `OutcomeUnknown` if not. Nothing is repeated here.
     - The texts of exceptions stay in the process that raised them.
     - Bodies are bounded in both directions, connections for each instance, and calls of one operation in flight.
     - No handler sees a batch without a valid token, of an operation that its caller is not granted, or a request in the
       name of a role that its caller is not granted.
 
-Tokens and bodies travel as they are: outside of loopback, TLS has to protect them.
+Tokens and bodies are sent in the clear: outside of loopback, TLS has to protect them.
 """
 
 from .client import HttpTransport

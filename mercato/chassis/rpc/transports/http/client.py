@@ -48,23 +48,22 @@ from .wire import (
 log = structlog.stdlib.get_logger("mercato.rpc.http")
 
 HEADER_WORD: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-"""What may stand in a header as it is: a trace id may come from outside."""
+"""What is put into a header unescaped: a trace id may come from a client."""
 
-GO_ELSEWHERE: Final = frozenset({503, 404})
-"""Of the answers that say that nothing was started, those that another instance may not give."""
+TRY_NEXT_INSTANCE: Final = frozenset({503, 404})
+"""Statuses of answers that nothing was started, after which another instance may start the batch."""
 
 
 class HttpClientLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What one calling process takes from each service."""
+    """The limits of one calling process for each service."""
 
     connections: int = 512
-    """To one instance. In HTTP/1.1 a call in flight holds one."""
+    """Connections to one instance. In HTTP/1.1 a call in flight holds one."""
     calls: int = 256
-    """Of one operation in flight, to all instances: calls that wait for long do not take the connections of others."""
+    """Calls of one operation in flight, to all instances: long calls do not use up the connections of others."""
     connect_seconds: float = 1.0
     keep_alive_seconds: float = 1.0
-    """An unused connection is closed here, before a server that drains closes its own: a call never meets a closing
-    connection."""
+    """The client closes an unused connection before a draining server closes it: no call uses a closing connection."""
     batch_bytes: int = LARGEST_BATCH_BYTES
     """A larger batch is sent in parts."""
     answer_bytes: int = LARGEST_ANSWER_BYTES
@@ -75,15 +74,15 @@ class NotConnected(Exception):
 
 
 class ConnectionBroke(Exception):
-    """The connection ended, or what came over it was no HTTP, after the batch was sent: at least in part."""
+    """The connection ended, or the answer was not HTTP, after the batch was sent, at least in part."""
 
 
 class AnswerTooLarge(Exception):
-    """There is an answer, and it is larger than the bound. The rest of it was not read."""
+    """The answer is larger than the bound. The rest of it was not read."""
 
 
-class Answer(msgspec.Struct, frozen=True):
-    """What an instance answered, complete."""
+class HttpAnswer(msgspec.Struct, frozen=True):
+    """A complete answer of an instance."""
 
     status: int
     headers: Mapping[str, str]
@@ -91,7 +90,7 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class HttpTransport:
-    """Sends each batch to one of the instances that `registry` names. One a process.
+    """Sends each batch to one of the instances in `registry`. One a process.
 
     `version` is the release of this process. With `tls`, all calls are encrypted, and servers verified. `chance` gives
     0.0 up to 1.0, without 1.0. It belongs to one event loop.
@@ -126,7 +125,7 @@ class HttpTransport:
     async def send(
         self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context]
     ) -> Sequence[Outcome]:
-        """See `Transport`. A batch that is larger than the bound is sent in parts, which fail by themselves."""
+        """See `Transport`. A batch that is larger than the bound is sent in parts; each may fail without the others."""
         now = self._clock.monotonic()
         remaining_s = min(max(context.deadline for context in contexts) - now, LONGEST_REMAINING_MS / 1_000)
         if remaining_s <= 0:
@@ -135,7 +134,7 @@ class HttpTransport:
         if len(body) > self._limits.batch_bytes:
             return await in_parts(self.send, operation, requests, contexts, self._limits.batch_bytes)
         try:
-            # Two contexts: the slot is part of the time that the callers wait.
+            # The time-out includes the wait for a slot.
             async with asyncio.timeout(remaining_s), self._slot(operation):
                 return await self._deliver(operation, requests, contexts, body)
         except TimeoutError:
@@ -152,7 +151,7 @@ class HttpTransport:
     async def _deliver(
         self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context], body: bytes
     ) -> Sequence[Outcome]:
-        """Tries one instance after another, each once, until one starts the batch or may have started it."""
+        """Tries the instances one after the other, each once, until one has started the batch, or may have."""
         balancer = self._balancer(operation.service)
         tried: list[Instance] = []
         while (pick := balancer.pick(len(requests), tried)) is not None:
@@ -175,7 +174,7 @@ class HttpTransport:
         contexts: Sequence[Context],
         body: bytes,
     ) -> Sequence[Outcome] | None:
-        """The outcomes at one instance; None where it started nothing and another one may."""
+        """The outcomes at one instance; None if it started nothing and another instance may start the batch."""
         try:
             answer = await self._post(pick.instance, operation, contexts, body)
         except NotConnected:
@@ -202,15 +201,15 @@ class HttpTransport:
 
     async def _post(
         self, instance: Instance, operation: Operation[Any, Any], contexts: Sequence[Context], body: bytes
-    ) -> Answer:
-        """Raises `NotConnected`, `ConnectionBroke` or `AnswerTooLarge`; aiohttp's errors end here."""
+    ) -> HttpAnswer:
+        """Raises `NotConnected`, `ConnectionBroke` or `AnswerTooLarge`, into which it translates aiohttp's errors."""
         url = f"{self._scheme}://{instance.address}{PATH_PREFIX}{operation.service}/{operation.name}"
         try:
             async with self._open_session().post(
                 url, data=body, headers=self._headers_for(operation, contexts), allow_redirects=False
             ) as response:
-                return Answer(response.status, response.headers, await self._read(response))
-        # These come from opening a connection alone; the last one of an address that is none.
+                return HttpAnswer(response.status, response.headers, await self._read(response))
+        # Only opening a connection raises these; the last one means that the address is malformed.
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL) as error:
             raise NotConnected(str(error)) from error
         except (aiohttp.ClientError, OSError) as error:
@@ -233,7 +232,7 @@ class HttpTransport:
 
     def _headers_for(self, operation: Operation[Any, Any], contexts: Sequence[Context]) -> Mapping[str, str]:
         remaining_ms = (max(context.deadline for context in contexts) - self._clock.monotonic()) * 1_000
-        # What is over in this very moment is told by the receiver, request by request.
+        # At least a little, also if the deadline passes right now: the receiver then refuses each expired request.
         headers = {**self._headers, REMAINING_MS: f"{min(max(remaining_ms, 0.001), LONGEST_REMAINING_MS):.3f}"}
         headers[AUTHORIZATION] = BEARER + self._signer.token(operation.service)
         if HEADER_WORD.fullmatch(contexts[0].trace_id):
@@ -253,7 +252,7 @@ class HttpTransport:
                 # The time that the callers wait is measured outside, over all attempts.
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=limits.connect_seconds),
                 cookie_jar=aiohttp.DummyCookieJar(),
-                # A small answer cannot become a large one.
+                # A small answer cannot be decompressed into a large one.
                 auto_decompress=False,
                 skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
             )
@@ -279,26 +278,26 @@ class HttpTransport:
         return slot
 
 
-# ------------------------------------------------------------------------------------------------- what an answer says
+# ------------------------------------------------------------------------------------------------- what an answer means
 
 
 def _refused(
-    operation: Operation[Any, Any], requests: Sequence[Any], answer: Answer, instance: Instance
+    operation: Operation[Any, Any], requests: Sequence[Any], answer: HttpAnswer, instance: Instance
 ) -> Sequence[Outcome] | None:
-    """The outcomes of a batch that was answered without outcomes; None where another instance may start it."""
+    """The outcomes of a batch that was answered without outcomes; None if another instance may start it."""
     reason = answer.headers.get(NOT_STARTED)
     fields = {"operation": operation.full_name, "address": instance.address, "status": answer.status, "reason": reason}
     log.warning("rpc_refused", **fields)
     if reason is None:
         return not_known(operation, requests)
-    if answer.status in GO_ELSEWHERE:
+    if answer.status in TRY_NEXT_INSTANCE:
         return None
-    # It does not understand what was sent, and neither would another one: a bug on one of the two sides.
+    # The instance does not understand the batch, and another one would not either: a bug on one of the two sides.
     return [Internal(operation=operation.full_name) for _ in requests]
 
 
 def _seconds(text: str) -> float:
-    """What a header says, or 0; the balancer bounds it."""
+    """The value of a header, or 0; the balancer bounds it."""
     try:
         seconds = float(text)
     except ValueError:

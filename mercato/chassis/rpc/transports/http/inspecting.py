@@ -1,4 +1,4 @@
-"""Asking each instance of a service, over HTTP, how it is: `GET /rpc/orders`."""
+"""Reads the stats of each instance of a service over HTTP: `GET /rpc/orders`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ANSWER_SECONDS: Final = 1.0
 
 
 class Inspector:
-    """Asks all instances that `registry` names, in the name of the caller that `signer` signs for."""
+    """Asks all instances in `registry`, as the caller whose tokens `signer` signs."""
 
     def __init__(self, registry: Registry, signer: TokenSigner, *, tls: ssl.SSLContext | None = None) -> None:
         self._registry = registry

@@ -1,4 +1,4 @@
-"""A process among others that call each other over HTTP."""
+"""A process whose services call those of other processes over HTTP."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .server import RpcApp
 from .wire import RPC_LIMITS
 
 LEAVE_SECONDS: Final = 2.0
-"""A process that drains refuses batches for so long before it closes its connections. By then each caller has heard it,
-and goes elsewhere, or has closed a connection that it did not use (`HttpClientLimits.keep_alive_seconds`)."""
+"""A process that drains refuses batches for so long before it closes its connections. By then each caller has received
+a refusal, and uses other instances, or has closed an unused connection (`HttpClientLimits.keep_alive_seconds`)."""
 DRAIN_SECONDS: Final = 3.0
-"""Then running batches have so long."""
+"""How long running batches may take after that."""
 
 
 class HttpRemote:
@@ -70,7 +70,7 @@ class HttpRemote:
         return self._transports[caller]
 
     async def open(self) -> None:
-        """Connections are made with the first calls."""
+        """Does nothing: the first calls open connections."""
         await self._registry.open()
 
     async def serve(self, servers: Mapping[str, Server]) -> None:
@@ -112,11 +112,11 @@ class HttpRemote:
         for transport in self._transports.values():
             await transport.close()
 
-    def announce(self, source: str) -> None:
-        """Nothing: consumers poll."""
+    def wake_consumers(self, source: str) -> None:
+        """Does nothing: consumers poll."""
 
     async def listen(self, consumer: str, source: str, wake: Callable[[], None]) -> None:
-        """Nothing is heard: consumers poll."""
+        """Never calls `wake`: consumers poll."""
 
     async def inspect(self, services: Collection[str]) -> Mapping[str, Sequence[Inspected]]:
         found = await asyncio.gather(*(self._inspector.inspect(service) for service in services))
@@ -131,7 +131,7 @@ class HttpRemote:
 
 
 def _reason(instances: Sequence[Inspected]) -> str:
-    """Why no instance takes calls; empty where one does."""
+    """Why no instance accepts calls; empty if one does."""
     if any(found.stats for found in instances):
         return ""
     return next((found.problem for found in instances), "no instance is known")

@@ -1,4 +1,4 @@
-"""The receiving end of the HTTP transport: an ASGI application before the servers of one process."""
+"""The receiving end of the HTTP transport: an ASGI application in front of the servers of one process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mercato.chassis.http import COMPLETE_RESPONSE
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.rpc.codec import decode_requests, encode_outcomes
 from mercato.chassis.rpc.server import Server
-from mercato.chassis.rpc.stats import Recorder, Stats
+from mercato.chassis.rpc.stats import OperationRecorder, Stats
 from mercato.chassis.rpc.transports.encoded import answer_decoded
 from mercato.chassis.rpc.trust import Trust
 
@@ -52,11 +52,11 @@ PROBLEM: Final = b"content-type: application/problem+json"
 JSON: Final = b"content-type: application/json"
 OUTCOMES: Final = b"content-type: " + CONTENT_TYPE.encode()
 SHOWN_CHARACTERS: Final = 200
-"""So much of what a caller sent may stand in a line of the log."""
+"""How much of a caller's input may be written in a line of the log."""
 
 
 class RefusedBatch(Exception):
-    """Nothing was started. `detail` is a sentence for the engineer who calls; `lines` are headers of the answer."""
+    """Nothing was started. `detail` is a sentence for the caller's engineer; `lines` are headers of the answer."""
 
     def __init__(self, reason: NotStarted, detail: str, *lines: bytes) -> None:
         super().__init__(detail)
@@ -70,11 +70,11 @@ class CallerLeft(Exception):
 
 
 class RpcApp:
-    """Serves `servers`, by the name of their contract, under `/rpc/`; the mapping may still be filled.
+    """Serves `servers`, by the name of their contract, under `/rpc/`; servers may be added to the mapping later.
 
-    It needs the bounds of an `HttpServer`, of which it takes that a body is bounded and arrives in time, and that an
-    answer is one message. A batch whose caller has left is not cancelled: it may be behind its commit. It is cancelled
-    when the time is over that its callers wait, as in one process.
+    It must run in an `HttpServer`, which bounds the size and time of a body, and takes an answer as one message.
+    A batch whose caller has left is not cancelled: it may have committed. As within one process, it is cancelled when
+    the deadlines of its callers have passed.
     """
 
     def __init__(self, servers: Mapping[str, Server], trust: Trust, clock: Clock, stats: Stats | None = None) -> None:
@@ -85,9 +85,9 @@ class RpcApp:
         self._ends_at: float | None = None
 
     def drain(self, seconds: float) -> None:
-        """From now on each batch is refused, unstarted, so that its caller goes elsewhere; running ones are answered.
+        """From now on refuses each batch unstarted, so that its caller uses another instance; answers running ones.
 
-        `seconds` is how long it takes at most until this process has ended: so long no caller comes again.
+        `seconds`: this process has ended by then; until then callers send nothing to it.
         """
         self._ends_at = self._clock.monotonic() + seconds
 
@@ -109,7 +109,7 @@ class RpcApp:
             await _send(send, 200, answer, OUTCOMES)
 
     def _describe(self, scope: Scope) -> bytes:
-        """What `GET /rpc/orders` answers to any caller that is known: the `InstanceStats` of a service."""
+        """The answer of `GET /rpc/orders` to any authenticated caller: the `InstanceStats` of a service."""
         service = scope["path"].removeprefix(PATH_PREFIX)
         if service not in self._servers:
             raise RefusedBatch(NotStarted.UNKNOWN_OPERATION, "This process does not serve such a service.")
@@ -127,14 +127,19 @@ class RpcApp:
             raise
 
     async def _run(
-        self, server: Server, operation: Operation[Any, Any], recorder: Recorder, scope: Scope, receive: Receive
+        self,
+        server: Server,
+        operation: Operation[Any, Any],
+        recorder: OperationRecorder,
+        scope: Scope,
+        receive: Receive,
     ) -> bytes:
         self._check_not_draining()
         headers = dict(scope["headers"])
         remaining_s = _check_head(scope["method"], headers)
         caller = self._caller(operation.service, headers)
         body = await _whole_body(receive)
-        # Again, for a body may take its time; from here to the handler nothing waits.
+        # Checked again, for the body may have taken long; from here to the handler there is no further wait.
         self._check_not_draining()
         requests, contexts = self._decode(operation, body, headers)
         refusals = self._trust.refusals(caller, operation, contexts)
@@ -175,7 +180,7 @@ class RpcApp:
     ) -> tuple[Sequence[Any], Sequence[Context]]:
         try:
             requests, contexts = decode_requests(operation, body, self._clock.monotonic())
-        except (msgspec.MsgspecError, RecursionError) as error:  # the second one: lists in lists in lists
+        except (msgspec.MsgspecError, RecursionError) as error:  # RecursionError: deeply nested lists
             caller = headers.get(VERSION.encode(), b"").decode("ascii", "replace")[:SHOWN_CHARACTERS]
             log.warning("rpc_malformed", operation=operation.full_name, caller_version=caller, reason=str(error))
             raise RefusedBatch(NotStarted.MALFORMED_BODY, "The body is not a batch in MessagePack.") from error

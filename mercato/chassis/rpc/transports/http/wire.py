@@ -1,4 +1,4 @@
-"""What both ends of the HTTP transport agree on: names, limits, and how to name a refusal."""
+"""The protocol of the HTTP transport: names, limits, and reasons of refusals."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ REMAINING_MS: Final = "mercato-remaining-ms"
 TRACE_ID: Final = "mercato-trace-id"
 VERSION: Final = "mercato-version"
 NOT_STARTED: Final = "mercato-not-started"
-"""On an answer: nothing was started, and why, as a `NotStarted`. A proxy in between does not send it."""
+"""On an answer: nothing was started, and why, as a `NotStarted`. A proxy in between does not send this header."""
 DRAINING_SECONDS: Final = "mercato-draining-seconds"
-"""On an answer: the instance takes no calls any more, and has ended after so many seconds."""
+"""On an answer: the instance accepts no more calls, and will have ended after so many seconds."""
 
 LARGEST_BATCH_BYTES: Final = 16 * 1_048_576
 LARGEST_ANSWER_BYTES: Final = 64 * 1_048_576
@@ -27,13 +27,13 @@ LONGEST_REMAINING_MS: Final = 600_000.0
 
 RPC_LIMITS: Final = HttpLimits(
     body_bytes=LARGEST_BATCH_BYTES,
-    # With the seconds for the request, longer than the longest deadline of an operation: or its answer is cut off.
+    # Together with the seconds for the request, longer than the longest deadline of an operation: no answer is cut off.
     response_grace_seconds=110.0,
     connections=4_096,
-    # Callers are the shop's own processes, of which many may be on one machine; one that hangs up waits no more.
+    # Callers are the shop's own processes, of which many may be on one machine; one that closes its half has given up.
     connections_of_one=4_096,
     answers_half_closed=False,
-    # Longer than the client keeps an unused connection, so that it is never the server who closes one.
+    # Longer than the client keeps an unused connection, so that the server never closes one.
     keep_alive_seconds=60.0,
 )
 """The bounds of an `HttpServer` that serves a `RpcApp`."""

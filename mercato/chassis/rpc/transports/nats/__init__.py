@@ -7,36 +7,36 @@
       mercato-version               the release of the caller, and so of its contracts
 
 The parts
-    `NatsTransport`  in the calling process: publishes, and receives the answers in an inbox of its own.
-    `NatsServer`     in the serving process: bounded handlers before the `Server`s, and the NATS micro protocol, by
-                     which services are found, inspected and measured with the tools of NATS.
-    `NatsConnection` what both stand on. It reconnects by itself.
+    `NatsTransport`  in the calling process: publishes, and receives the answers in its own inbox.
+    `NatsServer`     in the serving process: bounded handlers in front of the `Server`s, and the NATS micro protocol,
+                     with which the tools of NATS find, inspect and measure services.
+    `NatsConnection` the connection that both use. It reconnects by itself.
     `permissions`    what the user of a process may publish and subscribe.
-    `instances`      which instances there are, and what they have done.
+    `instances`      which instances there are, and their stats.
     `NatsRemote`     all of it, with the lifecycle of a process; it also wakes the consumers of event logs.
 
-What an answer says about the batch
+What an answer means
     outcomes                        done: an outcome for each request, errors of the service included
     `mercato-not-started`           nothing was started, and why; `draining`: it is sent again, to another instance
-    `Nats-Service-Error-Code`       not known: it failed unexpectedly
+    `Nats-Service-Error-Code`       unknown: it failed unexpectedly
     no responder                    nothing was started: no instance has subscribed
-    nothing, and the connection is lost, or the time is over: not known
+    none before the deadline, or before the connection is lost: unknown
 
 Guaranteed
-    - A batch is sent again only where an instance that drains says that it has started nothing. What was published
-      before a connection was lost is not published on the next one, and its answers are dropped.
+    - A batch is sent again only if a draining instance answers that it has started nothing. Messages published before
+      a connection was lost are not published on the next one, and their answers are dropped.
     - Without a connection a call fails at once, and calls in flight end when it is lost.
-    - Where it is not known whether a request was started, its caller gets `Unavailable` if repeating it is safe
+    - If it is unknown whether a request was started, its caller gets `Unavailable` if repeating it is safe
       (`safe`, or `keyed` with a key), and `OutcomeUnknown` if not.
-    - A batch, or an answer, that is larger than the server's `max_payload` travels in parts. A single request that is
+    - A batch, or an answer, that is larger than the server's `max_payload` is sent in parts. A single request that is
       larger is refused with `InvalidRequest`.
-    - The time that a batch waits for a slot is part of its time. When it is over, the batch is not started.
-    - An instance that closes answers all batches that it has taken, and starts no other.
+    - The deadline of a batch includes its wait for a slot. After the deadline, the batch is not started.
+    - An instance that closes answers all batches that it has accepted, and starts no other.
     - No handler sees a batch without a valid token, of an operation that its caller is not granted, or a request in the
       name of a role that its caller is not granted.
     - The texts of exceptions stay in the process that raised them.
 
-Tokens and bodies travel as they are: outside of loopback, TLS has to protect them (`tls://`).
+Tokens and bodies are sent in the clear: outside of loopback, TLS has to protect them (`tls://`).
 """
 
 from .client import NatsTransport

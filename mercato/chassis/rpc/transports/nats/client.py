@@ -39,34 +39,34 @@ from .wire import (
 log = structlog.stdlib.get_logger("mercato.rpc.nats")
 
 HEADER_WORD: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-"""What may stand in a header as it is: a trace id may come from outside."""
+"""What is put into a header unescaped: a trace id may come from a client."""
 PART_OF: Final = re.compile(r"([1-9][0-9]{0,3})/([1-9][0-9]{0,3})")
 REPLY_BYTES: Final = 9
-"""Random, in each reply subject: who was not called cannot answer."""
+"""Random bytes of each reply subject: only the process that was called can answer."""
 
 STATUS: Final = "Status"
 NO_RESPONDERS: Final = "503"
 
 
-class Answer(msgspec.Struct, frozen=True):
-    """What an instance answered, complete; with the headers of the last part to arrive."""
+class NatsAnswer(msgspec.Struct, frozen=True):
+    """A complete answer of an instance, with the headers of the part that arrived last."""
 
     headers: Mapping[str, str]
     body: bytes
 
 
 class PendingAnswer:
-    """An answer that is awaited, and may come in parts. `whole` is None when it does not come, or makes no sense."""
+    """An answer that is awaited, and may arrive in parts. `whole` is None if it cannot arrive or is malformed."""
 
     __slots__ = ("_bytes", "_parts", "whole")
 
     def __init__(self) -> None:
-        self.whole: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
+        self.whole: asyncio.Future[NatsAnswer | None] = asyncio.get_running_loop().create_future()
         self._parts: dict[int, bytes] = {}
         self._bytes = 0
 
     def add(self, headers: Mapping[str, str], body: bytes) -> None:
-        """Parts come in any order. What comes after the end changes nothing."""
+        """Adds a part; parts arrive in any order. A part after the last one is ignored."""
         if self.whole.done():
             return
         place = PART_OF.fullmatch(headers.get(PART, "1/1"))
@@ -77,7 +77,7 @@ class PendingAnswer:
         self._parts[int(place[1])] = body
         self._bytes += len(body)
         if len(self._parts) == int(place[2]):
-            self.whole.set_result(Answer(headers, b"".join(part for _, part in sorted(self._parts.items()))))
+            self.whole.set_result(NatsAnswer(headers, b"".join(part for _, part in sorted(self._parts.items()))))
 
     def give_up(self) -> None:
         if not self.whole.done():
@@ -100,20 +100,20 @@ class NatsTransport:
         self._inbox: Subscribed | None = None
 
     async def open(self) -> None:
-        """Subscribes to an inbox. The connection must be open; when it is lost later, it comes back with the inbox."""
+        """Subscribes to an inbox. The connection must be open; a reconnection subscribes to the inbox again."""
         self._connection.on_lost.append(self._lose)
         self._inbox = await self._connection.subscribe_inbox(self._on_answer)
         await self._connection.flush()
 
     def _lose(self) -> None:
-        """The connection is lost: no answer to what is in flight can come any more."""
+        """Ends the calls in flight: the connection is lost, and with it their answers."""
         for pending in self._pending.values():
             pending.give_up()
 
     async def send(
         self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context]
     ) -> Sequence[Outcome]:
-        """See `Transport`. A batch that is larger than a message is sent in parts, which fail by themselves."""
+        """See `Transport`. A batch that is larger than a message is sent in parts; each may fail without the others."""
         while (outcomes := await self._try(operation, requests, contexts)) is None:
             pass
         return outcomes
@@ -121,7 +121,7 @@ class NatsTransport:
     async def _try(
         self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context]
     ) -> Sequence[Outcome] | None:
-        """The outcomes at one instance; None where it drains and has started nothing."""
+        """The outcomes at one instance; None if it drains and has started nothing."""
         now = self._clock.monotonic()
         remaining_s = min(max(context.deadline for context in contexts) - now, LONGEST_REMAINING_MS / 1_000)
         if remaining_s <= 0:
@@ -129,9 +129,9 @@ class NatsTransport:
         block = header_block(self._headers_for(operation, contexts, remaining_s))
         body = encode_requests(requests, contexts, now)
         try:
-            room = self._connection.max_payload - len(block)
-            if len(body) > room:
-                return await in_parts(self.send, operation, requests, contexts, room)
+            largest_body = self._connection.max_payload - len(block)
+            if len(body) > largest_body:
+                return await in_parts(self.send, operation, requests, contexts, largest_body)
             async with asyncio.timeout(remaining_s):
                 answer = await self._ask(operation, block, body)
         except NotConnected:
@@ -140,8 +140,8 @@ class NatsTransport:
             raise DeadlineExceeded(operation=operation.full_name) from None
         return not_known(operation, requests) if answer is None else _outcomes(operation, requests, answer)
 
-    async def _ask(self, operation: Operation[Any, Any], block: bytes, body: bytes) -> Answer | None:
-        """None when the answer cannot come any more. Raises `NotConnected` where nothing was sent."""
+    async def _ask(self, operation: Operation[Any, Any], block: bytes, body: bytes) -> NatsAnswer | None:
+        """None if the answer cannot arrive any more. Raises `NotConnected` if nothing was sent."""
         assert self._inbox is not None, "the transport is not open"
         word = secrets.token_urlsafe(REPLY_BYTES)
         pending = self._pending[word] = PendingAnswer()
@@ -170,8 +170,8 @@ class NatsTransport:
         return headers
 
 
-def _outcomes(operation: Operation[Any, Any], requests: Sequence[Any], answer: Answer) -> Sequence[Outcome] | None:
-    """What an answer says; None where another instance may start the batch."""
+def _outcomes(operation: Operation[Any, Any], requests: Sequence[Any], answer: NatsAnswer) -> Sequence[Outcome] | None:
+    """The outcomes in an answer; None if another instance may start the batch."""
     if answer.headers.get(STATUS) == NO_RESPONDERS:
         raise Unavailable(service=operation.service)
     reason = answer.headers.get(NOT_STARTED)
@@ -180,7 +180,7 @@ def _outcomes(operation: Operation[Any, Any], requests: Sequence[Any], answer: A
     if reason == NotStarted.OVERLOADED:
         raise Overloaded(operation=operation.full_name)
     if reason is not None:
-        # It does not understand what was sent, and neither would another one: a bug on one of the two sides.
+        # The instance does not understand the batch, and another one would not either: a bug on one of the two sides.
         log.warning("rpc_refused", operation=operation.full_name, reason=reason)
         return [Internal(operation=operation.full_name) for _ in requests]
     if ERROR_CODE in answer.headers:

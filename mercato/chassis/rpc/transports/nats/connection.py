@@ -1,4 +1,4 @@
-"""One connection of a process to NATS, which comes back by itself."""
+"""One connection of a process to NATS, which reconnects by itself."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from .wire import frame
 
 OPEN_SECONDS: Final = 10.0
 CONNECT_SECONDS: Final = 2.0
-"""One attempt, subscriptions included."""
+"""The deadline of one attempt, subscriptions included."""
 FIRST_RETRY_SECONDS: Final = 0.1
 LAST_RETRY_SECONDS: Final = 2.0
 FLUSH_SECONDS: Final = 5.0
 CLOSE_SECONDS: Final = 1.0
 PING_SECONDS: Final = 5.0
 SILENT_PINGS: Final = 1
-"""A connection is lost when the next PING is due and so many have no PONG: after two times `PING_SECONDS`."""
+"""A connection is lost when the next PING is due while so many have no PONG: after two times `PING_SECONDS`."""
 PENDING_BYTES_MAX: Final = 64 * 1_048_576
-"""Published, and not yet taken by the socket: more than the largest answer."""
+"""The most bytes that wait for the socket: more than the largest answer."""
 REFUSED: Final = re.compile(r"permissions violation for (publish|subscription) to \"([^\"]*)\"", re.IGNORECASE)
 
 log = structlog.stdlib.get_logger("mercato.nats")
@@ -41,11 +41,11 @@ Handle = Callable[[Msg], Awaitable[None]]
 
 
 class NotConnected(Exception):
-    """There is no connection, or too much waits for it already: nothing was sent."""
+    """There is no connection, or too many bytes wait for it already: nothing was sent."""
 
 
 class Subscribed:
-    """What is subscribed on each connection, until it is unsubscribed. An inbox has a new `subject` on each."""
+    """A subscription that each new connection makes again, until it is unsubscribed; an inbox with a new `subject`."""
 
     def __init__(self, subject: str, handle: Handle, queue: str = "", *, is_inbox: bool = False) -> None:
         self.subject = subject
@@ -60,7 +60,7 @@ class Subscribed:
         pattern = f"{self.subject}.*" if self._is_inbox else self.subject
 
         async def handle(message: Msg) -> None:
-            # The server may send before the attempt to connect has ended: an answer would find no connection.
+            # The server may send before the attempt to connect has ended, when an answer could not be published yet.
             await client.in_use.wait()
             await self._handle(message)
 
@@ -74,11 +74,11 @@ class Subscribed:
 class NatsConnection:
     """`open` before use, and `close` at the end. In between it reconnects by itself, for ever.
 
-    Each connection starts from nothing: all subscriptions are made again, and what was published before is not
-    published again. `on_lost` is called at once whenever the connection is lost. It belongs to one event loop.
+    Each connection starts anew: it makes all subscriptions again, and does not publish earlier messages again.
+    `on_lost` is called at once whenever the connection is lost. It belongs to one event loop.
 
     `url` is `nats://host:port`, or `tls://host:port` with the certificates of `tls_ca` (None: those of the system).
-    `name` is shown by the tools of NATS. `inbox_prefix` is what the user may subscribe; None: that of `permissions.py`.
+    The tools of NATS show `name`. The user may subscribe below `inbox_prefix`; None: that of `permissions.py`.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class NatsConnection:
         self._ping_seconds = ping_seconds
         self._client: NatsClient | None = None
         self._subscribed: list[Subscribed] = []
-        # An attempt to connect takes the subscriptions of one moment: nothing may be added or removed meanwhile.
+        # An attempt to connect makes the subscriptions that exist when it begins: none may be added or removed then.
         self._changing = asyncio.Lock()
         self._keeping: asyncio.Task[None] | None = None
         self._reason = ""
@@ -114,7 +114,7 @@ class NatsConnection:
 
     @property
     def max_payload(self) -> int:
-        """The largest message that the server takes, in bytes, headers included. Raises `NotConnected`."""
+        """The largest message that the server accepts, in bytes, headers included. Raises `NotConnected`."""
         if (client := self._connected()) is None:
             raise NotConnected
         return client.max_payload
@@ -138,7 +138,7 @@ class NatsConnection:
         self._keeping = asyncio.create_task(self._keep())
 
     async def close(self) -> None:
-        """Sends what was published, and ends the connection; returns within two seconds. May be called again."""
+        """Sends what was published, and ends the connection; returns within two seconds. It may be called twice."""
         if self._keeping is not None:
             self._keeping.cancel()
             await asyncio.wait({self._keeping})
@@ -154,11 +154,11 @@ class NatsConnection:
     # ------------------------------------------------------------------------------------------------------- messages
 
     async def subscribe(self, subject: str, handle: Handle, queue: str = "") -> Subscribed:
-        """`handle` is called for one message after the other, on this connection and on all later ones."""
+        """Calls `handle` for one message after the other, on this connection and on all later ones."""
         return await self._add(Subscribed(subject, handle, queue))
 
     async def subscribe_inbox(self, handle: Handle) -> Subscribed:
-        """An inbox: what is published to its `subject`, a dot and one word."""
+        """An inbox: it receives messages to its `subject`, a dot and one word."""
         return await self._add(Subscribed("", handle, is_inbox=True))
 
     async def _add(self, subscribed: Subscribed) -> Subscribed:
@@ -169,9 +169,9 @@ class NatsConnection:
         return subscribed
 
     async def unsubscribe(self, *subscribed: Subscribed, begun: Callable[[], None] = lambda: None) -> None:
-        """Returns when everything that the server had sent has been handled; it sends no more.
+        """Returns when all messages that the server had sent are handled; it sends no more.
 
-        `begun` is called when it has been asked to send no more. What is published from then on, it processes later.
+        `begun` is called when the request to the server is written. The server processes later messages after it.
         """
         async with self._changing:
             self._subscribed = [kept for kept in self._subscribed if kept not in subscribed]
@@ -188,18 +188,18 @@ class NatsConnection:
                 log.info("nats_not_unsubscribed", address=self.address, reason=type(error).__name__)
 
     async def publish(self, subject: str, body: bytes, *, reply: str = "", block: bytes = b"") -> None:
-        """Hands a message to the connection; `block` has its headers. Raises `NotConnected` as `send` does."""
+        """Writes a message to the connection; `block` has its headers. Raises `NotConnected` as `send` does."""
         await self.send(frame(subject, body, reply, block))
 
     async def send(self, frames: bytes) -> None:
-        """Hands messages to the connection, in order. Raises `NotConnected` where there is none: nothing is sent."""
+        """Writes messages to the connection, in order. Raises `NotConnected` without a connection: nothing is sent."""
         client = self._connected()
         if client is None or client.pending_data_size > PENDING_BYTES_MAX:
             raise NotConnected
         await client.send(frames)
 
     async def flush(self) -> None:
-        """Returns when the server has processed everything so far. Raises `Unavailable` where it does not."""
+        """Returns when the server has processed all messages so far. Raises `Unavailable` if it does not."""
         if (client := self._connected()) is not None:
             try:
                 if await within(FLUSH_SECONDS, client, client.synchronize()) and client.is_connected:
@@ -235,7 +235,7 @@ class NatsConnection:
             try:
                 is_ready = await within(seconds, client, self._prepare(client)) and client.is_connected
                 self._note("" if is_ready else "timeout")
-            except Exception as error:  # an edge; no traceback: nats-py raises what it meets, with each attempt
+            except Exception as error:  # an edge; no traceback: nats-py raises any error, at each attempt
                 self._note("unauthorized" if "authorization" in str(error).lower() else type(error).__name__)
             finally:
                 if is_ready:
@@ -257,7 +257,7 @@ class NatsConnection:
             connect_timeout=CONNECT_SECONDS,
             ping_interval=self._ping_seconds,
             max_outstanding_pings=SILENT_PINGS,
-            # Or `publish` would wait for the socket, and swallow the cancellation of its caller: bounded there instead.
+            # Otherwise `publish` would wait for the socket, and swallow its caller's cancellation; `send` bounds it.
             pending_size=0,
         )
         for subscribed in self._subscribed:
@@ -265,13 +265,13 @@ class NatsConnection:
         await client.synchronize()
 
     def _note(self, reason: str) -> None:
-        """Why there is no connection: once in the log, not with each attempt."""
+        """Logs why there is no connection: once, not at each attempt."""
         if reason and reason != self._reason:
             log.warning("nats_not_connected", address=self.address, user=self._user, reason=reason)
         self._reason = reason
 
     async def _report(self, error: Exception) -> None:
-        """What nats-py reports aside: an error of the server, or of a handler. Their texts stay out of the log."""
+        """Called by nats-py with an error of the server or of a handler. Their texts are not logged."""
         if refused := REFUSED.search(str(error)):
             # nats-py gives the error in lower case.
             log.warning("nats_refused", user=self._user, action=refused[1], subject=refused[2])

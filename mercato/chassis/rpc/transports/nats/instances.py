@@ -1,6 +1,6 @@
-"""Which instances of services there are on NATS, and what each has done: one question to all of them.
+"""Which instances of services there are on NATS, and their stats: one question to all of them.
 
-It is for people who look at a running shop. Calls do not need it: NATS itself knows who has subscribed.
+It is for operators who inspect a running shop. Calls do not need it: NATS itself knows the subscribers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = structlog.stdlib.get_logger("mercato.rpc.nats")
 
 
 class FoundEndpoint(msgspec.Struct, frozen=True):
-    """One operation of an instance. The numbers are None where only its INFO came in time."""
+    """One operation of an instance. The numbers are None if only its INFO arrived in time."""
 
     name: str
     subject: str
@@ -33,12 +33,12 @@ class FoundEndpoint(msgspec.Struct, frozen=True):
     num_errors: int | None
     average_processing_time_s: float | None
     data: Mapping[str, Any]
-    """What Mercato says besides: `requests`, `p99_ms`, `open_breakers`, `callees`."""
+    """Mercato's own fields: `requests`, `p99_ms`, `open_breakers`, `callees`."""
     metadata: Mapping[str, str]
 
 
 class FoundInstance(msgspec.Struct, frozen=True):
-    """One service of one process. `metadata` is what its `NatsServer` was given, and `service`: its contract."""
+    """One service of one process. `metadata` is that of its `NatsServer`, and `service`: its contract."""
 
     name: str
     id: str
@@ -49,7 +49,7 @@ class FoundInstance(msgspec.Struct, frozen=True):
 
 
 class _EndpointMessage(msgspec.Struct, frozen=True):
-    """What INFO and STATS say, each a part of it."""
+    """The fields of INFO and STATS; each message has a part of them."""
 
     name: str
     subject: str
@@ -77,7 +77,7 @@ async def instances(connection: NatsConnection, seconds: float = SECONDS) -> Seq
 
     Raises `NotConnected` without a connection.
     """
-    heard: dict[tuple[str, str], list[_Message]] = {}
+    messages: dict[tuple[str, str], list[_Message]] = {}
 
     async def note(message: Msg) -> None:
         try:
@@ -85,8 +85,8 @@ async def instances(connection: NatsConnection, seconds: float = SECONDS) -> Seq
         except (msgspec.MsgspecError, RecursionError) as error:  # no responders, or a service that is not ours
             log.debug("nats_instance_malformed", reason=type(error).__name__)
             return
-        if len(heard) < INSTANCES_MAX or (answer.name, answer.id) in heard:
-            heard.setdefault((answer.name, answer.id), []).append(answer)
+        if len(messages) < INSTANCES_MAX or (answer.name, answer.id) in messages:
+            messages.setdefault((answer.name, answer.id), []).append(answer)
 
     inbox = await connection.subscribe_inbox(note)
     try:
@@ -95,7 +95,7 @@ async def instances(connection: NatsConnection, seconds: float = SECONDS) -> Seq
         await asyncio.sleep(seconds)
     finally:
         await connection.unsubscribe(inbox)
-    return [_found(answers) for _, answers in sorted(heard.items())]
+    return [_found(answers) for _, answers in sorted(messages.items())]
 
 
 def _found(answers: Sequence[_Message]) -> FoundInstance:

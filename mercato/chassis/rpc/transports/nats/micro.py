@@ -1,8 +1,8 @@
-"""The NATS micro protocol: how services are listed, inspected and measured with the tools of NATS.
+"""The NATS micro protocol: the tools of NATS list, inspect and measure services by it.
 
 An instance answers on `$SRV.PING`, `$SRV.INFO` and `$SRV.STATS`, each for all services, for those with its name, and
-for itself (`$SRV.INFO.orders.<id>`). The shapes are those of the public protocol, version 1. Handlers are not its
-business: the library's own run one request at a time, and send the text of an exception to the caller.
+for itself (`$SRV.INFO.orders.<id>`). The shapes are those of the public protocol, version 1. It runs no handlers:
+the library's own run one request at a time, and send the text of an exception to the caller.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 from nats.aio.msg import Msg
 
-from mercato.chassis.rpc.stats import CalleeStats, Recorder, Stats
+from mercato.chassis.rpc.stats import CalleeStats, OperationRecorder, Stats
 
 from .connection import NatsConnection, NotConnected, Subscribed
 from .wire import MICRO, micro_name
@@ -25,10 +25,10 @@ NANOSECONDS: Final = 1_000_000_000
 
 
 class Endpoint:
-    """What one operation of an instance has done since its start."""
+    """The statistics of one operation of an instance since its start."""
 
     def __init__(
-        self, name: str, subject: str, queue_group: str, metadata: Mapping[str, str], recorder: Recorder
+        self, name: str, subject: str, queue_group: str, metadata: Mapping[str, str], recorder: OperationRecorder
     ) -> None:
         self.name = name
         self.subject = subject
@@ -38,11 +38,11 @@ class Endpoint:
         self._recorder = recorder
 
     def answered(self, requests: int, seconds: float) -> None:
-        """A batch of so many requests was answered, after so long at work. Errors of the service are answers."""
+        """A batch of so many requests was answered after `seconds`. Errors of the service are answers."""
         self._recorder.answered(requests, seconds)
 
     def failed(self, reason: str, seconds: float = 0.0) -> None:
-        """A batch was refused, or failed unexpectedly. `reason` is a word, for it is shown to all who ask."""
+        """A batch was refused, or failed unexpectedly. `reason` is one word: any caller can read it."""
         self._recorder.failed(seconds)
         self._last_error = reason
 
@@ -76,7 +76,7 @@ class Endpoint:
 
 
 class MicroService:
-    """One service of one instance, as NATS sees it. `service` is the name of its contract."""
+    """One service of one instance in the protocol of NATS. `service` is the name of its contract."""
 
     def __init__(self, connection: NatsConnection, service: str, recorded: Stats, metadata: Mapping[str, str]) -> None:
         self._connection = connection
@@ -98,7 +98,7 @@ class MicroService:
         return endpoint
 
     async def open(self) -> Sequence[Subscribed]:
-        """Answers from now on; gives what is to be unsubscribed at the end."""
+        """Begins to answer; gives the subscriptions that the caller unsubscribes at the end."""
         verbs = {"PING": self._ping, "INFO": self._info, "STATS": self._stats}
         name, instance = self._identity["name"], self._identity["id"]
         return [
@@ -116,7 +116,7 @@ class MicroService:
 
     async def _stats(self, message: Msg) -> None:
         breakers = sorted(self._recorded.open_breakers())
-        # Of the process, not of an operation: the first endpoint says it for all.
+        # These belong to the process, not to an operation: only the first endpoint has them.
         callees = tuple(self._recorded.callees())
         endpoints = [endpoint.stats(breakers, () if i else callees) for i, endpoint in enumerate(self._endpoints)]
         await self._respond(message, "stats_response", {"started": self._started, "endpoints": endpoints})
@@ -124,5 +124,5 @@ class MicroService:
     async def _respond(self, message: Msg, kind: str, more: Mapping[str, Any]) -> None:
         if message.reply:
             body = msgspec.json.encode({"type": TYPE + kind, **self._identity, **more})
-            with contextlib.suppress(NotConnected):  # who asks waits only for a moment
+            with contextlib.suppress(NotConnected):  # the asking client waits only for a moment
                 await self._connection.publish(message.reply, body)

@@ -1,13 +1,13 @@
-"""What a user of NATS may publish and subscribe, out of the operations that it serves and calls.
+"""The subjects that a user of NATS may publish and subscribe to, from the operations that it serves and calls.
 
 A service may subscribe to its own operations and its own inbox, and publish to the operations that it calls. Subjects
-are named one by one: `mercato.orders.>` would also match `mercato.orders.log.read`, of another contract.
+are listed one by one: `mercato.orders.>` would also match `mercato.orders.log.read`, of another contract.
 
-Answers go to the inbox of the caller, so a user that serves may publish to all inboxes. It can use only those reply
-subjects that it was sent, because each ends with a random token. `allow_responses` of NATS would say it more exactly.
-But where an answer may have several parts, the server keeps each reply subject until a time limit, which has to be
-longer than any call: that takes memory and CPU for each batch. And it forgets them when the service reconnects: the
-answers that are ready by then would be refused.
+Answers go to the inbox of the caller, so a user that serves may publish to all inboxes. It can use only the reply
+subjects that callers have sent to it, because each ends with a random token. `allow_responses` of NATS would be
+stricter. But for answers in several parts, the server keeps each reply subject until a time limit, which has to be
+longer than any call: that costs memory and CPU for each batch. And it drops them when the service reconnects: it
+would refuse the answers that are ready then.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Permissions(msgspec.Struct, frozen=True):
 
 
 def inbox_prefix(user: str) -> str:
-    """Where the inboxes of a user are. No other user may subscribe there."""
+    """The prefix of the inboxes of a user. No other user may subscribe there."""
     assert USER.fullmatch(user), f"{user!r} is no name of a user of NATS"
     return f"{INBOXES}.{user}"
 
@@ -49,14 +49,14 @@ def permissions(
     watches: bool = False,
     besides: Iterable[str] = (),
 ) -> Permissions:
-    """Of a user that serves contracts and calls operations.
+    """The permissions of a user that serves contracts and calls operations.
 
-    `reads` are the services of whose events it hears. `watches`: it may ask which instances there are. `besides` are
+    `reads` are the services whose wake-ups it receives. `watches`: it may ask which instances there are. `besides` are
     further subjects that it may publish to.
     """
     called = tuple(calls)
     publish = [*(subject_of(operation) for operation in called), *besides]
-    # Whether a service that it calls is there: a process that cannot reach it is not ready.
+    # PING shows whether an instance of a called service is there: a process that cannot reach it is not ready.
     publish += [f"{MICRO}.PING.{micro_name(operation.service)}" for operation in called]
     subscribe = [f"{inbox_prefix(user)}.>", *(wake_subject(source) for source in reads)]
     served = tuple(serves)

@@ -1,4 +1,4 @@
-"""A process among others that call each other over NATS."""
+"""A process whose services call those of other processes over NATS."""
 
 from __future__ import annotations
 
@@ -24,17 +24,16 @@ from .wire import MICRO, micro_name, wake_subject
 
 ANSWER_SECONDS: Final = 1.0
 WAKE_PAUSE_SECONDS: Final = 0.005
-"""Commits that follow each other so closely wake once."""
+"""Commits within this time cause one wake-up."""
 
 log = structlog.stdlib.get_logger("mercato.rpc.nats")
 
 
 class NatsRemote:
-    """See `Remote`. Each caller of this process has a user of NATS, and so a connection, of its own.
+    """See `Remote`. Each caller of this process has its own user of NATS, and so its own connection.
 
     `connections` and `signers` are by the name of the caller; `trust_of` makes the `Trust` of the services served.
-    What a service serves, its event log included, is served on its connection. `metadata` is shown to those who list
-    the instances.
+    A service, its event log included, is served on its own connection. `metadata` is shown with the instances.
     """
 
     def __init__(
@@ -57,14 +56,14 @@ class NatsRemote:
             for caller, connection in connections.items()
         }
         self._servers: list[NatsServer] = []
-        self._announced: dict[str, asyncio.Event] = {}
-        self._announcing: list[asyncio.Task[None]] = []
+        self._wake_ups: dict[str, asyncio.Event] = {}
+        self._waking: list[asyncio.Task[None]] = []
 
     def transport(self, caller: str) -> NatsTransport:
         return self._transports[caller]
 
     def connection(self, caller: str) -> NatsConnection:
-        """Of one caller of this process, for what is no call."""
+        """The connection of one caller of this process, for messages that are no calls."""
         return self._connections[caller]
 
     async def open(self) -> None:
@@ -94,20 +93,20 @@ class NatsRemote:
         await asyncio.gather(*(server.close() for server in self._servers))
 
     async def close(self) -> None:
-        for task in self._announcing:
+        for task in self._waking:
             task.cancel()
-        if self._announcing:
-            await asyncio.wait(self._announcing)
+        if self._waking:
+            await asyncio.wait(self._waking)
         await asyncio.gather(*(connection.close() for connection in self._connections.values()))
 
     async def inspect(self, services: Collection[str]) -> Mapping[str, Sequence[Inspected]]:
         found = await instances(next(iter(self._connections.values())))
-        heard: dict[str, list[Inspected]] = {service: [] for service in services}
+        by_service: dict[str, list[Inspected]] = {service: [] for service in services}
         for instance in found:
             service = instance.metadata.get("service", "")
-            if service in heard:
-                heard[service].append(Inspected(instance.id, _stats_of(service, instance)))
-        return heard
+            if service in by_service:
+                by_service[service].append(Inspected(instance.id, _stats_of(service, instance)))
+        return by_service
 
     async def unreachable(self, services: Collection[str]) -> Mapping[str, str]:
         connection = next(iter(self._connections.values()))
@@ -115,26 +114,28 @@ class NatsRemote:
         return {service: reason for service, reason in zip(services, reasons, strict=True) if reason}
 
     def registry_problem(self) -> str:
-        """None: a server of NATS that is away is away for the calls too."""
+        """Empty: if the NATS server does not answer, calls fail as well."""
         return ""
 
     # ------------------------------------------------------------------------------------------------ event logs
 
-    def announce(self, source: str) -> None:
-        if source not in self._announced:
-            self._announced[source] = asyncio.Event()
-            self._announcing.append(asyncio.create_task(self._announce(source), name=f"announce events of {source}"))
-        self._announced[source].set()
+    def wake_consumers(self, source: str) -> None:
+        if source not in self._wake_ups:
+            self._wake_ups[source] = asyncio.Event()
+            self._waking.append(
+                asyncio.create_task(self._wake_consumers(source), name=f"wake_consumers events of {source}")
+            )
+        self._wake_ups[source].set()
 
-    async def _announce(self, source: str) -> None:
-        event, connection = self._announced[source], self._connections[source]
+    async def _wake_consumers(self, source: str) -> None:
+        event, connection = self._wake_ups[source], self._connections[source]
         while True:
             await event.wait()
             event.clear()
             try:
                 await connection.publish(wake_subject(source), b"")
             except NotConnected:
-                continue  # consumers find by polling what a lost wake-up does not tell
+                continue  # consumers also poll
             await asyncio.sleep(WAKE_PAUSE_SECONDS)
 
     async def listen(self, consumer: str, source: str, wake: Callable[[], None]) -> None:
@@ -173,11 +174,11 @@ def _stats_of(service: str, found: FoundInstance) -> InstanceStats:
 
 
 async def _reason(connection: NatsConnection, service: str) -> str:
-    """Why no instance of a service takes calls; empty where one answers."""
+    """Why no instance of a service accepts calls; empty if one answers."""
     answered = asyncio.Event()
 
     async def note(message: Msg) -> None:
-        if message.data:  # not the message of NATS that there are no responders
+        if message.data:  # empty: NATS reports that there are no responders
             answered.set()
 
     try:

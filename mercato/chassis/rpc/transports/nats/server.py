@@ -1,4 +1,4 @@
-"""The serving end of the NATS transport: bounded handlers before the servers of one process."""
+"""The serving end of the NATS transport: bounded handlers in front of the servers of one process."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ FAILED: Final[Mapping[str, str]] = {ERROR_CODE: "500", ERROR: "The batch failed 
 
 
 class NatsServerLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one operation in one process."""
+    """The limits of one operation in one process."""
 
     running: int = 64
-    """Batches at work, at least; as many as the operation has lanes where these are more."""
+    """Batches that run at once; the number of lanes of the operation if that is larger."""
     waiting: int = 256
-    """Batches beyond those. A further one is refused at once: another instance may have a slot."""
+    """Further batches that wait. Others are refused at once: another instance may have a slot."""
 
 
 class RefusedBatch(Exception):
@@ -59,7 +59,7 @@ class RefusedBatch(Exception):
 
 
 class _Arrived(msgspec.Struct, frozen=True):
-    """A batch, as it was when it arrived. An error in place of a request is its outcome."""
+    """A batch as it was decoded on arrival. An error in place of a request is its outcome."""
 
     requests: Sequence[Any | ServiceError]
     contexts: Sequence[Context]
@@ -87,7 +87,7 @@ class _Handler:
         self.tasks: set[asyncio.Task[None]] = set()
 
     async def take(self, message: Msg) -> None:
-        """What the subscription calls, one message after the other: so it hands over, and does not wait."""
+        """Called by the subscription for one message after the other: it starts a task, and does not wait."""
         arrived_at = self._server.clock.monotonic()
         if self._server.is_draining:
             await self._refuse(message, NotStarted.DRAINING)
@@ -116,13 +116,13 @@ class _Handler:
             await self._server.answer(message, answer, {})
 
     def _read(self, message: Msg, arrived_at: float) -> _Arrived:
-        """Reads the whole batch at once, so that what is refused takes no slot."""
+        """Reads the whole batch at once, so that a refused batch takes no slot."""
         operation, headers = self._operation, message.headers or {}
         caller = self._server.caller(operation, headers)
         ends_at = arrived_at + _remaining_s(headers)
         try:
             requests, contexts = decode_requests(operation, message.data, arrived_at)
-        except (msgspec.MsgspecError, RecursionError) as error:  # the second one: lists in lists in lists
+        except (msgspec.MsgspecError, RecursionError) as error:  # RecursionError: deeply nested lists
             log.warning("rpc_malformed", operation=operation.full_name, reason=str(error))
             raise RefusedBatch(NotStarted.MALFORMED_BODY) from error
         if not 1 <= len(requests) <= operation.size:
@@ -131,12 +131,12 @@ class _Handler:
         return _Arrived([refusals.get(i, request) for i, request in enumerate(requests)], contexts, ends_at)
 
     async def _run(self, batch: _Arrived) -> bytes:
-        """Waits for a slot and runs the batch in it, both within its time: late, it is not started."""
+        """Waits for a slot and runs the batch in it, both before its deadline. An expired batch is not started."""
         clock, started_at = self._server.clock, None
         try:
             async with asyncio.timeout(batch.ends_at - clock.monotonic()), self._slots:
                 started_at = clock.monotonic()
-                # A free slot is taken without waiting, and so without looking at the time.
+                # A free slot is acquired without a wait, and so without a check of the deadline.
                 if started_at >= batch.ends_at:
                     raise TimeoutError
                 answer = await answer_decoded(self._served, self._operation, batch.requests, batch.contexts)
@@ -151,9 +151,8 @@ class _Handler:
 class NatsServer:
     """Serves `servers`, by the name of their contract, on a connection. `open`, and `close` at the end.
 
-    `version` is the release of this process, as semver; `name` tells this instance from others of the same services.
-    `stats` are what it records. `metadata` is shown to those who list the instances: the pid, where its HTTP server
-    listens.
+    `version` is the release of this process, as semver; `name` distinguishes this instance from others of the same
+    services. It records in `stats`. `metadata` is shown with the instances: the pid, the address of the HTTP server.
     """
 
     def __init__(
@@ -172,7 +171,7 @@ class NatsServer:
         self.trust = trust
         self.clock = clock
         self.is_draining = False
-        """From now on every batch that arrives is refused, unstarted, and NATS sends no more."""
+        """Every batch that arrives is refused unstarted; NATS sends no more."""
         self._connection = connection
         self._servers = servers
         self._metadata = metadata or {}
@@ -182,7 +181,7 @@ class NatsServer:
         self._subscribed: list[Subscribed] = []
 
     async def open(self) -> None:
-        """Returns when callers find this instance. The connection must be open; later it comes back by itself."""
+        """Returns when callers find this instance. The connection must be open; later it reconnects by itself."""
         for served in self._servers.values():
             service = MicroService(self._connection, served.contract.service, self._stats, self._metadata)
             for operation in served.contract.operations.values():
@@ -193,13 +192,13 @@ class NatsServer:
                     await self._connection.subscribe(subject_of(operation), handler.take, QUEUE_GROUP)
                 )
             self._subscribed += await service.open()
-        await self._connection.flush()  # or the first caller finds no responder
+        await self._connection.flush()  # otherwise the first caller might find no responder
 
     async def close(self) -> None:
-        """Takes no more batches, and finishes those that were taken. Does not close the connection.
+        """Accepts no more batches, and finishes the accepted ones. Does not close the connection.
 
-        A batch that still arrives is refused, and its caller sends it again. It comes to another instance: NATS learns
-        that this one is gone before it gets the refusal, because it processes in order what this process sends.
+        A batch that still arrives is refused, and its caller sends it again. It reaches another instance: NATS gets the
+        UNSUB of this one before the refusal, because it processes the messages of this process in order.
         """
         await self._connection.unsubscribe(*self._subscribed, begun=self._drain)
         while running := [task for handler in self._handlers for task in handler.tasks]:
@@ -220,26 +219,26 @@ class NatsServer:
             raise RefusedBatch(NotStarted.UNTRUSTED) from None
 
     async def answer(self, message: Msg, body: bytes, headers: Mapping[str, str]) -> None:
-        """Answers in as many parts as it takes. Without a connection the caller has heard that nothing is known."""
+        """Answers in as many parts as needed. Without a connection, the outcome is already unknown to the caller."""
         if not message.reply:
             return
         try:
             for part, block in _parts(body, headers, self._connection.max_payload):
                 await self._connection.publish(message.reply, part, block=block)
-        except Exception as error:  # an edge: there is no connection, or the reply subject is none
+        except Exception as error:  # an edge: there is no connection, or the reply subject is not valid
             log.warning("rpc_answer_lost", reason=type(error).__name__, exc_info=error)
 
 
 def _parts(body: bytes, headers: Mapping[str, str], max_payload: int) -> Sequence[tuple[bytes, bytes]]:
-    """An answer in messages that the server takes, each with its headers. Too large for any caller, it is a failure."""
+    """Splits an answer into messages that the server accepts, with headers. An answer over the limit is a failure."""
     if len(body) > LARGEST_ANSWER_BYTES:
         log.error("rpc_answer_too_large", size=len(body))
         body, headers = b"", FAILED
     block = header_block(headers)
     if len(block) + len(body) <= max_payload:
         return [(body, block)]
-    room = max_payload - len(header_block({**headers, PART: f"{PARTS_MAX}/{PARTS_MAX}"}))
-    parts = [body[i : i + room] for i in range(0, len(body), room)]
+    part_bytes = max_payload - len(header_block({**headers, PART: f"{PARTS_MAX}/{PARTS_MAX}"}))
+    parts = [body[i : i + part_bytes] for i in range(0, len(body), part_bytes)]
     assert len(parts) <= PARTS_MAX, "max_payload of the server is too small"
     return [(part, header_block({**headers, PART: f"{n}/{len(parts)}"})) for n, part in enumerate(parts, 1)]
 

@@ -1,4 +1,4 @@
-"""What both ends of the NATS transport agree on: subjects, headers, and how to name a refusal."""
+"""The protocol of the NATS transport: subjects, headers, and reasons of refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ERROR: Final = "Nats-Service-Error"
 
 PARTS_MAX: Final = 9_999
 LARGEST_ANSWER_BYTES: Final = 32 * 1_048_576
-"""All parts together. NATS ends a connection for which more than 64 MiB wait."""
+"""Of all parts together. NATS ends a connection for which more than 64 MiB wait."""
 LONGEST_REMAINING_MS: Final = 600_000.0
 """Ten minutes; the longest deadline of an operation is little more than one."""
 
@@ -48,7 +48,7 @@ def subject_of(operation: Operation[Any, Any]) -> str:
 
 
 def wake_subject(source: str) -> str:
-    """On which a service says that there is something new in its event log."""
+    """The subject on which a service wakes the consumers of its event log."""
     return f"{WAKE}.{source}"
 
 
@@ -58,9 +58,9 @@ def micro_name(service: str) -> str:
 
 
 def header_block(headers: Mapping[str, str]) -> bytes:
-    """Headers as they travel. What it takes of `max_payload` is its length, which the server adds to that of the body.
+    """Encoded headers. The server counts their length and that of the body against `max_payload`.
 
-    Nothing is escaped: what comes from outside is checked before it becomes a header.
+    Nothing is escaped: values from clients are checked before they become headers.
     """
     if not headers:
         return b""
