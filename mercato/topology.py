@@ -1,6 +1,6 @@
 """Which services there are, what this process hosts, and how it reaches the rest.
 
-Everything that knows all services is here. A service is added by a line in `SERVICES`.
+Only this module knows all services. A service is added by a line in `SERVICES`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ SERVICES: Final[Mapping[str, type[Contract]]] = {
     "orders": Orders,
     "events": Events,
 }
-"""By name; the name is that of the database and of the role, and of the folder in `services/`."""
+"""The contracts by name, which is also that of the database, of the role, and of the folder in `services/`."""
 
 CALLS: Final[Mapping[str, tuple[Operation[Any, Any], ...]]] = {
     "users": (),
@@ -94,9 +94,9 @@ CALLS: Final[Mapping[str, tuple[Operation[Any, Any], ...]]] = {
     ),
     "events": (),
 }
-"""The operations of others that each service calls, and no more: a client refuses the rest, and a server its caller.
+"""The operations of others that each service may call: its clients, and the called servers, refuse all others.
 
-The event logs that a service reads are in `READS`. The gateway calls what its routes name.
+The event logs that a service reads are in `READS`. The gateway calls the operations of its routes.
 """
 
 READS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -107,27 +107,27 @@ READS: Final[Mapping[str, tuple[str, ...]]] = {
 """The services whose event logs a service reads."""
 
 SIMULATORS: Final[Mapping[str, str]] = {"sandbox": "bank"}
-"""Those of them that stand in for a system that is not ours, with their folder in `simulators/`."""
+"""The services that simulate an external system, with their folder in `simulators/`."""
 
 VERIFYING: Final = (Users.keys, Users.ended_sessions)
-"""What every process that serves routes calls: it verifies access tokens."""
+"""The operations that every process with routes calls, to verify access tokens."""
 
 OPERATOR: Final = "operator"
-"""The caller that is a person at the command line, in the role of staff."""
+"""The caller for a person at the command line, in the role of staff."""
 
 CALLERS: Final = (GATEWAY, OPERATOR, *SERVICES)
 
 SUBSCRIBER: Final = "subscriber"
-"""The user of NATS that is no caller: it reads the stream of the feed, and does nothing else."""
+"""The user of NATS that is no caller: it only reads the stream of the feed."""
 
 NATS_USERS: Final = (*CALLERS, SUBSCRIBER)
 
 DRAIN_SECONDS: Final = 2.0
-"""Running requests get so long at the end of a process, which as a whole has five seconds."""
+"""How long running requests may take at the end of a process, which as a whole has five seconds."""
 
 
 def builds(names: Sequence[str] = tuple(SERVICES)) -> dict[str, Build]:
-    """The `build` of each service, imported only now: a process imports what it hosts."""
+    """The `build` of each service, imported here, so that a process imports only the services that it hosts."""
     return {name: importlib.import_module(f"{package(name)}.app").build for name in names}
 
 
@@ -139,7 +139,7 @@ def may_call(service: str) -> Collection[str]:
 def called_by(caller: str) -> Sequence[Operation[Any, Any]]:
     """All operations that the gateway, the operator or a service calls in other processes, event logs among them.
 
-    Every process that serves routes verifies access tokens, by what it asks of users (`VERIFYING`).
+    Every process with routes verifies access tokens by operations of users (`VERIFYING`).
     """
     if caller == OPERATOR:
         return [operation for contract in SERVICES.values() for operation in contract.operations.values()]
@@ -162,8 +162,8 @@ def grants() -> Mapping[str, Grant]:
 
 
 def nats_permissions(user: str) -> Permissions:
-    """What one of `NATS_USERS` may do."""
-    # Imported here: it brings a client library that a shop in one place does without.
+    """The permissions of one of `NATS_USERS`."""
+    # Imported here: it imports a client library that a shop in one process does not need.
     from mercato.chassis.messaging.stream import BRIDGE_PUBLISHES, subscriber_permissions
     from mercato.chassis.rpc.transports.nats import permissions
 
@@ -211,12 +211,12 @@ def gateway(
     metrics_token: str = "",
     counts: int | None = None,
 ) -> Gateway:
-    """The rows of the public API that need `services` alone. `open_to`: the address of a shop that asks for no tokens.
+    """The routes of the public API that need only `services`. `open_to`: the address of a shop that requires no tokens.
 
-    `details` is told by `/health/ready` besides; what makes it say that the process is not ready, `problems` gives, by
-    default those of the databases; besides, that it does not know yet which sessions have ended. `caller` is whom
-    services in other processes see. `cors_origins`: whose pages may call the API from a browser.
-    `metrics_token` opens `/metrics`. `counts`: the file that the gateways of a machine count in together.
+    `/health/ready` shows `details` and `problems`, by default those of the databases; with a problem, or while it does
+    not know which sessions have ended, the process is not ready. `caller` is the name under which the gateway calls
+    services. `cors_origins`: the origins whose pages may call the API from a browser. `metrics_token` gives access to
+    `/metrics`. `counts`: the file in which the gateways of a machine count together.
     """
     routes = [route for route in ROUTES if {route.operation.service, *_services_of_parts(route)} <= set(services)]
 
@@ -281,9 +281,9 @@ def server(
     *,
     drain_seconds: float = DRAIN_SECONDS,
 ) -> HttpServer:
-    """An HTTP server for `app` on a socket that listens already."""
+    """An HTTP server for `app` on a listening socket."""
 
-    refused = "Requests refused before any route saw them."
+    refused = "Requests refused before they reached a route."
     refusals = telemetry.counter("mercato_http_requests_refused", refused, ["code"])
     cross_origin = app.cross_origin if isinstance(app, Gateway) else None
 
@@ -300,7 +300,7 @@ def server(
 
 
 async def as_the_shop(host: Hosting, call: Callable[[], Awaitable[T]], seconds: float = 30.0) -> T:
-    """Runs a call that nobody asked for, such as a step of the start, with the rights of a service."""
+    """Runs a call that serves no request, such as a step of the start, with the rights of a service."""
     token = current.set(acting(Actor(SERVICE_ROLE), clock=host.clock, seconds=seconds))
     try:
         return await call()

@@ -1,4 +1,4 @@
-"""The command line. Imports nothing heavy before it knows what is wanted."""
+"""The command line. It imports nothing slow before it knows the command."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mercato.cli import stopping, streams
 
 
 def main() -> None:
-    """What `mercato` runs."""
+    """The entry point of `mercato`."""
     streams.prepare()
     stopping.leave_at_once()
     from mercato.chassis.hosting import variables
@@ -27,7 +27,7 @@ def main() -> None:
     except OSError as error:
         if error.filename is not None or error.errno not in streams.UNWRITABLE:
             raise
-        # Who read our output has seen enough. Python would try to write the rest once more when it ends.
+        # The reader of the output has left. Python would try to write the rest once more when it ends.
         streams.discard_output()
         if not isinstance(error, BrokenPipeError):
             fail(str(OutputFailed(error)))

@@ -1,4 +1,4 @@
-"""`mercato users`: accounts, looked at and changed where no member of staff can sign in. The shop may run or not."""
+"""`mercato users`: reads and changes accounts if no member of staff can sign in. The shop may run or not."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ from mercato.contracts.users import (
 SERVICE: Final = "users"
 
 
-class Place(msgspec.Struct, frozen=True):
-    """Where the accounts are, as the command line says."""
+class ShopLocation(msgspec.Struct, frozen=True):
+    """The location of the accounts, from the command line."""
 
     data: Path
     dsn: str | None
     json: bool
 
 
-def list_accounts(place: Place, role: Role | None) -> int:
-    """Prints all accounts, those of a role alone where one is given; gives the exit code."""
+def list_accounts(place: ShopLocation, role: Role | None) -> int:
+    """Prints all accounts, or those of one role; gives the exit code."""
     return run(lambda: _with_users(place, lambda users: _list(users, place, role)))
 
 
-def set_password(place: Place, who: str) -> int:
-    """Sets a password, which is asked for, or read from standard input; gives the exit code."""
+def set_password(place: ShopLocation, who: str) -> int:
+    """Sets a password, which it prompts for, or reads from standard input; gives the exit code."""
     password = _asked_password()
     if password is None:
         fail("the two are not the same: nothing was changed")
@@ -65,7 +65,7 @@ def set_password(place: Place, who: str) -> int:
     return run(lambda: _with_users(place, change))
 
 
-def set_role(place: Place, who: str, role: Role) -> int:
+def set_role(place: ShopLocation, who: str, role: Role) -> int:
     """Gives an account a role; gives the exit code."""
 
     async def change(users: Users) -> None:
@@ -76,7 +76,7 @@ def set_role(place: Place, who: str, role: Role) -> int:
     return run(lambda: _with_users(place, change))
 
 
-def erase(place: Place, who: str) -> int:
+def erase(place: ShopLocation, who: str) -> int:
     """Erases an account; gives the exit code. By its id, it may be repeated."""
 
     async def change(users: Users) -> None:
@@ -88,7 +88,7 @@ def erase(place: Place, who: str) -> int:
     return run(lambda: _with_users(place, change))
 
 
-def show_log(place: Place, who: str | None, limit: int) -> int:
+def show_log(place: ShopLocation, who: str | None, limit: int) -> int:
     """Prints the newest entries of the security log, the newest first; gives the exit code."""
 
     async def read(users: Users) -> None:
@@ -123,12 +123,12 @@ def show_log(place: Place, who: str | None, limit: int) -> int:
     return run(lambda: _with_users(place, read))
 
 
-async def _with_users(place: Place, work: Callable[[Users], Coroutine[Any, Any, None]]) -> int:
-    def tell(line: str) -> None:
+async def _with_users(place: ShopLocation, work: Callable[[Users], Coroutine[Any, Any, None]]) -> int:
+    def print_step(line: str) -> None:
         if not place.json:
             note(line)
 
-    async with reached(place.data, place.dsn, tell) as databases, _service(databases.dsns[SERVICE]) as host:
+    async with reached(place.data, place.dsn, print_step) as databases, _service(databases.dsns[SERVICE]) as host:
         try:
             await topology.as_the_shop(host, lambda: work(host.client(Users)))
         except ServiceError as error:
@@ -142,7 +142,7 @@ async def _with_users(place: Place, work: Callable[[Users], Coroutine[Any, Any, 
 
 @asynccontextmanager
 async def _service(dsn: str) -> AsyncGenerator[Host]:
-    """The users service beside those that may run. It signs nothing and sends nothing, so that any secret will do."""
+    """A users service besides those that may run. It signs and sends nothing, so that any secret works."""
     builds = {SERVICE: topology.builds()[SERVICE]}
     async with hosted(Host(builds, {SERVICE: dsn}, secrets={SERVICE: secrets.token_bytes(SECRET_BYTES)})) as host:
         yield host
@@ -155,7 +155,7 @@ def _sentence(error: ServiceError) -> str:
     return str(error)
 
 
-async def _list(users: Users, place: Place, role: Role | None) -> None:
+async def _list(users: Users, place: ShopLocation, role: Role | None) -> None:
     found: list[User] = []
     after: int | None = 0
     while after is not None:
@@ -194,14 +194,14 @@ def _is_id(who: str) -> bool:
 
 
 def _asked_password() -> str | None:
-    """None where the second one differs from the first."""
+    """The password that a person types twice; None if the two differ."""
     if not sys.stdin.isatty():
         return sys.stdin.readline().rstrip("\n")
     first = getpass.getpass("New password: ")
     return first if getpass.getpass("Once more: ") == first else None
 
 
-def _say(place: Place, user: User, sentence: str) -> None:
+def _say(place: ShopLocation, user: User, sentence: str) -> None:
     show(json.dumps({"user": _document(user)}) if place.json else sentence)
 
 

@@ -1,4 +1,4 @@
-"""`mercato audit`: asks whether everything that must hold in this shop does, and says where it does not."""
+"""`mercato audit`: checks the invariants of a shop, and prints the rows that violate them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mercato.operations.audit.checking import Finding, Report, audit
 HOLDS: Final = 0
 VIOLATED: Final = 1
 FAILED: Final = 2
-"""Exit codes. 2: it could not be asked."""
+"""Exit codes. 2: the audit could not run."""
 
 WIDTH: Final = 118
 
@@ -38,18 +38,18 @@ def audit_shop(options: Options) -> int:
 async def _audit(options: Options) -> int:
     progress = Progress(as_json=False)
 
-    def tell(line: str) -> None:
-        # One document is promised to programs: they get nothing else.
+    def print_step(line: str) -> None:
+        # With --json, programs get one document, and nothing else.
         if not options.json:
             progress.step(line)
 
-    async with reached(options.data, options.dsn, tell) as databases:
+    async with reached(options.data, options.dsn, print_step) as databases:
         report = await audit(
             databases.admin_dsn,
             databases.dsns,
             settled_seconds=options.settled,
             is_stopped=databases.is_stopped,
-            progress=tell,
+            progress=print_step,
         )
     if options.json:
         progress.say(document(report))
@@ -76,7 +76,7 @@ def document(report: Report) -> str:
 
 
 def _lines(report: Report) -> Iterator[str]:
-    """A table for people, with the first rows of each violation behind it."""
+    """A table for people, followed by the first rows of each violation."""
     group = None
     for finding in report.findings:
         if finding.group != group:

@@ -1,4 +1,4 @@
-"""`mercato backup` and `mercato restore`: a whole shop into one file, and a new shop out of it."""
+"""`mercato backup` and `mercato restore`: writes a whole shop to one file, and makes a new shop from it."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from mercato.operations.ids import margin
 HOLDS: Final = 0
 VIOLATED: Final = 1
 FAILED: Final = 2
-"""Exit codes. 2: nothing was made."""
+"""Exit codes. 2: no backup or shop was made."""
 
 UNFINISHED: Final = ".restoring"
-"""What the name of a new folder ends with until everything is in it."""
+"""The suffix of a new folder until it is complete."""
 OWN_URL: Final = "(mercato restore)"
 
 
@@ -47,15 +47,15 @@ def backup(file: Path, data: Path, dsn: str | None, *, as_json: bool) -> int:
 
 
 def restore(file: Path, data: Path | None, dsn: str | None, *, as_json: bool) -> int:
-    """Makes a new shop out of a backup, in a folder or on a server; gives the exit code."""
+    """Makes a new shop from a backup, in a folder or on a server; gives the exit code."""
     return run(lambda: _restore(file, data, dsn, as_json=as_json), failure=FAILED)
 
 
 async def _backup(file: Path, data: Path, dsn: str | None, *, as_json: bool) -> int:
-    progress, tell = _telling(as_json=as_json)
-    async with reached(data, dsn, tell) as databases:
+    progress, print_step = _progress_of(as_json=as_json)
+    async with reached(data, dsn, print_step) as databases:
         taken = await taking.take(
-            file, databases.admin_dsn, databases.dsns, is_stopped=databases.is_stopped, progress=tell
+            file, databases.admin_dsn, databases.dsns, is_stopped=databases.is_stopped, progress=print_step
         )
     manifest = taken.manifest
     rows = sum(table.rows for entry in manifest.databases.values() for table in entry.tables.values())
@@ -75,22 +75,22 @@ async def _backup(file: Path, data: Path, dsn: str | None, *, as_json: bool) -> 
     else:
         progress.say(f"{taken.path}  {taken.size} bytes, {rows} rows, as of {manifest.taken_at:%Y-%m-%d %H:%M:%S} UTC")
         progress.say(f"Writes waited for {manifest.pause_seconds:.3f} s at most.")
-        _judge(progress, taken.report, "The backup")
+        _print_verdict(progress, taken.report, "The backup")
     return HOLDS if manifest.holds else VIOLATED
 
 
 async def _restore(file: Path, data: Path | None, dsn: str | None, *, as_json: bool) -> int:
-    progress, tell = _telling(as_json=as_json)
+    progress, print_step = _progress_of(as_json=as_json)
     settings = load()
-    where, making = _place(data, dsn, settings, tell)
-    tell(f"checking {file}")
+    where, making = _place(data, dsn, settings, print_step)
+    print_step(f"checking {file}")
     with contextlib.ExitStack() as stack:
         found = await asyncio.to_thread(lambda: stack.enter_context(archive.opened(file)))
         taking.check_revisions(found.manifest, _known())
         async with making() as (admin_dsn, dsns):
             skipped = margin(found.manifest.taken_at, datetime.datetime.now(datetime.UTC))
-            rows = await taking.load(found, dsns, skipped=skipped, progress=tell)
-            report = await audit(admin_dsn, dsns, is_stopped=True, progress=tell)
+            rows = await taking.load(found, dsns, skipped=skipped, progress=print_step)
+            report = await audit(admin_dsn, dsns, is_stopped=True, progress=print_step)
     if as_json:
         violated = [finding.name for finding in report.violated]
         taken_at = found.manifest.taken_at
@@ -107,28 +107,28 @@ async def _restore(file: Path, data: Path | None, dsn: str | None, *, as_json: b
     else:
         progress.say(f"{where}  {rows} rows, as of {found.manifest.taken_at:%Y-%m-%d %H:%M:%S} UTC")
         progress.say(f"Its next ids are {skipped} behind those of the backup: none of the lost time comes again.")
-        _judge(progress, report, "The new shop")
+        _print_verdict(progress, report, "The new shop")
         on_server = "MERCATO_POSTGRES_DSN=... mercato up, with the DSN of that server"
         progress.say(f"Start it: {f'mercato up --data {where}' if isinstance(where, Path) else on_server}")
     return VIOLATED if report.violated else HOLDS
 
 
-def _telling(*, as_json: bool) -> tuple[Progress, Callable[[str], None]]:
-    """One document is promised to programs: they get nothing else."""
+def _progress_of(*, as_json: bool) -> tuple[Progress, Callable[[str], None]]:
+    """The progress of a command, and a function that prints a step; with --json, programs get one document instead."""
     progress = Progress(as_json=False)
 
-    def tell(line: str) -> None:
+    def print_step(line: str) -> None:
         if not as_json:
             progress.step(line)
 
-    return progress, tell
+    return progress, print_step
 
 
 def _document(values: dict[str, object]) -> None:
     Progress(as_json=False).say(msgspec.json.encode(values).decode())
 
 
-def _judge(progress: Progress, report: Report, what: str) -> None:
+def _print_verdict(progress: Progress, report: Report, what: str) -> None:
     if not report.violated:
         progress.say(f"{what} holds: all {len(report.findings)} invariants of the audit.")
         return
@@ -148,15 +148,15 @@ Making = Callable[[], contextlib.AbstractAsyncContextManager[tuple[str, Mapping[
 
 
 def _place(
-    data: Path | None, dsn: str | None, settings: config.Settings, tell: Callable[[str], None]
+    data: Path | None, dsn: str | None, settings: config.Settings, print_step: Callable[[str], None]
 ) -> tuple[Path | str, Making]:
-    """Where the new shop is to be, as people call it, and what makes it there."""
+    """The location of the new shop, as it is printed, and the function that makes the shop there."""
     if data is not None and dsn is not None:
         raise Unreachable("a new shop is in one place: name a folder with --data, or a server with --dsn")
     if data is None and dsn is None and settings.postgres_dsn is not None:
         dsn = settings.postgres_dsn.get_secret_value()
     if dsn is not None:
-        return shown(dsn), lambda: _made_on_server(dsn, settings, tell)
+        return shown(dsn), lambda: _made_on_server(dsn, settings, print_step)
     if data is None:
         raise Unreachable("name a folder for the new shop with --data, or a server with --dsn")
     if settings.postgres_dsn is not None:
@@ -166,20 +166,20 @@ def _place(
         )
     folder = Path(os.path.abspath(data))
     _require_new(folder)
-    return folder, lambda: _made(folder, settings, tell)
+    return folder, lambda: _made(folder, settings, print_step)
 
 
 @contextlib.asynccontextmanager
 async def _made_on_server(
-    dsn: str, settings: config.Settings, tell: Callable[[str], None]
+    dsn: str, settings: config.Settings, print_step: Callable[[str], None]
 ) -> AsyncGenerator[tuple[str, Mapping[str, str]]]:
-    """The new, migrated databases of a shop on a server; they have their names only when the block has ended well."""
+    """The new, migrated databases of a shop on a server; they get their names only if the block succeeds."""
     # The first start gives the roles the passwords of its own secret.
     secret = settings.secret.get_secret_value().encode() if settings.secret else secrets.token_bytes(SECRET_BYTES)
     derive = key_deriver(secret)
     async with new_databases(dsn, tuple(topology.SERVICES), lambda role: derive(f"postgres/{role}").hex()) as new:
         for name, each in new.owned.items():
-            tell(f"making the database of {name}")
+            print_step(f"making the database of {name}")
             await migrate(each, topology.migrations(name))
         yield dsn, new.dsns
         await new.take_names()
@@ -198,21 +198,21 @@ def _require_new(data: Path) -> None:
 
 @contextlib.asynccontextmanager
 async def _made(
-    data: Path, settings: config.Settings, tell: Callable[[str], None]
+    data: Path, settings: config.Settings, print_step: Callable[[str], None]
 ) -> AsyncGenerator[tuple[str, Mapping[str, str]]]:
-    """The databases of a new, migrated shop in a folder, which has its name only when the block has ended well."""
+    """The databases of a new, migrated shop in a folder, which gets its name only if the block succeeds."""
     unfinished = data.with_name(data.name + UNFINISHED)
     with explained(data):
-        unfinished.mkdir(mode=0o700)  # of two at once, one fails
+        unfinished.mkdir(mode=0o700)  # of two concurrent restores, one fails
     try:
         with DataFolder.open(unfinished, OWN_URL) as folder:
             secret = settings.secret.get_secret_value().encode() if settings.secret else folder.secret()
-            tell("starting a new PostgreSQL")
+            print_step("starting a new PostgreSQL")
             server = await EmbeddedPostgres.start(
-                folder.path, password=key_deriver(secret)("postgres/superuser").hex(), progress=tell
+                folder.path, password=key_deriver(secret)("postgres/superuser").hex(), progress=print_step
             )
             try:
-                await preparing.databases(server.admin_dsn, secret, Steps(tell))
+                await preparing.databases(server.admin_dsn, secret, Steps(print_step))
                 yield server.admin_dsn, await located(server.admin_dsn, list(topology.SERVICES))
             finally:
                 await server.stop()
@@ -227,17 +227,17 @@ async def _made(
 
 
 def _require_unused(data: Path) -> None:
-    # A rename takes the place of an empty folder alone, so that nothing is lost should one come in between.
+    # A rename can replace only an empty folder, so that nothing is lost if another process makes one meanwhile.
     if os.path.lexists(data):
         raise Unreachable(f"{data} was made by another meanwhile: name a new folder with --data")
 
 
 class Steps(Progress):
-    """Progress whose steps go elsewhere."""
+    """Progress that passes its steps to `print_step`."""
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
+    def __init__(self, print_step: Callable[[str], None]) -> None:
         super().__init__(as_json=True)
-        self._tell = tell
+        self._print_step = print_step
 
     def step(self, line: str) -> None:
-        self._tell(line)
+        self._print_step(line)

@@ -1,4 +1,4 @@
-"""The commands and their options. What they do is in the module that each imports."""
+"""The commands and their options. Each command imports the module that implements it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 def _set_log_level(level: LogLevel | None) -> None:
-    """An option goes before the variable, also in the processes that this one starts."""
+    """An option overrides the variable, also in the processes that this one starts."""
     if level is not None:
         variables.replace({"MERCATO_LOG_LEVEL": level})
 
@@ -90,7 +90,7 @@ def up(
     log_level
         From which level on events are logged, instead of MERCATO_LOG_LEVEL.
     json
-        Tell what happens as one JSON object a line.
+        Print progress as one JSON object a line.
     """
     from mercato.cli.up import Options, run
 
@@ -148,7 +148,7 @@ def serve(
     log_level
         From which level on events are logged, instead of MERCATO_LOG_LEVEL.
     json
-        Tell what happens as one JSON object a line.
+        Print progress as one JSON object a line.
     """
     from mercato.cli.serve import Options, run
 
@@ -183,7 +183,7 @@ def migrate(
     demo
         Put demo users and products, whose passwords are public, into an empty shop.
     json
-        Tell what happens as one JSON object a line.
+        Print progress as one JSON object a line.
     """
     from mercato.cli.migrating import Options, run
 
@@ -202,8 +202,8 @@ def audit(
 
     Copies the databases of a shop, running or not, and checks the copies against each invariant that needs databases
     alone. Changes nothing in the shop; a small database for the copies, mercato_audit, stays on its server. A shop that
-    does not run is judged as of its last sign of life. Exits with 0 if all hold, 1 if any does not, 2 if it could not
-    be asked.
+    does not run is checked as of its last sign of life. Exits with 0 if all hold, 1 if any does not, 2 if it could not
+    be checked.
 
     Parameters
     ----------
@@ -212,10 +212,10 @@ def audit(
     dsn
         An administrator's DSN of the shop's server, where that is not the embedded one. [env: MERCATO_POSTGRES_DSN]
     settled
-        Leave out what was touched within so many seconds, where services must agree that are still at work. 0 for a
-        shop that stands still: everything must have come to its end.
+        Leave out what was changed within so many seconds, about which services may not agree yet. 0 for an idle shop:
+        all work must be finished.
     json
-        Tell what was found as one JSON document.
+        Print the result as one JSON document.
     """
     from mercato.cli.audit import Options, audit_shop
 
@@ -232,9 +232,9 @@ def backup(
 ) -> int:
     """Write a backup of the whole shop, as it is at one moment, while it runs.
 
-    Writes to the shop wait for at most two seconds until each database has its snapshot. The backup is audited; one in
-    which something does not hold gets the name FILE.violated. Sessions and the secret of the shop are not in it. An
-    existing file is never overwritten. Exits with 0 for a backup that holds, 1 for one that does not, 2 if there is
+    Writes to the shop wait for at most two seconds until each database has its snapshot. The backup is audited; one
+    that violates an invariant gets the name FILE.violated. Sessions and the secret of the shop are not in it. An
+    existing file is never overwritten. Exits with 0 for a backup without violations, 1 for one with some, 2 if there is
     none.
 
     Parameters
@@ -246,7 +246,7 @@ def backup(
     dsn
         An administrator's DSN of the shop's server, where that is not the embedded one. [env: MERCATO_POSTGRES_DSN]
     json
-        Tell what was done as one JSON document.
+        Print the result as one JSON document.
     """
     from mercato.cli.backup import backup as run
 
@@ -261,10 +261,10 @@ def restore(
     dsn: str | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
-    """Make a new shop out of a backup, in a folder or on a server. A shop that exists is never written over.
+    """Make a new shop from a backup, in a folder or on a server. An existing shop is never overwritten.
 
-    The file is checked as a whole before anything is made, and the new shop is audited. It has a secret of its own:
-    all sign in again. Exits with 0 for a shop that holds, 1 for one that does not, 2 if there is none.
+    The whole file is checked before anything is made, and the new shop is audited. It has a new secret: all users
+    sign in again. Exits with 0 for a shop without violations, 1 for one with some, 2 if there is none.
 
     Parameters
     ----------
@@ -275,7 +275,7 @@ def restore(
     dsn
         Instead of a folder, an administrator's DSN of a server without a shop. [env: MERCATO_POSTGRES_DSN]
     json
-        Tell what was done as one JSON document.
+        Print the result as one JSON document.
     """
     from mercato.cli.backup import restore as run
 
@@ -284,10 +284,10 @@ def restore(
 
 @app.command
 def services(*, data: DataFolder = Path(".mercato"), json: Annotated[bool, Parameter(negative="")] = False) -> int:
-    """List the processes of a shop whose services run apart: version, health, calls per second, 99th percentile.
+    """List the processes of a shop with several processes: version, health, calls per second, 99th percentile.
 
-    Exits with 1 if a service has no process that answers. Where they are comes from NATS_URL or MERCATO_SERVICES, else
-    from the data folder of `mercato up --split`.
+    Exits with 1 if a service has no process that answers. NATS_URL or MERCATO_SERVICES say where they are, else
+    the data folder of `mercato up --split`.
 
     Parameters
     ----------
@@ -308,7 +308,7 @@ def doctor(
     prune: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
-    """Say through what the services of a shop are found, what is seen, and why a service is not.
+    """Show by which registry the services of a shop are found, what it lists, and why it does not list a service.
 
     Also lists the databases that root's shops have below /var/lib/mercato, with the data folder of each.
 
@@ -317,8 +317,8 @@ def doctor(
     data
         The folder of the shop's data.
     prune
-        Instead, delete for good the databases below /var/lib/mercato whose data folder is gone. A folder on a disk that
-        is not mounted looks like one that is gone.
+        Instead, permanently delete the databases below /var/lib/mercato whose data folder is missing. A folder on a
+        disk that is not mounted also counts as missing.
     json
         Print one JSON document.
     """
@@ -335,7 +335,7 @@ def call(
     data: DataFolder = Path(".mercato"),
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
-    """Call one operation of a shop whose services run apart, in the role of staff: orders.get '{"id": 1001}'
+    """Call one operation of a shop with several processes, in the role of staff: orders.get '{"id": 1001}'
 
     Parameters
     ----------
@@ -389,9 +389,9 @@ def users_list(
     role
         Only those with this role.
     """
-    from mercato.cli.accounts import Place, list_accounts
+    from mercato.cli.accounts import ShopLocation, list_accounts
 
-    return list_accounts(Place(data, dsn, json), role)
+    return list_accounts(ShopLocation(data, dsn, json), role)
 
 
 @users.command
@@ -402,10 +402,10 @@ def set_password(
     dsn: AccountsDsn = None,
     json: AsJson = False,
 ) -> int:
-    """Set the password of an account. It is asked for, or read as a line from standard input. All sessions end."""
-    from mercato.cli.accounts import Place, set_password as change
+    """Set the password of an account, from a prompt, or a line of standard input. All sessions end."""
+    from mercato.cli.accounts import ShopLocation, set_password as change
 
-    return change(Place(data, dsn, json), who)
+    return change(ShopLocation(data, dsn, json), who)
 
 
 @users.command
@@ -425,9 +425,9 @@ def set_role(
     role
         What it is to be.
     """
-    from mercato.cli.accounts import Place, set_role as change
+    from mercato.cli.accounts import ShopLocation, set_role as change
 
-    return change(Place(data, dsn, json), who, role)
+    return change(ShopLocation(data, dsn, json), who, role)
 
 
 @users.command
@@ -438,13 +438,13 @@ def erase(
     dsn: AccountsDsn = None,
     json: AsJson = False,
 ) -> int:
-    """Erase an account for ever. Its orders and payments stay, without the person; its sessions end.
+    """Erase an account permanently. Its orders and payments stay, without the person; its sessions end.
 
     A backup that was made before still holds the account.
     """
-    from mercato.cli.accounts import Place, erase as run
+    from mercato.cli.accounts import ShopLocation, erase as run
 
-    return run(Place(data, dsn, json), who)
+    return run(ShopLocation(data, dsn, json), who)
 
 
 @users.command
@@ -465,9 +465,9 @@ def log(
     limit
         How many entries at most.
     """
-    from mercato.cli.accounts import Place, show_log
+    from mercato.cli.accounts import ShopLocation, show_log
 
-    return show_log(Place(data, dsn, json), who, limit)
+    return show_log(ShopLocation(data, dsn, json), who, limit)
 
 
 @events.command
@@ -489,7 +489,7 @@ def tail(
     types
         Only events of these types, with commas between: order.placed,order.paid
     follow
-        Go on with what comes, until Ctrl-C, while the shop runs.
+        Continue with new entries, until Ctrl-C, while the shop runs.
     json
         Print one JSON object a line.
     data
@@ -497,9 +497,9 @@ def tail(
     dsn
         An administrator's DSN of the shop's server, where that is not the embedded one. [env: MERCATO_POSTGRES_DSN]
     """
-    from mercato.cli.events import Place, tail as run
+    from mercato.cli.events import ShopLocation, tail as run
 
-    return run(Place(data, dsn), after=after, types=types, follow=follow, as_json=json)
+    return run(ShopLocation(data, dsn), after=after, types=types, follow=follow, as_json=json)
 
 
 @events.command
@@ -520,9 +520,9 @@ def dead(
     dsn
         An administrator's DSN of the shop's server, where that is not the embedded one. [env: MERCATO_POSTGRES_DSN]
     """
-    from mercato.cli.events import Place, dead as run
+    from mercato.cli.events import ShopLocation, dead as run
 
-    return run(Place(data, dsn), as_json=json)
+    return run(ShopLocation(data, dsn), as_json=json)
 
 
 @events.command
@@ -532,10 +532,10 @@ def replay(
     data: DataFolder = Path(".mercato"),
     dsn: str | None = None,
 ) -> int:
-    """Replay dead events, once the cause of their failure is mended.
+    """Replay dead events, once the cause of their failure is fixed.
 
-    Each is processed and marked in one transaction: the command can be repeated at any time. A replayed event comes
-    out of order: after the later events of its subject. Exits with 1 if one failed again.
+    Each is processed and marked in one transaction: the command can be repeated at any time. A replayed event is
+    processed after later events of its subject. Exits with 1 if one failed again.
 
     Parameters
     ----------
@@ -548,9 +548,9 @@ def replay(
     dsn
         An administrator's DSN of the shop's server, where that is not the embedded one. [env: MERCATO_POSTGRES_DSN]
     """
-    from mercato.cli.events import Place, replay as run
+    from mercato.cli.events import ShopLocation, replay as run
 
-    return run(Place(data, dsn), ids, all_=all)
+    return run(ShopLocation(data, dsn), ids, all_=all)
 
 
 @app.command

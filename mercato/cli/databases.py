@@ -1,7 +1,7 @@
-"""Reaching the databases of a shop from the command line, whether the shop runs at the moment or not.
+"""Connects commands to the databases of a shop, whether the shop runs or not.
 
-A running shop keeps its server; a command connects to it beside the shop. Where nothing runs on a data folder, the
-command owns the folder and its PostgreSQL for as long as it needs them, and leaves everything as it was.
+If the shop runs, a command connects to its server. If no process uses the data folder, the command owns the folder and
+starts its PostgreSQL for as long as it needs them, and stops it afterwards.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from mercato.embedded_postgres.postgres import PORT, ROLE
 from mercato.operations.copying import CopyError, located
 
 OWN_URL: Final = "(a command that looks at its databases)"
-"""How a command signs the lock of a folder on which no shop runs."""
+"""What a command writes as its URL into the lock of a folder without a running shop."""
 OTHER_COMMAND_SECONDS: Final = 600.0
 OTHER_COMMAND_POLL_SECONDS: Final = 0.2
-OTHER_COMMAND_TOLD_SECONDS: Final = 1.0
-"""Most are done by then, and nobody need hear of them."""
+OTHER_COMMAND_NOTICE_SECONDS: Final = 1.0
+"""The notice about another command is printed after this time; most commands have ended by then."""
 
 
 class Databases(msgspec.Struct, frozen=True):
-    """Where the databases of a shop are. Who connects is the administrator, who may read and write all of them."""
+    """The DSNs of the databases of a shop, with the administrator's role, which may read and write all of them."""
 
     admin_dsn: str
     dsns: Mapping[str, str]
@@ -54,7 +54,7 @@ class Databases(msgspec.Struct, frozen=True):
 
 
 class Unreachable(Exception):
-    """A sentence for the person who typed the command: what is not there, and the way out."""
+    """A sentence for the operator: what cannot be reached, and how to fix it."""
 
 
 EXPECTED: Final = (
@@ -66,7 +66,7 @@ EXPECTED: Final = (
     SupervisorError,
     config.SettingsError,
 )
-"""Failures whose message is all that the person needs."""
+"""Failures whose message is all that the operator needs."""
 
 
 @contextlib.asynccontextmanager
@@ -75,8 +75,8 @@ async def reached(
 ) -> AsyncGenerator[Databases]:
     """The databases of the shop in the folder `data`, or on the server that `dsn` names, for the time of the block.
 
-    `dsn` is an administrator's; where it is None, that of MERCATO_POSTGRES_DSN counts. `progress` gets a line for
-    people about what takes time. `must_run` refuses a folder on which no shop runs. Raises one of `EXPECTED`.
+    `dsn` is an administrator's; None: that of MERCATO_POSTGRES_DSN. `progress` gets a line about each step that takes
+    time. `must_run` refuses a folder without a running shop. Raises one of `EXPECTED`.
     """
     settings = load()
     if dsn is None and settings.postgres_dsn is not None:
@@ -91,7 +91,7 @@ async def reached(
 def run(command: Callable[[], Coroutine[Any, Any, int]], *, failure: int = 1) -> int:
     """Runs a command that reaches databases; gives its exit code, or `failure` after one sentence.
 
-    Ctrl-C and SIGTERM cancel it, so that what it has started is ended; the exit code is then 128 + the signal's number.
+    Ctrl-C and SIGTERM cancel it, so that it stops what it has started; the exit code is then 128 + the signal's number.
     """
     import uvloop
 
@@ -105,7 +105,7 @@ def run(command: Callable[[], Coroutine[Any, Any, int]], *, failure: int = 1) ->
             signals.append(number)
             loop.call_soon_threadsafe(work.cancel)
 
-        stopping.tell(stop)
+        stopping.notify(stop)
         try:
             return await work
         finally:
@@ -123,7 +123,7 @@ def run(command: Callable[[], Coroutine[Any, Any, int]], *, failure: int = 1) ->
         fail(str(error))
     except EXPECTED as error:
         fail(str(error))
-    except Exception:  # an edge: an exit code says what a command has found, and a bug has found nothing
+    except Exception:  # an edge: a bug must not end with an exit code that reports a result
         traceback.print_exc()
     return failure
 
@@ -135,7 +135,7 @@ async def _located(admin_dsn: str, *, is_stopped: bool = False) -> Databases:
 
 
 async def _checked(name: str, dsn: str) -> None:
-    """Refuses a database that other revisions than those of this version have made."""
+    """Refuses a database with other revisions than those of this version."""
     try:
         await missing_revisions(dsn, topology.migrations(name))
     except MigrationError:
@@ -150,7 +150,7 @@ async def _checked(name: str, dsn: str) -> None:
 async def _server(
     data: Path, settings: config.Settings, progress: Callable[[str], None], *, must_run: bool
 ) -> AsyncGenerator[tuple[str, bool]]:
-    """An administrator's DSN of the embedded server: the running shop's, else (True) one for the time of the block."""
+    """An administrator's DSN of the embedded server: of the running shop, else (True) of one started for the block."""
     data = _shop_in(data)
     password = key_deriver(shop_secret(data, settings))("postgres/superuser").hex()
     folder = await _own(data, progress, must_run=must_run)
@@ -168,7 +168,7 @@ async def _server(
 
 
 def _shop_in(data: Path) -> Path:
-    """The whole path of a folder with a shop. Looks without touching: to take the lock of a folder would make it."""
+    """The absolute path of a folder with a shop. It does not take the lock, which would create the folder."""
     data = Path(os.path.abspath(data))
     require_text(data)
     if not data.is_dir() or not (data / "lock").exists():
@@ -183,23 +183,23 @@ def _shop_in(data: Path) -> Path:
 
 
 async def _own(data: Path, progress: Callable[[str], None], *, must_run: bool) -> DataFolder | None:
-    """The folder, taken for this process; None while a shop runs on it. Another command is waited for.
+    """The folder, owned by this process; None while a shop runs on it. Waits for another command to end.
 
-    The server of another command ends with that command, in the middle of whatever we would do on it.
+    The server of another command stops with that command, so that this command cannot use it.
     """
     began, is_told, shops_seen = time.monotonic(), False, 0
     while True:
         try:
             folder = DataFolder.open(data, OWN_URL)
         except DataFolderBusy as busy:
-            # Who has just taken the folder may not have signed yet: what is read then is its last owner's word.
+            # A process that has just taken the lock may not have written to it yet: the file then names the last owner.
             shops_seen = 0 if busy.url == OWN_URL else shops_seen + 1
             if shops_seen == 2:
                 return None
             waited = time.monotonic() - began
             if waited > OTHER_COMMAND_SECONDS:
                 raise
-            if waited > OTHER_COMMAND_TOLD_SECONDS and not is_told:
+            if waited > OTHER_COMMAND_NOTICE_SECONDS and not is_told:
                 progress(f"waiting for another command that looks at these databases, with pid {busy.pid}")
                 is_told = True
         else:

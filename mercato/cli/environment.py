@@ -1,12 +1,12 @@
-"""What a process that serves some of the services is given, as environment variables: written here, and read here.
+"""The environment variables of a process that serves some of the services: this module writes and reads them.
 
-`mercato migrate` writes a file for each service, `mercato up --split` gives the same to each of its processes:
+`mercato migrate` writes a file for each service, `mercato up --split` passes the same to each of its processes:
 
     DATABASE_URL_ORDERS              the DSN of its role, which can open its own database alone
     MERCATO_SERVICE_SECRET_ORDERS    its secret, in hexadecimal: from it come its keys (`chassis/hosting/keys.py`)
     MERCATO_PUBLIC_KEYS              of all callers, the same for all
 
-and, by where things run, those of `ServeSettings`.
+and, depending on the placement, those of `ServeSettings`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PUBLIC_KEY: Final = re.compile(r"[A-Za-z0-9_-]{43}")
 """32 bytes in base64url: the `x` of an Ed25519 key as a JWK."""
 CURVE: Final = {"kty": "OKP", "crv": "Ed25519"}
 SHOP_DIGITS: Final = 16
-"""Of the name of a shop in a registry where each process registers itself."""
+"""The length of the name of a shop in a registry where each process registers itself."""
 CORS_ORIGIN: Final = "MERCATO_CORS_ORIGIN"
 MAIL: Final = "MERCATO_USERS_MAIL"
 LETTERS: Final = "letters"
@@ -55,7 +55,7 @@ ENCRYPTED: Final = ("require", "verify-ca", "verify-full")
 
 
 class Given(msgspec.Struct, frozen=True):
-    """What a process is given to be certain callers and services."""
+    """The credentials of the callers and services of one process."""
 
     dsns: Mapping[str, str]
     """By service."""
@@ -66,7 +66,7 @@ class Given(msgspec.Struct, frozen=True):
 
 
 def variables(shop_secret: bytes, dsns: Mapping[str, str]) -> Mapping[str, Mapping[str, str]]:
-    """For each service of `dsns`, the gateway and the operator, the variables that it is given."""
+    """The variables of each service of `dsns`, of the gateway and of the operator."""
     secrets = service_secrets(shop_secret, topology.CALLERS)
     keys = " ".join(f"{name}={public_key(signing_seed(secret))['x']}" for name, secret in secrets.items())
     made = {
@@ -88,7 +88,7 @@ def mail_defaults(data: Path, url: str) -> Mapping[str, str]:
 
 
 def given(names: Sequence[str], settings: ServeSettings) -> Given:
-    """What the environment gives to a process that serves `names`, the gateway among them. Raises `SettingsError`."""
+    """The credentials, from the environment, of a process that serves `names`. Raises `SettingsError`."""
     alone = len(names) == 1
     dsns = {name: _dsn(name, settings, alone=alone) for name in names if name != GATEWAY}
     return Given(
@@ -142,11 +142,11 @@ def _public_keys(text: str, names: Sequence[str]) -> Mapping[str, Mapping[str, s
 
 
 def registry(settings: ServeSettings) -> tuple[Registry, Registrar | None]:
-    """Where the others are, by MERCATO_SERVICES, or by a registry in which each process registers itself.
+    """The registry of other processes: MERCATO_SERVICES, or one in which each process registers itself.
 
-    With MERCATO_SERVICES, the event log of a service is where the service is.
+    With MERCATO_SERVICES, the event log of a service has the addresses of the service.
 
-    Also where this process registers itself, if that is a thing of its registry. Raises `SettingsError`.
+    Also the registrar of this process, if the registry has one. Raises `SettingsError`.
     """
     if settings.registry == "mdns":
         found = _mdns(settings)
@@ -172,7 +172,7 @@ def _mdns(settings: ServeSettings) -> MdnsRegistry:
 
 
 def _require_one_address(settings: ServeSettings) -> None:
-    """Of this process, where it takes calls: it is registered as it stands."""
+    """Raises unless other processes can connect to MERCATO_RPC_ADDRESS, which is registered unchanged."""
     address = host_and_port(settings.rpc_address)
     if address is not None and not _is_one_address(address[0]):
         raise SettingsError(
@@ -182,7 +182,7 @@ def _require_one_address(settings: ServeSettings) -> None:
 
 
 def _shop(settings: ServeSettings) -> str:
-    """By which the processes of several shops are told apart in one registry."""
+    """The name of this shop in a registry, which distinguishes the processes of several shops."""
     if not settings.public_keys:
         raise SettingsError(f"The setting {PUBLIC_KEYS} is missing: by it the processes of one shop know each other.")
     return hashlib.sha256(settings.public_keys.encode()).hexdigest()[:SHOP_DIGITS]
@@ -213,7 +213,7 @@ def _listed(settings: ServeSettings) -> Registry:
 
 
 def contexts(settings: ServeSettings) -> tuple[ssl.SSLContext | None, ssl.SSLContext | None]:
-    """TLS towards others, and of this process towards its callers; both None where nothing is encrypted.
+    """TLS contexts of this process as a client and as a server; both None without encryption.
 
     Raises `SettingsError`.
     """
@@ -234,7 +234,7 @@ def contexts(settings: ServeSettings) -> tuple[ssl.SSLContext | None, ssl.SSLCon
 
 
 def rpc_address(settings: ServeSettings) -> tuple[str, int]:
-    """Host and port on which this process takes the calls of others over HTTP. Raises `SettingsError`."""
+    """Host and port at which this process accepts the calls of others over HTTP. Raises `SettingsError`."""
     address = host_and_port(settings.rpc_address)
     if address is None:
         raise SettingsError(
@@ -245,7 +245,7 @@ def rpc_address(settings: ServeSettings) -> tuple[str, int]:
 
 
 def host_and_port(address: str) -> tuple[str, int] | None:
-    """The two of `HOST:PORT`; None where it is not that."""
+    """Host and port of `HOST:PORT`; None for any other text."""
     host, _, port = address.rpartition(":")
     if not host or not port.isascii() or not port.isdigit() or int(port) > LARGEST_PORT:
         return None
@@ -253,7 +253,7 @@ def host_and_port(address: str) -> tuple[str, int] | None:
 
 
 def require_encryption(what: str, host: str, settings: ServeSettings, *, is_encrypted: bool) -> None:
-    """Raises `SettingsError` where `what` would go to or listen on `host`, which is elsewhere, in the clear."""
+    """Raises `SettingsError` if `what` would use `host`, on another machine, without encryption."""
     if not is_encrypted and not _is_here(host) and settings.plaintext == "loopback":
         raise SettingsError(
             f"{what} names {host} without encryption: set MERCATO_TLS_CA, _CERT and _KEY, or "
@@ -262,18 +262,18 @@ def require_encryption(what: str, host: str, settings: ServeSettings, *, is_encr
 
 
 def _is_here(host: str) -> bool:
-    """Whether what goes to `host` does not leave this machine: loopback, or the folder of a socket."""
+    """Whether `host` is on this machine: loopback, or the folder of a socket."""
     return host.startswith("/") or is_loopback(host)
 
 
 def check_currency(currency: str) -> None:
-    """Raises `SettingsError` for a currency that there is not."""
+    """Raises `SettingsError` for an unknown currency."""
     if currency not in EXPONENTS:
         raise SettingsError(f"The setting MERCATO_CURRENCY is not valid: {unknown_currency(currency)}.")
 
 
 def set_origins(origins: Sequence[str]) -> None:
-    """Those of the command line take the place of the setting, also in the processes that this one starts."""
+    """Origins of the command line override the setting, also in the processes that this one starts."""
     if origins:
         set_variables({CORS_ORIGIN: ",".join(origins)})
 

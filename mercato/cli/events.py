@@ -1,6 +1,6 @@
 """`mercato events`: read the feed, list dead events (dead letters), replay them.
 
-All of it goes to the databases directly, so that it works while the shop runs and while it does not.
+The commands use the databases directly, so that they work whether the shop runs or not.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from mercato.services.events.service import EventsService
 
 FOLLOW_SECONDS: Final = 0.5
 LAST: Final = 20
-"""So many entries are shown where nobody says from where on."""
+"""How many entries are shown without --after."""
 
 
-class Place(msgspec.Struct, frozen=True):
+class ShopLocation(msgspec.Struct, frozen=True):
     """Which shop: its data folder, or an administrator's DSN."""
 
     data: Path
     dsn: str | None
 
 
-class Consumer(msgspec.Struct, frozen=True):
+class DeadLetterConsumer(msgspec.Struct, frozen=True):
     """A consumer whose dead letters can be read and replayed."""
 
     database: Database
@@ -65,12 +65,12 @@ class Consumer(msgspec.Struct, frozen=True):
 # ------------------------------------------------------------------------------------------------------------ tail
 
 
-def tail(place: Place, *, after: int | None, types: str, follow: bool, as_json: bool) -> int:
+def tail(place: ShopLocation, *, after: int | None, types: str, follow: bool, as_json: bool) -> int:
     """Prints entries of the feed, the oldest first; gives the exit code."""
     return databases.run(lambda: _tail(place, after, types, follow=follow, as_json=as_json))
 
 
-async def _tail(place: Place, after: int | None, types: str, *, follow: bool, as_json: bool) -> int:
+async def _tail(place: ShopLocation, after: int | None, types: str, *, follow: bool, as_json: bool) -> int:
     wanted = _types(types)
     async with _reached(place, must_run=follow) as found, _opened(found, "events") as database:
         position = await EventsService(database).before_last(LAST, wanted) if after is None else after
@@ -128,12 +128,12 @@ def _line(entry: FeedEntry) -> str:
 # ------------------------------------------------------------------------------------------------------------ dead
 
 
-def dead(place: Place, *, as_json: bool) -> int:
+def dead(place: ShopLocation, *, as_json: bool) -> int:
     """Prints the dead letters of all consumers; gives the exit code."""
     return databases.run(lambda: _dead(place, as_json=as_json))
 
 
-async def _dead(place: Place, *, as_json: bool) -> int:
+async def _dead(place: ShopLocation, *, as_json: bool) -> int:
     count = 0
     async with _reached(place) as found, _consumers(found) as consumers:
         for consumer in consumers:
@@ -145,7 +145,7 @@ async def _dead(place: Place, *, as_json: bool) -> int:
     return 0
 
 
-async def _letters(consumer: Consumer) -> AsyncIterator[DeadLetter]:
+async def _letters(consumer: DeadLetterConsumer) -> AsyncIterator[DeadLetter]:
     after = ("", 0)
     while True:
         async with consumer.database.read() as tx:
@@ -175,12 +175,12 @@ def _letter_line(letter: DeadLetter) -> str:
 # ---------------------------------------------------------------------------------------------------------- replay
 
 
-def replay(place: Place, ids: Sequence[str], *, all_: bool) -> int:
-    """Lets consumers take their dead letters; gives 1 where one could not be taken, or is not there."""
+def replay(place: ShopLocation, ids: Sequence[str], *, all_: bool) -> int:
+    """Replays dead letters; gives 1 if one failed again, or does not exist."""
     return databases.run(lambda: _replay(place, ids, all_=all_))
 
 
-async def _replay(place: Place, ids: Sequence[str], *, all_: bool) -> int:
+async def _replay(place: ShopLocation, ids: Sequence[str], *, all_: bool) -> int:
     if all_ == bool(ids):
         raise Unreachable("name the events to replay, as `mercato events dead` shows them; or give --all")
     wanted = set(ids)
@@ -188,7 +188,7 @@ async def _replay(place: Place, ids: Sequence[str], *, all_: bool) -> int:
     results = {"taken": 0, "failed": 0, "gone": 0}
     async with _reached(place) as found, _consumers(found) as consumers:
         for consumer in consumers:
-            # One after the other, by id: the events of a subject in their order.
+            # One after the other, by id, so that the events of a subject are replayed in order.
             async for letter in _letters(consumer):
                 if not all_ and _id(letter) not in wanted:
                     continue
@@ -200,7 +200,7 @@ async def _replay(place: Place, ids: Sequence[str], *, all_: bool) -> int:
     return 1 if results["failed"] or missing else 0
 
 
-async def _replayed(consumer: Consumer, letter: DeadLetter) -> Literal["taken", "failed", "gone"]:
+async def _replayed(consumer: DeadLetterConsumer, letter: DeadLetter) -> Literal["taken", "failed", "gone"]:
     try:
         if not await chassis_consumers.replay(consumer.database, consumer.subscription, letter.source, letter.event_id):
             say(f"{_id(letter)}  {consumer.name}  another process replayed it meanwhile")
@@ -216,8 +216,8 @@ async def _replayed(consumer: Consumer, letter: DeadLetter) -> Literal["taken", 
 
 
 @contextlib.asynccontextmanager
-async def _reached(place: Place, *, must_run: bool = False) -> AsyncGenerator[Databases]:
-    """The databases; one that goes away in the middle is a sentence."""
+async def _reached(place: ShopLocation, *, must_run: bool = False) -> AsyncGenerator[Databases]:
+    """The databases; raises `Unreachable` if one becomes unavailable meanwhile."""
     configure_logging("error")
     try:
         async with databases.reached(place.data, place.dsn, note, must_run=must_run) as found:
@@ -237,8 +237,8 @@ async def _opened(found: Databases, service: str) -> AsyncGenerator[Database]:
 
 
 @contextlib.asynccontextmanager
-async def _consumers(found: Databases) -> AsyncGenerator[list[Consumer]]:
-    """Every consumer of the shop, with its handler. The services are built, not run: nothing of theirs is started."""
+async def _consumers(found: Databases) -> AsyncGenerator[list[DeadLetterConsumer]]:
+    """Every consumer of the shop, with its handler. The services are built, but not started."""
     try:
         host = Host(
             topology.builds(),
@@ -251,7 +251,9 @@ async def _consumers(found: Databases) -> AsyncGenerator[list[Consumer]]:
     except OptionError as error:
         raise Unreachable(str(error)) from error
     try:
-        consumers = [Consumer(s.database, wanted) for s in host.services.values() for wanted in s.subscriptions]
+        consumers = [
+            DeadLetterConsumer(s.database, wanted) for s in host.services.values() for wanted in s.subscriptions
+        ]
         for database in {consumer.database.service: consumer.database for consumer in consumers}.values():
             await database.open()
         yield consumers

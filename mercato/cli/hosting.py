@@ -1,4 +1,4 @@
-"""Opening and closing the services of a process within the time that its end may take."""
+"""Opens and closes the services of a process within the time that its end may take."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Final
 from mercato.chassis.hosting.host import Host
 
 CLOSE_SECONDS: Final = 1.0
-"""Requests have been answered or given up by then: who still waits for a statement waits for nobody.
+"""Requests have been answered or abandoned before: no client waits for a statement that still runs.
 
-With the drain before it, a stop stays below five seconds; PostgreSQL may take longer as long as it writes.
+With the drain before it, a stop takes less than five seconds; PostgreSQL may take longer while it writes.
 """
 
 YOUNG_OBJECTS: Final = 50_000
-"""New objects after which the collector looks for cycles among them. Messages and rows are trees: with Python's own
-number (700) it looked many times in every batch, found nothing, and took a twelfth of the process's time for it."""
+"""New objects after which the collector looks for cycles. Messages and rows are trees: with Python's default (700) it
+ran many times in every batch, found nothing, and took a twelfth of the process's time."""
 
 
 def tune_garbage_collection() -> None:
-    """At the end of the start: what is there by now is for good, and need not be looked at again."""
+    """Called at the end of the start: existing objects are permanent, and the collector need not scan them again."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG_OBJECTS, 20, 100)

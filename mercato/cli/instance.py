@@ -1,8 +1,8 @@
 """One process of a shop that is split. See `split.py`, which starts it.
 
-It runs `mercato serve`. What that finds in its environment, this one is given as a line on its standard input, secrets
-included: the environment of a process can be read by others. The pipe stays open: its end means that the owner asks the
-process to stop, or is gone. What `serve --json` tells goes to standard output, and the log to standard error.
+It runs `mercato serve`. It gets the variables of that command, secrets included, as a line on its standard input: other
+processes can read its environment. The pipe stays open: its end means that the owner asks the process to stop, or has
+died. The output of `serve --json` goes to standard output, the log to standard error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mercato.cli.worker import OwnerWatch
 
 def main() -> None:
     """Serves until the pipe is closed; exits with 1, after a sentence, when it cannot begin."""
-    # Before it is told what to do: this takes longest, and the owner has not yet made the databases ready meanwhile.
+    # Before the assignment arrives: imports take longest, and the owner prepares the databases meanwhile.
     import socket
 
     import msgspec
@@ -37,10 +37,10 @@ def main() -> None:
         sys.exit(1)
     owner_watch = OwnerWatch(owner=int(owner), metrics=folder_of_owner())
     owner_watch.follow()
-    told = msgspec.json.decode(assignment, type=InstanceAssignment)
-    variables.replace(told.environment)
+    assigned = msgspec.json.decode(assignment, type=InstanceAssignment)
+    variables.replace(assigned.environment)
     if wanted := variables.value("MERCATO_FAULTS"):
-        # Those of all services, which the owner has looked at: each process takes its own.
+        # The options of all services, which the owner has checked: each process uses those of its own services.
         own = (entry for entry in wanted.split(",") if entry.partition("=")[0] in faults.POINTS)
         variables.replace({"MERCATO_FAULTS": ",".join(own)})
 
@@ -48,10 +48,10 @@ def main() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     owner_watch.on_end(ask_to_stop)
-    listener = None if told.listener is None else socket.socket(fileno=told.listener)
-    options = serve.Options(names=told.hosts, host=told.host, port=0, auth=told.auth, json=True)
+    listener = None if assigned.listener is None else socket.socket(fileno=assigned.listener)
+    options = serve.Options(names=assigned.hosts, host=assigned.host, port=0, auth=assigned.auth, json=True)
     try:
-        code = serve.run(options, listener, told.counts)
+        code = serve.run(options, listener, assigned.counts)
     finally:
         owner_watch.clean_up()
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""Keeping what a shop stands on alive: a server that dies is started again, at the same address."""
+"""Restarts an embedded server of a shop (PostgreSQL, NATS) that dies, at the same address."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mercato.embedded_postgres import SupervisorError
 
 RESTARTS: Final = 3
 WITHIN_SECONDS: Final = 60.0
-"""A server that dies once more within a minute has a cause that no start removes."""
+"""A server that dies more often within a minute has a cause that a restart does not remove."""
 
 STOPPED: Final = "the shop has stopped. Start it again: no acknowledged order is lost"
 
@@ -25,7 +25,7 @@ class EmbeddedServer(Protocol):
     async def stop(self) -> None: ...
 
     async def died(self) -> str:
-        """Waits until it goes away unasked; a sentence about it."""
+        """Waits until it ends without having been asked to; gives a sentence about it."""
         ...
 
 
@@ -38,7 +38,7 @@ async def kept(
 ) -> AsyncGenerator[None]:
     """Keeps `server` running for the time of the block, and stops it at its end.
 
-    `again` starts it at the same address once it has died. `give_up` hears a sentence when that does not help: it died
+    `again` starts it at the same address after it has died. `give_up` gets a sentence if that fails: the server died
     more than `RESTARTS` times within a minute, or does not start.
     """
     current = [server]

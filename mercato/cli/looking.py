@@ -1,4 +1,4 @@
-"""`mercato services` and `mercato doctor`: which processes there are, how they do, and why one is not seen."""
+"""`mercato services` and `mercato doctor`: lists the processes, their health, and why one is not listed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mercato.cli.progress import fail, show, table
 from mercato.embedded_postgres.place import PLACES, FoundPlace, places, prune as prune_places
 
 SAMPLE_SECONDS: Final = 1.0
-"""Calls per second are counted over so long."""
+"""The time over which calls per second are counted."""
 MISSING: Final = 1
 CALL_HEADERS: Final = ("CALLER", "INSTANCE", "CALLS", "OPERATIONS", "BREAKER", "IN FLIGHT", "MAY RETRY")
 HEADERS: Final = ("SERVICE", "INSTANCE", "PID", "VERSION", "UP", "CALLS/S", "P99", "ERRORS", "HEALTH")
@@ -35,12 +35,12 @@ Found = Mapping[str, Sequence[Inspected]]
 
 
 def services(data: Path, *, as_json: bool) -> int:
-    """Lists the instances of all services; gives 1 where one has none that answers."""
+    """Lists the instances of all services; gives 1 if a service has none that answers."""
     return databases.run(lambda: _services(data, as_json=as_json))
 
 
 def doctor(data: Path, *, as_json: bool) -> int:
-    """Says what is used to find the services, what it sees, and why a service is not seen."""
+    """Prints which registry is used, what it lists, and why it does not list a service."""
     found = places()
     if not as_json:
         for place in found:
@@ -148,7 +148,7 @@ def _requests(stats: InstanceStats | None) -> int:
 
 
 def _call_cells(row: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """What a process calls, a line for the reads and one for the writes of each service."""
+    """The calls of a process, a line for the reads and one for the writes of each service."""
     for callee in row.get("calls", ()):
         budget = callee["retry_budget"]
         yield (

@@ -1,8 +1,8 @@
-"""`mercato migrate`: the databases of the services, and what each of their processes is given.
+"""`mercato migrate`: prepares the databases of the services, and the environment variables of their processes.
 
-The one command beside `up` that has an administrator's DSN. It makes a role and a database for each service, migrates
+Besides `up`, the one command with an administrator's DSN. It makes a role and a database for each service, migrates
 it, makes the first staff account, and writes a file of environment variables for each service (`environment.py`). It
-can be repeated at any time, and changes nothing that is as it should be.
+can be repeated at any time, and changes only what is missing or differs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mercato.embedded_postgres.folder import write_atomically
 
 FOLDER: Final = "environment"
 EXPECTED: Final = (CannotStart, MigrationError, ProvisionError, OptionError, SupervisorError, config.SettingsError)
-"""Failures whose message is all that the person needs."""
+"""Failures whose message is all that the operator needs."""
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -50,7 +50,7 @@ class Options(msgspec.Struct, frozen=True):
 def run(options: Options) -> int:
     """Migrates; gives the exit code: 0, or 1 after one sentence."""
     try:
-        stopping.leave_at_once()  # each step is one transaction, or is made again by the next run
+        stopping.leave_at_once()  # each step is one transaction, or the next run repeats it
         settings = load()
         configure_logging(settings.log_level)
         asyncio.run(_migrate(options, settings))
@@ -77,7 +77,7 @@ async def _migrate(options: Options, settings: config.Settings) -> None:
     with DataFolder.open(options.data, "(mercato migrate)") as folder:
         secret = settings.secret.get_secret_value().encode() if settings.secret else folder.secret()
         dsns = await preparing.databases(admin_dsn, secret, progress, names)
-        await preparing.tell_connections(admin_dsn, settings.pool_size * len(topology.SERVICES), progress)
+        await preparing.warn_of_too_few_connections(admin_dsn, settings.pool_size * len(topology.SERVICES), progress)
         if dsns.keys() == topology.SERVICES.keys():
             host = preparing.whole_shop(dsns, secret, settings)
             async with hosted(host):
@@ -98,7 +98,7 @@ def _address(pooler: str) -> tuple[str, int]:
 
 
 def _write(folder: Path, variables: Mapping[str, Mapping[str, str]]) -> Path:
-    """A file for each service, as `docker run --env-file` takes it. Only the owner may read them."""
+    """Writes a file for each service, for `docker run --env-file`. Only the owner may read them."""
     folder.mkdir(mode=0o700, exist_ok=True)
     for name, values in variables.items():
         lines = "".join(f"{key}={value}\n" for key, value in values.items())

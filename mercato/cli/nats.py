@@ -1,4 +1,4 @@
-"""NATS, for the processes of a shop: who may connect, what each may do, and the server of `up --split`."""
+"""NATS, for the processes of a shop: its users and their permissions, and the server of `up --split`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ SUBSCRIBER_FILE: Final = "subscriber.env"
 
 
 def users(shop_secret: bytes) -> Sequence[NatsUser]:
-    """A user for each caller, and one to read the stream of the feed; each with the rights that it needs and no more.
+    """A user for each caller, and one that reads the stream of the feed; each with only the rights that it needs.
 
-    Passwords follow from the secrets.
+    Passwords are derived from the secrets.
     """
     known: list[NatsUser] = []
     for name, secret in service_secrets(shop_secret, topology.NATS_USERS).items():
@@ -69,14 +69,14 @@ def connections(secrets: Mapping[str, bytes], settings: ServeSettings) -> Mappin
 def _parsed(url: str) -> SplitResult | None:
     try:
         parts = urlsplit(url)
-        _ = parts.port  # which is read only now
+        _ = parts.port  # raises for a wrong port
     except ValueError:
         return None
     return parts
 
 
 def feed_reader(events: Events) -> ReadFeed:
-    """How the bridge reads the feed: each entry in the form that `GET /events` shows."""
+    """Reads the feed for the bridge: each entry as `GET /events` shows it."""
 
     async def read(after: int) -> Sequence[FeedMessage]:
         try:
@@ -91,14 +91,14 @@ def feed_reader(events: Events) -> ReadFeed:
 
 
 async def bridge_events(host: Host, remote: NatsRemote) -> None:
-    """Where this process serves the feed, it also publishes it to JetStream. Before `host` is opened."""
+    """If this process serves the feed, it also publishes it to JetStream. Called before `host` is opened."""
     name = Events.service
     if name not in host.services:
         return
     bridge = Bridge(feed_reader(host.client(Events, name)), remote.connection(name), host.clock, host.telemetry)
     await bridge.open()
     host.services[name].database.on_commit.append(bridge.wake)
-    # `follow` pauses by itself, for a wake-up ends its pause.
+    # `follow` has its own pause, which a wake-up ends.
     host.also_run(name, PeriodicTask("bridge", bridge.follow, 0.0, limit=0, on_failure=bridge.note_failure))
 
 
@@ -106,9 +106,9 @@ async def bridge_events(host: Host, remote: NatsRemote) -> None:
 async def embedded(
     data: Path, shop_secret: bytes, progress: Progress, give_up: Callable[[str], None]
 ) -> AsyncGenerator[str]:
-    """A server of this machine for the time of the block, started again when it dies; its URL.
+    """A server on this machine for the time of the block, restarted when it dies; gives its URL.
 
-    Meanwhile a file says how others read the stream of the feed.
+    Meanwhile a file has the URL and user by which external consumers read the stream of the feed.
     """
     folder = data / "nats"
     folder.mkdir(mode=0o700, exist_ok=True)

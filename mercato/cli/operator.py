@@ -1,7 +1,7 @@
-"""A person at the command line as a caller: reaching the processes of a shop that runs.
+"""The operator at the command line as a caller of the processes of a running shop.
 
-Where they are comes from the environment (NATS_URL or MERCATO_SERVICES, with what `mercato migrate` wrote in
-`operator.env`), else from the data folder of a shop that `mercato up --split` runs.
+Their addresses are in the environment (NATS_URL or MERCATO_SERVICES, with the variables that `mercato migrate` wrote to
+`operator.env`), else in the data folder of a shop that `mercato up --split` runs.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ HTTP_REGISTRIES: Final = {
     "etcd": ("etcd", f"look whether its process has {ONE_REGISTRY.format('etcd')}; `{LIST_ETCD}` shows all"),
     "consul": ("Consul", f"look whether its process has {ONE_REGISTRY.format('consul')}"),
 }
-"""What a registry is for people, and where to look if a service is not seen by it."""
+"""The name of a registry in messages, and what to check if it does not list a service."""
 WAY_OUT: Final = "where its processes are by NATS_URL or MERCATO_SERVICES"
 
 
 class Operator(msgspec.Struct, frozen=True):
-    """The way to the processes of a shop."""
+    """The connection of the operator to the processes of a shop."""
 
     remote: Remote
     registry: str
-    """What says where they are, in a few words for people."""
+    """The source of their addresses, in messages."""
     missing: str
     """Where to look if a service is not seen there, as the end of a sentence."""
 
@@ -65,7 +65,7 @@ class Operator(msgspec.Struct, frozen=True):
 async def operating(data: Path) -> AsyncGenerator[Operator]:
     """The connection of the operator for the time of the block.
 
-    Raises `CannotStart` where no process can be reached, or `SettingsError`.
+    Raises `CannotStart` if no process can be reached, or `SettingsError`.
     """
     settings = load(config.ServeSettings)
     source = FROM_ENVIRONMENT
@@ -96,14 +96,14 @@ def _of_folder(data: Path, settings: config.ServeSettings) -> config.ServeSettin
 
 
 def _secret(data: Path, settings: config.ServeSettings) -> bytes:
-    """Of the operator: given by itself, else from the secret of the shop."""
+    """The secret of the operator: from the environment, else derived from the secret of the shop."""
     with contextlib.suppress(config.SettingsError):
         return environment.secret_of(topology.OPERATOR, alone=True)
     return service_secrets(shop_secret(data, settings), [topology.OPERATOR])[topology.OPERATOR]
 
 
 def _remote(settings: config.ServeSettings, secret: bytes) -> tuple[str, Remote, str]:
-    """The way, in words too, and where to look if a service is not seen there."""
+    """The connection: its name in messages, the `Remote`, and what to check if a service is not listed."""
     clock, name = SystemClock(), topology.OPERATOR
     signers = {name: TokenSigner(name, signing_seed(secret), clock)}
     stats = Stats(name, __version__)

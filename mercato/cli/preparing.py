@@ -1,6 +1,6 @@
-"""What must be there before a shop serves: a migrated database for each service, demo data, and staff.
+"""Prepares a shop before it serves: a migrated database for each service, demo data, and staff.
 
-Who does it has an administrator's DSN and the secret of the shop; no process that serves needs either.
+This needs an administrator's DSN and the secret of the shop; a process that only serves needs neither.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from mercato.operations.rejoining import rejoin
 
 STAFF_EMAIL: Final = "staff@mercato.local"
 SPARE_CONNECTIONS: Final = 20
-"""Beside those of the pools: for the administrator, audits, migrations and a person with psql."""
+"""Besides those of the pools: for the administrator, audits, migrations and a person with psql."""
 
 
 async def databases(
     admin_dsn: str, secret: bytes, progress: Progress, names: Sequence[str] = tuple(topology.SERVICES)
 ) -> Mapping[str, str]:
-    """A migrated database for each of the services, none of which gives an id again that another knows; their DSNs.
+    """Migrates a database for each service; no service gives an id again that another one knows. Gives the DSNs.
 
     Raises `CannotStart`, `ProvisionError` or `MigrationError`, the last before any database is changed.
     """
@@ -60,8 +60,8 @@ async def databases(
     return dsns
 
 
-async def tell_connections(admin_dsn: str, pools: int, progress: Progress) -> None:
-    """Says so where a server takes fewer connections than all processes of a shop may open.
+async def warn_of_too_few_connections(admin_dsn: str, pools: int, progress: Progress) -> None:
+    """Warns if a server accepts fewer connections than all processes of a shop may open.
 
     `pools` is the sum of the sizes of their pools. Raises `ProvisionError`.
     """
@@ -89,7 +89,7 @@ def whole_shop(dsns: Mapping[str, str], secret: bytes, settings: config.Settings
 
 
 async def populate(host: Host, secret: bytes, progress: Progress, *, has_demo: bool, has_staff: bool) -> None:
-    """Puts demo data into an empty shop, and makes the first staff account, as far as they are wanted."""
+    """Puts demo data into an empty shop (`has_demo`), and makes the first staff account (`has_staff`)."""
     if has_demo:
         for name, service in host.services.items():
             if service.seed_demo and await service.seed_demo():
@@ -97,15 +97,15 @@ async def populate(host: Host, secret: bytes, progress: Progress, *, has_demo: b
     if has_staff:
         password = urlsafe_b64encode(key_deriver(secret)("users/first-staff-password")).decode()[:22]
 
-        def tell() -> None:
+        def show_password() -> None:
             progress.say(f"Staff account  {STAFF_EMAIL}  password {password}  (shown this once)")
             progress.event("staff", email=STAFF_EMAIL, password=password)
 
-        await topology.as_the_shop(host, lambda: _ensure_staff(host, password, tell))
+        await topology.as_the_shop(host, lambda: _ensure_staff(host, password, show_password))
 
 
 async def _complete(admin_dsn: str, names: Sequence[str]) -> set[str]:
-    """The services whose databases miss no revision. Raises `MigrationError` before any of them is changed."""
+    """The services whose databases have all revisions. Raises `MigrationError` before any of them is changed."""
     existing = await provisioned(admin_dsn, names)
     with explained("the databases cannot be read"):
         missing = await asyncio.gather(
@@ -122,7 +122,7 @@ async def _migrated(name: str, dsn: str) -> Sequence[str]:
 
 @contextlib.contextmanager
 def explained(what: str) -> Generator[None]:
-    """Makes a sentence of a server that goes away: raises `CannotStart`."""
+    """Raises `CannotStart`, with a sentence, if the server becomes unavailable."""
     try:
         yield
     except Exception as error:  # the driver's, which only the chassis knows by name
@@ -131,19 +131,19 @@ def explained(what: str) -> Generator[None]:
         raise
 
 
-async def _ensure_staff(host: Host, password: str, tell: Callable[[], None]) -> None:
+async def _ensure_staff(host: Host, password: str, show_password: Callable[[], None]) -> None:
     """Makes the first staff account, unless there is staff already.
 
-    The password is told before the account is made: told afterwards, a crash in between would leave an account that
-    cannot be used. It is derived from the shop's secret, so that two machines that start at once tell the same.
+    The password is shown before the account is made: otherwise a crash in between would leave an account that cannot
+    be used. It is derived from the shop's secret, so that two machines that start at once show the same.
     """
     if await _has_staff(host):
         return
-    tell()
+    show_password()
     try:
         await host.client(Users).register(Register(email=STAFF_EMAIL, name="Staff", password=password, role=STAFF))
     except EmailTaken:
-        # By another machine that starts on the same server at this moment, and has told its person the same.
+        # Another machine that starts on the same server has made it, and has printed the same password.
         if await _has_staff(host):
             return
         raise CannotStart(

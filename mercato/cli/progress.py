@@ -1,4 +1,4 @@
-"""What a long command tells while it works: a line for people, a JSON object a line for programs."""
+"""The output of a long command: lines for people, or one JSON object a line for programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mercato.cli import streams
 
 
 class Progress:
-    """Tells the steps of a command on standard output."""
+    """Prints the steps of a command on standard output."""
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
@@ -22,7 +22,7 @@ class Progress:
         self._started = time.monotonic()
 
     def step(self, line: str) -> None:
-        """Something that may take a moment has begun, or is done."""
+        """Prints that a step has begun, or is done."""
         if self._as_json:
             self.event("progress", message=line)
         else:
@@ -41,7 +41,7 @@ class Progress:
 
 
 class OutputFailed(Exception):
-    """What a command was asked for cannot be written any more. `is_closed`: nobody reads it, as behind `head -1`."""
+    """The result of a command cannot be written. `is_closed`: its reader has left, as in `... | head -1`."""
 
     def __init__(self, cause: OSError) -> None:
         self.is_closed = isinstance(cause, BrokenPipeError)
@@ -49,7 +49,7 @@ class OutputFailed(Exception):
 
 
 def show(line: str) -> None:
-    """A line of what a command was asked for. Raises `OutputFailed`: without a reader there is nothing left to do."""
+    """Prints a line of the result of a command. Raises `OutputFailed`, which ends the command."""
     try:
         print(line, flush=True)
     except OSError as error:
@@ -65,20 +65,20 @@ def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def note(line: str) -> None:
-    """A line for people on standard error, beside what a command was asked for."""
+    """Prints a line for people on standard error, besides the result of a command."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
 def fail(message: str) -> None:
-    """The one sentence, on one line, with which a command ends that could not do its work."""
+    """Prints the one sentence, on one line, with which a command that has failed ends."""
     note(f"mercato: {' '.join(message.split())}")
 
 
 def say(line: str) -> None:
-    """A line about what is done, which is done all the same where nobody can read it."""
+    """Prints a line about the work of a command, which continues even if the line cannot be written."""
     try:
         print(line, flush=True)
     except OSError:
-        # A reader that went away (`mercato up | head -1`), or a log on a full disk, is no reason to end a shop.
+        # A reader that has left (`mercato up | head -1`), or a log on a full disk, must not end a shop.
         streams.discard_output()

@@ -1,4 +1,4 @@
-"""Where etcd or Consul is, from the settings `MERCATO_REGISTRY_*`."""
+"""Connects to etcd or Consul by the settings `MERCATO_REGISTRY_*`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mercato.cli.starting import is_loopback
 
 URL: Final = "MERCATO_REGISTRY_URL"
 ETCD_ROOT: Final = "/mercato/"
-"""The prefix of all keys in etcd; below it each shop has one of its own."""
+"""The prefix of all keys in etcd; below it each shop has its own prefix."""
 EXAMPLES: Final = {
     "etcd": "https://10.0.0.5:2379,https://10.0.0.6:2379",
     "consul": "http://127.0.0.1:8500",
@@ -75,7 +75,7 @@ def _check(url: str, settings: ServeSettings, example: str) -> None:
 
 
 def _tls(settings: ServeSettings) -> ssl.SSLContext:
-    """Also with the certificate of this process, for a registry that asks for one."""
+    """The TLS context, with the certificate of this process for a registry that requires one."""
     try:
         context = ssl.create_default_context(cafile=settings.registry_ca or settings.tls_ca)
         if settings.tls_cert is not None:

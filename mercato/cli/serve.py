@@ -1,11 +1,11 @@
-"""`mercato serve`: some of the services in this process, among others that serve the rest.
+"""`mercato serve`: serves some of the services, while other processes serve the rest.
 
-It is told everything by its environment, as a container would be (`environment.py`), has no administrator's DSN and no
-secret but those of its services, and changes no database: `mercato migrate` does. It serves the rows of the public API
-that belong to its services, `/health/live`, `/health/ready` and `/metrics` on its port; other processes reach its
+Its environment has everything that it needs, as in a container (`environment.py`). It has no administrator's DSN and
+only the secrets of its services, and changes no database: `mercato migrate` does. It serves the routes of the public
+API of its services, `/health/live`, `/health/ready` and `/metrics` on its port; other processes reach its
 operations over NATS, or on a second port over HTTP.
 
-    SIGTERM ──► not ready ──► takes no more batches ──► answers what runs ──► closes          within ten seconds
+    SIGTERM ──► not ready ──► accepts no more batches ──► answers running ones ──► closes      within ten seconds
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ from mercato.gateway.cross_origin import origins_of
 INSTANCE_BYTES: Final = 6
 UNREADY_SECONDS: Final = 0.5
 DRAIN_SECONDS: Final = 3.0
-"""Running requests of clients have so long at the end."""
+"""How long running requests of clients may take at the end."""
 
 EXPECTED: Final = (CannotStart, CannotListen, MigrationError, OptionError, config.SettingsError, StoreRefused)
-"""Failures whose message is all that the person needs."""
+"""Failures whose message is all that the operator needs."""
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -77,8 +77,8 @@ class Options(msgspec.Struct, frozen=True):
 def run(options: Options, listener: socket.socket | None = None, counts: int | None = None) -> int:
     """Serves until the process is asked to stop; gives the exit code, as `up` does.
 
-    `listener` is a socket that listens already, in place of `options.host` and `options.port`; `counts` the file in
-    which several gateways count together.
+    `listener` is a listening socket to use instead of `options.host` and `options.port`; `counts` is the file in which
+    several gateways count together.
     """
     import uvloop
 
@@ -129,7 +129,7 @@ class _Serving:
         def ask(_: int) -> None:
             loop.call_soon_threadsafe(self._stop.set)
 
-        stopping.tell(ask)
+        stopping.notify(ask)
         try:
             async with contextlib.AsyncExitStack() as stack:
                 await self._run(stack)
@@ -221,7 +221,7 @@ class _Serving:
             leaving.cancel()
 
     async def _bridge(self, host: Host, remote: Remote) -> None:
-        """Publishes the feed, where NATS is there and this process serves it."""
+        """Publishes the feed, if there is NATS and this process serves the feed."""
         if self._settings.nats_url is not None:
             from mercato.chassis.rpc.transports.nats import NatsRemote
             from mercato.cli import nats
@@ -230,7 +230,7 @@ class _Serving:
             await nats.bridge_events(host, remote)
 
     def _needed(self) -> Collection[str]:
-        """The services elsewhere without which those here, or the gateway, cannot do their work."""
+        """The services of other processes that the services of this one, or the gateway, need."""
         callers = [GATEWAY] if self._has_gateway else self._services
         called = {operation.service for caller in callers for operation in topology.called_by(caller)}
         return sorted(name for name in called & topology.SERVICES.keys() if name not in self._services)
@@ -241,7 +241,7 @@ class _Serving:
         def trust_of(services: Collection[str]) -> Trust:
             return Trust(list(services), given.public_keys, topology.grants(), self._clock, self._telemetry)
 
-        # Each transport brings a client library, which takes as long to import as most of the rest.
+        # Imported here: each transport has a client library, which takes as long to import as most of the rest.
         if self._settings.nats_url is None:
             return self._over_http(signers, trust_of, stack)
         from mercato.chassis.rpc.transports.nats import NatsRemote
@@ -286,7 +286,7 @@ class _Serving:
 
 
 async def _require_migrated(dsns: Mapping[str, str]) -> None:
-    """Raises `CannotStart` for a database that `mercato migrate` has not brought to this release, or a wrong pooler."""
+    """Raises `CannotStart` for a database that was not migrated to this release, or for an unsuitable pooler."""
     for name, dsn in dsns.items():
         with explained(f"the database of {name} cannot be read"):
             if problem := await sessions.problem(dsn):

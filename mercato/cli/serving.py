@@ -1,4 +1,4 @@
-"""What a worker does: it serves on the listening socket of its owner, until that asks it to stop or dies."""
+"""The work of a worker: it serves on the listening socket of its owner, until the owner asks it to stop or dies."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from mercato.chassis.observability.telemetry import configure_logging
 from mercato.cli.hosting import hosted, tune_garbage_collection
 from mercato.cli.progress import fail
 from mercato.cli.worker import OwnerWatch
-from mercato.cli.workers import READY_LINE, Assignment
+from mercato.cli.workers import READY_LINE, WorkerAssignment
 from mercato.operations.audit.background import Background
 
 
 def run(line: bytes, owner_watch: OwnerWatch) -> int:
-    """Serves as `line`, an encoded `Assignment`, says; gives the exit code."""
-    assignment = msgspec.json.decode(line, type=Assignment)
+    """Serves by the `WorkerAssignment` encoded in `line`; gives the exit code."""
+    assignment = msgspec.json.decode(line, type=WorkerAssignment)
     configure_logging(assignment.log_level)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -38,7 +38,7 @@ def run(line: bytes, owner_watch: OwnerWatch) -> int:
     return 0
 
 
-async def _serve(assignment: Assignment, owner_watch: OwnerWatch) -> None:
+async def _serve(assignment: WorkerAssignment, owner_watch: OwnerWatch) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
 
@@ -76,9 +76,9 @@ async def _serve(assignment: Assignment, owner_watch: OwnerWatch) -> None:
         tune_garbage_collection()
         with socket.socket(fileno=assignment.listener) as listener:
             async with background.running():
-                await topology.server(app, listener, host.telemetry, _tell_ready).run_until(stop)
+                await topology.server(app, listener, host.telemetry, _report_ready).run_until(stop)
 
 
-def _tell_ready() -> None:
+def _report_ready() -> None:
     sys.stdout.buffer.write(READY_LINE)
     sys.stdout.buffer.flush()

@@ -1,7 +1,7 @@
 """The table of all settings: what a variable means, its default and bounds, and who reads it.
 
-It is made of the classes that read the settings, and of the options of commands that have a variable.
-`mercato settings` prints it, docs/operations.md holds it, and a start refuses variables that are not in it.
+It is built from the classes that read the settings, and the options of commands that have a variable.
+`mercato settings` prints it, docs/operations.md contains it, and a start refuses variables that are not in it.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ COMMAND_VARIABLES: Final = (
     "MERCATO_SPLIT_TRANSPORT",
     "MERCATO_WORKERS",
 )
-"""Of options of commands."""
+"""The variables of options of commands."""
 POSTGRES_USER: Final = "MERCATO_POSTGRES_USER"
 UNITS: Final = {"seconds": "seconds", "percent": "percent", "share": "share of 1", "rate": "share of 1"}
-"""By the last word of a name."""
+"""The units, by the last word of a name."""
 GIVEN_BY_MIGRATE: Final = "`mercato migrate` writes it"
 
 
@@ -52,7 +52,7 @@ class Setting(msgspec.Struct, frozen=True):
     about: str
     default: str
     bounds: str
-    """Of a number, with its unit; of a text, what it may be. Empty: any text."""
+    """The bounds of a number, with its unit, or the choices of a text. Empty: any text."""
     readers: str
     """The commands, or the service, that read it."""
 
@@ -156,7 +156,7 @@ def _docstrings(kind: type) -> Mapping[str, str]:
 
 
 def _bounds(limits: Iterable[object]) -> str:
-    """Those of a number, as in `1 to 50`, out of the annotations of msgspec, pydantic or cyclopts; empty: not both."""
+    """The bounds of a number, as in `1 to 50`, from annotations of msgspec, pydantic or cyclopts; empty unless both."""
     low = high = None
     for limit in limits:
         low = next((value for key in ("ge", "gte") if (value := getattr(limit, key, None)) is not None), low)
@@ -189,7 +189,7 @@ def _shown(value: object) -> str:
 
 
 def markdown() -> str:
-    """The table as docs/operations.md holds it."""
+    """The table as docs/operations.md contains it."""
     lines = ["| variable | meaning | default | values | read by |", "| --- | --- | --- | --- | --- |"]
     for row in rows():
         cells = (f"`{row.name}`", row.about, row.default, row.bounds, row.readers)

@@ -1,4 +1,4 @@
-"""A folder in which the processes that answer on one port share their metrics: each of them shows those of all."""
+"""A folder in which the processes on one port share their metrics: each of them shows the metrics of all."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108  # a folder with a random 
 """Where the folder is, on systems that have it: a mapped file on a full disk ends its process."""
 PREFIX: Final = "mercato-metrics-"
 ENDED_KEPT: Final = 64
-"""Of so many processes that have ended, what they had counted is shown on."""
+"""How many ended processes keep their counts in the metrics."""
 
 
 class MetricsFolder:
-    """Made at once; its owner calls `remove` in the end."""
+    """Creates the folder; its owner calls `remove` in the end."""
 
     def __init__(self) -> None:
         shared = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
@@ -32,10 +32,9 @@ class MetricsFolder:
         self._ended: deque[int] = deque()
 
     def note_end(self, pid: int) -> None:
-        """Of a process that has ended, what it had in work is gone, and what it has counted stays.
+        """Removes the gauges of a process that has ended; its counters stay.
 
-        Each that is started again leaves its files: of more than `ENDED_KEPT`, those of the first are removed, and
-        what it had counted with them.
+        Each restart leaves files: beyond `ENDED_KEPT` processes, those of the first one are removed, with its counts.
         """
         mark_process_dead(pid, self.path)
         self._ended.append(pid)
@@ -48,6 +47,6 @@ class MetricsFolder:
 
 
 def folder_of_owner() -> str | None:
-    """The folder in which this process shares its metrics; None where it does not, or in one that others have made."""
+    """The folder in which this process shares its metrics; None if it shares none, or not in a folder of Mercato."""
     folder = variables.value(MULTIPROCESS_VARIABLE)
     return folder if folder and Path(folder).name.startswith(PREFIX) else None

@@ -1,9 +1,9 @@
-"""The processes of `mercato up --split`, seen from their owner: started, watched, started again, stopped.
+"""The owner's side of the processes of `mercato up --split`: it starts, watches, restarts and stops them.
 
-Each is a `mercato serve` of its own (`instance.py`). One that ends by itself is started again, at once the first time
-and with a growing pause after that. All gateways accept from one listening socket, which they inherit: while one of
-them is away, the others answer, and with none of them connections wait. Which of several answers is chance: they share
-their metrics. What the processes log comes out as one log, each line with the name of its process.
+Each runs `mercato serve` (`instance.py`). One that ends by itself is restarted, at once the first time and with a
+growing pause after that. All gateways accept from one listening socket, which they inherit: while one of them is down,
+the others answer; while all are, connections wait. Any of them may answer a request, so they share their metrics. The
+owner writes the logs of all processes as one log, each line with the name of its process.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from mercato.placements import Placement, ProcessPlan
 FIRST_PAUSE_SECONDS: Final = 0.1
 LONGEST_PAUSE_SECONDS: Final = 5.0
 STEADY_SECONDS: Final = 10.0
-"""Who ran for so long gets the first pause again."""
+"""A process that has run for so long gets the first pause again."""
 STOP_SECONDS: Final = 9.0
-"""After a process was asked to stop, so long it may take; then it is killed."""
+"""How long a process may take to stop; then it is killed."""
 GATEWAY_STOP_SECONDS: Final = 4.0
 LINE_BYTES: Final = 1024 * 1024
 RECORD: Final = "processes.json"
 MOST_REPLICAS: Final = 16
 LOOPBACK: Final = "127.0.0.1"
 ADMINISTRATORS: Final = ("MERCATO_POSTGRES_DSN", "MERCATO_SECRET")
-"""Variables that no process may inherit from its owner."""
+"""Variables of the owner that no other process may inherit."""
 PORTS: Final = range(20_000, 32_768)
-"""For addresses that stay when a process starts again: below those from which the system takes its own."""
+"""For addresses that stay when a process is restarted: below the system's range of ephemeral ports."""
 
 
 class Shared(NamedTuple):
-    """What all gateways inherit: two file descriptors, and a folder where there are several of them."""
+    """What all gateways inherit: two file descriptors, and the folder of metrics if there are several of them."""
 
     listener: int
     counts: int
@@ -63,7 +63,7 @@ class Shared(NamedTuple):
 
 
 class InstanceAssignment(msgspec.Struct, frozen=True):
-    """What a process is told."""
+    """What the owner sends to a process: what it serves, and with which settings."""
 
     hosts: tuple[str, ...]
     """Services, and `gateway`."""
@@ -76,20 +76,20 @@ class InstanceAssignment(msgspec.Struct, frozen=True):
     """That of the file in which the gateways count the requests of each caller together."""
 
 
-class Record(msgspec.Struct, frozen=True):
-    """How the processes of the shop in a data folder are reached, for commands that look at them."""
+class RunningProcesses(msgspec.Struct, frozen=True):
+    """The addresses of the processes of the shop in a data folder, for commands that inspect them."""
 
-    owner: processes.Process
-    """Who starts them. Without it, what is said here is of a shop that was killed."""
+    owner: processes.ServerProcess
+    """The process that starts them. If it has ended, the shop was killed, and the record is obsolete."""
     nats_url: str = ""
     services: str = ""
-    """As MERCATO_SERVICES, where they call each other over HTTP."""
+    """The value of MERCATO_SERVICES, if they call each other over HTTP."""
     urls: Mapping[str, str] = {}
-    """Where each process serves clients, health and metrics, by its name; only those that are ready."""
+    """The URL at which each ready process serves clients, health and metrics, by its name."""
 
 
-class InstanceFailed(Exception):
-    """A sentence about a process that could not begin."""
+class ProcessFailed(Exception):
+    """A sentence about a process that could not start."""
 
 
 def with_replicas(placement: Placement, wanted: str) -> Placement:
@@ -107,14 +107,14 @@ def with_replicas(placement: Placement, wanted: str) -> Placement:
 
 def planned(
     placement: Placement, transport: str, listener: socket.socket, counts: int, metrics: MetricsFolder | None
-) -> list[Instance]:
-    """All processes of a placement, which may begin to import. Gateways are to listen on `listener`.
+) -> list[SupervisedProcess]:
+    """All processes of a placement, before their assignments. Gateways will listen on `listener`.
 
-    `counts`: the file in which they count together; `metrics`: the folder of their metrics, where they are several.
+    `counts`: the file in which gateways count together; `metrics`: the folder of their metrics, if there are several.
     """
     shared = Shared(listener.fileno(), counts, metrics)
     return [
-        Instance(name, plan, number, transport, shared if GATEWAY in plan.hosts else None)
+        SupervisedProcess(name, plan, number, transport, shared if GATEWAY in plan.hosts else None)
         for name, plan in placement.processes.items()
         for number in range(plan.replicas)
     ]
@@ -126,7 +126,7 @@ def has_several_gateways(placement: Placement) -> bool:
 
 
 def assign(
-    made: Sequence[Instance],
+    made: Sequence[SupervisedProcess],
     placement: Placement,
     given: Mapping[str, Mapping[str, str]],
     *,
@@ -134,7 +134,7 @@ def assign(
     auth: Auth,
     nats_url: str | None,
 ) -> None:
-    """Tells each process of a placement what it serves. `given` are the variables of each service and the gateway.
+    """Assigns to each process of a placement what it serves. `given` are the variables of each service and the gateway.
 
     Gateways listen on `host`, the others on loopback. With `nats_url` None, they call each other over HTTP.
     """
@@ -158,10 +158,10 @@ def assign(
         )
 
 
-class Recorder:
-    """Writes down, for the time of a `with` block and after each `write`, how the processes are reached."""
+class ProcessFile:
+    """The file with the addresses of the processes, for the time of a `with` block; each `write` updates it."""
 
-    def __init__(self, data: Path, made: Sequence[Instance]) -> None:
+    def __init__(self, data: Path, made: Sequence[SupervisedProcess]) -> None:
         self._file = data / RECORD
         self._made = made
 
@@ -172,7 +172,7 @@ class Recorder:
         urls = {instance.name: instance.url for instance in self._made if instance.url}
         owner = processes.process_at(os.getpid())
         assert owner is not None
-        record = Record(owner, environment["NATS_URL"], environment["MERCATO_SERVICES"], urls)
+        record = RunningProcesses(owner, environment["NATS_URL"], environment["MERCATO_SERVICES"], urls)
         write_atomically(self._file, msgspec.json.encode(record))
 
     def __enter__(self) -> Self:
@@ -183,17 +183,17 @@ class Recorder:
         self._file.unlink(missing_ok=True)
 
 
-def read_record(data: Path) -> Record | None:
-    """How the processes of a shop are reached; None where it does not run, or in one place."""
+def read_record(data: Path) -> RunningProcesses | None:
+    """The addresses of the processes of a shop; None if it does not run, or runs in one process."""
     try:
-        record = msgspec.json.decode((data / RECORD).read_bytes(), type=Record)
+        record = msgspec.json.decode((data / RECORD).read_bytes(), type=RunningProcesses)
     except (OSError, msgspec.MsgspecError):
         return None
     return record if processes.process_at(record.owner.pid) == record.owner else None
 
 
 def _addresses(placement: Placement) -> Mapping[str, Sequence[str]]:
-    """Where each process takes the calls of others: an address for each replica, by the name of the process."""
+    """The address at which each replica accepts calls, by the name of the process."""
     used: set[str] = set()
     return {
         name: [_address(used) for _ in range(plan.replicas)]
@@ -203,7 +203,7 @@ def _addresses(placement: Placement) -> Mapping[str, Sequence[str]]:
 
 
 def _address(used: set[str]) -> str:
-    """A free address on loopback, which nothing else takes while its process is away."""
+    """A free address on loopback, outside of the ephemeral ports: it stays free while its process is down."""
     while True:
         port = random.choice(PORTS)
         chosen = f"{LOOPBACK}:{port}"
@@ -215,7 +215,7 @@ def _address(used: set[str]) -> str:
 
 
 def _listed(placement: Placement, where: Mapping[str, Sequence[str]]) -> str:
-    """The addresses of all services, as MERCATO_SERVICES has them."""
+    """The addresses of all services, in the form of MERCATO_SERVICES."""
     found: dict[str, list[str]] = {}
     for name, plan in placement.processes.items():
         for service in topology.SERVICES.keys() & set(plan.hosts):
@@ -223,10 +223,10 @@ def _listed(placement: Placement, where: Mapping[str, Sequence[str]]) -> str:
     return "; ".join(f"{service}={','.join(places)}" for service, places in found.items() if places)
 
 
-class Instance:
-    """One process, over all its lives. `name` is for people: `orders.2`.
+class SupervisedProcess:
+    """One process, over all its restarts. `name` is for people: `orders.2`.
 
-    It begins to import at once, which takes longer than all that it does before it serves, and waits for `assign`.
+    It begins to import at once, which is the longest part of its start, and waits for `assign`.
     """
 
     def __init__(self, process: str, plan: ProcessPlan, number: int, transport: str, shared: Shared | None) -> None:
@@ -239,7 +239,7 @@ class Instance:
         self.shared = shared
         self.assignment: InstanceAssignment | None = None
         self.url = ""
-        """Where it serves clients, once it is ready."""
+        """The URL at which it serves clients, once it is ready."""
         self.pid: int | None = None
         self.starts = 0
         self._assigned = asyncio.Event()
@@ -252,16 +252,16 @@ class Instance:
         return GATEWAY in self.plan.hosts
 
     def assign(self, assignment: InstanceAssignment) -> None:
-        """What it is told, in each of its lives."""
+        """Sets the assignment, which the process gets at each start."""
         self.assignment = assignment
         self._assigned.set()
 
     async def ready(self) -> None:
-        """Returns once it was ready for the first time."""
+        """Returns when it is ready for the first time."""
         await self._ready.wait()
 
-    async def run(self, changed: Callable[[Instance], None]) -> None:
-        """Keeps the process running until `stop`. Raises `InstanceFailed` if it ends before it was ever ready."""
+    async def run(self, changed: Callable[[SupervisedProcess], None]) -> None:
+        """Keeps the process running until `stop`. Raises `ProcessFailed` if it ends before it was ever ready."""
         pause = FIRST_PAUSE_SECONDS
         while not self._is_stopping:
             began = time.monotonic()
@@ -270,15 +270,15 @@ class Instance:
             if self._is_stopping:
                 return
             if not self._ready.is_set():
-                raise InstanceFailed(last_words.removeprefix("mercato: ") or f"{self.name} ended before it was ready")
+                raise ProcessFailed(last_words.removeprefix("mercato: ") or f"{self.name} ended before it was ready")
             if time.monotonic() - began > STEADY_SECONDS:
                 pause = FIRST_PAUSE_SECONDS
             _log(self.name, event="process_ended", how=self._ending(), again_after_seconds=pause, level="warning")
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
-    async def _live(self, changed: Callable[[Instance], None]) -> str:
-        """One life of the process; the last line that it wrote."""
+    async def _live(self, changed: Callable[[SupervisedProcess], None]) -> str:
+        """Starts the process and waits for its end; gives the last line that it wrote."""
         metrics = self.shared.metrics if self.shared else None
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "mercato.cli.instance", str(os.getpid()), self.transport, ",".join(self.plan.hosts),
@@ -292,7 +292,7 @@ class Instance:
         self.starts += 1
         try:
             _, _, last, _ = await asyncio.gather(
-                self._tell(process), self._follow(process, changed), self._relay(process), process.wait()
+                self._send_assignment(process), self._follow(process, changed), self._relay(process), process.wait()
             )
         finally:
             if process.returncode is None:
@@ -301,20 +301,20 @@ class Instance:
                 metrics.note_end(process.pid)
         return last
 
-    async def _tell(self, process: asyncio.subprocess.Process) -> None:
-        """Gives it its assignment, unless it ends before there is one."""
+    async def _send_assignment(self, process: asyncio.subprocess.Process) -> None:
+        """Sends the assignment, unless the process ends before there is one."""
         assert process.stdin is not None
-        told, ended = asyncio.create_task(self._assigned.wait()), asyncio.create_task(process.wait())
-        await asyncio.wait({told, ended}, return_when=asyncio.FIRST_COMPLETED)
-        told.cancel()
+        assigned, ended = asyncio.create_task(self._assigned.wait()), asyncio.create_task(process.wait())
+        await asyncio.wait({assigned, ended}, return_when=asyncio.FIRST_COMPLETED)
+        assigned.cancel()
         ended.cancel()
         if self._is_stopping or self.assignment is None:
             process.stdin.close()
         else:
             process.stdin.write(msgspec.json.encode(self.assignment) + b"\n")
 
-    async def _follow(self, process: asyncio.subprocess.Process, changed: Callable[[Instance], None]) -> None:
-        """What `serve --json` tells."""
+    async def _follow(self, process: asyncio.subprocess.Process, changed: Callable[[SupervisedProcess], None]) -> None:
+        """Reads the output of `serve --json`."""
         assert process.stdout is not None
         async for line in process.stdout:
             with contextlib.suppress(ValueError):
@@ -342,7 +342,7 @@ class Instance:
         assert process.stdin is not None
         process.stdin.close()
         if self.assignment is None:
-            process.kill()  # it does nothing yet that could be finished
+            process.kill()  # it has no work yet that it could finish
         try:
             async with asyncio.timeout(seconds):
                 await process.wait()
@@ -359,14 +359,14 @@ class Instance:
 class Split:
     """All processes of a shop. `start` them, `assign` each its work, and `stop` them."""
 
-    def __init__(self, instances: Sequence[Instance]) -> None:
+    def __init__(self, instances: Sequence[SupervisedProcess]) -> None:
         self.instances = instances
         self._lives: list[asyncio.Task[None]] = []
 
-    def start(self, changed: Callable[[Instance], None], on_failure: Callable[[str], None]) -> None:
+    def start(self, changed: Callable[[SupervisedProcess], None], on_failure: Callable[[str], None]) -> None:
         """Keeps them running from now on.
 
-        `changed` is called with each that became ready; `on_failure` hears a sentence about one that cannot begin.
+        `changed` is called with each that becomes ready; `on_failure` gets a sentence about one that cannot start.
         """
         for instance in self.instances:
             self._lives.append(asyncio.create_task(self._keep(instance, changed, on_failure)))
@@ -376,8 +376,8 @@ class Split:
         await asyncio.gather(*(instance.ready() for instance in self.instances))
 
     async def stop(self) -> None:
-        """Ends all of them. The second time it does nothing."""
-        # First who lets clients in, so that what is under way can still be finished by the others.
+        """Ends all of them. A second call does nothing."""
+        # The gateways first, so that the others can still finish running requests.
         gateways = [instance for instance in self.instances if instance.is_gateway]
         await asyncio.gather(*(instance.stop(GATEWAY_STOP_SECONDS) for instance in gateways))
         await asyncio.gather(*(instance.stop() for instance in self.instances))
@@ -387,16 +387,19 @@ class Split:
         await asyncio.gather(*lives, return_exceptions=True)
 
     async def _keep(
-        self, instance: Instance, changed: Callable[[Instance], None], on_failure: Callable[[str], None]
+        self,
+        instance: SupervisedProcess,
+        changed: Callable[[SupervisedProcess], None],
+        on_failure: Callable[[str], None],
     ) -> None:
         try:
             await instance.run(changed)
-        except InstanceFailed as error:
+        except ProcessFailed as error:
             on_failure(str(error))
 
 
 def _relay(name: str, line: str) -> None:
-    """A line that a process wrote, in the one log of all: a JSON object, with the name of the process."""
+    """Writes a line of a process to the common log: a JSON object, with the name of the process."""
     if line.startswith("{"):
         _write(f'{{"process":"{name}",{line.removeprefix("{")}')
     else:

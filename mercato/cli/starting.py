@@ -1,4 +1,4 @@
-"""What the start of every process that serves has in common."""
+"""Shared by the start of every process that serves."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ log = structlog.stdlib.get_logger("mercato.start")
 
 
 class CannotStart(Exception):
-    """A sentence for the person who typed the command."""
+    """A sentence for the operator."""
 
 
 def inject_faults(wanted: str, names: Iterable[str] = tuple(topology.SERVICES)) -> None:
     """Injects the faults of `MERCATO_FAULTS` into the services that this process will host. Raises `CannotStart`."""
     if not wanted:
         return
-    topology.builds([name for name in names if name != GATEWAY])  # a service declares its points when it is imported
+    topology.builds([name for name in names if name != GATEWAY])  # importing a service declares its fault points
     try:
         faults.inject_from_environment(wanted)
     except ValueError as error:
@@ -35,9 +35,9 @@ def inject_faults(wanted: str, names: Iterable[str] = tuple(topology.SERVICES)) 
 
 
 def announce_test_modes(settings: Settings, *, is_open: bool) -> Sequence[str]:
-    """Logs what is set for tests alone, and gives it as sentences. Raises `CannotStart` where tokens are required.
+    """Logs settings for tests, and gives them as sentences. Raises `CannotStart` for them if tokens are required.
 
-    A shop that asks for tokens is one that others reach: its processes are not to be killed, nor its calls doubled.
+    A shop that requires tokens may be in production: such settings kill processes, and send calls twice.
     """
     found: list[tuple[str, str]] = []
     if settings.faults:
@@ -52,7 +52,7 @@ def announce_test_modes(settings: Settings, *, is_open: bool) -> Sequence[str]:
 
 
 def is_open(host: str, auth: Auth | None) -> bool:
-    """Whether callers without a token act as staff: by default on loopback, and there alone. Raises `CannotStart`."""
+    """Whether callers without a token act as staff: the default on loopback, `CannotStart` elsewhere."""
     if auth == "open" and not is_loopback(host):
         raise CannotStart(
             f"--auth open is for loopback only, and {host} is reachable from elsewhere: leave it away, "
@@ -69,7 +69,7 @@ def is_loopback(host: str) -> bool:
 
 
 def open_to(host: str, listener: socket.socket, *, open_: bool) -> tuple[str, int] | None:
-    """The address of a shop that asks for no tokens; None where it does."""
+    """The address of a shop that requires no tokens; None if it requires them."""
     return (host, listener.getsockname()[1]) if open_ else None
 
 
@@ -80,7 +80,7 @@ def url_of(host: str, listener: socket.socket) -> str:
 
 
 def names_of(given: Sequence[str], *, gateway: bool) -> tuple[str, ...]:
-    """The services that a person has named, each once. Raises `CannotStart` for one that there is not."""
+    """The services of the command line, each once. Raises `CannotStart` for an unknown one."""
     known = (*topology.SERVICES, GATEWAY) if gateway else tuple(topology.SERVICES)
     for name in given:
         if name not in known:

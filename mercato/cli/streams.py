@@ -1,4 +1,4 @@
-"""Standard streams as a command may find them: closed, without a letter for a name, or gone while it runs."""
+"""Prepares standard streams that are closed, cannot encode a character, or break while the command runs."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ import sys
 from typing import Final
 
 UNWRITABLE: Final = (errno.EPIPE, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EBADF)
-"""What a stream says that cannot be written to: its reader or terminal is gone, or its disk is full."""
+"""The errors of a stream that cannot be written to: its reader or terminal is gone, or its disk is full."""
 
 
 def prepare() -> None:
-    """Opens those that are closed on nothing, and lets the others write any text. The first thing that a command does.
+    """Opens closed streams on /dev/null, and lets the others write any text. The first step of a command.
 
-    A closed one would be given to the first file that is opened, the lock of a data folder or a socket, and what is
-    said to people would be written there. A letter that the encoding of a stream lacks is written as an escape.
+    Otherwise the first file that is opened, such as the lock of a data folder or a socket, would get the descriptor of
+    a closed stream, and messages would be written there. A character that a stream cannot encode is written as an
+    escape.
     """
     for number, flags in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
         try:
             os.fstat(number)
         except OSError:
-            opened = os.open(os.devnull, flags)  # the lowest number that is free, which is this one
+            opened = os.open(os.devnull, flags)  # gets the lowest free number, which is this one
             os.set_inheritable(opened, True)
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # for as long as the process lives
@@ -36,5 +37,5 @@ def prepare() -> None:
 
 
 def discard_output() -> None:
-    """What is in the buffer would be tried again for ever, and at the end of the process, which would then fail."""
+    """Drops the buffer: Python would try to write it again, also at the end of the process, which would then fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,9 +1,9 @@
 """`mercato up`: the whole shop on one machine, from one command.
 
-The process that a person starts is the owner of everything: the data folder, PostgreSQL under its guard, the listening
-socket, and the processes below it. PostgreSQL is started again when it dies, and so are the processes of a shop that is
-split; a worker that dies ends the owner. The owner's death, `kill -9` included, ends all of them within five seconds.
-Nothing has to be cleaned up afterwards: the next `up` finds a database that recovers, and every answered order.
+The process of this command is the owner of everything: the data folder, PostgreSQL under its guard, the listening
+socket, and its child processes. It restarts PostgreSQL if that dies, and the processes of a shop that is split; if a
+worker dies, the owner ends. If the owner dies, even by `kill -9`, all of them end within five seconds. Nothing has to
+be cleaned up afterwards: after the next `up` the database recovers, with every acknowledged order.
 """
 
 from __future__ import annotations
@@ -35,7 +35,15 @@ from mercato.cli.keeping import kept
 from mercato.cli.progress import Progress, fail
 from mercato.cli.settings import load
 from mercato.cli.shared_metrics import MetricsFolder
-from mercato.cli.split import Instance, Recorder, Split, assign, has_several_gateways, planned, with_replicas
+from mercato.cli.split import (
+    ProcessFile,
+    Split,
+    SupervisedProcess,
+    assign,
+    has_several_gateways,
+    planned,
+    with_replicas,
+)
 from mercato.cli.starting import (
     Auth,
     CannotStart,
@@ -72,7 +80,7 @@ class Options(msgspec.Struct, frozen=True):
 
 
 class StoppedEarly(Exception):
-    """Somebody asked it to stop while it was starting. `signal` is how."""
+    """The command was asked to stop, by `signal`, during its start."""
 
     def __init__(self, signal: int) -> None:
         super().__init__(stopping.SENTENCE)
@@ -89,7 +97,7 @@ EXPECTED: Final = (
     OptionError,
     config.SettingsError,
 )
-"""Failures whose message is all that the person needs."""
+"""Failures whose message is all that the operator needs."""
 
 
 def run(options: Options) -> int:
@@ -98,7 +106,7 @@ def run(options: Options) -> int:
     0 for a shop that was ready and was asked to stop; 1, after one sentence, for one that could not start or had to
     end; 130 (Ctrl-C) or 143 (SIGTERM) for one that was asked to stop before it was ready.
     """
-    # Imported here, not above: whoever only reads the help does not wait for it.
+    # Imported here, not above: `mercato up --help` should not wait for it.
     import uvloop
 
     try:
@@ -147,9 +155,9 @@ class _Up:
         self._progress = Progress(as_json=options.json)
         self._stop = asyncio.Event()
         self._is_ready = asyncio.Event()
-        self._recorder: Recorder | None = None
+        self._recorder: ProcessFile | None = None
         self._signal = 0
-        """By which it was asked to stop."""
+        """The signal by which it was asked to stop."""
         self._reason: str | None = None
         """Why the shop ends without having been asked to."""
         self._cluster_outside: Path | None = None
@@ -162,7 +170,7 @@ class _Up:
             async with contextlib.AsyncExitStack() as stack:
                 await self._run(stack)
         finally:
-            # Before the loop is closed: there is nobody left to tell.
+            # Before the loop is closed: after it, a handler could notify no loop.
             stopping.ignore()
         if self._reason is not None:
             raise CannotStart(self._reason)
@@ -181,7 +189,7 @@ class _Up:
         admin_dsn = await self._unless_stopped(stack.enter_async_context(self._postgres(folder, secret)))
         dsns = await self._unless_stopped(preparing.databases(admin_dsn, secret, self._progress))
         if self._settings.postgres_dsn is not None:
-            await self._unless_stopped(preparing.tell_connections(admin_dsn, self._pools(), self._progress))
+            await self._unless_stopped(preparing.warn_of_too_few_connections(admin_dsn, self._pools(), self._progress))
         async with contextlib.AsyncExitStack() as hosting:
             opening = hosting.enter_async_context(hosted(preparing.whole_shop(dsns, secret, self._settings)))
             host = await self._unless_stopped(opening)
@@ -196,7 +204,7 @@ class _Up:
             try:
                 await self._serve_split(stack, split, admin_dsn, dsns, secret, listener, url)
             finally:
-                await split.stop()  # before what they stand on
+                await split.stop()  # before PostgreSQL and NATS, which they use
         elif self._options.workers > 1:
             await self._serve_in_workers(admin_dsn, dsns, secret, listener, url)
 
@@ -206,10 +214,10 @@ class _Up:
         loop = asyncio.get_running_loop()
 
         def ask(number: int) -> None:
-            # The handler interrupts whatever the main thread does; the loop must be told in its own turn.
+            # The handler interrupts the main thread at any point; the loop handles the request in its next turn.
             loop.call_soon_threadsafe(self._asked_to_stop, number)
 
-        stopping.tell(ask)
+        stopping.notify(ask)
 
     def _asked_to_stop(self, number: int) -> None:
         if not self._stop.is_set():
@@ -227,20 +235,20 @@ class _Up:
         work.cancel()
         await asyncio.wait({work})
         if not work.cancelled():
-            work.exception()  # looked at, so that nobody logs it: that the step was ended explains whatever it says
+            work.exception()  # retrieved, so that asyncio does not log it: the step failed because it was cancelled
         raise CannotStart(self._reason) if self._reason else StoppedEarly(self._signal)
 
     def _end(self, reason: str) -> None:
         self._reason = self._reason or reason
         self._stop.set()
 
-    # -------------------------------------------------------------------------------------------------------- its place
+    # --------------------------------------------------------------------------------------------------------- listener
 
     def _listen(self) -> socket.socket:
         try:
             return bind(self._options.host, self._options.port)
         except PortTaken:
-            # Most likely by the shop that serves this very data: then that is what the person needs to know.
+            # Most likely by the shop that runs on this data folder: then `DataFolderBusy` is the more useful error.
             if self._options.data.is_dir():
                 DataFolder.open(self._options.data, "(not listening)").close()
             raise
@@ -253,7 +261,7 @@ class _Up:
 
     @contextlib.asynccontextmanager
     async def _postgres(self, folder: DataFolder, secret: bytes) -> AsyncGenerator[str]:
-        """An administrator's DSN: of the server that the environment names, else of an embedded one."""
+        """An administrator's DSN: of the server in MERCATO_POSTGRES_DSN, else of an embedded one."""
         if self._settings.postgres_dsn is not None:
             yield self._settings.postgres_dsn.get_secret_value()
             return
@@ -276,7 +284,7 @@ class _Up:
 
     @contextlib.asynccontextmanager
     async def _checkpointing(self, server: EmbeddedPostgres) -> AsyncGenerator[None]:
-        """Has a new server write its databases to the disk once the shop is ready, not at its first stop."""
+        """Makes a new server write its databases to the disk once the shop is ready, not at its first stop."""
 
         async def checkpoint() -> None:
             await self._is_ready.wait()
@@ -339,7 +347,8 @@ class _Up:
             await self._unless_stopped(workers.ready())
             self._announce(url)
             await self._stop.wait()
-            # Theirs they close themselves. While this one is open, the kernel would go on accepting for nobody.
+            # The workers close their own copies. While this one is open, the kernel would accept connections that no
+            # process answers.
             listener.close()
 
     def _importing(self, stack: contextlib.AsyncExitStack, listener: socket.socket) -> Split:
@@ -383,12 +392,12 @@ class _Up:
         async with contextlib.AsyncExitStack() as ours:
             await self._unless_stopped(split.ready())
             await ours.enter_async_context(background.running())
-            self._recorder = ours.enter_context(Recorder(self._options.data, split.instances))
+            self._recorder = ours.enter_context(ProcessFile(self._options.data, split.instances))
             self._announce(url)
             await self._stop.wait()
             listener.close()
 
-    def _note_process(self, instance: Instance) -> None:
+    def _note_process(self, instance: SupervisedProcess) -> None:
         if instance.starts > 1:
             self._progress.step(f"{instance.name} is running again")
         if self._recorder:

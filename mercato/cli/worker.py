@@ -1,6 +1,6 @@
 """One worker process of `mercato up --workers N`. See `workers.py`, which starts it.
 
-What it serves is imported last (`serving.py`): that takes a while, and an owner that dies meanwhile must be noticed.
+It imports the services last (`serving.py`): that takes a while, and an owner that dies meanwhile must be noticed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LAST_SECONDS: Final = 4.0
 class OwnerWatch:
     """The pipe from the owner. Its end means that the owner asks to stop, or that it died.
 
-    `metrics` is a folder of the owner, to be removed where that has died.
+    `metrics` is a folder of the owner, which is removed if the owner has died.
     """
 
     def __init__(self, owner: int, metrics: str | None = None) -> None:
@@ -29,12 +29,12 @@ class OwnerWatch:
         self._listener: Callable[[], None] | None = None
 
     def follow(self) -> None:
-        """Begins to wait for the end. Until somebody listens, there is nothing to finish: it ends the process."""
-        # A thread of its own: the end of the owner must be noticed even if the loop is busy for ever.
+        """Begins to wait for the end. Without a listener there is no work to finish: it ends the process."""
+        # In its own thread: the end of the owner must be noticed even if the event loop is busy.
         threading.Thread(target=self._wait, daemon=True).start()
 
     def on_end(self, listener: Callable[[], None]) -> None:
-        """From now on `listener` hears of the end, in another thread, and has `LAST_SECONDS`."""
+        """From now on the end calls `listener`, in another thread; after `LAST_SECONDS` the process is ended."""
         with self._lock:
             self._listener = listener
 
@@ -49,7 +49,7 @@ class OwnerWatch:
         self._leave()
 
     def clean_up(self) -> None:
-        """Removes the folder of metrics where the owner, whose business it is, has died."""
+        """Removes the folder of metrics if the owner, which otherwise removes it, has died."""
         if self._metrics is not None and os.getppid() != self._owner:
             shutil.rmtree(self._metrics, ignore_errors=True)
 

@@ -1,9 +1,9 @@
-"""The worker processes of `mercato up --workers N`, seen from their owner.
+"""The owner's side of the worker processes of `mercato up --workers N`.
 
-All workers accept from one listening socket, which they inherit; the kernel gives each connection to one that is free.
-A worker gets everything that it must know, secrets included, as one line on its standard input, never on its command
-line or in its environment. The pipe stays open: its end means that the owner is gone. One line on the worker's
-standard output means that it is ready.
+All workers accept from one listening socket, which they inherit; the kernel gives each connection to an idle one.
+A worker gets its assignment, secrets included, as one line on its standard input, never on its command line or in its
+environment. The pipe stays open: its end means that the owner has ended. One line on the worker's standard output means
+that it is ready.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from mercato.gateway.cross_origin import origins_of
 from mercato.gateway.shared_counts import new_file
 
 if TYPE_CHECKING:
-    # Reading settings is the owner's business; a worker that imported what that takes would start later.
+    # Only the owner reads settings; a worker that imported the module would start later.
     from mercato.chassis.hosting.settings import Settings
 
 STOP_SECONDS: Final = 3.5
-"""After a worker was asked to stop, so long it may take; then it is killed."""
+"""How long a worker may take to stop; then it is killed."""
 
 READY_LINE: Final = b"ready\n"
 
@@ -40,15 +40,15 @@ class WorkerFailed(Exception):
     """A sentence about a worker that ended by itself."""
 
 
-class Assignment(msgspec.Struct, frozen=True):
-    """What a worker is told."""
+class WorkerAssignment(msgspec.Struct, frozen=True):
+    """What the owner sends to a worker."""
 
     listener: int
     """The file descriptor of the listening socket."""
     counts: int
-    """That of the file in which the workers count the requests of each caller together."""
+    """The file descriptor of the file in which the workers count the requests of each caller together."""
     admin_dsn: str
-    """For audits, which make a database of their own."""
+    """For audits, which make their own database."""
     dsns: Mapping[str, str]
     secret: bytes
     open_to: tuple[str, int] | None
@@ -85,7 +85,7 @@ class Workers:
         self._count = count
         self._listener = listener
         self._counts = new_file()
-        self._assignment = Assignment(
+        self._assignment = WorkerAssignment(
             listener=listener.fileno(),
             counts=self._counts,
             admin_dsn=admin_dsn,
@@ -110,7 +110,7 @@ class Workers:
 
     @contextlib.asynccontextmanager
     async def running(self, on_death: Callable[[str], None]) -> AsyncGenerator[None]:
-        """Runs the workers for the time of the block. `on_death` hears a sentence about one that ends by itself."""
+        """Runs the workers for the time of the block. `on_death` gets a sentence about one that ends by itself."""
         metrics = MetricsFolder()
         watches: list[asyncio.Task[None]] = []
         try:
@@ -146,7 +146,7 @@ class Workers:
             stdout=asyncio.subprocess.PIPE,
             pass_fds=[self._listener.fileno(), self._counts],
             env=variables.for_child(**{MULTIPROCESS_VARIABLE: metrics}),
-            start_new_session=True,  # Ctrl-C in the terminal is the owner's business
+            start_new_session=True,  # only the owner handles a Ctrl-C in the terminal
         )
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(self._assignment) + b"\n")

@@ -1,4 +1,4 @@
-"""An embedded NATS server: what carries calls between the processes of one machine, without an installation."""
+"""An embedded NATS server: it carries calls between the processes of one machine, without an installation."""
 
 from mercato.embedded_nats.server import EmbeddedNats, NatsUser, authorization
 

@@ -1,14 +1,14 @@
-"""A NATS server from the program that a wheel brings: configured, started, awaited and stopped here.
+"""Configures, starts and stops a NATS server, whose program is part of a wheel.
 
     EmbeddedNats (this process) ── pipes ──► guard.py ──► nats-server
 
-It listens on loopback only. Each client is a user with a password, which may publish and subscribe what is listed for
-it and nothing else. The passwords stand in the configuration as they are: only its owner may read the file, and all the
+It listens on loopback only. Each client is a user with a password, which may publish and subscribe only to the subjects
+listed for it. The passwords are in the configuration in plain text: only its owner may read the file, and all the
 processes that use them run as that owner. Hashes would protect nothing there, and bcrypt is slow by design: after a
 restart all processes reconnect at once.
 
-The guard of the embedded PostgreSQL stands in between: it stops the server when this process goes away, by whatever
-signal. The server has no state that calls need; after a `kill -9` it is started again on the same port with the same
+It runs under the guard of the embedded PostgreSQL, which stops the server when this process ends, by whatever
+signal. The server has no state that calls need; after a `kill -9` it is restarted on the same port with the same
 users, and clients reconnect.
 
 JetStream is off unless a folder for its streams is given, and then acknowledges a message only after `fsync`.
@@ -44,7 +44,7 @@ WORD: Final = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class NatsUser(msgspec.Struct, frozen=True):
-    """Who may connect, and the subjects that it may publish to and subscribe to; `*` and `>` as in NATS."""
+    """A user, and the subjects that it may publish to and subscribe to; `*` and `>` as in NATS."""
 
     name: str
     password: str
@@ -72,8 +72,8 @@ class EmbeddedNats:
         """Start a server and wait until clients can connect.
 
         `folder` must exist and belong to the caller; it gets the configuration (mode 0600), the log and the ports
-        file. `port` is chosen by the server where it is not given. JetStream stores its streams in `streams`. Raises
-        SupervisorError when there will be no server; then nothing is left running.
+        file. Without `port`, the server chooses one. JetStream stores its streams in `streams`. Raises SupervisorError
+        if the server cannot start; then nothing is left running.
         """
         settings = _settings(folder, ANY_FREE_PORT if port is None else port, users, streams)
         _remove_ports_files(folder)
@@ -106,7 +106,7 @@ class EmbeddedNats:
 
 
 def program() -> Path:
-    """The server's program. Raises SupervisorError where the wheel is not installed."""
+    """The server's program. Raises SupervisorError if the wheel is not installed."""
     try:
         files = importlib.metadata.files(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
@@ -121,7 +121,7 @@ def program() -> Path:
 
 def _settings(folder: Path, port: int, users: Sequence[NatsUser], streams: Path | None) -> Mapping[str, Any]:
     """The configuration; JSON is a form of it that the server reads."""
-    # Without any user the server would let everything in.
+    # Without any user the server would accept every client.
     assert users, "a server without users would be open to every process of the machine"
     settings: dict[str, Any] = {
         "host": LOOPBACK,
@@ -143,12 +143,12 @@ def _authorization(users: Sequence[NatsUser]) -> Mapping[str, Any]:
 
 
 def authorization(users: Sequence[NatsUser]) -> bytes:
-    """These users as a part of the configuration of any NATS server, which includes it."""
+    """These users as a file that the configuration of any NATS server can include."""
     return msgspec.json.format(msgspec.json.encode({"authorization": _authorization(users)})) + b"\n"
 
 
 def _user(user: NatsUser) -> Mapping[str, Any]:
-    # The server takes `$2a$...` for a hash, and reads escapes in another way than JSON.
+    # The server treats `$2a$...` as a hash, and reads escapes differently than JSON.
     assert WORD.fullmatch(user.name), f"{user.name!r} is no name of a user"
     assert WORD.fullmatch(user.password), f"the password of {user.name} has other characters than base64url"
     permissions = {"publish": _only(user.publish), "subscribe": _only(user.subscribe)}
@@ -156,7 +156,7 @@ def _user(user: NatsUser) -> Mapping[str, Any]:
 
 
 def _only(subjects: Sequence[str]) -> Mapping[str, Sequence[str]]:
-    """The server takes an empty list of what is allowed for no list, and allows everything."""
+    """The allowed subjects. The server treats an empty list as no list, and would allow everything."""
     return {"allow": subjects} if subjects else {"deny": (">",)}
 
 
@@ -183,7 +183,7 @@ def _read_port(file: Path) -> int | None:
 
 
 def _remove_ports_files(folder: Path) -> None:
-    """A server that was killed leaves its file, and its pid may come again."""
+    """Removes the files of killed servers, whose pids may be reused."""
     for file in folder.glob(f"{PROGRAM}_*.ports"):
         file.unlink(missing_ok=True)
 

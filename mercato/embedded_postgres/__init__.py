@@ -1,4 +1,4 @@
-"""What the product starts and keeps alive on its own machine: the data folder and an embedded PostgreSQL."""
+"""The data folder of a shop, and an embedded PostgreSQL that the shop starts and supervises."""
 
 from mercato.embedded_postgres.folder import DataFolder, DataFolderBusy, SupervisorError
 from mercato.embedded_postgres.place import remove_cluster, require_known_format

@@ -1,9 +1,9 @@
 """The data folder: one owner at a time, and the secret that it keeps.
 
-What an embedded Mercato stores lives below one folder; under root the database may be elsewhere (`place.py`).
-`DataFolder.open` takes it for this process: an exclusive `flock` on `<data>/lock` that the kernel gives back on any
-kind of death, so there is no stale lock to clean up and none to believe in. What is written in the file only tells a
-second owner which process has the folder.
+An embedded Mercato stores its data below one folder; under root the database may be elsewhere (`place.py`).
+`DataFolder.open` locks it for this process: an exclusive `flock` on `<data>/lock`, which the kernel releases when the
+process ends in any way, so that there are no stale locks. The content of the file only tells another process which
+process has the folder.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ OWNER_WAIT_SECONDS = 0.2
 
 
 class SupervisorError(Exception):
-    """What is supervised cannot start or go on: one sentence that names the path and the way out."""
+    """A supervised server or folder cannot be used: one sentence that names the path and the fix."""
 
 
 class DataFolderBusy(SupervisorError):
-    """Another process owns the data folder; `pid` and `url` are its own words, None when it has not written them."""
+    """Another process owns the data folder; it has written `pid` and `url`, or they are None."""
 
     def __init__(self, path: Path, pid: int | None, url: str | None) -> None:
         self.pid = pid
@@ -44,7 +44,7 @@ class DataFolderBusy(SupervisorError):
 
 
 class Owner(msgspec.Struct, frozen=True):
-    """What the lock file says about the process that holds it; `started` is RFC 3339, UTC."""
+    """The content of the lock file: the process that holds the lock; `started` is RFC 3339, UTC."""
 
     pid: int
     url: str
@@ -62,7 +62,7 @@ class DataFolder:
     def open(cls, path: Path, url: str) -> DataFolder:
         """Take the folder for this process, creating it (mode 0700) when it does not exist; its parent must.
 
-        `url` is where this process can be found; whoever comes second is told.
+        `url` is the address of this process, for the error of another process that wants the folder.
         Raises DataFolderBusy, or SupervisorError when the folder cannot be used.
         """
         path = Path(os.path.abspath(path))
@@ -85,7 +85,7 @@ class DataFolder:
                 write_atomically(file, secrets.token_bytes(SECRET_BYTES))
             found = file.read_bytes()
         if len(found) != SECRET_BYTES:
-            # A new one would lock the owner out of everything that was derived from the old one: never in silence.
+            # A new secret would make every password that was derived from the old one useless: the operator decides.
             raise SupervisorError(
                 f"{file} holds {len(found)} bytes instead of {SECRET_BYTES}: restore it from a backup, "
                 f"or remove {self.path} to start anew."
@@ -93,7 +93,7 @@ class DataFolder:
         return found
 
     def close(self) -> None:
-        """Give the folder back. The lock file stays: removing it would let two owners lock two different files."""
+        """Release the folder. The lock file stays: otherwise two owners could lock two different files."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -106,7 +106,7 @@ class DataFolder:
 
 
 def require_text(path: Path) -> None:
-    """Raise SupervisorError for a path with bytes that are no text: it stands in DSNs and JSON, which have none."""
+    """Raise SupervisorError for a path with bytes that are no text: DSNs and JSON, which contain it, cannot."""
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:
@@ -148,7 +148,7 @@ def _lock(path: Path) -> int:
 
 
 def _is_still(lock: int, file: Path) -> bool:
-    """Whether the locked file is the one that others will open: the folder may have been deleted between the two."""
+    """Whether the locked file is still at its path: the folder may have been deleted between opening and locking."""
     try:
         return os.path.samestat(os.fstat(lock), file.stat())
     except FileNotFoundError:
@@ -156,7 +156,7 @@ def _is_still(lock: int, file: Path) -> bool:
 
 
 def _read_owner(lock: int) -> Owner | None:
-    """Who holds the lock; waits a moment for one that has taken it and not signed yet."""
+    """The process that holds the lock; waits a moment for one that has not written its name yet."""
     deadline = time.monotonic() + OWNER_WAIT_SECONDS
     while True:
         try:
@@ -176,7 +176,7 @@ def _sign(lock: int, url: str) -> None:
 def write_atomically(file: Path, content: bytes) -> None:
     """Replace `file` (mode 0600) so that after any crash it holds the old content or the new, never a part.
 
-    For the owner of the folder only: the temporary name is fixed, so that a crash leaves one leftover at most.
+    Only the owner of the folder may call it: the temporary name is fixed, so that a crash leaves at most one file.
     """
     new = file.with_name(file.name + ".new")
     new.unlink(missing_ok=True)
@@ -200,7 +200,7 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def explained(path: Path) -> Generator[None]:
-    """Turn an OSError about what is in `path` into a SupervisorError that says what to do about it."""
+    """Turn an OSError about `path` into a SupervisorError that says what to do about it."""
     try:
         yield
     except OSError as error:

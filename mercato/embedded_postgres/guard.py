@@ -1,23 +1,23 @@
-"""Runs one command, and ends it when the process that asked for it goes away, however that happens.
+"""Runs one command, and ends it when the process that started this one (the owner) ends in any way.
 
-`python -I -S guard.py UID GID COMMAND...` (`-` `-` to stay who we are). A server whose owner dies by SIGKILL would live
-on; this process stands between the two and sees it:
+`python -I -S guard.py UID GID COMMAND...` (`-` `-`: as the current user). A server whose owner dies by SIGKILL would
+keep running; this process, between the two, detects that:
 
     owner ── stdin, stdout ──► guard (own session) ──► command (own process group) ──► its children
 
-- Standard input is a pipe from the owner. Its end means "the owner is gone" or "stop", which are the same to us:
-  SIGINT to the command (PostgreSQL: fast shutdown), SIGQUIT after 3 s (immediate), SIGKILL a second later.
-  A line on it means "stop, and take your time": the 3 s count from the last sign that a checkpoint goes on, for at
-  most half a minute. A shutdown writes a checkpoint, and what it does not write, the next start recovers.
-- Standard output goes to the owner: `pid N` first, and last how the command ended. The command itself writes both its
-  outputs to our standard error.
+- Standard input is a pipe from the owner. Its end means that the owner has died, or asks to stop; in both cases the
+  guard sends SIGINT to the command (PostgreSQL: fast shutdown), SIGQUIT after 3 s (immediate), SIGKILL a second later.
+  A line on it asks for a patient stop: the 3 s count from the last sign that a checkpoint makes progress, for at
+  most half a minute. A shutdown writes a checkpoint; the next start recovers what that did not write.
+- Standard output goes to the owner: `pid N` first, and last how the command ended. The command writes both its
+  outputs to the standard error of the guard.
 - If the guard is killed, the kernel sends SIGQUIT to the command (PR_SET_PDEATHSIG).
-- If the command is killed, its children become ours (PR_SET_CHILD_SUBREAPER; PostgreSQL's each have a process group of
-  their own, so no signal to a group would find them) and are ended before we say that it ended.
+- If the command is killed, the guard inherits its children (PR_SET_CHILD_SUBREAPER; PostgreSQL's each have their own
+  process group, so no signal to a group reaches them) and ends them before it reports the end.
 
-The last two are Linux; elsewhere the owner cleans up when it sees the guard or the server gone. The exit status is the
-command's, or 128 + the signal that ended it. Standard library only, one thread, small: it must start at once, and
-nothing that breaks in the product may break it.
+The last two need Linux; elsewhere the owner cleans up when it detects that the guard or the server has ended. The exit
+status is the command's, or 128 + the signal that ended it. Standard library only, one thread, small: it must start at
+once, and no bug of the product may break it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ IS_LINUX = sys.platform.startswith("linux")
 
 
 class Guard:
-    """The command, the pipe from the owner, and how far stopping has come."""
+    """The command, the pipe from the owner, and the progress of stopping."""
 
     def __init__(self, command: list[str], ids: tuple[int, int] | None) -> None:
         self._owner = os.getppid()
@@ -64,7 +64,7 @@ class Guard:
         self.pid = _spawn(command, ids)
 
     def run(self) -> int:
-        """Wait until the command has ended, by itself or by us; returns its wait status."""
+        """Wait until the command has ended, by itself or by the guard; returns its wait status."""
         while (status := self._reap()) is None:
             self._escalate()
             self._wait()
@@ -85,7 +85,7 @@ class Guard:
             else:
                 self._poll.unregister(0)
                 self._hurry()
-        # A process that the owner forked may hold our pipe open after the owner's death: its pid tells all the same.
+        # A process that the owner forked may keep the pipe open after the owner's death; the parent's pid shows it.
         if os.getppid() != self._owner:
             self._hurry()
 
@@ -100,7 +100,7 @@ class Guard:
         return min(due, PROGRESS_POLL_SECONDS) if self._patient_until else due
 
     def _put_off(self) -> None:
-        """Let the time until SIGQUIT begin anew if the command has written since the last look."""
+        """Restart the time until SIGQUIT if the command has made progress since the last check."""
         if self._signals_sent == 1 and time.monotonic() < self._patient_until:
             worked_ns, waits_for_disk = _work(self.pid)
             if waits_for_disk or worked_ns != self._worked_ns:
@@ -108,7 +108,7 @@ class Guard:
             self._worked_ns = worked_ns
 
     def _escalate(self) -> None:
-        """Send what is due. The command cannot have been reaped yet, so its pid is nobody else's."""
+        """Send the signals that are due. The command cannot have been reaped yet, so its pid is not reused."""
         self._put_off()
         while (
             self._stop_asked_at is not None
@@ -117,12 +117,12 @@ class Guard:
         ):
             number = ESCALATION[self._signals_sent][1]
             self._signals_sent += 1
-            # The group: a postmaster is alone in its own, but initdb has helpers there that it would first wait for.
+            # To the group: a postmaster is alone in its group, but initdb has helpers there, for which it would wait.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, number)
 
     def _reap(self) -> int | None:
-        """The command's wait status, or None while it runs; buries what else has become our child."""
+        """The command's wait status, or None while it runs; also reaps other children."""
         while True:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid in (0, self.pid):
@@ -130,13 +130,13 @@ class Guard:
 
 
 def _wake_on_signals(ask_stop: Callable[[], None]) -> int:
-    """A descriptor that becomes readable on each signal that concerns us, so that one poll waits for everything."""
+    """A descriptor that becomes readable on each signal for the guard, so that one poll waits for everything."""
 
     def ask(_number: int, _frame: object) -> None:
         ask_stop()
 
     def wake_only(_number: int, _frame: object) -> None:
-        """The signal has done its work by waking us."""
+        """Does nothing: the signal only has to wake the poll."""
 
     wake, waker = os.pipe()
     os.set_blocking(wake, False)
@@ -163,13 +163,13 @@ def _spawn(command: list[str], ids: tuple[int, int] | None) -> int:
     guard = os.getpid()
     pid = os.fork()
     if pid:
-        # The child does the same: whoever comes first, the group exists before anybody signals it.
+        # The child does the same: whichever runs first, the group exists before it gets a signal.
         with contextlib.suppress(OSError):
             os.setpgid(pid, pid)
         return pid
     try:
         _become(command, ids, guard, libc)
-    except BaseException as error:  # no traceback: the child of a fork says one sentence
+    except BaseException as error:  # no traceback: the forked child writes one sentence
         os.write(2, f"FATAL:  {command[0]} cannot be run: {error}\n".encode())
     finally:
         os._exit(127)
@@ -178,7 +178,7 @@ def _spawn(command: list[str], ids: tuple[int, int] | None) -> int:
 def _become(command: list[str], ids: tuple[int, int] | None, guard: int, libc: ctypes.CDLL | None) -> None:
     os.setpgid(0, 0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    # Not the owner's pipe: a backend that outlived us would keep it open, and the owner would not see us gone.
+    # Not the owner's pipe: a backend that outlives the guard would keep it open, and hide the guard's end.
     os.dup2(2, 1)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and what is ignored stays so over exec.
     if ids is not None:
@@ -194,7 +194,7 @@ def _become(command: list[str], ids: tuple[int, int] | None, guard: int, libc: c
 
 
 def _end_orphans() -> None:
-    """End the children that the command left to us: SIGQUIT first, then SIGKILL until none is left."""
+    """End the children that the guard inherited from the command: SIGQUIT first, then SIGKILL until none is left."""
     started = time.monotonic()
     sent = None
     while _has_children():
@@ -213,7 +213,7 @@ def _end_orphans() -> None:
 def _work(pid: int) -> tuple[int, bool]:
     """How long the checkpointer of a server has run, in nanoseconds, and whether it waits for a disk at this moment.
 
-    Of its processes it is the one that works during a shutdown; others wake up now and then with nothing to do.
+    It is the one process of a server that works during a shutdown; others only wake up now and then.
     """
     worked_ns, waits_for_disk = 0, False
     for each in _children(pid):
@@ -249,13 +249,13 @@ def _children(parent: int) -> list[int]:
 
 
 def _say(line: str) -> None:
-    """Tell the owner; one that is gone needs no telling."""
+    """Write a line to the owner, unless it has died."""
     with contextlib.suppress(OSError):
         os.write(1, line.encode() + b"\n")
 
 
 def main() -> int:
-    """Run the command of our arguments under guard; returns the exit status."""
+    """Run the command of the arguments under guard; returns the exit status."""
     uid, gid, *command = sys.argv[1:]
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     guard = Guard(command, None if uid == "-" else (int(uid), int(gid)))

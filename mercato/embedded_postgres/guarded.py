@@ -1,4 +1,4 @@
-"""The owner's end of `guard.py`: start a command under guard, ask it to stop, learn how it ended."""
+"""The owner's end of `guard.py`: starts a command under guard, asks it to stop, and reports how it ended."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Guarded:
 
     @classmethod
     async def start(cls, command: list[str], account: Account | None, *, errors: int) -> Guarded:
-        """Run `command` as `account` (None: as we are); its output goes to the descriptor `errors`, which may be PIPE.
+        """Run `command` as `account` (None: the current one); its output goes to the descriptor `errors`, or to PIPE.
 
-        The pipe of the guard's standard input is what ties it to us: nothing else may inherit our end, and nothing
-        does, because Python's descriptors are closed on exec.
+        The guard detects the end of this process by the pipe of its standard input: no other process may inherit our
+        end, and none does, because Python's descriptors are closed on exec.
         """
         ids = ("-", "-") if account is None else (str(account.uid), str(account.gid))
         guard = await asyncio.create_subprocess_exec(
@@ -54,7 +54,7 @@ class Guarded:
         return cls(guard, int(line.split()[1]))
 
     async def ended(self) -> str:
-        """Wait until the guard has ended, and with it the command unless the guard was killed; a phrase about it."""
+        """Wait until the guard has ended, and the command unless the guard was killed; gives a phrase about it."""
         assert self._guard.stdout is not None
         said = (await self._guard.stdout.read()).decode().strip()
         code = await self._guard.wait()
@@ -63,9 +63,9 @@ class Guarded:
         return f"its guard was killed by {signal.Signals(-code).name}" if code < 0 else f"its guard failed with {code}"
 
     async def finished(self) -> tuple[bool, str]:
-        """Wait for a command started with `errors=PIPE`: whether it succeeded, and what it wrote.
+        """Wait for a command started with `errors=PIPE`; gives whether it succeeded, and its output.
 
-        When this is cancelled, the command is ended first.
+        A cancellation ends the command first.
         """
         assert self._guard.stderr is not None
         try:
@@ -76,13 +76,13 @@ class Guarded:
         return self._guard.returncode == 0, output.decode(errors="replace")
 
     def ask_to_stop(self) -> None:
-        """Let the guard stop the command: by closing its pipe, as our death would."""
+        """Let the guard stop the command, by closing its pipe, which the death of this process would also close."""
         _close(self._guard)
 
     def ask_to_finish(self) -> None:
         """Let the guard stop the command, which may take as long as it works, for at most `PATIENT_STOP_SECONDS`."""
         assert self._guard.stdin is not None
-        # The pipe is closed where the guard has ended, as after a server that died: then there is nothing to stop.
+        # The pipe is closed if the guard has ended, for instance after its server died: there is nothing to stop.
         with contextlib.suppress(OSError, RuntimeError):
             self._guard.stdin.write(b"stop\n")
 
@@ -106,6 +106,6 @@ async def _end(guard: Subprocess) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """No variable that PostgreSQL listens to (PGPORT, PGDATA, LC_ALL, TZ, ...) gets to it by accident."""
+    """The environment without variables that PostgreSQL reads (PGPORT, PGDATA, LC_ALL, TZ, ...)."""
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     return {**kept, "LC_ALL": "C", "TZ": "UTC"}

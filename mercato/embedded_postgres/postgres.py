@@ -1,14 +1,14 @@
-"""A real PostgreSQL of our own, from the programs that a wheel brings: made, started, watched and stopped here.
+"""An embedded PostgreSQL, whose programs are part of a wheel: creates, starts, watches and stops it.
 
     EmbeddedPostgres (this process) ── pipes ──► guard.py ──► postgres
 
-Guaranteed, whichever of the three is killed: nothing of the server lives on for more than a few seconds, and the next
-start works. The guard covers our death (`guard.py`); we cover the guard's (`died`); what both missed, the next start
-waits for (`processes.py`). A cluster gets its name only when it is complete, so that a first start may be interrupted
-at any point. Where it lives, and as whom the server runs, is decided in `place.py`.
+Guaranteed, whichever of the three is killed: no process of the server runs on for more than a few seconds, and the next
+start works. The guard handles the death of this process (`guard.py`); this process that of the guard (`died`); if both
+die, the next start waits for the server to end (`processes.py`). A cluster gets its name only when it is complete, so
+that a first start may be interrupted at any point. `place.py` decides where the cluster is, and the server's account.
 
-It is as durable as any PostgreSQL (fsync, full pages, synchronous commit, checksums), listens on nothing but a socket
-in a folder of mode 0700, and asks everybody for a password.
+It is as durable as any PostgreSQL (fsync, full pages, synchronous commit, checksums), listens only on a socket
+in a folder of mode 0700, and requires a password from every client.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ RECOVERY_POLL_SECONDS = 0.25
 STOP_NOTICE_SECONDS = 2.0
 CLOSE_SECONDS = 1.0
 
-# Given on the command line at each start, so that a change here applies to clusters that exist already.
+# Passed on the command line at each start, so that a change here applies to existing clusters.
 SETTINGS = {
     "listen_addresses": "",
     "port": str(PORT),
@@ -92,7 +92,7 @@ class EmbeddedPostgres:
         self.socket_folder = socket_folder
         self.version = ""
         self.is_new = False
-        """Its cluster was made by this start."""
+        """Whether this start made its cluster."""
         self._layout = layout
         self._guarded = guarded
         self._password = password
@@ -107,7 +107,7 @@ class EmbeddedPostgres:
 
     @property
     def cluster_outside(self) -> Path | None:
-        """Where the cluster is, if that is not in the data folder."""
+        """The folder of the cluster, if it is outside of the data folder."""
         return self._layout.cluster if self._layout.is_outside else None
 
     @classmethod
@@ -116,8 +116,8 @@ class EmbeddedPostgres:
     ) -> EmbeddedPostgres:
         """Start the server of this data folder, which the caller owns (`DataFolder`), making its cluster if needed.
 
-        `password` is the superuser's, from the first start on always the same. `progress` gets a line for people about
-        each thing that takes time. Raises SupervisorError when there will be no server; then nothing is left running.
+        `password` is the superuser's, the same at each start. `progress` gets a line about each step that takes time.
+        Raises SupervisorError if the server cannot start; then nothing is left running.
         """
         layout, lines = await asyncio.to_thread(place.prepare, folder)
         is_new = not layout.cluster.exists()
@@ -136,7 +136,7 @@ class EmbeddedPostgres:
         return server
 
     async def start_again(self, progress: Callable[[str], None]) -> EmbeddedPostgres:
-        """Start the server of this one's cluster, at the same address, once this one has died. Raises as `start`."""
+        """Start a server on the same cluster, at the same address, after this one has died. Raises as `start`."""
         await _wait_for_former(self._layout, progress)
         with explained(self._layout.data):
             folder = _make_socket_folder(self._layout, self.socket_folder)
@@ -162,9 +162,9 @@ class EmbeddedPostgres:
         return cls(layout, guarded, socket_folder, password, max_connections, log_start, progress)
 
     async def checkpoint(self) -> None:
-        """Write to the disk what the server has in memory, so that its stop and a recovery have little left to do.
+        """Write the server's buffers to the disk, so that its stop and a recovery are short.
 
-        Where that fails, those take longer, and no more.
+        If that fails, they only take longer.
         """
         driver = _driver()
         with contextlib.suppress(driver.PostgresError, driver.InterfaceError, OSError):
@@ -177,7 +177,7 @@ class EmbeddedPostgres:
     async def stop(self) -> None:
         """Stop the server. May be called again.
 
-        It may take as long as it writes, for at most half a minute; usually that is less than a second.
+        It may take as long as the server writes, for at most half a minute; usually that is less than a second.
         """
         self._stopping = True
         self._guarded.ask_to_finish()
@@ -187,7 +187,7 @@ class EmbeddedPostgres:
         await self._ended_within(PATIENT_STOP_SECONDS)
 
     async def _stop_soon(self) -> None:
-        """Stop the server, orderly if it manages within three seconds; returns within five."""
+        """Stop the server, with a shutdown checkpoint if that takes less than three seconds; returns within five."""
         self._stopping = True
         self._guarded.ask_to_stop()
         await self._ended_within(STOP_SECONDS)
@@ -207,14 +207,14 @@ class EmbeddedPostgres:
                     self._log_start = 0
 
     async def died(self) -> str:
-        """Wait until the server or its guard goes away unasked; a sentence about it. Never returns after `stop()`.
+        """Wait until the server or its guard ends unexpectedly; gives a sentence about it. Not after `stop()`.
 
-        When it returns, nothing of the server runs any more.
+        When it returns, no process of the server runs.
         """
         return await asyncio.shield(self._gone)
 
     async def _watch_guard(self) -> None:
-        """Follow the guard to its end, and clean up after it if that was not the end of the server."""
+        """Wait for the end of the guard, and end the server if it still runs."""
         ending = await self._guarded.ended()
         await end_leftovers(self._layout.cluster, self._postmaster)
         _remove_socket_folder(self._layout, self.socket_folder)
@@ -231,22 +231,22 @@ class EmbeddedPostgres:
     async def _become_ready(self) -> None:
         """Wait until the server answers a query.
 
-        A recovery may take as long as it goes on: the server writes how far it is, and we pass it on. Raises
-        `SupervisorError` once the server is gone, or has written nothing of that kind for a minute.
+        A recovery may take any time while it makes progress, which the server logs and `progress` gets. Raises
+        `SupervisorError` once the server has ended, or has logged no progress for a minute.
         """
-        heard = started = time.monotonic()
-        told = ""
+        progressed_at = started = time.monotonic()
+        reported = ""
         pause = READY_POLL_SECONDS
         while not await self._answers():
             now = time.monotonic()
-            if told and (state := self._recovery()) not in ("", told):
+            if reported and (state := self._recovery()) not in ("", reported):
                 self._progress(f"PostgreSQL is recovering: {state}")
-                told, heard = state, now
-            if self._watch.done() or now - heard > READY_SECONDS:
+                reported, progressed_at = state, now
+            if self._watch.done() or now - progressed_at > READY_SECONDS:
                 raise SupervisorError(self._failure(now - started))
-            if now - started > RECOVERY_NOTICE_SECONDS and not told:
-                told = "waiting for PostgreSQL, which is recovering from a crash; this can take a while"
-                self._progress(told)
+            if now - started > RECOVERY_NOTICE_SECONDS and not reported:
+                reported = "waiting for PostgreSQL, which is recovering from a crash; this can take a while"
+                self._progress(reported)
                 pause = RECOVERY_POLL_SECONDS
             await asyncio.wait([self._watch], timeout=pause)
 
@@ -254,7 +254,7 @@ class EmbeddedPostgres:
         return server_log.recovery(server_log.tail(self._log, self._log_start))
 
     async def _answers(self) -> bool:
-        """Whether the server accepts us; learns its version."""
+        """Whether the server accepts a connection; reads its version."""
         driver = _driver()
         if not takes_connections(self._layout.cluster, self.pid):
             return False
@@ -286,21 +286,21 @@ class EmbeddedPostgres:
 
 
 def _driver() -> Any:
-    # Imported here: it takes as long as the server needs to come up, which it does meanwhile.
+    # Imported here: the import takes as long as the start of the server, which runs meanwhile.
     import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # It has none.
 
     return cast("Any", asyncpg)
 
 
 async def _close(connection: Any) -> None:
-    """Take leave: a connection that is only cut off, the server would note in its log."""
+    """Close a connection properly: the server would log one that is only cut off."""
     driver = _driver()
     with contextlib.suppress(driver.PostgresError, driver.InterfaceError, OSError, TimeoutError):
         await connection.close(timeout=CLOSE_SECONDS)
 
 
 async def _wait_for_former(layout: Layout, progress: Callable[[str], None]) -> None:
-    """Let a server whose owner was killed finish stopping, and remove a pid file that now names a stranger."""
+    """Wait until a server whose owner was killed has stopped; remove its pid file if another process has the pid."""
     if serving(layout.cluster):
         progress("waiting for the former PostgreSQL to stop")
         if (pid := await former_server_gone(layout.cluster)) is not None:
@@ -310,13 +310,13 @@ async def _wait_for_former(layout: Layout, progress: Callable[[str], None]) -> N
             )
     pid = postmaster_pid(layout.cluster)
     if pid is not None and is_taken(pid):
-        # PostgreSQL would take whoever has the pid today for its former self, and refuse; be it a stranger, or its own
-        # corpse that nobody has buried. A pid that is free it handles itself.
+        # PostgreSQL would take the process with this pid for the former server, and refuse to start, even if it is an
+        # unrelated process, or a zombie of the former server. A pid that is free it handles itself.
         (layout.cluster / "postmaster.pid").unlink(missing_ok=True)
 
 
 async def _create_cluster(layout: Layout, password: str) -> None:
-    """Make the cluster beside its place, and give it its name when it is complete and on the disk."""
+    """Make the cluster under a temporary name, and rename it when it is complete and on the disk."""
     attempt = secrets.token_hex(4)
     new = layout.home / f"postgres.new-{attempt}"
     password_file = layout.home / f"password.new-{attempt}"
@@ -333,7 +333,7 @@ async def _create_cluster(layout: Layout, password: str) -> None:
         new.rename(layout.cluster)  # initdb has synced what is in it.
         sync_folder(layout.home)
     finally:
-        # Also those of an interrupted attempt whose initdb was still ending when we came.
+        # Also the files of an interrupted attempt whose initdb was still ending when this one began.
         place.clear_leftovers(layout)
 
 
@@ -345,7 +345,7 @@ def _initdb_command(layout: Layout, new: Path, password_file: Path) -> list[str]
         f"--pwfile={password_file}",
         "--auth=scram-sha-256",
         "--encoding=UTF8",
-        # Nothing of the machine's locales: the same order and the same case rules wherever the data goes.
+        # Not the machine's locales: the same order and the same case rules on every machine.
         "--no-locale",
         "--locale-provider=builtin",
         "--builtin-locale=C.UTF-8",
@@ -368,7 +368,7 @@ def _server_command(layout: Layout, socket_folder: Path, max_connections: int) -
 
 
 def _sync_method(platform: str, release: str) -> str:
-    """How the server brings all of its files to the disk before it recovers.
+    """How the server syncs all of its files to the disk before it recovers.
 
     One `syncfs` takes a fraction of the time of an `fsync` for each of thousands of files. Before Linux 5.8 it does not
     report what could not be written.
@@ -389,7 +389,7 @@ def _write_private(file: Path, content: str) -> None:
 
 
 def _write_access_rules(layout: Layout) -> None:
-    """Beside the cluster, not in it: as root we write no file in a folder whose owner could have put a link there."""
+    """Beside the cluster, not in it: root must not write in a folder whose owner could have made a link there."""
     rules = layout.home / "pg_hba.conf"
     rules.unlink(missing_ok=True)
     _write_private(rules, ACCESS_RULES)
@@ -397,13 +397,13 @@ def _write_access_rules(layout: Layout) -> None:
 
 
 def _make_socket_folder(layout: Layout, former: Path | None = None) -> Path:
-    """A folder of mode 0700 for the socket: beside the cluster, or a short one where that path would be too long.
+    """A folder of mode 0700 for the socket: beside the cluster, or elsewhere if that path would be too long.
 
-    With `former`, that of a server that has died, once more.
+    With `former`: the folder of a server that has died, again.
     """
     folder = layout.home / "socket"
     if len(os.fsencode(folder / f".s.PGSQL.{PORT}")) <= SOCKET_PATH_BYTES_MAX:
-        # Anew: nothing serves the cluster, and PostgreSQL would believe a socket's lock file of a reused pid.
+        # Made again: no server runs, and PostgreSQL would trust a socket's lock file with a reused pid.
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
     else:
@@ -420,7 +420,7 @@ def _make_short_folder() -> Path:
 
 
 def _remove_socket_folder(layout: Layout, folder: Path) -> None:
-    """The socket goes with its server. A folder that does not go is in the record, and gone after the next start."""
+    """Remove the socket folder. If that fails, the folder is in the record, and the next start removes it."""
     shutil.rmtree(folder, ignore_errors=True)
     if not folder.is_relative_to(layout.home) and not folder.exists():
         with contextlib.suppress(OSError):
@@ -428,7 +428,7 @@ def _remove_socket_folder(layout: Layout, folder: Path) -> None:
 
 
 def _dsn(password: str, socket_folder: Path) -> str:
-    # The port is said although it is the usual one: PGPORT in the environment would win over silence.
+    # The port is explicit although it is the default: PGPORT in the environment would override a missing one.
     return f"postgresql://{ROLE}:{quote(password, safe='')}@/postgres?" + urlencode(
         {"host": str(socket_folder), "port": PORT}
     )

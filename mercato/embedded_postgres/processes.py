@@ -1,8 +1,8 @@
-"""Which processes serve a cluster, and not only have the pid of one that did, and how they are ended.
+"""Finds and ends the processes that serve a cluster; not those that only have the pid of a former one.
 
 A pid alone proves nothing: it is reused, and a `postmaster.pid` file outlives its server. On Linux a PostgreSQL process
-is known by its name together with its working directory, which is the cluster's folder for the postmaster and for each
-of its children; elsewhere by what `ps` says of the pid in `postmaster.pid`.
+is recognized by its name and its working directory, which is the cluster's folder for the postmaster and each of its
+children; elsewhere by the output of `ps` for the pid in `postmaster.pid`.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ KILL_SECONDS = 3.0
 FORMER_STOP_SECONDS = 10.0
 ORPHANS_GRACE_SECONDS = 1.0
 STATUS_LINE = 7
-"""Of `postmaster.pid`, counted from 0."""
+"""The line of `postmaster.pid`, counted from 0."""
 
 
-class Process(msgspec.Struct, frozen=True):
-    """A process and when it began, in whatever words the system has for that: together they are never reused."""
+class ServerProcess(msgspec.Struct, frozen=True):
+    """A process and its start time, in the system's format: together they are never reused."""
 
     pid: int
     started: str
 
 
-def process_at(pid: int) -> Process | None:
-    """The process that has this pid now; None when there is none (a zombie is none: it only waits to be buried)."""
+def process_at(pid: int) -> ServerProcess | None:
+    """The process that has this pid now; None if there is none. A zombie, which waits to be reaped, is none."""
     if not IS_LINUX:
         started = _ps(pid, "lstart=")
-        return Process(pid, started) if started else None
+        return ServerProcess(pid, started) if started else None
     fields = _stat_fields(pid)
-    return None if fields is None or fields[0] in ("Z", "X") else Process(pid, fields[19])
+    return None if fields is None or fields[0] in ("Z", "X") else ServerProcess(pid, fields[19])
 
 
-def serving(cluster: Path) -> list[Process]:
+def serving(cluster: Path) -> list[ServerProcess]:
     """The live PostgreSQL processes of this cluster, postmaster and backends."""
     cluster = cluster.resolve()
     if IS_LINUX:
@@ -58,7 +58,7 @@ def serving(cluster: Path) -> list[Process]:
 
 
 def postmaster_pid(cluster: Path) -> int | None:
-    """The pid that `postmaster.pid` names, which may be long gone or someone else by now."""
+    """The pid in `postmaster.pid`, which may be free, or another process's by now."""
     try:
         return int((cluster / "postmaster.pid").read_text().split("\n", 1)[0])
     except (OSError, ValueError):
@@ -66,7 +66,7 @@ def postmaster_pid(cluster: Path) -> int | None:
 
 
 def takes_connections(cluster: Path, pid: int) -> bool:
-    """Whether the server says in `postmaster.pid` that it takes connections; it logs each question that comes early."""
+    """Whether `postmaster.pid` says that the server accepts connections; it logs each attempt that comes too early."""
     try:
         lines = (cluster / "postmaster.pid").read_text().splitlines()
     except (OSError, ValueError):
@@ -85,8 +85,8 @@ def is_taken(pid: int) -> bool:
     return True
 
 
-def send(process: Process, number: signal.Signals) -> None:
-    """Signal this very process; one that is gone, or whose pid is another's by now, is left alone."""
+def send(process: ServerProcess, number: signal.Signals) -> None:
+    """Signal this process, unless it has ended, or its pid belongs to another process by now."""
     with contextlib.suppress(ProcessLookupError):
         if not IS_LINUX:
             if process_at(process.pid) == process:
@@ -101,10 +101,10 @@ def send(process: Process, number: signal.Signals) -> None:
             os.close(descriptor)
 
 
-async def end_leftovers(cluster: Path, postmaster: Process | None) -> None:
-    """End what is left of a server that nobody guards any more: SIGQUIT, then SIGKILL; bounded by a few seconds."""
+async def end_leftovers(cluster: Path, postmaster: ServerProcess | None) -> None:
+    """End the processes of a server without a guard: SIGQUIT, then SIGKILL; bounded by a few seconds."""
     started = time.monotonic()
-    quit_sent: set[Process] = set()
+    quit_sent: set[ServerProcess] = set()
     while left := _left(cluster, postmaster):
         elapsed = time.monotonic() - started
         if elapsed > KILL_SECONDS:
@@ -119,10 +119,10 @@ async def end_leftovers(cluster: Path, postmaster: Process | None) -> None:
 
 
 async def former_server_gone(cluster: Path) -> int | None:
-    """Wait until nothing serves the cluster; after 10 s gives the pid of the server that still does.
+    """Wait until no server runs on the cluster; after 10 s gives the pid of the server that still does.
 
-    A server whose owner was killed is being stopped by its guard and needs a moment. Backends without a postmaster can
-    finish nothing, and a new server could not start beside them: they are ended.
+    The guard of a server whose owner was killed stops it, which takes a moment. Backends without a postmaster cannot
+    finish their work, and a new server could not start besides them: they are ended.
     """
     started = time.monotonic()
     while left := serving(cluster):
@@ -135,7 +135,7 @@ async def former_server_gone(cluster: Path) -> int | None:
     return None
 
 
-def _left(cluster: Path, postmaster: Process | None) -> list[Process]:
+def _left(cluster: Path, postmaster: ServerProcess | None) -> list[ServerProcess]:
     left = serving(cluster)
     if postmaster is not None and postmaster not in left and process_at(postmaster.pid) == postmaster:
         left.append(postmaster)

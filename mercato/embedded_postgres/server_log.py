@@ -1,6 +1,6 @@
-"""What the server has written: how far its recovery is, and why it failed.
+"""The log of the server: the progress of its recovery, and why it failed.
 
-The file is private and bounded: what is longer than `BYTES_MAX` is moved to `postgres.log.1`, which is replaced.
+The file is private and bounded: one larger than `BYTES_MAX` is moved to `postgres.log.1`, which it replaces.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 BYTES_MAX: Final = 10 * 1024 * 1024
 LOOK_SECONDS: Final = 10.0
-"""How often it is looked at whether the log is too long."""
+"""How often the size of the log is checked."""
 PRIVATE_MODE: Final = 0o600
 SETTINGS: Final = {
     "log_destination": "stderr",
     "logging_collector": "off",
     "log_timezone": "UTC",
-    # What failed, without values: no keys of rows (DETAIL), no statements, of which some hold values, no parameters.
+    # Errors without values: no keys of rows (DETAIL), no statements, which may contain values, no parameters.
     "log_error_verbosity": "terse",
     "log_min_error_statement": "panic",
     "log_parameter_max_length": "0",
@@ -33,10 +33,10 @@ SETTINGS: Final = {
     "log_min_duration_sample": "-1",
     "log_transaction_sample_rate": "0",
 }
-"""Of the server, about what it writes."""
+"""Settings of the server's log."""
 TAIL_BYTES: Final = 64 * 1024
 PROGRESS_SECONDS: Final = 5
-"""How often the server writes how far its recovery is (`log_startup_progress_interval`)."""
+"""How often the server logs the progress of its recovery (`log_startup_progress_interval`)."""
 PROGRESS: Final = re.compile(r"LOG:\s+(.+, elapsed time: .+)")
 REASON_LINES_MAX: Final = 3
 REFUSALS: Final = frozenset(
@@ -47,21 +47,21 @@ REFUSALS: Final = frozenset(
         "the database system is shutting down",
     }
 )
-"""What it answers while we ask whether it is ready: no reason for a failure."""
+"""Its answers to connections before it is ready: no reason for a failure."""
 DISK_FULL_BYTES: Final = 4 * 1024 * 1024
 
 
 def opened(log: Path) -> BinaryIO:
-    """The log for a server to write to, at its end. Only its owner may read it, also one of an earlier version."""
+    """Opens the log of a server, to append. Only its owner may read it, even if an earlier version made it."""
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, PRIVATE_MODE)
     os.fchmod(descriptor, PRIVATE_MODE)
     return os.fdopen(descriptor, "ab")
 
 
 def rotate(log: Path) -> bool:
-    """Move what is written to `postgres.log.1` if it is too long; whether it was.
+    """Move the content to `postgres.log.1` if it is too long; gives whether it was.
 
-    The server keeps its descriptor: what it writes between the two steps is lost.
+    The server keeps its descriptor: output between the two steps is lost.
     """
     if log.stat().st_size <= BYTES_MAX:
         return False
@@ -75,7 +75,7 @@ def rotate(log: Path) -> bool:
 
 
 def tail(log: Path, start: int) -> str:
-    """What was written to the log from `start` on, the last part of it when that is much."""
+    """The content of the log from `start` on; only its end, if it is long."""
     try:
         with log.open("rb") as stream:
             end = stream.seek(0, os.SEEK_END)
@@ -86,15 +86,15 @@ def tail(log: Path, start: int) -> str:
 
 
 def recovery(output: str) -> str:
-    """How far a recovery is, in the server's words: "redo in progress, elapsed time: 10.00 s, ..."; or nothing."""
+    """The progress of a recovery, in the server's words: "redo in progress, elapsed time: 10.00 s, ..."; or empty."""
     found = PROGRESS.findall(output)
     return found[-1].strip() if found else ""
 
 
 def reason(output: str, home: Path) -> str:
-    """Why PostgreSQL failed: the disk, or its own words, of which the last of the gravest kind say most.
+    """Why PostgreSQL failed: a full disk, or the last of the most severe messages in the output.
 
-    A full disk is looked for first: the errors that follow from it are graver, and a log on it may lack its end.
+    The disk is checked first: errors that follow from it are more severe, and a log on a full disk may lack its end.
     """
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     if any(os.strerror(errno.ENOSPC) in line for line in lines) or _is_disk_full(home):

@@ -1,7 +1,7 @@
-"""Where the parts of a shop run: one small file for each placement.
+"""Which processes a shop has, and what each serves: one small file for each placement.
 
-A file lists processes; each hosts the gateway, services, or both, and exists `replicas` times. The code is the same in
-all of them: what is not in a process is called by its transport.
+A file lists processes; each hosts the gateway, services, or both, and runs `replicas` times. The code is the same in
+all of them: a process calls services of other processes over its transport.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ ROOT: Final = Path(__file__).parents[2]
 GONE_SECONDS: Final = 60.0
 """A bound for a busy machine. On an idle one all processes end within five seconds of a stop or a `kill -9`."""
 
-Identity = processes.Process
+Identity = processes.ServerProcess
 
 
 class Tree(msgspec.Struct, frozen=True):
