@@ -5,6 +5,7 @@ Only this module knows all services. A service is added by a line in `SERVICES`.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import socket
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mercato import __version__
-from mercato.chassis.contract import SERVICE_ROLE, Actor, Call, Contract, Empty as EmptyRequest, Operation, current
+from mercato.chassis.contract import SERVICE_ROLE, Actor, Contract, Empty as EmptyRequest, Operation, current
 from mercato.chassis.hosting.host import GATEWAY, Hosting
 from mercato.chassis.hosting.periodic import PeriodicTask
 from mercato.chassis.hosting.service import Build
@@ -28,7 +29,7 @@ from mercato.contracts.orders import Orders
 from mercato.contracts.payments import Payments
 from mercato.contracts.products import Products
 from mercato.contracts.roles import ALL_ROLES, STAFF_ONLY
-from mercato.contracts.users import EndedSessions, EndedSessionsAfter, PublicKeys, Users
+from mercato.contracts.users import Users
 from mercato.gateway.app import Asgi, Gateway
 from mercato.gateway.auth import Authenticator, Verifier, own_hosts
 from mercato.gateway.cross_origin import CrossOrigin
@@ -218,49 +219,23 @@ def gateway(
     services. `cors_origins`: the origins whose pages may call the API from a browser. `metrics_token` gives access to
     `/metrics`. `counts`: the file in which the gateways of a machine count together.
     """
-    routes = [route for route in ROUTES if {route.operation.service, *_services_of_parts(route)} <= set(services)]
-
-    async def fetch_keys() -> PublicKeys:
-        return await host.client(Users, caller).keys(EmptyRequest())
-
-    async def read_ended(request: EndedSessionsAfter) -> EndedSessions:
-        return await host.client(Users, caller).ended_sessions(request)
-
-    async def reasons() -> Mapping[str, str]:
-        found = await (problems or host.problems)()
-        reason = ended.problem()
-        return {**found, caller: reason} if reason and not found.get(caller) else found
-
     host.telemetry.describe_process(__version__)
-    ended = EndedSessionsLog(read_ended, host.clock)
-    host.also_run(
-        caller,
-        PeriodicTask(
-            "follow ended sessions",
-            ended.follow,
-            READ_EVERY_SECONDS,
-            round_seconds=READ_SECONDS,
-            longest_retry_seconds=RETRY_SECONDS,
-        ),
-    )
-    verifier = Verifier(fetch_keys, ended, host.clock)
+    routes = [route for route in ROUTES if {route.operation.service, *_services_of_parts(route)} <= set(services)]
+    ended = _followed_sessions(host, caller)
+    verifier = Verifier(lambda: host.client(Users, caller).keys(EmptyRequest()), ended, host.clock)
     authenticator = Authenticator(verifier, own_hosts(*open_to) if open_to else None, cors_origins)
     pages = Pages(
         routes=routes,
         authenticator=authenticator,
         verifier=verifier,
         telemetry=host.telemetry,
-        problems=reasons,
+        problems=functools.partial(_problems, problems or host.problems, ended, caller),
         details=details,
         metrics_token=metrics_token,
     )
-
-    def client(operation: Operation[Any, Any]) -> Call[Any, Any]:
-        return getattr(host.client(SERVICES[operation.service], caller), operation.name)
-
     return Gateway(
         routes,
-        client=client,
+        client=lambda operation: getattr(host.client(SERVICES[operation.service], caller), operation.name),
         authenticator=authenticator,
         telemetry=host.telemetry,
         clock=host.clock,
@@ -271,6 +246,29 @@ def gateway(
         cross_origin=CrossOrigin(cors_origins) if cors_origins else None,
         counts=SharedCounts(host.clock.monotonic, counts),
     )
+
+
+def _followed_sessions(host: Hosting, caller: str) -> EndedSessionsLog:
+    """The ended sessions, which a periodic task of `host` reads from users."""
+    ended = EndedSessionsLog(lambda request: host.client(Users, caller).ended_sessions(request), host.clock)
+    follow = PeriodicTask(
+        "follow ended sessions",
+        ended.follow,
+        READ_EVERY_SECONDS,
+        round_seconds=READ_SECONDS,
+        longest_retry_seconds=RETRY_SECONDS,
+    )
+    host.also_run(caller, follow)
+    return ended
+
+
+async def _problems(
+    find: Callable[[], Awaitable[Mapping[str, str]]], ended: EndedSessionsLog, caller: str
+) -> Mapping[str, str]:
+    """The problems of the process, and of `caller` if it does not know which sessions have ended."""
+    found = await find()
+    reason = ended.problem()
+    return {**found, caller: reason} if reason and not found.get(caller) else found
 
 
 def server(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import secrets
 import socket
@@ -52,6 +53,7 @@ from mercato.cli.starting import (
     open_to,
     url_of,
 )
+from mercato.gateway.app import Gateway
 from mercato.gateway.cross_origin import origins_of
 
 INSTANCE_BYTES: Final = 6
@@ -167,21 +169,21 @@ class _Serving:
         await self._serve(host, remote, listener)
 
     async def _serve(self, host: Host, remote: Remote, listener: socket.socket) -> None:
-        needed = self._needed()
+        """Serves clients until the process is asked to stop, then drains."""
+        app = self._app(host, remote, listener)
+        announce = functools.partial(self._announce, url_of(self._options.host, listener))
+        finished = asyncio.Event()
+        tune_garbage_collection()
+        draining = asyncio.create_task(self._drain(host, remote, finished))
+        try:
+            server = topology.server(app, listener, self._telemetry, announce, drain_seconds=DRAIN_SECONDS)
+            await server.run_until(finished)
+            await draining
+        finally:
+            draining.cancel()
 
-        async def problems() -> Mapping[str, str]:
-            if self._stop.is_set():
-                return dict.fromkeys(self._options.names, "it is about to end")
-            found, unreachable = await asyncio.gather(host.problems(), remote.unreachable(needed))
-            reasons = {name: f"it cannot be reached: {reason}" for name, reason in unreachable.items()}
-            return {**found, **dict.fromkeys(needed, ""), **reasons}
-
-        def details() -> Mapping[str, str]:
-            problem = remote.registry_problem()
-            return {"registry": problem} if problem else {}
-
-        url = url_of(self._options.host, listener)
-        app = topology.gateway(
+    def _app(self, host: Host, remote: Remote, listener: socket.socket) -> Gateway:
+        return topology.gateway(
             host,
             open_to=open_to(self._options.host, listener, open_=is_open(self._options.host, self._options.auth)),
             log_requests=self._settings.log_requests,
@@ -190,35 +192,34 @@ class _Serving:
             currency=self._settings.currency,
             services=tuple(topology.SERVICES) if self._has_gateway else self._services,
             caller=self._options.names[0] if not self._has_gateway else GATEWAY,
-            problems=problems,
+            problems=functools.partial(self._problems, host, remote, self._needed()),
             load=LoadLimits.up_to(self._settings.requests_in_work),
             counts=self._counts,
-            details=details,
+            details=functools.partial(_details, remote),
         )
-        finished = asyncio.Event()
 
-        async def leave() -> None:
-            await self._stop.wait()
-            self._progress.step("stopping, as soon as the running requests are answered")
-            host.drain()
-            draining = asyncio.create_task(remote.drain())
-            # Clients still come for a moment, until what sends them here has seen that the process is not ready.
-            await asyncio.sleep(UNREADY_SECONDS)
-            finished.set()
-            await draining
+    async def _problems(self, host: Host, remote: Remote, needed: Collection[str]) -> Mapping[str, str]:
+        """Why the process is not ready: for each of its services, and each of the `needed` ones; empty if it is."""
+        if self._stop.is_set():
+            return dict.fromkeys(self._options.names, "it is about to end")
+        found, unreachable = await asyncio.gather(host.problems(), remote.unreachable(needed))
+        reasons = {name: f"it cannot be reached: {reason}" for name, reason in unreachable.items()}
+        return {**found, **dict.fromkeys(needed, ""), **reasons}
 
-        def announce() -> None:
-            self._progress.say(f"ready {url}")
-            self._progress.event("ready", url=url, services=self._options.names)
+    def _announce(self, url: str) -> None:
+        self._progress.say(f"ready {url}")
+        self._progress.event("ready", url=url, services=self._options.names)
 
-        tune_garbage_collection()
-        leaving = asyncio.create_task(leave())
-        try:
-            server = topology.server(app, listener, self._telemetry, announce, drain_seconds=DRAIN_SECONDS)
-            await server.run_until(finished)
-            await leaving
-        finally:
-            leaving.cancel()
+    async def _drain(self, host: Host, remote: Remote, finished: asyncio.Event) -> None:
+        """Waits for the request to stop, and drains; sets `finished` when the server may stop to accept clients."""
+        await self._stop.wait()
+        self._progress.step("stopping, as soon as the running requests are answered")
+        host.drain()
+        draining = asyncio.create_task(remote.drain())
+        # Clients still come for a moment, until their load balancer has seen that the process is not ready.
+        await asyncio.sleep(UNREADY_SECONDS)
+        finished.set()
+        await draining
 
     async def _bridge(self, host: Host, remote: Remote) -> None:
         """Publishes the feed, if there is NATS and this process serves the feed."""
@@ -283,6 +284,11 @@ class _Serving:
             tls=tls,
             server_tls=server_tls,
         )
+
+
+def _details(remote: Remote) -> Mapping[str, str]:
+    problem = remote.registry_problem()
+    return {"registry": problem} if problem else {}
 
 
 async def _require_migrated(dsns: Mapping[str, str]) -> None:

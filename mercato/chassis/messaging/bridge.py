@@ -274,14 +274,14 @@ class Bridge:
 
     def _batch(self, page: Sequence[FeedMessage]) -> list[Published]:
         """Messages of the first entries of a page, as many as may be sent at once."""
-        room, total = self._jetstream.max_payload, 0
+        largest, total = self._jetstream.max_payload, 0
         batch: list[Published] = []
         for entry in page:
             size = BATCH_HEADERS_BYTES + len(entry.body)
             total += size
-            if batch and (total > BATCH_BYTES_MAX or size > room):
+            if batch and (total > BATCH_BYTES_MAX or size > largest):
                 break
-            if size > room:
+            if size > largest:
                 raise BridgeBlocked(f"the entry at {entry.position} has {size} bytes, more than max_payload of NATS")
             batch.append(Published(f"{SUBJECT}.{entry.type}", str(entry.position), entry.body))
         return batch

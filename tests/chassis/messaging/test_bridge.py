@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from embedded_nats.broker import Broker, started
 from mercato.chassis.messaging.bridge import BATCH, Bridge
 from mercato.chassis.messaging.consumers import Pace
-from mercato.chassis.messaging.jetstream import Answer
+from mercato.chassis.messaging.jetstream import JetStreamAnswer
 from mercato.chassis.messaging.stream import CONFIGURATION, STREAM
 from mercato.chassis.observability.clock import SystemClock
 from mercato.chassis.observability.telemetry import Telemetry
@@ -151,7 +151,7 @@ async def test_a_stream_that_is_deleted_while_its_end_is_read_is_made_again(
         await bridge.open()
         ask = bridge._jetstream.ask
 
-        async def ask_after_a_deletion(what: str, question: Mapping[str, Any] | None = None) -> Answer:
+        async def ask_after_a_deletion(what: str, question: Mapping[str, Any] | None = None) -> JetStreamAnswer:
             if what.startswith("STREAM.MSG.GET"):
                 await stream.delete()
             return await ask(what, question)
