@@ -187,7 +187,7 @@ async def _own(data: Path, progress: Callable[[str], None], *, must_run: bool) -
 
     The server of another command stops with that command, so that this command cannot use it.
     """
-    began, is_told, shops_seen = time.monotonic(), False, 0
+    began, is_announced, shops_seen = time.monotonic(), False, 0
     while True:
         try:
             folder = DataFolder.open(data, OWN_URL)
@@ -199,9 +199,9 @@ async def _own(data: Path, progress: Callable[[str], None], *, must_run: bool) -
             waited = time.monotonic() - began
             if waited > OTHER_COMMAND_SECONDS:
                 raise
-            if waited > OTHER_COMMAND_NOTICE_SECONDS and not is_told:
+            if waited > OTHER_COMMAND_NOTICE_SECONDS and not is_announced:
                 progress(f"waiting for another command that looks at these databases, with pid {busy.pid}")
-                is_told = True
+                is_announced = True
         else:
             if not must_run:
                 return folder

@@ -84,12 +84,12 @@ class Guard:
                 self._patient_until = time.monotonic() + PATIENT_SECONDS
             else:
                 self._poll.unregister(0)
-                self._hurry()
+                self._end_patience()
         # A process that the owner forked may keep the pipe open after the owner's death; the parent's pid shows it.
         if os.getppid() != self._owner:
-            self._hurry()
+            self._end_patience()
 
-    def _hurry(self) -> None:
+    def _end_patience(self) -> None:
         self._ask_stop()
         self._patient_until = 0.0
 

@@ -37,7 +37,7 @@ FIRST_PAUSE: Final = datetime.timedelta(seconds=10)
 LONGEST_PAUSE: Final = datetime.timedelta(minutes=15)
 LETTERS_LIMIT: Final = 3
 LETTERS_WITHIN: Final = datetime.timedelta(hours=1)
-"""An address gets at most `LETTERS_LIMIT` letters of a kind in this time, whoever requests them."""
+"""An address gets at most `LETTERS_LIMIT` letters of a kind in this time, from all clients together."""
 
 ID_BYTES: Final = 16
 
