@@ -23,7 +23,9 @@ PLACES: Final[Mapping[str, tuple[tuple[str, ...], Mapping[str, str]]]] = {
 """The transport that sends all calls twice is refused where tokens are required."""
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place", ["local", "nats", *(pytest.param(place, marks=pytest.mark.long) for place in ("loopback", "http"))]
+)
 def test_from_registration_to_an_order_that_survives_a_kill(place: str):
     options, environment = PLACES[place]
     with data_folder() as data:
