@@ -19,6 +19,7 @@ from .roles import ALL_ROLES, SIGNED_IN, STAFF_ONLY
 from .users import Email
 
 OrderId = Annotated[int, Meta(ge=1, le=MAX_ID)]
+PaymentId = Annotated[int, Meta(ge=1, le=MAX_ID)]
 Version = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 Status = Literal["pending", "confirmed", "completed", "cancelled"]
@@ -42,8 +43,11 @@ QUANTITY_LIMIT: Final = 10_000
 PAGE_LIMIT: Final = 200
 SCANNED_AT_ONCE: Final = 10_000
 REFUSED_MINOR: Final = MAX_ID
+"""An amount that is more than any order has left: a refund of it is refused, with what is left (`RefundOrder`)."""
 NAMED_BY_SKU: Final = MAX_ID
+"""The product id of a line that names its product by SKU; no product has it."""
 NO_USER: Final = MAX_ID
+"""The user id of a request that a guest makes; no account has it."""
 
 Note = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*\Z", extra=NO_NUL)]
 """A customer's note to the shop about an order. Public: shown to all who may see the order."""
@@ -255,14 +259,14 @@ class PaidOrder(Message):
 class GetGuestPayment(Message):
     """A payment of the guest's order whose access token is sent. Any other payment is `payments.not_found`."""
 
-    payment_id: OrderId
+    payment_id: PaymentId
     access_token: AccessToken
 
 
 class MovePayment(Message):
     """Captures or voids the payment of an order that waits for that."""
 
-    payment_id: OrderId
+    payment_id: PaymentId
 
 
 class CapturePart(Message):
@@ -271,7 +275,7 @@ class CapturePart(Message):
     Once, with one amount: with another one it is `payments.CaptureAmountChanged`.
     """
 
-    payment_id: OrderId
+    payment_id: PaymentId
     amount_minor: Annotated[int, Meta(ge=1)] | None = None
     currency: str | None = None
     amount: AmountText | None = None
@@ -281,7 +285,7 @@ class CapturePart(Message):
 class RefundOrder(Message):
     """Refunds all that is left of what was paid, or an amount of it. Once for each key, without a time limit."""
 
-    payment_id: OrderId
+    payment_id: PaymentId
     idempotency_key: str
     fingerprint: bytes = b""
     amount_minor: Annotated[int, Meta(ge=1)] | None = None
@@ -375,7 +379,7 @@ class ListRefunds(Message):
 class ListPaymentRefunds(Message):
     """The refunds of one payment."""
 
-    payment_id: OrderId
+    payment_id: PaymentId
 
 
 class RefundList(Message):

@@ -23,7 +23,7 @@ import structlog
 from prometheus_client import Counter
 
 from mercato.chassis.contract import (
-    ANONYMOUS,
+    ANONYMOUS_ACTOR,
     Actor,
     Call,
     Context,
@@ -158,7 +158,7 @@ class Gateway:
         """Answers a path that is not in the table: by `fallback`, with the request id added, and counted."""
         self._authenticator.check_source(headers, scope["method"])
         started, begun = time.perf_counter(), False
-        current.set(Context(ANONYMOUS, self._monotonic() + self._seconds, headers.trace_id, headers.request_id))
+        current.set(Context(ANONYMOUS_ACTOR, self._monotonic() + self._seconds, headers.trace_id, headers.request_id))
 
         async def send_noted(message: MutableMapping[str, Any]) -> None:
             nonlocal begun
@@ -204,7 +204,7 @@ class Gateway:
         if route.takes_access_token:
             access_token, query = guests.access_token(authorization, query)
         if authorization is None or route.ignores_token:
-            actor = authenticator.anonymous_actor if access_token is None else ANONYMOUS
+            actor = authenticator.anonymous_actor if access_token is None else ANONYMOUS_ACTOR
         elif (known := authenticator.remembered(authorization)) is not None:
             actor = known
         else:
@@ -263,7 +263,7 @@ class Gateway:
                 load.measured += 1
                 load.slow += self._monotonic() - entered_at > slow_seconds
             if load.waiting or load.measured >= load.window_requests:
-                load.settle()
+                load.end_window()
 
     def _checked_guest(self, route: BoundRoute, request: RouteRequest, asked: Any, scope: Scope) -> Actor:
         """The actor of a call without an account: a guest, or an anonymous caller whom the route allows."""
@@ -273,14 +273,14 @@ class Gateway:
                 if request.actor.role not in route.roles:
                     raise problems.not_allowed(request.actor.role, route.name)
                 return request.actor
-            self._rates.check(f"{route.name} of guests", guests.ORDERS, ANONYMOUS, _address(scope))
+            self._rates.check(f"{route.name} of guests", guests.ORDERS, ANONYMOUS_ACTOR, _address(scope))
         guests.check_key(request.idempotency_key)
-        return ANONYMOUS
+        return ANONYMOUS_ACTOR
 
     async def _verify(self, authorization: bytes, headers: RequestHeaders, *, takes_ended: bool) -> Actor:
         """The actor of a token that is not cached. Verifying it may call the users service for its keys."""
         if guests.is_guest_scheme(authorization):
-            return ANONYMOUS
+            return ANONYMOUS_ACTOR
         deadline = self._monotonic() + self._seconds
         anonymous = self._authenticator.anonymous_actor
         current.set(Context(anonymous, deadline, headers.trace_id, headers.request_id))

@@ -20,7 +20,7 @@ from joserfc import jwt
 from joserfc.errors import JoseError
 from joserfc.jwk import KeySet
 
-from mercato.chassis.contract import ANONYMOUS, Actor, Unauthenticated
+from mercato.chassis.contract import ANONYMOUS_ACTOR, Actor, Unauthenticated
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.rpc.signatures import ALGORITHMS
 from mercato.contracts.roles import CUSTOMER, STAFF
@@ -172,7 +172,7 @@ class Authenticator:
         self._hosts = frozenset(host.encode() for host in own_hosts) if own_hosts is not None else None
         self._allowed = frozenset(origin.encode() for origin in cors_origins)
         self._origins = self._allowed | {b"http://" + host for host in self._hosts or ()}
-        self.anonymous_actor = ANONYMOUS if own_hosts is None else OPEN_ACTOR
+        self.anonymous_actor = ANONYMOUS_ACTOR if own_hosts is None else OPEN_ACTOR
         """The actor of a caller without a token."""
 
     @property

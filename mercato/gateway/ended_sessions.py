@@ -16,7 +16,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from mercato.chassis.contract import ANONYMOUS, Context, current
+from mercato.chassis.contract import ANONYMOUS_ACTOR, Context, current
 from mercato.chassis.observability.clock import Clock
 from mercato.contracts.users import EndedSessions, EndedSessionsAfter
 
@@ -80,7 +80,7 @@ class EndedSessionsLog:
 
     async def _read(self) -> int:
         began = self._clock.monotonic()
-        current.set(Context(ANONYMOUS, began + READ_SECONDS, "", ""))
+        current.set(Context(ANONYMOUS_ACTOR, began + READ_SECONDS, "", ""))
         count, is_full = 0, True
         while is_full:
             page = await self._read_page(EndedSessionsAfter(after=self._position, session_id=self._session_id))

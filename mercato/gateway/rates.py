@@ -10,7 +10,7 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol
 
-from mercato.chassis.contract import ANONYMOUS, Actor, Kind, ServiceError
+from mercato.chassis.contract import ANONYMOUS_ACTOR, Actor, Kind, ServiceError
 from mercato.chassis.http import network_of
 from mercato.chassis.observability.clock import Clock
 from mercato.gateway.problems import TooManyRequests
@@ -100,7 +100,7 @@ async def call_guarded(
 ) -> Any:
     """The answer of a route that checks passwords or opens accounts. Raises `TooManyRequests`, and its errors."""
     account = route.tries(request) if route.tries else None
-    per_hour = route.limits.done_per_hour if request.actor == ANONYMOUS else None
+    per_hour = route.limits.done_per_hour if request.actor == ANONYMOUS_ACTOR else None
     if per_hour is not None:
         rates.check_done(route.name, per_hour, address)
     if account is not None:

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from joserfc import jwt
 from joserfc.jwk import OctKey, OKPKey
 
-from mercato.chassis.contract import ANONYMOUS, Actor, Unauthenticated, Unavailable
+from mercato.chassis.contract import ANONYMOUS_ACTOR, Actor, Unauthenticated, Unavailable
 from mercato.contracts.users import EndedSessions, EndedSessionsAfter, PublicKeys
 from mercato.gateway.auth import (
     ALGORITHMS,
@@ -435,7 +435,7 @@ async def test_the_scheme_is_not_case_sensitive(verifier: Verifier, signer: Sign
 
 
 def test_a_request_without_a_token_is_anonymous_or_in_an_open_shop_staff(verifier: Verifier) -> None:
-    assert Authenticator(verifier, None).anonymous_actor == ANONYMOUS
+    assert Authenticator(verifier, None).anonymous_actor == ANONYMOUS_ACTOR
     assert Authenticator(verifier, ["localhost:1"]).anonymous_actor == OPEN_ACTOR
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mercato import topology
-from mercato.chassis.contract import ANONYMOUS, Actor
+from mercato.chassis.contract import ANONYMOUS_ACTOR, Actor
 from mercato.chassis.observability.clock import Clock, SystemClock
 from mercato.gateway.app import Asgi, Gateway
 from mercato.gateway.problems import TooManyRequests
@@ -59,14 +59,14 @@ def accepted(limiter: RateLimiter, row: str, actor: Actor, address: str, times: 
 
 async def test_a_burst_passes_and_then_the_rate() -> None:
     # One more a second may pass while this runs.
-    assert 5 <= accepted(limiter_of(SystemClock()), "row", ANONYMOUS, "192.0.2.1") <= 15
+    assert 5 <= accepted(limiter_of(SystemClock()), "row", ANONYMOUS_ACTOR, "192.0.2.1") <= 15
 
 
 async def test_rows_and_callers_are_counted_apart() -> None:
     limiter = limiter_of(SystemClock())
     callers = [
-        (ANONYMOUS, "192.0.2.1"),
-        (ANONYMOUS, "192.0.2.2"),
+        (ANONYMOUS_ACTOR, "192.0.2.1"),
+        (ANONYMOUS_ACTOR, "192.0.2.2"),
         (Actor("customer", 1), "192.0.2.1"),
         (Actor("staff", 1), ""),
     ]

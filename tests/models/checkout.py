@@ -293,7 +293,7 @@ class PaymentsModel:
             if isinstance(following, ServiceError):
                 return following
             if self.payments[attempt].amount_minor == 0:
-                settled = payment_rules.settle(self.payments[attempt], following, payment_rules.NOT_ASKED)
+                settled = payment_rules.after_result(self.payments[attempt], following, payment_rules.NOT_ASKED)
                 self.payments[attempt] = settled
                 continue
             operation = known.setdefault(
@@ -331,7 +331,7 @@ class PaymentsModel:
         result = self.bank.execute(key, following, payment.method, payment.charge_id)
         if loss == "answer":
             return False
-        self.payments[attempt] = payment_rules.settle(payment, operation, result)
+        self.payments[attempt] = payment_rules.after_result(payment, operation, result)
         operation.status = "succeeded" if isinstance(result, payment_rules.Succeeded) else "declined"
         operation.code = result.code if isinstance(result, payment_rules.Declined) else None
         return True
@@ -451,7 +451,7 @@ def _settle(machine: CheckoutMachine, order: Order, state: Checkout) -> StepRun:
 
 def _awaiting(_machine: CheckoutMachine, _order: Order, state: Checkout) -> StepRun:
     yield lambda: None
-    return steps.after_waiting(state)
+    return steps.after_awaiting(state)
 
 
 def _unwind(machine: CheckoutMachine, order: Order, state: Checkout) -> StepRun:

@@ -146,7 +146,7 @@ class Machine(RuleBasedStateMachine):
         code = outcome.code if isinstance(outcome, Declined) else None
         self.operations[key] = msgspec.structs.replace(operation, status=rules.status_of(outcome), code=code)
         if not isinstance(outcome, Unknown):
-            self.payment = rules.settle(self.payment, operation, outcome)
+            self.payment = rules.after_result(self.payment, operation, outcome)
 
     @invariant()
     def nothing_is_done_twice(self) -> None:

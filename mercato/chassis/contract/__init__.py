@@ -19,17 +19,17 @@ from .constraints import (
     worded as worded,
 )
 from .context import (
-    ANONYMOUS as ANONYMOUS,
+    ANONYMOUS_ACTOR as ANONYMOUS_ACTOR,
     GUEST_ROLE as GUEST_ROLE,
     SERVICE_ROLE as SERVICE_ROLE,
     Actor as Actor,
-    Attempt as Attempt,
     Batch as Batch,
     Context as Context,
+    HandlerRun as HandlerRun,
     acting_as as acting_as,
     as_service as as_service,
-    attempt as attempt,
     current as current,
+    handler_run as handler_run,
 )
 from .errors import (
     DeadlineExceeded as DeadlineExceeded,

@@ -21,7 +21,7 @@ class Actor(msgspec.Struct, frozen=True):
     id: int = 0
 
 
-ANONYMOUS: Final = Actor("anonymous")
+ANONYMOUS_ACTOR: Final = Actor("anonymous")
 
 
 GUEST_ROLE: Final = "guest"
@@ -81,7 +81,7 @@ def as_service() -> contextlib.AbstractContextManager[None]:
     return acting_as(Actor(SERVICE_ROLE))
 
 
-class Attempt:
+class HandlerRun:
     """Whether a handler may be run again: what it has done so far."""
 
     __slots__ = ("committed", "open_transactions")
@@ -97,4 +97,4 @@ class Attempt:
         return self.open_transactions > 0
 
 
-attempt: Final[contextvars.ContextVar[Attempt | None]] = contextvars.ContextVar("attempt", default=None)
+handler_run: Final[contextvars.ContextVar[HandlerRun | None]] = contextvars.ContextVar("handler_run", default=None)

@@ -35,7 +35,7 @@ While the server has capacity, an application only counts, without a further cal
         shedder.in_work -= 1
         if shedder.slow_seconds[priority] is not None: count in `measured`, and in `slow`
         if shedder.waiting or shedder.measured >= shedder.window_requests:
-            shedder.settle()
+            shedder.end_window()
 
 Guaranteed: a request that was let in is never refused later; a refused request was not started; every request that
 waits is let in or refused, even if no other request is answered. A shedder belongs to one event loop.
@@ -238,7 +238,7 @@ class Shedder:
             self._forget(waiter, priority)
             raise
 
-    def settle(self) -> None:
+    def end_window(self) -> None:
         """Ends a complete window, and lets waiting requests in as capacity allows. Called when a request ends."""
         now = self._monotonic()
         if self.measured >= self.window_requests and now >= self._window_ends_at:
@@ -338,7 +338,7 @@ class Shedder:
             self._set_waiting(self.waiting - 1)
         elif not waiter.future.cancelled() and waiter.future.exception() is None:
             self.in_work -= 1
-            self.settle()
+            self.end_window()
 
     def _set_waiting(self, waiting: int) -> None:
         self.waiting = waiting

@@ -70,7 +70,7 @@ class KeyedAttempt(Generic[Q, A, W]):
         assert self.keyed
         return self.keyed.identity
 
-    def settled(self) -> A | ServiceError:
+    def outcome(self) -> A | ServiceError:
         assert self.answer is not None, "a step left a request without an answer"
         return self.answer
 
@@ -88,7 +88,7 @@ class KeyedAttempt(Generic[Q, A, W]):
         """Answers as the first request of the batch with its key. Unsettled if that key belongs to another request."""
         assert self.keyed
         assert first.keyed
-        answer = first.settled()
+        answer = first.outcome()
         if not isinstance(answer, ServiceError):
             self.replay(first.keyed.fingerprint, answer)
         elif self.keyed.fingerprint == first.keyed.fingerprint:
@@ -116,7 +116,7 @@ class KeyedBatch(abc.ABC, Generic[Q, A, W]):
             attempt.repeat(first)
         # If the first was refused because its key belongs to another request, a duplicate may be that request.
         await self._recall(unsettled([attempt for attempt, _ in duplicates]))
-        return [attempt.settled() for attempt in attempts]
+        return [attempt.outcome() for attempt in attempts]
 
     @abc.abstractmethod
     async def recall(self, attempts: Sequence[KeyedAttempt[Q, A, W]]) -> Mapping[Identity, StoredAnswer[A]]:

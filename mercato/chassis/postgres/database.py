@@ -5,7 +5,7 @@ SQL through it. Rows come back as frozen structs: `tx.fetch(UserRow, "SELECT id,
 order of the columns (a test compares the names of both for every statement).
 
 The rules that the rest relies on
-    - Only this module commits. A commit that succeeded, or whose outcome is unknown, is noted on the running attempt,
+    - Only this module commits. A commit that succeeded, or whose outcome is unknown, is noted on the handler's run,
       so that the batch is not run again.
     - The events of a transaction are written with its COMMIT, in one message: the lock that orders the rows of the
       outbox is never held while the server waits for this process.
@@ -31,7 +31,7 @@ import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types; on
 import msgspec
 import structlog
 
-from mercato.chassis.contract import Attempt, FrozenMeta, Message, ServiceError, Unavailable, attempt
+from mercato.chassis.contract import FrozenMeta, HandlerRun, Message, ServiceError, Unavailable, handler_run
 from mercato.chassis.observability.telemetry import Telemetry
 
 from . import outbox_row
@@ -136,7 +136,7 @@ _QUOTED: Final = re.compile(r"'[^']*'|\"[^\"]*\"|--[^\n]*")
 
 
 def _check_read(sql: str) -> None:
-    # A change outside of `transaction` would commit without a note in the attempt, and could be run a second time.
+    # A change outside of `transaction` would commit without a note on the handler's run, and could be run again.
     assert not _CHANGES.search(_QUOTED.sub("", sql)), f"db.read() does not change or lock anything: {sql}"
     _known_reads.add(sql)
 
@@ -237,7 +237,7 @@ class Database:
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncGenerator[Tx]:
         """Commits at the end of the block, with the events that it has emitted; rolls back when the block raises."""
-        with _attempt() as made:
+        with _handler_run() as made:
             lease = await self._lease()
             is_clean = False
             try:
@@ -268,7 +268,7 @@ class Database:
         for wake in self.on_commit:
             wake()
 
-    async def _commit(self, lease: LentConnection, made: Attempt, events: Sequence[str]) -> None:
+    async def _commit(self, lease: LentConnection, made: HandlerRun, events: Sequence[str]) -> None:
         before = made.committed
         # Noted before it is tried: when the answer to COMMIT is lost, it may have happened.
         made.committed = True
@@ -337,14 +337,14 @@ def _now() -> float:
 
 
 @contextlib.contextmanager
-def _attempt() -> Generator[Attempt]:
-    """The running attempt; one for this transaction where there is none, as in a loop or a start-up step."""
-    made = attempt.get()
+def _handler_run() -> Generator[HandlerRun]:
+    """The run of the handler; one for this transaction where there is none, as in a loop or a start-up step."""
+    made = handler_run.get()
     if made is not None:
         yield made
         return
-    token = attempt.set(made := Attempt())
+    token = handler_run.set(made := HandlerRun())
     try:
         yield made
     finally:
-        attempt.reset(token)
+        handler_run.reset(token)

@@ -41,9 +41,9 @@ import structlog
 from prometheus_client import Histogram
 
 from mercato.chassis.contract import (
-    Attempt,
     Context,
     DeadlineExceeded,
+    HandlerRun,
     Internal,
     Operation,
     OutcomeUnknown,
@@ -51,8 +51,8 @@ from mercato.chassis.contract import (
     Retry,
     ServiceError,
     Unavailable,
-    attempt,
     current,
+    handler_run,
 )
 from mercato.chassis.observability.telemetry import Telemetry
 
@@ -406,7 +406,7 @@ class BatchedCall:
         self._deadline_s = operation.deadline_ms / 1_000
 
     def __call__(self, request: Any) -> Awaitable[Any]:
-        if (made := attempt.get()) is not None:
+        if (made := handler_run.get()) is not None:
             self._note(made, (request,))
         context = current.get()
         own_deadline = self._monotonic() + self._deadline_s
@@ -415,7 +415,7 @@ class BatchedCall:
         return self._submit(request, context)
 
     def many(self, requests: Sequence[Any]) -> Awaitable[Sequence[Outcome]]:
-        if (made := attempt.get()) is not None:
+        if (made := handler_run.get()) is not None:
             self._note(made, requests)
         context = current.get()
         own_deadline = self._monotonic() + self._deadline_s
@@ -423,8 +423,8 @@ class BatchedCall:
             context = Context(context.actor, own_deadline, context.trace_id, context.request_id)
         return self._submit_many(requests, context)
 
-    def _note(self, made: Attempt, requests: Sequence[Any]) -> None:
-        """Refuses a handler's call inside a transaction; marks the handler's attempt if it must not be done twice."""
+    def _note(self, made: HandlerRun, requests: Sequence[Any]) -> None:
+        """Refuses a handler's call inside a transaction; notes on its run a call that must not be repeated."""
         if made.open_transactions:
             raise RemoteCallInTransactionError(f"{self._operation.full_name} was called inside a transaction")
         if self._operation.retry is not Retry.SAFE and not all(map(self._operation.repeatable, requests)):

@@ -19,13 +19,13 @@ from prometheus_client import Counter
 from mercato.chassis.contract import (
     SERVICE_ROLE,
     Actor,
-    Attempt,
     Batch,
     BatchOperation,
     Context,
     Contract,
     DeadlineExceeded,
     Forbidden,
+    HandlerRun,
     Internal,
     Message,
     Operation,
@@ -34,8 +34,8 @@ from mercato.chassis.contract import (
     ServiceError,
     SingleOperation,
     Unavailable,
-    attempt,
     current,
+    handler_run,
 )
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.observability.telemetry import Telemetry
@@ -115,8 +115,8 @@ class Server:
         if isinstance(operation, SingleOperation):
             return [await self._run_one(operation, r, c) for r, c in zip(requests, contexts, strict=True)]
         current.set(self._batch_context(contexts))
-        tried = Attempt()
-        attempt.set(tried)
+        tried = HandlerRun()
+        handler_run.set(tried)
         try:
             outcomes = await self._handlers[operation.name](Batch[Any].of(requests, contexts))
             assert len(outcomes) == len(requests), f"{len(outcomes)} answers to {len(requests)} requests"
@@ -145,8 +145,8 @@ class Server:
 
     async def _run_one(self, operation: Operation[Any, Any], request: Any, context: Context) -> Outcome:
         current.set(context)
-        tried = Attempt()
-        attempt.set(tried)
+        tried = HandlerRun()
+        handler_run.set(tried)
         try:
             return await self._handlers[operation.name](request)
         except (Unavailable, Overloaded, DeadlineExceeded) as error:
@@ -185,6 +185,6 @@ class Server:
         )
 
 
-def _unless_committed(error: ServiceError, tried: Attempt, operation: Operation[Any, Any]) -> ServiceError:
+def _unless_committed(error: ServiceError, tried: HandlerRun, operation: Operation[Any, Any]) -> ServiceError:
     """`error`, after which a retry is safe; `OutcomeUnknown` once something was, or may be, committed."""
     return OutcomeUnknown(operation=operation.full_name) if tried.committed else error

@@ -3,9 +3,9 @@
     reserve_all     holds new orders, where all are new and there is enough stock for all together
     end_all_held    commits, releases or expires, where all reservations are held
 
-A batch that does not fit is rolled back and decided one by one (`store.py`): an order without stock, or a repeated one,
-must not fail the others. Locks are taken in the order of `store.py`, and in the order of keys, because the CTE that
-locks is sorted and the update takes its rows from it.
+A batch that does not fit is rolled back and decided one by one (`reserving.py`): an order without stock, or a repeated
+one, must not fail the others. Locks are taken in the order of `store.py`, and in the order of keys, because the CTE
+that locks is sorted and the update takes its rows from it.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ class CheckoutSteps:
         """Cancels orders that were not paid in time."""
         runs = await self._load(sagas)
         for run in runs:
-            run.decision = steps.after_waiting(run.state)
+            run.decision = steps.after_awaiting(run.state)
         await self._save("waiting", runs)
 
     async def unwind(self, sagas: Sequence[Saga]) -> None:

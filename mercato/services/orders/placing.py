@@ -26,7 +26,7 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis.contract import ANONYMOUS, ServiceError
+from mercato.chassis.contract import ANONYMOUS_ACTOR, ServiceError
 from mercato.chassis.idempotency.batch import KeyedAttempt, KeyedBatch, StoredAnswer, unsettled
 from mercato.chassis.idempotency.keys import Identity, Keyed
 from mercato.chassis.mail import addresses
@@ -255,7 +255,7 @@ def _buyer(request: PlaceOrder) -> int:
 def _validate(attempts: Sequence[Placement]) -> None:
     for attempt in attempts:
         request = attempt.request
-        if may_see(attempt.actor, _buyer(request)) or (request.guest and attempt.actor == ANONYMOUS):
+        if may_see(attempt.actor, _buyer(request)) or (request.guest and attempt.actor == ANONYMOUS_ACTOR):
             attempt.answer = rules.check_request(request)
         else:
             attempt.answer = UserNotFound(user_id=request.user_id)

@@ -245,7 +245,7 @@ def after_capture(order: Order, state: Checkout, answer: PaymentRecord | Service
     return Decision("settle", "captured", state, finished=True, payment="paid", waived_minor=waived_minor)
 
 
-def after_waiting(state: Checkout) -> Decision:
+def after_awaiting(state: Checkout) -> Decision:
     """The time of the hold is over, and the order is not paid."""
     return _cancelled(state, "expired")
 

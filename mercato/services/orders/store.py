@@ -87,6 +87,7 @@ INSERT_SQL: Final = f"""
         SELECT set_config('lock_timeout', '2s', true) AS wait
     ), opened AS MATERIALIZED (
         -- Locks these buyers until the commit, then counts: another batch of theirs waits, and then sees these orders.
+        -- `wait` is read so that the timeout is set before the lock is asked for.
         SELECT b.* FROM bounded CROSS JOIN LATERAL open_orders(CASE WHEN wait <> '' THEN $4::bigint[] END) AS b
     ), numbered AS MATERIALIZED (
         SELECT coalesce(nullif(o.former_id, 0), nextval('orders_id_seq')) AS id, nextval('saga_epochs') AS epoch, o.*,

@@ -265,7 +265,9 @@ class Charging:
         async with self._database.transaction() as tx:
             times = await store.record_charges(tx, succeeded)
             captured = {
-                call.payment.id: _at(rules.settle(call.payment, call.intent, succeeded[call.payment.id]), updated_at)
+                call.payment.id: _at(
+                    rules.after_result(call.payment, call.intent, succeeded[call.payment.id]), updated_at
+                )
                 for call in calls
                 if (updated_at := times.get(call.payment.id))
             }
@@ -422,7 +424,7 @@ class _Batch:
         known = self._known[payment.id]
         following = request.decide(payment, known.values())
         while following and payment.amount_minor == 0:
-            payment = self._move(rules.settle(payment, following, rules.NOT_ASKED))
+            payment = self._move(rules.after_result(payment, following, rules.NOT_ASKED))
             following = request.decide(payment, known.values())
         if following is None:
             return
@@ -506,7 +508,7 @@ async def settle(tx: Tx, results: Results) -> dict[OperationId, PaymentRow]:
     after, changes = dict(payments), list[Outgoing]()
     for operation in settled:
         before = after[operation.payment_id]
-        payment = after[operation.payment_id] = rules.settle(before, operation, known[operation.id])
+        payment = after[operation.payment_id] = rules.after_result(before, operation, known[operation.id])
         if payment.version != before.version:
             changes.append(_event(payment))
     after |= await write_payments(tx, [p for p in after.values() if p is not payments[p.id]])

@@ -310,7 +310,7 @@ class SettledOperation(Protocol):
     def amount_minor(self) -> int: ...
 
 
-def settle(payment: P, operation: SettledOperation, result: ProviderResult) -> P:
+def after_result(payment: P, operation: SettledOperation, result: ProviderResult) -> P:
     """The payment after the result of one of its operations; the same object where that changes nothing.
 
     The version rises where the status or the money changes. Called once for each operation: with the result that

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
-from mercato.chassis.contract import ANONYMOUS, Actor, FieldError, Forbidden, Operation
+from mercato.chassis.contract import ANONYMOUS_ACTOR, Actor, FieldError, Forbidden, Operation
 from mercato.chassis.mail import addresses
 from mercato.contracts.roles import CUSTOMER, STAFF
 from mercato.contracts.users import MIN_PASSWORD, UserNotFound
@@ -94,7 +94,7 @@ class HasRole(Protocol):
 
 
 def role_of(accounts: Sequence[HasRole], user_id: int) -> str:
-    return next((account.role for account in accounts if account.id == user_id), ANONYMOUS.role)
+    return next((account.role for account in accounts if account.id == user_id), ANONYMOUS_ACTOR.role)
 
 
 def check_staff(accounts: Sequence[HasRole], actor: Actor, operation: Operation[Any, Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from mercato.chassis.contract import (
-    ANONYMOUS,
+    ANONYMOUS_ACTOR,
     Context,
     Contract,
     Empty,
@@ -68,7 +68,7 @@ async def hosted(elsewhere: Elsewhere) -> AsyncGenerator[Callable[[CallLimits], 
         made.append(Host({}, {}, secrets={}, transport=lambda _: elsewhere, limits=limits))
         return made[-1]
 
-    token = current.set(acting(ANONYMOUS, clock=Host({}, {}, secrets={}).clock, seconds=CALL_SECONDS))
+    token = current.set(acting(ANONYMOUS_ACTOR, clock=Host({}, {}, secrets={}).clock, seconds=CALL_SECONDS))
     yield make
     current.reset(token)
     elsewhere.release.set()

@@ -55,7 +55,7 @@ class Served:
 
     def leaves(self) -> None:
         self.shedder.in_work -= 1
-        self.shedder.settle()
+        self.shedder.end_window()
 
     async def waits(self, priority: Priority, seconds: float = DEADLINE_SECONDS) -> asyncio.Task[float]:
         """A request that is in the queue, or was refused there."""
@@ -79,7 +79,7 @@ class Served:
         shedder.peak = shedder.limit if peak is None else peak
         shedder.measured, shedder.slow = WINDOW, slow
         self.now += seconds
-        shedder.settle()
+        shedder.end_window()
         return shedder.limit
 
     def shown(self, name: str, **labels: str) -> float | None:
@@ -132,14 +132,14 @@ async def test_window_lasts_until_it_has_requests_enough_and_time_enough() -> No
     served = Served(LoadLimits(floor=64, start=256, ceiling=512))
     shedder = served.shedder
     shedder.peak, shedder.measured = 256, WINDOW
-    shedder.settle()
+    shedder.end_window()
     assert shedder.limit == 256
     served.now += 0.11
     shedder.measured = WINDOW - 1
-    shedder.settle()
+    shedder.end_window()
     assert shedder.limit == 256
     shedder.measured = WINDOW
-    shedder.settle()
+    shedder.end_window()
     assert (shedder.limit, shedder.measured, shedder.peak) == (264, 0, 0)
 
 

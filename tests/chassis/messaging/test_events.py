@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 
 from chassis.messaging.harness import SOURCE, Changed, EventHarness, opened, place
-from mercato.chassis.contract import SERVICE_ROLE, Actor, Attempt, Forbidden, Message, attempt, current
+from mercato.chassis.contract import SERVICE_ROLE, Actor, Forbidden, HandlerRun, Message, current, handler_run
 from mercato.chassis.messaging import outbox
 from mercato.chassis.messaging.events import Event, Outgoing, SourceRow
 from mercato.chassis.messaging.outbox import LogPage, LogPurged, LogReplaced, ReadLog
@@ -117,7 +117,7 @@ class Unencodable(msgspec.Struct):
 
 async def test_an_outbox_that_refuses_the_row_rolls_the_change_back_and_it_may_be_run_again(harness: EventHarness):
     await harness.execute("ALTER TABLE outbox ADD CONSTRAINT no_nines CHECK (events NOT LIKE '%\"subject_id\":9%')")
-    token = attempt.set(made := Attempt())
+    token = handler_run.set(made := HandlerRun())
     try:
         for _ in range(2):  # the first one prepares the statement, too
             with pytest.raises(asyncpg.CheckViolationError):
@@ -128,13 +128,13 @@ async def test_an_outbox_that_refuses_the_row_rolls_the_change_back_and_it_may_b
         await harness.emit(1)
         assert made.committed
     finally:
-        attempt.reset(token)
+        handler_run.reset(token)
     assert await harness.values("SELECT position FROM outbox_readers") == []
     assert len(await harness.outbox()) == 1
 
 
 async def test_a_transaction_in_which_a_failure_was_swallowed_writes_no_row_and_says_so(harness: EventHarness):
-    token = attempt.set(made := Attempt())
+    token = handler_run.set(made := HandlerRun())
     try:
         with pytest.raises(RolledBackError):
             async with harness.publisher.transaction() as tx:
@@ -143,13 +143,13 @@ async def test_a_transaction_in_which_a_failure_was_swallowed_writes_no_row_and_
                     await tx.execute("SELECT 1 / 0")
         assert not made.committed
     finally:
-        attempt.reset(token)
+        handler_run.reset(token)
     assert await harness.outbox() == []
 
 
 async def test_a_constraint_that_is_checked_at_the_commit_rolls_the_events_back(harness: EventHarness):
     await harness.execute("CREATE TABLE late (n int, UNIQUE (n) DEFERRABLE INITIALLY DEFERRED)")
-    token = attempt.set(made := Attempt())
+    token = handler_run.set(made := HandlerRun())
     try:
         with pytest.raises(UniqueViolation):
             async with harness.publisher.transaction() as tx:
@@ -157,7 +157,7 @@ async def test_a_constraint_that_is_checked_at_the_commit_rolls_the_events_back(
                 tx.emit([changed(1, 1)])
         assert not made.committed
     finally:
-        attempt.reset(token)
+        handler_run.reset(token)
     assert await harness.outbox() == []
 
 

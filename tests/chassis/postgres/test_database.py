@@ -23,7 +23,7 @@ import pytest_asyncio
 from asyncpg.protocol import protocol
 
 import mercato
-from mercato.chassis.contract import Actor, Attempt, Contract, Message, Unavailable, attempt, current, single
+from mercato.chassis.contract import Actor, Contract, HandlerRun, Message, Unavailable, current, handler_run, single
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres import connections
 from mercato.chassis.postgres.connections import LentConnection
@@ -72,9 +72,9 @@ async def database(dsn: str) -> AsyncGenerator[Database]:
 @pytest.fixture
 def made() -> Any:
     """The running attempt of a handler."""
-    token = attempt.set(Attempt())
-    yield attempt.get()
-    attempt.reset(token)
+    token = handler_run.set(HandlerRun())
+    yield handler_run.get()
+    handler_run.reset(token)
 
 
 async def add(tx: Tx, number: int, name: str = "thing") -> int:
@@ -206,7 +206,7 @@ class TestStatements:
 
 
 class TestTransactions:
-    async def test_a_block_that_ends_commits_and_notes_it(self, database: Database, made: Attempt):
+    async def test_a_block_that_ends_commits_and_notes_it(self, database: Database, made: HandlerRun):
         async with database.transaction() as tx:
             await add(tx, 1)
             assert made.in_transaction
@@ -215,7 +215,7 @@ class TestTransactions:
         assert not made.in_transaction
         assert await ids(database) == [1]
 
-    async def test_a_block_that_raises_rolls_back(self, database: Database, made: Attempt):
+    async def test_a_block_that_raises_rolls_back(self, database: Database, made: HandlerRun):
         reported: list[Any] = []  # the driver would say so if it found an open transaction, and end it itself
         asyncio.get_running_loop().set_exception_handler(lambda _loop, problem: reported.append(problem))
         with pytest.raises(KeyError):
@@ -227,11 +227,13 @@ class TestTransactions:
         assert await ids(database) == []
         assert reported == []
 
-    async def test_reading_notes_no_commit(self, database: Database, made: Attempt):
+    async def test_reading_notes_no_commit(self, database: Database, made: HandlerRun):
         await ids(database)
         assert not made.committed
 
-    async def test_an_error_caught_inside_the_block_is_not_taken_for_a_commit(self, database: Database, made: Attempt):
+    async def test_an_error_caught_inside_the_block_is_not_taken_for_a_commit(
+        self, database: Database, made: HandlerRun
+    ):
         """PostgreSQL answers such a COMMIT with a roll-back, and no error."""
         with pytest.raises(RolledBackError):
             async with database.transaction() as tx:
@@ -241,14 +243,14 @@ class TestTransactions:
         assert not made.committed
         assert await ids(database) == []
 
-    async def test_a_commit_that_the_server_refuses_is_no_commit(self, database: Database, made: Attempt):
+    async def test_a_commit_that_the_server_refuses_is_no_commit(self, database: Database, made: HandlerRun):
         with pytest.raises(UniqueViolation) as caught:
             async with database.transaction() as tx:
                 await tx.execute("INSERT INTO things (id, name, rank) VALUES (1, 'a', 1), (2, 'b', 1)")
         assert caught.value.constraint == "things_rank_key"  # deferred: it speaks at the end
         assert not made.committed
 
-    async def test_a_commit_whose_answer_is_lost_counts_as_one(self, cluster: Cluster, dsn: str, made: Attempt):
+    async def test_a_commit_whose_answer_is_lost_counts_as_one(self, cluster: Cluster, dsn: str, made: HandlerRun):
         async with opened(dsn) as database:
             with pytest.raises(Unavailable):
                 async with database.transaction() as tx:
@@ -256,7 +258,7 @@ class TestTransactions:
                     await kill_backends(cluster, dsn)
             assert made.committed
 
-    async def test_a_first_commit_is_not_forgotten_when_the_second_fails(self, database: Database, made: Attempt):
+    async def test_a_first_commit_is_not_forgotten_when_the_second_fails(self, database: Database, made: HandlerRun):
         async with database.transaction() as tx:
             await add(tx, 1)
         with pytest.raises(UniqueViolation):
@@ -266,7 +268,7 @@ class TestTransactions:
 
     @pytest.mark.parametrize("inside_handler", [True, False], ids=["handler", "loop"])
     async def test_no_remote_call_inside_a_transaction(self, database: Database, inside_handler: bool):
-        token = attempt.set(Attempt() if inside_handler else None)
+        token = handler_run.set(HandlerRun() if inside_handler else None)
         connector, things = remote_things()
         context = current.set(acting(Actor("service"), clock=connector._clock, seconds=5))
         try:
@@ -280,7 +282,7 @@ class TestTransactions:
             await things.look(Look())
         finally:
             current.reset(context)
-            attempt.reset(token)
+            handler_run.reset(token)
             await connector.close()
 
     async def test_a_cancelled_transaction_rolls_back_and_gives_its_connection_back(self, dsn: str):
@@ -495,7 +497,9 @@ class TestOutages:
             await lease.roll_back()
             await lease.release(is_clean=False)
 
-    async def test_a_backend_that_dies_inside_a_transaction_fails_it(self, cluster: Cluster, dsn: str, made: Attempt):
+    async def test_a_backend_that_dies_inside_a_transaction_fails_it(
+        self, cluster: Cluster, dsn: str, made: HandlerRun
+    ):
         async with opened(dsn) as database:
             with pytest.raises(Unavailable):
                 async with database.transaction() as tx:

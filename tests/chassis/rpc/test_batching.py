@@ -12,7 +12,7 @@ import uvloop
 from hypothesis import given, settings, strategies as st
 
 from mercato.chassis.contract import (
-    ANONYMOUS,
+    ANONYMOUS_ACTOR,
     Context,
     DeadlineExceeded,
     Internal,
@@ -124,7 +124,7 @@ class Bench:
         )
 
     def context(self, seconds: float = 1_000.0) -> Context:
-        return Context(ANONYMOUS, self.clock.now + seconds, "", "")
+        return Context(ANONYMOUS_ACTOR, self.clock.now + seconds, "", "")
 
     def call(self, request: int, seconds: float = 1_000.0) -> asyncio.Future[Any]:
         return self.batcher.submit(request, self.context(seconds))
@@ -363,8 +363,8 @@ async def test_an_abandoned_batch_is_cancelled_once_so_that_it_can_roll_back():
         return []
 
     batcher = Batcher(OPERATION, send, size=1, lanes=2, observer=Recorder(), monotonic=clock, queue_limit=8)
-    first = batcher.submit(1, Context(ANONYMOUS, clock.now + 1, "", ""))
-    second = batcher.submit(2, Context(ANONYMOUS, clock.now + 2, "", ""))
+    first = batcher.submit(1, Context(ANONYMOUS_ACTOR, clock.now + 1, "", ""))
+    second = batcher.submit(2, Context(ANONYMOUS_ACTOR, clock.now + 2, "", ""))
     await turns()
     for _ in range(2):
         clock.now += 1
@@ -505,8 +505,8 @@ def test_the_timer_rings_by_itself():
         loop = asyncio.get_running_loop()
         service = Service()
         batcher = Batcher(OPERATION, service.send, size=4, lanes=1, observer=Recorder(), monotonic=loop.time)
-        hanging = batcher.submit(1, Context(ANONYMOUS, loop.time() + 0.01, "", ""))
-        queued = batcher.submit_many([2], Context(ANONYMOUS, loop.time() + 0.02, "", ""))
+        hanging = batcher.submit(1, Context(ANONYMOUS_ACTOR, loop.time() + 0.01, "", ""))
+        queued = batcher.submit_many([2], Context(ANONYMOUS_ACTOR, loop.time() + 0.02, "", ""))
         with pytest.raises(DeadlineExceeded):
             await asyncio.wait_for(hanging, 10)
         outcomes = await asyncio.wait_for(queued, 10)
@@ -789,7 +789,7 @@ def test_queued_calls_are_sent_unless_they_are_cancelled_or_expired(cancelled: s
 def test_an_entry_of_a_single_call_takes_one_outcome():
     async def body() -> None:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        entry = PendingRequest(1, Context(ANONYMOUS, 1.0, "", ""), future, 0.0)
+        entry = PendingRequest(1, Context(ANONYMOUS_ACTOR, 1.0, "", ""), future, 0.0)
         entry.settle("first")
         entry.settle(Refused(number=1))
         assert (entry.is_waiting(), await future) == (False, "first")

@@ -11,7 +11,7 @@ import pytest
 
 from chassis.rpc.breakers import MINIMUM, OPEN, PROBE, WINDOW, ManualClock, breaker_with
 from mercato.chassis.contract import (
-    ANONYMOUS,
+    ANONYMOUS_ACTOR,
     Context,
     Contract,
     DeadlineExceeded,
@@ -359,7 +359,7 @@ class ScriptedTransport:
 
 
 async def send(transport: BreakingTransport, *, deadline: float = 2_000.0) -> Sequence[Any] | BaseException:
-    contexts = [Context(ANONYMOUS, deadline, "", ""), Context(ANONYMOUS, 3_000.0, "", "")]
+    contexts = [Context(ANONYMOUS_ACTOR, deadline, "", ""), Context(ANONYMOUS_ACTOR, 3_000.0, "", "")]
     try:
         return await transport.send(Stock.look, [Empty(), Empty()], contexts)
     except (Exception, asyncio.CancelledError) as error:
@@ -496,7 +496,7 @@ class Calling:
             except ServiceError as error:
                 return error
 
-        token = current.set(acting(ANONYMOUS, clock=SystemClock(), seconds=3_600.0))
+        token = current.set(acting(ANONYMOUS_ACTOR, clock=SystemClock(), seconds=3_600.0))
         try:
             return asyncio.create_task(called())
         finally:

@@ -9,7 +9,7 @@ import json
 import pytest
 
 from mercato.chassis.contract import (
-    ANONYMOUS,
+    ANONYMOUS_ACTOR,
     SERVICE_ROLE,
     Actor,
     Context,
@@ -198,7 +198,7 @@ def test_a_flood_of_tokens_is_not_remembered_for_ever(harness: TrustHarness, mon
 
 
 def test_what_a_service_is_known_to_call_is_not_refused(harness: TrustHarness):
-    contexts = [context(Actor(SERVICE_ROLE)), context(CUSTOMER), context(ANONYMOUS)]
+    contexts = [context(Actor(SERVICE_ROLE)), context(CUSTOMER), context(ANONYMOUS_ACTOR)]
 
     assert harness.trust.refusals("orders", Stock.take, contexts) == {}
     assert harness.trust.refusals("gateway", Stock.look, contexts[1:]) == {}

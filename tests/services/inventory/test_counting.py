@@ -9,7 +9,7 @@ import asyncpg
 import pytest
 
 from mercato.chassis.contract import (
-    ANONYMOUS,
+    ANONYMOUS_ACTOR,
     Actor,
     Forbidden,
     IdempotencyKeyReused,
@@ -520,7 +520,7 @@ async def test_a_key_in_use_for_too_long_delays_no_other_request_of_its_batch(cl
 
 async def test_a_product_without_a_count_has_a_level_of_0_and_an_unknown_one_is_not_found(harness: InventoryHarness):
     await harness.stock(mug=5)
-    with harness.acting(ANONYMOUS):
+    with harness.acting(ANONYMOUS_ACTOR):
         mug, lamp, unknown, again = await harness.inventory.levels.many(
             [GetLevel(product_id=i) for i in (MUG, LAMP, UNKNOWN, MUG)]
         )
@@ -535,7 +535,7 @@ async def test_a_product_without_a_count_has_a_level_of_0_and_an_unknown_one_is_
 async def test_levels_that_are_known_need_no_products(harness: InventoryHarness):
     await harness.stock(mug=5)
     harness.products.failure = Unavailable(service="products")
-    with harness.acting(ANONYMOUS):
+    with harness.acting(ANONYMOUS_ACTOR):
         mug, lamp = await harness.inventory.levels.many([GetLevel(product_id=i) for i in (MUG, LAMP)])
 
     assert isinstance(mug, Level)

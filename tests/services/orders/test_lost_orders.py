@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 import pytest
 
-from mercato.chassis.contract import ANONYMOUS, RequestInProgress
+from mercato.chassis.contract import ANONYMOUS_ACTOR, RequestInProgress
 from mercato.contracts.order_refusals import OrderLost, PaymentDeclined
 from mercato.contracts.orders import CancelOrder, GetOrder, Order, PlacedOrder, PlaceLine, PlaceOrder
 from mercato.operations.ids import advance
@@ -98,12 +98,12 @@ async def test_the_key_of_another_account_is_another_order(harness: OrdersHarnes
 async def test_a_guest_gets_the_same_access_token_again(harness: OrdersHarness):
     product_id = await harness.new_product(PIECES)
     request = msgspec.structs.replace(keyed(product_id), guest=True)
-    with harness.acting(ANONYMOUS):
+    with harness.acting(ANONYMOUS_ACTOR):
         old = await harness.orders.place(request)
     await harness.settled(old.order.id)
     await restore(harness)
 
-    with harness.acting(ANONYMOUS):
+    with harness.acting(ANONYMOUS_ACTOR):
         new = await harness.orders.place(request)
         seen = await harness.orders.get(GetOrder(id=new.order.id, access_token=old.access_token))
 

@@ -10,7 +10,7 @@ import asyncpg
 import msgspec
 import pytest
 
-from mercato.chassis.contract import Actor, Forbidden, Internal, StaleVersion, attempt
+from mercato.chassis.contract import Actor, Forbidden, Internal, StaleVersion, handler_run
 from mercato.contracts.order_history import HistoryEntry
 from mercato.contracts.order_refusals import Axis, IllegalMove, OrderNotFound
 from mercato.contracts.orders import CancelOrder, GetHistory, GetOrder, MoveOrder, Order
@@ -296,7 +296,7 @@ async def test_times_of_an_order_go_forward_when_a_move_waited_for_a_later_one(h
 
 
 async def move_in_task(harness: OrdersHarness, order_id: int) -> Order:
-    attempt.set(None)  # as another caller, which is in no transaction
+    handler_run.set(None)  # as another caller, which is in no transaction
     return await move(harness, order_id, status="confirmed")
 
 

@@ -65,7 +65,7 @@ def test_a_payment_continues_with_the_operation_that_it_began_with(kind: Operati
 
 @pytest.mark.parametrize("kind", ["authorize", "charge"])
 def test_a_payment_of_nothing_moves_without_a_charge(kind: OperationKind):
-    after = rules.settle(Payment(amount_minor=0), NextOperation(kind, "", 0), rules.NOT_ASKED)
+    after = rules.after_result(Payment(amount_minor=0), NextOperation(kind, "", 0), rules.NOT_ASKED)
 
     assert (after.status, after.charge_id) == ({"authorize": "authorized", "charge": "captured"}[kind], None)
 
@@ -132,7 +132,7 @@ def test_an_outcome_moves_along_the_table_or_not_at_all(status: Status, operatio
         if operation.kind == "refund":
             return  # the bank gives nothing back that is not there
 
-    after = rules.settle(payment, operation, outcome)
+    after = rules.after_result(payment, operation, outcome)
 
     if after is payment:
         return
@@ -144,7 +144,7 @@ def test_an_outcome_moves_along_the_table_or_not_at_all(status: Status, operatio
 def test_a_charge_of_a_payment_that_is_closed_is_remembered():
     payment = Payment(status="voided", version=4)
 
-    after = rules.settle(payment, Operation("authorize", "", AMOUNT), Succeeded(1, 7))
+    after = rules.after_result(payment, Operation("authorize", "", AMOUNT), Succeeded(1, 7))
 
     assert (after.status, after.version, after.charge_id) == ("voided", 4, 7)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mercato.chassis.contract import ANONYMOUS, Actor, Forbidden, InvalidRequest, StaleVersion
+from mercato.chassis.contract import ANONYMOUS_ACTOR, Actor, Forbidden, InvalidRequest, StaleVersion
 from mercato.contracts.products import (
     ArchiveProduct,
     CreateProduct,
@@ -58,7 +58,7 @@ async def test_what_is_archived_is_found_by_pages(harness: ServiceHarness, produ
     assert await skus(harness, products, staff, status="archived", limit=1, after=first.next_after) == ["C"]
 
 
-@pytest.mark.parametrize("actor", [ANONYMOUS, ALICE], ids=lambda actor: actor.role)
+@pytest.mark.parametrize("actor", [ANONYMOUS_ACTOR, ALICE], ids=lambda actor: actor.role)
 async def test_only_staff_search_what_is_archived(
     harness: ServiceHarness, products: Products, staff: Actor, actor: Actor
 ):
@@ -81,11 +81,11 @@ async def test_a_product_is_found_by_its_sku_without_case(harness: ServiceHarnes
     await shop(harness, products, staff)
 
     for wanted in ({}, {"sort": "name"}, {"category": "things"}, {"text": "emile"}):
-        assert await skus(harness, products, ANONYMOUS, sku="a", **wanted) == ["A"]
-    assert await skus(harness, products, ANONYMOUS, sku="A", category="others") == []
-    assert await skus(harness, products, ANONYMOUS, sku="AA") == []
+        assert await skus(harness, products, ANONYMOUS_ACTOR, sku="a", **wanted) == ["A"]
+    assert await skus(harness, products, ANONYMOUS_ACTOR, sku="A", category="others") == []
+    assert await skus(harness, products, ANONYMOUS_ACTOR, sku="AA") == []
     with pytest.raises(InvalidRequest) as refused:
-        await skus(harness, products, ANONYMOUS, sku="no sku")
+        await skus(harness, products, ANONYMOUS_ACTOR, sku="no sku")
     assert [wrong.field for wrong in refused.value.errors] == ["sku"]
 
 
@@ -100,7 +100,7 @@ async def test_a_restored_product_is_for_sale_again(harness: ServiceHarness, pro
     assert (restored.status, restored.version) == ("active", 3)
     assert again == restored
     assert quote.sku == "B"
-    assert await skus(harness, products, ANONYMOUS) == ["A", "B"]
+    assert await skus(harness, products, ANONYMOUS_ACTOR) == ["A", "B"]
 
 
 async def test_a_restoration_is_refused_to_others_of_another_version_and_of_no_product(

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
-from mercato.chassis.contract import ANONYMOUS, Actor, Forbidden, Internal, InvalidRequest, StaleVersion
+from mercato.chassis.contract import ANONYMOUS_ACTOR, Actor, Forbidden, Internal, InvalidRequest, StaleVersion
 from mercato.chassis.observability import faults
 from mercato.contracts.products import (
     ArchiveProduct,
@@ -51,7 +51,7 @@ def wrong_fields(error: pytest.ExceptionInfo[InvalidRequest]) -> set[str]:
 async def test_a_created_product_is_active_and_can_be_read(harness: ServiceHarness, products: Products, staff: Actor):
     with harness.acting(staff):
         created = await products.create(HEADPHONES)
-    with harness.acting(ANONYMOUS):
+    with harness.acting(ANONYMOUS_ACTOR):
         read = await products.get(GetProduct(id=created.id))
 
     assert read == created
@@ -332,7 +332,7 @@ async def test_quotes_say_what_products_are_called_and_cost_now(
 
 
 async def test_an_anonymous_caller_gets_no_quote(harness: ServiceHarness, products: Products):
-    with harness.acting(ANONYMOUS), pytest.raises(Forbidden):
+    with harness.acting(ANONYMOUS_ACTOR), pytest.raises(Forbidden):
         await products.quote(QuoteProduct(id=1))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mercato.chassis.contract import ANONYMOUS, Actor, InvalidRequest
+from mercato.chassis.contract import ANONYMOUS_ACTOR, Actor, InvalidRequest
 from mercato.chassis.postgres.database import Database
 from mercato.contracts.products import (
     COUNTED_AT_MOST,
@@ -38,7 +38,7 @@ async def stocked(database: Database, **counts: int) -> None:
 
 
 async def page(harness: ServiceHarness, products: Products, **wanted: Any) -> CategoryPage:
-    with harness.acting(ANONYMOUS):
+    with harness.acting(ANONYMOUS_ACTOR):
         return await products.categories(ListCategories(**wanted))
 
 

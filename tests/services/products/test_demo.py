@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 
 import pytest
 
-from mercato.chassis.contract import ANONYMOUS, Actor
+from mercato.chassis.contract import ANONYMOUS_ACTOR, Actor
 from mercato.contracts.products import CreateProduct, GetProduct, Products, SearchProducts
 from mercato.services.products import demo, rules
 from mercato.testing.harness import ServiceHarness
@@ -21,7 +21,7 @@ def seed(harness: ServiceHarness) -> Awaitable[bool]:
 
 
 async def skus(harness: ServiceHarness, products: Products) -> list[str]:
-    with harness.acting(ANONYMOUS):
+    with harness.acting(ANONYMOUS_ACTOR):
         page = await products.search(SearchProducts(limit=200))
     return [product.sku for product in page.products]
 
@@ -29,7 +29,7 @@ async def skus(harness: ServiceHarness, products: Products) -> list[str]:
 async def test_the_demo_shop_sells_what_the_documentation_buys(harness: ServiceHarness, products: Products):
     assert await seed(harness) is True
 
-    with harness.acting(ANONYMOUS):
+    with harness.acting(ANONYMOUS_ACTOR):
         found = [await products.get(GetProduct(id=product_id)) for product_id in (1, 2, 100)]
     assert [(p.name, p.price_minor, p.currency) for p in found] == [
         ("Laptop", 1299_99, "USD"),

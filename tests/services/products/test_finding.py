@@ -13,7 +13,7 @@ import pytest_asyncio
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from mercato import topology
-from mercato.chassis.contract import ANONYMOUS, Actor
+from mercato.chassis.contract import ANONYMOUS_ACTOR, Actor
 from mercato.chassis.postgres.database import Database
 from mercato.contracts.products import (
     ArchiveProduct,
@@ -82,7 +82,7 @@ def selling(sku: str, name: str = "Thing", **fields: Any) -> CreateProduct:
 
 
 async def found(harness: ServiceHarness, products: Products, **wanted: Any) -> list[Product]:
-    with harness.acting(ANONYMOUS):
+    with harness.acting(ANONYMOUS_ACTOR):
         return list((await products.search(SearchProducts(**wanted))).products)
 
 

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from mercato.chassis.contract import ANONYMOUS, Actor, InvalidRequest
+from mercato.chassis.contract import ANONYMOUS_ACTOR, Actor, InvalidRequest
 from mercato.chassis.postgres.database import Database
 from mercato.contracts.products import CreateProduct, Product, Products, SearchProducts, Sort
 from mercato.services.products import demo, folding, rules, store
@@ -33,7 +33,7 @@ async def stock(database: Database, *batches: Sequence[CreateProduct]) -> None:
 
 
 async def search(harness: ServiceHarness, products: Products, **wanted: Any) -> list[Product]:
-    with harness.acting(ANONYMOUS):
+    with harness.acting(ANONYMOUS_ACTOR):
         return list((await products.search(SearchProducts(**wanted))).products)
 
 
@@ -236,7 +236,7 @@ async def test_the_last_page_says_so_also_when_it_is_full(
 ):
     await stock(database, [selling("A"), selling("B")])
 
-    with harness.acting(ANONYMOUS):
+    with harness.acting(ANONYMOUS_ACTOR):
         full = await products.search(SearchProducts(limit=2))
         first = await products.search(SearchProducts(limit=1))
         last = await products.search(SearchProducts(limit=1, after=first.next_after))
@@ -258,7 +258,7 @@ async def refusal(harness: ServiceHarness, products: Products, **wanted: Any) ->
 async def test_a_cursor_belongs_to_its_sort(harness: ServiceHarness, products: Products, database: Database):
     await stock(database, [selling("A"), selling("B"), selling("C")])
     tokens: dict[Sort, str | None] = {}
-    with harness.acting(ANONYMOUS):
+    with harness.acting(ANONYMOUS_ACTOR):
         for sort in SORTS:
             tokens[sort] = (await products.search(SearchProducts(sort=sort, text="thing", limit=1))).next_after
 

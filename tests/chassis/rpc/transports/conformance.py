@@ -30,10 +30,10 @@ from mercato.chassis.contract import (
     Retry,
     ServiceError,
     Unavailable,
-    attempt,
     batched,
     current,
     errors,
+    handler_run,
     single,
 )
 from mercato.chassis.observability.clock import Clock, SystemClock
@@ -105,7 +105,7 @@ class ThingsService:
         self.remaining += [context.deadline - now for context in batch.contexts]
         whole = {request.do for request in batch}
         if "commit" in whole:
-            made = attempt.get()
+            made = handler_run.get()
             assert made is not None
             made.committed = True
         if "poison" in whole:
