@@ -339,13 +339,14 @@ def _history_out(history: History) -> Page:
 
 def _place(request: RouteRequest) -> contract.PlaceOrder:
     body: PlaceOrderIn = request.body
-    refuse_wrong([*_items_errors(body), *body_currency_errors(body.amount, body.currency)])
+    has_price = body.amount is not None or body.currency is not None  # most orders have none
+    refuse_wrong([*_items_errors(body), *(body_currency_errors(body.amount, body.currency) if has_price else ())])
     return contract.PlaceOrder(
         **buyer(request, body.user_id),
         guest_email=body.email,
         lines=_lines(body),
-        expected_total=text_of(body.amount),
-        expected_currency=currency_of(body.amount, body.currency),
+        expected_total=text_of(body.amount) if has_price else None,
+        expected_currency=currency_of(body.amount, body.currency) if has_price else None,
         idempotency_key=request.idempotency_key,
         fingerprint=request.fingerprint,
         **_of_placing(body),
@@ -353,9 +354,12 @@ def _place(request: RouteRequest) -> contract.PlaceOrder:
 
 
 def _items_errors(body: PlaceOrderIn) -> list[FieldError]:
-    # The form that most orders have needs no look at all members.
-    is_usual = body.items is not None and body.product_id is None and body.quantity is None
-    return [] if is_usual else members_errors(body)
+    # The forms that most orders have need no look at all members.
+    if body.items is None and body.product_id is not None:
+        return []
+    if body.items is not None and body.product_id is None and body.quantity is None:
+        return []
+    return members_errors(body)
 
 
 def _lines(body: PlaceOrderIn) -> tuple[PlaceLine, ...]:
