@@ -71,7 +71,7 @@ class Claiming:
             await self._change_owner(order.id, actor)
         await self._runner.wait_until_idle((order.id, CLAIM, ""), (), ANSWER_SECONDS)
         async with self._database.read() as tx:
-            return (await read_store.seen(tx, order.id, actor)).order
+            return (await read_store.visible_record(tx, order.id, actor)).order
 
     async def _of_token(self, request: ClaimOrder) -> Order:
         async with self._database.read() as tx:

@@ -111,7 +111,7 @@ async def get(tx: Tx, ids: Sequence[int]) -> dict[int, OrderRecord]:
     return {row.id: record_of(row) for row in await tx.fetch(OrderRow, GET_SQL, ids)}
 
 
-async def seen(tx: Tx, order_id: int, actor: Actor) -> OrderRecord:
+async def visible_record(tx: Tx, order_id: int, actor: Actor) -> OrderRecord:
     """An order that the caller may see. Raises `OrderNotFound`."""
     record = (await get(tx, [order_id])).get(order_id)
     order = rules.visible(record.order if record else None, order_id, actor)

@@ -53,7 +53,7 @@ class RefundListing:
     async def _refunds(self, order_id: int) -> list[Refund]:
         actor = current.get().actor
         async with self._database.read() as tx:
-            record = await read_store.seen(tx, order_id, actor)
+            record = await read_store.visible_record(tx, order_id, actor)
             found = await money_store.refunds_of(tx, order_id)
             if record.order.status == "cancelled":
                 found += _of_cancelling(record, found, await history_store.history(tx, order_id))

@@ -104,7 +104,7 @@ class OrdersService:
 
     async def _check_both(self, request: MoveOrder) -> None:
         """Both axes move or none: the second is validated before the first moves, which commits by itself."""
-        order = await self._seen(request.id)
+        order = await self._visible_order(request.id)
         assert request.status is not None
         after = msgspec.structs.replace(order, status=request.status)
         if request.fulfilment is not None and request.fulfilment != order.fulfilment:
@@ -137,24 +137,24 @@ class OrdersService:
     async def history(self, request: GetHistory) -> History:
         async with self._guests.acting(request.id, request.access_token), self._database.read() as tx:
             actor = current.get().actor
-            await read_store.seen(tx, request.id, actor)
+            await read_store.visible_record(tx, request.id, actor)
             return History(entries=entries_of(await history_store.history(tx, request.id), actor))
 
     async def settled(self, request: AwaitOrder) -> Order:
         async with self._guests.acting(request.id, request.access_token):
-            await self._seen(request.id)
+            await self._visible_order(request.id)
             await self._paying.wait_until_idle(request.id, request.wait_ms / 1_000, until_drained=True)
             record = await self._record(request.id)
             if request.refusals and (refusal := await self._paying.refusal(record)):
                 raise refusal
         return record.order if request.access_token is None else without_email(record.order)
 
-    async def _seen(self, order_id: int) -> Order:
+    async def _visible_order(self, order_id: int) -> Order:
         return (await self._record(order_id)).order
 
     async def _record(self, order_id: int) -> read_store.OrderRecord:
         async with self._database.read() as tx:
-            return await read_store.seen(tx, order_id, current.get().actor)
+            return await read_store.visible_record(tx, order_id, current.get().actor)
 
 
 def _check_not_under_way(request: MoveOrder, locked: Locked) -> None:

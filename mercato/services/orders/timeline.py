@@ -33,7 +33,7 @@ class TimelineReader:
         order_id = request.id
         async with self._guests.acting(order_id, request.access_token), self._database.read() as tx:
             actor = current.get().actor
-            nonce = (await read_store.seen(tx, order_id, actor)).nonce
+            nonce = (await read_store.visible_record(tx, order_id, actor)).nonce
             transitions = await history_store.history(tx, order_id)
         with as_service():
             stock, money = await asyncio.gather(
