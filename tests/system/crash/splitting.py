@@ -36,7 +36,7 @@ SITE: Final = Path(__file__).with_name("site")
 PART: Final = 5
 """One point of so many, others by each seed."""
 EVERY: Final = os.environ.get("CRASH_POINTS") == "all"
-LATER: Final = re.compile(r'^50[34] |"status":50[34]')
+LATER: Final = re.compile(r'^(429|50[34]) |"status":(429|50[34])')
 """How a scenario complains of an answer after which a client tries again."""
 
 T = TypeVar("T")
