@@ -118,7 +118,8 @@ async def test_a_row_answers_for_anothers_thing_as_for_one_that_does_not_exist(
 
     foreign, unknown = await ask(things), await ask(unknown_things)
     assert foreign == unknown
-    assert foreign[0] == 404
+    # Below /users/me an id is that of an entry of the caller's own; one that there is not may be deleted.
+    assert foreign[0] == 404 or route.path.startswith("/users/me/")
     assert await state_of(guarded_shop) == before
 
 
