@@ -12,11 +12,6 @@ Json = dict[str, Any]
 KEY_PATTERN: Final = r"""^([!#-~][!-~]{0,254}|"([!#-\[\]-~]|\\["\\]){1,255}")$"""
 """Bare, or a structured-field string (RFC 8941); `idempotency.py` reads both."""
 
-WAIT_PATTERN: Final = r"^wait=[0-9]{1,6}$"
-"""Of the preferences of a write only this one is read, shown in its simplest form. Others are ignored (RFC 7240)."""
-
-COUNT_PATTERN: Final = "^count=exact$"
-
 HEADERS: Final[Mapping[str, Json]] = {
     "Allow": {
         "description": "The methods that the path takes.",
@@ -107,7 +102,7 @@ PARAMETERS: Final[Mapping[str, Json]] = {
         "long as the order is refused, and then the order. Without `wait`, the answer comes as soon as the order is "
         "durable: 201 says that it is accepted, not that it is paid or that there is enough in stock. "
         "Other preferences are ignored (RFC 7240).",
-        "schema": {"type": "string", "pattern": WAIT_PATTERN},
+        "schema": {"type": "string"},  # any other preference is ignored (RFC 7240), not refused
         "example": "wait=5",
     },
     "PreferCount": {
@@ -117,7 +112,7 @@ PARAMETERS: Final[Mapping[str, Json]] = {
         "filters. Counting reads all of them: where that takes longer than two seconds, or too many requests count at "
         "once, the page comes without Total-Count and Preference-Applied. A request that counts has the low priority "
         "of a report. The number is counted right after the page. Other preferences are ignored (RFC 7240).",
-        "schema": {"type": "string", "pattern": COUNT_PATTERN},
+        "schema": {"type": "string"},
         "example": "count=exact",
     },
     "IfNoneMatch": {

@@ -91,7 +91,6 @@ OF_PATTERNS: dict[str, Values] = {
     described_headers.PARAMETERS["IfMatch"]["schema"]["pattern"]: [
         ('"1"', True), ('W/"999999999"', True), ('"0"', False), ('"1000000000"', False), ("1", False),
     ],
-    described_headers.WAIT_PATTERN: [("wait=0", True), ("wait=999999", True), ("wait=", False), ("wait=-1", False)],
     described_headers.KEY_PATTERN: [
         ("k" * 255, True), ("k" * 256, False), ("a b", False),
         ('"' + "k" * 255 + '"', True), ('"' + "k" * 256 + '"', False),
