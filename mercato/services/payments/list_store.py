@@ -9,33 +9,21 @@ from mercato.chassis.contract import MAX_ID
 from mercato.chassis.postgres.database import Tx
 from mercato.contracts.payments import ListPayments
 
-from .store import PaymentRow
+from .store import COLUMNS, PaymentRow
 
 ABOVE_ALL_IDS: Final = MAX_ID + 1
 
+GET_SQL: Final = f"SELECT {COLUMNS} FROM payments WHERE id = ANY($1::bigint[])"  # noqa: S608  # of constants alone
+
 
 async def payments(tx: Tx, ids: Sequence[int]) -> dict[int, PaymentRow]:
-    rows = await tx.fetch(
-        PaymentRow,
-        """
-        SELECT id, order_id, nonce, attempt, user_id, method, currency, amount_minor, authorized_minor, captured_minor,
-               refunded_minor, status, code, charge_id, version, created_at, updated_at
-          FROM payments
-         WHERE id = ANY($1::bigint[])
-        """,
-        ids,
-    )
-    return {row.id: row for row in rows}
+    return {row.id: row for row in await tx.fetch(PaymentRow, GET_SQL, ids)}
 
 
 LIST_SQL: Final[dict[tuple[bool, bool], str]] = {
     (by_order, by_user): "".join(
         (
-            """
-            SELECT id, order_id, nonce, attempt, user_id, method, currency, amount_minor, authorized_minor,
-                   captured_minor, refunded_minor, status, code, charge_id, version, created_at, updated_at
-              FROM payments
-             WHERE id < $1""",
+            f"SELECT {COLUMNS} FROM payments WHERE id < $1",  # noqa: S608  # of constants alone
             " AND order_id = $3 AND ($4::bigint IS NULL OR nonce = $4)" if by_order else "",
             f" AND user_id = ${5 if by_order else 3}" if by_user else "",
             " ORDER BY id DESC LIMIT $2",

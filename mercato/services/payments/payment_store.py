@@ -4,30 +4,47 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
+from typing import Final
 
 from mercato.chassis.contract import RuleBroken
 from mercato.chassis.postgres.database import Tx
 
-from .store import Attempt, ChangedRow, NewPayment, PaymentRow
+from .store import COLUMNS, Attempt, ChangedRow, NewPayment, PaymentRow
+
+OPEN_SQL: Final = f"""
+    INSERT INTO payments (order_id, nonce, attempt, user_id, method, currency, amount_minor, status)
+    SELECT n.order_id, n.nonce, n.attempt, n.user_id, n.method, n.currency, n.amount_minor, n.status
+      FROM unnest($1::bigint[], $2::bigint[], $3::integer[], $4::bigint[], $5::text[], $6::text[], $7::bigint[],
+                  $8::text[])
+           AS n (order_id, nonce, attempt, user_id, method, currency, amount_minor, status)
+     WHERE n.attempt = 1
+        OR NOT EXISTS (SELECT FROM payments o WHERE o.order_id = n.order_id AND o.nonce <> n.nonce)
+     ORDER BY n.order_id, n.attempt
+    ON CONFLICT DO NOTHING
+    RETURNING {COLUMNS}
+"""  # noqa: S608  # of constants alone
+LOCK_ATTEMPTS_SQL: Final = f"""
+    SELECT {COLUMNS}
+      FROM payments
+     WHERE id = ANY(ARRAY(
+        SELECT p.id
+          FROM unnest($1::bigint[], $2::integer[]) AS w (order_id, attempt)
+         CROSS JOIN LATERAL (
+            SELECT id FROM payments WHERE order_id = w.order_id AND attempt = w.attempt LIMIT 1) p))
+     ORDER BY id
+       FOR NO KEY UPDATE
+"""  # noqa: S608  # of constants alone
+"""One index lookup for each attempt: a join that was planned when the shop was new would read all payments."""
+LOCK_SQL: Final = f"""
+    SELECT {COLUMNS} FROM payments WHERE id = ANY($1::bigint[]) ORDER BY id FOR NO KEY UPDATE
+"""  # noqa: S608  # of constants alone
 
 
 async def open_payments(tx: Tx, payments: Sequence[NewPayment]) -> list[PaymentRow]:
     """Writes payments. Those that are not in the result are not written, for the reasons in `store.begin_charges`."""
     return await tx.fetch(
         PaymentRow,
-        """
-        INSERT INTO payments (order_id, nonce, attempt, user_id, method, currency, amount_minor, status)
-        SELECT n.order_id, n.nonce, n.attempt, n.user_id, n.method, n.currency, n.amount_minor, n.status
-          FROM unnest($1::bigint[], $2::bigint[], $3::integer[], $4::bigint[], $5::text[], $6::text[], $7::bigint[],
-                      $8::text[])
-               AS n (order_id, nonce, attempt, user_id, method, currency, amount_minor, status)
-         WHERE n.attempt = 1
-            OR NOT EXISTS (SELECT FROM payments o WHERE o.order_id = n.order_id AND o.nonce <> n.nonce)
-         ORDER BY n.order_id, n.attempt
-        ON CONFLICT DO NOTHING
-        RETURNING id, order_id, nonce, attempt, user_id, method, currency, amount_minor, authorized_minor,
-                  captured_minor, refunded_minor, status, code, charge_id, version, created_at, updated_at
-        """,
+        OPEN_SQL,
         [p.order_id for p in payments],
         [p.nonce for p in payments],
         [p.attempt for p in payments],
@@ -63,21 +80,9 @@ async def newest_order_id(tx: Tx) -> int:
 
 async def lock_attempts(tx: Tx, attempts: Sequence[Attempt]) -> list[PaymentRow]:
     """Locks the payments that exist: no other transaction changes them or begins operations before this one ends."""
-    # One index lookup for each: a join that was planned when the shop was new would read all payments.
     return await tx.fetch(
         PaymentRow,
-        """
-        SELECT id, order_id, nonce, attempt, user_id, method, currency, amount_minor, authorized_minor, captured_minor,
-               refunded_minor, status, code, charge_id, version, created_at, updated_at
-          FROM payments
-         WHERE id = ANY(ARRAY(
-            SELECT p.id
-              FROM unnest($1::bigint[], $2::integer[]) AS w (order_id, attempt)
-             CROSS JOIN LATERAL (
-                SELECT id FROM payments WHERE order_id = w.order_id AND attempt = w.attempt LIMIT 1) p))
-         ORDER BY id
-           FOR NO KEY UPDATE
-        """,
+        LOCK_ATTEMPTS_SQL,
         [order_id for order_id, _ in attempts],
         [attempt for _, attempt in attempts],
     )
@@ -85,19 +90,7 @@ async def lock_attempts(tx: Tx, attempts: Sequence[Attempt]) -> list[PaymentRow]
 
 async def lock_payments(tx: Tx, ids: Sequence[int]) -> dict[int, PaymentRow]:
     """Locks payments by id, as `lock_attempts` does."""
-    rows = await tx.fetch(
-        PaymentRow,
-        """
-        SELECT id, order_id, nonce, attempt, user_id, method, currency, amount_minor, authorized_minor, captured_minor,
-               refunded_minor, status, code, charge_id, version, created_at, updated_at
-          FROM payments
-         WHERE id = ANY($1::bigint[])
-         ORDER BY id
-           FOR NO KEY UPDATE
-        """,
-        ids,
-    )
-    return {row.id: row for row in rows}
+    return {row.id: row for row in await tx.fetch(PaymentRow, LOCK_SQL, ids)}
 
 
 async def write_payments(tx: Tx, changed: Sequence[PaymentRow]) -> dict[int, datetime.datetime]:

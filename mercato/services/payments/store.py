@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 import msgspec
 
@@ -45,6 +46,9 @@ class PaymentRow(Row):
     version: int
     created_at: datetime.datetime
     updated_at: datetime.datetime
+
+
+COLUMNS: Final = ", ".join(PaymentRow.__struct_fields__)
 
 
 class OpenedRow(Row):
