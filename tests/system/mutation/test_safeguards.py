@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 import json
 import shutil
 import signal
@@ -49,10 +51,39 @@ MISSED: Final = Recorded("call", "AssertionError", "assert 2 == 1")
 
 
 @pytest.mark.parametrize("safeguard", SAFEGUARDS, ids=lambda safeguard: safeguard.name)
-def test_every_edit_fits_and_leaves_code_that_compiles(safeguard: Safeguard):
+def test_every_edit_fits_and_leaves_code_that_can_be_imported(safeguard: Safeguard):
     for file, text in edited(safeguard, ROOT).items():
         assert text != (ROOT / file).read_text()
-        ast.parse(text)
+        assert missing_imports(text) == []
+
+
+def missing_imports(text: str) -> list[str]:
+    """What a source imports from Mercato that there is not, as `module.name`."""
+    return [
+        f"{node.module}.{name.name}"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").startswith("mercato")
+        for name in node.names
+        if not hasattr(importlib.import_module(node.module or ""), name.name)
+        and importlib.util.find_spec(f"{node.module}.{name.name}") is None
+    ]
+
+
+def test_no_edit_uses_a_name_that_there_is_not(tmp_path: Path):
+    for safeguard in SAFEGUARDS:
+        for file, text in edited(safeguard, ROOT).items():
+            copy = tmp_path / safeguard.name / file
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(text)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "F821", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_named_test_exists():

@@ -269,16 +269,17 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
             Edit(
                 CHARGING,
                 '            await faults.point("payments.charge.before_intent_commit")\n',
-                "            outside = attempt.set(None)\n"
+                "            outside = handler_run.set(None)\n"
                 "            calls = [_first_call(opened[o.order_id], o, k) for o, k in zip(openings, keys)]\n"
                 '            await self.call_provider("charge", calls)\n'
-                "            attempt.reset(outside)\n"
+                "            handler_run.reset(outside)\n"
                 '            await faults.point("payments.charge.before_intent_commit")\n',
             ),
             Edit(
                 CHARGING,
                 "from mercato.chassis.messaging.events import Outgoing\n",
-                "from mercato.chassis.messaging.events import Outgoing\nfrom mercato.chassis.contract import attempt\n",
+                "from mercato.chassis.messaging.events import Outgoing\n"
+                "from mercato.chassis.contract import handler_run\n",
             ),
         ),
         red=(
