@@ -27,9 +27,9 @@ from mercato.chassis.hosting.keys import key_deriver
 from mercato.embedded_postgres import processes
 
 from .caller import Caller
+from .command import Command, clean_environment
 from .waiting import BOUND_SECONDS, POLL_SECONDS, wait_until
 
-ROOT: Final = Path(__file__).parents[2]
 GONE_SECONDS: Final = 60.0
 """A bound for a busy machine. On an idle one all processes end within five seconds of a stop or a `kill -9`."""
 
@@ -63,12 +63,15 @@ class Process:
         *options: str,
         as_json: bool = True,
         environment: Mapping[str, str] | None = None,
-        command: Sequence[str] = (sys.executable, "-m", "mercato.cli"),
+        command: Sequence[str] | None = None,
         port: int = 0,
         is_second: bool = False,
         has_input: bool = False,
+        first: Callable[[], object] | None = None,
     ) -> None:
-        """`is_second`: another run serves this data, so the processes of its database do not count for this run.
+        """`command`: what starts `mercato`; by default it is forked, and `first` is called there (`command.py`).
+
+        `is_second`: another run serves this data, so the processes of its database do not count for this run.
 
         `has_input`: the command reads what `write_line` writes; otherwise its standard input is empty.
         """
@@ -79,15 +82,21 @@ class Process:
         self.errors: list[str] = []
         self._seen: set[Identity] = set()
         self._progress = threading.Condition()
-        self._popen = subprocess.Popen(
-            [*command, "up", "--port", str(port), "--data", str(data), *(["--json"] if as_json else []), *options],
-            stdin=subprocess.PIPE if has_input else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd="/",
-            env={**clean_environment(), **(environment or {})},
-            start_new_session=True,
+        arguments = ["up", "--port", str(port), "--data", str(data), *(["--json"] if as_json else []), *options]
+        variables = {**clean_environment(), **(environment or {})}
+        self._popen = (
+            Command(arguments, environment=variables, has_input=has_input, first=first)
+            if command is None
+            else subprocess.Popen(
+                [*command, *arguments],
+                stdin=subprocess.PIPE if has_input else subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd="/",
+                env=variables,
+                start_new_session=True,
+            )
         )
         self.pid = self._popen.pid
         self._readers = [
@@ -350,12 +359,6 @@ def cluster_of(data: Path) -> Path:
 def socket_folder_of(data: Path) -> Path:
     record = json.loads((data / "postgres.json").read_bytes())
     return Path(record.get("socket_folder") or cluster_of(data).parent / "socket")
-
-
-def clean_environment() -> dict[str, str]:
-    """The environment of this process without settings of Mercato, with the package and the tests of this checkout."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MERCATO_", "PG"))}
-    return {**kept, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), "PYTHONUNBUFFERED": "1"}
 
 
 # ----------------------------------------------------------------------------------------------------------- processes

@@ -1,4 +1,4 @@
-"""`mercato serve`, `mercato migrate` and other commands as processes, for tests."""
+"""`mercato serve`, `mercato migrate` as a process, for tests."""
 
 from __future__ import annotations
 
@@ -6,30 +6,14 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from .caller import Caller
-from .process import clean_environment
+from .command import COMMAND, Command, clean_environment
 from .waiting import BOUND_SECONDS, wait_until
-
-COMMAND: Final = (sys.executable, "-m", "mercato.cli")
-
-
-def run(*arguments: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end."""
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        env={**clean_environment(), **environment},
-        capture_output=True,
-        text=True,
-        timeout=BOUND_SECONDS,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
 
 
 def variables(file: Path) -> dict[str, str]:
@@ -59,14 +43,20 @@ class Served:
         self.url: str = ""
         self.lines: list[str] = []
         self.errors: list[str] = []
-        self._process = subprocess.Popen(
-            [*inside, *COMMAND, "serve", *names, "--host", host, "--port", "0", "--json", *options],
-            env={**clean_environment(), **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
+        arguments = ["serve", *names, "--host", host, "--port", "0", "--json", *options]
+        self.environment: Mapping[str, str] = {**clean_environment(), **environment}
+        self._process = (
+            subprocess.Popen(
+                [*inside, *COMMAND, *arguments],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            if inside
+            else Command(arguments, environment=self.environment)
         )
         self.pid = self._process.pid
         self._readers = [

@@ -6,8 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import AsyncGenerator, Generator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,7 +21,8 @@ from mercato.chassis.postgres.provisioning import provision
 from mercato.cli.databases import OWN_URL
 from mercato.embedded_postgres import DataFolder, EmbeddedPostgres, processes
 from mercato.operations.audit.invariants import SHOP
-from mercato.testing.process import clean_environment, cluster_of, data_folder
+from mercato.testing.command import Command, clean_environment
+from mercato.testing.process import cluster_of, data_folder
 from mercato.testing.waiting import BOUND_SECONDS, wait_until
 from operations.audit.sample_shop import fill
 
@@ -63,26 +62,14 @@ async def execute(server: EmbeddedPostgres, service: str, statement: str) -> Non
     await connection.close()
 
 
-def start(*options: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "mercato.cli", "audit", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd="/",
-        env={**clean_environment(), **(environment or {})},
-    )
+def start(*options: str, environment: Mapping[str, str] | None = None) -> Command:
+    return Command(["audit", *options], environment={**clean_environment(), **(environment or {})})
 
 
-def finished(running: subprocess.Popen[str]) -> tuple[int, str, str]:
+def finished(running: Command) -> tuple[int, str, str]:
     """Its exit code and what it has said."""
-    try:
-        output, errors = running.communicate(timeout=BOUND_SECONDS)
-    except subprocess.TimeoutExpired:
-        running.kill()
-        running.communicate()
-        raise
-    return running.returncode, output, errors
+    output, errors = running.communicate()
+    return running.wait(), output, errors
 
 
 def refused(*options: str, environment: Mapping[str, str] | None = None) -> str:
@@ -179,7 +166,6 @@ def test_two_audits_of_a_stopped_shop_wait_for_each_other(shop: Path):
 def test_a_command_that_waits_for_another_names_it(shop: Path):
     with DataFolder.open(shop, OWN_URL):
         running = start("--data", str(shop))
-        assert running.stdout is not None
         line = running.stdout.readline()
     code, _, errors = finished(running)
 
@@ -189,7 +175,6 @@ def test_a_command_that_waits_for_another_names_it(shop: Path):
 
 def test_an_interrupted_audit_stops_what_it_has_started(shop: Path):
     running = start("--data", str(shop))
-    assert running.stdout is not None
     for line in running.stdout:
         if "copying" in line:
             break

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import zipfile
 from collections.abc import Generator, Mapping
@@ -21,7 +20,8 @@ import pytest
 
 from cli.test_audit import change, make_shop, serving
 from mercato.operations.audit.invariants import SHOP
-from mercato.testing.process import ROOT, Process, clean_environment, data_folder, remove
+from mercato.testing.command import ROOT, Command, clean_environment
+from mercato.testing.process import Process, data_folder, remove
 from mercato.testing.waiting import BOUND_SECONDS, wait_until
 
 pytestmark = pytest.mark.long
@@ -48,31 +48,17 @@ def place() -> Generator[Path]:
 
 def start(
     command: str, *options: str | Path, file_bytes: int | None = None, environment: Mapping[str, str] | None = None
-) -> subprocess.Popen[str]:
-    def limit() -> None:
-        if file_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-
-    return subprocess.Popen(
-        [sys.executable, "-m", "mercato.cli", command, *map(str, options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd="/",
-        env={**clean_environment(), **(environment or {})},
-        preexec_fn=limit,
-    )
+) -> Command:
+    limit = None
+    if file_bytes is not None:
+        limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    return Command([command, *options], environment={**clean_environment(), **(environment or {})}, first=limit)
 
 
-def finished(running: subprocess.Popen[str]) -> tuple[int, str, str]:
+def finished(running: Command) -> tuple[int, str, str]:
     """Its exit code and what it has said."""
-    try:
-        output, errors = running.communicate(timeout=BOUND_SECONDS)
-    except subprocess.TimeoutExpired:
-        running.kill()
-        running.communicate()
-        raise
-    return running.returncode, output, errors
+    output, errors = running.communicate()
+    return running.wait(), output, errors
 
 
 def done(command: str, *options: str | Path, environment: Mapping[str, str] | None = None) -> Mapping[str, Any]:
@@ -246,7 +232,6 @@ def test_ctrl_c_leaves_no_file_and_lets_writers_go_on(shop: Path, place: Path):
             connection = await cast(Any, asyncpg).connect(dsn)
             await connection.execute("BEGIN; LOCK TABLE orders IN ROW EXCLUSIVE MODE")
             command = start("backup", place / "shop", "--data", shop)
-            assert command.stdout is not None
             while "trying again" not in (line := await asyncio.to_thread(command.stdout.readline)):
                 assert line, "it ended before it had to wait"
             command.send_signal(signal.SIGINT)

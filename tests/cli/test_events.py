@@ -6,7 +6,6 @@ import asyncio
 import json
 import signal
 import subprocess
-import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -22,7 +21,8 @@ from mercato.embedded_postgres import DataFolder, EmbeddedPostgres
 from mercato.embedded_postgres.place import note_initialized
 from mercato.services.events.app import CONSUMER
 from mercato.services.products.consumers import IN_STOCK
-from mercato.testing.process import clean_environment, data_folder
+from mercato.testing.command import COMMAND, Command, clean_environment, run_command
+from mercato.testing.process import data_folder
 from mercato.testing.waiting import BOUND_SECONDS
 
 T = TypeVar("T")
@@ -99,16 +99,13 @@ class RunningShop:
         self.execute("products", "TRUNCATE parked")
 
 
-def mercato(*options: str) -> list[str]:
-    return [sys.executable, "-m", "mercato.cli", "events", *options]
+def following(*options: str) -> Command:
+    return Command(["events", "tail", "--follow", *options], environment=clean_environment())
 
 
 def run(*options: str) -> tuple[int, list[str], str]:
     """The exit code, the lines of the output, and what was said on standard error."""
-    done = subprocess.run(
-        mercato(*options),
-        capture_output=True, text=True, timeout=BOUND_SECONDS, cwd="/", env=clean_environment(), check=False,
-    )  # fmt: skip
+    done = run_command("events", *options)
     return done.returncode, done.stdout.splitlines(), done.stderr
 
 
@@ -167,21 +164,13 @@ def test_tail_shows_the_last_entries_for_people_and_for_programs(shop: RunningSh
 
 def test_tail_follows_until_it_is_interrupted(shop: RunningShop):
     shop.put_entry(1)
-    running = subprocess.Popen(
-        mercato("tail", "--follow", "--json", "--data", str(shop.data)),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/", env=clean_environment(),
-    )  # fmt: skip
-    try:
-        assert running.stdout
+    with following("--json", "--data", str(shop.data)) as running:
         assert json.loads(running.stdout.readline())["id"] == name(1, "orders")
         shop.put_entry(2)
         assert json.loads(running.stdout.readline())["id"] == name(2, "orders")
         running.send_signal(signal.SIGINT)
-        _, said = running.communicate(timeout=BOUND_SECONDS)
-    finally:
-        running.kill()
-        running.communicate()
-    assert (running.returncode, said) == (0, "")
+        _, said = running.communicate()
+        assert (running.returncode, said) == (0, "")
 
 
 def test_tail_says_where_to_go_on_from_after_what_was_deleted(shop: RunningShop):
@@ -210,23 +199,12 @@ def test_a_shop_that_does_not_run_is_not_followed(tmp_path: Path):
 def test_following_ends_without_an_error_when_its_output_is_closed(shop: RunningShop):
     """As in `mercato events tail --follow | head -1`."""
     shop.put_entry(1)
-    running = subprocess.Popen(
-        mercato("tail", "--follow", "--data", str(shop.data)),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/", env=clean_environment(),
-    )  # fmt: skip
-    try:
-        assert running.stdout
-        assert running.stderr
+    with following("--data", str(shop.data)) as running:
         assert "order.placed" in running.stdout.readline()
         running.stdout.close()
         shop.put_entry(2)
         assert running.wait(BOUND_SECONDS) == 0
         assert running.stderr.read() == ""
-    finally:
-        running.kill()
-        running.wait()
-        assert running.stderr
-        running.stderr.close()
 
 
 @pytest.mark.parametrize("command", ["dead", "tail"])
@@ -234,7 +212,7 @@ def test_a_full_disk_is_a_sentence(shop: RunningShop, command: str):
     shop.put_entry(1)
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            mercato(command, "--data", str(shop.data)),
+            [*COMMAND, "events", command, "--data", str(shop.data)],
             stdout=full, stderr=subprocess.PIPE, text=True, timeout=BOUND_SECONDS, cwd="/", env=clean_environment(),
             check=False,
         )  # fmt: skip

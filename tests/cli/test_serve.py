@@ -16,8 +16,9 @@ from mercato.embedded_nats.server import program
 from mercato.testing.caller import Caller, everything
 from mercato.testing.certificates import certificate
 from mercato.testing.cluster import Cluster
+from mercato.testing.command import run_command
 from mercato.testing.responses import assert_problem
-from mercato.testing.served import Served, free_address, run, variables
+from mercato.testing.served import Served, free_address, variables
 from mercato.testing.waiting import BOUND_SECONDS, wait_until
 from pgbouncer.pooler import Pooler, needs_new_pgbouncer, needs_pgbouncer
 from registries.consul import consul_beside
@@ -32,7 +33,7 @@ def folder(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of a migrated shop with the demo data."""
     data = tmp_path_factory.mktemp("shop") / "data"
     environment = {"MERCATO_POSTGRES_DSN": cluster.server.admin_dsn, "MERCATO_SECRET": SECRET}
-    done = run("migrate", "--demo", "--data", str(data), environment=environment)
+    done = run_command("migrate", "--demo", "--data", str(data), environment=environment)
     assert done.returncode == 0, done.stderr
     return data / "environment"
 
@@ -126,8 +127,7 @@ def variables_address(shop: Mapping[str, Served]) -> str:
 
 def address_of(served: Served) -> str:
     """Where a process takes the calls of others."""
-    environ = Path(f"/proc/{served.pid}/environ").read_bytes().split(b"\0")
-    return next(e.partition(b"=")[2].decode() for e in environ if e.startswith(b"MERCATO_RPC_ADDRESS="))
+    return served.environment["MERCATO_RPC_ADDRESS"]
 
 
 def test_several_services_in_one_process_call_each_other_directly(folder: Path):
@@ -202,9 +202,11 @@ def test_a_database_that_is_not_migrated_is_refused(cluster: Cluster, folder: Pa
 
 
 def test_migrate_needs_a_server_and_known_services(tmp_path: Path, cluster: Cluster):
-    alone = run("migrate", "--data", str(tmp_path / "data"), environment={})
+    alone = run_command("migrate", "--data", str(tmp_path / "data"), environment={})
     assert (alone.returncode, "name it by --dsn" in alone.stderr) == (1, True)
-    wrong = run("migrate", "order", "--dsn", cluster.server.admin_dsn, "--data", str(tmp_path / "data"), environment={})
+    wrong = run_command(
+        "migrate", "order", "--dsn", cluster.server.admin_dsn, "--data", str(tmp_path / "data"), environment={}
+    )
     assert (wrong.returncode, "there is no service 'order'" in wrong.stderr) == (1, True)
 
 
@@ -224,7 +226,7 @@ def test_a_shop_is_carried_by_any_nats_server_that_includes_what_migrate_writes(
             missing = caller.get("/health/ready").json["reasons"]
             assert missing["orders"] == "it cannot be reached: no instance answers within a second"
         environment = {"NATS_URL": url, **variables(folder / "operator.env")}
-        seen = run("doctor", environment=environment)
+        seen = run_command("doctor", environment=environment)
         assert seen.returncode == 1
         assert "products   " in seen.stdout
         assert "orders     not seen" in seen.stdout
@@ -258,7 +260,7 @@ def test_services_are_found_through_dns(folder: Path):
         products.ready()
         with gateway.ready().caller() as caller:
             assert caller.get("/products/100").status == 200
-        seen = run("doctor", environment={**named, **variables(folder / "operator.env")})
+        seen = run_command("doctor", environment={**named, **variables(folder / "operator.env")})
         assert "Services are found through DNS over HTTP" in seen.stdout
         assert f"127.0.0.1:{port} answers" in seen.stdout
 
@@ -303,7 +305,7 @@ def test_processes_find_each_other_by_mdns(folder: Path, tmp_path: Path):
         operator = {**variables(folder / "operator.env"), **found}
 
         def doctor() -> subprocess.CompletedProcess[str]:
-            return run("doctor", "--data", str(tmp_path), environment=operator)
+            return run_command("doctor", "--data", str(tmp_path), environment=operator)
 
         # It looks for a moment, in which the processes of a busy machine may not have answered.
         wait_until(lambda: doctor().returncode == 0, BOUND_SECONDS, lambda: doctor().stdout + doctor().stderr)
@@ -337,7 +339,7 @@ def test_processes_find_each_other_by_etcd(folder: Path, tmp_path: Path):
         operator = {**variables(folder / "operator.env"), **found}
 
         def doctor() -> str:
-            return run("doctor", "--data", str(tmp_path), environment=operator).stdout
+            return run_command("doctor", "--data", str(tmp_path), environment=operator).stdout
 
         users.ready()
         products.ready()
@@ -385,7 +387,7 @@ def test_processes_find_each_other_by_consul(folder: Path, tmp_path: Path):
         operator = {**variables(folder / "operator.env"), **found}
 
         def doctor() -> str:
-            return run("doctor", "--data", str(tmp_path), environment=operator).stdout
+            return run_command("doctor", "--data", str(tmp_path), environment=operator).stdout
 
         users.ready()
         products.ready()
@@ -443,7 +445,9 @@ def test_a_password_that_etcd_does_not_accept_is_one_sentence(folder: Path, tmp_
         )
         with Served("orders", environment={**given(folder, "orders"), **found}) as refused:
             assert refused.refusal() == sentence
-        asked = run("doctor", "--data", str(tmp_path), environment={**variables(folder / "operator.env"), **found})
+        asked = run_command(
+            "doctor", "--data", str(tmp_path), environment={**variables(folder / "operator.env"), **found}
+        )
         assert (asked.returncode, asked.stderr) == (1, f"mercato: {sentence}\n")
 
 
@@ -467,7 +471,7 @@ def test_services_reach_their_databases_through_a_pooler(folder: Path, cluster: 
     dsns = [variables(folder / f"{name}.env")[f"DATABASE_URL_{name.upper()}"] for name in SERVICES]
     environment = {"MERCATO_POSTGRES_DSN": cluster.server.admin_dsn, "MERCATO_SECRET": SECRET}
     with Pooler(*dsns) as pooler:
-        done = run("migrate", "--pooler", pooler.address, "--data", str(tmp_path), environment=environment)
+        done = run_command("migrate", "--pooler", pooler.address, "--data", str(tmp_path), environment=environment)
         assert done.returncode == 0, done.stderr
         everything_here = given(tmp_path / "environment", *SERVICES, "gateway")
         assert f"@{pooler.address}/" in everything_here["DATABASE_URL_ORDERS"]
@@ -492,5 +496,5 @@ def test_a_pooler_that_keeps_no_statements_is_refused_at_the_start(folder: Path)
 @pytest.mark.parametrize("address", ["here", ":6432", "here:", "here:99999"])
 def test_the_address_of_a_pooler_is_a_host_and_a_port(address: str, cluster: Cluster, tmp_path: Path):
     environment = {"MERCATO_POSTGRES_DSN": cluster.server.admin_dsn}
-    done = run("migrate", "--pooler", address, "--data", str(tmp_path), environment=environment)
+    done = run_command("migrate", "--pooler", address, "--data", str(tmp_path), environment=environment)
     assert (done.returncode, "it is HOST:PORT" in done.stderr) == (1, True), done.stderr

@@ -19,8 +19,8 @@ from mercato import topology
 from mercato.embedded_postgres import processes
 from mercato.testing.caller import Buyers, Caller, everything
 from mercato.testing.cluster import Cluster
+from mercato.testing.command import run_command
 from mercato.testing.process import Identity, Process, SharedProcess, command_line
-from mercato.testing.served import run
 from mercato.testing.waiting import BOUND_SECONDS, wait_until
 
 ORDERS = 20
@@ -162,7 +162,7 @@ def test_every_process_ends_when_the_owner_is_killed(keeper: SharedProcess):
         shop.assert_gone()
     assert not metrics.exists()
     for command in (("services",), ("doctor",), ("call", "orders.get", '{"id": 1}')):
-        refused = run(*command, "--data", str(shop.data), environment={})
+        refused = run_command(*command, "--data", str(shop.data), environment={})
         assert (refused.returncode, "no shop that is split runs on" in refused.stderr) == (1, True), refused.stderr
     keeper.end()
 
@@ -274,7 +274,7 @@ def test_what_a_gateway_has_counted_outlives_it_and_what_it_had_in_work_does_not
 
 
 def command(shop: Process, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run(*arguments, "--data", str(shop.data), environment={})
+    return run_command(*arguments, "--data", str(shop.data), environment={})
 
 
 def test_the_processes_are_listed_with_what_they_have_done(shop: Process, transport: str):
@@ -362,7 +362,7 @@ def test_a_wrong_call_is_refused_in_a_sentence(shop: Process, arguments: list[st
 @pytest.mark.parametrize("name", ["services", "doctor", "call"])
 def test_where_no_shop_is_split_the_way_out_is_named(tmp_path: Path, name: str):
     arguments = ["call", "orders.get", '{"id": 1}'] if name == "call" else [name]
-    done = run(*arguments, "--data", str(tmp_path), environment={})
+    done = run_command(*arguments, "--data", str(tmp_path), environment={})
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "by NATS_URL or MERCATO_SERVICES" in done.stderr
 
@@ -375,6 +375,6 @@ def test_a_shop_on_a_server_of_others_is_looked_at_through_its_folder(cluster: C
     }
     with Process(tmp_path / "data", "--split", environment=environment) as shop:
         shop.ready()
-        done = run("services", "--data", str(shop.data), environment=environment)
+        done = run_command("services", "--data", str(shop.data), environment=environment)
         assert done.returncode == 0, done.stderr
         shop.stop()

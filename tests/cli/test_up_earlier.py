@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import json
 import subprocess
-import sys
 from collections.abc import Generator, Mapping
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from mercato.chassis.postgres.dsn import with_database
 from mercato.chassis.postgres.migrations import migrate
 from mercato.chassis.postgres.provisioning import provision
 from mercato.testing.cluster import Cluster
-from mercato.testing.process import ROOT, Process, clean_environment, cluster_of, data_folder
-from mercato.testing.waiting import BOUND_SECONDS
+from mercato.testing.command import ROOT, run_command
+from mercato.testing.process import Process, cluster_of, data_folder
 
 EARLIER = "b01daaaf3141c2b70d5c24552955744ad62b4a95"
 """The last commit before revisions had checksums."""
@@ -33,11 +32,7 @@ def fingerprint(data: Path) -> Mapping[str, tuple[int, bytes]]:
 
 def complaint(*command: str, environment: Mapping[str, str] | None = None) -> str:
     """The one sentence of a command that cannot do what it is asked to."""
-    done = subprocess.run(
-        [sys.executable, "-m", "mercato.cli", *command],
-        capture_output=True, text=True, cwd="/", env={**clean_environment(), **(environment or {})},
-        timeout=BOUND_SECONDS, check=False,
-    )  # fmt: skip
+    done = run_command(*command, environment=environment)
     assert done.returncode != 0
     [sentence] = done.stderr.splitlines()
     return sentence.removeprefix("mercato: ")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,9 @@ import pytest
 from mercato.chassis.hosting.keys import key_deriver
 from mercato.chassis.postgres.provisioning import service_dsn
 from mercato.chassis.postgres.sessions import SETTINGS
+from mercato.testing.command import run_command
 from mercato.testing.foreign_server import ForeignServer
-from mercato.testing.process import ROOT, Process, clean_environment
+from mercato.testing.process import Process
 from mercato.testing.waiting import wait_until
 
 SECRET = "a secret of at least thirty-two characters"
@@ -116,21 +115,14 @@ def test_the_other_commands_work_on_that_server_too(
         (("events", "tail"), "order.placed"),
         (("backup", str(tmp_path / "backup")), ""),
     ):
-        ended = run(*command, environment=environment)
+        ended = run_command(*command, environment=environment)
         assert ended.returncode == 0, (command, ended.stdout + ended.stderr)
         assert words in ended.stdout
 
     for (name,) in ask(server.admin_dsn, "SELECT datname FROM pg_database WHERE datname LIKE 'mercato%'"):
         ask(server.admin_dsn, f"DROP DATABASE {name} WITH (FORCE)")
-    restored = run("restore", str(tmp_path / "backup"), environment=environment)
+    restored = run_command("restore", str(tmp_path / "backup"), environment=environment)
     assert restored.returncode == 0, restored.stdout + restored.stderr
-
-
-def run(*command: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mercato.cli", *command], cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**clean_environment(), **environment},
-    )  # fmt: skip
 
 
 def test_a_setting_that_overrides_that_of_a_role_is_named(

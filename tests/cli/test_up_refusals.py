@@ -12,9 +12,9 @@ import pytest
 from mercato.chassis.hosting.settings import Settings
 from mercato.chassis.observability.telemetry import configure_logging
 from mercato.cli.starting import announce_test_modes
+from mercato.testing.command import run_command
 from mercato.testing.old_server import OldServer
 from mercato.testing.process import Process
-from mercato.testing.served import run
 from mercato.testing.waiting import wait_until
 
 UNWRITABLE = "/sys/kernel" if os.geteuid() == 0 else "/etc"
@@ -73,7 +73,7 @@ def test_what_is_for_tests_is_refused_where_tokens_are_required(
     tmp_path: Path, command: str, options: list[str], environment: Mapping[str, str], words: str
 ):
     of_command = ["up", "--data", str(tmp_path / "data")] if command == "up" else ["serve", "orders"]
-    ended = run(*of_command, "--port", "0", *options, environment=environment)
+    ended = run_command(*of_command, "--port", "0", *options, environment=environment)
 
     assert ended.returncode == 1
     assert words in ended.stderr.splitlines()[-1]

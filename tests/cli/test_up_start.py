@@ -20,7 +20,8 @@ import pytest
 from mercato import __version__
 from mercato.operations.copying import SCRATCH
 from mercato.testing.caller import Caller
-from mercato.testing.process import ROOT, Process, clean_environment, data_folder, socket_folder_of
+from mercato.testing.command import ROOT, clean_environment
+from mercato.testing.process import Process, data_folder, socket_folder_of
 from mercato.testing.waiting import BOUND_SECONDS, wait_until
 from mercato.topology import SERVICES
 

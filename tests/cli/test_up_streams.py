@@ -20,7 +20,8 @@ import pytest
 
 from mercato.embedded_postgres import DataFolder, DataFolderBusy, processes
 from mercato.testing.caller import Caller
-from mercato.testing.process import ROOT, Process, clean_environment, cluster_of, data_folder
+from mercato.testing.command import ROOT, clean_environment
+from mercato.testing.process import Process, cluster_of, data_folder
 from mercato.testing.waiting import BOUND_SECONDS, POLL_SECONDS, wait_until
 
 COMMAND = (sys.executable, "-m", "mercato.cli")

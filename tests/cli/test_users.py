@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from mercato.testing.process import Process, clean_environment, data_folder
-from mercato.testing.served import COMMAND
+from mercato.testing.command import run_command
+from mercato.testing.process import Process, data_folder
 
 EMAIL, PASSWORD, NEW_PASSWORD = "alice@example.com", "demo-password", "a wholly new password"
 
@@ -24,14 +24,7 @@ def shop() -> Iterator[Process]:
 
 
 def users(data: Path, *arguments: str, entered: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, "users", *arguments, "--data", str(data)],
-        env=clean_environment(),
-        input=entered,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_command("users", *arguments, "--data", data, entered=entered)
 
 
 def listed(data: Path, *options: str) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from mercato.testing.process import ROOT, Process, data_folder, remove
+from mercato.testing.command import ROOT
+from mercato.testing.process import Process, data_folder, remove
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 TOUR = README[README.index("## A tour of one minute") : README.index("## The command line")]

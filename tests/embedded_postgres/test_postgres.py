@@ -27,6 +27,7 @@ import pytest
 
 from mercato.embedded_postgres import EmbeddedPostgres, SupervisorError, place, remove_cluster
 from mercato.embedded_postgres.place import FORMAT, PLACES, read_record
+from mercato.testing.command import run_command
 from mercato.testing.waiting import BOUND_SECONDS
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.postgres]
@@ -520,21 +521,15 @@ async def test_as_root_places_whose_folder_is_gone_are_listed_and_pruned(data: P
             (str(moved), "moved"),
             (str(used), "used"),
         ]
-        listed = mercato("doctor", "--data", str(used))
+        listed = run_command("doctor", "--data", str(used))
         assert f"{homes['gone']} holds the database of {gone}, which is not there" in listed.stdout
-        pruned = mercato("doctor", "--prune")
+        pruned = run_command("doctor", "--prune")
         assert pruned.returncode == 0
         assert f"removed {homes['gone']}, the database of {gone}" in pruned.stdout
         assert [homes[name].exists() for name in ("gone", "moved", "used")] == [False, True, True]
     finally:
         remove_cluster(moved.with_name("elsewhere"))
         remove_cluster(used)
-
-
-def mercato(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mercato.cli", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
 
 
 @pytest.mark.long

@@ -33,7 +33,8 @@ from typing import Any, Final
 
 import msgspec
 
-from mercato.testing.process import clean_environment, remove
+from mercato.testing.command import clean_environment
+from mercato.testing.process import remove
 
 ROOT: Final = Path(__file__).parents[3]
 # How a test finds and ends the processes of a shop is how it is done here.

@@ -34,9 +34,10 @@ from mercato.chassis.postgres.dsn import with_server
 from mercato.embedded_nats.server import program
 from mercato.testing.caller import Buyers, Caller
 from mercato.testing.cluster import Cluster
+from mercato.testing.command import run_command
 from mercato.testing.links import Link, Links
 from mercato.testing.responses import Response
-from mercato.testing.served import Served, free_address, run, variables
+from mercato.testing.served import Served, free_address, variables
 from mercato.testing.waiting import BOUND_SECONDS, wait_until
 from system.chaos import commands
 from system.chaos.shop import ENVIRONMENT
@@ -135,7 +136,7 @@ class Wired:
 def wired(admin_dsn: str, folder: Path, transport: str) -> Generator[Wired]:
     """A migrated shop with the demo data on the server of `admin_dsn`, which runs for the time of the block."""
     admin = {"MERCATO_POSTGRES_DSN": admin_dsn, "MERCATO_SECRET": SECRET}
-    done = run("migrate", "--demo", "--data", str(folder / "data"), environment=admin)
+    done = run_command("migrate", "--demo", "--data", str(folder / "data"), environment=admin)
     assert done.returncode == 0, done.stderr
     given = folder / "data" / "environment"
     query = parse_qs(urlsplit(admin_dsn).query)
@@ -291,7 +292,7 @@ def _comes_to_rest(admin_dsn: str) -> bool:
 
 
 def _audited(admin_dsn: str) -> subprocess.CompletedProcess[str]:
-    return run("audit", "--settled", "0", "--dsn", admin_dsn, environment={"MERCATO_SECRET": SECRET})
+    return run_command("audit", "--settled", "0", "--dsn", admin_dsn, environment={"MERCATO_SECRET": SECRET})
 
 
 def _print_failure(failure: Failure, buyers: Paying) -> None:

@@ -19,7 +19,6 @@ import itertools
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -30,7 +29,8 @@ import msgspec
 
 from mercato.embedded_postgres import processes
 from mercato.testing.caller import Caller, Clients
-from mercato.testing.process import Identity, Process, clean_environment, command_line, data_folder
+from mercato.testing.command import COMMAND, run_command
+from mercato.testing.process import Identity, Process, command_line, data_folder
 from system.chaos import commands
 
 BUYERS: Final = 6
@@ -137,7 +137,7 @@ def campaign(data: Path, *, seconds: float, seed: int, transport: str) -> Result
     rng = random.Random(f"{seed}:restarts")
     failures: list[Failure] = []
     options = ("--placement", "cluster", "--transport", transport)
-    with Process(data, *options) as shop:
+    with Process(data, *options, command=COMMAND) as shop:
         shop.ready()
         with Buyers(shop) as buyers:
             end = time.monotonic() + seconds
@@ -152,7 +152,7 @@ def campaign(data: Path, *, seconds: float, seed: int, transport: str) -> Result
             until = following.at if following else float("inf")
             failure.normal_after = _last_failed(buyers, failure.back_at, until)
         shop.stop()
-    with Process(data) as whole:
+    with Process(data, command=COMMAND) as whole:
         whole.ready()
         holds = _audit(data)
         whole.stop()
@@ -212,10 +212,7 @@ def _is_nats(process: Identity) -> bool:
 
 
 def _audit(data: Path) -> bool:
-    done = subprocess.run(
-        [sys.executable, "-m", "mercato.cli", "audit", "--data", str(data), "--settled", "0"],
-        env=clean_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_command("audit", "--data", data, "--settled", "0")
     if done.returncode:
         print(done.stdout, done.stderr, file=sys.stderr)
     return done.returncode == 0

@@ -21,6 +21,7 @@ import msgspec
 
 from mercato.cli.split import read_record
 from mercato.embedded_postgres import processes
+from mercato.testing.command import COMMAND
 from mercato.testing.process import Identity, Process, command_line
 from system.chaos.schedule import ProcessFault
 
@@ -54,7 +55,7 @@ class Run:
     """One run of the command: from its start to its end."""
 
     def __init__(self, data: Path, options: Sequence[str]) -> None:
-        self.process = Process(data, *options, environment=ENVIRONMENT)
+        self.process = Process(data, *options, environment=ENVIRONMENT, command=COMMAND)
         self.started_at = time.monotonic()
         self.may_end = False
         """Whether a fault was injected after which it is right to end."""

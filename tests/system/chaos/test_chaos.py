@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from mercato.testing.process import ROOT, clean_environment
+from mercato.testing.command import ROOT, clean_environment
 
 SECONDS = 60
 IS_CAMPAIGN = os.environ.get("CAMPAIGN") == "full"

@@ -39,6 +39,7 @@ from mercato.testing.caller import Caller
 from mercato.testing.process import Process
 from mercato.testing.waiting import BOUND_SECONDS
 from system.chaos.final_state import CONSUMED
+from system.crash import injectable
 
 IS_CAMPAIGN: Final = os.environ.get("CAMPAIGN") == "full"
 SEED: Final = os.environ.get("CRASH_SEED") or f"{datetime.datetime.now(datetime.UTC):%Y%m%d}"
@@ -54,7 +55,6 @@ ATTEMPTS: Final = 5
 """A point that depends on who comes first is tried again."""
 POLL_SECONDS: Final = 0.05
 
-COMMAND: Final = (sys.executable, str(Path(__file__).with_name("injectable.py")))
 QUICKLY: Final[Mapping[str, str]] = {
     "MERCATO_ORDERS_LEASE_SECONDS": "0.5",
     "MERCATO_ORDERS_SWEEP_SECONDS": "0.1",
@@ -154,7 +154,7 @@ class Shop:
         fault = {} if point is None else {"MERCATO_FAULTS": f"{point}=kill"}
         environment = {**self._environment, **own, **fault}
         self._own = own
-        self._process = Process(self.data, command=COMMAND, environment=environment, has_input=True)
+        self._process = Process(self.data, environment=environment, has_input=True, first=injectable.prepare)
         self._wait_for("PostgreSQL", "is running")
         if not self._wait_for('"event": "ready"'):
             return False

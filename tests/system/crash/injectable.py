@@ -1,7 +1,7 @@
-"""The real command, for tests: a fault is injected or removed while it runs.
+"""Faults that are injected into a command, or removed from it, while it runs: `prepare` is called there first.
 
-    injectable.py up ...        reads lines `inject POINT` and `remove POINT`, and prints each when it is done
-    injectable.py events ...    with `CRASH_AT=POINT`: a fault in a command that knows no `MERCATO_FAULTS`
+    mercato up ...        reads lines `inject POINT` and `remove POINT`, and prints each when it is done
+    mercato events ...    with `CRASH_AT=POINT`: a fault in a command that knows no `MERCATO_FAULTS`
 
 A fault from `MERCATO_FAULTS` is there when a shop starts, and kills it where it first gets to the point. A test that
 wants a crash in the middle of one request injects the fault when the shop is idle.
@@ -15,15 +15,13 @@ import threading
 
 from mercato import topology
 from mercato.chassis.observability import faults
-from mercato.cli import main
 
 
-def _execute(line: str) -> None:
-    verb, _, point = line.partition(" ")
-    remove = faults.inject(point, faults.kill)
-    if verb == "remove":
-        remove()
-    os.write(1, (json.dumps({"event": "executed", "line": line}) + "\n").encode())
+def prepare() -> None:
+    topology.builds()  # a service declares its points when it is imported
+    if wanted := os.environ.get("CRASH_AT"):
+        faults.inject(wanted, faults.kill)
+    threading.Thread(target=_listen, daemon=True).start()
 
 
 def _listen() -> None:
@@ -35,9 +33,9 @@ def _listen() -> None:
             _execute(line.decode())
 
 
-if __name__ == "__main__":
-    topology.builds()  # a service declares its points when it is imported
-    if wanted := os.environ.get("CRASH_AT"):
-        faults.inject(wanted, faults.kill)
-    threading.Thread(target=_listen, daemon=True).start()
-    main()
+def _execute(line: str) -> None:
+    verb, _, point = line.partition(" ")
+    remove = faults.inject(point, faults.kill)
+    if verb == "remove":
+        remove()
+    os.write(1, (json.dumps({"event": "executed", "line": line}) + "\n").encode())

@@ -20,10 +20,11 @@ import msgspec
 from mercato.chassis.messaging.events import TRIES
 from mercato.chassis.postgres import outbox_row
 from mercato.testing.caller import Caller, everything
-from mercato.testing.process import clean_environment
+from mercato.testing.command import run_command
 from mercato.testing.responses import Response
 from mercato.testing.waiting import wait_until
-from system.crash.crashing import COMMAND, CONVERGED_SECONDS, NO_SETTINGS, POLL_SECONDS, Crash, Shop
+from system.crash import injectable
+from system.crash.crashing import CONVERGED_SECONDS, NO_SETTINGS, POLL_SECONDS, Crash, Shop
 
 PASSWORD: Final = "a long enough password"
 ALICE: Final = ("alice@example.com", "demo-password")
@@ -578,14 +579,10 @@ def mend(poison: Poison) -> None:
 
 def replay(poison: Poison, crash_at: str = "") -> subprocess.CompletedProcess[str]:
     """`mercato events replay`, as an operator types it while the shop runs."""
-    return subprocess.run(
-        [*COMMAND, "events", "replay", f"inventory:{poison.event_id}", "--data", str(poison.shop.data)],
-        env={**clean_environment(), "CRASH_AT": crash_at},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=CONVERGED_SECONDS,
+    letter = f"inventory:{poison.event_id}"
+    environment = {"CRASH_AT": crash_at}
+    return run_command(
+        "events", "replay", letter, "--data", poison.shop.data, environment=environment, first=injectable.prepare
     )
 
 

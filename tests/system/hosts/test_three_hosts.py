@@ -13,8 +13,9 @@ import pytest
 from mercato.embedded_nats.server import program
 from mercato.testing.caller import Buyers, Caller
 from mercato.testing.cluster import Cluster
+from mercato.testing.command import run_command
 from mercato.testing.hosts import Host, hosts, why_not
-from mercato.testing.served import Served, run, variables
+from mercato.testing.served import Served, variables
 from mercato.testing.waiting import BOUND_SECONDS, wait_until
 
 SECRET = "a secret of at least thirty-two characters"
@@ -41,7 +42,7 @@ def broker_on(host: Host, users: Path, folder: Path) -> Generator[str]:
 @pytest.mark.parametrize("cut", ["services", "gateway", "broker"])
 def test_a_link_that_is_cut_and_healed_loses_nothing(cluster: Cluster, tmp_path: Path, cut: str):
     admin = {"MERCATO_POSTGRES_DSN": cluster.server.admin_dsn, "MERCATO_SECRET": SECRET}
-    done = run("migrate", "--demo", "--data", str(tmp_path / "data"), environment=admin)
+    done = run_command("migrate", "--demo", "--data", str(tmp_path / "data"), environment=admin)
     assert done.returncode == 0, done.stderr
     given = tmp_path / "data" / "environment"
     with hosts(3) as (front, back, middle), broker_on(middle, given / "nats.conf", tmp_path) as url:
@@ -78,5 +79,5 @@ def test_a_link_that_is_cut_and_healed_loses_nothing(cluster: Cluster, tmp_path:
 
 def audited(admin: dict[str, str]) -> bool:
     """Whether everything has come to rest, and holds."""
-    done = run("audit", "--settled", "0", "--dsn", admin["MERCATO_POSTGRES_DSN"], environment=admin)
+    done = run_command("audit", "--settled", "0", "--dsn", admin["MERCATO_POSTGRES_DSN"], environment=admin)
     return done.returncode == 0

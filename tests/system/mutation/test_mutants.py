@@ -17,7 +17,8 @@ from typing import Any, Final
 
 import pytest
 
-from mercato.testing.process import ROOT, clean_environment, command_line, process_table
+from mercato.testing.command import ROOT, clean_environment
+from mercato.testing.process import command_line, process_table
 from system.mutation.copies import Inconclusive, Run
 from system.mutation.mutants import choosing, equivalents, trial
 from system.mutation.mutants.__main__ import main, summed_up

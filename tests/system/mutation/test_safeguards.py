@@ -20,7 +20,8 @@ import msgspec
 import pytest
 
 from mercato.chassis.postgres.migrations import CHECKSUMS
-from mercato.testing.process import ROOT, clean_environment, command_line, process_table
+from mercato.testing.command import ROOT, clean_environment
+from mercato.testing.process import command_line, process_table
 from system.mutation.copies import Inconclusive
 from system.mutation.recording import Recorded
 from system.mutation.safeguards.__main__ import main

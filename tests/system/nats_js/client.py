@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
-from mercato.testing.process import clean_environment
+from mercato.testing.command import clean_environment
 from mercato.testing.waiting import BOUND_SECONDS
 
 HERE: Final = Path(__file__).parent
