@@ -52,7 +52,7 @@ def recovering(data: Path) -> int | None:
 
 @contextlib.contextmanager
 def slowed(data: Path, *, run_s: float, stop_s: float, seconds: float) -> Generator[None]:
-    """The process that recovers runs `run_s` and is stopped for `stop_s` in turns, for `seconds`; with 0 it never runs.
+    """The process that recovers runs `run_s` and is stopped for `stop_s` in turns, for `seconds`.
 
     After that, or at the end of the block, it goes on.
     """
@@ -67,9 +67,8 @@ def slowed(data: Path, *, run_s: float, stop_s: float, seconds: float) -> Genera
             while pid is not None and time.monotonic() < end and not over.is_set():
                 os.kill(pid, signal.SIGSTOP)
                 over.wait(stop_s)
-                if run_s:
-                    os.kill(pid, signal.SIGCONT)
-                    time.sleep(run_s)
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(run_s)
             if pid is not None:
                 os.kill(pid, signal.SIGCONT)
 
@@ -80,6 +79,16 @@ def slowed(data: Path, *, run_s: float, stop_s: float, seconds: float) -> Genera
     finally:
         over.set()
         thread.join()
+
+
+@contextlib.contextmanager
+def nothing_to_read(cluster: Path) -> Generator[None]:
+    """A recovery of this cluster waits for ever: it first reads `backup_label`, a pipe that nothing writes to."""
+    pipe, owner = cluster / "backup_label", cluster.stat()
+    os.mkfifo(pipe)
+    os.chown(pipe, owner.st_uid, owner.st_gid)
+    yield
+    pipe.unlink()
 
 
 @pytest.mark.long
@@ -108,7 +117,7 @@ async def test_a_recovery_that_stands_still_ends_the_start_and_leaves_nothing(
     monkeypatch.setattr(postgres, "READY_SECONDS", 2.0)
 
     with (
-        slowed(data, run_s=0, stop_s=0.05, seconds=60.0),
+        nothing_to_read(home(data) / "postgres"),
         pytest.raises(SupervisorError, match=r"is not ready after 2 s: see .*postgres.log, and start again"),
     ):
         await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)

@@ -65,8 +65,10 @@ class StepClock(SystemClock):
 
 
 @pytest.fixture
-def hasher() -> GatedHasher:
-    return GatedHasher()
+def hasher() -> Iterator[GatedHasher]:
+    made = GatedHasher()
+    yield made
+    made.gate.set()  # whatever has failed: a service ends only when its hashes have
 
 
 @pytest.fixture
