@@ -81,6 +81,7 @@ class Process:
         self.lines: list[str] = []
         self.errors: list[str] = []
         self._seen: set[Identity] = set()
+        self._callers: list[Caller] = []
         self._progress = threading.Condition()
         arguments = ["up", "--port", str(port), "--data", str(data), *(["--json"] if as_json else []), *options]
         variables = {**clean_environment(), **(environment or {})}
@@ -170,8 +171,9 @@ class Process:
         return [line for line in self.errors if not line.startswith("{")]
 
     def caller(self, token: str | None = None) -> Caller:
-        """A client of this shop with a connection of its own."""
-        return Caller(self.url, token)
+        """A client of this shop with a connection of its own, which is closed at the end of this run at the latest."""
+        self._callers.append(Caller(self.url, token))
+        return self._callers[-1]
 
     # ---------------------------------------------------------------------------------------------- its processes
 
@@ -268,6 +270,8 @@ class Process:
         for process in self.left:  # only after a failure of the product
             processes.send(process, signal.SIGKILL)
         self._popen.wait()
+        for caller in self._callers:
+            caller.connection.close()
         for reader in self._readers:
             reader.join(GONE_SECONDS)
         for stream in (self._popen.stdin, self._popen.stdout, self._popen.stderr):

@@ -41,6 +41,7 @@ class Served:
     ) -> None:
         """`inside`: the prefix of a command that runs on another host."""
         self.url: str = ""
+        self._callers: list[Caller] = []
         self.lines: list[str] = []
         self.errors: list[str] = []
         arguments = ["serve", *names, "--host", host, "--port", "0", "--json", *options]
@@ -79,7 +80,9 @@ class Served:
         return self
 
     def caller(self, token: str | None = None) -> Caller:
-        return Caller(self.url, token)
+        """A client of this process, whose connection is closed at the end of this run at the latest."""
+        self._callers.append(Caller(self.url, token))
+        return self._callers[-1]
 
     def ask_to_stop(self) -> None:
         """SIGTERM."""
@@ -110,6 +113,8 @@ class Served:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
+        for caller in self._callers:
+            caller.connection.close()
         for reader in self._readers:
             reader.join(BOUND_SECONDS)
         for stream in (self._process.stdout, self._process.stderr):

@@ -13,6 +13,7 @@ import nats.errors
 import pytest
 
 from embedded_nats.broker import PASSWORD, user
+from mercato.chassis.rpc.transports.nats.nats_py import NatsClient
 from mercato.embedded_nats import EmbeddedNats, NatsUser
 from mercato.embedded_postgres import SupervisorError, processes
 from mercato.testing.waiting import until_true
@@ -37,11 +38,13 @@ async def is_accepted(url: str, name: str = "one", password: str = PASSWORD) -> 
     async def ignore(_: Exception) -> None:
         """The error is also raised."""
 
+    client = NatsClient(needs_tls=False)
     try:
-        client = await nats.connect(url, user=name, password=password, allow_reconnect=False, error_cb=ignore)
+        await client.connect(url, user=name, password=password, error_cb=ignore)
     except nats.errors.Error:
         return False
-    await client.close()
+    finally:
+        await client.end(0.0)  # nats-py leaves the connection of a refused client open
     return True
 
 
