@@ -49,10 +49,15 @@ class Command:
         has_input: bool = False,
         first: Callable[[], object] | None = None,
     ) -> None:
-        """`environment` is all of it. Without `has_input` the standard input is empty.
+        """`environment` is all of it, but what an interpreter reads at its start: a test of that needs `COMMAND`.
+
+        Without `has_input` the standard input is empty.
 
         `first` is what the process does before it is the command. It is sent there: no lambda, no local function.
         """
+        ours = clean_environment()
+        read = [name for name, value in environment.items() if name.startswith("PYTHON") and ours.get(name) != value]
+        assert not read, f"a fork does not read {', '.join(read)}: start an interpreter (COMMAND)"
         (in_end, given), (out, out_end), (err, err_end) = (_FORKS.Pipe(duplex=False) for _ in range(3))
         run = [os.fspath(argument) for argument in arguments], dict(environment), (in_end, out_end, err_end), first
         self._process = _FORKS.Process(target=_run, args=run, daemon=True)

@@ -17,7 +17,7 @@ from mercato.chassis.postgres.dsn import with_database
 from mercato.chassis.postgres.migrations import migrate
 from mercato.chassis.postgres.provisioning import provision
 from mercato.testing.cluster import Cluster
-from mercato.testing.command import ROOT, run_command
+from mercato.testing.command import COMMAND, ROOT, run_command
 from mercato.testing.process import Process, cluster_of, data_folder
 
 EARLIER = "b01daaaf3141c2b70d5c24552955744ad62b4a95"
@@ -79,13 +79,13 @@ def earlier(tmp_path: Path) -> Path:
 def test_a_folder_of_an_earlier_commit_still_serves_that_commit(earlier: Path):
     environment = {"PYTHONPATH": str(earlier)}
     with data_folder() as data:
-        with Process(data, environment=environment) as shop, shop.ready().caller() as caller:
+        with Process(data, environment=environment, command=COMMAND) as shop, shop.ready().caller() as caller:
             order = caller.order("before-and-after").json["id"]
             shop.stop()
 
         assert_refused(data)
 
-        with Process(data, environment=environment) as shop, shop.ready().caller() as caller:
+        with Process(data, environment=environment, command=COMMAND) as shop, shop.ready().caller() as caller:
             assert caller.get(f"/orders/{order}").status == 200
             assert caller.order("before-and-after").json["id"] == order
             shop.stop()

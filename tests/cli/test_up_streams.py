@@ -107,7 +107,8 @@ def test_a_stream_without_the_letters_of_a_name_shows_escapes():
         data = folder.with_name("größe")
         environment = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
         try:
-            with Process(data, as_json=False, environment=environment) as shop, shop.ready().caller() as caller:
+            shop = Process(data, as_json=False, environment=environment, command=COMMAND)
+            with shop, shop.ready().caller() as caller:
                 assert shop.has_line("gr\\xf6\\xdfe"), shop.output
                 body = {"name": "Zoë", "email": "zoe@example.com", "password": "a long enough password"}
                 assert caller.post("/register", body).status == 201

@@ -69,3 +69,8 @@ def test_it_has_its_own_environment_session_and_streams_and_what_was_done_first(
 def test_without_an_input_it_reads_nothing():
     with Command(["--version"], environment=clean_environment(), first=own_state) as command:
         assert "/ True '' [0, 1, 2]" in command.communicate()[0]
+
+
+def test_what_only_an_interpreter_reads_is_refused():
+    with pytest.raises(AssertionError, match="a fork does not read PYTHONIOENCODING"):
+        run_command("--version", environment={"PYTHONIOENCODING": "ascii"})

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from mercato.testing.command import COMMAND
 from mercato.testing.process import Process
 from mercato.testing.waiting import wait_until
 from system.crash.crashing import (
@@ -58,7 +59,8 @@ class SplitShop(Shop):
         self._own = own
         test_variables = {"PYTHONPATH": str(SITE), "MERCATO_TEST_FAULTS": str(self._faults)}
         options = ("--split", "--transport", self._transport)
-        self._process = Process(self.data, *options, environment={**self._environment, **own, **test_variables})
+        environment = {**self._environment, **own, **test_variables}
+        self._process = Process(self.data, *options, environment=environment, command=COMMAND)
         self._process.ready()
         return True
 
