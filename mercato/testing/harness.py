@@ -160,7 +160,10 @@ class ServiceHarness:
     # ---------------------------------------------------------------------------------------------------------- calls
 
     def client(self, contract: type[C]) -> C:
-        """Its calls have as long as `acting` says, whatever the contract does: on a busy machine all takes longer."""
+        """Its calls have as long as `acting` says, whatever the contract does: on a busy machine all takes longer.
+
+        In one process, services that call this one have the same client, and as long.
+        """
         made = self.host.client(contract)
         for operation in contract.operations.values():
             patient(getattr(made, operation.name))

@@ -75,6 +75,7 @@ class Process:
 
         `has_input`: the command reads what `write_line` writes; otherwise its standard input is empty.
         """
+        assert command is None or first is None, "only a fork calls `first`"
         self.data = data
         self._is_second = is_second
         self.url = ""
