@@ -29,13 +29,14 @@ def main() -> None:
     from mercato.cli.shared_metrics import folder_of_owner
     from mercato.cli.split import InstanceAssignment
 
-    owner, transport, hosts, _ = sys.argv[1:]
+    transport, hosts, _ = sys.argv[1:]
     importlib.import_module(f"mercato.chassis.rpc.transports.{transport}")
     topology.builds([name for name in hosts.split(",") if name in topology.SERVICES])
-    assignment = sys.stdin.buffer.readline()
-    if not assignment:  # the owner stops already, or has died
+    owner_watch = OwnerWatch(metrics=folder_of_owner())
+    assignment = owner_watch.assignment()
+    if not assignment:
+        owner_watch.clean_up()
         sys.exit(1)
-    owner_watch = OwnerWatch(owner=int(owner), metrics=folder_of_owner())
     owner_watch.follow()
     assigned = msgspec.json.decode(assignment, type=InstanceAssignment)
     variables.replace(assigned.environment)

@@ -29,6 +29,7 @@ from mercato.chassis.hosting.host import GATEWAY
 from mercato.chassis.observability.telemetry import MULTIPROCESS_VARIABLE
 from mercato.cli.shared_metrics import MetricsFolder
 from mercato.cli.starting import Auth, CannotStart
+from mercato.cli.worker import ask_to_stop
 from mercato.embedded_postgres import processes
 from mercato.embedded_postgres.folder import write_atomically
 from mercato.placements import Placement, ProcessPlan
@@ -281,7 +282,7 @@ class SupervisedProcess:
         """Starts the process and waits for its end; gives the last line that it wrote."""
         metrics = self.shared.metrics if self.shared else None
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "mercato.cli.instance", str(os.getpid()), self.transport, ",".join(self.plan.hosts),
+            sys.executable, "-m", "mercato.cli.instance", self.transport, ",".join(self.plan.hosts),
             self.name,
             env=variables.for_child(ADMINISTRATORS, **({MULTIPROCESS_VARIABLE: metrics.path} if metrics else {})),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
@@ -309,7 +310,7 @@ class SupervisedProcess:
         assigned.cancel()
         ended.cancel()
         if self._is_stopping or self.assignment is None:
-            process.stdin.close()
+            ask_to_stop(process)
         else:
             process.stdin.write(msgspec.json.encode(self.assignment) + b"\n")
 
@@ -339,8 +340,7 @@ class SupervisedProcess:
         process = self._process
         if process is None or process.returncode is not None:
             return
-        assert process.stdin is not None
-        process.stdin.close()
+        ask_to_stop(process)
         if self.assignment is None:
             process.kill()  # it has no work yet that it could finish
         try:

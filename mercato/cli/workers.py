@@ -23,6 +23,7 @@ from mercato.chassis.hosting import variables
 from mercato.chassis.observability.telemetry import MULTIPROCESS_VARIABLE
 from mercato.chassis.rpc.limits import CallLimits
 from mercato.cli.shared_metrics import MetricsFolder
+from mercato.cli.worker import ask_to_stop
 from mercato.gateway.cross_origin import origins_of
 from mercato.gateway.shared_counts import new_file
 
@@ -140,7 +141,6 @@ class Workers:
             sys.executable,
             "-m",
             "mercato.cli.worker",
-            str(os.getpid()),
             metrics,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
@@ -159,8 +159,7 @@ class Workers:
             on_death(f"{_describe_exit(process)}; the shop has stopped. Start it again: no acknowledged order is lost")
 
     async def _stop(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdin is not None
-        process.stdin.close()
+        ask_to_stop(process)
         try:
             async with asyncio.timeout(STOP_SECONDS):
                 await process.wait()
