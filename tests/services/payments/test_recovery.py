@@ -409,7 +409,7 @@ async def _until_all(
 
 @pytest.mark.options(payments_sweep_seconds=0.05, payments_reconcile_seconds=0.05)
 async def test_the_loops_run_by_themselves(harness: PaymentsHarness):
-    with pytest.raises(OutcomePending):
+    with contextlib.suppress(OutcomePending):  # on a slow machine the sweep has the result before the request answers
         await harness.authorized("sandbox:error_then_ok")
 
     async def settled() -> bool:
