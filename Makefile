@@ -163,7 +163,7 @@ mutants: $(VENV)/.dev ## change the product at random in copies, and see a test 
 .PHONY: lock
 lock: $(VENV)/.dev ## recompile the pins in requirements/ (ARGS=--upgrade for newer versions)
 	@$(call compile,runtime,--extra embedded)
-	@$(call compile,dev,--extra embedded --extra mdns --extra dev --constraint requirements/runtime.txt)
+	@$(call compile,dev,--extra embedded --extra mdns --extra otel --extra dev --constraint requirements/runtime.txt)
 	@$(call compile,bench,--extra bench --constraint requirements/runtime.txt)
 	@$(call compile_file,clients,requirements/clients.in)
 

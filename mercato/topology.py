@@ -27,6 +27,7 @@ from mercato.contracts.inventory import Inventory
 from mercato.contracts.money import DEFAULT_CURRENCY
 from mercato.contracts.orders import Orders
 from mercato.contracts.payments import Payments
+from mercato.contracts.processes import Processes
 from mercato.contracts.products import Products
 from mercato.contracts.roles import ALL_ROLES, STAFF_ONLY
 from mercato.contracts.users import Users
@@ -143,7 +144,8 @@ def called_by(caller: str) -> Sequence[Operation[Any, Any]]:
     Every process with routes verifies access tokens by operations of users (`VERIFYING`).
     """
     if caller == OPERATOR:
-        return [operation for contract in SERVICES.values() for operation in contract.operations.values()]
+        contracts = (*SERVICES.values(), Processes)
+        return [operation for contract in contracts for operation in contract.operations.values()]
     if caller == GATEWAY:
         waits = [route.wait.operation for route in ROUTES if route.wait]
         forms = [form.operation for route in ROUTES for form in route.forms if form.operation]

@@ -9,6 +9,8 @@ from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError, valida
 
 from mercato import __version__
 from mercato.chassis.hosting import variables
+from mercato.cli import observing
+from mercato.cli.options import Authorization, DataFolder, ListenHost, ListenPort, LogLevel, Origins
 
 
 def _wrong_usage(error: CycloptsError) -> str:
@@ -23,14 +25,6 @@ app = App(
     help="An e-commerce backend that keeps its promises when processes die.",
     version=__version__,
 )
-
-
-DataFolder = Annotated[Path, Parameter(env_var="MERCATO_DATA")]
-ListenHost = Annotated[str, Parameter(env_var="MERCATO_LISTEN_HOST")]
-ListenPort = Annotated[int, Parameter(env_var="MERCATO_LISTEN_PORT", validator=validators.Number(gte=0, lte=65_535))]
-Authorization = Annotated[Literal["open", "required"] | None, Parameter(env_var="MERCATO_AUTH")]
-Origins = Annotated[tuple[str, ...], Parameter(negative="")]
-LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 def _set_log_level(level: LogLevel | None) -> None:
@@ -280,51 +274,6 @@ def restore(
     from mercato.cli.backup import restore as run
 
     return run(file, data, dsn, as_json=json)
-
-
-@app.command
-def services(*, data: DataFolder = Path(".mercato"), json: Annotated[bool, Parameter(negative="")] = False) -> int:
-    """List the processes of a shop with several processes: version, health, calls per second, 99th percentile.
-
-    Exits with 1 if a service has no process that answers. NATS_URL or MERCATO_SERVICES say where they are, else
-    the data folder of `mercato up --split`.
-
-    Parameters
-    ----------
-    data
-        The folder of the shop's data.
-    json
-        Print one JSON document.
-    """
-    from mercato.cli.looking import services as run
-
-    return run(data, as_json=json)
-
-
-@app.command
-def doctor(
-    *,
-    data: DataFolder = Path(".mercato"),
-    prune: Annotated[bool, Parameter(negative="")] = False,
-    json: Annotated[bool, Parameter(negative="")] = False,
-) -> int:
-    """Show by which registry the services of a shop are found, what it lists, and why it does not list a service.
-
-    Also lists the databases that root's shops have below /var/lib/mercato, with the data folder of each.
-
-    Parameters
-    ----------
-    data
-        The folder of the shop's data.
-    prune
-        Instead, permanently delete the databases below /var/lib/mercato whose data folder is missing. A folder on a
-        disk that is not mounted also counts as missing.
-    json
-        Print one JSON document.
-    """
-    from mercato.cli.looking import doctor as run, prune as run_prune
-
-    return run_prune(as_json=json) if prune else run(data, as_json=json)
 
 
 @app.command
@@ -584,3 +533,6 @@ def openapi() -> int:
 
     show(json.dumps(description.document(ROUTES, open_shop=False, server_url=None), indent=2))
     return 0
+
+
+observing.register(app)

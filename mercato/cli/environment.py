@@ -244,6 +244,16 @@ def rpc_address(settings: ServeSettings) -> tuple[str, int]:
     return address
 
 
+def diagnostics_address(settings: ServeSettings) -> tuple[str, int] | None:
+    """Host and port at which this process answers the operator; None: it does not. Raises `SettingsError`."""
+    if not settings.diagnostics_address:
+        return None
+    address = host_and_port(settings.diagnostics_address)
+    if address is None:
+        raise SettingsError("The setting MERCATO_DIAGNOSTICS_ADDRESS is not valid: write it as in 127.0.0.1:9190.")
+    return address
+
+
 def host_and_port(address: str) -> tuple[str, int] | None:
     """Host and port of `HOST:PORT`; None for any other text."""
     host, _, port = address.rpartition(":")

@@ -85,7 +85,10 @@ def feed_reader(events: Events) -> ReadFeed:
             raise FeedPurged(error.oldest) from error
         except CursorAhead as error:
             raise FeedBehind(error.last) from error
-        return [FeedMessage(entry.position, entry.type, msgspec.json.encode(entry)) for entry in page.entries]
+        return [
+            FeedMessage(entry.position, entry.type, msgspec.json.encode(entry), entry.traceparent)
+            for entry in page.entries
+        ]
 
     return read
 

@@ -72,7 +72,7 @@ async def operating(data: Path) -> AsyncGenerator[Operator]:
     if settings.nats_url is None and not settings.services and settings.registry in ("static", "dns"):
         source = f"the shop in {data}"
         settings = _of_folder(data, settings)
-    secret = _secret(data, settings)
+    secret = operator_secret(data, settings)
     registry, remote, missing = _remote(settings, secret)
     try:
         await remote.open()
@@ -87,7 +87,7 @@ async def operating(data: Path) -> AsyncGenerator[Operator]:
 
 def _of_folder(data: Path, settings: config.ServeSettings) -> config.ServeSettings:
     record = read_record(data)
-    if record is None:
+    if record is None or not (record.nats_url or record.services):
         raise CannotStart(
             f"no shop that is split runs on {data}: start it with `mercato up --split`, or name {WAY_OUT}"
         )
@@ -95,7 +95,7 @@ def _of_folder(data: Path, settings: config.ServeSettings) -> config.ServeSettin
     return settings.model_copy(update={"nats_url": nats_url, "services": record.services})
 
 
-def _secret(data: Path, settings: config.ServeSettings) -> bytes:
+def operator_secret(data: Path, settings: config.ServeSettings) -> bytes:
     """The secret of the operator: from the environment, else derived from the secret of the shop."""
     with contextlib.suppress(config.SettingsError):
         return environment.secret_of(topology.OPERATOR, alone=True)
@@ -119,7 +119,7 @@ def _remote(settings: config.ServeSettings, secret: bytes) -> tuple[str, Remote,
         where = f"NATS at {connections[name].address}"
         remote = NatsRemote(connections, signers, no_trust, clock, stats, metadata={})
         return where, remote, "look into its log for `nats_not_connected` or `nats_refused`"
-    from mercato.chassis.rpc.transports.http import HttpRemote
+    from mercato.chassis.rpc.transports.http.remote import HttpRemote
 
     tls, _ = environment.contexts(settings)
     by, missing = HTTP_REGISTRIES[settings.registry]

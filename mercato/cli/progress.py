@@ -18,7 +18,7 @@ class Progress:
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
-        self._dims = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        self._dims = is_coloured()
         self._started = time.monotonic()
 
     def step(self, line: str) -> None:
@@ -46,6 +46,11 @@ class OutputFailed(Exception):
     def __init__(self, cause: OSError) -> None:
         self.is_closed = isinstance(cause, BrokenPipeError)
         super().__init__(f"standard output cannot be written: {cause.strerror}")
+
+
+def is_coloured() -> bool:
+    """Whether the result of a command may have colours: it is shown at a terminal, and NO_COLOR is not set."""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 def show(line: str) -> None:

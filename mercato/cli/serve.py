@@ -29,7 +29,7 @@ from mercato.chassis.hosting.keys import signing_seed
 from mercato.chassis.hosting.options import OptionError
 from mercato.chassis.http import CannotListen, LoadLimits, bind
 from mercato.chassis.observability.clock import SystemClock
-from mercato.chassis.observability.telemetry import Telemetry, configure_logging
+from mercato.chassis.observability.telemetry import Telemetry, also_log_to, configure_logging
 from mercato.chassis.postgres import sessions
 from mercato.chassis.postgres.dsn import shown
 from mercato.chassis.postgres.migrations import MigrationError, missing_revisions
@@ -37,7 +37,7 @@ from mercato.chassis.rpc.discovery.leased import StoreRefused
 from mercato.chassis.rpc.stats import Stats
 from mercato.chassis.rpc.transports import Remote
 from mercato.chassis.rpc.trust import TokenSigner, Trust
-from mercato.cli import environment, stopping
+from mercato.cli import diagnostics, environment, stopping
 from mercato.cli.environment import Given
 from mercato.cli.hosting import hosted, tune_garbage_collection
 from mercato.cli.preparing import explained
@@ -53,6 +53,7 @@ from mercato.cli.starting import (
     open_to,
     url_of,
 )
+from mercato.cli.tracing import traced
 from mercato.gateway.app import Gateway
 from mercato.gateway.cross_origin import origins_of
 
@@ -91,6 +92,8 @@ def run(options: Options, listener: socket.socket | None = None, counts: int | N
         environment.check_currency(settings.currency)
         environment.check_origins(settings.cors_origin)
         configure_logging(settings.log_level)
+        if settings.log_file is not None:
+            also_log_to(settings.log_file)
         inject_faults(settings.faults, options.names)
         announce_test_modes(settings, is_open=is_open(options.host, options.auth))
         serving = _Serving(options, settings, listener, counts)
@@ -160,18 +163,19 @@ class _Serving:
         self._stats.open_breakers = host.open_breakers
         self._stats.callees = host.callees
         await _require_migrated(given.dsns)
+        stack.enter_context(traced(self._telemetry, self._settings.trace_share, is_on=self._settings.tracing == "on"))
         stack.push_async_callback(remote.close)
         await remote.open()
         await forward_wake_ups(host, remote)
         await self._bridge(host, remote)
         await stack.enter_async_context(hosted(host))
         await remote.serve(host.servers)
-        await self._serve(host, remote, listener)
+        await self._serve(host, remote, listener, await self._answer_operator(given, stack))
 
-    async def _serve(self, host: Host, remote: Remote, listener: socket.socket) -> None:
+    async def _serve(self, host: Host, remote: Remote, listener: socket.socket, diagnostics: str) -> None:
         """Serves clients until the process is asked to stop, then drains."""
         app = self._app(host, remote, listener)
-        announce = functools.partial(self._announce, url_of(self._options.host, listener))
+        announce = functools.partial(self._announce, url_of(self._options.host, listener), diagnostics)
         finished = asyncio.Event()
         tune_garbage_collection()
         draining = asyncio.create_task(self._drain(host, remote, finished))
@@ -206,9 +210,21 @@ class _Serving:
         reasons = {name: f"it cannot be reached: {reason}" for name, reason in unreachable.items()}
         return {**found, **dict.fromkeys(needed, ""), **reasons}
 
-    def _announce(self, url: str) -> None:
+    async def _answer_operator(self, given: Given, stack: contextlib.AsyncExitStack) -> str:
+        """Answers the operator from now on; gives the address, empty if there is none."""
+        address = environment.diagnostics_address(self._settings)
+        if address is None:
+            return ""
+        _, tls = environment.contexts(self._settings)
+        what = "The setting MERCATO_DIAGNOSTICS_ADDRESS"
+        environment.require_encryption(what, address[0], self._settings, is_encrypted=bool(tls))
+        return await stack.enter_async_context(
+            diagnostics.answering(self._telemetry, self._clock, given.public_keys, address, tls)
+        )
+
+    def _announce(self, url: str, diagnostics: str) -> None:
         self._progress.say(f"ready {url}")
-        self._progress.event("ready", url=url, services=self._options.names)
+        self._progress.event("ready", url=url, services=self._options.names, diagnostics=diagnostics)
 
     async def _drain(self, host: Host, remote: Remote, finished: asyncio.Event) -> None:
         """Waits for the request to stop, and drains; sets `finished` when the server may stop to accept clients."""
@@ -263,7 +279,7 @@ class _Serving:
         trust_of: Callable[[Collection[str]], Trust],
         stack: contextlib.ExitStack | contextlib.AsyncExitStack,
     ) -> Remote:
-        from mercato.chassis.rpc.transports.http import HttpRemote
+        from mercato.chassis.rpc.transports.http.remote import HttpRemote
 
         settings = self._settings
         tls, server_tls = environment.contexts(settings)

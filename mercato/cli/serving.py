@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import signal
 import socket
 import sys
+from pathlib import Path
 from typing import Literal, cast
 
 import msgspec
@@ -17,11 +19,13 @@ from mercato.chassis.hosting.host import Host
 from mercato.chassis.hosting.keys import service_secrets
 from mercato.chassis.http import LoadLimits
 from mercato.chassis.observability import faults
-from mercato.chassis.observability.telemetry import configure_logging
+from mercato.chassis.observability.telemetry import also_log_to, configure_logging
+from mercato.cli import diagnostics
 from mercato.cli.hosting import hosted, tune_garbage_collection
 from mercato.cli.progress import fail
+from mercato.cli.tracing import traced
 from mercato.cli.worker import OwnerWatch
-from mercato.cli.workers import READY_LINE, WorkerAssignment
+from mercato.cli.workers import READY, WorkerAssignment
 from mercato.operations.audit.background import Background
 
 
@@ -29,6 +33,7 @@ def run(line: bytes, owner_watch: OwnerWatch) -> int:
     """Serves by the `WorkerAssignment` encoded in `line`; gives the exit code."""
     assignment = msgspec.json.decode(line, type=WorkerAssignment)
     configure_logging(assignment.log_level)
+    also_log_to(Path(assignment.log_file))
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(assignment, owner_watch))
@@ -57,6 +62,7 @@ async def _serve(assignment: WorkerAssignment, owner_watch: OwnerWatch) -> None:
         may_call=topology.may_call,
         limits=assignment.call_limits,
     )
+    traces = traced(host.telemetry, assignment.trace_share, is_on=assignment.is_traced)
     async with hosted(host):
         owner_watch.on_end(ask_to_stop)
         background = Background(
@@ -74,11 +80,13 @@ async def _serve(assignment: WorkerAssignment, owner_watch: OwnerWatch) -> None:
             counts=assignment.counts,
         )
         tune_garbage_collection()
-        with socket.socket(fileno=assignment.listener) as listener:
-            async with background.running():
-                await topology.server(app, listener, host.telemetry, _report_ready).run_until(stop)
+        answering = diagnostics.answering(host.telemetry, host.clock, diagnostics.operator_keys(assignment.secret))
+        with traces, socket.socket(fileno=assignment.listener) as listener:
+            async with background.running(), answering as address:
+                ready = functools.partial(_report_ready, address)
+                await topology.server(app, listener, host.telemetry, ready).run_until(stop)
 
 
-def _report_ready() -> None:
-    sys.stdout.buffer.write(READY_LINE)
+def _report_ready(address: str) -> None:
+    sys.stdout.buffer.write(f"{READY} {address}\n".encode())
     sys.stdout.buffer.flush()

@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
@@ -27,6 +27,7 @@ from mercato import topology
 from mercato.chassis.hosting import variables
 from mercato.chassis.hosting.host import GATEWAY
 from mercato.chassis.observability.telemetry import MULTIPROCESS_VARIABLE
+from mercato.cli.logs import log_file
 from mercato.cli.shared_metrics import MetricsFolder
 from mercato.cli.starting import Auth, CannotStart
 from mercato.cli.worker import ask_to_stop
@@ -87,6 +88,8 @@ class RunningProcesses(msgspec.Struct, frozen=True):
     """The value of MERCATO_SERVICES, if they call each other over HTTP."""
     urls: Mapping[str, str] = {}
     """The URL at which each ready process serves clients, health and metrics, by its name."""
+    diagnostics: Mapping[str, str] = {}
+    """The address at which each ready process answers the operator, by its name."""
 
 
 class ProcessFailed(Exception):
@@ -131,13 +134,15 @@ def assign(
     placement: Placement,
     given: Mapping[str, Mapping[str, str]],
     *,
+    data: Path,
     host: str,
     auth: Auth,
     nats_url: str | None,
 ) -> None:
     """Assigns to each process of a placement what it serves. `given` are the variables of each service and the gateway.
 
-    Gateways listen on `host`, the others on loopback. With `nats_url` None, they call each other over HTTP.
+    Each has a file of its log in the data folder. Gateways listen on `host`, the others on loopback. With `nats_url`
+    None, they call each other over HTTP.
     """
     where: Mapping[str, Sequence[str]] = _addresses(placement) if nats_url is None else {}
     common = {"NATS_URL": nats_url or "", "MERCATO_SERVICES": _listed(placement, where)}
@@ -145,6 +150,8 @@ def assign(
         variables = dict(common)
         for hosted in instance.plan.hosts:
             variables.update(given[hosted])
+        variables["MERCATO_DIAGNOSTICS_ADDRESS"] = f"{LOOPBACK}:0"
+        variables["MERCATO_LOG_FILE"] = str(log_file(data, instance.name))
         if instance.process in where:
             variables["MERCATO_RPC_ADDRESS"] = where[instance.process][instance.number]
         instance.assign(
@@ -159,6 +166,24 @@ def assign(
         )
 
 
+def write_record(file: Path, nats_url: str = "", services: str = "", **found: Mapping[str, str]) -> None:
+    """Writes the record of the processes that this one starts, itself included; see `RunningProcesses`."""
+    owner = processes.process_at(os.getpid())
+    assert owner is not None
+    write_atomically(file, msgspec.json.encode(RunningProcesses(owner, nats_url, services, **found)))
+
+
+@contextlib.contextmanager
+def recorded(data: Path, diagnostics: Mapping[str, str]) -> Generator[None]:
+    """Records the processes of a shop that is not split, for the time of the block."""
+    file = data / RECORD
+    write_record(file, diagnostics=diagnostics)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
 class ProcessFile:
     """The file with the addresses of the processes, for the time of a `with` block; each `write` updates it."""
 
@@ -171,10 +196,10 @@ class ProcessFile:
         assert assignment is not None
         environment = assignment.environment
         urls = {instance.name: instance.url for instance in self._made if instance.url}
-        owner = processes.process_at(os.getpid())
-        assert owner is not None
-        record = RunningProcesses(owner, environment["NATS_URL"], environment["MERCATO_SERVICES"], urls)
-        write_atomically(self._file, msgspec.json.encode(record))
+        diagnostics = {instance.name: instance.diagnostics for instance in self._made if instance.diagnostics}
+        write_record(
+            self._file, environment["NATS_URL"], environment["MERCATO_SERVICES"], urls=urls, diagnostics=diagnostics
+        )
 
     def __enter__(self) -> Self:
         self.write()
@@ -241,6 +266,8 @@ class SupervisedProcess:
         self.assignment: InstanceAssignment | None = None
         self.url = ""
         """The URL at which it serves clients, once it is ready."""
+        self.diagnostics = ""
+        """The address at which it answers the operator, once it is ready."""
         self.pid: int | None = None
         self.starts = 0
         self._assigned = asyncio.Event()
@@ -267,7 +294,7 @@ class SupervisedProcess:
         while not self._is_stopping:
             began = time.monotonic()
             last_words = await self._live(changed)
-            self.pid, self.url = None, ""
+            self.pid, self.url, self.diagnostics = None, "", ""
             if self._is_stopping:
                 return
             if not self._ready.is_set():
@@ -321,7 +348,7 @@ class SupervisedProcess:
             with contextlib.suppress(ValueError):
                 event = json.loads(line)
                 if event["event"] == "ready":
-                    self.url = event["url"]
+                    self.url, self.diagnostics = event["url"], event["diagnostics"]
                     self._ready.set()
                     changed(self)
 

@@ -26,12 +26,13 @@ from mercato.chassis.hosting.host import Host
 from mercato.chassis.hosting.keys import key_deriver
 from mercato.chassis.hosting.options import OptionError
 from mercato.chassis.http import CannotListen, LoadLimits, PortTaken, bind
-from mercato.chassis.observability.telemetry import Telemetry, configure_logging
+from mercato.chassis.observability.telemetry import Telemetry, also_log_to, configure_logging
 from mercato.chassis.postgres.migrations import MigrationError
 from mercato.chassis.postgres.provisioning import ProvisionError
-from mercato.cli import environment, preparing, stopping
+from mercato.cli import diagnostics, environment, preparing, stopping
 from mercato.cli.hosting import hosted, tune_garbage_collection
 from mercato.cli.keeping import kept
+from mercato.cli.logs import OWNER, log_file
 from mercato.cli.progress import Progress, fail
 from mercato.cli.settings import load
 from mercato.cli.shared_metrics import MetricsFolder
@@ -42,6 +43,7 @@ from mercato.cli.split import (
     assign,
     has_several_gateways,
     planned,
+    recorded,
     with_replicas,
 )
 from mercato.cli.starting import (
@@ -54,6 +56,7 @@ from mercato.cli.starting import (
     open_to,
     url_of,
 )
+from mercato.cli.tracing import traced
 from mercato.cli.workers import WorkerFailed, Workers
 from mercato.embedded_postgres import DataFolder, EmbeddedPostgres, SupervisorError, require_known_format
 from mercato.gateway.cross_origin import origins_of
@@ -182,6 +185,7 @@ class _Up:
         listener = stack.enter_context(contextlib.closing(self._listen()))
         url = url_of(self._options.host, listener)
         folder = stack.enter_context(DataFolder.open(self._options.data, url))
+        also_log_to(log_file(self._options.data, OWNER))
         for name, value in environment.mail_defaults(folder.path, url).items():
             variables.set_default(name, value)
         secret = self._secret(folder)
@@ -199,7 +203,7 @@ class _Up:
             await self._unless_stopped(populating)
             if self._options.workers == 1 and not self._is_split:
                 background = Background(admin_dsn, dsns, host.telemetry, every_seconds=self._settings.audit_seconds)
-                await self._serve_here(host, background, listener, url)
+                await self._serve_here(host, background, listener, url, secret)
         if split is not None:
             try:
                 await self._serve_split(stack, split, admin_dsn, dsns, secret, listener, url)
@@ -311,7 +315,9 @@ class _Up:
 
     # ---------------------------------------------------------------------------------------------------------- serving
 
-    async def _serve_here(self, host: Host, background: Background, listener: socket.socket, url: str) -> None:
+    async def _serve_here(
+        self, host: Host, background: Background, listener: socket.socket, url: str, secret: bytes
+    ) -> None:
         app = topology.gateway(
             host,
             open_to=open_to(self._options.host, listener, open_=self._open),
@@ -327,8 +333,11 @@ class _Up:
             self._announce(url)
 
         tune_garbage_collection()
-        async with background.running():
-            await topology.server(app, listener, host.telemetry, on_ready).run_until(self._stop)
+        traces = traced(host.telemetry, self._settings.trace_share, is_on=self._settings.tracing == "on")
+        answering = diagnostics.answering(host.telemetry, host.clock, diagnostics.operator_keys(secret))
+        async with background.running(), answering as address:
+            with traces, recorded(self._options.data, {"shop": address}):
+                await topology.server(app, listener, host.telemetry, on_ready).run_until(self._stop)
 
     async def _serve_in_workers(
         self, admin_dsn: str, dsns: Mapping[str, str], secret: bytes, listener: socket.socket, url: str
@@ -342,11 +351,13 @@ class _Up:
             open_to=open_to(self._options.host, listener, open_=self._open),
             settings=self._settings,
             options=config.service_options(topology.SERVICES),
+            data=self._options.data,
         )
         async with workers.running(self._end):
-            await self._unless_stopped(workers.ready())
-            self._announce(url)
-            await self._stop.wait()
+            addresses = await self._unless_stopped(workers.ready())
+            with recorded(self._options.data, addresses):
+                self._announce(url)
+                await self._stop.wait()
             # The workers close their own copies. While this one is open, the kernel would accept connections that no
             # process answers.
             listener.close()
@@ -384,6 +395,7 @@ class _Up:
             split.instances,
             self._placement,
             environment.variables(secret, dsns),
+            data=self._options.data,
             host=self._options.host,
             auth="open" if self._open else "required",
             nats_url=nats_url,

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncGenerator, Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -22,6 +23,7 @@ import msgspec
 from mercato.chassis.hosting import variables
 from mercato.chassis.observability.telemetry import MULTIPROCESS_VARIABLE
 from mercato.chassis.rpc.limits import CallLimits
+from mercato.cli.logs import log_file
 from mercato.cli.shared_metrics import MetricsFolder
 from mercato.cli.worker import ask_to_stop
 from mercato.gateway.cross_origin import origins_of
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
 STOP_SECONDS: Final = 3.5
 """How long a worker may take to stop; then it is killed."""
 
-READY_LINE: Final = b"ready\n"
+READY: Final = "ready"
+"""The first word of the line; the other one is the address at which the worker answers the operator."""
 
 
 class WorkerFailed(Exception):
@@ -66,6 +69,9 @@ class WorkerAssignment(msgspec.Struct, frozen=True):
     options: Mapping[str, str]
     """What the operator has set for single services."""
     call_limits: CallLimits
+    is_traced: bool
+    trace_share: float
+    log_file: str = ""
 
 
 class Workers:
@@ -82,8 +88,10 @@ class Workers:
         open_to: tuple[str, int] | None,
         settings: Settings,
         options: Mapping[str, str],
+        data: Path,
     ) -> None:
         self._count = count
+        self._data = data
         self._listener = listener
         self._counts = new_file()
         self._assignment = WorkerAssignment(
@@ -105,6 +113,8 @@ class Workers:
             faults=settings.faults,
             options=options,
             call_limits=settings.call_limits,
+            is_traced=settings.tracing == "on",
+            trace_share=settings.trace_share,
         )
         self._processes: list[asyncio.subprocess.Process] = []
         self._stopping = False
@@ -128,13 +138,20 @@ class Workers:
             metrics.remove()
             os.close(self._counts)
 
-    async def ready(self) -> None:
-        """Returns when every worker accepts connections. Raises `WorkerFailed` when one ends instead."""
-        for process in self._processes:
+    async def ready(self) -> Mapping[str, str]:
+        """Returns when every worker accepts connections; gives the addresses at which they answer the operator.
+
+        Raises `WorkerFailed` when one ends instead.
+        """
+        addresses: dict[str, str] = {}
+        for n, process in enumerate(self._processes, 1):
             assert process.stdout is not None
-            if await process.stdout.readline() != READY_LINE:
+            word, _, address = (await process.stdout.readline()).decode().strip().partition(" ")
+            if word != READY:
                 await process.wait()
                 raise WorkerFailed(f"{_describe_exit(process)} before it was ready")
+            addresses[f"worker.{n}"] = address
+        return addresses
 
     async def _start(self, metrics: str) -> asyncio.subprocess.Process:
         process = await asyncio.create_subprocess_exec(
@@ -149,7 +166,9 @@ class Workers:
             start_new_session=True,  # only the owner handles a Ctrl-C in the terminal
         )
         assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(self._assignment) + b"\n")
+        name = f"worker.{len(self._processes) + 1}"
+        assignment = msgspec.structs.replace(self._assignment, log_file=str(log_file(self._data, name)))
+        process.stdin.write(msgspec.json.encode(assignment) + b"\n")
         await process.stdin.drain()
         return process
 

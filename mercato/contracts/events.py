@@ -38,6 +38,8 @@ class FeedEntry(Message):
     data: Any
     at: datetime.datetime
     """When the event happened."""
+    traceparent: str | None = None
+    """Of the transaction that has emitted it (W3C Trace Context), if its trace is recorded."""
 
 
 class ListEvents(Message):

@@ -310,6 +310,7 @@ class StockMoved(Message):
 
     order_id: int
     lines: tuple[StockLine, ...]
+    about_field: ClassVar = "order_id"
 
 
 class StockLevelSet(Message):

@@ -419,6 +419,7 @@ class OrderChanged(Message):
     waived_minor: int = 0
     """The part of the total that is not taken (`Order`)."""
     outcome_field: ClassVar = "reason"
+    about_field: ClassVar = "order_id"
 
 
 class Orders(Contract, name="orders"):

@@ -362,6 +362,7 @@ class PaymentChanged(Message):
     refunded_minor: int
     version: int
     outcome_field: ClassVar = "code"
+    about_field: ClassVar = "order_id"
 
 
 class Payments(Contract, name="payments"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from mercato.chassis.contract import Message
 
 
@@ -24,3 +26,4 @@ class OrderRefunded(Message):
     actor_role: str
     actor_id: int
     """The account that requested the refund, or cancelled the order; 0: a caller without an account, or the shop."""
+    about_field: ClassVar = "order_id"

@@ -27,6 +27,7 @@ def note(method: str, route: str, status: int, seconds: float, headers: RequestH
         route=route,
         status=status,
         actor_id=headers.actor_id,
+        **({"order_id": headers.order_id} if headers.order_id else {}),
         milliseconds=round(seconds * 1_000, 3),
         trace_id=headers.trace_id,
         request_id=headers.request_id,

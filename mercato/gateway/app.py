@@ -32,6 +32,7 @@ from mercato.chassis.contract import (
     InvalidRequest,
     Operation,
     ServiceError,
+    Span,
     current,
 )
 from mercato.chassis.http import COMPLETE_RESPONSE, LoadLimits, Priority, Shedder
@@ -49,9 +50,11 @@ from mercato.gateway.headers import (
     preferred_wait_ms,
     prefers_count,
 )
+from mercato.gateway.other_requests import answer_other_method, serve_page
 from mercato.gateway.rates import PasswordTries, RateLimiter, call_guarded
 from mercato.gateway.route import NO_TEXT, Page, Route, RouteRequest, gathering
 from mercato.gateway.shared_counts import SharedCounts
+from mercato.gateway.spans import CLIENT_GONE, GATEWAY, attributes_of, order_in
 from mercato.gateway.validation import (
     ClientGone,
     Receive,
@@ -109,6 +112,7 @@ class Gateway:
         self.table = Table([BoundRoute(route, client, telemetry, currency) for route in routes])
         self._authenticator = authenticator
         self._requests = answered(telemetry)
+        self._tracing = telemetry.tracing
         self._monotonic = clock.monotonic
         self._fallback = fallback
         self._seconds = request_seconds
@@ -126,18 +130,24 @@ class Gateway:
         headers = RequestHeaders(scope["headers"])
         found, parts = self.table.find(scope["method"], scope["path"])
         route = found if isinstance(found, BoundRoute) else None
+        if route is not None and self._tracing.is_on:
+            headers.span = self._tracing.request(
+                route.name, GATEWAY, headers.trace_id, headers.parent_id, asked=headers.asks_for_trace, started=started
+            )
         try:
             headers.check_repeated()
             if route is not None:
                 status, lines, body = await self._serve(route, parts, scope, receive, send, headers)
             elif isinstance(found, problems.MethodNotAllowed):
-                status, lines, body = self._answer_other_method(found, scope["method"], headers)
+                status, lines, body = answer_other_method(self, found, scope["method"], headers)
             else:
-                await self._serve_page(scope, receive, send, headers)
+                await serve_page(self, self._fallback, scope, receive, send, headers)
                 return
         except ServiceError as error:
             status, lines, body = problems.render(error, headers.trace_id)
         except ClientGone:
+            if headers.span is not None:
+                headers.span.end(CLIENT_GONE)
             return
         except Exception as error:  # any bug: the client gets an answer and the log the cause
             log.error(
@@ -152,40 +162,24 @@ class Gateway:
             await send({"type": COMPLETE_RESPONSE, "status": status, "lines": lines, "body": body})
         else:
             await representations.send_in_two(send, status, lines, body)
+        if headers.span is not None and route is not None:
+            self._end(headers.span, route.route, status, headers)
         self.note(route, status, time.perf_counter() - started, headers, scope["method"])
 
-    async def _serve_page(self, scope: Scope, receive: Receive, send: Send, headers: RequestHeaders) -> None:
-        """Answers a path that is not in the table: by `fallback`, with the request id added, and counted."""
-        self._authenticator.check_source(headers, scope["method"])
-        started, begun = time.perf_counter(), False
-        current.set(Context(ANONYMOUS_ACTOR, self._monotonic() + self._seconds, headers.trace_id, headers.request_id))
+    def _end(self, span: Span, route: Route, status: int, headers: RequestHeaders) -> None:
+        """Ends the span of a request whose answer was sent."""
+        if span.places:
+            span.note(attributes_of(route, status, headers))
+        is_failed = status >= 500 and status != 503  # an overloaded process answers 503 to many
+        self._tracing.end_request(span, headers.trace_id, str(status) if status >= 500 else "", is_failed=is_failed)
 
-        async def send_noted(message: MutableMapping[str, Any]) -> None:
-            nonlocal begun
-            if message["type"] == "http.response.start":
-                begun = True
-                lines = [b"x-request-id: " + headers.request_id.encode()]
-                if self.cross_origin is not None:
-                    lines += self.cross_origin.lines(headers, scope["method"])
-                message["headers"] = [*message.get("headers", ()), *representations.fields(lines)]
-                self.note(None, message["status"], time.perf_counter() - started, headers, scope["method"])
-            await send(message)
-
-        try:
-            await self._fallback(scope, receive, send_noted)
-        except Exception as error:  # a page that fails after its answer has begun cannot get another
-            if not begun:
-                raise
-            log.error("page_failed", trace_id=headers.trace_id, exc_info=error)
-
-    def _answer_other_method(
-        self, found: problems.MethodNotAllowed, method: str, headers: RequestHeaders
-    ) -> tuple[int, Lines, bytes]:
-        """Answers OPTIONS with the methods of the path; raises `found` for any other method."""
+    def check_source(self, headers: RequestHeaders, method: str) -> None:
+        """Raises a `ServiceError` for a request that may not come from where it does."""
         self._authenticator.check_source(headers, method)
-        if method != "OPTIONS":
-            raise found
-        return 204, [b"allow: " + ", ".join(found.allowed).encode()], b""
+
+    def deadline(self) -> float:
+        """That of a request which arrives now."""
+        return self._monotonic() + self._seconds
 
     async def _serve(
         self,
@@ -225,20 +219,26 @@ class Gateway:
         if route.knows_address:
             request.address = _address(scope)[:ADDRESS_LENGTH]
         asked = route.request(request)
+        if route.order_asked is not None:
+            headers.concern(route.order_asked(asked))
         if not actor.id and (access_token is not None or route.is_guest is not None):
             actor = self._checked_guest(route, request, asked, scope)
         deadline = self._monotonic() + self._seconds
-        current.set(Context(actor, deadline, headers.trace_id, headers.request_id))
+        current.set(headers.context(actor, deadline))
         try:
             answer = await self._call(route, request, asked, scope, deadline)
         except InvalidRequest as error:
             raise route.reworded(error) from None
+        if not headers.order_id and route.order_answered is not None:
+            headers.concern(route.order_answered(answer))
         if route.for_customers is not None and request.actor.role != STAFF:
             answer = route.for_customers(answer)
         if request.wait_ms is None:
             shown = route.respond(answer, scope, request.query, counts=request.counts)
             return representations.negotiated(*shown, headers) if route.is_public else shown
-        current.set(Context(actor, deadline + request.wait_ms / 1_000, headers.trace_id, headers.request_id))
+        current.set(
+            Context(actor, deadline + request.wait_ms / 1_000, headers.trace_id, headers.request_id, headers.span)
+        )
         assert route.waiting is not None
         return await route.waiting.respond(answer, request.wait_ms, scope, send, headers.trace_id)
 
@@ -283,7 +283,7 @@ class Gateway:
             return ANONYMOUS_ACTOR
         deadline = self._monotonic() + self._seconds
         anonymous = self._authenticator.anonymous_actor
-        current.set(Context(anonymous, deadline, headers.trace_id, headers.request_id))
+        current.set(headers.context(anonymous, deadline))
         return await self._authenticator.actor(authorization, takes_ended=takes_ended)
 
     def note(self, route: BoundRoute | None, status: int, seconds: float, headers: RequestHeaders, method: str) -> None:
@@ -387,6 +387,8 @@ class BoundRoute:
         if route.parts:
             self.call = gathering(route.parts, self.call, client)
         self.name = f"{route.method} {route.path}"
+        self.order_asked = order_in(route.operation.service, route.operation.request)
+        self.order_answered = order_in(route.operation.service, route.operation.answer)
         self.waiting = Waiting(route.wait, client(route.wait.operation), self) if route.wait else None
         self.roles = route.roles
         self.priority = route.priority

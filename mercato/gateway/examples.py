@@ -62,6 +62,7 @@ VALUES: Final[Mapping[str, Any]] = {
     "Payment.id": 1001,
     "Payment.order_id": 1001,
     "Payment.status": "captured",
+    "FeedEntry.traceparent": f"00-{TRACE_ID}-00f067aa0ba902b7-01",
     "Refund.amount_minor": 1000,
     "Refund.id": "5f2a7c3b9d1e4f60a8b7c6d5",
     "Refund.lines": [],

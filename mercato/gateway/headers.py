@@ -7,10 +7,12 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
+from mercato.chassis.contract import Actor, Context, Span
+from mercato.chassis.contract.context import SAMPLED
 from mercato.gateway import problems
 from mercato.gateway.validation import invalid
 
-_TRACEPARENT: Final = re.compile(rb"^(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?\Z")
+_TRACEPARENT: Final = re.compile(rb"^(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?\Z")
 _REQUEST_ID: Final = re.compile(rb"^[\x21-\x7e]{1,128}\Z")
 _NO_TRACE_ID: Final = b"0" * 32
 
@@ -46,8 +48,16 @@ class RequestHeaders:
     """Of `traceparent` (W3C Trace Context), else a new one: 32 hexadecimal digits."""
     request_id: str
     """Of `X-Request-Id`, else a new one."""
+    parent_id: int = 0
+    """The span of the client that `traceparent` names; 0: none."""
+    asks_for_trace: bool = False
+    """Whether the client records its trace."""
     actor_id: int = 0
     """The actor of the request, once known: for the log. 0: no account."""
+    span: Span | None = None
+    """The span of the request; None: it is not traced."""
+    order_id: int = 0
+    """The order that the request is about, once known: for the log. 0: none."""
 
     def __init__(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         for name, value in headers:
@@ -63,8 +73,19 @@ class RequestHeaders:
             given = _TRACEPARENT.match(self.traceparent)
             if given and given[1] != _NO_TRACE_ID:
                 self.trace_id = given[1].decode()
+                self.parent_id, self.asks_for_trace = int(given[2], 16), int(given[3], 16) & SAMPLED > 0
         if self.x_request_id is not None and _REQUEST_ID.match(self.x_request_id):
             self.request_id = self.x_request_id.decode()
+
+    def context(self, actor: Actor, deadline: float) -> Context:
+        """The context of calls for this request."""
+        return Context(actor, deadline, self.trace_id, self.request_id, self.span)
+
+    def concern(self, order_id: int | None) -> None:
+        """Notes which order the request is about, and with it its trace."""
+        self.order_id = order_id or 0
+        if self.order_id and self.span is not None and self.span.places:
+            self.span.concern(self.order_id, {place.trace_id for place in self.span.places})
 
     def _add_again(self, name: bytes, field: str, value: bytes) -> None:
         if field in _LISTS:

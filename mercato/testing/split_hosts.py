@@ -28,7 +28,7 @@ from mercato.chassis.rpc.discovery.static import StaticRegistry
 from mercato.chassis.rpc.signatures import public_key
 from mercato.chassis.rpc.stats import Stats
 from mercato.chassis.rpc.transports import Remote
-from mercato.chassis.rpc.transports.http import HttpRemote
+from mercato.chassis.rpc.transports.http.remote import HttpRemote
 from mercato.chassis.rpc.transports.nats import NatsConnection, NatsRemote, permissions
 from mercato.chassis.rpc.trust import Grant, TokenSigner, Trust
 from mercato.embedded_nats import EmbeddedNats, NatsUser

@@ -32,9 +32,8 @@ from mercato.chassis.observability.clock import SystemClock
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.rpc import codec
 from mercato.chassis.rpc.client import Connector
-from mercato.chassis.rpc.server import Server
+from mercato.chassis.rpc.server import LocalTransport, Server
 from mercato.chassis.rpc.transports import Transport
-from mercato.chassis.rpc.transports.local import LocalTransport
 from mercato.chassis.rpc.transports.loopback import LoopbackTransport
 from mercato.contracts.inventory import StockTrace
 from mercato.contracts.orders import Orders

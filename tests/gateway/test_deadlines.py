@@ -6,7 +6,7 @@ import datetime
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from mercato.chassis.contract import Operation, current
+from mercato.chassis.contract import Empty, Operation, current
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.contracts.orders import Orders
 from mercato.contracts.users import EndedSessions, EndedSessionsAfter, PublicKeys
@@ -32,9 +32,9 @@ async def seconds_given(prefer: bytes | None) -> list[float]:
     given: list[float] = []
 
     def client(_operation: Operation[Any, Any]) -> Any:
-        async def call(_request: Any) -> str:
+        async def call(_request: Any) -> Any:
             given.append(current.get().deadline - NOW_SECONDS)
-            return "an answer"
+            return Empty()
 
         return call
 
@@ -48,10 +48,10 @@ async def seconds_given(prefer: bytes | None) -> list[float]:
     route = Route(
         method="GET",
         path="/things",
-        operation=Orders.place,
+        operation=Orders.list,
         summary="",
         request=lambda request: request,
-        answer=lambda answer: answer,
+        answer=lambda _: "an answer",
         output=str,
         roles=frozenset({"anonymous"}),
         wait=Wait(operation=Orders.settled, request=lambda answer, _: answer, answer=lambda _, waited: waited),

@@ -59,7 +59,7 @@ async def test_a_placed_order_is_in_the_feed(open_shop: Shop):
     order_id = await new_order(open_shop, person.id)
     entries = await entries_about(open_shop, order_id, "&types=order.placed")
     assert len(entries) == 1
-    assert set(entries[0]) == {"position", "id", "type", "subject", "version", "data", "at"}
+    assert set(entries[0]) == {"position", "id", "type", "subject", "version", "data", "at", "traceparent"}
     assert str(entries[0]["id"]).startswith("orders:")
     assert (entries[0]["type"], entries[0]["version"]) == ("order.placed", 1)
 

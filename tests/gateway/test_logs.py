@@ -27,7 +27,7 @@ from mercato.testing.shop_data import PASSWORD, new_person, new_product
 in_session = pytest.mark.asyncio(loop_scope="session")
 
 PACKAGE = Path(mercato.__file__).parent
-NAME = re.compile(r"(mercato|process)(_[a-z0-9]+)+\Z")
+NAME = re.compile(r"(mercato|process|rpc_server_call)(_[a-z0-9]+)+\Z")
 NOT_BASE = re.compile(r"_(ms|us|ns|milliseconds?|minutes?|hours?|kb|mb|percent|pct|count|sum|info_total)\Z")
 """Of a name: a unit that is none of the base units of Prometheus, or an ending that it gives itself."""
 
@@ -131,7 +131,8 @@ async def test_a_decline_and_a_cancellation_are_logged_with_ids_and_code_alone(s
     refused = await order(shop, person.id, product.id, 50, "sandbox:ok")
 
     [decline] = lines.named("payment.failed")
-    assert set(decline) <= {"event", "level", "timestamp", "subject", "subject_id", "outcome", "trace_id", "request_id"}
+    ids = {"subject_id", "order_id", "trace_id", "span_id", "request_id"}
+    assert set(decline) <= {"event", "level", "timestamp", "service", "subject", "outcome", *ids}
     assert decline["outcome"] == "insufficient_funds"
     [cancellation] = lines.named("order.cancelled")
     assert (cancellation["subject_id"], cancellation["outcome"]) == (refused["details"]["order_id"], "out_of_stock")

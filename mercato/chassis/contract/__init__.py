@@ -26,10 +26,16 @@ from .context import (
     Batch as Batch,
     Context as Context,
     HandlerRun as HandlerRun,
+    Place as Place,
+    Span as Span,
     acting_as as acting_as,
     as_service as as_service,
+    concern as concern,
     current as current,
+    current_span as current_span,
     handler_run as handler_run,
+    trace_of as trace_of,
+    within as within,
 )
 from .errors import (
     DeadlineExceeded as DeadlineExceeded,

@@ -29,6 +29,8 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, metaclass=FrozenMeta):
     outcome_field: ClassVar[str] = ""
     """Of an event: the field with a code (one of few), or with a message that has a field `code`. Metrics and the log
     distinguish events of one type by it."""
+    about_field: ClassVar[str] = ""
+    """Of an event: the field with the id that traces are about, such as that of an order."""
 
 
 def published_pattern(pattern: str) -> str:

@@ -23,10 +23,10 @@ from mercato.chassis.rpc.circuit_breaker import Breaker, BreakingTransport, Oper
 from mercato.chassis.rpc.client import Clients, Connector, restricted
 from mercato.chassis.rpc.limits import CallLimits
 from mercato.chassis.rpc.retrying import RetryingTransport
-from mercato.chassis.rpc.server import Server
+from mercato.chassis.rpc.server import LocalTransport, Server
 from mercato.chassis.rpc.stats import CalleeStats
 from mercato.chassis.rpc.transports import Remote, Transport
-from mercato.chassis.rpc.transports.local import LocalFirst, LocalTransport
+from mercato.chassis.rpc.transports.local import LocalFirst
 from mercato.chassis.rpc.transports.loopback import LoopbackTransport
 
 from .keys import key_deriver
@@ -115,7 +115,7 @@ class Host:
             self.services[name] = build(env)
             reader.require_known()
             self._servers[name] = self.services[name].server
-            self._servers[name].count_in(self.telemetry)
+            self._servers[name].report_to(self.telemetry)
         self._logs = {n: OutboxLog(n, s.database) for n, s in self.services.items() if s.has_outbox}
         self._servers |= {event_log(name).service: served.server(self.clock) for name, served in self._logs.items()}
         self.consumers = self._consumers()

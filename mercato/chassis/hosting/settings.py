@@ -65,6 +65,10 @@ class Settings(BaseSettings):
     """The longest time for which a breaker refuses calls."""
     retry_share: Annotated[float, Field(ge=0, le=1)] = CallLimits().retry_share
     """The share of requests between processes that may be sent again if their service does not answer; 0: none."""
+    tracing: Literal["on", "off"] = "on"
+    """`off`: no request has spans."""
+    trace_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """The share of requests whose traces are recorded, and exported if OTEL_EXPORTER_OTLP_ENDPOINT is set."""
     faults: str = ""
     """Faults to inject at start, for crash tests: `orders.place.after_commit=kill`. Refused where tokens are
     required."""
@@ -115,6 +119,10 @@ class ServeSettings(Settings):
     """The certificates (PEM) by which etcd or Consul is verified; by default those of `tls_ca`, else the system's."""
     mdns_interfaces: str = ""
     """For `mdns`: addresses of this machine, in whose networks the others are found: `10.0.0.5`. Empty: all."""
+    log_file: Path | None = None
+    """A file to which the log is written besides standard error; with an older one beside it, of 16 MB each."""
+    diagnostics_address: str = ""
+    """The address at which this process answers the operator (`mercato trace --at`): `127.0.0.1:9190`. Empty: none."""
     rpc_address: str = ""
     """The address at which this process accepts the calls of others, over HTTP: `127.0.0.1:9083`."""
     public_keys: str = ""

@@ -26,8 +26,8 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from mercato.chassis.contract import (
-    Actor,
     Batch,
+    Context,
     IdempotencyKeyReused,
     Message,
     RequestInProgress,
@@ -54,12 +54,13 @@ class StoredAnswer(msgspec.Struct, Generic[A], frozen=True):
 class KeyedAttempt(Generic[Q, A, W]):
     """One request that passes through the steps. `answer` is None until a step settles it."""
 
-    __slots__ = ("actor", "answer", "keyed", "prepared", "request")
+    __slots__ = ("actor", "answer", "context", "keyed", "prepared", "request")
 
-    def __init__(self, request: Q, actor: Actor) -> None:
+    def __init__(self, request: Q, context: Context) -> None:
         self.request = request
-        self.actor = actor
-        self.keyed = None if request.idempotency_key is None else keyed(request, actor)
+        self.context = context
+        self.actor = context.actor
+        self.keyed = None if request.idempotency_key is None else keyed(request, context.actor)
         self.prepared: W | None = None
         """The result of `prepare`, for `write`."""
         self.answer: A | ServiceError | None = None
@@ -106,7 +107,9 @@ class KeyedBatch(abc.ABC, Generic[Q, A, W]):
         Besides the answers of the steps: `IdempotencyKeyReused` and `RequestInProgress`. Raises `LockTimeout` if one of
         several requests would be in progress: the server then runs each alone.
         """
-        attempts = [KeyedAttempt[Q, A, W](request, actor) for request, actor in zip(batch, batch.actors, strict=True)]
+        attempts = [
+            KeyedAttempt[Q, A, W](request, context) for request, context in zip(batch, batch.contexts, strict=True)
+        ]
         firsts, duplicates = _split_duplicates(attempts)
         await self._recall(firsts)
         await self.prepare(unsettled(firsts))

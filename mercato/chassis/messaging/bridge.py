@@ -5,8 +5,9 @@
                └─── the end ◄────┘
 
 Each entry is a message on `mercato.events.<type>`, such as `mercato.events.order.paid`: its header `Nats-Msg-Id` is the
-position of the entry, its body the entry as `GET /events` shows it. (`mercato.events.log.read` would be such a subject
-too; the events service has no event log, and no user may publish there.)
+position of the entry, its body the entry as `GET /events` shows it; if its trace is recorded, it also has the header
+`traceparent`. (`mercato.events.log.read` would be such a subject too; the events service has no event log, and no user
+may publish there.)
 
 The bridge has no cursor. It reads the last message of the stream and continues behind its position. So a damaged stream
 needs no repair: if it is deleted, alone or with its whole store, the bridge creates it again and publishes all that the
@@ -79,6 +80,7 @@ class FeedMessage(msgspec.Struct, frozen=True):
     position: int
     type: str
     body: bytes
+    traceparent: str | None = None
 
 
 class FeedPurged(Exception):
@@ -283,5 +285,5 @@ class Bridge:
                 break
             if size > largest:
                 raise BridgeBlocked(f"the entry at {entry.position} has {size} bytes, more than max_payload of NATS")
-            batch.append(Published(f"{SUBJECT}.{entry.type}", str(entry.position), entry.body))
+            batch.append(Published(f"{SUBJECT}.{entry.type}", str(entry.position), entry.body, entry.traceparent))
         return batch

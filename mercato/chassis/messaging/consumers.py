@@ -31,8 +31,12 @@ from mercato.chassis.contract import (
     DeadlineExceeded,
     OutcomeUnknown,
     Overloaded,
+    Span,
     Unavailable,
+    within,
 )
+from mercato.chassis.contract.context import CONSUMER
+from mercato.chassis.contract.places import read
 from mercato.chassis.observability import faults
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.observability.telemetry import Telemetry
@@ -94,6 +98,7 @@ class Consumer:
         self._database = database
         self._event_log = event_log
         self._clock = clock
+        self._tracing = telemetry.tracing
         self.pace = pace or Pace()
         self._pause_s = self.pace.poll_s
         self._retry_seconds = retry_seconds
@@ -182,6 +187,29 @@ class Consumer:
 
     async def _process(self, cursor: Cursor, page: Sequence[SourceRow]) -> Cursor:
         """Has the effects of a page, and moves the cursor behind it. Raises `CursorMovedError`."""
+        with within(self._span(page)):
+            return await self._process_page(cursor, page)
+
+    def _span(self, page: Sequence[SourceRow]) -> Span | None:
+        """The span of a page, below one for each of its events whose trace is recorded. None: there is none."""
+        if not self._tracing.is_on or not any(outbox_row.HAS_TRACE in row.events for row in page):
+            return None
+        consumer, source = self.key
+        types, service = self._subscription.types, consumer.partition(".")[0]
+        traced = [
+            Span(f"{event.type} to {consumer}", service, CONSUMER, self._tracing, read(event.trace))
+            for row in page
+            for event in row.unpack()
+            if event.trace and (types is None or event.type in types)
+        ]
+        if not traced:
+            return None
+        span = self._tracing.batch(f"{consumer} from {source}", service, traced, CONSUMER)
+        for event in traced:
+            event.end()
+        return span
+
+    async def _process_page(self, cursor: Cursor, page: Sequence[SourceRow]) -> Cursor:
         end = Cursor(outbox_row.end_of_row(page[-1].id), page[-1].at)
         try:
             async with _transaction(self._database, "batch") as tx:

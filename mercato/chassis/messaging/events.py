@@ -61,6 +61,8 @@ class Event(Row):
     at: datetime.datetime
     tries: int = 0
     """How often the consumer has failed to process it."""
+    trace: str = ""
+    """Where the traces of the change go on, if they are recorded."""
 
 
 class SourceRow(Message):
@@ -74,7 +76,18 @@ class SourceRow(Message):
     def unpack(self) -> list[Event]:
         stored = [(outbox_row.position(self.id, place), e) for place, e in enumerate(outbox_row.unpack(self.events))]
         return [
-            Event(self.source, id_, e.type, e.subject, e.subject_id, e.version, bytes(e.data).decode(), self.at)
+            Event(
+                self.source,
+                id_,
+                e.type,
+                e.subject,
+                e.subject_id,
+                e.version,
+                bytes(e.data).decode(),
+                self.at,
+                0,
+                e.trace,
+            )
             for id_, e in stored
         ]
 

@@ -27,6 +27,7 @@ BATCH_MAX: Final = 1_000
 
 MESSAGE_ID: Final = "Nats-Msg-Id"
 EXPECTED_SEQUENCE: Final = "Nats-Expected-Last-Sequence"
+TRACEPARENT: Final = "traceparent"
 BATCH_ID: Final = "Nats-Batch-Id"
 BATCH_SEQUENCE: Final = "Nats-Batch-Sequence"
 BATCH_COMMIT: Final = "Nats-Batch-Commit"
@@ -105,6 +106,8 @@ class Published(msgspec.Struct, frozen=True):
     id: str
     """Its header `Nats-Msg-Id`."""
     body: bytes
+    traceparent: str | None = None
+    """Its header of that name (W3C Trace Context)."""
 
 
 _decode: Final = msgspec.json.Decoder(JetStreamAnswer).decode
@@ -151,6 +154,9 @@ class JetStream:
         assert 1 <= len(messages) <= BATCH_MAX, f"{len(messages)} messages are no batch"
         batch = secrets.token_urlsafe(BATCH_ID_BYTES)
         headers = [{MESSAGE_ID: one.id, BATCH_ID: batch, BATCH_SEQUENCE: str(n)} for n, one in enumerate(messages, 1)]
+        for one, own in zip(messages, headers, strict=True):
+            if one.traceparent is not None:
+                own[TRACEPARENT] = one.traceparent
         headers[0][EXPECTED_SEQUENCE] = str(last_sequence)
         headers[-1][BATCH_COMMIT] = "1"
         blocks = [header_block(each) for each in headers]

@@ -106,7 +106,7 @@ async def due(tx: Tx, key: Key) -> list[Event]:
     return await tx.fetch(
         Event,
         """
-        SELECT source, position AS id, type, subject, subject_id, version, data, event_at AS at, tries
+        SELECT source, position AS id, type, subject, subject_id, version, data, event_at AS at, tries, '' AS trace
           FROM parked
          WHERE consumer = $1 AND source = $2 AND dead_at IS NULL AND retry_at <= now()
          ORDER BY retry_at LIMIT $3
@@ -138,7 +138,7 @@ async def release_next(tx: Tx, key: Key, event: Event) -> Event | None:
              WHERE consumer = $1 AND source = $2 AND subject = $3 AND subject_id = $4 AND position > $5
                AND dead_at IS NULL
              ORDER BY position LIMIT 1)
-        RETURNING source, position AS id, type, subject, subject_id, version, data, event_at AS at, tries
+        RETURNING source, position AS id, type, subject, subject_id, version, data, event_at AS at, tries, '' AS trace
         """,
         *(*key, event.subject, event.subject_id, event.id),
     )
@@ -173,7 +173,7 @@ async def mark_replayed(tx: Tx, key: Key, position: int) -> Event | None:
         """
         UPDATE parked SET replayed_at = now()
          WHERE consumer = $1 AND source = $2 AND position = $3 AND dead_at IS NOT NULL AND replayed_at IS NULL
-        RETURNING source, position AS id, type, subject, subject_id, version, data, event_at AS at, tries
+        RETURNING source, position AS id, type, subject, subject_id, version, data, event_at AS at, tries, '' AS trace
         """,
         *(*key, position),
     )

@@ -1,6 +1,7 @@
 """JSON logs and Prometheus metrics of a process.
 
-Logs are one JSON object a line on standard error, with the trace and request id of the call that is being served. A
+Logs are one JSON object a line on standard error, with the ids of the call that is being served: trace, span, request,
+and actor if it is a person. A
 metric is declared where it is counted; its labels are bound at start-up, so that counting on the hot path is one
 addition.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import logging.handlers
 import os
 import platform
 import re
@@ -28,6 +30,9 @@ from prometheus_client.registry import Collector
 
 from mercato.chassis.contract import current
 
+from .tracing import Tracing
+
+LOG_FILE_BYTES: Final = 16 * 1024 * 1024
 SECONDS_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 URL_PASSWORD: Final = re.compile(r"(://[^\s:/@]*:)[^\s@]+@")
@@ -67,11 +72,15 @@ class LogStream:
 
     lost_lines: ClassVar[int] = 0
     """Counted over this process."""
+    copy: ClassVar[LogFile | None] = None
+    """Gets each line too; one for the process."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
 
     def write(self, line: bytes) -> None:
+        if LogStream.copy is not None:
+            LogStream.copy.write(line)
         try:
             left = memoryview(line)
             while left:
@@ -82,6 +91,25 @@ class LogStream:
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
+
+
+class LogFile(logging.handlers.RotatingFileHandler):
+    """A file of log lines, with one older file beside it (`.1`). A line that cannot be written is lost, and counted."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, maxBytes=LOG_FILE_BYTES, backupCount=1, encoding="utf-8", delay=True)
+
+    def write(self, line: bytes) -> None:
+        self.handle(logging.makeLogRecord({"msg": line.decode(errors="replace").rstrip("\n")}))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the name that the library calls
+        LogStream.lost_lines += 1
+
+
+def also_log_to(path: Path) -> None:
+    """From now on each line of the log of this process is also written to a file. Raises `OSError`."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    LogStream.copy = LogFile(path)
 
 
 def _standard_error() -> BinaryIO:
@@ -120,6 +148,11 @@ def _add_call(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mu
     if call is not None:
         event.setdefault("trace_id", call.trace_id)
         event.setdefault("request_id", call.request_id)
+        if call.actor.id:
+            event.setdefault("actor_id", call.actor.id)
+        if call.span is not None:
+            event.setdefault("span_id", f"{call.span.id:016x}")
+            event.setdefault("service", call.span.service)
     return event
 
 
@@ -163,6 +196,7 @@ class Telemetry:
     def __init__(self) -> None:
         prometheus_client.disable_created_metrics()  # a further series for each metric, which no query uses
         self.registry = CollectorRegistry()
+        self.tracing = Tracing()
         self._declared: dict[str, Counter | Gauge | Histogram] = {}
         self._is_described = False
 
@@ -202,6 +236,10 @@ class Telemetry:
         if not self._is_described:
             self._is_described = True
             ProcessCollector(registry=self.registry)
+
+    def own_exposition(self) -> str:
+        """The metrics of this process alone, as text."""
+        return prometheus_client.generate_latest(self.registry).decode()
 
     def exposition(self) -> tuple[bytes, str]:
         """The metrics as text, and its content type; of all workers together if they share a folder."""

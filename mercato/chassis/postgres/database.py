@@ -31,7 +31,17 @@ import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types; on
 import msgspec
 import structlog
 
-from mercato.chassis.contract import FrozenMeta, HandlerRun, Message, ServiceError, Unavailable, handler_run
+from mercato.chassis.contract import (
+    FrozenMeta,
+    HandlerRun,
+    Message,
+    ServiceError,
+    Span,
+    Unavailable,
+    current_span,
+    handler_run,
+)
+from mercato.chassis.contract.context import CLIENT
 from mercato.chassis.observability.telemetry import Telemetry
 
 from . import outbox_row
@@ -62,6 +72,8 @@ REFUSED_SECONDS: Final = 5.0
 """A process whose transaction was refused for want of space is not ready for so long, or until one is committed."""
 IS_READ_ONLY: Final = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean"
 
+
+NO_SPAN: Final[contextlib.AbstractContextManager[None]] = contextlib.nullcontext()
 
 OUTCOMES_COUNTED: Final = 100
 """Types of events, each with its outcome codes, that one service counts by name."""
@@ -191,20 +203,37 @@ class Database:
             return "its database has no space for what it is to store"
         return ""
 
+    def _span(self, what: str) -> contextlib.AbstractContextManager[Span | None]:
+        """The span of a read or a transaction, where the call is traced."""
+        if (serving := current_span()) is None:
+            return NO_SPAN
+        span = serving.child(f"{self.service} {what}", CLIENT, self.service)
+        span.note({"db.system.name": "postgresql", "db.namespace": self.service})
+        return span
+
+    def _packed(self, events: Sequence[outbox_row.Outgoing], span: Span | None) -> Sequence[str]:
+        """Rows of events, which name the traces that they belong to."""
+        if span is not None and span.places and (serving := current_span()) is not None:
+            span.places = serving.below()  # again: by now it may be known what they are about
+            below = span.below()
+            events = [outbox_row.traced(event, below) for event in events]
+        return self.pack(events)
+
     @contextlib.asynccontextmanager
     async def read(self) -> AsyncGenerator[Tx]:
         """Statements that change nothing, each seeing what is committed when it starts."""
-        await self._take_turn_to_read()
-        try:
-            lease = await self._lease()
-            is_clean = False
+        with self._span("read"):
+            await self._take_turn_to_read()
             try:
-                yield Tx(lease, self.service, writable=False)
-                is_clean = True
+                lease = await self._lease()
+                is_clean = False
+                try:
+                    yield Tx(lease, self.service, writable=False)
+                    is_clean = True
+                finally:
+                    await self._give_back(lease, is_clean=is_clean)
             finally:
-                await self._give_back(lease, is_clean=is_clean)
-        finally:
-            self._reads.release()
+                self._reads.release()
 
     async def count(self, counted: Callable[[Tx], Awaitable[int]], *, seconds: float = COUNT_SECONDS) -> int | None:
         """The result of `counted`; None if it takes longer than `seconds`, and the statement is then cancelled.
@@ -237,7 +266,7 @@ class Database:
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncGenerator[Tx]:
         """Commits at the end of the block, with the events that it has emitted; rolls back when the block raises."""
-        with _handler_run() as made:
+        with self._span("transaction") as span, _handler_run() as made:
             lease = await self._lease()
             is_clean = False
             try:
@@ -246,7 +275,7 @@ class Database:
                 tx = Tx(lease, self.service, writable=True)
                 try:
                     yield tx
-                    events = self.pack(tx.events) if tx.events else ()
+                    events = self._packed(tx.events, span) if tx.events else ()
                 except BaseException:
                     await lease.roll_back()
                     raise
@@ -311,7 +340,9 @@ class EmittedEvents:
             key = (event.type, outcome)
             counts[key] = counts.get(key, 0) + 1
             if outcome:
-                log.info(event.type, subject=event.subject, subject_id=event.subject_id, outcome=outcome)
+                field = event.data.about_field
+                about = {field: getattr(event.data, field)} if field else {}
+                log.info(event.type, subject=event.subject, subject_id=event.subject_id, outcome=outcome, **about)
         for key, count in counts.items():
             (self._children.get(key) or self._child(key))(count)
 

@@ -7,7 +7,8 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis.contract import Message
+from mercato.chassis.contract import Message, Place
+from mercato.chassis.contract.context import written
 
 ROW_EVENTS: Final = 1_000
 ROW_BYTES: Final = 256 * 1024
@@ -15,9 +16,11 @@ ROW_BYTES: Final = 256 * 1024
 PLACE_BITS: Final = 12
 LAST_PLACE: Final = (1 << PLACE_BITS) - 1
 assert ROW_EVENTS <= LAST_PLACE
+HAS_TRACE: Final = '"trace":"'
+"""Where this is not in a row, none of its events has a trace; most rows are not decoded to find out."""
 
 
-class Outgoing(msgspec.Struct, frozen=True, gc=False):
+class Outgoing(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """An event to be emitted. `version` rises with every event of a subject."""
 
     type: str
@@ -25,9 +28,11 @@ class Outgoing(msgspec.Struct, frozen=True, gc=False):
     subject_id: int
     version: int
     data: Message
+    trace: str = ""
+    """Where the traces of the change go on, if they are recorded (`contract/places.py`)."""
 
 
-class OutboxEvent(msgspec.Struct, frozen=True, gc=False):
+class OutboxEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """An event in a row of the outbox. `data` is JSON."""
 
     type: str
@@ -35,6 +40,7 @@ class OutboxEvent(msgspec.Struct, frozen=True, gc=False):
     subject_id: int
     version: int
     data: msgspec.Raw
+    trace: str = ""
 
 
 unpack: Final = msgspec.json.Decoder(list[OutboxEvent]).decode
@@ -47,6 +53,14 @@ def pack(events: Sequence[Outgoing] | Sequence[OutboxEvent]) -> list[str]:
         return [row.decode()]
     middle = len(events) // 2
     return pack(events[:middle]) + pack(events[middle:])
+
+
+def traced(event: Outgoing, places: Sequence[Place]) -> Outgoing:
+    """The event with those of the traces that are about what it is about, or are not known to be about something."""
+    field = event.data.about_field
+    about = getattr(event.data, field) if field else 0
+    own = [place for place in places if not place.about or not about or place.about == about]
+    return msgspec.structs.replace(event, trace=written(own)) if own else event
 
 
 def position(row_id: int, place: int) -> int:

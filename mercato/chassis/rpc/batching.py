@@ -54,6 +54,7 @@ from mercato.chassis.contract import (
     current,
     handler_run,
 )
+from mercato.chassis.contract.context import CLIENT
 from mercato.chassis.observability.telemetry import Telemetry
 
 log = structlog.stdlib.get_logger("mercato.batching")
@@ -64,6 +65,8 @@ Outcome = Any
 Send = Callable[[Sequence[Any], Sequence[Context]], Awaitable[Sequence[Outcome]]]
 
 DEFAULT_QUEUE_LIMIT: Final = 10_000
+CANCELLED: Final = "cancelled"
+"""The failure of the span of a call whose caller did not wait for its answer."""
 SIZE_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 TIMER_RESOLUTION_SECONDS: Final = 0.001
@@ -126,8 +129,15 @@ class PendingRequest:
         """Whether a caller waits: False once it is settled, or its caller was cancelled."""
         return not self.future.done()
 
+    def drop(self) -> None:
+        """Called when it leaves the queue without a waiting caller."""
+        if (span := self.context.span) is not None:
+            span.end(CANCELLED)
+
     def settle(self, outcome: Outcome) -> None:
         """Only the first outcome counts."""
+        if (span := self.context.span) is not None:
+            span.end(outcome.code if isinstance(outcome, ServiceError) else "")
         if self.future.done():
             return
         if isinstance(outcome, ServiceError):
@@ -171,7 +181,11 @@ class GroupedRequest(PendingRequest):
         group = self.group
         group.outcomes[self.place] = outcome
         group.missing -= 1
-        if group.missing == 0 and not self.future.done():
+        if group.missing:
+            return
+        if (span := self.context.span) is not None:
+            span.end()
+        if not self.future.done():
             self.future.set_result(group.outcomes)
 
 
@@ -311,6 +325,7 @@ class Batcher:
         while queue and len(entries) < size:
             entry = queue.popleft()
             if not entry.is_waiting():
+                entry.drop()
                 continue
             if entry.context.deadline <= now:
                 entry.settle(DeadlineExceeded(operation=self.operation))
@@ -396,32 +411,33 @@ class RemoteCallInTransactionError(AssertionError):
 class BatchedCall:
     """A `Call`: one operation, its batcher, and the context of the caller."""
 
-    __slots__ = ("_deadline_s", "_monotonic", "_operation", "_submit", "_submit_many")
+    __slots__ = ("_deadline_s", "_monotonic", "_name", "_operation", "_submit", "_submit_many")
 
     def __init__(self, batcher: Batcher, monotonic: Callable[[], float], operation: Operation[Any, Any]) -> None:
         self._submit = batcher.submit
         self._submit_many = batcher.submit_many
         self._monotonic = monotonic
         self._operation = operation
+        self._name = operation.full_name
         self._deadline_s = operation.deadline_ms / 1_000
 
     def __call__(self, request: Any) -> Awaitable[Any]:
         if (made := handler_run.get()) is not None:
             self._note(made, (request,))
-        context = current.get()
-        own_deadline = self._monotonic() + self._deadline_s
-        if own_deadline < context.deadline:
-            context = Context(context.actor, own_deadline, context.trace_id, context.request_id)
-        return self._submit(request, context)
+        return self._submit(request, self._context())
 
     def many(self, requests: Sequence[Any]) -> Awaitable[Sequence[Outcome]]:
         if (made := handler_run.get()) is not None:
             self._note(made, requests)
+        return self._submit_many(requests, self._context())
+
+    def _context(self) -> Context:
+        """The context of a call made now: that of its caller, with the operation's deadline and a span of its own."""
         context = current.get()
-        own_deadline = self._monotonic() + self._deadline_s
-        if own_deadline < context.deadline:
-            context = Context(context.actor, own_deadline, context.trace_id, context.request_id)
-        return self._submit_many(requests, context)
+        deadline = min(context.deadline, self._monotonic() + self._deadline_s)
+        if (span := context.span) is not None:
+            span = span.child(self._name, CLIENT)
+        return Context(context.actor, deadline, context.trace_id, context.request_id, span)
 
     def _note(self, made: HandlerRun, requests: Sequence[Any]) -> None:
         """Refuses a handler's call inside a transaction; notes on its run a call that must not be repeated."""

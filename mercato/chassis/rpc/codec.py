@@ -22,8 +22,11 @@ from mercato.chassis.contract import (
     Message,
     Operation,
     ServiceError,
+    Span,
 )
 from mercato.chassis.contract.constraints import explained
+from mercato.chassis.contract.context import written as span_places
+from mercato.chassis.contract.places import read as read_places, remote, remote_parent, traceparent
 
 A = TypeVar("A", bound=Message)
 B = TypeVar("B")
@@ -37,7 +40,7 @@ UNENCODABLE: Final = (TypeError, ValueError, OverflowError)
 """What msgspec raises about values that it cannot encode."""
 
 
-class WireRequest(msgspec.Struct, Generic[B], frozen=True):
+class WireRequest(msgspec.Struct, Generic[B], frozen=True, omit_defaults=True):
     """One request of a batch. `remaining_ms` shrinks at each hop."""
 
     body: B
@@ -45,6 +48,9 @@ class WireRequest(msgspec.Struct, Generic[B], frozen=True):
     remaining_ms: Annotated[float, msgspec.Meta(ge=0, le=LONGEST_REMAINING_MS)]
     trace_id: str
     request_id: str
+    places: str = ""
+    """Where the spans of this request go on, if its trace is recorded (`contract/places.py`). Requests of one call have
+    the same: only the first of them in a batch has it."""
 
 
 class WireOutcome(msgspec.Struct, Generic[B], frozen=True, omit_defaults=True):
@@ -68,12 +74,23 @@ def _decoder(wire: type[msgspec.Struct], body: type[Any]) -> Callable[[bytes], l
 
 def encode_requests(requests: Sequence[Any], contexts: Sequence[Context], now: float) -> bytes:
     """Encodes a batch. `now` is the sender's monotonic clock: the remaining time is sent, not a clock reading."""
-    return _encode(
-        [
-            WireRequest(r, c.actor, _remaining_ms(c, now), c.trace_id, c.request_id)
-            for r, c in zip(requests, contexts, strict=True)
-        ]
-    )
+    sent = [
+        WireRequest(r, c.actor, _remaining_ms(c, now), c.trace_id, c.request_id)
+        for r, c in zip(requests, contexts, strict=True)
+    ]
+    written: Span | None = None
+    for n, context in enumerate(contexts):
+        span = context.span
+        if span is not None and span.places and span is not written:
+            sent[n] = msgspec.structs.replace(sent[n], places=span_places(span.below()))
+            written = span
+    return _encode(sent)
+
+
+def traceparent_of(contexts: Sequence[Context]) -> str | None:
+    """The header of a batch (W3C Trace Context). None: the trace of no request is recorded."""
+    spans = (context.span for context in contexts if context.span is not None and context.span.places)
+    return next((traceparent(span.below()[0]) for span in spans), None)
 
 
 def _remaining_ms(context: Context, now: float) -> float:
@@ -81,9 +98,11 @@ def _remaining_ms(context: Context, now: float) -> float:
 
 
 def decode_requests(
-    operation: Operation[Any, Any], sent: bytes, now: float
+    operation: Operation[Any, Any], sent: bytes, now: float, traceparent: str = ""
 ) -> tuple[list[Any | InvalidRequest], list[Context]]:
     """Decodes a batch, in order. `now` is the receiver's monotonic clock.
+
+    `traceparent` is that of the batch, which counts where its requests name no trace: the caller is no Mercato process.
 
     A request that does not fit the contract is replaced by an `InvalidRequest`. Raises `msgspec.MsgspecError` or
     `RecursionError` if `sent` is no batch.
@@ -94,7 +113,18 @@ def decode_requests(
     except msgspec.ValidationError:
         arrived = _decoder(WireRequest, msgspec.Raw)(sent)
         requests = [_decode_request(operation, r.body) for r in arrived]
-    return requests, [Context(r.actor, now + r.remaining_ms / 1_000, r.trace_id, r.request_id) for r in arrived]
+    outer = remote_parent(traceparent) if traceparent and not any(r.places for r in arrived) else None
+    return requests, [
+        Context(
+            r.actor, now + r.remaining_ms / 1_000, r.trace_id, r.request_id, _caller(r.places) if r.places else outer
+        )
+        for r in arrived
+    ]
+
+
+def _caller(places: str) -> Span | None:
+    found = read_places(places)
+    return remote(found) if found else None
 
 
 def _decode_request(operation: Operation[Any, Any], body: msgspec.Raw) -> Any | InvalidRequest:

@@ -10,11 +10,12 @@ A `Server` holds the handlers of one service. `dispatch` gives each request of a
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar, overload
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple, TypeVar, overload
 
 import structlog
-from prometheus_client import Counter
+from prometheus_client import Counter, Histogram
 
 from mercato.chassis.contract import (
     SERVICE_ROLE,
@@ -27,18 +28,21 @@ from mercato.chassis.contract import (
     Forbidden,
     HandlerRun,
     Internal,
+    Kind,
     Message,
     Operation,
     OutcomeUnknown,
     Overloaded,
     ServiceError,
     SingleOperation,
+    Span,
     Unavailable,
     current,
     handler_run,
 )
 from mercato.chassis.observability.clock import Clock
-from mercato.chassis.observability.telemetry import Telemetry
+from mercato.chassis.observability.telemetry import SECONDS_BUCKETS, Telemetry
+from mercato.chassis.observability.tracing import Tracing
 
 from .batching import Outcome
 
@@ -48,7 +52,31 @@ A = TypeVar("A", bound=Message)
 log = structlog.stdlib.get_logger("mercato.rpc")
 
 
+FAILURES: Final = frozenset({Kind.INTERNAL, Kind.UNAVAILABLE, Kind.DEADLINE})
+"""The kinds of errors that are no answers: something does not work."""
+BATCH_SECONDS: Final = (0.00025, 0.0005, *SECONDS_BUCKETS)
+LINKS_MAX: Final = 128
+"""Requests that the span of a batch names."""
+
 Handler = Callable[[Any], Awaitable[Any]]
+
+
+class Observed(NamedTuple):
+    """The metrics of one operation."""
+
+    seconds: Callable[[float], None]
+    requests: Callable[[float], None]
+    failed: Callable[[float], None]
+
+
+def _metrics(telemetry: Telemetry) -> tuple[Histogram, Counter, Counter]:
+    """By the name of the operation. The first one is called as OpenTelemetry's semantic conventions have it."""
+    by = ["rpc_method"]
+    return (
+        telemetry.histogram("rpc_server_call_duration_seconds", "How long a batch took.", by, BATCH_SECONDS),
+        telemetry.counter("mercato_requests", "Requests in batches.", by),
+        telemetry.counter("mercato_requests_failed", "Requests that failed; a refusal is an answer.", by),
+    )
 
 
 class Server:
@@ -58,7 +86,11 @@ class Server:
         self.contract = contract
         self._clock = clock
         self._handlers: dict[str, Handler] = {}
+        self._names: dict[str, str] = {}
         self._refused_keys: Counter | None = None
+        self._metrics: tuple[Histogram, Counter, Counter] | None = None
+        self._observed: dict[str, Observed] = {}
+        self._tracing = Tracing()
 
     @overload
     def register(
@@ -71,9 +103,12 @@ class Server:
             f"{operation.full_name} is not of this contract"
         )
         self._handlers[operation.name] = handler
+        self._names[operation.name] = operation.full_name
 
-    def count_in(self, telemetry: Telemetry) -> None:
-        """From now on counts keys that are refused because they belong to another request."""
+    def report_to(self, telemetry: Telemetry) -> None:
+        """From now on makes a span of each batch, and counts refused keys: those that belong to another request."""
+        self._tracing = telemetry.tracing
+        self._metrics = _metrics(telemetry)
         about = "Requests that were refused because their key belongs to another request, by the field that differs."
         self._refused_keys = telemetry.counter("mercato_keys_refused", about, ["operation", "field"])
 
@@ -87,13 +122,62 @@ class Server:
         self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context]
     ) -> Sequence[Outcome]:
         """One outcome for each request, in order. Never raises because of a request."""
+        started, span = time.perf_counter(), self._begin(operation, contexts)
+        if span is None:
+            outcomes = await self._dispatch(operation, requests, contexts, None)
+        else:
+            with span:
+                outcomes = await self._dispatch(operation, requests, contexts, span)
+                refused = [outcome.code for outcome in outcomes if isinstance(outcome, ServiceError)]
+                if refused:
+                    span.note({"mercato.batch.failed": len(refused)})
+                    span.failure = refused[0] if len(refused) == len(outcomes) else ""
+            self._tracing.end_batch(span, contexts)
+        if self._metrics is not None:
+            self._observe(operation.name, outcomes, time.perf_counter() - started)
+        return outcomes
+
+    def _observe(self, name: str, outcomes: Sequence[Outcome], seconds: float) -> None:
+        observed = self._observed.get(name)
+        if observed is None:  # made by the first batch: a process serves more operations than are called
+            assert self._metrics is not None
+            full_name, (seconds_taken, requests, failed) = self._names[name], self._metrics
+            observed = self._observed[name] = Observed(
+                seconds_taken.labels(full_name).observe, requests.labels(full_name).inc, failed.labels(full_name).inc
+            )
+        observed.seconds(seconds)
+        observed.requests(len(outcomes))
+        failures = [o for o in outcomes if isinstance(o, ServiceError) and o.kind in FAILURES]
+        if failures:
+            observed.failed(len(failures))
+
+    def _begin(self, operation: Operation[Any, Any], contexts: Sequence[Context]) -> Span | None:
+        """The span of a batch, below those of its requests. None if tracing is off."""
+        if not self._tracing.is_on:
+            return None
+        callers: list[Span] = []
+        for context in contexts:
+            if (caller := context.span) is not None and (not callers or caller is not callers[-1]):
+                callers.append(caller)
+        name = self._names[operation.name]
+        span = self._tracing.batch(name, operation.service, callers)
+        if span.places:
+            span.note({
+                "rpc.system.name": "mercato", "rpc.method": name, "mercato.batch.size": len(contexts),
+            })  # fmt: skip
+            span.links = [(c.trace_id, c.span.id if c.span else 0) for c in contexts[:LINKS_MAX]]
+        return span
+
+    async def _dispatch(
+        self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context], span: Span | None
+    ) -> Sequence[Outcome]:
         refusals = self._refusals(operation, contexts)
         if not refusals:
-            return await self._run(operation, requests, contexts)
+            return await self._run(operation, requests, contexts, span)
         accepted = [i for i in range(len(requests)) if i not in refusals]
         outcomes: list[Outcome] = [refusals.get(i) for i in range(len(requests))]
         if accepted:
-            results = await self._run(operation, [requests[i] for i in accepted], [contexts[i] for i in accepted])
+            results = await self._run(operation, [requests[i] for i in accepted], [contexts[i] for i in accepted], span)
             for i, result in zip(accepted, results, strict=True):
                 outcomes[i] = result
         return outcomes
@@ -110,11 +194,11 @@ class Server:
         return refusals
 
     async def _run(
-        self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context]
+        self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context], span: Span | None
     ) -> Sequence[Outcome]:
         if isinstance(operation, SingleOperation):
-            return [await self._run_one(operation, r, c) for r, c in zip(requests, contexts, strict=True)]
-        current.set(self._batch_context(contexts))
+            return [await self._run_one(operation, r, c, span) for r, c in zip(requests, contexts, strict=True)]
+        current.set(self._batch_context(contexts, span))
         tried = HandlerRun()
         handler_run.set(tried)
         try:
@@ -143,8 +227,10 @@ class Server:
             outcomes.extend(await self.dispatch(operation, [request], [context]))
         return outcomes
 
-    async def _run_one(self, operation: Operation[Any, Any], request: Any, context: Context) -> Outcome:
-        current.set(context)
+    async def _run_one(
+        self, operation: Operation[Any, Any], request: Any, context: Context, span: Span | None
+    ) -> Outcome:
+        current.set(Context(context.actor, context.deadline, context.trace_id, context.request_id, span))
         tried = HandlerRun()
         handler_run.set(tried)
         try:
@@ -154,11 +240,11 @@ class Server:
         except Exception as error:  # an edge: a handler failed; logged by _log_failure
             return self._answer_to(error, operation, context)
 
-    def _batch_context(self, contexts: Sequence[Context]) -> Context:
+    def _batch_context(self, contexts: Sequence[Context], span: Span | None) -> Context:
         """The context of calls that a batch makes: as the service itself, until the last of its requests expires."""
         deadline = contexts[0].deadline if len(contexts) == 1 else max(c.deadline for c in contexts)
         actor = Actor(SERVICE_ROLE)
-        return Context(actor, deadline, contexts[0].trace_id, contexts[0].request_id)
+        return Context(actor, deadline, contexts[0].trace_id, contexts[0].request_id, span)
 
     def _answer_to(self, error: Exception, operation: Operation[Any, Any], context: Context) -> ServiceError:
         if isinstance(error, ServiceError):
@@ -188,3 +274,15 @@ class Server:
 def _unless_committed(error: ServiceError, tried: HandlerRun, operation: Operation[Any, Any]) -> ServiceError:
     """`error`, after which a retry is safe; `OutcomeUnknown` once something was, or may be, committed."""
     return OutcomeUnknown(operation=operation.full_name) if tried.committed else error
+
+
+class LocalTransport:
+    """Sends to the servers of this process. `servers` maps a service's name to its server, and may be filled later."""
+
+    def __init__(self, servers: Mapping[str, Server]) -> None:
+        self._servers = servers
+
+    async def send(
+        self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context]
+    ) -> Sequence[Outcome]:
+        return await self._servers[operation.service].dispatch(operation, requests, contexts)

@@ -16,9 +16,21 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Final
 
+import msgspec
 import structlog
 
-from mercato.chassis.contract import SERVICE_ROLE, Actor, Context, ServiceError, Unavailable, current
+from mercato.chassis.contract import (
+    SERVICE_ROLE,
+    Actor,
+    Context,
+    Place,
+    ServiceError,
+    Span,
+    Unavailable,
+    current,
+)
+from mercato.chassis.contract.context import INTERNAL
+from mercato.chassis.contract.places import read
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres.database import Database, Tx
@@ -41,6 +53,8 @@ LONGEST_PAUSE_SECONDS: Final = 30.0
 POLL_SECONDS: Final = 0.1
 LONGEST_POLL_SECONDS: Final = 1.0
 """A request that waits for a saga of another process, or for one that waits, reads its row with growing pauses."""
+
+NO_SPAN: Final[contextlib.AbstractContextManager[None]] = contextlib.nullcontext()
 
 log = structlog.stdlib.get_logger("mercato.saga")
 
@@ -68,6 +82,7 @@ class Runner:
         self._database = database
         self._steps: dict[tuple[str, str], Step] = {}
         self._clock = clock
+        self._tracing = telemetry.tracing
         self._queue: deque[Saga] = deque()
         self._busy: dict[Key, Saga] = {}
         """The sagas of this process, queued or in a lane."""
@@ -284,17 +299,31 @@ class Runner:
             for saga in live:
                 by_step.setdefault((saga.kind, saga.step), []).append(saga)
             for where, sagas in by_step.items():
-                self.enter_service_context()
+                span = self._span(where, sagas)
+                self.enter_service_context(span)
                 try:
-                    await self._steps[where](sagas)
+                    with span or NO_SPAN:
+                        await self._steps[where](sagas)
                 except ServiceError:  # a called service, or the database, does not answer
                     await self._postpone([saga for saga in sagas if saga.live])
 
-    def enter_service_context(self) -> None:
+    def _span(self, where: tuple[str, str], sagas: Sequence[Saga]) -> Span | None:
+        """The span of a step, in the traces of the requests that have moved these sagas. None: none is recorded."""
+        places: dict[str, Place] = {}
+        for saga in sagas:
+            if saga.trace:
+                places.update((p.trace_id, msgspec.structs.replace(p, about=saga.subject_id)) for p in read(saga.trace))
+        if not places or not self._tracing.is_on:
+            return None
+        span = Span(".".join(where), self._database.service, INTERNAL, self._tracing, list(places.values()))
+        span.note({"mercato.batch.size": len(sagas)})
+        return span
+
+    def enter_service_context(self, span: Span | None = None) -> None:
         """The steps call other services as the service itself, with a deadline of `STEP_SECONDS`."""
-        trace_id = f"{random.getrandbits(128):032x}"
+        trace_id = span.places[0].trace_id if span is not None else f"{random.getrandbits(128):032x}"
         deadline = self._clock.monotonic() + STEP_SECONDS
-        current.set(Context(Actor(SERVICE_ROLE), deadline, trace_id, ""))
+        current.set(Context(Actor(SERVICE_ROLE), deadline, trace_id, "", span))
 
     async def _postpone(self, sagas: Sequence[Saga]) -> None:
         """Saves that a try has failed. If even that fails, the sweep of this process takes its own saga over."""

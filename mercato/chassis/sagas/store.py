@@ -45,10 +45,19 @@ Key = tuple[int, str, str]
 class Saga:
     """A saga in the memory of its driver. `memo` caches what the driver has read; no decision relies on it alone."""
 
-    __slots__ = ("epoch", "key", "live", "memo", "state", "step", "tries", "version")
+    __slots__ = ("epoch", "key", "live", "memo", "state", "step", "trace", "tries", "version")
 
     def __init__(
-        self, key: Key, step: str, state: str, *, epoch: int = 0, version: int = 1, tries: int = 0, memo: Any = None
+        self,
+        key: Key,
+        step: str,
+        state: str,
+        *,
+        epoch: int = 0,
+        version: int = 1,
+        tries: int = 0,
+        memo: Any = None,
+        trace: str = "",
     ) -> None:
         self.key = key
         self.step = step
@@ -59,6 +68,8 @@ class Saga:
         self.tries = tries
         """How often this step has failed."""
         self.memo = memo
+        self.trace = trace
+        """Where the recorded traces of the request that moved it last go on (`trace_of`); empty: none is recorded."""
         self.live = True
         """Whether its driver is to go on with it."""
 
@@ -106,6 +117,7 @@ class SagaRow(Row):
     epoch: int
     version: int
     tries: int
+    trace: str | None
 
 
 class KeyRow(Row):
@@ -184,7 +196,7 @@ async def take_over(tx: Tx, driver: int, limit: int, expired: Sequence[int]) -> 
            SET epoch = nextval('saga_epochs'), driver = $1, wake_at = NULL, updated_at = clock_timestamp()
           FROM (SELECT * FROM due UNION ALL SELECT * FROM abandoned LIMIT $2) taken
          WHERE s.subject_id = taken.subject_id AND s.kind = taken.kind AND s.reference = taken.reference
-        RETURNING s.subject_id, s.kind, s.reference, s.step, s.state, s.epoch, s.version, s.tries
+        RETURNING s.subject_id, s.kind, s.reference, s.step, s.state, s.epoch, s.version, s.tries, s.trace
         """,
         driver,
         limit,
@@ -218,7 +230,7 @@ async def reclaim(tx: Tx, driver: int, epochs: Sequence[int]) -> list[Saga]:
         UPDATE sagas
            SET epoch = nextval('saga_epochs'), updated_at = clock_timestamp()
          WHERE driver = $1 AND epoch = ANY($2::bigint[])
-        RETURNING subject_id, kind, reference, step, state, epoch, version, tries
+        RETURNING subject_id, kind, reference, step, state, epoch, version, tries, trace
         """,
         driver,
         epochs,
@@ -234,10 +246,10 @@ async def start(tx: Tx, sagas: Sequence[Saga], driver: int) -> None:
     rows = await tx.fetch(
         KeyRow,
         """
-        INSERT INTO sagas (subject_id, kind, reference, step, state, driver)
-        SELECT s.subject_id, s.kind, s.reference, s.step, s.state, $6
-          FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::text[])
-               AS s (subject_id, kind, reference, step, state)
+        INSERT INTO sagas (subject_id, kind, reference, step, state, trace, driver)
+        SELECT s.subject_id, s.kind, s.reference, s.step, s.state, s.trace, $7
+          FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[])
+               AS s (subject_id, kind, reference, step, state, trace)
         RETURNING subject_id, kind, reference, epoch
         """,
         [s.subject_id for s in sagas],
@@ -245,6 +257,7 @@ async def start(tx: Tx, sagas: Sequence[Saga], driver: int) -> None:
         [s.reference for s in sagas],
         [s.step for s in sagas],
         [s.state for s in sagas],
+        [s.trace or None for s in sagas],
         driver,
     )
     epochs = {(row.subject_id, row.kind, row.reference): row.epoch for row in rows}
@@ -260,7 +273,7 @@ async def fence(tx: Tx, key: Key, driver: int) -> Saga | None:
         UPDATE sagas
            SET epoch = nextval('saga_epochs'), driver = $4, wake_at = NULL, updated_at = clock_timestamp()
          WHERE subject_id = $1 AND kind = $2 AND reference = $3
-        RETURNING subject_id, kind, reference, step, state, epoch, version, tries
+        RETURNING subject_id, kind, reference, step, state, epoch, version, tries, trace
         """,
         *key,
         driver,
@@ -273,7 +286,7 @@ async def lock(tx: Tx, key: Key) -> Saga | None:
     row = await tx.fetch_one(
         SagaRow,
         """
-        SELECT subject_id, kind, reference, step, state, epoch, version, tries
+        SELECT subject_id, kind, reference, step, state, epoch, version, tries, trace
           FROM sagas
          WHERE subject_id = $1 AND kind = $2 AND reference = $3
            FOR NO KEY UPDATE
@@ -288,7 +301,7 @@ async def find(tx: Tx, key: Key) -> Saga | None:
     row = await tx.fetch_one(
         SagaRow,
         """
-        SELECT subject_id, kind, reference, step, state, epoch, version, tries
+        SELECT subject_id, kind, reference, step, state, epoch, version, tries, trace
           FROM sagas
          WHERE subject_id = $1 AND kind = $2 AND reference = $3
         """,
@@ -398,12 +411,14 @@ async def _update(tx: Tx, going_on: Sequence[tuple[Saga, Next]]) -> list[KeyRow]
                version = s.version + 1,
                driver = CASE WHEN w.running THEN s.driver END,
                wake_at = CASE WHEN NOT w.running THEN coalesce(w.wake_at, now() + make_interval(secs => w.wake_s)) END,
+               trace = w.trace,
                updated_at = clock_timestamp()
           FROM (
             SELECT w.*, k.place
               FROM unnest($1::bigint[], $2::text[], $3::text[], $4::bigint[], $5::integer[], $6::text[], $7::text[],
-                          $8::integer[], $9::boolean[], $10::float8[], $11::timestamptz[])
-                   AS w (subject_id, kind, reference, epoch, version, step, state, tries, running, wake_s, wake_at)
+                          $8::integer[], $9::boolean[], $10::float8[], $11::timestamptz[], $12::text[])
+                   AS w (subject_id, kind, reference, epoch, version, step, state, tries, running, wake_s, wake_at,
+                         trace)
              CROSS JOIN LATERAL (
                 SELECT ctid AS place
                   FROM sagas
@@ -425,9 +440,10 @@ async def _update(tx: Tx, going_on: Sequence[tuple[Saga, Next]]) -> list[KeyRow]
         [n.running for _, n in going_on],
         [n.wake_s for _, n in going_on],
         [n.wake_at for _, n in going_on],
+        [s.trace or None for s, _ in going_on],
     )
 
 
 def _saga(row: SagaRow) -> Saga:
     key = (row.subject_id, row.kind, row.reference)
-    return Saga(key, row.step, row.state, epoch=row.epoch, version=row.version, tries=row.tries)
+    return Saga(key, row.step, row.state, epoch=row.epoch, version=row.version, tries=row.tries, trace=row.trace or "")

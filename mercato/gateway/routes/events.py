@@ -24,6 +24,8 @@ TYPES_PATTERN: Final = (
 )
 
 
+TRACEPARENT_PATTERN: Final = r"^00-[0-9a-f]{32}-[0-9a-f]{16}-0[01]\Z"
+
 KNOWN_TYPES: Final = frozenset(kind for service in (Inventory, Orders, Payments, Products) for kind in service.events)
 
 
@@ -67,6 +69,16 @@ class EventOut(Output):
     version: int
     data: Any
     at: datetime.datetime
+    traceparent: (
+        Annotated[
+            str,
+            Meta(
+                pattern=TRACEPARENT_PATTERN,
+                description="The place of the change in its trace (W3C Trace Context), if that is recorded.",
+            ),
+        ]
+        | None
+    )
 
 
 def _list(request: RouteRequest) -> ListEvents:
@@ -89,6 +101,7 @@ def _page(page: EventPage) -> Page:
             version=entry.version,
             data=entry.data,
             at=entry.at,
+            traceparent=entry.traceparent,
         )
         for entry in page.entries
     ]

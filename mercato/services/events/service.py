@@ -7,6 +7,7 @@ from typing import Final
 
 import msgspec
 
+from mercato.chassis.contract.places import read, traceparent
 from mercato.chassis.messaging.events import Event, SourceRow
 from mercato.chassis.observability import faults
 from mercato.chassis.postgres import outbox_row
@@ -89,10 +90,16 @@ class EventsService:
         return positions[count] if len(positions) > count else 0
 
 
+def _traceparent(trace: str) -> str | None:
+    return next(map(traceparent, read(trace)), None)
+
+
 def _packed(event: Event) -> str:
     """A row with only this event."""
     data = msgspec.Raw(event.data.encode())
-    return outbox_row.pack([OutboxEvent(event.type, event.subject, event.subject_id, event.version, data)])[0]
+    return outbox_row.pack(
+        [OutboxEvent(event.type, event.subject, event.subject_id, event.version, data, event.trace)]
+    )[0]
 
 
 def _entries(found: Sequence[FeedRow], types: Sequence[str]) -> Iterator[FeedEntry]:
@@ -108,4 +115,5 @@ def _entries(found: Sequence[FeedRow], types: Sequence[str]) -> Iterator[FeedEnt
                 version=event.version,
                 data=msgspec.json.decode(event.data),
                 at=row.at,
+                traceparent=_traceparent(event.trace) if event.trace else None,
             )

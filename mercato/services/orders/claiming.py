@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis.contract import Actor, Forbidden, ServiceError, as_service, current
+from mercato.chassis.contract import Actor, Forbidden, ServiceError, as_service, current, trace_of
 from mercato.chassis.mail import addresses
 from mercato.chassis.observability import faults
 from mercato.chassis.postgres.database import Database
@@ -89,7 +89,8 @@ class Claiming:
             raise AnotherEmail(order_id=order.id)
 
     async def _change_owner(self, order_id: int, actor: Actor) -> None:
-        started = Saga((order_id, CLAIM, ""), "assign", msgspec.json.encode(Assigning(actor.id)).decode())
+        state, trace = msgspec.json.encode(Assigning(actor.id)).decode(), trace_of(current.get())
+        started = Saga((order_id, CLAIM, ""), "assign", state, trace=trace)
         with as_service():  # the caller is not the guest any more, and not the owner yet
             async with locked_order(self._database, order_id) as (tx, locked):
                 is_owned = _is_owned(locked.order, actor)  # by a repetition of this request

@@ -20,6 +20,7 @@ from mercato.chassis.contract import (
     as_service,
     check_version,
     current,
+    trace_of,
 )
 from mercato.chassis.idempotency.batch import bounded_by_key
 from mercato.chassis.idempotency.keys import Keyed, keyed
@@ -223,12 +224,13 @@ class Paying:
         key, record = (locked.record.id, CHECKOUT, ""), locked.record
         outcome = Next(decision.step, steps.encoded(decision.state), running=True)
         if locked.checkout is None:
-            redirected = Saga(key, outcome.step, outcome.state)
+            redirected = Saga(key, outcome.step, outcome.state, trace=trace_of(current.get()))
             await saga.start(tx, [redirected], self._runner.driver)
         else:
             fenced = await saga.fence(tx, key, self._runner.driver)
             assert fenced is not None, "the row is locked"
             redirected = fenced
+            redirected.trace = trace_of(current.get()) or fenced.trace
             await saga.save(tx, [(redirected, outcome)])
             redirected.advance(outcome)
         if decision.status:

@@ -26,7 +26,7 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis.contract import ANONYMOUS_ACTOR, ServiceError
+from mercato.chassis.contract import ANONYMOUS_ACTOR, ServiceError, concern, trace_of
 from mercato.chassis.idempotency.batch import KeyedAttempt, KeyedBatch, StoredAnswer, unsettled
 from mercato.chassis.idempotency.keys import Identity, Keyed
 from mercato.chassis.mail import addresses
@@ -123,6 +123,8 @@ class Placing(KeyedBatch[PlaceOrder, PlacedOrder, NewOrder]):
             rows = await store.insert(tx, [new for _, new in orders], CHECKOUT, "reserve", self._runner.driver)
             written = [(*orders[row.n - 1], row) for row in rows]
             placed = [_written(new, row) for _, new, row in written]
+            for attempt, _, row in written:
+                concern(attempt.context, row.id)
             if placed:
                 await store.emit_placed(tx, placed)
             await faults.point("orders.place.before_commit")
@@ -242,7 +244,7 @@ def _checkout(new: NewOrder, row: store.PlacedRow, order: Order) -> Saga:
     record = OrderRecord(
         order, new.nonce, new.payment_attempt, on_account=False, refund_pending_minor=0, open_units=open_units
     )
-    return Saga((row.id, CHECKOUT, ""), "reserve", new.state, epoch=row.epoch, memo=record)
+    return Saga((row.id, CHECKOUT, ""), "reserve", new.state, epoch=row.epoch, memo=record, trace=new.trace or "")
 
 
 # ----------------------------------------------------------------------------------------------------------- details
@@ -322,6 +324,7 @@ def _new_order(
         actor=attempt.actor,
         keyed=attempt.keyed,
         limits=limits,
+        trace=trace_of(attempt.context) or None,
     )
 
 

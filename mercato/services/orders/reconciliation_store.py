@@ -24,12 +24,13 @@ class ParkedRow(Row):
     state: str
     epoch: int
     version: int
+    trace: str | None
     status: Status
     payment: Payment
 
     def saga(self) -> Saga:
         key = (self.subject_id, self.kind, self.reference)
-        return Saga(key, self.step, self.state, epoch=self.epoch, version=self.version)
+        return Saga(key, self.step, self.state, epoch=self.epoch, version=self.version, trace=self.trace or "")
 
 
 class KeyRow(Row):
@@ -44,13 +45,13 @@ async def parked(tx: Tx, before: Key | None, quiet_seconds: float) -> list[Parke
         ParkedRow,
         """
         WITH page AS MATERIALIZED (
-            SELECT subject_id, kind, reference, step, state, epoch, version, wake_at, driver, updated_at
+            SELECT subject_id, kind, reference, step, state, epoch, version, trace, wake_at, driver, updated_at
               FROM sagas
              WHERE (subject_id, kind, reference) < ($1, $2, $3)
              ORDER BY subject_id DESC, kind DESC, reference DESC
              LIMIT $4
         )
-        SELECT s.subject_id, s.kind, s.reference, s.step, s.state, s.epoch, s.version, o.status, o.payment
+        SELECT s.subject_id, s.kind, s.reference, s.step, s.state, s.epoch, s.version, s.trace, o.status, o.payment
           FROM page s
          CROSS JOIN LATERAL (SELECT status, payment FROM orders WHERE id = s.subject_id LIMIT 1) o
          WHERE s.wake_at IS NULL AND s.driver IS NULL AND s.updated_at < now() - make_interval(secs => $5)

@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis.contract import Actor, RuleBroken, ServiceError, as_service, current
+from mercato.chassis.contract import Actor, RuleBroken, ServiceError, as_service, current, trace_of
 from mercato.chassis.idempotency.batch import bounded_by_key
 from mercato.chassis.idempotency.keys import Keyed, principal_of
 from mercato.chassis.observability import faults
@@ -202,7 +202,7 @@ class Refunding:
             limit_reason=rules.limit_reason(locked.order, asked_minor, draft.amount_minor),
         )
         await money_store.insert_refund(tx, refund, current.get().actor)
-        started = Saga((record.id, REFUND, refund.reference), "refund", "")
+        started = Saga((record.id, REFUND, refund.reference), "refund", "", trace=trace_of(current.get()))
         await saga.start(tx, [started], self._runner.driver)
         return started
 

@@ -40,6 +40,8 @@ class NewOrder(msgspec.Struct, frozen=True):
     limits: rules.BuyerLimits = rules.UNLIMITED
     former_id: int | None = None
     """The id that it had before it was lost (`lost_orders.py`), or 0; None: it was not compared with lost orders."""
+    trace: str | None = None
+    """Of its checkout (`Saga.trace`)."""
 
 
 class PlacedRow(Row):
@@ -71,6 +73,7 @@ BESIDE: Final[Mapping[str, tuple[str, Callable[[NewOrder], object]]]] = {
     "actor_role": ("text", operator.attrgetter("actor.role")),
     "actor_id": ("bigint", operator.attrgetter("actor.id")),
     "state": ("text", operator.attrgetter("state")),
+    "trace": ("text", operator.attrgetter("trace")),
     "former_id": ("bigint", operator.attrgetter("former_id")),
 }
 """The values of a new order for the other tables: type and value."""
@@ -114,8 +117,8 @@ INSERT_SQL: Final = f"""
         INSERT INTO history (order_id, version, status, payment, fulfilment, events, actor_role, actor_id)
         SELECT id, 1, 'pending', 'unpaid', 'unfulfilled', '{{order.placed}}', actor_role, actor_id FROM numbered
     ), started AS (
-        INSERT INTO sagas (subject_id, kind, reference, step, state, epoch, driver)
-        SELECT id, $1, '', $2, state, epoch, $3 FROM numbered
+        INSERT INTO sagas (subject_id, kind, reference, step, state, trace, epoch, driver)
+        SELECT id, $1, '', $2, state, trace, epoch, $3 FROM numbered
     )
     SELECT n, id, epoch, now() AS created_at, open_units FROM numbered ORDER BY n
 """  # noqa: S608  # of constants alone

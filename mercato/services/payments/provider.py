@@ -14,7 +14,16 @@ from typing import Final, Protocol, TypeVar
 import msgspec
 import structlog
 
-from mercato.chassis.contract import Call, InvalidRequest, Kind, Message, ServiceError
+from mercato.chassis.contract import (
+    Call,
+    InvalidRequest,
+    Kind,
+    Message,
+    ServiceError,
+    current_span,
+    within,
+)
+from mercato.chassis.contract.context import CLIENT
 from mercato.simulators.bank.contract import (
     METHOD_PATTERN,
     PAGE_LIMIT,
@@ -109,27 +118,26 @@ class SandboxProvider:
         return None if METHOD.fullmatch(method) else "the sandbox has no such token"
 
     async def authorize(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]:
-        return await _call(self._sandbox.authorize, [_opening(AuthorizeCharge, r) for r in requests])
+        return await _call("authorize", self._sandbox.authorize, [_opening(AuthorizeCharge, r) for r in requests])
 
     async def charge(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]:
-        return await _call(self._sandbox.charge, [_opening(ChargeCard, r) for r in requests])
+        return await _call("charge", self._sandbox.charge, [_opening(ChargeCard, r) for r in requests])
 
     async def capture(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]:
         captures = [
             CaptureCharge(idempotency_key=r.key, charge_id=_charge(r), amount_minor=r.amount_minor) for r in requests
         ]
-        return await _call(self._sandbox.capture, captures)
+        return await _call("capture", self._sandbox.capture, captures)
 
     async def void(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]:
-        return await _call(
-            self._sandbox.void, [VoidCharge(idempotency_key=r.key, charge_id=_charge(r)) for r in requests]
-        )
+        voids = [VoidCharge(idempotency_key=r.key, charge_id=_charge(r)) for r in requests]
+        return await _call("void", self._sandbox.void, voids)
 
     async def refund(self, requests: Sequence[ProviderRequest]) -> Sequence[ProviderResult]:
         refunds = [
             RefundCharge(idempotency_key=r.key, charge_id=_charge(r), amount_minor=r.amount_minor) for r in requests
         ]
-        return await _call(self._sandbox.refund, refunds)
+        return await _call("refund", self._sandbox.refund, refunds)
 
     async def look_up(self, keys: Sequence[str]) -> Sequence[StatementLine | Unknown | None]:
         try:
@@ -160,9 +168,12 @@ def _opening(message: type[Opening], request: ProviderRequest) -> Opening:
     )
 
 
-async def _call(call: Call[Q, SandboxOperation], requests: Sequence[Q]) -> Sequence[ProviderResult]:
+async def _call(what: str, call: Call[Q, SandboxOperation], requests: Sequence[Q]) -> Sequence[ProviderResult]:
+    serving = current_span()
+    span = None if serving is None else serving.child(f"provider {what}", CLIENT)
     try:
-        answers = await call.many(requests)
+        with within(span):
+            answers = await call.many(requests)
     except ServiceError:  # the batch was not sent
         return [Unknown() for _ in requests]
     return [_result(answer) for answer in answers]

@@ -19,7 +19,7 @@ from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres import outbox_row
 from mercato.chassis.postgres.database import Database, Row, Tx
 from mercato.chassis.rpc.client import Connector
-from mercato.chassis.rpc.transports.local import LocalTransport
+from mercato.chassis.rpc.server import LocalTransport
 from mercato.testing import databases
 from mercato.testing.cluster import Cluster
 from mercato.testing.waiting import until

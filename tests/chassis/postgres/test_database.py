@@ -38,8 +38,7 @@ from mercato.chassis.postgres.database import (
 )
 from mercato.chassis.rpc.batching import RemoteCallInTransactionError
 from mercato.chassis.rpc.client import Connector, acting
-from mercato.chassis.rpc.server import Server
-from mercato.chassis.rpc.transports.local import LocalTransport
+from mercato.chassis.rpc.server import LocalTransport, Server
 from mercato.embedded_postgres import EmbeddedPostgres, remove_cluster
 from mercato.testing import databases
 from mercato.testing.cluster import Cluster

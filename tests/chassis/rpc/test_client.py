@@ -8,8 +8,7 @@ from mercato.chassis.contract import SERVICE_ROLE, Actor, Batch, Contract, Messa
 from mercato.chassis.observability.clock import SystemClock
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.rpc.client import Clients, Connector, UndeclaredCallError, acting, restricted
-from mercato.chassis.rpc.server import Server
-from mercato.chassis.rpc.transports.local import LocalTransport
+from mercato.chassis.rpc.server import LocalTransport, Server
 
 
 class Number(Message):

@@ -61,6 +61,8 @@ class OrdersAlone(ServiceHarness):
 @pytest_asyncio.fixture
 async def shop(cluster: Cluster) -> AsyncGenerator[Shop]:
     made = await Shop.start(cluster, is_open=False, harness_class=OrdersAlone)
+    # As most requests are: traced, and not recorded.
+    made.harness.host.telemetry.tracing.start(0.0, kept_a_second=0.0)
     try:
         yield made
     finally:

@@ -1,4 +1,4 @@
-"""The service is in this process: a batch is a method call, and messages are passed as objects."""
+"""Services of this process first: a batch for them is a method call, and messages are passed as objects."""
 
 from __future__ import annotations
 
@@ -7,20 +7,8 @@ from typing import Any
 
 from mercato.chassis.contract import Context, Operation
 from mercato.chassis.rpc.batching import Outcome
-from mercato.chassis.rpc.server import Server
+from mercato.chassis.rpc.server import LocalTransport, Server
 from mercato.chassis.rpc.transports import Transport
-
-
-class LocalTransport:
-    """Sends to the servers of this process. `servers` maps a service's name to its server, and may be filled later."""
-
-    def __init__(self, servers: Mapping[str, Server]) -> None:
-        self._servers = servers
-
-    async def send(
-        self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context]
-    ) -> Sequence[Outcome]:
-        return await self._servers[operation.service].dispatch(operation, requests, contexts)
 
 
 class LocalFirst:

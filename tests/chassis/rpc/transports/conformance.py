@@ -29,6 +29,7 @@ from mercato.chassis.contract import (
     RemoteError,
     Retry,
     ServiceError,
+    Span,
     Unavailable,
     batched,
     current,
@@ -189,18 +190,28 @@ class Stage:
 
     @contextlib.contextmanager
     def acting(
-        self, actor: Actor, seconds: float = BOUND_SECONDS, trace_id: str = "t", request_id: str = "r"
+        self,
+        actor: Actor,
+        seconds: float = BOUND_SECONDS,
+        trace_id: str = "t",
+        request_id: str = "r",
+        span: Span | None = None,
     ) -> Generator[None]:
-        token = current.set(Context(actor, self.clock.monotonic() + seconds, trace_id, request_id))
+        token = current.set(Context(actor, self.clock.monotonic() + seconds, trace_id, request_id, span))
         try:
             yield
         finally:
             current.reset(token)
 
     def send_as(
-        self, actor: Actor, request: Ask, seconds: float = BOUND_SECONDS, trace_id: str = "t"
+        self,
+        actor: Actor,
+        request: Ask,
+        seconds: float = BOUND_SECONDS,
+        trace_id: str = "t",
+        span: Span | None = None,
     ) -> Awaitable[Said]:
-        with self.acting(actor, seconds, trace_id):
+        with self.acting(actor, seconds, trace_id, span=span):
             return self.things.read(request)
 
     def failures(self, operation: str) -> float:
@@ -208,6 +219,7 @@ class Stage:
 
 
 CUSTOMER = Actor("customer", 7)
+TRACES = ("4bf92f3577b34da6a3ce929d0e0e4736", "0af7651916cd43dd8448eb211c80319c")
 
 
 class ChainEnd:
@@ -434,6 +446,29 @@ class Conformance:
             ("customer", 1, "one"), ("staff", 2, "two"), ("service", 0, "three"),
         ]  # fmt: skip
         assert len(stage.service.batches[0]) == 3
+
+    async def test_a_batch_is_in_the_traces_of_those_of_its_requests_that_are_recorded(self, stage: Stage):
+        tracing = stage.telemetry.tracing
+        tracing.start(0.0)
+        stage.server.report_to(stage.telemetry)
+        recorded = [
+            tracing.request("GET /things", "gateway", trace_id, 0, asked=True, started=0.0) for trace_id in TRACES
+        ]
+        answers = await asyncio.gather(
+            *(stage.send_as(CUSTOMER, Ask(), trace_id=span.places[0].trace_id, span=span) for span in recorded),
+            stage.send_as(CUSTOMER, Ask(), trace_id="not recorded"),
+        )
+        assert [answer.trace_id for answer in answers] == [*TRACES, "not recorded"]
+        for span, trace_id in zip(recorded, TRACES, strict=True):
+            spans = {each.span_id: each for each in tracing.recent.trace(trace_id)}
+            [call] = [each for each in spans.values() if each.kind == "client"]
+            batches = [each for each in spans.values() if each.kind == "server"]
+            assert (call.name, call.service, call.parent_id) == ("things.read", "gateway", span.id)
+            assert {(each.name, each.service, each.parent_id) for each in batches} == {
+                ("things.read", "things", call.span_id)
+            }
+            assert all((trace_id, call.span_id) in each.links for each in batches)
+            assert all(each.attributes["mercato.batch.size"] == 3 for each in batches)
 
     async def test_a_forbidden_role_is_refused_and_its_neighbours_are_not(self, stage: Stage):
         outcomes = await asyncio.gather(

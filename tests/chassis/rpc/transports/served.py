@@ -16,7 +16,9 @@ from mercato.chassis.rpc.discovery import Instance
 from mercato.chassis.rpc.discovery.static import StaticRegistry
 from mercato.chassis.rpc.server import Server
 from mercato.chassis.rpc.signatures import public_key
-from mercato.chassis.rpc.transports.http import RPC_LIMITS, HttpTransport, RpcApp
+from mercato.chassis.rpc.transports.http.client import HttpTransport
+from mercato.chassis.rpc.transports.http.server import RpcApp
+from mercato.chassis.rpc.transports.http.wire import RPC_LIMITS
 from mercato.chassis.rpc.trust import Grant, TokenSigner, Trust
 
 from .conformance import ThingsService, server_of

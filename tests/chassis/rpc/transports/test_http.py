@@ -26,13 +26,15 @@ from mercato.chassis.contract import (
     ServiceError,
     Unavailable,
 )
+from mercato.chassis.contract.context import KEPT, SAMPLED, Place
+from mercato.chassis.contract.places import remote
 from mercato.chassis.observability.clock import Clock, SystemClock
 from mercato.chassis.rpc.balancing import FIRST_PAUSE_SECONDS
 from mercato.chassis.rpc.codec import decode_outcomes, encode_outcomes, encode_requests
 from mercato.chassis.rpc.server import Server
 from mercato.chassis.rpc.transports import Transport
-from mercato.chassis.rpc.transports.http import RPC_LIMITS, HttpTransport
-from mercato.chassis.rpc.transports.http.client import HttpClientLimits
+from mercato.chassis.rpc.transports.http.client import HttpClientLimits, HttpTransport
+from mercato.chassis.rpc.transports.http.wire import RPC_LIMITS
 from mercato.chassis.rpc.trust import TokenSigner
 from mercato.testing.waiting import until_true
 
@@ -385,19 +387,25 @@ async def test_a_proxy_of_the_environment_gets_no_batch(monkeypatch: pytest.Monk
         assert kinds(await caller.send(Ask())) == [Said]
 
 
-async def test_what_a_trace_id_holds_does_not_get_into_the_head():
+async def test_the_head_has_the_place_in_the_trace_if_that_is_recorded_and_nothing_else_of_it():
     raw = RawServer(b"")
     await raw.open()
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    span = remote([Place(trace_id, SAMPLED | KEPT, 0xB7AD6B7169203331)])
     async with calling(raw.address) as caller:
-        for trace_id in ("0af7651916cd43dd8448eb211c80319c", "x\r\nhost: elsewhere"):
+        for context in (
+            msgspec.structs.replace(caller.context(trace_id=trace_id), span=span),
+            caller.context(trace_id="x\r\nhost: elsewhere"),
+        ):
             caller.clock.seconds += 60.0
-            await caller.transport.send(Things.read, [Ask()], [caller.context(trace_id=trace_id)])
+            later = msgspec.structs.replace(context, deadline=caller.clock.seconds + 30.0)
+            await caller.transport.send(Things.read, [Ask()], [later])
     await raw.close()
     heads = [request.partition(b"\r\n\r\n")[0] for request in raw.requests]
-    assert b"mercato-trace-id: 0af7651916cd43dd8448eb211c80319c" in heads[0]
+    assert f"traceparent: 00-{trace_id}-b7ad6b7169203331-01".encode() in heads[0]
     assert b"mercato-version: 1.2.3" in heads[0]
     assert b"mercato-remaining-ms: 30000.000" in heads[0]
-    assert b"mercato-trace-id" not in heads[1]
+    assert b"traceparent" not in heads[1]
     assert b"elsewhere" not in heads[1]
 
 

@@ -17,7 +17,7 @@ from mercato.chassis.rpc.discovery import Instance
 from mercato.chassis.rpc.discovery.static import StaticRegistry
 from mercato.chassis.rpc.signatures import public_key
 from mercato.chassis.rpc.stats import Stats
-from mercato.chassis.rpc.transports.http import HttpRemote
+from mercato.chassis.rpc.transports.http.remote import HttpRemote
 from mercato.chassis.rpc.trust import Grant, TokenSigner, Trust
 from mercato.testing.certificates import certificate
 

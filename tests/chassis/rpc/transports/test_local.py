@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mercato.chassis.observability.clock import Clock
-from mercato.chassis.rpc.server import Server
+from mercato.chassis.rpc.server import LocalTransport, Server
 from mercato.chassis.rpc.transports import Transport
-from mercato.chassis.rpc.transports.local import LocalTransport
 
 from .conformance import CUSTOMER, Ask, Conformance, Said, Stage
 from .false_promise import COUNT, counting

@@ -19,6 +19,7 @@ def upgrade() -> None:
             epoch bigint NOT NULL DEFAULT nextval('saga_epochs'),
             version integer NOT NULL DEFAULT 1,
             tries integer NOT NULL DEFAULT 0,
+            trace text,
             driver bigint,
             wake_at timestamptz,
             updated_at timestamptz NOT NULL DEFAULT now(),

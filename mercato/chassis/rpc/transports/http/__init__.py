@@ -3,7 +3,7 @@
     POST /rpc/orders/place            content-type: application/vnd.msgpack
       authorization                   Bearer, and the token of the calling service (`rpc/trust.py`)
       mercato-remaining-ms            how long the last of the callers still waits
-      mercato-trace-id                of the first request, for logs on the way; each request has its own in the body
+      traceparent                     of the first request whose trace is recorded; the body has that of each request
       mercato-version                 the release of the caller, and so of its contracts
 
 The parts
@@ -26,13 +26,6 @@ Guaranteed
     - No handler sees a batch without a valid token, of an operation that its caller is not granted, or a request in the
       name of a role that its caller is not granted.
 
+`client.py` and `remote.py` import a client library, which takes a while: a process that only serves does not need it.
 Tokens and bodies are sent in the clear: outside of loopback, TLS has to protect them.
 """
-
-from .client import HttpTransport
-from .inspecting import Inspector
-from .remote import HttpRemote
-from .server import RpcApp
-from .wire import RPC_LIMITS
-
-__all__ = ["RPC_LIMITS", "HttpRemote", "HttpTransport", "Inspector", "RpcApp"]

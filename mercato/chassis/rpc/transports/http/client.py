@@ -24,7 +24,7 @@ from mercato.chassis.contract import (
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.rpc.balancing import Balancer, Pick
 from mercato.chassis.rpc.batching import Outcome
-from mercato.chassis.rpc.codec import encode_requests
+from mercato.chassis.rpc.codec import encode_requests, traceparent_of
 from mercato.chassis.rpc.discovery import Instance, Registry
 from mercato.chassis.rpc.transports.encoded import in_parts, not_known, outcomes_of
 from mercato.chassis.rpc.trust import TokenSigner
@@ -40,7 +40,7 @@ from .wire import (
     NOT_STARTED,
     PATH_PREFIX,
     REMAINING_MS,
-    TRACE_ID,
+    TRACEPARENT,
     VERSION,
     NotStarted,
 )
@@ -235,8 +235,8 @@ class HttpTransport:
         # At least a little, also if the deadline passes right now: the receiver then refuses each expired request.
         headers = {**self._headers, REMAINING_MS: f"{min(max(remaining_ms, 0.001), LONGEST_REMAINING_MS):.3f}"}
         headers[AUTHORIZATION] = BEARER + self._signer.token(operation.service)
-        if HEADER_WORD.fullmatch(contexts[0].trace_id):
-            headers[TRACE_ID] = contexts[0].trace_id
+        if (parent := traceparent_of(contexts)) is not None:
+            headers[TRACEPARENT] = parent
         return headers
 
     def _open_session(self) -> aiohttp.ClientSession:

@@ -28,6 +28,7 @@ from .wire import (
     NOT_STARTED,
     PATH_PREFIX,
     REMAINING_MS,
+    TRACEPARENT,
     VERSION,
     NotStarted,
 )
@@ -179,7 +180,8 @@ class RpcApp:
         self, operation: Operation[Any, Any], body: bytes, headers: Mapping[bytes, bytes]
     ) -> tuple[Sequence[Any], Sequence[Context]]:
         try:
-            requests, contexts = decode_requests(operation, body, self._clock.monotonic())
+            parent = headers.get(TRACEPARENT.encode(), b"").decode("ascii", "replace")
+            requests, contexts = decode_requests(operation, body, self._clock.monotonic(), parent)
         except (msgspec.MsgspecError, RecursionError) as error:  # RecursionError: deeply nested lists
             caller = headers.get(VERSION.encode(), b"").decode("ascii", "replace")[:SHOWN_CHARACTERS]
             log.warning("rpc_malformed", operation=operation.full_name, caller_version=caller, reason=str(error))

@@ -13,7 +13,7 @@ PATH_PREFIX: Final = "/rpc/"
 AUTHORIZATION: Final = "authorization"
 BEARER: Final = "Bearer "
 REMAINING_MS: Final = "mercato-remaining-ms"
-TRACE_ID: Final = "mercato-trace-id"
+TRACEPARENT: Final = "traceparent"  # W3C Trace Context
 VERSION: Final = "mercato-version"
 NOT_STARTED: Final = "mercato-not-started"
 """On an answer: nothing was started, and why, as a `NotStarted`. A proxy in between does not send this header."""

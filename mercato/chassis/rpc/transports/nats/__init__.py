@@ -3,7 +3,7 @@
     mercato.orders.place            the subject of an operation; instances of a service share it as a queue group
       authorization                 the token of the calling service (`rpc/trust.py`)
       mercato-remaining-ms          how long the last of the callers still waits
-      mercato-trace-id              of the first request, for logs on the way; each request has its own in the body
+      traceparent                   of the first request whose trace is recorded; the body has that of each request
       mercato-version               the release of the caller, and so of its contracts
 
 The parts

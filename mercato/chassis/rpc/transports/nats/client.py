@@ -15,7 +15,7 @@ from nats.aio.msg import Msg
 from mercato.chassis.contract import Context, DeadlineExceeded, Internal, Operation, Overloaded, Unavailable
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.rpc.batching import Outcome
-from mercato.chassis.rpc.codec import encode_requests
+from mercato.chassis.rpc.codec import encode_requests, traceparent_of
 from mercato.chassis.rpc.transports.encoded import in_parts, not_known, outcomes_of
 from mercato.chassis.rpc.trust import TokenSigner
 
@@ -29,7 +29,7 @@ from .wire import (
     PART,
     PARTS_MAX,
     REMAINING_MS,
-    TRACE_ID,
+    TRACEPARENT,
     VERSION,
     NotStarted,
     header_block,
@@ -165,8 +165,8 @@ class NatsTransport:
             AUTHORIZATION: self._signer.token(operation.service),
             REMAINING_MS: f"{max(remaining_s * 1_000, 0.001):.3f}",
         }
-        if HEADER_WORD.fullmatch(contexts[0].trace_id):
-            headers[TRACE_ID] = contexts[0].trace_id
+        if (parent := traceparent_of(contexts)) is not None:
+            headers[TRACEPARENT] = parent
         return headers
 
 

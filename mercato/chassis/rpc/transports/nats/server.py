@@ -31,6 +31,7 @@ from .wire import (
     PARTS_MAX,
     QUEUE_GROUP,
     REMAINING_MS,
+    TRACEPARENT,
     NotStarted,
     header_block,
     subject_of,
@@ -121,7 +122,7 @@ class _Handler:
         caller = self._server.caller(operation, headers)
         ends_at = arrived_at + _remaining_s(headers)
         try:
-            requests, contexts = decode_requests(operation, message.data, arrived_at)
+            requests, contexts = decode_requests(operation, message.data, arrived_at, headers.get(TRACEPARENT, ""))
         except (msgspec.MsgspecError, RecursionError) as error:  # RecursionError: deeply nested lists
             log.warning("rpc_malformed", operation=operation.full_name, reason=str(error))
             raise RefusedBatch(NotStarted.MALFORMED_BODY) from error

@@ -15,7 +15,7 @@ QUEUE_GROUP: Final = "mercato"
 
 AUTHORIZATION: Final = "authorization"
 REMAINING_MS: Final = "mercato-remaining-ms"
-TRACE_ID: Final = "mercato-trace-id"
+TRACEPARENT: Final = "traceparent"  # W3C Trace Context
 VERSION: Final = "mercato-version"
 NOT_STARTED: Final = "mercato-not-started"
 """On an answer: nothing was started, and why, as a `NotStarted`."""

@@ -1,0 +1,160 @@
+"""The trace of a paid order, from the click to the feed, as a collector gets it: in one process and in many."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from mercato.testing.caller import Caller
+from mercato.testing.collector import CollectedSpan, Collector
+from mercato.testing.command import run_command
+from mercato.testing.process import Process, data_folder
+from mercato.testing.waiting import wait_until
+
+TRACE: Final = "4bf92f3577b34da6a3ce929d0e0e4736"
+CLICK: Final = "00f067aa0ba902b7"
+FEED: Final = "events.feed"
+
+PLACES: Final[Mapping[str, tuple[str, ...]]] = {
+    "together": (),
+    "workers": ("--workers", "2"),
+    "nats": ("--split", "--transport", "nats"),
+    "http": ("--split", "--transport", "http"),
+}
+
+EDGES: Final = {
+    ("gateway POST /orders", "gateway orders.place"),
+    ("gateway orders.place", "orders orders.place"),
+    ("orders orders.place", "orders payments.check_method"),
+    ("orders orders.place", "orders users.get"),
+    ("orders users.get", "users users.get"),
+    ("users users.get", "users users read"),
+    ("orders orders.place", "orders products.quote"),
+    ("orders products.quote", "products products.quote"),
+    ("orders orders.place", "orders orders transaction"),
+    ("orders orders transaction", f"events order.placed to {FEED}"),
+    ("orders orders.place", "orders checkout.reserve"),
+    ("orders checkout.reserve", "orders inventory.reserve"),
+    ("orders inventory.reserve", "inventory inventory.reserve"),
+    ("inventory inventory.reserve", "inventory inventory transaction"),
+    ("inventory inventory transaction", f"events stock.held to {FEED}"),
+    ("orders checkout.reserve", "orders payments.charge"),
+    ("orders payments.charge", "payments payments.charge"),
+    ("payments payments.charge", "payments payments transaction"),
+    ("payments payments.charge", "payments provider charge"),
+    ("payments provider charge", "payments sandbox.charge"),
+    ("payments sandbox.charge", "sandbox sandbox.charge"),
+    ("sandbox sandbox.charge", "sandbox sandbox transaction"),
+    ("payments payments transaction", f"events payment.captured to {FEED}"),
+    ("orders checkout.reserve", "orders inventory.commit"),
+    ("orders inventory.commit", "inventory inventory.commit"),
+    ("inventory inventory transaction", f"events stock.committed to {FEED}"),
+    ("orders checkout.reserve", "orders orders transaction"),
+    ("orders orders transaction", f"events order.confirmed to {FEED}"),
+    ("orders orders transaction", f"events order.paid to {FEED}"),
+    (f"events order.placed to {FEED}", f"events {FEED} from orders"),
+    (f"events {FEED} from orders", "events events transaction"),
+}
+"""Parent and child, each as service and name. What the gateway waits for the order with is left out."""
+
+
+@pytest.mark.parametrize(
+    "place", ["together", "nats", *(pytest.param(place, marks=pytest.mark.long) for place in ("workers", "http"))]
+)
+def test_a_paid_order_is_one_trace_from_the_click_to_the_feed(place: str) -> None:
+    with Collector() as collector, data_folder() as data:
+        # Nothing but what a client asks for is sampled: the click decides for all processes.
+        environment = {**collector.environment, "MERCATO_TRACE_SHARE": "0"}
+        with Process(data, *PLACES[place], environment=environment) as shop, shop.ready().caller() as caller:
+            body = {"user_id": 1, "items": [{"product_id": 100, "quantity": 1}], "payment_method": "sandbox:ok"}
+            placed = caller.post("/orders", body, Prefer="wait=20", traceparent=f"00-{TRACE}-{CLICK}-01")
+            assert (placed.status, placed.json["payment"]) == (201, "paid"), placed.text
+            wait_until(lambda: any(FEED in span.name and "order.paid" in span.name for span in collector.spans(TRACE)))
+            entries = wait_for_feed(caller)
+            printed = wait_for_printed(data, placed.json["id"])
+            shop.stop()
+    spans = collector.spans(TRACE)
+    assert missing(spans) == set()
+    roots = [span for span in spans if span.parent_id == CLICK]
+    assert [(root.service, root.name) for root in roots] == [("gateway", "POST /orders")]
+    known = {span.span_id for span in spans}
+    assert [span for span in spans if span.parent_id not in known and span.parent_id != CLICK] == []
+    assert {span.trace_id for span in collector.spans()} == {TRACE}, "no other request was sampled"
+    assert all(span.start_ns <= span.end_ns for span in spans)
+    assert_links_lead_back(spans)
+    assert {entry["traceparent"].split("-")[1] for entry in entries} == {TRACE}
+    assert {entry["traceparent"].split("-")[2] for entry in entries} <= known
+    assert {(span["span_id"], span["parent_id"]) for span in printed} == {(s.span_id, s.parent_id) for s in spans}
+
+
+def test_one_trace_id_leads_through_the_answer_the_log_the_spans_and_the_events_of_a_split_shop() -> None:
+    with Collector() as collector, data_folder() as data:
+        environment = {**collector.environment, "MERCATO_TRACE_SHARE": "1", "MERCATO_LOG_LEVEL": "debug"}
+        with Process(data, "--split", environment=environment) as shop, shop.ready().caller() as caller:
+            body = {"user_id": 1, "items": [{"product_id": 100, "quantity": 1}]}
+            refused = caller.post("/orders", {**body, "payment_method": "sandbox:insufficient_funds"}, Prefer="wait=20")
+            assert (refused.status, refused.json["code"]) == (402, "orders.payment_declined"), refused.text
+            trace_id, order_id = refused.json["trace_id"], refused.json["order_id"]
+            wait_until(lambda: any("payment.failed" in span.name for span in collector.spans(trace_id)))
+            entries = wait_for_feed(caller, 4)
+            lines = run_command("logs", "--data", data, "--trace", trace_id, "--last", "1000", "--json").stdout
+            shop.stop()
+    spans = collector.spans(trace_id)
+    assert {"gateway", "orders", "inventory", "payments", "sandbox", "events"} <= {span.service for span in spans}
+    logged = {entry["event"]: entry for entry in map(json.loads, lines.splitlines())}
+    assert logged["request"]["order_id"] == logged["payment.failed"]["order_id"] == order_id
+    assert (logged["request"]["process"], logged["payment.failed"]["process"]) == ("gateway", "payments")
+    known = {span.span_id for span in spans}
+    assert {logged["request"]["span_id"], logged["payment.failed"]["span_id"]} <= known
+    assert {entry["traceparent"].split("-")[1] for entry in entries} == {trace_id}
+    assert {"order.placed", "payment.failed"} <= {entry["type"] for entry in entries}
+
+
+def wait_for_printed(data: Path, order_id: int) -> list[dict[str, Any]]:
+    """The spans that `mercato trace` gives, once the last of the feed is there."""
+    found: list[dict[str, Any]] = []
+
+    def is_complete() -> bool:
+        done = run_command("trace", str(order_id), "--data", data, "--json")
+        assert done.returncode == 0, done.stderr
+        [trace] = json.loads(done.stdout)["traces"]
+        found[:] = trace["spans"]
+        return {"events.feed from orders", "events.feed from inventory"} <= {span["name"] for span in found}
+
+    wait_until(is_complete)
+    return found
+
+
+def missing(spans: Sequence[CollectedSpan]) -> set[tuple[str, str]]:
+    by_id = {span.span_id: span for span in spans}
+    found = {(named(by_id[span.parent_id]), named(span)) for span in spans if span.parent_id in by_id}
+    return EDGES - found
+
+
+def named(span: CollectedSpan) -> str:
+    return f"{span.service} {span.name}"
+
+
+def assert_links_lead_back(spans: Sequence[CollectedSpan]) -> None:
+    """Each batch names the calls that it carries; one of them is its parent."""
+    batches = [span for span in spans if span.attributes.get("mercato.batch.size")]
+    batches = [span for span in batches if span.kind == "server"]
+    assert batches
+    for batch in batches:
+        assert batch.parent_id in [span_id for _, span_id in batch.links], named(batch)
+
+
+def wait_for_feed(caller: Caller, count: int = 6) -> list[dict[str, str]]:
+    """The events of the order: of one that is paid six."""
+    found: list[dict[str, str]] = []
+
+    def is_complete() -> bool:
+        found[:] = [entry for entry in caller.get("/events?limit=500").json if entry["traceparent"]]
+        return len(found) == count
+
+    wait_until(is_complete)
+    return found
