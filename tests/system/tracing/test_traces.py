@@ -1,4 +1,4 @@
-"""The trace of a paid order, from the click to the feed, as a collector gets it: in one process and in many."""
+"""The trace of an order, from the click to the feed, as a collector gets it: in one process and in many."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from mercato.testing.caller import Caller
 from mercato.testing.collector import CollectedSpan, Collector
 from mercato.testing.command import run_command
 from mercato.testing.process import Process, data_folder
+from mercato.testing.responses import Response
 from mercato.testing.waiting import wait_until
 
 TRACE: Final = "4bf92f3577b34da6a3ce929d0e0e4736"
+REFUSED: Final = "0af7651916cd43dd8448eb211c80319c"
 CLICK: Final = "00f067aa0ba902b7"
 FEED: Final = "events.feed"
+
+EVENTS: Final = ("order.placed", "stock.held", "payment.captured", "stock.committed", "order.confirmed", "order.paid")
 
 PLACES: Final[Mapping[str, tuple[str, ...]]] = {
     "together": (),
@@ -68,14 +72,23 @@ EDGES: Final = {
 def test_a_paid_order_is_one_trace_from_the_click_to_the_feed(place: str) -> None:
     with Collector() as collector, data_folder() as data:
         # Nothing but what a client asks for is sampled: the click decides for all processes.
-        environment = {**collector.environment, "MERCATO_TRACE_SHARE": "0"}
+        environment = {**collector.environment, "MERCATO_TRACE_SHARE": "0", "MERCATO_LOG_LEVEL": "debug"}
         with Process(data, *PLACES[place], environment=environment) as shop, shop.ready().caller() as caller:
             body = {"user_id": 1, "items": [{"product_id": 100, "quantity": 1}], "payment_method": "sandbox:ok"}
             placed = caller.post("/orders", body, Prefer="wait=20", traceparent=f"00-{TRACE}-{CLICK}-01")
             assert (placed.status, placed.json["payment"]) == (201, "paid"), placed.text
             wait_until(lambda: any(FEED in span.name and "order.paid" in span.name for span in collector.spans(TRACE)))
-            entries = wait_for_feed(caller)
+            entries = wait_for_feed(caller, TRACE, *EVENTS)
             printed = wait_for_printed(data, placed.json["id"])
+            refused = caller.post(
+                "/orders",
+                {**body, "payment_method": "sandbox:insufficient_funds"},
+                Prefer="wait=20",
+                traceparent=f"00-{REFUSED}-{CLICK}-01",
+            )
+            wait_until(lambda: any("payment.failed to" in span.name for span in collector.spans(REFUSED)))
+            declined = wait_for_feed(caller, REFUSED, "order.placed", "payment.failed")
+            lines = run_command("logs", "--data", data, "--trace", REFUSED, "--last", "1000", "--json").stdout
             shop.stop()
     spans = collector.spans(TRACE)
     assert missing(spans) == set()
@@ -83,35 +96,27 @@ def test_a_paid_order_is_one_trace_from_the_click_to_the_feed(place: str) -> Non
     assert [(root.service, root.name) for root in roots] == [("gateway", "POST /orders")]
     known = {span.span_id for span in spans}
     assert [span for span in spans if span.parent_id not in known and span.parent_id != CLICK] == []
-    assert {span.trace_id for span in collector.spans()} == {TRACE}, "no other request was sampled"
+    assert {span.trace_id for span in collector.spans()} == {TRACE, REFUSED}, "no other request was sampled"
     assert all(span.start_ns <= span.end_ns for span in spans)
     assert_links_lead_back(spans)
-    assert {entry["traceparent"].split("-")[1] for entry in entries} == {TRACE}
     assert {entry["traceparent"].split("-")[2] for entry in entries} <= known
+    assert_one_id_leads_through_all(refused, collector.spans(REFUSED), declined, lines)
     assert {(span["span_id"], span["parent_id"]) for span in printed} == {(s.span_id, s.parent_id) for s in spans}
 
 
-def test_one_trace_id_leads_through_the_answer_the_log_the_spans_and_the_events_of_a_split_shop() -> None:
-    with Collector() as collector, data_folder() as data:
-        environment = {**collector.environment, "MERCATO_TRACE_SHARE": "1", "MERCATO_LOG_LEVEL": "debug"}
-        with Process(data, "--split", environment=environment) as shop, shop.ready().caller() as caller:
-            body = {"user_id": 1, "items": [{"product_id": 100, "quantity": 1}]}
-            refused = caller.post("/orders", {**body, "payment_method": "sandbox:insufficient_funds"}, Prefer="wait=20")
-            assert (refused.status, refused.json["code"]) == (402, "orders.payment_declined"), refused.text
-            trace_id, order_id = refused.json["trace_id"], refused.json["order_id"]
-            wait_until(lambda: any("payment.failed" in span.name for span in collector.spans(trace_id)))
-            entries = wait_for_feed(caller, 4)
-            lines = run_command("logs", "--data", data, "--trace", trace_id, "--last", "1000", "--json").stdout
-            shop.stop()
-    spans = collector.spans(trace_id)
-    assert {"gateway", "orders", "inventory", "payments", "sandbox", "events"} <= {span.service for span in spans}
+def assert_one_id_leads_through_all(
+    refused: Response, spans: Sequence[CollectedSpan], entries: Sequence[Mapping[str, Any]], lines: str
+) -> None:
+    """From the problem that a client got to the spans, the events and the log of its order."""
+    assert (refused.status, refused.json["code"]) == (402, "orders.payment_declined"), refused.text
+    assert refused.json["trace_id"] == REFUSED
+    order_id = refused.json["details"]["order_id"]
     logged = {entry["event"]: entry for entry in map(json.loads, lines.splitlines())}
-    assert logged["request"]["order_id"] == logged["payment.failed"]["order_id"] == order_id
-    assert (logged["request"]["process"], logged["payment.failed"]["process"]) == ("gateway", "payments")
+    assert {logged[event]["order_id"] for event in ("request", "payment.failed")} == {order_id}
+    assert {logged[event]["service"] for event in ("request", "payment.failed")} == {"gateway", "payments"}
     known = {span.span_id for span in spans}
-    assert {logged["request"]["span_id"], logged["payment.failed"]["span_id"]} <= known
-    assert {entry["traceparent"].split("-")[1] for entry in entries} == {trace_id}
-    assert {"order.placed", "payment.failed"} <= {entry["type"] for entry in entries}
+    assert {logged[event]["span_id"] for event in ("request", "payment.failed")} <= known
+    assert {entry["data"]["order_id"] for entry in entries} == {order_id}
 
 
 def wait_for_printed(data: Path, order_id: int) -> list[dict[str, Any]]:
@@ -148,13 +153,14 @@ def assert_links_lead_back(spans: Sequence[CollectedSpan]) -> None:
         assert batch.parent_id in [span_id for _, span_id in batch.links], named(batch)
 
 
-def wait_for_feed(caller: Caller, count: int = 6) -> list[dict[str, str]]:
-    """The events of the order: of one that is paid six."""
-    found: list[dict[str, str]] = []
+def wait_for_feed(caller: Caller, trace_id: str, *types: str) -> list[dict[str, Any]]:
+    """The events of a trace, once all of these types are there."""
+    found: list[dict[str, Any]] = []
 
     def is_complete() -> bool:
-        found[:] = [entry for entry in caller.get("/events?limit=500").json if entry["traceparent"]]
-        return len(found) == count
+        entries = caller.get("/events?limit=500").json
+        found[:] = [entry for entry in entries if trace_id in (entry["traceparent"] or "")]
+        return {*types} <= {entry["type"] for entry in found}
 
     wait_until(is_complete)
     return found
