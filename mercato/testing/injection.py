@@ -21,12 +21,17 @@ POWER_FAILS: Final = "the power fails here"
 
 @contextlib.contextmanager
 def injecting() -> Generator[Inject]:
-    """Faults for the time of a block: at its end all are removed."""
+    """Faults for the time of a block: at its end all are removed, and what waits at a `Pause` goes on.
+
+    A test that fails while it holds a task there would otherwise end when the deadline of that task has passed.
+    """
     with contextlib.ExitStack() as removals:
 
         def inject(point: str, fault: Fault) -> Callable[[], None]:
             remove = faults.inject(point, fault)
             removals.callback(remove)
+            if isinstance(fault, Pause):
+                removals.callback(fault.resume.set)
             return remove
 
         yield inject
