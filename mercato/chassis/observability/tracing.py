@@ -15,9 +15,10 @@ fail need `share` 1, and a collector that chooses among them when they have ende
 
 from __future__ import annotations
 
+import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, Protocol
 
 import msgspec
@@ -46,20 +47,22 @@ class Exporter(Protocol):
 
 
 class Budget:
-    """So many a second, counted at no cost while none is used."""
+    """So many a second. `now` is a time of `time.perf_counter`."""
 
-    def __init__(self, per_second: float, now: Callable[[], float]) -> None:
+    def __init__(self, per_second: float) -> None:
         self._per_second = per_second
         self._most = per_second * BURST_SECONDS
         self._left = self._most
-        self._now = now
-        self._at = now()
+        self._at = 0.0
+        self._spent_until = 0.0 if per_second else math.inf
 
-    def take(self) -> bool:
-        now = self._now()
+    def take(self, now: float) -> bool:
+        if now < self._spent_until:
+            return False
         self._left = min(self._most, self._left + (now - self._at) * self._per_second)
         self._at = now
         if self._left < 1:
+            self._spent_until = now + (1 - self._left) / self._per_second
             return False
         self._left -= 1
         return True
@@ -73,17 +76,14 @@ class Tracing:
         self.share = 0.0
         self.recent = RecentTraces()
         self._exporter: Exporter | None = None
-        now = time.perf_counter
-        self._asked, self._kept, self._partial = (
-            Budget(rate, now) for rate in (ASKED_A_SECOND, KEPT_A_SECOND, PARTIAL_A_SECOND)
-        )
+        self._asked, self._kept, self._partial = map(Budget, (ASKED_A_SECOND, KEPT_A_SECOND, PARTIAL_A_SECOND))
         self._epoch_ns = time.time_ns() - round(time.perf_counter() * 1e9)
 
     def start(self, share: float, exporter: Exporter | None = None, *, kept_a_second: float = KEPT_A_SECOND) -> None:
         """From now on a `share` of the requests is sampled, and sampled spans go to `exporter`."""
         self.is_on = True
         self.share = share
-        self._kept = Budget(kept_a_second, time.perf_counter)
+        self._kept = Budget(kept_a_second)
         self._exporter = exporter
 
     def close(self) -> None:
@@ -97,9 +97,9 @@ class Tracing:
     def request(self, name: str, service: str, trace_id: str, parent_id: int, *, asked: bool, started: float) -> Span:
         """The span of a request from outside. `asked`: its client wants it to be sampled."""
         flags = 0
-        if random.random() < self.share or (asked and self._asked.take()):
+        if random.random() < self.share or (asked and self._asked.take(started)):
             flags = SAMPLED | KEPT
-        elif self._kept.take():
+        elif self._kept.take(started):
             flags = KEPT
         places = [Place(trace_id, flags, parent_id)] if flags else ()
         return Span(name, service, SERVER, self, places, started=started)
@@ -153,7 +153,11 @@ class Tracing:
 
     def export_partial(self, span: Span, trace_id: str) -> None:
         """Exports what this process has done for a request that was not sampled. `span` has ended."""
-        if self._exporter is None or any(place.flags & SAMPLED for place in span.places) or not self._partial.take():
+        if (
+            self._exporter is None
+            or any(place.flags & SAMPLED for place in span.places)
+            or not self._partial.take(span.started)
+        ):
             return
         if span.places:
             for kept in self.recent.trace(trace_id):

@@ -115,7 +115,7 @@ class BatchMetrics:
 
 
 class PendingRequest:
-    """The only request of a call, whose future it resolves or fails."""
+    """The only request of a call, whose future it resolves or fails. The span of its context is its own if recorded."""
 
     __slots__ = ("context", "future", "queued_at", "request")
 
@@ -131,12 +131,12 @@ class PendingRequest:
 
     def drop(self) -> None:
         """Called when it leaves the queue without a waiting caller."""
-        if (span := self.context.span) is not None:
+        if (span := self.context.span) is not None and span.places:
             span.end(CANCELLED)
 
     def settle(self, outcome: Outcome) -> None:
         """Only the first outcome counts."""
-        if (span := self.context.span) is not None:
+        if (span := self.context.span) is not None and span.places:
             span.end(outcome.code if isinstance(outcome, ServiceError) else "")
         if self.future.done():
             return
@@ -183,7 +183,7 @@ class GroupedRequest(PendingRequest):
         group.missing -= 1
         if group.missing:
             return
-        if (span := self.context.span) is not None:
+        if (span := self.context.span) is not None and span.places:
             span.end()
         if not self.future.done():
             self.future.set_result(group.outcomes)
@@ -435,7 +435,8 @@ class BatchedCall:
         """The context of a call made now: that of its caller, with the operation's deadline and a span of its own."""
         context = current.get()
         deadline = min(context.deadline, self._monotonic() + self._deadline_s)
-        if (span := context.span) is not None:
+        span = context.span
+        if span is not None and span.places:  # a call that is not recorded has no span: its batch has one
             span = span.child(self._name, CLIENT)
         return Context(context.actor, deadline, context.trace_id, context.request_id, span)
 

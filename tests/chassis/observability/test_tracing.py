@@ -91,13 +91,16 @@ def test_a_client_that_records_its_trace_has_it_recorded_here_within_a_bound(exp
 
 
 def test_a_budget_fills_again_up_to_a_burst() -> None:
-    now = 0.0
-    budget = Budget(2.0, lambda: now)
-    assert sum(budget.take() for _ in range(100)) == 2 * BURST_SECONDS
-    now = 1.0
-    assert [budget.take() for _ in range(3)] == [True, True, False]
-    now = 1_000_000.0
-    assert sum(budget.take() for _ in range(100)) == 2 * BURST_SECONDS
+    budget = Budget(2.0)
+    assert sum(budget.take(10.0) for _ in range(100)) == 2 * BURST_SECONDS
+    assert [budget.take(11.0) for _ in range(3)] == [True, True, False]
+    assert [budget.take(11.4), budget.take(11.5), budget.take(11.6)] == [False, True, False]
+    assert sum(budget.take(1_000_000.0) for _ in range(100)) == 2 * BURST_SECONDS
+
+
+def test_a_budget_of_nothing_is_never_taken_from() -> None:
+    budget = Budget(0.0)
+    assert not any(budget.take(now) for now in (0.0, 1.0, 1_000_000.0))
 
 
 # -------------------------------------------------------------------------------------------------------------- batches
