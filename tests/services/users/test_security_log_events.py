@@ -26,7 +26,8 @@ from mercato.testing.injection import FailAt, Inject
 from mercato.testing.waiting import until
 
 MEMBER: Final = Actor("staff", 9)
-AT: Final = datetime.datetime(2026, 1, 1, 12, 30, 1, 5, tzinfo=datetime.UTC)
+AT: Final = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
+"""Yesterday: the task that deletes entries older than 90 days runs beside the tests."""
 _skus = itertools.count(1)
 
 
