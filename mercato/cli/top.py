@@ -7,9 +7,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
@@ -56,7 +56,14 @@ class Row(msgspec.Struct, frozen=True):
 
 def top(data: Path, at: Sequence[str], *, every: float, count: int | None, as_json: bool) -> int:
     """Prints a table each `every` seconds, `count` times; None: until Ctrl-C. Gives 1 if no process answers."""
-    return databases.run(lambda: _top(data, at, every=every, count=count, as_json=as_json))
+    return databases.run(lambda: _until_ctrl_c(_top(data, at, every=every, count=count, as_json=as_json)))
+
+
+async def _until_ctrl_c(shown: Coroutine[Any, Any, int]) -> int:
+    try:
+        return await shown
+    except asyncio.CancelledError:
+        return 0  # Ctrl-C is how watching ends
 
 
 async def _top(data: Path, at: Sequence[str], *, every: float, count: int | None, as_json: bool) -> int:
@@ -74,12 +81,8 @@ async def _top(data: Path, at: Sequence[str], *, every: float, count: int | None
             if as_json:
                 show(json.dumps({"seconds": round(now - began, 3), "services": msgspec.to_builtins(rows)}))
             else:
-                if is_screen:
-                    show(CLEAR.rstrip("\n"))
-                elif done:
-                    show("")
-                for line in table([HEADERS, *map(_cells, rows)]):
-                    show(line)
+                before_table = CLEAR if is_screen else "\n" if done else ""
+                show(before_table + "\n".join(table([HEADERS, *map(_cells, rows)])))
             before, began, done = after, now, done + 1
     return 0
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+from pathlib import Path
 
 import pytest
 
 from mercato.cli.top import CALL_SECONDS, Row, percentiles, rows_of, samples_of
-from mercato.testing.command import run_command
+from mercato.testing.command import Command, clean_environment, run_command
 from mercato.testing.process import Process, data_folder
 
 MS = 1_000_000
@@ -89,6 +91,21 @@ def test_it_shows_a_running_shop():
     services = {row["service"]: row for row in json.loads(document)["services"]}
     assert services["products"]["processes"] == 1
     assert (gone.returncode, gone.stderr.count("\n")) == (1, 1)
+
+
+def test_ctrl_c_is_how_watching_ends():
+    with data_folder() as data, Process(data) as shop:
+        shop.ready()
+        with watching(data) as command:
+            assert command.stdout.readline().startswith("SERVICE ")
+            command.send_signal(signal.SIGINT)
+            assert command.wait() == 0
+            assert command.stderr.read() == ""
+        shop.stop()
+
+
+def watching(data: Path) -> Command:
+    return Command(["top", "--data", data, "--every", "0.1"], environment=clean_environment())
 
 
 @pytest.mark.parametrize("arguments", [("--every", "0"), ("--count", "0"), ("--every", "x")])

@@ -125,10 +125,6 @@ class Span:
             self._id = random.getrandbits(63) + 1
         return self._id
 
-    @property
-    def is_recorded(self) -> bool:
-        return bool(self.places)
-
     def child(self, name: str, kind: str = INTERNAL, service: str = "") -> Span:
         """A span below this one, begun now, of the same service where none is named."""
         span = Span(name, service or self.service, kind, self.recorder, self.below())

@@ -169,6 +169,8 @@ class Database:
         """Called after the commit of a transaction with events."""
         self.on_commit: list[Callable[[], None]] = []
         """Called after the commit of any transaction."""
+        self._attributes = {"db.system.name": "postgresql", "db.namespace": service}
+        """Of each span."""
         self._refused_at: float | None = None
         self.pack: Callable[[Sequence[outbox_row.Outgoing]], Sequence[str]] = outbox_row.pack
         """Makes rows of the events of a transaction. Tests set one that also checks them."""
@@ -208,7 +210,7 @@ class Database:
         if (serving := current_span()) is None:
             return NO_SPAN
         span = serving.child(f"{self.service} {what}", CLIENT, self.service)
-        span.note({"db.system.name": "postgresql", "db.namespace": self.service})
+        span.note(self._attributes)
         return span
 
     def _packed(self, events: Sequence[outbox_row.Outgoing], span: Span | None) -> Sequence[str]:

@@ -79,7 +79,7 @@ def test_the_first_requests_are_kept_and_not_exported(exported: Exported) -> Non
 def test_only_so_many_a_second_are_kept(exported: Exported) -> None:
     tracing = started(0.0, exported)
     spend(tracing)
-    assert not request(tracing).is_recorded
+    assert not request(tracing).places
     assert len(tracing.recent.trace(TRACE)) >= KEPT_A_SECOND * BURST_SECONDS
 
 
@@ -128,7 +128,7 @@ def test_a_request_that_is_not_recorded_remembers_its_batch(exported: Exported) 
     span = request(tracing)
     batch = tracing.batch("orders.place", "orders", [span])
     assert span.children == [batch]
-    assert not batch.is_recorded
+    assert not batch.places
 
 
 # -------------------------------------------------------------------------------------------- requests that have failed
