@@ -199,7 +199,8 @@ class Consumer:
         traced = [
             Span(f"{event.type} to {consumer}", service, CONSUMER, self._tracing, read(event.trace))
             for row in page
-            for event in row.unpack()
+            if outbox_row.HAS_TRACE in row.events
+            for event in outbox_row.traces(row.events)
             if event.trace and (types is None or event.type in types)
         ]
         if not traced:

@@ -218,7 +218,7 @@ class Database:
         if span is not None and span.places and (serving := current_span()) is not None:
             span.places = serving.below()  # again: by now it may be known what they are about
             below = span.below()
-            events = [outbox_row.traced(event, below) for event in events]
+            events = outbox_row.traced(events, below)
         return self.pack(events)
 
     @contextlib.asynccontextmanager

@@ -43,7 +43,16 @@ class OutboxEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     trace: str = ""
 
 
+class EventTrace(msgspec.Struct, frozen=True, gc=False):
+    """Of an event in a row of the outbox."""
+
+    type: str
+    trace: str = ""
+
+
 unpack: Final = msgspec.json.Decoder(list[OutboxEvent]).decode
+traces: Final = msgspec.json.Decoder(list[EventTrace]).decode
+"""The type and the trace of each event of a row. The rest is passed over, which costs a tenth of `unpack`."""
 
 
 def pack(events: Sequence[Outgoing] | Sequence[OutboxEvent]) -> list[str]:
@@ -55,12 +64,20 @@ def pack(events: Sequence[Outgoing] | Sequence[OutboxEvent]) -> list[str]:
     return pack(events[:middle]) + pack(events[middle:])
 
 
-def traced(event: Outgoing, places: Sequence[Place]) -> Outgoing:
-    """The event with those of the traces that are about what it is about, or are not known to be about something."""
-    field = event.data.about_field
-    about = getattr(event.data, field) if field else 0
-    own = [place for place in places if not place.about or not about or place.about == about]
-    return msgspec.structs.replace(event, trace=written(own)) if own else event
+def traced(events: Sequence[Outgoing], places: Sequence[Place]) -> Sequence[Outgoing]:
+    """The events, each with those of the traces that are about what it is about, or not known to be about something.
+
+    In a batch of many requests one is recorded: the events of the others are only looked at.
+    """
+    known = {place.about for place in places}
+    found = list(events)
+    for n, event in enumerate(events):
+        field = event.data.about_field
+        about = getattr(event.data, field) if field else 0
+        if about in known or not about or 0 in known:
+            own = [place for place in places if not place.about or not about or place.about == about]
+            found[n] = msgspec.structs.replace(event, trace=written(own))
+    return found
 
 
 def position(row_id: int, place: int) -> int:
