@@ -26,8 +26,8 @@ HEADERS: Final = ("SERVICE", "PROCESSES", "CALLS/S", "P50", "P99", "ERRORS/S", "
 CLEAR: Final = "\033[H\033[J"
 MISSING: Final = 1
 
-HTTP_SECONDS: Final = "mercato_http_request_seconds"
-HTTP_REQUESTS: Final = "mercato_http_requests"
+HTTP_SECONDS: Final = "http_server_request_duration_seconds"
+STATUS: Final = "http_response_status_code"
 CALL_SECONDS: Final = "rpc_server_call_duration_seconds"
 REQUESTS: Final = "mercato_requests"
 FAILED: Final = "mercato_requests_failed"
@@ -124,11 +124,11 @@ def _change(before: Mapping[str, Samples], after: Mapping[str, Samples]) -> Samp
 
 
 def _gateway(change: Samples, after: Mapping[str, Samples], seconds: float) -> Row:
-    requests = {series: value for series, value in change.items() if series[0] == f"{HTTP_REQUESTS}_total"}
-    failed = sum(value for (_, labels), value in requests.items() if dict(labels)["status"].startswith("5"))
+    requests = {series: value for series, value in change.items() if series[0] == f"{HTTP_SECONDS}_count"}
+    failed = sum(value for (_, labels), value in requests.items() if dict(labels)[STATUS].startswith("5"))
     p50, p99 = percentiles(change, HTTP_SECONDS, "")
     answering = sum(
-        any(name == f"{HTTP_REQUESTS}_total" and value for (name, _), value in samples.items())
+        any(name == f"{HTTP_SECONDS}_count" and value for (name, _), value in samples.items())
         for samples in after.values()
     )
     return Row(GATEWAY, answering, sum(requests.values()) / seconds, p50, p99, failed / seconds, None, 0, "-")

@@ -11,11 +11,12 @@ from typing import Final
 
 import structlog
 
+from mercato.chassis.hosting.host import GATEWAY
 from mercato.gateway.headers import RequestHeaders
 
 SLOW_SECONDS: Final = 1.0
 
-log = structlog.stdlib.get_logger("mercato.access")
+log = structlog.stdlib.get_logger("mercato.access", service=GATEWAY)
 
 
 def note(method: str, route: str, status: int, seconds: float, headers: RequestHeaders) -> None:

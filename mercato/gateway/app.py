@@ -20,7 +20,6 @@ from typing import Any, Final
 
 import msgspec
 import structlog
-from prometheus_client import Counter
 
 from mercato.chassis.contract import (
     ANONYMOUS_ACTOR,
@@ -35,6 +34,7 @@ from mercato.chassis.contract import (
     Span,
     current,
 )
+from mercato.chassis.hosting.host import GATEWAY
 from mercato.chassis.http import COMPLETE_RESPONSE, LoadLimits, Priority, Shedder
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.observability.telemetry import Telemetry
@@ -54,7 +54,7 @@ from mercato.gateway.other_requests import answer_other_method, serve_page
 from mercato.gateway.rates import PasswordTries, RateLimiter, call_guarded
 from mercato.gateway.route import NO_TEXT, Page, Route, RouteRequest, gathering
 from mercato.gateway.shared_counts import SharedCounts
-from mercato.gateway.spans import CLIENT_GONE, GATEWAY, attributes_of, order_in
+from mercato.gateway.spans import CLIENT_GONE, HTTP_SECONDS, answered, attributes_of, labels_of, method_label, order_in
 from mercato.gateway.validation import (
     ClientGone,
     Receive,
@@ -83,11 +83,7 @@ ADDRESS_LENGTH: Final = 64
 JSON: Final = b"content-type: application/json"
 REVALIDATE: Final = b"cache-control: no-cache"
 
-log = structlog.stdlib.get_logger("mercato.gateway")
-
-
-def answered(telemetry: Telemetry) -> Counter:
-    return telemetry.counter("mercato_http_requests", "Requests answered.", ["route", "status"])
+log = structlog.stdlib.get_logger("mercato.gateway", service=GATEWAY)
 
 
 class Gateway:
@@ -113,6 +109,7 @@ class Gateway:
         self._authenticator = authenticator
         self._requests = answered(telemetry)
         self._tracing = telemetry.tracing
+        self._exemplars = telemetry.exemplars
         self._monotonic = clock.monotonic
         self._fallback = fallback
         self._seconds = request_seconds
@@ -162,14 +159,16 @@ class Gateway:
             await send({"type": COMPLETE_RESPONSE, "status": status, "lines": lines, "body": body})
         else:
             await representations.send_in_two(send, status, lines, body)
+        seconds = time.perf_counter() - started
         if headers.span is not None and route is not None:
-            self._end(headers.span, route.route, status, headers)
-        self.note(route, status, time.perf_counter() - started, headers, scope["method"])
+            self._end(headers.span, route, status, headers, seconds)
+        self.note(route, status, seconds, headers, scope["method"])
 
-    def _end(self, span: Span, route: Route, status: int, headers: RequestHeaders) -> None:
+    def _end(self, span: Span, route: BoundRoute, status: int, headers: RequestHeaders, seconds: float) -> None:
         """Ends the span of a request whose answer was sent."""
         if span.places:
-            span.note(attributes_of(route, status, headers))
+            span.note(attributes_of(route.route, status, headers))
+            self._exemplars.note(HTTP_SECONDS, labels_of(route.route, status), seconds, span)
         is_failed = status >= 500 and status != 503  # an overloaded process answers 503 to many
         self._tracing.end_request(span, headers.trace_id, str(status) if status >= 500 else "", is_failed=is_failed)
 
@@ -288,10 +287,9 @@ class Gateway:
 
     def note(self, route: BoundRoute | None, status: int, seconds: float, headers: RequestHeaders, method: str) -> None:
         if route is not None:
-            route.count(status)
-            route.observe_seconds(seconds)
+            (route.observe.get(status) or route.observe_status(status))(seconds)
         else:
-            self._requests.labels("none", str(status)).inc()
+            self._requests.labels(method_label(method), "", str(status)).observe(seconds)
         # An overloaded process answers 503 to many: its metrics count them.
         if self._log_requests or (status >= 500 and status != 503) or seconds >= access_log.SLOW_SECONDS:
             access_log.note(method, route.route.path if route else "none", status, seconds, headers)
@@ -407,13 +405,9 @@ class BoundRoute:
         self._text = route.text
         self.is_guest = route.is_guest
         self.takes_access_token = route.takes_access_token
-        seconds = "From the first byte of a request's body to the last of its answer."
-        self.observe_seconds: Callable[[float], None] = (
-            telemetry.histogram("mercato_http_request_seconds", seconds, ["route"]).labels(self.name).observe
-        )
         self._requests = answered(telemetry)
-        self._counts: dict[int, Callable[[], None]] = {}
-        self._counter(route.status)
+        self.observe: dict[int, Callable[[float], None]] = {}
+        """Takes the seconds of a request, by the status of its answer; `observe_status` makes one that is missing."""
         self._decoder = decoder(route.body) if route.body else None
         self._body_optional = route.body_optional
         self._body_bytes = route.limits.body_bytes
@@ -426,12 +420,9 @@ class BoundRoute:
         self._plain = not (route.etag or route.location or route.replayed)
         self._forms = [(form, BoundRoute(form.of(route), client, telemetry, currency)) for form in route.forms]
 
-    def count(self, status: int) -> None:
-        (self._counts.get(status) or self._counter(status))()
-
-    def _counter(self, status: int) -> Callable[[], None]:
-        count = self._counts[status] = self._requests.labels(self.name, str(status)).inc
-        return count
+    def observe_status(self, status: int) -> Callable[[float], None]:
+        observe = self.observe[status] = self._requests.labels(**labels_of(self.route, status)).observe
+        return observe
 
     # ------------------------------------------------------------------------------------------- decode the request
 

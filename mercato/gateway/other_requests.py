@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from mercato.chassis.contract import ANONYMOUS_ACTOR, current
+from mercato.chassis.hosting.host import GATEWAY
 from mercato.gateway import problems, representations
 from mercato.gateway.headers import RequestHeaders
 from mercato.gateway.validation import Receive
@@ -16,7 +17,7 @@ from mercato.gateway.validation import Receive
 if TYPE_CHECKING:
     from mercato.gateway.app import Asgi, Gateway, Scope, Send
 
-log = structlog.stdlib.get_logger("mercato.gateway")
+log = structlog.stdlib.get_logger("mercato.gateway", service=GATEWAY)
 
 
 def answer_other_method(

@@ -94,8 +94,9 @@ class Pages:
         """
         if not self._is_collector(request):
             await self._require_staff(request)
-        text, content_type = await asyncio.to_thread(self._telemetry.exposition)
-        return Response(text, headers={"content-type": content_type, "cache-control": NO_STORE})
+        accept = request.headers.get("accept", "")
+        text, content_type = await asyncio.to_thread(self._telemetry.exposition, accept)
+        return Response(text, headers={"content-type": content_type, "cache-control": NO_STORE, "vary": "Accept"})
 
     async def _jwks(self, _: Request) -> Response:
         self._cap_deadline()

@@ -1,20 +1,47 @@
-"""What the spans of requests say: attributes, and which order a trace is about."""
+"""What the spans and the metric of requests say: attributes, labels, and which order a trace is about."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from prometheus_client import Histogram
+
 from mercato.chassis.contract import Message
+from mercato.chassis.observability.telemetry import Telemetry
 from mercato.contracts.orders import Orders
 from mercato.gateway.headers import RequestHeaders
 from mercato.gateway.route import Route
 
-GATEWAY: Final = "gateway"
-"""The service of the spans of requests."""
 CLIENT_GONE: Final = "client_gone"
 """The failure of a request whose client did not wait for the answer."""
+
+
+HTTP_SECONDS: Final = "http_server_request_duration_seconds"
+METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"})
+OTHER_METHOD: Final = "_OTHER"
+"""What a method that is not in `METHODS` is called, so that a client does not make series (semantic conventions)."""
+
+
+def answered(telemetry: Telemetry) -> Histogram:
+    """Requests by method, route and status, as OpenTelemetry's semantic conventions name them."""
+    about = "From a request's head to the last byte of its answer."
+    labels = ["http_request_method", "http_route", "http_response_status_code"]
+    return telemetry.histogram(HTTP_SECONDS, about, labels)
+
+
+def labels_of(route: Route, status: int) -> Mapping[str, str]:
+    """The labels of a request for a route. One for another path has an empty `http_route`."""
+    return {
+        "http_request_method": route.method,
+        "http_route": route.path,
+        "http_response_status_code": str(status),
+    }
+
+
+def method_label(method: str) -> str:
+    return method if method in METHODS else OTHER_METHOD
 
 
 def attributes_of(route: Route, status: int, headers: RequestHeaders) -> dict[str, Any]:

@@ -16,11 +16,12 @@ import msgspec
 import structlog
 
 from mercato.chassis.contract import ServiceError
+from mercato.chassis.hosting.host import GATEWAY
 from mercato.chassis.http import LONG_RESPONSE
 from mercato.gateway import problems
 from mercato.gateway.route import Wait
 
-log = structlog.stdlib.get_logger("mercato.gateway")
+log = structlog.stdlib.get_logger("mercato.gateway", service=GATEWAY)
 
 Ask = Callable[[Any], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]

@@ -17,6 +17,7 @@ from prometheus_client.samples import Sample
 
 from mercato import topology
 from mercato.embedded_postgres import processes
+from mercato.gateway.spans import HTTP_SECONDS
 from mercato.testing.caller import Buyers, Caller, everything
 from mercato.testing.cluster import Cluster
 from mercato.testing.command import run_command
@@ -211,7 +212,11 @@ def test_wrong_options_are_refused_in_a_sentence(tmp_path: Path, options: list[s
 
 def reads_counted(shop: Process) -> int:
     """How often the catalogue was read, as a gateway says on a new connection."""
-    [count] = [sample.value for sample in samples(shop) if sample.labels.get("route") == "GET /products"]
+    [count] = [
+        sample.value
+        for sample in samples(shop)
+        if sample.name == f"{HTTP_SECONDS}_count" and sample.labels["http_route"] == "/products"
+    ]
     return int(count)
 
 
@@ -219,7 +224,7 @@ def samples(shop: Process) -> list[Sample]:
     """Of the requests, and of the processes, that a gateway shows."""
     with shop.caller() as caller:
         families = list(text_string_to_metric_families(caller.get("/metrics").text))
-    wanted = ("mercato_http_requests", "process_start_time_seconds")
+    wanted = (HTTP_SECONDS, "process_start_time_seconds")
     return [sample for family in families if family.name in wanted for sample in family.samples]
 
 

@@ -22,8 +22,8 @@ mercato_requests_total{{rpc_method="orders.get"}} {requests}
 mercato_requests_failed_total{{rpc_method="orders.get"}} {failed}
 mercato_calls_in_flight{{operations="reads",service="orders"}} {in_flight}
 mercato_breaker_open{{operations="reads",service="orders"}} {is_open}
-mercato_http_requests_total{{route="GET /orders",status="200"}} {requests}
-mercato_http_requests_total{{route="GET /orders",status="500"}} {failed}
+http_server_request_duration_seconds_count{{http_response_status_code="200",http_route="/orders"}} {requests}
+http_server_request_duration_seconds_count{{http_response_status_code="500",http_route="/orders"}} {failed}
 """
 
 

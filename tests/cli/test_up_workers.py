@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,8 +114,7 @@ def requests_counted(shop: Process) -> int:
     return sum(
         int(float(line.rpartition(" ")[2]))
         for line in text.splitlines()
-        if line.startswith("mercato_http_requests_total")
-        and re.search(r'route="[^"]*(products\.search|/products)"', line)
+        if line.startswith("http_server_request_duration_seconds_count") and 'http_route="/products"' in line
     )
 
 

@@ -11,6 +11,7 @@ import msgspec
 from mercato.contracts.products import Product
 from mercato.contracts.roles import CUSTOMER
 from mercato.gateway.route import Route
+from mercato.gateway.spans import HTTP_SECONDS
 from mercato.testing.cluster import Cluster
 from mercato.testing.responses import Response
 from mercato.testing.shop import Shop
@@ -133,3 +134,9 @@ def without_ids(response: Response, *ids: int | str) -> tuple[int, dict[str, str
         body = body.replace(str(known), "ID")
     hidden = {"date", "x-request-id", "content-length"}
     return response.status, {name: value for name, value in response.headers.items() if name not in hidden}, body
+
+
+def requests(method: str, route: str, status: int) -> str:
+    """The sample that counts such requests."""
+    labels = f'http_request_method="{method}",http_response_status_code="{status}",http_route="{route}"'
+    return f"{HTTP_SECONDS}_count{{{labels}}}"

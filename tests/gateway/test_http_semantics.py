@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 from jsonschema import Draft202012Validator
 
-from gateway.harness import Things
+from gateway.harness import Things, requests
 from mercato import topology
 from mercato.chassis.http import bind
 from mercato.gateway import openapi
@@ -366,11 +366,11 @@ async def test_metrics_show_requests_batches_queues_and_pools(open_shop: Shop) -
         return reply.body.decode()
 
     samples = {
-        'mercato_http_requests_total{route="POST /orders",status="201"}': 3,
-        'mercato_http_requests_total{route="GET /orders/{id}",status="404"}': 1,
-        'mercato_http_requests_total{route="none",status="404"}': 2,
-        'mercato_http_requests_total{route="none",status="405"}': 1,
-        'mercato_http_request_seconds_count{route="POST /orders"}': 3,
+        requests("POST", "/orders", 201): 3,
+        requests("GET", "/orders/{id}", 404): 1,
+        requests("GET", "", 404): 2,
+        requests("DELETE", "", 405): 1,
+        requests("_OTHER", "", 405): 1,
         'mercato_batch_size_count{operation="orders.place"}': 3,
         'mercato_batch_size_sum{operation="orders.place"}': 3,
         'mercato_queue_wait_seconds_count{operation="orders.place"}': 3,
@@ -380,13 +380,15 @@ async def test_metrics_show_requests_batches_queues_and_pools(open_shop: Shop) -
         assert (await open_shop.post("/orders", {"user_id": 1, "product_id": 100})).status == 201
     for path in ("/orders/999999", "/nothing", "/nothing/else"):
         assert (await open_shop.get(path)).status == 404
-    assert (await open_shop.request("DELETE", "/orders")).status == 405
+    for method in ("DELETE", "PROPFIND"):
+        assert (await open_shop.request(method, "/orders")).status == 405
     after = await metrics()
     for sample, more in samples.items():
         assert counted(after, sample) - counted(before, sample) == more, sample
     for service in ("users", "products", "orders"):
-        assert counted(after, f'mercato_pool_connections_limit{{service="{service}"}}') >= 1
-        assert f'mercato_pool_connections_busy{{service="{service}"}}' in after
+        pool = f'db_client_connection_pool_name="{service}"'
+        assert counted(after, f"db_client_connection_max{{{pool}}}") >= 1
+        assert f'db_client_connection_count{{{pool},db_client_connection_state="used"}}' in after
     assert "/999999" not in after, "a label is a row, never a path"
 
 

@@ -21,13 +21,21 @@ from mercato.contracts.products import Product
 from mercato.gateway import access_log
 from mercato.gateway.headers import RequestHeaders
 from mercato.testing.cluster import Cluster
+from mercato.testing.injection import fail, injecting
 from mercato.testing.shop import Shop
 from mercato.testing.shop_data import PASSWORD, new_person, new_product
 
 in_session = pytest.mark.asyncio(loop_scope="session")
 
 PACKAGE = Path(mercato.__file__).parent
-NAME = re.compile(r"(mercato|process|rpc_server_call)(_[a-z0-9]+)+\Z")
+SEMANTIC_CONVENTIONS = {
+    "http_server_request_duration_seconds": "histogram",
+    "rpc_server_call_duration_seconds": "histogram",
+    "db_client_connection_count": "gauge",
+    "db_client_connection_max": "gauge",
+}
+"""Metrics that OpenTelemetry names."""
+NAME = re.compile(r"(mercato|process)(_[a-z0-9]+)+\Z")
 NOT_BASE = re.compile(r"_(ms|us|ns|milliseconds?|minutes?|hours?|kb|mb|percent|pct|count|sum|info_total)\Z")
 """Of a name: a unit that is none of the base units of Prometheus, or an ending that it gives itself."""
 
@@ -88,6 +96,19 @@ async def test_an_access_line_has_the_route_and_no_word_of_the_client(shop: Shop
     assert (second["method"], second["route"], second["status"]) == ("GET", "none", 404)
     assert "hunter2" not in lines.text
     assert "987654321" not in lines.text
+
+
+@in_session
+async def test_a_line_names_its_service_although_the_request_is_not_traced(shop: Shop, lines: Lines):
+    shop.harness.host.telemetry.tracing.start(0.0, kept_a_second=0.0)
+    lines.begin("info")
+
+    with injecting() as inject:
+        inject("orders.place.before_commit", fail)
+        assert (await shop.post("/orders", {"user_id": 1, "product_id": 100})).status == 500
+
+    assert [line["service"] for line in lines.named("request")] == ["gateway"]
+    assert [line["service"] for line in lines.named("operation_failed")] == ["orders"]
 
 
 @in_session
@@ -221,6 +242,8 @@ def declared_metrics(source: str) -> Iterator[tuple[str, str]]:
 
 def misnamed(name: str, kind: str, about: str) -> str:
     """What is wrong with a metric, by prometheus.io/docs/practices/naming; empty: nothing."""
+    if SEMANTIC_CONVENTIONS.get(name) == kind:
+        return ""
     name = name.removesuffix("_total") if kind == "counter" else name
     if not NAME.match(name) or not about.strip():
         return f"{name}: lower case words behind mercato_, with a text"
@@ -237,6 +260,8 @@ def misnamed(name: str, kind: str, about: str) -> str:
         ("orders_placed", "counter"),
         ("mercato_orders_total", "gauge"),
         ("mercato_pool_used_percent", "gauge"),
+        ("http_server_request_duration_ms", "histogram"),
+        ("db_client_connection_count", "counter"),
     ],
 )
 def test_a_name_against_the_conventions_is_found(name: str, kind: str):

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import pytest
 import pytest_asyncio
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from gateway.harness import Things
 from mercato import topology
@@ -120,6 +121,21 @@ async def test_the_failure_of_a_call_is_its_code(shop: Shop, exported: Exported)
         "products.get": "products.not_found",
         "products read": "",
     }
+
+
+async def test_metrics_name_a_trace_to_whom_reads_openmetrics(shop: Shop, exported: Exported):
+    await shop.get("/products/100", headers=click("a" * 32))
+    older = await shop.get("/metrics")
+    newer = await shop.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
+    named = {
+        sample.labels.get("http_route") or sample.labels.get("rpc_method")
+        for family in text_string_to_metric_families(newer.text)
+        for sample in family.samples
+        if sample.exemplar is not None and sample.exemplar.labels["trace_id"] == "a" * 32
+    }
+    assert named == {"/products/{id}", "products.get"}
+    assert "a" * 32 not in older.text
+    assert older.headers["vary"] == newer.headers["vary"] == "Accept"
 
 
 async def test_a_trace_is_about_the_order_that_the_request_names_or_places(shop: Shop, exported: Exported):

@@ -175,6 +175,10 @@ class Span:
         self.end("" if kind is None else getattr(error, "code", "") or kind.__name__)
 
 
+NO_SPAN: Final[contextlib.AbstractContextManager[None]] = contextlib.nullcontext()
+"""Instead of a span, in a `with` statement."""
+
+
 # ------------------------------------------------------------------------------------------------------------- calls
 
 

@@ -1,9 +1,11 @@
 """JSON logs and Prometheus metrics of a process.
 
 Logs are one JSON object a line on standard error, with the ids of the call that is being served: trace, span, request,
-and actor if it is a person. A
-metric is declared where it is counted; its labels are bound at start-up, so that counting on the hot path is one
-addition.
+and actor if it is a person.
+
+A metric is declared where it is counted; its labels are bound at start-up, so that counting on the hot path is one
+addition. What OpenTelemetry's semantic conventions name has that name, as its exporter for Prometheus writes it
+(`http.server.request.duration` is `http_server_request_duration_seconds`); other names begin with `mercato_`.
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ import msgspec
 import prometheus_client
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from mercato.chassis.contract import current
 
+from .exemplars import Exemplars, WithExemplars
 from .tracing import Tracing
 
 LOG_FILE_BYTES: Final = 16 * 1024 * 1024
@@ -197,6 +201,7 @@ class Telemetry:
         prometheus_client.disable_created_metrics()  # a further series for each metric, which no query uses
         self.registry = CollectorRegistry()
         self.tracing = Tracing()
+        self.exemplars = Exemplars()
         self._declared: dict[str, Counter | Gauge | Histogram] = {}
         self._is_described = False
 
@@ -207,6 +212,7 @@ class Telemetry:
     def histogram(
         self, name: str, about: str, labels: Sequence[str] = (), buckets: Sequence[float] = SECONDS_BUCKETS
     ) -> Histogram:
+        self.exemplars.declare(name, buckets)
         made = lambda: Histogram(name, about, labels, buckets=buckets, registry=self.registry)  # noqa: E731
         return self._once(Histogram, name, made)
 
@@ -241,11 +247,15 @@ class Telemetry:
         """The metrics of this process alone, as text."""
         return prometheus_client.generate_latest(self.registry).decode()
 
-    def exposition(self) -> tuple[bytes, str]:
-        """The metrics as text, and its content type; of all workers together if they share a folder."""
+    def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """The metrics as text, and its content type; of all workers together if they share a folder.
+
+        Whom `accept` (a header) says to read OpenMetrics gets that, with exemplars; others get Prometheus' own format.
+        """
         registry = self.registry
         if folder := os.environ.get(MULTIPROCESS_VARIABLE):
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # pyright: ignore[reportUnknownMemberType, reportUnusedCallResult, reportArgumentType]
             registry.register(WorkerProcesses(Path(folder)))
-        return prometheus_client.generate_latest(registry), prometheus_client.CONTENT_TYPE_LATEST
+        encode, content_type = choose_encoder(accept)
+        return encode(WithExemplars(registry, self.exemplars)), content_type

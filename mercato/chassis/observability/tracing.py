@@ -4,13 +4,13 @@ Each request is in one of these classes, which is decided when it arrives, and g
     sampled     `share` of all requests, and those whose client asks for it (W3C `traceparent`), up to `ASKED_A_SECOND`:
                 exported by OpenTelemetry, and kept
     kept        up to `KEPT_A_SECOND` others: kept in the memory of each process, for operators
-    others      their spans are dropped when they end
+    others      their spans are dropped when they end; without an exporter the request has none
 
 A request of the last two classes that fails or is slow (`SLOW_SECONDS`) exports the spans of this process, marked
 `mercato.partial`, at most `PARTIAL_A_SECOND`: other processes have dropped theirs.
 
-What it costs: a request that is not recorded makes some objects, and draws no ids. Whole traces of all requests that
-fail need `share` 1, and a collector that chooses among them when they have ended.
+What it costs: a batch makes some objects, a request that is not recorded only if there is an exporter. Whole traces of
+all requests that fail need `share` 1, and a collector that chooses among them when they have ended.
 """
 
 from __future__ import annotations
@@ -94,13 +94,17 @@ class Tracing:
 
     # ---------------------------------------------------------------------------------------------------------- roots
 
-    def request(self, name: str, service: str, trace_id: str, parent_id: int, *, asked: bool, started: float) -> Span:
-        """The span of a request from outside. `asked`: its client wants it to be sampled."""
+    def request(
+        self, name: str, service: str, trace_id: str, parent_id: int, *, asked: bool, started: float
+    ) -> Span | None:
+        """The span of a request from outside; None if its spans go nowhere. `asked`: its client wants it sampled."""
         flags = 0
         if random.random() < self.share or (asked and self._asked.take(started)):
             flags = SAMPLED | KEPT
         elif self._kept.take(started):
             flags = KEPT
+        elif self._exporter is None:
+            return None
         places = [Place(trace_id, flags, parent_id)] if flags else ()
         return Span(name, service, SERVER, self, places, started=started)
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Sequence
 from typing import Any, Final, TypeVar
@@ -41,7 +40,7 @@ from mercato.chassis.contract import (
     current_span,
     handler_run,
 )
-from mercato.chassis.contract.context import CLIENT
+from mercato.chassis.contract.context import CLIENT, NO_SPAN
 from mercato.chassis.observability.telemetry import Telemetry
 
 from . import outbox_row
@@ -71,9 +70,6 @@ PING_SECONDS: Final = 1.0
 REFUSED_SECONDS: Final = 5.0
 """A process whose transaction was refused for want of space is not ready for so long, or until one is committed."""
 IS_READ_ONLY: Final = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean"
-
-
-NO_SPAN: Final[contextlib.AbstractContextManager[None]] = contextlib.nullcontext()
 
 OUTCOMES_COUNTED: Final = 100
 """Types of events, each with its outcome codes, that one service counts by name."""
@@ -176,9 +172,12 @@ class Database:
         """Makes rows of the events of a transaction. Tests set one that also checks them."""
         self._emitted = EmittedEvents(telemetry, service)
         busy, limit = "Database connections in use.", "Database connections that the pool may open."
-        pool = functools.partial(telemetry.gauge, labels=("service",), workers="livesum")
-        self._busy = pool("mercato_pool_connections_busy", busy).labels(service)
-        pool("mercato_pool_connections_limit", limit).labels(service).set(size)
+        by = ["db_client_connection_pool_name"]
+        in_state = telemetry.gauge(
+            "db_client_connection_count", busy, [*by, "db_client_connection_state"], workers="livesum"
+        )
+        self._busy = in_state.labels(service, "used")
+        telemetry.gauge("db_client_connection_max", limit, by, workers="livesum").labels(service).set(size)
 
     async def open(self) -> None:
         """Makes one connection; the others are made when they are needed. Raises `Unavailable`."""

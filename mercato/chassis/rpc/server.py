@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, TypeVar, overload
 
 import structlog
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter
 
 from mercato.chassis.contract import (
     SERVICE_ROLE,
@@ -40,6 +40,7 @@ from mercato.chassis.contract import (
     current,
     handler_run,
 )
+from mercato.chassis.contract.context import NO_SPAN
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.observability.telemetry import SECONDS_BUCKETS, Telemetry
 from mercato.chassis.observability.tracing import Tracing
@@ -54,6 +55,8 @@ log = structlog.stdlib.get_logger("mercato.rpc")
 
 FAILURES: Final = frozenset({Kind.INTERNAL, Kind.UNAVAILABLE, Kind.DEADLINE})
 """The kinds of errors that are no answers: something does not work."""
+CALL_SECONDS: Final = "rpc_server_call_duration_seconds"
+RPC_SYSTEM: Final = "mercato"
 BATCH_SECONDS: Final = (0.00025, 0.0005, *SECONDS_BUCKETS)
 LINKS_MAX: Final = 128
 """Requests that the span of a batch names."""
@@ -69,14 +72,41 @@ class Observed(NamedTuple):
     failed: Callable[[float], None]
 
 
-def _metrics(telemetry: Telemetry) -> tuple[Histogram, Counter, Counter]:
-    """By the name of the operation. The first one is called as OpenTelemetry's semantic conventions have it."""
-    by = ["rpc_method"]
-    return (
-        telemetry.histogram("rpc_server_call_duration_seconds", "How long a batch took.", by, BATCH_SECONDS),
-        telemetry.counter("mercato_requests", "Requests in batches.", by),
-        telemetry.counter("mercato_requests_failed", "Requests that failed; a refusal is an answer.", by),
-    )
+class Served:
+    """The metrics of batches that were served, by the full name of the operation."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        by = ["rpc_method"]
+        about = "Requests that failed; a refusal is an answer."
+        self._seconds = telemetry.histogram(
+            CALL_SECONDS, "How long a batch took.", [*by, "rpc_system_name"], BATCH_SECONDS
+        )
+        self._requests = telemetry.counter("mercato_requests", "Requests in batches.", by)
+        self._failed = telemetry.counter("mercato_requests_failed", about, by)
+        self._exemplars = telemetry.exemplars
+        self._observed: dict[str, Observed] = {}
+
+    def observe(
+        self, name: str, count: int, outcomes: Sequence[Outcome] | None, seconds: float, span: Span | None
+    ) -> None:
+        """Counts a batch of `count` requests. Without outcomes it was cancelled: nothing waits for it any more."""
+        observed = self._observed.get(name) or self._of(name)
+        observed.seconds(seconds)
+        observed.requests(count)
+        failed = count
+        if outcomes is not None:
+            failed = len([o for o in outcomes if isinstance(o, ServiceError) and o.kind in FAILURES])
+        if failed:
+            observed.failed(failed)
+        if span is not None and span.places:
+            labels = {"rpc_method": name, "rpc_system_name": RPC_SYSTEM}
+            self._exemplars.note(CALL_SECONDS, labels, seconds, span)
+
+    def _of(self, name: str) -> Observed:
+        """Made by the first batch: a process serves more operations than are called."""
+        seconds, requests, failed = self._seconds.labels(name, RPC_SYSTEM), self._requests, self._failed
+        made = self._observed[name] = Observed(seconds.observe, requests.labels(name).inc, failed.labels(name).inc)
+        return made
 
 
 class Server:
@@ -88,8 +118,7 @@ class Server:
         self._handlers: dict[str, Handler] = {}
         self._names: dict[str, str] = {}
         self._refused_keys: Counter | None = None
-        self._metrics: tuple[Histogram, Counter, Counter] | None = None
-        self._observed: dict[str, Observed] = {}
+        self._served: Served | None = None
         self._tracing = Tracing()
 
     @overload
@@ -108,7 +137,7 @@ class Server:
     def report_to(self, telemetry: Telemetry) -> None:
         """From now on makes a span of each batch, and counts refused keys: those that belong to another request."""
         self._tracing = telemetry.tracing
-        self._metrics = _metrics(telemetry)
+        self._served = Served(telemetry)
         about = "Requests that were refused because their key belongs to another request, by the field that differs."
         self._refused_keys = telemetry.counter("mercato_keys_refused", about, ["operation", "field"])
 
@@ -123,33 +152,19 @@ class Server:
     ) -> Sequence[Outcome]:
         """One outcome for each request, in order. Never raises because of a request."""
         started, span = time.perf_counter(), self._begin(operation, contexts)
-        if span is None:
-            outcomes = await self._dispatch(operation, requests, contexts, None)
-        else:
-            with span:
+        outcomes: Sequence[Outcome] | None = None
+        try:
+            with span or NO_SPAN:
                 outcomes = await self._dispatch(operation, requests, contexts, span)
-                refused = [outcome.code for outcome in outcomes if isinstance(outcome, ServiceError)]
-                if refused:
-                    span.note({"mercato.batch.failed": len(refused)})
-                    span.failure = refused[0] if len(refused) == len(outcomes) else ""
-            self._tracing.end_batch(span, contexts)
-        if self._metrics is not None:
-            self._observe(operation.name, outcomes, time.perf_counter() - started)
-        return outcomes
-
-    def _observe(self, name: str, outcomes: Sequence[Outcome], seconds: float) -> None:
-        observed = self._observed.get(name)
-        if observed is None:  # made by the first batch: a process serves more operations than are called
-            assert self._metrics is not None
-            full_name, (seconds_taken, requests, failed) = self._names[name], self._metrics
-            observed = self._observed[name] = Observed(
-                seconds_taken.labels(full_name).observe, requests.labels(full_name).inc, failed.labels(full_name).inc
-            )
-        observed.seconds(seconds)
-        observed.requests(len(outcomes))
-        failures = [o for o in outcomes if isinstance(o, ServiceError) and o.kind in FAILURES]
-        if failures:
-            observed.failed(len(failures))
+                if span is not None:
+                    _note_refusals(span, outcomes)
+                return outcomes
+        finally:
+            if span is not None:
+                self._tracing.end_batch(span, contexts)
+            if self._served is not None:
+                name, seconds = self._names[operation.name], time.perf_counter() - started
+                self._served.observe(name, len(requests), outcomes, seconds, span)
 
     def _begin(self, operation: Operation[Any, Any], contexts: Sequence[Context]) -> Span | None:
         """The span of a batch, below those of its requests. None if tracing is off."""
@@ -163,7 +178,7 @@ class Server:
         span = self._tracing.batch(name, operation.service, callers)
         if span.places:
             span.note({
-                "rpc.system.name": "mercato", "rpc.method": name, "mercato.batch.size": len(contexts),
+                "rpc.system.name": RPC_SYSTEM, "rpc.method": name, "mercato.batch.size": len(contexts),
             })  # fmt: skip
             span.links = [(c.trace_id, c.span.id if c.span else 0) for c in contexts[:LINKS_MAX]]
         return span
@@ -269,6 +284,13 @@ class Server:
             request_id=context.request_id,
             exc_info=error,
         )
+
+
+def _note_refusals(span: Span, outcomes: Sequence[Outcome]) -> None:
+    refused = [outcome.code for outcome in outcomes if isinstance(outcome, ServiceError)]
+    if refused:
+        span.note({"mercato.batch.failed": len(refused)})
+        span.failure = refused[0] if len(refused) == len(outcomes) else ""
 
 
 def _unless_committed(error: ServiceError, tried: HandlerRun, operation: Operation[Any, Any]) -> ServiceError:

@@ -29,7 +29,7 @@ from mercato.chassis.contract import (
     Unavailable,
     current,
 )
-from mercato.chassis.contract.context import INTERNAL
+from mercato.chassis.contract.context import INTERNAL, NO_SPAN
 from mercato.chassis.contract.places import read
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.observability.telemetry import Telemetry
@@ -53,8 +53,6 @@ LONGEST_PAUSE_SECONDS: Final = 30.0
 POLL_SECONDS: Final = 0.1
 LONGEST_POLL_SECONDS: Final = 1.0
 """A request that waits for a saga of another process, or for one that waits, reads its row with growing pauses."""
-
-NO_SPAN: Final[contextlib.AbstractContextManager[None]] = contextlib.nullcontext()
 
 log = structlog.stdlib.get_logger("mercato.saga")
 

@@ -72,17 +72,23 @@ def test_a_process_whose_collector_is_away_goes_on(monkeypatch: pytest.MonkeyPat
     exporter.close()
 
 
+def end_request(telemetry: Telemetry) -> None:
+    span = telemetry.tracing.request("GET /orders", "gateway", TRACE, 0, asked=False, started=0.0)
+    assert span is not None
+    span.end()
+
+
 def test_the_last_spans_are_exported_when_a_process_ends(collector: Collector) -> None:
     telemetry = Telemetry()
     with traced(telemetry, 1.0, is_on=True):
-        telemetry.tracing.request("GET /orders", "gateway", TRACE, 0, asked=False, started=0.0).end()
+        end_request(telemetry)
     assert [found.name for found in collector.spans()] == ["GET /orders"]
 
 
 def test_without_an_address_nothing_is_exported_and_traces_are_kept() -> None:
     telemetry = Telemetry()
     with traced(telemetry, 1.0, is_on=True):
-        telemetry.tracing.request("GET /orders", "gateway", TRACE, 0, asked=False, started=0.0).end()
+        end_request(telemetry)
     assert len(telemetry.tracing.recent.trace(TRACE)) == 1
 
 

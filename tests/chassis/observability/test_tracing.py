@@ -50,7 +50,9 @@ def started(share: float, exporter: Exported) -> Tracing:
 
 
 def request(tracing: Tracing, trace_id: str = TRACE, *, asked: bool = False) -> Span:
-    return tracing.request("POST /orders", "gateway", trace_id, 0, asked=asked, started=time.perf_counter())
+    made = tracing.request("POST /orders", "gateway", trace_id, 0, asked=asked, started=time.perf_counter())
+    assert made is not None
+    return made
 
 
 def spend(tracing: Tracing) -> None:
@@ -74,6 +76,16 @@ def test_the_first_requests_are_kept_and_not_exported(exported: Exported) -> Non
     request(tracing).end()
     assert len(tracing.recent.trace(TRACE)) == 1
     assert exported.spans == []
+
+
+def test_without_an_exporter_only_a_request_that_is_recorded_has_a_span() -> None:
+    tracing = Tracing()
+    tracing.start(0.0)
+    kept = 0
+    while span := tracing.request("POST /orders", "gateway", TRACE, 0, asked=False, started=time.perf_counter()):
+        assert span.places
+        kept += 1
+    assert kept >= KEPT_A_SECOND * BURST_SECONDS
 
 
 def test_only_so_many_a_second_are_kept(exported: Exported) -> None:
@@ -220,8 +232,9 @@ def test_a_batch_of_a_request_of_this_process_is_exported_with_it_alone(exported
 
 def test_the_end_closes_the_exporter_and_nothing_is_exported_behind_it(exported: Exported) -> None:
     tracing = started(1.0, exported)
+    span = request(tracing)
     tracing.close()
-    request(tracing).end()
+    span.end()
     assert exported.is_closed
     assert exported.spans == []
 

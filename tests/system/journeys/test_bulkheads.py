@@ -30,8 +30,13 @@ async def shop(cluster: Cluster) -> AsyncGenerator[Shop]:
     await made.close()
 
 
-def gauge(shop: Shop, name: str, service: str) -> float:
-    return shop.harness.host.telemetry.registry.get_sample_value(name, {"service": service}) or 0.0
+def connections(shop: Shop, name: str, service: str, **labels: str) -> float:
+    labels["db_client_connection_pool_name"] = service
+    return shop.harness.host.telemetry.registry.get_sample_value(f"db_client_connection_{name}", labels) or 0.0
+
+
+def used(shop: Shop, service: str) -> float:
+    return connections(shop, "count", service, db_client_connection_state="used")
 
 
 async def order(shop: Shop, key: str) -> int:
@@ -52,16 +57,16 @@ async def test_products_without_a_database_take_nothing_from_payments(shop: Shop
     await locking.execute("LOCK TABLE products IN ACCESS EXCLUSIVE MODE")
     paths = ["/products/100", "/products?limit=5", "/products?q=lamp"]
     reads = [asyncio.create_task(shop.get(paths[number % len(paths)])) for number in range(READS)]
-    most = gauge(shop, "mercato_pool_connections_limit", "products") - 1
+    most = connections(shop, "max", "products") - 1
     await until_blocked(products, int(most), by=reads)  # reads hold all that they may have
 
     paid = await asyncio.gather(*(shop.post("/payments", {"order_id": order_id}) for order_id in placed))
     assert {answer.status for answer in paid} == {201}
-    assert gauge(shop, "mercato_pool_connections_busy", "products") >= most  # the last one is that of an event
+    assert used(shop, "products") >= most  # the last one is that of an event
     assert not all(read.done() for read in reads), "products have not answered meanwhile"
 
     await held.rollback()
     answers = await asyncio.gather(*reads)
     assert {answer.status for answer in answers} <= {200, 503, 504}
     await order(shop, "again")
-    await until_true(lambda: gauge(shop, "mercato_pool_connections_busy", "payments") == 0)
+    await until_true(lambda: used(shop, "payments") == 0)
