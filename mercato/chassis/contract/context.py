@@ -114,7 +114,7 @@ class Span:
         """The code of the error, or its type; empty: none."""
         self.attributes: dict[str, Any] | None = None
         self.links: Sequence[tuple[str, int]] = ()
-        """Trace and span of requests that a batch carries."""
+        """Trace and span of the recorded requests that a batch carries."""
         self.children: list[Span] | None = None
         self._id = span_id
 

@@ -78,7 +78,7 @@ class OtlpExporter:
                 parent=self._place(span.trace_id, span.parent_id) if span.parent_id else None,
                 resource=self._resource(span.service),
                 attributes=attributes,
-                links=[self._link(self._place(trace_id, span_id)) for trace_id, span_id in span.links if span_id],
+                links=[self._link(self._place(trace_id, span_id)) for trace_id, span_id in span.links],
                 kind=self._kinds[span.kind],
                 status=self._status(self._failed if failure else self._unset),
                 start_time=span.start_ns,

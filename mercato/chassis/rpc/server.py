@@ -59,7 +59,7 @@ CALL_SECONDS: Final = "rpc_server_call_duration_seconds"
 RPC_SYSTEM: Final = "mercato"
 BATCH_SECONDS: Final = (0.00025, 0.0005, *SECONDS_BUCKETS)
 LINKS_MAX: Final = 128
-"""Requests that the span of a batch names."""
+"""Recorded requests that the span of a batch names; the others have no spans that could be looked at."""
 
 Handler = Callable[[Any], Awaitable[Any]]
 
@@ -180,7 +180,7 @@ class Server:
             span.note({
                 "rpc.system.name": RPC_SYSTEM, "rpc.method": name, "mercato.batch.size": len(contexts),
             })  # fmt: skip
-            span.links = [(c.trace_id, c.span.id if c.span else 0) for c in contexts[:LINKS_MAX]]
+            span.links = [(caller.places[0].trace_id, caller.id) for caller in callers if caller.places][:LINKS_MAX]
         return span
 
     async def _dispatch(

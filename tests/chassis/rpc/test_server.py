@@ -14,11 +14,14 @@ from mercato.chassis.contract import (
     Context,
     Contract,
     Message,
+    Place,
     ServiceError,
+    Span,
     StaleVersion,
     Unavailable,
     batched,
 )
+from mercato.chassis.contract.context import KEPT
 from mercato.chassis.observability.clock import SystemClock
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.rpc.server import CALL_SECONDS, Server
@@ -85,3 +88,14 @@ async def test_requests_that_nothing_waits_for_any_more_have_failed(server: Serv
     with contextlib.suppress(asyncio.CancelledError):
         await hanging
     assert counted(telemetry) == (1, 2, 2)
+
+
+async def test_the_span_of_a_batch_links_to_the_recorded_requests_alone(server: Server, telemetry: Telemetry):
+    tracing = telemetry.tracing
+    tracing.start(1.0)
+    spans = [Span("GET /things", "gateway", "server", tracing, places) for places in ((), [Place("1" * 32, KEPT, 0)])]
+    deadline = SystemClock().monotonic() + 60
+    contexts = [Context(ANONYMOUS_ACTOR, deadline, "a" * 32, "", span) for span in (spans[0], spans[1], None)]
+    await server.dispatch(Things.get, [Number(n=n) for n in (7, 8, 9)], contexts)
+    [batch] = tracing.recent.trace("1" * 32)
+    assert (batch.links, batch.attributes["mercato.batch.size"]) == ((("1" * 32, spans[1].id),), 3)
