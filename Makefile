@@ -121,7 +121,7 @@ freeze: $(VENV)/.dev ## commit to the migrations as they are now, by their check
 ##@ Measure
 
 .PHONY: bench
-bench: $(VENV)/.runtime $(BENCH_GO) ## measure it and a reference in Go in turns (QUICK=1, ARGS="--json", ARGS="--only cost")
+bench: $(VENV)/.dev $(BENCH_GO) ## measure it and a reference in Go in turns (QUICK=1, ARGS="--json", ARGS="--only cost")
 	@$(RUN) bench.throughput $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 .PHONY: bench-split

@@ -5,6 +5,7 @@
     make bench ARGS="--only rounds"        rates, latencies and ratios
     make bench ARGS="--only sign-ins"      browsing alone, and beside a flood of sign-ins
     make bench ARGS="--only commit-latency"
+    make bench ARGS="--only observed"      the same shop with and without traces, metrics and logs
 
 Both shops run on a PostgreSQL of their own, of the same kind, in a folder that is removed afterwards. Loads of a few
 seconds alternate between them, and a ratio is the median over the rounds of one divided by the other. In the end the
@@ -74,7 +75,7 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench", description="Measure Mercato and a reference in Go in turns.")
-    parser.add_argument("--quick", action="store_true", help="shorter loads; commit latency is left out")
+    parser.add_argument("--quick", action="store_true", help="shorter loads; commit-latency and observed are left out")
     parser.add_argument("--json", action="store_true", help="print the result as JSON, and no progress")
     parser.add_argument("--only", choices=PARTS, action="append", help="measure this part alone, and write no file")
     parser.add_argument("--workers", type=int, default=1, help="processes of Mercato that serve requests (1)")
@@ -88,7 +89,7 @@ def _wanted(options: argparse.Namespace) -> Wanted:
     changed = msgspec.structs.replace(
         length, rounds=options.rounds or length.rounds, load_seconds=options.seconds or length.load_seconds
     )
-    parts = PARTS if length.has_commit_latency else tuple(part for part in PARTS if part != "commit-latency")
+    parts = tuple(part for part in PARTS if part not in length.leaves_out)
     return Wanted(changed, tuple(options.only or parts), options.workers)
 
 

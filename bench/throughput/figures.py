@@ -219,6 +219,20 @@ class Flooded(msgspec.Struct, frozen=True):
         return self.beside_us / self.alone_us
 
 
+class Observed(msgspec.Struct, frozen=True):
+    """Orders a second of a shop with traces, metrics and logs, and of the same shop without them; in turns."""
+
+    round: int
+    case: Case
+    connections: int
+    on: float
+    off: float
+
+    @property
+    def ratio(self) -> float:
+        return self.on / self.off
+
+
 class Audit(msgspec.Struct, frozen=True):
     """The audit after all loads."""
 
@@ -242,6 +256,7 @@ class Raw(msgspec.Struct, frozen=True):
     costs: Mapping[str, tuple[Cost, ...]]
     audit: Audit
     flooded: tuple[Flooded, ...] = ()
+    observed: tuple[Observed, ...] = ()
 
 
 class Result(msgspec.Struct, frozen=True):

@@ -47,14 +47,18 @@ class Length(msgspec.Struct, frozen=True):
     """Loads after each of which CPU, rows, WAL and disk are counted."""
     counted_orders: int
     """Orders of each of them."""
-    has_commit_latency: bool
+    leaves_out: tuple[str, ...] = ()
+    """Parts that it does not have."""
 
 
-FULL: Final = Length(
-    rounds=5, load_seconds=3.0, warm_seconds=3.0, counted_loads=3, counted_orders=5_000, has_commit_latency=True
-)
+FULL: Final = Length(rounds=5, load_seconds=3.0, warm_seconds=3.0, counted_loads=3, counted_orders=5_000)
 QUICK: Final = Length(
-    rounds=2, load_seconds=1.0, warm_seconds=1.0, counted_loads=1, counted_orders=2_000, has_commit_latency=False
+    rounds=2,
+    load_seconds=1.0,
+    warm_seconds=1.0,
+    counted_loads=1,
+    counted_orders=2_000,
+    leaves_out=("commit-latency", "observed"),
 )
 
 STEPS: Final = (

@@ -52,6 +52,7 @@ def table(result: Result) -> Iterator[str]:
     yield from _fixed_rate(result.raw)
     yield from _beside_sign_ins(result.raw)
     yield from _commit_latency(result.raw)
+    yield from _observed(result.raw)
     for name, cpu in result.cpu_us.items():
         yield from _cpu(name, cpu)
     for name, rows in result.rows.items():
@@ -131,6 +132,22 @@ def _commit_latency(raw: Raw) -> Iterator[str]:
         yield (
             f"{f'{one.subject} {one.case}, {one.milliseconds:g} ms more':<52}{one.workers or '-':>8}"
             f"{one.connections:>8}{one.rate:>9.0f}"
+        )
+
+
+def _observed(raw: Raw) -> Iterator[str]:
+    if raw.observed:
+        yield ""
+        title = "with traces, metrics and logs / without (medians)"
+        yield f"{title:<52}{'conn.':>8}{'on/s':>9}{'off/s':>9}{'ratio':>8}{'(low-high)':>14}"
+    for case, connections in sorted({(each.case, each.connections) for each in raw.observed}):
+        those = [each for each in raw.observed if (each.case, each.connections) == (case, connections)]
+        on, off = (statistics.median(getattr(each, field) for each in those) for field in ("on", "off"))
+        ratios = sorted(each.ratio for each in those)
+        spread = f"({ratios[0]:.2f}-{ratios[-1]:.2f})"
+        yield (
+            f"{f'mercato {case}; at least 0.9':<52}{connections:>8}{on:>9.0f}{off:>9.0f}"
+            f"{statistics.median(ratios):>8.2f}{spread:>14}"
         )
 
 

@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 
 from bench.throughput import figures, plan, readings, shops
-from bench.throughput.figures import CommitLatency, Cost, Cpu, FixedRate, Flooded, Loaded, Raw, Reading, Rows
+from bench.throughput.figures import CommitLatency, Cost, Cpu, FixedRate, Flooded, Loaded, Observed, Raw, Reading, Rows
 from bench.throughput.flood import SIGNED_IN, WRONG, flooded
 from bench.throughput.load import LONGEST_SECONDS, Plan, load
 from bench.throughput.plan import MOST_CONNECTIONS, Case, Length, Step
@@ -22,10 +22,14 @@ from bench.throughput.shops import Mercato, Shop, ShopFailed
 from bench.throughput.toolchain import Built
 from mercato.embedded_postgres import EmbeddedPostgres
 
-PARTS: Final = ("rounds", "cost", "sign-ins", "commit-latency")
+PARTS: Final = ("rounds", "cost", "sign-ins", "commit-latency", "observed")
 COMMIT_MS: Final = 5.0
 COMMIT_WORKERS: Final = (1, 4)
 COMMIT_CONNECTIONS: Final = (1, MOST_CONNECTIONS)
+OBSERVED_CASES: Final[tuple[Case, ...]] = ("place", "pay")
+OBSERVED_CONNECTIONS: Final = (1, MOST_CONNECTIONS)
+ENDPOINT: Final = "OTEL_EXPORTER_OTLP_ENDPOINT"
+UNOBSERVED: Final = {"MERCATO_TRACING": "off", "MERCATO_LOG_LEVEL": "error"}
 WARM_CONNECTIONS: Final = 8
 COUNTED: Final[dict[str, Step]] = {
     "reference": Step("reference", "place", MOST_CONNECTIONS),
@@ -83,6 +87,7 @@ class Run:
                 costs, rows = await self._costs(running) if "cost" in self._wanted.parts else ({}, {})
                 beside = await self._beside_sign_ins(running["mercato"]) if "sign-ins" in self._wanted.parts else []
             slow, lone_us = await self._slow_commits(server) if "commit-latency" in self._wanted.parts else ([], None)
+            observed = await self._observed(server) if "observed" in self._wanted.parts else []
             self._progress.line(f"auditing {self._orders} orders")
             audit = await shops.audited(server, self._orders)
             return Measured(
@@ -98,6 +103,7 @@ class Run:
                     costs={name: tuple(each) for name, each in costs.items()},
                     audit=audit,
                     flooded=tuple(beside),
+                    observed=tuple(observed),
                 ),
                 postgres=server.version,
             )
@@ -270,6 +276,39 @@ class Run:
                         )
                 await readings.delay_commits(server.admin_dsn, 0)
         return found, round(lone_us, 1)
+
+    # -------------------------------------------------------------------------------------------------------- observed
+
+    async def _observed(self, server: EmbeddedPostgres) -> list[Observed]:
+        """Mercato as it starts by default, with a collector for its spans, and without spans, metrics and logs."""
+        from mercato.testing.collector import Collector  # needs the extra `otel`, which other parts do not
+
+        found: list[Observed] = []
+        with Collector() as collector:
+            for number in range(self._length.rounds):
+                rates: dict[bool, dict[tuple[Case, int], float]] = {}
+                for is_on in (True, False) if number % 2 == 0 else (False, True):
+                    settings = {ENDPOINT: collector.environment[ENDPOINT]} if is_on else UNOBSERVED
+                    module = "mercato.cli" if is_on else "bench.throughput.unobserved"
+                    async with shops.mercato(self._folder, server, settings=settings, module=module) as shop:
+                        await shop.find()
+                        await shop.idle()
+                        await self.load(shop, "pay", WARM_CONNECTIONS, seconds=self._length.warm_seconds)
+                        rates[is_on] = {
+                            (case, connections): (
+                                await self.load(shop, case, connections, seconds=self._length.load_seconds)
+                            ).rate
+                            for case in OBSERVED_CASES
+                            for connections in OBSERVED_CONNECTIONS
+                        }
+                for (case, connections), on in rates[True].items():
+                    off = rates[False][case, connections]
+                    found.append(Observed(number, case, connections, round(on, 1), round(off, 1)))
+                    self._progress.line(
+                        f"observed, round {number + 1} of {self._length.rounds}  {case:<6} {connections:>3} connections"
+                        f" {on:>7.0f}/s with traces, metrics and logs, {off:.0f}/s without: {found[-1].ratio:.2f}"
+                    )
+        return found
 
     # ----------------------------------------------------------------------------------------------------------- loads
 

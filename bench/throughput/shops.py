@@ -27,6 +27,8 @@ from bench.throughput.plan import Case, Product, Subject
 from bench.throughput.readings import Spending, connected
 from mercato.embedded_postgres import EmbeddedPostgres, remove_cluster
 
+ROOT: Final = Path(__file__).parents[2]
+NO_SETTINGS: Final[Mapping[str, str]] = {}
 READY_SECONDS: Final = 60.0
 STOP_SECONDS: Final = 15.0
 FINISHED_SECONDS: Final = 180.0
@@ -184,11 +186,18 @@ class Mercato(Shop):
 
 @contextlib.asynccontextmanager
 async def mercato(
-    folder: Path, server: EmbeddedPostgres, *, workers: int = 1, transport: str | None = None
+    folder: Path,
+    server: EmbeddedPostgres,
+    *,
+    workers: int = 1,
+    transport: str | None = None,
+    settings: Mapping[str, str] = NO_SETTINGS,
+    module: str = "mercato.cli",
 ) -> AsyncGenerator[Mercato]:
     """A running `mercato up` on this server; `folder` keeps its data from one start to the next.
 
-    `transport`: each service is a process of its own; None: `workers` processes with all of them.
+    `transport`: each service is a process of its own; None: `workers` processes with all of them. `module` is what runs
+    as `mercato`.
     """
     placed = ["--workers", str(workers)] if transport is None else ["--split", "--transport", transport]
     # Settings of the person who runs this are none of the shop's.
@@ -197,12 +206,14 @@ async def mercato(
         "MERCATO_POSTGRES_DSN": server.admin_dsn,
         "MERCATO_AUDIT_SECONDS": "0",  # its own audit would fall on one load and not on another
         "MERCATO_INVENTORY_HOLD_SECONDS": "86400",  # no hold ends while something else is measured
+        **settings,
     }
     with (folder / "mercato.log").open("ab") as log:
         process = await asyncio.create_subprocess_exec(
-            *[sys.executable, "-m", "mercato.cli", "up", "--json", "--demo", "--port", "0"],
+            *[sys.executable, "-m", module, "up", "--json", "--demo", "--port", "0"],
             *[*placed, "--data", str(folder / "data")],
             env=environment,
+            cwd=ROOT,
             stdin=DEVNULL,
             stdout=PIPE,
             stderr=log,

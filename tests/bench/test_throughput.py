@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +22,7 @@ from bench.throughput.figures import (
     Flooded,
     Latency,
     Machine,
+    Observed,
     Raw,
     Reading,
     Result,
@@ -309,6 +312,40 @@ def test_figures_of_two_runs_are_written_side_by_side_between_the_marks():
 def test_a_page_without_marks_is_refused():
     with pytest.raises(document.CannotWrite, match="has no place for figures"):
         document.replaced("a page", "figures")
+
+
+# ------------------------------------------------------------------------------------------------------------ observed
+
+
+def test_the_report_has_the_median_ratio_with_and_without_observation():
+    rounds = tuple(Observed(n, "pay", 128, 1_000.0 * ratio, 1_000.0) for n, ratio in enumerate((0.5, 0.96, 1.1)))
+    result = a_result()
+    result = msgspec.structs.replace(result, raw=msgspec.structs.replace(result.raw, observed=rounds))
+
+    [line] = [line for line in report.table(result) if line.startswith("mercato pay; at least 0.9")]
+    assert line.split()[-5:] == ["128", "960", "1000", "0.96", "(0.50-1.10)"]
+
+
+UNOBSERVED = """
+import prometheus_client
+from bench.throughput.unobserved import stop_counting
+stop_counting()
+from mercato.chassis.observability.telemetry import Telemetry
+telemetry = Telemetry()
+telemetry.counter("mercato_a", "about").inc()
+telemetry.gauge("mercato_b", "about", ["of"], workers="livesum").labels("it").set(7)
+telemetry.histogram("mercato_c_seconds", "about").observe(0.1)
+print(telemetry.own_exposition())
+"""
+
+
+def test_a_shop_without_observation_has_its_metrics_and_counts_nothing():
+    done = subprocess.run([sys.executable, "-c", UNOBSERVED], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    samples = [line.rpartition(" ") for line in done.stdout.splitlines() if line and not line.startswith("#")]
+    values = {name: float(value) for name, _, value in samples}
+    assert {"mercato_a_total", 'mercato_b{of="it"}', "mercato_c_seconds_count"} <= values.keys()
+    assert set(values.values()) == {0.0}
 
 
 # ------------------------------------------------------------------------------------------------------------ sign-ins
