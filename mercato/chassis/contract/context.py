@@ -49,6 +49,9 @@ SAMPLED: Final = 0x01
 KEPT: Final = 0x80
 """The trace is kept in the memory of each process that takes part in it. Only Mercato's processes see this flag."""
 
+OVERTAKEN: Final = "mercato.overtaken"
+"""The attribute of a span that ended with `Overtaken`."""
+
 CHILDREN_MAX: Final = 64
 """Spans that a span without a place remembers; further ones are missing if the request fails."""
 
@@ -57,6 +60,10 @@ SERVER: Final = "server"
 CLIENT: Final = "client"
 PRODUCER: Final = "producer"
 CONSUMER: Final = "consumer"
+
+
+class Overtaken(Exception):
+    """Another process was faster: what this one did is rolled back, and nothing has failed."""
 
 
 class Place(msgspec.Struct, frozen=True, gc=False):
@@ -85,7 +92,10 @@ class Recorder(Protocol):
 
 
 class Span:
-    """One piece of work. `end` ends it, once; so does the end of a `with` block, and an exception fails it."""
+    """One piece of work. `end` ends it, once; so does the end of a `with` block.
+
+    An exception fails it, but for `Overtaken`.
+    """
 
     __slots__ = (
         "_id", "attributes", "children", "ended", "failure", "kind", "links", "name", "places", "recorder", "service",
@@ -172,7 +182,12 @@ class Span:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        self.end("" if kind is None else getattr(error, "code", "") or kind.__name__)
+        failure = ""
+        if isinstance(error, Overtaken):  # a failure would mark the trace of a request that went well
+            self.note({OVERTAKEN: True})
+        elif kind is not None:
+            failure = getattr(error, "code", "") or kind.__name__
+        self.end(failure)
 
 
 NO_SPAN: Final[contextlib.AbstractContextManager[None]] = contextlib.nullcontext()

@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Sequence
 from typing import Final
 
+from mercato.chassis.contract.context import Overtaken
 from mercato.chassis.postgres.database import Row, Tx
 
 from .events import REPLAYED_KEPT_DAYS, Event
@@ -24,7 +25,7 @@ class Cursor(Row):
     at: datetime.datetime | None
 
 
-class CursorMovedError(Exception):
+class CursorMovedError(Overtaken):
     """Another process has moved the cursor. The transaction rolls back."""
 
 

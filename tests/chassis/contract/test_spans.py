@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from mercato.chassis.contract.context import CHILDREN_MAX, INTERNAL, KEPT, SAMPLED, SERVER, Place, Span, written
+from mercato.chassis.contract.context import (
+    CHILDREN_MAX,
+    INTERNAL,
+    KEPT,
+    OVERTAKEN,
+    SAMPLED,
+    SERVER,
+    Overtaken,
+    Place,
+    Span,
+    written,
+)
 from mercato.chassis.contract.places import read, remote, remote_parent, traceparent
 
 TRACE, OTHER = "4bf92f3577b34da6a3ce929d0e0e4736", "0af7651916cd43dd8448eb211c80319c"
@@ -59,6 +70,15 @@ def test_an_exception_fails_a_span() -> None:
         1 / 0  # noqa: B018  # pyright: ignore[reportUnusedExpression]
     assert failed.failure == "ZeroDivisionError"
     assert failed.ended is not None
+
+
+def test_a_span_whose_work_another_process_has_done_has_not_failed() -> None:
+    recorder = Recorded()
+    overtaken = span(recorder, Place(TRACE, SAMPLED, 0))
+    with pytest.raises(Overtaken), overtaken:
+        raise Overtaken
+    assert recorder.spans == [overtaken]
+    assert (overtaken.failure, overtaken.attributes) == ("", {OVERTAKEN: True})
 
 
 def test_places_survive_being_written() -> None:

@@ -23,7 +23,8 @@ from chassis.messaging.harness import (
     run,
     running,
 )
-from mercato.chassis.contract import Unavailable
+from mercato.chassis.contract import SERVICE_ROLE, Actor, Context, Unavailable, current
+from mercato.chassis.contract.context import CONSUMER, KEPT, Place, Span
 from mercato.chassis.hosting.host import consumer_tasks
 from mercato.chassis.messaging import parking
 from mercato.chassis.messaging.consumers import Consumer, Pace, ReplayFailed, replay
@@ -32,10 +33,13 @@ from mercato.chassis.messaging.outbox import PAGE_ROWS
 from mercato.chassis.messaging.parking import Cursor, CursorMovedError
 from mercato.chassis.observability import faults
 from mercato.chassis.observability.faults import Fault
+from mercato.chassis.observability.tracing import Tracing
 from mercato.chassis.postgres import outbox_row
 from mercato.testing.cluster import Cluster
 from mercato.testing.injection import Inject
 from mercato.testing.waiting import BOUND_SECONDS, until
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 
 
 @pytest_asyncio.fixture
@@ -164,6 +168,25 @@ async def test_a_cursor_that_another_process_has_moved_is_not_moved_again(harnes
     async with harness.left.database.transaction() as tx:
         with pytest.raises(CursorMovedError):
             await parking.move_cursor(tx, ("left", SOURCE), Cursor(0, None), Cursor(outbox_row.end_of_row(1), None))
+
+
+async def test_the_slower_of_two_processes_has_no_failed_span(harness: EventHarness):
+    await harness.emit(1)
+    async with harness.consuming(harness.left):
+        await harness.drained(harness.left)
+    tracing = Tracing()
+    tracing.start(0.0)
+    page = Span("left from source", "left", CONSUMER, tracing, [Place(TRACE, KEPT, 0)])
+    actor = Actor(SERVICE_ROLE)
+    call = current.set(Context(actor, harness.clock.monotonic() + BOUND_SECONDS, TRACE, "", page))
+    try:
+        with pytest.raises(CursorMovedError), page:
+            async with harness.left.database.transaction() as tx:
+                await parking.move_cursor(tx, ("left", SOURCE), Cursor(0, None), Cursor(outbox_row.end_of_row(1), None))
+    finally:
+        current.reset(call)
+    spans = tracing.recent.trace(TRACE)
+    assert [(span.name, span.failure) for span in spans] == [("left transaction", ""), ("left from source", "")]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
