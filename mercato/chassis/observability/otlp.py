@@ -70,6 +70,8 @@ class OtlpExporter:
 
     def export(self, span: EndedSpan, /) -> None:
         failure = span.failure
+        # A batch is below one of the calls that it carries, and linked to the others: by a link to the parent, Jaeger
+        # takes it for a span that follows from its parent, which is then not waited for.
         attributes = {**span.attributes, "error.type": failure} if failure else span.attributes
         self._processor.on_end(
             self._span(
@@ -78,7 +80,7 @@ class OtlpExporter:
                 parent=self._place(span.trace_id, span.parent_id) if span.parent_id else None,
                 resource=self._resource(span.service),
                 attributes=attributes,
-                links=[self._link(self._place(trace_id, span_id)) for trace_id, span_id in span.links],
+                links=[self._link(self._place(*other)) for other in span.links if other[1] != span.parent_id],
                 kind=self._kinds[span.kind],
                 status=self._status(self._failed if failure else self._unset),
                 start_time=span.start_ns,

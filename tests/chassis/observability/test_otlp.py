@@ -30,7 +30,7 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Generator[Collector]:
 def span(kind: str = "server", *, failure: str = "", parent_id: int = 0) -> EndedSpan:
     return EndedSpan(
         TRACE, 0x0102030405060708, parent_id, "orders.place", "orders", kind, SECOND, 2 * SECOND, SAMPLED, failure,
-        {"mercato.batch.size": 2, "mercato.partial": True}, ((OTHER, 9),),
+        {"mercato.batch.size": 2, "mercato.partial": True}, ((OTHER, 9), (TRACE, 0xA)),
     )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def test_a_span_arrives_as_it_was(collector: Collector) -> None:
     assert (found.service, found.name, found.kind) == ("orders", "orders.place", "server")
     assert (found.start_ns, found.end_ns, found.is_failed) == (SECOND, 2 * SECOND, False)
     assert found.attributes == {"mercato.batch.size": 2, "mercato.partial": True}
-    assert found.links == ((OTHER, f"{9:016x}"),)
+    assert found.links == ((OTHER, f"{9:016x}"),), "no link to the parent"
 
 
 @pytest.mark.parametrize("kind", ["internal", "server", "client", "producer", "consumer"])
