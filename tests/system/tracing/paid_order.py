@@ -130,23 +130,22 @@ def wait_for_feed(caller: Caller, trace_id: str, *types: str) -> list[dict[str, 
 
 def wait_for_printed(data: Path, order_id: int, spans: Spans) -> None:
     """Returns once `mercato trace` gives the spans that the collector has: the last ones come a moment later."""
-    printed: set[tuple[object, ...]] = set()
+    printed: dict[str, tuple[object, ...]] = {}
+    collected: dict[str, tuple[object, ...]] = {}
 
     def are_same() -> bool:
         done = run_command("trace", str(order_id), "--data", data, "--json")
         assert done.returncode == 0, done.stderr
         [trace] = json.loads(done.stdout)["traces"]
-        printed.clear()
-        printed.update(
-            (span["span_id"], span["parent_id"], span["service"], span["name"], span["kind"], bool(span["failure"]))
-            for span in trace["spans"]
-        )
-        return printed == collected()
+        for span in trace["spans"]:
+            about = (span["parent_id"], span["service"], span["name"], span["kind"], bool(span["failure"]))
+            printed[span["span_id"]] = about
+        for span in spans():
+            collected[span.span_id] = (span.parent_id, span.service, span.name, span.kind, span.is_failed)
+        return printed.keys() == collected.keys()
 
-    def collected() -> set[tuple[object, ...]]:
-        return {(span.span_id, span.parent_id, span.service, span.name, span.kind, span.is_failed) for span in spans()}
-
-    wait_until(are_same, explain=lambda: f"printed and collected differ: {sorted(printed ^ collected(), key=str)}")
+    wait_until(are_same, explain=lambda: f"not in both: {sorted(printed.keys() ^ collected.keys())}")
+    assert printed == collected
 
 
 # ------------------------------------------------------------------------------------------------- looking at the spans
