@@ -86,6 +86,10 @@ test-all: $(VENV)/.dev ## run what takes longer: safeguards, every crash point, 
 test-split: $(VENV)/.dev ## run the tests of services with a host for each, over NATS and HTTP
 	@MERCATO_TEST_TRANSPORTS=nats,http $(RUN) pytest $(PARALLEL) tests/services tests/simulators tests/gateway tests/reference $(ARGS)
 
+.PHONY: test-deploy
+test-deploy: $(VENV)/.dev ## run what needs servers that no wheel brings: Prometheus, Jaeger; says what it skipped and how to install it
+	@$(RUN) pytest tests/deploy $(ARGS)
+
 .PHONY: coverage
 coverage: $(VENV)/.dev ## measure which lines and branches the tests in COVERED run; fails below the floor in pyproject.toml
 	@$(RUN) coverage erase
