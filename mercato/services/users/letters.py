@@ -10,6 +10,7 @@ import binascii
 import datetime
 import hashlib
 import hmac
+import itertools
 import uuid
 from collections.abc import Mapping
 from typing import Final, Literal
@@ -29,6 +30,8 @@ KEY_PURPOSE: Final = "users/letter-link/1"
 """The number allows a change of the key."""
 
 Kind = Literal["proof", "reset"]
+OUTCOMES: Final = ("sent", "delayed", "refused", "given_up")
+"""How a try to send a letter ends."""
 
 SENT_AT_ONCE: Final = 10
 LEASE: Final = datetime.timedelta(minutes=5)
@@ -92,6 +95,9 @@ class Letters:
         self._outcomes = telemetry.counter(
             "mercato_users_letters", "Tries to send a letter, by how they ended.", ["kind", "outcome"]
         )
+        # From the start, with 0: of a series that begins with 1, Prometheus sees no increase.
+        for kind, outcome in itertools.product(KINDS, OUTCOMES):
+            self._outcomes.labels(kind, outcome)
 
     async def add(self, tx: Tx, kind: Kind, address: str, user_id: int | None) -> None:
         """Writes a letter, which is sent after the commit, unless the address has reached its limit."""

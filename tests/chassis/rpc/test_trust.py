@@ -23,7 +23,7 @@ from mercato.chassis.contract import (
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.rpc import trust
 from mercato.chassis.rpc.signatures import public_key
-from mercato.chassis.rpc.trust import LIFE_SECONDS, SKEW_SECONDS, Grant, TokenSigner, Trust
+from mercato.chassis.rpc.trust import LIFE_SECONDS, REASONS, SKEW_SECONDS, Grant, TokenSigner, Trust
 
 SEEDS = {name: bytes([number]) * 32 for number, name in enumerate(("gateway", "orders", "products"), 1)}
 CUSTOMER = Actor("customer", 7)
@@ -71,6 +71,10 @@ class TrustHarness:
         return reason
 
     def counts(self) -> dict[str, float]:
+        """How many were refused, by reason."""
+        return {reason: count for reason, count in self.shown().items() if count}
+
+    def shown(self) -> dict[str, float]:
         return {
             sample.labels["reason"]: sample.value
             for metric in self.telemetry.registry.collect()
@@ -192,6 +196,10 @@ def test_a_flood_of_tokens_is_not_remembered_for_ever(harness: TrustHarness, mon
         assert harness.trust.caller(harness.signer().token("stock"), "stock") == "orders"
 
     assert len(harness.trust._verified) <= 3
+
+
+def test_each_reason_is_counted_from_0_on_so_that_the_first_refusal_is_an_increase(harness: TrustHarness):
+    assert harness.shown() == dict.fromkeys(REASONS, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------- grants

@@ -33,7 +33,7 @@ from mercato.contracts.users import (
     WrongCredentials,
 )
 from mercato.services.users.app import build
-from mercato.services.users.letters import LETTERS_LIMIT
+from mercato.services.users.letters import KINDS, LETTERS_LIMIT, OUTCOMES
 from mercato.testing.harness import ServiceHarness
 from mercato.testing.injection import Inject, fail
 from mercato.testing.waiting import until, until_true
@@ -318,6 +318,20 @@ async def test_a_letter_whose_sender_dies_is_sent_again(
     await harness.rows("UPDATE letters SET wake_at = now() RETURNING id", of="users")
     await until(lambda: _outcomes(harness, ["sent"]))
     assert len(mailbox.letters("")) == 1
+
+
+async def test_each_outcome_is_counted_from_0_on_so_that_the_first_is_an_increase(
+    harness: ServiceHarness, posting: Users, mailbox: Mailbox
+):
+    registry = harness.host.telemetry.registry
+
+    def counted(kind: str, outcome: str) -> float | None:
+        return registry.get_sample_value("mercato_users_letters_total", {"kind": kind, "outcome": outcome})
+
+    assert {counted(kind, outcome) for kind in KINDS for outcome in OUTCOMES} == {0.0}
+    mailbox.folder.touch()
+    await registered(harness, posting)
+    await until_true(lambda: counted("proof", "delayed") == 1)
 
 
 async def _tried(harness: ServiceHarness) -> bool:
