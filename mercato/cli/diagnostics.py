@@ -7,8 +7,8 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Final
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any, Final
 
 import msgspec
 
@@ -48,16 +48,25 @@ async def answering(
     """Answers the operator for the time of the block; gives the address. Raises `CannotListen`."""
     server = _server(telemetry, clock)
     trust = Trust([Processes.service], public_keys, topology.grants(), clock, telemetry)
+    async with serving(RpcApp({Processes.service: server}, trust, clock), address, name="diagnostics", tls=tls) as at:
+        yield at
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    app: Callable[..., Any], address: tuple[str, int], *, name: str, tls: ssl.SSLContext | None = None
+) -> AsyncGenerator[str]:
+    """Serves an application for the time of the block; gives the address. Raises `CannotListen`."""
     stop, ready = asyncio.Event(), asyncio.Event()
     with bind(*address) as listener:
         http = HttpServer(
-            RpcApp({Processes.service: server}, trust, clock),
+            app,
             sockets=[listener],
             limits=msgspec.structs.replace(RPC_LIMITS, drain_seconds=DRAIN_SECONDS),
             on_ready=ready.set,
             tls=tls,
         )
-        running = asyncio.create_task(http.run_until(stop), name="diagnostics")
+        running = asyncio.create_task(http.run_until(stop), name=name)
         await ready.wait()
         try:
             yield _written(listener)

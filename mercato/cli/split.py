@@ -27,7 +27,7 @@ from mercato import topology
 from mercato.chassis.hosting import variables
 from mercato.chassis.hosting.host import GATEWAY
 from mercato.chassis.observability.telemetry import MULTIPROCESS_VARIABLE
-from mercato.cli.logs import log_file
+from mercato.cli.logs import OWNER, log_file
 from mercato.cli.shared_metrics import MetricsFolder
 from mercato.cli.starting import Auth, CannotStart
 from mercato.cli.worker import ask_to_stop
@@ -87,7 +87,7 @@ class RunningProcesses(msgspec.Struct, frozen=True):
     services: str = ""
     """The value of MERCATO_SERVICES, if they call each other over HTTP."""
     urls: Mapping[str, str] = {}
-    """The URL at which each ready process serves clients, health and metrics, by its name."""
+    """The URL at which each ready process serves clients, health and metrics, by its name; the owner only metrics."""
     diagnostics: Mapping[str, str] = {}
     """The address at which each ready process answers the operator, by its name."""
 
@@ -187,15 +187,17 @@ def recorded(data: Path, diagnostics: Mapping[str, str]) -> Generator[None]:
 class ProcessFile:
     """The file with the addresses of the processes, for the time of a `with` block; each `write` updates it."""
 
-    def __init__(self, data: Path, made: Sequence[SupervisedProcess]) -> None:
+    def __init__(self, data: Path, made: Sequence[SupervisedProcess], metrics: str) -> None:
+        """`metrics`: the URL of those of this process, which is the owner."""
         self._file = data / RECORD
         self._made = made
+        self._metrics = metrics
 
     def write(self) -> None:
         assignment = self._made[0].assignment
         assert assignment is not None
         environment = assignment.environment
-        urls = {instance.name: instance.url for instance in self._made if instance.url}
+        urls = {OWNER: self._metrics, **{instance.name: instance.url for instance in self._made if instance.url}}
         diagnostics = {instance.name: instance.diagnostics for instance in self._made if instance.diagnostics}
         write_record(
             self._file, environment["NATS_URL"], environment["MERCATO_SERVICES"], urls=urls, diagnostics=diagnostics

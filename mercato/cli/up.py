@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 
-from mercato import placements, topology
+from mercato import __version__, placements, topology
 from mercato.chassis.contract import ServiceError
 from mercato.chassis.hosting import settings as config, variables
 from mercato.chassis.hosting.host import Host
@@ -29,7 +29,7 @@ from mercato.chassis.http import CannotListen, LoadLimits, PortTaken, bind
 from mercato.chassis.observability.telemetry import Telemetry, also_log_to, configure_logging
 from mercato.chassis.postgres.migrations import MigrationError
 from mercato.chassis.postgres.provisioning import ProvisionError
-from mercato.cli import diagnostics, environment, preparing, stopping
+from mercato.cli import diagnostics, environment, owner_metrics, preparing, stopping
 from mercato.cli.hosting import hosted, tune_garbage_collection
 from mercato.cli.keeping import kept
 from mercato.cli.logs import OWNER, log_file
@@ -400,11 +400,14 @@ class _Up:
             auth="open" if self._open else "required",
             nats_url=nats_url,
         )
-        background = Background(admin_dsn, dsns, Telemetry(), every_seconds=self._settings.audit_seconds)
+        telemetry = Telemetry()
+        telemetry.describe_process(__version__)
+        background = Background(admin_dsn, dsns, telemetry, every_seconds=self._settings.audit_seconds)
         async with contextlib.AsyncExitStack() as ours:
             await self._unless_stopped(split.ready())
             await ours.enter_async_context(background.running())
-            self._recorder = ours.enter_context(ProcessFile(self._options.data, split.instances))
+            metrics = await ours.enter_async_context(owner_metrics.answering(telemetry))
+            self._recorder = ours.enter_context(ProcessFile(self._options.data, split.instances, metrics))
             self._announce(url)
             await self._stop.wait()
             listener.close()

@@ -94,9 +94,7 @@ class Pages:
         """
         if not self._is_collector(request):
             await self._require_staff(request)
-        accept = request.headers.get("accept", "")
-        text, content_type = await asyncio.to_thread(self._telemetry.exposition, accept)
-        return Response(text, headers={"content-type": content_type, "cache-control": NO_STORE, "vary": "Accept"})
+        return await rendered_metrics(self._telemetry, request)
 
     async def _jwks(self, _: Request) -> Response:
         self._cap_deadline()
@@ -107,9 +105,7 @@ class Pages:
         given = request.headers.get("authorization", "").encode("latin-1")
         if self._metrics_token is not None and hmac.compare_digest(given, self._metrics_token):
             return True
-        proxied = any(name in request.headers for name in ("forwarded", "x-forwarded-for", "x-real-ip", "via"))
-        is_here = request.client is not None and ip_address(request.client.host).is_loopback
-        return is_here and not proxied and _is_loopback(request.headers.get("host", "localhost"))
+        return is_of_this_machine(request)
 
     async def _require_staff(self, request: Request) -> None:
         self._cap_deadline()
@@ -127,6 +123,19 @@ class Pages:
         call = current.get()
         deadline = min(call.deadline, time.monotonic() + KEYS_SECONDS)
         current.set(Context(call.actor, deadline, call.trace_id, call.request_id))
+
+
+async def rendered_metrics(telemetry: Telemetry, request: Request) -> Response:
+    """The metrics of `telemetry`, in the format that a request accepts."""
+    text, content_type = await asyncio.to_thread(telemetry.exposition, request.headers.get("accept", ""))
+    return Response(text, headers={"content-type": content_type, "cache-control": NO_STORE, "vary": "Accept"})
+
+
+def is_of_this_machine(request: Request) -> bool:
+    """Whether a program on this machine has sent a request, without a proxy, and names loopback in Host."""
+    proxied = any(name in request.headers for name in ("forwarded", "x-forwarded-for", "x-real-ip", "via"))
+    is_here = request.client is not None and ip_address(request.client.host).is_loopback
+    return is_here and not proxied and _is_loopback(request.headers.get("host", "localhost"))
 
 
 def _is_loopback(host: str) -> bool:

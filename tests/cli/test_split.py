@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 from collections import Counter
@@ -15,7 +16,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from mercato import topology
+from mercato import __version__, topology
+from mercato.cli.logs import OWNER
 from mercato.embedded_postgres import processes
 from mercato.gateway.spans import HTTP_SECONDS
 from mercato.testing.caller import Buyers, Caller, everything
@@ -273,6 +275,23 @@ def test_what_a_gateway_has_counted_outlives_it_and_what_it_had_in_work_does_not
     assert {reads_counted(shop) for _ in range(10)} == {before}
     # The other gateway may have said that all is ready while the new one starts.
     wait_until(lambda: measured_gateways(shop) == gateways(shop), BOUND_SECONDS)
+
+
+def test_the_owner_shows_the_audits_to_a_collector_on_this_machine(shop: Process):
+    """No other process makes them."""
+
+    def urls() -> dict[str, str]:
+        return json.loads((shop.data / "processes.json").read_text())["urls"]
+
+    # A process that was started again is there when it is ready.
+    wait_until(lambda: set(urls()) == {OWNER, *shop.tree().instances}, BOUND_SECONDS)
+    with Caller(urls()[OWNER]) as caller:
+        text = caller.get("/metrics").text
+        assert "mercato_audit_timestamp_seconds" in text
+        assert f'mercato_build_info{{python="{platform.python_version()}",version="{__version__}"}} 1.0' in text
+        assert caller.get("/metrics", Host="shop.example").status == 403
+        assert caller.get("/metrics", Forwarded="for=10.0.0.1").status == 403
+        assert caller.get("/products").status == 404
 
 
 # -------------------------------------------------------------------------------------- commands that look at processes

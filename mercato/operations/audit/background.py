@@ -43,7 +43,7 @@ class Last(msgspec.Struct, frozen=True):
 
 
 class Background:
-    """Audits the shop every `every_seconds`, in one of its processes, for as long as it is `running`."""
+    """Audits the shop every `every_seconds`, in one of its processes, for as long as it is `running`. 0: never."""
 
     def __init__(
         self,
@@ -63,6 +63,8 @@ class Background:
         self._failure = ""
         self._logged = ""
         self._database: Database | None = None
+        if not every_seconds:
+            telemetry = Telemetry()  # it shows none: an audit that is never made is not late
         # Every process shows the result that it has read last: the most recent value is the newest.
         violations = "Places where an invariant did not hold in the last audit."
         self._violations = telemetry.gauge("mercato_audit_violations", violations, ["invariant"], workers="mostrecent")

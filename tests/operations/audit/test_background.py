@@ -125,6 +125,7 @@ async def test_it_goes_on_after_its_database_was_lost_or_made_anew(
 
 
 async def test_with_no_seconds_it_never_audits(cluster: Cluster, dsns: Mapping[str, str]):
-    background, _ = process(cluster, dsns, every_seconds=0)
+    background, telemetry = process(cluster, dsns, every_seconds=0)
     async with background.running():
         assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
+    assert b"mercato_audit" not in telemetry.exposition()[0], "an alert would take it for late"
