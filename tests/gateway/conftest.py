@@ -6,10 +6,13 @@ What every request of the API answers, both ways, is asked in `tests/reference`;
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import logging
+from collections.abc import AsyncGenerator, Generator
 
+import pytest
 import pytest_asyncio
 
+from gateway.harness import Lines
 from mercato.testing.cluster import Cluster
 from mercato.testing.shop import Shop
 
@@ -28,3 +31,15 @@ async def guarded_shop(cluster: Cluster) -> AsyncGenerator[Shop]:
     shop = await Shop.start(cluster, "local", is_open=False)
     yield shop
     await shop.close()
+
+
+@pytest.fixture
+def lines() -> Generator[Lines]:
+    root = logging.getLogger()
+    handlers = root.handlers[:]
+    for handler in handlers:
+        root.removeHandler(handler)
+    try:
+        yield Lines()
+    finally:
+        root.handlers[:] = handlers

@@ -1,13 +1,15 @@
-"""One thing of each kind for the rows of the API, and a shop that starts on the databases of another."""
+"""One thing of each kind for the rows of the API, a shop on the databases of another, and what is logged."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from mercato.chassis.observability.telemetry import configure_logging
 from mercato.contracts.products import Product
 from mercato.contracts.roles import CUSTOMER
 from mercato.gateway.route import Route
@@ -134,6 +136,28 @@ def without_ids(response: Response, *ids: int | str) -> tuple[int, dict[str, str
         body = body.replace(str(known), "ID")
     hidden = {"date", "x-request-id", "content-length"}
     return response.status, {name: value for name, value in response.headers.items() if name not in hidden}, body
+
+
+class Lines:
+    """What is logged from a moment on."""
+
+    def __init__(self) -> None:
+        self._stream = io.BytesIO()
+
+    def begin(self, level: str) -> None:
+        self._stream.seek(0)
+        self._stream.truncate()
+        configure_logging(level, self._stream)
+
+    def all(self) -> list[dict[str, Any]]:
+        return [msgspec.json.decode(line) for line in self._stream.getvalue().splitlines()]
+
+    def named(self, event: str) -> list[dict[str, Any]]:
+        return [line for line in self.all() if line["event"] == event]
+
+    @property
+    def text(self) -> str:
+        return self._stream.getvalue().decode()
 
 
 def requests(method: str, route: str, status: int) -> str:

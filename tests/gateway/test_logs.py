@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import ast
-import io
-import logging
 import re
-from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
 import mercato
-from mercato.chassis.observability.telemetry import Telemetry, configure_logging
+from gateway.harness import Lines
+from mercato.chassis.observability.telemetry import Telemetry
 from mercato.contracts.products import Product
 from mercato.gateway import access_log
 from mercato.gateway.headers import RequestHeaders
@@ -45,38 +43,6 @@ async def shop(cluster: Cluster) -> AsyncGenerator[Shop]:
     made = await Shop.start(cluster, "local", log_requests=True)
     yield made
     await made.close()
-
-
-class Lines:
-    """What is logged from a moment on."""
-
-    def __init__(self) -> None:
-        self._stream = io.BytesIO()
-
-    def begin(self, level: str) -> None:
-        self._stream.seek(0)
-        self._stream.truncate()
-        configure_logging(level, self._stream)
-
-    def named(self, event: str) -> list[dict[str, Any]]:
-        lines = [msgspec.json.decode(line) for line in self._stream.getvalue().splitlines()]
-        return [line for line in lines if line["event"] == event]
-
-    @property
-    def text(self) -> str:
-        return self._stream.getvalue().decode()
-
-
-@pytest.fixture
-def lines() -> Generator[Lines]:
-    root = logging.getLogger()
-    handlers = root.handlers[:]
-    for handler in handlers:
-        root.removeHandler(handler)
-    try:
-        yield Lines()
-    finally:
-        root.handlers[:] = handlers
 
 
 # --------------------------------------------------------------------------------------------------------------- log
