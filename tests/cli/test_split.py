@@ -211,15 +211,17 @@ def test_wrong_options_are_refused_in_a_sentence(tmp_path: Path, options: list[s
 
 # ------------------------------------------------------------------------------------------------------------- metrics
 
+LISTED_HERE_ALONE = "/stock"
+"""No other test asks for it: a request of theirs may be counted late, for its answer comes first."""
+
 
 def reads_counted(shop: Process) -> int:
-    """How often the catalogue was read, as a gateway says on a new connection."""
-    [count] = [
-        sample.value
+    """How often levels were listed, as a gateway says on a new connection."""
+    return sum(
+        int(sample.value)
         for sample in samples(shop)
-        if sample.name == f"{HTTP_SECONDS}_count" and sample.labels["http_route"] == "/products"
-    ]
-    return int(count)
+        if sample.name == f"{HTTP_SECONDS}_count" and sample.labels["http_route"] == LISTED_HERE_ALONE
+    )
 
 
 def samples(shop: Process) -> list[Sample]:
@@ -247,16 +249,13 @@ def metrics_folder(shop: Process) -> Path:
 
 def test_any_gateway_shows_the_metrics_of_all(shop: Process):
     recovered(shop)
-    with shop.caller() as caller:
-        assert caller.get("/products").status == 200
-    before = reads_counted(shop)
     for _ in range(ORDERS):
         with shop.caller() as caller:  # each on a connection of its own: both gateways answer some
-            assert caller.get("/products").status == 200
+            assert caller.get(LISTED_HERE_ALONE).status == 200
     # A request is counted when its answer has been sent.
-    wait_until(lambda: reads_counted(shop) >= before + ORDERS, BOUND_SECONDS)
+    wait_until(lambda: reads_counted(shop) >= ORDERS, BOUND_SECONDS)
 
-    assert {reads_counted(shop) for _ in range(10)} == {before + ORDERS}
+    assert {reads_counted(shop) for _ in range(10)} == {ORDERS}
     assert measured_gateways(shop) == gateways(shop)
 
 
