@@ -48,19 +48,24 @@ def rules() -> Sequence[Mapping[str, Any]]:
     return [rule for group in document["groups"] for rule in group["rules"]]
 
 
+class UnlistedTime(Exception):
+    """A sentence: which time of which alert has no shorter one above."""
+
+
 def accelerated(rule: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The rule with shorter times. Fails for a time that is not listed above."""
+    """The rule with shorter times. Raises `UnlistedTime`."""
     made = dict(rule)
     if "for" in rule:
         made["for"] = HELD[rule["for"]]
     expression: str = rule["expr"]
     before, after = BOUNDS.get(rule["alert"], ("", ""))
-    assert before in expression, f"{rule['alert']} has not the bound {before}"
+    if before not in expression:
+        raise UnlistedTime(f"{rule['alert']} has not the bound {before}")
     rest = _QUOTED.sub("", expression.replace(before, "", 1))
-    unknown = set(_DURATION.findall(rest)) - RANGES
-    assert not unknown, f"{rule['alert']}: no shorter time is listed for {unknown}"
-    large = [number for number in _LARGE.findall(rest) if int(number) > LARGEST_COUNT]
-    assert not large, f"{rule['alert']}: are {large} times?"
+    if unknown := set(_DURATION.findall(rest)) - RANGES:
+        raise UnlistedTime(f"{rule['alert']}: no shorter time is listed for {unknown}")
+    if large := [number for number in _LARGE.findall(rest) if int(number) > LARGEST_COUNT]:
+        raise UnlistedTime(f"{rule['alert']}: are {large} times?")
     made["expr"] = _DURATION.sub(SHORT, expression.replace(before, after, 1))
     return made
 
