@@ -19,6 +19,7 @@ from bench.throughput.load import LONGEST_SECONDS, Plan, load
 from bench.throughput.plan import MOST_CONNECTIONS, Case, Length, Step
 from bench.throughput.report import Progress
 from bench.throughput.shops import Mercato, Shop, ShopFailed
+from bench.throughput.sink import collecting
 from bench.throughput.toolchain import Built
 from mercato.embedded_postgres import EmbeddedPostgres
 
@@ -281,14 +282,12 @@ class Run:
 
     async def _observed(self, server: EmbeddedPostgres) -> list[Observed]:
         """Mercato as it starts by default, with a collector for its spans, and without spans, metrics and logs."""
-        from mercato.testing.collector import Collector  # needs the extra `otel`, which other parts do not
-
         found: list[Observed] = []
-        with Collector() as collector:
+        with collecting() as url:
             for number in range(self._length.rounds):
                 rates: dict[bool, dict[tuple[Case, int], float]] = {}
                 for is_on in (True, False) if number % 2 == 0 else (False, True):
-                    settings = {ENDPOINT: collector.environment[ENDPOINT]} if is_on else UNOBSERVED
+                    settings = {ENDPOINT: url} if is_on else UNOBSERVED
                     module = "mercato.cli" if is_on else "bench.throughput.unobserved"
                     async with shops.mercato(self._folder, server, settings=settings, module=module) as shop:
                         await shop.find()
