@@ -18,16 +18,19 @@ from prometheus_client.samples import Exemplar
 
 from mercato.chassis.contract.context import SAMPLED, Span
 
-Bucket = tuple[str, frozenset[tuple[str, str]], float]
-"""Of a histogram, with these labels, up to this bound."""
+Bucket = tuple[frozenset[tuple[str, str]], float]
+"""Of a histogram: with these labels, up to this bound."""
 
 
 class Exemplars:
-    """The latest exemplar of each bucket, of this process."""
+    """The latest exemplar of each bucket, of this process.
+
+    They are noted by the event loop while a thread shows them: what can grow is looked up there, and never iterated.
+    """
 
     def __init__(self) -> None:
         self._bounds: dict[str, Sequence[float]] = {}
-        self._latest: dict[Bucket, Exemplar] = {}
+        self._latest: dict[str, dict[Bucket, Exemplar]] = {}
 
     def declare(self, histogram: str, bounds: Sequence[float]) -> None:
         """`bounds` ascend, and do not contain infinity."""
@@ -39,26 +42,27 @@ class Exemplars:
         if trace_id is None:
             return
         bounds = self._bounds[histogram]
-        bucket = histogram, frozenset(labels.items()), bounds[bisect_left(bounds, value)]
+        bucket = frozenset(labels.items()), bounds[bisect_left(bounds, value)]
         ids = {"trace_id": trace_id, "span_id": f"{span.id:016x}"}
-        self._latest[bucket] = Exemplar(ids, value, time.time())
+        self._latest.setdefault(histogram, {})[bucket] = Exemplar(ids, value, time.time())
 
     def added_to(self, families: Iterable[Metric]) -> Iterator[Metric]:
         """The families, with the exemplars of their buckets."""
-        noted = {bucket[0] for bucket in self._latest}
         for family in families:
-            if family.name in noted:
+            latest = self._latest.get(family.name)
+            if latest is not None:
                 family.samples = [
-                    sample._replace(exemplar=self._of(family.name, sample.labels))
+                    sample._replace(exemplar=latest.get(_bucket(sample.labels)))
                     if sample.name.endswith("_bucket")
                     else sample
                     for sample in family.samples
                 ]
             yield family
 
-    def _of(self, histogram: str, labels: Mapping[str, str]) -> Exemplar | None:
-        others = frozenset((name, value) for name, value in labels.items() if name != "le")
-        return self._latest.get((histogram, others, float(labels["le"])))
+
+def _bucket(labels: Mapping[str, str]) -> Bucket:
+    others = frozenset((name, value) for name, value in labels.items() if name != "le")
+    return others, float(labels["le"])
 
 
 class WithExemplars(Collector):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,27 @@ def test_a_reader_that_does_not_ask_gets_the_older_format(accept: str) -> None:
     text, content_type = telemetry.exposition(accept)
     assert content_type.startswith("text/plain; version=0.0.4")
     assert TRACE not in text.decode()
+
+
+@pytest.fixture
+def eager_switches() -> Iterator[None]:
+    """Threads take turns all the time, and so also between two steps of a loop."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("eager_switches")
+def test_exemplars_are_noted_while_a_thread_shows_them() -> None:
+    telemetry, span = Telemetry(), span_in(Place(TRACE, SAMPLED, 0))
+    observed(telemetry, 0.5, span)
+    families = list(telemetry.registry.collect())
+    with ThreadPoolExecutor(1) as collector:
+        showing = [collector.submit(lambda: [*telemetry.exemplars.added_to(families)]) for _ in range(200)]
+        for number in range(5_000):
+            telemetry.exemplars.note(SECONDS, {"place": f"place {number}"}, 0.5, span)
+        assert all(each.result() for each in showing)
 
 
 WORKER = f"""
