@@ -52,7 +52,8 @@ class EventTrace(msgspec.Struct, frozen=True, gc=False):
 
 unpack: Final = msgspec.json.Decoder(list[OutboxEvent]).decode
 traces: Final = msgspec.json.Decoder(list[EventTrace]).decode
-"""The type and the trace of each event of a row. The rest is passed over, which costs a tenth of `unpack`."""
+"""The type and the trace of each event of a row. The rest is passed over, which costs a quarter of unpacking them as
+events of a source (364 and 1 391 ns an event)."""
 
 
 def pack(events: Sequence[Outgoing] | Sequence[OutboxEvent]) -> list[str]:
