@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from prometheus_client import Counter, Gauge, Histogram
+from mercato.chassis.observability.counting import Pending, PendingCounter, PendingGauge, PendingHistogram
 
-METHODS = {Counter: ("inc",), Gauge: ("inc", "dec", "set"), Histogram: ("observe",)}
+METHODS = {PendingCounter: ("inc",), PendingGauge: ("inc", "dec", "set"), PendingHistogram: ("observe",)}
 
 
 def nothing(*_arguments: Any, **_named: Any) -> None:
@@ -24,6 +24,13 @@ def stop_counting() -> None:
     for metric, names in METHODS.items():
         for name in names:
             setattr(metric, name, nothing)
+    made = Pending._metric_init  # pyright: ignore[reportPrivateUsage]
+
+    def make(self: Pending) -> None:
+        made(self)
+        self.add = nothing
+
+    Pending._metric_init = make  # pyright: ignore[reportPrivateUsage]
 
 
 def main() -> None:

@@ -421,7 +421,7 @@ class BoundRoute:
         self._forms = [(form, BoundRoute(form.of(route), client, telemetry, currency)) for form in route.forms]
 
     def observe_status(self, status: int) -> Callable[[float], None]:
-        observe = self.observe[status] = self._requests.labels(**labels_of(self.route, status)).observe
+        observe = self.observe[status] = self._requests.labels(**labels_of(self.route, status)).add
         return observe
 
     # ------------------------------------------------------------------------------------------- decode the request

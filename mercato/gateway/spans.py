@@ -6,9 +6,8 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from prometheus_client import Histogram
-
 from mercato.chassis.contract import Message
+from mercato.chassis.observability.counting import PendingHistogram
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.contracts.orders import Orders
 from mercato.gateway.headers import RequestHeaders
@@ -24,7 +23,7 @@ OTHER_METHOD: Final = "_OTHER"
 """What a method that is not in `METHODS` is called, so that a client does not make series (semantic conventions)."""
 
 
-def answered(telemetry: Telemetry) -> Histogram:
+def answered(telemetry: Telemetry) -> PendingHistogram:
     """Requests by method, route and status, as OpenTelemetry's semantic conventions name them."""
     about = "From a request's head to the last byte of its answer."
     labels = ["http_request_method", "http_route", "http_response_status_code"]

@@ -335,6 +335,7 @@ telemetry = Telemetry()
 telemetry.counter("mercato_a", "about").inc()
 telemetry.gauge("mercato_b", "about", ["of"], workers="livesum").labels("it").set(7)
 telemetry.histogram("mercato_c_seconds", "about").observe(0.1)
+telemetry.counter("mercato_a", "about").add(1)
 print(telemetry.own_exposition())
 """
 

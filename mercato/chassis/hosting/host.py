@@ -207,7 +207,7 @@ class Host:
             jitter=random.random,
             limits=self._limits,
             on_change=show,
-            on_calls=in_flight.labels(**labels).inc,
+            on_calls=in_flight.labels(**labels).add,
         )
 
     async def open(self) -> None:
@@ -226,6 +226,7 @@ class Host:
             self._start(consumer.key[0], *consumer_tasks(consumer))
         for name, task in self._further:
             self._start(name, task)
+        self._tasks.append(asyncio.create_task(self.telemetry.settle_for_ever(), name="metrics"))
         self._is_open = True
 
     def also_run(self, name: str, task: PeriodicTask) -> None:

@@ -55,7 +55,7 @@ class PeriodicTask(msgspec.Struct, frozen=True):
         counter = telemetry.counter(
             "mercato_periodic_rounds", "Rounds of periodic tasks, by how they ended.", ["service", "task", "outcome"]
         )
-        done, failed = (counter.labels(service, self.name, outcome) for outcome in ("done", "failed"))
+        note_done, note_failed = (counter.labels(service, self.name, outcome).add for outcome in ("done", "failed"))
         failures, reason = 0, ""
         await asyncio.sleep(_varied(self.delay_seconds))
         while True:
@@ -63,7 +63,7 @@ class PeriodicTask(msgspec.Struct, frozen=True):
             try:
                 count = await self.work()
             except Exception as error:  # an edge: no failure of one round may end the others; logged by _report
-                failed.inc()
+                note_failed(1)
                 before, reason = reason, str(error) or type(error).__name__
                 if self.on_failure:
                     self.on_failure(error)
@@ -72,7 +72,7 @@ class PeriodicTask(msgspec.Struct, frozen=True):
                 await asyncio.sleep(_varied(min(self.first_retry_seconds * 2**failures, self.longest_retry_seconds)))
                 failures = min(failures + 1, 30)
             else:
-                done.inc()
+                note_done(1)
                 failures, reason = 0, ""
                 is_more_due = self.limit is not None and count >= self.limit
                 await asyncio.sleep(0 if is_more_due else _varied(self.every_seconds))

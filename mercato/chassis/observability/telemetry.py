@@ -3,13 +3,14 @@
 Logs are one JSON object a line on standard error, with the ids of the call that is being served: trace, span, request,
 and actor if it is a person.
 
-A metric is declared where it is counted; its labels are bound at start-up, so that counting on the hot path is one
-addition. What OpenTelemetry's semantic conventions name has that name, as its exporter for Prometheus writes it
-(`http.server.request.duration` is `http_server_request_duration_seconds`); other names begin with `mercato_`.
+A metric is declared where it is counted; its labels are bound at start-up, so that counting on the hot path appends to
+a list (`counting.py`). What OpenTelemetry's semantic conventions name has that name, as its exporter for Prometheus
+writes it (`http.server.request.duration` is `http_server_request_duration_seconds`); others begin with `mercato_`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -25,7 +26,7 @@ from typing import Any, BinaryIO, ClassVar, Final, Literal, TypeVar, cast
 import msgspec
 import prometheus_client
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -33,6 +34,7 @@ from prometheus_client.registry import Collector
 
 from mercato.chassis.contract import current
 
+from .counting import PendingCounter, PendingGauge, PendingHistogram
 from .exemplars import Exemplars, WithExemplars
 from .tracing import Tracing
 
@@ -42,10 +44,12 @@ SECONDS_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.
 URL_PASSWORD: Final = re.compile(r"(://[^\s:/@]*:)[^\s@]+@")
 ROW_VALUES: Final = re.compile(r"(DETAIL:).*")
 
-M = TypeVar("M", Counter, Gauge, Histogram)
+M = TypeVar("M", PendingCounter, PendingGauge, PendingHistogram)
 
 MULTIPROCESS_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
 """Names a folder in which the workers of one shop share their metrics; prometheus-client reads it at import."""
+SETTLE_SECONDS: Final = 0.25
+"""How long a count may be missing in what other workers show: one that is killed loses so much."""
 
 # ------------------------------------------------------------------------------------------------------------ logs
 
@@ -202,19 +206,19 @@ class Telemetry:
         self.registry = CollectorRegistry()
         self.tracing = Tracing()
         self.exemplars = Exemplars()
-        self._declared: dict[str, Counter | Gauge | Histogram] = {}
+        self._declared: dict[str, PendingCounter | PendingGauge | PendingHistogram] = {}
         self._is_described = False
 
-    def counter(self, name: str, about: str, labels: Sequence[str] = ()) -> Counter:
+    def counter(self, name: str, about: str, labels: Sequence[str] = ()) -> PendingCounter:
         """`name` is without `_total`."""
-        return self._once(Counter, name, lambda: Counter(name, about, labels, registry=self.registry))
+        return self._once(PendingCounter, name, lambda: PendingCounter(name, about, labels, registry=self.registry))
 
     def histogram(
         self, name: str, about: str, labels: Sequence[str] = (), buckets: Sequence[float] = SECONDS_BUCKETS
-    ) -> Histogram:
+    ) -> PendingHistogram:
         self.exemplars.declare(name, buckets)
-        made = lambda: Histogram(name, about, labels, buckets=buckets, registry=self.registry)  # noqa: E731
-        return self._once(Histogram, name, made)
+        made = lambda: PendingHistogram(name, about, labels, buckets=buckets, registry=self.registry)  # noqa: E731
+        return self._once(PendingHistogram, name, made)
 
     def gauge(
         self,
@@ -223,10 +227,10 @@ class Telemetry:
         labels: Sequence[str] = (),
         *,
         workers: Literal["livesum", "livemax", "mostrecent", "livemostrecent"],
-    ) -> Gauge:
+    ) -> PendingGauge:
         """`workers`: how the values of several processes are combined; `live`: only of those that still run."""
-        made = lambda: Gauge(name, about, labels, registry=self.registry, multiprocess_mode=workers)  # noqa: E731
-        return self._once(Gauge, name, made)
+        made = lambda: PendingGauge(name, about, labels, registry=self.registry, multiprocess_mode=workers)  # noqa: E731
+        return self._once(PendingGauge, name, made)
 
     def _once(self, kind: type[M], name: str, make: Callable[[], M]) -> M:
         metric = self._declared.get(name)
@@ -234,6 +238,23 @@ class Telemetry:
             metric = self._declared[name] = make()
         assert isinstance(metric, kind), f"{name} is declared as two kinds of metric"
         return metric
+
+    def settle(self) -> None:
+        """Adds up what is pending."""
+        for metric in list(self._declared.values()):
+            metric.settle()
+
+    async def settle_for_ever(self) -> None:
+        """Settles again and again, so that no list grows and other workers show what is counted here.
+
+        Once more when it is cancelled.
+        """
+        try:
+            while True:
+                await asyncio.sleep(SETTLE_SECONDS)
+                self.settle()
+        finally:
+            self.settle()
 
     def describe_process(self, version: str) -> None:
         """Adds the build, and the system's figures about this process: CPU, memory, file descriptors, start."""
@@ -254,6 +275,7 @@ class Telemetry:
         """
         registry = self.registry
         if folder := os.environ.get(MULTIPROCESS_VARIABLE):
+            self.settle()
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # pyright: ignore[reportUnknownMemberType, reportUnusedCallResult, reportArgumentType]
             registry.register(WorkerProcesses(Path(folder)))

@@ -38,7 +38,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Protocol
 
 import structlog
-from prometheus_client import Histogram
 
 from mercato.chassis.contract import (
     Context,
@@ -97,14 +96,14 @@ class BatchMetrics:
         self._operation = operation
 
     @functools.cached_property
-    def _series(self) -> tuple[Histogram, Histogram]:
+    def _series(self) -> tuple[Callable[[float], None], Callable[[float], None]]:
         """Sizes and waits, made by the first batch: a process calls few of its operations, and each has 26 buckets."""
-        return self._sizes.labels(self._operation), self._waits.labels(self._operation)
+        return self._sizes.labels(self._operation).add, self._waits.labels(self._operation).add
 
     def sent(self, size: int, longest_wait_s: float) -> None:
-        sizes, waits = self._series
-        sizes.observe(size)
-        waits.observe(longest_wait_s)
+        add_size, add_wait = self._series
+        add_size(size)
+        add_wait(longest_wait_s)
 
     def refused(self, count: int) -> None:
         self._refused.inc(count)

@@ -105,7 +105,7 @@ class Served:
     def _of(self, name: str) -> Observed:
         """Made by the first batch: a process serves more operations than are called."""
         seconds, requests, failed = self._seconds.labels(name, RPC_SYSTEM), self._requests, self._failed
-        made = self._observed[name] = Observed(seconds.observe, requests.labels(name).inc, failed.labels(name).inc)
+        made = self._observed[name] = Observed(seconds.add, requests.labels(name).add, failed.labels(name).add)
         return made
 
 
