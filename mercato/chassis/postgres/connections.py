@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import Sequence
+import struct
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, NoReturn, Self, cast
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # the driver has no types; this module is the typed seam
@@ -37,6 +38,20 @@ CLOSE_SECONDS: Final = 2.0
 OUTBOX_LOCK: Final = 0x6F757462  # "outb"
 _WRITE_EVENTS: Final = f"INSERT INTO outbox (events) SELECT %s FROM pg_advisory_xact_lock({OUTBOX_LOCK})"  # noqa: S608
 """The default of `id` is taken after the lock, which ends with the transaction: ids are in the order of commits."""
+
+
+def _message(kind: bytes, *parts: bytes) -> bytes:
+    """A message of PostgreSQL's protocol."""
+    content = b"".join(parts)
+    return kind + struct.pack("!i", 4 + len(content)) + content
+
+
+_BEGIN: Final = b"".join([
+    _message(b"P", b"\0BEGIN\0", struct.pack("!h", 0)),  # Parse: no name, no parameters
+    _message(b"B", b"\0\0", struct.pack("!hhh", 0, 0, 0)),  # Bind
+    _message(b"E", b"\0", struct.pack("!i", 0)),  # Execute; without Sync, so that no answer is sent yet
+])  # fmt: skip
+"""BEGIN as messages that can stand before those of a prepared statement."""
 
 
 def check_containers_by_type(protocol: Any) -> bool:
@@ -73,18 +88,50 @@ class RolledBackError(AssertionError):
 
 
 class _Connection(asyncpg.Connection):
-    """A connection that prepares the statement which writes events, at the first transaction that has any.
+    """A connection that sends BEGIN with the first statement of a transaction: one round trip less for each.
 
-    Not behind a pooler, where the next transaction may run in another session.
+    The driver knows no pipeline. But the messages of BEGIN can stand before those of the statement, whose handler
+    passes over what PostgreSQL answers to them, and takes an error of BEGIN for one of the statement.
+
+    It also prepares the statement which writes events, at the first transaction that has any; not behind a pooler,
+    where the next transaction may run in another session.
     """
 
-    __slots__ = ("_events_prepared", "_events_tried", "_is_pooled")
+    __slots__ = ("_events_prepared", "_events_tried", "_is_pooled", "is_beginning")
 
     def __init__(self, *values: Any, **options: Any) -> None:
         super().__init__(*values, **options)  # pyright: ignore[reportUnknownMemberType]
+        self.is_beginning = False
+        """The next statement begins a transaction."""
         self._events_prepared = ""
         self._events_tried = 0
         self._is_pooled: bool | None = None
+
+    def begin_with_next(self, *, begins: bool = True) -> None:
+        self.is_beginning = begins
+
+    async def execute(self, query: str, *values: Any, timeout: float | None = None) -> str:
+        if self.is_beginning and not values:
+            self.is_beginning = False
+            query = f"BEGIN; {query}"
+        return await super().execute(query, *values, timeout=timeout)  # pyright: ignore[reportUnknownMemberType]
+
+    async def _do_execute(self, query: str, executor: Callable[..., Awaitable[Any]], *values: Any, **options: Any):
+        """Where the driver runs every statement that has values or rows."""
+        return await cast(Any, super())._do_execute(
+            query, self._begun(executor) if self.is_beginning else executor, *values, **options
+        )
+
+    def _begun(self, executor: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def execute(statement: Any, timeout: float | None) -> Any:
+            if self.is_beginning:  # the driver may have run statements of its own meanwhile, to look up types
+                self.is_beginning = False
+                cast(Any, self)._transport.write(_BEGIN)
+                if not statement.name:  # BEGIN replaces the one statement without a name: the driver parses it again
+                    statement.mark_unprepared()
+            return await executor(statement, timeout)
+
+        return execute
 
     async def prepare_events(self) -> str:
         """The name of the statement, empty behind a pooler. It has a new one after an attempt that ended unknown."""
@@ -179,10 +226,11 @@ class Connections:
 class LentConnection:
     """A connection for the time of one block."""
 
-    __slots__ = ("_connections", "_is_renewed", "connection", "is_rolled_back")
+    __slots__ = ("_connections", "_has_failed", "_is_renewed", "connection", "is_rolled_back")
 
     def __init__(self, connections: Connections) -> None:
         self.is_rolled_back = False
+        self._has_failed = False
         self._connections = connections
         self._is_renewed = False
         self.connection: Any = None
@@ -207,28 +255,33 @@ class LentConnection:
         await self._connections.renew()
         await self.acquire()
 
-    async def begin(self) -> None:
-        """Begins a transaction; on a new connection if this one is lost."""
-        try:
-            await self.connection.execute("BEGIN")
-            return
-        except asyncio.CancelledError:
-            # The server may have begun the transaction, which no block would end: the connection is not reused.
-            await self.roll_back()
-            raise
-        except DRIVER_ERRORS as error:
-            if not self.is_lost(error):
-                raise_translated(error, self._connections.service)
-        await self.renew()
-        await self._step("BEGIN")
+    def begin(self) -> None:
+        """Begins a transaction with its first statement."""
+        self.connection.begin_with_next()
+
+    @property
+    def is_beginning(self) -> bool:
+        """The transaction has had no statement yet. False for a connection that the pool has taken back."""
+        return getattr(self.connection, "is_beginning", False)
+
+    def note_failure(self) -> None:
+        """Called when a statement of a transaction has failed.
+
+        One that could not be prepared has not begun the transaction, which must fail nevertheless.
+        """
+        self._has_failed = self._has_failed or self.is_beginning
 
     async def commit(self, events: Sequence[str]) -> None:
         """Writes the rows of the outbox and commits. `is_rolled_back` says whether a failure is known to be one.
 
         Raises `RolledBackError` if nothing was committed because an earlier statement had failed.
         """
+        if self.is_beginning and not events and not self._has_failed:
+            self.connection.begin_with_next(begins=False)
+            return
         try:
-            outcome: str = await self.connection.execute(await self._with_events(events) if events else "COMMIT")
+            end = "ROLLBACK" if self._has_failed else "COMMIT"
+            outcome: str = await self.connection.execute(await self._with_events(events, end) if events else end)
         except asyncio.CancelledError:
             await self.roll_back()  # does nothing if the transaction has ended
             raise
@@ -245,7 +298,7 @@ class LentConnection:
             self.is_rolled_back = True
             raise RolledBackError("an error inside the transaction was caught there; nothing was committed")
 
-    async def _with_events(self, events: Sequence[str]) -> str:
+    async def _with_events(self, events: Sequence[str], end: str) -> str:
         # As literals, so that a single message has the rows and the COMMIT: a process that is stopped between two
         # messages would hold the lock, and block every writer of the service. Prepared, because planning costs more
         # than the literals. A lock timeout that the transaction has set does not apply to this lock.
@@ -253,18 +306,17 @@ class LentConnection:
         write = f"EXECUTE {name} (%s)" if name else _WRITE_EVENTS
         literals = [row.replace("'", "''") for row in events]
         writes = "; ".join([write % f"'{literal}'" for literal in literals])
-        return f"SET LOCAL lock_timeout = 0; {writes}; COMMIT"
+        return f"SET LOCAL lock_timeout = 0; {writes}; {end}"
 
     async def roll_back(self) -> None:
         """Never fails: the server rolls back when a connection is lost."""
+        if self.is_beginning:
+            self.connection.begin_with_next(begins=False)
+            return
+        if self.connection is None:  # the first statement has found it lost, and there was no other
+            return
         with contextlib.suppress(*DRIVER_ERRORS):
             await self.connection.execute("ROLLBACK")
-
-    async def _step(self, sql: str) -> None:
-        try:
-            await self.connection.execute(sql)
-        except DRIVER_ERRORS as error:
-            raise_translated(error, self._connections.service)
 
 
 def _is_open(connection: Any) -> bool:

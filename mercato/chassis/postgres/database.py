@@ -14,8 +14,8 @@ The rules that the rest relies on
       `SET LOCAL` only, locks of a transaction only. A test holds this.
     - Driver errors are translated (`connections.py`): lost or refused connections become `Unavailable`, other errors
       that a service can handle become `UniqueViolation` or `LockTimeout`.
-    - A connection that is lost at a statement of `read()`, or at the BEGIN of a transaction, is replaced once, and the
-      statement is run again: after a restart of the server the first batch works.
+    - A connection that is lost at a statement of `read()`, or at the first one of a transaction, which begins it, is
+      replaced once, and the statement is run again: after a restart of the server the first batch works.
 """
 
 from __future__ import annotations
@@ -123,15 +123,20 @@ class Tx:
     async def _run(self, method: str, sql: str, values: Sequence[object]) -> Any:
         if not self._writable and sql not in _known_reads:
             _check_read(sql)
+        can_repeat = not self._writable or self._lease.is_beginning
         try:
             return await getattr(self._lease.connection, method)(sql, *values)
         except DRIVER_ERRORS as error:
-            if self._writable or not self._lease.is_lost(error):
+            if not can_repeat or not self._lease.is_lost(error):
+                self._lease.note_failure()
                 raise_translated(error, self._service)
         await self._lease.renew()
+        if self._writable:
+            self._lease.begin()
         try:
             return await getattr(self._lease.connection, method)(sql, *values)
         except DRIVER_ERRORS as error:
+            self._lease.note_failure()
             raise_translated(error, self._service)
 
 
@@ -176,7 +181,7 @@ class Database:
         in_state = telemetry.gauge(
             "db_client_connection_count", busy, [*by, "db_client_connection_state"], workers="livesum"
         )
-        self._busy = in_state.labels(service, "used")
+        self._note_busy = in_state.labels(service, "used").add
         telemetry.gauge("db_client_connection_max", limit, by, workers="livesum").labels(service).set(size)
 
     async def open(self) -> None:
@@ -271,7 +276,7 @@ class Database:
             lease = await self._lease()
             is_clean = False
             try:
-                await lease.begin()
+                lease.begin()
                 made.open_transactions += 1
                 tx = Tx(lease, self.service, writable=True)
                 try:
@@ -317,11 +322,11 @@ class Database:
             raise Unavailable(service=self.service)
         lease = LentConnection(self._connections)
         await lease.acquire()
-        self._busy.inc()
+        self._note_busy(1)
         return lease
 
     async def _give_back(self, lease: LentConnection, *, is_clean: bool) -> None:
-        self._busy.dec()
+        self._note_busy(-1)
         await lease.release(is_clean=is_clean)
 
 
@@ -350,7 +355,7 @@ class EmittedEvents:
     def _child(self, key: tuple[str, str]) -> Callable[[float], None]:
         # A provider may have any number of codes: those beyond the bound are counted under one name.
         type_, outcome = key if len(self._children) < OUTCOMES_COUNTED else (key[0], "other")
-        child = self._counter.labels(self._service, type_, outcome).inc
+        child = self._counter.labels(self._service, type_, outcome).add
         if len(self._children) < OUTCOMES_COUNTED:
             self._children[key] = child
         return child

@@ -12,7 +12,9 @@ import functools
 import os
 import re
 import shutil
+import signal
 import tempfile
+import time
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +28,6 @@ import mercato
 from mercato.chassis.contract import Actor, Contract, HandlerRun, Message, Unavailable, current, handler_run, single
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.postgres import connections
-from mercato.chassis.postgres.connections import LentConnection
 from mercato.chassis.postgres.database import (
     COUNTS_WAITING,
     Database,
@@ -98,6 +99,14 @@ async def kill_backends(cluster: Cluster, dsn: str) -> int:
     return await backends(
         cluster, dsn, "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity WHERE datname = $1"
     )
+
+
+def end_backend(tx: Tx) -> None:
+    """Ends the backend of a transaction, while the event loop cannot notice that the connection is lost."""
+    pid = tx._lease.connection.get_server_pid()
+    os.kill(pid, signal.SIGTERM)
+    while Path(f"/proc/{pid}").exists():
+        time.sleep(0.01)
 
 
 class TestTurns:
@@ -486,15 +495,27 @@ class TestOutages:
                     await tx.fetch_values(int, "SELECT 1")
             assert await ids(database) == []
 
-    async def test_a_backend_that_dies_before_begin_is_replaced(self, cluster: Cluster, dsn: str):
+    @pytest.mark.parametrize("values", [(), (1,)], ids=["without values", "with values"])
+    async def test_a_backend_that_dies_as_a_transaction_begins_is_replaced(self, dsn: str, values: tuple[int, ...]):
+        """Its first statement finds it dead: nothing can have been committed."""
         async with opened(dsn, size=1) as database:
-            assert database._connections
-            lease = LentConnection(database._connections)
-            await lease.acquire()
-            assert await kill_backends(cluster, dsn) == 1
-            await lease.begin()
-            await lease.roll_back()
-            await lease.release(is_clean=False)
+            async with database.transaction() as tx:
+                end_backend(tx)
+                await tx.execute(f"INSERT INTO things (id, name) VALUES ({'$1' if values else 1}, 'thing')", *values)
+            assert await ids(database) == [1]
+
+    async def test_a_backend_that_dies_as_a_transaction_begins_and_cannot_be_replaced_is_unavailable(
+        self, cluster: Cluster, dsn: str
+    ):
+        name = dsn.partition("?")[0].rpartition("/")[2]
+        async with opened(dsn, size=1) as database:
+            with pytest.raises(Unavailable):
+                async with database.transaction() as tx:
+                    await cluster.execute(f'ALTER DATABASE "{name}" WITH ALLOW_CONNECTIONS false')
+                    end_backend(tx)
+                    await add(tx, 1)
+            await cluster.execute(f'ALTER DATABASE "{name}" WITH ALLOW_CONNECTIONS true')
+            assert await ids(database) == []
 
     async def test_a_backend_that_dies_inside_a_transaction_fails_it(
         self, cluster: Cluster, dsn: str, made: HandlerRun

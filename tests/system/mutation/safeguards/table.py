@@ -143,8 +143,8 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
         (
             Edit(
                 CONNECTIONS,
-                '        return f"SET LOCAL lock_timeout = 0; {writes}; COMMIT"\n',
-                '        await self._step(f"SET LOCAL lock_timeout = 0; {writes}")\n        return "COMMIT"\n',
+                '        return f"SET LOCAL lock_timeout = 0; {writes}; {end}"\n',
+                '        await self.connection.execute(f"SET LOCAL lock_timeout = 0; {writes}")\n        return end\n',
             ),
         ),
         red=(f"{OF_STOPS}::test_a_process_that_is_stopped_while_it_commits_holds_up_no_other",),
