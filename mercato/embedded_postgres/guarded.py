@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 from asyncio.subprocess import PIPE
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mercato.embedded_postgres.folder import SupervisorError
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 GUARD = Path(__file__).with_name("guard.py")
 STOP_SECONDS = 4.9  # The guard's own schedule ends before: 3 s + 1 s + 0.8 s.
 PATIENT_STOP_SECONDS = 35.0  # And that of a stop which may take its time: 30 s before the same.
+NO_VARIABLES: Final[Mapping[str, str]] = {}
 
 
 class Guarded:
@@ -32,16 +34,21 @@ class Guarded:
         self._guard = guard
 
     @classmethod
-    async def start(cls, command: list[str], account: Account | None, *, errors: int) -> Guarded:
+    async def start(
+        cls, command: list[str], account: Account | None, *, errors: int, variables: Mapping[str, str] = NO_VARIABLES
+    ) -> Guarded:
         """Run `command` as `account` (None: the current one); its output goes to the descriptor `errors`, or to PIPE.
+
+        `variables` are added to its environment.
 
         The guard detects the end of this process by the pipe of its standard input: no other process may inherit our
         end, and none does, because Python's descriptors are closed on exec.
         """
         ids = ("-", "-") if account is None else (str(account.uid), str(account.gid))
+        environment = {**_environment(), **variables}
         guard = await asyncio.create_subprocess_exec(
             sys.executable, "-I", "-S", str(GUARD), *ids, *command,
-            stdin=PIPE, stdout=PIPE, stderr=errors, cwd="/", env=_environment(), start_new_session=True,
+            stdin=PIPE, stdout=PIPE, stderr=errors, cwd="/", env=environment, start_new_session=True,
         )  # fmt: skip
         assert guard.stdout is not None
         try:

@@ -17,7 +17,9 @@ NANOSECONDS: Final = 1_000_000_000
 KEPT_SECONDS: Final = 8 * 86_400
 """A day longer than the feed keeps its entries. In an empty stream the bridge begins with the oldest entry of the
 feed: if the stream deleted entries first, the bridge would publish them again."""
-DUPLICATES_SECONDS: Final = 120
+DUPLICATES_SECONDS: Final = 1
+"""The server keeps the id of each message in memory for so long, by default for two minutes: a million ids of a busy
+shop. The bridge does not need them, for each batch names the number that it follows."""
 STREAM_BYTES_MAX: Final = 4 * 1024**3
 """About six million events. A stream that is full refuses new messages, and does not delete what is still unread."""
 SEQUENCES_A_MILLISECOND: Final = 2_048

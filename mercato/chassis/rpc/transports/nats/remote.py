@@ -23,8 +23,8 @@ from .server import NatsServer
 from .wire import MICRO, micro_name, wake_subject
 
 ANSWER_SECONDS: Final = 1.0
-WAKE_PAUSE_SECONDS: Final = 0.005
-"""Commits within this time cause one wake-up."""
+WAKE_PAUSE_SECONDS: Final = 0.1
+"""Commits within this time cause one wake-up. A consumer gathers events for longer than that (`Pace.gather_s`)."""
 
 log = structlog.stdlib.get_logger("mercato.rpc.nats")
 
