@@ -22,7 +22,7 @@ from mercato.chassis.observability.telemetry import configure_logging
 from mercato.chassis.postgres.dsn import with_server
 from mercato.chassis.postgres.migrations import MigrationError
 from mercato.chassis.postgres.provisioning import ProvisionError
-from mercato.cli import environment, nats, preparing, stopping
+from mercato.cli import environment, nats_server, preparing, stopping
 from mercato.cli.hosting import hosted
 from mercato.cli.progress import Progress, fail
 from mercato.cli.settings import load
@@ -85,7 +85,7 @@ async def _migrate(options: Options, settings: config.Settings) -> None:
         if pooler is not None:
             dsns = {name: with_server(dsn, *pooler) for name, dsn in dsns.items()}
         written = _write(folder.path / FOLDER, environment.variables(secret, dsns))
-        write_atomically(written / "nats.conf", authorization(nats.users(secret)))
+        write_atomically(written / "nats.conf", authorization(nats_server.users(secret)))
     progress.say(f"Each service has its variables in a file of {written}: give it that one alone")
     progress.event("migrated", services=names, environment=str(written))
 

@@ -1,43 +1,23 @@
-"""NATS, for the processes of a shop: its users and their permissions, and the server of `up --split`."""
+"""How a process of a shop uses NATS: the connections of its services, and the feed that it publishes."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Final
 from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
-from mercato import topology
 from mercato.chassis.hosting.host import Host
-from mercato.chassis.hosting.keys import nats_password, service_secrets
+from mercato.chassis.hosting.keys import nats_password
 from mercato.chassis.hosting.periodic import PeriodicTask
 from mercato.chassis.hosting.settings import ServeSettings, SettingsError
 from mercato.chassis.messaging.bridge import BATCH, Bridge, FeedBehind, FeedMessage, FeedPurged, ReadFeed
 from mercato.chassis.rpc.transports.nats import NatsConnection, NatsRemote
 from mercato.cli.environment import require_encryption
-from mercato.cli.keeping import kept
-from mercato.cli.progress import Progress
 from mercato.contracts.events import CursorAhead, CursorTooOld, Events, ListEvents
-from mercato.embedded_nats import EmbeddedNats, NatsUser
-from mercato.embedded_postgres.folder import write_atomically
 
 SETTING: Final = "NATS_URL"
-SUBSCRIBER_FILE: Final = "subscriber.env"
-
-
-def users(shop_secret: bytes) -> Sequence[NatsUser]:
-    """A user for each caller, and one that reads the stream of the feed; each with only the rights that it needs.
-
-    Passwords are derived from the secrets.
-    """
-    known: list[NatsUser] = []
-    for name, secret in service_secrets(shop_secret, topology.NATS_USERS).items():
-        allowed = topology.nats_permissions(name)
-        known.append(NatsUser(name, nats_password(secret), allowed.publish, allowed.subscribe))
-    return known
 
 
 def connections(secrets: Mapping[str, bytes], settings: ServeSettings) -> Mapping[str, NatsConnection]:
@@ -103,31 +83,3 @@ async def bridge_events(host: Host, remote: NatsRemote) -> None:
     host.services[name].database.on_commit.append(bridge.wake)
     # `follow` has its own pause, which a wake-up ends.
     host.also_run(name, PeriodicTask("bridge", bridge.follow, 0.0, limit=0, on_failure=bridge.note_failure))
-
-
-@contextlib.asynccontextmanager
-async def embedded(
-    data: Path, shop_secret: bytes, progress: Progress, give_up: Callable[[str], None]
-) -> AsyncGenerator[str]:
-    """A server on this machine for the time of the block, restarted when it dies; gives its URL.
-
-    Meanwhile a file has the URL and user by which external consumers read the stream of the feed.
-    """
-    folder = data / "nats"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    known = users(shop_secret)
-    progress.step("starting NATS")
-    server = await EmbeddedNats.start(folder, users=known, streams=folder / "streams")
-
-    async def again(died: EmbeddedNats) -> EmbeddedNats:
-        return await EmbeddedNats.start(folder, users=known, port=died.port, streams=folder / "streams")
-
-    async with kept(server, again, "NATS", progress, give_up):
-        secret = service_secrets(shop_secret, [topology.SUBSCRIBER])[topology.SUBSCRIBER]
-        where = f"{topology.SUBSCRIBER}:{nats_password(secret)}@{server.url.removeprefix('nats://')}"
-        file = folder / SUBSCRIBER_FILE
-        write_atomically(file, f"{SETTING}=nats://{where}\n".encode())
-        try:
-            yield server.url
-        finally:
-            file.unlink(missing_ok=True)

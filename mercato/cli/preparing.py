@@ -6,21 +6,18 @@ This needs an administrator's DSN and the secret of the shop; a process that onl
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from base64 import urlsafe_b64encode
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from mercato import topology
-from mercato.chassis.contract import Unavailable
 from mercato.chassis.hosting import settings as config
 from mercato.chassis.hosting.host import Host
 from mercato.chassis.hosting.keys import key_deriver, service_secrets
-from mercato.chassis.postgres.connections import translated
 from mercato.chassis.postgres.migrations import migrate, missing_revisions
 from mercato.chassis.postgres.provisioning import connections_taken, provision, provisioned
 from mercato.cli.progress import Progress
-from mercato.cli.starting import CannotStart
+from mercato.cli.starting import CannotStart, explained
 from mercato.contracts.roles import STAFF
 from mercato.contracts.users import EmailTaken, ListUsers, Register, Users
 from mercato.operations.ids import advance
@@ -118,17 +115,6 @@ async def _migrated(name: str, dsn: str) -> Sequence[str]:
     """Brings the database of a service to the newest revision; gives the revisions that were run."""
     with explained(f"the database of {name} cannot be migrated"):
         return await migrate(dsn, topology.migrations(name))
-
-
-@contextlib.contextmanager
-def explained(what: str) -> Generator[None]:
-    """Raises `CannotStart`, with a sentence, if the server becomes unavailable."""
-    try:
-        yield
-    except Exception as error:  # the driver's, which only the chassis knows by name
-        if isinstance(translated(error, what), Unavailable):
-            raise CannotStart(f"{what}: {str(error).rstrip('.')}") from error
-        raise
 
 
 async def _ensure_staff(host: Host, password: str, show_password: Callable[[], None]) -> None:

@@ -40,13 +40,13 @@ from mercato.chassis.rpc.trust import TokenSigner, Trust
 from mercato.cli import diagnostics, environment, stopping
 from mercato.cli.environment import Given
 from mercato.cli.hosting import hosted, tune_garbage_collection
-from mercato.cli.preparing import explained
 from mercato.cli.progress import Progress, fail
 from mercato.cli.settings import load
 from mercato.cli.starting import (
     Auth,
     CannotStart,
     announce_test_modes,
+    explained,
     inject_faults,
     is_open,
     names_of,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Literal
 
 import structlog
 
 from mercato import topology
+from mercato.chassis.contract import Unavailable
 from mercato.chassis.hosting.host import GATEWAY
 from mercato.chassis.hosting.settings import Settings
 from mercato.chassis.observability import faults
+from mercato.chassis.postgres.connections import translated
 
 Auth = Literal["open", "required"]
 
@@ -21,6 +24,17 @@ log = structlog.stdlib.get_logger("mercato.start")
 
 class CannotStart(Exception):
     """A sentence for the operator."""
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Generator[None]:
+    """Raises `CannotStart`, with a sentence, if the server becomes unavailable."""
+    try:
+        yield
+    except Exception as error:  # the driver's, which only the chassis knows by name
+        if isinstance(translated(error, what), Unavailable):
+            raise CannotStart(f"{what}: {str(error).rstrip('.')}") from error
+        raise
 
 
 def inject_faults(wanted: str, names: Iterable[str] = tuple(topology.SERVICES)) -> None:

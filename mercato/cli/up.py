@@ -387,9 +387,9 @@ class _Up:
     ) -> None:
         nats_url = None
         if self._transport == "nats":
-            from mercato.cli import nats  # its client library takes a while to import
+            from mercato.cli import nats_server  # its client library takes a while to import
 
-            carrying = nats.embedded(self._options.data, secret, self._progress, self._end)
+            carrying = nats_server.embedded(self._options.data, secret, self._progress, self._end)
             nats_url = await self._unless_stopped(stack.enter_async_context(carrying))
         assign(
             split.instances,
