@@ -22,6 +22,7 @@ from mercato.chassis.postgres.outbox_row import Outgoing
 from mercato.testing.cluster import Cluster
 from mercato.testing.databases import fresh_dsn, opened
 from mercato.testing.waiting import until_true
+from pgbouncer.pooler import Pooler, needs_new_pgbouncer
 
 MIGRATIONS = Path(__file__).with_name("migrations_for_tests")
 LONGER_THAN_THE_DRIVER_NAMES = " " * 16 * 1024
@@ -33,11 +34,13 @@ class ThingRow(Row, frozen=True, gc=False):
     name: str
 
 
-@pytest_asyncio.fixture
-async def database(cluster: Cluster) -> AsyncGenerator[Database]:
+@pytest_asyncio.fixture(params=["the server", pytest.param("a pooler", marks=needs_new_pgbouncer)])
+async def database(cluster: Cluster, request: pytest.FixtureRequest) -> AsyncGenerator[Database]:
     """With one connection, so that what one transaction leaves behind meets the next."""
-    async with fresh_dsn(cluster, "things", MIGRATIONS) as dsn, opened(dsn, size=1) as made:
-        yield made
+    async with fresh_dsn(cluster, "things", MIGRATIONS) as dsn:
+        with Pooler(dsn) if request.param == "a pooler" else contextlib.nullcontext() as pooler:
+            async with opened(pooler.dsn(dsn) if pooler else dsn, size=1) as made:
+                yield made
 
 
 async def ids(database: Database) -> list[int]:
@@ -93,6 +96,8 @@ async def test_a_first_statement_whose_types_the_driver_must_look_up_is_in_the_t
             assert len(rows) == 1
             raise KeyError
     assert await ids(database) == []
+    async with database.transaction() as tx:
+        await tx.execute("DROP TYPE pair")
 
 
 async def test_the_answer_is_that_of_the_statement(database: Database):
