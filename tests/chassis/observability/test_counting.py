@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, Histogram
@@ -14,6 +16,7 @@ from mercato.chassis.observability.counting import MOST_PENDING
 from mercato.chassis.observability.telemetry import Telemetry
 
 BOUNDS = (0.5, 1.0, 2.0)
+COUNTED = 50_000
 
 
 @pytest.fixture
@@ -82,7 +85,7 @@ def test_no_count_is_lost_or_added_twice_while_threads_show_them(telemetry: Tele
 
     def show() -> None:
         while not ended.is_set():
-            telemetry.exposition()
+            telemetry.settle()
 
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -90,7 +93,7 @@ def test_no_count_is_lost_or_added_twice_while_threads_show_them(telemetry: Tele
     try:
         for thread in threads:
             thread.start()
-        for _ in range(20_000):
+        for _ in range(COUNTED):
             counter.inc()
             histogram.add(0.7)
     finally:
@@ -99,9 +102,30 @@ def test_no_count_is_lost_or_added_twice_while_threads_show_them(telemetry: Tele
             thread.join()
         sys.setswitchinterval(before)
 
-    assert telemetry.registry.get_sample_value("mercato_things_total", {"of": "it"}) == 20_000
-    assert telemetry.registry.get_sample_value("mercato_seconds_count") == 20_000
+    assert telemetry.registry.get_sample_value("mercato_things_total", {"of": "it"}) == COUNTED
+    assert telemetry.registry.get_sample_value("mercato_seconds_count") == COUNTED
     assert telemetry.registry.get_sample_value("mercato_seconds_bucket", {"le": "0.5"}) == 0
+
+
+class SlowToRead(list[float]):
+    """Lets other threads run between the copy of what is pending and its removal."""
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        time.sleep(0.05)
+        return found
+
+
+def test_two_threads_that_settle_at_once_add_each_count_once(telemetry: Telemetry):
+    counter = telemetry.counter("mercato_things", "about")
+    counter.pending = SlowToRead([1.0] * 7)
+    threads = [threading.Thread(target=counter.settle) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert telemetry.registry.get_sample_value("mercato_things_total") == 7
 
 
 SHARED = """

@@ -65,6 +65,7 @@ FIRST: dict[str, Callable[[Tx], Awaitable[Any]]] = {
     "a setting": lambda tx: tx.execute("SET LOCAL lock_timeout = '1s'"),
     "nothing found": lambda tx: tx.fetch_one(ThingRow, "SELECT id, name FROM things WHERE id = $1", 7),
 }
+WITHOUT_EFFECT = (FIRST["a setting"], FIRST["nothing found"])
 
 
 @pytest.mark.parametrize("first", FIRST.values(), ids=FIRST)
@@ -82,8 +83,10 @@ async def test_the_first_statement_is_in_the_transaction(
 
     async with database.transaction() as tx:
         await first(tx)
+        inside = await tx.fetch_values(int, "SELECT id FROM things")
     async with database.read() as tx:
         assert not await in_one_transaction(tx)
+    assert await ids(database) == inside == ([] if first in WITHOUT_EFFECT else [1])
 
 
 async def test_a_first_statement_whose_types_the_driver_must_look_up_is_in_the_transaction(database: Database):
