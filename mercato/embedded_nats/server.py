@@ -105,8 +105,8 @@ class EmbeddedNats:
         await self._watch
 
     async def died(self) -> str:
-        """Wait until the server has ended; a phrase about how."""
-        return await asyncio.shield(self._watch)
+        """Wait until the server has ended; gives a sentence about it."""
+        return f"NATS (pid {self.pid}) is gone: {await asyncio.shield(self._watch)}."
 
 
 def program() -> Path:

@@ -86,7 +86,7 @@ async def test_a_password_is_not_shown(tmp_path: Path):
 async def test_a_killed_server_starts_again_on_the_same_port(tmp_path: Path):
     first = await EmbeddedNats.start(tmp_path, users=USERS)
     os.kill(first.pid, signal.SIGKILL)
-    assert await first.died() == "it was killed by SIGKILL"
+    assert await first.died() == f"NATS (pid {first.pid}) is gone: it was killed by SIGKILL."
     await first.stop()
     second = await EmbeddedNats.start(tmp_path, users=USERS, port=first.port)
     try:

@@ -10,7 +10,7 @@ import contextlib
 import re
 import signal
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Self
@@ -19,6 +19,7 @@ import aiohttp
 import asyncpg
 import msgspec
 
+from mercato.cli.keeping import RESTARTS, WITHIN_SECONDS
 from mercato.cli.split import read_record
 from mercato.embedded_postgres import processes
 from mercato.testing.command import COMMAND
@@ -61,6 +62,13 @@ class Run:
         """Whether a fault was injected after which it is right to end."""
         self.counted: Counter[tuple[str, str]] = Counter()
         """By URL and what is counted."""
+        self._nats_kills = deque[float](maxlen=RESTARTS + 1)
+
+    def note_nats_kill(self) -> None:
+        """Notes when the NATS server of this shop is killed: one that dies too often within a minute ends the shop."""
+        times = self._nats_kills
+        times.append(time.monotonic())
+        self.may_end = self.may_end or (len(times) > RESTARTS and times[-1] - times[0] < WITHIN_SECONDS)
 
 
 class ProcessReport(msgspec.Struct, frozen=True):
@@ -189,6 +197,8 @@ class ShopUnderTest:
             # What dies of a shop that is split is started again; a start does not wait for it for ever.
             harmless = harmless or (self.is_split and fault.kind in ("worker", "nats"))
             run.may_end = run.may_end or not (harmless and self.up.is_set())
+            if fault.kind == "nats":
+                run.note_nats_kill()
             processes.send(target, signal.SIGKILL)
         self._faults[fault.kind] += 1
 
