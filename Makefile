@@ -140,6 +140,10 @@ bench-edge: $(VENV)/.runtime ## measure what others feel while clients abuse the
 bench-overload: $(VENV)/.runtime $(BENCH_GO) ## measure what is answered of more requests than can be (ARGS="--seconds 5 --json")
 	@$(RUN) bench.throughput.overload $(ARGS)
 
+.PHONY: bench-standing
+bench-standing: $(VENV)/.runtime ## measure payments while products stands still, in a split shop (ARGS="--transport http")
+	@$(RUN) bench.throughput.standing $(ARGS)
+
 ##@ Break it
 
 .PHONY: chaos

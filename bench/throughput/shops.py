@@ -140,6 +140,10 @@ class Mercato(Shop):
             return line.split()[-1]
         return "worker" if "mercato.cli.worker" in line else "nats" if "nats-server" in line else "up"
 
+    def pids(self, service: str) -> list[int]:
+        """The processes that serve it, of a shop that is split."""
+        return [pid for pid in self._tree() if self.name(pid).partition(".")[0] == service]
+
     async def before(self, case: Case) -> int:
         return await asyncio.to_thread(self._reserved) if case == "place" else await self.last_order()
 
