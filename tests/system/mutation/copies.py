@@ -28,6 +28,7 @@ COPIED: Final = (
     "tests",
     "bench",
     "docs",
+    "deploy",
     "requirements",
     "pyproject.toml",
     "Makefile",
