@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 
@@ -18,7 +19,10 @@ from mercato.gateway.pages import is_of_this_machine, rendered_metrics
 
 @contextlib.asynccontextmanager
 async def answering(telemetry: Telemetry) -> AsyncGenerator[str]:
-    """Answers a collector on this machine, at `/metrics`, for the time of the block; gives the URL."""
+    """Answers a collector on this machine, at `/metrics`, for the time of the block; gives the URL.
+
+    What is counted is added up meanwhile, for the owner has no host that would do it.
+    """
 
     async def metrics(request: Request) -> Response:
         if not is_of_this_machine(request):
@@ -26,5 +30,10 @@ async def answering(telemetry: Telemetry) -> AsyncGenerator[str]:
         return await rendered_metrics(telemetry, request)
 
     app = Starlette(routes=[Route("/metrics", metrics)])
-    async with serving(app, (LOOPBACK, 0), name="metrics") as address:
-        yield f"http://{address}"
+    settling = asyncio.create_task(telemetry.settle_for_ever(), name="metrics")
+    try:
+        async with serving(app, (LOOPBACK, 0), name="metrics") as address:
+            yield f"http://{address}"
+    finally:
+        settling.cancel()
+        await asyncio.wait({settling})
