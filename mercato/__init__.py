@@ -3,4 +3,4 @@
 Start reading at `docs/architecture.md`, then `mercato/contracts/orders.py`, then `mercato/services/orders/`.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -83,7 +83,7 @@ class Releases:
     def has_section(self, version: str) -> bool:
         """Whether the changelog has a section for a version: `## 0.1.0`, perhaps with a date, and lines below it."""
         section = re.search(
-            rf"^## \[?{re.escape(version)}\]?(?: .*)?$(.*?)(?=^## |\Z)", self.changelog.read_text(), re.M | re.S
+            rf"^## \[?{re.escape(version)}\]?(?: [^\n]*)?$(.*?)(?=^## |\Z)", self.changelog.read_text(), re.M | re.S
         )
         return section is not None and bool(section[1].strip())
 

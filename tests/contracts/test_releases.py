@@ -296,6 +296,14 @@ def test_a_version_without_a_section_in_the_changelog_is_refused(releases: Relea
         releases.release(mercato.__version__, SOME_COMMIT)
 
 
+@pytest.mark.parametrize("heading", ["## {version}", "## {version} - 2026-11-30", "## [{version}] - 2026-11-30"])
+def test_the_section_of_a_version_may_have_a_date_and_others_behind_it(releases: Releases, heading: str):
+    heading = heading.format(version=mercato.__version__)
+    releases.changelog.write_text(f"# Changelog\n\n{heading}\n\n- x\n\n## 0.0.1\n\n- y\n")
+
+    assert releases.has_section(mercato.__version__)
+
+
 def test_the_command_says_why_it_refuses(capsys: pytest.CaptureFixture[str]):
     assert main([VERSIONS[-1]]) == 1
     assert "was released before" in capsys.readouterr().err
