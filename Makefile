@@ -25,6 +25,12 @@ SEED ?=
 N ?= 100
 # 1: `make bench` has shorter loads, and none with slow commits.
 QUICK ?=
+# What builds and runs the images, and under which tag; BUILD has more options: BUILD="--build-arg PYTHON_IMAGE=...".
+ENGINE ?= $(if $(shell command -v docker 2>/dev/null),docker,podman)
+COMPOSE ?= $(if $(filter podman,$(ENGINE)),podman-compose,docker compose)
+IMAGES ?= gateway users products inventory sandbox payments orders events migrate all
+TAG ?= latest
+BUILD ?=
 # What `make release` releases: a version, and its commit where that is not HEAD.
 VERSION ?=
 COMMIT ?=
@@ -33,6 +39,8 @@ PYTHON ?=
 CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
 
 export PIP_USER := 0
+# Podman keeps health checks only in this format.
+export BUILDAH_FORMAT := docker
 # Images often forbid to keep compiled modules. Here hundreds of processes are started, and each would compile them all anew.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -122,6 +130,27 @@ release: $(VENV)/.dev ## freeze the contracts as those of a version (VERSION=0.2
 freeze: $(VENV)/.dev ## commit to the migrations as they are now, by their checksums
 	@$(PY) tests/chassis/postgres/freeze_migrations.py $(ARGS)
 
+##@ Ship it
+
+.PHONY: images
+images: ## build an image for each service, the gateway, migrate and the whole shop (IMAGES=orders ENGINE=podman TAG=latest)
+	@for image in $(IMAGES); do \
+		echo "building mercato/$$image:$(TAG) ..."; \
+		$(ENGINE) build --quiet --file deploy/image/Dockerfile --target $$image --tag mercato/$$image:$(TAG) $(BUILD) \
+			--build-arg VERSION="$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' mercato/__init__.py)" \
+			--build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || echo unknown)" . || exit 1; \
+	done
+
+.PHONY: compose
+compose: deploy/compose.env ## start the images with PostgreSQL and NATS (ARGS="--profile observability up", "down --volumes")
+	@$(COMPOSE) --file deploy/compose.yaml --env-file deploy/compose.env $(or $(ARGS),up)
+
+deploy/compose.env:
+	@echo "making the passwords of this machine in $@"
+	@umask 077; python3 -c 'import secrets; \
+		[print(f"{name}={secrets.token_hex(24)}") for name in \
+		("POSTGRES_PASSWORD", "MERCATO_SECRET", "MERCATO_METRICS_TOKEN", "GRAFANA_PASSWORD")]' > $@
+
 ##@ Measure
 
 .PHONY: bench
@@ -174,6 +203,8 @@ lock: $(VENV)/.dev ## recompile the pins in requirements/ (ARGS=--upgrade for ne
 	@$(call compile,dev,--extra embedded --extra mdns --extra otel --extra dev --constraint requirements/runtime.txt)
 	@$(call compile,bench,--extra bench --constraint requirements/runtime.txt)
 	@$(call compile_file,clients,requirements/clients.in)
+	@$(call compile,image,--extra otel --constraint requirements/runtime.txt)
+	@$(call compile_file,bom,requirements/bom.in)
 
 .PHONY: clean
 clean: ## remove .venv, the local shop's data in .mercato, and caches

@@ -114,6 +114,7 @@ def serve(
     port: ListenPort = 8080,
     auth: Authorization = None,
     cors_origin: Origins = (),
+    credentials: Annotated[Path | None, Parameter(env_var="MERCATO_CREDENTIALS")] = None,
     log_level: LogLevel | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -139,6 +140,9 @@ def serve(
     cors_origin
         An origin whose pages may call the API from a browser: https://shop.example. May be given several times.
         [env: MERCATO_CORS_ORIGIN]
+    credentials
+        The file of this process that `mercato migrate` has written, for variables that are not set. Commands that look
+        at the processes of a shop read the variable too.
     log_level
         From which level on events are logged, instead of MERCATO_LOG_LEVEL.
     json
@@ -147,6 +151,8 @@ def serve(
     from mercato.cli.serve import Options, run
 
     _set_log_level(log_level)
+    if credentials is not None:
+        variables.replace({"MERCATO_CREDENTIALS": str(credentials)})
     return run(Options(names=(service, *more), host=host, port=port, auth=auth, cors_origins=cors_origin, json=json))
 
 
@@ -157,12 +163,14 @@ def migrate(
     dsn: str | None = None,
     pooler: Annotated[str | None, Parameter(env_var="MERCATO_POOLER")] = None,
     demo: Annotated[bool, Parameter(negative="", env_var="MERCATO_DEMO")] = False,
+    credentials: Path | None = None,
+    folders: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Make and migrate the databases of a shop whose services run as processes of their own.
 
-    Writes a file of environment variables for each service, with its own credentials alone, into the folder
-    `environment` of the data folder. It can be repeated at any time.
+    Writes a file of environment variables for each service, with its own credentials alone. It can be repeated at any
+    time.
 
     Parameters
     ----------
@@ -176,12 +184,59 @@ def migrate(
         HOST:PORT of PgBouncer 1.21 or newer, in transaction mode: the services reach their databases through it.
     demo
         Put demo users and products, whose passwords are public, into an empty shop.
+    credentials
+        The folder for those files. [default: the folder environment of the data folder]
+    folders
+        Give each of those files a folder of its own, orders/orders.env, so that a container can have that one alone.
     json
         Print progress as one JSON object a line.
     """
     from mercato.cli.migrating import Options, run
 
-    return run(Options(services=services, data=data, dsn=dsn, pooler=pooler, demo=demo, json=json))
+    return run(
+        Options(
+            services=services,
+            data=data,
+            dsn=dsn,
+            pooler=pooler,
+            demo=demo,
+            credentials=credentials,
+            folders=folders,
+            json=json,
+        )
+    )
+
+
+@app.command
+def credentials(
+    *services: str,
+    dsn: str | None = None,
+    pooler: Annotated[str | None, Parameter(env_var="MERCATO_POOLER")] = None,
+    prefix: str = "mercato",
+    admin_secret: str | None = None,
+) -> int:
+    """Print what `mercato migrate` gives each process, as Secrets of Kubernetes: | kubectl apply -f -
+
+    A Secret for each service with its variables, one for the gateway, for the operator, and for NATS (`mercato.conf`),
+    and one for `mercato migrate` with the administrator's DSN. All come from MERCATO_SECRET, which must be set: nothing
+    is asked of a server, and the same secret gives the same Secrets.
+
+    Parameters
+    ----------
+    services
+        Only these, where others have their databases on another server. [default: all]
+    dsn
+        An administrator's DSN of the server, as processes in the cluster reach it. [env: MERCATO_POSTGRES_DSN]
+    pooler
+        HOST:PORT of PgBouncer 1.21 or newer, in transaction mode: the services reach their databases through it.
+    prefix
+        What the names of the Secrets begin with: mercato-orders.
+    admin_secret
+        The name of the Secret for `mercato migrate`. [default: the prefix with -admin]
+    """
+    from mercato.cli.credentials import Options, run
+
+    return run(Options(services=services, dsn=dsn, pooler=pooler, prefix=prefix, admin_secret=admin_secret))
 
 
 @app.command

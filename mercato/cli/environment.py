@@ -82,6 +82,11 @@ def variables(shop_secret: bytes, dsns: Mapping[str, str]) -> Mapping[str, Mappi
     return made
 
 
+def as_file(values: Mapping[str, str]) -> bytes:
+    """Variables as `docker run --env-file` reads them, and `cli.settings.load`: a line `NAME=VALUE` for each, nothing quoted."""
+    return "".join(f"{name}={value}\n" for name, value in values.items()).encode()
+
+
 def mail_defaults(data: Path, url: str) -> Mapping[str, str]:
     """The settings for letters of a shop on a laptop that listens at `url`: each becomes a file in its data folder."""
     return {MAIL: f"folder:{data.resolve() / LETTERS}", "MERCATO_USERS_ADDRESS": url}

@@ -27,9 +27,10 @@ from mercato.cli.hosting import hosted
 from mercato.cli.progress import Progress, fail
 from mercato.cli.settings import load
 from mercato.cli.starting import CannotStart, names_of
+from mercato.contracts.users import Users
 from mercato.embedded_nats import authorization
 from mercato.embedded_postgres import DataFolder, SupervisorError, require_known_format
-from mercato.embedded_postgres.folder import write_atomically
+from mercato.embedded_postgres.folder import explained, write_atomically
 
 FOLDER: Final = "environment"
 EXPECTED: Final = (CannotStart, MigrationError, ProvisionError, OptionError, SupervisorError, config.SettingsError)
@@ -44,6 +45,10 @@ class Options(msgspec.Struct, frozen=True):
     dsn: str | None
     pooler: str | None
     demo: bool
+    credentials: Path | None
+    """The folder for the files of variables."""
+    folders: bool
+    """Whether each of them gets a folder of its own in it."""
     json: bool
 
 
@@ -70,7 +75,7 @@ async def _migrate(options: Options, settings: config.Settings) -> None:
             "there is no server to migrate: name it by --dsn or MERCATO_POSTGRES_DSN; "
             "a shop with a PostgreSQL of its own migrates when `mercato up` starts it"
         )
-    pooler = _address(options.pooler) if options.pooler is not None else None
+    pooler = address(options.pooler) if options.pooler is not None else None
     progress = Progress(as_json=options.json)
     names = names_of(options.services, gateway=False) or tuple(topology.SERVICES)
     require_known_format(options.data)
@@ -78,29 +83,36 @@ async def _migrate(options: Options, settings: config.Settings) -> None:
         secret = settings.secret.get_secret_value().encode() if settings.secret else folder.secret()
         dsns = await preparing.databases(admin_dsn, secret, progress, names)
         await preparing.warn_of_too_few_connections(admin_dsn, settings.pool_size * len(topology.SERVICES), progress)
-        if dsns.keys() == topology.SERVICES.keys():
-            host = preparing.whole_shop(dsns, secret, settings)
+        has_all = dsns.keys() == topology.SERVICES.keys()
+        if Users.service in dsns:
+            host = preparing.host_of(dsns, secret, settings)
             async with hosted(host):
-                await preparing.populate(host, secret, progress, has_demo=options.demo, has_staff=True)
+                await preparing.populate(host, secret, progress, has_demo=options.demo and has_all, has_staff=True)
         if pooler is not None:
             dsns = {name: with_server(dsn, *pooler) for name, dsn in dsns.items()}
-        written = _write(folder.path / FOLDER, environment.variables(secret, dsns))
-        write_atomically(written / "nats.conf", authorization(nats_server.users(secret)))
+        written = options.credentials or folder.path / FOLDER
+        with explained(written):
+            _write(written, environment.variables(secret, dsns), nats_users(secret), in_folders=options.folders)
     progress.say(f"Each service has its variables in a file of {written}: give it that one alone")
     progress.event("migrated", services=names, environment=str(written))
 
 
-def _address(pooler: str) -> tuple[str, int]:
+def address(pooler: str) -> tuple[str, int]:
     address = environment.host_and_port(pooler)
     if address is None:
         raise CannotStart(f"--pooler {pooler} is not the address of a pooler: it is HOST:PORT, as in 127.0.0.1:6432")
     return address
 
 
-def _write(folder: Path, variables: Mapping[str, Mapping[str, str]]) -> Path:
-    """Writes a file for each service, for `docker run --env-file`. Only the owner may read them."""
-    folder.mkdir(mode=0o700, exist_ok=True)
-    for name, values in variables.items():
-        lines = "".join(f"{key}={value}\n" for key, value in values.items())
-        write_atomically(folder / f"{name}.env", lines.encode())
-    return folder
+def nats_users(secret: bytes) -> bytes:
+    """The users of NATS with what each may do, as a file that the configuration of a server includes."""
+    return authorization(nats_server.users(secret))
+
+
+def _write(folder: Path, variables: Mapping[str, Mapping[str, str]], nats: bytes, *, in_folders: bool) -> None:
+    """Writes a file for each service, and one for NATS. Only the owner may read them."""
+    files = {f"{name}.env": environment.as_file(values) for name, values in variables.items()}
+    for name, content in {**files, "nats.conf": nats}.items():
+        own = folder / name.partition(".")[0] if in_folders else folder
+        own.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomically(own / name, content)

@@ -15,7 +15,7 @@ from mercato.chassis.hosting import settings as config
 from mercato.chassis.hosting.host import Host
 from mercato.chassis.hosting.keys import key_deriver, service_secrets
 from mercato.chassis.postgres.migrations import migrate, missing_revisions
-from mercato.chassis.postgres.provisioning import connections_taken, provision, provisioned
+from mercato.chassis.postgres.provisioning import connections_taken, provision, provisioned, service_dsn
 from mercato.cli.progress import Progress
 from mercato.cli.starting import CannotStart, explained
 from mercato.contracts.roles import STAFF
@@ -24,6 +24,8 @@ from mercato.operations.ids import advance
 from mercato.operations.rejoining import rejoin
 
 STAFF_EMAIL: Final = "staff@mercato.local"
+PREFIX: Final = "mercato_"
+"""What the names of roles and databases begin with."""
 SPARE_CONNECTIONS: Final = 20
 """Besides those of the pools: for the administrator, audits, migrations and a person with psql."""
 
@@ -37,13 +39,13 @@ async def databases(
     """
     derive = key_deriver(secret)
     complete = await _complete(admin_dsn, names)
-    dsns = await provision(admin_dsn, names, lambda role: derive(f"postgres/{role}").hex())
+    made = await provision(admin_dsn, names, lambda role: _password(derive, role), prefix=PREFIX)
     for name in names:
-        if name not in complete and (revisions := await _migrated(name, dsns[name])):
+        if name not in complete and (revisions := await _migrated(name, made[name])):
             progress.step(f"migrated the database of {name} to {revisions[-1]}")
     with explained("the next ids cannot be compared"):
-        moved = await advance(dsns)
-        parted = await rejoin(dsns)
+        moved = await advance(made)
+        parted = await rejoin(made)
     for each in moved:
         progress.step(
             f"{each.by} knows ids up to {each.newest} of {each.sequence.owner}, whose database was restored and would "
@@ -54,7 +56,17 @@ async def databases(
         progress.step(
             f"the database of {restored} was restored: {each.consumer} goes on with the events of {each.source}"
         )
-    return dsns
+    return made
+
+
+def dsns(admin_dsn: str, secret: bytes, names: Sequence[str]) -> Mapping[str, str]:
+    """The DSNs of services on a server, whether their databases exist yet or not."""
+    derive = key_deriver(secret)
+    return {name: service_dsn(admin_dsn, f"{PREFIX}{name}", _password(derive, f"{PREFIX}{name}")) for name in names}
+
+
+def _password(derive: Callable[[str], bytes], role: str) -> str:
+    return derive(f"postgres/{role}").hex()
 
 
 async def warn_of_too_few_connections(admin_dsn: str, pools: int, progress: Progress) -> None:
@@ -71,15 +83,15 @@ async def warn_of_too_few_connections(admin_dsn: str, pools: int, progress: Prog
         )
 
 
-def whole_shop(dsns: Mapping[str, str], secret: bytes, settings: config.Settings) -> Host:
-    """A host of all services."""
+def host_of(dsns: Mapping[str, str], secret: bytes, settings: config.Settings) -> Host:
+    """A host of the services of `dsns`."""
     return Host(
-        topology.builds(),
+        topology.builds(tuple(dsns)),
         dsns,
         secrets=service_secrets(secret, topology.SERVICES),
         transport="loopback" if settings.transport == "loopback" else "local",
         pool_size=settings.pool_size,
-        options=config.service_options(topology.SERVICES),
+        options=config.service_options(dsns),
         may_call=topology.may_call,
         limits=settings.call_limits,
     )

@@ -12,6 +12,7 @@ import inspect
 import json
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Final, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -26,8 +27,13 @@ from mercato.cli.progress import show, table
 S = TypeVar("S", bound=config.Settings)
 
 SERVICE_SECRET: Final = "MERCATO_SERVICE_SECRET"  # noqa: S105  # a name
+CREDENTIALS: Final = "MERCATO_CREDENTIALS"
+"""Names a file of `mercato migrate` with variables of this process."""
+GIVEN_IN_FILES: Final = (f"{PREFIX}SERVICE_SECRET", f"{PREFIX}PUBLIC_KEYS", "DATABASE_URL")
+"""What the names of such variables begin with."""
 COMMAND_VARIABLES: Final = (
     "MERCATO_AUTH",
+    CREDENTIALS,
     "MERCATO_DATA",
     "MERCATO_DEMO",
     "MERCATO_LISTEN_HOST",
@@ -58,12 +64,31 @@ class Setting(msgspec.Struct, frozen=True):
 
 
 def load(kind: type[S] = config.Settings) -> S:
-    """Reads the settings of this process. Raises `SettingsError`, also for a variable that is not known."""
+    """Reads the settings of this process, and before them the variables of its file of credentials.
+
+    Raises `SettingsError`, also for a variable that is not known.
+    """
+    if file := variables.value(CREDENTIALS):
+        _read_credentials(Path(file))
     settings = config.load(kind)
     services = [f"{PREFIX}{name.upper()}_" for name in topology.SERVICES]  # each service checks its own
     if found := variables.unknown(_process_names(), passed_over=services):
         raise SettingsError(variables.no_such(found[0], {*_process_names(), *(row.name for row in rows())}))
     return settings
+
+
+def _read_credentials(file: Path) -> None:
+    """Sets the variables of the file that are not set."""
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise SettingsError(f"The file {file} with the credentials cannot be read: {reason}.") from None
+    for number, line in enumerate(lines, 1):
+        name, equals, value = line.partition("=")
+        if not name.startswith(GIVEN_IN_FILES) or not equals:
+            raise SettingsError(f"Line {number} of {file} is not a variable as `mercato migrate` writes it: NAME=VALUE.")
+        variables.set_default(name, value)
 
 
 def _process_names() -> set[str]:

@@ -195,7 +195,7 @@ class _Up:
         if self._settings.postgres_dsn is not None:
             await self._unless_stopped(preparing.warn_of_too_few_connections(admin_dsn, self._pools(), self._progress))
         async with contextlib.AsyncExitStack() as hosting:
-            opening = hosting.enter_async_context(hosted(preparing.whole_shop(dsns, secret, self._settings)))
+            opening = hosting.enter_async_context(hosted(preparing.host_of(dsns, secret, self._settings)))
             host = await self._unless_stopped(opening)
             populating = preparing.populate(
                 host, secret, self._progress, has_demo=self._has_demo, has_staff=not self._open

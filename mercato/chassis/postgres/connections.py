@@ -7,6 +7,10 @@ every connection whose block has failed.
 
 Driver errors are translated here: lost or refused connections become `Unavailable`, other errors that a service can
 handle become `UniqueViolation` or `LockTimeout`.
+
+A COMMIT is never cancelled at the server. With synchronous replication it waits for the standby, and a cancelled wait
+ends with a transaction that all sessions can read, though the standby does not have it: after a fail-over it is gone. So a
+COMMIT that takes too long is left to the server, and the caller is answered that its outcome is not known.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import socket
 import struct
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, NoReturn, Self, cast
@@ -23,7 +28,7 @@ from asyncpg.protocol import protocol as _protocol  # pyright: ignore[reportMiss
 
 from mercato.chassis.contract import Unavailable
 
-from .sessions import is_pooled
+from .sessions import Servers, is_pooled
 
 OLDEST_VERSION: Final = 16
 """Of PostgreSQL."""
@@ -33,6 +38,19 @@ CONNECT_SECONDS: Final = 30.0
 a connection, new or existing."""
 ACQUIRE_SECONDS: Final = 5.0
 CLOSE_SECONDS: Final = 2.0
+OUTBOX_LOCK_SECONDS: Final = STATEMENT_SECONDS - 1
+"""The server ends the wait for the lock of the outbox: the COMMIT in the same message is never cancelled."""
+
+DEAD_SECONDS: Final = 10
+"""A machine that dies closes no connection. One whose other end has been silent for so long is lost, also an idle one."""
+_SOCKET_OPTIONS: Final = (
+    (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+    (socket.IPPROTO_TCP, "TCP_KEEPIDLE", DEAD_SECONDS // 2),
+    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 1),
+    (socket.IPPROTO_TCP, "TCP_KEEPCNT", DEAD_SECONDS - DEAD_SECONDS // 2),
+    (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", DEAD_SECONDS * 1_000),
+)
+"""By name: some are Linux's alone."""
 
 
 OUTBOX_LOCK: Final = 0x6F757462  # "outb"
@@ -97,15 +115,22 @@ class _Connection(asyncpg.Connection):
     where the next transaction may run in another session.
     """
 
-    __slots__ = ("_events_prepared", "_events_tried", "_is_pooled", "is_beginning")
+    __slots__ = ("_events_prepared", "_events_tried", "_is_committing", "_is_pooled", "is_beginning")
 
-    def __init__(self, *values: Any, **options: Any) -> None:
-        super().__init__(*values, **options)  # pyright: ignore[reportUnknownMemberType]
+    def __init__(self, protocol: Any, transport: asyncio.Transport, *values: Any, **options: Any) -> None:
+        super().__init__(protocol, transport, *values, **options)  # pyright: ignore[reportUnknownMemberType]
+        _notice_a_dead_machine(transport)
+        self._is_committing = False
         self.is_beginning = False
         """The next statement begins a transaction."""
         self._events_prepared = ""
         self._events_tried = 0
         self._is_pooled: bool | None = None
+
+    @property
+    def address(self) -> tuple[str, int] | str:
+        """Of its server: host and port, or the path of a socket."""
+        return cast(Any, self)._addr
 
     def begin_with_next(self, *, begins: bool = True) -> None:
         self.is_beginning = begins
@@ -133,6 +158,24 @@ class _Connection(asyncpg.Connection):
 
         return execute
 
+    async def commit(self, statements: str) -> str:
+        """Runs statements, of which the last is COMMIT. The wait for it may be cancelled, the COMMIT is not."""
+        self._is_committing = True
+        try:
+            return await self.execute(statements)
+        finally:
+            self._is_committing = False
+
+    def _cancel_current_command(self, waiter: asyncio.Future[None], cancel_waiter: Any = None) -> None:
+        """Called by the driver to send a request to cancel, when the time of a statement is over or its task cancelled.
+
+        Without one, the driver still waits for the answer before it uses the connection again, or ends it.
+        """
+        if self._is_committing:
+            waiter.set_result(None)
+        else:
+            cast(Any, super())._cancel_current_command(waiter, cancel_waiter)
+
     async def prepare_events(self) -> str:
         """The name of the statement, empty behind a pooler. It has a new one after an attempt that ended unknown."""
         if self._is_pooled is None:
@@ -145,12 +188,23 @@ class _Connection(asyncpg.Connection):
         return self._events_prepared
 
 
+def _notice_a_dead_machine(transport: asyncio.Transport) -> None:
+    """Makes the kernel end a connection whose other end is silent."""
+    end = transport.get_extra_info("socket")
+    if end is None or end.family == socket.AF_UNIX:
+        return
+    for level, name, value in _SOCKET_OPTIONS:
+        if (option := getattr(socket, name, None)) is not None:
+            end.setsockopt(level, option, value)
+
+
 class Connections:
     """At most `size` connections to the database of one service. Lent by `acquire`, given back by `release`."""
 
-    def __init__(self, pool: Any, service: str) -> None:
+    def __init__(self, pool: Any, service: str, servers: Servers) -> None:
         self.service = service
         self._pool = pool
+        self._servers = servers
         self._idle: list[Any] = []
         """Idle connections outside of the pool; the last one is used next, so that few are used often."""
         self._waiting = 0
@@ -160,9 +214,11 @@ class Connections:
     @classmethod
     async def open(cls, dsn: str, service: str, size: int) -> Self:
         """Makes one connection; the others are made when they are needed. Raises `Unavailable`."""
+        servers = Servers(dsn)
         try:
             pool = await asyncpg.create_pool(  # pyright: ignore[reportUnknownMemberType]
                 dsn,
+                connect=servers.connect,
                 min_size=1,
                 max_size=size,
                 timeout=CONNECT_SECONDS,
@@ -174,7 +230,7 @@ class Connections:
             )
         except DRIVER_ERRORS as error:
             raise translated(error, service) from error
-        return cls(pool, service)
+        return cls(pool, service, servers)
 
     async def acquire(self) -> Any:
         """A connection. Raises `Unavailable` if none is free within `ACQUIRE_SECONDS`."""
@@ -203,6 +259,15 @@ class Connections:
         """Closes the idle connections, and the others when they are released: after one was lost, all probably are."""
         await self._pool.expire_connections()
         await self._return_idle()
+
+    async def renew_elsewhere(self, connection: _Connection) -> None:
+        """The same, at another server of the DSN if one takes writes.
+
+        After a COMMIT that was not answered in time: the standby does not answer, or it was promoted, and this server
+        does not know that.
+        """
+        self._servers.put_last(connection.address)
+        await self.renew()
 
     async def close(self) -> None:
         """Waits for running statements, up to `CLOSE_SECONDS`, then closes."""
@@ -281,13 +346,20 @@ class LentConnection:
             return
         try:
             end = "ROLLBACK" if self._has_failed else "COMMIT"
-            outcome: str = await self.connection.execute(await self._with_events(events, end) if events else end)
+            outcome = await self._kept().commit(await self._with_events(events, end) if events else end)
         except asyncio.CancelledError:
-            await self.roll_back()  # does nothing if the transaction has ended
+            await self.roll_back()  # waits for the answer; does nothing if the transaction has ended
             raise
         except asyncpg.InFailedSQLTransactionError:
             await self.roll_back()
             outcome = "ROLLBACK"
+        except TimeoutError as error:
+            await self._connections.renew_elsewhere(self._kept())
+            raise_translated(error, self._connections.service)
+        except asyncpg.LockNotAvailableError as error:
+            await self.roll_back()
+            self.is_rolled_back = True
+            raise Unavailable(service=self._connections.service) from error
         except DRIVER_ERRORS as error:
             if getattr(error, "severity_en", None) == "ERROR" and self.connection.is_in_transaction():
                 # The server answered that a statement before the COMMIT failed; it then skips the rest of the message.
@@ -302,11 +374,18 @@ class LentConnection:
         # As literals, so that a single message has the rows and the COMMIT: a process that is stopped between two
         # messages would hold the lock, and block every writer of the service. Prepared, because planning costs more
         # than the literals. A lock timeout that the transaction has set does not apply to this lock.
-        name = await self.connection.prepare_events()
+        name = await self._kept().prepare_events()
         write = f"EXECUTE {name} (%s)" if name else _WRITE_EVENTS
         literals = [row.replace("'", "''") for row in events]
         writes = "; ".join([write % f"'{literal}'" for literal in literals])
-        return f"SET LOCAL lock_timeout = 0; {writes}; {end}"
+        return f"SET LOCAL lock_timeout = '{OUTBOX_LOCK_SECONDS:.0f}s'; {writes}; {end}"
+
+    def _kept(self) -> _Connection:
+        """The driver's connection. Raises its `InterfaceError` if the pool has taken it back, because it was lost."""
+        found: _Connection | None = self.connection._con
+        if found is None:
+            raise asyncpg.InterfaceError("the connection was lost, and is closed")
+        return found
 
     async def roll_back(self) -> None:
         """Never fails: the server rolls back when a connection is lost."""

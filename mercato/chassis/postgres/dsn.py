@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
 DSN_FORM: Final = (
     "a DSN has the form postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with %XX for special characters in the password"
@@ -35,16 +35,50 @@ def with_server(dsn: str, host: str, port: int) -> str:
     return urlunsplit(parts._replace(netloc=user + at + address, query=query))
 
 
+def servers(dsn: str) -> Sequence[tuple[str, int | None]]:
+    """Host and port of each server that a DSN names, in its order, as the driver reads them; None: no port is named.
+
+    `postgresql://USER:PASSWORD@one:5432,two:5432/DATABASE`, or `?host=one,two&port=5432`. Raises `ValueError`.
+    """
+    return _servers(urlsplit(dsn))
+
+
+def _servers(parts: SplitResult) -> Sequence[tuple[str, int | None]]:
+    named = parts.netloc.rpartition("@")[2]
+    if named:  # the driver then passes over those behind the question mark
+        return [(unquote(host), port) for host, port in map(_server, named.split(","))]
+    asked = dict(parse_qsl(parts.query, strict_parsing=True) if parts.query else ())
+    found = [_server(text) for text in asked.get("host", "localhost").split(",")]
+    ports = [int(port) for port in asked["port"].split(",")] if asked.get("port") else [None]
+    if len(ports) not in (1, len(found)):
+        raise ValueError(f"{len(found)} hosts have {len(ports)} ports")
+    ports *= len(found) // len(ports)
+    return [(host, own if port is None else port) for (host, own), port in zip(found, ports, strict=True)]
+
+
+def _server(text: str) -> tuple[str, int | None]:
+    if text.startswith("/"):  # the folder of a socket
+        return text, None
+    if text.startswith("["):
+        host, _, port = text[1:].partition("]")
+        port = port.removeprefix(":")
+    else:
+        host, _, port = text.partition(":")
+    if not host:
+        raise ValueError("a host is empty")
+    return host, int(port) if port else None
+
+
 def shown(dsn: str) -> str:
-    """Host, port and database of a DSN, without secrets. `NO_SECRETS` if the secret parts cannot be recognized."""
+    """Hosts, ports and database of a DSN, without secrets. `NO_SECRETS` if the secret parts cannot be recognized."""
     try:
         parts = urlsplit(dsn)
-        asked = dict(parse_qsl(parts.query, strict_parsing=True) if parts.query else ())
-        host, port = asked.get("host", parts.hostname), asked.get("port", parts.port)
+        named = _servers(parts)
     except ValueError:
         return NO_SECRETS
     # A slash, question mark or number sign in a password would end the host for a parser.
     is_cut_short = "@" in parts.path + parts.query or parts.fragment
     if parts.scheme not in ("postgresql", "postgres") or is_cut_short:
         return NO_SECRETS
-    return f"{host or 'localhost'}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
+    where = ",".join(f"{host}{f':{port}' if port else ''}" for host, port in named)
+    return f"{where}{parts.path.rstrip('/')}"

@@ -7,18 +7,22 @@ migrations and copies do, take them back with `WHOLE_TABLES`.
 A pooler has to keep prepared statements: each batch runs them, and in transaction mode its transactions meet now one
 session, now another. PgBouncer does so from version 1.21 on, with `max_prepared_statements` above 0. It shows in the
 names of statements, which it replaces by its own.
+
+A DSN may name several servers, of which one takes writes: `Servers` finds it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import Any, Final, cast
+from urllib.parse import parse_qs, urlsplit
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
 
-from .dsn import with_database, with_settings
+from .dsn import servers, with_database, with_settings
 
 SAME_EVERYWHERE: Final = {
     # Statements rely on these, so that other defaults of a server, a database or an administrator must not apply.
@@ -60,6 +64,9 @@ NEW_ENCODING: Final = "it holds text in all letters; name another server, or ren
 
 CONNECT_SECONDS: Final = 10.0
 CONNECT_POLL_SECONDS: Final = 0.1
+SERVER_SECONDS: Final = 2.0
+"""Where a DSN names several servers, how long one is waited for before the next is tried: one whose machine is dead
+does not even refuse. Two of them fit into the time that a batch waits for a connection."""
 
 _WRONG: Final = """
     SELECT array_agg(wanted.name ORDER BY wanted.name)
@@ -68,18 +75,93 @@ _WRONG: Final = """
 """
 
 
+class NoPrimary(ConnectionError):
+    """None of the servers of a DSN takes writes: perhaps a standby is about to be promoted."""
+
+
+class Servers:
+    """The servers that a DSN names. The one that has served is tried first, until another has.
+
+    By itself the driver waits for the first one until its time is over, and tries no other; and without
+    `target_session_attrs` it takes a standby. Where a DSN names several servers, it means the primary.
+    """
+
+    def __init__(self, dsn: str) -> None:
+        self._servers: list[tuple[str, int | None]] = []
+        self._attributes: Mapping[str, str] = {}
+        with contextlib.suppress(ValueError):  # the driver says what is wrong with it
+            self._servers = list(servers(dsn))
+            if "target_session_attrs" not in parse_qs(urlsplit(dsn).query):
+                self._attributes = {"target_session_attrs": "primary"}
+
+    async def connect(self, dsn: str, *, timeout: float, **options: Any) -> Any:
+        """A connection of the driver, within so many seconds. Raises its errors, and `NoPrimary`."""
+        if len(self._servers) < 2:
+            return await self._connect(dsn, timeout=timeout, **options)
+        end = time.monotonic() + timeout
+        failures: list[Exception] = []
+        turns = [(server, SERVER_SECONDS) for server in self._servers]
+        for server, seconds in turns:
+            left = end - time.monotonic()
+            try:
+                return await self._connect_to(server, dsn, timeout=min(seconds, left), **options)
+            except (OSError, asyncpg.PostgresError) as error:
+                # Also a refusal: a standby does not know yet the role or database that its primary has just made.
+                failures.append(error)
+                if isinstance(error, TimeoutError) and seconds < left:  # busy, perhaps: again, after the others
+                    turns.append((server, timeout))
+        raise max(reversed(failures), key=_says)
+
+    def put_last(self, address: tuple[str, int] | str) -> None:
+        """From now on, the server with the address of a connection is tried last."""
+        self._servers.sort(key=lambda server: _is_at(server, address))
+
+    async def _connect_to(self, server: tuple[str, int | None], dsn: str, **options: Any) -> Any:
+        host, port = server
+        address = {"host": host} if port is None else {"host": host, "port": port}
+        connection = await self._connect(dsn, **address, **self._attributes, **options)
+        self._servers.sort(key=lambda each: each != server)
+        return connection
+
+    @staticmethod
+    async def _connect(dsn: str, **options: Any) -> Any:
+        try:
+            return await cast(Any, asyncpg).connect(dsn, **options)
+        except asyncpg.TargetServerAttributeNotMatched as error:
+            raise NoPrimary(str(error)) from error
+
+
+def _is_at(server: tuple[str, int | None], address: tuple[str, int] | str) -> bool:
+    host, port = server
+    if isinstance(address, str):  # the path of a socket
+        return address.rpartition("/")[0] == host and (port is None or address.endswith(f".{port}"))
+    return address[0] == host and (port is None or address[1] == port)
+
+
+def _says(error: Exception) -> int:
+    """How much the error of one of several servers says about all: a refusal is more than that none is the primary."""
+    if isinstance(error, asyncpg.PostgresError) and not isinstance(error, _DOWN):
+        return 2
+    return 1 if isinstance(error, NoPrimary) else 0
+
+
+_DOWN: Final = (asyncpg.PostgresConnectionError, asyncpg.OperatorInterventionError)
+
+
 async def connect(dsn: str, settings: Mapping[str, str] | None = None) -> Any:
     """One connection of the driver that belongs to no pool; `settings` are those of its session.
 
     Waits at most `CONNECT_SECONDS`, also for a server that starts or recovers from a crash: it answers, and takes no
-    sessions yet. Raises the errors of the driver, and `ValueError` for a DSN that it cannot read.
+    sessions yet; and for one to become the primary. Raises the errors of the driver, and `ValueError` for a DSN that it
+    cannot read.
     """
     end = time.monotonic() + CONNECT_SECONDS
+    named = Servers(dsn)
     while True:
         left = max(CONNECT_POLL_SECONDS, end - time.monotonic())
         try:
-            return await cast(Any, asyncpg).connect(dsn, timeout=left, server_settings=dict(settings or {}))
-        except asyncpg.CannotConnectNowError:
+            return await named.connect(dsn, timeout=left, server_settings=dict(settings or {}))
+        except (asyncpg.CannotConnectNowError, NoPrimary):
             if time.monotonic() + CONNECT_POLL_SECONDS > end:
                 raise
             await asyncio.sleep(CONNECT_POLL_SECONDS)
