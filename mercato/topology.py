@@ -31,6 +31,7 @@ from mercato.contracts.processes import Processes
 from mercato.contracts.products import Products
 from mercato.contracts.roles import ALL_ROLES, STAFF_ONLY
 from mercato.contracts.users import Users
+from mercato.gateway import access_log
 from mercato.gateway.app import Asgi, Gateway
 from mercato.gateway.auth import Authenticator, Verifier, own_hosts
 from mercato.gateway.cross_origin import CrossOrigin
@@ -204,10 +205,12 @@ def gateway(
     *,
     open_to: tuple[str, int] | None,
     log_requests: bool = False,
+    slow_seconds: float = access_log.SLOW_SECONDS,
     details: Callable[[], Mapping[str, Any]] = dict,
     services: Collection[str] = tuple(SERVICES),
     caller: str = GATEWAY,
     problems: Callable[[], Awaitable[Mapping[str, str]]] | None = None,
+    own_problems: Callable[[], Awaitable[Mapping[str, str]]] | None = None,
     currency: str = DEFAULT_CURRENCY,
     load: LoadLimits | None = None,
     cors_origins: Sequence[str] = (),
@@ -216,10 +219,10 @@ def gateway(
 ) -> Gateway:
     """The routes of the public API that need only `services`. `open_to`: the address of a shop that requires no tokens.
 
-    `/health/ready` shows `details` and `problems`, by default those of the databases; with a problem, or while it does
-    not know which sessions have ended, the process is not ready. `caller` is the name under which the gateway calls
-    services. `cors_origins`: the origins whose pages may call the API from a browser. `metrics_token` gives access to
-    `/metrics`. `counts`: the file in which the gateways of a machine count together.
+    `/health/ready` shows `details` and `problems`, by default those of the databases, `/health/self` `own_problems`;
+    with a problem, or while it does not know which sessions have ended, the process is not ready. `caller` is the name
+    under which the gateway calls services. `cors_origins`: the origins whose pages may call the API from a browser.
+    `metrics_token` gives access to `/metrics`. `counts`: the file in which the gateways of a machine count together.
     """
     host.telemetry.describe_process(__version__)
     routes = [route for route in ROUTES if {route.operation.service, *_services_of_parts(route)} <= set(services)]
@@ -232,6 +235,7 @@ def gateway(
         verifier=verifier,
         telemetry=host.telemetry,
         problems=functools.partial(_problems, problems or host.problems, ended, caller),
+        own_problems=functools.partial(_problems, own_problems or host.problems, ended, caller),
         details=details,
         metrics_token=metrics_token,
     )
@@ -244,6 +248,7 @@ def gateway(
         fallback=pages,
         currency=currency,
         log_requests=log_requests,
+        slow_seconds=slow_seconds,
         load=load,
         cross_origin=CrossOrigin(cors_origins) if cors_origins else None,
         counts=SharedCounts(host.clock.monotonic, counts),

@@ -197,6 +197,7 @@ class _Serving:
             services=tuple(topology.SERVICES) if self._has_gateway else self._services,
             caller=self._options.names[0] if not self._has_gateway else GATEWAY,
             problems=functools.partial(self._problems, host, remote, self._needed()),
+            own_problems=functools.partial(self._own_problems, host),
             load=LoadLimits.up_to(self._settings.requests_in_work),
             counts=self._counts,
             details=functools.partial(_details, remote),
@@ -204,11 +205,15 @@ class _Serving:
 
     async def _problems(self, host: Host, remote: Remote, needed: Collection[str]) -> Mapping[str, str]:
         """Why the process is not ready: for each of its services, and each of the `needed` ones; empty if it is."""
-        if self._stop.is_set():
-            return dict.fromkeys(self._options.names, "it is about to end")
-        found, unreachable = await asyncio.gather(host.problems(), remote.unreachable(needed))
+        found, unreachable = await asyncio.gather(self._own_problems(host), remote.unreachable(needed))
         reasons = {name: f"it cannot be reached: {reason}" for name, reason in unreachable.items()}
         return {**found, **dict.fromkeys(needed, ""), **reasons}
+
+    async def _own_problems(self, host: Host) -> Mapping[str, str]:
+        """Why the process cannot work, for each of its services."""
+        if self._stop.is_set():
+            return dict.fromkeys(self._options.names, "it is about to end")
+        return await host.problems()
 
     async def _answer_operator(self, given: Given, stack: contextlib.AsyncExitStack) -> str:
         """Answers the operator from now on; gives the address, empty if there is none."""

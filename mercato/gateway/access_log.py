@@ -15,14 +15,15 @@ from mercato.chassis.hosting.host import GATEWAY
 from mercato.gateway.headers import RequestHeaders
 
 SLOW_SECONDS: Final = 1.0
+"""A request that takes so long is slow."""
 
 log = structlog.stdlib.get_logger("mercato.access", service=GATEWAY)
 
 
-def note(method: str, route: str, status: int, seconds: float, headers: RequestHeaders) -> None:
+def note(method: str, route: str, status: int, seconds: float, headers: RequestHeaders, *, is_slow: bool) -> None:
     """Logs one request. `route` is the path of its route in the table, `none` for a path that is not there."""
     log.log(
-        logging.INFO if status >= 500 or seconds >= SLOW_SECONDS else logging.DEBUG,
+        logging.INFO if status >= 500 or is_slow else logging.DEBUG,
         "request",
         method=method,
         route=route,

@@ -101,6 +101,7 @@ class Gateway:
         currency: str = DEFAULT_CURRENCY,
         request_seconds: float = REQUEST_SECONDS,
         log_requests: bool = False,
+        slow_seconds: float = access_log.SLOW_SECONDS,
         load: LoadLimits | None = None,
         cross_origin: CrossOrigin | None = None,
         counts: SharedCounts | None = None,
@@ -117,6 +118,7 @@ class Gateway:
         self._rates = RateLimiter(counts, clock)
         self._tries = PasswordTries(counts, clock)
         self._log_requests = log_requests
+        self._slow_seconds = slow_seconds
         self.cross_origin = cross_origin
         self.load = Shedder(load or LoadLimits(), monotonic=clock.monotonic, telemetry=telemetry)
 
@@ -290,9 +292,10 @@ class Gateway:
             (route.observe.get(status) or route.observe_status(status))(seconds)
         else:
             self._requests.labels(method_label(method), "", str(status)).observe(seconds)
+        is_slow = seconds >= self._slow_seconds
         # An overloaded process answers 503 to many: its metrics count them.
-        if self._log_requests or (status >= 500 and status != 503) or seconds >= access_log.SLOW_SECONDS:
-            access_log.note(method, route.route.path if route else "none", status, seconds, headers)
+        if self._log_requests or (status >= 500 and status != 503) or is_slow:
+            access_log.note(method, route.route.path if route else "none", status, seconds, headers, is_slow=is_slow)
 
 
 def _address(scope: Scope) -> str:

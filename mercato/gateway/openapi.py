@@ -475,6 +475,15 @@ PAGES: Final[Mapping[str, PageBesideTheTable]] = {
         },
         errors=(Internal,),
     ),
+    "/health/self": PageBesideTheTable(
+        operation_id="shop.ready_itself",
+        summary="Whether this process can work, whatever the others do: for the checks of a load balancer",
+        responses={
+            200: _json_response("It can", READINESS, {"status": "ready", "services": {"orders": "up"}}),
+            503: _json_response("It cannot", READINESS, DOWN) | {"headers": _headers(["Retry-After"])},
+        },
+        errors=(Internal,),
+    ),
     "/metrics": PageBesideTheTable(
         operation_id="shop.metrics",
         summary="Metrics for Prometheus: for staff, a collector with MERCATO_METRICS_TOKEN, or one on the same machine",

@@ -41,15 +41,18 @@ class Pages:
         verifier: Verifier,
         telemetry: Telemetry,
         problems: Callable[[], Awaitable[Mapping[str, str]]],
+        own_problems: Callable[[], Awaitable[Mapping[str, str]]],
         details: Callable[[], Mapping[str, Any]],
         metrics_token: str = "",
     ) -> None:
-        """`problems`: for each service why it cannot work, empty where it can. `details`: further members of
-        `/health/ready`. `metrics_token`: the token of a collector of metrics; empty where there is none."""
+        """`problems`: for each service why it cannot work, empty where it can; `own_problems`: the same of this process
+        alone, whatever others do. `details`: further members of `/health/ready`. `metrics_token`: the token of a
+        collector of metrics; empty where there is none."""
         self._authenticator = authenticator
         self._verifier = verifier
         self._telemetry = telemetry
         self._problems = problems
+        self._own_problems = own_problems
         self._details = details
         self._metrics_token = f"Bearer {metrics_token}".encode() if metrics_token else None
         self._app = Starlette(
@@ -57,6 +60,7 @@ class Pages:
                 PageRoute("/", self._root),
                 PageRoute("/health/live", self._live),
                 PageRoute("/health/ready", self._readiness),
+                PageRoute("/health/self", self._own_readiness),
                 PageRoute("/metrics", self._metrics),
                 PageRoute("/.well-known/jwks.json", self._jwks),
                 PageRoute("/openapi.json", _Described(routes, open_shop=authenticator.open).answer),
@@ -78,14 +82,11 @@ class Pages:
 
     async def _readiness(self, _: Request) -> Response:
         """200 while every service can work, else 503; says which cannot, and why."""
-        found = await self._problems()
-        detail = {name: "down" if problem else "up" for name, problem in found.items()}
-        body = {"status": "ready", "services": detail, **self._details()}
-        headers: Mapping[str, str] = {}
-        if reasons := {name: problem for name, problem in found.items() if problem}:
-            body |= {"status": "not_ready", "reasons": reasons}
-            headers = {"retry-after": "1"}
-        return _json(body, 503 if reasons else 200, headers)
+        return _ready(await self._problems(), self._details())
+
+    async def _own_readiness(self, _: Request) -> Response:
+        """The same of this process alone: one that others cannot help stays in the list of a load balancer."""
+        return _ready(await self._own_problems(), {})
 
     async def _metrics(self, request: Request) -> Response:
         """For staff, a collector with its token, and one on this machine: metrics say how much a shop sells.
@@ -123,6 +124,16 @@ class Pages:
         call = current.get()
         deadline = min(call.deadline, time.monotonic() + KEYS_SECONDS)
         current.set(Context(call.actor, deadline, call.trace_id, call.request_id))
+
+
+def _ready(found: Mapping[str, str], details: Mapping[str, Any]) -> Response:
+    detail = {name: "down" if problem else "up" for name, problem in found.items()}
+    body: dict[str, Any] = {"status": "ready", "services": detail, **details}
+    headers: Mapping[str, str] = {}
+    if reasons := {name: problem for name, problem in found.items() if problem}:
+        body |= {"status": "not_ready", "reasons": reasons}
+        headers = {"retry-after": "1"}
+    return _json(body, 503 if reasons else 200, headers)
 
 
 async def rendered_metrics(telemetry: Telemetry, request: Request) -> Response:

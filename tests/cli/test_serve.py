@@ -225,6 +225,7 @@ def test_a_shop_is_carried_by_any_nats_server_that_includes_what_migrate_writes(
             assert caller.get("/users/1").status == 200
             missing = caller.get("/health/ready").json["reasons"]
             assert missing["orders"] == "it cannot be reached: no instance answers within a second"
+            assert caller.get("/health/self").json == {"status": "ready", "services": {}}
         environment = {"NATS_URL": url, **variables(folder / "operator.env")}
         seen = run_command("doctor", environment=environment)
         assert seen.returncode == 1

@@ -23,6 +23,7 @@ PAGES = {
     "/": None,
     "/health/live": "no-store",
     "/health/ready": "no-store",
+    "/health/self": "no-store",
     "/metrics": "no-store",
     "/.well-known/jwks.json": "public, max-age=300",
     "/openapi.json": "no-cache",

@@ -55,7 +55,9 @@ async def test_options_says_which_methods_a_path_takes_and_does_nothing(open_sho
     assert set(reply.headers["allow"].split(", ")) == ALLOWED[path]
 
 
-@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics", "/.well-known/jwks.json", "/", "/docs"])
+@pytest.mark.parametrize(
+    "path", ["/health/live", "/health/ready", "/health/self", "/metrics", "/.well-known/jwks.json", "/", "/docs"]
+)
 async def test_a_page_names_the_methods_that_it_takes(open_shop: Shop, path: str) -> None:
     reply = await open_shop.post(path, {})
     assert_problem(reply, 405, "method_not_allowed")
@@ -334,6 +336,8 @@ async def test_the_shop_says_that_it_lives_and_is_ready(guarded_shop: Shop) -> N
     assert (live.status, live.json) == (200, {"status": "live"})
     ready = await guarded_shop.get("/health/ready")
     assert (ready.status, ready.json["status"]) == (200, "ready")
+    itself = await guarded_shop.get("/health/self")
+    assert (itself.status, itself.json["status"]) == (200, "ready")
 
 
 async def test_a_shop_without_one_of_its_databases_is_alive_and_not_ready(cluster: Cluster) -> None:
@@ -347,6 +351,7 @@ async def test_a_shop_without_one_of_its_databases_is_alive_and_not_ready(cluste
         assert ready.json["services"]["products"] == "down"
         assert ready.json["services"]["users"] == "up"
         assert int(ready.headers["retry-after"]) >= 1
+        assert (await shop.get("/health/self")).json["reasons"] == ready.json["reasons"]
         assert (await shop.get("/health/live")).status == 200
         assert_problem(await shop.get("/products"), 503, "unavailable")
         assert int((await shop.get("/products/100")).headers["retry-after"]) >= 1
