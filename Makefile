@@ -169,6 +169,10 @@ bench-edge: $(VENV)/.runtime ## measure what others feel while clients abuse the
 bench-overload: $(VENV)/.runtime $(BENCH_GO) ## measure what is answered of more requests than can be (ARGS="--seconds 5 --json")
 	@$(RUN) bench.throughput.overload $(ARGS)
 
+.PHONY: capacity
+capacity: $(VENV)/.dev ## plan the machines for many orders from the committed figures (ARGS="--zones 3 --json")
+	@$(RUN) bench.capacity $(ARGS)
+
 .PHONY: bench-standing
 bench-standing: $(VENV)/.runtime ## measure payments while products stands still, in a split shop (ARGS="--transport http")
 	@$(RUN) bench.throughput.standing $(ARGS)

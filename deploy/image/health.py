@@ -1,6 +1,7 @@
 """The health check of a container: exits with 0 if the process in it is ready, else with 1 and why it is not.
 
-It asks `/health/ready` at the port that the process listens on. It imports nothing of Mercato: it runs every few seconds.
+It asks `/health/ready` at the port that the process listens on. It imports nothing of Mercato, for it runs every few
+seconds.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ Packages that only `mercato migrate` needs are put into the second folder, under
 
 It runs in the build, in the virtual environment that has the packages. It copies the interpreter with its standard
 library, the shared libraries that these and the packages are linked to (`ldd`), without their symbols for debuggers
-(`strip`), the certificates, and the account that processes run as. There is no shell, and no installer. The Debian packages of which files were copied are listed in
-`/var/lib/dpkg/status.d`, where scanners of images look for them.
+(`strip`), the certificates, and the account that processes run as. There is no shell, and no installer. The Debian
+packages of which files were copied are listed in `/var/lib/dpkg/status.d`, where scanners of images look for them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
     _copy_packages(root)
     _copy_interpreter(root)
     binaries = [path for path in root.rglob("*") if path.suffix == ".so" or ".so." in path.name]
-    subprocess.run(["strip", "--strip-unneeded", *map(str, binaries)], check=True)
+    _run("strip", "--strip-unneeded", *map(str, binaries)).check_returncode()
     _copy_libraries(root, [Path(sys.executable).resolve(), *binaries])
     _copy_certificates(root)
     _write_accounts(root)
@@ -62,6 +62,10 @@ def main() -> None:
     _list_debian_packages(root)
     for name in ONLY_MIGRATING:
         _move_distribution(name, root, migrating)
+
+
+def _run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["/usr/bin/env", program, *arguments], capture_output=True, text=True, check=False)
 
 
 def _version() -> str:
@@ -88,7 +92,9 @@ def _make_folders(root: Path) -> None:
 def _copy_packages(root: Path) -> None:
     """The virtual environment, and the command that is the entry point. The package itself is added by each image."""
     to = _inside(root, FOLDER)
-    shutil.copytree(FOLDER, to, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.pyx", "*.c", "*.pxd", "*.pyi"))
+    shutil.copytree(
+        FOLDER, to, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.pyx", "*.c", "*.pxd", "*.pyi")
+    )
     shutil.rmtree(to / "include")
     for script in (to / "bin").iterdir():
         if not script.name.startswith("python"):
@@ -141,7 +147,7 @@ def _copy_libraries(root: Path, binaries: Iterable[Path]) -> None:
 
 
 def _libraries(binary: Path) -> Iterator[Path]:
-    done = subprocess.run(["ldd", str(binary)], capture_output=True, text=True, check=False)  # 1: it is linked to none
+    done = _run("ldd", str(binary))  # fails for one that is linked to none
     if "not found" in done.stdout:
         sys.exit(f"root: {binary} needs a library that is not here:\n{done.stdout}")
     for found, loader in NEEDED.findall(done.stdout):
@@ -171,8 +177,9 @@ def _list_debian_packages(root: Path) -> None:
     """Copies the entries of the packages that own a copied file, and their licences."""
     owners = {owner for path in root.rglob("*") if path.is_file() for owner in _owners(path, root)}
     for name in sorted(owners):
-        entry = subprocess.run(["dpkg-query", "--status", name], capture_output=True, text=True, check=True).stdout
-        (root / "var/lib/dpkg/status.d" / name.partition(":")[0]).write_text(entry)
+        entry = _run("dpkg-query", "--status", name)
+        entry.check_returncode()
+        (root / "var/lib/dpkg/status.d" / name.partition(":")[0]).write_text(entry.stdout)
         licence = Path("/usr/share/doc", name.partition(":")[0], "copyright")
         if licence.exists():
             _inside(root, licence).parent.mkdir(parents=True, exist_ok=True)

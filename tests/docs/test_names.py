@@ -261,7 +261,7 @@ def _nodes(path: Path) -> list[ast.AST]:
 @cache
 def _ends_of_paths() -> set[str]:
     """`orders/placing.py` and `placing.py`, and so on, of all files."""
-    folders = [ROOT / name for name in ("mercato", "tests", "bench", "docs", "requirements")]
+    folders = [ROOT / name for name in ("mercato", "tests", "bench", "deploy", "docs", "requirements")]
     paths = [*ROOT.glob("*.*"), *(path for folder in folders for path in folder.rglob("*.*"))]
     parts = [path.relative_to(ROOT).parts for path in paths]
     return {"/".join(names[start:]) for names in parts for start in range(len(names))}
