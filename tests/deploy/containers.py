@@ -1,0 +1,238 @@
+"""Mercato in containers: its images, those of others, Compose, and containers that are replaced one after the other.
+
+The images of others come from a registry, or are stand-ins built from packages (`tests/deploy/stand_ins`).
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Self
+
+from mercato import topology
+from mercato.chassis.hosting.host import GATEWAY
+from mercato.testing.caller import Caller
+from mercato.testing.command import ROOT
+from mercato.testing.served import free_address
+from mercato.testing.waiting import wait_until
+
+DOCKERFILE: Final = ROOT / "deploy/image/Dockerfile"
+COMPOSE: Final = ROOT / "deploy/compose.yaml"
+STAND_INS: Final = Path(__file__).parent / "stand_ins"
+SERVING: Final = (GATEWAY, *topology.SERVICES)
+TAG: Final = "test"
+ACCOUNT: Final = "10001:10001"
+CONTEXT: Final = ("LICENSE", "deploy/image", "mercato", "requirements")
+"""What the images are built from, as `.dockerignore` says."""
+BUILD_SECONDS: Final = 1_200.0
+COMMAND_SECONDS: Final = 300.0
+PASSWORD: Final = re.compile(r"password (\S+)")
+
+
+def docker(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs Docker's command to its end, which must be a success."""
+    command = ["docker", *arguments]
+    options = {"capture_output": True, "text": True, "timeout": COMMAND_SECONDS, **options}
+    done: subprocess.CompletedProcess[str] = subprocess.run(command, check=False, **options)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def _has(*arguments: str) -> bool:
+    return subprocess.run(["docker", *arguments], capture_output=True, check=False).returncode == 0
+
+
+@functools.cache
+def base_image() -> str:
+    """The image with Python that all are built on."""
+    found = re.search(r"^ARG PYTHON_IMAGE=(\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    assert found is not None
+    return os.environ.get("MERCATO_TEST_PYTHON_IMAGE") or found[1]
+
+
+@functools.cache
+def missing() -> str:
+    """Why containers cannot be tried here, with the commands that change it; empty where they can."""
+    if shutil.which("docker") is None or not _has("info"):
+        return "containers were not tried: no Docker engine answers: apt-get install docker.io, and start dockerd"
+    if not _has("compose", "version"):
+        return (
+            "containers were not tried: docker has no `compose`: install the plugin, or build it: go mod init tools && "
+            "go get -tool github.com/docker/compose/v2/cmd@v2.39.4 && "
+            "go build -o ~/.docker/cli-plugins/docker-compose github.com/docker/compose/v2/cmd"
+        )
+    if not _has("image", "inspect", base_image()):
+        return (
+            f"containers were not tried: docker pull {base_image()}, or where no registry is reached: "
+            "apt-get install debootstrap && sh tests/deploy/stand_ins/base.sh, and name it: "
+            "MERCATO_TEST_PYTHON_IMAGE=python-stand-in"
+        )
+    return ""
+
+
+def build(targets: Collection[str], tag: str = TAG, commit: str | None = None) -> None:
+    """Builds images `mercato/TARGET:TAG` of this checkout, or of the package as it was at a commit."""
+    context = io.BytesIO()
+    with tarfile.open(fileobj=context, mode="w") as made:
+        for name in CONTEXT:
+            if name != "mercato" or commit is None:
+                made.add(ROOT / name, name, filter=_without_caches)
+        if commit is not None:
+            _add(made, _package_at(commit))
+    for target in targets:
+        context.seek(0)
+        _build(
+            context.getvalue(),
+            "--file",
+            "deploy/image/Dockerfile",
+            "--target",
+            target,
+            "--tag",
+            f"mercato/{target}:{tag}",
+        )
+
+
+def stand_in(name: str, image: str) -> str:
+    """`image` where it is here, else the stand-in that is built for it."""
+    if _has("image", "inspect", image):
+        return image
+    context = io.BytesIO()
+    with tarfile.open(fileobj=context, mode="w") as made:
+        made.add(STAND_INS, "tests/deploy/stand_ins", filter=_without_caches)
+        made.add(ROOT / "requirements/runtime.txt", "requirements/runtime.txt")
+    file = "tests/deploy/stand_ins/Dockerfile"
+    _build(context.getvalue(), "--file", file, "--target", name, "--tag", f"{name}-stand-in")
+    return f"{name}-stand-in"
+
+
+def images_of_others() -> Mapping[str, str]:
+    """By the variables of `deploy/compose.yaml`."""
+    return {
+        "POSTGRES_IMAGE": stand_in("postgres", "postgres:18"),
+        "NATS_IMAGE": stand_in("nats", "nats:2.12-alpine"),
+    }
+
+
+def _build(context: bytes, *arguments: str) -> None:
+    base = f"PYTHON_IMAGE={base_image()}"
+    docker(
+        "build", "--quiet", "--build-arg", base, *arguments, "-", input=context, text=False, timeout=BUILD_SECONDS
+    )  # fmt: skip
+
+
+def _without_caches(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    entry.uid = entry.gid = entry.mtime = 0  # so that a layer is found again, on every machine
+    entry.uname = entry.gname = ""
+    return None if "__pycache__" in entry.name else entry
+
+
+def _package_at(commit: str) -> bytes:
+    command = ["git", "archive", commit, "mercato"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
+
+
+def _add(made: tarfile.TarFile, archive: bytes) -> None:
+    with tarfile.open(fileobj=io.BytesIO(archive)) as packed:
+        for entry in packed.getmembers():
+            made.addfile(entry, packed.extractfile(entry) if entry.isreg() else None)
+
+
+def content(image: str) -> Mapping[str, bytes | None]:
+    """The files of an image by path without the first slash; None for a folder or link."""
+    name = docker("create", image, "x").stdout.strip()
+    try:
+        archive = subprocess.run(["docker", "export", name], capture_output=True, check=True).stdout
+    finally:
+        docker("rm", name)
+    found: dict[str, bytes | None] = {}
+    with tarfile.open(fileobj=io.BytesIO(archive)) as packed:
+        for entry in packed.getmembers():
+            reader = packed.extractfile(entry) if entry.isreg() else None
+            found[entry.name] = reader.read() if reader else None
+    return found
+
+
+def inspected(name: str) -> Mapping[str, Any]:
+    """What Docker knows about an image or a container."""
+    return json.loads(docker("inspect", name).stdout)[0]
+
+
+class Composed:
+    """The shop of `deploy/compose.yaml` as a project of its own, on free ports. Use it as a context manager."""
+
+    def __init__(self) -> None:
+        self.project = f"mercato-test-{os.getpid()}"
+        self.ports = {name: int(free_address().rpartition(":")[2]) for name in (GATEWAY, "users", "products", "orders")}
+        self._folder = tempfile.TemporaryDirectory(prefix="mercato-test-")
+        environment = {
+            **images_of_others(),
+            "MERCATO_VERSION": TAG,
+            **{f"{name.upper()}_PORT": str(port) for name, port in self.ports.items()},
+            **{name: os.urandom(24).hex() for name in ("POSTGRES_PASSWORD", "MERCATO_SECRET", "MERCATO_METRICS_TOKEN")},
+            "GRAFANA_PASSWORD": "unused",
+        }
+        self._file = Path(self._folder.name) / "compose.env"
+        self._file.write_text("".join(f"{name}={value}\n" for name, value in environment.items()))
+        self.metrics_token = environment["MERCATO_METRICS_TOKEN"]
+
+    def compose(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Runs `docker compose` for this shop."""
+        return docker(
+            "compose", "--project-name", self.project, "--file", str(COMPOSE), "--env-file", str(self._file), *arguments
+        )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        try:
+            self.compose("up", "--detach", "--wait")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.compose("--profile", "*", "down", "--volumes", "--timeout", "15")
+        self._folder.cleanup()
+
+    def url(self, service: str = GATEWAY) -> str:
+        return f"http://127.0.0.1:{self.ports[service]}"
+
+    def container(self, service: str) -> str:
+        return f"{self.project}-{service}-1"
+
+    @functools.cached_property
+    def staff_password(self) -> str:
+        found = PASSWORD.search(self.compose("logs", "migrate").stdout)
+        assert found is not None
+        return found[1]
+
+    def token(self) -> str:
+        """An access token of staff."""
+        with Caller(self.url()) as caller:
+            return signed_in(caller, self.staff_password)
+
+
+def signed_in(caller: Caller, password: str) -> str:
+    """An access token of the first staff account."""
+    answer = caller.post("/login", {"email": "staff@mercato.local", "password": password})
+    assert answer.status == 200, answer.text
+    return answer.json["access_token"]
+
+
+def wait_until_healthy(names: Sequence[str]) -> None:
+    """Waits until the health checks of containers pass."""
+
+    def healthy() -> bool:
+        states = [inspected(name)["State"] for name in names]
+        assert all(state["Running"] for state in states), [docker("logs", name).stderr[-2_000:] for name in names]
+        return all(state["Health"]["Status"] == "healthy" for state in states)
+
+    wait_until(healthy, COMMAND_SECONDS)
