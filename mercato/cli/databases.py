@@ -31,8 +31,9 @@ from mercato.cli.settings import load
 from mercato.cli.starting import CannotStart
 from mercato.embedded_postgres import DataFolder, DataFolderBusy, EmbeddedPostgres, SupervisorError
 from mercato.embedded_postgres.folder import SECRET_BYTES, explained, require_text
-from mercato.embedded_postgres.place import PLACES, read_record, require_known_format
+from mercato.embedded_postgres.outside import PLACES
 from mercato.embedded_postgres.postgres import PORT, ROLE
+from mercato.embedded_postgres.record import read_record, require_known_format
 from mercato.operations.copying import CopyError, located
 
 OWN_URL: Final = "(a command that looks at its databases)"

@@ -17,7 +17,8 @@ from mercato.chassis.rpc.stats import Inspected, InstanceStats
 from mercato.cli import databases
 from mercato.cli.operator import operating
 from mercato.cli.progress import fail, show, table
-from mercato.embedded_postgres.place import PLACES, FoundPlace, places, prune as prune_places
+from mercato.embedded_postgres import SupervisorError
+from mercato.embedded_postgres.outside import PLACES, FoundPlace, places, prune as prune_places
 
 SAMPLE_SECONDS: Final = 1.0
 """The time over which calls per second are counted."""
@@ -53,7 +54,11 @@ def prune(*, as_json: bool) -> int:
     if os.geteuid() != 0:
         fail("only root has databases outside of data folders: run this as root")
         return MISSING
-    removed = prune_places()
+    try:
+        removed = prune_places()
+    except SupervisorError as error:
+        fail(str(error))
+        return MISSING
     if as_json:
         show(json.dumps({"removed": [str(place.path) for place in removed]}, indent=2))
     for place in () if as_json else removed:

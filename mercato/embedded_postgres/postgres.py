@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote, urlencode
 
-from mercato.embedded_postgres import place, server_log
+from mercato.embedded_postgres import place, record, server_log
 from mercato.embedded_postgres.folder import SupervisorError, explained, sync_folder
 from mercato.embedded_postgres.guarded import PATIENT_STOP_SECONDS, STOP_SECONDS, Guarded
 from mercato.embedded_postgres.processes import (
@@ -128,7 +128,7 @@ class EmbeddedPostgres:
             if is_new:
                 progress(f"creating a database in {layout.cluster}")
                 await _create_cluster(layout, password)
-            place.note_initialized(layout.data)
+            record.note_initialized(layout.data)
             place.remove_former_socket_folder(layout.data)
             server = await cls._launch(layout, _make_socket_folder(layout), password, max_connections, progress)
         server.is_new = is_new
@@ -409,7 +409,7 @@ def _make_socket_folder(layout: Layout, former: Path | None = None) -> Path:
     else:
         folder = _make_short_folder() if former is None else former
         folder.mkdir(mode=0o700, exist_ok=True)
-        place.note_socket_folder(layout.data, folder)
+        record.note_socket_folder(layout.data, folder)
     layout.give(folder)
     return folder
 
@@ -424,7 +424,7 @@ def _remove_socket_folder(layout: Layout, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     if not folder.is_relative_to(layout.home) and not folder.exists():
         with contextlib.suppress(OSError):
-            place.note_socket_folder(layout.data, None)
+            record.note_socket_folder(layout.data, None)
 
 
 def _dsn(password: str, socket_folder: Path) -> str:

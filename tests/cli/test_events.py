@@ -18,7 +18,7 @@ from mercato.chassis.hosting.keys import key_deriver
 from mercato.chassis.postgres.migrations import migrate
 from mercato.chassis.postgres.provisioning import provision
 from mercato.embedded_postgres import DataFolder, EmbeddedPostgres
-from mercato.embedded_postgres.place import note_initialized
+from mercato.embedded_postgres.record import note_initialized
 from mercato.services.events.app import CONSUMER
 from mercato.services.products.consumers import IN_STOCK
 from mercato.testing.command import COMMAND, Command, clean_environment, run_command

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 import os
@@ -25,8 +26,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from mercato.embedded_postgres import EmbeddedPostgres, SupervisorError, place, remove_cluster
-from mercato.embedded_postgres.place import FORMAT, PLACES, read_record
+from mercato.embedded_postgres import EmbeddedPostgres, SupervisorError, outside, place, remove_cluster
+from mercato.embedded_postgres.record import FORMAT, read_record
 from mercato.testing.command import run_command
 from mercato.testing.waiting import BOUND_SECONDS
 
@@ -60,6 +61,19 @@ def data() -> Iterator[Path]:
     yield folder
     remove_cluster(folder)
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def places(data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Instead of /var/lib/mercato: what a start or a command removes there may belong to a test in another process."""
+    folder = data / "places"
+    monkeypatch.setattr(outside, "PLACES", folder)
+    return folder
+
+
+def use_places(folder: Path) -> None:
+    """What a command does first, to have its places there as well."""
+    outside.PLACES = folder
 
 
 def quietly(line: str) -> None:
@@ -102,7 +116,7 @@ async def until_busy(data: Path) -> None:
 
 def home(data: Path) -> Path:
     record = read_record(data)
-    return PLACES / str(record.place) if record.outside else data
+    return outside.PLACES / str(record.place) if record.outside else data
 
 
 def alive(data: Path) -> list[str]:
@@ -424,16 +438,16 @@ async def test_as_root_a_folder_below_a_closed_one_gets_a_place_of_its_own(data:
 
     async with running(data) as server:
         assert await ask(server, "SELECT 1") == 1
-        outside = home(data)
-        assert server.cluster_outside == outside / "postgres"
+        made = home(data)
+        assert server.cluster_outside == made / "postgres"
 
     assert stat.S_IMODE(data.stat().st_mode) == 0o700
     assert data.stat().st_gid == 0
-    assert outside.parent == PLACES
-    assert (data / "postgres").readlink() == outside / "postgres"
-    assert stat.S_IMODE((outside / "postgres").stat().st_mode) == 0o700
+    assert made.parent == outside.PLACES
+    assert (data / "postgres").readlink() == made / "postgres"
+    assert stat.S_IMODE((made / "postgres").stat().st_mode) == 0o700
     assert remove_cluster(data)
-    assert not outside.exists()
+    assert not made.exists()
 
 
 @pytest.mark.long
@@ -442,12 +456,12 @@ async def test_as_root_a_database_outside_stays_there_when_its_folder_becomes_re
     folder = below_closed(data, "data")
     async with running(folder) as server:
         await ask(server, "CREATE TABLE kept AS SELECT 42 AS answer")
-    outside = home(folder)
+    made = home(folder)
     folder.parent.chmod(0o755)
 
     async with running(folder) as server:
         assert await ask(server, "SELECT answer FROM kept") == 42
-        assert server.cluster_outside == outside / "postgres"
+        assert server.cluster_outside == made / "postgres"
     remove_cluster(folder)
 
 
@@ -470,7 +484,7 @@ async def test_as_root_unreachable_programs_are_copied(data: Path, monkeypatch: 
             command = Path(f"/proc/{server.pid}/cmdline").read_text()
             assert await ask(server, "SELECT 1") == 1
 
-    assert command.startswith(f"{PLACES}/{read_record(data).place}/binaries/")
+    assert command.startswith(f"{outside.PLACES}/{read_record(data).place}/binaries/")
     assert (data / "postgres" / "PG_VERSION").exists()
 
     copy = data / "copy"
@@ -485,7 +499,7 @@ async def test_as_root_unreachable_programs_are_copied(data: Path, monkeypatch: 
 
 @pytest.mark.long
 @needs_root
-async def test_as_root_the_place_of_a_deleted_data_folder_is_removed(data: Path):
+async def test_as_root_the_place_of_a_deleted_data_folder_is_removed(data: Path, places: Path):
     deleted, other = below_closed(data, "deleted"), below_closed(data, "other")
     async with running(deleted):
         pass
@@ -494,6 +508,7 @@ async def test_as_root_the_place_of_a_deleted_data_folder_is_removed(data: Path)
     lines: list[str] = []
     try:
         async with running(other, lines.append):
+            assert abandoned.parent == places
             assert not abandoned.exists()
             assert home(other).exists()
     finally:
@@ -503,7 +518,7 @@ async def test_as_root_the_place_of_a_deleted_data_folder_is_removed(data: Path)
 
 @pytest.mark.long
 @needs_root
-async def test_as_root_places_whose_folder_is_gone_are_listed_and_pruned(data: Path):
+async def test_as_root_places_whose_folder_is_gone_are_listed_and_pruned(data: Path, places: Path):
     gone, moved, used = (below_closed(data, name) for name in ("gone", "moved", "used"))
     for folder in (gone, moved, used):
         async with running(folder):
@@ -511,19 +526,20 @@ async def test_as_root_places_whose_folder_is_gone_are_listed_and_pruned(data: P
     homes = {name: home(folder) for name, folder in {"gone": gone, "moved": moved, "used": used}.items()}
     # As on another file system than the data folder: nothing proves that the folder was deleted, and not moved.
     (gone / "postgres.owner").unlink()
-    place._write_owner(homes["gone"], place.PlaceOwner(str(gone), linked=False))
+    outside._write_owner(homes["gone"], outside.PlaceOwner(str(gone), linked=False))
     shutil.rmtree(gone)
     moved.rename(moved.with_name("elsewhere"))
     try:
-        states = {found.path: (found.data, found.state) for found in place.places()}
+        states = {found.path: (found.data, found.state) for found in outside.places()}
         assert [states[homes[name]] for name in ("gone", "moved", "used")] == [
             (str(gone), "missing"),
             (str(moved), "moved"),
             (str(used), "used"),
         ]
-        listed = run_command("doctor", "--data", str(used))
+        first = functools.partial(use_places, places)
+        listed = run_command("doctor", "--data", str(used), first=first)
         assert f"{homes['gone']} holds the database of {gone}, which is not there" in listed.stdout
-        pruned = run_command("doctor", "--prune")
+        pruned = run_command("doctor", "--prune", first=first)
         assert pruned.returncode == 0
         assert f"removed {homes['gone']}, the database of {gone}" in pruned.stdout
         assert [homes[name].exists() for name in ("gone", "moved", "used")] == [False, True, True]
