@@ -22,13 +22,12 @@ from .limits import (
     TOO_MANY_CONNECTIONS,
     TOO_MANY_CONNECTIONS_OF_ONE,
     TOO_MANY_PIPELINED,
-    VERSION_NOT_SUPPORTED,
     Refusal,
     RequestRefused,
 )
 from .refused_cycle import RefusedCycle
 from .shedding import EarlyRefusals
-from .targets import VERSIONS, check_host_of_target, path_of_other_form, refusal_of
+from .targets import VERSIONS, check_host_of_target, path_of_other_form, refusal_of, refusal_of_version
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +262,7 @@ class BoundedProtocol(HttpToolsProtocol):
         path = raw_path.decode("ascii")
         http_version = parser.get_http_version()
         if http_version not in VERSIONS:
-            raise RequestRefused(VERSION_NOT_SUPPORTED)
+            raise RequestRefused(refusal_of_version(http_version))
         if url.schema is not None:  # pyright: ignore[reportUnnecessaryComparison]  # None for a path alone
             check_host_of_target(self.url, self.headers)
         # A request that is half received when the drain begins is answered, as the last one of its connection.

@@ -7,6 +7,8 @@ import httptools
 from .limits import MALFORMED, VERSION_NOT_SUPPORTED, Refusal, RequestRefused
 
 VERSIONS: Final = frozenset({"1.1", "1.0"})
+NO_VERSION: Final = "0.9"
+"""What llhttp takes for the version of a request line that ends behind its target, as those of HTTP/0.9 did."""
 VERSION_ERRORS: Final = ("Invalid HTTP version", "Pause on PRI/Upgrade")
 """What llhttp says of a version that it does not know, and of the preface of HTTP/2."""
 
@@ -14,6 +16,15 @@ VERSION_ERRORS: Final = ("Invalid HTTP version", "Pause on PRI/Upgrade")
 def refusal_of(error: httptools.HttpParserError) -> Refusal:
     """The refusal of a request that the parser rejects."""
     return VERSION_NOT_SUPPORTED if str(error) in VERSION_ERRORS else MALFORMED
+
+
+def refusal_of_version(version: str) -> Refusal:
+    """The refusal of a request in another version than `VERSIONS`.
+
+    A request line without a version is malformed (RFC 9112 3), and so is `HTTP/0.9`: that version has no name in its
+    requests. 505 is for a version that a client may speak, and this server does not (RFC 9110 15.6.6).
+    """
+    return MALFORMED if version == NO_VERSION else VERSION_NOT_SUPPORTED
 
 
 SERVER_ITSELF: Final = b"*"

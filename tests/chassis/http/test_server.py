@@ -417,7 +417,7 @@ async def test_target_with_another_host_than_that_of_the_request_is_refused(requ
         assert serving.app.paths == []
 
 
-@pytest.mark.parametrize("version", [b"0.9", b"1.2", b"2.0", b"3.0", b"9.9"])
+@pytest.mark.parametrize("version", [b"1.2", b"2.0", b"3.0", b"9.9"])
 @on_both_loops
 async def test_version_that_is_not_spoken_is_refused(version: bytes) -> None:
     async with serve() as serving:
@@ -428,14 +428,34 @@ async def test_version_that_is_not_spoken_is_refused(version: bytes) -> None:
         assert await serving.is_usable()
 
 
-@pytest.mark.parametrize("beginning", [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET /hello\r\n\r\n"])
 @on_both_loops
-async def test_preface_of_http_2_and_a_request_without_a_version_are_refused(beginning: bytes) -> None:
+async def test_preface_of_http_2_is_refused() -> None:
     async with serve() as serving:
         client = await serving.connect()
-        await client.send(beginning)
+        await client.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
         await client.problem(505, "http_version_not_supported")
         assert serving.app.paths == []
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /hello\r\n",
+        b"GET /hello\r\nHost: a\r\n",
+        b"GET /hello\n!: HTTP/1.1\r\nHost: a\r\n",
+        b"GET /hello \r\nHost: a\r\n",
+        b"POST /hello\r\nHost: a\r\n",
+        b"GET /hello HTTP/0.9\r\nHost: a\r\n",
+    ],
+)
+@on_both_loops
+async def test_request_without_a_version_is_malformed(head: bytes) -> None:
+    async with serve() as serving:
+        client = await serving.connect()
+        await client.send(head + b"\r\n")
+        await client.problem(400, "malformed_request")
+        assert serving.app.paths == []
+        assert await serving.is_usable()
 
 
 @pytest.mark.parametrize("host", [b"", b"Host: SHOP:80\r\n"])
