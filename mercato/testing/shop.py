@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -58,8 +59,10 @@ class Shop:
         load: LoadLimits | None = None,
         cors_origins: Sequence[str] = (),
         log_requests: bool = False,
+        slow_seconds: float = math.inf,
         metrics_token: str = "",
     ) -> Self:
+        """`slow_seconds`: by default no request is slow, however long a busy machine takes for it."""
         harness = harness_class(cluster, transport, options)
         await harness.open(topology.builds())
         for service in harness.host.services.values():
@@ -74,6 +77,7 @@ class Shop:
             load=load,
             cors_origins=cors_origins,
             log_requests=log_requests,
+            slow_seconds=slow_seconds,
             metrics_token=metrics_token,
         )
         stop, ready = asyncio.Event(), asyncio.Event()

@@ -6,7 +6,7 @@ import ast
 import re
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import pytest_asyncio
@@ -14,9 +14,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import mercato
 from gateway.harness import Lines
+from mercato.chassis.observability.clock import SystemClock
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.contracts.products import Product
 from mercato.gateway import access_log
+from mercato.gateway.app import Gateway
 from mercato.gateway.headers import RequestHeaders
 from mercato.testing.cluster import Cluster
 from mercato.testing.injection import fail, injecting
@@ -99,14 +101,31 @@ async def test_debug_logs_more_than_info(shop: Shop, lines: Lines):
     assert counts == {"debug": 1, "info": 0, "warning": 0}
 
 
-@pytest.mark.parametrize(("status", "seconds"), [(503, 0.001), (200, access_log.SLOW_SECONDS)])
+@pytest.mark.parametrize(("status", "is_slow"), [(503, False), (200, True)])
 @in_session
-async def test_failed_and_slow_requests_are_logged_at_info(lines: Lines, status: int, seconds: float):
+async def test_failed_and_slow_requests_are_logged_at_info(lines: Lines, status: int, is_slow: bool):
     lines.begin("info")
 
-    access_log.note("GET", "/orders/{id}", status, seconds, RequestHeaders([]))
+    access_log.note("GET", "/orders/{id}", status, 0.001, RequestHeaders([]), is_slow=is_slow)
 
     assert [line["level"] for line in lines.named("request")] == ["info"]
+
+
+@pytest.mark.parametrize(("seconds", "level"), [(0.999, None), (1.0, "info")])
+def test_of_requests_that_are_not_all_logged_those_of_a_second_are(lines: Lines, seconds: float, level: str | None):
+    gateway = Gateway(
+        [],
+        client=lambda operation: cast(Any, operation),
+        authenticator=cast(Any, None),
+        telemetry=Telemetry(),
+        clock=SystemClock(),
+        fallback=cast(Any, None),
+    )
+    lines.begin("debug")
+
+    gateway.note(None, 200, seconds, RequestHeaders([]), "GET")
+
+    assert [line["level"] for line in lines.named("request")] == ([level] if level else [])
 
 
 @in_session

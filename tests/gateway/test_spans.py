@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
@@ -98,9 +99,19 @@ def exported(shop: Shop) -> Exported:
 
 @pytest.fixture
 def unsampled(shop: Shop) -> Exported:
-    """Samples no request, and keeps none."""
+    """Samples no request, and keeps none; none is slow, however long a busy machine takes for it."""
+    return _unsampled(shop, slow_seconds=math.inf)
+
+
+@pytest.fixture
+def unsampled_and_slow(shop: Shop) -> Exported:
+    """As `unsampled`, but each request is slow."""
+    return _unsampled(shop, slow_seconds=0.0)
+
+
+def _unsampled(shop: Shop, *, slow_seconds: float) -> Exported:
     exporter = Exported()
-    tracing_of(shop).start(0.0, exporter, kept_a_second=0.0)
+    tracing_of(shop).start(0.0, exporter, kept_a_second=0.0, slow_seconds=slow_seconds)
     return exporter
 
 
@@ -177,6 +188,14 @@ async def test_a_request_that_fails_exports_its_spans_although_it_was_not_sample
     spans = unsampled.of("6" * 32)
     assert root_of(spans).failure == "500"
     assert {"orders.place", "orders transaction", "products.quote"} <= {span.name for span in spans}
+    assert all(span.attributes[PARTIAL] for span in spans)
+
+
+async def test_a_slow_request_exports_its_spans_although_it_was_not_sampled(shop: Shop, unsampled_and_slow: Exported):
+    assert (await shop.get("/products/100", headers=click("b" * 32))).status == 200
+    spans = unsampled_and_slow.of("b" * 32)
+    assert (root_of(spans).name, root_of(spans).failure) == ("GET /products/{id}", "")
+    assert "products.get" in {span.name for span in spans}
     assert all(span.attributes[PARTIAL] for span in spans)
 
 

@@ -76,15 +76,27 @@ class Tracing:
         self.share = 0.0
         self.recent = RecentTraces()
         self._exporter: Exporter | None = None
+        self._slow_seconds = SLOW_SECONDS
         self._asked, self._kept, self._partial = map(Budget, (ASKED_A_SECOND, KEPT_A_SECOND, PARTIAL_A_SECOND))
         self._epoch_ns = time.time_ns() - round(time.perf_counter() * 1e9)
 
-    def start(self, share: float, exporter: Exporter | None = None, *, kept_a_second: float = KEPT_A_SECOND) -> None:
-        """From now on a `share` of the requests is sampled, and sampled spans go to `exporter`."""
+    def start(
+        self,
+        share: float,
+        exporter: Exporter | None = None,
+        *,
+        kept_a_second: float = KEPT_A_SECOND,
+        slow_seconds: float = SLOW_SECONDS,
+    ) -> None:
+        """From now on a `share` of the requests is sampled, and sampled spans go to `exporter`.
+
+        A request or batch that takes `slow_seconds` or longer is slow.
+        """
         self.is_on = True
         self.share = share
         self._kept = Budget(kept_a_second)
         self._exporter = exporter
+        self._slow_seconds = slow_seconds
 
     def close(self) -> None:
         """Exports what is left. After the last request."""
@@ -137,7 +149,7 @@ class Tracing:
             self.export_partial(span, contexts[0].trace_id)
 
     def is_slow(self, span: Span) -> bool:
-        return span.ended is not None and span.ended - span.started >= SLOW_SECONDS
+        return span.ended is not None and span.ended - span.started >= self._slow_seconds
 
     def record(self, span: Span, /) -> None:
         for ended in self._ended(span, span.places):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mercato.chassis.observability.tracing import PARTIAL
 from mercato.testing.collector import CollectedSpan, Collector
 from mercato.testing.command import run_command
 from mercato.testing.process import Process, data_folder
@@ -34,7 +35,9 @@ def test_a_paid_order_is_one_trace_from_the_click_to_the_feed(place: str) -> Non
             lines = run_command("logs", "--data", data, "--trace", REFUSED, "--last", "1000", "--json").stdout
             shop.stop()
     paid_order.assert_is_one_tree(collector.spans(TRACE), entries)
-    assert {span.trace_id for span in collector.spans()} == {TRACE, REFUSED}, "no other request was sampled"
+    # On a busy machine others are slow, and export some spans although they were not sampled.
+    sampled = {span.trace_id for span in collector.spans() if PARTIAL not in span.attributes}
+    assert sampled == {TRACE, REFUSED}, "no other request was sampled"
     assert_one_id_leads_through_all(refused, collector.spans(REFUSED), declined, lines)
 
 
