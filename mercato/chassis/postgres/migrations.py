@@ -9,6 +9,10 @@ A released revision is frozen. Its checksum is committed beside it (`checksums.t
 and the transaction that runs a revision records the checksum of its statements in the database (`revision_checksums`).
 Each start compares the two with one query: a database of other revisions is refused, and not changed.
 
+A migration expands: the version before goes on with the databases of this one, and its processes may be started again
+beside them. What a migration makes superfluous is removed by one of the next version, which says so (`needs`): versions
+without the revision that it names are refused from then on.
+
 Processes that start together wait for each other by polling `pg_try_advisory_lock`: the blocking form would deadlock
 with a `CREATE INDEX CONCURRENTLY`, which waits for every older transaction, the one that waits for the lock included.
 """
@@ -19,7 +23,7 @@ import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, TextIO, cast
+from typing import Any, Final, NamedTuple, TextIO, cast
 from urllib.parse import unquote, urlsplit
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
@@ -41,7 +45,10 @@ WAY_OUT: Final = (
     "own (--data with a new folder, or another server in MERCATO_POSTGRES_DSN)"
 )
 
-_RECORDED: Final = "SELECT revision, checksum FROM revision_checksums"
+_RECORDED: Final = """
+    SELECT revision, checksum, coalesce(to_jsonb(made) ->> 'needs', '') AS needs FROM revision_checksums AS made
+"""
+"""`needs` is a column once a revision has called `needs`; a database without one has no key of that name."""
 _STATE: Final = """
     SELECT count(*) FILTER (WHERE relname = 'alembic_version') > 0,
            count(*) FILTER (WHERE relname = 'revision_checksums') > 0
@@ -109,24 +116,34 @@ async def _missing(connection: Any, dsn: str, folder: Path) -> list[str]:
     recorded = await _recorded(connection, dsn)
     run = known[: len(recorded)]
     for revision in run:
-        if revision in recorded and recorded[revision] != checksum(folder, revision):
+        if revision in recorded and recorded[revision].checksum != checksum(folder, revision):
             raise MigrationError(
                 f"revision {revision} of the database {_name(dsn)} was run with statements that are not those of this "
                 f"version of mercato; {WAY_OUT}"
             )
-    if unknown := sorted(set(recorded) - set(run)):
-        raise MigrationError(
-            f"the database {_name(dsn)} is at revision {unknown[-1]}, which this version of mercato does not know; "
-            "it was used by a newer one: install that"
-        )
+    if newer := sorted(set(recorded) - set(run)):
+        needed = max(recorded[revision].needs for revision in newer)
+        if not recorded.keys() >= set(known) or newer[0] < known[-1] or needed > known[-1]:
+            raise MigrationError(
+                f"the database {_name(dsn)} is at revision {newer[-1]} of a newer version of mercato, which this one "
+                f"cannot use: install one that knows revision {needed or newer[-1]}"
+            )
     return known[len(recorded) :]
 
 
-async def _recorded(connection: Any, dsn: str) -> Mapping[str, str]:
-    """The checksum of each revision that was run on a database."""
+class _Run(NamedTuple):
+    """A revision that was run on a database."""
+
+    checksum: str
+    needs: str
+    """The oldest revision that the code of a version must know to use the database; empty: any."""
+
+
+async def _recorded(connection: Any, dsn: str) -> Mapping[str, _Run]:
+    """The revisions that were run on a database."""
     while True:
         try:
-            return dict(await connection.fetch(_RECORDED))
+            return {row["revision"]: _Run(row["checksum"], row["needs"]) for row in await connection.fetch(_RECORDED)}
         except asyncpg.UndefinedTableError:
             is_migrated, has_records = await connection.fetchrow(_STATE)
         if not is_migrated and not has_records:
@@ -233,6 +250,17 @@ def _literal(path: Path) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------- for revisions
+
+
+def needs(revision: str) -> Sequence[str]:
+    """The statements by which a revision removes what the code of older versions uses: they are refused from then on.
+
+    `revision` is the newest one of the oldest version that can go on: of the one before that which removes.
+    """
+    return (
+        "ALTER TABLE revision_checksums ADD COLUMN IF NOT EXISTS needs text",
+        f"ALTER TABLE revision_checksums ALTER COLUMN needs SET DEFAULT '{revision}'",
+    )
 
 
 def append_only(table: str) -> Sequence[str]:

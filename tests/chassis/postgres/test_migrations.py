@@ -132,11 +132,55 @@ async def test_a_revision_that_fails_leaves_nothing_and_says_why(dsn: str, folde
     assert await migrate(dsn, folder) == ["0003"]  # neither the lock nor half a revision is in its way
 
 
-async def test_a_newer_database_is_refused(dsn: str, folder: Path):
+async def test_the_version_before_goes_on_with_a_database_of_the_next(dsn: str, folder: Path):
+    """A process of it that dies during an upgrade is started again."""
     await migrate(dsn, folder)
     (folder / "0002_step.py").unlink()
-    with pytest.raises(MigrationError, match=r"0002.*newer"):
+
+    assert await missing_revisions(dsn, folder) == []
+    assert await migrate(dsn, folder) == []
+    assert await tables(dsn) == "alembic_version one revision_checksums two"
+
+
+REMOVE = (
+    "from mercato.chassis.postgres.migrations import needs",
+    """for statement in (*needs("0002"), "DROP TABLE one"):""",
+    "    op.execute(statement)",
+)
+
+
+async def test_a_version_that_uses_what_was_removed_is_refused(dsn: str, folder: Path):
+    write(folder, 3, *REMOVE)
+    write(folder, 4, 'op.execute("CREATE TABLE four (a int)")')
+    assert await migrate(dsn, folder) == ["0001", "0002", "0003", "0004"]
+
+    for number in (4, 3):
+        (folder / f"{number:04}_step.py").unlink()
+        assert await missing_revisions(dsn, folder) == []
+    (folder / "0002_step.py").unlink()
+    with pytest.raises(MigrationError, match=r"at revision 0004 of a newer version .* one that knows revision 0002$"):
+        await missing_revisions(dsn, folder)
+
+
+async def test_what_is_removed_later_counts(dsn: str, folder: Path):
+    write(folder, 3, *REMOVE)
+    write(folder, 4, REMOVE[0], REMOVE[1].replace("0002", "0003").replace("one", "two"), REMOVE[2])
+    await migrate(dsn, folder)
+    (folder / "0004_step.py").unlink()
+    assert await missing_revisions(dsn, folder) == []
+
+    (folder / "0003_step.py").unlink()
+    with pytest.raises(MigrationError, match=r"one that knows revision 0003$"):
         await migrate(dsn, folder)
+
+
+async def test_a_database_with_other_revisions_between_is_refused(dsn: str, folder: Path):
+    write(folder, 3, 'op.execute("CREATE TABLE three (a int)")')
+    await migrate(dsn, folder)
+    await ask(dsn, "UPDATE revision_checksums SET revision = '0002b' WHERE revision = '0002' RETURNING 1")
+
+    with pytest.raises(MigrationError, match=r"at revision 0002b of a newer version"):
+        await missing_revisions(dsn, folder)
 
 
 async def test_a_lock_that_is_held_for_ever_is_given_up(dsn: str, folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import asyncpg
 import msgspec
@@ -26,7 +26,7 @@ from mercato import topology
 from mercato.chassis.idempotency import keys as idempotency
 from mercato.chassis.messaging import outbox, parking
 from mercato.chassis.postgres.database import Row
-from mercato.chassis.postgres.migrations import revisions, statements
+from mercato.chassis.postgres.migrations import needs, revisions, statements
 from mercato.chassis.sagas import store as saga
 from mercato.testing.cluster import Cluster
 
@@ -177,11 +177,16 @@ def squawk() -> str:
     return found
 
 
+REMOVING: Final = ("ban-drop-column", "ban-drop-table", "ban-drop-not-null", "renaming-column", "renaming-table")
+"""What only a revision may do that refuses the versions which use what it removes."""
+
+
 def lint(sql: str, tmp_path: Path) -> str:
     file = tmp_path / "revision.sql"
     file.write_text(sql)
+    excluded = [*EXCLUDED, *(REMOVING if needs("")[0] in sql else ())]
     done = subprocess.run(
-        [squawk(), f"--exclude={','.join(EXCLUDED)}", "--pg-version=16.0", "--reporter=gcc", str(file)],
+        [squawk(), f"--exclude={','.join(excluded)}", "--pg-version=16.0", "--reporter=gcc", str(file)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     return "" if done.returncode == 0 else done.stdout + done.stderr
@@ -203,7 +208,16 @@ def test_migrations_are_safe_under_traffic(service: str, tmp_path: Path):
         ("ALTER TABLE users RENAME COLUMN name TO title;", "renaming-column"),
         ("CREATE INDEX users_name_idx ON users (name);", "require-concurrent-index-creation"),
         ("ALTER TABLE users ALTER COLUMN id TYPE text;", "changing-column-type"),
+        ("ALTER TABLE users DROP COLUMN name;", "ban-drop-column"),
+        ("DROP TABLE users;", "ban-drop-table"),
     ],
 )
 def test_a_dangerous_migration_is_found(sql: str, rule: str, tmp_path: Path):
     assert rule in lint(f"BEGIN;\n{sql}\nCOMMIT;", tmp_path)
+
+
+def test_a_revision_may_remove_what_the_versions_that_it_refuses_use(tmp_path: Path):
+    removing = ";\n".join([*needs("0002"), "ALTER TABLE users DROP COLUMN name", ""])
+
+    assert lint(f"BEGIN;\n{removing}COMMIT;\n", tmp_path) == ""
+    assert "require-concurrent-index-creation" in lint(f"{removing}CREATE INDEX a ON users (b);", tmp_path)
