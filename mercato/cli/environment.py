@@ -28,6 +28,7 @@ from mercato.chassis.hosting.host import GATEWAY
 from mercato.chassis.hosting.keys import SECRET_BYTES, service_secrets, signing_seed
 from mercato.chassis.hosting.settings import ServeSettings, SettingsError, variable_of
 from mercato.chassis.hosting.variables import replace as set_variables
+from mercato.chassis.postgres.dsn import servers
 from mercato.chassis.rpc.discovery import Registrar, Registry
 from mercato.chassis.rpc.discovery.dns import DnsRegistry
 from mercato.chassis.rpc.discovery.mdns import MdnsRegistry
@@ -83,7 +84,7 @@ def variables(shop_secret: bytes, dsns: Mapping[str, str]) -> Mapping[str, Mappi
 
 
 def as_file(values: Mapping[str, str]) -> bytes:
-    """Variables as `docker run --env-file` reads them, and `cli.settings.load`: a line `NAME=VALUE` for each, nothing quoted."""
+    """Variables as `docker run --env-file` and `cli.settings.load` read them: lines `NAME=VALUE`, nothing quoted."""
     return "".join(f"{name}={value}\n" for name, value in values.items()).encode()
 
 
@@ -104,16 +105,15 @@ def given(names: Sequence[str], settings: ServeSettings) -> Given:
 def _dsn(name: str, settings: ServeSettings, *, alone: bool) -> str:
     dsn = variable_of(name, DATABASE, alone=alone)
     try:
-        parts = urlsplit(dsn)
-        asked = dict(parse_qsl(parts.query))
-        host = asked.get("host", parts.hostname or "localhost")
+        elsewhere = [host for host, _ in servers(dsn) if not _is_here(host)]
+        sslmode = dict(parse_qsl(urlsplit(dsn).query)).get("sslmode")
     except ValueError:
         form = "postgresql://USER:PASSWORD@HOST/DATABASE"
         raise SettingsError(f"The setting {DATABASE} of {name} is not a DSN: {form}.") from None
-    if not _is_here(host) and asked.get("sslmode") not in ENCRYPTED and settings.plaintext == "loopback":
+    if elsewhere and sslmode not in ENCRYPTED and settings.plaintext == "loopback":
         raise SettingsError(
-            f"The setting {DATABASE} of {name} names the host {host} without encryption: add ?sslmode=verify-full, "
-            "or set MERCATO_PLAINTEXT=everywhere where the network encrypts by itself."
+            f"The setting {DATABASE} of {name} names the host {elsewhere[0]} without encryption: add "
+            "?sslmode=verify-full, or set MERCATO_PLAINTEXT=everywhere where the network encrypts by itself."
         )
     return dsn
 

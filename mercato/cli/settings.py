@@ -87,7 +87,9 @@ def _read_credentials(file: Path) -> None:
     for number, line in enumerate(lines, 1):
         name, equals, value = line.partition("=")
         if not name.startswith(GIVEN_IN_FILES) or not equals:
-            raise SettingsError(f"Line {number} of {file} is not a variable as `mercato migrate` writes it: NAME=VALUE.")
+            raise SettingsError(
+                f"Line {number} of {file} is not a variable as `mercato migrate` writes it: NAME=VALUE."
+            )
         variables.set_default(name, value)
 
 

@@ -9,7 +9,7 @@ Driver errors are translated here: lost or refused connections become `Unavailab
 handle become `UniqueViolation` or `LockTimeout`.
 
 A COMMIT is never cancelled at the server. With synchronous replication it waits for the standby, and a cancelled wait
-ends with a transaction that all sessions can read, though the standby does not have it: after a fail-over it is gone. So a
+leaves a transaction that all sessions can read though the standby does not have it: after a fail-over it is gone. So a
 COMMIT that takes too long is left to the server, and the caller is answered that its outcome is not known.
 """
 
@@ -42,7 +42,7 @@ OUTBOX_LOCK_SECONDS: Final = STATEMENT_SECONDS - 1
 """The server ends the wait for the lock of the outbox: the COMMIT in the same message is never cancelled."""
 
 DEAD_SECONDS: Final = 10
-"""A machine that dies closes no connection. One whose other end has been silent for so long is lost, also an idle one."""
+"""A machine that dies closes no connection: one whose other end is silent for so long is lost, also if it is idle."""
 _SOCKET_OPTIONS: Final = (
     (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
     (socket.IPPROTO_TCP, "TCP_KEEPIDLE", DEAD_SECONDS // 2),
@@ -260,13 +260,13 @@ class Connections:
         await self._pool.expire_connections()
         await self._return_idle()
 
-    async def renew_elsewhere(self, connection: _Connection) -> None:
-        """The same, at another server of the DSN if one takes writes.
+    async def renew_elsewhere(self, address: tuple[str, int] | str) -> None:
+        """The same, at another server of the DSN than that of `address`, if one takes writes.
 
         After a COMMIT that was not answered in time: the standby does not answer, or it was promoted, and this server
         does not know that.
         """
-        self._servers.put_last(connection.address)
+        self._servers.put_last(address)
         await self.renew()
 
     async def close(self) -> None:
@@ -346,16 +346,13 @@ class LentConnection:
             return
         try:
             end = "ROLLBACK" if self._has_failed else "COMMIT"
-            outcome = await self._kept().commit(await self._with_events(events, end) if events else end)
+            outcome = await self._end(end, events)
         except asyncio.CancelledError:
             await self.roll_back()  # waits for the answer; does nothing if the transaction has ended
             raise
         except asyncpg.InFailedSQLTransactionError:
             await self.roll_back()
             outcome = "ROLLBACK"
-        except TimeoutError as error:
-            await self._connections.renew_elsewhere(self._kept())
-            raise_translated(error, self._connections.service)
         except asyncpg.LockNotAvailableError as error:
             await self.roll_back()
             self.is_rolled_back = True
@@ -370,15 +367,13 @@ class LentConnection:
             self.is_rolled_back = True
             raise RolledBackError("an error inside the transaction was caught there; nothing was committed")
 
-    async def _with_events(self, events: Sequence[str], end: str) -> str:
-        # As literals, so that a single message has the rows and the COMMIT: a process that is stopped between two
-        # messages would hold the lock, and block every writer of the service. Prepared, because planning costs more
-        # than the literals. A lock timeout that the transaction has set does not apply to this lock.
-        name = await self._kept().prepare_events()
-        write = f"EXECUTE {name} (%s)" if name else _WRITE_EVENTS
-        literals = [row.replace("'", "''") for row in events]
-        writes = "; ".join([write % f"'{literal}'" for literal in literals])
-        return f"SET LOCAL lock_timeout = '{OUTBOX_LOCK_SECONDS:.0f}s'; {writes}; {end}"
+    async def _end(self, end: str, events: Sequence[str]) -> str:
+        connection = self._kept()
+        try:
+            return await connection.commit(await self._with_events(connection, events, end) if events else end)
+        except TimeoutError:
+            await self._connections.renew_elsewhere(connection.address)
+            raise
 
     def _kept(self) -> _Connection:
         """The driver's connection. Raises its `InterfaceError` if the pool has taken it back, because it was lost."""
@@ -386,6 +381,16 @@ class LentConnection:
         if found is None:
             raise asyncpg.InterfaceError("the connection was lost, and is closed")
         return found
+
+    async def _with_events(self, connection: _Connection, events: Sequence[str], end: str) -> str:
+        # As literals, so that a single message has the rows and the COMMIT: a process that is stopped between two
+        # messages would hold the lock, and block every writer of the service. Prepared, because planning costs more
+        # than the literals. A lock timeout that the transaction has set does not apply to this lock.
+        name = await connection.prepare_events()
+        write = f"EXECUTE {name} (%s)" if name else _WRITE_EVENTS
+        literals = [row.replace("'", "''") for row in events]
+        writes = "; ".join([write % f"'{literal}'" for literal in literals])
+        return f"SET LOCAL lock_timeout = '{OUTBOX_LOCK_SECONDS:.0f}s'; {writes}; {end}"
 
     async def roll_back(self) -> None:
         """Never fails: the server rolls back when a connection is lost."""

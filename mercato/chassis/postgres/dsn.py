@@ -11,6 +11,7 @@ DSN_FORM: Final = (
 )
 
 
+LOCAL: Final = "localhost"
 NO_SECRETS: Final = "the given DSN"
 """Shown instead of a DSN whose secret parts cannot be recognized."""
 
@@ -48,7 +49,7 @@ def _servers(parts: SplitResult) -> Sequence[tuple[str, int | None]]:
     if named:  # the driver then passes over those behind the question mark
         return [(unquote(host), port) for host, port in map(_server, named.split(","))]
     asked = dict(parse_qsl(parts.query, strict_parsing=True) if parts.query else ())
-    found = [_server(text) for text in asked.get("host", "localhost").split(",")]
+    found = [_server(text) for text in asked.get("host", LOCAL).split(",")]
     ports = [int(port) for port in asked["port"].split(",")] if asked.get("port") else [None]
     if len(ports) not in (1, len(found)):
         raise ValueError(f"{len(found)} hosts have {len(ports)} ports")
@@ -64,9 +65,7 @@ def _server(text: str) -> tuple[str, int | None]:
         port = port.removeprefix(":")
     else:
         host, _, port = text.partition(":")
-    if not host:
-        raise ValueError("a host is empty")
-    return host, int(port) if port else None
+    return host or LOCAL, int(port) if port else None
 
 
 def shown(dsn: str) -> str:

@@ -139,10 +139,12 @@ def _is_at(server: tuple[str, int | None], address: tuple[str, int] | str) -> bo
 
 
 def _says(error: Exception) -> int:
-    """How much the error of one of several servers says about all: a refusal is more than that none is the primary."""
+    """How much the error of one of several servers says: a refusal most, then that none of them is the primary."""
     if isinstance(error, asyncpg.PostgresError) and not isinstance(error, _DOWN):
+        return 3
+    if isinstance(error, NoPrimary):
         return 2
-    return 1 if isinstance(error, NoPrimary) else 0
+    return 0 if isinstance(error, TimeoutError) else 1
 
 
 _DOWN: Final = (asyncpg.PostgresConnectionError, asyncpg.OperatorInterventionError)

@@ -59,6 +59,7 @@ STOCK_TABLES: Final = "mercato/services/inventory/migrations/0001_stock.py"
 OF_DATABASE: Final = "tests/chassis/postgres/test_database.py"
 OF_EVENTS: Final = "tests/chassis/messaging/test_events.py"
 OF_STOPS: Final = "tests/chassis/messaging/test_events_stopped.py"
+OF_COMMITS: Final = "tests/chassis/postgres/test_commits.py"
 OF_CONSUMERS: Final = "tests/chassis/messaging/test_consumers.py"
 OF_SAGA: Final = "tests/chassis/sagas/test_sagas.py"
 OF_TRUST: Final = "tests/chassis/rpc/test_trust.py"
@@ -143,12 +144,19 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
         (
             Edit(
                 CONNECTIONS,
-                '        return f"SET LOCAL lock_timeout = 0; {writes}; {end}"\n',
-                '        await self.connection.execute(f"SET LOCAL lock_timeout = 0; {writes}")\n        return end\n',
+                "        return f\"SET LOCAL lock_timeout = '{OUTBOX_LOCK_SECONDS:.0f}s'; {writes}; {end}\"\n",
+                '        await connection.execute(f"SET LOCAL lock_timeout = 0; {writes}")\n        return end\n',
             ),
         ),
         red=(f"{OF_STOPS}::test_a_process_that_is_stopped_while_it_commits_holds_up_no_other",),
         green=f"{OF_EVENTS}::test_data_of_any_text_is_written_as_it_is",
+    ),
+    Safeguard(
+        "commit-is-not-cancelled",
+        "A COMMIT that waits for a standby is cancelled: others read what a fail-over takes away, and acknowledge it.",
+        (Edit(CONNECTIONS, "        if self._is_committing:\n", "        if False:\n"),),
+        red=(f"{OF_COMMITS}::test_a_commit_whose_caller_has_left_stays_unseen",),
+        green=f"{OF_COMMITS}::test_a_lock_of_the_outbox_that_is_not_free_in_time_is_no_commit",
     ),
     Safeguard(
         "place-in-row",
