@@ -232,7 +232,7 @@ def credentials(
     prefix
         What the names of the Secrets begin with: mercato-orders.
     admin_secret
-        The name of the Secret for `mercato migrate`. [default: the prefix with -admin]
+        The name of the Secret for `mercato migrate`; needed for some of the services. [default: the prefix with -admin]
     """
     from mercato.cli.credentials import Options, run
 

@@ -63,6 +63,11 @@ def _secrets(options: Options, settings: config.Settings) -> list[Mapping[str, A
             "the setting MERCATO_SECRET is missing: it is at least 32 characters, as `openssl rand -hex 32` prints "
             "them; keep it, for the databases cannot be opened without it"
         )
+    if options.services and options.admin_secret is None:
+        raise CannotStart(
+            "--admin-secret is missing: with some of the services, it names the Secret of their server, "
+            f"for {options.prefix}-admin is that of the others"
+        )
     admin = options.admin_secret or f"{options.prefix}-admin"
     for name in (options.prefix, admin):
         if not NAME.fullmatch(name):

@@ -28,7 +28,7 @@ from mercato.chassis.hosting.host import GATEWAY
 from mercato.chassis.hosting.keys import SECRET_BYTES, service_secrets, signing_seed
 from mercato.chassis.hosting.settings import ServeSettings, SettingsError, variable_of
 from mercato.chassis.hosting.variables import replace as set_variables
-from mercato.chassis.postgres.dsn import servers
+from mercato.chassis.postgres.dsn import lacks_certificates, servers
 from mercato.chassis.rpc.discovery import Registrar, Registry
 from mercato.chassis.rpc.discovery.dns import DnsRegistry
 from mercato.chassis.rpc.discovery.mdns import MdnsRegistry
@@ -113,8 +113,11 @@ def _dsn(name: str, settings: ServeSettings, *, alone: bool) -> str:
     if elsewhere and sslmode not in ENCRYPTED and settings.plaintext == "loopback":
         raise SettingsError(
             f"The setting {DATABASE} of {name} names the host {elsewhere[0]} without encryption: add "
-            "?sslmode=verify-full, or set MERCATO_PLAINTEXT=everywhere where the network encrypts by itself."
+            "?sslmode=verify-full&sslrootcert=FILE, or set MERCATO_PLAINTEXT=everywhere where the network encrypts by "
+            "itself."
         )
+    if missing := lacks_certificates(dsn):
+        raise SettingsError(f"The setting {DATABASE} of {name} asks to verify the server, {missing}.")
     return dsn
 
 

@@ -22,9 +22,12 @@ SECRET = "a secret of at least thirty-two characters"
 PROCESSES = ("gateway", "operator", *topology.SERVICES)
 
 
-@pytest.fixture(scope="module")
-def given(cluster: Cluster) -> Mapping[str, str]:
-    return {"MERCATO_POSTGRES_DSN": cluster.server.admin_dsn, "MERCATO_SECRET": SECRET}
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def given() -> AsyncGenerator[Mapping[str, str]]:
+    """A server of its own: other tests expect that no other module has made a shop on the one of the run."""
+    started = await Cluster.start()
+    yield {"MERCATO_POSTGRES_DSN": started.server.admin_dsn, "MERCATO_SECRET": SECRET}
+    await started.stop()
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +177,7 @@ def test_services_of_another_server_are_printed_alone(given: Mapping[str, str]):
 
 
 def test_services_reach_their_databases_through_a_pooler(given: Mapping[str, str]):
-    secrets = printed("orders", "--pooler", "pooler:6432", environment=given)
+    secrets = printed("--pooler", "pooler:6432", environment=given)
 
     assert "@pooler:6432/" in secrets["mercato-orders"]["stringData"]["DATABASE_URL_ORDERS"]
     assert secrets["mercato-admin"]["stringData"]["postgres-dsn"] == given["MERCATO_POSTGRES_DSN"]
@@ -186,7 +189,8 @@ def test_services_reach_their_databases_through_a_pooler(given: Mapping[str, str
         ((), {"MERCATO_POSTGRES_DSN": ""}, "there is no server: name it by --dsn"),
         ((), {"MERCATO_SECRET": ""}, "MERCATO_SECRET is missing"),
         ((), {"MERCATO_SECRET": "short"}, "MERCATO_SECRET is not valid"),
-        (("order",), {}, "there is no service 'order'"),
+        (("order", "--admin-secret", "second"), {}, "there is no service 'order'"),
+        (("orders",), {}, "--admin-secret is missing"),
         (("--dsn", "db.internal"), {}, "cannot be used: a DSN has the form"),
         (("--pooler", "pooler"), {}, "is not the address of a pooler"),
         (("--prefix", "Shop_1"), {}, "'Shop_1' is not a name of Kubernetes"),

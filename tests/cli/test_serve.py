@@ -167,6 +167,16 @@ def test_a_missing_setting_is_named(folder: Path):
             "postgresql://u:hunter2@db.example.com/orders",
             "names the host db.example.com without",
         ),
+        (
+            "DATABASE_URL_ORDERS",
+            "postgresql://u:hunter2@db.example.com/orders?sslmode=verify-full",
+            "asks to verify the server, without the certificates to do it by: add &sslrootcert=FILE",
+        ),
+        (
+            "DATABASE_URL_ORDERS",
+            "postgresql://u:hunter2@db.example.com/orders?sslmode=verify-ca&sslrootcert=/nowhere.pem",
+            "asks to verify the server, and /nowhere.pem is not a file: add &sslrootcert=FILE",
+        ),
         ("MERCATO_SERVICE_SECRET_ORDERS", "hunter2", "MERCATO_SERVICE_SECRET of orders is not valid"),
         ("MERCATO_PUBLIC_KEYS", "", "MERCATO_PUBLIC_KEYS is missing"),
         ("MERCATO_PUBLIC_KEYS", "orders=hunter2", "is not a name=key"),
@@ -199,6 +209,13 @@ def test_a_database_that_is_not_migrated_is_refused(cluster: Cluster, folder: Pa
     ):
         with Served("orders", environment={**environment, "DATABASE_URL_ORDERS": dsn}) as refused:
             assert words in refused.refusal()
+
+
+def test_migrate_says_which_certificates_are_missing(tmp_path: Path):
+    dsn = "postgresql://u:hunter2@127.0.0.1:1/postgres?sslmode=verify-full&sslrootcert=/nowhere.pem"
+    done = run_command("migrate", "--dsn", dsn, "--data", str(tmp_path / "data"), environment={})
+    assert (done.returncode, "hunter2" in done.stderr) == (1, False)
+    assert "asks to verify the server, and /nowhere.pem is not a file: add &sslrootcert=FILE" in done.stderr
 
 
 def test_migrate_needs_a_server_and_known_services(tmp_path: Path, cluster: Cluster):

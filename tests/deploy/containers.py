@@ -176,6 +176,7 @@ class Composed:
         environment = {
             **images_of_others(),
             "MERCATO_VERSION": TAG,
+            "MERCATO_DEMO": "true",
             **{f"{name.upper()}_PORT": str(port) for name, port in self.ports.items()},
             **{name: os.urandom(24).hex() for name in ("POSTGRES_PASSWORD", "MERCATO_SECRET", "MERCATO_METRICS_TOKEN")},
             "GRAFANA_PASSWORD": "unused",

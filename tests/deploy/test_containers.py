@@ -16,6 +16,7 @@ from deploy.containers import (
     ACCOUNT,
     COMPOSE,
     DOCKERFILE,
+    PASSWORD,
     SERVING,
     TAG,
     Composed,
@@ -24,6 +25,8 @@ from deploy.containers import (
     docker,
     inspected,
     missing,
+    signed_in,
+    wait_until_healthy,
 )
 from docs.test_tour import BLOCKS, commands
 from mercato import topology
@@ -109,6 +112,22 @@ def test_a_target_that_serves_says_what_it_lacks():
     assert done.stderr.count("\n") == 1
 
 
+def test_the_image_of_the_whole_shop_serves_a_shop():
+    name = f"mercato-whole-{os.getpid()}"
+    docker("run", "--detach", "--name", name, "--publish", "127.0.0.1::8080", f"mercato/all:{TAG}")
+    try:
+        wait_until_healthy([name])
+        address = docker("port", name, "8080").stdout.strip()
+        password = PASSWORD.search(docker("logs", name).stdout)
+        assert password is not None
+        with Caller(f"http://{address}") as caller:
+            caller.token = signed_in(caller, password[1])
+            assert caller.get("/orders?limit=1").json == []
+        assert "invariants hold" in docker("exec", name, "mercato", "audit", "--data", "/data/shop").stdout
+    finally:
+        docker("rm", "--force", "--volumes", name)
+
+
 def test_every_service_has_a_target_and_a_place_in_compose():
     targets = set(re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE.read_text(), re.MULTILINE))
 
@@ -182,6 +201,15 @@ def test_metrics_are_for_the_token_alone(shop: Composed):
         answer = caller.get("/metrics", Authorization=f"Bearer {shop.metrics_token}")
     assert answer.status == 200
     assert "mercato_build_info" in answer.text
+
+
+def test_a_backup_stays_when_its_container_is_gone(shop: Composed):
+    shop.compose("run", "--rm", "administrator", "backup", "/backups/shop")
+    listed = shop.compose(
+        "run", "--rm", "--entrypoint", "python", "administrator", "-c", "import os; print(os.listdir('/backups'))"
+    )
+
+    assert listed.stdout.strip() == "['shop']"
 
 
 def test_the_operator_sees_every_process(shop: Composed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Final
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
@@ -66,6 +67,21 @@ def _server(text: str) -> tuple[str, int | None]:
     else:
         host, _, port = text.partition(":")
     return host or LOCAL, int(port) if port else None
+
+
+def lacks_certificates(dsn: str) -> str:
+    """What is missing for the verification of the server that a DSN asks for, as the end of a sentence; empty: nothing.
+
+    The driver takes the authorities from `sslrootcert`, else from a file in the home folder; not those of the system.
+    """
+    asked = dict(parse_qsl(urlsplit(dsn).query))
+    if asked.get("sslmode") not in ("verify-ca", "verify-full"):
+        return ""
+    file = Path(asked["sslrootcert"]) if "sslrootcert" in asked else Path.home() / ".postgresql/root.crt"
+    if file.is_file():
+        return ""
+    named = f"and {file} is not a file" if "sslrootcert" in asked else "without the certificates to do it by"
+    return f"{named}: add &sslrootcert=FILE, such as /etc/ssl/certs/ca-certificates.crt for public authorities"
 
 
 def shown(dsn: str) -> str:

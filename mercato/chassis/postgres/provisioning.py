@@ -7,13 +7,14 @@ Processes that start together wait for each other: PostgreSQL fails if two chang
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
 
-from mercato.chassis.postgres.dsn import DSN_FORM, shown
+from mercato.chassis.postgres.dsn import DSN_FORM, lacks_certificates, shown
 
 from .connections import OLDEST_VERSION
 from .sessions import ENCODING, NEW_ENCODING, SETTINGS, as_administrator, connect, is_pooled, wrong_settings
@@ -110,6 +111,8 @@ async def provisioned(
 
 async def connect_as_administrator(admin_dsn: str) -> Any:
     """A connection for making databases. Raises `ProvisionError`."""
+    if missing := _lacks_certificates(admin_dsn):
+        raise ProvisionError(f"MERCATO_POSTGRES_DSN ({shown(admin_dsn)}) asks to verify the server, {missing}")
     try:
         return await connect(admin_dsn)
     except ValueError as error:  # its text may contain a part of the password
@@ -120,6 +123,12 @@ async def connect_as_administrator(admin_dsn: str) -> Any:
             f"no connection with MERCATO_POSTGRES_DSN ({shown(admin_dsn)}): {reason}; "
             "check host, port, user and password"
         ) from error
+
+
+def _lacks_certificates(admin_dsn: str) -> str:
+    with contextlib.suppress(ValueError):  # it is not a DSN, which the connection finds
+        return lacks_certificates(admin_dsn)
+    return ""
 
 
 async def _require_version(connection: Any) -> None:

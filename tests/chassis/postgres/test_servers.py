@@ -321,7 +321,7 @@ def test_the_dsn_of_a_service_names_the_servers_of_the_administrator():
         ("postgresql://u:p@db.example.com/d?host=127.0.0.1", "db.example.com"),
         ("postgresql://u:p@127.0.0.1:1,localhost:2/d", ""),
         ("postgresql://u:p@/d?host=127.0.0.1,/run/x", ""),
-        ("postgresql://u:p@127.0.0.1:1,db.example.com:2/d?sslmode=verify-full", ""),
+        (f"postgresql://u:p@127.0.0.1:1,db.example.com:2/d?sslmode=verify-full&sslrootcert={__file__}", ""),
     ],
 )
 def test_every_server_on_another_machine_needs_encryption(dsn: str, named: str, monkeypatch: pytest.MonkeyPatch):

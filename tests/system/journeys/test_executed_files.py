@@ -93,9 +93,9 @@ def counting(files: dict[str, str]) -> Generator[None]:
 
 
 def is_maintenance() -> bool:
-    """Whether the outbox is being looked after, every few seconds, which no order asked for."""
+    """Whether the outbox is looked after, or metrics are added up: every few seconds, which no order asked for."""
     task = asyncio.current_task()
-    return task is not None and task.get_name().endswith(": outbox")
+    return task is not None and task.get_name().endswith((": outbox", "metrics"))
 
 
 FIRST_INSTRUCTIONS: Final = 8
