@@ -95,7 +95,7 @@ test-split: $(VENV)/.dev ## run the tests of services with a host for each, over
 	@MERCATO_TEST_TRANSPORTS=nats,http $(RUN) pytest $(PARALLEL) tests/services tests/simulators tests/gateway tests/reference $(ARGS)
 
 .PHONY: test-deploy
-test-deploy: $(VENV)/.dev ## run what needs servers that no wheel brings: Prometheus, Jaeger; says what it skipped and how to install it
+test-deploy: $(VENV)/.dev ## run what needs containers, Patroni, Prometheus or Jaeger; says what it skipped and how to install it
 	@$(RUN) pytest tests/deploy $(ARGS)
 
 .PHONY: coverage
