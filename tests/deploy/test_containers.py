@@ -36,7 +36,7 @@ WHOLE = ("migrate", "all")
 LARGEST_BYTES = 150_000_000
 """Of the image of a service, as Docker counts it."""
 
-pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -40,6 +40,7 @@ SECRET: Final = "a secret of at least thirty-two characters"  # of this test alo
 
 pytestmark = [
     pytest.mark.long,
+    pytest.mark.slow,
     pytest.mark.skipif(bool(missing()), reason=missing()),
     pytest.mark.skipif(
         shutil.which("podman") is None, reason="the Deployments were not run: apt-get install podman runc"

@@ -27,6 +27,7 @@ ORDERS = 20
 
 pytestmark = [
     pytest.mark.long,
+    pytest.mark.slow,
     pytest.mark.skipif(bool(missing()), reason=missing()),
     pytest.mark.skipif(
         shutil.which("haproxy") is None, reason="a rolling upgrade was not tried: apt-get install haproxy"
