@@ -181,7 +181,7 @@ def test_releases_select_their_own_pods():
     ("name", "texts"),
     [
         ("default", ["mercato-SERVICE", "mercato-admin\n", "mercato-nats\n", "service/mercato-gateway 8080"]),
-        ("servers", ["mercato-admin-sales", "`mercato users set-role`"]),
+        ("servers", ["mercato-admin-sales", "job/mercato-migrate-main"]),
         ("cluster", ["mercato-db-main-rw:5432", "`secret`: the secret of the shop"]),
         ("tls", ["shop-tls", "`ca.crt`, `tls.crt`, `tls.key`"]),
         ("open", ["networkPolicy.enabled` is false"]),

@@ -40,7 +40,8 @@ OTEL: Final = "OTEL_EXPORTER_OTLP_ENDPOINT"
 PASSED_ON: Final = "POSTGRES_PASSWORD"
 """A part of another variable."""
 SECRET: Final = "x" * 32
-SERVER: Final = "postgresql://admin:password@db.internal/postgres?sslmode=verify-full"
+SERVER: Final = f"postgresql://admin:password@db.internal/postgres?sslmode=verify-full&sslrootcert={__file__}"
+"""Certificates that are there; no connection is made."""
 
 
 def pod_of(documents: Sequence[Document], component: str) -> Pod:
