@@ -19,7 +19,7 @@ import msgspec
 
 from mercato import topology
 from mercato.chassis.hosting import settings as config
-from mercato.chassis.postgres.dsn import DSN_FORM, shown, with_server
+from mercato.chassis.postgres.dsn import DSN_FORM, servers, shown, with_server
 from mercato.cli import environment, preparing
 from mercato.cli.migrating import address, nats_users
 from mercato.cli.progress import fail
@@ -56,7 +56,7 @@ def _secrets(options: Options, settings: config.Settings) -> list[Mapping[str, A
     admin_dsn = options.dsn or (settings.postgres_dsn.get_secret_value() if settings.postgres_dsn else None)
     if admin_dsn is None:
         raise CannotStart("there is no server: name it by --dsn or MERCATO_POSTGRES_DSN, as the cluster reaches it")
-    if urlsplit(admin_dsn).scheme not in ("postgresql", "postgres") or not urlsplit(admin_dsn).netloc:
+    if not _is_dsn(admin_dsn):
         raise CannotStart(f"the DSN of the server ({shown(admin_dsn)}) cannot be used: {DSN_FORM}")
     if settings.secret is None:
         raise CannotStart(
@@ -84,6 +84,15 @@ def _secrets(options: Options, settings: config.Settings) -> list[Mapping[str, A
         _secret(f"{options.prefix}-nats", {"mercato.conf": nats_users(secret.encode()).decode()}),
         _secret(admin, {"postgres-dsn": admin_dsn, "secret": secret}),
     ]
+
+
+def _is_dsn(text: str) -> bool:
+    try:
+        servers(text)  # raises for one that the driver could not read
+        parts = urlsplit(text)
+    except ValueError:
+        return False
+    return parts.scheme in ("postgresql", "postgres") and bool(parts.netloc)
 
 
 def _secret(name: str, values: Mapping[str, str]) -> Mapping[str, Any]:

@@ -176,6 +176,12 @@ def test_services_of_another_server_are_printed_alone(given: Mapping[str, str]):
     assert dsn.endswith("@second/mercato_orders")
 
 
+def test_a_server_may_have_several_nodes(given: Mapping[str, str]):
+    secrets = printed("--dsn", "postgresql://admin:p@db1:5432,db2:5433/postgres", environment=given)
+
+    assert "@db1:5432,db2:5433/" in secrets["mercato-orders"]["stringData"]["DATABASE_URL_ORDERS"]
+
+
 def test_services_reach_their_databases_through_a_pooler(given: Mapping[str, str]):
     secrets = printed("--pooler", "pooler:6432", environment=given)
 
@@ -192,6 +198,7 @@ def test_services_reach_their_databases_through_a_pooler(given: Mapping[str, str
         (("order", "--admin-secret", "second"), {}, "there is no service 'order'"),
         (("orders",), {}, "--admin-secret is missing"),
         (("--dsn", "db.internal"), {}, "cannot be used: a DSN has the form"),
+        (("--dsn", "postgresql://[::1/postgres"), {}, "cannot be used: a DSN has the form"),
         (("--pooler", "pooler"), {}, "is not the address of a pooler"),
         (("--prefix", "Shop_1"), {}, "'Shop_1' is not a name of Kubernetes"),
         (("--admin-secret", "a/b"), {}, "'a/b' is not a name of Kubernetes"),

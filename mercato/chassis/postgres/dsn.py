@@ -77,11 +77,16 @@ def lacks_certificates(dsn: str) -> str:
     asked = dict(parse_qsl(urlsplit(dsn).query))
     if asked.get("sslmode") not in ("verify-ca", "verify-full"):
         return ""
-    file = Path(asked["sslrootcert"]) if "sslrootcert" in asked else Path.home() / ".postgresql/root.crt"
-    if file.is_file():
+    named = asked.get("sslrootcert")
+    try:
+        file = Path(named) if named is not None else Path.home() / ".postgresql/root.crt"
+        is_there = file.is_file()
+    except RuntimeError:  # the account has no home
+        is_there = False
+    if is_there:
         return ""
-    named = f"and {file} is not a file" if "sslrootcert" in asked else "without the certificates to do it by"
-    return f"{named}: add &sslrootcert=FILE, such as /etc/ssl/certs/ca-certificates.crt for public authorities"
+    reason = "without the certificates to do it by" if named is None else f"and {named} is not a file"
+    return f"{reason}: add &sslrootcert=FILE, such as /etc/ssl/certs/ca-certificates.crt for public authorities"
 
 
 def shown(dsn: str) -> str:
