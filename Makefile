@@ -203,11 +203,11 @@ mutants: $(VENV)/.dev ## change the product at random in copies, and see a test 
 
 .PHONY: lock
 lock: $(VENV)/.dev ## recompile the pins in requirements/ (ARGS=--upgrade for newer versions)
-	@$(call compile,runtime,--extra embedded)
-	@$(call compile,dev,--extra embedded --extra mdns --extra otel --extra dev --constraint requirements/runtime.txt)
+	@$(call compile,runtime,--extra embedded --extra grpc)
+	@$(call compile,dev,--extra embedded --extra grpc --extra mdns --extra otel --extra dev --constraint requirements/runtime.txt)
 	@$(call compile,bench,--extra bench --constraint requirements/runtime.txt)
 	@$(call compile_file,clients,requirements/clients.in)
-	@$(call compile,image,--extra otel --constraint requirements/runtime.txt)
+	@$(call compile,image,--extra grpc --extra otel --constraint requirements/runtime.txt)
 	@$(call compile_file,bom,requirements/bom.in)
 
 .PHONY: clean
