@@ -34,6 +34,7 @@ from mercato.chassis.rpc.discovery.dns import DnsRegistry
 from mercato.chassis.rpc.discovery.mdns import MdnsRegistry
 from mercato.chassis.rpc.discovery.static import LARGEST_PORT, MalformedInstances, StaticRegistry
 from mercato.chassis.rpc.signatures import public_key
+from mercato.chassis.rpc.transports.server_names import MalformedName, ServerName, server_name
 from mercato.cli import registries
 from mercato.cli.settings import SERVICE_SECRET
 from mercato.cli.starting import is_loopback
@@ -239,6 +240,14 @@ def contexts(settings: ServeSettings) -> tuple[ssl.SSLContext | None, ssl.SSLCon
     except (OSError, ssl.SSLError) as error:
         raise SettingsError(f"The files in MERCATO_TLS_CA, _CERT and _KEY cannot be used: {error}.") from None
     return client, server
+
+
+def server_name_of(settings: ServeSettings) -> ServerName:
+    """The names that the certificates of other processes must have. Raises `SettingsError`."""
+    try:
+        return server_name(settings.tls_name)
+    except MalformedName as error:
+        raise SettingsError(f"The setting MERCATO_TLS_NAME is not valid: {error}.") from None
 
 
 def rpc_address(settings: ServeSettings) -> tuple[str, int]:

@@ -124,4 +124,6 @@ def _remote(settings: config.ServeSettings, secret: bytes) -> tuple[str, Remote,
     tls, _ = environment.contexts(settings)
     by, missing = HTTP_REGISTRIES[settings.registry]
     registry, _ = environment.registry(settings)
-    return f"{by} over HTTP", HttpRemote(registry, signers, no_trust, clock, stats, tls=tls), missing
+    names = environment.server_name_of(settings)
+    remote = HttpRemote(registry, signers, no_trust, clock, stats, tls=tls, server_name=names)
+    return f"{by} over HTTP", remote, missing

@@ -304,6 +304,7 @@ class _Serving:
             listener=listener,
             tls=tls,
             server_tls=server_tls,
+            server_name=environment.server_name_of(settings),
         )
 
 

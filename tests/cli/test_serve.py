@@ -185,6 +185,7 @@ def test_a_missing_setting_is_named(folder: Path):
         ("MERCATO_RPC_ADDRESS", "9083", "MERCATO_RPC_ADDRESS is missing or not valid"),
         ("MERCATO_RPC_ADDRESS", "0.0.0.0:9083", "names 0.0.0.0 without encryption"),
         ("MERCATO_TLS_CA", "/nowhere.pem", "MERCATO_TLS_CERT is missing"),
+        ("MERCATO_TLS_NAME", "*.shop", "MERCATO_TLS_NAME is not valid: '*.shop' is not a name in a certificate"),
         ("MERCATO_POOL_SIZE", "0", "MERCATO_POOL_SIZE is not valid"),
         ("MERCATO_CURRENCY", "EURO", "MERCATO_CURRENCY is not valid: EURO is no currency of ISO 4217."),
     ],
@@ -266,21 +267,31 @@ def test_processes_encrypt_what_they_say_to_each_other(folder: Path, tmp_path: P
 
 
 @pytest.mark.long
-def test_services_are_found_through_dns(folder: Path):
-    """A name instead of an address; every resolver knows this one."""
+def test_services_are_found_through_dns_and_verified_by_their_names(folder: Path, tmp_path: Path):
+    """Every resolver knows this name, and no certificate has the address."""
+    cert, key = certificate(tmp_path, "localhost")
+    files = {"MERCATO_TLS_CA": str(cert), "MERCATO_TLS_CERT": str(cert), "MERCATO_TLS_KEY": str(key)}
     address = free_address()
     port = address.rpartition(":")[2]
-    named = {**given(folder, "gateway"), "MERCATO_SERVICES": f"products=localhost:{port}", "MERCATO_REGISTRY": "dns"}
+    found = {"MERCATO_SERVICES": f"products=localhost:{port}", "MERCATO_REGISTRY": "dns", **files}
+    named = {**given(folder, "gateway"), **found}
+    asking = {**found, **variables(folder / "operator.env")}
     with (
-        Served("products", environment=given(folder, "products", addresses={"products": address})) as products,
+        Served("products", environment={**given(folder, "products", addresses={"products": address}), **files}) as own,
         Served("gateway", environment=named) as gateway,
+        Served("gateway", environment={**named, "MERCATO_TLS_NAME": "{service}.shop.svc"}) as mistaken,
     ):
-        products.ready()
-        with gateway.ready().caller() as caller:
+        own.ready()
+        with gateway.ready().caller() as caller, mistaken.ready().caller() as refused:
             assert caller.get("/products/100").status == 200
-        seen = run_command("doctor", environment={**named, **variables(folder / "operator.env")})
+            assert_problem(refused.get("/products/100"), 503, "unavailable")
+            words = "its certificate is not that of products.shop.svc, which MERCATO_TLS_NAME asks for"
+            assert refused.get("/health/ready").json["reasons"]["products"] == f"it cannot be reached: {words}"
+        seen = run_command("doctor", environment=asking)
         assert "Services are found through DNS over HTTP" in seen.stdout
         assert f"127.0.0.1:{port} answers" in seen.stdout
+        unseen = run_command("doctor", environment={**asking, "MERCATO_TLS_NAME": "{address}"})
+        assert "its certificate is not that of 127.0.0.1, which MERCATO_TLS_NAME asks for" in unseen.stdout
 
 
 @contextlib.contextmanager

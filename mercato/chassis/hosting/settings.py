@@ -133,6 +133,10 @@ class ServeSettings(Settings):
     """The certificate (PEM) of this process, for those that call it over HTTP."""
     tls_key: Path | None = None
     """The private key (PEM) of that certificate."""
+    tls_name: str = ""
+    """The name in the certificates of processes that are called over HTTP: `{service}.shop.svc`, where `{service}` is
+    orders, users and so on. Empty: with `dns` the name in MERCATO_SERVICES, else the host of the address; `{address}`:
+    the latter always."""
     plaintext: Literal["loopback", "everywhere"] = "loopback"
     """Where connections may go without TLS; `everywhere` is for networks that encrypt by themselves."""
 

@@ -17,13 +17,15 @@ class Instance(msgspec.Struct, frozen=True):
 
     `service` is the name of the contract. `address` is `host:port`, with an IPv6 host in brackets. `id` is new at each
     start of a process, if the registry has it: another id at the same address is another process. `version` is
-    its release; empty if the registry does not have it.
+    its release; empty if the registry does not have it. `name` is the one whose address this is, in DNS; empty where
+    the registry has the address itself.
     """
 
     service: str
     address: str
     id: str
     version: str = ""
+    name: str = ""
 
 
 class Registry(Protocol):

@@ -95,7 +95,7 @@ class DnsRegistry:
             self._failing.add(service)
             return
         self._failing.discard(service)
-        found = tuple(Instance(service, address, id=address) for address in addresses)
+        found = tuple(Instance(service, address, id=address, name=host) for address in addresses)
         if found != self._instances.get(service, ()):
             self._instances[service] = found
             log.info("instances_changed", service=service, addresses=[instance.address for instance in found])

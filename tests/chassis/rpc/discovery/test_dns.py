@@ -49,6 +49,7 @@ async def test_the_addresses_of_a_name_are_its_instances():
         assert addresses(registry, "orders") == ["10.0.0.1:9083"]
         assert addresses(registry, "users") == ["10.0.0.9:9081"]
         assert addresses(registry, "payments") == []
+        assert [instance.name for instance in registry.instances("orders")] == ["orders.shop"]
 
 
 async def test_instances_come_and_go_and_each_change_is_notified_once():

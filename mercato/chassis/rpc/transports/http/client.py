@@ -27,8 +27,10 @@ from mercato.chassis.rpc.batching import Outcome
 from mercato.chassis.rpc.codec import encode_requests, traceparent_of
 from mercato.chassis.rpc.discovery import Instance, Registry
 from mercato.chassis.rpc.transports.encoded import in_parts, not_known, outcomes_of
+from mercato.chassis.rpc.transports.server_names import ServerName, by_registry
 from mercato.chassis.rpc.trust import TokenSigner
 
+from .refused_certificates import why_refused
 from .wire import (
     AUTHORIZATION,
     BEARER,
@@ -92,8 +94,8 @@ class HttpAnswer(msgspec.Struct, frozen=True):
 class HttpTransport:
     """Sends each batch to one of the instances in `registry`. One a process.
 
-    `version` is the release of this process. With `tls`, all calls are encrypted, and servers verified. `chance` gives
-    0.0 up to 1.0, without 1.0. It belongs to one event loop.
+    `version` is the release of this process. With `tls`, all calls are encrypted, and each server must have a
+    certificate of its `server_name`. `chance` gives 0.0 up to 1.0, without 1.0. It belongs to one event loop.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class HttpTransport:
         *,
         version: str = "",
         tls: ssl.SSLContext | None = None,
+        server_name: ServerName = by_registry,
         limits: HttpClientLimits | None = None,
         chance: Callable[[], float] = random.random,
     ) -> None:
@@ -111,6 +114,7 @@ class HttpTransport:
         self._signer = signer
         self._clock = clock
         self._tls = tls
+        self._server_name = server_name
         self._scheme = "https" if tls else "http"
         self._limits = limits or HttpClientLimits()
         self._chance = chance
@@ -177,8 +181,11 @@ class HttpTransport:
         """The outcomes at one instance; None if it started nothing and another instance may start the batch."""
         try:
             answer = await self._post(pick.instance, operation, contexts, body)
-        except NotConnected:
+        except NotConnected as error:
             pick.failed()
+            if reason := why_refused(error.__cause__, self._server_name(pick.instance)):
+                where = {"operation": operation.full_name, "address": pick.instance.address}
+                log.warning("rpc_not_encrypted", **where, reason=reason)
             return None
         except ConnectionBroke as error:
             pick.failed()
@@ -206,7 +213,11 @@ class HttpTransport:
         url = f"{self._scheme}://{instance.address}{PATH_PREFIX}{operation.service}/{operation.name}"
         try:
             async with self._open_session().post(
-                url, data=body, headers=self._headers_for(operation, contexts), allow_redirects=False
+                url,
+                data=body,
+                headers=self._headers_for(operation, contexts),
+                allow_redirects=False,
+                server_hostname=self._server_name(instance) if self._tls else None,
             ) as response:
                 return HttpAnswer(response.status, response.headers, await self._read(response))
         # Only opening a connection raises these; the last one means that the address is malformed.

@@ -12,20 +12,33 @@ import msgspec
 
 from mercato.chassis.rpc.discovery import Instance, Registry
 from mercato.chassis.rpc.stats import Inspected, InstanceStats
+from mercato.chassis.rpc.transports.server_names import ServerName, by_registry
 from mercato.chassis.rpc.trust import TokenSigner
 
+from .refused_certificates import why_refused
 from .wire import AUTHORIZATION, BEARER, NOT_STARTED, PATH_PREFIX
 
 ANSWER_SECONDS: Final = 1.0
+NO_ANSWER_IN_THE_CLEAR: Final = (
+    "it closes the connection without an answer; if it encrypts, set MERCATO_TLS_CA here too"
+)
 
 
 class Inspector:
     """Asks all instances in `registry`, as the caller whose tokens `signer` signs."""
 
-    def __init__(self, registry: Registry, signer: TokenSigner, *, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        signer: TokenSigner,
+        *,
+        tls: ssl.SSLContext | None = None,
+        server_name: ServerName = by_registry,
+    ) -> None:
         self._registry = registry
         self._signer = signer
         self._tls = tls
+        self._server_name = server_name
         self._session: aiohttp.ClientSession | None = None
 
     async def inspect(self, service: str) -> Sequence[Inspected]:
@@ -47,13 +60,18 @@ class Inspector:
         scheme = "https" if self._tls else "http"
         url = f"{scheme}://{instance.address}{PATH_PREFIX}{instance.service}"
         headers = {AUTHORIZATION: BEARER + self._signer.token(instance.service)}
+        name = self._server_name(instance)
         try:
-            async with self._session.get(url, headers=headers, allow_redirects=False) as response:
+            async with self._session.get(
+                url, headers=headers, allow_redirects=False, server_hostname=name if self._tls else None
+            ) as response:
                 body = await response.read()
         except TimeoutError:
             return Inspected(instance.address, problem="no answer within a second")
-        except (aiohttp.ClientError, OSError):
-            return Inspected(instance.address, problem="no connection")
+        except aiohttp.ServerDisconnectedError:
+            return Inspected(instance.address, problem="no answer" if self._tls else NO_ANSWER_IN_THE_CLEAR)
+        except (aiohttp.ClientError, OSError) as error:
+            return Inspected(instance.address, problem=why_refused(error, name) or "no connection")
         if response.status != 200:
             return Inspected(instance.address, problem=response.headers.get(NOT_STARTED, f"status {response.status}"))
         try:

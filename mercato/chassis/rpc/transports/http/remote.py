@@ -15,6 +15,7 @@ from mercato.chassis.observability.clock import Clock
 from mercato.chassis.rpc.discovery import Instance, Registrar, Registry
 from mercato.chassis.rpc.server import Server
 from mercato.chassis.rpc.stats import Inspected, Stats
+from mercato.chassis.rpc.transports.server_names import ServerName, by_registry
 from mercato.chassis.rpc.trust import TokenSigner, Trust
 
 from .client import HttpTransport
@@ -33,7 +34,8 @@ class HttpRemote:
     """See `Remote`. `signers` are by the name of the caller; `trust_of` makes the `Trust` of the services served.
 
     `listener` is the socket on which batches arrive; None for a process that serves none, such as the gateway.
-    `registrar` is the registry where an instance registers itself, with the address of that socket.
+    `registrar` is the registry where an instance registers itself, with the address of that socket. `server_name` gives
+    the name that the certificate of an instance must have.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class HttpRemote:
         listener: socket.socket | None = None,
         tls: ssl.SSLContext | None = None,
         server_tls: ssl.SSLContext | None = None,
+        server_name: ServerName = by_registry,
     ) -> None:
         self._registry = registry
         self._registrar = registrar
@@ -58,10 +61,10 @@ class HttpRemote:
         self._listener = listener
         self._server_tls = server_tls
         self._transports = {
-            caller: HttpTransport(registry, signer, clock, version=stats.version, tls=tls)
+            caller: HttpTransport(registry, signer, clock, version=stats.version, tls=tls, server_name=server_name)
             for caller, signer in signers.items()
         }
-        self._inspector = Inspector(registry, next(iter(signers.values())), tls=tls)
+        self._inspector = Inspector(registry, next(iter(signers.values())), tls=tls, server_name=server_name)
         self._app: RpcApp | None = None
         self._stop = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
