@@ -36,6 +36,7 @@ VIOLATIONS = {
     "driver": Violation("services/users/store.py", "import asyncpg"),
     "http": Violation("services/users/service.py", "from starlette.responses import Response"),
     "http-client": Violation("services/users/service.py", "import aiohttp"),
+    "grpc": Violation("services/users/service.py", "import grpc"),
     "migrations": Violation("services/users/store.py", "from alembic import op"),
 }
 
