@@ -49,6 +49,22 @@ SERVERS: Final[Values] = {
     },
     "networkPolicy": {"postgres": [POSTGRES]},
 }
+AUTHORITIES: Final[Values] = {
+    "databases": {
+        "ca": {"secret": "postgres-ca"},
+        "servers": [
+            {"name": "main", "services": ["users", "products", "events"]},
+            {
+                "name": "sales",
+                "services": ["inventory", "sandbox", "payments", "orders"],
+                "adminSecret": "mercato-admin-sales",
+                "ca": {"configMap": "sales-ca", "key": "root.pem", "mountPath": "/sales/ca"},
+            },
+        ],
+    },
+    "nats": {"url": "tls://nats.messaging:4222", "ca": {"configMap": "nats-ca"}},
+}
+"""An authority of its own for each server, and for NATS."""
 CLUSTER: Final[Values] = {"databases": {"cloudNativePG": {"enabled": True}}}
 HTTP: Final[Values] = {"transport": "http"}
 TLS: Final[Values] = {
@@ -135,7 +151,7 @@ EVERYTHING: Final[Values] = {
     },
 }
 EVERYTHING_OVER_HTTP: Final[Values] = {
-    **{name: value for name, value in EVERYTHING.items() if name not in ("tls", "nats")},
+    **{name: value for name, value in EVERYTHING.items() if name != "nats"},
     **HTTP,
 }
 
@@ -143,6 +159,7 @@ SCENARIOS: Final[Mapping[str, Values]] = {
     "default": {},
     "http": HTTP,
     "servers": SERVERS,
+    "authorities": AUTHORITIES,
     "cluster": CLUSTER,
     "tls": TLS,
     "fixed": FIXED,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -38,6 +39,8 @@ DEPLOYMENT: Final[Mapping[str, object]] = {
 }
 DRAIN_SECONDS: Final = 10
 """In which a process ends after SIGTERM."""
+FILES: Final = re.compile(r"(?:^|sslrootcert=)(/[^&]+\.[a-z]+)")
+"""What a variable names: a file, or a DSN with one."""
 SPREAD: Final = ("kubernetes.io/hostname", "topology.kubernetes.io/zone")
 
 
@@ -66,6 +69,22 @@ def hardened(documents: Sequence[Document]) -> Iterator[str]:
                 yield f"{pod.owner}: volumes and mounts differ"
             elif mounts["tmp"]["mountPath"] != "/tmp" or field(volumes["tmp"], "emptyDir.medium") != "Memory":
                 yield f"{pod.owner}: /tmp is not a folder in memory"
+
+
+def mounted(documents: Sequence[Document]) -> Iterator[str]:
+    """Each file that a variable names is in a folder that is mounted, and may not be written."""
+    for pod in pods(documents):
+        volumes = {volume["name"]: volume for volume in pod.spec["volumes"]}
+        for container in pod.containers:
+            files = dict[str, set[str]]()
+            for mount in container["volumeMounts"]:
+                if mount.get("readOnly"):
+                    files[mount["mountPath"]] = files_of(volumes[mount["name"]])
+            for variable in container.get("env", ()):
+                for file in FILES.findall(variable.get("value", "")):
+                    folder, _, name = file.rpartition("/")
+                    if folder not in files or (files[folder] and name not in files[folder]):
+                        yield f"{pod.owner}: {variable['name']} names {file}, which is in no mount"
 
 
 def bounded(documents: Sequence[Document]) -> Iterator[str]:
@@ -188,8 +207,13 @@ def labelled(documents: Sequence[Document]) -> Iterator[str]:
 
 RULES: Final[Mapping[str, Rule]] = {
     rule.__name__: rule
-    for rule in (restricted, hardened, bounded, serves, scaled, reachable, isolated, prepared, labelled)
+    for rule in (restricted, hardened, mounted, bounded, serves, scaled, reachable, isolated, prepared, labelled)
 }
+
+
+def files_of(volume: Mapping[str, Any]) -> set[str]:
+    """The files of a volume of a Secret or a ConfigMap; empty: all keys."""
+    return {item["path"] for kind in ("secret", "configMap") for item in volume.get(kind, {}).get("items", ())}
 
 
 def selects(labels: Mapping[str, str], pod: Pod) -> bool:

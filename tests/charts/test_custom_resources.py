@@ -87,7 +87,7 @@ def test_the_migration_of_a_cluster_runs_behind_the_installation_with_the_superu
     assert secret["valueFrom"]["secretKeyRef"] == {"name": "mercato-admin", "key": "secret"}
     [volume] = [volume for volume in pod.spec["volumes"] if volume["name"] == "postgres"]
     items = [{"key": "ca.crt", "path": "ca.crt"}]
-    assert volume["secret"] == {"secretName": "mercato-db-main-ca", "items": items}
+    assert volume["secret"] == {"secretName": "mercato-db-main-ca", "items": items, "defaultMode": 0o440}
 
 
 def test_prometheus_reads_the_metrics_of_all_services_with_the_token():

@@ -63,6 +63,15 @@ def annotated(kind: str, name: str, key: str, value: str) -> Change:
     return in_metadata(kind, name, lambda metadata: metadata["annotations"].update({key: value}))
 
 
+def mount_others(documents: Documents) -> None:
+    """Mounts a folder that has another file."""
+    pod = pod_of(documents)
+    pod["volumes"].append({"name": "postgres", "secret": {"secretName": "a", "items": [{"key": "b", "path": "b"}]}})
+    container = pod["containers"][0]
+    container["volumeMounts"].append({"name": "postgres", "mountPath": "/postgres", "readOnly": True})
+    container["env"] = [{"name": "A", "value": "/postgres/ca.crt"}]
+
+
 VIOLATIONS: Final[dict[str, list[tuple[Change, str]]]] = {
     "restricted": [
         (set_at("hostNetwork", True), "Deployment/mercato-orders: hostNetwork is True"),
@@ -105,6 +114,14 @@ VIOLATIONS: Final[dict[str, list[tuple[Change, str]]]] = {
         (set_at("container.securityContext.readOnlyRootFilesystem", False), "the root file system may be written"),
         (set_at("container.volumeMounts", []), "volumes and mounts differ"),
         (set_at("volumes", [{"name": "tmp", "emptyDir": {}}]), "/tmp is not a folder in memory"),
+    ],
+    "mounted": [
+        (set_at("container.env", [{"name": "A", "value": "/tls/ca.crt"}]), "A names /tls/ca.crt, which is in no mount"),
+        (
+            set_at("container.env", [{"name": "A", "value": "postgresql://h/d?sslrootcert=/tmp/ca.crt&sslmode=x"}]),
+            "A names /tmp/ca.crt, which is in no mount",
+        ),
+        (mount_others, "A names /postgres/ca.crt, which is in no mount"),
     ],
     "bounded": [
         (set_at("container.resources.requests.cpu", None), "resources.requests.cpu is not set"),

@@ -180,7 +180,7 @@ def start(component: str, *, is_http: bool) -> None:
     if component != GATEWAY:
         host, port = environment.rpc_address(loaded)
         assert (host, port) == ("0.0.0.0", 9080)
-        environment.require_encryption("calls", host, loaded, is_encrypted=False)
+        environment.require_encryption("calls", host, loaded, is_encrypted=loaded.tls_ca is not None)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -231,7 +231,7 @@ def test_a_variable_is_set_once():
 SHARED: Final[Mapping[str, Collection[str]]] = {
     "tls": {"shop-tls"},
     "everything": {"shop-tls", "metrics-token"},
-    "everything-over-http": {"metrics-token"},
+    "everything-over-http": {"shop-tls", "metrics-token"},
 }
 """By scenario, the Secrets that all processes which serve read."""
 
@@ -241,7 +241,22 @@ def allowed_secrets(name: str, component: str) -> set[str]:
     if component == "orders" and "shop-tls" in shared:
         shared = {*shared - {"shop-tls"}, "orders-tls"}
     mail = {"mail"} if component == "users" and "mail" in SCENARIOS[name] else set[str]()
-    return {f"mercato-{component}", *shared, *mail}
+    return {f"mercato-{component}", *shared, *mail, *authority_of(name, component)}
+
+
+def authority_of(name: str, component: str) -> set[str]:
+    """The Secret with the certificate authority of a service's database server."""
+    if component == GATEWAY:
+        return set()
+    match name:
+        case "authorities":
+            return {"postgres-ca"} if component in MAIN else set()
+        case "cluster":
+            return {"mercato-db-main-ca"}
+        case "everything" | "everything-over-http":
+            return {"mercato-db-main-ca" if component in MAIN else "mercato-db-sales-ca"}
+        case _:
+            return set()
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -56,9 +56,41 @@ WRONG: Final[Mapping[str, tuple[Values, str]]] = {
         {"tls": {"enabled": True}},
         "tls.enabled: nats.url is nats://nats:4222, which is not encrypted: write tls://HOST:PORT.",
     ),
-    "TLS over HTTP": (
-        {**HTTP, "tls": {"enabled": True}},
-        "tls.enabled: with transport http a process verifies another one by its IP address",
+    "a name that no certificate has": (
+        {**HTTP, "tls": {"enabled": True, "name": "*.shop.svc"}},
+        "'/tls/name': '*.shop.svc' does not match pattern",
+    ),
+    "an authority in two places": (
+        {"databases": {"ca": {"secret": "a", "configMap": "b"}}},
+        "databases.ca: it names the Secret a and the ConfigMap b: name one of them.",
+    ),
+    "an authority of a server in two places": (
+        servers({"name": "main", "services": ALL, "ca": {"secret": "a", "configMap": "b"}}),
+        "databases.servers: the ca of main: it names the Secret a and the ConfigMap b: name one of them.",
+    ),
+    "an authority in a folder of the system": (
+        {"databases": {"ca": {"secret": "a", "mountPath": "/etc/ssl"}}},
+        "databases.ca: the folder /etc/ssl has something else in the pods: take another mountPath, such as /postgres.",
+    ),
+    "an authority in a folder without a name": (
+        {"databases": {"ca": {"secret": "a", "mountPath": "postgres"}}},
+        "'/databases/ca/mountPath': 'postgres' does not match pattern",
+    ),
+    "an authority of NATS in two places": (
+        {"nats": {"url": "tls://nats", "ca": {"secret": "a", "configMap": "b"}}},
+        "nats.ca: it names the Secret a and the ConfigMap b: name one of them.",
+    ),
+    "an authority of NATS in the clear": (
+        {"nats": {"ca": {"secret": "a"}}},
+        "nats.ca: nats.url is nats://nats:4222, which is not encrypted: write tls://HOST:PORT.",
+    ),
+    "an authority of NATS over HTTP": (
+        {**HTTP, "nats": {"url": "tls://nats", "ca": {"secret": "a"}}},
+        "nats.ca: with transport http there is no NATS: leave it out.",
+    ),
+    "diagnostics without a certificate": (
+        {"nats": {"url": "tls://nats", "ca": {"secret": "a"}}, "diagnostics": {"enabled": True}},
+        "nats.ca: with diagnostics.enabled the pods need certificates of their own too: enable tls.",
     ),
     "a URL of NATS with a password": (
         {"nats": {"url": "nats://orders:secret@nats:4222"}},

@@ -4,6 +4,7 @@ What the schema of the values cannot say. Each failure is one sentence that name
 {{- define "mercato.check" -}}
 {{- include "mercato.checkServers" . }}
 {{- include "mercato.checkEncryption" . }}
+{{- include "mercato.checkAuthorities" . }}
 {{- include "mercato.checkObservability" . }}
 {{- include "mercato.checkServices" . }}
 {{- include "mercato.checkClients" . }}
@@ -43,10 +44,7 @@ What the schema of the values cannot say. Each failure is one sentence that name
 
 {{- define "mercato.checkEncryption" -}}
 {{- if .Values.tls.enabled }}
-{{- if eq .Values.transport "http" }}
-{{- fail "tls.enabled: with transport http a process verifies another one by its IP address, which is not in the certificate of a pod: take transport nats, or a network that encrypts by itself." }}
-{{- end }}
-{{- if hasPrefix "nats://" .Values.nats.url }}
+{{- if and (eq .Values.transport "nats") (hasPrefix "nats://" .Values.nats.url) }}
 {{- fail (printf "tls.enabled: nats.url is %s, which is not encrypted: write tls://HOST:PORT." .Values.nats.url) }}
 {{- end }}
 {{- end }}

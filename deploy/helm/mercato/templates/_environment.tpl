@@ -49,11 +49,20 @@ The variables of the processes. A process takes its credentials from its own Sec
 {{- end }}
 {{- end }}
 {{- if $values.tls.enabled }}
-- {name: MERCATO_TLS_CA, value: /tls/ca.crt}
 - {name: MERCATO_TLS_CERT, value: /tls/tls.crt}
 - {name: MERCATO_TLS_KEY, value: /tls/tls.key}
+{{- with $values.tls.name }}
+- {name: MERCATO_TLS_NAME, value: {{ quote . }}}
+{{- end }}
 {{- else }}
 - {name: MERCATO_PLAINTEXT, value: everywhere}
+{{- end }}
+{{- with get (include "mercato.authoritiesOf" . | fromJson) "nats" }}
+- {name: MERCATO_TLS_CA, value: {{ .mountPath }}/{{ .key }}}
+{{- else }}
+{{- if $values.tls.enabled }}
+- {name: MERCATO_TLS_CA, value: /tls/ca.crt}
+{{- end }}
 {{- end }}
 {{- if $values.diagnostics.enabled }}
 - {name: MERCATO_DIAGNOSTICS_ADDRESS, value: "0.0.0.0:9190"}
@@ -102,9 +111,10 @@ The variables of the processes. A process takes its credentials from its own Sec
 {{- define "mercato.migrateEnv" -}}
 {{- if .root.Values.databases.cloudNativePG.enabled }}
 {{- $cluster := include "mercato.cluster" (dict "root" .root "server" .server.name) }}
+{{- $ca := include "mercato.databaseCa" . | fromJson }}
 {{- /* The operator makes the password of letters and digits alone, so that it stands in a URL as it is. */}}
 - {{ include "mercato.secretVariable" (dict "name" "POSTGRES_PASSWORD" "secret" (printf "%s-superuser" $cluster) "key" "password") }}
-- {name: MERCATO_POSTGRES_DSN, value: "postgresql://postgres:$(POSTGRES_PASSWORD)@{{ $cluster }}-rw:5432/postgres?sslmode=verify-full&sslrootcert=/postgres/ca.crt"}
+- {name: MERCATO_POSTGRES_DSN, value: "postgresql://postgres:$(POSTGRES_PASSWORD)@{{ $cluster }}-rw:5432/postgres?sslmode=verify-full&sslrootcert={{ $ca.mountPath }}/{{ $ca.key }}"}
 {{- else }}
 - {{ include "mercato.secretVariable" (dict "name" "MERCATO_POSTGRES_DSN" "secret" .server.adminSecret "key" "postgres-dsn") }}
 {{- end }}
