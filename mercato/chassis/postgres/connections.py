@@ -10,13 +10,15 @@ handle become `UniqueViolation` or `LockTimeout`.
 
 A COMMIT is never cancelled at the server. With synchronous replication it waits for the standby, and a cancelled wait
 leaves a transaction that all sessions can read though the standby does not have it: after a fail-over it is gone. So a
-COMMIT that takes too long is left to the server, and the caller is answered that its outcome is not known.
+COMMIT that takes too long is left to the server, and the caller is answered that its outcome is not known. While one
+waits there, no transaction is begun: its COMMIT would wait behind that one, and keep one more session of the server.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import re
 import socket
 import struct
@@ -24,6 +26,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, NoReturn, Self, cast
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # the driver has no types; this module is the typed seam
+import structlog
 from asyncpg.protocol import protocol as _protocol  # pyright: ignore[reportMissingTypeStubs]
 
 from mercato.chassis.contract import Unavailable
@@ -40,6 +43,17 @@ ACQUIRE_SECONDS: Final = 5.0
 CLOSE_SECONDS: Final = 2.0
 OUTBOX_LOCK_SECONDS: Final = STATEMENT_SECONDS - 1
 """The server ends the wait for the lock of the outbox: the COMMIT in the same message is never cancelled."""
+
+STALLED_SECONDS: Final = STATEMENT_SECONDS / 2
+"""A COMMIT that has waited so long for a standby is stalled. Those given up have waited for twice as long."""
+STALLED_LOOK_SECONDS: Final = 2.0
+"""The pause between two looks at whether COMMITs are still stalled."""
+_STALLED: Final = """
+    SELECT count(*) FROM pg_stat_activity
+    WHERE usename = current_user AND wait_event = 'SyncRep' AND clock_timestamp() - query_start > $1::interval
+"""
+"""Asked of the server, not of the connections that were given up: they may be those of a pooler, of another process, or
+of a server that is not the primary any more."""
 
 DEAD_SECONDS: Final = 10
 """A machine that dies closes no connection: one whose other end is silent for so long is lost, also if it is idle."""
@@ -87,6 +101,9 @@ def check_containers_by_type(protocol: Any) -> bool:
 
 
 check_containers_by_type(_protocol)
+
+
+log = structlog.stdlib.get_logger("mercato.database")
 
 
 class UniqueViolation(Exception):
@@ -176,6 +193,11 @@ class _Connection(asyncpg.Connection):
         else:
             cast(Any, super())._cancel_current_command(waiter, cancel_waiter)
 
+    @property
+    def is_unanswered(self) -> bool:
+        """Whether the last statement was given up before its answer, and the answer has not come since."""
+        return self.is_closed() or cast(Any, self)._protocol._is_cancelling()
+
     async def prepare_events(self) -> str:
         """The name of the statement, empty behind a pooler. It has a new one after an attempt that ended unknown."""
         if self._is_pooled is None:
@@ -209,6 +231,9 @@ class Connections:
         """Idle connections outside of the pool; the last one is used next, so that few are used often."""
         self._waiting = 0
         """Callers that wait for the pool."""
+        self.are_commits_stalled = False
+        """A COMMIT was given up, and since then no look has shown that none waits at the server any more."""
+        self._looks_again_at = 0.0
         self._is_closing = False
 
     @classmethod
@@ -260,14 +285,41 @@ class Connections:
         await self._pool.expire_connections()
         await self._return_idle()
 
-    async def renew_elsewhere(self, address: tuple[str, int] | str) -> None:
-        """The same, at another server of the DSN than that of `address`, if one takes writes.
+    async def note_stalled_commit(self, address: tuple[str, int] | str) -> None:
+        """A COMMIT was given up at the server of `address`: others of the DSN are tried before it from now on.
 
-        After a COMMIT that was not answered in time: the standby does not answer, or it was promoted, and this server
-        does not know that.
+        Its standby does not answer, or was promoted, and the server does not know that.
         """
+        if not self.are_commits_stalled:
+            log.warning("commits_stalled", service=self.service)
+        self.are_commits_stalled = True
         self._servers.put_last(address)
         await self.renew()
+
+    async def check_commits(self) -> None:
+        """Raises `Unavailable` while COMMITs of this service's role are stalled at the server.
+
+        It looks once in `STALLED_LOOK_SECONDS`, through a new connection: a proxy, or the DSN, may lead to another
+        server by then. Between two looks it raises at once.
+        """
+        now = asyncio.get_running_loop().time()
+        if now < self._looks_again_at:
+            raise Unavailable(service=self.service)
+        self._looks_again_at = now + STALLED_LOOK_SECONDS
+        await self.renew()
+        lease = LentConnection(self)
+        await lease.acquire()
+        is_clean = False
+        try:
+            stalled, address = await lease.count_stalled_commits()
+            is_clean = True
+        finally:
+            await lease.release(is_clean=is_clean)
+        if stalled:
+            self._servers.put_last(address)
+            raise Unavailable(service=self.service)
+        self.are_commits_stalled = False
+        log.info("commits_go_on", service=self.service)
 
     async def close(self) -> None:
         """Waits for running statements, up to `CLOSE_SECONDS`, then closes."""
@@ -344,11 +396,12 @@ class LentConnection:
         if self.is_beginning and not events and not self._has_failed:
             self.connection.begin_with_next(begins=False)
             return
+        connection = self._kept()
         try:
             end = "ROLLBACK" if self._has_failed else "COMMIT"
-            outcome = await self._end(end, events)
+            outcome = await connection.commit(await self._with_events(connection, events, end) if events else end)
         except asyncio.CancelledError:
-            await self.roll_back()  # waits for the answer; does nothing if the transaction has ended
+            await self._await_answer(connection)
             raise
         except asyncpg.InFailedSQLTransactionError:
             await self.roll_back()
@@ -362,24 +415,35 @@ class LentConnection:
                 # The server answered that a statement before the COMMIT failed; it then skips the rest of the message.
                 await self.roll_back()
                 self.is_rolled_back = True
+            if isinstance(error, TimeoutError):
+                connection.terminate()  # the pool would wait for the answer
+                await self._connections.note_stalled_commit(connection.address)
             raise_translated(error, self._connections.service)
         if outcome != "COMMIT":
             self.is_rolled_back = True
             raise RolledBackError("an error inside the transaction was caught there; nothing was committed")
 
-    async def _end(self, end: str, events: Sequence[str]) -> str:
-        connection = self._kept()
+    async def _await_answer(self, connection: _Connection) -> None:
+        """Waits for the answer to a COMMIT whose caller has left; after `STATEMENT_SECONDS` it is given up."""
         try:
-            return await connection.commit(await self._with_events(connection, events, end) if events else end)
-        except TimeoutError:
-            await self._connections.renew_elsewhere(connection.address)
-            raise
+            await self.roll_back()  # does nothing if the transaction has ended
+        finally:
+            if connection.is_unanswered:
+                await self._connections.note_stalled_commit(connection.address)
+
+    async def count_stalled_commits(self) -> tuple[int, tuple[str, int] | str]:
+        """How many COMMITs of this role wait at the server for a standby, and its address. Raises `Unavailable`."""
+        try:
+            seconds = datetime.timedelta(seconds=STALLED_SECONDS)
+            return await self.connection.fetchval(_STALLED, seconds), self._kept().address
+        except DRIVER_ERRORS as error:
+            raise_translated(error, self._connections.service)
 
     def _kept(self) -> _Connection:
-        """The driver's connection. Raises its `InterfaceError` if the pool has taken it back, because it was lost."""
+        """The driver's connection. Raises `Unavailable` if the pool has taken it back, because it was lost."""
         found: _Connection | None = self.connection._con
         if found is None:
-            raise asyncpg.InterfaceError("the connection was lost, and is closed")
+            raise Unavailable(service=self._connections.service)
         return found
 
     async def _with_events(self, connection: _Connection, events: Sequence[str], end: str) -> str:

@@ -197,17 +197,28 @@ class Database:
     async def problem(self) -> str:
         """Why the database does not accept writes now, in a few words; empty if it does. Within a second."""
         try:
-            async with asyncio.timeout(PING_SECONDS), self.read() as tx:
-                is_read_only = await tx.fetch_values(bool, IS_READ_ONLY)
+            async with asyncio.timeout(PING_SECONDS):
+                async with self.read() as tx:
+                    is_read_only = await tx.fetch_values(bool, IS_READ_ONLY)
+                are_commits_stalled = await self._are_commits_stalled()
         except (ServiceError, TimeoutError) as error:
             if has_no_connection_left(error):
                 return "its database has no connection left, for others have all of them"
             return "its database does not answer"
         if is_read_only[0]:
             return "its database is read-only"
+        if are_commits_stalled:
+            return "its database waits for a standby that does not answer"
         if self._refused_at is not None and _now() - self._refused_at < REFUSED_SECONDS:
             return "its database has no space for what it is to store"
         return ""
+
+    async def _are_commits_stalled(self) -> bool:
+        if self._connections is None or not self._connections.are_commits_stalled:
+            return False
+        with contextlib.suppress(Unavailable):
+            await self._connections.check_commits()
+        return self._connections.are_commits_stalled
 
     def _span(self, what: str) -> contextlib.AbstractContextManager[Span | None]:
         """The span of a read or a transaction, where the call is traced."""
@@ -273,7 +284,7 @@ class Database:
     async def transaction(self) -> AsyncGenerator[Tx]:
         """Commits at the end of the block, with the events that it has emitted; rolls back when the block raises."""
         with self._span("transaction") as span, _handler_run() as made:
-            lease = await self._lease()
+            lease = await self._lease(writes=True)
             is_clean = False
             try:
                 lease.begin()
@@ -317,9 +328,11 @@ class Database:
                 made.committed = before
             raise
 
-    async def _lease(self) -> LentConnection:
+    async def _lease(self, *, writes: bool = False) -> LentConnection:
         if self._connections is None:
             raise Unavailable(service=self.service)
+        if writes and self._connections.are_commits_stalled:
+            await self._connections.check_commits()
         lease = LentConnection(self._connections)
         await lease.acquire()
         self._note_busy(1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
 import pytest_asyncio
@@ -76,6 +77,16 @@ async def database(dsn: str) -> AsyncGenerator[Database]:
         yield made
 
 
+@pytest_asyncio.fixture
+async def hasty(dsn: str, monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[Database]:
+    """A database whose statements may take half a second, and which looks for stalled COMMITs often."""
+    monkeypatch.setattr(connections, "STATEMENT_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "STALLED_SECONDS", 0.25)
+    monkeypatch.setattr(connections, "STALLED_LOOK_SECONDS", 0.05)
+    async with opened(with_settings(dsn, WAITS), size=2) as made:
+        yield made
+
+
 @pytest.fixture
 def made() -> Iterator[HandlerRun]:
     """The running attempt of a handler."""
@@ -100,6 +111,17 @@ async def until_it_waits(dsn: str) -> None:
         return await waiting(dsn) > 0
 
     await until(waits)
+
+
+async def until_added(database: Database, number: int) -> None:
+    async def is_added() -> bool:
+        try:
+            await add(database, number)
+        except Unavailable:
+            return False
+        return True
+
+    await until(is_added)
 
 
 async def ids(database: Database) -> list[int]:
@@ -131,6 +153,74 @@ async def test_a_commit_whose_caller_has_left_stays_unseen(dsn: str, database: D
     with pytest.raises(asyncio.CancelledError):
         await task
     assert await ids(database) == [1]
+
+
+async def test_while_a_commit_is_stalled_no_transaction_begins_and_reads_work(dsn: str, hasty: Database):
+    with pytest.raises(Unavailable):
+        await add(hasty, 1)
+    for number in range(2, 8):
+        with pytest.raises(Unavailable):
+            await add(hasty, number)
+        assert await ids(hasty) == []
+    assert await waiting(dsn) == 1
+    assert await hasty.problem() == "its database waits for a standby that does not answer"
+
+
+async def test_once_no_commit_is_stalled_transactions_begin_again(dsn: str, hasty: Database):
+    with pytest.raises(Unavailable):
+        await add(hasty, 1)
+    await wait_for_standby(dsn, "")
+    await until_added(hasty, 2)
+    assert await ids(hasty) == [1, 2]
+    assert await hasty.problem() == ""
+
+
+async def test_a_shop_without_writes_notices_that_no_commit_is_stalled_any_more(dsn: str, hasty: Database):
+    with pytest.raises(Unavailable):
+        await add(hasty, 1)
+    assert await hasty.problem() != ""
+    await wait_for_standby(dsn, "")
+
+    async def is_well() -> bool:
+        return await hasty.problem() == ""
+
+    await until(is_well)
+
+
+async def test_a_commit_whose_caller_has_left_and_that_is_not_answered_is_stalled(dsn: str, hasty: Database):
+    task = asyncio.create_task(add(hasty, 1))
+    await until_it_waits(dsn)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    with pytest.raises(Unavailable):
+        await add(hasty, 2)
+    assert await waiting(dsn) == 1
+
+
+@pytest.mark.parametrize("leaves", [False, True], ids=["takes too long", "caller has left"])
+async def test_after_a_stalled_commit_another_server_that_takes_writes_is_used(
+    server: ForeignServer, dsn: str, monkeypatch: pytest.MonkeyPatch, *, leaves: bool
+):
+    """The first one stands for a primary that does not know that the second was promoted."""
+    monkeypatch.setattr(connections, "STATEMENT_SECONDS", 0.5)
+    with ForeignServer(LOCAL, version=18) as promoted:
+        await rows(promoted.admin_dsn, "CREATE TABLE things (id bigint PRIMARY KEY)")
+        both = f"{dsn.partition('?')[0]}?{urlencode({'host': f'{folder(dsn)},{folder(promoted.admin_dsn)}'})}"
+        async with opened(with_settings(both, WAITS), size=2) as hasty:
+            task = asyncio.create_task(add(hasty, 1))
+            await until_it_waits(dsn)
+            if leaves:
+                task.cancel()
+            with pytest.raises((asyncio.CancelledError, Unavailable)):
+                await task
+            await add(hasty, 2)
+        assert await rows(promoted.admin_dsn, "SELECT id FROM things") == [(2,)]
+
+
+def folder(dsn: str) -> str:
+    """Of the socket of a server."""
+    return parse_qs(urlsplit(dsn).query)["host"][0]
 
 
 async def test_a_commit_that_is_answered_late_leaves_its_connection_clean(dsn: str, monkeypatch: pytest.MonkeyPatch):

@@ -159,6 +159,14 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
         green=f"{OF_COMMITS}::test_a_lock_of_the_outbox_that_is_not_free_in_time_is_no_commit",
     ),
     Safeguard(
+        "no-commit-behind-a-stalled-one",
+        "Transactions go on while a COMMIT waits for a standby that does not answer: each keeps one more session of "
+        "the server.",
+        (Edit(DATABASE, "if writes and self._connections.are_commits_stalled:", "if False:"),),
+        red=(f"{OF_COMMITS}::test_while_a_commit_is_stalled_no_transaction_begins_and_reads_work",),
+        green=f"{OF_COMMITS}::test_once_no_commit_is_stalled_transactions_begin_again",
+    ),
+    Safeguard(
         "place-in-row",
         "The cursor counts rows: a consumer that dies among the events of a row gets them all once more.",
         (Edit(CONSUMERS, "        to = Cursor(event.id, event.at)\n", "        to = cursor\n"),),
