@@ -80,7 +80,7 @@ test-all: $(VENV)/.dev ## run what takes longer: safeguards, every crash point, 
 	@failed=; \
 	echo "=== safeguards: each is taken away in a copy, and a test must fail"; \
 	PYTHONPATH=tests $(RUN) system.mutation.safeguards || failed=1; \
-	echo "=== every crash point, a part of them in recovery too; a minute of chaos; services over loopback"; \
+	echo "=== every crash point, a part of them in recovery too; a minute of chaos; services over loopback; two versions"; \
 	$(RUN) pytest $(PARALLEL) -m long $(ARGS) || exit 1; \
 	echo "=== the reference systems with each service on a host of its own, over NATS and HTTP"; \
 	MERCATO_TEST_TRANSPORTS=nats,http $(RUN) pytest $(PARALLEL) tests/reference || exit 1; \

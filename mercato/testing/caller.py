@@ -56,7 +56,11 @@ class Caller:
 
     def read(self, path: str, **headers: str) -> Response:
         """As `get`, and again until the shop has recovered."""
-        return _recovered(lambda: self.get(path, **headers))
+        return self.repeated("GET", path, **headers)
+
+    def repeated(self, method: str, path: str, body: Any = None, **headers: str) -> Response:
+        """As `call`, and again until the shop has recovered: what changes something needs a key for that."""
+        return _recovered(lambda: self.call(method, path, body, **headers))
 
     def post(self, path: str, body: Any = None, **headers: str) -> Response:
         return self.call("POST", path, body, **headers)
@@ -73,7 +77,7 @@ class Caller:
     def paid(self, key: str) -> Response:
         """Places an order of one piece that is paid at once, again until the shop has recovered."""
         order = {"user_id": 1, "product_id": 100, "amount": 99.99, "payment_method": "sandbox:ok"}
-        return _recovered(lambda: self.post("/orders", order, Idempotency_Key=key))
+        return self.repeated("POST", "/orders", order, Idempotency_Key=key)
 
     def sign_in(self, email: str, password: str) -> Response:
         """Signs in: further calls come from this account."""

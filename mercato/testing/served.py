@@ -1,15 +1,19 @@
-"""`mercato serve`, `mercato migrate` as a process, for tests."""
+"""`mercato serve` as a process, what `mercato migrate` wrote for it, and a NATS server, for tests."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, Self
+
+from mercato.embedded_nats.server import program
 
 from .caller import Caller
 from .command import COMMAND, Command, clean_environment
@@ -28,6 +32,25 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
+@contextlib.contextmanager
+def nats_server(folder: Path, users: Path) -> Generator[str]:
+    """The address of a NATS server of the wheel, with the users that `mercato migrate` wrote. Its files: `folder`."""
+    address = free_address()
+    configuration = folder / "server.conf"
+    configuration.write_text(f'listen: "{address}"\ninclude "{os.path.relpath(users, folder)}"\n')
+    process = subprocess.Popen([str(program()), "-c", str(configuration)], stderr=subprocess.DEVNULL)
+    try:
+        yield address
+    finally:
+        process.terminate()
+        process.wait(BOUND_SECONDS)
+
+
+def _imported_from(package: Path | None) -> Mapping[str, str]:
+    """What makes an interpreter import `mercato` from a folder: `-m` also looks into the current one."""
+    return {} if package is None else {"PYTHONPATH": str(package)}
+
+
 class Served:
     """A run of `mercato serve`. Use it as a context manager."""
 
@@ -38,25 +61,30 @@ class Served:
         options: tuple[str, ...] = (),
         host: str = "127.0.0.1",
         inside: tuple[str, ...] = (),
+        package: Path | None = None,
     ) -> None:
-        """`inside`: the prefix of a command that runs on another host."""
+        """`inside`: the prefix of a command that runs on another host.
+
+        `package`: the folder of the `mercato` that runs, where it is not that of this checkout.
+        """
         self.url: str = ""
         self._callers: list[Caller] = []
         self.lines: list[str] = []
         self.errors: list[str] = []
         arguments = ["serve", *names, "--host", host, "--port", "0", "--json", *options]
-        self.environment: Mapping[str, str] = {**clean_environment(), **environment}
+        self.environment: Mapping[str, str] = {**clean_environment(), **environment, **_imported_from(package)}
         self._process = (
             subprocess.Popen(
                 [*inside, *COMMAND, *arguments],
                 env=self.environment,
+                cwd=package,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
                 start_new_session=True,
             )
-            if inside
+            if inside or package
             else Command(arguments, environment=self.environment)
         )
         self.pid = self._process.pid

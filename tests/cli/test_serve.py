@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from mercato import topology
 from mercato.chassis.postgres.dsn import with_database
-from mercato.embedded_nats.server import program
 from mercato.testing.caller import Caller, everything
 from mercato.testing.certificates import certificate
 from mercato.testing.cluster import Cluster
 from mercato.testing.command import run_command
 from mercato.testing.responses import assert_problem
-from mercato.testing.served import Served, free_address, variables
+from mercato.testing.served import Served, free_address, nats_server, variables
 from mercato.testing.waiting import BOUND_SECONDS, wait_until
 from pgbouncer.pooler import Pooler, needs_new_pgbouncer, needs_pgbouncer
 from registries.consul import consul_beside
@@ -231,7 +229,8 @@ def test_migrate_needs_a_server_and_known_services(tmp_path: Path, cluster: Clus
 @pytest.mark.long
 def test_a_shop_is_carried_by_any_nats_server_that_includes_what_migrate_writes(folder: Path, tmp_path: Path):
     """A real server with that configuration, and a process for each service, started by hand."""
-    with nats_server(tmp_path, folder / "nats.conf") as url, contextlib.ExitStack() as stack:
+    with nats_server(tmp_path, folder / "nats.conf") as address, contextlib.ExitStack() as stack:
+        url = f"nats://{address}"
         running = {
             name: stack.enter_context(Served(name, environment={**given(folder, name), "NATS_URL": url}))
             for name in ("users", "products", "gateway")
@@ -292,19 +291,6 @@ def test_services_are_found_through_dns_and_verified_by_their_names(folder: Path
         assert f"127.0.0.1:{port} answers" in seen.stdout
         unseen = run_command("doctor", environment={**asking, "MERCATO_TLS_NAME": "{address}"})
         assert "its certificate is not that of 127.0.0.1, which MERCATO_TLS_NAME asks for" in unseen.stdout
-
-
-@contextlib.contextmanager
-def nats_server(folder: Path, users: Path) -> Generator[str]:
-    """The server of the wheel, configured by a file that includes `users`."""
-    address = free_address()
-    (folder / "server.conf").write_text(f'listen: "{address}"\ninclude "{os.path.relpath(users, folder)}"\n')
-    process = subprocess.Popen([str(program()), "-c", str(folder / "server.conf")], stderr=subprocess.DEVNULL)
-    try:
-        yield f"nats://{address}"
-    finally:
-        process.terminate()
-        process.wait(BOUND_SECONDS)
 
 
 def test_what_migrate_writes_is_for_one_service_and_its_owner_alone(folder: Path):

@@ -1,27 +1,25 @@
-"""From the last release to this checkout, container by container, under load; meanwhile both serve one shop."""
+"""From the last release to this checkout, container by container, under load; meanwhile both serve one shop.
+
+`tests/system/versions` does that with processes, and has each pair of a service and its callers.
+"""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 
-from contracts.release import Releases
 from deploy.containers import SERVING, TAG, build, missing
 from deploy.rolling import REPLICAS, RollingShop
 from mercato import topology
 from mercato.chassis.hosting.host import GATEWAY
-from mercato.testing.caller import Buyers, Caller, Clients
-from mercato.testing.responses import Response
 from mercato.testing.waiting import wait_until
+from system.versions.code import last_release
+from system.versions.load import PayingBuyers, Readers
 
-VERSION, RELEASE = list(Releases().entries().items())[-1]
-"""The last release: N-1."""
-PAUSE_SECONDS = 0.02
-"""Between two reads: eighteen processes start beside them."""
+VERSION, RELEASE = last_release()
 ORDERS = 20
 """Orders that are placed between two replacements, at least."""
 
@@ -35,42 +33,6 @@ pytestmark = [
 ]
 
 
-class PayingBuyers(Buyers):
-    """Buyers whose orders are paid at once."""
-
-    def order(self, caller: Caller, key: str) -> Response:
-        body = {"user_id": 1, "product_id": 100, "payment_method": "sandbox:ok"}
-        return caller.post("/orders", body, Idempotency_Key=key, Prefer="wait=20")
-
-
-class Readers(Clients):
-    """Clients that read what several services answer, until the block ends."""
-
-    def __init__(self, shop: RollingShop, count: int = 1) -> None:
-        super().__init__(count)
-        self.statuses: Counter[int] = Counter()
-        self.failures: list[str] = []
-        self._shop = shop
-
-    def work(self, number: int) -> None:
-        paths = ("/products/100", "/users/1", "/orders?user_id=1&limit=5", "/products/100/stock", "/events?limit=5")
-        with self._shop.caller() as caller:
-            while not self.stopped.is_set():
-                for path in paths:
-                    self._read(caller, path)
-                    self.stopped.wait(PAUSE_SECONDS)
-
-    def _read(self, caller: Caller, path: str) -> None:
-        try:
-            answer = caller.get(path)
-        except OSError as error:
-            self.failures.append(f"{path}: {error}")
-            return
-        self.statuses[answer.status] += 1
-        if answer.status != 200:
-            self.failures.append(f"{path}: {answer.text}")
-
-
 @pytest.fixture(scope="module")
 def shop() -> Iterator[RollingShop]:
     build([*SERVING, "migrate"], VERSION, RELEASE.commit)
@@ -81,7 +43,7 @@ def shop() -> Iterator[RollingShop]:
 
 def test_every_container_is_replaced_under_load_and_no_request_fails(shop: RollingShop):
     began_at = time.monotonic()
-    with PayingBuyers(shop.caller, count=2) as buyers, Readers(shop) as readers:
+    with PayingBuyers(shop.caller, count=2) as buyers, Readers(shop.caller) as readers:
         wait_until(lambda: len(buyers.placed) >= ORDERS)
         shop.migrate(TAG)
         # A release is made to be installed callee first; half of the processes of each service serve beside the other.

@@ -16,7 +16,6 @@ import asyncio
 import collections
 import contextlib
 import itertools
-import os
 import random
 import subprocess
 import sys
@@ -31,13 +30,12 @@ import msgspec
 
 from mercato import topology
 from mercato.chassis.postgres.dsn import with_server
-from mercato.embedded_nats.server import program
 from mercato.testing.caller import Buyers, Caller
 from mercato.testing.cluster import Cluster
 from mercato.testing.command import run_command
 from mercato.testing.links import Link, Links
 from mercato.testing.responses import Response
-from mercato.testing.served import Served, free_address, variables
+from mercato.testing.served import Served, free_address, nats_server, variables
 from mercato.testing.waiting import BOUND_SECONDS, wait_until
 from system.chaos import commands
 from system.chaos.shop import ENVIRONMENT
@@ -144,10 +142,10 @@ def wired(admin_dsn: str, folder: Path, transport: str) -> Generator[Wired]:
     with Links() as links, contextlib.ExitStack() as stack:
         reached: Mapping[str, str]
         if transport == "nats":
-            port = stack.enter_context(_broker(given / "nats.conf", folder))
+            broker = stack.enter_context(nats_server(folder, given / "nats.conf"))
             listening: dict[str, str] = {}
         else:
-            port = 0
+            broker = ""
             listening = {name: free_address() for name in SERVICES}
         running: dict[str, Served] = {}
         for name in (*SERVICES, GATEWAY):
@@ -157,7 +155,7 @@ def wired(admin_dsn: str, folder: Path, transport: str) -> Generator[Wired]:
                 dsn = f"DATABASE_URL_{name.upper()}"
                 own[dsn] = with_server(own[dsn], *_parts(database.address))
             if transport == "nats":
-                own["NATS_URL"] = f"nats://{links.make(f'{name} > nats', ('127.0.0.1', port)).address}"
+                own["NATS_URL"] = f"nats://{links.make(f'{name} > nats', _parts(broker)).address}"
             else:
                 reached = {callee: listening[callee] for callee in _callees(name)}
                 through = {to: links.make(f"{name} > {to}", _parts(where)).address for to, where in reached.items()}
@@ -177,20 +175,6 @@ def _callees(caller: str) -> list[str]:
 def _parts(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     return host, int(port)
-
-
-@contextlib.contextmanager
-def _broker(users: Path, folder: Path) -> Generator[int]:
-    """The port of a NATS server with these users."""
-    _, port = _parts(free_address())
-    configuration = folder / "server.conf"
-    configuration.write_text(f'listen: "127.0.0.1:{port}"\ninclude "{os.path.relpath(users, folder)}"\n')
-    process = subprocess.Popen([str(program()), "-c", str(configuration)], stderr=subprocess.DEVNULL)
-    try:
-        yield port
-    finally:
-        process.terminate()
-        process.wait(BOUND_SECONDS)
 
 
 def campaign(
