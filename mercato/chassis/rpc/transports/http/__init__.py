@@ -17,14 +17,8 @@ What an answer means
     any status with `mercato-not-started`   nothing was started; another instance may be tried
     anything else, or no complete answer    unknown
 
-Guaranteed
-    - A batch is sent to another instance only if nothing was started: there was no connection, or the answer says so.
-    - If it is unknown whether a request was started, its caller gets `Unavailable` if repeating it is safe
-      (`safe`, or `keyed` with a key), and `OutcomeUnknown` if not. Nothing is repeated here.
-    - The texts of exceptions stay in the process that raised them.
-    - Bodies are bounded in both directions, connections for each instance, and calls of one operation in flight.
-    - No handler sees a batch without a valid token, of an operation that its caller is not granted, or a request in the
-      name of a role that its caller is not granted.
+What it guarantees is that of `transports/direct`, on which it is built; also, bodies are bounded in both directions,
+connections for each instance, and calls of one operation in flight.
 
 `client.py` and `remote.py` import a client library, which takes a while: a process that only serves does not need it.
 Tokens and bodies are sent in the clear: outside of loopback, TLS has to protect them.

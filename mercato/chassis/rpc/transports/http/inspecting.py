@@ -12,11 +12,12 @@ import msgspec
 
 from mercato.chassis.rpc.discovery import Instance, Registry
 from mercato.chassis.rpc.stats import Inspected, InstanceStats
+from mercato.chassis.rpc.transports.direct.wire import AUTHORIZATION, BEARER, NOT_STARTED
 from mercato.chassis.rpc.transports.server_names import ServerName, by_registry
 from mercato.chassis.rpc.trust import TokenSigner
 
 from .refused_certificates import why_refused
-from .wire import AUTHORIZATION, BEARER, NOT_STARTED, PATH_PREFIX
+from .wire import PATH_PREFIX
 
 ANSWER_SECONDS: Final = 1.0
 NO_ANSWER_IN_THE_CLEAR: Final = (

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 import msgspec
 import structlog
 
-from mercato.chassis.contract import Context, DeadlineExceeded, Operation, Unauthenticated
 from mercato.chassis.http import COMPLETE_RESPONSE
 from mercato.chassis.observability.clock import Clock
-from mercato.chassis.rpc.codec import decode_requests, encode_outcomes
 from mercato.chassis.rpc.server import Server
-from mercato.chassis.rpc.stats import OperationRecorder, Stats
-from mercato.chassis.rpc.transports.encoded import answer_decoded
-from mercato.chassis.rpc.trust import Trust
-
-from .wire import (
+from mercato.chassis.rpc.stats import Stats
+from mercato.chassis.rpc.transports.direct.server import SHOWN_CHARACTERS, BatchReceiver, RefusedBatch
+from mercato.chassis.rpc.transports.direct.wire import (
     AUTHORIZATION,
-    BEARER,
-    CONTENT_TYPE,
     DRAINING_SECONDS,
     LONGEST_REMAINING_MS,
     NOT_STARTED,
-    PATH_PREFIX,
-    REMAINING_MS,
     TRACEPARENT,
     VERSION,
     NotStarted,
 )
+from mercato.chassis.rpc.trust import Trust
+
+from .wire import CONTENT_TYPE, PATH_PREFIX, REMAINING_MS
 
 log = structlog.stdlib.get_logger("mercato.rpc.http")
 
@@ -52,18 +46,11 @@ STATUS: Final[Mapping[NotStarted, int]] = {
 PROBLEM: Final = b"content-type: application/problem+json"
 JSON: Final = b"content-type: application/json"
 OUTCOMES: Final = b"content-type: " + CONTENT_TYPE.encode()
-SHOWN_CHARACTERS: Final = 200
-"""How much of a caller's input may be written in a line of the log."""
-
-
-class RefusedBatch(Exception):
-    """Nothing was started. `detail` is a sentence for the caller's engineer; `lines` are headers of the answer."""
-
-    def __init__(self, reason: NotStarted, detail: str, *lines: bytes) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail
-        self.lines = lines
+MORE_LINES: Final[Mapping[NotStarted, tuple[bytes, ...]]] = {
+    NotStarted.UNTRUSTED: (b"www-authenticate: Bearer",),
+    NotStarted.WRONG_METHOD: (b"allow: POST",),
+}
+"""Headers that HTTP wants on an answer of that status."""
 
 
 class CallerLeft(Exception):
@@ -74,23 +61,14 @@ class RpcApp:
     """Serves `servers`, by the name of their contract, under `/rpc/`; servers may be added to the mapping later.
 
     It must run in an `HttpServer`, which bounds the size and time of a body, and takes an answer as one message.
-    A batch whose caller has left is not cancelled: it may have committed. As within one process, it is cancelled when
-    the deadlines of its callers have passed.
     """
 
     def __init__(self, servers: Mapping[str, Server], trust: Trust, clock: Clock, stats: Stats | None = None) -> None:
-        self._servers = servers
-        self._trust = trust
-        self._clock = clock
-        self._stats = stats or Stats("", "")
-        self._ends_at: float | None = None
+        self._receiver = BatchReceiver(servers, trust, clock, stats)
 
     def drain(self, seconds: float) -> None:
-        """From now on refuses each batch unstarted, so that its caller uses another instance; answers running ones.
-
-        `seconds`: this process has ended by then; until then callers send nothing to it.
-        """
-        self._ends_at = self._clock.monotonic() + seconds
+        """See `BatchReceiver.drain`."""
+        self._receiver.drain(seconds)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http"
@@ -110,91 +88,34 @@ class RpcApp:
             await _send(send, 200, answer, OUTCOMES)
 
     def _describe(self, scope: Scope) -> bytes:
-        """The answer of `GET /rpc/orders` to any authenticated caller: the `InstanceStats` of a service."""
+        """The answer of `GET /rpc/orders`."""
         service = scope["path"].removeprefix(PATH_PREFIX)
-        if service not in self._servers:
-            raise RefusedBatch(NotStarted.UNKNOWN_OPERATION, "This process does not serve such a service.")
-        self._check_not_draining()
-        self._caller(service, dict(scope["headers"]))
-        return msgspec.json.encode(self._stats.of(service))
+        return self._receiver.describe(service, _text(dict(scope["headers"]), AUTHORIZATION))
 
     async def _answer(self, scope: Scope, receive: Receive) -> bytes:
-        server, operation = self._find(scope["path"])
-        recorder = self._stats.recorder(operation.service, operation.name)
-        try:
-            return await self._run(server, operation, recorder, scope, receive)
-        except RefusedBatch:
-            recorder.failed()
-            raise
-
-    async def _run(
-        self,
-        server: Server,
-        operation: Operation[Any, Any],
-        recorder: OperationRecorder,
-        scope: Scope,
-        receive: Receive,
-    ) -> bytes:
-        self._check_not_draining()
-        headers = dict(scope["headers"])
-        remaining_s = _check_head(scope["method"], headers)
-        caller = self._caller(operation.service, headers)
-        body = await _whole_body(receive)
-        # Checked again, for the body may have taken long; from here to the handler there is no further wait.
-        self._check_not_draining()
-        requests, contexts = self._decode(operation, body, headers)
-        refusals = self._trust.refusals(caller, operation, contexts)
-        requests = [refusals.get(place, request) for place, request in enumerate(requests)]
-        started = self._clock.monotonic()
-        try:
-            async with asyncio.timeout(remaining_s):
-                return await answer_decoded(server, operation, requests, contexts)
-        except TimeoutError:
-            return encode_outcomes(operation, [DeadlineExceeded(operation=operation.full_name) for _ in requests])
-        finally:
-            recorder.answered(len(requests), self._clock.monotonic() - started)
-
-    def _find(self, path: str) -> tuple[Server, Operation[Any, Any]]:
+        receiver, path = self._receiver, scope["path"]
         service, _, name = path.removeprefix(PATH_PREFIX).partition("/")
-        server = self._servers.get(service) if path.startswith(PATH_PREFIX) else None
-        operation = server.contract.operations.get(name) if server else None
-        if server is None or operation is None:
-            raise RefusedBatch(NotStarted.UNKNOWN_OPERATION, "This process does not serve such an operation.")
-        return server, operation
+        server, operation = receiver.find(service if path.startswith(PATH_PREFIX) else "", name)
+        with receiver.recording(operation) as recorder:
+            receiver.check_not_draining()
+            headers = dict(scope["headers"])
+            remaining_s = _check_head(scope["method"], headers)
+            caller = receiver.caller(service, _text(headers, AUTHORIZATION))
+            body = await _whole_body(receive)
+            traceparent, version = _text(headers, TRACEPARENT), _text(headers, VERSION)
+            return await receiver.run(
+                server, operation, recorder, caller, body, remaining_s, traceparent=traceparent, version=version
+            )
 
-    def _caller(self, service: str, headers: Mapping[bytes, bytes]) -> str:
-        """The service that calls, by its token."""
-        scheme, _, token = headers.get(AUTHORIZATION.encode(), b"").decode("ascii", "replace").partition(" ")
-        try:
-            return self._trust.caller(token if f"{scheme} " == BEARER else None, service)
-        except Unauthenticated as error:
-            raise RefusedBatch(NotStarted.UNTRUSTED, error.reason, b"www-authenticate: Bearer") from None
 
-    def _check_not_draining(self) -> None:
-        if self._ends_at is not None:
-            seconds = max(0.0, self._ends_at - self._clock.monotonic())
-            header = f"{DRAINING_SECONDS}: {seconds:.3f}".encode()
-            raise RefusedBatch(NotStarted.DRAINING, "This process is about to end.", header)
-
-    def _decode(
-        self, operation: Operation[Any, Any], body: bytes, headers: Mapping[bytes, bytes]
-    ) -> tuple[Sequence[Any], Sequence[Context]]:
-        try:
-            parent = headers.get(TRACEPARENT.encode(), b"").decode("ascii", "replace")
-            requests, contexts = decode_requests(operation, body, self._clock.monotonic(), parent)
-        except (msgspec.MsgspecError, RecursionError) as error:  # RecursionError: deeply nested lists
-            caller = headers.get(VERSION.encode(), b"").decode("ascii", "replace")[:SHOWN_CHARACTERS]
-            log.warning("rpc_malformed", operation=operation.full_name, caller_version=caller, reason=str(error))
-            raise RefusedBatch(NotStarted.MALFORMED_BODY, "The body is not a batch in MessagePack.") from error
-        if not 1 <= len(requests) <= operation.size:
-            raise RefusedBatch(NotStarted.WRONG_BATCH_SIZE, f"A batch has 1 to {operation.size} requests here.")
-        return requests, contexts
+def _text(headers: Mapping[bytes, bytes], name: str) -> str:
+    return headers.get(name.encode(), b"").decode("ascii", "replace")
 
 
 def _check_head(method: str, headers: Mapping[bytes, bytes]) -> float:
     """The time that is left, in seconds."""
     if method != "POST":
-        raise RefusedBatch(NotStarted.WRONG_METHOD, "A batch is sent by POST.", b"allow: POST")
+        raise RefusedBatch(NotStarted.WRONG_METHOD, "A batch is sent by POST.")
     content_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     if content_type != CONTENT_TYPE.encode() or b"content-encoding" in headers:
         raise RefusedBatch(NotStarted.WRONG_CONTENT_TYPE, f"A batch is {CONTENT_TYPE}, without any encoding.")
@@ -221,8 +142,10 @@ async def _whole_body(receive: Receive) -> bytes:
 
 async def _refuse(send: Send, refused: RefusedBatch) -> None:
     status, reason = STATUS[refused.reason], refused.reason
-    header = f"{NOT_STARTED}: {reason}".encode()
-    await _send(send, status, _problem(status, reason, refused.detail), PROBLEM, header, *refused.lines)
+    lines = [f"{NOT_STARTED}: {reason}".encode(), *MORE_LINES.get(reason, ())]
+    if refused.draining_seconds is not None:
+        lines.append(f"{DRAINING_SECONDS}: {refused.draining_seconds:.3f}".encode())
+    await _send(send, status, _problem(status, reason, refused.detail), PROBLEM, *lines)
 
 
 def _problem(status: int, code: str, detail: str) -> bytes:
