@@ -14,7 +14,7 @@ import grpc
 import grpc.aio
 import structlog
 
-from .limits import NOT_STARTED, TOO_MANY_CALLS, GrpcLimits
+from .limits import LATE, NOT_STARTED, TOO_MANY_CALLS, GrpcLimits
 
 log = structlog.stdlib.get_logger("mercato.grpc")
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # what the stubs give parameters has none when it runs
 NOTHING: Final[Any] = vars(grpc.aio)["EOF"]
 """What is read where no message is. The type stubs of gRPC do not have it."""
 
-LATE: Final = "The message of the call was not received completely within {seconds:g} seconds."
+TOO_LATE: Final = "The message of the call was not received completely within {seconds:g} seconds."
 FAILED: Final = "The call failed unexpectedly."
 MALFORMED: Final = "The message of the call is not what the method takes."
 TOO_MANY: Final = "Too many calls are running."
@@ -123,7 +123,9 @@ class BoundedHandlers(grpc.GenericRpcHandler):
             async with asyncio.timeout(seconds):
                 return await context.read()
         except TimeoutError:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, LATE.format(seconds=seconds))
+            await context.abort(
+                grpc.StatusCode.DEADLINE_EXCEEDED, TOO_LATE.format(seconds=seconds), ((NOT_STARTED, LATE),)
+            )
 
 
 class _MalformedError(Exception):

@@ -15,6 +15,9 @@ NOT_STARTED: Final = "mercato-not-started"
 TOO_MANY_CALLS: Final = "too_many_calls"
 """The value of `NOT_STARTED` for a call beyond `GrpcLimits.calls`."""
 
+LATE: Final = "late"
+"""That of a call whose message has not arrived in time."""
+
 IDENTITY_ALONE: Final = 1
 """The set of compressions that has only the one that compresses nothing."""
 UNLIMITED: Final = 2**31 - 1

@@ -68,14 +68,16 @@ class GrpcServer:
         self._server = server
         await server.start()
 
-    async def stop(self) -> None:
-        """Takes no more calls, lets running ones finish for up to `drain_seconds`, then cancels them.
+    async def stop(self, drain_seconds: float | None = None) -> None:
+        """Takes no more calls, lets running ones finish for up to `drain_seconds`, by default those of the limits.
+
+        Then it cancels them.
 
         Clients are asked to connect elsewhere (GOAWAY). When it returns, no connection is open and no handler runs.
         """
         if self._server is not None:
             assert self._handlers is not None
-            await self._server.stop(self._limits.drain_seconds)
+            await self._server.stop(self._limits.drain_seconds if drain_seconds is None else drain_seconds)
             await self._handlers.end()
 
     def _listen(self, server: grpc.aio.Server) -> int:

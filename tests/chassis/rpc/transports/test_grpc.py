@@ -1,0 +1,582 @@
+"""The gRPC transport: conformance, what each status means, and connections that break, stand still, or come back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import msgspec
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from grpc_tools import protoc
+
+from chassis.rpc.breakers import ManualClock
+from mercato.chassis.contract import Context, Internal, Operation, OutcomeUnknown, Span, Unavailable
+from mercato.chassis.contract.context import KEPT, SAMPLED, Place
+from mercato.chassis.contract.places import remote
+from mercato.chassis.grpc import GrpcServer, GrpcTls
+from mercato.chassis.observability.clock import Clock, SystemClock
+from mercato.chassis.rpc.balancing import FIRST_PAUSE_SECONDS
+from mercato.chassis.rpc.codec import encode_requests
+from mercato.chassis.rpc.discovery import Instance
+from mercato.chassis.rpc.discovery.static import StaticRegistry
+from mercato.chassis.rpc.server import Server
+from mercato.chassis.rpc.transports import Transport
+from mercato.chassis.rpc.transports.direct.client import ClientLimits
+from mercato.chassis.rpc.transports.direct.wire import NOT_STARTED
+from mercato.chassis.rpc.transports.grpc import channels
+from mercato.chassis.rpc.transports.grpc.client import GrpcTransport
+from mercato.chassis.rpc.transports.grpc.server import RpcHandlers
+from mercato.chassis.rpc.transports.grpc.wire import RPC_LIMITS, batch, outcomes, outcomes_in, requests_of
+from mercato.chassis.rpc.trust import TokenSigner
+from mercato.testing.certificates import certificate
+from mercato.testing.waiting import BOUND_SECONDS, until_true
+
+from .conformance import CUSTOMER, Ask, Conformance, Said, Stage, Things, ThingsService, server_of
+from .served import HOST, Listed, signer, trust_of
+
+MIB = 1_048_576
+DRAIN_SECONDS = 3.0
+
+
+class Served:
+    """`RpcHandlers` behind the gRPC server, on a free port. It counts the calls that reach them."""
+
+    def __init__(self, servers: Mapping[str, Server], port: int = 0, tls: GrpcTls | None = None) -> None:
+        self.handlers = RpcHandlers(servers, trust_of(servers), SystemClock())
+        self.calls = 0
+        self._server = GrpcServer(HOST, port, limits=RPC_LIMITS, tls=tls)
+
+    @property
+    def address(self) -> str:
+        return self._server.address
+
+    @property
+    def port(self) -> int:
+        return self._server.port
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        self.calls += 1
+        return self.handlers.service(details)
+
+    async def open(self) -> None:
+        await self._server.start([self])  # pyright: ignore[reportArgumentType]
+
+    async def close(self) -> None:
+        await self._server.stop(drain_seconds=0.0)
+        await self.handlers.end()
+
+
+class OverGrpc:
+    """The transport that the conformance suite tests: one instance, and a client of it."""
+
+    def __init__(self, servers: Mapping[str, Server], clock: Clock) -> None:
+        self._servers = servers
+        self._clock = clock
+        self._served = Served(servers)
+
+    async def open(self) -> None:
+        await self._served.open()
+        instances = [Instance(service, self._served.address, "1") for service in self._servers]
+        self._client = GrpcTransport(StaticRegistry({i.service: [i] for i in instances}), signer(), self._clock)
+
+    async def close(self) -> None:
+        await self._client.close()
+        await self._served.close()
+
+    async def send(
+        self, operation: Operation[Any, Any], requests: Sequence[Any], contexts: Sequence[Context]
+    ) -> Sequence[Any]:
+        return await self._client.send(operation, requests, contexts)
+
+
+class TestGrpc(Conformance):
+    def transport(self, servers: Mapping[str, Server], clock: Clock) -> Transport:
+        return OverGrpc(servers, clock)
+
+    async def test_a_message_really_travels(self, stage: Stage):
+        request = Ask(number=1)
+        with stage.acting(CUSTOMER):
+            answer = await stage.things.change(request)
+        assert answer.echo is not request
+
+
+class Process:
+    """An instance of `Things`."""
+
+    def __init__(self, port: int = 0, tls: GrpcTls | None = None) -> None:
+        self.service = ThingsService()
+        self.served = Served({"things": server_of(self.service, SystemClock())}, port, tls)
+
+    @property
+    def address(self) -> str:
+        return self.served.address
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the requests that its handlers got, in order."""
+        return [request.number for batch in self.service.batches for request in batch]
+
+
+@contextlib.asynccontextmanager
+async def running(port: int = 0, tls: GrpcTls | None = None) -> AsyncGenerator[Process]:
+    process = Process(port, tls)
+    await process.served.open()
+    try:
+        yield process
+    finally:
+        process.service.release.set()
+        await process.served.close()
+
+
+class Caller:
+    """A client of the instances that a registry names; its clock is moved by the test."""
+
+    def __init__(self, *addresses: str, limits: ClientLimits | None = None, ca: bytes | None = None) -> None:
+        self.clock = ManualClock()
+        self.registry = Listed(*addresses)
+        self.transport = GrpcTransport(
+            self.registry, signer(), self.clock, version="1.2.3", limits=limits, chance=lambda: 0.0, ca=ca
+        )
+
+    def context(self, seconds: float = 240.0, span: Span | None = None) -> Context:
+        return Context(CUSTOMER, self.clock.seconds + seconds, "t", "r", span)
+
+    async def send(self, *asks: Ask, operation: Operation[Any, Any] = Things.change) -> Sequence[Any]:
+        return await self.transport.send(operation, asks, [self.context()] * len(asks))
+
+    def start(self, *asks: Ask) -> asyncio.Task[Sequence[Any]]:
+        return asyncio.create_task(self.send(*asks))
+
+
+@contextlib.asynccontextmanager
+async def calling(
+    *addresses: str, limits: ClientLimits | None = None, ca: bytes | None = None
+) -> AsyncGenerator[Caller]:
+    caller = Caller(*addresses, limits=limits, ca=ca)
+    try:
+        yield caller
+    finally:
+        await caller.transport.close()
+
+
+def kinds(outcomes: Sequence[Any]) -> list[type[Any]]:
+    return [type(outcome) for outcome in outcomes]
+
+
+async def closed_address() -> str:
+    """An address of loopback on which no process listens."""
+    server = GrpcServer(HOST, 0)
+    await server.start([])
+    await server.stop()
+    return server.address
+
+
+# ------------------------------------------------------------------------------------------------------------- envelope
+
+
+def test_the_envelope_is_what_its_proto_file_says(tmp_path: Path):
+    folder = Path(__file__).parents[4] / "proto"
+    into = tmp_path / "descriptors"
+    assert protoc.main(["protoc", f"-I{folder}", f"--descriptor_set_out={into}", "mercato/rpc/v1/batch.proto"]) == 0
+    pool = descriptor_pool.DescriptorPool()
+    for file in descriptor_pb2.FileDescriptorSet.FromString(into.read_bytes()).file:
+        pool.Add(file)
+    batches, answers = (
+        message_factory.GetMessageClass(pool.FindMessageTypeByName(f"mercato.rpc.v1.{name}"))
+        for name in ("Batch", "Outcomes")
+    )
+
+    for body in (b"", b"one", b"x" * 300):
+        assert batches.FromString(batch(body)) == batches(requests=body)
+        assert answers.FromString(outcomes(body)) == answers(outcomes=body)
+        assert requests_of(batches(requests=body).SerializeToString()) == body
+        assert outcomes_in(answers(outcomes=body).SerializeToString()) == body
+
+
+def test_fields_of_a_newer_envelope_are_skipped():
+    assert requests_of(batch(b"one") + b"\x12\x03new") == b"one"
+
+
+# ------------------------------------------------------------------------------------------------- balancing, and drain
+
+
+async def test_two_instances_share_the_load():
+    async with running() as one, running() as two, calling(one.address, two.address) as caller:
+        calls = [caller.start(Ask(number=n, do="hang")) for n in range(20)]
+        await until_true(lambda: len(one.numbers) + len(two.numbers) == 20)
+        assert (len(one.numbers), len(two.numbers)) == (10, 10)
+        one.service.release.set()
+        two.service.release.set()
+        assert [kinds(await call) for call in calls] == [[Said]] * 20
+
+
+async def test_an_instance_without_a_listener_is_left_alone_and_comes_back():
+    gone = await closed_address()
+    async with running() as alive, calling(gone, alive.address) as caller:
+        for number in range(3):
+            assert kinds(await caller.send(Ask(number=number))) == [Said]
+        assert alive.numbers == [0, 1, 2]
+        async with running(int(gone.rpartition(":")[2])) as back:
+            caller.clock.seconds += FIRST_PAUSE_SECONDS
+            assert kinds(await caller.send(Ask(number=10))) == [Said]
+            assert back.numbers == [10]
+
+
+async def test_where_no_instance_can_be_reached_the_service_is_unavailable():
+    async with calling(await closed_address(), await closed_address()) as caller:
+        with pytest.raises(Unavailable, match="things is not available"):
+            await caller.send(Ask())
+
+
+@pytest.mark.parametrize("address", ["", "::", "[::1", "a b:1", "127.0.0.1:99999", "127.0.0.1:x"])
+async def test_an_address_that_is_none_is_an_instance_that_cannot_be_reached(address: str):
+    async with running() as alive, calling(address, alive.address) as caller:
+        assert kinds(await caller.send(Ask())) == [Said]
+
+
+async def test_a_draining_instance_gets_no_further_call_and_no_call_is_lost():
+    async with running() as old, running() as new, calling(old.address, new.address) as caller:
+        last = caller.start(Ask(number=1, do="hang"))
+        await until_true(lambda: old.numbers == [1])
+        busy = caller.start(Ask(number=2, do="hang"))  # else the new one would be chosen, as the less busy one
+        await until_true(lambda: new.numbers == [2])
+        old.served.handlers.drain(DRAIN_SECONDS)
+        for number in range(3, 8):
+            assert kinds(await caller.send(Ask(number=number))) == [Said]
+        assert old.served.calls == 2
+        old.service.release.set()
+        new.service.release.set()
+        assert kinds(await last) + kinds(await busy) == [Said, Said]
+    assert (old.numbers, new.numbers) == ([1], list(range(2, 8)))
+
+
+async def test_an_instance_that_starts_again_at_its_address_gets_calls():
+    async with running() as first, calling(first.address) as caller:
+        assert kinds(await caller.send(Ask(number=1))) == [Said]
+        await first.served.close()
+        async with running(first.served.port) as again:
+            assert kinds(await caller.send(Ask(number=2))) == [Said]
+            assert again.numbers == [2]
+
+
+async def test_the_list_of_the_registry_is_followed_and_channels_to_others_are_closed():
+    async with running() as one, running() as two, calling(one.address) as caller:
+        hanging = caller.start(Ask(number=1, do="hang"))
+        await until_true(lambda: one.numbers == [1])
+        caller.registry.list(two.address)
+        assert kinds(await caller.send(Ask(number=2))) == [Said]
+        one.service.release.set()
+        assert kinds(await hanging) == [Said]
+        assert [address for address, _ in caller.transport._channels._channels] == [two.address]
+
+
+async def test_an_operation_that_one_instance_does_not_know_is_asked_of_another():
+    older = Served({})
+    await older.open()
+    try:
+        async with running() as newer, calling(older.address, newer.address) as caller:
+            assert kinds(await caller.send(Ask())) == [Said]
+            assert older.calls == 1
+    finally:
+        await older.close()
+
+
+# ------------------------------------------------------------------------------------------------- what a status means
+
+KEYED = Ask(idempotency_key="a")
+CLASSES = {
+    "safe": (Things.read, Ask(), Unavailable),
+    "keyed": (Things.put, KEYED, Unavailable),
+    "keyed, without a key": (Things.put, Ask(), OutcomeUnknown),
+    "never": (Things.change, KEYED, OutcomeUnknown),
+    "never, single": (Things.move, KEYED, OutcomeUnknown),
+}
+UNKNOWN = [code for code in grpc.StatusCode if code not in (grpc.StatusCode.OK, grpc.StatusCode.DEADLINE_EXCEEDED)]
+
+
+class Answering:
+    """An instance that answers each call with a status, or with bytes."""
+
+    def __init__(self) -> None:
+        self.code = grpc.StatusCode.OK
+        self.trailer: tuple[tuple[str, str], ...] = ()
+        self.answer = b""
+        self.calls = 0
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        async def answer(message: bytes, context: Any) -> bytes:
+            self.calls += 1
+            if self.code is not grpc.StatusCode.OK:
+                await context.abort(self.code, "of the test", self.trailer)
+            return self.answer
+
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+
+@contextlib.asynccontextmanager
+async def answering() -> AsyncGenerator[tuple[Answering, str]]:
+    handlers = Answering()
+    server = GrpcServer(HOST, 0, limits=RPC_LIMITS)
+    await server.start([handlers])  # pyright: ignore[reportArgumentType]
+    try:
+        yield handlers, server.address
+    finally:
+        await server.stop(drain_seconds=0.0)
+
+
+async def test_no_status_says_that_a_batch_was_not_started():
+    async with answering() as (handlers, address), running() as other, calling(address, other.address) as caller:
+        for code in UNKNOWN:
+            handlers.code = code
+            for operation, request, expected in CLASSES.values():
+                caller.clock.seconds += 10.0  # after an ejection it is probed, and gets the batch
+                before = handlers.calls
+                assert kinds(await caller.send(request, operation=operation)) == [expected], code
+                assert handlers.calls == before + 1
+        assert other.numbers == []
+
+
+@pytest.mark.parametrize("reason", ["unknown_operation", "too_many_calls", "late", "of a newer release"])
+async def test_a_batch_that_was_refused_unstarted_goes_to_another_instance(reason: str):
+    async with answering() as (handlers, address), running() as other, calling(address, other.address) as caller:
+        handlers.code, handlers.trailer = grpc.StatusCode.RESOURCE_EXHAUSTED, ((NOT_STARTED, reason),)
+        assert kinds(await caller.send(Ask(number=1))) == [Said]
+        assert (handlers.calls, other.numbers) == (1, [1])
+
+
+async def test_a_batch_that_the_service_does_not_understand_is_a_bug_and_goes_nowhere_else():
+    async with answering() as (handlers, address), running() as other, calling(address, other.address) as caller:
+        handlers.code, handlers.trailer = grpc.StatusCode.INVALID_ARGUMENT, ((NOT_STARTED, "malformed_body"),)
+        assert kinds(await caller.send(Ask())) == [Internal]
+        assert other.numbers == []
+
+
+ODD_ANSWERS = {
+    "no envelope": b"\xff\xff",
+    "nothing": b"",
+    "no MessagePack": outcomes(b"{}"),
+    "lists in lists": outcomes(b"\x91" * 60_000),
+    "two outcomes for one request": outcomes(b"\x92\x80\x80"),
+    "more than the bound": outcomes(b"x" * MIB),
+}
+
+
+@pytest.mark.parametrize("answer", ODD_ANSWERS.values(), ids=ODD_ANSWERS)
+async def test_an_answer_that_does_not_say_what_was_done_leaves_it_unknown(answer: bytes):
+    async with (
+        answering() as (handlers, address),
+        calling(address, limits=ClientLimits(answer_bytes=MIB // 2)) as caller,
+    ):
+        handlers.answer = answer
+        for operation, expected in ((Things.change, OutcomeUnknown), (Things.read, Unavailable)):
+            caller.clock.seconds += 10.0
+            assert kinds(await caller.send(Ask(), operation=operation)) == [expected]
+
+
+# ----------------------------------------------------------------------------------------------- connections that break
+
+
+class Link:
+    """A TCP connection in between, which can be cut, or stand still."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._writers: list[asyncio.StreamWriter] = []
+        self._pipes: set[asyncio.Task[None]] = set()
+        self.passes = asyncio.Event()
+        self.passes.set()
+        self.connections = 0
+
+    async def __aenter__(self) -> Link:
+        self._server = await asyncio.start_server(self._serve, HOST, 0)
+        self.address = f"{HOST}:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        self.cut()
+        for pipe in self._pipes:
+            pipe.cancel()
+
+    def cut(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        onward_reader, onward = await asyncio.open_connection(HOST, self._target)
+        self._writers += [writer, onward]
+        for pair in ((reader, onward), (onward_reader, writer)):
+            self._pipes.add(asyncio.create_task(self._pipe(*pair)))
+
+    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65_536):
+                await self.passes.wait()
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+
+@pytest.mark.parametrize("name", ["safe", "keyed", "keyed, without a key", "never"])
+async def test_a_connection_that_is_cut_leaves_the_outcome_unknown_and_nothing_is_repeated(name: str):
+    operation, request, expected = CLASSES[name]
+    async with running() as one, running() as other, Link(one.served.port) as link, calling(link.address) as caller:
+        call = asyncio.create_task(caller.send(msgspec.structs.replace(request, do="hang"), operation=operation))
+        await until_true(lambda: one.numbers == [0])
+        caller.registry.list(link.address, other.address)
+        link.cut()
+
+        assert kinds(await call) == [expected]
+
+        assert (one.numbers, other.numbers) == ([0], [])
+
+
+async def test_a_connection_that_was_kept_and_broke_is_made_anew():
+    async with running() as one, Link(one.served.port) as link, calling(link.address) as caller:
+        assert kinds(await caller.send(Ask(number=1))) == [Said]
+        channel = next(iter(caller.transport._channels._channels.values())).channel
+        link.cut()
+        async with asyncio.timeout(BOUND_SECONDS):
+            await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+
+        assert kinds(await caller.send(Ask(number=2))) == [Said]
+        assert (one.numbers, link.connections) == ([1, 2], 2)
+
+
+async def test_a_peer_that_stands_still_is_found_by_probes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(channels, "PING_SECONDS", 0.2)
+    monkeypatch.setattr(channels, "PING_ANSWER_SECONDS", 0.2)
+    async with running() as one, Link(one.served.port) as link, calling(link.address) as caller:
+        assert kinds(await caller.send(Ask(number=1))) == [Said]
+        call = caller.start(Ask(number=2, do="hang"))
+        await until_true(lambda: one.numbers == [1, 2])
+        link.passes.clear()
+
+        async with asyncio.timeout(BOUND_SECONDS / 4):
+            assert kinds(await call) == [OutcomeUnknown]
+        link.passes.set()
+
+
+async def test_a_caller_that_leaves_does_not_cancel_its_batch():
+    async with running() as one, calling(one.address) as caller:
+        call = caller.start(Ask(number=1, do="hang"))
+        await until_true(lambda: one.numbers == [1])
+        server = one.served._server
+        call.cancel()
+        await until_true(lambda: server.running == 0)
+        assert len(one.served.handlers._running) == 1
+
+        one.service.release.set()
+        await until_true(lambda: not one.served.handlers._running)
+
+
+# --------------------------------------------------------------------------------------------------------- large, many
+
+
+async def test_large_batches_of_many_callers_arrive_whole():
+    text = "x" * (MIB // 16)
+    async with running() as one, calling(one.address) as caller:
+        asks = [Ask(number=n, text=text) for n in range(16)]
+        answers = await asyncio.gather(*(caller.send(*asks) for _ in range(16)))
+        assert [len(answer) for answer in answers] == [16] * 16
+        assert {said.echo.text for answer in answers for said in answer} == {text}
+
+
+async def test_a_batch_beyond_the_bound_goes_in_parts_and_a_request_beyond_it_is_invalid():
+    async with running() as one, calling(one.address, limits=ClientLimits(batch_bytes=10_000)) as caller:
+        answers = await caller.send(*(Ask(number=n, text="x" * 3_000) for n in range(8)))
+        assert kinds(answers) == [Said] * 8
+        assert one.served.calls == 4
+
+
+# ------------------------------------------------------------------------------------------------------ trust, metadata
+
+
+async def raw_call(address: str, path: str, message: bytes, metadata: Any = (), timeout: float | None = 30.0) -> Any:
+    """A call as another program would make it: the error, or the answer."""
+    async with grpc.aio.insecure_channel(address) as made:
+        try:
+            return await made.unary_unary(path)(message, metadata=metadata, timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            return error
+
+
+def token(service: str = "orders") -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {signer(service).token('things')}"),)
+
+
+PATH = "/mercato.rpc.v1.things/change"
+REFUSALS: dict[str, tuple[str, bytes, Any, float | None, grpc.StatusCode, str]] = {
+    "without a token": (PATH, b"", (), 30.0, grpc.StatusCode.UNAUTHENTICATED, "untrusted"),
+    "a forged token": (PATH, b"", (("authorization", "Bearer x"),), 30.0, grpc.StatusCode.UNAUTHENTICATED, "untrusted"),
+    "no deadline": (PATH, batch(b"\x90"), token(), None, grpc.StatusCode.INVALID_ARGUMENT, "malformed_header"),
+    "no envelope": (PATH, b"\xff\xff", token(), 30.0, grpc.StatusCode.INVALID_ARGUMENT, "malformed_body"),
+    "no batch": (PATH, batch(b"{}"), token(), 30.0, grpc.StatusCode.INVALID_ARGUMENT, "malformed_body"),
+    "an empty batch": (PATH, batch(b"\x90"), token(), 30.0, grpc.StatusCode.INVALID_ARGUMENT, "wrong_batch_size"),
+    "an unknown operation": (PATH + "x", b"", token(), 30.0, grpc.StatusCode.UNIMPLEMENTED, "unknown_operation"),
+}
+
+
+@pytest.mark.parametrize(("path", "message", "metadata", "timeout", "code", "reason"), REFUSALS.values(), ids=REFUSALS)
+async def test_what_is_no_batch_is_refused_unstarted(
+    path: str, message: bytes, metadata: Any, timeout: float | None, code: grpc.StatusCode, reason: str
+):
+    async with running() as one:
+        error = await raw_call(one.address, path, message, metadata, timeout)
+
+        assert (error.code(), dict(error.trailing_metadata())[NOT_STARTED]) == (code, reason)
+        assert one.numbers == []
+
+
+async def test_a_token_is_checked_before_the_message_is_received():
+    async with running() as one, grpc.aio.insecure_channel(one.address) as made:
+        call = made.stream_unary(PATH)()  # sends no message
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await call
+        assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_caller_without_a_grant_is_forbidden_each_request():
+    async with running() as one, calling(one.address) as caller:
+        caller.transport._signer = TokenSigner("products", b"3" * 32, SystemClock())
+        assert [outcome.code for outcome in await caller.send(Ask(), Ask())] == ["forbidden", "forbidden"]
+        assert one.numbers == []
+
+
+async def test_the_metadata_have_the_release_the_token_and_the_trace():
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    recorded = remote([Place(trace_id, SAMPLED | KEPT, 0xB7AD6B7169203331)])
+    async with calling() as caller:
+        contexts = [caller.context(), caller.context(span=recorded)]
+        metadata = dict(caller.transport._metadata(Things.change, contexts))
+
+        assert metadata["mercato-version"] == "1.2.3"
+        assert metadata["authorization"].startswith("Bearer ")
+        assert metadata["traceparent"] == f"00-{trace_id}-b7ad6b7169203331-01"
+        assert "traceparent" not in dict(caller.transport._metadata(Things.change, contexts[:1]))
+
+
+async def test_calls_are_encrypted_and_the_server_is_verified(tmp_path: Path):
+    cert, key = certificate(tmp_path)
+    (tmp_path / "other").mkdir()
+    another = certificate(tmp_path / "other")[0].read_bytes()
+    async with running(tls=GrpcTls.read(cert, key)) as one:
+        async with calling(one.address, ca=cert.read_bytes()) as caller:
+            assert kinds(await caller.send(Ask(number=1))) == [Said]
+        for ca in (another, None):
+            async with calling(one.address, ca=ca) as caller:
+                with pytest.raises(Unavailable):
+                    await caller.send(Ask(number=2))
+        assert one.numbers == [1]
+
+
+def test_a_message_of_a_whole_batch_fits_its_envelope():
+    body = encode_requests([Ask(text="x" * 1_000)], [Context(CUSTOMER, 10.0, "t", "r")], 0.0)
+    assert len(batch(body)) - len(body) < 16
