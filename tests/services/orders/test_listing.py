@@ -160,9 +160,12 @@ async def test_a_customer_sees_only_their_own_orders_with_any_filters(harness: O
 # --------------------------------------------------------------------------------------------------------------- plans
 
 
-@pytest_asyncio.fixture
-async def filled(cluster: Cluster) -> AsyncGenerator[Any]:
-    """A connection to 30 000 orders as a shop has them: most are done, few are in a rare state, 10 are Alice's."""
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def filled_dsn(cluster: Cluster) -> AsyncGenerator[str]:
+    """A database of 30 000 orders as a shop has them: most are done, few are in a rare state, 10 are Alice's.
+
+    The tests only read it.
+    """
     async with (
         fresh_dsn(cluster, "orders", topology.migrations("orders")) as dsn,
         connected(dsn) as connection,
@@ -186,6 +189,13 @@ async def filled(cluster: Cluster) -> AsyncGenerator[Any]:
             """
         )
         await connection.execute("ANALYZE orders, order_products")
+        yield dsn
+
+
+@pytest_asyncio.fixture
+async def filled(filled_dsn: str) -> AsyncGenerator[Any]:
+    """A connection to that database."""
+    async with connected(filled_dsn) as connection:
         yield connection
 
 

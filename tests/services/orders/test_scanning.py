@@ -15,9 +15,9 @@ from mercato.services.orders import list_store
 from mercato.testing.actors import ALICE, BOB, STAFF
 from mercato.testing.builders import LAMP, MUG
 from services.orders.harness import MUG_MINOR, OrdersHarness, basket
-from services.orders.test_listing import filled, pages, rows_read
+from services.orders.test_listing import filled, filled_dsn, pages, rows_read
 
-__all__ = ["filled"]
+__all__ = ["filled", "filled_dsn"]
 
 START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 DAY = datetime.timedelta(days=1)

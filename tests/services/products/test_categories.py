@@ -19,9 +19,9 @@ from mercato.contracts.products import (
 )
 from mercato.services.products import store
 from mercato.testing.harness import ServiceHarness
-from services.products.test_finding import filled, rows_read
+from services.products.test_finding import filled, filled_dsn, rows_read
 
-__all__ = ["filled"]
+__all__ = ["filled", "filled_dsn"]
 
 
 async def stocked(database: Database, **counts: int) -> None:

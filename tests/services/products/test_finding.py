@@ -267,9 +267,12 @@ async def test_every_change_keeps_the_terms(
 # --------------------------------------------------------------------------------------------------------------- plans
 
 
-@pytest_asyncio.fixture
-async def filled(cluster: Cluster) -> AsyncGenerator[Any]:
-    """A connection to 20 000 products, 10 of them archived, 10 without terms, 20 of them lamps."""
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def filled_dsn(cluster: Cluster) -> AsyncGenerator[str]:
+    """A database of 20 000 products, 10 of them archived, 10 without terms, 20 of them lamps.
+
+    The tests only read it.
+    """
     async with (
         fresh_dsn(cluster, "products", topology.migrations("products")) as dsn,
         connected(dsn) as connection,
@@ -286,6 +289,13 @@ async def filled(cluster: Cluster) -> AsyncGenerator[Any]:
             """
         )
         await connection.execute("ANALYZE products")
+        yield dsn
+
+
+@pytest_asyncio.fixture
+async def filled(filled_dsn: str) -> AsyncGenerator[Any]:
+    """A connection to that database."""
+    async with connected(filled_dsn) as connection:
         yield connection
 
 
