@@ -21,6 +21,7 @@ PACKAGES: Final = (
     "@nats-io/services@3.0.0-25",
     "@nats-io/jetstream@3.4.0",
     "@msgpack/msgpack@3.1.3",
+    "pg@8.23.1",
 )
 INSTALL_SECONDS: Final = 240.0
 MISSING: Final = "the JavaScript client was not run: Node and npm are missing; install them: apt-get install nodejs npm"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from mercato.testing.caller import Buyers, everything
 from mercato.testing.process import Process, data_folder
 from mercato.testing.served import variables
 from mercato.testing.waiting import BOUND_SECONDS, wait_until
-from system.nats_js.client import MISSING, PACKAGES, Script, installed, is_missing
+from system.nats_js.client import MISSING, Script, is_missing
 
 pytestmark = [
     pytest.mark.long,
@@ -29,14 +28,6 @@ pytestmark = [
 
 EVENTS = 60
 LIST_MS = 2_000
-
-
-@pytest.fixture(scope="module")
-def packages() -> Path:
-    try:
-        return installed()
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
-        pytest.skip(f"the JavaScript client was not run: this has failed: npm install {' '.join(PACKAGES)}")
 
 
 @pytest.fixture(scope="module")
