@@ -91,8 +91,8 @@ test-all: $(VENV)/.dev ## run what takes longer: safeguards, every crash point, 
 	[ -z "$$failed" ] || { echo "safeguards: 1 failed, see above"; exit 1; }
 
 .PHONY: test-split
-test-split: $(VENV)/.dev ## run the tests of services with a host for each, over NATS and HTTP
-	@MERCATO_TEST_TRANSPORTS=nats,http $(RUN) pytest $(PARALLEL) tests/services tests/simulators tests/gateway tests/reference $(ARGS)
+test-split: $(VENV)/.dev ## run the tests of services with a host for each, over NATS, HTTP and gRPC
+	@MERCATO_TEST_TRANSPORTS=nats,http,grpc $(RUN) pytest $(PARALLEL) tests/services tests/simulators tests/gateway tests/reference $(ARGS)
 
 .PHONY: test-deploy
 test-deploy: $(VENV)/.dev ## run what needs containers, Patroni, Prometheus or Jaeger; says what it skipped and how to install it

@@ -57,7 +57,7 @@ class Round:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench-standing", description=__doc__)
-    parser.add_argument("--transport", choices=("nats", "http"), default="nats")
+    parser.add_argument("--transport", choices=("nats", "http", "grpc"), default="nats")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=15.0, help="how long products stands still in each round")
     options = parser.parse_args()

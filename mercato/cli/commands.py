@@ -10,7 +10,7 @@ from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError, valida
 from mercato import __version__
 from mercato.chassis.hosting import variables
 from mercato.cli import observing
-from mercato.cli.options import Authorization, DataFolder, ListenHost, ListenPort, LogLevel, Origins
+from mercato.cli.options import Authorization, Carrier, DataFolder, ListenHost, ListenPort, LogLevel, Origins
 
 
 def _wrong_usage(error: CycloptsError) -> str:
@@ -44,7 +44,7 @@ def up(
     split: Annotated[bool, Parameter(negative="")] = False,
     placement: Annotated[Literal["together", "split", "cluster"] | None, Parameter(env_var="MERCATO_PLACEMENT")] = None,
     replicas: Annotated[str, Parameter(env_var="MERCATO_REPLICAS")] = "",
-    transport: Annotated[Literal["nats", "http"] | None, Parameter(env_var="MERCATO_SPLIT_TRANSPORT")] = None,
+    transport: Annotated[Carrier | None, Parameter(env_var="MERCATO_SPLIT_TRANSPORT")] = None,
     auth: Authorization = None,
     cors_origin: Origins = (),
     log_level: LogLevel | None = None,
@@ -74,7 +74,8 @@ def up(
     replicas
         With --split, how many processes of each there are, where not one: orders=2,gateway=2
     transport
-        With --split, how the processes reach each other: over a NATS server of their own, or over HTTP. [default: nats]
+        With --split, how the processes reach each other: over a NATS server of their own, over HTTP, or over gRPC.
+        [default: nats]
     auth
         "open": callers without a token act as staff (loopback only). "required": they do not. [default: open on
         loopback, required elsewhere]
@@ -114,6 +115,7 @@ def serve(
     port: ListenPort = 8080,
     auth: Authorization = None,
     cors_origin: Origins = (),
+    transport: Carrier | None = None,
     credentials: Annotated[Path | None, Parameter(env_var="MERCATO_CREDENTIALS")] = None,
     log_level: LogLevel | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
@@ -122,7 +124,7 @@ def serve(
 
     Everything else comes from the environment: DATABASE_URL, MERCATO_SERVICE_SECRET and MERCATO_PUBLIC_KEYS, as
     `mercato migrate` writes them; and where the others are: NATS_URL, or MERCATO_SERVICES and MERCATO_RPC_ADDRESS for
-    HTTP. SIGTERM ends it within ten seconds, once the running requests are answered.
+    HTTP or gRPC. SIGTERM ends it within ten seconds, once the running requests are answered.
 
     Parameters
     ----------
@@ -140,6 +142,8 @@ def serve(
     cors_origin
         An origin whose pages may call the API from a browser: https://shop.example. May be given several times.
         [env: MERCATO_CORS_ORIGIN]
+    transport
+        How this process and the others call each other. [env: MERCATO_RPC_TRANSPORT]
     credentials
         The file of this process that `mercato migrate` has written, for variables that are not set. Commands that look
         at the processes of a shop read the variable too.
@@ -153,6 +157,8 @@ def serve(
     _set_log_level(log_level)
     if credentials is not None:
         variables.replace({"MERCATO_CREDENTIALS": str(credentials)})
+    if transport is not None:
+        variables.replace({"MERCATO_RPC_TRANSPORT": transport})
     return run(Options(names=(service, *more), host=host, port=port, auth=auth, cors_origins=cors_origin, json=json))
 
 

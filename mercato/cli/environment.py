@@ -242,6 +242,22 @@ def contexts(settings: ServeSettings) -> tuple[ssl.SSLContext | None, ssl.SSLCon
     return client, server
 
 
+def pem_files(settings: ServeSettings) -> tuple[bytes, bytes, bytes] | None:
+    """The contents of MERCATO_TLS_CA, _CERT and _KEY; None without encryption. Raises `SettingsError`."""
+    if contexts(settings) == (None, None):
+        return None
+    assert settings.tls_ca is not None
+    assert settings.tls_cert is not None
+    assert settings.tls_key is not None
+    return settings.tls_ca.read_bytes(), settings.tls_cert.read_bytes(), settings.tls_key.read_bytes()
+
+
+def require_grpc(what: str) -> None:
+    """Raises `SettingsError` where the libraries of gRPC are not installed."""
+    if importlib.util.find_spec("grpc") is None or importlib.util.find_spec("google.protobuf") is None:
+        raise SettingsError(f"{what} needs libraries that are not installed: pip install 'mercato[grpc]'.")
+
+
 def server_name_of(settings: ServeSettings) -> ServerName:
     """The names that the certificates of other processes must have. Raises `SettingsError`."""
     try:
@@ -251,12 +267,12 @@ def server_name_of(settings: ServeSettings) -> ServerName:
 
 
 def rpc_address(settings: ServeSettings) -> tuple[str, int]:
-    """Host and port at which this process accepts the calls of others over HTTP. Raises `SettingsError`."""
+    """Host and port at which this process accepts the calls of others, over HTTP or gRPC. Raises `SettingsError`."""
     address = host_and_port(settings.rpc_address)
     if address is None:
         raise SettingsError(
             "The setting MERCATO_RPC_ADDRESS is missing or not valid: it is where other processes call this one over "
-            "HTTP, as in 127.0.0.1:9083; with NATS_URL it is not needed."
+            "HTTP or gRPC, as in 127.0.0.1:9083; with NATS_URL it is not needed."
         )
     return address
 

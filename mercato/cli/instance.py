@@ -30,7 +30,7 @@ def main() -> None:
     from mercato.cli.split import InstanceAssignment
 
     transport, hosts, _ = sys.argv[1:]
-    importlib.import_module(f"mercato.chassis.rpc.transports.{transport}")
+    importlib.import_module(f"mercato.chassis.rpc.transports.{transport}.remote")
     topology.builds([name for name in hosts.split(",") if name in topology.SERVICES])
     owner_watch = OwnerWatch(metrics=folder_of_owner())
     assignment = owner_watch.assignment()

@@ -36,7 +36,7 @@ ONE_REGISTRY: Final = (
     "MERCATO_REGISTRY={}, a MERCATO_REGISTRY_URL of the same cluster, and the same MERCATO_PUBLIC_KEYS"
 )
 LIST_ETCD: Final = f"etcdctl get --prefix {ETCD_ROOT}"
-HTTP_REGISTRIES: Final = {
+REGISTRIES: Final = {
     "static": ("a static list", "add its address to MERCATO_SERVICES"),
     "dns": ("DNS", "look whether its name in MERCATO_SERVICES has addresses"),
     "mdns": (
@@ -92,7 +92,8 @@ def _of_folder(data: Path, settings: config.ServeSettings) -> config.ServeSettin
             f"no shop that is split runs on {data}: start it with `mercato up --split`, or name {WAY_OUT}"
         )
     nats_url = SecretStr(record.nats_url) if record.nats_url else None
-    return settings.model_copy(update={"nats_url": nats_url, "services": record.services})
+    found = {"nats_url": nats_url, "services": record.services, "rpc_transport": record.transport or "auto"}
+    return settings.model_copy(update=found)
 
 
 def operator_secret(data: Path, settings: config.ServeSettings) -> bytes:
@@ -111,7 +112,7 @@ def _remote(settings: config.ServeSettings, secret: bytes) -> tuple[str, Remote,
     def no_trust(services: object) -> Trust:
         return Trust([], {}, {}, clock, Telemetry())
 
-    if settings.nats_url is not None:
+    if settings.carrier == "nats":
         from mercato.chassis.rpc.transports.nats import NatsRemote
         from mercato.cli import nats
 
@@ -119,10 +120,16 @@ def _remote(settings: config.ServeSettings, secret: bytes) -> tuple[str, Remote,
         where = f"NATS at {connections[name].address}"
         remote = NatsRemote(connections, signers, no_trust, clock, stats, metadata={})
         return where, remote, "look into its log for `nats_not_connected` or `nats_refused`"
+    if settings.carrier == "grpc":
+        from mercato.cli import over_grpc
+
+        by, missing = REGISTRIES[settings.registry]
+        remote = over_grpc.connected(settings, signers, no_trust, clock, stats, serves=False)
+        return f"{by} over gRPC", remote, missing
     from mercato.chassis.rpc.transports.http.remote import HttpRemote
 
     tls, _ = environment.contexts(settings)
-    by, missing = HTTP_REGISTRIES[settings.registry]
+    by, missing = REGISTRIES[settings.registry]
     registry, _ = environment.registry(settings)
     names = environment.server_name_of(settings)
     remote = HttpRemote(registry, signers, no_trust, clock, stats, tls=tls, server_name=names)

@@ -13,3 +13,6 @@ ListenPort = Annotated[int, Parameter(env_var="MERCATO_LISTEN_PORT", validator=v
 Authorization = Annotated[Literal["open", "required"] | None, Parameter(env_var="MERCATO_AUTH")]
 Origins = Annotated[tuple[str, ...], Parameter(negative="")]
 LogLevel = Literal["debug", "info", "warning", "error"]
+
+Carrier = Literal["nats", "http", "grpc"]
+"""How processes call each other."""

@@ -3,7 +3,7 @@
 Its environment has everything that it needs, as in a container (`environment.py`). It has no administrator's DSN and
 only the secrets of its services, and changes no database: `mercato migrate` does. It serves the routes of the public
 API of its services, `/health/live`, `/health/ready` and `/metrics` on its port; other processes reach its
-operations over NATS, or on a second port over HTTP.
+operations over NATS, or on a second port over HTTP or gRPC.
 
     SIGTERM ──► not ready ──► accepts no more batches ──► answers running ones ──► closes      within ten seconds
 """
@@ -244,7 +244,7 @@ class _Serving:
 
     async def _bridge(self, host: Host, remote: Remote) -> None:
         """Publishes the feed, if there is NATS and this process serves the feed."""
-        if self._settings.nats_url is not None:
+        if self._settings.carrier == "nats":
             from mercato.chassis.rpc.transports.nats import NatsRemote
             from mercato.cli import nats
 
@@ -264,8 +264,13 @@ class _Serving:
             return Trust(list(services), given.public_keys, topology.grants(), self._clock, self._telemetry)
 
         # Imported here: each transport has a client library, which takes as long to import as most of the rest.
-        if self._settings.nats_url is None:
+        if self._settings.carrier == "http":
             return self._over_http(signers, trust_of, stack)
+        if self._settings.carrier == "grpc":
+            from mercato.cli import over_grpc
+
+            serves = bool(self._services)
+            return over_grpc.connected(self._settings, signers, trust_of, self._clock, self._stats, serves=serves)
         from mercato.chassis.rpc.transports.nats import NatsRemote
         from mercato.cli import nats
 

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple, Self
+from typing import Final, Literal, NamedTuple, Self
 
 import msgspec
 
@@ -28,6 +28,7 @@ from mercato.chassis.hosting import variables
 from mercato.chassis.hosting.host import GATEWAY
 from mercato.chassis.observability.telemetry import MULTIPROCESS_VARIABLE
 from mercato.cli.logs import OWNER, log_file
+from mercato.cli.options import Carrier
 from mercato.cli.shared_metrics import MetricsFolder
 from mercato.cli.starting import Auth, CannotStart
 from mercato.cli.worker import ask_to_stop
@@ -85,11 +86,13 @@ class RunningProcesses(msgspec.Struct, frozen=True):
     """The process that starts them. If it has ended, the shop was killed, and the record is obsolete."""
     nats_url: str = ""
     services: str = ""
-    """The value of MERCATO_SERVICES, if they call each other over HTTP."""
+    """The value of MERCATO_SERVICES, if they call each other over HTTP or gRPC."""
     urls: Mapping[str, str] = {}
     """The URL at which each ready process serves clients, health and metrics, by its name; the owner only metrics."""
     diagnostics: Mapping[str, str] = {}
     """The address at which each ready process answers the operator, by its name."""
+    transport: Carrier | Literal[""] = ""
+    """How they call each other; empty for a shop that is not split."""
 
 
 class ProcessFailed(Exception):
@@ -110,7 +113,7 @@ def with_replicas(placement: Placement, wanted: str) -> Placement:
 
 
 def planned(
-    placement: Placement, transport: str, listener: socket.socket, counts: int, metrics: MetricsFolder | None
+    placement: Placement, transport: Carrier, listener: socket.socket, counts: int, metrics: MetricsFolder | None
 ) -> list[SupervisedProcess]:
     """All processes of a placement, before their assignments. Gateways will listen on `listener`.
 
@@ -142,7 +145,7 @@ def assign(
     """Assigns to each process of a placement what it serves. `given` are the variables of each service and the gateway.
 
     Each has a file of its log in the data folder. Gateways listen on `host`, the others on loopback. With `nats_url`
-    None, they call each other over HTTP.
+    None, they call each other by their addresses.
     """
     where: Mapping[str, Sequence[str]] = _addresses(placement) if nats_url is None else {}
     common = {"NATS_URL": nats_url or "", "MERCATO_SERVICES": _listed(placement, where)}
@@ -152,6 +155,7 @@ def assign(
             variables.update(given[hosted])
         variables["MERCATO_DIAGNOSTICS_ADDRESS"] = f"{LOOPBACK}:0"
         variables["MERCATO_LOG_FILE"] = str(log_file(data, instance.name))
+        variables["MERCATO_RPC_TRANSPORT"] = instance.transport
         if instance.process in where:
             variables["MERCATO_RPC_ADDRESS"] = where[instance.process][instance.number]
         instance.assign(
@@ -166,11 +170,18 @@ def assign(
         )
 
 
-def write_record(file: Path, nats_url: str = "", services: str = "", **found: Mapping[str, str]) -> None:
+def write_record(
+    file: Path,
+    nats_url: str = "",
+    services: str = "",
+    transport: Carrier | Literal[""] = "",
+    **found: Mapping[str, str],
+) -> None:
     """Writes the record of the processes that this one starts, itself included; see `RunningProcesses`."""
     owner = processes.process_at(os.getpid())
     assert owner is not None
-    write_atomically(file, msgspec.json.encode(RunningProcesses(owner, nats_url, services, **found)))
+    record = RunningProcesses(owner, nats_url, services, transport=transport, **found)
+    write_atomically(file, msgspec.json.encode(record))
 
 
 @contextlib.contextmanager
@@ -200,7 +211,12 @@ class ProcessFile:
         urls = {OWNER: self._metrics, **{instance.name: instance.url for instance in self._made if instance.url}}
         diagnostics = {instance.name: instance.diagnostics for instance in self._made if instance.diagnostics}
         write_record(
-            self._file, environment["NATS_URL"], environment["MERCATO_SERVICES"], urls=urls, diagnostics=diagnostics
+            self._file,
+            environment["NATS_URL"],
+            environment["MERCATO_SERVICES"],
+            self._made[0].transport,
+            urls=urls,
+            diagnostics=diagnostics,
         )
 
     def __enter__(self) -> Self:
@@ -257,11 +273,11 @@ class SupervisedProcess:
     It begins to import at once, which is the longest part of its start, and waits for `assign`.
     """
 
-    def __init__(self, process: str, plan: ProcessPlan, number: int, transport: str, shared: Shared | None) -> None:
+    def __init__(self, process: str, plan: ProcessPlan, number: int, transport: Carrier, shared: Shared | None) -> None:
         self.name = f"{process}.{number + 1}" if plan.replicas > 1 else process
         self.process = process
         self.plan = plan
-        self.transport = transport
+        self.transport: Carrier = transport
         self.number = number
         """Among the replicas, from 0."""
         self.shared = shared

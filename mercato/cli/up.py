@@ -33,6 +33,7 @@ from mercato.cli import diagnostics, environment, owner_metrics, preparing, stop
 from mercato.cli.hosting import hosted, tune_garbage_collection
 from mercato.cli.keeping import kept
 from mercato.cli.logs import OWNER, log_file
+from mercato.cli.options import Carrier
 from mercato.cli.progress import Progress, fail
 from mercato.cli.settings import load
 from mercato.cli.shared_metrics import MetricsFolder
@@ -78,7 +79,7 @@ class Options(msgspec.Struct, frozen=True):
     cors_origins: tuple[str, ...]
     placement: Literal["together", "split", "cluster"]
     replicas: str
-    transport: Literal["nats", "http"] | None
+    transport: Carrier | None
     json: bool
 
 
@@ -153,7 +154,9 @@ class _Up:
             raise CannotStart(
                 "--workers is for a shop in one place; with --split, name the processes: --replicas gateway=2,orders=2"
             )
-        self._transport = options.transport or "nats"
+        self._transport: Carrier = options.transport or "nats"
+        if self._transport == "grpc":
+            environment.require_grpc("--transport grpc")
         self._placement = with_replicas(placements.read(options.placement), options.replicas)
         self._progress = Progress(as_json=options.json)
         self._stop = asyncio.Event()

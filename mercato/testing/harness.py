@@ -142,7 +142,7 @@ class ServiceHarness:
         dsns = {name: dsns.get(name, shared) for name in builds}
         secrets = service_secrets(TEST_SECRET, {*builds, *topology.CALLERS, TEST})
         host: Host | SplitHosts
-        if self.transport in ("http", "nats"):
+        if self.transport in ("http", "nats", "grpc"):
             host = SplitHosts(builds, dsns, secrets=secrets, options=self.options, transport=self.transport)
         else:
             host = Host(

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import socket
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -50,18 +50,20 @@ class SplitHosts:
         *,
         secrets: Mapping[str, bytes],
         options: Mapping[str, str],
-        transport: Literal["http", "nats"],
+        transport: Literal["http", "nats", "grpc"],
     ) -> None:
         self.clock: Clock = SystemClock()
         self.telemetry = Telemetry()
         self._secrets = secrets
         self._listeners: dict[str, socket.socket] = {}
+        self._transport = transport
         self._nats_port = 0
         self._closing = contextlib.AsyncExitStack()
         if transport == "nats":
             self._nats_port = free_port()
-        else:
+        elif transport == "http":
             self._listeners = {name: bind(HOST, 0) for name in builds}
+        self._registered = RegisteredInstances()
         self._registry = StaticRegistry(
             {
                 contract: [Instance(contract, f"{HOST}:{listener.getsockname()[1]}", name)]
@@ -94,12 +96,25 @@ class SplitHosts:
 
         signers = {name: TokenSigner(name, signing_seed(self._secrets[name]), self.clock)}
         stats = Stats(name, __version__)
-        if not self._nats_port:
+        if self._transport == "grpc":
+            return self._over_grpc(name, signers, trust_of, stats)
+        if self._transport == "http":
             listener = self._listeners.get(name)
             return HttpRemote(self._registry, signers, trust_of, self.clock, stats, listener=listener)
         password = nats_password(self._secrets[name])
         connection = NatsConnection(f"nats://{HOST}:{self._nats_port}", name, password, name)
         return NatsRemote({name: connection}, signers, trust_of, self.clock, stats, metadata={})
+
+    def _over_grpc(
+        self, name: str, signers: Mapping[str, TokenSigner], trust_of: Callable[[Collection[str]], Trust], stats: Stats
+    ) -> Remote:
+        """gRPC binds its own sockets: an instance has an address when it serves, and registers itself then."""
+        from mercato.chassis.rpc.transports.grpc.remote import GrpcRemote
+
+        known, serves = self._registered, name in topology.SERVICES
+        return GrpcRemote(
+            known, signers, trust_of, self.clock, stats, registrar=known, listen_at=(HOST, 0) if serves else None
+        )
 
     async def _start_nats(self) -> None:
         folder = Path(self._closing.enter_context(tempfile.TemporaryDirectory(prefix="mercato-test-")))
@@ -143,6 +158,41 @@ class SplitHosts:
         await self._closing.aclose()
         for listener in self._listeners.values():
             listener.close()
+
+
+class RegisteredInstances:
+    """A registry within the process: see `Registry` and `Registrar`."""
+
+    def __init__(self) -> None:
+        self._instances: list[Instance] = []
+        self._watching: list[Callable[[str], None]] = []
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    def instances(self, service: str) -> Sequence[Instance]:
+        return [instance for instance in self._instances if instance.service == service]
+
+    def watch(self, changed: Callable[[str], None]) -> Callable[[], None]:
+        self._watching.append(changed)
+        return lambda: self._watching.remove(changed)
+
+    def problem(self) -> str:
+        return ""
+
+    async def register(self, instance: Instance) -> None:
+        self._instances.append(instance)
+        self._notify(instance)
+
+    async def deregister(self, instance: Instance) -> None:
+        if instance in self._instances:
+            self._instances.remove(instance)
+            self._notify(instance)
+
+    def _notify(self, instance: Instance) -> None:
+        for changed in tuple(self._watching):
+            changed(instance.service)
 
 
 def every_operation() -> Sequence[Operation[Any, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Final, Literal, cast
 
-AnyTransport = Literal["local", "loopback", "http", "nats"]
+AnyTransport = Literal["local", "loopback", "http", "nats", "grpc"]
 
 TRANSPORTS: Final = [
     cast(AnyTransport, name) for name in os.environ.get("MERCATO_TEST_TRANSPORTS", "local,loopback").split(",")

@@ -37,7 +37,9 @@ def keeper(data: Path) -> Iterator[SharedProcess]:
         made.stop()
 
 
-@pytest.fixture(params=["nats", pytest.param("http", marks=pytest.mark.long)], scope="module")
+@pytest.fixture(
+    params=["nats", *(pytest.param(name, marks=pytest.mark.long) for name in ("http", "grpc"))], scope="module"
+)
 def transport(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -341,7 +343,8 @@ def test_doctor_says_what_it_sees_and_what_it_does_not(shop: Process, transport:
     recovered(shop)
     well = command(shop, "doctor")
     assert well.returncode == 0, well.stderr
-    assert ("NATS at 127.0.0.1" if transport == "nats" else "a static list over HTTP") in well.stdout
+    where = {"nats": "NATS at 127.0.0.1", "http": "a static list over HTTP", "grpc": "a static list over gRPC"}
+    assert where[transport] in well.stdout
     assert f"answers (pid {users.pid}, release" in well.stdout
     pause(users)
     try:

@@ -100,10 +100,13 @@ class Settings(BaseSettings):
 class ServeSettings(Settings):
     """Further settings of a process that serves some of the services, while other processes serve the rest."""
 
+    rpc_transport: Literal["auto", "nats", "http", "grpc"] = "auto"
+    """How the processes call each other; all of a shop the same. `auto`: over NATS with NATS_URL, else over HTTP.
+    `grpc` needs the extra `grpc`."""
     nats_url: Annotated[SecretStr | None, Field(validation_alias="NATS_URL")] = None
     """The NATS server: `nats://orders:PASSWORD@127.0.0.1:4222`. Without it the processes call each other over HTTP."""
     services: str = ""
-    """The addresses of the other processes, over HTTP: `orders=127.0.0.1:9083; users=127.0.0.1:9081,127.0.0.1:9181`."""
+    """Where the other processes are, for HTTP or gRPC: `orders=127.0.0.1:9083; users=127.0.0.1:9081,127.0.0.1:9181`."""
     registry: Literal["static", "dns", "mdns", "etcd", "consul"] = "static"
     """`dns`: MERCATO_SERVICES has a name for each service, whose addresses are looked up again and again. `mdns`: the
     processes on a network find each other; MERCATO_SERVICES is not read. `etcd`, `consul`: they register there."""
@@ -124,21 +127,28 @@ class ServeSettings(Settings):
     diagnostics_address: str = ""
     """The address at which this process answers the operator (`mercato trace --at`): `127.0.0.1:9190`. Empty: none."""
     rpc_address: str = ""
-    """The address at which this process accepts the calls of others, over HTTP: `127.0.0.1:9083`."""
+    """The address at which this process accepts the calls of others, over HTTP or gRPC: `127.0.0.1:9083`."""
     public_keys: str = ""
     """The public keys of all callers, as `mercato migrate` writes them."""
     tls_ca: Path | None = None
     """The certificates (PEM) by which others are verified. With it, every connection between processes is encrypted."""
     tls_cert: Path | None = None
-    """The certificate (PEM) of this process, for those that call it over HTTP."""
+    """The certificate (PEM) of this process, for those that call it over HTTP or gRPC."""
     tls_key: Path | None = None
     """The private key (PEM) of that certificate."""
     tls_name: str = ""
-    """The name in the certificates of processes that are called over HTTP: `{service}.shop.svc`, where `{service}` is
-    orders, users and so on. Empty: with `dns` the name in MERCATO_SERVICES, else the host of the address; `{address}`:
+    """The name in the certificates of processes, for HTTP or gRPC: `{service}.shop.svc`, where `{service}` is orders,
+    users and so on. Empty: with `dns` the name in MERCATO_SERVICES, else the host of the address; `{address}`:
     the latter always."""
     plaintext: Literal["loopback", "everywhere"] = "loopback"
     """Where connections may go without TLS; `everywhere` is for networks that encrypt by themselves."""
+
+    @property
+    def carrier(self) -> Literal["nats", "http", "grpc"]:
+        """How the processes call each other."""
+        if self.rpc_transport == "auto":
+            return "http" if self.nats_url is None else "nats"
+        return self.rpc_transport
 
 
 def variable_of(service: str, name: str, *, alone: bool) -> str:
@@ -181,6 +191,8 @@ def load(kind: type[S] = Settings) -> S:
             "The setting MERCATO_BREAKER_OPEN_SECONDS is not valid: it must be at most "
             f"MERCATO_BREAKER_LONGEST_OPEN_SECONDS ({settings.breaker_longest_open_seconds:g})."
         )
+    if isinstance(settings, ServeSettings) and settings.carrier == "nats" and settings.nats_url is None:
+        raise SettingsError("The setting NATS_URL is missing, while MERCATO_RPC_TRANSPORT is nats.")
     if 0 < settings.audit_seconds < LEAST_AUDIT_SECONDS:
         raise SettingsError("The setting MERCATO_AUDIT_SECONDS is not valid: it must be 0, or at least 1.")
     return settings

@@ -124,7 +124,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make chaos", description="Kill a shop under load, and audit what is left.")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long faults are injected (60)")
     parser.add_argument("--seed", type=int, default=None, help="the schedule and the mix of another run")
-    parser.add_argument("--split", choices=("nats", "http"), help="each service as processes of its own, two of each")
+    parser.add_argument(
+        "--split", choices=("nats", "http", "grpc"), help="each service as processes of its own, two of each"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args()
     if options.seed is None:

@@ -14,7 +14,7 @@ def options(prog: str, description: str, *, transport: str) -> argparse.Namespac
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--transport", choices=("nats", "http"), default=transport)
+    parser.add_argument("--transport", choices=("nats", "http", "grpc"), default=transport)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser.parse_args()
 

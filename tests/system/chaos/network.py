@@ -149,7 +149,7 @@ def wired(admin_dsn: str, folder: Path, transport: str) -> Generator[Wired]:
             listening = {name: free_address() for name in SERVICES}
         running: dict[str, Served] = {}
         for name in (*SERVICES, GATEWAY):
-            own = variables(given / f"{name}.env") | dict(ENVIRONMENT)
+            own = variables(given / f"{name}.env") | dict(ENVIRONMENT) | {"MERCATO_RPC_TRANSPORT": transport}
             if name != GATEWAY:
                 database = links.make(f"{name} > postgres", postgres)
                 dsn = f"DATABASE_URL_{name.upper()}"

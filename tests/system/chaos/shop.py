@@ -87,7 +87,7 @@ class ShopUnderTest:
     """Keeps a shop running on `data`, and injects faults. `up` is set, and `url` true, while it takes requests."""
 
     def __init__(self, data: Path, transport: str | None = None) -> None:
-        """`transport`: each service is a process of its own, twice, over `nats` or `http`; None: workers."""
+        """`transport`: each service is a process of its own, twice, over `nats`, `http` or `grpc`; None: workers."""
         self.data = data
         self.is_split = transport is not None
         self._options = (

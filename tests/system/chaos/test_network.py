@@ -13,7 +13,7 @@ SECONDS = 25.0
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("transport", ["http", "nats"])
+@pytest.mark.parametrize("transport", ["http", "nats", "grpc"])
 def test_links_that_fail_lose_nothing_and_let_nothing_wait_for_ever(cluster: Cluster, tmp_path: Path, transport: str):
     result = campaign(cluster.server.admin_dsn, tmp_path, seconds=SECONDS, seed=1, transport=transport)
 

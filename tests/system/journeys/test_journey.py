@@ -19,12 +19,13 @@ PLACES: Final[Mapping[str, tuple[tuple[str, ...], Mapping[str, str]]]] = {
     "loopback": (("--auth", "open"), {"MERCATO_TRANSPORT": "loopback"}),
     "nats": (("--auth", "required", "--split", "--transport", "nats"), {}),
     "http": (("--auth", "required", "--split", "--transport", "http"), {}),
+    "grpc": (("--auth", "required", "--split", "--transport", "grpc"), {}),
 }
 """The transport that sends all calls twice is refused where tokens are required."""
 
 
 @pytest.mark.parametrize(
-    "place", ["local", "nats", *(pytest.param(place, marks=pytest.mark.long) for place in ("loopback", "http"))]
+    "place", ["local", "nats", *(pytest.param(place, marks=pytest.mark.long) for place in ("loopback", "http", "grpc"))]
 )
 def test_from_registration_to_an_order_that_survives_a_kill(place: str):
     options, environment = PLACES[place]
