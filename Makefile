@@ -28,6 +28,9 @@ QUICK ?=
 # What builds and runs the images, and under which tag; BUILD has more options: BUILD="--build-arg PYTHON_IMAGE=...".
 ENGINE ?= $(if $(shell command -v docker 2>/dev/null),docker,podman)
 COMPOSE ?= $(if $(filter podman,$(ENGINE)),podman-compose,docker compose)
+# podman-compose makes of each dependency one that Podman requires to run, but `migrate` ends. What starts too early is
+# started again.
+COMPOSE_UP := $(if $(filter podman-compose,$(COMPOSE)),--no-deps)
 IMAGES ?= gateway users products inventory sandbox payments orders events migrate all
 TAG ?= latest
 BUILD ?=
@@ -143,7 +146,7 @@ images: ## build an image for each service, the gateway, migrate and the whole s
 
 .PHONY: compose
 compose: deploy/compose.env ## start the images with PostgreSQL and NATS (ARGS="--profile observability up", "down --volumes")
-	@$(COMPOSE) --file deploy/compose.yaml --env-file deploy/compose.env $(or $(ARGS),up)
+	@$(COMPOSE) --file deploy/compose.yaml --env-file deploy/compose.env $(or $(ARGS),up $(COMPOSE_UP))
 
 deploy/compose.env:
 	@echo "making the passwords of this machine in $@"

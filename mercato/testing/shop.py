@@ -29,8 +29,75 @@ STAFF_EMAIL = "staff@example.com"
 STAFF_PASSWORD = "a password for the tests"
 
 
-class Shop:
-    """A running shop with the demo data, and a client for it. Alice is user 1, Bob is user 2."""
+class ShopClient:
+    """A client of a running shop with the demo data. Alice is user 1, Bob is user 2."""
+
+    def __init__(self, url: str, default_token: str | None = None) -> None:
+        """`default_token`: the access token of requests that name none."""
+        self.url = url
+        self.default_token = default_token
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        self._tokens: dict[str, str] = {}
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    # ---------------------------------------------------------------------------------------------------- requests
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        raw: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        token: str | None = None,
+    ) -> Response:
+        """Sends `body` as JSON, or `raw` as it is (give the Content-Type then)."""
+        sent = dict(headers or {})
+        if (token := token or self.default_token) is not None:
+            sent["Authorization"] = f"Bearer {token}"
+        data = raw
+        if body is not None:
+            data = json.dumps(body).encode()
+            sent.setdefault("Content-Type", "application/json")
+        async with self._session.request(
+            method, self.url + path, data=data, headers=sent, allow_redirects=False
+        ) as answer:
+            return Response(answer.status, {k.lower(): v for k, v in answer.headers.items()}, await answer.read())
+
+    async def get(self, path: str, **options: Any) -> Response:
+        return await self.request("GET", path, **options)
+
+    async def post(self, path: str, body: Any = None, **options: Any) -> Response:
+        return await self.request("POST", path, body, **options)
+
+    async def patch(self, path: str, body: Any = None, **options: Any) -> Response:
+        return await self.request("PATCH", path, body, **options)
+
+    async def put(self, path: str, body: Any = None, **options: Any) -> Response:
+        return await self.request("PUT", path, body, **options)
+
+    # ------------------------------------------------------------------------------------------------------ tokens
+
+    async def token(self, email: str, password: str = DEMO_PASSWORD) -> str:
+        """An access token; it signs in once for each e-mail."""
+        if email not in self._tokens:
+            reply = await self.post("/login", {"email": email, "password": password})
+            assert reply.status == 200, reply.body
+            self._tokens[email] = reply.json["access_token"]
+        return self._tokens[email]
+
+    async def alice(self) -> str:
+        return await self.token("alice@example.com")
+
+    async def bob(self) -> str:
+        return await self.token("bob@example.com")
+
+
+class Shop(ShopClient):
+    """A shop that runs here, and a client for it."""
 
     load: Shedder
     """The gateway's requests in work and in the queue."""
@@ -38,13 +105,11 @@ class Shop:
     def __init__(
         self, harness: ServiceHarness, url: str, stop: asyncio.Event, serving: asyncio.Task[None], *, is_open: bool
     ) -> None:
+        super().__init__(url)
         self.harness = harness
-        self.url = url
         self.is_open = is_open
         self._stop = stop
         self._serving = serving
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
-        self._tokens: dict[str, str] = {}
 
     @classmethod
     async def start(
@@ -91,63 +156,10 @@ class Shop:
         return shop
 
     async def close(self) -> None:
-        await self._session.close()
+        await super().close()
         self._stop.set()
         await self._serving
         await self.harness.close()
-
-    # ---------------------------------------------------------------------------------------------------- requests
-
-    async def request(
-        self,
-        method: str,
-        path: str,
-        body: Any = None,
-        *,
-        raw: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-        token: str | None = None,
-    ) -> Response:
-        """Sends `body` as JSON, or `raw` as it is (give the Content-Type then)."""
-        sent = dict(headers or {})
-        if token is not None:
-            sent["Authorization"] = f"Bearer {token}"
-        data = raw
-        if body is not None:
-            data = json.dumps(body).encode()
-            sent.setdefault("Content-Type", "application/json")
-        async with self._session.request(
-            method, self.url + path, data=data, headers=sent, allow_redirects=False
-        ) as answer:
-            return Response(answer.status, {k.lower(): v for k, v in answer.headers.items()}, await answer.read())
-
-    async def get(self, path: str, **options: Any) -> Response:
-        return await self.request("GET", path, **options)
-
-    async def post(self, path: str, body: Any = None, **options: Any) -> Response:
-        return await self.request("POST", path, body, **options)
-
-    async def patch(self, path: str, body: Any = None, **options: Any) -> Response:
-        return await self.request("PATCH", path, body, **options)
-
-    async def put(self, path: str, body: Any = None, **options: Any) -> Response:
-        return await self.request("PUT", path, body, **options)
-
-    # ------------------------------------------------------------------------------------------------------ tokens
-
-    async def token(self, email: str, password: str = DEMO_PASSWORD) -> str:
-        """An access token; it signs in once for each e-mail."""
-        if email not in self._tokens:
-            reply = await self.post("/login", {"email": email, "password": password})
-            assert reply.status == 200, reply.body
-            self._tokens[email] = reply.json["access_token"]
-        return self._tokens[email]
-
-    async def alice(self) -> str:
-        return await self.token("alice@example.com")
-
-    async def bob(self) -> str:
-        return await self.token("bob@example.com")
 
     async def staff(self) -> str:
         return await self.token(STAFF_EMAIL, STAFF_PASSWORD)

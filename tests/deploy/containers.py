@@ -103,13 +103,18 @@ def build(targets: Collection[str], tag: str = TAG, commit: str | None = None) -
 
 def stand_in(name: str, image: str) -> str:
     """`image` where it is here, else the stand-in that is built for it."""
+    return _stand_in(name, image, "Dockerfile", {"requirements/runtime.txt": ROOT / "requirements/runtime.txt"})
+
+
+def _stand_in(name: str, image: str, file: str, copied: Mapping[str, Path]) -> str:
     if _has("image", "inspect", image):
         return image
     context = io.BytesIO()
     with tarfile.open(fileobj=context, mode="w") as made:
         made.add(STAND_INS, "tests/deploy/stand_ins", filter=_without_caches)
-        made.add(ROOT / "requirements/runtime.txt", "requirements/runtime.txt")
-    file = "tests/deploy/stand_ins/Dockerfile"
+        for to, path in copied.items():
+            made.add(path, to, filter=_without_caches)
+    file = f"tests/deploy/stand_ins/{file}"
     _build(context.getvalue(), "--file", file, "--target", name, "--tag", f"{name}-stand-in")
     return f"{name}-stand-in"
 
@@ -119,6 +124,38 @@ def images_of_others() -> Mapping[str, str]:
     return {
         "POSTGRES_IMAGE": stand_in("postgres", "postgres:18"),
         "NATS_IMAGE": stand_in("nats", "nats:2.12-alpine"),
+    }
+
+
+OBSERVERS: Final[Mapping[str, str]] = {
+    "prometheus": "prom/prometheus:v3.5.0",
+    "jaeger": "jaegertracing/jaeger:2.13.0",
+    "collector": "otel/opentelemetry-collector-contrib:0.150.0",
+}
+"""The services of the profile `observability` that are tried, and their images. There is no stand-in for Grafana's."""
+
+
+@functools.cache
+def missing_observers() -> str:
+    """Why the profile `observability` cannot be tried here, with the commands that change it; empty where it can."""
+    absent = [image for image in OBSERVERS.values() if not _has("image", "inspect", image)]
+    if not absent or shutil.which("jaeger"):
+        return ""
+    return (
+        f"the profile `observability` was not tried: docker pull {' '.join(absent)}, or where no registry is reached, "
+        "build Jaeger, and put it on the PATH: go mod init tools && "
+        "go get -tool github.com/jaegertracing/jaeger/cmd/jaeger@v1.76.0 && "
+        "CGO_ENABLED=0 go build -o jaeger github.com/jaegertracing/jaeger/cmd/jaeger"
+    )
+
+
+def images_of_observers() -> Mapping[str, str]:
+    """By the variables of `deploy/compose.yaml`."""
+    found = shutil.which("jaeger")
+    program = {} if found is None else {"jaeger": Path(found)}
+    return {
+        f"{name.upper()}_IMAGE": _stand_in(name, image, "observability.Dockerfile", program)
+        for name, image in OBSERVERS.items()
     }
 
 
@@ -171,7 +208,8 @@ class Composed:
 
     def __init__(self) -> None:
         self.project = f"mercato-test-{os.getpid()}"
-        self.ports = {name: int(free_address().rpartition(":")[2]) for name in (GATEWAY, "users", "products", "orders")}
+        published = (GATEWAY, "users", "products", "orders", *OBSERVERS)
+        self.ports = {name: int(free_address().rpartition(":")[2]) for name in published}
         self._folder = tempfile.TemporaryDirectory(prefix="mercato-test-")
         environment = {
             **images_of_others(),
@@ -181,6 +219,9 @@ class Composed:
             **{name: os.urandom(24).hex() for name in ("POSTGRES_PASSWORD", "MERCATO_SECRET", "MERCATO_METRICS_TOKEN")},
             "GRAFANA_PASSWORD": "unused",
         }
+        if not missing_observers():
+            endpoint = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318", "MERCATO_TRACE_SHARE": "1"}
+            environment |= {**images_of_observers(), **endpoint}
         self._file = Path(self._folder.name) / "compose.env"
         self._file.write_text("".join(f"{name}={value}\n" for name, value in environment.items()))
         self.metrics_token = environment["MERCATO_METRICS_TOKEN"]
@@ -203,6 +244,10 @@ class Composed:
         self.compose("--profile", "*", "down", "--volumes", "--timeout", "15")
         self._folder.cleanup()
 
+    def observe(self) -> None:
+        """Starts what of the profile `observability` is tried."""
+        self.compose("up", "--detach", *OBSERVERS)
+
     def url(self, service: str = GATEWAY) -> str:
         return f"http://127.0.0.1:{self.ports[service]}"
 
@@ -215,8 +260,13 @@ class Composed:
         assert found is not None
         return found[1]
 
+    @functools.cached_property
+    def staff_token(self) -> str:
+        """The first access token of staff: for a quarter of an hour."""
+        return self.token()
+
     def token(self) -> str:
-        """An access token of staff."""
+        """A new access token of staff."""
         with Caller(self.url()) as caller:
             return signed_in(caller, self.staff_password)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from deploy.containers import (
     ACCOUNT,
@@ -25,12 +27,19 @@ from deploy.containers import (
     docker,
     inspected,
     missing,
+    missing_observers,
     signed_in,
     wait_until_healthy,
 )
+from deploy.prometheus import rules
+from deploy.test_jaeger import Query
 from docs.test_tour import BLOCKS, commands
 from mercato import topology
 from mercato.testing.caller import Caller
+from mercato.testing.shop import ShopClient
+from mercato.testing.waiting import wait_until
+from reference import test_as_printed
+from system.tracing import paid_order
 
 WHOLE = ("migrate", "all")
 LARGEST_BYTES = 150_000_000
@@ -168,12 +177,69 @@ def test_the_tour_of_the_readme_runs_against_compose(shop: Composed, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("service", "request_line"),
-    [("users", "/users/1"), ("products", "/products/100"), ("orders", "/orders?user_id=1"), ("gateway", "/users?id=1")],
+    ("service", "line", "body", "status"),
+    [
+        ("users", "GET /users/1", None, 200),
+        ("users", "GET /user/1", None, 200),
+        ("users", "GET /customers/1", None, 200),
+        ("products", "GET /products/100", None, 200),
+        ("products", "GET /products/p1", None, 200),
+        ("orders", "GET /orders?user_id=1", None, 200),
+        ("orders", "POST /orders", {"user_id": "1", "product_ids": ["p1", "p2"]}, 201),
+        ("orders", "POST /payments/process?order_id=999999999&amount=1299.99", None, 404),
+        ("products", "GET /user/1", None, 404),
+        ("gateway", "GET /users?id=1", None, 200),
+    ],
 )
-def test_a_service_answers_its_rows_on_its_port(shop: Composed, service: str, request_line: str):
-    with Caller(shop.url(service), shop.token()) as caller:
-        assert caller.get(request_line).status == 200
+def test_a_service_answers_its_rows_on_its_port(shop: Composed, service: str, line: str, body: Any, status: int):
+    with Caller(shop.url(service), shop.staff_token) as caller:
+        answer = caller.call(*line.split(), body=body)
+        assert answer.status == status, answer.text
+
+
+@pytest_asyncio.fixture
+async def open_shop(shop: Composed) -> AsyncGenerator[ShopClient]:
+    """In the role of staff, as the callers of an open shop are."""
+    client = ShopClient(shop.url(), shop.staff_token)
+    yield client
+    await client.close()
+
+
+@pytest_asyncio.fixture
+async def guarded_shop(shop: Composed) -> AsyncGenerator[ShopClient]:
+    client = ShopClient(shop.url())
+    yield client
+    await client.close()
+
+
+# The requests of the reference systems, byte for byte: the tests of these names, of the shop of the fixtures above.
+for name in (
+    "test_a_an_order_of_an_item_and_an_amount",
+    "test_a_another_amount_than_that_of_the_catalogue_is_refused",
+    "test_a_wrong_fields_have_the_names_of_the_form",
+    "test_a_a_payment_is_processed_by_query_parameters",
+    "test_a_what_is_not_a_number_is_named",
+    "test_a_an_unknown_order_is_not_found",
+    "test_a_another_amount_than_is_due_is_a_conflict",
+    "test_a_a_payment_that_the_provider_refuses_is_402",
+    "test_a_payments_are_processed_by_post_alone",
+    "test_b_users_are_an_array",
+    "test_b_orders_of_a_user_are_an_array",
+    "test_b_an_unknown_user_has_no_orders",
+    "test_c_a_customer_orders_items",
+    "test_c_without_a_customer_the_field_is_named",
+    "test_c_an_order_can_be_read_by_its_number",
+    "test_c_a_customer_has_a_name_and_an_email",
+    "test_c_a_customer_who_does_not_exist_orders_nothing",
+    "test_d_an_order_of_products_by_sku_is_confirmed",
+    "test_d_a_product_that_is_named_twice_is_bought_twice",
+    "test_d_a_sku_that_there_is_not_is_named",
+    "test_d_a_product_is_found_by_its_sku_or_number",
+    "test_d_a_user_has_a_username",
+    "test_d_an_account_is_opened_without_a_password",
+    "test_d_what_is_wrong_with_an_account_has_the_names_of_the_form",
+):
+    globals()[name] = getattr(test_as_printed, name)
 
 
 def test_a_container_has_the_credentials_of_its_process_alone(shop: Composed):
@@ -217,3 +283,51 @@ def test_the_operator_sees_every_process(shop: Composed):
 
     for name in topology.SERVICES:
         assert re.search(rf"^{name} .* up$", seen, re.MULTILINE), seen
+
+
+# ------------------------------------------------------------------------------------------------------- observability
+
+
+@pytest.fixture(scope="module")
+def observed(shop: Composed) -> Composed:
+    if reason := missing_observers():
+        pytest.skip(reason)
+    shop.observe()
+    return shop
+
+
+def asked(shop: Composed, path: str) -> Any:
+    """What Prometheus answers; None until it does."""
+    with contextlib.suppress(OSError), Caller(shop.url("prometheus")) as caller:
+        answer = caller.get(path)
+        return answer.json["data"] if answer.status == 200 else None
+    return None
+
+
+def test_prometheus_scrapes_every_process_and_has_the_alerts(observed: Composed):
+    def up() -> dict[str, str]:
+        found = asked(observed, "/api/v1/query?query=up") or {"result": []}
+        return {each["metric"]["instance"]: each["value"][1] for each in found["result"]}
+
+    wanted = {f"{name}:8080": "1" for name in SERVING}
+    wait_until(lambda: up() == wanted, explain=lambda: str(asked(observed, "/api/v1/targets")))
+    loaded = [rule for group in asked(observed, "/api/v1/rules")["groups"] for rule in group["rules"]]
+    assert {rule["name"] for rule in loaded} == {rule["alert"] for rule in rules()}
+    wait_until(lambda: {r["health"] for g in asked(observed, "/api/v1/rules")["groups"] for r in g["rules"]} == {"ok"})
+
+
+def test_jaeger_has_the_trace_of_an_order_that_failed(observed: Composed):
+    jaeger = Query(f"127.0.0.1:{observed.ports['jaeger']}")
+    with Caller(observed.url(), observed.token()) as caller:
+        paid_order.place_declined(caller)
+    services = {name.split()[0] for edge in paid_order.EDGES for name in edge}
+
+    def is_whole() -> bool:
+        with contextlib.suppress(OSError):
+            spans = jaeger.spans(paid_order.REFUSED)
+            known = {span.span_id for span in spans} | {paid_order.CLICK}
+            return {span.service for span in spans} == services and {span.parent_id for span in spans} <= known
+        return False
+
+    wait_until(is_whole, explain=lambda: str([paid_order.named(s) for s in jaeger.spans(paid_order.REFUSED)]))
+    paid_order.assert_have_their_parents(jaeger.spans(paid_order.REFUSED))

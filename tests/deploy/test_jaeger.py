@@ -86,33 +86,11 @@ class Program:
         shutil.rmtree(self._folder)
 
 
-class Jaeger(Program):
-    """On loopback. Without another `storage` it is the one that Jaeger has by default: its memory."""
+class Query:
+    """The query API of a Jaeger at an address."""
 
-    def __init__(self, storage: Mapping[str, Any] = MEMORY) -> None:
-        self.otlp, self._query = free_address(), free_address()
-        super().__init__({
-            "service": {
-                "extensions": ["jaeger_storage", "jaeger_query"],
-                "pipelines": {"traces": {"receivers": ["otlp"], "exporters": ["jaeger_storage_exporter"]}},
-                "telemetry": {"metrics": {"level": "none"}},
-            },
-            "extensions": {
-                "jaeger_storage": {"backends": {"here": storage}},
-                "jaeger_query": {
-                    "storage": {"traces": "here"},
-                    "http": {"endpoint": self._query},
-                    "grpc": {"endpoint": "127.0.0.1:0"},
-                    "enable_tracing": False,
-                },
-            },
-            "receivers": {"otlp": {"protocols": {"http": {"endpoint": self.otlp}}}},
-            "exporters": {"jaeger_storage_exporter": {"trace_storage": "here"}},
-        })  # fmt: skip
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        return exporting_to(self.otlp)
+    def __init__(self, address: str) -> None:
+        self._query = address
 
     def spans(self, trace_id: str) -> Sequence[CollectedSpan]:
         """The spans of a trace as the page of Jaeger gets them; none, if Jaeger has none of it yet."""
@@ -138,8 +116,41 @@ class Jaeger(Program):
         finally:
             connection.close()
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
         return self._get("/api/services")[0] == http.HTTPStatus.OK
+
+
+class Jaeger(Program, Query):
+    """On loopback. Without another `storage` it is the one that Jaeger has by default: its memory."""
+
+    def __init__(self, storage: Mapping[str, Any] = MEMORY) -> None:
+        self.otlp, query = free_address(), free_address()
+        Query.__init__(self, query)
+        Program.__init__(self, {
+            "service": {
+                "extensions": ["jaeger_storage", "jaeger_query"],
+                "pipelines": {"traces": {"receivers": ["otlp"], "exporters": ["jaeger_storage_exporter"]}},
+                "telemetry": {"metrics": {"level": "none"}},
+            },
+            "extensions": {
+                "jaeger_storage": {"backends": {"here": storage}},
+                "jaeger_query": {
+                    "storage": {"traces": "here"},
+                    "http": {"endpoint": query},
+                    "grpc": {"endpoint": "127.0.0.1:0"},
+                    "enable_tracing": False,
+                },
+            },
+            "receivers": {"otlp": {"protocols": {"http": {"endpoint": self.otlp}}}},
+            "exporters": {"jaeger_storage_exporter": {"trace_storage": "here"}},
+        })  # fmt: skip
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        return exporting_to(self.otlp)
+
+    def _answers(self) -> bool:
+        return self.answers()
 
 
 class TailSampler(Program):

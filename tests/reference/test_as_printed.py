@@ -11,7 +11,7 @@ from mercato import topology
 from mercato.chassis.http import bind
 from mercato.testing.responses import Response, assert_problem
 from mercato.testing.shop import Shop
-from mercato.testing.shop_data import PASSWORD, new_person, new_product, settled_order, token_of, unique
+from mercato.testing.shop_data import PASSWORD, new_person, new_product, token_of, unique
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -24,7 +24,7 @@ async def send(
     lines = [f"{line} HTTP/1.1", f"Host: 127.0.0.1:{port}", "Connection: close"]
     if body is not None:
         lines += ["Content-Type: application/json", f"Content-Length: {len(body.encode())}"]
-    if token is not None:
+    if (token := token or shop.default_token) is not None:
         lines.append(f"Authorization: Bearer {token}")
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write("\r\n".join([*lines, "", body or ""]).encode())
@@ -40,9 +40,8 @@ async def send(
 
 async def waiting_order(shop: Shop) -> int:
     """The number of an order of a laptop whose stock is held, and that waits for its payment."""
-    reply = await send(shop, "POST /orders", '{"user_id": 1, "product_id": 1}')
-    assert reply.status == 201, reply.body
-    await settled_order(shop, reply.json["id"])
+    reply = await shop.post("/orders", {"user_id": 1, "product_id": 1}, headers={"Prefer": "wait=20"})
+    assert (reply.status, reply.json["status"]) == (201, "pending"), reply.body
     return reply.json["id"]
 
 
