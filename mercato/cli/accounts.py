@@ -41,7 +41,7 @@ class ShopLocation(msgspec.Struct, frozen=True):
     """The location of the accounts, from the command line."""
 
     data: Path
-    dsn: str | None
+    dsns: tuple[str, ...]
     json: bool
 
 
@@ -128,7 +128,7 @@ async def _with_users(place: ShopLocation, work: Callable[[Users], Coroutine[Any
         if not place.json:
             note(line)
 
-    async with reached(place.data, place.dsn, print_step) as databases, _service(databases.dsns[SERVICE]) as host:
+    async with reached(place.data, place.dsns, print_step) as databases, _service(databases.dsns[SERVICE]) as host:
         try:
             await topology.as_the_shop(host, lambda: work(host.client(Users)))
         except ServiceError as error:

@@ -25,7 +25,8 @@ class Options(msgspec.Struct, frozen=True):
     """The options of `audit`, as the command line gives them."""
 
     data: Path
-    dsn: str | None
+    dsns: tuple[str, ...]
+    scratch: str | None
     settled: float
     json: bool
 
@@ -43,9 +44,9 @@ async def _audit(options: Options) -> int:
         if not options.json:
             progress.step(line)
 
-    async with reached(options.data, options.dsn, print_step) as databases:
+    async with reached(options.data, options.dsns, print_step, scratch=options.scratch) as databases:
         report = await audit(
-            databases.admin_dsn,
+            databases.scratch_dsn,
             databases.dsns,
             settled_seconds=options.settled,
             is_stopped=databases.is_stopped,
@@ -69,6 +70,7 @@ def document(report: Report) -> str:
             "as_of": report.as_of,
             "settled_seconds": report.settled_seconds,
             "copied_rows": report.copied_rows,
+            "clock_difference_seconds": report.clock_difference_seconds,
             "invariants": report.findings,
         },
         enc_hook=str,

@@ -8,7 +8,7 @@ import datetime
 import os
 import secrets
 import shutil
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -19,8 +19,8 @@ from mercato.chassis.hosting import settings as config
 from mercato.chassis.hosting.keys import key_deriver
 from mercato.chassis.postgres.dsn import shown
 from mercato.chassis.postgres.migrations import checksum, migrate, revisions
-from mercato.chassis.postgres.new_databases import new_databases
-from mercato.cli import preparing
+from mercato.chassis.postgres.new_databases import NewDatabases, new_databases, take_names
+from mercato.cli import preparing, servers
 from mercato.cli.databases import Unreachable, reached, run
 from mercato.cli.progress import Progress
 from mercato.cli.settings import load
@@ -41,21 +41,21 @@ UNFINISHED: Final = ".restoring"
 OWN_URL: Final = "(mercato restore)"
 
 
-def backup(file: Path, data: Path, dsn: str | None, *, as_json: bool) -> int:
+def backup(file: Path, data: Path, dsns: Sequence[str], scratch: str | None, *, as_json: bool) -> int:
     """Backs up a shop, running or not; gives the exit code."""
-    return run(lambda: _backup(Path(os.path.abspath(file)), data, dsn, as_json=as_json), failure=FAILED)
+    return run(lambda: _backup(Path(os.path.abspath(file)), data, dsns, scratch, as_json=as_json), failure=FAILED)
 
 
-def restore(file: Path, data: Path | None, dsn: str | None, *, as_json: bool) -> int:
-    """Makes a new shop from a backup, in a folder or on a server; gives the exit code."""
-    return run(lambda: _restore(file, data, dsn, as_json=as_json), failure=FAILED)
+def restore(file: Path, data: Path | None, dsns: Sequence[str], scratch: str | None, *, as_json: bool) -> int:
+    """Makes a new shop from a backup, in a folder or on servers; gives the exit code."""
+    return run(lambda: _restore(file, data, dsns, scratch, as_json=as_json), failure=FAILED)
 
 
-async def _backup(file: Path, data: Path, dsn: str | None, *, as_json: bool) -> int:
+async def _backup(file: Path, data: Path, dsns: Sequence[str], scratch: str | None, *, as_json: bool) -> int:
     progress, print_step = _progress_of(as_json=as_json)
-    async with reached(data, dsn, print_step) as databases:
+    async with reached(data, dsns, print_step, scratch=scratch) as databases:
         taken = await taking.take(
-            file, databases.admin_dsn, databases.dsns, is_stopped=databases.is_stopped, progress=print_step
+            file, databases.scratch_dsn, databases.dsns, is_stopped=databases.is_stopped, progress=print_step
         )
     manifest = taken.manifest
     rows = sum(table.rows for entry in manifest.databases.values() for table in entry.tables.values())
@@ -79,24 +79,27 @@ async def _backup(file: Path, data: Path, dsn: str | None, *, as_json: bool) -> 
     return HOLDS if manifest.holds else VIOLATED
 
 
-async def _restore(file: Path, data: Path | None, dsn: str | None, *, as_json: bool) -> int:
+async def _restore(file: Path, data: Path | None, dsns: Sequence[str], scratch: str | None, *, as_json: bool) -> int:
     progress, print_step = _progress_of(as_json=as_json)
     settings = load()
-    where, making = _place(data, dsn, settings, print_step)
+    where, making = _place(data, dsns, settings, print_step)
     print_step(f"checking {file}")
     with contextlib.ExitStack() as stack:
         found = await asyncio.to_thread(lambda: stack.enter_context(archive.opened(file)))
         taking.check_revisions(found.manifest, _known())
-        async with making() as (admin_dsn, dsns):
+        async with making() as (first, made):
             skipped = margin(found.manifest.taken_at, datetime.datetime.now(datetime.UTC))
-            rows = await taking.load(found, dsns, skipped=skipped, progress=print_step)
-            report = await audit(admin_dsn, dsns, is_stopped=True, progress=print_step)
+            rows = await taking.load(found, made, skipped=skipped, progress=print_step)
+            report = await audit(
+                scratch or first, made, is_stopped=True, progress=print_step, stopped_at=found.manifest.taken_at
+            )
+    place = str(where) if isinstance(where, Path) else ", ".join(where)
     if as_json:
         violated = [finding.name for finding in report.violated]
         taken_at = found.manifest.taken_at
         _document(
             {
-                "data" if isinstance(where, Path) else "server": str(where),
+                "data" if isinstance(where, Path) else "server": place,
                 "rows": rows,
                 "taken_at": taken_at,
                 "skipped_ids": skipped,
@@ -105,12 +108,20 @@ async def _restore(file: Path, data: Path | None, dsn: str | None, *, as_json: b
             }
         )
     else:
-        progress.say(f"{where}  {rows} rows, as of {found.manifest.taken_at:%Y-%m-%d %H:%M:%S} UTC")
+        progress.say(f"{place}  {rows} rows, as of {found.manifest.taken_at:%Y-%m-%d %H:%M:%S} UTC")
         progress.say(f"Its next ids are {skipped} behind those of the backup: none of the lost time comes again.")
         _print_verdict(progress, report, "The new shop")
-        on_server = "MERCATO_POSTGRES_DSN=... mercato up, with the DSN of that server"
-        progress.say(f"Start it: {f'mercato up --data {where}' if isinstance(where, Path) else on_server}")
+        progress.say(f"Start it: {_start_of(where)}")
     return VIOLATED if report.violated else HOLDS
+
+
+def _start_of(where: Path | Sequence[str]) -> str:
+    """How the new shop is started."""
+    if isinstance(where, Path):
+        return f"mercato up --data {where}"
+    if len(where) > 1:
+        return "mercato migrate SERVICE... --dsn DSN for each of the servers, then mercato serve"
+    return "MERCATO_POSTGRES_DSN=... mercato up, with the DSN of that server"
 
 
 def _progress_of(*, as_json: bool) -> tuple[Progress, Callable[[str], None]]:
@@ -144,19 +155,18 @@ def _known() -> dict[str, dict[str, str]]:
 
 
 Making = Callable[[], contextlib.AbstractAsyncContextManager[tuple[str, Mapping[str, str]]]]
-"""Makes an empty shop: an administrator's DSN, and that of each database by service."""
+"""Makes an empty shop: an administrator's DSN of its first server, and that of each database by service."""
 
 
 def _place(
-    data: Path | None, dsn: str | None, settings: config.Settings, print_step: Callable[[str], None]
-) -> tuple[Path | str, Making]:
-    """The location of the new shop, as it is printed, and the function that makes the shop there."""
-    if data is not None and dsn is not None:
+    data: Path | None, dsns: Sequence[str], settings: config.Settings, print_step: Callable[[str], None]
+) -> tuple[Path | Sequence[str], Making]:
+    """The folder of the new shop, or its servers as they are shown, and the function that makes the shop there."""
+    if data is not None and dsns:
         raise Unreachable("a new shop is in one place: name a folder with --data, or a server with --dsn")
-    if data is None and dsn is None and settings.postgres_dsn is not None:
-        dsn = settings.postgres_dsn.get_secret_value()
-    if dsn is not None:
-        return shown(dsn), lambda: _made_on_server(dsn, settings, print_step)
+    named = servers.given(dsns, settings) if data is None else None
+    if named is not None:
+        return [shown(dsn) for dsn in named.by_dsn], lambda: _made_on_servers(named, settings, print_step)
     if data is None:
         raise Unreachable("name a folder for the new shop with --data, or a server with --dsn")
     if settings.postgres_dsn is not None:
@@ -170,19 +180,24 @@ def _place(
 
 
 @contextlib.asynccontextmanager
-async def _made_on_server(
-    dsn: str, settings: config.Settings, print_step: Callable[[str], None]
+async def _made_on_servers(
+    named: servers.Servers, settings: config.Settings, print_step: Callable[[str], None]
 ) -> AsyncGenerator[tuple[str, Mapping[str, str]]]:
-    """The new, migrated databases of a shop on a server; they get their names only if the block succeeds."""
+    """The new, migrated databases of a shop on its servers; they get their names only if the block succeeds."""
     # The first start gives the roles the passwords of its own secret.
     secret = settings.secret.get_secret_value().encode() if settings.secret else secrets.token_bytes(SECRET_BYTES)
     derive = key_deriver(secret)
-    async with new_databases(dsn, tuple(topology.SERVICES), lambda role: derive(f"postgres/{role}").hex()) as new:
-        for name, each in new.owned.items():
-            print_step(f"making the database of {name}")
-            await migrate(each, topology.migrations(name))
-        yield dsn, new.dsns
-        await new.take_names()
+    async with contextlib.AsyncExitStack() as stack:
+        made: list[NewDatabases] = []
+        for dsn, services in named.by_dsn.items():
+            on_server = new_databases(dsn, services, lambda role: derive(f"postgres/{role}").hex())
+            made.append(await stack.enter_async_context(on_server))
+        for new in made:
+            for name, each in new.owned.items():
+                print_step(f"making the database of {name}")
+                await migrate(each, topology.migrations(name))
+        yield named.first, {name: each for new in made for name, each in new.dsns.items()}
+        await take_names(made)
 
 
 def _require_new(data: Path) -> None:

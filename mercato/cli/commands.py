@@ -10,7 +10,19 @@ from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError, valida
 from mercato import __version__
 from mercato.chassis.hosting import variables
 from mercato.cli import observing
-from mercato.cli.options import Authorization, Carrier, DataFolder, ListenHost, ListenPort, LogLevel, Origins
+from mercato.cli.options import (
+    AccountsData,
+    AsJson,
+    Authorization,
+    Carrier,
+    DataFolder,
+    ListenHost,
+    ListenPort,
+    LogLevel,
+    Origins,
+    Servers,
+    Who,
+)
 
 
 def _wrong_usage(error: CycloptsError) -> str:
@@ -249,7 +261,8 @@ def credentials(
 def audit(
     *,
     data: DataFolder = Path(".mercato"),
-    dsn: str | None = None,
+    dsn: Servers = (),
+    scratch: str | None = None,
     settled: Annotated[float, Parameter(validator=validators.Number(gte=0, lte=31_536_000))] = 60.0,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -264,8 +277,8 @@ def audit(
     ----------
     data
         The folder of the shop's data.
-    dsn
-        An administrator's DSN of the shop's server, where that is not the embedded one. [env: MERCATO_POSTGRES_DSN]
+    scratch
+        An administrator's DSN of the server that gets the copies for the audit. [default: the first of --dsn]
     settled
         Leave out what was changed within so many seconds, about which services may not agree yet. 0 for an idle shop:
         all work must be finished.
@@ -274,7 +287,7 @@ def audit(
     """
     from mercato.cli.audit import Options, audit_shop
 
-    return audit_shop(Options(data=data, dsn=dsn, settled=settled, json=json))
+    return audit_shop(Options(data=data, dsns=dsn, scratch=scratch, settled=settled, json=json))
 
 
 @app.command
@@ -282,7 +295,8 @@ def backup(
     file: Path,
     *,
     data: DataFolder = Path(".mercato"),
-    dsn: str | None = None,
+    dsn: Servers = (),
+    scratch: str | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Write a backup of the whole shop, as it is at one moment, while it runs.
@@ -298,14 +312,14 @@ def backup(
         The file to make. It holds the data of all customers.
     data
         The folder of the shop's data.
-    dsn
-        An administrator's DSN of the shop's server, where that is not the embedded one. [env: MERCATO_POSTGRES_DSN]
+    scratch
+        An administrator's DSN of the server that gets the copies for the audit. [default: the first of --dsn]
     json
         Print the result as one JSON document.
     """
     from mercato.cli.backup import backup as run
 
-    return run(file, data, dsn, as_json=json)
+    return run(file, data, dsn, scratch, as_json=json)
 
 
 @app.command
@@ -313,10 +327,11 @@ def restore(
     file: Path,
     *,
     data: Path | None = None,
-    dsn: str | None = None,
+    dsn: Servers = (),
+    scratch: str | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
-    """Make a new shop from a backup, in a folder or on a server. An existing shop is never overwritten.
+    """Make a new shop from a backup, in a folder or on servers. An existing shop is never overwritten.
 
     The whole file is checked before anything is made, and the new shop is audited. It has a new secret: all users
     sign in again. Exits with 0 for a shop without violations, 1 for one with some, 2 if there is none.
@@ -328,13 +343,16 @@ def restore(
     data
         The folder of the new shop, which gets a PostgreSQL of its own; it must not be there.
     dsn
-        Instead of a folder, an administrator's DSN of a server without a shop. [env: MERCATO_POSTGRES_DSN]
+        Instead of a folder, a superuser's DSN of a server without a shop; SERVICE,SERVICE=DSN for each of several.
+        [env: MERCATO_POSTGRES_DSN, with spaces between]
+    scratch
+        An administrator's DSN of the server that gets the copies for the audit. [default: the first of --dsn]
     json
         Print the result as one JSON document.
     """
     from mercato.cli.backup import restore as run
 
-    return run(file, data, dsn, as_json=json)
+    return run(file, data, dsn, scratch, as_json=json)
 
 
 @app.command
@@ -370,26 +388,12 @@ users = App(name="users", help="Look at accounts, and change them where no membe
 app.command(users)
 
 
-Who = Annotated[str, Parameter(help="The account's e-mail address, or its id.")]
-AccountsData = Annotated[
-    Path, Parameter(env_var="MERCATO_DATA", help="The folder of the shop's data, of a shop that runs or not.")
-]
-AccountsDsn = Annotated[
-    str | None,
-    Parameter(
-        help="An administrator's DSN of the server instead. [default: MERCATO_POSTGRES_DSN, where it is set]",
-        show_default=False,
-    ),
-]
-AsJson = Annotated[bool, Parameter(negative="", help="Print one JSON document.")]
-
-
 @users.command(name="list")
 def users_list(
     *,
     role: Literal["customer", "staff"] | None = None,
     data: AccountsData = Path(".mercato"),
-    dsn: AccountsDsn = None,
+    dsn: Servers = (),
     json: AsJson = False,
 ) -> int:
     """List all accounts.
@@ -409,7 +413,7 @@ def set_password(
     who: Who,
     *,
     data: AccountsData = Path(".mercato"),
-    dsn: AccountsDsn = None,
+    dsn: Servers = (),
     json: AsJson = False,
 ) -> int:
     """Set the password of an account, from a prompt, or a line of standard input. All sessions end."""
@@ -425,7 +429,7 @@ def set_role(
     /,
     *,
     data: AccountsData = Path(".mercato"),
-    dsn: AccountsDsn = None,
+    dsn: Servers = (),
     json: AsJson = False,
 ) -> int:
     """Make an account staff, or a customer. Its sessions end, if that is a change.
@@ -445,7 +449,7 @@ def erase(
     who: Who,
     *,
     data: AccountsData = Path(".mercato"),
-    dsn: AccountsDsn = None,
+    dsn: Servers = (),
     json: AsJson = False,
 ) -> int:
     """Erase an account permanently. Its orders and payments stay, without the person; its sessions end.
@@ -463,7 +467,7 @@ def log(
     *,
     limit: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=1_000_000))] = 200,
     data: AccountsData = Path(".mercato"),
-    dsn: AccountsDsn = None,
+    dsn: Servers = (),
     json: AsJson = False,
 ) -> int:
     """Print the security log, the newest entries first: sign-ins, changes and refunds of the last 90 days.
@@ -488,7 +492,7 @@ def tail(
     follow: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
     data: DataFolder = Path(".mercato"),
-    dsn: str | None = None,
+    dsn: Servers = (),
 ) -> int:
     """Print the feed of events, the oldest first.
 
@@ -504,8 +508,6 @@ def tail(
         Print one JSON object a line.
     data
         The folder of the shop's data.
-    dsn
-        An administrator's DSN of the shop's server, where that is not the embedded one. [env: MERCATO_POSTGRES_DSN]
     """
     from mercato.cli.events import ShopLocation, tail as run
 
@@ -517,7 +519,7 @@ def dead(
     *,
     json: Annotated[bool, Parameter(negative="")] = False,
     data: DataFolder = Path(".mercato"),
-    dsn: str | None = None,
+    dsn: Servers = (),
 ) -> int:
     """List dead events (dead letters): those that a consumer could not process, and why.
 
@@ -527,8 +529,6 @@ def dead(
         Print one JSON object a line.
     data
         The folder of the shop's data.
-    dsn
-        An administrator's DSN of the shop's server, where that is not the embedded one. [env: MERCATO_POSTGRES_DSN]
     """
     from mercato.cli.events import ShopLocation, dead as run
 
@@ -540,7 +540,7 @@ def replay(
     *ids: str,
     all: Annotated[bool, Parameter(negative="")] = False,
     data: DataFolder = Path(".mercato"),
-    dsn: str | None = None,
+    dsn: Servers = (),
 ) -> int:
     """Replay dead events, once the cause of their failure is fixed.
 
@@ -555,8 +555,6 @@ def replay(
         All of them.
     data
         The folder of the shop's data.
-    dsn
-        An administrator's DSN of the shop's server, where that is not the embedded one. [env: MERCATO_POSTGRES_DSN]
     """
     from mercato.cli.events import ShopLocation, replay as run
 

@@ -11,7 +11,7 @@ import contextlib
 import os
 import time
 import traceback
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlencode
@@ -25,7 +25,7 @@ from mercato.chassis.hosting.keys import key_deriver
 from mercato.chassis.postgres.connections import translated
 from mercato.chassis.postgres.migrations import MigrationError, missing_revisions
 from mercato.chassis.postgres.provisioning import ProvisionError
-from mercato.cli import stopping
+from mercato.cli import servers, stopping
 from mercato.cli.progress import OutputFailed, fail
 from mercato.cli.settings import load
 from mercato.cli.starting import CannotStart
@@ -47,7 +47,8 @@ OTHER_COMMAND_NOTICE_SECONDS: Final = 1.0
 class Databases(msgspec.Struct, frozen=True):
     """The DSNs of the databases of a shop, with the administrator's role, which may read and write all of them."""
 
-    admin_dsn: str
+    scratch_dsn: str
+    """Of the server that gets the copies of an audit."""
     dsns: Mapping[str, str]
     """By service."""
     is_stopped: bool = False
@@ -72,21 +73,25 @@ EXPECTED: Final = (
 
 @contextlib.asynccontextmanager
 async def reached(
-    data: Path, dsn: str | None, progress: Callable[[str], None], *, must_run: bool = False
+    data: Path,
+    dsns: Sequence[str],
+    progress: Callable[[str], None],
+    *,
+    must_run: bool = False,
+    scratch: str | None = None,
 ) -> AsyncGenerator[Databases]:
-    """The databases of the shop in the folder `data`, or on the server that `dsn` names, for the time of the block.
+    """The databases of the shop in the folder `data`, or on the servers in `dsns`, for the time of the block.
 
-    `dsn` is an administrator's; None: that of MERCATO_POSTGRES_DSN. `progress` gets a line about each step that takes
-    time. `must_run` refuses a folder without a running shop. Raises one of `EXPECTED`.
+    `dsns` are an administrator's, as in `servers.py`; empty: those of MERCATO_POSTGRES_DSN. `scratch` is that of the
+    server for copies; None: the first. `progress` gets a line about each step that takes time. `must_run` refuses a
+    folder without a running shop. Raises one of `EXPECTED`.
     """
     settings = load()
-    if dsn is None and settings.postgres_dsn is not None:
-        dsn = settings.postgres_dsn.get_secret_value()
-    if dsn is not None:
-        yield await _located(dsn)
+    if (named := servers.given(dsns, settings)) is not None:
+        yield await _located(named, scratch)
         return
     async with _server(data, settings, progress, must_run=must_run) as (admin_dsn, is_stopped):
-        yield await _located(admin_dsn, is_stopped=is_stopped)
+        yield await _located(servers.parsed([admin_dsn]), scratch, is_stopped=is_stopped)
 
 
 def run(command: Callable[[], Coroutine[Any, Any, int]], *, failure: int = 1) -> int:
@@ -129,10 +134,12 @@ def run(command: Callable[[], Coroutine[Any, Any, int]], *, failure: int = 1) ->
     return failure
 
 
-async def _located(admin_dsn: str, *, is_stopped: bool = False) -> Databases:
-    dsns = await located(admin_dsn, list(topology.SERVICES))
+async def _located(named: servers.Servers, scratch: str | None, *, is_stopped: bool = False) -> Databases:
+    found = await asyncio.gather(*(located(dsn, services) for dsn, services in named.by_dsn.items()))
+    of_server = {name: dsn for each in found for name, dsn in each.items()}
+    dsns = {name: of_server[name] for name in topology.SERVICES}
     await asyncio.gather(*(_checked(name, dsn) for name, dsn in dsns.items()))
-    return Databases(admin_dsn, dsns, is_stopped)
+    return Databases(scratch or named.first, dsns, is_stopped)
 
 
 async def _checked(name: str, dsn: str) -> None:

@@ -45,10 +45,10 @@ LAST: Final = 20
 
 
 class ShopLocation(msgspec.Struct, frozen=True):
-    """Which shop: its data folder, or an administrator's DSN."""
+    """Which shop: its data folder, or its servers as in `servers.py`."""
 
     data: Path
-    dsn: str | None
+    dsns: tuple[str, ...]
 
 
 class DeadLetterConsumer(msgspec.Struct, frozen=True):
@@ -220,7 +220,7 @@ async def _reached(place: ShopLocation, *, must_run: bool = False) -> AsyncGener
     """The databases; raises `Unreachable` if one becomes unavailable meanwhile."""
     configure_logging("error")
     try:
-        async with databases.reached(place.data, place.dsn, note, must_run=must_run) as found:
+        async with databases.reached(place.data, place.dsns, note, must_run=must_run) as found:
             yield found
     except Unavailable as error:
         raise Unreachable(f"{error} Has the shop been stopped? Try again.") from error

@@ -6,11 +6,16 @@
 
 Guaranteed
     - The copy of a database is one snapshot of it. All snapshots are taken within milliseconds, after the last
-      connection is open, and none before `Copies.taken_at`: what was committed by then is in every copy.
+      connection is open and the clock of each server was read, and none before `Copies.taken_at`: what was committed by
+      then is in every copy. That is so whatever the clocks of several servers show: `taken_at` is the earliest of them.
     - The databases are only read, and none of their statements waits for the copying.
     - Nothing is left of the copies, however the process ends: they are never committed. The server rolls back the
       transaction of a killed process; after the server is killed, recovery empties the tables, which are unlogged.
     - Copies are made one after the other: another process waits until the first copies are removed.
+
+The databases may be on several servers, and the scratch database on another one. A `Moment` is one moment on several
+servers too: each holds its locks until all have their snapshots, so that no transaction is half in it. Only its time is
+that of several clocks.
 
 The snapshots are released as soon as everything is copied, before the first query: an old snapshot keeps the server
 from vacuuming.
@@ -23,17 +28,19 @@ import contextlib
 import datetime
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Generator, Mapping, Sequence
 from typing import Any, Final
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]  # it has no types
 import msgspec
 
-from mercato.chassis.postgres.dsn import DSN_FORM, shown
+from mercato.chassis.postgres.dsn import DSN_FORM, lacks_certificates, shown
 from mercato.chassis.postgres.provisioning import create_database
 from mercato.chassis.postgres.sessions import SAME_EVERYWHERE, WHOLE_TABLES, as_administrator, connect
 
 QUEUE_SECONDS: Final = 600.0
+CLOCK_NOTICE_SECONDS: Final = 1.0
+"""A difference of the servers' clocks that is mentioned. NTP keeps it, and reading them takes, within milliseconds."""
 LOCK_KEY: Final = 0x636F7079  # "copy"
 CHUNKS_IN_FLIGHT: Final = 16
 """Of up to 64 KiB each, between the source database and the scratch database."""
@@ -123,6 +130,7 @@ class Moment(msgspec.Struct, frozen=True):
     snapshots: Mapping[str, tuple[Any, datetime.datetime]]
     """By the name of the database: a connection in a read-only transaction, and the moment by the server's clock."""
     taken_at: datetime.datetime
+    """By the clock that is behind the others."""
     pause_seconds: float
     """How long writes were blocked, in the longest attempt."""
     tries: int
@@ -131,10 +139,12 @@ class Moment(msgspec.Struct, frozen=True):
 class Copies:
     """The copies, in a transaction that no other session sees and that ends with `copied`."""
 
-    def __init__(self, connection: Any, taken_at: datetime.datetime) -> None:
+    def __init__(self, connection: Any, clocks: Collection[datetime.datetime]) -> None:
         self._connection = connection
-        self.taken_at = taken_at
-        """By the server's clock, right before the first snapshot."""
+        self.taken_at = min(clocks)
+        """Right before the first snapshot, by the server's clock; of several servers, by the one that is behind."""
+        self.clock_difference_seconds = round((max(clocks) - self.taken_at).total_seconds(), 3)
+        """How far it is behind, and the time that reading all clocks took."""
         self.rows = 0
         """The number of copied rows."""
 
@@ -220,8 +230,12 @@ async def copied(
                 if moment is not None
                 else await _snapshots(reading, {name: dsns[name] for name in wanted})
             )
-            taken_at = min([began for _, began in sources.values()])
-            copies = Copies(connection, taken_at)
+            copies = Copies(connection, [clock for _, clock in sources.values()])
+            if copies.clock_difference_seconds >= CLOCK_NOTICE_SECONDS:
+                progress(
+                    f"the clocks of the databases' servers differ by {copies.clock_difference_seconds:.1f} s: work "
+                    "counts as finished so much later; synchronize them"
+                )
             for name in wanted:
                 source, _ = sources[name]
                 progress(f"copying {name}")
@@ -249,17 +263,30 @@ async def _take_turn(connection: Any, progress: Callable[[str], None]) -> None:
 async def _snapshots(
     stack: contextlib.AsyncExitStack, dsns: Mapping[str, str]
 ) -> dict[str, tuple[Any, datetime.datetime]]:
-    """A connection with an open snapshot for each database, and when its transaction began."""
+    """A connection with an open snapshot for each database, and the time of its server's clock before all of them."""
     opened = {name: await stack.enter_async_context(connected(dsn, name)) for name, dsn in dsns.items()}
-
-    async def begin(connection: Any) -> datetime.datetime:
-        # The transaction's time is that of BEGIN; the first query takes the snapshot, after it.
-        await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        return await connection.fetchval("SELECT now()")
-
     with explained("the databases"):
-        began = await asyncio.gather(*(begin(connection) for connection in opened.values()))
-    return {name: (connection, at) for (name, connection), at in zip(opened.items(), began, strict=True)}
+        clocks = await begin_together(opened)
+    return {name: (opened[name], clocks[name]) for name in opened}
+
+
+async def begin_together(opened: Mapping[str, Any]) -> Mapping[str, datetime.datetime]:
+    """Begins a transaction with a snapshot on each of the connections; gives the clock of each server before that.
+
+    All clocks are read before the first snapshot. So what a server stamped with a time before its own was committed, or
+    was read by the transaction that stamped it, before every snapshot.
+    """
+
+    async def read_clock(connection: Any) -> datetime.datetime:
+        return await connection.fetchval("SELECT clock_timestamp()")
+
+    async def begin(connection: Any) -> None:
+        await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        await connection.execute("SELECT 1")  # takes the snapshot
+
+    clocks = await asyncio.gather(*map(read_clock, opened.values()))
+    await asyncio.gather(*map(begin, opened.values()))
+    return dict(zip(opened, clocks, strict=True))
 
 
 @contextlib.asynccontextmanager
@@ -354,7 +381,8 @@ async def located(admin_dsn: str, services: Sequence[str], *, prefix: str = "mer
             names = set(await connection.fetchval("SELECT array_agg(datname::text) FROM pg_database"))
     if missing := [prefix + service for service in services if prefix + service not in names]:
         raise CopyError(
-            f"{shown(admin_dsn)} has no database {missing[0]}: start a shop on that server once, or name the right one"
+            f"{shown(admin_dsn)} has no database {missing[0]}: start a shop on that server once, or name the one that "
+            f"has it, as in --dsn {missing[0].removeprefix(prefix)}=DSN"
         )
     return {service: as_administrator(admin_dsn, prefix + service) for service in services}
 
@@ -375,6 +403,8 @@ async def ensured(admin_dsn: str, name: str) -> str:
 @contextlib.asynccontextmanager
 async def connected(dsn: str, what: str) -> AsyncGenerator[Any]:
     """A connection that reads whole tables, for the time of the block. Raises `CopyError`."""
+    if missing := _lacks_certificates(dsn):
+        raise CopyError(f"{what} cannot be reached at {shown(dsn)}: its DSN asks to verify the server, {missing}")
     try:
         connection = await connect(dsn, _SESSION)
     except ValueError as error:  # its text may contain a part of the password that was parsed as the port
@@ -391,12 +421,22 @@ async def connected(dsn: str, what: str) -> AsyncGenerator[Any]:
         connection.terminate()
 
 
+def _lacks_certificates(dsn: str) -> str:
+    with contextlib.suppress(ValueError):  # it is not a DSN, which the connection finds
+        return lacks_certificates(dsn)
+    return ""
+
+
 @contextlib.contextmanager
 def explained(what: str, errors: tuple[type[Exception], ...] = _DRIVER_ERRORS) -> Generator[None]:
     """Turns an error of the driver into a sentence that names what could not be used."""
     try:
         yield
     except errors as error:
+        if isinstance(error, asyncpg.InsufficientPrivilegeError):
+            raise CopyError(
+                f"{what} may not be used by the role of its DSN: {_reason(error)}; take the DSN of a superuser"
+            ) from error
         raise CopyError(f"{what} cannot be used: {_reason(error)}; try again when the server works") from error
 
 

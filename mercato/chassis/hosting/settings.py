@@ -26,7 +26,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", env_ignore_empty=True)
 
     postgres_dsn: SecretStr | None = None
-    """An administrator's DSN of a PostgreSQL >= 16 to use instead of the embedded one."""
+    """An administrator's DSN of a PostgreSQL >= 16 to use instead of the embedded one.
+
+    Commands that look at databases on several servers take `SERVICE,SERVICE=DSN` for each, with spaces between."""
     secret: SecretStr | None = None
     """At least 32 characters from which all keys and database passwords are derived, instead of `<data>/secret`.
 

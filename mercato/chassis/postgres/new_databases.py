@@ -2,6 +2,10 @@
 
 They are created with a suffix, filled, and renamed in one transaction. The next process drops those that a killed one
 has left. A lock excludes a second process: advisory, of the session, in the database of the administrator's DSN.
+
+On several servers there is a transaction on each, one after the other, when all databases are filled. A failure of one
+renames those of the servers before it back. A process that is killed in between leaves some servers renamed, and the
+next one refuses to write over them: drop those databases, and repeat.
 """
 
 from __future__ import annotations
@@ -42,10 +46,31 @@ class NewDatabases:
         except asyncpg.DuplicateDatabaseError as error:
             raise ProvisionError(f"{_taken(self._admin_dsn)}: {error}") from error
 
+    async def give_back_names(self) -> None:
+        """Undoes `take_names`, also while a process is connected."""
+        for name in self._names:
+            await self._connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", name
+            )
+            await self._connection.execute(f"ALTER DATABASE {identifier(name)} RENAME TO {identifier(name + SUFFIX)}")
+
     async def drop(self) -> None:
         """Drops those that were not renamed."""
         for name in self._names:
             await self._connection.execute(f"DROP DATABASE IF EXISTS {identifier(name + SUFFIX)} WITH (FORCE)")
+
+
+async def take_names(made: Sequence[NewDatabases]) -> None:
+    """Renames the databases on all servers, or none. Raises `ProvisionError`."""
+    taken: list[NewDatabases] = []
+    try:
+        for each in made:
+            await each.take_names()
+            taken.append(each)
+    except BaseException:
+        for each in taken:
+            await each.give_back_names()
+        raise
 
 
 @contextlib.asynccontextmanager

@@ -36,12 +36,14 @@ class Report(msgspec.Struct, frozen=True):
     """An audit. `findings` has every invariant that was checked, also those that hold."""
 
     taken_at: datetime.datetime
-    """Right before the copies, by the clock of the server."""
+    """Right before the copies, by the clock of the server; of several servers, by the one that is behind."""
     is_stopped: bool
     as_of: datetime.datetime
     """The reference time of the checks: `taken_at`; of a stopped shop, its last activity."""
     settled_seconds: float
     copied_rows: int
+    clock_difference_seconds: float
+    """Of the servers of the databases. What was changed on a server whose clock is ahead is settled so much later."""
     findings: tuple[Finding, ...]
 
     @property
@@ -58,19 +60,31 @@ async def audit(
     is_stopped: bool = False,
     progress: Callable[[str], None] = lambda _line: None,
     moment: Moment | None = None,
+    stopped_at: datetime.datetime | None = None,
 ) -> Report:
     """Checks every invariant on the databases in `dsns`, by service, as they are now; also while the shop is running.
 
-    `admin_dsn` may create a database on its server. `settled_seconds` 0 is for an idle shop: everything must have
-    ended. `is_stopped`: the shop does not run; it is checked as of its last activity. With `history`, the invariants of
-    clients are checked too; with `moment`, that moment is checked. Raises `CopyError` where that is not possible.
+    `admin_dsn` may create a database on its server, which is one of theirs or another. `settled_seconds` 0 is for an
+    idle shop: everything must have ended. `is_stopped`: the shop does not run; it is checked as of its last activity,
+    or as of `stopped_at` where that is earlier. With `history`, the invariants of clients are checked too; with
+    `moment`, that moment is checked. Raises `CopyError` where that is not possible.
     """
     async with copied(admin_dsn, dsns, WANTED, progress=progress, moment=moment) as copies:
-        as_of = await prepare(copies, settled_seconds=settled_seconds, history=history, is_stopped=is_stopped)
+        as_of = await prepare(
+            copies, settled_seconds=settled_seconds, history=history, is_stopped=is_stopped, stopped_at=stopped_at
+        )
         invariants = SHOP if history is None else (*SHOP, *CLIENTS)
         progress(f"checking {len(invariants)} invariants on {copies.rows} rows")
         findings = await check(copies, invariants)
-        return Report(copies.taken_at, is_stopped, as_of, settled_seconds, copies.rows, findings)
+        return Report(
+            taken_at=copies.taken_at,
+            is_stopped=is_stopped,
+            as_of=as_of,
+            settled_seconds=settled_seconds,
+            copied_rows=copies.rows,
+            clock_difference_seconds=copies.clock_difference_seconds,
+            findings=findings,
+        )
 
 
 async def check(copies: Copies, invariants: Sequence[Invariant]) -> tuple[Finding, ...]:

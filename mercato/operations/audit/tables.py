@@ -214,7 +214,7 @@ CLOCK: Final = """
            CASE WHEN $2::float8 > 0 THEN shop.as_of - make_interval(secs => $2) ELSE 'infinity' END AS settled_before,
            $1::timestamptz - make_interval(days => $3::integer) AS sure_after
       FROM (
-        SELECT CASE WHEN $4::boolean THEN coalesce(least(activity.at, $1::timestamptz), $1::timestamptz)
+        SELECT CASE WHEN $4::boolean THEN least(activity.at, $1::timestamptz, $5::timestamptz)
                     ELSE $1::timestamptz END AS as_of
           FROM audit.last_activity activity
       ) shop
@@ -334,15 +334,17 @@ async def prepare(
     settled_seconds: float,
     history: Sequence[ClientOperation] | None,
     is_stopped: bool = False,
+    stopped_at: datetime.datetime | None = None,
 ) -> datetime.datetime:
     """Adds what the invariants need besides the copies: the time, the subscriptions, the clients' history.
 
-    Gives the reference time of the checks: that of the copies; of a stopped shop, that of its last activity.
+    Gives the reference time of the checks: that of the copies; of a stopped shop, that of its last activity, and not
+    later than `stopped_at`.
     """
     # With 0 nothing is too young: the shop is idle, and everything must have ended.
     await copies.execute("CREATE SCHEMA audit")
     await copies.execute(LAST_ACTIVITY)
-    await copies.execute(CLOCK, copies.taken_at, settled_seconds, SURE_DAYS, is_stopped)
+    await copies.execute(CLOCK, copies.taken_at, settled_seconds, SURE_DAYS, is_stopped, stopped_at)
     subscribed = [(consumer, type_) for consumer, types in SUBSCRIPTIONS.items() for type_ in types or (None,)]
     await copies.fill("audit", "subscriptions", {"consumer": "text", "type": "text"}, subscribed)
     await copies.fill("history", "ops", HISTORY_COLUMNS, [as_row(operation) for operation in history or ()])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import asyncpg
+import msgspec
 import pytest
 import pytest_asyncio
 
@@ -14,10 +16,12 @@ from mercato.chassis.postgres.dsn import NO_SECRETS, shown, with_database
 from mercato.operations.audit.checking import audit, check
 from mercato.operations.audit.invariants import SHOP
 from mercato.operations.audit.tables import WANTED, prepare
-from mercato.operations.copying import SCRATCH, CopyError, Table, copied, located
+from mercato.operations.copying import SCRATCH, CopyError, Table, begin_together, copied, located, one_moment
 from mercato.testing.cluster import Cluster
 from mercato.testing.tables import connected
 from operations.audit.sample_shop import THEN, build, client_history
+
+SECONDS_AHEAD = datetime.timedelta(seconds=600)
 
 
 @pytest_asyncio.fixture
@@ -116,6 +120,67 @@ async def test_work_that_was_overdue_at_the_last_sign_of_life_is_a_violation(clu
         await connection.execute("INSERT INTO outbox_readers VALUES ('events.feed', 1, now() - interval '10 min')")
 
     assert await violated(cluster, dsns, is_stopped=True) == ["O4", "E1"]
+
+
+async def test_a_restored_shop_is_checked_as_of_its_backup_where_the_clock_of_one_server_was_ahead(
+    cluster: Cluster, dsns: Mapping[str, str]
+):
+    async with connected(dsns["orders"]) as connection:
+        await connection.execute(UNDER_WAY_AN_HOUR_AGO)
+    async with connected(dsns["payments"]) as connection:
+        await connection.execute("INSERT INTO outbox_readers VALUES ('events.feed', 1, $1)", THEN + SECONDS_AHEAD)
+
+    assert await violated(cluster, dsns, is_stopped=True) == ["O4"]
+    report = await audit(cluster.server.admin_dsn, dsns, is_stopped=True, stopped_at=THEN)
+
+    assert (report.violated, report.as_of) == ((), THEN)
+
+
+async def test_the_reference_time_is_that_of_the_clock_which_is_behind(cluster: Cluster, dsns: Mapping[str, str]):
+    """What was changed on the other servers is settled later, and is not checked too early."""
+    lines: list[str] = []
+    async with one_moment(dsns, progress=print) as moment:
+        snapshots = {**moment.snapshots}
+        connection, clock = snapshots["users"]
+        snapshots["users"] = connection, clock - SECONDS_AHEAD
+        skewed = msgspec.structs.replace(moment, snapshots=snapshots)
+        report = await audit(cluster.server.admin_dsn, dsns, moment=skewed, progress=lines.append)
+
+    assert report.as_of == report.taken_at == clock - SECONDS_AHEAD
+    assert SECONDS_AHEAD.total_seconds() <= report.clock_difference_seconds
+    [notice] = [line for line in lines if "clocks" in line]
+    assert notice.endswith("work counts as finished so much later; synchronize them")
+
+
+class RecordedConnection:
+    """Records what is executed. Its server is slow to tell the time: it answers `before` other queries first."""
+
+    def __init__(self, connection: Any, done: list[str], before: int = 0) -> None:
+        self._connection = connection
+        self._done = done
+        self._before = before
+
+    async def fetchval(self, query: str) -> Any:
+        for _ in range(self._before):
+            await self._connection.fetchval("SELECT 1")
+        found = await self._connection.fetchval(query)
+        self._done.append("clock")
+        return found
+
+    async def execute(self, query: str) -> None:
+        self._done.append("snapshot")
+        await self._connection.execute(query)
+
+
+async def test_no_snapshot_is_taken_before_the_clock_of_each_server_was_read(dsns: Mapping[str, str]):
+    """Else an event could be in the feed by a time of one server, and not in the outbox of another."""
+    done: list[str] = []
+    async with connected(dsns["orders"]) as slow, connected(dsns["events"]) as fast:
+        opened = {"orders": RecordedConnection(slow, done, before=50), "events": RecordedConnection(fast, done)}
+        clocks = await begin_together(opened)
+        assert {await connection.fetchval("SELECT now()") > clocks["orders"] for connection in (slow, fast)} == {True}
+
+    assert done == ["clock", "clock", *["snapshot"] * 4]
 
 
 async def test_of_two_audits_at_once_the_second_waits_until_the_copies_of_the_first_are_gone(
