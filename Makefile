@@ -176,6 +176,10 @@ bench-overload: $(VENV)/.runtime $(BENCH_GO) ## measure what is answered of more
 capacity: $(VENV)/.dev ## plan the machines for many orders from the committed figures (ARGS="--zones 3 --json")
 	@$(RUN) bench.capacity $(ARGS)
 
+.PHONY: bench-batches
+bench-batches: $(VENV)/.dev ## measure what a batch between two processes costs over gRPC, HTTP and NATS (ARGS="--rounds 5 --json")
+	@$(RUN) bench.throughput.batches $(ARGS)
+
 .PHONY: bench-standing
 bench-standing: $(VENV)/.runtime ## measure payments while products stands still, in a split shop (ARGS="--transport http")
 	@$(RUN) bench.throughput.standing $(ARGS)

@@ -53,6 +53,7 @@ class GrpcLimits(msgspec.Struct, frozen=True, kw_only=True):
             ("grpc.max_receive_message_length", self.message_bytes),
             ("grpc.max_send_message_length", self.answer_bytes),
             ("grpc.compression_enabled_algorithms_bitset", IDENTITY_ALONE),
+            ("grpc.enable_channelz", 0),
             ("grpc.max_concurrent_streams", self.streams),
             ("grpc.max_allowed_incoming_connections", self.connections),
             ("grpc.server_handshake_timeout_ms", milliseconds(self.handshake_seconds)),

@@ -116,6 +116,8 @@ class Channels:
             ("grpc.max_receive_message_length", longest[1]),
             ("grpc.enable_retries", 0),
             ("grpc.enable_http_proxy", 0),
+            ("grpc.enable_channelz", 0),
+            ("grpc.per_message_compression", 0),
             ("grpc.service_config_disable_resolution", 1),
             # Else a new channel shares the pause of a failed one.
             ("grpc.use_local_subchannel_pool", 1),
