@@ -17,7 +17,7 @@ from mercato.chassis.contract import SERVICE_ROLE, Actor, Contract, Empty as Emp
 from mercato.chassis.hosting.host import GATEWAY, Hosting
 from mercato.chassis.hosting.periodic import PeriodicTask
 from mercato.chassis.hosting.service import Build
-from mercato.chassis.http import HttpLimits, HttpServer, LoadLimits
+from mercato.chassis.http import HttpLimits, HttpServer, LoadLimits, allow_descriptors
 from mercato.chassis.messaging.outbox import event_log
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.rpc.client import acting
@@ -41,6 +41,7 @@ from mercato.gateway.pages import Pages
 from mercato.gateway.route import Route
 from mercato.gateway.routes import ROUTES
 from mercato.gateway.shared_counts import SharedCounts
+from mercato.gateway.streams.limits import StreamLimits
 from mercato.simulators.bank.contract import Sandbox
 
 if TYPE_CHECKING:
@@ -125,6 +126,9 @@ SUBSCRIBER: Final = "subscriber"
 
 NATS_USERS: Final = (*CALLERS, SUBSCRIBER)
 
+OTHER_DESCRIPTORS: Final = 512
+"""Files and sockets of a process besides the connections of its clients: databases, other processes, logs."""
+
 DRAIN_SECONDS: Final = 2.0
 """How long running requests may take at the end of a process, which as a whole has five seconds."""
 
@@ -151,7 +155,10 @@ def called_by(caller: str) -> Sequence[Operation[Any, Any]]:
         waits = [route.wait.operation for route in ROUTES if route.wait]
         forms = [form.operation for route in ROUTES for form in route.forms if form.operation]
         parts = [part.operation for route in ROUTES for part in route.parts]
-        return [*(route.operation for route in ROUTES), *forms, *waits, *parts, *VERIFYING]
+        streams = [
+            operation for route in ROUTES if route.stream for operation in (route.stream.operation, Events.follow)
+        ]
+        return [*(route.operation for route in ROUTES), *forms, *waits, *parts, *streams, *VERIFYING]
     own = () if caller == Users.service else VERIFYING
     return [*CALLS[caller], *own, *(event_log(source).read for source in READS.get(caller, ()))]
 
@@ -196,8 +203,12 @@ def migrations(name: str) -> Path:
     return Path(__file__).parent.joinpath(*package(name).split(".")[1:], "migrations")
 
 
-def _services_of_parts(route: Route) -> Iterator[str]:
-    return (part.operation.service for part in route.parts)
+def _services_of(route: Route) -> Iterator[str]:
+    """The services that a route needs."""
+    yield route.operation.service
+    yield from (part.operation.service for part in route.parts)
+    if route.stream:
+        yield Events.service
 
 
 def gateway(
@@ -216,6 +227,7 @@ def gateway(
     cors_origins: Sequence[str] = (),
     metrics_token: str = "",
     counts: int | None = None,
+    streams: StreamLimits | None = None,
 ) -> Gateway:
     """The routes of the public API that need only `services`. `open_to`: the address of a shop that requires no tokens.
 
@@ -225,7 +237,7 @@ def gateway(
     `metrics_token` gives access to `/metrics`. `counts`: the file in which the gateways of a machine count together.
     """
     host.telemetry.describe_process(__version__)
-    routes = [route for route in ROUTES if {route.operation.service, *_services_of_parts(route)} <= set(services)]
+    routes = [route for route in ROUTES if set(_services_of(route)) <= set(services)]
     ended = _followed_sessions(host, caller)
     verifier = Verifier(lambda: host.client(Users, caller).keys(EmptyRequest()), ended, host.clock)
     authenticator = Authenticator(verifier, own_hosts(*open_to) if open_to else None, cors_origins)
@@ -252,6 +264,7 @@ def gateway(
         load=load,
         cross_origin=CrossOrigin(cors_origins) if cors_origins else None,
         counts=SharedCounts(host.clock.monotonic, counts),
+        streams=streams,
     )
 
 
@@ -285,9 +298,13 @@ def server(
     on_ready: Callable[[], None],
     *,
     drain_seconds: float = DRAIN_SECONDS,
+    limits: HttpLimits | None = None,
 ) -> HttpServer:
     """An HTTP server for `app` on a listening socket."""
 
+    limits = limits or HttpLimits(drain_seconds=drain_seconds)
+    places = limits.connections + (app.stream_limits.streams if isinstance(app, Gateway) else 0)
+    allow_descriptors(places + OTHER_DESCRIPTORS)
     refused = "Requests refused before they reached a route."
     refusals = telemetry.counter("mercato_http_requests_refused", refused, ["code"])
     cross_origin = app.cross_origin if isinstance(app, Gateway) else None
@@ -295,7 +312,7 @@ def server(
     return HttpServer(
         app,
         sockets=[listener],
-        limits=HttpLimits(drain_seconds=drain_seconds),
+        limits=limits,
         on_ready=on_ready,
         on_refused=lambda code: refusals.labels(code).inc(),
         early=EarlyRefusals(app) if isinstance(app, Gateway) else None,

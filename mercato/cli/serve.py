@@ -56,6 +56,7 @@ from mercato.cli.starting import (
 from mercato.cli.tracing import traced
 from mercato.gateway.app import Gateway
 from mercato.gateway.cross_origin import origins_of
+from mercato.gateway.streams.limits import StreamLimits
 
 INSTANCE_BYTES: Final = 6
 UNREADY_SECONDS: Final = 0.5
@@ -199,6 +200,7 @@ class _Serving:
             problems=functools.partial(self._problems, host, remote, self._needed()),
             own_problems=functools.partial(self._own_problems, host),
             load=LoadLimits.up_to(self._settings.requests_in_work),
+            streams=StreamLimits.up_to(self._settings.streams, self._settings.streams_of_one),
             counts=self._counts,
             details=functools.partial(_details, remote),
         )

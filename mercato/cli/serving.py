@@ -26,6 +26,7 @@ from mercato.cli.progress import fail
 from mercato.cli.tracing import traced
 from mercato.cli.worker import OwnerWatch
 from mercato.cli.workers import READY, WorkerAssignment
+from mercato.gateway.streams.limits import StreamLimits
 from mercato.operations.audit.background import Background
 
 
@@ -77,6 +78,7 @@ async def _serve(assignment: WorkerAssignment, owner_watch: OwnerWatch) -> None:
             currency=assignment.currency,
             details=background.details,
             load=LoadLimits.up_to(assignment.requests_in_work),
+            streams=StreamLimits.up_to(assignment.streams, assignment.streams_of_one),
             counts=assignment.counts,
         )
         tune_garbage_collection()

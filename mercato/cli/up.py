@@ -62,6 +62,7 @@ from mercato.cli.workers import WorkerFailed, Workers
 from mercato.embedded_postgres import DataFolder, EmbeddedPostgres, SupervisorError, require_known_format
 from mercato.gateway.cross_origin import origins_of
 from mercato.gateway.shared_counts import new_file
+from mercato.gateway.streams.limits import StreamLimits
 from mercato.operations.audit.background import Background
 
 T = TypeVar("T")
@@ -330,6 +331,7 @@ class _Up:
             currency=self._settings.currency,
             details=background.details,
             load=LoadLimits.up_to(self._settings.requests_in_work),
+            streams=StreamLimits.up_to(self._settings.streams, self._settings.streams_of_one),
         )
 
         def on_ready() -> None:

@@ -59,6 +59,8 @@ class WorkerAssignment(msgspec.Struct, frozen=True):
     transport: str
     pool_size: int
     requests_in_work: int
+    streams: int
+    streams_of_one: int
     log_level: str
     log_requests: bool
     cors_origins: tuple[str, ...]
@@ -104,6 +106,8 @@ class Workers:
             transport=settings.transport,
             pool_size=settings.pool_size,
             requests_in_work=settings.requests_in_work,
+            streams=settings.streams,
+            streams_of_one=settings.streams_of_one,
             log_level=settings.log_level,
             log_requests=settings.log_requests,
             cors_origins=origins_of(settings.cors_origin),

@@ -13,6 +13,8 @@ from .roles import STAFF_ONLY
 
 PAGE_LIMIT: Final = 500
 TYPES_LIMIT: Final = 20
+WAIT_LIMIT_MS: Final = 60_000
+"""The longest wait for entries, as for an order (`orders.AwaitOrder`)."""
 
 EventType = Annotated[
     str,
@@ -65,6 +67,33 @@ class EventPage(Message):
     """Whether there are as many entries as requested, so that there may be more."""
 
 
+Subject = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-z]{1,31} [1-9][0-9]{0,15}\Z",
+        extra=worded("must be a thing and its id, such as order 1001"),
+        examples=["order 1001"],
+    ),
+]
+
+
+class FollowEvents(Message):
+    """The next entries after `after`, as `ListEvents` gives them; if there are none, they are waited for.
+
+    The answer comes as soon as there is an entry, or after `wait_ms` without one. Its `next_after` is behind all that
+    was read, also behind entries that the filters exclude. A page of one `subject` reads a bounded part of the feed:
+    it may be empty and `is_full`, and then the next one is requested at once. Raises as `ListEvents`.
+    """
+
+    after: Annotated[int, Meta(ge=0)] | None = None
+    """None: the answer is at once an empty page, whose `next_after` is the end of the feed."""
+    limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 100
+    types: Annotated[tuple[EventType, ...], Meta(max_length=TYPES_LIMIT)] = ()
+    subject: Subject | None = None
+    """Only entries about this."""
+    wait_ms: Annotated[int, Meta(ge=0, le=WAIT_LIMIT_MS)] = 0
+
+
 class CursorTooOld(ServiceError, code="events.cursor_too_old", kind=Kind.NOT_FOUND):
     """The reader was away for longer than the feed is kept, and would miss entries without notice.
 
@@ -91,3 +120,4 @@ class Events(Contract, name="events"):
     """The feed. It is kept for seven days."""
 
     list = single(ListEvents, EventPage, allow=STAFF_ONLY, retry=Retry.SAFE)
+    follow = single(FollowEvents, EventPage, allow=STAFF_ONLY, deadline_ms=70_000, retry=Retry.SAFE, waits=True)

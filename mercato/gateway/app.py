@@ -15,7 +15,7 @@ decides everything that can be decided before the first request, once for each r
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -31,13 +31,13 @@ from mercato.chassis.contract import (
     InvalidRequest,
     Operation,
     ServiceError,
-    Span,
     current,
 )
 from mercato.chassis.hosting.host import GATEWAY
 from mercato.chassis.http import COMPLETE_RESPONSE, LoadLimits, Priority, Shedder
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.observability.telemetry import Telemetry
+from mercato.contracts.events import Events
 from mercato.contracts.money import DEFAULT_CURRENCY
 from mercato.contracts.roles import STAFF
 from mercato.gateway import access_log, cursors, guests, idempotency, problems, representations, totals
@@ -50,11 +50,13 @@ from mercato.gateway.headers import (
     preferred_wait_ms,
     prefers_count,
 )
-from mercato.gateway.other_requests import answer_other_method, serve_page
+from mercato.gateway.other_requests import allowed, answer_other_method, serve_page
 from mercato.gateway.rates import PasswordTries, RateLimiter, call_guarded
 from mercato.gateway.route import NO_TEXT, Page, Route, RouteRequest, gathering
 from mercato.gateway.shared_counts import SharedCounts
-from mercato.gateway.spans import CLIENT_GONE, HTTP_SECONDS, answered, attributes_of, labels_of, method_label, order_in
+from mercato.gateway.spans import CLIENT_GONE, answered, end_request, labels_of, method_label, order_in
+from mercato.gateway.streams.limits import StreamLimits
+from mercato.gateway.streams.opening import OnlyHead, OpenStream, Streams, accepted, last_event_id
 from mercato.gateway.validation import (
     ClientGone,
     Receive,
@@ -66,6 +68,7 @@ from mercato.gateway.validation import (
     members_of,
     numbers_of,
     read_body,
+    reworded,
     texts_of,
 )
 from mercato.gateway.waiting import Waiting
@@ -105,6 +108,7 @@ class Gateway:
         load: LoadLimits | None = None,
         cross_origin: CrossOrigin | None = None,
         counts: SharedCounts | None = None,
+        streams: StreamLimits | None = None,
     ) -> None:
         self.table = Table([BoundRoute(route, client, telemetry, currency) for route in routes])
         self._authenticator = authenticator
@@ -121,6 +125,11 @@ class Gateway:
         self._slow_seconds = slow_seconds
         self.cross_origin = cross_origin
         self.load = Shedder(load or LoadLimits(), monotonic=clock.monotonic, telemetry=telemetry)
+        self.stream_limits = streams or StreamLimits()
+        self.streams = None
+        """None: no route answers with a stream."""
+        if any(route.stream for route in routes):
+            self.streams = Streams(client(Events.follow), clock, self.stream_limits, telemetry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -157,22 +166,24 @@ class Gateway:
         if self.cross_origin is not None:
             lines += self.cross_origin.lines(headers, scope["method"])
         extensions = scope.get("extensions")
+        if not isinstance(body, bytes):
+            self._note_answered(route, status, started, headers, scope["method"])
+            await body.respond(scope, send, status, lines)
+            return
         if extensions is not None and COMPLETE_RESPONSE in extensions:
             await send({"type": COMPLETE_RESPONSE, "status": status, "lines": lines, "body": body})
         else:
             await representations.send_in_two(send, status, lines, body)
+        self._note_answered(route, status, started, headers, scope["method"])
+
+    def _note_answered(
+        self, route: BoundRoute | None, status: int, started: float, headers: RequestHeaders, method: str
+    ) -> None:
+        """Ends the span of a request, counts and logs it: when its answer was sent, or the head of a stream is."""
         seconds = time.perf_counter() - started
         if headers.span is not None and route is not None:
-            self._end(headers.span, route, status, headers, seconds)
-        self.note(route, status, seconds, headers, scope["method"])
-
-    def _end(self, span: Span, route: BoundRoute, status: int, headers: RequestHeaders, seconds: float) -> None:
-        """Ends the span of a request whose answer was sent."""
-        if span.places:
-            span.note(attributes_of(route.route, status, headers))
-            self._exemplars.note(HTTP_SECONDS, labels_of(route.route, status), seconds, span)
-        is_failed = status >= 500 and status != 503  # an overloaded process answers 503 to many
-        self._tracing.end_request(span, headers.trace_id, str(status) if status >= 500 else "", is_failed=is_failed)
+            end_request(headers.span, self._tracing, self._exemplars, route.route, status, headers, seconds)
+        self.note(route, status, seconds, headers, method)
 
     def check_source(self, headers: RequestHeaders, method: str) -> None:
         """Raises a `ServiceError` for a request that may not come from where it does."""
@@ -190,7 +201,9 @@ class Gateway:
         receive: Receive,
         send: Send,
         headers: RequestHeaders,
-    ) -> tuple[int, Lines, bytes]:
+    ) -> tuple[int, Lines, bytes | OpenStream | OnlyHead]:
+        if route.can_stream:
+            route = accepted(route, route.as_stream, headers.accept)
         if (load := self.load).waiting and load.in_work >= load.capacity[route.priority]:
             await load.check(route.priority, route.name)
         authenticator, authorization = self._authenticator, headers.authorization
@@ -211,27 +224,33 @@ class Gateway:
             self._rates.check(route.name, route.limits, actor, _address(scope))
         # Before the next await: another request may evict the token from the cache.
         session_id = authenticator.session_id(authorization) if route.knows_session and authorization else ""
+        is_valid = authenticator.validity(authorization, actor) if route.stream is not None else None
         route, request = await route.read(actor, parts, scope, query, receive, headers)
         request.access_token = access_token
         if route.are_counted and headers.prefer is not None:
             request.counts = prefers_count(headers.prefer)
         if session_id:
             request.session_id = session_id
+        if is_valid is not None:
+            request.last_event_id = last_event_id(headers)
         if route.knows_address:
             request.address = _address(scope)[:ADDRESS_LENGTH]
         asked = route.request(request)
         if route.order_asked is not None:
             headers.concern(route.order_asked(asked))
         if not actor.id and (access_token is not None or route.is_guest is not None):
-            actor = self._checked_guest(route, request, asked, scope)
+            actor = guests.checked(route, request, asked, _address(scope), self._rates)
         deadline = self._monotonic() + self._seconds
         current.set(headers.context(actor, deadline))
         try:
             answer = await self._call(route, request, asked, scope, deadline)
         except InvalidRequest as error:
-            raise route.reworded(error) from None
+            raise reworded(error, route.route.fields) from None
         if not headers.order_id and route.order_answered is not None:
             headers.concern(route.order_answered(answer))
+        if self.streams is not None and route.stream is not None and is_valid is not None:
+            again = lambda: self._call(route, request, asked, scope, self.deadline())  # noqa: E731
+            return await self.streams.begin(route.stream, request, answer, again, scope, is_valid)
         if route.for_customers is not None and request.actor.role != STAFF:
             answer = route.for_customers(answer)
         if request.wait_ms is None:
@@ -265,18 +284,6 @@ class Gateway:
                 load.slow += self._monotonic() - entered_at > slow_seconds
             if load.waiting or load.measured >= load.window_requests:
                 load.end_window()
-
-    def _checked_guest(self, route: BoundRoute, request: RouteRequest, asked: Any, scope: Scope) -> Actor:
-        """The actor of a call without an account: a guest, or an anonymous caller whom the route allows."""
-        if request.access_token is None:
-            assert route.is_guest is not None
-            if not route.is_guest(asked):
-                if request.actor.role not in route.roles:
-                    raise problems.not_allowed(request.actor.role, route.name)
-                return request.actor
-            self._rates.check(f"{route.name} of guests", guests.ORDERS, ANONYMOUS_ACTOR, _address(scope))
-        guests.check_key(request.idempotency_key)
-        return ANONYMOUS_ACTOR
 
     async def _verify(self, authorization: bytes, headers: RequestHeaders, *, takes_ended: bool) -> Actor:
         """The actor of a token that is not cached. Verifying it may call the users service for its keys."""
@@ -314,7 +321,7 @@ class Table:
         self._fixed: dict[str, dict[str, BoundRoute]] = {}
         self._shaped: dict[str, tuple[str, dict[str, BoundRoute]]] = {}
         self._places: dict[int, list[int]] = {}
-        self._all_methods = _allowed(route.route.method for route in routes)
+        self._all_methods = allowed(route.route.method for route in routes)
         for route in routes:
             path, method = route.route.path, route.route.method
             methods = self._fixed.setdefault(path, {}) if "{" not in path else self._add_shape(path)
@@ -345,7 +352,7 @@ class Table:
                 return problems.MethodNotAllowed(path=path, allowed=self._all_methods) if is_server else None, NOTHING
         route = methods.get("GET" if method == "HEAD" else method)
         if route is None:
-            return problems.MethodNotAllowed(path=path, allowed=_allowed(methods)), NOTHING
+            return problems.MethodNotAllowed(path=path, allowed=allowed(methods)), NOTHING
         return route, parts
 
     def _find_shaped(self, path: str) -> tuple[dict[str, BoundRoute] | None, Mapping[str, str]]:
@@ -357,12 +364,6 @@ class Table:
                 return found[1], {found[0]: value}
             segments[place] = value
         return None, NOTHING
-
-
-def _allowed(methods: Iterable[str]) -> tuple[str, ...]:
-    """The value of Allow for routes of these methods."""
-    found = {*methods, "OPTIONS"}
-    return tuple(sorted(found | {"HEAD"} if "GET" in found else found))
 
 
 NOTHING: Final[Mapping[str, Any]] = {}
@@ -420,6 +421,10 @@ class BoundRoute:
         self._status = route.status
         self._show = route.answer
         self._head = (JSON, *((REVALIDATE, *totals.vary(route)) if route.is_public else (problems.NO_STORE,)))
+        self.stream = route.stream if route.stream and route.stream.is_only else None
+        self.can_stream = route.stream is not None
+        other = None if self.stream or route.stream is None else route.stream.of(route)
+        self.as_stream = None if other is None else BoundRoute(other, client, telemetry, currency)
         self._plain = not (route.etag or route.location or route.replayed)
         self._forms = [(form, BoundRoute(form.of(route), client, telemetry, currency)) for form in route.forms]
 
@@ -552,12 +557,6 @@ class BoundRoute:
             lambda: self._version(headers),
             lambda: self._wait_ms(headers),
         )
-
-    def reworded(self, error: InvalidRequest) -> InvalidRequest:
-        """The error with the API's names of the fields."""
-        named = self.route.fields
-        errors = (FieldError(field=named.get(e.field, e.field), message=e.message) for e in error.errors)
-        return InvalidRequest(errors=tuple(errors))
 
     # ------------------------------------------------------------------------------------------------------ respond
 

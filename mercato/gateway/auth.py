@@ -78,6 +78,17 @@ class Verifier:
         """The session of a token that has just been verified."""
         return self._known[token][2]
 
+    def validity(self, token: str) -> Callable[[], bool]:
+        """Says whether a token that has just been verified is still valid, as `remembered` does."""
+        actor, expires_at, session_id = self._known[token]
+
+        def is_valid() -> bool:
+            if expires_at <= self._clock.now().timestamp() or session_id in self._ended.ids:
+                return False
+            return actor.role != STAFF or not self._ended.is_behind
+
+        return is_valid
+
     async def actor(self, token: str, *, takes_ended: bool = False) -> Actor:
         """Raises `Unauthenticated` for a token that is forged, foreign, expired, of an ended session or not a token.
 
@@ -212,7 +223,11 @@ class Authenticator:
 
     def session_id(self, authorization: bytes) -> str:
         """The session of an Authorization header whose token has just been verified."""
-        return self._verifier.session_id(authorization.decode("latin-1").partition(" ")[2].strip())
+        return self._verifier.session_id(_token_of(authorization))
+
+    def validity(self, authorization: bytes | None, actor: Actor) -> Callable[[], bool]:
+        """Says whether a caller who has just been identified is still this actor: one without an account is."""
+        return self._verifier.validity(_token_of(authorization)) if authorization and actor.id else lambda: True
 
     async def actor(self, authorization: bytes, *, takes_ended: bool = False) -> Actor:
         """Raises `Unauthenticated`."""
@@ -220,6 +235,10 @@ class Authenticator:
         if scheme.lower() != "bearer" or not token.strip():
             raise Unauthenticated(reason="The Authorization header must be: Bearer TOKEN.")
         return await self._verifier.actor(token.strip(), takes_ended=takes_ended)
+
+
+def _token_of(authorization: bytes) -> str:
+    return authorization.decode("latin-1").partition(" ")[2].strip()
 
 
 def own_hosts(host: str, port: int) -> list[str]:

@@ -25,8 +25,8 @@ EXPOSED: Final = (
 )
 PREFLIGHT: Final = (
     b"access-control-allow-methods: GET, HEAD, POST, PUT, PATCH, DELETE",
-    b"access-control-allow-headers: Authorization, Content-Type, Idempotency-Key, If-Match, If-None-Match, Prefer, "
-    b"traceparent, X-Request-Id",
+    b"access-control-allow-headers: Authorization, Content-Type, Idempotency-Key, If-Match, If-None-Match, "
+    b"Last-Event-ID, Prefer, traceparent, X-Request-Id",
     b"access-control-max-age: 600",
 )
 

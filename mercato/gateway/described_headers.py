@@ -122,6 +122,14 @@ PARAMETERS: Final[Mapping[str, Json]] = {
         "schema": {"type": "string"},
         "example": '"1"',
     },
+    "LastEventId": {
+        "name": "Last-Event-ID",
+        "in": "header",
+        "description": "Of a stream: the `id` that you have seen last. The stream goes on after it, whichever process "
+        "answers; browsers send it by themselves. 410 where the feed does not keep what follows any more.",
+        "schema": {"type": "string", "pattern": r"^[0-9]{1,15}$"},
+        "example": "69632",
+    },
     "IfMatch": {
         "name": "If-Match",
         "in": "header",

@@ -122,5 +122,15 @@ EXPLAINED: Final[Mapping[str, str]] = {
     "POST /payments/{id}/void": "Releases an authorized amount, and cancels its order. "
     "The stock of the order is released. "
     "A captured payment cannot be voided: refund it.",
+    "GET /events": "Answers with a page. With `Accept: text/event-stream` it answers with a stream of Server-Sent "
+    "Events instead, which begins at the end of the feed, or after `after`, and has no end of its own. "
+    "A comment with the position comes every 15 seconds where there is nothing else. "
+    "The stream ends with the access token, when the process stops, and after about an hour: come back with "
+    "Last-Event-ID, and nothing is missed.",
+    "GET /orders/{id}/events": "A stream of Server-Sent Events about one order. Its first message, `order`, is the "
+    "order as GET /orders/{id} answers it; the others are events, by their types. "
+    "An event may come that the first message already contains: its `version` is not higher then. "
+    "A comment with the position comes every 15 seconds where there is nothing else. "
+    "The stream ends with the access token, when the process stops, and after about an hour: come back with "
+    "Last-Event-ID, and nothing is missed.",
 }
-"""By method and path. From three to six sentences each."""

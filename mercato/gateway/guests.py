@@ -6,9 +6,13 @@ the answer of an unknown order.
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final, Protocol
 
-from mercato.gateway.route import Limits
+from mercato.chassis.contract import ANONYMOUS_ACTOR, Actor
+from mercato.gateway import problems
+from mercato.gateway.rates import RateLimiter
+from mercato.gateway.route import Limits, RouteRequest
 from mercato.gateway.validation import invalid
 
 PARAMETER: Final = b"access_token="
@@ -49,3 +53,24 @@ def check_key(key: str | None) -> None:
     if key is not None and len(key) < KEY_LENGTH:
         message = f"has fewer than {KEY_LENGTH} characters, the least for a caller without an account; use a fresh UUID"
         raise invalid(("header Idempotency-Key", message))
+
+
+class GuestRoute(Protocol):
+    """A route that guests may use."""
+
+    name: str
+    roles: frozenset[str]
+    is_guest: Callable[[Any], bool] | None
+
+
+def checked(route: GuestRoute, request: RouteRequest, asked: Any, address: str, rates: RateLimiter) -> Actor:
+    """The actor of a call without an account: a guest, or an anonymous caller whom the route allows."""
+    if request.access_token is None:
+        assert route.is_guest is not None
+        if not route.is_guest(asked):
+            if request.actor.role not in route.roles:
+                raise problems.not_allowed(request.actor.role, route.name)
+            return request.actor
+        rates.check(f"{route.name} of guests", ORDERS, ANONYMOUS_ACTOR, address)
+    check_key(request.idempotency_key)
+    return ANONYMOUS_ACTOR

@@ -20,6 +20,7 @@ _NO_TRACE_ID: Final = b"0" * 32
 class RequestHeaders:
     """The headers of one request, read in one pass. A list that comes in several lines is joined."""
 
+    accept: bytes | None = None
     accept_encoding: bytes | None = None
     authorization: bytes | None = None
     content_length: bytes | None = None
@@ -34,6 +35,7 @@ class RequestHeaders:
     idempotency_key: bytes | None = None
     if_match: bytes | None = None
     if_none_match: bytes | None = None
+    last_event_id: bytes | None = None
     origin: bytes | None = None
     prefer: bytes | None = None
     x_request_id: bytes | None = None
@@ -103,6 +105,7 @@ class RequestHeaders:
 
 
 _FIELDS: Final = {
+    b"accept": "accept",
     b"accept-encoding": "accept_encoding",
     b"access-control-request-method": "requested_method",
     b"authorization": "authorization",
@@ -119,13 +122,14 @@ _FIELDS: Final = {
     b"idempotency-key": "idempotency_key",
     b"if-match": "if_match",
     b"if-none-match": "if_none_match",
+    b"last-event-id": "last_event_id",
     b"origin": "origin",
     b"prefer": "prefer",
     b"x-request-id": "x_request_id",
     b"traceparent": "traceparent",
     b"transfer-encoding": "transfer_encoding",
 }
-_LISTS: Final = frozenset({"accept_encoding", "forwarded", "if_none_match", "prefer"})
+_LISTS: Final = frozenset({"accept", "accept_encoding", "forwarded", "if_none_match", "prefer"})
 _REPLACED: Final = frozenset({"traceparent", "x_request_id"})
 """Of two values, neither counts: a new one replaces them (W3C Trace Context 3.2.2.5)."""
 

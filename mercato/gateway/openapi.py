@@ -37,6 +37,8 @@ from mercato.gateway.explained import EXPLAINED
 from mercato.gateway.problems import Problem
 from mercato.gateway.readiness import DOWN, READINESS
 from mercato.gateway.route import MAX_BODY_BYTES, Route
+from mercato.gateway.streams.described import streamed_example
+from mercato.gateway.streams.opening import MEDIA_TYPE
 
 Json = dict[str, Any]
 
@@ -116,6 +118,8 @@ def document(routes: Sequence[Route], *, open_shop: bool, server_url: str | None
 def operation_id(route: Route) -> str:
     """A stable name: `orders.place`; `users.me.get` where the operation also has a route for one's own account."""
     service, _, name = route.operation.full_name.partition(".")
+    if route.stream and route.stream.is_only:
+        return f"{service}.{route.path.rpartition('/')[2]}"
     if route.parts:
         return f"{service}.me.{route.path.rpartition('/')[2]}"
     if route.system:
@@ -146,6 +150,10 @@ def errors_of(route: Route, *, open_shop: bool) -> tuple[type[ServiceError], ...
         following.append(problems.IdempotencyKeyMissing)
     if route.if_match:
         following.append(StaleVersion)
+    if route.stream:
+        following += [problems.TooManyStreams, problems.StreamsFull]
+        if route.stream.is_only:
+            following.append(problems.NotAcceptable)
     of_forms = (error for form in route.forms for error in form.errors)
     waited = route.wait.refusals if route.wait else ()
     return tuple(dict.fromkeys((*route.errors, *waited, *of_forms, *following, *_CALLING)))
@@ -256,6 +264,8 @@ class _Described:
             parameters.append({"$ref": "#/components/parameters/IfNoneMatch"})
         if route.if_match:
             parameters.append({"$ref": "#/components/parameters/IfMatch"})
+        if route.stream:
+            parameters.append({"$ref": "#/components/parameters/LastEventId"})
         return parameters
 
     def _path_parameter(self, route: Route, name: str) -> Json:
@@ -308,10 +318,14 @@ class _Described:
             else _SUCCESSES[route.status],
             "headers": _headers(name for name, there in wanted.items() if there),
         }
-        if route.output is not None:
+        if route.stream and route.stream.is_only:
+            success["content"] = {MEDIA_TYPE: _streamed(route)}
+        elif route.output is not None:
             outputs = [route.output, *(form.output for form in route.forms if form.output is not None)]
             content = {"schema": self._any_of(outputs), "example": examples.answer(route)}
             success["content"] = {"application/json": content}
+            if route.stream:
+                success["content"][MEDIA_TYPE] = _streamed(route)
         return success
 
     def _any_of(self, models: Sequence[Any]) -> Json:
@@ -392,6 +406,18 @@ _KNOWN: Final[Json] = {
     "description": "An ETag in If-None-Match is still current",
     "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in ("ETag", "X-Request-Id")},
 }
+
+
+def _streamed(route: Route) -> Json:
+    """The stream of a route. Its messages are described in /asyncapi.json."""
+    return {
+        "schema": {
+            "type": "string",
+            "description": "Server-Sent Events without an end. Each has the position as `id`, the type as `event`, and "
+            "as `data` an event as GET /events lists it; /asyncapi.json describes them.",
+        },
+        "example": streamed_example(route),
+    }
 
 
 def _headers(names: Iterable[str]) -> Json:

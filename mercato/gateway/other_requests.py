@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from mercato.gateway.app import Asgi, Gateway, Scope, Send
 
 log = structlog.stdlib.get_logger("mercato.gateway", service=GATEWAY)
+
+
+def allowed(methods: Iterable[str]) -> tuple[str, ...]:
+    """The value of Allow for routes of these methods."""
+    found = {*methods, "OPTIONS"}
+    return tuple(sorted(found | {"HEAD"} if "GET" in found else found))
 
 
 def answer_other_method(

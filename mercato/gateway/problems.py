@@ -34,6 +34,7 @@ STATUS_OF_CODE: Final[Mapping[str, int]] = {
     "events.cursor_too_old": 410,
     "idempotency_key_reused": 422,
     "method_not_allowed": 405,
+    "not_acceptable": 406,
     "body_too_large": 413,
     "unsupported_media_type": 415,
 }
@@ -45,6 +46,7 @@ TITLES: Final[Mapping[int, str]] = {
     403: "Not allowed",
     404: "Not found",
     405: "Method not allowed",
+    406: "Not in a form that you accept",
     409: "This conflicts with the current state",
     410: "Not available any more",
     412: "It has changed since",
@@ -100,6 +102,27 @@ class SessionsNotKnown(ServiceError, code="sessions_not_known", kind=Kind.UNAVAI
 
 class UnsupportedMediaType(ServiceError, code="unsupported_media_type", kind=Kind.INVALID):
     sentence = "The body must be JSON, sent with Content-Type: application/json."
+
+
+class NotAcceptable(ServiceError, code="not_acceptable", kind=Kind.INVALID):
+    sentence = "{path} answers with {offered} alone, which the header Accept excludes."
+    path: str
+    offered: str
+
+
+class TooManyStreams(ServiceError, code="too_many_streams", kind=Kind.TOO_MANY):
+    """Each process has this limit for itself."""
+
+    sentence = "This {of} has {limit} streams of events open, which is the most; close one first."
+    limit: int
+    of: str
+    retry_after_s: int | None = 5
+
+
+class StreamsFull(ServiceError, code="streams_full", kind=Kind.UNAVAILABLE):
+    sentence = "All {limit} streams of events of this process are taken; try again, or request pages of GET /events."
+    limit: int
+    retry_after_s: int | None = 5
 
 
 class BodyTooLarge(ServiceError, code="body_too_large", kind=Kind.INVALID):

@@ -65,6 +65,8 @@ class RouteRequest(msgspec.Struct, gc=False):
     """The access token of a guest's order, for the routes that take one."""
     counts: bool = False
     """Whether the client asks how many entries a collection has (`Prefer: count=exact`)."""
+    last_event_id: int | None = None
+    """The position after which a stream goes on; None: its header is not sent."""
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -154,6 +156,36 @@ def gathering(
         return Gathered(answer, found, following)
 
     return gather
+
+
+class Streamed(msgspec.Struct, frozen=True, kw_only=True):
+    """How a route answers as a stream of events (`streams/`), to a client that accepts `text/event-stream`.
+
+    `operation` and `request` are called first, as those of a route. The stream begins after the position that
+    `Last-Event-ID` has, or else the query's `after`, and has what the query's `types` name. Without a position it
+    begins at the end of the feed.
+    """
+
+    kind: Literal["feed", "order"]
+    operation: Operation[Any, Any]
+    request: Callable[[RouteRequest], Any]
+    query: type[Input]
+    subject: Callable[[RouteRequest], str] | None = None
+    """What the events of the stream are about; None: what the query's `subject` says, if anything."""
+    snapshot: Callable[[Any], Any] | None = None
+    """The JSON with which a stream without a position begins, from the answer of `operation`. Its event is `kind`."""
+    is_only: bool = False
+    """Whether the route has no other answer."""
+
+    def of(self, route: Route) -> Route:
+        """The route with the stream as its only answer."""
+        return msgspec.structs.replace(
+            route,
+            operation=self.operation,
+            request=self.request,
+            query=self.query,
+            stream=msgspec.structs.replace(self, is_only=True),
+        )
 
 
 class Form(msgspec.Struct, frozen=True, kw_only=True):
@@ -272,3 +304,5 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     system: str = ""
     """The reference system that has this request; empty for a route of the API's own."""
     forms: tuple[Form, ...] = ()
+    stream: Streamed | None = None
+    """Its answer as a stream of events; None: it has none."""

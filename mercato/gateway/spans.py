@@ -6,9 +6,11 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from mercato.chassis.contract import Message
+from mercato.chassis.contract import Message, Span
 from mercato.chassis.observability.counting import PendingHistogram
+from mercato.chassis.observability.exemplars import Exemplars
 from mercato.chassis.observability.telemetry import Telemetry
+from mercato.chassis.observability.tracing import Tracing
 from mercato.contracts.orders import Orders
 from mercato.gateway.headers import RequestHeaders
 from mercato.gateway.route import Route
@@ -52,6 +54,23 @@ def attributes_of(route: Route, status: int, headers: RequestHeaders) -> dict[st
         "mercato.request.id": headers.request_id,
         "mercato.actor.id": headers.actor_id,
     }
+
+
+def end_request(
+    span: Span,
+    tracing: Tracing,
+    exemplars: Exemplars,
+    route: Route,
+    status: int,
+    headers: RequestHeaders,
+    seconds: float,
+) -> None:
+    """Ends the span of a request whose answer was sent."""
+    if span.places:
+        span.note(attributes_of(route, status, headers))
+        exemplars.note(HTTP_SECONDS, labels_of(route, status), seconds, span)
+    is_failed = status >= 500 and status != 503  # an overloaded process answers 503 to many
+    tracing.end_request(span, headers.trace_id, str(status) if status >= 500 else "", is_failed=is_failed)
 
 
 def order_in(service: str, message: type[Message]) -> Callable[[Any], int | None] | None:

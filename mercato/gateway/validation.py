@@ -350,3 +350,9 @@ def _first_bad_byte(body: bytes) -> int:
     except UnicodeDecodeError as error:
         return error.start
     return 0
+
+
+def reworded(error: InvalidRequest, named: Mapping[str, str]) -> InvalidRequest:
+    """The error with the API's names of the fields."""
+    errors = (FieldError(field=named.get(e.field, e.field), message=e.message) for e in error.errors)
+    return InvalidRequest(errors=tuple(errors))

@@ -14,10 +14,12 @@ from typing import Any, Self
 import aiohttp
 
 from mercato import topology
-from mercato.chassis.http import LoadLimits, Shedder, bind
+from mercato.chassis.http import HttpLimits, LoadLimits, Shedder, bind
 from mercato.contracts.money import DEFAULT_CURRENCY
 from mercato.contracts.roles import STAFF
 from mercato.contracts.users import Register, Users
+from mercato.gateway.app import Gateway
+from mercato.gateway.streams.limits import StreamLimits
 
 from .cluster import Cluster
 from .harness import ServiceHarness
@@ -65,7 +67,9 @@ class ShopClient:
         async with self._session.request(
             method, self.url + path, data=data, headers=sent, allow_redirects=False
         ) as answer:
-            return Response(answer.status, {k.lower(): v for k, v in answer.headers.items()}, await answer.read())
+            # A stream has no end; its messages are read with `event_stream`.
+            body = b"" if answer.content_type == "text/event-stream" else await answer.read()
+            return Response(answer.status, {k.lower(): v for k, v in answer.headers.items()}, body)
 
     async def get(self, path: str, **options: Any) -> Response:
         return await self.request("GET", path, **options)
@@ -99,6 +103,7 @@ class ShopClient:
 class Shop(ShopClient):
     """A shop that runs here, and a client for it."""
 
+    app: Gateway
     load: Shedder
     """The gateway's requests in work and in the queue."""
 
@@ -126,6 +131,8 @@ class Shop(ShopClient):
         log_requests: bool = False,
         slow_seconds: float = math.inf,
         metrics_token: str = "",
+        streams: StreamLimits | None = None,
+        limits: HttpLimits | None = None,
     ) -> Self:
         """`slow_seconds`: by default no request is slow, however long a busy machine takes for it."""
         harness = harness_class(cluster, transport, options)
@@ -144,13 +151,14 @@ class Shop(ShopClient):
             log_requests=log_requests,
             slow_seconds=slow_seconds,
             metrics_token=metrics_token,
+            streams=streams,
         )
         stop, ready = asyncio.Event(), asyncio.Event()
-        server = topology.server(app, listener, harness.host.telemetry, ready.set)
+        server = topology.server(app, listener, harness.host.telemetry, ready.set, limits=limits)
         serving = asyncio.create_task(server.run_until(stop))
         await ready.wait()
         shop = cls(harness, f"http://127.0.0.1:{address[1]}", stop, serving, is_open=is_open)
-        shop.load = app.load
+        shop.app, shop.load = app, app.load
         if not is_open:
             await shop._register_staff()
         return shop

@@ -43,6 +43,17 @@ def typed(command: str, folder: Path, port: int) -> str:
     return done.stdout
 
 
+def first_message(command: str, port: int) -> str:
+    """The data of the first message of a stream, which is then ended, as with Ctrl-C."""
+    line = command.replace("localhost:8080", f"localhost:{port}").replace("curl ", "exec curl --silent --show-error ")
+    with subprocess.Popen(["bash", "-c", line], stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        try:
+            return next(text.removeprefix("data: ") for text in running.stdout if text.startswith("data: "))
+        finally:
+            running.terminate()
+
+
 def test_the_tour_does_what_the_readme_says() -> None:
     with data_folder() as beside:
         folder, data = beside.parent, beside.with_name(".mercato")
@@ -51,7 +62,7 @@ def test_the_tour_does_what_the_readme_says() -> None:
         finally:
             remove(data)
     found, alice, first, again, listed, short, paid, timeline, lost, stock = answers[:10]
-    illegal, shipped, entries, after_kill, audited, login = answers[10:]
+    illegal, shipped, entries, followed, after_kill, audited, login = answers[10:]
     assert "Headphones" in [product["name"] for product in found]
     assert [user["name"] for user in alice] == ["Alice"]
     assert first["id"] == 1001
@@ -66,7 +77,7 @@ def test_the_tour_does_what_the_readme_says() -> None:
     assert (illegal["status"], illegal["details"]["legal"]) == (409, ["shipped"])
     assert (shipped["payment"], shipped["fulfilment"]) == ("paid", "shipped")
     assert "order.paid" in {entry["type"] for entry in entries}
-    assert after_kill == shipped
+    assert followed == after_kill == shipped
     assert "invariants hold" in audited
     assert login["user"]["name"] == "Alice"
 
@@ -86,6 +97,8 @@ def take_tour(folder: Path, data: Path) -> list[Any]:
                     shop.assert_gone()
                     shop.__exit__()
                     shop = Process(data, as_json=False, port=port).ready()
+                elif command.startswith("curl -N"):
+                    answers.append(json.loads(first_message(command, port)))
                 else:
                     said = typed(command, folder, port)
                     answers.append(json.loads(said) if command.startswith("curl") else said)
@@ -95,4 +108,4 @@ def take_tour(folder: Path, data: Path) -> list[Any]:
 
 
 def test_the_readme_has_a_tour() -> None:
-    assert sum(len(commands(block)) for block in BLOCKS) == 17
+    assert sum(len(commands(block)) for block in BLOCKS) == 18

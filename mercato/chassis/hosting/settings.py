@@ -49,6 +49,10 @@ class Settings(BaseSettings):
     """At least 32 characters that a collector of metrics shows: `Authorization: Bearer ...`."""
     requests_in_work: Annotated[int, Field(ge=1, le=1_024)] = 512
     """Requests that one process has in work at once, at most; what it measures may lower that."""
+    streams: Annotated[int, Field(ge=1, le=20_000)] = 2_000
+    """Streams of events that one process has open at once, at most."""
+    streams_of_one: Annotated[int, Field(ge=1, le=20_000)] = 100
+    """Streams of one account, or without an account of one address, that one process has open at once, at most."""
     audit_seconds: Annotated[float, Field(ge=0, le=7 * 86_400)] = 300.0
     """How often the shop audits itself, all its processes together; 0: never, and else at least 1."""
     breaker_window_seconds: Annotated[float, Field(ge=0.1, le=3_600)] = CallLimits().window_seconds

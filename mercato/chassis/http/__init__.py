@@ -24,6 +24,7 @@ what the client still sends is read and dropped, for a bounded time.
 
 No client can take all connections: one that has sent nothing is closed within seconds, one address has
 half of the places at most, and if all are taken, a new connection gets the place of the longest idle one.
+A connection whose answer is a stream has no such place: the application bounds its streams.
 
 Guaranteed: an application never receives more than `body_bytes` of a body; a refused request gets one answer, in
 its turn, and is the last of its connection. Deadlines are up to one sweep late and never early: the hot path reads
@@ -32,9 +33,9 @@ no clock, it only clears the connection's time stamp, and the next sweep sets a 
 
 from .addresses import network_of
 from .connection_table import ConnectionTable
-from .cycle import COMPLETE_RESPONSE, EXTENSIONS, LONG_RESPONSE
+from .cycle import COMPLETE_RESPONSE, EXTENSIONS, LONG_RESPONSE, STREAM_RESPONSE
 from .limits import HttpLimits, Refusal
-from .listening import CannotListen, HostUnknown, PortForbidden, PortTaken, bind, translate
+from .listening import CannotListen, HostUnknown, PortForbidden, PortTaken, allow_descriptors, bind, translate
 from .protocol import BoundedProtocol
 from .server import HttpServer
 from .shedding import EarlyRefusals, LoadLimits, Priority, Rendered, Shedder
@@ -43,6 +44,7 @@ __all__ = [
     "COMPLETE_RESPONSE",
     "EXTENSIONS",
     "LONG_RESPONSE",
+    "STREAM_RESPONSE",
     "BoundedProtocol",
     "CannotListen",
     "ConnectionTable",
@@ -57,6 +59,7 @@ __all__ = [
     "Refusal",
     "Rendered",
     "Shedder",
+    "allow_descriptors",
     "bind",
     "network_of",
     "translate",

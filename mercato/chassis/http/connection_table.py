@@ -41,7 +41,9 @@ class ConnectionTable(ServerState):
         self.response_seconds = limits.request_seconds + limits.response_grace_seconds
         self.rejected: set[BoundedProtocol] = set()
         self.by_network: Counter[str] = Counter()
-        """How many admitted connections each network has; networks without any are left out."""
+        """How many admitted connections each network has, without streams; networks without any are left out."""
+        self.streams: set[BoundedProtocol] = set()
+        """The admitted connections whose answer is a stream."""
         self.silent: dict[BoundedProtocol, None] = {}
         """Connections that have sent nothing yet, the oldest first."""
         self.idle: deque[tuple[float, BoundedProtocol]] = deque()
@@ -54,9 +56,14 @@ class ConnectionTable(ServerState):
         """The open connections, without the rejected ones."""
         return cast("set[BoundedProtocol]", self.connections)
 
+    @property
+    def taken(self) -> int:
+        """How many places are taken."""
+        return len(self.connections) - len(self.streams)
+
     def note_idle(self) -> None:
         """Lists the idle connections; called by each sweep. The list stays empty while half of the places are free."""
-        if 2 * len(self.connections) < self.limits.connections:
+        if 2 * self.taken < self.limits.connections:
             self.idle.clear()
             return
         idle = [connection for connection in self.admitted if connection.is_idle and connection not in self.silent]
@@ -68,7 +75,7 @@ class ConnectionTable(ServerState):
 
         Connections that have sent nothing come first, the oldest of them first, then the one that is idle for longest.
         """
-        if len(self.connections) < self.limits.connections:
+        if self.taken < self.limits.connections:
             return True
         waiting = next(iter(self.silent), None) or self._longest_idle()
         if waiting is None:

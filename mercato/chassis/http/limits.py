@@ -20,6 +20,7 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
     keep_alive_seconds: float = 30.0  # and one that sends nothing after its last answer
     pipelined_at_once: int = 8  # requests in work, of all connections, that their clients sent behind another
     answers_half_closed: bool = True  # False: a client that ends its half of the connection does not wait any more
+    stalled_seconds: float = 30.0  # a stream whose client takes nothing for so long is closed
     drain_seconds: float = 3.0
 
 

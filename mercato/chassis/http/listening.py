@@ -68,3 +68,19 @@ def translate(error: OSError, host: str, port: int) -> CannotListen:
     if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
         return HostUnknown(f"{host} is not an address of this machine: choose another with --host.")
     return CannotListen(f"Cannot listen on {where}: {error.strerror}.")
+
+
+def allow_descriptors(count: int) -> None:
+    """Raises the limit of open files of this process to `count`, or as far as the system lets it (RLIMIT_NOFILE).
+
+    Shells often set 1024, which is fewer than the connections and streams of a process.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

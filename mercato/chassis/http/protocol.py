@@ -157,10 +157,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self._table.rejected.discard(self)
             return
         self._table.silent.pop(self, None)
-        by_network = self._table.by_network
-        by_network[self._network] -= 1
-        if not by_network[self._network]:
-            del by_network[self._network]
+        if self in self._table.streams:
+            self._table.streams.discard(self)
+        else:
+            self._leave_network()
         super().connection_lost(exc)
         if self._answering is not None:
             self._answering.on_connection_lost()
@@ -170,6 +170,12 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.cycle is not None:  # pyright: ignore[reportUnnecessaryComparison]  # uvicorn: None before the first
             # The only way back from the cycle to this protocol; without it both are freed without the collector.
             del self.cycle.send_500_response
+
+    def _leave_network(self) -> None:
+        by_network = self._table.by_network
+        by_network[self._network] -= 1
+        if not by_network[self._network]:
+            del by_network[self._network]
 
     def eof_received(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]  # asyncio reads the answer
         """A client that ends its half may still wait for answers: True keeps the connection open for them.
@@ -309,7 +315,7 @@ class BoundedProtocol(HttpToolsProtocol):
         )
         cycle.send_500_response = self._answer_internal_error
         if before is None or before.response_complete:  # pyright: ignore[reportUnnecessaryComparison]
-            self._answering = cycle.start(self.app, self.loop, self.tasks)
+            self._answering = cycle.start(self.app, self.loop, self.tasks, self._begin_stream)
         else:
             self.flow.pause_reading()
             self.pipeline.appendleft((cycle, self.app))
@@ -425,12 +431,24 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.waits_for_turn:
             self._table.turns.ask(self)
 
+    def _begin_stream(self) -> None:
+        """The answer is a stream: its connection frees its place and its turn, which are those of requests."""
+        self._table.streams.add(self)
+        self._leave_network()
+        self._end_turn()
+        self._stamped_at = UNSTAMPED
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self in self._table.streams:
+            self._stamped_at = UNSTAMPED
+
     def take_turn(self) -> None:
         """Starts the first request of `pipeline`."""
         self.waits_for_turn = False
         self._has_turn = True
         cycle, app = self.pipeline.pop()
-        self._answering = cast(BoundedCycle, cycle).start(app, self.loop, self.tasks)
+        self._answering = cast(BoundedCycle, cycle).start(app, self.loop, self.tasks, self._begin_stream)
 
     def _end_turn(self) -> None:
         if self._has_turn:
@@ -512,7 +530,9 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         age_seconds = now - self._stamped_at
         limits = self._table.limits
-        if self._phase == LINGERING:
+        if self in self._table.streams and self._answer_is_due():
+            self._sweep_stream(age_seconds)
+        elif self._phase == LINGERING:
             if age_seconds >= LINGER_SECONDS:
                 self.transport.abort()
         elif self._is_answering():
@@ -525,6 +545,14 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._refuse(self._table.refusals.request_timeout)
         elif age_seconds >= (limits.keep_alive_seconds if self._has_sent else limits.first_byte_seconds):
             self.transport.close()
+
+    def _sweep_stream(self, age_seconds: float) -> None:
+        """Closes the connection of a stream whose client has taken nothing since `_stamped_at`."""
+        if not self.flow.write_paused:
+            self._stamped_at = UNSTAMPED
+        elif age_seconds >= self._table.limits.stalled_seconds:
+            self._table.on_refused("stream_stalled")
+            self.transport.abort()
 
     def _is_answering(self) -> bool:
         # An answer that is complete for uvicorn may still be in the transport's buffer, and stays there if the client

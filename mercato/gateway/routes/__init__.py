@@ -16,6 +16,7 @@ from mercato.gateway.routes import (
     claims,
     events,
     inventory,
+    order_events,
     orders,
     own_data,
     payments,
@@ -47,6 +48,7 @@ PRIORITIES: Final[Mapping[Priority, tuple[str, ...]]] = {
         "GET /customers/{id}",
         "GET /orders",
         "GET /orders/{id}",
+        "GET /orders/{id}/events",
         "GET /orders/{id}/history",
         "GET /orders/{id}/refunds",
         "GET /orders/{id}/timeline",
@@ -108,6 +110,7 @@ _DECLARED: Final[tuple[Route, ...]] = reference.added_to(
         *refunds.ROUTES,
         *payments.ROUTES,
         *events.ROUTES,
+        *order_events.ROUTES,
     )
 )
 

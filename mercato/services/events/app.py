@@ -22,6 +22,8 @@ def build(env: Env) -> Service:
     service = EventsService(env.database)
     server = Server(Events, env.clock)
     server.register(Events.list, service.list)
+    server.register(Events.follow, service.follow)
+    env.database.on_commit.append(service.wake)
     return Service(
         server.complete(),
         env.database,
@@ -29,4 +31,5 @@ def build(env: Env) -> Service:
             PeriodicTask("purge", cleaning(env.database, store.purge), PURGE_EVERY_SECONDS, limit=store.PURGED_AT_ONCE),
         ),
         subscriptions=(Subscription(CONSUMER, SOURCES, service.take, handle_rows=service.take_rows),),
+        drain=service.drain,
     )

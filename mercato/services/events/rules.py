@@ -11,3 +11,9 @@ def event_id(source: str, id: int) -> str:
 def subject(kind: str, id: int) -> str:
     """`order 1001`."""
     return f"{kind} {id}"
+
+
+def written_subject(subject: str) -> str:
+    """The part of a row by which the events of a subject (`order 1001`) are found in it: JSON of two fields."""
+    kind, _, number = subject.partition(" ")
+    return f'"subject":"{kind}","subject_id":{number},'

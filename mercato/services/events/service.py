@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import itertools
+import time
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -13,13 +17,17 @@ from mercato.chassis.observability import faults
 from mercato.chassis.postgres import outbox_row
 from mercato.chassis.postgres.database import Database, Tx
 from mercato.chassis.postgres.outbox_row import OutboxEvent
-from mercato.contracts.events import CursorAhead, CursorTooOld, EventPage, FeedEntry, ListEvents
+from mercato.contracts.events import CursorAhead, CursorTooOld, EventPage, FeedEntry, FollowEvents, ListEvents
 
 from . import rules, store
 from .store import Entry, FeedRow
 
 BEFORE_COMMIT: Final = "feed.before_commit"
 faults.declare(BEFORE_COMMIT)
+
+
+POLL_SECONDS: Final = 0.2
+"""How soon a waiting `follow` sees what another process has appended. One statement by primary key each time."""
 
 
 class _Typed(msgspec.Struct, frozen=True, gc=False):
@@ -34,6 +42,18 @@ class EventsService:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._committed = asyncio.Event()
+        """Set, and replaced, at the next commit of this process."""
+        self._is_draining = False
+
+    def wake(self) -> None:
+        """After each commit of this process: there may be new entries."""
+        self._committed.set()
+        self._committed = asyncio.Event()
+
+    def drain(self) -> None:
+        self._is_draining = True
+        self.wake()
 
     async def take_rows(self, tx: Tx, page: Sequence[SourceRow]) -> int:
         """Appends outbox rows unchanged; gives how many events they have."""
@@ -77,6 +97,56 @@ class EventsService:
             next_after=entries[-1].position if entries else after,
             is_full=len(entries) == request.limit,
         )
+
+    async def follow(self, request: FollowEvents) -> EventPage:
+        until = time.monotonic() + request.wait_ms / 1_000
+        while True:
+            committed = self._committed
+            page = await self._next(request)
+            left_s = until - time.monotonic()
+            if page.entries or page.is_full or request.after is None or left_s <= 0 or self._is_draining:
+                return page
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left_s, POLL_SECONDS)):
+                    await committed.wait()
+
+    async def _next(self, request: FollowEvents) -> EventPage:
+        """The entries that there are now."""
+        async with self._database.read() as tx:
+            # Read first: what was appended since is in the page, or behind its `next_after`.
+            last = await store.last_position(tx)
+            end, after = outbox_row.end_of_row(last) if last else 0, request.after
+            if after is None:
+                return EventPage(entries=(), next_after=end)
+            position, place = outbox_row.place_of(after)
+            if position > last:
+                raise CursorAhead(after=after, last=end)
+            if after == end:
+                return EventPage(entries=(), next_after=end)
+            types = list(dict.fromkeys(request.types))
+            found, read_to = await self._rows(tx, request, position, request.limit + place + 1, types)
+            # After the page: in the other order, the reader would miss events that are deleted in between.
+            purged = await store.last_purged(tx, types)
+        if 0 < after < purged:
+            raise CursorTooOld(after=after, oldest=purged)
+        wanted = (e for e in _entries(found, types) if e.position > after and request.subject in (None, e.subject))
+        entries = tuple(itertools.islice(wanted, request.limit))
+        if len(entries) == request.limit:
+            return EventPage(entries=entries, next_after=entries[-1].position, is_full=True)
+        if read_to and read_to < last:
+            return EventPage(entries=entries, next_after=outbox_row.end_of_row(read_to), is_full=True)
+        return EventPage(entries=entries, next_after=max(end, entries[-1].position if entries else after))
+
+    async def _rows(
+        self, tx: Tx, request: FollowEvents, position: int, wanted: int, types: Sequence[str]
+    ) -> tuple[Sequence[store.FeedRow], int]:
+        """The rows of a page, and the last one that was read for it; 0: all that there are, or as many as wanted."""
+        if request.subject is not None:
+            last = await store.scanned_to(tx, position)
+            return await store.rows_with(tx, position, last, rules.written_subject(request.subject)), last
+        if types:
+            return await store.page_of_types(tx, position, wanted, types), 0
+        return await store.page(tx, position, wanted), 0
 
     async def before_last(self, count: int, types: Sequence[str] = ()) -> int:
         """The position before the last `count` events, of some types or of all; 0 where there are fewer."""

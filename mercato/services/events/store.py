@@ -13,6 +13,10 @@ from mercato.chassis.postgres.database import Row, Tx
 
 WRITE_LOCK: Final = 0x66656564  # "feed"
 PURGED_AT_ONCE: Final = 1_000
+SCANNED_ROWS: Final = 1_000
+SCANNED_EVENTS: Final = 20_000
+"""So much of the feed is read for one page of a subject: some ten megabytes. No index knows the subjects of a row: it
+would have an entry for each order, for readers that hardly ever read more than the last seconds."""
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
@@ -142,6 +146,41 @@ async def page_of_types(tx: Tx, position: int, wanted: int, types: Sequence[str]
         position,
         wanted,
         types,
+    )
+
+
+async def scanned_to(tx: Tx, position: int) -> int:
+    """The last of the rows from a position on that one page of a subject reads; 0: there are none."""
+    found = await tx.fetch_values(
+        int,
+        """
+        SELECT coalesce(max(position), 0)
+          FROM (
+            SELECT position, sum(count) OVER (ORDER BY position) - count AS before
+              FROM (SELECT position, count FROM feed WHERE position >= $1 ORDER BY position LIMIT $2) AS next
+          ) n
+         WHERE before < $3
+        """,
+        position,
+        SCANNED_ROWS,
+        SCANNED_EVENTS,
+    )
+    return found[0]
+
+
+async def rows_with(tx: Tx, first: int, last: int, text: str) -> list[FeedRow]:
+    """The rows between two positions, these included, whose events contain a text."""
+    return await tx.fetch(
+        FeedRow,
+        """
+        SELECT position, source, outbox_id, place, at, events
+          FROM feed
+         WHERE position BETWEEN $1 AND $2 AND strpos(events, $3) > 0
+         ORDER BY position
+        """,
+        first,
+        last,
+        text,
     )
 
 

@@ -38,6 +38,7 @@ BETWEEN_FIELDS: Final = (
     (r"\?sort", r"relevance only together with a text|only be id for archived"),
     # Types are open: a reader of events takes one that is not known yet, and a request for it names those that are.
     (r"\?types", r"and there are only"),
+    (r"\?subject", r"is a filter of streams alone"),
     (r"\?cursor", r"stands for after and before|is not a cursor of this collection"),
     (r"items\[\d+\](\.product_id)?", r"product \d+ is in items|has not|is not of this order"),
     (r"header Idempotency-Key", r"the least for a caller without an account"),
