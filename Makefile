@@ -125,6 +125,10 @@ format: $(VENV)/.dev ## format the code and mend what the linter can mend by its
 schemas: $(VENV)/.dev ## commit to the contracts as they are now, after an additive change
 	@$(PY) tests/contracts/update_schemas.py
 
+.PHONY: pacts
+pacts: $(VENV)/.dev ## commit to what consumers need of the services that they call, as it is now
+	@MERCATO_TEST_WRITE_PACTS=1 $(RUN) pytest -q tests/pacts $(addprefix --ignore=tests/pacts/,test_providers.py test_coverage.py)
+
 .PHONY: release
 release: $(VENV)/.dev ## freeze the contracts as those of a version (VERSION=0.2.0 COMMIT=)
 	@PYTHONPATH=tests $(PY) tests/contracts/release.py $(VERSION) $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)

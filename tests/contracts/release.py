@@ -2,7 +2,7 @@
 
     make release VERSION=x.y.z [COMMIT=...]
 
-VERSION is what `mercato.__version__` says. The committed schemas and field numbers are copied to
+VERSION is what `mercato.__version__` says. The committed schemas, field numbers and pacts are copied to
 `tests/contracts/released/VERSION/`, which never changes again: a test compares its checksum. Refuses a version that was
 released before, a changelog without a section for it, and schemas or numbers that are not those of the contracts.
 COMMIT is the commit of the version, HEAD if it is not given.
@@ -31,6 +31,7 @@ from mercato.contracts import field_numbers
 ROOT: Final = Path(__file__).parents[2]
 VERSION: Final = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)")
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+PACTS: Final = ROOT / "tests/pacts/committed"
 COMMAND: Final = "make release VERSION=x.y.z"
 HEADER: Final = """\
 # Every version that was released, written by `make release VERSION=x.y.z`. `commit` is the commit of the version: git
@@ -72,6 +73,10 @@ class Releases:
     def numbers(self, version: str) -> field_numbers.Numbers:
         return field_numbers.read((self.folder / version / update_schemas.FIELD_NUMBERS.name).read_bytes())
 
+    def pacts(self, version: str) -> list[Path]:
+        """The released pacts of a version: what its consumers need. 0.2.0 and the versions before it have none."""
+        return sorted((self.folder / version / "pacts").glob("*.json"))
+
     def checksum(self, version: str) -> str:
         """Of all files of a released version: their names and their bytes."""
         folder, digest = self.folder / version, hashlib.sha256()
@@ -93,6 +98,7 @@ class Releases:
         folder = self.folder / version
         shutil.copytree(update_schemas.FOLDER, folder / "schemas")
         shutil.copy(update_schemas.FIELD_NUMBERS, folder)
+        shutil.copytree(PACTS, folder / "pacts")
         before = self.file.read_text() if self.file.exists() else HEADER
         entry = f'\n["{version}"]\ncommit = "{commit}"\ncontracts = "{self.checksum(version)}"\n'
         self.file.write_text(before + entry)

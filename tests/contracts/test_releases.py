@@ -14,7 +14,7 @@ import pytest
 import mercato
 from contracts import update_schemas
 from contracts.exchange import DIRECTIONS
-from contracts.release import COMMIT, VERSION, CannotRelease, Releases, main
+from contracts.release import COMMIT, PACTS, VERSION, CannotRelease, Releases, main
 from contracts.released_contract import ReleasedContract
 from mercato.chassis.contract import Contract, Kind, Message, Open, Retry, ServiceError, batched
 from mercato.chassis.contract.compatibility import breaks, schemas
@@ -48,6 +48,10 @@ def test_a_released_folder_is_unchanged(version: str):
         f"tests/contracts/released/{version} is frozen, and was changed: restore it"
     )
     assert RELEASES.schemas(version)
+
+
+def test_releases_after_the_first_ones_have_pacts():
+    assert [version for version in VERSIONS if not RELEASES.pacts(version)] == ["0.1.0", "0.2.0"]
 
 
 def test_every_released_folder_has_an_entry():
@@ -243,6 +247,9 @@ def test_a_release_is_frozen_and_entered(releases: Releases):
     assert entry.contracts == releases.checksum(mercato.__version__)
     assert releases.schemas(mercato.__version__) == {name: schemas(c) for name, c in CONTRACTS.items()}
     assert releases.numbers(mercato.__version__) == update_schemas.committed_numbers()
+    frozen = {file.name: file.read_bytes() for file in releases.pacts(mercato.__version__)}
+    assert frozen == {file.name: file.read_bytes() for file in PACTS.glob("*.json")}
+    assert "orders-inventory.json" in frozen
 
 
 @pytest.mark.parametrize("change", ["another byte", "a file more", "a file less", "another name"])
