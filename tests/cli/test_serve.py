@@ -250,14 +250,21 @@ def test_a_shop_is_carried_by_any_nats_server_that_includes_what_migrate_writes(
         assert "orders     not seen" in seen.stdout
 
 
-def test_processes_encrypt_what_they_say_to_each_other(folder: Path, tmp_path: Path):
+SHOWN = {"http": "HTTP", "grpc": "gRPC"}
+OVER_HTTP_AND_GRPC = pytest.mark.parametrize("transport", ["http", pytest.param("grpc", marks=pytest.mark.long)])
+
+
+@OVER_HTTP_AND_GRPC
+def test_processes_encrypt_what_they_say_to_each_other(folder: Path, tmp_path: Path, transport: str):
     cert, key = certificate(tmp_path)
     files = {"MERCATO_TLS_CA": str(cert), "MERCATO_TLS_CERT": str(cert), "MERCATO_TLS_KEY": str(key)}
     addresses = {"products": free_address()}
+    plain = {"MERCATO_RPC_TRANSPORT": transport}
+    files |= plain
     with (
         Served("products", environment={**given(folder, "products", addresses=addresses), **files}) as products,
         Served("gateway", environment={**given(folder, "gateway", addresses=addresses), **files}) as gateway,
-        Served("gateway", environment=given(folder, "gateway", addresses=addresses)) as in_the_clear,
+        Served("gateway", environment={**given(folder, "gateway", addresses=addresses), **plain}) as in_the_clear,
     ):
         products.ready()
         with gateway.ready().caller() as caller, in_the_clear.ready().caller() as other:
@@ -266,10 +273,12 @@ def test_processes_encrypt_what_they_say_to_each_other(folder: Path, tmp_path: P
 
 
 @pytest.mark.long
-def test_services_are_found_through_dns_and_verified_by_their_names(folder: Path, tmp_path: Path):
+@OVER_HTTP_AND_GRPC
+def test_services_are_found_through_dns_and_verified_by_their_names(folder: Path, tmp_path: Path, transport: str):
     """Every resolver knows this name, and no certificate has the address."""
     cert, key = certificate(tmp_path, "localhost")
     files = {"MERCATO_TLS_CA": str(cert), "MERCATO_TLS_CERT": str(cert), "MERCATO_TLS_KEY": str(key)}
+    files["MERCATO_RPC_TRANSPORT"] = transport
     address = free_address()
     port = address.rpartition(":")[2]
     found = {"MERCATO_SERVICES": f"products=localhost:{port}", "MERCATO_REGISTRY": "dns", **files}
@@ -284,13 +293,16 @@ def test_services_are_found_through_dns_and_verified_by_their_names(folder: Path
         with gateway.ready().caller() as caller, mistaken.ready().caller() as refused:
             assert caller.get("/products/100").status == 200
             assert_problem(refused.get("/products/100"), 503, "unavailable")
-            words = "its certificate is not that of products.shop.svc, which MERCATO_TLS_NAME asks for"
+            words = {
+                "http": "its certificate is not that of products.shop.svc, which MERCATO_TLS_NAME asks for",
+                "grpc": "no connection: is it encrypted by a certificate that this process verifies?",
+            }[transport]
             assert refused.get("/health/ready").json["reasons"]["products"] == f"it cannot be reached: {words}"
         seen = run_command("doctor", environment=asking)
-        assert "Services are found through DNS over HTTP" in seen.stdout
+        assert f"Services are found through DNS over {SHOWN[transport]}" in seen.stdout
         assert f"127.0.0.1:{port} answers" in seen.stdout
         unseen = run_command("doctor", environment={**asking, "MERCATO_TLS_NAME": "{address}"})
-        assert "its certificate is not that of 127.0.0.1, which MERCATO_TLS_NAME asks for" in unseen.stdout
+        assert words.replace("products.shop.svc", "127.0.0.1") in unseen.stdout
 
 
 def test_what_migrate_writes_is_for_one_service_and_its_owner_alone(folder: Path):
@@ -306,8 +318,9 @@ def test_what_migrate_writes_is_for_one_service_and_its_owner_alone(folder: Path
 
 
 @pytest.mark.long
-def test_processes_find_each_other_by_mdns(folder: Path, tmp_path: Path):
-    found = {"MERCATO_REGISTRY": "mdns", "MERCATO_MDNS_INTERFACES": "127.0.0.1"}
+@OVER_HTTP_AND_GRPC
+def test_processes_find_each_other_by_mdns(folder: Path, tmp_path: Path, transport: str):
+    found = {"MERCATO_REGISTRY": "mdns", "MERCATO_MDNS_INTERFACES": "127.0.0.1", "MERCATO_RPC_TRANSPORT": transport}
     names = (("users", "products", "inventory", "events"), ("sandbox", "payments", "orders"), ("gateway",))
     with contextlib.ExitStack() as stack:
         *others, gateway = [
@@ -324,7 +337,7 @@ def test_processes_find_each_other_by_mdns(folder: Path, tmp_path: Path):
 
         # It looks for a moment, in which the processes of a busy machine may not have answered.
         wait_until(lambda: doctor().returncode == 0, BOUND_SECONDS, lambda: doctor().stdout + doctor().stderr)
-        assert "Services are found through mDNS over HTTP" in doctor().stdout
+        assert f"Services are found through mDNS over {SHOWN[transport]}" in doctor().stdout
         others[0].kill()
         others[0].exit_code()
 
