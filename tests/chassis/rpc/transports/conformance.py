@@ -350,16 +350,19 @@ class Conformance:
 
     @pytest.mark.parametrize("error", all_errors(), ids=lambda error: error.code)
     def test_every_error_of_every_contract_arrives_unchanged(self, error: type[ServiceError]):
-        @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
-        @given(instances(error))
-        def body(sent: ServiceError) -> None:
-            asyncio.run(self.check_error(sent))
+        with asyncio.Runner() as runner:
+            stage = Stage(self.transport)
+            runner.run(stage.open())
 
-        body()
+            @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+            @given(instances(error))
+            def body(sent: ServiceError) -> None:
+                runner.run(self.check_error(stage, sent))
 
-    async def check_error(self, sent: ServiceError) -> None:
-        stage = Stage(self.transport)
-        await stage.open()
+            body()
+            runner.run(stage.close())
+
+    async def check_error(self, stage: Stage, sent: ServiceError) -> None:
         stage.service.one = lambda request, context: sent
         with stage.acting(CUSTOMER):
             (received,) = await stage.things.change.many([Ask()])
@@ -369,7 +372,6 @@ class Conformance:
         assert received.details == sent.details
         assert [type(v) for v in received.details.values()] == [type(v) for v in sent.details.values()]
         assert received.retry_after_s == sent.retry_after_s
-        await stage.close()
 
     async def test_each_request_has_its_own_error(self, stage: Stage):
         asks = [Ask(number=n, do="refuse" if n % 2 else "") for n in range(6)]
