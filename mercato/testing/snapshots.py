@@ -18,6 +18,10 @@ BUSY_SAGAS: Final = """
     SELECT 1 FROM sagas WHERE driver IS NOT NULL OR (wake_at IS NOT NULL AND step <> 'awaiting') LIMIT 1
 """
 
+_DIGEST: Final = """
+    SELECT '{0} ' || count(*) || coalesce(md5(string_agg(t::text, '' ORDER BY t::text)), '') FROM {0} t
+"""
+
 
 async def state_of(shop: Shop) -> dict[str, str]:
     """A digest of each table but `BACKGROUND` and `ATTEMPTS`, by service and table: equal when no row was changed.
@@ -29,12 +33,11 @@ async def state_of(shop: Shop) -> dict[str, str]:
     for name, service in shop.harness.host.services.items():
         async with service.database.read() as tx:
             tables = await tx.fetch_values(str, "SELECT tablename::text FROM pg_tables WHERE schemaname = 'public'")
-            for table in set(tables) - BACKGROUND - ATTEMPTS:
-                [digest] = await tx.fetch_values(
-                    str,
-                    f"SELECT count(*) || coalesce(md5(string_agg(t::text, '' ORDER BY t::text)), '') FROM {table} t",
-                )
-                digests[f"{name}.{table}"] = digest
+            # One statement for all tables: hundreds of tests do this twice each.
+            digest = " UNION ALL ".join(_DIGEST.format(table) for table in set(tables) - BACKGROUND - ATTEMPTS)
+            for line in await tx.fetch_values(str, digest):
+                table, _, state = line.partition(" ")
+                digests[f"{name}.{table}"] = state
     return digests
 
 
