@@ -45,6 +45,8 @@ class Cluster:
         cluster = cls(folder, server)
         # Tests connect some ten thousand times, and each connection hashes the password so often.
         await cluster._admin("ALTER SYSTEM SET scram_iterations = 1")
+        # No test cuts the power: what a server has written before it is killed is with the kernel.
+        await cluster._admin("ALTER SYSTEM SET fsync = off")
         await cluster._admin("SELECT pg_reload_conf()")
         return cluster
 
