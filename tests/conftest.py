@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
+import shutil
 import signal
+import tempfile
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +18,11 @@ import pytest_asyncio
 import structlog
 
 from mercato.chassis.hosting.host import TransportName
+from mercato.embedded_postgres import remove_cluster
 from mercato.testing.cluster import Cluster
 from mercato.testing.harness import ServiceHarness
 from mercato.testing.injection import Inject, injecting
+from mercato.testing.process import RUN_FOLDER
 from mercato.testing.shop import Shop
 from mercato.testing.transports import TRANSPORTS
 
@@ -107,13 +113,26 @@ LONG = ("tests/system", "tests/cli", "tests/embedded_postgres", "tests/services/
 """Files that take longest, whatever the number of their tests."""
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Under `nohup`, or behind `&` in a script, signals are ignored, and what is started inherits that: but tests send
     them to the processes that they start."""
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not hasattr(config, "workerinput"):
+        folder = Path(tempfile.mkdtemp(prefix="mercato-test-"))
+        folder.chmod(0o755)  # the account that PostgreSQL runs as where tests are root's
+        os.environ[RUN_FOLDER] = str(folder)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput") and RUN_FOLDER in os.environ:
+        folder = Path(os.environ.pop(RUN_FOLDER))
+        for data in folder.iterdir():
+            if data.is_dir():
+                remove_cluster(data)
+        shutil.rmtree(folder)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,6 +7,7 @@ A `Process` is one run of `mercato up`. It knows all processes that the run has 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -32,6 +33,9 @@ from .waiting import BOUND_SECONDS, POLL_SECONDS, wait_until
 
 GONE_SECONDS: Final = 60.0
 """A bound for a busy machine. On an idle one all processes end within five seconds of a stop or a `kill -9`."""
+
+RUN_FOLDER: Final = "MERCATO_TEST_FOLDER"
+"""The variable with the folder that the processes of a test run share. `tests/conftest.py` makes and removes it."""
 
 Identity = processes.ServerProcess
 
@@ -344,6 +348,28 @@ def data_folder(parent: Path | None = None) -> Generator[Path]:
     finally:
         remove(folder / "data")
         shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def used_folder() -> Generator[Path]:
+    """As `data_folder`, with the data of a shop that was started once, with the demo data, and stopped.
+
+    All of a test run copy the one that the first of them makes (`RUN_FOLDER`): a first start makes a database and
+    migrates seven, and a second one takes a third of its CPU.
+    """
+    made = Path(os.environ[RUN_FOLDER]) / "shop"
+    with made.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            with Process(made.with_name("making")) as shop:
+                shop.ready()
+                shop.stop()
+            shop.data.rename(made)
+    with data_folder() as data:
+        if not (made / "postgres").is_symlink():  # else the database is elsewhere, and of that folder alone
+            data.parent.chmod(0o755)  # for the account that PostgreSQL runs as where tests are root's
+            subprocess.run(["cp", "-a", str(made), str(data)], check=True, capture_output=True)
+        yield data
 
 
 def remove(data: Path) -> None:

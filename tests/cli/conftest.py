@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mercato.testing.process import data_folder
+from mercato.testing.process import used_folder
 
 collect_ignore_glob = [] if sys.platform.startswith("linux") else ["test_*.py"]  # they look into /proc
 
@@ -16,7 +16,7 @@ collect_ignore_glob = [] if sys.platform.startswith("linux") else ["test_*.py"] 
 @pytest.fixture(scope="session")
 def data() -> Iterator[Path]:
     """Nothing runs on it when a test begins, and nothing may when it ends."""
-    with data_folder() as folder:
+    with used_folder() as folder:
         yield folder
 
 

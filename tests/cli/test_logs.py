@@ -13,7 +13,7 @@ import pytest
 from mercato.chassis.observability.telemetry import LogFile, LogStream
 from mercato.cli.logs import Readers, Wanted, line_of, log_file
 from mercato.testing.command import Command, clean_environment, run_command
-from mercato.testing.process import Process, data_folder
+from mercato.testing.process import Process, used_folder
 from mercato.testing.waiting import wait_until
 
 
@@ -131,7 +131,7 @@ def test_without_a_log_it_says_so(tmp_path: Path):
 
 def test_the_log_of_a_shop_is_followed_and_still_there_after_its_end():
     environment = {"MERCATO_LOG_LEVEL": "debug"}
-    with data_folder() as data, Process(data, "--workers", "2", environment=environment) as shop:
+    with used_folder() as data, Process(data, "--workers", "2", environment=environment) as shop:
         with shop.ready().caller() as caller, following_logs(data) as following:
             found: list[dict[str, Any]] = []
 

@@ -10,7 +10,7 @@ import pytest
 
 from mercato.cli.top import CALL_SECONDS, Row, percentiles, rows_of, samples_of
 from mercato.testing.command import Command, clean_environment, run_command
-from mercato.testing.process import Process, data_folder
+from mercato.testing.process import Process, used_folder
 
 MS = 1_000_000
 
@@ -77,7 +77,7 @@ def test_what_is_above_the_last_bound_is_shown_as_that():
 
 
 def test_it_shows_a_running_shop():
-    with data_folder() as data, Process(data) as shop, shop.ready().caller() as caller:
+    with used_folder() as data, Process(data) as shop, shop.ready().caller() as caller:
         assert caller.get("/products?limit=1").status == 200
         shown = run_command("top", "--data", data, "--every", "0.1", "--count", "2")
         one = run_command("top", "--data", data, "--every", "0.1", "--count", "1", "--json")
@@ -94,7 +94,7 @@ def test_it_shows_a_running_shop():
 
 
 def test_ctrl_c_is_how_watching_ends():
-    with data_folder() as data, Process(data) as shop:
+    with used_folder() as data, Process(data) as shop:
         shop.ready()
         with watching(data) as command:
             assert command.stdout.readline().startswith("SERVICE ")

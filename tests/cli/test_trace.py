@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mercato.testing.command import run_command
-from mercato.testing.process import Process, data_folder
+from mercato.testing.process import Process, data_folder, used_folder
 
 ORDER = {"user_id": 1, "product_id": 100, "payment_method": "sandbox:ok"}
 
@@ -17,7 +17,7 @@ ORDER = {"user_id": 1, "product_id": 100, "payment_method": "sandbox:ok"}
 @pytest.fixture(scope="module")
 def shop() -> Generator[tuple[Path, int]]:
     """A shop with an order, which was placed and then read."""
-    with data_folder() as data, Process(data) as shop, shop.ready().caller() as caller:
+    with used_folder() as data, Process(data) as shop, shop.ready().caller() as caller:
         placed = caller.post("/orders", ORDER, Prefer="wait=20")
         assert placed.status == 201, placed.text
         assert caller.get(f"/orders/{placed.json['id']}").status == 200

@@ -14,7 +14,7 @@ from typing import Final
 
 import pytest
 
-from mercato.testing.process import Process, data_folder
+from mercato.testing.process import Process, used_folder
 from system.clients.tools import HERE, MISSING, PACKAGES, PINS, is_node_missing, node_tools, python_tools
 
 pytestmark = pytest.mark.long
@@ -45,7 +45,7 @@ def tools() -> Path:
 
 @pytest.fixture(scope="module")
 def shop() -> Iterator[Process]:
-    with data_folder() as data, Process(data) as made:
+    with used_folder() as data, Process(data) as made:
         yield made.ready()
         made.stop()
 
@@ -112,7 +112,7 @@ def test_requests_of_staff_made_of_the_description_find_no_difference(shop: Proc
 
 
 def test_requests_of_a_customer_made_of_the_description_find_no_difference(tools: Path, tmp_path: Path):
-    with data_folder() as data, Process(data, "--auth", "required") as shop, shop.ready().caller() as caller:
+    with used_folder() as data, Process(data, "--auth", "required") as shop, shop.ready().caller() as caller:
         account = {"email": "carol@example.com", "name": "Carol", "password": PASSWORD}
         assert caller.post("/register", account).status == 201
         caller.sign_in("carol@example.com", PASSWORD)

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from mercato.testing.process import data_folder
+from mercato.testing.process import used_folder
 from system.crash.crashing import Crash, Shop, crash_and_recover
 from system.crash.scenarios import BANK
 
 
 @pytest.fixture(scope="module")
 def shop() -> Iterator[Shop]:
-    with data_folder() as data, Shop(data) as made:
+    with used_folder() as data, Shop(data) as made:
         yield made
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mercato.testing.process import data_folder
+from mercato.testing.process import used_folder
 from system.crash.crashing import NO_SETTINGS, Crash
 from system.crash.scenarios import CRASHES, PAYMENTS, PAYMENTS_SETTINGS, STOCK, STOCK_SETTINGS
 from system.crash.splitting import SplitShop, crash_one_and_recover, part
@@ -21,7 +21,7 @@ POINTS = [(transport, crash) for transport in ("nats", "http") for crash in part
 
 @pytest.fixture(scope="module")
 def shop(request: pytest.FixtureRequest) -> Iterator[SplitShop]:
-    with data_folder() as data, SplitShop(data, request.param) as made:
+    with used_folder() as data, SplitShop(data, request.param) as made:
         yield made
 
 

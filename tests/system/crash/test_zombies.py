@@ -14,7 +14,7 @@ import asyncpg
 import pytest
 
 from mercato.embedded_postgres import processes
-from mercato.testing.process import Process, data_folder
+from mercato.testing.process import Process, used_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -29,7 +29,7 @@ METHODS = ("sandbox:ok", "sandbox:slow:400")
 @pytest.fixture(scope="module")
 def shop() -> Iterator[Process]:
     environment = {"MERCATO_ORDERS_LEASE_SECONDS": str(LEASE_SECONDS), "MERCATO_ORDERS_SWEEP_SECONDS": "0.2"}
-    with data_folder() as data, Process(data, "--workers", "2", environment=environment) as process:
+    with used_folder() as data, Process(data, "--workers", "2", environment=environment) as process:
         yield process.ready()
 
 

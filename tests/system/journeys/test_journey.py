@@ -8,7 +8,7 @@ from typing import Any, Final
 import pytest
 
 from mercato.testing.caller import Caller, everything
-from mercato.testing.process import Process, data_folder
+from mercato.testing.process import Process, used_folder
 
 PASSWORD = "a long enough password"
 KEY = "cart-17"
@@ -29,7 +29,7 @@ PLACES: Final[Mapping[str, tuple[tuple[str, ...], Mapping[str, str]]]] = {
 )
 def test_from_registration_to_an_order_that_survives_a_kill(place: str):
     options, environment = PLACES[place]
-    with data_folder() as data:
+    with used_folder() as data:
         with Process(data, *options, environment=environment) as shop, shop.ready().caller() as carol:
             user_id = register_and_sign_in(carol)
             refresh_token = carol.sign_in("carol@example.com", PASSWORD).json["refresh_token"]

@@ -14,7 +14,7 @@ from typing import Final
 import pytest
 
 from mercato.testing.caller import Caller
-from mercato.testing.process import data_folder
+from mercato.testing.process import used_folder
 from system.crash import scenarios
 from system.crash.crashing import CONVERGED_SECONDS, POLL_SECONDS, Shop
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def shop() -> Iterator[Shop]:
-    with data_folder() as data, Shop(data, SETTINGS) as made:
+    with used_folder() as data, Shop(data, SETTINGS) as made:
         assert made.start()
         yield made
 

@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 
 from mercato.testing.concurrent_client import ConcurrentClient
-from mercato.testing.process import Process, data_folder
+from mercato.testing.process import Process, used_folder
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ LEVEL = "SELECT on_hand, reserved FROM levels WHERE product_id = $1"
 
 @pytest.fixture(scope="module")
 def shop() -> Iterator[Process]:
-    with data_folder() as data, Process(data, "--workers", "2") as process:
+    with used_folder() as data, Process(data, "--workers", "2") as process:
         yield process.ready()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mercato.testing.concurrent_client import ConcurrentClient
-from mercato.testing.process import Process, data_folder
+from mercato.testing.process import Process, used_folder
 from mercato.testing.responses import RETRYABLE, Response
 from mercato.testing.waiting import BOUND_SECONDS
 
@@ -27,7 +27,7 @@ SETTLED_SECONDS = 240.0
 
 @pytest.fixture(scope="module")
 def data() -> Iterator[Path]:
-    with data_folder() as folder:
+    with used_folder() as folder:
         yield folder
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from embedded_nats.subscriber import delete_store, subscriber_file
 from mercato.testing.caller import Buyers, Caller, everything
-from mercato.testing.process import Process, data_folder
+from mercato.testing.process import Process, used_folder
 from mercato.testing.responses import Response
 from mercato.testing.served import variables
 from mercato.testing.tables import rows
@@ -46,7 +46,7 @@ class Payers(Buyers):
 
 @pytest.fixture(scope="module")
 def shop() -> Iterator[Process]:
-    with data_folder() as data, Process(data, "--split") as made:
+    with used_folder() as data, Process(data, "--split") as made:
         yield made.ready()
         made.stop()
 

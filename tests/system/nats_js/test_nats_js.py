@@ -15,7 +15,7 @@ from embedded_nats.subscriber import delete_store, subscriber_file
 from mercato import topology
 from mercato.chassis.hosting.keys import nats_password, service_secrets, signing_seed
 from mercato.testing.caller import Buyers, everything
-from mercato.testing.process import Process, data_folder
+from mercato.testing.process import Process, used_folder
 from mercato.testing.served import variables
 from mercato.testing.waiting import BOUND_SECONDS, wait_until
 from system.nats_js.client import MISSING, Script, is_missing
@@ -32,7 +32,7 @@ LIST_MS = 2_000
 
 @pytest.fixture(scope="module")
 def shop(packages: Path) -> Iterator[Process]:
-    with data_folder() as data, Process(data, "--split", "--replicas", "events=2") as made:
+    with used_folder() as data, Process(data, "--split", "--replicas", "events=2") as made:
         yield made.ready()
         made.stop()
 

@@ -11,7 +11,7 @@ import pytest
 from mercato.chassis.observability.tracing import PARTIAL
 from mercato.testing.collector import CollectedSpan, Collector
 from mercato.testing.command import run_command
-from mercato.testing.process import Process, data_folder
+from mercato.testing.process import Process, used_folder
 from mercato.testing.responses import Response
 from system.tracing import paid_order
 from system.tracing.paid_order import EVENTS, FEED, PLACES, REFUSED, REFUSED_EVENTS, TRACE
@@ -21,7 +21,7 @@ from system.tracing.paid_order import EVENTS, FEED, PLACES, REFUSED, REFUSED_EVE
     "place", ["together", "nats", *(pytest.param(place, marks=pytest.mark.long) for place in ("workers", "http"))]
 )
 def test_a_paid_order_is_one_trace_from_the_click_to_the_feed(place: str) -> None:
-    with Collector() as collector, data_folder() as data:
+    with Collector() as collector, used_folder() as data:
         # Nothing but what a client asks for is sampled: the click decides for all processes.
         environment = {**collector.environment, "MERCATO_TRACE_SHARE": "0", "MERCATO_LOG_LEVEL": "debug"}
         with Process(data, *PLACES[place], environment=environment) as shop, shop.ready().caller() as caller:
