@@ -58,11 +58,11 @@ async def test_an_answer_that_is_too_large_is_not_sent():
 
 async def test_metadata_that_are_too_large_are_refused_and_no_others():
     """By default gRPC refuses some of the calls that come near the limit, by chance."""
-    async with serving(limits(metadata_bytes=4_000)) as running, channel(running) as calls:
+    async with serving(limits(metadata_bytes=16_384)) as running, channel(running) as calls:
         for _ in range(10):
-            assert await calls.unary_unary("/echo/say")(b"", metadata=(("padding", "x" * 3_300),)) == b""
+            assert await calls.unary_unary("/echo/say")(b"", metadata=(("padding", "x" * 15_500),)) == b""
 
-        error = await failure(calls.unary_unary("/echo/say")(b"", metadata=(("padding", "x" * 4_000),)))
+        error = await failure(calls.unary_unary("/echo/say")(b"", metadata=(("padding", "x" * 16_400),)))
 
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert len(running.echo.seen) == 10
