@@ -114,7 +114,7 @@ check: $(VENV)/.dev ## format, lint, types, and the rules of imports, contracts 
 	@$(RUN) ruff check --quiet .
 	@$(VENV)/bin/basedpyright --pythonpath $(PY)
 	@$(VENV)/bin/lint-imports --no-logo
-	@$(RUN) pytest -q -n $(WORKERS) --dist loadfile -m "not slow and not postgres" $(RULES)
+	@$(RUN) pytest -q -n $(WORKERS) --dist loadfile -m rules $(RULES)
 
 .PHONY: format
 format: $(VENV)/.dev ## format the code and mend what the linter can mend by itself

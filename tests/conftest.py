@@ -109,6 +109,8 @@ async def guarded_shop(cluster: Cluster, request: pytest.FixtureRequest) -> Asyn
     await shop.close()
 
 
+RULES = tuple(f"tests/{name}/" for name in ("architecture", "contracts", "docs"))
+"""Tests of the source: `make check` runs those that are fast and need no database."""
 LONG = ("tests/system", "tests/cli", "tests/embedded_postgres", "tests/services/orders", "tests/chassis", "tests/bench")
 """Files that take longest, whatever the number of their tests."""
 
@@ -142,6 +144,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if {"cluster", "open_shop", "guarded_shop"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.postgres)
+        if (
+            item.nodeid.startswith(RULES)
+            and not any(item.iter_markers("slow"))
+            and not any(item.iter_markers("postgres"))
+        ):
+            item.add_marker(pytest.mark.rules)
 
 
 @pytest.hookimpl(wrapper=True)
