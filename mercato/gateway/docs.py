@@ -18,9 +18,9 @@ from typing import Final
 
 import msgspec
 
-from mercato.chassis.contract import ServiceError
+from mercato.chassis.contract import Message, ServiceError
 from mercato.contracts.order_moves import AXES
-from mercato.gateway import diagram, examples, openapi, problems
+from mercato.gateway import asyncapi, diagram, examples, openapi, problems
 from mercato.gateway.route import Route
 
 POLICY: Final = (
@@ -129,7 +129,7 @@ def pages(routes: Sequence[Route]) -> Mapping[str, DocsPage]:
     """Every page of the documentation, by path."""
     script, style, samples = _file("docs.js"), _file("docs.css"), _file("samples.js")
     version = hashlib.sha256(script + style + samples + _file("account.js")).hexdigest()[:12]
-    frame = Template(_file("docs.html").decode()).substitute(version=version, states=_states())
+    frame = Template(_file("docs.html").decode()).substitute(version=version, states=_states(), events=_events())
     return {
         "/docs": _page(HTML, frame.encode(), FRESH),
         "/docs/docs.js": _page("text/javascript; charset=utf-8", script, FOR_EVER),
@@ -147,6 +147,21 @@ def _states() -> str:
         f"<figure><figcaption><code>{axis}</code></figcaption>{diagram.svg(axis, moves)}</figure>"
         for axis, moves in AXES.items()
     )
+
+
+def _events() -> str:
+    """The types of events, with those that have the same fields in one row."""
+    types: dict[type[Message], list[str]] = {}
+    for one in asyncapi.events():
+        types.setdefault(one.message, []).append(one.type)
+    rows = "\n".join(
+        f"<tr><td>{_codes(names)}<td>{_codes(message.__struct_fields__)}" for message, names in types.items()
+    )
+    return f'<table class="events">\n<tr><th scope="col">Types<th scope="col">Fields of data\n{rows}\n</table>'
+
+
+def _codes(names: Iterable[str]) -> str:
+    return f"<code>{', '.join(names)}</code>"
 
 
 def refusals(routes: Sequence[Route]) -> list[Refusal]:

@@ -545,6 +545,13 @@ PAGES: Final[Mapping[str, PageBesideTheTable]] = {
         },
         errors=_CALLING,
     ),
+    "/asyncapi.json": PageBesideTheTable(
+        operation_id="shop.asyncapi",
+        summary="The description of the events (AsyncAPI 3)",
+        responses={
+            200: _json_response("An AsyncAPI document", _object(asyncapi={"const": "3.0.0"}), {"asyncapi": "3.0.0"})
+        },
+    ),
     "/openapi.json": PageBesideTheTable(
         operation_id="shop.openapi",
         summary="This description (OpenAPI 3.1)",

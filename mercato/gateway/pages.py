@@ -21,7 +21,7 @@ from starlette.routing import Route as PageRoute
 from mercato.chassis.contract import Context, Forbidden, Internal, ServiceError, current
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.contracts.roles import STAFF
-from mercato.gateway import docs, openapi, problems, representations
+from mercato.gateway import asyncapi, docs, openapi, problems, representations
 from mercato.gateway.auth import Authenticator, Verifier
 from mercato.gateway.headers import RequestHeaders
 from mercato.gateway.route import Route
@@ -63,7 +63,8 @@ class Pages:
                 PageRoute("/health/self", self._own_readiness),
                 PageRoute("/metrics", self._metrics),
                 PageRoute("/.well-known/jwks.json", self._jwks),
-                PageRoute("/openapi.json", _Described(routes, open_shop=authenticator.open).answer),
+                PageRoute("/openapi.json", _Described(_openapi(routes, open_shop=authenticator.open)).answer),
+                PageRoute("/asyncapi.json", _Described(asyncapi.document).answer),
                 *(PageRoute(path, _prepared(page)) for path, page in docs.pages(routes).items()),
             ],
             exception_handlers={HTTPException: _http_problem, ServiceError: _problem, Exception: _bug},
@@ -158,12 +159,15 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-class _Described:
-    """The API's description, rendered at the first request for it, so that the start is quick."""
+def _openapi(routes: Sequence[Route], *, open_shop: bool) -> Callable[[], Mapping[str, Any]]:
+    return lambda: openapi.document(routes, open_shop=open_shop, server_url=None)
 
-    def __init__(self, routes: Sequence[Route], *, open_shop: bool) -> None:
-        self._routes = routes
-        self._open_shop = open_shop
+
+class _Described:
+    """A description of the API, rendered at the first request for it, so that the start is quick."""
+
+    def __init__(self, document: Callable[[], Mapping[str, Any]]) -> None:
+        self._document = document
         self._rendering = asyncio.Lock()
         self._answer: Callable[[Request], Awaitable[Response]] | None = None
 
@@ -174,7 +178,7 @@ class _Described:
         return await self._answer(request)
 
     def _render(self) -> Callable[[Request], Awaitable[Response]]:
-        body = msgspec.json.encode(openapi.document(self._routes, open_shop=self._open_shop, server_url=None))
+        body = msgspec.json.encode(self._document())
         return _prepared(docs.DocsPage("application/json", body, {"cache-control": "no-cache"}))
 
 

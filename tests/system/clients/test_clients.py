@@ -98,6 +98,7 @@ def ask(tools: Path, url: str, folder: Path, *options: str) -> str:
     (folder / "schemathesis.toml").write_text(SETTINGS)
     return run(
         tools / "schemathesis", "run", f"{url}/openapi.json", "--phases", "examples,coverage,fuzzing,stateful",
+        "--exclude-path", "/orders/{id}/events",  # a stream has no end; tests/gateway/test_streams.py
         "--exclude-checks", "positive_data_acceptance", "--max-examples", str(EXAMPLES), "--max-time",
         str(REQUESTS_SECONDS), "--seed", "1", "--generation-database", "none", "--warnings", "off", "--no-color",
         *options,

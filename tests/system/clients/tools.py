@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +16,7 @@ HERE: Final = Path(__file__).parent
 ROOT: Final = HERE.parents[2]
 PINS: Final = ROOT / "requirements" / "clients.txt"
 PACKAGES: Final = ("openapi-typescript@7.13.0", "typescript@5.9.3")
+EVENT_PACKAGES: Final = ("@asyncapi/parser@3.6.6",)
 INSTALL_SECONDS: Final = 240.0
 MISSING: Final = (
     "the TypeScript client was not made: Node and npm are missing; install them: apt-get install nodejs npm"
@@ -36,6 +37,11 @@ def node_tools() -> Path:
     return _cached("clients-js", " ".join(PACKAGES), _install_node) / "node_modules" / ".bin"
 
 
+def event_tools() -> Path:
+    """The folder with the packages that read AsyncAPI. Raises `CalledProcessError` where they cannot be had."""
+    return _cached("events-js", " ".join(EVENT_PACKAGES), lambda into: _install(into, EVENT_PACKAGES)) / "node_modules"
+
+
 def _install_python(folder: Path) -> None:
     python = folder / "bin" / "python"
     _run([sys.executable, "-m", "uv", "venv", "--quiet", "--relocatable", "--python", sys.executable, str(folder)])
@@ -44,9 +50,13 @@ def _install_python(folder: Path) -> None:
 
 
 def _install_node(folder: Path) -> None:
+    _install(folder, PACKAGES)
+
+
+def _install(folder: Path, packages: Sequence[str]) -> None:
     folder.mkdir()
     _run(["npm", "install", "--prefix", str(folder), "--no-package-lock", "--no-audit", "--no-fund", "--silent",
-          "--ignore-scripts", *PACKAGES])  # fmt: skip
+          "--ignore-scripts", *packages])  # fmt: skip
 
 
 def _cached(name: str, pins: str, install: Callable[[Path], None]) -> Path:
