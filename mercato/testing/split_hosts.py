@@ -25,6 +25,7 @@ from mercato.chassis.observability.clock import Clock, SystemClock
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.rpc.discovery import Instance
 from mercato.chassis.rpc.discovery.static import StaticRegistry
+from mercato.chassis.rpc.server import Server
 from mercato.chassis.rpc.signatures import public_key
 from mercato.chassis.rpc.stats import Stats
 from mercato.chassis.rpc.transports import Remote
@@ -127,6 +128,10 @@ class SplitHosts:
     @property
     def services(self) -> Mapping[str, Service]:
         return {name: service for host in self._hosts.values() for name, service in host.services.items()}
+
+    @property
+    def servers(self) -> Mapping[str, Server]:
+        return {name: server for host in self._hosts.values() for name, server in host.servers.items()}
 
     @property
     def consumers(self) -> Sequence[Consumer]:

@@ -25,7 +25,6 @@ from mercato.chassis.contract import (
     Retry,
     ServiceError,
 )
-from mercato.chassis.hosting.host import Host
 from mercato.contracts import inventory as stock, orders, payments as money
 from mercato.contracts.inventory import Inventory, StockLine
 from mercato.contracts.orders import Orders
@@ -98,7 +97,6 @@ async def restock(harness: OrdersHarness) -> stock.ReturnStock:
 
 
 async def adjust(harness: OrdersHarness) -> stock.AdjustLevel:
-    assert isinstance(harness.host, Host)
     harness.host.servers["products"].register(Products.get, _products)
     return stock.AdjustLevel(product_id=MUG, delta=3, reason="delivery", idempotency_key=f"adjust-{next(_numbers)}")
 
