@@ -5,10 +5,11 @@ Only this module knows all services. A service is added by a line in `SERVICES`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import socket
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -319,6 +320,41 @@ def server(
         headers=[(b"x-content-type-options", b"nosniff")],
         refusal_headers=cross_origin.lines_of_refusal if cross_origin else None,
     )
+
+
+@contextlib.asynccontextmanager
+async def public_grpc(
+    gateway: Gateway,
+    telemetry: Telemetry,
+    host: str,
+    port: int,
+    *,
+    services: Collection[str] = tuple(SERVICES),
+    certificate: tuple[Path, Path] | None = None,
+    reuse_port: bool = False,
+) -> AsyncGenerator[str]:
+    """Serves the public operations of `services` over gRPC as `gateway` does over HTTP; gives the address.
+
+    `certificate`: the files of a certificate and its key, for TLS. Raises `CannotListen`, `OSError` or `ValueError` for
+    files that are no certificate, and `ModuleNotFoundError` where gRPC is not installed.
+    """
+    # Imported here: it is slow, and most processes have no port for gRPC.
+    from mercato.chassis.grpc import GrpcTls
+    from mercato.gateway.grpc.serving import serving
+
+    tls = GrpcTls.read(*certificate) if certificate else None
+    answering = serving(
+        gateway,
+        host,
+        port,
+        contracts=SERVICES,
+        services=services,
+        telemetry=telemetry,
+        tls=tls,
+        reuse_port=reuse_port,
+    )
+    async with answering as address:
+        yield address
 
 
 async def as_the_shop(host: Hosting, call: Callable[[], Awaitable[T]], seconds: float = 30.0) -> T:

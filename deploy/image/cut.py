@@ -25,8 +25,9 @@ SERVE: Final = (
     *(
         f"cli/{name}.py"
         for name in (
-            "__init__", "__main__", "commands", "diagnostics", "environment", "hosting", "nats", "observing", "options",
-            "progress", "registries", "serve", "settings", "starting", "stopping", "streams", "tracing",
+            "__init__", "__main__", "commands", "diagnostics", "environment", "grpc_port", "hosting", "nats",
+            "observing", "options", "progress", "registries", "serve", "settings", "starting", "stopping",
+            "streams", "tracing",
         )
     ),
 )  # fmt: skip

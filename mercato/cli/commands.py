@@ -16,6 +16,7 @@ from mercato.cli.options import (
     Authorization,
     Carrier,
     DataFolder,
+    GrpcOptions,
     ListenHost,
     ListenPort,
     LogLevel,
@@ -50,6 +51,7 @@ def up(
     *,
     host: ListenHost = "127.0.0.1",
     port: ListenPort = 8080,
+    grpc: GrpcOptions | None = None,
     data: DataFolder = Path(".mercato"),
     demo: Annotated[bool | None, Parameter(env_var="MERCATO_DEMO")] = None,
     workers: Annotated[int, Parameter(env_var="MERCATO_WORKERS", validator=validators.Number(gte=1, lte=64))] = 1,
@@ -106,6 +108,7 @@ def up(
         Options(
             host=host,
             port=port,
+            grpc=grpc,
             data=data,
             demo=demo,
             workers=workers,
@@ -125,6 +128,7 @@ def serve(
     *more: str,
     host: ListenHost = "127.0.0.1",
     port: ListenPort = 8080,
+    grpc: GrpcOptions | None = None,
     auth: Authorization = None,
     cors_origin: Origins = (),
     transport: Carrier | None = None,
@@ -171,7 +175,8 @@ def serve(
         variables.replace({"MERCATO_CREDENTIALS": str(credentials)})
     if transport is not None:
         variables.replace({"MERCATO_RPC_TRANSPORT": transport})
-    return run(Options(names=(service, *more), host=host, port=port, auth=auth, cors_origins=cors_origin, json=json))
+    names = (service, *more)
+    return run(Options(names=names, host=host, port=port, grpc=grpc, auth=auth, cors_origins=cors_origin, json=json))
 
 
 @app.command
@@ -579,19 +584,6 @@ def settings(
     from mercato.cli.settings import show_table
 
     return show_table(as_json=json, as_markdown=markdown)
-
-
-@app.command
-def openapi() -> int:
-    """Print the OpenAPI document of the API."""
-    import json
-
-    from mercato.cli.progress import show
-    from mercato.gateway import openapi as description
-    from mercato.gateway.routes import ROUTES
-
-    show(json.dumps(description.document(ROUTES, open_shop=False, server_url=None), indent=2))
-    return 0
 
 
 observing.register(app)

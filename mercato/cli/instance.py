@@ -52,7 +52,7 @@ def main() -> None:
     listener = None if assigned.listener is None else socket.socket(fileno=assigned.listener)
     options = serve.Options(names=assigned.hosts, host=assigned.host, port=0, auth=assigned.auth, json=True)
     try:
-        code = serve.run(options, listener, assigned.counts)
+        code = serve.run(options, listener, assigned.counts, assigned.grpc)
     finally:
         owner_watch.clean_up()
     sys.exit(code)

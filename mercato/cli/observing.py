@@ -1,4 +1,4 @@
-"""The commands that show what a running shop does. Each imports the module that implements it."""
+"""The commands that show what a running shop does, and what its API is. Each imports the module that implements it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mercato.cli.options import DataFolder, LogLevel
 
 def register(app: App) -> None:
     """Adds these commands to the command line."""
-    for command in (services, doctor, trace, top, logs):
+    for command in (services, doctor, trace, top, logs, openapi):
         app.command(command)
 
 
@@ -159,3 +159,15 @@ def logs(
     from mercato.cli.logs import Wanted, logs as run
 
     return run(data, Wanted(service, level, trace, order), last=last, follow=follow, as_json=json)
+
+
+def openapi() -> int:
+    """Print the OpenAPI document of the API."""
+    import json
+
+    from mercato.cli.progress import show
+    from mercato.gateway import openapi as description
+    from mercato.gateway.routes import ROUTES
+
+    show(json.dumps(description.document(ROUTES, open_shop=False, server_url=None), indent=2))
+    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,3 +32,28 @@ AccountsData = Annotated[
     Path, Parameter(env_var="MERCATO_DATA", help="The folder of the shop's data, of a shop that runs or not.")
 ]
 AsJson = Annotated[bool, Parameter(negative="", help="Print one JSON document.")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class GrpcOptions:
+    """The port for clients over gRPC."""
+
+    grpc_port: Annotated[
+        int | None,
+        Parameter(
+            env_var="MERCATO_GRPC_PORT",
+            validator=validators.Number(gte=0, lte=65_535),
+            help="The port for the public operations over gRPC; 0 takes a free one. [default: none]",
+        ),
+    ] = None
+    grpc_cert: Annotated[
+        Path | None,
+        Parameter(
+            env_var="MERCATO_GRPC_CERT",
+            help="The certificate (PEM) of that port, for TLS. [default: without encryption]",
+        ),
+    ] = None
+    grpc_key: Annotated[
+        Path | None, Parameter(env_var="MERCATO_GRPC_KEY", help="The key (PEM) of that certificate.")
+    ] = None

@@ -16,7 +16,7 @@ import functools
 import os
 import secrets
 import socket
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -39,7 +39,9 @@ from mercato.chassis.rpc.transports import Remote
 from mercato.chassis.rpc.trust import TokenSigner, Trust
 from mercato.cli import diagnostics, environment, stopping
 from mercato.cli.environment import Given
+from mercato.cli.grpc_port import GrpcPort, answering, wanted
 from mercato.cli.hosting import hosted, tune_garbage_collection
+from mercato.cli.options import GrpcOptions
 from mercato.cli.progress import Progress, fail
 from mercato.cli.settings import load
 from mercato.cli.starting import (
@@ -76,13 +78,19 @@ class Options(msgspec.Struct, frozen=True):
     auth: Auth | None = None
     cors_origins: tuple[str, ...] = ()
     json: bool = False
+    grpc: GrpcOptions | None = None
 
 
-def run(options: Options, listener: socket.socket | None = None, counts: int | None = None) -> int:
+def run(
+    options: Options,
+    listener: socket.socket | None = None,
+    counts: int | None = None,
+    grpc: GrpcPort | None = None,
+) -> int:
     """Serves until the process is asked to stop; gives the exit code, as `up` does.
 
     `listener` is a listening socket to use instead of `options.host` and `options.port`; `counts` is the file in which
-    several gateways count together.
+    several gateways count together; `grpc` is a port for gRPC to use instead of `options.grpc`.
     """
     import uvloop
 
@@ -97,7 +105,8 @@ def run(options: Options, listener: socket.socket | None = None, counts: int | N
             also_log_to(settings.log_file)
         inject_faults(settings.faults, options.names)
         announce_test_modes(settings, is_open=is_open(options.host, options.auth))
-        serving = _Serving(options, settings, listener, counts)
+        grpc = grpc or wanted(options.host, options.grpc)
+        serving = _Serving(options, settings, listener, counts, grpc)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(serving.run())
     except EXPECTED as error:
@@ -116,7 +125,9 @@ class _Serving:
         settings: config.ServeSettings,
         listener: socket.socket | None,
         counts: int | None,
+        grpc: GrpcPort | None,
     ) -> None:
+        self._grpc = grpc
         self._options = options
         self._settings = settings
         self._listener = listener
@@ -176,13 +187,15 @@ class _Serving:
     async def _serve(self, host: Host, remote: Remote, listener: socket.socket, diagnostics: str) -> None:
         """Serves clients until the process is asked to stop, then drains."""
         app = self._app(host, remote, listener)
-        announce = functools.partial(self._announce, url_of(self._options.host, listener), diagnostics)
         finished = asyncio.Event()
         tune_garbage_collection()
         draining = asyncio.create_task(self._drain(host, remote, finished))
         try:
-            server = topology.server(app, listener, self._telemetry, announce, drain_seconds=DRAIN_SECONDS)
-            await server.run_until(finished)
+            async with answering(self._grpc, app, self._telemetry, finished, self._served()) as grpc:
+                url = url_of(self._options.host, listener)
+                announce = functools.partial(self._announce, url, diagnostics, grpc)
+                server = topology.server(app, listener, self._telemetry, announce, drain_seconds=DRAIN_SECONDS)
+                await server.run_until(finished)
             await draining
         finally:
             draining.cancel()
@@ -195,7 +208,7 @@ class _Serving:
             cors_origins=origins_of(self._settings.cors_origin),
             metrics_token=self._settings.metrics_token_text,
             currency=self._settings.currency,
-            services=tuple(topology.SERVICES) if self._has_gateway else self._services,
+            services=self._served(),
             caller=self._options.names[0] if not self._has_gateway else GATEWAY,
             problems=functools.partial(self._problems, host, remote, self._needed()),
             own_problems=functools.partial(self._own_problems, host),
@@ -204,6 +217,10 @@ class _Serving:
             counts=self._counts,
             details=functools.partial(_details, remote),
         )
+
+    def _served(self) -> Sequence[str]:
+        """The services whose routes this process has."""
+        return tuple(topology.SERVICES) if self._has_gateway else self._services
 
     async def _problems(self, host: Host, remote: Remote, needed: Collection[str]) -> Mapping[str, str]:
         """Why the process is not ready: for each of its services, and each of the `needed` ones; empty if it is."""
@@ -229,9 +246,10 @@ class _Serving:
             diagnostics.answering(self._telemetry, self._clock, given.public_keys, address, tls)
         )
 
-    def _announce(self, url: str, diagnostics: str) -> None:
-        self._progress.say(f"ready {url}")
-        self._progress.event("ready", url=url, services=self._options.names, diagnostics=diagnostics)
+    def _announce(self, url: str, diagnostics: str, grpc: str) -> None:
+        self._progress.say(f"ready {url}" + (f", gRPC {grpc}" if grpc else ""))
+        more = {"grpc": grpc} if grpc else {}
+        self._progress.event("ready", url=url, services=self._options.names, diagnostics=diagnostics, **more)
 
     async def _drain(self, host: Host, remote: Remote, finished: asyncio.Event) -> None:
         """Waits for the request to stop, and drains; sets `finished` when the server may stop to accept clients."""

@@ -21,6 +21,7 @@ from mercato.chassis.http import LoadLimits
 from mercato.chassis.observability import faults
 from mercato.chassis.observability.telemetry import also_log_to, configure_logging
 from mercato.cli import diagnostics
+from mercato.cli.grpc_port import answering
 from mercato.cli.hosting import hosted, tune_garbage_collection
 from mercato.cli.progress import fail
 from mercato.cli.tracing import traced
@@ -82,9 +83,10 @@ async def _serve(assignment: WorkerAssignment, owner_watch: OwnerWatch) -> None:
             counts=assignment.counts,
         )
         tune_garbage_collection()
-        answering = diagnostics.answering(host.telemetry, host.clock, diagnostics.operator_keys(assignment.secret))
+        diagnosing = diagnostics.answering(host.telemetry, host.clock, diagnostics.operator_keys(assignment.secret))
         with traces, socket.socket(fileno=assignment.listener) as listener:
-            async with background.running(), answering as address:
+            grpc = answering(assignment.grpc, app, host.telemetry, stop)
+            async with background.running(), diagnosing as address, grpc:
                 ready = functools.partial(_report_ready, address)
                 await topology.server(app, listener, host.telemetry, ready).run_until(stop)
 

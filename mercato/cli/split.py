@@ -27,6 +27,7 @@ from mercato import topology
 from mercato.chassis.hosting import variables
 from mercato.chassis.hosting.host import GATEWAY
 from mercato.chassis.observability.telemetry import MULTIPROCESS_VARIABLE
+from mercato.cli.grpc_port import GrpcPort
 from mercato.cli.logs import OWNER, log_file
 from mercato.cli.options import Carrier
 from mercato.cli.shared_metrics import MetricsFolder
@@ -77,6 +78,7 @@ class InstanceAssignment(msgspec.Struct, frozen=True):
     """The file descriptor of a listening socket for clients; None: a free port on `host`."""
     counts: int | None = None
     """That of the file in which the gateways count the requests of each caller together."""
+    grpc: GrpcPort | None = None
 
 
 class RunningProcesses(msgspec.Struct, frozen=True):
@@ -141,11 +143,12 @@ def assign(
     host: str,
     auth: Auth,
     nats_url: str | None,
+    grpc: GrpcPort | None = None,
 ) -> None:
     """Assigns to each process of a placement what it serves. `given` are the variables of each service and the gateway.
 
     Each has a file of its log in the data folder. Gateways listen on `host`, the others on loopback. With `nats_url`
-    None, they call each other by their addresses.
+    None, they call each other by their addresses. Gateways answer clients at `grpc`.
     """
     where: Mapping[str, Sequence[str]] = _addresses(placement) if nats_url is None else {}
     common = {"NATS_URL": nats_url or "", "MERCATO_SERVICES": _listed(placement, where)}
@@ -166,6 +169,7 @@ def assign(
                 environment=variables,
                 listener=instance.shared and instance.shared.listener,
                 counts=instance.shared and instance.shared.counts,
+                grpc=grpc if instance.is_gateway else None,
             )
         )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import os
 import socket
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
@@ -30,10 +31,11 @@ from mercato.chassis.observability.telemetry import Telemetry, also_log_to, conf
 from mercato.chassis.postgres.migrations import MigrationError
 from mercato.chassis.postgres.provisioning import ProvisionError
 from mercato.cli import diagnostics, environment, owner_metrics, preparing, stopping
+from mercato.cli.grpc_port import answering, shared, wanted
 from mercato.cli.hosting import hosted, tune_garbage_collection
 from mercato.cli.keeping import kept
 from mercato.cli.logs import OWNER, log_file
-from mercato.cli.options import Carrier
+from mercato.cli.options import Carrier, GrpcOptions
 from mercato.cli.progress import Progress, fail
 from mercato.cli.settings import load
 from mercato.cli.shared_metrics import MetricsFolder
@@ -82,6 +84,7 @@ class Options(msgspec.Struct, frozen=True):
     replicas: str
     transport: Carrier | None
     json: bool
+    grpc: GrpcOptions | None = None
 
 
 class StoppedEarly(Exception):
@@ -158,6 +161,7 @@ class _Up:
         self._transport: Carrier = options.transport or "nats"
         if self._transport == "grpc":
             environment.require_grpc("--transport grpc")
+        self._grpc = wanted(options.host, options.grpc)
         self._placement = with_replicas(placements.read(options.placement), options.replicas)
         self._progress = Progress(as_json=options.json)
         self._stop = asyncio.Event()
@@ -187,6 +191,8 @@ class _Up:
     async def _run(self, stack: contextlib.AsyncExitStack) -> None:
         require_known_format(self._options.data)  # before anything is written in it
         listener = stack.enter_context(contextlib.closing(self._listen()))
+        if self._grpc is not None and (self._is_split or self._options.workers > 1):
+            self._grpc = stack.enter_context(shared(self._grpc))
         url = url_of(self._options.host, listener)
         folder = stack.enter_context(DataFolder.open(self._options.data, url))
         also_log_to(log_file(self._options.data, OWNER))
@@ -334,15 +340,14 @@ class _Up:
             streams=StreamLimits.up_to(self._settings.streams, self._settings.streams_of_one),
         )
 
-        def on_ready() -> None:
-            self._announce(url)
-
         tune_garbage_collection()
         traces = traced(host.telemetry, self._settings.trace_share, is_on=self._settings.tracing == "on")
-        answering = diagnostics.answering(host.telemetry, host.clock, diagnostics.operator_keys(secret))
-        async with background.running(), answering as address:
+        diagnosing = diagnostics.answering(host.telemetry, host.clock, diagnostics.operator_keys(secret))
+        async with background.running(), diagnosing as address:
             with traces, recorded(self._options.data, {"shop": address}):
-                await topology.server(app, listener, host.telemetry, on_ready).run_until(self._stop)
+                async with answering(self._grpc, app, host.telemetry, self._stop) as grpc:
+                    on_ready = functools.partial(self._announce, url, grpc)
+                    await topology.server(app, listener, host.telemetry, on_ready).run_until(self._stop)
 
     async def _serve_in_workers(
         self, admin_dsn: str, dsns: Mapping[str, str], secret: bytes, listener: socket.socket, url: str
@@ -357,11 +362,12 @@ class _Up:
             settings=self._settings,
             options=config.service_options(topology.SERVICES),
             data=self._options.data,
+            grpc=self._grpc,
         )
         async with workers.running(self._end):
             addresses = await self._unless_stopped(workers.ready())
             with recorded(self._options.data, addresses):
-                self._announce(url)
+                self._announce(url, self._grpc_address())
                 await self._stop.wait()
             # The workers close their own copies. While this one is open, the kernel would accept connections that no
             # process answers.
@@ -404,6 +410,7 @@ class _Up:
             host=self._options.host,
             auth="open" if self._open else "required",
             nats_url=nats_url,
+            grpc=self._grpc,
         )
         telemetry = Telemetry()
         telemetry.describe_process(__version__)
@@ -413,9 +420,13 @@ class _Up:
             await ours.enter_async_context(background.running())
             metrics = await ours.enter_async_context(owner_metrics.answering(telemetry))
             self._recorder = ours.enter_context(ProcessFile(self._options.data, split.instances, metrics))
-            self._announce(url)
+            self._announce(url, self._grpc_address())
             await self._stop.wait()
             listener.close()
+
+    def _grpc_address(self) -> str:
+        """Where other processes listen for gRPC; empty if none does."""
+        return f"{self._grpc.host}:{self._grpc.port}" if self._grpc else ""
 
     def _note_process(self, instance: SupervisedProcess) -> None:
         if instance.starts > 1:
@@ -423,12 +434,14 @@ class _Up:
         if self._recorder:
             self._recorder.write()
 
-    def _announce(self, url: str) -> None:
+    def _announce(self, url: str, grpc: str) -> None:
         say = self._progress.say
         data = os.path.relpath(self._options.data) if not self._options.data.is_absolute() else self._options.data
         say()
         say(f"Mercato is at  {url}")
         say(f"API docs       {url}/docs")
+        if grpc:
+            say(f"gRPC           {grpc}")
         say(f"Data           {data}")
         if self._cluster_outside is not None:
             say(
@@ -448,7 +461,7 @@ class _Up:
             say(line)
         say()
         say(f"ready {url}")
-        self._progress.event("ready", url=url)
+        self._progress.event("ready", url=url, **({"grpc": grpc} if grpc else {}))
         self._is_ready.set()
 
 

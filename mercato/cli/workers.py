@@ -23,6 +23,7 @@ import msgspec
 from mercato.chassis.hosting import variables
 from mercato.chassis.observability.telemetry import MULTIPROCESS_VARIABLE
 from mercato.chassis.rpc.limits import CallLimits
+from mercato.cli.grpc_port import GrpcPort
 from mercato.cli.logs import log_file
 from mercato.cli.shared_metrics import MetricsFolder
 from mercato.cli.worker import ask_to_stop
@@ -74,6 +75,7 @@ class WorkerAssignment(msgspec.Struct, frozen=True):
     is_traced: bool
     trace_share: float
     log_file: str = ""
+    grpc: GrpcPort | None = None
 
 
 class Workers:
@@ -91,6 +93,7 @@ class Workers:
         settings: Settings,
         options: Mapping[str, str],
         data: Path,
+        grpc: GrpcPort | None = None,
     ) -> None:
         self._count = count
         self._data = data
@@ -119,6 +122,7 @@ class Workers:
             call_limits=settings.call_limits,
             is_traced=settings.tracing == "on",
             trace_share=settings.trace_share,
+            grpc=grpc,
         )
         self._processes: list[asyncio.subprocess.Process] = []
         self._stopping = False

@@ -121,7 +121,7 @@ def declared(contracts: Iterable[type[Contract]]) -> Names:
             collected.add_hint(operation.answer, operation.answer)
         for error in errors_of(contract).values():
             collected.add(error, field_types(error))
-        for message in contract.events.values():
+        for message in (*contract.events.values(), *contract.views):
             collected.add_hint(message, message)
     return collected.names
 
@@ -146,9 +146,7 @@ class _Collected:
     def add_hint(self, hint: Any, owner: type) -> None:
         """Adds the messages and enumerations within the type of a field of `owner`."""
         if inspect.isclass(hint) and issubclass(hint, msgspec.Struct):
-            fields = [field.name for field in msgspec.structs.fields(hint)]
-            hints = get_type_hints(hint, include_extras=True)
-            self.add(hint, {name: hints[name] for name in fields})
+            self.add(hint, hints_of(hint))
         elif inspect.isclass(hint) and issubclass(hint, enum.Enum):
             self._module(hint)[ENUMS][hint.__name__] = tuple(str(member.value) for member in hint)
         elif get_origin(hint) is Literal:
@@ -160,23 +158,38 @@ class _Collected:
                 self.add_hint(part, owner)
 
     def _add_enum(self, values: Sequence[str], owner: type) -> None:
-        aliases = {
-            name
-            for name, value in vars(sys.modules[owner.__module__]).items()
-            if get_origin(value) is Literal and set(get_args(value)) == set(values)
-        }
-        assert len(aliases) == 1, (
-            f"{owner.__name__}: give the enumeration of {', '.join(values)} one name in {owner.__module__}, such as "
-            f"`Status = Literal[...]`; it has {sorted(aliases) or 'none'}"
-        )
-        self._module(owner)[ENUMS][aliases.pop()] = tuple(values)
+        self._module(owner)[ENUMS][enum_name(values, owner)] = tuple(values)
 
     def _module(self, owner: type) -> dict[str, dict[str, Sequence[str]]]:
-        module = owner.__module__
-        name = CHASSIS if module.startswith("mercato.chassis.") else self._services.get(module)
-        name = name or module.rpartition(".")[2]
-        name = PARTS.get(name, name)
-        return self.names.setdefault(name, {MESSAGES: {}, ENUMS: {}})
+        return self.names.setdefault(module_name(owner, self._services), {MESSAGES: {}, ENUMS: {}})
+
+
+def enum_name(values: Sequence[str], owner: type) -> str:
+    """The name of an enumeration that a field of `owner` has: its alias in the module of `owner`."""
+    aliases = {
+        name
+        for name, value in vars(sys.modules[owner.__module__]).items()
+        if get_origin(value) is Literal and set(get_args(value)) == set(values)
+    }
+    assert len(aliases) == 1, (
+        f"{owner.__name__}: give the enumeration of {', '.join(values)} one name in {owner.__module__}, such as "
+        f"`Status = Literal[...]`; it has {sorted(aliases) or 'none'}"
+    )
+    return aliases.pop()
+
+
+def module_name(owner: type, services: Mapping[str, str]) -> str:
+    """The module under which a message is numbered. `services`: the services by the modules of their contracts."""
+    module = owner.__module__
+    name = CHASSIS if module.startswith("mercato.chassis.") else services.get(module)
+    name = name or module.rpartition(".")[2]
+    return PARTS.get(name, name)
+
+
+def hints_of(struct: type[msgspec.Struct]) -> dict[str, Any]:
+    """The types of the fields of a message, in their order."""
+    hints = get_type_hints(struct, include_extras=True)
+    return {field.name: hints[field.name] for field in msgspec.structs.fields(struct)}
 
 
 def open_values(hint: Any) -> Sequence[str]:

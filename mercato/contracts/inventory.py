@@ -11,7 +11,19 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Open, Retry, ServiceError, batched, single, worded
+from mercato.chassis.contract import (
+    MAX_ID,
+    Contract,
+    Kind,
+    Message,
+    Open,
+    Retry,
+    ServiceError,
+    batched,
+    filled,
+    single,
+    worded,
+)
 
 from .roles import ALL_ROLES, SERVICES_ONLY, STAFF_ONLY
 
@@ -136,6 +148,22 @@ class Level(Message):
     """0 for a product that was never counted. Each count makes a new version, and so does each batch of orders."""
 
 
+class SeenLevel(Message):
+    """A level as clients of the API see it.
+
+    All callers see `in_stock`, and staff the rest: a version and a time would reveal how much is sold, and when.
+    """
+
+    product_id: int
+    in_stock: bool
+    on_hand: int | None = None
+    reserved: int | None = None
+    available: int | None = None
+    updated_at: datetime.datetime | None = None
+    version: int | None = None
+    """0 for a product that was never counted."""
+
+
 class GetLevel(Message):
     product_id: ProductId
 
@@ -156,7 +184,7 @@ class AdjustLevel(Message):
     delta: Annotated[int, Meta(ge=-ON_HAND_LIMIT, le=ON_HAND_LIMIT)]
     reason: Reason
     idempotency_key: str
-    fingerprint: bytes = b""
+    fingerprint: Annotated[bytes, Meta(extra=filled("fingerprint"))] = b""
 
 
 class AdjustedLevel(Message):
@@ -343,6 +371,8 @@ class Inventory(Contract, name="inventory"):
     list = single(ListLevels, LevelPage, allow=STAFF_ONLY, retry=Retry.SAFE)
     holds = single(ListHolds, HoldPage, allow=SERVICES_ONLY, retry=Retry.SAFE)
     trace = single(TraceStock, StockTrace, allow=STAFF_ONLY, retry=Retry.SAFE)
+
+    views: ClassVar = (SeenLevel,)
 
     events: ClassVar = {
         "stock.held": StockMoved,

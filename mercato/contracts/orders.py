@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Final, Literal, get_args
 
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, Contract, Message, Open, Retry, batched, single, worded
+from mercato.chassis.contract import MAX_ID, Contract, Message, Open, Retry, batched, filled, single, worded
 
 from .inventory import NO_NUL, ShortLine
 from .money import AmountText
@@ -53,6 +53,10 @@ Note = Annotated[str, Meta(max_length=500, pattern=r"^[^\x00]*\Z", extra=NO_NUL)
 """A customer's note to the shop about an order. Public: shown to all who may see the order."""
 AccessToken = Annotated[str, Meta(max_length=64)]
 """Of a guest's order. With a wrong token the answer is the one for an unknown order: not found."""
+Fingerprint = Annotated[bytes, Meta(extra=filled("fingerprint"))]
+"""Equal for requests with the same meaning: a key that comes again with another one is refused."""
+Amount = Annotated[AmountText, Meta(extra=filled("default"))]
+"""Of the HTTP API, whose clients send amounts in major units."""
 InternalNote = Annotated[str, Meta(max_length=500)]
 """A note of staff for staff. Customers and guests never see it; a `reason` is for them."""
 
@@ -60,7 +64,7 @@ InternalNote = Annotated[str, Meta(max_length=500)]
 class PlaceLine(Message):
     product_id: Annotated[int, Meta(ge=1, le=MAX_ID)]
     quantity: Annotated[int, Meta(ge=1, le=QUANTITY_LIMIT)] = 1
-    sku: Sku | None = None
+    sku: Annotated[Sku | None, Meta(extra=filled("default"))] = None
     """Instead of `product_id`, which is `NAMED_BY_SKU` then: a service that does not know this field yet refuses it."""
 
 
@@ -74,17 +78,17 @@ class PlaceOrder(Message):
     `fingerprint` of the request, `IdempotencyKeyReused` for another.
     """
 
-    user_id: Annotated[int, Meta(ge=1, le=MAX_ID)]
+    user_id: Annotated[int, Meta(ge=1, le=MAX_ID, extra=filled("buyer"))]
     lines: Annotated[tuple[PlaceLine, ...], Meta(min_length=1, max_length=LINES_LIMIT)]
     expected_total_minor: int | None = None
     expected_currency: str | None = None
     idempotency_key: str | None = None
-    fingerprint: bytes = b""
+    fingerprint: Fingerprint = b""
     payment_method: Method | None = None
     customer_note: Note = ""
-    expected_total: AmountText | None = None
+    expected_total: Amount | None = None
     """As `expected_total_minor`, in the currency of the order."""
-    guest: bool = False
+    guest: Annotated[bool, Meta(extra=filled("guest"))] = False
     """A guest orders. `user_id` is ignored then; it is `NO_USER`, which a service that knows no guests refuses."""
     guest_email: Email | None = None
     """Shown to staff."""
@@ -244,8 +248,8 @@ class PayOrder(Message):
     expected_total_minor: int | None = None
     expected_currency: str | None = None
     idempotency_key: str | None = None
-    fingerprint: bytes = b""
-    expected_total: AmountText | None = None
+    fingerprint: Fingerprint = b""
+    expected_total: Amount | None = None
     """As `expected_total_minor`, in the currency of the order."""
     access_token: AccessToken | None = None
 
@@ -278,7 +282,7 @@ class CapturePart(Message):
     payment_id: PaymentId
     amount_minor: Annotated[int, Meta(ge=1)] | None = None
     currency: str | None = None
-    amount: AmountText | None = None
+    amount: Amount | None = None
     """As `amount_minor`, in the currency of the order, and before it."""
 
 
@@ -287,11 +291,11 @@ class RefundOrder(Message):
 
     payment_id: PaymentId
     idempotency_key: str
-    fingerprint: bytes = b""
+    fingerprint: Fingerprint = b""
     amount_minor: Annotated[int, Meta(ge=1)] | None = None
     currency: str | None = None
     reason: Annotated[str, Meta(max_length=500)] = ""
-    amount: AmountText | None = None
+    amount: Amount | None = None
     """As `amount_minor`, in the currency of the order, and before it.
 
     A service that does not know this field yet must not refund all that is left: the sender also gives
@@ -316,7 +320,7 @@ class ReturnOrder(Message):
 
     id: OrderId
     idempotency_key: str
-    fingerprint: bytes = b""
+    fingerprint: Fingerprint = b""
     lines: Annotated[tuple[ReturnLine, ...], Meta(max_length=LINES_LIMIT)] = ()
     reason: Annotated[str, Meta(max_length=500)] = ""
     internal_note: InternalNote = ""

@@ -17,6 +17,7 @@ from mercato.chassis.contract import (
     Retry,
     ServiceError,
     batched,
+    filled,
     single,
     worded,
 )
@@ -190,7 +191,7 @@ class ListPayments(Message):
     user_id: int | None = None
     before: PaymentId | None = None
     limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
-    order_nonce: OrderNonce | None = None
+    order_nonce: Annotated[OrderNonce | None, Meta(extra=filled("default"))] = None
     count: bool = False
     """Whether `total` of the page is asked for."""
 

@@ -7,7 +7,19 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, Contract, Kind, Message, Open, Retry, ServiceError, batched, single, worded
+from mercato.chassis.contract import (
+    MAX_ID,
+    Contract,
+    Kind,
+    Message,
+    Open,
+    Retry,
+    ServiceError,
+    batched,
+    filled,
+    single,
+    worded,
+)
 
 from .money import MAX_MINOR, AmountText
 from .roles import ALL_ROLES, SIGNED_IN, STAFF_ONLY
@@ -94,7 +106,7 @@ class UpdateProduct(Message):
     currency: Currency | None = None
     category: Category | None = None
     description: Description | None = None
-    price: AmountText | None = None
+    price: Annotated[AmountText | None, Meta(extra=filled("default"))] = None
     """As `price_minor`, in `currency`, or else in that of the product."""
 
 

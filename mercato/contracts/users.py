@@ -17,6 +17,7 @@ from mercato.chassis.contract import (
     Retry,
     ServiceError,
     batched,
+    filled,
     single,
     worded,
 )
@@ -24,6 +25,8 @@ from mercato.chassis.contract import (
 from .roles import ALL_ROLES, SERVICES_ONLY, SIGNED_IN, STAFF_ONLY, Role
 
 UserId = Annotated[int, Meta(ge=1, le=MAX_ID)]
+OwnUserId = Annotated[UserId, Meta(extra=filled("account"))]
+"""The account of the caller."""
 Email = Annotated[str, Meta(min_length=3, max_length=254, examples=["alice@example.com"])]
 Name = Annotated[str, Meta(min_length=1, max_length=200, examples=["Alice"])]
 Username = Annotated[str, Meta(min_length=1, max_length=254, examples=["Alice"])]
@@ -46,7 +49,7 @@ SessionId = Annotated[
 ]
 """128 random bits, the `sid` of access tokens."""
 
-ClientAddress = Annotated[str, Meta(max_length=64)]
+ClientAddress = Annotated[str, Meta(max_length=64, extra=filled("address"))]
 """The address of the client's connection, for the security log; empty where the caller does not know it."""
 
 SecurityKind = Literal[
@@ -83,7 +86,7 @@ class Register(Message):
     email: Email
     name: Name
     password: Password
-    role: Role = "customer"
+    role: Annotated[Role, Meta(extra=filled("default"))] = "customer"
     """Only staff and services may open an account that is not a customer's."""
 
 
@@ -129,7 +132,7 @@ class SignOut(Message):
 
 
 class GetUser(Message):
-    id: UserId
+    id: Annotated[UserId, Meta(extra=filled("own_account"))]
 
 
 class ListUsers(Message):
@@ -160,7 +163,7 @@ class UpdateProfile(Message):
     Another e-mail address for one's own account needs the `current_password`; staff change other accounts without.
     """
 
-    id: UserId
+    id: Annotated[UserId, Meta(extra=filled("own_account"))]
     version: Version | None = None
     email: Email | None = None
     name: Name | None = None
@@ -171,7 +174,7 @@ class UpdateProfile(Message):
 class ChangePassword(Message):
     """Changes the password, and ends the account's sessions except that of `refresh_token`."""
 
-    id: UserId
+    id: OwnUserId
     current_password: Password
     new_password: Password
     refresh_token: RefreshToken | None = None
@@ -208,7 +211,7 @@ class ProveEmail(Message):
 class SendProof(Message):
     """Mails another link that proves the account's address."""
 
-    id: UserId
+    id: OwnUserId
 
 
 class SetRole(Message):
@@ -254,8 +257,8 @@ class EndedSessions(Message):
 class ListSessions(Message):
     """Lists one's own sessions that have not ended, the newest first."""
 
-    user_id: UserId
-    current: SessionId | None = None
+    user_id: OwnUserId
+    current: Annotated[SessionId | None, Meta(extra=filled("session"))] = None
     """The session of the caller."""
     after: SessionId | None = None
     """Only sessions that are older than this one, which must be of the same user."""
@@ -284,7 +287,7 @@ class SessionPage(Message):
 class EndSession(Message):
     """Ends one of one's own sessions."""
 
-    user_id: UserId
+    user_id: OwnUserId
     id: SessionId
     address: ClientAddress = ""
 
@@ -292,8 +295,8 @@ class EndSession(Message):
 class EndOtherSessions(Message):
     """Ends all of one's own sessions but `id`."""
 
-    user_id: UserId
-    id: SessionId
+    user_id: OwnUserId
+    id: Annotated[SessionId, Meta(extra=filled("session"))]
     address: ClientAddress = ""
 
 
@@ -304,9 +307,9 @@ class EraseAccount(Message):
     answer.
     """
 
-    id: UserId
+    id: OwnUserId
     password: Password | None = None
-    session_id: SessionId | None = None
+    session_id: Annotated[SessionId | None, Meta(extra=filled("session"))] = None
     address: ClientAddress = ""
 
 
@@ -327,7 +330,7 @@ class ListOwnSecurityLog(Message):
     An entry of another account's action has neither that account nor its address.
     """
 
-    user_id: UserId
+    user_id: OwnUserId
     before: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
     limit: Annotated[int, Meta(ge=1, le=PAGE_LIMIT)] = 50
     count: bool = False

@@ -20,10 +20,20 @@ SLOW_SECONDS: Final = 1.0
 log = structlog.stdlib.get_logger("mercato.access", service=GATEWAY)
 
 
-def note(method: str, route: str, status: int, seconds: float, headers: RequestHeaders, *, is_slow: bool) -> None:
-    """Logs one request. `route` is the path of its route in the table, `none` for a path that is not there."""
+def note(
+    method: str,
+    route: str,
+    status: int | str,
+    seconds: float,
+    headers: RequestHeaders,
+    *,
+    is_slow: bool,
+    is_failure: bool = False,
+) -> None:
+    """Logs one request. `route` is the path of its route in the table, `none` for a path that is not there;
+    or the method of gRPC, and `status` its code, of which `is_failure` says what HTTP says by its status."""
     log.log(
-        logging.INFO if status >= 500 or is_slow else logging.DEBUG,
+        logging.INFO if is_slow or is_failure or (isinstance(status, int) and status >= 500) else logging.DEBUG,
         "request",
         method=method,
         route=route,

@@ -14,6 +14,7 @@ decides everything that can be decided before the first request, once for each r
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Final
@@ -25,7 +26,6 @@ from mercato.chassis.contract import (
     ANONYMOUS_ACTOR,
     Actor,
     Call,
-    Context,
     FieldError,
     Internal,
     InvalidRequest,
@@ -39,7 +39,6 @@ from mercato.chassis.observability.clock import Clock
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.contracts.events import Events
 from mercato.contracts.money import DEFAULT_CURRENCY
-from mercato.contracts.roles import STAFF
 from mercato.gateway import access_log, cursors, guests, idempotency, problems, representations, totals
 from mercato.gateway.auth import Authenticator
 from mercato.gateway.cross_origin import CrossOrigin
@@ -64,8 +63,9 @@ from mercato.gateway.validation import (
     decode_body,
     decode_query,
     decoder,
+    form_of,
+    form_of_path,
     invalid,
-    members_of,
     numbers_of,
     read_body,
     reworded,
@@ -76,6 +76,8 @@ from mercato.gateway.waiting import Waiting
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
+Client = tuple[str, int] | None
+"""The address and port of a connection."""
 Lines = list[bytes]
 """Header fields of an answer as they are on the wire, `name: value`. The server adds Date and Content-Length."""
 
@@ -110,19 +112,21 @@ class Gateway:
         counts: SharedCounts | None = None,
         streams: StreamLimits | None = None,
     ) -> None:
-        self.table = Table([BoundRoute(route, client, telemetry, currency) for route in routes])
-        self._authenticator = authenticator
+        self.bind = functools.partial(BoundRoute, client=client, telemetry=telemetry, currency=currency)
+        """Makes a route that answers, under another name."""
+        self.table = Table([self.bind(route) for route in routes])
+        self.authenticator = authenticator
         self._requests = answered(telemetry)
         self._tracing = telemetry.tracing
         self._exemplars = telemetry.exemplars
-        self._monotonic = clock.monotonic
+        self.monotonic = clock.monotonic
         self._fallback = fallback
-        self._seconds = request_seconds
+        self.seconds = request_seconds
         counts = counts or SharedCounts(clock.monotonic)
         self._rates = RateLimiter(counts, clock)
         self._tries = PasswordTries(counts, clock)
-        self._log_requests = log_requests
-        self._slow_seconds = slow_seconds
+        self.log_requests = log_requests
+        self.slow_seconds = slow_seconds
         self.cross_origin = cross_origin
         self.load = Shedder(load or LoadLimits(), monotonic=clock.monotonic, telemetry=telemetry)
         self.stream_limits = streams or StreamLimits()
@@ -187,11 +191,11 @@ class Gateway:
 
     def check_source(self, headers: RequestHeaders, method: str) -> None:
         """Raises a `ServiceError` for a request that may not come from where it does."""
-        self._authenticator.check_source(headers, method)
+        self.authenticator.check_source(headers, method)
 
     def deadline(self) -> float:
         """That of a request which arrives now."""
-        return self._monotonic() + self._seconds
+        return self.monotonic() + self.seconds
 
     async def _serve(
         self,
@@ -204,27 +208,13 @@ class Gateway:
     ) -> tuple[int, Lines, bytes | OpenStream | OnlyHead]:
         if route.can_stream:
             route = accepted(route, route.as_stream, headers.accept)
-        if (load := self.load).waiting and load.in_work >= load.capacity[route.priority]:
-            await load.check(route.priority, route.name)
-        authenticator, authorization = self._authenticator, headers.authorization
-        authenticator.check_source(headers, scope["method"])
+        client: Client = scope.get("client")
+        self.authenticator.check_source(headers, scope["method"])
         access_token, query = None, scope["query_string"]
         if route.takes_access_token:
-            access_token, query = guests.access_token(authorization, query)
-        if authorization is None or route.ignores_token:
-            actor = authenticator.anonymous_actor if access_token is None else ANONYMOUS_ACTOR
-        elif (known := authenticator.remembered(authorization)) is not None:
-            actor = known
-        else:
-            actor = await self._verify(authorization, headers, takes_ended=route.takes_ended_session)
-        headers.actor_id = actor.id
-        if actor.role not in route.roles and access_token is None and route.is_guest is None:
-            raise problems.not_allowed(actor.role, route.name)
-        if route.is_limited:
-            self._rates.check(route.name, route.limits, actor, _address(scope))
-        # Before the next await: another request may evict the token from the cache.
-        session_id = authenticator.session_id(authorization) if route.knows_session and authorization else ""
-        is_valid = authenticator.validity(authorization, actor) if route.stream is not None else None
+            access_token, query = guests.access_token(headers.authorization, query)
+        actor, session_id = await self.admit(route, headers, access_token, client)
+        is_valid = self.authenticator.validity(headers.authorization, actor) if route.stream is not None else None
         route, request = await route.read(actor, parts, scope, query, receive, headers)
         request.access_token = access_token
         if route.are_counted and headers.prefer is not None:
@@ -234,37 +224,78 @@ class Gateway:
         if is_valid is not None:
             request.last_event_id = last_event_id(headers)
         if route.knows_address:
-            request.address = _address(scope)[:ADDRESS_LENGTH]
+            request.address = address_of(client)[:ADDRESS_LENGTH]
         asked = route.request(request)
+        answer = await self.perform(route, request, asked, headers, client, self.seconds)
+        if self.streams is not None and route.stream is not None and is_valid is not None:
+            again = lambda: self._call(route, request, asked, client, self.monotonic(), self.deadline())  # noqa: E731
+            return await self.streams.begin(route.stream, request, answer, again, scope, is_valid)
+        if request.wait_ms is None:
+            shown = route.respond(answer, scope, request.query, counts=request.counts)
+            return representations.negotiated(*shown, headers) if route.is_public else shown
+        context = current.get()
+        current.set(headers.context(context.actor, context.deadline + request.wait_ms / 1_000))
+        assert route.waiting is not None
+        return await route.waiting.respond(answer, request.wait_ms, scope, send, headers.trace_id)
+
+    async def admit(
+        self, route: BoundRoute, headers: RequestHeaders, access_token: str | None, client: Client
+    ) -> tuple[Actor, str]:
+        """The actor of a request that may use the route, and its session if the route needs it.
+
+        Raises a `ServiceError` for a request that is refused before its content is read.
+        """
+        if (load := self.load).waiting and load.in_work >= load.capacity[route.priority]:
+            await load.check(route.priority, route.name)
+        authenticator, authorization = self.authenticator, headers.authorization
+        if authorization is None or route.ignores_token:
+            actor = authenticator.anonymous_actor if access_token is None else ANONYMOUS_ACTOR
+        elif (known := authenticator.remembered(authorization)) is not None:
+            actor = known
+        else:
+            ends, takes_ended = self.deadline(), route.takes_ended_session
+            actor = await authenticator.verified(authorization, headers, ends, takes_ended=takes_ended)
+        headers.actor_id = actor.id
+        if actor.role not in route.roles and access_token is None and route.is_guest is None:
+            raise problems.not_allowed(actor.role, route.name)
+        if route.is_limited:
+            self._rates.check(route.rates, route.limits, actor, address_of(client))
+        # Before the next await: another request may evict the token from the cache.
+        return actor, authenticator.session_id(authorization) if route.knows_session and authorization else ""
+
+    async def perform(
+        self,
+        route: BoundRoute,
+        request: RouteRequest,
+        asked: Any,
+        headers: RequestHeaders,
+        client: Client,
+        within: float,
+    ) -> Any:
+        """What the caller sees of the answer to `asked`, the request of the operation, within so many seconds.
+
+        Raises a `ServiceError`.
+        """
+        entered_at = self.monotonic()
         if route.order_asked is not None:
             headers.concern(route.order_asked(asked))
-        if not actor.id and (access_token is not None or route.is_guest is not None):
-            actor = guests.checked(route, request, asked, _address(scope), self._rates)
-        deadline = self._monotonic() + self._seconds
-        current.set(headers.context(actor, deadline))
+        actor = request.actor
+        if not actor.id and (request.access_token is not None or route.is_guest is not None):
+            actor = guests.checked(route, request, asked, address_of(client), self._rates)
+        current.set(headers.context(actor, deadline := entered_at + within))
         try:
-            answer = await self._call(route, request, asked, scope, deadline)
+            answer = await self._call(route, request, asked, client, entered_at, deadline)
         except InvalidRequest as error:
             raise reworded(error, route.route.fields) from None
         if not headers.order_id and route.order_answered is not None:
             headers.concern(route.order_answered(answer))
-        if self.streams is not None and route.stream is not None and is_valid is not None:
-            again = lambda: self._call(route, request, asked, scope, self.deadline())  # noqa: E731
-            return await self.streams.begin(route.stream, request, answer, again, scope, is_valid)
-        if route.for_customers is not None and request.actor.role != STAFF:
-            answer = route.for_customers(answer)
-        if request.wait_ms is None:
-            shown = route.respond(answer, scope, request.query, counts=request.counts)
-            return representations.negotiated(*shown, headers) if route.is_public else shown
-        current.set(
-            Context(actor, deadline + request.wait_ms / 1_000, headers.trace_id, headers.request_id, headers.span)
-        )
-        assert route.waiting is not None
-        return await route.waiting.respond(answer, request.wait_ms, scope, send, headers.trace_id)
+        return answer if route.seen is None else route.seen(answer, request.actor)
 
-    async def _call(self, route: BoundRoute, request: RouteRequest, asked: Any, scope: Scope, deadline: float) -> Any:
+    async def _call(
+        self, route: BoundRoute, request: RouteRequest, asked: Any, client: Client, entered_at: float, deadline: float
+    ) -> Any:
         """The answer of a route's operation, counted as a request in work. Raises its errors, and `Overloaded`."""
-        load, entered_at = self.load, deadline - self._seconds
+        load = self.load
         priority = Priority.REPORT if request.counts else route.priority
         if load.in_work < load.capacity[priority]:
             load.in_work += 1
@@ -274,39 +305,29 @@ class Gateway:
             entered_at = await load.queue(priority, route.name, deadline)
         try:
             if route.is_guarded:
-                return await call_guarded(route, request, asked, _address(scope), self._rates, self._tries)
+                return await call_guarded(route, request, asked, address_of(client), self._rates, self._tries)
             return await (route.call if request.access_token is None else route.guest_call)(asked)
         finally:
             load.in_work -= 1
             slow_seconds = load.slow_seconds[priority]
             if slow_seconds is not None and not route.is_guarded:
                 load.measured += 1
-                load.slow += self._monotonic() - entered_at > slow_seconds
+                load.slow += self.monotonic() - entered_at > slow_seconds
             if load.waiting or load.measured >= load.window_requests:
                 load.end_window()
-
-    async def _verify(self, authorization: bytes, headers: RequestHeaders, *, takes_ended: bool) -> Actor:
-        """The actor of a token that is not cached. Verifying it may call the users service for its keys."""
-        if guests.is_guest_scheme(authorization):
-            return ANONYMOUS_ACTOR
-        deadline = self._monotonic() + self._seconds
-        anonymous = self._authenticator.anonymous_actor
-        current.set(headers.context(anonymous, deadline))
-        return await self._authenticator.actor(authorization, takes_ended=takes_ended)
 
     def note(self, route: BoundRoute | None, status: int, seconds: float, headers: RequestHeaders, method: str) -> None:
         if route is not None:
             (route.observe.get(status) or route.observe_status(status))(seconds)
         else:
             self._requests.labels(method_label(method), "", str(status)).observe(seconds)
-        is_slow = seconds >= self._slow_seconds
+        is_slow = seconds >= self.slow_seconds
         # An overloaded process answers 503 to many: its metrics count them.
-        if self._log_requests or (status >= 500 and status != 503) or is_slow:
+        if self.log_requests or (status >= 500 and status != 503) or is_slow:
             access_log.note(method, route.route.path if route else "none", status, seconds, headers, is_slow=is_slow)
 
 
-def _address(scope: Scope) -> str:
-    client = scope.get("client")
+def address_of(client: Client) -> str:
     return client[0] if client else ""
 
 
@@ -369,9 +390,6 @@ class Table:
 NOTHING: Final[Mapping[str, Any]] = {}
 
 
-# ---------------------------------------------------------------------------------------------------------- routes
-
-
 class BoundRoute:
     """A route with its client, its metrics, its decoder, and everything else that is known before a request."""
 
@@ -381,14 +399,17 @@ class BoundRoute:
         client: Callable[[Operation[Any, Any]], Call[Any, Any]],
         telemetry: Telemetry,
         currency: str,
+        name: str = "",
     ) -> None:
         self.route = route
+        self.rates = f"{route.method} {route.path}"
+        """Under which its callers are counted, however they call."""
         self._currency = currency
         self.call: Callable[[Any], Awaitable[Any]] = client(route.operation)
         self.guest_call = client(route.guest_operation) if route.guest_operation else self.call
         if route.parts:
             self.call = gathering(route.parts, self.call, client)
-        self.name = f"{route.method} {route.path}"
+        self.name = name or self.rates
         self.order_asked = order_in(route.operation.service, route.operation.request)
         self.order_answered = order_in(route.operation.service, route.operation.answer)
         self.waiting = Waiting(route.wait, client(route.wait.operation), self) if route.wait else None
@@ -404,7 +425,7 @@ class BoundRoute:
         self.are_counted = totals.are_counted(route)
         self.knows_session = route.knows_session
         self.knows_address = route.knows_address
-        self.for_customers = route.for_customers
+        self.seen = route.seen
         self.is_public = route.is_public
         self._text = route.text
         self.is_guest = route.is_guest
@@ -455,7 +476,7 @@ class BoundRoute:
             try:
                 body = decode_body(self._decoder, raw or (b"{}" if self._body_optional else b""))
             except InvalidRequest as error:
-                form = self._form_of(raw)
+                form = form_of(self._forms, raw)
                 if form is None:
                     raise self._all_wrong(error.errors, parts, scope, query_string, headers) from None
                 return form, form.typed(actor, parts, scope, query_string, headers, raw, form.decode(raw))
@@ -464,7 +485,7 @@ class BoundRoute:
                 await self._check_no_body(receive)
             except InvalidRequest as error:
                 raise self._all_wrong(error.errors, parts, scope, query_string, headers) from None
-        if self._decoder is None and self._forms and (form := self._form_of_path(parts)) is not None:
+        if self._decoder is None and self._forms and (form := form_of_path(self._forms, parts)) is not None:
             return form, form.typed(actor, parts, scope, query_string, headers, None, None)
         return self, self.typed(actor, parts, scope, query_string, headers, raw, body)
 
@@ -472,18 +493,6 @@ class BoundRoute:
         """Raises `InvalidRequest` for a body that is not empty, of a route that takes none."""
         if (await read_body(receive, self._body_bytes)).strip() not in (b"", b"{}"):
             raise invalid(("body", f"{self.name} takes none; leave it out"))
-
-    def _form_of(self, raw: bytes) -> BoundRoute | None:
-        """The form of a request's body, where that is not the route's own."""
-        if not self._forms:
-            return None
-        members = members_of(raw)
-        return next((bound for form, bound in self._forms if form.is_body and form.is_body(members)), None)
-
-    def _form_of_path(self, parts: Mapping[str, str]) -> BoundRoute | None:
-        if all(text.isascii() and text.isdigit() for text in parts.values()):
-            return None
-        return next((bound for form, bound in self._forms if form.is_body is None), None)
 
     def decode(self, raw: bytes) -> Any:
         assert self._decoder is not None
@@ -557,8 +566,6 @@ class BoundRoute:
             lambda: self._version(headers),
             lambda: self._wait_ms(headers),
         )
-
-    # ------------------------------------------------------------------------------------------------------ respond
 
     def respond(
         self, answer: Any, scope: Scope, query: Any = None, *, counts: bool = False

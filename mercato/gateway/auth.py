@@ -20,11 +20,12 @@ from joserfc import jwt
 from joserfc.errors import JoseError
 from joserfc.jwk import KeySet
 
-from mercato.chassis.contract import ANONYMOUS_ACTOR, Actor, Unauthenticated
+from mercato.chassis.contract import ANONYMOUS_ACTOR, Actor, Unauthenticated, current
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.rpc.signatures import ALGORITHMS
 from mercato.contracts.roles import CUSTOMER, STAFF
 from mercato.contracts.users import PublicKeys
+from mercato.gateway import guests
 from mercato.gateway.ended_sessions import EndedSessionsLog
 from mercato.gateway.headers import RequestHeaders
 from mercato.gateway.problems import HostNotAllowed, SessionsNotKnown
@@ -216,6 +217,13 @@ class Authenticator:
         ):
             raise HostNotAllowed(header="Sec-Fetch-Site")
 
+    def check_call(self, headers: RequestHeaders) -> None:
+        """As `check_source`, for calls over gRPC: no web page can make one, but a proxy on this machine can."""
+        if self._hosts is not None and headers.forwarded is not None:
+            raise HostNotAllowed(header="what a proxy has added")
+        if self._hosts is not None and headers.origin is not None:
+            raise HostNotAllowed(header="Origin")
+
     def remembered(self, authorization: bytes) -> Actor | None:
         """The actor of an Authorization header whose token is cached; None where `actor` has to verify it."""
         scheme, _, token = authorization.partition(b" ")
@@ -228,6 +236,15 @@ class Authenticator:
     def validity(self, authorization: bytes | None, actor: Actor) -> Callable[[], bool]:
         """Says whether a caller who has just been identified is still this actor: one without an account is."""
         return self._verifier.validity(_token_of(authorization)) if authorization and actor.id else lambda: True
+
+    async def verified(
+        self, authorization: bytes, headers: RequestHeaders, deadline: float, *, takes_ended: bool
+    ) -> Actor:
+        """The actor of a token that is not cached. Verifying it may call the users service for its keys."""
+        if guests.is_guest_scheme(authorization):
+            return ANONYMOUS_ACTOR
+        current.set(headers.context(self.anonymous_actor, deadline))
+        return await self.actor(authorization, takes_ended=takes_ended)
 
     async def actor(self, authorization: bytes, *, takes_ended: bool = False) -> Actor:
         """Raises `Unauthenticated`."""

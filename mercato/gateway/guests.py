@@ -59,6 +59,7 @@ class GuestRoute(Protocol):
     """A route that guests may use."""
 
     name: str
+    rates: str
     roles: frozenset[str]
     is_guest: Callable[[Any], bool] | None
 
@@ -71,6 +72,6 @@ def checked(route: GuestRoute, request: RouteRequest, asked: Any, address: str, 
             if request.actor.role not in route.roles:
                 raise problems.not_allowed(request.actor.role, route.name)
             return request.actor
-        rates.check(f"{route.name} of guests", ORDERS, ANONYMOUS_ACTOR, address)
+        rates.check(f"{route.rates} of guests", ORDERS, ANONYMOUS_ACTOR, address)
     check_key(request.idempotency_key)
     return ANONYMOUS_ACTOR

@@ -89,7 +89,7 @@ def _done_key(route: str, address: str) -> str:
 class GuardedRoute(Protocol):
     """A route that checks passwords, or opens accounts."""
 
-    name: str
+    rates: str
     limits: Limits
     tries: Callable[[RouteRequest], str | None] | None
     call: Callable[[Any], Awaitable[Any]]
@@ -102,7 +102,7 @@ async def call_guarded(
     account = route.tries(request) if route.tries else None
     per_hour = route.limits.done_per_hour if request.actor == ANONYMOUS_ACTOR else None
     if per_hour is not None:
-        rates.check_done(route.name, per_hour, address)
+        rates.check_done(route.rates, per_hour, address)
     if account is not None:
         tries.begin(account, address)
     is_right = None
@@ -116,7 +116,7 @@ async def call_guarded(
         if account is not None:
             tries.end(account, address, is_right=is_right)
     if per_hour is not None:
-        rates.note_done(route.name, per_hour, address)
+        rates.note_done(route.rates, per_hour, address)
     return answer
 
 

@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from mercato.chassis.contract import Actor, Call, Operation, ServiceError
+from mercato.chassis.contract import Actor, Call, Message, Operation, ServiceError
 from mercato.chassis.http import Priority
 
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
@@ -274,8 +274,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """Further parts of the answer. `answer` gets a `Gathered` then."""
     takes_ended_session: bool = False
     """Whether an access token of an ended session is accepted: the operation checks the session by itself."""
-    for_customers: Callable[[Any], Any] | None = None
-    """Reduces the operation's answer for callers other than staff: `answer` and `etag` take its result as well."""
+    seen: Callable[[Any, Actor], Message] | None = None
+    """What a caller sees of the operation's answer: a message of the contract, which `answer` and `etag` take then."""
     is_public: bool = False
     """Whether the answer is the same for all callers: caches may store it, and revalidate. No cache stores others."""
     etag: Callable[[Any], int | str | None] | None = None

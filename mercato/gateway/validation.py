@@ -19,9 +19,10 @@ import msgspec
 from mercato.chassis.contract import MAX_ID, FieldError, InvalidRequest, ServiceError, checks, explained
 from mercato.gateway.money import AmountIn, ExactFloat, MoneyIn, currency_errors, decode_amount, exact_float
 from mercato.gateway.problems import BodyTooLarge, MalformedJson, RouteNotFound
-from mercato.gateway.route import Input
+from mercato.gateway.route import Form, Input
 
 S = TypeVar("S", bound=msgspec.Struct)
+T = TypeVar("T")
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -103,6 +104,21 @@ def members_of(body: bytes) -> Mapping[str, Any]:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return {}
     return cast(Mapping[str, Any], value) if isinstance(value, dict) else {}
+
+
+def form_of(forms: Sequence[tuple[Form, T]], body: bytes) -> T | None:
+    """That of the form in which a body is, where it is not in the route's own."""
+    if not forms:
+        return None
+    members = members_of(body)
+    return next((bound for form, bound in forms if form.is_body and form.is_body(members)), None)
+
+
+def form_of_path(forms: Sequence[tuple[Form, T]], parts: Mapping[str, str]) -> T | None:
+    """That of the form whose path has texts where the route has numbers."""
+    if all(text.isascii() and text.isdigit() for text in parts.values()):
+        return None
+    return next((bound for form, bound in forms if form.is_body is None), None)
 
 
 def decode_query(model: type[S], query: bytes) -> S:

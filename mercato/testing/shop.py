@@ -6,6 +6,7 @@ For tests of the API. Tests of processes (start, stop, kill -9) start the real c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -115,6 +116,9 @@ class Shop(ShopClient):
         self.is_open = is_open
         self._stop = stop
         self._serving = serving
+        self.grpc_address = ""
+        self.stack = contextlib.AsyncExitStack()
+        """What ends before the shop."""
 
     @classmethod
     async def start(
@@ -133,6 +137,7 @@ class Shop(ShopClient):
         metrics_token: str = "",
         streams: StreamLimits | None = None,
         limits: HttpLimits | None = None,
+        has_grpc: bool = False,
     ) -> Self:
         """`slow_seconds`: by default no request is slow, however long a busy machine takes for it."""
         harness = harness_class(cluster, transport, options)
@@ -159,12 +164,17 @@ class Shop(ShopClient):
         await ready.wait()
         shop = cls(harness, f"http://127.0.0.1:{address[1]}", stop, serving, is_open=is_open)
         shop.app, shop.load = app, app.load
+        if has_grpc:
+            shop.grpc_address = await shop.stack.enter_async_context(
+                topology.public_grpc(app, harness.host.telemetry, "127.0.0.1", 0)
+            )
         if not is_open:
             await shop._register_staff()
         return shop
 
     async def close(self) -> None:
         await super().close()
+        await self.stack.aclose()
         self._stop.set()
         await self._serving
         await self.harness.close()

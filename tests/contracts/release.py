@@ -2,7 +2,7 @@
 
     make release VERSION=x.y.z [COMMIT=...]
 
-VERSION is what `mercato.__version__` says. The committed schemas, field numbers and pacts are copied to
+VERSION is what `mercato.__version__` says. The committed schemas, field numbers, pacts and protos are copied to
 `tests/contracts/released/VERSION/`, which never changes again: a test compares its checksum. Refuses a version that was
 released before, a changelog without a section for it, and schemas or numbers that are not those of the contracts.
 COMMIT is the commit of the version, HEAD if it is not given.
@@ -33,6 +33,8 @@ VERSION: Final = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)")
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 PACTS: Final = ROOT / "tests/pacts/committed"
 COMMAND: Final = "make release VERSION=x.y.z"
+FIRST_PROTOS: Final = Path(__file__).with_name("first_protos.binpb")
+"""An image of buf. No release has been made since the first protos."""
 HEADER: Final = """\
 # Every version that was released, written by `make release VERSION=x.y.z`. `commit` is the commit of the version: git
 # tags are not in every checkout. `contracts` is the checksum of tests/contracts/released/VERSION/.
@@ -77,6 +79,11 @@ class Releases:
         """The released pacts of a version: what its consumers need. 0.2.0 and the versions before it have none."""
         return sorted((self.folder / version / "pacts").glob("*.json"))
 
+    def protos(self) -> Path:
+        """The protos of the newest version that has some, else those with which the public gRPC API began."""
+        found = [self.folder / version / update_schemas.PROTOS.name for version in self.entries()]
+        return next((folder for folder in reversed(found) if folder.exists()), FIRST_PROTOS)
+
     def checksum(self, version: str) -> str:
         """Of all files of a released version: their names and their bytes."""
         folder, digest = self.folder / version, hashlib.sha256()
@@ -99,6 +106,7 @@ class Releases:
         shutil.copytree(update_schemas.FOLDER, folder / "schemas")
         shutil.copy(update_schemas.FIELD_NUMBERS, folder)
         shutil.copytree(PACTS, folder / "pacts")
+        shutil.copytree(update_schemas.PROTOS, folder / update_schemas.PROTOS.name)
         before = self.file.read_text() if self.file.exists() else HEADER
         entry = f'\n["{version}"]\ncommit = "{commit}"\ncontracts = "{self.checksum(version)}"\n'
         self.file.write_text(before + entry)
@@ -116,15 +124,17 @@ class Releases:
             raise CannotRelease(f"CHANGELOG.md has no section `## {version}` that says what it holds.")
         if not _is_committed():
             raise CannotRelease(
-                f"The schemas or numbers are not those of the contracts: run `{update_schemas.COMMAND}`."
+                f"The schemas, numbers or protos are not those of the contracts: run `{update_schemas.COMMAND}`."
             )
 
 
 def _is_committed() -> bool:
     contracts = update_schemas.contracts()
     numbers = update_schemas.committed_numbers()
-    return numbers == field_numbers.assign(numbers, contracts.values()) and all(
-        update_schemas.committed(name) == schemas(contract) for name, contract in contracts.items()
+    return (
+        numbers == field_numbers.assign(numbers, contracts.values())
+        and all(update_schemas.committed(name) == schemas(contract) for name, contract in contracts.items())
+        and update_schemas.protos(numbers) == update_schemas.committed_protos()
     )
 
 

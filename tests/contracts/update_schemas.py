@@ -1,10 +1,10 @@
-"""Commits to the contracts as they are now: writes their JSON schemas and field numbers, which a test compares.
+"""Commits to the contracts as they are now: writes their schemas, field numbers and protos, which a test compares.
 
     python tests/contracts/update_schemas.py [--break]
 
-The schemas go to `tests/contracts/schemas/`, the numbers to `mercato/contracts/field_numbers.json`. Refuses a change of
-a schema that is not additive. With `--break` it writes that too: for a contract that is not deployed yet. Numbers
-are only ever added.
+The schemas go to `tests/contracts/schemas/`, the numbers to `mercato/contracts/field_numbers.json`, the protos of the
+public gRPC API to `proto/`. Refuses a change of a schema that is not additive. With `--break` it writes that too: for a
+contract that is not deployed yet. Numbers are only ever added.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,14 @@ from mercato import topology
 from mercato.chassis.contract import Contract
 from mercato.chassis.contract.compatibility import Chassis, breaks, misplaced, schemas
 from mercato.chassis.messaging.outbox import EventLog
-from mercato.contracts import field_numbers
+from mercato.contracts import field_numbers, proto_text
 from mercato.contracts.field_numbers import Numbers
+from mercato.gateway.public import proto_files
 
 FOLDER = Path(__file__).with_name("schemas")
 FIELD_NUMBERS = Path(mercato.__file__).parent / "contracts/field_numbers.json"
+PROTOS = Path(mercato.__file__).parents[1] / "proto"
+BUF = "buf.yaml"
 COMMAND = "make schemas"
 
 
@@ -42,6 +45,27 @@ def committed(service: str) -> dict[str, Any] | None:
 
 def committed_numbers() -> Numbers:
     return field_numbers.read(FIELD_NUMBERS.read_bytes()) if FIELD_NUMBERS.exists() else {}
+
+
+def protos(numbers: Numbers) -> Mapping[str, str]:
+    """The files of `proto/`, by their paths in it."""
+    made = {file.path: proto_text.written(file) for file in proto_files(topology.SERVICES, numbers)}
+    return {BUF: proto_text.BUF, **made}
+
+
+def committed_protos() -> Mapping[str, str]:
+    """The files of `proto/` that are made here; others, such as those of the transport, are written by hand."""
+    found = {path.relative_to(PROTOS).as_posix(): path.read_text() for path in PROTOS.rglob("*") if path.is_file()}
+    return {path: text for path, text in found.items() if path == BUF or text.startswith(proto_text.HEADER)}
+
+
+def write_protos(made: Mapping[str, str]) -> None:
+    for path in committed_protos().keys() - made.keys():
+        (PROTOS / path).unlink()
+    for path, text in made.items():
+        file = PROTOS / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
 
 
 def text_of(schema: dict[str, Any]) -> str:
@@ -64,6 +88,7 @@ def main(arguments: Sequence[str]) -> int:
         (FOLDER / f"{service}.json").write_text(text_of(schema))
     numbers = field_numbers.assign(committed_numbers(), contracts().values())
     FIELD_NUMBERS.write_bytes(field_numbers.written(numbers))
+    write_protos(protos(numbers))
     return 0
 
 

@@ -58,11 +58,15 @@ from .errors import (
     check_version as check_version,
 )
 from .messages import (
+    FILLING as FILLING,
+    GIVEN as GIVEN,
     MAX_ID as MAX_ID,
     Empty as Empty,
+    Filling as Filling,
     FrozenMeta as FrozenMeta,
     Message as Message,
     Open as Open,
+    filled as filled,
     published_pattern as published_pattern,
 )
 from .operations import (

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, TypeAlias, TypeVar, dataclass_transform, get_args
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Final,
+    Literal,
+    TypeAlias,
+    TypeVar,
+    dataclass_transform,
+    get_args,
+)
 
 import msgspec
 from msgspec import Meta
@@ -72,6 +83,29 @@ else:
                     extra_json_schema={OPEN_VALUES: values},
                 ),
             ]
+
+
+Filling = Literal["account", "own_account", "buyer", "guest", "session", "address", "fingerprint", "default"]
+"""What the gateway fills a field of a request with, where a client sends the message itself (gRPC).
+
+    account       the caller's account, which must be signed in
+    own_account   the caller's account where the client leaves the field out
+    buyer         as `own_account`; without an account, the user of a guest's order
+    guest         whether the caller orders as a guest
+    session       the session of the access token
+    address       the address of the connection
+    fingerprint   that of the whole request
+    default       nothing: the field keeps its default, for it is not for clients
+"""
+
+FILLING: Final = "filling"
+GIVEN: Final[frozenset[Filling]] = frozenset({"own_account", "buyer"})
+"""Clients may send these fields."""
+
+
+def filled(by: Filling) -> dict[str, Any]:
+    """The `extra` of a `Meta`: a field of a request that the gateway fills."""
+    return {FILLING: by}
 
 
 class Empty(Message):

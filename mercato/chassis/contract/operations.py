@@ -138,6 +138,8 @@ class Contract:
     operations: ClassVar[Mapping[str, Operation[Any, Any]]]
     events: ClassVar[Mapping[str, type[Message]]] = {}
     """The types of the events that the service emits, each with its message. It emits no others."""
+    views: ClassVar[tuple[type[Message], ...]] = ()
+    """Messages that the gateway makes of the service's answers for clients. No service sends them."""
 
     def __init_subclass__(cls, *, name: str) -> None:
         super().__init_subclass__()

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
 from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta
 
-from mercato.chassis.contract import MAX_ID, IdempotencyKeyReused, RequestInProgress, StaleVersion
+from mercato.chassis.contract import MAX_ID, Actor, IdempotencyKeyReused, RequestInProgress, StaleVersion
 from mercato.contracts import inventory as contract
-from mercato.contracts.inventory import AdjustedLevel, Inventory, Level, LevelPage
+from mercato.contracts.inventory import AdjustedLevel, Inventory, Level, LevelPage, SeenLevel
 from mercato.contracts.products import ProductNotFound
-from mercato.contracts.roles import ALL_ROLES, STAFF_ONLY
+from mercato.contracts.roles import ALL_ROLES, STAFF, STAFF_ONLY
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
 
 Delta = Annotated[
@@ -59,13 +58,6 @@ class StockOut(Output):
     version: int
 
 
-class Availability(msgspec.Struct, frozen=True):
-    """The part of a level that customers may see. Its version and time would reveal how much is sold, and when."""
-
-    product_id: int
-    in_stock: bool
-
-
 class StockSeenOut(Output):
     """Callers other than staff get only `in_stock`; the rest is null for them."""
 
@@ -78,15 +70,14 @@ class StockSeenOut(Output):
     version: int | None
 
 
-def _for_customers(level: Level) -> Availability:
-    return Availability(level.product_id, level.available > 0)
+def _seen(level: Level, actor: Actor) -> SeenLevel:
+    if actor.role != STAFF:
+        return SeenLevel(product_id=level.product_id, in_stock=level.available > 0)
+    return SeenLevel(in_stock=level.available > 0, **msgspec.structs.asdict(level))
 
 
-def _seen_out(level: Level | Availability) -> StockSeenOut:
-    if isinstance(level, Availability):
-        unseen: Mapping[str, None] = dict.fromkeys(("on_hand", "reserved", "available", "updated_at", "version"))
-        return StockSeenOut(product_id=level.product_id, in_stock=level.in_stock, **unseen)
-    return StockSeenOut(in_stock=level.available > 0, **msgspec.structs.asdict(stock_out(level)))
+def _seen_out(level: SeenLevel) -> StockSeenOut:
+    return StockSeenOut(**msgspec.structs.asdict(level))
 
 
 def stock_out(level: Level) -> StockOut:
@@ -109,11 +100,7 @@ def _adjusted_out(adjusted: AdjustedLevel) -> StockOut:
     return stock_out(adjusted.level)
 
 
-def _seen_version(level: Level | Availability) -> int | None:
-    return _version(level) if isinstance(level, Level) else None
-
-
-def _version(level: Level) -> int | None:
+def _version(level: Level | SeenLevel) -> int | None:
     return level.version or None  # 0: it was never counted
 
 
@@ -149,10 +136,10 @@ ROUTES: Final[tuple[Route, ...]] = (
         summary="Whether a product is in stock; for staff, how much",
         roles=ALL_ROLES,
         request=lambda request: contract.GetLevel(product_id=request.path["id"]),
-        for_customers=_for_customers,
+        seen=_seen,
         answer=_seen_out,
         output=StockSeenOut,
-        etag=_seen_version,
+        etag=_version,
         errors=(ProductNotFound,),
     ),
     Route(

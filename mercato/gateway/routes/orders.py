@@ -20,7 +20,7 @@ from mercato.chassis.contract import (
     StaleVersion,
 )
 from mercato.contracts import orders as contract
-from mercato.contracts.inventory import NO_NUL
+from mercato.contracts.inventory import NO_NUL, ShortLine
 from mercato.contracts.order_history import History, HistoryAxis, Timeline
 from mercato.contracts.order_refusals import (
     HoldLimit,
@@ -261,26 +261,31 @@ def order_out(order: Order, access_token: str | None = None) -> OrderOut:
 
 
 def _reason_out(reason: CancelReason) -> ReasonOut:
+    shown = reason_shown(reason)
     return ReasonOut(
-        code=reason.code,
-        message=reason.message,
-        provider_code=reason.provider_code,
-        items=[
-            ShortItemOut(product_id=line.product_id, requested=line.requested, available=_shown(reason, line.available))
-            for line in reason.lines
-        ],
+        code=shown.code,
+        message=shown.message,
+        provider_code=shown.provider_code,
+        items=[ShortItemOut(**msgspec.structs.asdict(line)) for line in shown.lines],
     )
 
 
-def _shown(reason: CancelReason, available: int) -> int:
-    return min(available, AVAILABLE_SHOWN) if reason.code == "out_of_stock" else available
+def reason_shown(reason: CancelReason) -> CancelReason:
+    """The reason as clients see it."""
+    if reason.code != "out_of_stock":
+        return reason
+    return msgspec.structs.replace(reason, lines=_lines_shown(reason.lines))
 
 
-def _refusal_shown(error: ServiceError) -> ServiceError:
+def _lines_shown(lines: tuple[ShortLine, ...]) -> tuple[ShortLine, ...]:
+    return tuple(msgspec.structs.replace(line, available=min(line.available, AVAILABLE_SHOWN)) for line in lines)
+
+
+def refusal_shown(error: ServiceError) -> ServiceError:
+    """The error as clients see it."""
     if not isinstance(error, OutOfStock):
         return error
-    shown = (msgspec.structs.replace(line, available=min(line.available, AVAILABLE_SHOWN)) for line in error.items)
-    return OutOfStock(order_id=error.order_id, items=tuple(shown))
+    return OutOfStock(order_id=error.order_id, items=_lines_shown(error.items))
 
 
 def placed_out(placed: PlacedOrder) -> OrderOut:
@@ -472,7 +477,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             answer=lambda placed, order: msgspec.structs.replace(placed, order=order),
             refusals=(OutOfStock, HoldLimit, PaymentDeclined, OrderCancelled),
             details=_guest_details,
-            shown=_refusal_shown,
+            shown=refusal_shown,
         ),
         etag=lambda placed: placed.order.version,
         location=lambda placed: f"/orders/{placed.order.id}",
