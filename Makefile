@@ -184,6 +184,10 @@ capacity: $(VENV)/.dev ## plan the machines for many orders from the committed f
 bench-batches: $(VENV)/.dev ## measure what a batch between two processes costs over gRPC, HTTP and NATS (ARGS="--rounds 5 --json")
 	@$(RUN) bench.throughput.batches $(ARGS)
 
+.PHONY: bench-streams
+bench-streams: $(VENV)/.runtime ## measure a thousand streams of events while orders are placed (ARGS="--seconds 20 --orders 500")
+	@$(RUN) bench.throughput.streams $(ARGS)
+
 .PHONY: bench-standing
 bench-standing: $(VENV)/.runtime ## measure payments while products stands still, in a split shop (ARGS="--transport http")
 	@$(RUN) bench.throughput.standing $(ARGS)
