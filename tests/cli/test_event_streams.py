@@ -96,23 +96,18 @@ async def check(shop: Process, strikes: Sequence[Callable[[], object]]) -> Follo
         return follower
 
 
-async def test_a_client_misses_nothing_when_workers_are_killed(data: Path):
-    with Process(data, "--workers", "2") as shop:
-        shop.ready()
-        workers = shop.tree().workers
-        follower = await check(shop, [lambda: shop.kill(workers[0]), lambda: shop.kill(workers[1])])
-        assert follower.connections >= 2
-        shop.stop()
-
-
-async def test_a_client_misses_nothing_when_the_shop_is_killed_and_started_again(data: Path):
-    with Process(data) as shop:
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_a_client_misses_nothing_when_the_shop_or_a_worker_is_killed_and_the_shop_started_again(
+    data: Path, workers: str
+):
+    """A worker takes the shop with it: what starts it starts all of it again."""
+    with Process(data, "--workers", workers) as shop:
         port = int(shop.ready().url.rpartition(":")[2])
         async with followed(shop) as follower:
             await asyncio.to_thread(placed_more, shop)
-            shop.kill()
+            shop.kill(shop.tree().workers[0] if workers == "2" else None)
             await asyncio.to_thread(shop.assert_gone)
-            with Process(data, port=port) as again:
+            with Process(data, "--workers", workers, port=port) as again:
                 await asyncio.to_thread(again.ready)
                 await asyncio.to_thread(placed_more, again)
                 await assert_complete(again, follower)
