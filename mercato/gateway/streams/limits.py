@@ -18,7 +18,7 @@ class StreamLimits(msgspec.Struct, frozen=True, kw_only=True):
     """The bounds of the streams of one process."""
 
     streams: int = 2_000
-    """Of all clients. Each has a connection, a task and what waits for its client: some 25 kB (`make bench-streams`)."""
+    """Of all clients. Each has a connection, a task and what waits for it: some 20 kB (`make bench-streams`)."""
     of_one: int = 100
     """Of one account; without an account, of one IPv4 address or IPv6 network. A person has a few pages open; the
     servers of a shop that follow orders use one account."""
