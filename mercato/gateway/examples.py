@@ -14,8 +14,9 @@ from typing import Annotated, Any, Final, Literal, Union, cast, get_args, get_or
 
 import msgspec
 
-from mercato.chassis.contract import Operation, ServiceError
+from mercato.chassis.contract import Actor, Operation, ServiceError
 from mercato.chassis.http import limits as http
+from mercato.contracts.roles import STAFF
 from mercato.gateway import problems
 from mercato.gateway.route import Gathered, Page, Route
 
@@ -151,6 +152,8 @@ def _message(operation: Operation[Any, Any], known: Mapping[str, Any]) -> Any:
 def answer(route: Route) -> Any:
     """The JSON that the route answers with, to the first of its examples; None where it answers without a body."""
     answered = message(route)
+    if route.seen is not None:
+        answered = route.seen(answered, Actor(STAFF))
     if route.parts:
         pages = [(part, part.page(_message(part.operation, {}))) for part in route.parts]
         answered = Gathered(answered, {part.name: page.items for part, page in pages}, {})
