@@ -74,11 +74,11 @@ class FinalState(msgspec.Struct, frozen=True):
 
 async def final_state(data: Path, history: Sequence[ClientOperation], began_at: float) -> FinalState:
     """Waits for the running shop in `data` to come to rest since `began_at`, a monotonic time, and audits it."""
-    async with reached(data, None, lambda _line: None) as databases:
+    async with reached(data, (), lambda _line: None) as databases:
         left = await _at_rest(databases.dsns, began_at + CONVERGENCE_SECONDS)
         took = None if left else round(time.monotonic() - began_at, 1)
         # The databases of a shop at rest may still be written to, by those who look for work; that changes nothing.
-        report = await audit(databases.admin_dsn, databases.dsns, settled_seconds=0, history=history)
+        report = await audit(databases.scratch_dsn, databases.dsns, settled_seconds=0, history=history)
         [orders] = await _counts(databases.dsns["orders"], ["SELECT count(*) FROM orders"])
         [paid] = await _counts(
             databases.dsns["orders"],
