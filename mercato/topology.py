@@ -13,6 +13,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Ite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+import msgspec
+
 from mercato import __version__
 from mercato.chassis.contract import SERVICE_ROLE, Actor, Contract, Empty as EmptyRequest, Operation, current
 from mercato.chassis.hosting.host import GATEWAY, Hosting
@@ -153,13 +155,7 @@ def called_by(caller: str) -> Sequence[Operation[Any, Any]]:
         contracts = (*SERVICES.values(), Processes)
         return [operation for contract in contracts for operation in contract.operations.values()]
     if caller == GATEWAY:
-        waits = [route.wait.operation for route in ROUTES if route.wait]
-        forms = [form.operation for route in ROUTES for form in route.forms if form.operation]
-        parts = [part.operation for route in ROUTES for part in route.parts]
-        streams = [
-            operation for route in ROUTES if route.stream for operation in (route.stream.operation, Events.follow)
-        ]
-        return [*(route.operation for route in ROUTES), *forms, *waits, *parts, *streams, *VERIFYING]
+        return [*(operation for route in ROUTES for operation in route.operations), Events.follow, *VERIFYING]
     own = () if caller == Users.service else VERIFYING
     return [*CALLS[caller], *own, *(event_log(source).read for source in READS.get(caller, ()))]
 
@@ -212,6 +208,13 @@ def _services_of(route: Route) -> Iterator[str]:
         yield Events.service
 
 
+def _offered(route: Route, services: Collection[str]) -> Route:
+    """A route as a process with these services has it: without guests, where another service knows theirs."""
+    if route.guest_operation is None or route.guest_operation.service in services:
+        return route
+    return msgspec.structs.replace(route, guest_operation=None, takes_access_token=False)
+
+
 def gateway(
     host: Hosting,
     *,
@@ -238,7 +241,7 @@ def gateway(
     `metrics_token` gives access to `/metrics`. `counts`: the file in which the gateways of a machine count together.
     """
     host.telemetry.describe_process(__version__)
-    routes = [route for route in ROUTES if set(_services_of(route)) <= set(services)]
+    routes = [_offered(route, services) for route in ROUTES if set(_services_of(route)) <= set(services)]
     ended = _followed_sessions(host, caller)
     verifier = Verifier(lambda: host.client(Users, caller).keys(EmptyRequest()), ended, host.clock)
     authenticator = Authenticator(verifier, own_hosts(*open_to) if open_to else None, cors_origins)

@@ -306,3 +306,14 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     forms: tuple[Form, ...] = ()
     stream: Streamed | None = None
     """Its answer as a stream of events; None: it has none."""
+
+    @property
+    def operations(self) -> Sequence[Operation[Any, Any]]:
+        """Everything that the route may call, in whichever way it answers."""
+        others = (self.guest_operation, *(form.operation for form in self.forms))
+        more = (self.wait, self.stream, *self.parts)
+        return [
+            self.operation,
+            *(operation for operation in others if operation is not None),
+            *(each.operation for each in more if each is not None),
+        ]

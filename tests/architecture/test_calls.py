@@ -5,13 +5,19 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 import mercato
 from mercato import topology
-from mercato.chassis.hosting.host import Host
+from mercato.chassis.contract import Operation
+from mercato.chassis.hosting.host import GATEWAY, Host
 from mercato.chassis.messaging.events import Subscription
+from mercato.chassis.observability.clock import SystemClock
+from mercato.chassis.observability.telemetry import Telemetry
+from mercato.gateway.app import Gateway
+from mercato.gateway.routes import ROUTES
 
 ROOT = Path(mercato.__file__).parent.parent
 
@@ -60,3 +66,24 @@ def test_only_services_speak_for_the_shop_and_the_operator_is_staff():
     roles = {caller: grant.roles for caller, grant in topology.grants().items() if grant.roles is not None}
 
     assert roles == {"gateway": frozenset({"anonymous", "customer", "staff"}), "operator": frozenset({"staff"})}
+
+
+def test_the_gateway_may_call_every_operation_of_its_routes() -> None:
+    """The calls of a gateway in a process of its own are refused by the services, unless they are listed."""
+    called: set[str] = set()
+
+    def client(operation: Operation[Any, Any]) -> Any:
+        called.add(operation.full_name)
+        return operation
+
+    Gateway(
+        ROUTES,
+        client=client,
+        authenticator=cast(Any, None),
+        telemetry=Telemetry(),
+        clock=SystemClock(),
+        fallback=cast(Any, None),
+    )
+
+    assert "orders.guest_payment" in called
+    assert called <= {operation.full_name for operation in topology.called_by(GATEWAY)}

@@ -53,9 +53,9 @@ def address_of(shop: Process) -> str:
     return ready["grpc"]
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_generated_client_places_and_pays_an_order(client: Path, workers: str):
-    with data_folder() as data, Process(data, "--auth", "required", "--grpc-port", "0", "--workers", workers) as shop:
+@pytest.mark.parametrize("options", [(), ("--workers", "2"), ("--split",)], ids=["one", "workers", "split"])
+def test_a_generated_client_places_and_pays_an_order(client: Path, options: tuple[str, ...]):
+    with data_folder() as data, Process(data, "--auth", "required", "--grpc-port", "0", *options) as shop:
         order = buy(client, address_of(shop.ready()))
         shop.stop()
 
