@@ -68,6 +68,8 @@ class Served:
         `package`: the folder of the `mercato` that runs, where it is not that of this checkout.
         """
         self.url: str = ""
+        self.grpc: str = ""
+        """The address of its gRPC port, if it has one."""
         self._callers: list[Caller] = []
         self.lines: list[str] = []
         self.errors: list[str] = []
@@ -100,6 +102,7 @@ class Served:
             into.append(line.rstrip("\n"))
             event: dict[str, Any] = json.loads(line) if into is self.lines else {}
             if event.get("event") == "ready":
+                self.grpc = str(event.get("grpc", ""))
                 self.url = str(event["url"])
 
     def ready(self) -> Self:

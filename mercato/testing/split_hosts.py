@@ -156,6 +156,11 @@ class SplitHosts:
             await host.open()
             await self._remotes[name].serve(host.servers)
 
+    def drain(self) -> None:
+        """As before processes end."""
+        for host in self._hosts.values():
+            host.drain()
+
     async def close(self) -> None:
         """Closes as a process ends: each host completes its batches before its connections close."""
         await asyncio.gather(*(host.close() for host in self._hosts.values()))

@@ -6,9 +6,12 @@ import contextlib
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Final
 
+import grpc
 import pytest
 
+from gateway.calls import Calls
 from mercato import topology
 from mercato.chassis.postgres.dsn import with_database
 from mercato.testing.caller import Caller, everything
@@ -53,10 +56,15 @@ def shop(folder: Path) -> Iterator[Mapping[str, Served]]:
     addresses = {name: free_address() for name in SERVICES}
     with contextlib.ExitStack() as stack:
         running = {
-            name: stack.enter_context(Served(name, environment=given(folder, name, addresses=addresses)))
+            name: stack.enter_context(
+                Served(name, environment=given(folder, name, addresses=addresses), options=GRPC.get(name, ()))
+            )
             for name in (*SERVICES, "gateway")
         }
         yield {name: served.ready() for name, served in running.items()}
+
+
+GRPC: Final[Mapping[str, tuple[str, ...]]] = dict.fromkeys(("gateway", "orders"), ("--grpc-port", "0"))
 
 
 def test_each_service_answers_its_own_rows_and_the_gateway_all(shop: Mapping[str, Served]):
@@ -78,6 +86,25 @@ def test_an_order_is_paid_for_across_processes(shop: Mapping[str, Served]):
         order = caller.paid("key-1").json
         wait_until(lambda: direct.get(f"/orders/{order['id']}").json["payment"] == "paid", BOUND_SECONDS)
         wait_until(lambda: types_of(caller, order["id"]) >= {"order.placed", "order.paid"}, BOUND_SECONDS)
+
+
+async def test_a_guest_reads_a_payment_across_processes_over_http_and_grpc(shop: Mapping[str, Served]):
+    with shop["gateway"].caller() as caller, shop["payments"].caller() as direct:
+        placed = caller.post("/orders", {"product_id": 100, "payment_method": "sandbox:ok"}).json
+        order, token = placed["id"], placed["access_token"]
+        wait_until(lambda: everything(caller, f"/payments?order_id={order}"), BOUND_SECONDS)
+        [payment] = everything(caller, f"/payments?order_id={order}")
+        path = f"/payments/{payment['id']}?access_token="
+        assert caller.get(path + token).json["order_id"] == order
+        assert_problem(caller.get(path + "x" * 43), 404, "payments.not_found")
+        assert direct.get(path + token).status == 400, "it cannot ask orders"
+    asked = {"payment_id": payment["id"], "access_token": token}
+    async with Calls(shop["gateway"].grpc) as calls, Calls(shop["orders"].grpc) as of_orders:
+        for made in (calls, of_orders):
+            assert (await made.call("orders.guest_payment", asked)).order_id == order
+        assert (await calls.call("payments.get", {"id": payment["id"]})).order_id == order
+        refused = await of_orders.refusal("payments.get", {"id": payment["id"]})
+        assert refused.code is grpc.StatusCode.UNIMPLEMENTED
 
 
 def types_of(caller: Caller, order_id: int) -> set[str]:
