@@ -206,6 +206,8 @@ class Gateway:
         send: Send,
         headers: RequestHeaders,
     ) -> tuple[int, Lines, bytes | OpenStream | OnlyHead]:
+        if (load := self.load).waiting and load.in_work >= load.capacity[route.priority]:
+            await load.check(route.priority, route.name)
         if route.can_stream:
             route = accepted(route, route.as_stream, headers.accept)
         client: Client = scope.get("client")
@@ -245,8 +247,6 @@ class Gateway:
 
         Raises a `ServiceError` for a request that is refused before its content is read.
         """
-        if (load := self.load).waiting and load.in_work >= load.capacity[route.priority]:
-            await load.check(route.priority, route.name)
         authenticator, authorization = self.authenticator, headers.authorization
         if authorization is None or route.ignores_token:
             actor = authenticator.anonymous_actor if access_token is None else ANONYMOUS_ACTOR

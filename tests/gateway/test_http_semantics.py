@@ -96,7 +96,8 @@ async def test_options_of_the_server_itself_is_refused_under_another_name(open_s
     assert b"host_not_allowed" in body
 
 
-READS = [route for route in ROUTES if route.method == "GET"]
+READS = [route for route in ROUTES if route.method == "GET" and not (route.stream and route.stream.is_only)]
+"""The answer to HEAD for a stream is tested with streams: it has the head of an answer that does not end."""
 
 
 @pytest.mark.parametrize("route", READS, ids=lambda route: route.path)

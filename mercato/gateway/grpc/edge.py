@@ -138,6 +138,8 @@ class Edge:
 
     async def _serve(self, method: Method, raw: bytes, headers: RequestHeaders, context: CallContext) -> bytes:
         gateway, bound, client = self._gateway, method.bound, _client(context)
+        if (load := gateway.load).waiting and load.in_work >= load.capacity[bound.priority]:
+            await load.check(bound.priority, bound.name)
         gateway.authenticator.check_call(headers)
         if headers.idempotency_key is not None:
             raise invalid(("metadata idempotency-key", NO_KEY))

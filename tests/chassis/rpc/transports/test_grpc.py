@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -509,27 +509,36 @@ async def raw_call(address: str, path: str, message: bytes, metadata: Any = (), 
 
 
 def token(service: str = "orders") -> tuple[tuple[str, str], ...]:
+    """Valid for a minute from now: tests are collected long before they run."""
     return (("authorization", f"Bearer {signer(service).token('things')}"),)
 
 
+Metadata = tuple[tuple[str, str], ...]
 PATH = "/mercato.rpc.v1.things/change"
-REFUSALS: dict[str, tuple[str, bytes, Any, float | None, grpc.StatusCode, str]] = {
-    "without a token": (PATH, b"", (), 30.0, grpc.StatusCode.UNAUTHENTICATED, "untrusted"),
-    "a forged token": (PATH, b"", (("authorization", "Bearer x"),), 30.0, grpc.StatusCode.UNAUTHENTICATED, "untrusted"),
-    "no deadline": (PATH, batch(b"\x90"), token(), None, grpc.StatusCode.INVALID_ARGUMENT, "malformed_header"),
-    "no envelope": (PATH, b"\xff\xff", token(), 30.0, grpc.StatusCode.INVALID_ARGUMENT, "malformed_body"),
-    "no batch": (PATH, batch(b"{}"), token(), 30.0, grpc.StatusCode.INVALID_ARGUMENT, "malformed_body"),
-    "an empty batch": (PATH, batch(b"\x90"), token(), 30.0, grpc.StatusCode.INVALID_ARGUMENT, "wrong_batch_size"),
-    "an unknown operation": (PATH + "x", b"", token(), 30.0, grpc.StatusCode.UNIMPLEMENTED, "unknown_operation"),
+REFUSALS: dict[str, tuple[str, bytes, Callable[[], Metadata], float | None, grpc.StatusCode, str]] = {
+    "without a token": (PATH, b"", lambda: (), 30.0, grpc.StatusCode.UNAUTHENTICATED, "untrusted"),
+    "a forged token": (
+        PATH,
+        b"",
+        lambda: (("authorization", "Bearer x"),),
+        30.0,
+        grpc.StatusCode.UNAUTHENTICATED,
+        "untrusted",
+    ),
+    "no deadline": (PATH, batch(b"\x90"), token, None, grpc.StatusCode.INVALID_ARGUMENT, "malformed_header"),
+    "no envelope": (PATH, b"\xff\xff", token, 30.0, grpc.StatusCode.INVALID_ARGUMENT, "malformed_body"),
+    "no batch": (PATH, batch(b"{}"), token, 30.0, grpc.StatusCode.INVALID_ARGUMENT, "malformed_body"),
+    "an empty batch": (PATH, batch(b"\x90"), token, 30.0, grpc.StatusCode.INVALID_ARGUMENT, "wrong_batch_size"),
+    "an unknown operation": (PATH + "x", b"", token, 30.0, grpc.StatusCode.UNIMPLEMENTED, "unknown_operation"),
 }
 
 
-@pytest.mark.parametrize(("path", "message", "metadata", "timeout", "code", "reason"), REFUSALS.values(), ids=REFUSALS)
+@pytest.mark.parametrize(("path", "message", "made", "timeout", "code", "reason"), REFUSALS.values(), ids=REFUSALS)
 async def test_what_is_no_batch_is_refused_unstarted(
-    path: str, message: bytes, metadata: Any, timeout: float | None, code: grpc.StatusCode, reason: str
+    path: str, message: bytes, made: Callable[[], Metadata], timeout: float | None, code: grpc.StatusCode, reason: str
 ):
     async with running() as one:
-        error = await raw_call(one.address, path, message, metadata, timeout)
+        error = await raw_call(one.address, path, message, made(), timeout)
 
         assert (error.code(), dict(error.trailing_metadata())[NOT_STARTED]) == (code, reason)
         assert one.numbers == []
