@@ -159,7 +159,7 @@ SAFEGUARDS: Final[tuple[Safeguard, ...]] = (
         green=f"{OF_COMMITS}::test_a_lock_of_the_outbox_that_is_not_free_in_time_is_no_commit",
     ),
     Safeguard(
-        "no-commit-behind-a-stalled-one",
+        "stalled-commit",
         "Transactions go on while a COMMIT waits for a standby that does not answer: each keeps one more session of "
         "the server.",
         (Edit(DATABASE, "if writes and self._connections.are_commits_stalled:", "if False:"),),
