@@ -129,6 +129,8 @@ async def test_an_operation_has_the_same_answer_or_error_over_both(shop: Shop, c
         person = await new_person(shop)
         made.append(await Things.of(shop, person, needs_refund=operation == "orders.one_refund"))
     first, second = made
+    if "{" in route.path and route.path.startswith("/users/me/"):
+        second = first  # such an id is not a user's: what has it may exist for one of the two alone
     key = unique("key") if route.idempotency else None
     response = await over_http(shop, route, first, await token_for(shop, route, first.person), key)
     call = calls.begin(

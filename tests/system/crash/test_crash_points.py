@@ -8,7 +8,7 @@ import pytest
 
 from mercato import topology
 from mercato.chassis.observability import faults
-from mercato.testing.process import used_folder
+from mercato.testing.process import data_folder
 from system.crash.crashing import Shop
 from system.crash.scenarios import AT_REPLAY, AT_START, CRASHES
 
@@ -24,7 +24,7 @@ def test_every_declared_point_is_crashed_at_once():
 @pytest.mark.long
 @pytest.mark.parametrize("point", AT_START)
 def test_a_crash_while_demo_data_is_written_leaves_none_or_all_of_it(point: str):
-    with used_folder() as data, Shop(data) as shop:
+    with data_folder() as data, Shop(data) as shop:
         for _ in range(2):
             assert not shop.start(point)
             assert shop.has_died(0)
