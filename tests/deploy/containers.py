@@ -80,14 +80,24 @@ def missing() -> str:
 
 
 def build(targets: Collection[str], tag: str = TAG, commit: str | None = None) -> None:
-    """Builds images `mercato/TARGET:TAG` of this checkout, or of the package as it was at a commit."""
+    """Builds images `mercato/TARGET:TAG` of this checkout, or of a commit.
+
+    What a commit does not have yet of the files that build an image is that of this checkout.
+    """
     context = io.BytesIO()
     with tarfile.open(fileobj=context, mode="w") as made:
+        archived = {} if commit is None else _archived(commit)
+
+        def left(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+            return None if entry.name in archived else _without_caches(entry)
+
         for name in CONTEXT:
             if name != "mercato" or commit is None:
-                made.add(ROOT / name, name, filter=_without_caches)
-        if commit is not None:
-            _add(made, _package_at(commit))
+                made.add(ROOT / name, name, filter=left)
+        for name, content in archived.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            made.addfile(entry, io.BytesIO(content))
     for target in targets:
         context.seek(0)
         _build(
@@ -172,15 +182,16 @@ def _without_caches(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
     return None if "__pycache__" in entry.name else entry
 
 
-def _package_at(commit: str) -> bytes:
-    command = ["git", "archive", commit, "mercato"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
-
-
-def _add(made: tarfile.TarFile, archive: bytes) -> None:
+def _archived(commit: str) -> Mapping[str, bytes]:
+    """The files of a commit that are among `CONTEXT`, by path."""
+    command = ["git", "archive", commit, *CONTEXT]
+    archive = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
+    found: dict[str, bytes] = {}
     with tarfile.open(fileobj=io.BytesIO(archive)) as packed:
         for entry in packed.getmembers():
-            made.addfile(entry, packed.extractfile(entry) if entry.isreg() else None)
+            if (file := packed.extractfile(entry)) is not None:
+                found[entry.name] = file.read()
+    return found
 
 
 def content(image: str) -> Mapping[str, bytes | None]:
