@@ -362,6 +362,7 @@ async def test_more_streams_than_a_client_or_the_process_may_have_are_refused(sm
     pytest.fail("the places were not freed")
 
 
+@pytest.mark.long
 async def test_a_client_that_does_not_read_delays_no_other_and_misses_nothing(small_shop: Shop):
     """What waits for it exceeds its buffer: it reads the rest from the feed by its position."""
     person, staff = await new_person(small_shop), await staff_token(small_shop)

@@ -19,7 +19,7 @@ from mercato.chassis.contract import SERVICE_ROLE, Actor, Forbidden, HandlerRun,
 from mercato.chassis.messaging import outbox
 from mercato.chassis.messaging.events import Event, Outgoing, SourceRow
 from mercato.chassis.messaging.outbox import LogPage, LogPurged, LogReplaced, ReadLog
-from mercato.chassis.postgres import outbox_row
+from mercato.chassis.postgres import connections, outbox_row
 from mercato.chassis.postgres.connections import OUTBOX_LOCK
 from mercato.chassis.postgres.database import RolledBackError, Row, UniqueViolation
 from mercato.chassis.rpc.client import acting
@@ -175,7 +175,10 @@ async def test_every_connection_prepares_the_statement_once(harness: EventHarnes
     assert len(await harness.outbox()) == 80
 
 
-async def test_a_commit_that_is_cancelled_while_it_waits_for_the_lock_leaves_a_usable_connection(harness: EventHarness):
+async def test_a_commit_that_is_cancelled_while_it_waits_for_the_lock_leaves_a_usable_connection(
+    harness: EventHarness, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(connections, "OUTBOX_LOCK_SECONDS", 1)
     for _ in range(5):
         async with harness.publisher.transaction() as holder:
             await holder.execute("SELECT pg_advisory_xact_lock($1)", OUTBOX_LOCK)

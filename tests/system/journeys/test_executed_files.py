@@ -80,9 +80,7 @@ def counting(files: dict[str, str]) -> Generator[None]:
             code = frame.f_code
             if code.co_filename.startswith(f"{PACKAGE}/"):
                 name = code.co_filename[len(f"{PACKAGE}/") :]
-                if frame.f_back is not None and frame.f_back.f_code.co_filename.endswith(SWEEP):
-                    return
-                if not name.startswith(NOT_COUNTED) and not is_maintenance():
+                if not name.startswith(NOT_COUNTED) and not is_maintenance() and not is_swept(frame):
                     files.setdefault(name, code.co_qualname)
 
     sys.setprofile(note)
@@ -90,6 +88,13 @@ def counting(files: dict[str, str]) -> Generator[None]:
         yield
     finally:
         sys.setprofile(before)
+
+
+def is_swept(frame: FrameType | None) -> bool:
+    """Whether the sweep is among the callers."""
+    while frame is not None and not frame.f_code.co_filename.endswith(SWEEP):
+        frame = frame.f_back
+    return frame is not None
 
 
 def is_maintenance() -> bool:
