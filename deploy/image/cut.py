@@ -26,8 +26,8 @@ SERVE: Final = (
         f"cli/{name}.py"
         for name in (
             "__init__", "__main__", "commands", "diagnostics", "environment", "grpc_port", "hosting", "nats",
-            "observing", "options", "progress", "registries", "serve", "settings", "starting", "stopping",
-            "streams", "tracing",
+            "observing", "options", "over_grpc", "progress", "registries", "serve", "settings", "starting",
+            "stopping", "streams", "tracing",
         )
     ),
 )  # fmt: skip

@@ -7,6 +7,7 @@ The slice is imported by a fresh interpreter in an empty folder. The editable in
 repository, so the test makes sure that nothing was imported from there.
 """
 
+import ast
 import importlib.util
 import subprocess
 import sys
@@ -26,8 +27,10 @@ SERVING = [
     "mercato.cli.commands",
     "mercato.cli.serve",
     "mercato.cli.nats",
+    "mercato.cli.over_grpc",
     "mercato.chassis.rpc.transports.nats",
     "mercato.chassis.rpc.transports.http.remote",
+    "mercato.chassis.rpc.transports.grpc.remote",
     "mercato.chassis.rpc.discovery.consul",
     "mercato.chassis.rpc.discovery.etcd",
     "mercato.chassis.rpc.discovery.mdns",
@@ -97,6 +100,36 @@ def test_an_image_has_what_mercato_serve_imports_and_no_other_service(image: str
     found = {path.parent.name for path in (tmp_path / "mercato").glob("services/*/*.py")}
     assert found <= {image}
     assert len(list((tmp_path / "mercato").glob("simulators/*/app.py"))) == (image in topology.SIMULATORS)
+
+
+COMMANDS = ("mercato/cli/commands.py", "mercato/cli/observing.py")
+"""They import each command where it runs, and an image has `mercato serve` alone."""
+
+
+def not_in(folder: Path) -> set[str]:
+    """Modules of the package that the code in a folder imports, at whatever depth, and that the folder has not."""
+    wanted = set[str]()
+    for path in folder.rglob("*.py"):
+        if path.relative_to(folder).as_posix() in COMMANDS:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                wanted |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                wanted |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in wanted if has(REPOSITORY, name) and not has(folder, name)}
+
+
+def has(folder: Path, module: str) -> bool:
+    place = folder / module.replace(".", "/")
+    return module.startswith("mercato.") and (place.with_suffix(".py").is_file() or (place / "__init__.py").is_file())
+
+
+@pytest.mark.parametrize("image", ["orders", GATEWAY])
+def test_an_image_has_every_module_that_its_code_imports_also_where_a_setting_asks_for_it(image: str, tmp_path: Path):
+    cut.cut(image, tmp_path)
+
+    assert not_in(tmp_path) == set()
 
 
 @pytest.mark.parametrize("image", ["migrate", "all"])
