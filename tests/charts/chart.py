@@ -67,6 +67,7 @@ AUTHORITIES: Final[Values] = {
 """An authority of its own for each server, and for NATS."""
 CLUSTER: Final[Values] = {"databases": {"cloudNativePG": {"enabled": True}}}
 HTTP: Final[Values] = {"transport": "http"}
+GRPC: Final[Values] = {"transport": "grpc"}
 TLS: Final[Values] = {
     "tls": {"enabled": True, "secret": "shop-tls"},
     "nats": {"url": "tls://nats.messaging:4222"},
@@ -150,14 +151,12 @@ EVERYTHING: Final[Values] = {
         "hostnames": ["shop.example"],
     },
 }
-EVERYTHING_OVER_HTTP: Final[Values] = {
-    **{name: value for name, value in EVERYTHING.items() if name != "nats"},
-    **HTTP,
-}
+EVERYTHING_BUT_NATS: Final[Values] = {name: value for name, value in EVERYTHING.items() if name != "nats"}
 
 SCENARIOS: Final[Mapping[str, Values]] = {
     "default": {},
     "http": HTTP,
+    "grpc": GRPC,
     "servers": SERVERS,
     "authorities": AUTHORITIES,
     "cluster": CLUSTER,
@@ -165,7 +164,8 @@ SCENARIOS: Final[Mapping[str, Values]] = {
     "fixed": FIXED,
     "open": OPEN,
     "everything": EVERYTHING,
-    "everything-over-http": EVERYTHING_OVER_HTTP,
+    "everything-over-http": {**EVERYTHING_BUT_NATS, **HTTP},
+    "everything-over-grpc": {**EVERYTHING_BUT_NATS, **GRPC},
 }
 
 

@@ -17,6 +17,7 @@ import yaml
 from charts.chart import (
     AUTHORITIES,
     CLUSTER,
+    GRPC,
     HTTP,
     MIGRATE,
     NAMESPACE,
@@ -85,10 +86,11 @@ def test_the_authority_of_a_cluster_is_its_own_unless_another_one_is_named():
     ("name", "verified"),
     [("", "mercato-orders-rpc"), ("{service}.shop.svc", "orders.shop.svc"), ("{address}", "10.0.0.5")],
 )
-def test_over_http_a_process_is_verified_by_the_name_of_its_service(
-    name: str, verified: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("transport", [HTTP, GRPC], ids=["http", "grpc"])
+def test_without_a_broker_a_process_is_verified_by_the_name_of_its_service(
+    transport: Values, name: str, verified: str, monkeypatch: pytest.MonkeyPatch
 ):
-    documents = rendered({**HTTP, "tls": {"enabled": True, "name": name}})
+    documents = rendered({**transport, "tls": {"enabled": True, "name": name}})
     [gateway] = [pod for pod in pods(documents) if pod.component == GATEWAY]
     assert mounts(gateway) == {"/tls": {"name": "tls", "secret": {"secretName": "mercato-tls", "defaultMode": 0o440}}}
     for variable in gateway.spec["containers"][0]["env"]:

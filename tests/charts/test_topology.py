@@ -34,7 +34,13 @@ from mercato.chassis.hosting.settings import SettingsError
 from mercato.chassis.rpc.discovery.dns import DnsRegistry
 from mercato.cli import credentials, environment, nats, settings
 
-HTTP_SCENARIOS: Final = ("http", "everything-over-http")
+DIRECT: Final[Mapping[str, str]] = {
+    "http": "http",
+    "grpc": "grpc",
+    "everything-over-http": "http",
+    "everything-over-grpc": "grpc",
+}
+"""By scenario, the transport without a broker."""
 OTEL: Final = "OTEL_EXPORTER_OTLP_ENDPOINT"
 """Of OpenTelemetry, which reads it by itself."""
 PASSED_ON: Final = "POSTGRES_PASSWORD"
@@ -75,19 +81,22 @@ def test_the_databases_of_all_services_are_migrated():
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_ports_are_those_of_the_transport_and_of_the_diagnostics(name: str):
-    is_http = name in HTTP_SCENARIOS
     for component in SERVING:
         ports = {
             each["name"]: each["containerPort"] for each in pod_of(scenario(name), component).containers[0]["ports"]
         }
-        rpc = {"rpc": 9080} if is_http and component != GATEWAY else {}
+        rpc = {"rpc": 9080} if name in DIRECT and component != GATEWAY else {}
         diagnostics = {"diagnostics": 9190} if SCENARIOS[name].get("diagnostics") else {}
         assert ports == {"http": 8080, **rpc, **diagnostics}, component
 
 
-def test_over_http_a_service_is_found_by_the_addresses_of_all_its_pods():
-    """Also of those that are not ready: otherwise services that need each other would never find each other."""
-    services = of_kind(scenario("http"), "Service")
+@pytest.mark.parametrize("name", ["http", "grpc"])
+def test_without_a_broker_a_service_is_found_by_the_addresses_of_all_its_pods(name: str):
+    """Also of those that are not ready: otherwise services that need each other would never find each other.
+
+    By one address for all pods, a connection of gRPC would bring all calls of a process to the same pod.
+    """
+    services = of_kind(scenario(name), "Service")
     assert set(services) == {
         *(f"mercato-{name}" for name in SERVING),
         *(f"mercato-{name}-rpc" for name in SERVICES),
@@ -156,10 +165,10 @@ def test_a_process_starts_with_its_variables_and_its_secret(
                 **variables(pod_of(scenario(name), component)),
             }.items():
                 own.setenv(variable, value)
-            start(component, is_http=name in HTTP_SCENARIOS)
+            start(component, DIRECT.get(name, "nats"))
 
 
-def start(component: str, *, is_http: bool) -> None:
+def start(component: str, transport: str) -> None:
     """Raises `SettingsError` for what the process would refuse."""
     loaded = settings.load(config.ServeSettings)
     given = environment.given([component], loaded)
@@ -167,7 +176,8 @@ def start(component: str, *, is_http: bool) -> None:
     environment.check_origins(loaded.cors_origin)
     if (address := environment.diagnostics_address(loaded)) is not None:
         environment.require_encryption("diagnostics", address[0], loaded, is_encrypted=loaded.tls_ca is not None)
-    if not is_http:
+    assert loaded.carrier == transport
+    if transport == "nats":
         assert loaded.services == ""
         assert nats.connections({}, loaded) == {}
         return
@@ -203,7 +213,7 @@ def test_a_secret_of_another_service_ends_the_start_of_a_process(
     for variable, value in {**secrets["mercato-users"], **variables(pod_of(scenario("default"), "orders"))}.items():
         monkeypatch.setenv(variable, value)
     with pytest.raises(SettingsError, match="DATABASE_URL_ORDERS is missing"):
-        start("orders", is_http=False)
+        start("orders", "nats")
 
 
 def test_settings_of_one_service_are_given_to_it_alone_and_override_those_of_all():
@@ -232,6 +242,7 @@ SHARED: Final[Mapping[str, Collection[str]]] = {
     "tls": {"shop-tls"},
     "everything": {"shop-tls", "metrics-token"},
     "everything-over-http": {"shop-tls", "metrics-token"},
+    "everything-over-grpc": {"shop-tls", "metrics-token"},
 }
 """By scenario, the Secrets that all processes which serve read."""
 
@@ -253,7 +264,7 @@ def authority_of(name: str, component: str) -> set[str]:
             return {"postgres-ca"} if component in MAIN else set()
         case "cluster":
             return {"mercato-db-main-ca"}
-        case "everything" | "everything-over-http":
+        case "everything" | "everything-over-http" | "everything-over-grpc":
             return {"mercato-db-main-ca" if component in MAIN else "mercato-db-sales-ca"}
         case _:
             return set()
@@ -315,14 +326,14 @@ def database_of(name: str, component: str) -> set[str]:
             return {"10.0.0.7/32:6432" if component in MAIN else "10.0.0.8/32:5432"}
         case "cluster":
             return {"mercato-db-main:5432"}
-        case "everything" | "everything-over-http":
+        case "everything" | "everything-over-http" | "everything-over-grpc":
             return {"mercato-db-main:5432" if component in MAIN else "mercato-db-sales:5432"}
         case _:
             return {"namespace:5432"}
 
 
 def wanted_egress(name: str, component: str) -> set[str]:
-    services = {f"{service}:9080" for service in called_by(component)} if name in HTTP_SCENARIOS else {"nats:4222"}
+    services = {f"{service}:9080" for service in called_by(component)} if name in DIRECT else {"nats:4222"}
     observed = {"10.0.0.9/32:4318"} if "tracing" in SCENARIOS[name] else set[str]()
     mail = {"10.0.0.10/32:587"} if component == "users" and "mail" in SCENARIOS[name] else set[str]()
     return {DNS, *database_of(name, component), *services, *observed, *mail}
@@ -330,7 +341,7 @@ def wanted_egress(name: str, component: str) -> set[str]:
 
 def wanted_ingress(name: str, component: str) -> set[str]:
     clients = {"cluster:8080", "test:8080"} if component == GATEWAY else set[str]()
-    callers = [caller for caller in SERVING if component in called_by(caller)] if name in HTTP_SCENARIOS else []
+    callers = [caller for caller in SERVING if component in called_by(caller)] if name in DIRECT else []
     operators = {"operators:9190"} if "diagnostics" in SCENARIOS[name] else set[str]()
     return {"monitoring:8080", *clients, *(f"{caller}:9080" for caller in callers), *operators}
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 import helm_python
 import pytest
 
-from charts.chart import CLUSTER, HTTP, SERVICES, SERVING, Values, chart, rendered
+from charts.chart import CLUSTER, GRPC, HTTP, SERVICES, SERVING, Values, chart, rendered
 
 TARGET: Final = {"to": [{"ipBlock": {"cidr": "10.0.0.9/32"}}], "port": 4318}
 ALL: Final = list(SERVICES)
@@ -88,6 +88,10 @@ WRONG: Final[Mapping[str, tuple[Values, str]]] = {
         {**HTTP, "nats": {"url": "tls://nats", "ca": {"secret": "a"}}},
         "nats.ca: with transport http there is no NATS: leave it out.",
     ),
+    "an authority of NATS over gRPC": (
+        {**GRPC, "nats": {"url": "tls://nats", "ca": {"secret": "a"}}},
+        "nats.ca: with transport grpc there is no NATS: leave it out.",
+    ),
     "diagnostics without a certificate": (
         {"nats": {"url": "tls://nats", "ca": {"secret": "a"}}, "diagnostics": {"enabled": True}},
         "nats.ca: with diagnostics.enabled the pods need certificates of their own too: enable tls.",
@@ -96,7 +100,7 @@ WRONG: Final[Mapping[str, tuple[Values, str]]] = {
         {"nats": {"url": "nats://orders:secret@nats:4222"}},
         "'/nats/url': 'nats://orders:secret@nats:4222' does not match pattern",
     ),
-    "an unknown transport": ({"transport": "grpc"}, "'/transport': value must be one of 'nats', 'http'"),
+    "an unknown transport": ({"transport": "amqp"}, "'/transport': value must be one of 'nats', 'http', 'grpc'"),
     "a ServiceMonitor without a token": (
         {"metrics": {"serviceMonitor": {"enabled": True}}},
         "metrics.serviceMonitor.enabled: Prometheus needs a token to read /metrics",
@@ -136,6 +140,14 @@ WRONG: Final[Mapping[str, tuple[Values, str]]] = {
     "the sandbox left out over HTTP": (
         {**HTTP, "services": {"sandbox": {"enabled": False}}},
         "services.sandbox.enabled: with transport http payments finds the sandbox in this release alone: leave it on.",
+    ),
+    "the sandbox left out over gRPC": (
+        {**GRPC, "services": {"sandbox": {"enabled": False}}},
+        "services.sandbox.enabled: with transport grpc payments finds the sandbox in this release alone: leave it on.",
+    ),
+    "the transport as a variable": (
+        {"extraEnv": {"MERCATO_RPC_TRANSPORT": "grpc"}},
+        "extraEnv: MERCATO_RPC_TRANSPORT is set by the chart from other values: change those.",
     ),
     "a service left out": (
         {"services": {"orders": {"enabled": False}}},

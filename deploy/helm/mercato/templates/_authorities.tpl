@@ -73,7 +73,7 @@ configMap, key}, and with `mountPath` the folder in which DSNs name it; where ne
 {{- if or $nats.ca.secret $nats.ca.configMap }}
 {{- include "mercato.checkAuthority" (dict "ca" $nats.ca "where" "nats.ca") }}
 {{- if ne .Values.transport "nats" }}
-{{- fail "nats.ca: with transport http there is no NATS: leave it out." }}
+{{- fail (printf "nats.ca: with transport %s there is no NATS: leave it out." .Values.transport) }}
 {{- end }}
 {{- if hasPrefix "nats://" $nats.url }}
 {{- fail (printf "nats.ca: nats.url is %s, which is not encrypted: write tls://HOST:PORT." $nats.url) }}

@@ -81,8 +81,8 @@ What the schema of the values cannot say. Each failure is one sentence that name
 {{- end }}
 {{- end }}
 {{- end }}
-{{- if and (eq .Values.transport "http") (not .Values.services.sandbox.enabled) }}
-{{- fail "services.sandbox.enabled: with transport http payments finds the sandbox in this release alone: leave it on." }}
+{{- if and (ne .Values.transport "nats") (not .Values.services.sandbox.enabled) }}
+{{- fail (printf "services.sandbox.enabled: with transport %s payments finds the sandbox in this release alone: leave it on." .Values.transport) }}
 {{- end }}
 {{- end }}
 

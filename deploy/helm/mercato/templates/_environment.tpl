@@ -2,7 +2,12 @@
 The variables of the processes. A process takes its credentials from its own Secret; here is what is in the values.
 */}}
 
-{{/* The addresses of the services that a process calls over HTTP. */}}
+{{/* Whether other processes connect to this one: those of a transport without a broker. Empty: no. */}}
+{{- define "mercato.isCalled" -}}
+{{- if and (ne .root.Values.transport "nats") (ne .component "gateway") }}yes{{ end }}
+{{- end }}
+
+{{/* The addresses of the services that a process calls directly. */}}
 {{- define "mercato.addresses" -}}
 {{- $addresses := list }}
 {{- range index (include "mercato.calls" . | fromJson) .component }}
@@ -39,12 +44,13 @@ The variables of the processes. A process takes its credentials from its own Sec
 {{- $values := .root.Values }}
 - {name: MERCATO_LISTEN_HOST, value: "0.0.0.0"}
 - {name: MERCATO_LISTEN_PORT, value: "8080"}
+- {name: MERCATO_RPC_TRANSPORT, value: {{ $values.transport }}}
 {{- if eq $values.transport "nats" }}
 - {name: NATS_URL, value: {{ quote $values.nats.url }}}
 {{- else }}
 - {name: MERCATO_REGISTRY, value: dns}
 - {name: MERCATO_SERVICES, value: {{ include "mercato.addresses" . | quote }}}
-{{- if ne .component "gateway" }}
+{{- if include "mercato.isCalled" . }}
 - {name: MERCATO_RPC_ADDRESS, value: "0.0.0.0:9080"}
 {{- end }}
 {{- end }}

@@ -90,7 +90,7 @@ podSelector:
     - port: 8080
       protocol: TCP
 {{- end }}
-{{- if and (eq .root.Values.transport "http") (ne .component "gateway") }}
+{{- if include "mercato.isCalled" . }}
 - from:
     {{- range $caller, $called := include "mercato.calls" . | fromJson }}
     {{- if has $.component $called }}
