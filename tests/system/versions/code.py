@@ -27,6 +27,8 @@ PARTS: Final = ("mercato", "deploy/image")
 SERVING: Final = (*topology.SERVICES, GATEWAY)
 """A release is installed in this order: callee first."""
 MIGRATE: Final = "migrate"
+TRANSPORTS: Final = ("nats", "http", "grpc")
+"""How processes call each other."""
 REFUSE_WHAT_THEY_DO_NOT_KNOW: Final = frozenset({"0.1.0", "0.2.0"})
 """Releases that start on no database with an unknown migration. Later ones do, unless it has `needs`."""
 CUT: Final = """
@@ -51,14 +53,23 @@ def last_release() -> tuple[str, Release]:
 def why_not() -> str:
     """Why the last release cannot be run here, with the command that changes it; empty where it can."""
     version, release = last_release()
-    command = ["git", "cat-file", "-e", f"{release.commit}^{{commit}}"]
     try:
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+        found = _has(f"{release.commit}^{{commit}}")
     except FileNotFoundError:
         return f"{version} was not run beside this checkout: there is no git: apt-get install git"
     if found:
         return ""
     return f"{version} was not run beside this checkout, which lacks its commit {release.commit}: git fetch --unshallow"
+
+
+def transports_of(commit: str) -> tuple[str, ...]:
+    """The transports that the code of a commit has, by their folders."""
+    return tuple(name for name in TRANSPORTS if _has(f"{commit}:mercato/chassis/rpc/transports/{name}"))
+
+
+def _has(name: str) -> bool:
+    """Whether git has what is named so. Raises `FileNotFoundError` where there is no git."""
+    return subprocess.run(["git", "cat-file", "-e", name], cwd=ROOT, capture_output=True, check=False).returncode == 0
 
 
 class Code(msgspec.Struct, frozen=True):

@@ -110,6 +110,10 @@ class Shop:
             caller.sign_in(*self.databases.staff)
             self._token = caller.token
 
+    def address(self, name: str, code: Code) -> str:
+        """Where a process of a service is called by others, where there is no broker."""
+        return self._addresses[name][code]
+
     def _start(self, name: str, code: Code) -> Served:
         environment = {**variables(self.databases.environment / f"{name}.env"), **SETTINGS}
         if self._transport == "nats":
@@ -117,6 +121,8 @@ class Shop:
         else:
             listed = {to: ",".join(where.values()) for to, where in self._addresses.items() if to != name}
             environment["MERCATO_SERVICES"] = "; ".join(f"{to}={where}" for to, where in listed.items())
+            if self._transport != "http":  # which 0.2.0 takes without NATS, and has no setting for
+                environment["MERCATO_RPC_TRANSPORT"] = self._transport
             environment["MERCATO_RPC_ADDRESS"] = self._addresses.get(name, {}).get(code) or free_address()
         options = ("--auth", "required")
         return Served(name, environment=environment, options=options, package=code.package(name))

@@ -18,7 +18,7 @@ from mercato.chassis.hosting.host import GATEWAY
 from mercato.testing.caller import all_order_ids
 from mercato.testing.cluster import Cluster
 from mercato.testing.waiting import wait_until
-from system.versions.code import SERVING, THIS, Code, changed_in, release_in, why_not
+from system.versions.code import SERVING, THIS, Code, changed_in, last_release, release_in, transports_of, why_not
 from system.versions.load import Customers, PayingBuyers, Readers, unmendable
 from system.versions.shop import Databases, Shop, State
 
@@ -36,7 +36,9 @@ TURNS: Final = 1
 BETWEEN: Final = 10
 """Orders that are placed between two steps of a rolling upgrade."""
 IS_CAMPAIGN: Final = os.environ.get("CAMPAIGN") == "full"
-TRANSPORTS: Final = ("nats", "http") if IS_CAMPAIGN else ("nats",)
+BOTH: Final = () if why_not() else transports_of(last_release()[1].commit)
+"""The transports that both versions have."""
+TRANSPORTS: Final = BOTH if IS_CAMPAIGN else BOTH[:1]
 RENAMED: Final = (
     "mercato/contracts/products.py",
     "class Quote(Message):",
@@ -45,7 +47,7 @@ RENAMED: Final = (
 """A field of what products answers to orders has another name on the wire."""
 
 over_transports = pytest.mark.parametrize("shop", TRANSPORTS, indirect=True)
-over_both = pytest.mark.parametrize("shop", ["nats", "http"], indirect=True)
+over_all = pytest.mark.parametrize("shop", BOTH, indirect=True)
 each_process = pytest.mark.parametrize("name", SERVING)
 
 
@@ -167,7 +169,7 @@ def test_a_renamed_field_of_a_contract_is_noticed(shop: Shop, before: Code, rena
     shop.databases.orders = found
 
 
-@over_both
+@over_all
 def test_every_process_is_replaced_under_load_and_no_request_fails(shop: Shop, before: Code):
     state = dict(all_of(before, shop))
     shop.become(state)
@@ -196,7 +198,7 @@ def test_a_process_of_the_last_release_works_among_those_of_this_version(shop: S
     run_until_all_serve(shop, name)
 
 
-@over_both
+@over_all
 def test_the_audit_holds_and_each_order_is_there_once(shop: Shop):
     shop.become(all_of(THIS, shop))
     shop.databases.audit()
