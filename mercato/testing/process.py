@@ -357,9 +357,7 @@ def used_folder() -> Generator[Path]:
     All of a test run copy the one that the first of them makes (`RUN_FOLDER`): a first start makes a database and
     migrates seven, and a second one takes a third of its CPU.
     """
-    made = Path(os.environ[RUN_FOLDER]) / "shop"
-    with made.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with folder_of_run("shop") as made:
         if not made.exists():
             with Process(made.with_name("making")) as shop:
                 shop.ready()
@@ -368,8 +366,22 @@ def used_folder() -> Generator[Path]:
     with data_folder() as data:
         if not (made / "postgres").is_symlink():  # else the database is elsewhere, and of that folder alone
             data.parent.chmod(0o755)  # for the account that PostgreSQL runs as where tests are root's
-            subprocess.run(["cp", "-a", str(made), str(data)], check=True, capture_output=True)
+            copy_folder(made, data)
         yield data
+
+
+@contextlib.contextmanager
+def folder_of_run(name: str) -> Generator[Path]:
+    """A folder that all tests of a run copy: the first of them makes it in the block, and others wait."""
+    made = Path(os.environ[RUN_FOLDER]) / name
+    with made.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield made
+
+
+def copy_folder(folder: Path, to: Path) -> None:
+    """Copies it with its accounts, modes and times."""
+    subprocess.run(["cp", "-a", str(folder), str(to)], check=True, capture_output=True)
 
 
 def remove(data: Path) -> None:

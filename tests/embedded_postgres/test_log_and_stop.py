@@ -16,13 +16,13 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from embedded_postgres.test_postgres import PASSWORD, alive, ask, data, home, quietly, running
+from embedded_postgres.test_postgres import PASSWORD, alive, ask, data, empty, home, quietly, running
 from embedded_postgres.test_recovery import killed_server, recovering, slowed
 from mercato.embedded_postgres import EmbeddedPostgres, server_log
 from mercato.embedded_postgres.guarded import Guarded
 from mercato.testing.waiting import BOUND_SECONDS
 
-__all__ = ["data"]
+__all__ = ["data", "empty"]
 
 pytestmark = [
     pytest.mark.asyncio,

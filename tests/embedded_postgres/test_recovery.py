@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from embedded_postgres.test_postgres import PASSWORD, alive, ask, data, home, quietly, running
+from embedded_postgres.test_postgres import PASSWORD, alive, ask, data, empty, home, quietly, running
 from mercato.embedded_postgres import EmbeddedPostgres, SupervisorError, postgres, server_log
 
-__all__ = ["data"]
+__all__ = ["data", "empty"]
 
 pytestmark = [
     pytest.mark.asyncio,
