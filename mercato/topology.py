@@ -48,6 +48,7 @@ from mercato.gateway.streams.limits import StreamLimits
 from mercato.simulators.bank.contract import Sandbox
 
 if TYPE_CHECKING:
+    from mercato.chassis.grpc import GrpcLimits
     from mercato.chassis.rpc.transports.nats import Permissions
 
 T = TypeVar("T")
@@ -335,6 +336,7 @@ async def public_grpc(
     services: Collection[str] = tuple(SERVICES),
     certificate: tuple[Path, Path] | None = None,
     reuse_port: bool = False,
+    limits: GrpcLimits | None = None,
 ) -> AsyncGenerator[str]:
     """Serves the public operations of `services` over gRPC as `gateway` does over HTTP; gives the address.
 
@@ -355,6 +357,7 @@ async def public_grpc(
         telemetry=telemetry,
         tls=tls,
         reuse_port=reuse_port,
+        limits=limits,
     )
     async with answering as address:
         yield address

@@ -16,18 +16,23 @@ import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from chassis.grpc.serving import ACK, GOAWAY, HOST, PING, RawClient, raw_client
 from gateway.calls import CODECS, METHODS, Calls, Refused
 from gateway.harness import Things
+from mercato import topology
 from mercato.chassis.contract import Actor
+from mercato.chassis.grpc import GrpcLimits
 from mercato.contracts.roles import CUSTOMER, STAFF_ONLY
+from mercato.gateway.grpc.edge import CALLS_OF_ONE
 from mercato.gateway.public import public_routes
 from mercato.gateway.route import Page, Route, RouteRequest
 from mercato.gateway.validation import decoder
 from mercato.testing.cluster import Cluster
+from mercato.testing.command import ROOT
 from mercato.testing.responses import Response
 from mercato.testing.shop import Shop
 from mercato.testing.shop_data import UNKNOWN_ID, Person, new_person, new_product, unique
-from mercato.testing.waiting import until_true
+from mercato.testing.waiting import BOUND_SECONDS, until_true
 
 pytestmark = [pytest.mark.postgres, pytest.mark.asyncio(loop_scope="session")]
 
@@ -409,6 +414,69 @@ async def test_a_value_that_only_a_newer_service_knows_is_unspecified(calls: Cal
 
 async def test_the_own_account_needs_no_id(calls: Calls, things: Things):
     assert (await calls.call("users.get", token=things.person.token)).id == things.person.id
+
+
+# ---------------------------------------------------------------------------------------------------------- connections
+
+MAX_CONCURRENT_STREAMS: Final = 3
+"""A setting of HTTP/2, by which a client sees whose limits a server has."""
+OF_THIS_TEST: Final = 7
+ENHANCE_YOUR_CALM: Final = 11
+"""An error code of HTTP/2."""
+
+
+async def until_closed(shop: Shop, *, greets: bool, **limits: float) -> RawClient:
+    """Connects to a port of the shop with limits of its own, and gives what came until the server closed it."""
+    own = msgspec.structs.replace(GrpcLimits(), streams=OF_THIS_TEST, **limits)
+    port = topology.public_grpc(shop.app, shop.harness.host.telemetry, HOST, 0, limits=own)
+    async with port as address, raw_client(address, greets=greets) as client:
+        async with asyncio.timeout(BOUND_SECONDS):
+            await client.until_closed()
+    return client
+
+
+async def test_a_connection_that_sends_nothing_is_closed(shop: Shop):
+    client = await until_closed(shop, greets=False, handshake_seconds=0.2)
+
+    assert client.settings[MAX_CONCURRENT_STREAMS] == OF_THIS_TEST
+
+
+async def test_an_idle_connection_is_closed(shop: Shop):
+    client = await until_closed(shop, greets=True, idle_seconds=0.2)
+
+    assert client.settings[MAX_CONCURRENT_STREAMS] == OF_THIS_TEST
+    assert GOAWAY in {kind for kind, _, _ in client.frames}
+
+
+async def test_a_connection_that_answers_no_probe_is_closed(shop: Shop):
+    client = await until_closed(shop, greets=True, ping_seconds=0.2, ping_answer_seconds=0.2)
+
+    assert client.settings[MAX_CONCURRENT_STREAMS] == OF_THIS_TEST
+    assert PING in {kind for kind, flags, _ in client.frames if not flags & ACK}
+
+
+async def test_a_client_that_probes_the_port_of_a_shop_too_often_is_closed(shop: Shop):
+    async with raw_client(shop.grpc_address) as client, asyncio.timeout(BOUND_SECONDS):
+        client.ping(GrpcLimits().client_ping_strikes + 2)
+        await client.until_closed()
+
+    assert client.settings[MAX_CONCURRENT_STREAMS] == GrpcLimits().streams
+    [reason] = [payload for kind, _, payload in client.frames if kind == GOAWAY and b"too_many_pings" in payload]
+    assert int.from_bytes(reason[4:8]) == ENHANCE_YOUR_CALM
+
+
+async def test_the_documented_limits_are_those_of_the_port():
+    limits = GrpcLimits()
+    stated = (
+        f"messages of {limits.message_bytes // 2**20} MiB, {limits.streams} calls of a connection at once, "
+        f"{CALLS_OF_ONE} of an address, {limits.calls} in all. A connection is closed that has not begun HTTP/2 "
+        f"(and TLS) after {limits.handshake_seconds:g} seconds, that has no call for {limits.idle_seconds:g} seconds, "
+        f"that does not answer a probe (PING) for {limits.ping_answer_seconds:g} seconds, or that probes more often "
+        f"than every {limits.client_ping_seconds:g} seconds, the third time."
+    )
+
+    assert limits.client_ping_strikes == 2, "the third is closed"
+    assert stated in " ".join((ROOT / "docs/grpc.md").read_text().split())
 
 
 # --------------------------------------------------------------------------------------------------- what operators see

@@ -137,6 +137,12 @@ class RawClient:
         """In one piece: a server that closes while more arrives resets the connection, and its last words are lost."""
         self.send(frame(PING, 0, b"12345678") * times)
 
+    @property
+    def settings(self) -> dict[int, int]:
+        """What the server has announced (RFC 9113, 6.5.2)."""
+        own = [payload for kind, flags, payload in self.frames if kind == SETTINGS and not flags & ACK]
+        return dict(struct.iter_unpack(">HI", b"".join(own)))
+
     async def until_closed(self) -> None:
         """Reads frames until the server ends the connection."""
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -152,9 +158,10 @@ def frame(kind: int, flags: int, payload: bytes) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def raw_client(running: Running, *, greets: bool = True) -> AsyncGenerator[RawClient]:
+async def raw_client(address: str, *, greets: bool = True) -> AsyncGenerator[RawClient]:
     """`greets`: it sends what each connection begins with."""
-    reader, writer = await asyncio.open_connection(HOST, running.server.port)
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
     client = RawClient(reader, writer)
     if greets:
         client.send(PREFACE + frame(SETTINGS, 0, b""))

@@ -130,7 +130,7 @@ async def test_a_connection_has_no_more_calls_at_once_than_streams():
 async def test_a_connection_beyond_the_limit_is_closed():
     async with serving(limits(connections=1)) as running, channel(running) as first:
         assert await first.unary_unary("/echo/say")(b"1") == b"1"
-        async with raw_client(running) as second, asyncio.timeout(BOUND_SECONDS):
+        async with raw_client(running.server.address) as second, asyncio.timeout(BOUND_SECONDS):
             await second.until_closed()
 
         assert second.frames == []
@@ -138,13 +138,16 @@ async def test_a_connection_beyond_the_limit_is_closed():
 
 
 async def test_a_connection_that_sends_nothing_is_closed():
-    async with serving(limits(handshake_seconds=0.2)) as running, raw_client(running, greets=False) as client:
+    async with (
+        serving(limits(handshake_seconds=0.2)) as running,
+        raw_client(running.server.address, greets=False) as client,
+    ):
         async with asyncio.timeout(BOUND_SECONDS):
             await client.until_closed()
 
 
 async def test_an_idle_connection_is_closed():
-    async with serving(limits(idle_seconds=0.2)) as running, raw_client(running) as client:
+    async with serving(limits(idle_seconds=0.2)) as running, raw_client(running.server.address) as client:
         async with asyncio.timeout(BOUND_SECONDS):
             await client.until_closed()
 
@@ -177,7 +180,7 @@ async def test_an_old_connection_is_closed_after_the_grace():
 
 async def test_a_connection_that_answers_no_probe_is_closed():
     async with serving(limits(ping_seconds=0.2, ping_answer_seconds=0.2, idle_seconds=600.0)) as running:
-        async with raw_client(running) as client, asyncio.timeout(BOUND_SECONDS):
+        async with raw_client(running.server.address) as client, asyncio.timeout(BOUND_SECONDS):
             await client.until_closed()
 
         assert PING in {kind for kind, flags, _ in client.frames if not flags & ACK}
@@ -185,7 +188,7 @@ async def test_a_connection_that_answers_no_probe_is_closed():
 
 async def test_a_client_that_probes_too_often_is_closed():
     async with serving(limits(client_ping_seconds=60.0, client_ping_strikes=2)) as running:
-        async with raw_client(running) as client, asyncio.timeout(BOUND_SECONDS):
+        async with raw_client(running.server.address) as client, asyncio.timeout(BOUND_SECONDS):
             client.ping(4)
             await client.until_closed()
 
