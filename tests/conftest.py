@@ -112,8 +112,8 @@ async def guarded_shop(cluster: Cluster, request: pytest.FixtureRequest) -> Asyn
 RULES = tuple(f"tests/{name}/" for name in ("architecture", "contracts", "docs"))
 """Tests of the source: `make check` runs those that are fast and need no database."""
 LONG = (
-    *("tests/system", "tests/cli", "tests/embedded_postgres", "tests/services/orders", "tests/chassis", "tests/bench"),
-    *("tests/docs/test_adding_a_service.py", "tests/models", "tests/services", "tests/gateway"),
+    *("tests/docs/test_adding_a_service.py", "tests/system", "tests/cli", "tests/embedded_postgres"),
+    *("tests/services/orders", "tests/chassis", "tests/bench", "tests/models", "tests/services", "tests/gateway"),
 )
 """Files that take longest, whatever the number of their tests."""
 

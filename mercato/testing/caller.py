@@ -17,6 +17,8 @@ from .responses import Response
 from .waiting import BOUND_SECONDS
 
 PAUSE_SECONDS_MAX = 0.5
+BETWEEN_SECONDS = 0.02
+"""Between two requests of a client that makes load: processes start beside it."""
 LATER = frozenset({503, 504})
 """Statuses of a shop that recovers, or whose machine is busy: a client sends the request again."""
 
@@ -152,10 +154,10 @@ class Buyers(Clients):
                 key = f"{self._name}-{number}-{turn}"
                 self.pending.add(key)
                 while not self._try(caller, key):
-                    if self.stopped.wait(0.02):
+                    if self.stopped.wait(BETWEEN_SECONDS):
                         return
                 self.pending.discard(key)
-                if self.stopped.is_set():
+                if self.stopped.wait(BETWEEN_SECONDS):
                     return
 
     def order(self, caller: Caller, key: str) -> Response:
