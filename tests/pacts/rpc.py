@@ -63,8 +63,17 @@ class Exchange(msgspec.Struct, frozen=True, kw_only=True):
         return f"{PATH_PREFIX}{self.operation.service}/{self.operation.name}"
 
     @property
+    def provider(self) -> str:
+        return provider_of(self.operation.service)
+
+    @property
     def outcome(self) -> Mapping[str, Any]:
         return {"body": self.answer} if self.error is None else {"error": self.error}
+
+
+def provider_of(contract: str) -> str:
+    """The service that serves a contract: its own, or that of its event log."""
+    return contract.removesuffix(".log")
 
 
 def refusal(error: type[ServiceError], **details: Any) -> Mapping[str, Any]:
@@ -120,7 +129,7 @@ class PactTransport:
         body = [{"actor": sent["actor"], "body": sent["body"]}]
         if self._session is None:
             self._session = aiohttp.ClientSession()
-        url = self._urls[operation.service] + path
+        url = self._urls[provider_of(operation.service)] + path
         async with self._session.post(url, data=msgspec.json.encode(body), headers={"Content-Type": JSON}) as response:
             answered = await response.read()
             if response.status != 200:  # Pact knows what differs, and says so at the end
@@ -159,10 +168,10 @@ class Stage:
         by_path = {each.path: (each, Reads(each.description)) for each in exchanges}
         if len(by_path) != len(exchanges):
             raise AssertionError("one block has one exchange of an operation")
-        providers = sorted({each.operation.service for each in exchanges})
+        providers = sorted({each.provider for each in exchanges})
         pacts = {name: new_pact(self._book.consumer, name) for name in providers}
         for each in exchanges:
-            _state(pacts[each.operation.service], each)
+            _state(pacts[each.provider], each)
         with contextlib.ExitStack() as running:
             servers = {
                 name: running.enter_context(pact.serve(HOST, raises=False, verbose=False))

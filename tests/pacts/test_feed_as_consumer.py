@@ -10,7 +10,7 @@ import pytest_asyncio
 
 from mercato.testing.cluster import Cluster
 from pacts.book import PactBook
-from pacts.event_consumers import FeedConsumer, example
+from pacts.event_consumers import FeedConsumer, assert_reads_the_log, example
 
 CONSUMER: Final = "events"
 
@@ -23,14 +23,22 @@ async def feed(cluster: Cluster, book: PactBook) -> AsyncGenerator[FeedConsumer]
         yield made
 
 
-@pytest.mark.parametrize(
-    ("provider", "type_", "subject"),
-    [
-        ("inventory", "stock.held", "reservation"),
-        ("orders", "order.paid", "order"),
-        ("payments", "payment.captured", "payment"),
-        ("products", "product.price_changed", "product"),
-    ],
+EVENTS: Final = (
+    ("inventory", "stock.held", "reservation"),
+    ("orders", "order.paid", "order"),
+    ("payments", "payment.captured", "payment"),
+    ("products", "product.price_changed", "product"),
 )
+
+
+@pytest.mark.parametrize(("provider", "type_", "subject"), EVENTS)
 async def test_the_feed_takes_the_events_of_a_service(feed: FeedConsumer, provider: str, type_: str, subject: str):
     await feed.consume(example(provider, type_, subject, {}))
+
+
+@pytest.mark.parametrize(("provider", "type_", "subject"), EVENTS)
+async def test_the_feed_reads_the_events_of_another_process(
+    feed: FeedConsumer, provider: str, type_: str, subject: str
+):
+    await assert_reads_the_log(feed, example(provider, type_, subject, {}))
+    await feed.forget()

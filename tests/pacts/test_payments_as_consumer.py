@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import pytest
 import pytest_asyncio
 
-from mercato.chassis.contract import current
+from mercato.chassis.contract import Operation, current
 from mercato.chassis.observability.clock import SystemClock
 from mercato.chassis.observability.telemetry import Telemetry
 from mercato.chassis.rpc.client import Connector, acting
@@ -95,38 +95,119 @@ def captured(charge_id: int) -> State:
     return given("a charge is captured", charge_id=charge_id, order_id=7_001, amount_minor=2_500, currency="USD")
 
 
-async def test_an_amount_is_authorized(bank: Bank):
-    authorize = Exchange(
-        description="an amount is authorized",
-        operation=Sandbox.authorize,
-        request=opening("authorize:1"),
-        answer=operation("authorize"),
+class Example(NamedTuple):
+    """What the adapter is asked, and what it makes of the outcome of the exchange."""
+
+    exchange: Exchange
+    wanted: ProviderRequest
+    result: Succeeded | Declined | Unknown
+
+
+def opened(
+    description: str,
+    operation: Operation[Any, Any],
+    result: Succeeded | Declined | Unknown,
+    *states: State,
+    key: str,
+    method: str = "sandbox:ok",
+    **outcome: Any,
+) -> Example:
+    """A charge is opened."""
+    exchange = Exchange(
+        description=description, operation=operation, request=opening(key, method), states=states, **outcome
     )
-    async with bank.stage.expects(authorize):
-        assert await bank.provider.authorize([wanted("authorize:1")]) == [Succeeded(1, 8_001)]
+    return Example(exchange, wanted(key, method=method), result)
 
 
-async def test_an_amount_is_charged(bank: Bank):
-    charge = Exchange(
-        description="an amount is charged",
-        operation=Sandbox.charge,
-        request=opening("charge:1"),
-        answer=operation("charge"),
-    )
-    async with bank.stage.expects(charge):
-        assert await bank.provider.charge([wanted("charge:1")]) == [Succeeded(1, 8_001)]
+def changed(
+    description: str,
+    operation: Operation[Any, Any],
+    result: Succeeded | Declined | Unknown,
+    *states: State,
+    key: str,
+    charge_id: int,
+    **outcome: Any,
+) -> Example:
+    """Something is done with a charge."""
+    amount = {} if operation is Sandbox.void else {"amount_minor": 2_500}
+    request = {"idempotency_key": key, "charge_id": charge_id, **amount}
+    exchange = Exchange(description=description, operation=operation, request=request, states=states, **outcome)
+    return Example(exchange, wanted(key, charge_id), result)
 
 
-async def test_a_charge_that_the_bank_declines_has_its_code(bank: Bank):
-    charge = Exchange(
-        description="a charge is declined",
-        operation=Sandbox.charge,
-        request=opening("charge:2", "sandbox:insufficient_funds"),
+DONE: Final = Succeeded(1, 8_001)
+UNKNOWN: Final = Unknown()
+EXAMPLES: Final = (
+    opened("an amount is authorized", Sandbox.authorize, DONE, key="authorize:1", answer=operation("authorize")),
+    opened("an amount is charged", Sandbox.charge, DONE, key="charge:1", answer=operation("charge")),
+    opened(
+        "a charge is declined",
+        Sandbox.charge,
+        Declined("insufficient_funds"),
+        key="charge:2",
+        method="sandbox:insufficient_funds",
         answer=operation("charge", "declined", charge_id=None, code=exactly("insufficient_funds")),
-    )
-    async with bank.stage.expects(charge):
-        [result] = await bank.provider.charge([wanted("charge:2", method="sandbox:insufficient_funds")])
-    assert result == Declined("insufficient_funds")
+    ),
+    opened(
+        "a key is used for another amount",
+        Sandbox.charge,
+        UNKNOWN,
+        given("the bank knows a key", key="charge:4"),
+        key="charge:4",
+        error=refusal(SandboxKeyReused, key="charge:4"),
+    ),
+    changed(
+        "a charge is captured",
+        Sandbox.capture,
+        DONE,
+        authorized(8_101),
+        key="capture:1",
+        charge_id=8_101,
+        answer=operation("capture"),
+    ),
+    changed(
+        "a charge is captured again",
+        Sandbox.capture,
+        DONE,
+        captured(8_102),
+        key="capture:2",
+        charge_id=8_102,
+        answer=operation("capture", "declined", code=exactly("already_captured")),
+    ),
+    changed(
+        "an unknown charge is captured",
+        Sandbox.capture,
+        UNKNOWN,
+        key="capture:3",
+        charge_id=9_999_999,
+        error=refusal(ChargeUnknown, charge_id=9_999_999),
+    ),
+    changed(
+        "an authorization is voided",
+        Sandbox.void,
+        DONE,
+        authorized(8_103),
+        key="void:1",
+        charge_id=8_103,
+        answer=operation("void"),
+    ),
+    changed(
+        "a charge is refunded",
+        Sandbox.refund,
+        DONE,
+        captured(8_104),
+        key="refund:1",
+        charge_id=8_104,
+        answer=operation("refund"),
+    ),
+)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda each: each.exchange.description)
+async def test_the_adapter_knows_what_has_come_of_a_request(bank: Bank, example: Example):
+    async with bank.stage.expects(example.exchange):
+        found = await getattr(bank.provider, example.exchange.operation.name)([example.wanted])
+    assert found == [example.result]
 
 
 async def test_a_charge_that_is_processing_says_when_it_settles(bank: Bank):
@@ -140,77 +221,6 @@ async def test_a_charge_that_is_processing_says_when_it_settles(bank: Bank):
         [result] = await bank.provider.charge([wanted("charge:3", method="sandbox:slow:60000")])
     assert isinstance(result, Unknown)
     assert result.settles_at is not None
-
-
-async def test_a_key_that_was_used_for_another_operation_is_refused(bank: Bank):
-    charge = Exchange(
-        description="a key is used for another amount",
-        operation=Sandbox.charge,
-        request=opening("charge:4"),
-        error=refusal(SandboxKeyReused, key="charge:4"),
-        states=(given("the bank knows a key", key="charge:4"),),
-    )
-    async with bank.stage.expects(charge):
-        assert await bank.provider.charge([wanted("charge:4")]) == [Unknown()]
-
-
-async def test_a_charge_is_captured(bank: Bank):
-    capture = Exchange(
-        description="a charge is captured",
-        operation=Sandbox.capture,
-        request={"idempotency_key": "capture:1", "charge_id": 8_101, "amount_minor": 2_500},
-        answer=operation("capture"),
-        states=(authorized(8_101),),
-    )
-    async with bank.stage.expects(capture):
-        assert await bank.provider.capture([wanted("capture:1", 8_101)]) == [Succeeded(1, 8_001)]
-
-
-async def test_a_second_capture_with_another_key_was_done_before(bank: Bank):
-    capture = Exchange(
-        description="a charge is captured again",
-        operation=Sandbox.capture,
-        request={"idempotency_key": "capture:2", "charge_id": 8_102, "amount_minor": 2_500},
-        answer=operation("capture", "declined", code=exactly("already_captured")),
-        states=(captured(8_102),),
-    )
-    async with bank.stage.expects(capture):
-        assert await bank.provider.capture([wanted("capture:2", 8_102)]) == [Succeeded(1, 8_001)]
-
-
-async def test_a_charge_that_the_bank_does_not_know_is_not_settled(bank: Bank):
-    capture = Exchange(
-        description="an unknown charge is captured",
-        operation=Sandbox.capture,
-        request={"idempotency_key": "capture:3", "charge_id": 9_999_999, "amount_minor": 2_500},
-        error=refusal(ChargeUnknown, charge_id=9_999_999),
-    )
-    async with bank.stage.expects(capture):
-        assert await bank.provider.capture([wanted("capture:3", 9_999_999)]) == [Unknown()]
-
-
-async def test_an_authorization_is_voided(bank: Bank):
-    void = Exchange(
-        description="an authorization is voided",
-        operation=Sandbox.void,
-        request={"idempotency_key": "void:1", "charge_id": 8_103},
-        answer=operation("void"),
-        states=(authorized(8_103),),
-    )
-    async with bank.stage.expects(void):
-        assert await bank.provider.void([wanted("void:1", 8_103)]) == [Succeeded(1, 8_001)]
-
-
-async def test_a_captured_charge_is_refunded(bank: Bank):
-    refund = Exchange(
-        description="a charge is refunded",
-        operation=Sandbox.refund,
-        request={"idempotency_key": "refund:1", "charge_id": 8_104, "amount_minor": 2_500},
-        answer=operation("refund"),
-        states=(captured(8_104),),
-    )
-    async with bank.stage.expects(refund):
-        assert await bank.provider.refund([wanted("refund:1", 8_104)]) == [Succeeded(1, 8_001)]
 
 
 async def test_an_operation_is_found_by_its_key(bank: Bank):

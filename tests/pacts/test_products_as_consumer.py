@@ -10,7 +10,7 @@ import pytest_asyncio
 
 from mercato.testing.cluster import Cluster
 from pacts.book import PactBook
-from pacts.event_consumers import EventConsumer, example
+from pacts.event_consumers import EventConsumer, assert_reads_the_log, example
 
 CONSUMER: Final = "products"
 
@@ -36,3 +36,8 @@ async def test_the_catalogue_knows_whether_a_product_is_in_stock(products: Event
     )
     await products.consume(example("inventory", type_, "product", {"product_id": 7_501, "version": 2}))
     assert await products.values("SELECT in_stock FROM products WHERE id = 7501") == [type_ == "stock.available"]
+
+
+async def test_the_catalogue_reads_the_events_of_another_process(products: EventConsumer):
+    available = example("inventory", "stock.available", "product", {"product_id": 7_501, "version": 2})
+    await assert_reads_the_log(products, available)

@@ -103,6 +103,12 @@ FAULTS = {
     ),
     "a field of an event is gone": Fault("products", "inventory", "stock.available", removed("product_id", "version")),
     "the type of an event is another": Fault("users", "orders", "refund.succeeded", with_value("type", "refund.done")),
+    "a field of a row of an event log is gone": Fault(
+        "users", "orders", "a consumer goes on in the log", removed("at", "events")
+    ),
+    "an event log does not say that it is another": Fault(
+        "events", "payments", "a consumer has read another log", with_value("code", "log.other")
+    ),
     "a field of the API is renamed": Fault(
         "storefront", "mercato", "products are searched", renamed("in_stock", "available")
     ),

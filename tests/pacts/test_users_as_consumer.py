@@ -10,7 +10,8 @@ import pytest_asyncio
 
 from mercato.testing.cluster import Cluster
 from pacts.book import PactBook
-from pacts.event_consumers import EventConsumer, example
+from pacts.event_consumers import EventConsumer, assert_reads_the_log, example
+from pacts.messages import EventExample
 
 CONSUMER: Final = "users"
 
@@ -53,6 +54,12 @@ REFUNDED: Final = example(
 async def users(cluster: Cluster, book: PactBook) -> AsyncGenerator[EventConsumer]:
     async with EventConsumer(cluster, "users", book).running() as made:
         yield made
+
+
+@pytest.mark.parametrize("event", [PRICE_CHANGED, REFUNDED], ids=lambda each: each.provider)
+async def test_the_security_log_reads_the_events_of_another_process(users: EventConsumer, event: EventExample):
+    await assert_reads_the_log(users, event)
+    await users.rows("DELETE FROM security_log RETURNING 1")
 
 
 async def test_the_security_log_has_changes_of_prices(users: EventConsumer):
