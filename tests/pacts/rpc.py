@@ -12,6 +12,7 @@ Deadline and trace are those of the chassis, whose own schemas say what they are
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -30,7 +31,7 @@ from pacts.reading import Reads
 
 JSON: Final = "application/json"
 HOST: Final = "127.0.0.1"
-ACTOR: Final = {"role": "service", "id": 0}
+ACTOR: Final[Mapping[str, Any]] = types.MappingProxyType({"role": "service", "id": 0})
 """Services call each other as the shop itself, whatever customer or member of staff they serve."""
 
 
@@ -57,6 +58,7 @@ class Exchange(msgspec.Struct, frozen=True, kw_only=True):
     answer: Mapping[str, Any] | None = None
     error: Mapping[str, Any] | None = None
     states: tuple[State, ...] = ()
+    actor: Mapping[str, Any] = ACTOR
 
     @property
     def path(self) -> str:
@@ -205,7 +207,7 @@ def _state(pact: Any, exchange: Exchange) -> None:
     interaction = pact.upon_receiving(exchange.description)
     for state in exchange.states:
         interaction = interaction.given(state.name, dict(state.parameters))
-    sent = [{"actor": ACTOR, "body": expectation(exchange.request)}]
+    sent = [{"actor": dict(exchange.actor), "body": expectation(exchange.request)}]
     answered = [expectation(exchange.outcome)]
     interaction.with_request("POST", exchange.path).with_body(sent, JSON).will_respond_with(200).with_body(
         answered, JSON

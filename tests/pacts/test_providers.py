@@ -103,6 +103,12 @@ FAULTS = {
     ),
     "a field of an event is gone": Fault("products", "inventory", "stock.available", removed("product_id", "version")),
     "the type of an event is another": Fault("users", "orders", "refund.succeeded", with_value("type", "refund.done")),
+    "a field that the gateway shows is renamed": Fault(
+        "gateway", "inventory", "GET /products/7102/stock", renamed("reserved", "held")
+    ),
+    "a field that the gateway shows has another type": Fault(
+        "gateway", "orders", "GET /orders/7601", with_value("total_minor", "25.00")
+    ),
     "a field of a row of an event log is gone": Fault(
         "users", "orders", "a consumer goes on in the log", removed("at", "events")
     ),
