@@ -36,8 +36,8 @@ class Refused(Exception):
         self.code = error.code()
         self.sentence = error.details() or ""
         self.details: dict[str, Any] = {}
-        trailer: dict[str, Any] = dict(error.trailing_metadata())
-        for packed in Status.FromString(trailer.get("grpc-status-details-bin", b"")).details:
+        self.trailer: dict[str, Any] = dict(error.trailing_metadata())
+        for packed in Status.FromString(self.trailer.get("grpc-status-details-bin", b"")).details:
             name = packed.TypeName()
             made = class_of(name)()
             packed.Unpack(made)

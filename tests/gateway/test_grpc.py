@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import AsyncGenerator, Generator, Mapping
@@ -17,13 +18,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from chassis.grpc.serving import ACK, GOAWAY, HOST, PING, RawClient, raw_client
+from contracts import update_schemas
 from gateway.calls import CODECS, METHODS, Calls, Refused
 from gateway.harness import Things
 from mercato import topology
 from mercato.chassis.contract import Actor
 from mercato.chassis.grpc import GrpcLimits
 from mercato.contracts.roles import CUSTOMER, STAFF_ONLY
-from mercato.gateway.grpc.edge import CALLS_OF_ONE
+from mercato.gateway.grpc.descriptors import class_of
+from mercato.gateway.grpc.edge import CALLS_OF_ONE, Edge
 from mercato.gateway.public import public_routes
 from mercato.gateway.route import Page, Route, RouteRequest
 from mercato.gateway.validation import decoder
@@ -31,7 +34,7 @@ from mercato.testing.cluster import Cluster
 from mercato.testing.command import ROOT
 from mercato.testing.responses import Response
 from mercato.testing.shop import Shop
-from mercato.testing.shop_data import UNKNOWN_ID, Person, new_person, new_product, unique
+from mercato.testing.shop_data import PASSWORD, UNKNOWN_ID, Person, new_person, new_product, unique
 from mercato.testing.waiting import BOUND_SECONDS, until_true
 
 pytestmark = [pytest.mark.postgres, pytest.mark.asyncio(loop_scope="session")]
@@ -252,6 +255,29 @@ async def test_an_unknown_method_is_unimplemented(calls: Calls, path: str):
     assert await call.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
+async def test_codes_are_as_exact_as_those_of_google_rpc(shop: Shop, calls: Calls, things: Things):
+    staff = await shop.staff()
+    account = {"email": things.person.email, "name": "Alice", "password": PASSWORD}
+    product = {"sku": things.product.sku, "name": "Lamp", "price_minor": 100, "currency": "USD", "category": "lamps"}
+    stale = {"id": things.order_id, "reason": "test", "version": 99}
+    found = {
+        refused.reason: refused.code
+        for refused in (
+            await calls.refusal("users.register", account),
+            await calls.refusal("products.create", product, token=staff),
+            await calls.refusal("orders.cancel", stale, token=staff),
+            await calls.refusal("events.list", {"after": 2**53 - 1}, token=staff),
+        )
+    }
+
+    assert found == {
+        "users.email_taken": grpc.StatusCode.ALREADY_EXISTS,
+        "products.sku_taken": grpc.StatusCode.ALREADY_EXISTS,
+        "stale_version": grpc.StatusCode.ABORTED,
+        "events.cursor_ahead": grpc.StatusCode.OUT_OF_RANGE,
+    }
+
+
 @pytest.mark.parametrize("token", ["no token", "eyJhbGciOiJFZERTQSJ9.e30.AAAA"])
 async def test_a_wrong_token_is_unauthenticated(calls: Calls, token: str):
     refused = await calls.refusal("users.get", token=token)
@@ -282,13 +308,6 @@ async def test_details_that_do_not_fit_are_left_out(calls: Calls, things: Things
 
     assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
     assert 10 < len(refused.fields) <= 50
-
-
-async def test_a_deadline_of_a_millisecond_ends_a_call(calls: Calls, things: Things):
-    refused = await calls.refusal("orders.list", token=things.person.token, timeout=0.001)
-
-    assert refused.code is grpc.StatusCode.DEADLINE_EXCEEDED
-    await calls.call("orders.list", token=things.person.token)
 
 
 @pytest.fixture
@@ -344,6 +363,7 @@ async def test_a_key_places_one_order(calls: Calls, things: Things):
     again = await calls.call("orders.place", wanted, token=things.person.token)
     other = await calls.refusal("orders.place", {**wanted, "customer_note": "another"}, token=things.person.token)
 
+    assert other.sentence.startswith("This idempotency_key was used before with another ")
     assert (first.replayed, again.replayed, again.order.id) == (False, True, first.order.id)
     assert (other.code, other.reason) == (grpc.StatusCode.ALREADY_EXISTS, "idempotency_key_reused")
 
@@ -488,8 +508,30 @@ async def test_a_call_has_the_request_id_that_its_client_gave(shop: Shop, calls:
     assert dict(await call.trailing_metadata())["x-request-id"] == "mine"
 
     text = (await shop.get("/metrics")).text
-    sample = 'mercato_grpc_request_duration_seconds_count{rpc_method="mercato.users.v1.UsersService/Get"'
-    assert sample in text
+    labels = 'rpc_method="mercato.users.v1.UsersService/Get",rpc_response_status_code="OK"'
+    assert f"mercato_grpc_request_duration_seconds_count{{{labels}}}" in text
+
+
+async def test_a_refused_call_has_the_ids_of_its_request_and_its_trace(calls: Calls):
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    ids = [("x-request-id", "mine"), ("traceparent", f"00-{trace_id}-00f067aa0ba902b7-01")]
+
+    refused = await calls.refusal("users.get", metadata=ids)
+
+    assert refused.trailer["x-request-id"] == "mine"
+    assert (refused.details["RequestInfo"].request_id, refused.details["RequestInfo"].serving_data) == (
+        "mine",
+        trace_id,
+    )
+
+
+async def test_the_security_log_has_the_address_of_the_caller(shop: Shop, calls: Calls):
+    person = await new_person(shop)
+    tokens = await calls.call("users.sign_in", {"email": person.email, "password": PASSWORD})
+
+    log = await calls.call("users.own_security_log", token=tokens.access_token)
+
+    assert log.entries[0].address == HOST
 
 
 async def test_health_and_reflection_name_the_services(calls: Calls):
@@ -506,6 +548,103 @@ async def test_health_and_reflection_name_the_services(calls: Calls):
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
     names = {service.name for service in listed.list_services_response.service}
     assert {"mercato.orders.v1.OrdersService", "mercato.users.v1.UsersService", "grpc.health.v1.Health"} <= names
+
+
+class Context:
+    """A call of a client, as far as the edge asks for it."""
+
+    def __init__(self, token: str | None, *, address: str = "10.0.0.7", remaining: float | None = None) -> None:
+        self.code = grpc.StatusCode.OK
+        self._token = token
+        self._address = address
+        self._remaining = remaining
+
+    def peer(self) -> str:
+        return f"ipv4:{self._address}:50000"
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self._token}"),)
+
+    def time_remaining(self) -> float | None:
+        return self._remaining
+
+    def set_trailing_metadata(self, trailer: object) -> None:
+        pass
+
+    async def abort(self, code: grpc.StatusCode, details: str, trailer: object) -> None:
+        self.code = code
+        raise grpc.aio.AbortError(details)
+
+
+@pytest.fixture
+def edge(shop: Shop) -> Edge:
+    return Edge(
+        shop.app, topology.SERVICES, ["orders"], update_schemas.committed_numbers(), shop.harness.host.telemetry
+    )
+
+
+async def code_of(edge: Edge, method: str, request: dict[str, Any], context: Any) -> grpc.StatusCode:
+    found = edge.methods[f"/mercato.orders.v1.OrdersService/{method}"]
+    with contextlib.suppress(grpc.aio.AbortError):
+        message = class_of(f"mercato.orders.v1.{found.request.type.__name__}")(**request)
+        await edge.call(found, message.SerializeToString(), context)
+    return context.code
+
+
+async def test_an_operation_has_the_time_that_its_client_has_left(edge: Edge, things: Things):
+    token = things.person.token
+
+    assert await code_of(edge, "List", {}, Context(token, remaining=0.0)) is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert await code_of(edge, "List", {}, Context(token, remaining=BOUND_SECONDS)) is grpc.StatusCode.OK
+    assert await code_of(edge, "List", {}, Context(token)) is grpc.StatusCode.OK
+
+
+async def slow_order(calls: Calls, token: str | None) -> int:
+    """An order whose payment takes a minute."""
+    wanted = {"lines": [{"product_id": 100}], "payment_method": "sandbox:slow:60000"}
+    return (await calls.call("orders.place", wanted, token=token)).order.id
+
+
+async def test_one_address_has_a_bounded_number_of_calls(edge: Edge, calls: Calls, things: Things):
+    token = things.person.token
+    waiting = {"id": await slow_order(calls, token), "wait_ms": 60_000}
+    running = [
+        asyncio.create_task(code_of(edge, "Settled", waiting, Context(token, address="10.0.0.7")))
+        for _ in range(CALLS_OF_ONE)
+    ]
+    await asyncio.sleep(0)  # each is counted before it first waits
+
+    beyond = await code_of(edge, "List", {}, Context(token, address="10.0.0.7"))
+    of_another = await code_of(edge, "List", {}, Context(token, address="10.0.0.8"))
+    edge.stop_waiting()
+
+    assert (beyond, of_another) == (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.OK)
+    await asyncio.gather(*running)
+    assert await code_of(edge, "List", {}, Context(token, address="10.0.0.7")) is grpc.StatusCode.OK
+
+
+async def test_a_port_that_closes_answers_what_waits_and_says_that_it_does_not_serve(
+    shop: Shop, calls: Calls, things: Things
+):
+    token = things.person.token
+    order = await slow_order(calls, token)
+    port = topology.public_grpc(shop.app, shop.harness.host.telemetry, HOST, 0)
+    async with Calls(await port.__aenter__()) as own:
+        channel: Any = own.channel  # the generated stubs have no types
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        watched = stub.Watch(health_pb2.HealthCheckRequest(service="mercato.orders.v1.OrdersService"))
+        states = [(await watched.read()).status]
+        waiting = own.begin("orders.settled", {"id": order, "wait_ms": 60_000}, token=token)
+        await own.call("orders.get", {"id": order}, token=token)  # on the same connection, after it
+
+        closing = asyncio.create_task(port.__aexit__(None, None, None))
+        states.append((await watched.read()).status)
+        watched.cancel()
+
+        assert (await waiting).id == order
+        await closing
+
+    assert states == [health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING]
 
 
 async def test_a_drain_answers_running_calls_and_loses_no_acknowledged_order(cluster: Cluster):

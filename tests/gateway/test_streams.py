@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
 
@@ -132,6 +133,31 @@ async def test_a_reader_that_comes_back_anywhere_has_each_event_once(open_shop: 
         assert last in seen, "the last part has read to the cancellation"
         expected = [message.id for message in whole.seen]
         assert seen[: seen.index(last) + 1] == expected
+
+
+async def test_a_browser_goes_on_after_its_last_event_and_not_at_the_position_in_its_address(open_shop: Shop):
+    """It repeats its address, with the position at which it began."""
+    order_id = await new_order(open_shop, (await new_person(open_shop)).id)
+    path = f"/events?after=0&subject=order%20{order_id}"
+    async with event_stream(open_shop.url, path) as first:
+        placed = await first.until(about(order_id, "order.placed"))
+    await cancelled(open_shop, order_id)
+    async with event_stream(open_shop.url, path, after=placed.id) as again:
+        await again.until(about(order_id, "order.cancelled"))
+
+    assert "order.placed" not in types_of(again)
+
+
+async def test_a_stream_that_has_lasted_long_ends_so_that_its_client_comes_back(open_shop: Shop):
+    async with event_stream(open_shop.url, "/events") as stream:
+        await stream.next()
+        streams = open_shop.app.streams
+        assert streams is not None
+        for opened in streams.open:
+            opened.look(math.inf, heartbeat_seconds=1.0)
+        await stream.to_the_end()
+
+    assert not stream.is_cut
 
 
 async def test_a_position_that_the_feed_does_not_keep_or_never_had_is_gone(open_shop: Shop):
