@@ -4,6 +4,7 @@
 `GrpcTls`     the certificate of a server, and the clients that it asks for one.
 `Handlers`    collects what generated `add_..._to_server` functions register.
 `GrpcServer`  listens, bounds each call, drains on stop.
+`NOTHING`     what is read of a stream at its end.
 
 What gRPC bounds by itself (`GrpcLimits.options` sets it): the size of messages and metadata, streams of a connection,
 connections, the time of a handshake, idle and old connections, probes of clients, connections whose client is gone
@@ -16,9 +17,10 @@ that does not read its answer keeps it in memory until its connection is too old
 Compressed messages are refused: gRPC checks the size of a message before it decompresses it.
 """
 
+from .bounding import NOTHING
 from .handlers import Handlers
 from .limits import TOO_MANY_CALLS, GrpcLimits
 from .server import GrpcServer
 from .tls import GrpcTls
 
-__all__ = ["TOO_MANY_CALLS", "GrpcLimits", "GrpcServer", "GrpcTls", "Handlers"]
+__all__ = ["NOTHING", "TOO_MANY_CALLS", "GrpcLimits", "GrpcServer", "GrpcTls", "Handlers"]

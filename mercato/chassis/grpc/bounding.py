@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # what the stubs give parameters has none when it runs
     Handler = grpc.RpcMethodHandler[Any, Any]
 
 NOTHING: Final[Any] = vars(grpc.aio)["EOF"]
-"""What is read where no message is. The type stubs of gRPC do not have it."""
+"""What is read where no message is, at both ends of a call. The type stubs of gRPC do not have it."""
 
 TOO_LATE: Final = "The message of the call was not received completely within {seconds:g} seconds."
 FAILED: Final = "The call failed unexpectedly."

@@ -1,4 +1,4 @@
-"""The gRPC transport: conformance, what each status means, and connections that break, stand still, or come back."""
+"""The gRPC transport: conformance, what the end of a stream means, and connections that break or stand still."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import grpc
 import grpc.aio
@@ -19,7 +20,7 @@ from chassis.rpc.breakers import ManualClock
 from mercato.chassis.contract import Context, Internal, Operation, OutcomeUnknown, Span, Unavailable
 from mercato.chassis.contract.context import KEPT, SAMPLED, Place
 from mercato.chassis.contract.places import remote
-from mercato.chassis.grpc import GrpcServer, GrpcTls
+from mercato.chassis.grpc import NOTHING, GrpcServer, GrpcTls
 from mercato.chassis.observability.clock import Clock, SystemClock
 from mercato.chassis.rpc.balancing import FIRST_PAUSE_SECONDS
 from mercato.chassis.rpc.codec import encode_requests
@@ -29,10 +30,21 @@ from mercato.chassis.rpc.server import Server
 from mercato.chassis.rpc.transports import Transport
 from mercato.chassis.rpc.transports.direct.client import ClientLimits
 from mercato.chassis.rpc.transports.direct.wire import NOT_STARTED
-from mercato.chassis.rpc.transports.grpc import channels
+from mercato.chassis.rpc.transports.grpc import channels, server as serving, streams
 from mercato.chassis.rpc.transports.grpc.client import GrpcTransport
 from mercato.chassis.rpc.transports.grpc.server import RpcHandlers
-from mercato.chassis.rpc.transports.grpc.wire import RPC_LIMITS, batch, outcomes, outcomes_in, requests_of
+from mercato.chassis.rpc.transports.grpc.wire import (
+    ACCEPTED,
+    ENVELOPE_BYTES,
+    LARGE_BYTES,
+    RPC_LIMITS,
+    answers,
+    batches,
+    new_batch,
+    new_outcomes,
+    read_answers,
+    read_batches,
+)
 from mercato.chassis.rpc.trust import TokenSigner
 from mercato.testing.certificates import certificate
 from mercato.testing.waiting import BOUND_SECONDS, until_true
@@ -45,7 +57,7 @@ DRAIN_SECONDS = 3.0
 
 
 class Served:
-    """`RpcHandlers` behind the gRPC server, on a free port. It counts the calls that reach them."""
+    """`RpcHandlers` behind the gRPC server, on a free port. It counts the calls: each stream is one."""
 
     def __init__(self, servers: Mapping[str, Server], port: int = 0, tls: GrpcTls | None = None) -> None:
         self.handlers = RpcHandlers(servers, trust_of(servers), SystemClock())
@@ -63,6 +75,11 @@ class Served:
     def service(self, details: grpc.HandlerCallDetails) -> Any:
         self.calls += 1
         return self.handlers.service(details)
+
+    @property
+    def running(self) -> int:
+        """Calls, so streams."""
+        return self._server.running
 
     async def open(self) -> None:
         await self._server.start([self])  # pyright: ignore[reportArgumentType]
@@ -180,27 +197,51 @@ async def closed_address() -> str:
 # ------------------------------------------------------------------------------------------------------------- envelope
 
 
-def test_the_envelope_is_what_its_proto_file_says(tmp_path: Path):
+BATCH = {
+    "requests": b"x" * 300,
+    "id": 2**63,
+    "operation": "change",
+    "remaining_ms": 0.5,
+    "authorization": "Bearer x",
+    "traceparent": "00-x",
+}
+OUTCOMES = {
+    "outcomes": b"x" * 300,
+    "id": 1,
+    "not_started": "draining",
+    "another_may_start_it": True,
+    "draining_seconds": 2.5,
+    "is_too_large": True,
+}
+
+
+def test_the_messages_are_what_their_proto_file_says(tmp_path: Path):
     folder = Path(__file__).parents[4] / "proto"
     into = tmp_path / "descriptors"
     assert protoc.main(["protoc", f"-I{folder}", f"--descriptor_set_out={into}", "mercato/rpc/v1/batch.proto"]) == 0
     pool = descriptor_pool.DescriptorPool()
     for file in descriptor_pb2.FileDescriptorSet.FromString(into.read_bytes()).file:
         pool.Add(file)
-    batches, answers = (
-        message_factory.GetMessageClass(pool.FindMessageTypeByName(f"mercato.rpc.v1.{name}"))
-        for name in ("Batch", "Outcomes")
-    )
 
-    for body in (b"", b"one", b"x" * 300):
-        assert batches.FromString(batch(body)) == batches(requests=body)
-        assert answers.FromString(outcomes(body)) == answers(outcomes=body)
-        assert requests_of(batches(requests=body).SerializeToString()) == body
-        assert outcomes_in(answers(outcomes=body).SerializeToString()) == body
+    messages: list[tuple[str, str, Any, Any, Any, dict[str, Any]]] = [
+        ("Batch", "Batches", new_batch, batches, read_batches, BATCH),
+        ("Outcomes", "Answers", new_outcomes, answers, read_answers, OUTCOMES),
+    ]
+    for part, whole, new, write, read, fields in messages:
+        kind = pool.FindMessageTypeByName(f"mercato.rpc.v1.{part}")
+        assert [field.name for field in kind.fields] == list(fields)
+        of_file = message_factory.GetMessageClass(kind)(**fields)
+        ours = new(**fields)
+        [field] = (outer := pool.FindMessageTypeByName(f"mercato.rpc.v1.{whole}")).fields
+        two = message_factory.GetMessageClass(outer)(**{field.name: [of_file, of_file]}).SerializeToString()
+        assert write([ours, ours]) == two
+        assert list(read(two)) == [ours, ours]
 
 
-def test_fields_of_a_newer_envelope_are_skipped():
-    assert requests_of(batch(b"one") + b"\x12\x03new") == b"one"
+def test_fields_of_a_newer_message_are_skipped():
+    assert [batch.requests for batch in read_batches(batches([new_batch(requests=b"one")]) + b"\x7a\x03new")] == [
+        b"one"
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- balancing, and drain
@@ -249,7 +290,6 @@ async def test_a_draining_instance_gets_no_further_call_and_no_call_is_lost():
         old.served.handlers.drain(DRAIN_SECONDS)
         for number in range(3, 8):
             assert kinds(await caller.send(Ask(number=number))) == [Said]
-        assert old.served.calls == 2
         old.service.release.set()
         new.service.release.set()
         assert kinds(await last) + kinds(await busy) == [Said, Said]
@@ -274,6 +314,7 @@ async def test_the_list_of_the_registry_is_followed_and_channels_to_others_are_c
         one.service.release.set()
         assert kinds(await hanging) == [Said]
         assert [address for address, _ in caller.transport._channels._channels] == [two.address]
+        await until_true(lambda: one.served.running == 0)
 
 
 async def test_an_operation_that_one_instance_does_not_know_is_asked_of_another():
@@ -287,7 +328,7 @@ async def test_an_operation_that_one_instance_does_not_know_is_asked_of_another(
         await older.close()
 
 
-# ------------------------------------------------------------------------------------------------- what a status means
+# --------------------------------------------------------------------------------------- what the end of a stream means
 
 KEYED = Ask(idempotency_key="a")
 CLASSES = {
@@ -297,26 +338,47 @@ CLASSES = {
     "never": (Things.change, KEYED, OutcomeUnknown),
     "never, single": (Things.move, KEYED, OutcomeUnknown),
 }
-UNKNOWN = [code for code in grpc.StatusCode if code not in (grpc.StatusCode.OK, grpc.StatusCode.DEADLINE_EXCEEDED)]
+FAILURES = [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK]
+
+
+def answer_of(**fields: Any) -> Callable[[int], bytes]:
+    """The answer to the batch of an id."""
+    return lambda batch_id: answers([new_outcomes(id=batch_id, **fields)])
 
 
 class Answering:
-    """An instance that answers each call with a status, or with bytes."""
+    """An instance that ends each stream with a status, at once or at its first batch, or answers each batch."""
 
     def __init__(self) -> None:
+        self.accepts = True
         self.code = grpc.StatusCode.OK
         self.trailer: tuple[tuple[str, str], ...] = ()
-        self.answer = b""
-        self.calls = 0
+        self.answer: Callable[[int], bytes] = lambda batch_id: b""
+        self.ends_at_once = False
+        self.streams = 0
+        self.batches = 0
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
-        async def answer(message: bytes, context: Any) -> bytes:
-            self.calls += 1
+        async def exchange(messages: Any, context: Any) -> None:
+            self.streams += 1
+            if self.accepts:
+                await context.send_initial_metadata(((ACCEPTED, "1"),))
+                await self._answer(context)
             if self.code is not grpc.StatusCode.OK:
                 await context.abort(self.code, "of the test", self.trailer)
-            return self.answer
 
-        return grpc.unary_unary_rpc_method_handler(answer)
+        return grpc.stream_stream_rpc_method_handler(exchange)
+
+    async def _answer(self, context: Any) -> None:
+        """Batches, until one ends the stream."""
+        while (message := await context.read()) is not NOTHING:
+            self.batches += 1
+            if self.code is not grpc.StatusCode.OK:
+                return
+            [batch] = read_batches(message)
+            await context.write(self.answer(batch.id))
+            if self.ends_at_once:
+                return
 
 
 @contextlib.asynccontextmanager
@@ -330,53 +392,187 @@ async def answering() -> AsyncGenerator[tuple[Answering, str]]:
         await server.stop(drain_seconds=0.0)
 
 
-async def test_no_status_says_that_a_batch_was_not_started():
+async def test_no_status_says_that_a_batch_that_was_sent_was_not_started():
     async with answering() as (handlers, address), running() as other, calling(address, other.address) as caller:
-        for code in UNKNOWN:
+        for code in FAILURES:
             handlers.code = code
             for operation, request, expected in CLASSES.values():
                 caller.clock.seconds += 10.0  # after an ejection it is probed, and gets the batch
-                before = handlers.calls
+                before = handlers.batches
                 assert kinds(await caller.send(request, operation=operation)) == [expected], code
-                assert handlers.calls == before + 1
+                assert handlers.batches == before + 1
         assert other.numbers == []
 
 
-@pytest.mark.parametrize("reason", ["unknown_operation", "too_many_calls", "late", "of a newer release"])
+async def test_nothing_was_sent_where_a_stream_is_not_accepted_whatever_its_status():
+    async with answering() as (handlers, address), running() as other, calling(address, other.address) as caller:
+        handlers.accepts = False
+        for number, code in enumerate(grpc.StatusCode):
+            handlers.code = code
+            caller.clock.seconds += 10.0
+            assert kinds(await caller.send(Ask(number=number))) == [Said], code
+            assert handlers.streams == number + 1
+        assert other.numbers == list(range(len(grpc.StatusCode)))
+
+
+async def test_an_instance_that_refuses_a_stream_leaves_the_batch_to_another():
+    async with answering() as (handlers, address), running() as other, calling(address, other.address) as caller:
+        handlers.accepts = False
+        handlers.code, handlers.trailer = grpc.StatusCode.RESOURCE_EXHAUSTED, ((NOT_STARTED, "too_many_calls"),)
+        assert kinds(await caller.send(Ask(number=1))) == [Said]
+        assert (handlers.streams, other.numbers) == (1, [1])
+
+
+async def test_a_stream_that_is_not_accepted_in_time_leaves_the_batch_to_another():
+    async def silent(messages: Any, context: Any) -> None:
+        await asyncio.Event().wait()
+
+    handler = grpc.stream_stream_rpc_method_handler(silent)
+    server = GrpcServer(HOST, 0, limits=RPC_LIMITS)
+    await server.start([SimpleNamespace(service=lambda details: handler)])  # pyright: ignore[reportArgumentType]
+    limits = ClientLimits(connect_seconds=0.2)
+    async with running() as other, calling(server.address, other.address, limits=limits) as caller:
+        assert kinds(await caller.send(Ask(number=1))) == [Said]
+    await server.stop(drain_seconds=0.0)
+
+
+@pytest.mark.parametrize("reason", ["unknown_operation", "too_many_batches", "of a newer release"])
 async def test_a_batch_that_was_refused_unstarted_goes_to_another_instance(reason: str):
     async with answering() as (handlers, address), running() as other, calling(address, other.address) as caller:
-        handlers.code, handlers.trailer = grpc.StatusCode.RESOURCE_EXHAUSTED, ((NOT_STARTED, reason),)
+        handlers.answer = answer_of(not_started=reason, another_may_start_it=True)
         assert kinds(await caller.send(Ask(number=1))) == [Said]
-        assert (handlers.calls, other.numbers) == (1, [1])
+        assert (handlers.batches, other.numbers) == (1, [1])
 
 
 async def test_a_batch_that_the_service_does_not_understand_is_a_bug_and_goes_nowhere_else():
     async with answering() as (handlers, address), running() as other, calling(address, other.address) as caller:
-        handlers.code, handlers.trailer = grpc.StatusCode.INVALID_ARGUMENT, ((NOT_STARTED, "malformed_body"),)
+        handlers.answer = answer_of(not_started="malformed_body")
         assert kinds(await caller.send(Ask())) == [Internal]
         assert other.numbers == []
 
 
-ODD_ANSWERS = {
-    "no envelope": b"\xff\xff",
-    "nothing": b"",
-    "no MessagePack": outcomes(b"{}"),
-    "lists in lists": outcomes(b"\x91" * 60_000),
-    "two outcomes for one request": outcomes(b"\x92\x80\x80"),
-    "more than the bound": outcomes(b"x" * MIB),
+ODD_ANSWERS: dict[str, Callable[[int], bytes]] = {
+    "no message": lambda batch_id: b"\xff\xff",
+    "nothing": lambda batch_id: b"",
+    "of another batch": lambda batch_id: answers([new_outcomes(id=batch_id + 1, outcomes=b"\x90")]),
+    "of none": lambda batch_id: answers([new_outcomes(outcomes=b"\x90")]),
+    "neither outcomes nor a refusal": answer_of(),
+    "no MessagePack": answer_of(outcomes=b"{}"),
+    "lists in lists": answer_of(outcomes=b"\x91" * 60_000),
+    "two outcomes for one request": answer_of(outcomes=b"\x92\x80\x80"),
+    "more than the bound": answer_of(outcomes=b"x" * MIB),
+    "more than a message may have": answer_of(is_too_large=True),
 }
 
 
 @pytest.mark.parametrize("answer", ODD_ANSWERS.values(), ids=ODD_ANSWERS)
-async def test_an_answer_that_does_not_say_what_was_done_leaves_it_unknown(answer: bytes):
+async def test_an_answer_that_does_not_say_what_was_done_leaves_it_unknown(answer: Callable[[int], bytes]):
     async with (
         answering() as (handlers, address),
-        calling(address, limits=ClientLimits(answer_bytes=MIB // 2)) as caller,
     ):
-        handlers.answer = answer
+        handlers.answer, handlers.ends_at_once = answer, True
         for operation, expected in ((Things.change, OutcomeUnknown), (Things.read, Unavailable)):
-            caller.clock.seconds += 10.0
-            assert kinds(await caller.send(Ask(), operation=operation)) == [expected]
+            async with calling(address, limits=ClientLimits(answer_bytes=MIB // 2)) as caller:
+                assert kinds(await caller.send(Ask(), operation=operation)) == [expected]
+
+
+# ------------------------------------------------------------------------------------------------------------- streams
+
+
+async def test_batches_share_one_stream_and_end_in_their_own_order():
+    async with running() as one, calling(one.address) as caller:
+        slow = caller.start(Ask(number=1, do="hang"))
+        await until_true(lambda: one.numbers == [1])
+        for number in range(2, 6):
+            assert kinds(await caller.send(Ask(number=number))) == [Said]
+        assert not slow.done()
+        one.service.release.set()
+        assert kinds(await slow) == [Said]
+        assert one.served.calls == 1
+
+
+async def test_batches_that_wait_for_a_writer_share_a_message_up_to_a_size():
+    async with running() as one, Link(one.served.port) as link, calling(link.address) as caller:
+        assert kinds(await caller.send(Ask(number=0))) == [Said]
+        link.passes.clear()
+        calls = [caller.start(Ask(number=1, text="x" * (12 * MIB)))]  # more than sockets take
+        stream = next(iter(caller.transport._channels._channels.values())).streams["things"]
+        calls += [caller.start(Ask(number=n, text="x" * (LARGE_BYTES // 3))) for n in range(2, 8)]
+        await until_true(lambda: len(stream._unsent) == 6)
+        taken = [len(stream._next()) for _ in range(4)]
+        assert taken == [2, 2, 2, 0]
+        for call in calls:
+            call.cancel()
+        link.passes.set()
+
+
+async def test_a_batch_whose_callers_leave_before_it_is_written_is_not_sent():
+    async with running() as one, Link(one.served.port) as link, calling(link.address) as caller:
+        assert kinds(await caller.send(Ask(number=1))) == [Said]
+        link.passes.clear()
+        large = caller.start(Ask(number=2, text="x" * (12 * MIB)))  # more than sockets take
+        leaving, staying = caller.start(Ask(number=3)), caller.start(Ask(number=4))
+        held = next(iter(caller.transport._channels._channels.values()))
+        await until_true(lambda: len(held.streams["things"]._unsent) == 2)
+        leaving.cancel()
+        link.passes.set()
+        assert kinds(await large) + kinds(await staying) == [Said, Said]
+        assert one.numbers == [1, 2, 4]
+
+
+async def test_a_stream_without_batches_ends_and_the_next_batch_opens_another(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(streams, "IDLE_SECONDS", 0.05)
+    async with running() as one, calling(one.address) as caller:
+        hanging = caller.start(Ask(number=1, do="hang"))
+        await until_true(lambda: one.numbers == [1])
+        await asyncio.sleep(0.2)  # four times the bound: a stream with a batch stays
+        assert one.served.running == 1
+        one.service.release.set()
+        assert kinds(await hanging) == [Said]
+        await until_true(lambda: one.served.running == 0)
+
+        assert kinds(await caller.send(Ask(number=2))) == [Said]
+        assert one.served.calls == 2
+
+
+async def test_an_instance_that_drains_ends_its_streams_when_their_callers_know():
+    """No batch is on its way when a stream ends, so that none is unknown."""
+    async with running() as one, calling(one.address) as caller:
+        calls = [caller.start(Ask(number=n)) for n in range(40)]
+        hanging = caller.start(Ask(number=99, do="hang"))
+        await until_true(lambda: 99 in one.numbers)
+        one.served.handlers.drain(DRAIN_SECONDS)
+        assert [kinds(await call) for call in calls] == [[Said]] * 40
+        assert one.served.running == 1
+        one.service.release.set()
+        assert kinds(await hanging) == [Said]
+        await until_true(lambda: one.served.running == 0)
+        with pytest.raises(Unavailable):
+            await caller.send(Ask(number=100))
+
+
+async def test_an_answer_of_more_than_a_message_may_have_leaves_other_batches_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(serving, "LARGEST_ANSWER_BYTES", 10_000)
+    async with running() as one, calling(one.address) as caller:
+        hanging = caller.start(Ask(number=1, do="hang"))
+        await until_true(lambda: one.numbers == [1])
+        assert kinds(await caller.send(Ask(number=2, text="x" * 10_000))) == [OutcomeUnknown]
+        one.service.release.set()
+        assert kinds(await hanging) == [Said]
+
+
+async def test_batches_beyond_the_bound_of_a_stream_are_refused_unstarted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(serving, "MOST_BATCHES", 2)
+    async with running() as one, running() as other, calling(one.address) as caller:
+        hanging = [caller.start(Ask(number=n, do="hang")) for n in range(2)]
+        await until_true(lambda: len(one.numbers) == 2)
+        with pytest.raises(Unavailable):
+            await caller.send(Ask(number=2))
+        caller.registry.list(one.address, other.address)
+        assert kinds(await caller.send(Ask(number=3))) == [Said]
+        one.service.release.set()
+        assert [kinds(await call) for call in hanging] == [[Said]] * 2
+        assert (sorted(one.numbers), other.numbers) == ([0, 1], [3])
 
 
 # ----------------------------------------------------------------------------------------------- connections that break
@@ -468,10 +664,9 @@ async def test_a_caller_that_leaves_does_not_cancel_its_batch():
     async with running() as one, calling(one.address) as caller:
         call = caller.start(Ask(number=1, do="hang"))
         await until_true(lambda: one.numbers == [1])
-        server = one.served._server
         call.cancel()
-        await until_true(lambda: server.running == 0)
-        assert len(one.served.handlers._running) == 1
+        assert kinds(await caller.send(Ask(number=2))) == [Said]
+        await until_true(lambda: len(one.served.handlers._running) == 1)
 
         one.service.release.set()
         await until_true(lambda: not one.served.handlers._running)
@@ -493,63 +688,91 @@ async def test_a_batch_beyond_the_bound_goes_in_parts_and_a_request_beyond_it_is
     async with running() as one, calling(one.address, limits=ClientLimits(batch_bytes=10_000)) as caller:
         answers = await caller.send(*(Ask(number=n, text="x" * 3_000) for n in range(8)))
         assert kinds(answers) == [Said] * 8
-        assert one.served.calls == 4
+        assert len(one.service.batches) == 4
 
 
 # ------------------------------------------------------------------------------------------------------ trust, metadata
 
 
-async def raw_call(address: str, path: str, message: bytes, metadata: Any = (), timeout: float | None = 30.0) -> Any:
-    """A call as another program would make it: the error, or the answer."""
-    async with grpc.aio.insecure_channel(address) as made:
-        try:
-            return await made.unary_unary(path)(message, metadata=metadata, timeout=timeout)
-        except grpc.aio.AioRpcError as error:
-            return error
-
-
-def token(service: str = "orders") -> tuple[tuple[str, str], ...]:
-    """Valid for a minute from now: tests are collected long before they run."""
-    return (("authorization", f"Bearer {signer(service).token('things')}"),)
-
-
 Metadata = tuple[tuple[str, str], ...]
-PATH = "/mercato.rpc.v1.things/change"
-REFUSALS: dict[str, tuple[str, bytes, Callable[[], Metadata], float | None, grpc.StatusCode, str]] = {
-    "without a token": (PATH, b"", lambda: (), 30.0, grpc.StatusCode.UNAUTHENTICATED, "untrusted"),
-    "a forged token": (
-        PATH,
-        b"",
-        lambda: (("authorization", "Bearer x"),),
-        30.0,
-        grpc.StatusCode.UNAUTHENTICATED,
-        "untrusted",
-    ),
-    "no deadline": (PATH, batch(b"\x90"), token, None, grpc.StatusCode.INVALID_ARGUMENT, "malformed_header"),
-    "no envelope": (PATH, b"\xff\xff", token, 30.0, grpc.StatusCode.INVALID_ARGUMENT, "malformed_body"),
-    "no batch": (PATH, batch(b"{}"), token, 30.0, grpc.StatusCode.INVALID_ARGUMENT, "malformed_body"),
-    "an empty batch": (PATH, batch(b"\x90"), token, 30.0, grpc.StatusCode.INVALID_ARGUMENT, "wrong_batch_size"),
-    "an unknown operation": (PATH + "x", b"", token, 30.0, grpc.StatusCode.UNIMPLEMENTED, "unknown_operation"),
+PATH = "/mercato.rpc.v1.things/Exchange"
+
+
+def token(service: str = "orders") -> str:
+    """Valid for a minute from now: tests are collected long before they run."""
+    return f"Bearer {signer(service).token('things')}"
+
+
+async def refusal_of_stream(address: str, path: str, metadata: Metadata) -> tuple[grpc.StatusCode, str]:
+    """The status, and the reason why nothing was started, of a stream of another program, which sends nothing."""
+    async with grpc.aio.insecure_channel(address) as made:
+        call = made.stream_stream(path)(metadata=metadata)
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await call.read()
+    return raised.value.code(), str(dict(raised.value.trailing_metadata())[NOT_STARTED])
+
+
+STREAMS = {
+    "without a token": (PATH, lambda: "", grpc.StatusCode.UNAUTHENTICATED, "untrusted"),
+    "a forged token": (PATH, lambda: "Bearer x", grpc.StatusCode.UNAUTHENTICATED, "untrusted"),
+    "another service": (PATH.replace("things", "cars"), token, grpc.StatusCode.UNIMPLEMENTED, "unknown_operation"),
+    "another method": (PATH + "x", token, grpc.StatusCode.UNIMPLEMENTED, "unknown_operation"),
 }
 
 
-@pytest.mark.parametrize(("path", "message", "made", "timeout", "code", "reason"), REFUSALS.values(), ids=REFUSALS)
-async def test_what_is_no_batch_is_refused_unstarted(
-    path: str, message: bytes, made: Callable[[], Metadata], timeout: float | None, code: grpc.StatusCode, reason: str
+@pytest.mark.parametrize(("path", "made", "code", "reason"), STREAMS.values(), ids=STREAMS)
+async def test_a_stream_that_is_none_is_refused_before_a_message_is_received(
+    path: str, made: Callable[[], str], code: grpc.StatusCode, reason: str
 ):
     async with running() as one:
-        error = await raw_call(one.address, path, message, made(), timeout)
+        assert await refusal_of_stream(one.address, path, (("authorization", made()),)) == (code, reason)
 
-        assert (error.code(), dict(error.trailing_metadata())[NOT_STARTED]) == (code, reason)
+
+GOOD = {"id": 7, "operation": "change", "remaining_ms": 30_000.0, "requests": b"\x90"}
+BATCHES: dict[str, tuple[dict[str, Any], bool, str]] = {
+    "without a token": ({"authorization": ""}, False, "untrusted"),
+    "a forged token": ({"authorization": "Bearer x"}, False, "untrusted"),
+    "no deadline": ({"remaining_ms": 0.0}, False, "malformed_header"),
+    "a deadline in the past": ({"remaining_ms": -1.0}, False, "malformed_header"),
+    "a deadline that is no number": ({"remaining_ms": float("nan")}, False, "malformed_header"),
+    "no end": ({"remaining_ms": float("inf")}, False, "malformed_header"),
+    "no batch": ({"requests": b"{}"}, False, "malformed_body"),
+    "an empty batch": ({}, False, "wrong_batch_size"),
+    "an unknown operation": ({"operation": "changes"}, True, "unknown_operation"),
+    "no operation": ({"operation": ""}, True, "unknown_operation"),
+}
+
+
+@pytest.mark.parametrize(("fields", "is_for_another", "reason"), BATCHES.values(), ids=BATCHES)
+async def test_what_is_no_batch_is_refused_unstarted_and_the_stream_goes_on(
+    fields: dict[str, Any], is_for_another: bool, reason: str
+):
+    async with running() as one, grpc.aio.insecure_channel(one.address) as made:
+        call = made.stream_stream(PATH)(metadata=(("authorization", token()),))
+        for _ in range(2):
+            await call.write(batches([new_batch(**{**GOOD, "authorization": token(), **fields})]))
+            [answer] = read_answers(cast("bytes", await call.read()))
+            assert (answer.id, answer.not_started, answer.another_may_start_it) == (7, reason, is_for_another)
         assert one.numbers == []
 
 
-async def test_a_token_is_checked_before_the_message_is_received():
+async def test_a_message_that_is_none_ends_the_stream():
     async with running() as one, grpc.aio.insecure_channel(one.address) as made:
-        call = made.stream_unary(PATH)()  # sends no message
+        call = made.stream_stream(PATH)(metadata=(("authorization", token()),))
+        await call.write(b"\xff\xff")
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await call
-        assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            await call.read()
+        assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_message_beyond_the_bound_of_the_server_ends_the_stream():
+    async with running() as one, grpc.aio.insecure_channel(one.address) as made:
+        call = made.stream_stream(PATH)(metadata=(("authorization", token()),))
+        await call.write(batches([new_batch(requests=b"x" * RPC_LIMITS.message_bytes)]))
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await call.read()
+        assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert one.numbers == []
 
 
 async def test_a_caller_without_a_grant_is_forbidden_each_request():
@@ -559,17 +782,50 @@ async def test_a_caller_without_a_grant_is_forbidden_each_request():
         assert one.numbers == []
 
 
-async def test_the_metadata_have_the_release_the_token_and_the_trace():
+class Recording:
+    """An instance that keeps what it gets of each stream: its metadata, and its batches, which it does not answer."""
+
+    def __init__(self) -> None:
+        self.metadata: list[dict[str, Any]] = []
+        self.batches: list[Any] = []
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        self.metadata.append(dict(details.invocation_metadata))
+
+        async def exchange(messages: Any, context: Any) -> None:
+            await context.send_initial_metadata(((ACCEPTED, "1"),))
+            while (message := await context.read()) is not NOTHING:
+                self.batches.extend(read_batches(message))
+
+        return grpc.stream_stream_rpc_method_handler(exchange)
+
+
+async def test_a_batch_has_the_deadline_the_token_and_the_trace_and_the_stream_the_release():
     trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
     recorded = remote([Place(trace_id, SAMPLED | KEPT, 0xB7AD6B7169203331)])
-    async with calling() as caller:
-        contexts = [caller.context(), caller.context(span=recorded)]
-        metadata = dict(caller.transport._metadata(Things.change, contexts))
+    instance = Recording()
+    server = GrpcServer(HOST, 0, limits=RPC_LIMITS)
+    await server.start([instance])  # pyright: ignore[reportArgumentType]
+    async with calling(server.address) as caller:
+        spans = [[None, recorded], [None]]
+        sent = [
+            asyncio.create_task(caller.transport.send(Things.change, [Ask()] * len(some), contexts))
+            for some in spans
+            for contexts in [[caller.context(240.0, span) for span in some]]
+        ]
+        await until_true(lambda: len(instance.batches) == 2)
+        for task in sent:
+            task.cancel()
+        [metadata] = instance.metadata
+        first, second = instance.batches
 
         assert metadata["mercato-version"] == "1.2.3"
         assert metadata["authorization"].startswith("Bearer ")
-        assert metadata["traceparent"] == f"00-{trace_id}-b7ad6b7169203331-01"
-        assert "traceparent" not in dict(caller.transport._metadata(Things.change, contexts[:1]))
+        assert first.authorization == metadata["authorization"]
+        assert (first.operation, first.remaining_ms) == ("change", 240_000.0)
+        assert first.traceparent == f"00-{trace_id}-b7ad6b7169203331-01"
+        assert second.traceparent == ""
+    await server.stop(drain_seconds=0.0)
 
 
 async def test_calls_are_encrypted_and_the_server_is_verified(tmp_path: Path):
@@ -586,6 +842,8 @@ async def test_calls_are_encrypted_and_the_server_is_verified(tmp_path: Path):
         assert one.numbers == [1]
 
 
-def test_a_message_of_a_whole_batch_fits_its_envelope():
+def test_a_message_of_a_whole_batch_fits_the_bounds():
     body = encode_requests([Ask(text="x" * 1_000)], [Context(CUSTOMER, 10.0, "t", "r")], 0.0)
-    assert len(batch(body)) - len(body) < 16
+    fields: dict[str, Any] = {"id": 2**63, "remaining_ms": 1.0, "authorization": token(), "traceparent": "x" * 55}
+    message = batches([new_batch(requests=body, operation="x" * 100, **fields)])
+    assert len(message) - len(body) < ENVELOPE_BYTES // 4

@@ -80,11 +80,15 @@ class BatchReceiver:
 
     def describe(self, service: str, authorization: str) -> bytes:
         """The `InstanceStats` of a service as JSON, for any authenticated caller. Raises `RefusedBatch`."""
+        self.admit(service, authorization)
+        return msgspec.json.encode(self._stats.of(service))
+
+    def admit(self, service: str, authorization: str) -> None:
+        """Raises `RefusedBatch` for a caller that is not authenticated, and where it would get no outcomes anyway."""
         if service not in self._servers:
             raise RefusedBatch(NotStarted.UNKNOWN_OPERATION, "This process does not serve such a service.")
         self.check_not_draining()
         self.caller(service, authorization)
-        return msgspec.json.encode(self._stats.of(service))
 
     @contextlib.contextmanager
     def recording(self, operation: Operation[Any, Any]) -> Generator[OperationRecorder]:

@@ -35,3 +35,4 @@ class NotStarted(enum.StrEnum):
     MALFORMED_HEADER = "malformed_header"
     MALFORMED_BODY = "malformed_body"
     WRONG_BATCH_SIZE = "wrong_batch_size"
+    TOO_MANY_BATCHES = "too_many_batches"

@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
 
 from mercato.chassis.contract import Context, Operation
 from mercato.chassis.observability.clock import Clock
@@ -18,7 +17,6 @@ from mercato.chassis.rpc.transports.direct.client import (
     Answer,
     AnswerTooLarge,
     ClientLimits,
-    ConnectionBroke,
     DirectTransport,
     seconds_of,
 )
@@ -29,21 +27,20 @@ from mercato.chassis.rpc.transports.direct.wire import (
     HEADER_WORD,
     LONGEST_REMAINING_MS,
     NOT_STARTED,
-    TRACEPARENT,
     VERSION,
 )
 from mercato.chassis.rpc.transports.server_names import ServerName, by_registry
 from mercato.chassis.rpc.trust import TokenSigner
 
 from .channels import Channels, Metadata
-from .wire import PREFIX, batch, outcomes_in
+from .wire import new_batch
 
 CODE: Final = grpc.StatusCode
 TRY_NEXT_INSTANCE: Final = frozenset(
     {CODE.UNAVAILABLE, CODE.UNIMPLEMENTED, CODE.RESOURCE_EXHAUSTED, CODE.DEADLINE_EXCEEDED}
 )
-"""Statuses of answers that nothing was started, after which another instance may start the batch."""
-LEAST_SECONDS: Final = 0.001
+"""Statuses of streams that are not accepted, after which another instance may start the batch."""
+LEAST_MS: Final = 0.001
 """At least a little, also if the deadline passes right now: the receiver then refuses each expired request."""
 
 
@@ -79,25 +76,36 @@ class GrpcTransport(DirectTransport):
     async def _exchange(
         self, instance: Instance, operation: Operation[Any, Any], contexts: Sequence[Context], body: bytes
     ) -> Answer:
-        """Translates gRPC's errors."""
-        remaining_s = max(context.deadline for context in contexts) - self._clock.monotonic()
-        seconds = min(max(remaining_s, LEAST_SECONDS), LONGEST_REMAINING_MS / 1_000)
-        path = f"{PREFIX}{operation.service}/{operation.name}"
+        """Translates the statuses of streams."""
+        remaining_ms = (max(context.deadline for context in contexts) - self._clock.monotonic()) * 1_000
+        batch = new_batch(
+            requests=body,
+            operation=operation.name,
+            remaining_ms=min(max(remaining_ms, LEAST_MS), LONGEST_REMAINING_MS),
+            authorization=self._authorization(operation.service),
+            traceparent=traceparent_of(contexts),
+        )
         try:
-            message = await self._channels.call(
-                instance, path, batch(body), seconds, self._metadata(operation, contexts)
-            )
-            return Answer(CODE.OK.name, outcomes_in(message))
+            outcomes = await self._channels.exchange(instance, batch, lambda: self._metadata(operation.service))
         except grpc.aio.AioRpcError as error:
-            return _answer(error)
-        except DecodeError as error:
-            raise ConnectionBroke(str(error)) from error
+            return _refusal(error)
+        if outcomes.is_too_large or len(outcomes.outcomes) > self._limits.answer_bytes:
+            raise AnswerTooLarge
+        if not outcomes.not_started:
+            return Answer(CODE.OK.name, outcomes.outcomes)
+        return Answer(
+            NOT_STARTED,
+            None,
+            outcomes.not_started,
+            outcomes.draining_seconds,
+            outcomes.another_may_start_it,
+        )
 
-    def _metadata(self, operation: Operation[Any, Any], contexts: Sequence[Context]) -> Metadata:
-        metadata = [(AUTHORIZATION, BEARER + self._signer.token(operation.service)), *self._versions]
-        if (parent := traceparent_of(contexts)) is not None:
-            metadata.append((TRACEPARENT, parent))
-        return metadata
+    def _authorization(self, service: str) -> str:
+        return BEARER + self._signer.token(service)
+
+    def _metadata(self, service: str) -> Metadata:
+        return ((AUTHORIZATION, self._authorization(service)), *self._versions)
 
     def _update(self, service: str) -> None:
         super()._update(service)
@@ -105,19 +113,9 @@ class GrpcTransport(DirectTransport):
         self._channels.keep(frozenset(instance.address for instance in instances))
 
 
-def _answer(error: grpc.aio.AioRpcError) -> Answer:
-    """What a status other than OK means. Raises `ConnectionBroke`, `AnswerTooLarge`, or TimeoutError."""
+def _refusal(error: grpc.aio.AioRpcError) -> Answer:
+    """What it means that an instance does not accept a stream."""
     code, trailer = error.code(), dict(error.trailing_metadata() or ())
-    if NOT_STARTED not in trailer:
-        match code:
-            case CODE.DEADLINE_EXCEEDED:
-                raise TimeoutError
-            case CODE.UNAVAILABLE | CODE.CANCELLED:
-                raise ConnectionBroke(f"{code.name}: {error.details()}") from error
-            case CODE.RESOURCE_EXHAUSTED:
-                raise AnswerTooLarge from error
-            case _:
-                return Answer(code.name)
     return Answer(
         code.name,
         None,

@@ -19,7 +19,7 @@ from mercato.chassis.rpc.transports.server_names import ServerName, by_registry
 from mercato.chassis.rpc.trust import TokenSigner
 
 from .channels import Channels
-from .wire import DESCRIBE, PREFIX, outcomes_in
+from .wire import DESCRIBE, PREFIX, read_answers
 
 ANSWER_SECONDS: Final = 1.0
 
@@ -54,7 +54,8 @@ class GrpcInspector:
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 message = await self._channels.call(instance, path, b"", ANSWER_SECONDS, metadata)
-            return Inspected(instance.address, msgspec.json.decode(outcomes_in(message), type=InstanceStats))
+            [stats] = read_answers(message)
+            return Inspected(instance.address, msgspec.json.decode(stats.outcomes, type=InstanceStats))
         except NotConnected:
             both = "no connection: is it encrypted by a certificate that this process verifies?"
             return Inspected(instance.address, problem=both if self._is_encrypted else "no connection")
@@ -62,7 +63,7 @@ class GrpcInspector:
             return Inspected(instance.address, problem="no answer within a second")
         except grpc.aio.AioRpcError as error:
             return Inspected(instance.address, problem=_problem(error))
-        except (DecodeError, msgspec.MsgspecError):
+        except (DecodeError, ValueError, msgspec.MsgspecError):
             return Inspected(instance.address, problem="an answer that is none of ours")
 
 
