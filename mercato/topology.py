@@ -35,7 +35,8 @@ from mercato.contracts.products import Products
 from mercato.contracts.roles import ALL_ROLES, STAFF_ONLY
 from mercato.contracts.users import Users
 from mercato.gateway import access_log
-from mercato.gateway.app import Asgi, Gateway
+from mercato.gateway.app import Gateway
+from mercato.gateway.asgi import Asgi
 from mercato.gateway.auth import Authenticator, Verifier, own_hosts
 from mercato.gateway.cross_origin import CrossOrigin
 from mercato.gateway.early import EarlyRefusals

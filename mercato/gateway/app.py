@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -40,6 +40,7 @@ from mercato.chassis.observability.telemetry import Telemetry
 from mercato.contracts.events import Events
 from mercato.contracts.money import DEFAULT_CURRENCY
 from mercato.gateway import access_log, cursors, guests, idempotency, problems, representations, totals
+from mercato.gateway.asgi import Asgi, Client, Lines, Receive, Scope, Send
 from mercato.gateway.auth import Authenticator
 from mercato.gateway.cross_origin import CrossOrigin
 from mercato.gateway.headers import (
@@ -58,7 +59,6 @@ from mercato.gateway.streams.limits import StreamLimits
 from mercato.gateway.streams.opening import OnlyHead, OpenStream, Streams, accepted, last_event_id
 from mercato.gateway.validation import (
     ClientGone,
-    Receive,
     all_wrong,
     decode_body,
     decode_query,
@@ -72,14 +72,6 @@ from mercato.gateway.validation import (
     texts_of,
 )
 from mercato.gateway.waiting import Waiting
-
-Scope = MutableMapping[str, Any]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
-Client = tuple[str, int] | None
-"""The address and port of a connection."""
-Lines = list[bytes]
-"""Header fields of an answer as they are on the wire, `name: value`. The server adds Date and Content-Length."""
 
 REQUEST_SECONDS: Final = 10.0
 ADDRESS_LENGTH: Final = 64

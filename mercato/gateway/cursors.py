@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final
 from urllib.parse import parse_qsl, urlencode
 
@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from mercato.chassis.contract import MAX_ID, InvalidRequest
+from mercato.gateway.asgi import Scope
 from mercato.gateway.route import Input, Page, Route
 from mercato.gateway.validation import QUERY_FIELDS_LIMIT, invalid
 
@@ -28,8 +29,6 @@ SLICE_LIMIT: Final = 200
 _POSITIONS: Final = frozenset({"after", "before"})
 _NO_FILTERS: Final = _POSITIONS | {CURSOR, "limit", "access_token"}
 _MARK: Final = CURSOR.encode() + b"="
-
-Scope = MutableMapping[str, Any]
 
 
 class SliceQuery(Input):

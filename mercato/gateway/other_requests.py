@@ -11,11 +11,11 @@ import structlog
 from mercato.chassis.contract import ANONYMOUS_ACTOR, current
 from mercato.chassis.hosting.host import GATEWAY
 from mercato.gateway import problems, representations
+from mercato.gateway.asgi import Asgi, Receive, Scope, Send
 from mercato.gateway.headers import RequestHeaders
-from mercato.gateway.validation import Receive
 
 if TYPE_CHECKING:
-    from mercato.gateway.app import Asgi, Gateway, Scope, Send
+    from mercato.gateway.app import Gateway
 
 log = structlog.stdlib.get_logger("mercato.gateway", service=GATEWAY)
 

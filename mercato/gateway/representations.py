@@ -8,12 +8,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Final
+from typing import Final
 
+from mercato.gateway.asgi import Send
 from mercato.gateway.headers import RequestHeaders
-
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 SMALLEST_BYTES: Final = 1_024
 """A smaller body fits in one packet with its headers, compressed or not."""

@@ -10,13 +10,14 @@ import itertools
 import operator
 import re
 import types
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, TypeVar, Union, cast, get_args, get_origin
 from urllib.parse import parse_qsl
 
 import msgspec
 
 from mercato.chassis.contract import MAX_ID, FieldError, InvalidRequest, ServiceError, checks, explained
+from mercato.gateway.asgi import Receive
 from mercato.gateway.money import AmountIn, ExactFloat, MoneyIn, currency_errors, decode_amount, exact_float
 from mercato.gateway.problems import BodyTooLarge, MalformedJson, RouteNotFound
 from mercato.gateway.route import Form, Input
@@ -24,7 +25,6 @@ from mercato.gateway.route import Form, Input
 S = TypeVar("S", bound=msgspec.Struct)
 T = TypeVar("T")
 
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 ERRORS_LIMIT: Final = 50
 """At most so many wrong fields are named; a body of a megabyte can have more."""

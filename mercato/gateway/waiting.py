@@ -19,12 +19,12 @@ from mercato.chassis.contract import ServiceError
 from mercato.chassis.hosting.host import GATEWAY
 from mercato.chassis.http import LONG_RESPONSE
 from mercato.gateway import problems
+from mercato.gateway.asgi import Send
 from mercato.gateway.route import Wait
 
 log = structlog.stdlib.get_logger("mercato.gateway", service=GATEWAY)
 
 Ask = Callable[[Any], Awaitable[Any]]
-Send = Callable[[Any], Awaitable[None]]
 
 
 class WaitingRoute(Protocol):

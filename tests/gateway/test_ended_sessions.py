@@ -11,7 +11,7 @@ import pytest_asyncio
 from mercato import topology
 from mercato.chassis.hosting.host import GATEWAY
 from mercato.contracts.users import SetRole, Users
-from mercato.gateway.app import Asgi
+from mercato.gateway.asgi import Asgi
 from mercato.testing.cluster import Cluster
 from mercato.testing.responses import Response, assert_problem
 from mercato.testing.shop import DEMO_PASSWORD, STAFF_EMAIL, STAFF_PASSWORD, Shop

@@ -14,7 +14,8 @@ import pytest
 from mercato import topology
 from mercato.chassis.contract import ANONYMOUS_ACTOR, Actor
 from mercato.chassis.observability.clock import Clock, SystemClock
-from mercato.gateway.app import Asgi, Gateway
+from mercato.gateway.app import Gateway
+from mercato.gateway.asgi import Asgi
 from mercato.gateway.problems import TooManyRequests
 from mercato.gateway.rates import (
     FORGOTTEN_SECONDS,

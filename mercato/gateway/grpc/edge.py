@@ -39,7 +39,8 @@ from mercato.chassis.observability.telemetry import Telemetry
 from mercato.contracts.field_numbers import Numbers
 from mercato.contracts.protos import full_method
 from mercato.gateway import access_log
-from mercato.gateway.app import ADDRESS_LENGTH, Client, Gateway, address_of
+from mercato.gateway.app import ADDRESS_LENGTH, Gateway, address_of
+from mercato.gateway.asgi import Client
 from mercato.gateway.grpc.codecs import Codecs
 from mercato.gateway.grpc.methods import Method
 from mercato.gateway.grpc.statuses import DETAILS_KEY, code_of, sentence_of, status_of

@@ -17,6 +17,7 @@ from mercato.chassis.observability.telemetry import Telemetry
 from mercato.contracts.events import EventPage, FollowEvents
 from mercato.contracts.roles import STAFF
 from mercato.gateway import problems, representations
+from mercato.gateway.asgi import Send
 from mercato.gateway.headers import RequestHeaders
 from mercato.gateway.route import Route, RouteRequest, Streamed
 from mercato.gateway.validation import invalid
@@ -24,7 +25,7 @@ from mercato.gateway.validation import invalid
 from .entries import Interest, message
 from .feed import SharedFeed
 from .limits import Places, StreamLimits
-from .stream import CATCH_UP_LIMIT, Send, Stream, position_message
+from .stream import CATCH_UP_LIMIT, Stream, position_message
 
 MEDIA_TYPE: Final = "text/event-stream"
 HEAD: Final = (

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, Final, TypeVar
 
 from mercato.chassis.contract import ServiceError
 from mercato.contracts.events import EventPage
+from mercato.gateway.asgi import Send
 
 from .entries import Interest
 from .feed import LOST, SharedFeed, pause
 from .limits import StreamLimits
 
 T = TypeVar("T")
-Send = Callable[[Any], Awaitable[None]]
 
 CATCH_UP_LIMIT: Final = 200
 """Entries of one page that a stream reads while it is behind: they go to the client before the next page is read."""
