@@ -22,14 +22,17 @@ from mercato.contracts.users import Register, Users
 from mercato.gateway.app import Gateway
 from mercato.gateway.streams.limits import StreamLimits
 
+from .builds import builds
 from .cluster import Cluster
-from .harness import ServiceHarness
+from .harness import TEST_CALL_SECONDS, ServiceHarness
 from .responses import Response
 from .transports import AnyTransport
 
 DEMO_PASSWORD = "demo-password"
 STAFF_EMAIL = "staff@example.com"
 STAFF_PASSWORD = "a password for the tests"
+PATIENT = HttpLimits(response_grace_seconds=TEST_CALL_SECONDS)
+"""On a busy machine all takes longer."""
 
 
 class ShopClient:
@@ -141,7 +144,9 @@ class Shop(ShopClient):
     ) -> Self:
         """`slow_seconds`: by default no request is slow, however long a busy machine takes for it."""
         harness = harness_class(cluster, transport, options)
-        await harness.open(topology.builds())
+        await harness.open(builds())
+        for contract in topology.SERVICES.values():
+            harness.client(contract)  # calls of services and the gateway have as long as their caller
         for service in harness.host.services.values():
             if service.seed_demo:
                 await service.seed_demo()
@@ -159,11 +164,12 @@ class Shop(ShopClient):
             streams=streams,
         )
         stop, ready = asyncio.Event(), asyncio.Event()
-        server = topology.server(app, listener, harness.host.telemetry, ready.set, limits=limits)
+        server = topology.server(app, listener, harness.host.telemetry, ready.set, limits=limits or PATIENT)
         serving = asyncio.create_task(server.run_until(stop))
         await ready.wait()
         shop = cls(harness, f"http://127.0.0.1:{address[1]}", stop, serving, is_open=is_open)
         shop.app, shop.load = app, app.load
+        app.seconds = TEST_CALL_SECONDS
         if has_grpc:
             shop.grpc_address = await shop.stack.enter_async_context(
                 topology.public_grpc(app, harness.host.telemetry, "127.0.0.1", 0)

@@ -41,9 +41,9 @@ from mercato.contracts.products import (
 from mercato.contracts.users import Register, UserNotFound, Users
 from mercato.services.orders.app import build
 from mercato.services.products.app import build as build_products
-from mercato.services.users.app import build as build_users
 from mercato.testing.actors import ALICE, BOB, STAFF
 from mercato.testing.builders import LAMP, MUG, quote, user
+from mercato.testing.builds import build_users
 from mercato.testing.cluster import Cluster, database_name
 from mercato.testing.harness import ServiceHarness
 from mercato.testing.injection import fail

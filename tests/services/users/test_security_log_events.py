@@ -19,8 +19,8 @@ from mercato.contracts.refunds import OrderRefunded
 from mercato.contracts.users import ListSecurityLog, SecurityEntry, Users
 from mercato.services.products.app import build as build_products
 from mercato.services.users import log_store
-from mercato.services.users.app import build as build_users
 from mercato.services.users.consumers import SECURITY_LOG
+from mercato.testing.builds import build_users
 from mercato.testing.harness import ServiceHarness
 from mercato.testing.injection import FailAt, Inject
 from mercato.testing.waiting import until
