@@ -18,7 +18,7 @@ from .waiting import BOUND_SECONDS
 
 PAUSE_SECONDS_MAX = 0.5
 BETWEEN_SECONDS = 0.02
-"""Between two requests of a client that makes load: processes start beside it."""
+"""Before a client sends a request again, and between the requests of one that leaves cores to what starts beside it."""
 LATER = frozenset({503, 504})
 """Statuses of a shop that recovers, or whose machine is busy: a client sends the request again."""
 
@@ -134,18 +134,20 @@ class Clients:
 class Buyers(Clients):
     """Clients that place orders, each with a new key, until the block ends; every answer is counted.
 
-    A buyer whose request got no answer, a 503 or a 504, sends it again with the same key, as documented.
+    A buyer whose request got no answer, a 503 or a 504, sends it again with the same key, as documented. Each waits
+    for `pause_seconds` between two orders.
     """
 
     _runs = itertools.count(1)
 
-    def __init__(self, caller: Callable[[], Caller], count: int = 4) -> None:
+    def __init__(self, caller: Callable[[], Caller], count: int = 4, pause_seconds: float = 0.0) -> None:
         super().__init__(count)
         self.placed: dict[str, int] = {}
         self.statuses: Counter[int] = Counter()
         self.unanswered = 0
         self.pending: set[str] = set()
         self._caller = caller
+        self._pause_seconds = pause_seconds
         self._name = f"load-{next(self._runs)}"
 
     def work(self, number: int) -> None:
@@ -157,7 +159,7 @@ class Buyers(Clients):
                     if self.stopped.wait(BETWEEN_SECONDS):
                         return
                 self.pending.discard(key)
-                if self.stopped.wait(BETWEEN_SECONDS):
+                if self.stopped.wait(self._pause_seconds):
                     return
 
     def order(self, caller: Caller, key: str) -> Response:

@@ -20,7 +20,7 @@ from mercato import __version__, topology
 from mercato.cli.logs import OWNER
 from mercato.embedded_postgres import processes
 from mercato.gateway.spans import HTTP_SECONDS
-from mercato.testing.caller import Buyers, Caller, everything
+from mercato.testing.caller import BETWEEN_SECONDS, Buyers, Caller, everything
 from mercato.testing.cluster import Cluster
 from mercato.testing.command import run_command
 from mercato.testing.process import Identity, Process, SharedProcess, command_line
@@ -108,7 +108,7 @@ def test_any_other_process_that_is_killed_starts_again_and_no_order_is_lost(shop
 
 
 def assert_survives(shop: Process, target: str) -> None:
-    with Buyers(shop.caller) as buyers:
+    with Buyers(shop.caller, pause_seconds=BETWEEN_SECONDS) as buyers:
         wait_until(lambda: len(buyers.placed) >= ORDERS, BOUND_SECONDS, lambda: str(buyers.statuses))
         before = shop.tree().instances[target]
         shop.kill(before)
@@ -145,7 +145,7 @@ def resume(process: Identity) -> None:
 @over_one_transport
 @pytest.mark.parametrize("name", ["nats-server", "postgres"])
 def test_a_killed_database_or_nats_server_is_started_again(shop: Process, name: str):
-    with Buyers(shop.caller) as buyers:
+    with Buyers(shop.caller, pause_seconds=BETWEEN_SECONDS) as buyers:
         wait_until(lambda: len(buyers.placed) >= ORDERS, BOUND_SECONDS, lambda: str(buyers.statuses))
         shop.kill(server(shop, name))
         shop.wait_for_line(f"{'NATS' if name == 'nats-server' else 'PostgreSQL'} is running again")
@@ -166,7 +166,7 @@ def server(shop: Process, name: str) -> Identity:
 def test_every_process_ends_when_the_owner_is_killed(keeper: SharedProcess):
     shop = keeper.shop("--split", "--replicas", "gateway=2")
     metrics = metrics_folder(shop)
-    with Buyers(shop.caller) as buyers:
+    with Buyers(shop.caller, pause_seconds=BETWEEN_SECONDS) as buyers:
         wait_until(lambda: len(buyers.placed) >= ORDERS, BOUND_SECONDS, lambda: str(buyers.statuses))
         assert metrics.is_dir()
         shop.kill()

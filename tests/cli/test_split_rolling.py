@@ -12,7 +12,7 @@ import pytest
 
 from mercato import topology
 from mercato.embedded_postgres import processes
-from mercato.testing.caller import BETWEEN_SECONDS, Buyers, Caller, Clients
+from mercato.testing.caller import Buyers, Caller, Clients
 from mercato.testing.process import Process, SharedProcess
 from mercato.testing.waiting import BOUND_SECONDS, wait_until
 
@@ -24,7 +24,7 @@ IS_CAMPAIGN = os.environ.get("CAMPAIGN") == "full"
 READS = 100
 
 
-@pytest.fixture(params=["nats", *(["http"] if IS_CAMPAIGN else [])], scope="module")
+@pytest.fixture(params=["nats", *(["http", "grpc"] if IS_CAMPAIGN else [])], scope="module")
 def transport(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -46,7 +46,7 @@ class Readers(Clients):
 
     def work(self, number: int) -> None:
         with self._caller() as client:
-            while not self.stopped.wait(BETWEEN_SECONDS):
+            while not self.stopped.is_set():
                 self.statuses[client.get("/products/100").status] += 1
 
 
