@@ -506,6 +506,17 @@ async def test_batches_that_wait_for_a_writer_share_a_message_up_to_a_size():
         link.passes.set()
 
 
+async def test_a_message_may_be_larger_than_a_batch_of_its_caller():
+    limits = ClientLimits(batch_bytes=10_000, answer_bytes=30_000)
+    async with running() as one, calling(one.address, limits=limits) as caller:
+        hanging = [caller.start(Ask(number=n, text="x" * 9_000, do="hang")) for n in range(20)]
+        await until_true(lambda: len(one.numbers) == 20)
+        assert kinds(await caller.send(Ask(number=20, text="x" * 9_000))) == [Said]
+        one.service.release.set()
+        assert [kinds(await call) for call in hanging] == [[Said]] * 20
+        assert one.served.calls == 1
+
+
 async def test_a_batch_whose_callers_leave_before_it_is_written_is_not_sent():
     async with running() as one, Link(one.served.port) as link, calling(link.address) as caller:
         assert kinds(await caller.send(Ask(number=1))) == [Said]

@@ -17,7 +17,7 @@ from mercato.chassis.rpc.transports.direct.wire import NOT_STARTED
 from mercato.chassis.rpc.transports.server_names import ServerName
 
 from .streams import IDLE_SECONDS, Stream
-from .wire import ACCEPTED, ENVELOPE_BYTES, EXCHANGE, PREFIX, Batch, Outcomes
+from .wire import ACCEPTED, EXCHANGE, PREFIX, RPC_LIMITS, Batch, Outcomes
 
 PING_SECONDS: Final = 10.0
 PING_ANSWER_SECONDS: Final = 5.0
@@ -37,6 +37,7 @@ class _Channel:
         self.calls = 0
         """Those that run, streams too."""
         self.is_gone = False
+        self.is_closed = False
         self.streams: dict[str, Stream] = {}
         """Those that take batches, by service."""
         self.opening: dict[str, asyncio.Task[Stream]] = {}
@@ -175,10 +176,11 @@ class Channels:
         return held
 
     def _open(self, address: str, name: str) -> grpc.aio.Channel:
-        longest = self._limits.batch_bytes + ENVELOPE_BYTES, self._limits.answer_bytes + ENVELOPE_BYTES
         options: list[tuple[str, int | str]] = [
-            ("grpc.max_send_message_length", longest[0]),
-            ("grpc.max_receive_message_length", longest[1]),
+            # A message beyond these would end the stream for all its batches: a batch or an answer beyond a smaller
+            # limit of this caller is split, or given up, alone.
+            ("grpc.max_send_message_length", RPC_LIMITS.message_bytes),
+            ("grpc.max_receive_message_length", RPC_LIMITS.answer_bytes),
             ("grpc.enable_retries", 0),
             ("grpc.enable_http_proxy", 0),
             ("grpc.enable_channelz", 0),
@@ -210,6 +212,9 @@ class Channels:
             self._close(held)
 
     def _close(self, held: _Channel) -> None:
+        if held.is_closed:
+            return
+        held.is_closed = True
         task = asyncio.ensure_future(held.channel.close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)

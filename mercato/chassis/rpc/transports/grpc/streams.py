@@ -73,6 +73,13 @@ class Stream:
         self._idle = self._loop.call_later(IDLE_SECONDS, self._look_whether_idle)
 
     async def _write(self) -> None:
+        try:
+            await self._write_all()
+        finally:
+            if not self.is_leaving:  # a stream without a writer is none
+                self._call.cancel()
+
+    async def _write_all(self) -> None:
         while self._unsent or not self.is_leaving:
             if not self._unsent:
                 self._to_write.clear()
