@@ -784,6 +784,14 @@ async def test_what_is_no_batch_is_refused_unstarted_and_the_stream_goes_on(
         assert one.numbers == []
 
 
+async def test_batches_that_end_together_share_a_message():
+    async with running() as one, grpc.aio.insecure_channel(one.address) as made:
+        call = made.stream_stream(PATH)(metadata=(("authorization", token()),))
+        refused: list[Any] = [new_batch(**{**GOOD, "id": n, "authorization": token()}) for n in (1, 2, 3)]
+        await call.write(batches(refused))
+        assert [answer.id for answer in read_answers(cast("bytes", await call.read()))] == [1, 2, 3]
+
+
 async def test_a_message_that_is_none_ends_the_stream():
     async with running() as one, grpc.aio.insecure_channel(one.address) as made:
         call = made.stream_stream(PATH)(metadata=(("authorization", token()),))

@@ -205,6 +205,7 @@ class _Stream:
             return
         self._is_writing = True
         try:
+            await asyncio.sleep(0)  # batches that end in the same turn of the loop share a message
             while self._unsent and not self._context.done():
                 await self._context.write(answers(self._next()))
         except grpc.aio.BaseError:
