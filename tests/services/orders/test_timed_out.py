@@ -28,8 +28,14 @@ async def test_an_order_whose_caller_timed_out_is_placed_once(
         first = asyncio.ensure_future(harness.orders.place(mugs(key="key")))
     await until_true(lambda: pause.reached.is_set() or first.done())
     assert pause.reached.is_set(), "it had begun when its caller stopped waiting"
-    with pytest.raises(DeadlineExceeded):
+    try:
         await first
+    except DeadlineExceeded:
+        pass
+    else:
+        # An attempt between processes has a share of the time, and the next one may have done it.
+        assert harness.transport not in ("local", "loopback")
+        is_stored = True
     assert await harness.count("orders") == int(is_stored)
     remove()
     pause.resume.set()
@@ -38,7 +44,8 @@ async def test_an_order_whose_caller_timed_out_is_placed_once(
         again = await harness.orders.place(mugs(key="key"))
         once_more = await harness.orders.place(mugs(key="key"))
 
-    assert again.replayed is is_stored or harness.repeats
+    # Between processes an attempt that no caller waits for may still be at work, and be the one.
+    assert again.replayed is is_stored or (again.replayed and harness.transport != "local")
     assert (once_more.replayed, once_more.order.id) == (True, again.order.id)
     for table in ("orders", "order_products", "history"):
         assert await harness.count(table) == 1
