@@ -589,6 +589,20 @@ async def test_an_answer_beyond_the_bound_of_a_caller_leaves_other_batches_alone
         assert kinds(await hanging) == [Said]
 
 
+async def test_a_fault_at_the_instance_leaves_the_outcome_unknown_at_once(monkeypatch: pytest.MonkeyPatch):
+    async def broken(*_: object, **__: object) -> bytes:
+        raise RuntimeError("of the test")
+
+    async with running() as one, calling(one.address) as caller:
+        assert kinds(await caller.send(Ask(number=1))) == [Said]
+        with monkeypatch.context() as broken_now:
+            broken_now.setattr(one.served.handlers._receiver, "run", broken)
+            async with asyncio.timeout(BOUND_SECONDS):
+                assert kinds(await caller.send(Ask(number=2))) == [OutcomeUnknown]
+        assert kinds(await caller.send(Ask(number=3))) == [Said]
+        assert one.served.calls == 1
+
+
 async def test_batches_beyond_the_bound_of_a_stream_are_refused_unstarted(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(serving, "MOST_BATCHES", 2)
     async with running() as one, running() as other, calling(one.address) as caller:

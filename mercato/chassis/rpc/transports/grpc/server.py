@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import grpc.aio
+import structlog
 from google.protobuf.message import DecodeError
 
 from mercato.chassis.grpc import NOTHING
 from mercato.chassis.observability.clock import Clock
 from mercato.chassis.rpc.server import Server
 from mercato.chassis.rpc.stats import Stats
-from mercato.chassis.rpc.transports.direct.server import BatchReceiver, RefusedBatch
+from mercato.chassis.rpc.transports.direct.server import SHOWN_CHARACTERS, BatchReceiver, RefusedBatch
 from mercato.chassis.rpc.transports.direct.wire import (
     AUTHORIZATION,
     DRAINING_SECONDS,
@@ -45,6 +46,8 @@ from .wire import (
 if TYPE_CHECKING:  # what the stubs give parameters has none when it runs
     Context = grpc.aio.ServicerContext[Any, Any]
     Handler = grpc.RpcMethodHandler[Any, Any]
+
+log = structlog.stdlib.get_logger("mercato.rpc.grpc")
 
 CODES: Final[Mapping[NotStarted, grpc.StatusCode]] = {
     NotStarted.DRAINING: grpc.StatusCode.UNAVAILABLE,
@@ -100,6 +103,10 @@ class RpcHandlers(grpc.GenericRpcHandler):
             return _refusing(refused)
 
         async def exchange(messages: Any, context: Context) -> None:
+            try:
+                receiver.check_not_draining()  # it may have begun since the stream was admitted
+            except RefusedBatch as refused:
+                await _abort(context, refused)
             stream = _Stream(receiver, service, metadata.get(VERSION, ""), context, self._start)
             self._streams.add(stream)
             try:
@@ -172,6 +179,9 @@ class _Stream:
                 another_may_start_it=refused.reason in FOR_ANOTHER,
                 draining_seconds=refused.draining_seconds or 0.0,
             )
+        except Exception as error:  # an edge: without an answer its callers would wait until their deadlines
+            log.error("rpc_failed", service=self._service, operation=batch.operation[:SHOWN_CHARACTERS], exc_info=error)
+            outcomes = new_outcomes(id=batch.id)  # neither outcomes nor a refusal: unknown
         await self._write(outcomes)
 
     async def _outcomes(self, batch: Batch) -> bytes:
@@ -231,13 +241,17 @@ def _describing(stats: bytes) -> Handler:
 
 def _refusing(refused: RefusedBatch) -> Handler:
     """A handler that reads nothing."""
+
+    async def refuse(messages: Any, context: Context) -> bytes:
+        await _abort(context, refused)
+        return b""
+
+    return grpc.stream_unary_rpc_method_handler(refuse)
+
+
+async def _abort(context: Context, refused: RefusedBatch) -> None:
     trailer = [(NOT_STARTED, str(refused.reason))]
     if refused.draining_seconds is not None:
         trailer.append((DRAINING_SECONDS, f"{refused.draining_seconds:.3f}"))
     code = CODES.get(refused.reason, grpc.StatusCode.INVALID_ARGUMENT)
-
-    async def refuse(messages: Any, context: Context) -> bytes:
-        await context.abort(code, refused.detail, tuple(trailer))
-        return b""
-
-    return grpc.stream_unary_rpc_method_handler(refuse)
+    await context.abort(code, refused.detail, tuple(trailer))
