@@ -1,12 +1,10 @@
-"""The gRPC transport: conformance, what the end of a stream means, and connections that break or stand still."""
+"""The gRPC transport: conformance, balancing and drain, connections that break or stand still, and trust."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import grpc
@@ -16,8 +14,7 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from grpc_tools import protoc
 
-from chassis.rpc.breakers import ManualClock
-from mercato.chassis.contract import Context, Internal, Operation, OutcomeUnknown, Span, Unavailable
+from mercato.chassis.contract import Context, Operation, OutcomeUnknown, Unavailable
 from mercato.chassis.contract.context import KEPT, SAMPLED, Place
 from mercato.chassis.contract.places import remote
 from mercato.chassis.grpc import NOTHING, GrpcServer, GrpcTls
@@ -30,13 +27,11 @@ from mercato.chassis.rpc.server import Server
 from mercato.chassis.rpc.transports import Transport
 from mercato.chassis.rpc.transports.direct.client import ClientLimits
 from mercato.chassis.rpc.transports.direct.wire import NOT_STARTED
-from mercato.chassis.rpc.transports.grpc import channels, server as serving, streams
+from mercato.chassis.rpc.transports.grpc import channels
 from mercato.chassis.rpc.transports.grpc.client import GrpcTransport
-from mercato.chassis.rpc.transports.grpc.server import RpcHandlers
 from mercato.chassis.rpc.transports.grpc.wire import (
     ACCEPTED,
     ENVELOPE_BYTES,
-    LARGE_BYTES,
     RPC_LIMITS,
     answers,
     batches,
@@ -49,44 +44,20 @@ from mercato.chassis.rpc.trust import TokenSigner
 from mercato.testing.certificates import certificate
 from mercato.testing.waiting import BOUND_SECONDS, until_true
 
-from .conformance import CUSTOMER, Ask, Conformance, Said, Stage, Things, ThingsService, server_of
-from .served import HOST, Listed, signer, trust_of
+from .conformance import CUSTOMER, Ask, Conformance, Said, Stage, Things
+from .grpc_served import (
+    CLASSES,
+    Link,
+    Served,
+    calling,
+    closed_address,
+    kinds,
+    running,
+)
+from .served import HOST, signer
 
 MIB = 1_048_576
 DRAIN_SECONDS = 3.0
-
-
-class Served:
-    """`RpcHandlers` behind the gRPC server, on a free port. It counts the calls: each stream is one."""
-
-    def __init__(self, servers: Mapping[str, Server], port: int = 0, tls: GrpcTls | None = None) -> None:
-        self.handlers = RpcHandlers(servers, trust_of(servers), SystemClock())
-        self.calls = 0
-        self._server = GrpcServer(HOST, port, limits=RPC_LIMITS, tls=tls)
-
-    @property
-    def address(self) -> str:
-        return self._server.address
-
-    @property
-    def port(self) -> int:
-        return self._server.port
-
-    def service(self, details: grpc.HandlerCallDetails) -> Any:
-        self.calls += 1
-        return self.handlers.service(details)
-
-    @property
-    def running(self) -> int:
-        """Calls, so streams."""
-        return self._server.running
-
-    async def open(self) -> None:
-        await self._server.start([self])  # pyright: ignore[reportArgumentType]
-
-    async def close(self) -> None:
-        await self._server.stop(drain_seconds=0.0)
-        await self.handlers.end()
 
 
 class OverGrpc:
@@ -121,77 +92,6 @@ class TestGrpc(Conformance):
         with stage.acting(CUSTOMER):
             answer = await stage.things.change(request)
         assert answer.echo is not request
-
-
-class Process:
-    """An instance of `Things`."""
-
-    def __init__(self, port: int = 0, tls: GrpcTls | None = None) -> None:
-        self.service = ThingsService()
-        self.served = Served({"things": server_of(self.service, SystemClock())}, port, tls)
-
-    @property
-    def address(self) -> str:
-        return self.served.address
-
-    @property
-    def numbers(self) -> list[int]:
-        """Of the requests that its handlers got, in order."""
-        return [request.number for batch in self.service.batches for request in batch]
-
-
-@contextlib.asynccontextmanager
-async def running(port: int = 0, tls: GrpcTls | None = None) -> AsyncGenerator[Process]:
-    process = Process(port, tls)
-    await process.served.open()
-    try:
-        yield process
-    finally:
-        process.service.release.set()
-        await process.served.close()
-
-
-class Caller:
-    """A client of the instances that a registry names; its clock is moved by the test."""
-
-    def __init__(self, *addresses: str, limits: ClientLimits | None = None, ca: bytes | None = None) -> None:
-        self.clock = ManualClock()
-        self.registry = Listed(*addresses)
-        self.transport = GrpcTransport(
-            self.registry, signer(), self.clock, version="1.2.3", limits=limits, chance=lambda: 0.0, ca=ca
-        )
-
-    def context(self, seconds: float = 240.0, span: Span | None = None) -> Context:
-        return Context(CUSTOMER, self.clock.seconds + seconds, "t", "r", span)
-
-    async def send(self, *asks: Ask, operation: Operation[Any, Any] = Things.change) -> Sequence[Any]:
-        return await self.transport.send(operation, asks, [self.context()] * len(asks))
-
-    def start(self, *asks: Ask) -> asyncio.Task[Sequence[Any]]:
-        return asyncio.create_task(self.send(*asks))
-
-
-@contextlib.asynccontextmanager
-async def calling(
-    *addresses: str, limits: ClientLimits | None = None, ca: bytes | None = None
-) -> AsyncGenerator[Caller]:
-    caller = Caller(*addresses, limits=limits, ca=ca)
-    try:
-        yield caller
-    finally:
-        await caller.transport.close()
-
-
-def kinds(outcomes: Sequence[Any]) -> list[type[Any]]:
-    return [type(outcome) for outcome in outcomes]
-
-
-async def closed_address() -> str:
-    """An address of loopback on which no process listens."""
-    server = GrpcServer(HOST, 0)
-    await server.start([])
-    await server.stop()
-    return server.address
 
 
 # ------------------------------------------------------------------------------------------------------------- envelope
@@ -328,338 +228,7 @@ async def test_an_operation_that_one_instance_does_not_know_is_asked_of_another(
         await older.close()
 
 
-# --------------------------------------------------------------------------------------- what the end of a stream means
-
-KEYED = Ask(idempotency_key="a")
-CLASSES = {
-    "safe": (Things.read, Ask(), Unavailable),
-    "keyed": (Things.put, KEYED, Unavailable),
-    "keyed, without a key": (Things.put, Ask(), OutcomeUnknown),
-    "never": (Things.change, KEYED, OutcomeUnknown),
-    "never, single": (Things.move, KEYED, OutcomeUnknown),
-}
-FAILURES = [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK]
-
-
-def answer_of(**fields: Any) -> Callable[[int], bytes]:
-    """The answer to the batch of an id."""
-    return lambda batch_id: answers([new_outcomes(id=batch_id, **fields)])
-
-
-class Answering:
-    """An instance that ends each stream with a status, at once or at its first batch, or answers each batch."""
-
-    def __init__(self) -> None:
-        self.accepts = True
-        self.code = grpc.StatusCode.OK
-        self.trailer: tuple[tuple[str, str], ...] = ()
-        self.answer: Callable[[int], bytes] = lambda batch_id: b""
-        self.ends_at_once = False
-        self.streams = 0
-        self.batches = 0
-
-    def service(self, details: grpc.HandlerCallDetails) -> Any:
-        async def exchange(messages: Any, context: Any) -> None:
-            self.streams += 1
-            if self.accepts:
-                await context.send_initial_metadata(((ACCEPTED, "1"),))
-                await self._answer(context)
-            if self.code is not grpc.StatusCode.OK:
-                await context.abort(self.code, "of the test", self.trailer)
-
-        return grpc.stream_stream_rpc_method_handler(exchange)
-
-    async def _answer(self, context: Any) -> None:
-        """Batches, until one ends the stream."""
-        while (message := await context.read()) is not NOTHING:
-            self.batches += 1
-            if self.code is not grpc.StatusCode.OK:
-                return
-            [batch] = read_batches(message)
-            await context.write(self.answer(batch.id))
-            if self.ends_at_once:
-                return
-
-
-@contextlib.asynccontextmanager
-async def answering() -> AsyncGenerator[tuple[Answering, str]]:
-    handlers = Answering()
-    server = GrpcServer(HOST, 0, limits=RPC_LIMITS)
-    await server.start([handlers])  # pyright: ignore[reportArgumentType]
-    try:
-        yield handlers, server.address
-    finally:
-        await server.stop(drain_seconds=0.0)
-
-
-async def test_no_status_says_that_a_batch_that_was_sent_was_not_started():
-    async with answering() as (handlers, address), running() as other, calling(address, other.address) as caller:
-        for code in FAILURES:
-            handlers.code = code
-            for operation, request, expected in CLASSES.values():
-                caller.clock.seconds += 10.0  # after an ejection it is probed, and gets the batch
-                before = handlers.batches
-                assert kinds(await caller.send(request, operation=operation)) == [expected], code
-                assert handlers.batches == before + 1
-        assert other.numbers == []
-
-
-async def test_nothing_was_sent_where_a_stream_is_not_accepted_whatever_its_status():
-    async with answering() as (handlers, address), running() as other, calling(address, other.address) as caller:
-        handlers.accepts = False
-        for number, code in enumerate(grpc.StatusCode):
-            handlers.code = code
-            caller.clock.seconds += 10.0
-            assert kinds(await caller.send(Ask(number=number))) == [Said], code
-            assert handlers.streams == number + 1
-        assert other.numbers == list(range(len(grpc.StatusCode)))
-
-
-async def test_an_instance_that_refuses_a_stream_leaves_the_batch_to_another():
-    async with answering() as (handlers, address), running() as other, calling(address, other.address) as caller:
-        handlers.accepts = False
-        handlers.code, handlers.trailer = grpc.StatusCode.RESOURCE_EXHAUSTED, ((NOT_STARTED, "too_many_calls"),)
-        assert kinds(await caller.send(Ask(number=1))) == [Said]
-        assert (handlers.streams, other.numbers) == (1, [1])
-
-
-@pytest.mark.parametrize("greets", [True, False])
-async def test_a_stream_that_is_not_accepted_in_time_leaves_the_batch_to_another(*, greets: bool):
-    """Initial metadata without our word may be those of a proxy in between."""
-    received = list[object]()
-
-    async def silent(messages: Any, context: Any) -> None:
-        if greets:
-            await context.send_initial_metadata((("server", "a proxy"),))
-        received.append(await context.read())
-
-    handler = grpc.stream_stream_rpc_method_handler(silent)
-    server = GrpcServer(HOST, 0, limits=RPC_LIMITS)
-    await server.start([SimpleNamespace(service=lambda details: handler)])  # pyright: ignore[reportArgumentType]
-    limits = ClientLimits(connect_seconds=0.2)
-    async with running() as other, calling(server.address, other.address, limits=limits) as caller:
-        assert kinds(await caller.send(Ask(number=1))) == [Said]
-    await server.stop(drain_seconds=0.0)
-    assert all(message is NOTHING for message in received)
-
-
-@pytest.mark.parametrize("reason", ["unknown_operation", "too_many_batches", "of a newer release"])
-async def test_a_batch_that_was_refused_unstarted_goes_to_another_instance(reason: str):
-    async with answering() as (handlers, address), running() as other, calling(address, other.address) as caller:
-        handlers.answer = answer_of(not_started=reason, another_may_start_it=True)
-        assert kinds(await caller.send(Ask(number=1))) == [Said]
-        assert (handlers.batches, other.numbers) == (1, [1])
-
-
-async def test_a_batch_that_the_service_does_not_understand_is_a_bug_and_goes_nowhere_else():
-    async with answering() as (handlers, address), running() as other, calling(address, other.address) as caller:
-        handlers.answer = answer_of(not_started="malformed_body")
-        assert kinds(await caller.send(Ask())) == [Internal]
-        assert other.numbers == []
-
-
-ODD_ANSWERS: dict[str, Callable[[int], bytes]] = {
-    "no message": lambda batch_id: b"\xff\xff",
-    "nothing": lambda batch_id: b"",
-    "of another batch": lambda batch_id: answers([new_outcomes(id=batch_id + 1, outcomes=b"\x90")]),
-    "of none": lambda batch_id: answers([new_outcomes(outcomes=b"\x90")]),
-    "neither outcomes nor a refusal": answer_of(),
-    "no MessagePack": answer_of(outcomes=b"{}"),
-    "lists in lists": answer_of(outcomes=b"\x91" * 60_000),
-    "two outcomes for one request": answer_of(outcomes=b"\x92\x80\x80"),
-    "more than the bound": answer_of(outcomes=b"x" * MIB),
-    "more than a message may have": answer_of(is_too_large=True),
-}
-
-
-@pytest.mark.parametrize("answer", ODD_ANSWERS.values(), ids=ODD_ANSWERS)
-async def test_an_answer_that_does_not_say_what_was_done_leaves_it_unknown(answer: Callable[[int], bytes]):
-    async with (
-        answering() as (handlers, address),
-    ):
-        handlers.answer, handlers.ends_at_once = answer, True
-        for operation, expected in ((Things.change, OutcomeUnknown), (Things.read, Unavailable)):
-            async with calling(address, limits=ClientLimits(answer_bytes=MIB // 2)) as caller:
-                assert kinds(await caller.send(Ask(), operation=operation)) == [expected]
-
-
-# ------------------------------------------------------------------------------------------------------------- streams
-
-
-async def test_batches_share_one_stream_and_end_in_their_own_order():
-    async with running() as one, calling(one.address) as caller:
-        slow = caller.start(Ask(number=1, do="hang"))
-        await until_true(lambda: one.numbers == [1])
-        for number in range(2, 6):
-            assert kinds(await caller.send(Ask(number=number))) == [Said]
-        assert not slow.done()
-        one.service.release.set()
-        assert kinds(await slow) == [Said]
-        assert one.served.calls == 1
-
-
-async def test_batches_that_wait_for_a_writer_share_a_message_up_to_a_size():
-    async with running() as one, Link(one.served.port) as link, calling(link.address) as caller:
-        assert kinds(await caller.send(Ask(number=0))) == [Said]
-        link.passes.clear()
-        calls = [caller.start(Ask(number=1, text="x" * (12 * MIB)))]  # more than sockets take
-        stream = next(iter(caller.transport._channels._channels.values())).streams["things"]
-        calls += [caller.start(Ask(number=n, text="x" * (LARGE_BYTES // 3))) for n in range(2, 8)]
-        await until_true(lambda: len(stream._unsent) == 6)
-        taken = [len(stream._next()) for _ in range(4)]
-        assert taken == [2, 2, 2, 0]
-        for call in calls:
-            call.cancel()
-        link.passes.set()
-
-
-async def test_a_message_may_be_larger_than_a_batch_of_its_caller():
-    limits = ClientLimits(batch_bytes=10_000, answer_bytes=30_000)
-    async with running() as one, calling(one.address, limits=limits) as caller:
-        hanging = [caller.start(Ask(number=n, text="x" * 9_000, do="hang")) for n in range(20)]
-        await until_true(lambda: len(one.numbers) == 20)
-        assert kinds(await caller.send(Ask(number=20, text="x" * 9_000))) == [Said]
-        one.service.release.set()
-        assert [kinds(await call) for call in hanging] == [[Said]] * 20
-        assert one.served.calls == 1
-
-
-async def test_a_batch_whose_callers_leave_before_it_is_written_is_not_sent():
-    async with running() as one, Link(one.served.port) as link, calling(link.address) as caller:
-        assert kinds(await caller.send(Ask(number=1))) == [Said]
-        link.passes.clear()
-        large = caller.start(Ask(number=2, text="x" * (12 * MIB)))  # more than sockets take
-        leaving, staying = caller.start(Ask(number=3)), caller.start(Ask(number=4))
-        held = next(iter(caller.transport._channels._channels.values()))
-        await until_true(lambda: len(held.streams["things"]._unsent) == 2)
-        leaving.cancel()
-        link.passes.set()
-        assert kinds(await large) + kinds(await staying) == [Said, Said]
-        assert one.numbers == [1, 2, 4]
-
-
-async def test_a_stream_without_batches_ends_and_the_next_batch_opens_another(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(streams, "IDLE_SECONDS", 0.05)
-    async with running() as one, calling(one.address) as caller:
-        hanging = caller.start(Ask(number=1, do="hang"))
-        await until_true(lambda: one.numbers == [1])
-        await asyncio.sleep(0.2)  # four times the bound: a stream with a batch stays
-        assert kinds(await caller.send(Ask(number=2))) == [Said]
-        assert one.served.calls == 1
-        one.service.release.set()
-        assert kinds(await hanging) == [Said]
-        await until_true(lambda: one.served.running == 0)
-
-        assert kinds(await caller.send(Ask(number=3))) == [Said]
-        assert one.served.calls == 2
-
-
-async def test_an_instance_that_drains_ends_its_streams_when_their_callers_know():
-    """No batch is on its way when a stream ends, so that none is unknown."""
-    async with running() as one, calling(one.address) as caller:
-        calls = [caller.start(Ask(number=n)) for n in range(40)]
-        hanging = caller.start(Ask(number=99, do="hang"))
-        await until_true(lambda: 99 in one.numbers)
-        one.served.handlers.drain(DRAIN_SECONDS)
-        assert [kinds(await call) for call in calls] == [[Said]] * 40
-        assert one.served.running == 1
-        one.service.release.set()
-        assert kinds(await hanging) == [Said]
-        await until_true(lambda: one.served.running == 0)
-        with pytest.raises(Unavailable):
-            await caller.send(Ask(number=100))
-
-
-async def test_an_answer_of_more_than_a_message_may_have_leaves_other_batches_alone(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(serving, "LARGEST_ANSWER_BYTES", 10_000)
-    async with running() as one, calling(one.address) as caller:
-        hanging = caller.start(Ask(number=1, do="hang"))
-        await until_true(lambda: one.numbers == [1])
-        assert kinds(await caller.send(Ask(number=2, text="x" * 10_000))) == [OutcomeUnknown]
-        one.service.release.set()
-        assert kinds(await hanging) == [Said]
-
-
-async def test_an_answer_beyond_the_bound_of_a_caller_leaves_other_batches_alone():
-    async with running() as one, calling(one.address, limits=ClientLimits(answer_bytes=10_000)) as caller:
-        hanging = caller.start(Ask(number=1, do="hang"))
-        await until_true(lambda: one.numbers == [1])
-        assert kinds(await caller.send(Ask(number=2, text="x" * 10_000))) == [OutcomeUnknown]
-        one.service.release.set()
-        assert kinds(await hanging) == [Said]
-
-
-async def test_a_fault_at_the_instance_leaves_the_outcome_unknown_at_once(monkeypatch: pytest.MonkeyPatch):
-    async def broken(*_: object, **__: object) -> bytes:
-        raise RuntimeError("of the test")
-
-    async with running() as one, calling(one.address) as caller:
-        assert kinds(await caller.send(Ask(number=1))) == [Said]
-        with monkeypatch.context() as broken_now:
-            broken_now.setattr(one.served.handlers._receiver, "run", broken)
-            async with asyncio.timeout(BOUND_SECONDS):
-                assert kinds(await caller.send(Ask(number=2))) == [OutcomeUnknown]
-        assert kinds(await caller.send(Ask(number=3))) == [Said]
-        assert one.served.calls == 1
-
-
-async def test_batches_beyond_the_bound_of_a_stream_are_refused_unstarted(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(serving, "MOST_BATCHES", 2)
-    async with running() as one, running() as other, calling(one.address) as caller:
-        hanging = [caller.start(Ask(number=n, do="hang")) for n in range(2)]
-        await until_true(lambda: len(one.numbers) == 2)
-        with pytest.raises(Unavailable):
-            await caller.send(Ask(number=2))
-        caller.registry.list(one.address, other.address)
-        assert kinds(await caller.send(Ask(number=3))) == [Said]
-        one.service.release.set()
-        assert [kinds(await call) for call in hanging] == [[Said]] * 2
-        assert (sorted(one.numbers), other.numbers) == ([0, 1], [3])
-
-
 # ----------------------------------------------------------------------------------------------- connections that break
-
-
-class Link:
-    """A TCP connection in between, which can be cut, or stand still."""
-
-    def __init__(self, port: int) -> None:
-        self._target = port
-        self._writers: list[asyncio.StreamWriter] = []
-        self._pipes: set[asyncio.Task[None]] = set()
-        self.passes = asyncio.Event()
-        self.passes.set()
-        self.connections = 0
-
-    async def __aenter__(self) -> Link:
-        self._server = await asyncio.start_server(self._serve, HOST, 0)
-        self.address = f"{HOST}:{self._server.sockets[0].getsockname()[1]}"
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        self.cut()
-        for pipe in self._pipes:
-            pipe.cancel()
-
-    def cut(self) -> None:
-        for writer in self._writers:
-            writer.transport.abort()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
-        onward_reader, onward = await asyncio.open_connection(HOST, self._target)
-        self._writers += [writer, onward]
-        for pair in ((reader, onward), (onward_reader, writer)):
-            self._pipes.add(asyncio.create_task(self._pipe(*pair)))
-
-    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
-            while data := await reader.read(65_536):
-                await self.passes.wait()
-                writer.write(data)
-                await writer.drain()
-        writer.close()
 
 
 @pytest.mark.parametrize("name", ["safe", "keyed", "keyed, without a key", "never"])
