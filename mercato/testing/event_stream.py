@@ -87,11 +87,21 @@ class EventStream:
         return chunk[:-2]
 
     async def until(self, is_wanted: Callable[[Message], bool]) -> Message:
-        """Reads up to a message. Raises `EOFError` at the end of the stream."""
-        while (message := await self.next()) is not None:
-            if is_wanted(message):
-                return message
-        raise EOFError(f"the stream has ended, after {[(m.event, m.id) for m in self.seen]}")
+        """Reads up to a message. Raises `EOFError` at the end of the stream, `TimeoutError` where it does not come.
+
+        Heartbeats keep a stream alive that never has it.
+        """
+        try:
+            async with asyncio.timeout(BOUND_SECONDS):
+                while (message := await self.next()) is not None:
+                    if is_wanted(message):
+                        return message
+        except TimeoutError as error:
+            raise TimeoutError(f"the stream does not have it, after {self._events()}") from error
+        raise EOFError(f"the stream has ended, after {self._events()}")
+
+    def _events(self) -> list[tuple[str, int | None]]:
+        return [(message.event, message.id) for message in self.seen]
 
     async def event(self, name: str) -> Message:
         """Reads up to an event of a type."""
