@@ -31,6 +31,7 @@ SERVING = [
     "mercato.chassis.rpc.transports.nats",
     "mercato.chassis.rpc.transports.http.remote",
     "mercato.chassis.rpc.transports.grpc.remote",
+    "mercato.gateway.grpc.serving",
     "mercato.chassis.rpc.discovery.consul",
     "mercato.chassis.rpc.discovery.etcd",
     "mercato.chassis.rpc.discovery.mdns",

@@ -24,7 +24,7 @@ MIGRATE: Final = "migrate"
 TEST: Final = "test"
 
 COMPONENT: Final = "app.kubernetes.io/component"
-CUSTOM: Final = frozenset({"Cluster", "HTTPRoute", "PodMonitor", "PrometheusRule", "ServiceMonitor"})
+CUSTOM: Final = frozenset({"Cluster", "GRPCRoute", "HTTPRoute", "PodMonitor", "PrometheusRule", "ServiceMonitor"})
 """The kinds of custom resources."""
 
 Document = Mapping[str, Any]
@@ -80,6 +80,7 @@ FIXED: Final[Values] = {
     }
 }
 """No autoscaling; one process of the events."""
+API_OVER_GRPC: Final[Values] = {"grpc": {"enabled": True}}
 OPEN: Final[Values] = {"networkPolicy": {"enabled": False}}
 EVERYTHING: Final[Values] = {
     "image": {
@@ -150,6 +151,13 @@ EVERYTHING: Final[Values] = {
         "parentRefs": [{"name": "public", "namespace": "ingress", "sectionName": "https"}],
         "hostnames": ["shop.example"],
     },
+    **API_OVER_GRPC,
+    "grpcRoute": {
+        "enabled": True,
+        "annotations": {"example.com/route": "grpc"},
+        "parentRefs": [{"name": "public", "namespace": "ingress", "sectionName": "https"}],
+        "hostnames": ["grpc.shop.example"],
+    },
 }
 EVERYTHING_BUT_NATS: Final[Values] = {name: value for name, value in EVERYTHING.items() if name != "nats"}
 
@@ -162,6 +170,7 @@ SCENARIOS: Final[Mapping[str, Values]] = {
     "cluster": CLUSTER,
     "tls": TLS,
     "fixed": FIXED,
+    "api-over-grpc": API_OVER_GRPC,
     "open": OPEN,
     "everything": EVERYTHING,
     "everything-over-http": {**EVERYTHING_BUT_NATS, **HTTP},

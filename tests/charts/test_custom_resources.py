@@ -1,11 +1,12 @@
 """Custom resources, of which `kubernetes-validate` has no schemas: the whole of what is expected of them.
 
 The Cluster is written against CloudNativePG 1.31, the monitors and the rule against the Prometheus operator's
-`monitoring.coreos.com/v1`, the route against the Gateway API's `v1`.
+`monitoring.coreos.com/v1`, the routes against the Gateway API's `v1`.
 """
 
 from __future__ import annotations
 
+import pytest
 import yaml
 
 from charts.chart import (
@@ -114,19 +115,19 @@ def test_the_alerts_are_those_of_observability():
     assert (FOLDER / "files/rules.yml").resolve() == ROOT / "deploy/observability/rules.yml"
 
 
-def test_a_route_leads_to_the_gateway():
-    [route] = of_kind(scenario("everything"), "HTTPRoute").values()
+@pytest.mark.parametrize(
+    ("kind", "annotation", "host", "port"),
+    [("HTTPRoute", "shop", "shop.example", 8080), ("GRPCRoute", "grpc", "grpc.shop.example", 9090)],
+)
+def test_a_route_leads_to_the_gateway(kind: str, annotation: str, host: str, port: int):
+    """A rule that names no path, or no method, is for all of them."""
+    [route] = of_kind(scenario("everything"), kind).values()
     assert route["apiVersion"] == "gateway.networking.k8s.io/v1"
-    assert annotations_of(route) == {"example.com/route": "shop"}
+    assert annotations_of(route) == {"example.com/route": annotation}
     assert route["spec"] == {
         "parentRefs": [{"name": "public", "namespace": "ingress", "sectionName": "https"}],
-        "hostnames": ["shop.example"],
-        "rules": [
-            {
-                "matches": [{"path": {"type": "PathPrefix", "value": "/"}}],
-                "backendRefs": [{"name": "mercato-gateway", "port": 8080}],
-            }
-        ],
+        "hostnames": [host],
+        "rules": [{"backendRefs": [{"name": "mercato-gateway", "port": port}]}],
     }
 
 

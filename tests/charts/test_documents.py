@@ -184,6 +184,7 @@ def test_releases_select_their_own_pods():
         ("servers", ["mercato-admin-sales", "job/mercato-migrate-main"]),
         ("cluster", ["mercato-db-main-rw:5432", "`secret`: the secret of the shop"]),
         ("tls", ["shop-tls", "`ca.crt`, `tls.crt`, `tls.key`"]),
+        ("api-over-grpc", ["mercato-gateway.shop:9090, within the cluster"]),
         ("open", ["networkPolicy.enabled` is false"]),
         ("everything", ["metrics-token", "mail\n", "https://shop.example/docs"]),
     ],

@@ -62,6 +62,11 @@ def variables(pod: Pod) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------------- services
 
 
+def has_grpc(name: str, component: str) -> bool:
+    """Whether a component answers the API over gRPC."""
+    return component == GATEWAY and bool(SCENARIOS[name].get("grpc"))
+
+
 def test_the_services_are_those_of_the_topology():
     values = chart().values
     assert set(values["services"]) == set(SERVING)
@@ -69,7 +74,8 @@ def test_the_services_are_those_of_the_topology():
         deployments = of_kind(scenario(name), "Deployment")
         assert set(deployments) == {f"mercato-{component}" for component in SERVING}
         for pod in pods(list(deployments.values())):
-            assert [container["args"] for container in pod.containers] == [["serve", pod.component]]
+            grpc = ["--grpc-port", "9090"] if has_grpc(name, pod.component) else []
+            assert [container["args"] for container in pod.containers] == [["serve", pod.component, *grpc]]
 
 
 def test_the_databases_of_all_services_are_migrated():
@@ -87,7 +93,10 @@ def test_ports_are_those_of_the_transport_and_of_the_diagnostics(name: str):
         }
         rpc = {"rpc": 9080} if name in DIRECT and component != GATEWAY else {}
         diagnostics = {"diagnostics": 9190} if SCENARIOS[name].get("diagnostics") else {}
-        assert ports == {"http": 8080, **rpc, **diagnostics}, component
+        grpc = {"grpc": 9090} if has_grpc(name, component) else {}
+        assert ports == {"http": 8080, **rpc, **grpc, **diagnostics}, component
+        service = of_kind(scenario(name), "Service")[f"mercato-{component}"]["spec"]
+        assert {each["targetPort"]: each["port"] for each in service["ports"]} == {"http": 8080, **grpc}
 
 
 @pytest.mark.parametrize("name", ["http", "grpc"])
@@ -341,6 +350,8 @@ def wanted_egress(name: str, component: str) -> set[str]:
 
 def wanted_ingress(name: str, component: str) -> set[str]:
     clients = {"cluster:8080", "test:8080"} if component == GATEWAY else set[str]()
+    if has_grpc(name, component):
+        clients.add("cluster:9090")
     callers = [caller for caller in SERVING if component in called_by(caller)] if name in DIRECT else []
     operators = {"operators:9190"} if "diagnostics" in SCENARIOS[name] else set[str]()
     return {"monitoring:8080", *clients, *(f"{caller}:9080" for caller in callers), *operators}

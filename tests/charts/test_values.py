@@ -122,6 +122,14 @@ WRONG: Final[Mapping[str, tuple[Values, str]]] = {
         {"httpRoute": {"enabled": True}},
         "httpRoute.parentRefs is empty: name the Gateway that the route belongs to.",
     ),
+    "a route for gRPC without a Gateway": (
+        {"grpc": {"enabled": True}, "grpcRoute": {"enabled": True}},
+        "grpcRoute.parentRefs is empty: name the Gateway that the route belongs to.",
+    ),
+    "a route for gRPC to a gateway without a port for it": (
+        {"grpcRoute": {"enabled": True, "parentRefs": [{"name": "public"}]}},
+        "grpcRoute.enabled: the gateway has no port for gRPC: set grpc.enabled.",
+    ),
     "more replicas at least than at most": (
         {"services": {"orders": {"autoscaling": {"minReplicas": 4, "maxReplicas": 3}}}},
         "services.orders.autoscaling: minReplicas (4) is more than maxReplicas (3).",

@@ -90,7 +90,13 @@ What the schema of the values cannot say. Each failure is one sentence that name
 {{- if and .Values.ingress.enabled (not .Values.ingress.hosts) }}
 {{- fail "ingress.hosts is empty: name the hosts of the shop." }}
 {{- end }}
-{{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) }}
-{{- fail "httpRoute.parentRefs is empty: name the Gateway that the route belongs to." }}
+{{- range $name := list "httpRoute" "grpcRoute" }}
+{{- $route := get $.Values $name }}
+{{- if and $route.enabled (not $route.parentRefs) }}
+{{- fail (printf "%s.parentRefs is empty: name the Gateway that the route belongs to." $name) }}
+{{- end }}
+{{- end }}
+{{- if and .Values.grpcRoute.enabled (not .Values.grpc.enabled) }}
+{{- fail "grpcRoute.enabled: the gateway has no port for gRPC: set grpc.enabled." }}
 {{- end }}
 {{- end }}

@@ -7,6 +7,11 @@ The variables of the processes. A process takes its credentials from its own Sec
 {{- if and (ne .root.Values.transport "nats") (ne .component "gateway") }}yes{{ end }}
 {{- end }}
 
+{{/* "yes" for a component that answers the API over gRPC. */}}
+{{- define "mercato.hasGrpc" -}}
+{{- if and (eq .component "gateway") .root.Values.grpc.enabled }}yes{{ end }}
+{{- end }}
+
 {{/* The addresses of the services that a process calls directly. */}}
 {{- define "mercato.addresses" -}}
 {{- $addresses := list }}

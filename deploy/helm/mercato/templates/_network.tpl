@@ -82,6 +82,13 @@ podSelector:
   ports:
     - port: 8080
       protocol: TCP
+{{- if include "mercato.hasGrpc" . }}
+- from:
+    {{- toYaml $policy.gateway.from | nindent 4 }}
+  ports:
+    - port: 9090
+      protocol: TCP
+{{- end }}
 {{- end }}
 {{- with $policy.prometheus.from }}
 - from:
