@@ -1,18 +1,21 @@
 """What a shop answers of more requests than it can: goodput, latency, the time of refusals, recovery.
 
-    make bench-overload [ARGS="--seconds 5 --connections 128 --json"]
+    make bench-overload [ARGS="--seconds 5 --json"]
 
-Four requests of five browse, one places an order that is paid. A closed loop finds the capacity. Requests at a fixed
-rate follow, over many connections and from many addresses: at 0.8 of the capacity, at twice of it, then from five times
-the connections in a closed loop that does not wait where it is refused, and at half of the capacity right after that.
-The latency of a request counts from the moment when it was due. One load takes `--seconds`, and all of it at most the
-time that late answers have on top. Nothing is written to a file.
+Four requests of five browse, one places an order that is paid. Closed loops over 8 to 128 connections find the
+capacity, which is the rate of the best, and the connections that saturate: the fewest with 95 % of it. Requests at a
+fixed rate follow, over many connections and from many addresses: at 0.8 of the capacity, and at twice of it. Then come
+closed loops that do not wait where they are refused, over five times the connections that saturate, and over as many as
+a server has room for; and half of the capacity right after that. The latency of a request counts from the moment when
+it was due. One load takes `--seconds`, a closed loop that searches for the capacity a fifth of it, and all of it at
+most the time that late answers have on top. Nothing is written to a file.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import re
 import shutil
 import sys
@@ -39,24 +42,32 @@ WRONG: Final = 1
 FAILED: Final = 2
 SOURCES: Final = 20
 """One address has half of the connections of a server at most."""
+SEARCHED: Final = (8, 16, 32, 64, 128)
+"""The connections of the closed loops that find the capacity."""
+SATURATED: Final = 0.95
+OPEN_CONNECTIONS: Final = 512
+"""Of a load at a fixed rate."""
 MOST_CONNECTIONS: Final = 900
 """Of 1 024 that a server has."""
 METRICS_SECONDS: Final = 30.0
 
 
 class Step(msgspec.Struct, frozen=True):
-    """One load: a multiple of the capacity, or a closed loop (None), over so many times the connections."""
+    """One load: a multiple of the capacity, or a closed loop (None) over so many times the connections that saturate
+    it."""
 
     name: str
     times_capacity: float | None
-    times_connections: int
+    times_connections: float = 0.0
 
 
 STEPS: Final = (
-    Step("0.8 of the capacity", 0.8, 1),
-    Step("twice the capacity", 2.0, 4),
-    Step("five times the connections", None, 5),
-    Step("half of the capacity", 0.5, 1),
+    Step("0.8 of the capacity", 0.8),
+    Step("twice the capacity", 2.0),
+    Step("five times the connections", None, 5.0),
+    Step("half of the capacity", 0.5),
+    Step(f"{MOST_CONNECTIONS} connections", None, math.inf),
+    Step("half of the capacity", 0.5),
 )
 
 
@@ -64,6 +75,7 @@ class Figures(msgspec.Struct, frozen=True):
     """Of one load. Rates are answers a second, latencies milliseconds from the moment when a request was due."""
 
     name: str
+    connections: int
     offered: float
     """Requests a second that were sent."""
     good: float
@@ -81,10 +93,11 @@ class Figures(msgspec.Struct, frozen=True):
     """Of the load generator, in cores."""
 
     @classmethod
-    def of(cls, name: str, loaded: Loaded, capacity: float, limit: float) -> Figures:
+    def of(cls, name: str, connections: int, loaded: Loaded, capacity: float, limit: float) -> Figures:
         good = loaded.good / loaded.seconds
         return cls(
             name=name,
+            connections=connections,
             offered=round(loaded.requests / loaded.seconds, 1),
             good=round(good, 1),
             good_of_capacity=round(good / (capacity or good), 3),
@@ -102,7 +115,6 @@ class Figures(msgspec.Struct, frozen=True):
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench-overload", description=__doc__)
     parser.add_argument("--seconds", type=float, default=10.0, help="how long each load takes")
-    parser.add_argument("--connections", type=int, default=128, help="of the closed loop that finds the capacity")
     parser.add_argument("--workers", type=int, default=1, help="processes that serve requests (1)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, and no progress")
     options = parser.parse_args()
@@ -133,15 +145,32 @@ async def _measure(folder: Path, options: argparse.Namespace) -> list[Figures]:
         progress.line("filling the catalogue")
         await shop.fill()
         requests = mixed(shop)
-        closed = Plan(shop.address, options.connections, options.seconds, requests, refusals=True, sources=SOURCES)
+        closed = Plan(shop.address, SEARCHED[-1], options.seconds, requests, refusals=True, sources=SOURCES)
         await sent(program, msgspec.structs.replace(closed, seconds=min(3.0, options.seconds)))
         progress.line("finding the capacity")
-        capacity = await _loaded(program, shop, closed, "capacity", 0.0)
-        found = [capacity]
+        searched = [
+            await _loaded(
+                program,
+                shop,
+                msgspec.structs.replace(closed, connections=connections, seconds=max(2.0, options.seconds / 5)),
+                "closed loop",
+                0.0,
+            )
+            for connections in SEARCHED
+        ]
+        capacity = max(one.good for one in searched)
+        saturating = saturates(searched)
+        found = [msgspec.structs.replace(one, good_of_capacity=round(one.good / capacity, 3)) for one in searched]
         for step in STEPS:
             progress.line(step.name)
-            found.append(await _loaded(program, shop, plan_of(step, closed, capacity.good), step.name, capacity.good))
+            found.append(await _loaded(program, shop, plan_of(step, closed, capacity, saturating), step.name, capacity))
     return found
+
+
+def saturates(searched: Sequence[Figures]) -> int:
+    """The fewest connections with nearly the best rate."""
+    best = max(one.good for one in searched)
+    return min(one.connections for one in searched if one.good >= SATURATED * best)
 
 
 def mixed(shop: Mercato) -> tuple[Request, ...]:
@@ -150,20 +179,19 @@ def mixed(shop: Mercato) -> tuple[Request, ...]:
     return (*browse, *plan.requests("mercato", "pay", shop.products, shop.list_paths)[: len(browse) // 4])
 
 
-def plan_of(step: Step, closed: Plan, capacity: float) -> Plan:
-    """The load of a step, by that of the closed loop and the requests a second that it could do."""
-    return msgspec.structs.replace(
-        closed,
-        connections=min(closed.connections * step.times_connections, MOST_CONNECTIONS),
-        rate=step.times_capacity * capacity if step.times_capacity is not None else 0.0,
-    )
+def plan_of(step: Step, closed: Plan, capacity: float, saturating: int) -> Plan:
+    """The load of a step, by the requests a second that can be answered and the connections that reach them."""
+    if step.times_capacity is not None:
+        return msgspec.structs.replace(closed, connections=OPEN_CONNECTIONS, rate=step.times_capacity * capacity)
+    return msgspec.structs.replace(closed, connections=int(min(saturating * step.times_connections, MOST_CONNECTIONS)))
 
 
 async def _loaded(program: Path, shop: Mercato, load: Plan, name: str, capacity: float) -> Figures:
     loaded = await sent(program, load)
     if not loaded.good:
         raise LoadFailed(f"{name}: none of {loaded.requests} answers is good: {'; '.join(loaded.failures)}")
-    return Figures.of(name, loaded, capacity, await asyncio.to_thread(_limit, shop.address))
+    limit = await asyncio.to_thread(_limit, shop.address)
+    return Figures.of(name, load.connections, loaded, capacity, limit)
 
 
 def _limit(address: str) -> float:
@@ -175,12 +203,12 @@ def _limit(address: str) -> float:
 def table(found: Sequence[Figures]) -> str:
     """The figures for people."""
     lines = [
-        f"{'load':<28}{'offered/s':>10}{'good/s':>9}{'of it':>7}{'orders/s':>10}{'p99 ms':>9}{'refused/s':>11}"
-        f"{'p99 ms':>9}{'failed':>8}{'limit':>7}{'load CPU':>10}"
+        f"{'load':<28}{'connections':>12}{'offered/s':>10}{'good/s':>9}{'of it':>7}{'orders/s':>10}{'p99 ms':>9}"
+        f"{'refused/s':>11}{'p99 ms':>9}{'failed':>8}{'limit':>7}{'load CPU':>10}"
     ]
     for one in found:
         lines.append(
-            f"{one.name:<28}{one.offered:>10.0f}{one.good:>9.0f}{one.good_of_capacity:>7.0%}{one.orders_good:>10.0f}"
+            f"{one.name:<28}{one.connections:>12}{one.offered:>10.0f}{one.good:>9.0f}{one.good_of_capacity:>7.0%}{one.orders_good:>10.0f}"
             f"{one.p99_ms:>9.1f}{one.refused:>11.0f}{one.refused_p99_ms:>9.1f}{one.failed:>8}{one.limit:>7.0f}"
             f"{one.load_cpu:>10.2f}"
         )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Final
 
+from msgspec.structs import replace
+
 from bench.throughput.figures import Latency, Loaded
 from bench.throughput.load import Plan
-from bench.throughput.overload import MOST_CONNECTIONS, STEPS, Figures, mixed, plan_of, table
+from bench.throughput.overload import MOST_CONNECTIONS, STEPS, Figures, mixed, plan_of, saturates, table
 from bench.throughput.plan import Product
 from bench.throughput.shops import Mercato
 
@@ -36,7 +38,7 @@ LOADED: Final = Loaded(
 
 
 def test_rates_are_of_a_second_and_shares_of_the_capacity() -> None:
-    found = Figures.of("twice the capacity", LOADED, 250.0, 83.0)
+    found = Figures.of("twice the capacity", 512, LOADED, 250.0, 83.0)
     assert (found.offered, found.good, found.good_of_capacity, found.orders_good) == (500.0, 300.0, 1.2, 60.0)
     assert (found.refused, found.refused_p99_ms, found.p99_ms) == (195.0, 20.0, 50.0)
     assert (found.failed, found.why, found.limit) == (10, ("status 504",), 83.0)
@@ -44,18 +46,25 @@ def test_rates_are_of_a_second_and_shares_of_the_capacity() -> None:
 
 
 def test_capacity_is_all_of_itself() -> None:
-    assert Figures.of("capacity", LOADED, 0.0, 256.0).good_of_capacity == 1.0
+    assert Figures.of("closed loop", 64, LOADED, 0.0, 256.0).good_of_capacity == 1.0
+
+
+def test_the_fewest_connections_with_nearly_the_best_rate_saturate() -> None:
+    rates = {8: 700.0, 16: 949.0, 32: 951.0, 64: 1_000.0, 128: 990.0}
+    loop = Figures.of("closed loop", 8, LOADED, 0.0, 256.0)
+    assert saturates([replace(loop, connections=each, good=good) for each, good in rates.items()]) == 32
 
 
 def test_loads_follow_from_the_capacity() -> None:
-    plans = [plan_of(step, CLOSED, 1_000.0) for step in STEPS]
-    assert [(each.rate, each.connections) for each in plans] == [(800, 128), (2_000, 512), (0, 640), (500, 128)]
+    plans = [plan_of(step, CLOSED, 1_000.0, 32) for step in STEPS]
+    opens = [(800, 512), (2_000, 512), (500, 512), (500, 512)]
+    assert [(each.rate, each.connections) for each in plans if each.rate] == opens
+    assert [each.connections for each in plans if not each.rate] == [160, MOST_CONNECTIONS]
     assert all(each.refusals and each.seconds == 10.0 for each in plans)
 
 
 def test_no_load_has_more_connections_than_a_server() -> None:
-    many = Plan("127.0.0.1:1", 400, 10.0, ())
-    assert max(plan_of(step, many, 1.0).connections for step in STEPS) == MOST_CONNECTIONS
+    assert max(plan_of(step, CLOSED, 1.0, 400).connections for step in STEPS) == MOST_CONNECTIONS
 
 
 def test_one_request_of_five_is_an_order() -> None:
@@ -66,6 +75,6 @@ def test_one_request_of_five_is_an_order() -> None:
 
 
 def test_table_names_each_load_and_why_answers_failed() -> None:
-    lines = table([Figures.of("capacity", LOADED, 0.0, 256.0)]).splitlines()
-    assert lines[1].startswith("capacity ")
+    lines = table([Figures.of("closed loop", 64, LOADED, 0.0, 256.0)]).splitlines()
+    assert lines[1].startswith("closed loop ")
     assert lines[2].strip() == "status 504"

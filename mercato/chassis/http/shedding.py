@@ -7,7 +7,8 @@ limit of requests in work:
             concurrency-limits does (github.com/Netflix/concurrency-limits), here for windows of requests instead of
             single ones: a batch makes many requests slow at once. A window in which more than `slow_share` of the
             requests took longer than `slow_seconds` lowers the limit; any other raises it. It stays as it is while
-            fewer than half of it were in work at once, for then the limit has no part in how long they took.
+            fewer than half of it were in work at once, for then the limit has no part in how long they took. It falls
+            below `floor` only while the queue stands.
     shares  The requests of a class enter while fewer than its share of the limit are in work, of all classes together:
             the rest is left to the classes above.
     queue   Requests that may not enter yet wait, at most twice the limit, the classes in their order. A full queue
@@ -15,10 +16,13 @@ limit of requests in work:
             Requests that have waited for half of the time until their deadline are refused. A queue that has not been
             empty for `standing_seconds` is no burst: it lets the newest enter first, whose clients still wait, and
             refuses requests that have waited for `standing_wait_seconds` (adaptive LIFO and controlled delay:
-            B. Maurer, Fail at Scale, ACM Queue 13(8), 2015).
+            B. Maurer, Fail at Scale, ACM Queue 13(8), 2015). It takes only `standing_share` of the limit: to refuse
+            what has waited costs several times as much as to refuse it at once. It stands until it was empty and
+            nothing was refused for `standing_seconds`.
     pace    Refusals for a full queue are sent `refusals_at_once` every `refusal_seconds`, and no faster. Clients that
             ignore Retry-After and send again at once would otherwise be answered in each turn of the event loop, and
-            every step of the requests in work would wait for hundreds of refusals.
+            every step of the requests in work would wait for hundreds of refusals. A timer that comes late sends as
+            many more.
 
 The server itself refuses a request that finds the queue full (`EarlyRefusals`), unless an earlier request of its
 connection is unanswered. Its body is read and dropped, so that the connection stays open.
@@ -75,23 +79,27 @@ class LoadLimits(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of a `Shedder`; tuples have one value for each `Priority`."""
 
     floor: int = 192  # the 128 connections of `make bench` may all browse at once, however slow the machine is
+    standing_floor: int = 64  # 32 connections at once keep one process busy (`make bench-overload`)
     start: int = 256
     ceiling: int = 512  # half of the connections of one server
     shares: tuple[float, ...] = (1.0, 0.9, 0.7, 0.5)
-    slow_seconds: tuple[float | None, ...] = (None, 0.25, 0.1, None)
-    """From entering to the answer: chosen as several times what each takes without load. None: not measured, for the
-    time says little about this server: a payment takes as long as the provider needs, a report depends on its size."""
+    slow_seconds: tuple[float | None, ...] = (None, 0.15, 0.1, None)
+    """From entering to the answer: chosen as three times the 99th percentile at half of the capacity. None: not
+    measured, for the time says little about this server: a payment takes as long as the provider needs, a report
+    depends on its size."""
     slow_share: float = 0.1  # so the 90th percentile stays below `slow_seconds`
     window_seconds: float = 0.1
     window_requests: int = 32  # a window has at least so many, and lasts at least so long
     step: int = 8  # from floor to ceiling within four seconds
     backoff: float = 0.9  # as in AIMDLimit
     queue_share: float = 2.0  # of the limit
+    standing_share: float = 0.125  # enters within `standing_wait_seconds`
     deadline_share: float = 0.5
     standing_seconds: float = 0.1  # as in Fail at Scale, and in CoDel (RFC 8289)
     standing_wait_seconds: float = 0.05  # a refusal comes within a tenth of a second
     refusal_seconds: float = 0.02
     refusals_at_once: int = 100  # 5 000 a second: a part of a core
+    most_refusals_at_once: int = 500  # after a turn of the event loop of a tenth of a second
     sweep_seconds: float = 0.025  # how often requests that wait are checked, while there are any
     retry_after_seconds: int = 3  # 1 to so many, at random, so that clients do not all come back at once
 
@@ -170,10 +178,13 @@ class Shedder:
         """By `Priority`: a request enters while fewer than this are in work."""
         self._window_ends_at = monotonic() + limits.window_seconds
         self._standing_since = 0.0
+        self._standing_until = 0.0
+        """Even if the queue was empty in between."""
         self._queues: tuple[deque[Waiter], ...] = tuple(deque() for _ in Priority)
         self._sweeper: asyncio.TimerHandle | None = None
         self._held: deque[Callable[[], bool]] = deque()
         self._is_pacing = False
+        self._paced_at = 0.0
         # A timer would otherwise run in the context of the request that armed it.
         self._no_request = contextvars.Context()
         gauge = telemetry.gauge
@@ -204,7 +215,11 @@ class Shedder:
 
     def _queue_is_full(self, priority: Priority) -> bool:
         """Full, and without a request of a lower class that could be displaced."""
-        return self.waiting >= self._limits.queue_share * self.limit and not any(self._queues[priority + 1 :])
+        return self.waiting >= self._queue_size(self._monotonic()) and not any(self._queues[priority + 1 :])
+
+    def _queue_size(self, now: float) -> float:
+        limits = self._limits
+        return self.limit * (limits.standing_share if self._is_standing(now) else limits.queue_share)
 
     async def check(self, priority: Priority, name: str) -> None:
         """Raises `Overloaded` for a request that could not even wait, before any work is done for it."""
@@ -224,7 +239,7 @@ class Shedder:
         loop, now = asyncio.get_running_loop(), self._monotonic()
         if not self.waiting:
             self._standing_since = now
-        elif self.waiting >= self._limits.queue_share * self.limit:
+        elif self.waiting >= self._queue_size(now):
             self._displace(priority)
         until = now + self._limits.deadline_share * (deadline - now)
         waiter = Waiter(loop.create_future(), name, now, until)
@@ -242,7 +257,7 @@ class Shedder:
         """Ends a complete window, and lets waiting requests in as capacity allows. Called when a request ends."""
         now = self._monotonic()
         if self.measured >= self.window_requests and now >= self._window_ends_at:
-            self._adapt()
+            self._adapt(now)
             self._window_ends_at = now + self._limits.window_seconds
         if self.waiting:
             self._let_in(now)
@@ -256,30 +271,37 @@ class Shedder:
     def count_refusal(self, priority: Priority, reason: Reason) -> int:
         """Counts a refusal; gives after how many seconds its client may come again."""
         self._refused[priority, reason]()
+        if self._is_standing(now := self._monotonic()):
+            self._standing_until = now + self._limits.standing_seconds
         return 1 + int(self._jitter() * self._limits.retry_after_seconds)
 
     def _pace(self, loop: asyncio.AbstractEventLoop) -> None:
         self._is_pacing = True
+        self._paced_at = self._monotonic()
         loop.call_later(self._limits.refusal_seconds, self.send_refusals, loop, context=self._no_request)
 
     def send_refusals(self, loop: asyncio.AbstractEventLoop) -> None:
         """Sends as many refusals as may go out at once, the oldest first. A timer calls it while there are any."""
         self._is_pacing = False
-        sent = 0
-        while self._held and sent < self._limits.refusals_at_once:
+        limits, sent = self._limits, 0
+        may_send = limits.refusals_at_once
+        if limits.refusal_seconds:
+            periods = (self._monotonic() - self._paced_at) / limits.refusal_seconds
+            may_send = max(may_send, min(limits.most_refusals_at_once, int(periods * may_send)))
+        while self._held and sent < may_send:
             sent += self._held.popleft()()
         if self._held:
             self._pace(loop)
 
     # ------------------------------------------------------------------------------------------------ limit, queues
 
-    def _adapt(self) -> None:
-        limits = self._limits
-        if 2 * self.peak >= self.limit:
-            if self.slow > limits.slow_share * self.measured:
-                self._set_limit(max(limits.floor, int(self.limit * limits.backoff)))
-            else:
-                self._set_limit(min(limits.ceiling, self.limit + limits.step))
+    def _adapt(self, now: float) -> None:
+        limits, limit = self._limits, self.limit
+        if 2 * self.peak >= limit:
+            is_slow = self.slow > limits.slow_share * self.measured
+            limit = int(limit * limits.backoff) if is_slow else limit + limits.step
+        floor = min(limits.floor, limits.standing_floor) if self._is_standing(now) else limits.floor
+        self._set_limit(min(max(floor, limit), limits.ceiling))
         self._shown_peak.set(self.peak)
         self.measured = self.slow = 0
         self.peak = self.in_work
@@ -313,7 +335,9 @@ class Shedder:
                 self._refuse(waiter, priority, "waited")
 
     def _is_standing(self, now: float) -> bool:
-        return now - self._standing_since >= self._limits.standing_seconds
+        if now < self._standing_until:
+            return True
+        return self.waiting > 0 and now - self._standing_since >= self._limits.standing_seconds
 
     def _is_late(self, waiter: Waiter, now: float, *, is_standing: bool) -> bool:
         return now >= waiter.until or (is_standing and now - waiter.queued_at >= self._limits.standing_wait_seconds)

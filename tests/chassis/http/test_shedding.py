@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 from typing import Any
 
@@ -113,6 +114,19 @@ async def test_limit_stays_between_floor_and_ceiling() -> None:
     served = Served(LoadLimits(floor=64, start=256, ceiling=512))
     assert [served.window(slow=WINDOW) for _ in range(30)][-2:] == [64, 64]
     assert [served.window(slow=0) for _ in range(60)][-2:] == [512, 512]
+
+
+async def test_limit_falls_below_its_floor_only_while_the_queue_stands() -> None:
+    served = Served(msgspec.structs.replace(NO_SWEEP, floor=192, standing_floor=64, start=192))
+    assert served.window(slow=WINDOW) == 192
+    served.fill(PAY)
+    waiting = await served.waits(BROWSE)
+    limits = [served.window(slow=WINDOW) for _ in range(20)]
+    assert (limits[0], limits[-1]) == (172, 64)
+    waiting.cancel()
+    await asyncio.sleep(0)
+    assert served.shedder.waiting == 0
+    assert served.window(slow=WINDOW) == 192
 
 
 def test_lower_ceiling_lowers_floor_and_start() -> None:
@@ -236,6 +250,24 @@ async def test_refusals_for_a_full_queue_go_out_a_few_at_once_the_oldest_first()
     await served.end()
 
 
+@pytest.mark.parametrize(("late_seconds", "sent"), [(0.001, 2), (0.016, 3), (0.051, 10), (9.0, 12)])
+async def test_late_timer_sends_as_many_refusals_more(late_seconds: float, sent: int) -> None:
+    pace = {"refusal_seconds": 0.01, "refusals_at_once": 2, "most_refusals_at_once": 12}
+    served = Served(msgspec.structs.replace(TEN, queue_share=0.0, **pace))
+    served.fill(PAY)
+    answered: list[int] = []
+
+    def answer(number: int) -> bool:
+        answered.append(number)
+        return True
+
+    for number in range(15):
+        served.shedder.hold(functools.partial(answer, number))
+    served.now += late_seconds
+    served.shedder.send_refusals(asyncio.get_running_loop())
+    assert answered == list(range(sent))
+
+
 async def test_timer_sends_refusals_until_there_are_no_more() -> None:
     served = Served(msgspec.structs.replace(TEN, queue_share=0.0, refusal_seconds=0.001, refusals_at_once=1))
     served.fill(PAY)
@@ -314,10 +346,41 @@ async def test_standing_queue_lets_in_the_newest_and_refuses_what_waited_for_lon
     served.shedder.expire()
     assert await served.outcomes(newer) == ["refused"]
     assert served.shedder.waiting == 0
+    soon = await served.waits(PAY)
+    served.now += 0.06
+    served.shedder.expire()
+    assert await served.outcomes(soon) == ["refused"]  # the queue was empty, but something was refused a moment ago
+    served.now += 0.1
     again = await served.waits(PAY)
     served.now += 0.09
     served.shedder.expire()
-    assert await served.outcomes(again) == ["waits"]  # the queue was empty, and is none that stands
+    assert await served.outcomes(again) == ["waits"]  # and is none that stands
+    await served.end()
+
+
+async def test_standing_queue_takes_less_until_nothing_was_refused_for_a_while() -> None:
+    served = Served(msgspec.structs.replace(TEN, standing_share=0.3, standing_wait_seconds=1e9))
+    served.fill(PAY)
+    waiting = [await served.waits(PAY) for _ in range(3)]
+    assert not served.shedder.is_full(PAY)
+    served.now += 0.1
+    assert served.shedder.is_full(PAY)
+    served.shedder.count_refusal(PAY, "queue_full")
+    for _ in range(5):
+        served.now += 0.09
+        served.leaves()
+        served.enters(PAY)
+        if served.shedder.waiting < 3:
+            waiting.append(await served.waits(PAY))
+        assert served.shedder.is_full(PAY)
+        served.shedder.count_refusal(PAY, "queue_full")
+    while served.shedder.waiting:
+        served.leaves()
+    served.fill(PAY)
+    served.now += 0.1
+    waiting += [await served.waits(PAY) for _ in range(20 - served.shedder.waiting)]
+    assert served.shedder.is_full(PAY)
+    assert set(await served.outcomes(*waiting[-20:])) == {"waits"}
     await served.end()
 
 
