@@ -239,8 +239,8 @@ class Shedder:
         loop, now = asyncio.get_running_loop(), self._monotonic()
         if not self.waiting:
             self._standing_since = now
-        elif self.waiting >= self._queue_size(now):
-            self._displace(priority)
+        elif any(self._queues[priority + 1 :]) and self.waiting >= self._queue_size(now):
+            self._displace()
         until = now + self._limits.deadline_share * (deadline - now)
         waiter = Waiter(loop.create_future(), name, now, until)
         self._queues[priority].append(waiter)
@@ -342,8 +342,8 @@ class Shedder:
     def _is_late(self, waiter: Waiter, now: float, *, is_standing: bool) -> bool:
         return now >= waiter.until or (is_standing and now - waiter.queued_at >= self._limits.standing_wait_seconds)
 
-    def _displace(self, priority: Priority) -> None:
-        """Refuses the oldest request of the lowest class below `priority`; `check` has seen that there is one."""
+    def _displace(self) -> None:
+        """Refuses the oldest request of the lowest class that waits."""
         lowest = next(each for each in reversed(Priority) if self._queues[each])
         self._refuse(self._queues[lowest].popleft(), lowest, "displaced")
 

@@ -290,6 +290,18 @@ async def test_full_queue_gives_the_place_of_the_oldest_of_the_lowest_class_to_a
     await served.end()
 
 
+async def test_queue_that_begins_to_stand_while_a_request_comes_displaces_none_of_a_higher_class() -> None:
+    served = Served(msgspec.structs.replace(TEN, standing_share=0.1))
+    served.fill(PAY)
+    orders = [await served.waits(ORDER) for _ in range(2)]
+    looks = served.looks
+    # When it is looked whether the request can wait, and at once after it.
+    served.shedder._monotonic = lambda: served.monotonic() + (0.0999 if served.looks == looks + 1 else 0.1001)
+    browse = await served.waits(BROWSE)
+    assert await served.outcomes(*orders, browse) == ["waits"] * 3
+    await served.end()
+
+
 async def test_full_queue_spares_the_higher_of_two_lower_classes() -> None:
     served = Served()
     served.fill(PAY)
