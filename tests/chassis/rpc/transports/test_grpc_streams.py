@@ -273,6 +273,26 @@ async def test_an_instance_that_drains_ends_its_streams_when_their_callers_know(
             await caller.send(Ask(number=100))
 
 
+async def test_a_stream_that_is_admitted_just_before_its_instance_drains_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """It would get no goodbye, and stay open."""
+    monkeypatch.setattr(streams, "IDLE_SECONDS", 1e9)
+    async with running() as one, running() as two, calling(one.address, two.address) as caller:
+        admit = one.served.service
+
+        def admit_and_drain(details: grpc.HandlerCallDetails) -> Any:
+            handler = admit(details)
+            one.served.handlers.drain(DRAIN_SECONDS)
+            return handler
+
+        monkeypatch.setattr(one.served, "service", admit_and_drain)
+        calls = [caller.start(Ask(number=n, do="hang")) for n in range(8)]
+        await until_true(lambda: sorted(two.numbers) == list(range(8)))
+        two.service.release.set()
+        assert [kinds(await call) for call in calls] == [[Said]] * 8
+        assert one.served.calls > 0
+        await until_true(lambda: one.served.running == 0)
+
+
 async def test_an_answer_of_more_than_a_message_may_have_leaves_other_batches_alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(serving, "LARGEST_ANSWER_BYTES", 10_000)
     async with running() as one, calling(one.address) as caller:
