@@ -5,9 +5,11 @@ The parts
     Each of these has a task that awaits `send` and gives every caller its own answer.
 
 Flow
-    A call joins the queue. If a lane is free, a flush runs in the next turn of the event loop, so that all calls of
-    this turn are sent together; there is no timer and no added wait, and a single call is a batch of one. If no lane is
-    free, calls gather until a batch completes, and are then sent together: under load batches grow by themselves.
+    A call joins the queue. If a lane is free, a flush runs in the next turn of the event loop. A single call with no
+    batch in flight is sent then, as a batch of one: it never waits for others. Several calls are a sign of load: they
+    gather for as long as each further turn brings calls, for `GATHER_TURNS` turns at most, and are sent together. There
+    is no timer: an idle loop's turn takes microseconds. If no lane is free, calls gather until a batch completes; its
+    callers are answered before the next flush, so that what they call next is in the next batch.
 
 A pending request is in one of these states
     queued      waiting for a lane
@@ -67,6 +69,10 @@ DEFAULT_QUEUE_LIMIT: Final = 10_000
 CANCELLED: Final = "cancelled"
 """The failure of the span of a call whose caller did not wait for its answer."""
 SIZE_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+GATHER_TURNS: Final = 16
+"""Turns of the event loop for which calls gather at most. Measured with 2, 4, 8 and 16: each further turn that brings
+calls makes batches fewer (`docs/performance.md`)."""
 
 TIMER_RESOLUTION_SECONDS: Final = 0.001
 """The shortest delay of the timer: a loop whose timers fire a little early (uvloop rounds to ms) would spin."""
@@ -229,6 +235,10 @@ class Batcher:
         self._queue: deque[PendingRequest] = deque()
         self._in_flight: set[InFlightBatch] = set()
         self._flush_scheduled = False
+        self._gathered = 0
+        """Calls that were queued in the last turn of a flush that gathers."""
+        self._turns = 0
+        """For so many turns it has gathered."""
         self._bypasses_lanes = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
@@ -306,7 +316,16 @@ class Batcher:
         loop.call_soon(self._flush, context=self._no_caller)
 
     def _flush(self) -> None:
+        """Dispatches, or gathers for a further turn. See Flow at the top of this file."""
+        queued = len(self._queue)
+        is_gathering = (queued > 1 or self._in_flight) and self._gathered < queued < self.size
+        if is_gathering and self._turns < GATHER_TURNS:
+            self._gathered = queued
+            self._turns += 1
+            asyncio.get_running_loop().call_soon(self._flush, context=self._no_caller)
+            return
         self._flush_scheduled = False
+        self._gathered = self._turns = 0
         self._dispatch()
 
     def _dispatch(self) -> None:
@@ -356,8 +375,8 @@ class Batcher:
 
     def _complete(self, batch: InFlightBatch) -> None:
         self._in_flight.discard(batch)
-        if not self._flush_scheduled:  # otherwise the flush of the next turn sends all calls of this turn together
-            self._dispatch()
+        if self._queue and not self._flush_scheduled:
+            self._schedule_flush(asyncio.get_running_loop())
 
     def _release(self, batch: InFlightBatch, _: asyncio.Task[None]) -> None:
         """Completes a batch whose task was cancelled before its first step: it runs nothing, not even `finally`."""

@@ -22,7 +22,7 @@ from mercato.chassis.contract import (
     ServiceError,
     Unavailable,
 )
-from mercato.chassis.rpc.batching import Batcher, PendingRequest
+from mercato.chassis.rpc.batching import GATHER_TURNS, Batcher, PendingRequest
 
 OPERATION = "things.do"
 
@@ -201,6 +201,74 @@ async def test_calls_of_one_turn_are_one_batch_also_when_another_batch_completes
 
     assert order == ["early", "late"]
     assert [batch.requests for batch in bench.service.batches] == [[1], [2, 4]]
+    await bench.finish()
+
+
+async def test_several_calls_gather_until_a_turn_brings_no_further_call():
+    bench = Bench(size=8)
+    bench.many([1, 2])
+    for request in (4, 5):
+        await turns(1)
+        assert bench.service.batches == []
+        bench.call(request)
+    await turns()
+
+    assert [batch.requests for batch in bench.service.batches] == [[1, 2, 4, 5]]
+    await bench.finish()
+
+
+async def test_a_call_beside_a_batch_in_flight_gathers_too():
+    bench = Bench(size=8)
+    bench.call(1)
+    await turns()
+    bench.call(2)
+    await turns(1)
+    bench.call(4)
+    await turns()
+
+    assert [batch.requests for batch in bench.service.batches] == [[1], [2, 4]]
+    await bench.finish()
+
+
+async def test_calls_that_do_not_cease_gather_for_a_bounded_number_of_turns():
+    bench = Bench(size=2 * GATHER_TURNS, queue_limit=2 * GATHER_TURNS)
+    bench.many([0, 1])
+    made = 2
+    while not bench.service.batches:
+        await turns(1)
+        bench.call(made)
+        made += 1
+        assert made < 2 * GATHER_TURNS
+
+    assert GATHER_TURNS <= len(bench.service.batches[0].requests) <= GATHER_TURNS + 2
+    await bench.finish()
+
+
+async def test_a_full_batch_does_not_gather():
+    bench = Bench(size=4)
+    bench.many([1, 2, 4, 5])
+
+    await turns(2)  # as a single call
+    assert [batch.requests for batch in bench.service.batches] == [[1, 2, 4, 5]]
+    await bench.finish()
+
+
+async def test_what_callers_call_next_is_in_a_batch_with_what_waited_for_their_lane():
+    bench = Bench(size=8, lanes=1)
+
+    async def caller(first: int, second: int) -> None:
+        await bench.call(first)
+        await bench.call(second)
+
+    callers = [asyncio.create_task(caller(n, n + 10)) for n in (1, 2, 4)]
+    await turns()
+    bench.call(7)
+    complete(bench.service.batches[0])
+    await turns()
+
+    assert [batch.requests for batch in bench.service.batches] == [[1, 2, 4], [7, 11, 12, 14]]
+    for task in callers:
+        task.cancel()
     await bench.finish()
 
 
