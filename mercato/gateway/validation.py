@@ -7,7 +7,6 @@ first error.
 from __future__ import annotations
 
 import itertools
-import operator
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,12 +34,16 @@ WHOLE_DIGITS: Final = 20
 """No field takes a whole number with more digits."""
 
 
-def shared(source: type[msgspec.Struct], target: type[msgspec.Struct], *given: str) -> Callable[[Any], dict[str, Any]]:
-    """A getter of the fields that both types have, as keywords; without those that the caller has `given`."""
-    names = tuple(n for n in target.__struct_fields__ if n in source.__struct_fields__ and n not in given)
-    assert len(names) > 1, "for a single name, attrgetter gives no tuple"
-    values = operator.attrgetter(*names)
-    return lambda message: dict(zip(names, values(message), strict=True))
+def copier(source: type[msgspec.Struct], target: type[S], *given: str) -> Callable[..., S]:
+    """Makes a function that makes a `target` of a `source`. Its arguments: the source, then the fields `given`.
+
+    Fields that both types have are copied, others have their defaults. The function is compiled once, as those of
+    dataclasses are: it costs what `target(id=source.id, ...)` costs, a third of what a dict of keywords does.
+    """
+    copied = [name for name in target.__struct_fields__ if name in source.__struct_fields__ and name not in given]
+    fields = ", ".join([*(f"{name}=source.{name}" for name in copied), *(f"{name}={name}" for name in given)])
+    made = eval(f"lambda source, {', '.join(given)}: target({fields})", {"target": target})  # noqa: S307  # names of fields
+    return cast(Callable[..., S], made)
 
 
 class ClientGone(Exception):

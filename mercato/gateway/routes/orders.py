@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Collection, Iterable, Sequence
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta
@@ -55,7 +55,7 @@ from mercato.gateway.money import (
     text_of,
 )
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest, Wait
-from mercato.gateway.validation import refuse_wrong, shared
+from mercato.gateway.validation import copier, refuse_wrong
 
 Id = Annotated[int, Meta(ge=1, le=MAX_ID)]
 Quantity = Annotated[int, Meta(ge=1, le=contract.QUANTITY_LIMIT)]
@@ -227,36 +227,45 @@ class HistoryOut(Output):
     ]
 
 
-_of_order: Final = shared(Order, OrderOut, "reason", "user_id")
-_of_line: Final = shared(OrderLine, ItemOut)
-_of_placing: Final = shared(PlaceOrderIn, contract.PlaceOrder, "user_id")
+_order_out: Final = copier(
+    *(Order, OrderOut),
+    *("user_id", "customer_id", "items", "total", "amount", "refunded", "due", "paid"),
+    *("reason", "email", "access_token"),
+)
+_item_out: Final = copier(OrderLine, ItemOut, "unit_price", "discount", "tax", "line_total")
+_placing: Final = copier(
+    *(PlaceOrderIn, contract.PlaceOrder),
+    *("user_id", "guest", "guest_email", "lines", "expected_total", "expected_currency"),
+    *("idempotency_key", "fingerprint"),
+)
 
 
 def order_out(order: Order, access_token: str | None = None) -> OrderOut:
     currency, payable = order.currency, order.total_minor - order.waived_minor
     user_id = order.user_id or None
-    return OrderOut(
+    total = money(order.total_minor, currency)
+    return _order_out(
+        order,
+        user_id=user_id,
+        customer_id=user_id,
         items=[
-            ItemOut(
+            _item_out(
+                line,
                 unit_price=money(line.unit_price_minor, currency),
                 discount=money(line.discount_minor, currency),
                 tax=money(line.tax_minor, currency),
                 line_total=money(line.line_total_minor, currency),
-                **_of_line(line),
             )
             for line in order.lines
         ],
-        total=money(order.total_minor, currency),
+        total=total,
+        amount=total.amount,
         refunded=money(order.refunded_minor, currency),
         due=money(payable if order.payment == "unpaid" and order.status != "cancelled" else 0, currency),
         paid=money(payable if order.payment in contract.PAID else 0, currency),
         reason=None if order.reason is None else _reason_out(order.reason),
-        user_id=user_id,
-        customer_id=user_id,
         email=order.guest_email,
         access_token=access_token,
-        amount=money(order.total_minor, currency).amount,
-        **_of_order(order),
     )
 
 
@@ -346,15 +355,17 @@ def _place(request: RouteRequest) -> contract.PlaceOrder:
     body: PlaceOrderIn = request.body
     has_price = body.amount is not None or body.currency is not None  # most orders have none
     refuse_wrong([*_items_errors(body), *(body_currency_errors(body.amount, body.currency) if has_price else ())])
-    return contract.PlaceOrder(
-        **buyer(request, body.user_id),
+    user_id, is_guest = buyer(request, body.user_id)
+    return _placing(
+        body,
+        user_id=user_id,
+        guest=is_guest,
         guest_email=body.email,
         lines=_lines(body),
         expected_total=text_of(body.amount) if has_price else None,
         expected_currency=currency_of(body.amount, body.currency) if has_price else None,
         idempotency_key=request.idempotency_key,
         fingerprint=request.fingerprint,
-        **_of_placing(body),
     )
 
 
@@ -383,8 +394,10 @@ def placing(
     request: RouteRequest, user_id: int | None, lines: Sequence[PlaceLine], amount: Amount | None = None
 ) -> contract.PlaceOrder:
     """The request that places an order from a reference form. Without a user, it is that of the token."""
+    user_id, is_guest = buyer(request, user_id)
     return contract.PlaceOrder(
-        **buyer(request, user_id),
+        user_id=user_id,
+        guest=is_guest,
         lines=tuple(lines),
         expected_total=text_of(amount),
         idempotency_key=request.idempotency_key,
@@ -392,10 +405,10 @@ def placing(
     )
 
 
-def buyer(request: RouteRequest, user_id: int | None) -> dict[str, Any]:
-    """The user that the request names, or whose token it carries; a guest where there is neither."""
+def buyer(request: RouteRequest, user_id: int | None) -> tuple[int, bool]:
+    """The user that the request names, or whose token it carries, and whether it is a guest, where there is neither."""
     found = user_id or request.actor.id
-    return {"user_id": found} if found else {"user_id": contract.NO_USER, "guest": True}
+    return found or contract.NO_USER, not found
 
 
 def is_guest(placing: contract.PlaceOrder) -> bool:
