@@ -574,12 +574,10 @@ class BoundRoute:
                 lines.append(cursors.link(scope, shown.next_query))
             return self._status, lines, self._encode(shown.items)
         if not self._plain:
-            lines += (*self._etag(answer), *self.location_lines(answer))
+            if self.route.etag is not None and (tag := self.route.etag(answer)) is not None:
+                lines.append(f'etag: "{tag}"'.encode())
+            lines += self.location_lines(answer)
         return self._status, lines, self._encode(shown)
-
-    def _etag(self, answer: Any) -> Sequence[bytes]:
-        tag = None if self.route.etag is None else self.route.etag(answer)
-        return () if tag is None else (f'etag: "{tag}"'.encode(),)
 
     def location_lines(self, answer: Any) -> Lines:
         """The path of the resource, and whether an earlier request created it; also for a refused order."""

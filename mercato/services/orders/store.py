@@ -166,7 +166,7 @@ def _stored_lines(lines: Sequence[OrderLine]) -> str:
 
 
 def _products(lines: Sequence[OrderLine]) -> str:
-    return _array(line.product_id for line in lines)
+    return _array([line.product_id for line in lines])
 
 
 def _array(values: Iterable[int]) -> str:
