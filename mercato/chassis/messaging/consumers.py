@@ -192,16 +192,15 @@ class Consumer:
 
     def _span(self, page: Sequence[SourceRow]) -> Span | None:
         """The span of a page, below one for each of its events whose trace is recorded. None: there is none."""
-        if not self._tracing.is_on or not any(outbox_row.HAS_TRACE in row.events for row in page):
+        if not self._tracing.is_on:
             return None
         consumer, source = self.key
         types, service = self._subscription.types, consumer.partition(".")[0]
         traced = [
             Span(f"{event.type} to {consumer}", service, CONSUMER, self._tracing, read(event.trace))
             for row in page
-            if outbox_row.HAS_TRACE in row.events
             for event in outbox_row.traces(row.events)
-            if event.trace and (types is None or event.type in types)
+            if types is None or event.type in types
         ]
         if not traced:
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -17,7 +17,8 @@ PLACE_BITS: Final = 12
 LAST_PLACE: Final = (1 << PLACE_BITS) - 1
 assert ROW_EVENTS <= LAST_PLACE
 HAS_TRACE: Final = '"trace":"'
-"""Where this is not in a row, none of its events has a trace; most rows are not decoded to find out."""
+"""Where this is not in a row, none of its events has a trace. In an event it begins the last field."""
+BEGINS_EVENT: Final = '{"type":"'
 
 
 class Outgoing(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -44,16 +45,37 @@ class OutboxEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
 
 class EventTrace(msgspec.Struct, frozen=True, gc=False):
-    """Of an event in a row of the outbox."""
+    """Of an event in a row of the outbox. It has what the data of an event has not: see `traces`."""
 
     type: str
+    subject_id: int
+    version: int
     trace: str = ""
 
 
 unpack: Final = msgspec.json.Decoder(list[OutboxEvent]).decode
-traces: Final = msgspec.json.Decoder(list[EventTrace]).decode
-"""The type and the trace of each event of a row. The rest is passed over, which costs a quarter of unpacking them as
-events of a source (364 and 1 391 ns an event)."""
+_decode_trace: Final = msgspec.json.Decoder(EventTrace).decode
+_decode_traces: Final = msgspec.json.Decoder(list[EventTrace]).decode
+
+
+def traces(row: str) -> list[EventTrace]:
+    """The events of a row that have a trace, in their order.
+
+    One event in a hundred has one: the text is searched for them, and they alone are decoded. That takes half of
+    the time that it takes to decode the types and traces of all (14 and 29 us for 100 events `order.placed`).
+    """
+    try:
+        return [_decode_trace(event) for event in _with_trace(row)]
+    except msgspec.DecodeError:  # the data of an event has a field, or an object, that looks like those of an event
+        return [event for event in _decode_traces(row) if event.trace]
+
+
+def _with_trace(row: str) -> Iterator[str]:
+    place = row.find(HAS_TRACE)
+    while place >= 0:
+        end = row.index('"', place + len(HAS_TRACE)) + 2
+        yield row[row.rindex(BEGINS_EVENT, 0, place) : end]
+        place = row.find(HAS_TRACE, end)
 
 
 def pack(events: Sequence[Outgoing] | Sequence[OutboxEvent]) -> list[str]:

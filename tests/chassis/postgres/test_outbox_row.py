@@ -23,14 +23,30 @@ class AboutNothing(Message):
     name: str = ""
 
 
-def event(data: Message) -> Outgoing:
-    return Outgoing("thing.changed", "thing", 1, 1, data)
+class WithKind(Message):
+    """It begins as an event does."""
+
+    type: str
 
 
-def traces_of(events: Sequence[Outgoing], *places: Place) -> list[list[str]]:
-    """The ids of the traces of each event, as they are read from a row."""
+class WithTrace(Message):
+    type: str
+    trace: str
+
+
+def event(data: Message, type_: str = "thing.changed") -> Outgoing:
+    return Outgoing(type_, "thing", 1, 1, data)
+
+
+def about(*orders: int) -> list[Outgoing]:
+    """An event about each order, of the type `thing.ORDER`."""
+    return [event(AboutOrder(order_id=n), f"thing.{n}") for n in orders]
+
+
+def traces_of(events: Sequence[Outgoing], *places: Place) -> dict[str, list[str]]:
+    """The ids of the traces of each event that has one, by its type, as they are read from a row."""
     [row] = pack(traced(events, places))
-    return [[part[:32] for part in each.trace.split(",") if part] for each in traces(row)]
+    return {each.type: [part[:32] for part in each.trace.split(",")] for each in traces(row)}
 
 
 def place(trace_id: str, about: int = 0) -> Place:
@@ -38,20 +54,26 @@ def place(trace_id: str, about: int = 0) -> Place:
 
 
 def test_an_event_names_the_traces_about_its_order_alone() -> None:
-    events = [event(AboutOrder(order_id=n)) for n in (1, 2, 3)]
-    assert traces_of(events, place(FIRST, 1), place(SECOND, 3)) == [[FIRST], [], [SECOND]]
+    assert traces_of(about(1, 2, 3), place(FIRST, 1), place(SECOND, 3)) == {"thing.1": [FIRST], "thing.3": [SECOND]}
 
 
 def test_a_trace_of_which_it_is_not_known_what_it_is_about_is_named_by_each_event() -> None:
-    events = [event(AboutOrder(order_id=n)) for n in (1, 2)]
-    assert traces_of(events, place(FIRST), place(SECOND, 2)) == [[FIRST], [FIRST, SECOND]]
+    found = traces_of(about(1, 2), place(FIRST), place(SECOND, 2))
+    assert found == {"thing.1": [FIRST], "thing.2": [FIRST, SECOND]}
 
 
 @pytest.mark.parametrize("data", [AboutNothing(), AboutOrder(order_id=0)], ids=["no field", "no order"])
 def test_an_event_about_no_order_names_each_trace(data: Message) -> None:
-    assert traces_of([event(data), event(AboutOrder(order_id=5))], place(FIRST, 1)) == [[FIRST], []]
+    assert traces_of([event(data), *about(5)], place(FIRST, 1)) == {"thing.changed": [FIRST]}
 
 
 def test_a_row_gives_types_and_traces_whatever_its_data_says() -> None:
-    [row] = pack([event(AboutNothing(name='"trace":"no"')), *traced([event(AboutOrder(order_id=1))], [place(FIRST)])])
-    assert [(each.type, each.trace[:32]) for each in traces(row)] == [("thing.changed", ""), ("thing.changed", FIRST)]
+    before = [event(data) for data in (AboutNothing(name='"trace":"no"'), WithKind(type="x"), AboutNothing(name="]}"))]
+    [row] = pack([*before, *traced(about(1), [place(FIRST)]), event(WithKind(type="y"))])
+    assert [(each.type, each.trace[:32]) for each in traces(row)] == [("thing.1", FIRST)]
+
+
+@pytest.mark.parametrize("data", [WithKind(type="x"), WithTrace(type="x", trace=""), WithTrace(type="x", trace="t")])
+def test_a_traced_event_whose_data_looks_like_an_event_keeps_its_own_type_and_trace(data: Message) -> None:
+    [row] = pack([*traced([event(data, "thing.1")], [place(FIRST)]), *about(2), event(data)])
+    assert [(each.type, each.trace[:32]) for each in traces(row)] == [("thing.1", FIRST)]
