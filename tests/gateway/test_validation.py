@@ -15,7 +15,7 @@ from mercato.chassis.contract import InvalidRequest
 from mercato.gateway.money import Amount
 from mercato.gateway.problems import MalformedJson
 from mercato.gateway.route import Input
-from mercato.gateway.validation import ERRORS_LIMIT, decode_body, decode_query, decoder
+from mercato.gateway.validation import ERRORS_LIMIT, copier, decode_body, decode_query, decoder
 
 
 class Part(Input):
@@ -57,6 +57,36 @@ def malformed(body: bytes) -> MalformedJson:
     with pytest.raises(MalformedJson) as refused:
         decode_body(FORM, body)
     return refused.value
+
+
+class Stored(msgspec.Struct):
+    name: str
+    kind: str
+    secret: str = "never shown"
+
+
+class Shown(msgspec.Struct, kw_only=True):
+    name: str
+    kind: str
+    size: int
+    color: str = "red"
+
+
+def test_a_copier_copies_what_both_types_have_takes_what_is_given_and_leaves_the_rest() -> None:
+    shown_of = copier(Stored, Shown, "size", "kind")
+    assert shown_of(Stored("box", "old"), size=3, kind="new") == Shown(name="box", kind="new", size=3, color="red")
+
+
+def test_a_copier_takes_no_argument_that_was_not_declared() -> None:
+    with pytest.raises(TypeError, match="color"):
+        copier(Stored, Shown, "size")(Stored("box", "old"), size=3, color="blue")
+
+
+@pytest.mark.skipif(not __debug__, reason="checked by an assertion")
+@pytest.mark.parametrize(("given_names", "message"), [((), "needs {'size'}"), (("size", "sise"), "no such field")])
+def test_a_copier_that_cannot_make_its_target_is_refused_when_it_is_made(given_names: Any, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        copier(Stored, Shown, *given_names)
 
 
 def test_a_good_body_is_decoded() -> None:
