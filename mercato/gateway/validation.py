@@ -41,9 +41,10 @@ def copier(source: type[msgspec.Struct], target: type[S], *given: str) -> Callab
     dataclasses are: it costs what `target(id=source.id, ...)` costs, a third of what a dict of keywords does.
     """
     copied = [name for name in target.__struct_fields__ if name in source.__struct_fields__ and name not in given]
-    required = {field.name for field in msgspec.structs.fields(target) if field.required}
-    assert set(given) <= set(target.__struct_fields__), f"{target.__name__} has no such field: {given}"
-    assert required <= {*copied, *given}, f"{target.__name__} needs {required - {*copied, *given}}"
+    unknown = {*given} - {*target.__struct_fields__}
+    missing = {field.name for field in msgspec.structs.fields(target) if field.required} - {*copied, *given}
+    assert not unknown, f"{target.__name__} has no such field: {unknown}"
+    assert not missing, f"{target.__name__} needs {missing}"
     fields = ", ".join([*(f"{name}=source.{name}" for name in copied), *(f"{name}={name}" for name in given)])
     made = eval(f"lambda source, {', '.join(given)}: target({fields})", {"target": target})  # noqa: S307  # names of fields
     return cast(Callable[..., S], made)

@@ -21,7 +21,6 @@ from mercato.chassis.contract import (
 )
 from mercato.contracts import orders as contract
 from mercato.contracts.inventory import NO_NUL, ShortLine
-from mercato.contracts.order_history import History, HistoryAxis, Timeline
 from mercato.contracts.order_refusals import (
     HoldLimit,
     IllegalMove,
@@ -39,7 +38,6 @@ from mercato.contracts.orders import CancelReason, Order, OrderLine, OrderPage, 
 from mercato.contracts.products import ProductArchived, ProductNotFound
 from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
 from mercato.contracts.users import UserNotFound
-from mercato.gateway.cursors import SliceQuery
 from mercato.gateway.fields import Email, PaymentMethod
 from mercato.gateway.money import (
     Amount,
@@ -213,20 +211,6 @@ class OrderOut(Output):
     access_token: str | None
 
 
-class HistoryOut(Output):
-    version: int
-    axis: Open[HistoryAxis]
-    before: str | None
-    after: str
-    reason: str
-    by: str
-    at: datetime.datetime
-    internal_note: str
-    limit_reason: Annotated[
-        str, Meta(description="Of a refund or return that gave less than was asked: how much, and why.")
-    ]
-
-
 _order_out: Final = copier(
     *(Order, OrderOut),
     *("user_id", "customer_id", "items", "total", "amount", "refunded", "due", "paid"),
@@ -306,49 +290,9 @@ def _guest_details(placed: PlacedOrder) -> dict[str, str]:
     return {} if placed.access_token is None else {"access_token": placed.access_token}
 
 
-class TimelineOut(Output):
-    at: datetime.datetime
-    part: str
-    what: str
-    outcome: str
-    attempts: int
-    took_ms: int | None
-    by: str
-    detail: str
-    internal_note: str
-
-
-def by(role: str, account_id: int) -> str:
-    """`staff 7`; a role alone where the account is unknown, not shown, or none."""
-    return f"{role} {account_id}" if account_id else role
-
-
-def _timeline_out(timeline: Timeline) -> Page:
-    return Page([TimelineOut(**msgspec.structs.asdict(entry)) for entry in timeline.entries])
-
-
 def page_of(page: OrderPage) -> Page:
     following = None if page.next_before is None else {"before": str(page.next_before)}
     return Page([order_out(order) for order in page.orders], following)
-
-
-def _history_out(history: History) -> Page:
-    return Page(
-        [
-            HistoryOut(
-                version=entry.version,
-                axis=entry.axis,
-                before=entry.before,
-                after=entry.after,
-                reason=entry.reason,
-                by=by(entry.actor_role, entry.actor_id),
-                at=entry.at,
-                internal_note=entry.internal_note,
-                limit_reason=entry.limit_reason,
-            )
-            for entry in history.entries
-        ]
-    )
 
 
 def _place(request: RouteRequest) -> contract.PlaceOrder:
@@ -582,31 +526,5 @@ ROUTES: Final[tuple[Route, ...]] = (
             StaleVersion,
             Forbidden,
         ),
-    ),
-    Route(
-        method="GET",
-        path="/orders/{id}/timeline",
-        operation=Orders.timeline,
-        summary="What happened to an order: its moves, its stock, its money, by time",
-        roles=SIGNED_IN,
-        takes_access_token=True,
-        query=SliceQuery,
-        request=lambda request: contract.GetTimeline(id=request.path["id"], access_token=request.access_token),
-        answer=_timeline_out,
-        output=list[TimelineOut],
-        errors=(OrderNotFound,),
-    ),
-    Route(
-        method="GET",
-        path="/orders/{id}/history",
-        operation=Orders.history,
-        summary="Every move of an order, in order",
-        roles=SIGNED_IN,
-        takes_access_token=True,
-        query=SliceQuery,
-        request=lambda request: contract.GetHistory(id=request.path["id"], access_token=request.access_token),
-        answer=_history_out,
-        output=list[HistoryOut],
-        errors=(OrderNotFound,),
     ),
 )

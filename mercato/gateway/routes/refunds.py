@@ -14,7 +14,8 @@ from mercato.contracts.roles import SIGNED_IN, STAFF_ONLY
 from mercato.gateway.cursors import SliceQuery
 from mercato.gateway.money import Money, money
 from mercato.gateway.route import Input, Output, Page, Route, RouteRequest
-from mercato.gateway.routes.orders import Id, InternalNote, PublicReason, Quantity, by
+from mercato.gateway.routes.order_history import by
+from mercato.gateway.routes.orders import Id, InternalNote, PublicReason, Quantity
 
 
 class ReturnItemIn(Input):
