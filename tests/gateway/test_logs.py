@@ -6,7 +6,7 @@ import ast
 import re
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 import pytest_asyncio
@@ -251,6 +251,35 @@ def misnamed(name: str, kind: str, about: str) -> str:
 )
 def test_a_name_against_the_conventions_is_found(name: str, kind: str):
     assert misnamed(name, kind, "about")
+
+
+def test_events_of_one_commit_are_counted_by_type_and_outcome():
+    from mercato.chassis.contract import Message
+    from mercato.chassis.postgres.database import EmittedEvents
+    from mercato.chassis.postgres.outbox_row import Outgoing
+
+    class Ended(Message):
+        outcome_field: ClassVar = "code"
+        code: str
+
+    class Moved(Message):
+        pieces: int
+
+    telemetry = Telemetry()
+    data: list[tuple[str, Message]] = [
+        ("ended", Ended(code="")),
+        ("ended", Ended(code="full")),
+        ("ended", Ended(code="full")),
+    ]
+    data += [("moved", Moved(pieces=1)), ("moved", Moved(pieces=2))]
+    EmittedEvents(telemetry, "things").count([Outgoing(f"thing.{type_}", "thing", 1, 1, each) for type_, each in data])
+
+    series = [line for line in telemetry.exposition()[0].decode().splitlines() if line.startswith("mercato_domain")]
+    assert sorted(series) == [
+        'mercato_domain_events_total{outcome="",service="things",type="thing.ended"} 1.0',
+        'mercato_domain_events_total{outcome="",service="things",type="thing.moved"} 2.0',
+        'mercato_domain_events_total{outcome="full",service="things",type="thing.ended"} 2.0',
+    ]
 
 
 def test_codes_beyond_the_bound_are_counted_as_one():

@@ -16,6 +16,7 @@ from mercato.gateway.money import Amount
 from mercato.gateway.problems import MalformedJson
 from mercato.gateway.route import Input
 from mercato.gateway.validation import ERRORS_LIMIT, copier, decode_body, decode_query, decoder
+from mercato.testing.assertions import needs_assertions
 
 
 class Part(Input):
@@ -82,7 +83,7 @@ def test_a_copier_takes_no_argument_that_was_not_declared() -> None:
         copier(Stored, Shown, "size")(Stored("box", "old"), size=3, color="blue")
 
 
-@pytest.mark.skipif(not __debug__, reason="checked by an assertion")
+@needs_assertions
 @pytest.mark.parametrize(("given_names", "message"), [((), "needs {'size'}"), (("size", "sise"), "no such field")])
 def test_a_copier_that_cannot_make_its_target_is_refused_when_it_is_made(given_names: Any, message: str) -> None:
     with pytest.raises(AssertionError, match=message):

@@ -23,7 +23,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Sequence
 from typing import Any, Final, TypeVar
 
@@ -354,13 +353,11 @@ class EmittedEvents:
         self._children: dict[tuple[str, str], Callable[[float], None]] = {}
 
     def count(self, events: Sequence[outbox_row.Outgoing]) -> None:
-        counts = Counter[tuple[str, str]]()
-        counts.update([(event.type, "") for event in events if not event.data.outcome_field])
+        counts: dict[tuple[str, str], int] = {}
         for event in events:
-            if not event.data.outcome_field:
-                continue
             outcome = _outcome(event.data)
-            counts[event.type, outcome] += 1
+            key = (event.type, outcome)
+            counts[key] = counts.get(key, 0) + 1
             if outcome:
                 field = event.data.about_field
                 about = {field: getattr(event.data, field)} if field else {}

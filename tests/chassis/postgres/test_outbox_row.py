@@ -73,6 +73,11 @@ def test_a_row_gives_types_and_traces_whatever_its_data_says() -> None:
     assert [(each.type, each.trace[:32]) for each in traces(row)] == [("thing.1", FIRST)]
 
 
+def test_a_row_whose_data_has_a_trace_has_no_traced_event() -> None:
+    [row] = pack([event(WithTrace(type="x", trace="t")), *about(2)])
+    assert traces(row) == []
+
+
 @pytest.mark.parametrize("data", [WithKind(type="x"), WithTrace(type="x", trace=""), WithTrace(type="x", trace="t")])
 def test_a_traced_event_whose_data_looks_like_an_event_keeps_its_own_type_and_trace(data: Message) -> None:
     [row] = pack([*traced([event(data, "thing.1")], [place(FIRST)]), *about(2), event(data)])
